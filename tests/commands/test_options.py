@@ -10,28 +10,12 @@ from lorameter.cli import parser
 from lorameter.commands.options import OPTIONS
 from lorameter.run.device_lock import IfBusy
 
-SHARED = ("model", "data", "if-busy")
-
 
 def told(command, name):
     """What a command says of an option."""
     (commands,) = (action for action in parser()._actions if action.choices)
     found = commands.choices[command]._option_string_actions[f"--{name}"]
     return found.metavar, found.choices, found.default, found.help
-
-
-@pytest.mark.parametrize("name", SHARED)
-def test_commands_that_measure_say_the_same_of_an_option(name):
-    """By one table."""
-    assert len({told(command, name) for command in ("run", "ab", "calibrate", "profile")}) == 1
-
-
-@pytest.mark.parametrize("name", ["sites", "on"])
-def test_commands_that_measure_in_several_places_say_the_same_of_them(name):
-    """Those of one device have no such option."""
-    assert len({told(command, name) for command in ("run", "ab", "calibrate")}) == 1
-    with pytest.raises(KeyError):
-        told("bisect", name)
 
 
 @pytest.mark.parametrize("command", ["profile", "estimate"])

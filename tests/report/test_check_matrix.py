@@ -31,7 +31,8 @@ def matrix(write_run, tmp_path, capsys):
         path = write_run("checked", {"plain": [1.0, 1.1, 1.2], "nf4": [1.0, 1.1, 1.2]}, change=checked)
         assert main(["report", str(path), "--html", str(page)]) in (EXIT_PASS, EXIT_INVALID)
         capsys.readouterr()
-        found = re.findall(r'<td data-variant="nf4"><details><summary class="(\w+)">(\w+)', page.read_text("utf-8"))
+        cell = r'<td (?:data-variant="nf4" data-head="nf4"|colspan="2" data-head="all")>'
+        found = re.findall(cell + r'<details><summary class="(\w+)">(\w+)', page.read_text("utf-8"))
         return found[0]
 
     return shown
@@ -58,8 +59,3 @@ def test_each_status_of_a_check_has_its_colour(matrix):
 def test_the_worst_status_of_the_trials_is_shown(matrix, statuses, worst):
     """A path that fell back in one trial is not hidden by another trial in which it is unknown."""
     assert matrix(*statuses) == (TONES[worst], worst)
-
-
-def test_a_path_that_nothing_requires_has_no_colour(matrix):
-    """Whatever ran in its place."""
-    assert matrix("fallback", required=None) == ("plain", "fallback")

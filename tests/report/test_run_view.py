@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 
-import msgspec
 import pytest
 from rich.console import Console
 
@@ -80,15 +79,6 @@ def test_every_variant_has_its_estimate_interval_and_ratio(small_study, tmp_path
     assert "synthetic-data" in text
 
 
-def test_a_control_that_differs_makes_the_run_invalid(small_study, tmp_path):
-    """Whatever the variants say."""
-    slow = tuple(1.5 * s for s in QUIET)
-    view = view_of(run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=slow))
-    assert not view.valid
-    assert "control-failed" in {notice.code for notice in view.notices}
-    assert text_of(view).startswith("INVALID: its control regressed in phase 'train'")
-
-
 def test_an_inconclusive_control_forbids_equality(small_study, tmp_path):
     """Two variants that look equal are not called so when the control cannot show what equal is."""
     noisy = (0.092, 0.108, 0.095, 0.106, 0.099)
@@ -130,35 +120,6 @@ def test_contention_is_noticed_by_occupancy(small_study, tmp_path, occupancy, no
     """CPU time over wall time, a flag that does not look at the outcome."""
     run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=QUIET, occupancy=occupancy)
     assert ("cpu-contention" in {notice.code for notice in view_of(run).notices}) is noticed
-
-
-@pytest.mark.parametrize(
-    "change", [{"status": "running"}, {"status": "failed"}, {"order": ("r0-plain", "r9-gone")}], ids=str
-)
-def test_a_run_that_is_not_whole_is_no_pass(small_study, tmp_path, change):
-    """The parent was killed, or trials of the plan have no record: not valid, and what is missing is named."""
-    import dataclasses
-
-    run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=QUIET)
-    assert view_of(run).valid
-    view = view_of(dataclasses.replace(run, manifest=msgspec.structs.replace(run.manifest, **change)))
-    assert not view.valid
-    assert ("r9-gone" in " ".join(view.failures)) is ("order" in change)
-
-
-def test_a_run_without_a_control_is_no_pass(small_study, tmp_path):
-    """Every control trial failed: nothing says what no difference looks like."""
-    statuses = {("plain", "control", i): "crashed" for i in range(5)}
-    view = view_of(run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, statuses=statuses))
-    assert not view.valid
-    assert view.tables[0].control is None
-
-
-def test_damage_is_said_and_is_no_pass(small_study, tmp_path):
-    """A line cut short counts as a trial not run."""
-    view = view_of(run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=QUIET, damaged=1))
-    assert not view.valid
-    assert "damaged-lines" in {notice.code for notice in view.notices}
 
 
 def test_piped_output_is_complete_and_plain(small_study, tmp_path):

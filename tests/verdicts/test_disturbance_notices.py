@@ -28,13 +28,6 @@ def test_a_kind_is_said_once_by_its_worst_trial():
     assert notice.message.endswith("Past the limit: r2-a.")
 
 
-def test_many_trials_past_the_limit_are_counted():
-    """Three by name."""
-    records = [record(f"r{i}-a", host_busy_train_s=1.0, host_steal_train_s=9.0) for i in range(5)]
-    (notice,) = disturbance_notices(records, on_cpu=False)
-    assert notice.message.endswith("Past the limit: r0-a, r1-a, r2-a and 2 more.")
-
-
 def test_too_little_of_a_cpu_is_past_the_limit_where_nobody_took_turns():
     """Else the notice on occupancy says it; on a GPU the host rightly waits."""
     one = record("r0-a", occupancy=0.3)
@@ -43,8 +36,3 @@ def test_too_little_of_a_cpu_is_past_the_limit_where_nobody_took_turns():
     assert notice.message.endswith("Past the limit: r0-a.")
     assert list(disturbance_notices([record("r0-a", occupancy=0.3, interleaving="lockstep")], on_cpu=True)) == []
     assert list(disturbance_notices([one], on_cpu=False)) == []
-
-
-def test_a_quiet_run_has_no_notices():
-    """Nor has one whose trials were measured before there were meters."""
-    assert list(disturbance_notices([record("r0-a")], on_cpu=True)) == []
