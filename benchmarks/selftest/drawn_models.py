@@ -389,11 +389,12 @@ def _base_truth(targeted: list[Stored], every: list[Stored]) -> dict[str, Truth]
 
     four = {one.bits == 4 for one in targeted}
     eight = any(one.bits == 8 for one in targeted)
+    packed = any(one.bits == 4 for one in every)  # the path is about all 4-bit layers
     return {
         "base.bits": common("bits"),
         "base.quant_type": common("quant"),
         "base.compute_dtype": true(free={*DTYPES, "float16"}) if eight else common("compute"),
         "base.double_quant": common("double") if four == {True} else true(free={False}),
-        "base.gemm_path": true("dequantize") if four == {True} else true(free={"dequantize"} if True in four else ()),
+        "base.gemm_path": true("dequantize") if four == {True} else true(free={"dequantize"} if packed else ()),
         "base.frozen": true(True),
     }
