@@ -219,7 +219,7 @@ class KeptValue:
 
     def _is_kept(self, parts: list[Tensor]) -> bool:
         """Whether a value is the last known one."""
-        return all(torch.equal(now, then) for now, then in zip(parts, self._parts, strict=True))
+        return all(_is_same(now, then) for now, then in zip(parts, self._parts, strict=True))
 
     def _keep(self, parts: list[Tensor], before: list[Tensor]) -> None:
         self._parts = [part.clone() for part in parts]
@@ -245,6 +245,12 @@ def _distance(one: list[Tensor], other: list[Tensor]) -> float:
     pairs = [(now, then) for now, then in zip(one, other, strict=True) if not torch.equal(now, then)]
     total: float = sum(float((now.double() - then.double()).square().sum()) for now, then in pairs) ** 0.5
     return total
+
+
+def _is_same(now: Tensor, then: Tensor) -> bool:
+    """Whether two tensors are equal; what is no number is the same as itself."""
+    alike = (now.shape, now.dtype) == (then.shape, then.dtype)
+    return torch.equal(now, then) or (alike and torch.allclose(now, then, rtol=0.0, atol=0.0, equal_nan=True))
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:

@@ -5,7 +5,6 @@ Each case returns a model, its step, and how its requirements differ from those 
 
 from __future__ import annotations
 
-import copy
 import functools
 import tempfile
 
@@ -17,8 +16,6 @@ import torch
 import transformers
 from negative_controls.small_run import fourbit
 from torch import nn
-from torch.nn import functional
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 import kernels_check
 
@@ -110,17 +107,6 @@ def recomputing(**options):
     return plain(model, checkpointing=True)
 
 
-@case("selective checkpointing that keeps the matrix products")
-def selective_checkpointing():
-    kept = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
-
-    def policy(context, operator, *args, **kwargs):
-        return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return recomputing(use_reentrant=False, context_fn=functools.partial(create_selective_checkpoint_contexts, policy))
-
-
-case("reentrant checkpointing")(functools.partial(recomputing, use_reentrant=True))
 case("non-reentrant checkpointing")(functools.partial(recomputing, use_reentrant=False))
 
 
@@ -129,20 +115,6 @@ def lora_plus():
     model = lora(llama())
     options = {"optimizer_cls": torch.optim.AdamW, "lr": 1e-2, "loraplus_lr_ratio": 16}
     return model, step_of(model, peft.optimizers.create_loraplus_optimizer(model=model, **options)), {}
-
-
-@case("an optimizer that steps with a closure")
-def closure():
-    model, ids = lora(llama()), tokens()
-    optimizer = adamw(model)
-
-    def compute_loss():
-        optimizer.zero_grad()
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        return loss
-
-    return model, lambda: optimizer.step(compute_loss), {}
 
 
 @case("scaled, clipped and accumulated gradients")
@@ -162,20 +134,6 @@ def scaled_gradients():
     return model, step, {}
 
 
-@case("an evaluation inside the step")
-def evaluation():
-    model, train, _ = plain()
-
-    def step():
-        train()
-        model.eval()
-        with torch.no_grad():
-            model(input_ids=tokens())
-        model.train()
-
-    return model, step, {}
-
-
 @case("generation inside the step")
 def generation():
     model, train, _ = plain()
@@ -185,58 +143,6 @@ def generation():
         model.generate(input_ids=tokens(), max_new_tokens=3, do_sample=False)
         model.train()
         train()
-
-    return model, step, {}
-
-
-@case("distillation from an eager teacher of another depth")
-def distillation():
-    model, teacher, ids = lora(llama()), llama(num_hidden_layers=5).eval(), tokens()
-    teacher.set_attn_implementation("eager")
-    optimizer = adamw(model)
-
-    def step():
-        optimizer.zero_grad()
-        with torch.no_grad():
-            target = teacher(input_ids=ids).logits
-        output = model(input_ids=ids, labels=ids)
-        (output.loss + functional.mse_loss(output.logits, target)).backward()
-        optimizer.step()
-
-    return model, step, {}
-
-
-@case("a moving average of the model")
-def moving_average():
-    model, train, _ = plain()
-    average = copy.deepcopy(model).requires_grad_(False)
-
-    def step():
-        train()
-        with torch.no_grad():
-            for mean, value in zip(average.parameters(), model.parameters(), strict=True):
-                mean.lerp_(value, 0.1)
-            average(input_ids=tokens())
-
-    return model, step, {}
-
-
-@case("preference loss against the model without its adapter")
-def preference():
-    model, ids = lora(llama()), tokens()
-    optimizer = adamw(model)
-
-    def score():
-        logits = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
-        return logits.gather(-1, ids[:, 1:, None]).sum((1, 2))
-
-    def step():
-        optimizer.zero_grad()
-        with torch.no_grad(), model.disable_adapter():
-            reference = score()
-        chosen, rejected = score() - reference
-        (-functional.logsigmoid(0.1 * (chosen - rejected))).backward()
-        optimizer.step()
 
     return model, step, {}
 
@@ -253,34 +159,6 @@ def biases_of_4bit_layers():
         for linear in (layer.self_attn.q_proj, layer.self_attn.v_proj):
             linear.bias = nn.Parameter(torch.zeros(linear.out_features), requires_grad=False)
     return plain(lora(base, bias="lora_only"), **NF4)
-
-
-@case("padded rows")
-def padded():
-    model, ids, mask = lora(llama()), tokens(), torch.ones(ROWS, LENGTH, dtype=torch.long)
-    ids[0, -3:], mask[0, -3:] = 0, 0
-    inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-    requirements = {"attention.mask": "explicit", "padding.share": 3 / (ROWS * LENGTH)}
-    return model, step_of(model, adamw(model), **inputs), requirements
-
-
-@case("packed records")
-def packed():
-    model, ids = lora(llama()), tokens()
-    positions = torch.cat([torch.arange(5), torch.arange(LENGTH - 5)]).expand(ROWS, -1)
-    batch = {"input_ids": ids, "position_ids": positions, "use_cache": False}
-    step = step_of(model, adamw(model), **batch, labels=ids)
-    return model, step, {"attention.mask": "explicit", "packing.isolated": True}, batch
-
-
-@case("an encoder-decoder")
-def encoder_decoder():
-    torch.manual_seed(3)
-    layers = {"encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
-    config = transformers.BartConfig(max_position_embeddings=32, **layers, **sizes)
-    targets = {"target_modules": ["q_proj", "v_proj", "fc1"], "task_type": "SEQ_2_SEQ_LM"}
-    return plain(lora(transformers.BartForConditionalGeneration(config), **targets))
 
 
 @case("a vision-language model with an adapter on its language model")

@@ -15,7 +15,6 @@ from transformers import (
 )
 
 import kernels_check
-from kernels_check.observe.profile import is_recording
 
 WANTED = {
     **{"attention.backend": "flash", "attention.mask": "causal", "base.frozen": True, "lora.attached": True},
@@ -87,28 +86,6 @@ def test_a_trainer_trains_as_if_never_watched_and_its_steps_are_told(tmp_path):
     unmet = [{path for path in WANTED if not found[path].met} for found in look.found]
     assert unmet == [{"lora.learning"}, set(), set()], [found["lora.learning"].reason for found in look.found]
     assert _hooks(model) == _hooks(plain)
-
-
-def test_a_training_that_breaks_off_is_closed_by_whoever_opened(tmp_path):
-    """The Trainer calls no callback then; the stack is closed outside, the error is the training's own."""
-
-    class Broken(Trainer):
-        def training_step(self, *args, **kwargs):
-            super().training_step(*args, **kwargs)
-            raise OSError("the data ended")
-
-    model = _adapted()
-    before = torch.nn.functional.scaled_dot_product_attention
-    look = Look(model)
-    trainer = _trainer(tmp_path, model, [look])
-    trainer.__class__ = Broken
-    with pytest.raises(OSError, match="the data ended"), look.open:
-        trainer.train()
-    assert {check.status for check in look.watched.checks} == {"unknown"}
-    assert "the step raised OSError" in look.watched.checks[0].reason
-    assert torch.nn.functional.scaled_dot_product_attention is before
-    assert not is_recording()
-    assert sum(_hooks(model)) == 1, "that of checkpointing, on the embeddings"
 
 
 def test_a_loop_of_accelerate():

@@ -1,10 +1,8 @@
 """Fused kernels count where they are bound and called; evidence is constructed, as the real ones take a GPU."""
 
 import pytest
-import torch
 
 from kernels_check.judges.execution import judge_fused
-from kernels_check.observe.calls import Calls
 from kernels_check.observe.execution import FusedKernelSite
 
 
@@ -73,17 +71,3 @@ def test_what_was_not_called_beside_compiled_code_is_unknown(seen):
     """A function that was compiled calls no hook of what it calls."""
     assert _judge(seen, "rms_norm", _place(called=False), regions=1).status == "unknown"
     assert _judge(seen, "rms_norm", _place(), regions=1).status == "active"
-
-
-def test_calls_below_compiled_code_are_hidden():
-    """Its modules call no hook."""
-    from kernels_check.observe.execution import swapped_places
-    from kernels_check.observe.modules import ModelTree
-
-    class RMSNorm(torch.nn.Module):
-        def forward(self, x):
-            return x
-
-    model = torch.nn.Sequential(RMSNorm(), torch.nn.Sequential(RMSNorm()))
-    found = swapped_places(ModelTree.of(model), Calls(unhooked=frozenset({"1"})), ())
-    assert [(place.name, place.hidden) for place in found] == [("0", False), ("1.0", True)]

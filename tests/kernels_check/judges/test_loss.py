@@ -81,22 +81,6 @@ def test_a_loss_that_is_made_elsewhere_is_unknown(training):
     assert run.check("loss.tokens").status == "not_applicable"
 
 
-def test_an_evaluation_inside_the_step_is_no_pass(training):
-    """Only what was trained on counts."""
-    run = training()
-    accumulate(run, counted=True)
-    train = run.passes
-
-    def passes(run):
-        with torch.no_grad():
-            run.model(**run.inputs, labels=run.inputs["input_ids"])
-        return train(run)
-
-    run.passes = passes
-    reason = run.check("loss.tokens", True).reason
-    assert "in 2 passes of 24, 8; each weighs the same, and all together 1" in reason
-
-
 def test_a_loss_of_an_unknown_kind_is_not_counted(training):
     """What it does with the labels is not guessed."""
     run = training()
@@ -105,21 +89,6 @@ def test_a_loss_of_an_unknown_kind_is_not_counted(training):
     check = run.check("loss.tokens", True)
     assert check.status == "unknown"
     assert "holds no cross entropy that can be read" in check.reason
-
-
-def test_a_loss_of_a_known_name_is_read_all_the_same(training):
-    """Whatever it is called: a sum that the program divides by the tokens of all passes weighs each the same."""
-    run = training()
-
-    def ForCausalLMLoss(logits, labels, **_):  # noqa: N802
-        flat = logits[:, :-1].flatten(0, 1).float()
-        return torch.nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), reduction="sum") / 32
-
-    run.model.get_base_model().loss_function = ForCausalLMLoss
-    accumulate(run, divided=False)
-    check = run.check("loss.tokens", True)
-    assert check.met, check.reason
-    assert check.reason.endswith("in 2 passes of 24, 8; each weighs the same, and all together 1")
 
 
 @pytest.mark.parametrize("to_none", [True, False])

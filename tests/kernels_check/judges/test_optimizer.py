@@ -68,23 +68,6 @@ def test_no_optimizer_is_absent(training):
     assert "current_gradient_accumulation_steps" in check.reason
 
 
-def test_each_of_two_optimizers_counts(training):
-    """One fused, one that loops; a sound pair passes."""
-    for fused in (True, False):
-        run = training(quant=None)
-        values = [value for value in run.model.parameters() if value.requires_grad]
-        run.optimizer = torch.optim.AdamW(values[:4], fused=True)
-        other = torch.optim.SGD(values[4:], lr=1e-3, fused=fused)
-
-        def step(run=run, other=other):
-            run.step()
-            other.step()
-
-        check = run.check("optimizer.fused", True, step)
-        assert check.met is fused, check.reason
-        assert ("group 0 of SGD" in check.reason) is not fused
-
-
 @pytest.mark.parametrize("kind", ["AdamW", "Adam", "SGD", "Adagrad"])
 @pytest.mark.parametrize("fused", [True, False])
 def test_every_optimizer_with_a_fused_version_is_recognised(training, kind, fused):
@@ -93,29 +76,6 @@ def test_every_optimizer_with_a_fused_version_is_recognised(training, kind, fuse
     run = training(quant=None, make_optimizer=lambda given: make(given, lr=1e-3, fused=True if fused else None))
     check = run.check("optimizer.fused", fused)
     assert (check.met, check.observed) == (True, "fused" if fused else "loop")
-
-
-def test_a_gradient_scaler_and_a_wrapper_change_nothing(training):
-    """Each hands on to the optimizer that it was given."""
-    accelerate = pytest.importorskip("accelerate")
-    run = training(quant=None, make_optimizer=lambda given: torch.optim.AdamW(given, lr=1e-3, fused=True))
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    wrapped = accelerate.Accelerator(cpu=True).prepare_optimizer(run.optimizer)
-
-    def scaled():
-        run.optimizer.zero_grad()
-        scaler.scale(run.model(**run.inputs, labels=run.inputs["input_ids"]).loss).backward()
-        scaler.step(run.optimizer)
-        scaler.update()
-
-    def accelerated():
-        run.gradients()
-        wrapped.step()
-
-    for step in (scaled, accelerated):
-        check = run.check("optimizer.fused", True, step)
-        assert check.met, check.reason
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_an_update_without_an_optimizer_is_unknown(training):

@@ -42,6 +42,12 @@ def rest_dropout_once(run: SmallRun) -> None:
     run.passes = passes
 
 
+def spoil_a_gradient(run: SmallRun) -> None:
+    """Multiply a gradient by what is no number."""
+    value = next(value for value in run.model.parameters() if value.requires_grad)
+    value.register_hook(lambda gradient: gradient * float("nan"))
+
+
 def freeze_lora_a(run: SmallRun) -> None:
     """Freeze one of the factors by hand."""
     for name, value in run.model.named_parameters():

@@ -38,20 +38,6 @@ def normalise_as_loaded(run: SmallRun) -> None:
     run.model.base_model.model.model.norm.statistics.eval()
 
 
-def hold_a_large_table(run: SmallRun) -> None:
-    """Give the base 64 MiB more."""
-    import torch
-
-    table = torch.nn.Embedding(2**15, 2**10, dtype=torch.bfloat16, _weight=torch.zeros(2**15, 2**10).bfloat16())
-    run.model.base_model.model.table = table.requires_grad_(False)
-
-
-def change_one_row(run: SmallRun) -> None:
-    """Write to one row of it in each step, past autograd."""
-    hold_a_large_table(run)
-    after_each_step(run, lambda: run.model.base_model.model.table.weight.data[3].add_(1))
-
-
 def drift_offset(run: SmallRun) -> None:
     """Move the number that all scales of a weight are relative to."""
     layer = adapter_layers(run.model)[1].base

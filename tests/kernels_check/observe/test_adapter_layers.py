@@ -1,7 +1,5 @@
 """Adapters are separated from their base by the layers that hold them; of several, only the active one is judged."""
 
-import copy
-
 import peft
 import pytest
 import torch
@@ -59,28 +57,6 @@ def test_each_adapter_in_turn_is_active_throughout(shared, name):
     assert f"{2 * LAYERS[name]} of {2 * LAYERS[name]} trainable parameters" in checks["lora.learning"].reason
 
 
-def test_verifying_one_leaves_the_others_untouched(shared):
-    """Weights, gradients' absence, optimizer states, flags, active adapter and random numbers, to the bit."""
-    run = shared("wide")
-    weights = {name: value.detach().clone() for name, value in run.model.named_parameters()}
-    flags = {name: value.requires_grad for name, value in run.model.named_parameters()}
-    gradients = {name: copy.deepcopy(value.grad) for name, value in run.model.named_parameters()}
-    states = copy.deepcopy({name: optimizer.state_dict() for name, optimizer in run.optimizers.items()})
-    random = torch.get_rng_state()
-    run.verify(_requirements("wide"))
-    for name, value in run.model.named_parameters():
-        assert torch.equal(value, weights[name]), name
-        assert value.requires_grad is flags[name], name
-        before = gradients[name]
-        assert (value.grad is None) if before is None else torch.equal(value.grad, before), name
-    for name, optimizer in run.optimizers.items():
-        for key, state in optimizer.state_dict()["state"].items():
-            for field, held in state.items():
-                assert torch.equal(held, states[name]["state"][key][field]), (name, key, field)
-    assert torch.equal(torch.get_rng_state(), random)
-    assert run.model.active_adapter == "wide"
-
-
 def test_a_frozen_adapter_is_caught_among_several(shared):
     """An active adapter that is frozen while an inactive one is trainable does not learn."""
     name = "narrow"
@@ -100,20 +76,3 @@ def test_the_optimizer_of_another_adapter_is_caught(shared):
     check = run.check("lora.learning", True)
     assert check.status == "fallback"
     assert "4 of 4 parameters not given to the optimizer" in check.reason
-
-
-def test_one_optimizer_for_all_adapters_keeps_the_state_of_the_inactive(shared):
-    """A shared optimizer judges as well, and the moments of the adapters that rest stay as they were."""
-    run = shared("default")
-    every = [value for name, value in run.model.named_parameters() if "lora_" in name]
-    run.optimizer = torch.optim.AdamW(every, lr=1e-3, fused=True)
-    for name in ADAPTERS:
-        run.model.set_adapter(name)
-        run.step()
-    before = copy.deepcopy(run.optimizer.state_dict()["state"])
-    checks = {check.path: check for check in run.verify({"lora.learning": True, "base.frozen": True})}
-    assert checks["lora.learning"].met, checks["lora.learning"].reason
-    assert checks["base.frozen"].met, checks["base.frozen"].reason
-    for key, state in run.optimizer.state_dict()["state"].items():
-        for field, held in state.items():
-            assert torch.equal(held, before[key][field]), (key, field)

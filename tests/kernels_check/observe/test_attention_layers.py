@@ -157,34 +157,6 @@ def test_each_way_of_writing_it_is_known(verified, compute, backend, mask):
     assert verified(stack(compute, compute), "float32", path="attention.dtype").met
 
 
-@pytest.mark.parametrize("compute", [fused, written_out, written_out_in_three_dimensions])
-def test_autocast_decides_over_the_precision(verified, compute):
-    """Whatever dtype the weights have."""
-
-    def step(model, x):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(x).float().square().mean()
-        loss.backward()
-
-    assert verified(stack(compute), "bfloat16", step, "attention.dtype").met
-
-
-def test_multihead_attention_of_torch_is_attention(verified):
-    """With its weights it is written out, over three dimensions; without them it is fused."""
-
-    class Layer(nn.Module):
-        def __init__(self, weights):
-            super().__init__()
-            self.attn, self.weights = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True), weights
-
-        def forward(self, x):
-            return x + self.attn(x, x, x, need_weights=self.weights)[0]
-
-    assert verified(Model(Layer(False), Layer(False))).met
-    assert verified(Model(Layer(True), Layer(True)), "eager").met
-    assert verified(Model(Layer(False), Layer(True))).observed == "eager+flash"
-
-
 def test_a_step_without_gradients_is_judged_whole(training):
     """Where nothing trains, what is asked for is what ran."""
     run = training(quant=None)
