@@ -18,7 +18,6 @@ from lorameter.errors import UsageError
 from lorameter.machine import provenance
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.memory import birth_bytes, estimate_memory
-from lorameter.records.metrics import RSS_AT_START
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.plan import Arm
 from lorameter.studies.study_file import load_study
@@ -54,19 +53,6 @@ def test_an_earlier_run_stands_beside_with_the_error(capsys, small_study, write_
     assert "measured peak" in shown
     assert "953.7" in shown  # MiB
     assert f"{told['error']:+.1%}" in shown
-
-
-def test_the_process_is_that_of_an_earlier_run_of_any_workload(capsys, write_run, tmp_path, monkeypatch, machine):
-    """Not of the constant, where a trial has begun on this machine with these libraries."""
-    monkeypatch.setattr(provenance, "probe_machine", lambda environment=None: machine)
-    libraries = {name: provenance.library_version(name) for name in ("torch", "transformers")}
-    write_run(
-        "earlier", {"plain": [1.0]}, facts={"libraries": libraries},
-        change=lambda record: msgspec.structs.replace(record, memory={RSS_AT_START: 515 * 2**20}),
-    )  # fmt: skip
-    assert main(["estimate", SPEC, "--runs-dir", str(tmp_path / "runs"), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["train"]["kinds"]["process"] == told["generate"]["kinds"]["process"] == 515 * 2**20
 
 
 def test_what_fits_beside_one_build_of_torch_may_not_beside_another(machine):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def test_what_cannot_be_is_refused_before_anything_is_started(scripted, words, s
 
 def test_an_engine_of_the_workload_has_no_sides(scripted):
     """An A/B measures one variant on one workload, twice."""
-    for words in (("ab", "packing", "--base", "HEAD", "--candidate", "HEAD"), ("calibrate", "packing")):
+    for words in (("ab", "packing", "--base", sys.executable, "--candidate", sys.executable), ("calibrate", "packing")):
         code, _, err = scripted(*words)
         assert (code, "Measure it with `lorameter run packing`" in err) == (2, True)
 
