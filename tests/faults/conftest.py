@@ -98,11 +98,9 @@ def command(tmp_path, runs):
 
     def made(*options, stop="-"):
         words = options or ("run", str(tmp_path / "small.toml"), "--phase", "train", "--interleave", "lockstep")
-        # Where files may not grow, bytecode would be cut short and stay so.
         return [
             "env",
             f"STOP_AT={stop}",
-            "PYTHONDONTWRITEBYTECODE=1",
             sys.executable,
             str(PRETENDED),
             *words,

@@ -73,11 +73,12 @@ def remove_abandoned() -> None:
 
 @contextlib.contextmanager
 def leaving_nothing(folder: Path, *, unless: str) -> Iterator[None]:
-    """What is stopped before it has begun leaves no folder; `unless` is the file that says that it has. Of what ends by
-    an error the logs in it say why."""
+    """Remove a folder in which nothing has begun, after a stop or an error; `unless` is the file that says that it has.
+    After an error a folder with logs stays, because they say why."""
     try:
         yield
-    except KeyboardInterrupt:
-        if not (folder / unless).is_file():
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt) or not (folder / "logs").exists()
+        if stopped and not (folder / unless).is_file():
             shutil.rmtree(folder, ignore_errors=True)
         raise
