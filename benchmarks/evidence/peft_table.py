@@ -17,13 +17,14 @@ import json
 import math
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from lorameter.report.blocks import Axis, Document, Row, Section, Table, name_columns, say, say_each, write_row
+from lorameter.report.blocks import Axis, Document, Line, Row, Section, Table, name_columns, say, say_each, write_row
 from lorameter.report.figure import Figure, Intervals, Mark
 from lorameter.report.html.page import save_html, write_html
 from lorameter.report.terminal import text_of
@@ -36,7 +37,9 @@ QUALITY = {"MetaMathQA": "test accuracy", "image-gen": "test dino_similarity"}
 """The metric that a task is ranked by on PEFT's page; higher is better."""
 MEMORY = ("accelerator_memory_max", "cuda_memory_max")
 """One thing under two names: the files were renamed when other accelerators than CUDA were supported."""
-LEAST_PAIRS = 3
+MODEL = "llama-3.2-3B-"
+"""What the names of all experiments on text have in common."""
+LEAST_PAIRS = 3  # of a row in the table of repeats
 OUTCOMES = ("peft_version", "base_model_name_or_path", "rank_pattern")
 """Entries of a stored adapter configuration that the run wrote and its author did not choose (AdaLoRA's ranks)."""
 
@@ -108,7 +111,6 @@ def parse_run(task: str, result: dict) -> dict:
         "learning_rate": run["train_config"]["optimizer_kwargs"].get("lr"),
         "settings": json.dumps({"train": run["train_config"], "adapter": adapter}, sort_keys=True),
         "quality": final.get(QUALITY[task], math.nan),
-        "forgetting": final.get("forgetting", math.nan),
         "memory": next((train[name] for name in MEMORY if name in train), math.nan),
         "train_time": train["train_time"],
         "step_time": sum(row.get("train time", 0.0) for row in rows if QUALITY[task] not in row),
@@ -129,12 +131,10 @@ def pair_repeats(runs: pd.DataFrame, *, same_versions: bool) -> pd.DataFrame:
                 pairs.append({
                     "experiment": new.experiment, "commits": f"{old.commit}..{new.commit}",
                     "days": (pd.Timestamp(new.created) - pd.Timestamp(old.created)) / pd.Timedelta(days=1),
-                    "quality": new.quality - old.quality, "forgetting": new.forgetting - old.forgetting,
+                    "quality": new.quality - old.quality,
                     "step_time": math.log(new.step_time / old.step_time), "memory": math.log(new.memory / old.memory),
                 })  # fmt: skip
-    return pd.DataFrame(
-        pairs, columns=["experiment", "commits", "days", "quality", "forgetting", "step_time", "memory"]
-    )
+    return pd.DataFrame(pairs, columns=["experiment", "commits", "days", "quality", "step_time", "memory"])
 
 
 def changed_settings(old: str, new: str) -> list[str]:
@@ -230,7 +230,7 @@ def describe_repeats(task: str, runs: pd.DataFrame) -> Document:
                     f"{found.memory.abs().max():.1%}",
                 ))  # fmt: skip
     if not rows:
-        return (say("No experiment was run again, so nothing is known of the noise.", indented=True),)
+        return ()
     heads = name_columns(
         "commits", "versions", "pairs", "days", "steps, × as long", "later faster", "Δ quality", "Δ memory", left=2
     )
@@ -261,9 +261,6 @@ def describe_ranking(task: str, ranking: pd.DataFrame, found: dict[str, np.ndarr
         "bookkeeping)",
         f"{rates.iloc[0]} of {len(ranking)} share the learning rate {rates.index[0]:g}",
     ]
-    if known:
-        spread = ranking.worst - ranking.best + 1
-        lines.append(f"an experiment can be at any of {spread.median():.0f} ranks (median) under the largest noise")
     rivals = dict(zip(front.experiment, front.rivals, strict=True))
     rows = tuple(
         write_row(
@@ -285,6 +282,19 @@ def describe_ranking(task: str, ranking: pd.DataFrame, found: dict[str, np.ndarr
     )
 
 
+def summarise(task: str, ranking: pd.DataFrame, found: dict[str, np.ndarray], runs: pd.DataFrame) -> Line:
+    """How many neighbours are separable, how wide the ranks are, and how much of the front is open."""
+    counts = ", ".join(f"{ranking[kind].sum()} ({kind})" for kind, limit in found.items() if not np.isnan(limit).any())
+    if not counts:
+        return replace(say("nothing was run again, so no two experiments are known to differ", label=task), last=True)
+    front, ranks = pareto(ranking, runs, widest_limit(found)), (ranking.worst - ranking.best + 1).median()
+    text = (
+        f"separable pairs of neighbours, of {len(ranking) - 1}, by kind of noise: {counts}; ranks that an experiment "
+        f"can have: {ranks:.0f} (median); open members of the Pareto front: {(front.rivals > 0).sum()} of {len(front)}"
+    )
+    return replace(say(text, label=task), last=True)
+
+
 def describe_changes(runs: pd.DataFrame, deleted: dict[str, str]) -> Iterator[str]:
     """A line for each experiment whose settings changed, under its own name or when another replaced it."""
     for _, group in runs.sort_values("created").groupby("experiment", sort=False):
@@ -300,8 +310,19 @@ def describe_changes(runs: pd.DataFrame, deleted: dict[str, str]) -> Iterator[st
             yield f"{new.experiment} replaced {old.experiment.iloc[-1]} in {commit}; changed: {changed}"
 
 
-def describe_task(checkout: Path, revision: str, task: str) -> tuple[Document, Figure, pd.DataFrame, pd.DataFrame]:
-    """The report of one task, its picture, its runs and its ranking."""
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """The report of one task, its summary and picture, its runs and its ranking."""
+
+    document: Document
+    summary: Line
+    figures: tuple[Figure, ...]
+    runs: pd.DataFrame
+    ranking: pd.DataFrame
+
+
+def describe_task(checkout: Path, revision: str, task: str) -> Task:
+    """Everything about one task; a picture only if something is known of its noise."""
     blobs, deleted = read_runs(checkout, revision, task)
     runs = blobs[~blobs.rewrite]
     folder = f"method_comparison/{task}/results"
@@ -316,10 +337,9 @@ def describe_task(checkout: Path, revision: str, task: str) -> tuple[Document, F
         f"{len(ranking)} are current at {revision[:9]}",
         *describe_changes(runs, gone),
     )
-    half = np.nan_to_num(np.diagonal(widest_limit(found))) / 2
     marks = tuple(
-        Mark(name=row.experiment, value=row.quality, low=row.quality - margin, high=row.quality + margin)
-        for row, margin in zip(ranking.itertuples(), half, strict=True)
+        Mark(name=row.experiment.replace(MODEL, ""), value=row.quality, low=row.quality - half, high=row.quality + half)
+        for row, half in zip(ranking.itertuples(), np.nan_to_num(np.diagonal(widest_limit(found))) / 2, strict=True)
     )
     figure = Figure(
         title=f"{task}: {QUALITY[task]}",
@@ -328,17 +348,23 @@ def describe_task(checkout: Path, revision: str, task: str) -> tuple[Document, F
         drawing=Intervals(axis=Axis(title=QUALITY[task]), marks=marks),
         table=None,
     )
-    said = (
+    document: Document = (
         Section(title=task, lines=say_each(lines)),
         *describe_repeats(task, runs),
         *describe_ranking(task, ranking, found, runs),
     )
-    return said, figure, blobs.assign(task=task), ranking.assign(task=task)
+    return Task(
+        document=document,
+        summary=summarise(task, ranking, found, blobs),
+        figures=(figure,) if not np.isnan(widest_limit(found)).any() else (),
+        runs=blobs.assign(task=task),
+        ranking=ranking.assign(task=task),
+    )
 
 
 def main() -> int:
     """Write the report of all tasks."""
-    parser = argparse.ArgumentParser(description="Judge PEFT's published comparison of methods by its own history.")
+    parser = argparse.ArgumentParser(description=TITLE)
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--revision", default="HEAD")
     parser.add_argument("--out", type=Path, default=Path("reports/peft-method-comparison"))
@@ -352,17 +378,17 @@ def main() -> int:
         "test items: the answers of two methods are taken as independent",
     )
     document: Document = (
-        Section(title=TITLE, lines=say_each(notes)),
-        *(block for said, *_ in tasks for block in said),
+        Section(title=TITLE, lines=(*(task.summary for task in tasks), *say_each(notes))),
+        *(block for task in tasks for block in task.document),
     )
     text = text_of(document, width=160, coloured=False)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "report.txt").write_text(text)
-    page = write_html(document, title=TITLE, figures=[figure for _, figure, *_ in tasks])
+    page = write_html(document, title=TITLE, figures=[figure for task in tasks for figure in task.figures])
     save_html(page, options.out / "report.html")
-    every = pd.concat([runs for *_, runs, _ in tasks]).drop(columns=["settings", "blob"])
+    every = pd.concat([task.runs for task in tasks]).drop(columns=["settings", "blob"])
     every.to_csv(options.out / "runs.csv", index=False)
-    ranked = pd.concat([ranking for *_, ranking in tasks]).drop(columns=["settings", "blob", "rewrite"])
+    ranked = pd.concat([task.ranking for task in tasks]).drop(columns=["settings", "blob", "rewrite"])
     ranked.to_csv(options.out / "ranking.csv", index=False)
     print(text, end="")
     return 0
