@@ -592,8 +592,8 @@ def profile(*, missing: str = "", remainder: float = 0.001) -> Json:
             "device": "cpu", "step_times_s": [0.2, 0.201, 0.199], "phases": [] if missing else phases,
             "missing": missing,
         },
-        "memory": {"train": {"phase": "train", "kinds": kinds, "peak_bytes": 439 * MIB}},
-        "estimates": {"train": kinds | {"gradients": 2 * MIB}},
+        "memory": {"phase": "train", "kinds": kinds, "peak_bytes": 439 * MIB},
+        "estimates": kinds | {"gradients": 2 * MIB},
     }  # fmt: skip
 
 

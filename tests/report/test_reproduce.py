@@ -37,7 +37,7 @@ def test_the_line_of_every_run_is_a_command(path):
     if run.manifest.sides:
         assert "does not say by which words" in reproduction_steps(run)
     else:
-        assert typed(run).command.__name__ == "run_study"
+        assert typed(run).command == "run:run_study"
 
 
 def side(kind, spec, *, commit=None, rows=0):
@@ -67,7 +67,7 @@ def test_an_ab_is_repeated_as_an_ab(ab):
     assert options.command == "run:run_ab"
     assert (options.study, options.base, options.candidate) == ("training-step", "a" * 40, "peft==0.21.2")
     planted = typed(ab(side("present", ""), side("present", "", rows=24), study=study))
-    assert (planted.command.__name__, planted.inject_rows) == ("run_calibrate", 24)
+    assert (planted.command, planted.inject_rows) == ("calibrate:run_calibrate", 24)
 
 
 def test_commands_are_repeated_as_commands(ab):
