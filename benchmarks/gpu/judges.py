@@ -94,7 +94,7 @@ def idle_clocks_are_left_out(evidence: Evidence) -> Decision:
 def flash_refuses_a_mask(evidence: Evidence) -> Decision:
     """Forced to one backend, an explicit mask is refused by flash; what then runs is said."""
     found = evidence.fact("attention")
-    takes = ", ".join(name for name, taken in found["takes_mask"].items() if taken) or "nobody"
+    takes = ", ".join(name for name, taken in found["takes_mask"].items() if taken) or "none"
     chosen = ", ".join(f"{case}: {backend}" for case, backend in found["chosen"].items())
     return decided(not found["takes_mask"]["FLASH_ATTENTION"], f"a mask is taken by {takes}; chosen for {chosen}")
 

@@ -42,7 +42,7 @@ def hostile_document():
     lines = (say(HOSTILE, Span(text=HOSTILE, tone="alarm")),)
     return (
         Line(spans=(Span(text=HOSTILE),), indented=False, blank_line_before=True),
-        Section(title=HOSTILE, beside=HOSTILE, lines=lines, tone="bad"),
+        Section(title=HOSTILE, subtitle=HOSTILE, lines=lines, tone="bad"),
         Table(title=HOSTILE, heads=heads, rows=rows, notes=lines),
         Collapsible(summary=say("a line"), lines=lines),
         Panel(title=HOSTILE, passages=(Quote(head=HOSTILE, text=HOSTILE),)),

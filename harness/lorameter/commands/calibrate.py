@@ -94,7 +94,7 @@ def _calibrate_on(options: argparse.Namespace) -> int:
 
 
 def _require_whole(run: Run, then: str) -> None:
-    """Raises `InvalidRunError` where a run was stopped: whoever did that does not want the next one to begin."""
+    """Raises `InvalidRunError` where a run was stopped, so that no further one begins."""
     if run.manifest.status != "complete":
         raise InvalidRunError(f"run {run.manifest.run} was stopped, and what it had measured is kept: {then}.")
 

@@ -63,12 +63,12 @@ def run_estimate(options: argparse.Namespace) -> int:
         notices += memory_notices(variant, most, machine, executor.free_bytes())
     profile = study.profile or None
     if options.json:
-        told = {"variant": variant.name, "id": variant.id, "model": workload.model, "device": machine.device}
+        about = {"variant": variant.name, "id": variant.id, "model": workload.model, "device": machine.device}
         phases: dict[str, Any] = {
             phase: _document(estimates.get(phase), measured.get(phase)) for phase in MEMORY_PHASES
         }
         asked = {"profile": profile, "fit": advice and _fit_document(advice, estimates)} if device is not None else {}
-        print_json({**told, **phases, "notices": [notice.message for notice in notices], **asked})
+        print_json({**about, **phases, "notices": [notice.message for notice in notices], **asked})
         return EXIT_PASS
 
     estimated = describe_estimate(

@@ -378,7 +378,7 @@ class ParityOf(msgspec.Struct, forbid_unknown_fields=True):
     distinct_answers: int
     """Different answers of the reference; 1 of many prompts makes these hardly more than one."""
     ways: list[WayOf]
-    """Beside the two controls: the reference asked again, and the base without the adapter."""
+    """Besides the two controls: the reference asked again, and the base without the adapter."""
     trouble: str
     """Why no verdict can be relied on; empty where one can."""
     valid: bool

@@ -40,7 +40,7 @@ def run_wrap(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _report_errors() -> Iterator[None]:
-    """Meanwhile an error, as of a full disk, is told and ends nothing: the exit code is the command's."""
+    """Meanwhile an error, as of a full disk, is reported and ends nothing: the exit code is the command's."""
     try:
         yield
     except Exception as error:

@@ -153,7 +153,7 @@ def settings(*, gpu: bool, environment: Mapping[str, str] | None = None, root: P
     watch = HostTelemetry(root)
     watch.begin()
     watch.end()
-    system = {name: value for name, value in _told(system_facts(root)).items() if name not in MOMENTARY}
+    system = {name: value for name, value in _as_facts(system_facts(root)).items() if name not in MOMENTARY}
     return {
         "system": system,
         "gpu": _gpu(environment) if gpu else unavailable("trials do not run on a GPU"),
@@ -167,9 +167,9 @@ def _gpu(environment: Mapping[str, str] | None) -> dict[str, Any] | str:
         return unavailable(opened.reason)
     facts = opened.value.facts()
     opened.value.close()
-    return _told(facts)
+    return _as_facts(facts)
 
 
-def _told(facts: Any) -> dict[str, Any]:
+def _as_facts(facts: Any) -> dict[str, Any]:
     values = {one.name: getattr(facts, one.name) for one in dataclasses.fields(facts)}
     return {name: value.value_or_reason() if isinstance(value, Reading) else value for name, value in values.items()}

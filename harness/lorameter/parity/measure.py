@@ -66,7 +66,7 @@ def measure_parity(
         executor: where; it is started and closed here.
         runs: the folder is made in it, beside runs.
         adapter: of `check_adapter`; None to train one.
-        say: is told what is going on.
+        say: called with a line of progress.
 
     Raises:
         UsageError: what cannot work on this machine.

@@ -121,7 +121,7 @@ class Section:
 
     title: str
     lines: tuple[Line, ...] = ()
-    beside: str = ""
+    subtitle: str = ""
     """What follows the title on its line without being part of it."""
     tone: Tone = "plain"
     blank_line_before: bool = True

@@ -158,8 +158,8 @@ def _held(name: str, series: Series) -> Bar | None:
     )
     if births:
         parts.insert(0, BarSegment(kind="process baseline", value=statistics.median(births)))
-    beside = peak - sum(part.value for part in parts)
-    return Bar(name=name, parts=(*parts, BarSegment(kind="rest of the peak", value=max(beside, 0.0))))
+    rest = peak - sum(part.value for part in parts)
+    return Bar(name=name, parts=(*parts, BarSegment(kind="rest of the peak", value=max(rest, 0.0))))
 
 
 def _cold(shown: Shown) -> Figure | None:

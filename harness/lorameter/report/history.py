@@ -64,7 +64,7 @@ def describe_history(history: History, *, every_run: bool = False) -> Document:
 def _track(track: Track, *, every_run: bool) -> Iterator[Block]:
     yield Section(
         title=f"{title_of(track.metric)} of {track.variant}",
-        beside=f"  study {track.study}",
+        subtitle=f"  study {track.study}",
         lines=tuple(_drawn(track)),
     )
     yield Table(heads=LEVELS, rows=tuple(_levels(track)), blank_line_before=True)

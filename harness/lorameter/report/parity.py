@@ -41,7 +41,7 @@ def describe_parity(parity: Parity, judgement: Judgement) -> Document:
             _adapter(parity),
             indented=False,
         ),
-        Section(title="Against ", beside=parity.reference.way, lines=tuple(_verdicts(judgement))),
+        Section(title="Against ", subtitle=parity.reference.way, lines=tuple(_verdicts(judgement))),
         _answers(rows),
         _logits(rows),
         _losses(rows, parity),

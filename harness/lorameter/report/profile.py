@@ -164,8 +164,8 @@ TOP = 8
 NAME_WIDTH = 80
 
 
-def tabulate_phases(profile: TrialProfile, step: StepAccount, words: Words = OF_STEPS, *, beside: str = "") -> Table:
-    """A row a phase, the remainder that no phase explains, and the step; below it what the times rest on. `beside` is
+def tabulate_phases(profile: TrialProfile, step: StepAccount, words: Words = OF_STEPS, *, suffix: str = "") -> Table:
+    """A row a phase, the remainder that no phase explains, and the step; below it what the times rest on. `suffix` is
     added to the title."""
     waits = "device waits" if profile.device == "cuda" else "between operators"
     known = not profile.activity.missing
@@ -188,7 +188,7 @@ def tabulate_phases(profile: TrialProfile, step: StepAccount, words: Words = OF_
     total = _count(profile.activity.calls if known else None)
     rows.append(write_row(words.what, _time(step.step), "100 %", "", total, strong=True))
     return Table(
-        title=f"Where a {words.what}'s time goes{beside}",
+        title=f"Where a {words.what}'s time goes{suffix}",
         heads=name_columns("phase", "time", f"of the {words.what}", waits, calls),
         rows=tuple(rows),
         notes=say_each(_step_lines(step, words)),
@@ -233,7 +233,7 @@ def _step_lines(step: StepAccount, words: Words) -> Iterator[str]:
 
 
 def tabulate_categories(
-    profile: TrialProfile, step: StepAccount, words: Words = OF_STEPS, *, beside: str = ""
+    profile: TrialProfile, step: StepAccount, words: Words = OF_STEPS, *, suffix: str = ""
 ) -> Table:
     """A row for each kind of work, by phase; below it the dearest operators by name."""
     what = "kernels" if profile.device == "cuda" else "operators, each without those that it calls"
@@ -243,7 +243,7 @@ def tabulate_categories(
         times = (write_seconds(by_phase[phase]) if by_phase[phase] else "–" for phase in step.phases)
         rows.append(write_row(category, write_share(seconds / step.step.value), write_seconds(seconds), *times))
     return Table(
-        title=f"What ran{beside}: {what}",
+        title=f"What ran{suffix}: {what}",
         heads=name_columns("category", f"of the {words.what}", "time", *step.phases),
         rows=tuple(rows),
         notes=say_each(_operators(profile, step, words)),
@@ -318,7 +318,7 @@ def describe_tried(tried: Tried) -> Document:
     changes = ", ".join(f"{key} = {value}" for key, value in tried.finding.suggestion.items())
     section = Section(
         title=f"Tried: {tried.finding.code}",
-        beside=f" by {changes} ({tried.interleaving})",
+        subtitle=f" by {changes} ({tried.interleaving})",
         lines=tuple(_tried_lines(tried)),
     )
     return section, *describe_notices(tried.notices)

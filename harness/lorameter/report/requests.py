@@ -55,9 +55,9 @@ def describe_requests(
             f" of {profile.study} on {where}{asked}",
             indented=False,
         ),
-        *(tabulate_phases(side, account.whole, OF_REQUESTS, beside=beside) for side, account, beside in sides),
-        _passes(profile, [(account, beside) for _, account, beside in sides]),
-        *(tabulate_categories(side, account.whole, OF_REQUESTS, beside=beside) for side, account, beside in sides),
+        *(tabulate_phases(side, account.whole, OF_REQUESTS, suffix=suffix) for side, account, suffix in sides),
+        _passes(profile, [(account, suffix) for _, account, suffix in sides]),
+        *(tabulate_categories(side, account.whole, OF_REQUESTS, suffix=suffix) for side, account, suffix in sides),
         _memory(profile),
         *([_cold(profile)] if profile.cold_parts_s else []),
         tabulate_findings(
@@ -69,9 +69,9 @@ def describe_requests(
 
 def _passes(profile: RequestProfile, accounts: Sequence[tuple[RequestAccount, str]]) -> Table:
     rows: list[Row] = []
-    for account, beside in accounts:
-        rows.append(_pass(f"prefill{beside}", account.prefill))
-        rows.append(_pass(f"a token of decode{beside}", account.decode))
+    for account, suffix in accounts:
+        rows.append(_pass(f"prefill{suffix}", account.prefill))
+        rows.append(_pass(f"a token of decode{suffix}", account.decode))
     calls = "launches" if profile.device == "cuda" else "operators"
     return Table(
         title="Forward passes, and how near they came to the peak",
@@ -95,11 +95,11 @@ def _pass(title: str, one: PassAccount) -> Row:
 
 
 def _pass_lines(profile: RequestProfile, accounts: Sequence[tuple[RequestAccount, str]]) -> Iterator[str]:
-    for account, beside in accounts:
+    for account, suffix in accounts:
         first, later = account.first_token, account.token
         yield (
             f"time to first token {value_cell(first.value, first.low, first.high, 's').line}, per later token "
-            f"{value_cell(later.value, later.low, later.high, 's').line}{beside}"
+            f"{value_cell(later.value, later.low, later.high, 's').line}{suffix}"
         )
     served = accounts[0][0]
     for one in (served.prefill.mfu, served.decode.mbu):

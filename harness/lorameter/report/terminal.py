@@ -91,15 +91,15 @@ def _paragraph(line: Line, console: Console, lead: int) -> Text:
     """Wrapped between words, with a hanging indent after its lead, or below a lead that leaves no room."""
     begin = Text(_INDENT * line.indented).append_text(draw_text(line.label.ljust(lead), "faint"))
     begin.append(_INDENT if lead else "")
-    beside = min(begin.cell_len, console.width // 3)
+    indent = min(begin.cell_len, console.width // 3)
     body = Text().join(draw_text(span.text, span.tone) for span in line.spans)
     drawn = Text("\n" * line.blank_line_before)
-    if begin.cell_len + body.cell_len > console.width and begin.cell_len > beside:
+    if begin.cell_len + body.cell_len > console.width and begin.cell_len > indent:
         begin.rstrip()
         drawn.append_text(_wrapped(begin, console.width, console)).append("\n")
-        begin = Text(" " * beside)
-    for number, part in enumerate(_wrapped(body, console.width - beside, console).split("\n", allow_blank=True)):
-        drawn.append_text(begin if number == 0 else Text("\n" + " " * beside)).append_text(part)
+        begin = Text(" " * indent)
+    for number, part in enumerate(_wrapped(body, console.width - indent, console).split("\n", allow_blank=True)):
+        drawn.append_text(begin if number == 0 else Text("\n" + " " * indent)).append_text(part)
     return drawn
 
 
@@ -116,7 +116,7 @@ def _wrapped(text: Text, width: int, console: Console) -> Text:
 def _section(section: Section, console: Console) -> Iterator[Text]:
     title = draw_text(section.title)
     title.stylize(f"bold {STYLES[section.tone]}")
-    yield Text("\n" * section.blank_line_before).append_text(title).append_text(draw_text(section.beside))
+    yield Text("\n" * section.blank_line_before).append_text(title).append_text(draw_text(section.subtitle))
     yield from _paragraphs(section.lines, console)
 
 
@@ -258,9 +258,9 @@ def _gallery(gallery: ChartGroup, console: Console) -> Iterator[Text]:
         yield _paragraph(say("charts are drawn where the terminal takes UTF-8"), console, 0)
         return
     width = min(_CHART_WIDTH, console.width)
-    beside = max(1, (console.width + 2) // (width + 2))
-    for first in range(0, len(gallery.charts), beside):
-        group = gallery.charts[first : first + beside]
+    per_row = max(1, (console.width + 2) // (width + 2))
+    for first in range(0, len(gallery.charts), per_row):
+        group = gallery.charts[first : first + per_row]
         titles = [draw_text(chart.across.title, "faint") for chart in group]
         for title in titles:
             title.truncate(width, overflow="ellipsis", pad=True)

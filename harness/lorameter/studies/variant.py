@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lorameter.errors import UsageError, shorten
 from lorameter.records import codec
@@ -61,10 +61,11 @@ class AnyVariant:
             return PeftVariant
         return FullVariant if "method" in table else LoraVariant
 
-    @property
-    def method_name(self) -> str:
-        """What trains, in PEFT's words where it has one."""
-        raise NotImplementedError
+    if TYPE_CHECKING:
+
+        @property
+        def method_name(self) -> str:
+            """What trains, in PEFT's words where it has one; each form has its own."""
 
     @property
     def settings(self) -> dict[str, Any]:
