@@ -144,16 +144,16 @@ class Training:
     def verify(self) -> PartialRecord:
         """Watch a step and judge what the variant claims; a claim that does not hold makes the trial invalid."""
         if self._watched is None:
-            return self._check_apart()
+            return self._check_in_own_steps()
         watched, undecided = self._watch_step(self._watched)
         if watched.status != "ok" or not undecided:
             return watched
-        found = self._check_apart()
+        found = self._check_in_own_steps()
         values = dict(found.values)
         values["verify_time_s"] += watched.values["verify_time_s"]
         return msgspec.structs.replace(found, values=values, samples=watched.samples)
 
-    def _check_apart(self) -> PartialRecord:
+    def _check_in_own_steps(self) -> PartialRecord:
         """A check in steps of its own, which are taken back."""
         parts, request = self._built, self._request
         trainee, step, stream = parts.trainee, parts.step, parts.stream
