@@ -209,9 +209,9 @@ CONTROLS: tuple[Control, ...] = (
         fault=partial(build, compute="float32"),
     ),
     Control(name="the base is not frozen", path="base.frozen", required=True, fault=changed(train_a_norm)),
-    Control(name="the adapter is disabled", path="lora.attached", required=True, fault=changed(disable_adapter)),
-    Control(name="the adapter does not learn", path="lora.learning", required=True, fault=changed(freeze_adapter)),
-    Control(name="dropout is inactive", path="lora.dropout", required=0.05, fault=changed(silence_dropout)),
+    Control(name="the adapter is disabled", path="peft.attached", required=True, fault=changed(disable_adapter)),
+    Control(name="the adapter does not learn", path="peft.learning", required=True, fault=changed(freeze_adapter)),
+    Control(name="dropout is inactive", path="peft.dropout", required=0.05, fault=changed(silence_dropout)),
     Control(
         name="another optimizer", path="optimizer.class", required=_ADAMW, fault=partial(build, optimizer="SGD")
     ),

@@ -277,12 +277,12 @@ class Watch:
         return replace(check, observed=None, status="unknown", reason=f"{why}; so far: {check.reason}")
 
     def _takes_an_update(self, check: Check) -> bool:
-        if check.path == "lora.learning" and check.observed is not True and not self._steps.undecided:
+        if check.path == "peft.learning" and check.observed is not True and not self._steps.undecided:
             return False  # what an earlier step has found wrong is wrong still
         return PATHS[check.path].takes_update
 
     def _may_show_more(self, check: Check, seen: Observation) -> bool:
-        if check.path == "lora.learning":
+        if check.path == "peft.learning":
             return self._steps.undecided
         if check.path == "base.frozen":
             return check.observed is True and seen.calls == 1 and _is_merged_and_back(seen)

@@ -363,18 +363,18 @@ def _adapt(drawn: Drawn, draw: random.Random) -> None:
     drawn.model = peft.get_peft_model(drawn.model, config, autocast_adapter_dtype=draw.random() < 0.8)
     drawn.about.append(method)
     drawn.truths |= _base_truth([drawn.stored[name] for name in names], list(drawn.stored.values()))
-    drawn.truths["lora.dropout"] = true(dropout) if method in WITH_DROPOUT else true(free={0.0, 0.05, 0.1})
+    drawn.truths["peft.dropout"] = true(dropout) if method in WITH_DROPOUT else true(free={0.0, 0.05, 0.1})
     dtypes = {str(value.dtype).removeprefix("torch.") for value in drawn.model.parameters() if value.requires_grad}
-    drawn.truths["lora.dtype"] = true(*dtypes) if len(dtypes) == 1 else true()
-    drawn.truths["lora.attached"] = drawn.truths["lora.learning"] = true(True)
+    drawn.truths["peft.dtype"] = true(*dtypes) if len(dtypes) == 1 else true()
+    drawn.truths["peft.attached"] = drawn.truths["peft.learning"] = true(True)
     out = [name for name in names[1:] if draw.random() < 0.5]  # the first one stays: without any there is no step
     if draw.random() < 0.2 and out:
         way = draw.choice(["disabled", "merged"] if not drawn.stores(4, 8) else ["disabled"])
         for name in out:
             layer = drawn.model.base_model.model.get_submodule(name)
             layer.merge() if way == "merged" else layer.enable_adapters(False)
-        drawn.truths["lora.attached"] = drawn.truths["lora.learning"] = true(free={False})
-        drawn.truths["lora.dropout"] = true(free={0.0, 0.05, 0.1})
+        drawn.truths["peft.attached"] = drawn.truths["peft.learning"] = true(free={False})
+        drawn.truths["peft.dropout"] = true(free={0.0, 0.05, 0.1})
         drawn.about.append(f"adapters {way}")
 
 

@@ -34,7 +34,7 @@ from torch.nn import functional
 ROWS, LENGTH, RATE = 2, 12, 0.02
 IN_COMPILED = (
     "attention.backend", "attention.dtype", "attention.mask", "optimizer.fused", "base.gemm_path", "base.compute_dtype",
-    "lora.learning", "lora.dropout", "lora.attached", "checkpointing", "checkpointing.layers",
+    "peft.learning", "peft.dropout", "peft.attached", "checkpointing", "checkpointing.layers",
 )  # fmt: skip
 """Paths that rest on operators or on calls inside blocks, which compiled code does not show."""
 OPTIMIZERS: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], str, bool | None]] = {
@@ -128,9 +128,9 @@ class DrawnRun:
         way = 1.0 if self.drawn.stores(4, 8) else draw.random()
         self.training, self.evaluates = way >= 0.08, 0.08 <= way < 0.2
         self.truths["mode"] = true("train" if self.training else "eval")
-        dropped, drops = self.truths["lora.dropout"], "math by dropout" in self.drawn.kinds
+        dropped, drops = self.truths["peft.dropout"], "math by dropout" in self.drawn.kinds
         if not self.training:
-            self.truths["lora.dropout"] = true(free={0.0, *(dropped.free if not dropped.holds else ())})
+            self.truths["peft.dropout"] = true(free={0.0, *(dropped.free if not dropped.holds else ())})
             if drops:
                 only = {"flash", "math", "fused"} if len(set(self.drawn.kinds)) == 1 else ()
                 self.truths["attention.backend"] = true(free=only)
@@ -173,10 +173,10 @@ class DrawnRun:
         self.trained = copy.deepcopy(self.model)
         stored = {path for path in self.truths if path.startswith("base.") and path != "base.gemm_path"}
         for path, now in self.truths.items():
-            self.truths[path] = undecided(now) if path in stored | {"lora.dtype"} else true()
-        self.truths |= dict.fromkeys(("lora.attached", "lora.learning", "checkpointing"), true(free={False}))
+            self.truths[path] = undecided(now) if path in stored | {"peft.dtype"} else true()
+        self.truths |= dict.fromkeys(("peft.attached", "peft.learning", "checkpointing"), true(free={False}))
         self.truths |= {"mode": true(free={"train", "eval"}), "padding.share": true(free=(0.0,))}
-        self.truths |= {"lora.dropout": true(free={0.0, 0.05, 0.1}), "checkpointing.layers": true(free={0.0})}
+        self.truths |= {"peft.dropout": true(free={0.0, 0.05, 0.1}), "checkpointing.layers": true(free={0.0})}
         if self.batch is not None:
             self.truths["packing.isolated"] = true(free={True, False})
         self.about.append("trains a copy")
@@ -206,7 +206,7 @@ class DrawnRun:
         self.truths["optimizer.class"] = true(kind)
         self.about.append(f"optimizer {name}")
         if sick in ("no rate", "reset", "left out") and not (sick == "left out" and len(trainable) == 1):
-            self.truths["lora.learning"] = true(free={False})
+            self.truths["peft.learning"] = true(free={False})
         if sick == "no rate":
             for group in self.optimizer.param_groups:
                 group["lr"] = 0.0
@@ -218,7 +218,7 @@ class DrawnRun:
             self.about.append("warms up from a rate of 0")
         coarse = any(value.dtype == torch.bfloat16 for value in trainable)
         if coarse and (self.schedule is not None or "Adam" not in name):
-            self.truths["lora.learning"] = true(free={True, False})  # updates may round away
+            self.truths["peft.learning"] = true(free={True, False})  # updates may round away
         if copied:
             self.truths["optimizer.class"] = undecided(self.truths["optimizer.class"])
             self.truths["optimizer.fused"] = true(free={True, False})

@@ -73,9 +73,9 @@ TASKS = tuple(f"AutoModelFor{task}" for task in (
 ))  # fmt: skip
 SOFTMAXES = (torch.softmax, torch.nn.functional.softmax, torch.Tensor.softmax)
 HEALTHY: dict[str, Any] = {
-    "base.bits": 32, "base.quant_type": "none", "base.frozen": True, "lora.attached": True, "lora.dtype": "float32",
-    "lora.dropout": 0.05, "optimizer.class": "torch.optim.AdamW", "optimizer.fused": False, "checkpointing": False,
-    "compile": False, "mode": "train", "lora.learning": True,
+    "base.bits": 32, "base.quant_type": "none", "base.frozen": True, "peft.attached": True, "peft.dtype": "float32",
+    "peft.dropout": 0.05, "optimizer.class": "torch.optim.AdamW", "optimizer.fused": False, "checkpointing": False,
+    "compile": False, "mode": "train", "peft.learning": True,
 }  # fmt: skip
 
 
@@ -292,8 +292,8 @@ class Found:
     def holds(self, path: str) -> bool | None:
         """Whether a healthy requirement holds."""
         truths = {
-            "lora.learning": self.learning if self.attached else self.learning and None,
-            "lora.attached": self.attached, "base.frozen": self.frozen, "lora.dropout": self.attached or None,
+            "peft.learning": self.learning if self.attached else self.learning and None,
+            "peft.attached": self.attached, "base.frozen": self.frozen, "peft.dropout": self.attached or None,
         }  # fmt: skip
         return truths.get(path, True)
 

@@ -56,7 +56,7 @@ _UNSEEN = "called, but the adapter is of bare parameters, which leave no trace w
 
 
 def judge_attached(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``lora.attached``: present, active, enabled, not merged, and executed, wherever it was configured."""
+    """Judge ``peft.attached``: present, active, enabled, not merged, and executed, wherever it was configured."""
     layers = seen.adapter_layers()
     if not layers:
         return PathObservation(observed=False, present=False, reason=NO_ADAPTER)
@@ -189,7 +189,7 @@ _NO_STEP = (
 
 
 def judge_learning(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``lora.learning``."""
+    """Judge ``peft.learning``."""
     if not seen.adapter_layers():
         return PathObservation(observed=False, present=False, reason=NO_ADAPTER)
     everything = seen.trained_parameters()
@@ -341,7 +341,7 @@ def _count(judged: Mapping[str, Tensor], *groups: tuple[str, list[str]]) -> list
 
 
 def judge_dtype(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``lora.dtype``; copies of parts of the base that are trained with the adapter keep the base's."""
+    """Judge ``peft.dtype``; copies of parts of the base that are trained with the adapter keep the base's."""
     layers = seen.adapter_layers()
     if not layers:
         return PathObservation(observed=None, present=False, reason=NO_ADAPTER)
@@ -365,7 +365,7 @@ def _weights(layers: Iterable[AdapterLayer]) -> Iterable[Tensor]:
 
 
 def judge_dropout(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``lora.dropout``: the probability that was really applied, not the configured one."""
+    """Judge ``peft.dropout``: the probability that was really applied, not the configured one."""
     layers = [layer for layer in seen.adapter_layers() if not layer.copied]
     if not layers:
         return PathObservation(observed=None, present=False, reason=NO_ADAPTER)
@@ -413,8 +413,8 @@ def _applied(name: str, part: Any, layer: AdapterLayer, seen: Observation) -> tu
 
 
 PATHS: Mapping[str, JudgedPath] = {
-    "lora.attached": JudgedPath(requirement=FLAG, judge=judge_attached),
-    "lora.learning": JudgedPath(
+    "peft.attached": JudgedPath(requirement=FLAG, judge=judge_attached),
+    "peft.learning": JudgedPath(
         requirement=FLAG,
         judge=judge_learning,
         by_modules=False,
@@ -424,6 +424,6 @@ PATHS: Mapping[str, JudgedPath] = {
             "same watch around the next step, too"
         ),
     ),
-    "lora.dtype": JudgedPath(requirement=DTYPE, judge=judge_dtype, by_modules=False),
-    "lora.dropout": JudgedPath(requirement=SHARE, judge=judge_dropout),
+    "peft.dtype": JudgedPath(requirement=DTYPE, judge=judge_dtype, by_modules=False),
+    "peft.dropout": JudgedPath(requirement=SHARE, judge=judge_dropout),
 }

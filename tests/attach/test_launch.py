@@ -219,8 +219,8 @@ def test_a_requirement_that_cannot_be_is_refused(given, said):
     """Before anything is started."""
     with pytest.raises(UsageError, match=said):
         read_requirements([given])
-    assert read_requirements(["base.bits=4", "lora.learning=True", "attention.backend=flash"]) == {
-        "base.bits": 4, "lora.learning": True, "attention.backend": "flash",
+    assert read_requirements(["base.bits=4", "peft.learning=True", "attention.backend=flash"]) == {
+        "base.bits": 4, "peft.learning": True, "attention.backend": "flash",
     }  # fmt: skip
 
 

@@ -187,7 +187,7 @@ def test_qlora_and_lora_of_trl_take_turns(sft_words, tmp_path):
     assert seen["base", "base.bits"] == ("active", 4)
     assert seen["candidate", "base.bits"] == ("active", 16)
     assert seen["base", "base.quant_type"] == ("active", "nf4")
-    assert {seen[side, "lora.attached"] for side in ("base", "candidate")} == {("active", True)}
+    assert {seen[side, "peft.attached"] for side in ("base", "candidate")} == {("active", True)}
     losses = {
         side: [one.samples["timed_loss"] for one in records if one.side == side] for side in ("base", "candidate")
     }

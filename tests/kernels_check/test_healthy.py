@@ -21,7 +21,7 @@ import kernels_check
 
 VOCABULARY, ROWS, LENGTH = 96, 2, 12
 PLAIN = {
-    "base.frozen": True, "lora.attached": True, "lora.learning": True, "compile": False, "mode": "train",
+    "base.frozen": True, "peft.attached": True, "peft.learning": True, "compile": False, "mode": "train",
     "attention.backend": "flash", "base.bits": 32, "base.quant_type": "none", "checkpointing": False,
     "optimizer.class": "torch.optim.AdamW", "optimizer.fused": False,
 }  # fmt: skip

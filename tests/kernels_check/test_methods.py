@@ -57,7 +57,7 @@ METHODS = {
 }
 KINDS = ("DoRA", "modules_to_save", "VeRA", "IA3", "LoHa", "VBLoRA", "adaption prompt", "prompt tuning")
 """One of each way in which an adapter is held."""
-PATHS = ("lora.attached", "lora.learning", "lora.dtype", "base.frozen")
+PATHS = ("peft.attached", "peft.learning", "peft.dtype", "base.frozen")
 
 
 @pytest.fixture
@@ -78,11 +78,11 @@ def tuned(training):
 def test_a_healthy_run_is_active(tuned, method):
     """Attached, learning, in its dtype, on a base that is frozen, in the two calls that LoRA takes."""
     run = tuned(method)
-    required = {"lora.attached": True, "lora.learning": True, "lora.dtype": "float32", "base.frozen": True}
+    required = {"peft.attached": True, "peft.learning": True, "peft.dtype": "float32", "base.frozen": True}
     checks = {check.path: check for check in run.verify(required)}
     assert [(path, checks[path].reason) for path in PATHS if not checks[path].met] == []
     trained = sum(value.requires_grad for value in run.model.parameters())
-    assert f"{trained} of {trained} trainable parameters" in checks["lora.learning"].reason
+    assert f"{trained} of {trained} trainable parameters" in checks["peft.learning"].reason
     assert len(run.losses) == 2
 
 
@@ -95,7 +95,7 @@ def test_what_no_optimizer_is_given_is_named(tuned, method):
     kept = trained[len(trained) // 2 + len(trained) % 2 :]
     run.optimizer = torch.optim.AdamW(kept or [torch.nn.Parameter(torch.ones(1))], lr=1e-3)
     left_out = len(trained) - len(kept)
-    check = run.check("lora.learning", True)
+    check = run.check("peft.learning", True)
     assert check.status == "fallback", check.reason
     assert f"{left_out} of {len(trained)} parameters not given to the optimizer" in check.reason
 
@@ -114,10 +114,10 @@ def test_an_adapter_that_is_disabled_in_the_step_is_caught(tuned, method):
             run.model(**run.inputs, labels=run.inputs["input_ids"]).loss.backward()
         run.optimizer.step()
 
-    checks = {check.path: check for check in run.verify({"lora.attached": True, "lora.learning": True}, step)}
-    assert checks["lora.attached"].status == "fallback", checks["lora.attached"].reason
-    assert checks["lora.learning"].status == "fallback", checks["lora.learning"].reason
-    assert "adapters disabled" in checks["lora.attached"].reason or method == "adaption prompt"
+    checks = {check.path: check for check in run.verify({"peft.attached": True, "peft.learning": True}, step)}
+    assert checks["peft.attached"].status == "fallback", checks["peft.attached"].reason
+    assert checks["peft.learning"].status == "fallback", checks["peft.learning"].reason
+    assert "adapters disabled" in checks["peft.attached"].reason or method == "adaption prompt"
 
 
 def test_tokens_that_no_batch_holds_are_unknown(training):
@@ -125,6 +125,6 @@ def test_tokens_that_no_batch_holds_are_unknown(training):
     adapter = peft.LoraConfig(r=4, trainable_token_indices={"embed_tokens": [90, 91]}, **TARGETS)
     run = training(quant=None, adapter=lambda: adapter)
     run.inputs["input_ids"] = torch.arange(1, 33).reshape(2, 16)
-    check = run.check("lora.learning", True)
+    check = run.check("peft.learning", True)
     assert check.status == "unknown"
     assert "none of their tokens was in the batches" in check.reason

@@ -14,10 +14,10 @@ COMMON = {
     "attention.backend": "flash",
     "attention.mask": "causal",
     "base.frozen": True,
-    "lora.attached": True,
-    "lora.learning": True,
-    "lora.dtype": "float32",
-    "lora.dropout": 0.05,
+    "peft.attached": True,
+    "peft.learning": True,
+    "peft.dtype": "float32",
+    "peft.dropout": 0.05,
     "optimizer.class": "torch.optim.AdamW",
     "optimizer.fused": True,
     "optimizer.paged_share": 0.0,
@@ -84,7 +84,7 @@ def test_a_model_without_adapter_is_absent_not_active():
         model(torch.ones(2, 4)).sum().backward()
         optimizer.step()
 
-    requirements = {"lora.attached": True, "lora.learning": True, "lora.dropout": 0.1, "base.bits": 4}
+    requirements = {"peft.attached": True, "peft.learning": True, "peft.dropout": 0.1, "base.bits": 4}
     checks = {check.path: check for check in kernels_check.verify(model, step, requirements)}
     assert {checks[path].status for path in requirements} == {"absent"}
     assert checks["attention.backend"].status == "unknown"

@@ -17,7 +17,7 @@ from kernels_check.observe import calls
 from kernels_check.observe.execution import read_compilations
 from kernels_check.observe.profile import is_recording
 
-WANTED = {"attention.backend": "flash", "base.frozen": True, "mode": "train", "lora.attached": True}
+WANTED = {"attention.backend": "flash", "base.frozen": True, "mode": "train", "peft.attached": True}
 
 
 def _traces(model):
@@ -87,17 +87,17 @@ def test_a_step_comes_out_as_if_never_watched(training):
 def test_one_step_does_not_tell_what_is_learnt_and_the_next_does(training):
     """The reason says what to do, and it is all that is missing."""
     run = training()
-    watched = kernels_check.watch(run.model, {"lora.learning": True})
+    watched = kernels_check.watch(run.model, {"peft.learning": True})
     assert watched.checks == []
     with watched:
         run.step()
-    first = _by_path(watched)["lora.learning"]
+    first = _by_path(watched)["peft.learning"]
     assert (first.status, first.observed) == ("unknown", None)
     assert "the same watch around the next step" in first.reason
     with watched:
         run.step()
-    assert _by_path(watched)["lora.learning"].met
-    verified = {check.path: (check.status, check.observed) for check in run.verify({"lora.learning": True})}
+    assert _by_path(watched)["peft.learning"].met
+    verified = {check.path: (check.status, check.observed) for check in run.verify({"peft.learning": True})}
     assert {path: (check.status, check.observed) for path, check in _by_path(watched).items()} == verified
 
 
@@ -163,12 +163,12 @@ def test_an_accumulation_is_watched_whole_or_said_to_be_half(training):
     """All that one update accumulates belongs into the block."""
     run = training()
     run.accumulated = [dict(run.inputs), dict(run.inputs)]
-    required = {"optimizer.class": "torch.optim.AdamW", "attention.backend": "flash", "lora.attached": True}
+    required = {"optimizer.class": "torch.optim.AdamW", "attention.backend": "flash", "peft.attached": True}
     watched = kernels_check.watch(run.model, required)
     with watched:
         run.model(**run.inputs, labels=run.inputs["input_ids"]).loss.backward()
     half = _by_path(watched)
-    assert half["optimizer.class"].status == half["lora.learning"].status == "unknown"
+    assert half["optimizer.class"].status == half["peft.learning"].status == "unknown"
     assert "all that one update accumulates" in half["optimizer.class"].reason
     assert half["attention.backend"].met
     with watched:
@@ -204,7 +204,7 @@ def test_a_profiler_begun_in_the_watch_keeps_its_events(training, outlasts):
     checks = _by_path(watched)
     assert checks["attention.backend"].status == "unknown"
     assert "runs a profiler of its own" in checks["attention.backend"].reason
-    assert checks["lora.attached"].met
+    assert checks["peft.attached"].met
     assert checks["base.frozen"].met
     assert _traces(run.model) == before
 
@@ -221,7 +221,7 @@ def test_a_profiler_around_that_ends_in_the_watch_is_no_error(training):
     checks = _by_path(watched)
     assert "a profiler of the program runs around this check" in checks["attention.backend"].reason
     assert checks["attention.backend"].status == "unknown"
-    assert checks["lora.attached"].met
+    assert checks["peft.attached"].met
 
 
 @pytest.mark.parametrize("place", ["whole", "layers"])
@@ -244,11 +244,11 @@ def test_compiled_code_is_compiled_as_if_never_watched(place):
         plain.step()
     record = read_compilations()
     run = made()
-    watched = kernels_check.watch(run.model, {"compile": True, "lora.attached": True})
+    watched = kernels_check.watch(run.model, {"compile": True, "peft.attached": True})
     try:
         with watched:
             run.step()
-        assert {_by_path(watched)[path].status for path in ("compile", "lora.attached")} == {"unknown"}
+        assert {_by_path(watched)[path].status for path in ("compile", "peft.attached")} == {"unknown"}
         assert "watch a later step" in _by_path(watched)["compile"].reason
         with watched:
             run.step()
@@ -316,14 +316,14 @@ def test_updates_watched_alone_let_the_next_step_be_judged_of_both(training):
     """The verdicts are those of two watched steps, the training is the same to the bit, and no hook is left."""
     runs = [training() for _ in range(3)]
     before = _traces(runs[0].model)
-    watched = [kernels_check.watch(run.model, {**WANTED, "lora.learning": True})
+    watched = [kernels_check.watch(run.model, {**WANTED, "peft.learning": True})
                for run in runs[:2]]  # fmt: skip
     for run, first in zip(runs, (watched[0].updates_only(), watched[1], ExitStack()), strict=True):
         torch.manual_seed(5)
         with first:
             run.step()
     assert not watched[0].checks
-    assert _by_path(watched[1])["lora.learning"].status == "unknown"
+    assert _by_path(watched[1])["peft.learning"].status == "unknown"
     for run, then in zip(runs, (*watched, ExitStack()), strict=True):
         torch.manual_seed(6)
         with then:
@@ -331,6 +331,6 @@ def test_updates_watched_alone_let_the_next_step_be_judged_of_both(training):
     assert [(one.path, one.status, one.observed) for one in watched[0].checks] == [
         (one.path, one.status, one.observed) for one in watched[1].checks
     ]
-    assert _by_path(watched[0])["lora.learning"].status == "active"
+    assert _by_path(watched[0])["peft.learning"].status == "active"
     assert _traces(runs[0].model) == before
     assert _same(_state(runs[0]), _state(runs[2]))

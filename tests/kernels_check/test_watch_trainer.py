@@ -17,8 +17,8 @@ from transformers import (
 import kernels_check
 
 WANTED = {
-    **{"attention.backend": "flash", "attention.mask": "causal", "base.frozen": True, "lora.attached": True},
-    **{"lora.learning": True, "optimizer.class": "torch.optim.AdamW", "checkpointing": True, "mode": "train"},
+    **{"attention.backend": "flash", "attention.mask": "causal", "base.frozen": True, "peft.attached": True},
+    **{"peft.learning": True, "optimizer.class": "torch.optim.AdamW", "checkpointing": True, "mode": "train"},
 }
 ROWS = [{"input_ids": row, "labels": row.clone()} for row in torch.randint(3, 96, (12, 16))]
 
@@ -84,7 +84,7 @@ def test_a_trainer_trains_as_if_never_watched_and_its_steps_are_told(tmp_path):
     assert all(map(torch.equal, model.state_dict().values(), plain.state_dict().values()))
     assert len(look.found) == 3
     unmet = [{path for path in WANTED if not found[path].met} for found in look.found]
-    assert unmet == [{"lora.learning"}, set(), set()], [found["lora.learning"].reason for found in look.found]
+    assert unmet == [{"peft.learning"}, set(), set()], [found["peft.learning"].reason for found in look.found]
     assert _hooks(model) == _hooks(plain)
 
 

@@ -68,8 +68,8 @@ def test_the_present_variant_is_the_reference_of_two():
     ("changes", "about"),
     [
         ({"gradient_checkpointing": False}, {"checkpointing"}),
-        ({"lora_dropout": 0.0}, {"lora.dropout"}),
-        ({"adapter_dtype": "bfloat16"}, {"lora.dtype"}),
+        ({"lora_dropout": 0.0}, {"peft.dropout"}),
+        ({"adapter_dtype": "bfloat16"}, {"peft.dtype"}),
         ({"optimizer": "adamw"}, {"optimizer.class", "optimizer.fused"}),
         ({"compile": True}, {"compile"}),
         ({"attention": "eager"}, {"attention.backend", "attention.dtype"}),

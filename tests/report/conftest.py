@@ -149,7 +149,7 @@ def constructed_requests() -> RequestProfile:
             "cold_first_token_time_s": 0.32, "cold_completion_time_s": 0.4, "cold_start_time_s": 6.2,
         },
         memory={"host_peak_first_token_bytes": 2**28},
-        checks=({"path": "lora.dtype", "observed": "bfloat16", "required": None},),
+        checks=({"path": "peft.dtype", "observed": "bfloat16", "required": None},),
     )  # fmt: skip
     size = ModelSize(
         linear_elements=100_000, linear_bytes=200_000, head_elements=262_144, head_bytes=524_288,

@@ -69,7 +69,7 @@ def test_methods_train_with_their_checks(tmp_path, capsys):
     assert set(records) == {"lora", "ia3", "prompt", "adalora", "vera", "full"}
     for name, record in records.items():
         found = {check["path"]: check["status"] for check in record.checks}
-        wanted = ["base.learning"] if name == "full" else ["lora.attached", "lora.learning", "base.frozen"]
+        wanted = ["base.learning"] if name == "full" else ["peft.attached", "peft.learning", "base.frozen"]
         assert [found[path] for path in wanted] == ["active"] * len(wanted), name
     assert records["full"].values["trainable_parameters"] > 10 * records["lora"].values["trainable_parameters"]
 

@@ -97,7 +97,7 @@ def test_a_plan_has_a_bound(tmp_path):
     ("line", "words"),
     [
         ("'no.such.path' = true", "unknown requirement"),
-        ("'lora.attached' = 3", "must be true or false"),
+        ("'peft.attached' = 3", "must be true or false"),
         ("attention.backend = 'fused'", "unknown requirement 'attention'"),
     ],
 )

@@ -184,7 +184,7 @@ def test_a_check_watches_steps_that_are_taken_anyway(trial, variant):
     assert len(record.samples["warmup_step_time_s"]) == 2
     assert len(record.samples["step_time_s"]) == 4
     found = {check["path"]: check["status"] for check in record.checks}
-    assert found["lora.learning"] == "active"
+    assert found["peft.learning"] == "active"
     assert found["base.frozen"] == "active"
 
 
@@ -210,4 +210,4 @@ def test_what_two_steps_leave_open_is_checked_in_steps_of_its_own(trial, changes
     fragment = running.run("verify")
     assert fragment.status == "ok", fragment.failure
     assert len(fragment.samples["warmup_loss"]) == 1
-    assert {check["path"]: check["status"] for check in fragment.checks}["lora.learning"] == "active"
+    assert {check["path"]: check["status"] for check in fragment.checks}["peft.learning"] == "active"

@@ -164,7 +164,7 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
         masked_pairs=max(0.0, 1 - profile.record.values["useful_pairs"] / pairs),
         attention_backend=observed_word(profile, "attention.backend"),
         attention_mask=observed_word(profile, "attention.mask"),
-        adapter_dtype=observed_word(profile, "lora.dtype"),
+        adapter_dtype=observed_word(profile, "peft.dtype"),
         flash_attn=importlib.util.find_spec("flash_attn") is not None,
         wide_registers=profile.device == "cuda" or profile.wide_registers,
         occupancy=step.occupancy,
@@ -304,7 +304,7 @@ def evidence_of_requests(
         merged=None if merged is None else merged.whole.step,
         merged_calls=None if merged is None else merged.decode.calls,
         new_length=span_of(late) if late else None,  # a prompt of one token has no shorter one
-        adapter_dtype=observed_word(profile, "lora.dtype"),
+        adapter_dtype=observed_word(profile, "peft.dtype"),
         bytes_per_s=None if memory is None else memory.per_s,
         decode_bytes=account.decode.bytes,
         unquantised_bytes=_unquantised_bytes(profile),

@@ -109,8 +109,8 @@ _PATHS: Mapping[str, tuple[str, ...]] = {
     "compute_dtype": _STORED,
     "dtype": (*_STORED, "attention.dtype"),
     "prepare_for_kbit": ("attention.dtype",),
-    "adapter_dtype": ("lora.dtype",),
-    "lora_dropout": ("lora.dropout",),
+    "adapter_dtype": ("peft.dtype",),
+    "lora_dropout": ("peft.dropout",),
     "gradient_checkpointing": ("checkpointing",),
     "layout": ("packing", "attention"),
 }

@@ -11,12 +11,12 @@ from kernels_check.observe.adapter import adapter_layers
 def test_the_adapter_dtype_is_that_of_its_weights(training):
     """PEFT keeps adapters in float32 by default; asking for bfloat16 finds out."""
     run = training()
-    check = run.check("lora.dtype", "bfloat16")
+    check = run.check("peft.dtype", "bfloat16")
     assert (check.status, check.observed) == ("fallback", "float32")
     first = adapter_layers(run.model)[0]
     for _, weight in first.weights():
         weight.data = weight.data.bfloat16()
-    assert run.check("lora.dtype", "float32").observed == "bfloat16+float32"
+    assert run.check("peft.dtype", "float32").observed == "bfloat16+float32"
 
 
 def test_zeroth_order_training_is_not_taken_for_an_evaluation(training):
@@ -39,9 +39,9 @@ def test_zeroth_order_training_is_not_taken_for_an_evaluation(training):
             value.grad = direction * (losses[0] - losses[1]) / 2e-3
         run.optimizer.step()
 
-    checks = {check.path: check for check in run.verify({"lora.attached": True, "lora.dropout": 0.05}, step)}
-    assert [checks[path].status for path in ("lora.attached", "lora.dropout")] == ["unknown", "unknown"]
-    assert "as in zeroth-order training" in checks["lora.attached"].reason
+    checks = {check.path: check for check in run.verify({"peft.attached": True, "peft.dropout": 0.05}, step)}
+    assert [checks[path].status for path in ("peft.attached", "peft.dropout")] == ["unknown", "unknown"]
+    assert "as in zeroth-order training" in checks["peft.attached"].reason
 
 
 @pytest.mark.parametrize(
@@ -59,14 +59,14 @@ def test_zeroth_order_training_is_not_taken_for_an_evaluation(training):
 )
 def test_a_target_that_the_configuration_excludes_is_not_missing(training, configuration):
     """PEFT takes the excluded modules out of the targets, but keeps their names in ``target_modules``."""
-    check = training(adapter=lambda: configuration).check("lora.attached", True)
+    check = training(adapter=lambda: configuration).check("peft.attached", True)
     assert check.met, check.reason
 
 
 def test_an_exclusion_hides_no_misspelt_target(training):
     """Only the name that matches an excluded module is accounted for."""
     configuration = LoraConfig(target_modules=["q_proj", "down_proj", "qurey"], exclude_modules=["down_proj"])
-    check = training(adapter=lambda: configuration).check("lora.attached", True)
+    check = training(adapter=lambda: configuration).check("peft.attached", True)
     assert check.status == "fallback"
     assert "asked for and matched nothing: target_modules 'qurey' (" in check.reason
 
@@ -92,7 +92,7 @@ def test_a_gradient_that_repacked_weights_let_through_no_more_is_missed(training
     run = training(targets="all-linear")
     layers = linear4bit_layers(run)
     evaluate(run)
-    check = run.check("lora.learning", True)
+    check = run.check("peft.learning", True)
     assert check.status == "fallback"
     # Nothing before the first four layers requires a gradient.
     assert f"the gradient was lost in {len(layers) - 3} 4-bit layers" in check.reason
@@ -105,12 +105,12 @@ def test_weights_that_keep_their_layout_let_gradients_through(training):
     for layer in linear4bit_layers(run):
         layer.support_avx512bf16_for_cpu = False
     evaluate(run)
-    assert run.check("lora.learning", True).met
+    assert run.check("peft.learning", True).met
     run = training(targets="all-linear")
     run.model.eval()
     run.step()
     assert any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in linear4bit_layers(run))
-    check = run.check("lora.learning", True)
+    check = run.check("peft.learning", True)
     assert check.met, check.reason
 
 
@@ -130,6 +130,6 @@ class Warming(torch.optim.SGD):
 @pytest.mark.parametrize(("updates", "status"), [(4, "active"), (1000, "unknown")])
 def test_an_update_that_moves_nothing_is_not_lost_to_rounding(training, updates, status):
     """Float32 would have shown it; whether the optimizer is still warming up, a later update tells."""
-    check = training(make_optimizer=lambda parameters: Warming(parameters, updates)).check("lora.learning", True)
+    check = training(make_optimizer=lambda parameters: Warming(parameters, updates)).check("peft.learning", True)
     assert check.status == status
     assert ("the optimizer may be warming up" in check.reason) is (status == "unknown")

@@ -30,7 +30,7 @@ def test_compiled_regions_are_counted_and_checks_stay_sound(training):
     run.step()
     graphs = counters["stats"]["unique_graphs"]
     requirements = {
-        **{"compile": True, "lora.attached": True, "lora.learning": True, "lora.dropout": 0.05, "mode": "train"},
+        **{"compile": True, "peft.attached": True, "peft.learning": True, "peft.dropout": 0.05, "mode": "train"},
         "attention.dtype": "bfloat16",
     }
     checks = run.verify(requirements)

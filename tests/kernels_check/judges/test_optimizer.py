@@ -62,7 +62,7 @@ def test_no_optimizer_is_absent(training):
         run.model(**run.inputs, labels=run.inputs["input_ids"]).loss.backward()
 
     assert run.check("optimizer.class", "torch.optim.AdamW", step).status == "absent"
-    check = run.check("lora.learning", True, step)
+    check = run.check("peft.learning", True, step)
     assert check.status == "unknown"
     assert "no torch.optim.Optimizer stepped in 8 calls" in check.reason
     assert "current_gradient_accumulation_steps" in check.reason

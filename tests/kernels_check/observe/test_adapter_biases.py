@@ -25,9 +25,9 @@ def _learning(model, optimizer):
         model(inputs).pow(2).mean().backward()
         optimizer.step()
 
-    checks = verify(model, step, {"lora.learning": True, "lora.attached": True})
-    assert next(check for check in checks if check.path == "lora.attached").met
-    return next(check for check in checks if check.path == "lora.learning")
+    checks = verify(model, step, {"peft.learning": True, "peft.attached": True})
+    assert next(check for check in checks if check.path == "peft.attached").met
+    return next(check for check in checks if check.path == "peft.learning")
 
 
 @pytest.mark.parametrize(("bias", "count"), [("all", 4), ("lora_only", 2)])
@@ -57,7 +57,7 @@ def test_a_bias_that_the_first_forward_casts_learns_and_is_given_back(training):
         target.bias = nn.Parameter(torch.zeros(target.out_features), requires_grad=False)
     run.model = peft.get_peft_model(base, _config("lora_only", target_modules=["q_proj"])).train()
     run.optimizer = torch.optim.AdamW([value for value in run.model.parameters() if value.requires_grad], lr=1e-2)
-    for path in ("lora.learning", "base.frozen"):
+    for path in ("peft.learning", "base.frozen"):
         check = run.check(path, True)
         assert check.met, check.reason
     assert all(target.bias.dtype == torch.float32 for target in targets)

@@ -40,8 +40,8 @@ def shared(training):
 def _requirements(name):
     return {
         **{"attention.backend": "fused", "base.bits": 4, "base.quant_type": "nf4", "base.frozen": True},
-        **{"lora.attached": True, "lora.learning": True, "lora.dropout": ADAPTERS[name]["lora_dropout"]},
-        **{"lora.dtype": "float32", "optimizer.class": "torch.optim.AdamW", "optimizer.fused": True, "mode": "train"},
+        **{"peft.attached": True, "peft.learning": True, "peft.dropout": ADAPTERS[name]["lora_dropout"]},
+        **{"peft.dtype": "float32", "optimizer.class": "torch.optim.AdamW", "optimizer.fused": True, "mode": "train"},
     }
 
 
@@ -53,8 +53,8 @@ def test_each_adapter_in_turn_is_active_throughout(shared, name):
     checks = {check.path: check for check in run.verify(_requirements(name))}
     failed = [(path, checks[path].reason) for path in _requirements(name) if not checks[path].met]
     assert failed == []
-    assert f"adapter {name} enabled, unmerged and executed in {LAYERS[name]} layers" in checks["lora.attached"].reason
-    assert f"{2 * LAYERS[name]} of {2 * LAYERS[name]} trainable parameters" in checks["lora.learning"].reason
+    assert f"adapter {name} enabled, unmerged and executed in {LAYERS[name]} layers" in checks["peft.attached"].reason
+    assert f"{2 * LAYERS[name]} of {2 * LAYERS[name]} trainable parameters" in checks["peft.learning"].reason
 
 
 def test_a_frozen_adapter_is_caught_among_several(shared):
@@ -64,7 +64,7 @@ def test_a_frozen_adapter_is_caught_among_several(shared):
     other = next(key for key in ADAPTERS if key != name)
     for parameter, value in run.model.named_parameters():
         value.requires_grad_(f".{other}." in parameter or parameter.endswith("norm.weight"))
-    check = run.check("lora.learning", True)
+    check = run.check("peft.learning", True)
     assert (check.status, check.observed) == ("fallback", False)
     assert f"{2 * LAYERS[name]} of {2 * LAYERS[name]} parameters frozen" in check.reason
 
@@ -73,6 +73,6 @@ def test_the_optimizer_of_another_adapter_is_caught(shared):
     """Gradients reach the active adapter, but the optimizer that steps updates another."""
     run = shared("narrow")
     run.optimizer = run.optimizers["default"]
-    check = run.check("lora.learning", True)
+    check = run.check("peft.learning", True)
     assert check.status == "fallback"
     assert "4 of 4 parameters not given to the optimizer" in check.reason

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-BOTH = ("lora.attached", "lora.learning")
+BOTH = ("peft.attached", "peft.learning")
 
 
 def loss(run):
@@ -18,7 +18,7 @@ def trained(run):
 
 def judged(run, step=None):
     checks = {check.path: check for check in run.verify(dict.fromkeys(BOTH, True), step)}
-    return checks["lora.learning"]
+    return checks["peft.learning"]
 
 
 def accumulate(run, every, after=lambda: None):

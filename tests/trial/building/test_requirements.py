@@ -13,7 +13,7 @@ def test_a_variant_requires_what_it_says():
     assert required["base.quant_type"] == "nf4"
     assert required["base.double_quant"] is True
     assert required["base.compute_dtype"] == required["attention.dtype"] == "bfloat16"
-    assert required["lora.dropout"] == 0.1
+    assert required["peft.dropout"] == 0.1
     assert required["optimizer.fused"] is True
     assert required["packing.isolated"] is True
 

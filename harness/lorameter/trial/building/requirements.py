@@ -55,8 +55,8 @@ def requirements_of(
         # PEFT's preparation casts the norms to float32, and queries and keys follow unless autocast brings them back.
         "attention.dtype": variant.autocast or ("float32" if variant.prepare_for_kbit else variant.dtype),
         **({"base.bits": bits, "base.quant_type": variant.quantization} if on_linear else {}),
-        **({"base.learning": True} if full else {"lora.attached": True, "lora.learning": True}),
-        **({"lora.dropout": float(variant.lora_dropout)} if isinstance(variant, LoraVariant) else {}),
+        **({"base.learning": True} if full else {"peft.attached": True, "peft.learning": True}),
+        **({"peft.dropout": float(variant.lora_dropout)} if isinstance(variant, LoraVariant) else {}),
         **({"optimizer.class": optimizer} if optimizer else {}),
         "checkpointing": variant.gradient_checkpointing,
         "mode": "train",
@@ -69,7 +69,7 @@ def requirements_of(
     if not variant.trains_base:  # otherwise biases of the base train on purpose
         required["base.frozen"] = True
     if variant.adapter_dtype is not None:
-        required["lora.dtype"] = variant.adapter_dtype
+        required["peft.dtype"] = variant.adapter_dtype
     if variant.optimizer == "adamw_fused":
         required["optimizer.fused"] = True
     if variant.optimizer in PAGED:
