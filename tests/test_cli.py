@@ -15,7 +15,7 @@ import pytest
 
 from lorameter.cli import EXAMPLES, commands_of, main, parser
 from lorameter.records import store
-from lorameter.report.charts import SERVING
+from lorameter.report.figures import SERVING
 from lorameter.studies.from_run import read_study
 
 

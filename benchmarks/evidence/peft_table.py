@@ -24,8 +24,21 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from lorameter.report.blocks import Axis, Document, Line, Row, Section, Table, name_columns, say, say_each, write_row
-from lorameter.report.figure import Figure, Intervals, Mark
+from lorameter.report.blocks import (
+    Axis,
+    Document,
+    Figure,
+    Intervals,
+    Line,
+    Mark,
+    Row,
+    Section,
+    Table,
+    name_columns,
+    say,
+    say_each,
+    write_row,
+)
 from lorameter.report.html.page import save_html, write_html
 from lorameter.report.terminal import text_of
 

@@ -54,7 +54,7 @@ def test_numbers_stand_beside_the_cells(printed):
     """A cell of text that holds a number has it in `values`, in base units, with the same interval."""
     (row,) = (row for row in printed("report sound")["tables"][0]["rows"] if row["name"] == "lora-r16")
     step = row["values"]["step_time_s"]
-    assert row["cells"][1] == "49.7 ms [48.1, 51.4]"
+    assert row["cells"][3] == "49.7 ms [48.1, 51.4]"
     assert [f"{1000 * step[key]:.1f}" for key in ("value", "low", "high")] == ["49.7", "48.1", "51.4"]
     assert row["values"]["peak_memory_bytes"]["value"] == 441 * 2**20
     assert set(row["values"]) == {"step_time_s", "tokens_per_s", "timed_loss", "held_out_loss", "peak_memory_bytes"}

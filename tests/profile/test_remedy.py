@@ -9,6 +9,7 @@ from lorameter.profile.remedy import choose_finding, judge_remedy, make_pair, ph
 from lorameter.profile.rules import Finding
 from lorameter.records import store
 from lorameter.records.record import Failure
+from lorameter.report.facts import facts_of
 from lorameter.report.run_view import view_of
 from lorameter.run.build_plan import build_plan
 from lorameter.studies.protocol import Protocol
@@ -174,6 +175,7 @@ def test_workloads_are_compared_by_the_time_of_a_real_token(write_run, padded, t
     assert (found.valid, found.metric, found.comparison.verdict) == (True, "time_per_real_token_s", "improved")
     assert found.comparison.ratio == pytest.approx(500 / 800)
     view = view_of(store.read_run(found.run, tmp_path / "runs"))
-    assert any("without-padding has layout = packed" in fact.text for fact in view.facts)
-    assert "losses are not compared" in view.notes[0]
-    assert not {"train loss", "held-out loss", "tokens/s (without padding)"} & set(view.tables[0].heads)
+    assert any("without-padding has layout = packed" in fact.text for fact in facts_of(view.run, view.study))
+    assert "losses are not compared" in view.study.notes[0]
+    heads = {head.text for head in view.tables[0].table.heads}
+    assert not {"train loss", "held-out loss", "tokens/s (without padding)"} & heads

@@ -16,7 +16,7 @@ from lorameter.profile.request_rules import diagnose_requests
 from lorameter.records import codec
 from lorameter.records.activity import MERGED_TRACE, REQUEST_PHASES, REQUEST_TRACE
 from lorameter.records.record import Failure, PartialRecord, TrialRecord
-from lorameter.report.requests import describe_requests
+from lorameter.report.profile import describe_requests
 from lorameter.report.terminal import console_for, show
 from lorameter.run.workers import WorkerLostError, open_executor
 from lorameter.studies.protocol import Protocol

@@ -45,8 +45,7 @@ from lorameter.report.history import describe_history
 from lorameter.report.machine import describe_calibration, describe_checks
 from lorameter.report.notices import describe_notices, warn_before_run
 from lorameter.report.parity import describe_parity, show_differing
-from lorameter.report.profile import describe_profile, describe_tried
-from lorameter.report.requests import describe_requests
+from lorameter.report.profile import describe_profile, describe_requests, describe_tried
 from lorameter.report.run import describe_run
 from lorameter.report.run_view import ReportFilter, view_of
 from lorameter.report.runs import describe_runs

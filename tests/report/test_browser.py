@@ -39,7 +39,7 @@ def file(request, tmp_path_factory):
     view = view_of(run)
     figures = figures_of_run(run, view)
     said = describe_run(view)
-    written = write_html(said, title=view.title, names=view.variants, figures=figures, again="lorameter run x")
+    written = write_html(said, title=view.study.title, names=view.variants, figures=figures, again="lorameter run x")
     return save_html(written, tmp_path_factory.mktemp("pages") / "page.html")
 
 

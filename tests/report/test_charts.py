@@ -10,15 +10,8 @@ import pytest
 
 from lorameter.cli import main
 from lorameter.records import store
-from lorameter.report.figures import figures_of_run
+from lorameter.report.figures import describe_charts, figures_of_run
 from lorameter.report.run_view import view_of
-from tests.constructed import RUNS
-
-
-@pytest.fixture(scope="module")
-def swept():
-    """The galleries of the training of a run with two sweeps."""
-    return view_of(store.read_run(str(RUNS / "swept"), RUNS)).tables[0].galleries
 
 
 @pytest.mark.parametrize(("field", "kept"), [("batch_size", True), ("sequence_length", False)])
@@ -40,7 +33,7 @@ def test_losses_of_other_tokens_are_in_no_picture_that_compares_them(field, kept
     path = write_run("own", steps, study=study, own_workloads=study.own_workloads, change=learnt)
     run = store.read_run(str(path), path.parent)
     view = view_of(run)
-    swept = [gallery.title for gallery in view.tables[0].galleries if "along each field" in gallery.title]
+    swept = [gallery.title for gallery in describe_charts(view, view.tables[0]) if "along each field" in gallery.title]
     assert [title.partition(" ×")[0] for title in swept] == [
         "time per real token", *(["held-out loss, along each field"] if kept else []),
     ]  # fmt: skip
@@ -76,5 +69,6 @@ def test_a_training_that_was_cut_short_is_in_no_median_of_a_step(write_run):
     path = write_run("cut", {"plain": [1.0, 1.1, 1.2], "nf4": [1.0, 1.1, 1.2]}, change=learnt)
     run = store.read_run(str(path), path.parent)
     (losses,) = (figure for figure in figures_of_run(run, view_of(run)) if figure.title.startswith("Losses"))
-    assert list(losses.drawing.curves[0].points) == [(step, 11.0 - step) for step in range(1, 9)]
+    points = losses.drawing.curves[0].points
+    assert [(point.x, point.y) for point in points] == [(step, 11.0 - step) for step in range(1, 9)]
     assert [cell.text for cell in losses.table.rows[0].cells[1:3]] == ["2", "8"]

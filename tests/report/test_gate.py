@@ -1,4 +1,4 @@
-"""The gate's other formats carry the same rows, and outside text acts on no terminal there either."""
+"""The rows of a gate in each format."""
 
 from __future__ import annotations
 
@@ -32,11 +32,3 @@ def test_every_format_has_the_rows_of_the_others(judged):
     ratio = ratio.partition("::")[2].partition("::")[2].partition(" [")[0]
     for written in (text, markdown):
         assert any(regressed in line and ratio in line and "regressed" in line for line in written.splitlines())
-
-
-def test_no_format_lets_an_escape_sequence_through(judged):
-    """Markdown and annotations are printed too."""
-    for written in (markdown_of(describe_gate(judged)), gate_annotations(judged)):
-        assert "\x1b" not in written
-        assert "x1b" in written
-        assert "\r" not in written

@@ -12,11 +12,22 @@ import pytest
 
 from lorameter.cli import main
 from lorameter.records import store
-from lorameter.report.blocks import Axis, Curve, Curves, Table, name_columns, say, write_row
-from lorameter.report.figure import Bar, Bars, BarSegment, Intervals, Mark, ParetoFront, Samples, Spot, Stretch
+from lorameter.report.blocks import (
+    Axis,
+    Bars,
+    Chart,
+    Curve,
+    Intervals,
+    Mark,
+    Point,
+    Table,
+    name_columns,
+    say,
+    write_row,
+)
 from lorameter.report.figures import figures_of_run
-from lorameter.report.html.charts import draw
 from lorameter.report.html.page import write_html
+from lorameter.report.html.svg import draw
 from lorameter.report.run import describe_run
 from lorameter.report.run_view import ReportFilter, view_of
 
@@ -46,7 +57,12 @@ def page_of(path):
     run = store.read_run(str(path), path.parent)
     view = view_of(run)
     figures = figures_of_run(run, view)
-    return run, view, figures, write_html(describe_run(view), title=view.title, names=view.variants, figures=figures)
+    return (
+        run,
+        view,
+        figures,
+        write_html(describe_run(view), title=view.study.title, names=view.variants, figures=figures),
+    )
 
 
 @pytest.fixture(scope="module", params=COMMITTED, ids=lambda path: path.name.rpartition("_")[2])
@@ -99,12 +115,12 @@ def test_texts_from_outside_are_texts():
     """In titles, cells, names of variants, figures and the command at the end; none is markup and none acts."""
     mark = Mark(name=HOSTILE, value=1.0, low=0.9, high=1.1, verdict="equivalent")
     axis = Axis(title=HOSTILE, line_at=1.0)
+    curve = Curve(name=HOSTILE, points=(Point(x=1.0, y=2.0, y_interval=(1.5, 2.5)),))
+    other = Curve(name=f"{HOSTILE} 2", points=(Point(x=2.0, y=3.0, x_interval=(1.5, 2.5)),), hollow=True)
     drawings = (
         Intervals(axis=axis, marks=(mark,)),
-        Curves(across=axis, up=axis, curves=(Curve(name=HOSTILE, points=((1.0, 2.0), (2.0, 3.0))),) * 2),
-        Bars(axis=Axis(title=HOSTILE), bars=(Bar(name=HOSTILE, parts=(BarSegment(kind=HOSTILE, value=1.0),)),)),
-        ParetoFront(across=axis, up=axis, spots=(Spot(name=HOSTILE, across=mark, up=mark, best=True),) * 2),
-        Samples(across=axis, up=axis, stretches=(Stretch(name=HOSTILE, began_s=0, ended_s=1, samples=(1.0,)),)),
+        Bars(axis=Axis(title=HOSTILE), bars={HOSTILE: {HOSTILE: 1.0}}),
+        *(Chart(across=axis, up=axis, curves=(curve, other), style=style) for style in ("joined", "dots", "specks")),
     )
     pictures = "".join(draw(one, HOSTILE, HOSTILE, {HOSTILE: 0}) for one in drawings)
     table = Table(title=HOSTILE, heads=name_columns(HOSTILE, HOSTILE), rows=(write_row(HOSTILE, HOSTILE),))
@@ -123,15 +139,12 @@ def test_every_picture_has_its_numbers_in_a_table(committed):
         drawing, table = figure.drawing, figure.table
         if isinstance(drawing, Intervals):
             assert [row.cells[0].text for row in table.rows] == [mark.name for mark in drawing.marks]
-        elif isinstance(drawing, Samples):
-            assert len(table.rows) == len(drawing.stretches)
         elif isinstance(drawing, Bars):
             totals = [row.cells[-1].value for row in table.rows]
-            assert totals == pytest.approx([sum(part.value for part in bar.parts) for bar in drawing.bars])
-        elif isinstance(drawing, ParetoFront):
-            assert [row.cells[0].text for row in table.rows] == [spot.name for spot in drawing.spots]
-        elif isinstance(drawing, Curves):
-            assert {row.cells[0].text for row in table.rows} == {curve.name for curve in drawing.curves}
+            assert totals == pytest.approx([sum(held.values()) for held in drawing.bars.values()])
+        elif isinstance(drawing, Chart):
+            names = [row.cells[drawing.style == "specks"].text for row in table.rows]
+            assert names == [curve.name for curve in drawing.curves]
 
 
 @pytest.mark.parametrize(

@@ -64,8 +64,9 @@ def without_escapes(line):
 
 
 @pytest.mark.parametrize("run", INVALID)
-def test_an_invalid_run_says_so_in_its_first_line(run, reported):
-    """With the reason, in every format; the terminal repeats it as the last line."""
+def test_an_invalid_run_says_so_first_and_no_verdict_of_it_counts(run, reported, capsys):
+    """With the reason, in every format, and the terminal repeats it as the last line; each verdict in the headline, in
+    tables, in figures and in the document of --json is `invalid`."""
     found = reported(run)
     for form in ("text", "markdown", "github", "page", "title"):
         first = without_escapes(found[form][0])
@@ -74,18 +75,12 @@ def test_an_invalid_run_says_so_in_its_first_line(run, reported):
     last = max(number for number, line in enumerate(found["text"]) if line.startswith("INVALID: "))
     assert last > 20
     assert found["text"][last:] == found["text"][: len(found["text"]) - last]
-
-
-@pytest.mark.parametrize("run", INVALID)
-def test_no_verdict_of_an_invalid_run_counts(run, reported, capsys):
-    """Neither in the headline nor in a table or a figure, and not in the document of --json: each is `invalid`."""
     main(["report", run, "--runs-dir", str(RUNS), "--json"])
     document = json.loads(capsys.readouterr().out)
     ratios = [row["ratio"] for table in document["tables"] for row in table["rows"] if row["ratio"]]
     assert {ratio["verdict"] for ratio in ratios} <= {"invalid"}
     assert all(ratio["reason"].startswith("the run is invalid: ") for ratio in ratios)
     names = {row["name"] for table in document["tables"] for row in table["rows"]}
-    found = reported(run)
     for form in ("text", "markdown"):
         for line in found[form]:
             named = re.match(r"\W*(training|generation|cold start|\S+) ", line)
@@ -95,7 +90,7 @@ def test_no_verdict_of_an_invalid_run_counts(run, reported, capsys):
     assert bool(found["verdicts"]) == bool(ratios)
 
 
-@pytest.mark.parametrize("run", sorted(INVALID))
+@pytest.mark.parametrize("run", ["control-failed", "failed", "killed"])
 def test_the_frames_of_an_invalid_run_hold_no_verdict_that_counts(run):
     """Each is `invalid`, with the reason."""
     frame = lorameter.load(run, RUNS).comparisons

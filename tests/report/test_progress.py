@@ -72,7 +72,7 @@ def test_a_report_of_any_moment(broken_off, records):
     """From the first record to the last, tables or not."""
     view = view_of(broken_off(records, "interrupted" if records % 2 else "running"))
     assert not view.valid
-    assert view.state == ("interrupted" if records % 2 else "killed")
+    assert view.run.state == ("interrupted" if records % 2 else "killed")
 
 
 def test_an_ab_that_broke_off_is_reported_too(write_run, tmp_path):

@@ -12,13 +12,13 @@ from markdown_it import MarkdownIt
 from lorameter.report.blocks import (
     Axis,
     Cell,
+    Chart,
     ChartGroup,
     Collapsible,
     ColumnHeader,
     Curve,
-    Curves,
     Panel,
-    Quote,
+    Point,
     Section,
     Table,
     say,
@@ -53,14 +53,14 @@ def said(text):
 def everywhere(text):
     """A document with the text in each place of it."""
     heads = (ColumnHeader(text=text), ColumnHeader(text="b", right=True))
-    curve = Curve(name=text, points=((1.0, 1.0), (2.0, 2.0), (3.0, 3.0)))
+    curve = Curve(name=text, points=tuple(Point(x=place, y=place) for place in (1.0, 2.0, 3.0)))
     return (
         Section(title=text, lines=(say(text, label=text),)),
         say(text),
         Table(title=text, heads=heads, rows=(write_row(text, Cell(name=text, verdict=text)),), notes=(say(text),)),
         Collapsible(summary=say(text), lines=(say(text),)),
-        ChartGroup(title=text, charts=(Curves(across=Axis(title=text), up=Axis(title=text), curves=(curve,)),)),
-        Panel(title=text, passages=(Quote(head=text, text=f"{text}\n```\n{text}"),)),
+        ChartGroup(title=text, charts=(Chart(across=Axis(title=text), up=Axis(title=text), curves=(curve,)),)),
+        Panel(title=text, passages=((text, f"{text}\n```\n{text}"),)),
     )
 
 

@@ -17,7 +17,6 @@ from lorameter.report.blocks import (
     ColumnHeader,
     Line,
     Panel,
-    Quote,
     Row,
     Section,
     Span,
@@ -45,7 +44,7 @@ def hostile_document():
         Section(title=HOSTILE, subtitle=HOSTILE, lines=lines, tone="bad"),
         Table(title=HOSTILE, heads=heads, rows=rows, notes=lines),
         Collapsible(summary=say("a line"), lines=lines),
-        Panel(title=HOSTILE, passages=(Quote(head=HOSTILE, text=HOSTILE),)),
+        Panel(title=HOSTILE, passages=((HOSTILE, HOSTILE),)),
     )
 
 

@@ -334,7 +334,7 @@ def test_a_run_killed_in_the_middle_survives(tmp_path):
     assert main(["run", "--resume", path.name, "--runs-dir", str(runs), "--json"]) in (0, 4)
     run = store.read_run(path.name, runs)
     view = view_of(run)
-    assert (run.state, view.counts, view.failures) == ("complete", {"ok": 3 + 2 + 3}, ())
+    assert (run.state, view.counts, view.validity.failures) == ("complete", {"ok": 3 + 2 + 3}, ())
     assert {record.trial: record for record in run.records if record.trial in kept} == kept
     assert run.measured_again == 3
     verdict = view.tables[0].control.verdict

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kernels_check.terminal import print_stderr
 from lorameter.errors import UsageError
 from lorameter.records.store import Run
-from lorameter.report.blocks import Document
-from lorameter.report.figure import Figure
+from lorameter.report.blocks import Document, Figure
 from lorameter.report.figures import figures_of_run
 from lorameter.report.html.page import save_html, write_html
 from lorameter.report.reproduce import reproduction_steps
@@ -112,4 +111,4 @@ def save_run_page(path: str | None, run: Run, view: RunView, document: Document)
         return
 
     figures, again = figures_of_run(run, view), reproduction_steps(run)
-    save_page(path, document, view.title, names=view.variants, figures=figures, again=again)
+    save_page(path, document, view.study.title, names=view.variants, figures=figures, again=again)

@@ -21,8 +21,7 @@ from lorameter.records import codec, store
 from lorameter.report.blocks import Document, Span, say
 from lorameter.report.live import LiveDisplay
 from lorameter.report.notices import warn_before_run
-from lorameter.report.profile import describe_profile, describe_tried
-from lorameter.report.requests import describe_requests
+from lorameter.report.profile import describe_profile, describe_requests, describe_tried
 from lorameter.report.terminal import console_for, show
 from lorameter.run.build_plan import build_plan
 from lorameter.run.device_lock import hold_device

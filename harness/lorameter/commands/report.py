@@ -100,7 +100,8 @@ def document_of(run: Run, view: RunView) -> Document:
     if view.valid:
         return document + describe_verdicts(judge_claims(run))
 
-    said = f"not judged: the run is invalid. `lorameter claims {view.run}` judges them by the trials that there are."
+    command = f"`lorameter claims {run.manifest.run}`"
+    said = f"not judged: the run is invalid. {command} judges them by the trials that there are."
     return (*document, Section(title="Claims", lines=(say(said),)))
 
 

@@ -120,13 +120,13 @@ def _show(run: Run, options: argparse.Namespace) -> int:
         show(warn_before_run(view.notices), console_for(stderr=True))
         print_json(
             {
-                "run": view.run,
-                "path": view.path,
+                "run": run.manifest.run,
+                "path": str(run.path),
                 "status": "ok" if view.valid else "invalid",
-                "invalid": view.invalid,
+                "invalid": view.validity.invalid,
                 "control": _controls(view),
                 "trials": view.counts,
-                **encode_spending(view.spending),
+                **encode_spending(run.manifest.spending),
             }
         )
     else:

@@ -42,17 +42,14 @@ def _invalid(reasons: str | None) -> str:
 
 def _verdicts(report: ComparisonReport, *, lenient: bool) -> list[str]:
     """The worst first; `lenient`: whether an open question is let pass."""
-    found: list[tuple[int, str]] = []
-    for compared in report.comparisons:
-        code = EXIT_OF[compared.verdict]
-        if code:
-            passes = compared.verdict == "inconclusive" and lenient
-            ratio = write_compared(compared)
-            said = f"{ratio.line}, " if ratio.value is not None else ""
-            title = f"lorameter: {compared.name}, {title_of(compared.metric)} {compared.verdict}"
-            message = f"{said}{compared.reason}"
-            found.append((PRECEDENCE.index(code), annotation("warning" if passes else "error", title, message)))
-    return [line for _, line in sorted(found, key=lambda item: item[0])]
+    lines = []
+    for one in sorted(report.comparisons, key=lambda one: PRECEDENCE.index(EXIT_OF[one.verdict])):
+        if EXIT_OF[one.verdict]:
+            ratio = f"{write_compared(one).line}, " if one.ratio is not None else ""
+            level = "warning" if one.verdict == "inconclusive" and lenient else "error"
+            title = f"lorameter: {one.name}, {title_of(one.metric)} {one.verdict}"
+            lines.append(annotation(level, title, f"{ratio}{one.reason}"))
+    return lines
 
 
 def _differing(report: ComparisonReport) -> list[str]:
@@ -70,9 +67,10 @@ def annotation(level: str, title: str, message: str) -> str:
 def run_annotations(view: RunView) -> str:
     """A run: an error for each trial without a result and for a run that does not count, a warning a notice."""
     counted = ", ".join(f"{count} {status}" for status, count in view.counts.items()) or "none yet"
-    said = f"{_invalid(view.invalid)}{view.run} is {'valid' if view.valid else 'invalid'}: {counted}"
+    state = "valid" if view.valid else "invalid"
+    said = f"{_invalid(view.validity.invalid)}{view.run.manifest.run} is {state}: {counted}"
     lines = [annotation("notice" if view.valid else "error", "lorameter run", said)]
-    lines += [annotation("error", "lorameter: trial without a result", failure) for failure in view.failures]
+    lines += [annotation("error", "lorameter: trial without a result", failure) for failure in view.validity.failures]
     lines += [annotation("warning", f"lorameter: {one.code}", f"{one.message} {one.remedy}") for one in view.notices]
     return "\n".join(lines) + "\n"
 

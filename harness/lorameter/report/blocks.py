@@ -1,9 +1,8 @@
-"""What a report is made of: lines, sections, tables, curves and panels, typed, and written for no renderer.
+"""Blocks of a report: lines, sections, tables, charts and figures, typed, and written for no renderer.
 
-Every report is a document: a sequence of these blocks. It decides what is shown, in which order and with how many
-digits, what may be left out where there is no room, and what is drawn; colours, widths, borders, escapes and how
-something is drawn are the renderer's alone. So a new renderer is one module that takes a document, and a new report is
-drawn by every renderer there is.
+Every report is a document: a sequence of these blocks. It decides what is shown, in which order, with how many digits,
+and what may be left out where there is no room; colours, widths, borders and escapes are the renderer's. So a new
+renderer is one module that takes a document, and every renderer draws a new report.
 """
 
 from __future__ import annotations
@@ -35,56 +34,7 @@ _TONES: Mapping[str, Tone] = {
     "bad": "warning",
     "unfit": "alarm",
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Axis:
-    """What a direction of a picture measures."""
-
-    title: str
-    unit: Unit = "1"
-    line_at: float | None = None
-    """A value that all others are read against, as 1 is of ratios."""
-    named: tuple[tuple[float, str], ...] = ()
-    """Values that are named next to it, and by what; () leaves that to the renderer."""
-    log: bool = False
-    """Whether it is laid out by the logarithm, as values are that double; they are above 0."""
-    span: tuple[float, float] | None = None
-    """Its ends; None is what its values need."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Curve:
-    """Values of one variant in an order, with a band around them where there is one."""
-
-    name: str
-    points: tuple[tuple[float, float], ...]
-    band: tuple[tuple[float, float, float], ...] = ()
-    """Place, lower and upper end, of the points that have an interval."""
-
-    @property
-    def ends(self) -> tuple[float, ...]:
-        """All of its values, those of its band among them."""
-        return (*(y for _, y in self.points), *(end for _, low, high in self.band for end in (low, high)))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
-    """A place at which the values of a curve change, with its size and what changed."""
-
-    at: float
-    text: str
-    tone: Tone
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Curves:
-    """Curves over one axis."""
-
-    across: Axis
-    up: Axis
-    curves: tuple[Curve, ...]
-    changes: tuple[Change, ...] = ()
+_INVALID = "INVALID: "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,17 +51,16 @@ class Line:
 
     spans: tuple[Span, ...]
     label: str = ""
-    """What the paragraph is about, in a word; printed before it, and aligned with the other leads of a section."""
+    """What the paragraph is about, in a word; the labels of a section are aligned."""
     indented: bool = True
     """Whether it belongs to the line above it."""
     blank_line_before: bool = False
-    """Whether an empty line precedes it."""
     last: bool = False
     """Whether a terminal repeats it below the report."""
 
     @property
     def text(self) -> str:
-        """All of it but its lead, without its tones."""
+        """All of it but its label, without its tones."""
         return "".join(span.text for span in self.spans)
 
 
@@ -125,7 +74,6 @@ class Section:
     """What follows the title on its line without being part of it."""
     tone: Tone = "plain"
     blank_line_before: bool = True
-    """Whether an empty line precedes it."""
     last: bool = False
     """Whether a terminal repeats it below the report."""
 
@@ -135,25 +83,18 @@ class ColumnHeader:
     """What a column holds."""
 
     text: str
+    key: str = ""
+    """The name of its numbers in a JSON document; empty where they are in none."""
     right: bool = False
-    """Whether its cells end below each other, as numbers do."""
+    """Whether its cells are aligned at their right ends, as numbers are."""
     drop_priority: int = 0
     """The higher, the sooner it may be left out where there is no room; 0 is never left out."""
     collapse_if_constant: bool = False
-    """Whether what is equal in all of its cells is said once, below the table."""
+    """Whether a note below the table replaces the column where all of its cells are equal."""
     ratio: bool = False
-    """Whether its values are ratios, drawn around 1, which is no difference."""
-    picture_priority: int = 1
-    """The drop priority of the picture of a ratio, which repeats what its column says in numbers."""
+    """Whether its values are ratios, which a renderer draws around 1."""
     joins_left: bool = False
     """Whether a narrow table shows its cells in the column on its left, behind the value."""
-    plain: str = ""
-    """What it is called in a sentence, where that is something else than its text."""
-
-    @property
-    def name(self) -> str:
-        """What it is called in a sentence."""
-        return self.plain or self.text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,17 +106,16 @@ class Cell:
     text: str = ""
     """Words, or the value with its unit."""
     interval: str = ""
-    """What the value's interval is, in brackets."""
+    """The interval of the value, in brackets."""
     detail: str = ""
-    """What is read last, if at all."""
     command: str = ""
     """What to type."""
     verdict: str = ""
-    """The finding's word, as programs know it; it decides the tone."""
+    """The verdict as programs know it; it decides the tone."""
     said: str = ""
-    """What people see instead; empty where it is that word."""
+    """The verdict for people; empty where it is the same word."""
     value: float | None = None
-    """The number behind the text, in its base unit; None where there is none."""
+    """The number behind the text, in its base unit."""
     low: float | None = None
     high: float | None = None
     unit: Unit | None = None
@@ -189,7 +129,7 @@ class Cell:
     @property
     def words(self) -> str:
         """All parts on one line, in the words for people."""
-        return dataclasses.replace(self, verdict=self.said, said="").line if self.said else self.line
+        return dataclasses.replace(self, verdict=self.said or self.verdict).line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,7 +152,6 @@ class Table:
     notes: tuple[Line, ...] = ()
     """What a reader of the table must know; below it."""
     blank_line_before: bool = False
-    """Whether an empty line precedes it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,37 +163,138 @@ class Collapsible:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """Passages of someone else's text that belong together: of each its author and the text."""
+
+    title: str
+    passages: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """What a direction of a chart measures."""
+
+    title: str
+    unit: Unit = "1"
+    line_at: float | None = None
+    """A value that all others are read against, as 1 is of ratios."""
+    named: tuple[tuple[float, str], ...] = ()
+    """Ticks with their names; () leaves them to the renderer."""
+    log: bool = False
+    span: tuple[float, float] | None = None
+    """Its ends; None: the renderer chooses them by the values."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A place in a chart, with an interval in each direction that has one."""
+
+    x: float
+    y: float
+    x_interval: tuple[float, float] | None = None
+    y_interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """Points of one variant, or of one trial of it."""
+
+    name: str
+    points: tuple[Point, ...]
+    hollow: bool = False
+    """Whether others are better in both directions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """A place at which the values of a curve change, with its size and what changed."""
+
+    at: float
+    text: str
+    tone: Tone
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """Curves over one axis: joined with a band around them, as dots with their intervals, or as specks."""
+
+    across: Axis
+    up: Axis
+    curves: tuple[Curve, ...]
+    style: Literal["joined", "dots", "specks"] = "joined"
+    changes: tuple[Change, ...] = ()
+    front: tuple[tuple[float, float], ...] = ()
+    """Corners of the line that joins what no other beats in both directions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChartGroup:
     """Charts side by side, each named by the title of its horizontal axis."""
 
     title: str
-    charts: tuple[Curves, ...]
+    charts: tuple[Chart, ...]
     notes: tuple[Line, ...] = ()
     on_page: bool = True
     """Whether a page shows them; it has a figure of its own for some."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Quote:
-    """Text of someone else, and its author."""
+class Mark:
+    """One value of a variant, with its interval where it has one."""
 
-    head: str
-    text: str
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    verdict: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Panel:
-    """Passages that belong together."""
+class Intervals:
+    """A line for each mark, its value and its interval."""
+
+    axis: Axis
+    marks: tuple[Mark, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bars:
+    """A bar a variant, of segments that follow each other; segments of one kind have one colour."""
+
+    axis: Axis
+    bars: Mapping[str, Mapping[str, float]]
+    """The size of each segment, by variant and kind."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """The status of a check in a variant, and the evidence for it."""
+
+    text: str
+    tone: Tone
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matrix:
+    """The finding of each path in each variant; it is its own table."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Finding | None, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """A picture of a page, what it shows in words, and the table of its numbers."""
 
     title: str
-    passages: tuple[Quote, ...]
+    says: str
+    drawing: Intervals | Chart | Bars | Matrix
+    table: Table | None
 
 
 Block: TypeAlias = Line | Section | Collapsible | Table | ChartGroup | Panel
 Document: TypeAlias = tuple[Block, ...]
-
-
-_INVALID = "INVALID: "
 
 
 def say(*parts: str | Span, label: str = "", indented: bool = True, blank_line_before: bool = False) -> Line:
@@ -281,7 +321,7 @@ def say_each(texts: Iterable[str]) -> tuple[Line, ...]:
 
 
 def list_sections(lists: Mapping[str, Sequence[str]]) -> Iterator[Section]:
-    """A section of each list by its title; an empty one is none."""
+    """A section of each list that is not empty, by its title."""
     for title, texts in lists.items():
         if texts:
             yield Section(title=title, lines=say_each(texts))
@@ -292,17 +332,20 @@ def name_columns(*texts: str, left: int = 1) -> tuple[ColumnHeader, ...]:
     return tuple(ColumnHeader(text=text, right=place >= left) for place, text in enumerate(texts))
 
 
-def write_row(*cells: str | Cell, strong: bool = False) -> Row:
+def write_row(*cells: str | Cell, strong: bool = False, ends_group: bool = False) -> Row:
     """A row of words and of cells."""
-    return Row(cells=tuple(cell if isinstance(cell, Cell) else Cell(text=cell) for cell in cells), strong=strong)
+    written = tuple(cell if isinstance(cell, Cell) else Cell(text=cell) for cell in cells)
+    return Row(cells=written, strong=strong, ends_group=ends_group)
 
 
 def value_cell(value: float, low: float | None, high: float | None, unit: Unit, *, detail: str = "") -> Cell:
-    """A value with its interval, with as many digits as that supports; bytes each in the unit that reads best."""
+    """A value with its interval, with as many digits as that supports; of bytes both in one unit, where they have one,
+    and no interval where its ends read the same."""
+    text, interval = split_interval(value, low, high, unit)
     if unit == "byte" and low is not None and high is not None:
-        text, interval = format_bytes(value), f"[{format_bytes(low)}, {format_bytes(high)}]"
-    else:
-        text, interval = split_interval(value, low, high, unit)
+        text, ends = format_bytes(value), [format_bytes(end) for end in (low, high)]
+        same = f" {text.partition(' ')[2]}"
+        interval = "" if ends[0] == ends[1] else f"[{', '.join(end.removesuffix(same) for end in ends)}]"
     return Cell(text=text, interval=interval, detail=detail, value=value, low=low, high=high, unit=unit)
 
 
@@ -311,14 +354,19 @@ def write_seconds(seconds: float) -> Cell:
     return Cell(text=format_value(seconds, "s"), value=seconds, unit="s")
 
 
-def write_bytes(size: int) -> Cell:
+def write_bytes(size: float) -> Cell:
     """A size that was counted."""
     return Cell(text=format_bytes(size), value=size, unit="byte")
 
 
-def write_share(share: float) -> Cell:
+def write_number(value: float | None, form: str = "g") -> Cell:
+    """A plain number in a format of Python's; a dash where there is none."""
+    return Cell(text="–") if value is None else Cell(text=f"{value:{form}}", value=value, unit="1")
+
+
+def write_share(share: float | None) -> Cell:
     """A part of a whole in percent."""
-    return Cell(text=f"{share:.1%}", value=share, unit="1")
+    return write_number(share, ".1%")
 
 
 def write_ratio(found: Comparison, *, verdict: str = "") -> Cell:
@@ -329,12 +377,12 @@ def write_ratio(found: Comparison, *, verdict: str = "") -> Cell:
 
 
 def collapse_constant_columns(table: Table) -> Table:
-    """The table without columns whose cells all say the same, which a line below it says instead."""
+    """The table with a note for each column that may collapse and whose cells are equal."""
     kept, notes = [], []
     for place, head in enumerate(table.heads):
         cells = [row.cells[place] for row in table.rows]
         if head.collapse_if_constant and len(cells) > 1 and len(set(cells)) == 1:
-            notes += [say(f"{head.name}: {cells[0].words}, in every row")] if cells[0].words not in ("", "–") else []
+            notes += [say(f"{head.text}: {cells[0].words}, in every row")] if cells[0].words not in ("", "–") else []
         else:
             kept.append(place)
     return dataclasses.replace(
@@ -346,5 +394,5 @@ def collapse_constant_columns(table: Table) -> Table:
 
 
 def tone_of(verdict: str) -> Tone:
-    """The tone of a finding's word; of one that is neither good nor bad, `odd`."""
+    """The tone of a verdict's word; of one that is neither good nor bad, `odd`."""
     return _TONES.get(verdict, "odd")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lorameter.machine.provenance import power_limit_w
-from lorameter.records.record import TrialRecord
 from lorameter.records.store import Run
 from lorameter.records.units import format_count
 from lorameter.report.blocks import Line, say
@@ -19,91 +18,14 @@ from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
 from lorameter.studies.variant import ScriptVariant
 from lorameter.studies.workload import LOSSES, Workload
+from lorameter.verdicts.sites import is_mixed, say_machines
 from lorameter.verdicts.software import say_threads, versions_of
 from lorameter.verdicts.validity import is_single_script_run
 
-
-def facts_of(run: Run, study: Study) -> tuple[Line, ...]:
-    """The facts of a run, each with its lead."""
-    provenance, workload, protocol = run.manifest.provenance, study.workload, study.protocol
-    tokens, git = run.manifest.tokens, provenance.get("git", {})
-    libraries = ("torch", "transformers", "peft", "bitsandbytes")
-    reported = versions_of(provenance, run.records)
-    versions = ", ".join(f"{name} {reported.get(name)}" for name in libraries)
-    changes = " with local changes" if git.get("dirty") else ""
-    commit = f"commit {git['commit'][:10]}{changes}" if git.get("commit") else "no repository"
-    device, name = (provenance.get(key, "unknown") for key in ("device", "device_name"))
-    of_what = (
-        [*describe_scripts(run, study)]
-        if study.of_scripts
-        else [
-            say(
-                f"{workload.model}; {tokens.get('data', workload.data)}; "
-                f"{workload.batch_size} × {workload.sequence_length} tokens a batch, {workload.layout}"
-                f"{_ranks_of(workload)}{'' if workload.loss == 'all' else f', {LOSSES[workload.loss]}'}; "
-                f"{say_request(workload)} tokens a request{say_adapters(workload)}",
-                label="workload",
-            ),
-            say(_tokens(tokens), label="tokens"),
-        ]
-    )
-    return (
-        say(f"{name} ({device}, {say_threads(provenance, run.records)}){_power_limit(provenance)}", label="device"),
-        say(f"{versions}, Python {reported['python'] or 'unknown'}; {commit}", label="software"),
-        *of_what,
-        *_own_workloads(run, study),
-        say(
-            f"{replicates_said(run)}, {format_count(protocol.turns * protocol.steps_per_turn, 'timed step')} a trial, "
-            f"order seed {run.manifest.seed}",
-            label="plan",
-        ),
-        say(f"{run.manifest.interleaving}{_level(run)}", label="level"),
-        *([say(run.manifest.stopped, label="stopped")] if run.manifest.stopped else []),
-        *standing(run, study),
-    )
-
-
-def _power_limit(provenance: Mapping[str, Any]) -> str:
-    """Of a GPU: what it is, and what it is by default; nothing on a CPU and of runs that did not record it."""
-    limit, default = (power_limit_w(provenance, which) for which in ("power_limit_w", "default_power_limit_w"))
-    if limit is None:
-        return ""
-    return f", power limit {limit} W" + ("" if default is None else f" of {default} W")
-
-
-def _tokens(tokens: Mapping[str, Any]) -> str:
-    real, padded = tokens.get("real_tokens", 0), tokens.get("padded_tokens", 0)
-    loss = f", loss over {tokens['loss_tokens']}" if "loss_tokens" in tokens else ""
-    if without := tokens.get("without_loss"):
-        loss += f" ({format_count(without, 'sequence')} without a label left out)"
-    return f"{real} real and {padded} padded in an epoch{loss}, hash {str(tokens.get('hash', ''))[:12]}"
-
-
-def _own_workloads(run: Run, study: Study) -> Iterator[Line]:
-    """What variants are measured on that are not measured on the study's workload."""
-    tokens = run.manifest.tokens.get("own", {})
-    for name, workload in read_own_workloads(run).items():
-        pairs = ((field.name, getattr(workload, field.name)) for field in dataclasses.fields(workload))
-        changes = ", ".join(f"{key} = {value}" for key, value in pairs if value != getattr(study.workload, key))
-        yield say(f"{name} has {changes}; {_tokens(tokens.get(name, {}))}", label="own")
-
-
-def _level(run: Run) -> str:
-    """Why this level, and what was measured outside it."""
-    why = f": {run.manifest.why}" if run.manifest.why else ""
-    isolated = any(record.interleaving != run.manifest.interleaving for record in run.records)
-    return f"{why}; peaks and what needs its own base: isolated trials" if isolated else why
-
-
-def _ranks_of(workload: Workload) -> str:
-    """Who shares a batch, where more than one rank does."""
-    if workload.ranks == 1:
-        return ""
-    mended = f", bitsandbytes mended: {workload.repair}" if workload.repair else ""
-    return f", by {workload.ranks} ranks ({workload.strategy}{mended})"
-
-
-_WORDS = {
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+SOURCES = {"trainer": "a Trainer", "loop": "a loop that names its steps", "optimizer": "updates of an optimizer"}
+"""What steps were recognised by, in words."""
+_STATES = {
     "running": "under way: a process is measuring it",
     "killed": "its process was killed",
     "interrupted": "stopped by the user",
@@ -111,23 +33,71 @@ _WORDS = {
 }
 
 
-def standing(run: Run, study: Study) -> tuple[Line, ...]:
-    """Facts of a run of this study that is not complete, or was not at some time; none of any other."""
-    manifest = run.manifest
-    lines = []
+def facts_of(run: Run, study: Study) -> tuple[Line, ...]:
+    """The facts of a run, each with its label."""
+    return tuple(say(text, label=label) for label, text in _facts(run, study))
+
+
+def _facts(run: Run, study: Study) -> Iterator[tuple[str, str]]:
+    manifest, protocol, provenance = run.manifest, study.protocol, run.manifest.provenance
+    device, name = (provenance.get(key, "unknown") for key in ("device", "device_name"))
+    name = say_machines(run.records) if is_mixed(run) else name
+    limit, default = (power_limit_w(provenance, which) for which in ("power_limit_w", "default_power_limit_w"))
+    power = "" if limit is None else f", power limit {limit} W{'' if default is None else f' of {default} W'}"
+    yield "device", f"{name} ({device}, {say_threads(provenance, run.records)}){power}"
+    reported, git = versions_of(provenance, run.records), provenance.get("git", {})
+    versions = ", ".join(f"{library} {reported.get(library)}" for library in LIBRARIES)
+    changes = " with local changes" if git.get("dirty") else ""
+    commit = f"commit {git['commit'][:10]}{changes}" if git.get("commit") else "no repository"
+    yield "software", f"{versions}, Python {reported['python'] or 'unknown'}; {commit}"
+    if study.of_scripts:
+        yield from (("command", text) for text in _commands(run, study))
+    else:
+        yield "workload", _workload(study.workload, str(manifest.tokens.get("data", study.workload.data)))
+        yield "tokens", _tokens(manifest.tokens)
+    for name, workload in read_own_workloads(run).items():
+        pairs = ((field.name, getattr(workload, field.name)) for field in dataclasses.fields(workload))
+        changed = ", ".join(f"{key} = {value}" for key, value in pairs if value != getattr(study.workload, key))
+        yield "own", f"{name} has {changed}; {_tokens(manifest.tokens.get('own', {}).get(name, {}))}"
+    steps = format_count(protocol.turns * protocol.steps_per_turn, "timed step")
+    yield "plan", f"{_replicates(run)}, {steps} a trial, order seed {manifest.seed}"
+    isolated = any(record.interleaving != manifest.interleaving for record in run.records)
+    why = f": {manifest.why}" if manifest.why else ""
+    exceptions = "; peaks and what needs its own base: isolated trials" if isolated else ""
+    yield "level", f"{manifest.interleaving}{why}{exceptions}"
+    if manifest.stopped:
+        yield "stopped", manifest.stopped
     if run.state != "complete":
-        ended, planned = sum(record.settled for record in run.records), len(manifest.order)
-        said = f"{_WORDS[run.state]}; {ended} of {planned} trials have ended"
+        ended = f"{sum(record.settled for record in run.records)} of {len(manifest.order)} trials have ended"
         resumable = run.state != "running" and not is_single_script_run(run, study)
-        said += f". Resume: lorameter run --resume {manifest.run}" if resumable else ""
-        lines.append(say(said, label="status"))
+        resume = f". Resume: lorameter run --resume {manifest.run}" if resumable else ""
+        yield "status", f"{_STATES[run.state]}; {ended}{resume}"
     if manifest.resumed:
-        times = ", ".join(time.strftime("%Y-%m-%d %H:%M", time.localtime(one.unix_s)) for one in manifest.resumed)
-        lines.append(say(times, label="resumed"))
-    return tuple(lines)
+        times = (time.strftime("%Y-%m-%d %H:%M", time.localtime(one.unix_s)) for one in manifest.resumed)
+        yield "resumed", ", ".join(times)
 
 
-def replicates_said(run: Run) -> str:
+def _workload(workload: Workload, data: str) -> str:
+    ranks = ""
+    if workload.ranks > 1:
+        mended = f", bitsandbytes mended: {workload.repair}" if workload.repair else ""
+        ranks = f", by {workload.ranks} ranks ({workload.strategy}{mended})"
+    loss = "" if workload.loss == "all" else f", {LOSSES[workload.loss]}"
+    return (
+        f"{workload.model}; {data}; {workload.batch_size} × {workload.sequence_length} tokens a batch, "
+        f"{workload.layout}{ranks}{loss}; {say_request(workload)} tokens a request{say_adapters(workload)}"
+    )
+
+
+def _tokens(tokens: Mapping[str, Any]) -> str:
+    loss = f", loss over {tokens['loss_tokens']}" if "loss_tokens" in tokens else ""
+    if without := tokens.get("without_loss"):
+        loss += f" ({format_count(without, 'sequence')} without a label left out)"
+    real, padded = tokens.get("real_tokens", 0), tokens.get("padded_tokens", 0)
+    return f"{real} real and {padded} padded in an epoch{loss}, hash {str(tokens.get('hash', ''))[:12]}"
+
+
+def _replicates(run: Run) -> str:
     """The replicates of a run; of an incomplete run those whose trials have all ended."""
     planned: dict[str, set[str]] = defaultdict(set)
     for trial in run.manifest.order or (record.trial for record in run.records):
@@ -139,33 +109,23 @@ def replicates_said(run: Run) -> str:
     return f"{whole} of {len(planned)} replicates complete"
 
 
-SOURCES = {"trainer": "a Trainer", "loop": "a loop that names its steps", "optimizer": "updates of an optimizer"}
-"""Where steps were seen, in words."""
-
-
-def describe_scripts(run: Run, study: Study) -> Iterator[Line]:
-    """A line for each command; of an A/B of commands one for each side."""
+def _commands(run: Run, study: Study) -> Iterator[str]:
+    """Each command, of an A/B of commands on each side: where it ran, what its steps were recognised by, how many."""
     sides = {name: side for name, side in run.manifest.sides.items() if side.get("kind") == SIDE}
     for variant in study.scripts:
         for side in sides or {"": {}}:
             records = [one for one in run.records if one.name == variant.name and (not side or one.side == side)]
             command = str(sides[side].get("spec")) if side else variant.command
-            yield say(f"{side or variant.name}: {command}{_where(variant)}{_seen(records)}", label="command")
+            begun = [record for record in records if "source" in record.tokens]
+            found = sorted({SOURCES.get(str(one.tokens["source"]), str(one.tokens["source"])) for one in begun})
+            counts = sorted({int(one.values["training_steps"]) for one in begun if "training_steps" in one.values})
+            seen = f"; steps seen by {' and '.join(found)}" if found else ""
+            taken = f", {' or '.join(map(str, counts))} steps a trial" if counts else ""
+            yield f"{side or variant.name}: {command}{_place(variant)}{seen}{taken}"
 
 
-def _where(variant: ScriptVariant) -> str:
+def _place(variant: ScriptVariant) -> str:
     said = [f"cwd {variant.cwd}"] if variant.cwd else []
     said += [f"{name}={value}" for name, value in variant.env.items()]
     said += [f"python {variant.python}"] if variant.python else []
     return f" ({', '.join(said)})" if said else ""
-
-
-def _seen(records: Iterable[TrialRecord]) -> str:
-    """By what its steps were seen and how many there were; nothing where it did not come to that."""
-    begun = [record for record in records if "source" in record.tokens]
-    if not begun:
-        return ""
-    sources = sorted({SOURCES.get(str(one.tokens["source"]), str(one.tokens["source"])) for one in begun})
-    steps = sorted({int(one.values["training_steps"]) for one in begun if "training_steps" in one.values})
-    taken = f", {' or '.join(map(str, steps))} steps a trial" if steps else ""
-    return f"; steps seen by {' and '.join(sources)}{taken}"

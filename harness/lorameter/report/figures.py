@@ -1,42 +1,55 @@
-"""The figures of a run in addition to its charts: ratios, losses, memory, cold starts, two measures at once, samples,
-checks.
+"""The figures of a run's page, and the charts of a phase, which the terminal draws too.
 
-Each is left out where a run holds nothing for it. Every number of a figure is one that the terminal's report or the
-records have; nothing is smoothed.
+A figure is left out where a run holds nothing for it. Every number of a figure is one of the terminal's report or of
+the records; nothing is smoothed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import cast
 
 from kernels_check.check import Status
-from lorameter.records.metrics import PEAKS, RSS_AT_START
+from lorameter.records.metrics import LOSSES, METRICS, PEAKS, RSS_AT_START
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import Run
-from lorameter.records.units import first_few, format_bytes, format_value
-from lorameter.report.blocks import Axis, Cell, Curve, Curves, Row, Table, Tone, name_columns, value_cell, write_row
-from lorameter.report.charts import draw_serving, losses_by_step, measure_both, tabulate_front
-from lorameter.report.figure import (
-    Bar,
+from lorameter.records.units import first_few
+from lorameter.report.blocks import (
+    Axis,
     Bars,
-    BarSegment,
+    Block,
+    Cell,
+    Chart,
+    ChartGroup,
+    Curve,
     Figure,
-    FigureCheck,
+    Finding,
     Intervals,
     Mark,
     Matrix,
-    Samples,
-    Stretch,
+    Point,
+    Table,
+    Tone,
+    name_columns,
+    say,
+    value_cell,
+    write_bytes,
+    write_number,
+    write_row,
+    write_seconds,
 )
-from lorameter.report.phase_table import PhaseTable
-from lorameter.report.phrases import title_of_ratio
-from lorameter.report.run_view import RunView
+from lorameter.report.phrases import title_of, title_of_ratio
+from lorameter.report.run_view import PhaseTable, RunView
+from lorameter.studies.claim import is_number
 from lorameter.studies.from_run import read_own_workloads, read_study
+from lorameter.studies.study import Study, is_of_tokens
 from lorameter.studies.workload import OF_TOKENS
 from lorameter.verdicts.series import Series, group_trials
+from lorameter.verdicts.sites import runs_of_sites
 
 Shown = Mapping[str, Series]
 """The trials of each variant, in the order of the study."""
@@ -58,209 +71,14 @@ COLD = {
     "cold_first_token_time_s": "first token",
     "cold_completion_time_s": "the other tokens",
 }
-
-
-def figures_of_run(run: Run, view: RunView) -> tuple[Figure, ...]:
-    """All figures that the run has something for, in the order in which they are read: of the variants that the view
-    shows, and next to its ratios of the phases that it shows whole."""
-    groups = group_trials(run.records)
-    shown = {name: groups[name, "variant"] for name in view.variants if (name, "variant") in groups}
-    whole = {table.phase: table.metric for table in view.tables if table.phase in view.phases}
-    found = [_ratios(table) for table in (*view.tables, *view.outcomes)]
-    if "train" in whole:
-        found += [_losses(shown), _memory(shown), _front(shown, whole["train"], _of_another_loss(run))]
-        found += [_samples([record for record in run.records if record.name in shown])]
-    if "generate" in whole:
-        found += [draw_serving(shown)]
-    if "cold" in whole:
-        found += [_cold(shown)]
-    if whole:
-        found += [checks_matrix(shown)]
-    return tuple(figure for figure in found if figure is not None)
-
-
-def _of_another_loss(run: Run) -> set[str]:
-    """Variants whose losses are those of other tokens than the study's."""
-    own = read_own_workloads(run)
-    common = read_study(run).workload if own else None
-    return {name for name, one in own.items() if any(getattr(one, key) != getattr(common, key) for key in OF_TOKENS)}
-
-
-def _ratios(table: PhaseTable) -> Figure | None:
-    found = [(row.name, row.ratio) for row in table.rows if row.ratio is not None and row.ratio.ratio is not None]
-    if not found:
-        return None
-    reference = next((row.name for row in table.rows if row.reference), "the reference")
-    marks = tuple(
-        Mark(name=name, value=one.ratio, low=one.low, high=one.high, verdict=one.verdict)
-        for name, one in found
-        if one.ratio is not None
-    )
-    about = f"{title_of_ratio(table.metric)}{f' on {table.site}' if table.site else ''} × {reference}"
-    axis = Axis(title="right of 1 is worse", line_at=1.0)
-    return Figure(
-        title=about[:1].upper() + about[1:],
-        says="A dot is the ratio of a variant to the reference, the line through it its interval.",
-        drawing=Intervals(axis=axis, marks=marks),
-        table=_of_marks("variant", axis, marks),
-    )
-
-
-def _losses(shown: Shown) -> Figure | None:
-    curves, rows = [], []
-    for name, series in shown.items():
-        steps = losses_by_step(series)
-        if len(steps) < 2:
-            continue
-        points = tuple((step, statistics.median(found)) for step, found in enumerate(steps, start=1))
-        band = tuple((step, min(found), max(found)) for step, found in enumerate(steps, start=1))
-        curves.append(Curve(name=name, points=points, band=band if len(steps[0]) > 1 else ()))
-        ends = [Cell(text=f"{value:.4g}", value=value) for value in (points[0][1], points[-1][1])]
-        rows.append(write_row(name, str(len(steps[0])), str(len(steps)), *ends))
-    if not curves:
-        return None
-    return Figure(
-        title="Losses of all variants",
-        says="The training loss by step, the median of the replicates; the band is from the lowest to the highest of "
-        "them.",
-        drawing=Curves(across=Axis(title="step"), up=Axis(title="training loss"), curves=tuple(curves)),
-        table=Table(heads=name_columns("variant", "replicates", "steps", "first", "last"), rows=tuple(rows)),
-    )
-
-
-def _memory(shown: Shown) -> Figure | None:
-    bars = tuple(bar for name, series in shown.items() if (bar := _held(name, series)) is not None)
-    if not bars:
-        return None
-    kinds = list(dict.fromkeys(part.kind for bar in bars for part in bar.parts))
-    return Figure(
-        title="Memory of training",
-        says="What a step keeps, by kind, and what else its peak held (activations, work space, the process "
-        "baseline); the median over replicates.",
-        drawing=Bars(axis=Axis(title="memory", unit="byte"), bars=bars),
-        table=_of_bars(bars, kinds, format_bytes),
-    )
-
-
-def _held(name: str, series: Series) -> Bar | None:
-    of_kind = {kind: [record.memory[kind] for record in series.ok if kind in record.memory] for kind in HELD}
-    parts = [
-        BarSegment(kind=HELD[kind], value=statistics.median(found)) for kind, found in of_kind.items() if any(found)
-    ]
-    kind = next((kind for kind in PEAKS["train"] if any(kind in record.memory for record in series.ok)), None)
-    if not parts or kind is None:
-        return None
-    peak = statistics.median(record.memory[kind] for record in series.ok if kind in record.memory)
-    births = (
-        [record.memory[RSS_AT_START] for record in series.ok if RSS_AT_START in record.memory]
-        if kind.startswith("host")
-        else []
-    )
-    if births:
-        parts.insert(0, BarSegment(kind="process baseline", value=statistics.median(births)))
-    rest = peak - sum(part.value for part in parts)
-    return Bar(name=name, parts=(*parts, BarSegment(kind="rest of the peak", value=max(rest, 0.0))))
-
-
-def _cold(shown: Shown) -> Figure | None:
-    bars = []
-    for name, series in shown.items():
-        found = {kind: [s for samples in series.trials(metric) for s in samples] for metric, kind in COLD.items()}
-        medians = {kind: statistics.median(samples) for kind, samples in found.items() if samples}
-        if "first token" in medians and "the other tokens" in medians:  # a completion holds its first token
-            medians["the other tokens"] = max(medians["the other tokens"] - medians["first token"], 0.0)
-        if medians:
-            bars.append(
-                Bar(name=name, parts=tuple(BarSegment(kind=kind, value=value) for kind, value in medians.items()))
-            )
-    if not bars:
-        return None
-    return Figure(
-        title="A cold start by phase",
-        says="From a new interpreter to its first completion, piece after piece; the median of each over replicates.",
-        drawing=Bars(axis=Axis(title="time", unit="s"), bars=tuple(bars)),
-        table=_of_bars(bars, list(COLD.values()), lambda value: format_value(value, "s")),
-    )
-
-
-def _front(shown: Shown, cost: str, of_another_loss: set[str]) -> Figure | None:
-    """Loss against what variants are compared by in training; None where one of them, or a second variant whose loss is
-    that of the same tokens, is missing."""
-    loss = next((metric for metric in COMPARED_LOSSES if any(one.trials(metric) for one in shown.values())), None)
-    if loss is None:
-        return None
-    apart = sorted(of_another_loss & shown.keys())
-    found = measure_both({name: series for name, series in shown.items() if name not in apart}, cost, loss)
-    if found is None:
-        return None
-    return Figure(
-        title="Loss against cost",
-        says="To the left is faster, below is a lower loss after as many steps. The dashed stair joins the variants "
-        "that no other beats in both by its estimate; where intervals overlap the order is open."
-        + (f" Not drawn, since theirs are losses of other tokens: {first_few(apart, MOST_NAMED)}." if apart else ""),
-        drawing=found.drawing,
-        table=tabulate_front(found),
-    )
-
-
-def _samples(of: Sequence[TrialRecord]) -> Figure | None:
-    records = [record for record in of if record.samples.get("step_time_s")]
-    if not records:
-        return None
-    begin = min(record.started_unix_s for record in records)
-    stretches = tuple(
-        Stretch(
-            name=record.name,
-            began_s=record.started_unix_s - begin,
-            ended_s=record.started_unix_s - begin + record.wall_time_s,
-            samples=(*record.samples.get("warmup_step_time_s", ()), *record.samples["step_time_s"]),
-        )
-        for record in records
-    )
-    rows = tuple(_quartiles(record) for record in records)
-    return Figure(
-        title="Every step by time",
-        says="Each dot is one step, warm-ups included, which shows drift and warm-up. Steps are spread evenly over "
-        "the time of their trial: interleaved trials are above each other.",
-        drawing=Samples(
-            across=Axis(title="since the first trial", unit="s"), up=Axis(title="step time", unit="s"),
-            stretches=stretches,
-        ),
-        table=Table(
-            heads=name_columns("trial", "variant", "steps", "least", "quartile", "median", "quartile", "most", left=2),
-            rows=rows,
-        ),
-    )  # fmt: skip
-
-
-def _quartiles(record: TrialRecord) -> Row:
-    samples = record.samples["step_time_s"]
-    cuts = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [samples[0]] * 3
-    values = (min(samples), *cuts, max(samples))
-    cells = (Cell(text=format_value(value, "s"), value=value) for value in values)
-    return write_row(record.trial, record.name, str(len(samples)), *cells)
-
-
-def _of_marks(head: str, axis: Axis, marks: Sequence[Mark]) -> Table:
-    rows = (write_row(mark.name, _written(mark, axis), Cell(verdict=mark.verdict)) for mark in marks)
-    return Table(heads=name_columns(head, axis.title, "verdict"), rows=tuple(rows))
-
-
-def _written(mark: Mark, axis: Axis) -> Cell:
-    return value_cell(mark.value, mark.low, mark.high, axis.unit)
-
-
-def _of_bars(bars: Sequence[Bar], kinds: Sequence[str], write: Callable[[float], str]) -> Table:
-    rows = []
-    for bar in bars:
-        held = {part.kind: part.value for part in bar.parts}
-        cells = [Cell(text=write(held[kind]), value=held[kind]) if kind in held else Cell(text="–") for kind in kinds]
-        total = sum(held.values())
-        rows.append(write_row(bar.name, *cells, Cell(text=write(total), value=total)))
-    return Table(heads=name_columns("variant", *kinds, "together"), rows=tuple(rows))
-
-
-_STATUS_TONES: Mapping[Status, Tone] = {
+LEAST_LEVELS = 3
+"""Two points are no curve: a table says them."""
+LEAST_STEPS = 6
+MOST_CURVES = 8
+"""Curves of losses that are shown; a study of fifty variants would fill the screen with them."""
+LATENCY, THROUGHPUT = "time_per_output_token_s", "output_tokens_per_s"
+SERVING = "Throughput against latency"
+_TONES: Mapping[Status, Tone] = {
     "fallback": "bad",
     "absent": "bad",
     "unknown": "warning",
@@ -270,13 +88,167 @@ _STATUS_TONES: Mapping[Status, Tone] = {
 """The colour of each status of a required path, the worst status first. Only `active` meets a requirement."""
 
 
-def checks_matrix(shown: Mapping[str, Series]) -> Figure | None:
-    """A row a path, a column a variant; None where nothing was checked."""
-    checks = [check for series in shown.values() for record in series.records for check in record.checks]
-    paths = dict.fromkeys(str(check["path"]) for check in checks)
-    if not checks:
+def figures_of_run(run: Run, view: RunView) -> tuple[Figure, ...]:
+    """All figures that the run has something for, in the order in which they are read: of the variants that the view
+    shows, and next to its ratios of the phases that it shows whole."""
+    shown = _shown(run, view)
+    whole = {table.phase: table.metric for table in view.tables if table.phase in view.phases}
+    found = [_ratios(table, view.study.reference) for table in (*view.tables, *view.outcomes)]
+    if "train" in whole:
+        found += [_losses(shown), _memory(shown), _front(shown, whole["train"], _of_other_tokens(run))]
+        found += [_samples([record for record in run.records if record.name in shown])]
+    if "generate" in whole:
+        found += [_draw_serving(shown)]
+    if "cold" in whole:
+        found += [_cold(shown)]
+    if whole:
+        found += [_checks(shown)]
+    return tuple(figure for figure in found if figure is not None)
+
+
+def _of_other_tokens(run: Run) -> set[str]:
+    """Variants whose losses are those of other tokens than the study's."""
+    own = read_own_workloads(run)
+    common = read_study(run).workload if own else None
+    return {name for name, one in own.items() if any(getattr(one, key) != getattr(common, key) for key in OF_TOKENS)}
+
+
+def _ratios(table: PhaseTable, reference: str) -> Figure | None:
+    marks = [Mark(name=name, value=one.ratio, low=one.low, high=one.high, verdict=one.verdict)
+             for name, one in table.ratios.items() if one.ratio is not None]  # fmt: skip
+    about = f"{title_of_ratio(table.metric)}{f' on {table.site}' if table.site else ''} × {reference}"
+    says = "A dot is the ratio of a variant to the reference, the line through it its interval."
+    axis = Axis(title="right of 1 is worse", line_at=1.0)
+    return draw_intervals(about[:1].upper() + about[1:], says, axis, marks) if marks else None
+
+
+def draw_intervals(title: str, says: str, axis: Axis, marks: Sequence[Mark]) -> Figure:
+    """Values with their intervals and verdicts, as a picture and as a table."""
+    rows = [write_row(mark.name, value_cell(mark.value, mark.low, mark.high, axis.unit), Cell(verdict=mark.verdict))
+            for mark in marks]  # fmt: skip
+    table = Table(heads=name_columns("variant", axis.title, "verdict"), rows=tuple(rows))
+    return Figure(title=title, says=says, drawing=Intervals(axis=axis, marks=tuple(marks)), table=table)
+
+
+def _losses(shown: Shown) -> Figure | None:
+    curves, rows = [], []
+    for name, series in shown.items():
+        steps = _losses_by_step(series)
+        if len(steps) > 1:
+            ends = [(min(found), max(found)) if len(found) > 1 else None for found in steps]
+            middles = [statistics.median(found) for found in steps]
+            points = tuple(Point(x=step, y=y, y_interval=end)
+                           for step, (y, end) in enumerate(zip(middles, ends, strict=True), start=1))  # fmt: skip
+            curves.append(Curve(name=name, points=points))
+            outer = (write_number(middles[place], ".4g") for place in (0, -1))
+            rows.append(write_row(name, str(len(steps[0])), str(len(steps)), *outer))
+    if not curves:
         return None
-    rows = tuple((path, tuple(_evidence(series, path) for series in shown.values())) for path in paths)
+    return Figure(
+        title="Losses of all variants",
+        says="The training loss by step, the median of the replicates; the band is from the lowest to the highest of "
+        "them.",
+        drawing=Chart(across=Axis(title="step"), up=Axis(title="training loss"), curves=tuple(curves)),
+        table=Table(heads=name_columns("variant", "replicates", "steps", "first", "last"), rows=tuple(rows)),
+    )
+
+
+def _memory(shown: Shown) -> Figure | None:
+    says = (
+        "What a step keeps, by kind, and what else its peak held (activations, work space, the process baseline); the "
+        "median over replicates."
+    )
+    bars = {name: held for name, series in shown.items() if (held := _held(series))}
+    return _bars("Memory of training", says, Axis(title="memory", unit="byte"), bars)
+
+
+def _held(series: Series) -> dict[str, float]:
+    """The median size of each kind of memory, and the rest of the peak; empty where no kind or no peak is known."""
+
+    def median(kind: str) -> float:
+        return statistics.median([record.memory[kind] for record in series.ok if kind in record.memory] or [0])
+
+    peak = next((kind for kind in PEAKS["train"] if median(kind)), None)
+    held = {word: median(kind) for kind, word in HELD.items() if median(kind)}
+    if peak is None or not held:
+        return {}
+    if peak.startswith("host") and median(RSS_AT_START):
+        held = {"process baseline": median(RSS_AT_START), **held}
+    return held | {"rest of the peak": max(median(peak) - sum(held.values()), 0.0)}
+
+
+def _cold(shown: Shown) -> Figure | None:
+    bars = {}
+    for name, series in shown.items():
+        found = {kind: [one for trial in series.trials(metric) for one in trial] for metric, kind in COLD.items()}
+        medians = {kind: statistics.median(samples) for kind, samples in found.items() if samples}
+        if "first token" in medians and "the other tokens" in medians:  # a completion holds its first token
+            medians["the other tokens"] = max(medians["the other tokens"] - medians["first token"], 0.0)
+        if medians:
+            bars[name] = medians
+    says = "From a new interpreter to its first completion, piece after piece; the median of each over replicates."
+    return _bars("A cold start by phase", says, Axis(title="time", unit="s"), bars)
+
+
+def _bars(title: str, says: str, axis: Axis, bars: Mapping[str, Mapping[str, float]]) -> Figure | None:
+    """Bars as a picture and as a table; None without any."""
+    write = write_bytes if axis.unit == "byte" else write_seconds
+    kinds = list(dict.fromkeys(kind for held in bars.values() for kind in held))
+    rows = []
+    for name, held in bars.items():
+        cells = (write(held[kind]) if kind in held else "–" for kind in kinds)
+        rows.append(write_row(name, *cells, write(sum(held.values()))))
+    table = Table(heads=name_columns("variant", *kinds, "together"), rows=tuple(rows))
+    return Figure(title=title, says=says, drawing=Bars(axis=axis, bars=bars), table=table) if bars else None
+
+
+def _front(shown: Shown, cost: str, of_other_tokens: set[str]) -> Figure | None:
+    """Loss against the metric of training, of the variants whose loss is that of the same tokens."""
+    loss = next((metric for metric in COMPARED_LOSSES if any(one.trials(metric) for one in shown.values())), None)
+    if loss is None:
+        return None
+    others = sorted(of_other_tokens & shown.keys())
+    says = "To the left is faster, below is a lower loss after as many steps."
+    if others:
+        says += f" Not drawn, since theirs are losses of other tokens: {first_few(others, MOST_NAMED)}."
+    same = {name: series for name, series in shown.items() if name not in others}
+    return _draw_front(same, cost, loss, "Loss against cost", says)
+
+
+def _samples(of: Sequence[TrialRecord]) -> Figure | None:
+    records = [record for record in of if record.samples.get("step_time_s")]
+    if not records:
+        return None
+    begin = min(record.started_unix_s for record in records)
+    curves, rows = [], []
+    for record in records:
+        timed = record.samples["step_time_s"]
+        steps = (*record.samples.get("warmup_step_time_s", ()), *timed)
+        began, pace = record.started_unix_s - begin, record.wall_time_s / len(steps)
+        points = tuple(Point(x=began + pace * (place + 0.5), y=step) for place, step in enumerate(steps))
+        curves.append(Curve(name=record.name, points=points))
+        cuts = statistics.quantiles(timed, n=4, method="inclusive") if len(timed) > 1 else [timed[0]] * 3
+        cells = map(write_seconds, (min(timed), *cuts, max(timed)))
+        rows.append(write_row(record.trial, record.name, str(len(timed)), *cells))
+    heads = name_columns("trial", "variant", "steps", "least", "quartile", "median", "quartile", "most", left=2)
+    across, up = Axis(title="since the first trial", unit="s"), Axis(title="step time", unit="s")
+    return Figure(
+        title="Every step by time",
+        says="Each dot is one step, warm-ups included, which shows drift and warm-up. Steps are spread evenly over "
+        "the time of their trial: interleaved trials are above each other.",
+        drawing=Chart(across=across, up=up, curves=tuple(curves), style="specks"),
+        table=Table(heads=heads, rows=tuple(rows)),
+    )
+
+
+def _checks(shown: Shown) -> Figure | None:
+    """A row a path, a column a variant; None where nothing was checked."""
+    paths = dict.fromkeys(
+        str(check["path"]) for series in shown.values() for one in series.records for check in one.checks
+    )
+    if not paths:
+        return None
+    rows = tuple((path, tuple(_finding(series, path) for series in shown.values())) for path in paths)
     return Figure(
         title="Checks of the paths that ran",
         says="What kernels_check found of each path in each variant; a word opens its evidence.",
@@ -285,7 +257,7 @@ def checks_matrix(shown: Mapping[str, Series]) -> Figure | None:
     )
 
 
-def _evidence(series: Series, path: str) -> FigureCheck | None:
+def _finding(series: Series, path: str) -> Finding | None:
     """All that was found of a path in a variant's trials, by the worst status."""
     found = [check for record in series.records for check in record.checks if check["path"] == path]
     if not found:
@@ -294,14 +266,156 @@ def _evidence(series: Series, path: str) -> FigureCheck | None:
     observed = Counter(str(check["observed"]) for check in found if check["status"] == worst).most_common(1)[0][0]
     required = any(check["required"] is not None for check in found)
     counted = Counter(f"{check['status']}: {check['reason']}" for check in found)
-    return FigureCheck(
+    return Finding(
         text=f"{worst}: {observed}" if observed not in ("", "None") else worst,
-        tone=_STATUS_TONES.get(cast(Status, worst), "warning") if required else "plain",
+        tone=_TONES.get(cast(Status, worst), "warning") if required else "plain",
         reasons=tuple(f"{reason} ({count} of {len(found)} trials)" for reason, count in counted.most_common()),
     )
 
 
 def _severity(status: str) -> int:
-    """The place of a status, the worst first; a status of a newer version counts as `unknown`."""
-    order = list(_STATUS_TONES)
-    return order.index(status if status in order else "unknown")
+    """The place of a status, the worst first; one that is not known counts as `unknown`."""
+    order = list(_TONES)
+    return order.index(cast(Status, status if status in order else "unknown"))
+
+
+def describe_charts(view: RunView, table: PhaseTable) -> Iterator[Block]:
+    """The charts and further tables of a phase that is shown whole."""
+    shown = _shown(runs_of_sites(view.run)[table.site] if table.site else view.run, view)
+    if table.phase == "generate" and (serving := _draw_serving(shown)) and serving.table:
+        note = (
+            "output tokens/s: of all prompts of a request, over its time; on the front: no other has more of them and "
+            "less time per token, by their estimates"
+        )
+        yield dataclasses.replace(serving.table, title=SERVING, notes=(say(note),), blank_line_before=True)
+    yield from _sweeps(view.study, shown, table)
+    if table.phase == "train":
+        yield from _loss_charts(shown)
+
+
+def _shown(run: Run, view: RunView) -> Shown:
+    groups = group_trials(run.records)
+    return {name: groups[name, "variant"] for name in view.variants if (name, "variant") in groups}
+
+
+def _sweeps(study: Study, shown: Shown, table: PhaseTable) -> Iterator[ChartGroup]:
+    """The ratio, and of training the held-out loss, along each field that has enough levels that are numbers."""
+    swept = {axis: [(float(level), name) for level, name in study.levels(axis) if is_number(level)]
+             for axis in study.axes}  # fmt: skip
+    points = {name: (one.ratio, one.low, one.high) for name, one in table.ratios.items() if one.ratio is not None}
+    points |= {study.reference: (1.0, None, None)} if study.reference in shown else {}
+    title = f"{title_of(table.metric)} × {study.reference}, along each field"
+    yield from _gallery(title, [_sweep(axis, levels, points) for axis, levels in swept.items()])
+    if table.phase == "train":
+        losses = _estimates(shown, "held_out_loss")
+        comparable = {axis: levels for axis, levels in swept.items() if not is_of_tokens(axis)}
+        charts = [_sweep(axis, levels, losses) for axis, levels in comparable.items()]
+        yield from _gallery(f"{title_of('held_out_loss')}, along each field", charts)
+
+
+_Value = tuple[float, float | None, float | None]
+
+
+def _estimates(shown: Shown, metric: str) -> dict[str, _Value]:
+    """The estimate of each variant that has one, with the ends of its interval."""
+    found = {name: series.estimate(metric) for name, series in shown.items()}
+    return {
+        name: (one.value, one.low, one.high) for name, one in found.items() if one is not None and one.value is not None
+    }
+
+
+def _sweep(axis: str, levels: Iterable[tuple[float, str]], values: Mapping[str, _Value]) -> Chart:
+    """The values of the variants that have one, by their level of a field."""
+    found = [(level, *values[name]) for level, name in levels if name in values]
+    points = [Point(x=x, y=y, y_interval=_interval(low, high)) for x, y, low, high in found]
+    named = tuple((point.x, f"{point.x:g}") for point in points)
+    across = Axis(title=axis, named=named, log=bool(points) and points[0].x > 0)
+    return Chart(across=across, up=Axis(title=""), curves=(Curve(name=axis, points=tuple(points)),))
+
+
+def _interval(low: float | None, high: float | None) -> tuple[float, float] | None:
+    return None if low is None or high is None else (low, high)
+
+
+def _gallery(title: str, charts: Sequence[Chart]) -> Iterator[ChartGroup]:
+    """Those that are curves, on one scale, so that what hardly matters looks so."""
+    curves = [chart for chart in charts if len(chart.curves[0].points) >= LEAST_LEVELS]
+    if not curves:
+        return
+    points = [point for chart in curves for point in chart.curves[0].points]
+    ends = [end for point in points for end in (point.y, *(point.y_interval or ()))]
+    slack = max(max(ends) - min(ends), 0.02 * abs(max(ends)), 1e-12) * 0.05
+    up = Axis(title=title, span=(min(ends) - slack, max(ends) + slack))
+    yield ChartGroup(title=title, charts=tuple(dataclasses.replace(chart, up=up) for chart in curves))
+
+
+def _loss_charts(shown: Shown) -> Iterator[ChartGroup]:
+    """The median of the replicates at each step."""
+    found = {name: _losses_by_step(series) for name, series in shown.items()}
+    curves = {name: losses for name, losses in found.items() if len(losses) >= LEAST_STEPS}
+    charts = []
+    for name in list(curves)[:MOST_CURVES]:
+        points = tuple(Point(x=step, y=statistics.median(one)) for step, one in enumerate(curves[name], start=1))
+        charts.append(Chart(across=Axis(title=name), up=Axis(title=""), curves=(Curve(name=name, points=points),)))
+    more = len(curves) - len(charts)
+    notes = (say(f"and {more} more; --variant shows one"),) if more else ()
+    for gallery in _gallery("loss by step, median of the replicates", charts):
+        yield dataclasses.replace(gallery, notes=notes, on_page=False)
+
+
+def _losses_by_step(series: Series) -> list[tuple[float, ...]]:
+    """The losses at each step, of the trials that trained all steps: isolated trials and trainings that were cut short
+    end earlier and are left out."""
+    records = series.measuring("timed_loss")
+    curves = [[loss for name in LOSSES for loss in record.samples.get(name, ())] for record in records]
+    most = max(map(len, curves), default=0)
+    return list(zip(*(losses for losses in curves if len(losses) == most), strict=True))
+
+
+def _draw_front(shown: Shown, across: str, up: str, title: str, says: str) -> Figure | None:
+    """The variants that have both metrics, those that no other beats in both joined; None where fewer than two do."""
+    xs, ys = _estimates(shown, across), _estimates(shown, up)
+    names = [name for name in xs if name in ys]
+    if len(names) < 2:
+        return None
+    x_sign, y_sign = (-1 if METRICS[metric].higher_is_better else 1 for metric in (across, up))
+    costs = {name: (x_sign * xs[name][0], y_sign * ys[name][0]) for name in names}
+    curves, rows = [], []
+    for name in names:
+        x, y = costs[name]
+        beaten = any(other[0] <= x and other[1] <= y and other != (x, y) for other in costs.values())
+        (x, *x_ends), (y, *y_ends) = xs[name], ys[name]
+        point = Point(x=x, y=y, x_interval=_interval(*x_ends), y_interval=_interval(*y_ends))
+        curves.append(Curve(name=name, points=(point,), hollow=beaten))
+        cells = (value_cell(*found[name], METRICS[metric].unit) for found, metric in ((xs, across), (ys, up)))
+        rows.append(write_row(name, *cells, "no" if beaten else "yes"))
+    best = sorted((curve.points[0].x, curve.points[0].y) for curve in curves if not curve.hollow)
+    stair = [corner for (x, y), (right, _) in pairwise(best) for corner in ((x, y), (right, y))]
+    axes = [Axis(title=METRICS[metric].title, unit=METRICS[metric].unit) for metric in (across, up)]
+    return Figure(
+        title=title,
+        says=f"{says} The dashed line joins the variants that no other beats in both by its estimate; where intervals "
+        "overlap the order is open.",
+        drawing=Chart(across=axes[0], up=axes[1], curves=tuple(curves), style="dots", front=(*stair, *best[-1:])),
+        table=Table(heads=name_columns("variant", *(axis.title for axis in axes), "on the front"), rows=tuple(rows)),
+    )
+
+
+def _draw_serving(shown: Shown) -> Figure | None:
+    """Throughput and latency of variants whose requests have different numbers of prompts; None where all have one."""
+    batches = {name: max(one.values.get("request_batch", 1.0) for one in series.measuring(LATENCY))
+               for name, series in shown.items() if series.measuring(LATENCY)}  # fmt: skip
+    says = (
+        "To the left each prompt gets its tokens sooner, above all prompts of a request together get more of them a "
+        "second."
+    )
+    figure = _draw_front(shown, LATENCY, THROUGHPUT, SERVING, says)
+    if len(set(batches.values())) < 2 or figure is None or figure.table is None:
+        return None
+    name, *others = figure.table.heads
+    heads = (name, *name_columns("prompts", left=0), *others)
+    rows = tuple(
+        dataclasses.replace(row, cells=(row.cells[0], write_number(batches[row.cells[0].text]), *row.cells[1:]))
+        for row in figure.table.rows
+    )
+    return dataclasses.replace(figure, table=Table(heads=heads, rows=rows))

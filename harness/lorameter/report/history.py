@@ -14,11 +14,13 @@ from lorameter.report.blocks import (
     Block,
     Cell,
     Change,
+    Chart,
     ColumnHeader,
     Curve,
-    Curves,
     Document,
+    Figure,
     Line,
+    Point,
     Row,
     Section,
     Span,
@@ -26,13 +28,12 @@ from lorameter.report.blocks import (
     name_columns,
     say,
     value_cell,
+    write_number,
     write_row,
 )
-from lorameter.report.figure import Figure
 from lorameter.report.phrases import title_of
 from lorameter.results.columns import VERSIONS
 from lorameter.results.history import Break, History, HistorySeries, Moment, Plateau, Suspicion, Track
-from lorameter.results.history import HistorySeries as Course
 from lorameter.stats.changes import LEAST_POINTS
 from lorameter.verdicts.comparison_input import Difference
 
@@ -46,6 +47,7 @@ _RUNS = (
     ColumnHeader(text="versions", drop_priority=1),
     ColumnHeader(text="fingerprint", drop_priority=2),
 )
+COMMIT = "git.commit"
 SHOWN, REASONS = 4, 2
 """Differences that are spelt out, and reasons why runs are left out."""
 
@@ -109,19 +111,19 @@ def draw(moments: Sequence[Moment], low: float, high: float) -> str:
 
 
 def _levels(track: Track) -> Iterator[Row]:
-    for number, line in enumerate(track.lines):
+    for line in track.lines:
         rows = [_level(plateau, line, track) for plateau in line.plateaus]
-        rows = rows or [write_row("", "", "0", "–", "no run counts")]
-        last = number == len(track.lines) - 1
-        yield from rows[:-1]
-        yield Row(cells=rows[-1].cells, ends_group=not last)
+        *others, last = rows or [write_row("", "", "0", "–", "no run counts")]
+        yield from others
+        yield dataclasses.replace(last, ends_group=line is not track.lines[-1])
 
 
-def _level(plateau: Plateau, line: Course, track: Track) -> Row:
+def _level(plateau: Plateau, line: HistorySeries, track: Track) -> Row:
+    commits = dict.fromkeys((_commit(plateau.first), _commit(plateau.last)))
     return write_row(
         _day(plateau.first), _day(plateau.last), str(plateau.runs),
         value_cell(plateau.value, plateau.low, plateau.high, unit_of(track)),
-        f"{_versions(plateau.last)}; {_commits(plateau.first, plateau.last)}; {line.fingerprint}",
+        f"{_versions(plateau.last)}; {'..'.join(commits)}; {line.fingerprint}",
     )  # fmt: skip
 
 
@@ -148,7 +150,7 @@ def _suspicion(found: Suspicion, track: Track) -> Iterator[Line]:
         yield say("  a suspicion, and nothing that could be named differs: measure once more.")
 
 
-def _silence(line: Course, track: Track) -> Line:
+def _silence(line: HistorySeries, track: Track) -> Line:
     """What a line says where it shows no change: never that nothing has changed."""
     counting, reasons = len(line.counting), [one.why_not for one in line.moments if one.why_not is not None]
     gaps = f"; {format_count(len(reasons), 'run')} left out ({first_few(reasons, REASONS, '; ')})" if reasons else ""
@@ -166,13 +168,13 @@ def _silence(line: Course, track: Track) -> Line:
     )
 
 
-def _run(moment: Moment, line: Course, track: Track) -> Row:
+def _run(moment: Moment, line: HistorySeries, track: Track) -> Row:
     value = value_cell(moment.value, moment.low, moment.high, unit_of(track))
     if moment.why_not is not None:
         value = dataclasses.replace(value, interval="", detail=f"does not count: {moment.why_not}")
     return write_row(
         Cell(text=write_time(moment), value=moment.created_unix_s), moment.run, value,
-        Cell(text=str(moment.replicates), value=moment.replicates), _commit(moment), _versions(moment),
+        write_number(moment.replicates), _commit(moment), _versions(moment),
         line.fingerprint,
     )  # fmt: skip
 
@@ -188,23 +190,14 @@ def _differences(differing: Sequence[Difference]) -> str:
 
 def _list_differences(differing: Sequence[Difference]) -> list[str]:
     """What differs, commits first and as a range."""
-    commits = {one.field: one for one in differing}.pop("git.commit", None)
-    said = [f"commits {str(commits.base)[:10]}..{str(commits.candidate)[:10]}"] if commits else []
-    return said + [
-        f"{one.field.removeprefix('libraries.')} {one.base} → {one.candidate}"
-        for one in differing
-        if one.field != "git.commit"
-    ]
+    commits = [f"commits {str(one.base)[:10]}..{str(one.candidate)[:10]}" for one in differing if one.field == COMMIT]
+    others = [one for one in differing if one.field != COMMIT]
+    return commits + [f"{one.field.removeprefix('libraries.')} {one.base} → {one.candidate}" for one in others]
 
 
 def _versions(moment: Moment) -> str:
     known = [f"{name} {version}" for name in VERSIONS if (version := moment.versions.get(name))]
     return ", ".join(known) or "no versions known"
-
-
-def _commits(first: Moment, last: Moment) -> str:
-    one, other = _commit(first), _commit(last)
-    return one if one == other else f"{one}..{other}"
 
 
 def _commit(moment: Moment) -> str:
@@ -220,12 +213,9 @@ def unit_of(track: Track) -> Unit:
     return cast(Unit, track.unit if track.unit in get_args(Unit) else "1")
 
 
-_DAY_S = 86_400.0
-
-
 def figures_of_history(history: History) -> tuple[Figure, ...]:
     """A figure a track that has a run which counts."""
-    return tuple(_figure_of(track) for track in history.tracks if any(line.counting for line in track.lines))
+    return tuple(_figure(track) for track in history.tracks if any(line.counting for line in track.lines))
 
 
 def names_of(history: History) -> tuple[str, ...]:
@@ -233,49 +223,41 @@ def names_of(history: History) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_curve_name(line) for track in history.tracks for line in track.lines))
 
 
-def _figure_of(track: Track) -> Figure:
-    title = title_of(track.metric)
+def _curve_name(line: HistorySeries) -> str:
+    return f"fingerprint {line.fingerprint[:8]}, variant {line.variant_id[:8]}"
+
+
+def _figure(track: Track) -> Figure:
+    title, unit = title_of(track.metric), unit_of(track)
     first = min((moment for line in track.lines for moment in line.moments), key=lambda one: one.created_unix_s)
-    curves = tuple(
-        Curve(
-            name=_curve_name(line),
-            points=tuple(((one.created_unix_s - first.created_unix_s) / _DAY_S, one.value) for one in line.counting),
-            band=tuple(
-                ((one.created_unix_s - first.created_unix_s) / _DAY_S, one.low, one.high)
-                for one in line.counting
-                if one.low is not None and one.high is not None
-            ),
+
+    def day(moment: Moment) -> float:
+        return (moment.created_unix_s - first.created_unix_s) / 86_400.0
+
+    def point(moment: Moment) -> Point:
+        ends = None if moment.low is None or moment.high is None else (moment.low, moment.high)
+        return Point(x=day(moment), y=moment.value, y_interval=ends)
+
+    changes = [
+        Change(
+            at=day(one.after), text=f"{100 * (one.ratio - 1):+.1f} % at {_commit(one.after)}",
+            tone="bad" if one.ratio > 1 else "good",
         )
         for line in track.lines
-        if line.counting
-    )
+        for one in line.suspicions
+    ]  # fmt: skip
+    for known in track.breaks:
+        text = first_few(_list_differences(known.differing), 1)
+        changes.append(Change(at=day(known.after), text=text, tone="odd"))
+    curves = [Curve(name=_curve_name(line), points=tuple(map(point, line.counting)))
+              for line in track.lines if line.counting]  # fmt: skip
+    up = Axis(title=title, unit=unit)
     return Figure(
         title=f"{title} of {track.variant}, study {track.study}",
         says=f"A curve for each fingerprint, from {write_time(first)} on, with the interval of each run; where another "
         "begins, machine or software changed, and the two are not compared. What does not count is in the table only.",
-        drawing=Curves(
-            across=Axis(title="days since the first run"),
-            up=Axis(title=title, unit=unit_of(track)),
-            curves=curves,
-            changes=tuple(_changes(track, first)),
+        drawing=Chart(
+            across=Axis(title="days since the first run"), up=up, curves=tuple(curves), changes=tuple(changes)
         ),
         table=table_of_runs(track),
     )
-
-
-def _changes(track: Track, first: Moment) -> Iterator[Change]:
-    """Suspected changes with their size and commit, and known breaks with what differs."""
-    for line in track.lines:
-        for one in line.suspicions:
-            yield Change(
-                at=(one.after.created_unix_s - first.created_unix_s) / _DAY_S,
-                text=f"{100 * (one.ratio - 1):+.1f} % at {_commit(one.after)}",
-                tone="bad" if one.ratio > 1 else "good",
-            )
-    for known in track.breaks:
-        at = (known.after.created_unix_s - first.created_unix_s) / _DAY_S
-        yield Change(at=at, text=first_few(_list_differences(known.differing), 1), tone="odd")
-
-
-def _curve_name(line: HistorySeries) -> str:
-    return f"fingerprint {line.fingerprint[:8]}, variant {line.variant_id[:8]}"

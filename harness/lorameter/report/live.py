@@ -45,12 +45,13 @@ class LiveDisplay(Display):
 
     def __init__(self, console: Console, *, device: str = "", expected_s: float | None = None, basis: str = "") -> None:
         """`expected_s` is what the run is expected to take, in seconds, and `basis` what that rests on."""
-        self._console = console
-        self._device, self._expected_s, self._basis = device, expected_s, basis
+        self._console, self._device, self._expected_s, self._basis = console, device, expected_s, basis
         self._live = Live(console=console, auto_refresh=False, transient=True)
         self._plan: Plan | None = None
+        self._rows: dict[Key, list[Slot]] = {}
+        """The slots of each row, the control last."""
         self._phases: dict[str, str] = {}
-        """What each trial that is under way does."""
+        """The phase of each trial that is under way."""
         self._records: dict[str, TrialRecord] = {}
         self._ratios: dict[Key, Comparison] = {}
         self._disturbed: Counter[str] = Counter()
@@ -72,13 +73,18 @@ class LiveDisplay(Display):
 
     def starting(self, plan: Plan, run_id: str) -> None:
         """Say what is about to be measured."""
-        self._plan = plan
+        self._take(plan)
         self._begin = self._said_at = time.monotonic()
         self._now = f"run {run_id}: starting the worker, preparing tokens"
         self._draw(at_once=True)
-        trials = format_count(len(plan.slots), "trial")
         replicates = format_count(plan.study.protocol.replicates, "replicate")
-        self._line(_joined(f"run {run_id}: {trials}, {replicates}", "starting the worker", self._left()))
+        trials = format_count(len(plan.slots), "trial")
+        self._line(f"run {run_id}: {trials}, {replicates}", "starting the worker", self._left())
+
+    def _take(self, plan: Plan) -> None:
+        self._plan, self._rows = plan, {}
+        for slot in sorted(plan.slots, key=lambda one: (one.role == "control", one.replicate)):
+            self._rows.setdefault((slot.side, slot.variant.name, slot.role), []).append(slot)
 
     def tokens_prepared(self, data: str) -> None:
         """Say what is trained on."""
@@ -86,7 +92,7 @@ class LiveDisplay(Display):
 
     def rehearsed(self, plan: Plan, notices: Sequence[Notice]) -> None:
         """Say at which level the scripts will be measured, and what is to be known of them."""
-        self._plan = plan
+        self._take(plan)
         self._console.print(draw_text(f"level {plan.interleaving}: {plan.why}"))
         for notice in notices:
             self._console.print(draw_text(f"{notice.code}: {notice.message} {notice.remedy}"))
@@ -96,13 +102,12 @@ class LiveDisplay(Display):
         words = COMMANDS[phase].label if phase in COMMANDS else phase  # it must not raise
         self._phases[slot.trial] = words
         replicates = self._plan.study.protocol.replicates if self._plan else 0
-        role = " (control)" if slot.role == "control" else ""
-        side = f"{slot.side} " if slot.side else ""
-        self._now = f"replicate {slot.replicate + 1}/{replicates}  {side}{slot.variant.name}{role}: {words}"
+        name = f"{slot.side} {slot.variant.name}".strip() + (" (control)" if slot.role == "control" else "")
+        self._now = f"replicate {slot.replicate + 1}/{replicates}  {name}: {words}"
         new, self._phase = (slot.replicate, words) != self._phase, (slot.replicate, words)
         self._draw(at_once=new)
         if time.monotonic() - self._said_at >= SILENT_S:
-            self._line(_joined(f"{self._now}, after {format_duration(time.monotonic() - self._begin)}", self._left()))
+            self._line(f"{self._now}, after {format_duration(time.monotonic() - self._begin)}", self._left())
 
     def trial_ended(self, record: TrialRecord) -> None:
         """Show the trial's value and how it ended, and the ratio of its variant anew."""
@@ -111,14 +116,17 @@ class LiveDisplay(Display):
         on_cpu = not any(kind.startswith("device_") for kind in record.memory)
         self._disturbed.update({one.code for _, one in disturbances_of(record, on_cpu=on_cpu)})
         ended: Key = (record.side, record.name, record.role)
-        for key in [ended, *(one for one in self._rows() if self._base(one) == ended)]:
-            if (found := self._ratio(key)) is not None:
+        for key in self._rows:
+            if ended in (key, self._base(key)) and (found := self._ratio(key)):
                 self._ratios[key] = found
-        total = len(self._plan.slots) if self._plan else 0
         why = f": {record.failure.message}" if record.failure else ""
         self._draw(at_once=True)
-        done = f"[{len(self._records)}/{total}]"
+        done = f"[{len(self._records)}/{self._total}]"
         self._line(f"{done} {record.trial} {record.status} in {record.wall_time_s:.1f} s{why}")
+
+    @property
+    def _total(self) -> int:
+        return len(self._plan.slots) if self._plan else 0
 
     def _draw(self, *, at_once: bool = False) -> None:
         now = time.monotonic()
@@ -127,61 +135,48 @@ class LiveDisplay(Display):
             self._drawn = time.monotonic()
 
     def picture(self) -> Group:
-        """A row a variant: trials that have ended, the last value, the ratio so far, and what is under way."""
+        """A row a variant: trials that have ended, the last value, the ratio so far, and the phase under way."""
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for head in ("", "trials", "last", "ratio so far", "now"):
             table.add_column(Text(head, style="dim"), no_wrap=True, overflow="ellipsis")
-        for (side, name, role), slots in self._rows().items():
+        for (side, name, role), slots in self._rows.items():
             ended = [self._records[slot.trial] for slot in slots if slot.trial in self._records]
             under_way = [self._phases[slot.trial] for slot in slots if slot.trial in self._phases]
             ratio = self._ratios.get((side, name, role))
             cells = (
                 f"{side} {name}".strip() + (" (again)" if role == "control" else ""),
                 f"{len(ended)}/{len(slots)}",
-                next((said for record in reversed(ended) if (said := _last_value(record))), ""),
+                next(filter(None, map(_last_value, reversed(ended))), ""),
                 "" if ratio is None else write_ratio(ratio).line,
-                under_way[0] if under_way else "",
+                next(iter(under_way), ""),
             )
             table.add_row(*map(draw_text, cells))
         met = ", ".join(f"{code} in {count}" for code, count in self._disturbed.items())
-        done = f"{len(self._records)} of {len(self._plan.slots) if self._plan else 0} trials"
-        status = _joined(done, self._left(), self._device, f"surroundings: {met}" if met else "")
-        return Group(table, self._faint(self._now), self._faint(status))
-
-    def _faint(self, text: str) -> Text:
-        drawn = draw_text(text, "faint")
-        drawn.truncate(self._console.width, overflow="ellipsis")
-        return drawn
-
-    def _rows(self) -> dict[Key, list[Slot]]:
-        """The slots of each row, the control last."""
-        rows: dict[Key, list[Slot]] = {}
-        slots = self._plan.slots if self._plan else ()
-        for slot in sorted(slots, key=lambda one: (one.role == "control", one.replicate)):
-            rows.setdefault((slot.side, slot.variant.name, slot.role), []).append(slot)
-        return rows
+        done = f"{len(self._records)} of {self._total} trials"
+        status = _join(done, self._left(), self._device, f"surroundings: {met}" if met else "")
+        below = [draw_text(text, "faint") for text in (self._now, status)]
+        for line in below:
+            line.truncate(self._console.width, overflow="ellipsis")
+        return Group(table, *below)
 
     def _base(self, key: Key) -> Key | None:
         """What a row is compared with: the reference, or the base of an A/B; the control with what it repeats."""
         side, name, _ = key
-        if self._plan is None:
+        if self._plan is None or self._plan.study.protocol.mixed:
             return None
-        return ("base", name, "variant") if side else ("", self._plan.study.reference, "variant")
+        against: Key = ("base", name, "variant") if side else ("", self._plan.study.reference, "variant")
+        return None if against == key else against
 
     def _ratio(self, key: Key) -> Comparison | None:
         """To its base, as far as both have been measured."""
-        against = self._base(key)
-        if against is None or key == against or (self._plan and self._plan.study.protocol.mixed):
-            return None
-        sides = [
-            group_trials([one for one in self._records.values() if (one.side, one.name, one.role) == side], side[0])
-            for side in (against, key)
-        ]
-        base, ours = (groups.get(side[1:]) for groups, side in zip(sides, (against, key), strict=True))
-        for metric in PRIMARY.values() if base and ours else ():
+        found = []
+        for row in (self._base(key), key):
+            records = [one for one in self._records.values() if (one.side, one.name, one.role) == row]
+            found += group_trials(records, row[0] if row else "").values()
+        for metric in PRIMARY.values() if len(found) == 2 else ():
             with contextlib.suppress(InvalidRunError):  # what cannot be compared yet is not shown
-                if found := compare_series(base, ours, metric):  # type: ignore[arg-type]
-                    return found
+                if ratio := compare_series(found[0], found[1], metric):
+                    return ratio
         return None
 
     def _left(self) -> str:
@@ -189,28 +184,30 @@ class LiveDisplay(Display):
         the run leaves."""
         if self._plan is None:
             return ""
-        spent, ended = time.monotonic() - self._begin, len(self._records)
-        left = spent / ended * (len(self._plan.slots) - ended) if ended else None
-        foreseen = self._expected_s - spent if left is None and self._expected_s is not None else left
-        minutes = self._plan.study.protocol.max_minutes
-        if minutes is not None and (foreseen is None or not 0 <= foreseen <= 60 * minutes - spent):
+        spent, ended, minutes = (
+            time.monotonic() - self._begin,
+            len(self._records),
+            self._plan.study.protocol.max_minutes,
+        )
+        left, basis = None if self._expected_s is None else self._expected_s - spent, self._basis
+        if ended:
+            left, basis = spent / ended * (self._total - ended), f"{format_count(ended, 'trial')} so far"
+        if minutes is not None and (left is None or not 0 <= left <= 60 * minutes - spent):
             return f"{format_duration(max(0.0, 60 * minutes - spent))} left of {minutes:g} minutes"
-        if left is not None:
-            return f"about {format_duration(left)} left, by {format_count(ended, 'trial')} so far"
-        if self._expected_s is None:
+        if left is None:
             return ""
-        if spent > self._expected_s:
-            return f"longer than the {format_duration(self._expected_s)} of {self._basis}"
-        return f"about {format_duration(self._expected_s - spent)} left, by {self._basis}"
+        if left < 0:
+            return f"longer than the {format_duration(spent + left)} of {basis}"
+        return f"about {format_duration(left)} left, by {basis}"
 
-    def _line(self, text: str) -> None:
+    def _line(self, *parts: str) -> None:
         if not self._console.is_terminal:
-            self._console.print(draw_text(text))
+            self._console.print(draw_text(_join(*parts)))
             self._said_at = time.monotonic()
 
 
-def _joined(*parts: str) -> str:
-    """What there is to say of what is asked for; what is not known is left out with its mark."""
+def _join(*parts: str) -> str:
+    """The parts that are known."""
     return "; ".join(filter(None, parts))
 
 

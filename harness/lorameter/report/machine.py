@@ -45,18 +45,13 @@ def _blocks(checks: Sequence[DoctorCheck], *, fit: bool) -> Iterator[Block]:
         yield Table(title=title, heads=name_columns("", "", "found", "remedy", left=4), rows=rows)
     counts = Counter(check.grade for check in checks)
     said = ", ".join(f"{counts[grade]} {grade}" for grade in get_args(Grade) if counts[grade])
-    answer = _fit(counts["bad"]) if fit else _unfit()
-    yield say("This machine is ", *answer, f". Checks: {said}.", indented=False)
-
-
-def _fit(bad: int) -> tuple[Span, ...]:
-    if not bad:
-        return (Span(text="fit to measure", tone="good"),)
-    return Span(text="fit to measure, with less precision", tone="warning"), Span(text=": mend what is bad first")
-
-
-def _unfit() -> tuple[Span, Span]:
-    return Span(text="unfit", tone="alarm"), Span(text=": what it measured would not count")
+    if not fit:
+        answer, rest = Span(text="unfit", tone="alarm"), ": what it measured would not count"
+    elif counts["bad"]:
+        answer, rest = Span(text="fit to measure, with less precision", tone="warning"), ": mend what is bad first"
+    else:
+        answer, rest = Span(text="fit to measure", tone="good"), ""
+    yield say("This machine is ", answer, f"{rest}. Checks: {said}.", indented=False)
 
 
 def describe_calibration(result: Calibration, rows: int) -> Document:

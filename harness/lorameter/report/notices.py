@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lorameter.records.record import Notice
-from lorameter.report.blocks import Block, Collapsible, Document, Line, Section, Span, say
+from lorameter.report.blocks import Collapsible, Document, Line, Section, Span, say
 
 
 def describe_notices(notices: Sequence[Notice]) -> Document:
@@ -16,7 +16,10 @@ def describe_notices(notices: Sequence[Notice]) -> Document:
     kinds: dict[str, list[Notice]] = {}
     for notice in notices:
         kinds.setdefault(notice.code, []).append(notice)
-    folds: list[Block] = [_fold(alike) for alike in kinds.values()]
+    folds = []
+    for alike in kinds.values():
+        first, more = alike[0], f" (and {len(alike) - 1} more)" if len(alike) > 1 else ""
+        folds.append(Collapsible(summary=_line(first, more), lines=tuple(map(_line, alike))))
     return (Section(title="Notices"), *folds) if folds else ()
 
 
@@ -25,13 +28,6 @@ def warn_before_run(notices: Sequence[Notice]) -> Document:
     return (Section(title="Notices", lines=tuple(map(_line, notices))),) if notices else ()
 
 
-def _fold(alike: Sequence[Notice]) -> Collapsible:
-    first, *others = alike
-    more = f" (and {len(others)} more)" if others else ""
-    code = Span(text=f"{first.code}{more}", tone="warning")
-    return Collapsible(summary=say(code, f"  {first.message} {first.remedy}"), lines=tuple(map(_line, alike)))
-
-
-def _line(notice: Notice) -> Line:
-    remedy = Span(text=notice.remedy, tone="faint")
-    return say(Span(text=notice.code, tone="warning"), f"  {notice.message} ", remedy)
+def _line(notice: Notice, more: str = "") -> Line:
+    code, remedy = Span(text=f"{notice.code}{more}", tone="warning"), Span(text=notice.remedy, tone="faint")
+    return say(code, f"  {notice.message} ", remedy)

@@ -13,7 +13,6 @@ from lorameter.report.blocks import (
     Document,
     Line,
     Panel,
-    Quote,
     Section,
     Span,
     Table,
@@ -21,6 +20,7 @@ from lorameter.report.blocks import (
     say,
     say_each,
     value_cell,
+    write_number,
     write_row,
 )
 from lorameter.report.notices import describe_notices
@@ -84,17 +84,14 @@ _SAID: Mapping[Verdict, tuple[str, Tone]] = {
 
 
 def say_answers(one: Likeness) -> str:
-    """What is known of its answers, and how far its logits are from the reference's."""
+    """How many of its answers differ, and how far its logits are from the reference's."""
     first = "" if one.first_difference is None else f", first at token {one.first_difference:g} (median)"
-    return f"{one.answers.count} of {one.answers.of} differ {_interval(one.answers)}{first}; {_logits_said(one)}"
-
-
-def _logits_said(one: Likeness) -> str:
+    logits = f"logits differ by {three_digits(one.difference_max)} at most"
     if one.difference_max == 0:
-        return "no logit differs"
-    if one.verdict != "noise" and one.within_floor:
-        return "logits differ no more than the reference's from its own"
-    return f"logits differ by {three_digits(one.difference_max)} at most"
+        logits = "no logit differs"
+    elif one.verdict != "noise" and one.within_floor:
+        logits = "logits differ no more than the reference's from its own"
+    return f"{one.answers.count} of {one.answers.of} differ {_interval(one.answers)}{first}; {logits}"
 
 
 def _interval(part: Proportion) -> str:
@@ -109,12 +106,12 @@ def _answers(rows: Sequence[Likeness]) -> Table:
                ColumnHeader(text="first at", right=True, drop_priority=1),
                ColumnHeader(text="tokens that differ", right=True)),
         rows=tuple(
-            write_row(one.way, _part(one.answers), _place(one.first_difference), _part(one.tokens)) for one in rows
+            write_row(one.way, _part(one.answers), write_number(one.first_difference), _part(one.tokens))
+            for one in rows
         ),
         notes=say_each(
             [
-                "intervals of 95 %, of answers over prompts and of tokens over answers; the more prompts (--prompts), "
-                "the narrower"
+                "95 % intervals over prompts and over answers; more prompts (--prompts) narrow them"
             ]
         ),
         blank_line_before=True,
@@ -131,10 +128,6 @@ def _part(part: Proportion) -> Cell:
     )  # fmt: skip
 
 
-def _place(place: float | None) -> Cell:
-    return Cell(text="–") if place is None else Cell(text=f"{place:g}", value=place, unit="1")
-
-
 def _logits(rows: Sequence[Likeness]) -> Table:
     names = ("KL mean", "KL max", "|Δ| mean", "|Δ| max", "least cosine")
     return Table(
@@ -149,8 +142,7 @@ def _logits(rows: Sequence[Likeness]) -> Table:
         ),
         notes=say_each(
             [
-                "KL(reference ‖ other) of the next token's distribution in nats, |Δ| of the logits; over the tokens of "
-                "the reference's answers, so that both have read the same; means with intervals of 95 % over answers"
+                "KL(reference ‖ other) in nats, |Δ| of logits; means with 95 % intervals"
             ]
         ),
         blank_line_before=True,
@@ -209,8 +201,8 @@ def show_differing(parity: Parity, decode: Callable[[Sequence[int]], str]) -> Do
             Panel(
                 title=f"{one.way}, prompt {index}, from token {place}",
                 passages=tuple(
-                    Quote(head=head, text=decode(tokens).strip() or "(nothing)")
-                    for head, tokens in (("prompt", prompt), (parity.reference.way, ours), (one.way, theirs))
+                    (author, decode(tokens).strip() or "(nothing)")
+                    for author, tokens in (("prompt", prompt), (parity.reference.way, ours), (one.way, theirs))
                 ),
             )
             for index, place, prompt, ours, theirs in differing[:SHOWN]

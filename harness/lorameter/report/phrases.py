@@ -1,20 +1,21 @@
-"""The words of findings, for people: programs get the verdicts of the contract.
+"""The words of verdicts for people; programs get those of the contract.
 
 Variants are slower or faster than each other, larger or smaller, higher or lower; a candidate has regressed or improved
-on its base. What is inconclusive is a sentence: what the effect may be, what would have been seen, and what to
-do, which is never "measure hundreds of replicates".
+on its base. An inconclusive verdict is a sentence: the range of the effect, the smallest detectable difference, and
+what to do, which is never "measure hundreds of replicates".
 """
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 from lorameter.records.metrics import METRICS
 from lorameter.records.record import Interleaving
 from lorameter.records.units import format_percent
-from lorameter.report.blocks import Cell
+from lorameter.report.blocks import Cell, write_ratio
 from lorameter.stats import MOST_ADVISED, Comparison
+from lorameter.verdicts.compare import MARGIN
 
 if TYPE_CHECKING:
     from lorameter.studies.workload import Workload
@@ -22,40 +23,33 @@ if TYPE_CHECKING:
 Between = Literal["variants", "sides"]
 """What is compared: variants of a study, or a candidate with its base."""
 
-
-class VerdictWords(NamedTuple):
-    """The words for a ratio above 1, which is worse, and for one below."""
-
-    worse: str
-    better: str
-
-
 _BASIS = re.compile(r" \((\d[^()]*replicate[^()]*)\)")
-_TIMES = VerdictWords("slower", "faster")
-_BYTES = VerdictWords("larger", "smaller")
-_LEVELS = VerdictWords("higher", "lower")
+_KIND = re.compile(r"(host|device)_(peak|peak_allocated|peak_reserved)_(train|generate|cold)_bytes")
 _PHASES = {"train": "training", "generate": "generation", "cold": "cold start"}
 
 
-def ways_of(metric: str) -> VerdictWords:
-    """In which words a metric gets worse and better; what no metric of ours is, another project's, is a time."""
+def _ways(metric: str) -> tuple[str, str]:
+    """The words for a metric that is worse and better; a metric of another project is a time."""
     if metric.endswith("_bytes"):
-        return _BYTES
+        return "larger", "smaller"
     if metric not in METRICS or METRICS[metric].unit in ("s", "1/s"):
-        return _TIMES
-    return VerdictWords(*reversed(_LEVELS)) if METRICS[metric].higher_is_better else _LEVELS
+        return "slower", "faster"
+    return ("lower", "higher") if METRICS[metric].higher_is_better else ("higher", "lower")
 
 
 def title_of(metric: str) -> str:
     """What a metric or a kind of memory is called; of one that another program measured, its name."""
     if metric in METRICS:
         return METRICS[metric].title
-    for phase, words in _PHASES.items():
-        for where in ("host", "device"):
-            for kind in ("peak", "peak_allocated", "peak_reserved"):
-                if metric == f"{where}_{kind}_{phase}_bytes":
-                    return f"{where} {kind.replace('_', ' ')}, {words}"
+    if found := _KIND.fullmatch(metric):
+        return f"{found[1]} {found[2].replace('_', ' ')}, {_PHASES[found[3]]}"
     return metric
+
+
+def title_of_ratio(metric: str) -> str:
+    """The same of its ratio: that of a rate is turned, so that above 1 is a slow-down."""
+    turned = metric in METRICS and METRICS[metric].higher_is_better
+    return f"{title_of(metric)}, slow-down" if turned else title_of(metric)
 
 
 def say_request(workload: Workload) -> str:
@@ -69,63 +63,33 @@ def say_adapters(workload: Workload) -> str:
     return "" if workload.adapters == 1 else f" by {workload.adapters} adapters on one base"
 
 
-def title_of_ratio(metric: str) -> str:
-    """The same of its ratio: that of a rate is turned, so that above 1 is a slow-down."""
-    turned = metric in METRICS and METRICS[metric].higher_is_better
-    return f"{title_of(metric)}, slow-down" if turned else title_of(metric)
-
-
 def verdict_cell(found: Comparison, metric: str, margin: float, between: Between) -> Cell:
-    """The verdict in a word; that two things count as equal says within what."""
-    worse, better = ways_of(metric)
-    said = {
-        "regressed": worse if between == "variants" else "",
-        "improved": better if between == "variants" else "",
+    """The verdict in a word; one that two things are equal says within which margin."""
+    words = {
         "equivalent": f"equivalent ±{format_percent(margin)}" if margin else "equal",
         "no_baseline": "no baseline",
         "not_comparable": "not comparable",
     }
-    return Cell(verdict=found.verdict, said=said.get(found.verdict, ""))
+    if between == "variants":
+        words["regressed"], words["improved"] = _ways(metric)
+    return Cell(verdict=found.verdict, said=words.get(found.verdict, ""))
 
 
-def format_inconclusive(found: Comparison, metric: str, interleaving: Interleaving, *, ab: bool = False) -> str:
-    """What an inconclusive verdict says: what the effect may be, what would have been seen, and what to do."""
+def say_ratio(found: Comparison | None, metric: str = "", margin: float = MARGIN) -> tuple[str, str]:
+    """A ratio between variants with its interval, and its verdict; why there is none where there is none."""
+    if found is None or found.ratio is None:
+        return "not measured" if found is None else f"not measured: {found.reason}", ""
+    cell = verdict_cell(found, metric, margin, "variants")
+    return f"{write_ratio(found).line} ", cell.said or cell.verdict
+
+
+def say_inconclusive(found: Comparison, metric: str, interleaving: Interleaving, *, ab: bool = False) -> str:
+    """The range of an inconclusive effect, the smallest detectable difference, and what to do."""
     if found.low is None or found.high is None:
-        return "Inconclusive: one replicate gives no interval. Measure 5."
-    ways = ways_of(metric)
-    seen = "" if found.mde80 is None else f"; smallest detectable difference: {format_percent(found.mde80)}"
-    return f"Inconclusive: {_between(found.low, found.high, ways)}{seen}. {_advice(found, metric, interleaving, ab=ab)}"
-
-
-def split_basis(reason: str) -> tuple[str, str]:
-    """A verdict's reason without what it rests on ("3 replicates, paired turn by turn"), and that; several verdicts
-    share it."""
-    found = _BASIS.search(reason)
-    return (reason, "") if found is None else (reason[: found.start()] + reason[found.end() :], found[1])
-
-
-def format_effect(found: Comparison, metric: str) -> str:
-    """The effect in per cent, with its interval: "3.9 % slower [+3.7 %, +4.2 %]". Empty without a ratio; without the
-    interval where both ends read the same, as those of computed bytes do."""
-    if found.ratio is None:
-        return ""
-    ways = ways_of(metric)
-    said = _effect(found.ratio, ways)
-    if found.low is None or found.high is None or _signed(found.low) == _signed(found.high):
-        return said
-    return f"{said} [{_signed(found.low)}, {_signed(found.high)}]"
-
-
-def _between(low: float, high: float, ways: VerdictWords) -> str:
-    return f"between {_effect(low, ways)} and {_effect(high, ways)}"
-
-
-def _effect(ratio: float, ways: VerdictWords) -> str:
-    return f"{format_percent(abs(ratio - 1))} {ways.worse if ratio >= 1 else ways.better}"
-
-
-def _signed(ratio: float) -> str:
-    return f"{'+' if ratio >= 1 else '−'}{format_percent(abs(ratio - 1))}"
+        return "one replicate gives no interval. Measure 5."
+    detectable = "" if found.mde80 is None else f"; smallest detectable difference: {format_percent(found.mde80)}"
+    between = " and ".join(_effect(end, metric) for end in (found.low, found.high))
+    return f"between {between}{detectable}. {_advice(found, metric, interleaving, ab=ab)}"
 
 
 def _advice(found: Comparison, metric: str, interleaving: Interleaving, *, ab: bool) -> str:
@@ -138,3 +102,29 @@ def _advice(found: Comparison, metric: str, interleaving: Interleaving, *, ab: b
     if interleaving == "replicates":
         return "Let processes take turns (--interleave lockstep), or stop other work."
     return f"Stop other work, or take more turns (turns in [protocol]){'' if ab else ', or use `lorameter ab`'}."
+
+
+def split_basis(reason: str) -> tuple[str, str]:
+    """A verdict's reason without what it rests on ("3 replicates, paired turn by turn"), and that; several verdicts
+    share it."""
+    found = _BASIS.search(reason)
+    return (reason, "") if found is None else (reason[: found.start()] + reason[found.end() :], found[1])
+
+
+def format_effect(found: Comparison, metric: str) -> tuple[str, str]:
+    """The effect in per cent, and its interval: "3.9 % slower", " [+3.7 %, +4.2 %]". Empty without a ratio; without the
+    interval where both ends read the same, as those of computed bytes do."""
+    if found.ratio is None:
+        return "", ""
+    ends = [_signed(end) for end in (found.low, found.high) if end is not None]
+    interval = f" [{', '.join(ends)}]" if len(set(ends)) == 2 else ""
+    return _effect(found.ratio, metric), interval
+
+
+def _effect(ratio: float, metric: str) -> str:
+    worse, better = _ways(metric)
+    return f"{format_percent(abs(ratio - 1))} {worse if ratio >= 1 else better}"
+
+
+def _signed(ratio: float) -> str:
+    return f"{'+' if ratio >= 1 else '−'}{format_percent(abs(ratio - 1))}"

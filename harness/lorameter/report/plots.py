@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from lorameter.records.units import Unit, format_value
-from lorameter.report.blocks import Axis, Cell, Curves
+from lorameter.report.blocks import Axis, Cell, Chart
 
 HEIGHT = 8
 """Lines of a chart, its ticks included."""
@@ -19,12 +18,12 @@ MOST_TICKS = 5
 """Named places along x; more would run into each other."""
 
 
-def plot(chart: Curves, width: int) -> list[str]:
-    """The lines of a chart, each of that many characters."""
+def plot(chart: Chart, width: int) -> list[str]:
+    """The lines of a chart, each of at most that many characters."""
     import plotext
 
-    across, up = chart.across, chart.up
-    low, high = up.span or _span([end for curve in chart.curves for end in curve.ends])
+    across, points = chart.across, [point for curve in chart.curves for point in curve.points]
+    low, high = chart.up.span or (min(point.y for point in points), max(point.y for point in points))
     plotext.clear_figure()
     plotext.limit_size(False, False)
     plotext.plot_size(width, HEIGHT)
@@ -33,31 +32,25 @@ def plot(chart: Curves, width: int) -> list[str]:
     plotext.yaxes(True, False)
     plotext.ylim(low, high)
     for curve in chart.curves:
-        places, values = [_place(x, across) for x, _ in curve.points], [y for _, y in curve.points]
+        places, values = [_place(point.x, across) for point in curve.points], [point.y for point in curve.points]
         plotext.plot(places, values, marker="braille")
-        for x, least, most in curve.band:
-            plotext.plot([_place(x, across)] * 2, [max(least, low), min(most, high)], marker="braille")
+        for place, point in zip(places, curve.points, strict=True):
+            if point.y_interval:
+                least, most = point.y_interval
+                plotext.plot([place] * 2, [max(least, low), min(most, high)], marker="braille")
         if across.named:
             plotext.scatter(places, values, marker="•")
-    ends = [x for curve in chart.curves for x, _ in curve.points]
-    named = _thinned(across.named or [(x, f"{x:g}") for x in (min(ends), max(ends))])
+    ends = (min(point.x for point in points), max(point.x for point in points))
+    named = _thinned(across.named or [(x, f"{x:g}") for x in ends])
     plotext.xticks([_place(x, across) for x, _ in named], [name for _, name in named])
     marks = sorted({low, (low + high) / 2, high})
-    plotext.yticks(marks, _labels(marks, up.unit))
-    drawn = str(plotext.uncolorize(plotext.build()))
-    lines = [line.rstrip()[:width].ljust(width) for line in drawn.split("\n")]
-    return lines[:-1] if not lines[-1].strip() else lines
+    plotext.yticks(marks, _labels(marks))
+    drawn = str(plotext.uncolorize(plotext.build())).rstrip()
+    return [line[:width] for line in drawn.split("\n")]
 
 
 def _place(x: float, across: Axis) -> float:
     return math.log(x) if across.log else x
-
-
-def _span(ends: Sequence[float]) -> tuple[float, float]:
-    """From the least to the greatest of all points and whiskers, and a little around it if all are equal."""
-    low, high = min(ends), max(ends)
-    slack = 0.02 * (abs(high) or 1.0)
-    return (low, high) if high - low > slack / 10 else (low - slack, high + slack)
 
 
 def _thinned(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
@@ -68,12 +61,10 @@ def _thinned(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
     return [ticks[place] for place in steps]
 
 
-def _labels(marks: Sequence[float], unit: Unit) -> list[str]:
+def _labels(marks: Sequence[float]) -> list[str]:
     """With as many digits as distinguish them."""
-    if unit != "1":
-        return [format_value(mark, unit) for mark in marks]
-    apart = (marks[-1] - marks[0]) / 2 if len(marks) > 1 else abs(marks[0])
-    places = max(0, 1 - math.floor(math.log10(apart))) if apart > 0 else 2
+    spread = (marks[-1] - marks[0]) / 2 or abs(marks[0])
+    places = max(0, 1 - math.floor(math.log10(spread))) if spread else 2
     return [f"{mark:.{min(places, 6)}f}" for mark in marks]
 
 

@@ -1,4 +1,4 @@
-"""A profile: where a step's or a request's time went, what ran, memory, ceilings, what to try, what that gained."""
+"""A profile of steps or of requests: where the time went, what ran, memory, ceilings, what to try, what it gained."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from lorameter.profile.accounting import (
     IDLE,
     REMAINDER_LIMIT,
     Ceilings,
+    PassAccount,
+    RequestAccount,
     StepAccount,
     TimeSpan,
     TokenShares,
     categories_s,
     plain_s,
 )
-from lorameter.profile.facts import Profile, TrialProfile
+from lorameter.profile.facts import COLD_PARTS, Profile, RequestProfile, TrialProfile
 from lorameter.profile.remedy import Tried
+from lorameter.profile.request_rules import OF_WHAT_RAN as REQUESTS_OF_WHAT_RAN
+from lorameter.profile.request_rules import REQUEST_RULES
 from lorameter.profile.rules import OF_WHAT_RAN, RULES, Finding
-from lorameter.records.memory_account import in_order, title_of
+from lorameter.records.memory_account import MemoryAccount, in_order, title_of
 from lorameter.records.metrics import METRICS
 from lorameter.records.units import format_bytes, format_count, format_interval, format_ratio, format_value
 from lorameter.report.blocks import (
@@ -27,6 +31,7 @@ from lorameter.report.blocks import (
     ColumnHeader,
     Document,
     Line,
+    Row,
     Section,
     Span,
     Table,
@@ -36,16 +41,20 @@ from lorameter.report.blocks import (
     say_invalid,
     value_cell,
     write_bytes,
-    write_ratio,
+    write_number,
     write_row,
     write_seconds,
     write_share,
 )
 from lorameter.report.notices import describe_notices
-from lorameter.report.phrases import verdict_cell
-from lorameter.verdicts.compare import MARGIN
+from lorameter.report.phrases import say_ratio
 from lorameter.verdicts.series import is_difference
 from lorameter.verdicts.validity import disturbance_notices
+
+TOP = 8
+"""Operators that are shown by name."""
+NAME_WIDTH = 80
+_MERGED = ", with the adapter merged"
 
 
 def describe_profile(
@@ -60,12 +69,12 @@ def describe_profile(
     said = disturbance_notices([profile.record], on_cpu=profile.device == "cpu")
     return (
         say(Span(text=profile.variant.name, tone="strong"), f" of {profile.study} on {where}", indented=False),
-        tabulate_phases(profile, step),
-        tabulate_categories(profile, step),
+        _tabulate_phases(profile, step),
+        _tabulate_categories(profile, step),
         _memory(profile),
         Section(title="Tokens of a step", lines=say_each([_tokens(tokens)])),
         Section(title="Ceilings", lines=say_each(_ceilings(found, profile))),
-        tabulate_findings(findings, _others(profile, findings)),
+        _tabulate_findings(findings, RULES, OF_WHAT_RAN if profile.activity.missing else ()),
         *describe_notices((*profile.record.notices, *said)),
     )
 
@@ -73,38 +82,49 @@ def describe_profile(
 def _memory(profile: Profile) -> Table:
     """Kinds of a step, each next to its estimate from the shape alone; what no kind explains is a line of
     its own."""
-    one, guess = profile.memory, profile.estimates
-    rows = [
-        write_row(title_of(kind), _bytes(one.kinds.get(kind)), _guess(guess.get(kind)))
-        for kind in in_order(dict.fromkeys((*one.kinds, *guess), 1))
-    ]
-    rows.append(write_row("unexplained", f"{format_bytes(one.unexplained_bytes)} ({one.share:.1%})", ""))
-    expected = _expected(sum(guess.values()), one.peak_bytes)
-    rows.append(write_row("peak, as measured", _bytes(one.peak_bytes), expected, strong=True))
-    rows += [
-        write_row(f"{kind.replace('_', ' ')}, outside of it", _bytes(size), "") for kind, size in one.beside.items()
-    ]
+    measured, guess = profile.memory, profile.estimates
+    rows = []
+    for kind in in_order(dict.fromkeys((*measured.kinds, *guess), 1)):
+        size = write_bytes(measured.kinds[kind]) if kind in measured.kinds else "–"
+        rows.append(write_row(title_of(kind), size, _guess(guess[kind]) if kind in guess else "–"))
+    total = sum(guess.values())
+    expected = _guess(total, f" ({total / measured.peak_bytes - 1:+.1%})") if total else Cell(text="–")
+    estimated = ColumnHeader(text="estimated", right=True)
+    return _tabulate_memory(measured, rows, estimated, device=profile.device, at="its peak", peak=(expected,))
+
+
+def _guess(size: int, error: str = "") -> Cell:
+    """As a size, but fainter than measured values."""
+    return Cell(detail=f"{format_bytes(size)}{error}", value=size, unit="byte")
+
+
+def _tabulate_memory(
+    account: MemoryAccount,
+    kinds: Sequence[Row],
+    *others: ColumnHeader,
+    device: str,
+    at: str,
+    peak: tuple[Cell, ...] = (),
+    notes: tuple[Line, ...] = (),
+) -> Table:
+    """Kinds of memory, the rest that no kind explains, the peak, and what lies outside of it; `peak` are the cells of
+    the peak in columns after the size."""
+    empty = [""] * len(peak)
+    rest = f"{format_bytes(account.unexplained_bytes)} ({account.share:.1%})"
+    outside = [write_row(f"{kind.replace('_', ' ')}, outside of it", write_bytes(size), *empty)
+               for kind, size in account.beside.items()]  # fmt: skip
     return Table(
-        title=f"Memory of the {'device' if profile.device == 'cuda' else 'process'} at its peak",
-        heads=name_columns("kind", "a step", "estimated"),
-        rows=tuple(rows),
+        title=f"Memory of the {'device' if device == 'cuda' else 'process'} at {at}",
+        heads=(*name_columns("kind", "bytes"), *others),
+        rows=(
+            *kinds,
+            write_row("unexplained", Cell(text=rest, value=account.unexplained_bytes, unit="byte"), *empty),
+            write_row("peak, as measured", write_bytes(account.peak_bytes), *peak, strong=True),
+            *outside,
+        ),
+        notes=notes,
         blank_line_before=True,
     )
-
-
-def _bytes(size: int | None) -> Cell:
-    return Cell(text="–") if size is None else write_bytes(size)
-
-
-def _guess(size: int | None) -> Cell:
-    """As a size, but fainter than measured values."""
-    return Cell(detail="–") if size is None else Cell(detail=format_bytes(size), value=size, unit="byte")
-
-
-def _expected(estimate: int, measured: int) -> Cell:
-    """An estimate with its error; nothing where there is none."""
-    said = f"{format_bytes(estimate)} ({estimate / measured - 1:+.1%})"
-    return Cell(detail=said, value=estimate, unit="byte") if estimate else _guess(None)
 
 
 def _tokens(tokens: TokenShares) -> str:
@@ -122,11 +142,6 @@ def _ceilings(found: Ceilings | str, profile: Profile) -> Iterator[str]:
     for name, peak in profile.measured_peaks.items():
         if peak != profile.peaks.get(name):
             yield f"what this device reached when it was asked: {peak}"
-
-
-def _others(profile: Profile, findings: Sequence[Finding]) -> Iterator[str]:
-    """What else was looked for, and what could not be."""
-    yield from say_unfound(RULES, findings, OF_WHAT_RAN if profile.activity.missing else ())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,12 +174,9 @@ OF_REQUESTS = Words(
     },
     aside="its times kept",
 )
-TOP = 8
-"""Operators that are shown by name."""
-NAME_WIDTH = 80
 
 
-def tabulate_phases(profile: TrialProfile, step: StepAccount, words: Words = OF_STEPS, *, suffix: str = "") -> Table:
+def _tabulate_phases(profile: TrialProfile, step: StepAccount, words: Words = OF_STEPS, *, suffix: str = "") -> Table:
     """A row a phase, the remainder that no phase explains, and the step; below it what the times rest on. `suffix` is
     added to the title."""
     waits = "device waits" if profile.device == "cuda" else "between operators"
@@ -174,18 +186,11 @@ def tabulate_phases(profile: TrialProfile, step: StepAccount, words: Words = OF_
     rows = []
     for phase in profile.activity.phases:
         span = step.phases[phase.phase]
-        rows.append(
-            write_row(
-                words.titles[phase.phase],
-                _time(span),
-                write_share(span.value / step.step.value),
-                Cell(text=f"{idling[phase.phase] / span.value:.0%}" if known else "–"),
-                _count(phase.calls if known else None),
-            )
-        )
-    rest = step.remainder
-    rows.append(write_row("remainder", _time(rest), _shares(rest, step.step.value), "", ""))
-    total = _count(profile.activity.calls if known else None)
+        share, idle = write_share(span.value / step.step.value), idling[phase.phase] / span.value if known else None
+        counted = write_number(phase.calls if known else None, ".0f")
+        rows.append(write_row(words.titles[phase.phase], _time(span), share, write_number(idle, ".0%"), counted))
+    rows.append(write_row("remainder", _time(step.remainder), _shares(step.remainder, step.step.value), "", ""))
+    total = write_number(profile.activity.calls if known else None, ".0f")
     rows.append(write_row(words.what, _time(step.step), "100 %", "", total, strong=True))
     return Table(
         title=f"Where a {words.what}'s time goes{suffix}",
@@ -197,10 +202,6 @@ def tabulate_phases(profile: TrialProfile, step: StepAccount, words: Words = OF_
 
 def _time(span: TimeSpan) -> Cell:
     return value_cell(span.value, span.low, span.high, "s")
-
-
-def _count(calls: float | None) -> Cell:
-    return Cell(text="–") if calls is None else Cell(text=f"{calls:.0f}", value=calls, unit="1")
 
 
 def _shares(span: TimeSpan, whole: float) -> Cell:
@@ -232,7 +233,7 @@ def _step_lines(step: StepAccount, words: Words) -> Iterator[str]:
         yield f"the phases do not explain the {what}: the remainder is more than {limit}"
 
 
-def tabulate_categories(
+def _tabulate_categories(
     profile: TrialProfile, step: StepAccount, words: Words = OF_STEPS, *, suffix: str = ""
 ) -> Table:
     """A row for each kind of work, by phase; below it the dearest operators by name."""
@@ -276,26 +277,21 @@ def _operators(profile: TrialProfile, step: StepAccount, words: Words) -> Iterat
         yield f"{share:6.1%}  {use.calls:6.0f} calls  {phase_name:8}  {use.category:11}  {name}"
 
 
-def tabulate_findings(findings: Sequence[Finding], notes: Iterable[str]) -> Table:
-    """A row a finding; `notes` stand below."""
+def _tabulate_findings(findings: Sequence[Finding], codes: Iterable[str], not_observable: Collection[str]) -> Table:
+    """A row a finding; below it the codes that were looked for and not found, and those that nothing could show."""
     rows = [write_row(one.code, one.message, _cost(one), _what_to_try(one)) for one in findings]
-    seen, cost = ColumnHeader(text="seen"), ColumnHeader(text="cost", right=True)
+    rest = [code for code in codes if code not in {finding.code for finding in findings}]
+    unseen = [code for code in rest if code in not_observable]
+    notes = [f"looked for and not found: {', '.join(code for code in rest if code not in unseen)}"]
+    notes += [f"not judged, since it is not known what ran: {', '.join(unseen)}"] if unseen else []
+    finding, message, cost, remedy = name_columns("finding", "seen", "cost", "what to try", left=2)
     return Table(
         title="Findings, and what was seen to hang on each",
-        heads=(ColumnHeader(text="finding"), seen, cost, ColumnHeader(text="what to try")),
+        heads=(finding, message, cost, ColumnHeader(text=remedy.text)),
         rows=tuple(rows or [write_row("none", "", "", "")]),
         notes=say_each(notes),
         blank_line_before=True,
     )
-
-
-def say_unfound(codes: Iterable[str], findings: Sequence[Finding], not_observable: Collection[str]) -> Iterator[str]:
-    """What else was looked for, and what could not be: those of `not_observable`."""
-    rest = [code for code in codes if code not in {finding.code for finding in findings}]
-    unseen = [code for code in rest if code in not_observable]
-    yield f"looked for and not found: {', '.join(code for code in rest if code not in unseen)}"
-    if unseen:
-        yield f"not judged, since it is not known what ran: {', '.join(unseen)}"
 
 
 def _cost(finding: Finding) -> Cell:
@@ -325,25 +321,21 @@ def describe_tried(tried: Tried) -> Document:
 
 
 def _tried_lines(tried: Tried) -> Iterator[Line]:
-    finding, comparison, control = tried.finding, tried.comparison, tried.control
-    title = METRICS[tried.metric].title
+    finding, comparison, title = tried.finding, tried.comparison, METRICS[tried.metric].title
     yield from say_invalid(_invalid(tried))
     if comparison is not None:
-        ratio = f"{title} with the remedy over without: {write_ratio(comparison).line} "
-        found = verdict_cell(comparison, tried.metric, MARGIN, "variants")
-        yield say(ratio, Span(text=found.said or found.verdict if tried.valid else "invalid", tone="strong"))
+        ratio, verdict = say_ratio(comparison, tried.metric)
+        word = Span(text=verdict if tried.valid else "invalid", tone="strong")
+        yield say(f"{title} with the remedy over without: {ratio}", word)
         yield say(Span(text=comparison.reason, tone="faint"))
     if finding.cost_share is not None and comparison is not None and comparison.ratio is not None:
-        of = "a step" if tried.metric == "step_time_s" else f"the {title}"
-        part = "a step" if finding.metric == "step_time_s" else f"the {METRICS[finding.metric].title}"
+        of, part = ("a step" if name == "step_time_s" else f"the {METRICS[name].title}"
+                    for name in (tried.metric, finding.metric))  # fmt: skip
         seen = f"the diagnosis had seen {finding.cost_share:.1%} of {part} hang on it"
         yield say(f"gained {_gain(comparison.ratio, comparison.low, comparison.high)} of {of}; {seen}")
-    if control is not None:
-        cell = verdict_cell(control, tried.metric, MARGIN, "variants")
-        said = f"{write_ratio(control).line} {cell.said or cell.verdict}"
-        yield say(f"control (the present variant measured twice): {said}")
-    for failure in tried.failures:
-        yield say(Span(text=failure, tone="bad"))
+    if tried.control is not None:
+        yield say(f"control (the present variant measured twice): {''.join(say_ratio(tried.control, tried.metric))}")
+    yield from (say(Span(text=failure, tone="bad")) for failure in tried.failures)
     yield say(f"run {tried.run}")
 
 
@@ -362,3 +354,115 @@ def _gain(ratio: float, low: float | None, high: float | None) -> str:
     """What a ratio of times leaves of the time, in per cent; the interval's ends change places."""
     ends = [None if end is None else 100 * (1 - end) for end in (high, low)]
     return f"{format_interval(100 * (1 - ratio), ends[0], ends[1], '1')} %"
+
+
+def describe_requests(
+    profile: RequestProfile,
+    served: RequestAccount,
+    merged: RequestAccount | None,
+    findings: Sequence[Finding],
+) -> Document:
+    """All of it; `merged` is the account with the adapter merged, where that is another."""
+    threads = format_count(profile.threads, "thread")
+    where = f"{profile.device_name} ({profile.device}, {threads})"
+    workload = profile.workload
+    prompts = f"{workload.request_batch} prompts of " if workload.request_batch > 1 else ""
+    each = " each" if prompts else ""
+    asked = f"; requests of {prompts}{workload.prompt_tokens} tokens{each}, answered by {workload.new_tokens}{each}"
+    said = disturbance_notices([profile.record], on_cpu=profile.device == "cpu")
+    sides: list[tuple[RequestProfile, RequestAccount, str]] = [(profile, served, "")]
+    if merged is not None and profile.merged is not None:
+        sides.append((profile.merged, merged, _MERGED))
+    return (
+        say(
+            Span(text=profile.variant.name, tone="strong"),
+            f" of {profile.study} on {where}{asked}",
+            indented=False,
+        ),
+        *(_tabulate_phases(side, account.whole, OF_REQUESTS, suffix=suffix) for side, account, suffix in sides),
+        _passes(profile, [(account, suffix) for _, account, suffix in sides]),
+        *(_tabulate_categories(side, account.whole, OF_REQUESTS, suffix=suffix) for side, account, suffix in sides),
+        _request_memory(profile),
+        *([_cold(profile)] if profile.cold_parts_s else []),
+        _tabulate_findings(findings, REQUEST_RULES, REQUESTS_OF_WHAT_RAN if profile.activity.missing else ()),
+        *describe_notices((*profile.record.notices, *said)),
+    )
+
+
+def _passes(profile: RequestProfile, accounts: Sequence[tuple[RequestAccount, str]]) -> Table:
+    rows: list[Row] = []
+    for account, suffix in accounts:
+        rows.append(_pass(f"prefill{suffix}", account.prefill))
+        rows.append(_pass(f"a token of decode{suffix}", account.decode))
+    calls = "launches" if profile.device == "cuda" else "operators"
+    return Table(
+        title="Forward passes, and how near they came to the peak",
+        heads=name_columns("pass", "time", calls, "FLOPs", "MFU", "bytes", "MBU"),
+        rows=tuple(rows),
+        notes=say_each(_pass_lines(profile, accounts)),
+        blank_line_before=True,
+    )
+
+
+def _pass(title: str, one: PassAccount) -> Row:
+    time = value_cell(one.time.value, one.time.low, one.time.high, "s")
+    mfu, mbu = (write_share(None if share is None else share.value) for share in (one.mfu, one.mbu))
+    return write_row(
+        title,
+        time,
+        write_number(one.calls, ".0f"),
+        write_number(float(one.flops), ".4g"),
+        mfu,
+        write_bytes(one.bytes),
+        mbu,
+    )
+
+
+def _pass_lines(profile: RequestProfile, accounts: Sequence[tuple[RequestAccount, str]]) -> Iterator[str]:
+    for account, suffix in accounts:
+        first, later = account.first_token, account.token
+        yield (
+            f"time to first token {value_cell(first.value, first.low, first.high, 's').line}, per later token "
+            f"{value_cell(later.value, later.low, later.high, 's').line}{suffix}"
+        )
+    served = accounts[0][0]
+    for one in (served.prefill.mfu, served.decode.mbu):
+        if one is not None:
+            yield str(one)
+    lacking = [name for name in ("product", "memory") if name not in profile.peaks]
+    if lacking:
+        yield f"what this device does at best is neither stated nor measured: {', '.join(lacking)}"
+
+
+def _request_memory(profile: RequestProfile) -> Table:
+    account, memory, facts = profile.memory, profile.record.memory, profile.facts
+    first = memory.get("device_peak_allocated_first_token_bytes", memory.get("host_peak_first_token_bytes"))
+    lines = [] if first is None else [f"up to the first token, in a request of its own: {format_bytes(first)}"]
+    moved = f"is made anew at {facts.cache_moved:.0%} of the tokens" if facts.cache_moved else "stays where it is"
+    size = format_bytes(facts.cache_bytes)
+    lines.append(f"cache: {facts.cache}, {size} at the end of a request; it {moved}" if facts.cache else "cache: none")
+    rows = [write_row(title_of(kind), write_bytes(size)) for kind, size in in_order(account.kinds).items()]
+    return _tabulate_memory(account, rows, device=profile.device, at="the peak of a request", notes=say_each(lines))
+
+
+def _cold(profile: RequestProfile) -> Table:
+    parts, total = profile.cold_parts_s, profile.record.values["cold_start_time_s"]
+    rows: list[Row] = []
+    until = 0.0
+    for name, seconds in parts.items():
+        until += seconds
+        share = write_share(seconds / total)
+        rows.append(write_row(COLD_PARTS[name], write_seconds(seconds), share, write_seconds(until)))
+    rows.append(write_row("cold start", write_seconds(total), "100 %", "", strong=True))
+    return Table(
+        title="A cold start, one after the other",
+        heads=name_columns("part", "time", "of it", "until its end"),
+        rows=tuple(rows),
+        notes=say_each(
+            [
+                "one start, with its parts timed; nothing is compiled for a request. Its interval is what "
+                "`lorameter run --phase cold` measures"
+            ]
+        ),
+        blank_line_before=True,
+    )

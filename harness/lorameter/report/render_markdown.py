@@ -36,23 +36,18 @@ def markdown_of(document: Document, *, most: int = COMMENT_CHARACTERS) -> str:
     """A document in at most so many characters, and at most four times as many bytes."""
     blocks = list(document)
     dropped: list[str] = []
-    while (length := len(text := _text(blocks, dropped))) > most:
+    while (length := len(text := _text(blocks, dropped))) > most and len(blocks) > 1:
         folded = [place for place, block in enumerate(blocks) if isinstance(block, (Collapsible, ChartGroup, Panel))]
-        long = [place for place, block in enumerate(blocks) if isinstance(block, Table) and len(block.rows) > 1]
-        if folded:
-            dropped.append(_name(blocks.pop(folded[-1])))
-        elif long:
-            place = max(long, key=lambda one: len(blocks[one].rows))  # type: ignore[union-attr]
-            table = blocks[place]
-            assert isinstance(table, Table)
+        tables = {place: block for place, block in enumerate(blocks) if isinstance(block, Table)}
+        longest = max(tables, key=lambda place: len(tables[place].rows), default=-1)
+        if not folded and tables and len(tables[longest].rows) > 1:
+            table = tables[longest]
             kept = max(1, len(table.rows) * most // (length + most))
             dropped.append(f"{format_count(len(table.rows) - kept, 'row')} of {table.title or 'a table'}")
-            blocks[place] = dataclasses.replace(table, rows=table.rows[:kept])
-        elif len(blocks) > 1:
-            dropped.append(_name(blocks.pop()))
+            blocks[longest] = dataclasses.replace(table, rows=table.rows[:kept])
         else:
-            return text[:most]
-    return text
+            dropped.append(_name(blocks.pop(folded[-1] if folded else -1)))
+    return text[:most]
 
 
 def escape(text: str) -> str:
@@ -87,15 +82,12 @@ def _block(block: Block, level: str) -> Iterator[str]:
         drawn = text_of((dataclasses.replace(block, title=""),), width=_CHART_WIDTH, coloured=False)
         yield _details(block.title, _fenced(drawn.strip("\n")))
     else:
-        said = "\n\n".join(
-            f"**{escape(one.head)}**\n\n{_fenced(escape_control_chars(one.text))}" for one in block.passages
-        )
-        yield _details(block.title, said)
+        passages = [f"**{escape(author)}**\n\n{_fenced(escape_control_chars(text))}" for author, text in block.passages]
+        yield _details(block.title, "\n\n".join(passages))
 
 
 def _line(line: Line) -> str:
-    lead = f"**{escape(line.label)}** " if line.label else ""
-    return lead + escape(line.text)
+    return (f"**{escape(line.label)}** " if line.label else "") + escape(line.text)
 
 
 def _bullets(lines: Sequence[Line]) -> str:

@@ -56,18 +56,16 @@ def _comment(text: str) -> str:
 
 def _of_one(run: Run) -> Iterator[str]:
     """A run that compares variants."""
-    manifest = run.manifest
     named, given = _study(run)
     if named.endswith(FILE):
         yield NOT_BUILT_IN
-    words = ["lorameter", "run", named]
-    if profile := manifest.study.get("profile"):
-        words += ["--profile", str(profile)]
+    profile = run.manifest.study.get("profile")
+    words = ["lorameter", "run", named, *(["--profile", str(profile)] if profile else [])]
     yield shlex.join([*words, *given, *_selected(run)])
 
 
 def _of_sides(run: Run) -> Iterator[str]:
-    """An A/B: what stood on either side, as it is named again."""
+    """An A/B: both sides, as they are named again."""
     manifest = run.manifest
     sides = {name: manifest.sides.get(name) or {} for name in ("base", "candidate")}
     for name, side in sides.items():
@@ -79,21 +77,19 @@ def _of_sides(run: Run) -> Iterator[str]:
         yield "# the run does not say by which words its sides were named"
         return
     named, given = _study(run)
-    sided = [word for name, spec in specs.items() for word in (f"--{name}", spec)]
-    rows = max(int(side.get(INJECTED) or 0) for side in sides.values())
-    extra = ["--inject-rows", str(rows)] if rows else []
+    suffix = "-command" if of_commands(manifest) else ""
+    sided = [word for name, spec in specs.items() for word in (f"--{name}{suffix}", spec)]
     command = str(manifest.study["variants"][0].get("command") or "")
-    if of_commands(manifest):
-        sided = [word for name, spec in specs.items() for word in (f"--{name}-command", spec)]
-        words = ["ab", *sided, *_of_script(run), *_selected(run, variants=False)]
-    elif command and named.endswith(FILE):  # a command is a study by itself
-        words = ["ab", "--command", command, *sided, *_of_script(run), *_selected(run, variants=False)]
+    if suffix or (command and named.endswith(FILE)):  # a command is a study by itself
+        words = ["ab", *([] if suffix else ["--command", command]), *sided, *_of_script(run)]
+        words += _selected(run, variants=False)
     else:
         if named.endswith(FILE):
             yield NOT_BUILT_IN
         own = all(side.get("kind") == PRESENT for side in sides.values())
+        rows = max(int(side.get(INJECTED) or 0) for side in sides.values())
         words = ["calibrate", named] if own else ["ab", named, *sided]
-        words += [*given, *extra, *_selected(run, phases=not own)]
+        words += [*given, *(["--inject-rows", str(rows)] if rows else []), *_selected(run, phases=not own)]
     yield shlex.join(["lorameter", *words])
 
 
@@ -122,22 +118,20 @@ def _selected(run: Run, *, variants: bool = True, phases: bool = True) -> list[s
 
 def _study(run: Run) -> tuple[str, list[str]]:
     """The word for the study, and what was given on the command line in place of its own values."""
-    stored = run.manifest.study
+    stored, words = run.manifest.study, list[str]()
     name = str(stored.get("name", ""))
     if name not in builtin_studies():
-        return f"{name}{FILE}", []
+        return f"{name}{FILE}", words
     try:
         written = codec.to_json(load_study(name, profile=stored.get("profile") or None))
     except UsageError:  # a profile that this version has no more
-        return name, []
-    return name, [
-        word
-        for table, keys in OVERRIDES.items()
-        for key, option in keys.items()
-        if (value := stored.get(table, {}).get(key)) is not None and value != written[table].get(key)
-        for word in ((option,) if value is True else (option, _given(value)))
-        if value is not False
-    ]
+        return name, words
+    for table, keys in OVERRIDES.items():
+        for key, option in keys.items():
+            value = stored.get(table, {}).get(key)
+            if value is not None and value is not False and value != written[table].get(key):
+                words += [option] if value is True else [option, _given(value)]
+    return name, words
 
 
 def _given(value: object) -> str:

@@ -1,8 +1,7 @@
-"""The view model of a run: what every renderer shows, decided once.
+"""The numbers of a run's report, computed once: a table for each phase or metric, validity and notices.
 
-A table for each phase, or for each metric that was asked for; the control that says what no difference looks like here,
-the notices with their remedies. No number without its interval; a trial that is not ok is named with its status and
-reason, and is in no estimate. `encode_run` writes the view as the JSON document that programs read.
+No number is without its interval. A trial that is not ok is named with its status and reason, and is in no estimate.
+`encode_run` writes the view as the JSON document that programs read.
 """
 
 from __future__ import annotations
@@ -10,34 +9,39 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
-
-import msgspec
+from typing import Any, Literal, TypeAlias, get_args
 
 from lorameter.errors import UsageError
 from lorameter.records import codec
-from lorameter.records.metrics import METRICS, PEAKS, PHASES, Phase, columns_of
-from lorameter.records.record import Notice
+from lorameter.records.metrics import METRICS, PEAKS, PHASE_TITLES, PHASES, RSS_AT_START, Phase, columns_of
+from lorameter.records.record import Interleaving, Notice
 from lorameter.records.store import Run
 from lorameter.records.time_breakdown import TimeBreakdown
-from lorameter.report.blocks import Line
-from lorameter.report.charts import add_charts
+from lorameter.records.units import format_bytes
+from lorameter.report.blocks import Cell, ColumnHeader, Row, Table, value_cell, write_ratio
 from lorameter.report.facts import facts_of
-from lorameter.report.phase_table import PEAK, RATIO, TAILS, PhaseTable, VariantRow, tabulate_metric, tabulate_phase
+from lorameter.report.phrases import title_of, verdict_cell
+from lorameter.stats import Comparison, Estimate, QuantileEstimate, compare_bytes
 from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study, unknown
 from lorameter.verdicts.compare import LimitsOf, default_limits, matching
 from lorameter.verdicts.comparison_input import is_memory
 from lorameter.verdicts.notices import notices_of
-from lorameter.verdicts.series import Groups, group_trials
-from lorameter.verdicts.sites import is_mixed, join_notices, runs_of_sites, say_machines, unmeasured_sites
-from lorameter.verdicts.validity import Fault, RunValidity, is_single_script_run, run_validity, say_faults
+from lorameter.verdicts.same_training import sides_of_run
+from lorameter.verdicts.series import Groups, Series, control_of, group_trials, occupancies, ratios_of
+from lorameter.verdicts.sites import is_mixed, join_notices, runs_of_sites
+from lorameter.verdicts.validity import RunValidity, discounted, is_single_script_run, run_validity
 
 Sort = Literal["study", "name", "ratio", "value", "memory"]
 SORTS: tuple[Sort, ...] = get_args(Sort)
-"""In which order variants stand: that of the study, by name, by ratio to the reference, by estimate, by peak."""
+"""The order of the variants: that of the study, by name, by ratio to the reference, by estimate, by peak."""
+TAIL = 0.95
+"""The high percentile of warm requests that is shown where the samples support it."""
+PEAK = "peak_memory_bytes"
+CPU_TIME = "step_cpu_time_s"
+ALL_ACTIVE = "all active"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,17 +62,35 @@ EVERYTHING = ReportFilter()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunView:
-    """All that a report says of a run."""
+class PhaseTable:
+    """One phase, or one metric: a row a variant, with its ratio to the reference, and the control."""
 
-    run: str
-    path: str
-    title: str
-    facts: tuple[Line, ...]
-    deviations: tuple[str, ...]
-    """What differs from the study as it is written."""
-    notes: tuple[str, ...]
-    """What the study says of itself."""
+    phase: Phase
+    metric: str
+    """What variants are compared by in it."""
+    table: Table
+    ratios: Mapping[str, Comparison]
+    """Of each variant that is shown and is not the reference, in the order of the rows."""
+    checks: Mapping[str, str]
+    """What became of the required paths of each variant that is shown; empty in the table of a metric."""
+    control: Comparison | None
+    """The reference against itself measured twice."""
+    interleaving: Interleaving | None
+    """How the trials alternated that measured the metric."""
+    note: str
+    """What a reader of the peaks must know; empty where there is nothing."""
+    site: str = ""
+    """Of which site alone, where sites are unlike; its title names it as well."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunView:
+    """A run with all that its report computes."""
+
+    run: Run
+    study: Study
+    validity: RunValidity
+    notices: tuple[Notice, ...]
     tables: tuple[PhaseTable, ...]
     outcomes: tuple[PhaseTable, ...]
     """Peak memory and loss of the variants, each with its verdicts; empty where single metrics were asked for."""
@@ -76,131 +98,111 @@ class RunView:
     """Names of those that are shown, in the order of the study."""
     phases: tuple[Phase, ...]
     """Those that are shown whole: none where single metrics were asked for."""
-    failures: tuple[str, ...]
-    notices: tuple[Notice, ...]
-    counts: dict[str, int]
-    state: str
-    """State of the run: complete, running, killed, interrupted or failed."""
-    faults: tuple[Fault, ...]
-    """Why the run is invalid, so that no verdict counts; empty where it is valid."""
-    spending: TimeBreakdown | None = None
-    """What its time went to, where it says so."""
 
     @property
     def valid(self) -> bool:
         """Whether its verdicts count."""
-        return not self.faults
+        return self.validity.valid
 
     @property
-    def invalid(self) -> str | None:
-        """The first few of its faults; None where it is valid."""
-        return say_faults(self.faults) or None
+    def alone(self) -> bool:
+        """Whether it is of one training, which is compared with nothing."""
+        return is_single_script_run(self.run, self.study)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many trials ended how."""
+        return dict(Counter(record.status for record in self.run.records))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """What the tables of a run are made of."""
+
+    run: Run
+    study: Study
+    validity: RunValidity
+    groups: Groups
+    names: tuple[str, ...]
+    asked: ReportFilter
+
+    @property
+    def shown(self) -> list[Series]:
+        return [self.groups[name, "variant"] for name in self.names if (name, "variant") in self.groups]
+
+    @property
+    def phases(self) -> list[Phase]:
+        return [phase for phase in self.validity.controls if phase in (self.asked.phases or PHASES)]
 
 
 def view_of(run: Run, asked: ReportFilter = EVERYTHING) -> RunView:
-    """The view of a run. Raises nothing for missing trials: what is not there is said.
+    """The view of a run, whatever trials are missing.
 
     Raises:
         UsageError: a variant, metric or phase was asked for that the run does not know.
     """
     study = read_study(run)
-    if is_mixed(run):
-        return _view_of_sites(run, study, asked)
-    groups = group_trials(run.records)
     validity, names = run_validity(run, study), _names(study, asked)
-    tables = _tables(run, study, groups, validity, asked)
+    if is_mixed(run):
+        views = {site: view_of(part, asked) for site, part in runs_of_sites(run).items()}
+        tables = [_name_site(table, site) for site, view in views.items() for table in view.tables]
+        outcomes: list[PhaseTable] = []
+        phases = [phase for phase in PHASES if any(phase in view.phases for view in views.values())]
+        notices = join_notices(run, {site: view.notices for site, view in views.items()})
+    else:
+        groups = group_trials(run.records)
+        source = _Source(run=run, study=study, validity=validity, groups=groups, names=names, asked=asked)
+        tables, outcomes = list(_tables(source)), list(_outcomes(source))
+        phases = [] if asked.metrics else source.phases
+        notices = notices_of(run, study, validity.controls)
     return RunView(
-        run=run.manifest.run,
-        path=str(run.path),
-        title=study.title,
-        facts=facts_of(run, study),
-        deviations=study.deviations,
-        notes=study.notes,
-        tables=tuple(_chosen(table, names, asked.sort) for table in tables),
-        outcomes=tuple(_chosen(table, names, asked.sort) for table in _outcomes(run, study, groups, validity, asked)),
-        variants=tuple(names),
-        phases=() if asked.metrics else tuple(table.phase for table in tables),
-        failures=validity.failures,
-        notices=notices_of(run, study, validity.controls),
-        counts=dict(Counter(record.status for record in run.records)),
-        state=run.state,
-        faults=validity.faults,
-        spending=run.manifest.spending,
-    )
-
-
-def _view_of_sites(run: Run, study: Study, asked: ReportFilter) -> RunView:
-    """What each site says, side by side, and of all of them what is no number."""
-    validity = run_validity(run, study)
-    views = {site: view_of(part, asked) for site, part in runs_of_sites(run).items()}
-    tables = [
-        replace(table, site=site, title=f"{table.title} on {site}") for site in views for table in views[site].tables
-    ]
-    machines = say_machines(run.records)
-    manifest = msgspec.structs.replace(run.manifest, provenance={**run.manifest.provenance, "device_name": machines})
-    return RunView(
-        run=run.manifest.run,
-        path=str(run.path),
-        title=study.title,
-        facts=facts_of(replace(run, manifest=manifest), study),
-        deviations=study.deviations,
-        notes=study.notes,
+        run=run,
+        study=study,
+        validity=validity,
+        notices=notices,
         tables=tuple(tables),
-        outcomes=(),
-        variants=tuple(_names(study, asked)),
-        phases=tuple(dict.fromkeys(phase for view in views.values() for phase in view.phases)),
-        failures=(*validity.failures, *unmeasured_sites(run)),
-        notices=join_notices(run, {site: view.notices for site, view in views.items()}),
-        counts=dict(Counter(record.status for record in run.records)),
-        state=run.state,
-        faults=validity.faults,
+        outcomes=tuple(outcomes),
+        variants=names,
+        phases=tuple(phases),
     )
 
 
-def _tables(run: Run, study: Study, groups: Groups, validity: RunValidity, asked: ReportFilter) -> list[PhaseTable]:
-    phases = [phase for phase in validity.controls if not asked.phases or phase in asked.phases]
-    if absent := [phase for phase in asked.phases if phase not in validity.controls]:
-        raise UsageError(f"phase {absent[0]!r}: run {run.manifest.run} has {', '.join(validity.controls) or 'none'}.")
-    if not asked.metrics:
-        tables = [
-            tabulate_phase(phase, validity.primary[phase], validity, run, study, groups, asked.limits_of)
-            for phase in phases
-        ]
-        return [add_charts(table, _of(study, asked), groups) for table in tables]
-    known = _measured(run, groups)
+def _names(study: Study, asked: ReportFilter) -> tuple[str, ...]:
+    """The variants that are shown; the reference always."""
+    names = [variant.name for variant in study.variants]
+    for pattern in asked.variants:
+        if not fnmatch.filter(names, pattern):
+            raise UsageError(f"variant {pattern!r}: {unknown(pattern, names)}")
+    chosen = matching(names, asked.variants) if asked.variants else names
+    return tuple(name for name in names if name in chosen or name == study.reference)
+
+
+def _name_site(table: PhaseTable, site: str) -> PhaseTable:
+    return replace(table, site=site, table=replace(table.table, title=f"{table.table.title} on {site}"))
+
+
+def _tables(source: _Source) -> Iterator[PhaseTable]:
+    run, controls, asked = source.run.manifest.run, source.validity.controls, source.asked
+    if absent := [phase for phase in asked.phases if phase not in controls]:
+        raise UsageError(f"phase {absent[0]!r}: run {run} has {', '.join(controls) or 'none'}.")
+    known = _measured(source)
     for pattern in asked.metrics:
         if not fnmatch.filter(known, pattern):
             near = difflib.get_close_matches(pattern, known, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"Measured: {', '.join(known) or 'nothing'}."
-            raise UsageError(f"metric {pattern!r}: run {run.manifest.run} has none of that name. {hint}")
-    chosen = [(metric, phase_of(metric)) for metric in matching(known, asked.metrics)]
-    return [
-        tabulate_metric(metric, phase, validity, run, study, groups, asked.limits_of)
-        for metric, phase in chosen
-        if not asked.phases or phase in phases
-    ]
+            raise UsageError(f"metric {pattern!r}: run {run} has none of that name. {hint}")
+    for metric in matching(known, asked.metrics):
+        if phase_of(metric) in (asked.phases or PHASES):
+            yield _tabulate_metric(source, phase_of(metric), metric)
+    for phase in source.phases if not asked.metrics else ():
+        metric = source.validity.primary[phase]
+        yield _tabulate(source, phase, metric, controls[phase], whole=True)
 
 
-def _outcomes(
-    run: Run, study: Study, groups: Groups, validity: RunValidity, asked: ReportFilter
-) -> Iterator[PhaseTable]:
-    """The peak memory of the first phase, and the last loss that was measured, as tables of one metric."""
-    phases = [phase for phase in validity.controls if not asked.phases or phase in asked.phases]
-    reference = groups.get((study.reference, "variant"))
-    if asked.metrics or not phases or reference is None or is_single_script_run(run, study):
-        return
-    phase = phases[0]
-    kinds = [kind for kind in PEAKS[phase] if any(kind in record.memory for record in reference.ok)]
-    losses = [name for name in columns_of(phase, own_workloads=bool(run.manifest.own_workloads))
-              if METRICS[name].is_loss and reference.trials(name)]  # fmt: skip
-    for metric in (*kinds[:1], *losses[-1:]):
-        yield tabulate_metric(metric, phase, validity, run, study, groups, asked.limits_of)
-
-
-def _measured(run: Run, groups: Groups) -> list[str]:
+def _measured(source: _Source) -> list[str]:
     """Every metric and kind of memory of the run, in the order of the metrics."""
-    metrics = [name for name in METRICS if any(series.measuring(name) for series in groups.values())]
-    kinds = dict.fromkeys(kind for record in run.records for kind in record.memory if is_memory(kind))
+    metrics = [name for name in METRICS if any(series.measuring(name) for series in source.groups.values())]
+    kinds = dict.fromkeys(kind for record in source.run.records for kind in record.memory if is_memory(kind))
     return [*metrics, *sorted(kinds)]
 
 
@@ -211,66 +213,231 @@ def phase_of(metric: str) -> Phase:
     return next((phase for phase in PHASES if metric in PEAKS[phase] or f"_{phase}_" in metric), "train")
 
 
-def _of(study: Study, asked: ReportFilter) -> Study:
-    """The study with the variants that are shown, which its charts are of."""
-    names = _names(study, asked)
-    if len(names) == len(study.variants):
-        return study
-    return replace(study, variants=tuple(one for one in study.variants if one.name in names), claims=(), engine=None)
+def _outcomes(source: _Source) -> Iterator[PhaseTable]:
+    """The peak memory of the first phase, and the last loss that was measured, as tables of one metric."""
+    reference = source.groups.get((source.study.reference, "variant"))
+    if source.asked.metrics or not source.phases or reference is None or is_single_script_run(source.run, source.study):
+        return
+    phase = source.phases[0]
+    kinds = [kind for kind in PEAKS[phase] if _sizes(reference, kind)]
+    columns = columns_of(phase, own_workloads=bool(source.run.manifest.own_workloads))
+    losses = [name for name in columns if METRICS[name].is_loss and reference.trials(name)]
+    for metric in (*kinds[:1], *losses[-1:]):
+        yield _tabulate_metric(source, phase, metric)
 
 
-def _names(study: Study, asked: ReportFilter) -> list[str]:
-    """The variants that are shown; the reference always."""
-    names = [variant.name for variant in study.variants]
-    for pattern in asked.variants:
-        if not fnmatch.filter(names, pattern):
-            raise UsageError(f"variant {pattern!r}: {unknown(pattern, names)}")
-    chosen = matching(names, asked.variants) if asked.variants else names
-    return [name for name in names if name in chosen or name == study.reference]
+def _tabulate_metric(source: _Source, phase: Phase, metric: str) -> PhaseTable:
+    """One metric or kind of memory, with the control of its own."""
+    reference = source.study.reference
+    if is_memory(metric):
+        twins = [source.groups.get((reference, role)) for role in ("variant", "control")]
+        control = _compare_peaks(twins[0], twins[1], metric, 0.01)
+    else:
+        control = control_of(source.groups, reference, metric, family=1)
+    return _tabulate(source, phase, metric, control, whole=False)
 
 
-def _chosen(table: PhaseTable, names: Collection[str], sort: Sort) -> PhaseTable:
-    """The table with the rows that are shown, in the order asked for; rows without a value come last."""
-    rows = [row for row in table.rows if row.name in names]
-    keys = {"ratio": RATIO, "value": table.metric, "memory": PEAK}
-    if sort == "name":
-        rows.sort(key=lambda row: row.name)
-    elif sort in keys:
-        places = [place for place, column in enumerate(table.columns) if column.key == keys[sort]]
-        rows.sort(key=lambda row: _rank(row, places, by_ratio=sort == "ratio"))
-    return replace(table, rows=tuple(rows))
+def _tabulate(source: _Source, phase: Phase, metric: str, control: Comparison | None, *, whole: bool) -> PhaseTable:
+    """A phase by its primary metric, with every other metric that is a column of it, or (not `whole`) one metric."""
+    reference, shown = source.study.reference, source.shown
+    ratios = _ratios(source, metric, control)
+    columns = list(_columns(source, phase, metric, ratios, whole=whole))
+    heads = tuple(head for head, _ in columns)
+    lines = zip(*(cells for _, cells in columns), strict=True)
+    rows = [Row(cells=cells, strong=cells[0].text == reference) for cells in lines]
+    rows = _sort(rows, heads, {"value": metric, "memory": PEAK}.get(source.asked.sort, source.asked.sort))
+    title = PHASE_TITLES[phase] if whole else f"{PHASE_TITLES[phase]}: {title_of(metric)}"
+    base = source.groups.get((reference, "variant"))
+    return PhaseTable(
+        phase=phase,
+        metric=metric,
+        table=Table(title=title, heads=heads, rows=tuple(rows), blank_line_before=True),
+        ratios={name: ratios[name] for name in (row.cells[0].text for row in rows) if name in ratios},
+        checks={series.name: _checks(series) for series in shown} if whole else {},
+        control=control,
+        interleaving=None if base is None or is_memory(metric) else base.interleaving(metric),
+        note=_baseline_note(shown, phase) if whole else "",
+    )
 
 
-def _rank(row: VariantRow, places: Sequence[int], *, by_ratio: bool) -> tuple[bool, float]:
-    value = row.cells[places[0]].value if places else None
-    if by_ratio and row.reference:
-        value = 1.0
-    return value is None, value or 0.0
+_Column: TypeAlias = tuple[ColumnHeader, list[Cell]]
+
+
+def _columns(
+    source: _Source, phase: Phase, metric: str, ratios: Mapping[str, Comparison], *, whole: bool
+) -> Iterator[_Column]:
+    """The columns in their order: what is asked first of a phase is on the left."""
+    shown, reference = source.shown, source.study.reference
+    yield ColumnHeader(text="variant", key="name"), [Cell(text=series.name) for series in shown]
+    if not is_single_script_run(source.run, source.study):
+        turned = "slow-down " if metric in METRICS and METRICS[metric].higher_is_better else ""
+        head = ColumnHeader(text=f"{turned}× {reference}", key="ratio", right=True, ratio=True)
+        own = {reference: Cell(text="reference")}
+        own |= {name: write_ratio(found) for name, found in ratios.items()}
+        yield head, [own.get(series.name, Cell(text="–")) for series in shown]
+        margins = {name: _margin(source, name, metric) for name in ratios}
+        words = {name: verdict_cell(found, metric, margins[name], "variants") for name, found in ratios.items()}
+        yield ColumnHeader(text="verdict", joins_left=True), [words.get(series.name, Cell()) for series in shown]
+    yield _metric_column(shown, metric, priority=0)
+    if not whole:
+        return
+    others = list(_other_metrics(source, phase))
+    if CPU_TIME in others:
+        others.remove(CPU_TIME)
+        yield _metric_column(shown, CPU_TIME, priority=4)
+    if PEAKS[phase]:
+        yield _peak_column(shown, phase)
+    checks = [Cell(text=_checks(series)) for series in shown]
+    yield ColumnHeader(text="required paths", drop_priority=1, collapse_if_constant=True), checks
+    for place, name in enumerate(others):
+        yield _metric_column(shown, name, priority=3 if name == "tokens_per_s" else 6 + place)
+    tails = [series.percentile(metric, TAIL) if phase == "generate" else None for series in shown]
+    if any(tail is not None and tail.value is not None for tail in tails):
+        key = f"{metric.removesuffix('_s')}_p{100 * TAIL:g}_s"
+        head = ColumnHeader(text=f"p{100 * TAIL:g}", key=key, right=True, drop_priority=20, collapse_if_constant=True)
+        yield head, [_estimate_cell(tail, metric, absent="not supported") for tail in tails]
+
+
+def _other_metrics(source: _Source, phase: Phase) -> Iterator[str]:
+    """The metrics of a phase that a variant has, in addition to the primary one."""
+    asked = columns_of(phase, own_workloads=bool(source.run.manifest.own_workloads))
+    sides = sides_of_run(source.run, source.study) if source.study.of_scripts else {}
+    if any(side.tokens_differ for side in sides.values()):
+        asked += ("time_per_real_token_s",)
+    on_cpu = phase == "train" and source.run.manifest.provenance.get("device") == "cpu"
+    if on_cpu and occupancies(record for series in source.shown for record in series.ok)[1]:
+        asked = (CPU_TIME, *asked)
+    yield from (name for name in asked if any(series.trials(name) for series in source.shown))
+
+
+def _metric_column(shown: Sequence[Series], metric: str, *, priority: int) -> _Column:
+    head = ColumnHeader(text=title_of(metric), key=metric, right=True, drop_priority=priority)
+    if is_memory(metric):
+        return head, [_size_cell(_sizes(series, metric)) for series in shown]
+    return head, [_estimate_cell(series.estimate(metric), metric) for series in shown]
+
+
+def _estimate_cell(found: Estimate | QuantileEstimate | None, metric: str, *, absent: str = "–") -> Cell:
+    if found is None or found.value is None:
+        return Cell(text=absent)
+    return value_cell(found.value, found.low, found.high, METRICS[metric].unit)
+
+
+def _peak_column(shown: Sequence[Series], phase: Phase) -> _Column:
+    """The largest peak of each variant; its head says where it is, or each cell does where they differ."""
+    kinds = [_peak_kind(series, phase) for series in shown]
+    places = {kind: "GPU" if kind.startswith("device") else "host" for kind in kinds if kind}
+    where = set(places.values())
+    head = f"peak memory, {min(where)}" if len(where) == 1 else "peak memory"
+    cells = [
+        _size_cell(_sizes(series, kind), places[kind] if len(where) > 1 else "") if kind else Cell(text="–")
+        for series, kind in zip(shown, kinds, strict=True)
+    ]
+    return ColumnHeader(text=head, key=PEAK, right=True, drop_priority=2), cells
+
+
+def _peak_kind(series: Series, phase: Phase) -> str:
+    """The kind of memory whose peaks are shown of a phase; empty where none was measured."""
+    return next((kind for kind in PEAKS[phase] if _sizes(series, kind)), "")
+
+
+def _sizes(series: Series, kind: str) -> list[int]:
+    return [record.memory[kind] for record in series.ok if kind in record.memory]
+
+
+def _size_cell(sizes: Sequence[int], where: str = "") -> Cell:
+    """The largest size, with the smallest and the largest in the place of an interval."""
+    return value_cell(max(sizes), min(sizes), max(sizes), "byte", detail=where) if sizes else Cell(text="–")
+
+
+def _baseline_note(shown: Sequence[Series], phase: Phase) -> str:
+    """How much of the host's peaks each process had before it did anything: a fork maps what its parent imported."""
+    on_host = [series for series in shown if _peak_kind(series, phase).startswith("host")]
+    baselines = [size for series in on_host for size in _sizes(series, RSS_AT_START)]
+    if not baselines:
+        return ""
+    low, high = format_bytes(min(baselines)), format_bytes(max(baselines))
+    return f"host peaks include the process baseline (RSS at start) of {high if low == high else f'{low} to {high}'}"
+
+
+def _checks(series: Series) -> str:
+    """Required paths that were not active, in words; or that all were."""
+    checks = [check for record in series.records for check in record.checks]
+    required = [check for check in checks if check["required"] is not None]
+    if not required:
+        return "nothing required" if checks else "not checked"
+    missed = {f"{check['path']} {check['status']}" for check in required if check["status"] != "active"}
+    return ", ".join(sorted(missed)) or ALL_ACTIVE
+
+
+def _margin(source: _Source, name: str, metric: str) -> float:
+    """Within which a variant counts as equal to the reference."""
+    limits = source.asked.limits_of(name, metric)
+    return limits.tolerance if is_memory(metric) else limits.margin
+
+
+def _ratios(source: _Source, metric: str, control: Comparison | None) -> dict[str, Comparison]:
+    """Each variant against the reference; in an invalid run without a verdict."""
+    study, groups = source.study, source.groups
+    limits = {variant.name: source.asked.limits_of(variant.name, metric) for variant in study.variants}
+    if is_memory(metric):
+        base = groups.get((study.reference, "variant"))
+        peaks = {
+            name: _compare_peaks(base, groups.get((name, "variant")), metric, limits[name].tolerance)
+            for name in limits
+            if name != study.reference
+        }
+        found = {name: one for name, one in peaks.items() if one is not None}
+    else:
+        tolerance, margin = (
+            {name: getattr(one, key) for name, one in limits.items()} for key in ("tolerance", "margin")
+        )
+        found = ratios_of(groups, study, metric, control, tolerance=tolerance, margin=margin)
+    return {name: discounted(one, source.validity.invalid) for name, one in found.items()}
+
+
+def _compare_peaks(base: Series | None, other: Series | None, kind: str, tolerance: float) -> Comparison | None:
+    peaks = [_sizes(side, kind) if side is not None else [] for side in (base, other)]
+    return compare_bytes(peaks[0], peaks[1], tolerance=tolerance) if all(peaks) else None
+
+
+def _sort(rows: list[Row], heads: Sequence[ColumnHeader], key: str) -> list[Row]:
+    """The rows by the column of that key; those without a value are last."""
+    place = next((place for place, head in enumerate(heads) if head.key == key), None)
+    if place is None:
+        return rows
+
+    def rank(row: Row) -> tuple[bool, float, str]:
+        cell = row.cells[place]
+        value = 1.0 if key == "ratio" and row.strong else cell.value
+        return value is None, value or 0.0, cell.text if key == "name" else ""
+
+    return sorted(rows, key=rank)
 
 
 def encode_run(view: RunView) -> dict[str, Any]:
     """The view as JSON data, without its `schema`."""
     return {
-        "run": view.run,
+        "run": view.run.manifest.run,
         "valid": view.valid,
-        "invalid": view.invalid,
-        "faults": codec.to_json(view.faults),
-        "path": view.path,
-        "title": view.title,
-        "facts": [f"{fact.label:<10}{fact.text}" for fact in view.facts],
-        "deviations": list(view.deviations),
-        "notes": list(view.notes),
-        "tables": [_encoded(table) for table in view.tables],
-        "failures": list(view.failures),
+        "invalid": view.validity.invalid,
+        "faults": codec.to_json(view.validity.faults),
+        "path": str(view.run.path),
+        "title": view.study.title,
+        "facts": [f"{fact.label:<10}{fact.text}" for fact in facts_of(view.run, view.study)],
+        "deviations": list(view.study.deviations),
+        "notes": list(view.study.notes),
+        "tables": [_encode_table(table) | ({"alone": True} if view.alone else {}) for table in view.tables],
+        "failures": list(view.validity.failures),
         "notices": codec.to_json(view.notices),
         "counts": view.counts,
-        "state": view.state,
-        **encode_spending(view.spending),
+        "state": view.run.state,
+        **encode_spending(view.run.manifest.spending),
     }
 
 
 def encode_spending(spending: TimeBreakdown | None) -> dict[str, Any]:
-    """The same for programs, as `time`; nothing of a run that does not say it."""
+    """The time of a run that has said what it went to, as `time`."""
     if spending is None:
         return {}
     return {
@@ -284,33 +451,26 @@ def encode_spending(spending: TimeBreakdown | None) -> dict[str, Any]:
     }
 
 
-def _encoded(table: PhaseTable) -> dict[str, Any]:
+def _encode_table(table: PhaseTable) -> dict[str, Any]:
     """A table, each cell as a line of text and, where it is a number, as numbers in base units."""
+    heads = table.table.heads
+    rows = []
+    for row in table.table.rows:
+        numbers = {
+            head.key: {"value": cell.value, "low": cell.low, "high": cell.high}
+            for head, cell in zip(heads, row.cells, strict=True)
+            if cell.value is not None and head.key != "ratio"
+        }
+        name, cells = row.cells[0].text, [cell.line for cell in row.cells]
+        ratio = codec.to_json(table.ratios.get(name))
+        rows.append({"name": name, "reference": row.strong, "cells": cells, "ratio": ratio, "values": numbers})
     return {
         "phase": table.phase,
-        "title": table.title,
+        "title": table.table.title,
         "metric": table.metric,
-        "heads": list(table.heads),
-        "rows": [
-            {
-                "name": row.name,
-                "reference": row.reference,
-                "cells": [cell.line for cell in row.cells],
-                "ratio": codec.to_json(row.ratio),
-                "values": dict(_numbers(table, row)),
-            }
-            for row in table.rows
-        ],
+        "heads": [head.text for head in heads],
+        "rows": rows,
         "control": codec.to_json(table.control),
         "note": table.note,
-        **({"alone": True} if table.alone else {}),
         **({"site": table.site} if table.site else {}),
     }
-
-
-def _numbers(table: PhaseTable, row: VariantRow) -> Iterable[tuple[str, dict[str, float | None]]]:
-    """Value and interval of each cell that is a number, under a name that ends in its unit."""
-    for column, cell in zip(table.columns, row.cells, strict=True):
-        if cell.value is not None and column.key != RATIO:
-            key = table.metric.removesuffix("_s") + "_p95_s" if column.key == TAILS else column.key
-            yield key, {"value": cell.value, "low": cell.low, "high": cell.high}

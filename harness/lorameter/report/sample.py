@@ -8,7 +8,7 @@ are only decoded, by the tokenizer of the run's model.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,25 +16,25 @@ from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import Run
-from lorameter.report.blocks import Document, Panel, Quote, Span, say
+from lorameter.report.blocks import Document, Panel, Span, say
 from lorameter.studies.from_run import read_workload_of
 
 
 def describe_samples(samples: Sequence[Sample], title: str) -> Document:
     """Prompt, reference, and the model's answers before and after training."""
-    panels = (Panel(title=f"prompt {number}", passages=tuple(_passages(one))) for number, one in enumerate(samples))
+    panels = (Panel(title=f"prompt {number}", passages=_passages(one)) for number, one in enumerate(samples))
     return say(Span(text=title, tone="strong"), indented=False), *panels
 
 
-def _passages(sample: Sample) -> Iterator[Quote]:
+def _passages(sample: Sample) -> tuple[tuple[str, str], ...]:
     end = "ended by the model" if sample.ended else "cut at the limit"
-    for head, text in (
-        ("prompt", sample.prompt),
-        ("reference", sample.reference),
-        ("before training", "not measured" if sample.base_answer is None else sample.base_answer),
-        (f"after training, {sample.tokens} tokens, {end}", sample.trained),
-    ):
-        yield Quote(head=head, text=text.strip() or "(nothing)")
+    texts = {
+        "prompt": sample.prompt,
+        "reference": sample.reference,
+        "before training": "not measured" if sample.base_answer is None else sample.base_answer,
+        f"after training, {sample.tokens} tokens, {end}": sample.trained,
+    }
+    return tuple((author, text.strip() or "(nothing)") for author, text in texts.items())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,8 @@
 """Reports on a terminal in colour, by rich; in a pipe as plain text.
 
 No text is read as markup, so a title such as `a [/b] c` is shown as it is, and none reaches the terminal with a
-control character in it. No word and no number is broken where the terminal is as wide as the longest of them: tables
-give up columns, and prose wraps between words.
+control character in it. No word and no number is broken where there is room for the longest of them: tables give up
+columns, and prose wraps between words.
 
 The colours for good and bad are blue and orange, which red-green colour-blind readers can distinguish, and none of
 them says what no word says.
@@ -13,10 +13,14 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from rich import box
+from rich.cells import cell_len
+from rich.columns import Columns
 from rich.console import Console, RenderableType
 from rich.panel import Panel as RichPanel
 from rich.table import Table as RichTable
@@ -39,7 +43,6 @@ from lorameter.report.blocks import (
     say,
     tone_of,
 )
-from lorameter.report.layout import ColumnSpec, fit, glue, measure, unglue
 from lorameter.report.plots import LEAST_WIDTH, MOST_WIDTH, draw_scale, draw_whisker, plot, scale_of
 
 STYLES: dict[Tone, str] = {
@@ -54,27 +57,24 @@ STYLES: dict[Tone, str] = {
     "odd": "color(97)",
     "command": "color(30)",
 }
+PIPED_WIDTH = 200
+"""Characters of a line where no terminal and no $COLUMNS limits it."""
+FOLDED = "--verbose shows full notices and statistics."
 _INDENT = "  "
 _CHART_WIDTH = 38
-
-
-def render_block(block: Block, console: Console, *, verbose: bool = False) -> Iterator[RenderableType]:
-    """What to print for a block, from its first line to its last; `verbose` unfolds."""
-    if isinstance(block, Line):
-        yield _paragraph(block, console, len(block.label))
-    elif isinstance(block, Section):
-        yield from _section(block, console)
-    elif isinstance(block, Collapsible):
-        yield from _fold(block, console, verbose=verbose)
-    elif isinstance(block, Table):
-        if block.blank_line_before:
-            yield ""
-        yield from _table(block, console)
-        yield from _paragraphs(block.notes, console)
-    elif isinstance(block, ChartGroup):
-        yield from _gallery(block, console)
-    else:
-        yield _panel(block)
+_GAP = 2
+"""Characters between two columns."""
+_COMFORT = 16
+"""Characters below which prose is hard to read."""
+_WHISKER_PRIORITY = 5
+"""When a narrow table drops the picture of a ratio, whose column says the same in numbers."""
+_GLUE = "\ue000"
+"""Stands for a space at which no line may end, since rich breaks lines at every space of Unicode."""
+_UNBREAKABLE = re.compile(
+    r"(?<=\d) (?=%|(?:[mnµ]?s|min|h|[KMGT]?i?B|[kmµ]?J|W|°C)\b)|(?<=[±×]) (?=[\d.])|(?<=\w) (?=±)"
+    r"|(?<=\d) (?=(?:of|to) \d)|(?<=\[)[^\[\]\n]*\d[^\[\]\n]*(?=\])"
+)
+"""Spaces of a number with its unit or with what belongs to it, and the inside of an interval."""
 
 
 def draw_text(text: str, tone: Tone = "plain") -> Text:
@@ -82,209 +82,193 @@ def draw_text(text: str, tone: Tone = "plain") -> Text:
     return Text(escape_control_chars(text), style=STYLES[tone])
 
 
-def _paragraphs(lines: Sequence[Line], console: Console) -> Iterator[Text]:
-    lead = max((len(line.label) for line in lines), default=0)
-    yield from (_paragraph(line, console, lead) for line in lines)
+def _glued(text: str, tone: Tone = "plain") -> Text:
+    """The same, with no line end within a number with its unit or an interval once it is printed."""
+    return draw_text(_UNBREAKABLE.sub(lambda found: found[0].replace(" ", _GLUE), text), tone)
 
 
-def _paragraph(line: Line, console: Console, lead: int) -> Text:
-    """Wrapped between words, with a hanging indent after its lead, or below a lead that leaves no room."""
-    begin = Text(_INDENT * line.indented).append_text(draw_text(line.label.ljust(lead), "faint"))
-    begin.append(_INDENT if lead else "")
-    indent = min(begin.cell_len, console.width // 3)
-    body = Text().join(draw_text(span.text, span.tone) for span in line.spans)
-    drawn = Text("\n" * line.blank_line_before)
-    if begin.cell_len + body.cell_len > console.width and begin.cell_len > indent:
-        begin.rstrip()
-        drawn.append_text(_wrapped(begin, console.width, console)).append("\n")
-        begin = Text(" " * indent)
-    for number, part in enumerate(_wrapped(body, console.width - indent, console).split("\n", allow_blank=True)):
-        drawn.append_text(begin if number == 0 else Text("\n" + " " * indent)).append_text(part)
-    return drawn
+def _draw(block: Block, console: Console, *, verbose: bool) -> Iterator[RenderableType]:
+    """What to print for a block, from its first line to its last; `verbose` unfolds."""
+    if isinstance(block, Line):
+        yield from _paragraphs([block], console)
+    elif isinstance(block, Section):
+        title = _glued(block.title)
+        title.stylize(f"bold {STYLES[block.tone]}")
+        yield Text("\n" * block.blank_line_before).append_text(title).append_text(_glued(block.subtitle))
+        yield from _paragraphs(block.lines, console)
+    elif isinstance(block, Collapsible):
+        yield from _paragraphs(block.lines if verbose else [block.summary], console, cut=not verbose)
+    elif isinstance(block, Table):
+        yield from _table(block, console)
+        yield from _paragraphs(block.notes, console)
+    elif isinstance(block, ChartGroup):
+        yield from _chart_group(block, console)
+    else:
+        yield _panel(block)
 
 
-def _wrapped(text: Text, width: int, console: Console) -> Text:
-    """The text in lines of that width, each broken between words and within no number."""
-    text.plain = glue(text.plain)
-    lines = text.wrap(console, max(width, 1), overflow="fold")
+def _paragraphs(lines: Sequence[Line], console: Console, *, cut: bool = False) -> Iterator[RenderableType]:
+    """Each wrapped between words, with a hanging indent after the labels; `cut`: each in one line of a terminal."""
+    one_line = cut and console.is_terminal
+    widest = max((cell_len(escape_control_chars(line.label)) for line in lines), default=0)
     for line in lines:
-        line.rstrip()
-        line.plain = unglue(line.plain)
-    return Text("\n").join(lines)
+        if line.blank_line_before:
+            yield ""
+        before = (len(_INDENT) if line.indented else 0) + (widest + len(_INDENT) if widest else 0)
+        lead = min(before, console.width // 3)
+        grid = RichTable.grid()
+        grid.add_column(width=lead, overflow="fold")
+        grid.add_column(overflow="ellipsis" if one_line else "fold", no_wrap=one_line, max_width=console.width - lead)
+        body = Text().join(_glued(span.text, span.tone) for span in line.spans)
+        grid.add_row(_glued(f"{_INDENT * line.indented}{line.label}", "faint"), body)
+        yield grid if before else body
 
 
-def _section(section: Section, console: Console) -> Iterator[Text]:
-    title = draw_text(section.title)
-    title.stylize(f"bold {STYLES[section.tone]}")
-    yield Text("\n" * section.blank_line_before).append_text(title).append_text(draw_text(section.subtitle))
-    yield from _paragraphs(section.lines, console)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Column:
+    """A column as it is drawn: of a ratio once in numbers and once as whiskers."""
 
-
-def _fold(fold: Collapsible, console: Console, *, verbose: bool) -> Iterator[Text]:
-    if verbose:
-        yield from _paragraphs(fold.lines, console)
-        return
-    whole = _paragraph(fold.summary, console, len(fold.summary.label))
-    first, *rest = whole.split("\n")
-    if not console.is_terminal:
-        yield whole
-        return
-    if rest:
-        room = max(console.width - 2, 1)
-        first = first.wrap(console, room)[0] if first.cell_len > room else first
-        first.rstrip()
-        first.append(" …")
-    yield first
+    head: ColumnHeader
+    place: int
+    whisker: bool
+    texts: tuple[Text, ...]
+    priority: int
+    longest: int
+    """Characters of its longest word or number, its head included."""
+    least: int
+    """Characters at which it is easy to read."""
+    natural: int
+    """Characters at which nothing wraps."""
 
 
 def _table(table: Table, console: Console) -> Iterator[RenderableType]:
+    """With each row on a line where there is room for all columns, else with intervals below their values and without
+    the columns that do not fit."""
+    if table.blank_line_before:
+        yield ""
     if table.title:
-        yield draw_text(table.title, "strong")
-    for stacked in (False, True):
-        columns = _columns(table, stacked=stacked)
-        widths = fit([measured for _, _, measured in columns], console.width, whole=not stacked)
-        if widths is None:
-            continue
-        yield _drawn(table, columns, widths, console, stacked=stacked)
-        absent = [table.heads[place].name for (place, whisker, _), width in zip(columns, widths, strict=True)
-                  if not width and not whisker]  # fmt: skip
-        if absent:
-            yield _paragraph(say(f"hidden columns (narrow terminal): {', '.join(absent)}"), console, 0)
+        yield _glued(table.title, "strong")
+    columns = list(_columns(table, stacked=False))
+    if _total(columns) > console.width:
+        columns = list(_columns(table, stacked=True))
+    kept = list(columns)
+    while _total(kept) > console.width and (droppable := [one for one in kept if one.priority]):
+        kept.remove(max(droppable, key=lambda one: (one.priority, one.place)))
+    if sum(column.longest for column in kept) + _GAP * (len(kept) - 1) > console.width:
+        yield from _records(table, console)
         return
-    yield from _records(table, console)
+    yield _grid(table, kept, console)
+    hidden = [column.head.text for column in columns if column not in kept and not column.whisker]
+    if hidden:
+        yield from _paragraphs([say(f"hidden columns (narrow terminal): {', '.join(hidden)}")], console)
 
 
-def _heads(table: Table) -> list[tuple[ColumnHeader, bool, int]]:
-    """The heads of what is drawn: behind that of a ratio the one of its whiskers; with the place of its cells."""
-    return [
-        (head, whisker, place)
-        for place, head in enumerate(table.heads)
-        for whisker in ((False, True) if head.ratio and any(row.cells[place].value for row in table.rows) else (False,))
-    ]
+def _total(columns: Sequence[_Column]) -> int:
+    return sum(column.least for column in columns) + _GAP * (len(columns) - 1)
 
 
-def _columns(table: Table, *, stacked: bool) -> list[tuple[int, bool, ColumnSpec]]:
-    found = []
-    for head, whisker, place in _heads(table):
+def _columns(table: Table, *, stacked: bool) -> Iterator[_Column]:
+    for place, head in enumerate(table.heads):
         if stacked and head.joins_left:
             continue
-        if whisker:
-            column = ColumnSpec(least=LEAST_WIDTH, good=LEAST_WIDTH, natural=MOST_WIDTH, rank=head.picture_priority)
-            found.append((place, True, column))
-            continue
-        texts = (_cell(_joined(table, row, place, stacked=stacked), stacked=stacked).plain for row in table.rows)
-        cells = measure(texts, whole=head.right, rank=head.drop_priority)
-        above = measure([escape_control_chars(head.text)], whole=False).least
-        least, good, natural = (max(above, one) for one in (cells.least, cells.good, cells.natural))
-        found.append((place, False, ColumnSpec(least=least, good=good, natural=natural, rank=head.drop_priority)))
-    return found
+        cells = [_joined(table, row, place) if stacked else row.cells[place] for row in table.rows]
+        texts = tuple(_cell(cell, stacked=stacked) for cell in cells)
+        lines = [line for text in texts for line in text.plain.split("\n")]
+        natural = max(map(cell_len, lines), default=0)
+        words = [word for line in (lines if not head.right else []) for word in line.split()]
+        longest = max(map(cell_len, [*words, *_glued(head.text).plain.split()]), default=0)
+        longest, natural = max(longest, natural if head.right else 0), max(longest, natural)
+        least = max(longest, min(natural, _COMFORT))
+        yield _Column(head=head, place=place, whisker=False, texts=texts, priority=head.drop_priority,
+                      longest=longest, least=least, natural=natural)  # fmt: skip
+        if head.ratio and any(row.cells[place].value for row in table.rows):
+            yield _Column(head=head, place=place, whisker=True, texts=(), priority=_WHISKER_PRIORITY,
+                          longest=LEAST_WIDTH, least=LEAST_WIDTH, natural=MOST_WIDTH)  # fmt: skip
 
 
-def _drawn(
-    table: Table,
-    columns: Sequence[tuple[int, bool, ColumnSpec]],
-    widths: Sequence[int],
-    console: Console,
-    *,
-    stacked: bool,
-) -> RichTable:
-    drawn = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    shown = [(place, whisker, width) for (place, whisker, _), width in zip(columns, widths, strict=True) if width]
-    bounds = {place: scale_of(row.cells[place] for row in table.rows) for place, whisker, _ in shown if whisker}
-    odd = {place: width - 1 + width % 2 for place, whisker, width in shown if whisker}
-    for place, whisker, width in shown:
-        head = table.heads[place]
-        scale = draw_text(draw_scale(bounds[place], odd[place]), "faint") if whisker else None
-        text = scale or _wrapped(draw_text(head.text), width, console)
-        drawn.add_column(text, justify="right" if head.right and not whisker else "left", overflow="fold", width=width)
-    for row in table.rows:
-        cells = [
-            draw_text(draw_whisker(row.cells[place], bounds[place], odd[place]), _tone(row, place))
-            if whisker
-            else _wrapped(_cell(_joined(table, row, place, stacked=stacked), stacked=stacked), width, console)
-            for place, whisker, width in shown
-        ]
-        drawn.add_row(*cells, style="bold" if row.strong else "", end_section=row.ends_group)
-    return drawn
-
-
-def _joined(table: Table, row: Row, place: int, *, stacked: bool) -> Cell:
-    """The cell, in a narrow table with the finding of the column that joins it."""
-    cell = row.cells[place]
-    if not stacked or place + 1 == len(table.heads) or not table.heads[place + 1].joins_left:
+def _joined(table: Table, row: Row, place: int) -> Cell:
+    """The cell, with the verdict of the column that joins it."""
+    cell, after = row.cells[place], place + 1
+    if after == len(table.heads) or not table.heads[after].joins_left:
         return cell
-    return dataclasses.replace(cell, verdict=row.cells[place + 1].verdict, said=row.cells[place + 1].said)
-
-
-def _tone(row: Row, place: int) -> Tone:
-    """That of the first finding from the ratio on."""
-    return next((tone_of(cell.verdict) for cell in row.cells[place:] if cell.verdict), "plain")
-
-
-def _records(table: Table, console: Console) -> Iterator[Text]:
-    """The rows below each other, for a terminal that is narrower than what must be shown."""
-    for row in table.rows:
-        lines = [
-            say(cell.words, label=escape_control_chars(head.text))
-            for head, cell in zip(table.heads, row.cells, strict=True)
-            if cell.words
-        ]
-        yield from _paragraphs(lines, console)
-        yield Text()
+    return dataclasses.replace(cell, verdict=row.cells[after].verdict, said=row.cells[after].said)
 
 
 def _cell(cell: Cell, *, stacked: bool) -> Text:
-    """The parts on one line; stacked, the interval is on a line of its own below the finding."""
+    """The parts on one line; stacked, the interval is on a line of its own below the verdict."""
     interval: tuple[str, str, Tone] = ("\n" if stacked else " ", cell.interval, "faint")
-    finding: tuple[str, str, Tone] = (" ", cell.said or cell.verdict, tone_of(cell.verdict))
+    verdict: tuple[str, str, Tone] = (" ", cell.said or cell.verdict, tone_of(cell.verdict))
     others: tuple[tuple[str, str, Tone], ...] = ((" ", cell.detail, "faint"), (" ", cell.command, "command"))
     parts: tuple[tuple[str, str, Tone], ...] = (
         ("", cell.name, "strong"),
         (_INDENT, cell.text, "plain"),
-        *((finding, interval, *others) if stacked else (interval, *others, finding)),
+        *((verdict, interval, *others) if stacked else (interval, *others, verdict)),
     )
     drawn = Text()
     for before, text, tone in parts:
         if text:
             drawn.append(before if drawn else "")
-            drawn.append_text(draw_text(text, tone))
+            drawn.append_text(_glued(text, tone))
     return drawn
 
 
-def _gallery(gallery: ChartGroup, console: Console) -> Iterator[Text]:
-    """Charts side by side, as many as have room."""
-    yield Text("\n").append_text(draw_text(gallery.title, "strong"))
+def _grid(table: Table, columns: Sequence[_Column], console: Console) -> RichTable:
+    """The columns, each as wide as it must be; what is left goes to those that lack room, by how much they lack."""
+    roomy = _total(columns) <= console.width
+    widths = [column.least if roomy else column.longest for column in columns]
+    lacks = [column.natural - width for column, width in zip(columns, widths, strict=True)]
+    left = console.width - sum(widths) - _GAP * (len(columns) - 1)
+    left, lacking = max(0, min(left, sum(lacks))), sum(lacks)
+    drawn = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    cells = []
+    for column, least, lack in zip(columns, widths, lacks, strict=True):
+        given = left * lack // max(lacking, 1)
+        left, lacking = left - given, lacking - lack
+        width, head, texts = least + given, _glued(column.head.text), column.texts
+        if column.whisker:
+            bound, odd = scale_of(row.cells[column.place] for row in table.rows), width - 1 + width % 2
+            head = draw_text(draw_scale(bound, odd), "faint")
+            texts = tuple(draw_text(draw_whisker(row.cells[column.place], bound, odd), _tone(row, column.place))
+                          for row in table.rows)  # fmt: skip
+        justify: Literal["left", "right"] = "right" if column.head.right and not column.whisker else "left"
+        drawn.add_column(head, justify=justify, overflow="fold", width=width)
+        cells.append(texts)
+    for row, drawn_cells in zip(table.rows, zip(*cells, strict=True), strict=True):
+        drawn.add_row(*drawn_cells, style="bold" if row.strong else "", end_section=row.ends_group)
+    return drawn
+
+
+def _records(table: Table, console: Console) -> Iterator[RenderableType]:
+    """The rows below each other, for a terminal that is narrower than what must be shown."""
+    for row in table.rows:
+        cells = zip(table.heads, row.cells, strict=True)
+        yield from _paragraphs([say(cell.words, label=head.text) for head, cell in cells if cell.words], console)
+        yield ""
+
+
+def _tone(row: Row, place: int) -> Tone:
+    """That of the first verdict from the ratio on."""
+    return next((tone_of(cell.verdict) for cell in row.cells[place:] if cell.verdict), "plain")
+
+
+def _chart_group(group: ChartGroup, console: Console) -> Iterator[RenderableType]:
+    """Charts side by side, as many as there is room for."""
+    yield Text("\n").append_text(draw_text(group.title, "strong"))
     if not console.encoding.lower().startswith("utf"):
-        yield _paragraph(say("charts are drawn where the terminal takes UTF-8"), console, 0)
+        yield from _paragraphs([say("charts are drawn where the terminal takes UTF-8")], console)
         return
-    width = min(_CHART_WIDTH, console.width)
-    per_row = max(1, (console.width + 2) // (width + 2))
-    for first in range(0, len(gallery.charts), per_row):
-        group = gallery.charts[first : first + per_row]
-        titles = [draw_text(chart.across.title, "faint") for chart in group]
-        for title in titles:
-            title.truncate(width, overflow="ellipsis", pad=True)
-        rows = [Text(_INDENT).join(titles)]
-        rows += [Text(_INDENT.join(line)) for line in zip(*(plot(chart, width) for chart in group), strict=True)]
-        for row in rows:
-            row.rstrip()
-            yield row
-    yield from _paragraphs(gallery.notes, console)
+    width, drawn = min(_CHART_WIDTH, console.width - 2), []
+    for chart in group.charts:
+        title = draw_text(chart.across.title, "faint")
+        title.truncate(width, overflow="ellipsis")
+        drawn.append(Text("\n").join([title, *map(Text, plot(chart, width))]))
+    yield Columns(drawn, width=width, padding=(0, 2))
+    yield from _paragraphs(group.notes, console)
 
 
 def _panel(panel: Panel) -> RichPanel:
-    body = Text()
-    for passage in panel.passages:
-        body.append_text(draw_text(f"{passage.head}\n", "faint")).append_text(draw_text(f"{passage.text}\n\n"))
-    body.rstrip()
+    body = Text("\n\n").join(draw_text(f"{author}\n", "faint") + draw_text(text) for author, text in panel.passages)
     return RichPanel(body, title=draw_text(panel.title), title_align="left")
-
-
-PIPED_WIDTH = 200
-"""Nothing may be cut where there is no terminal whose width one could ask."""
-
-
-FOLDED = "--verbose shows full notices and statistics."
 
 
 def console_for(file: object | None = None, *, stderr: bool = False) -> Console:
@@ -299,13 +283,18 @@ def console_for(file: object | None = None, *, stderr: bool = False) -> Console:
 
 def show(document: Document, console: Console, *, verbose: bool = False) -> None:
     """Print a report and repeat its verdict below it; `verbose` unfolds what is folded."""
+    with console.capture() as captured:
+        _print(document, console, verbose=verbose)
+        if not verbose and any(isinstance(block, Collapsible) for block in document):
+            console.print(draw_text(FOLDED, "faint"))
+        _print(_last(document), console, verbose=verbose)
+    console.file.write(re.sub(" +$", "", captured.get().replace(_GLUE, " "), flags=re.MULTILINE))
+    console.file.flush()
+
+
+def _print(document: Iterable[Block], console: Console, *, verbose: bool) -> None:
     for block in document:
-        for drawn in render_block(block, console, verbose=verbose):
-            console.print(drawn)
-    if not verbose and any(isinstance(block, Collapsible) for block in document):
-        console.print(draw_text(FOLDED, "faint"))
-    for block in _last(document):
-        for drawn in render_block(block, console, verbose=verbose):
+        for drawn in _draw(block, console, verbose=verbose):
             console.print(drawn)
 
 
@@ -314,13 +303,15 @@ def _last(document: Document) -> Iterator[Section]:
     for block in document:
         if isinstance(block, Section) and block.last:
             yield dataclasses.replace(block, blank_line_before=True)
-    found = [
-        block.lines if isinstance(block, Section) else [block]
+    lines = [
+        line
         for block in document
         if isinstance(block, (Line, Section))
+        for line in (block.lines if isinstance(block, Section) else [block])
+        if line.last
     ]
-    if lines := tuple(line for lines in found for line in lines if line.last):
-        yield Section(title="", lines=lines, blank_line_before=False)
+    if lines:
+        yield Section(title="", lines=tuple(lines), blank_line_before=False)
 
 
 def text_of(document: Document, *, width: int, coloured: bool, verbose: bool = False) -> str:

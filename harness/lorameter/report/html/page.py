@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from kernels_check.terminal import escape_control_chars
 from lorameter.records.fileio import replacing
 from lorameter.records.os_errors import translate_write_errors
 from lorameter.report.blocks import (
-    Cell,
+    Chart,
     ChartGroup,
     Collapsible,
-    Curves,
     Document,
+    Figure,
+    Intervals,
     Line,
     Panel,
     Section,
@@ -34,10 +35,10 @@ from lorameter.report.blocks import (
     says_invalid,
     tone_of,
     value_cell,
+    write_number,
     write_row,
 )
-from lorameter.report.figure import Figure, Intervals
-from lorameter.report.html.charts import draw, draw_chart, draw_ratio, number_series, series_class
+from lorameter.report.html.svg import colour_class, draw, draw_chart, draw_ratio, number_variants
 from lorameter.report.plots import scale_of
 
 _BLOCKS = {
@@ -59,7 +60,8 @@ def write_html(
         figures: pictures that follow the text, each with its table.
         again: the command and all that it takes to measure this again; empty where that is not known.
     """
-    series = number_series(names)
+    colours = number_variants(names)
+    named = [(escape_control_chars(name), colour_class(number)) for name, number in colours.items()]
     invalid, document = (document[0], document[1:]) if document and says_invalid(document[0]) else (None, document)
     first = document[0] if document else None
     head = first if isinstance(first, Section) and first.title == title else None
@@ -68,13 +70,12 @@ def write_html(
     return _environment().get_template("page").render(
         title=title, invalid=invalid, head=head, document=rest, figures=figures, again=again,
         top=sum(isinstance(figure.drawing, Intervals) for figure in figures) or len(figures[:1]),
-        series={escape_control_chars(name): series_class(number) for name, number in series.items()},
-        names=[(escape_control_chars(name), series_class(number)) for name, number in series.items()],
-        pictures=[Markup(draw(one.drawing, one.title, one.says, series)) for one in figures],  # made of escaped XML
+        classes=dict(named), names=named,
+        pictures=[Markup(draw(one.drawing, one.title, one.says, colours)) for one in figures],  # made of escaped XML
         bounds=lambda table: [scale_of(row.cells[place] for row in table.rows) if head.ratio else None
                               for place, head in enumerate(table.heads)],
         ratio=lambda cell, bound: Markup(draw_ratio(cell, bound)),
-        chart=lambda chart, above: Markup(draw_chart(chart, above, series)),
+        chart=lambda chart, above: Markup(draw_chart(chart, above, colours)),
         style=Markup(style), style_hash=_hash(style), script=Markup(script), script_hash=_hash(script),
     )  # fmt: skip
 
@@ -90,14 +91,13 @@ def save_html(page: str, path: str | Path) -> Path:
     return target
 
 
-def numbers_of(chart: Curves) -> Table:
+def numbers_of(chart: Chart) -> Table:
     """The points of a chart as a table."""
-    rows = []
-    for curve in chart.curves:
-        ends = {x: (low, high) for x, low, high in curve.band}
-        for x, y in curve.points:
-            low, high = ends.get(x, (None, None))
-            rows.append(write_row(Cell(text=f"{x:g}", value=x), value_cell(y, low, high, chart.up.unit)))
+    rows = [
+        write_row(write_number(point.x), value_cell(point.y, *(point.y_interval or (None, None)), chart.up.unit))
+        for curve in chart.curves
+        for point in curve.points
+    ]
     return Table(title=chart.across.title, heads=name_columns("at", "value", left=0), rows=tuple(rows))
 
 
@@ -107,12 +107,12 @@ def _environment() -> jinja2.Environment:
         finalize=_finalize,
     )  # fmt: skip
     environment.globals |= {"tone_of": tone_of, "numbers_of": numbers_of}
-    environment.tests |= {name: _is_instance(block) for name, block in _BLOCKS.items()}
+    environment.tests |= {name: functools.partial(_is_instance, block) for name, block in _BLOCKS.items()}
     return environment
 
 
-def _is_instance(block: type) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, block)
+def _is_instance(block: type, value: Any) -> bool:
+    return isinstance(value, block)
 
 
 def _finalize(value: Any) -> Any:
