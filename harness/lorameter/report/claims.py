@@ -33,7 +33,7 @@ _HEADS = (
     ColumnHeader(text="verdict"),
     ColumnHeader(text="the original said", drop_priority=6),
 )
-_LEGEND = "95 % intervals, of each ratio alone; differences: Holm; equalities: TOST"
+_LEGEND = "95 % intervals of each ratio alone; differences by Holm, equalities by TOST"
 
 
 def describe_claims(report: ClaimsReport) -> Document:

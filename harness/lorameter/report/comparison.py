@@ -117,10 +117,9 @@ def _tabulate(report: ComparisonReport) -> Table:
     """A row a comparison; below it the controls."""
     rows = []
     for one in report.comparisons:
-        tolerance = Cell(text=f"{100 * one.tolerance:.3g} %", value=one.tolerance, unit="1")
-        replicates = write_number(one.replicates or None)
-        words = one.name, title_of_ratio(one.metric)
-        rows.append(write_row(*words, write_compared(one), _verdict(one), tolerance, replicates))
+        within = Cell(text=f"{100 * one.tolerance:.3g} %", value=one.tolerance, unit="1")
+        count, words = write_number(one.replicates or None), (one.name, title_of_ratio(one.metric))
+        rows.append(write_row(*words, write_compared(one), _verdict(one), within, count))
     notes = [say(f"control of {phase}: {''.join(say_ratio(control))}") for phase, control in report.control.items()]
     if any(is_memory(one.metric) for one in report.comparisons):
         notes.append(say(Span(text="peaks: the largest of the candidate over the largest of the base", tone="faint")))

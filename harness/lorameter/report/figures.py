@@ -276,17 +276,14 @@ def _finding(series: Series, path: str) -> Finding | None:
 def _severity(status: str) -> int:
     """The place of a status, the worst first; one that is not known counts as `unknown`."""
     order = list(_TONES)
-    return order.index(cast(Status, status if status in order else "unknown"))
+    return order.index(status if status in order else "unknown")
 
 
 def describe_charts(view: RunView, table: PhaseTable) -> Iterator[Block]:
     """The charts and further tables of a phase that is shown whole."""
     shown = _shown(runs_of_sites(view.run)[table.site] if table.site else view.run, view)
     if table.phase == "generate" and (serving := _draw_serving(shown)) and serving.table:
-        note = (
-            "output tokens/s: of all prompts of a request, over its time; on the front: no other has more of them and "
-            "less time per token, by their estimates"
-        )
+        note = "on the front: no other has more output tokens/s and less time per token"
         yield dataclasses.replace(serving.table, title=SERVING, notes=(say(note),), blank_line_before=True)
     yield from _sweeps(view.study, shown, table)
     if table.phase == "train":
@@ -302,8 +299,11 @@ def _sweeps(study: Study, shown: Shown, table: PhaseTable) -> Iterator[ChartGrou
     """The ratio, and of training the held-out loss, along each field that has enough levels that are numbers."""
     swept = {axis: [(float(level), name) for level, name in study.levels(axis) if is_number(level)]
              for axis in study.axes}  # fmt: skip
-    points = {name: (one.ratio, one.low, one.high) for name, one in table.ratios.items() if one.ratio is not None}
-    points |= {study.reference: (1.0, None, None)} if study.reference in shown else {}
+    points: dict[str, _Value] = {
+        name: (one.ratio, one.low, one.high) for name, one in table.ratios.items() if one.ratio is not None
+    }
+    if study.reference in shown:
+        points[study.reference] = (1.0, None, None)
     title = f"{title_of(table.metric)} × {study.reference}, along each field"
     yield from _gallery(title, [_sweep(axis, levels, points) for axis, levels in swept.items()])
     if table.phase == "train":

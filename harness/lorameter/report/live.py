@@ -29,7 +29,7 @@ from lorameter.run.display import Display
 from lorameter.run.plan import Plan, Slot
 from lorameter.stats import Comparison
 from lorameter.studies.command import COMMANDS
-from lorameter.verdicts.series import compare_series, group_trials
+from lorameter.verdicts.series import Series, compare_series, group_trials
 from lorameter.verdicts.validity import disturbances_of
 
 LEAST_BETWEEN_S = 0.1
@@ -169,7 +169,7 @@ class LiveDisplay(Display):
 
     def _ratio(self, key: Key) -> Comparison | None:
         """To its base, as far as both have been measured."""
-        found = []
+        found = list[Series]()
         for row in (self._base(key), key):
             records = [one for one in self._records.values() if (one.side, one.name, one.role) == row]
             found += group_trials(records, row[0] if row else "").values()

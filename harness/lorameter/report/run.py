@@ -148,7 +148,7 @@ def _notes(table: PhaseTable, *, alone: bool) -> Iterator[Line]:
     """The control, and a line of each variant whose required paths are not as those of the others."""
     if not alone:
         said, verdict = say_ratio(table.control, table.metric, 0.01 if is_memory(table.metric) else MARGIN)
-        yield say(f"A/A control: {said}", Span(text=verdict, tone="strong"))
+        yield say(f"A/A control: {said}", *([Span(text=verdict, tone="strong")] if verdict else []))
     if len(set(table.checks.values())) > 1:
         for name, text in table.checks.items():
             if text != ALL_ACTIVE:

@@ -109,17 +109,20 @@ def _draw(block: Block, console: Console, *, verbose: bool) -> Iterator[Renderab
 
 def _paragraphs(lines: Sequence[Line], console: Console, *, cut: bool = False) -> Iterator[RenderableType]:
     """Each wrapped between words, with a hanging indent after the labels; `cut`: each in one line of a terminal."""
-    one_line = cut and console.is_terminal
     widest = max((cell_len(escape_control_chars(line.label)) for line in lines), default=0)
     for line in lines:
         if line.blank_line_before:
             yield ""
         before = (len(_INDENT) if line.indented else 0) + (widest + len(_INDENT) if widest else 0)
         lead = min(before, console.width // 3)
+        body = Text().join(_glued(span.text, span.tone) for span in line.spans)
+        if cut and console.is_terminal and body.cell_len > console.width - lead:
+            body = body.wrap(console, max(console.width - lead - 2, 1))[0]
+            body.rstrip()
+            body.append(" …")
         grid = RichTable.grid()
         grid.add_column(width=lead, overflow="fold")
-        grid.add_column(overflow="ellipsis" if one_line else "fold", no_wrap=one_line, max_width=console.width - lead)
-        body = Text().join(_glued(span.text, span.tone) for span in line.spans)
+        grid.add_column(overflow="fold")
         grid.add_row(_glued(f"{_INDENT * line.indented}{line.label}", "faint"), body)
         yield grid if before else body
 
@@ -257,7 +260,7 @@ def _chart_group(group: ChartGroup, console: Console) -> Iterator[RenderableType
     if not console.encoding.lower().startswith("utf"):
         yield from _paragraphs([say("charts are drawn where the terminal takes UTF-8")], console)
         return
-    width, drawn = min(_CHART_WIDTH, console.width - 2), []
+    width, drawn = min(_CHART_WIDTH, console.width - 2), list[Text]()
     for chart in group.charts:
         title = draw_text(chart.across.title, "faint")
         title.truncate(width, overflow="ellipsis")

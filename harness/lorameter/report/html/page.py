@@ -21,14 +21,11 @@ from kernels_check.terminal import escape_control_chars
 from lorameter.records.fileio import replacing
 from lorameter.records.os_errors import translate_write_errors
 from lorameter.report.blocks import (
+    Block,
     Chart,
-    ChartGroup,
-    Collapsible,
     Document,
     Figure,
     Intervals,
-    Line,
-    Panel,
     Section,
     Table,
     name_columns,
@@ -40,12 +37,6 @@ from lorameter.report.blocks import (
 )
 from lorameter.report.html.svg import colour_class, draw, draw_chart, draw_ratio, number_variants
 from lorameter.report.plots import scale_of
-
-_BLOCKS = {
-    "line": Line, "section": Section, "table": Table, "collapsible": Collapsible, "chart_group": ChartGroup,
-    "panel": Panel,
-}  # fmt: skip
-"""Classes of blocks by the tests of the template."""
 
 
 def write_html(
@@ -93,11 +84,10 @@ def save_html(page: str, path: str | Path) -> Path:
 
 def numbers_of(chart: Chart) -> Table:
     """The points of a chart as a table."""
-    rows = [
-        write_row(write_number(point.x), value_cell(point.y, *(point.y_interval or (None, None)), chart.up.unit))
-        for curve in chart.curves
-        for point in curve.points
-    ]
+    rows = []
+    for point in (point for curve in chart.curves for point in curve.points):
+        low, high = point.y_interval or (None, None)
+        rows.append(write_row(write_number(point.x), value_cell(point.y, low, high, chart.up.unit)))
     return Table(title=chart.across.title, heads=name_columns("at", "value", left=0), rows=tuple(rows))
 
 
@@ -106,13 +96,12 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.DictLoader({"page": _file("page.html.jinja")}), autoescape=True, undefined=jinja2.StrictUndefined,
         finalize=_finalize,
     )  # fmt: skip
-    environment.globals |= {"tone_of": tone_of, "numbers_of": numbers_of}
-    environment.tests |= {name: functools.partial(_is_instance, block) for name, block in _BLOCKS.items()}
+    environment.globals |= {"tone_of": tone_of, "numbers_of": numbers_of, "kind": _kind}
     return environment
 
 
-def _is_instance(block: type, value: Any) -> bool:
-    return isinstance(value, block)
+def _kind(block: Block) -> str:
+    return type(block).__name__
 
 
 def _finalize(value: Any) -> Any:

@@ -202,8 +202,9 @@ def _describe(curve: Curve, chart: Chart) -> str:
     if chart.style != "dots":
         return curve.name
     (point,) = curve.points
-    x = format_interval(point.x, *(point.x_interval or (None, None)), chart.across.unit)
-    y = format_interval(point.y, *(point.y_interval or (None, None)), chart.up.unit)
+    (x_low, x_high), (y_low, y_high) = (ends or (None, None) for ends in (point.x_interval, point.y_interval))
+    x = format_interval(point.x, x_low, x_high, chart.across.unit)
+    y = format_interval(point.y, y_low, y_high, chart.up.unit)
     return (
         f"{curve.name}: {chart.across.title} {x}; {chart.up.title} {y}; {'behind' if curve.hollow else 'on'} the front"
     )
@@ -225,9 +226,11 @@ def _dots(own: Element, curve: Curve, across: Scale, up: Scale) -> None:
     for point in curve.points:
         x, y = across.place(point.x), up.place(point.y)
         if point.x_interval:
-            _whisker(own, *map(across.place, point.x_interval), y)
+            begin, end = map(across.place, point.x_interval)
+            _whisker(own, begin, end, y)
         if point.y_interval:
-            _whisker(own, *map(up.place, point.y_interval), x, upright=True)
+            begin, end = map(up.place, point.y_interval)
+            _whisker(own, begin, end, x, upright=True)
         _dot(own, x, y, hollow=curve.hollow)
 
 
