@@ -9,7 +9,7 @@ from lorameter.profile.remedy import choose_finding, judge_remedy, make_pair, ph
 from lorameter.profile.rules import Finding
 from lorameter.records import store
 from lorameter.records.record import Failure
-from lorameter.report.facts import facts_of
+from lorameter.report.run import facts_of
 from lorameter.report.run_view import view_of
 from lorameter.run.build_plan import build_plan
 from lorameter.studies.protocol import Protocol

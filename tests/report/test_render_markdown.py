@@ -117,8 +117,8 @@ def test_every_report_is_markdown(every_report):
 
 
 @pytest.mark.parametrize("most", [2_000, COMMENT_CHARACTERS])
-def test_what_is_too_long_loses_details_before_rows_and_says_so(most):
-    """The first section stays whatever happens, and so do the first rows."""
+def test_what_is_too_long_loses_details_and_its_end_and_says_so(most):
+    """The first section stays whatever happens, and so do the first rows; each row that stays is whole."""
     rows = tuple(write_row(f"variant-{place}", "x" * 40) for place in range(3_000))
     long = Collapsible(summary=say("statistics"), lines=tuple(say("y" * 100) for _ in range(3_000)))
     table = Table(title="Training", heads=(ColumnHeader(text="variant"), ColumnHeader(text="b")), rows=rows)
@@ -126,8 +126,9 @@ def test_what_is_too_long_loses_details_before_rows_and_says_so(most):
     assert len(text) <= most
     assert text.startswith("### Gate failed\n")
     assert "variant-0 " in text
-    assert "Left out, as this would be too long: statistics, " in text
-    assert "rows of Training" in text
+    assert text.endswith("The rest is left out, as this would be too long.\n")
+    assert "yyy" not in text
+    assert [line.count("|") for line in text.splitlines() if "variant-" in line][-1] == 3
 
 
 def test_what_fits_is_whole():

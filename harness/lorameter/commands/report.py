@@ -26,8 +26,8 @@ from lorameter.report.comparison import (
     figures_of_comparison,
 )
 from lorameter.report.reproduce import reproduction_steps
-from lorameter.report.run import describe_run
-from lorameter.report.run_view import ReportFilter, RunView, encode_run, phase_of, view_of
+from lorameter.report.run import describe_run, encode_run
+from lorameter.report.run_view import ReportFilter, RunView, phase_of, view_of
 from lorameter.report.sample import describe_samples, read_samples
 from lorameter.report.terminal import console_for, show
 from lorameter.studies.from_run import read_study

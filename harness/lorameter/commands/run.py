@@ -14,7 +14,8 @@ from lorameter.errors import EXIT_INVALID, EXIT_PASS, UsageError
 from lorameter.records import codec
 from lorameter.records.store import Run
 from lorameter.report.notices import warn_before_run
-from lorameter.report.run_view import encode_spending, view_of
+from lorameter.report.run import encode_spending
+from lorameter.report.run_view import view_of
 from lorameter.report.terminal import console_for, show
 from lorameter.run.plan import AB_PHASES
 from lorameter.run.resume import SETTLED_OPTIONS

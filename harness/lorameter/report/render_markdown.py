@@ -1,8 +1,8 @@
-"""Blocks as GitHub's Markdown: what is said first first, tables as tables, what folds as details.
+"""Blocks as GitHub's Markdown: tables as tables, what folds as details.
 
 Text from outside is text there too: it starts no markup, no link, no mention and no mathematics. GitHub takes 1 MiB a
-summary of a step and 65,536 characters a comment, and shows nothing of what is longer. So what does not fit is left out
-from the details on, then from the rows of the longest tables, and the end says what is missing.
+summary of a step and 65,536 characters a comment, and shows nothing of what is longer. So a report that does not fit
+loses its details, then its end, and says so.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 
 from kernels_check.terminal import escape_control_chars
 from lorameter.errors import shorten
-from lorameter.records.units import format_count
 from lorameter.report.blocks import Block, ChartGroup, Collapsible, Document, Line, Panel, Section, Table
 from lorameter.report.terminal import text_of
 
@@ -28,26 +27,20 @@ _SUMMARY = 120
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~$!])")
 _LIST = re.compile(r"^(\d*)([.)+-])(?=\s|$)|^()([-=]+)$")
 _ADDRESS = re.compile(r"\b(https?|ftp)(:)//|\b(www)(\.)", re.IGNORECASE)
+_CUT = "\nThe rest is left out, as this would be too long.\n"
 _BREAK = "<!-- -->"
 """Invisible, and splits what would be read as a mention or a link."""
 
 
 def markdown_of(document: Document, *, most: int = COMMENT_CHARACTERS) -> str:
     """A document in at most so many characters, and at most four times as many bytes."""
-    blocks = list(document)
-    dropped: list[str] = []
-    while (length := len(text := _text(blocks, dropped))) > most and len(blocks) > 1:
-        folded = [place for place, block in enumerate(blocks) if isinstance(block, (Collapsible, ChartGroup, Panel))]
-        tables = {place: block for place, block in enumerate(blocks) if isinstance(block, Table)}
-        longest = max(tables, key=lambda place: len(tables[place].rows), default=-1)
-        if not folded and tables and len(tables[longest].rows) > 1:
-            table = tables[longest]
-            kept = max(1, len(table.rows) * most // (length + most))
-            dropped.append(f"{format_count(len(table.rows) - kept, 'row')} of {table.title or 'a table'}")
-            blocks[longest] = dataclasses.replace(table, rows=table.rows[:kept])
-        else:
-            dropped.append(_name(blocks.pop(folded[-1] if folded else -1)))
-    return text[:most]
+    text = _text(document)
+    if len(text) > most:
+        text = _text([block for block in document if not isinstance(block, (Collapsible, ChartGroup, Panel))]) + _CUT
+    if len(text) > most:
+        kept = text[: most - len(_CUT)]
+        text = kept[: kept.rfind("\n") + 1] + _CUT
+    return text
 
 
 def escape(text: str) -> str:
@@ -58,11 +51,9 @@ def escape(text: str) -> str:
     return text.replace("@", f"@{_BREAK}")
 
 
-def _text(blocks: Sequence[Block], dropped: Sequence[str]) -> str:
-    first = next((block for block in blocks if isinstance(block, Section)), None)
-    parts = [part for block in blocks for part in _block(block, "###" if block is first else "####")]
-    if dropped:
-        parts.append(f"Left out, as this would be too long: {escape(', '.join(dropped))}.")
+def _text(document: Sequence[Block]) -> str:
+    first = next((block for block in document if isinstance(block, Section)), None)
+    parts = [part for block in document for part in _block(block, "###" if block is first else "####")]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -113,9 +104,3 @@ def _fenced(text: str) -> str:
     """Text as it is, in a fence longer than any run of its own."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}"
-
-
-def _name(block: Block) -> str:
-    if isinstance(block, Collapsible):
-        return block.summary.text
-    return block.text if isinstance(block, Line) else block.title

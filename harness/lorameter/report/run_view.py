@@ -1,7 +1,6 @@
 """The numbers of a run's report, computed once: a table for each phase or metric, validity and notices.
 
 No number is without its interval. A trial that is not ok is named with its status and reason, and is in no estimate.
-`encode_run` writes the view as the JSON document that programs read.
 """
 
 from __future__ import annotations
@@ -11,17 +10,14 @@ import fnmatch
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 from lorameter.errors import UsageError
-from lorameter.records import codec
 from lorameter.records.metrics import METRICS, PEAKS, PHASE_TITLES, PHASES, RSS_AT_START, Phase, columns_of
 from lorameter.records.record import Interleaving, Notice
 from lorameter.records.store import Run
-from lorameter.records.time_breakdown import TimeBreakdown
 from lorameter.records.units import format_bytes
 from lorameter.report.blocks import Cell, ColumnHeader, Row, Table, value_cell, write_ratio
-from lorameter.report.facts import facts_of
 from lorameter.report.phrases import title_of, verdict_cell
 from lorameter.stats import Comparison, Estimate, QuantileEstimate, compare_bytes
 from lorameter.studies.from_run import read_study
@@ -413,64 +409,3 @@ def _sort(rows: list[Row], heads: Sequence[ColumnHeader], key: str) -> list[Row]
         return value is None, value or 0.0, cell.text if key == "name" else ""
 
     return sorted(rows, key=rank)
-
-
-def encode_run(view: RunView) -> dict[str, Any]:
-    """The view as JSON data, without its `schema`."""
-    return {
-        "run": view.run.manifest.run,
-        "valid": view.valid,
-        "invalid": view.validity.invalid,
-        "faults": codec.to_json(view.validity.faults),
-        "path": str(view.run.path),
-        "title": view.study.title,
-        "facts": [f"{fact.label:<10}{fact.text}" for fact in facts_of(view.run, view.study)],
-        "deviations": list(view.study.deviations),
-        "notes": list(view.study.notes),
-        "tables": [_encode_table(table) | ({"alone": True} if view.alone else {}) for table in view.tables],
-        "failures": list(view.validity.failures),
-        "notices": codec.to_json(view.notices),
-        "counts": view.counts,
-        "state": view.run.state,
-        **encode_spending(view.run.manifest.spending),
-    }
-
-
-def encode_spending(spending: TimeBreakdown | None) -> dict[str, Any]:
-    """The time of a run that has said what it went to, as `time`."""
-    if spending is None:
-        return {}
-    return {
-        "time": {
-            "limit_s": spending.limit_s,
-            "wall_s": spending.wall_s,
-            "measured_s": dict(spending.measured_s),
-            "measured_share": spending.share,
-            "turns": list(spending.turns),
-        }
-    }
-
-
-def _encode_table(table: PhaseTable) -> dict[str, Any]:
-    """A table, each cell as a line of text and, where it is a number, as numbers in base units."""
-    heads = table.table.heads
-    rows = []
-    for row in table.table.rows:
-        numbers = {
-            head.key: {"value": cell.value, "low": cell.low, "high": cell.high}
-            for head, cell in zip(heads, row.cells, strict=True)
-            if cell.value is not None and head.key != "ratio"
-        }
-        name, cells = row.cells[0].text, [cell.line for cell in row.cells]
-        ratio = codec.to_json(table.ratios.get(name))
-        rows.append({"name": name, "reference": row.strong, "cells": cells, "ratio": ratio, "values": numbers})
-    return {
-        "phase": table.phase,
-        "title": table.table.title,
-        "metric": table.metric,
-        "heads": [head.text for head in heads],
-        "rows": rows,
-        "control": codec.to_json(table.control),
-        "note": table.note,
-        **({"site": table.site} if table.site else {}),
-    }
