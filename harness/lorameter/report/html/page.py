@@ -35,8 +35,10 @@ from lorameter.report.blocks import (
     write_number,
     write_row,
 )
-from lorameter.report.html.svg import colour_class, draw, draw_chart, draw_ratio, number_variants
+from lorameter.report.html.svg import colour_class, draw, draw_ratio, number_variants
 from lorameter.report.plots import scale_of
+
+_SAYS = "Values, with their intervals where they have any."
 
 
 def write_html(
@@ -66,7 +68,7 @@ def write_html(
         bounds=lambda table: [scale_of(row.cells[place] for row in table.rows) if head.ratio else None
                               for place, head in enumerate(table.heads)],
         ratio=lambda cell, bound: Markup(draw_ratio(cell, bound)),
-        chart=lambda chart, above: Markup(draw_chart(chart, above, colours)),
+        chart=lambda chart, above: Markup(draw(chart, f"{above}: {chart.across.title}", _SAYS, colours)),
         style=Markup(style), style_hash=_hash(style), script=Markup(script), script_hash=_hash(script),
     )  # fmt: skip
 

@@ -7,7 +7,6 @@ pointed at.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,14 +44,6 @@ def draw(drawing: Intervals | Bars | Chart | Matrix, title: str, says: str, colo
         element.text = escape_control_chars(text)
         svg.insert(place, element)
     return tostring(svg, encoding="unicode")
-
-
-def draw_chart(chart: Chart, above: str, colours: Colours) -> str:
-    """The SVG of a chart that is shown with others below a title."""
-    across = dataclasses.replace(chart.across, named=chart.across.named[:MOST_TICKS])
-    count = sum(len(curve.points) for curve in chart.curves)
-    says = f"{count} values, with their intervals where they have any."
-    return draw(dataclasses.replace(chart, across=across), f"{above}: {across.title}", says, colours)
 
 
 def draw_ratio(cell: Cell, bound: float) -> str:
@@ -103,7 +94,7 @@ class Scale:
         """Values within the scale, each with how it is written: those that have names, else round ones, all in one unit
         and with as many decimals."""
         if self.axis.named:
-            return [(value, text) for value, text in self.axis.named if self.low <= value <= self.high]
+            return list(self.axis.named[:MOST_TICKS])
         factor, symbol = scale_of(max(abs(self.low), abs(self.high)), self.axis.unit)
         least = (self.high - self.low) / factor / TICKS
         power = 10.0 ** math.floor(math.log10(least))
