@@ -25,7 +25,7 @@ from kernels_check.observe.loss import (
     find_tokens,
     special_tokens,
 )
-from kernels_check.observe.modules import Modes, RandomState, every_module, without_repacking
+from kernels_check.observe.modules import Modes, RandomState, without_repacking
 from kernels_check.observe.padding import (
     PADDING,
     PASSED_ON,
@@ -199,8 +199,8 @@ def _places(numbers: Tensor) -> tuple[Tensor, Tensor]:
 
 def _is_causal(model: nn.Module) -> bool:
     """Whether later tokens must not reach earlier ones, by the model's own word."""
-    causal = any(getattr(one, "is_causal", None) is True for one in every_module(model))
-    asks = (getattr(type(one), "can_generate", None) for one in every_module(model))
+    causal = any(getattr(one, "is_causal", None) is True for one in model.modules())
+    asks = (getattr(type(one), "can_generate", None) for one in model.modules())
     return causal or any(bool(ask()) for ask in asks if callable(ask))
 
 
@@ -281,7 +281,7 @@ def _by_row(model: nn.Module, training: bool) -> Iterator[None]:
     """Let a token depend on its own row alone, as far as that can be switched; modes are the caller's to put back."""
     model.train(training)
     states = []
-    for module in every_module(model):
+    for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
             module.eval()
         state: Any = getattr(module, "state", None)
@@ -299,9 +299,9 @@ def _by_row(model: nn.Module, training: bool) -> Iterator[None]:
 
 def _unfit(model: nn.Module) -> str | None:
     """Why a model cannot be asked by forwards of this process alone."""
-    if any(getattr(getattr(one, "config", None), "is_encoder_decoder", False) is True for one in every_module(model)):
+    if any(getattr(getattr(one, "config", None), "is_encoder_decoder", False) is True for one in model.modules()):
         return "the inputs of an encoder-decoder show no records, so that packing is not judged"
-    sharded = any(type(one).__name__ == "FullyShardedDataParallel" for one in every_module(model))
+    sharded = any(type(one).__name__ == "FullyShardedDataParallel" for one in model.modules())
     if sharded or any(type(one).__name__ == "DTensor" or hasattr(one, "ds_id") for one in model.parameters()):
         return (
             "its parameters are sharded over processes, all of which would have to make the same forwards: "

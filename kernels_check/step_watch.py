@@ -157,6 +157,7 @@ class Watch:
         self._requirements = reported | dict(requirements)
         self._steps = StepObserver(model)
         self._is_open = False
+        self._open = ExitStack()
         self._unopened: str | None = None
         """Why nothing could be watched."""
         self._checks: tuple[Check, ...] = ()
@@ -201,14 +202,16 @@ class Watch:
         """
         if self._is_open:
             raise RuntimeError(_OPEN)
-        self._is_open = True
-        self._unopened = None
+        self._is_open, self._unopened, self._open = True, None, ExitStack()
         try:
-            self._steps.begin()
-            if self._ranks is not None:
-                self._ranks.begin()
+            with ExitStack() as stack:
+                stack.enter_context(self._steps.step())
+                if self._ranks is not None:
+                    stack.callback(self._ranks.end)
+                    self._ranks.begin()
+                self._open = stack.pop_all()
         except Exception as error:
-            self._steps.break_off()
+            self._steps.forget()
             self._unopened = f"the step could not be watched: {_words(error)}"
         return self
 
@@ -217,17 +220,22 @@ class Watch:
     ) -> None:
         """Remove everything, and judge."""
         self._is_open = False
-        if self._ranks is not None:
-            self._ranks.end()
+        problem = self._unopened
+        try:
+            self._open.__exit__(kind, error, trace)
+        except Exception as failed:
+            problem = f"what was seen could not be read: {_words(failed)}"
         if error is not None:
-            self._steps.break_off()
-            raised = f"the step raised {_words(error)}, so that it was not seen to its end"
-            self._checks = self._unknown(self._unopened or raised)
+            self._steps.forget()
+            self._checks = self._unknown(
+                problem or f"the step raised {_words(error)}, so that it was not seen to its end"
+            )
             return
-        seen, problem = (None, self._unopened) if self._unopened is not None else self._seen()
+        seen, self._steps.seen = self._steps.seen, None
+        problem = problem or self._why_unseen(seen)
         try:
             ranks = self._exchanged(seen, problem)
-            if seen is None:
+            if seen is None or problem is not None:
                 self._checks = self._unknown(problem or NOTHING_RAN)
                 return
             seen = replace(seen, isolate=self._isolate, ranks=ranks)
@@ -235,22 +243,15 @@ class Watch:
         except Exception as failed:
             self._steps.forget()
             self._checks = self._unknown(f"what was seen could not be read: {_words(failed)}")
-        finally:
-            self._steps.release()
 
-    def _seen(self) -> tuple[Observation | None, str | None]:
-        """What was seen of the step, or why nothing is known of it."""
-        try:
-            seen = self._steps.end()
-        except Exception as error:
-            self._steps.forget()
-            return None, f"what was seen could not be read: {_words(error)}"
+    def _why_unseen(self, seen: Observation | None) -> str | None:
+        """Why nothing is known of a step that has ended; None where something is."""
         if self._steps.fault is not None:
-            return None, f"a hook failed: {self._steps.fault}"
+            return f"a hook failed: {self._steps.fault}"
+        if seen is None or self._isolate is not None:  # with packed inputs the step is one of this model's own
+            return None
         traces = seen.modules.all, seen.profile.compiled_regions, seen.reached, seen.updated, self._steps.compiled
-        if not any(traces) and self._isolate is None:  # else the step is one of this model's own
-            return None, NOTHING_RAN
-        return seen, None
+        return None if any(traces) else NOTHING_RAN
 
     def _exchanged(self, seen: Observation | None, problem: str | None) -> tuple[RankEvidence, ...]:
         """What all ranks show, where a requirement is about them; every rank takes part, whatever it has seen."""

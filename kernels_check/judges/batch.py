@@ -134,7 +134,7 @@ def _faults(passes: Sequence[LossPass]) -> list[str]:
 def _describe(padding: PaddingSeen) -> str:
     """Both numbers, what showed it, and the calls where they differ."""
     share = padding.padded / padding.tokens if padding.tokens else 0.0
-    by = f", shown by {' and '.join(padding.by)}" if padding.by else ""
+    by = f", shown by {' and '.join(sorted(padding.by))}" if padding.by else ""
     text = f"{padding.padded} of {padding.tokens} positions ({share:.0%}) are padding{by}"
     if len(set(padding.by_call)) > 1:
         text += f" (by call: {name_some(f'{padded} of {total}' for padded, total in padding.by_call)})"

@@ -20,12 +20,8 @@ from torch import Tensor, nn
 
 from kernels_check.observe.modules import (
     Below,
-    Model,
     ModelTree,
-    every_module,
     is_wrapper,
-    named_modules,
-    named_parameters,
     plain_parts,
     reading,
 )
@@ -187,14 +183,14 @@ def layers_at(name: str, module: nn.Module) -> Iterator[AdapterLayer]:
                 yield AdapterLayer(name=path, module=one, held=("",), trains=trains, shelved=True)
 
 
-def in_use(model: Model, found: Iterable[AdapterLayer]) -> frozenset[str]:
+def in_use(tree: ModelTree, found: Iterable[AdapterLayer]) -> frozenset[str]:
     """Adapters in use at the places found in a model.
 
     They are those that the tuner calls active as far as a layer agrees, else those that are active in any layer, else
     all.
     """
     found = list(found)
-    named = {adapter for module in every_module(model) for adapter in named_active(module)}
+    named = {adapter for _, module in tree.modules for adapter in named_active(module)}
     active = {adapter for layer in found for adapter in layer.adapters}
     return frozenset((active & named) or active or {adapter for layer in found for adapter in layer.held})
 
@@ -295,106 +291,83 @@ def _drops(part: nn.Module) -> bool:
 
 
 @reading
-def biases_of_adapters(model: ModelTree) -> dict[str, str]:
+def biases_of_adapters(tree: ModelTree) -> dict[str, str]:
     """The biases of the base that an adapter in use trains: qualified name, and what PEFT was asked, ``bias='all'``.
 
     A tensor that several modules share has a name for each.
     """
-    holders = every_module(model)
-    asked = {id(bias): f"bias={setting!r}" for holder in holders for setting, bias in _asked_of(holder, model)}
-    if not asked:
-        return {}
+    used = {adapter for layer in adapter_layers(tree) for adapter in layer.held}
+    asked: dict[int, str] = {}
+    for _, holder in tree.modules:  # a tuner, or a model in which PEFT has left only its layers
+        configurations = vars(holder).get("peft_config")
+        for adapter, configuration in configurations.items() if isinstance(configurations, dict) else ():
+            setting = str(getattr(configuration, "bias", "none"))
+            if adapter in used and setting != "none":
+                asked |= {id(bias): f"bias={setting!r}" for bias in _biases_of(holder, setting)}
     return {
         f"{name}.{key}" if name else key: asked[id(value)]
-        for name, module in named_modules(model)
+        for name, module in tree.modules
         for key, value in (*module._parameters.items(), *module._buffers.items())  # GPTQ keeps a bias as a buffer
         if id(value) in asked
     }
 
 
-def _asked_of(holder: Any, model: ModelTree) -> Iterator[tuple[str, Tensor]]:
-    """Settings, and the tensors they mean, of a tuner, or of a model in which PEFT has left only its layers."""
-    configurations = vars(holder).get("peft_config")
-    if not isinstance(configurations, dict):
-        return
-    settings = {adapter: getattr(one, "bias", "none") for adapter, one in configurations.items()}
-    if all(setting == "none" for setting in settings.values()):
-        return
-    wrapped = holder._modules["model"] if is_tuner(holder) else holder
-    used = in_use(model, (layer for name, module in named_modules(wrapped) for layer in layers_at(name, module)))
-    for adapter, setting in settings.items():
-        if adapter in used and setting == "all":
-            yield from ((setting, bias) for bias in _every(wrapped, mixed=_is_mixed(holder)))
-        elif adapter in used and str(setting).endswith("_only"):
-            yield from ((setting, bias) for bias in _of_layers(wrapped))
+def _biases_of(holder: nn.Module, setting: str) -> Iterator[Tensor]:
+    """What PEFT trains by a setting: ``all`` but those of adapters and behind copies, or those of adapted layers."""
+    modules = dict(holder.named_modules())
+    copies = [name for name, module in modules.items() if "copy" in roles_of(module)]
+    if setting == "all":
+        own = Below([*_held_by_adapters(modules.items()), *copies])
+        named = holder.named_parameters()
+        yield from (value for name, value in named if name.rpartition(".")[2] == "bias" and not own[name])
+    else:
+        layers = [module for name, module in modules.items() if "layer" in roles_of(module) and name not in copies]
+        biases = (getattr(layer, "bias", None) for layer in layers)
+        yield from (bias for bias in biases if isinstance(bias, Tensor))
 
 
-def _every(wrapped: nn.Module, *, mixed: bool) -> Iterator[Tensor]:
-    apart = tuple(_apart(wrapped))
-    for name, value in named_parameters(wrapped):
-        is_bias = "bias" in name if mixed else name.rpartition(".")[2] == "bias"
-        if is_bias and not name.startswith(apart):
-            yield value
-
-
-def _apart(wrapped: nn.Module) -> Iterator[str]:
-    """Beginnings of the names of what is an adapter's in any case, or stays frozen behind its copy."""
-    for name, module in named_modules(wrapped):
-        prefix = f"{name}." if name else ""
-        yield from (f"{prefix}{held}" for held in holders_in(module))
-        if "copy" in roles_of(module):
-            yield prefix
-
-
-def _of_layers(wrapped: nn.Module) -> Iterator[Tensor]:
-    for module in every_module(wrapped):
-        roles = roles_of(module)
-        bias = getattr(module, "bias", None) if "layer" in roles and "copy" not in roles else None
-        if isinstance(bias, Tensor):
-            yield bias
-
-
-def _is_mixed(holder: nn.Module) -> bool:
-    """Whether a tuner holds adapters of several methods; it takes whatever has ``bias`` in its name."""
-    return is_a(holder, "peft.tuners.mixed.model", "MixedModel")
+def _held_by_adapters(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[str]:
+    """Qualified names of the attributes that are an adapter's."""
+    for name, module in modules:
+        yield from (f"{name}.{holder}" if name else holder for holder in holders_in(module))
 
 
 @reading
-def adapter_layers(model: ModelTree) -> list[AdapterLayer]:
+def adapter_layers(tree: ModelTree) -> list[AdapterLayer]:
     """Every place at which an adapter that is in use (``in_use``) acts.
 
     A layer that holds one of them belongs here also if it is inactive in that layer: a layer that was left out is a
     fault. Where no adapter is active at all, every layer counts with everything it holds.
     """
-    found = _every_layer(model)
-    wanted = in_use(model, found)
+    found = _every_layer(tree)
+    wanted = in_use(tree, found)
     layers = [_restrict(layer, wanted) for layer in found]
     return [layer for layer in layers if layer.held]
 
 
 @reading
-def _every_layer(model: ModelTree) -> list[AdapterLayer]:
+def _every_layer(tree: ModelTree) -> list[AdapterLayer]:
     """Those of adapters that are not in use, too."""
-    return [layer for name, module in model.modules for layer in layers_at(name, module)]
+    return [layer for name, module in tree.modules for layer in layers_at(name, module)]
 
 
 @reading
-def trained_parameters(model: ModelTree) -> dict[str, Tensor]:
+def trained_parameters(tree: ModelTree) -> dict[str, Tensor]:
     """Parameters that have to learn, by their name in the model, each once: layers may share one.
 
     Those that the methods in use train, biases of the base that they were asked for, and whatever else of the adapter
     requires a gradient.
     """
-    layers = adapter_layers(model)
-    names = {id(value): name for name, value in model.parameters}
+    layers = adapter_layers(tree)
+    names = {id(value): name for name, value in tree.parameters}
     trained = {names.get(id(value), name): value for layer in layers for name, value in layer.weights()}
-    trained |= {names.get(id(value), name): value for name, value in _biases(model)}
-    own = adapter_parameters(model)
-    resting = {id(value) for layer in _resting(model, layers) for _, value in layer.weights()}
-    for name, value in model.parameters:
+    trained |= {names.get(id(value), name): value for name, value in _biases(tree)}
+    own = adapter_parameters(tree)
+    resting = {id(value) for layer in _resting(tree, layers) for _, value in layer.weights()}
+    for name, value in tree.parameters:
         if name in own and value.requires_grad and id(value) not in resting:
             trained.setdefault(name, value)
-    left_alone, unread = _frozen_by_design(model), _never_read(model)
+    left_alone, unread = _frozen_by_design(tree), _never_read(tree)
     return {
         name: value
         for name, value in trained.items()
@@ -402,10 +375,10 @@ def trained_parameters(model: ModelTree) -> dict[str, Tensor]:
     }
 
 
-def _biases(model: ModelTree) -> Iterator[tuple[str, Tensor]]:
-    for name in biases_of_adapters(model):
+def _biases(tree: ModelTree) -> Iterator[tuple[str, Tensor]]:
+    for name in biases_of_adapters(tree):
         place, _, key = name.rpartition(".")
-        yield name, getattr(model.model.get_submodule(place), key)
+        yield name, getattr(tree.model.get_submodule(place), key)
 
 
 def _is_here(value: Tensor) -> bool:
@@ -414,18 +387,18 @@ def _is_here(value: Tensor) -> bool:
 
 
 @reading
-def token_parameters(model: ModelTree) -> frozenset[str]:
+def token_parameters(tree: ModelTree) -> frozenset[str]:
     """Names of parameters that act on a few tokens only: a batch without these tokens gives them no gradient."""
     held = {
-        id(value) for layer in adapter_layers(model) if "token_indices" in layer.others for _, value in layer.weights()
+        id(value) for layer in adapter_layers(tree) if "token_indices" in layer.others for _, value in layer.weights()
     }
-    return frozenset(name for name, value in model.parameters if id(value) in held)
+    return frozenset(name for name, value in tree.parameters if id(value) in held)
 
 
-def written_by_method(model: Model) -> frozenset[int]:
+def written_by_method(tree: ModelTree) -> frozenset[int]:
     """Parameters that a method itself writes to between updates: AdaLoRA sets the ranks that it takes away to zero."""
     written: set[int] = set()
-    for module in every_module(model):
+    for module in tree.model.modules():
         if "rankallocator" in vars(module) and is_tuner(module):
             for layer in module.modules():
                 held = layer._modules.get("lora_E")
@@ -434,24 +407,23 @@ def written_by_method(model: Model) -> frozenset[int]:
 
 
 @reading
-def adapters_of(model: ModelTree) -> Below:
+def adapters_of(tree: ModelTree) -> Below:
     """What is an adapter's: attributes, with whatever they hold, and biases of the base."""
-    held = (f"{name}.{holder}" if name else holder for name, module in model.modules for holder in holders_in(module))
-    return Below([*held, *biases_of_adapters(model)])
+    return Below([*_held_by_adapters(tree.modules), *biases_of_adapters(tree)])
 
 
 @reading
-def adapter_parameters(model: ModelTree) -> frozenset[str]:
+def adapter_parameters(tree: ModelTree) -> frozenset[str]:
     """Names of the parameters that are an adapter's: of any method of PEFT, and what is trained with it."""
-    own = adapters_of(model)
-    return frozenset(name for name, _ in model.parameters if own[name])
+    own = adapters_of(tree)
+    return frozenset(name for name, _ in tree.parameters if own[name])
 
 
 @reading
-def base_parameters(model: ModelTree) -> dict[str, nn.Parameter]:
+def base_parameters(tree: ModelTree) -> dict[str, nn.Parameter]:
     """Every other parameter, by name."""
-    adapter = adapter_parameters(model)
-    return {name: value for name, value in model.parameters if name not in adapter}
+    adapter = adapter_parameters(tree)
+    return {name: value for name, value in tree.parameters if name not in adapter}
 
 
 def _restrict(layer: AdapterLayer, wanted: Collection[str]) -> AdapterLayer:
@@ -459,29 +431,29 @@ def _restrict(layer: AdapterLayer, wanted: Collection[str]) -> AdapterLayer:
     return layer if held == layer.held else replace(layer, held=held)
 
 
-def _resting(model: ModelTree, layers: list[AdapterLayer]) -> Iterator[AdapterLayer]:
+def _resting(tree: ModelTree, layers: list[AdapterLayer]) -> Iterator[AdapterLayer]:
     """The same places with the adapters that are not in use."""
     used = {layer.name: set(layer.held) for layer in layers}
-    for layer in _every_layer(model):
+    for layer in _every_layer(tree):
         yield _restrict(layer, {adapter for adapter in layer.held if adapter not in used.get(layer.name, set())})
 
 
-def _frozen_by_design(model: ModelTree) -> set[int]:
+def _frozen_by_design(tree: ModelTree) -> set[int]:
     """Parameters of methods that freeze the layers they build on: X-LoRA trains a router over frozen adapters."""
     frozen: set[int] = set()
-    for module in every_module(model):
+    for module in tree.model.modules():
         configuration = vars(module).get("xlora_config")
         if configuration is not None and not getattr(configuration, "use_trainable_adapters", True):
             frozen |= {id(value) for value in module.parameters()}
     return frozen
 
 
-def _never_read(model: ModelTree) -> set[int]:
+def _never_read(tree: ModelTree) -> set[int]:
     """Parameters that a method makes and no forward reads.
 
     ShadowPEFT carries a state from layer to layer and drops what the last of them has made of it.
     """
-    tuners = (module for _, module in model.modules if is_a(module, "peft.tuners.shadow.model", "ShadowModel"))
+    tuners = (module for _, module in tree.modules if is_a(module, "peft.tuners.shadow.model", "ShadowModel"))
     last = [layer for tuner in tuners for layer in vars(tuner).get("_boundary_layers", ())[-1:]]
     return {
         id(value)

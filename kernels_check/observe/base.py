@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from kernels_check.observe.adapter import adapters_of
-from kernels_check.observe.modules import NO_MEMORY, Model, ModelTree, has_memory, is_wrapper, plain_parts
+from kernels_check.observe.modules import NO_MEMORY, ModelTree, has_memory, is_wrapper, plain_parts
 
 Kind: TypeAlias = Literal["parameter", "merged", "buffer", "cache", "quantisation"]
 """``merged``: a parameter that PEFT merges the adapter into and out of in each forward. ``cache``: a buffer that is not
@@ -51,9 +51,8 @@ class BaseTensor:
     """The last where its tensor cannot be taken apart."""
 
 
-def base_state(model: Model) -> Iterator[BaseTensor]:
+def base_state(tree: ModelTree) -> Iterator[BaseTensor]:
     """Every part of the base; a tensor that several layers share comes once for each."""
-    tree = ModelTree.of(model)
     adapter, modules = adapters_of(tree), tree.modules
     merged = {id(layer) for _, module in modules for layer in _merged_layers(module)}
     shards = {place: shard for _, module in modules for place, shard in _shards(module)}

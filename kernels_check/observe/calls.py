@@ -31,12 +31,10 @@ from kernels_check.observe.adapter import AdapterLayer, active_in, adapter_layer
 from kernels_check.observe.base import is_packed
 from kernels_check.observe.loss import (
     BackwardPasses,
+    LossReader,
     ModelCall,
     describe_call,
     entry_modules,
-    find_loss,
-    read_log_probs,
-    read_loss,
 )
 from kernels_check.observe.modules import HookGuard, ModelTree, ModuleHook, backward_task
 
@@ -197,7 +195,7 @@ class CallRecorder:
 
     def __init__(self, tree: ModelTree, guard: HookGuard, *, marked: bool) -> None:
         self._tree, self._guard, self._marked = tree, guard, marked
-        self.backwards = BackwardPasses(tree)
+        self.backwards = BackwardPasses(tree.model)
         self.model_calls: list[ModelCall] = []
         self.layer_calls: dict[str, list[LayerCall]] = {}
         """Calls of each layer of an adapter, by its name."""
@@ -218,6 +216,7 @@ class CallRecorder:
                 self._parts.setdefault(id(part), {})[layer.name] = name
         self._open_model_calls: list[ModelCall] = []
         self._hooks = ExitStack()
+        self._losses = LossReader(passes=self.backwards, hooks=self._hooks, guard=guard)
         self._local = threading.local()
         self._lock = threading.Lock()
 
@@ -354,14 +353,7 @@ class CallRecorder:
         if not stack and sys.exc_info()[1] is not closed.handled and not self._log[closed.number].in_backward:
             self._raised.add(closed.number)
         if closed.model_call is not None and not self._open_model_calls:
-            self._read_losses(closed.model_call, output)
-
-    def _read_losses(self, call: ModelCall, output: Any) -> None:
-        loss = find_loss(output)
-        if loss is not None and loss.requires_grad:
-            self._hooks.push(loss.register_hook(self._guard(partial(_keep, call))))
-            call.losses.append(read_loss(loss, self.backwards, self._hooks, self._guard))
-        call.losses.append(read_log_probs(output, self.backwards, self._hooks, self._guard))
+            self._losses.read(closed.model_call, output)
 
     def _stack(self) -> list[_OpenCall]:
         found: list[_OpenCall] | None = getattr(self._local, "stack", None)
@@ -373,10 +365,6 @@ class CallRecorder:
 def _end_mark(closed: _OpenCall) -> None:
     if closed.mark is not None:
         closed.mark.__exit__(None, None, None)
-
-
-def _keep(call: ModelCall, gradient: Tensor) -> None:
-    call.loss_gradients.append(gradient.detach())
 
 
 def _requires_grad(output: Any) -> bool:

@@ -29,7 +29,7 @@ from kernels_check.observe.base import (
     quant_state,
     storage_in,
 )
-from kernels_check.observe.modules import NO_MEMORY, Model, ModelTree, has_memory
+from kernels_check.observe.modules import NO_MEMORY, ModelTree, has_memory
 
 _WORDS = 1024
 """In a row."""
@@ -161,9 +161,9 @@ class Digest:
         return DigestDifference(**{kind: tuple(names) for kind, names in found.items()})
 
 
-def digest(model: Model) -> Digest:
+def digest(tree: ModelTree) -> Digest:
     """Fingerprint the base of a model: each part that ``base_state`` names."""
-    tree, take = ModelTree.of(model), Fingerprinter()
+    take = Fingerprinter()
     parts: dict[str, Hashed] = {}
     unseen: dict[str, str] = {}
     sharded = set()
@@ -251,11 +251,10 @@ class WeightBits:
         return [(name, size) for (found, name), size in self.largest.most_common() if found != bits]
 
 
-def take_census(model: Model) -> WeightBits:
+def take_census(tree: ModelTree) -> WeightBits:
     """Count a base: whatever it saves, by the layer that holds it."""
     census = WeightBits()
     layers: dict[int, list[BaseTensor]] = {}
-    tree = ModelTree.of(model)
     for part in base_state(tree):
         if part.kind != "cache":
             layers.setdefault(id(part.layer), []).append(part)

@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import PurePath
 from traceback import FrameSummary
 from typing import Any, Literal, get_args
@@ -135,7 +136,7 @@ class CompiledBlocks:
 
 
 def compiled_blocks(
-    tree: ModelTree, calls: Calls, regions: Collection[int | None], eager: Collection[int], gradients: Collection[str]
+    tree: ModelTree, calls: Calls, regions: Iterable[int | None], eager: Collection[int], gradients: Collection[str]
 ) -> CompiledBlocks:
     """Sort the blocks that ran in the forward pass.
 
@@ -146,109 +147,68 @@ def compiled_blocks(
         eager: calls in which products or attention ran outside of any region.
         gradients: names of the parameters that a gradient reached.
     """
-    return _CompiledSearch(
-        tree, calls, [one for one in regions if one is None or one in calls.relevant], eager, gradients
-    ).sort()
+    entered = [one for one in regions if one is None or one in calls.relevant]
+    covered = {number for region in entered for number in calls.enclosing(region)}
+    callers = {calls.all[number].caller for number in calls.forward}
 
-
-@dataclass(slots=True)
-class _CompiledSearch:
-    tree: ModelTree
-    calls: Calls
-    regions: list[int | None]
-    eager: Collection[int]
-    gradients: Collection[str]
-    covered: set[int] = field(default_factory=set)
-    """Calls with a region in them, at any depth."""
-    inner: set[int] = field(default_factory=set)
-    """Calls that called another module."""
-
-    def sort(self) -> CompiledBlocks:
-        names = block_names(self.tree)
-        blocks = frozenset(names)
-        for region in self.regions:
-            self.covered.update(self.calls.enclosing(region))
-        fired: dict[str, list[int]] = {}
-        for number in self.calls.forward:
-            caller = self.calls.all[number].caller
-            if caller is not None:
-                self.inner.add(caller)
-            block = self._block(number, blocks)
-            if block is not None:
-                fired.setdefault(block, []).append(number)
-        compiled, partly, eager = set[str](), set[str](), set[str]()
-        for block, numbers in fired.items():
-            outside = any(self._is_eager(number) for number in numbers)
-            if self.covered.isdisjoint(numbers):
-                eager.add(block)
-            else:
-                (partly if outside else compiled).add(block)
-        silent = [block for block in names if block not in fired]
-        proven = {block for block in silent if self._reached(block) and self._region_around(block)}
-        compiled |= proven
-        for block in silent:
-            frozen = block not in proven and not self._trains(block)
-            siblings = {other for other in fired if _parent(other) == _parent(block)}
-            if frozen and self._region_around(block) and siblings <= compiled:
-                compiled.add(block)
-        ours = sum(self._is_ours(region, blocks, proven=bool(compiled.difference(fired))) for region in self.regions)
-        return CompiledBlocks(
-            compiled=tuple(name for name in names if name in compiled),
-            partly=tuple(name for name in names if name in partly),
-            eager=tuple(name for name in names if name in eager),
-            regions=ours,
-            helpers=len(self.regions) - ours,
-        )
-
-    def _block(self, number: int, blocks: frozenset[str]) -> str | None:
-        found = (block_of(name, blocks) for name in self.calls.all[number].names)
-        return next((block for block in found if block is not None), None)
-
-    def _is_eager(self, number: int) -> bool:
+    def is_eager(number: int) -> bool:
         """Whether a layer of weights, a product or attention ran in this call itself outside of any region."""
-        if number in self.eager:
-            return True
-        if number in self.covered or number in self.inner:
-            return False
-        return bool(self.tree.model.get_submodule(self.calls.all[number].name)._parameters)
+        if number in covered or number in callers:
+            return number in eager
+        return number in eager or bool(tree.model.get_submodule(calls.all[number].name)._parameters)
 
-    def _reached(self, block: str) -> bool:
-        return any(block_of(name, frozenset({block})) is not None for name in self.gradients)
+    names = block_names(tree)
+    blocks = frozenset(names)
+    fired: dict[str, list[int]] = {}
+    for number in calls.forward:
+        block, _ = _place(calls.all[number].names, blocks)
+        if block is not None:
+            fired.setdefault(block, []).append(number)
+    found: dict[str, set[str]] = {"compiled": set(), "partly": set(), "eager": set()}
+    for block, numbers in fired.items():
+        state = "partly" if any(map(is_eager, numbers)) else "compiled"
+        found["eager" if covered.isdisjoint(numbers) else state].add(block)
+    silent = {block for block in names if block not in fired and _is_around(block, entered, calls)}
+    for block in silent:
+        reached = any(block_of(name, frozenset({block})) is not None for name in gradients)
+        frozen = not any(value.requires_grad for value in tree.model.get_submodule(block).parameters())
+        siblings = {other for other in fired if _parent(other) == _parent(block)}
+        if reached or (frozen and siblings <= found["compiled"]):
+            found["compiled"].add(block)
+    proven = not found["compiled"] <= fired.keys()
+    ours = sum(proven or _is_ours(region, blocks, calls) for region in entered)
+    in_order = {state: tuple(name for name in names if name in members) for state, members in found.items()}
+    return CompiledBlocks(**in_order, regions=ours, helpers=len(entered) - ours)
 
-    def _trains(self, block: str) -> bool:
-        return any(parameter.requires_grad for parameter in self.tree.model.get_submodule(block).parameters())
 
-    def _region_around(self, block: str) -> bool:
-        """Whether a region was entered directly in the innermost call that a silent block can have been called from."""
-        for name in _ancestors(block):
-            numbers = self.calls.called(name)
-            if numbers:
-                return any(number in numbers for number in self.regions)
-        return None in self.regions
+def _place(names: Sequence[str], blocks: frozenset[str]) -> tuple[str | None, str]:
+    """The block that a module of these names lies in, and its name there."""
+    found = ((block_of(name, blocks), name) for name in names)
+    return next((one for one in found if one[0] is not None), (None, names[0]))
 
-    def _is_ours(self, region: int | None, blocks: frozenset[str], *, proven: bool) -> bool:
-        """Whether a region is of the model; what holds the blocks may call helpers, such as a loss."""
-        if proven:
-            return True
-        if region is None:
-            return False
-        if self._block(region, blocks) is not None:
-            return True
-        return not any(_holds(name, blocks) for name in self.calls.all[region].names)
+
+def _is_around(block: str, regions: Collection[int | None], calls: Calls) -> bool:
+    """Whether a region was entered directly in the innermost call that a silent block can have been called from."""
+    name = block
+    while name:
+        name = _parent(name)
+        numbers = calls.called(name)
+        if numbers:
+            return not set(numbers).isdisjoint(regions)
+    return None in regions
+
+
+def _is_ours(region: int | None, blocks: frozenset[str], calls: Calls) -> bool:
+    """Whether a region is of the model; what holds the blocks may call helpers, such as a loss."""
+    if region is None:
+        return False
+    names = calls.all[region].names
+    holds = any(not name or any(block.startswith(f"{name}.") for block in blocks) for name in names)
+    return not holds or _place(names, blocks)[0] is not None
 
 
 def _parent(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _ancestors(name: str) -> Iterator[str]:
-    while name:
-        name = _parent(name)
-        yield name
-
-
-def _holds(name: str, blocks: Collection[str]) -> bool:
-    return not name or any(block.startswith(f"{name}.") for block in blocks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,17 +236,50 @@ class BlockRecomputed:
 def recomputed_blocks(tree: ModelTree, calls: Calls) -> tuple[BlockRecomputed, ...]:
     """Every block that was called and to which a gradient comes back."""
     names = block_names(tree)
-    seen = _Sorted(frozenset(names))
-    for number in calls.forward:
-        seen.note_forward(calls, number)
-    for number in sorted(calls.relevant.difference(calls.forward)):
-        seen.note_again(calls, number)
+    blocks = frozenset(names)
+    around: dict[int | None, int] = {}
+    """The call of a block that each call lies in; where the block itself calls no hook, each counts as one."""
+    forward: dict[str, dict[str, list[int]]] = {}
+    """By block and module, the calls of the block that its calls of the forward pass lie in."""
+    again: dict[str, Counter[str]] = {}
+    """By block and module, its calls in the backward pass."""
+    for number in sorted(calls.relevant):
+        call = calls.all[number]
+        block, name = _place(call.names, blocks)
+        if block is None:
+            continue
+        if call.in_backward:
+            again.setdefault(block, Counter())[name] += 1
+            continue
+        around[number] = number if name == block else around.get(call.caller, number)
+        if around[number] in calls.differentiable:
+            forward.setdefault(block, {}).setdefault(name, []).append(around[number])
     matrices = {
         name
         for name, module in tree.model.named_modules(remove_duplicate=False)
         if any(value is not None and value.dim() > 1 for value in module._parameters.values())
     }
-    return tuple(seen.judge(name, matrices) for name in names if seen.needing(name))
+    return tuple(
+        _recomputed(name, forward[name], again.get(name, Counter()), matrices) for name in names if name in forward
+    )
+
+
+def _recomputed(
+    block: str, forward: Mapping[str, Sequence[int]], again: Counter[str], matrices: Collection[str]
+) -> BlockRecomputed:
+    calls = {name: len(set(within)) for name, within in forward.items()}
+    needing = calls.get(block) or max(calls.values())
+    matched = max(again[name] * calls[name] // len(within) for name, within in forward.items())
+    inside = [name for name in forward if name != block] or list(forward)
+    repeated = frozenset(name for name, within in forward.items() if again[name] >= len(within))
+    return BlockRecomputed(
+        name=block,
+        calls=needing,
+        again=min(matched, needing),
+        modules=len(inside),
+        repeated=len(repeated.intersection(inside)),
+        kept=_kept(block, [name for name in inside if name in matrices], repeated),
+    )
 
 
 def ran_without_gradient(tree: ModelTree, calls: Calls, judged: Iterable[BlockRecomputed]) -> tuple[str, ...]:
@@ -299,68 +292,6 @@ def ran_without_gradient(tree: ModelTree, calls: Calls, judged: Iterable[BlockRe
     names = block_names(tree)
     ran = {block_of(name, frozenset(names)) for number in calls.forward for name in calls.all[number].names}
     return tuple(name for name in names if name in ran and name not in known)
-
-
-@dataclass(slots=True)
-class _Sorted:
-    """The calls of a step by the block and by the module in it."""
-
-    blocks: frozenset[str]
-    around: dict[int, int] = field(default_factory=dict)
-    """The call of a block that each call lies in."""
-    inside: dict[str, dict[str, list[int]]] = field(default_factory=dict)
-    """By block and module, the calls of the block that its calls of the forward pass lie in."""
-    again: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By block and module, its calls in the backward pass."""
-
-    def note_forward(self, calls: Calls, number: int) -> None:
-        call = calls.all[number]
-        block, name = self._place(call.names)
-        if block is None:
-            return
-        if name == block:
-            self.around[number] = number
-        elif call.caller in self.around:
-            self.around[number] = self.around[call.caller]
-        else:  # the block itself calls no hook: each call counts as one of the block
-            self.around[number] = number
-        if self.around[number] in calls.differentiable:
-            self.inside.setdefault(block, {}).setdefault(name, []).append(self.around[number])
-
-    def note_again(self, calls: Calls, number: int) -> None:
-        block, name = self._place(calls.all[number].names)
-        if block is not None:
-            counts = self.again.setdefault(block, {})
-            counts[name] = counts.get(name, 0) + 1
-
-    def needing(self, block: str) -> int:
-        """Calls of a block that a gradient comes back to; of one that calls no hook, those of its busiest module."""
-        modules = self.inside.get(block, {})
-        return len(set(modules.get(block, ()))) or max((len(set(found)) for found in modules.values()), default=0)
-
-    def judge(self, block: str, matrices: Collection[str]) -> BlockRecomputed:
-        modules, again = self.inside[block], self.again.get(block, {})
-        matched = 0
-        for name, within in modules.items():
-            covered = len(set(within))
-            matched = max(matched, again.get(name, 0) * covered // len(within))
-        inside = {name: within for name, within in modules.items() if name != block} or modules
-        repeated = frozenset(name for name, within in modules.items() if again.get(name, 0) >= len(within))
-        return BlockRecomputed(
-            name=block,
-            calls=self.needing(block),
-            again=min(matched, self.needing(block)),
-            modules=len(inside),
-            repeated=len(repeated.intersection(inside)),
-            kept=_kept(block, [name for name in inside if name in matrices], repeated),
-        )
-
-    def _place(self, names: Sequence[str]) -> tuple[str | None, str]:
-        for name in names:
-            block = block_of(name, self.blocks)
-            if block is not None:
-                return block, name
-        return None, names[0]
 
 
 def _kept(block: str, matrices: Sequence[str], repeated: frozenset[str]) -> tuple[str, ...]:

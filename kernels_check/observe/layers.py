@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from kernels_check.observe.calls import Calls
-from kernels_check.observe.modules import Model, every_module, named_modules
+from kernels_check.observe.modules import ModelTree
 from kernels_check.observe.operators import AttentionCall, Product
 
 _ATTENTION_KINDS = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid")
@@ -136,7 +136,7 @@ def _announced_blocks(model: nn.Module) -> str | None:
     count = getattr(_text_config(model), "num_hidden_layers", None)
     lists = {
         name: sum(parameter.numel() for parameter in module.parameters())
-        for name, module in named_modules(model)
+        for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) == count
     }
     return max(lists, key=lambda name: lists[name], default=None)
@@ -164,7 +164,7 @@ def announced_layers(model: nn.Module) -> int | None:
 
 
 def _text_config(model: nn.Module) -> Any:
-    config: Any = next((part.config for part in every_module(model) if getattr(part, "config", None) is not None), None)
+    config: Any = next((part.config for part in model.modules() if getattr(part, "config", None) is not None), None)
     text = getattr(config, "get_text_config", None)
     return text() if callable(text) else config
 
@@ -391,10 +391,10 @@ def products_of(
     )
 
 
-def fourbit_layers(model: Model) -> dict[str, tuple[str, ...]]:
+def fourbit_layers(tree: ModelTree) -> dict[str, tuple[str, ...]]:
     """Linear layers of the model whose own weight is a 4-bit one, each by its name."""
     return {
         name: (name,)
-        for name, module in named_modules(model)
+        for name, module in tree.modules
         if isinstance(module, nn.Linear) and type(module._parameters.get("weight")).__name__ == "Params4bit"
     }

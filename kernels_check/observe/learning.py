@@ -25,11 +25,9 @@ from torch import Tensor
 from kernels_check.observe.adapter import adapter_parameters, trained_parameters, written_by_method
 from kernels_check.observe.modules import (
     HookGuard,
-    Model,
     ModelTree,
     is_wrapper,
     largest,
-    named_parameters,
     plain_parts,
 )
 from kernels_check.observe.profile import OptimizerSeen, describe, rate_of
@@ -71,7 +69,7 @@ class Gradients:
         """Hook every parameter that trains or is an adapter's; all hooks are off afterwards, whatever raised."""
         own = adapter_parameters(tree)
         with ExitStack() as hooks:
-            for name, parameter in named_parameters(tree):
+            for name, parameter in tree.parameters:
                 if parameter.requires_grad or (name in own and parameter.is_floating_point()):
                     _hook(hooks, parameter, self.shield(partial(self._arrive, parameter)))
                     if is_wrapper(parameter):
@@ -152,124 +150,28 @@ def _hook(hooks: ExitStack, parameter: Tensor, noted: Any) -> None:
 
 STUCK_SHARE = 0.9
 """Share of the elements with a gradient that an update must leave as they are to count as lost to rounding."""
-_NARROW = (torch.bfloat16, torch.float16)
-
-
-@dataclass(slots=True)
-class KeptValue:
-    """The last known value of one parameter, and what the last update did to it.
-
-    Of a sharded parameter it is the part that is here.
-    """
-
-    tensor: Tensor
-    _parts: list[Tensor] = field(default_factory=list)
-    _before: list[Tensor] = field(default_factory=list)
-    """The value from which the last update started; none once something else wrote to it."""
-
-    def __post_init__(self) -> None:
-        self._parts = [part.clone() for part in _parts(self.tensor)]
-
-    @property
-    def is_narrow(self) -> bool:
-        """Whether its dtype may swallow an update."""
-        return self.tensor.dtype in _NARROW
-
-    def is_last(self) -> bool:
-        """Whether it is what it was when it was last looked at."""
-        return self._is_kept(_parts(self.tensor))
-
-    def settle(self) -> bool:
-        """Take in what an update wrote; say whether it wrote anything new."""
-        parts = _parts(self.tensor)
-        if self._is_kept(parts):
-            return False
-        self._keep(parts, self._parts)
-        return True
-
-    def written(self) -> tuple[bool, bool]:
-        """Take in what something other than an update wrote; whether anything did, and whether it undid the update.
-
-        What projects the weights after an update (a clamp, a norm) moves few of them, or all of them by less.
-        """
-        parts = _parts(self.tensor)
-        if self._is_kept(parts):
-            return False, False
-        undone = bool(self._before) and self._undoes(parts)
-        self._keep(parts, [])
-        return True, undone
-
-    def is_faint(self, rate: float) -> bool:
-        """Whether an update in proportion to the gradient is too small for float32 to show."""
-        gradient = self.tensor.grad
-        size = None if gradient is None or self.is_narrow else largest(gradient)
-        if size is None:
-            return False
-        greatest = max((float(part.abs().max()) for part in self._parts if part.numel()), default=0.0)
-        return rate * float(size) < torch.finfo(self.tensor.dtype).eps * greatest
-
-    def is_stuck(self) -> bool:
-        """Whether the last update left nearly all that had a gradient as it was, as a narrow dtype may."""
-        gradient = self.tensor.grad
-        if not self.is_narrow or gradient is None or gradient.layout != torch.strided:
-            return False
-        pairs = [(one != 0, moved) for one, moved in zip(_parts(gradient), self._moved(), strict=True)]
-        given = sum(int(has.sum()) for has, _ in pairs)
-        return sum(int((has & ~moved).sum()) for has, moved in pairs) > STUCK_SHARE * given
-
-    def _is_kept(self, parts: list[Tensor]) -> bool:
-        """Whether a value is the last known one."""
-        return all(_is_same(now, then) for now, then in zip(parts, self._parts, strict=True))
-
-    def _keep(self, parts: list[Tensor], before: list[Tensor]) -> None:
-        self._parts = [part.clone() for part in parts]
-        self._before = before
-
-    def _moved(self) -> list[Tensor]:
-        """Which elements the last update moved."""
-        return [now != then for now, then in zip(self._parts, self._before, strict=True)]
-
-    def _undoes(self, parts: list[Tensor]) -> bool:
-        """Whether a value is as far from the last known one as the update had moved that, and in other places."""
-        if not _distance(self._parts, self._before) <= _distance(parts, self._parts) * (1 + 1e-6):
-            return False
-        moved = self._moved()
-        left = zip(parts, self._parts, moved, strict=True)
-        return (
-            sum(int(((now == then) & one).sum()) for now, then, one in left) < sum(int(one.sum()) for one in moved) / 2
-        )
-
-
-def _distance(one: list[Tensor], other: list[Tensor]) -> float:
-    """How far two values are apart; parts that are the same may be infinite."""
-    pairs = [(now, then) for now, then in zip(one, other, strict=True) if not torch.equal(now, then)]
-    total: float = sum(float((now.double() - then.double()).square().sum()) for now, then in pairs) ** 0.5
-    return total
-
-
-def _is_same(now: Tensor, then: Tensor) -> bool:
-    """Whether two tensors are equal; what is no number is the same as itself."""
-    alike = (now.shape, now.dtype) == (then.shape, then.dtype)
-    return torch.equal(now, then) or (alike and torch.allclose(now, then, rtol=0.0, atol=0.0, equal_nan=True))
-
-
-def _parts(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors that one is made of, as far as they are here."""
-    return [part for _, part in plain_parts(tensor.detach())]
-
-
 LEAST_UPDATES = 2
 """Wanted in any case: only the value at the next shows that an update was kept."""
 LEAST_AFTER_LOSS = 4
 """Updates after which a first one that was undone counts as the only one."""
 LEAST_RESTING = 3
 """Updates with a learning rate of zero after which no other is waited for: a warm-up from zero rests once."""
+_NARROW = (torch.bfloat16, torch.float16)
 
 
 @dataclass(slots=True, kw_only=True)
 class ParameterUpdates:
-    """What became of one parameter of the adapter over the watched updates."""
+    """One parameter of the adapter, its last known value, and what became of it over the watched updates.
 
+    Of a sharded parameter the value is that of the part that is here.
+    """
+
+    name: str
+    tensor: Tensor
+    by_method: bool
+    """Whether its method writes to it between updates."""
+    is_fed: bool = False
+    """Whether its gradient was there, and not zero, when an update could take it."""
     updates: int = 0
     """By an optimizer that was given it."""
     fed: int = 0
@@ -291,6 +193,12 @@ class ParameterUpdates:
     """Why its value could not be compared."""
     rate: float = 0.0
     """Largest learning rate that it was given."""
+    _value: list[Tensor] = field(default_factory=list)
+    _before: list[Tensor] = field(default_factory=list)
+    """The value from which the last update started; none once something else wrote to it."""
+
+    def __post_init__(self) -> None:
+        self._keep(_parts(self.tensor), [])
 
     @property
     def lost(self) -> bool:
@@ -307,50 +215,146 @@ class ParameterUpdates:
         """Whether every learning rate was zero."""
         return self.updates > 0 and self.rate == 0.0
 
+    @property
+    def is_narrow(self) -> bool:
+        """Whether its dtype may swallow an update."""
+        return self.tensor.dtype in _NARROW
 
-@dataclass(slots=True)
+    def is_kept(self) -> bool:
+        """Whether it is what it was when it was last looked at."""
+        return all(_is_same(now, then) for now, then in zip(_parts(self.tensor), self._value, strict=True))
+
+    def compare(self, *, stepping: bool) -> None:
+        """Count what something other than an update wrote, unless its optimizer is stepping: SAM goes back then.
+
+        What projects the weights after an update (a clamp, a norm) moves few of them, or all of them by less.
+        """
+        try:
+            if self.is_kept():
+                return
+            value = _parts(self.tensor)
+            undone = bool(self._before) and self._undoes(value)
+            self._keep(value, [])
+        except Exception as error:  # no fault of the step, which goes on
+            self.unreadable = f"{type(error).__name__}: {error}"
+            return
+        if not self.by_method and not stepping:
+            self.written += 1
+            self.losses += [self.updates] if undone else []
+
+    def settle(self, rate: float) -> tuple[bool, bool]:
+        """Count what an update wrote; whether it moved anything, and whether it left what it should have moved."""
+        try:
+            moved = not self.is_kept()
+            if moved:
+                self._keep(_parts(self.tensor), self._value)
+            faint = self.is_fed and bool(rate) and not moved and self._is_faint(rate)
+            stuck = self.is_fed and (self._is_rounded_away() if moved else bool(rate) and not faint)
+        except Exception as error:
+            self.unreadable = f"{type(error).__name__}: {error}"
+            return False, False
+        self.moved += moved
+        self.faint += faint
+        self.stuck += stuck
+        self.learnt += moved and self.is_fed and not stuck
+        return moved, stuck
+
+    def _keep(self, value: list[Tensor], before: list[Tensor]) -> None:
+        self._value = [part.clone() for part in value]
+        self._before = before
+
+    def _is_faint(self, rate: float) -> bool:
+        """Whether an update in proportion to the gradient is too small for float32 to show."""
+        gradient = self.tensor.grad
+        size = None if gradient is None or self.is_narrow else largest(gradient)
+        if size is None:
+            return False
+        greatest = max((float(part.abs().max()) for part in self._value if part.numel()), default=0.0)
+        return rate * float(size) < torch.finfo(self.tensor.dtype).eps * greatest
+
+    def _is_rounded_away(self) -> bool:
+        """Whether the last update left nearly all that had a gradient as it was, as a narrow dtype may."""
+        gradient = self.tensor.grad
+        if not self.is_narrow or gradient is None or gradient.layout != torch.strided:
+            return False
+        pairs = [(one != 0, moved) for one, moved in zip(_parts(gradient), self._moved(), strict=True)]
+        given = sum(int(has.sum()) for has, _ in pairs)
+        return sum(int((has & ~moved).sum()) for has, moved in pairs) > STUCK_SHARE * given
+
+    def _moved(self) -> list[Tensor]:
+        """Which elements the last update moved."""
+        return [now != then for now, then in zip(self._value, self._before, strict=True)]
+
+    def _undoes(self, value: list[Tensor]) -> bool:
+        """Whether a value is as far from the last known one as the update had moved that, and in other places."""
+        if not _distance(self._value, self._before) <= _distance(value, self._value) * (1 + 1e-6):
+            return False
+        moved = self._moved()
+        left = sum(int(((now == then) & one).sum()) for now, then, one in zip(value, self._value, moved, strict=True))
+        return left < sum(int(one.sum()) for one in moved) / 2
+
+
+def _distance(one: list[Tensor], other: list[Tensor]) -> float:
+    """How far two values are apart; parts that are the same may be infinite."""
+    pairs = [(now, then) for now, then in zip(one, other, strict=True) if not torch.equal(now, then)]
+    total: float = sum(float((now.double() - then.double()).square().sum()) for now, then in pairs) ** 0.5
+    return total
+
+
+def _is_same(now: Tensor, then: Tensor) -> bool:
+    """Whether two tensors are equal; what is no number is the same as itself."""
+    alike = (now.shape, now.dtype) == (then.shape, then.dtype)
+    return torch.equal(now, then) or (alike and torch.allclose(now, then, rtol=0.0, atol=0.0, equal_nan=True))
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that one is made of, as far as they are here."""
+    return [part for _, part in plain_parts(tensor.detach())]
+
+
 class Updates:
-    """Watches every optimizer that steps, by hooks that torch calls for all of them."""
+    """Watches every optimizer that steps, by hooks that torch calls for all of them.
 
-    gradients: Gradients
-    steps: int = 0
-    optimizers: dict[int, OptimizerSeen] = field(default_factory=dict)
-    parameters: dict[str, ParameterUpdates] = field(default_factory=dict)
-    _names: dict[int, str] = field(default_factory=dict)
-    _values: dict[int, KeptValue] = field(default_factory=dict)
-    _by_method: frozenset[int] = frozenset()
-    _fed: set[int] = field(default_factory=set)
-    """Parameters whose gradient was there, and not zero, when an update could take it."""
-    _stepping: int = 0
-    """Optimizers that are stepping: one may hold another, and what it writes before that steps is its own."""
-    _before_call: tuple[int, int] = (0, 0)
-    """Updates, and parameters that had learnt, before the last call."""
+    Args:
+        tree: the model as it is before the first update.
+        gradients: that reach its parameters.
+    """
 
-    def begin(self, model: Model) -> None:
-        """Take the values from which the first update starts."""
-        for name, tensor in trained_parameters(model).items():
-            if not tensor.is_meta:
-                self._names[id(tensor)] = name
-                self._values[id(tensor)] = KeptValue(tensor)
-        self._by_method = written_by_method(model)
-        self.parameters = {self._names[key]: ParameterUpdates() for key in self._values}
+    def __init__(self, tree: ModelTree, gradients: Gradients) -> None:
+        written = written_by_method(tree)
+        self.gradients = gradients
+        self.steps = 0
+        self.optimizers: dict[int, OptimizerSeen] = {}
+        self._parameters = {
+            id(tensor): ParameterUpdates(name=name, tensor=tensor, by_method=id(tensor) in written)
+            for name, tensor in trained_parameters(tree).items()
+            if not tensor.is_meta
+        }
+        self._stepping = 0
+        """Optimizers that are stepping: one may hold another, and what it writes before that steps is its own."""
+        self._before_call = (0, 0)
+        """Updates, and parameters that had learnt, before the last call."""
 
-    def goes_on(self, model: Model) -> bool:
+    def by_name(self) -> dict[str, ParameterUpdates]:
+        """What became of each parameter."""
+        return {one.name: one for one in self._parameters.values()}
+
+    def goes_on(self, tree: ModelTree) -> bool:
         """Whether the same parameters are there, as the last call left them: nothing has updated them unseen."""
-        here = {id(tensor): name for name, tensor in trained_parameters(model).items() if not tensor.is_meta}
-        return here == self._names and all(
-            key in self._by_method or value.is_last() for key, value in self._values.items()
+        here = {id(tensor): name for name, tensor in trained_parameters(tree).items() if not tensor.is_meta}
+        known = self._parameters
+        return here == {key: one.name for key, one in known.items()} and all(
+            one.by_method or one.is_kept() for one in known.values()
         )
 
     def begin_call(self) -> None:
         """Note what had been seen before a call."""
-        self._before_call = self.steps, self._learnt()
-        self._stepping = 0
+        self._before_call, self._stepping = (self.steps, self._learnt()), 0
 
     def end_call(self) -> None:
         """Compare with what the last update left."""
-        for key in self._values:
-            self._compare(key)
+        for one in self._parameters.values():
+            one.compare(stepping=self._stepping > 0)
 
     def before(self, optimizer: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Global optimizer hook: nothing has moved and, without a closure, the gradients are complete."""
@@ -371,25 +375,24 @@ class Updates:
             {key: watched if value is closure else value for key, value in kwargs.items()},
         )
 
-    def after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def after(self, optimizer: Any) -> None:
         """Global optimizer hook: the optimizer's state exists from here on."""
         self._stepping = max(self._stepping - 1, 0)
         self._settle(optimizer)
-        for key, rate in self._given(optimizer).items():
-            seen = self.parameters[self._names[key]]
-            seen.updates += 1
-            seen.fed += key in self._fed
-            seen.rate = max(seen.rate, rate)
-            self._fed.discard(key)
-            self.gradients.waiting.discard(key)
+        for one, rate in self._given(optimizer):
+            one.updates += 1
+            one.fed += one.is_fed
+            one.rate = max(one.rate, rate)
+            one.is_fed = False
+            self.gradients.waiting.discard(id(one.tensor))
         self.optimizers[id(optimizer)] = describe(optimizer)
         self.steps += 1
 
     def pending(self) -> bool:
         """Whether another call may show what these did not."""
         if not self.steps:  # something that is no optimizer of torch writes, or none has stepped yet
-            return not any(one.written for one in self.parameters.values())
-        seen = [one for one in self.parameters.values() if one.updates]
+            return not any(one.written for one in self._parameters.values())
+        seen = [one for one in self._parameters.values() if one.updates]
         if not seen:
             return self.steps < LEAST_UPDATES
         if any(one.updates < LEAST_UPDATES or (one.lost and one.losses == [1]) for one in seen):
@@ -403,70 +406,28 @@ class Updates:
         return self.steps == steps or self._learnt() > learnt or warming
 
     def _learnt(self) -> int:
-        return sum(one.learnt > 0 for one in self.parameters.values())
+        return sum(one.learnt > 0 for one in self._parameters.values())
 
-    def _given(self, optimizer: Any) -> dict[int, float]:
+    def _given(self, optimizer: Any) -> list[tuple[ParameterUpdates, float]]:
         """The adapter's parameters that an optimizer updates, with their learning rates."""
-        rates: dict[int, float] = {}
-        for group in optimizer.param_groups:
-            rate = rate_of(group)
-            rates |= {id(value): rate for value in group["params"] if id(value) in self._values}
-        return rates
+        rates = {id(value): rate_of(group) for group in optimizer.param_groups for value in group["params"]}
+        return [(self._parameters[key], rate) for key, rate in rates.items() if key in self._parameters]
 
     def _take(self, optimizer: Any) -> None:
         """Look at the values, and at the gradients that the update is about to take."""
         self.gradients.note_by_hand()
-        for key in self._given(optimizer):
-            self._compare(key)
-            gradient = self._values[key].tensor.grad
-            fed = gradient is not None and key in self.gradients.waiting and _is_nonzero(gradient)
-            (self._fed.add if fed else self._fed.discard)(key)
+        for one, _ in self._given(optimizer):
+            one.compare(stepping=self._stepping > 0)
+            gradient = one.tensor.grad
+            one.is_fed = gradient is not None and id(one.tensor) in self.gradients.waiting and _is_nonzero(gradient)
 
     def _settle(self, optimizer: Any) -> None:
         """Count what an update has changed since the values were looked at."""
-        given = self._given(optimizer)
-        stuck = {key: self.parameters[self._names[key]].stuck for key in given}
-        moved = [self._count(key, rate) for key, rate in given.items()]
-        self.gradients.moved += any(moved)
-        for key in given if not any(moved) else ():
-            seen = self.parameters[self._names[key]]
-            seen.idle += seen.stuck > stuck[key] and not self._values[key].is_narrow
-
-    def _count(self, key: int, rate: float) -> bool:
-        """Count an update of one parameter; one that cannot be read is no fault of the step, which goes on."""
-        seen = self.parameters[self._names[key]]
-        try:
-            return self._counted(self._values[key], rate, seen, fed=key in self._fed)
-        except Exception as error:
-            seen.unreadable = f"{type(error).__name__}: {error}"
-            return False
-
-    def _counted(self, value: KeptValue, rate: float, seen: ParameterUpdates, *, fed: bool) -> bool:
-        if not value.settle():
-            if fed and rate:
-                faint = value.is_faint(rate)
-                seen.faint += faint
-                seen.stuck += not faint
-            return False
-        seen.moved += 1
-        if fed:
-            stuck = value.is_stuck()
-            seen.stuck += stuck
-            seen.learnt += not stuck
-        return True
-
-    def _compare(self, key: int) -> None:
-        """Count what has been written since the last update."""
-        seen = self.parameters[self._names[key]]
-        try:
-            written, undone = self._values[key].written()
-        except Exception as error:
-            seen.unreadable = f"{type(error).__name__}: {error}"
-            return
-        if key not in self._by_method and not self._stepping:  # SAM goes back to where it was within its step
-            seen.written += written
-            if undone:
-                seen.losses.append(seen.updates)
+        found = [(one, *one.settle(rate)) for one, rate in self._given(optimizer)]
+        any_moved = any(moved for _, moved, _ in found)
+        self.gradients.moved += any_moved
+        for one, _, stuck in found:
+            one.idle += stuck and not any_moved and not one.is_narrow
 
 
 def _is_nonzero(gradient: Tensor) -> bool:

@@ -15,12 +15,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kernels_check.observe.modules import Model, backward_task, every_module, every_parameter, largest
+from kernels_check.observe.modules import backward_task, largest
 
 _WRAPS = ("module", "base_model", "model")
 """Attributes under which a wrapper holds what it wraps: DistributedDataParallel, PEFT, models with a head."""
@@ -46,8 +47,10 @@ class ModelCall:
     """Calls that it made of what the module wraps."""
     loss_gradients: list[Tensor] = field(default_factory=list)
     """What reached the loss that it returned, in each backward pass; of a call outside of all others."""
-    losses: list[LossMade] = field(default_factory=list)
-    """How that loss was made; none where it has no gradient."""
+    parts: list[CrossEntropy] = field(default_factory=list)
+    """The cross entropies that the loss is made of; what is none, such as a term that balances experts, is left out."""
+    unread: list[str] = field(default_factory=list)
+    """Why some of them are not known."""
     number: int | None = None
     """Of the call in the log of all calls, where there is one."""
 
@@ -150,11 +153,10 @@ def special_tokens(
     return frozenset(found)
 
 
-def configurations(model: Model) -> Iterator[Any]:
+def configurations(model: nn.Module) -> Iterator[Any]:
     """Of the model, of what it wraps, and of their parts, such as the text of a vision model."""
     seen: set[int] = set()
-    modules = list(every_module(model))
-    waiting = [getattr(module, name, None) for name in ("config", "generation_config") for module in modules]
+    waiting = [getattr(module, name, None) for name in ("config", "generation_config") for module in model.modules()]
     while waiting:
         config = waiting.pop()
         if hasattr(config, "__dict__") and id(config) not in seen:
@@ -186,14 +188,14 @@ class BackwardPass:
 class BackwardPasses:
     """Notes the passes of a step, which write gradients of ``model``."""
 
-    model: Model
+    model: nn.Module
     _trained: dict[int, Tensor] = field(init=False)
     _last: BackwardPass | None = None
     _updated: bool = False
     _updating: int = 0
 
     def __post_init__(self) -> None:
-        self._trained = {id(value): value for value in every_parameter(self.model) if value.requires_grad}
+        self._trained = {id(value): value for value in self.model.parameters() if value.requires_grad}
 
     def current(self) -> BackwardPass:
         """The pass that is under way; to be asked before it has written any gradient."""
@@ -214,24 +216,33 @@ class BackwardPasses:
         self._updating, self._updated = max(self._updating - 1, 0), True
 
 
-def sums_of(passes: Iterable[tuple[BackwardPass, bool]]) -> dict[BackwardPass, int] | str:
-    """Which passes add up: the number of the sum that each belongs to; or why that is unknown.
+class _UnreadError(RuntimeError):
+    """Why it is unknown over which tokens a loss is."""
+
+
+def _sums_of(passes: Mapping[BackwardPass, bool]) -> dict[BackwardPass, int]:
+    """Which passes add up: the number of the sum that each belongs to.
 
     Args:
-        passes: in the order in which they began, each once, with whether it gave any gradient.
+        passes: in the order in which they began, with whether each gave any gradient.
+
+    Raises:
+        _UnreadError: it is unknown.
     """
     sums: dict[BackwardPass, int] = {}
     number, given = 0, False
-    for one, gives in passes:
-        if given:
-            if one.anew and not one.after_update and not one.in_update:
-                return (
-                    "the gradients of an earlier pass were gone before the next, with no update between them: it is "
-                    "unknown which passes the update rests on"
-                )
-            if one.after_update and not one.anew:
-                return "the gradients that an update had taken were still there when the next pass added to them"
-            number, given = (number + 1, False) if one.anew else (number, given)
+    for one, gives in passes.items():
+        if given and one.anew and not one.after_update and not one.in_update:
+            raise _UnreadError(
+                "the gradients of an earlier pass were gone before the next, with no update between them: it is "
+                "unknown which passes the update rests on"
+            )
+        if given and one.after_update and not one.anew:
+            raise _UnreadError(
+                "the gradients that an update had taken were still there when the next pass added to them"
+            )
+        if given and one.anew:
+            number, given = number + 1, False
         sums[one] = number
         given = given or gives
     return sums
@@ -267,58 +278,58 @@ class CrossEntropy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LossMade:
-    """How a loss was made."""
+class LossReader:
+    """Finds the cross entropies of a step's losses, and keeps what reaches each until its hooks are taken off."""
 
-    parts: tuple[CrossEntropy, ...] = ()
-    """What is not a cross entropy, such as a term that balances experts, is left out."""
-    unread: str | None = None
-    """Why they are not known."""
+    passes: BackwardPasses
+    """That are under way when a gradient arrives."""
+    hooks: ExitStack
+    guard: Callable[[Any], Any]
+    """What hooks are wrapped in."""
 
+    def read(self, call: ModelCall, output: Any) -> None:
+        """Read what a call of the model has returned."""
+        loss = find_loss(output)
+        if loss is not None and loss.requires_grad:
+            self.hooks.push(loss.register_hook(self.guard(lambda gradient: _keep(call, gradient))))
+            try:
+                for operator in _operators(loss.grad_fn):
+                    part = _read(operator)
+                    call.parts.append(part)
+                    self.hooks.push(operator.register_prehook(self.guard(partial(self._arrive, part))))
+            except _UnreadError as error:
+                call.unread.append(str(error))
+            except Exception as error:  # an exception here would be the step's
+                call.unread.append(f"the loss could not be read: {type(error).__name__}: {error}")
+        self._read_log_probs(call, output)
 
-def read_loss(loss: Tensor, passes: BackwardPasses, hooks: ExitStack, shield: Callable[[Any], Any]) -> LossMade:
-    """Find the cross entropies in a loss, and keep what reaches them until ``hooks`` is closed.
+    def _read_log_probs(self, call: ModelCall, output: Any) -> None:
+        """Read log-probabilities of single tokens that a model returns for its caller to make a loss of.
 
-    Args:
-        loss: of one element, with its graph.
-        passes: that are under way when a gradient arrives.
-        hooks: takes the hooks.
-        shield: what hooks are wrapped in.
-    """
-    try:
-        parts = []
-        for operator in _operators(loss.grad_fn):
-            part = _read(operator)
-            if isinstance(part, str):
-                return LossMade(unread=part)
-            parts.append(part)
-            hooks.push(operator.register_prehook(shield(_keeping(part, passes))))
-    except Exception as error:  # an exception here would be the step's
-        return LossMade(unread=f"the loss could not be read: {type(error).__name__}: {error}")
-    return LossMade(parts=tuple(parts))
-
-
-def read_log_probs(output: Any, passes: BackwardPasses, hooks: ExitStack, shield: Callable[[Any], Any]) -> LossMade:
-    """Find what reaches the log-probabilities of single tokens that a model returns for its caller to make a loss of.
-
-    TRL's trainers do so from version 1.16 on: ``log_probs`` and ``label_mask``, both of [rows, tokens - 1]. The
-    arguments are those of ``read_loss``.
-    """
-    log_probs, mask = getattr(output, "log_probs", None), getattr(output, "label_mask", None)
-    if not (isinstance(log_probs, Tensor) and isinstance(mask, Tensor)) or not log_probs.requires_grad:
-        return LossMade()
-    with torch.no_grad():
+        TRL's trainers do so from version 1.16 on: ``log_probs`` and ``label_mask``, both of [rows, tokens - 1].
+        """
+        log_probs, mask = getattr(output, "log_probs", None), getattr(output, "label_mask", None)
+        if not (isinstance(log_probs, Tensor) and isinstance(mask, Tensor)) or not log_probs.requires_grad:
+            return
         part = CrossEntropy(tokens=mask.sum(), mean=False)
 
-    def keep(gradient: Tensor) -> None:
-        with torch.no_grad():
-            weights = -gradient
+        def keep(gradient: Tensor) -> None:
+            weights = -gradient.detach()
             most = weights.masked_fill(~mask, -torch.inf).amax()
             least = weights.masked_fill(~mask, torch.inf).amin()
-            part.arrivals.append(Arrival(gradient=most, during=passes.current(), spread=most - least))
+            part.arrivals.append(Arrival(gradient=most, during=self.passes.current(), spread=most - least))
 
-    hooks.push(log_probs.register_hook(shield(keep)))
-    return LossMade(parts=(part,))
+        call.parts.append(part)
+        self.hooks.push(log_probs.register_hook(self.guard(keep)))
+
+    def _arrive(self, part: CrossEntropy, gradients: tuple[Tensor | None, ...]) -> None:
+        (gradient,) = gradients
+        if gradient is not None:
+            part.arrivals.append(Arrival(gradient=gradient.detach(), during=self.passes.current()))
+
+
+def _keep(call: ModelCall, gradient: Tensor) -> None:
+    call.loss_gradients.append(gradient.detach())
 
 
 def _operators(root: Any) -> Iterator[Any]:
@@ -340,27 +351,20 @@ def _is_number(node: Any, place: int) -> bool:
     return all(size == 1 for size in node._input_metadata[place].shape)
 
 
-def _read(operator: Any) -> CrossEntropy | str:
+def _read(operator: Any) -> CrossEntropy:
     if operator._saved_reduction not in (_MEAN, _SUM):
-        return "the loss weighs each token by itself"
+        raise _UnreadError("the loss weighs each token by itself")
     if operator._raw_saved_weight.data is not None:
-        return "the loss weighs each target by its class"
+        raise _UnreadError("the loss weighs each target by its class")
     kept = operator._raw_saved_target
     if kept.unpack_hook is not None:  # to ask for it would compute again, or fetch, what the backward pass asks for
-        return "what the loss is over was put away until the backward pass, as by a checkpoint or by offloading"
+        raise _UnreadError(
+            "what the loss is over was put away until the backward pass, as by a checkpoint or by offloading"
+        )
     ignored = (operator._saved_ignore_index + _SIGN) % _WRAP - _SIGN
     with torch.no_grad():
         tokens = (kept.data != ignored).sum()
     return CrossEntropy(tokens=tokens, mean=operator._saved_reduction == _MEAN)
-
-
-def _keeping(part: CrossEntropy, passes: BackwardPasses) -> Callable[[Any], None]:
-    def keep(gradients: tuple[Tensor | None, ...]) -> None:
-        (gradient,) = gradients
-        if gradient is not None:
-            part.arrivals.append(Arrival(gradient=gradient.detach(), during=passes.current()))
-
-    return keep
 
 
 _EXACT = 1e-3
@@ -396,88 +400,71 @@ class LossSeen:
 
 def loss_of_step(calls: Sequence[ModelCall]) -> LossSeen:
     """Read the passes of a step from its calls of the model."""
-    trained = [call for call in calls if call.gradients]
+    try:
+        return LossSeen(passes=tuple(_passes([call for call in calls if call.gradients])))
+    except _UnreadError as error:
+        return LossSeen(unseen=str(error))
+
+
+def _passes(trained: Sequence[ModelCall]) -> list[LossPass]:
     if not trained:
-        return LossSeen(unseen="no call of the model itself with gradients was seen")
-    problem = next((problem for call in trained if (problem := _problem(call)) is not None), None)
-    if problem is not None:
-        return LossSeen(unseen=problem)
-    backwards = _backwards(trained)
-    sums = sums_of(backwards)
-    if isinstance(sums, str):
-        return LossSeen(unseen=sums)
-    passes = []
-    for number in sorted(set(sums.values())):
-        for call in trained:
-            found = _pass(call, number, {one for one, place in sums.items() if place == number})
-            if isinstance(found, str):
-                return LossSeen(unseen=found)
-            passes += [] if found is None else [found]
+        raise _UnreadError("no call of the model itself with gradients was seen")
+    for call in trained:
+        _refuse_unread(call)
+    gives: dict[BackwardPass, bool] = {}
+    for part in (part for call in trained for part in call.parts):
+        for arrival in part.arrivals:
+            given = int(part.tokens) > 0 and float(arrival.gradient) != 0
+            gives[arrival.during] = given or gives.get(arrival.during, False)
+    sums = _sums_of({one: gives[one] for one in sorted(gives, key=lambda one: one.task)})
+    numbers = sorted(set(sums.values()))
+    found = [_pass(call, number, sums) for number in numbers for call in trained]
+    passes = [one for one in found if one is not None]
     if not any(one.weight for one in passes if one.tokens) and any(one.tokens for one in passes):
-        return LossSeen(unseen="the gradient of the loss is zero for every token")
-    return LossSeen(passes=tuple(passes))
+        raise _UnreadError("the gradient of the loss is zero for every token")
+    return passes
 
 
-def _problem(call: ModelCall) -> str | None:
-    """Why it is unknown over which tokens the loss of a call is."""
-    labels = call.arguments.get("labels")
-    given = [call.arguments.get("shift_labels"), labels]
-    tokens = [one for one in given if isinstance(one, Tensor) and not one.is_floating_point()]
+def _refuse_unread(call: ModelCall) -> None:
+    """Raise _UnreadError where it is unknown over which tokens the loss of a call is."""
+    labels = [call.arguments.get(name) for name in ("shift_labels", "labels")]
+    tokens = [one for one in labels if isinstance(one, Tensor) and not one.is_floating_point()]
     if not tokens:
-        return "the model was given no labels of tokens: its loss is made elsewhere"
+        raise _UnreadError("the model was given no labels of tokens: its loss is made elsewhere")
     if all(one.dim() <= 1 for one in tokens):
-        return "the labels are of whole rows, not of tokens"
-    if not call.loss_gradients and not any(part.arrivals for part in _parts(call)):
-        return "nothing went back through the loss that the model returned: another was trained on, or none"
-    unread = next((made.unread for made in call.losses if made.unread is not None), None)
-    if unread is not None:
-        return unread
-    if not any(part.arrivals for part in _parts(call)):
-        return (
+        raise _UnreadError("the labels are of whole rows, not of tokens")
+    arrived = any(part.arrivals for part in call.parts)
+    if not call.loss_gradients and not arrived:
+        raise _UnreadError(
+            "nothing went back through the loss that the model returned: another was trained on, or none"
+        )
+    if call.unread:
+        raise _UnreadError(call.unread[0])
+    if not arrived:
+        raise _UnreadError(
             "the loss that the model returned holds no cross entropy that can be read, as where it is compiled, or "
             "made by a fused kernel"
         )
-    return None
 
 
-def _parts(call: ModelCall) -> list[CrossEntropy]:
-    return [part for made in call.losses for part in made.parts]
-
-
-def _backwards(calls: Sequence[ModelCall]) -> list[tuple[BackwardPass, bool]]:
-    """The backward passes, and whether each gave a gradient to any token."""
-    gives: dict[BackwardPass, bool] = {}
-    for call in calls:
-        for part in _parts(call):
-            for arrival in part.arrivals:
-                given = int(part.tokens) > 0 and float(arrival.gradient) != 0
-                gives[arrival.during] = given or gives.get(arrival.during, False)
-    return sorted(gives.items(), key=lambda item: item[0].task)
-
-
-def _pass(call: ModelCall, number: int, backwards: set[BackwardPass]) -> LossPass | str | None:
+def _pass(call: ModelCall, number: int, sums: Mapping[BackwardPass, int]) -> LossPass | None:
     """What a call gave to one sum of gradients; None where it gave nothing."""
-    arrived = [
-        (part, [arrival.gradient for arrival in part.arrivals if arrival.during in backwards]) for part in _parts(call)
-    ]
-    arrived = [(part, gradients) for part, gradients in arrived if gradients]
+    arrived = [(part, [one for one in part.arrivals if sums[one.during] == number]) for part in call.parts]
+    arrived = [(part, arrivals) for part, arrivals in arrived if arrivals]
     if not arrived:
         return None
-    counts = [int(part.tokens) for part, _ in arrived]
-    weights = [_weight(part, gradients) for part, gradients in arrived]
-    narrow = any(gradient.element_size() < 4 for _, gradients in arrived for gradient in gradients)
-    tolerance = _NARROW if narrow else _EXACT
-    live = [weight for weight, count in zip(weights, counts, strict=True) if count]
+    live = [_weight(part, arrivals) for part, arrivals in arrived if int(part.tokens)]
+    every = [one for _, arrivals in arrived for one in arrivals]
+    tolerance = _NARROW if any(one.gradient.element_size() < 4 for one in every) else _EXACT
+    largest_weight = max(map(abs, live), default=0.0)
     if not all(map(math.isfinite, live)):
-        return "the gradient of the loss is not finite"
-    arrivals = (one for part, _ in arrived for one in part.arrivals if one.during in backwards)
-    spread = max((float(one.spread) for one in arrivals if one.spread is not None), default=0.0)
-    if spread > tolerance * max(map(abs, live), default=0.0):
-        return "the loss weighs each token by itself"
-    if live and max(live) - min(live) > tolerance * max(map(abs, live)):
-        return f"the loss of one pass is made of {len(live)} cross entropies of different weights"
+        raise _UnreadError("the gradient of the loss is not finite")
+    if any(one.spread is not None and float(one.spread) > tolerance * largest_weight for one in every):
+        raise _UnreadError("the loss weighs each token by itself")
+    if live and max(live) - min(live) > tolerance * largest_weight:
+        raise _UnreadError(f"the loss of one pass is made of {len(live)} cross entropies of different weights")
     return LossPass(
-        tokens=sum(counts),
+        tokens=sum(int(part.tokens) for part, _ in arrived),
         positions=_positions(call.arguments),
         weight=live[0] if live else 0.0,
         tolerance=tolerance,
@@ -486,9 +473,9 @@ def _pass(call: ModelCall, number: int, backwards: set[BackwardPass]) -> LossPas
     )
 
 
-def _weight(part: CrossEntropy, gradients: Sequence[Tensor]) -> float:
-    total = sum(float(gradient) for gradient in gradients)
-    return total / max(int(part.tokens), 1) if part.mean else total
+def _weight(part: CrossEntropy, arrivals: Sequence[Arrival]) -> float:
+    total = sum(float(one.gradient) for one in arrivals)
+    return total / int(part.tokens) if part.mean else total
 
 
 def _positions(arguments: Mapping[str, Any]) -> int:

@@ -43,21 +43,18 @@ class ModelTree:
     """By the name of the function, see ``reading``."""
 
     @classmethod
-    def of(cls, model: Model) -> ModelTree:
+    def of(cls, model: nn.Module | ModelTree) -> ModelTree:
         """Read a model; one that has been read stays as it was."""
         if isinstance(model, ModelTree):
             return model
         return cls(model=model, modules=tuple(model.named_modules()), parameters=tuple(model.named_parameters()))
 
 
-Model: TypeAlias = nn.Module | ModelTree
-
-
-def reading(read: Callable[[ModelTree], _T]) -> Callable[[Model], _T]:
+def reading(read: Callable[[ModelTree], _T]) -> Callable[[nn.Module | ModelTree], _T]:
     """What is read of a model, and of a tree only once."""
 
     @wraps(read)
-    def kept(model: Model) -> _T:
+    def kept(model: nn.Module | ModelTree) -> _T:
         tree = ModelTree.of(model)
         if read.__qualname__ not in tree.readings:
             tree.readings[read.__qualname__] = read(tree)
@@ -65,26 +62,6 @@ def reading(read: Callable[[ModelTree], _T]) -> Callable[[Model], _T]:
         return found
 
     return kept
-
-
-def named_modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
-    """Every module once, by the first of its names; the model itself is called ``""``."""
-    return iter(model.modules) if isinstance(model, ModelTree) else model.named_modules()
-
-
-def every_module(model: Model) -> Iterator[nn.Module]:
-    """Every module once."""
-    return (module for _, module in named_modules(model))
-
-
-def named_parameters(model: Model) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter once, by the first of its names."""
-    return iter(model.parameters) if isinstance(model, ModelTree) else model.named_parameters()
-
-
-def every_parameter(model: Model) -> Iterator[nn.Parameter]:
-    """Every parameter once."""
-    return (parameter for _, parameter in named_parameters(model))
 
 
 @reading
@@ -339,73 +316,12 @@ class Modes:
     """The train/eval mode of every module."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._modes = [(module, module.training) for module in every_module(model)]
+        self._modes = [(module, module.training) for module in model.modules()]
 
     def restore(self) -> None:
         """Set every module back, one by one: ``model.train()`` would lose a mixture."""
         for module, training in self._modes:
             module.training = training
-
-
-class _Parameters:
-    """Values of the parameters that train, and gradients of all."""
-
-    def __init__(self) -> None:
-        self._values: dict[int, tuple[Tensor, Tensor]] = {}
-        self._gradients: dict[int, tuple[Tensor, Tensor | None, Tensor | None]] = {}
-
-    def add_gradient(self, parameter: Tensor) -> None:
-        gradient = parameter.grad
-        self._gradients[id(parameter)] = parameter, gradient, None if gradient is None else gradient.detach().clone()
-
-    def add_value(self, parameter: Tensor) -> None:
-        if id(parameter) not in self._values:
-            self._values[id(parameter)] = parameter, parameter.detach().clone()
-
-    def restore(self) -> None:
-        for parameter, value in self._values.values():
-            if parameter.dtype == value.dtype and parameter.shape == value.shape:
-                parameter.detach().copy_(value)
-            else:  # bitsandbytes casts a bias in the first forward
-                parameter.data = value
-        for parameter, gradient, kept in self._gradients.values():
-            if gradient is not None and kept is not None:
-                gradient.copy_(kept)
-            parameter.grad = gradient
-
-
-class _OptimizerState:
-    """State and parameter groups of one optimizer."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
-        self._state = [(parameter, state, _copied(state)) for parameter, state in optimizer.state.items()]
-        self._groups = [(group, _copied(group)) for group in optimizer.param_groups]
-
-    def restore(self) -> None:
-        self._optimizer.state.clear()
-        for parameter, state, kept in self._state:
-            _put_back(state, kept)
-            self._optimizer.state[parameter] = state
-        self._optimizer.param_groups[:] = [group for group, _ in self._groups]
-        for group, kept in self._groups:
-            _put_back(group, kept)
-
-
-def _copied(values: Any) -> dict[Any, tuple[Any, Any]]:
-    """Each value, with a copy of it where it is a tensor."""
-    return {
-        key: (value, value.detach().clone() if isinstance(value, Tensor) else None)
-        for key, value in values.items()
-    }  # fmt: skip
-
-
-def _put_back(values: Any, kept: dict[Any, tuple[Any, Any]]) -> None:
-    values.clear()
-    for key, (value, copy) in kept.items():
-        if copy is not None:
-            value.detach().copy_(copy)
-        values[key] = value
 
 
 @contextmanager
@@ -419,20 +335,23 @@ def restored(model: nn.Module) -> Iterator[None]:
     gradient scalers, data iterators and what a step counts in objects of its own.
     """
     synchronise()
-    parameters, modes, numbers = _Parameters(), Modes(model), RandomState()
-    for parameter in every_parameter(model):
-        parameters.add_gradient(parameter)
-        if parameter.requires_grad:
-            parameters.add_value(parameter)
-    states: dict[int, _OptimizerState] = {}
+    modes, numbers = Modes(model), RandomState()
+    gradients = [(parameter, parameter.grad, _copied(parameter.grad)) for parameter in model.parameters()]
+    values = {id(value): (value, value.detach().clone()) for value in model.parameters() if value.requires_grad}
+    groups = dict[int, tuple[Optimizer, list[Any]]]()
+    mappings = list[tuple[Any, dict[Any, Any], dict[Any, Tensor]]]()
+    """Of the optimizers' states and groups: each mapping, what it held, and copies of the tensors in it."""
 
     def before_update(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if id(optimizer) not in states:
-            states[id(optimizer)] = _OptimizerState(optimizer)
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if parameter.requires_grad or parameter.grad is not None:
-                        parameters.add_value(parameter)
+        if id(optimizer) in groups:
+            return
+        groups[id(optimizer)] = optimizer, list(optimizer.param_groups)
+        for mapping in (optimizer.state, *optimizer.state.values(), *optimizer.param_groups):
+            copies = {key: value.detach().clone() for key, value in mapping.items() if isinstance(value, Tensor)}
+            mappings.append((mapping, dict(mapping), copies))
+        for value in (value for group in optimizer.param_groups for value in group["params"]):
+            if id(value) not in values and (value.requires_grad or value.grad is not None):
+                values[id(value)] = value, value.detach().clone()
 
     handle = register_optimizer_step_pre_hook(before_update)
     try:
@@ -441,11 +360,32 @@ def restored(model: nn.Module) -> Iterator[None]:
         handle.remove()
         synchronise()
         with torch.no_grad():
-            parameters.restore()
-            for state in states.values():
-                state.restore()
+            for parameter, value in values.values():
+                _put_back(parameter, value)
+            for parameter, gradient, kept in gradients:
+                if gradient is not None and kept is not None:
+                    gradient.copy_(kept)
+                parameter.grad = gradient
+            for mapping, held, copies in mappings:
+                mapping.clear()
+                mapping.update(held)
+                for key, copy in copies.items():
+                    held[key].detach().copy_(copy)
+            for optimizer, kept_groups in groups.values():
+                optimizer.param_groups[:] = kept_groups
         modes.restore()
         numbers.restore()
+
+
+def _copied(gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else gradient.detach().clone()
+
+
+def _put_back(parameter: Tensor, value: Tensor) -> None:
+    if parameter.dtype == value.dtype and parameter.shape == value.shape:
+        parameter.detach().copy_(value)
+    else:  # bitsandbytes casts a bias in the first forward
+        parameter.data = value
 
 
 def synchronise() -> None:

@@ -251,7 +251,7 @@ MOST_CALLS = 8
 
 
 class StepObserver:
-    """Observes the steps of one model, each between ``begin`` and ``end``.
+    """Observes the steps of one model, each inside ``step``.
 
     Args:
         model: that the steps train; held weakly.
@@ -260,10 +260,8 @@ class StepObserver:
     def __init__(self, model: nn.Module) -> None:
         self._reference = weakref.ref(model, lambda _: self.forget())
         self._series: _Series | None = None
-        self._recording: ProfilerRecording | None = None
-        self._recorder: CallRecorder | None = None
-        self._random: RandomState | None = None
-        self._open = ExitStack()
+        self.seen: Observation | None = None
+        """What the last step has shown; to be taken away once it is judged."""
         self.compiled = False
         """Whether code was compiled in the last step, so that its modules were not observed to the end."""
 
@@ -274,96 +272,54 @@ class StepObserver:
 
     @property
     def undecided(self) -> bool:
-        """Whether a further step may show what these did not."""
+        """Whether a further step may show more than these did."""
         series = self._series
         return series is not None and series.begun < MOST_CALLS and series.updates.pending()
 
-    def begin(self) -> None:
-        """Observe from here.
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Observe until the end of the block.
 
         Raises:
             Exception: something of the model cannot be hooked or read; nothing is left in place then.
         """
-        model, self.compiled = self._model, False
-        with ExitStack() as stack:
-            tree = ModelTree.of(model)
-            series = self._continued(tree)
-            recording = None if is_recording() else ProfilerRecording()
-            recorder = CallRecorder(tree, series.guard, marked=recording is not None)
-            stack.enter_context(series.hooked(tree, recorder.backwards))
-            stack.enter_context(recorder.hooked())
-            handler = import_module("torch._dynamo").callback_handler  # the optimizer's step loads it anyway
-            started = series.guard(self._on_compile)
-            handler.register_start_callback(started)
-            stack.callback(handler.remove_start_callback, started)
-            series.begin_step(tree)
-            self._random, self._recording, self._recorder = RandomState(), recording, recorder
-            if recording is not None:
-                stack.enter_context(recording.opened())
-            self._open = stack.pop_all()
+        self.compiled, self.seen = False, None
+        tree = self._read()
+        series = self._continued(tree)
+        recording = None if is_recording() else ProfilerRecording()
+        recorder = CallRecorder(tree, series.guard, marked=recording is not None)
+        with series.step(tree, recorder.backwards):
+            with ExitStack() as stack:
+                stack.enter_context(recorder.hooked())
+                handler = import_module("torch._dynamo").callback_handler  # the optimizer's step loads it anyway
+                started = series.guard(partial(self._on_compile, recorder))
+                handler.register_start_callback(started)
+                stack.callback(handler.remove_start_callback, started)
+                random = RandomState()
+                if recording is not None:
+                    stack.enter_context(recording.opened())
+                yield
+            drew_random = random.advanced()
+        missing = AROUND if recording is None else None if recording.lasted else INSIDE
+        profile = recording.profile() if recording is not None and missing is None else not_recorded(str(missing))
+        self.seen = series.observe(tree.model, recorder, profile, drew_random=drew_random)
 
     @contextmanager
     def updates_only(self) -> Iterator[None]:
-        """Observe what the updates of a step do, and nothing else.
-
-        Raises:
-            Exception: something of the model cannot be hooked or read; nothing is left in place then. What fails once
-                the step has begun raises nothing, and the next step is the first then.
-        """
-        model = self._model
-        tree = ModelTree.of(model)
-        series = self._continued(tree)
-        with series.hooked(tree):
-            series.begin_step(tree)
-            try:
-                yield
-            except BaseException:
-                self.forget()
-                raise
-        try:
-            series.end_step(ModelTree.of(model))
-        except Exception:
-            self.forget()
-
-    def end(self) -> Observation:
-        """Remove everything and return what was observed.
-
-        Raises:
-            Exception: it cannot be read; everything is removed all the same.
-        """
-        random, series, recorder, recording = self._random, self._series, self._recorder, self._recording
-        self._open.close()
-        if random is None or series is None or recorder is None:
-            raise RuntimeError("no step has begun")
-        drew_random = random.advanced()
-        left = ModelTree.of(self._model)
-        series.end_step(left)
-        lasted = recording is not None and recording.lasted
-        profile = recording.profile() if recording and lasted else not_recorded(INSIDE if recording else AROUND)
-        return series.observe(left, recorder, profile, drew_random=drew_random)
-
-    def break_off(self) -> None:
-        """Remove everything and forget all steps so far."""
-        try:
-            self._open.close()
-        finally:
-            self.forget()
+        """Observe what the updates of a step do, and nothing else; see ``step``."""
+        tree = self._read()
+        with self._continued(tree).step(tree):
+            yield
 
     def forget(self) -> None:
         """Let the next step be the first."""
-        self._series = None
-        self.release()
+        self._series = self.seen = None
 
-    def release(self) -> None:
-        """Keep nothing of the last step but what the next is compared with."""
-        self._recording = self._recorder = self._random = None
-
-    @property
-    def _model(self) -> nn.Module:
+    def _read(self) -> ModelTree:
         model = self._reference()
         if model is None:
             raise RuntimeError("the model no longer exists")
-        return model
+        return ModelTree.of(model)
 
     def _continued(self, tree: ModelTree) -> _Series:
         """The series that this step continues, or a new one where something else changed the adapter since."""
@@ -372,12 +328,11 @@ class StepObserver:
             series = self._series = _Series(tree)
         return series
 
-    def _on_compile(self, started: object) -> None:
+    def _on_compile(self, recorder: CallRecorder, started: object) -> None:
         """Remove the hooks on modules where a compilation starts."""
         if not self.compiled:
             self.compiled = True
-            if self._recorder is not None:
-                self._recorder.break_off()
+            recorder.break_off()
 
 
 class _Series:
@@ -390,49 +345,72 @@ class _Series:
     def __init__(self, tree: ModelTree) -> None:
         self.guard = HookGuard()
         self.gradients = Gradients(self.guard)
-        self.updates = Updates(self.gradients)
+        self.updates = Updates(tree, self.gradients)
         self.begun = 0
         """Steps so far."""
         self._before = digest(tree)
         self._values = _fingerprints(tree)
-        self._others: list[str] = []
+        self._others: dict[str, None] = {}
         """Classes of the optimizers that stepped and hold no parameter of the model."""
-        self._own: frozenset[int] = frozenset()
         self._stepped: list[GroupSeen] = []
         self._given: dict[int, frozenset[int]] = {}
         """Parameters with a gradient before an optimizer's step that has not ended, by the optimizer."""
         self._modes: dict[str, bool] = {}
         """When the first optimizer stepped, or at the end; for where no hook records them."""
-        self.updates.begin(tree)
 
     @contextmanager
-    def hooked(self, tree: ModelTree, backwards: BackwardPasses | None = None) -> Iterator[None]:
-        """Hook parameters and optimizers; ``backwards`` takes note of the updates, too."""
+    def step(self, tree: ModelTree, backwards: BackwardPasses | None = None) -> Iterator[None]:
+        """Hook parameters and optimizers until the end of a step; ``backwards`` takes note of the updates, too."""
+        own = frozenset(id(parameter) for _, parameter in tree.parameters)
+
+        def is_own(optimizer: Any) -> bool:
+            """Whether it holds a parameter of the model; torch calls the hooks for those of other models, too."""
+            held = {id(value) for group in optimizer.param_groups for value in group["params"]}
+            return not held.isdisjoint(own) or not held.isdisjoint(map(id, tree.model.parameters()))
+
+        def begins(optimizer: Any, args: Any, kwargs: Any) -> Any:
+            if not is_own(optimizer):
+                return None
+            self._modes = self._modes or _modes(tree)
+            self._given[id(optimizer)] = with_gradient(optimizer)
+            if backwards is not None:
+                backwards.update_begins()
+            return self.updates.before(optimizer, args, kwargs)
+
+        def ends(optimizer: Any, args: Any, kwargs: Any) -> None:
+            if not is_own(optimizer):
+                self._others[class_names(optimizer)[0]] = None
+                return
+            self.updates.after(optimizer)
+            if backwards is not None:
+                backwards.update_ends()
+            self._stepped += groups_of(optimizer, self._given.pop(id(optimizer), ()))
+
         with ExitStack() as hooks:
             hooks.enter_context(self.gradients.watched(tree))
-            hooks.push(register_optimizer_step_pre_hook(self.guard(partial(self._before_update, tree, backwards))))
-            hooks.push(register_optimizer_step_post_hook(self.guard(partial(self._after_update, tree, backwards))))
-            yield
+            hooks.push(register_optimizer_step_pre_hook(self.guard(begins)))
+            hooks.push(register_optimizer_step_post_hook(self.guard(ends)))
+            self.begun += 1
+            self._stepped, self._modes = [], {}
+            self.gradients.begin_call(tree)
+            self.updates.begin_call()
+            try:
+                yield
+            except BaseException as error:
+                self.guard.fault = f"the step raised {type(error).__name__}"
+                raise
+        self.guard(self._end)(tree.model)
 
-    def begin_step(self, tree: ModelTree) -> None:
-        """A step begins."""
-        self.begun += 1
-        self._own = frozenset(id(parameter) for _, parameter in tree.parameters)
-        self._stepped, self._modes = [], {}
-        self.gradients.begin_call(tree)
-        self.updates.begin_call()
-
-    def end_step(self, left: ModelTree) -> None:
-        """It has ended."""
-        self.gradients.end_call(left)
+    def _end(self, model: nn.Module) -> None:
+        self.gradients.end_call(ModelTree.of(model))
         self.updates.end_call()
-        self._modes = self._modes or _modes(left)
 
     def observe(
-        self, left: ModelTree, recorder: CallRecorder, profile: StepProfile, *, drew_random: bool
+        self, model: nn.Module, recorder: CallRecorder, profile: StepProfile, *, drew_random: bool
     ) -> Observation:
         """Everything that was observed, for the judges."""
-        calls, values = recorder.calls(), _fingerprints(left)
+        left, calls = ModelTree.of(model), recorder.calls()
+        values = _fingerprints(left)
         return Observation(
             model=left.model,
             left=left,
@@ -445,45 +423,16 @@ class _Series:
             gradients=self.gradients.seen(left),
             changed=frozenset(name for name, value in self._values.items() if values.get(name) != value),
             modules=calls,
-            modes=calls.training() or self._modes,
+            modes=calls.training() or self._modes or _modes(left),
             drew_random=drew_random,
             model_calls=tuple(recorder.model_calls),
             reached=self.gradients.reached(left),
-            updates=self.updates.parameters,
+            updates=self.updates.by_name(),
             adapter_calls=recorder.layer_calls,
             compilations=read_compilations(),
             updated=tuple(self._stepped),
-            other_optimizers=tuple(dict.fromkeys(self._others)),
+            other_optimizers=tuple(self._others),
         )
-
-    def _before_update(
-        self, tree: ModelTree, backwards: BackwardPasses | None, optimizer: Any, args: Any, kwargs: Any
-    ) -> Any:
-        """Global optimizer hook."""
-        if not self._is_own(optimizer, tree.model):
-            return None
-        self._modes = self._modes or _modes(tree)
-        self._given[id(optimizer)] = with_gradient(optimizer)
-        if backwards is not None:
-            backwards.update_begins()
-        return self.updates.before(optimizer, args, kwargs)
-
-    def _after_update(
-        self, tree: ModelTree, backwards: BackwardPasses | None, optimizer: Any, args: Any, kwargs: Any
-    ) -> None:
-        """Global optimizer hook."""
-        if not self._is_own(optimizer, tree.model):
-            self._others.append(class_names(optimizer)[0])
-            return
-        self.updates.after(optimizer, args, kwargs)
-        if backwards is not None:
-            backwards.update_ends()
-        self._stepped += groups_of(optimizer, self._given.pop(id(optimizer), ()))
-
-    def _is_own(self, optimizer: Any, model: nn.Module) -> bool:
-        """Whether it holds a parameter of the model; torch calls the hooks for those of other models, too."""
-        held = {id(value) for group in optimizer.param_groups for value in group["params"]}
-        return not held.isdisjoint(self._own) or not held.isdisjoint(map(id, model.parameters()))
 
 
 def _modes(tree: ModelTree) -> dict[str, bool]:

@@ -12,9 +12,10 @@ text, and is counted separately.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ from kernels_check.observe.operators import AttentionCall
 PADDING = -1
 NUMBERED = ("seq_idx", "sequence_ids", "segment_ids", "document_ids")
 CUMULATED = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens", "cu_seq_lens")
+_IGNORED = -100
+"""The label that no loss is computed for."""
 PASSED_ON = "position_ids that restart at each record, seq_idx, cu_seq_lens_q, or an attention_mask of blocks"
 
 
@@ -68,8 +71,11 @@ def find_records(arguments: Mapping[str, Any], rows: int, tokens: int) -> Record
         LayoutError: names what does not fit, with both shapes.
     """
     first: Records | None = None
-    for name, value, read in _sources(arguments):
-        numbers = read(name, value, rows, tokens)
+    for name in (*NUMBERED, *CUMULATED, "position_ids", "attention_mask"):
+        value = arguments.get(name)
+        if isinstance(value, Mapping):  # a mask for each kind of layer
+            value = next((one for one in value.values() if isinstance(one, Tensor)), None)
+        numbers = _numbers(name, value, arguments, rows, tokens) if isinstance(value, Tensor) else None
         if numbers is None:
             continue
         found = Records(numbers=_without_padding(numbers, arguments), by=name)
@@ -77,6 +83,37 @@ def find_records(arguments: Mapping[str, Any], rows: int, tokens: int) -> Record
             return found
         first = first or found
     return first
+
+
+def _numbers(name: str, value: Tensor, arguments: Mapping[str, Any], rows: int, tokens: int) -> Tensor | None:
+    """What one input gives, [rows, tokens]; None where it gives none."""
+    if name in CUMULATED:
+        return _cumulated(name, value, rows, tokens)
+    if name == "attention_mask":
+        return _masked(name, value, rows, tokens)
+    if name == "position_ids":
+        return _positioned(name, value, rows, tokens, ids=arguments.get("input_ids"))
+    return _runs(_rows(name, value, rows, tokens))
+
+
+def _cumulated(name: str, value: Tensor, rows: int, tokens: int) -> Tensor:
+    ends = value.flatten().to(torch.long)
+    if not ends.numel() or int(ends.max()) > rows * tokens or bool((ends.diff() < 0).any()):
+        raise LayoutError(f"{name} ends at {ends[-1:].tolist()}, and there are {rows} x {tokens} tokens")
+    numbers = torch.bucketize(torch.arange(rows * tokens, device=value.device), ends, right=True)
+    by_row = numbers.reshape(rows, tokens)
+    return torch.where(by_row < ends.numel(), by_row - by_row[:, :1], PADDING)
+
+
+def _positioned(name: str, value: Tensor, rows: int, tokens: int, *, ids: Any) -> Tensor:
+    if value.dim() == 3 and value.shape[0] == 3:  # time, height and width of images: they jump, and restart at zero
+        restarts = value.eq(0).all(dim=0)
+        restarts[:, 1:] &= value[:, :, :-1].ne(0).any(dim=0)
+        restarts[:, 0] = True
+        return _rows(name, restarts.cumsum(dim=1) - 1, rows, tokens)
+    positions = value[0] if value.dim() == 3 else value  # the first plane is that of the text
+    known = ids if isinstance(ids, Tensor) and ids.shape == (rows, tokens) else None
+    return record_numbers(_rows(name, positions, rows, tokens), known)
 
 
 def record_numbers(positions: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -130,49 +167,6 @@ def hidden_by(mask: Any, rows: int, length: int) -> Tensor | None:
     return ~seen.any(dim=1).expand(rows, length)
 
 
-_Read = Callable[[str, Tensor, int, int], "Tensor | None"]
-
-
-def _sources(arguments: Mapping[str, Any]) -> Iterable[tuple[str, Tensor, _Read]]:
-    readers: list[tuple[str, _Read]] = [(name, _numbered) for name in NUMBERED]
-    readers += [(name, _cumulated) for name in CUMULATED]
-    positioned = partial(_positioned, ids=arguments.get("input_ids"))
-    readers += [("position_ids", positioned), ("attention_mask", _masked)]
-    for name, read in readers:
-        value = arguments.get(name)
-        if isinstance(value, Mapping):  # a mask for each kind of layer
-            value = next((one for one in value.values() if isinstance(one, Tensor)), None)
-        if isinstance(value, Tensor):
-            yield name, value, read
-
-
-def _numbered(name: str, value: Tensor, rows: int, tokens: int) -> Tensor:
-    return _runs(_rows(name, value, rows, tokens))
-
-
-def _cumulated(name: str, value: Tensor, rows: int, tokens: int) -> Tensor:
-    ends = value.flatten().to(torch.long)
-    if not ends.numel() or int(ends.max()) > rows * tokens or bool((ends.diff() < 0).any()):
-        raise LayoutError(f"{name} ends at {ends[-1:].tolist()}, and there are {rows} x {tokens} tokens")
-    places = torch.arange(rows * tokens, device=value.device)
-    numbers = torch.bucketize(places, ends, right=True)
-    inside = numbers < ends.numel()
-    by_row = numbers.reshape(rows, tokens)
-    return torch.where(inside.reshape(rows, tokens), by_row - by_row[:, :1], PADDING)
-
-
-def _positioned(name: str, value: Tensor, rows: int, tokens: int, *, ids: Any) -> Tensor:
-    if value.dim() == 3 and value.shape[0] == 3:  # time, height and width of images: they jump, and restart at zero
-        restarts = value.eq(0).all(dim=0)
-        restarts[:, 1:] &= value[:, :, :-1].ne(0).any(dim=0)
-        restarts[:, 0] = True
-        return _rows(name, restarts.cumsum(dim=1) - 1, rows, tokens)
-    if value.dim() == 3:
-        value = value[0]  # the first plane is that of the text
-    known = ids if isinstance(ids, Tensor) and ids.shape == (rows, tokens) else None
-    return record_numbers(_rows(name, value, rows, tokens), known)
-
-
 def _masked(name: str, value: Tensor, rows: int, tokens: int) -> Tensor | None:
     if value.dim() == 2 and not value.is_floating_point() and value.dtype != torch.bool and bool((value > 1).any()):
         return _runs(_rows(name, value, rows, tokens))
@@ -213,25 +207,28 @@ def _without_padding(numbers: Tensor, arguments: Mapping[str, Any]) -> Tensor:
     return torch.where(kept, renumbered, PADDING)
 
 
-_IGNORED = -100
-"""The label that no loss is computed for."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class PaddingSeen:
     """Padding in the inputs of the calls of one step."""
 
-    tokens: int
-    padded: int
-    """Positions that are padding by all that is known."""
+    by_call: list[tuple[int, int]] = field(default_factory=list)
+    """Padded positions, by all that is known, and all positions of each call."""
     doubtful: int = 0
     """Further positions at the end of a record, in runs of one token or of a token that pads, which may be text."""
-    by: tuple[str, ...] = ()
+    by: set[str] = field(default_factory=set)
     """What in the inputs showed it."""
-    by_call: tuple[tuple[int, int], ...] = ()
-    """Padded positions and all positions of each call."""
     unseen: str | None = None
     """Why the tokens of a call could not be read."""
+
+    @property
+    def padded(self) -> int:
+        """Padded positions of all calls."""
+        return sum(padded for padded, _ in self.by_call)
+
+    @property
+    def tokens(self) -> int:
+        """All positions of all calls."""
+        return sum(total for _, total in self.by_call)
 
 
 def count_padding(tree: ModelTree, calls: Sequence[ModelCall]) -> PaddingSeen | None:
@@ -239,30 +236,28 @@ def count_padding(tree: ModelTree, calls: Sequence[ModelCall]) -> PaddingSeen | 
     trained = training_calls(calls)
     if not trained:
         return None
-    configs = list(configurations(tree))
-    named = _Named.by(configs)
-    signs, counts, doubtful, unseen = set[str](), list[tuple[int, int]](), 0, None
+    configs, seen = list(configurations(tree.model)), PaddingSeen()
     given = [one for outer in trained for one in outer.matching(names_tokens) or [outer]]
     if any(getattr(config, "is_encoder_decoder", False) is True for config in configs):
         given += [decoded for call in given for decoded in _decoded(call)]
+    ends, others = special_tokens(configs, ("pad", "eos", "bos")), special_tokens(configs, but=("pad",))
     for call in given:
-        counted = _Counted.read(call, named)
-        if counted is None:
-            unseen = f"a call of {type(call.module).__name__} was given no tokens of [rows, tokens]"
+        found = find_tokens(call.arguments)
+        if found is None:
+            seen.unseen = f"a call of {type(call.module).__name__} was given no tokens of [rows, tokens]"
             continue
-        if counted.unseen is not None:
-            unseen = counted.unseen
-        counts.append((int(counted.padded.sum()), counted.padded.numel()))
-        doubtful += int(counted.doubtful.sum())
-        signs |= counted.signs
-    return PaddingSeen(
-        tokens=sum(total for _, total in counts),
-        padded=sum(padded for padded, _ in counts),
-        doubtful=doubtful,
-        by=tuple(sorted(signs)),
-        by_call=tuple(counts),
-        unseen=unseen,
-    )
+        name, tokens = found
+        hidden = hidden_by(call.arguments.get("attention_mask"), *tokens.shape[:2])
+        padded = torch.zeros(tokens.shape[:2], dtype=torch.bool) if hidden is None else hidden.cpu()
+        is_masked = bool(padded.any())
+        seen.by |= {"attention_mask"} if is_masked else set()
+        if not tokens.is_floating_point():
+            padded, doubtful = _add_runs(call, tokens.cpu(), padded, ends, others, seen.by)
+            seen.doubtful += 0 if is_masked else int((doubtful & ~padded).sum())  # then the mask was made for the rows
+        elif not is_masked:  # a mask of ones may lie over anything
+            seen.unseen = f"{name} of {list(tokens.shape)} hides the tokens, and no attention_mask shows any padding"
+        seen.by_call.append((int(padded.sum()), padded.numel()))
+    return seen
 
 
 def _decoded(call: ModelCall) -> Iterator[ModelCall]:
@@ -274,129 +269,79 @@ def _decoded(call: ModelCall) -> Iterator[ModelCall]:
         yield replace(call, arguments=given)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Named:
-    """Tokens that the configuration names."""
+def _add_runs(
+    call: ModelCall, ids: Tensor, masked: Tensor, ends: Set[int], others: Set[int], signs: set[str]
+) -> tuple[Tensor, Tensor]:
+    """Add the runs of one token at the ends of records that anything shows to be padding.
 
-    ends: frozenset[int]
-    """They end texts, begin them, or pad."""
-    pads: frozenset[int]
-    """They pad, and are named for nothing else."""
-    holders: frozenset[int]
-    """They repeat for another reason, such as the places of an image."""
+    Args:
+        call: the call.
+        ids: its tokens, [rows, tokens], on the CPU as all else here.
+        masked: what its mask hides.
+        ends: tokens that end texts, begin them, or pad.
+        others: tokens that the configuration names for anything but padding; some repeat, such as places of an image.
+        signs: takes what shows it.
 
-    @classmethod
-    def by(cls, named: Sequence[Any]) -> _Named:
-        """Read the configurations of a model."""
-        ends = special_tokens(named, ("pad", "eos", "bos"))
-        others = special_tokens(named, but=("pad",))
-        return cls(ends=ends, pads=ends - others, holders=others - ends)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Counted:
-    """The padding of one call, [rows, tokens]."""
-
-    padded: Tensor
-    doubtful: Tensor
-    signs: frozenset[str]
-    unseen: str | None = None
-
-    @classmethod
-    def read(cls, call: ModelCall, tokens: _Named) -> _Counted | None:
-        """Count one call; None where it had no tokens."""
-        found = find_tokens(call.arguments)
-        if found is None:
-            return None
-        rows, length = found[1].shape[:2]
-        hidden = hidden_by(call.arguments.get("attention_mask"), rows, length)
-        signs = {"attention_mask"} if hidden is not None and bool(hidden.any()) else set()
-        if found[1].is_floating_point():
-            nothing = torch.zeros(rows, length, dtype=torch.bool)
-            unseen = None
-            if not signs:  # a mask of ones may lie over anything
-                unseen = (
-                    f"{found[0]} of {list(found[1].shape)} hides the tokens, and no attention_mask shows any padding"
-                )
-            return cls(
-                padded=nothing if hidden is None else hidden, doubtful=nothing, signs=frozenset(signs), unseen=unseen
-            )
-        ids = found[1]
-        masked = torch.zeros_like(ids, dtype=torch.bool) if hidden is None else hidden.to(ids.device)
-        numbers = _records(call, ids).numbers.to(ids.device)
-        runs, spare = _end_runs(ids, numbers)
-        runs &= ~_among(ids, tokens.holders)
-        ignored = _ignored(call.arguments.get("labels"), runs, spare)
-        still = runs & _repeated(call.arguments.get("position_ids"), numbers)
-        named = runs & ~spare & _among(ids, tokens.ends)
-        by_mask = runs & ~spare & torch.isin(ids, ids[masked].unique())
-        for what, where in (("labels of -100", ignored), ("positions that do not change", still)):
-            signs |= {what} if bool((where & ~masked).any()) else set()
-        for token in ids[(named | by_mask) & ~masked].unique().tolist():
-            signs.add(f"runs of token {token} at the ends of the records")
-        padded = masked | ignored | still | named | by_mask
-        # Where a mask hides anything, it was made for these rows, and what else repeats in them is text.
-        # The last before the text, too, and one alone: what is named as nothing but padding hardly is a word.
-        nothing_else = (runs | _ends(numbers)) & _among(ids, tokens.pads)
-        doubtful = ((runs & ~spare) | nothing_else) & ~padded & ~masked.any()
-        return cls(padded=padded, doubtful=doubtful, signs=frozenset(signs))
+    Returns:
+        What is padding, and what may be.
+    """
+    numbers = _records(call, ids).numbers.cpu()
+    padded, doubtful = masked.clone(), torch.zeros_like(masked)
+    unlabelled, still = _unlabelled(call, ids), _still(call.arguments.get("position_ids"), numbers)
+    fillers = ends.union(ids[masked].tolist())
+    for row, run, inner in _end_runs(ids, numbers):
+        token = int(ids[row, run.start])
+        if token in others - ends:
+            continue
+        doubtful[row, run if token in ends - others else inner] = True  # what is named for padding alone is no word
+        if run.stop - run.start == 1:
+            continue
+        for sign, where, shown in (
+            ("labels of -100", inner, unlabelled[row, inner]),
+            ("positions that do not change", run, still[row, run]),
+            (f"runs of token {token} at the ends of the records", inner, masked.new_tensor(token in fillers)),
+        ):
+            signs |= {sign} if bool((shown & ~masked[row, where]).any()) else set()
+            padded[row, where] |= shown
+    return padded, doubtful
 
 
 def _records(call: ModelCall, ids: Tensor) -> Records:
     """The records, or each row as one where nothing gives them."""
-    rows, length = ids.shape
-    try:
-        found = find_records(call.arguments, rows, length)
-    except LayoutError:
-        found = None
+    found = None
+    with suppress(LayoutError):
+        found = find_records(call.arguments, *ids.shape)
     return found or Records(numbers=torch.zeros_like(ids, dtype=torch.long), by="rows")
 
 
-def _among(ids: Tensor, tokens: frozenset[int]) -> Tensor:
-    return torch.isin(ids, torch.tensor(sorted(tokens), dtype=ids.dtype, device=ids.device))
+def _end_runs(ids: Tensor, numbers: Tensor) -> Iterator[tuple[int, slice, slice]]:
+    """Each run of equal tokens at an end of a record: its row, its place, and its place without what may be text.
 
-
-def _end_runs(ids: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens that repeat one another up to an end of their record, and of each such run the one that may be text.
-
-    Padding is often done with the token that ends a text, so the one next to the text is spared; a run of one is none.
+    Padding is often done with the token that ends a text, so the one next to the text is left out; of a record of one
+    token over and over the last, as if padding came before it.
     """
-    head, head_inner = _leading_runs(ids, numbers)
-    tail, tail_inner = (one.flip(1) for one in _leading_runs(ids.flip(1), numbers.flip(1)))
-    whole = head & tail  # one token over and over: its last is spared, as if padding came before it
-    return (head | tail) & (numbers != PADDING), (head_inner & ~whole) | (tail_inner & ~whole) | (head_inner & whole)
+    for row, records in enumerate(numbers):
+        lengths = records.unique_consecutive(return_counts=True)[1].tolist()
+        for begin, length in zip(accumulate([0, *lengths]), lengths, strict=False):
+            end = begin + length
+            if records[begin] == PADDING:
+                continue
+            counts = ids[row, begin:end].unique_consecutive(return_counts=True)[1].tolist()
+            yield row, slice(begin, begin + counts[0]), slice(begin, begin + counts[0] - 1)
+            if len(counts) > 1:
+                yield row, slice(end - counts[-1], end), slice(end - counts[-1] + 1, end)
 
 
-def _ends(numbers: Tensor) -> Tensor:
-    """The first and the last token of each record."""
-    ends = torch.ones_like(numbers, dtype=torch.bool)
-    ends[:, 1:-1] = (numbers[:, 1:-1] != numbers[:, :-2]) | (numbers[:, 1:-1] != numbers[:, 2:])
-    return ends & (numbers != PADDING)
+def _unlabelled(call: ModelCall, ids: Tensor) -> Tensor:
+    """Tokens without a label, while others have one."""
+    labels = call.arguments.get("labels")
+    if not isinstance(labels, Tensor) or labels.shape != ids.shape:
+        return torch.zeros_like(ids, dtype=torch.bool)
+    ignored = labels.eq(_IGNORED).cpu()
+    return ignored & ~ignored.all()
 
 
-def _leading_runs(ids: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens of two or more equal ones from the beginning of their record, and of those the last."""
-    same, begins = torch.zeros_like(ids, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool)
-    begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
-    same[:, 1:] = (ids[:, 1:] == ids[:, :-1]) & ~begins[:, 1:]
-    index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    start = torch.where(begins, index, 0).cummax(dim=1).values
-    broken = torch.where(~same & ~begins, index, -1).cummax(dim=1).values
-    leading = broken < start  # nothing else has come since the record began
-    follows = torch.zeros_like(leading)
-    follows[:, :-1] = leading[:, 1:] & same[:, 1:]
-    run = leading & (same | follows)
-    return run, run & ~follows
-
-
-def _ignored(labels: Any, runs: Tensor, spare: Tensor) -> Tensor:
-    """Runs without a label, all of them but the one that may be text, while others have one."""
-    if not isinstance(labels, Tensor) or labels.shape != runs.shape or not bool((labels != _IGNORED).any()):
-        return torch.zeros_like(runs)
-    return runs & ~spare & labels.eq(_IGNORED).to(runs.device)
-
-
-def _repeated(positions: Any, numbers: Tensor) -> Tensor:
+def _still(positions: Any, numbers: Tensor) -> Tensor:
     """Where a position is that of the token before or after it in the same record: each record begins at the same."""
     still = torch.zeros_like(numbers, dtype=torch.bool)
     if not isinstance(positions, Tensor) or positions.dim() not in (1, 2) or positions.shape[-1] != numbers.shape[1]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from kernels_check.observe.adapter import AdapterLayer, adapter_layers, adapters_of, is_a, token_parameters
-from kernels_check.observe.modules import Model, ModelTree, every_parameter, named_modules
+from kernels_check.observe.modules import ModelTree
 
 if TYPE_CHECKING:
     from kernels_check.observe.observation import Observation
@@ -31,7 +31,7 @@ _HEADS = frozenset({"classifier", "score", "qa_outputs"})
 _TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
-def unmatched_names(model: Model) -> list[str]:
+def unmatched_names(model: ModelTree) -> list[str]:
     """Each name that was asked for an adapter in use and matched nothing, as ``target_modules 'qurey'``.
 
     Raises:
@@ -40,12 +40,12 @@ def unmatched_names(model: Model) -> list[str]:
     return list(dict.fromkeys(name for used in _in_use(model) for name in _unmatched(*used)))
 
 
-def _in_use(model: Model) -> Iterator[tuple[Any, _Places]]:
+def _in_use(model: ModelTree) -> Iterator[tuple[Any, _Places]]:
     """The configuration of each adapter in use, and where adapters are in the model that it was given to."""
     layers = adapter_layers(model)
     used = {adapter for layer in layers for adapter in layer.held}
     seen: set[int] = set()
-    for path, module in named_modules(model):
+    for path, module in model.modules:
         configurations = vars(module).get("peft_config")
         if not isinstance(configurations, dict) or id(configurations) in seen:
             continue
@@ -369,7 +369,7 @@ def _around(name: str) -> Iterator[str]:
 def _base_weights(layer: AdapterLayer) -> Iterator[Tensor]:
     """The weights that the layer adds to, which may be those of another place, too."""
     if isinstance(layer.base, nn.Module):
-        yield from every_parameter(layer.base)
+        yield from layer.base.parameters()
 
 
 def _tokens(acting: list[AdapterLayer]) -> tuple[int, int] | None:
