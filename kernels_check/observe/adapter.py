@@ -361,24 +361,16 @@ def trained_parameters(tree: ModelTree) -> dict[str, Tensor]:
     layers = adapter_layers(tree)
     names = {id(value): name for name, value in tree.parameters}
     trained = {names.get(id(value), name): value for layer in layers for name, value in layer.weights()}
-    trained |= {names.get(id(value), name): value for name, value in _biases(tree)}
+    for name in biases_of_adapters(tree):
+        place, _, key = name.rpartition(".")
+        value = getattr(tree.model.get_submodule(place), key)
+        trained[names.get(id(value), name)] = value
     own = adapter_parameters(tree)
     resting = {id(value) for layer in _resting(tree, layers) for _, value in layer.weights()}
     for name, value in tree.parameters:
         if name in own and value.requires_grad and id(value) not in resting:
             trained.setdefault(name, value)
-    left_alone, unread = _frozen_by_design(tree), _never_read(tree)
-    return {
-        name: value
-        for name, value in trained.items()
-        if (value.requires_grad or id(value) not in left_alone) and id(value) not in unread and _is_here(value)
-    }
-
-
-def _biases(tree: ModelTree) -> Iterator[tuple[str, Tensor]]:
-    for name in biases_of_adapters(tree):
-        place, _, key = name.rpartition(".")
-        yield name, getattr(tree.model.get_submodule(place), key)
+    return {name: value for name, value in trained.items() if _is_here(value)}
 
 
 def _is_here(value: Tensor) -> bool:
@@ -436,28 +428,3 @@ def _resting(tree: ModelTree, layers: list[AdapterLayer]) -> Iterator[AdapterLay
     used = {layer.name: set(layer.held) for layer in layers}
     for layer in _every_layer(tree):
         yield _restrict(layer, {adapter for adapter in layer.held if adapter not in used.get(layer.name, set())})
-
-
-def _frozen_by_design(tree: ModelTree) -> set[int]:
-    """Parameters of methods that freeze the layers they build on: X-LoRA trains a router over frozen adapters."""
-    frozen: set[int] = set()
-    for module in tree.model.modules():
-        configuration = vars(module).get("xlora_config")
-        if configuration is not None and not getattr(configuration, "use_trainable_adapters", True):
-            frozen |= {id(value) for value in module.parameters()}
-    return frozen
-
-
-def _never_read(tree: ModelTree) -> set[int]:
-    """Parameters that a method makes and no forward reads.
-
-    ShadowPEFT carries a state from layer to layer and drops what the last of them has made of it.
-    """
-    tuners = (module for _, module in tree.modules if is_a(module, "peft.tuners.shadow.model", "ShadowModel"))
-    last = [layer for tuner in tuners for layer in vars(tuner).get("_boundary_layers", ())[-1:]]
-    return {
-        id(value)
-        for layer in last
-        for holder in ("shadow_update_transform", "shadow_update_gate")
-        for value in layer.get_submodule(holder).parameters()
-    }

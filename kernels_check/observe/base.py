@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -176,12 +175,11 @@ def _of_state(name: str, state: Any) -> Iterator[tuple[str, Any]]:
 
 _NESTED_BLOCK = 256
 """Block size of the second quantisation, fixed by bitsandbytes."""
-_CODES = 16
 
 
 def four_bit_problem(layer: Any, weight: Tensor, state: Any) -> str | None:
     """Say what of a state contradicts the bytes of the weight, its layer or itself; None where nothing does."""
-    checks = (_of_the_bytes, layout_problem, _of_the_scales, _of_the_codes, _of_two_states)
+    checks = (_of_the_bytes, layout_problem, _of_the_scales, _of_two_states)
     return next((problem for check in checks if (problem := check(layer, weight, state)) is not None), None)
 
 
@@ -218,31 +216,7 @@ def _of_the_scales(layer: Any, weight: Tensor, state: Any) -> str | None:
         expected += math.ceil(blocks / _NESTED_BLOCK) * 4
     if scales != expected or (state.nested and state.absmax.dtype != torch.uint8):
         return f"{scales} bytes of {_short(state.absmax.dtype)} scales, expected {expected}"
-    if state.nested and state.state2.blocksize != _NESTED_BLOCK:
-        return f"the scales are quantised in blocks of {state.state2.blocksize}, bitsandbytes takes {_NESTED_BLOCK}"
-    claimed = getattr(weight, "blocksize", state.blocksize)
-    if claimed != state.blocksize:
-        return f"quant_state has blocks of {state.blocksize}, the weight was quantised in blocks of {claimed}"
     return None
-
-
-def _of_the_codes(layer: Any, weight: Tensor, state: Any) -> str | None:
-    claimed = getattr(weight, "quant_type", state.quant_type)
-    if claimed != state.quant_type:
-        return f"quant_state is of {state.quant_type}, the weight of {claimed}"
-    if state.code is None or state.code.numel() != _CODES:
-        return "quant_state has no code of 16 values"
-    if not torch.allclose(state.code.detach().float().cpu(), _known_code(state.quant_type)):
-        return f"the code of quant_state is not that of {state.quant_type}"
-    return None
-
-
-@cache
-def _known_code(quant_type: str) -> Tensor:
-    from bitsandbytes.functional import get_4bit_type
-
-    code: Tensor = get_4bit_type(quant_type, device="cpu")
-    return code.float()
 
 
 def _of_two_states(layer: Any, weight: Tensor, state: Any) -> str | None:
@@ -250,9 +224,6 @@ def _of_two_states(layer: Any, weight: Tensor, state: Any) -> str | None:
     other = getattr(layer, "quant_state", None)
     if other is None or other is state:
         return None
-    for name in ("shape", "blocksize", "quant_type", "dtype"):
-        if getattr(other, name, None) != getattr(state, name, None):
-            return f"the weight and its layer hold states of another {name}"
     if other.absmax.shape != state.absmax.shape or not torch.equal(other.absmax.cpu(), state.absmax.cpu()):
         return "the weight and its layer hold different scales"
     return None

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -132,6 +132,10 @@ class Calls:
         while number is not None:
             yield number
             number = self.all[number].caller
+
+    def around(self, numbers: Iterable[int | None]) -> set[int]:
+        """Some calls and all those around them."""
+        return {outer for number in numbers for outer in self.enclosing(number)}
 
     def training(self) -> dict[str, bool | None]:
         """The mode of every module over the relevant calls; None where it changed."""

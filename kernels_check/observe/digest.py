@@ -253,65 +253,37 @@ class WeightBits:
 
 def take_census(tree: ModelTree) -> WeightBits:
     """Count a base: whatever it saves, by the layer that holds it."""
-    census = WeightBits()
-    layers: dict[int, list[BaseTensor]] = {}
-    for part in base_state(tree):
-        if part.kind != "cache":
-            layers.setdefault(id(part.layer), []).append(part)
-    seen: set[object] = set()
-    for parts in layers.values():
-        _count(census, parts, seen, tree)
-    return census
-
-
-def _count(census: WeightBits, parts: list[BaseTensor], seen: set[object], tree: ModelTree) -> None:
-    bits_of = _Bits(parts, tree)
+    census, seen = WeightBits(), set[object]()
+    parts = [part for part in base_state(tree) if part.kind != "cache"]
+    packing = {id(part.layer) for part in parts if part.kind == "quantisation" or _key(part) in PACKED}
     for part in parts:
-        if not isinstance(part.value, Tensor):
+        value = part.value
+        if not isinstance(value, Tensor):
             continue
-        place = _place(part.value)
+        size = value.numel() * value.element_size()
+        place = id(value) if value.is_meta else (value.device, value.data_ptr(), size)
         if place in seen:
             continue
         seen.add(place)
-        size, bits = _size(part.value), bits_of[part]
+        bits = _bits_of(part, tree, packed=id(part.layer) in packing)
         census.bytes_of[bits] += size
-        kind = str(part.value.dtype).removeprefix("torch.")
+        kind = str(value.dtype).removeprefix("torch.")
         census.largest[bits, f"{_PLACE.sub('.*', part.owner)} ({kind})"] += size
+    return census
 
 
-class _Bits:
-    """In how many bits each part of one layer is kept, found out once for each of its weights."""
-
-    def __init__(self, parts: list[BaseTensor], tree: ModelTree) -> None:
-        self._tree, self._layer = tree, parts[0].layer
-        packs = any(part.kind == "quantisation" or _key(part) in PACKED for part in parts)
-        self._packed = storage_in(tree, self._layer, _weight_name(self._layer)).bits if packs else None
-        self._packs = packs
-
-    def __getitem__(self, part: BaseTensor) -> int | None:
-        key = _key(part)
-        if self._packs and key != "bias":
-            return self._packed
-        if part.wrapper is not None or (part.kind in ("parameter", "merged") and not _plain(part.value)):
-            return storage_in(self._tree, self._layer, key).bits
-        return part.value.element_size() * 8 if isinstance(part.value, Tensor) else None
-
-
-def _weight_name(layer: nn.Module) -> str:
-    return next((name for name in WEIGHTS if name in layer._parameters), "weight")
+def _bits_of(part: BaseTensor, tree: ModelTree, *, packed: bool) -> int | None:
+    """In how many bits a part is kept: that of a layer that packs its weight as the weight is, scales included."""
+    key, value = _key(part), part.value
+    if packed and key != "bias":
+        weight = next((name for name in WEIGHTS if name in part.layer._parameters), "weight")
+        if bits := storage_in(tree, part.layer, weight).bits:
+            return bits
+    plain = isinstance(value, Tensor) and value.is_floating_point()
+    if part.wrapper is not None or (part.kind in ("parameter", "merged") and not plain):
+        return storage_in(tree, part.layer, key).bits
+    return value.element_size() * 8 if isinstance(value, Tensor) else None
 
 
 def _key(part: BaseTensor) -> str:
     return part.owner.rpartition(".")[2]
-
-
-def _plain(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _size(value: object) -> int:
-    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
-
-
-def _place(tensor: Tensor) -> object:
-    return id(tensor) if tensor.is_meta else (tensor.device, tensor.data_ptr(), _size(tensor))

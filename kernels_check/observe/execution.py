@@ -148,7 +148,7 @@ def compiled_blocks(
         gradients: names of the parameters that a gradient reached.
     """
     entered = [one for one in regions if one is None or one in calls.relevant]
-    covered = {number for region in entered for number in calls.enclosing(region)}
+    covered = calls.around(entered)
     callers = {calls.all[number].caller for number in calls.forward}
 
     def is_eager(number: int) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from kernels_check.observe.calls import Calls
-from kernels_check.observe.modules import ModelTree
+from kernels_check.observe.modules import Below, ModelTree
 from kernels_check.observe.operators import AttentionCall, Product
 
 _ATTENTION_KINDS = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid")
@@ -85,15 +85,19 @@ def attention_layers(
     blocks = _announced_blocks(model)
     whole = [call for call in forward if call.compiled and (call.call is None or call in inside)]
     whole = [call for call in whole if call.call is None or _holds(calls.all[call.call].name, blocks)]
-    ours = [call for call in inside if call not in whole]
     ran: dict[str, list[AttentionCall]] = {}
-    for call in ours:
-        ran.setdefault(calls.all[call.call or 0].name, []).append(call)
-    found, doubtful = _AttentionSearch(model, calls, ours, mixing, reductions, blocks).unknown()
+    for call in inside:
+        if call not in whole:
+            ran.setdefault(calls.all[call.call or 0].name, []).append(call)
+    missing = _AttentionSearch(model, calls, ran, mixing, blocks).missing() if ran else {}
+    sure = {name: count for name, (count, is_sure) in missing.items() if is_sure}
+    reduced = calls.around(reductions)
+    unsure = {name: count for name, (count, _) in missing.items() if not reduced.isdisjoint(calls.called(name))}
+    unknown = _outermost(unsure | sure)
     return AttentionLayers(
         forward={name: tuple(found) for name, found in ran.items()},
-        unknown=found | doubtful,
-        doubtful=bool(doubtful) and not found,
+        unknown=unknown,
+        doubtful=bool(unknown) and sure.keys().isdisjoint(unknown),
         partial={name: part for name, found in ran.items() if (part := _part(model.get_submodule(name), found))},
         compiled=tuple(whole),
         elsewhere=tuple(call for call in forward if call.call is None and not call.compiled),
@@ -105,6 +109,14 @@ def attention_layers(
         entries=_entries(calls, whole),
         regions=tuple(Counter(call.region for call in whole if call.call is None and not call.recomputed).values()),
     )
+
+
+def _outermost(found: Mapping[str, int]) -> dict[str, int]:
+    """Those that lie in no other: what is inside a block that ran no attention ran none either."""
+    if "" in found:
+        return {"": found[""]}
+    within = Below(found)
+    return {name: count for name, count in found.items() if not within[name.rpartition(".")[0]]}
 
 
 def _part(module: nn.Module, found: Sequence[AttentionCall]) -> tuple[int, int] | None:
@@ -177,119 +189,115 @@ def _kinds(config: Any) -> list[str]:
     return []
 
 
-@dataclass(slots=True)
 class _AttentionSearch:
-    """For calls in which attention should have run and no known implementation did."""
+    """Looks for calls in which attention should have run and no known implementation did.
 
-    model: nn.Module
-    calls: Calls
-    ours: Sequence[AttentionCall]
-    mixing: Collection[int]
-    reductions: Collection[int]
-    announced: str | None = None
-    """Name of the list of blocks that the configuration announces."""
-    modules: dict[str, nn.Module] = field(default_factory=dict)
-    covered: set[int] = field(default_factory=set)
-    """Calls that an implementation ran in, at any depth."""
+    Args:
+        model: the model.
+        calls: of its modules.
+        ran: calls of known implementations by the name of the layer; at least one.
+        mixing: numbers of the module calls that did what attention is written out with.
+        announced: name of the list of blocks that the configuration announces.
+    """
 
-    def unknown(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Number of such calls by the name of the layer: of those that are attention, and of those that may be."""
-        if not self.ours:
-            return {}, {}
-        self.modules = dict(self.model.named_modules(remove_duplicate=False))
-        for call in self.ours:
-            self.covered.update(self.calls.enclosing(call.call))
-        found: dict[str, int] = {}
-        doubtful = dict[str, int]()
+    def __init__(
+        self,
+        model: nn.Module,
+        calls: Calls,
+        ran: Mapping[str, Sequence[AttentionCall]],
+        mixing: Collection[int],
+        announced: str | None,
+    ) -> None:
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._calls, self._layers, self._announced = calls, ran.keys(), announced
+        self._kinds = _kinds(_text_config(model))
+        self._covered = calls.around(call.call for found in ran.values() for call in found)
+        self._mixed = calls.around(mixing)
+        self._like: dict[str, list[str]] = {}
+        """Names of modules by their pattern."""
+        for name in self._modules:
+            self._like.setdefault(_pattern(name), []).append(name)
+
+    def missing(self) -> dict[str, tuple[int, bool]]:
+        """Number of such calls by the name of the layer, and whether it is sure to be attention."""
+        found = {}
         for name, sure in self._candidates():
-            missing = [number for number in self.calls.called(name) if number not in self.covered]
-            if missing:
-                (found if sure else doubtful)[name] = len(missing)
-        both = found | {name: count for name, count in doubtful.items() if self._ran_any(name, self.reductions)}
-        # The outermost says it: what is inside a block that ran no attention ran none either.
-        outermost = {name: count for name, count in both.items() if not _inside_any(name, both)}
-        return (
-            {name: count for name, count in outermost.items() if name in found},
-            {name: count for name, count in outermost.items() if name not in found},
-        )
+            count = sum(number not in self._covered for number in self._calls.called(name))
+            if count:
+                found[name] = count, sure or found.get(name, (0, False))[1]
+        return found
 
     def _candidates(self) -> Iterator[tuple[str, bool]]:
         """Modules in which attention should have run, and whether it is sure of them; else only if they mix tokens."""
-        layers = {self.calls.all[call.call or 0].name for call in self.ours}
-        kinds = {type(self.modules[name]) for name in layers if name}
-        slots = {_pattern(name) for name in layers}
-        yield from ((name, True) for name in layers)
-        for name, module in self.modules.items():
-            if name in layers:
-                continue
-            if type(module) in kinds or _pattern(name) in slots:
-                siblings = [type(self.modules[layer]) for layer in layers if _pattern(layer) == _pattern(name)]
-                in_sequence = type(module) not in kinds and name.rpartition(".")[2].isdigit()
-                if not self._is_of_another_kind(name, siblings):
-                    yield name, not in_sequence or self._mixes_tokens(name)
-        announced = [f"{name}.{index}" for name in filter(None, [self.announced]) for index in self._indices(name)]
-        if not any(layer == name or layer.startswith(f"{name}.") for layer in layers for name in announced):
-            # Attention ran outside the blocks: in a head, or in the tower of another modality. But where
-            # a model holds the parts of its blocks in lists of their own, as XLM does, it may be the other part.
-            parted = self._is_in_another_list(layers)
-            for name in announced:
-                if not self._is_of_another_kind(name, []):
-                    yield name, not parted or self._mixes_tokens(name)
-        for block, inside in self._blocks(layers):
-            for name in self._siblings(block):
-                if self._may_have_to_attend(name, block, inside, layers):
-                    yield name, self._passes_by(name, block, inside) or self._mixes_tokens(name)
+        yield from ((layer, True) for layer in self._layers)
+        slots = {_pattern(layer) for layer in self._layers}
+        kinds = {self._kind(layer) for layer in self._layers if layer}
+        for pattern, names in self._like.items():
+            siblings = [self._kind(name) for name in names if name in self._layers]
+            for name in names:
+                same = self._kind(name) in kinds
+                if name in self._layers or not (same or pattern in slots) or self._is_of_another_kind(name, siblings):
+                    continue
+                in_sequence = not same and name.rpartition(".")[2].isdigit()
+                yield name, not in_sequence or self._mixes_tokens(name)
+        yield from self._of_the_announced()
+        for block, inside in self._blocks():
+            for name in self._modules:
+                if (
+                    name != block
+                    and _pattern(name) == _pattern(block)
+                    and self._may_have_to_attend(name, block, inside)
+                ):
+                    passes_by = self._kind(name) is self._kind(block) and f"{name}.{inside}" in self._modules
+                    yield name, passes_by or self._mixes_tokens(name)
 
-    def _is_in_another_list(self, layers: Collection[str]) -> bool:
-        """Whether a layer lies in another list of as many modules as the announced one."""
-        if not self.announced:
-            return False
-        parent, _, own = self.announced.rpartition(".")
-        count = len(self._indices(self.announced))
-        siblings = (
-            f"{parent}.{key}".lstrip(".")
-            for key, module in self.modules[parent].named_children()
-            if key != own and isinstance(module, nn.ModuleList | nn.Sequential) and len(module) == count
-        )
-        return any(layer.startswith(f"{name}.") for name in siblings for layer in layers)
+    def _of_the_announced(self) -> Iterator[tuple[str, bool]]:
+        """Blocks that the configuration announces, where attention ran outside of them all.
 
-    def _blocks(self, layers: set[str]) -> Iterator[tuple[str, str]]:
+        It ran in a head, or in the tower of another modality. But where a model holds the parts of its blocks in lists
+        of their own, as XLM does, these may be the other part.
+        """
+        if not self._announced or any(layer.startswith(f"{self._announced}.") for layer in self._layers):
+            return
+        parent, _, own = self._announced.rpartition(".")
+        blocks = self._modules[self._announced]._modules
+        parts = [
+            f"{parent}.{key}.".lstrip(".")
+            for key, module in self._modules[parent].named_children()
+            if key != own and isinstance(module, nn.ModuleList | nn.Sequential) and len(module) == len(blocks)
+        ]
+        parted = any(layer.startswith(tuple(parts)) for layer in self._layers)
+        for name in (f"{self._announced}.{key}" for key in blocks):
+            if not self._is_of_another_kind(name, []):
+                yield name, not parted or self._mixes_tokens(name)
+
+    def _blocks(self) -> Iterator[tuple[str, str]]:
         """Each numbered block around a layer, and the layer's path within; one of each pattern."""
-        seen = set()
-        for layer in sorted(layers):
+        found = {}
+        for layer in sorted(self._layers):
             parts = layer.split(".")
-            for index, part in enumerate(parts[:-1]):
-                block, inside = ".".join(parts[: index + 1]), ".".join(parts[index + 1 :])
-                if part.isdigit() and (_pattern(block), _pattern(inside)) not in seen:
-                    seen.add((_pattern(block), _pattern(inside)))
-                    yield block, inside
+            for index, part in enumerate(parts[:-1], start=1):
+                block, inside = ".".join(parts[:index]), ".".join(parts[index:])
+                if part.isdigit():
+                    found.setdefault((_pattern(block), _pattern(inside)), (block, inside))
+        yield from found.values()
 
-    def _indices(self, name: str) -> range:
-        return range(len(list(self.modules[name].children())))
-
-    def _siblings(self, block: str) -> Iterator[str]:
-        pattern = _pattern(block)
-        yield from (name for name in self.modules if name != block and _pattern(name) == pattern)
-
-    def _may_have_to_attend(self, name: str, block: str, inside: str, layers: set[str]) -> bool:
+    def _may_have_to_attend(self, name: str, block: str, inside: str) -> bool:
         """Whether a block in the same list as one with attention may have had to attend, too."""
-        if any(layer.startswith(f"{name}.") for layer in layers):
+        if any(layer.startswith(f"{name}.") for layer in self._layers):
             return False
-        if self._is_of_another_kind(name, [type(self.modules[block])]):
+        if self._is_of_another_kind(name, [self._kind(block)]):
             return False
-        return not self.calls.ran(f"{name}.{inside}")  # what ran in the place of attention is judged by itself
-
-    def _passes_by(self, name: str, block: str, inside: str) -> bool:
-        """Whether a block of the same kind has the layer and did not call it."""
-        return type(self.modules[name]) is type(self.modules[block]) and f"{name}.{inside}" in self.modules
+        return not self._calls.ran(f"{name}.{inside}")  # what ran in the place of attention is judged by itself
 
     def _is_of_another_kind(self, name: str, siblings: Sequence[type]) -> bool:
         """Whether the configuration or the library says that this is no attention."""
-        kinds = _kinds(_text_config(self.model))
-        for index in (int(part) for part in name.split(".") if part.isdigit()):
-            if index < len(kinds) and self._count_siblings(name, index) == len(kinds):
-                return kinds[index] not in _ATTENTION_KINDS
-        kind = type(self.modules[name])
+        parts = name.split(".")
+        for place, part in enumerate(parts):
+            holder = self._modules.get(".".join(parts[:place]))
+            if part.isdigit() and int(part) < len(self._kinds) == len(getattr(holder, "_modules", ())):
+                return self._kinds[int(part)] not in _ATTENTION_KINDS
+        kind = self._kind(name)
         return (
             bool(siblings)
             and kind not in siblings
@@ -297,30 +305,17 @@ class _AttentionSearch:
             and all(other.__module__ == kind.__module__ for other in siblings)
         )
 
-    def _count_siblings(self, name: str, index: int) -> int:
-        parts = name.split(".")
-        stem = ".".join(parts[: parts.index(str(index))])
-        parent = self.modules.get(stem)
-        return len(list(parent.children())) if parent is not None else 0
+    def _kind(self, name: str) -> type[nn.Module]:
+        return type(self._modules[name])
 
     def _mixes_tokens(self, name: str) -> bool:
         """Whether a block did what attention is written out with."""
-        return self._ran_any(name, self.mixing)
-
-    def _ran_any(self, name: str, operators: Collection[int]) -> bool:
-        """Whether a module, or one inside it, made any of some calls."""
-        numbers = set(self.calls.called(name))
-        return any(not numbers.isdisjoint(self.calls.enclosing(number)) for number in operators)
+        return not self._mixed.isdisjoint(self._calls.called(name))
 
 
 def _pattern(name: str) -> str:
     """A name with its numbers left out, equal for the same place of another block."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def _inside_any(name: str, others: Mapping[str, int]) -> bool:
-    parts = name.split(".")
-    return any(".".join(parts[:index]) in others for index in range(len(parts)) if ".".join(parts[:index]) != name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

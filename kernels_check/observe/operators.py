@@ -56,7 +56,17 @@ class Operator:
     """Most of the thousands of a step have none: a list for each would set off the garbage collector."""
     call: int | None = None
     """Number of the call of a module of the model in which it ran; None outside the model."""
+    in_backward: bool = False
+    """Whether it ran in the backward pass."""
+    region: int | None = None
+    """Identity of the entry into compiled code that it ran in; None for what ran eagerly."""
     _inputs: Sequence[Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.parent is not None:
+            name = self.parent.name
+            self.in_backward = self.parent.in_backward or name.startswith(BACKWARD_ROOT)
+            self.region = id(self.parent) if name.startswith(COMPILED_REGION) else self.parent.region
 
     def add_child(self, child: Operator) -> None:
         """Note what was called inside it."""
@@ -107,21 +117,11 @@ def descendants(operator: Operator) -> Iterator[Operator]:
         yield from descendants(child)
 
 
-def in_backward(operator: Operator) -> bool:
-    """Whether it ran in the backward pass."""
-    return any(parent.name.startswith(BACKWARD_ROOT) for parent in ancestors(operator))
-
-
-def region_of(operator: Operator) -> int | None:
-    """Identity of the entry into compiled code that it ran in; None for what ran eagerly."""
-    return next((id(parent) for parent in ancestors(operator) if parent.name.startswith(COMPILED_REGION)), None)
-
-
 def by_place(operators: Iterable[Operator]) -> dict[tuple[int | None, bool], list[Operator]]:
     """Operators by the call of a module and the pass in which they ran, in their order."""
     found: dict[tuple[int | None, bool], list[Operator]] = {}
     for operator in operators:
-        found.setdefault((operator.call, in_backward(operator)), []).append(operator)
+        found.setdefault((operator.call, operator.in_backward), []).append(operator)
     return found
 
 
@@ -168,7 +168,7 @@ def plain_products(host: Sequence[Operator]) -> Iterator[Product]:
     for event in host:
         if event.name not in PRODUCTS or any(child.name in PRODUCTS for child in descendants(event)):
             continue
-        if not in_backward(event) and not any(parent.name in FOURBIT for parent in ancestors(event)):
+        if not event.in_backward and not any(parent.name in FOURBIT for parent in ancestors(event)):
             first = 1 if event.name in ("aten::addmm", "aten::_addmm_activation", "aten::baddbmm", "aten::addmv") else 0
             yield _product(event, event.dtype(first), None)
 
@@ -179,8 +179,8 @@ def _product(event: Operator, dtype: str | None, path: Path | None) -> Product:
         dtype=dtype,
         path=path,
         call=event.call,
-        compiled=region_of(event) is not None,
-        recomputed=in_backward(event),
+        compiled=event.region is not None,
+        recomputed=event.in_backward,
     )
 
 
@@ -280,7 +280,7 @@ def _written_out(host: Sequence[Operator], taken: Mapping[int, int]) -> Iterator
                 direction="backward" if backward else "forward",
                 recomputed=not backward and backward_pass,
                 call=call,
-                region=region_of(event),
+                region=event.region,
                 dtype=event.dtype(0) if backward else _precision(events, index),
                 mask=any(_masks(other, event.shape(0)) for other in events[begin:index]),
                 causal=False,
@@ -373,9 +373,9 @@ def _named(event: Operator, backend: str) -> AttentionCall:
             op=event.name,
             backend=backend,
             direction="forward",
-            recomputed=in_backward(event),
+            recomputed=event.in_backward,
             call=event.call,
-            region=region_of(event),
+            region=event.region,
         )
     shapes = [event.shape(index) for index in range(min(3, len(event.inputs)))]
     mask = _argument(event.name, ("attn_mask", "attn_bias"))
@@ -386,9 +386,9 @@ def _named(event: Operator, backend: str) -> AttentionCall:
         op=event.name,
         backend=backend,
         direction="forward",
-        recomputed=in_backward(event),
+        recomputed=event.in_backward,
         call=event.call,
-        region=region_of(event),
+        region=event.region,
         dtype=event.dtype(0),
         mask=None if mask is None else event.dtype(mask) is not None,
         causal=causal if isinstance(causal, bool) else None,

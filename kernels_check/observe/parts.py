@@ -83,30 +83,22 @@ class _Places:
 
 
 def _unmatched(configuration: Any, places: _Places) -> Iterator[str]:
-    for name in _asked(configuration, "target_modules"):
-        if (
-            not _by_default(configuration, places)
-            and not _targets(configuration, name, places.modules)
-            and not _is_excluded(configuration, name, places.every_module())
-        ):
-            yield f"target_modules {name!r}"
-    for name in _asked(configuration, "feedforward_modules"):
-        if not any(_ends_with(place, name) for place in places.modules) and not _is_excluded(
-            configuration, name, places.every_module()
-        ):
-            yield f"feedforward_modules {name!r}"
+    for field in ("target_modules", "feedforward_modules"):
+        for name in _asked(configuration, field):
+            known = _by_default(configuration, places) or _targets(configuration, name, places.modules)
+            if not known and not _is_excluded(configuration, name, places):
+                yield f"{field} {name!r}"
     yield from _unmatched_parameters(_asked(configuration, "target_parameters"), places)
-    copies = _asked(configuration, "modules_to_save")
     task = str(getattr(configuration, "task_type", ""))
     added = _HEADS if any(one in task for one in _TASKS) else frozenset()
-    for name in copies:
-        # PEFT takes any name that ends so, also in the middle of a word.
-        if name not in added and not any(place.endswith(name) for place in places.copies):
-            yield f"modules_to_save {name!r}"
     tokens = getattr(configuration, "trainable_token_indices", None)
-    for name in tokens if isinstance(tokens, dict) else ():
-        if not any(place.endswith(name) for place in places.copies):
-            yield f"trainable_token_indices {name!r}"
+    for field, names in (
+        ("modules_to_save", [name for name in _asked(configuration, "modules_to_save") if name not in added]),
+        ("trainable_token_indices", tokens if isinstance(tokens, dict) else ()),
+    ):
+        for name in names:
+            if not any(place.endswith(name) for place in places.copies):  # PEFT takes it in the middle of a word, too
+                yield f"{field} {name!r}"
 
 
 def _unmatched_parameters(asked: Collection[str], places: _Places) -> Iterator[str]:
@@ -158,13 +150,13 @@ def _targets(configuration: Any, name: str, modules: Iterable[str]) -> bool:
         return any(True for _ in modules)
     if "dummy-target-modules" in name:  # PEFT's own word for an adapter without targets
         return True
-    if _is_prompt_of_attention(configuration):
+    if getattr(configuration, "is_adaption_prompt", False):  # it names the attention by its last word
         return any(_ends_with(module, name) for module in modules)
     alone = _with_one_target(configuration, name)
     return any(check_target_module_exists(alone, module) for module in modules)
 
 
-def _is_excluded(configuration: Any, name: str, modules: Iterable[str]) -> bool:
+def _is_excluded(configuration: Any, name: str, places: _Places) -> bool:
     """Whether a target matches modules that the configuration itself excludes, by ``exclude_modules`` or as copies."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -173,7 +165,7 @@ def _is_excluded(configuration: Any, name: str, modules: Iterable[str]) -> bool:
     without.exclude_modules = without.modules_to_save = None
     return any(
         check_target_module_exists(without, module) and not check_target_module_exists(alone, module)
-        for module in modules
+        for module in places.every_module()
     )
 
 
@@ -181,11 +173,6 @@ def _with_one_target(configuration: Any, name: str) -> Any:
     alone = copy.copy(configuration)
     alone.target_modules = name if isinstance(configuration.target_modules, str) else [name]
     return alone
-
-
-def _is_prompt_of_attention(configuration: Any) -> bool:
-    """Adaption prompts name the attention by its last word."""
-    return bool(getattr(configuration, "is_adaption_prompt", False))
 
 
 def _adapts_parameter(module: Any) -> bool:

@@ -42,10 +42,8 @@ from kernels_check.observe.operators import (
     Product,
     attention_calls,
     fourbit_products,
-    in_backward,
     matters,
     plain_products,
-    region_of,
 )
 from kernels_check.rules import attention_backend, classify
 
@@ -107,6 +105,8 @@ def _tensors(state: Any) -> list[Tensor]:
 LIBRARY_UPDATE = "bitsandbytes::optimizer"
 KINDS = (("aten::_fused_", "fused"), ("aten::_foreach_", "foreach"), (LIBRARY_UPDATE, "bitsandbytes"))
 UNSEEN = "unseen"
+_PRECEDENCE = ("fused", "bitsandbytes", "foreach", "loop")
+"""Of a parameter that several kinds have written."""
 
 Identity = tuple[int, int]
 """Addresses of a tensor and of its storage; 0 for what has none."""
@@ -178,18 +178,18 @@ def with_gradient(optimizer: Any) -> frozenset[int]:
 
 def updated_by(groups: Sequence[GroupSeen], written: Iterable[Write]) -> list[Counter[str]]:
     """For each group, how many of its parameters were updated by each kind; ``unseen`` where none is known."""
-    kinds: dict[int, set[str]] = {}
+    kinds: dict[int, str] = {}
+    """By address, and by that of the storage with the other sign."""
     for one in written:
         kind = next((kind for prefix, kind in KINDS if one.op.startswith(prefix)), "loop")
-        for address, storage in one.tensors:
-            kinds.setdefault(address, set()).add(kind)
-            if storage:
-                kinds.setdefault(-storage, set()).add(kind)
+        for key in {key for address, storage in one.tensors for key in (address, -storage)}:
+            kinds[key] = min(kind, kinds.get(key, kind), key=_PRECEDENCE.index)
     alone = Counter(storage for _, storage in {one for group in groups for one in group.parameters})
     counts, counted = [], set[Identity]()
     for group in groups:  # an optimizer that wraps another has the same parameters
         own = [one for one in group.parameters if one not in counted]
-        counts.append(Counter(_kind(kinds, address, at if alone[at] == 1 else 0) for address, at in own))
+        by_storage = (kinds.get(-storage, UNSEEN) if storage and alone[storage] == 1 else UNSEEN for _, storage in own)
+        counts.append(Counter(kinds.get(address, other) for (address, _), other in zip(own, by_storage, strict=True)))
         counted.update(own)
     return counts
 
@@ -198,11 +198,6 @@ def operators_on(groups: Iterable[GroupSeen], written: Iterable[Write]) -> list[
     """The operators that wrote any parameter of the groups, once for each call."""
     addresses = {address for group in groups for one in group.parameters for address in one if address}
     return [one.op for one in written if any(not addresses.isdisjoint(tensor) for tensor in one.tensors)]
-
-
-def _kind(kinds: Mapping[int, set[str]], address: int, storage: int) -> str:
-    found = kinds.get(address) or (kinds.get(-storage, set()) if storage else set())
-    return next((kind for kind in ("fused", "bitsandbytes", "foreach", "loop") if kind in found), UNSEEN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,7 +244,7 @@ def reduce_operators(
     """
     rules = [classify(name) for name in kernels]
     regions = [operator for operator in operators if operator.name.startswith(COMPILED_REGION)]
-    forward = [(one.call, one) for one in operators if one.call is not None and not in_backward(one)]
+    forward = [(one.call, one) for one in operators if one.call is not None and not one.in_backward]
     return StepProfile(
         attention=tuple(attention_calls(operators)),
         fourbit=tuple(fourbit_products(operators, on_cuda=bool(rules))),
@@ -260,8 +255,8 @@ def reduce_operators(
         kernels=Counter(rule.name for rule in rules if rule is not None),
         compiled_regions=len(regions),
         compiler_lookups=sum(one.name == COMPILER_LOOKUP for one in operators),
-        entered=tuple(one.call for one in regions if not in_backward(one)),
-        eager=frozenset(call for call, one in forward if _computes(one) and region_of(one) is None),
+        entered=tuple(one.call for one in regions if not one.in_backward),
+        eager=frozenset(call for call, one in forward if _computes(one) and one.region is None),
     )
 
 
