@@ -50,8 +50,6 @@ class ModuleCall:
     """Qualified names; several where the module is held in several places. ``""`` is the model itself."""
     caller: int | None
     """Number of the enclosing call; None for an entry into the model."""
-    training: bool
-    """The module's mode at that moment."""
     with_grad: bool
     """Whether gradients were being recorded, by autograd or by the autograd function that it ran in: a checkpoint of
     the reentrant kind switches them off and computes the module again."""
@@ -138,14 +136,12 @@ class Calls:
         return {outer for number in numbers for outer in self.enclosing(number)}
 
     def training(self) -> dict[str, bool | None]:
-        """The mode of every module over the relevant calls; None where it changed."""
+        """The mode of every module at the relevant entries into the model; None where it changed."""
         seen: dict[str, set[bool]] = {}
         for number, modes in self.modes:
             if number in self.relevant:
                 for name, mode in modes.items():
                     seen.setdefault(name, set()).add(mode)
-        for name, numbers in self.by_name.items():
-            seen[name] = {self.all[number].training for number in numbers}
         return {name: next(iter(modes)) if len(modes) == 1 else None for name, modes in seen.items()}
 
     def _root(self, number: int) -> int:
@@ -283,7 +279,6 @@ class CallRecorder:
         call = ModuleCall(
             names=names,
             caller=caller,
-            training=module.training,
             with_grad=with_grad or context is not None,
             in_backward=in_backward,
         )

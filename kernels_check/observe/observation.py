@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from importlib import import_module
@@ -30,7 +30,7 @@ from kernels_check.observe.adapter import (
 )
 from kernels_check.observe.base import Storage, read_wrapped, storage_in
 from kernels_check.observe.calls import CallRecorder, Calls, LayerCall
-from kernels_check.observe.digest import Digest, Fingerprinter, WeightBits, digest, take_census
+from kernels_check.observe.digest import Digest, WeightBits, digest, take_census
 from kernels_check.observe.execution import (
     BlockRecomputed,
     Compilations,
@@ -45,7 +45,7 @@ from kernels_check.observe.execution import (
 from kernels_check.observe.layers import AttentionLayers, LayerProducts, attention_layers, fourbit_layers, products_of
 from kernels_check.observe.learning import Gradients, GradientSeen, ParameterUpdates, Updates
 from kernels_check.observe.loss import BackwardPasses, LossSeen, ModelCall, loss_of_step
-from kernels_check.observe.modules import HookGuard, ModelTree, RandomState, plain_parts
+from kernels_check.observe.modules import HookGuard, ModelTree, RandomState
 from kernels_check.observe.padding import IsolationResult, PaddingSeen, count_padding, isolation_by_inputs
 from kernels_check.observe.parts import ParameterStatus, embedding_modules, fates_of, norm_modules, unmatched_names
 from kernels_check.observe.profile import (
@@ -349,7 +349,6 @@ class _Series:
         self.begun = 0
         """Steps so far."""
         self._before = digest(tree)
-        self._values = _fingerprints(tree)
         self._others: dict[str, None] = {}
         """Classes of the optimizers that stepped and hold no parameter of the model."""
         self._stepped: list[GroupSeen] = []
@@ -410,24 +409,25 @@ class _Series:
     ) -> Observation:
         """Everything that was observed, for the judges."""
         left, calls = ModelTree.of(model), recorder.calls()
-        values = _fingerprints(left)
+        after, updates = digest(left), self.updates.by_name()
+        changed = after.differing(self._before) | {name for name, one in updates.items() if one.moved or one.written}
         return Observation(
             model=left.model,
             left=left,
             before=self._before,
-            after=digest(left),
+            after=after,
             profile=profile,
             calls=self.begun,
             optimizer_steps=self.updates.steps,
             optimizers=tuple(self.updates.optimizers.values()),
             gradients=self.gradients.seen(left),
-            changed=frozenset(name for name, value in self._values.items() if values.get(name) != value),
+            changed=frozenset(name for name, value in left.parameters if value.requires_grad and name in changed),
             modules=calls,
             modes=calls.training() or self._modes or _modes(left),
             drew_random=drew_random,
             model_calls=tuple(recorder.model_calls),
             reached=self.gradients.reached(left),
-            updates=self.updates.by_name(),
+            updates=updates,
             adapter_calls=recorder.layer_calls,
             compilations=read_compilations(),
             updated=tuple(self._stepped),
@@ -437,13 +437,3 @@ class _Series:
 
 def _modes(tree: ModelTree) -> dict[str, bool]:
     return {name: module.training for name, module in tree.modules}
-
-
-def _fingerprints(tree: ModelTree) -> Mapping[str, str]:
-    """Fingerprints of the parameters that train, as far as they can be read, by name."""
-    take, found = Fingerprinter(), dict[str, str]()
-    for name, parameter in tree.parameters:
-        if parameter.requires_grad:
-            with suppress(Exception):  # of an unknown kind: no change of it is seen
-                found[name] = " ".join(take(part) for _, part in plain_parts(parameter.detach(), name))
-    return found

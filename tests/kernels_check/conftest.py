@@ -34,7 +34,7 @@ def seen() -> Callable[..., Any]:
     from kernels_check.observe.observation import Observation
     from kernels_check.observe.profile import StepProfile
 
-    entry = ModuleCall(names=("",), caller=None, training=True, with_grad=True, in_backward=False)
+    entry = ModuleCall(names=("",), caller=None, with_grad=True, in_backward=False)
     nothing = Digest(parts={}, total_bytes=0, unseen={}, sharded=frozenset(), packed=False)
 
     def observation(*attention: Any, model: nn.Module | None = None, **given: Any) -> Observation:
