@@ -258,13 +258,13 @@ def _gradient_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[l
 def _lost_in_the_base(seen: Observation) -> list[str]:
     """What is wrong with the gradients of whatever is below a base layer that lets none through."""
     calls = seen.modules
-    names = dict.fromkeys(calls.all[number].name for number in sorted(calls.cut & calls.relevant))
+    names = dict.fromkeys(calls.all[number].name for number in sorted(calls.relevant) if calls.all[number].cut)
     return [f"the gradient was lost in {len(names)} 4-bit layers: {name_some(names)}; {_REPACKED}"] if names else []
 
 
 def _shows_every_layer(seen: Observation) -> bool:
     """Whether hooks on all modules were called: code that is compiled calls none."""
-    return seen.modules.taken and not seen.modules.unhooked and not seen.profile.compiled_regions
+    return not seen.modules.unhooked and not seen.profile.compiled_regions
 
 
 def _without_optimizer(judged: Mapping[str, Tensor], faults: list[str], seen: Observation) -> PathObservation:

@@ -197,8 +197,6 @@ def _undecided(seen: Observation) -> str | None:
         return None
     if seen.compilations.unreadable is not None:
         return str(seen.compilations)
-    if not seen.modules.taken:
-        return "the step compiles anew in each call, so that no module could be watched"
     return None
 
 

@@ -42,7 +42,7 @@ MARK = "lorameter.call#"
 """How the profiler's record of a module's call begins; the number of the call follows."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class ModuleCall:
     """One call of a module of the model."""
 
@@ -55,6 +55,15 @@ class ModuleCall:
     the reentrant kind switches them off and computes the module again."""
     in_backward: bool
     """Whether the autograd engine was running: the module is computed again for it (gradient checkpointing)."""
+    differentiable: bool = False
+    """Whether a gradient can come back to what it returned."""
+    cut: bool = False
+    """Whether a gradient was lost in it: in a 4-bit layer whose input requires one and whose weight lay as bitsandbytes
+    repacks it for inference, where its product has no backward pass."""
+    raised: bool = False
+    """Whether it is an entry into the model that raised in the forward pass."""
+    modes: Mapping[str, bool] | None = None
+    """``training`` of every module at that moment, for an entry into the model."""
 
     @property
     def name(self) -> str:
@@ -69,22 +78,11 @@ class Calls:
     all: tuple[ModuleCall, ...] = ()
     unhooked: frozenset[str] = frozenset()
     """Modules without a hook of their own: compiled in place, or of a kind that takes none."""
-    taken: bool = True
-    """Whether there is a log at all: of a step that compiles anew in each call there is none."""
-    modes: tuple[tuple[int, Mapping[str, bool]], ...] = ()
-    """``training`` of every module at each entry into the model, with the number of that call."""
-    differentiable: frozenset[int] = frozenset()
-    """Numbers of the calls of the forward pass whose results a gradient can come back to."""
-    cut: frozenset[int] = frozenset()
-    """Numbers of the calls, in either pass, in which a gradient was lost: those of a 4-bit layer whose input requires
-    one and whose weight lay as bitsandbytes repacks it for inference, where its product has no backward pass."""
-    raised: frozenset[int] = frozenset()
-    """Numbers of the entries into the model that raised in the forward pass."""
 
     @cached_property
     def failed(self) -> frozenset[int]:
-        """Numbers of those calls and of all inside them, which came to nothing."""
-        return frozenset(number for number in range(len(self.all)) if self._root(number) in self.raised)
+        """Numbers of the entries that raised and of all calls inside them, which came to nothing."""
+        return frozenset(number for number in range(len(self.all)) if self.all[self._root(number)].raised)
 
     @cached_property
     def relevant(self) -> frozenset[int]:
@@ -138,10 +136,9 @@ class Calls:
     def training(self) -> dict[str, bool | None]:
         """The mode of every module at the relevant entries into the model; None where it changed."""
         seen: dict[str, set[bool]] = {}
-        for number, modes in self.modes:
-            if number in self.relevant:
-                for name, mode in modes.items():
-                    seen.setdefault(name, set()).add(mode)
+        for number in self.relevant:
+            for name, mode in (self.all[number].modes or {}).items():
+                seen.setdefault(name, set()).add(mode)
         return {name: next(iter(modes)) if len(modes) == 1 else None for name, modes in seen.items()}
 
     def _root(self, number: int) -> int:
@@ -201,11 +198,6 @@ class CallRecorder:
         """Calls of each layer of an adapter, by its name."""
         self._log: list[ModuleCall] = []
         self._unhooked: set[str] = set()
-        self._modes: list[tuple[int, dict[str, bool]]] = []
-        self._differentiable: set[int] = set()
-        self._cut: set[int] = set()
-        self._raised: set[int] = set()
-        """Entries into the model that raised."""
         self._entries = set(map(id, entry_modules(tree.model)))
         self._layers: dict[int, list[AdapterLayer]] = {}
         self._parts: dict[int, dict[str, str]] = {}
@@ -235,14 +227,7 @@ class CallRecorder:
 
     def calls(self) -> Calls:
         """What was recorded of all modules; calls that failed are dropped from the rest."""
-        calls = Calls(
-            all=tuple(self._log),
-            unhooked=frozenset(self._unhooked),
-            modes=tuple(self._modes),
-            differentiable=frozenset(self._differentiable),
-            cut=frozenset(self._cut),
-            raised=frozenset(self._raised),
-        )
+        calls = Calls(all=tuple(self._log), unhooked=frozenset(self._unhooked))
         for name, found in self.layer_calls.items():
             self.layer_calls[name] = [call for call in found if call.number not in calls.failed]
         self.model_calls = [call.without(calls.failed) for call in self.model_calls if call.number not in calls.failed]
@@ -285,10 +270,9 @@ class CallRecorder:
         with self._lock:  # two threads may call the model at once
             number = len(self._log)
             self._log.append(call)
-        if context is not None and any(context.needs_input_grad):
-            self._differentiable.add(number)
+        call.differentiable = context is not None and any(context.needs_input_grad)
         if not stack and not in_backward:
-            self._modes.append((number, {name: one.training for name, one in self._tree.modules}))
+            call.modes = {name: one.training for name, one in self._tree.modules}
         entry = self._log[stack[0].number] if stack else call
         layers = [
             (layer.name, self._call_layer(layer, number, aside=not (entry.with_grad or entry.in_backward)))
@@ -345,12 +329,10 @@ class CallRecorder:
                 self._open_model_calls.remove(closed.model_call)
             if closed.module is module:
                 break
-        if _loses_gradient(module, args):
-            self._cut.add(closed.number)
-        if torch.is_grad_enabled() and _requires_grad(output):
-            self._differentiable.add(closed.number)
-        if not stack and sys.exc_info()[1] is not closed.handled and not self._log[closed.number].in_backward:
-            self._raised.add(closed.number)
+        call = self._log[closed.number]
+        call.cut = _loses_gradient(module, args)
+        call.differentiable = call.differentiable or (torch.is_grad_enabled() and _requires_grad(output))
+        call.raised = not stack and sys.exc_info()[1] is not closed.handled and not call.in_backward
         if closed.model_call is not None and not self._open_model_calls:
             self._losses.read(closed.model_call, output)
 

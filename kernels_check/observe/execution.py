@@ -252,7 +252,7 @@ def recomputed_blocks(tree: ModelTree, calls: Calls) -> tuple[BlockRecomputed, .
             again.setdefault(block, Counter())[name] += 1
             continue
         around[number] = number if name == block else around.get(call.caller, number)
-        if around[number] in calls.differentiable:
+        if calls.all[around[number]].differentiable:
             forward.setdefault(block, {}).setdefault(name, []).append(around[number])
     matrices = {
         name

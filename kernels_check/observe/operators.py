@@ -6,15 +6,15 @@ carries says where.
 
 A fused implementation of attention is an operator of its own. Attention written out is none; it is known by its
 softmax: over scores of four dimensions, or of any from three on that come from one batched product and go into
-another. Under autocast only the operator inside ``aten::scaled_dot_product_attention`` is read, since the outer one
-still sees float.
+another. An exponential of four dimensions that is summed up in the same call is a softmax, too. Under autocast only the
+operator inside ``aten::scaled_dot_product_attention`` is read, since the outer one still sees float.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
@@ -40,7 +40,8 @@ MASKING = frozenset({
     *("aten::index_put_", "aten::_index_put_impl_"),
 })  # fmt: skip
 """What a mask is laid over the scores by, where attention is written out."""
-REDUCTIONS = frozenset({"aten::sum", "aten::exp", "aten::exp2", "aten::cumsum", "aten::logsumexp"})
+_EXPONENTIALS = frozenset({"aten::exp", "aten::exp2"})
+REDUCTIONS = _EXPONENTIALS | {"aten::sum", "aten::cumsum", "aten::logsumexp"}
 _READ = SOFTMAX | REDUCTIONS | PRODUCTS | FOURBIT | MASKING | {"bitsandbytes::dequantize_4bit", COMPILER_LOOKUP}
 
 
@@ -52,8 +53,6 @@ class Operator:
     event: Any
     """Its node in the profiler's tree, whose inputs take long to read: few are asked for."""
     parent: Operator | None = None
-    children: Sequence[Operator] = ()
-    """Most of the thousands of a step have none: a list for each would set off the garbage collector."""
     call: int | None = None
     """Number of the call of a module of the model in which it ran; None outside the model."""
     in_backward: bool = False
@@ -67,12 +66,6 @@ class Operator:
             name = self.parent.name
             self.in_backward = self.parent.in_backward or name.startswith(BACKWARD_ROOT)
             self.region = id(self.parent) if name.startswith(COMPILED_REGION) else self.parent.region
-
-    def add_child(self, child: Operator) -> None:
-        """Note what was called inside it."""
-        if not isinstance(self.children, list):
-            self.children = []
-        self.children.append(child)
 
     @property
     def inputs(self) -> Sequence[Any]:
@@ -110,11 +103,9 @@ def ancestors(operator: Operator) -> Iterator[Operator]:
         yield operator
 
 
-def descendants(operator: Operator) -> Iterator[Operator]:
-    """Those inside it."""
-    for child in operator.children:
-        yield child
-        yield from descendants(child)
+def around(operators: Iterable[Operator], names: Collection[str]) -> set[int]:
+    """Identities of the operators inside which any of some names was called."""
+    return {id(parent) for one in operators if one.name in names for parent in ancestors(one)}
 
 
 def by_place(operators: Iterable[Operator]) -> dict[tuple[int | None, bool], list[Operator]]:
@@ -150,14 +141,13 @@ def fourbit_products(host: Sequence[Operator], *, on_cuda: bool) -> Iterator[Pro
     The operator is ``gemm_4bit`` on every path; dequantising ends in an ordinary ``aten::linear``, the fused CUDA
     kernel in none (bitsandbytes 0.50 ``backends/cuda/ops.py``). Packed weights of AVX512 use ``gemv_4bit``.
     """
+    dequantising = around(host, ("aten::linear", "bitsandbytes::dequantize_4bit"))
     for event in host:
         if event.name not in FOURBIT:
             continue
         path: Path = "fused" if on_cuda else "packed_cpu"
         if event.name == "bitsandbytes::gemm_4bit":
-            inside = {child.name for child in descendants(event)}
-            dequantised = bool(inside & {"aten::linear", "bitsandbytes::dequantize_4bit"})
-            path = "dequantize" if dequantised else "fused" if on_cuda else "unknown"
+            path = "dequantize" if id(event) in dequantising else "fused" if on_cuda else "unknown"
         # The packed kernel computes in bfloat16 whatever it is given.
         dtype = "bfloat16" if path == "packed_cpu" else event.dtype(0)
         yield _product(event, dtype, path)
@@ -165,8 +155,9 @@ def fourbit_products(host: Sequence[Operator], *, on_cuda: bool) -> Iterator[Pro
 
 def plain_products(host: Sequence[Operator]) -> Iterator[Product]:
     """Every other product of the forward pass; the innermost where one is recorded inside another."""
+    outer = around(host, PRODUCTS)
     for event in host:
-        if event.name not in PRODUCTS or any(child.name in PRODUCTS for child in descendants(event)):
+        if event.name not in PRODUCTS or id(event) in outer:
             continue
         if not event.in_backward and not any(parent.name in FOURBIT for parent in ancestors(event)):
             first = 1 if event.name in ("aten::addmm", "aten::_addmm_activation", "aten::baddbmm", "aten::addmv") else 0
@@ -232,9 +223,7 @@ def attention_calls(host: Sequence[Operator]) -> Iterator[AttentionCall]:
         backend = attention_backend(event.name)
         if backend is not None and not any(attention_backend(parent.name) for parent in ancestors(event)):
             yield replace(_named(event, backend), taken=taken.get(id(event)))
-    written = [event for event in host if _is_softmax(event)]
-    if written:
-        yield from _written_out(host, taken)
+    yield from _written_out(host, taken)
 
 
 def _taken_after(host: Sequence[Operator]) -> dict[int, int]:
@@ -271,9 +260,10 @@ def _written_out(host: Sequence[Operator], taken: Mapping[int, int]) -> Iterator
     for (call, backward_pass), events in places.items():
         begin = 0
         for index, event in enumerate(events):
-            backward = event.name.endswith("_backward_data")
-            if not _is_softmax(event) or not (event.shape(0) in scores if backward else _is_over_scores(events, index)):
+            end = _end_of_softmax(events, index, scores)
+            if end is None:
                 continue
+            backward, by_hand = event.name.endswith("_backward_data"), end > index
             yield AttentionCall(
                 op=event.name,
                 backend="eager",
@@ -281,14 +271,30 @@ def _written_out(host: Sequence[Operator], taken: Mapping[int, int]) -> Iterator
                 recomputed=not backward and backward_pass,
                 call=call,
                 region=event.region,
-                dtype=event.dtype(0) if backward else _precision(events, index),
-                mask=any(_masks(other, event.shape(0)) for other in events[begin:index]),
+                dtype=event.dtype(0)
+                if backward
+                else _precision(events, index) or (event.dtype(0) if by_hand else None),
+                mask=any(_masks(other, event.shape(0)) for other in events[begin:end]),
                 causal=False,
                 heads=event.shape(0)[1] if len(event.shape(0)) == 4 else None,
                 width=_width(events, index),
                 taken=taken.get(id(event)),
             )
-            begin = index + 1
+            begin = end + 1
+
+
+def _end_of_softmax(events: Sequence[Operator], index: int, scores: Collection[tuple[int, ...]]) -> int | None:
+    """Where a softmax of attention ends that begins here: here, or at the sum that an exponential is divided by."""
+    event, shape = events[index], events[index].shape(0)
+    if _is_softmax(event):
+        known = shape in scores if event.name.endswith("_backward_data") else _is_over_scores(events, index)
+        return index if known else None
+    if event.name not in _EXPONENTIALS or len(shape) != 4:
+        return None
+    after = range(index + 1, len(events))
+    return next(
+        (place for place in after if events[place].name == "aten::sum" and events[place].shape(0) == shape), None
+    )
 
 
 def _is_over_scores(events: Sequence[Operator], index: int) -> bool:

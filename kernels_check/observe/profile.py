@@ -398,8 +398,6 @@ def read_events(roots: Iterable[Any]) -> tuple[list[Operator], list[Write]]:
             else:
                 operator = Operator(name, event, parent=parent, call=call)
                 operators.append(operator)
-                if parent is not None:
-                    parent.add_child(operator)
                 parent = operator
         if place == "range" and name.startswith(OPTIMIZER_ROOT):
             place = "update"

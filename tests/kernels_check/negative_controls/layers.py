@@ -51,9 +51,11 @@ def split_heads(run: SmallRun, *, by_hand: bool) -> None:
     from torch.nn.functional import scaled_dot_product_attention
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    def written_out(query: Any, key: Any, value: Any) -> Any:
-        weights = (query.unsqueeze(3) * key.unsqueeze(2)).sum(-1).mul(query.shape[-1] ** -0.5).exp().tril()
-        return ((weights / weights.sum(-1, keepdim=True)).unsqueeze(-1) * value.unsqueeze(2)).sum(3)
+    def written_out(*states: Any) -> Any:
+        query, key, value = (one.flatten(0, 1) for one in states)  # over three dimensions nothing tells that it attends
+        weights = (query.unsqueeze(2) * key.unsqueeze(1)).sum(-1).mul(query.shape[-1] ** -0.5).exp().tril()
+        weights = weights / weights.sum(-1, keepdim=True)
+        return (weights.unsqueeze(-1) * value.unsqueeze(1)).sum(2).view(states[0].shape)
 
     def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **_: Any) -> Any:
         key, value = (one.repeat_interleave(query.shape[1] // one.shape[1], dim=1) for one in (key, value))
