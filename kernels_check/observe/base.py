@@ -9,7 +9,7 @@ be read is unknown, with the reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -255,34 +255,25 @@ class Storage:
     note: str | None = None
 
 
-def read_storage(layer: Any, parameter: str = "weight") -> Storage:
-    """Read the storage of one base layer from its tensors; never raises.
-
-    Args:
-        layer: the layer.
-        parameter: which of its parameters.
-    """
-    try:
-        return _read(layer, parameter)
-    except Exception as error:
-        return _unknown(f"{type(layer).__name__}.{parameter} cannot be read: {type(error).__name__}: {error}")
-
-
 def storage_in(tree: ModelTree, layer: nn.Module, parameter: str = "weight") -> Storage:
-    """The same of a layer of a model that was read, which several ask for."""
+    """Read the storage of one parameter of a layer from its tensors, once for each tree; never raises."""
     known: dict[tuple[int, str], Storage] = tree.readings.setdefault(storage_in.__qualname__, {})
     key = id(layer), parameter
     if key not in known:
-        known[key] = read_storage(layer, parameter)
+        try:
+            known[key] = _read(layer, parameter)
+        except Exception as error:
+            problem = f"{type(layer).__name__}.{parameter} cannot be read: {type(error).__name__}: {error}"
+            known[key] = _unknown(problem)
     return known[key]
 
 
-def read_wrapped(wrapper: Any, read: Callable[[Any, str], Storage] = read_storage) -> Storage:
-    """Read the storage of what a layer of PEFT's wraps: a layer, or one parameter of a layer."""
+def wrapped_storage(tree: ModelTree, wrapper: Any) -> Storage:
+    """The same of what a layer of PEFT's wraps: a layer, or one parameter of a layer."""
     layer = wrapper
     while hasattr(layer, "base_layer"):  # one that wraps a parameter may be wrapped for the next
         layer = layer.base_layer
-    return read(layer, getattr(wrapper, "parameter_name", None) or "weight")
+    return storage_in(tree, layer, getattr(wrapper, "parameter_name", None) or "weight")
 
 
 def _read(layer: Any, parameter: str) -> Storage:

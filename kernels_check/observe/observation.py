@@ -28,7 +28,7 @@ from kernels_check.observe.adapter import (
     token_parameters,
     trained_parameters,
 )
-from kernels_check.observe.base import Storage, read_wrapped, storage_in
+from kernels_check.observe.base import Storage, wrapped_storage
 from kernels_check.observe.calls import CallRecorder, Calls, LayerCall
 from kernels_check.observe.digest import Digest, WeightBits, digest, take_census
 from kernels_check.observe.execution import (
@@ -201,9 +201,8 @@ class Observation:
     @_once
     def storage(self) -> dict[str, Storage]:
         """How the base layer below each adapter keeps its weight, by the layer's name."""
-        read = partial(storage_in, self.tree())
         wrapped = (layer for layer in self.adapter_layers() if layer.base is not None)
-        return {layer.name: read_wrapped(layer.module, read) for layer in wrapped}
+        return {layer.name: wrapped_storage(self.tree(), layer.module) for layer in wrapped}
 
     @_once
     def census(self) -> WeightBits:
