@@ -33,36 +33,46 @@ from kernels_check.observe.modules import (
 from kernels_check.observe.profile import OptimizerSeen, describe, rate_of
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)
 class GradientSeen:
     """What reached one parameter over the watched calls."""
 
-    nonzero: bool
-    finite: bool
+    sizes: list[Tensor] = field(default_factory=list)
+    """Largest magnitude of each gradient, left on its device so that nothing waits for it in the backward pass."""
     produced: bool = True
     """Whether it was seen to arrive; else its origin is unknown, as of one put there by hand."""
     after_updates: int = 0
     """Updates that had moved something of the adapter when the last one arrived."""
 
+    @property
+    def nonzero(self) -> bool:
+        """Whether any gradient had an element that is not zero."""
+        return any(float(size) != 0 for size in self.sizes)
 
-@dataclass(slots=True)
+    @property
+    def finite(self) -> bool:
+        """Whether all elements of all gradients were finite."""
+        return all(float(size) < float("inf") for size in self.sizes)
+
+
 class Gradients:
-    """Hooks on the parameters of a model, and what they saw."""
+    """Hooks on the parameters of a model, and what they saw.
 
-    shield: HookGuard
-    """What hooks are wrapped in."""
-    moved: int = 0
-    """Updates that have moved something of the adapter; kept by who watches those."""
-    arrived: set[int] = field(default_factory=set)
-    """Parameters that a gradient reached since this was last cleared."""
-    waiting: set[int] = field(default_factory=set)
-    """Parameters that a gradient reached and that no update has taken since; kept by who watches those."""
-    _sizes: dict[int, list[Tensor]] = field(default_factory=dict)
-    """Largest magnitude of each gradient, left on its device so that nothing waits for it in the backward pass."""
-    _after: dict[int, int] = field(default_factory=dict)
-    _at_first: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
-    """The parameters of the model, with what lay there when the call began."""
-    _by_hand: set[int] = field(default_factory=set)
+    Args:
+        guard: what hooks are wrapped in.
+    """
+
+    def __init__(self, guard: HookGuard) -> None:
+        self._guard = guard
+        self.moved = 0
+        """Updates that have moved something of the adapter; kept by who watches those."""
+        self.arrived: set[int] = set()
+        """Parameters that a gradient reached since this was last cleared."""
+        self.waiting: set[int] = set()
+        """Parameters that a gradient reached and that no update has taken since; kept by who watches those."""
+        self._seen: dict[int, GradientSeen] = {}
+        self._at_first: dict[int, tuple[Tensor, Tensor | None]] = {}
+        """The parameters of the model, with what lay there when the call began."""
 
     @contextmanager
     def watched(self, tree: ModelTree) -> Iterator[None]:
@@ -71,9 +81,9 @@ class Gradients:
         with ExitStack() as hooks:
             for name, parameter in tree.parameters:
                 if parameter.requires_grad or (name in own and parameter.is_floating_point()):
-                    _hook(hooks, parameter, self.shield(partial(self._arrive, parameter)))
+                    _hook(hooks, parameter, self._guard(partial(self._arrive, parameter)))
                     if is_wrapper(parameter):
-                        hooks.push(parameter.register_post_accumulate_grad_hook(self.shield(self._written)))
+                        hooks.push(parameter.register_post_accumulate_grad_hook(self._guard(self._written)))
             yield
 
     def begin_call(self, tree: ModelTree) -> None:
@@ -96,8 +106,7 @@ class Gradients:
             key, gradient = id(parameter), parameter.grad
             if key in self.arrived or gradient is None or gradient is self._at_first.get(key, (None, None))[1]:
                 continue
-            self._by_hand.add(key)
-            self._note(parameter, gradient)
+            self._note(parameter, gradient, produced=False)
 
     def reached(self, tree: ModelTree) -> frozenset[str]:
         """Names of the parameters that a gradient reached in the last call."""
@@ -105,19 +114,8 @@ class Gradients:
 
     def seen(self, tree: ModelTree) -> Mapping[str, GradientSeen]:
         """What reached each parameter, by name."""
-        found = {}
-        for name, parameter in tree.parameters:
-            key = id(parameter)
-            if key not in self._sizes:
-                continue
-            sizes = [float(size) for size in self._sizes[key]]
-            found[name] = GradientSeen(
-                nonzero=any(size != 0 for size in sizes),
-                finite=all(size < float("inf") for size in sizes),
-                produced=key not in self._by_hand,
-                after_updates=self._after.get(key, 0),
-            )
-        return found
+        found = {name: self._seen.get(id(parameter)) for name, parameter in tree.parameters}
+        return {name: one for name, one in found.items() if one is not None and one.sizes}
 
     def _arrive(self, parameter: Tensor, gradient: Tensor | None) -> None:
         if gradient is not None:  # autograd calls hooks for undefined gradients, too, as behind repacked 4-bit weights
@@ -129,13 +127,14 @@ class Gradients:
         if parameter.grad is not None:
             self._note(parameter, parameter.grad)
 
-    def _note(self, parameter: Tensor, gradient: Tensor) -> None:
+    def _note(self, parameter: Tensor, gradient: Tensor, *, produced: bool = True) -> None:
         key = id(parameter)
         self.waiting.add(key)
-        self._after[key] = self.moved
+        seen = self._seen.setdefault(key, GradientSeen())
+        seen.after_updates = self.moved
+        seen.produced = seen.produced and produced
         size = largest(gradient)
-        if size is not None:
-            self._sizes.setdefault(key, []).append(size)
+        seen.sizes += [] if size is None else [size]
 
 
 def _hook(hooks: ExitStack, parameter: Tensor, noted: Any) -> None:

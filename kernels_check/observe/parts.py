@@ -268,10 +268,7 @@ def fates_of(places: Mapping[str, TrainedModule], seen: Observation) -> list[Par
 
     def fate(value: Tensor) -> Fate:
         name = names.get(id(value), "")
-        if not value.requires_grad:
-            return "frozen"
-        ungiven = _without_gradient(name, seen, rare)
-        return ungiven or _updated(name, seen, rates.get(id(value)))
+        return _fate(name, seen, rates.get(id(value)), rare) if value.requires_grad else "frozen"
 
     return [
         ParameterStatus(
@@ -281,21 +278,15 @@ def fates_of(places: Mapping[str, TrainedModule], seen: Observation) -> list[Par
     ]
 
 
-def _without_gradient(name: str, seen: Observation, rare: Set[str]) -> Fate | None:
-    """What became of a parameter that no gradient reached, or only ones of zero; None of any other."""
-    gradient = seen.gradients.get(name)
+def _fate(name: str, seen: Observation, rate: float | None, rare: Set[str]) -> Fate:
+    """What became of a parameter that trains."""
+    gradient, changed, known = seen.gradients.get(name), name in seen.changed, seen.updates.get(name)
     if gradient is None:
-        return "changed, no gradient seen" if name in seen.changed else "without gradient"
-    if gradient.nonzero:
-        return None
-    if name in rare:
-        return "none of its tokens in the batches"
-    return "moved without a gradient" if name in seen.changed else "gradient zero"
-
-
-def _updated(name: str, seen: Observation, rate: float | None) -> Fate:
-    """What became of a parameter that a gradient reached."""
-    known = seen.updates.get(name)
+        return "changed, no gradient seen" if changed else "without gradient"
+    if not gradient.nonzero:
+        if name in rare:
+            return "none of its tokens in the batches"
+        return "moved without a gradient" if changed else "gradient zero"
     if known is not None and known.updates and known.unreadable is None:
         if known.lost:
             return "undone after an update"
@@ -305,7 +296,7 @@ def _updated(name: str, seen: Observation, rate: float | None) -> Fate:
             return "updated"
         if known.stuck:
             return "unchanged"
-    if name in seen.changed:
+    if changed:
         return "updated"
     if rate is None:
         return "not given to an optimizer"
@@ -325,7 +316,9 @@ def _places(tree: ModelTree, is_one: Callable[[nn.Module], bool]) -> dict[str, T
         if not own[name] and is_one(module):
             place, acting = _acting(name, layers)
             places_of.setdefault(place, (acting, module))
-    seen = {id(value) for acting, _ in places_of.values() for layer in acting for value in _base_weights(layer)}
+    # What a layer adds to may be the weights of another place, too.
+    bases = (layer.base for acting, _ in places_of.values() for layer in acting if isinstance(layer.base, nn.Module))
+    seen = {id(value) for base in bases for value in base.parameters()}
     places: dict[str, TrainedModule] = {}
     for name, (acting, module) in places_of.items():
         weights = [value for layer in acting for _, value in layer.weights()]
@@ -339,24 +332,11 @@ def _places(tree: ModelTree, is_one: Callable[[nn.Module], bool]) -> dict[str, T
 
 def _acting(name: str, layers: Mapping[str, AdapterLayer]) -> tuple[str, list[AdapterLayer]]:
     """The name of a place, and the layers of an adapter that act there: one around the module, else those inside."""
-    around = next((one for one in _around(name) if one in layers), None)
+    wrappers = (name, name.removesuffix(".original_module"), name.removesuffix(".base_layer"))
+    around = next((one for one in wrappers if one in layers), None)
     if around is not None:
         return around, [layers[around]]
     return name, [layer for inside, layer in layers.items() if inside.startswith(f"{name}.")]
-
-
-def _around(name: str) -> Iterator[str]:
-    """The module itself, and the wrapper that replaces it."""
-    yield name
-    holder, _, attribute = name.rpartition(".")
-    if attribute in ("original_module", "base_layer"):
-        yield holder
-
-
-def _base_weights(layer: AdapterLayer) -> Iterator[Tensor]:
-    """The weights that the layer adds to, which may be those of another place, too."""
-    if isinstance(layer.base, nn.Module):
-        yield from layer.base.parameters()
 
 
 def _tokens(acting: list[AdapterLayer]) -> tuple[int, int] | None:
