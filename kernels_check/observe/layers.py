@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from kernels_check.observe.calls import Calls
-from kernels_check.observe.modules import Below, ModelTree
+from kernels_check.observe.modules import ModelTree, outermost
 from kernels_check.observe.operators import AttentionCall, Product
 
 _ATTENTION_KINDS = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid")
@@ -93,7 +93,8 @@ def attention_layers(
     sure = {name: count for name, (count, is_sure) in missing.items() if is_sure}
     reduced = calls.around(reductions)
     unsure = {name: count for name, (count, _) in missing.items() if not reduced.isdisjoint(calls.called(name))}
-    unknown = _outermost(unsure | sure)
+    found = unsure | sure
+    unknown = {name: found[name] for name in outermost(found)}
     return AttentionLayers(
         forward={name: tuple(found) for name, found in ran.items()},
         unknown=unknown,
@@ -109,14 +110,6 @@ def attention_layers(
         entries=_entries(calls, whole),
         regions=tuple(Counter(call.region for call in whole if call.call is None and not call.recomputed).values()),
     )
-
-
-def _outermost(found: Mapping[str, int]) -> dict[str, int]:
-    """Those that lie in no other: what is inside a block that ran no attention ran none either."""
-    if "" in found:
-        return {"": found[""]}
-    within = Below(found)
-    return {name: count for name, count in found.items() if not within[name.rpartition(".")[0]]}
 
 
 def _part(module: nn.Module, found: Sequence[AttentionCall]) -> tuple[int, int] | None:

@@ -67,13 +67,26 @@ def reading(read: Callable[[ModelTree], _T]) -> Callable[[nn.Module | ModelTree]
 @reading
 def block_names(tree: ModelTree) -> tuple[str, ...]:
     """Qualified names of the blocks, in the order in which the model holds them."""
-    lists = [items for items in _lists(tree.model, "") if _of_blocks(items)] or list(_lists(tree.model, ""))
-    named = {id(item): name for items in reversed(lists) for name, item in reversed(items)}
-    if not named:
-        named = {id(module): name for name, module in tree.modules if _own_parameters(module)}
-        inside = tuple(f"{name}." if name else "" for name in named.values())
-        return tuple(name for name in named.values() if not any(name != one and name.startswith(one) for one in inside))
-    return tuple(reversed(named.values()))
+    lists = list[dict[str, nn.Module]]()
+    """The outermost."""
+    inside: tuple[str, ...] = ()
+    for name, module in tree.modules:
+        prefix = f"{name}." if name else ""
+        items = {} if name.startswith(inside) else _items(module, prefix)
+        if items:
+            lists.append(items)
+            inside += (prefix,)
+    of_blocks = [items for items in lists if not all(map(_is_leaf, items.values()))] or lists
+    named = {id(item): name for items in reversed(of_blocks) for name, item in reversed(items.items())}
+    layers = (name for name, module in tree.modules if module._parameters or hasattr(module, "base_layer"))
+    return tuple(reversed(named.values())) if named else tuple(outermost(layers))
+
+
+def outermost(names: Iterable[str]) -> list[str]:
+    """Those of some modules that lie in no other of them."""
+    names = list(names)
+    within = Below(names)
+    return [name for name in names if not name or ("" not in names and not within[name.rpartition(".")[0]])]
 
 
 def block_of(name: str, blocks: frozenset[str]) -> str | None:
@@ -85,39 +98,20 @@ def block_of(name: str, blocks: frozenset[str]) -> str | None:
     return name
 
 
-def _lists(module: nn.Module, name: str) -> Iterator[list[tuple[str, nn.Module]]]:
-    """The outermost lists of blocks."""
-    items = _items(module, name)
-    if items:
-        yield items
-        return
-    for key, child in module.named_children():
-        yield from _lists(child, _path(name, key))
-
-
-def _of_blocks(items: list[tuple[str, nn.Module]]) -> bool:
-    return any(not _is_leaf(item) for _, item in items)
-
-
-def _items(module: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
-    """What a list holds that has parameters; empty where it is no list of blocks.
+def _items(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
+    """What a list holds that has parameters, by name; empty where it is no list of blocks.
 
     A sequence whose members are all of different kinds is a model taken apart, not a list of its blocks.
     """
     if not isinstance(module, nn.ModuleList | nn.Sequential):
-        return []
-    items = [
-        (_path(name, key), child)
+        return {}
+    items = {
+        f"{prefix}{key}": child
         for key, child in module.named_children()
         if any(True for _ in child.parameters()) and key.isdigit()
-    ]
-    kinds = [_kind(child) for _, child in items]
-    repeats = isinstance(module, nn.ModuleList) or len(set(kinds)) < len(kinds)
-    return items if repeats else []
-
-
-def _path(name: str, key: str) -> str:
-    return f"{name}.{key}" if name else key
+    }
+    kinds = {_kind(child) for child in items.values()}
+    return items if isinstance(module, nn.ModuleList) or len(kinds) < len(items) else {}
 
 
 def _kind(module: nn.Module) -> type[nn.Module]:
@@ -132,10 +126,6 @@ def _kind(module: nn.Module) -> type[nn.Module]:
 def _is_leaf(module: nn.Module) -> bool:
     """Whether it is a single layer of weights; an adapter makes it no more than that."""
     return not module._modules or hasattr(module, "base_layer")
-
-
-def _own_parameters(module: nn.Module) -> bool:
-    return bool(module._parameters) or hasattr(module, "base_layer")
 
 
 _SWITCH = "support_avx512bf16_for_cpu"
@@ -201,11 +191,12 @@ def largest(gradient: Tensor) -> Tensor | None:
         gradient = gradient.detach()
         if gradient.layout == torch.sparse_coo:
             gradient = gradient.coalesce().values()
-        if not is_wrapper(gradient) and not gradient.numel():
+        if is_wrapper(gradient):
+            sizes = [size for _, part in plain_parts(gradient) if part.numel() and (size := largest(part)) is not None]
+            return torch.stack(sizes).amax() if sizes else None
+        if not gradient.numel():
             return gradient.new_zeros(()).float()  # a sparse gradient of no rows
-        values = [part for _, part in plain_parts(gradient) if part.numel()]
-        sizes = [torch.linalg.vector_norm(part, float("inf"), dtype=torch.float32) for part in values]
-        return torch.stack(sizes).amax() if sizes else None
+        return torch.linalg.vector_norm(gradient, float("inf"), dtype=torch.float32)
 
 
 class Below(dict[str, bool]):
