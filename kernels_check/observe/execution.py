@@ -161,7 +161,7 @@ def compiled_blocks(
     blocks = frozenset(names)
     fired: dict[str, list[int]] = {}
     for number in calls.forward:
-        block, _ = _place(calls.all[number].names, blocks)
+        block, _ = _locate(calls.all[number].names, blocks)
         if block is not None:
             fired.setdefault(block, []).append(number)
     found: dict[str, set[str]] = {"compiled": set(), "partly": set(), "eager": set()}
@@ -181,7 +181,7 @@ def compiled_blocks(
     return CompiledBlocks(**in_order, regions=ours, helpers=len(entered) - ours)
 
 
-def _place(names: Sequence[str], blocks: frozenset[str]) -> tuple[str | None, str]:
+def _locate(names: Sequence[str], blocks: frozenset[str]) -> tuple[str | None, str]:
     """The block that a module of these names lies in, and its name there."""
     found = ((block_of(name, blocks), name) for name in names)
     return next((one for one in found if one[0] is not None), (None, names[0]))
@@ -204,7 +204,7 @@ def _is_ours(region: int | None, blocks: frozenset[str], calls: Calls) -> bool:
         return False
     names = calls.all[region].names
     holds = any(not name or any(block.startswith(f"{name}.") for block in blocks) for name in names)
-    return not holds or _place(names, blocks)[0] is not None
+    return not holds or _locate(names, blocks)[0] is not None
 
 
 def _parent(name: str) -> str:
@@ -245,7 +245,7 @@ def recomputed_blocks(tree: ModelTree, calls: Calls) -> tuple[BlockRecomputed, .
     """By block and module, its calls in the backward pass."""
     for number in sorted(calls.relevant):
         call = calls.all[number]
-        block, name = _place(call.names, blocks)
+        block, name = _locate(call.names, blocks)
         if block is None:
             continue
         if call.in_backward:
