@@ -38,8 +38,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.profiler import ProfilerActivity, profile
 
 from kernels_check.judges.attention import KERNEL_BACKENDS
-from kernels_check.observe.base import read_storage
-from kernels_check.observe.modules import synchronise
+from kernels_check.observe.base import wrapped_storage
+from kernels_check.observe.modules import ModelTree, synchronise
 from kernels_check.observe.profile import quiet_kineto
 from kernels_check.rules import attention_backend, classify
 from kernels_check.terminal import escape_control_chars
@@ -323,7 +323,7 @@ def _fourbit(device: str, quant_type: str, *, double: bool) -> Any:
 
 def _quantised(device: str, *, quant_type: str, double: bool = False) -> Attempt:
     layer = _fourbit(device, quant_type, double=double)
-    stored = read_storage(layer)
+    stored = wrapped_storage(ModelTree.of(layer), layer)
 
     def proof(executed: Executed) -> tuple[bool, str]:
         names = sorted(name for name in executed.operators if name.startswith("bitsandbytes::"))
@@ -354,7 +354,7 @@ def _int8(device: str) -> Attempt:
         known = ("MatMul8bitFp", "MatMul8bitLt", "bitsandbytes::int8_vectorwise_quant", "aten::_int_mm")
         names = [name for name in known if name in executed.operators]
         evidence = ", ".join([f"{layer.weight.dtype} weights".removeprefix("torch."), *names])
-        return read_storage(layer).bits == 8 and bool(names), evidence
+        return wrapped_storage(ModelTree.of(layer), layer).bits == 8 and bool(names), evidence
 
     return _judge_linear(device, layer, proof, _QUANTISATION["int8"])
 

@@ -213,7 +213,7 @@ class _AttentionSearch:
 
     def missing(self) -> dict[str, tuple[int, bool]]:
         """Number of such calls by the name of the layer, and whether it is sure to be attention."""
-        found = {}
+        found: dict[str, tuple[int, bool]] = {}
         for name, sure in self._candidates():
             count = sum(number not in self._covered for number in self._calls.called(name))
             if count:
@@ -266,7 +266,7 @@ class _AttentionSearch:
 
     def _blocks(self) -> Iterator[tuple[str, str]]:
         """Each numbered block around a layer, and the layer's path within; one of each pattern."""
-        found = {}
+        found: dict[tuple[str, str], tuple[str, str]] = {}
         for layer in sorted(self._layers):
             parts = layer.split(".")
             for index, part in enumerate(parts[:-1], start=1):

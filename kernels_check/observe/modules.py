@@ -196,7 +196,8 @@ def largest(gradient: Tensor) -> Tensor | None:
             return torch.stack(sizes).amax() if sizes else None
         if not gradient.numel():
             return gradient.new_zeros(()).float()  # a sparse gradient of no rows
-        return torch.linalg.vector_norm(gradient, float("inf"), dtype=torch.float32)
+        size: Tensor = torch.linalg.vector_norm(gradient, float("inf"), dtype=torch.float32)
+        return size
 
 
 class Below(dict[str, bool]):

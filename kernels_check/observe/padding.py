@@ -288,7 +288,7 @@ def _add_runs(
     numbers = _records(call, ids).numbers.cpu()
     padded, doubtful = masked.clone(), torch.zeros_like(masked)
     unlabelled, still = _unlabelled(call, ids), _still(call.arguments.get("position_ids"), numbers)
-    fillers = ends.union(ids[masked].tolist())
+    fillers = {*ends, *ids[masked].tolist()}
     for row, run, inner in _end_runs(ids, numbers):
         token = int(ids[row, run.start])
         if token in others - ends:
