@@ -196,8 +196,8 @@ def largest(gradient: Tensor) -> Tensor | None:
             return torch.stack(sizes).amax() if sizes else None
         if not gradient.numel():
             return gradient.new_zeros(()).float()  # a sparse gradient of no rows
-        size: Tensor = torch.linalg.vector_norm(gradient, float("inf"), dtype=torch.float32)
-        return size
+        norm: Tensor = torch.linalg.vector_norm(gradient, float("inf"), dtype=torch.float32)
+        return norm
 
 
 class Below(dict[str, bool]):
