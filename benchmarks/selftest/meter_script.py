@@ -10,13 +10,12 @@ took, and the wall and CPU time at the start of each step, on clocks that stop d
 import functools
 import sys
 import time
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -36,8 +35,9 @@ class Switch:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.callbacks = trainer, trainer.callback_handler.callbacks
-        last, self.hooks = self.callbacks[-1], dict(hooks)
-        self.meter: Any = last if hasattr(last, "_time_methods") else None
+        last = self.callbacks[-1]
+        self.hooks = [(one, dict(one)) for one in (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)]
+        self.meter: Any = last if hasattr(last, "detach") else None
         self.on = self.meter is not None
         self.reported, self.wall, self.cpu = 0, 0.0, 0.0
 
@@ -48,19 +48,23 @@ class Switch:
         self.on = on
         if on:
             self.callbacks.append(self.meter)
-            hooks.update(self.hooks)
-            self.meter._trainer_ref = weakref.ref(self.trainer)
-            self.meter._time_methods(self.trainer)
+            for hooks, found in self.hooks:
+                hooks.update(found)
+            self.meter.attach(self.meter._steps, self.trainer)
+            self.meter._steps.add_hooks()
             self.meter._steps.restart()
         else:
             self.callbacks.remove(self.meter)
-            hooks.clear()
-            self.meter._release_trainer()
+            self.meter._steps.remove_hooks()
+            for hooks, _ in self.hooks:
+                hooks.clear()
+            self.meter.detach()
 
     def time_reports(self) -> None:
         """Time what the meter does for many steps at once."""
         if self.meter is not None:
-            self.meter._steps._tell = functools.partial(self._report, self.meter._steps._tell)
+            steps = self.meter._steps
+            steps._report = functools.partial(self._report, steps._report)
 
     def _report(self, report: Callable[[], None]) -> None:
         self.reported += len(self.meter._steps._noted)

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorameter.attach.attachment import this_process
-from lorameter.attach.environment import child_environment
+from lorameter.attach.launch import child_environment
 from lorameter.attach.observer import ObserverReply
+from lorameter.attach.sources import this_process
 
 ROOT = Path(__file__).parents[2]
 
@@ -121,6 +121,7 @@ def tiny_model():
 FOLLOWER = '''
 import json, os
 from lorameter.attach.observer import ObserverReply
+from lorameter.attach.sources import this_process
 
 class Follower:
     """Writes a line for each thing that it is told."""

@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from lorameter.attach.environment import write_command
+from lorameter.attach.launch import write_command
 from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.studies.script import split_command

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from lorameter.attach.measures import Work
+from lorameter.attach.measures import StepSamples, Work
 from lorameter.attach.observer import StepReading, TrainingInfo, weakly
-from lorameter.attach.samples import StepSamples
 from lorameter.models.costs.flops import StepTokens, six_n, training_flops
 from lorameter.models.shapes import shape_of_config
 from lorameter.studies.variant import LoraVariant
@@ -21,7 +20,7 @@ def gathered():
         found.add(StepReading(
             number=number, step_time_s=0.1, cpu_time_s=0.1, sequences=2, real_tokens=20, padded_tokens=32
         ))  # fmt: skip
-    return found
+    return found.samples()
 
 
 def work(model):
@@ -61,4 +60,4 @@ def test_what_is_not_known_is_left_out(make_model, gathered):
     assert work(torch.nn.Linear(2, 2)).values(gathered, H100) == {}
     unseen = StepSamples(None)
     unseen.add(StepReading(number=1, step_time_s=0.1, cpu_time_s=0.1))
-    assert work(make_model()).values(unseen, H100) == {}
+    assert work(make_model()).values(unseen.samples(), H100) == {}

@@ -81,14 +81,6 @@ def test_a_training_of_lorameters_own_is_not_followed(wrapped, script):
 
 
 @pytest.mark.faults
-def test_a_script_that_makes_an_environment_of_its_own_is_followed(wrapped, script):
-    """By what it was started with; else a run would be written where nobody asked for one, and its report printed."""
-    done, told = wrapped("python", script("import os; os.environ.clear(); os.environ['TOLD'] = 'told.jsonl'; train(3)"))
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert [one["what"] for one in told] == ["begin", "step", "step", "end"]
-
-
-@pytest.mark.faults
 def test_data_workers_and_forks_are_not_followed(wrapped, script):
     """Spawned workers import the script, forks inherit a training, one that trains itself does it unseen."""
     text = """

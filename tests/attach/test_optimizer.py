@@ -1,39 +1,27 @@
 """A loop that nobody announces: its steps are seen by the updates of an optimizer, whoever calls or replaces them."""
 
-import functools
 import pickle
 
 import pytest
 import torch
 
-from lorameter.attach.loop import MOST_OTHERS, OptimizerSource
 from lorameter.attach.observer import ObserverReply
+from lorameter.attach.sources import MOST_OTHERS, OptimizerSource
 
 ROWS = 3
 
 
 @pytest.fixture
-def source(listener, unattached, monkeypatch):
-    """A source that a listener follows, around the updates of two kinds of optimizers."""
+def source(listener, unattached):
+    """A source that a listener follows, around the updates of all optimizers, as the hook of a process calls it."""
     made = OptimizerSource(lambda: listener)
-
-    def around(step):
-        @functools.wraps(step)
-        def update(*args):
-            made.begin_update()
-            try:
-                result = step(*args)
-            except BaseException:
-                made.end_update(None)
-                raise
-            made.end_update(args[0])
-            return result
-
-        return update
-
-    for kind in (torch.optim.SGD, torch.optim.LBFGS):
-        monkeypatch.setattr(kind, "step", around(kind.step))
+    hooks = [
+        torch.optim.optimizer.register_optimizer_step_pre_hook(lambda *_: made.begin_update()),
+        torch.optim.optimizer.register_optimizer_step_post_hook(lambda optimizer, *_: made.end_update(optimizer)),
+    ]
     yield made
+    for hook in hooks:
+        hook.remove()
     made.end()
 
 

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from kernels_check import Check
-from lorameter.attach import samples
-from lorameter.attach.environment import RUN
+from lorameter.attach import measures
+from lorameter.attach.launch import RUN
 from lorameter.attach.observer import StepReading, TrainingInfo
 from lorameter.attach.writer import Writer
 from lorameter.records import store
@@ -21,7 +21,7 @@ def told(tmp_path, monkeypatch):
     """A function that has rank 0 and rank 1 told of as many steps, and gives the record; a step takes rank 0 its number
     and rank 1 a hundred times that where it is even."""
     monkeypatch.setenv(RUN, str(tmp_path / "run"))
-    monkeypatch.setattr(samples, "WAIT_S", 0.2)
+    monkeypatch.setattr(measures, "WAIT_S", 0.2)
 
     def tell(steps, *, other=None, watched=(WATCHED,)):
         training = TrainingInfo(
@@ -58,8 +58,8 @@ def test_first_warm_up_and_watched_steps_are_left_out_of_both(told, watched):
 
 def test_of_a_long_training_the_first_timed_steps_are_compared(told, monkeypatch):
     """More steps than are kept, timed or of any kind, move none of them."""
-    monkeypatch.setattr(samples, "MOST_TIMED", 3)
-    monkeypatch.setattr(samples, "MOST_KEPT", 12)
+    monkeypatch.setattr(measures, "MOST_TIMED", 3)
+    monkeypatch.setattr(measures, "MOST_KEPT", 12)
     record = told(40)
     assert record.samples["step_time_s"] == (9.0, 1000.0, 11.0)
     assert record.samples["turn_tokens"] == (27.0, 30.0, 33.0)

@@ -73,7 +73,7 @@ def test_what_was_noted_is_told_where_the_meter_fails(model, capfd):
     for _ in range(3):
         steps.end_step()
     assert len(patient.told) == 1
-    steps.run(lambda: 1 / 0)
+    steps._guard.run(lambda: 1 / 0)
     assert len(patient.told) == 3
     ((error, told),) = patient.errors
     assert told == 3

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorameter.attach.readings import AS_GIVEN, BY_ALL, BY_MASK, BY_POSITIONS, SHIFTED, copy_batch, count_tokens
+from lorameter.attach.batches import AS_GIVEN, BY_ALL, BY_MASK, BY_POSITIONS, SHIFTED, copy_batch, count_tokens
 
 
 def tokens_of(batch):
@@ -12,7 +12,7 @@ def tokens_of(batch):
 
 def counts(batch):
     found = tokens_of(batch)
-    return found.sequences, found.padded, found.real, found.loss
+    return found.sequences, found.padded_tokens, found.real_tokens, found.loss_tokens
 
 
 IDS = torch.arange(12).reshape(2, 6)
@@ -59,7 +59,7 @@ def test_embeddings_stand_for_tokens():
 def test_of_anything_else_nothing_is_counted(batch):
     """And nothing is guessed."""
     found = tokens_of(batch)
-    assert (found.padded, found.real, found.loss, found.conventions) == (None, None, None, ())
+    assert found[1:] == (None, None, None, ())
 
 
 def test_a_batch_is_counted_as_it_was():

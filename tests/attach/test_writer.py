@@ -6,10 +6,9 @@ import sys
 import pytest
 
 from kernels_check import Check
-from lorameter.attach.attachment import UnendedError
-from lorameter.attach.environment import RUN, WRAP
-from lorameter.attach.launch import finalize_run
+from lorameter.attach.launch import RUN, WRAP, finalize_run
 from lorameter.attach.observer import StepReading, TrainingInfo
+from lorameter.attach.sources import UnendedError
 from lorameter.attach.writer import Writer
 from lorameter.records import store
 

@@ -1,7 +1,13 @@
 """A command that is run as it is while the training in it is followed, seen from outside of it.
 
-The follower in the training process writes the run. What it cannot write is how that process ended where it was killed
-or left without a message; the process that started it sees that, and writes it then.
+No file of the user's is changed and nothing is installed. A folder in front on PYTHONPATH holds a module that every
+interpreter imports when it starts (`hook/sitecustomize.py`); launchers pass the environment on to what they start, so
+that the hook is in each of their processes, and it only does something in one that trains.
+
+The observer in the training process writes the run. What it cannot write is how that process ended where it was killed
+or left without a message; the process that started it sees that, and writes it then. `lorameter wrap` makes a temporary
+folder, which is removed when the command has ended. It holds the command as it was typed, a file that the hook makes,
+and the times of the ranks.
 """
 
 from __future__ import annotations
@@ -13,26 +19,96 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
-from lorameter.attach.environment import REQUIRE, RUN, WRAP, child_environment, read_missing_packages, write_command
 from lorameter.attach.observer import say
-from lorameter.attach.samples import UNSEEN_END, tokens_in
-from lorameter.errors import UsageError, shorten
+from lorameter.errors import UsageError, redact, shorten
 from lorameter.machine.processes import exit_words
 from lorameter.records import store
-from lorameter.records.record import UNDER_WAY, Failure, Notice, Status, TrialRecord
+from lorameter.records.record import UNDER_WAY, Failure, Notice, TrialRecord
 from lorameter.records.store import RunWriter
+from lorameter.studies.credentials import hide_credentials
+
+ENV_FOLLOWER = "LORAMETER_FOLLOWER"
+"""Names what follows the first training of the process: `package.module:callable`. The hook knows this and the next
+two by itself, because it imports nothing until there is a training."""
+DEFAULT_FOLLOWER = "lorameter.attach.writer:Writer"
+"""Writes a run."""
+MEASURED = "LORAMETER_MEASURED"
+"""Is set where the script is started to be measured, without side effects (`lorameter.attach.disable_side_effects`)."""
+HOOKED = "LORAMETER_HOOKED"
+"""A file that the hook makes when an interpreter has loaded it; it holds what an interpreter lacks to be measured."""
+RUN = "LORAMETER_RUN"
+"""The directory of the run that the first training of the command is written to."""
+WRAP = "LORAMETER_WRAP"
+"""The temporary folder of the program that wraps the command."""
+REQUIRE = "LORAMETER_REQUIRE"
+"""JSON of the paths of kernels_check that a step must have."""
+SOCKET = "LORAMETER_TURN_SOCKET"
+"""The variable that holds the name of the parent's socket: an abstract one of Linux, since a path might be too long."""
+HOOK = Path(__file__).with_name("hook")
+"""The folder that goes in front on the path."""
+HOOKED_FILE = "hooked"
+UNSEEN_END = "ended_unseen"
+"""Of the values of a record: no source saw the training end, and its process has ended."""
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that end a program."""
 FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 """Those that a terminal sends to all of its processes, so that the command has them already."""
 PASSED_ON = (*STOPPING, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
-HOOKED_FILE = "hooked"
+
+
+def child_environment(
+    inherited: Mapping[str, str],
+    *,
+    follower: str = DEFAULT_FOLLOWER,
+    measured: bool = False,
+    hooked: Path | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """The variables of a process whose first training is followed.
+
+    Args:
+        inherited: what it would have.
+        follower: what follows, as `package.module:callable`; it is called without arguments when the training begins.
+        measured: whether the script is started to be measured, and saves, reports and publishes nothing.
+        hooked: a file that the hook makes when an interpreter has loaded it.
+        variables: further ones.
+    """
+    path = os.pathsep.join(filter(None, [str(HOOK), inherited.get("PYTHONPATH", "")]))
+    own = {"PYTHONPATH": path, ENV_FOLLOWER: follower}
+    own |= {MEASURED: "1"} if measured else {}
+    own |= {HOOKED: str(hooked)} if hooked is not None else {}
+    return {**inherited, **own, **(variables or {})}
+
+
+def address(name: str) -> str:
+    """The address of a socket by its name, of Linux's abstract ones, which begin with a byte that no variable holds."""
+    return "\0" + name.removeprefix("@")
+
+
+def read_missing_packages(hooked: Path) -> str:
+    """What an interpreter that has loaded the hook lacks to be measured, in words; empty where none does."""
+    return hooked.read_text(encoding="utf-8", errors="replace") if hooked.is_file() else ""
+
+
+def write_command(words: Sequence[str]) -> str:
+    """The words as one line, without credentials: the value of an option or a name that sounds like one is left out.
+    Bytes that are no text are question marks."""
+    return shlex.join(map(redact, hide_credentials(words))).encode(errors="replace").decode()
+
+
+def read_command() -> str:
+    """The command that is wrapped, from its file, since a variable holds 128 KiB; else that of this process."""
+    if folder := os.environ.get(WRAP):
+        return os.fsdecode((Path(folder) / "command").read_bytes())
+    program, *words = sys.orig_argv or [sys.executable]
+    return write_command([PurePath(program).name, *words])
 
 
 def run_command(words: Sequence[str], path: Path, require: Mapping[str, Any], folder: Path) -> int:
@@ -53,7 +129,7 @@ def run_command(words: Sequence[str], path: Path, require: Mapping[str, Any], fo
     (folder / "command").write_bytes(os.fsencode(write_command(words)))
     variables = {RUN: str(path), REQUIRE: json.dumps(dict(require)), WRAP: str(folder)}
     environment = child_environment(os.environ, hooked=folder / HOOKED_FILE, variables=variables)
-    with _passing_on() as pass_on_to:  # also what comes before the command is there: it would end this process alone
+    with SignalForwarding() as signals:  # from before the start: a signal would end this process alone
         try:
             process = subprocess.Popen(list(words), env=environment)
         except OSError as error:
@@ -61,61 +137,52 @@ def run_command(words: Sequence[str], path: Path, require: Mapping[str, Any], fo
             raise UsageError(
                 f"wrap: {program}: {error.strerror}. Write the command as it runs without lorameter."
             ) from None
-        pass_on_to(process)
+        signals.forward_to(process)
         code = process.wait()
     return code if code >= 0 else 128 - code
 
 
-@contextlib.contextmanager
-def _passing_on() -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
-    """Meanwhile signals to this process are the command's, as soon as its process is known; what has come
-    until then is sent to it then, also by a terminal, which knew of no command yet."""
-    command: list[subprocess.Popen[bytes]] = []
-    came: list[int] = []
+class SignalForwarding:
+    """Forwards signals to a command while the block runs, and what comes before the command is started after that."""
 
-    def send(number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            command[0].send_signal(number)
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._early: list[int] = []
+        self._before: dict[int, Any] = {}
 
-    def pass_on(number: int, frame: object) -> None:
-        if not command:
-            came.append(number)
+    def __enter__(self) -> SignalForwarding:
+        handlers = {number: signal.getsignal(number) for number in PASSED_ON}
+        self._before = {number: one for number, one in handlers.items() if one not in (signal.SIG_IGN, None)}
+        for number in self._before:
+            signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def forward_to(self, process: subprocess.Popen[bytes]) -> None:
+        """The command has started."""
+        self._process = process
+        for number in self._early:  # a terminal has sent them to this process alone
+            process.send_signal(number)
+
+    def _receive(self, number: int, frame: object) -> None:
+        if self._process is None:
+            self._early.append(number)
         elif number not in FROM_TERMINAL or not _in_terminal():
-            send(number)
-
-    def begin(process: subprocess.Popen[bytes]) -> None:
-        command.append(process)
-        for number in came:
-            send(number)
-
-    before = {number: signal.getsignal(number) for number in PASSED_ON}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, pass_on)
-    try:
-        yield begin
-    finally:
-        for number, handler in before.items():
-            if handler is not None:
-                signal.signal(number, handler)
+            self._process.send_signal(number)
 
 
 def _in_terminal() -> bool:
-    """Whether this process is in the foreground of a terminal, which then tells the command by itself."""
-    try:
-        terminal = os.open("/dev/tty", os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        return os.tcgetpgrp(terminal) == os.getpgrp()
-    except OSError:
-        return False
-    finally:
-        os.close(terminal)
+    """Whether this process is in the foreground of a terminal, which then informs the command by itself."""
+    with contextlib.suppress(OSError), open("/dev/tty", "rb", buffering=0) as terminal:  # noqa: PTH123 no path of a user's
+        return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    return False
 
 
 def finalize_run(path: Path, code: int, folder: Path, *, required: bool) -> bool:
-    """Write what the training process could not, and say what there is to say.
+    """Write what the training process could not, and report what is missing.
 
     Args:
         path: of the run.
@@ -126,11 +193,9 @@ def finalize_run(path: Path, code: int, folder: Path, *, required: bool) -> bool
     Returns:
         Whether there is no valid trial.
     """
-    hooked = folder / HOOKED_FILE
-    loaded, packages = hooked.exists(), read_missing_packages(hooked)
     if not (path / store.MANIFEST).is_file():
         shutil.rmtree(path, ignore_errors=True)
-        say(f"nothing was measured: {packages}" if packages else _why_nothing(code, loaded))
+        say(f"nothing was measured: {_why_nothing(code, folder / HOOKED_FILE)}")
         return True
     manifest = store.read_manifest(path)
     if store.is_live(path, manifest):
@@ -147,16 +212,23 @@ def finalize_run(path: Path, code: int, folder: Path, *, required: bool) -> bool
     return record.status != "ok"
 
 
-def _why_nothing(code: int, loaded: bool) -> str:
-    if not loaded:
+def tokens_in(samples: Mapping[str, tuple[float, ...]]) -> dict[str, Any]:
+    """The tokens of a trial's record: real ones and padding, of all timed steps."""
+    counts = {"real_tokens": samples.get("turn_tokens", ()), "padded_tokens": samples.get("turn_padded_tokens", ())}
+    return {name: int(sum(found)) for name, found in counts.items() if found}
+
+
+def _why_nothing(code: int, hooked: Path) -> str:
+    if not hooked.exists():
         return (
-            "nothing was measured: no Python of the command has loaded the hook. It must start a Python that reads "
-            "PYTHONPATH (not -I, -E or -S, and not in a container of its own)"
+            "no Python of the command has loaded the hook. It must start a Python that reads PYTHONPATH (not -I, -E or "
+            "-S, and not in a container of its own)"
         )
-    said = "no Trainer and no optimizer of torch had begun to train; an update that torch.compile compiles is not seen"
-    if code:
-        return f"nothing was measured: the command ended with {_exit_words(code)}, and {said}"
-    return f"nothing was measured: the command has ended, and {said}"
+    ended = f"the command ended with {_exit_words(code)}" if code else "the command has ended"
+    return read_missing_packages(hooked) or (
+        f"{ended}, and no Trainer and no optimizer of torch had begun to train; an update that torch.compile compiles "
+        "is not seen"
+    )
 
 
 def _exit_words(code: int) -> str:
@@ -167,14 +239,14 @@ def _judge_end(record: TrialRecord, code: int) -> TrialRecord:
     """The record of a training whose command ended with this code; the same where there is nothing to add."""
     ended = f"the command ended with {_exit_words(code)}"
     if record.failure is not None and record.failure.kind == UNDER_WAY:
-        stopped = code - 128 in STOPPING
         message = f"{ended} before its training did"
         if code == 128 + signal.SIGKILL:
             message += ": killed from outside, or by the kernel for want of memory (see dmesg)"
-        failure = Failure(phase="train", kind="Interrupted" if stopped else "ProcessDied", message=message)
-        status: Status = "interrupted" if stopped else "crashed"
+        stopped = code - 128 in STOPPING
         return record.replaced(
-            status=status, failure=failure, wall_time_s=max(0.0, time.time() - record.started_unix_s)
+            status="interrupted" if stopped else "crashed",
+            failure=Failure(phase="train", kind="Interrupted" if stopped else "ProcessDied", message=message),
+            wall_time_s=max(0.0, time.time() - record.started_unix_s),
         )
     if record.status != "ok" or not code:
         return record

@@ -1,21 +1,25 @@
-"""What is measured next to the steps of a training: peaks of memory, the energy of a GPU, and the FLOPs of a step.
+"""What is measured of a training: samples of its steps, peaks of memory, the energy of a GPU, the FLOPs of a step.
 
-The counts of FLOPs are those of a variant (`lorameter.models.costs.flops`), taken from the model at hand: its
-configuration gives the shape, its adapter the ranks and targets. A model without an adapter trains all its weights,
-which takes 6 N. One of a family whose layers are not known is counted from its modules
-(`lorameter.models.costs.modules`). Pairs of a query and a key are those of rows of the mean real length, so a few too
-few where lengths differ.
+Which steps count is decided as for any trial: the first is a number of its own, the warm-up ends when the steps are
+steady, a step that kernels_check watched has no time, and the rest is timed. What one of them did not show is left out
+for all. Of several ranks rank 0 writes the run, and of each step the slowest rank counts.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
+import os
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from lorameter.attach.observer import Phase, StepReading, TrainingInfo
-from lorameter.attach.samples import StepSamples
+import msgspec
+
+from lorameter.attach.launch import WRAP
+from lorameter.attach.observer import NotFollowedError, Phase, StepReading, TrainingInfo
 from lorameter.errors import LorameterError, UsageError
 from lorameter.machine.memory import PeakMemoryTracker
 from lorameter.machine.nvml import NvmlDevice
@@ -25,7 +29,213 @@ from lorameter.models.costs.flops import StepTokens, six_n, training_flops
 from lorameter.models.costs.modules import count_products
 from lorameter.models.costs.peaks import Rate, stated_peak
 from lorameter.models.shapes import ModelShape, shape_of_config
+from lorameter.records.failures import describe_error
+from lorameter.records.fileio import write_whole
+from lorameter.records.record import Failure, Notice, Status
+from lorameter.stats import is_steady, is_warm
+from lorameter.studies.protocol import Protocol
 from lorameter.studies.variant import LoraVariant
+
+Columns = dict[str, list[float | None]]
+"""Samples by their names in a record; None where a step did not show one."""
+_TIMED = {
+    "step_time_s": "step_time_s",
+    "step_cpu_time_s": "cpu_time_s",
+    "data_time_s": "data_time_s",
+    "forward_time_s": "forward_time_s",
+    "backward_time_s": "backward_time_s",
+    "optimizer_time_s": "optimizer_time_s",
+    "gradient_norm": "gradient_norm",
+    "timed_loss": "loss",
+    "step_tokens": "real_tokens",
+}
+"""Samples of timed steps by the field of a reading that they hold."""
+_COUNTED = {
+    "turn_sequences": "sequences",
+    "turn_tokens": "real_tokens",
+    "turn_loss_tokens": "loss_tokens",
+    "turn_padded_tokens": "padding_tokens",
+}
+"""Samples of turns by the field of a reading that they sum."""
+
+
+def turn_columns(turn: Sequence[StepReading]) -> Columns:
+    """Samples of the timed steps of one turn, one a step, and what the turn held."""
+    columns: Columns = {name: [getattr(one, field) for one in turn] for name, field in _TIMED.items()}
+    for name, field in _COUNTED.items():
+        columns[name] = [_sum([getattr(one, field) for one in turn])]
+    return columns
+
+
+def untimed_columns(phase: str, readings: Sequence[StepReading]) -> Columns:
+    """Losses and real tokens of the other steps of a phase."""
+    return {
+        f"{phase}_loss": [one.loss for one in readings],
+        f"{phase}_tokens": [one.real_tokens for one in readings],
+    }
+
+
+def whole_columns(columns: Columns) -> dict[str, tuple[float, ...]]:
+    """The samples that every step has shown."""
+    return {
+        name: tuple(float(value) for value in found if value is not None)
+        for name, found in columns.items()
+        if found and None not in found
+    }
+
+
+def _sum(counts: Sequence[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
+MOST_TIMED = 10_000
+"""Timed steps that are kept: a record is read whole, and the later steps of a long training say no more."""
+
+
+class StepSamples:
+    """The steps of one training."""
+
+    def __init__(self, planned_steps: int | None) -> None:
+        """`planned_steps`: of the training; a warm-up takes no more than a third of them."""
+        protocol = Protocol()
+        self._least, self._most = protocol.warmup_steps_min, protocol.warmup_steps_max
+        if planned_steps is not None:
+            self._most = max(self._least, min(self._most, planned_steps // 3))
+        self._columns: Columns = {}
+        self.values = {"training_steps": 0.0}
+        """As of a trial's record."""
+        self.warm = False
+        """Whether the warm-up is over."""
+        self.timed: list[int] = []
+        """The numbers of the timed steps."""
+        self.conventions: dict[str, None] = {}
+        """How tokens were counted, in words."""
+        self.not_finite: Failure | None = None
+        """That of the first step whose loss is no number."""
+
+    def add(self, reading: StepReading) -> dict[str, float | None]:
+        """One more step; what it adds to the samples, each timed step a turn of its own."""
+        self.values["training_steps"] = float(reading.number)
+        self.conventions |= dict.fromkeys(reading.conventions)
+        self.not_finite = self.not_finite or loss_not_finite([reading])
+        columns: Columns = {}
+        if reading.checks is None and not self.warm:
+            columns = untimed_columns("warmup", [reading])
+            if "first_step_time_s" in self.values:
+                columns["warmup_step_time_s"] = [reading.step_time_s]
+            self.values.setdefault("first_step_time_s", reading.step_time_s)
+        elif reading.checks is None and len(self.timed) < MOST_TIMED:
+            columns = turn_columns([reading])
+            self.timed.append(reading.number)
+        for name, (value,) in columns.items():
+            self._columns.setdefault(name, []).append(value)
+        if not self.warm:
+            times = self.samples().get("warmup_step_time_s", ())
+            self.warm = is_warm(times, self._least, self._most)
+            self.values |= {"warmup_steady": float(is_steady(times))} if self.warm else {}
+        return {name: value for name, (value,) in columns.items()}
+
+    def samples(self) -> dict[str, tuple[float, ...]]:
+        """As of a trial's record."""
+        return whole_columns(self._columns)
+
+
+WAIT_S = 10.0
+"""How long rank 0 waits for the files of the others, which end at the same time."""
+MOST_KEPT = 2 * MOST_TIMED
+"""Steps of which a rank keeps anything: the timed ones are among the first (`MOST_TIMED`)."""
+RankStep = tuple[float, int | None, int | None, int | None]
+"""The time of a step on one rank in seconds, and its sequences, real tokens and padding."""
+
+
+class Ranks:
+    """The steps of one rank, and for rank 0 those of the others.
+
+    Ranks wait for each other inside a step, so their times are close; a collective of the meter's would make them wait
+    once more and could hang where theirs does. So each rank writes its steps to a file when it ends, and rank 0 reads
+    them. The folder is found without a message between the ranks: they are children of one launcher.
+    """
+
+    def __init__(self, run: Path, training: TrainingInfo) -> None:
+        wrapped = os.environ.get(WRAP)
+        launched = run.with_name(f".ranks-{os.getppid()}-{os.environ.get('MASTER_PORT', '')}")
+        self._folder = Path(wrapped) / "ranks" if wrapped else launched
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._rank, self._ranks = training.rank, training.ranks
+        self._steps: list[RankStep] = []
+
+    def add(self, reading: StepReading) -> None:
+        """One more step."""
+        if len(self._steps) < MOST_KEPT:
+            step = reading.step_time_s, reading.sequences, reading.real_tokens, reading.padding_tokens
+            self._steps.append(step)
+
+    def write(self) -> None:
+        """The training has ended, or nothing more of it is seen: leave the steps for rank 0."""
+        write_whole(self._folder / f"{self._rank}.json", msgspec.json.encode(self._steps).decode())
+
+    def merge(
+        self, samples: Mapping[str, tuple[float, ...]], timed: Iterable[int], notices: list[Notice]
+    ) -> dict[str, tuple[float, ...]]:
+        """The samples of rank 0 with each timed step as long as on its slowest rank, and the tokens of all ranks.
+
+        Ranks that left no file, or one of fewer steps, are named in a notice; the tokens of all are then not known.
+        """
+        others = self._read()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        columns: Columns = {name: [] for name in ("step_time_s", "turn_sequences", "turn_tokens", "turn_padded_tokens")}
+        missing = self._ranks - 1 - len(others)
+        for number in timed:
+            times, *counts = zip(*(rank[number - 1] for rank in (self._steps, *others)), strict=True)
+            row = [max(times), *(None if missing else _sum(count) for count in counts)]
+            for found, value in zip(columns.values(), row, strict=True):
+                found.append(value)
+        columns["step_tokens"] = columns["turn_tokens"]
+        if missing:
+            notices.append(_unseen_ranks(missing, self._ranks))
+        of_rank_0 = (*columns, "turn_loss_tokens", "warmup_tokens")
+        return {name: one for name, one in samples.items() if name not in of_rank_0} | whole_columns(columns)
+
+    def _read(self) -> list[list[RankStep]]:
+        """The steps of the others that have seen as many; waits for the files that are not there yet."""
+        deadline = time.monotonic() + WAIT_S
+        paths = [self._folder / f"{rank}.json" for rank in range(1, self._ranks)]
+        while not all(path.is_file() for path in paths) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        read = [msgspec.json.decode(path.read_bytes(), type=list[RankStep]) for path in paths if path.is_file()]
+        return [one for one in read if len(one) >= len(self._steps)]
+
+
+def _unseen_ranks(missing: int, ranks: int) -> Notice:
+    return Notice(
+        code="rank-unseen",
+        message=f"{missing} of {ranks} ranks left no times, so the slowest rank of a step may be slower than what is "
+        "given, and tokens of all ranks are not known.",
+        remedy="Let all ranks end by themselves, and on one machine or with a runs directory that they share.",
+    )
+
+
+def loss_not_finite(readings: Sequence[StepReading]) -> Failure | None:
+    """The failure of a training in which the loss of a step is no number; None where all are."""
+    for reading in readings:
+        if reading.loss is not None and not math.isfinite(reading.loss):
+            message = (
+                f"the loss is {reading.loss} in step {reading.number}; a diverged run has no result. Lower the "
+                "script's learning rate, or let it clip its gradients."
+            )
+            return Failure(phase="train", kind="LossNotFinite", message=message)
+    return None
+
+
+def describe_end(error: BaseException, phase: str) -> tuple[Status, Failure]:
+    """The status and the failure of a training that an exception ended, or that was not followed to its end."""
+    status, failure = describe_error(error, phase)
+    if type(error) is NotFollowedError:
+        return "invalid", Failure(phase=phase, kind="NotFollowed", message=str(error), traceback=failure.traceback)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", Failure(phase=phase, kind="Interrupted", message="stopped by the user")
+    return status, failure
 
 
 class Peaks:
@@ -44,30 +254,27 @@ class Peaks:
 
     def enter(self, phase: Phase) -> None:
         """The phase under way has ended, and this one begins."""
-        self._keep()
+        self.so_far()
         self.phase = phase
         self._gauge.begin()
 
     def so_far(self) -> dict[str, int]:
         """Bytes by their names in a record, that of the phase under way among them."""
-        self._keep()
-        return dict(self._found)
-
-    def _keep(self) -> None:
         for name, size in self._gauge.peaks(self.phase).items():
             self._found[name] = max(size, self._found.get(name, 0))
+        return dict(self._found)
 
 
 class Energy:
-    """Joules of one GPU, by stretches; asks nothing on a CPU."""
+    """Joules of one GPU over the stretches in which it only trains; reads nothing on a CPU."""
 
     def __init__(self, device: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._device = device
         self._clock = clock
         self._card: NvmlDevice | None = None
         self._begun: tuple[float, Reading[float]] | None = None
-        self._steps = self._tokens = self._of_steps = self._of_tokens = 0
-        self._joules = 0.0
+        self._stretch = self._total = (0.0, 0, 0)
+        """Joules, steps and tokens."""
         self._counted = True
         """Whether the tokens of all steps are known."""
 
@@ -77,83 +284,77 @@ class Energy:
             self._card = self._card or card_of(self._device).value
             if self._card is not None:
                 self._begun = (self._clock(), self._card.energy_j())
-                self._steps = self._tokens = 0
+                self._stretch = (0.0, 0, 0)
 
     def step(self, reading: StepReading) -> None:
         """A step of it."""
-        self._steps += 1
-        self._tokens += reading.real_tokens or 0
+        _, steps, tokens = self._stretch
+        self._stretch = (0.0, steps + 1, tokens + (reading.real_tokens or 0))
         self._counted = self._counted and reading.real_tokens is not None
 
     def end(self) -> None:
         """It is over."""
-        self._joules, self._of_steps, self._of_tokens = self._so_far()
+        self._total = self._so_far()
         self._begun = None
 
     def _so_far(self) -> tuple[float, int, int]:
-        """Joules of all stretches, with their steps and tokens, that of the one under way as far as it has come."""
-        joules, steps, tokens = self._joules, self._of_steps, self._of_tokens
+        """Of all stretches, that of the one under way as far as it has come."""
+        joules, steps, tokens = self._total
         if self._begun is not None and self._card is not None:
             began_s, first = self._begun
-            spent = energy_between(first, self._card.energy_j(), self._clock() - began_s)
-            if spent.value is not None:
-                joules, steps, tokens = joules + spent.value, steps + self._steps, tokens + self._tokens
-        return joules, steps, tokens
+            spent = energy_between(first, self._card.energy_j(), self._clock() - began_s).value
+            if spent is not None:
+                return joules + spent, steps + self._stretch[1], tokens + self._stretch[2]
+        return self._total
 
     def values(self) -> dict[str, float]:
         """As of a trial's record; empty where no stretch was long enough."""
-        joules, of_steps, of_tokens = self._so_far()
-        if not of_steps:
+        joules, steps, tokens = self._so_far()
+        if not steps:
             return {}
-        tokens = {"energy_tokens": of_tokens} if self._counted and of_tokens else {}
-        return {"device_energy_train_j": joules, "energy_steps": of_steps} | tokens
+        counted = {"energy_tokens": tokens} if self._counted and tokens else {}
+        return {"device_energy_train_j": joules, "energy_steps": steps} | counted
 
+
+# --- FLOPs ------------------------------------------------------------------------------------------------------------
+# The counts are those of a variant (`lorameter.models.costs.flops`), taken from the model at hand: its configuration
+# gives the shape, its adapter the ranks and targets. A model without an adapter trains all its weights, which is 6 N.
+# A family whose layers are not known is counted from its modules (`lorameter.models.costs.modules`). Pairs of a query
+# and a key are those of rows of the mean real length, so a few too few where lengths differ.
 
 RATES: dict[str, Rate] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 
 
 class Work:
-    """What is known of it before the first step, of the model as it is then. Holds nothing of the model."""
+    """The FLOPs of a training, of the model as it is before the first step. Holds nothing of the model."""
 
     def __init__(self, training: TrainingInfo) -> None:
         """Reads the model of a training; where it cannot be counted nothing is known."""
         model = getattr(training.module, "module", training.module)  # inside what distributes it
         self._passes = training.accumulation or 1
         self._flops: Callable[[StepTokens], int] | None = None
-        self._rate: Rate | None = None
+        self._rate: Rate = "float32"
         if getattr(model, "config", None) is not None:
             self._rate = _rate_of(model)
             with contextlib.suppress(LorameterError, AttributeError, TypeError):
                 self._flops = _flops_of(model)
 
-    def values(self, gathered: StepSamples, device_name: str) -> dict[str, float]:
+    def values(self, samples: Mapping[str, tuple[float, ...]], device_name: str) -> dict[str, float]:
         """`model_flops_per_step`, the mean over the timed steps, and `peak_flops_per_s` of a device that is listed.
 
         Empty where the model, its adapter or its tokens are not known.
         """
-        samples = gathered.samples()
-        flops = self._of_a_step(samples.get("turn_tokens", ()), samples.get("turn_sequences", ()))
-        if flops is None:
-            return {}
-        peak = self._peak_per_s(device_name)
-        return {"model_flops_per_step": flops} | ({} if peak is None else {"peak_flops_per_s": peak})
-
-    def _of_a_step(self, real: Sequence[float], rows: Sequence[float]) -> float | None:
-        """Of the mean step, by the real tokens and the sequences of each; None where it is not known."""
+        real, rows = samples.get("turn_tokens"), samples.get("turn_sequences")
         if not real or not rows or self._flops is None:
-            return None
+            return {}
         positions, mean_rows = sum(real) / len(real), sum(rows) / len(rows)
-        mean = positions / mean_rows
-        pairs = round(mean_rows * mean * (mean + 1) / 2)
-        tokens = StepTokens(positions=round(positions), pairs=pairs, passes=self._passes)
-        try:
-            return float(self._flops(tokens))
-        except (LorameterError, AttributeError, TypeError):
-            return None
-
-    def _peak_per_s(self, device_name: str) -> float | None:
-        peak = None if self._rate is None else stated_peak(device_name, self._rate)
-        return None if peak is None else peak.per_s
+        length = positions / mean_rows
+        pairs = round(mean_rows * length * (length + 1) / 2)
+        with contextlib.suppress(LorameterError, AttributeError, TypeError):
+            flops = self._flops(StepTokens(positions=round(positions), pairs=pairs, passes=self._passes))
+            peak = stated_peak(device_name, self._rate)
+            return {"model_flops_per_step": float(flops)} | ({} if peak is None else {"peak_flops_per_s": peak.per_s})
+        return {}
 
 
 def _flops_of(model: Any) -> Callable[[StepTokens], int]:

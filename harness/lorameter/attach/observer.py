@@ -1,14 +1,14 @@
-"""What follows a training is informed of each step, and says what comes next; and the guard around all that is ours.
+"""The observer of a training, which is informed of each step and says what comes next; and the guard around the meter.
 
-Steps come from different sources: the callbacks of a Trainer, a loop that names its steps, or what lies between
-two updates of an optimizer. Observers differ as well: one writes a run, one waits for its turn among other scripts.
-The two meet here. A step's time begins when the observer returns and ends when the step has ended on the device, so
-that whatever an observer does, or waits for, is in no step's time.
+Steps come from different sources: the callbacks of a Trainer, a loop that names its steps, or what lies between two
+updates of an optimizer. Observers differ as well: one writes a run, one waits for its turn among other scripts. A
+step's time begins when the observer returns and ends when the step has ended on the device, so whatever an observer
+does, or waits for, is in no step's time.
 
-What is ours inside a training of the user can do it no harm. An error of ours is printed once, on the standard error
-that the process was started with, and from then on nothing of ours is called any more. The training goes on as if it
-had never been followed, and the observer learns that it was not followed to its end, so that the run is unknown and no
-pass. An exception that is no `Exception` is a wish to end the process, and goes through.
+The meter can do no harm to the user's training. Its first error is printed once, on the standard error that the process
+was started with, and from then on nothing of the meter is called. The training goes on, and the observer learns that it
+was not followed to its end, so that its run is no pass. An exception that is no `Exception`, such as `SystemExit`, goes
+through.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import traceback
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -45,12 +44,18 @@ class TrainingInfo:
     rank: int = 0
     ranks: int = 1
     required: Mapping[str, Any] = field(default_factory=dict)
-    """Paths of kernels_check that the script itself says a step must have."""
+    """Paths of kernels_check that the script itself requires of a step."""
 
     @property
     def module(self) -> Any:
         """The model; None if there is none, or no longer."""
         return None if self.model is None else self.model()
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """Parameters, accumulation and ranks as values of a record, as far as they are known."""
+        names = ("trainable_parameters", "total_parameters", "accumulation", "ranks")
+        return {name: float(count) for name in names if (count := getattr(self, name)) is not None}
 
 
 def weakly(model: Any) -> weakref.ref[Any] | None:
@@ -68,7 +73,7 @@ class StepReading:
     number: int
     """From 1."""
     step_time_s: float
-    """From the follower's release to the step's end on the device; the wait for data is in it."""
+    """From the observer's return to the step's end on the device; the wait for data is in it."""
     cpu_time_s: float
     """Of all threads of the process, meanwhile."""
     data_time_s: float | None = None
@@ -79,9 +84,8 @@ class StepReading:
     real_tokens: int | None = None
     """Tokens that are no padding."""
     padded_tokens: int | None = None
-    """All positions of the batch, padding included."""
+    """All positions, padding included."""
     loss_tokens: int | None = None
-    """Tokens that the loss is over."""
     loss: float | None = None
     loss_dtype: str | None = None
     """As torch names it, without `torch.`: of the loss that the backward pass began with."""
@@ -91,17 +95,22 @@ class StepReading:
     checks: tuple[Any, ...] | None = None
     """What ``kernels_check`` found; None unless it watched this step."""
 
+    @property
+    def padding_tokens(self) -> int | None:
+        """Positions that are padding."""
+        known = self.padded_tokens is not None and self.real_tokens is not None
+        return self.padded_tokens - self.real_tokens if known else None  # type: ignore[operator]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObserverReply:
-    """What a follower wants of the step to come."""
+    """What an observer wants of the step to come."""
 
     watch: Mapping[str, Any] | None = None
     """What ``kernels_check`` is to require of it; None: not watched, and ``{}``: watched, nothing required."""
     flush_interval_s: float = 0.0
-    """Seconds that what steps showed may wait before it is reported, if nothing else happens. Reporting many steps
-    in one go costs each of them a part of what it costs alone, and a process that is killed takes it along. Of several
-    answers the last one counts, so an observer with an interval asks for nothing else."""
+    """Seconds that steps may wait before they are reported. Reporting many steps at once costs each of them a part of
+    what it costs alone, and a process that is killed takes them along."""
 
 
 class TrainingObserver(Protocol):
@@ -129,16 +138,16 @@ class NotFollowedError(Exception):
 
 
 class ErrorGuard:
-    """Calls what is ours, in the process that made it and until the first error. Not shared between threads."""
+    """Calls functions of the meter, in the process that made it and until the first error. Not thread-safe."""
 
     def __init__(self) -> None:
         self._up, self._pid = True, os.getpid()
-        self.on_error: Callable[[Exception], None] = _nothing
+        self.on_error: Callable[[Exception], object] = lambda error: None
         """Is called once, after the error was printed."""
 
     @property
     def up(self) -> bool:
-        """Whether what is ours is still called: not after an error, and not in a fork of the process."""
+        """Whether functions are still called: not after an error, and not in a fork of the process."""
         return self._up and os.getpid() == self._pid
 
     def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
@@ -148,39 +157,16 @@ class ErrorGuard:
         try:
             return call(*args, **kwargs)
         except Exception as error:
-            self.stand_aside(error)
+            self._up = False
+            what = "the measurement failed and has stopped; the training continues without it"
+            say(f"{'this training is not followed' if isinstance(error, NotFollowedError) else what}: {said_by(error)}")
+            with contextlib.suppress(Exception):
+                self.on_error(error)
             return None
-
-    def stand_aside(self, error: Exception) -> None:
-        """From here on nothing of ours is called. For what runs in every step and calls by itself, while it is `up`."""
-        self._up = False
-        if isinstance(error, NotFollowedError):
-            say(f"this training is not followed: {said_by(error)}")
-        else:
-            say(f"the measurement failed and has stopped; the training continues without it: {said_by(error)}")
-        with contextlib.suppress(Exception):
-            self.on_error(error)
-
-
-def without_frames(error: BaseException) -> BaseException:
-    """An error like this one for later, with its traceback as a note: its frames hold what the script works with."""
-    text = "".join(traceback.format_exception(error))
-    try:
-        found = type(error).__new__(type(error), *error.args)
-        str(found)
-    except Exception:
-        found = RuntimeError(f"{type(error).__name__}: {error}")
-    found.add_note(text)
-    return found
-
-
-def _nothing(error: Exception) -> None:
-    """For a guard without a listener."""
 
 
 def say(text: str) -> None:
     """A line on the standard error that the process was started with, whatever the script has put in its place."""
-    stream = sys.__stderr__
     with contextlib.suppress(Exception):
-        if stream is not None:
-            print(escape_control_chars(f"lorameter: {redact(text)}"), file=stream, flush=True)
+        if sys.__stderr__ is not None:
+            print(escape_control_chars(f"lorameter: {redact(text)}"), file=sys.__stderr__, flush=True)

@@ -58,7 +58,7 @@ class ScriptPair:
     @property
     def begins(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Each side with which of its steps is the first that the other shows as well: a loop without a Trainer or
-        meter is seen from its second step on (`lorameter.attach.optimizer`)."""
+        meter is seen from its second step on (`lorameter.attach.sources`)."""
         late = [bool(self.pairs) and self.pairs[0][side].tokens.get("source") == "optimizer" for side in (0, 1)]
         return (0, int(late[1] and not late[0])), (1, int(late[0] and not late[1]))
 

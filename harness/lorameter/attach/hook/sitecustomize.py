@@ -19,7 +19,6 @@ HOMES = (HOME, os.path.dirname(HOME))  # installed, both packages lie in the fir
 OWN = ("lorameter", "kernels_check")
 NEEDED = ("filelock", "msgspec")
 PYTHON = (3, 11)
-VARIABLES = {name: value for name, value in os.environ.items() if name.startswith("LORAMETER_")}
 
 
 class Own:
@@ -30,48 +29,32 @@ class Own:
 
 
 class After:
-    """Finds a module as all others are found, and has something called when it has been imported."""
+    """Finds a module as all others are found, and calls functions with it when it has been imported."""
 
     def __init__(self, wanted: Any) -> None:
         self.wanted = wanted
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name not in self.wanted:
+        calls = self.wanted.pop(name, None)
+        if calls is None:
             return None
-        for finder in sys.meta_path:
-            find = getattr(finder, "find_spec", None)
-            spec = find(name, path, target) if finder is not self and find is not None else None
-            if spec is not None:
-                if hasattr(spec.loader, "exec_module"):
-                    spec.loader = Loader(spec.loader, self.wanted)
-                return spec
-        return None
+        spec = importlib.util.find_spec(name)  # by the other finders: this one no longer looks for it
+        self.wanted[name] = calls
+        if spec is not None and hasattr(spec.loader, "exec_module"):
+            loader: Any = spec.loader
+            loader.exec_module = functools.partial(self.execute, loader.exec_module)
+        return spec
 
-
-class Loader:
-    """Loads as the loader that it replaces until the module is there."""
-
-    def __init__(self, loader: Any, wanted: Any) -> None:
-        self.loader = loader
-        self.wanted = wanted
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.loader, name)
-
-    def create_module(self, spec: Any) -> Any:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: Any) -> None:
-        module.__spec__.loader = module.__loader__ = self.loader
-        self.loader.exec_module(module)
+    def execute(self, execute: Any, module: Any) -> None:
+        execute(module)
         for call in self.wanted.pop(module.__name__, ()):
-            attempt(lambda call=call: call(module))
+            attempt(call, module)
 
 
-def attempt(call: Any) -> Any:
-    """Call what is ours; an error of it is printed, and the script continues without it."""
+def attempt(call: Any, *args: Any) -> Any:
+    """Call a function of lorameter's; its error is printed, and the script continues without it."""
     try:
-        return call()
+        return call(*args)
     except Exception as error:
         say("the training is not followed: {}: {}".format(type(error).__name__, error))
         return None
@@ -84,14 +67,11 @@ def say(text: str) -> None:
         print("lorameter: " + visible, file=sys.__stderr__, flush=True)
 
 
-def ours(name: str) -> Any:
-    """A module of lorameter's, whether or not this interpreter has it. It sees the variables that the process was
-    started with, also where the script has made an environment of its own since."""
-    for variable, value in VARIABLES.items():
-        os.environ.setdefault(variable, value)
+def ours(module: str, name: str) -> Any:
+    """A name in a module of lorameter's, whether or not this interpreter has it installed."""
     if not any(isinstance(finder, Own) for finder in sys.meta_path):
         sys.meta_path.insert(0, Own())
-    return importlib.import_module(name)
+    return getattr(importlib.import_module("lorameter.attach." + module), name)
 
 
 @functools.lru_cache(maxsize=None)
@@ -102,8 +82,7 @@ def lacks() -> bool:
     if sys.version_info < PYTHON:
         text = "{} is older than Python {}.{}. Use a newer one".format(sys.executable, *PYTHON)
     elif missing:
-        names = " ".join(missing)
-        text = "{0} lacks {1}. Install: {0} -m pip install {1}".format(sys.executable, names)
+        text = "{0} lacks {1}. Install: {0} -m pip install {1}".format(sys.executable, " ".join(missing))
     else:
         return False
     hooked = os.environ.get("LORAMETER_HOOKED")
@@ -122,55 +101,44 @@ def attach_trainer(module: Any) -> None:
 
     def built(self: Any, *args: Any, **kwargs: Any) -> None:
         build(self, *args, **kwargs)
-        attempt(lambda: ours("lorameter.attach.meter").add_meter(self))
+        attempt(lambda: ours("meter", "add_meter")(self))
 
     module.Trainer.__init__ = functools.wraps(build)(built)
 
 
 def attach_optimizers(module: Any) -> None:
-    """What lies between two updates is a step, where nothing else says what one is.
-
-    torch has a function around the `step` of each class of optimizers, and ours goes around that one. A hook of its own
-    for all optimizers would be compiled with a step that torch.compile is given; this one is not seen by it.
-    """
+    """What lies between two updates is a step, where nothing else says what one is. In an update that torch.compile
+    compiles, these hooks of torch's are nothing."""
     if lacks():
         return
+    torch = module.torch
     source: "list[Any]" = []
-    plain = module.Optimizer.profile_hook_step
 
-    def profile_hook_step(func: Any) -> Any:
-        step, compiling = plain(func), sys.modules["torch"].compiler.is_compiling
+    def before(optimizer: Any, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if source and source[0] is not None:
+            source[0].begin_update()
 
-        @functools.wraps(step)
-        def update(*args: Any, **kwargs: Any) -> Any:
-            if compiling():  # Dynamo takes it for true, and sees nothing else of this function
-                return step(*args, **kwargs)
-            if source and source[0] is not None:
-                source[0].begin_update()
-            try:
-                result = step(*args, **kwargs)
-            except BaseException:
-                if source and source[0] is not None:
-                    source[0].end_update(None)
-                raise
-            if not source:
-                source.append(attempt(lambda: ours("lorameter.attach.loop").OptimizerSource()))
-            if source[0] is not None:
-                source[0].end_update(args[0])
-            return result
+    def after(optimizer: Any, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if not source:
+            source.append(attempt(lambda: ours("sources", "OptimizerSource")()))
+        if source[0] is not None:
+            source[0].end_update(optimizer)
 
-        return update
-
-    module.Optimizer.profile_hook_step = staticmethod(profile_hook_step)
+    module.register_optimizer_step_pre_hook(before)
+    module.register_optimizer_step_post_hook(after)
 
 
 def without_side_effects(name: str) -> Any:
     """A function that is called with an imported module, and has it save, report or publish nothing."""
-    return lambda module: getattr(ours("lorameter.attach.disable_side_effects"), name)(module)
+    return lambda module: ours("disable_side_effects", name)(module)
 
 
 def install() -> None:
-    """Watch for the modules that trainings are made of."""
+    """Wait for the modules that trainings are made of."""
     hooked = os.environ.get("LORAMETER_HOOKED")
     if hooked:
         with open(hooked, "a"):

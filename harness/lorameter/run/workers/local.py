@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lorameter import wire
-from lorameter.attach.environment import ENV_FOLLOWER
+from lorameter.attach.launch import ENV_FOLLOWER
 from lorameter.errors import InvalidRunError, LorameterError, UsageError, redact, shorten
 from lorameter.machine.processes import CPUS, FAULTS, PARENT, exit_words, kill_group
 from lorameter.records import codec

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO
 
-from lorameter.attach.environment import HOOKED, SOCKET, address, read_missing_packages
+from lorameter.attach.launch import HOOKED, SOCKET, address, read_missing_packages
 from lorameter.errors import redact
 from lorameter.machine.orphan_reaper import OrphanReaper, kill_marked, marked
 from lorameter.machine.processes import end_with_parent, exit_words, held_back, kill_group

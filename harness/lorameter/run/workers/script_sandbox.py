@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import NoReturn
 
-from lorameter.attach.environment import SOCKET, child_environment
+from lorameter.attach.launch import SOCKET, child_environment
 from lorameter.errors import UsageError, shorten
 from lorameter.records import fileio
 from lorameter.records.record import Notice

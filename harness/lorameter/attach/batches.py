@@ -1,0 +1,170 @@
+"""The batches of a step: which of those that were loaded it has used, and how many tokens they hold.
+
+There is no one count of tokens. A row is as long as its longest neighbour, a mask hides some of it, a packed row has a
+tail, and the loss is taken over a part again. So each count goes with its convention, which is printed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+IGNORED = -100
+"""The label that torch's cross entropy leaves out by default, and every trainer with it."""
+BY_MASK = "real tokens are the positions that the attention mask keeps"
+BY_POSITIONS = "no attention mask: real tokens are all positions but the last of a row with position id 0 and no label"
+BY_ALL = "neither attention mask nor position ids: every position counts as real"
+SHIFTED = "the loss is over the labels that are not -100, the first of each row left out"
+AS_GIVEN = "the loss is over the labels that are not -100"
+
+
+class Copied(NamedTuple):
+    """What counts of one batch. A tuple is made sooner than a dataclass is."""
+
+    sequences: int | None = None
+    shape: torch.Size | None = None
+    """Rows and positions; None where it is no text."""
+    mask: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    shifted: torch.Tensor | None = None
+    """Labels that were shifted before."""
+
+
+class Tokens(NamedTuple):
+    """Of one step, by the names of a `StepReading`; None is not seen."""
+
+    sequences: int | None = None
+    padded_tokens: int | None = None
+    real_tokens: int | None = None
+    loss_tokens: int | None = None
+    conventions: tuple[str, ...] = ()
+
+
+def copy_batch(batch: Any) -> Copied:
+    """Copy what counts of a batch, on the batch's own device, for which nothing waits.
+
+    Args:
+        batch: a mapping with `input_ids` (rows, positions) or `inputs_embeds` (rows, positions, width) and, where there
+            are such, `attention_mask`, `position_ids`, `labels`, `shift_labels`; or a sequence whose first item is a
+            tensor of whole numbers (rows, positions). Of anything else no tokens are counted.
+    """
+    if isinstance(batch, (tuple, list)) and batch:
+        batch = batch[0]
+    if not isinstance(batch, Mapping):
+        whole = type(batch) is torch.Tensor and batch.dim() == 2 and not batch.is_floating_point()
+        return Copied(batch.shape[0], batch.shape) if whole else Copied()
+    tensors = {name: one for name, one in batch.items() if type(one) is torch.Tensor and one.dim()}
+    text = tensors.get("input_ids", tensors.get("inputs_embeds"))
+    shape = None if text is None else text.shape[:2]
+    if shape is None or len(shape) != 2:
+        return Copied(next((one.shape[0] for one in tensors.values()), None))
+
+    def copy(name: str, *, whole: bool = False) -> torch.Tensor | None:
+        found = tensors.get(name)
+        return None if found is None or (whole and found.shape != shape) else found.clone()
+
+    mask = copy("attention_mask", whole=True)
+    positions = copy("position_ids", whole=True) if mask is None else None
+    return Copied(shape[0], shape, mask, positions, copy("labels"), copy("shift_labels"))
+
+
+def count_tokens(copied: Copied) -> Tokens:
+    """The tokens of a batch. Waits for its device."""
+    if copied.shape is None:
+        return Tokens(copied.sequences)
+    rows, length = copied.shape
+    labels = copied.labels
+    per_token = labels is not None and labels.shape == copied.shape
+    real, convention = rows * length, BY_ALL
+    if copied.mask is not None:
+        real, convention = int((copied.mask != 0).sum()), BY_MASK
+    elif copied.positions is not None and per_token:
+        filler = (copied.positions == 0) & (labels == IGNORED)
+        real, convention = real - int(torch.cumprod(filler.flip(-1), dim=-1).sum()), BY_POSITIONS
+    counted, over = (copied.shifted, AS_GIVEN) if copied.shifted is not None else (labels, AS_GIVEN)
+    if counted is labels and labels is not None and per_token:
+        counted, over = labels[:, 1:], SHIFTED
+    if counted is None:
+        return Tokens(rows, rows * length, real, None, (convention,))
+    return Tokens(rows, rows * length, real, int((counted != IGNORED).sum()), (convention, over))
+
+
+def total_tokens(batches: Sequence[Copied]) -> Tokens:
+    """The tokens of all batches of a step; a count that one of them does not show is None."""
+    found = [count_tokens(batch) for batch in batches]
+    if not found:
+        return Tokens()
+    columns = zip(*(one[:4] for one in found), strict=True)
+    counts = [None if None in column else sum(column) for column in columns]  # type: ignore[arg-type]
+    return Tokens(*counts, conventions=found[-1].conventions)
+
+
+MOST_AHEAD = 64
+"""Batches of one loader that no backward pass has used yet; of more the oldest are forgotten."""
+
+
+@dataclass(slots=True)
+class _Loader:
+    """An iterator of a DataLoader."""
+
+    ahead: deque[Copied]
+    """Batches that no pass has used yet."""
+    early: bool
+    """Whether it had loaded batches before it was seen."""
+    loaded: int = 0
+    """Batches that it has loaded in this step."""
+    trains: bool = False
+    """Whether any was used."""
+    ended: bool = False
+
+
+class Loaders:
+    """Which of the loaded batches a step has used. A loader may be ahead of the training by a batch or more, so each
+    backward pass uses the oldest batch of each loader."""
+
+    def __init__(self) -> None:
+        self._loaders: dict[int, _Loader] = {}
+        """By the identity of their iterators."""
+
+    def put(self, iterator: Any, batch: Copied) -> None:
+        """It has loaded one."""
+        key, loaded = id(iterator), getattr(iterator, "_num_yielded", 1)
+        if loaded <= 1 or key not in self._loaders:
+            self._loaders[key] = _Loader(deque([Copied()] * (loaded - 1), maxlen=MOST_AHEAD), early=loaded > 1)
+        self._loaders[key].ahead.append(batch)
+        self._loaders[key].loaded += 1
+
+    def end(self, iterator: Any) -> None:
+        """It has loaded all. A loader of which no pass has used any batch is that of an evaluation."""
+        loader = self._loaders.get(id(iterator))
+        if loader is not None and loader.trains:
+            loader.ended = True
+        else:
+            self._loaders.pop(id(iterator), None)
+
+    def take(self) -> list[Copied]:
+        """What a pass uses, where that is known yet."""
+        ready = [loader for loader in self._loaders.values() if loader.ahead]
+        for loader in ready:
+            loader.trains = True
+        return [loader.ahead.popleft() for loader in ready if not loader.early]
+
+    def end_step(self) -> list[Copied]:
+        """What else the step has used: all but the newest batch of each loader, which may be loaded ahead. The first
+        step that is seen has used as many as it has loaded, and so had the one before it, which was not."""
+        found = []
+        for loader in self._loaders.values():
+            if loader.early and loader.trains:
+                loader.early, batches = False, [*loader.ahead][loader.loaded :]
+                found += batches[: loader.loaded]
+                loader.ahead = deque(batches[loader.loaded :], maxlen=MOST_AHEAD)
+            while len(loader.ahead) > 1:
+                found.append(loader.ahead.popleft())
+            loader.loaded = 0
+        self._loaders = {key: one for key, one in self._loaders.items() if one.ahead or not one.ended}
+        return found

@@ -1,0 +1,400 @@
+"""Where steps are seen without a Trainer, and which training of a process is followed: the first, until it ends.
+
+A script may build two trainers, carry a meter of its own while it is wrapped, or fork. Whatever begins a training asks
+here first. The process is the one that begins; a fork of it is not followed, and of two processes of one script one
+is (each observer sees to that where it writes).
+
+The steps of a loop are those that it names (`for batch in steps(loader)`), else what lies between two updates of an
+optimizer. There the training is known once the first update is done, so the first step is not seen. The optimizer that
+did it marks the steps from then on; another one that updates within them, as in adversarial training or inside an
+optimizer that wraps it, is part of the step. The training has ended when its optimizer has been freed, or updates no
+more while another one does.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import gc
+import importlib
+import os
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from lorameter.attach.launch import DEFAULT_FOLLOWER, ENV_FOLLOWER
+from lorameter.attach.observer import (
+    ErrorGuard,
+    NotFollowedError,
+    Phase,
+    Source,
+    TrainingInfo,
+    TrainingObserver,
+    say,
+    weakly,
+)
+from lorameter.attach.steps import Patches, Steps, uncompiled
+
+MakeObserver = Callable[[], TrainingObserver]
+
+
+class UnendedError(NotFollowedError):
+    """The process has ended, and its training had not."""
+
+
+class Attachment:
+    """The training of one process that is followed. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._pid: int | None = None
+        self._source: object = None
+        self.steps: Steps | None = None
+        self._reported = False
+        """Whether another training was reported."""
+
+    @property
+    def occupied(self) -> bool:
+        """Whether whatever trains now is not to be followed: a training is under way, or this is a fork."""
+        return self._pid is not None and not (self.steps is not None and self.steps.ended and self._pid == os.getpid())
+
+    def begin(
+        self, source: object, training: TrainingInfo, device: torch.device, make: MakeObserver | None = None
+    ) -> Steps | None:
+        """Follow a training from here on.
+
+        Args:
+            source: who sees its steps; of one that has begun and not ended it is the same training.
+            training: as it is before its first step.
+            device: that it computes on.
+            make: makes its observer; None: the one that the environment names.
+
+        Returns:
+            What the source informs of the steps; None where another training is followed, or was.
+        """
+        if self._pid == os.getpid() and self._source is source and self.steps is not None and self.steps.up:
+            self.steps.restart()
+            return self.steps
+        if self._pid is not None:
+            self.report_another(training.source)
+            return None
+        writes = os.environ.get(ENV_FOLLOWER, DEFAULT_FOLLOWER) == DEFAULT_FOLLOWER
+        if training.rank and not writes:
+            return None  # it follows what rank 0 shows
+        self._pid, self._source, guard = os.getpid(), source, ErrorGuard()
+        observer = guard.run(make or named_observer)
+        if observer is None:
+            return None
+        self.steps = Steps(observer, training, device, guard)
+        atexit.register(self._end_with_process)
+        if writes:
+            self._end_before_exit()  # the parent of trainings in turns sees by itself that a process is gone
+        self.steps.begin()
+        return self.steps
+
+    def report_another(self, source: Source) -> None:
+        """Another training has begun. It is not followed: the observer learns of it once, and the first has ended."""
+        if self._reported or self.steps is None or self._pid != os.getpid():
+            return
+        self._reported = True
+        say(f"another training of this script (seen by its {source}) is not followed: the first one is")
+        ErrorGuard().run(self.steps.observer.begin, TrainingInfo(source=source))
+        self.steps.end(_unended(self.steps), seen=False)
+
+    def _end_with_process(self) -> None:
+        """The process ends and the training has not: by an error, or because the script has let it go."""
+        if self.steps is not None and self._pid == os.getpid():
+            error = getattr(sys, "last_value", None)  # what the interpreter has just printed
+            self.steps.end(error if isinstance(error, BaseException) else _unended(self.steps), seen=False)
+
+    def _end_before_exit(self) -> None:
+        """`os._exit` leaves out what is registered for the end of a process. Scripts call it where a library would
+        abort there, and their training is as whole as any."""
+        module: Any = os
+        leave = module._exit
+
+        @functools.wraps(leave)
+        def end_and_leave(status: int) -> None:
+            try:
+                self._end_with_process()
+            finally:
+                leave(status)
+
+        module._exit = end_and_leave
+
+
+def _unended(steps: Steps) -> BaseException | None:
+    """The error of a Trainer that did not come to its end; a loop may have come to its own."""
+    by_trainer = steps.training.source == "trainer"
+    return UnendedError("the process has ended before its training did") if by_trainer else None
+
+
+@functools.cache  # of the process: what it follows is one thing, however many modules ask
+def this_process() -> Attachment:
+    """The attachment of this process; a fork has that of the process it was forked from, and is not followed."""
+    return Attachment()
+
+
+def follow(
+    source: object,
+    kind: Source,
+    model: Any,
+    make: MakeObserver | None,
+    *,
+    parameters: Sequence[torch.nn.Parameter] = (),
+    **facts: Any,
+) -> Steps | None:
+    """Follow the training of a model, as `Attachment.begin` does; of one that is not seen these `parameters` train."""
+    known = [*model.parameters()] if isinstance(model, torch.nn.Module) else [*parameters]
+    trainable, total = count_parameters(model)
+    if model is None and parameters:
+        trainable = sum(one.numel() for one in parameters)
+    rank, ranks = rank_of()
+    training = TrainingInfo(
+        source=kind,
+        model=weakly(model),
+        trainable_parameters=trainable,
+        total_parameters=total,
+        rank=rank,
+        ranks=ranks,
+        **facts,
+    )
+    return this_process().begin(source, training, device_of(known), make)
+
+
+def named_observer() -> TrainingObserver:
+    """The observer that the environment names as `package.module:callable`; else a run is written.
+
+    Raises:
+        ImportError: there is no such module.
+        AttributeError: it has no such name.
+    """
+    module, _, name = os.environ.get(ENV_FOLLOWER, DEFAULT_FOLLOWER).partition(":")
+    make: MakeObserver = getattr(importlib.import_module(module), name)
+    return make()
+
+
+def device_of(parameters: Sequence[torch.nn.Parameter]) -> torch.device:
+    """The device of the first parameter that trains, else of the first; the CPU where there is none."""
+    first = next((one for one in parameters if one.requires_grad), next(iter(parameters), None))
+    return torch.device("cpu") if first is None else first.device
+
+
+def rank_of() -> tuple[int, int]:
+    """This process's rank and how many there are, from torch.distributed, else as a launcher left them."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def count_parameters(model: Any) -> tuple[int | None, int | None]:
+    """Parameters that train, and all; weights of 4 bits count as what they stand for. None of what is no model.
+
+    PEFT and transformers count their own, since a packed weight has half as many elements as the weight it holds.
+    """
+    if not isinstance(model, torch.nn.Module):
+        return None, None
+    found: Any = model
+    if callable(getattr(model, "get_nb_trainable_parameters", None)):
+        trainable, total = found.get_nb_trainable_parameters()
+        return int(trainable), int(total)
+    if callable(getattr(model, "num_parameters", None)):
+        return int(found.num_parameters(only_trainable=True)), int(found.num_parameters())
+    parameters = list(model.parameters())
+    return sum(one.numel() for one in parameters if one.requires_grad), sum(one.numel() for one in parameters)
+
+
+MOST_OTHERS = 100
+"""Updates of another optimizer without one of the first, after which the first training is over: no step of several
+optimizers has so many of one."""
+
+
+class OptimizerSource:
+    """Sees the steps of the first optimizer that updates, and holds nothing of its training. The hook of a process
+    (`hook/sitecustomize.py`) calls it before and after the update of every optimizer."""
+
+    def __init__(self, make: MakeObserver | None = None) -> None:
+        self._make = make
+        self._steps: Steps | None = None
+        self._optimizer: Callable[[], Any] = lambda: None
+        self._calls = Patches()
+        """The call of a module, until one of the model is called in a step that is to be watched."""
+        self._others: Counter[int] = Counter()
+        """Updates of each other optimizer since the last one of the first."""
+        self._over = compiles_here()
+        """Whether nothing is followed: no training was begun, or it has ended."""
+        if self._over:
+            say("this training is not followed: torch.compile compiles its whole step, with the optimizer's update")
+        self.begin_update = uncompiled(self._begin_update)
+        """An update begins."""
+        self.end_update = uncompiled(self._end_update)
+        """An update of this optimizer has ended."""
+
+    def _begin_update(self) -> None:
+        if self._steps is not None:
+            if self._steps.passes_in_update:
+                self._steps.open_step()
+            self._steps.begin_update()
+
+    def _end_update(self, optimizer: Any) -> None:
+        if self._over:
+            return
+        if self._steps is None:
+            if not this_process().occupied:
+                self._begin(optimizer)
+            return
+        self._steps.end_update()
+        if optimizer is self._optimizer():
+            self._others.clear()
+            self._calls.remove()
+            self._steps.end_step()
+            self._watch_next(self._steps)
+            return
+        self._others[id(optimizer)] += 1
+        if self._optimizer() is None or self._others[id(optimizer)] >= MOST_OTHERS:
+            self.end(seen=False)
+            this_process().report_another("optimizer")
+
+    def _begin(self, optimizer: Any) -> None:
+        self._steps = ErrorGuard().run(self._follow, optimizer)
+        if self._steps is None:
+            self._over = True
+            return
+        self._optimizer = weakref.ref(optimizer)
+        weakref.finalize(optimizer, self._remove_hooks).atexit = False  # while the interpreter ends, modules are gone
+        self._steps.restart()
+        self._watch_next(self._steps)
+
+    def _follow(self, optimizer: Any) -> Steps | None:
+        parameters = [one for group in optimizer.param_groups for one in group["params"]]
+        return follow(self, "optimizer", find_root(parameters), self._make, parameters=parameters)
+
+    def _watch_next(self, steps: Steps) -> None:
+        """A step that is to be watched is opened when a module of the model is called: after the last step none is.
+        Where a closure of the update does so, the update opens it."""
+        model = steps.training.module
+        if model is None or steps.passes_in_update or not steps.watch_is_due:
+            return
+        trained, parts = model.training, frozenset(map(id, model.modules()))
+
+        def call(args: tuple[Any, ...]) -> None:
+            called = steps.training.module if id(args[0]) in parts and torch.is_grad_enabled() else None
+            if called is not None and called.training == trained:
+                self._calls.remove()
+                steps.open_step()
+
+        self._calls.add(torch.nn.Module, "__call__", before=call)
+
+    def _remove_hooks(self) -> None:
+        """Nothing more of the training is seen. What was seen is written later, by the next update or at the end of the
+        process: this may be called anywhere, as by the garbage collector."""
+        self._calls.remove()
+        if self._steps is not None:
+            self._steps.remove_hooks()
+
+    def end(self, *, seen: bool = True) -> None:
+        """Nothing more is followed."""
+        self._over = True
+        self._remove_hooks()
+        if self._steps is not None:
+            self._steps.end(None, seen=seen)
+
+
+def compiles_here() -> bool:
+    """Whether this is called from a function that torch.compile was given, outside of its graphs."""
+    with contextlib.suppress(Exception):  # of a version of torch that has no such function
+        from torch._C._dynamo.eval_frame import get_eval_frame_callback
+
+        return callable(get_eval_frame_callback())
+    return False
+
+
+def find_root(parameters: Iterable[torch.nn.Parameter]) -> torch.nn.Module | None:
+    """The outermost module that holds the first parameter that trains; None where none is found.
+
+    All objects that the collector knows are searched, once: some tenths of a second before the first timed step.
+    They are asked for their type and nothing else, since some are proxies that act when they are touched.
+    """
+    trained = next((one for one in parameters if one.requires_grad), None)
+    if trained is None:
+        return None
+    holders = [
+        one
+        for one in gc.get_objects()
+        if issubclass(type(one), torch.nn.Module) and any(parameter is trained for parameter in one.parameters())
+    ]
+    inner = {id(child) for holder in holders for child in holder.modules() if child is not holder}
+    roots = [holder for holder in holders if id(holder) not in inner]
+    return roots[0] if len(roots) == 1 else None
+
+
+Batch = TypeVar("Batch")
+
+
+class LoopSource:
+    """Sees the steps of one loop."""
+
+    def __init__(self, model: Any, make: MakeObserver | None, required: Mapping[str, Any] | None = None) -> None:
+        self._model = weakly(model)
+        self._make = make
+        self._required = dict(required or {})
+        self._steps: Steps | None = None
+        self._begun = False
+
+    def steps(self, batches: Iterable[Batch], accumulation: int) -> Iterator[Batch]:
+        """The batches; `accumulation` of them are a step, and what is left over at the end is none."""
+        if not self._begun:  # the training begins with the first call
+            self._begun = True
+            self._steps = ErrorGuard().run(self._follow, accumulation)
+        steps = self._steps
+        if steps is None:
+            yield from batches
+            return
+        iterator, taken = iter(batches), 0
+        steps.restart()
+        steps.within = True
+        try:
+            while True:
+                steps.begin_part("data")
+                batch = next(iterator, _END)
+                steps.end_part("data")
+                if batch is _END:
+                    break
+                steps.batch(batch)
+                if taken == 0:
+                    steps.open_step()
+                yield batch  # type: ignore[misc]
+                taken = (taken + 1) % accumulation
+                if taken == 0:
+                    steps.end_step()
+        finally:
+            steps.within = False
+            steps.break_off()
+
+    @contextlib.contextmanager
+    def phase(self, phase: Phase) -> Iterator[None]:
+        """The block does this and no training; it is in no step's time."""
+        if self._steps is not None:
+            self._steps.phase(phase)
+        try:
+            yield
+        finally:
+            if self._steps is not None:
+                self._steps.phase("train")
+
+    def end(self, error: BaseException | None) -> None:
+        """The training has ended."""
+        if self._steps is not None:
+            self._steps.end(error)
+
+    def _follow(self, accumulation: int) -> Steps | None:
+        model = None if self._model is None else self._model()
+        return follow(self, "loop", model, self._make, accumulation=accumulation, required=self._required)
+
+
+_END = object()
