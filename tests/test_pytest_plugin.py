@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from lorameter.machine.cores import cores_of
+from lorameter.machine.cpus import cores_of
 
 LEAN = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-p", "no:anyio")
 """Options of every session here: the plugins of Hypothesis and anyio are no part of it, and take most of its start."""

@@ -73,10 +73,8 @@ def in_child() -> dict[str, Any]:
     opened = open_device()
     if opened.value is None:
         return told | {"nvml": opened.reason}
-    sample, facts = opened.value.sample(), opened.value.facts()
-    readings = {
-        name: getattr(group, name) for group in (sample, facts) for name in group.__dataclass_fields__ if name != "uuid"
-    }
+    readings = opened.value.sample() | opened.value.facts()
+    del readings["uuid"]
     opened.value.close()
     return told | {
         "known": {name: one.value for name, one in readings.items() if one.known},

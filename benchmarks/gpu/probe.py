@@ -40,12 +40,12 @@ def machine() -> Fact:
     card.close()
     return {
         "name": torch.cuda.get_device_name(),
-        "driver": facts.driver.value,
+        "driver": facts["driver"].value,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "power_limit_w": facts.power_limit_w.value,
-        "persistence": facts.persistence.value,
+        "power_limit_w": facts["power_limit_w"].value,
+        "persistence": facts["persistence"].value,
         "context_s": started_s,
         "context_bytes": own.value,
         "context_unknown": own.reason,
@@ -161,10 +161,10 @@ def counters() -> Fact:
 
 def clocks(samples: list[Any]) -> Fact:
     """The clocks of some moments, and in how many of them the GPU says that it idles."""
-    found = [one.sm_clock_hz.value for one in samples if one.sm_clock_hz.known]
+    found = [one["sm_clock_hz"].value for one in samples if one["sm_clock_hz"].known]
     return {
         "sm_clock_hz": statistics.median(found) if found else None,
-        "idle": sum("gpu_idle" in (one.events.value or ()) for one in samples),
+        "idle": sum("gpu_idle" in (one["events"].value or ()) for one in samples),
         "of": len(samples),
     }
 

@@ -20,7 +20,7 @@ import torch
 from lorameter import wire
 from lorameter.attach.observer import ObserverReply, StepReading, TrainingInfo, weakly
 from lorameter.attach.script_trial import SOCKET, ScriptTrial, address
-from lorameter.machine.affinity import pin_to_cpus
+from lorameter.machine.cpus import pin_to_cpus
 from lorameter.records import codec
 from lorameter.records.record import PartialRecord
 from lorameter.run.plan import make_plan

@@ -18,18 +18,14 @@ COMPILER = shutil.which(os.environ.get("CC", "cc"))
 
 @pytest.fixture(scope="session")
 def libraries(tmp_path_factory):
-    """Folders that hold the stand-in as a driver of today and as an old one, and one with no library in its place."""
+    """Folders that hold the stand-in, and no library in its place."""
     if COMPILER is None:
         pytest.skip("no C compiler on this machine to build the stand-in for NVML with")
     found = {"none": tmp_path_factory.mktemp("nvml-none")}
     (found["none"] / "libnvidia-ml.so.1").write_text("what the loader finds first, and cannot load\n")
-    for name, options in (("new", []), ("old", ["-DOLD_DRIVER"])):
-        found[name] = tmp_path_factory.mktemp(f"nvml-{name}")
-        subprocess.run(
-            [COMPILER, "-shared", "-fPIC", "-O1", *options, str(SOURCE), "-o",
-             str(found[name] / "libnvidia-ml.so.1")],
-            check=True,
-        )  # fmt: skip
+    found["new"] = tmp_path_factory.mktemp("nvml-new")
+    library = str(found["new"] / "libnvidia-ml.so.1")
+    subprocess.run([COMPILER, "-shared", "-fPIC", "-O1", str(SOURCE), "-o", library], check=True)
     return found
 
 
@@ -37,7 +33,7 @@ def libraries(tmp_path_factory):
 def nvml(libraries, tmp_path):
     """A function that runs Python lines where the stand-in answers, and returns what they `tell`.
 
-    `answers` are the lines of the stand-in's file (`{"0.power": 250000}`), `driver` chooses old, new or none, and
+    `answers` are the lines of the stand-in's file (`{"0.power": 250000}`), `driver` chooses new or none, and
     `variables` are those of the process. The dynamic loader looks into LD_LIBRARY_PATH first, and nvidia-ml-py opens
     libnvidia-ml.so.1 by that name, so the code under test is the code that meets a real GPU.
     """

@@ -10,7 +10,7 @@
  *     0.nvlink.1=0               what NVML says of NVLink between cards 0 and 1 (0: there is); 0.meet.1=50 where they meet
  *     rc.nvmlDeviceGetPowerUsage=3      what a function returns instead of an answer
  *
- * Values are in NVML's own units. OLD_DRIVER leaves out what older drivers do not export.
+ * Values are in NVML's own units.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -322,7 +322,6 @@ int nvmlDeviceGetTopologyCommonAncestor(device_t *one, device_t *other, unsigned
     return SUCCESS;
 }
 
-#ifndef OLD_DRIVER
 int nvmlDeviceGetMemoryInfo_v2(device_t *device, memory_v2_t *memory)
 {
     CHECKED;
@@ -346,4 +345,3 @@ int nvmlDeviceGetMarginTemperature(device_t *device, margin_t *margin)
     margin->margin = number(device, "margin", 20);
     return SUCCESS;
 }
-#endif

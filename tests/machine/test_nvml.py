@@ -8,19 +8,14 @@ from tests.machine.two_cards import MIG, TWO
 
 NOT_SUPPORTED, NO_PERMISSION, GPU_IS_LOST = 3, 4, 15
 SAMPLE = """
-    import dataclasses
     from lorameter.machine.nvml import open_device
     device = open_device().value
-    facts, sample = device.facts(), device.sample()
-    tell({
-        one.name: [getattr(told, one.name).value, getattr(told, one.name).reason]
-        for told in (facts, sample) for one in dataclasses.fields(told)
-    })
+    tell({name: [one.value, one.reason] for name, one in (device.facts() | device.sample()).items()})
 """
 NAME = """
     from lorameter.machine.nvml import open_device
     found = open_device()
-    tell(found.reason if found.value is None else [found.value.facts().name.value, found.value.sliced])
+    tell(found.reason if found.value is None else [found.value.facts()["name"].value, found.value.sliced])
 """
 
 

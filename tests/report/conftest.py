@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lorameter.machine.doctor.checks import DoctorCheck
+from lorameter.machine.doctor import DoctorCheck
 from lorameter.machine.provenance import Machine
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.cards import find_card

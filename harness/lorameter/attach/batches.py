@@ -99,9 +99,19 @@ def total_tokens(batches: Sequence[Copied]) -> Tokens:
     found = [count_tokens(batch) for batch in batches]
     if not found:
         return Tokens()
-    columns = zip(*(one[:4] for one in found), strict=True)
-    counts = [None if None in column else sum(column) for column in columns]  # type: ignore[arg-type]
-    return Tokens(*counts, conventions=found[-1].conventions)
+    return Tokens(
+        sequences=sum_known([one.sequences for one in found]),
+        padded_tokens=sum_known([one.padded_tokens for one in found]),
+        real_tokens=sum_known([one.real_tokens for one in found]),
+        loss_tokens=sum_known([one.loss_tokens for one in found]),
+        conventions=found[-1].conventions,
+    )
+
+
+def sum_known(counts: Sequence[int | None]) -> int | None:
+    """The sum of counts; None where one of them is not known."""
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 MOST_AHEAD = 64

@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from lorameter.attach.batches import sum_known
 from lorameter.attach.launch import WRAP
 from lorameter.attach.observer import NotFollowedError, Phase, StepReading, TrainingInfo
 from lorameter.errors import LorameterError, UsageError
@@ -63,7 +64,7 @@ def turn_columns(turn: Sequence[StepReading]) -> Columns:
     """Samples of the timed steps of one turn, one a step, and what the turn held."""
     columns: Columns = {name: [getattr(one, field) for one in turn] for name, field in _TIMED.items()}
     for name, field in _COUNTED.items():
-        columns[name] = [_sum([getattr(one, field) for one in turn])]
+        columns[name] = [sum_known([getattr(one, field) for one in turn])]
     return columns
 
 
@@ -82,11 +83,6 @@ def whole_columns(columns: Columns) -> dict[str, tuple[float, ...]]:
         for name, found in columns.items()
         if found and None not in found
     }
-
-
-def _sum(counts: Sequence[int | None]) -> int | None:
-    known = [count for count in counts if count is not None]
-    return sum(known) if len(known) == len(counts) else None
 
 
 MOST_TIMED = 10_000
@@ -188,7 +184,7 @@ class Ranks:
         missing = self._ranks - 1 - len(others)
         for number in timed:
             times, *counts = zip(*(rank[number - 1] for rank in (self._steps, *others)), strict=True)
-            row = [max(times), *(None if missing else _sum(count) for count in counts)]
+            row = [max(times), *(None if missing else sum_known(count) for count in counts)]
             for found, value in zip(columns.values(), row, strict=True):
                 found.append(value)
         columns["step_tokens"] = columns["turn_tokens"]

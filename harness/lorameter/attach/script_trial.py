@@ -130,7 +130,7 @@ class ScriptTrial:
         """Greet, and carry out one command after the other; a yield lets the training take a step."""
         device = "cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu"
         self._peaks = Peaks(device)
-        commands: dict[str, Callable[..., Command]] = {
+        commands: dict[str, Callable[..., Command | PartialRecord]] = {
             "prepare": self._prepare,
             "build": self._build,
             "verify": self._verify,
@@ -144,7 +144,9 @@ class ScriptTrial:
                 command = wire.receive(self._connection, wire.Command)
                 self._phase = command.name
                 try:
-                    record = yield from commands[command.name](**command.arguments)
+                    record = commands[command.name](**command.arguments)
+                    if not isinstance(record, PartialRecord):
+                        record = yield from record
                 except TrainingOverError as over:
                     record = PartialRecord().failed(over.status, over.failure)
                 except Exception as error:
@@ -153,12 +155,11 @@ class ScriptTrial:
         except (wire.ClosedError, wire.GarbledError):
             os._exit(EXIT_ORPHAN)
 
-    def _prepare(self, request: dict[str, Any]) -> Command:
+    def _prepare(self, request: dict[str, Any]) -> PartialRecord:
         self._request = codec.from_json(ScriptRequest, request, "trial request")
         return PartialRecord()
-        yield  # a command that needs no step
 
-    def _build(self) -> Command:
+    def _build(self) -> PartialRecord:
         training, protocol = self._training, self._request.protocol
         least = BEFORE_WARMUP + protocol.warmup_steps_min + protocol.turns * protocol.steps_per_turn
         if training.planned_steps is not None and training.planned_steps < least:
@@ -174,7 +175,6 @@ class ScriptTrial:
         self._peaks.begin()
         values = training.counts | {"threads": float(torch.get_num_threads())}
         return PartialRecord(values=values, tokens=tokens, memory=memory, software=own_software(torch.version.cuda))
-        yield  # a command that needs no step
 
     def _verify(self) -> Command:
         request = self._request

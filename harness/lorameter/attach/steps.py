@@ -142,6 +142,8 @@ class Steps:
         self._loaders = Loaders()
         self._patches = Patches()
         self._handles: list[Any] = []
+        self._norm: torch.Tensor | None = None
+        """Of the gradients that the step updates by; no later step changes it."""
         self._start_step()
 
     @property
@@ -325,8 +327,7 @@ class Steps:
         """Losses that the backward passes of this step began with."""
         self._scaled: list[torch.Tensor] = []
         """Losses that a scaler was given in this step."""
-        self._norm: torch.Tensor | None = None
-        """By which the step updates; no later step changes it."""
+        self._norm = None
         self._begun_cpu_s = time.process_time()
         self._begun_s = time.perf_counter()
         self._borders: list[Border] = [(None, "begin", self._begun_s, self._stamp())]
@@ -435,7 +436,8 @@ def sum_parts(borders: Iterable[Border]) -> dict[Part | None, float]:
     found: dict[Part | None, float] = {}
     under_way: list[Part | None] = []
     """The innermost last."""
-    since_s, since_event = 0.0, None
+    since_s = 0.0
+    since_event: Any = None
     for part, kind, at_s, event in borders:
         if under_way:
             current = "forward" if kind == "backward" else under_way[-1]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from lorameter.commands.output import print_json
 from lorameter.errors import EXIT_INVALID, EXIT_PASS, UsageError
-from lorameter.machine.doctor import examine, is_fit, survey
+from lorameter.machine.doctor import examine, is_fit
+from lorameter.machine.survey import survey
 from lorameter.records import codec, store
 from lorameter.report.machine import describe_checks
 from lorameter.report.terminal import console_for, show

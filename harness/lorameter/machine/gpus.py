@@ -14,16 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorameter.machine.nvml import (
-    NvmlDevice,
-    ask,
-    card_of,
-    handle_of,
-    handles_of,
-    nvml_session,
-    text_of,
-    visible_devices,
-)  # fmt: skip
+from lorameter.machine.nvml import NvmlDevice, ask, board_of, handle_of, nvml_session, uuid_of, visible_devices
 from lorameter.machine.reading import Reading, missing
 from lorameter.records.units import format_bytes
 
@@ -66,22 +57,22 @@ def visible_cards(environment: Mapping[str, str] | None = None) -> Reading[tuple
     with nvml_session() as nvml:
         if nvml.value is None:
             return missing(nvml.reason)
-        visible = visible_devices(os.environ if environment is None else environment)
-        entries = range(len(handles_of(nvml.value))) if visible is None else visible
+        entries = visible_devices(os.environ if environment is None else environment)
+        if entries is None:
+            entries = tuple(range(ask(nvml.value, "nvmlDeviceGetCount").value or 0))
         return Reading(value=tuple(_describe(nvml.value, entry) for entry in entries))
 
 
 def _describe(nvml: Any, entry: int | str) -> VisibleCard:
     handle = handle_of(nvml, entry)
     if not handle.known:
-        reason = handle.reason
-        return VisibleCard(entry=entry, name=missing(reason), board=missing(reason), power_limit_w=missing(reason))
-    card = card_of(nvml, handle.value)
-    board = card.value if card.known else handle.value
+        unknown: Reading[Any] = missing(handle.reason)
+        return VisibleCard(entry=entry, name=unknown, board=unknown, power_limit_w=unknown)
+    board = board_of(nvml, handle.value).value or handle.value
     return VisibleCard(
         entry=entry,
-        name=ask(nvml, "nvmlDeviceGetName", handle.value, convert=text_of),
-        board=ask(nvml, "nvmlDeviceGetUUID", board, convert=text_of),
+        name=ask(nvml, "nvmlDeviceGetName", handle.value),
+        board=uuid_of(nvml, board),
         power_limit_w=ask(nvml, "nvmlDeviceGetEnforcedPowerLimit", board, convert=lambda milliwatts: milliwatts / 1e3),
     )
 
@@ -97,7 +88,6 @@ FIRST_PID_NAMESPACE = "pid:[4026531836]"
 """The machine's own PID namespace (PROC_PID_INIT_INO in the kernel's proc_ns.h)."""
 GENERATIONS = 2
 """From a trial up to the parent of its run."""
-_NO_SIZES = "the driver does not say how much memory each process holds"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,45 +116,38 @@ def neighbours_of(device: NvmlDevice, *, generations: int = GENERATIONS, proc: P
         generations: how far above this process the run's parent is; 0 if this process is the parent.
         proc: mount point of procfs.
     """
-    listed, used = device.occupants(), device.memory().then(lambda memory: memory.used)
-    if listed.value is None:
-        unknown: Reading[int] = missing(listed.reason)
-        return Neighbours(
-            own_bytes=unknown,
-            used_bytes=used,
-            others=missing(listed.reason),
-            others_bytes=unknown,
-            hidden_bytes=unknown,
-            statement=f"other processes on the device cannot be seen ({listed.reason})",
-        )
+    listed, used = device.occupants(), device.memory().then(lambda memory: int(memory.used))
+    processes, unclear = listed.value or [], listed.reason
+    statement = f"other processes on the device cannot be seen ({unclear})" if unclear else ""
     parent = list(itertools.islice(_ancestors(os.getpid(), proc), generations + 1))[-1]
-    own = [one.bytes for one in listed.value if one.pid == os.getpid()]
-    others = [one for one in listed.value if parent not in _ancestors(one.pid, proc)]
-    strangers = [one for one in listed.value if not (proc / str(one.pid)).exists()]
-    unclear = ""
+    own = [one for one in processes if one.pid == os.getpid()]
+    others = [one for one in processes if parent not in _ancestors(one.pid, proc)]
+    strangers = [one for one in processes if not (proc / str(one.pid)).exists()]
     if strangers and not own:  # PIDs of another namespace, among which this process's own may be
-        unclear = (
+        unclear = statement = (
             f"{len(strangers)} listed processes have numbers that mean nothing in this container, so none of them can "
             "be told from this run's own"
         )
-    total = _sum([one.bytes for one in listed.value])
+    total: Reading[int] = missing(listed.reason) if listed.value is None else _sum(processes)
     hidden = missing(used.reason) if used.value is None else total.then(lambda size: max(0, (used.value or 0) - size))
     return Neighbours(
         own_bytes=_sum(own) if own else missing(unclear or "this process is not listed as holding device memory"),
         used_bytes=used,
-        others=missing(unclear) if unclear else Reading(value=tuple(one.pid for one in others)),
-        others_bytes=missing(unclear) if unclear else _sum([one.bytes for one in others]),
+        others=missing(unclear) if unclear else Reading(value=tuple(int(one.pid) for one in others)),
+        others_bytes=missing(unclear) if unclear else _sum(others),
         hidden_bytes=hidden,
-        statement=unclear or _statement(hidden.value or 0, proc),
+        statement=statement or _say_hidden(hidden.value or 0, proc),
     )
 
 
-def _sum(sizes: list[int | None]) -> Reading[int]:
-    known = [size for size in sizes if size is not None]
-    return Reading(value=sum(known)) if len(known) == len(sizes) else missing(_NO_SIZES)
+def _sum(processes: Iterable[Any]) -> Reading[int]:
+    sizes = [one.usedGpuMemory for one in processes]
+    if None in sizes:
+        return missing("the driver does not say how much memory each process holds")
+    return Reading(value=sum(map(int, sizes)))
 
 
-def _statement(hidden_bytes: int, proc: Path) -> str:
+def _say_hidden(hidden_bytes: int, proc: Path) -> str:
     if hidden_bytes <= UNEXPLAINED_LIMIT:
         return ""
     private = has_own_pids(proc)

@@ -17,7 +17,6 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from lorameter.machine.reading import Reading, missing
@@ -72,89 +71,70 @@ _WORDS: dict[str, str] = {
 def nvml_session() -> Iterator[Reading[Any]]:
     """nvidia-ml-py, initialised; missing with the reason if it is not installed or finds no driver. NVML counts its
     initialisations: sessions can overlap."""
-    nvml = initialise()
+    nvml = _initialise()
     try:
         yield nvml
     finally:
         if nvml.value is not None:
-            shut_down(nvml.value)
+            ask(nvml.value, "nvmlShutdown")
 
 
-def initialise() -> Reading[Any]:
-    """Opens NVML for a caller that ends with `shut_down`."""
+def _initialise() -> Reading[Any]:
     try:
         import pynvml
     except Exception as error:  # not installed, a broken installation, or another package of this name
         return missing(f"nvidia-ml-py cannot be imported: {type(error).__name__}: {error}")
-    return ask(pynvml, "nvmlInit", convert=lambda _: pynvml)
+    return ask(pynvml, "nvmlInit").then(lambda _: pynvml)
 
 
-def shut_down(nvml: Any) -> None:
-    """Ends what `initialise` began."""
-    ask(nvml, "nvmlShutdown", convert=lambda _: True)
+def ask(nvml: Any, function: str, *arguments: Any, convert: Callable[[Any], Any] = lambda value: value) -> Reading[Any]:
+    """One call of NVML, True where it returns nothing; an error makes the value missing. Arguments that are texts with
+    the beginning NVML_ are constants of the binding.
+
+    Besides NVML's errors the binding raises its own: for a name that is not UTF-8, an unexpected structure, a function
+    or a constant that a version added or removed.
+    """
+    try:
+        values = [getattr(nvml, one) if str(one).startswith("NVML_") else one for one in arguments]
+        found = getattr(nvml, function)(*values)
+        return Reading(value=convert(True if found is None else found))
+    except Exception as error:
+        if not isinstance(error, getattr(nvml, "NVMLError", ())):
+            return missing(f"{function}: {type(error).__name__}: {error}")
+        words = {getattr(nvml, name, None): text for name, text in _WORDS.items()}
+        return missing(f"{function}: {words.get(getattr(error, 'value', 0), str(error))}")
 
 
 def by_uuid(nvml: Any, uuid: str) -> Reading[Any]:
     """The device with this UUID, or the only one whose UUID begins with it."""
-    whole = ask(nvml, "nvmlDeviceGetHandleByUUID", uuid, convert=lambda handle: handle)
+    whole = ask(nvml, "nvmlDeviceGetHandleByUUID", uuid)
     if whole.known:
         return whole
-    begins = [
-        handle.value
-        for handle in handles_of(nvml)
-        if handle.known and (ask(nvml, "nvmlDeviceGetUUID", handle.value, convert=text_of).value or "").startswith(uuid)
-    ]
+    begins = [one for one in handles_of(nvml) if (uuid_of(nvml, one).value or "").startswith(uuid)]
     if len(begins) == 1:
         return Reading(value=begins[0])
     return missing(f"{len(begins)} devices have a UUID that begins with {uuid}" if begins else whole.reason)
 
 
+def uuid_of(nvml: Any, handle: Any) -> Reading[str]:
+    """The UUID of a device."""
+    return ask(nvml, "nvmlDeviceGetUUID", handle)
+
+
 def handle_of(nvml: Any, entry: int | str) -> Reading[Any]:
     """The device of an entry of CUDA_VISIBLE_DEVICES: a number along the bus, or a UUID."""
-    if isinstance(entry, str):
-        return by_uuid(nvml, entry)
-    return ask(nvml, "nvmlDeviceGetHandleByIndex", entry, convert=lambda handle: handle)
+    return by_uuid(nvml, entry) if isinstance(entry, str) else ask(nvml, "nvmlDeviceGetHandleByIndex", entry)
 
 
-def handles_of(nvml: Any) -> list[Reading[Any]]:
-    """All GPUs, in the order of NVML."""
-    count = ask(nvml, "nvmlDeviceGetCount", convert=int).value or 0
-    return [handle_of(nvml, index) for index in range(count)]
+def handles_of(nvml: Any) -> list[Any]:
+    """All GPUs that can be opened, in the order of NVML."""
+    found = [handle_of(nvml, index).value for index in range(ask(nvml, "nvmlDeviceGetCount").value or 0)]
+    return [one for one in found if one is not None]
 
 
-def card_of(nvml: Any, handle: Any) -> Reading[Any]:
+def board_of(nvml: Any, handle: Any) -> Reading[Any]:
     """The GPU of a MIG instance; missing for a whole GPU."""
-    return ask(nvml, "nvmlDeviceGetDeviceHandleFromMigDeviceHandle", handle, convert=lambda found: found)
-
-
-def ask(
-    nvml: Any, function: str, *arguments: Any, convert: Callable[[Any], V], constants: tuple[str, ...] = ()
-) -> Reading[V]:
-    """One call of NVML; an error makes the value missing. `constants` are arguments by their names in the binding.
-
-    Besides NVML's errors the binding raises its own: for a name that is not UTF-8, an unexpected structure, a constant
-    that a version added or removed.
-    """
-    unknown = next((name for name in (function, *constants) if not hasattr(nvml, name)), None)
-    if unknown is not None:
-        return missing(f"{function}: the installed nvidia-ml-py does not know {unknown}")
-    try:
-        return Reading(value=convert(getattr(nvml, function)(*arguments, *(getattr(nvml, one) for one in constants))))
-    except Exception as error:
-        return missing(f"{function}: {_why(nvml, error)}")
-
-
-def _why(nvml: Any, error: Exception) -> str:
-    """Words for common codes of NVML, otherwise the text of the error; with its type for errors of the binding."""
-    if not isinstance(error, getattr(nvml, "NVMLError", ())):
-        return f"{type(error).__name__}: {error}"
-    code = getattr(error, "value", None)
-    return next((text for name, text in _WORDS.items() if getattr(nvml, name, None) == code), str(error))
-
-
-def text_of(value: str | bytes) -> str:
-    """A text, which some versions of the binding return as bytes."""
-    return value.decode() if isinstance(value, bytes) else value
+    return ask(nvml, "nvmlDeviceGetDeviceHandleFromMigDeviceHandle", handle)
 
 
 # --- clocks -----------------------------------------------------------------------------------------------------------
@@ -186,76 +166,6 @@ def reasons_in(mask: int) -> tuple[str, ...]:
 
 # --- readings ---------------------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
-    """Device memory in bytes; `used` is that of processes and the display, without what the driver reserves."""
-
-    total: int
-    free: int
-    used: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Occupant:
-    """A process with a compute context on the device; `bytes` is None if the driver does not report it."""
-
-    pid: int
-    bytes: int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CardSample:
-    """Momentary readings, and counters since the driver was loaded."""
-
-    energy_j: Reading[float]
-    power_w: Reading[float]
-    """As the driver averages it: over a second from Ampere on, GA100 excepted (documentation of NVML)."""
-    sm_clock_hz: Reading[float]
-    memory_clock_hz: Reading[float]
-    temperature_c: Reading[float]
-    temperature_margin_c: Reading[float]
-    """Degrees below the slow-down temperature."""
-    events: Reading[tuple[str, ...]]
-    """Reasons for the present clocks, as in `REASONS`."""
-    thermal_slowdown_s: Reading[float]
-    """Time in which heat lowered the clocks, cumulative."""
-    power_slowdown_s: Reading[float]
-    """Time in which the power limit lowered the clocks, cumulative."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Clocks:
-    """Momentary clocks, by the names of `CardSample`."""
-
-    sm_clock_hz: Reading[float]
-    memory_clock_hz: Reading[float]
-    events: Reading[tuple[str, ...]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CardFacts:
-    """Properties and settings of the GPU."""
-
-    name: Reading[str]
-    uuid: Reading[str]
-    driver: Reading[str]
-    power_limit_w: Reading[float]
-    """The limit in force."""
-    default_power_limit_w: Reading[float]
-    max_sm_clock_hz: Reading[float]
-    max_memory_clock_hz: Reading[float]
-    slowdown_temperature_c: Reading[float]
-    ecc: Reading[bool]
-    corrected_errors: Reading[int]
-    """ECC errors since the driver was loaded."""
-    uncorrected_errors: Reading[int]
-    mig: Reading[bool]
-    persistence: Reading[bool]
-    clocks_need_root: Reading[bool]
-    """Whether only root may set the clocks."""
-
-
 SLICED = "the counter is the whole GPU's, and other MIG instances share the GPU"
 
 
@@ -265,111 +175,108 @@ class NvmlDevice:
     def __init__(self, nvml: Any, handle: Any) -> None:
         self._nvml = nvml
         self._handle = handle
-        card = card_of(nvml, handle)
-        self._card = handle if card.value is None else card.value  # clocks, power and heat belong to the GPU
-        mode = self._mig()
-        self._slowdown_c = self._slowdown_temperature()  # a property of the board
-        self.sliced = card.known or mode.value is True
+        board = board_of(nvml, handle)
+        self._board = handle if board.value is None else board.value  # clocks, power and heat belong to the GPU
+        self._mig = self._of_board("nvmlDeviceGetMigMode", convert=_current)
+        self._slowdown_c = self._of_board(
+            "nvmlDeviceGetTemperatureThreshold", "NVML_TEMPERATURE_THRESHOLD_SLOWDOWN", convert=float
+        )
+        self.sliced = board.known or self._mig.value is True
         """Whether this is a part of a GPU, so that the GPU's power and energy are shared."""
 
     def close(self) -> None:
         """Closes the device; other open devices are not affected."""
-        shut_down(self._nvml)
+        ask(self._nvml, "nvmlShutdown")
 
-    def memory(self) -> Reading[Memory]:
-        """Memory in bytes."""
-        newer = self._of_device("nvmlDeviceGetMemoryInfo", _memory, "nvmlMemory_v2")
-        return newer if newer.known else self._of_device("nvmlDeviceGetMemoryInfo", _memory)
+    def memory(self) -> Reading[Any]:
+        """Bytes in `total`, `free` and `used`: that of processes and the display, without what the driver reserves."""
+        return self._of_device("nvmlDeviceGetMemoryInfo", self._nvml.nvmlMemory_v2)
 
-    def occupants(self) -> Reading[tuple[Occupant, ...]]:
-        """Processes with a compute context on the device, as far as this process may see them."""
-        return self._of_device("nvmlDeviceGetComputeRunningProcesses", _occupants)
+    def occupants(self) -> Reading[list[Any]]:
+        """Processes with a compute context on the device, as far as this process may see them: their `pid`, and
+        `usedGpuMemory` in bytes, None if the driver does not report it."""
+        return self._of_device("nvmlDeviceGetComputeRunningProcesses")
 
     def energy_j(self) -> Reading[float]:
         """The energy counter: joules since the driver was loaded."""
         if self.sliced:
             return missing(SLICED)
-        return self._of_card("nvmlDeviceGetTotalEnergyConsumption", _thousandth)
+        return self._of_board("nvmlDeviceGetTotalEnergyConsumption", convert=_thousandth)
 
-    def sample(self) -> CardSample:
-        """Present readings; energy is read first, closest to the end of what was timed."""
+    def sample(self) -> dict[str, Reading[Any]]:
+        """Momentary readings, and counters since the driver was loaded. Energy is read first, closest to the end of
+        what was timed.
+
+        `power_w` is as the driver averages it (over a second from Ampere on, GA100 excepted), `temperature_margin_c`
+        degrees below the slow-down, `thermal_slowdown_s` and `power_slowdown_s` the time in which heat or the power
+        limit lowered the clocks, cumulative.
+        """
         energy = self.energy_j()
-        temperature = self._temperature()
-        return CardSample(
-            energy_j=energy,
-            power_w=missing(SLICED) if self.sliced else self._of_card("nvmlDeviceGetPowerUsage", _thousandth),
-            sm_clock_hz=self._clock("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
-            memory_clock_hz=self._clock("nvmlDeviceGetClockInfo", "NVML_CLOCK_MEM"),
-            temperature_c=temperature,
-            temperature_margin_c=self._margin(temperature),
-            events=self._events(),
-            thermal_slowdown_s=self._slowed("NVML_PERF_POLICY_THERMAL"),
-            power_slowdown_s=self._slowed("NVML_PERF_POLICY_POWER"),
-        )
+        temperature = self._of_board("nvmlDeviceGetTemperature", "NVML_TEMPERATURE_GPU", convert=float)
+        return {
+            "energy_j": energy,
+            "power_w": missing(SLICED)
+            if self.sliced
+            else self._of_board("nvmlDeviceGetPowerUsage", convert=_thousandth),
+            **self.clocks(),
+            "temperature_c": temperature,
+            "temperature_margin_c": self._margin(temperature),
+            "thermal_slowdown_s": self._slowed("NVML_PERF_POLICY_THERMAL"),
+            "power_slowdown_s": self._slowed("NVML_PERF_POLICY_POWER"),
+        }
 
-    def clocks(self) -> Clocks:
-        """Present clocks and their reasons: three calls, for use while work is queued."""
-        return Clocks(
-            sm_clock_hz=self._clock("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
-            memory_clock_hz=self._clock("nvmlDeviceGetClockInfo", "NVML_CLOCK_MEM"),
-            events=self._events(),
-        )
+    def clocks(self) -> dict[str, Reading[Any]]:
+        """Present clocks, and as `events` their reasons (`REASONS`): three calls, for use while work is queued."""
+        return {
+            "sm_clock_hz": self._clock("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
+            "memory_clock_hz": self._clock("nvmlDeviceGetClockInfo", "NVML_CLOCK_MEM"),
+            "events": self._of_board("nvmlDeviceGetCurrentClocksEventReasons", convert=reasons_in),
+        }
 
-    def facts(self) -> CardFacts:
-        """Properties and settings."""
-        return CardFacts(
-            name=self._of_device("nvmlDeviceGetName", text_of),
-            uuid=self._of_device("nvmlDeviceGetUUID", text_of),
-            driver=ask(self._nvml, "nvmlSystemGetDriverVersion", convert=text_of),
-            power_limit_w=self._of_card("nvmlDeviceGetEnforcedPowerLimit", _thousandth),
-            default_power_limit_w=self._of_card("nvmlDeviceGetPowerManagementDefaultLimit", _thousandth),
-            max_sm_clock_hz=self._clock("nvmlDeviceGetMaxClockInfo", "NVML_CLOCK_SM"),
-            max_memory_clock_hz=self._clock("nvmlDeviceGetMaxClockInfo", "NVML_CLOCK_MEM"),
-            slowdown_temperature_c=self._slowdown_c,
-            ecc=self._of_card("nvmlDeviceGetEccMode", _current),
-            corrected_errors=self._ecc_errors("NVML_MEMORY_ERROR_TYPE_CORRECTED"),
-            uncorrected_errors=self._ecc_errors("NVML_MEMORY_ERROR_TYPE_UNCORRECTED"),
-            mig=self._mig(),
-            persistence=self._of_card("nvmlDeviceGetPersistenceMode", bool),
-            clocks_need_root=self._of_card(
-                "nvmlDeviceGetAPIRestriction", bool, "NVML_RESTRICTED_API_SET_APPLICATION_CLOCKS"
+    def facts(self) -> dict[str, Reading[Any]]:
+        """Properties and settings. `power_limit_w` is in force; `corrected_errors` and `uncorrected_errors` are those
+        of ECC since the driver was loaded; `clocks_need_root`: whether only root may set the clocks."""
+        board = self._of_board
+        return {
+            "name": self._of_device("nvmlDeviceGetName"),
+            "uuid": uuid_of(self._nvml, self._handle),
+            "driver": ask(self._nvml, "nvmlSystemGetDriverVersion"),
+            "power_limit_w": board("nvmlDeviceGetEnforcedPowerLimit", convert=_thousandth),
+            "default_power_limit_w": board("nvmlDeviceGetPowerManagementDefaultLimit", convert=_thousandth),
+            "max_sm_clock_hz": self._clock("nvmlDeviceGetMaxClockInfo", "NVML_CLOCK_SM"),
+            "max_memory_clock_hz": self._clock("nvmlDeviceGetMaxClockInfo", "NVML_CLOCK_MEM"),
+            "slowdown_temperature_c": self._slowdown_c,
+            "ecc": board("nvmlDeviceGetEccMode", convert=_current),
+            "corrected_errors": self._ecc_errors("NVML_MEMORY_ERROR_TYPE_CORRECTED"),
+            "uncorrected_errors": self._ecc_errors("NVML_MEMORY_ERROR_TYPE_UNCORRECTED"),
+            "mig": self._mig,
+            "persistence": board("nvmlDeviceGetPersistenceMode", convert=bool),
+            "clocks_need_root": board(
+                "nvmlDeviceGetAPIRestriction", "NVML_RESTRICTED_API_SET_APPLICATION_CLOCKS", convert=bool
             ),
-        )
-
-    def _events(self) -> Reading[tuple[str, ...]]:
-        newer = self._of_card("nvmlDeviceGetCurrentClocksEventReasons", reasons_in)
-        return newer if newer.known else self._of_card("nvmlDeviceGetCurrentClocksThrottleReasons", reasons_in)
-
-    def _temperature(self) -> Reading[float]:
-        return self._of_card("nvmlDeviceGetTemperature", float, "NVML_TEMPERATURE_GPU")
-
-    def _slowdown_temperature(self) -> Reading[float]:
-        return self._of_card("nvmlDeviceGetTemperatureThreshold", float, "NVML_TEMPERATURE_THRESHOLD_SLOWDOWN")
+        }
 
     def _margin(self, temperature: Reading[float]) -> Reading[float]:
         """From the threshold; from Ada on NVML reports the distance instead."""
         threshold = self._slowdown_c
         if threshold.value is not None and temperature.value is not None:
             return Reading(value=threshold.value - temperature.value)
-        return self._of_card("nvmlDeviceGetMarginTemperature", float)
+        return self._of_board("nvmlDeviceGetMarginTemperature", convert=float)
 
     def _clock(self, function: str, clock: str) -> Reading[float]:
-        return self._of_card(function, lambda megahertz: megahertz * 1e6, clock)
+        return self._of_board(function, clock, convert=lambda megahertz: megahertz * 1e6)
 
     def _slowed(self, policy: str) -> Reading[float]:
-        return self._of_card("nvmlDeviceGetViolationStatus", lambda status: status.violationTime / 1e9, policy)
+        return self._of_board("nvmlDeviceGetViolationStatus", policy, convert=lambda status: status.violationTime / 1e9)
 
     def _ecc_errors(self, kind: str) -> Reading[int]:
-        return self._of_card("nvmlDeviceGetTotalEccErrors", int, kind, "NVML_VOLATILE_ECC")
+        return self._of_board("nvmlDeviceGetTotalEccErrors", kind, "NVML_VOLATILE_ECC")
 
-    def _mig(self) -> Reading[bool]:
-        return self._of_card("nvmlDeviceGetMigMode", _current)
+    def _of_device(self, function: str, *arguments: Any) -> Reading[Any]:
+        return ask(self._nvml, function, self._handle, *arguments)
 
-    def _of_device(self, function: str, convert: Callable[[Any], V], *constants: str) -> Reading[V]:
-        return ask(self._nvml, function, self._handle, convert=convert, constants=constants)
-
-    def _of_card(self, function: str, convert: Callable[[Any], V], *constants: str) -> Reading[V]:
-        return ask(self._nvml, function, self._card, convert=convert, constants=constants)
+    def _of_board(self, function: str, *arguments: Any, convert: Callable[[Any], Any] = lambda value: value) -> Any:
+        return ask(self._nvml, function, self._board, *arguments, convert=convert)
 
 
 def open_device(uuid: str | None = None, environment: Mapping[str, str] | None = None) -> Reading[NvmlDevice]:
@@ -380,21 +287,30 @@ def open_device(uuid: str | None = None, environment: Mapping[str, str] | None =
             the environment, whose numbers have another meaning if CUDA sorts its devices by speed.
         environment: CUDA_VISIBLE_DEVICES; None for this process's.
     """
-    nvml = initialise()
+    nvml = _initialise()
     if nvml.value is None:
         return missing(nvml.reason)
     visible = visible_devices(os.environ if environment is None else environment)
-    handle = by_uuid(nvml.value, uuid) if uuid is not None else _first_visible(nvml.value, visible)
+    if uuid is not None:
+        handle = by_uuid(nvml.value, uuid)
+    elif visible == ():
+        handle = missing(f"{VARIABLE} hides every device")
+    else:
+        handle = handle_of(nvml.value, visible[0] if visible else 0)
     if handle.value is None:
-        shut_down(nvml.value)
-        return missing(handle.reason)
-    return Reading(value=NvmlDevice(nvml.value, handle.value))
+        ask(nvml.value, "nvmlShutdown")
+    return handle.then(lambda found: NvmlDevice(nvml.value, found))
 
 
-def _first_visible(nvml: Any, visible: tuple[int | str, ...] | None) -> Reading[Any]:
-    if visible is None:
-        visible = (0,)
-    return handle_of(nvml, visible[0]) if visible else missing("CUDA_VISIBLE_DEVICES hides every device")
+@contextlib.contextmanager
+def device_session(environment: Mapping[str, str] | None = None) -> Iterator[Reading[NvmlDevice]]:
+    """The device that CUDA numbers 0, closed after the block; missing with the reason if there is none."""
+    device = open_device(environment=environment)
+    try:
+        yield device
+    finally:
+        if device.value is not None:
+            device.value.close()
 
 
 def compute_capability(index: int) -> Reading[tuple[int, int]]:
@@ -405,11 +321,7 @@ def compute_capability(index: int) -> Reading[tuple[int, int]]:
         handle = handle_of(nvml.value, index)
         if handle.value is None:
             return missing(handle.reason)
-        return ask(nvml.value, "nvmlDeviceGetCudaComputeCapability", handle.value, convert=_pair)
-
-
-def _pair(numbers: tuple[int, int]) -> tuple[int, int]:
-    return int(numbers[0]), int(numbers[1])
+        return ask(nvml.value, "nvmlDeviceGetCudaComputeCapability", handle.value, convert=tuple)
 
 
 def _thousandth(value: int) -> float:
@@ -419,14 +331,3 @@ def _thousandth(value: int) -> float:
 def _current(modes: list[int]) -> bool:
     """The mode in force; the second entry is the mode after the next reset."""
     return bool(modes[0])
-
-
-def _memory(info: Any) -> Memory:
-    return Memory(total=int(info.total), free=int(info.free), used=int(info.used))
-
-
-def _occupants(processes: list[Any]) -> tuple[Occupant, ...]:
-    return tuple(
-        Occupant(pid=int(one.pid), bytes=None if one.usedGpuMemory is None else int(one.usedGpuMemory))
-        for one in processes
-    )

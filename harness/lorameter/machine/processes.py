@@ -103,16 +103,9 @@ def exit_words(code: int | None) -> str:
     """How a process ended, in words."""
     if code is None:
         return "an unknown status"
-    if code < 0:
-        return f"signal {-code} ({signal_name(-code)})"
-    return f"exit code {code}"
+    return f"exit code {code}" if code >= 0 else f"signal {-code} ({signal_name(-code)})"
 
 
 def signal_name(number: int) -> str:
-    """What a signal is called; those of real time between the first and the last have no names of their own, and the
-    C library keeps some before the first to itself."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        beyond = number - signal.SIGRTMIN
-        return f"SIGRTMIN{beyond:+d}" if number <= signal.SIGRTMAX else "no name"
+    """What a signal is called; real-time signals but the first and the last have no names."""
+    return signal.Signals(number).name if number in set(signal.Signals) else "no name"

@@ -13,16 +13,16 @@ import importlib.util
 import math
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lorameter.errors import UsageError
-from lorameter.machine import kernel_env
-from lorameter.machine.nvml import NvmlDevice, open_device
+from lorameter.machine.nvml import device_session
+from lorameter.machine.reading import missing
 from lorameter.machine.repository import git_state
-from lorameter.machine.software import cuda_of, installed_packages, normal_name
+from lorameter.machine.software import KERNELS, cuda_of, installed_packages, kernel_libraries, normal_name, switches_of
 from lorameter.machine.system import memory_available_bytes, memory_bytes, settings
 from lorameter.records import codec
 from lorameter.records.worker_info import WorkerInfo
@@ -46,9 +46,10 @@ FINGERPRINT = ("device", "device_name", "driver", "cuda", "cpu_model", "threads"
 """Fields of the provenance that must agree for two runs to be compared."""
 POWER_LIMIT = "power_limit_w"
 """One more, of runs on a GPU: its power limit in force, in whole watts, as far as it is known."""
-LATER = (POWER_LIMIT, kernel_env.FIELD)
-"""Of runs on a GPU. Runs that were written before they were recorded have none, so their fingerprints are what they
-were, and so are those of runs on a CPU."""
+LATER = (POWER_LIMIT, KERNELS)
+"""Of runs on a GPU, as far as they are known; runs on a CPU have none."""
+OF_A_KIND = ("device_name", "driver", "cpu_model", POWER_LIMIT)
+"""Fields of the fingerprint in which machines that have the same installed are of different kinds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,20 +76,25 @@ class Machine:
         """What profiles of studies go by: "cpu", or the name of the GPU."""
         return "cpu" if self.device == "cpu" else self.device_name
 
+    @property
+    def hardware(self) -> str:
+        """For a reader: its CPU, or its GPU and CPU."""
+        return self.cpu_model if self.device == "cpu" else f"{self.device_name} and {self.cpu_model}"
+
 
 def probe_machine(environment: Mapping[str, str] | None = None) -> Machine:
     """Read /proc, NVML and the installed torch's version file; `environment` as that of `device_id`."""
     cpu = _cpu_fields()
     cuda = _torch_cuda()
     name = cpu.get("model name", platform.processor() or platform.machine())
-    with _first_gpu(environment) if cuda else contextlib.nullcontext() as gpu:
-        facts = None if gpu is None else gpu.facts()
-        memory = None if gpu is None else gpu.memory().value
+    with device_session(environment) if cuda else contextlib.nullcontext(missing("a CPU build")) as gpu:
+        facts = gpu.then(lambda device: device.facts()).value or {}
+        memory = None if gpu.value is None else gpu.value.memory().value
     return Machine(
-        device="cpu" if facts is None else "cuda",
-        device_name=name if facts is None else facts.name.value or "a device without a name",
-        device_memory_bytes=None if memory is None else memory.total,
-        driver=None if facts is None else facts.driver.value,
+        device="cuda" if facts else "cpu",
+        device_name=(facts["name"].value or "a device without a name") if facts else name,
+        device_memory_bytes=None if memory is None else int(memory.total),
+        driver=facts["driver"].value if facts else None,
         cuda=cuda,
         cpu_model=name,
         cpus=len(os.sched_getaffinity(0)),
@@ -115,12 +121,11 @@ def origin_of(folder: Path) -> str:
 def device_id(environment: Mapping[str, str] | None = None) -> str:
     """What a worker measures on here: "cpu", or the UUID of its GPU; its name if that is unknown. `environment`
     is that of the worker; None for this process's."""
-    if _torch_cuda():
-        with _first_gpu(environment) as gpu:
-            if gpu is not None:
-                facts = gpu.facts()
-                return facts.uuid.value or facts.name.value or "gpu"
-    return "cpu"
+    if not _torch_cuda():
+        return "cpu"
+    with device_session(environment) as gpu:
+        facts = gpu.then(lambda device: device.facts()).value
+        return (facts["uuid"].value or facts["name"].value or "gpu") if facts else "cpu"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +159,7 @@ def read_facts(
         git=git_state(Path.cwd()),
         host=host,
         packages=installed_packages(),
-        switches=kernel_env.switches_of(os.environ),
+        switches=switches_of(os.environ),
     )
 
 
@@ -179,27 +184,18 @@ def collect(
 
 def place_of(facts: MachineFacts) -> dict[str, Any]:
     """The part of the provenance that no study bears on."""
+    host = dict(facts.host or {})
+    steering = {"packages": facts.packages, "cuda": facts.machine.cuda, "switches": facts.switches} | host
+    host.pop("switches", None)
+    kernels = {KERNELS: kernel_libraries(steering["packages"], steering["cuda"], steering["switches"])}
     return {
         **codec.to_json(facts.machine),
         "settings": facts.settings,
         "libraries": facts.libraries,
         "git": facts.git,
-        **_without(facts.host or {}, "switches"),
-        **_kernels(facts),
+        **host,
+        **(kernels if facts.machine.device == "cuda" else {}),
     }
-
-
-def _without(described: Mapping[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in described.items() if name != key}
-
-
-def _kernels(facts: MachineFacts) -> dict[str, Any]:
-    """What steers the choice of kernels on a GPU, where trials run on one."""
-    if facts.machine.device != "cuda":
-        return {}
-    here = {"packages": facts.packages, "cuda": facts.machine.cuda, "switches": facts.switches}
-    there = here | (facts.host or {})
-    return {kernel_env.FIELD: kernel_env.steering(there["packages"], there["cuda"], there["switches"])}
 
 
 def _engine(study: Study, facts: MachineFacts) -> dict[str, Any]:
@@ -275,7 +271,7 @@ def _digest_of(path: Path) -> str:
 def fingerprint_fields(provenance: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
     """The fields that must agree for two runs to be compared; `without` are those that an A/B declares."""
     fields = {key: provenance.get(key) for key in FINGERPRINT}
-    later = {POWER_LIMIT: power_limit_w(provenance), kernel_env.FIELD: provenance.get(kernel_env.FIELD)}
+    later = {POWER_LIMIT: power_limit_w(provenance), KERNELS: provenance.get(KERNELS)}
     known = fields | {key: value for key, value in later.items() if value is not None}
     return {key: value for key, value in known.items() if key not in without}
 
@@ -289,7 +285,7 @@ def fingerprint(provenance: Mapping[str, Any], without: Sequence[str] = ()) -> s
 def power_limit_w(provenance: Mapping[str, Any], which: str = "power_limit_w") -> int | None:
     """The GPU's power limit in force in whole watts, or that by default (`default_power_limit_w`).
 
-    None on a CPU, where the GPU did not tell it, and in runs of before it was recorded.
+    None on a CPU, and where the GPU does not tell it.
     """
     gpu = provenance.get("settings", {}).get("gpu")
     limit = gpu.get(which) if isinstance(gpu, Mapping) else None
@@ -319,27 +315,13 @@ def _torch_cuda() -> str | None:
     return None if spec is None or spec.origin is None else cuda_of(Path(spec.origin).parent)
 
 
-def free_device_memory(environment: Mapping[str, str] | None = None) -> int | None:
-    """Free bytes on the first visible device by NVML; None where it does not say."""
-    with _first_gpu(environment) as gpu:
-        memory = None if gpu is None else gpu.memory().value
-    return None if memory is None else memory.free
-
-
 def free_bytes(machine: Machine, environment: Mapping[str, str] | None = None) -> int | None:
     """Memory that processes could take on the measuring device now, or in a container with a limit what that leaves.
 
     None where NVML or the kernel does not say.
     """
-    return free_device_memory(environment) if machine.device == "cuda" else memory_available_bytes().value
-
-
-@contextlib.contextmanager
-def _first_gpu(environment: Mapping[str, str] | None = None) -> Iterator[NvmlDevice | None]:
-    """The device that a worker will use, None where NVML finds none."""
-    device = open_device(environment=environment).value
-    try:
-        yield device
-    finally:
-        if device is not None:
-            device.close()
+    if machine.device != "cuda":
+        return memory_available_bytes().value
+    with device_session(environment) as gpu:
+        memory = None if gpu.value is None else gpu.value.memory().value
+    return None if memory is None else int(memory.free)

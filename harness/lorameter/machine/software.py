@@ -1,4 +1,11 @@
-"""What is installed where this process looks for it: no module is imported to be asked for its version."""
+"""What is installed where this process looks for it, and what of it steers the choice of a GPU's kernels.
+
+No module is imported to be asked for its version. Torch chooses among the algorithms of cuDNN and cuBLAS, which are
+separate packages and can be replaced without it, and both read the environment: `TORCH_CUDNN_SDPA_DEPRIORITIZED` takes
+attention away from cuDNN, `NVIDIA_TF32_OVERRIDE` sets the format of all float32 products whatever a program asks for,
+and `PYTORCH_ALLOC_CONF` (formerly of `CUDA` or `HIP`) how the allocator reserves. Two runs that differ in any of these
+are not the same measurement.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +13,13 @@ import contextlib
 import importlib.metadata
 import platform
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+KERNELS = "kernels"
+"""Key of `kernel_libraries` in the provenance of a run on a GPU."""
+SWITCHES = re.compile(r"TORCH_CUDNN_SDPA_\w+|PYTORCH_(\w+_)?ALLOC_CONF|NVIDIA_TF32_OVERRIDE", re.ASCII)
 
 
 def normal_name(distribution: str) -> str:
@@ -32,7 +45,27 @@ def own_software(cuda: str | None) -> dict[str, str]:
 def cuda_of(torch: Path) -> str | None:
     """The CUDA version that the torch in this folder was built for, None for a CPU build."""
     with contextlib.suppress(OSError):
-        for line in (torch / "version.py").read_text().splitlines():
-            if line.startswith("cuda") and "'" in line:
-                return line.split("'")[1]
+        found = re.search(r"^cuda.*'(.+)'", (torch / "version.py").read_text(), re.MULTILINE)
+        return found and found[1]
     return None
+
+
+def switches_of(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of an environment that steer the choice of kernels, by name."""
+    return {name: environment[name] for name in sorted(environment) if SWITCHES.fullmatch(name)}
+
+
+def kernel_libraries(packages: Mapping[str, str], cuda: str | None, switches: Mapping[str, str]) -> dict[str, Any]:
+    """Versions of the libraries that torch takes kernels from, None where they are not known, and the switches.
+
+    Args:
+        packages: distributions by their normal names, with their versions.
+        cuda: the version that torch is built for; distributions of several may be installed side by side.
+        switches: as of `switches_of`.
+    """
+    of = f"-cu{cuda.partition('.')[0]}" if cuda else ""
+    versions = {
+        library: packages.get(f"nvidia-{library}{of}", packages.get(f"nvidia-{library}"))
+        for library in ("cudnn", "cublas")
+    }
+    return {**versions, "switches": dict(switches)}

@@ -5,82 +5,63 @@ lasts as long as the heat allows, huge pages that come and go with fragmentation
 container with a quota that stops every thread for the rest of a period.
 
 A run writes them down once, with those of the GPU, as one document (`settings`), each with why it is not known: a
-limit of 400 W on a GPU of 700, an ECC mode or a governor is not in any other log. What
-changes from moment to moment (load, free memory, heat) is left to the readings around what is timed.
+limit of 400 W on a GPU of 700, an ECC mode or a governor is not in any other log. What changes from moment to moment
+(load, free memory, heat) is left to the readings around what is timed.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorameter.machine.cores import holds_any
+from lorameter.machine.cpus import holds_any
 from lorameter.machine.gpus import has_own_pids
 from lorameter.machine.host import (
     NO_FREQUENCY,
     ROOT,
-    HostTelemetry,
     cpu_quota,
+    host_counters,
     load_average,
     memory_left,
     memory_limit,
-)  # fmt: skip
-from lorameter.machine.nvml import open_device
-from lorameter.machine.reading import Reading, count_of, missing, read_file, unavailable
+)
+from lorameter.machine.nvml import device_session
+from lorameter.machine.reading import Reading, missing, read_file, unavailable
 
 _CPU = "sys/devices/system/cpu"
 _CONTAINERS = ("docker", "kubepods", "containerd", "libpod", "lxc", "crio")
+MOMENTARY = ("load", "memory_available_bytes", "swap_used_bytes")
+"""Facts of the system that are no settings."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SystemFacts:
-    """Settings of the machine and limits of this process."""
+def system_facts(root: Path = ROOT) -> dict[str, Reading[Any]]:
+    """Settings of the machine and limits of this process; what is not there is missing with its reason.
 
-    cpus: int
-    """CPUs that this process may be scheduled on."""
-    quota_cpus: Reading[float]
-    """CPUs' worth of time that the tightest cgroup on the way up grants; missing where none limits it."""
-    governor: Reading[str]
-    turbo: Reading[bool]
-    huge_pages: Reading[str]
-    """Transparent huge pages: always, madvise or never."""
-    numa_nodes: Reading[int]
-    """Memory nodes that have CPUs which this process may use."""
-    load: Reading[float]
-    """Runnable and waiting processes, averaged over the last minute."""
-    memory_bytes: Reading[int]
-    memory_available_bytes: Reading[int]
-    swap_bytes: Reading[int]
-    swap_used_bytes: Reading[int]
-    container: Reading[str]
-    """How a container was recognised; missing where none was."""
-
-
-def system_facts(root: Path = ROOT) -> SystemFacts:
-    """Read them all; what is not there is missing with its reason."""
+    `cpus` are those that this process may run on, `quota_cpus` CPUs' worth of time that the tightest cgroup grants,
+    `huge_pages` always, madvise or never, `numa_nodes` memory nodes with CPUs that this process may use, `container`
+    how one was recognised.
+    """
     cpus = os.sched_getaffinity(0)
-    return SystemFacts(
-        cpus=len(cpus),
-        quota_cpus=cpu_quota(root),
-        governor=read_file(root / f"{_CPU}/cpu{min(cpus)}/cpufreq/scaling_governor", str.strip, NO_FREQUENCY),
-        turbo=_turbo(root),
-        huge_pages=read_file(
+    return {
+        "cpus": Reading(value=len(cpus)),
+        "quota_cpus": cpu_quota(root),
+        "governor": read_file(root / f"{_CPU}/cpu{min(cpus)}/cpufreq/scaling_governor", str.strip, NO_FREQUENCY),
+        "turbo": _turbo(root),
+        "huge_pages": read_file(
             root / "sys/kernel/mm/transparent_hugepage/enabled",
             lambda text: text.split("[", 1)[1].split("]", 1)[0],
             "the kernel has no transparent huge pages",
         ),
-        numa_nodes=_nodes(root, cpus),
-        load=load_average(root),
-        memory_bytes=memory_bytes(root),
-        memory_available_bytes=memory_available_bytes(root),
-        swap_bytes=_meminfo(root, lambda fields: fields["SwapTotal"]),
-        swap_used_bytes=_meminfo(root, lambda fields: fields["SwapTotal"] - fields["SwapFree"]),
-        container=_container(root),
-    )
+        "numa_nodes": _nodes(root, cpus),
+        "load": load_average(root),
+        "memory_bytes": memory_bytes(root),
+        "memory_available_bytes": memory_available_bytes(root),
+        "swap_bytes": _meminfo(root, lambda fields: fields["SwapTotal"]),
+        "swap_used_bytes": _meminfo(root, lambda fields: fields["SwapTotal"] - fields["SwapFree"]),
+        "container": _container(root),
+    }
 
 
 def memory_bytes(root: Path = ROOT) -> Reading[int]:
@@ -101,11 +82,8 @@ def _turbo(root: Path) -> Reading[bool]:
 
 
 def _nodes(root: Path, cpus: set[int]) -> Reading[int]:
-    folder = root / "sys/devices/system/node"
-    nodes = sorted(folder.glob("node[0-9]*"))
-    used = [
-        node for node in nodes if read_file(node / "cpulist", lambda text: holds_any(text, cpus), "not there").value
-    ]
+    lists = (root / "sys/devices/system/node").glob("node[0-9]*/cpulist")
+    used = [one for one in lists if read_file(one, lambda text: holds_any(text, cpus), "").value]
     return Reading(value=len(used)) if used else missing("the kernel reports no memory nodes")
 
 
@@ -114,21 +92,21 @@ def _meminfo(root: Path, pick: Callable[[dict[str, int]], int]) -> Reading[int]:
 
     def picked(text: str) -> int:
         fields = (line.partition(":") for line in text.splitlines())
-        return pick({name: count_of(value.split()[0]) * 1024 for name, _, value in fields})
+        return pick({name: int(value.split()[0]) * 1024 for name, _, value in fields})
 
     return read_file(root / "proc/meminfo", picked, "there is no /proc/meminfo")
 
 
 def _least(machine: Reading[int], granted: Reading[int]) -> Reading[int]:
-    known = [one.value for one in (machine, granted) if one.value is not None]
-    return Reading(value=min(known)) if known else machine
+    known = [one for one in (machine, granted) if one.value is not None]
+    return min(known, key=lambda one: one.value or 0, default=machine)
 
 
 def _container(root: Path) -> Reading[str]:
     for mark in (".dockerenv", "run/.containerenv"):
         if (root / mark).exists():
             return Reading(value=f"/{mark} is there")
-    cgroup = read_file(root / "proc/self/cgroup", str, "there is no /proc/self/cgroup").value or ""
+    cgroup = read_file(root / "proc/self/cgroup", str, "").value or ""
     if word := next((word for word in _CONTAINERS if word in cgroup), None):
         return Reading(value=f"the cgroup's name has {word!r} in it")
     if has_own_pids(root / "proc"):
@@ -136,40 +114,29 @@ def _container(root: Path) -> Reading[str]:
     return missing("nothing looks like a container")
 
 
-MOMENTARY = ("load", "memory_available_bytes", "swap_used_bytes")
-"""Facts of the system that are no settings."""
-
-
 def settings(*, gpu: bool, environment: Mapping[str, str] | None = None, root: Path = ROOT) -> dict[str, Any]:
-    """Of the machine (`system`), of its `GPU`, and which `host_counters_missing` there are, with the reason.
+    """Of the machine (`system`), of its `gpu`, and which `host_counters_missing` there are, with the reason.
 
-    Values are those of `SystemFacts` and `CardFacts`, or "not available: REASON".
+    Values are those of `system_facts` and `NvmlDevice.facts`, or "not available: REASON".
 
     Args:
         gpu: whether trials run on a GPU; if not, none is asked.
         environment: of the trials, which says what GPU that is; None for this process's.
         root: where the files of the kernel are.
     """
-    watch = HostTelemetry(root)
-    watch.begin()
-    watch.end()
-    system = {name: value for name, value in _as_facts(system_facts(root)).items() if name not in MOMENTARY}
+    system = {name: one for name, one in system_facts(root).items() if name not in MOMENTARY}
     return {
-        "system": system,
+        "system": plain_facts(system),
         "gpu": _gpu(environment) if gpu else unavailable("trials do not run on a GPU"),
-        "host_counters_missing": watch.missing,
+        "host_counters_missing": {name: one.reason for name, one in host_counters(root).items() if not one.known},
     }
 
 
 def _gpu(environment: Mapping[str, str] | None) -> dict[str, Any] | str:
-    opened = open_device(environment=environment)
-    if opened.value is None:
-        return unavailable(opened.reason)
-    facts = opened.value.facts()
-    opened.value.close()
-    return _as_facts(facts)
+    with device_session(environment) as gpu:
+        return unavailable(gpu.reason) if gpu.value is None else plain_facts(gpu.value.facts())
 
 
-def _as_facts(facts: Any) -> dict[str, Any]:
-    values = {one.name: getattr(facts, one.name) for one in dataclasses.fields(facts)}
-    return {name: value.value_or_reason() if isinstance(value, Reading) else value for name, value in values.items()}
+def plain_facts(facts: Mapping[str, Reading[Any]]) -> dict[str, Any]:
+    """Facts as a document: the value of each, or why there is none."""
+    return {name: one.value_or_reason() for name, one in facts.items()}

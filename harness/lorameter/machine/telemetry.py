@@ -21,13 +21,14 @@ and none is given. On a Grace Hopper the counter is that of the whole module, it
 from __future__ import annotations
 
 import functools
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lorameter.machine.gpus import GENERATIONS, neighbours_of
 from lorameter.machine.host import HostTelemetry
-from lorameter.machine.nvml import IDLE, POWER_CAPPED, PROTECTING, CardSample, Clocks, NvmlDevice, open_device
+from lorameter.machine.nvml import IDLE, POWER_CAPPED, PROTECTING, NvmlDevice, open_device
 from lorameter.machine.reading import Reading, missing
 from lorameter.records.record import Notice
 
@@ -44,6 +45,28 @@ def telemetry_key(owner: str, what: str, phase: str) -> str:
     return f"{owner}_{stem}_{phase}_{unit}" if unit in UNITS else f"{owner}_{what}_{phase}"
 
 
+_COMBINED: dict[str, tuple[str, Callable[[list[float]], float]]] = {
+    "power_w": ("power_w", statistics.fmean),
+    "sm_clock_min_hz": ("sm_clock_hz", min),
+    "sm_clock_max_hz": ("sm_clock_hz", max),
+    "memory_clock_min_hz": ("memory_clock_hz", min),
+    "memory_clock_max_hz": ("memory_clock_hz", max),
+    "temperature_c": ("temperature_c", max),
+    "temperature_margin_c": ("temperature_margin_c", min),
+    "samples": ("samples", sum),
+    "throttled_samples": ("throttled_samples", sum),
+    "power_capped_samples": ("power_capped_samples", sum),
+    "thermal_slowdown_s": ("thermal_slowdown_s", sum),
+    "power_slowdown_s": ("power_slowdown_s", sum),
+    "own_bytes": ("own_bytes", max),
+    "used_bytes": ("used_bytes", max),
+    "others": ("others", max),
+    "others_bytes": ("others_bytes", max),
+    "hidden_bytes": ("hidden_bytes", max),
+}
+"""Values of the record: the readings at the ends of the stretches that each is computed from, and how."""
+
+
 class GpuTelemetry:
     """What a GPU did in the stretches between `begin` and `end`, over all of them.
 
@@ -55,8 +78,8 @@ class GpuTelemetry:
         self._device = device
         self._energy = energy
         self._generations = generations
-        self._first: tuple[float, CardSample] | None = None
-        self._before: CardSample | None = None
+        self._first: tuple[float, Reading[float]] | None = None
+        self._before: dict[str, Reading[Any]] | None = None
         self._looked = False
         self._found: dict[str, list[float]] = {}
         self.missing: dict[str, str] = {}
@@ -65,68 +88,58 @@ class GpuTelemetry:
     def begin(self, now_s: float) -> None:
         """Something timed is about to start; `now_s` is on the clock of `end`."""
         self._before = self._device.sample()
-        self._events(self._before.events)
+        self._keep_events(self._before)
         self._looked = False
-        if self._first is None:
-            self._first = (now_s, self._before)
+        self._first = self._first or (now_s, self._before["energy_j"])
 
     def look(self) -> None:
         """What is timed has been launched and is going on. The clocks of a GPU that has finished it are left out."""
         seen = self._device.clocks()
-        if seen.events.value is not None and IDLE in seen.events.value:
-            return
-        self._events(seen.events)
-        self._clocks(seen)
-        self._looked = self._looked or seen.sm_clock_hz.known
+        if IDLE not in (seen["events"].value or ()):
+            self._keep_events(seen)
+            self._keep_clocks(seen)
+            self._looked = self._looked or seen["sm_clock_hz"].known
 
     def end(self, now_s: float) -> dict[str, float]:
         """It has ended: what was found so far. Raises RuntimeError without `begin`."""
         if self._before is None or self._first is None:
             raise RuntimeError("end() without begin(): nothing is being watched")
-        before, last = self._before, self._device.sample()
-        self._before = None
-        self._events(last.events)
-        self._keep("power_w", last.power_w)
-        if not self._looked and (last.events.value is None or IDLE not in last.events.value):
-            self._clocks(last)
-        self._keep("temperature_c", last.temperature_c)
-        self._keep("temperature_margin_c", last.temperature_margin_c)
+        (before, self._before), last = (self._before, None), self._device.sample()
+        self._keep_events(last)
+        if not self._looked and IDLE not in (last["events"].value or ()):
+            self._keep_clocks(last)
+        for name in ("power_w", "temperature_c", "temperature_margin_c"):
+            self._keep(name, last[name])
         for name in ("thermal_slowdown_s", "power_slowdown_s"):
-            self._difference(name, getattr(before, name), getattr(last, name))
-        self._neighbours()
-        totals = {name: combine(found) for name, combine in _COMBINED.items() if (found := self._of(name))}
+            self._keep(name, _increase(before[name], last[name]))
+        others = neighbours_of(self._device, generations=self._generations)
+        self._keep("others", others.others.then(lambda pids: float(len(pids))))
+        for name in ("own_bytes", "used_bytes", "others_bytes", "hidden_bytes"):
+            self._keep(name, getattr(others, name).then(float))
+        totals = {
+            name: combine(self._found[source])
+            for name, (source, combine) in _COMBINED.items()
+            if source in self._found and source not in self.missing
+        }
         if self._energy:
-            begun_s, first = self._first
-            energy = energy_between(first.energy_j, last.energy_j, now_s - begun_s)
-            if energy.value is not None:
-                self.missing.pop("energy_j", None)  # what was too short at first is long enough now
-                totals |= {"energy_j": energy.value, "energy_s": now_s - begun_s}
-            else:
+            seconds = now_s - self._first[0]
+            energy = energy_between(self._first[1], last["energy_j"], seconds)
+            self.missing.pop("energy_j", None)  # what was too short at first may be long enough now
+            if energy.value is None:
                 self.missing["energy_j"] = energy.reason
+            else:
+                totals |= {"energy_j": energy.value, "energy_s": seconds}
         return totals
 
-    def _clocks(self, seen: CardSample | Clocks) -> None:
-        self._keep("sm_clock_hz", seen.sm_clock_hz)
-        self._keep("memory_clock_hz", seen.memory_clock_hz)
+    def _keep_clocks(self, seen: Mapping[str, Reading[Any]]) -> None:
+        for name in ("sm_clock_hz", "memory_clock_hz"):
+            self._keep(name, seen[name])
 
-    def _events(self, found: Reading[tuple[str, ...]]) -> None:
-        self._keep("samples", found.then(lambda words: 1.0))
-        self._keep("throttled_samples", found.then(lambda words: float(bool(PROTECTING & set(words)))))
-        self._keep("power_capped_samples", found.then(lambda words: float(bool(POWER_CAPPED & set(words)))))
-
-    def _neighbours(self) -> None:
-        found = neighbours_of(self._device, generations=self._generations)
-        self._keep("own_bytes", found.own_bytes.then(float))
-        self._keep("used_bytes", found.used_bytes.then(float))
-        self._keep("others", found.others.then(lambda pids: float(len(pids))))
-        self._keep("others_bytes", found.others_bytes.then(float))
-        self._keep("hidden_bytes", found.hidden_bytes.then(float))
-
-    def _difference(self, name: str, before: Reading[float], after: Reading[float]) -> None:
-        if before.value is not None and after.value is not None and after.value >= before.value:
-            self._keep(name, Reading(value=after.value - before.value))
-        else:
-            self.missing[name] = before.reason or after.reason or "the counter went back: the driver was reloaded"
+    def _keep_events(self, seen: Mapping[str, Reading[Any]]) -> None:
+        events = seen["events"]
+        self._keep("samples", events.then(lambda words: 1.0))
+        self._keep("throttled_samples", events.then(lambda words: float(bool(PROTECTING & set(words)))))
+        self._keep("power_capped_samples", events.then(lambda words: float(bool(POWER_CAPPED & set(words)))))
 
     def _keep(self, name: str, reading: Reading[float]) -> None:
         if reading.value is None:
@@ -134,42 +147,13 @@ class GpuTelemetry:
         else:
             self._found.setdefault(name, []).append(reading.value)
 
-    def _of(self, name: str) -> list[float]:
-        """What `_COMBINED` combines under a name: the readings of the quantity that it is an extreme of."""
-        source = _SOURCES.get(name, name)
-        return [] if source in self.missing else self._found.get(source, [])
 
-
-def _mean(found: list[float]) -> float:
-    return sum(found) / len(found)
-
-
-_COMBINED: dict[str, Callable[[list[float]], float]] = {
-    "power_w": _mean,
-    "sm_clock_min_hz": min,
-    "sm_clock_max_hz": max,
-    "memory_clock_min_hz": min,
-    "memory_clock_max_hz": max,
-    "temperature_c": max,
-    "temperature_margin_c": min,
-    "samples": sum,
-    "throttled_samples": sum,
-    "power_capped_samples": sum,
-    "thermal_slowdown_s": sum,
-    "power_slowdown_s": sum,
-    "own_bytes": max,
-    "used_bytes": max,
-    "others": max,
-    "others_bytes": max,
-    "hidden_bytes": max,
-}
-"""Values of the record, and how each is computed from the readings at the ends of the stretches."""
-_SOURCES = {
-    "sm_clock_min_hz": "sm_clock_hz",
-    "sm_clock_max_hz": "sm_clock_hz",
-    "memory_clock_min_hz": "memory_clock_hz",
-    "memory_clock_max_hz": "memory_clock_hz",
-}
+def _increase(before: Reading[float], after: Reading[float]) -> Reading[float]:
+    if before.value is None or after.value is None:
+        return missing(before.reason or after.reason)
+    if after.value < before.value:
+        return missing("the counter went back: the driver was reloaded")
+    return Reading(value=after.value - before.value)
 
 
 class Telemetry:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, get_args
 
-from lorameter.machine.doctor.checks import About, DoctorCheck, Grade
+from lorameter.machine.doctor import About, DoctorCheck, Grade
 from lorameter.report.blocks import (
     Block,
     Cell,

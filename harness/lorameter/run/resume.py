@@ -20,8 +20,7 @@ import msgspec
 
 from lorameter.errors import HIDDEN, UsageError
 from lorameter.machine import provenance
-from lorameter.machine.hardware_class import OF_A_KIND
-from lorameter.machine.provenance import MachineFacts
+from lorameter.machine.provenance import OF_A_KIND, MachineFacts
 from lorameter.machine.repository import git_state
 from lorameter.records import codec, fileio, store, trials
 from lorameter.records.packed import is_packed

@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from lorameter.machine import kernel_env
-from lorameter.machine.software import normal_name
+from lorameter.machine.software import KERNELS, kernel_libraries, normal_name
 from lorameter.records.record import TrialRecord
 
 OURS = "lorameter"
 """What measures is the same in every process, whatever of it an interpreter has installed."""
 BETWEEN = " or "
 """Between versions of one package, where trials tell several."""
-TOLD = ("python", "cuda", "libraries", kernel_env.FIELD)
+TOLD = ("python", "cuda", "libraries", KERNELS)
 """Fields of a run's provenance that a script's own process tells when it has begun; before, they are a guess."""
 NONE = "none"
 """In place of the version of what is not installed."""
@@ -70,8 +69,8 @@ def facts_of(provenance: Mapping[str, Any], records: Iterable[TrialRecord]) -> d
     versions = versions_of(provenance, records)
     libraries = {name: versions.get(name) for name in provenance.get("libraries", {})}
     found = {"libraries": libraries} | {name: versions[name] for name in ("python", "cuda") if name in versions}
-    if kernels := provenance.get(kernel_env.FIELD):
-        found[kernel_env.FIELD] = kernel_env.steering(reported, versions.get("cuda"), kernels["switches"])
+    if kernels := provenance.get(KERNELS):
+        found[KERNELS] = kernel_libraries(reported, versions.get("cuda"), kernels["switches"])
     return {**provenance, **found}
 
 

@@ -21,8 +21,7 @@ from typing import Any, Protocol
 import msgspec
 
 from lorameter.errors import InvalidRunError, UsageError, redact
-from lorameter.machine.hardware_class import OF_A_KIND
-from lorameter.machine.provenance import Machine, fingerprint_fields
+from lorameter.machine.provenance import OF_A_KIND, Machine, fingerprint_fields
 from lorameter.records import codec, store
 from lorameter.records.manifest import SiteFacts
 from lorameter.records.record import Notice, TrialRecord

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorameter.errors import UsageError
-from lorameter.machine.cores import cores_of
+from lorameter.machine.cpus import cores_of
 from lorameter.machine.gpus import VisibleCard, say_entries, shared_boards, visible_cards
 from lorameter.machine.nvml import VARIABLE
 from lorameter.machine.processes import CPUS, PARENT, exit_words

@@ -15,7 +15,6 @@ import traceback
 from pathlib import Path
 
 from lorameter.errors import InvalidRunError, UsageError, redact
-from lorameter.machine.hardware_class import say_kind
 from lorameter.machine.processes import PARENT, end_with_parent
 from lorameter.run.device_lock import hold_devices
 from lorameter.run.display import Display
@@ -57,7 +56,7 @@ def run_job(folder: Path) -> None:
         with contextlib.suppress(OSError):  # the nodes of a Ray cluster may not have it
             os.chdir(order.cwd)
         executor = open_executor()
-        progress.write(machine=say_kind(executor.machine()))
+        progress.write(machine=executor.machine().hardware)
         if order.plan is None:
             progress.write(facts=executor.facts(), free_bytes=executor.free_bytes(), ended=True)
             return

@@ -16,7 +16,7 @@ from typing import Any
 from lorameter import wire
 from lorameter.errors import LorameterError, redact
 from lorameter.machine import provenance
-from lorameter.machine.affinity import cpus_of, pin_to_cpus
+from lorameter.machine.cpus import cpus_of, pin_to_cpus
 from lorameter.machine.processes import exit_words
 from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.records.record import Failure, PartialRecord

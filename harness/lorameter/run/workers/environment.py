@@ -34,11 +34,10 @@ from typing import Annotated, Any
 import msgspec
 
 from lorameter.errors import HIDDEN, InvalidRunError, UsageError, impossible, redact, shorten
-from lorameter.machine.kernel_env import switches_of
 from lorameter.machine.processes import kill_group
 from lorameter.machine.provenance import LIBRARIES, library_version
 from lorameter.machine.repository import git_state
-from lorameter.machine.software import cuda_of
+from lorameter.machine.software import cuda_of, switches_of
 from lorameter.records.locks import locked
 from lorameter.records.os_errors import refusal_said
 

@@ -22,7 +22,7 @@ import msgspec
 from lorameter import wire
 from lorameter.errors import UsageError
 from lorameter.machine import provenance
-from lorameter.machine.affinity import has_children
+from lorameter.machine.cpus import has_children
 from lorameter.machine.host import HostTelemetry
 from lorameter.machine.nvml import open_device
 from lorameter.machine.telemetry import GpuTelemetry, telemetry_key

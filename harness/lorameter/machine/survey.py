@@ -1,4 +1,4 @@
-"""Facts about a machine before anything is measured on it; `lorameter.machine.doctor.checks` judges them.
+"""Facts about a machine before anything is measured on it; `lorameter.machine.doctor` judges them.
 
 For a second the survey computes and watches the kernel's counters: steal and quotas show only on a CPU that is in use.
 Everything else is read once. Neither torch nor a CUDA context is loaded.
@@ -14,13 +14,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lorameter.machine.gpus import Neighbours, VisibleCard, neighbours_of, visible_cards
 from lorameter.machine.host import LEAST_ASKED_S, HostTelemetry
-from lorameter.machine.nvml import CardFacts, CardSample, Memory, open_device
+from lorameter.machine.nvml import device_session
 from lorameter.machine.provenance import Machine, library_version, probe_machine
 from lorameter.machine.reading import Reading, missing
-from lorameter.machine.system import SystemFacts, system_facts
+from lorameter.machine.system import system_facts
 
 LOOK_S = 1.1 * LEAST_ASKED_S
 """How long the machine is watched at work: a little more than the CPU time of which a share is given."""
@@ -28,7 +29,6 @@ REQUIRED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "data
 """Distributions without which no trial starts."""
 OPTIONAL = {"flash-attn": "variants with attention = flash_attention_2", "gguf": "models in GGUF files"}
 """Distributions that some studies need, and for what."""
-_PEAK_RESET = Path("/proc/self/clear_refs")
 CUDA_DRIVER = "libcuda.so.1"
 """What CUDA programs go through. NVML is another library of the driver, and can be there without it."""
 
@@ -37,9 +37,9 @@ CUDA_DRIVER = "libcuda.so.1"
 class GpuSurvey:
     """The first visible device."""
 
-    facts: CardFacts
-    sample: CardSample
-    memory: Reading[Memory]
+    facts: Mapping[str, Reading[Any]]
+    sample: Mapping[str, Reading[Any]]
+    memory: Reading[Any]
     neighbours: Neighbours
     sliced: bool
 
@@ -49,15 +49,15 @@ class Survey:
     """All facts."""
 
     machine: Machine
-    system: SystemFacts
+    system: Mapping[str, Reading[Any]]
     packages: Mapping[str, str | None]
     """Versions of distributions; None for one that is not installed."""
     host: Mapping[str, float]
     """Counters of the kernel while this process computed (`lorameter.machine.host`)."""
     host_missing: Mapping[str, str]
-    peaks: bool
-    """Whether the kernel lets a process reset its peak of resident memory."""
-    card: Reading[GpuSurvey]
+    no_peaks: str
+    """Why the peak of a process's resident memory cannot be measured; empty if it can."""
+    gpu: Reading[GpuSurvey]
     cards: Reading[tuple[VisibleCard, ...]]
     """All GPUs of the machine."""
     visible: Reading[tuple[VisibleCard, ...]]
@@ -72,15 +72,22 @@ class Survey:
     lacks_driver: str | None = None
     """Why CUDA's driver library cannot be loaded although NVML shows a GPU; None if it can."""
 
+    @property
+    def cpus(self) -> int:
+        """CPUs that this process may run on."""
+        return int(self.system["cpus"].value or 1)
+
 
 def survey(runs: Path, look_s: float = LOOK_S) -> Survey:
     """Surveys this machine and the folder for `runs`; keeps one CPU busy for `look_s` seconds."""
     system = system_facts()  # before the computation, which adds to the load
     watch = HostTelemetry()
     watch.begin()
-    _compute(look_s)
+    end = time.monotonic() + look_s
+    while time.monotonic() < end:
+        pass
     host = watch.end()
-    card = _survey_card()
+    gpu = _survey_gpu()
     folder = next(one for one in (runs.absolute(), *runs.absolute().parents) if os.path.isdir(one))  # noqa: PTH112 no error
     return Survey(
         machine=probe_machine(),
@@ -88,16 +95,29 @@ def survey(runs: Path, look_s: float = LOOK_S) -> Survey:
         packages={name: library_version(name) for name in (*REQUIRED, *OPTIONAL)},
         host=host,
         host_missing=watch.missing,
-        peaks=os.access(_PEAK_RESET, os.W_OK),
-        card=card,
+        no_peaks="" if os.access("/proc/self/clear_refs", os.W_OK) else "the kernel lets no process reset its peak",
+        gpu=gpu,
         cards=visible_cards({}),
         visible=visible_cards(),
         runs=folder,
         locks=_try_lock(folder),
         environment=os.environ,
         root=os.geteuid() == 0,
-        lacks_driver=cannot_load(CUDA_DRIVER) if card.known else None,
+        lacks_driver=cannot_load(CUDA_DRIVER) if gpu.known else None,
     )
+
+
+def _survey_gpu() -> Reading[GpuSurvey]:
+    with device_session() as device:
+        return device.then(
+            lambda gpu: GpuSurvey(
+                facts=gpu.facts(),
+                sample=gpu.sample(),
+                memory=gpu.memory(),
+                neighbours=neighbours_of(gpu, generations=0),
+                sliced=gpu.sliced,
+            )
+        )
 
 
 def _try_lock(folder: Path) -> Reading[bool]:
@@ -121,28 +141,3 @@ def cannot_load(library: str) -> str | None:
     except OSError as error:
         return str(error)
     return None
-
-
-def _compute(seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        pass
-
-
-def _survey_card() -> Reading[GpuSurvey]:
-    opened = open_device()
-    device = opened.value
-    if device is None:
-        return Reading(reason=opened.reason)
-    try:
-        return Reading(
-            value=GpuSurvey(
-                facts=device.facts(),
-                sample=device.sample(),
-                memory=device.memory(),
-                neighbours=neighbours_of(device, generations=0),
-                sliced=device.sliced,
-            )
-        )
-    finally:
-        device.close()

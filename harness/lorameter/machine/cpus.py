@@ -1,0 +1,70 @@
+"""On which CPU a process computes, and which CPUs are threads of one core.
+
+CPUs of one machine are not alike at every moment: another thread of the same core, of this machine or of another guest
+on the same host, takes from what runs there, and no counter of a virtual machine shows it. A process tends to stay
+where it last ran, so that it would be slow as a whole and another, on the next CPU, would not. Processes whose times
+are compared compute on the same one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+ROOT = Path("/sys/devices/system/cpu")
+NAMES = ("core_cpus_list", "thread_siblings_list")
+"""What the kernel calls the threads of a core, by its new name and by its old one
+(Documentation/ABI/stable/sysfs-devices-system-cpu)."""
+
+
+def cpus_of(pid: int) -> tuple[int, ...]:
+    """Those that a process may run on, in order; none where it has ended."""
+    try:
+        return tuple(sorted(os.sched_getaffinity(pid)))
+    except OSError:
+        return ()
+
+
+def pin_to_cpus(pid: int, cpus: Collection[int]) -> None:
+    """Have all threads of a process run on these CPUs only (sched_setaffinity(2)). Of one that has ended, or that this
+    user may not move, nothing happens."""
+    with contextlib.suppress(OSError):
+        for thread in list(Path(f"/proc/{pid}/task").iterdir()):
+            with contextlib.suppress(OSError):  # a thread that has just ended
+                os.sched_setaffinity(int(thread.name), cpus)
+
+
+def has_children(pid: int) -> bool:
+    """Whether a process has running children; true if that is unknown."""
+    try:
+        return any((thread / "children").read_text().strip() for thread in Path(f"/proc/{pid}/task").iterdir())
+    except OSError:
+        return True
+
+
+def cores_of(cpus: Iterable[int], root: Path = ROOT) -> list[tuple[int, ...]]:
+    """CPUs by core, each core once, in the order of its first. A CPU whose core the kernel does not tell is the only
+    one of its core."""
+    found: dict[str, list[int]] = {}
+    for cpu in sorted(cpus):
+        found.setdefault(_core_of(cpu, root), []).append(cpu)
+    return [tuple(of_one) for of_one in found.values()]
+
+
+def _core_of(cpu: int, root: Path) -> str:
+    """The list of its threads, which is the same for all of them."""
+    for name in NAMES:
+        with contextlib.suppress(OSError, ValueError):
+            listed = (root / f"cpu{cpu}" / "topology" / name).read_text().strip()
+            if holds_any(listed, {cpu}):
+                return listed
+    return f"of {cpu} alone"
+
+
+def holds_any(listed: str, cpus: Collection[int]) -> bool:
+    """Whether a list such as 0-3,8 (cpuset(7)) holds one of these CPUs. Raises `ValueError` for what is none."""
+    parts = (part.partition("-") for part in listed.strip().split(",") if part)
+    spans = [range(int(first), int(last or first) + 1) for first, _, last in parts]
+    return any(cpu in span for cpu in cpus for span in spans)

@@ -1,0 +1,445 @@
+"""What a machine can run and measure, and what would disturb a measurement, judged by a survey of it.
+
+Most disturbances cost precision only: trials take turns, and intervals include the noise. A machine is unfit if no
+trial could run, or if numbers would be wrong: another process's work, a GPU that protects itself, faulty memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lorameter.machine.disturbances import CONTENDED, HOT_MARGIN_C, NOTICED, SHARED_INVALID_BYTES
+from lorameter.machine.gpus import Neighbours, say_entries, shared_boards
+from lorameter.machine.host import GIVEN, LEAST_ASKED_S, withheld_share
+from lorameter.machine.nvml import BUS_ORDER, ORDER_VARIABLE, PROTECTING
+from lorameter.machine.reading import Reading, unavailable
+from lorameter.machine.survey import OPTIONAL, REQUIRED, Survey
+from lorameter.models import catalogue, shapes
+from lorameter.models.costs.memory import bare_process_bytes, birth_bytes, estimate_memory
+from lorameter.records.units import format_bytes
+from lorameter.studies.variant import LoraVariant
+from lorameter.studies.workload import Workload
+
+About = Literal["runs", "measures", "spoils"]
+"""What can run · what can be measured · what would disturb it."""
+Grade = Literal["good", "note", "bad", "unfit"]
+"""Nothing to do · for information · costs precision, and can be remedied · do not measure here."""
+MPS_PIPES, MPS_DEFAULT = "CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"
+"""Where the control daemon of NVIDIA's Multi-Process Service listens (docs.nvidia.com, MPS, environment variables)."""
+BUSY = 0.25
+"""Load per CPU, before this process does anything, from which other work is assumed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoctorCheck:
+    """A finding, with its limit if there is one, and the remedy."""
+
+    about: About
+    name: str
+    grade: Grade
+    found: str
+    remedy: str = ""
+
+
+def examine(found: Survey) -> tuple[DoctorCheck, ...]:
+    """All checks of a survey, in reading order."""
+    return (
+        *packages(found),
+        device(found),
+        *device_order(found),
+        memory(found),
+        *models(found),
+        runs_folder(found),
+        *meters(found),
+        load(found),
+        *waits(found),
+        *settings(found),
+        *limits(found),
+        *gpu_settings(found),
+        *shared_gpus(found),
+    )
+
+
+def is_fit(checks: tuple[DoctorCheck, ...]) -> bool:
+    """Whether something may be measured here."""
+    return all(check.grade != "unfit" for check in checks)
+
+
+def _check(about: About, name: str, found: str, grade: Grade = "good", remedy: str = "") -> DoctorCheck:
+    """A finding with its remedy, where there is something to mend."""
+    return DoctorCheck(about=about, name=name, grade=grade, found=found, remedy="" if grade == "good" else remedy)
+
+
+def _value(
+    name: str,
+    reading: Reading[Any],
+    words: Callable[[Any], str],
+    *,
+    about: About = "spoils",
+    wrong: bool,
+    grade: Grade = "bad",
+    remedy: str,
+) -> DoctorCheck:
+    """A value with `grade` and its remedy if it is wrong; a missing one is a note without."""
+    if reading.value is None:
+        return _check(about, name, unavailable(reading.reason), "note")
+    return _check(about, name, words(reading.value), grade if wrong else "good", remedy)
+
+
+# --- what can run -----------------------------------------------------------------------------------------------------
+
+
+def packages(found: Survey) -> list[DoctorCheck]:
+    """Required and optional distributions."""
+    absent = [name for name in REQUIRED if found.packages.get(name) is None]
+    versions = ", ".join(f"{name} {found.packages[name]}" for name in REQUIRED if name not in absent)
+    words = f"missing: {', '.join(absent)}; installed: {versions}" if absent else versions
+    required = _check("runs", "packages", words, "unfit" if absent else "good", f"pip install {' '.join(absent)}")
+    return [required] + [
+        _check("runs", name, f"{name} is not installed", "note", f"Only for {need}: pip install 'lorameter[{name}]'.")
+        for name, need in OPTIONAL.items()
+        if found.packages.get(name) is None
+    ]
+
+
+def device(found: Survey) -> DoctorCheck:
+    """Where trials run, and why not on the GPU."""
+    machine, gpu, remedy = found.machine, found.gpu.value, ""
+    grade: Grade = "good"
+    if machine.device == "cuda":
+        size = "" if machine.device_memory_bytes is None else f", {format_bytes(machine.device_memory_bytes)}"
+        words = f"{machine.device_name}{size}, driver {machine.driver}; torch is built for CUDA {machine.cuda}"
+        if found.lacks_driver is not None:
+            words += f"; NVML shows the GPU, and CUDA's driver cannot be loaded: {found.lacks_driver}"
+            grade = "unfit"
+            remedy = (
+                "Start the container with NVIDIA_DRIVER_CAPABILITIES=compute,utility, or install all of the driver."
+            )
+    elif gpu is not None:
+        words = f"{gpu.facts['name'].value_or_reason()} is there, and torch is built for CPUs: trials run on the CPU"
+        grade = "bad"
+        remedy = "Install torch for CUDA (pytorch.org, Get Started), or set CUDA_VISIBLE_DEVICES= to mean the CPU."
+    elif machine.cuda is not None:
+        words = f"{machine.cpu_model}: torch is built for CUDA {machine.cuda}, and no GPU is found ({found.gpu.reason})"
+        grade = "note"
+        remedy = "If there should be one, look at nvidia-smi, CUDA_VISIBLE_DEVICES and docker run --gpus."
+    else:
+        bf16 = "with" if machine.avx512_bf16 else "without"
+        words = f"{machine.cpu_model} {bf16} AVX512-BF16, {machine.cpus} CPUs; torch is built for CPUs"
+    return _check("runs", "device", words, grade, remedy)
+
+
+def device_order(found: Survey) -> list[DoctorCheck]:
+    """Whether CUDA counts different GPUs as trials do."""
+    names = [str(card.name.value) for card in found.cards.value or ()]
+    if len(set(names)) <= 1 or found.environment.get(ORDER_VARIABLE) == BUS_ORDER:
+        return []
+    words = f"GPUs differ ({', '.join(names)}): CUDA puts the fastest first, trials count along the bus"
+    remedy = f"Choose by UUID (nvidia-smi -L) in CUDA_VISIBLE_DEVICES, or set {ORDER_VARIABLE}={BUS_ORDER}."
+    return [_check("runs", "device order", words, "note", remedy)]
+
+
+def memory(found: Survey) -> DoctorCheck:
+    """Whether one trial's process would fit."""
+    free, least = found.system["memory_available_bytes"], bare_process_bytes(found.machine.cuda)
+    return _value(
+        "memory",
+        free,
+        lambda size: f"{format_bytes(size)} free; a trial takes {format_bytes(least)} before its model",
+        about="runs",
+        wrong=free.known and free.value < least,
+        grade="unfit",
+        remedy="Free memory, or raise the container's limit.",
+    )
+
+
+def models(found: Survey) -> list[DoctorCheck]:
+    """Models of the catalogue that fit into the free memory, by `lorameter.models.costs.memory`."""
+    gpu, workload, where = found.gpu.value, Workload(), "cpu"
+    free = found.system["memory_available_bytes"].value
+    if gpu is not None and found.machine.device == "cuda":
+        free, where = gpu.memory.then(lambda memory: int(memory.free)).value, "cuda"
+    if free is None:
+        return []
+    process = birth_bytes(found.machine.cuda)
+
+    def fitting(quantization: Literal["none", "nf4"]) -> list[str]:
+        variant = LoraVariant(name=quantization, quantization=quantization)
+        all_shapes = {
+            name: shapes.shape(catalogue.resolve(f"{catalogue.RANDOM_PREFIX}{name}")) for name in catalogue.CATALOGUE
+        }
+        return [
+            name
+            for name, shape in all_shapes.items()
+            if estimate_memory(variant, workload, shape, device=where, process_bytes=process).needed_bytes <= free
+        ]
+
+    plain, packed = fitting("none"), fitting("nf4")
+    more = ", ".join(name for name in packed if name not in plain) or "no more"
+    words = (
+        f"LoRA: {', '.join(plain) or 'none'}; with a 4-bit base {more} too (estimated, {workload.batch_size} × "
+        f"{workload.sequence_length} tokens a batch)"
+    )
+    remedy = "Free memory, or take a smaller model than the catalogue's."
+    return [_check("runs", "models", words, "good" if packed else "note", remedy)]
+
+
+def runs_folder(found: Survey) -> DoctorCheck:
+    """Locks keep two runs in one folder from mixing."""
+    without = found.locks.reason or "locks have no effect: two runs would not see each other"
+    words = f"{found.runs}: {'locks work' if found.locks.value else without}"
+    remedy = "Use a folder on a disk of this machine: --runs-dir, or LORAMETER_RUNS."
+    return _check("runs", "runs folder", words, "good" if found.locks.value else "bad", remedy)
+
+
+# --- what can be measured ---------------------------------------------------------------------------------------------
+
+
+def meters(found: Survey) -> list[DoctorCheck]:
+    """Counters that the kernel and the GPU offer."""
+    counters = [
+        ("pressure", found.host_missing.get("cpu_stall_s"), "Start the kernel with psi=1."),
+        ("steal", found.host_missing.get("steal_s"), "Measure where /proc/stat can be read."),
+        (
+            "CPU clock",
+            found.host_missing.get("clock_hz"),
+            "Only the machine itself knows it; compare trials that took turns.",
+        ),
+        ("host peaks", found.no_peaks, "Run where /proc/self/clear_refs can be written."),
+    ]
+    if gpu := found.gpu.value:
+        sample, others = gpu.sample, gpu.neighbours.others
+        counters += [
+            ("energy", sample["energy_j"].reason, "Energy is left out of the results."),
+            (
+                "clock reasons",
+                sample["events"].reason,
+                "A newer driver may report them; clocks are recorded all the same.",
+            ),
+            ("throttled time", sample["thermal_slowdown_s"].reason, "Samples at the ends of turns replace it."),
+            ("heat margin", sample["temperature_margin_c"].reason, "Watch the temperature with nvidia-smi."),
+            ("neighbours", others.reason, "Look from outside the container, or start it with --pid=host."),
+        ]
+    return [
+        _check(
+            "measures",
+            name,
+            unavailable(reason) if reason else "available",
+            ("unfit" if name == "host peaks" else "note") if reason else "good",
+            remedy,
+        )
+        for name, reason, remedy in counters
+    ]
+
+
+# --- what would disturb a measurement ---------------------------------------------------------------------------------
+
+
+def load(found: Survey) -> DoctorCheck:
+    """Other work on the machine now."""
+    value, cpus, stalled = found.system["load"].value, found.cpus, found.host.get("cpu_stall_s")
+    waits = stalled is None or stalled / found.host["watched_s"] > CONTENDED  # a load lags a minute behind
+    return _value(
+        "load",
+        found.system["load"],
+        lambda load: (
+            f"{load:.2f} on {cpus} CPUs (above {BUSY * cpus:g} others are at work, above {cpus:g} they leave none free)"
+        ),
+        wrong=value is not None and value > BUSY * cpus,
+        grade="unfit" if value is not None and value > cpus and waits else "bad",
+        remedy="Stop other work; if it must stay, measure more replicates and trust only what took turns.",
+    )
+
+
+def waits(found: Survey) -> list[DoctorCheck]:
+    """Work that waited while this process computed, and CPU time that was requested and not given."""
+    checks, watched = [], found.host["watched_s"]
+    for name, counter, limit, what, remedy in (
+        ("waiting", "cpu_stall_s", CONTENDED, "work waited for a CPU", "Stop other work on this machine."),
+        ("paging", "memory_stall_s", NOTICED, "work waited for memory", "Free memory before measuring."),
+    ):
+        if counter in found.host:
+            share = found.host[counter] / watched
+            words = f"{what} in {share:.0%} of {watched:.1f} s (above {limit:.0%} it matters)"
+            checks.append(_check("spoils", name, words, "bad" if share > limit else "good", remedy))
+    for name, counter, what, remedy in (
+        ("stolen time", "steal_s", "the hypervisor ran others", "Use a machine or an instance of its own."),
+        ("withheld time", "quota_stall_s", "the quota held work back", "Raise the quota, or use a cpuset instead."),
+    ):
+        if counter in found.host:
+            withheld, given = found.host[counter], found.host.get(GIVEN[counter], 0.0)
+            asked, part = f"{withheld + given:.1f} s of CPU time", withheld_share(withheld, given)
+            words = f"only {asked} were requested; a share needs {LEAST_ASKED_S:.0f} s"
+            if part is not None:
+                words = f"{what} for {part:.0%} of {asked} that were requested (above {NOTICED:.0%} it matters)"
+            grade: Grade = "note" if part is None else "bad" if part > NOTICED else "good"
+            checks.append(_check("spoils", name, words, grade, remedy if part is not None else ""))
+    return checks
+
+
+def settings(found: Survey) -> list[DoctorCheck]:
+    """Settings that change times by themselves."""
+    system = found.system
+    used = system["swap_used_bytes"].value or 0
+    return [
+        _value(
+            "governor",
+            system["governor"],
+            str,
+            wrong=system["governor"].value != "performance",
+            remedy="sudo cpupower frequency-set -g performance",
+        ),
+        _value(
+            "turbo",
+            system["turbo"],
+            lambda on: "on: the clock depends on heat and on neighbours" if on else "off",
+            wrong=system["turbo"].value is True,
+            grade="note",
+            remedy="echo 1 | sudo tee /sys/devices/system/cpu/intel_pstate/no_turbo (or 0 into cpufreq/boost)",
+        ),
+        _value(
+            "huge pages",
+            system["huge_pages"],
+            lambda mode: f"{mode}: which process gets one is luck" if mode == "always" else mode,
+            wrong=system["huge_pages"].value == "always",
+            grade="note",
+            remedy="echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled",
+        ),
+        _value(
+            "memory nodes",
+            system["numa_nodes"],
+            lambda count: f"this process may run on {count}",
+            wrong=(system["numa_nodes"].value or 1) > 1,
+            remedy="numactl --cpunodebind=0 --membind=0 lorameter ...",
+        ),
+        _value(
+            "swap",
+            system["swap_bytes"],
+            lambda size: f"{format_bytes(used)} of {format_bytes(size)} in use" if size else "none",
+            wrong=bool(system["swap_bytes"].value),
+            grade="bad" if used else "note",
+            remedy="sudo swapoff -a",
+        ),
+    ]
+
+
+def limits(found: Survey) -> list[DoctorCheck]:
+    """Too many threads, quotas, and a container."""
+    quota, container, threads = found.system["quota_cpus"].value, found.system["container"].value, Workload().threads
+    usable = min(found.cpus, quota or found.cpus)
+    words = f"{threads} a trial, {usable:g} CPUs' worth of time"
+    remedy = "Give it a whole CPU: less stops every thread in each period."
+    checks = [_check("spoils", "threads", words, "unfit" if threads > usable else "good", remedy)]
+    if quota is not None:
+        words = f"{quota:g} of {found.cpus} CPUs: what exceeds it waits for the next period"
+        remedy = "Use a cpuset (docker run --cpuset-cpus) instead of a quota."
+        checks.append(_check("spoils", "CPU quota", words, "bad", remedy))
+    if container is not None:
+        words = f"{container}: other processes of the machine are not seen"
+        remedy = "Look at the machine from outside before a result matters."
+        checks.append(_check("spoils", "container", words, "note", remedy))
+    return checks
+
+
+def gpu_settings(found: Survey) -> list[DoctorCheck]:
+    """Settings, heat and faults of the GPU, and other processes on it."""
+    gpu = found.gpu.value
+    if gpu is None:
+        return []
+    facts, events, margin = gpu.facts, gpu.sample["events"], gpu.sample["temperature_margin_c"]
+    limit, default = facts["power_limit_w"].value, facts["default_power_limit_w"].value
+    broken, corrected = facts["uncorrected_errors"].value or 0, facts["corrected_errors"].value or 0
+    counts = f"; {broken} uncorrected and {corrected} corrected errors since the driver was loaded"
+    mend = "Reset the GPU (nvidia-smi -r) and look at its remapped rows (nvidia-smi -q)."
+    sliced = "the device is a part of a GPU: others share its power, its heat and some of its bandwidth"
+    return [
+        _value(
+            "persistence",
+            facts["persistence"],
+            lambda on: "on" if on else "off: the driver unloads between two processes",
+            wrong=facts["persistence"].value is False,
+            remedy="sudo nvidia-smi -pm 1",
+        ),
+        _value(
+            "power limit",
+            facts["power_limit_w"],
+            lambda watts: f"{watts:.0f} W" + ("" if default is None else f" of {default:.0f} W by default"),
+            wrong=None not in (limit, default) and limit < default,
+            remedy=f"sudo nvidia-smi -pl {default or 0:.0f}, or measure everything under this limit",
+        ),
+        _value(
+            "clock lock",
+            facts["clocks_need_root"],
+            lambda need: "only root may lock the clocks" if need else "any user may",
+            wrong=facts["clocks_need_root"].value is True and not found.root,
+            grade="note",
+            remedy="Ask the administrator for nvidia-smi -lgc; otherwise the clock is recorded and not fixed.",
+        ),
+        *(
+            [_check("spoils", "MIG", sliced, "note", "Use a whole GPU for numbers that are to hold for it.")]
+            if gpu.sliced
+            else []
+        ),
+        _value(
+            "throttling",
+            events,
+            lambda reasons: ", ".join(reasons) or "none",
+            wrong=bool(PROTECTING & set(events.value or ())),
+            grade="unfit",
+            remedy="Let the GPU cool, look at its power supply, and ask again.",
+        ),
+        _value(
+            "heat",
+            margin,
+            lambda degrees: f"{degrees:.0f} °C below the slow-down (under {HOT_MARGIN_C:.0f} °C is too near)",
+            wrong=margin.known and margin.value < HOT_MARGIN_C,
+            remedy="Give it air, or let it cool.",
+        ),
+        _value(
+            "ECC",
+            facts["ecc"],
+            lambda on: (
+                ("on" if on else "off: an error in memory would go unseen") + (counts if broken or corrected else "")
+            ),
+            wrong=bool(broken) or facts["ecc"].value is False,
+            grade="unfit" if broken else "note",
+            remedy=mend if broken else "sudo nvidia-smi -e 1",
+        ),
+        other_processes(gpu.neighbours),
+    ]
+
+
+def other_processes(neighbours: Neighbours) -> DoctorCheck:
+    """This process holds nothing on the device, so all that is in use belongs to others."""
+    others, held, used = neighbours.others.value, neighbours.others_bytes.value, neighbours.used_bytes.value
+    limit = f"above {format_bytes(SHARED_INVALID_BYTES)} they are at work"
+    if others:
+        size = "memory of unknown size" if held is None else format_bytes(held)
+        words = f"{len(others)} on the device ({', '.join(map(str, others))}) hold {size}; {limit}"
+        remedy = "End them, or choose a free GPU with CUDA_VISIBLE_DEVICES."
+    elif neighbours.statement:
+        size = "an unknown amount of memory" if used is None else format_bytes(used)
+        words = f"{neighbours.statement}; {size} in use, {limit}"
+        remedy = "Look at nvidia-smi outside the container, or give it the machine's process numbers (--pid=host)."
+    else:
+        return _check("spoils", "other processes", "none on the device")
+    at_work = max(held or 0, used or 0) > SHARED_INVALID_BYTES
+    return _check("spoils", "other processes", words, "unfit" if at_work else "bad", remedy)
+
+
+def shared_gpus(found: Survey) -> list[DoctorCheck]:
+    """Ranks on parts of one GPU, and NVIDIA's Multi-Process Service, by which processes share a context."""
+    checks = []
+    if parts := "; ".join(map(say_entries, shared_boards(found.visible.value or ()))):
+        words = f"{parts} are parts of one GPU: ranks, or sites, on them would disturb each other"
+        remedy = "Make one instance of each GPU visible (CUDA_VISIBLE_DEVICES)."
+        checks.append(_check("spoils", "ranks", words, "note", remedy))
+    pipes = Path(found.environment.get(MPS_PIPES) or MPS_DEFAULT)
+    if found.gpu.known and (pipes / "control").exists():
+        words = f"its control daemon listens in {pipes}: processes share a context, and a fault of one ends all"
+        remedy = "echo quit | nvidia-cuda-mps-control, or set CUDA_MPS_PIPE_DIRECTORY to an empty folder."
+        checks.append(_check("spoils", "MPS", words, "bad", remedy))
+    return checks
