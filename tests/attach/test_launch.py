@@ -243,8 +243,8 @@ def test_signals_of_a_terminal_are_not_sent_twice(monkeypatch):
 
     for in_terminal in (True, False):
         monkeypatch.setattr(launch, "_in_terminal", lambda there=in_terminal: there)
-        with launch._passing_on() as pass_on_to:
-            pass_on_to(Process())
+        with launch.SignalForwarding() as signals:
+            signals.forward_to(Process())
             for number in (signal.SIGINT, signal.SIGUSR1):
                 os.kill(os.getpid(), number)
     assert sent == [signal.SIGUSR1, signal.SIGINT, signal.SIGUSR1]

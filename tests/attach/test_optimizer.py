@@ -1,5 +1,6 @@
 """A loop that nobody announces: its steps are seen by the updates of an optimizer, whoever calls or replaces them."""
 
+import functools
 import pickle
 
 import pytest
@@ -12,16 +13,23 @@ ROWS = 3
 
 
 @pytest.fixture
-def source(listener, unattached):
-    """A source that a listener follows, around the updates of all optimizers, as the hook of a process calls it."""
+def source(listener, unattached, monkeypatch):
+    """A source that a listener follows, around the updates of two kinds of optimizers."""
     made = OptimizerSource(lambda: listener)
-    hooks = [
-        torch.optim.optimizer.register_optimizer_step_pre_hook(lambda *_: made.begin_update()),
-        torch.optim.optimizer.register_optimizer_step_post_hook(lambda optimizer, *_: made.end_update(optimizer)),
-    ]
+
+    def around(step):
+        @functools.wraps(step)
+        def update(*args):
+            made.begin_update()
+            result = step(*args)
+            made.end_update(args[0])
+            return result
+
+        return update
+
+    for kind in (torch.optim.SGD, torch.optim.LBFGS):
+        monkeypatch.setattr(kind, "step", around(kind.step))
     yield made
-    for hook in hooks:
-        hook.remove()
     made.end()
 
 

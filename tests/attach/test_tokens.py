@@ -70,4 +70,4 @@ def test_a_batch_is_counted_as_it_was():
         tensor.fill_(-100)
     batch["attention_mask"].zero_()
     found = count_tokens(copied)
-    assert (found.real, found.loss) == (9, 7)
+    assert (found.real_tokens, found.loss_tokens) == (9, 7)

@@ -53,6 +53,10 @@ SOCKET = "LORAMETER_TURN_SOCKET"
 HOOK = Path(__file__).with_name("hook")
 """The folder that goes in front on the path."""
 HOOKED_FILE = "hooked"
+NOT_HOOKED = (
+    "no Python of the command has loaded the hook. It must start a Python that reads PYTHONPATH (not -I, -E or -S, and "
+    "not in a container of its own)"
+)
 UNSEEN_END = "ended_unseen"
 """Of the values of a record: no source saw the training end, and its process has ended."""
 
@@ -220,10 +224,7 @@ def tokens_in(samples: Mapping[str, tuple[float, ...]]) -> dict[str, Any]:
 
 def _why_nothing(code: int, hooked: Path) -> str:
     if not hooked.exists():
-        return (
-            "no Python of the command has loaded the hook. It must start a Python that reads PYTHONPATH (not -I, -E or "
-            "-S, and not in a container of its own)"
-        )
+        return NOT_HOOKED
     ended = f"the command ended with {_exit_words(code)}" if code else "the command has ended"
     return read_missing_packages(hooked) or (
         f"{ended}, and no Trainer and no optimizer of torch had begun to train; an update that torch.compile compiles "

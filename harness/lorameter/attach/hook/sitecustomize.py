@@ -107,29 +107,35 @@ def attach_trainer(module: Any) -> None:
 
 
 def attach_optimizers(module: Any) -> None:
-    """What lies between two updates is a step, where nothing else says what one is. In an update that torch.compile
-    compiles, these hooks of torch's are nothing."""
+    """What lies between two updates is a step, where nothing else says what one is.
+
+    torch has a function around the `step` of each class of optimizers, and this one goes around that. A hook of torch's
+    own would be called inside of it, where the end of a watched step could not remove the hooks of its check.
+    """
     if lacks():
         return
-    torch = module.torch
     source: "list[Any]" = []
+    plain, compiling = module.Optimizer.profile_hook_step, module.torch.compiler.is_compiling
 
-    def before(optimizer: Any, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if source and source[0] is not None:
-            source[0].begin_update()
+    def profile_hook_step(func: Any) -> Any:
+        step = plain(func)
 
-    def after(optimizer: Any, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if not source:
-            source.append(attempt(lambda: ours("sources", "OptimizerSource")()))
-        if source[0] is not None:
-            source[0].end_update(optimizer)
+        @functools.wraps(step)
+        def update(*args: Any, **kwargs: Any) -> Any:
+            if compiling():  # Dynamo takes it for true, and sees nothing else of this function
+                return step(*args, **kwargs)
+            if source and source[0] is not None:
+                source[0].begin_update()
+            result = step(*args, **kwargs)
+            if not source:
+                source.append(attempt(lambda: ours("sources", "OptimizerSource")()))
+            if source[0] is not None:
+                source[0].end_update(args[0])
+            return result
 
-    module.register_optimizer_step_pre_hook(before)
-    module.register_optimizer_step_post_hook(after)
+        return update
+
+    module.Optimizer.profile_hook_step = staticmethod(profile_hook_step)
 
 
 def without_side_effects(name: str) -> Any:

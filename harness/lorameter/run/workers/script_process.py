@@ -15,9 +15,8 @@ import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO
 
-from lorameter.attach.launch import HOOKED, SOCKET, address, read_missing_packages
+from lorameter.attach.launch import HOOKED, NOT_HOOKED, SOCKET, address, read_missing_packages
 from lorameter.errors import redact
 from lorameter.machine.orphan_reaper import OrphanReaper, kill_marked, marked
 from lorameter.machine.processes import end_with_parent, exit_words, held_back, kill_group
@@ -34,31 +33,8 @@ MAX_OUTPUT = 8000
 """Characters of what a script printed before it died that its record keeps; the log has all."""
 
 
-def _start(words: Sequence[str], variables: Mapping[str, str], folder: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """A process in a session of its own, which ends with its parent whatever becomes of that. Signals that stop a run
-    wait until it is there."""
-    parent, process = os.getpid(), None
-    try:
-        with held_back(SIGNALS):
-            process = subprocess.Popen(
-                list(words),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=dict(variables),
-                cwd=folder,
-                start_new_session=True,
-                preexec_fn=lambda: end_with_parent(parent),
-            )
-    except BaseException:
-        if process is not None:  # which nothing else will end
-            kill_group(process.pid)
-        raise
-    return process
-
-
 def _user_of(connection: socket.socket) -> int:
-    """Whose process is at the other end, by the kernel's word (unix(7), SO_PEERCRED: pid, uid and gid)."""
+    """The user of the process at the other end, from the kernel (unix(7), SO_PEERCRED: pid, uid and gid)."""
     _, user, _ = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return int(user)
 
@@ -69,30 +45,39 @@ class ScriptProcess:
     def __init__(
         self, words: Sequence[str], variables: Mapping[str, str], *, folder: Path, log: Path, turns: str
     ) -> None:
-        """Start it. Raises OSError where the system does not.
+        """Start it, in a session of its own and until this process ends. Raises OSError where the system does not.
 
         Args:
             words: of its command, the program resolved.
             variables: its environment; the socket's name is in it.
             folder: it works in.
             log: what it prints is appended to.
-            turns: name of the socket (`lorameter.attach.script_trial.address`).
+            turns: name of the socket (`lorameter.attach.launch.address`).
         """
-        self._hooked = variables.get(HOOKED, "")
+        self._hooked = Path(variables[HOOKED]) if HOOKED in variables else None
         self._marker = f"{SOCKET}={turns}".encode()
         self._log, self._log_begin = log, log.stat().st_size if log.is_file() else 0
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        parent = os.getpid()
         with contextlib.ExitStack() as stack:
-            stack.callback(self._listener.close)
-            with held_back(SIGNALS):
-                self._guard = OrphanReaper(self._marker)
-                stack.callback(self._guard.close)
-            self._listener.bind(address(turns))
-            self._listener.listen(8)
-            with log.open("ab") as file:
+            with held_back(SIGNALS):  # that stop a run: they come when the process is known, and is ended then
+                self._listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                stack.callback(OrphanReaper(self._marker).close)
+                self._listener.bind(address(turns))
+                self._listener.listen(8)
                 self._begun_s = time.monotonic()
-                self._process = _start(words, variables, folder, file)
-            stack.pop_all()
+                with log.open("ab") as file:
+                    self._process = subprocess.Popen(
+                        list(words),
+                        stdin=subprocess.DEVNULL,
+                        stdout=file,
+                        stderr=file,
+                        env=dict(variables),
+                        cwd=folder,
+                        start_new_session=True,
+                        preexec_fn=lambda: end_with_parent(parent),
+                    )
+                stack.callback(self.kill)
+            self._started = stack.pop_all()
 
     def age_s(self) -> float:
         """Seconds since it was started."""
@@ -106,7 +91,8 @@ class ScriptProcess:
             try:
                 connection, _ = self._listener.accept()
             except TimeoutError:
-                if self._process.poll() is not None and not self._others():
+                others = set(marked(self._marker)) - {self._process.pid}  # left behind by a launcher that has ended
+                if self._process.poll() is not None and not others:
                     break
                 continue
             if _user_of(connection) == os.geteuid():  # a name that lies in no folder has no permissions
@@ -116,67 +102,48 @@ class ScriptProcess:
         raise self._without_training(timeout_s)
 
     def _without_training(self, timeout_s: float) -> WorkerLostError:
-        code, output = self.exit_code(), self.output()
-        lacking = read_missing_packages(Path(self._hooked)) if self._hooked else ""
+        code, output = self._process.poll(), self.output()
+        lacking = read_missing_packages(self._hooked) if self._hooked else ""
         status: Status = "invalid"
-        if self._hooked and not Path(self._hooked).exists() and code in (None, 0):
-            kind, message = (
-                "NotHooked",
-                (
-                    "no Python of the command has loaded the hook, so nothing of its training could be seen. It must "
-                    "start a Python that reads PYTHONPATH (not -I, -E or -S, and not in a container of its own)."
-                ),
-            )
+        if self._hooked and not self._hooked.exists() and not code:
+            kind, message = "NotHooked", NOT_HOOKED
         elif lacking:
             kind, message = "Lacking", f"nothing can be measured: {lacking}"
         elif code is None:
-            status, kind, message = (
-                "timeout",
-                "Silent",
-                (
-                    f"the script came to no training within {timeout_s:g} s and was killed: it hangs, or loads longer. "
-                    "Raise step_timeout_s if it was at work"
-                ),
+            status, kind = "timeout", "Silent"
+            message = (
+                f"the script came to no training within {timeout_s:g} s and was killed: it hangs, or loads longer. "
+                "Raise step_timeout_s if it was at work"
             )
         elif code == 0:
-            kind, message = (
-                "NeverTrained",
-                (
-                    "the script ended with exit code 0 and trained nothing: no Trainer was run, no loop was named, and "
-                    "no optimizer took a step. Name the command that trains."
-                ),
+            kind = "NeverTrained"
+            message = (
+                "the script ended with exit code 0 and trained nothing: no Trainer was run, no loop was named, and no "
+                "optimizer took a step. Name the command that trains."
             )
         else:
-            status, last = self._last_line(output)
+            status, last = _judge_output(output)
             kind, message = "Crashed", f"the script ended with {exit_words(code)} before it trained{last}"
         return WorkerLostError(status, Failure(phase="build", kind=kind, message=message, traceback=output))
 
     def death(self, phase: str) -> WorkerLostError:
         """How it ended after it had begun to train."""
-        code, output = self.exit_code(END_TIMEOUT_S), self.output()
-        status, last = self._last_line(output)
+        code = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self._process.wait(END_TIMEOUT_S)
+        output = self.output()
+        status, last = _judge_output(output)
         message = f"the script's process is gone ({exit_words(code)}) during {phase}{last}"
         if code == -9:
             message += ": killed from outside, or by the kernel for want of memory (see dmesg)"
         return WorkerLostError(status, Failure(phase=phase, kind="ProcessDied", message=message, traceback=output))
 
-    def _last_line(self, output: str) -> tuple[Status, str]:
-        lines = output.splitlines()
-        last = f": {lines[-1]}" if lines else ": it printed nothing"
-        return "oom" if says_out_of_memory(last) else "crashed", last
-
     def output(self) -> str:
-        """What it has printed, its end."""
+        """The end of what it has printed."""
         with contextlib.suppress(OSError):
             printed = self._log.read_bytes()[self._log_begin :].decode(errors="replace")
             return redact(printed).strip()[-MAX_OUTPUT:]
         return ""
-
-    def exit_code(self, timeout_s: float = 0.0) -> int | None:
-        """Its exit code, waited for so long; None where it runs."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self._process.wait(timeout_s) if timeout_s else self._process.poll()
-        return None
 
     def kill(self) -> None:
         """End it and whatever it has started, wherever that is."""
@@ -187,10 +154,11 @@ class ScriptProcess:
 
     def close(self) -> None:
         """Kill it, and no longer listen for it."""
-        self.kill()
-        self._guard.close()
-        self._listener.close()
+        self._started.close()
 
-    def _others(self) -> list[int]:
-        """Processes of this trial but the first: what a launcher that has ended left behind."""
-        return [pid for pid in marked(self._marker) if pid != self._process.pid]
+
+def _judge_output(output: str) -> tuple[Status, str]:
+    """The status of a process that died with this output, and its last line."""
+    lines = output.splitlines()
+    last = f": {lines[-1]}" if lines else ": it printed nothing"
+    return "oom" if says_out_of_memory(last) else "crashed", last

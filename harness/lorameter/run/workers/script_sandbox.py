@@ -71,9 +71,9 @@ def take_snapshot(folder: Path, into: Path) -> Path:
     for entry in entries:
         copy = into / entry.relative_to(folder)
         if _is_linked(entry):
-            target = _led_to(entry)
-            inside = entry.is_symlink() and _is_copied(target, _led_to(folder))
-            copy.symlink_to(os.path.relpath(target, _led_to(entry.parent)) if inside else target)
+            target = Path(os.path.realpath(entry))  # of links in a circle it is one of them
+            inside = entry.is_symlink() and not _leads_out(entry, folder)
+            copy.symlink_to(os.path.relpath(target, os.path.realpath(entry.parent)) if inside else target)
         elif entry.is_dir():
             copy.mkdir()
         else:
@@ -96,18 +96,16 @@ def copied_files(folder: Path) -> Iterator[Path]:
 
     files = size = 0
     for place, folders, names in os.walk(folder, onerror=refuse):
-        entries = [Path(place, name) for name in (*folders, *names)]
-        kept = [entry for entry in entries if not _is_left_out(entry)]
-        folders[:] = [entry.name for entry in kept if entry.is_dir() and not _is_linked(entry)]
-        for entry in kept:
-            if entry.is_file() and not _is_linked(entry):
-                files, size = files + 1, size + entry.stat().st_size
-            if files > MAX_FILES or size > MAX_BYTES:
-                raise UsageError(
-                    f"cwd = {str(folder)!r}: over {MAX_FILES} files or {format_bytes(MAX_BYTES)} below it, and each "
-                    "process works in a copy. Name the script's own folder as cwd, and move data out of it."
-                )
-            yield entry
+        entries = [entry for name in (*folders, *names) if not _is_left_out(entry := Path(place, name))]
+        folders[:] = [entry.name for entry in entries if entry.is_dir() and not _is_linked(entry)]
+        copied = [entry for entry in entries if entry.is_file() and not _is_linked(entry)]
+        files, size = files + len(copied), size + sum(entry.stat().st_size for entry in copied)
+        if files > MAX_FILES or size > MAX_BYTES:
+            raise UsageError(
+                f"cwd = {str(folder)!r}: over {MAX_FILES} files or {format_bytes(MAX_BYTES)} below it, and each "
+                "process works in a copy. Name the script's own folder as cwd, and move data out of it."
+            )
+        yield from entries
 
 
 def _is_left_out(entry: Path) -> bool:
@@ -123,20 +121,15 @@ def _is_linked(entry: Path) -> bool:
     return entry.is_file() and entry.stat().st_size > LARGE_BYTES
 
 
-def _led_to(entry: Path) -> Path:
-    """Where links lead in the end; of a circle, which `Path.resolve` refuses, to one of its own."""
-    return Path(os.path.realpath(entry))
-
-
-def _is_copied(target: Path, folder: Path) -> bool:
-    """Whether what a link leads to is in the copy as well."""
-    return target.is_relative_to(folder) and not set(LEFT_OUT) & set(target.relative_to(folder).parts)
+def _leads_out(link: Path, folder: Path) -> bool:
+    """Whether what a link leads to is not in the copy of this folder."""
+    target, root = Path(os.path.realpath(link)), Path(os.path.realpath(folder))
+    return not target.is_relative_to(root) or bool(set(LEFT_OUT) & set(target.relative_to(root).parts))
 
 
 def copy_snapshot(snapshot: Path, into: Path) -> Path:
     """A process's own copy; returns its folder."""
-    shutil.copytree(snapshot, into, symlinks=True, dirs_exist_ok=True)
-    return into
+    return Path(shutil.copytree(snapshot, into, symlinks=True, dirs_exist_ok=True))
 
 
 def folder_of(variant: ScriptVariant, stood_in: Path) -> Path:
@@ -278,7 +271,7 @@ def shared_notices(variant: ScriptVariant, stood_in: Path) -> Iterator[Notice]:
     words = words_of(variant, "python", os.environ, folder, origin=folder)
     entries = list(copied_files(folder))
     large = [entry for entry in entries if not entry.is_symlink() and entry.is_file() and _is_linked(entry)]
-    leading_out = [one for one in entries if one.is_symlink() and not _is_copied(_led_to(one), _led_to(folder))]
+    leading_out = [one for one in entries if one.is_symlink() and _leads_out(one, folder)]
     if shared := sorted(str(entry.relative_to(folder)) for entry in (*large, *leading_out)):
         yield Notice(
             code="files-shared",
