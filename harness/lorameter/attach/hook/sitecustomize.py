@@ -115,10 +115,10 @@ def attach_optimizers(module: Any) -> None:
     if lacks():
         return
     source: "list[Any]" = []
-    plain, compiling = module.Optimizer.profile_hook_step, module.torch.compiler.is_compiling
+    plain = module.Optimizer.profile_hook_step
 
     def profile_hook_step(func: Any) -> Any:
-        step = plain(func)
+        step, compiling = plain(func), sys.modules["torch"].compiler.is_compiling
 
         @functools.wraps(step)
         def update(*args: Any, **kwargs: Any) -> Any:
