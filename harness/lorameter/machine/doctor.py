@@ -79,14 +79,14 @@ def _value(
     words: Callable[[Any], str],
     *,
     about: About = "spoils",
-    wrong: bool,
+    wrong: Callable[[Any], bool],
     grade: Grade = "bad",
     remedy: str,
 ) -> DoctorCheck:
     """A value with `grade` and its remedy if it is wrong; a missing one is a note without."""
     if reading.value is None:
         return _check(about, name, unavailable(reading.reason), "note")
-    return _check(about, name, words(reading.value), grade if wrong else "good", remedy)
+    return _check(about, name, words(reading.value), grade if wrong(reading.value) else "good", remedy)
 
 
 # --- what can run -----------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def memory(found: Survey) -> DoctorCheck:
         free,
         lambda size: f"{format_bytes(size)} free; a trial takes {format_bytes(least)} before its model",
         about="runs",
-        wrong=free.known and free.value < least,
+        wrong=lambda size: size < least,
         grade="unfit",
         remedy="Free memory, or raise the container's limit.",
     )
@@ -240,7 +240,7 @@ def meters(found: Survey) -> list[DoctorCheck]:
 
 def load(found: Survey) -> DoctorCheck:
     """Other work on the machine now."""
-    value, cpus, stalled = found.system["load"].value, found.cpus, found.host.get("cpu_stall_s")
+    value, cpus, stalled = found.system["load"].value or 0.0, found.cpus, found.host.get("cpu_stall_s")
     waits = stalled is None or stalled / found.host["watched_s"] > CONTENDED  # a load lags a minute behind
     return _value(
         "load",
@@ -248,8 +248,8 @@ def load(found: Survey) -> DoctorCheck:
         lambda load: (
             f"{load:.2f} on {cpus} CPUs (above {BUSY * cpus:g} others are at work, above {cpus:g} they leave none free)"
         ),
-        wrong=value is not None and value > BUSY * cpus,
-        grade="unfit" if value is not None and value > cpus and waits else "bad",
+        wrong=lambda load: load > BUSY * cpus,
+        grade="unfit" if value > cpus and waits else "bad",
         remedy="Stop other work; if it must stay, measure more replicates and trust only what took turns.",
     )
 
@@ -289,14 +289,14 @@ def settings(found: Survey) -> list[DoctorCheck]:
             "governor",
             system["governor"],
             str,
-            wrong=system["governor"].value != "performance",
+            wrong=lambda governor: governor != "performance",
             remedy="sudo cpupower frequency-set -g performance",
         ),
         _value(
             "turbo",
             system["turbo"],
             lambda on: "on: the clock depends on heat and on neighbours" if on else "off",
-            wrong=system["turbo"].value is True,
+            wrong=bool,
             grade="note",
             remedy="echo 1 | sudo tee /sys/devices/system/cpu/intel_pstate/no_turbo (or 0 into cpufreq/boost)",
         ),
@@ -304,7 +304,7 @@ def settings(found: Survey) -> list[DoctorCheck]:
             "huge pages",
             system["huge_pages"],
             lambda mode: f"{mode}: which process gets one is luck" if mode == "always" else mode,
-            wrong=system["huge_pages"].value == "always",
+            wrong=lambda mode: mode == "always",
             grade="note",
             remedy="echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled",
         ),
@@ -312,14 +312,14 @@ def settings(found: Survey) -> list[DoctorCheck]:
             "memory nodes",
             system["numa_nodes"],
             lambda count: f"this process may run on {count}",
-            wrong=(system["numa_nodes"].value or 1) > 1,
+            wrong=lambda count: count > 1,
             remedy="numactl --cpunodebind=0 --membind=0 lorameter ...",
         ),
         _value(
             "swap",
             system["swap_bytes"],
             lambda size: f"{format_bytes(used)} of {format_bytes(size)} in use" if size else "none",
-            wrong=bool(system["swap_bytes"].value),
+            wrong=bool,
             grade="bad" if used else "note",
             remedy="sudo swapoff -a",
         ),
@@ -349,8 +349,7 @@ def gpu_settings(found: Survey) -> list[DoctorCheck]:
     gpu = found.gpu.value
     if gpu is None:
         return []
-    facts, events, margin = gpu.facts, gpu.sample["events"], gpu.sample["temperature_margin_c"]
-    limit, default = facts["power_limit_w"].value, facts["default_power_limit_w"].value
+    facts, default = gpu.facts, gpu.facts["default_power_limit_w"].value
     broken, corrected = facts["uncorrected_errors"].value or 0, facts["corrected_errors"].value or 0
     counts = f"; {broken} uncorrected and {corrected} corrected errors since the driver was loaded"
     mend = "Reset the GPU (nvidia-smi -r) and look at its remapped rows (nvidia-smi -q)."
@@ -360,21 +359,21 @@ def gpu_settings(found: Survey) -> list[DoctorCheck]:
             "persistence",
             facts["persistence"],
             lambda on: "on" if on else "off: the driver unloads between two processes",
-            wrong=facts["persistence"].value is False,
+            wrong=lambda on: not on,
             remedy="sudo nvidia-smi -pm 1",
         ),
         _value(
             "power limit",
             facts["power_limit_w"],
             lambda watts: f"{watts:.0f} W" + ("" if default is None else f" of {default:.0f} W by default"),
-            wrong=None not in (limit, default) and limit < default,
+            wrong=lambda watts: default is not None and watts < default,
             remedy=f"sudo nvidia-smi -pl {default or 0:.0f}, or measure everything under this limit",
         ),
         _value(
             "clock lock",
             facts["clocks_need_root"],
             lambda need: "only root may lock the clocks" if need else "any user may",
-            wrong=facts["clocks_need_root"].value is True and not found.root,
+            wrong=lambda need: need and not found.root,
             grade="note",
             remedy="Ask the administrator for nvidia-smi -lgc; otherwise the clock is recorded and not fixed.",
         ),
@@ -385,17 +384,17 @@ def gpu_settings(found: Survey) -> list[DoctorCheck]:
         ),
         _value(
             "throttling",
-            events,
+            gpu.sample["events"],
             lambda reasons: ", ".join(reasons) or "none",
-            wrong=bool(PROTECTING & set(events.value or ())),
+            wrong=lambda reasons: bool(PROTECTING & set(reasons)),
             grade="unfit",
             remedy="Let the GPU cool, look at its power supply, and ask again.",
         ),
         _value(
             "heat",
-            margin,
+            gpu.sample["temperature_margin_c"],
             lambda degrees: f"{degrees:.0f} °C below the slow-down (under {HOT_MARGIN_C:.0f} °C is too near)",
-            wrong=margin.known and margin.value < HOT_MARGIN_C,
+            wrong=lambda degrees: degrees < HOT_MARGIN_C,
             remedy="Give it air, or let it cool.",
         ),
         _value(
@@ -404,7 +403,7 @@ def gpu_settings(found: Survey) -> list[DoctorCheck]:
             lambda on: (
                 ("on" if on else "off: an error in memory would go unseen") + (counts if broken or corrected else "")
             ),
-            wrong=bool(broken) or facts["ecc"].value is False,
+            wrong=lambda on: bool(broken) or not on,
             grade="unfit" if broken else "note",
             remedy=mend if broken else "sudo nvidia-smi -e 1",
         ),

@@ -67,6 +67,10 @@ _WORDS: dict[str, str] = {
 }
 
 
+def _same(value: Any) -> Any:
+    return value
+
+
 @contextlib.contextmanager
 def nvml_session() -> Iterator[Reading[Any]]:
     """nvidia-ml-py, initialised; missing with the reason if it is not installed or finds no driver. NVML counts its
@@ -87,7 +91,7 @@ def _initialise() -> Reading[Any]:
     return ask(pynvml, "nvmlInit").then(lambda _: pynvml)
 
 
-def ask(nvml: Any, function: str, *arguments: Any, convert: Callable[[Any], Any] = lambda value: value) -> Reading[Any]:
+def ask(nvml: Any, function: str, *arguments: Any, convert: Callable[[Any], Any] = _same) -> Reading[Any]:
     """One call of NVML, True where it returns nothing; an error makes the value missing. Arguments that are texts with
     the beginning NVML_ are constants of the binding.
 
@@ -275,7 +279,7 @@ class NvmlDevice:
     def _of_device(self, function: str, *arguments: Any) -> Reading[Any]:
         return ask(self._nvml, function, self._handle, *arguments)
 
-    def _of_board(self, function: str, *arguments: Any, convert: Callable[[Any], Any] = lambda value: value) -> Any:
+    def _of_board(self, function: str, *arguments: Any, convert: Callable[[Any], Any] = _same) -> Reading[Any]:
         return ask(self._nvml, function, self._board, *arguments, convert=convert)
 
 

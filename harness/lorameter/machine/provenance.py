@@ -20,7 +20,7 @@ from typing import Any
 
 from lorameter.errors import UsageError
 from lorameter.machine.nvml import device_session
-from lorameter.machine.reading import missing
+from lorameter.machine.reading import Reading
 from lorameter.machine.repository import git_state
 from lorameter.machine.software import KERNELS, cuda_of, installed_packages, kernel_libraries, normal_name, switches_of
 from lorameter.machine.system import memory_available_bytes, memory_bytes, settings
@@ -87,9 +87,7 @@ def probe_machine(environment: Mapping[str, str] | None = None) -> Machine:
     cpu = _cpu_fields()
     cuda = _torch_cuda()
     name = cpu.get("model name", platform.processor() or platform.machine())
-    with device_session(environment) if cuda else contextlib.nullcontext(missing("a CPU build")) as gpu:
-        facts = gpu.then(lambda device: device.facts()).value or {}
-        memory = None if gpu.value is None else gpu.value.memory().value
+    facts, memory = _describe_gpu(environment)
     return Machine(
         device="cuda" if facts else "cpu",
         device_name=(facts["name"].value or "a device without a name") if facts else name,
@@ -121,11 +119,17 @@ def origin_of(folder: Path) -> str:
 def device_id(environment: Mapping[str, str] | None = None) -> str:
     """What a worker measures on here: "cpu", or the UUID of its GPU; its name if that is unknown. `environment`
     is that of the worker; None for this process's."""
+    facts, _ = _describe_gpu(environment)
+    return str(facts["uuid"].value or facts["name"].value or "gpu") if facts else "cpu"
+
+
+def _describe_gpu(environment: Mapping[str, str] | None) -> tuple[dict[str, Reading[Any]], Any]:
+    """Facts and memory of the device that a worker will use; empty and None where torch is a CPU build, or NVML finds
+    no device."""
     if not _torch_cuda():
-        return "cpu"
+        return {}, None
     with device_session(environment) as gpu:
-        facts = gpu.then(lambda device: device.facts()).value
-        return (facts["uuid"].value or facts["name"].value or "gpu") if facts else "cpu"
+        return ({}, None) if gpu.value is None else (gpu.value.facts(), gpu.value.memory().value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,6 +326,5 @@ def free_bytes(machine: Machine, environment: Mapping[str, str] | None = None) -
     """
     if machine.device != "cuda":
         return memory_available_bytes().value
-    with device_session(environment) as gpu:
-        memory = None if gpu.value is None else gpu.value.memory().value
+    _, memory = _describe_gpu(environment)
     return None if memory is None else int(memory.free)
