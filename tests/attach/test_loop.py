@@ -20,7 +20,7 @@ def parts(make_model, rows):
 
 def meter_of(listener, model, **more):
     meter = Meter(model, **more)
-    meter._loop._make = lambda: listener
+    meter._make = lambda: listener
     return meter
 
 

@@ -13,6 +13,7 @@ ended: evaluation and saving are phases of their own.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -26,8 +27,8 @@ from typing import Any, TypeVar
 from transformers import TrainerCallback
 
 from lorameter.attach.launch import ENV_FOLLOWER
-from lorameter.attach.observer import ErrorGuard, Phase, TrainingObserver
-from lorameter.attach.sources import LoopSource, MakeObserver, follow, named_observer
+from lorameter.attach.observer import ErrorGuard, Phase, Source, TrainingObserver, weakly
+from lorameter.attach.sources import named_observer, this_process
 from lorameter.attach.steps import Steps
 from lorameter.records.store import ENV_RUNS
 
@@ -35,20 +36,51 @@ BATCHES = "get_batch_samples"
 """The method of a Trainer that fetches the batches of a step; without it the wait for data and tokens are unknown."""
 
 
-class TrainerSource(TrainerCallback):
-    """Sees the steps of one Trainer, by whose events it is called."""
+Batch = TypeVar("Batch")
+_END = object()
 
-    def __init__(self, make: MakeObserver | None = None, *, required: Mapping[str, Any] | None = None) -> None:
-        """Nothing is attached yet.
+
+class Meter(TrainerCallback):
+    """Follows one training of this process, the first that begins: a Trainer's, by whose events it is called, or a
+    loop's. It changes nothing of it, and an error of the meter does not end it."""
+
+    def __init__(
+        self,
+        model: Any = None,
+        *,
+        runs_dir: str | Path | None = None,
+        require: Mapping[str, Any] | None = None,
+        report: bool = True,
+    ) -> None:
+        """Nothing is measured before the training begins.
 
         Args:
-            make: makes the observer; None: the one that the environment names.
-            required: paths of kernels_check that a step must have.
+            model: of a loop: the module that is called; what is not given is not seen (a Trainer gives its own).
+            runs_dir: where the run is written; None: $LORAMETER_RUNS, else ./.lorameter/runs.
+            require: paths of kernels_check that a step must have, which is checked after the warm-up.
+            report: whether the report is printed when the training has ended.
         """
-        self._make = make
-        self._required = dict(required or {})
+        named = runs_dir or os.environ.get(ENV_RUNS)
+        self._runs_dir = None if named is None else Path(named).absolute()  # a script may change its folder
+        self._report = report
+        self._required = dict(require or {})
+        self._model = weakly(model)
         self._steps: Steps | None = None
+        self._begun = False
+        """Whether the training of a loop has begun."""
         self._trainer: Callable[[], Any] = lambda: None
+
+    def _make(self) -> TrainingObserver:
+        if os.environ.get(ENV_FOLLOWER):
+            return named_observer()
+        from lorameter.attach.writer import Writer
+
+        return Writer(runs_dir=self._runs_dir, report=self._report)
+
+    def _follow(self, kind: Source, model: Any, **facts: Any) -> Steps | None:
+        return this_process().begin(self, kind, model, self._make, required=self._required, **facts)
+
+    # --- a Trainer ----------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Everything is set up, and no batch has been fetched."""
@@ -57,7 +89,7 @@ class TrainerSource(TrainerCallback):
 
     def _begin(self, args: Any, state: Any, model: Any) -> Steps | None:
         facts = {"planned_steps": state.max_steps or None, "accumulation": args.gradient_accumulation_steps}
-        steps = follow(self, "trainer", model, self._make, required=self._required, **facts)
+        steps = self._follow("trainer", model, **facts)
         if steps is not None:
             self.attach(steps, find_trainer(state))
             if getattr(args, "eval_on_start", False):
@@ -114,8 +146,72 @@ class TrainerSource(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Training has ended."""
         self.detach()
+        self.end()
+
+    # --- a loop -------------------------------------------------------------------------------------------------------
+
+    def steps(self, batches: Iterable[Batch], *, accumulation: int = 1) -> Iterator[Batch]:
+        """The batches of a loader, for a loop that updates once every `accumulation` of them: that is a step, and what
+        is left over at the end is none.
+
+        The wait for a batch is measured separately. It may be called again, as once an epoch.
+        """
+        if not self._begun:
+            self._begun = True
+            model = None if self._model is None else self._model()
+            self._steps = ErrorGuard().run(self._follow, "loop", model, accumulation=accumulation)
+        if self._steps is None:
+            yield from batches
+            return
+        steps, iterator, taken = self._steps, iter(batches), 0
+        steps.restart()
+        steps.within = True
+        try:
+            while True:
+                steps.begin_part("data")
+                batch = next(iterator, _END)
+                steps.end_part("data")
+                if batch is _END:
+                    break
+                steps.batch(batch)
+                if taken == 0:
+                    steps.open_step()
+                yield batch  # type: ignore[misc]
+                taken = (taken + 1) % accumulation
+                if taken == 0:
+                    steps.end_step()
+        finally:
+            steps.within = False
+            steps.break_off()
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """The block evaluates: it is in no step's time, and its peak of memory is one of its own."""
+        return self._during("evaluate")
+
+    def saving(self) -> AbstractContextManager[None]:
+        """The block saves: as `evaluating`."""
+        return self._during("save")
+
+    @contextlib.contextmanager
+    def _during(self, phase: Phase) -> Iterator[None]:
+        self._enter(phase)
+        try:
+            yield
+        finally:
+            self._enter("train")
+
+    def end(self, error: BaseException | None = None) -> None:
+        """The training has ended; else it ends with the process."""
         if self._steps is not None:
-            self._steps.end(None)
+            self._steps.end(error)
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end(error)
 
 
 def _fetch_batches(steps: Steps, fetch: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -142,70 +238,6 @@ def find_trainer(state: Any) -> Any:
             return owner
         frame = frame.f_back
     return None
-
-
-Batch = TypeVar("Batch")
-
-
-class Meter(TrainerSource):
-    """Follows one training of this process, the first that begins: a Trainer's, as its callback, or a loop's. It
-    changes nothing of it, and an error of the meter does not end it."""
-
-    def __init__(
-        self,
-        model: Any = None,
-        *,
-        runs_dir: str | Path | None = None,
-        require: Mapping[str, Any] | None = None,
-        report: bool = True,
-    ) -> None:
-        """Nothing is measured before the training begins.
-
-        Args:
-            model: of a loop: the module that is called; what is not given is not seen (a Trainer gives its own).
-            runs_dir: where the run is written; None: $LORAMETER_RUNS, else ./.lorameter/runs.
-            require: paths of kernels_check that a step must have, which is checked after the warm-up.
-            report: whether the report is printed when the training has ended.
-        """
-        named = runs_dir or os.environ.get(ENV_RUNS)
-        self._runs_dir = None if named is None else Path(named).absolute()  # a script may change its folder
-        self._report = report
-        super().__init__(self._make_observer, required=require)
-        self._loop = LoopSource(model, self._make_observer, require)
-
-    def _make_observer(self) -> TrainingObserver:
-        if os.environ.get(ENV_FOLLOWER):
-            return named_observer()
-        from lorameter.attach.writer import Writer
-
-        return Writer(runs_dir=self._runs_dir, report=self._report)
-
-    def steps(self, batches: Iterable[Batch], *, accumulation: int = 1) -> Iterator[Batch]:
-        """The batches of a loader, for a loop that updates once every `accumulation` of them: that is a step.
-
-        The wait for a batch is measured separately. It may be called again, as once an epoch.
-        """
-        return self._loop.steps(batches, accumulation)
-
-    def evaluating(self) -> AbstractContextManager[None]:
-        """The block evaluates: it is in no step's time, and its peak of memory is one of its own."""
-        return self._loop.phase("evaluate")
-
-    def saving(self) -> AbstractContextManager[None]:
-        """The block saves: as `evaluating`."""
-        return self._loop.phase("save")
-
-    def end(self, error: BaseException | None = None) -> None:
-        """The training of a loop has ended; else it ends with the process."""
-        self._loop.end(error)
-
-    def __enter__(self) -> Meter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.end(error)
 
 
 def add_meter(trainer: Any) -> None:

@@ -22,8 +22,8 @@ import os
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -31,7 +31,6 @@ from lorameter.attach.launch import DEFAULT_FOLLOWER, ENV_FOLLOWER
 from lorameter.attach.observer import (
     ErrorGuard,
     NotFollowedError,
-    Phase,
     Source,
     TrainingInfo,
     TrainingObserver,
@@ -63,15 +62,24 @@ class Attachment:
         return self._pid is not None and not (self.steps is not None and self.steps.ended and self._pid == os.getpid())
 
     def begin(
-        self, source: object, training: TrainingInfo, device: torch.device, make: MakeObserver | None = None
+        self,
+        source: object,
+        kind: Source,
+        model: Any,
+        make: MakeObserver | None = None,
+        *,
+        parameters: Sequence[torch.nn.Parameter] = (),
+        **facts: Any,
     ) -> Steps | None:
         """Follow a training from here on.
 
         Args:
             source: who sees its steps; of one that has begun and not ended it is the same training.
-            training: as it is before its first step.
-            device: that it computes on.
-            make: makes its observer; None: the one that the environment names.
+            kind: of source.
+            model: that trains; None where it is not seen.
+            make: makes the observer; None: the one that the environment names.
+            parameters: that train, where the model is not seen.
+            facts: further fields of the training (`TrainingInfo`).
 
         Returns:
             What the source informs of the steps; None where another training is followed, or was.
@@ -80,16 +88,28 @@ class Attachment:
             self.steps.restart()
             return self.steps
         if self._pid is not None:
-            self.report_another(training.source)
+            self.report_another(kind)
             return None
         writes = os.environ.get(ENV_FOLLOWER, DEFAULT_FOLLOWER) == DEFAULT_FOLLOWER
-        if training.rank and not writes:
+        rank, ranks = rank_of()
+        if rank and not writes:
             return None  # it follows what rank 0 shows
         self._pid, self._source, guard = os.getpid(), source, ErrorGuard()
         observer = guard.run(make or named_observer)
         if observer is None:
             return None
-        self.steps = Steps(observer, training, device, guard)
+        trainable, total = count_parameters(model)
+        known = [*model.parameters()] if isinstance(model, torch.nn.Module) else [*parameters]
+        training = TrainingInfo(
+            source=kind,
+            model=weakly(model),
+            trainable_parameters=sum(one.numel() for one in parameters) if model is None and parameters else trainable,
+            total_parameters=total,
+            rank=rank,
+            ranks=ranks,
+            **facts,
+        )
+        self.steps = Steps(observer, training, device_of(known), guard)
         atexit.register(self._end_with_process)
         if writes:
             self._end_before_exit()  # the parent of trainings in turns sees by itself that a process is gone
@@ -137,33 +157,6 @@ def _unended(steps: Steps) -> BaseException | None:
 def this_process() -> Attachment:
     """The attachment of this process; a fork has that of the process it was forked from, and is not followed."""
     return Attachment()
-
-
-def follow(
-    source: object,
-    kind: Source,
-    model: Any,
-    make: MakeObserver | None,
-    *,
-    parameters: Sequence[torch.nn.Parameter] = (),
-    **facts: Any,
-) -> Steps | None:
-    """Follow the training of a model, as `Attachment.begin` does; of one that is not seen these `parameters` train."""
-    known = [*model.parameters()] if isinstance(model, torch.nn.Module) else [*parameters]
-    trainable, total = count_parameters(model)
-    if model is None and parameters:
-        trainable = sum(one.numel() for one in parameters)
-    rank, ranks = rank_of()
-    training = TrainingInfo(
-        source=kind,
-        model=weakly(model),
-        trainable_parameters=trainable,
-        total_parameters=total,
-        rank=rank,
-        ranks=ranks,
-        **facts,
-    )
-    return this_process().begin(source, training, device_of(known), make)
 
 
 def named_observer() -> TrainingObserver:
@@ -272,7 +265,7 @@ class OptimizerSource:
 
     def _follow(self, optimizer: Any) -> Steps | None:
         parameters = [one for group in optimizer.param_groups for one in group["params"]]
-        return follow(self, "optimizer", find_root(parameters), self._make, parameters=parameters)
+        return this_process().begin(self, "optimizer", find_root(parameters), self._make, parameters=parameters)
 
     def _watch_next(self, steps: Steps) -> None:
         """A step that is to be watched is opened when a module of the model is called: after the last step none is.
@@ -331,70 +324,3 @@ def find_root(parameters: Iterable[torch.nn.Parameter]) -> torch.nn.Module | Non
     inner = {id(child) for holder in holders for child in holder.modules() if child is not holder}
     roots = [holder for holder in holders if id(holder) not in inner]
     return roots[0] if len(roots) == 1 else None
-
-
-Batch = TypeVar("Batch")
-
-
-class LoopSource:
-    """Sees the steps of one loop."""
-
-    def __init__(self, model: Any, make: MakeObserver | None, required: Mapping[str, Any] | None = None) -> None:
-        self._model = weakly(model)
-        self._make = make
-        self._required = dict(required or {})
-        self._steps: Steps | None = None
-        self._begun = False
-
-    def steps(self, batches: Iterable[Batch], accumulation: int) -> Iterator[Batch]:
-        """The batches; `accumulation` of them are a step, and what is left over at the end is none."""
-        if not self._begun:  # the training begins with the first call
-            self._begun = True
-            self._steps = ErrorGuard().run(self._follow, accumulation)
-        steps = self._steps
-        if steps is None:
-            yield from batches
-            return
-        iterator, taken = iter(batches), 0
-        steps.restart()
-        steps.within = True
-        try:
-            while True:
-                steps.begin_part("data")
-                batch = next(iterator, _END)
-                steps.end_part("data")
-                if batch is _END:
-                    break
-                steps.batch(batch)
-                if taken == 0:
-                    steps.open_step()
-                yield batch  # type: ignore[misc]
-                taken = (taken + 1) % accumulation
-                if taken == 0:
-                    steps.end_step()
-        finally:
-            steps.within = False
-            steps.break_off()
-
-    @contextlib.contextmanager
-    def phase(self, phase: Phase) -> Iterator[None]:
-        """The block does this and no training; it is in no step's time."""
-        if self._steps is not None:
-            self._steps.phase(phase)
-        try:
-            yield
-        finally:
-            if self._steps is not None:
-                self._steps.phase("train")
-
-    def end(self, error: BaseException | None) -> None:
-        """The training has ended."""
-        if self._steps is not None:
-            self._steps.end(error)
-
-    def _follow(self, accumulation: int) -> Steps | None:
-        model = None if self._model is None else self._model()
-        return follow(self, "loop", model, self._make, accumulation=accumulation, required=self._required)
-
-
-_END = object()

@@ -194,7 +194,12 @@ class Writer:
     def begin(self, training: TrainingInfo) -> ObserverReply:
         """Claim the run; a second training of the same process is noted and no more."""
         if self._training is not None:
-            self._notices.append(second_training(training))
+            message = (
+                f"a second training began in the same process (seen by its {training.source}); the first one is what "
+                "was measured."
+            )
+            remedy = "Measure each training in a process of its own."
+            self._notices.append(Notice(code="second-training", message=message, remedy=remedy))
             if self._last is not None and self._file is not None:
                 self._file.write_last(self._last.replaced(notices=tuple(self._notices)))
             return AT_ONCE
@@ -293,7 +298,9 @@ class Writer:
         if self._ranks is not None:
             samples = self._ranks.merge(samples, self._samples.timed, self._notices)
         if (steps := int(self._samples.values["training_steps"])) > MOST_TIMED:
-            self._notices.append(not_kept(steps))
+            message = f"the training had {steps} steps; its first {MOST_TIMED} timed ones are kept."
+            remedy = "Nothing is wrong; later steps are in the script's own log."
+            self._notices.append(Notice(code="timed-steps-truncated", message=message, remedy=remedy))
         values = self._values | self._samples.values | self._energy.values() | ({} if seen else {UNSEEN_END: 1.0})
         record = self._file.record(
             status=status,
@@ -377,22 +384,3 @@ def describe_measuring(
         f"seen in a step after the warm-up: {', '.join(found)}" if found else "a step was watched, and nothing seen"
     )
     return [*notes, "no step was watched" if checks is None else watched]
-
-
-def second_training(training: TrainingInfo) -> Notice:
-    """A second training of one process is not measured."""
-    return Notice(
-        code="second-training",
-        message=f"a second training began in the same process (seen by its {training.source}); the first one is what "
-        "was measured.",
-        remedy="Measure each training in a process of its own.",
-    )
-
-
-def not_kept(steps: int) -> Notice:
-    """Of a long training not all steps are kept."""
-    return Notice(
-        code="timed-steps-truncated",
-        message=f"the training had {steps} steps; its first {MOST_TIMED} timed ones are kept.",
-        remedy="Nothing is wrong; later steps are in the script's own log.",
-    )
