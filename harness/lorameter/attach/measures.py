@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,12 @@ class Ranks:
                 found.append(value)
         columns["step_tokens"] = columns["turn_tokens"]
         if missing:
-            notices.append(_unseen_ranks(missing, self._ranks))
+            message = (
+                f"{missing} of {self._ranks} ranks left no times: the slowest rank of a step may be slower than what is "
+                "given, and tokens of all ranks are not known."
+            )
+            remedy = "Let all ranks end by themselves, and on one machine or with a runs directory that they share."
+            notices.append(Notice(code="rank-unseen", message=message, remedy=remedy))
         of_rank_0 = (*columns, "turn_loss_tokens", "warmup_tokens")
         return {name: one for name, one in samples.items() if name not in of_rank_0} | whole_columns(columns)
 
@@ -201,15 +207,6 @@ class Ranks:
             time.sleep(0.05)
         read = [msgspec.json.decode(path.read_bytes(), type=list[RankStep]) for path in paths if path.is_file()]
         return [one for one in read if len(one) >= len(self._steps)]
-
-
-def _unseen_ranks(missing: int, ranks: int) -> Notice:
-    return Notice(
-        code="rank-unseen",
-        message=f"{missing} of {ranks} ranks left no times, so the slowest rank of a step may be slower than what is "
-        "given, and tokens of all ranks are not known.",
-        remedy="Let all ranks end by themselves, and on one machine or with a runs directory that they share.",
-    )
 
 
 def loss_not_finite(readings: Sequence[StepReading]) -> Failure | None:
@@ -262,54 +259,50 @@ class Peaks:
 
 
 class Energy:
-    """Joules of one GPU over the stretches in which it only trains; reads nothing on a CPU."""
+    """Joules of one GPU over the stretches in which it only trains, with their steps and tokens; on a CPU nothing."""
 
     def __init__(self, device: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._device = device
         self._clock = clock
         self._card: NvmlDevice | None = None
         self._begun: tuple[float, Reading[float]] | None = None
-        self._stretch = self._total = (0.0, 0, 0)
-        """Joules, steps and tokens."""
-        self._counted = True
-        """Whether the tokens of all steps are known."""
+        self._before: Counter[str] = Counter()
+        """Of the stretches before this one."""
+        self._stretch: Counter[str] = Counter()
+        self._uncounted = False
+        """Whether a step's tokens are not known."""
 
     def begin(self) -> None:
         """A stretch of training begins."""
         if self._device.startswith("cuda"):
             self._card = self._card or card_of(self._device).value
-            if self._card is not None:
-                self._begun = (self._clock(), self._card.energy_j())
-                self._stretch = (0.0, 0, 0)
+        if self._card is not None:
+            self._begun = (self._clock(), self._card.energy_j())
+            self._stretch = Counter()
 
     def step(self, reading: StepReading) -> None:
         """A step of it."""
-        _, steps, tokens = self._stretch
-        self._stretch = (0.0, steps + 1, tokens + (reading.real_tokens or 0))
-        self._counted = self._counted and reading.real_tokens is not None
+        self._stretch.update(energy_steps=1, energy_tokens=reading.real_tokens or 0)
+        self._uncounted = self._uncounted or reading.real_tokens is None
 
     def end(self) -> None:
         """It is over."""
-        self._total = self._so_far()
-        self._begun = None
+        self._before, self._begun = self._so_far(), None
 
-    def _so_far(self) -> tuple[float, int, int]:
-        """Of all stretches, that of the one under way as far as it has come."""
-        joules, steps, tokens = self._total
-        if self._begun is not None and self._card is not None:
-            began_s, first = self._begun
-            spent = energy_between(first, self._card.energy_j(), self._clock() - began_s).value
-            if spent is not None:
-                return joules + spent, steps + self._stretch[1], tokens + self._stretch[2]
-        return self._total
+    def _so_far(self) -> Counter[str]:
+        """Of all stretches, that of the one under way as far as it has come, if it is long enough."""
+        if self._begun is None or self._card is None:
+            return self._before
+        begun_s, first = self._begun
+        spent: Any = energy_between(first, self._card.energy_j(), self._clock() - begun_s).value
+        return self._before if spent is None else self._before + self._stretch + Counter(device_energy_train_j=spent)
 
     def values(self) -> dict[str, float]:
         """As of a trial's record; empty where no stretch was long enough."""
-        joules, steps, tokens = self._so_far()
-        if not steps:
-            return {}
-        counted = {"energy_tokens": tokens} if self._counted and tokens else {}
-        return {"device_energy_train_j": joules, "energy_steps": steps} | counted
+        found = dict(self._so_far())
+        if self._uncounted:
+            found.pop("energy_tokens", None)
+        return {name: float(value) for name, value in found.items()}
 
 
 # --- FLOPs ------------------------------------------------------------------------------------------------------------
