@@ -191,8 +191,8 @@ class Ranks:
         columns["step_tokens"] = columns["turn_tokens"]
         if missing:
             message = (
-                f"{missing} of {self._ranks} ranks left no times: the slowest rank may be slower than what is given, and "
-                "tokens of all ranks are not known."
+                f"{missing} of {self._ranks} ranks left no times: the slowest rank may be slower than what is given, "
+                "and tokens of all ranks are not known."
             )
             remedy = "Let all ranks end by themselves, and on one machine or with a runs directory that they share."
             notices.append(Notice(code="rank-unseen", message=message, remedy=remedy))
