@@ -11,7 +11,7 @@ import sys
 import psutil
 import pytest
 
-from lorameter.machine.orphan_reaper import marked
+from lorameter.machine.processes import marked
 
 ASKED = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 ONE_OF_THEM = [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.faults) for number in ASKED if number != 15)]

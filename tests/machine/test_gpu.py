@@ -113,8 +113,6 @@ def test_a_watch_around_work_tells_clock_heat_and_energy(card, work):
     if card.sample()["energy_j"].known:
         assert values["device_energy_train_j"] > 0
         assert values["device_energy_train_s"] >= 3.0
-    if "device_own_train_bytes" in values:
-        assert torch.cuda.memory_reserved() <= values["device_own_train_bytes"] <= values["device_used_train_bytes"]
     if "device_sm_clock_max_train_hz" in values:
         assert 0 < values["device_sm_clock_min_train_hz"] <= card.facts()["max_sm_clock_hz"].value
     else:  # every sample was of a GPU that had already gone idle

@@ -203,11 +203,6 @@ def meters(found: Survey) -> list[DoctorCheck]:
     counters = [
         ("pressure", found.host_missing.get("cpu_stall_s"), "Start the kernel with psi=1."),
         ("steal", found.host_missing.get("steal_s"), "Measure where /proc/stat can be read."),
-        (
-            "CPU clock",
-            found.host_missing.get("clock_hz"),
-            "Only the machine itself knows it; compare trials that took turns.",
-        ),
         ("host peaks", found.no_peaks, "Run where /proc/self/clear_refs can be written."),
     ]
     if gpu := found.gpu.value:

@@ -30,9 +30,6 @@ GIVEN = {"steal_s": "busy_s", "quota_stall_s": "quota_used_s"}
 LEAST_ASKED_S = 1.0
 """CPU time of which a share is given. The kernel counts steal in ticks of 10 ms, and of less than this a single one
 would be more than the 1 % from which a share is worth a notice."""
-LEVELS = ("load", "clock_hz")
-"""Counters that are no sums: runnable processes averaged over the last minute, and the slowest of the CPUs that this
-process may use."""
 
 
 def withheld_share(withheld_s: float | None, given_s: float | None) -> float | None:
@@ -44,27 +41,20 @@ def withheld_share(withheld_s: float | None, given_s: float | None) -> float | N
 
 def host_counters(root: Path = ROOT) -> dict[str, Reading[float]]:
     """All counters by name; a file or field that is absent makes its counter missing. Steal and busy time are sums over
-    the CPUs that this process may use; switches and major faults are those of all its threads; those of a quota are of
-    the tightest cgroup."""
+    the CPUs that this process may use, switches those of all its threads, a quota is that of the tightest cgroup."""
     cpus = os.sched_getaffinity(0)
     swapped = read_file(root / "proc/vmstat", _swapped_bytes, "there is no /proc/vmstat")
     times = read_file(root / "proc/stat", lambda text: _cpu_times(text, cpus), "there is no /proc/stat")
     quota = _quota_times(root)
     used = resource.getrusage(resource.RUSAGE_SELF)  # /proc/self/status counts the switches of one thread only
-    pressure = {
-        f"{name}_stall_s": read_file(root / "proc/pressure" / name, _some_s, NO_PRESSURE)
-        for name in ("cpu", "memory", "io")
-    }
-    return pressure | {
+    return {
+        "cpu_stall_s": read_file(root / "proc/pressure/cpu", _some_s, NO_PRESSURE),
+        "memory_stall_s": read_file(root / "proc/pressure/memory", _some_s, NO_PRESSURE),
         "steal_s": times.then(lambda both: both[1]),
         "busy_s": times.then(lambda both: both[0]),
         "swap_in_bytes": swapped.then(lambda both: both[0]),
         "swap_out_bytes": swapped.then(lambda both: both[1]),
-        "voluntary_switches": Reading(value=float(used.ru_nvcsw)),
         "involuntary_switches": Reading(value=float(used.ru_nivcsw)),
-        "major_faults": Reading(value=float(used.ru_majflt)),
-        "load": load_average(root),
-        "clock_hz": _clock(root, cpus),
         "quota_stall_s": quota.then(lambda both: both[0]),
         "quota_used_s": quota.then(lambda both: both[1]),
     }
@@ -85,7 +75,6 @@ class HostTelemetry:
         self._root = root
         self._begun: tuple[float, dict[str, Reading[float]]] | None = None
         self._sums = {"watched_s": 0.0}
-        self._levels: dict[str, list[float]] = {name: [] for name in LEVELS}
         self.missing: dict[str, str] = {}
         """Names of counters that this machine does not offer, with the reason."""
 
@@ -94,11 +83,8 @@ class HostTelemetry:
         self._begun = time.monotonic(), host_counters(self._root)
 
     def end(self) -> dict[str, float]:
-        """Marks its end and returns seconds, bytes and counts so far, by the names of `host_counters`.
-
-        In addition `watched_s`, the largest `load`, `clock_min_hz` and `clock_max_hz`. Raises RuntimeError without
-        `begin`.
-        """
+        """Marks its end and returns seconds, bytes and counts so far, by the names of `host_counters`, and `watched_s`.
+        Raises RuntimeError without `begin`."""
         if self._begun is None:
             raise RuntimeError("end() without begin(): nothing is being watched")
         (begun_s, first), self._begun = self._begun, None
@@ -108,16 +94,11 @@ class HostTelemetry:
             before, after = first[name].value, reading.value
             if before is None or after is None:
                 self.missing[name] = first[name].reason or reading.reason
-            elif name in LEVELS:
-                self._levels[name].append(after)
             elif after < before:  # steal is known to, when a guest moves to another machine
                 self.missing[name] = f"the counter went back from {before:g} to {after:g}"
             else:
                 self._sums[name] = self._sums.get(name, 0.0) + after - before
-        totals = {name: value for name, value in self._sums.items() if name not in self.missing}
-        load, clocks = (self._levels[name] for name in LEVELS)
-        totals |= {"load": max(load)} if load else {}
-        return totals | ({"clock_min_hz": min(clocks), "clock_max_hz": max(clocks)} if clocks else {})
+        return {name: value for name, value in self._sums.items() if name not in self.missing}
 
 
 def _some_s(text: str) -> float:
@@ -145,14 +126,6 @@ def _swapped_bytes(text: str) -> tuple[float, float]:
     pages = dict(line.split() for line in text.splitlines())
     page = os.sysconf("SC_PAGE_SIZE")
     return float(int(pages["pswpin"]) * page), float(int(pages["pswpout"]) * page)
-
-
-def _clock(root: Path, cpus: set[int]) -> Reading[float]:
-    """Of the slowest; missing if one of them does not report it."""
-    files = [root / f"sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_cur_freq" for cpu in cpus]
-    speeds = [read_file(file, lambda text: int(text) * 1e3, NO_FREQUENCY) for file in files]
-    unknown = next((speed for speed in speeds if not speed.known), None)
-    return unknown or Reading(value=min(speed.value for speed in speeds if speed.value is not None))
 
 
 # --- cgroups ----------------------------------------------------------------------------------------------------------

@@ -230,10 +230,9 @@ class NvmlDevice:
         }
 
     def clocks(self) -> dict[str, Reading[Any]]:
-        """Present clocks, and as `events` their reasons (`REASONS`): three calls, for use while work is queued."""
+        """The present clock, and as `events` its reasons (`REASONS`): two calls, for use while work is queued."""
         return {
             "sm_clock_hz": self._clock("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
-            "memory_clock_hz": self._clock("nvmlDeviceGetClockInfo", "NVML_CLOCK_MEM"),
             "events": self._of_board("nvmlDeviceGetCurrentClocksEventReasons", convert=reasons_in),
         }
 

@@ -1,5 +1,9 @@
-"""Ending processes: the parent ends a worker that is silent, the zygote ends its children when it goes away, and a
-measuring process ends with its parent, whatever becomes of that."""
+"""Ending processes: the parent ends a worker that is silent, the zygote ends its children when it ends, and a
+measuring process ends with its parent, whatever becomes of that.
+
+The kernel ends a script with its parent, and not what a launcher has started in sessions of its own. `OrphanReaper` ends
+those: it runs this module as a file, which imports the standard library alone.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,12 @@ import contextlib
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 PARENT = "LORAMETER_PARENT"
@@ -109,3 +115,65 @@ def exit_words(code: int | None) -> str:
 def signal_name(number: int) -> str:
     """What a signal is called; real-time signals but the first and the last have no names."""
     return signal.Signals(number).name if number in set(signal.Signals) else "no name"
+
+
+ATTEMPTS = 5
+"""What is being started while others are looked for is found the next time."""
+
+
+def marked(marker: bytes) -> list[int]:
+    """Processes with this variable in the environment that they were started with."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):  # it has ended, or is another user's
+                if marker in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(int(folder.name))
+    return found
+
+
+def kill_marked(marker: bytes) -> None:
+    """Kill them all, and what they start meanwhile."""
+    for _ in range(ATTEMPTS):
+        pids = marked(marker)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        if not pids:
+            break
+
+
+class OrphanReaper:
+    """Kills what has a variable in its environment as soon as this process has ended: a process of its own waits for
+    the end of a pipe, however that comes."""
+
+    def __init__(self, marker: bytes) -> None:
+        """Raises OSError where the system starts no process."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", __file__, marker.decode()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={},
+            cwd="/",
+            start_new_session=True,  # what a terminal sends is not for it
+        )
+
+    def close(self) -> None:
+        """There is nothing to be watched any more."""
+        self._process.kill()
+        self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+
+def reap(marker: str) -> None:
+    """Wait for the end of the parent, which closes standard input, and kill what is marked."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    os.read(0, 1)
+    kill_marked(marker.encode())
+
+
+if __name__ == "__main__":
+    reap(sys.argv[1])

@@ -33,9 +33,9 @@ from lorameter.machine.reading import Reading, missing
 from lorameter.records.record import Notice
 
 UNITS = ("s", "bytes", "hz", "j", "w", "c")
-SUBSTITUTED = ("thermal_slowdown_s", "power_slowdown_s", "memory_clock_hz", "temperature_margin_c", "own_bytes")
-"""What many GPUs do not tell, and a reader of the numbers can do without: samples, the SM clock, the temperature and
-what torch's allocator reserved say nearly the same."""
+SUBSTITUTED = ("thermal_slowdown_s", "power_slowdown_s", "temperature_margin_c")
+"""What many GPUs do not tell, and a reader of the numbers can do without: samples, the SM clock and the temperature say
+nearly the same."""
 
 
 @functools.cache  # a few dozen names, asked for of every trial
@@ -49,8 +49,6 @@ _COMBINED: dict[str, tuple[str, Callable[[list[float]], float]]] = {
     "power_w": ("power_w", statistics.fmean),
     "sm_clock_min_hz": ("sm_clock_hz", min),
     "sm_clock_max_hz": ("sm_clock_hz", max),
-    "memory_clock_min_hz": ("memory_clock_hz", min),
-    "memory_clock_max_hz": ("memory_clock_hz", max),
     "temperature_c": ("temperature_c", max),
     "temperature_margin_c": ("temperature_margin_c", min),
     "samples": ("samples", sum),
@@ -58,8 +56,6 @@ _COMBINED: dict[str, tuple[str, Callable[[list[float]], float]]] = {
     "power_capped_samples": ("power_capped_samples", sum),
     "thermal_slowdown_s": ("thermal_slowdown_s", sum),
     "power_slowdown_s": ("power_slowdown_s", sum),
-    "own_bytes": ("own_bytes", max),
-    "used_bytes": ("used_bytes", max),
     "others": ("others", max),
     "others_bytes": ("others_bytes", max),
     "hidden_bytes": ("hidden_bytes", max),
@@ -97,7 +93,7 @@ class GpuTelemetry:
         seen = self._device.clocks()
         if IDLE not in (seen["events"].value or ()):
             self._keep_events(seen)
-            self._keep_clocks(seen)
+            self._keep("sm_clock_hz", seen["sm_clock_hz"])
             self._looked = self._looked or seen["sm_clock_hz"].known
 
     def end(self, now_s: float) -> dict[str, float]:
@@ -107,14 +103,14 @@ class GpuTelemetry:
         (before, self._before), last = (self._before, None), self._device.sample()
         self._keep_events(last)
         if not self._looked and IDLE not in (last["events"].value or ()):
-            self._keep_clocks(last)
+            self._keep("sm_clock_hz", last["sm_clock_hz"])
         for name in ("power_w", "temperature_c", "temperature_margin_c"):
             self._keep(name, last[name])
         for name in ("thermal_slowdown_s", "power_slowdown_s"):
             self._keep(name, _increase(before[name], last[name]))
         others = neighbours_of(self._device, generations=self._generations)
         self._keep("others", others.others.then(lambda pids: float(len(pids))))
-        for name in ("own_bytes", "used_bytes", "others_bytes", "hidden_bytes"):
+        for name in ("others_bytes", "hidden_bytes"):
             self._keep(name, getattr(others, name).then(float))
         totals = {
             name: combine(self._found[source])
@@ -130,10 +126,6 @@ class GpuTelemetry:
             else:
                 totals |= {"energy_j": energy.value, "energy_s": seconds}
         return totals
-
-    def _keep_clocks(self, seen: Mapping[str, Reading[Any]]) -> None:
-        for name in ("sm_clock_hz", "memory_clock_hz"):
-            self._keep(name, seen[name])
 
     def _keep_events(self, seen: Mapping[str, Reading[Any]]) -> None:
         events = seen["events"]

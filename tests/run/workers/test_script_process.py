@@ -16,7 +16,7 @@ import pytest
 
 from lorameter import wire
 from lorameter.attach.script_trial import SOCKET, address
-from lorameter.machine.orphan_reaper import marked
+from lorameter.machine.processes import marked
 from lorameter.run.workers import WorkerLostError, script_process
 from lorameter.run.workers.script_process import ScriptProcess
 from lorameter.run.workers.script_sandbox import variables_of

@@ -52,8 +52,8 @@ TOKENS = TokenSummary(
 """What is known of the tokens of scripts before they run."""
 
 
-OF_A_PROCESS = {"voluntary_switches", "involuntary_switches", "major_faults"}
-OF_NEIGHBOURS = {"own_bytes", "used_bytes", "others", "others_bytes", "hidden_bytes"}
+OF_A_PROCESS = {"involuntary_switches"}
+OF_NEIGHBOURS = {"others", "others_bytes", "hidden_bytes"}
 
 SAFE_PATH = "PYTHONSAFEPATH"
 """Keeps the current folder off the path where the interpreter of a side is asked what it has. In front of a

@@ -18,8 +18,15 @@ from pathlib import Path
 
 from lorameter.attach.launch import HOOKED, NOT_HOOKED, SOCKET, address, read_missing_packages
 from lorameter.errors import redact
-from lorameter.machine.orphan_reaper import OrphanReaper, kill_marked, marked
-from lorameter.machine.processes import end_with_parent, exit_words, held_back, kill_group
+from lorameter.machine.processes import (
+    OrphanReaper,
+    end_with_parent,
+    exit_words,
+    held_back,
+    kill_group,
+    kill_marked,
+    marked,
+)
 from lorameter.records.os_errors import says_out_of_memory
 from lorameter.records.record import Failure, Status
 from lorameter.run.interrupts import SIGNALS
