@@ -283,8 +283,7 @@ def test_a_trainer_is_freed_however_its_training_ends(tmp_path):
     assert done.stdout.splitlines()[-1] == "[None, None]", done.stderr
     assert done.stdout.count("[None, None]") == 2
     record = record_of(tmp_path)
-    assert (record.status, record.failure.kind, record.failure.message) == ("crashed", "ValueError", "ValueError: mine")
-    assert "training_step" in record.failure.traceback
+    assert (record.status, record.failure.kind) == ("crashed", "UnendedError")
     assert [notice.code for notice in record.notices] == ["second-training"]
 
 

@@ -43,7 +43,7 @@ MakeObserver = Callable[[], TrainingObserver]
 
 
 class UnendedError(NotFollowedError):
-    """The process has ended, and its training had not."""
+    """A training has not come to its end."""
 
 
 class Attachment:
@@ -150,7 +150,7 @@ class Attachment:
 def _unended(steps: Steps) -> BaseException | None:
     """The error of a Trainer that did not come to its end; a loop may have come to its own."""
     by_trainer = steps.training.source == "trainer"
-    return UnendedError("the process has ended before its training did") if by_trainer else None
+    return UnendedError("the Trainer did not come to the end of its training") if by_trainer else None
 
 
 @functools.cache  # of the process: what it follows is one thing, however many modules ask

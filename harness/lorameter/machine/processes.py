@@ -1,8 +1,8 @@
 """Ending processes: the parent ends a worker that is silent, the zygote ends its children when it ends, and a
 measuring process ends with its parent, whatever becomes of that.
 
-The kernel ends a script with its parent, and not what a launcher has started in sessions of its own. `OrphanReaper` ends
-those: it runs this module as a file, which imports the standard library alone.
+The kernel ends a script with its parent, and not what a launcher has started in sessions of its own: `OrphanReaper`
+does. It runs this module as a file, which imports the standard library alone.
 """
 
 from __future__ import annotations
