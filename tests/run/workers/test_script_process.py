@@ -17,8 +17,8 @@ import pytest
 from lorameter import wire
 from lorameter.attach.script_trial import SOCKET, address
 from lorameter.machine.processes import marked
-from lorameter.run.workers import WorkerLostError, script_process
-from lorameter.run.workers.script_process import ScriptProcess
+from lorameter.run.workers import WorkerLostError, script
+from lorameter.run.workers.script import ScriptProcess
 from lorameter.run.workers.script_sandbox import variables_of
 from lorameter.studies.variant import ScriptVariant
 
@@ -66,7 +66,7 @@ def test_a_python_that_reads_no_path_is_told_from_one_that_never_trains(tmp_path
 def test_another_users_connection_is_refused_and_the_next_is_heard(start, monkeypatch):
     """A name that lies in no folder is open to all who know it."""
     users = iter([os.geteuid() + 1, os.geteuid()])
-    monkeypatch.setattr(script_process, "_user_of", lambda connection: next(users))
+    monkeypatch.setattr(script, "_user_of", lambda connection: next(users))
     turns = "@lorameter-test-" + secrets.token_hex(8)
     process = start("sleep", "60", turns=turns)
     with greet(turns, "theirs") as theirs, greet(turns, "ours"), process.connect(30) as ours:
@@ -124,7 +124,7 @@ import os, sys, time
 from pathlib import Path
 from lorameter import wire
 from lorameter.attach.script_trial import SOCKET
-from lorameter.run.workers.script_process import ScriptProcess
+from lorameter.run.workers.script import ScriptProcess
 turns, folder, launcher = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 words = [sys.executable, "-c", launcher]
 process = ScriptProcess(words, {**os.environ, SOCKET: turns}, folder=folder, log=folder / "log", turns=turns)
