@@ -7,7 +7,6 @@
  *     0.uuid=GPU-...             of card 0; a card M with M.parent=0 is a MIG instance of card 0 and not counted
  *     0.energy=1000,3500         answers in turn, the last one for ever
  *     0.processes=4711:1048576   process and bytes held, several separated by commas; "?" for unknown bytes
- *     0.nvlink.1=0               what NVML says of NVLink between cards 0 and 1 (0: there is); 0.meet.1=50 where they meet
  *     rc.nvmlDeviceGetPowerUsage=3      what a function returns instead of an answer
  *
  * Values are in NVML's own units.
@@ -24,7 +23,6 @@
 #define ENTRIES 512
 
 typedef struct { int index; } device_t;
-typedef struct { unsigned long long total, free, used; } memory_t;
 typedef struct { unsigned int version; unsigned long long total, reserved, free, used; } memory_v2_t;
 typedef struct { unsigned int pid; unsigned long long bytes; unsigned int gpu, compute; } process_t;
 typedef struct { unsigned long long reference, violation; } violation_t;
@@ -167,16 +165,6 @@ int nvmlDeviceGetUUID(device_t *device, char *out, unsigned int size)
     return write_text(out, size, text(device, "uuid", "GPU-none"));
 }
 
-int nvmlDeviceGetMemoryInfo(device_t *device, memory_t *memory)
-{
-    CHECKED;
-    unsigned long long reserved = number(device, "reserved", 0);
-    memory->total = number(device, "total", 80ull << 30);
-    memory->used = number(device, "used", 0) + reserved;
-    memory->free = memory->total - memory->used;
-    return SUCCESS;
-}
-
 int nvmlDeviceGetTotalEnergyConsumption(device_t *device, unsigned long long *millijoules)
 {
     CHECKED;
@@ -220,13 +208,6 @@ int nvmlDeviceGetTemperatureThreshold(device_t *device, unsigned int kind, unsig
     CHECKED;
     (void)kind;
     *degrees = number(device, "slowdown", 87);
-    return SUCCESS;
-}
-
-int nvmlDeviceGetCurrentClocksThrottleReasons(device_t *device, unsigned long long *mask)
-{
-    CHECKED;
-    *mask = number(device, "reasons", 0);
     return SUCCESS;
 }
 
@@ -294,32 +275,6 @@ int nvmlDeviceGetComputeRunningProcesses_v3(device_t *device, unsigned int *coun
     int fits = found == 0 || (out && found <= *count);
     *count = found;
     return fits ? SUCCESS : INSUFFICIENT_SIZE;
-}
-
-#define BETWEEN(function, what, otherwise) \
-    static int function##_of(device_t *one, device_t *other) \
-    { \
-        char key[64]; \
-        snprintf(key, sizeof key, what ".%d", other->index); \
-        return number(one, key, otherwise); \
-    }
-
-BETWEEN(joined, "nvlink", 5) /* NVML_P2P_STATUS_NOT_SUPPORTED */
-BETWEEN(meeting, "meet", 10)
-
-int nvmlDeviceGetP2PStatus(device_t *one, device_t *other, unsigned int what, unsigned int *status)
-{
-    CHECKED;
-    (void)what;
-    *status = joined_of(one, other);
-    return SUCCESS;
-}
-
-int nvmlDeviceGetTopologyCommonAncestor(device_t *one, device_t *other, unsigned int *level)
-{
-    CHECKED;
-    *level = meeting_of(one, other);
-    return SUCCESS;
 }
 
 int nvmlDeviceGetMemoryInfo_v2(device_t *device, memory_v2_t *memory)
