@@ -103,7 +103,7 @@ def waiting_share(values: Mapping[str, float], phase: str) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class _PhaseValues:
-    """Values of one phase by the names that the meters use."""
+    """Values of one phase by the names that the meters use; None for what was not measured."""
 
     values: Mapping[str, float]
     phase: str
@@ -115,42 +115,37 @@ class _PhaseValues:
         return self.values.get(telemetry_key("host", what, self.phase))
 
     def host_share(self, what: str) -> float | None:
-        """Of the time that was watched; None where either is not known."""
+        """Of the time that was watched."""
         part, whole = self.host(what), self.host("watched_s")
         return part / whole if part is not None and whole else None
 
-    def withheld_share(self, what: str) -> float | None:
-        """Of the CPU time that was requested; None where that or what was withheld is not known."""
-        return withheld_share(self.host(what), self.host(GIVEN[what]))
+    def time_share(self, counter: str) -> tuple[float, str] | None:
+        """By the GPU's own counter of time, of the time that was watched; with both in words."""
+        part, whole = self.device(counter), self.host("watched_s")
+        return None if part is None or not whole else (min(1.0, part / whole), f"{part:.2f} of {whole:.2f} s")
 
-    def device_share(self, counter: str, samples: str) -> tuple[float, str] | None:
-        """By the GPU's own counter of time where there is one, else by the samples at the ends of the stretches."""
-        seconds, watched = self.device(counter), self.host("watched_s")
-        if seconds is not None and watched:
-            return min(1.0, seconds / watched), f"{seconds:.2f} of {watched:.2f} s"
-        hit, taken = self.device(samples), self.device("samples")
-        return (hit / taken, f"{hit:.0f} of {taken:.0f} samples") if hit is not None and taken else None
+    def sample_share(self, counter: str) -> tuple[float, str] | None:
+        """Of the samples at the ends of the stretches."""
+        part, whole = self.device(counter), self.device("samples")
+        return None if part is None or not whole else (part / whole, f"{part:.0f} of {whole:.0f} samples")
 
 
 def _throttled(values: _PhaseValues) -> Iterator[Disturbance]:
-    by_samples = values.device("throttled_samples")
-    found = values.device_share("thermal_slowdown_s", "throttled_samples")
-    taken = values.device("samples")
-    if by_samples and taken and (found is None or found[0] < by_samples / taken):
-        found = (by_samples / taken, f"{by_samples:.0f} of {taken:.0f} samples")  # the supply has no counter of time
-    if found is not None and found[0] > NOTICED:
+    shares = values.time_share("thermal_slowdown_s"), values.sample_share("throttled_samples")
+    share, words = max((one for one in shares if one is not None), default=(0.0, ""))  # the supply has samples only
+    if share > NOTICED:
         yield Disturbance(
             code="throttled",
-            message=f"the GPU held its clocks down to protect itself in {found[1]} ({found[0]:.0%}; from "
+            message=f"the GPU held its clocks down to protect itself in {words} ({share:.0%}; from "
             f"{NOTICED:.0%} it is a notice, above {THROTTLED_INVALID:.0%} the trial is invalid)",
             remedy="Give it air and power, or lock a lower clock (nvidia-smi -lgc), and measure again.",
-            weight=found[0] / NOTICED,
-            invalid=found[0] > THROTTLED_INVALID,
+            weight=share / NOTICED,
+            invalid=share > THROTTLED_INVALID,
         )
 
 
 def _power_capped(values: _PhaseValues) -> Iterator[Disturbance]:
-    found = values.device_share("power_slowdown_s", "power_capped_samples")
+    found = values.time_share("power_slowdown_s") or values.sample_share("power_capped_samples")
     if found is not None and found[0] > NOTICED:
         yield Disturbance(
             code="power-capped",
@@ -264,7 +259,7 @@ def _withheld(values: _PhaseValues, *, in_turns: bool) -> Iterator[Disturbance]:
             "Raise the quota (docker run --cpus, limits.cpu), or use a cpuset instead.",
         ),
     ):
-        share = values.withheld_share(what)
+        share = withheld_share(values.host(what), values.host(GIVEN[what]))
         if share is not None and share > NOTICED:
             yield Disturbance(
                 code=code,
