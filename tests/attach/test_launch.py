@@ -119,12 +119,11 @@ def test_however_a_training_ends_it_is_a_row(wrap, end, code, status, said):
     assert said in record.failure.message
 
 
-@pytest.mark.parametrize(("code", "status"), [(0, "ok"), (7, "crashed")])
-def test_a_process_that_leaves_by_itself_keeps_its_training(wrap, code, status):
-    """As scripts do whose libraries abort at the end of a process: it rests on the exit code, as any unseen end."""
-    found, run = wrap(LOOP + f"sys.stdout.flush(); os._exit({code})\n", "--no-report")
+def test_a_process_that_leaves_by_itself_keeps_its_training(wrap):
+    """As scripts do whose libraries abort at the end of a process."""
+    found, run = wrap(LOOP + "sys.stdout.flush(); os._exit(0)\n", "--no-report")
     (record,) = run.records
-    assert (found, run.state, record.status) == (code, "complete", status)
+    assert (found, run.state, record.status) == (0, "complete", "ok")
     assert len(record.samples["step_time_s"]) >= 5
 
 
