@@ -48,6 +48,12 @@ def impossible(where: str, key: str, value: object, why: str, remedy: str) -> Us
     return UsageError(f"{named} = {shorten(repr(value))}: {why}. {remedy}")
 
 
+def require(holds: object, message: str) -> None:
+    """Raises `UsageError` with the message where a condition does not hold."""
+    if not holds:
+        raise UsageError(message)
+
+
 _USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#]*@")
 """A quote in it is a part of a password: no address ends before its host."""
 _PASSWORD = re.compile(r"(?<![\w.%+~-])[\w.%+~-]+:(?!//)(?!\d+(?:[/?#'\",)\s]|$))[^\s@]\S*@(?!sha256:)(?=[\w\[])")

@@ -11,11 +11,10 @@ from lorameter.cli import main
 from lorameter.commands.reference import documents_of, write_reference
 from lorameter.studies import study_file
 from lorameter.studies.claim import RULES, Claim, ClaimPart
-from lorameter.studies.columns import DataColumns
 from lorameter.studies.engine import Engine
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.variant import LoraVariant, PeftVariant, ScriptVariant
-from lorameter.studies.workload import Workload
+from lorameter.studies.workload import DataColumns, Workload
 from lorameter.verdicts.gate import LimitRule, Policy
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference.md"

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 import lorameter.run.workers.local as local
-from lorameter.records.failures import failed_record
+from lorameter.records.os_errors import failed_record
 from lorameter.records.record import PartialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
 from lorameter.run.workers.base import BaseExecutor

@@ -6,7 +6,7 @@ import pytest
 
 from lorameter.parity.facts import Parity
 from lorameter.records.parity import LogitDistance, Served
-from lorameter.studies.serving_modes import AGAIN, ways_of
+from lorameter.studies.request import AGAIN, ways_of
 
 EQUAL = LogitDistance(
     positions=4, argmax_differs=0, kl_mean_nats=0.0, kl_max_nats=0.0, difference_mean=0.0, difference_max=0.0,

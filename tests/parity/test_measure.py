@@ -14,7 +14,7 @@ from lorameter.parity.facts import DOCUMENT, Parity
 from lorameter.parity.measure import CONFIG, WEIGHTS, _read
 from lorameter.records import codec
 from lorameter.records.record import Failure, PartialRecord
-from lorameter.studies.serving_modes import ways_of
+from lorameter.studies.request import ways_of
 from lorameter.studies.variant import LoraVariant
 
 STUDY = """

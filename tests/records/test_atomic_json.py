@@ -26,10 +26,3 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path):
         write_document(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [one.name for one in tmp_path.iterdir()] == ["a.json"]
-
-
-def test_a_character_that_utf_8_cannot_hold_costs_no_document(tmp_path):
-    """Half a surrogate pair, as in the name of a file that is no text, becomes a question mark; no draft is left."""
-    write_document(tmp_path / "told.json", {"name": "a\udcffb"})
-    assert json.loads((tmp_path / "told.json").read_text()) == {"name": "a?b"}
-    assert [path.name for path in tmp_path.iterdir()] == ["told.json"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorameter.records.metrics import METRICS, PHASES, PRIMARY, columns_of, samples_of
+from lorameter.records.metrics import samples_of
 from lorameter.records.record import TrialRecord
 
 
@@ -50,23 +50,3 @@ def test_the_time_of_a_real_token_is_that_of_an_epoch():
     )  # 32 positions a step, 3 of 4 real
     one.samples.update(turn_tokens=(60.0, 40.0), turn_padded_tokens=(4.0, 24.0))
     assert samples_of(one, "time_per_real_token_s") == pytest.approx((0.5 / 24,) * 4)
-
-
-def test_an_unknown_metric_is_an_error():
-    """A typo must not read as "not measured"."""
-    with pytest.raises(KeyError):
-        samples_of(record(), "step_time")
-
-
-def test_a_trial_that_times_no_steps_has_no_final_loss():
-    """Its training ends early, so what it lost last is not the loss after all steps."""
-    isolated = record().replaced(samples={"warmup_loss": (5.0, 4.0)})
-    assert samples_of(isolated, "timed_loss") == ()
-
-
-def test_every_entry_stands_under_its_name():
-    """And what stands for a phase, or is a column of its table, is of that phase."""
-    assert all(name == metric.name for name, metric in METRICS.items())
-    for phase in PHASES:
-        shown = {*columns_of(phase, own_workloads=True), *columns_of(phase, own_workloads=False), PRIMARY[phase]}
-        assert {METRICS[name].phase for name in shown} == {phase}

@@ -7,8 +7,6 @@ from lorameter.records.units import (
     format_duration,
     format_interval,
     format_percent,
-    format_ratio,
-    format_value,
 )
 
 
@@ -30,12 +28,6 @@ def test_a_value_carries_its_interval(arguments, text):
     assert format_interval(*arguments) == text
 
 
-def test_a_ratio_without_a_value_is_a_dash():
-    """Nothing is shown for nothing."""
-    assert format_ratio(None, None, None) == "–"
-    assert format_ratio(1.004, 0.981, 1.027) == "1.004 [0.981, 1.027]"
-
-
 def test_bytes_and_durations_read_well():
     """Binary units, and minutes where seconds would be many."""
     assert format_bytes(637 * 2**20) == "637 MiB"
@@ -50,8 +42,3 @@ def test_bytes_and_durations_read_well():
 def test_per_cents_have_two_digits_or_all_before_the_point(fraction, text):
     """And never a power of ten."""
     assert format_percent(fraction) == text
-
-
-def test_what_is_large_is_written_out():
-    """Tokens a second of a GPU."""
-    assert [format_value(value, "1/s") for value in (999.4, 999.6, 21_374.0)] == ["999/s", "1000/s", "21374/s"]

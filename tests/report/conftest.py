@@ -57,7 +57,7 @@ from lorameter.run.forecast_time import TimeForecast
 from lorameter.run.memory_fit import Fitter, MemoryDevice, advise, on_card, on_machine
 from lorameter.run.plan import make_plan
 from lorameter.stats import Comparison, compare_trials
-from lorameter.studies.serving_modes import ways_of
+from lorameter.studies.request import ways_of
 from lorameter.studies.variant import LoraVariant, Variant
 from lorameter.studies.workload import Workload
 from lorameter.verdicts.ab import attribution_of, report_of

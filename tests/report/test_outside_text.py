@@ -13,7 +13,7 @@ from kernels_check.terminal import escape_control_chars
 from lorameter.cli import main
 from lorameter.errors import InvalidRunError, UsageError, redact
 from lorameter.records import codec
-from lorameter.records.failures import failed_record
+from lorameter.records.os_errors import failed_record
 from lorameter.records.record import Notice
 from lorameter.records.store import read_manifest
 from lorameter.report.annotations import annotation, gate_annotations

@@ -9,7 +9,7 @@ import pytest
 from lorameter.errors import UsageError
 from lorameter.run.feasibility import check_feasible
 from lorameter.studies.engine import Engine
-from lorameter.studies.engine_command import study_of_engine
+from lorameter.studies.script_study import study_of_engine
 from lorameter.studies.study_file import load_study
 
 

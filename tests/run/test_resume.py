@@ -296,7 +296,7 @@ def test_an_interruption_and_another_resumption(broken_off, monkeypatch):
 
 
 IMPATIENT = (
-    "import lorameter.records.checkpoints as c; c.CHECKPOINT_S = 0.0; "
+    "import lorameter.records.store as c; c.CHECKPOINT_S = 0.0; "
     "import sys; from lorameter.cli import main; sys.exit(main())"
 )
 """The command line, but what is under way is saved however short it is."""

@@ -124,7 +124,7 @@ def test_a_real_model_is_judged_by_what_its_run_says(program, write_run, late_s,
     import dataclasses
 
     from lorameter.records import store
-    from lorameter.records.time_breakdown import TimeBreakdown
+    from lorameter.records.store import TimeBreakdown
 
     real = program("real_models")
     path = write_run("a", {"plain": [0.1, 0.101, 0.1, 0.1, 0.1], "nf4": [0.12, 0.121, 0.12, 0.12, 0.12]})

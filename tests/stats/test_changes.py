@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from lorameter.stats.changes import LEAST_POINTS, LEAST_SEGMENT, divide, find_changes, penalty_of
+from lorameter.stats.changes import LEAST_POINTS, LEAST_SEGMENT, divide, find_changes
 
 
 def noise(count, *, sd=0.02, seed=0):
@@ -107,20 +107,6 @@ def test_what_would_be_seen_is_seen():
         values[57:] += size
         found += any(abs(change.first - 57) <= 2 for change in find_changes(values).changes)
     assert 48 <= found <= 76
-
-
-def test_an_offset_changes_nothing():
-    """Values of a billion scatter like those of zero."""
-    values = noise(50, seed=2)
-    values[30:] += 0.1
-    near, far = find_changes(values), find_changes(values + 1e6)
-    assert [change.first for change in near.changes] == [change.first for change in far.changes] == [30]
-
-
-def test_the_penalty_falls_with_what_is_known_of_the_scatter_and_rises_with_chances():
-    """Few values pay for their uncertain scatter, many for the number of places."""
-    assert penalty_of(10) > penalty_of(30)
-    assert penalty_of(1000) > penalty_of(100)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

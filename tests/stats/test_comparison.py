@@ -105,14 +105,6 @@ def test_unpaired_is_never_equivalent():
     assert unpaired.replicates_needed is None
 
 
-def test_unpaired_can_regress_and_improve():
-    """Unpaired, and with unequal counts, a clear effect is still found in both directions."""
-    quiet, slow = [[1.0], [1.01], [0.99]], [[1.5], [1.51], [1.49], [1.5]]
-    assert compare_trials(quiet, slow, pairing="none").verdict == "regressed"
-    assert compare_trials(slow, quiet, pairing="none").verdict == "improved"
-    assert compare_trials(quiet, slow, pairing="none").replicates == 3
-
-
 def test_inconclusive_says_what_would_have_been_seen():
     """An open result states the detectable effect and a plan, in fields and in words, in words none of hundreds."""
     base, candidate = [[1.0], [1.0], [1.0]], [[0.8], [1.3], [1.05]]
@@ -126,15 +118,6 @@ def test_inconclusive_says_what_would_have_been_seen():
     nearly = compare_trials([[1.0], [1.0], [1.0]], [[0.99], [1.05], [1.02]], pairing="turn")
     assert nearly.replicates_needed <= MOST_ADVISED
     assert f"measure {nearly.replicates_needed} replicates" in nearly.reason
-
-
-def test_a_plan_that_failed_is_not_repeated():
-    """If the run was as large as the plan and still is open, the plan asks for more."""
-    rng = np.random.default_rng(29)
-    for _ in range(200):
-        result = compare_trials([[1.0]] * 5, np.exp(rng.normal(0.02, 0.025, (5, 1))), pairing="turn")
-        if result.verdict == "inconclusive":
-            assert result.replicates_needed > 5
 
 
 def test_one_replicate_is_inconclusive():
@@ -162,13 +145,6 @@ def test_family_widens_the_alarm_and_not_the_equivalence():
     assert in_family.low < alone.low < alone.high < in_family.high
     quiet = [[1.0], [1.02], [0.98], [1.0]]
     assert compare_trials(base, quiet, pairing="turn", family=1000).verdict == "equivalent"
-
-
-def test_interval_too_wide_for_a_float():
-    """A bound larger than a float is None, not infinity, and the comparison stays open."""
-    result = compare_trials([[1.0], [2.0]], [[2.0], [1.0]], pairing="turn", family=10**6)
-    assert (result.verdict, result.low, result.high) == ("inconclusive", 0.0, None)
-    assert "no bound" in result.reason
 
 
 def test_ratio_too_large_for_a_float_is_refused():
@@ -209,18 +185,6 @@ def test_result_is_json_and_ordered(pair, pairing):
     assert result.low is None or result.low <= result.ratio
     assert result.high is None or result.ratio <= result.high
     assert pairing != "none" or result.verdict != "equivalent"
-
-
-@settings(max_examples=60, deadline=None)
-@given(sides, pairings, st.floats(1e-3, 1e3))
-def test_unit_does_not_matter(pair, pairing, factor):
-    """Multiplying both sides by a constant leaves ratio and bounds."""
-    base, candidate = pair
-    scaled = [[[sample * factor for sample in trial] for trial in side] for side in pair]
-    one, other = compare_trials(base, candidate, pairing=pairing), compare_trials(*scaled, pairing=pairing)
-    assert other.ratio == pytest.approx(one.ratio, rel=1e-9)
-    if one.low:
-        assert other.low == pytest.approx(one.low, rel=1e-6)
 
 
 @settings(max_examples=60, deadline=None)

@@ -49,23 +49,6 @@ def test_family_of_identical_code_raises_few_alarms():
     assert 0.025 <= alarms / 400 <= 0.08
 
 
-def test_family_of_one_is_the_plain_comparison():
-    """One comparison has the whole alpha."""
-    pairs = simulated(np.random.default_rng(33), [0.02])
-    assert compare_family(pairs, pairing="turn")["metric 0"] == compare_trials(*pairs["metric 0"], pairing="turn")
-
-
-def test_order_of_names_is_kept():
-    """Results come in the order of the input, whatever was decided first."""
-    pairs = simulated(np.random.default_rng(34), [0.0, 0.3, 0.0, 0.3])
-    assert list(compare_family(pairs, pairing="turn")) == list(pairs)
-
-
-def test_empty_family_is_empty():
-    """No comparison, no result."""
-    assert compare_family({}, pairing="turn") == {}
-
-
 def test_error_names_the_comparison():
     """Bad input in one member is refused with the member's name."""
     with pytest.raises(ValueError, match="comparison 'r512': base trial 0 has no samples"):

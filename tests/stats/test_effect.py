@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lorameter.stats.effect import checked_pairing, from_log, log_ratios, measure_effect, paired_effect
+from lorameter.stats.effect import log_ratios, measure_effect, paired_effect
 
 
 def arrays(*trials):
@@ -57,23 +57,6 @@ def test_unpaired_interval_is_welchs():
     assert effect.replicates == 4
 
 
-def test_plan_of_the_same_size_repeats_the_spread():
-    """sd and df_per_replicate, which plan other sizes, give back the error and df at the size that was measured."""
-    rng = np.random.default_rng(3)
-    for pairing in ("turn", "none"):
-        spread = measure_effect(noisy(rng, 5, 3), noisy(rng, 5, 3, sd=0.3), pairing).spread
-        assert spread.sd / math.sqrt(5) == pytest.approx(spread.standard_error)
-        assert spread.df_per_replicate * 4 == pytest.approx(spread.df)
-
-
-def test_very_quiet_sides_do_not_underflow():
-    """Welch's degrees of freedom stay defined where squared variances would underflow to zero."""
-    base = arrays(*[[1 + k * 1e-11] for k in range(4)])
-    assert measure_effect(base, arrays(*[[1 - k * 1e-11] for k in range(4)]), "none").spread.df == pytest.approx(
-        6, abs=0.1
-    )
-
-
 @pytest.mark.parametrize("pairing", ["turn", "replicate", "none"])
 def test_rounding_is_not_variance(pairing):
     """Trials that differ by rounding alone have no variance."""
@@ -99,17 +82,6 @@ def test_unequal_turns_are_refused():
     """A pair with unequal counts is refused by its index and both counts."""
     with pytest.raises(ValueError, match=r"trial 1: base has 2 samples and candidate 3: .*pairing='replicate'"):
         measure_effect(arrays([1], [1, 2]), arrays([1], [1, 2, 3]), "turn")
-
-
-def test_unknown_pairing_is_refused():
-    """A pairing that is none of the three is refused with the three."""
-    with pytest.raises(ValueError, match=r"pairing is 'block': .*'none', 'replicate', 'turn'"):
-        checked_pairing("block")
-
-
-def test_no_infinity_comes_back_from_logs():
-    """What is larger than a float is None; what is smaller than one is zero."""
-    assert (from_log(710.0), from_log(math.inf), from_log(-math.inf), from_log(0.0)) == (None, None, 0.0, 1.0)
 
 
 def test_log_ratios_are_those_of_the_effect():

@@ -11,8 +11,3 @@ def test_it_is_the_exact_binomial_test(tosses):
     """The same p-value as scipy's, for every number of heads."""
     for heads in range(tosses + 1):
         assert sign_test(heads, tosses) == pytest.approx(binomtest(heads, tosses, 0.5).pvalue, rel=1e-12)
-
-
-def test_no_toss_says_nothing():
-    """Without a discordant pair there is nothing against balance."""
-    assert sign_test(0, 0) == 1.0

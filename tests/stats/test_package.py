@@ -18,5 +18,5 @@ def test_import_is_cheap():
 
 def test_exports_the_contract():
     """The names that other programs rely on are there."""
-    promised = {"compare_trials", "compare_family", "compare_bytes", "estimate_trials", "label_outliers", "drifts"}
+    promised = {"compare_trials", "compare_family", "compare_bytes", "estimate_trials", "count_outliers", "drifting"}
     assert promised | {"is_steady", "Comparison", "Estimate"} <= set(lorameter.stats.__all__)

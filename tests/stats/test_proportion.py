@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from lorameter.stats import clustered_proportion, mean_interval, proportion
+from lorameter.stats import clustered_proportion, proportion
 
 
 @pytest.mark.parametrize("of", [1, 2, 7, 32, 400])
@@ -18,13 +16,6 @@ def test_it_is_the_exact_interval(of):
         found, oracle = proportion(count, of), binomtest(count, of).proportion_ci(method="exact")
         assert (found.low, found.high) == pytest.approx((oracle.low, oracle.high), abs=1e-12)
         assert found.share == count / of
-
-
-def test_none_of_32_may_be_a_ninth():
-    """What no difference in so many answers leaves open."""
-    found = proportion(0, 32)
-    assert found.low == 0
-    assert found.high == pytest.approx(1 - 0.025 ** (1 / 32))
 
 
 @pytest.mark.parametrize(("count", "of"), [(-1, 3), (4, 3), (0, 0)])
@@ -69,16 +60,3 @@ def test_clusters_that_do_not_fit_are_refused(counts, of):
     """None, not as many, or more than there are."""
     with pytest.raises(ValueError, match="of"):
         clustered_proportion(counts, of)
-
-
-def test_a_mean_of_differences_has_students_interval():
-    """As numpy and scipy work it out; of one value none, of equal ones no width."""
-    from scipy.stats import t
-
-    values = [-0.2, 0.1, 0.05, -0.3, 0.0]
-    half = t.ppf(0.975, 4) * np.std(values, ddof=1) / math.sqrt(5)
-    assert mean_interval(values) == pytest.approx((np.mean(values), np.mean(values) - half, np.mean(values) + half))
-    assert mean_interval([0.5]) == (0.5, None, None)
-    assert mean_interval([0.25, 0.25]) == (0.25, 0.25, 0.25)
-    with pytest.raises(ValueError, match="no value"):
-        mean_interval([])

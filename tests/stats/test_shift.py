@@ -4,8 +4,6 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lorameter.stats import run_wide_shift
 
@@ -34,22 +32,11 @@ def test_one_regression_is_not_the_machine():
     assert shift.reason.endswith("not a movement of all")
 
 
-def test_half_of_them_is_not_the_machine():
-    """Half of the benchmarks slower by the same factor is a change of what they share."""
-    assert not run_wide_shift(named([0.1] * 6 + [0.0] * 6)).shifted
-
-
 def test_each_by_its_own_amount_is_not_the_machine():
     """All slower, but by anything from 2 to 80 %, is not one factor."""
     shift = run_wide_shift(named(np.log([1.02, 1.04, 1.1, 1.2, 1.3, 1.45, 1.6, 1.8])))
     assert not shift.shifted
     assert "each moved by its own amount" in shift.reason
-
-
-def test_one_straggler_does_not_hide_the_machine():
-    """Nine of ten by one factor are enough: one benchmark may have been improved at the same time."""
-    assert run_wide_shift(named([0.1] * 9 + [-0.2])).shifted
-    assert not run_wide_shift(named([0.1] * 8 + [-0.2] * 2)).shifted
 
 
 def test_five_cannot_tell_and_six_can():
@@ -69,21 +56,6 @@ def test_identical_machines_are_rarely_called_shifted():
     rng = np.random.default_rng(83)
     found = [run_wide_shift(named(rng.normal(0, 0.02, 10)), tolerance=0).shifted for _ in range(600)]
     assert np.mean(found) <= 0.05
-
-
-def test_none_is_no_shift():
-    """Without comparisons there is no shift and no ratio."""
-    nothing = run_wide_shift({})
-    assert (nothing.shifted, nothing.ratio, nothing.comparisons) == (False, None, 0)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.floats(-2, 2), min_size=1, max_size=20))
-def test_direction_does_not_matter(values):
-    """With base and candidate changed over the answer is the same and the ratio inverts."""
-    one, other = run_wide_shift(named(values)), run_wide_shift(named([-value for value in values]))
-    assert one.shifted == other.shifted
-    assert one.ratio * other.ratio == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lorameter.stats import is_steady, steady_after, steady_together
+from lorameter.stats import is_steady
 
 STEP = np.arange(60)
 
@@ -62,41 +62,3 @@ def test_online_bad_input_is_an_error():
         is_steady([1.0, 1.0], 0)
     with pytest.raises(ValueError, match="samples sample 3 is nan"):
         is_steady([1.0, 1.0, 1.0, math.nan], 2)
-
-
-def test_the_steps_that_a_warm_up_took_to_be_steady():
-    """The fewest after which it was as fast as at its end, a single slow step let pass; of few steps the halves are
-    compared."""
-    assert steady_after([1.0, 1.0, 1.0, 1.0, 1.0, 1.0]) == 0
-    assert steady_after([9.0, 1.0, 1.0, 1.0, 1.0, 1.0]) == 0
-    assert steady_after([3.0, 2.0, 1.0, 1.0, 1.0, 1.0]) == 1
-    assert steady_after([4.0, 3.0, 2.0, 1.0, 1.0, 1.0, 1.0]) == 2
-    assert steady_after([2.0, 1.05, 1.05, 1.0, 1.0, 1.0]) == 2
-    assert steady_after([5.0, 1.1, 1.0, 1.0]) == 2
-    assert steady_after([5.0, 1.0]) == 1
-    assert steady_after([5.0]) == 0
-
-
-def test_trials_tell_together_how_long_to_warm_up():
-    """A slow first step of all is told, the noise of one is not, and one that takes longer than the others is."""
-    quiet = [[1.3, 1.0, 1.0], [2.6, 2.0, 2.0], [1.3, 1.0, 1.0]]
-    assert steady_together(quiet) == 1
-    assert steady_together([*quiet, [1.3, 1.09, 1.0]]) == 1
-    assert steady_together([*quiet, [2.0, 1.5, 1.3, 1.2, 1.0, 1.0]]) == 3
-    assert steady_together([[1.4, 1.1, 1.0, 1.0], [1.4, 1.09, 1.0, 1.0]]) == 2
-    assert steady_together([[1.0], [2.0]]) == 0
-    with pytest.raises(ValueError, match="no trials"):
-        steady_together([])
-    with pytest.raises(ValueError, match="samples sample 2 is nan"):
-        steady_together([[1.0, 1.0, math.nan]])
-
-
-def test_noise_tells_nobody_to_warm_up_for_long():
-    """Seven trials of which the first step is slow, with 3 % of noise: hardly ever more than two steps are told."""
-    rng = np.random.default_rng(7)
-    told = [
-        steady_together([[*(1.0 + 0.3 * (np.arange(4) == 0)) * np.exp(rng.normal(0, 0.03, 4))] for _ in range(7)])
-        for _ in range(300)
-    ]
-    assert np.mean([steps == 1 for steps in told]) >= 0.9
-    assert min(told) >= 1

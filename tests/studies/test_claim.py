@@ -64,12 +64,6 @@ def test_a_part_that_makes_no_statement_is_refused(parts_of, part, words):
         assert word in str(caught.value)
 
 
-def test_a_part_that_makes_one_is_read(parts_of):
-    """Dropout goes by its value; the limit is the one of the rule."""
-    (part,) = parts_of('rule = "no-trend", axis = "lora_dropout", metric = "step_time_s", scale = "linear"')
-    assert part.limit == ("margin", 0.05)
-
-
 @pytest.mark.parametrize("name", ["tolerance", "margin", "by"])
 @pytest.mark.parametrize(("rule", "own"), [
     ("trend-up", "tolerance"), ("no-trend", "margin"), ("faster", "by"), ("largest-effect", ""),
@@ -89,12 +83,6 @@ def test_a_limit_that_is_not_the_rules_is_refused(parts_of, rule, own, name):
         return
     assert f"mine.toml, claim number 1: {name} = 0.2: rule '{rule}' does not go by it" in said
     assert (f"its limit is '{own}'" if own else "it has no limit") in said
-
-
-def test_a_limit_stands_by_itself(parts_of):
-    """Nobody has to widen a margin that no rule goes by for the sake of a tolerance."""
-    assert parts_of('rule = "trend-up", axis = "r", metric = "step_time_s", tolerance = 0.5')[0].tolerance == 0.5
-    assert parts_of('rule = "equal", axis = "r", metric = "step_time_s", margin = 0.001')[0].margin == 0.001
 
 
 def test_every_rule_has_one_limit_or_none():

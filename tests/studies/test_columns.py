@@ -9,9 +9,8 @@ import pytest
 from lorameter.errors import UsageError
 from lorameter.machine import provenance
 from lorameter.records import codec
-from lorameter.studies.columns import DataColumns
 from lorameter.studies.study_file import load_study
-from lorameter.studies.workload import Workload
+from lorameter.studies.workload import DataColumns, Workload
 
 STUDY = """
 [workload]
@@ -62,12 +61,6 @@ def test_columns_that_make_no_record_are_refused(columns, words):
     """When the study is read."""
     with pytest.raises(UsageError, match=words):
         codec.from_json(Workload, {"columns": columns}, "here")
-
-
-def test_a_loss_on_something_else_is_refused():
-    """With the words that are known."""
-    with pytest.raises(UsageError, match=r"loss = 'prompt': not one of the known values. Use one of all, answer"):
-        codec.from_json(Workload, {"loss": "prompt"}, "here")
 
 
 def test_a_folder_is_what_its_files_hold(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorameter.studies.command import COMMANDS, ROUNDS, words_of
+from lorameter.studies.request import COMMANDS, words_of
 from lorameter.trial.profiling.trial import ProfiledTrial
 from lorameter.trial.trial import Trial
 
@@ -30,9 +30,3 @@ def test_what_is_timed_in_a_trial_is_watched():
         assert not (command.timed and command.by == "trial") or command.telemetry_phase == command.phase
     watched = {command.telemetry_phase for command in COMMANDS.values() if command.telemetry_phase}
     assert watched == {command.ends for command in COMMANDS.values() if command.ends}
-
-
-def test_rounds_are_of_commands_that_take_turns():
-    """Only what is asked again and again is: all of it timed but the untimed steps of the epochs."""
-    assert {kind for kind, command in ROUNDS.items() if not command.timed} == {"epochs"}
-    assert set(ROUNDS) >= {command.measure for command in ROUNDS.values() if command.measure}

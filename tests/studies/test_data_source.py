@@ -112,13 +112,6 @@ def test_a_folder_that_could_be_read_in_two_ways_is_refused(names, asked, words,
         resolve(f"{tmp_path}[{asked}]" if asked else str(tmp_path))
 
 
-def test_a_saved_dictionary_without_splits_is_refused(tmp_path):
-    """Its splits are its folders."""
-    (tmp_path / "dataset_dict.json").write_text("{}")
-    with pytest.raises(UsageError, match="it has no split"):
-        resolve(str(tmp_path))
-
-
 def test_a_name_is_made_absolute_with_its_split(tmp_path, monkeypatch):
     """What is not there stays as it is."""
     monkeypatch.chdir(tmp_path)

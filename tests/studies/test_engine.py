@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from lorameter.errors import UsageError
 from lorameter.records import codec
 from lorameter.studies.claim import ENGINE
-from lorameter.studies.engine import Engine
-from lorameter.studies.engine_command import split_braces, study_of_engine
+from lorameter.studies.script_study import split_braces, study_of_engine
 from lorameter.studies.study import Study
-from lorameter.studies.study_file import builtin_studies, load_study, load_variant
+from lorameter.studies.study_file import builtin_studies, load_study
 
 ENGINES = ("compile", "flash-attention", "fused-optimizer", "gradient-checkpointing", "liger-kernel", "packing")
 TOML = """
@@ -105,31 +102,6 @@ def test_a_script_takes_the_place_of_both_variants(read):
     assert codec.from_json(Study, codec.to_json(study), "manifest") == study
 
 
-def test_a_refusal_shows_what_is_usual_for_the_engine():
-    """With its own flag; one that is written anew gets one in general."""
-    for name, example in (
-        ("liger-kernel", "'python train.py {--use_liger_kernel}'"),
-        ("fused-optimizer", "'python train.py --optim {adamw_torch|adamw_torch_fused}'"),
-    ):
-        with pytest.raises(UsageError) as caught:
-            study_of_engine(load_study(name), "python train.py")
-        assert example in str(caught.value)
-        without, with_it = split_braces(example.strip("'"))
-        assert without != with_it
-    assert Engine(title="X", variant="x", proof={"compile": True}).example == "'python train.py {--flag}'"
-
-
-def test_an_engine_of_the_workload_leaves_it_to_the_script():
-    """What packs in the catalogue is the layout, and of a script its own flag."""
-    study = load_study("packing")
-    assert study.own_workloads["packed"].layout == "packed" != study.workload.layout
-    assert load_variant("packing:packed")[0].workload.layout == "packed"
-    assert load_variant("packing:padded")[0].workload.layout == "padded"
-    assert study.with_overrides(model="smollm2-135m").own_workloads["packed"].model == "smollm2-135m"
-    scripts = study_of_engine(study, "python train.py {--packing}")
-    assert scripts.own_workloads == {}
-
-
 def test_a_study_without_an_engine_has_nothing_to_ask_a_script():
     """With the studies that have, and the command for two scripts."""
     for name in ("training-step", "llama2-lora-parameters"):
@@ -171,13 +143,6 @@ def test_an_engine_does_not_outlive_its_variants(tmp_path):
     assert load_study(str(path)).engine == load_study("compile").engine
     path.write_text('extends = "compile"\n[axes]\nr = [8, 16]\n')
     assert load_study(str(path)).engine is None
-
-
-def test_a_device_that_an_engine_needs():
-    """Nothing is said where it is there, or where any will do."""
-    engine = Engine(title="X", variant="x", proof={"compile": True}, needs="cuda")
-    assert engine.obstacle("cuda") == dataclasses.replace(engine, needs="").obstacle("cpu") == ""
-    assert engine.obstacle("cpu").startswith("X runs on a GPU only and this machine measures on the CPU")
 
 
 @pytest.mark.parametrize("name", ENGINES)

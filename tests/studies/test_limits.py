@@ -10,9 +10,8 @@ from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.plan import arms_of, make_plan
-from lorameter.studies.keys import KEYS
 from lorameter.studies.limits import NAME_BYTES
-from lorameter.studies.study_file import load_study
+from lorameter.studies.study_file import KEYS, load_study
 
 TWELVE = KEYS["controls"][:12]
 ONE = "[[variant]]\nname = 'x'\n"
@@ -64,8 +63,8 @@ def test_an_impossible_value_is_refused(tmp_path, section, key, value):
         ('[[variant]]\nname = "a\\u001b[2J"', "variant name"),
         ('[[variant]]\nname = "a\\nb"', "variant name"),
         ("extends = [1]\n" + ONE, "extends"),
-        (f"[profile.a]\nnotes = 3\n{ONE}", "[profile.a], notes = 3"),
-        (f"[profile.a]\ndevices = 5\n{ONE}", "[profile.a], devices = 5"),
+        (f"[profile.a]\nnotes = 3\n{ONE}", "profile.a.notes = 3: a list is expected"),
+        (f"[profile.a]\ndevices = 5\n{ONE}", "profile.a.devices = 5: a list is expected"),
         (f"[profile.a]\nprotocol = 5\n{ONE}", "protocol = 5: a table is expected"),
         (f"[requirements]\nx = 2020-01-01\n{ONE}", "a value is a date"),
     ],

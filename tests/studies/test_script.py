@@ -6,8 +6,7 @@ import pytest
 
 from lorameter.errors import UsageError
 from lorameter.records import codec
-from lorameter.studies.expand_variants import variants_of
-from lorameter.studies.script import name_of_command, name_of_words, split_command
+from lorameter.studies.script import name_of_command, name_of_words
 from lorameter.studies.script_study import study_of_command
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import load_study
@@ -60,8 +59,6 @@ def test_commands_are_told_apart_by_all_that_they_say():
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"command": "python train.py", "r": 8}, "r = 8: the variant is a command"),
-        ({"cwd": "/x"}, "cwd = '/x': only a variant that is a command has it"),
         ({"command": "python 'train.py"}, "Close the quote"),
         ({"command": "  "}, "no program in it"),
         ({"command": "cd x && python train.py"}, "'&&' is for a shell"),
@@ -76,8 +73,8 @@ def test_commands_are_told_apart_by_all_that_they_say():
 )
 def test_a_command_that_cannot_be_is_refused(fields, said):
     """Each with the key and the remedy, before anything is started."""
-    with pytest.raises(UsageError, match="variant 'one': ") as refused:
-        variants_of("study", {}, [{"name": "one", **fields}])
+    with pytest.raises(UsageError) as refused:
+        ScriptVariant(name="one", **fields)
     assert said in str(refused.value)
 
 
@@ -90,6 +87,7 @@ def test_a_command_that_cannot_be_is_refused(fields, said):
         (TOML + "\n[protocol]\nepochs = 1.0\n", "whose data is not known"),
         (TOML.replace('"liger"', '"plain"'), "used twice"),
         (TOML + "\n[controls]\nr = 8\n", "r = 8: the variant is a command"),
+        ('[[variant]]\nname = "one"\ncwd = "/x"\n', "cwd = '/x': only a variant that is a command has it"),
     ],
 )
 def test_a_study_of_commands_refuses_what_only_its_scripts_could_do(tmp_path, text, said):
@@ -131,8 +129,3 @@ def test_a_command_is_named_by_its_script(command, name):
 def test_words_that_are_no_line_have_a_name_as_well(words, name):
     """Nobody has to take them apart: they are what a shell has made of a line, or what no shell has seen."""
     assert name_of_words(words) == name
-
-
-def test_the_words_of_a_command_are_those_of_a_shell():
-    """Quotes group, and are no part of a word."""
-    assert split_command("x", "python t.py --name 'a b' \"c\"") == ["python", "t.py", "--name", "a b", "c"]

@@ -7,8 +7,7 @@ import dataclasses
 import pytest
 
 from lorameter.records import codec
-from lorameter.studies.request import base_key
-from lorameter.studies.serving_modes import ServingMode, ways_of
+from lorameter.studies.request import ServingMode, base_key, ways_of
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 

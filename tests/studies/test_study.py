@@ -6,7 +6,6 @@ import re
 import pytest
 
 from lorameter.errors import UsageError
-from lorameter.studies.study import is_of_tokens
 from lorameter.studies.study_file import builtin_studies, load_study, load_variant
 from lorameter.studies.variant import LoraVariant
 
@@ -79,12 +78,6 @@ def test_an_unknown_study_names_the_nearest():
 def test_built_in_studies_load(name):
     """What ships is valid."""
     assert load_study(name).variants
-
-
-def test_effort_sets_the_replicates():
-    """One dial: quick 3, standard 8, rigorous 12."""
-    study = load_study("lora-or-qlora")
-    assert [study.with_overrides(effort=e).protocol.replicates for e in ("quick", "standard", "rigorous")] == [3, 8, 12]
 
 
 SWEPT = """
@@ -175,97 +168,28 @@ def test_a_workload_that_no_variant_can_have_is_refused(tmp_path, line, said):
         load_study(write(tmp_path, SIZES.replace("workload.batch_size = 4", line, 1)))
 
 
-LISTED = """
-[workload]
-request_batch = [1, 8]
-prompt_tokens = [128, 32]
-"""
 TWO = '[[variant]]\nname = "a"\nr = 4\n[[variant]]\nname = "b"\nr = 8\n'
-AT = {
-    "": {},
-    "-workload.prompt_tokens=32": {"prompt_tokens": 32},
-    "-workload.request_batch=8": {"request_batch": 8},
-    "-workload.request_batch=8-workload.prompt_tokens=32": {"request_batch": 8, "prompt_tokens": 32},
-}
-
-
-def test_listed_values_of_requests_are_an_axis_over_all_variants(tmp_path):
-    """Each keeps its name for the first values, which are those of the study, and with them that of the reference."""
-    study = load_study(write(tmp_path, f'reference = "b"\n{LISTED}{TWO}'))
-    assert [variant.name for variant in study.variants] == [f"{name}{end}" for name in "ab" for end in AT]
-    assert (study.workload.request_batch, study.workload.prompt_tokens) == (1, 128)
-    assert study.workloads == {f"{name}{end}": own for name in "ab" for end, own in AT.items() if own}
-    assert study.levels("workload.request_batch") == ((1.0, "b"), (8.0, "b-workload.request_batch=8"))
-    assert not is_of_tokens("workload.request_batch")
-
-
-@pytest.mark.parametrize("text", ["[axes]\nr = [4, 8]\n", "[controls]\nr = 4\n[sweeps]\nr = [4, 8]\n"])
-def test_listed_values_go_with_axes_and_sweeps(tmp_path, text):
-    """As with variants that are written out."""
-    study = load_study(write(tmp_path, LISTED + text))
-    assert len(study.variants) == 8
-    assert study.reference in ("r=4", "centre")
-    assert set(study.axes) == {"r", "workload.request_batch", "workload.prompt_tokens"}
-
-
-def test_listed_values_alone_are_the_variants(tmp_path):
-    """Named as those of [axes] are, with the first as the reference."""
-    study = load_study(write(tmp_path, LISTED))
-    assert [variant.name for variant in study.variants][1] == "workload.request_batch=1-workload.prompt_tokens=32"
-    assert len(study.variants) == 4
-    assert len({variant.id for variant in study.variants}) == 1
-
-
-def test_an_axis_may_hold_the_default_of_a_later_field(tmp_path):
-    """What no record writes while it has its default is the reference's all the same, and no workload of its own."""
-    study = load_study(write(tmp_path, "[axes]\nworkload.request_batch = [1, 4]\n"))
-    assert study.workloads == {"workload.request_batch=4": {"request_batch": 4}}
-    swept = load_study(write(tmp_path, "[sweeps]\nworkload.request_batch = [1, 4]\n"))
-    assert [variant.name for variant in swept.variants] == ["centre", "workload.request_batch=4"]
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("request_batch = []", "request_batch = []: no value in it. Write one, or a list of several."),
-        ("request_batch = [1, 8, 1]", "request_batch = [1, 8, 1]: 1 is listed twice. Take one of them out."),
-        ("request_batch = [1, true]", "request_batch = True: int is expected"),
-        ('request_batch = [1, "8"]', "request_batch = '8': int is expected"),
-        ("request_batch = [1, 0]", "request_batch = 0: too small. Use 1 or more."),
-        ("adapters = [1, 0]", "adapters = 0: too small. Use 1 or more."),
+        (
+            "request_batch = [1, 2]",
+            "request_batch = [1, 2]: one value is expected. Write workload.request_batch = [ ... ] in [axes].",
+        ),
         (
             'adapters = 2\nranks = 2\nstrategy = "ddp"',
             "adapters = 2, ranks = 2: several adapters are measured in requests",
         ),
-        ("prompt_tokens = [1.5]", "prompt_tokens = 1.5: int is expected"),
-        (f"prompt_tokens = {list(range(1, 1002))}", "1001 values, and each is a variant. Use 1000 or fewer."),
-        (
-            "batch_size = [1, 2]",
-            "batch_size = [1, 2]: one value is expected. Write workload.batch_size = [ ... ] in [axes]: lists in "
-            "[workload] are those of request_batch, prompt_tokens, adapters.",
-        ),
-        ("request_bach = [1, 8]", "unknown key. Did you mean request_batch?"),
-        ('data = ["a"]', "data = ['a']: one value is expected, equal for all variants. Write one of them"),
+        ("request_bach = 8", "unknown key. Did you mean request_batch?"),
+        ('data = ["a"]', "data = ['a']: str is expected"),
     ],
 )
-def test_a_list_that_cannot_be_is_refused(tmp_path, line, said):
+def test_a_workload_that_cannot_be_is_refused(tmp_path, line, said):
     """By its name and with what to write, before anything is measured."""
     with pytest.raises(UsageError, match=re.escape(said)):
         load_study(write(tmp_path, f"[workload]\n{line}\n{TWO}"))
-
-
-def test_values_are_listed_in_one_place(tmp_path):
-    """Not of a variant as well, nor of a profile, which changes no variants; and not too many of them together."""
-    own = f"{LISTED}{TWO}workload.request_batch = 2\n"
-    with pytest.raises(UsageError, match=r"variant 'b': workload.request_batch: \[workload\] lists its values"):
-        load_study(write(tmp_path, own))
-    for text in (f"{LISTED}{TWO}[profile.x]\nworkload.request_batch = 2\n",
-                 f"{TWO}[profile.x]\nworkload.request_batch = [1, 2]\n"):  # fmt: skip
-        with pytest.raises(UsageError, match=r"\[profile.x\]: workload.request_batch = .* a profile has those of its"):
-            load_study(write(tmp_path, text))
-    many = f"[workload]\nrequest_batch = {list(range(1, 601))}\n{TWO}"
-    with pytest.raises(UsageError, match=r"make 1200 variants\. Use 1000 or fewer"):
-        load_study(write(tmp_path, many))
 
 
 def test_the_reference_has_the_workload_of_the_study(tmp_path):
@@ -287,19 +211,6 @@ def test_a_profile_fits_the_study_to_the_machine(tmp_path, options, profile, bat
     assert (study.profile, study.workload.batch_size) == (profile, batch)
 
 
-def test_the_default_study_fills_a_card_where_it_is_asked_to():
-    """Thousands of tokens a step of a model of 7 billion parameters, in rows that are given no mask; on no machine by
-    itself, since a first look takes a minute."""
-    study = load_study("lora-or-qlora", profile="gpu", device="cpu")
-    workload = study.workload
-    assert (workload.model, workload.layout) == ("random:llama2-7b", "joined")
-    assert workload.batch_size * workload.sequence_length >= 4096
-    assert all(variant.gradient_checkpointing for variant in study.variants)
-    assert {"workload.layout", "workload.model", "controls.gradient_checkpointing"} <= set(study.replaced)
-    for device in ("cpu", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"):
-        assert load_study("lora-or-qlora", device=device).profile == ""
-
-
 def test_every_deviation_is_named(tmp_path):
     """What a profile and what an option replaced, with the value as written; what is unchanged is not in the list."""
     study = load_study(write(tmp_path, SWEPT), device="cpu").with_overrides(model="smollm2-135m", data="/a/b/c.jsonl")
@@ -317,7 +228,7 @@ def test_every_deviation_is_named(tmp_path):
     ("text", "words"),
     [
         (SWEPT.replace("r = 16", "r = 12"), ["[sweeps]", "r = [8, 16, 32]", "r = 12", "add the value"]),
-        (SWEPT.replace('devices = ["cpu"]', "device = 3"), ["[profile.cpu]", "device", "Did you mean devices?"]),
+        (SWEPT.replace('devices = ["cpu"]', "device = 3"), ["profile.cpu.device = 3", "Did you mean devices?"]),
         (SWEPT + "[[variant]]\nname='a'", ["[sweeps] and [[variant]]"]),
         (SWEPT + "[[claim]]\nid='1'\nsays='x'\nparts=[{rule='trend-up',axis='lora_alpha',metric='step_time_s'}]",
          ["claim '1'", "lora_alpha", "fewer than two"]),

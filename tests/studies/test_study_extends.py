@@ -1,11 +1,9 @@
 """A study that extends another with one line is that study with this line, whatever profile fits it to a machine."""
 
-import json
 import tomllib
 
 import pytest
 
-from lorameter import cli
 from lorameter.studies.study_file import builtin_studies, load_study
 
 ORIGINAL = "llama2-lora-parameters"
@@ -60,12 +58,6 @@ def test_its_own_profile_wins_over_its_own_line(tmp_path):
     assert load_study(write(tmp_path, text), profile="a100").workload.model == "mistral-7b"
 
 
-def test_a_replaced_model_is_named(tmp_path):
-    """With an option on top of a profile the report says what the study had instead."""
-    study = load_study("lora-parameters-other-model", device="cpu").with_overrides(model="smollm2-135m")
-    assert "workload.model = 'smollm2-135m' in place of 'mistral-7b'" in study.deviations
-
-
 def test_random_weights_of_no_model_named_are_the_defaults(tmp_path):
     """A study that names no model has tiny-llama, and so has its profile."""
     (tmp_path / "mine.toml").write_text(
@@ -73,20 +65,3 @@ def test_random_weights_of_no_model_named_are_the_defaults(tmp_path):
     )
     study = load_study(str(tmp_path / "mine.toml"), profile="random")
     assert (study.workload.model, study.workload.batch_size) == ("random:tiny-llama", 1)
-
-
-def test_titles_differ():
-    """Each built-in study says in its title what no other is about."""
-    titles = [load_study(name).title for name in builtin_studies()]
-    assert len(set(titles)) == len(titles)
-
-
-@pytest.mark.parametrize("name", SAME_SWEEP)
-def test_the_sweep_can_be_planned_on_a_small_model(name, capsys):
-    """On a CPU, with a model that fits one: all settings and the control, on one base."""
-    arguments = ["--model", "random:smollm2-135m", "--profile", "cpu", "--interleave", "shared-base"]
-    assert cli.main(["run", name, *arguments, "--dry-run", "--json"]) == 0
-    plan = json.loads(capsys.readouterr().out)
-    settings = {trial.partition("-")[2] for trial in plan["order"] if not trial.endswith("-isolated")}
-    assert settings == {variant.name for variant in load_study(name).variants} | {"r64-a16-d0.1-control"}
-    assert plan["interleaving"] == "shared-base"

@@ -7,9 +7,8 @@ from typing import ClassVar
 import pytest
 
 from lorameter.records.record import Notice, PartialRecord
-from lorameter.studies.command import COMMANDS
 from lorameter.studies.protocol import Protocol
-from lorameter.studies.request import TrialRequest
+from lorameter.studies.request import COMMANDS, TrialRequest
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.telemetry import TrialTelemetry

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lorameter.records.failures import failed_record
+from lorameter.records.os_errors import failed_record
 from lorameter.trial import zygote
 
 

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from lorameter.cli import main
-from lorameter.verdicts.baselines import accept, read_baselines
+from lorameter.verdicts.baselines import read_baselines
 
 BASE = {"plain": [0.100, 0.101, 0.099, 0.1005], "nf4": [0.200, 0.201, 0.199, 0.2005]}
 FAST = {name: [time / 1.2 for time in times] for name, times in BASE.items()}
@@ -95,12 +95,6 @@ def test_an_invalid_run_is_not_accepted(write_run, lorameter, tmp_path, options,
     assert [baseline.run for baseline in read_baselines(tmp_path / "runs").baselines] == ["a"]
 
 
-def test_an_unknown_run_is_refused(write_run, lorameter):
-    """Exit 2, and no file is made."""
-    write_run("a", BASE)
-    assert lorameter("accept", "nope")[0] == 2
-
-
 def test_a_run_that_lies_elsewhere_is_refused(write_run, lorameter, tmp_path):
     """Its baseline would be looked for in another folder; the remedy names it."""
     elsewhere = tmp_path / "elsewhere" / "a"
@@ -142,11 +136,3 @@ def test_a_file_has_no_baseline(write_run, lorameter, tmp_path):
     code, document = lorameter("compare", "baseline", path)
     assert code == 5
     assert document["comparisons"][0]["verdict"] == "no_baseline"
-
-
-def test_the_file_is_written_in_one_piece(write_run, tmp_path):
-    """A reader never sees half of it: what is left beside it is the lock."""
-    write_run("a", BASE)
-    accept("a", tmp_path / "runs")
-    names = {path.name for path in (tmp_path / "runs").iterdir() if path.is_file()}
-    assert names <= {"baselines.json", ".baselines.json.lock"}

@@ -11,7 +11,7 @@ import pytest
 from lorameter.records.record import TrialRecord
 from lorameter.studies.script_study import study_of_command
 from lorameter.studies.variant import ScriptVariant
-from lorameter.verdicts.comparison_report import ComparisonReport
+from lorameter.verdicts.compare import ComparisonReport
 from lorameter.verdicts.gate import Policy, judge
 from lorameter.verdicts.same_training import compare_losses, sameness_notices, sides_of_run
 
@@ -87,9 +87,21 @@ def test_a_trend_of_losses_has_its_interval():
     ("candidate", "code", "said"),
     [
         ({"tokens": 90.0}, "tokens-differ", ["100.0 real tokens in base and 90.0 in other", "4 sequences in 1 passes"]),
-        ({"trainable_parameters": 64.0}, "trains-other-parameters", ["32 parameters", "64 (float32) in other"]),
-        ({"trainable_dtype": "bfloat16"}, "trains-other-parameters", ["(float32)", "(bfloat16)"]),
-        ({"loss_dtype": "bfloat16"}, "loss-dtype-differs", ["float32 in base and bfloat16 in other"]),
+        (
+            {"trainable_parameters": 64.0},
+            "trains-other-parameters",
+            ["32 parameters are trained in base", "64 parameters are trained in other"],
+        ),
+        (
+            {"trainable_dtype": "bfloat16"},
+            "trains-other-parameters",
+            ["what is trained is float32 in base", "bfloat16 in other"],
+        ),
+        (
+            {"loss_dtype": "bfloat16"},
+            "loss-dtype-differs",
+            ["the loss is float32 in base, and the loss is bfloat16 in other"],
+        ),
         (
             {"sequences": 2.0, "accumulation": 2.0},
             "batch-differs",

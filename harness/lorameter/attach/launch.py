@@ -31,7 +31,7 @@ from lorameter.machine.processes import exit_words
 from lorameter.records import store
 from lorameter.records.record import UNDER_WAY, Failure, Notice, TrialRecord
 from lorameter.records.store import RunWriter
-from lorameter.studies.credentials import hide_credentials
+from lorameter.studies.script import hide_credentials
 
 ENV_FOLLOWER = "LORAMETER_FOLLOWER"
 """Names what follows the first training of the process: `package.module:callable`. The hook knows this and the next

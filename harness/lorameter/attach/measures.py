@@ -31,8 +31,8 @@ from lorameter.models.costs.flops import StepTokens, six_n, training_flops
 from lorameter.models.costs.modules import count_products
 from lorameter.models.costs.peaks import Rate, stated_peak
 from lorameter.models.shapes import ModelShape, shape_of_config
-from lorameter.records.failures import describe_error
 from lorameter.records.fileio import write_whole
+from lorameter.records.os_errors import describe_error
 from lorameter.records.record import Failure, Notice, Status
 from lorameter.stats import is_steady, is_warm
 from lorameter.studies.protocol import Protocol

@@ -40,7 +40,7 @@ from lorameter.attach.observer import ObserverReply, Phase, StepReading, Trainin
 from lorameter.machine.memory import host_bytes
 from lorameter.machine.software import own_software
 from lorameter.records import codec
-from lorameter.records.failures import describe_error
+from lorameter.records.os_errors import describe_error
 from lorameter.records.record import Failure, Notice, PartialRecord, Status, judge_required
 from lorameter.records.units import format_count
 from lorameter.stats import is_steady, is_warm

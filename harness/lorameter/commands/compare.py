@@ -14,9 +14,8 @@ from lorameter.records import codec, store
 from lorameter.report.annotations import comparison_annotations, gate_annotations
 from lorameter.report.comparison import describe_comparison, describe_gate, figures_of_comparison, title_of_report
 from lorameter.verdicts.baselines import accept, read_base, read_comparand
-from lorameter.verdicts.compare import compare
+from lorameter.verdicts.compare import compare, document, exit_code
 from lorameter.verdicts.comparison_input import ComparisonInput
-from lorameter.verdicts.comparison_report import document, exit_code
 from lorameter.verdicts.gate import gate_document, judge, load_policy
 
 

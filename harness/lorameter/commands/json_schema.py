@@ -20,11 +20,10 @@ from lorameter.run.bisect import Bisection, Candidate, Look
 from lorameter.run.memory_fit import Largest, MemoryOption, Needs, SkippedOption
 from lorameter.stats import Comparison, Proportion, ShareEstimate
 from lorameter.verdicts.ab import Attribution, PhaseEffect
-from lorameter.verdicts.claims import ClaimResult, ClaimsReport, PartResult
+from lorameter.verdicts.claims import Answers, ClaimResult, ClaimsReport, PartResult
 from lorameter.verdicts.claims.engines import EngineShown, Shown
-from lorameter.verdicts.claims.values import Answers
+from lorameter.verdicts.compare import ComparisonReport, ComparisonRow
 from lorameter.verdicts.comparison_input import Difference
-from lorameter.verdicts.comparison_report import ComparisonReport, ComparisonRow
 from lorameter.verdicts.gate import LimitRule, Policy
 from lorameter.verdicts.same_training import LossAgreement
 from lorameter.verdicts.validity import Fault, InvalidReason

@@ -16,10 +16,10 @@ from lorameter.verdicts.baselines import WORD, read_base
 from lorameter.verdicts.compare import compare
 from lorameter.verdicts.comparison_input import (
     ComparisonInput,
-    Measurements,
     comparison_input,
     disagreement,
     machine_differences,
+    planned_side,
     variant_differences,
 )
 from lorameter.verdicts.gate import GateResult, Policy, judge, load_policy
@@ -73,14 +73,7 @@ class SessionGate:
         if study.of_scripts:
             known = base.facts or {}
             facts = {**facts, **{name: known[name] for name in TOLD if name in known}}
-        session = ComparisonInput(
-            name="this session",
-            facts=facts,
-            sides={
-                variant.name: Measurements(name=variant.name, id=variant.id, variant=variant)
-                for variant in study.variants
-            },
-        )
+        session = planned_side(study, facts)
         found = machine_differences(base, session)
         for name in session.sides:
             found += variant_differences(name, base, session)

@@ -26,11 +26,10 @@ from lorameter.results.columns import SETTINGS, TABLES
 from lorameter.results.frames import DTYPES
 from lorameter.studies import claim, study_file
 from lorameter.studies.claim import Claim, ClaimPart
-from lorameter.studies.columns import DataColumns
 from lorameter.studies.engine import Engine
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.variant import AnyVariant, FullVariant, LoraVariant, PeftVariant, ScriptVariant, form_keys
-from lorameter.studies.workload import LISTED, OF_VARIANTS, Workload
+from lorameter.studies.workload import OF_VARIANTS, DataColumns, Workload
 from lorameter.verdicts import gate
 from lorameter.verdicts.gate import LimitRule, Policy
 
@@ -53,8 +52,7 @@ def _lines() -> Iterator[str]:
         (
             "[workload]",
             Workload,
-            f"What all variants train on and answer. {', '.join(f'`{key}`' for key in LISTED)} may each be a list of "
-            "values: every variant is then measured at each, and keeps its name at the first, which the reference has.",
+            "What all variants train on and answer.",
         ),
         ("workload.columns", DataColumns, "The column of the data that plays each part, where it has another name."),
         ("[protocol]", Protocol, "How often and how long it is measured."),

@@ -34,7 +34,7 @@ from lorameter.studies.from_run import read_study
 from lorameter.studies.study import unknown
 from lorameter.verdicts.ab import attribution_of, report_of
 from lorameter.verdicts.claims import document, judge_claims
-from lorameter.verdicts.comparison_report import ComparisonRow, worst
+from lorameter.verdicts.compare import ComparisonRow, worst
 from lorameter.verdicts.gate import GateResult, gate_document, judge, kept_policy, load_policy
 from lorameter.verdicts.sites import is_mixed
 

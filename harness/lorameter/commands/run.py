@@ -21,12 +21,11 @@ from lorameter.run.plan import AB_PHASES
 from lorameter.run.resume import SETTLED_OPTIONS
 from lorameter.run.sites.placement import open_placement
 from lorameter.run.workers.sides import command_sides, name_sides
-from lorameter.studies.engine_command import study_of_engine
 from lorameter.studies.peft_experiments import study_of_experiments
 from lorameter.studies.placement import HERE
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import name_of_command, split_command, time_steps
-from lorameter.studies.script_study import study_of_command
+from lorameter.studies.script_study import study_of_command, study_of_engine
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import load_study
 from lorameter.verdicts.calibrate import MOST_ROWS

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from lorameter.records.parity import Served
 from lorameter.records.record import Notice, TrialRecord
-from lorameter.studies.serving_modes import ServingMode
-from lorameter.studies.variant import Variant
+from lorameter.studies.request import ServingMode
+from lorameter.studies.variant import BuiltVariant
 from lorameter.studies.workload import Workload
 
 SCHEMA = 1
@@ -21,7 +21,7 @@ class Parity:
 
     schema: int = SCHEMA
     study: str
-    variant: Variant
+    variant: BuiltVariant
     workload: Workload
     device: str
     device_name: str

@@ -20,7 +20,7 @@ from lorameter.parity.facts import Parity
 from lorameter.parity.measure import say_failure
 from lorameter.records.parity import Served
 from lorameter.stats import Proportion, clustered_proportion, mean_interval, proportion
-from lorameter.studies.serving_modes import AGAIN, WITHOUT
+from lorameter.studies.request import AGAIN, WITHOUT
 
 Verdict = Literal["same", "noise", "differ"]
 

@@ -19,7 +19,7 @@ from lorameter.records import codec, fileio
 from lorameter.records.parity import PROMPTS, SERVED, Served
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.run.workers import Executor
-from lorameter.studies.serving_modes import ServingMode, ServingRequest, ways_of
+from lorameter.studies.request import ServingMode, ServingRequest, ways_of
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
 

@@ -18,7 +18,7 @@ from lorameter.models.shapes import ModelShape
 from lorameter.records.activity import Activity, RequestFacts
 from lorameter.records.memory_account import MemoryAccount
 from lorameter.records.record import TrialRecord
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import BuiltVariant
 from lorameter.studies.workload import Workload
 
 SCHEMA = 1
@@ -30,7 +30,7 @@ class TrialProfile:
 
     schema: int = SCHEMA
     study: str
-    variant: Variant
+    variant: BuiltVariant
     workload: Workload
     device: Literal["cpu", "cuda"]
     device_name: str

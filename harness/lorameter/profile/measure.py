@@ -55,7 +55,7 @@ from lorameter.run.feasibility import check_feasible
 from lorameter.run.plan import Arm, Plan, Slot, make_plan
 from lorameter.run.prepare import RunContext, begin_record, context_of, greet, request_of
 from lorameter.run.workers import Executor, TrialFiles, Worker, WorkerLostError
-from lorameter.studies.command import COMMANDS
+from lorameter.studies.request import COMMANDS
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload

@@ -6,6 +6,7 @@ read as a loss follow from that entry, so a new one is written here and nowhere 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -66,10 +67,6 @@ class Metric:
         return (record.values[self.name],) if self.name in record.values else ()
 
 
-def _tokens_per_s(record: TrialRecord) -> Samples:
-    return _rate(record, "turn_tokens")
-
-
 def _rate(record: TrialRecord, counted: str) -> Samples:
     """What the turns held over the time of their steps; nothing where that was not counted, as in some scripts."""
     seconds, counts = sum(record.samples.get("step_time_s", ())), record.samples.get(counted, ())
@@ -79,7 +76,7 @@ def _rate(record: TrialRecord, counted: str) -> Samples:
 def _padded_tokens_per_s(record: TrialRecord) -> Samples:
     """Of all positions, padding included; nothing where there is no padding, and it is the same number."""
     padding = _rate(record, "turn_padded_tokens")
-    return (padding[0] + _tokens_per_s(record)[0],) if padding and padding[0] else ()
+    return (padding[0] + _rate(record, "turn_tokens")[0],) if padding and padding[0] else ()
 
 
 def _mfu(record: TrialRecord) -> Samples:
@@ -116,10 +113,6 @@ def _scaling_efficiency(record: TrialRecord) -> Samples:
 def real_tokens_of_steps(record: TrialRecord) -> Samples:
     """Real tokens in each step that a script took, in their order; () where they were not seen."""
     return tuple(count for name in SCRIPT_TOKENS for count in record.samples.get(name, ()))
-
-
-def _samples_per_s(record: TrialRecord) -> Samples:
-    return _rate(record, "turn_sequences")
 
 
 def _output_tokens_per_s(record: TrialRecord) -> Samples:
@@ -178,7 +171,7 @@ METRICS: dict[str, Metric] = {
             unit="1/s",
             phase="train",
             higher_is_better=True,
-            derive=_tokens_per_s,
+            derive=functools.partial(_rate, counted="turn_tokens"),
             of_trial="mean",
             column="one workload",
             per_token=True,
@@ -215,7 +208,7 @@ METRICS: dict[str, Metric] = {
             unit="1/s",
             phase="train",
             higher_is_better=True,
-            derive=_samples_per_s,
+            derive=functools.partial(_rate, counted="turn_sequences"),
             of_trial="mean",
         ),
         # Of several ranks: compared with one rank on the same batches, and of profiled steps.

@@ -95,6 +95,8 @@ class PartialRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     notices: tuple[Notice, ...] = ()
     tokens: dict[str, Any] = msgspec.field(default_factory=dict)
     software: dict[str, str] = msgspec.field(default_factory=dict)
+    """Versions of packages, and of `python` and `cuda`, as a script's own process reports them; empty for any other
+    trial, whose versions are in the run's provenance."""
     failure: Failure | None = None
     status: Status = "ok"
 
@@ -107,7 +109,7 @@ class PartialRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         return msgspec.structs.replace(self, notices=(*self.notices, notice))
 
 
-class TrialRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class TrialRecord(PartialRecord, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One trial as measured: one line of trials.jsonl."""
 
     schema: int = SCHEMA
@@ -132,18 +134,8 @@ class TrialRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     seed: int
     started_unix_s: float
     wall_time_s: float
-    samples: dict[str, tuple[float, ...]] = msgspec.field(default_factory=dict)
     turn_lengths: tuple[int, ...] = ()
     """Number of timed steps in each turn, in order; they sum to the length of the step samples."""
-    values: dict[str, float] = msgspec.field(default_factory=dict)
-    memory: dict[str, int] = msgspec.field(default_factory=dict)
-    checks: tuple[dict[str, Any], ...] = ()
-    notices: tuple[Notice, ...] = ()
-    tokens: dict[str, Any] = msgspec.field(default_factory=dict)
-    software: dict[str, str] = msgspec.field(default_factory=dict)
-    """Versions of packages, and of `python` and `cuda`, as a script's own process reports them; empty for any other
-    trial, whose versions are in the run's provenance."""
-    failure: Failure | None = None
     log: str = ""
     """Path of the log, relative to the run's directory."""
 

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -29,22 +29,120 @@ from lorameter.errors import UsageError
 from lorameter.records import codec, fileio
 from lorameter.records.fileio import write_document, write_whole
 from lorameter.records.locks import alone, is_locked
-from lorameter.records.manifest import MANIFEST as MANIFEST
-from lorameter.records.manifest import Manifest as Manifest
-from lorameter.records.manifest import Resumption as Resumption
-from lorameter.records.manifest import RunStatus as RunStatus
-from lorameter.records.manifest import SiteFacts as SiteFacts
-from lorameter.records.manifest import read_manifest as read_manifest
 from lorameter.records.os_errors import translate_os_errors, translate_write_errors
 from lorameter.records.packed import is_packed, unpacked
-from lorameter.records.record import UNDER_WAY, Notice, TrialRecord
-from lorameter.records.time_breakdown import TimeBreakdown
+from lorameter.records.record import SCHEMA, UNDER_WAY, Line, Notice, TrialRecord, require_readable
 from lorameter.records.trials import TRIALS as TRIALS
 from lorameter.records.trials import EvidenceFile, LostEvidenceError, line_of, read_trials, remove_steps, with_steps
+from lorameter.records.worker_info import BaseSummary
 
+RunStatus = Literal["running", "complete", "interrupted", "failed"]
+MANIFEST = "manifest.json"
 RunState = Literal["running", "complete", "interrupted", "failed", "killed"]
 """State of a run: its status, or "killed" if its process ended without writing one."""
 ENV_RUNS = "LORAMETER_RUNS"
+
+
+class TimeBreakdown(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Seconds of one invocation."""
+
+    wall_s: float
+    """From its begin, the preparing of tokens and bases included, to its last trial."""
+    limit_s: float | None = None
+    """What it was allowed to take."""
+    measured_s: dict[str, float] = msgspec.field(default_factory=dict)
+    """In which something timed was at work, and nothing else: steps, requests, open_ended, merged, cold."""
+    turns: tuple[int, ...] = ()
+    """That each trial of a replicate took, by replicate, where time was limited."""
+
+    @property
+    def share(self) -> float:
+        """Of the time that was measurement."""
+        return sum(self.measured_s.values()) / self.wall_s if self.wall_s else 0.0
+
+
+class Resumption(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One time that a run which had broken off was resumed."""
+
+    unix_s: float
+    harness: str | None
+    """Version and content of the harness that went on (`provenance.harness_identity`)."""
+    commit: str | None
+    """That of the repository of the working folder."""
+    max_minutes: float | None = None
+    """The limit of time from then on."""
+
+
+class SiteFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a site is that replicates were measured on."""
+
+    machine: dict[str, Any]
+    """Of the provenance what is the machine's (`provenance.Machine`)."""
+    fingerprint: str
+    """What the run's would be if it had been measured there alone."""
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What must be known to read the records of a run and to repeat it."""
+
+    schema: int = SCHEMA
+    run: Line
+    study: dict[str, Any]
+    phases: tuple[str, ...]
+    sites: tuple[str, ...] = ()  # that may be unlike: each is judged by itself
+    selection: tuple[str, ...] = ()
+    """Names of the variants that are measured; empty for all of the study."""
+    own_workloads: dict[str, Any] = msgspec.field(default_factory=dict)
+    """What variants are measured on that are not measured on the study's workload, by name."""
+    interleaving: str
+    why: str = ""
+    """Why this interleaving."""
+    order: tuple[Line, ...]
+    """Trial ids in the order of the plan; those of replicates that turned out needless are taken off at the end."""
+    seed: int
+    created_unix_s: float
+    provenance: dict[str, Any]
+    fingerprint: str
+    """Hash of the provenance fields that must agree for two runs to be compared."""
+    tokens: dict[str, Any] = msgspec.field(default_factory=dict)
+    bases: tuple[BaseSummary, ...] = ()
+    """What the trials stand on, prepared once; of each time that the run was resumed."""
+    notices: tuple[Notice, ...] = ()
+    """What was known of the study before it ran."""
+    sides: dict[str, Any] = msgspec.field(default_factory=dict)
+    """For an A/B: what either side is, and its versions."""
+    policy: dict[str, Any] = msgspec.field(default_factory=dict)
+    """For an A/B: the policy that it was measured to be judged by; empty for the defaults."""
+    site_facts: dict[str, SiteFacts] = msgspec.field(default_factory=dict)
+    """Of a run that was spread: where each of its sites is; those of every time that it was resumed."""
+    stopped: str | None = None
+    """Why the run ended before the replicates of its plan were used up."""
+    resumed: tuple[Resumption, ...] = ()
+    spending: TimeBreakdown | None = None
+    """What the time of its last invocation went to."""
+    skipped: tuple[str, ...] = ()
+    """What was not measured because of the time limit: requests, open_ended, merged, cold."""
+    status: RunStatus = "running"
+    """"running" also says a manifest whose process was killed; see `Run.live`."""
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a run directory.
+
+    Raises:
+        UsageError: it is damaged or of another schema.
+    """
+    source = path / MANIFEST
+    try:
+        data = fileio.read_json(source, fileio.MANIFEST_BYTES)
+        require_readable(data, source)
+        codec.dumps(data).encode()  # what could not be written again would only fail later
+    except (fileio.NotReadableError, codec.NotJsonError, UnicodeError) as error:
+        raise UsageError(f"{source}: cannot be read: {error}. Measure again, or restore the file.") from None
+    manifest = codec.from_json(Manifest, data, source.name)
+    if manifest.sides and manifest.sides.keys() != {"base", "candidate"}:
+        raise UsageError(f"{source}: sides = {', '.join(manifest.sides)}: base and candidate are expected. Restore it.")
+    return manifest
 
 
 def runs_dir(given: str | None, *, make: bool = False) -> Path:
@@ -131,6 +229,18 @@ class RunWriter:
     def refusals(self) -> contextlib.AbstractContextManager[None]:
         """Meanwhile what the system refuses is an `InvalidRunError` that says what it means to this run."""
         return translate_os_errors(lambda: refusal_of(self.path, begun=self._begun))
+
+
+CHECKPOINT_S = 30.0
+"""No more often than this."""
+CHECKPOINT_SHARE = 0.1
+"""And no more often than in this share of all the time: what they take on the disk grows with its logarithm."""
+
+
+def checkpoint_is_due(now_s: float, *, begun_s: float, saved_s: float) -> bool:
+    """Whether to save at `now_s` what began at `begun_s`, is not whole yet, and was last saved at `saved_s`: a sync
+    costs milliseconds, and shorter stretches are repeated at little cost."""
+    return now_s - saved_s >= max(CHECKPOINT_S, CHECKPOINT_SHARE * (now_s - begun_s))
 
 
 def refusal_of(path: Path, *, begun: bool = False) -> tuple[str, str]:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from kernels_check.terminal import escape_control_chars
 from lorameter.report.comparison import list_differences, outcome_of, title_of_report, write_compared
 from lorameter.report.phrases import title_of
-from lorameter.verdicts.comparison_report import EXIT_OF, PRECEDENCE
+from lorameter.verdicts.compare import EXIT_OF, PRECEDENCE
 
 if TYPE_CHECKING:
     from lorameter.report.run_view import RunView
     from lorameter.verdicts.claims import ClaimsReport
-    from lorameter.verdicts.comparison_report import ComparisonReport
+    from lorameter.verdicts.compare import ComparisonReport
     from lorameter.verdicts.gate import GateResult
 
 

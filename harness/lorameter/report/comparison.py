@@ -43,8 +43,8 @@ from lorameter.report.figures import draw_intervals
 from lorameter.report.notices import describe_notices
 from lorameter.report.phrases import format_effect, say_inconclusive, say_ratio, title_of, title_of_ratio, verdict_cell
 from lorameter.run.bisect import Bisection, Look
-from lorameter.verdicts.comparison_input import is_memory
-from lorameter.verdicts.comparison_report import EXIT_OF, PRECEDENCE, ComparisonReport, ComparisonRow
+from lorameter.verdicts.compare import EXIT_OF, PRECEDENCE, ComparisonReport, ComparisonRow
+from lorameter.verdicts.series import is_memory
 
 if TYPE_CHECKING:
     from lorameter.records.store import Run

@@ -28,7 +28,7 @@ from lorameter.report.terminal import draw_text
 from lorameter.run.display import Display
 from lorameter.run.plan import Plan, Slot
 from lorameter.stats import Comparison
-from lorameter.studies.command import COMMANDS
+from lorameter.studies.request import COMMANDS
 from lorameter.verdicts.series import Series, compare_series, group_trials
 from lorameter.verdicts.validity import disturbances_of
 

@@ -15,7 +15,7 @@ from lorameter.records.record import Interleaving
 from lorameter.records.units import format_percent
 from lorameter.report.blocks import Cell, write_ratio
 from lorameter.stats import MOST_ADVISED, Comparison
-from lorameter.verdicts.compare import MARGIN
+from lorameter.verdicts.series import MARGIN
 
 if TYPE_CHECKING:
     from lorameter.studies.workload import Workload

@@ -17,8 +17,7 @@ from lorameter.machine.provenance import power_limit_w
 from lorameter.records import codec
 from lorameter.records.metrics import METRICS, PHASE_TITLES
 from lorameter.records.record import Interleaving
-from lorameter.records.store import Run
-from lorameter.records.time_breakdown import TimeBreakdown
+from lorameter.records.store import Run, TimeBreakdown
 from lorameter.records.units import first_few, format_count, format_duration, format_percent
 from lorameter.report.blocks import (
     Block,
@@ -53,9 +52,7 @@ from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
 from lorameter.studies.variant import ScriptVariant
 from lorameter.studies.workload import LOSSES, Workload
-from lorameter.verdicts.compare import MARGIN
-from lorameter.verdicts.comparison_input import is_memory
-from lorameter.verdicts.series import is_difference
+from lorameter.verdicts.series import MARGIN, is_difference, is_memory
 from lorameter.verdicts.sites import is_mixed, say_machines
 from lorameter.verdicts.software import say_threads, versions_of
 from lorameter.verdicts.validity import is_single_script_run

@@ -19,14 +19,23 @@ from lorameter.records.store import Run
 from lorameter.records.units import format_bytes
 from lorameter.report.blocks import Cell, ColumnHeader, Row, Table, value_cell, write_ratio
 from lorameter.report.phrases import title_of, verdict_cell
-from lorameter.stats import Comparison, Estimate, QuantileEstimate, compare_bytes
+from lorameter.stats import Comparison, Estimate, QuantileEstimate
 from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study, unknown
-from lorameter.verdicts.compare import LimitsOf, default_limits, matching
-from lorameter.verdicts.comparison_input import is_memory
+from lorameter.verdicts.compare import matching
 from lorameter.verdicts.notices import notices_of
 from lorameter.verdicts.same_training import sides_of_run
-from lorameter.verdicts.series import Groups, Series, control_of, group_trials, occupancies, ratios_of
+from lorameter.verdicts.series import (
+    Groups,
+    LimitsOf,
+    Series,
+    control_of,
+    default_limits,
+    group_trials,
+    is_memory,
+    occupancies,
+    ratios_of,
+)
 from lorameter.verdicts.sites import is_mixed, join_notices, runs_of_sites
 from lorameter.verdicts.validity import RunValidity, discounted, is_single_script_run, run_validity
 
@@ -224,12 +233,7 @@ def _outcomes(source: _Source) -> Iterator[PhaseTable]:
 
 def _tabulate_metric(source: _Source, phase: Phase, metric: str) -> PhaseTable:
     """One metric or kind of memory, with the control of its own."""
-    reference = source.study.reference
-    if is_memory(metric):
-        twins = [source.groups.get((reference, role)) for role in ("variant", "control")]
-        control = _compare_peaks(twins[0], twins[1], metric, 0.01)
-    else:
-        control = control_of(source.groups, reference, metric, family=1)
+    control = control_of(source.groups, source.study.reference, metric, family=1)
     return _tabulate(source, phase, metric, control, whole=False)
 
 
@@ -374,27 +378,8 @@ def _margin(source: _Source, name: str, metric: str) -> float:
 
 def _ratios(source: _Source, metric: str, control: Comparison | None) -> dict[str, Comparison]:
     """Each variant against the reference; in an invalid run without a verdict."""
-    study, groups = source.study, source.groups
-    limits = {variant.name: source.asked.limits_of(variant.name, metric) for variant in study.variants}
-    if is_memory(metric):
-        base = groups.get((study.reference, "variant"))
-        peaks = {
-            name: _compare_peaks(base, groups.get((name, "variant")), metric, limits[name].tolerance)
-            for name in limits
-            if name != study.reference
-        }
-        found = {name: one for name, one in peaks.items() if one is not None}
-    else:
-        tolerance, margin = (
-            {name: getattr(one, key) for name, one in limits.items()} for key in ("tolerance", "margin")
-        )
-        found = ratios_of(groups, study, metric, control, tolerance=tolerance, margin=margin)
+    found = ratios_of(source.groups, source.study, metric, control, source.asked.limits_of)
     return {name: discounted(one, source.validity.invalid) for name, one in found.items()}
-
-
-def _compare_peaks(base: Series | None, other: Series | None, kind: str, tolerance: float) -> Comparison | None:
-    peaks = [_sizes(side, kind) if side is not None else [] for side in (base, other)]
-    return compare_bytes(peaks[0], peaks[1], tolerance=tolerance) if all(peaks) else None
 
 
 def _sort(rows: list[Row], heads: Sequence[ColumnHeader], key: str) -> list[Row]:

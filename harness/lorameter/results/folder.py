@@ -14,7 +14,7 @@ from lorameter.records.store import Run
 from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study
 from lorameter.verdicts.ab import report_of
-from lorameter.verdicts.comparison_report import EXIT_OF, worst
+from lorameter.verdicts.compare import EXIT_OF, worst
 from lorameter.verdicts.validity import run_validity
 
 T = TypeVar("T")

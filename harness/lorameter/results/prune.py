@@ -17,7 +17,7 @@ import msgspec
 
 from lorameter.errors import UsageError
 from lorameter.records import fileio, store
-from lorameter.records.manifest import Manifest
+from lorameter.records.store import Manifest
 from lorameter.verdicts.baselines import deciding, read_baselines
 
 _AGE = re.compile(r"(\d{1,6})([hdw])")

@@ -16,8 +16,7 @@ from lorameter.stats import Comparison
 from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study
 from lorameter.verdicts.ab import report_of
-from lorameter.verdicts.compare import default_limits
-from lorameter.verdicts.comparison_report import ComparisonRow, fields_of
+from lorameter.verdicts.compare import ComparisonRow, row_of
 from lorameter.verdicts.series import Series, group_trials, ratios_of
 from lorameter.verdicts.validity import discounted, run_validity
 
@@ -158,17 +157,9 @@ def _compared(
     *,
     side: Side = "",
 ) -> Values:
-    limits = default_limits(variant, metric)
     series = group_trials(run.records, side).get((variant, role))
-    compared = ComparisonRow(
-        variant=variant,
-        metric=metric,
-        **fields_of(found),
-        tolerance=limits.tolerance,
-        margin=limits.margin,
-        interleaving=(series.interleaving(metric) if series else None) or "replicates",
-    )
-    return _judged(name, variant, role, sides, compared)
+    level = (series.interleaving(metric) if series else None) or "replicates"
+    return _judged(name, variant, role, sides, row_of(variant, metric, found, level))
 
 
 def _judged(name: str, variant: str, role: Role, sides: tuple[str, str], compared: ComparisonRow) -> Values:

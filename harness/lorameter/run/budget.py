@@ -20,7 +20,7 @@ from typing import Literal
 
 from lorameter.errors import UsageError
 from lorameter.records.record import Notice
-from lorameter.records.time_breakdown import TimeBreakdown
+from lorameter.records.store import TimeBreakdown
 from lorameter.records.units import format_count, format_duration
 from lorameter.run.plan import Group, Plan, measured_groups
 

@@ -31,7 +31,7 @@ from lorameter.stats import VerdictRule
 from lorameter.stats.effect import Spread
 from lorameter.stats.shared_scatter import PRIOR_DF
 from lorameter.studies.workload import Workload
-from lorameter.verdicts.series import effects_against, group_trials
+from lorameter.verdicts.series import group_trials, pairs_against
 
 PROCESS_START_S = 6.0
 """A new interpreter with these imports, measured on two cores."""
@@ -139,7 +139,7 @@ def _scatter(plan: Plan, machine: Machine, runs: Path) -> tuple[float, str]:
             reference = str(run.manifest.study.get("reference"))
             if (reference, "variant") not in groups:
                 continue
-            effects = [one.effect for one in effects_against(groups, reference, "step_time_s").values()]
+            effects = [one.effect for one in pairs_against(groups, reference, "step_time_s").values()]
             found = [one.spread.sd for one in effects if one.spread is not None and one.replicates >= SOUGHT_REPLICATES]
             if found:
                 sd = statistics.median(found)

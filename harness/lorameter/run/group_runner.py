@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 from lorameter.records import codec
-from lorameter.records.checkpoints import checkpoint_is_due
 from lorameter.records.os_errors import REFUSED, SystemLimitError
 from lorameter.records.record import UNDER_WAY, Failure, Measure, PartialRecord, Status, TrialRecord
+from lorameter.records.store import checkpoint_is_due
 from lorameter.records.trials import find_fault
 from lorameter.run.budget import LEAST_ROUNDS, Budget, Part
 from lorameter.run.cold_start import ColdStart
@@ -24,8 +24,7 @@ from lorameter.run.display import ProgressListener
 from lorameter.run.plan import Group, Plan, Slot
 from lorameter.run.prepare import RunContext, begin_record, request_of, script_request_of
 from lorameter.run.workers import AsyncWorker, Executor, PinnableWorker, Worker, WorkerLostError
-from lorameter.studies.command import COMMANDS, ROUNDS, Command, RoundKind
-from lorameter.studies.request import TrialRequest
+from lorameter.studies.request import COMMANDS, ROUNDS, Command, RoundKind, TrialRequest
 
 WARM = "warmup_step_time_s"
 PART_OF: dict[RoundKind, Part] = {

@@ -20,7 +20,7 @@ from lorameter.run.interleaving import fits
 from lorameter.run.plan import Arm, Plan, Slot, make_plan
 from lorameter.run.prepare import RunContext, begin_record, script_request_of
 from lorameter.run.workers import Executor, WorkerLostError
-from lorameter.studies.command import COMMANDS
+from lorameter.studies.request import COMMANDS
 
 REHEARSED = "a rehearsal of the scripts settles it"
 """Why a plan has a level that is not settled."""

@@ -26,7 +26,7 @@ from lorameter.run.plan import Group, Plan
 from lorameter.run.prepare import RunContext, begin_record
 from lorameter.run.workers import Executor
 from lorameter.stats import Comparison, VerdictRule, is_precise, relative_half_width
-from lorameter.verdicts.series import compare_series, effects_against, group_trials
+from lorameter.verdicts.series import compare_series, group_trials, pairs_against
 from lorameter.verdicts.validity import mark_disturbed
 
 LEAST_TO_STOP = 5
@@ -77,7 +77,7 @@ class Stopping:
             groups = group_trials(records)
             if (reference, "variant") not in groups:
                 return []
-            effects = [effects_against(groups, reference, metric) for metric in metrics]
+            effects = [pairs_against(groups, reference, metric) for metric in metrics]
             return [one.compare(VerdictRule()) for found in effects for one in found.values()]
         bases, found = group_trials(records, "base"), []
         for side in sorted({record.side for record in records}):

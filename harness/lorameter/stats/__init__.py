@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from lorameter.stats.between import Between, sd_between
 from lorameter.stats.comparison import compare_family, compare_trials, decide, decide_family, effect_of, step_down
-from lorameter.stats.drift import drifting, drifts
+from lorameter.stats.drift import drifting
 from lorameter.stats.drops import KeptPairs, kept_pairs
 from lorameter.stats.effect import Effect, Pairing
 from lorameter.stats.estimate import Estimate, estimate_trials, is_precise, relative_half_width
 from lorameter.stats.intervals import bootstrap_interval, mean_interval
 from lorameter.stats.memory import compare_bytes
-from lorameter.stats.outliers import OutlierLabel, count_outliers, label_outliers
+from lorameter.stats.outliers import count_outliers
 from lorameter.stats.power import MOST_ADVISED, replicates_to_see, sd_interval
 from lorameter.stats.proportion import Proportion, clustered_proportion, proportion
 from lorameter.stats.quantiles import QuantileEstimate, effective_size, median_interval, percentile
@@ -27,7 +27,7 @@ from lorameter.stats.shared_scatter import share_scatter
 from lorameter.stats.shift import RunWideShift, run_wide_shift
 from lorameter.stats.trend import ShareEstimate, explained_share
 from lorameter.stats.verdict import Comparison, Verdict, VerdictRule
-from lorameter.stats.warmup import is_steady, is_warm, steady_after, steady_together
+from lorameter.stats.warmup import is_steady, is_warm
 
 __all__ = [
     "MOST_ADVISED",
@@ -36,7 +36,6 @@ __all__ = [
     "Effect",
     "Estimate",
     "KeptPairs",
-    "OutlierLabel",
     "Pairing",
     "Proportion",
     "QuantileEstimate",
@@ -53,7 +52,6 @@ __all__ = [
     "decide",
     "decide_family",
     "drifting",
-    "drifts",
     "effect_of",
     "effective_size",
     "estimate_trials",
@@ -62,7 +60,6 @@ __all__ = [
     "is_steady",
     "is_warm",
     "kept_pairs",
-    "label_outliers",
     "mean_interval",
     "median_interval",
     "percentile",
@@ -73,7 +70,5 @@ __all__ = [
     "sd_between",
     "sd_interval",
     "share_scatter",
-    "steady_after",
-    "steady_together",
     "step_down",
 ]

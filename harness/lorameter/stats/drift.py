@@ -63,11 +63,6 @@ def drifting(trials: Sequence[Sequence[float]], *, tolerance: float) -> list[boo
     return found
 
 
-def drifts(samples: Sequence[float], *, tolerance: float) -> bool:
-    """Whether one series of step times does; see `drifting`."""
-    return drifting([samples], tolerance=tolerance)[0]
-
-
 def _drifting(log_times: NDArray[float64], allowed: float) -> list[bool]:
     """Of series of one length, a row each. Most are at one level, which is seen of all of them at once."""
     import numpy as np

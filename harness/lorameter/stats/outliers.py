@@ -1,13 +1,13 @@
 """Outliers are counted and shown, never dropped.
 
 A slow step is a fact about the machine or the program; deleting it by its value makes the noise look smaller than it
-is, and medians do not need the deletion. The labels are Tukey's (1977): `mild` beyond 1.5 interquartile ranges from the
-quartiles, `severe` beyond 3.
+is, and medians do not need the deletion. The fences are Tukey's (1977), 1.5 interquartile ranges from the
+quartiles.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING
 
 from lorameter.stats.samples import checked_samples
 
@@ -18,29 +18,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-OutlierLabel = Literal["none", "mild", "severe"]
-
-_MILD_IQR = 1.5
-_SEVERE_IQR = 3.0
-
-
-def label_outliers(samples: Sequence[float]) -> tuple[OutlierLabel, ...]:
-    """One label a sample, in order; () of none. Values on a fence are inside it.
-
-    Where more than half of the samples are one value the range between the quartiles is zero, and every other value is
-    `severe`. Raises ValueError for NaN or infinite samples.
-    """
-    import numpy as np
-
-    if len(samples) == 0:
-        return ()
-    distance, spread = _beyond_quartiles(checked_samples("samples", samples, positive=False))
-    labels = np.select([distance > _SEVERE_IQR * spread, distance > _MILD_IQR * spread], ["severe", "mild"], "none")
-    return cast("tuple[OutlierLabel, ...]", tuple(labels.tolist()))
+_FENCE_IQR = 1.5
 
 
 def count_outliers(trials: Sequence[Sequence[float]]) -> int:
-    """How many samples of many trials are outliers of their own trial, mild or severe, as `label_outliers` has them.
+    """How many samples of many trials are outliers of their own trial: beyond 1.5 interquartile ranges
+    from its quartiles.
 
     Trials of one length are taken together: numpy's quantiles cost as much for one trial as for hundreds. Raises
     ValueError for NaN or infinite samples.
@@ -52,7 +35,7 @@ def count_outliers(trials: Sequence[Sequence[float]]) -> int:
         if len(samples):
             by_length.setdefault(len(samples), []).append(checked_samples("samples", samples, positive=False))
     together = (_beyond_quartiles(np.stack(rows)) for rows in by_length.values())
-    return sum(int(np.count_nonzero(distance > _MILD_IQR * spread)) for distance, spread in together)
+    return sum(int(np.count_nonzero(distance > _FENCE_IQR * spread)) for distance, spread in together)
 
 
 def _beyond_quartiles(values: NDArray[float64]) -> tuple[NDArray[float64], NDArray[float64]]:

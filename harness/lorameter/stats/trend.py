@@ -12,7 +12,6 @@ which a share cannot leave.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,25 +52,6 @@ def line_change(logs: NDArray[float64], positions: Sequence[float]) -> NDArray[f
     centred = np.asarray(positions) - np.mean(positions)
     weights = centred / (centred @ centred) * (positions[-1] - positions[0])
     return np.asarray(logs @ weights)
-
-
-def pairs(count: int) -> tuple[tuple[int, int], ...]:
-    """Every pair of so many levels, the lower one first."""
-    return tuple(itertools.combinations(range(count), 2))
-
-
-def pair_differences(logs: NDArray[float64]) -> NDArray[float64]:
-    """The higher level against the lower one, for every pair in the order of `pairs`: replicates × pairs."""
-    import numpy as np
-
-    return np.stack([logs[:, high] - logs[:, low] for low, high in pairs(logs.shape[1])], axis=1)
-
-
-def leads(logs: NDArray[float64], level: int) -> NDArray[float64]:
-    """One level (by its index) against each of the others in their order: replicates × others."""
-    import numpy as np
-
-    return np.stack([logs[:, level] - logs[:, other] for other in range(logs.shape[1]) if other != level], axis=1)
 
 
 def sizes(changes: NDArray[float64]) -> NDArray[float64]:

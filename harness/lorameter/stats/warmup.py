@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
 WINDOW = 3
 """Steps that must show no more downward trend before a warm-up ends."""
-TOGETHER, ALONE = 0.05, 0.15
-"""By how much the steps of several trials may be above their last ones where these tell others how long to warm up: of
-all of them together, and of one."""
 
 
 def is_steady(samples: Sequence[float], window: int = WINDOW, *, tolerance: float = 0.02) -> bool:
@@ -45,46 +42,6 @@ def is_steady(samples: Sequence[float], window: int = WINDOW, *, tolerance: floa
 def is_warm(samples: Sequence[float], least: int, most: int) -> bool:
     """Whether a warm-up is over: its steps are steady and at least `least`, or there were `most` of them."""
     return len(samples) >= most or (len(samples) >= least and is_steady(samples))
-
-
-def steady_after(samples: Sequence[float], window: int = WINDOW, *, tolerance: float = 0.02) -> int:
-    """After how many steps of a warm-up that was long enough its steps were as fast as its last ones: the fewest whose
-    next `window` steps have a median log time at most `tolerance` above that of the last `window`.
-
-    Of fewer than two windows the windows are halves. Raises ValueError as `is_steady` does.
-    """
-    allowed = math.log1p(checked_number("tolerance", tolerance, at_least=0, strictly=False))
-    window = _window_of(samples, window)
-    last = max(0, len(samples) - window)
-    settled = _level(samples, last, window)
-    return next((first for first in range(last) if _level(samples, first, window) - settled <= allowed), last)
-
-
-def steady_together(
-    trials: Sequence[Sequence[float]], *, tolerance: float = TOGETHER, tolerance_alone: float = ALONE
-) -> int:
-    """After how many steps several trials were as fast as at the ends of their warm-ups: all of them together, by the
-    geometric mean of what their steps took over their last ones, within `tolerance`, and each within `tolerance_alone`.
-    A trial alone is too noisy to be held to the first: the noisiest would tell all others how long to warm up.
-
-    Raises ValueError as `is_steady` does, and for no trials at all.
-    """
-    if not trials:
-        raise ValueError("no trials to warm up")
-    alone = max(steady_after(times, tolerance=tolerance_alone) for times in trials)
-    shared = min(len(times) for times in trials)
-    ends = [_level(times, len(times) - last, last) for times in trials for last in (_window_of(times, WINDOW),)]
-    excess = [
-        statistics.fmean(math.log(times[step]) - end for times, end in zip(trials, ends, strict=True))
-        for step in range(shared)
-    ]
-    allowed = math.log1p(checked_number("tolerance", tolerance, at_least=0, strictly=False))
-    return max(alone, next((step for step, found in enumerate(excess) if found <= allowed), shared))
-
-
-def _window_of(samples: Sequence[float], window: int) -> int:
-    """Of fewer than two windows the half."""
-    return min(window, max(1, len(samples) // 2))
 
 
 def _level(samples: Sequence[float], first: int, window: int) -> float:

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from lorameter.errors import UsageError, impossible
+from lorameter.errors import impossible, require
 from lorameter.records.metrics import METRICS
 from lorameter.studies import limits
 
@@ -112,45 +112,44 @@ class ClaimPart:
         where = f"claim part {self.rule!r} on {self.axis!r}"
         of_pair = self.rule in OF_PAIRS and self.axis != ENGINE
         needed = 2 if of_pair else _LEVELS.get(self.rule, 0)
-        if of_pair and len(self.levels) != needed:
-            raise UsageError(
-                f"{where}: levels = {list(self.levels)}: the rule is about a pair. Name the two levels, what it starts "
-                f'from first, or write axis = "{ENGINE}".'
-            )
-        if len(self.levels) != needed:
-            raise UsageError(f"{where}: levels = {list(self.levels)}: {needed} expected. Name that many of the axis.")
-        if len(set(self.levels)) < len(self.levels):
-            raise UsageError(f"{where}: levels = {list(self.levels)}: the same one twice. Name two.")
-        if bool(self.metrics) != (self.rule == "best") or bool(self.metric) == (self.rule == "best"):
-            raise UsageError(f"{where}: give metrics (with weights) for rule 'best' and metric for any other rule.")
-        if bool(self.against) != (self.rule == "largest-effect"):
-            raise UsageError(f"{where}: against = {list(self.against)}: needed by 'largest-effect', and by it only.")
-        if self.axis in self.against:
-            raise UsageError(f"{where}: against = {list(self.against)}: holds the axis itself. Leave it out.")
+        listed = f"{where}: levels = {list(self.levels)}"
+        pair = f'the rule is about a pair. Name the two levels, what it starts from first, or write axis = "{ENGINE}".'
+        require(not of_pair or len(self.levels) == needed, f"{listed}: {pair}")
+        require(len(self.levels) == needed, f"{listed}: {needed} expected. Name that many of the axis.")
+        require(len(set(self.levels)) == len(self.levels), f"{listed}: the same one twice. Name two.")
+        best = self.rule == "best"
+        require(
+            bool(self.metrics) == best and bool(self.metric) != best,
+            f"{where}: give metrics (with weights) for rule 'best' and metric for any other rule.",
+        )
+        others = f"{where}: against = {list(self.against)}"
+        largest = self.rule == "largest-effect"
+        require(bool(self.against) == largest, f"{others}: needed by 'largest-effect', and by it only.")
+        require(self.axis not in self.against, f"{others}: holds the axis itself. Leave it out.")
         of_memory = self.rule in ("lowers", "costs-at-most")
         known = COUNTED if self.rule == "rises" else (*METRICS, *([PEAK] if of_memory else []))
         for name in self.metrics or (self.metric,):
-            if name not in known and not (of_memory and name.endswith("_bytes")):
-                raise UsageError(f"{where}: metric {name!r}: not known for this rule. Known: {', '.join(known)}.")
+            require(
+                name in known or (of_memory and name.endswith("_bytes")),
+                f"{where}: metric {name!r}: not known for this rule. Known: {', '.join(known)}.",
+            )
         name, limit = self.limit
         if name in ("tolerance", "margin"):
             limits.check_fraction(where, name, limit, zero=True)
-        self._check_pair(where)
+        if name == "by":
+            known_metric = METRICS.get(self.metric)
+            is_time = known_metric and known_metric.unit == "s" and not known_metric.higher_is_better
+            no_time = f"{where}: metric {self.metric!r}: no time. Name one, such as step_time_s."
+            require(is_time or self.rule != "faster", no_time)
+            require(
+                0 < limit < (1 if self.rule == "lowers" else 1000),
+                f"{where}: by = {limit}: no share that can be promised. 0.2 is 20 %; nothing falls by 1 or more.",
+            )
 
     @property
     def of_memory(self) -> bool:
         """Whether it is about bytes, which are judged by the largest and not by a test."""
         return self.metric == PEAK or (self.rule in OF_PAIRS and self.metric.endswith("_bytes"))
-
-    def _check_pair(self, where: str) -> None:
-        if self.rule not in OF_PAIRS:
-            return
-        if self.rule == "faster" and (METRICS[self.metric].unit != "s" or METRICS[self.metric].higher_is_better):
-            raise UsageError(f"{where}: metric {self.metric!r}: no time. Name one, such as step_time_s.")
-        if not 0 < self.by < (1 if self.rule == "lowers" else 1000):
-            raise UsageError(
-                f"{where}: by = {self.by}: no share that can be promised. 0.2 is 20 %; nothing falls by 1 or more."
-            )
 
     @property
     def limit(self) -> tuple[str, float]:
@@ -189,8 +188,8 @@ class Claim:
     """The page that says so, and the day on which it was read."""
 
     def __post_init__(self) -> None:
-        if not self.id or not self.says or not self.parts:
-            raise UsageError(f"claim {self.id!r}: id, says and at least one of parts are needed. Add them.")
+        complete = self.id and self.says and self.parts
+        require(complete, f"claim {self.id!r}: id, says and at least one of parts are needed. Add them.")
 
     @property
     def axes(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lorameter.errors import UsageError, shorten
+from lorameter.errors import UsageError, require, shorten
 from lorameter.records import fileio
 
 SYNTHETIC = "synthetic"
@@ -76,9 +76,11 @@ def resolve(data: str) -> DataSource:
     if fileio.is_folder(name):
         return _folder(Path(name), split, where)
     if fileio.is_there(name):
-        if split:
-            raise UsageError(f"{where}: a file has no splits. Leave [{split}] out.")
-        return _file(name, where)
+        require(not split, f"{where}: a file has no splits. Leave [{split}] out.")
+        require(fileio.is_file(name), f"{where}: it is no plain file. {REMEDY}")  # a pipe would block
+        ends = f"its name ends in none of {', '.join(ENDINGS)}"
+        require(name.endswith(ENDINGS), f"{where}: a file of no known kind: {ends}. {REMEDY}")
+        return DataSource(kind="file", name=name, files=(Path(name),))
     if name.endswith(ENDINGS) or name.startswith((".", "/", "~")):
         raise UsageError(f"{where}: no such file or folder. {REMEDY}")
     if found := _HUB.fullmatch(name):
@@ -93,14 +95,6 @@ def make_absolute(data: str) -> str:
     return f"{Path(name).absolute()}{behind}" if data != SYNTHETIC and fileio.is_there(name) else data
 
 
-def _file(name: str, where: str) -> DataSource:
-    if not fileio.is_file(name):  # a pipe would block
-        raise UsageError(f"{where}: it is no plain file. {REMEDY}")
-    if not name.endswith(ENDINGS):
-        raise UsageError(f"{where}: a file of no known kind: its name ends in none of {', '.join(ENDINGS)}. {REMEDY}")
-    return DataSource(kind="file", name=name, files=(Path(name),))
-
-
 def _folder(path: Path, split: str, where: str) -> DataSource:
     try:
         names = sorted(entry.name for entry in os.scandir(path))
@@ -110,8 +104,7 @@ def _folder(path: Path, split: str, where: str) -> DataSource:
         chosen = _choose(sorted(state.parent.name for state in path.glob("*/state.json")), split, where)
         return _saved(path, path / chosen, chosen)
     if {"state.json", "dataset_info.json"} <= set(names):
-        if split:
-            raise UsageError(f"{where}: it was saved without splits. Leave [{split}] out.")
+        require(not split, f"{where}: it was saved without splits. Leave [{split}] out.")
         return _saved(path, path, "")
     data = [name for name in names if name.endswith(ENDINGS) and name not in _NO_DATA and (path / name).is_file()]
     return _files(path, data, split, where)
@@ -123,21 +116,18 @@ def _saved(path: Path, folder: Path, split: str) -> DataSource:
 
 
 def _files(path: Path, names: Sequence[str], split: str, where: str) -> DataSource:
-    if not names:
-        raise UsageError(f"{where}: no file in it is of a known kind ({', '.join(ENDINGS)}). {REMEDY}")
+    require(names, f"{where}: no file in it is of a known kind ({', '.join(ENDINGS)}). {REMEDY}")
     splits = {name: set(_splits_in(name)) for name in names}
     known = sorted(set().union(*splits.values()))
     chosen = _choose(known, split, where) if known or split else ""
-    if chosen and not split and chosen != DEFAULT_SPLIT and any(chosen not in of for of in splits.values()):
-        raise UsageError(
-            f"{where}: files of {chosen} and others are in it. Name the split, as in …[{chosen}], or a file."
-        )
+    require(
+        not chosen or split or chosen == DEFAULT_SPLIT or all(chosen in words for words in splits.values()),
+        f"{where}: files of {chosen} and others are in it. Name the split, as in …[{chosen}], or a file.",
+    )
     taken = [name for name in names if not chosen or chosen in splits[name]]
     kinds = sorted({ending for name in taken if (ending := Path(name.removesuffix(PACKED)).suffix)})
-    if len(kinds) > 1:
-        raise UsageError(
-            f"{where}: files of different kinds are in it: {', '.join(kinds)}. Name one file, or separate them."
-        )
+    different = f"files of different kinds are in it: {', '.join(kinds)}"
+    require(len(kinds) < 2, f"{where}: {different}. Name one file, or separate them.")
     return DataSource(kind="folder", name=str(path), split=chosen, files=tuple(path / name for name in taken))
 
 
@@ -148,14 +138,10 @@ def _splits_in(name: str) -> Iterator[str]:
 
 
 def _choose(splits: Sequence[str], asked: str, where: str) -> str:
-    if asked:
-        if asked in splits:
-            return asked
-        raise UsageError(
-            f"{where}: no split {asked!r}. There {'are' if splits else 'is'} {', '.join(splits) or 'none'}."
-        )
-    if DEFAULT_SPLIT in splits or len(splits) == 1:
-        return DEFAULT_SPLIT if DEFAULT_SPLIT in splits else splits[0]
-    if not splits:
-        raise UsageError(f"{where}: it has no split. Save it again.")
-    raise UsageError(f"{where}: it has the splits {', '.join(splits)}. Name one, as in …[{splits[0]}].")
+    listed = f"There {'are' if splits else 'is'} {', '.join(splits) or 'none'}."
+    require(not asked or asked in splits, f"{where}: no split {asked!r}. {listed}")
+    require(splits, f"{where}: it has no split. Save it again.")
+    only = asked or (DEFAULT_SPLIT if DEFAULT_SPLIT in splits else splits[0])
+    several = f"{where}: it has the splits {', '.join(splits)}. Name one, as in …[{splits[0]}]."
+    require(asked or only == DEFAULT_SPLIT or len(splits) == 1, several)
+    return only

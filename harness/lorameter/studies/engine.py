@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lorameter.errors import UsageError, shorten
+from lorameter.errors import require, shorten
 from lorameter.records import codec
 from lorameter.studies import limits
 from lorameter.studies.workload import Workload
@@ -53,21 +53,20 @@ class Engine:
     """Fields of the workload that the variant has a value of its own for."""
 
     def __post_init__(self) -> None:
-        if not self.title or not self.variant:
-            raise UsageError("[engine]: title and variant are needed. Add them.")
+        require(self.title and self.variant, "[engine]: title and variant are needed. Add them.")
         for key in ("title", "package", "flag"):
             limits.check_word("[engine]", key, getattr(self, key))
-        if not any(value != SAFE for value in self.proof.values()):
-            raise UsageError(
-                "[engine.proof]: nothing would show that the engine runs. Name a path of kernels_check, as in "
-                '"optimizer.fused" = true.'
-            )
+        require(
+            any(value != SAFE for value in self.proof.values()),
+            "[engine.proof]: nothing would show that the engine runs. Name a path of kernels_check, as in "
+            '"optimizer.fused" = true.',
+        )
         for path, value in self.proof.items():
-            if value is not True and not (isinstance(value, str) and value):
-                raise UsageError(
-                    f"[engine.proof]: {shorten(path, 60)} = {shorten(repr(value), 60)}: nothing that can be seen. Use "
-                    f'true, a word, "{ANY}", "{LESS}" or "{SAFE}".'
-                )
+            require(
+                value is True or (isinstance(value, str) and value),
+                f"[engine.proof]: {shorten(path, 60)} = {shorten(repr(value), 60)}: nothing that can be seen. Use "
+                f'true, a word, "{ANY}", "{LESS}" or "{SAFE}".',
+            )
 
     def workload_of(self, workload: Workload) -> Workload:
         """What the variant trains on, from what the study does. Raises `UsageError` for a field that it has not."""
@@ -75,8 +74,8 @@ class Engine:
             return workload
         common: Mapping[str, Any] = codec.to_json(workload)
         changed = codec.from_json(Workload, {**common, **self.workload}, "[engine.workload]", strict=True)
-        if (changed.model, changed.data) != (workload.model, workload.data):
-            raise UsageError("[engine.workload]: another model or other data. Leave them as they are in [workload].")
+        same = (changed.model, changed.data) == (workload.model, workload.data)
+        require(same, "[engine.workload]: another model or other data. Leave them as they are in [workload].")
         return changed
 
     @property

@@ -17,11 +17,10 @@ from typing import Any
 
 from lorameter.errors import UsageError, impossible, said_by
 from lorameter.records import codec, fileio
-from lorameter.studies.columns import DataColumns
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.study import Study, unknown
 from lorameter.studies.variant import FullVariant, PeftVariant, Variant
-from lorameter.studies.workload import Workload
+from lorameter.studies.workload import DataColumns, Workload
 
 CONFIG_NAME = "adapter_config.json"
 _OF_SAVING = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision")

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorameter.errors import UsageError
+from lorameter.errors import UsageError, require
 
 HERE = "here"
 RAY = "ray"
@@ -49,27 +49,30 @@ class SiteSpec:
     def __post_init__(self) -> None:
         if is_slurm(self.on):
             read_slurm(self.on)
-            if self.sites:
-                raise UsageError(
-                    f"{say_on(self.on)}: its jobs are the sites. Write sites=N in it, and leave sites out."
-                )
-        elif self.on == HERE:
-            self._check_numbers()
-        elif self.on != RAY and not self.on.startswith(f"{RAY}://"):
-            raise UsageError(
-                f"{say_on(self.on)}: not known. Use {HERE}, {RAY}, {RAY}://HOST:PORT of a cluster's client port, "
-                f"or {SLURM}:KEY=VALUE,…."
+            require(
+                not self.sites, f"{say_on(self.on)}: its jobs are the sites. Write sites=N in it, and leave sites out."
             )
-        if self.mixed and self.on == HERE and len(self.sites) < 2:
-            raise UsageError(
-                "mixed: there is one site here, which is like itself. Name several by sites, or take it out."
+        elif self.on == HERE:
+            require(
+                all(map(_NUMBERS.fullmatch, self.sites)),
+                f"{say_sites(self.sites)}: numbers with commas between them are expected. Write 0,1 for two sites, or "
+                'sites = ["0", "1"] in [protocol]; 0+1,2+3 for two of two GPUs each, where trials have two ranks.',
+            )
+            require(
+                not self.mixed or len(self.sites) > 1,
+                "mixed: there is one site here, which is like itself. Name several by sites, or take it out.",
+            )
+        else:
+            require(
+                self.on == RAY or self.on.startswith(f"{RAY}://"),
+                f"{say_on(self.on)}: not known. Use {HERE}, {RAY}, {RAY}://HOST:PORT of a cluster's client port, or "
+                f"{SLURM}:KEY=VALUE,….",
             )
         named = [number for name in self.sites for number in numbers_of(name)] if self.on == HERE else self.sites
-        if not all(self.sites) or len(set(named)) < len(named):
-            raise UsageError(
-                f"{say_sites(self.sites)}: one is named twice, or has no name, and would disturb itself. Name each "
-                "once."
-            )
+        require(
+            all(self.sites) and len(set(named)) == len(named),
+            f"{say_sites(self.sites)}: one is named twice, or has no name, and would disturb itself. Name each once.",
+        )
 
     @property
     def is_plain(self) -> bool:
@@ -90,13 +93,6 @@ class SiteSpec:
         of_place = (self.on, self.sites, self.mixed) if on is None else (on, (), False)
         named = of_place[1] if sites is None else split_sites(sites)
         return SiteSpec(on=of_place[0], sites=named, mixed=of_place[2] or mixed)
-
-    def _check_numbers(self) -> None:
-        if not all(_NUMBERS.fullmatch(name) for name in self.sites):
-            raise UsageError(
-                f"{say_sites(self.sites)}: numbers with commas between them are expected. Write 0,1 for two sites, or "
-                'sites = ["0", "1"] in [protocol]; 0+1,2+3 for two of two GPUs each, where trials have two ranks.'
-            )
 
 
 _NUMBERS = re.compile(r"[0-9]{1,4}(\+[0-9]{1,4})*")
@@ -141,14 +137,12 @@ def read_slurm(on: str) -> SlurmRequest:
     found: dict[str, Any] = {}
     for part in re.split(r",(?=[^,=]*=)", listed) if listed else ():
         key, equals, text = part.partition("=")
-        if key not in known or not equals:
-            raise UsageError(f"{say_on(on)}: {key!r} is not known. Use KEY=VALUE of {', '.join(known)}.")
-        if key in found:
-            raise UsageError(f"{say_on(on)}: {key} is given twice. Give it once.")
+        expected = f"Use KEY=VALUE of {', '.join(known)}."
+        require(key in known and equals, f"{say_on(on)}: {key!r} is not known. {expected}")
+        require(key not in found, f"{say_on(on)}: {key} is given twice. Give it once.")
         found[key] = _read(on, key, text, known[key])
     sites = found.pop("sites", 1)
-    if not 0 < sites < 1000:
-        raise UsageError(f"{say_on(on)}: sites={sites}: 1 to 999 are possible.")
+    require(0 < sites < 1000, f"{say_on(on)}: sites={sites}: 1 to 999 are possible.")
     return SlurmRequest(on=on, sites=sites, parameters=found)
 
 

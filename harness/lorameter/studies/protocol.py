@@ -11,7 +11,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from lorameter.errors import UsageError
+from lorameter.errors import require
 from lorameter.records.metrics import PHASES, Phase
 from lorameter.studies import limits
 from lorameter.studies.placement import HERE, SiteSpec
@@ -97,18 +97,17 @@ class Protocol:
     def __post_init__(self) -> None:
         limits.check_least("protocol", self, _LEAST, positive=("max_minutes", "step_timeout_s"))
         limits.check_fraction("protocol", "precision", self.precision)
-        if self.warmup_steps_max < self.warmup_steps_min:
-            raise UsageError(
-                f"protocol: warmup_steps_max = {self.warmup_steps_max}: below warmup_steps_min = "
-                f"{self.warmup_steps_min}. Raise it."
-            )
-        if not self.phases:
-            raise UsageError(f"protocol: phases = []: nothing to measure. Name some of {', '.join(PHASES)}.")
-        if self.mixed and self.precision is not None:
-            raise UsageError(
-                f"protocol: precision = {self.precision:g}: it is of one interval, and with mixed each site has its "
-                "own. Leave one of the two out, and give replicates."
-            )
+        require(
+            self.warmup_steps_max >= self.warmup_steps_min,
+            f"protocol: warmup_steps_max = {self.warmup_steps_max}: below warmup_steps_min = {self.warmup_steps_min}. "
+            "Raise it.",
+        )
+        require(self.phases, f"protocol: phases = []: nothing to measure. Name some of {', '.join(PHASES)}.")
+        require(
+            not self.mixed or self.precision is None,
+            f"protocol: precision = {self.precision}: it is of one interval, and with mixed each site has its own. "
+            "Leave one of the two out, and give replicates.",
+        )
         self.place  # noqa: B018  # what can be no place is refused
 
     @property
@@ -127,8 +126,8 @@ class Protocol:
 
     def with_effort(self, effort: str) -> Protocol:
         """The same protocol at another effort: quick 3, standard 8, rigorous 12 replicates."""
-        if effort not in EFFORT_REPLICATES:
-            raise UsageError(f"effort = {effort!r}: unknown. Use one of {', '.join(EFFORT_REPLICATES)}.")
+        known = ", ".join(EFFORT_REPLICATES)
+        require(effort in EFFORT_REPLICATES, f"effort = {effort!r}: unknown. Use one of {known}.")
         return dataclasses.replace(self, replicates=EFFORT_REPLICATES[effort])
 
     def here(self) -> Protocol:

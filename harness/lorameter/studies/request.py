@@ -1,13 +1,26 @@
-"""What a worker is asked: all that it needs to measure one trial, or to prepare the base of several."""
+"""What a worker is asked: the requests of trials and bases, the commands of a trial, and the ways to serve an adapter.
+
+The parent asks by the words of `COMMANDS`, the trial's process refuses any other, and what is read of the machine
+around a command follows from its row.
+
+The reference of the ways to serve one trained adapter is the unmerged adapter on the base that it was trained on.
+Everything else is what is done to serve it: merge it, put it on the 16-bit weights, quantise the base. A 4-bit base
+offers two merges, and both are taken: PEFT adds the update to the dequantised weights and quantises the sum again,
+which loses what is smaller than a step of the 4-bit grid; or the weights are dequantised for good and the sum stays in
+the base's type. Two ways are controls. The reference is asked once more in another process, which shows the noise. And
+the base is asked without the adapter: if that makes no difference, no way of merging can.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from lorameter.records.metrics import Phase
 from lorameter.records.record import SCHEMA, Interleaving, Measure, Role
 from lorameter.studies.protocol import Protocol
-from lorameter.studies.variant import ScriptVariant, Variant
+from lorameter.studies.variant import BuiltVariant, LoraVariant, Quantization, ScriptVariant, Variant
 from lorameter.studies.workload import Workload
 
 
@@ -46,7 +59,7 @@ class Request:
 class TrialRequest(Request):
     """All that a worker needs to measure one trial of a variant that lorameter builds."""
 
-    variant: Variant
+    variant: BuiltVariant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +75,7 @@ class BaseRequest:
 
     workload: Workload
     """Says the model, and the seed of random weights."""
-    variant: Variant
+    variant: BuiltVariant
     """Says the form; any of those that stand on the base."""
     device: str
     threads: int
@@ -89,3 +102,170 @@ def base_words(variant: Variant, workload: Workload) -> str:
     quantised = "" if variant.quantization == "none" else f", {variant.quantization}"
     nested = " with double quantisation" if variant.is_4bit and variant.double_quant else ""
     return f"{workload.model}, {variant.dtype}{quantised}{nested}"
+
+
+# --- commands of a trial ----------------------------------------------------------------------------------------------
+
+Doer = Literal["process", "trial", "profiled trial", "interpreter"]
+"""Who carries a command out: the process before it has the trial · the trial · a profiled trial, which does what
+any other does as well · a new interpreter, which the executor is asked for."""
+RoundKind = Literal["steps", "epochs", "requests", "open_ended", "merged"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """One command; it may take as long as the protocol's `step_timeout_s`."""
+
+    name: str
+    """In messages, in failures, and the name of the method that carries it out."""
+    label: str
+    """What is shown of it."""
+    by: Doer = "trial"
+    phase: Phase = "train"
+    """It is asked only where the plan has this phase; training is in every plan."""
+    measure: Measure | None = None
+    """It is asked of trials that are there to measure this; None: of all."""
+    timed: bool = False
+    """Whether its samples are timed, so that nothing else may go on meanwhile."""
+    telemetry_phase: Phase | None = None
+    """The phase whose watch reads machine and GPU around it; None where nothing is read."""
+    ends: Phase | None = None
+    """The phase that has ended with it: what its watch could not read is said then."""
+
+
+_ROWS = (
+    Command(name="base", label="preparing the base", by="process"),
+    Command(name="parity", label="serving the adapter", by="process"),
+    Command(name="prepare", label="starting", by="process"),
+    Command(name="build", label="building"),
+    Command(name="verify", label="checking what runs"),
+    Command(name="warm_up", label="warming up"),
+    Command(name="turn", label="timing steps", measure="steps", timed=True, telemetry_phase="train"),
+    Command(name="train", label="training on, untimed", measure="steps"),
+    Command(name="finish_training", label="held-out loss and memory", ends="train"),
+    Command(name="save_adapter", label="saving the adapter", phase="cold", measure="cold"),
+    Command(name="begin_generate", label="first call", phase="generate"),
+    Command(name="request", label="timing requests", phase="generate", timed=True, telemetry_phase="generate"),
+    Command(
+        name="open_ended",
+        label="timing whole answers",
+        phase="generate",
+        measure="open_ended",
+        timed=True,
+        telemetry_phase="generate",
+    ),
+    Command(name="base_answers", label="answers before training", phase="generate", measure="open_ended"),
+    Command(name="end_generate", label="peaks of generation", phase="generate", measure="peaks", ends="generate"),
+    Command(name="merge", label="merging the adapter", phase="generate", measure="merged"),
+    Command(name="close", label="checking the shared base"),
+    Command(name="cold", label="cold start", by="interpreter", phase="cold", measure="cold", timed=True),
+    Command(name="memory_breakdown", label="memory breakdown", by="profiled trial"),
+    Command(name="profile", label="profiling steps", by="profiled trial", telemetry_phase="train", ends="train"),
+    Command(name="peak", label="measuring peak throughput", by="profiled trial"),
+    Command(name="activity", label="recording what runs in a step", by="profiled trial"),
+    Command(name="profile_requests", label="profiling requests", by="profiled trial", telemetry_phase="generate"),
+    Command(name="request_facts", label="tracing a request", by="profiled trial"),
+    Command(name="request_activity", label="recording what runs in a request", by="profiled trial"),
+)
+COMMANDS = {command.name: command for command in _ROWS}
+"""By their words; those of any trial in the order in which it is asked."""
+
+ROUNDS: dict[RoundKind, Command] = {
+    "steps": COMMANDS["turn"],
+    "epochs": COMMANDS["train"],
+    "requests": COMMANDS["request"],
+    "open_ended": COMMANDS["open_ended"],
+    "merged": COMMANDS["request"],
+}
+"""What a round of each kind asks of every trial in it. In the order in which a group has them: timed turns, untimed
+ones for what they leave of the epochs, requests of a fixed length, those that the model ends, those with the adapter
+merged."""
+
+
+def words_of(doer: Doer) -> tuple[str, ...]:
+    """The words of the commands that one carries out."""
+    return tuple(word for word, command in COMMANDS.items() if command.by == doer)
+
+
+# --- ways to serve an adapter -----------------------------------------------------------------------------------------
+
+AGAIN = ", asked again"
+WITHOUT = "no adapter, "
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingMode:
+    """One way of serving an adapter."""
+
+    name: str
+    """For people, and unique among the ways of a variant."""
+    variant: BuiltVariant
+    """Says the base: its type and quantisation, and in which attention it is run."""
+    merged: bool = False
+    adapter: bool = True
+    """Whether the adapter takes part at all."""
+    dequantised: bool = False
+    """Whether the base's quantised weights are turned back into its type before anything else."""
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it is there to judge the others by."""
+        return not self.adapter or self.name.endswith(AGAIN)
+
+
+def ways_of(variant: Variant) -> tuple[tuple[ServingMode, ...], ...]:
+    """All that apply, in groups of those that one process serves from one loaded base; the first is the reference.
+
+    Within a group a merge comes last: it changes the base.
+    """
+    own = dataclasses.replace(variant, merge_adapter=False)
+    if isinstance(own, LoraVariant):
+        own = dataclasses.replace(own, init_lora_weights="default")
+    name = _stored(own)
+    reference = ServingMode(name=f"unmerged, {name}", variant=own)
+    groups: list[tuple[ServingMode, ...]] = [
+        (
+            reference,
+            dataclasses.replace(reference, name=f"{WITHOUT}{name}", adapter=False),
+            dataclasses.replace(reference, name=f"merged into {name}", merged=True),
+        ),
+        (dataclasses.replace(reference, name=f"{reference.name}{AGAIN}"),),
+    ]
+    if own.quantization != "none":
+        groups.append((ServingMode(name=f"merged, {name} dequantised", variant=own, merged=True, dequantised=True),))
+    for other in _other_bases(own):
+        beside = ServingMode(name=f"unmerged, {_stored(other)}", variant=other)
+        groups.append((beside, dataclasses.replace(beside, name=f"merged into {_stored(other)}", merged=True)))
+    return tuple(groups)
+
+
+def _other_bases(own: Variant) -> list[Variant]:
+    """The 16-bit base and the 4-bit one, as far as they are not the variant's own. The 16-bit type is the variant's,
+    where it has one; the 4-bit one is NF4, with the other settings of the variant."""
+    sixteen = own.dtype if own.dtype != "float32" else "bfloat16"
+    plain = dataclasses.replace(own, quantization="none", prepare_for_kbit=False)
+    wanted = [dataclasses.replace(plain, dtype=sixteen)]
+    if not own.is_4bit:
+        wanted.append(dataclasses.replace(plain, quantization=_FOUR_BITS))
+    return [other for other in wanted if _stored(other) != _stored(own)]
+
+
+_FOUR_BITS: Quantization = "nf4"
+
+
+def _stored(variant: Variant) -> str:
+    """How the base stores its linear layers, in a word."""
+    return variant.dtype if variant.quantization == "none" else variant.quantization
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingRequest:
+    """What a process is asked: to serve an adapter in the ways of one group."""
+
+    trial: TrialRequest
+    """Says the workload, the prompts, the device and the folder in which the reference's logits lie."""
+    adapter: str
+    """Folder of the adapter, as PEFT saves it."""
+    ways: tuple[ServingMode, ...]
+    reference: tuple[tuple[int, ...], ...] = ()
+    """The reference's answers, over which logits are compared; empty where the first way is the reference."""

@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from lorameter.errors import UsageError, shorten, sounds_secret
+from lorameter.errors import HIDDEN, UsageError, is_credential, redact, require, shorten, sounds_secret
 from lorameter.studies import limits
-from lorameter.studies.credentials import hide_credentials, refuse_credentials
 from lorameter.studies.protocol import STEPS_PER_TURN, Protocol
 from lorameter.studies.workload import Workload
 
@@ -47,14 +46,13 @@ def check_script(label: str, variant: ScriptVariant) -> None:
         limits.check_word(label, key, getattr(variant, key))
         refuse_credentials(f"{label}: {key}", [getattr(variant, key)])
     for name, value in variant.env.items():
-        if not _VARIABLE.fullmatch(name):
-            raise UsageError(f"{label}: env.{shorten(name, 60)}: no name of a variable. Correct it.")
+        require(_VARIABLE.fullmatch(name), f"{label}: env.{shorten(name, 60)}: no name of a variable. Correct it.")
         limits.check_word(label, f"env.{name}", value, lines=True)
-        if sounds_secret(name):
-            raise UsageError(
-                f"{label}: env.{name} is a credential, and it is written into the run. Set it where "
-                "lorameter is started: scripts inherit it."
-            )
+        require(
+            not sounds_secret(name),
+            f"{label}: env.{name} is a credential, and it is written into the run. Set it where lorameter is started: "
+            "scripts inherit it.",
+        )
         refuse_credentials(f"{label}: env.{name}", [value])
 
 
@@ -70,21 +68,21 @@ def check_scripts(study: Study) -> None:
     plain = script_workload(study.workload.threads)
     for field in dataclasses.fields(plain):
         value = getattr(study.workload, field.name)
-        if value != getattr(plain, field.name):
-            raise UsageError(
-                f"{where}, [workload]: {field.name} = {value!r}: the variants are commands, and model, data and batch "
-                "are their scripts'. Give it to the scripts as an argument; only threads can be set here."
-            )
-    if study.protocol.phases != ("train",):
-        raise UsageError(
-            f"{where}, [protocol]: phases = {list(study.protocol.phases)}: the variants are commands, of which "
-            'training is measured and nothing else. Write phases = ["train"].'
+        require(
+            value == getattr(plain, field.name),
+            f"{where}, [workload]: {field.name} = {value!r}: the variants are commands, and model, data and batch are "
+            "their scripts'. Give it to the scripts as an argument; only threads can be set here.",
         )
-    if study.protocol.epochs:
-        raise UsageError(
-            f"{where}, [protocol]: epochs = {study.protocol.epochs:g}: the variants are commands, whose data is not "
-            "known. Set turns and steps_per_turn."
-        )
+    require(
+        study.protocol.phases == ("train",),
+        f"{where}, [protocol]: phases = {list(study.protocol.phases)}: the variants are commands, of which training is "
+        'measured and nothing else. Write phases = ["train"].',
+    )
+    require(
+        not study.protocol.epochs,
+        f"{where}, [protocol]: epochs = {study.protocol.epochs:g}: the variants are commands, whose data is not known. "
+        "Set turns and steps_per_turn.",
+    )
 
 
 def time_steps(protocol: Protocol, steps: int) -> Protocol:
@@ -93,11 +91,11 @@ def time_steps(protocol: Protocol, steps: int) -> Protocol:
     Raises:
         UsageError: no whole number of turns.
     """
-    if steps < STEPS_PER_TURN or steps % STEPS_PER_TURN:
-        raise UsageError(
-            f"--steps = {steps}: {STEPS_PER_TURN} steps are timed in a turn. Use a multiple of {STEPS_PER_TURN}, "
-            f"{STEPS_PER_TURN} or more."
-        )
+    require(
+        steps > 0 and steps % STEPS_PER_TURN == 0,
+        f"--steps = {steps}: {STEPS_PER_TURN} steps are timed in a turn. Use a multiple of {STEPS_PER_TURN}, "
+        f"{STEPS_PER_TURN} or more.",
+    )
     return dataclasses.replace(protocol, turns=steps // STEPS_PER_TURN, steps_per_turn=STEPS_PER_TURN)
 
 
@@ -113,19 +111,19 @@ def split_command(label: str, command: str) -> list[str]:
         words = shlex.split(command)
     except ValueError as error:
         raise UsageError(f"{named}: {error}. Close the quote.") from None
-    if not words or not words[0]:
-        raise UsageError(f'{label}: command = {command!r}: no program in it. Write one, as "python train.py --r 64".')
+    program = 'no program in it. Write one, as "python train.py --r 64".'
+    require(words and words[0], f"{label}: command = {command!r}: {program}")
     for word in words:
-        if word in _SHELL:
-            raise UsageError(
-                f"{named}: {word!r} is for a shell, and there is none. "
-                "Name the one command that trains; what comes before it belongs into a script or is done beforehand."
-            )
-    if _ASSIGNMENT.fullmatch(words[0]):
-        raise UsageError(
-            f"{named}: {hide_credentials(words)[0]!r} sets a variable, for which it takes a shell. Write it as "
-            "env = { ... } in a study, or put `env` in front of the command."
+        require(
+            word not in _SHELL,
+            f"{named}: {word!r} is for a shell, and there is none. Name the one command that trains; what comes before "
+            "it belongs into a script or is done beforehand.",
         )
+    require(
+        not _ASSIGNMENT.fullmatch(words[0]),
+        f"{named}: {hide_credentials(words)[0]!r} sets a variable, for which it takes a shell. Write it as "
+        "env = { ... } in a study, or put `env` in front of the command.",
+    )
     return words
 
 
@@ -148,3 +146,42 @@ def name_of_words(words: Sequence[str]) -> str:
     program = next((word for word in words if not PYTHON.fullmatch(PurePath(word).name)), words[0])
     name = re.sub(r"[^A-Za-z0-9._=-]+", "-", named[0] if named else PurePath(program).name).strip("-")
     return name[: limits.NAME_BYTES] or "command"
+
+
+# --- credentials ------------------------------------------------------------------------------------------------------
+
+_FIELD = re.compile(r"[-+.\w]+")
+
+
+def hide_credentials(words: Sequence[str]) -> list[str]:
+    """The words of a command with `***` in the place of what may be a credential; those without one as they are.
+
+    A command is written into the run that measures it, and runs are sent around. Within a word the rule is that of any
+    text (`lorameter.errors.redact`); here is what the limits of words add to it.
+    """
+    shown: list[str] = []
+    secret = False
+    for word in words:
+        shown.append(HIDDEN if secret and is_credential(word, apart=True) else _hide_word(word))
+        secret = word.startswith("-") and "=" not in word and sounds_secret(word)
+    return shown
+
+
+def refuse_credentials(label: str, words: Sequence[str]) -> None:
+    """Raises `UsageError` for words with a credential in them; `label` names whose they are."""
+    for word, before, shown in zip(words, ["", *words], hide_credentials(words), strict=False):
+        if shown != word:
+            place = before if shown == HIDDEN else shown
+            raise UsageError(
+                f"{label}: a value reads like a credential ({shorten(place, 60)}), and it is written into the run. "
+                "Leave it out: scripts inherit the credentials of your environment, as HF_TOKEN, and ~/.netrc."
+            )
+
+
+def _hide_word(word: str) -> str:
+    """What a field, an option or a variable is given goes on to the end of the word, unless it is a line of words."""
+    name, equals, value = word.partition("=")
+    whole = name.startswith("-") or len(word.split()) == 1
+    if equals and whole and _FIELD.fullmatch(name) and sounds_secret(name) and is_credential(value, apart=False):
+        return f"{name}={HIDDEN}"
+    return redact(word, whole_addresses=False)

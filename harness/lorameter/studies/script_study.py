@@ -1,12 +1,26 @@
-"""The study of one command: what a run of a script on disk is a study of, and what an A/B of commands measures."""
+"""Studies of commands: of one script, and of a script with an engine and without it.
+
+A script with an engine and without it is one line, in which the text in braces is the difference:
+
+    python train.py --r 64 {--use_liger_kernel}              without it, and with it
+    python train.py --optim {adamw_torch|adamw_torch_fused}  one, and the other
+    python train.py --set {{a}} {--flag}                     the script's own braces are doubled
+
+Several braces are switched together. The result are two commands like any other two.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import re
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from lorameter.errors import UsageError, shorten
+from lorameter.studies.engine import Engine
 from lorameter.studies.protocol import Protocol
-from lorameter.studies.script import name_of_command, script_workload
+from lorameter.studies.script import name_of_command, script_workload, split_command
 from lorameter.studies.study import Study
 from lorameter.studies.variant import ScriptVariant
 
@@ -44,4 +58,83 @@ def study_of_command(
         variants=(variant,),
         reference=name,
         requirements=dict(requirements or {}),
+    )
+
+
+_LABEL = "--command"
+_BRACES = re.compile(r"\{\{|\}\}|\{(?P<group>(?:[^{}]|\{\{|\}\})*)\}|[{}]")
+
+
+def split_braces(command: str, example: str = "'python train.py {--flag}'") -> tuple[str, str]:
+    """The command without the text in braces, and with it; each a line of words. `example` is for error messages.
+
+    Raises:
+        UsageError: no braces, unbalanced, empty or nested ones, or no program.
+    """
+
+    def choose(found: re.Match[str], with_it: bool) -> str:
+        text, before = found["group"], command[found.start() - 1 : found.start()]
+        if text is None:
+            if found[0] in "{}":
+                raise _refused(command, "a brace without its partner", "Close it, or write {{ or }} for a brace")
+            return found[0][0]
+        if before == "$" or text[:1] in ("'", '"'):
+            raise _refused(command, "a brace that is a shell's or the script's own", "Double those: {{ and }}")
+        off, bar, on = text.replace("{{", "{").replace("}}", "}").partition("|")
+        if not text.strip():
+            raise _refused(command, "an empty brace", f"Write what turns the engine on: {example}")
+        if bar and (not off.strip() or not on.strip() or "|" in on):
+            raise _refused(command, f"{{{text}}} is not two alternatives", "Write {without|with}")
+        return (on if with_it else off) if bar else (off if with_it else "")
+
+    if "{{{" in command or "}}}" in command:
+        raise _refused(command, "three braces in a row are ambiguous", "Put a blank between them")
+    lines = [_BRACES.sub(lambda found, one=one: choose(found, one), command) for one in (False, True)]  # type: ignore[misc]
+    if lines[0] == lines[1]:
+        raise _refused(command, "nothing differs", f"Put what turns the engine on in braces: {example}")
+    off, on = (shlex.join(split_command(_LABEL, line)) for line in lines)
+    return off, on
+
+
+def _refused(command: str, why: str, remedy: str) -> UsageError:
+    return UsageError(f"{_LABEL} = {shorten(repr(command), 120)}: {why}. {remedy}.")
+
+
+def engine_of(study: Study) -> Engine:
+    """The engine that a study is about. Raises `UsageError` for one that is about none."""
+    if study.engine is None or not study.claims:
+        raise UsageError(
+            f"study {study.name}: it claims nothing of an engine, so there is nothing to judge a script by. Name one "
+            "that does (`lorameter list studies`), or compare two commands: lorameter ab --base-command ... "
+            "--candidate-command ..."
+        )
+    return study.engine
+
+
+def study_of_engine(study: Study, command: str, *, cwd: str = "") -> Study:
+    """A study's claims about an engine, to be judged by the user's own script.
+
+    Args:
+        study: of the engine, as written.
+        command: the script, with what turns the engine on in braces.
+        cwd: folder that it is run in; "" for the working folder.
+
+    Raises:
+        UsageError: a study of no engine, or a command that cannot be two.
+    """
+    engine = engine_of(study)
+    off, on = split_braces(command, engine.example)
+    return Study(
+        name=study.name,
+        title=f"{study.title}: {command}",
+        workload=script_workload(study.workload.threads),
+        protocol=dataclasses.replace(study.protocol, phases=("train",), epochs=0.0),
+        variants=(
+            ScriptVariant(name=study.reference, command=off, cwd=cwd),
+            ScriptVariant(name=engine.variant, command=on, cwd=cwd),
+        ),
+        reference=study.reference,
+        claims=study.claims,
+        notes=study.notes,
+        engine=dataclasses.replace(engine, workload={}),  # what commands train on is theirs
     )

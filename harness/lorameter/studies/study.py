@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
-from lorameter.errors import UsageError
+from lorameter.errors import UsageError, require
 from lorameter.records import codec
 from lorameter.records.record import Line
 from lorameter.studies import limits
@@ -61,34 +61,25 @@ class Study:
 
     def __post_init__(self) -> None:
         limits.check_name("study", self.name)
-        names = [variant.name for variant in self.variants]
-        if len(names) > limits.MOST_VARIANTS:
-            raise UsageError(f"study {self.name}: {len(names)} variants. Use {limits.MOST_VARIANTS} or fewer.")
-        if not names:
-            raise UsageError(f"study {self.name}: no variants. Add [axes] or [[variant]].")
+        where, names = f"study {self.name}", [variant.name for variant in self.variants]
+        most = f"{len(names)} variants. Use {limits.MOST_VARIANTS} or fewer."
+        require(len(names) <= limits.MOST_VARIANTS, f"{where}: {most}")
+        require(names, f"{where}: no variants. Add [axes] or [[variant]].")
         for name in names:
             for ending, named in RESERVED.items():
-                if name.endswith(ending):
-                    raise UsageError(
-                        f"study {self.name}: variant name {name!r}: {named} is named so. Choose another ending than "
-                        f"{ending}."
-                    )
-            limits.check_name(f"study {self.name}: variant name", name, " /\\[]:")
-        doubles = {name for name, count in Counter(names).items() if count > 1}
-        if doubles:
-            raise UsageError(f"study {self.name}: variant name {min(doubles)!r} is used twice. Rename one.")
-        if self.reference not in names:
-            raise UsageError(f"study {self.name}: reference = {self.reference!r}: {unknown(self.reference, names)}")
+                remedy = f"{named} is named so. Choose another ending than {ending}."
+                require(not name.endswith(ending), f"{where}: variant name {name!r}: {remedy}")
+            limits.check_name(f"{where}: variant name", name, " /\\[]:")
+            require(names.count(name) == 1, f"{where}: variant name {name!r} is used twice. Rename one.")
+        require_known(f"{where}: reference = {self.reference!r}", self.reference, names)
         for key in self.replaced:
-            if self._place_of(key) is None:
-                raise UsageError(f"study {self.name}: replaced = {key!r}: no field of it. Take it out.")
-        scripts = self.scripts
-        if 0 < len(scripts) < len(self.variants):
-            raise UsageError(
-                f"study {self.name}: variant {self.built[0].name!r} has no command and others have one: a script and a "
-                "variant of lorameter's own have no step in common. Make it a study of its own."
+            require(self._place_of(key), f"{where}: replaced = {key!r}: no field of it. Take it out.")
+        if self.scripts:
+            require(
+                not self.built,
+                f"{where}: variant {self.built[0].name if self.built else ''!r} has no command and others have one: a "
+                "script and a variant of lorameter's own have no step in common. Make it a study of its own.",
             )
-        if scripts:
             check_scripts(self)
         self._check_engine()
         self._check_workloads(names)
@@ -148,39 +139,35 @@ class Study:
                 )
 
     def _check_workloads(self, names: Sequence[str]) -> None:
+        engine_workload = self.engine.variant if self.engine is not None and self.engine.workload else ""
         for name, fields in self.workloads.items():
             where = f"study {self.name}, workload of {name!r}"
-            if name not in names:
-                raise UsageError(f"{where}: {unknown(name, names)}")
-            if name == self.reference:
-                raise UsageError(
-                    f"{where}: it is the reference, whose workload is the study's. Write its values in [workload], or "
-                    "name another reference."
-                )
-            if self.of_scripts or self.workload.ranks > 1:
-                raise UsageError(f"{where}: variants of commands and of several ranks have none. Leave it out.")
-            if self.engine is not None and self.engine.workload and name == self.engine.variant:
-                raise UsageError(f"{where}: [engine.workload] says it already. Leave one of them out.")
+            require_known(where, name, names)
+            require(
+                name != self.reference,
+                f"{where}: it is the reference, whose workload is the study's. Write its values in [workload], or name "
+                "another reference.",
+            )
+            require(
+                not (self.of_scripts or self.workload.ranks > 1),
+                f"{where}: variants of commands and of several ranks have none. Leave it out.",
+            )
+            require(name != engine_workload, f"{where}: [engine.workload] says it already. Leave one of them out.")
             for key in fields:
-                if key not in OF_VARIANTS:
-                    raise UsageError(f"{where}: {key}: equal for all variants, or {unknown(key, OF_VARIANTS)}")
+                require_known(f"{where}: {key}: equal for all variants, or", key, OF_VARIANTS)
         self.own_workloads  # noqa: B018  # what cannot be a workload is refused
 
     def _check_engine(self) -> None:
         if self.engine is None:
             return
-        where = f"study {self.name}, [engine]"
-        if self.engine.variant not in [variant.name for variant in self.variants]:
-            raise UsageError(
-                f"{where}: variant = {self.engine.variant!r}: "
-                f"{unknown(self.engine.variant, [variant.name for variant in self.variants])}"
-            )
-        if self.engine.variant == self.reference:
-            raise UsageError(
-                f"{where}: variant = {self.engine.variant!r}: the reference. Name the one with the engine."
-            )
-        if self.engine.workload and self.of_scripts:
-            raise UsageError(f"{where}: workload: the variants are commands, whose batches are theirs. Leave it out.")
+        where, name = f"study {self.name}, [engine]", self.engine.variant
+        names = [variant.name for variant in self.variants]
+        require_known(f"{where}: variant = {name!r}", name, names)
+        require(name != self.reference, f"{where}: variant = {name!r}: the reference. Name the one with the engine.")
+        require(
+            not (self.engine.workload and self.of_scripts),
+            f"{where}: workload: the variants are commands, whose batches are theirs. Leave it out.",
+        )
         self.engine.workload_of(self.workload)
 
     def _check_claims(self) -> None:
@@ -188,35 +175,36 @@ class Study:
         levels = {axis: self.levels(axis) for axis in dict.fromkeys(axis for one in self.claims for axis in one.axes)}
         for claim in self.claims:
             where = f"study {self.name}, claim {claim.id!r}"
-            if ids[claim.id] > 1:
-                raise UsageError(f"{where}: the id is used twice. Rename one.")
+            require(ids[claim.id] == 1, f"{where}: the id is used twice. Rename one.")
             for axis in claim.axes:
-                if axis == ENGINE and self.engine is None:
-                    raise UsageError(f"{where}: axis = {axis!r}: the study names no engine. Add [engine].")
-                if len(levels[axis]) < 2:
-                    raise UsageError(
-                        f"{where}: axis = {axis!r}: fewer than two variants differ from {self.reference!r} in this "
-                        "alone. Name a field of the variants that the study sweeps."
-                    )
+                require(
+                    axis != ENGINE or self.engine is not None,
+                    f"{where}: axis = {axis!r}: the study names no engine. Add [engine].",
+                )
+                require(
+                    len(levels[axis]) > 1,
+                    f"{where}: axis = {axis!r}: fewer than two variants differ from {self.reference!r} in this alone. "
+                    "Name a field of the variants that the study sweeps.",
+                )
             for part in claim.parts:
                 known = [level for level, _ in levels[part.axis]]
                 numbers = [float(level) for level in known if is_number(level)]
-                if part.rule in LINEAR and part.rule != "equal" and len(numbers) < len(known):
-                    raise UsageError(
-                        f"{where}: axis = {part.axis!r}: its levels are no numbers, and {part.rule!r} lays a line "
-                        'through them. Use "differs", "equal", "highest", "lowest", "lowers" or "costs-at-most".'
-                    )
-                if part.rule in LINEAR and part.scale == "log" and numbers and min(numbers) <= 0:
-                    raise UsageError(
-                        f"{where}: axis = {part.axis!r}: level {min(numbers):g} has no logarithm. "
-                        'Write scale = "linear".'
-                    )
+                require(
+                    part.rule not in LINEAR or part.rule == "equal" or len(numbers) == len(known),
+                    f"{where}: axis = {part.axis!r}: its levels are no numbers, and {part.rule!r} lays a line through "
+                    'them. Use "differs", "equal", "highest", "lowest", "lowers" or "costs-at-most".',
+                )
+                least = min(numbers, default=1.0)
+                require(
+                    part.rule not in LINEAR or part.scale != "log" or least > 0,
+                    f'{where}: axis = {part.axis!r}: level {least:g} has no logarithm. Write scale = "linear".',
+                )
                 for level in part.levels:
-                    if level not in known:
-                        raise UsageError(
-                            f"{where}: level {say_level(level)} of {part.axis}: not in the study. It has "
-                            f"{', '.join(map(say_level, known))}."
-                        )
+                    require(
+                        level in known,
+                        f"{where}: level {say_level(level)} of {part.axis}: not in the study. It has "
+                        f"{', '.join(map(say_level, known))}.",
+                    )
 
     def levels(self, axis: str) -> tuple[tuple[Level, str], ...]:
         """The values of one field of the variants or, as `workload.batch_size`, of what they are measured on, with the
@@ -283,11 +271,11 @@ class Study:
 
     def variant(self, name: str) -> AnyVariant:
         """The variant of that name; `UsageError` with the nearest names otherwise."""
-        for variant in self.variants:
-            if variant.name == name:
-                return variant
-        names = [variant.name for variant in self.variants]
-        raise UsageError(f"study {self.name}: variant {name!r}: {unknown(name, names)}")
+        found = next((variant for variant in self.variants if variant.name == name), None)
+        if found is None:
+            names = [variant.name for variant in self.variants]
+            raise UsageError(f"study {self.name}: variant {name!r}: {unknown(name, names)}")
+        return found
 
     def with_overrides(
         self,
@@ -309,26 +297,28 @@ class Study:
         With a precision or minutes, and no number of replicates, their cap is raised, so that the precision can be
         reached and the minutes be used.
         """
-        workload, protocol, replaced = self.workload, self.protocol, dict(self.replaced)
+        workload, replaced = self.workload, dict(self.replaced)
         for key, value in (("model", model), ("data", data)):
             if value is not None:
                 replaced.setdefault(f"workload.{key}", getattr(workload, key))
                 workload = dataclasses.replace(workload, **{key: value})  # type: ignore[arg-type]
-        if effort is not None:
-            protocol = protocol.with_effort(effort)
-        if precision is not None:
-            cap = protocol.replicates if effort is not None else PRECISION_REPLICATES
-            protocol = dataclasses.replace(protocol, precision=precision, replicates=cap)
-        if replicates is not None:
-            protocol = dataclasses.replace(protocol, replicates=replicates)
-        if max_minutes is not None:
-            said = effort is not None or replicates is not None or precision is not None
-            cap = protocol.replicates if said else max(protocol.replicates, LIMITED_REPLICATES)
-            protocol = dataclasses.replace(protocol, max_minutes=max_minutes, replicates=cap)
-        if allow_disturbed:
-            protocol = dataclasses.replace(protocol, allow_disturbed=True)
+        protocol = self.protocol if effort is None else self.protocol.with_effort(effort)
+        cap = protocol.replicates if replicates is None else replicates
+        if replicates is None and effort is None and precision is not None:
+            cap = PRECISION_REPLICATES
+        elif replicates is None and effort is None and max_minutes is not None:
+            cap = max(cap, LIMITED_REPLICATES)
         place = protocol.place.asked(on=on, sites=sites, mixed=mixed)
-        protocol = dataclasses.replace(protocol, on=place.on, sites=place.sites, mixed=place.mixed)
+        protocol = dataclasses.replace(
+            protocol,
+            replicates=cap,
+            precision=protocol.precision if precision is None else precision,
+            max_minutes=protocol.max_minutes if max_minutes is None else max_minutes,
+            allow_disturbed=protocol.allow_disturbed or allow_disturbed,
+            on=place.on,
+            sites=place.sites,
+            mixed=place.mixed,
+        )
         return dataclasses.replace(self, workload=workload, protocol=protocol, replaced=replaced)
 
 
@@ -340,16 +330,19 @@ def _level(value: Any) -> Level:
         return float(value)
     if value is None:
         return UNSET
-    return (
-        "+".join(f"{key}={item}" for key, item in value.items())
-        if isinstance(value, Mapping)
-        else "+".join(map(str, value))
-    )
+    words = [f"{key}={item}" for key, item in value.items()] if isinstance(value, Mapping) else map(str, value)
+    return "+".join(words)
 
 
 def _shown(value: Any) -> str:
     """A value as text; of a file its name, since its folder says something of one machine only."""
     return repr(PurePath(value).name) if isinstance(value, str) and PurePath(value).is_absolute() else repr(value)
+
+
+def require_known(where: str, name: str, known: Sequence[str]) -> None:
+    """Raises `UsageError` with the nearest known name for one that is not known."""
+    if name not in known:
+        raise UsageError(f"{where}: {unknown(name, known)}")
 
 
 def unknown(word: str, known: Sequence[str]) -> str:

@@ -7,7 +7,6 @@ allow_fallback = false          # true: a required path that did not run is a no
 notes = ["..."]                 # what a reader of the results must know and no field says
 
 [workload]                      # fields of Workload
-request_batch = [1, 8]          # several values, also of prompt_tokens and adapters: every variant is measured at each
 [protocol]                      # fields of Protocol
 [controls]                      # fields of Variant, equal for all
 [axes]                          # field = [values]: every combination is a variant
@@ -25,31 +24,112 @@ workload.model = "random:"      # the study's own model, whichever that is, with
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import difflib
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lorameter.errors import UsageError, impossible, redact
+import msgspec
+
+from lorameter.errors import UsageError, impossible, redact, require
 from lorameter.records import codec, fileio
+from lorameter.studies import limits
 from lorameter.studies.claim import Claim, check_limits
 from lorameter.studies.engine import Engine
-from lorameter.studies.expand_variants import rows_of, split_lists, spread, variants_of, workloads_of
-from lorameter.studies.keys import KEYS, check_keys, unknown_key
+from lorameter.studies.peft_experiments import read_config
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import OWN
-from lorameter.studies.study import Study, unknown
-from lorameter.studies.variant import AnyVariant, LoraVariant, ScriptVariant, Variant
-from lorameter.studies.workload import Workload
+from lorameter.studies.study import OF_WORKLOAD, Study, unknown
+from lorameter.studies.variant import KEYS as VARIANT_KEYS
+from lorameter.studies.variant import (
+    AnyVariant,
+    LoraVariant,
+    PeftVariant,
+    ScriptVariant,
+    Variant,
+    form_keys,
+)
+from lorameter.studies.workload import OF_VARIANTS, Workload
 
-_LISTS = ("axes", "sweeps", "variant")
+KEYS: Mapping[str, tuple[str, ...]] = {
+    "workload": tuple(field.name for field in dataclasses.fields(Workload)),
+    "protocol": tuple(field.name for field in dataclasses.fields(Protocol)),
+    "controls": VARIANT_KEYS,
+}
+"""Keys of each table; those of the controls are those of a variant."""
+_CALLED = {"workload": "[workload]", "protocol": "[protocol]", "controls": "[controls] and [[variant]]"}
+OTHER_NAMES: Mapping[str, str] = {
+    "lr": "learning_rate",
+    "lora_r": "r",
+    "rank": "r",
+    "lora_rank": "r",
+    "load_in_4bit": "quantization",
+    "load_in_8bit": "quantization",
+    "bnb_4bit_quant_type": "quantization",
+    "bnb_4bit_use_double_quant": "double_quant",
+    "bnb_4bit_compute_dtype": "compute_dtype",
+    "torch_dtype": "dtype",
+    "bf16": "autocast",
+    "fp16": "autocast",
+    "attn_implementation": "attention",
+    "optim": "optimizer",
+    "lr_scheduler_type": "schedule",
+    "torch_compile": "compile",
+    "per_device_train_batch_size": "batch_size",
+    "max_length": "sequence_length",
+    "max_seq_length": "sequence_length",
+    "packing": "layout",
+    "model_name_or_path": "model",
+    "dataset_name": "data",
+    "max_new_tokens": "new_tokens",
+    "num_train_epochs": "epochs",
+    "max_steps": "turns",
+    "steps": "turns",
+}
+"""Keys by what PEFT, transformers, TRL and their users call the same."""
+_METHODS = ("peft_type", "peft_method", "use_vera", "use_adalora", "use_loha", "use_lokr", "use_ia3", "use_oft")
+"""Keys that choose another method than LoRA."""
 _SECTIONS = ("workload", "protocol", "controls", "requirements")
-_KEYS = ("title", "extends", "reference", "allow_fallback", "notes", *_SECTIONS, *_LISTS, "claim", "engine", "profile")
+_LISTS = ("axes", "sweeps", "variant")
 _OF_VARIANTS = (*_LISTS, "claim", "engine", "reference")
 """What speaks of variants, and does not outlive those that a study puts in their place."""
-_PROFILE_KEYS = ("devices", "allow_fallback", "notes", *_SECTIONS)
 _OF_PLACE = ("on", "sites", "mixed")
 _OWN_RANDOM = "random:"
+Table = dict[str, Any]
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table `[profile.NAME]`: what of the study is another value on one kind of machine."""
+
+    devices: tuple[str, ...] = ()
+    allow_fallback: bool = False
+    notes: tuple[str, ...] = ()
+    workload: Table = {}
+    protocol: Table = {}
+    controls: Table = {}
+    requirements: Table = {}
+
+
+class StudyFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A study file with what it extends filled in."""
+
+    title: str = ""
+    reference: str = ""
+    allow_fallback: bool = False
+    notes: tuple[str, ...] = ()
+    workload: Table = {}
+    protocol: Table = {}
+    controls: Table = {}
+    requirements: Table = {}
+    axes: Table = {}
+    sweeps: Table = {}
+    variant: tuple[Table, ...] = ()
+    claim: tuple[Table, ...] = ()
+    engine: Table | None = None
+    profile: dict[str, Profile] = {}
 
 
 def builtin_studies() -> dict[str, Path]:
@@ -71,12 +151,31 @@ def load_study(name_or_path: str, *, profile: str | None = None, device: str = "
             are named.
     """
     path, data = _read(name_or_path, ())
+    where, file = path.name, codec.from_json(StudyFile, data, path.name, strict=True)
     written = _parse(path, data)
-    chosen = _choose_profile(path.name, data.get("profile", {}), profile, device)
-    if chosen is None:
+    for name, table in file.profile.items():
+        place = f"{where}, [profile.{name}]"
+        for section in KEYS:
+            check_keys(f"{where}, [profile.{name}.{section}]", section, getattr(table, section))
+        for key in _OF_PLACE:
+            if key in table.protocol:
+                why = "a profile is chosen by the device, and which device there is hangs on it"
+                raise impossible(place, f"protocol.{key}", table.protocol[key], why, "Write it in [protocol].")
+    if profile is None:
+        fitting = (name for name, table in file.profile.items() if device and _fits(table.devices, device))
+        profile = next(fitting, None)
+    if profile is None:
         return written
-    fitted = _parse(path, _fitted(data, data["profile"][chosen]))
-    return dataclasses.replace(fitted, profile=chosen, replaced=_replaced(written, fitted))
+    known = unknown(profile, list(file.profile)) if file.profile else "this study has none."
+    require(profile in file.profile, f"{where}: profile = {profile!r}: {known}")
+    changes = {key: value for key, value in data["profile"][profile].items() if key != "devices"}
+    fitted = _merged(data, {**changes, "notes": [*file.notes, *file.profile[profile].notes]})
+    workload = fitted.get("workload", {})
+    if workload.get("model") == _OWN_RANDOM:
+        own = written.workload.model.removeprefix(_OWN_RANDOM)
+        fitted["workload"] = {**workload, "model": f"{_OWN_RANDOM}{own}"}
+    study = _parse(path, fitted)
+    return dataclasses.replace(study, profile=profile, replaced=_replaced(written, study))
 
 
 def load_variant(spec: str, *, profile: str | None = None, device: str = "") -> tuple[Study, Variant]:
@@ -103,26 +202,23 @@ def load_variant(spec: str, *, profile: str | None = None, device: str = "") -> 
     return (study if own is None else dataclasses.replace(study, workload=own)), variant
 
 
-def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[Path, dict[str, Any]]:
+def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[Path, Table]:
     """The file and its content, with what it extends filled in."""
     known = builtin_studies()
     path = known.get(name_or_path, Path(name_or_path))
-    if not fileio.is_file(path) and (path.suffix == ".toml" or path.name != name_or_path):
-        raise UsageError(
-            f"study {name_or_path!r}: file not found. Check the path; `lorameter list studies` prints those built in."
-        )
     if not fileio.is_file(path):
-        raise UsageError(
-            f"study {name_or_path!r}: {unknown(name_or_path, list(known))} A path to a .toml file works too."
-        )
+        listed = "file not found. Check the path; `lorameter list studies` prints those built in."
+        if path.suffix != ".toml" and path.name == name_or_path:
+            listed = f"{unknown(name_or_path, list(known))} A path to a .toml file works too."
+        raise UsageError(f"study {name_or_path!r}: {listed}")
     try:
         data = fileio.read_toml(path)
     except fileio.NotReadableError as error:
         raise UsageError(f"{path.name}: {error}") from None
-    for key in data:
-        if key not in _KEYS:
-            raise unknown_key(path.name, key, data[key], _KEYS)
     base = data.pop("extends", None)
+    for key, value in data.items():
+        if key not in StudyFile.__struct_fields__:
+            raise unknown_key(path.name, key, value, ("extends", *StudyFile.__struct_fields__))
     if base is None:
         return path, data
     if not isinstance(base, str) or base not in known or base in seen:
@@ -131,31 +227,25 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[Path, dict[str, Any
     merged = _read(base, (*seen, base))[1]
     if any(key in data for key in _LISTS):
         merged = {key: value for key, value in merged.items() if key not in _OF_VARIANTS}
-    return path, _merged(_yielding(merged, data), data)
+    merged["profile"] = {name: _without(table, data) for name, table in merged.get("profile", {}).items()}
+    return path, _merged(merged, data)
 
 
-def _yielding(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` without what its profiles say of anything that `over` says itself.
+def _without(table: Table, over: Table) -> Table:
+    """A profile of an extended study without what `over`, the study that extends it, says itself.
 
     A study that extends another with one line is about that line. A profile that were to put its own value in its
     place, on some machines and without a word, would measure another study.
     """
-    profiles = {name: _without(table, over) for name, table in base.get("profile", {}).items()}
-    return {**base, "profile": profiles}
-
-
-def _without(table: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in table.items() if key != "allow_fallback" or key not in over}
     for section in _SECTIONS:
-        said = over.get(section)
-        if isinstance(kept.get(section), Mapping) and isinstance(said, Mapping):
-            kept[section] = {
-                key: value for key, value in kept[section].items() if key not in said or value == _OWN_RANDOM
-            }
+        own, said = kept.get(section, {}), over.get(section)
+        if isinstance(said, Mapping):
+            kept[section] = {key: value for key, value in own.items() if key not in said or value == _OWN_RANDOM}
     return kept
 
 
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
     """`base` with what `over` says in its place, table by table."""
     result = dict(base)
     for key, value in over.items():
@@ -164,53 +254,11 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _choose_profile(where: str, profiles: Any, asked: str | None, device: str) -> str | None:
-    if not isinstance(profiles, Mapping) or not all(isinstance(one, Mapping) for one in profiles.values()):
-        raise impossible(where, "profile", profiles, "tables are expected", "Write [profile.NAME].")
-    for name, table in profiles.items():
-        for key in table:
-            if key not in _PROFILE_KEYS:
-                raise unknown_key(f"{where}, [profile.{name}]", key, table[key], _PROFILE_KEYS)
-        for key in ("devices", "notes"):
-            codec.from_json(tuple[str, ...], table.get(key, []), f"{where}, [profile.{name}], {key}", strict=True)
-        for section in _SECTIONS:
-            if not isinstance(table.get(section, {}), Mapping):
-                remedy = f"Write {section}.KEY = VALUE."
-                raise impossible(f"{where}, [profile.{name}]", section, table[section], "a table is expected", remedy)
-        for section in KEYS:
-            check_keys(f"{where}, [profile.{name}.{section}]", section, table.get(section, {}))
-        for key in _OF_PLACE:
-            if key in table.get("protocol", {}):
-                why = "a profile is chosen by the device, and which device there is hangs on it"
-                raise impossible(
-                    f"{where}, [profile.{name}]", f"protocol.{key}", table["protocol"][key], why,
-                    "Write it in [protocol].",
-                )  # fmt: skip
-    if asked is not None:
-        if asked not in profiles:
-            known = unknown(asked, list(profiles)) if profiles else "this study has none."
-            raise UsageError(f"{where}: profile = {asked!r}: {known}")
-        return asked
-    fitting = (name for name, table in profiles.items() if device and _fits(table.get("devices", []), device))
-    return next(fitting, None)
-
-
-def _fits(devices: list[str], device: str) -> bool:
+def _fits(devices: Sequence[str], device: str) -> bool:
     return device in devices if device == "cpu" else any(word in device for word in devices if word != "cpu")
 
 
-def _fitted(data: Mapping[str, Any], profile: Mapping[str, Any]) -> dict[str, Any]:
-    changes = {key: value for key, value in profile.items() if key != "devices"}
-    changes["notes"] = [*data.get("notes", []), *profile.get("notes", [])]
-    fitted = _merged(data, changes)
-    workload = fitted.get("workload")
-    if isinstance(workload, Mapping) and workload.get("model") == _OWN_RANDOM:
-        own = str(data.get("workload", {}).get("model", Workload().model))
-        fitted["workload"] = {**workload, "model": f"{_OWN_RANDOM}{own.removeprefix(_OWN_RANDOM)}"}
-    return fitted
-
-
-def _replaced(written: Study, fitted: Study) -> dict[str, Any]:
+def _replaced(written: Study, fitted: Study) -> Table:
     """Fields that the profile changes, with their values as written."""
     pairs = (
         ("workload", written.workload, fitted.workload),
@@ -227,38 +275,42 @@ def _replaced(written: Study, fitted: Study) -> dict[str, Any]:
     return found
 
 
-def _parse(path: Path, data: Mapping[str, Any]) -> Study:
+def _parse(path: Path, data: Table) -> Study:
     where = path.name
-    data, lists = split_lists(where, data)
-    rows = spread(where, rows_of(where, data), lists)
-    variants = variants_of(where, data, rows)
-    data = _of_scripts(data) if variants and isinstance(variants[0], ScriptVariant) else _trained_only(data, variants)
-    reference = data.get("reference", variants[0].name if variants else "")
-    fields: dict[str, Any] = {"title": path.stem, "reference": reference}
-    for key, kind in (("title", str), ("reference", str), ("allow_fallback", bool), ("requirements", dict)):
-        if key in data:
-            if not isinstance(data[key], kind):
-                raise impossible(where, key, data[key], f"{kind.__name__} is expected", "Correct the value.")
-            fields[key] = data[key]
-    fields["title"] = redact(" ".join(fields["title"].split()))  # one line, as it heads every report
+    file = codec.from_json(StudyFile, data, where, strict=True)
+    rows = rows_of(where, file)
+    variants = tuple(_variant(where, index, file.controls, row) for index, row in enumerate(rows))
+    # What a study need not say: model and data of commands are their scripts'; and of commands, of several ranks and
+    # of other methods than LoRA in its short form, training is all that is measured.
+    scripts = bool(variants) and isinstance(variants[0], ScriptVariant)
+    trained_only = file.workload.get("ranks", 1) != 1 or not all(isinstance(one, LoraVariant) for one in variants)
+    own_workload = {"model": OWN, "data": OWN} if scripts else {}
+    own_protocol = {"phases": ["train"]} if trained_only else {}
     for section in ("workload", "protocol"):
-        check_keys(f"{where}, [{section}]", section, data.get(section, {}))
+        check_keys(f"{where}, [{section}]", section, getattr(file, section))
+    for key, value in file.workload.items():
+        if isinstance(value, list) and key in OF_VARIANTS:
+            why = "one value is expected"
+            raise impossible(f"{where}, [workload]", key, value, why, f"Write workload.{key} = [ ... ] in [axes].")
+    title = " ".join((file.title or path.stem).split())  # one line, as it heads every report
+    claims = [_claim(f"{where}, claim number {index + 1}", claim) for index, claim in enumerate(file.claim)]
+    engine = None if file.engine is None else codec.from_json(Engine, file.engine, f"{where}, [engine]", strict=True)
     try:
-        workload = codec.from_json(Workload, data.get("workload", {}), f"{where}, [workload]", strict=True)
+        workload = codec.from_json(Workload, own_workload | file.workload, f"{where}, [workload]", strict=True)
+        protocol = codec.from_json(Protocol, own_protocol | file.protocol, f"{where}, [protocol]", strict=True)
         study = Study(
             name=path.stem,
+            title=redact(title),
             workload=workload,
-            workloads=workloads_of(rows, workload),
-            protocol=codec.from_json(Protocol, data.get("protocol", {}), f"{where}, [protocol]", strict=True),
+            workloads=_own_workloads(rows, workload),
+            protocol=protocol,
             variants=variants,
-            claims=tuple(_claims(where, data.get("claim", []))),
-            notes=tuple(
-                map(redact, codec.from_json(tuple[str, ...], data.get("notes", []), f"{where}, notes", strict=True))
-            ),
-            engine=codec.from_json(Engine, data["engine"], f"{where}, [engine]", strict=True)
-            if "engine" in data
-            else None,
-            **fields,
+            reference=file.reference or (variants[0].name if variants else ""),
+            allow_fallback=file.allow_fallback,
+            requirements=file.requirements,
+            claims=tuple(claims),
+            notes=tuple(map(redact, file.notes)),
+            engine=engine,
         )
         study.check_distinct()
     except UsageError as error:
@@ -266,31 +318,149 @@ def _parse(path: Path, data: Mapping[str, Any]) -> Study:
     return study
 
 
-def _of_scripts(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What a study of commands need not say: that model and data are the scripts', and that training is measured."""
-    said = {"workload": {"model": OWN, "data": OWN}, "protocol": {"phases": ["train"]}}
-    return _merged(said, data)
-
-
-def _trained_only(data: Mapping[str, Any], variants: Sequence[AnyVariant]) -> dict[str, Any]:
-    """What a study of several ranks, or of other methods than LoRA in its short form, need not say: that training is
-    measured."""
-    workload = data.get("workload")
-    several = isinstance(workload, Mapping) and workload.get("ranks", 1) != 1
-    several = several or not all(isinstance(variant, LoraVariant) for variant in variants)
-    return _merged({"protocol": {"phases": ["train"]}}, data) if several else dict(data)
-
-
-def _claims(where: str, listed: Any) -> list[Claim]:
-    if not isinstance(listed, list):
-        raise impossible(where, "claim", listed, "a list of tables is expected", "Write [[claim]].")
-    return [_claim(f"{where}, claim number {index + 1}", one) for index, one in enumerate(listed)]
-
-
-def _claim(where: str, written: Any) -> Claim:
-    parts = written.get("parts") if isinstance(written, Mapping) else None
-    for part in parts if isinstance(parts, list) else ():
+def _claim(where: str, written: Table) -> Claim:
+    for part in written.get("parts", ()):
         if isinstance(part, Mapping):
             check_limits(part, where)
     claim = codec.from_json(Claim, written, where, strict=True)
     return dataclasses.replace(claim, says=redact(claim.says), original=redact(claim.original))
+
+
+# --- variants ---------------------------------------------------------------------------------------------------------
+
+
+def rows_of(where: str, file: StudyFile) -> list[Table]:
+    """What each variant differs in from the controls, and its name: as listed, combined by [axes], or one field at a
+    time by [sweeps]. A field of the workload is written `workload.FIELD`."""
+    axes, sweeps = _flat(file.axes), _flat(file.sweeps)
+    tables = {"[axes]": axes, "[sweeps]": sweeps, "[[variant]]": file.variant}
+    given = [name for name, value in tables.items() if value]
+    require(len(given) < 2, f"{where}: both {' and '.join(given)} are given. Keep one.")
+    check_keys(f"{where}, [controls]", "controls", file.controls)
+    for name, content in (("[axes]", axes), ("[sweeps]", sweeps)):
+        check_axes(f"{where}, {name}", content)
+        for key, values in content.items():
+            if not isinstance(values, list) or not values:
+                raise impossible(
+                    f"{where}, {name}", key, values, "a list of values is expected", "Write it as [ ... ]."
+                )
+    if sweeps:
+        common = _written(Workload()) | file.workload
+        held = {**file.controls, **{f"{OF_WORKLOAD}{key}": value for key, value in common.items()}}
+        return list(_sweep(f"{where}, [sweeps]", held, sweeps, file.reference or "centre"))
+    if not axes:
+        return [_flat(row) for row in file.variant]
+    count = math.prod(map(len, axes.values()))
+    most = f"Use {limits.MOST_VARIANTS} variants or fewer."
+    require(count <= limits.MOST_VARIANTS, f"{where}, [axes]: {count} combinations. {most}")
+    rows = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    return [{"name": "-".join(_label(axis, value) for axis, value in row.items()), **row} for row in rows]
+
+
+def _flat(table: Table) -> Table:
+    """A table in which `workload.batch_size` is a key, as it is the name of an axis."""
+    own = table.get("workload")
+    if not isinstance(own, Mapping):
+        return table
+    others = {key: value for key, value in table.items() if key != "workload"}
+    return others | {f"{OF_WORKLOAD}{key}": value for key, value in own.items()}
+
+
+def _sweep(where: str, held: Table, sweeps: Table, centre: str) -> Iterator[Table]:
+    """The controls under the name `centre`, and each value of each field in turn; a value of the controls is them."""
+    yield {"name": centre}
+    for key, values in sweeps.items():
+        if held.get(key) not in values:
+            why = f"the controls' {key} = {held.get(key)!r} is not among them"
+            remedy = "Every sweep goes through the controls: add the value to one of the two."
+            raise impossible(where, key, values, why, remedy)
+        yield from ({"name": _label(key, value), key: value} for value in values if value != held[key])
+
+
+def _label(axis: str, value: Any) -> str:
+    """A place on an axis as part of a name: the items of a list joined."""
+    said = "+".join(map(str, value)) or "default" if isinstance(value, list) else str(value)
+    return f"{axis}={said}"
+
+
+def _written(workload: Workload) -> Table:
+    """All fields of a workload, also those that no record holds while they have their default."""
+    return {one.name: codec.to_json(getattr(workload, one.name)) for one in dataclasses.fields(workload)}
+
+
+def _own_workloads(rows: Sequence[Table], workload: Workload) -> dict[str, Table]:
+    """What variants are measured on in place of the study's workload, as far as it is something else."""
+    common, found = _written(workload), dict[str, Table]()
+    for row in rows:
+        own = {key.removeprefix(OF_WORKLOAD): value for key, value in row.items() if key.startswith(OF_WORKLOAD)}
+        own = {key: value for key, value in own.items() if key not in common or common[key] != value}
+        if own:
+            found[row["name"]] = own
+    return found
+
+
+def _variant(where: str, index: int, controls: Table, row: Table) -> AnyVariant:
+    """A variant of the form that its keys ask for: what its row says, over those of the controls that its form has."""
+    where = f"{where}, variant {row.get('name', f'number {index + 1}')!r}"
+    require(isinstance(row.get("name"), str) and row["name"], f'{where}: name is missing. Add name = "...".')
+    check_axes(where, row)
+    own = {key: value for key, value in row.items() if not key.startswith(OF_WORKLOAD)}
+    content = {**controls, **own}
+    form = AnyVariant.class_for(content)
+    known = form_keys(form)
+    for key in [key for key in content if key not in known]:
+        if form is ScriptVariant:
+            why = "the variant is a command, and its script says what is trained"
+            remedy = "Give it to the script as an argument, and take it out here."
+        elif key in form_keys(ScriptVariant):
+            why = "only a variant that is a command has it"
+            remedy = 'Add command = "python train.py", or take it out.'
+        elif key not in own:
+            continue
+        elif form is PeftVariant:
+            why, remedy = "the variant has a configuration of PEFT", f"Write it there, as peft.{key}, or take it out."
+        else:
+            why, remedy = "full fine-tuning has no adapter", "Take it out."
+        raise impossible(where, key, content[key], why, remedy)
+    if form is PeftVariant and isinstance(path := content["peft"], str):
+        content["peft"] = read_config(where, path)
+    return codec.from_json(form, {key: content[key] for key in known if key in content}, where, strict=True)
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+def check_keys(where: str, table: str, content: Mapping[str, Any]) -> None:
+    """Raises `UsageError` for a key that a table of a study file does not have; `where` names both."""
+    for key, value in content.items():
+        if key not in KEYS[table]:
+            raise unknown_key(where, key, value, KEYS[table])
+
+
+def check_axes(where: str, content: Mapping[str, Any]) -> None:
+    """Raises `UsageError` for a key of [axes], [sweeps] or a variant that neither a variant nor its workload has."""
+    for key, value in content.items():
+        name = key.removeprefix(OF_WORKLOAD)
+        if name == key:
+            check_keys(where, "controls", {key: value})
+        elif name not in KEYS["workload"]:
+            raise unknown_key(where, name, value, OF_VARIANTS, shown=key)
+        elif name not in OF_VARIANTS:
+            raise impossible(where, key, value, "equal for all variants", "Write one value in [workload].")
+
+
+def unknown_key(where: str, key: str, value: Any, known: Sequence[str], *, shown: str = "") -> UsageError:
+    """What to answer to a key that is none of those known there; `shown` is the key as it was written.
+
+    Other tools call the same things by other names, and put all of them into one table. So a key is looked for under
+    its other names and in the other tables before the nearest spelling is.
+    """
+    shown, meant = shown or key, OTHER_NAMES.get(key, key)
+    if key in _METHODS:
+        why = "a method of PEFT is named in peft"
+        return impossible(where, shown, value, why, 'Write peft = { peft_type = "IA3" }.')
+    if meant not in known and (home := next((table for table, keys in KEYS.items() if meant in keys), None)):
+        return impossible(where, shown, value, "unknown key here", f"{meant} is a key of {_CALLED[home]}.")
+    near = [meant] if meant in known else difflib.get_close_matches(key, known, n=1)
+    remedy = f"Did you mean {near[0]}?" if near else "`lorameter list keys` prints all keys."
+    return impossible(where, shown, value, "unknown key", remedy)

@@ -52,6 +52,11 @@ class AnyVariant:
     __slots__ = ()
     name: str
 
+    @property
+    def method_name(self) -> str:
+        """What trains, in PEFT's words where it has one."""
+        raise NotImplementedError
+
     @staticmethod
     def class_for(table: Mapping[str, Any]) -> type[AnyVariant]:
         """The class of the variant that a table of a study, a record or a message describes."""
@@ -60,12 +65,6 @@ class AnyVariant:
         if "peft" in table:
             return PeftVariant
         return FullVariant if "method" in table else LoraVariant
-
-    if TYPE_CHECKING:
-
-        @property
-        def method_name(self) -> str:
-            """What trains, in PEFT's words where it has one; each form has its own."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -107,6 +106,7 @@ class ScriptVariant(AnyVariant):
     Raises `UsageError` for a command that cannot be started.
     """
 
+    method_name: ClassVar[str] = "script"
     name: str = field(default="", compare=False)
     command: str
     """The command line."""
@@ -119,11 +119,6 @@ class ScriptVariant(AnyVariant):
 
     def __post_init__(self) -> None:
         script.check_script(_label(self.name), self)
-
-    @property
-    def method_name(self) -> str:
-        """What is trained is the script's choice."""
-        return "script"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,6 +263,7 @@ class Variant(AnyVariant):
 class LoraVariant(Variant):
     """LoRA in its short form."""
 
+    method_name: ClassVar[str] = "LORA"
     r: int = 16
     """Rank of the update, LoRA's r (Hu et al. 2021, arXiv 2106.09685)."""
     lora_alpha: float = 16.0
@@ -312,11 +308,6 @@ class LoraVariant(Variant):
                 raise UsageError(f"{label}: target_modules = {list(self.target_modules)}: an empty name. Remove it.")
 
     @property
-    def method_name(self) -> str:
-        """PEFT's name for what trains."""
-        return "LORA"
-
-    @property
     def rewrites_base(self) -> bool:
         """Whether the adapter's initialisation changes the base weights in a way that saving it has to undo."""
         return self.init_lora_weights in ("olora", "pissa")
@@ -359,6 +350,7 @@ class PeftVariant(Variant):
 class FullVariant(Variant):
     """Full fine-tuning: all weights of the model train, in the type that they are stored in."""
 
+    method_name: ClassVar[str] = "full fine-tuning"
     method: Literal["full"]
     """"full" trains all weights; a method of PEFT is named in `peft`."""
 
@@ -379,18 +371,17 @@ class FullVariant(Variant):
         )
 
     @property
-    def method_name(self) -> str:
-        """Not PEFT's."""
-        return "full fine-tuning"
-
-    @property
     def trains_base(self) -> bool:
         """All of it."""
         return True
 
 
 FORMS: tuple[type[AnyVariant], ...] = (LoraVariant, PeftVariant, FullVariant, ScriptVariant)
-del Variant.__dataclass_fields__  # so that msgspec decodes a `Variant` by its form (`AnyVariant.class_for`)
+if TYPE_CHECKING:
+    BuiltVariant = Variant
+else:
+    BuiltVariant = AnyVariant
+"""A `Variant` as a field of a message or a document: it is decoded by its form (`AnyVariant.class_for`)."""
 
 
 def form_keys(form: type[AnyVariant]) -> tuple[str, ...]:

@@ -6,14 +6,14 @@ where the workload itself is in question has a variant one of its own (`loramete
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lorameter.errors import UsageError
+from lorameter.errors import require, shorten
 from lorameter.records import codec
 from lorameter.studies import limits
-from lorameter.studies.columns import DataColumns
 from lorameter.studies.data_source import SYNTHETIC
 
 Layout = Literal["packed", "padded", "joined", "bucketed"]
@@ -29,8 +29,6 @@ OF_VARIANTS = (
     "new_tokens", "request_batch", "adapters", "threads",
 )  # fmt: skip
 """Fields that variants of one study may have a value of their own for: the same records, in another form."""
-LISTED = ("request_batch", "prompt_tokens", "adapters")
-"""Fields for which a study may list several values in [workload]: every variant is then measured at each of them."""
 OF_TOKENS = ("model", "prompt_format", "loss", "sequence_length", "layout")
 """Those that say over which tokens a loss is, so many sequences of another length holding others of the records: losses
 that differ in one of them are not compared."""
@@ -43,6 +41,56 @@ _LEAST = {
     "held_out_sequences": 1, "data_seed": 0, "prompt_tokens": 1, "new_tokens": 2, "request_batch": 1, "adapters": 1,
     "open_ended_tokens": 0, "open_ended_prompt_tokens": 1, "threads": 1, "ranks": 1,
 }  # fmt: skip
+
+
+FAMILIES: tuple[tuple[str, ...], ...] = (
+    ("instruction", "context", "response"),
+    ("prompt", "completion"),
+    ("messages",),
+    ("text",),
+)
+"""What a record can be made of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataColumns:
+    """The column of each part; None for a part whose column has the same name, or that is absent.
+
+    Raises `UsageError` for parts that make no record together.
+    """
+
+    instruction: str | None = None
+    """What is asked."""
+    context: str | None = None
+    """What the instruction is about; the only part that a record can be without."""
+    response: str | None = None
+    """What is to be answered."""
+    prompt: str | None = None
+    """What is asked, of a record of two parts."""
+    completion: str | None = None
+    """What is to be answered, of a record of two parts."""
+    messages: str | None = None
+    """A list of messages: role and content, or from and value."""
+    text: str | None = None
+    """All of a record that has no parts."""
+
+    def __post_init__(self) -> None:
+        parts = ", ".join(f"{part} = {shorten(repr(name), 60)}" for part, name in self.given.items())
+        kinds = "; or ".join(", ".join(family) for family in FAMILIES)
+        why = f"columns: {parts}: parts of different records. Name those of one: {kinds}."
+        require(not self.given or self.family, why)
+
+    @property
+    def given(self) -> dict[str, str]:
+        """The parts that are named, with their columns."""
+        parts = ((one.name, getattr(self, one.name)) for one in dataclasses.fields(self))
+        return {part: name for part, name in parts if name is not None}
+
+    @property
+    def family(self) -> tuple[str, ...] | None:
+        """The parts of the records that these columns make; None where none is named, or they make none."""
+        given = set(self.given)
+        return next((family for family in FAMILIES if given and given <= set(family)), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,46 +163,41 @@ class Workload:
     def __post_init__(self) -> None:
         limits.check_least("workload", self, _LEAST)
         for key, sequences in (("train", self.train_sequences), ("held_out", self.held_out_sequences)):
-            if sequences * self.sequence_length > limits.MOST_TOKENS:
-                raise UsageError(
-                    f"workload: {key}_sequences = {sequences}, sequence_length = {self.sequence_length}: "
-                    f"{sequences * self.sequence_length} tokens, and {limits.MOST_TOKENS} are prepared at most. "
-                    "Use fewer."
-                )
+            tokens = sequences * self.sequence_length
+            require(
+                tokens <= limits.MOST_TOKENS,
+                f"workload: {key}_sequences = {sequences}, sequence_length = {self.sequence_length}: {tokens} tokens, "
+                f"and {limits.MOST_TOKENS} are prepared at most. Use fewer.",
+            )
         self._check_ranks()
-        if not self.model:
-            raise UsageError("workload: model = '': no model named. `lorameter list models` shows the catalogue.")
+        require(self.model, "workload: model = '': no model named. `lorameter list models` shows the catalogue.")
         limits.check_word("workload", "model", self.model)
         limits.check_word("workload", "data", self.data)
 
     def _check_ranks(self) -> None:
         if self.ranks == 1:
             for key in ("strategy", "repair"):
-                if getattr(self, key):
-                    raise UsageError(
-                        f"workload: {key} = {getattr(self, key)!r}: there is one rank. Set ranks, or leave it out."
-                    )
+                value = getattr(self, key)
+                require(not value, f"workload: {key} = {value!r}: there is one rank. Set ranks, or leave it out.")
             return
-        if self.adapters > 1:
-            raise UsageError(
-                f"workload: adapters = {self.adapters}, ranks = {self.ranks}: several adapters are measured in "
-                "requests, and of several ranks training is measured and nothing else. Leave one of them out."
-            )
-        if not self.strategy:
-            raise UsageError(
-                f'workload: ranks = {self.ranks}: how they train together is not said. Write strategy = "ddp" or '
-                '"fsdp2".'
-            )
-        if self.batch_size % self.ranks:
-            raise UsageError(
-                f"workload: batch_size = {self.batch_size}, ranks = {self.ranks}: the batch is that of all ranks and "
-                "does not divide among them. Use a multiple."
-            )
-        if self.repair and self.strategy != "fsdp2":
-            raise UsageError(
-                f'workload: repair = {self.repair!r}: it is for strategy = "fsdp2", and this is {self.strategy!r}. '
-                "Leave it out."
-            )
+        ranks = f"ranks = {self.ranks}"
+        require(
+            self.adapters == 1,
+            f"workload: adapters = {self.adapters}, {ranks}: several adapters are measured in requests, and of several "
+            "ranks training is measured and nothing else. Leave one of them out.",
+        )
+        how = 'how they train together is not said. Write strategy = "ddp" or "fsdp2".'
+        require(self.strategy, f"workload: {ranks}: {how}")
+        require(
+            self.batch_size % self.ranks == 0,
+            f"workload: batch_size = {self.batch_size}, {ranks}: the batch is that of all ranks and does not divide "
+            "among them. Use a multiple.",
+        )
+        require(
+            not self.repair or self.strategy == "fsdp2",
+            f'workload: repair = {self.repair!r}: it is for strategy = "fsdp2", and this is {self.strategy!r}. Leave '
+            "it out.",
+        )
 
 
 def identify(variant_id: str, own: Workload | None) -> str:

@@ -15,11 +15,9 @@ from typing import Any
 from lorameter import wire
 from lorameter.errors import InvalidRunError
 from lorameter.records import codec
-from lorameter.records.failures import failed_record
-from lorameter.records.os_errors import find_system_error
+from lorameter.records.os_errors import failed_record, find_system_error
 from lorameter.records.record import PartialRecord
-from lorameter.studies.request import BaseRequest, TrialRequest
-from lorameter.studies.serving_modes import ServingRequest
+from lorameter.studies.request import BaseRequest, ServingRequest, TrialRequest
 from lorameter.studies.workload import Workload
 
 

@@ -16,8 +16,7 @@ import msgspec
 from lorameter.machine.gpus import GENERATIONS
 from lorameter.machine.telemetry import LEAST_S, Telemetry
 from lorameter.records.record import PartialRecord
-from lorameter.studies.command import COMMANDS, ROUNDS, Command
-from lorameter.studies.request import TrialRequest
+from lorameter.studies.request import COMMANDS, ROUNDS, Command, TrialRequest
 
 ENERGY_STRETCH_S = 1.5 * LEAST_S
 """How long an isolated trial takes steps for its energy: above the shortest stretch, even if the last step is early."""

@@ -30,8 +30,7 @@ from lorameter.machine.memory import PeakMemoryTracker, host_bytes
 from lorameter.records import codec
 from lorameter.records.record import Failure, PartialRecord, judge_required
 from lorameter.stats import is_steady
-from lorameter.studies.command import COMMANDS, words_of
-from lorameter.studies.request import TrialRequest
+from lorameter.studies.request import COMMANDS, TrialRequest, words_of
 from lorameter.trial.building import peft_methods
 from lorameter.trial.building.build import TrainableModel, build
 from lorameter.trial.building.requirements import requirements_of

@@ -21,31 +21,28 @@ from lorameter.stats import Comparison
 from lorameter.studies.from_run import read_study
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
-from lorameter.verdicts.compare import (
-    LimitsOf,
-    MetricPair,
-    default_limits,
-    default_metrics,
-    judge_pairs,
-    matching,
-    rows_of,
-)
-from lorameter.verdicts.comparison_input import Difference, Measurements, is_memory, measurements_of
-from lorameter.verdicts.comparison_report import ComparisonReport, fields_of
+from lorameter.verdicts.compare import ComparisonReport, default_metrics, fields_of, matching, row_of
+from lorameter.verdicts.comparison_input import Difference
 from lorameter.verdicts.notices import run_notices
-from lorameter.verdicts.same_training import losses_of_run, sides_of_run
+from lorameter.verdicts.same_training import compare_losses, sides_of_run
 from lorameter.verdicts.series import (
+    Key,
+    LimitsOf,
+    Pair,
     Series,
     compare_series,
-    downgrade_equivalent,
+    default_limits,
     group_trials,
-    pairing_of,
+    is_memory,
+    judge,
     pairs_of,
+    share_effects,
     verdict_only,
+    without_equality,
 )
 from lorameter.verdicts.sites import is_mixed, join_notices, runs_of_sites
 from lorameter.verdicts.software import say_versions, versions_by_name
-from lorameter.verdicts.validity import RunValidity, run_validity
+from lorameter.verdicts.validity import run_validity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +67,7 @@ class Attribution:
 def report_of(
     run: Run, *, metrics: Sequence[str] = (), limits_of: LimitsOf = default_limits, losses: bool = False
 ) -> ComparisonReport:
-    """The verdicts of an A/B run.
+    """The verdicts of an A/B run; of one whose sites are unlike those of each site.
 
     Args:
         run: a run with two sides.
@@ -87,96 +84,90 @@ def report_of(
         sites = runs_of_sites(run).items()
         by_site = {site: report_of(part, metrics=metrics, limits_of=limits_of, losses=losses) for site, part in sites}
         return _report_of_sites(run, validity.broken, by_site)
-    control: dict[str, Comparison | None] = dict(validity.controls.items())
-    pairs = _pairs(run, study, validity, metrics)
-    verdicts = judge_pairs(pairs, limits_of)
-    if any(result is None or result.verdict != "equivalent" for result in control.values()):
+    base, candidate = (group_trials(run.records, side) for side in ("base", "candidate"))
+    scripts = sides_of_run(run, study) if losses or study.of_scripts else {}
+    verdicts: dict[Key, Comparison] = {}
+    levels: dict[Key, Interleaving] = {}
+    pairs: dict[Key, Pair] = {}
+    for name in (variant.name for variant in study.variants):
+        found = [groups[name, "variant"] for groups in (base, candidate) if (name, "variant") in groups]
+        if not found and not (validity.broken and name in (run.manifest.selection or (name,))):
+            continue
+        faults = [validity.broken, *(validity.broken_variant(name, side) for side in ("base", "candidate"))]
+        broken = next(filter(None, faults), "")
+        per_token = name in scripts and scripts[name].tokens_differ
+        for metric in _choose_metrics(run, found, metrics, broken=bool(broken), per_token=per_token):
+            key = name, metric
+            levels[key] = (found[0].interleaving(metric) if found else None) or "replicates"
+            whole = len(found) == 2 and all(series.measured(metric) for series in found)
+            verdicts[key] = verdict_only("invalid", broken or f"one side has no {metric}")
+            if whole and not broken:
+                pairs[key] = _pair(found[0], found[1], base.get((name, "control")), metric)
+    judged = judge(pairs, limits_of)
+    if any(control is None or control.verdict != "equivalent" for control in validity.controls.values()):
         why = "the base against itself is not equivalent, so the candidate cannot be"
-        verdicts |= {pair.key: downgrade_equivalent(verdicts[pair.key], why) for pair in pairs if not pair.of_memory}
-    sides = run.manifest.sides
+        judged |= without_equality({key: one for key, one in judged.items() if not is_memory(key[1])}, why)
+    control: dict[str, Comparison | None] = dict(validity.controls.items())
     return ComparisonReport(
-        base=str(sides["base"]["label"]),
-        candidate=str(sides["candidate"]["label"]),
-        comparisons=rows_of(pairs, verdicts, limits_of),
+        base=str(run.manifest.sides["base"]["label"]),
+        candidate=str(run.manifest.sides["candidate"]["label"]),
+        comparisons=tuple(row_of(*key, one, levels[key], limits_of) for key, one in (verdicts | judged).items()),
         control=control,
         notices=tuple(dict.fromkeys(_notices(run, study, control))),
-        losses=losses_of_run(run, study) if losses or study.of_scripts else {},
+        losses={name: compare_losses(pair) for name, pair in scripts.items()},
     )
 
 
 def _report_of_sites(run: Run, broken: str | None, by_site: Mapping[str, ComparisonReport]) -> ComparisonReport:
-    """What each site says, side by side: a gate lets pass what all of them let pass. Without a site there is no row,
+    """The report of each site in one: a gate lets pass what all of them let pass. Without a site there is no row,
     which is no pass either."""
-    sides = run.manifest.sides
-    rows = [
-        dataclasses.replace(row, site=site, **(fields_of(verdict_only("invalid", broken)) if broken else {}))
-        for site, report in by_site.items()
-        for row in report.comparisons
-    ]
+    invalid = fields_of(verdict_only("invalid", broken)) if broken else {}
     return ComparisonReport(
-        base=str(sides["base"]["label"]),
-        candidate=str(sides["candidate"]["label"]),
-        comparisons=tuple(rows),
+        base=str(run.manifest.sides["base"]["label"]),
+        candidate=str(run.manifest.sides["candidate"]["label"]),
+        comparisons=tuple(
+            dataclasses.replace(row, site=site, **invalid)
+            for site, report in by_site.items()
+            for row in report.comparisons
+        ),
         control={
-            _on(phase, site): found for site, report in by_site.items() for phase, found in report.control.items()
+            f"{phase} on {site}": found for site, report in by_site.items() for phase, found in report.control.items()
         },
         notices=join_notices(run, {site: report.notices for site, report in by_site.items()}),
-        losses={_on(name, site): found for site, report in by_site.items() for name, found in report.losses.items()},
+        losses={
+            f"{name} on {site}": found for site, report in by_site.items() for name, found in report.losses.items()
+        },
     )
 
 
-def _on(what: str, site: str) -> str:
-    return f"{what} on {site}"
+def _choose_metrics(
+    run: Run, sides: Sequence[Series], patterns: Sequence[str], *, broken: bool, per_token: bool
+) -> list[str]:
+    """The metrics to judge; where a step of one side holds more tokens than one of the other, the time per real token
+    is one of them."""
+    measured = {metric for side in sides for metric in side.metrics}
+    known = [*(metric for metric in METRICS if metric in measured), *sorted(filter(is_memory, measured))]
+    extra = ["time_per_real_token_s"] if per_token and "time_per_real_token_s" in known else []
+    if not patterns:
+        return default_metrics(run.manifest.phases, known) + extra
+    found = matching(known, patterns)
+    if found or (sides and not broken):
+        return found
+    primary = default_metrics(run.manifest.phases, ())
+    return matching(primary, patterns) or primary[:1]  # a failure left nothing; it must not read as no row at all
 
 
-def _pairs(run: Run, study: Study, validity: RunValidity, metrics: Sequence[str]) -> list[MetricPair]:
-    """Every metric that is wanted of every variant; in a run that does not count also of what has no number."""
-    broken = validity.broken
-    groups = [group_trials(run.records, side) for side in ("base", "candidate")]
-    pairs: list[MetricPair] = []
-    compared = sides_of_run(run, study) if study.of_scripts else {}
-    for variant in study.variants:
-        series = [side[variant.name, "variant"] for side in groups if (variant.name, "variant") in side]
-        if not series and not (broken and variant.name in (run.manifest.selection or (variant.name,))):
-            continue
-        sides = [
-            measurements_of(one, study, validity.broken_variant(variant.name, one.records[0].side)) for one in series
-        ]
-        said = [fault for fault in (broken, *(side.broken for side in sides)) if fault]
-        differ = variant.name in compared and compared[variant.name].tokens_differ
-        for metric in _wanted(run, sides, metrics, tokens_differ=differ):
-            if said or len(sides) < 2 or not all(side.has(metric) for side in sides):
-                refusal = verdict_only("invalid", said[0] if said else f"one side has no {metric}")
-                level = _level(series, metric)
-                pairs.append(MetricPair(variant=variant.name, metric=metric, interleaving=level, refusal=refusal))
-            else:
-                control = groups[0].get((variant.name, "control"))
-                pairs.append(_pair(metric, (sides[0], sides[1]), (series[0], series[1]), control))
-    return pairs
-
-
-def _pair(
-    metric: str, sides: tuple[Measurements, Measurements], series: tuple[Series, Series], control: Series | None
-) -> MetricPair:
-    """Both sides with the trials of the replicates that both have undisturbed; peaks need no pairs."""
-    name, level = sides[0].name, _level(series, metric)
-    if is_memory(metric):
-        return MetricPair(variant=name, metric=metric, interleaving=level, sides=sides)
-    found = pairs_of(*series, metric)
-    base, candidate = (found.base, found.candidate) if found else ([], [])
-    again = None if control is None else pairs_of(series[0], control, metric)
-    return MetricPair(
-        variant=name,
-        metric=metric,
-        interleaving=level,
-        sides=(
-            dataclasses.replace(sides[0], trials={metric: base}),
-            dataclasses.replace(sides[1], trials={metric: candidate}),
-        ),
-        pairing=pairing_of(series[0], metric),
-        drops=found.drops if found else None,
-        control=None if again is None else (again.base, again.candidate),
-    )
+def _pair(base: Series, candidate: Series, control: Series | None, metric: str) -> Pair:
+    """Both sides with the trials of the replicates that both have undisturbed, and with the scatter that they share
+    with the control."""
+    pair = pairs_of(base, candidate, metric)
+    again = pairs_of(base, control, metric) if control is not None else None
+    if again is None or not again.base or not pair.base or is_memory(metric):
+        return pair
+    try:
+        return share_effects({"candidate": pair, "control": again}, pair.effect.replicates)["candidate"]
+    except ValueError:  # samples without a ratio, which `judge` says of the pair
+        return pair
 
 
 def attribution_of(run: Run) -> Attribution:
@@ -186,10 +177,12 @@ def attribution_of(run: Run) -> Attribution:
     if is_mixed(run):
         sites = runs_of_sites(run).items()
         parts = [
-            dataclasses.replace(part, variant=_on(part.variant, site)) for site, one in sites for part in _parts_of(one)
+            dataclasses.replace(part, variant=f"{part.variant} on {site}")
+            for site, one in sites
+            for part in _list_effects(one)
         ]
     else:
-        parts = _parts_of(run)
+        parts = list(_list_effects(run))
     return Attribution(
         packages=dict(differing_packages(*facts)),
         differing=tuple(
@@ -201,19 +194,16 @@ def attribution_of(run: Run) -> Attribution:
     )
 
 
-def _parts_of(run: Run) -> list[PhaseEffect]:
-    study = _study(run)
+def _list_effects(run: Run) -> Iterator[PhaseEffect]:
     base, candidate = group_trials(run.records, "base"), group_trials(run.records, "candidate")
-    parts = []
-    for variant in study.variants:
-        ours, theirs = base.get((variant.name, "variant")), candidate.get((variant.name, "variant"))
-        for metric in METRICS if ours and theirs else ():
-            comparison = None
+    for name in (variant.name for variant in _study(run).variants):
+        ours, theirs = base.get((name, "variant")), candidate.get((name, "variant"))
+        if ours is None or theirs is None:
+            continue
+        for metric in METRICS:
             with contextlib.suppress(InvalidRunError):  # samples without a ratio, as a loss of zero, cost no verdict
-                comparison = compare_series(ours, theirs, metric)  # type: ignore[arg-type]
-            if comparison is not None:
-                parts.append(PhaseEffect(variant=variant.name, metric=metric, **fields_of(comparison)))
-    return parts
+                if (found := compare_series(ours, theirs, metric)) is not None:
+                    yield PhaseEffect(variant=name, metric=metric, **fields_of(found))
 
 
 def _facts(run: Run, side: str) -> dict[str, Any]:
@@ -235,27 +225,6 @@ def _study(run: Run) -> Study:
     return read_study(run)
 
 
-def _level(series: Sequence[Series], metric: str) -> Interleaving:
-    """How the trials that measured it alternated; peaks come from isolated trials."""
-    level = series[0].interleaving(metric) if series and not is_memory(metric) else None
-    return level or "replicates"
-
-
-def _wanted(run: Run, sides: Sequence[Measurements], patterns: Sequence[str], *, tokens_differ: bool) -> list[str]:
-    """The metrics to judge; where a step of one side holds more tokens than one of the other, the time per real token
-    is one of them."""
-    known = [metric for metric in METRICS if any(side.has(metric) for side in sides)]
-    known += sorted({kind for side in sides for kind in side.peaks})
-    per_token = ["time_per_real_token_s"] if tokens_differ and "time_per_real_token_s" in known else []
-    if not patterns:
-        return default_metrics(run.manifest.phases, known) + per_token
-    found = matching(known, patterns)
-    if found or (sides and not any(side.broken for side in sides)):
-        return found
-    primary = default_metrics(run.manifest.phases, ())
-    return matching(primary, patterns) or primary[:1]  # a failure left nothing; it must not read as no row at all
-
-
 def _notices(run: Run, study: Study, control: Mapping[str, Comparison | None]) -> Iterator[Notice]:
     yield from run.manifest.notices
     if _alike(run):
@@ -272,11 +241,11 @@ def _notices(run: Run, study: Study, control: Mapping[str, Comparison | None]) -
 
 def _alike(run: Run) -> bool:
     """Whether nothing is known to differ: a mistyped side would come out as `equivalent`."""
-    sides = [run.manifest.sides[side] for side in ("base", "candidate")]
-    if sides[0].get("kind") == SIDE:  # whatever else there is, is the same on purpose
-        return bool(sides[0].get("spec") == sides[1].get("spec"))
-    facts = [side.get("facts") for side in sides]
+    base, candidate = (run.manifest.sides[side] for side in ("base", "candidate"))
+    if base.get("kind") == SIDE:  # whatever else there is, is the same on purpose
+        return bool(base.get("spec") == candidate.get("spec"))
     versions = [_reported_versions(run, side) for side in ("base", "candidate")]
-    if versions[0] and versions[0] == versions[1] and sides[0].get("kind") != "revision":
+    if versions[0] and versions[0] == versions[1] and base.get("kind") != "revision":
         return True
-    return facts[0] == facts[1] and sides[0].get("worker") == sides[1].get("worker") and facts[0] is not None
+    known = base.get("facts") is not None and base.get("facts") == candidate.get("facts")
+    return known and base.get("worker") == candidate.get("worker")

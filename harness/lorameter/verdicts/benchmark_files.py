@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import math
+import itertools
 import statistics
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from lorameter.errors import UsageError, impossible
 from lorameter.records import codec, fileio
@@ -32,10 +33,11 @@ from lorameter.verdicts.comparison_input import (
     Measurements,
     comparison_input,
     differences,
-    fact_differences,
-    is_memory,
+    machine_differences,
+    planned_side,
+    variant_differences,
 )
-from lorameter.verdicts.series import Series, Trials
+from lorameter.verdicts.series import Series, Trials, is_memory
 from lorameter.verdicts.validity import control_faults, say_faults
 
 FOREIGN_METRIC = "round_time_s"
@@ -47,6 +49,66 @@ ONE_PROCESS = (
 )
 FOREIGN = "pytest-benchmark alone"
 """What wrote a file that is not ours."""
+
+
+class SavedTrial(msgspec.Struct):
+    """Of `extra_info` of one of our tests: a trial."""
+
+    samples: int
+    """How many of the samples in `stats.data` are of it."""
+
+
+class ExtraInfo(msgspec.Struct, kw_only=True):
+    """What one of our tests adds to its samples (`extra_info`)."""
+
+    name: str = ""
+    """Of the variant; the test's parameter where it is left out."""
+    variant: str | None = None
+    """Its content id."""
+    metric: str
+    trials: tuple[SavedTrial, ...]
+    medians: dict[str, tuple[float, ...]] = {}
+    """Of other metrics, one a trial."""
+    memory: dict[str, float] = {}
+    """The largest peak by kind."""
+
+
+class SavedStats(msgspec.Struct):
+    """What pytest-benchmark saves of the rounds of a test."""
+
+    data: tuple[float, ...] | None = None
+    """Each round; without --benchmark-save-data there is none."""
+    median: float | None = None
+
+
+class SavedTest(msgspec.Struct, kw_only=True):
+    """A test in a file of pytest-benchmark."""
+
+    fullname: str = ""
+    name: str = ""
+    param: Any = None
+    stats: SavedStats
+    extra_info: dict[str, Any] = {}
+
+
+class AboutRun(msgspec.Struct, frozen=True, kw_only=True):
+    """What one of our files says of its run (`about_run`)."""
+
+    fingerprint: str | None = None
+    study: str | None = None
+    variants: tuple[AnyVariant, ...] = ()
+    control: dict[str, Comparison | None] | None = None
+    invalid: str | None = None
+    failed: dict[str, str] = {}
+    """Why no number of a variant counts."""
+
+
+class SavedFile(msgspec.Struct, kw_only=True):
+    """A file of pytest-benchmark."""
+
+    benchmarks: tuple[SavedTest, ...]
+    machine_info: dict[str, Any] = {}
+    lorameter: AboutRun = AboutRun()
 
 
 def read_benchmark_json(path: Path) -> ComparisonInput:
@@ -61,12 +123,19 @@ def read_benchmark_json(path: Path) -> ComparisonInput:
         raise UsageError(
             f"{path}: cannot be read as JSON: {error}. Give a file that pytest-benchmark wrote, or a run."
         ) from None
-    where = str(path)
-    entries = _expect(where, "benchmarks", data.get("benchmarks") if isinstance(data, dict) else None, list)
-    machine = _expect(where, "machine_info", data.get("machine_info", {}), dict)
-    rows = [_expect(where, f"benchmarks[{index}]", entry, dict) for index, entry in enumerate(entries)]
-    ours = "lorameter" in machine or any("trials" in _info(where, row) for row in rows)
-    return _ours(where, rows, machine, data) if ours else _foreign(where, rows, machine)
+    return read_saved(data, str(path))
+
+
+def read_saved(data: Any, where: str) -> ComparisonInput:
+    """The content of such a file; `where` names it in errors. Raises `UsageError`."""
+    try:
+        saved = codec.from_json(SavedFile, data, where, strict=True)
+    except UsageError as error:
+        raise UsageError(
+            f"{error} Give a file that pytest-benchmark wrote (--benchmark-save or --benchmark-json), or a run."
+        ) from None
+    ours = "lorameter" in saved.machine_info or any("trials" in test.extra_info for test in saved.benchmarks)
+    return _read_ours(where, saved) if ours else _read_foreign(where, saved)
 
 
 def list_benchmarks(name: str) -> list[Path]:
@@ -88,14 +157,14 @@ def read_benchmarks(name: str) -> ComparisonInput:
     for side in sides:
         _check_alike(sides[0], side)
         for name, measured in side.sides.items():
-            trials.setdefault(name, []).extend(measured.trials.get(FOREIGN_METRIC, ()))
+            trials.setdefault(name, []).extend(measured.trials(FOREIGN_METRIC))
     return dataclasses.replace(
         sides[0],
         name=name,
         sides={
             name: Measurements(
                 name=name,
-                trials={FOREIGN_METRIC: found} if found else {},
+                samples={FOREIGN_METRIC: found} if found else {},
                 no_interval=ONE_PROCESS if len(found) < 2 else None,
             )
             for name, found in trials.items()
@@ -114,26 +183,21 @@ def _check_alike(first: ComparisonInput, side: ComparisonInput) -> None:
         )
 
 
-def _foreign(where: str, rows: list[dict[str, Any]], machine: dict[str, Any]) -> ComparisonInput:
+def _read_foreign(where: str, saved: SavedFile) -> ComparisonInput:
     sides: dict[str, Measurements] = {}
-    for index, row in enumerate(rows):
-        place = f"benchmarks[{index}]"
-        name: str = _expect(where, f"{place}.fullname", row.get("fullname", row.get("name")), str)
-        if name in sides:
-            raise impossible(
-                where, f"{place}.fullname", name, "a second benchmark of that name", "Save them separately."
-            )
-        stats = _expect(where, f"{place}.stats", row.get("stats"), dict)
-        samples = stats.get("data") or []
-        trial = _numbers(where, f"{place}.stats.data", samples)
-        median = _numbers(where, f"{place}.stats.median", [stats["median"]] if "median" in stats else [])
-        trials = [trial] if trial else [median] if median else []
+    for index, test in enumerate(saved.benchmarks):
+        name = test.fullname or test.name
+        if not name or name in sides:
+            why = "a second benchmark of that name" if name else "a benchmark has a name"
+            raise impossible(where, f"benchmarks[{index}].fullname", name, why, "Save them separately.")
+        summary = () if test.stats.median is None else (test.stats.median,)
+        samples = test.stats.data or summary
         sides[name] = Measurements(
             name=name,
-            trials={FOREIGN_METRIC: trials} if trials else {},
-            no_interval=ONE_PROCESS if trial else NO_SAMPLES,
+            samples={FOREIGN_METRIC: [samples]} if samples else {},
+            no_interval=ONE_PROCESS if test.stats.data else NO_SAMPLES,
         )
-    cpu = machine.get("cpu")
+    machine, cpu = saved.machine_info, saved.machine_info.get("cpu")
     return ComparisonInput(
         name=where,
         sides=sides,
@@ -142,166 +206,69 @@ def _foreign(where: str, rows: list[dict[str, Any]], machine: dict[str, Any]) ->
             "cpu": cpu.get("brand_raw", cpu.get("brand")) if isinstance(cpu, dict) else None,
             **{key: machine.get(key) for key in ("machine", "system", "python_implementation", "python_version")},
         },
-        phases=(),
     )
 
 
-def _ours(where: str, rows: list[dict[str, Any]], machine: dict[str, Any], data: dict[str, Any]) -> ComparisonInput:
-    about = _expect(where, "lorameter", data.get("lorameter", {}), dict)
-    facts = machine.get("lorameter")
-    variants = _variants(where, about)
-    failed = _expect(where, "lorameter.failed", about.get("failed", {}), dict)
-    sides = {str(name): Measurements(name=str(name), broken=f"{where}: {why}") for name, why in failed.items()}
-    phases: list[str] = []
-    for index, row in enumerate(rows):
-        info = _info(where, row)
-        if "trials" not in info:  # another benchmark of the same session, none of ours
+def _read_ours(where: str, saved: SavedFile) -> ComparisonInput:
+    about, facts = saved.lorameter, saved.machine_info.get("lorameter")
+    sides = {name: Measurements(name=name, broken=f"{where}: {why}") for name, why in about.failed.items()}
+    variants = {variant.name: variant for variant in about.variants}
+    phases: dict[str, None] = {}
+    for index, test in enumerate(saved.benchmarks):
+        if "trials" not in test.extra_info:  # another benchmark of the same session, none of ours
             continue
-        name, metric = _name(where, index, row, info), info.get("metric")
-        if not isinstance(metric, str) or metric not in METRICS:
-            raise impossible(where, f"benchmarks[{index}].extra_info.metric", metric, "not a metric", "Save it again.")
-        phases.append(METRICS[metric].phase)
-        side = _measured(where, index, row, info, name, metric, variants.get(name))
+        place = f"{where}: benchmarks[{index}]"
+        info = codec.from_json(ExtraInfo, test.extra_info, f"{place}.extra_info", strict=True)
+        name = info.name or test.param
+        if not isinstance(name, str):
+            raise impossible(place, "param", name, "names no variant", "Save it again.")
+        if info.metric not in METRICS:
+            raise impossible(place, "extra_info.metric", info.metric, "not a metric", "Save it again.")
+        phases[METRICS[info.metric].phase] = None
+        side = _measured(place, test.stats.data or (), info, Measurements(name=name, variant=variants.get(name)))
         sides[name] = _united(sides.get(name), side)
-    control = _control(where, about)
-    invalid = _optional(where, about, "invalid") or say_faults(tuple(control_faults(control.items())))
-    if "control" not in about:
+    control = about.control or {}
+    invalid = about.invalid or say_faults(tuple(control_faults(control.items())))
+    if about.control is None:
         invalid = "it does not say how its control came out. Save it again"
     return ComparisonInput(
         name=where,
         sides=sides,
         facts=facts if isinstance(facts, dict) and facts else None,
-        fingerprint=_optional(where, about, "fingerprint"),
-        study=_optional(where, about, "study"),
-        phases=tuple(dict.fromkeys(phases)),
+        fingerprint=about.fingerprint,
+        study=about.study,
+        phases=tuple(phases),
         control=control,
         broken=f"{where}: {invalid}" if invalid else None,
     )
 
 
-def _measured(
-    where: str,
-    index: int,
-    row: dict[str, Any],
-    info: dict[str, Any],
-    name: str,
-    metric: str,
-    variant: AnyVariant | None,
-) -> Measurements:
-    place = f"benchmarks[{index}]"
-    trials = [
-        _expect(where, f"{place}.extra_info.trials[{number}]", trial, dict)
-        for number, trial in enumerate(_expect(where, f"{place}.extra_info.trials", info["trials"], list))
-    ]
-    stats = _expect(where, f"{place}.stats", row.get("stats"), dict)
-    samples = _numbers(where, f"{place}.stats.data", stats.get("data") or [])
-    counts = [trial.get("samples") for trial in trials]
-    broken = None
-    split: Trials = []
-    if not all(isinstance(count, int) and count > 0 for count in counts) or sum(counts) != len(samples):
-        broken = f"{where}: {place}: its trials hold {counts} samples and {len(samples)} were saved"
+def _measured(place: str, data: tuple[float, ...], info: ExtraInfo, side: Measurements) -> Measurements:
+    """The side with what one test measured, split where the trials end."""
+    counts, broken = [trial.samples for trial in info.trials], None
+    samples: dict[str, Trials] = {}
+    if min(counts, default=0) < 1 or sum(counts) != len(data):
+        broken = f"{place}: its trials hold {counts} samples and {len(data)} were saved"
     else:
-        split = list(_split(samples, counts))
-    measured: dict[str, Trials] = {metric: split} if split else {}
-    medians = _expect(where, f"{place}.extra_info.medians", info.get("medians", {}), dict)
-    for other, values in medians.items():  # one a trial: all that an unpaired comparison takes of a metric
-        if other in METRICS and other != metric:
-            measured[other] = [(value,) for value in _numbers(where, f"{place}.extra_info.medians.{other}", values)]
-    peaks: dict[str, tuple[float, ...]] = {}
-    memory = _expect(where, f"{place}.extra_info.memory", info.get("memory", {}), dict)
-    for kind, value in memory.items():
-        if is_memory(kind):
-            peaks[kind] = tuple(_numbers(where, f"{place}.extra_info.memory.{kind}", [value]))
-    identity = info.get("variant")
-    return Measurements(
-        name=name,
-        id=identity if isinstance(identity, str) else None,
-        variant=variant,
-        trials=measured,
-        peaks=peaks,
-        broken=broken,
-    )
+        ends = list(itertools.accumulate(counts))
+        samples[info.metric] = [data[end - count : end] for end, count in zip(ends, counts, strict=True)]
+    # One median a trial is all that an unpaired comparison takes of a metric.
+    known = {name: values for name, values in info.medians.items() if name in METRICS}
+    for name, values in known.items():
+        samples.setdefault(name, [(value,) for value in values])
+    for kind in filter(is_memory, info.memory):
+        samples[kind] = [(info.memory[kind],)]
+    return dataclasses.replace(side, id=info.variant, samples=samples, broken=broken)
 
 
 def _united(first: Measurements | None, second: Measurements) -> Measurements:
-    """The phases of one variant stand in one entry each; what both hold is the same."""
+    """The phases of one variant are an entry each; what both hold is the same."""
     if first is None:
         return second
     broken = [reason for reason in (first.broken, second.broken) if reason]
     if first.id is not None and first.id != second.id:
         broken.append(f"two variants, {first.id} and {second.id}, have the name {second.name!r}")
-    return Measurements(
-        name=second.name,
-        id=second.id,
-        variant=second.variant,
-        trials={**second.trials, **first.trials},
-        peaks={**second.peaks, **first.peaks},
-        broken="; ".join(broken) or None,
-    )
-
-
-def _split(samples: tuple[float, ...], counts: list[Any]) -> Iterator[tuple[float, ...]]:
-    start = 0
-    for count in counts:
-        yield samples[start : start + count]
-        start += count
-
-
-def _name(where: str, index: int, row: dict[str, Any], info: dict[str, Any]) -> str:
-    params = row.get("params")
-    for name in (info.get("name"), params.get("variant_name") if isinstance(params, dict) else None, row.get("param")):
-        if isinstance(name, str):
-            return name
-    raise impossible(where, f"benchmarks[{index}].param", row.get("param"), "names no variant", "Save it again.")
-
-
-def _variants(where: str, about: dict[str, Any]) -> dict[str, AnyVariant]:
-    variants = _expect(where, "lorameter.variants", about.get("variants", []), list)
-    read = [codec.from_json(AnyVariant, variant, f"{where}, lorameter.variants") for variant in variants]
-    return {variant.name: variant for variant in read}
-
-
-def _control(where: str, about: dict[str, Any]) -> dict[str, Comparison | None]:
-    control = _expect(where, "lorameter.control", about.get("control", {}), dict)
-    return {
-        str(phase): None if result is None else codec.from_json(Comparison, result, f"{where}, lorameter.control")
-        for phase, result in control.items()
-    }
-
-
-def _optional(where: str, about: dict[str, Any], key: str) -> str | None:
-    value = about.get(key)
-    return None if value is None else str(_expect(where, f"lorameter.{key}", value, str))
-
-
-def _info(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(_expect(where, "extra_info", row.get("extra_info", {}), dict))
-
-
-def _numbers(where: str, key: str, values: Any) -> tuple[float, ...]:
-    _expect(where, key, values, list)
-    for value in values:
-        if type(value) is not float and (type(value) is not int or not math.isfinite(_float(value))):
-            raise impossible(where, key, value, "a number is expected", "Save the benchmarks again.")
-    return tuple(map(float, values))
-
-
-def _float(value: int) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
-def _expect(where: str, key: str, value: Any, kind: type) -> Any:
-    if not isinstance(value, kind):
-        said = "nothing" if value is None else f"a {type(value).__name__}"
-        words: dict[type, str] = {list: "a list", dict: "a table", str: "a text"}
-        raise UsageError(
-            f"{where}: {key}: {words[kind]} is expected and {said} is there. "
-            "Give a file that pytest-benchmark wrote (--benchmark-save or --benchmark-json), or a run."
-        )
-    return value
+    return dataclasses.replace(second, samples={**second.samples, **first.samples}, broken="; ".join(broken) or None)
 
 
 def extra_info(run: Run, series: Series, phase: str, metric: str) -> dict[str, Any]:
@@ -349,21 +316,13 @@ def unlike(study: Study, ours: dict[str, Any], saved: dict[str, Any], where: str
     Raises:
         UsageError: it was not written by lorameter, or has not the shape of what was.
     """
-    theirs = _expect(where, "machine_info", saved.get("machine_info"), dict).get("lorameter")
-    if theirs is None:
+    side, session = read_saved(saved, where), planned_side(study, ours)
+    if side.facts is None or side.facts.get("written_by") == FOREIGN:
         raise UsageError(f"{where}: the saved run was not written by lorameter. Compare another.")
-    theirs = _expect(where, "machine_info.lorameter", theirs, dict)
-    different = [
-        f"{difference.field}: {difference.base!r} saved, {difference.candidate!r} now"
-        for difference in fact_differences(codec.to_json(theirs), codec.to_json(ours))
-    ]
-    variants = {variant.name: variant.id for variant in study.variants}
-    for index, entry in enumerate(_expect(where, "benchmarks", saved.get("benchmarks"), list)):
-        bench = _expect(where, f"benchmarks[{index}]", entry, dict)
-        name, measured = bench.get("param"), _info(where, bench).get("variant")
-        if isinstance(name, str) and name in variants and measured != variants[name]:
-            different.append(f"variant {name}: {measured} saved, {variants[name]} now")
-    return different
+    found = machine_differences(side, session)
+    for name in session.sides:
+        found += variant_differences(name, side, session)
+    return [f"{one.field}: {one.base!r} saved, {one.candidate!r} now" for one in found]
 
 
 def about_run(run: Run) -> dict[str, Any]:

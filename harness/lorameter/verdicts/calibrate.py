@@ -20,10 +20,8 @@ from lorameter.records.metrics import PRIMARY, Phase
 from lorameter.records.store import Run, measuring_time_s
 from lorameter.records.units import format_count
 from lorameter.stats import Comparison, compare_trials, replicates_to_see, sd_interval
-from lorameter.stats.comparison import effect_of
 from lorameter.studies.variant import AnyVariant
-from lorameter.verdicts.compare import TOLERANCE
-from lorameter.verdicts.series import Pairs, Series, compare_series, group_trials, pairs_of
+from lorameter.verdicts.series import TOLERANCE, Pair, Series, compare_series, group_trials, pairs_of
 
 EFFECTS = (0.01, 0.02, 0.05)
 """Slow-downs whose price is stated."""
@@ -144,10 +142,10 @@ def rows_for(injected: float, few: float, many: float) -> int:
     return rows
 
 
-def _pairs(base: Series, other: Series, metric: str, run: Run) -> Pairs:
+def _pairs(base: Series, other: Series, metric: str, run: Run) -> Pair:
     pairs = pairs_of(base, other, metric)
-    if pairs is None or len(pairs.base) < LEAST_TO_CALIBRATE:
-        count = 0 if pairs is None else len(pairs.base)
+    count = len(pairs.base)
+    if count < LEAST_TO_CALIBRATE:
         raise InvalidRunError(
             f"run {run.manifest.run}: {format_count(count, 'replicate')} ok on both sides, and a calibration needs "
             f"{LEAST_TO_CALIBRATE}. Look at its report, or raise --replicates."
@@ -155,7 +153,7 @@ def _pairs(base: Series, other: Series, metric: str, run: Run) -> Pairs:
     return pairs
 
 
-def _rates(same: Pairs, slow: Pairs, size: int) -> Rates:
+def _rates(same: Pair, slow: Pair, size: int) -> Rates:
     """Subsets of the replicates, without replacement: each is a run that the gate could have made."""
     drawer = random.Random(size)
     verdicts: Counter[tuple[str, str]] = Counter()
@@ -185,8 +183,8 @@ def _price(effect: float, scatter: tuple[float, float, float], seconds: float) -
     )
 
 
-def _sd(pairs: Pairs) -> float:
-    spread = effect_of(pairs.base, pairs.candidate, pairs.pairing).spread
+def _sd(pairs: Pair) -> float:
+    spread = pairs.effect.spread
     assert spread is not None  # `_pairs` has seen to the replicates
     return spread.sd
 

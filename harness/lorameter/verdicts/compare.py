@@ -1,11 +1,14 @@
-"""Pairs of sides judged: the metrics, the limits, one family that shares its error rate; and two runs compared.
+"""Two sides compared: the rows, their limits and exit codes, whatever the sides are; and two runs or files.
 
-Whatever compares says how the sides are paired and what their controls allow; what becomes of a pair is decided by
-`judge_pairs`. Two runs that were not measured together share nothing but the machine, so their trials are not paired
-(Welch on the logs of medians), and times are never called equivalent: what the machine did between the two
-measurements is in the ratio. The standard deviation of the log ratio of two identical builds was 37 % that way and 2 %
-with turns in one run (docs/method.md). Where anything that must agree does not, there is no ratio at all; `force` shows
-one all the same and takes nothing it says for equality.
+One family, one set of limits and one kind of row, so that `compare`, `gate`, `ab` and the pytest plugin print the same
+verdicts and end with the same exit code. What is not a finding of "no worse" is no pass: nothing compared, a missing
+baseline and an open question included.
+
+Two runs that were not measured together share nothing but the machine, so their trials are not paired (Welch on the
+logs of medians), and times are never called equivalent: what the machine did between the two measurements is in the
+ratio. The standard deviation of the log ratio of two identical builds was 37 % that way and 2 % with turns in one run
+(docs/method.md). Where anything that must agree does not, there is no ratio at all; `force` shows one all the same and
+takes nothing it says for equality.
 """
 
 from __future__ import annotations
@@ -14,93 +17,153 @@ import dataclasses
 import difflib
 import fnmatch
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from lorameter.errors import InvalidRunError, UsageError
+import msgspec
+
+from lorameter.errors import (
+    EXIT_INCONCLUSIVE,
+    EXIT_INVALID,
+    EXIT_NOT_COMPARABLE,
+    EXIT_PASS,
+    EXIT_REGRESSION,
+    EXIT_UNEXPECTED,
+    EXIT_USAGE,
+    InvalidRunError,
+    UsageError,
+)
+from lorameter.records import codec
 from lorameter.records.metrics import METRICS, PEAKS, PHASES, PRIMARY
 from lorameter.records.record import Interleaving, Notice
-from lorameter.stats import (
-    Comparison,
-    Effect,
-    KeptPairs,
-    Pairing,
-    compare_bytes,
-    decide_family,
-    effect_of,
-    run_wide_shift,
-    share_scatter,
-)
+from lorameter.records.units import first_few
+from lorameter.stats import Comparison, Verdict, run_wide_shift
 from lorameter.verdicts.comparison_input import (
-    BYTES_SUFFIX,
     ComparisonInput,
     Difference,
-    Measurements,
     disagreement,
-    is_memory,
     machine_differences,
-    unknown_power_limit,
     variant_differences,
 )
-from lorameter.verdicts.comparison_report import ComparisonReport, ComparisonRow, fields_of
-from lorameter.verdicts.series import Trials, as_worse_is_higher, downgrade_equivalent, verdict_only, with_drops
+from lorameter.verdicts.same_training import LossAgreement
+from lorameter.verdicts.series import (
+    TOLERANCE,
+    Key,
+    LimitsOf,
+    Pair,
+    default_limits,
+    is_memory,
+    judge,
+    verdict_only,
+    without_equality,
+)
 
-TOLERANCE = 0.01
-MARGIN = 0.05
-ALPHA = 0.05
+MOST_REASONS = 3
+"""Reasons of invalid verdicts that are spelt out."""
+FEWEST_FOR_SHIFT = 6
+"""Fewer than 6 of 6 on one side can be chance at 5 % (two-sided sign test)."""
+
+PRECEDENCE = (
+    EXIT_UNEXPECTED,
+    EXIT_USAGE,
+    EXIT_INVALID,
+    EXIT_REGRESSION,
+    EXIT_NOT_COMPARABLE,
+    EXIT_INCONCLUSIVE,
+    EXIT_PASS,
+)
+"""Where several exit codes apply, the first of these wins."""
+
+EXIT_OF: dict[Verdict, int] = {
+    "improved": EXIT_PASS,
+    "equivalent": EXIT_PASS,
+    "regressed": EXIT_REGRESSION,
+    "inconclusive": EXIT_INCONCLUSIVE,
+    "invalid": EXIT_INVALID,
+    "no_baseline": EXIT_NOT_COMPARABLE,
+    "not_comparable": EXIT_NOT_COMPARABLE,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ComparisonLimits:
-    """The limits of one comparison, as fractions."""
-
-    tolerance: float = TOLERANCE
-    """Smallest slow-down, or growth of a peak, worth an alarm."""
-    margin: float = MARGIN
-    """Within it two things count as equal."""
-
-
-LimitsOf = Callable[[str, str], ComparisonLimits]
-"""Limits by variant and metric."""
-
-
-def default_limits(variant: str, metric: str) -> ComparisonLimits:
-    """The same limits for everything, but exactness for computed bytes."""
-    computed = is_memory(metric) and "peak" not in metric and not metric.startswith("host_")
-    return ComparisonLimits(tolerance=0.0) if computed else ComparisonLimits()
-
-
-Key = tuple[str, str]
-"""A variant and a metric."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MetricPair:
-    """One metric of one variant on both sides, as the sides were paired."""
+class ComparisonRow(Comparison):
+    """One metric of one variant, candidate against base, with the limits it was judged by."""
 
     variant: str
     metric: str
+    tolerance: float
+    margin: float
     interleaving: Interleaving
-    sides: tuple[Measurements, Measurements] | None = None
-    """Base and candidate; None where there is nothing to compare."""
-    pairing: Pairing = "none"
-    """What trial i of either side have in common."""
-    drops: KeptPairs | None = None
-    """Which pairs of trials are left; None where none could be dropped."""
-    control: tuple[Trials, Trials] | None = None
-    """The base and its second measurement in the same replicates, whose scatter the pair shares; None without one."""
-    refusal: Comparison | None = None
-    """The verdict where there is nothing to compare, or where the numbers do not count."""
+    """shared-base, lockstep, replicates, or separate: two runs of different times."""
+    site: str = ""
+    """On which of several sites that are unlike; empty where nothing hangs on it."""
 
     @property
-    def key(self) -> Key:
-        """By which its verdict is found."""
-        return self.variant, self.metric
+    def name(self) -> str:
+        """The variant, and the site where there are several."""
+        return f"{self.variant} on {self.site}" if self.site else self.variant
+
+
+class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that a comparison of two sides says."""
+
+    base: str
+    """What the base is called: a run id, a file, a revision."""
+    candidate: str
+    comparisons: tuple[ComparisonRow, ...]
+    control: dict[str, Comparison | None] = {}
+    """By phase, the candidate's reference against itself; empty where no control is known."""
+    differing: tuple[Difference, ...] = ()
+    notices: tuple[Notice, ...] = ()
+    losses: dict[str, LossAgreement] = {}
+    """Whether the losses of both sides agree, by variant; empty where it was not examined."""
 
     @property
-    def of_memory(self) -> bool:
-        """Whether these are bytes, which are no time."""
-        return is_memory(self.metric)
+    def why_invalid(self) -> str | None:
+        """Why verdicts do not count: the first few reasons; None where all of them do."""
+        reasons = dict.fromkeys(one.reason for one in self.comparisons if one.verdict == "invalid")
+        return first_few(list(reasons), MOST_REASONS, "; ") if reasons else None
+
+
+def fields_of(found: Comparison) -> dict[str, Any]:
+    """The fields of a comparison, for what has others in addition."""
+    return {field.name: getattr(found, field.name) for field in dataclasses.fields(Comparison)}
+
+
+def row_of(
+    variant: str, metric: str, found: Comparison, interleaving: Interleaving, limits_of: LimitsOf = default_limits
+) -> ComparisonRow:
+    """The row of a verdict, with its limits."""
+    limits = limits_of(variant, metric)
+    return ComparisonRow(
+        variant=variant,
+        metric=metric,
+        **fields_of(found),
+        tolerance=limits.tolerance,
+        margin=limits.margin,
+        interleaving=interleaving,
+    )
+
+
+def worst(codes: Iterable[int]) -> int:
+    """The exit code that wins; a code that is not of the contract counts as an unexpected error."""
+    ranks = [PRECEDENCE.index(code) if code in PRECEDENCE else 0 for code in codes]
+    return PRECEDENCE[min(ranks)] if ranks else EXIT_NOT_COMPARABLE
+
+
+def exit_code(comparisons: Iterable[ComparisonRow], *, inconclusive: int = EXIT_INCONCLUSIVE) -> int:
+    """The exit code of all verdicts together; nothing compared is "not comparable", never a pass.
+
+    `inconclusive` is what that verdict counts as: a policy may let it pass.
+    """
+    codes = EXIT_OF | {"inconclusive": inconclusive}
+    return worst(codes[compared.verdict] for compared in comparisons)
+
+
+def document(report: ComparisonReport) -> dict[str, Any]:
+    """The report as JSON data of the contract, without its `schema`."""
+    return {"invalid": report.why_invalid, **codec.to_json(report)}
 
 
 def default_metrics(phases: Collection[str], known: Collection[str]) -> list[str]:
@@ -115,77 +178,6 @@ def default_metrics(phases: Collection[str], known: Collection[str]) -> list[str
 def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     """The names that one of the patterns matches, in their order."""
     return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-
-
-def judge_pairs(pairs: Iterable[MetricPair], limits_of: LimitsOf) -> dict[Key, Comparison]:
-    """The verdict on each pair: memory by its maximum, times as one family that shares the error rate (Holm).
-
-    What cannot be computed is invalid, with the reason.
-    """
-    found: dict[Key, Comparison] = {}
-    effects: dict[Key, Effect] = {}
-    for pair in pairs:
-        if pair.sides is None or pair.refusal is not None:
-            found[pair.key] = pair.refusal or verdict_only("invalid", "not compared")
-            continue
-        try:
-            if pair.of_memory:
-                base, candidate = (side.peaks[pair.metric] for side in pair.sides)
-                found[pair.key] = compare_bytes(base, candidate, tolerance=limits_of(*pair.key).tolerance)
-                continue
-            ours, theirs = (as_worse_is_higher(side.trials[pair.metric], pair.metric) for side in pair.sides)
-            effect = _effect(pair, ours, theirs)
-        except ValueError as error:
-            found[pair.key] = verdict_only("invalid", f"the samples cannot be compared: {error}")
-            continue
-        reasons = dict.fromkeys(side.no_interval for side in pair.sides if side.no_interval)
-        if reasons:
-            found[pair.key] = dataclasses.replace(
-                verdict_only("inconclusive", "; ".join(map(str, reasons))),
-                ratio=math.exp(effect.log_ratio),
-                replicates=effect.replicates,
-            )
-        else:
-            effects[pair.key] = effect
-    return found | decide_family(
-        effects,
-        tolerance={key: limits_of(*key).tolerance for key in effects},
-        margin={key: limits_of(*key).margin for key in effects},
-        alpha=ALPHA,
-    )
-
-
-def _effect(pair: MetricPair, base: Trials, candidate: Trials) -> Effect:
-    """The effect of the candidate. With a control of the same replicates it has the scatter that both share."""
-    effect = effect_of(base, candidate, pair.pairing)
-    if pair.control is None:
-        return effect
-    ours, again = (as_worse_is_higher(trials, pair.metric) for trials in pair.control)
-    control = effect_of(ours, again, pair.pairing)
-    alike = control.replicates == effect.replicates
-    return share_scatter({"candidate": effect, "control": control})["candidate"] if alike else effect
-
-
-def rows_of(
-    pairs: Iterable[MetricPair], verdicts: Mapping[Key, Comparison], limits_of: LimitsOf
-) -> tuple[ComparisonRow, ...]:
-    """A row a pair, in their order, with its limits and with what was dropped of it."""
-    return tuple(
-        ComparisonRow(
-            variant=pair.variant,
-            metric=pair.metric,
-            **fields_of(with_drops(verdicts[pair.key], pair.drops)),
-            tolerance=limits_of(*pair.key).tolerance,
-            margin=limits_of(*pair.key).margin,
-            interleaving=pair.interleaving,
-        )
-        for pair in pairs
-    )
-
-
-INTERLEAVING: Interleaving = "separate"
-FEWEST_FOR_SHIFT = 6
-"""Fewer than 6 of 6 on one side can be chance at 5 % (two-sided sign test)."""
 
 
 def compare(
@@ -215,41 +207,40 @@ def compare(
     broken = base.broken or candidate.broken
     if broken and not base.sides and not candidate.sides:
         raise InvalidRunError(f"{broken}. Nothing was measured; measure again.")
-    wanted = _wanted(base, candidate, metrics, all_metrics=all_metrics)
+    wanted = _choose_metrics(base, candidate, metrics, all_metrics=all_metrics)
     machine = machine_differences(base, candidate)
-    names = dict.fromkeys((*base.sides, *candidate.sides))
-    changed = {name: variant_differences(name, base, candidate) for name in names}
-    pairs = [
-        _pair_of(name, metric, base, candidate, () if force else (*machine, *changed[name]))
-        for name in names
-        for metric in _metrics_of(wanted, base, candidate, name)
-    ]
-    verdicts = judge_pairs(pairs, limits_of)
+    differing = list(machine)
+    refused: dict[Key, Comparison | None] = {}
+    pairs: dict[Key, Pair] = {}
+    for name in dict.fromkeys((*base.sides, *candidate.sides)):
+        changed = variant_differences(name, base, candidate)
+        differing += changed
+        unlike = [] if force else [*machine, *changed]
+        for metric in _metrics_of(wanted, base, candidate, name):
+            refused[name, metric] = refusal = _refuse(base, candidate, name, metric, unlike)
+            if refusal is None:
+                pairs[name, metric] = _pair(base, candidate, name, metric)
+    found = judge(pairs, limits_of)
     if not machine:  # with --force across machines a shift is what one asked to see
-        verdicts |= _shifted({pair.key: verdicts[pair.key] for pair in pairs if pair.refusal is None})
-    differing = (*machine, *(difference for name in names for difference in changed[name]))
+        found |= _shifted(found)
     if force and differing:
-        verdicts = {
-            key: downgrade_equivalent(comparison, f"{comparison.reason}; but the sides are not comparable")
-            for key, comparison in verdicts.items()
-        }
+        found = without_equality(found, "but the sides are not comparable", appended=True)
     return ComparisonReport(
         base=base.name,
         candidate=candidate.name,
-        comparisons=rows_of(pairs, verdicts, limits_of),
+        comparisons=tuple(row_of(*key, one or found[key], "separate", limits_of) for key, one in refused.items()),
         control=dict(candidate.control),
-        differing=differing,
-        notices=(*base.notices, *candidate.notices, *_compare_notices(base, candidate, wanted, verdicts)),
+        differing=tuple(differing),
+        notices=tuple(_notices(base, candidate, wanted, {metric for _, metric in refused})),
     )
 
 
-def _wanted(
+def _choose_metrics(
     base: ComparisonInput, candidate: ComparisonInput, patterns: Sequence[str], *, all_metrics: bool
 ) -> tuple[str, ...]:
     """Names of metrics and kinds of memory, in the order of the phases."""
-    measured = [
-        metric for side in (*base.sides.values(), *candidate.sides.values()) for metric in (*side.trials, *side.peaks)
-    ]
+    sides = (*base.sides.values(), *candidate.sides.values())
+    measured = dict.fromkeys(metric for side in sides for metric in side.metrics)
     known = tuple(dict.fromkeys([*(name for name in METRICS if name in measured), *measured]))
     if all_metrics:
         return known
@@ -269,26 +260,17 @@ def _wanted(
 def _metrics_of(wanted: Sequence[str], base: ComparisonInput, candidate: ComparisonInput, name: str) -> list[str]:
     """Those that either side of a variant measured; all times where a failure left nothing."""
     sides = [side for side in (base.sides.get(name), candidate.sides.get(name)) if side is not None]
-    found = [metric for metric in wanted if any(side.has(metric) for side in sides)]
-    if found or not any(side.broken or not (side.trials or side.peaks) for side in sides):
+    found = [metric for metric in wanted if any(side.trials(metric) for side in sides)]
+    if found or not any(side.broken or not side.metrics for side in sides):
         return found
     return [metric for metric in wanted if not is_memory(metric)] or list(wanted)[:1] or [PRIMARY["train"]]
 
 
-def _pair_of(
-    name: str, metric: str, base: ComparisonInput, candidate: ComparisonInput, differing: Sequence[Difference]
-) -> MetricPair:
-    """One metric of one variant, unpaired; `differing` forbids a ratio."""
-    ours, theirs = base.sides.get(name), candidate.sides.get(name)
-    refusal = _forbidden(base, candidate, name, metric)
-    if refusal is None and differing:
-        refusal = verdict_only("not_comparable", disagreement(differing))
-    sides = None if refusal is not None or ours is None or theirs is None else (ours, theirs)
-    return MetricPair(variant=name, metric=metric, interleaving=INTERLEAVING, sides=sides, refusal=refusal)
-
-
-def _forbidden(base: ComparisonInput, candidate: ComparisonInput, name: str, metric: str) -> Comparison | None:
-    """The verdict where the numbers do not count or are not there."""
+def _refuse(
+    base: ComparisonInput, candidate: ComparisonInput, name: str, metric: str, unlike: Sequence[Difference]
+) -> Comparison | None:
+    """The verdict where the numbers do not count, are not there, or are of unlike sides; None where they can be
+    compared."""
     ours, theirs = base.sides.get(name), candidate.sides.get(name)
     faults = [base.broken, candidate.broken, *(side.broken for side in (ours, theirs) if side is not None)]
     if said := [fault for fault in faults if fault]:
@@ -299,11 +281,19 @@ def _forbidden(base: ComparisonInput, candidate: ComparisonInput, name: str, met
         return verdict_only("not_comparable", f"variant {name!r}: it is in the base and not in the candidate")
     if ours is None:
         return verdict_only("no_baseline", f"variant {name!r}: it is in the candidate and not in the base")
-    if not theirs.has(metric):
+    if not theirs.trials(metric):
         return verdict_only("not_comparable", f"the candidate has no {metric} of variant {name!r}")
-    if not ours.has(metric):
+    if not ours.trials(metric):
         return verdict_only("no_baseline", f"the base has no {metric} of variant {name!r}")
-    return None
+    return verdict_only("not_comparable", disagreement(unlike)) if unlike else None
+
+
+def _pair(base: ComparisonInput, candidate: ComparisonInput, name: str, metric: str) -> Pair:
+    """One metric of one variant, unpaired."""
+    sides = base.sides[name], candidate.sides[name]
+    reasons = dict.fromkeys(side.no_interval for side in sides if side.no_interval)
+    ours, theirs = (side.trials(metric) for side in sides)
+    return Pair(metric=metric, base=ours, candidate=theirs, no_interval="; ".join(reasons))
 
 
 def _shifted(found: Mapping[Key, Comparison]) -> dict[Key, Comparison]:
@@ -311,46 +301,36 @@ def _shifted(found: Mapping[Key, Comparison]) -> dict[Key, Comparison]:
 
     One ratio a variant and phase is asked, since metrics that follow from each other would count one movement twice.
     """
-    times = {key: comparison for key, comparison in found.items() if not key[1].endswith(BYTES_SUFFIX)}
     log_ratios = {
         f"{name}, {metric}": math.log(comparison.ratio)
-        for (name, metric), comparison in times.items()
+        for (name, metric), comparison in found.items()
         if metric in PRIMARY.values() and comparison.ratio is not None
     }
     if len(log_ratios) < FEWEST_FOR_SHIFT:
         return {}
     shift = run_wide_shift(log_ratios, tolerance=TOLERANCE)
-    if not shift.shifted:
-        return {}
     return {
         key: dataclasses.replace(comparison, verdict="invalid", reason=shift.reason)
-        for key, comparison in times.items()
-        if comparison.verdict != "invalid"
+        for key, comparison in found.items()
+        if shift.shifted and not is_memory(key[1]) and comparison.verdict != "invalid"
     }
 
 
-def _compare_notices(
-    base: ComparisonInput, candidate: ComparisonInput, wanted: Sequence[str], verdicts: Mapping[Key, Comparison]
-) -> list[Notice]:
-    limit = unknown_power_limit(base, candidate)
-    notices = [] if limit is None else [limit]
+def _notices(
+    base: ComparisonInput, candidate: ComparisonInput, wanted: Sequence[str], compared: Collection[str]
+) -> Iterator[Notice]:
     for one, other in ((base, candidate), (candidate, base)):
         missing = [phase for phase in one.phases if phase not in other.phases]
         if missing and base.absent is None:
-            notices.append(
-                Notice(
-                    code="phase-only-on-one-side",
-                    message=f"only {one.name} measured {', '.join(missing)}; that is not compared.",
-                    remedy="Measure the same phases on both sides.",
-                )
+            yield Notice(
+                code="phase-only-on-one-side",
+                message=f"only {one.name} measured {', '.join(missing)}; that is not compared.",
+                remedy="Measure the same phases on both sides.",
             )
-    unmeasured = [metric for metric in wanted if metric not in {key[1] for key in verdicts}]
-    if unmeasured or not verdicts:
-        notices.append(
-            Notice(
-                code="nothing-compared",
-                message=f"neither side measured {', '.join(unmeasured) or 'anything that was asked for'}.",
-                remedy="Look at what there is with --all-metrics.",
-            )
+    unmeasured = [metric for metric in wanted if metric not in compared]
+    if unmeasured or not compared:
+        yield Notice(
+            code="nothing-compared",
+            message=f"neither side measured {', '.join(unmeasured) or 'anything that was asked for'}.",
+            remedy="Look at what there is with --all-metrics.",
         )
-    return notices

@@ -10,7 +10,7 @@ ratio across them answers no question. Which field differs, and both of its valu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +18,7 @@ import msgspec
 
 from lorameter.errors import UsageError
 from lorameter.machine import provenance
-from lorameter.machine.provenance import LATER, POWER_LIMIT
 from lorameter.records import codec
-from lorameter.records.metrics import METRICS
-from lorameter.records.record import Notice
 from lorameter.records.store import Run
 from lorameter.stats import Comparison
 from lorameter.studies.from_run import read_study
@@ -32,55 +29,42 @@ from lorameter.verdicts.sites import refuse_mixed
 from lorameter.verdicts.software import facts_of
 from lorameter.verdicts.validity import run_validity
 
-BYTES_SUFFIX = "_bytes"
-"""Ends the name of every kind of memory."""
 
+class Difference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A field that should agree and does not."""
 
-def is_memory(metric: str) -> bool:
-    """Whether it is bytes, which are no time."""
-    return metric.endswith(BYTES_SUFFIX)
+    field: str
+    base: Any
+    candidate: Any
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.base!r} in the base, {self.candidate!r} in the candidate"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurements:
-    """One variant as one side measured it."""
+    """One variant as one side measured it: a series of a run, or the samples that a file holds."""
 
     name: str
     id: str | None = None
     """Content id of the variant; None where the file does not know it."""
     variant: AnyVariant | None = None
-    trials: Mapping[str, Trials] = field(default_factory=dict)
-    """One list of samples a trial, by metric."""
-    peaks: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """One value a trial, by kind of memory."""
+    series: Series | None = None
+    samples: Mapping[str, Trials] = field(default_factory=dict)
+    """One list of samples a trial, by metric or kind of memory."""
     broken: str | None = None
     """Why no number of this variant counts."""
     no_interval: str | None = None
     """Why these samples give a ratio and no more."""
 
-    def has(self, metric: str) -> bool:
-        """Whether this side measured that metric or kind of memory."""
-        return bool(self.peaks.get(metric) if is_memory(metric) else self.trials.get(metric))
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics and kinds of memory that there are."""
+        return tuple(self.samples) if self.series is None else self.series.metrics
 
-
-class _TrialsOf(Mapping[str, Trials]):
-    """The trials of a variant by metric, each worked out when it is asked for: of the three dozen metrics that a run
-    could have, two are compared, and working out all of them takes as long as reading the run."""
-
-    def __init__(self, series: Series) -> None:
-        self._series = series
-        self._metrics = series.metrics
-
-    def __getitem__(self, metric: str) -> Trials:
-        if metric not in METRICS or not (trials := self._series.trials(metric)):
-            raise KeyError(metric)
-        return trials
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._metrics)
-
-    def __len__(self) -> int:
-        return len(self._metrics)
+    def trials(self, metric: str) -> Trials:
+        """The samples of one of them, a list a trial; [] where it was not measured."""
+        return self.samples.get(metric, []) if self.series is None else self.series.trials(metric)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +84,6 @@ class ComparisonInput:
     """Why no number of this side counts."""
     absent: str | None = None
     """Why there is no such side: no baseline was accepted."""
-    notices: tuple[Notice, ...] = ()
 
     def without(self, names: frozenset[str]) -> ComparisonInput:
         """This side with some variants left out on purpose."""
@@ -116,10 +99,17 @@ def comparison_input(run: Run) -> ComparisonInput:
             f"`lorameter report {run.manifest.run}`."
         )
     refuse_mixed(run, "a side of a comparison")
-    study = read_study(run)
-    groups, validity = group_trials(run.records), run_validity(run, study)
+    study, groups = read_study(run), group_trials(run.records)
+    validity = run_validity(run, study)
+    variants = {variant.name: variant for variant in study.variants}
     sides = {
-        name: measurements_of(series, study, validity.broken_variant(name))
+        name: Measurements(
+            name=name,
+            id=series.records[0].variant,
+            variant=variants.get(name),
+            series=series,
+            broken=validity.broken_variant(name),
+        )
         for (name, role), series in groups.items()
         if role == "variant"
     }
@@ -135,20 +125,10 @@ def comparison_input(run: Run) -> ComparisonInput:
     )
 
 
-def measurements_of(series: Series, study: Study, broken: str | None) -> Measurements:
-    """One variant of a run; `broken`: why it does not count."""
-    variants = {variant.name: variant for variant in study.variants}
-    kinds = dict.fromkeys(kind for record in series.ok for kind in record.memory if is_memory(kind))
-    return Measurements(
-        name=series.name,
-        id=series.records[0].variant,
-        variant=variants.get(series.name),
-        trials=_TrialsOf(series),
-        peaks={
-            kind: tuple(float(record.memory[kind]) for record in series.ok if kind in record.memory) for kind in kinds
-        },
-        broken=broken,
-    )
+def planned_side(study: Study, facts: Mapping[str, Any]) -> ComparisonInput:
+    """What a session is about to measure, as a side without samples."""
+    variants = {one.name: Measurements(name=one.name, id=one.id, variant=one) for one in study.variants}
+    return ComparisonInput(name="this session", facts=facts, sides=variants)
 
 
 def machine_differences(base: ComparisonInput, candidate: ComparisonInput) -> list[Difference]:
@@ -159,30 +139,7 @@ def machine_differences(base: ComparisonInput, candidate: ComparisonInput) -> li
     if ours is None or theirs is None:
         words = ["unknown" if facts is None else "known" for facts in (ours, theirs)]
         return [Difference(field="fingerprint", base=words[0], candidate=words[1])]
-    return fact_differences(codec.to_json(ours), codec.to_json(theirs))
-
-
-def fact_differences(base: Mapping[str, Any], candidate: Mapping[str, Any]) -> list[Difference]:
-    """Facts of machine, libraries and workload that differ. A power limit, or what steers a GPU's choice of kernels,
-    that one side did not record differs from nothing: neither was recorded at first, and such runs stay comparable.
-    `unknown_power_limit` says so of the limit."""
-    found = differences(base, candidate)
-    return [one for one in found if one.field not in LATER or None not in (one.base, one.candidate)]
-
-
-def unknown_power_limit(base: ComparisonInput, candidate: ComparisonInput) -> Notice | None:
-    """That only one of two runs on a GPU says under which power limit it was measured."""
-    sides = [(side.name, side.facts) for side in (base, candidate) if side.facts and side.facts.get("device") == "cuda"]
-    limits = [facts[POWER_LIMIT] for _, facts in sides if POWER_LIMIT in facts]
-    silent = [name for name, facts in sides if POWER_LIMIT not in facts]
-    if not (limits and silent):
-        return None
-    return Notice(
-        code="power-limit-unknown",
-        message=f"{silent[0]} does not say under which power limit its GPU was, and the other side was under "
-        f"{limits[0]} W: what differs may be the limit's doing.",
-        remedy="Measure it again, or make sure that the limit was the same then.",
-    )
+    return differences(codec.to_json(ours), codec.to_json(theirs))
 
 
 def variant_differences(name: str, base: ComparisonInput, candidate: ComparisonInput) -> list[Difference]:
@@ -218,14 +175,3 @@ def disagreement(found: Sequence[Difference], *, force: bool = True) -> str:
     """The reason of the verdict `not_comparable`; `force`: whether that option is there to be named."""
     remedy = "Measure the base again under the same conditions" + (", or see a ratio with --force" if force else "")
     return f"{'; '.join(map(str, found))}. {remedy}"
-
-
-class Difference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A field that should agree and does not."""
-
-    field: str
-    base: Any
-    candidate: Any
-
-    def __str__(self) -> str:
-        return f"{self.field}: {self.base!r} in the base, {self.candidate!r} in the candidate"

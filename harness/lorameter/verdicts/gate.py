@@ -28,8 +28,8 @@ from lorameter.errors import EXIT_INCONCLUSIVE, EXIT_NOT_COMPARABLE, EXIT_PASS, 
 from lorameter.records import codec, fileio
 from lorameter.records.store import Run
 from lorameter.studies.limits import check_fraction
-from lorameter.verdicts.compare import ComparisonLimits, default_limits
-from lorameter.verdicts.comparison_report import ComparisonReport, document, exit_code, worst
+from lorameter.verdicts.compare import ComparisonReport, document, exit_code, worst
+from lorameter.verdicts.series import ComparisonLimits, default_limits
 
 
 def _checked(tolerance: float | None, margin: float | None, where: str) -> None:

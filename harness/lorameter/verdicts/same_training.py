@@ -12,7 +12,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from lorameter.records.metrics import LOSSES, real_tokens_of_steps
 from lorameter.records.record import Notice, TrialRecord
@@ -56,19 +56,23 @@ class ScriptPair:
     pairs: tuple[tuple[TrialRecord, TrialRecord], ...]
 
     @property
-    def begins(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Each side with which of its steps is the first that the other shows as well: a loop without a Trainer or
+    def skipped(self) -> tuple[int, int]:
+        """How many steps of each side come before the first that the other shows as well: a loop without a Trainer or
         meter is seen from its second step on (`lorameter.attach.sources`)."""
-        late = [bool(self.pairs) and self.pairs[0][side].tokens.get("source") == "optimizer" for side in (0, 1)]
-        return (0, int(late[1] and not late[0])), (1, int(late[0] and not late[1]))
+        base, candidate = (self.pairs[0][side].tokens.get("source") == "optimizer" for side in (0, 1))
+        return int(candidate and not base), int(base and not candidate)
+
+    def steps(self, values_of: Callable[[TrialRecord], tuple[float, ...]]) -> list[list[tuple[float, ...]]]:
+        """A value of each step, by trial, of either side, from the first step that both show."""
+        if not self.pairs:
+            return [[], []]
+        return [[values_of(pair[side])[skip:] for pair in self.pairs] for side, skip in enumerate(self.skipped)]
 
     @property
-    def tokens(self) -> tuple[tuple[tuple[float, ...], ...], tuple[tuple[float, ...], ...]] | None:
+    def tokens(self) -> list[list[tuple[float, ...]]] | None:
         """Real tokens of each step, by trial, of both; None where they were not seen."""
-        found = tuple(
-            tuple(real_tokens_of_steps(pair[side])[begin:] for pair in self.pairs) for side, begin in self.begins
-        )
-        return None if not self.pairs or not all(all(side) for side in found) else (found[0], found[1])
+        found = self.steps(real_tokens_of_steps)
+        return found if self.pairs and all(map(all, found)) else None
 
     @property
     def tokens_a_step(self) -> tuple[float, float] | None:
@@ -91,38 +95,33 @@ class ScriptPair:
         seen = self.tokens
         if seen is None:
             return None
-        return all(ours[: len(theirs)] == theirs[: len(ours)] for ours, theirs in zip(seen[0], seen[1], strict=True))
+        return all(ours[: len(theirs)] == theirs[: len(ours)] for ours, theirs in zip(*seen, strict=True))
 
 
 def sides_of_run(run: Run, study: Study) -> dict[str, ScriptPair]:
     """What is compared with what, by variant: in an A/B the candidate with the base, else each with the reference."""
+    names = [variant.name for variant in study.variants]
     if run.manifest.sides:
-        base, candidate = group_trials(run.records, "base"), group_trials(run.records, "candidate")
-        return {
-            variant.name: _sides(("the base", "the candidate"), base[key], candidate[key])
-            for variant in study.variants
-            if (key := (variant.name, "variant")) in base and key in candidate
-        }
-    groups = group_trials(run.records)
-    reference = groups.get((study.reference, "variant"))
+        base, candidate = (group_trials(run.records, side) for side in ("base", "candidate"))
+        both = {name: (base.get((name, "variant")), candidate.get((name, "variant"))) for name in names}
+        titles = dict.fromkeys(names, ("the base", "the candidate"))
+    else:
+        groups = group_trials(run.records)
+        reference = groups.get((study.reference, "variant"))
+        both = {name: (reference, groups.get((name, "variant"))) for name in names if name != study.reference}
+        titles = {name: (study.reference, name) for name in names}
     return {
-        name: _sides((study.reference, name), reference, series)
-        for (name, role), series in groups.items()
-        if reference is not None and role == "variant" and name != study.reference
+        name: ScriptPair(names=titles[name], pairs=tuple(_pair_trials(ours, theirs)))
+        for name, (ours, theirs) in both.items()
+        if ours is not None and theirs is not None
     }
 
 
-def _sides(names: tuple[str, str], base: Series, candidate: Series) -> ScriptPair:
+def _pair_trials(base: Series, candidate: Series) -> Iterator[tuple[TrialRecord, TrialRecord]]:
     others = {(record.replicate, record.attempt): record for record in candidate.ok}
-    pairs = [
-        (ours, others[ours.replicate, ours.attempt]) for ours in base.ok if (ours.replicate, ours.attempt) in others
-    ]
-    return ScriptPair(names=names, pairs=tuple(pairs))
-
-
-def losses_of_run(run: Run, study: Study) -> dict[str, LossAgreement]:
-    """Whether the losses agree, by variant."""
-    return {name: compare_losses(sides) for name, sides in sides_of_run(run, study).items()}
+    for record in base.ok:
+        if (record.replicate, record.attempt) in others:
+            yield record, others[record.replicate, record.attempt]
 
 
 def compare_losses(sides: ScriptPair) -> LossAgreement:
@@ -131,7 +130,7 @@ def compare_losses(sides: ScriptPair) -> LossAgreement:
         return LossAgreement(
             found="unknown", reason="they see different tokens, so their losses have nothing in common"
         )
-    base, candidate = ([_losses(pair[side])[begin:] for pair in sides.pairs] for side, begin in sides.begins)
+    base, candidate = sides.steps(_losses)
     if not base or not all(base) or not all(candidate):
         return LossAgreement(found="unknown", reason="no trial of both in which every loss was seen")
     steps = min(map(len, (*base, *candidate)))
@@ -142,7 +141,7 @@ def compare_losses(sides: ScriptPair) -> LossAgreement:
         )
     except ValueError as error:
         return LossAgreement(found="unknown", reason=f"they have no ratio: {error}")
-    which = "first step that both show" if any(begin for _, begin in sides.begins) else "first step"
+    which = "first step that both show" if any(sides.skipped) else "first step"
     said = (
         f"{base[0][0]:.4g} in {sides.names[0]} and {candidate[0][0]:.4g} in {sides.names[1]} in the {which}, and "
         f"over {steps} steps {format_ratio(trend.ratio, trend.low, trend.high)} of the first"
@@ -150,7 +149,7 @@ def compare_losses(sides: ScriptPair) -> LossAgreement:
     unknown = "" if sides.same_tokens else "; whether both see the same tokens is not known"
     if is_difference(first) or is_difference(trend):
         return LossAgreement(found="differ", reason=said + unknown)
-    if not _follow_each_other(sides):
+    if not _follow_each_other(base, candidate):
         return LossAgreement(found="unknown", reason=f"{OTHER_BATCHES}: {said}")
     if trend.verdict == "equivalent":
         return LossAgreement(found="unknown" if unknown else "agree", reason=said + unknown)
@@ -160,20 +159,19 @@ def compare_losses(sides: ScriptPair) -> LossAgreement:
 OTHER_BATCHES = "losses of the same step are no closer to each other than losses of neighbouring steps"
 
 
-def _follow_each_other(sides: ScriptPair) -> bool:
+def _follow_each_other(base: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]]) -> bool:
     """Whether losses may be of the same batches in the same order, by how far each is from the mean of its neighbours.
     Of the same batches those of the same step are the closest; of other batches half of them are closer to those of a
     neighbouring step. What lies between is the border."""
     aligned: list[float] = []
     closer: list[bool] = []
-    for pair in sides.pairs:
-        base, candidate = (_scatter(_losses(pair[side])[begin:]) for side, begin in sides.begins)
-        for place in range(min(len(base), len(candidate)) - 1):
-            same = abs(base[place] - candidate[place])
+    for ours, theirs in zip(map(_scatter, base), map(_scatter, candidate), strict=True):
+        for place in range(min(len(ours), len(theirs)) - 1):
+            same = abs(ours[place] - theirs[place])
             aligned.append(same)
-            closer.append(same <= abs(base[place] - candidate[place + 1]))
-            closer.append(same <= abs(base[place + 1] - candidate[place]))
-    if len(aligned) < FEWEST_STEPS * len(sides.pairs) or statistics.median(aligned) <= ROUNDING:
+            closer.append(same <= abs(ours[place] - theirs[place + 1]))
+            closer.append(same <= abs(ours[place + 1] - theirs[place]))
+    if len(aligned) < FEWEST_STEPS * len(base) or statistics.median(aligned) <= ROUNDING:
         return True
     return sum(closer) / len(closer) >= 0.75
 
@@ -207,9 +205,23 @@ def notices_of_sides(name: str, sides: ScriptPair) -> Iterator[Notice]:
     if not sides.pairs:
         return
     yield from _tokens(name, sides)
-    yield from _parameters(name, sides)
-    yield from _dtypes(name, sides)
-    yield from _software(name, sides)
+    for code, key, words, remedy in _FACTS:
+        # All trials of one script say the same.
+        known = [{**record.tokens, **record.values}.get(key) for record in sides.pairs[0]]
+        if None not in known and known[0] != known[1]:
+            ours, theirs = (words.format(value) for value in known)
+            yield _differ(code, name, sides, ours, theirs, remedy)
+    base, candidate = zip(*sides.pairs, strict=True)
+    software = [
+        f"{package} {say_versions(ours)} in {sides.names[0]} and {say_versions(theirs)} in {sides.names[1]}"
+        for package, ours, theirs in differing_versions(base, candidate)
+    ]
+    if software:
+        yield Notice(
+            code=SOFTWARE_DIFFERS,
+            message=f"{name}: the processes have not the same software: {first_few(software, MOST_NAMED, '; ')}.",
+            remedy="Start both with the same interpreter, unless this is what is compared.",
+        )
     losses = compare_losses(sides)
     if losses.found == "differ":
         yield Notice(
@@ -225,94 +237,44 @@ def notices_of_sides(name: str, sides: ScriptPair) -> Iterator[Notice]:
         )
 
 
+_FACTS: tuple[tuple[str, str, str, str], ...] = (
+    (OTHER_PARAMETERS, "trainable_parameters", "{:,.0f} parameters are trained", "the same adapter"),
+    (OTHER_PARAMETERS, "trainable_dtype", "what is trained is {}", "the same adapter"),
+    ("loss-dtype-differs", "loss_dtype", "the loss is {}", "the same precision"),
+    ("threads-differ", "threads", "torch computes on {:g} threads", "as many"),
+)
+"""What two scripts must have in common: the notice's code, the key in a record, the words, and what to give both."""
+
+
+def _differ(code: str, name: str, sides: ScriptPair, ours: str, theirs: str, remedy: str) -> Notice:
+    return Notice(
+        code=code,
+        message=f"{name}: {ours} in {sides.names[0]}, and {theirs} in {sides.names[1]}.",
+        remedy=f"Give both {remedy}, unless this is what is compared.",
+    )
+
+
 def _tokens(name: str, sides: ScriptPair) -> Iterator[Notice]:
-    means, batches = sides.tokens_a_step, _batches(sides)
-    held = "; ".join(
-        f"{one} {words}" for one, words in zip(sides.names, batches, strict=False)
-    )  # none are known at times
+    """What a step holds: how many real tokens, in how many sequences and passes."""
+    means, batches = sides.tokens_a_step, [_batch(record) for record in sides.pairs[0]]
+    known = all(batches)
     if means is not None and sides.tokens_differ:
+        held = "; ".join(f"{one} {words}" for one, words in zip(sides.names, batches, strict=True)) if known else ""
         yield Notice(
             code="tokens-differ",
             message=f"{name}: a step holds {means[0]:.1f} real tokens in {sides.names[0]} and {means[1]:.1f} in "
             f"{sides.names[1]}{f' ({held})' if held else ''}, so step times are not comparable.",
             remedy="Read the time per real token, which is given as well, or give both the same batch.",
         )
-    elif batches and batches[0] != batches[1]:
-        yield Notice(
-            code="batch-differs",
-            message=f"{name}: the same tokens a step, as far as they were seen, in other batches: {held}.",
-            remedy="Give both the same batch and accumulation, unless this is what is compared.",
-        )
+    elif known and batches[0] != batches[1]:
+        ours, theirs = batches
+        yield _differ("batch-differs", name, sides, ours, theirs, "the same batch and accumulation")
 
 
-def _batches(sides: ScriptPair) -> list[str]:
-    """Sequences and passes of a step, of both, in words; without passes where one does not tell them, and nothing where
-    sequences were not seen."""
-    counts, every = [], []
-    for side in zip(*sides.pairs, strict=True):
-        record = side[0]
-        steps, sequences = len(record.samples.get("step_time_s", ())), record.samples.get("turn_sequences")
-        if not sequences or not steps:
-            return []
-        counts.append(sum(sequences) / steps)
-        every.append(record.values.get("accumulation"))
-    known = None not in every
-    passes = [f" in {count:g} passes" if known else "" for count in every]
-    return [f"{count:g} sequences{words}" for count, words in zip(counts, passes, strict=True)]
-
-
-def _parameters(name: str, sides: ScriptPair) -> Iterator[Notice]:
-    counts = _both(sides, lambda record: record.values.get("trainable_parameters"))
-    types = _both(sides, lambda record: record.tokens.get("trainable_dtype"))
-    if (counts and counts[0] != counts[1]) or (types and types[0] != types[1]):
-        numbers = [f"{count:,.0f}" for count in counts] if counts else ["an unknown number", "an unknown number"]
-        words = [f" ({kind})" for kind in types] if types else ["", ""]
-        yield Notice(
-            code=OTHER_PARAMETERS,
-            message=f"{name}: {numbers[0]} parameters{words[0]} are trained in {sides.names[0]}, and "
-            f"{numbers[1]}{words[1]} in {sides.names[1]}.",
-            remedy="Give both the same adapter, unless this is what is compared.",
-        )
-
-
-def _dtypes(name: str, sides: ScriptPair) -> Iterator[Notice]:
-    types = _both(sides, lambda record: record.tokens.get("loss_dtype"))
-    if types and types[0] != types[1]:
-        yield Notice(
-            code="loss-dtype-differs",
-            message=f"{name}: the loss is {types[0]} in {sides.names[0]} and {types[1]} in {sides.names[1]}.",
-            remedy="Give both the same precision, unless this is what is compared.",
-        )
-
-
-def _software(name: str, sides: ScriptPair) -> Iterator[Notice]:
-    """What their processes have installed, and on how many threads they compute."""
-    base, candidate = zip(*sides.pairs, strict=True)
-    differing = [
-        f"{package} {say_versions(ours)} in {sides.names[0]} and {say_versions(theirs)} in {sides.names[1]}"
-        for package, ours, theirs in differing_versions(base, candidate)
-    ]
-    if differing:
-        yield Notice(
-            code=SOFTWARE_DIFFERS,
-            message=f"{name}: the processes have not the same software: {first_few(differing, MOST_NAMED, '; ')}.",
-            remedy="Start both with the same interpreter, unless this is what is compared.",
-        )
-    threads = [
-        sorted({record.values["threads"] for record in side if "threads" in record.values})
-        for side in (base, candidate)
-    ]
-    if all(threads) and threads[0] != threads[1]:
-        said = [" or ".join(f"{count:g}" for count in counts) for counts in threads]
-        yield Notice(
-            code="threads-differ",
-            message=f"{name}: torch computes on {said[0]} threads in {sides.names[0]} and on {said[1]} in "
-            f"{sides.names[1]}.",
-            remedy="Give both as many, unless this is what is compared.",
-        )
-
-
-def _both(sides: ScriptPair, value: Callable[[TrialRecord], Any]) -> tuple[Any, Any] | None:
-    """What the first trial of either says; None where one does not. All trials of one script say the same."""
-    ours, theirs = (value(record) for record in sides.pairs[0])
-    return None if ours is None or theirs is None else (ours, theirs)
+def _batch(record: TrialRecord) -> str:
+    """Sequences of a step, and its passes where they are known, in words; empty where sequences were not seen."""
+    steps, sequences = len(record.samples.get("step_time_s", ())), sum(record.samples.get("turn_sequences", ()))
+    passes = record.values.get("accumulation")
+    if not steps or not sequences:
+        return ""
+    return f"{sequences / steps:g} sequences" + ("" if passes is None else f" in {passes:g} passes")

@@ -15,7 +15,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -23,7 +23,10 @@ from lorameter.errors import UsageError
 from lorameter.records.metrics import PRIMARY, samples_of
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.store import Run
-from lorameter.stats import Between, sd_between
+from lorameter.stats import sd_between
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MIXED = "mixed"
 """The field of the protocol."""
@@ -109,83 +112,53 @@ def refuse_mixed(run: Run, what: str) -> None:
         )
 
 
-def site_effects(records: Sequence[TrialRecord]) -> dict[str, float]:
-    """By how much each site is slower than the mean of all, as a share: of the mean over variants of the logarithms of
-    their median step times on it. Variants that were not measured on every site say nothing of them."""
-    times = _times(records)
-    logs = {
-        site: statistics.fmean(statistics.fmean(of_one.values()) for of_one in variants.values())
-        for site, variants in times.items()
-    }
-    if len(logs) < 2:
-        return {}
-    centre = statistics.fmean(logs.values())
-    return {site: math.expm1(log - centre) for site, log in sorted(logs.items())}
+def _step_times(records: Sequence[TrialRecord]) -> pd.DataFrame:
+    """Logarithms of median step times, a row a site and replicate, a column a variant of those that every site has."""
+    import pandas as pd
 
-
-def site_spread(records: Sequence[TrialRecord]) -> Between | None:
-    """The standard deviation of the sites' step times, as a share; None where no replicate of some site is whole."""
-    replicates = [_by_replicate(variants) for variants in _times(records).values()]
-    return sd_between(replicates) if len(replicates) > 1 and all(replicates) else None
-
-
-_Times = dict[str, dict[tuple[str, str, str], dict[int, float]]]
-"""Logarithms of median step times, by site, variant and replicate."""
-
-
-def _times(records: Sequence[TrialRecord]) -> _Times:
-    """Of the variants that every site has; empty where there are none."""
-    times: _Times = {}
-    for record in records:
-        steps = samples_of(record, PRIMARY["train"]) if record.status == "ok" and record.site else ()
-        if steps:
-            variants = times.setdefault(record.site, {})
-            key = (record.name, record.role, record.side)
-            variants.setdefault(key, {})[record.replicate] = math.log(statistics.median(steps))
-    common = set[Any].intersection(*(set(variants) for variants in times.values())) if times else set()
-    if not common:
-        return {}
-    return {site: {key: variants[key] for key in variants if key in common} for site, variants in times.items()}
-
-
-def _by_replicate(variants: Mapping[Any, Mapping[int, float]]) -> list[float]:
-    """The mean over variants of each replicate that has all of them, as variants of one share what it met."""
-    whole = set.intersection(*(set(of_one) for of_one in variants.values()))
-    return [statistics.fmean(of_one[replicate] for of_one in variants.values()) for replicate in sorted(whole)]
+    steps = ((record, samples_of(record, PRIMARY["train"])) for record in records if record.status == "ok")
+    rows = [
+        (one.site, one.replicate, f"{one.name} {one.role} {one.side}", math.log(statistics.median(times)))
+        for one, times in steps
+        if one.site and times
+    ]
+    table = pd.DataFrame(rows, columns=["site", "replicate", "variant", "time"])
+    table = table.pivot_table(index=["site", "replicate"], columns="variant", values="time")
+    return table.loc[:, table.notna().groupby("site").any().all()]
 
 
 def site_notices(records: Sequence[TrialRecord]) -> Iterator[Notice]:
-    """What to know of a run that was measured on several sites."""
+    """What to know of a run that was measured on several sites: by how much they differ, and which is unlike the rest.
+
+    A site is slower by the mean over variants of the logarithms of their step times, less that of all sites. The spread
+    is taken from replicates that have all variants, as variants of one share what it met.
+    """
     sites = {record.site for record in records if record.site}
-    effects, spread = site_effects(records), site_spread(records)
     if len(sites) < 2:
         return
-    if not effects or spread is None:
+    times = _step_times(records)
+    whole = times.dropna().mean(axis=1).groupby("site").apply(list)
+    if times.empty or len(whole) < len(times.index.unique("site")):
         yield Notice(
             code="sites",
             message=f"replicates were spread over {len(sites)} sites, too few of them to compare these.",
             remedy="Read ratios, which are within a site; measure more replicates for absolute values.",
         )
         return
-    said = ", ".join(f"{site} {effect:+.1%}" for site, effect in effects.items())
+    logs = times.groupby("site").mean().mean(axis=1)
+    spread = sd_between(list(whole))
+    said = ", ".join(f"{site} {math.expm1(log - logs.mean()):+.1%}" for site, log in logs.items())
     how = "without" if spread.alone else "with"
     yield Notice(
         code="sites",
-        message=f"replicates were spread over {len(effects)} sites, which differ by {spread.sd:.1%} "
+        message=f"replicates were spread over {len(logs)} sites, which differ by {spread.sd:.1%} "
         f"[{spread.low:.1%}, {spread.high:.1%}] (standard deviation of their step times, {how} what replicates scatter "
         f"by; seen: {said}). Ratios are within a site; an absolute value is the mean of these sites', and its interval "
         "is over them, not over replicates.",
         remedy="Measure on one site where absolute values matter.",
     )
-    yield from _unlike(effects)
-
-
-def _unlike(effects: Mapping[str, float]) -> Iterator[Notice]:
-    if len(effects) < 3:  # of two sites, neither is the unlike one
-        return
-    centre = statistics.median(effects.values())
-    for site, effect in effects.items():
-        away = (1 + effect) / (1 + centre) - 1
+    for site, log in logs.items() if len(logs) > 2 else ():  # of two sites, neither is the unlike one
+        away = math.expm1(log - logs.median())
         if abs(away) > UNLIKE:
             yield Notice(
                 code="node-mismatch",

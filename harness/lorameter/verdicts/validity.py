@@ -95,14 +95,11 @@ class RunValidity:
     @property
     def broken(self) -> str | None:
         """Why no number of the run counts; None where they do."""
-        return self._broken(fault for fault in self.faults if not (fault.variant or fault.site))
+        return self.broken_variant("")
 
     def broken_variant(self, name: str, side: Side = "") -> str | None:
         """Why no number of a variant counts, in addition to `broken`; None where they do."""
-        return self._broken(fault for fault in self.faults if (fault.variant, fault.side) == (name, side))
-
-    def _broken(self, faults: Iterable[Fault]) -> str | None:
-        said = say_faults(tuple(faults))
+        said = say_faults([one for one in self.faults if (one.variant, one.side, one.site) == (name, side, "")])
         return f"run {self.run}: {said}" if said else None
 
 
@@ -179,19 +176,26 @@ def discounted(found: Comparison, invalid: str | None) -> Comparison:
 
 
 def _run_faults(run: Run) -> Iterator[Fault]:
-    if run.manifest.status != "complete":
-        message = f"its status is {run.manifest.status!r}, not 'complete'"
-        yield Fault(reason=InvalidReason.INCOMPLETE, message=message)
-    if run.damaged_lines:
-        message = f"{format_count(run.damaged_lines, 'line')} of trials.jsonl damaged"
-        yield Fault(reason=InvalidReason.DAMAGED_LINES, message=message)
-    if missing := _without_record(run):
-        message = f"{format_count(len(missing), 'planned trial')} without a record, {missing[0]} among them"
-        yield Fault(reason=InvalidReason.NO_RECORD, message=message)
-    for record in run.records:
-        if record.role == "control" and record.status != "ok":
-            message = f"trial {record.trial} of the control is {record.status}"
-            yield Fault(reason=InvalidReason.CONTROL_FAILED, message=message)
+    missing = _without_record(run)
+    among = f"{format_count(len(missing), 'planned trial')} without a record, {''.join(missing[:1])} among them"
+    damaged = f"{format_count(run.damaged_lines, 'line')} of trials.jsonl damaged"
+    status = run.manifest.status
+    for holds, reason, message in (
+        (status == "complete", InvalidReason.INCOMPLETE, f"its status is {status!r}, not 'complete'"),
+        (not run.damaged_lines, InvalidReason.DAMAGED_LINES, damaged),
+        (not missing, InvalidReason.NO_RECORD, among),
+        *(
+            (
+                record.status == "ok",
+                InvalidReason.CONTROL_FAILED,
+                f"trial {record.trial} of the control is {record.status}",
+            )
+            for record in run.records
+            if record.role == "control"
+        ),
+    ):
+        if not holds:
+            yield Fault(reason=reason, message=message)
 
 
 def _variant_faults(run: Run, study: Study) -> Iterator[Fault]:

@@ -9,8 +9,7 @@ import datasets
 import pytest
 
 from lorameter.errors import UsageError
-from lorameter.studies.columns import DataColumns
-from lorameter.studies.workload import Workload
+from lorameter.studies.workload import DataColumns, Workload
 from lorameter.trial.data.records import describe_data, open_file, read_records, recognise
 
 SAMPLE = [

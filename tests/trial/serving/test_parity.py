@@ -12,8 +12,7 @@ from lorameter.parity.judgement import compare_served
 from lorameter.records import codec
 from lorameter.records.parity import Served
 from lorameter.studies.protocol import Protocol
-from lorameter.studies.request import TrialRequest
-from lorameter.studies.serving_modes import ServingRequest, ways_of
+from lorameter.studies.request import ServingRequest, TrialRequest, ways_of
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building import peft_methods

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorameter.verdicts.claims.values import answers_of
+from lorameter.verdicts.claims import answers_of
 from lorameter.verdicts.series import group_trials
 
 

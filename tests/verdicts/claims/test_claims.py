@@ -58,16 +58,6 @@ def test_each_rule_finds_the_truth(make_run, claim, part, factors, verdict, leve
     assert part_of(make_run([claim(part)], factors, level=level)).verdict == verdict
 
 
-@pytest.mark.parametrize("factor", [1.0, 1.06])
-@pytest.mark.parametrize(
-    "part", [{"rule": "trend-up"}, {"rule": "equal"}, {"rule": "differs", "levels": (4, 16)},
-             {"rule": "highest", "levels": (16,)}, {"rule": "largest-effect", "against": ("lora_alpha",)}],
-)  # fmt: skip
-def test_huge_noise_is_inconclusive(make_run, claim, part, factor):
-    """Where processes differ by half among themselves nothing is asserted."""
-    assert part_of(make_run([claim(part)], {"r16": factor}, noise=0.5)).verdict == "inconclusive"
-
-
 def test_the_estimate_is_the_ratio_with_its_interval(make_run, claim):
     """From the first level to the last, by the line through all of them; the reason has it and the limit."""
     part = part_of(make_run([claim(rule="trend-up")], RISE))
@@ -129,19 +119,6 @@ def test_counts_are_exact(make_run, claim, metric, change, axis, verdict, words)
     part = part_of(make_run([claim(rule="rises", axis=axis, metric=metric)], change=counted))
     assert (part.verdict, part.ratio, part.tolerance, part.margin) == (verdict, None, None, None)
     assert words in part.reason
-
-
-def test_a_count_that_varies_does_not_rise_into_its_own_range(make_run, claim):
-    """Where a level took several values its smallest must be above the largest of the level before."""
-
-    def varying(record):
-        extra = 9000.0 * (record.name == "centre" and record.replicate == 0)
-        values = record.values | {"trainable_parameters": record.values["trainable_parameters"] + extra}
-        return record.replaced(values=values)
-
-    part = part_of(make_run([claim(rule="rises", metric="trainable_parameters")], change=varying))
-    assert part.verdict == "refuted"
-    assert "8,000 to 17,000 at 8" in part.reason
 
 
 # --- what cannot be judged --------------------------------------------------------------------------------------------
@@ -277,15 +254,6 @@ def test_claims_share_their_error_rate(make_run, claim):
     clear = study_of({"rule": "trend-up", "axis": "lora_alpha"}, 29)
     last = dataclasses.replace(many[0], id="last")
     assert judge_claims(make_run([*clear, last], near | {"a32": 2.0})).claims[-1].verdict == "supported"
-
-
-def test_what_is_not_judged_costs_the_others_nothing(make_run, claim):
-    """Thirty claims on a metric that was not measured leave the whole rate to the one that was."""
-    idle = [
-        dataclasses.replace(claim(rule="trend-up", metric="cold_start_time_s"), id=str(index)) for index in range(30)
-    ]
-    report = judge_claims(make_run([*idle, claim(rule="differs", levels=(4, 16))], {"r16": 1.0165}))
-    assert report.claims[-1].verdict == "supported"
 
 
 # --- what has no claims to judge --------------------------------------------------------------------------------------

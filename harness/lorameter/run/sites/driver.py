@@ -23,9 +23,8 @@ import msgspec
 from lorameter.errors import InvalidRunError, UsageError, redact
 from lorameter.machine.provenance import OF_A_KIND, Machine, fingerprint_fields
 from lorameter.records import codec, store
-from lorameter.records.manifest import SiteFacts
 from lorameter.records.record import Notice, TrialRecord
-from lorameter.records.store import Manifest, Run, RunWriter
+from lorameter.records.store import Manifest, Run, RunWriter, SiteFacts
 from lorameter.run.budget import SKIPPED, skipped_notice
 from lorameter.run.device_lock import IfBusy
 from lorameter.run.display import Display

@@ -23,9 +23,8 @@ from typing import Any, BinaryIO, cast
 from lorameter.errors import UsageError, shorten
 from lorameter.models import catalogue
 from lorameter.models.chat_template import has_chat_template, no_chat_template
-from lorameter.studies.columns import DataColumns
 from lorameter.studies.data_source import PACKED, REMEDY, DataSource, resolve
-from lorameter.studies.workload import Workload
+from lorameter.studies.workload import DataColumns, Workload
 from lorameter.trial.data.chat import Conversation, check_text, read_conversation
 
 Record = dict[str, str]

@@ -31,8 +31,7 @@ from lorameter.records.activity import (
 )
 from lorameter.records.memory_account import MemoryPhase
 from lorameter.records.record import PartialRecord
-from lorameter.studies.command import words_of
-from lorameter.studies.request import TrialRequest
+from lorameter.studies.request import TrialRequest, words_of
 from lorameter.trial.building.packing import unpack_4bit
 from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.process import release_unused

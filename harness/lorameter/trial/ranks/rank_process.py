@@ -15,7 +15,7 @@ from typing import Any
 
 from lorameter import wire
 from lorameter.machine.processes import fork_process
-from lorameter.records.failures import failed_record
+from lorameter.records.os_errors import failed_record
 from lorameter.records.record import PartialRecord
 
 

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from lorameter.errors import LorameterError
 from lorameter.models import catalogue
 from lorameter.records import codec
-from lorameter.records.failures import failed_record
+from lorameter.records.os_errors import failed_record
 from lorameter.records.parity import PROMPTS, SERVED, LogitDistance, Served
 from lorameter.records.record import PartialRecord
-from lorameter.studies.serving_modes import ServingMode, ServingRequest
+from lorameter.studies.request import ServingMode, ServingRequest
 from lorameter.trial.building import peft_methods
 from lorameter.trial.building.base_model import load_base
 from lorameter.trial.building.build import seed_everything, set_precision

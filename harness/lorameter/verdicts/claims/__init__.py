@@ -4,74 +4,57 @@ A claim is the conjunction of its parts: supported if every part is, refuted if 
 none is refuted, else inconclusive. All parts of a run that assert a difference share one error rate of 5 % (Holm); that
 there is none is asserted at 5 % each, as everywhere (`lorameter.stats.statement`).
 
-`lorameter.verdicts.claims.questions` says what the control allows. A run can be judged at any moment, by what it holds
-then.
+If the reference differs from itself in a metric, or in the primary one of its phase, nothing is asserted on it. If it
+is not equivalent to itself, no equality is. A run can be judged at any moment, by what it holds then.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
 
 import msgspec
 
-from lorameter.errors import UsageError
+from lorameter.errors import InvalidRunError, UsageError
 from lorameter.records import codec
-from lorameter.records.record import TrialRecord
+from lorameter.records.metrics import METRICS, PHASES, PRIMARY, Samples, samples_of
 from lorameter.records.store import Run
-from lorameter.stats import step_down
+from lorameter.records.units import format_ratio
+from lorameter.stats import Comparison, ShareEstimate, explained_share, step_down
 from lorameter.stats.statement import Conclusion
-from lorameter.studies.claim import ENGINE, Claim, ClaimPart, say_level
+from lorameter.studies.claim import ENGINE, ClaimPart
 from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study
+from lorameter.verdicts.claims.counted import judge_counts, judge_peaks
 from lorameter.verdicts.claims.engines import EngineShown, check_comparable, engine_of
-from lorameter.verdicts.claims.peaks import judge_peaks
-from lorameter.verdicts.claims.questions import (
-    Controls,
+from lorameter.verdicts.claims.parts import (
+    Judgement,
+    NotJudgedError,
     Question,
-    controls_of,
-    doubt,
-    doubt_of_equality,
-    failed,
+    ask,
     metrics_of,
-    question_of,
-    ratio_of,
-    reason_of,
+    result_of,
     spoken,
 )
-from lorameter.verdicts.claims.values import Answers, NotJudgedError, answers_of, counts, pair_of
-from lorameter.verdicts.series import Groups, group_trials
+from lorameter.verdicts.claims.parts import PartResult as PartResult
+from lorameter.verdicts.series import Groups, control_of, group_trials, is_difference
 from lorameter.verdicts.sites import refuse_mixed
 
-Judgement = Literal["supported", "refuted", "inconclusive", "not judged"]
-PartKey = tuple[str, int]
-"""Id of a claim and the place of a part in it."""
+Controls = Mapping[str, Comparison | None]
+"""By metric, the reference against itself; None where it was not measured."""
+TOKENS, TIME = "open_ended_tokens", "open_ended_request_time_s"
 
 
-class PartResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What became of one part."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """Shares of the variance of request time that the number of tokens explains (R²), over replicates."""
 
-    rule: str
-    axis: str
-    metric: str
-    about: str = ""
-    """What `ratio` is: "256 / 16"; empty where there is none."""
-    verdict: Judgement
-    ratio: float | None = None
-    """With its 95 % interval, which is corrected for nothing; the verdict may rest on a wider or narrower one."""
-    low: float | None = None
-    high: float | None = None
-    tolerance: float | None = None
-    """None where the rule has none."""
-    margin: float | None = None
-    by: float | None = None
-    """What was promised of an engine."""
-    replicates: int = 0
-    """With every level; 0 where the part was not judged."""
-    skipped: int = 0
-    """Replicates in which a level is missing."""
-    reason: str
+    requests: ShareEstimate | None
+    """Between the requests of all variants; None where it was not measured or every answer had one length."""
+    variants: ShareEstimate | None
+    """Between the means of the variants; None as well with fewer than three of them."""
 
 
 class ClaimResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -131,16 +114,31 @@ def judge_claims(run: Run) -> ClaimsReport:
     controls = controls_of(groups, study, run.manifest.phases)
     engine = engine_of(run, study, groups)
     results = _judge_parts(run, study, groups, controls, engine)
-    ok = [record for record in run.records if record.status == "ok"]
+    replicates = {record.replicate for record in run.records if record.status == "ok"}
     statuses = [record.status for record in run.records]
+    differing = [spoken(name) for name, control in controls.items() if control is not None and is_difference(control)]
+    invalid = f"the reference differs from itself: its control in {', '.join(differing)}" if differing else None
+    if not replicates:
+        invalid = "no trial of the run is ok, so there is nothing to judge by. See the report of the run"
+    claims = []
+    for claim in study.claims:
+        parts = tuple(results[claim.id, index] for index in range(len(claim.parts)))
+        claims.append(
+            ClaimResult(
+                id=claim.id,
+                says=claim.says,
+                original=claim.original,
+                verdict=conjunction([part.verdict for part in parts]),
+                parts=parts,
+                source=claim.source,
+            )
+        )
     return ClaimsReport(
         run=run.manifest.run,
         title=study.title,
         status=run.manifest.status,
-        claims=tuple(
-            _claim(claim, [results[claim.id, index] for index in range(len(claim.parts))]) for claim in study.claims
-        ),
-        replicates=len({record.replicate for record in ok}),
+        claims=tuple(claims),
+        replicates=len(replicates),
         trials={"planned": len(run.manifest.order)}
         | {status: statuses.count(status) for status in sorted(set(statuses))},
         control=controls,
@@ -148,24 +146,18 @@ def judge_claims(run: Run) -> ClaimsReport:
         notes=study.notes,
         answers=answers_of(groups),
         engine=engine,
-        invalid=_invalid(ok, controls),
+        invalid=invalid,
     )
-
-
-def _invalid(ok: Sequence[TrialRecord], controls: Controls) -> str | None:
-    if not ok:
-        return "no trial of the run is ok, so there is nothing to judge by. See the report of the run"
-    differing = [spoken(name) for name, control in controls.items() if failed(control)]
-    return f"the reference differs from itself: its control in {', '.join(differing)}" if differing else None
 
 
 def _judge_parts(
     run: Run, study: Study, groups: Groups, controls: Controls, engine: EngineShown | None
-) -> dict[PartKey, PartResult]:
+) -> dict[tuple[str, int], PartResult]:
+    """The result of each part, by the id of its claim and its place in it."""
     planned = {trial.partition("-")[2].removesuffix("-isolated") for trial in run.manifest.order}
     random_weights = any(notice.code == "random-weights" for notice in run.manifest.notices)
-    results: dict[PartKey, PartResult] = {}
-    questions: dict[PartKey, Question] = {}
+    results: dict[tuple[str, int], PartResult] = {}
+    questions: dict[tuple[str, int], Question] = {}
     for claim in study.claims:
         for index, part in enumerate(claim.parts):
             key = claim.id, index
@@ -175,93 +167,108 @@ def _judge_parts(
                 if engine is not None and part.axis == ENGINE:
                     check_comparable(part, run, study, engine)
                 if part.rule == "rises":
-                    results[key] = _rises(part, groups, study, planned)
+                    results[key] = judge_counts(part, groups, study, planned)
                 elif part.of_memory:
-                    results[key] = _peaks(part, groups, study)
+                    results[key] = judge_peaks(part, groups, study)
                 else:
-                    questions[key] = question_of(part, groups, study, planned)
+                    questions[key] = ask(part, groups, study, planned)
             except NotJudgedError as error:
-                results[key] = _result(part, "not judged", str(error))
+                results[key] = result_of(part, "not judged", str(error))
     doubts = {key: said for key, question in questions.items() if (said := doubt(question.part, controls))}
     # What cannot be asserted is not of the family: it costs the others nothing.
     conclusions = step_down(
         (key for key in questions if key not in doubts),
-        lambda key, left: questions[key].judged(left),
+        lambda key, left: questions[key].judge(left),
         is_decided=lambda conclusion: conclusion.by == "difference",
     )
-    for key, said in doubts.items():
-        results[key] = _answered(questions[key], questions[key].judged(1), said)
-    for key, conclusion in conclusions.items():
-        said = doubt_of_equality(questions[key].part, controls) if conclusion.by == "equality" else ""
-        results[key] = _answered(questions[key], conclusion, said)
+    for key, question in questions.items():
+        conclusion = conclusions.get(key) or question.judge(1)
+        said = doubts.get(key, "")
+        if conclusion.by == "equality":
+            said = said or doubt_of_equality(question.part, controls)
+        results[key] = _answer(question, conclusion, said)
     return results
 
 
-def _answered(question: Question, conclusion: Conclusion, said: str) -> PartResult:
+def _answer(question: Question, conclusion: Conclusion, said: str) -> PartResult:
     """The result of a conclusion; where a doubt is said, it asserts nothing."""
-    ratio, low, high = ratio_of(question, conclusion)
-    reason = reason_of(question, conclusion)
-    result = _result(
+    ratio, low, high = question.ratio(conclusion)
+    reason = question.reason(conclusion)
+    return result_of(
         question.part,
         "inconclusive" if said else conclusion.status,
         f"{said}; {reason}" if said else reason,
+        about=question.contrasts[conclusion.contrast].about,
+        ratio=ratio,
+        low=low,
+        high=high,
         replicates=conclusion.replicates,
         skipped=question.skipped,
     )
-    return msgspec.structs.replace(result, about=question.about[conclusion.contrast], ratio=ratio, low=low, high=high)
 
 
-def _rises(part: ClaimPart, groups: Groups, study: Study, planned: set[str]) -> PartResult:
-    """Counted, so exact: the smallest value of each level against the largest of the one before."""
-    found, replicates = counts(groups, study, part.axis, part.metric, planned)
-    texts = [" to ".join(f"{value:,.0f}" for value in sorted({min(values), max(values)})) for values in found]
-    levels = [say_level(level) for level, _ in study.levels(part.axis)]
-    named = (f"{text} at {level}" for text, level in zip(texts, levels, strict=True))
-    said = (
-        f"{texts[0]} at every level of {part.axis}" if len(set(texts)) == 1 else f"by {part.axis}, {', '.join(named)}"
-    )
-    rises = all(max(before) < min(after) for before, after in itertools.pairwise(found))
-    return _result(part, "supported" if rises else "refuted", f"{part.metric}: {said}", replicates=replicates)
+def controls_of(groups: Groups, study: Study, phases: Sequence[str]) -> Controls:
+    """The primary metric of each phase as the report of the run has it, then every other metric that is claimed.
+
+    Either group shares an error rate of 5 %, so identical code seldom fails.
+    """
+    primaries = [PRIMARY[phase] for phase in PHASES if phase in phases]
+    claimed = dict.fromkeys(name for claim in study.claims for part in claim.parts for name in metrics_of(part))
+    others = [name for name in claimed if name in METRICS and name not in primaries]
+    found: dict[str, Comparison | None] = {}
+    for family in (primaries, others):
+        for name in family:
+            try:
+                found[name] = control_of(groups, study.reference, name, family=len(family))
+            except InvalidRunError:  # values without a logarithm have no ratio, and claims of them are not judged
+                found[name] = None
+    return found
 
 
-def _peaks(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
-    found = judge_peaks(part, groups, study)
-    result = _result(part, found.verdict, found.reason, replicates=found.replicates)
-    about = " / ".join(reversed(pair_of(part, study)))
-    return msgspec.structs.replace(result, about=about, ratio=found.ratio, low=found.low, high=found.high)
+def doubt(part: ClaimPart, controls: Controls) -> str:
+    """Why nothing may be asserted of a part, as its control or that of its phase differs; empty where it may."""
+    for metric in metrics_of(part):
+        for name in (metric, PRIMARY[METRICS[metric].phase]):
+            found = controls.get(name)
+            if found is not None and is_difference(found):
+                ratio = format_ratio(found.ratio, found.low, found.high)
+                return f"the control differs from itself in {spoken(name)}, ×{ratio}, so the claim is not judged"
+    return ""
 
 
-def _result(part: ClaimPart, verdict: Judgement, reason: str, *, replicates: int = 0, skipped: int = 0) -> PartResult:
-    name, limit = part.limit
-    return PartResult(
-        rule=part.rule,
-        axis=part.axis,
-        metric=" + ".join(metrics_of(part)),
-        verdict=verdict,
-        replicates=replicates,
-        skipped=skipped,
-        tolerance=limit if name == "tolerance" else None,
-        margin=limit if name == "margin" else None,
-        by=limit if name == "by" else None,
-        reason=reason,
-    )
-
-
-def _claim(claim: Claim, parts: Sequence[PartResult]) -> ClaimResult:
-    return ClaimResult(
-        id=claim.id,
-        says=claim.says,
-        original=claim.original,
-        verdict=conjunction([part.verdict for part in parts]),
-        parts=tuple(parts),
-        source=claim.source,
-    )
+def doubt_of_equality(part: ClaimPart, controls: Controls) -> str:
+    """Why no equality may be asserted of a part; empty where it may."""
+    for metric in metrics_of(part):
+        found = controls.get(metric)
+        if found is None or found.verdict != "equivalent":
+            return f"the control is not equivalent to itself in {spoken(metric)}, so nothing is called equal"
+    return ""
 
 
 def conjunction(verdicts: Sequence[Judgement]) -> Judgement:
     """The verdict on a claim from those on its parts."""
     strongest: tuple[Judgement, ...] = ("refuted", "not judged", "inconclusive")
     return next((verdict for verdict in strongest if verdict in verdicts), "supported")
+
+
+def answers_of(groups: Groups) -> Answers:
+    """The shares of a run, from its variants without the control, which is one of them measured twice."""
+    blocks: dict[int, list[tuple[Samples, Samples]]] = {}
+    for (_, role), series in groups.items():
+        for record, times in series.measured(TIME) if role == "variant" else ():
+            if tokens := samples_of(record, TOKENS):
+                blocks.setdefault(record.replicate, []).append((tokens, times))
+    trials = [blocks[replicate] for replicate in sorted(blocks)]
+    return Answers(
+        requests=explained_share([(_join(one, 0), _join(one, 1)) for one in trials]),
+        variants=explained_share(
+            [([fmean(tokens) for tokens, _ in one], [fmean(times) for _, times in one]) for one in trials]
+        ),
+    )
+
+
+def _join(trials: Sequence[tuple[Samples, Samples]], place: int) -> list[float]:
+    return [value for trial in trials for value in trial[place]]
 
 
 def document(report: ClaimsReport) -> dict[str, Any]:

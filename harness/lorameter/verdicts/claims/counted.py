@@ -1,0 +1,137 @@
+"""Parts of claims that need no test: counted quantities, which are exact, and peaks of training memory.
+
+A peak takes one of a few values (`lorameter.stats.memory`), so there is no test on it: the ratios of the replicates
+have a range, and a promise holds if all of it lies below what was promised, and fails if none does.
+
+On a CPU the peak is the resident memory of the process, with the interpreter and the libraries that it begins with.
+They are on both sides and dilute whatever is saved: a saving that shows in spite of them is one, and one that does not
+show says nothing. So there a promise is supported or not judged, and never refuted.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterable
+
+from lorameter.records.metrics import PEAKS, RSS_AT_START
+from lorameter.records.record import TrialRecord
+from lorameter.records.units import format_bytes, format_count, format_ratio
+from lorameter.studies.claim import PEAK, ClaimPart, say_level
+from lorameter.studies.study import Study
+from lorameter.verdicts.claims.parts import (
+    LEAST_SHARED,
+    Judgement,
+    NotJudgedError,
+    PartResult,
+    check_count,
+    check_selected,
+    pair_of,
+    result_of,
+)
+from lorameter.verdicts.series import Groups
+
+_DEVICE, _HOST = PEAKS["train"]
+
+
+def judge_counts(part: ClaimPart, groups: Groups, study: Study, planned: Collection[str]) -> PartResult:
+    """Whether the smallest value of each level is above the largest of the one before.
+
+    Counts of memory come from trials that were alone, of which a run may have few; it is the run that must have two
+    replicates. Raises `NotJudgedError` for levels or a quantity that were not measured.
+    """
+    axis, quantity, levels = part.axis, part.metric, study.levels(part.axis)
+    check_selected(axis, levels, groups, planned)
+    series = [groups[name, "variant"].ok for _, name in levels]
+    replicates = set.intersection(*({record.replicate for record in one} for one in series))
+    check_count(len(replicates), axis, levels, groups)
+    found = [
+        {source[quantity] for record in one for source in (record.values, record.memory) if quantity in source}
+        for one in series
+    ]
+    if not all(found):
+        raise NotJudgedError(f"{quantity} was not measured at every level of {axis}. Measure with the phase train.")
+    texts = [" to ".join(f"{value:,.0f}" for value in sorted({min(values), max(values)})) for values in found]
+    named = (f"{text} at {say_level(level)}" for text, (level, _) in zip(texts, levels, strict=True))
+    said = f"{texts[0]} at every level of {axis}" if len(set(texts)) == 1 else f"by {axis}, {', '.join(named)}"
+    rises = all(max(before) < min(after) for before, after in itertools.pairwise(found))
+    reason = f"{quantity}: {said}"
+    return result_of(part, "supported" if rises else "refuted", reason, replicates=len(replicates))
+
+
+def judge_peaks(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
+    """The result of a part about memory, whose rule is "lowers" or "costs-at-most".
+
+    Raises `NotJudgedError` without peaks of two replicates of both, and where a process's resident memory hides what is
+    asked for: on a CPU a saving that does not show, and a cost that does not.
+    """
+
+    def records_of(name: str, role: str = "variant") -> tuple[TrialRecord, ...]:
+        return groups[name, role].ok if (name, role) in groups else ()  # type: ignore[index]
+
+    without, name = pair_of(part, study)
+    sides = [records_of(name), records_of(without)]
+    on_device = any(_DEVICE in record.memory for side in sides for record in side)
+    kind = part.metric if part.metric != PEAK else _DEVICE if on_device else _HOST
+    resident = kind.startswith("host_")
+    ours, theirs = (_peaks(side, kind) for side in sides)
+    both = ours.keys() & theirs.keys()
+    if len(both) < LEAST_SHARED:
+        raise NotJudgedError(
+            f"{'peak memory' if part.metric == PEAK else kind}: {format_count(len(both), 'replicate')} measured it on "
+            f"both sides: a claim is never judged from fewer than {LEAST_SHARED}. Measure on, or again with "
+            "--replicates 5."
+        )
+    control, reference = _peaks(records_of(study.reference, "control"), kind), _peaks(records_of(study.reference), kind)
+    # By how much the reference differs from itself widens the range: both trials are watched by one instrument.
+    twins = [control[one] / reference[one] for one in control.keys() & reference.keys()]
+    apart = max([1.0, *twins, *(1 / one for one in twins)])
+    ratios = [ours[one] / theirs[one] for one in both]
+    low, high = min(ratios) / apart, max(ratios) * apart
+    ratio = max(ours[one] for one in both) / max(theirs[one] for one in both)
+    what = f"{'device' if on_device else 'resident'} peak" if part.metric == PEAK else kind
+    said = (
+        f"{what} {_sizes(ours.values())} in {name}, {_sizes(theirs.values())} in {without}, "
+        f"×{format_ratio(ratio, low, high)} by the range of the replicates"
+    )
+    if resident and not control:
+        raise NotJudgedError(
+            f"{said}: the reference was not measured twice, so how far a resident peak is from itself is not known. "
+            "Measure it with its control."
+        )
+    verdict, words = _decide(part, low, high)
+    if resident:
+        births = [record.memory[RSS_AT_START] for record in sides[0] if RSS_AT_START in record.memory]
+        born = f", {format_bytes(max(births))} of which it begins with" if births else ""
+        saving = part.rule == "lowers"
+        if verdict != ("supported" if saving else "refuted"):
+            lost = "a saving can be lost, so it refutes" if saving else "a cost can be lost, so it supports"
+            raise NotJudgedError(
+                f"{said}: on a CPU the peak is the resident memory of the process{born}, in which {lost} nothing. "
+                "Measure on a GPU."
+            )
+        words += f", although the process holds more (on a CPU the peak is its resident memory{born})"
+    about = f"{name} / {without}"
+    found = {"ratio": ratio, "low": low, "high": high, "replicates": len(both)}
+    return result_of(part, verdict, f"{said}: {words}", about=about, **found)
+
+
+def _decide(part: ClaimPart, low: float, high: float) -> tuple[Judgement, str]:
+    """By the range of the ratios: all of it on one side of what was promised, or open."""
+    share, lowers = f"{100 * part.by:.3g} %", part.rule == "lowers"
+    limit = 1 - part.by if lowers else 1 + part.by
+    promised = f"a fall of more than {share}" if lowers else f"a rise of {share} at most"
+    if high < limit or (high == limit and not lowers):
+        return "supported", promised
+    if low > limit or (low == limit and lowers):
+        return "refuted", f"no fall of more than {share}" if lowers else f"a rise of more than {share}"
+    return "inconclusive", f"open whether that is a {'fall' if lowers else 'rise'} of more than {share}"
+
+
+def _peaks(records: Iterable[TrialRecord], kind: str) -> dict[int, int]:
+    """The peak of each replicate that measured one."""
+    return {record.replicate: record.memory[kind] for record in records if record.memory.get(kind)}
+
+
+def _sizes(peaks: Iterable[int]) -> str:
+    low, high = format_bytes(min(peaks)), format_bytes(max(peaks))
+    return high if low == high else f"{low} to {high}"

@@ -1,0 +1,443 @@
+"""From a part of a claim to what the statistics are asked, and the sentence that gives their answer.
+
+A metric along an axis is a table of logs, replicates × levels. Every level is divided by the study's reference, which
+lies on every axis: paired turn by turn where they took turns, else by replicate. A replicate counts only if every level
+of the axis has a trial that is ok, so that all levels are judged by the same replicates. Values are those measured,
+also where more is better: a claim says "rises" of the quantity that it names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from lorameter.records.metrics import METRICS, SCRIPT_ONLY_METRICS, Samples
+from lorameter.records.units import decimals, format_count, format_ratio
+from lorameter.stats import MOST_ADVISED, Pairing
+from lorameter.stats.effect import from_log, log_ratios, paired_effect
+from lorameter.stats.samples import checked_trials
+from lorameter.stats.statement import Conclusion, beyond, opposite, within
+from lorameter.stats.trend import Scale, line_change, scores, sizes
+from lorameter.studies.claim import ENGINE, OF_PAIRS, ClaimPart, Level, Rule, is_number, say_level
+from lorameter.studies.study import Study, is_of_tokens
+from lorameter.verdicts.series import Groups, pairing_of
+
+if TYPE_CHECKING:
+    from numpy import float64
+    from numpy.typing import NDArray
+
+Judgement = Literal["supported", "refuted", "inconclusive", "not judged"]
+LEAST_SHARED = 2
+"""Replicates, at least, that a claim is judged by."""
+_TURNED: tuple[Rule, ...] = ("trend-down", "lowest", "best", "lowers")
+"""Rules that ask whether a ratio is small: its inverse is judged."""
+_OF_EQUALITY: tuple[Rule, ...] = ("no-trend", "equal", "differs")
+_NEGATED: tuple[Rule, ...] = ("differs", "costs-at-most")
+"""Rules that state the opposite of what is tested: not within the limit, not beyond it."""
+_SHOWN_TAIL = 0.025
+
+
+class NotJudgedError(Exception):
+    """Why a part of a claim cannot be judged, with what to do about it."""
+
+
+class PartResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What became of one part."""
+
+    rule: str
+    axis: str
+    metric: str
+    about: str = ""
+    """What `ratio` is: "256 / 16"; empty where there is none."""
+    verdict: Judgement
+    ratio: float | None = None
+    """With its 95 % interval, which is corrected for nothing; the verdict may rest on a wider or narrower one."""
+    low: float | None = None
+    high: float | None = None
+    tolerance: float | None = None
+    """None where the rule has none."""
+    margin: float | None = None
+    by: float | None = None
+    """What was promised of an engine."""
+    replicates: int = 0
+    """With every level; 0 where the part was not judged."""
+    skipped: int = 0
+    """Replicates in which a level is missing."""
+    reason: str
+
+
+def result_of(part: ClaimPart, verdict: Judgement, reason: str, **found: Any) -> PartResult:
+    """The result of a part, with its limit; `found` are further fields."""
+    name, limit = part.limit
+    limits: dict[str, Any] = {name: limit} if name else {}
+    metric = " + ".join(metrics_of(part))
+    return PartResult(rule=part.rule, axis=part.axis, metric=metric, verdict=verdict, reason=reason, **limits, **found)
+
+
+def metrics_of(part: ClaimPart) -> tuple[str, ...]:
+    """The metrics that a part is about."""
+    return tuple(part.metrics) or (part.metric,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AxisTable:
+    """Logs of one metric over the reference's, replicates × levels."""
+
+    axis: str
+    title: str
+    """The metric in a sentence."""
+    levels: tuple[Level, ...]
+    replicates: tuple[int, ...]
+    skipped: int
+    """Replicates in which some level was measured and another was not."""
+    logs: NDArray[float64]
+
+    @property
+    def names(self) -> list[str]:
+        """The levels in words."""
+        return [say_level(level) for level in self.levels]
+
+    @property
+    def is_numeric(self) -> bool:
+        """Whether the levels lie along a line."""
+        return all(map(is_number, self.levels))
+
+    @property
+    def along(self) -> str:
+        """The beginning of a sentence on the change from the first level to the last."""
+        return f"from {self.axis} {self.names[0]} to {self.names[-1]} {self.title} changes by"
+
+    def keep(self, replicates: Sequence[int]) -> AxisTable:
+        """The table of these replicates only."""
+        logs = self.logs[[self.replicates.index(replicate) for replicate in replicates]]
+        skipped = self.skipped + len(self.replicates) - len(replicates)
+        return dataclasses.replace(self, replicates=tuple(replicates), skipped=skipped, logs=logs)
+
+    def line(self, scale: Scale) -> NDArray[float64]:
+        """What a straight line through the levels gains from the first to the last, a replicate each."""
+        return line_change(self.logs, scores([float(level) for level in self.levels], scale))
+
+    def change(self, low: int, high: int) -> NDArray[float64]:
+        """The log ratio of two levels, by their places, a replicate each."""
+        return self.logs[:, high] - self.logs[:, low]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contrast:
+    """A ratio that a part of a claim is about."""
+
+    about: str
+    """Which ratio it is: "256 / 16"."""
+    says: str
+    """The beginning of the sentence that gives it."""
+    logs: NDArray[float64]
+    """Its logarithm in each replicate."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One part of a claim, ready to be judged at any level."""
+
+    part: ClaimPart
+    contrasts: tuple[Contrast, ...]
+    skipped: int
+    context: tuple[tuple[str, NDArray[float64]], ...]
+    """Changes that the sentence begins with and that decide nothing: words, and log ratios one a replicate."""
+
+    @property
+    def sign(self) -> int:
+        """-1 where the inverse of each ratio is judged."""
+        return -1 if self.part.rule in _TURNED else 1
+
+    def judge(self, family: int) -> Conclusion:
+        """The conclusion, as one of so many statements that share the error rate."""
+        import numpy as np
+
+        rule, by = self.part.rule, self.part.by
+        limit = -math.log1p(-by) if rule == "lowers" else math.log1p(self.part.limit[1])
+        values = self.sign * np.stack([contrast.logs for contrast in self.contrasts], axis=1)
+        found = (within if rule in _OF_EQUALITY else beyond)(values, limit, family=family)
+        return opposite(found) if rule in _NEGATED else found
+
+    def ratio(self, conclusion: Conclusion) -> tuple[float, float | None, float | None]:
+        """The ratio that decided, with its 95 % interval; None where an end is larger than a float holds."""
+        return math.exp(self.sign * conclusion.estimate), *self._ends(conclusion.low, conclusion.high)
+
+    def reason(self, conclusion: Conclusion) -> str:
+        """The sentence; for an open question it names the contrast that is undecided."""
+        begin = [f"{words} ×{_centre(values)}" for words, values in self.context]
+        ratio = format_ratio(*self.ratio(conclusion))
+        begin.append(f"{self.contrasts[conclusion.contrast].says} ×{ratio}")
+        low, high = self._ends(conclusion.decided_low, conclusion.decided_high)
+        places = 4 if low is None or high is None else min(decimals((high - low) / 2), 4)
+        ends = ["no bound" if end is None else f"{end:.{places}f}" for end in (low, high)]
+        interval = f"{100 * conclusion.level:.4g} % interval [{', '.join(ends)}]"
+        said = f"{'; '.join(begin)}: {self._decision(conclusion)} ({interval}){_needed(conclusion)}"
+        left_out = f"; {format_count(self.skipped, 'replicate')} left out, where a level is missing"
+        return said + (left_out if self.skipped else "")
+
+    def _ends(self, low: float, high: float) -> tuple[float | None, float | None]:
+        return (from_log(low), from_log(high)) if self.sign > 0 else (from_log(-high), from_log(-low))
+
+    def _decision(self, conclusion: Conclusion) -> str:
+        supported, refuted, equal, undecided = _WORDS[self.part.rule]
+        words = {"supported": supported, "refuted": refuted, "inconclusive": undecided}[conclusion.status]
+        return (equal if conclusion.by == "equality" else words).format(limit=f"{100 * self.part.limit[1]:.3g} %")
+
+
+def ask(part: ClaimPart, groups: Groups, study: Study, planned: Collection[str]) -> Question:
+    """The question of a part, any rule but "rises"; `planned` are the variants that the run set out to measure.
+
+    Raises `NotJudgedError` for a loss of other tokens, for levels or a metric that were not measured, for fewer than
+    two replicates in which every level is ok, and for values that have no logarithm.
+    """
+    axes = (part.axis, *part.against)
+    tables = [_tabulate(groups, study, axis, metric, planned) for axis in axes for metric in metrics_of(part)]
+    shared = sorted(set.intersection(*(set(table.replicates) for table in tables)))
+    if len(shared) < LEAST_SHARED:
+        raise NotJudgedError(_too_few(len(shared)))
+    tables = [table.keep(shared) for table in tables]
+    first = tables[0]
+    lined = part.rule == "largest-effect" or (part.rule == "equal" and len(first.levels) > 2 and first.is_numeric)
+    context = [(table.along, line) for table, line in zip(tables, _lines(part, tables), strict=True)] if lined else []
+    skipped = max(table.skipped for table in tables)
+    contrasts = tuple(_list_contrasts(part, tables, study))
+    return Question(part=part, contrasts=contrasts, skipped=skipped, context=tuple(context))
+
+
+def _lines(part: ClaimPart, tables: Sequence[AxisTable]) -> list[NDArray[float64]]:
+    """The line through each table; axes other than the part's own are laid out by logarithms where they have them."""
+    own, *others = tables
+    scales: list[Scale] = ["log" if min(map(float, table.levels)) > 0 else "linear" for table in others]
+    return [own.line(part.scale), *(table.line(scale) for table, scale in zip(others, scales, strict=True))]
+
+
+def _list_contrasts(part: ClaimPart, tables: Sequence[AxisTable], study: Study) -> Iterator[Contrast]:
+    """The ratios that a part is about; where there are several, all of them must hold."""
+    table, names = tables[0], tables[0].names
+    places = [table.levels.index(level) for level in part.levels]
+    if part.rule in ("trend-up", "trend-down", "no-trend"):
+        yield Contrast(about=f"{names[-1]} / {names[0]}", says=table.along, logs=table.line(part.scale))
+    elif part.rule == "equal":
+        for low, high in itertools.combinations(range(len(names)), 2):
+            says = f"the largest difference is between {names[low]} and {names[high]},"
+            yield Contrast(about=f"{names[high]} / {names[low]}", says=says, logs=table.change(low, high))
+    elif part.rule == "differs":
+        low, high = sorted(places)
+        says = f"from {part.axis} {names[low]} to {names[high]} {table.title} changes by"
+        yield Contrast(about=f"{names[high]} / {names[low]}", says=says, logs=table.change(low, high))
+    elif part.rule in OF_PAIRS:
+        (low, high), (without, name) = places or (0, 1), pair_of(part, study)
+        change, about = table.change(low, high), f"{name} / {without}"
+        if part.rule == "faster":
+            says = f"the speed of {name} over that of {without}, by {table.title}, is"
+            yield Contrast(about=f"speed, {about}", says=says, logs=-change)
+        else:
+            yield Contrast(about=about, says=f"{table.title} of {name} over that of {without} is", logs=change)
+    elif part.rule == "largest-effect":
+        own, *others = map(sizes, _lines(part, tables))
+        for axis, changes in zip(part.against, others, strict=True):
+            says = f"the change along {part.axis} over that along {axis} is"
+            yield Contrast(about=f"{part.axis} / {axis}", says=says, logs=own - changes)
+    else:
+        score = _add_up(part, tables) if part.rule == "best" else table
+        (level,) = places
+        for other in range(len(names)):
+            if other != level:
+                says = f"{score.title} at {part.axis} {names[level]} over that at {names[other]} is"
+                logs = score.change(other, level)
+                yield Contrast(about=f"{names[level]} / {names[other]}", says=says, logs=logs)
+
+
+def _add_up(part: ClaimPart, tables: Sequence[AxisTable]) -> AxisTable:
+    """The weighted sum of logs, which is itself the log of a product of powers and compared as any metric."""
+    import numpy as np
+
+    weights = list(part.metrics.values())
+    weighed = zip(weights, tables, strict=True)
+    terms = (table.title if weight == 1 else f"{weight:g} × {table.title}" for weight, table in weighed)
+    logs = np.tensordot(weights, np.stack([table.logs for table in tables]), axes=1)
+    return dataclasses.replace(tables[0], title=f"the score ({', '.join(terms)})", logs=logs)
+
+
+def spoken(metric: str) -> str:
+    """What a metric is called in a sentence: a table's "request" is the time of one."""
+    known = METRICS[metric]
+    return f"time of {known.title}" if known.unit == "s" and "time" not in known.title else known.title
+
+
+def pair_of(part: ClaimPart, study: Study) -> tuple[str, str]:
+    """The variants that a rule for pairs compares: what it starts from, and what is promised of."""
+    levels = dict(study.levels(part.axis))
+    before, after = part.levels or tuple(levels)
+    return levels[before], levels[after]
+
+
+def _tabulate(groups: Groups, study: Study, axis: str, metric: str, planned: Collection[str]) -> AxisTable:
+    import numpy as np
+
+    known, levels = METRICS[metric], study.levels(axis)
+    if known.is_loss and is_of_tokens(axis):
+        raise NotJudgedError(f"{known.title}: along {axis} it is that of other tokens. Claim a time, or memory.")
+    check_selected(axis, levels, groups, planned)
+    series = [groups[name, "variant"] for name in (study.reference, *(name for _, name in levels))]
+    if not any(one.measured(metric) for one in series[1:]):
+        raise NotJudgedError(_unmeasured(metric, study))
+    pairing = pairing_of(series[0], metric)
+    found = [{record.replicate: samples for record, samples in one.measured(metric)} for one in series]
+    seen = set[int]().union(*found)
+    whole = [one for one in sorted(seen) if _is_whole([trials.get(one, ()) for trials in found], pairing)]
+    check_count(len(whole), axis, levels, groups)
+    try:
+        base, *others = (
+            checked_trials(name, [trials[one] for one in whole], positive=True)
+            for name, trials in zip(("reference", *(name for _, name in levels)), found, strict=True)
+        )
+        logs = np.stack([log_ratios(base, other, pairing) for other in others], axis=1)
+    except ValueError as error:
+        raise NotJudgedError(f"{known.title}: {error}.") from None
+    return AxisTable(
+        axis=axis,
+        title=spoken(metric),
+        levels=tuple(level for level, _ in levels),
+        replicates=tuple(whole),
+        skipped=len(seen) - len(whole),
+        logs=logs,
+    )
+
+
+def _is_whole(trials: Sequence[Samples], pairing: Pairing) -> bool:
+    """Whether every level was measured in a replicate; turns are paired one by one, so they must also be as many."""
+    return all(trials) and (pairing != "turn" or len(set(map(len, trials))) == 1)
+
+
+def check_selected(axis: str, levels: Sequence[tuple[Level, str]], groups: Groups, planned: Collection[str]) -> None:
+    """Raises `NotJudgedError` for levels without a trial."""
+    absent = [(level, name) for level, name in levels if (name, "variant") not in groups]
+    if not absent:
+        return
+    said = f"{axis} {', '.join(name if axis == ENGINE else say_level(level) for level, name in absent)}"
+    if all(name in planned for _, name in absent):
+        raise NotJudgedError(f"{said}: not measured yet. Measure on.")
+    raise NotJudgedError(f"{said}: not selected in this run. Measure every level of {axis}: leave --variant out.")
+
+
+def check_count(count: int, axis: str, levels: Sequence[tuple[Level, str]], groups: Groups) -> None:
+    """Raises `NotJudgedError` where fewer than two replicates have every level."""
+    if count >= LEAST_SHARED:
+        return
+    for level, name in levels:
+        series = groups[name, "variant"]
+        if not series.ok:
+            statuses = ", ".join(sorted({record.status for record in series.records}))
+            said = name if axis == ENGINE else f"{axis} {say_level(level)}"
+            raise NotJudgedError(f"{said}: no trial is ok ({statuses}). See the report of the run.")
+    raise NotJudgedError(_too_few(count))
+
+
+def _too_few(count: int) -> str:
+    if count == 1:
+        return "1 replicate: a claim is never judged from one. Measure on, or again with --replicates 5."
+    return "no replicate has every level. Measure on, or see the report for what failed."
+
+
+def _unmeasured(metric: str, study: Study) -> str:
+    known = METRICS[metric]
+    if metric in SCRIPT_ONLY_METRICS and not study.of_scripts:
+        return f"{known.title}: seen in scripts alone. Measure one: --command 'python train.py ...'."
+    if metric.startswith("open_ended") and not study.workload.open_ended_tokens:
+        return f"{known.title}: not measured, as open_ended_tokens is 0. Set it in the study's [workload]."
+    return f"{known.title}: not measured in this run. Measure with the phase {known.phase}."
+
+
+def _centre(values: NDArray[float64]) -> str:
+    effect = paired_effect(values, "replicate")
+    half = 0.0 if effect.spread is None else effect.spread.half_width(_SHOWN_TAIL)
+    return format_ratio(
+        from_log(effect.log_ratio), from_log(effect.log_ratio - half), from_log(effect.log_ratio + half)
+    )
+
+
+def _needed(conclusion: Conclusion) -> str:
+    """What it would take to decide an open question."""
+    if conclusion.status != "inconclusive":
+        return ""
+    count = conclusion.replicates_needed
+    if count is None or count > MOST_ADVISED:
+        return "; no practical number of replicates would decide it"
+    more = f", of which there are {conclusion.replicates}" if count > conclusion.replicates else ""
+    return f"; {count} replicates would decide it{more}, if it is what it looks like"
+
+
+_FALL = (
+    "a fall of more than {limit}",
+    "no fall of more than {limit}",
+    "no change of more than {limit}",
+    "open whether that is a fall of more than {limit}",
+)
+_WORDS: dict[Rule, tuple[str, str, str, str]] = {
+    "trend-up": (
+        "a rise of more than {limit}",
+        "no rise of more than {limit}",
+        "no change of more than {limit}",
+        "open whether that is a rise of more than {limit}",
+    ),
+    "trend-down": _FALL,
+    "lowers": _FALL,
+    "no-trend": (
+        "",
+        "a change of more than {limit}",
+        "no change of more than {limit}",
+        "open whether that is a change of more than {limit}",
+    ),
+    "equal": (
+        "",
+        "they differ by more than {limit}",
+        "no level differs from another by more than {limit}",
+        "open whether all levels are within {limit} of each other",
+    ),
+    "differs": (
+        "they differ by more than {limit}",
+        "",
+        "they differ by no more than {limit}",
+        "open whether they differ by more than {limit}",
+    ),
+    "highest": (
+        "above every other by more than {limit}",
+        "not above that one by more than {limit}",
+        "it differs from no other by more than {limit}",
+        "open whether it is above every other by more than {limit}",
+    ),
+    "lowest": (
+        "below every other by more than {limit}",
+        "not below that one by more than {limit}",
+        "it differs from no other by more than {limit}",
+        "open whether it is below every other by more than {limit}",
+    ),
+    "faster": (
+        "more than {limit} faster",
+        "not more than {limit} faster",
+        "not more than {limit} faster",
+        "open whether that is more than {limit} faster",
+    ),
+    "costs-at-most": (
+        "a rise of {limit} at most",
+        "a rise of more than {limit}",
+        "no change of more than {limit}",
+        "open whether that is a rise of more than {limit}",
+    ),
+    "best": ("below every other", "not below that one", "", "open whether it is below every other"),
+    "largest-effect": (
+        "larger than along every other axis",
+        "not larger than along that one",
+        "",
+        "open whether it is larger than along every other axis",
+    ),
+}
+"""A conclusion in words: supported, refuted, decided by equality (whichever way), open; `{limit}` is the rule's."""
