@@ -23,7 +23,7 @@ from lorameter.verdicts.comparison_input import (
     variant_differences,
 )
 from lorameter.verdicts.gate import GateResult, Policy, judge, load_policy
-from lorameter.verdicts.software import TOLD
+from lorameter.verdicts.software import REPORTED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -72,7 +72,7 @@ class SessionGate:
             raise UsageError(f"{OPTION}: {base.broken}. Give a valid run.")
         if study.of_scripts:
             known = base.facts or {}
-            facts = {**facts, **{name: known[name] for name in TOLD if name in known}}
+            facts = {**facts, **{name: known[name] for name in REPORTED if name in known}}
         session = planned_side(study, facts)
         found = machine_differences(base, session)
         for name in session.sides:

@@ -234,8 +234,8 @@ def ways_of(variant: Variant) -> tuple[tuple[ServingMode, ...], ...]:
     if own.quantization != "none":
         groups.append((ServingMode(name=f"merged, {name} dequantised", variant=own, merged=True, dequantised=True),))
     for other in _other_bases(own):
-        beside = ServingMode(name=f"unmerged, {_stored(other)}", variant=other)
-        groups.append((beside, dataclasses.replace(beside, name=f"merged into {_stored(other)}", merged=True)))
+        unmerged = ServingMode(name=f"unmerged, {_stored(other)}", variant=other)
+        groups.append((unmerged, dataclasses.replace(unmerged, name=f"merged into {_stored(other)}", merged=True)))
     return tuple(groups)
 
 

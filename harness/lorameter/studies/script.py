@@ -133,7 +133,7 @@ def name_of_command(command: str) -> str:
 
 
 def name_of_words(words: Sequence[str]) -> str:
-    """The same of words that nobody has to take apart. A run's folder is named by it, so it holds no more of a line for
+    """The same of words that are split already. A run's folder is named by it, so it holds no more of a line for
     a shell than the script, and no credential."""
     words = hide_credentials(words)
     parts: list[str] = []

@@ -41,7 +41,7 @@ from lorameter.verdicts.series import (
     without_equality,
 )
 from lorameter.verdicts.sites import is_mixed, join_notices, runs_of_sites
-from lorameter.verdicts.software import say_versions, versions_by_name
+from lorameter.verdicts.software import versions_by_name
 from lorameter.verdicts.validity import run_validity
 
 
@@ -207,15 +207,16 @@ def _list_effects(run: Run) -> Iterator[PhaseEffect]:
 
 
 def _facts(run: Run, side: str) -> dict[str, Any]:
-    """What a side has installed, as its scripts tell it, else as its interpreter did."""
+    """What a side has installed, as its scripts report it, else as its interpreter did."""
     stated: dict[str, Any] = run.manifest.sides[side].get("facts") or {"packages": {}}
-    versions = {name: say_versions(seen) for name, seen in _reported_versions(run, side).items()}
+    versions = _reported_versions(run, side)
     if not versions:
         return stated
-    return stated | {name: versions.pop(name, None) for name in ("python", "cuda")} | {"packages": versions}
+    own = {name: versions.pop(name, None) for name in ("python", "cuda")}
+    return stated | own | {"packages": versions}
 
 
-def _reported_versions(run: Run, side: str) -> dict[str, tuple[str, ...]]:
+def _reported_versions(run: Run, side: str) -> dict[str, str]:
     return versions_by_name(record for record in run.records if record.side == side)
 
 

@@ -151,7 +151,7 @@ def _drift(ok: list[TrialRecord]) -> Iterator[Notice]:
 
 
 LEAST_STEPS_FOR_A_CONSTANT = 3
-"""Steps whose losses tell: fewer can be alike by chance where there are few numbers, as in 16 bits."""
+"""Losses that must be alike: fewer can be alike by chance where there are few numbers, as in 16 bits."""
 
 
 def _constant_loss(ok: list[TrialRecord]) -> Iterator[Notice]:

@@ -22,7 +22,7 @@ from lorameter.stats import Comparison, compare_trials
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
 from lorameter.verdicts.series import Series, group_trials, is_difference
-from lorameter.verdicts.software import differing_versions, say_versions
+from lorameter.verdicts.software import differing_versions
 
 TOLERANCE = 0.01
 """Difference of a mean number of tokens, or of a loss, that is worth a word."""
@@ -177,7 +177,7 @@ def _follow_each_other(base: Sequence[Sequence[float]], candidate: Sequence[Sequ
 
 
 def _scatter(losses: Sequence[float]) -> list[float]:
-    """Log ratios of each loss to those beside it, in which no trend is."""
+    """Log ratios of each loss to its neighbours, in which no trend is."""
     logs = [math.log(loss) for loss in losses]
     return [logs[place] - (logs[place - 1] + logs[place + 1]) / 2 for place in range(1, len(logs) - 1)]
 
@@ -213,7 +213,7 @@ def notices_of_sides(name: str, sides: ScriptPair) -> Iterator[Notice]:
             yield _differ(code, name, sides, ours, theirs, remedy)
     base, candidate = zip(*sides.pairs, strict=True)
     software = [
-        f"{package} {say_versions(ours)} in {sides.names[0]} and {say_versions(theirs)} in {sides.names[1]}"
+        f"{package} {ours} in {sides.names[0]} and {theirs} in {sides.names[1]}"
         for package, ours, theirs in differing_versions(base, candidate)
     ]
     if software:

@@ -1,4 +1,4 @@
-"""With what software scripts trained, as their own processes tell it.
+"""With what software scripts trained, as their own processes report it.
 
 A script has an interpreter of its own: that of its command, of a launcher in front of it, or of an environment that the
 command turns on. What lorameter found before the start is what the word python means, which may be another.
@@ -15,55 +15,48 @@ from lorameter.records.record import TrialRecord
 OURS = "lorameter"
 """What measures is the same in every process, whatever of it an interpreter has installed."""
 BETWEEN = " or "
-"""Between versions of one package, where trials tell several."""
-TOLD = ("python", "cuda", "libraries", KERNELS)
-"""Fields of a run's provenance that a script's own process tells when it has begun; before, they are a guess."""
+"""Between versions of one package, where trials report several."""
+REPORTED = ("python", "cuda", "libraries", KERNELS)
+"""Fields of a run's provenance that a script's own process reports when it has begun; before, they are a guess."""
 NONE = "none"
 """In place of the version of what is not installed."""
 
 
-def versions_by_name(records: Iterable[TrialRecord]) -> dict[str, tuple[str, ...]]:
-    """What all trials of a script tell of each package, each version once; nothing where none of them tells any."""
+def versions_by_name(records: Iterable[TrialRecord]) -> dict[str, str]:
+    """What all trials of a script report of each package, each version once; {} where none of them reports any."""
     reported = [record.software for record in records if record.software]
     names = sorted({name for one in reported for name in one})
-    return {name: tuple(sorted({one.get(name, NONE) for one in reported})) for name in names}
-
-
-def say_versions(seen: Iterable[str]) -> str:
-    """The versions of one package, of which there may be several."""
-    return BETWEEN.join(seen)
+    return {name: BETWEEN.join(sorted({one.get(name, NONE) for one in reported})) for name in names}
 
 
 def versions_of(provenance: Mapping[str, Any], records: Iterable[TrialRecord]) -> dict[str, str | None]:
-    """Python, the libraries, and what an engine comes with: as the trials tell it, and where they tell nothing as the
-    provenance does. None for what is not installed; all versions where there are several."""
+    """Python, the libraries, and what an engine comes with: as the trials report it, and where they report nothing as
+    the provenance does. None for what is not installed; all versions where there are several."""
     stated = {"python": provenance.get("python"), **provenance.get("libraries", {}), **provenance.get("engine", {})}
     stated |= {"cuda": provenance["cuda"]} if provenance.get("cuda") else {}
     reported = versions_by_name(records)
     if not reported:
         return stated
-    names = [*stated, *(name for name in ("cuda",) if name in reported and name not in stated)]
-    found = {name: reported.get(normal_name(name), (NONE,)) for name in names}
-    versions = {name: None if seen == (NONE,) else say_versions(seen) for name, seen in found.items()}
+    names = dict.fromkeys([*stated, *(["cuda"] if "cuda" in reported else [])])
+    found = {name: reported.get(normal_name(name), NONE) for name in names}
+    versions = {name: None if seen == NONE else seen for name, seen in found.items()}
     return versions | ({OURS: stated[OURS]} if OURS in stated else {})
 
 
-def differing_versions(
-    base: Iterable[TrialRecord], candidate: Iterable[TrialRecord]
-) -> Iterator[tuple[str, tuple[str, ...], tuple[str, ...]]]:
-    """Each package of which not all trials of both tell the same version, with the versions of either; nothing where
-    one of them tells none."""
+def differing_versions(base: Iterable[TrialRecord], candidate: Iterable[TrialRecord]) -> Iterator[tuple[str, str, str]]:
+    """Each package of which not all trials of both report the same version, with the versions of either; nothing where
+    one of them reports none."""
     ours, theirs = versions_by_name(base), versions_by_name(candidate)
-    for name in sorted({*ours, *theirs}) if ours and theirs else ():
-        seen = ours.get(name, (NONE,)), theirs.get(name, (NONE,))
-        if len({*seen[0], *seen[1]}) > 1 and name != OURS:
-            yield name, *seen
+    for name in sorted({*ours, *theirs} - {OURS}) if ours and theirs else ():
+        base_version, candidate_version = ours.get(name, NONE), theirs.get(name, NONE)
+        if base_version != candidate_version or BETWEEN in base_version:
+            yield name, base_version, candidate_version
 
 
 def facts_of(provenance: Mapping[str, Any], records: Iterable[TrialRecord]) -> dict[str, Any]:
-    """The provenance with what the trials tell in place of what was found before the start."""
+    """The provenance with what the trials report in place of what was found before the start."""
     records = list(records)
-    reported = {name: say_versions(seen) for name, seen in versions_by_name(records).items()}
+    reported = versions_by_name(records)
     if not reported:
         return dict(provenance)
     versions = versions_of(provenance, records)
@@ -75,7 +68,7 @@ def facts_of(provenance: Mapping[str, Any], records: Iterable[TrialRecord]) -> d
 
 
 def say_threads(provenance: Mapping[str, Any], records: Iterable[TrialRecord]) -> str:
-    """On how many threads a process computes, as the trials of scripts tell it."""
+    """On how many threads a process computes, as the trials of scripts report it."""
     reported = sorted({record.values["threads"] for record in records if "threads" in record.values})
     counts = [f"{count:g}" for count in reported] or [str(provenance.get("threads", "unknown"))]
-    return f"{' or '.join(counts)} thread{'' if counts == ['1'] else 's'}"
+    return f"{BETWEEN.join(counts)} thread{'' if counts == ['1'] else 's'}"

@@ -84,9 +84,9 @@ def judge_peaks(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
     control, reference = _peaks(records_of(study.reference, "control"), kind), _peaks(records_of(study.reference), kind)
     # By how much the reference differs from itself widens the range: both trials are watched by one instrument.
     twins = [control[one] / reference[one] for one in control.keys() & reference.keys()]
-    apart = max([1.0, *twins, *(1 / one for one in twins)])
+    distance = max([1.0, *twins, *(1 / one for one in twins)])
     ratios = [ours[one] / theirs[one] for one in both]
-    low, high = min(ratios) / apart, max(ratios) * apart
+    low, high = min(ratios) / distance, max(ratios) * distance
     ratio = max(ours[one] for one in both) / max(theirs[one] for one in both)
     what = f"{'device' if on_device else 'resident'} peak" if part.metric == PEAK else kind
     said = (

@@ -55,7 +55,7 @@ class EngineShown:
     """Of scripts: by variant what was started."""
     machine: str
     versions: Mapping[str, str | None]
-    """Of scripts as their own processes tell them; None for what is not installed."""
+    """Of scripts as their own processes report them; None for what is not installed."""
     proof: tuple[Shown, ...]
     differs: tuple[str, ...]
     """What differs between two scripts in addition to the engine."""
