@@ -37,38 +37,21 @@ def notices_of(run: Run, study: Study, controls: Mapping[Phase, Comparison | Non
 def run_notices(run: Run, study: Study, controls: Mapping[str, Comparison]) -> Iterator[Notice]:
     """Notices of a run; `controls` are the A/A comparisons by the title of their phase."""
     ok = [record for record in run.records if record.status == "ok"]
+    on_cpu = run.manifest.provenance.get("device") == "cpu"
     yield from _data(run, study)
     yield from sameness_notices(run, study)
-    on_cpu = run.manifest.provenance.get("device") == "cpu"
     if on_cpu:
-        yield from _contention(ok)  # on a GPU the host may rightly wait
-        yield from _one_heap(ok)  # torch's allocator on a GPU keeps its blocks, of whomever they were
+        yield from _cpu(ok)
     counted = [record for record in run.records if record.status == "ok" or record.disturbed]
     yield from disturbance_notices(counted, on_cpu=on_cpu)
     yield from site_notices(run.records)
-    yield from _outliers(ok)
-    yield from _warmup(ok)
-    yield from _drift(ok)
+    yield from _steps(ok)
     yield from _constant_loss(ok)
     yield from _cold_starts(ok)
-    yield from _measured_again(run)
     yield from _disturbed(run)
     for title, control in controls.items():
         yield from _control(title, control)
-    if cut_short := run.damaged_lines - run.without_evidence:
-        yield Notice(
-            code="damaged-lines",
-            message=f"{format_count(cut_short, 'line')} of trials.jsonl cut short: those measurements count as not "
-            f"run.",
-            remedy=f"Have it measured again: lorameter run --resume {run.manifest.run}",
-        )
-    if run.without_evidence:
-        yield Notice(
-            code="evidence-lost",
-            message=f"{format_count(run.without_evidence, 'line')} of trials.jsonl with checks that checks.jsonl does "
-            "not hold: those measurements count as not run.",
-            remedy=f"Restore checks.jsonl, or have them measured again: lorameter run --resume {run.manifest.run}",
-        )
+    yield from _damaged(run)
 
 
 def _data(run: Run, study: Study) -> Iterator[Notice]:
@@ -86,8 +69,10 @@ def _data(run: Run, study: Study) -> Iterator[Notice]:
         )
 
 
-def _contention(ok: list[TrialRecord]) -> Iterator[Notice]:
-    """Trials of one thread that did not have their CPU; those of several are judged by the pressure around them."""
+def _cpu(ok: list[TrialRecord]) -> Iterator[Notice]:
+    """What is particular to a CPU: trials of one thread that did not have theirs (those of several are judged by the
+    pressure around them; on a GPU the host may rightly wait), and variants that share one heap (torch's allocator on a
+    GPU keeps its blocks, whichever variant they were of)."""
     shares, disturbed = occupancies(ok)
     if disturbed:
         yield Notice(
@@ -98,9 +83,6 @@ def _contention(ok: list[TrialRecord]) -> Iterator[Notice]:
             "shown next to its wall time: it depends less on other work. Verdicts rest on wall time, as CPU time is "
             "biased.",
         )
-
-
-def _one_heap(ok: list[TrialRecord]) -> Iterator[Notice]:
     if len({record.variant for record in ok if record.interleaving == "shared-base"}) > 1:
         yield Notice(
             code="shared-process",
@@ -111,36 +93,28 @@ def _one_heap(ok: list[TrialRecord]) -> Iterator[Notice]:
         )
 
 
-def _outliers(ok: list[TrialRecord]) -> Iterator[Notice]:
+def _steps(ok: list[TrialRecord]) -> Iterator[Notice]:
+    """Timed steps that are outliers, warm-ups that were too short, and trials whose steps change their level: a clock
+    that throttles, a leak, a neighbour that came or went."""
     steps = [record.samples["step_time_s"] for record in ok if record.samples.get("step_time_s")]
-    count = count_outliers(steps)
-    if count:
+    if count := count_outliers(steps):
         yield Notice(
             code="outliers",
             message=f"{count} of {sum(map(len, steps))} timed steps are outliers by Tukey's fences; all are kept, and "
             "each trial counts by its median.",
             remedy="If they cluster in one variant, look at its step_time_s in trials.jsonl.",
         )
-
-
-def _warmup(ok: list[TrialRecord]) -> Iterator[Notice]:
     warmed = [record for record in ok if "warmup_steady" in record.values]  # isolated trials time no step
-    unsteady = [record.trial for record in warmed if record.values["warmup_steady"] == 0.0]
-    if unsteady:
+    if unsteady := [record.trial for record in warmed if record.values["warmup_steady"] == 0.0]:
         yield Notice(
             code="warmup-incomplete",
             message=f"{len(unsteady)} of {len(warmed)} trials were still getting faster when their warm-up ended, "
             f"{unsteady[0]} among them.",
             remedy="Raise warmup_steps_max in the study's [protocol].",
         )
-
-
-def _drift(ok: list[TrialRecord]) -> Iterator[Notice]:
-    """Trials whose timed steps change level: a clock that throttles, a leak, a neighbour that came or went."""
     timed = [record for record in ok if len(record.samples.get("step_time_s", ())) >= LEAST_STEPS_FOR_DRIFT]
     found = drifting([record.samples["step_time_s"] for record in timed], tolerance=DRIFT)
-    changing = [record.trial for record, drifted in zip(timed, found, strict=True) if drifted]
-    if changing:
+    if changing := [record.trial for record, drifted in zip(timed, found, strict=True) if drifted]:
         yield Notice(
             code="drift",
             message=f"{len(changing)} of {len(timed)} trials got slower or found no steady level while they were "
@@ -200,7 +174,27 @@ def _cold_starts(ok: list[TrialRecord]) -> Iterator[Notice]:
             )
 
 
-def _measured_again(run: Run) -> Iterator[Notice]:
+def _damaged(run: Run) -> Iterator[Notice]:
+    again = f"lorameter run --resume {run.manifest.run}"
+    if cut_short := run.damaged_lines - run.without_evidence:
+        yield Notice(
+            code="damaged-lines",
+            message=f"{format_count(cut_short, 'line')} of trials.jsonl cut short: those measurements count as not "
+            f"run.",
+            remedy=f"Have it measured again: {again}",
+        )
+    if run.without_evidence:
+        yield Notice(
+            code="evidence-lost",
+            message=f"{format_count(run.without_evidence, 'line')} of trials.jsonl with checks that checks.jsonl does "
+            "not hold: those measurements count as not run.",
+            remedy=f"Restore checks.jsonl, or have them measured again: {again}",
+        )
+
+
+def _disturbed(run: Run) -> Iterator[Notice]:
+    """Trials that were measured again after an interruption or because of their surroundings, and those that still were
+    past a limit at last."""
     if run.measured_again:
         yield Notice(
             code="measured-again",
@@ -208,10 +202,6 @@ def _measured_again(run: Run) -> Iterator[Notice]:
             "measurement of each counts.",
             remedy="Nothing to do; the earlier records are in trials.jsonl.",
         )
-
-
-def _disturbed(run: Run) -> Iterator[Notice]:
-    """Trials that were measured again because of their surroundings, and those that still were past a limit at last."""
     again = list(dict.fromkeys(record.trial for record in run.disturbed))
     left = [record.trial for record in run.records if record.disturbed]
     counting = sum(record.status == "ok" for record in run.records if record.trial in again)
