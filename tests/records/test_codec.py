@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lorameter.errors import UsageError
 from lorameter.records import codec
 from lorameter.records.record import Failure, Notice, PartialRecord
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import AnyVariant
 
 fragments = st.builds(
     PartialRecord,
@@ -51,7 +51,7 @@ def test_nan_is_named_not_written_as_json():
 def test_wrong_input_is_refused_by_name(data, words):
     """Unknown keys and wrong types name the place, the key, the value and what to write instead."""
     with pytest.raises(UsageError) as caught:
-        codec.from_json(Variant, data, "here", strict=True)
+        codec.from_json(AnyVariant, data, "here", strict=True)
     for word in words:
         assert word in str(caught.value)
 
