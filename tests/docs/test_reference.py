@@ -47,7 +47,7 @@ def test_every_key_is_on_the_page_with_what_it_means(page, cls):
 
 def test_every_table_of_a_study_and_every_rule_is_on_the_page(page):
     """What the file may hold at its top, and what a claim may state."""
-    for key in study_file._KEYS:
+    for key in study_file.StudyFile.__struct_fields__:
         assert f"[{key}" in page or f"\n{key} =" in page, key
     for rule in RULES:
         assert f'`"{rule}"`' in page
