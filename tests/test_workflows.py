@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from lorameter import errors
-from lorameter.cli import parser
+from lorameter.commands.parser import build_parser
 from tests.constructed import RUNS
 
 ROOT = Path(__file__).parents[1]
@@ -220,8 +220,8 @@ def test_each_exit_code_has_a_word():
 def test_the_command_of_the_gate_exists(tmp_path):
     """The arguments of the gate are ones that lorameter takes, and mean what the inputs say."""
     _, _, arguments = measured(tmp_path, POLICY="a policy.toml", EFFORT="rigorous", PHASES="train cold")
-    options = parser().parse_args(arguments)
-    assert options.command == "run:run_ab"
+    options = build_parser().parse_args(arguments)
+    assert options.calls == "run:run_ab"
     assert (options.study, options.base, options.candidate) == ("training-step", "a" * 40, "b" * 40)
     assert (options.policy, options.effort, options.phase) == ("a policy.toml", "rigorous", ["train", "cold"])
     assert options.format == "github"
@@ -230,7 +230,7 @@ def test_the_command_of_the_gate_exists(tmp_path):
 def test_an_empty_input_is_no_option(tmp_path):
     """Without policy and phases, lorameter decides."""
     _, _, arguments = measured(tmp_path, POLICY="", PHASES="")
-    options = parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     assert (options.policy, options.phase) == (None, [])
 
 
@@ -238,7 +238,7 @@ def test_the_defaults_of_the_gate_are_taken(tmp_path):
     """Effort and phases of the workflow's defaults are values that lorameter knows, and its runner is our own."""
     inputs = read(FOLDER / "gate.yml")["on"]["workflow_call"]["inputs"]
     _, _, arguments = measured(tmp_path, EFFORT=inputs["effort"]["default"], PHASES=inputs["phases"]["default"])
-    assert parser().parse_args(arguments).phase == ["train", "generate"]
+    assert build_parser().parse_args(arguments).phase == ["train", "generate"]
     assert json.loads(inputs["runner"]["default"]) == ["self-hosted", "gpu"]
 
 
@@ -261,7 +261,7 @@ def test_the_commands_of_the_guide_exist():
     )
     assert len(commands) == 5
     for command in commands:
-        parser().parse_args(shlex.split(command))
+        build_parser().parse_args(shlex.split(command))
 
 
 def test_the_caller_of_the_guide_calls_the_history():
@@ -273,7 +273,10 @@ def test_the_caller_of_the_guide_calls_the_history():
     assert job["permissions"] == {"contents": "write"}
     assert "/.github/workflows/history.yml" in job["uses"]
     assert {name for name, about in inputs.items() if about.get("required")} <= set(job["with"]) <= set(inputs)
-    assert parser().parse_args(["run", "training-step", "--effort", inputs["effort"]["default"]]).effort == "standard"
+    assert (
+        build_parser().parse_args(["run", "training-step", "--effort", inputs["effort"]["default"]]).effort
+        == "standard"
+    )
 
 
 @pytest.fixture

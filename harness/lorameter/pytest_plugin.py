@@ -18,32 +18,36 @@ from collections.abc import Generator
 
 import pytest
 
-from lorameter.commands.options import add_options
-from lorameter.commands.pytest_output import Output
-from lorameter.commands.pytest_session import DEFAULT_STUDY, PLUGIN, Session
+from lorameter.commands.options import DEFAULT_STUDY, PYTEST_PREFIX, add_arguments, argument, shared
 
-PREFIX = "--lorameter-"
+PLUGIN = "lorameter-session"
+HINT = (
+    "The fixtures of lorameter come with three lines in the conftest.py of the suite:\n\n"
+    "    from lorameter.pytest_plugin import attach\n\n"
+    "    def pytest_configure(config):\n"
+    "        attach(config)\n"
+)
+OPTIONS = (
+    argument("--lorameter-study", metavar="STUDY", help=f"built-in study or TOML file; default: {DEFAULT_STUDY}"),
+    *shared("profile", prefix=PYTEST_PREFIX),
+    argument("--lorameter-model", metavar="M", help="model in place of the study's"),
+    argument("--lorameter-data", metavar="FILE|ID", help="data in place of the study's"),
+    argument("--lorameter-effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates"),
+    *shared("replicates", prefix=PYTEST_PREFIX),
+    argument("--lorameter-interleave", metavar="L", help="shared-base, lockstep or replicates; default: finest"),
+    *shared("precision", "max-minutes", "allow-disturbed", "sites", "on", "if-busy", prefix=PYTEST_PREFIX),
+    argument("--lorameter-dry-run", action="store_true", help="show the plan and what it will take, measure nothing"),
+    argument("--lorameter-resume", metavar="RUN", help="resume an interrupted run, and replay all of it"),
+    argument("--lorameter-base", metavar="RUN", help="gate: a run, a saved .json, or the word baseline"),
+    argument("--lorameter-policy", metavar="FILE", help="policy of the gate, as for lorameter gate"),
+    *shared("html", prefix=PYTEST_PREFIX),
+    argument("--lorameter-runs-dir", metavar="DIR", help="where runs live"),
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The options, in the words of the command line."""
-    group = parser.getgroup("lorameter", "measuring LoRA variants")
-    group.addoption("--lorameter-study", metavar="STUDY", help=f"built-in study or TOML file; default: {DEFAULT_STUDY}")
-    add_options(group.addoption, "profile", prefix=PREFIX)
-    group.addoption("--lorameter-model", metavar="M", help="model in place of the study's")
-    group.addoption("--lorameter-data", metavar="FILE|ID", help="data in place of the study's")
-    group.addoption("--lorameter-effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates")
-    add_options(group.addoption, "replicates", prefix=PREFIX)
-    group.addoption("--lorameter-interleave", metavar="L", help="shared-base, lockstep or replicates; default: finest")
-    add_options(group.addoption, "precision", "max-minutes", "allow-disturbed", "sites", "on", "if-busy", prefix=PREFIX)
-    group.addoption(
-        "--lorameter-dry-run", action="store_true", help="show the plan and what it will take, measure nothing"
-    )
-    group.addoption("--lorameter-resume", metavar="RUN", help="resume an interrupted run, and replay all of it")
-    group.addoption("--lorameter-base", metavar="RUN", help="gate: a run, a saved .json, or the word baseline")
-    group.addoption("--lorameter-policy", metavar="FILE", help="policy of the gate, as for lorameter gate")
-    add_options(group.addoption, "html", prefix=PREFIX)
-    group.addoption("--lorameter-runs-dir", metavar="DIR", help="where runs live")
+    add_arguments(parser.getgroup("lorameter", "measuring LoRA variants").addoption, OPTIONS)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,28 +55,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "lorameter(phase): replays the samples of one phase: train, generate or cold")
 
 
-FIXTURES = ("replay", "variant_name")
-"""What `attach` brings to a suite."""
-HINT = (
-    "The fixtures of lorameter come with three lines in the conftest.py of the suite:\n\n"
-    "    from lorameter.pytest_plugin import attach\n\n"
-    "    def pytest_configure(config):\n"
-    "        attach(config)\n"
-)
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Where a test is marked as ours and its suite was not attached, say what is missing beside pytest's own words."""
+    """Where a test is marked as ours and its suite was not attached, say what is missing next to pytest's own words."""
     report = yield
-    missing = f"fixture '{FIXTURES[0]}' not found", f"fixture '{FIXTURES[1]}' not found"
-    marked = report.failed and item.get_closest_marker("lorameter") is not None
-    if (
-        marked
-        and not item.config.pluginmanager.has_plugin(PLUGIN)
-        and any(one in report.longreprtext for one in missing)
-    ):
-        report.sections.append(("lorameter", HINT))
+    if report.failed and item.get_closest_marker("lorameter") and not item.config.pluginmanager.has_plugin(PLUGIN):
+        missing = (f"fixture '{name}' not found" for name in ("replay", "variant_name"))
+        if any(one in report.longreprtext for one in missing):
+            report.sections.append(("lorameter", HINT))
     return report
 
 
@@ -92,5 +82,7 @@ def attach(config: pytest.Config) -> None:
         raise pytest.UsageError(
             "pytest-xdist: trials that are measured at the same time disturb each other. Run without -n."
         )
+    from lorameter.commands.pytest_session import Output, Session
+
     config.pluginmanager.register(Session(config), PLUGIN)
     config.pluginmanager.register(Output())

@@ -5,14 +5,11 @@ import io
 import json
 import tracemalloc
 
-import msgspec
 import pytest
 
 from lorameter import cli
-from lorameter.commands import parser
-from lorameter.commands.json_schema import ExportedOf
 from lorameter.records import store
-from lorameter.results import columns, files
+from lorameter.results import columns
 
 
 @pytest.fixture
@@ -28,12 +25,6 @@ def called(write_run, tmp_path, capsys, monkeypatch):
         return code, said.out, said.err
 
     return run
-
-
-def test_the_words_of_the_command_are_those_of_the_formats():
-    """The parser names them without loading what writes them."""
-    assert parser.EXPORT_FORMATS == files.FORMATS
-    assert tuple(columns.TABLES) == parser.EXPORT_TABLES
 
 
 def test_csv_of_one_table(called):
@@ -66,8 +57,8 @@ def test_one_table_to_a_file_and_its_path_as_json(called, tmp_path):
     """--json says what was written."""
     code, out, _ = called("--format", "parquet", "--table", "samples", "--output", "deep/s.parquet", "--json")
     assert code == 0
-    document = msgspec.convert(json.loads(out), ExportedOf)
-    assert (document.run, document.files) == ("sound", ["deep/s.parquet"])
+    document = json.loads(out)
+    assert (document["run"], document["files"]) == ("sound", ["deep/s.parquet"])
     assert (tmp_path / "deep" / "s.parquet").is_file()
 
 

@@ -2,11 +2,9 @@
 
 import json
 
-import msgspec
 import pytest
 
 from lorameter import cli
-from lorameter.commands.json_schema import RunsOf
 from lorameter.verdicts.baselines import accept
 
 
@@ -29,7 +27,6 @@ def called(write_run, capsys):
 def test_every_run_has_study_state_verdict_and_size(called):
     """As JSON with the keys that there were before."""
     document = json.loads(called("--json"))
-    assert len(msgspec.convert(document, RunsOf).runs) == 3
     rows = {row["run"]: row for row in document["runs"]}
     assert set(rows) == {"sound", "cut", "torn"}
     sound = rows["sound"]

@@ -6,14 +6,16 @@ from typing import get_args
 
 import pytest
 
-from lorameter.cli import parser
-from lorameter.commands.options import OPTIONS
+from lorameter.commands.options import SHARED
+from lorameter.commands.parser import build_parser
+from lorameter.commands.table import COMMANDS
+from lorameter.results import columns, files
 from lorameter.run.device_lock import IfBusy
 
 
 def told(command, name):
     """What a command says of an option."""
-    (commands,) = (action for action in parser()._actions if action.choices)
+    (commands,) = (action for action in build_parser()._actions if action.choices)
     found = commands.choices[command]._option_string_actions[f"--{name}"]
     return found.metavar, found.choices, found.default, found.help
 
@@ -26,7 +28,7 @@ def test_a_variant_of_a_profile_is_named_like_a_study_of_one(command):
 
 def test_what_can_be_done_beside_another_measurement():
     """The words of the option are those that the lock knows."""
-    assert OPTIONS["if-busy"]["choices"] == get_args(IfBusy)
+    assert SHARED["if-busy"]["choices"] == get_args(IfBusy)
 
 
 def test_pytest_has_them_under_its_own_names(pytester):
@@ -36,3 +38,11 @@ def test_pytest_has_them_under_its_own_names(pytester):
     assert "number of replicates, instead of --lorameter-effort" in shown
     assert "--lorameter-on=CLUSTER" in shown
     assert "with --lorameter-on, on these nodes" in shown
+
+
+def test_the_words_of_the_command_line_are_those_of_what_it_calls():
+    """The parser names formats and tables without loading what knows them."""
+    commands = {command.name: {names[0]: settings for names, settings in command.arguments} for command in COMMANDS}
+    export = commands["export"]
+    assert export["--format"]["choices"] == ("json", *files.TABULAR, *files.OF_TRENDS)
+    assert export["--table"]["choices"] == tuple(columns.TABLES)

@@ -164,33 +164,3 @@ def test_every_report_is_markdown_and_annotations(told, line, monkeypatch, tmp_p
     assert annotations.startswith("::")
     assert (tmp_path / "summary.md").read_text() == markdown
     assert ("::error" in annotations) is (code not in (0,)) or line == "claims swept"
-
-
-def test_several_ab_runs_are_one_table(told):
-    """Studies by changes of versions: a row a metric, a column a change, each cell with its own verdict."""
-    code, document = told("report", "ab", "ab-improved", "ab-unsure", "--json")
-    assert code == document["exit"] == 1
-    assert {row["run"] for row in document["matrix"]} == {"ab", "ab-improved", "ab-unsure"}
-    single = told("report", "ab", "--json")[1]["comparisons"]
-    assert [row["ratio"] for row in document["matrix"] if row["run"] == "ab"] == [row["ratio"] for row in single]
-    text = told("report", "ab", "ab-improved", "ab-unsure")[1]
-    assert "Studies by changes of versions" in text
-    assert "regressed" in text
-    assert told("report", "ab", "ab-improved", "--markdown")[1].count("\n| --- |") == 1
-    assert told("report", "ab", "sound")[0] == 2
-
-
-def test_a_table_of_several_ab_runs_shows_what_is_asked_for(told, tmp_path):
-    """A variant, a phase and a page, as of one of them; the exit code stays that of all, and an order is refused."""
-    both, whole = ("report", "ab", "ab-improved"), told("report", "ab", "ab-improved", "--json")
-    page = tmp_path / "page.html"
-    code, document = told(*both, "--variant", "qlora*", "--phase", "train", "--html", str(page), "--json")
-    assert code == whole[0]
-    assert (
-        {row["variant"] for row in document["matrix"]}
-        == {"qlora-nf4-r16"}
-        < {row["variant"] for row in whole[1]["matrix"]}
-    )
-    assert "qlora-nf4-r16" in page.read_text(encoding="utf-8")
-    for words in (("--variant", "nf5"), ("--phase", "cold"), ("--sort", "ratio")):
-        assert told(*both, *words)[0] == 2

@@ -12,7 +12,7 @@ import pytest
 DERIVED = "--runs-dir derived"
 CODES = {
     0: (
-        "list runs", "list studies", "list models", "list keys", "list documents", "list variants study.toml",
+        "list runs", "list studies", "list models", "list keys", "list variants study.toml",
         "list runs --runs-dir damaged",
         "report base", "report base --verbose --sort ratio", f"report elsewhere {DERIVED}",
         "claims base", f"claims steady {DERIVED}", "sample base lora --count 1", "history",

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lorameter.cli import main, parser
+from lorameter.cli import main
+from lorameter.commands.parser import build_parser
 from lorameter.studies.study_file import builtin_studies, load_study
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +64,7 @@ def test_its_commands_are_known():
     """Each as it is typed, and each ready study in its table."""
     assert len(typed()) == 6
     for words in typed():
-        parser().parse_args(words)
+        build_parser().parse_args(words)
     table = re.findall(r"^\| `([\w-]+)` \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     ready = [name for name in builtin_studies() if load_study(name).engine is not None]
     assert sorted(table) == ready

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lorameter.cli import parser
+from lorameter.commands.parser import build_parser
 from lorameter.studies.placement import OF_SLURM, SITES, SiteSpec, is_slurm, read_slurm
 from lorameter.studies.study_file import load_study
 
@@ -29,7 +29,7 @@ def test_every_command_can_be_typed(pytestconfig):
     for words in COMMANDS:
         kinds.add(words[0])
         if words[0] == "lorameter":
-            options = parser().parse_args(words[1:])
+            options = build_parser().parse_args(words[1:])
             place = SiteSpec().asked(on=getattr(options, "on", None), sites=getattr(options, "sites", None))
             assert not place.is_plain, words
             if is_slurm(place.on):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorameter.cli import parser
+from lorameter.commands.parser import build_parser
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "own-script.md"
@@ -46,7 +46,7 @@ def test_its_commands_are_known():
     for line in lines:
         program, *words = line.split()
         assert program == "lorameter"
-        assert parser().parse_args(words).words[0] == "--"
+        assert build_parser().parse_args(words).words[0] == "--"
 
 
 def test_its_examples_are_there():

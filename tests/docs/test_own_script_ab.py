@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lorameter.attach import script_trial
-from lorameter.cli import parser
-from lorameter.commands import parser as parsers
+from lorameter.commands.parser import build_parser
+from lorameter.commands.table import COMMANDS
 from lorameter.run.workers import script_sandbox
 from lorameter.studies.protocol import STEPS_PER_TURN
 from lorameter.studies.study_file import load_study
@@ -34,7 +34,7 @@ def section(title):
 def test_its_commands_are_known():
     """Each as it is typed: two commands, or one on two sides."""
     lines = block("").splitlines()
-    given = [parser().parse_args(shlex.split(line)[1:]) for line in lines]
+    given = [build_parser().parse_args(shlex.split(line)[1:]) for line in lines]
     assert [(one.base_command, one.candidate_command) for one in given[:1]] == [
         ("python train.py", "python train.py --use_liger_kernel")
     ]
@@ -83,7 +83,9 @@ def test_its_notices_are_those_that_there_are(title, module):
 def test_its_numbers_are_those_of_the_code():
     """Steps of a turn and of a process, what is copied, and what is a difference."""
     assert STEPS_PER_TURN == 2
-    assert f"process ({re.search('default ([0-9]+)', inspect.getsource(parsers._add_ab))[1]})" in TEXT
+    (steps,) = (said["help"] for command in COMMANDS if command.name == "ab" for (name, *_), said in command.arguments
+                if name == "--steps")  # fmt: skip
+    assert f"process ({steps.rpartition('default ')[2]})" in TEXT
     assert f"Files above {script_sandbox.LARGE_BYTES >> 20} MiB" in TEXT
     assert f"more than {script_sandbox.MAX_BYTES >> 30} GiB" in TEXT
     assert f"differ by more than {same_training.TOLERANCE:.0%}".replace("%", " %") in section("Do they do the same?")

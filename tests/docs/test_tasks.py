@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lorameter.cli import main, parser
+from lorameter.cli import main
+from lorameter.commands.parser import build_parser
 from tests.constructed import RUNS
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +77,7 @@ def test_what_can_be_typed_is_known(page):
     for line in (line for block in blocks(page, "sh") for line in block.splitlines()):
         words = shlex.split(line)
         assert words[0] == "lorameter"
-        parser().parse_args(words[1:])
+        build_parser().parse_args(words[1:])
 
 
 @every_page

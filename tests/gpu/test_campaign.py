@@ -18,7 +18,8 @@ from benchmarks.gpu.attempt import GRACE_S, Ended, attempt
 from benchmarks.gpu.claims import CLAIMS
 from benchmarks.gpu.journal import Entry, Journal, OtherMachineError
 from benchmarks.gpu.steps import BASES, CARD, STEPS, STUDY, Step, command, runs_of
-from lorameter.cli import main, parser
+from lorameter.cli import main
+from lorameter.commands.parser import build_parser
 from lorameter.run.plan import arms_of
 from lorameter.studies.study_file import load_study, load_variant
 
@@ -179,7 +180,7 @@ def test_what_is_measured_on_a_card_can_be_planned_without_one(chosen, tmp_path,
 def check_words(words):
     assert words[1] == "-m"
     if words[2] == "lorameter.cli":
-        options = parser().parse_args(words[3:])
+        options = build_parser().parse_args(words[3:])
         assert words[3] == "wrap" or options.json
         if study := getattr(options, "study", None):
             arms_of(load_study(study, profile=getattr(options, "profile", None)), getattr(options, "variant", ()))

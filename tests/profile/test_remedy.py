@@ -12,9 +12,7 @@ from lorameter.records.record import Failure
 from lorameter.report.run import facts_of
 from lorameter.report.run_view import view_of
 from lorameter.run.build_plan import build_plan
-from lorameter.studies.protocol import Protocol
 from lorameter.studies.study_file import load_variant
-from lorameter.trial.building.requirements import requirements_of
 
 
 def finding(code="dropout", *, workload=None, obstacle="", **changes):
@@ -39,13 +37,13 @@ def padded(small_study):
 
 def test_the_dearest_finding_that_can_be_tried_is_chosen():
     """Without a name the first with a change; one that cannot be tried is refused, with why and with those that can."""
-    found = (finding("contention", obstacle="it is the machine's"), PACKED, finding("dropout", lora_dropout=0.0))
+    found = (finding("data-wait", obstacle="it is the disk's"), PACKED, finding("dropout", lora_dropout=0.0))
     assert choose_finding(found, None).code == choose_finding(found, "padding").code == "padding"
     assert choose_finding(found, "dropout").code == "dropout"
     known = r"Can be tried: padding, dropout"
     for code, words in (
-        ("contention", r"Do it\. That cannot be tried here: it is the machine's"),
-        ("data-wait", "not"),
+        ("data-wait", r"Do it\. That cannot be tried here: it is the disk's"),
+        ("logits", "not"),
     ):
         with pytest.raises(UsageError, match=rf"{words}.*{known}"):
             choose_finding(found, code)
@@ -56,70 +54,43 @@ def test_the_dearest_finding_that_can_be_tried_is_chosen():
 def test_the_present_variant_is_the_reference_of_two():
     """They differ in what the remedy changes and in nothing else, on one workload; what falls back is measured."""
     study, variant = load_variant("lora-or-qlora:qlora-nf4-r16")
-    pair = make_pair(study, variant, finding("dequantisation", quantization="none"), protocol=Protocol(replicates=5))
-    present, suggested = pair.study.variants
-    assert pair.study.reference == present.name == variant.name
+    pair = make_pair(study, variant, finding("dequantisation", quantization="none"))
+    present, suggested = pair.variants
+    assert pair.reference == present.name == variant.name
     assert suggested.name == "without-dequantisation"
     assert suggested.differences(present) == ("quantization",)
-    assert (pair.study.workload, pair.study.protocol.replicates, pair.own_workloads) == (study.workload, 5, {})
-    assert pair.study.allow_fallback
-
-
-@pytest.mark.parametrize(
-    ("changes", "about"),
-    [
-        ({"gradient_checkpointing": False}, {"checkpointing"}),
-        ({"lora_dropout": 0.0}, {"peft.dropout"}),
-        ({"adapter_dtype": "bfloat16"}, {"peft.dtype"}),
-        ({"optimizer": "adamw"}, {"optimizer.class", "optimizer.fused"}),
-        ({"compile": True}, {"compile"}),
-        ({"attention": "eager"}, {"attention.backend", "attention.dtype"}),
-        (
-            {"quantization": "none", "prepare_for_kbit": False},
-            {"attention.dtype"} | {f"base.{path}" for path in ("bits", "quant_type", "double_quant", "compute_dtype")},
-        ),
-        ({"workload": {"layout": "packed"}}, {"packing.isolated", "attention.backend", "attention.dtype"}),
-    ],
-)
-def test_requirements_about_the_remedy_are_not_demanded(changes, about, padded):
-    """The study's own demands on what the remedy changes would make the suggested variant invalid; all others stay."""
-    variant = dataclasses.replace(
-        padded.variants[1], lora_dropout=0.1, gradient_checkpointing=True, adapter_dtype="float32",
-        prepare_for_kbit=True,
-    )  # fmt: skip
-    demands = requirements_of(dataclasses.replace(variant, compile=True), (64,), packed=True)
-    study = dataclasses.replace(padded, requirements=demands)
-    pair = make_pair(study, variant, finding(**changes), protocol=padded.protocol)
-    assert set(demands) - set(pair.study.requirements) == about
+    assert (pair.workload, pair.protocol, pair.own_workloads) == (study.workload, study.protocol, {})
+    assert pair.allow_fallback
 
 
 def test_a_remedy_of_the_workload_is_the_same_variant_on_its_own(padded, machine):
     """In turns with the present one and never on one base; where the variant can be changed the workload stays."""
     variant = padded.variants[0]
     epochs = dataclasses.replace(padded.protocol, epochs=3.0)
-    pair = make_pair(padded, variant, PACKED, protocol=epochs)
-    present, suggested = pair.study.variants
+    study = dataclasses.replace(padded, protocol=epochs)
+    pair = make_pair(study, variant, PACKED)
+    present, suggested = pair.variants
     assert suggested.differences(present) == ()
     assert pair.own_workloads == {suggested.name: dataclasses.replace(padded.workload, layout="packed")}
-    assert pair.study.protocol.epochs == 0.0
-    plan, _ = build_plan(pair.study, machine, free_bytes=None, phases=("train",), own_workloads=pair.own_workloads)
+    assert pair.protocol.epochs == 0.0
+    plan, _ = build_plan(pair, machine, free_bytes=None, phases=("train",))
     assert plan.interleaving in ("lockstep", "replicates")
     assert "2 workloads" in plan.why
     assert {slot.executor for slot in plan.slots} == {""}
-    both = make_pair(padded, variant, finding(r=8, workload={"batch_size": 4}), protocol=epochs)
-    assert (both.study.variants[1].r, both.own_workloads, both.study.protocol.epochs) == (8, {}, 3.0)
+    both = make_pair(study, variant, finding(r=8, workload={"batch_size": 4}))
+    assert (both.variants[1].r, both.own_workloads, both.protocol.epochs) == (8, {}, 3.0)
 
 
 def judged(write_run, pair, code, present, suggested, **options):
     """What is made of a constructed run with these step times, one a replicate."""
     steps, own = {"plain": present, f"without-{code}": suggested}, pair.own_workloads
-    path = write_run("run", steps, study=pair.study, own_workloads=own, **options)
+    path = write_run("run", steps, study=pair, own_workloads=own, **options)
     return judge_remedy(store.read_run(str(path), path.parent), finding(code, optimizer="adamw"))
 
 
 def test_a_gain_counts_where_the_control_is_no_difference(write_run, small_study):
     """Constructed times: a fifth is gained; with a control that differs, or a failed trial, nothing counts."""
-    pair = make_pair(small_study, small_study.variants[0], finding(optimizer="adamw"), protocol=small_study.protocol)
+    pair = make_pair(small_study, small_study.variants[0], finding(optimizer="adamw"))
     old, new = [0.100, 0.1001, 0.1002, 0.0999], [0.080, 0.0801, 0.0802, 0.0799]
     gained = judged(write_run, pair, "dropout", old, new)
     assert gained.valid
@@ -143,11 +114,12 @@ def test_a_remedy_of_requests_is_judged_by_what_its_cost_is_of(write_run, small_
     """Requests of one length are measured and nothing else of them; steps that grew slower say nothing against it."""
     wait = dataclasses.replace(finding("weight-copied", copy_head_input=True), metric="first_token_time_s")
     workload = dataclasses.replace(small_study.workload, open_ended_tokens=4)
-    study = dataclasses.replace(small_study, workload=workload)
-    pair = make_pair(study, study.variants[0], wait, protocol=dataclasses.replace(study.protocol, epochs=3.0))
-    protocol = pair.study.protocol
+    protocol = dataclasses.replace(small_study.protocol, epochs=3.0)
+    study = dataclasses.replace(small_study, workload=workload, protocol=protocol)
+    pair = make_pair(study, study.variants[0], wait)
+    protocol = pair.protocol
     assert (protocol.merged, protocol.epochs, protocol.turns, protocol.generate_requests) == (False, 0.0, 2, 12)
-    plan, _ = build_plan(pair.study, machine, free_bytes=None, phases=(phase_of(wait),))
+    plan, _ = build_plan(pair, machine, free_bytes=None, phases=(phase_of(wait),))
     assert {measure for slot in plan.slots for measure in slot.measures} == {"steps", "requests", "peaks"}
 
     def answer(record):
@@ -155,7 +127,7 @@ def test_a_remedy_of_requests_is_judged_by_what_its_cost_is_of(write_run, small_
         return record.replaced(samples=record.samples | {"first_token_time_s": (seconds,) * 6})
 
     steps = {"plain": [0.1, 0.1001, 0.1002, 0.0999], "without-weight-copied": [0.2, 0.2001, 0.2002, 0.1999]}
-    path = write_run("run", steps, study=pair.study, change=answer)
+    path = write_run("run", steps, study=pair, change=answer)
     tried = judge_remedy(store.read_run(str(path), path.parent), wait)
     assert (tried.metric, tried.comparison.verdict) == ("first_token_time_s", "improved")
     assert tried.comparison.ratio == pytest.approx(0.2)
@@ -163,7 +135,7 @@ def test_a_remedy_of_requests_is_judged_by_what_its_cost_is_of(write_run, small_
 
 def test_workloads_are_compared_by_the_time_of_a_real_token(write_run, padded, tmp_path):
     """Constructed steps as long, of 60 % more real tokens; the report says on what each ran and shows no losses."""
-    pair = make_pair(padded, padded.variants[0], PACKED, protocol=padded.protocol)
+    pair = make_pair(padded, padded.variants[0], PACKED)
 
     def filled(record):
         real = 800 if record.name == "without-padding" else 500

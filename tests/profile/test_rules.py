@@ -22,7 +22,6 @@ HEALTHY = ProfileEvidence(
     attention_backend="flash",
     adapter_dtype="bfloat16",
     flash_attn=True,
-    cpus=16,
     peak_bytes=10 * GIB,
     memory_bytes=80 * GIB,
     extra_bytes={"quantization": 8 * GIB, "gradient_checkpointing": 20 * GIB, "optimizer": GIB},
@@ -60,8 +59,6 @@ PLANTED = {
     ),
     "dropout": (changed({"lora_dropout": 0.1}, dropout=0.08), 0.08, {"lora_dropout": 0.0}),
     "data-wait": (changed(phases_s=dict(HEALTHY.phases_s) | {"data": 0.02}), 0.2, {}),
-    "contention": (changed(device="cpu", occupancy=0.6, reserved_bytes=None), 0.4, {}),
-    "oversubscription": (changed(device="cpu", occupancy=0.6, threads=4, cpus=2, reserved_bytes=None), 0.4, {}),
     "logits": (changed(logits_bytes=2 * GIB, liger=True), None, {"liger_kernel": True}),
     "fragmentation": (changed(reserved_bytes=15 * GIB), None, {}),
 }  # fmt: skip
@@ -131,11 +128,6 @@ def test_an_adapter_in_32_bits_has_casts_and_products(changes, variant, share):
             [{"quantization": "none", "prepare_for_kbit": False}],
         ),
         (changed(padded=0.3), [{}]),
-        (changed(device="cpu", occupancy=0.99, threads=2, cpus=2), []),
-        (changed(device="cpu", occupancy=0.6, threads=4, cpus=16, stalled=0.01), []),
-        (changed(device="cpu", occupancy=0.6, threads=4, cpus=16, stalled=0.2), [{}]),
-        (changed(device="cpu", occupancy=0.6, threads=2, cpus=2, stalled=0.01), []),
-        (changed(device="cpu", occupancy=0.6, threads=2, cpus=2, stalled=0.2), [{}]),
         (changed(device="cpu", attention_backend="math"), [{}]),
     ],
 )

@@ -33,12 +33,10 @@ from lorameter.records.record import Failure, Notice, TrialRecord
 from lorameter.report.blocks import Document
 from lorameter.report.claims import describe_claims
 from lorameter.report.comparison import (
-    MatrixRun,
     describe_attribution,
     describe_bisection,
     describe_comparison,
     describe_gate,
-    describe_matrix,
 )
 from lorameter.report.estimate import describe_estimate, describe_fit, describe_plan, describe_sizes
 from lorameter.report.history import describe_history
@@ -274,14 +272,6 @@ def tried() -> Tried:
     )  # fmt: skip
 
 
-def changes() -> tuple[MatrixRun, ...]:
-    """Two changes of versions of one study."""
-    found = ((name, constructed_run(name)) for name in ("ab", "ab-improved"))
-    return tuple(
-        MatrixRun(run=name, study=str(run.manifest.study["name"]), report=report_of(run)) for name, run in found
-    )
-
-
 def bisection(slow_from: int | None) -> Bisection:
     """A search among eight revisions, of which none is slower, or one on is; the fourth cannot be measured."""
 
@@ -384,7 +374,6 @@ def every_report(small_study, history) -> dict[str, Document]:
         "plan": lambda: describe_plan(make_plan(small_study), expected, MACHINE, NOTICES),
         "notices": lambda: describe_notices(NOTICES),
         "notices in full": lambda: warn_before_run(NOTICES),
-        "matrix": lambda: describe_matrix(changes()),
         "bisection": lambda: describe_bisection(bisection(slow_from=6), "step time of plain"),
         "bisection of nothing": lambda: describe_bisection(bisection(slow_from=None), "step time of plain"),
         "list of runs": lambda: describe_runs(listed()),

@@ -211,21 +211,21 @@ def test_the_exit_code_says_whether_the_remedy_has_a_verdict(profile, monkeypatc
 
 def test_what_cannot_be_tried_costs_no_profile(profile, monkeypatch, capsys, tmp_path):
     """The document is printed all the same, the refusal is on stderr, and the exit code is that of bad input."""
-    slow = profile.record.samples | {f"{kind}_step_cpu_time_s": (0.05,) * 8 for kind in ("plain", "bordered")}
+    slow = profile.record.samples | {"phase_data_s": (0.02,) * 8}
     seen = dataclasses.replace(profile, record=profile.record.replaced(samples=slow))
     monkeypatch.setattr(commands_profile, "profile_variant", lambda *args, **options: (seen, tmp_path))
-    for code, words in (("contention", "cannot be tried here: it is the machine's"), ("data-wait", "not found")):
+    for code, words in (("data-wait", "cannot be tried here: it is the disk's"), ("logits", "not found")):
         assert cli.main(["profile", "lora-or-qlora:lora-r16", "--try", code, "--json"]) == 2
         printed = capsys.readouterr()
         document = json.loads(printed.out)
         assert document["tried"] is None
-        assert "contention" in {finding["code"] for finding in document["findings"]}
+        assert "data-wait" in {finding["code"] for finding in document["findings"]}
         assert words in printed.err
-    assert cli.main(["profile", "lora-or-qlora:lora-r16", "--try", "contention"]) == 2
+    assert cli.main(["profile", "lora-or-qlora:lora-r16", "--try", "data-wait"]) == 2
     text = capsys.readouterr().out
-    for word in ("Cannot", "tried", "here:", "machine's."):  # the column wraps between words
+    for word in ("Cannot", "tried", "here:", "disk's."):  # the column wraps between words
         assert word in text
-    assert "--try contention" not in text
+    assert "--try data-wait" not in text
     assert "--try padding" in text
 
 

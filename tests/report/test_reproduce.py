@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lorameter.cli import parser
+from lorameter.commands.parser import build_parser
 from lorameter.records import codec, store
 from lorameter.records.fileio import write_document
 from lorameter.report.reproduce import reproduction_steps
@@ -27,7 +27,7 @@ KEPT = [
 def typed(run):
     """The options of the line that measures the run again."""
     (line,) = (line for line in reproduction_steps(run).splitlines() if line.startswith("lorameter "))
-    return parser().parse_args(shlex.split(line)[1:])
+    return build_parser().parse_args(shlex.split(line)[1:])
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.name)
@@ -37,7 +37,7 @@ def test_the_line_of_every_run_is_a_command(path):
     if run.manifest.sides:
         assert "does not say by which words" in reproduction_steps(run)
     else:
-        assert typed(run).command == "run:run_study"
+        assert typed(run).calls == "run:run_study"
 
 
 def side(kind, spec, *, commit=None, rows=0):
@@ -64,10 +64,10 @@ def test_an_ab_is_repeated_as_an_ab(ab):
     """A revision by its commit, since its branch may have moved; requirements as they were written."""
     study = load_study("training-step")
     options = typed(ab(side("revision", "main", commit="a" * 40), side("requirements", "peft==0.21.2"), study=study))
-    assert options.command == "run:run_ab"
+    assert options.calls == "run:run_ab"
     assert (options.study, options.base, options.candidate) == ("training-step", "a" * 40, "peft==0.21.2")
     planted = typed(ab(side("present", ""), side("present", "", rows=24), study=study))
-    assert (planted.command, planted.inject_rows) == ("calibrate:run_calibrate", 24)
+    assert (planted.calls, planted.inject_rows) == ("calibrate:run_calibrate", 24)
 
 
 def test_commands_are_repeated_as_commands(ab):

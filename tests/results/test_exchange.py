@@ -7,7 +7,7 @@ import pytest
 
 from lorameter.errors import InvalidRunError
 from lorameter.records import store
-from lorameter.results.exchange import encode_action, encode_bencher
+from lorameter.results.files import encode_action, encode_bencher
 
 
 @pytest.fixture

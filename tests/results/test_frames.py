@@ -10,8 +10,7 @@ import pytest
 
 import lorameter
 from lorameter.errors import UsageError
-from lorameter.results.columns import TABLES
-from lorameter.results.frames import DTYPES
+from lorameter.results.columns import DTYPES, TABLES
 from lorameter.studies.script import script_workload
 from lorameter.studies.variant import ScriptVariant
 from tests.constructed import DAMAGED, RUNS

@@ -5,11 +5,9 @@ import shutil
 import subprocess
 import sys
 
-import msgspec
 import pytest
 
 from lorameter import cli
-from lorameter.commands.json_schema import PrunedOf
 from lorameter.errors import UsageError
 from lorameter.records import codec, fileio, store
 from lorameter.records.fileio import write_document
@@ -92,7 +90,7 @@ def test_what_goes_is_gone_and_nothing_else(runs):
     """Its size is what its files held."""
     size = sum(file.stat().st_size for file in (runs / "run0").rglob("*") if file.is_file())
     found = prune(runs, keep=3)
-    assert (names(found.removed), found.staying) == (["run0", "run1"], ())
+    assert (names(found.removed), found.staying) == (["run0", "run1"], [])
     assert found.removed[0].size_bytes == size
     assert sorted(path.name for path in store.list_runs(runs)) == ["other", "run2", "run3", "run4"]
     assert not (runs / "run0").exists()
@@ -127,7 +125,7 @@ def test_the_command_says_what_goes_and_a_dry_run_removes_nothing(called, runs):
     assert len(store.list_runs(runs)) == 6
     code, out, _ = called("--keep", "2", "--json")
     document = json.loads(out)
-    assert not msgspec.convert(document, PrunedOf).dry_run
+    assert not document["dry_run"]
     assert [one["run"] for one in document["removed"]] == ["run0", "run2"]
     assert document["removed"][0]["size_bytes"] > 0
     assert [one["run"] for one in document["kept_for_a_reason"]] == ["run1"]

@@ -6,7 +6,7 @@ from lorameter.records import store
 from lorameter.records.record import DISTURBED, Failure
 from lorameter.report.run_view import view_of
 from lorameter.results.columns import TABLES, names_of
-from lorameter.results.rows import rows_of
+from lorameter.results.rows import table_of
 from lorameter.verdicts.ab import report_of
 from tests.constructed import RUNS
 
@@ -14,17 +14,17 @@ CONSTRUCTED = sorted(path.name for path in RUNS.iterdir())
 
 
 def tables(run):
-    return {name: [dict(zip(names_of(name), row, strict=True)) for row in rows] for name, rows in rows_of(run).items()}
+    return {name: [dict.fromkeys(names_of(name)) | row for row in table_of(run, name)] for name in TABLES}
 
 
 @pytest.mark.parametrize("name", CONSTRUCTED)
 def test_every_run_has_rows_of_the_kinds_that_its_columns_say(name, read):
     """Runs with failures, missing metrics, one replicate, no reference and old schemas included."""
     kinds = {"text": str, "count": int, "number": float, "flag": bool}
-    for table, rows in rows_of(read(name)).items():
+    for table, rows in tables(read(name)).items():
         for row in rows:
-            assert len(row) == len(TABLES[table])
-            for column, value in zip(TABLES[table], row, strict=True):
+            for column in TABLES[table]:
+                value = row[column.name]
                 assert value is None or type(value) is kinds[column.kind], (table, column.name, value)
 
 

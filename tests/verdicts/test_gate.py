@@ -95,7 +95,7 @@ def test_an_exception_inside_is_never_a_pass(gate, monkeypatch):
     def broken(*_, **__):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("lorameter.commands.compare.compare", broken)
+    monkeypatch.setattr("lorameter.commands.report.compare", broken)
     assert gate(BASE, "inconclusive = 'pass'")[0] == 70
 
 

@@ -1,20 +1,25 @@
-"""What the commands that measure share: the plan is made and shown or measured with a display; a run is resumed."""
+"""What the commands that measure share, and the pytest plugin with them: a study with the options' changes is planned,
+foreseen or measured, and an interrupted run is resumed.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorameter.commands.output import print_json
+from rich.console import Console
+
+from kernels_check.terminal import print_stderr
+from lorameter.commands.output import show_result
 from lorameter.errors import LorameterError, UsageError
 from lorameter.machine.provenance import Machine
 from lorameter.records import store
 from lorameter.records.record import Notice
 from lorameter.records.store import Run
-from lorameter.report.blocks import say
+from lorameter.report.blocks import Document, say
 from lorameter.report.estimate import describe_plan
 from lorameter.report.live import LiveDisplay
 from lorameter.report.notices import warn_before_run
@@ -30,19 +35,59 @@ from lorameter.run.runner import find_unfinished
 from lorameter.run.sites.driver import read_broken_off_with_jobs
 from lorameter.run.sites.placement import Placement, open_placement
 from lorameter.studies.data_source import SYNTHETIC
+from lorameter.studies.placement import HERE
 from lorameter.studies.script import OWN
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import load_study
 from lorameter.studies.workload import LOSSES
 
-SHOWN = {"script": "command"}
-"""Options by the name under which they are kept, where that is another."""
+ON_RESUME = frozenset(
+    "calls study resume runs_dir json max_minutes sites on if_busy dry_run verbose policy format markdown html".split()
+)
+"""Options that may go with --resume; all others would change the study or the plan."""
+
+
+def override(
+    study: Study, options: argparse.Namespace, *, effort: str | None = None, replicates: int | None = None
+) -> Study:
+    """The study with the options' changes; `effort` or `replicates` where they do not say how precise it shall be.
+
+    Raises:
+        UsageError: both replicates and an effort, or a value that cannot be.
+    """
+    given = vars(options)
+    if options.effort and options.replicates is not None:
+        raise UsageError("--effort and --replicates both set the replicates. Give one of them.")
+    if options.effort or options.replicates is not None or given.get("precision") is not None:
+        effort, replicates = options.effort, options.replicates
+    return study.with_overrides(
+        model=options.model,
+        data=options.data,
+        effort=effort,
+        replicates=replicates,
+        precision=given.get("precision"),
+        max_minutes=options.max_minutes,
+        allow_disturbed=options.allow_disturbed,
+        on=given.get("on", HERE),  # what has no such option measures here
+        sites=given.get("sites"),
+        mixed=given.get("mixed", False),
+    )
+
+
+def plan_study(study: Study, placement: Placement, runs: Path, **planned: Any) -> tuple[Plan, tuple[Notice, ...]]:
+    """The plan of a study in a place, by further arguments of `build_plan`, and what must be known before."""
+    return build_plan(study, placement.machine, free_bytes=placement.free_bytes, runs=runs, **planned)
 
 
 def measure_study(
-    study: Study, placement: Placement, options: argparse.Namespace, *, policy: Mapping[str, Any] | None = None,
+    study: Study,
+    placement: Placement,
+    options: argparse.Namespace,
+    *,
+    policy: Mapping[str, Any] | None = None,
+    console: Console | None = None,
     **planned: Any,
-) -> Run | None:  # fmt: skip
+) -> Run | None:
     """Plan a study and measure it, or with `--dry-run` show the plan.
 
     Args:
@@ -50,31 +95,28 @@ def measure_study(
         placement: where it is measured.
         options: of the command.
         policy: of an A/B, kept with the run.
+        console: where progress is shown; None for standard error.
         planned: arguments of `build_plan`.
 
     Returns:
         The run; None after a dry run.
     """
-    dry = getattr(options, "dry_run", False)
-    runs = store.runs_dir(options.runs_dir, make=not dry)
-
-    def make() -> tuple[Plan, tuple[Notice, ...]]:
-        return build_plan(study, placement.machine, free_bytes=placement.free_bytes, runs=runs, **planned)
-
-    plan, notices = make()
+    dry = vars(options).get("dry_run", False)
+    runs, console = store.runs_dir(options.runs_dir, make=not dry), console or console_for(stderr=True)
+    plan, notices = plan_study(study, placement, runs, **planned)
     if dry:
-        show_plan(plan, placement.machine, notices, runs, as_json=options.json)
+        document, data = foresee(plan, notices, placement.machine, runs)
+        show_result(options, document, lambda: data)
         return None
-    errors = console_for(stderr=True)
     with placement.hold(options.if_busy) as waited:
         if waited:
-            plan, notices = make()
-        show(warn_before_run(notices), errors)
-        with display_of(plan, placement.machine, runs, errors) as display:
+            plan, notices = plan_study(study, placement, runs, **planned)
+        show(warn_before_run(notices), console)
+        with _display_of(plan, placement.machine, runs, console) as display:
             return measure(plan, runs=runs, display=display, notices=notices, policy=policy or {}, placement=placement)
 
 
-def display_of(plan: Plan, machine: Machine, runs: Path, console: Any) -> LiveDisplay:
+def _display_of(plan: Plan, machine: Machine, runs: Path, console: Console) -> LiveDisplay:
     """A display that knows the device and how long such a plan takes; what cannot be foreseen stops no run."""
     with contextlib.suppress(LorameterError):
         expected = forecast(plan, machine, runs).time
@@ -82,8 +124,8 @@ def display_of(plan: Plan, machine: Machine, runs: Path, console: Any) -> LiveDi
     return LiveDisplay(console, device=machine.device_name)
 
 
-def show_plan(plan: Plan, machine: Machine, notices: Sequence[Notice], runs: Path, *, as_json: bool) -> None:
-    """Print a plan and what it is expected to take, as text or as one JSON document."""
+def foresee(plan: Plan, notices: tuple[Notice, ...], machine: Machine, runs: Path) -> tuple[Document, dict[str, Any]]:
+    """A plan and what it is expected to take, for people and for programs."""
     from lorameter.trial.data.records import describe_data
 
     expected = forecast(plan, machine, runs)
@@ -94,77 +136,64 @@ def show_plan(plan: Plan, machine: Machine, notices: Sequence[Notice], runs: Pat
     workload = plan.study.workload
     own = workload.data in (SYNTHETIC, OWN)
     data = None if own else f"{describe_data(workload)}; {LOSSES[workload.loss]}"
-    if as_json:
-        print_json(
-            {
-                "order": [slot.trial for slot in plan.slots],
-                "interleaving": plan.interleaving,
-                "why": plan.why,
-                "seed": plan.study.protocol.seed,
-                "time_s": expected.time.time_s,
-                "time_basis": expected.time.basis,
-                "replicates": expected.time.replicates,
-                "skipped": list(expected.time.skipped),
-                "half_width": expected.time.half_width,
-                "noise_basis": expected.time.noise,
-                "time_for_3_percent_s": expected.time.sought_width_s,
-                "memory_bytes": expected.memory_bytes,
-                "disk_bytes": expected.disk_bytes,
-                **({"unknown": expected.unknown} if expected.unknown else {}),
-                **({"data": data} if data else {}),
-            }
-        )
-        return
-
-    show(describe_plan(plan, expected, machine, notices, data), console_for())
+    return describe_plan(plan, expected, machine, notices, data), {
+        "order": [slot.trial for slot in plan.slots],
+        "interleaving": plan.interleaving,
+        "why": plan.why,
+        "seed": plan.study.protocol.seed,
+        "time_s": expected.time.time_s,
+        "time_basis": expected.time.basis,
+        "replicates": expected.time.replicates,
+        "skipped": expected.time.skipped,
+        "half_width": expected.time.half_width,
+        "noise_basis": expected.time.noise,
+        "time_for_3_percent_s": expected.time.sought_width_s,
+        "memory_bytes": expected.memory_bytes,
+        "disk_bytes": expected.disk_bytes,
+        **({"unknown": expected.unknown} if expected.unknown else {}),
+        **({"data": data} if data else {}),
+    }
 
 
-def resume(options: argparse.Namespace, settled: Sequence[str], *, ab: bool = False) -> Run | None:
-    """Resume an interrupted run, lost lines or was disturbed; one of which nothing is left is given back.
-
-    The rest is measured where the run was, or where `--on` and `--sites` say.
-
-    Args:
-        options: of the command; the run in `resume`.
-        settled: names of those of its options that the run has settled, and that may not be given.
-        ab: whether the run must be an A/B.
-
-    Returns:
-        The run as it is then; None where it was only asked what is left (`--dry-run`).
+def find_interrupted(options: argparse.Namespace, *, prefix: str = "--") -> Run:
+    """The run that `resume` of the options names.
 
     Raises:
-        UsageError, InvalidRunError: it cannot be resumed, here or at all.
+        UsageError, InvalidRunError: no such run, one that cannot be resumed, or options that would change its plan.
     """
-    given = {f"--{SHOWN.get(name, name)}": getattr(options, name.replace("-", "_")) for name in settled}
-    refuse_settled("--resume", given)
-    runs = store.runs_dir(options.runs_dir)
+    given = {
+        f"{prefix}{'command' if name == 'script' else name.replace('_', '-')}": value
+        for name, value in vars(options).items()
+        if name not in ON_RESUME
+    }
+    refuse_settled(f"{prefix}resume", given)
     study = load_study(options.study).name if options.study else None
-    run = read_broken_off_with_jobs(options.resume, runs, study=study)
-    name = run.manifest.run
-    if ab and not run.manifest.sides:
-        raise UsageError(f"run {name} is no A/B. Resume: lorameter run --resume {name}")
+    return read_broken_off_with_jobs(options.resume, store.runs_dir(options.runs_dir), study=study)
+
+
+def resume(run: Run, options: argparse.Namespace, *, console: Console | None = None) -> Run | None:
+    """Measure what is left of a run, where it was measured or where `--on` and `--sites` say.
+
+    Returns:
+        The run as it is then, also one of which nothing was left; None with `--dry-run`, which shows what is left.
+
+    Raises:
+        UsageError, InvalidRunError: it cannot be resumed here.
+    """
+    name, study, console = run.manifest.run, study_of(run), console or console_for(stderr=True)
     if is_finished(run):
-        errors = console_for(stderr=True)
-        show((say(f"run {name} is complete: nothing is left to be measured.", indented=False),), errors)
+        print_stderr(f"run {name} is complete: nothing is left to be measured.")
         return run
-    there = study_of(run)
-    here = there.with_overrides(on=options.on, sites=options.sites, mixed=there.protocol.mixed)
-    with open_placement(here, options.runs_dir) as placement:
-        return _measure_rest(run, placement, options)
-
-
-def _measure_rest(run: Run, placement: Placement, options: argparse.Namespace) -> Run | None:
-    name, errors = run.manifest.run, console_for(stderr=True)
-    plan = plan_rest(run, placement, max_minutes=options.max_minutes)
-    unsettled = find_unfinished(plan, run.records, whole=placement.is_spread)
-    left = [slot.trial for group in unsettled for slot in group.slots]
-    kept = f"{len(plan.slots) - len(left)} of {len(plan.slots)} trials are kept"
-    show((say(f"run {name}: {kept}, {len(left)} are left to be measured.", indented=False),), errors)
-    if getattr(options, "dry_run", False):
-        if options.json:
-            print_json({"run": name, "order": left, "interleaving": plan.interleaving})
-        else:
-            show(tuple(say(trial, indented=False) for trial in left), console_for())
-        return None
-    with placement.hold(options.if_busy), LiveDisplay(errors) as display:
-        return measure(plan, runs=run.path.parent, display=display, resume=name, placement=placement)
+    there = study.with_overrides(on=options.on, sites=options.sites, mixed=study.protocol.mixed)
+    with open_placement(there, options.runs_dir) as placement:
+        plan = plan_rest(run, placement, max_minutes=options.max_minutes)
+        unfinished = find_unfinished(plan, run.records, whole=placement.is_spread)
+        left = [slot.trial for group in unfinished for slot in group.slots]
+        kept = f"{len(plan.slots) - len(left)} of {len(plan.slots)} trials are kept"
+        print_stderr(f"run {name}: {kept}, {len(left)} are left to be measured.")
+        if vars(options).get("dry_run"):
+            trials = tuple(say(trial, indented=False) for trial in left)
+            show_result(options, trials, lambda: {"run": name, "order": left, "interleaving": plan.interleaving})
+            return None
+        with placement.hold(options.if_busy), LiveDisplay(console) as display:
+            return measure(plan, runs=run.path.parent, display=display, resume=name, placement=placement)

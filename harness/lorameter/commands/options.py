@@ -1,15 +1,19 @@
-"""Options that several commands have, each said once, so that they cannot come to differ."""
+"""Options that several commands, or a command and the pytest plugin, have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
-FORMATS = ("text", "json", "markdown", "github")
+Argument: TypeAlias = tuple[tuple[str, ...], Mapping[str, Any]]
+"""Names and settings, as `add_argument` takes them."""
+DEFAULT_STUDY = "lora-or-qlora"
+"""Of a session of pytest."""
 CALIBRATED_STUDY = "training-step"
 CALIBRATION_REPLICATES = 24
 """Enough for three gates of 8 that share nothing, and about 4 minutes of the default study on two cores."""
-OPTIONS: Mapping[str, Mapping[str, Any]] = {
+PYTEST_PREFIX = "--lorameter-"
+SHARED: Mapping[str, dict[str, Any]] = {
     "replicates": {"type": int, "metavar": "N", "help": "number of replicates, instead of {prefix}effort"},
     "profile": {"metavar": "P", "help": "a profile of the study; default: the one of this machine"},
     "model": {"metavar": "M", "help": "catalogue name, hub id, directory, GGUF file, or random:M"},
@@ -22,7 +26,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
         "help": "only this metric or pattern of metrics; repeatable",
     },
     "policy": {"metavar": "FILE", "help": "TOML file: limits, gated metrics, how to treat inconclusive"},
-    "format": {"choices": FORMATS, "help": "default: text"},
+    "format": {"choices": ("text", "json", "markdown", "github"), "help": "default: text"},
     "markdown": {"action": "store_true", "help": "the same as {prefix}format markdown"},
     "html": {"metavar": "FILE", "help": "also write one self-contained HTML page"},
     "dry-run": {"action": "store_true", "help": "show the plan and its expected cost; measure nothing"},
@@ -45,21 +49,29 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
         "a client port), in jobs of SLURM (slurm:sites=4,partition=gpu,gres=gpu:1,time=60); "
         "here: in place of what the study says",
     },
-    "mixed": {
-        "action": "store_true",
-        "help": "allow different hardware; results are reported per site",
-    },
+    "mixed": {"action": "store_true", "help": "allow different hardware; results are reported per site"},
     "if-busy": {
         "choices": ("wait", "refuse", "share"),
         "default": "wait",
         "help": "if the device is in use by another lorameter: wait (default), refuse, or share it",
     },
+    "runs-dir": {"metavar": "DIR", "help": "default: $LORAMETER_RUNS or ./.lorameter/runs"},
 }
-"""Of each option, by its name, the arguments of `add_argument`."""
+"""Options that several commands have, by name."""
 
 
-def add_options(add: Callable[..., object], *names: str, prefix: str = "--") -> None:
-    """Add options of these names; `add` is `add_argument` of argparse or `addoption` of pytest."""
-    for name in names:
-        known = dict(OPTIONS[name])
-        add(f"{prefix}{name}", **known | {"help": known["help"].format(prefix=prefix)})
+def argument(*names: str, **settings: Any) -> Argument:
+    """An argument of one command."""
+    return names, settings
+
+
+def shared(*names: str, prefix: str = "--") -> tuple[Argument, ...]:
+    """Options that several commands have; pytest has them behind another prefix."""
+    return tuple(((f"{prefix}{name}",), SHARED[name] | {"help": SHARED[name]["help"].format(prefix=prefix)})
+                 for name in names)  # fmt: skip
+
+
+def add_arguments(add: Callable[..., object], arguments: Sequence[Argument]) -> None:
+    """Add arguments by `add_argument` of argparse or `addoption` of pytest."""
+    for names, settings in arguments:
+        add(*names, **settings)

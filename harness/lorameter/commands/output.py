@@ -1,4 +1,7 @@
-"""What commands print: one JSON document, or a report as text, Markdown, annotations of a GitHub job, a page."""
+"""What commands print: a result as text, Markdown, annotations of a GitHub job or JSON, and its page.
+
+The format is checked before a command does anything, so that hours of measuring do not end in a refusal.
+"""
 
 from __future__ import annotations
 
@@ -6,79 +9,47 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from kernels_check.terminal import print_stderr
+from kernels_check.terminal import escape_control_chars, print_stderr
 from lorameter.errors import UsageError
-from lorameter.records.store import Run
-from lorameter.report.blocks import Document, Figure
-from lorameter.report.figures import figures_of_run
+from lorameter.records import codec
+from lorameter.records.os_errors import translate_write_errors
+from lorameter.report.blocks import Document, Span, say
 from lorameter.report.html.page import save_html, write_html
-from lorameter.report.reproduce import reproduction_steps
-from lorameter.report.run_view import RunView
-
-if TYPE_CHECKING:
-    from lorameter.report.blocks import Document
+from lorameter.report.render_markdown import SUMMARY_BYTES, markdown_of
+from lorameter.report.terminal import console_for, show
 
 ENV_SUMMARY = "GITHUB_STEP_SUMMARY"
 SCHEMA = 2
 """Version of the JSON documents of all commands (docs/json.md). 1: first form. 2: numbers beside what was text only."""
 
 
-def form_of(options: argparse.Namespace) -> str:
-    """The format that the options ask for. Raises `UsageError` where they ask for two."""
-    form = getattr(options, "format", None)
-    if getattr(options, "markdown", False):
-        if form not in (None, "markdown") or options.json:
-            other = "--json" if options.json else f"--format {form}"
-            raise UsageError(f"--markdown and {other} both choose the format. Give one of them.")
-        return "markdown"
-    if options.json and form not in (None, "json"):
-        raise UsageError(f"--json and --format {form} both choose the format. Give one of them.")
-    return "json" if options.json else form or "text"
+def format_of(options: argparse.Namespace) -> str:
+    """text, json, markdown or github. Raises `UsageError` where two options choose another one each."""
+    given = vars(options)
+    asked = {
+        "--json": "json" if given.get("json") else None,
+        "--markdown": "markdown" if given.get("markdown") else None,
+        f"--format {given.get('format')}": given.get("format"),
+    }
+    chosen = {option: form for option, form in asked.items() if form is not None}
+    if len(set(chosen.values())) > 1:
+        raise UsageError(f"{' and '.join(chosen)} both choose the format. Give one of them.")
+    return next(iter(chosen.values()), "text")
 
 
-def show_document(
-    document: Document, form: str, *, annotations: Callable[[], str] = lambda: "", verbose: bool = False
-) -> None:
-    """Print a report: as text, as Markdown, or as annotations of a GitHub job with its summary."""
-    from lorameter.records.os_errors import translate_write_errors
-    from lorameter.report.render_markdown import SUMMARY_BYTES, markdown_of
-    from lorameter.report.terminal import console_for, show
-
-    if form == "text":
-        show(document, console_for(), verbose=verbose)
-    elif form == "markdown":
-        sys.stdout.write(markdown_of(document))
-    else:
-        sys.stdout.write(annotations())
-        sys.stdout.flush()
-        if summary := os.environ.get(ENV_SUMMARY):
-            text = markdown_of(document, most=SUMMARY_BYTES // 4)
-            # Whoever looks at the summary alone would see no failure, so to lose it is no pass.
-            with (
-                translate_write_errors(f"${ENV_SUMMARY} = {summary}", "Name a file, or unset it."),
-                open(_append_to(summary), "a", encoding="utf-8") as file,
-            ):
-                file.write(text)
-
-
-def _append_to(path: str) -> int:
-    """A descriptor of a file that grows; a pipe that nobody reads is refused, and not waited for."""
-    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-
-
-def print_json(document: dict[str, Any]) -> None:
-    """One JSON document with its schema, without NaN, in ASCII: any stream holds it, and no terminal obeys it."""
-    from lorameter.records import codec
-
-    print(json.dumps(codec.to_json({"schema": SCHEMA, **document}), allow_nan=False))
+def check_output(options: argparse.Namespace) -> None:
+    """Raises `UsageError` for two formats, and for a page that could not be written."""
+    if "markdown" in vars(options):  # the --format of an export is that of its file
+        format_of(options)
+    check_page(vars(options).get("html"))
 
 
 def check_page(path: str | None, option: str = "--html") -> None:
-    """Refuse, before anything is measured, a file that could not be written, by the option that named it."""
+    """Raises `UsageError`, by the option that named it, for a page that could not be written."""
     if path is None:
         return
     folder = Path(path).absolute().parent
@@ -87,28 +58,71 @@ def check_page(path: str | None, option: str = "--html") -> None:
         raise UsageError(f"{option} {path}: {what}. Name a file in a folder that is there.")
 
 
-def save_page(
-    path: str | None,
+def show_result(
+    options: argparse.Namespace,
     document: Document,
-    title: str,
+    data: Callable[[], dict[str, Any]],
     *,
-    names: Sequence[str] = (),
-    figures: Sequence[Figure] = (),
-    again: str = "",
+    annotations: Callable[[], str] = str,
+    page: Callable[[], dict[str, Any]] = dict,
 ) -> None:
+    """Print a result in the format of the options, and write its page where one is named.
+
+    Args:
+        options: of the command.
+        document: what people read.
+        data: makes the JSON document, without its schema.
+        annotations: makes the lines that a GitHub job shows next to the summary.
+        page: makes the arguments of `write_html` for the page.
+    """
+    form = format_of(options)
+    if form == "json":
+        print_json(data())
+    elif form == "markdown":
+        sys.stdout.write(markdown_of(document))
+    elif form == "github":
+        sys.stdout.write(annotations())
+        sys.stdout.flush()
+        _add_to_summary(document)
+    else:
+        show(document, console_for(), verbose=vars(options).get("verbose", False))
+    save_page(vars(options).get("html"), document, page)
+
+
+def save_page(path: str | None, document: Document, page: Callable[[], dict[str, Any]]) -> None:
     """Write the page of a report where a file is named for it, and say where it is."""
-    if path is None:
+    if path is not None:
+        check_page(path)
+        print_stderr(f"page: {save_html(write_html(document, **page()), path)}")
+
+
+def _add_to_summary(document: Document) -> None:
+    """Append the report to the summary of a GitHub job. Who reads the summary alone would see no failure, so to lose it
+    is an error."""
+    if not (summary := os.environ.get(ENV_SUMMARY)):
         return
+    # A pipe without a reader is refused: to wait for one could take forever.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+    with (
+        translate_write_errors(f"${ENV_SUMMARY} = {summary}", "Name a file, or unset it."),
+        os.fdopen(os.open(summary, flags, 0o666), "a", encoding="utf-8") as file,
+    ):
+        file.write(markdown_of(document, most=SUMMARY_BYTES // 4))
 
-    check_page(path)
-    page = write_html(document, title=title, names=names, figures=figures, again=again)
-    print_stderr(f"page: {save_html(page, path)}")
+
+def print_json(document: dict[str, Any]) -> None:
+    """One JSON document with its schema, without NaN, in ASCII: any stream holds it, and no terminal obeys it."""
+    print(json.dumps(codec.to_json({"schema": SCHEMA, **document}), allow_nan=False))
 
 
-def save_run_page(path: str | None, run: Run, view: RunView, document: Document) -> None:
-    """The page of a run: its report, its figures, and how to repeat it."""
-    if path is None:
-        return
+def print_result(options: argparse.Namespace, text: str, data: dict[str, Any]) -> None:
+    """Print a result that is a line or a few of plain text, or its JSON document."""
+    if options.json:
+        print_json(data)
+    else:
+        print(escape_control_chars(text))
 
-    figures, again = figures_of_run(run, view), reproduction_steps(run)
-    save_page(path, document, view.study.title, names=view.variants, figures=figures, again=again)
+
+def say_progress(text: str) -> None:
+    """A faint line on standard error."""
+    show((say(Span(text=text, tone="faint"), indented=False),), console_for(stderr=True))

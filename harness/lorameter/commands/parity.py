@@ -8,16 +8,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorameter.commands.output import check_page, print_json, save_page
+from lorameter.commands.output import say_progress, show_result
 from lorameter.errors import EXIT_INVALID, EXIT_PASS, UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.parity.facts import Parity
 from lorameter.parity.judgement import Judgement, Likeness, judge_parity
 from lorameter.parity.measure import check_adapter, measure_parity, with_prompts
 from lorameter.records import codec, store
-from lorameter.report.blocks import Span, say
+from lorameter.report.blocks import say
 from lorameter.report.parity import describe_parity, show_differing
-from lorameter.report.terminal import console_for, show
 from lorameter.run.device_lock import hold_device
 from lorameter.run.workers import open_executor
 from lorameter.studies.study_file import load_variant
@@ -28,7 +27,6 @@ def run_parity(options: argparse.Namespace) -> int:
     """Train or take the adapter, serve it, and say what differs."""
     if options.adapter is not None and options.epochs is not None:
         raise UsageError("--adapter and --epochs: an adapter that is given is not trained. Leave one of them out.")
-    check_page(options.html)
     adapter = None if options.adapter is None else check_adapter(options.adapter)
     executor = open_executor()
     study, variant = load_variant(options.variant, profile=options.profile, device=executor.machine().kind)
@@ -40,25 +38,20 @@ def run_parity(options: argparse.Namespace) -> int:
     study = study.with_overrides(model=options.model, data=options.data)
     study = with_prompts(study, prompts=options.prompts, epochs=options.epochs)
     runs = store.runs_dir(options.runs_dir, make=True)
-    errors = console_for(stderr=True)
-
-    def tell(text: str) -> None:
-        show((say(Span(text=text, tone="faint"), indented=False),), errors)
-
     with hold_device(executor, options.if_busy):
-        parity, folder = measure_parity(study, variant, executor, runs=runs, adapter=adapter, say=tell)
+        parity, folder = measure_parity(study, variant, executor, runs=runs, adapter=adapter, say=say_progress)
     judgement = judge_parity(parity)
-    where = say(f"All facts are in {folder}", indented=False, blank_line_before=True)
     said = (
         *describe_parity(parity, judgement),
         *(show_differing(parity, _decoder(parity)) if options.verbose else ()),
-        where,
+        say(f"All facts are in {folder}", indented=False, blank_line_before=True),
     )
-    if options.json:
-        print_json(parity_document(parity, judgement, folder))
-    else:
-        show(said, console_for(), verbose=options.verbose)
-    save_page(options.html, said, f"Parity of {options.variant}")
+    show_result(
+        options,
+        said,
+        lambda: encode_parity(parity, judgement, folder),
+        page=lambda: {"title": f"Parity of {options.variant}"},
+    )
     return EXIT_PASS if judgement.whole else EXIT_INVALID
 
 
@@ -71,10 +64,25 @@ def _decoder(parity: Parity) -> Callable[[Sequence[int]], str]:
     return lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
-def parity_document(parity: Parity, judgement: Judgement, folder: Path) -> dict[str, Any]:
-    """All but its schema."""
+def encode_parity(parity: Parity, judgement: Judgement, folder: Path) -> dict[str, Any]:
+    """The JSON document, without its schema."""
     controls = (judgement.floor, judgement.without)
     known = {one.way: one for one in (*judgement.likenesses, *controls) if one is not None}
+    nothing = {field.name: None for field in dataclasses.fields(Likeness)} | {"within_floor": False}
+    ways = []
+    for way in parity.ways[1:]:
+        found = known.get(way.name)
+        about = {
+            "way": way.name,
+            "verdict": found.verdict if found else "failed",
+            "quantization": way.variant.quantization,
+            "dtype": way.variant.dtype,
+            "adapter": way.adapter,
+            "merged": way.merged,
+            "dequantised": way.dequantised,
+            "failure": judgement.failures.get(way.name, ""),
+        }
+        ways.append((codec.to_json(found) if found else nothing) | about)
     return {
         "path": str(folder),
         "study": parity.study,
@@ -86,26 +94,7 @@ def parity_document(parity: Parity, judgement: Judgement, folder: Path) -> dict[
         "reference": parity.reference.way,
         "reference_loss": sum(parity.reference.losses) / len(parity.reference.losses),
         "distinct_answers": judgement.distinct,
-        "ways": [
-            {
-                **_found(known.get(way.name)),
-                "way": way.name,
-                "quantization": way.variant.quantization,
-                "dtype": way.variant.dtype,
-                "adapter": way.adapter,
-                "merged": way.merged,
-                "dequantised": way.dequantised,
-                "failure": judgement.failures.get(way.name, ""),
-            }
-            for way in parity.ways[1:]
-        ],
+        "ways": ways,
         "trouble": judgement.trouble,
         "valid": judgement.whole,
     }
-
-
-def _found(one: Likeness | None) -> dict[str, Any]:
-    """What was found of a way, by the names that it has there; of one that failed nothing."""
-    known = {} if one is None else codec.to_json(one) | {"verdict": one.verdict}
-    names = [field.name for field in dataclasses.fields(Likeness) if field.name != "way"]
-    return {"verdict": "failed", **dict.fromkeys(names), "within_floor": False, **known}

@@ -2,144 +2,267 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import errno
+import itertools
 import sys
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import pytest
 
-from kernels_check.pipes import BestEffortStderr
+from kernels_check.pipes import EXIT_CLOSED_PIPE, EXIT_UNWRITABLE, BestEffortStderr, CapturedStdout
 from kernels_check.terminal import escape_control_chars
-from lorameter.commands.output import check_page, save_run_page
-from lorameter.commands.pytest_clock import ReplayClock
-from lorameter.errors import LorameterError, UsageError
+from lorameter.commands.measure import find_interrupted, foresee, measure_study, override, plan_study, resume
+from lorameter.commands.options import DEFAULT_STUDY, PYTEST_PREFIX
+from lorameter.commands.output import check_page, save_page
+from lorameter.commands.parser import build_parser
+from lorameter.commands.report import page_of_run
+from lorameter.commands.run import load_asked
+from lorameter.errors import LorameterError, UsageError, redact
+from lorameter.machine.provenance import collect, fingerprint, fingerprint_fields
+from lorameter.records import store
+from lorameter.records.metrics import PRIMARY
+from lorameter.records.record import TrialRecord
+from lorameter.records.store import Run
+from lorameter.report.blocks import Document
+from lorameter.report.comparison import describe_gate
+from lorameter.report.run import describe_run
+from lorameter.report.run_view import view_of
+from lorameter.report.terminal import PIPED_WIDTH, console_for, text_of
+from lorameter.run.resume import study_of
+from lorameter.run.sites.gpus import check_spreadable
+from lorameter.run.sites.placement import open_placement
+from lorameter.run.workers import open_executor
+from lorameter.studies.placement import HERE
+from lorameter.studies.study import Study
+from lorameter.verdicts.baselines import WORD, read_base
+from lorameter.verdicts.benchmark_files import about_run, extra_info, unlike
+from lorameter.verdicts.compare import compare
+from lorameter.verdicts.comparison_input import (
+    ComparisonInput,
+    comparison_input,
+    disagreement,
+    machine_differences,
+    planned_side,
+    variant_differences,
+)
+from lorameter.verdicts.gate import GateResult, judge, load_policy
+from lorameter.verdicts.series import group_trials
+from lorameter.verdicts.software import REPORTED
+from lorameter.verdicts.validity import run_validity
 
-if TYPE_CHECKING:
-    from lorameter.machine.provenance import MachineFacts
-    from lorameter.records.record import Notice, TrialRecord
-    from lorameter.records.store import Run
-    from lorameter.report.blocks import Document
-    from lorameter.run.plan import Plan
-    from lorameter.run.sites.placement import Placement
-    from lorameter.run.workers import Executor
-    from lorameter.studies.study import Study
-    from lorameter.verdicts.gate import GateResult
-
-
-PLUGIN = "lorameter-session"
-DEFAULT_STUDY = "lora-or-qlora"
-HERE = "here"
-"""As `lorameter.studies.placement` has it, which is not imported in projects that do not use the plugin."""
 DRY = "--lorameter-dry-run: the plan is shown at the end, and nothing was measured"
+SKIPPED = "--benchmark-skip: nothing was measured"
 NOTHING_MEASURED = "--benchmark-disable: nothing was measured, so nothing was stored and nothing can be replayed"
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn our errors into pytest's usage errors, which print one line and exit with 4."""
+    try:
+        yield
+    except LorameterError as error:
+        raise pytest.UsageError(escape_control_chars(f"lorameter: {error}")) from None
+
+
+def options_of(config: pytest.Config) -> argparse.Namespace:
+    """The options of a session, as those of `lorameter run`."""
+    options = build_parser().parse_args(["run"])
+    for name, value in vars(config.option).items():
+        if name.startswith("lorameter_"):
+            setattr(options, name.removeprefix("lorameter_"), value)
+    return options
 
 
 class Session:
     """One pytest session over one study: measures once after collection, replays in each test, reports at the end."""
 
     def __init__(self, config: pytest.Config) -> None:
-        from lorameter.commands.pytest_gate import load_gate
-        from lorameter.commands.pytest_resume import load_resumed
-
-        self._config = config
-        self._run: Run | None = None
+        self._config, self._options = config, options_of(config)
         self._disabled = bool(config.getoption("benchmark_disable")) and not config.getoption("benchmark_enable")
         self._skipped = bool(config.getoption("benchmark_skip")) and not config.getoption("benchmark_only")
+        self._gate = vars(self._options).pop("base")
+        self._base: ComparisonInput | None = None
+        self._interrupted: Run | None = None
+        self._run: Run | None = None
         self._judged: GateResult | str | None = None
-        self._html: str | None = config.getoption("--lorameter-html")
-        self._dry = bool(config.getoption("--lorameter-dry-run"))
+        """What the gate found, or why there is no result."""
         self._planned: Document | None = None
-        with _usage_errors():
-            check_page(self._html, "--lorameter-html")
-            self._resumed = load_resumed(config)
-            self._study = self._load("")
-            self._facts: MachineFacts | None = None
-            """Of where it is measured, if that is another machine."""
-            if self._study.protocol.on == HERE:  # else the profile is that of what is found there
-                self._study = self._load(self._executor().machine().kind)
-            self._gate = load_gate(config, measures=not (self._disabled or self._skipped or self._dry))
+        with usage_errors():
+            self._load()
+
+    def _load(self) -> None:
+        """Read what the options name. Raises `UsageError` for what cannot be measured, resumed or judged."""
+        options = self._options
+        check_page(options.html, "--lorameter-html")
+        if options.resume:
+            if options.dry_run:
+                raise UsageError("--lorameter-dry-run: a run that is resumed has its plan. Leave one of the two out.")
+            self._interrupted = find_interrupted(options, prefix=PYTEST_PREFIX)
+            if self._interrupted.manifest.sides:
+                name = self._interrupted.manifest.run
+                raise UsageError(f"--lorameter-resume: run {name} is an A/B. Resume: lorameter run --resume {name}")
+        options.study = options.study or DEFAULT_STUDY
+        self._study = self._load_study("")
+        if self._study.protocol.on == HERE:  # else the profile is that of what is found there
+            self._study = self._load_study(open_executor().machine().kind)
+        if self._study.protocol.mixed:
+            raise UsageError(
+                f"{self._study.protocol.place.said}, mixed: pytest-benchmark has one row for a variant, and each site "
+                "has its own. Measure it by `lorameter run`."
+            )
+        if options.policy and not self._gate:
+            raise UsageError("--lorameter-policy: there is no base to gate against. Add --lorameter-base=RUN.")
+        if self._gate and (self._disabled or self._skipped or options.dry_run):
+            raise UsageError(
+                "--lorameter-base: this session measures nothing that could be judged. Leave one of the options out."
+            )
+        self._policy = load_policy(options.policy)
+
+    def _load_study(self, device: str) -> Study:
+        options = self._options
+        if self._interrupted is not None:
+            return study_of(self._interrupted).with_overrides(on=options.on, sites=options.sites)
+        return override(load_asked(options, device), options)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """A test for each variant of the study."""
+        """A test for each variant of the study, or of the run that is resumed."""
         if metafunc.definition.get_closest_marker("lorameter") and "variant_name" in metafunc.fixturenames:
             names = [variant.name for variant in self._study.variants]
-            if self._resumed is not None:
-                names = [name for name in names if name in self._resumed.variants]
-            metafunc.parametrize("variant_name", names)
+            selected = self._interrupted.manifest.selection if self._interrupted is not None else ()
+            metafunc.parametrize("variant_name", [name for name in names if not selected or name in selected])
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Give each test its clock and its phase as the group of its table; no test of what a resumed run, a script
-        or several ranks have not."""
-        phases: Collection[str] | None = self._study.protocol.phases if self._study.trains_only else None
-        if self._resumed is not None:
-            phases = self._resumed.phases
-        if phases is not None:
-            lacking = [item for item in items if _phase_of(item) not in (None, *phases)]
-            self._config.hook.pytest_deselected(items=lacking)
-            items[:] = [item for item in items if item not in lacking]
-        for item in items:
-            if phase := _phase_of(item):
-                item.add_marker(pytest.mark.benchmark(timer=ReplayClock(), group=phase, warmup=False))
+        """No test of a phase that a resumed run, a script or several ranks do not have."""
+        if self._interrupted is not None:
+            phases = self._interrupted.manifest.phases
+        elif self._study.trains_only:
+            phases = self._study.protocol.phases
+        else:
+            return
+        lacking = [item for item in items if _phase_of(item) not in (None, *phases)]
+        self._config.hook.pytest_deselected(items=lacking)
+        items[:] = [item for item in items if item not in lacking]
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> None:
         """Measure what the selected tests need, once, before the first of them runs; with --benchmark-disable only see
         whether it could be."""
         items = [(item, phase) for item in session.items if (phase := _phase_of(item))]
-        collecting = self._config.option.collectonly or session.testsfailed
-        if not items or self._skipped or collecting:
+        if not items or self._skipped or self._config.option.collectonly or session.testsfailed:
             return
         names = [str(item.callspec.params["variant_name"]) for item, _ in items]  # type: ignore[attr-defined]
-        phases = {phase for _, phase in items}
-        with _usage_errors(), self._opened() as placement:
-            if placement.is_remote:
-                self._facts, self._study = placement.facts, self._load(placement.machine.kind)
-            if self._gate is not None:
-                from lorameter.machine.provenance import fingerprint, fingerprint_fields
-
-                facts = self._provenance()
-                self._gate.prepare(self._study, fingerprint_fields(facts), fingerprint(facts))
-            if self._dry:
-                self._planned = self._foresee(names, phases, placement)
+        with usage_errors():
+            if self._interrupted is None:
+                self._measure(names, {phase for _, phase in items})
             elif not self._disabled:
-                self._run = self._measure(names, phases, placement)
-            elif self._resumed is None and self._study.protocol.on == HERE:
-                self._plan(names, phases, placement, make=False)
+                self._prepare_gate(self._interrupted.manifest.provenance)
+                console = console_for(BestEffortStderr(sys.stderr))
+                self._run = resume(self._interrupted, self._options, console=console)
+
+    def _measure(self, names: list[str], phases: set[str]) -> None:
+        """Measure the plan of the selected tests, or only make it."""
+        study, options = self._study, self._options
+        if self._disabled and study.protocol.on != HERE:  # no cluster is asked for what measures nothing
+            check_spreadable(study, study.protocol.place)
+            return
+        planned = {"select": names, "phases": sorted(phases), "interleaving": options.interleave}
+        with open_placement(study, options.runs_dir) as placement:
+            if placement.is_remote:
+                study = self._study = self._load_study(placement.machine.kind)
+            if options.dry_run or self._disabled:
+                runs = store.runs_dir(options.runs_dir)
+                plan, notices = plan_study(study, placement, runs, **planned)
+                if options.dry_run:
+                    self._planned, _ = foresee(plan, notices, placement.machine, runs)
+                return
+            self._prepare_gate(collect(study, placement.facts, study.workload.threads))
+            console = console_for(BestEffortStderr(sys.stderr))
+            self._run = measure_study(study, placement, options, console=console, **planned)
+
+    def _prepare_gate(self, provenance: Mapping[str, Any]) -> None:
+        """Read the base and check it against what is about to be measured: hours would else end in "not comparable".
+        What a script's process says of itself is not known yet, and judged at the end.
+
+        Raises:
+            UsageError: it cannot be read, is invalid, or does not agree. A baseline that is not accepted yet is none
+                of these: how else would the first one be measured? It ends as `no_baseline`.
+        """
+        if not self._gate:
+            return
+        study, facts = self._study, fingerprint_fields(provenance)
+        runs = store.runs_dir(self._options.runs_dir)
+        base = self._base = read_base(self._gate, runs, fingerprint=fingerprint(provenance), study=study.name)
+        if base.broken:
+            raise UsageError(f"--lorameter-base: {base.broken}. Give a valid run.")
+        if study.of_scripts:
+            known = base.facts or {}
+            facts |= {name: known[name] for name in REPORTED if name in known}
+        session = planned_side(study, facts)
+        found = machine_differences(base, session)
+        for name in session.sides:
+            found += variant_differences(name, base, session)
+        if found:
+            raise UsageError(f"--lorameter-base: {base.name} is not comparable: {disagreement(found, force=False)}.")
 
     @pytest.fixture
     def replay(self, request: pytest.FixtureRequest, variant_name: str) -> Callable[[], None]:
         """Hand this test's recorded samples to pytest-benchmark; fails where a trial has no result."""
-        if self._dry:
-            pytest.skip(DRY)
-        benchmark = request.getfixturevalue("benchmark")
-        phase = _phase_of(request.node)
-        marker = request.node.get_closest_marker("benchmark")
 
         def replayed() -> None:
-            from lorameter.records.metrics import PRIMARY
-            from lorameter.verdicts.benchmark_files import extra_info
-            from lorameter.verdicts.series import group_trials
-
-            if self._disabled:
-                benchmark(_nothing)  # its fixture would warn that nobody has used it
-                pytest.skip(NOTHING_MEASURED)
+            if self._options.dry_run:
+                pytest.skip(DRY)
+            if self._disabled or self._skipped:
+                pytest.skip(NOTHING_MEASURED if self._disabled else SKIPPED)
+            phase = _phase_of(request.node)
             if self._run is None or phase is None:
                 pytest.fail("nothing was measured for this test; is it marked with lorameter(phase)?", pytrace=False)
             series = group_trials(self._run.records)[variant_name, "variant"]
-            failed = [record for record in series.records if record.status != "ok"]
+            failed = [_describe_failure(record, self._run) for record in series.records if record.status != "ok"]
             if failed:
-                pytest.fail("\n".join(_failure(record, self._run.path) for record in failed), pytrace=False)
+                pytest.fail("\n".join(failed), pytrace=False)
             metric = PRIMARY[phase]  # type: ignore[index]
             if not series.measuring(metric):
                 pytest.fail(f"no trial of {variant_name} measured {metric}, although all are ok", pytrace=False)
+            durations = [sample for trial in series.trials(metric) for sample in trial]
+            # Each pair of readings is 0 and the next duration, so that their difference is the recorded float.
+            clock = itertools.chain.from_iterable((0.0, duration) for duration in durations).__next__
+            request.node.add_marker(pytest.mark.benchmark(timer=clock, group=phase, warmup=False))
+            benchmark = request.getfixturevalue("benchmark")
             benchmark.extra_info.update(extra_info(self._run, series, phase, metric))
-            durations = tuple(sample for trial in series.trials(metric) for sample in trial)
-            marker.kwargs["timer"].load(durations)
             benchmark.pedantic(_nothing, rounds=len(durations), iterations=1)
 
         return replayed
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """A run that is invalid as a whole, or that its gate does not let pass, is no pass although each test is."""
+        passed = self._run is None or run_validity(self._run, self._study).valid
+        if self._gate and not self._config.option.collectonly:
+            self._judged = self._judge()
+            passed = passed and isinstance(self._judged, GateResult) and self._judged.passed
+        if not passed and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def _judge(self) -> GateResult | str:
+        """The gate's result, or why there is none; no exception on the way is a pass."""
+        if self._run is None:
+            return "Gate failed: nothing was measured, so there was nothing to judge.\n"
+        try:
+            base, candidate = self._base, comparison_input(self._run)
+            if base is None or self._gate == WORD:  # the run's fingerprint is the one that was measured
+                runs = store.runs_dir(self._options.runs_dir)
+                base = read_base(self._gate, runs, fingerprint=candidate.fingerprint, study=candidate.study)
+            studied = frozenset(variant["name"] for variant in self._run.manifest.study["variants"])
+            base = base.without(studied - candidate.sides.keys())  # variants that were not selected
+            report = compare(base, candidate, metrics=self._policy.metrics, limits_of=self._policy.limits_of)
+            return judge(report, self._policy)
+        except Exception:
+            text = escape_control_chars(redact(traceback.format_exc()))
+            return f"Gate failed: the comparison ended in an error.\n{text}"
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
@@ -153,47 +276,28 @@ class Session:
             terminalreporter.write_line(f"lorameter: {NOTHING_MEASURED}")
         if self._run is None:
             return
-        from lorameter.report.comparison import describe_gate
-        from lorameter.report.run import describe_run
-        from lorameter.report.run_view import view_of
-
         view = view_of(self._run)
         said = describe_run(view)
         _show(terminalreporter, "lorameter", said)
-        with _usage_errors():
-            save_run_page(self._html, self._run, view, said)
-        if self._judged is not None and not isinstance(self._judged, str):
+        with usage_errors():
+            save_page(self._options.html, said, lambda: page_of_run(view))
+        if isinstance(self._judged, GateResult):
             _show(terminalreporter, "lorameter gate", describe_gate(self._judged))
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """A run that is invalid as a whole, or that its gate does not let pass, is no pass although each test is."""
-        if self._gate is not None and not self._config.option.collectonly:
-            self._judged = self._gate.judged(self._run)
-            passed = not isinstance(self._judged, str) and self._judged.passed
-            if not passed and session.exitstatus == pytest.ExitCode.OK:
-                session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        if self._run is None:
-            return
-        from lorameter.verdicts.validity import run_validity
-
-        if not run_validity(self._run, self._study).valid and session.exitstatus == pytest.ExitCode.OK:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
         """Device, libraries and workload, as far as two runs must agree on them to be compared."""
-        from lorameter.machine.provenance import fingerprint_fields
-
-        machine_info["lorameter"] = fingerprint_fields(self._provenance())
+        if self._run is not None:
+            provenance = self._run.manifest.provenance
+        else:
+            provenance = collect(self._study, open_executor().facts(), self._study.workload.threads)
+        machine_info["lorameter"] = fingerprint_fields(provenance)
 
     def pytest_benchmark_compare_machine_info(
         self, machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
     ) -> None:
-        """Refuse to set unlike machines, libraries or workloads beside each other, and name what differs."""
-        from lorameter.verdicts.benchmark_files import unlike
-
+        """Refuse to compare unlike machines, libraries or workloads, and name what differs."""
         option = "--benchmark-compare"
-        with _usage_errors():
+        with usage_errors():
             if different := unlike(self._study, machine_info["lorameter"], compared_benchmark, option):
                 said = f"{option}: not comparable: {'; '.join(different)}."
                 raise UsageError(f"{said} Measure the base again on this machine.")
@@ -205,114 +309,7 @@ class Session:
             if entry["fullname"] in data:
                 entry["stats"].setdefault("data", data[entry["fullname"]])
         if self._run is not None:
-            from lorameter.verdicts.benchmark_files import about_run
-
             output_json["lorameter"] = about_run(self._run)
-
-    def _opened(self) -> AbstractContextManager[Placement]:
-        """Where it is measured; for what measures nothing no cluster is asked."""
-        from lorameter.run.sites.gpus import check_spreadable
-        from lorameter.run.sites.placement import Placement, open_placement
-
-        place = self._study.protocol.place
-        if place.mixed:
-            raise UsageError(
-                f"{place.said}, mixed: pytest-benchmark has one row for a variant, and each site has its own. Measure "
-                "it by `lorameter run`."
-            )
-        nothing = self._disabled or (self._resumed is not None and self._resumed.is_finished)
-        if nothing and place.on != HERE:
-            check_spreadable(self._study, place)
-            return nullcontext(Placement())
-        return open_placement(self._study, self._config.getoption("--lorameter-runs-dir"))
-
-    def _load(self, device: str) -> Study:
-        from lorameter.studies.study_file import load_study
-
-        option = self._config.getoption
-        place = {"on": option("--lorameter-on"), "sites": option("--lorameter-sites")}
-        if self._resumed is not None:
-            return self._resumed.study.with_overrides(**place)
-        profile = option("--lorameter-profile")
-        study = load_study(option("--lorameter-study") or DEFAULT_STUDY, profile=profile, device=device)
-        return study.with_overrides(
-            model=option("--lorameter-model"),
-            data=option("--lorameter-data"),
-            effort=option("--lorameter-effort"),
-            replicates=option("--lorameter-replicates"),
-            precision=option("--lorameter-precision"),
-            max_minutes=option("--lorameter-max-minutes"),
-            allow_disturbed=option("--lorameter-allow-disturbed"),
-            **place,
-        )
-
-    def _measure(self, names: list[str], phases: set[str], placement: Placement) -> Run:
-        from lorameter.commands.measure import display_of
-        from lorameter.report.live import LiveDisplay
-        from lorameter.report.notices import warn_before_run
-        from lorameter.report.terminal import console_for, show
-        from lorameter.run.measure import measure
-
-        console = console_for(BestEffortStderr(sys.stderr))
-        held = placement.hold(self._config.getoption("--lorameter-if-busy"))
-        if self._resumed is not None:
-            with held, LiveDisplay(console) as display:
-                return self._resumed.measure(placement, display)
-        plan, notices, runs = self._plan(names, phases, placement, make=True)
-        show(warn_before_run(notices), console)
-        with held, display_of(plan, placement.machine, runs, console) as display:
-            return measure(plan, runs=runs, display=display, notices=notices, placement=placement)
-
-    def _foresee(self, names: list[str], phases: set[str], placement: Placement) -> Document:
-        """The plan of the session and what it will take. Raises `UsageError` for what cannot be measured here."""
-        from lorameter.report.estimate import describe_plan
-        from lorameter.run.forecast import forecast
-
-        if self._resumed is not None:
-            raise UsageError("--lorameter-dry-run: a run that is resumed has its plan. Leave one of the two out.")
-        plan, notices, runs = self._plan(names, phases, placement, make=False)
-        return describe_plan(plan, forecast(plan, placement.machine, runs), placement.machine, notices)
-
-    def _plan(
-        self, names: list[str], phases: set[str], placement: Placement, *, make: bool
-    ) -> tuple[Plan, tuple[Notice, ...], Path]:
-        """What the tests need, and the folder of runs, to be made or not. Raises `UsageError` for what cannot be
-        measured there."""
-        from lorameter.records import store
-        from lorameter.run.build_plan import build_plan
-
-        runs = store.runs_dir(self._config.getoption("--lorameter-runs-dir"), make=make)
-        plan, notices = build_plan(
-            self._study,
-            placement.machine,
-            free_bytes=placement.free_bytes,
-            select=names,
-            phases=sorted(phases),
-            interleaving=self._config.getoption("--lorameter-interleave"),
-            runs=runs,
-        )
-        return plan, notices, runs
-
-    def _executor(self) -> Executor:
-        from lorameter.run.workers import open_executor
-
-        return open_executor()
-
-    def _provenance(self) -> dict[str, Any]:
-        from lorameter.machine.provenance import collect
-
-        return collect(self._study, self._facts or self._executor().facts(), self._study.workload.threads)
-
-
-class _usage_errors:  # noqa: N801 - reads as a statement
-    """Turn our errors into pytest's usage errors, which print one line and exit with 4."""
-
-    def __enter__(self) -> None:
-        """Nothing to prepare."""
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, LorameterError):
-            raise pytest.UsageError(escape_control_chars(f"lorameter: {error}")) from None
 
 
 def _phase_of(item: pytest.Item) -> str | None:
@@ -324,15 +321,13 @@ def _phase_of(item: pytest.Item) -> str | None:
     return str(marker.args[0])
 
 
-def _failure(record: TrialRecord, run: Path) -> str:
+def _describe_failure(record: TrialRecord, run: Run) -> str:
     why = f" in {record.failure.phase}: {record.failure.message}" if record.failure else ""
-    return escape_control_chars(f"{record.trial}: {record.status}{why} (log: {run / record.log})")
+    return escape_control_chars(f"{record.trial}: {record.status}{why} (log: {run.path / record.log})")
 
 
 def _show(reporter: pytest.TerminalReporter, title: str, document: Document) -> None:
     """A section of the summary, as wide and as coloured as pytest's own."""
-    from lorameter.report.terminal import PIPED_WIDTH, text_of
-
     screen = reporter._tw
     width = screen.fullwidth if screen.hasmarkup else PIPED_WIDTH
     verbose = reporter.config.option.verbose > 0
@@ -342,3 +337,35 @@ def _show(reporter: pytest.TerminalReporter, title: str, document: Document) -> 
 
 def _nothing() -> None:
     """What a replayed round calls: the work was done when it was measured."""
+
+
+class Output:
+    """Takes the place of the stream that pytest's reporter writes on, so that a session whose reader goes away
+    (`pytest | head -1`) measures to its end; the exit code says then what was lost.
+
+    pytest would end there with exit code 1, which means a regression.
+    """
+
+    def __init__(self) -> None:
+        self._session: pytest.Session | None = None
+        self._stream: CapturedStdout | None = None
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        """Before the first line is written."""
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        screen = getattr(reporter, "_tw", None)
+        if screen is not None and hasattr(screen, "_file"):
+            self._session, self._stream = session, CapturedStdout(screen._file)
+            screen._file = self._stream
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_unconfigure(self) -> None:
+        """After the last one: pytest returns what the session holds now."""
+        if self._session is None or self._stream is None:
+            return
+        self._stream.flush()
+        if self._stream.lost is not None:
+            self._stream.drain()
+            closed = self._stream.lost.errno == errno.EPIPE
+            self._session.exitstatus = EXIT_CLOSED_PIPE if closed else EXIT_UNWRITABLE

@@ -1,4 +1,4 @@
-"""The commands that show a run: `report`, `claims` and `sample`; an A/B as `ab`, `compare` and `gate` show it."""
+"""The commands that read stored runs: `report`, `claims`, `sample`, and `compare`, `gate` and `accept` of two sides."""
 
 from __future__ import annotations
 
@@ -6,198 +6,234 @@ import argparse
 import dataclasses
 import fnmatch
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
-from lorameter.commands.output import check_page, form_of, print_json, save_page, save_run_page, show_document
+from lorameter.commands.output import print_result, show_result
 from lorameter.errors import EXIT_INVALID, EXIT_PASS, UsageError
 from lorameter.records import codec, store
 from lorameter.records.store import Run
-from lorameter.report.annotations import annotation, claims_annotations, gate_annotations, run_annotations
+from lorameter.report.annotations import claims_annotations, comparison_annotations, gate_annotations, run_annotations
 from lorameter.report.blocks import Document, Section, say
 from lorameter.report.claims import describe_claims, describe_verdicts
 from lorameter.report.comparison import (
-    MatrixRun,
     describe_attribution,
+    describe_comparison,
     describe_gate,
-    describe_matrix,
-    encode_matrix,
     figures_of_comparison,
+    title_of_report,
 )
+from lorameter.report.figures import figures_of_run
 from lorameter.report.reproduce import reproduction_steps
 from lorameter.report.run import describe_run, encode_run
 from lorameter.report.run_view import ReportFilter, RunView, phase_of, view_of
 from lorameter.report.sample import describe_samples, read_samples
-from lorameter.report.terminal import console_for, show
-from lorameter.studies.from_run import read_study
 from lorameter.studies.study import unknown
+from lorameter.verdicts import claims
 from lorameter.verdicts.ab import attribution_of, report_of
-from lorameter.verdicts.claims import document, judge_claims
-from lorameter.verdicts.compare import ComparisonRow, worst
-from lorameter.verdicts.gate import GateResult, gate_document, judge, kept_policy, load_policy
+from lorameter.verdicts.baselines import accept, read_base, read_comparand
+from lorameter.verdicts.compare import ComparisonReport, ComparisonRow, compare, document, exit_code
+from lorameter.verdicts.comparison_input import ComparisonInput
+from lorameter.verdicts.gate import gate_document, judge, kept_policy, load_policy
 from lorameter.verdicts.sites import is_mixed
 
 
 def run_report(options: argparse.Namespace) -> int:
     """Print the report of a run, whole or not; of an A/B the gate's, by the policy that it was judged by."""
-    form, folder = form_of(options), store.runs_dir(options.runs_dir)
-    check_page(options.html)
-    if len(options.run) > 1:
-        runs = [store.read_run(name, folder) for name in options.run]
-        return show_matrix(runs, options, _filter(options, *runs))
-    run = store.read_run(options.run[0], folder)
+    run = _read_run(options.run, options)
     gc.freeze()  # all of it is needed to the end, and looking through a large run for what is not takes seconds
     if run.manifest.sides:
-        return show_ab(run, options, metrics=options.metric, keep=_filter(options, run))
-    view = view_of(run, _asked(options))
-    if form == "json":
-        print_json(encode_run(view))
-    else:
-        show_report(run, view, form, verbose=options.verbose)
-    if options.html:
-        save_run_page(options.html, run, view, document_of(run, view))
+        return show_ab(run, options, keep=_filter_of(options, run))
+    view = view_of(
+        run,
+        ReportFilter(
+            metrics=tuple(options.metric),
+            variants=tuple(options.variant),
+            phases=tuple(options.phase),
+            sort=options.sort,
+            limits_of=load_policy(options.policy).limits_of,
+        ),
+    )
+    return show_run(view, options, lambda: encode_run(view))
+
+
+def _read_run(name: str, options: argparse.Namespace) -> Run:
+    return store.read_run(name, store.runs_dir(options.runs_dir))
+
+
+def show_run(view: RunView, options: argparse.Namespace, data: Callable[[], dict[str, Any]]) -> int:
+    """Print the report of a run that compares variants; the exit code says whether the run is valid."""
+    said = describe_with_claims(view)
+    show_result(
+        options,
+        said,
+        data,
+        annotations=lambda: run_annotations(view),
+        page=lambda: page_of_run(view),
+    )
     return EXIT_PASS if view.valid else EXIT_INVALID
 
 
-def _filter(options: argparse.Namespace, *runs: Run) -> Callable[[ComparisonRow], bool]:
-    """Which comparisons of A/Bs are shown. Raises `UsageError` for a variant or a phase that none of them has, and for
+def page_of_run(view: RunView) -> dict[str, Any]:
+    """Title, names, figures and commands of a run's page."""
+    figures, again = figures_of_run(view.run, view), reproduction_steps(view.run)
+    return {"title": view.study.title, "names": view.variants, "figures": figures, "again": again}
+
+
+def describe_with_claims(view: RunView) -> Document:
+    """The report, with the verdicts on what the study claims where it claims anything."""
+    said = describe_run(view)
+    if not view.study.claims or is_mixed(view.run):  # a claim is of one kind of machine
+        return said
+    if view.valid:
+        return said + describe_verdicts(claims.judge_claims(view.run))
+    command = f"`lorameter claims {view.run.manifest.run}`"
+    why = f"not judged: the run is invalid. {command} judges them by the trials that there are."
+    return (*said, Section(title="Claims", lines=(say(why),)))
+
+
+def _filter_of(options: argparse.Namespace, run: Run) -> Callable[[ComparisonRow], bool]:
+    """Which comparisons of an A/B are shown. Raises `UsageError` for a variant or phase that it does not have, and for
     an order."""
-    name = ", ".join(run.manifest.run for run in runs)
-    names = list(dict.fromkeys(str(variant["name"]) for run in runs for variant in run.manifest.study["variants"]))
-    phases = list(dict.fromkeys(phase for run in runs for phase in run.manifest.phases))
+    names = [str(variant["name"]) for variant in run.manifest.study["variants"]]
     if options.sort != "study":
         raise UsageError(
-            f"--sort {options.sort}: run {name} is an A/B, and each of its variants is compared with itself."
+            f"--sort {options.sort}: run {run.manifest.run} is an A/B, and each of its variants is compared with "
+            "itself. Leave it out."
         )
     for pattern in options.variant:
         if not fnmatch.filter(names, pattern):
             raise UsageError(f"variant {pattern!r}: {unknown(pattern, names)}")
     for phase in options.phase:
-        if phase not in phases:
-            raise UsageError(f"phase {phase!r}: run {name} has {', '.join(phases)}.")
+        if phase not in run.manifest.phases:
+            raise UsageError(f"phase {phase!r}: run {run.manifest.run} has {', '.join(run.manifest.phases)}.")
+    variants, phases = options.variant or ["*"], options.phase or run.manifest.phases
 
-    def keep(compared: ComparisonRow) -> bool:
-        of_variant = any(fnmatch.fnmatchcase(compared.variant, pattern) for pattern in options.variant)
-        of_phase = phase_of(compared.metric) in options.phase
-        return (of_variant or not options.variant) and (of_phase or not options.phase)
+    def keep(row: ComparisonRow) -> bool:
+        return any(fnmatch.fnmatchcase(row.variant, one) for one in variants) and phase_of(row.metric) in phases
 
     return keep
 
 
-def show_report(run: Run, view: RunView, form: str = "text", *, verbose: bool = False) -> None:
-    """The report, with the verdicts on what the study claims where it claims anything."""
-    document = document_of(run, view)
-    show_document(document, form, annotations=lambda: run_annotations(view), verbose=verbose)
-
-
-def document_of(run: Run, view: RunView) -> Document:
-    """All that is said of a run that compares variants."""
-    document = describe_run(view)
-    # A claim is of one kind of machine, and the notices say what this is.
-    if not read_study(run).claims or is_mixed(run):
-        return document
-    if view.valid:
-        return document + describe_verdicts(judge_claims(run))
-
-    command = f"`lorameter claims {run.manifest.run}`"
-    said = f"not judged: the run is invalid. {command} judges them by the trials that there are."
-    return (*document, Section(title="Claims", lines=(say(said),)))
-
-
-def _asked(options: argparse.Namespace) -> ReportFilter:
-    return ReportFilter(
-        metrics=tuple(options.metric),
-        variants=tuple(options.variant),
-        phases=tuple(options.phase),
-        sort=options.sort,
-        limits_of=load_policy(options.policy).limits_of,
-    )
-
-
-def show_ab(
-    run: Run,
-    options: argparse.Namespace,
-    *,
-    metrics: Sequence[str] = (),
-    keep: Callable[[ComparisonRow], bool] = lambda compared: True,
-) -> int:
-    """Print an A/B run in the format asked for; the exit code is that of its verdicts under the policy, which is the
-    one that it was measured for unless another is given.
+def show_ab(run: Run, options: argparse.Namespace, *, keep: Callable[[ComparisonRow], bool] = lambda row: True) -> int:
+    """Print an A/B run; the exit code is that of all its verdicts under the policy, which is the one that it was
+    measured for unless another is given.
 
     Args:
         run: a run with two sides.
-        options: format and policy.
-        metrics: what to judge in place of the metrics of the policy.
-        keep: which comparisons are shown; the exit code is that of all.
+        options: format, policy, and metrics to judge in place of those of the policy.
+        keep: which comparisons are shown.
     """
-    form, result = form_of(options), judge_run(run, options, metrics)
-    whole = result.report
-    shown = tuple(filter(keep, whole.comparisons))
-    result = dataclasses.replace(result, report=msgspec.structs.replace(whole, comparisons=shown))
-
-    attribution = attribution_of(run)
-    said = describe_gate(result, ab=True) + describe_attribution(attribution, run)
-    title, figures = f"{run.manifest.study['title']}: A/B", figures_of_comparison(result.report)
-    if html := getattr(options, "html", None):
-        save_page(html, said, title, figures=figures, again=reproduction_steps(run))
-    if form == "json":
-        about = {"run": run.manifest.run, "path": str(run.path), "interleaving": run.manifest.interleaving}
-        print_json({**gate_document(result), **about, "attribution": codec.to_json(attribution)})
-        return result.exit_code
-
-    verbose = getattr(options, "verbose", False)
-    show_document(said, form, annotations=lambda: gate_annotations(result), verbose=verbose)
+    given = vars(options)
+    policy = load_policy(given["policy"]) if given.get("policy") else kept_policy(run)
+    policy = dataclasses.replace(policy, metrics=tuple(given.get("metric", ())) or policy.metrics)
+    report = report_of(run, metrics=policy.metrics, limits_of=policy.limits_of, losses=policy.losses == "agree")
+    result = judge(report, policy)
+    shown = msgspec.structs.replace(report, comparisons=tuple(filter(keep, report.comparisons)))
+    result = dataclasses.replace(result, report=shown)
+    attribution, manifest = attribution_of(run), run.manifest
+    about = {"run": manifest.run, "path": str(run.path), "interleaving": manifest.interleaving}
+    show_result(
+        options,
+        describe_gate(result, ab=True) + describe_attribution(attribution, run),
+        lambda: {**gate_document(result), **about, "attribution": codec.to_json(attribution)},
+        annotations=lambda: gate_annotations(result),
+        page=lambda: {
+            "title": f"{manifest.study['title']}: A/B",
+            "figures": figures_of_comparison(shown),
+            "again": reproduction_steps(run),
+        },
+    )
     return result.exit_code
 
 
-def judge_run(run: Run, options: argparse.Namespace, metrics: Sequence[str] = ()) -> GateResult:
-    """The verdicts of an A/B run by the policy given, or by its own. Raises `UsageError` for a run without sides."""
-    given = getattr(options, "policy", None)
-    policy = load_policy(given) if given else kept_policy(run)
-    policy = dataclasses.replace(policy, metrics=tuple(metrics) or policy.metrics)
-    found = report_of(run, metrics=policy.metrics, limits_of=policy.limits_of, losses=policy.losses == "agree")
-    return judge(found, policy)
+def run_compare(options: argparse.Namespace) -> int:
+    """Print the comparison; the exit code is that of its verdicts, which a policy gives limits alone."""
+    if options.metric and options.all_metrics:
+        raise UsageError("--metric and --all-metrics both choose the metrics. Give one of them.")
+    policy = load_policy(options.policy)
+    if options.candidate is None:
+        return _show_both_sides(options)
+    report = compare(
+        *_read_sides(options),
+        metrics=options.metric,
+        all_metrics=options.all_metrics,
+        limits_of=policy.limits_of,
+        force=options.force,
+    )
+    show_result(
+        options,
+        describe_comparison(report),
+        lambda: document(report),
+        annotations=lambda: comparison_annotations(report),
+        page=lambda: _page_of_comparison(report),
+    )
+    return exit_code(report.comparisons)
 
 
-def show_matrix(
-    runs: Sequence[Run], options: argparse.Namespace, keep: Callable[[ComparisonRow], bool] = lambda compared: True
-) -> int:
-    """Several A/B runs in one table, studies by changes of versions; the exit code is the worst of them, of all that
-    they compare, whatever of it is kept in the table."""
-    form = form_of(options)
-    results = [judge_run(run, options, options.metric) for run in runs]
-    shown = [
-        msgspec.structs.replace(result.report, comparisons=tuple(filter(keep, result.report.comparisons)))
-        for result in results
-    ]
-    changes = [
-        MatrixRun(run=run.manifest.run, study=str(run.manifest.study["name"]), report=report)
-        for run, report in zip(runs, shown, strict=True)
-    ]
-    said = describe_matrix(changes)
-    save_page(options.html, said, f"{len(runs)} A/B runs")
-    code = worst(result.exit_code for result in results)
-    if form == "json":
-        print_json({"matrix": encode_matrix(changes), "exit": code})
-        return code
-    noted = annotation("notice" if code == 0 else "error", "lorameter report", f"{len(runs)} A/B runs: exit {code}")
-    show_document(said, form, annotations=lambda: f"{noted}\n", verbose=options.verbose)
-    return code
+def run_gate(options: argparse.Namespace) -> int:
+    """Print whether the comparison passes the policy, and why."""
+    policy = load_policy(options.policy)
+    if options.candidate is None:
+        return _show_both_sides(options)
+    policy = dataclasses.replace(policy, metrics=tuple(options.metric) or policy.metrics)
+    report = compare(*_read_sides(options), metrics=policy.metrics, limits_of=policy.limits_of)
+    result = judge(report, policy)
+    show_result(
+        options,
+        describe_gate(result),
+        lambda: gate_document(result),
+        annotations=lambda: gate_annotations(result),
+        page=lambda: _page_of_comparison(report),
+    )
+    return result.exit_code
+
+
+def _page_of_comparison(report: ComparisonReport) -> dict[str, Any]:
+    return {"title": title_of_report(report), "figures": figures_of_comparison(report)}
+
+
+def _show_both_sides(options: argparse.Namespace) -> int:
+    """The comparison that one run holds. Raises `UsageError` for a run that has one side."""
+    run = _read_run(options.base, options)
+    name, given = run.manifest.run, vars(options)
+    if not run.manifest.sides:
+        raise UsageError(f"run {name} has one side, and nothing was named to compare it with. Name a CANDIDATE.")
+    if given.get("force") or given.get("all_metrics"):
+        raise UsageError(f"run {name} is an A/B: --force and --all-metrics are for two runs.")
+    return show_ab(run, options)
+
+
+def _read_sides(options: argparse.Namespace) -> tuple[ComparisonInput, ComparisonInput]:
+    runs = store.runs_dir(options.runs_dir)
+    candidate = read_comparand(options.candidate, runs)
+    gc.freeze()  # all of it is needed to the end: what reads the base need not look through it again and again
+    base = read_base(options.base, runs, fingerprint=candidate.fingerprint, study=candidate.study)
+    gc.freeze()
+    return base, candidate
+
+
+def run_accept(options: argparse.Namespace) -> int:
+    """Accept a run and say what it replaces."""
+    accepted, replaced = accept(options.run, store.runs_dir(options.runs_dir))
+    instead = f" in place of {replaced.run}" if replaced else ""
+    said = f"{accepted.run} is the baseline of {accepted.study}, fingerprint {accepted.fingerprint}{instead}"
+    print_result(options, said, {"accepted": accepted, "replaced": replaced})
+    return EXIT_PASS
 
 
 def run_claims(options: argparse.Namespace) -> int:
     """Print the verdicts; they are findings, not failures, so any of them is a pass."""
-    form = form_of(options)
-    check_page(options.html)
-    report = judge_claims(store.read_run(options.run, store.runs_dir(options.runs_dir)))
-
-    said = describe_claims(report)
-    if form == "json":
-        print_json(document(report))
-    else:
-        show_document(said, form, annotations=lambda: claims_annotations(report), verbose=options.verbose)
-    save_page(options.html, said, f"Claims of {options.run}")
+    report = claims.judge_claims(_read_run(options.run, options))
+    show_result(
+        options,
+        describe_claims(report),
+        lambda: claims.document(report),
+        annotations=lambda: claims_annotations(report),
+        page=lambda: {"title": f"Claims of {options.run}"},
+    )
     return EXIT_PASS if report.valid else EXIT_INVALID
 
 
@@ -205,13 +241,9 @@ def run_sample(options: argparse.Namespace) -> int:
     """Print the answers."""
     if options.count is not None and options.count < 1:
         raise UsageError(f"--count = {options.count}: no answers to show. Use 1 or more, or leave it out for all.")
-    run = store.read_run(options.run, store.runs_dir(options.runs_dir))
+    run = _read_run(options.run, options)
     samples = read_samples(run, options.variant, replicate=options.replicate, count=options.count)
-    if options.json:
-        about = {"run": run.manifest.run, "variant": options.variant, "replicate": options.replicate}
-        print_json({**about, "samples": codec.to_json(samples)})
-        return EXIT_PASS
-
     title = f"{options.variant}, replicate {options.replicate}, {run.manifest.study['workload']['model']}"
-    show(describe_samples(samples, title), console_for())
+    about = {"run": run.manifest.run, "variant": options.variant, "replicate": options.replicate}
+    show_result(options, describe_samples(samples, title), lambda: {**about, "samples": samples})
     return EXIT_PASS

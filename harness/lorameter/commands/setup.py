@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lorameter.commands.output import print_json
+from lorameter.commands.output import print_result, show_result
+from lorameter.commands.parser import build_parser
 from lorameter.errors import EXIT_INVALID, EXIT_PASS, UsageError
 from lorameter.machine.doctor import examine, is_fit
 from lorameter.machine.survey import survey
-from lorameter.records import codec, store
+from lorameter.records import store
 from lorameter.report.machine import describe_checks
-from lorameter.report.terminal import console_for, show
 
 CONFTEST = '''\
 """Makes this folder a lorameter suite: its tests replay one interleaved run."""
@@ -62,11 +62,9 @@ def run_init(options: argparse.Namespace) -> int:
             (folder / name).write_text(text)
     except OSError as error:
         raise UsageError(f"init: {folder} cannot be written: {error.strerror}. Give another folder.") from None
-    if options.json:
-        print_json({"folder": str(folder), "files": list(FILES)})
-    else:
-        print(f"wrote {' and '.join(str(folder / name) for name in FILES)}")
-        print(f"next: pytest {folder} --benchmark-save=NAME")
+    wrote = f"wrote {' and '.join(str(folder / name) for name in FILES)}"
+    next_step = f"next: pytest {folder} --benchmark-save=NAME"
+    print_result(options, f"{wrote}\n{next_step}", {"folder": str(folder), "files": list(FILES)})
     return EXIT_PASS
 
 
@@ -74,20 +72,14 @@ def run_doctor(options: argparse.Namespace) -> int:
     """Print what was found; the exit code says whether anything may be measured here."""
     checks = examine(survey(store.runs_dir(options.runs_dir)))
     fit = is_fit(checks)
-    if options.json:
-        print_json({"fit": fit, "checks": [codec.to_json(check) for check in checks]})
-    else:
-        show(describe_checks(checks, fit=fit), console_for())
+    show_result(options, describe_checks(checks, fit=fit), lambda: {"fit": fit, "checks": checks})
     return EXIT_PASS if fit else EXIT_INVALID
 
 
 def run_completion(options: argparse.Namespace) -> int:
-    """Print the script for a shell; `options.top` is the parser of all commands."""
+    """Print the script for a shell."""
     import shtab
 
-    script = shtab.complete(options.top, shell=options.shell)
-    if options.json:
-        print_json({"shell": options.shell, "script": script})
-    else:
-        print(script)
+    script = shtab.complete(build_parser(), shell=options.shell)
+    print_result(options, script, {"shell": options.shell, "script": script})
     return EXIT_PASS

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from kernels_check import REQUIREMENTS
@@ -33,8 +32,8 @@ def run_wrap(options: argparse.Namespace) -> int:
         with _report_errors():
             invalid = finalize_run(path, code, folder, required=bool(require))
     if not options.no_report and (path / store.MANIFEST).is_file():
-        with _report_errors():
-            _report(path)
+        with _report_errors():  # on standard error: standard output is the command's
+            show(describe_run(view_of(store.read_run(str(path), runs))), console_for(stderr=True))
     return code or (EXIT_INVALID if invalid and require else code)
 
 
@@ -64,20 +63,9 @@ def read_requirements(given: list[str]) -> dict[str, Any]:
         known = REQUIREMENTS.get(path)
         if known is None:
             raise UsageError(f"wrap: --require {shorten(path, 60)}: not known. Known: {', '.join(REQUIREMENTS)}.")
-        found[path] = _value(value)
+        found[path] = value
+        with contextlib.suppress(codec.NotJsonError):
+            found[path] = codec.parse({"True": "true", "False": "false"}.get(value, value))
         if problem := known.problem(found[path]):
             raise UsageError(f"wrap: --require {path}={shorten(value, 60)}: {problem}. Mend the value.")
     return found
-
-
-def _value(text: str) -> Any:
-    try:
-        return codec.parse({"True": "true", "False": "false"}.get(text, text))
-    except codec.NotJsonError:
-        return text
-
-
-def _report(path: Path) -> None:
-    """The report of the run, on standard error: standard output is the command's."""
-    run = store.read_run(str(path), path.parent)
-    show(describe_run(view_of(run)), console_for(stderr=True))

@@ -17,7 +17,22 @@ DOCUMENT = "parity.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parity:
-    """All facts; nothing is an estimate."""
+    """All facts; nothing is an estimate.
+
+    Attributes:
+        schema: version of the file.
+        study: name.
+        variant: whose adapter it is.
+        workload: that it was asked with.
+        device: "cpu" or "cuda".
+        device_name: as its vendor calls it.
+        adapter: folder of the adapter that was given; empty where it was trained here.
+        record: the training of the adapter, with its checks; None of one that was given.
+        ways: in the order in which they were asked; the first is the reference.
+        served: what was observed, a way each.
+        prompts: tokens of each.
+        notices: of the machine and the study, where there is no record.
+    """
 
     schema: int = SCHEMA
     study: str
@@ -26,15 +41,10 @@ class Parity:
     device: str
     device_name: str
     adapter: str
-    """Folder of the adapter that was given; empty where it was trained here."""
     record: TrialRecord | None
-    """The training of the adapter, with its checks; None of one that was given."""
     ways: tuple[ServingMode, ...]
-    """In the order in which they were asked; the first is the reference."""
     served: tuple[Served, ...]
-    """What was observed, a way each."""
     prompts: tuple[tuple[int, ...], ...]
-    """Tokens of each prompt."""
     notices: tuple[Notice, ...] = ()
 
     @property

@@ -36,28 +36,38 @@ class Mean:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Likeness:
-    """One way of serving, compared with the reference."""
+    """One way of serving, compared with the reference.
+
+    Attributes:
+        way: its name.
+        answers: those of which a token differs, with the interval over prompts.
+        first_difference: place of the first token that differs, from 1; the median of the answers that differ.
+        tokens: positions of the reference's answers at which the likeliest token differs, with the interval over
+            answers.
+        kl_mean_nats: divergence from the reference's distribution of the next token.
+        kl_max_nats: the largest.
+        difference_mean: of the logits, absolute.
+        difference_max: the largest.
+        cosine_mean: between rows of logits.
+        cosine_min: the least.
+        held_out_loss: of the sequences, in nats.
+        loss_difference: from the reference's, sequence by sequence; above 0 is worse.
+        within_floor: whether it is no further from the reference than the reference from itself.
+    """
 
     way: str
     answers: Proportion
-    """Answers of which a token differs, with the interval over prompts."""
     first_difference: float | None
-    """Place of the first token that differs, from 1; the median of the answers that differ."""
     tokens: Proportion
-    """Positions of the reference's answers at which the likeliest token differs, with the interval over answers."""
     kl_mean_nats: Mean
     kl_max_nats: float
     difference_mean: Mean
     difference_max: float
-    """Of the logits, absolute."""
     cosine_mean: Mean
     cosine_min: float
     held_out_loss: Mean
-    """Of the sequences, in nats."""
     loss_difference: Mean
-    """From the reference's, sequence by sequence; above 0 is worse."""
     within_floor: bool = False
-    """Whether it is no further from the reference than the reference from itself."""
 
     @property
     def verdict(self) -> Verdict:
@@ -69,21 +79,24 @@ class Likeness:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """All comparisons of one adapter."""
+    """All comparisons of one adapter.
+
+    Attributes:
+        floor: the reference against itself; None where it could not be asked again.
+        without: the base without the adapter; None where it could not be asked.
+        likenesses: of the ways that are no controls and that answered.
+        failures: by way, why it did not answer.
+        distinct: different answers of the reference. Where it says the same to every prompt, as an untrained model
+            does, so many prompts are hardly more than one.
+        trouble: why no verdict can be relied on; empty where one can.
+    """
 
     floor: Likeness | None
-    """The reference against itself; None where it could not be asked again."""
     without: Likeness | None
-    """The base without the adapter; None where it could not be asked."""
     likenesses: tuple[Likeness, ...]
-    """Of the ways that are no controls and that answered."""
     failures: dict[str, str]
-    """By way, why it did not answer."""
     distinct: int
-    """Different answers of the reference. Where it says the same to every prompt, as an untrained model does, so many
-    prompts are hardly more than one."""
     trouble: str
-    """Why no verdict can be relied on; empty where one can."""
 
     @property
     def whole(self) -> bool:
@@ -93,9 +106,10 @@ class Judgement:
 
 def judge_parity(parity: Parity) -> Judgement:
     """Compare every way with the reference."""
-    raw = {one.way: compare_served(parity.reference, one) for one in parity.served[1:] if one.failure is None}
-    floor = next((one for way, one in raw.items() if way.endswith(AGAIN)), None)
-    found = {way: _beside(floor, one) for way, one in raw.items()}
+    found = {one.way: compare_served(parity.reference, one) for one in parity.served[1:] if one.failure is None}
+    floor = next((one for way, one in found.items() if way.endswith(AGAIN)), None)
+    if floor is not None:
+        found = {way: dataclasses.replace(one, within_floor=_is_within(floor, one)) for way, one in found.items()}
     without = next((one for way, one in found.items() if way.startswith(WITHOUT)), None)
     controls = {way.name for way in parity.ways if way.is_control}
     return Judgement(
@@ -143,10 +157,6 @@ def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
 def _mean(values: Sequence[float]) -> Mean:
     value, low, high = mean_interval(values)
     return Mean(value=value, low=low, high=high)
-
-
-def _beside(floor: Likeness | None, one: Likeness) -> Likeness:
-    return dataclasses.replace(one, within_floor=floor is not None and _is_within(floor, one))
 
 
 def _is_within(floor: Likeness, one: Likeness) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from lorameter.errors import InvalidRunError, UsageError, impossible, said_by
 from lorameter.parity.facts import DOCUMENT, Parity
-from lorameter.profile.measure import OpenTrial, TrialSession, answer_of, open_trial, trouble_in
+from lorameter.profile.measure import TrialSession, answer_of, open_trial, trouble_in
 from lorameter.records import codec, fileio
 from lorameter.records.parity import PROMPTS, SERVED, Served
 from lorameter.records.record import Failure, PartialRecord
@@ -73,27 +73,26 @@ def measure_parity(
         InvalidRunError: the training did not end, or the reference gave no answer; the message says where
             the log is.
     """
-    with open_trial(study, variant, executor, runs=runs, say=say, document=DOCUMENT, label="parity") as opened:
-        trial = opened.trial
+    with open_trial(study, variant, executor, runs=runs, say=say, document=DOCUMENT, label="parity") as trial:
         if adapter is None:
             _train(trial)
-        trial.close()
-        served, prompts = _serve(opened, variant, str(adapter or Path(trial.request.scratch) / "adapter"), say)
+        trial.worker.close()
+        served, prompts = _serve(trial, variant, str(adapter or Path(trial.request.scratch) / "adapter"))
         parity = Parity(
             study=study.name,
             variant=variant,
             workload=study.workload,
-            device=opened.machine.device,
-            device_name=opened.machine.device_name,
+            device=trial.machine.device,
+            device_name=trial.machine.device_name,
             adapter="" if adapter is None else str(adapter),
             record=trial.record if adapter is None else None,
             ways=tuple(way for group in ways_of(variant) for way in group),
             served=tuple(served),
             prompts=prompts,
-            notices=opened.notices,
+            notices=() if adapter is None else trial.record.notices,  # else they are those of the record
         )
-        opened.keep(DOCUMENT, parity, ())
-    return parity, opened.folder
+        trial.keep(DOCUMENT, parity)
+    return parity, trial.folder
 
 
 def _train(trial: TrialSession) -> None:
@@ -103,21 +102,19 @@ def _train(trial: TrialSession) -> None:
         pass
     trial.ask("finish_training")
     trial.ask("save_adapter")
-    trial.end()
+    trial.record = trial.record.replaced(wall_time_s=trial.elapsed_s)
 
 
-def _serve(
-    opened: OpenTrial, variant: Variant, adapter: str, say: Callable[[str], None]
-) -> tuple[list[Served], tuple[tuple[int, ...], ...]]:
+def _serve(trial: TrialSession, variant: Variant, adapter: str) -> tuple[list[Served], tuple[tuple[int, ...], ...]]:
     """What every way has given, in their order, and the prompts."""
     served: list[Served] = []
     prompts: tuple[tuple[int, ...], ...] = ()
     for ways in ways_of(variant):
-        say(f"serving: {'; '.join(way.name for way in ways)}")
+        trial.say(f"serving: {'; '.join(way.name for way in ways)}")
         request = ServingRequest(
-            trial=opened.trial.request, adapter=adapter, ways=ways, reference=served[0].answers if served else ()
+            trial=trial.request, adapter=adapter, ways=ways, reference=served[0].answers if served else ()
         )
-        fragment = answer_of(lambda asked=request: _ask(opened.executor, asked))  # type: ignore[misc]
+        fragment = answer_of(lambda asked=request: _ask(trial.executor, asked))  # type: ignore[misc]
         if fragment.status == "interrupted":  # refused by the system, as it would be to any way
             raise InvalidRunError(f"{variant.name}: {trouble_in(fragment)}.")
         served += _read(fragment, ways)

@@ -73,26 +73,31 @@ def span_of(samples: Sequence[float]) -> TimeSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepAccount:
-    """The time of a step, or of a request in its place, by its phases, in seconds."""
+    """The time of a step, or of a request in its place, by its phases, in seconds.
+
+    Attributes:
+        step: a plain one.
+        phases: by name.
+        between: from the end of a step to the beginning of the next; no part of the step.
+        borders: by how much the borders of phases make a step longer, over pairs of neighbours.
+        remainder: what the phases leave of the step; negative where they are more than it.
+        covered: share of a bordered step that its own phases cover: whatever disturbs a step disturbs both alike.
+        profiler_slowdown: time of a step under the profiler over that of a plain one, whose median is taken as exact.
+        occupancy: CPU time over wall time of all steps, per thread; None on a GPU, where the host rightly waits.
+        pairs: of a plain and a bordered step.
+        counted: of them, those that were not disturbed, or all where these are too few.
+    """
 
     step: TimeSpan
     phases: dict[str, TimeSpan]
     between: TimeSpan
-    """From the end of a step to the beginning of the next; no part of the step."""
     borders: TimeSpan
-    """By how much the borders of phases make a step longer, over pairs of neighbours."""
     remainder: TimeSpan
-    """What the phases leave of the step; negative where they are more than it."""
     covered: TimeSpan
-    """Share of a bordered step that its own phases cover: whatever disturbs a step disturbs both alike."""
     profiler_slowdown: TimeSpan
-    """Time of a step under the profiler over that of a plain one, whose median is taken as exact."""
     occupancy: float | None
-    """CPU time over wall time of all steps, per thread; None on a GPU, where the host rightly waits."""
     pairs: int
-    """Of a plain and a bordered step."""
     counted: int
-    """Of them, those that were not disturbed, or all where these are too few."""
 
     @property
     def explained(self) -> bool | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -11,8 +12,6 @@ from typing import Any, Literal
 import msgspec
 
 from lorameter.errors import UsageError
-from lorameter.machine.disturbances import waiting_share
-from lorameter.models import catalogue, shapes
 from lorameter.models.costs.flops import computed_tokens
 from lorameter.models.costs.memory import memory_bytes
 from lorameter.models.shapes import ModelShape
@@ -30,7 +29,7 @@ from lorameter.profile.accounting import (
     step_flops,
     time_of,
 )
-from lorameter.profile.facts import Profile, RequestProfile, TrialProfile
+from lorameter.profile.facts import Profile, RequestProfile, TrialProfile, find_shape
 from lorameter.records.activity import (
     CACHE,
     DROPOUT,
@@ -63,22 +62,56 @@ def changes_without(variant: Variant, saving: str) -> dict[str, Any]:
     return {name: value for name, value in _WITHOUT[saving].items() if getattr(variant, name) != value}
 
 
-def saved_bytes(profile: TrialProfile, shape: ModelShape, saving: str) -> int:
-    """What leaving a saving of memory out would add, as estimated.
-
-    Raises:
-        UsageError: a model type whose layers are not known.
-    """
-    without = dataclasses.replace(profile.variant, **changes_without(profile.variant, saving))
-    with_it, without_it = (
-        memory_bytes(variant, profile.workload, shape, profile.device) for variant in (profile.variant, without)
-    )
-    return max(0, without_it - with_it)
+def extra_bytes(profile: TrialProfile, shape: ModelShape | None) -> dict[str, int]:
+    """What leaving each saving of memory out would add, as estimated; nothing of a model whose layers are not known,
+    of which then nothing is said to fit."""
+    found: dict[str, int] = {}
+    if shape is None:
+        return found
+    for saving in _WITHOUT:
+        without = dataclasses.replace(profile.variant, **changes_without(profile.variant, saving))
+        with contextlib.suppress(UsageError):
+            with_it, without_it = (
+                memory_bytes(variant, profile.workload, shape, profile.device) for variant in (profile.variant, without)
+            )
+            found[saving] = max(0, without_it - with_it)
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileEvidence:
-    """What the rules judge. Shares are of a step; None where something was not seen or has no meaning."""
+    """What the rules judge. Shares are of a step; None where something was not seen or has no meaning.
+
+    Attributes:
+        variant: as profiled.
+        workload: as profiled.
+        device: of the trial.
+        step_s: time of a plain step.
+        phases_s: seconds of its phases.
+        categories: shares of what ran, by kernels_check's categories; the rest of the step is `idle`.
+        idle: on a GPU the device waits, on a CPU the interpreter is between operators.
+        calls: kernels launched, or operators called, in a step.
+        casts: share of copies from one type to another, and of sums of two types.
+        wide_products: share of products of numbers of 32 bits.
+        logits_bytes: logits, their gradients and the loss's copies of them, where the memory was highest.
+        liger: whether the package liger-kernel is installed.
+        unpacking: share of what makes 16-bit weights of packed ones.
+        dropout: share of what draws masks and, where that can be told from other products, applies them.
+        padded: share of the positions.
+        recomputed: share of all FLOPs that go with checkpointing.
+        masked_pairs: share of the pairs given to attention that its mask hides.
+        attention_backend: as observed.
+        attention_mask: "explicit" where attention was given a mask to read.
+        adapter_dtype: as observed.
+        flash_attn: whether the package flash-attn is installed.
+        wide_registers: whether this CPU multiplies 16-bit numbers faster than 32-bit ones; a GPU does.
+        peak_bytes: of training, on the device.
+        memory_bytes: what the device had free before.
+        extra_bytes: what leaving a saving out would add, where known: "quantization", "gradient_checkpointing",
+            "optimizer".
+        reserved_bytes: what CUDA's allocator held at its peak, of which `peak_bytes` were in use.
+        alloc_retries: how often the allocator gave its cache back.
+    """
 
     variant: Variant
     workload: Workload
@@ -86,51 +119,26 @@ class ProfileEvidence:
     step_s: float
     phases_s: Mapping[str, float]
     categories: Mapping[str, float] = field(default_factory=dict)
-    """Shares of what ran, by kernels_check's categories; the rest of the step is `idle`."""
     idle: float = 0.0
-    """On a GPU the device waits, on a CPU the interpreter is between operators."""
     calls: float = 0.0
-    """Kernels launched, or operators called, in a step."""
     casts: float = 0.0
-    """Share of copies from one type to another, and of sums of two types."""
     wide_products: float = 0.0
-    """Share of products of numbers of 32 bits."""
     logits_bytes: int = 0
-    """Logits, their gradients and the loss's copies of them, where the memory was highest."""
     liger: bool = False
-    """Whether the package liger-kernel is installed."""
     unpacking: float = 0.0
-    """Share of what makes 16-bit weights of packed ones."""
     dropout: float = 0.0
-    """Share of what draws masks and, where that can be told from other products, applies them."""
     padded: float = 0.0
-    """Share of the positions."""
     recomputed: float = 0.0
-    """Share of all FLOPs that go with checkpointing."""
     masked_pairs: float = 0.0
-    """Share of the pairs given to attention that its mask hides."""
     attention_backend: str | None = None
     attention_mask: str | None = None
-    """"explicit" where attention was given a mask to read."""
     adapter_dtype: str | None = None
     flash_attn: bool = False
-    """Whether the package flash-attn is installed."""
     wide_registers: bool = True
-    """Whether this CPU multiplies 16-bit numbers faster than 32-bit ones; a GPU does."""
-    occupancy: float | None = None
-    """CPU time over wall time for each thread."""
-    stalled: float | None = None
-    """Share of the time in which something that could run waited for a CPU, on the whole machine."""
-    threads: int = 1
-    cpus: int = 1
     peak_bytes: int = 0
-    """Of training, on the device."""
     memory_bytes: int = 0
-    """What the device had free before."""
     extra_bytes: Mapping[str, int] = field(default_factory=dict)
-    """What leaving a saving out would add, where known: "quantization", "gradient_checkpointing", "optimizer"."""
     reserved_bytes: int | None = None
-    """What CUDA's allocator held at its peak, of which `peak_bytes` were in use."""
     alloc_retries: int = 0
 
     def fits(self, key: str) -> bool:
@@ -167,13 +175,9 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
         adapter_dtype=observed_word(profile, "peft.dtype"),
         flash_attn=importlib.util.find_spec("flash_attn") is not None,
         wide_registers=profile.device == "cuda" or profile.wide_registers,
-        occupancy=step.occupancy,
-        stalled=waiting_share(profile.record.values, "train"),
-        threads=profile.threads,
-        cpus=profile.cpus,
         peak_bytes=allocated or memory["host_peak_train_bytes"],
         memory_bytes=profile.memory_bytes,
-        extra_bytes=_extra_bytes(profile),
+        extra_bytes={"optimizer": _unpaged_bytes(profile), **extra_bytes(profile, find_shape(profile.workload.model))},
         reserved_bytes=memory.get("device_peak_reserved_train_bytes"),
         alloc_retries=memory.get("device_alloc_retries_train", 0),
     )
@@ -217,42 +221,56 @@ def observed_word(profile: TrialProfile, path: str) -> str | None:
     return seen if isinstance(seen, str) else None
 
 
-def _extra_bytes(profile: Profile) -> dict[str, int]:
-    """What leaving a saving out would add, as estimated; a paged optimizer's state by count."""
+def _unpaged_bytes(profile: Profile) -> int:
+    """What an optimizer without paging and 8-bit state would add, by count."""
     memory = profile.record.memory
-    moments = 8 * round(profile.record.values["trainable_parameters"])
     resident = memory["optimizer_state_bytes"] - memory["paged_optimizer_state_bytes"]
-    extra = {"optimizer": max(0, moments - resident)}
-    try:
-        shape = shapes.shape(catalogue.resolve(profile.workload.model))
-        extra |= {saving: saved_bytes(profile, shape, saving) for saving in _WITHOUT}
-    except UsageError:  # a model type whose layers are not known: then nothing is said to fit
-        pass
-    return extra
+    return max(0, 8 * round(profile.record.values["trainable_parameters"]) - resident)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassEvidence:
-    """One kind of forward pass, in seconds of a plain one."""
+    """One kind of forward pass, in seconds of a plain one.
+
+    `idle_s`: the device waits, or the interpreter is between operators. `casts_s`: copies from one type to another.
+    `cache_s`: adding to the cache. `copies`: whole weights that are copied in it.
+    """
 
     time_s: float
     calls: float = 0.0
     idle_s: float = 0.0
-    """The device waits, or the interpreter is between operators."""
     dequantise_s: float = 0.0
     casts_s: float = 0.0
-    """Copies from one type to another."""
     dropout_s: float = 0.0
     cache_s: float = 0.0
-    """Adding to the cache."""
     head_s: float = 0.0
     copies: tuple[WeightCopy, ...] = ()
-    """Whole weights that are copied in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestEvidence:
-    """What the rules judge; None where something was not seen or has no meaning."""
+    """What the rules judge; None where something was not seen or has no meaning.
+
+    Attributes:
+        variant: as profiled.
+        workload: as profiled.
+        device: of the trial.
+        request: time of a request.
+        first_token: time to it.
+        token: time of each later one.
+        passes: over one token each.
+        prefill: the pass over the prompts.
+        decode: a pass over one token.
+        choose_s: between two passes: choosing a token, handing it over, preparing the next.
+        facts: what one request found.
+        merged: a request with the adapter merged.
+        merged_calls: of a pass over one token then.
+        new_length: by how much the first token comes later at a prompt length that had no earlier request.
+        adapter_dtype: as observed.
+        bytes_per_s: the memory's at best.
+        decode_bytes: that a pass over one token reads.
+        unquantised_bytes: what the base would take more without quantisation, where the memory has it; else None.
+    """
 
     variant: Variant
     workload: Workload
@@ -261,25 +279,17 @@ class RequestEvidence:
     first_token: TimeSpan
     token: TimeSpan
     passes: int
-    """Over one token each."""
     prefill: PassEvidence
     decode: PassEvidence
     choose_s: float
-    """Between two passes: choosing a token, handing it over, preparing the next."""
     facts: RequestFacts
     merged: TimeSpan | None = None
-    """A request with the adapter merged."""
     merged_calls: float | None = None
-    """Of a pass over one token then."""
     new_length: TimeSpan | None = None
-    """By how much the first token comes later at a prompt length that had no earlier request."""
     adapter_dtype: str | None = None
     bytes_per_s: float | None = None
-    """The memory's at best."""
     decode_bytes: int = 0
-    """That a pass over one token reads."""
     unquantised_bytes: int | None = None
-    """What the base would take more without quantisation, where the memory has it; else None."""
 
 
 def evidence_of_requests(
@@ -341,10 +351,7 @@ def _pass_evidence(profile: RequestProfile, account: RequestAccount, phase: str,
 
 def _unquantised_bytes(profile: RequestProfile) -> int | None:
     """What the base would take more in 16 or 32 bits, where the memory is expected to have it."""
-    if profile.variant.quantization == "none" or profile.shape is None:
-        return None
-    try:
-        extra = saved_bytes(profile, profile.shape, "quantization")
-    except UsageError:  # a model type whose layers are not known: then nothing is said to fit
+    extra = extra_bytes(profile, profile.shape).get("quantization")
+    if profile.variant.quantization == "none" or extra is None:
         return None
     return extra if profile.memory.peak_bytes + extra <= SPARE_SHARE * profile.memory_bytes else None

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lorameter.errors import UsageError
+from lorameter.models import catalogue, shapes
 from lorameter.models.costs.peaks import Peak
 from lorameter.models.shapes import ModelShape
 from lorameter.records.activity import Activity, RequestFacts
@@ -26,7 +28,26 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialProfile:
-    """What a profile of steps and one of requests have in common; nothing is an estimate."""
+    """What a profile of steps and one of requests have in common; nothing is an estimate.
+
+    Attributes:
+        schema: version of the file.
+        study: name.
+        variant: as profiled.
+        workload: as profiled.
+        device: "cpu" or "cuda".
+        device_name: as its vendor calls it.
+        threads: of the trial.
+        cpus: that the process may run on.
+        wide_registers: whether a CPU multiplies 16-bit numbers faster than 32-bit ones (AVX512-BF16); not read on a
+            GPU.
+        memory_bytes: what the device had free before the trial, or has in all where that is not known.
+        record: raw times and bytes of the trial, its checks and notices.
+        activity: what ran under the profiler.
+        peaks: what the device does at best, by "product" and "memory"; stated by the vendor, or measured after the
+            trial. One is missing where the vendor states none and there was no memory or time to measure it.
+        measured_peaks: the same as measured after the trial, also where the vendor states it.
+    """
 
     schema: int = SCHEMA
     study: str
@@ -36,31 +57,21 @@ class TrialProfile:
     device_name: str
     threads: int
     cpus: int
-    """CPUs that the process may run on."""
     wide_registers: bool
-    """Whether a CPU multiplies 16-bit numbers faster than 32-bit ones (AVX512-BF16); not read on a GPU."""
     memory_bytes: int
-    """What the device had free before the trial, or has in all where that is not known."""
     record: TrialRecord
-    """Raw times and bytes of the trial, its checks and notices."""
     activity: Activity
-    """What ran under the profiler."""
     peaks: dict[str, Peak]
-    """What the device does at best, by "product" and "memory"; stated by the vendor, or measured after the trial. One
-    is missing where the vendor states none and there was no memory or time to measure it."""
     measured_peaks: dict[str, Peak] = field(default_factory=dict)
-    """The same as measured after the trial, also where the vendor states it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile(TrialProfile):
-    """All that was observed of one variant's steps."""
+    """All that was observed of one variant's steps: `memory` at the peak of one, and `estimates` of its bytes by kind
+    from the shape alone (`lorameter.models.costs.memory`), empty where the model's layers are not known."""
 
     memory: MemoryAccount
-    """At the peak of a step."""
     estimates: dict[str, int] = field(default_factory=dict)
-    """Bytes by kind as `lorameter.models.costs.memory` expects them from the shape alone; empty where the model's
-    layers are not known."""
 
 
 COLD_PARTS: Mapping[str, str] = {
@@ -77,15 +88,16 @@ COLD_PARTS: Mapping[str, str] = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestProfile(TrialProfile):
     """All that was observed of one variant's requests; times with the adapter merged begin with "merged_". What ran is
-    that of the adapter as the variant serves it."""
+    that of the adapter as the variant serves it.
+
+    `merged_activity` is what ran with the adapter merged, None where the variant serves it so; `memory` that at the
+    peak of a request; `shape` that of the model, None where its files do not say.
+    """
 
     facts: RequestFacts
     merged_activity: Activity | None
-    """What ran with the adapter merged; None where the variant serves it so."""
     memory: MemoryAccount
-    """At the peak of a request."""
     shape: ModelShape | None = None
-    """Of the model; None where its files do not say."""
 
     @property
     def merged(self) -> RequestProfile | None:
@@ -102,3 +114,11 @@ class RequestProfile(TrialProfile):
             return {}
         known = values | {"cold_rest_s": values["cold_completion_time_s"] - values["cold_first_token_time_s"]}
         return {name: known[name] for name in COLD_PARTS if name in known}
+
+
+def find_shape(model: str) -> ModelShape | None:
+    """The shape of a model by its name; None of a type whose layers are not known."""
+    try:
+        return shapes.shape(catalogue.resolve(model))
+    except UsageError:
+        return None

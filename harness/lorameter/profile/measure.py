@@ -17,7 +17,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,7 @@ from lorameter.models import catalogue, shapes
 from lorameter.models.costs.ceiling import product_rate
 from lorameter.models.costs.memory import birth_bytes, estimate_phases, stored_dtype
 from lorameter.models.costs.peaks import Peak, Rate, stated_peak
-from lorameter.models.shapes import ModelShape
-from lorameter.profile.facts import Profile, RequestProfile
+from lorameter.profile.facts import Profile, RequestProfile, find_shape
 from lorameter.records import codec, fileio
 from lorameter.records.activity import (
     ACCOUNTS,
@@ -52,10 +51,10 @@ from lorameter.records.store import new_run_id
 from lorameter.records.tempdirs import leaving_nothing, scratch_folder
 from lorameter.run.budget import SKIPPED
 from lorameter.run.feasibility import check_feasible
-from lorameter.run.plan import Arm, Plan, Slot, make_plan
-from lorameter.run.prepare import RunContext, begin_record, context_of, greet, request_of
-from lorameter.run.workers import Executor, TrialFiles, Worker, WorkerLostError
-from lorameter.studies.request import COMMANDS
+from lorameter.run.plan import Arm, make_plan
+from lorameter.run.prepare import begin_record, context_of, greet, request_of
+from lorameter.run.workers import Executor, Worker, WorkerLostError
+from lorameter.studies.request import COMMANDS, TrialRequest
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
@@ -66,42 +65,100 @@ STEPS_S, REQUESTS_S = 30.0, 20.0
 """Seconds for pairs of steps, and for pairs of requests, unmerged and merged each; a limit shortens them."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpenTrial:
-    """An isolated trial that is to be profiled, in a process of its own, and the folder of its results."""
+@dataclass(slots=True, kw_only=True)
+class TrialSession:
+    """An isolated trial that is to be profiled, in a process of its own: command by command, within a time limit."""
 
     study: str
-    trial: TrialSession
-    folder: Path
+    request: TrialRequest
+    record: TrialRecord
+    executor: Executor
+    worker: Worker
     machine: Machine
-    notices: tuple[Notice, ...]
     memory_bytes: int
     """What the device had free before, or has in all where that is not known."""
-    executor: Executor
+    folder: Path
+    """Of the results."""
     scratch: Path
     label: str
+    say: Callable[[str], None]
+    begin_s: float
+    """When it began, and when it should end, on the monotonic clock."""
+    ends_s: float
+    skipped: list[str] = field(default_factory=list)
+    """Commands that the time limit left out."""
+    asked: str = ""
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the trial began."""
+        return time.monotonic() - self.begin_s
+
+    def begin(self, *, profiled: bool = True) -> None:
+        """Build, check, warm up; `profiled` says whether its steps or requests will be profiled."""
+        self.ask("prepare", request=codec.to_json(self.request), profiled=profiled)
+        for command in ("build", "verify", "warm_up"):
+            self.ask(command)
+
+    def ask(self, command: str, **arguments: Any) -> PartialRecord:
+        """What the trial adds to its record. Raises `InvalidRunError` where it comes to no good."""
+        self.tell(command)
+        trial, timeout_s = self.request.trial, self.request.protocol.step_timeout_s
+        return self.take(command, answer_of(lambda: self.worker.ask(command, trial, timeout_s, **arguments)))
+
+    def tell(self, command: str) -> None:
+        """Say what is going on, where it is something else than before."""
+        if command != self.asked:
+            self.say(COMMANDS[command].label)
+        self.asked = command
+
+    def take(self, command: str, fragment: PartialRecord) -> PartialRecord:
+        """Add a fragment to the record. Raises `InvalidRunError` for one that says of a failure."""
+        self.record = self.record.merged(fragment)
+        if fragment.status != "ok":
+            raise InvalidRunError(
+                f"{self.request.variant.name}: {fragment.status} in {command}: {trouble_in(fragment)}. The log is "
+                f"{self.request.log_path}."
+            )
+        return fragment
+
+    def pairs_s(self, usual_s: float) -> float:
+        """Seconds for timed pairs: half of what is left of the limit, and `usual_s` at most."""
+        return max(0.0, min(usual_s, (self.ends_s - time.monotonic()) / 2))
+
+    def has_time(self, command: str, needed_s: float = 0.0) -> bool:
+        """Whether an optional part that takes about `needed_s` begins within the limit; one that does not is noted."""
+        begins = time.monotonic() + needed_s <= self.ends_s
+        self.skipped += [] if begins else [command]
+        return begins
+
+    def measure_peaks(self) -> None:
+        """What the device does at best, if there is time."""
+        if self.has_time("peak"):
+            self.ask("peak", rates=list(self.rates.values()))
 
     def read(self, kind: Any, name: str) -> Any:
         """What the trial left in its folder. Raises `InvalidRunError` where that cannot be read."""
-        request = self.trial.request
         try:
-            data = fileio.read_json(self.executor.fetch(request.trial, name, self.scratch), fileio.MANIFEST_BYTES)
+            data = fileio.read_json(self.executor.fetch(self.request.trial, name, self.scratch), fileio.MANIFEST_BYTES)
         except fileio.NotReadableError as error:
-            raise InvalidRunError(f"{request.variant.name}: {name}: cannot be read: {error}. Measure again.") from None
+            variant = self.request.variant.name
+            raise InvalidRunError(f"{variant}: {name}: cannot be read: {error}. Measure again.") from None
         return codec.from_json(kind, data, name)
 
     @property
     def rates(self) -> dict[str, Rate]:
         """What is asked of the device at its best, by what it is a peak of."""
-        return {"product": product_rate(self.trial.request.variant), "memory": "memory"}
+        return {"product": product_rate(self.request.variant), "memory": "memory"}
 
     def facts(self, activity: str) -> dict[str, Any]:
         """The fields of `lorameter.profile.facts.TrialProfile`, once all is measured; `activity` is the file of what
         ran."""
-        machine, request, record = self.machine, self.trial.request, self.trial.record
-        by_rate = {} if "peak" in self.trial.skipped else self.read(dict[str, Peak], PEAKS)
+        machine, request = self.machine, self.request
+        by_rate = {} if "peak" in self.skipped else self.read(dict[str, Peak], PEAKS)
         measured = {name: by_rate[rate] for name, rate in self.rates.items() if rate in by_rate}
         stated = {name: peak for name, rate in self.rates.items() if (peak := stated_peak(machine.device_name, rate))}
+        notices = (*self.record.notices, *self._limit_notices())
         return {
             "study": self.study,
             "variant": request.variant,
@@ -112,17 +169,27 @@ class OpenTrial:
             "cpus": machine.cpus,
             "wide_registers": machine.avx512_bf16,
             "memory_bytes": self.memory_bytes,
-            "record": record.replaced(notices=(*self.notices, *record.notices, *self.trial.limit_notices())),
+            "record": self.record.replaced(notices=notices, wall_time_s=self.elapsed_s),
             "activity": self.read(Activity, activity),
             "peaks": measured | stated,
             "measured_peaks": measured,
         }
 
-    def keep(self, document: str, found: object, traces: Sequence[str]) -> None:
+    def _limit_notices(self) -> tuple[Notice, ...]:
+        """That parts were left out, and that the limit was exceeded."""
+        over_s = time.monotonic() - self.ends_s
+        if not self.skipped and over_s <= 0:
+            return ()
+        parts = ", ".join(COMMANDS[command].label for command in self.skipped)
+        said = [f"left out within --max-minutes: {parts}"] if parts else []
+        said += [f"the least that a profile measures took {over_s / 60:.1f} min more than that"] if over_s > 0 else []
+        return (Notice(code=SKIPPED, message=f"{'; '.join(said)}.", remedy="Raise --max-minutes."),)
+
+    def keep(self, document: str, found: object, traces: Sequence[str] = ()) -> None:
         """Write what was found, and fetch the profiler's own recordings. Raises `UsageError` where the disk refuses."""
         with translate_os_errors(lambda: (f"{self.label} {self.folder.name} could not be written", "measure anew")):
             for trace in traces:
-                self.executor.fetch(self.trial.request.trial, trace, self.folder)
+                self.executor.fetch(self.request.trial, trace, self.folder)
             write_document(self.folder / document, found)
 
 
@@ -136,7 +203,7 @@ def open_trial(
     say: Callable[[str], None],
     document: str,
     label: str = "profile",
-) -> Iterator[OpenTrial]:
+) -> Iterator[TrialSession]:
     """Start a variant's trial; the folder is removed where `document` has not been written into it by the end, and
     `label` is what it is called.
 
@@ -166,23 +233,27 @@ def open_trial(
         tokens = executor.prepare_tokens(study.workload, keep=False)
         if not tokens.synthetic:
             say(f"data {tokens.data}")
-        site = context_of(study.workload, tokens, greet(executor, [variant]).device)
+        context = context_of(study.workload, tokens, greet(executor, [variant]).device)
         try:
             worker = executor.launch()
         except WorkerLostError as lost:
             raise InvalidRunError(f"{variant.name}: {lost}") from None
         stack.callback(worker.close)
-        place = executor.make_place(slot.trial, slot.trial)
-        yield OpenTrial(
+        record = begin_record(slot, "ok")
+        yield TrialSession(
             study=study.name,
-            trial=TrialSession(plan, slot, site, place, worker, say, ends_s),
-            folder=folder,
-            machine=machine,
-            notices=notices,
-            memory_bytes=executor.free_bytes() or machine.device_memory_bytes or machine.memory_bytes,
+            request=request_of(plan, slot, context, executor.make_place(slot.trial, slot.trial)),
+            record=record.replaced(started_unix_s=time.time(), tokens=context.tokens, notices=notices),
             executor=executor,
+            worker=worker,
+            machine=machine,
+            memory_bytes=executor.free_bytes() or machine.device_memory_bytes or machine.memory_bytes,
+            folder=folder,
             scratch=stack.enter_context(scratch_folder()),
             label=label,
+            say=say,
+            begin_s=time.monotonic(),
+            ends_s=ends_s,
         )
 
 
@@ -210,23 +281,21 @@ def profile_variant(
         UsageError: what cannot work on this machine.
         InvalidRunError: the trial did not end; the message says where its log is.
     """
-    with open_trial(study, variant, executor, runs=runs, say=say, document=DOCUMENT) as opened:
-        trial, machine = opened.trial, opened.machine
+    with open_trial(study, variant, executor, runs=runs, say=say, document=DOCUMENT) as trial:
         trial.begin()
         trial.ask("finish_training", steps=0)  # peaks and bytes of plain steps, before anything is divided or recorded
         trial.ask("memory_breakdown", phase="train")
         trial.ask("profile", budget_s=trial.pairs_s(STEPS_S))
-        trial.ask_if_time("peak", rates=list(opened.rates.values()))
+        trial.measure_peaks()
         trial.ask("activity")
-        trial.end()
-        birth = trial.record.memory.get(RSS_AT_START, birth_bytes(machine.cuda))
+        birth = trial.record.memory.get(RSS_AT_START, birth_bytes(trial.machine.cuda))
         profile = Profile(
-            **opened.facts(ACTIVITY),
-            memory=opened.read(MemoryAccount, ACCOUNTS["train"]),
-            estimates=_estimates(variant, study.workload, machine.device, birth),
+            **trial.facts(ACTIVITY),
+            memory=trial.read(MemoryAccount, ACCOUNTS["train"]),
+            estimates=_estimates(variant, study.workload, trial.machine.device, birth),
         )
-        opened.keep(DOCUMENT, profile, (TRACE,))
-    return profile, opened.folder
+        trial.keep(DOCUMENT, profile, (TRACE,))
+    return profile, trial.folder
 
 
 def profile_requests(
@@ -238,8 +307,7 @@ def profile_requests(
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[RequestProfile, Path]:
     """Measure the profile of one variant's requests; arguments, result and errors are those of `profile_variant`."""
-    with open_trial(study, variant, executor, runs=runs, say=say, document=REQUESTS_DOCUMENT) as opened:
-        trial = opened.trial
+    with open_trial(study, variant, executor, runs=runs, say=say, document=REQUESTS_DOCUMENT) as trial:
         trial.begin()
         begin_s = trial.elapsed_s
         trial.ask("finish_training", steps=0)
@@ -250,24 +318,24 @@ def profile_requests(
         trial.ask("request_facts")
         trial.ask("memory_breakdown", phase="generate")
         trial.ask("request_activity", merged=False)
-        merges = not variant.merge_adapter and trial.ask_if_time("merge")
+        merges = not variant.merge_adapter and trial.has_time("merge")
         if merges:  # the profiler comes after what is timed of the same state, and the peaks of the device last
+            trial.ask("merge")
             trial.ask("profile_requests", merged=True, budget_s=trial.pairs_s(REQUESTS_S))
             trial.ask("request_activity", merged=True)
-        trial.ask_if_time("peak", rates=list(opened.rates.values()))
-        trial.close()
+        trial.measure_peaks()
+        trial.worker.close()
         if trial.has_time("cold", begin_s):
             _start_cold(trial, executor)
-        trial.end()
         profile = RequestProfile(
-            **opened.facts(REQUEST_ACTIVITY),
-            facts=opened.read(RequestFacts, REQUEST_FACTS),
-            merged_activity=opened.read(Activity, MERGED_ACTIVITY) if merges else None,
-            memory=opened.read(MemoryAccount, ACCOUNTS["generate"]),
-            shape=_shape(study.workload.model),
+            **trial.facts(REQUEST_ACTIVITY),
+            facts=trial.read(RequestFacts, REQUEST_FACTS),
+            merged_activity=trial.read(Activity, MERGED_ACTIVITY) if merges else None,
+            memory=trial.read(MemoryAccount, ACCOUNTS["generate"]),
+            shape=find_shape(study.workload.model),
         )
-        opened.keep(REQUESTS_DOCUMENT, profile, (REQUEST_TRACE, MERGED_TRACE) if merges else (REQUEST_TRACE,))
-    return profile, opened.folder
+        trial.keep(REQUESTS_DOCUMENT, profile, (REQUEST_TRACE, MERGED_TRACE) if merges else (REQUEST_TRACE,))
+    return profile, trial.folder
 
 
 def _estimates(variant: Variant, workload: Workload, device: str, process_bytes: int) -> dict[str, int]:
@@ -279,13 +347,6 @@ def _estimates(variant: Variant, workload: Workload, device: str, process_bytes:
         return next((one.kinds for one in found if one.phase == "train"), {})
     except UsageError:  # a model type whose layers are not known
         return {}
-
-
-def _shape(model: str) -> ModelShape | None:
-    try:
-        return shapes.shape(catalogue.resolve(model))
-    except UsageError:
-        return None
 
 
 def _start_cold(trial: TrialSession, executor: Executor) -> None:
@@ -302,101 +363,6 @@ def _start_cold(trial: TrialSession, executor: Executor) -> None:
         remedy=f"The log is {trial.request.log_path}.",
     )
     trial.record = trial.record.replaced(notices=(*trial.record.notices, notice))
-
-
-class TrialSession:
-    """One isolated trial, command by command, within a time limit."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        slot: Slot,
-        site: RunContext,
-        place: TrialFiles,
-        worker: Worker,
-        say: Callable[[str], None],
-        ends_s: float = math.inf,
-    ) -> None:
-        """`ends_s` is the time limit on the monotonic clock."""
-        self.request = request_of(plan, slot, site, place)
-        self._worker = worker
-        self._say = say
-        self._asked = ""
-        self._begin = time.monotonic()
-        self._ends_s = ends_s
-        self.skipped: list[str] = []
-        """Words of the commands that the time limit left out."""
-        self.record: TrialRecord = begin_record(slot, "ok").replaced(started_unix_s=time.time(), tokens=site.tokens)
-
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds since the trial began."""
-        return time.monotonic() - self._begin
-
-    def begin(self, *, profiled: bool = True) -> None:
-        """Build, check, warm up; `profiled` says whether its steps or requests will be profiled."""
-        self.ask("prepare", request=codec.to_json(self.request), profiled=profiled)
-        for command in ("build", "verify", "warm_up"):
-            self.ask(command)
-
-    def end(self) -> None:
-        """How long it took goes into the record."""
-        self.record = self.record.replaced(wall_time_s=self.elapsed_s)
-
-    def pairs_s(self, usual_s: float) -> float:
-        """Seconds for timed pairs: half of what is left of the limit, and `usual_s` at most."""
-        return max(0.0, min(usual_s, (self._ends_s - time.monotonic()) / 2))
-
-    def has_time(self, command: str, needed_s: float = 0.0) -> bool:
-        """Whether an optional part that takes about `needed_s` begins within the limit; one that does not is listed in
-        `skipped`."""
-        if time.monotonic() + needed_s <= self._ends_s:
-            return True
-        self.skipped.append(command)
-        return False
-
-    def ask_if_time(self, command: str, **arguments: Any) -> bool:
-        """Ask for an optional part if it begins within the limit; whether it did."""
-        if self.has_time(command):
-            self.ask(command, **arguments)
-            return True
-        return False
-
-    def limit_notices(self) -> tuple[Notice, ...]:
-        """That parts were left out, and that the limit was exceeded."""
-        over_s = time.monotonic() - self._ends_s
-        if not self.skipped and over_s <= 0:
-            return ()
-        parts = ", ".join(COMMANDS[command].label for command in self.skipped)
-        said = [f"left out within --max-minutes: {parts}"] if parts else []
-        said += [f"the least that a profile measures took {over_s / 60:.1f} min more than that"] if over_s > 0 else []
-        return (Notice(code=SKIPPED, message=f"{'; '.join(said)}.", remedy="Raise --max-minutes."),)
-
-    def ask(self, command: str, **arguments: Any) -> PartialRecord:
-        """What the trial adds to its record. Raises `InvalidRunError` where it comes to no good."""
-        self.tell(command)
-        trial, timeout_s = self.request.trial, self.request.protocol.step_timeout_s
-        return self.take(command, answer_of(lambda: self._worker.ask(command, trial, timeout_s, **arguments)))
-
-    def close(self) -> None:
-        """Its process ends; nothing more is asked of it."""
-        self._worker.close()
-
-    def tell(self, command: str) -> None:
-        """Say what is going on, where it is something else than before."""
-        if command != self._asked:
-            self._say(COMMANDS[command].label)
-        self._asked = command
-
-    def take(self, command: str, fragment: PartialRecord) -> PartialRecord:
-        """Add a fragment to the record. Raises `InvalidRunError` for one that says of a failure."""
-        self.record = self.record.merged(fragment)
-        if fragment.status != "ok":
-            raise InvalidRunError(
-                f"{self.request.variant.name}: {fragment.status} in {command}: {trouble_in(fragment)}. The log is "
-                f"{self.request.log_path}."
-            )
-        return fragment
 
 
 def answer_of(ask: Callable[[], PartialRecord]) -> PartialRecord:

@@ -9,7 +9,7 @@ step of either is another number of them, and not by their losses.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from lorameter.errors import UsageError
 from lorameter.profile.rules import Finding
@@ -18,10 +18,8 @@ from lorameter.records.record import Notice
 from lorameter.records.store import Run
 from lorameter.stats import Comparison
 from lorameter.studies.from_run import read_study
-from lorameter.studies.protocol import Protocol
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
-from lorameter.studies.workload import Workload
 from lorameter.verdicts.notices import notices_of
 from lorameter.verdicts.series import control_of, group_trials, is_difference, ratios_of
 from lorameter.verdicts.validity import phases_of, run_validity
@@ -53,49 +51,40 @@ def choose_finding(findings: Sequence[Finding], code: str | None) -> Finding:
     return finding
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class RemedyStudy:
-    """What is measured to try a remedy."""
-
-    study: Study
-    own_workloads: Mapping[str, Workload] = dataclasses.field(default_factory=dict)
-    """What the suggested variant is measured on, by its name, where the remedy is one of the workload."""
-
-
-def make_pair(study: Study, variant: Variant, finding: Finding, *, protocol: Protocol) -> RemedyStudy:
+def make_pair(study: Study, variant: Variant, finding: Finding) -> Study:
     """The present variant, which is the reference, and the suggested one, on a workload of its own if that is changed.
 
-    As in a profile, a path that is not active is a notice: the present variant may be slow for want of it.
+    As in a profile, a path that is not active is a notice: the present variant may be slow for want of it. What the
+    study requires in addition is left out, since the remedy may change it.
 
     Raises:
         UsageError: the change makes no variant or workload that could run.
     """
     name = f"without-{finding.code}"
-    own: dict[str, Workload] = {}
+    protocol, workload = study.protocol, study.workload
     notes: tuple[str, ...] = ()
-    workload = study.workload
     if phase_of(finding) != "train":  # requests of one length are at issue, and nothing else needs to be measured
         protocol = dataclasses.replace(
             protocol, epochs=0.0, merged=False, turns=min(protocol.turns, LEAST_TURNS),
             generate_requests=max(protocol.generate_requests, LEAST_REQUESTS),
         )  # fmt: skip
         workload = dataclasses.replace(workload, open_ended_tokens=0)
-    if not finding.changes:
-        own = {name: dataclasses.replace(workload, **finding.workload_changes)}
+    own = {} if finding.changes else {name: dict(finding.workload_changes)}
+    if own:
         notes = (f"{variant.name} and {name} train on different workloads; their losses are not compared.",)
         protocol = dataclasses.replace(protocol, epochs=0.0)  # they are for the losses
-    pair = Study(
+    changes = ", ".join(f"{key} = {value}" for key, value in finding.suggestion.items())
+    return Study(
         name=f"try-{finding.code}",
-        title=f"{variant.name} against " + ", ".join(f"{key} = {value}" for key, value in finding.suggestion.items()),
+        title=f"{variant.name} against {changes}",
         workload=workload,
+        workloads=own,
         protocol=protocol,
         variants=(variant, dataclasses.replace(variant, name=name, **finding.changes)),
         reference=variant.name,
         allow_fallback=True,
-        requirements={path: value for path, value in study.requirements.items() if not _about(path, finding)},
         notes=notes,
     )
-    return RemedyStudy(study=pair, own_workloads=own)
 
 
 def phase_of(finding: Finding) -> Phase:
@@ -103,44 +92,31 @@ def phase_of(finding: Finding) -> Phase:
     return METRICS[finding.metric].phase
 
 
-_STORED = tuple(f"base.{path}" for path in ("bits", "quant_type", "double_quant", "compute_dtype", "gemm_path"))
-_PATHS: Mapping[str, tuple[str, ...]] = {
-    "quantization": _STORED,
-    "compute_dtype": _STORED,
-    "dtype": (*_STORED, "attention.dtype"),
-    "prepare_for_kbit": ("attention.dtype",),
-    "adapter_dtype": ("peft.dtype",),
-    "lora_dropout": ("peft.dropout",),
-    "gradient_checkpointing": ("checkpointing",),
-    "layout": ("packing", "attention"),
-}
-"""What kernels_check judges a field of variant or workload by, where that has another name: paths, or heads of them."""
-
-
-def _about(path: str, finding: Finding) -> bool:
-    """Whether a requirement of the study is about what the remedy changes."""
-    heads = [head for key in finding.suggestion for head in _PATHS.get(key, (key,))]
-    return any(path == head or path.startswith(f"{head}.") for head in heads)
-
-
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Tried:
-    """What came of a remedy."""
+    """What came of a remedy.
+
+    Attributes:
+        finding: whose remedy it is.
+        run: that measured both variants.
+        interleaving: of that run.
+        metric: by which the two are compared.
+        comparison: the suggested variant over the present one, below 1 is a gain; None where either failed.
+        control: the present variant against itself.
+        failures: trials without a result.
+        notices: what must be known of the comparison and was not known before it was measured.
+        valid: whether the comparison counts: every trial ok, and the control no difference.
+    """
 
     finding: Finding
     run: str
     interleaving: str
     metric: str
-    """By which the two are compared."""
     comparison: Comparison | None
-    """The suggested variant over the present one, below 1 is a gain; None where either failed."""
     control: Comparison | None
-    """The present variant against itself."""
     failures: tuple[str, ...]
     notices: tuple[Notice, ...]
-    """What must be known of the comparison and was not known before it was measured."""
     valid: bool
-    """Whether the comparison counts: every trial ok, and the control no difference."""
 
 
 def judge_remedy(run: Run, finding: Finding) -> Tried:

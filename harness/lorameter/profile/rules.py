@@ -15,11 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorameter.errors import UsageError
-from lorameter.machine.disturbances import CONTENDED
 from lorameter.profile.evidence import ProfileEvidence, changes_without
 from lorameter.records.units import format_bytes, format_count, format_value
 from lorameter.studies.variant import LoraVariant, Variant
-from lorameter.verdicts.series import OCCUPANCY_FLOOR
 
 WORTH = 0.02
 """Share of a step that is worth a word: twice the smallest slow-down that a comparison looks for."""
@@ -39,24 +37,31 @@ FRAGMENTED = 0.10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that a step spends time or memory on, and what to try."""
+    """One thing that a step or request spends time or memory on, and what to try.
+
+    Attributes:
+        code: of the rule.
+        message: what was seen, with its number.
+        cost_s: seconds of `metric` that were seen to hang on it; None where it costs memory alone.
+        cost_share: the same as a share of it.
+        metric: what the cost is a part of, and what a remedy is judged by.
+        cost_bytes: bytes at the peak.
+        remedy: a sentence.
+        changes: fields of the variant to change, with their values: what can be tried against the present one.
+        workload_changes: fields of the workload to change, for a trial of the same variant on another workload.
+        obstacle: why nothing can be tried here, where there are no changes.
+    """
 
     code: str
     message: str
-    """What was seen, with its number."""
     cost_s: float | None
-    """Seconds of `metric` that were seen to hang on it; None where it costs memory alone."""
     cost_share: float | None
     metric: str = "step_time_s"
-    """What the cost is a part of, and what a remedy is judged by; of requests one of theirs."""
     cost_bytes: int | None = None
     remedy: str
     changes: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the variant to change, with their values: what can be tried against the present one."""
     workload_changes: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the workload to change, for a trial of the same variant on another workload."""
     obstacle: str = ""
-    """Why nothing can be tried here, where there are no changes."""
 
     @property
     def suggestion(self) -> Mapping[str, Any]:
@@ -229,30 +234,6 @@ def _data(seen: ProfileEvidence) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _contention(seen: ProfileEvidence) -> Iterator[Finding]:
-    if seen.occupancy is None or not _is_crowded(seen) or _is_oversubscribed(seen):
-        return
-    lost = _lost_share(seen)
-    yield _make_finding(
-        "contention", seen, lost,
-        f"the step had a CPU for {1 - lost:.0%} of its time: others run on this machine"
-        if seen.threads == 1
-        else f"work waited for a CPU for {lost:.0%} of the time: others run on this machine",
-        "Stop what else runs, or give the process a CPU of its own; `lorameter doctor` names what would disturb.",
-        obstacle="it is the machine's",
-    )  # fmt: skip
-
-
-def _oversubscription(seen: ProfileEvidence) -> Iterator[Finding]:
-    if seen.occupancy is None or not _is_oversubscribed(seen):
-        return
-    yield _make_finding(
-        "oversubscription", seen, 1 - seen.occupancy if seen.threads > seen.cpus else _lost_share(seen),
-        f"{seen.threads} threads on {seen.cpus} CPUs ran for {seen.occupancy:.0%} of their time, and wait for the last",
-        "Leave a CPU to everything else.", workload={"threads": max(1, min(seen.threads, seen.cpus) - 1)},
-    )  # fmt: skip
-
-
 def _logits(seen: ProfileEvidence) -> Iterator[Finding]:
     if seen.logits_bytes <= LARGE_LOGITS * seen.peak_bytes:
         return
@@ -307,8 +288,6 @@ RULES: Mapping[str, Callable[[ProfileEvidence], Iterator[Finding]]] = {
     "unfused-optimizer": _optimizer,
     "dropout": _dropout,
     "data-wait": _data,
-    "contention": _contention,
-    "oversubscription": _oversubscription,
     "logits": _logits,
     "fragmentation": _fragmentation,
 }
@@ -357,19 +336,3 @@ def advise_adapter_dtype(narrow: str) -> str:
 
 def _compute_type(variant: Variant) -> str:
     return variant.compute_dtype if variant.is_4bit else variant.autocast or variant.dtype
-
-
-def _is_oversubscribed(seen: ProfileEvidence) -> bool:
-    """More threads than CPUs, or as many and something else that wants one."""
-    return seen.threads > 1 and (seen.threads > seen.cpus or (seen.threads == seen.cpus and _is_crowded(seen)))
-
-
-def _is_crowded(seen: ProfileEvidence) -> bool:
-    """Whether others took CPUs from the step. One thread that computes has its CPU all the time, unless it is taken;
-    several wait for each other, and what tells is whether anything that could run had to wait."""
-    return _lost_share(seen) > (1 - OCCUPANCY_FLOOR if seen.threads == 1 else CONTENDED)
-
-
-def _lost_share(seen: ProfileEvidence) -> float:
-    """Share of a step in which it wanted a CPU and had none."""
-    return (1 - (seen.occupancy or 1.0)) if seen.threads == 1 else (seen.stalled or 0.0)

@@ -5,13 +5,10 @@ An inconclusive verdict is a sentence, an invalid one its reason, and the statis
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from lorameter.records import codec
 from lorameter.records.metrics import METRICS, PHASE_TITLES
 from lorameter.records.units import first_few
 from lorameter.report.blocks import (
@@ -217,54 +214,6 @@ def figures_of_comparison(report: ComparisonReport) -> tuple[Figure, ...]:
     )
     axis = Axis(title="candidate / base; right of 1 is worse", line_at=1.0)
     return tuple(draw_intervals(f"{title}: candidate / base", says, axis, marks) for title, marks in by_phase.items())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MatrixRun:
-    """One A/B run: the study that it measured, and its comparison."""
-
-    run: str
-    study: str
-    report: ComparisonReport
-
-
-def describe_matrix(changes: Sequence[MatrixRun]) -> Document:
-    """A row for each metric of each variant of each study, a column for each change."""
-    titles = [title_of_report(change.report) for change in changes]
-    twice = Counter(zip((change.study for change in changes), titles, strict=True))
-    columns = [title if twice[change.study, title] == 1 else f"{title}, run {change.run}"
-               for change, title in zip(changes, titles, strict=True)]  # fmt: skip
-    cells: dict[tuple[str, str, str], dict[str, Cell]] = {}
-    for change, column in zip(changes, columns, strict=True):
-        for one in change.report.comparisons:
-            verdict = _verdict(one)
-            cell = dataclasses.replace(write_compared(one), verdict=verdict.verdict, said=verdict.said)
-            cells.setdefault((change.study, one.name, title_of_ratio(one.metric)), {})[column] = cell
-    names = list(dict.fromkeys(columns))
-    rows = [write_row(*about, *(found.get(name, "–") for name in names)) for about, found in cells.items()]
-    note = Span(text="candidate over base, above 1 is worse; each cell is of its own run", tone="faint")
-    runs = (f"{change.study}, {title}: run {change.run}" for change, title in zip(changes, titles, strict=True))
-    return (
-        say(Span(text="Studies by changes of versions", tone="strong"), indented=False),
-        Table(
-            heads=name_columns("study", "variant", "metric", *names, left=3),
-            rows=tuple(rows),
-            notes=(say(note), *say_each(runs)),
-            blank_line_before=True,
-        ),
-    )
-
-
-def encode_matrix(changes: Sequence[MatrixRun]) -> list[dict[str, Any]]:
-    """A row a comparison, with its run, its study and its sides."""
-    return [
-        {
-            "run": change.run, "study": change.study, "base": change.report.base, "candidate": change.report.candidate,
-            **codec.to_json(one),
-        }
-        for change in changes
-        for one in change.report.comparisons
-    ]  # fmt: skip
 
 
 def describe_bisection(found: Bisection, of: str) -> Document:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from lorameter.studies.variant import FORMS, KEYS
 from lorameter.studies.workload import OF_VARIANTS, Workload
 
 Kind = Literal["text", "count", "number", "flag"]
 TableName = Literal["trials", "samples", "estimates", "comparisons"]
-Values: TypeAlias = tuple[Any, ...]
-"""One row, in the order of its table's columns; None where there is no value."""
+DTYPES: Mapping[Kind, str] = {"text": "string", "count": "Int64", "number": "float64", "flag": "boolean"}
+"""What pandas calls each kind of column; the first, second and last know missing values, and a number's is NaN."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

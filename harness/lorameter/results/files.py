@@ -1,6 +1,10 @@
-"""A run written as a file, or as several: one function a format, by its name.
+"""A run written for other programs: as tables (`csv`, `parquet`), as one JSON document, or for a page of trends.
 
-`csv` and `parquet` are one table a file; `json` is all four tables in one document.
+- github-action-benchmark, `tool: customSmallerIsBetter`: a list of `{name, unit, value, range, extra}`. One file has
+  one direction, so what is better when higher is left out.
+- Bencher Metric Format (bencher.dev/docs/reference/bencher-metric-format): benchmark → measure → value with its ends.
+
+Such a page keeps every number and knows no verdict, so a run that is not valid is refused.
 """
 
 from __future__ import annotations
@@ -9,18 +13,23 @@ import contextlib
 import csv
 import itertools
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-from lorameter.errors import UsageError
+from lorameter.errors import InvalidRunError, UsageError
 from lorameter.records import codec
 from lorameter.records.fileio import replacing
 from lorameter.records.os_errors import translate_write_errors
 from lorameter.records.store import Run
-from lorameter.results.columns import TABLES, TableName, Values, names_of
-from lorameter.results.exchange import encode_action, encode_bencher
-from lorameter.results.rows import table_of
+from lorameter.records.units import format_count
+from lorameter.results.columns import TABLES, TableName, names_of
+from lorameter.results.frames import frame_of
+from lorameter.results.rows import RANGE, Row, estimate_rows, table_of
+from lorameter.studies.from_run import read_study
+from lorameter.verdicts.compare import default_metrics, matching
+from lorameter.verdicts.validity import run_validity
 
 SCHEMA = 1
 """Version of the JSON document. 1: first form."""
@@ -28,7 +37,6 @@ GROUP_ROWS = 100_000
 """Rows of a parquet file that are in memory at once."""
 TABULAR = ("csv", "parquet")
 OF_TRENDS = ("github-action-benchmark", "bencher")
-FORMATS = ("json", *TABULAR, *OF_TRENDS)
 
 
 def text_of(run: Run, form: str, *, table: TableName | None = None, metrics: Sequence[str] = ()) -> Iterator[str]:
@@ -36,9 +44,9 @@ def text_of(run: Run, form: str, *, table: TableName | None = None, metrics: Seq
 
     Args:
         run: what was measured.
-        form: one of `FORMATS`.
+        form: json, csv or one of `OF_TRENDS`.
         table: which table, for csv.
-        metrics: which metrics go to a page of trends; see `exchange.trend_rows`.
+        metrics: which metrics go to a page of trends; see `trend_rows`.
 
     Raises:
         UsageError: a table file that holds no text, or none named.
@@ -62,17 +70,16 @@ def write_tables(run: Run, form: str, output: Path, table: TableName | None = No
         UsageError, InvalidRunError: the place cannot be written; all files that were there are there.
     """
     names: Sequence[TableName] = get_args(TableName) if table is None else (table,)
-    tables = {name: table_of(run, name) for name in names}
+    targets = {name: output / f"{name}.{form}" if table is None else output for name in names}
     with _refusals(output), contextlib.ExitStack() as drafts:
         (output if table is None else output.parent).mkdir(parents=True, exist_ok=True)
-        targets = {name: output / f"{name}.{form}" if table is None else output for name in names}
         for name, target in targets.items():
-            draft = drafts.enter_context(replacing(target))
+            draft, rows = drafts.enter_context(replacing(target)), table_of(run, name)
             if form == "csv":
                 with draft.open("w", encoding="utf-8", errors="replace", newline="") as file:
-                    file.writelines(csv_of(name, tables[name]))
+                    file.writelines(csv_of(name, rows))
             else:
-                _write_parquet(name, tables[name], draft)
+                _write_parquet(name, rows, draft)
     return list(targets.values())
 
 
@@ -87,25 +94,24 @@ def write_text(text: Iterable[str], output: Path) -> list[Path]:
 
 
 class _Echo:
-    """A file for `csv.writer`, whose `writerow` returns what `write` does."""
+    """A file for `csv.DictWriter`, whose `writerow` returns what `write` does."""
 
     def write(self, line: str) -> str:
         return line
 
 
-def csv_of(table: TableName, rows: Iterable[Values]) -> Iterator[str]:
+def csv_of(table: TableName, rows: Iterable[Row]) -> Iterator[str]:
     """The lines of a table with its heads; what is missing is empty, and no number is rounded."""
-    writer = csv.writer(_Echo(), lineterminator="\n")
-    for row in itertools.chain([names_of(table)], rows):
+    writer = csv.DictWriter(_Echo(), names_of(table), extrasaction="ignore", lineterminator="\n")
+    yield writer.writeheader()
+    for row in rows:
         yield writer.writerow(row)
 
 
-def _write_parquet(table: TableName, rows: Iterable[Values], target: Path) -> None:
+def _write_parquet(table: TableName, rows: Iterable[Row], target: Path) -> None:
     """Write a table, a group of rows at a time."""
     import pyarrow as pa
     from pyarrow import parquet
-
-    from lorameter.results.frames import frame_of
 
     left = iter(rows)
     schema = pa.Schema.from_pandas(frame_of(table, []), preserve_index=False)
@@ -116,12 +122,11 @@ def _write_parquet(table: TableName, rows: Iterable[Values], target: Path) -> No
 
 def _json_of(run: Run) -> Iterator[str]:
     """All four tables in one JSON document, a table of its columns a row."""
-    tables = {name: table_of(run, name) for name in get_args(TableName)}
     yield f'{{"schema": {SCHEMA}, "run": {json.dumps(run.manifest.run)}'
-    for name, rows in tables.items():
+    for name in get_args(TableName):
         yield f', "{name}": ['
-        for place, row in enumerate(rows):
-            values = codec.to_json(dict(zip(names_of(name), row, strict=True)))
+        for place, row in enumerate(table_of(run, name)):
+            values = codec.to_json({column: row.get(column) for column in names_of(name)})
             yield (", " if place else "") + json.dumps(values, allow_nan=False)
         yield "]"
     yield "}\n"
@@ -129,3 +134,62 @@ def _json_of(run: Run) -> Iterator[str]:
 
 def _refusals(output: Path) -> contextlib.AbstractContextManager[None]:
     return translate_write_errors(f"--output {output}", "Give another place.")
+
+
+def trend_rows(run: Run, metrics: Sequence[str] = ()) -> list[Row]:
+    """The estimates of a run that go to a page of trends.
+
+    Args:
+        run: a run that is valid as a whole.
+        metrics: names or patterns of metrics and kinds of memory; empty for what two runs are compared by.
+
+    Raises:
+        InvalidRunError: the run is not valid.
+        UsageError: a pattern that nothing goes by.
+    """
+    study, name = read_study(run), run.manifest.run
+    if invalid := run_validity(run, study).invalid:
+        raise InvalidRunError(
+            f"run {name} is invalid: {invalid}. A page of trends would keep its numbers as good ones. Measure again, "
+            "or export it as json."
+        )
+    rows = [row for row in estimate_rows(run, study) if row["role"] == "variant" and math.isfinite(row["value"])]
+    known = list(dict.fromkeys(row["metric"] for row in rows))
+    wanted = matching(known, metrics) if metrics else default_metrics(run.manifest.phases, known)
+    if metrics and not wanted:
+        raise UsageError(
+            f"--metric {' '.join(metrics)}: nothing of that name in run {name}. It has {', '.join(known)}."
+        )
+    return [row for row in rows if row["metric"] in wanted]
+
+
+def encode_action(run: Run, metrics: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Entries for github-action-benchmark's `customSmallerIsBetter`. Raises as `trend_rows`."""
+    return [
+        {
+            "name": f"{_name(row)}, {row['metric']}",
+            "unit": row["unit"],
+            "value": row["value"],
+            **({} if None in (row["low"], row["high"]) else {"range": f"[{row['low']:.6g}, {row['high']:.6g}]"}),
+            "extra": f"run {row['run']}\nfingerprint {row['fingerprint']}\n"
+            f"{format_count(row['replicates'], 'replicate')}\n"
+            f"range: {row['interval'] or 'none, too few replicates for a 95 % interval'}",
+        }
+        for row in trend_rows(run, metrics)
+        if not row["higher_is_better"]
+    ]
+
+
+def encode_bencher(run: Run, metrics: Sequence[str] = ()) -> dict[str, dict[str, dict[str, float]]]:
+    """Bencher Metric Format. Raises as `trend_rows`."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in trend_rows(run, metrics):
+        has_interval = None not in (row["low"], row["high"]) and row["interval"] != RANGE
+        ends = {"lower_value": row["low"], "upper_value": row["high"]} if has_interval else {}
+        found.setdefault(_name(row), {})[row["metric"]] = {"value": row["value"], **ends}
+    return found
+
+
+def _name(row: Row) -> str:
+    side = f", {row['side']}" if row["side"] else ""
+    return f"{row['study']}: {row['variant']}{side}"

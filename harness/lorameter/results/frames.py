@@ -9,19 +9,19 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from lorameter.errors import UsageError
 from lorameter.records import fileio, store
-from lorameter.results.columns import TABLES, Kind, TableName, Values
+from lorameter.records.store import Run
+from lorameter.results.columns import DTYPES, TABLES, TableName
 from lorameter.results.folder import read_each
-from lorameter.results.rows import rows_of
+from lorameter.results.rows import Row, table_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
-DTYPES: Mapping[Kind, str] = {"text": "string", "count": "Int64", "number": "float64", "flag": "boolean"}
-"""What pandas calls each kind of column; the first, second and last know missing values, and a number's is NaN."""
+Tables: TypeAlias = dict[TableName, list[Row]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,7 +57,7 @@ def load(run: str | Path, runs_dir: str | Path | None = None) -> Frames:
         lorameter.errors.UsageError: no such run, or one that cannot be read.
         lorameter.errors.InvalidRunError: samples that have no number.
     """
-    return _frames([rows_of(store.read_run(str(run), _folder(runs_dir)))], {})
+    return _frames([_tables_of(store.read_run(str(run), _folder(runs_dir)))], {})
 
 
 def load_all(folder: str | Path | None = None) -> Frames:
@@ -75,32 +75,34 @@ def load_all(folder: str | Path | None = None) -> Frames:
     runs = _folder(folder)
     if not fileio.is_folder(runs):
         raise UsageError(f"{runs}: there is no such folder. Name the folder that holds the runs.")
-    found: list[dict[TableName, list[Values]]] = []
+    found: list[Tables] = []
     unreadable: dict[str, str] = {}
-    for one in read_each(runs, rows_of):
-        if one.content is not None:
-            found.append(one.content)
+    for path, tables, error in read_each(runs, _tables_of):
+        if tables is not None:
+            found.append(tables)
         else:
-            unreadable[one.path.name] = str(one.error)
-            warnings.warn(f"left out: {one.error}", stacklevel=2)
+            unreadable[path.name] = error
+            warnings.warn(f"left out: {error}", stacklevel=2)
     return _frames(found, unreadable)
 
 
-def frame_of(table: TableName, rows: list[Values]) -> pd.DataFrame:
+def _tables_of(run: Run) -> Tables:
+    return {table: list(table_of(run, table)) for table in TABLES}
+
+
+def frame_of(table: TableName, rows: list[Row]) -> pd.DataFrame:
     """One table as a DataFrame, typed by its columns."""
     import pandas as pd
 
-    columns = TABLES[table]
-    by_column = list(zip(*rows, strict=True)) if rows else [()] * len(columns)
     return pd.DataFrame(
         {
-            column.name: pd.Series(list(values), dtype=DTYPES[column.kind])
-            for column, values in zip(columns, by_column, strict=True)
+            column.name: pd.Series([row.get(column.name) for row in rows], dtype=DTYPES[column.kind])
+            for column in TABLES[table]
         }
     )
 
 
-def _frames(runs: list[dict[TableName, list[Values]]], unreadable: Mapping[str, str]) -> Frames:
+def _frames(runs: list[Tables], unreadable: Mapping[str, str]) -> Frames:
     tables = {table: frame_of(table, [row for run in runs for row in run[table]]) for table in TABLES}
     return Frames(**tables, unreadable=unreadable)
 

@@ -9,9 +9,9 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -26,27 +26,23 @@ _REMOVED = ".removed-"
 """Begins the names of folders that hold a run while it is deleted. No command lists what is in them."""
 
 
-class PruneDecision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A run that is removed, or that is kept for a reason."""
+class PruneDecision(msgspec.Struct, frozen=True, kw_only=True):
+    """A run that is removed, or that is kept for a reason: `why`."""
 
     run: str
     path: str
-    study: str
-    created_unix_s: float
+    study: str = ""
+    created_unix_s: float = 0.0
     size_bytes: int
     why: str = ""
-    """Why it is kept; empty where it is removed."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pruned:
-    """The decisions on the runs of a folder."""
+class Pruned(NamedTuple):
+    """The runs that are removed, those that were selected or cannot be read but stay, and how many are kept."""
 
-    removed: tuple[PruneDecision, ...]
-    staying: tuple[PruneDecision, ...]
-    """Selected, but kept for a reason."""
+    removed: list[PruneDecision]
+    staying: list[PruneDecision]
     kept: int
-    """Runs that were not selected."""
 
 
 def parse_age(text: str) -> float:
@@ -63,7 +59,7 @@ def size_of(path: Path) -> int:
     total = 0
     for file in files:
         with contextlib.suppress(OSError):
-            total += file.lstat().st_size if file.is_symlink() or file.is_file() else 0
+            total += file.lstat().st_size
     return total
 
 
@@ -88,49 +84,40 @@ def prune(
         UsageError: the file of accepted baselines cannot be read.
     """
     if not fileio.is_folder(runs):
-        return Pruned(removed=(), staying=(), kept=0)
+        return Pruned([], [], 0)
+    begun_before = (time.time() if now_unix_s is None else now_unix_s) - (older_s or 0.0)
+    seen: Counter[str] = Counter()
+    selected, removed, staying = list[PruneDecision](), list[PruneDecision](), list[PruneDecision]()
     with contextlib.nullcontext() if dry_run else deciding(runs):
-        selected, unreadable, kept = _select(runs, keep, older_s, time.time() if now_unix_s is None else now_unix_s)
+        known = sorted(_decide(runs), key=lambda one: -one.created_unix_s)
+        for one in known:
+            seen[one.study] += 1
+            is_newest = keep is not None and seen[one.study] <= keep
+            if not one.study or not (is_newest or one.created_unix_s >= begun_before):
+                selected.append(one)
         if not dry_run:
             for left in runs.glob(f"{_REMOVED}*"):  # by a removal that was killed
                 shutil.rmtree(left, ignore_errors=True)
-            selected = [one if one.why else msgspec.structs.replace(one, why=_remove(one)) for one in selected]
-    return Pruned(
-        removed=tuple(one for one in selected if not one.why),
-        staying=(*(one for one in selected if one.why), *unreadable),
-        kept=kept,
-    )
+        for one in reversed(selected):
+            why = one.why or ("" if dry_run else _remove(Path(one.path)))
+            (staying if why else removed).append(msgspec.structs.replace(one, why=why))
+    return Pruned(removed, staying, len(known) - len(selected))
 
 
-def _select(
-    runs: Path, keep: int | None, older_s: float | None, now_unix_s: float
-) -> tuple[list[PruneDecision], list[PruneDecision], int]:
-    """The runs that are selected, oldest first; those that cannot be read; and how many are not selected."""
+def _decide(runs: Path) -> Iterator[PruneDecision]:
+    """Each run of a folder, with the reason why it must stay; one that cannot be read is of no study."""
     accepted = {baseline.run for baseline in read_baselines(runs).baselines}
-    known: list[PruneDecision] = []
-    unreadable: list[PruneDecision] = []
     for path in store.list_runs(runs):
+        one = PruneDecision(run=path.name, path=str(path), size_bytes=size_of(path))
         try:
             manifest = store.read_manifest(path)
+            why = _reason_to_keep(path, manifest, accepted)
+            began, study = manifest.created_unix_s, str(manifest.study.get("name", ""))
+            one = msgspec.structs.replace(one, study=study, created_unix_s=began, why=why)
         except UsageError as error:
-            unreadable += [_decision(path, "", 0.0, f"it cannot be read: {error}")] if store.is_run(path) else []
-            continue
-        why = _reason_to_keep(path, manifest, accepted)
-        one = _decision(path, str(manifest.study.get("name", "")), manifest.created_unix_s, why)
-        known += [one] if store.is_run(path) else []  # another process may have removed it
-    seen: Counter[str] = Counter()
-    selected = []
-    for one in sorted(known, key=lambda one: -one.created_unix_s):
-        seen[one.study] += 1
-        if (keep is None or seen[one.study] > keep) and (older_s is None or now_unix_s - one.created_unix_s > older_s):
-            selected.append(one)
-    return selected[::-1], unreadable, len(known) - len(selected)
-
-
-def _decision(path: Path, study: str, created_unix_s: float, why: str) -> PruneDecision:
-    return PruneDecision(
-        run=path.name, path=str(path), study=study, created_unix_s=created_unix_s, size_bytes=size_of(path), why=why
-    )
+            one = msgspec.structs.replace(one, why=f"it cannot be read: {error}")
+        if store.is_run(path):  # another process may have removed it
+            yield one
 
 
 def _reason_to_keep(path: Path, manifest: Manifest, accepted: Collection[str]) -> str:
@@ -142,10 +129,9 @@ def _reason_to_keep(path: Path, manifest: Manifest, accepted: Collection[str]) -
     return "it is a link to a run in another folder" if path.is_symlink() else ""
 
 
-def _remove(one: PruneDecision) -> str:
+def _remove(path: Path) -> str:
     """Remove a run; why it could not be removed, else an empty text. It is renamed first, so that it is there
     in whole or not at all."""
-    path = Path(one.path)
     try:
         with store.writing(path):
             moved = Path(tempfile.mkdtemp(prefix=_REMOVED, dir=path.parent))

@@ -1,176 +1,265 @@
 """The rows of the four tables of a run, in plain Python, for DataFrames, files and histories.
 
-Estimates and comparisons are computed by the functions of the reports.
+Estimates and comparisons are computed by the functions of the reports. A row is a table of its columns; a column that
+has no value there is missing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
+from lorameter.errors import InvalidRunError
+from lorameter.machine.software import normal_name
+from lorameter.records import codec
 from lorameter.records.metrics import METRICS, PEAKS, PRIMARY, Phase
-from lorameter.records.record import Role, Side, TrialRecord
+from lorameter.records.record import Side, TrialRecord
 from lorameter.records.store import Run
-from lorameter.results.columns import TableName, Values
-from lorameter.results.settings import Settings, Validity
+from lorameter.results.columns import OF_VARIANT, OF_WORKLOAD, VERSIONS, FrameColumn, TableName
 from lorameter.stats import Comparison
-from lorameter.studies.from_run import read_study
+from lorameter.studies.from_run import read_own_workloads, read_study
+from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
+from lorameter.studies.variant import OF_4BIT, ScriptVariant, Variant
+from lorameter.studies.workload import identify
 from lorameter.verdicts.ab import report_of
-from lorameter.verdicts.compare import ComparisonRow, row_of
+from lorameter.verdicts.compare import row_of
 from lorameter.verdicts.series import Series, group_trials, ratios_of
-from lorameter.verdicts.validity import discounted, run_validity
+from lorameter.verdicts.software import facts_of
+from lorameter.verdicts.validity import Fault, InvalidReason, RunValidity, discounted, run_validity, say_faults
 
-_ENDINGS: tuple[tuple[str, str], ...] = (("_per_s", "1/s"), ("_bytes", "byte"), ("_s", "s"), ("_j", "J"), ("_w", "W"))
+Row: TypeAlias = dict[str, Any]
+_UNITS: Mapping[str, str] = {"_per_s": "1/s", "_bytes": "byte", "_s": "s", "_j": "J", "_w": "W"}
 """Units by the end of a name, the longer one first; what ends otherwise is a number without a unit."""
 _SIDES: tuple[Side, ...] = ("base", "candidate")
+OF_STEPS = ("step_time_s", "step_cpu_time_s", "timed_loss")
+"""Samples of which each timed step has one."""
 MEAN, RANGE = "95 % of the mean", "range"
 
 
-def rows_of(run: Run) -> dict[TableName, list[Values]]:
-    """All four tables of a run, each in the order of its columns."""
-    return {table: list(table_of(run, table)) for table in _MAKERS}
-
-
-def table_of(run: Run, table: TableName) -> Iterator[Values]:
+def table_of(run: Run, table: TableName) -> Iterator[Row]:
     """One table of a run, row by row, since there may be millions of samples."""
     return _MAKERS[table](run, read_study(run))
 
 
-def unit_of(metric: str) -> str:
-    """The unit of a metric, of a single value or of a kind of memory, by its name."""
-    if metric in METRICS:
-        return METRICS[metric].unit
-    return next((unit for ending, unit in _ENDINGS if metric.endswith(ending)), "1")
+def about_metric(metric: str) -> Row:
+    """Its phase, name and unit: of a metric, of a single value or of a kind of memory; no phase where it belongs to
+    none, or to several."""
+    known = METRICS.get(metric)
+    if known is not None:
+        return {"phase": known.phase, "metric": metric, "unit": known.unit}
+    phase: Phase | None = next((phase for phase, kinds in PEAKS.items() if metric in kinds), None)
+    unit = next((unit for ending, unit in _UNITS.items() if metric.endswith(ending)), "1")
+    return {"phase": phase, "metric": metric, "unit": unit}
 
 
-def phase_of(metric: str) -> Phase | None:
-    """The phase that it belongs to; None where it belongs to none, or to several."""
-    if metric in METRICS:
-        return METRICS[metric].phase
-    return next((phase for phase, kinds in PEAKS.items() if metric in kinds), None)
+class Settings:
+    """What the rows of trials and estimates have in common: run, variant, validity, settings and software."""
+
+    def __init__(self, run: Run, study: Study) -> None:
+        self._run, self._study = run, study
+        self._variants = {variant.name: variant for variant in study.variants}
+        self._own = {} if study.of_scripts else read_own_workloads(run)
+        self._faults: Sequence[Fault]
+        try:
+            self._faults = run_validity(run, study).faults
+        except InvalidRunError as error:  # samples from which no control can be computed
+            self._faults = (Fault(reason=InvalidReason.CONTROL_NOT_MEASURED, message=str(error)),)
+
+    def of(self, records: Sequence[TrialRecord]) -> Row:
+        """The columns that trials of one variant, role and side have in common."""
+        record, manifest = records[0], self._run.manifest
+        return {
+            "run": manifest.run,
+            "study": self._study.name,
+            "fingerprint": manifest.fingerprint,
+            **_about_variant(record),
+            "variant_id": identify(record.variant, self._own.get(record.name)),
+            **self._validity(record),
+            **self._of_variant(record),
+            **self._of_workload(record.name),
+            **self._of_software(records),
+        }
+
+    def _validity(self, record: TrialRecord) -> Row:
+        own = (record.name, record.side) if record.role == "variant" else None
+        found = [fault for fault in self._faults if not fault.variant or own == (fault.variant, fault.side)]
+        if not found:
+            return {"valid": True}
+        return {"valid": False, "invalid_reason": found[0].reason.value, "invalid_message": say_faults(found)}
+
+    def _of_variant(self, record: TrialRecord) -> Row:
+        variant = self._variants.get(record.name)
+        if variant is None:
+            return {}
+        if isinstance(variant, ScriptVariant):
+            side = self._run.manifest.sides.get(record.side, {})
+            command = side.get("spec") if side.get("kind") == SIDE else variant.command
+            return {"method": variant.method_name, "command": command}
+        found = {column.name: _plain(getattr(variant, column.name, None), column) for column in OF_VARIANT}
+        if isinstance(variant, Variant) and not variant.is_4bit:
+            found |= dict.fromkeys(OF_4BIT)
+        peft = getattr(variant, "peft", None)
+        return found | {"method": variant.method_name, "peft_config": codec.dumps(peft) if peft else None}
+
+    def _of_workload(self, name: str) -> Row:
+        workload = None if self._study.of_scripts else self._own.get(name, self._study.workload)
+        return {
+            column.name: _plain(getattr(workload, column.name.removeprefix("workload_"), None), column)
+            for column in OF_WORKLOAD
+        }
+
+    def _of_software(self, records: Sequence[TrialRecord]) -> Row:
+        manifest = self._run.manifest
+        provenance: Mapping[str, Any] = manifest.provenance
+        if own := manifest.sides.get(records[0].side, {}).get("facts"):  # an A/B of environments or revisions
+            libraries = {package: own["packages"].get(normal_name(package)) for package in VERSIONS}
+            provenance = {**provenance, "libraries": libraries, "git": own.get("git", {})}
+        facts = facts_of(provenance, records)
+        git, libraries = facts.get("git", {}), facts.get("libraries", {})
+        versions = {package: libraries.get(package) for package in VERSIONS}
+        return {"commit": git.get("commit"), "dirty": git.get("dirty"), **versions}
 
 
-def trial_rows(run: Run, study: Study) -> Iterator[Values]:
+def _plain(value: Any, column: FrameColumn) -> Any:
+    """A setting as a value of its column."""
+    if isinstance(value, tuple):
+        return ",".join(value)
+    if isinstance(value, dict):
+        return codec.dumps(value) if value else None
+    return float(value) if column.kind == "number" and value is not None else value
+
+
+def _about_variant(record: TrialRecord) -> Row:
+    return {"variant": record.name, "role": record.role, "side": record.side or None}
+
+
+def trial_rows(run: Run, study: Study) -> Iterator[Row]:
     """A row a trial; earlier attempts of one that was measured again before it."""
-    about, settings = (run.manifest.run, study.name, run.manifest.fingerprint), Settings(run, study)
-    validity = Validity(run, study)
+    settings, known = Settings(run, study), dict[tuple[str, str, str], Row]()
     attempts = [*((record, False) for record in run.disturbed), *((record, True) for record in run.records)]
     for record, counts in sorted(attempts, key=lambda one: (one[0].position, one[0].attempt)):
-        failure = record.failure
-        yield (
-            *about, record.trial, record.name, settings.id_of(record), record.role, record.side or None,
-            record.replicate, record.position, record.attempt, counts, record.interleaving, record.seed, record.status,
-            failure.phase if failure else None, failure.message if failure else None,
-            record.started_unix_s, record.wall_time_s, record.log or None,
-            *validity.of(record), *settings.of([record]),
-        )  # fmt: skip
+        key, failure = (record.name, record.role, record.side), record.failure
+        if key not in known or record.software:  # of a script each process has its own
+            known[key] = settings.of([record])
+        yield {
+            **known[key],
+            "trial": record.trial,
+            "replicate": record.replicate,
+            "position": record.position,
+            "attempt": record.attempt,
+            "counts": counts,
+            "interleaving": record.interleaving,
+            "seed": record.seed,
+            "status": record.status,
+            "failed_in": failure.phase if failure else None,
+            "failure": failure.message if failure else None,
+            "started_unix_s": record.started_unix_s,
+            "wall_time_s": record.wall_time_s,
+            "log": record.log or None,
+        }
 
 
-def sample_rows(run: Run, _: Study) -> Iterator[Values]:
+def sample_rows(run: Run, _: Study) -> Iterator[Row]:
     """A row a raw value of the trials that count, good or bad: samples in their order, single values, memory."""
     for record in run.records:
-        head = (run.manifest.run, record.trial, record.name, record.role, record.side or None, record.replicate)
-        turns = _turns(record)
+        head = {"run": run.manifest.run, "trial": record.trial, "replicate": record.replicate, **_about_variant(record)}
+        turns = [turn for turn, length in enumerate(record.turn_lengths) for _ in range(length)]
         for metric, values in record.samples.items():
-            about = (*head, phase_of(metric), metric, unit_of(metric))
-            steps = turns if metric in ("step_time_s", "step_cpu_time_s", "timed_loss") else ()
+            about = head | about_metric(metric)
+            steps = turns if metric in OF_STEPS else ()
             for place, value in enumerate(values):
-                yield (*about, place, steps[place] if place < len(steps) else None, value)
+                yield {**about, "sample": place, "turn": steps[place] if place < len(steps) else None, "value": value}
         for metric, single in (record.values | record.memory).items():
-            yield (*head, phase_of(metric), metric, unit_of(metric), 0, None, float(single))
+            yield {**head, **about_metric(metric), "sample": 0, "value": float(single)}
 
 
-def _turns(record: TrialRecord) -> tuple[int, ...]:
-    """The turn of each timed step."""
-    return tuple(turn for turn, length in enumerate(record.turn_lengths) for _ in range(length))
-
-
-def estimate_rows(run: Run, study: Study, metric: str | None = None) -> Iterator[Values]:
+def estimate_rows(run: Run, study: Study, metric: str | None = None) -> Iterator[Row]:
     """A row for each metric and kind of memory that a variant has; only for `metric` where that is given."""
-    about, settings = (run.manifest.run, study.name, run.manifest.fingerprint), Settings(run, study)
-    validity = Validity(run, study)
+    settings = Settings(run, study)
     for side in _SIDES if run.manifest.sides else ("",):
-        for (variant, role), series in group_trials(run.records, side).items():
-            head = (*about, variant, settings.id_of(series.records[0]), role, side or None)
-            tail = (*validity.of(series.records[0]), *settings.of(series.records))
+        for series in group_trials(run.records, side).values():
+            about = settings.of(series.records)
             for name in METRICS if metric is None else METRICS.keys() & {metric}:
-                yield from ((*row, *tail) for row in _estimate(head, series, name))
-            yield from ((*row, *tail) for row in _memory(head, series, metric))
+                yield from (about | row for row in _estimate(series, name))
+            for kind in dict.fromkeys(kind for record in series.ok for kind in record.memory if metric in (None, kind)):
+                yield about | _peak(series, kind)
 
 
-def _estimate(head: Values, series: Series, metric: str) -> Iterator[Values]:
+def _estimate(series: Series, metric: str) -> Iterator[Row]:
     estimate = series.estimate(metric)
     if estimate is None or estimate.value is None:
         return
-    item, trials = METRICS[metric], series.trials(metric)
-    yield (
-        *head, item.phase, metric, item.unit, item.higher_is_better, estimate.value, estimate.low, estimate.high,
-        None if estimate.low is None else MEAN,
-        len(trials), sum(map(len, trials)), series.interleaving(metric),
-    )  # fmt: skip
+    trials = series.trials(metric)
+    yield {
+        **about_metric(metric),
+        "higher_is_better": METRICS[metric].higher_is_better,
+        "value": estimate.value,
+        "low": estimate.low,
+        "high": estimate.high,
+        "interval": None if estimate.low is None else MEAN,
+        "replicates": len(trials),
+        "samples": sum(map(len, trials)),
+        "interleaving": series.interleaving(metric),
+    }
 
 
-def _memory(head: Values, series: Series, metric: str | None) -> Iterator[Values]:
-    for kind in dict.fromkeys(kind for record in series.ok for kind in record.memory if metric in (None, kind)):
-        values = [float(record.memory[kind]) for record in series.ok if kind in record.memory]
-        level = next(record.interleaving for record in series.ok if kind in record.memory)
-        yield (
-            *head, phase_of(kind), kind, "byte", False, max(values), min(values), max(values), RANGE,
-            len(values), len(values), level,
-        )  # fmt: skip
+def _peak(series: Series, kind: str) -> Row:
+    records = [record for record in series.ok if kind in record.memory]
+    values = [float(record.memory[kind]) for record in records]
+    return {
+        **about_metric(kind),
+        "higher_is_better": False,
+        "value": max(values),
+        "low": min(values),
+        "high": max(values),
+        "interval": RANGE,
+        "replicates": len(values),
+        "samples": len(values),
+        "interleaving": records[0].interleaving,
+    }
 
 
-def comparison_rows(run: Run, study: Study) -> Iterator[Values]:
+def comparison_rows(run: Run, study: Study) -> Iterator[Row]:
     """A row a verdict: a variant against the reference, the candidate of an A/B against its base; the controls, too. In
     an invalid run each verdict is `invalid`, with the reason; in an A/B those of the variants that are."""
-    name, stands = run.manifest.run, run_validity(run, study)
+    validity, about = run_validity(run, study), {"run": run.manifest.run}
     if run.manifest.sides:
-        report = report_of(run)
-        for compared in report.comparisons:
-            yield _judged(name, compared.variant, "variant", (report.base, report.candidate), compared)
-        twin = next((one for one, role in group_trials(run.records, "base") if role == "control"), "")
-        for phase, control in stands.controls.items():
-            if control is not None:
-                both, found = (report.base, report.base), discounted(control, stands.broken)
-                yield _compared(name, twin, "control", both, PRIMARY[phase], found, run, side="base")
+        yield from (about | row for row in _rows_of_ab(run, validity))
         return
-    groups = group_trials(run.records)
-    for phase, metric in stands.primary.items():
-        control = stands.controls[phase]
+    groups, reference = group_trials(run.records), study.reference
+    for phase, control in validity.controls.items():
+        metric = validity.primary[phase]
         for variant, ratio in ratios_of(groups, study, metric, control).items():
-            found = discounted(ratio, stands.invalid)
-            yield _compared(name, variant, "variant", (study.reference, variant), metric, found, run)
+            sides = {"role": "variant", "base": reference, "candidate": variant}
+            found = discounted(ratio, validity.invalid)
+            yield {**about, **sides, **_compared(variant, metric, found, groups.get((variant, "variant")))}
         if control is not None:
-            both = (study.reference, study.reference)
-            found = discounted(control, stands.invalid)
-            yield _compared(name, study.reference, "control", both, metric, found, run)
+            sides = {"role": "control", "base": reference, "candidate": reference}
+            found = discounted(control, validity.invalid)
+            yield {**about, **sides, **_compared(reference, metric, found, groups.get((reference, "control")))}
 
 
-def _compared(
-    name: str,
-    variant: str,
-    role: Role,
-    sides: tuple[str, str],
-    metric: str,
-    found: Comparison,
-    run: Run,
-    *,
-    side: Side = "",
-) -> Values:
-    series = group_trials(run.records, side).get((variant, role))
+def _rows_of_ab(run: Run, validity: RunValidity) -> Iterator[Row]:
+    report, groups = report_of(run), group_trials(run.records, "base")
+    for compared in report.comparisons:
+        sides = {"role": "variant", "base": report.base, "candidate": report.candidate}
+        yield sides | dataclasses.asdict(compared)
+    twin = next((name for name, role in groups if role == "control"), "")
+    for phase, control in validity.controls.items():
+        if control is not None:
+            sides = {"role": "control", "base": report.base, "candidate": report.base}
+            found = discounted(control, validity.broken)
+            yield sides | _compared(twin, PRIMARY[phase], found, groups.get((twin, "control")))
+
+
+def _compared(variant: str, metric: str, found: Comparison, series: Series | None) -> Row:
     level = (series.interleaving(metric) if series else None) or "replicates"
-    return _judged(name, variant, role, sides, row_of(variant, metric, found, level))
+    return dataclasses.asdict(row_of(variant, metric, found, level))
 
 
-def _judged(name: str, variant: str, role: Role, sides: tuple[str, str], compared: ComparisonRow) -> Values:
-    return (
-        name, variant, role, *sides, compared.metric, compared.ratio, compared.low, compared.high, compared.verdict,
-        compared.reason, compared.replicates, compared.replicates_needed, compared.mde80, compared.tolerance,
-        compared.margin, compared.interleaving,
-    )  # fmt: skip
-
-
-_MAKERS: Mapping[TableName, Callable[[Run, Study], Iterator[Values]]] = {
+_MAKERS: Mapping[TableName, Callable[[Run, Study], Iterator[Row]]] = {
     "trials": trial_rows,
     "samples": sample_rows,
     "estimates": estimate_rows,

@@ -121,11 +121,6 @@ def restore_numbers(study: Study, written: Mapping[str, Any]) -> Study:
 
 INJECTED = "slowdown_rows"
 """Key of a side in the manifest: its extra work (`Arm.slowdown_rows`)."""
-SETTLED_OPTIONS = (
-    "effort", "replicates", "profile", "model", "data", "variant", "phase", "interleave", "precision",
-    "allow-disturbed", "mixed",
-)  # fmt: skip
-"""Options of either entry point that make a study and its plan; a run that is resumed has both."""
 
 
 def refuse_settled(resume: str, options: Mapping[str, Any]) -> None:

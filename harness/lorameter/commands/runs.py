@@ -1,0 +1,85 @@
+"""The commands on the runs of a folder: `export`, `history`, `prune` and `pack`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from kernels_check.terminal import escape_control_chars
+from lorameter.commands.output import print_result, show_result
+from lorameter.errors import EXIT_PASS, UsageError
+from lorameter.records import codec, store
+from lorameter.records.units import format_bytes, format_count
+from lorameter.report.history import describe_history, figures_of_history, names_of
+from lorameter.results.files import OF_TRENDS, TABULAR, text_of, write_tables, write_text
+from lorameter.results.history import DEFAULT_METRIC, history_of
+from lorameter.results.pack import pack
+from lorameter.results.prune import parse_age, prune
+
+
+def run_export(options: argparse.Namespace) -> int:
+    """Write the run; what was written is said, one path a line."""
+    form = options.format or "json"
+    if options.json and not options.output and form != "json":
+        raise UsageError(f"--json and --format {form} both choose what is printed. Give one of them, or an --output.")
+    if options.table and form not in TABULAR:
+        raise UsageError(f"--table {options.table}: --format {form} is no table. Use csv or parquet.")
+    if options.metric and form not in OF_TRENDS:
+        raise UsageError(f"--metric: --format {form} has all metrics. Leave it out.")
+    run = store.read_run(options.run, store.runs_dir(options.runs_dir))
+    if form in TABULAR and options.output:
+        written = write_tables(run, form, Path(options.output), options.table)
+    else:
+        text = text_of(run, form, table=options.table, metrics=options.metric)
+        if not options.output:
+            sys.stdout.writelines(map(escape_control_chars, text))
+            return EXIT_PASS
+        written = write_text(text, Path(options.output))
+    files = [str(path) for path in written]
+    print_result(options, "\n".join(files), {"run": run.manifest.run, "files": files})
+    return EXIT_PASS
+
+
+def run_history(options: argparse.Namespace) -> int:
+    """Print the history; a suspicion is no verdict, so the exit code is that of a pass."""
+    runs = store.runs_dir(options.runs_dir)
+    found = history_of(runs, options.metric or DEFAULT_METRIC, study=options.study, variant=options.variant)
+    show_result(
+        options,
+        describe_history(found, every_run=options.runs),
+        lambda: codec.to_json(found),
+        page=lambda: {"title": "History", "names": names_of(found), "figures": figures_of_history(found)},
+    )
+    return EXIT_PASS
+
+
+def run_prune(options: argparse.Namespace) -> int:
+    """Remove, and say what went and what stayed for a reason."""
+    if options.keep is None and options.older is None:
+        raise UsageError("prune: nothing says what goes. Give --keep N, --older D, or both.")
+    if options.keep is not None and options.keep < 0:
+        raise UsageError(f"--keep = {options.keep}: no number of runs. Use 0 or more.")
+    older_s = None if options.older is None else parse_age(options.older)
+    found = prune(store.runs_dir(options.runs_dir), keep=options.keep, older_s=older_s, dry_run=options.dry_run)
+    word, freed = ("would go", "would be freed") if options.dry_run else ("removed", "freed")
+    size = format_bytes(sum(one.size_bytes for one in found.removed))
+    lines = [
+        *(f"{word}  {one.run}  {format_bytes(one.size_bytes)}  {one.study}" for one in found.removed),
+        *(f"stays  {one.run}  {one.why}" for one in found.staying),
+        f"{format_count(len(found.removed), 'run')}, {size} {freed}; {found.kept} kept as asked for",
+    ]
+    data = {"dry_run": options.dry_run, "removed": found.removed, "kept_for_a_reason": found.staying}
+    print_result(options, "\n".join(lines), data)
+    return EXIT_PASS
+
+
+def run_pack(options: argparse.Namespace) -> int:
+    """Write the file and say where it is and what is not in it."""
+    output = Path(options.output) if options.output else None
+    target = pack(options.run, store.runs_dir(options.runs_dir), output, texts=options.texts)
+    skipped = ["logs"] if options.texts else ["texts", "logs"]
+    size = target.stat().st_size
+    text = f"{target}  {format_bytes(size)}, without {', '.join(skipped)}"
+    print_result(options, text, {"file": str(target), "size_bytes": size, "skipped": skipped})
+    return EXIT_PASS

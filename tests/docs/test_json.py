@@ -1,0 +1,56 @@
+"""docs/json.md shows a document of each command as the contract has it, shortened."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "json.md"
+EXPECTED = ROOT / "tests" / "contract" / "expected" / "json"
+SHOWN = {
+    "report", "run", "run-dry-run", "compare", "gate", "ab", "claims", "history", "estimate-gpu", "list-runs", "prune",
+    "sample", "pack", "doctor", "accept", "profile", "parity",
+}  # fmt: skip
+ADDED_TO = {"gate": "compare", "ab": "gate"}
+"""Documents that have all keys of another one, which are not shown again."""
+LONGEST = 60
+
+
+def shorten(value: Any) -> Any:
+    """The first element of each list, the beginning of each long text, four digits of each number."""
+    if isinstance(value, dict):
+        return {key: shorten(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [shorten(value[0])] if value else []
+    if isinstance(value, str) and len(value) > LONGEST:
+        return f"{value[: LONGEST - 1]}…"
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def example_of(found: re.Match[str]) -> str:
+    """The example that belongs into a block of the page."""
+    name = found["name"]
+    known = read(ADDED_TO[name]) if name in ADDED_TO else {}
+    document = {key: shorten(value) for key, value in read(name).items() if key not in known}
+    return f"```json {name}\n{json.dumps(document, indent=1, ensure_ascii=False)}\n```\n"
+
+
+def read(name: str) -> dict[str, Any]:
+    """The document that the contract expects."""
+    document = json.loads((EXPECTED / f"{name}.json").read_text(encoding="utf-8"))
+    return document.get("document", document)
+
+
+def test_every_example_is_current():
+    """`LORAMETER_CONTRACT=write pytest tests/docs/test_json.py` renews them."""
+    page, block = PAGE.read_text(encoding="utf-8"), re.compile(r"```json (?P<name>[\w-]+)\n.*?```\n", re.DOTALL)
+    assert {found["name"] for found in block.finditer(page)} == SHOWN
+    current = block.sub(example_of, page)
+    if os.environ.get("LORAMETER_CONTRACT") == "write":
+        PAGE.write_text(current, encoding="utf-8")
+    else:
+        assert current == page
