@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels_check.observe.adapter import adapter_parameters, trained_parameters, written_by_method
 from kernels_check.observe.modules import (
@@ -91,9 +91,9 @@ class Gradients:
         self._at_first = {id(parameter): (parameter, parameter.grad) for _, parameter in tree.parameters}
         self.arrived.clear()
 
-    def end_call(self, tree: ModelTree) -> None:
+    def end_call(self, model: nn.Module) -> None:
         """Notice gradients that were put there by hand, and hold on to none that lay there before."""
-        self.note_by_hand(parameter for _, parameter in tree.parameters)
+        self.note_by_hand(model.parameters())
         self._at_first = {}
 
     def note_by_hand(self, parameters: Iterable[Tensor] | None = None) -> None:

@@ -400,7 +400,7 @@ class _Series:
         self.guard(self._end)(tree.model)
 
     def _end(self, model: nn.Module) -> None:
-        self.gradients.end_call(ModelTree.of(model))
+        self.gradients.end_call(model)
         self.updates.end_call()
 
     def observe(

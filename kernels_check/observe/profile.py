@@ -405,6 +405,7 @@ def read_events(roots: Iterable[Any]) -> tuple[list[Operator], list[Write]]:
             if place == "update" and writes(name):
                 given = event.extra_fields.inputs[: None if name.startswith(LIBRARY_UPDATE) else 1]
                 written.append(Write(op=name, tensors=tuple(_recorded(given))))
+                continue  # what it calls inside is nothing of the model's
             place = "elsewhere"
         children = event.children
         if children:
