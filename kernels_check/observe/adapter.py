@@ -60,13 +60,21 @@ class AdapterLayer:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Those of ``held`` that are active now."""
-        return tuple(name for name in self.held if name in active_in(self.module, self.held))
+        """Those of ``held`` that are active now; a class of one's own that does not say uses all that it holds."""
+        if "model" in roles_of(self.module):
+            active: Any = vars(self.module).get("active_adapter")
+        else:
+            active = getattr(self.module, "active_adapters", None)
+        if active is None:
+            return self.held
+        named = {active} if isinstance(active, str) else {*active}
+        return tuple(name for name in self.held if name in named or (not name and named))
 
     @property
     def disabled(self) -> bool:
-        """Whether the layer skips its adapters."""
-        return self.shelved or is_disabled(self.module)
+        """Whether the layer skips its adapters now; of a model with a prompt, whether the model does."""
+        name = "_adapters_disabled" if "model" in roles_of(self.module) else "disable_adapters"
+        return self.shelved or bool(getattr(self.module, name, False))
 
     @property
     def merged(self) -> tuple[str, ...]:
@@ -132,23 +140,6 @@ class AdapterLayer:
             yield path, held, ""
         elif _is_keyed(held):
             yield from ((f"{path}.{name}", held[name], name) for name in self.held if name in held)
-
-
-def active_in(module: nn.Module, held: tuple[str, ...]) -> tuple[str, ...]:
-    """Adapters that are active in a layer now; a class of one's own that does not say uses all that it holds."""
-    if "model" in roles_of(module):
-        active: Any = module.__dict__.get("active_adapter")
-    else:
-        active = getattr(module, "active_adapters", None)
-    if active is None:
-        return held
-    return (active,) if isinstance(active, str) else tuple(active) + (("",) if active and "" in held else ())
-
-
-def is_disabled(module: nn.Module) -> bool:
-    """Whether a layer skips its adapters now; of a model with a prompt, whether the model does."""
-    name = "_adapters_disabled" if "model" in roles_of(module) else "disable_adapters"
-    return bool(getattr(module, name, False))
 
 
 def layers_at(name: str, module: nn.Module) -> Iterator[AdapterLayer]:

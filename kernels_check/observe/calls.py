@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels_check.observe.adapter import AdapterLayer, active_in, adapter_layers, is_disabled
+from kernels_check.observe.adapter import AdapterLayer, adapter_layers
 from kernels_check.observe.base import is_packed
 from kernels_check.observe.loss import (
     BackwardPasses,
@@ -64,6 +64,8 @@ class ModuleCall:
     """Whether it is an entry into the model that raised in the forward pass."""
     modes: Mapping[str, bool] | None = None
     """``training`` of every module at that moment, for an entry into the model."""
+    layers: Sequence[LayerCall] = ()
+    """Of an adapter, where the module is one; a prompt's model may be several."""
 
     @property
     def name(self) -> str:
@@ -111,17 +113,13 @@ class Calls:
                 found.setdefault(name, []).append(number)
         return found
 
-    def called(self, name: str, *, in_backward: bool = False) -> list[int]:
-        """Numbers of the relevant calls of a module in one of the passes."""
-        return [number for number in self.by_name.get(name, ()) if self.all[number].in_backward is in_backward]
+    def called(self, name: str) -> list[int]:
+        """Numbers of the relevant calls of a module in the forward pass."""
+        return [number for number in self.by_name.get(name, ()) if not self.all[number].in_backward]
 
     def ran(self, name: str) -> bool:
         """Whether a module was called in the forward pass."""
         return bool(self.called(name))
-
-    def recomputed(self, name: str) -> bool:
-        """Whether a module was called in the backward pass."""
-        return bool(self.called(name, in_backward=True))
 
     def enclosing(self, number: int | None) -> Iterator[int]:
         """A call and those around it, the innermost first."""
@@ -150,14 +148,14 @@ class Calls:
 class LayerCall:
     """One call of one layer of an adapter."""
 
+    layer: str
+    """Its name."""
     active: tuple[str, ...]
     disabled: bool
     merged: bool
     with_gradients: bool
     aside: bool = False
     """Whether the whole entry into the model records no gradients, as an evaluation or a reference does."""
-    number: int | None = None
-    """Of the call among all calls."""
     ran: dict[str, float] = field(default_factory=dict)
     """Parts that ran in it, by name; of a dropout the probability by which it dropped, which is 0 in evaluation."""
 
@@ -176,8 +174,6 @@ class _OpenCall:
     mark: Any
     handled: BaseException | None
     """The exception that was being handled when it began."""
-    layers: list[tuple[str, LayerCall]]
-    """Those of an adapter that the module is, by name."""
     model_call: ModelCall | None
 
 
@@ -228,8 +224,10 @@ class CallRecorder:
     def calls(self) -> Calls:
         """What was recorded of all modules; calls that failed are dropped from the rest."""
         calls = Calls(all=tuple(self._log), unhooked=frozenset(self._unhooked))
-        for name, found in self.layer_calls.items():
-            self.layer_calls[name] = [call for call in found if call.number not in calls.failed]
+        for layer in (
+            one for number, call in enumerate(self._log) if number not in calls.failed for one in call.layers
+        ):
+            self.layer_calls.setdefault(layer.layer, []).append(layer)
         self.model_calls = [call.without(calls.failed) for call in self.model_calls if call.number not in calls.failed]
         return calls
 
@@ -274,40 +272,26 @@ class CallRecorder:
         if not stack and not in_backward:
             call.modes = {name: one.training for name, one in self._tree.modules}
         entry = self._log[stack[0].number] if stack else call
-        layers = [
-            (layer.name, self._call_layer(layer, number, aside=not (entry.with_grad or entry.in_backward)))
-            for layer in self._layers.get(id(module), ())
-        ]
+        aside = not (entry.with_grad or entry.in_backward)
+        call.layers = [_describe_layer(layer, aside=aside) for layer in self._layers.get(id(module), ())]
         self._note_part(module, stack)
         model_call = self._call_model(module, args, kwargs, number) if id(module) in self._entries else None
         mark: Any = None
         if self._marked:
             mark = torch._C._profiler._RecordFunctionFast(f"{MARK}{number}")
             mark.__enter__()
-        stack.append(_OpenCall(number, module, mark, sys.exc_info()[1], layers, model_call))
-
-    def _call_layer(self, layer: AdapterLayer, number: int, *, aside: bool) -> LayerCall:
-        call = LayerCall(
-            active=tuple(name for name in layer.held if name in active_in(layer.module, layer.held)),
-            disabled=is_disabled(layer.module),
-            merged=bool(layer.merged),
-            with_gradients=torch.is_grad_enabled(),
-            aside=aside,
-            number=number,
-        )
-        self.layer_calls.setdefault(layer.name, []).append(call)
-        return call
+        stack.append(_OpenCall(number, module, mark, sys.exc_info()[1], model_call))
 
     def _note_part(self, part: nn.Module, stack: list[_OpenCall]) -> None:
         """Count a part of an adapter for the layer in whose call it runs, since layers may share one."""
         names = self._parts.get(id(part))
         if names is None:
             return
-        for layer, call in (one for outer in reversed(stack) for one in outer.layers):
-            if layer in names:
+        for call in (one for outer in reversed(stack) for one in self._log[outer.number].layers):
+            if call.layer in names:
                 probability = getattr(part, "p", None)
                 dropped = float(probability) if isinstance(probability, float | int) and part.training else 0.0
-                call.ran[names[layer]] = max(dropped, call.ran.get(names[layer], 0.0))
+                call.ran[names[call.layer]] = max(dropped, call.ran.get(names[call.layer], 0.0))
                 return
 
     def _call_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> ModelCall:
@@ -341,6 +325,17 @@ class CallRecorder:
         if found is None:
             found = self._local.stack = []
         return found
+
+
+def _describe_layer(layer: AdapterLayer, *, aside: bool) -> LayerCall:
+    return LayerCall(
+        layer=layer.name,
+        active=layer.adapters,
+        disabled=layer.disabled,
+        merged=bool(layer.merged),
+        with_gradients=torch.is_grad_enabled(),
+        aside=aside,
+    )
 
 
 def _end_mark(closed: _OpenCall) -> None:

@@ -78,8 +78,8 @@ class RankObserver:
         self._reference = weakref.ref(model)
         self._hooks = ExitStack()
         self._guard = HookGuard()
-        self._products: dict[str, Tensor] = {}
-        self._squares: dict[str, Tensor] = {}
+        self._own: dict[str, Tensor] = {}
+        """Of the gradients before their exchange, the product with the vector of signs and the square of the norm."""
         self._exchanged: dict[str, Gradient] = {}
         self._optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -90,7 +90,7 @@ class RankObserver:
         called.
         """
         model = self._model
-        self._products, self._squares, self._exchanged, self._guard = {}, {}, {}, HookGuard()
+        self._own, self._exchanged, self._guard = {}, {}, HookGuard()
         with ExitStack() as hooks:
             hooks.push(register_optimizer_step_pre_hook(self._guard(self._before_update)))
             trained = trained_parameters(model)
@@ -170,9 +170,8 @@ class RankObserver:
 
         def arrive(gradient: Tensor) -> None:
             exact = gradient.detach().double()
-            product = (exact * _signs(name, tuple(gradient.shape), gradient.device)).sum()
-            self._products[name] = self._products.get(name, 0.0) + product
-            self._squares[name] = self._squares.get(name, 0.0) + exact.square().sum()
+            signs = _signs(name, tuple(gradient.shape), gradient.device)
+            self._own[name] = self._own.get(name, 0.0) + torch.stack([(exact * signs).sum(), exact.square().sum()])
 
         return self._guard(arrive)
 
@@ -204,11 +203,12 @@ class RankObserver:
                 signs = _shard_of(gradient, signs)
                 gradient = gradient.to_local()
             product = float((gradient.detach().double() * signs).sum())
+        own, square = self._own.get(name, torch.zeros(2)).tolist()
         return Gradient(
-            own=float(self._products.get(name, 0.0)),
+            own=own,
             exchanged=product,
             sharded=is_sharded(parameter),
-            size=float(self._squares.get(name, 0.0)) ** 0.5,
+            size=square**0.5,
             coarse=parameter.dtype not in (torch.float32, torch.float64),
         )
 
