@@ -41,6 +41,13 @@ def without_a_mask(q, k, v):
     return joined((q @ k.transpose(-1, -2)).softmax(-1) @ v)
 
 
+def by_exponential(q, k, v):
+    """Without a softmax or a product."""
+    q, k, v = split(q), split(k), split(v)
+    weights = (q.unsqueeze(3) * k.unsqueeze(2)).sum(-1).exp().tril()
+    return joined(((weights / weights.sum(-1, keepdim=True)).unsqueeze(-1) * v.unsqueeze(2)).sum(3))
+
+
 def by_hand(q, k, v):
     """No operator tells that it is attention."""
     weights = (q.unsqueeze(2) * k.unsqueeze(1)).sum(-1).exp()
@@ -148,6 +155,7 @@ def test_a_flat_sequence_of_layers_is_no_alarm(verified):
         (written_out, "eager", "explicit"),
         (written_out_in_three_dimensions, "eager", "explicit"),
         (without_a_mask, "eager", "none"),
+        (by_exponential, "eager", "explicit"),
     ],
 )
 def test_each_way_of_writing_it_is_known(verified, compute, backend, mask):
