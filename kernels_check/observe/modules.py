@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -238,7 +238,7 @@ class ModuleHook:
 
     def __init__(self, module: nn.Module, hook: Hook) -> None:
         self._module, self._hook = module, hook
-        _keep_from_compiler(ModuleHook.__call__)
+        _keep_from_compiler(ModuleHook.__call__.__code__)
 
     def __call__(self, module: nn.Module, *given: Any) -> Any:
         """As torch calls a hook of a module."""
@@ -267,13 +267,14 @@ class HookGuard:
                 self.fault = self.fault or f"{type(error).__name__}: {error}"
                 return None
 
-        _keep_from_compiler(shielded)
+        _keep_from_compiler(shielded.__code__)
         return wraps(hook)(shielded) if hasattr(hook, "__name__") else shielded
 
 
-def _keep_from_compiler(function: Any) -> None:
-    """Let it neither compile a function nor look at what that calls."""
-    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+@cache
+def _keep_from_compiler(code: Any) -> None:
+    """Let it neither compile the code of a function nor look at what that calls."""
+    set_code_exec_strategy(code, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
 class RandomState:

@@ -285,16 +285,15 @@ def _written_out(host: Sequence[Operator], taken: Mapping[int, int]) -> Iterator
 
 def _end_of_softmax(events: Sequence[Operator], index: int, scores: Collection[tuple[int, ...]]) -> int | None:
     """Where a softmax of attention ends that begins here: here, or at the sum that an exponential is divided by."""
-    event, shape = events[index], events[index].shape(0)
+    event = events[index]
     if _is_softmax(event):
-        known = shape in scores if event.name.endswith("_backward_data") else _is_over_scores(events, index)
+        backward = event.name.endswith("_backward_data")
+        known = event.shape(0) in scores if backward else _is_over_scores(events, index)
         return index if known else None
-    if event.name not in _EXPONENTIALS or len(shape) != 4:
+    if event.name not in _EXPONENTIALS or len(event.shape(0)) != 4:
         return None
-    after = range(index + 1, len(events))
-    return next(
-        (place for place in after if events[place].name == "aten::sum" and events[place].shape(0) == shape), None
-    )
+    sums = (place for place in range(index + 1, len(events)) if events[place].name == "aten::sum")
+    return next((place for place in sums if events[place].shape(0) == event.shape(0)), None)
 
 
 def _is_over_scores(events: Sequence[Operator], index: int) -> bool:

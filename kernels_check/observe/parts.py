@@ -239,8 +239,9 @@ def embedding_modules(tree: ModelTree) -> dict[str, TrainedModule]:
     found: set[int] = set()
     for _, module in tree.modules:
         for ask in ("get_input_embeddings", "get_output_embeddings"):
-            with suppress(Exception):  # a model that has none, or says so by an error
-                found.add(id(getattr(module, ask)()))
+            if hasattr(type(module), ask):
+                with suppress(Exception):  # a model that has none, or says so by an error
+                    found.add(id(getattr(module, ask)()))
     return _places(tree, lambda module: id(module) in found)
 
 

@@ -415,8 +415,9 @@ def read_events(roots: Iterable[Any]) -> tuple[list[Operator], list[Write]]:
 
 def _is_range(event: Any) -> bool:
     """Whether it is a range that a program opened, and not an operator, a backward pass or the call of a module."""
-    scope = getattr(event.extra_fields, "scope", None)
-    return getattr(scope, "name", "") == "USER_SCOPE" and not event.name.startswith((MARK, BACKWARD_ROOT))
+    if event.name.startswith((MARK, BACKWARD_ROOT, "aten::")):
+        return False
+    return getattr(getattr(event.extra_fields, "scope", None), "name", "") == "USER_SCOPE"
 
 
 def _recorded(inputs: Iterable[Any]) -> Iterator[Identity]:
