@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -142,17 +142,14 @@ class Digest:
         """Whether a part is one of a buffer."""
         return name in self.parts and self.parts[name].kind == "buffer"
 
-    def differing(self, before: Digest) -> set[str]:
-        """Names of the tensors of which some part is another than in an earlier digest of the same model."""
-        return {one.owner for _, old, new in self._pairs(before) if (one := new or old) is not None}
-
     def since(self, before: Digest) -> DigestDifference:
         """What has changed since an earlier digest of the same model."""
         resharded = before.sharded ^ self.sharded
         found: dict[str, list[str]] = {}
-        for name, old, new in self._pairs(before):
+        for name in sorted(before.parts.keys() | self.parts.keys()):
+            old, new = before.parts.get(name), self.parts.get(name)
             one = new or old
-            if one is None:
+            if one is None or (old is not None and new is not None and old.fingerprint == new.fingerprint):
                 continue
             if one.owner in resharded:
                 kind = "incomparable"
@@ -162,13 +159,6 @@ class Digest:
                 kind = _difference(old, new)
             found.setdefault(kind, []).append(name)
         return DigestDifference(**{kind: tuple(names) for kind, names in found.items()})
-
-    def _pairs(self, before: Digest) -> Iterator[tuple[str, Hashed | None, Hashed | None]]:
-        """Parts whose fingerprints differ, by name, with what they were and are."""
-        for name in sorted(before.parts.keys() | self.parts.keys()):
-            old, new = before.parts.get(name), self.parts.get(name)
-            if old is None or new is None or old.fingerprint != new.fingerprint:
-                yield name, old, new
 
 
 def digest(tree: ModelTree) -> Digest:

@@ -156,7 +156,7 @@ def special_tokens(
 def configurations(model: nn.Module) -> Iterator[Any]:
     """Of the model, of what it wraps, and of their parts, such as the text of a vision model."""
     seen: set[int] = set()
-    waiting = [getattr(module, name, None) for name in ("config", "generation_config") for module in model.modules()]
+    waiting = [vars(module).get(name) for name in ("config", "generation_config") for module in model.modules()]
     while waiting:
         config = waiting.pop()
         if hasattr(config, "__dict__") and id(config) not in seen:

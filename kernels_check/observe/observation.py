@@ -409,7 +409,9 @@ class _Series:
         """Everything that was observed, for the judges."""
         left, calls = ModelTree.of(model), recorder.calls()
         after, updates = digest(left), self.updates.by_name()
-        changed = after.differing(self._before) | {name for name, one in updates.items() if one.moved or one.written}
+        before = {name: part.fingerprint for name, part in self._before.parts.items()}
+        changed = {part.owner for name, part in after.parts.items() if before.get(name) != part.fingerprint}
+        changed |= {name for name, one in updates.items() if one.moved or one.written}
         return Observation(
             model=left.model,
             left=left,

@@ -123,7 +123,6 @@ Path = Literal["dequantize", "fused", "packed_cpu", "unknown"]
 class Product:
     """One product of the forward pass."""
 
-    op: str
     dtype: str | None
     """In which it was computed, after any autocast."""
     path: Path | None = None
@@ -132,7 +131,6 @@ class Product:
     """Number of the call of a module of the model in which it ran; None outside the model."""
     compiled: bool = False
     """Whether it ran inside code of torch.compile, where no module is known."""
-    recomputed: bool = False
 
 
 def fourbit_products(host: Sequence[Operator], *, on_cuda: bool) -> Iterator[Product]:
@@ -165,14 +163,7 @@ def plain_products(host: Sequence[Operator]) -> Iterator[Product]:
 
 
 def _product(event: Operator, dtype: str | None, path: Path | None) -> Product:
-    return Product(
-        op=event.name,
-        dtype=dtype,
-        path=path,
-        call=event.call,
-        compiled=event.region is not None,
-        recomputed=event.in_backward,
-    )
+    return Product(dtype=dtype, path=path, call=event.call, compiled=event.region is not None)
 
 
 Direction = Literal["forward", "backward"]
