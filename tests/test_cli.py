@@ -101,6 +101,7 @@ def swept(tmp_path_factory):
     return measured(folder, SWEEP, "--interleave", "shared-base"), folder / "runs"
 
 
+@pytest.mark.selftest
 def test_a_sweep_of_adapters_runs_on_one_base(swept):
     """From study to records: one process and one load a replicate, isolated trials for what needs a process alone."""
     done, runs = swept

@@ -305,36 +305,6 @@ def test_a_base_gates_the_session(suite, base, monkeypatch):
     slower.stdout.fnmatch_lines(["Gate failed (exit 1)*2 regressed*", "*nf4*step time*regressed*"])
 
 
-def test_a_saved_file_is_as_good_a_base_as_its_run(suite, base, monkeypatch):
-    """The same verdicts and numbers from either, in pytest and on the command line."""
-    monkeypatch.setenv("NF4_STEP", "2.0")
-    (path,) = suite.path.glob(".benchmarks/*/*base.json")
-    result = suite(f"--lorameter-base={path}", "--lorameter-policy=open.toml", "--benchmark-save=slow")
-    assert result.ret == pytest.ExitCode.TESTS_FAILED
-    result.stdout.fnmatch_lines(["Gate failed (exit 1)*2 regressed*"])
-    (slow_path,) = suite.path.glob(".benchmarks/*/*slow.json")
-    (slow_run,) = [run for run in base.parent.iterdir() if run != base]
-    documents = []
-    for sides in ((base, slow_run), (path, slow_path), (base, slow_path)):
-        code, document = lorameter("compare", *sides, "--runs-dir", base.parent)
-        assert code == 1
-        rows = [row for row in document["comparisons"] if not row["metric"].endswith("_bytes")]
-        documents.append((rows, document["control"], document["differing"]))
-    assert documents[0] == documents[1] == documents[2]
-
-
-def test_a_failed_variant_is_invalid_in_its_file_too(suite, base, monkeypatch):
-    """It has no benchmark there, and that must not read as if it had never been asked for."""
-    monkeypatch.setenv("FAILING", "nf4")
-    suite("--benchmark-save=failed")
-    (path,) = suite.path.glob(".benchmarks/*/*failed.json")
-    code, document = lorameter("compare", base, path, "--runs-dir", base.parent)
-    assert code == 4
-    verdicts = {(row["variant"], row["verdict"]) for row in document["comparisons"]}
-    assert ("nf4", "invalid") in verdicts
-    assert ("plain", "invalid") not in verdicts
-
-
 def test_the_word_baseline_is_the_accepted_run(suite, base):
     """Before anything is accepted every verdict is no_baseline and the session fails; afterwards it is compared."""
     none = suite("--lorameter-base=baseline", "--lorameter-policy=open.toml")

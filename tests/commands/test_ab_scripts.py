@@ -45,33 +45,6 @@ def test_what_cannot_be_is_refused_before_anything_is_started(scripted, words, s
     assert said in err
 
 
-def test_two_commands_are_compared(scripted, tmp_path):
-    """The slower one is a regression, by turns in lockstep; report, JSON and policy read it like any other."""
-    words = ("ab", "--base-command", FAST, "--candidate-command", SLOW, "--replicates", "3", "--steps", "4")
-    code, out, _ = scripted(*words, "--allow-disturbed", "--json")
-    found = json.loads(out)
-    (row,) = [one for one in found["comparisons"] if one["metric"] == "step_time_s"]
-    assert (code, row["verdict"], row["ratio"], row["interleaving"]) == (1, "regressed", pytest.approx(2.0), "lockstep")
-    assert (found["base"], found["candidate"]) == (FAST, SLOW)
-    assert found["control"]["train"]["verdict"] == "equivalent"
-    assert found["losses"]["scripted"]["found"] == "agree"
-    again, shown, _ = scripted("report", found["run"])
-    assert again == 1
-    assert SLOW in shown
-    assert not (tmp_path / "mark").exists()
-
-
-def test_a_gate_can_demand_that_the_losses_agree(scripted, tmp_path):
-    """One script that learns less than the other is said, and does not pass, however fast it is."""
-    policy = tmp_path / "policy.toml"
-    policy.write_text('losses = "agree"\n')
-    words = ("--replicates", "2", "--steps", "4", "--allow-disturbed", "--policy", str(policy))
-    code, out, _ = scripted("ab", "--base-command", FAST, "--candidate-command", "python scripted.py worse", *words)
-    assert code == 5
-    assert "loss-differs" in out
-    assert "losses = 'agree' of the policy" in out
-
-
 def test_one_command_on_two_sides(scripted, tmp_path):
     """Two revisions of a script are one line; each process has the files of its own. Where a step of one holds fewer
     tokens, that is said, and the time is judged for each real token as well."""

@@ -15,7 +15,7 @@ from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.machine import provenance
 from lorameter.models import catalogue, shapes
-from lorameter.models.costs.memory import birth_bytes, estimate_memory
+from lorameter.models.costs.memory import estimate_memory
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.plan import Arm
 from lorameter.studies.study_file import load_study
@@ -28,17 +28,6 @@ class Document(dict):
     """An object of JSON whose keys are attributes."""
 
     __getattr__ = dict.get
-
-
-def test_json_is_one_document_with_both_phases(capsys, tmp_path):
-    """Kinds add up to the total; without an earlier run nothing is measured."""
-    assert main(["estimate", SPEC, "--model", "random:llama2-7b", "--json", "--runs-dir", str(tmp_path)]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["schema"], told["variant"], told["model"]) == (2, "qlora-nf4-r16", "random:llama2-7b")
-    for phase in ("train", "generate"):
-        assert sum(told[phase]["kinds"].values()) == told[phase]["total_bytes"] > 3e9
-        assert told[phase]["measured_bytes"] is told[phase]["error"] is None
-    assert "kv_cache" in told["generate"]["kinds"]
 
 
 def test_an_earlier_run_stands_beside_with_the_error(capsys, small_study, write_run, tmp_path, monkeypatch, machine):
@@ -57,18 +46,6 @@ def test_an_earlier_run_stands_beside_with_the_error(capsys, small_study, write_
     assert "measured peak" in shown
     assert "953.7" in shown  # MiB
     assert f"{told['error']:+.1%}" in shown
-
-
-def test_what_fits_beside_one_build_of_torch_may_not_beside_another(machine):
-    """A process begins with more where torch is built for CUDA, whether or not there is a GPU."""
-    study = load_study("lora-or-qlora").with_overrides(model="random:tiny-llama")
-    chosen = [Arm(variant=study.variants[0], workload=study.workload)]
-    shape = shapes.shape(catalogue.resolve(study.workload.model))
-    needed = estimate_memory(study.variants[0], study.workload, shape, process_bytes=birth_bytes("13.0")).needed_bytes
-    small = dataclasses.replace(machine, memory_bytes=int(needed * 0.8))
-    check_feasible(study, small, chosen)
-    with pytest.raises(UsageError, match="needs about"):
-        check_feasible(study, dataclasses.replace(small, cuda="13.0"), chosen)
 
 
 def test_what_clearly_does_not_fit_is_refused_and_what_may_not_is_said(machine):
@@ -186,12 +163,6 @@ def test_without_a_card_it_is_said_of_what_is_free_here(estimated):
     assert estimated("lora-or-qlora:lora-r16", "--model", "random:smollm2-135m").fit is None
 
 
-def test_a_card_by_its_name_takes_the_profile_of_the_study_that_it_would_run_with(estimated):
-    """One of which only the size is known takes the study as it is written."""
-    assert estimated("llama2-lora-parameters:r=512", "--gpu", "H100").profile == "h100"
-    assert estimated("llama2-lora-parameters:r=512", "--gpu", "80GiB").profile is None
-
-
 def test_a_card_without_bfloat16_is_no_card_for_it(estimated):
     """A T4 and a V100 hold what they multiply slowly; of a newer one, or of a size alone, nothing is said."""
     for name, told in (("T4", True), ("V100 16GB", True), ("A100 40GB", False), ("24GiB", False)):
@@ -209,22 +180,6 @@ def test_a_model_whose_layers_are_not_known_fits_nobody_knows_where(estimated, t
     assert "unknown" in told.notices[0]
 
 
-def test_peaks_of_a_cpu_are_not_set_beside_those_of_a_card(
-    capsys, small_study, write_run, tmp_path, monkeypatch, machine
-):
-    """Today's run was of another device."""
-    monkeypatch.setattr(provenance, "probe_machine", lambda environment=None: machine)
-    monkeypatch.setattr(
-        "lorameter.commands.estimate.load_variant", lambda spec, **_: (small_study, small_study.variants[0])
-    )
-    write_run("earlier", {"plain": [1.0, 1.0]}, peak=10**9)
-    runs = ["--runs-dir", str(tmp_path / "runs"), "--json"]
-    assert main(["estimate", "small:plain", *runs]) == main(["estimate", "small:plain", "--gpu", "24GiB", *runs]) == 0
-    here, there = map(json.loads, capsys.readouterr().out.splitlines())
-    assert here["train"]["measured_bytes"] == 10**9
-    assert there["train"]["measured_bytes"] is None
-
-
 @pytest.mark.parametrize("text", ["A100", "nonsense", "24", "0GiB", "-1GiB", "1e30GiB", "9" * 5000 + "GiB", ""])
 def test_what_is_no_card_is_refused_before_anything_is_looked_at(text, capsys, monkeypatch):
     """The study is not read and the machine is not asked; each of the ways is among the tests of the GPUs."""
@@ -233,16 +188,6 @@ def test_what_is_no_card_is_refused_before_anything_is_looked_at(text, capsys, m
     said = capsys.readouterr().err
     assert "--gpu" in said
     assert len(said) < 500
-
-
-def test_several_ranks_are_refused_where_it_is_asked_what_fits(capsys, tmp_path, machine, monkeypatch):
-    """And estimated as before where it is not."""
-    monkeypatch.setattr(provenance, "probe_machine", lambda environment=None: machine)
-    (tmp_path / "two.toml").write_text(WIDE.replace("batch_size = 6", 'batch_size = 6\nranks = 2\nstrategy = "ddp"'))
-    spec = [f"{tmp_path / 'two.toml'}:lora", "--runs-dir", str(tmp_path / "runs")]
-    assert main(["estimate", *spec]) == 0
-    assert main(["estimate", *spec, "--gpu", "H100"]) == 2
-    assert "ranks = 2" in capsys.readouterr().err
 
 
 def test_nothing_is_loaded_for_a_card_that_is_not_here():

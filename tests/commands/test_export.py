@@ -53,15 +53,6 @@ def test_all_tables_into_a_folder(called, tmp_path):
     assert list(text["trial"]) == list(frame["trial"])
 
 
-def test_one_table_to_a_file_and_its_path_as_json(called, tmp_path):
-    """--json says what was written."""
-    code, out, _ = called("--format", "parquet", "--table", "samples", "--output", "deep/s.parquet", "--json")
-    assert code == 0
-    document = json.loads(out)
-    assert (document["run"], document["files"]) == ("sound", ["deep/s.parquet"])
-    assert (tmp_path / "deep" / "s.parquet").is_file()
-
-
 def test_only_the_table_that_is_asked_for_is_made(write_run, called):
     """Trials are written where step times cannot be compared; the comparisons are refused."""
     write_run("zero", {"plain": [0.0, 0.0], "nf4": [1.0, 1.2]})
@@ -117,21 +108,6 @@ def test_a_page_of_trends_gets_json_and_only_of_valid_runs(called, form):
     code, out, err = called("--format", form, name="cut")
     assert (code, out) == (4, "")
     assert "interrupted" in err
-
-
-def test_a_value_without_an_interval_says_that_there_are_too_few_replicates(called, write_run):
-    """One cold start has no interval."""
-
-    def started(record):
-        return record.replaced(samples=record.samples | {"cold_start_time_s": (2.0 + record.replicate / 100,)})
-
-    steps = {name: [1.0] for name in ("plain", "nf4")}
-    write_run("started", steps, phases=("train", "cold"), change=started)
-    code, out, _ = called("--format", "github-action-benchmark", "--metric", "cold_start_time_s", name="started")
-    assert code == 0
-    told = {tuple(entry["extra"].splitlines()[-2:]) for entry in json.loads(out)}
-    said = "range: none, too few replicates for a 95 % interval"
-    assert told == {("1 replicate", said)}
 
 
 @pytest.mark.parametrize(

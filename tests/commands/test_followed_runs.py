@@ -53,16 +53,6 @@ def test_it_is_reported_and_listed(lorameter, followed):
     assert all(name in listed for name in (first, second))
 
 
-def test_two_of_them_are_compared_and_neither_is_called_equal(lorameter, followed):
-    """One process on each side says nothing of the next process, and what would is said."""
-    _, (first, second) = followed
-    code, out, _ = lorameter("compare", first, second, "--json")
-    found = json.loads(out)
-    (row,) = [one for one in found["comparisons"] if one["metric"] == "step_time_s"]
-    assert (code, row["verdict"], row["low"]) == (3, "inconclusive", None)
-    assert "one replicate gives no interval" in row["reason"]
-
-
 def test_one_of_them_is_accepted_and_gates_the_other(lorameter, followed, tmp_path):
     """What is open fails, or passes where a policy lets it; a slower one is found by what is exact."""
     _, (first, second) = followed

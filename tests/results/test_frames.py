@@ -1,8 +1,6 @@
 """DataFrames: typed, whole, and imported only by those who ask."""
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -76,22 +74,6 @@ def test_a_script_has_its_command_and_no_setting_that_only_it_knows(write_run, s
     assert set(trials["torch"]) == {"9.9"}
 
 
-def test_variants_that_differ_in_their_workload_have_different_ids(write_run, small_study, tmp_path):
-    """A variant on the workload of the study keeps the id of its content."""
-    variants = tuple(dataclasses.replace(small_study.variants[0], name=name) for name in ("plain", "long", "longer"))
-    lengths = {"long": {"sequence_length": 64}, "longer": {"sequence_length": 128}}
-    study = dataclasses.replace(small_study, variants=variants, workloads=lengths)
-    steps = {name: [1.0, 1.1] for name in ("plain", "long", "longer")}
-    write_run("own", steps, study=study, own_workloads=study.own_workloads)
-    frames = lorameter.load("own", tmp_path / "runs")
-    for frame in (frames.trials, frames.estimates):
-        ids = frame.groupby("variant")["variant_id"].unique().map(list)
-        assert len({one for (one,) in ids}) == 3
-        assert ids["plain"] == [variants[0].id]
-        lengths = frame.groupby("variant")["workload_sequence_length"].first()
-        assert lengths.to_dict() == {"plain": 32, "long": 64, "longer": 128}
-
-
 def test_a_folder_that_is_not_there_is_refused(tmp_path, monkeypatch):
     """An empty table would say that there are no runs; one without runs is empty."""
     with pytest.raises(UsageError, match="/nope"):
@@ -124,11 +106,3 @@ def test_validity_is_a_column_of_trials_and_estimates():
     assert (trials["failed"]["valid"] == (trials["failed"]["role"] == "control")).all()
     assert set(trials["failed"]["invalid_reason"].dropna()) == {"trial-failed"}
     assert set(frames["control-failed"].estimates["invalid_reason"]) == {"control-differs"}
-
-
-def test_importing_the_package_loads_no_pandas():
-    """Every measuring process imports it."""
-    code = "import sys, lorameter; assert not {'pandas', 'numpy', 'msgspec'} & set(sys.modules); lorameter.load"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT / "harness")})
-    with pytest.raises(AttributeError, match="no attribute 'lode'"):
-        _ = lorameter.lode

@@ -67,15 +67,6 @@ def test_a_slow_down_is_suspected_with_all_that_is_known_of_it(nightly):
     assert not track.breaks
 
 
-def test_a_rate_that_rises_is_faster(nightly):
-    """Above 1 is worse, for rates too."""
-    runs = nightly([1.0] * 12 + [0.85] * 5)
-    (track,) = told(runs, "tokens_per_s").tracks
-    (found,) = track.lines[0].suspicions
-    assert found.direction == "faster"
-    assert found.ratio < 1 < found.level_after / found.level_before
-
-
 def test_a_change_of_fingerprint_is_a_known_break_and_no_change(nightly):
     """A line for each, no ratio across, what differs, and the A/B of the versions that measures it."""
     runs = nightly([1.0] * 12 + [1.3] * 12, lambda night: torch("1.0" if night < 12 else "2.0+cpu"))
