@@ -24,7 +24,7 @@ from lorameter.report.terminal import console_for, show
 
 ENV_SUMMARY = "GITHUB_STEP_SUMMARY"
 SCHEMA = 2
-"""Version of the JSON documents of all commands (docs/json.md). 1: first form. 2: numbers beside what was text only."""
+"""Version of the JSON documents of all commands (docs/json.md). 1: first form. 2: numbers of what was text only."""
 
 
 def format_of(options: argparse.Namespace) -> str:

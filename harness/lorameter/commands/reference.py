@@ -1,7 +1,7 @@
 """docs/reference.md from the code: every key of studies and policies, every column of tables (`lorameter list keys`).
 
-Names, types and defaults are those of the fields of the dataclasses that read the files, and what is said of each is
-the line below it in the code. So the page cannot say something else than what is read.
+Names, types and defaults are those of the fields of the dataclasses that read the files, and the text of each is
+the line below it in the code. So the page cannot differ from what is read.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def write_reference() -> str:
     """The whole page."""
     settings = {column.name for column in SETTINGS}
     tables = {name: [one for one in columns if one.name not in settings] for name, columns in TABLES.items()}
-    rules = fields_said(inspect.getsource(claim))["Rule"]
+    rules = texts_below(inspect.getsource(claim))["Rule"]
     paths = ", ".join(f"`{path}`" for path in REQUIREMENTS)
     parts = (
         INTRODUCTION,
@@ -108,7 +108,7 @@ def _example_of(module: types.ModuleType) -> str:
 
 
 def _keys_of(cls: type) -> str:
-    """The table of a class: each key with its values, its default and what is said of it."""
+    """The table of a class: each key with its values, its default and its text."""
     said, hints = documents_of(cls), typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     names: Iterable[str] = fields
@@ -122,12 +122,12 @@ def _keys_of(cls: type) -> str:
 
 
 def documents_of(cls: type) -> dict[str, str]:
-    """What is said below each field of a dataclass, and of those of its bases."""
+    """The text below each field of a dataclass, and of those of its bases."""
     bases = [base for base in reversed(cls.__mro__) if base.__module__.startswith("lorameter")]
-    return {name: text for base in bases for name, text in fields_said(inspect.getsource(base)).items()}
+    return {name: text for base in bases for name, text in texts_below(inspect.getsource(base)).items()}
 
 
-def fields_said(source: str) -> dict[str, str]:
+def texts_below(source: str) -> dict[str, str]:
     """The texts below the names that a module, or the one class in it, defines."""
     body = ast.parse(textwrap.dedent(source)).body
     body = body[0].body if isinstance(body[0], ast.ClassDef) else body

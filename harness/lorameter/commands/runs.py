@@ -19,7 +19,7 @@ from lorameter.results.prune import parse_age, prune
 
 
 def run_export(options: argparse.Namespace) -> int:
-    """Write the run; what was written is said, one path a line."""
+    """Write the run; print what was written, one path a line."""
     form = options.format or "json"
     if options.json and not options.output and form != "json":
         raise UsageError(f"--json and --format {form} both choose what is printed. Give one of them, or an --output.")

@@ -12,7 +12,7 @@ from lorameter.studies.workload import Workload
 
 SCHEMA = 1
 DOCUMENT = "parity.json"
-"""What the folder holds beside the logs."""
+"""What the folder holds in addition to the logs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,5 +49,5 @@ class Parity:
 
     @property
     def reference(self) -> Served:
-        """The adapter beside the base that it was trained on."""
+        """The adapter next to the base that it was trained on."""
         return self.served[0]

@@ -64,7 +64,7 @@ def measure_parity(
         study: the workload, and the protocol that says how long an adapter trains.
         variant: of the study.
         executor: where; it is started and closed here.
-        runs: the folder is made in it, beside runs.
+        runs: the folder is made in it, next to runs.
         adapter: of `check_adapter`; None to train one.
         say: called with a line of progress.
 

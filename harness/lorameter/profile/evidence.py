@@ -64,7 +64,7 @@ def changes_without(variant: Variant, saving: str) -> dict[str, Any]:
 
 def extra_bytes(profile: TrialProfile, shape: ModelShape | None) -> dict[str, int]:
     """What leaving each saving of memory out would add, as estimated; nothing of a model whose layers are not known,
-    of which then nothing is said to fit."""
+    which then are never expected to fit."""
     found: dict[str, int] = {}
     if shape is None:
         return found
@@ -96,7 +96,7 @@ class ProfileEvidence:
         logits_bytes: logits, their gradients and the loss's copies of them, where the memory was highest.
         liger: whether the package liger-kernel is installed.
         unpacking: share of what makes 16-bit weights of packed ones.
-        dropout: share of what draws masks and, where that can be told from other products, applies them.
+        dropout: share of what draws masks and, where that can be distinguished from other products, applies them.
         padded: share of the positions.
         recomputed: share of all FLOPs that go with checkpointing.
         masked_pairs: share of the pairs given to attention that its mask hides.
@@ -204,12 +204,12 @@ def unpacking_s(phase: PhaseActivity) -> float:
 
 
 def recorded(*names: str) -> Callable[[PhaseActivity], float]:
-    """How many records of the profiler lie in what a phase tells apart under these names."""
+    """How many records of the profiler lie in the parts of a phase that have these names."""
     return lambda phase: sum(phase.records.get(name, 0.0) for name in names)
 
 
 def dropout_s(phase: PhaseActivity) -> float:
-    """Seconds of a phase that draw masks and, where that can be told from other products, apply them."""
+    """Seconds of a phase that draw masks and, where that can be distinguished from other products, apply them."""
     drawn = (one.time_s for one in phase.operators if any(word in one.name for word in DROPOUT_KERNELS))
     forward = phase.totals_s.get(DROPOUT_OPERATOR, 0.0) if phase.totals_s else sum(drawn)
     return forward + phase.dropout_backward_s

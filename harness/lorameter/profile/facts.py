@@ -108,7 +108,7 @@ class RequestProfile(TrialProfile):
 
     @property
     def cold_parts_s(self) -> dict[str, float]:
-        """Seconds of each part of a cold start; nothing where it was not taken apart."""
+        """Seconds of each part of a cold start; nothing where its parts were not timed."""
         values = self.record.values
         if "cold_base_time_s" not in values:
             return {}

@@ -122,9 +122,9 @@ class Tried:
 def judge_remedy(run: Run, finding: Finding) -> Tried:
     """Judge the run of such a study."""
     study = read_study(run)
-    stands, known = run_validity(run, study), run.manifest.notices
+    validity, known = run_validity(run, study), run.manifest.notices
     groups, phase = group_trials(run.records), phases_of(run)[0]
-    metric, control = stands.primary[phase], stands.controls[phase]
+    metric, control = validity.primary[phase], validity.controls[phase]
     if phase_of(finding) != "train":  # of a request the part that the finding is about
         metric = finding.metric
         control = control_of(groups, study.reference, metric, family=1)
@@ -136,7 +136,7 @@ def judge_remedy(run: Run, finding: Finding) -> Tried:
         metric=metric,
         comparison=comparison,
         control=control,
-        failures=stands.failures,
-        notices=tuple(notice for notice in notices_of(run, study, stands.controls) if notice not in known),
-        valid=stands.valid and comparison is not None and not (control is not None and is_difference(control)),
+        failures=validity.failures,
+        notices=tuple(notice for notice in notices_of(run, study, validity.controls) if notice not in known),
+        valid=validity.valid and comparison is not None and not (control is not None and is_difference(control)),
     )

@@ -1,8 +1,8 @@
 """Rules from the evidence of a step to findings, each with its number and its cost.
 
 A rule says what was seen, how much of a step (or how many bytes) hangs on it, and which field to change. Of a cost only
-what the remedy takes away counts (the casts beside an adapter in float32, not all copies), but what comes in place of a
-thing may cost something too, and a thing may cost others time that was not seen to hang on it. Only a measurement of
+what the remedy takes away counts (the casts next to an adapter in float32, not all copies), but what comes in place of
+a thing may cost something too, and a thing may cost others time that was not seen to hang on it. Only a measurement of
 both says what is won (`lorameter.profile.remedy`).
 
 The rules see evidence only, never a process: a constructed case for each is a few numbers.
