@@ -18,8 +18,6 @@ from lorameter.cli import main
 from lorameter.commands.parser import build_parser
 from lorameter.commands.table import COMMANDS
 from lorameter.records import store
-from lorameter.report.figures import SERVING
-from lorameter.studies.from_run import read_study
 
 
 def test_errors_and_lists_act_on_no_terminal(capsys, tmp_path):
@@ -36,7 +34,6 @@ def test_errors_and_lists_act_on_no_terminal(capsys, tmp_path):
 
 @pytest.mark.parametrize(("failing", "said"), [
     (lambda record: record, "complete"),
-    (lambda record: record.replaced(status="crashed"), "complete, none of 6 trials ok"),
     (lambda record: record.replaced(status="oom" if record.replicate else "ok"), "complete, 3 of 6 trials ok"),
 ])  # fmt: skip
 def test_a_list_of_runs_says_how_many_trials_are_ok(write_run, capsys, failing, said):
@@ -123,41 +120,6 @@ def test_a_sweep_of_adapters_runs_on_one_base(swept):
     assert twins["variant"] == twins["control"]
 
 
-@pytest.mark.selftest
-def test_a_second_run_of_the_same_model_makes_no_base(swept):
-    """Nothing is converted or quantised: it maps what the first one has kept, which is still what was written."""
-    first, runs = swept
-    done = measured(runs.parent, SWEEP, "--phase", "train")
-    assert done.returncode == 0, done.stderr
-    before, again = (store.read_run(json.loads(one.stdout)["run"], runs) for one in (first, done))
-    assert again.manifest.run != before.manifest.run
-    assert [(base.conversions, base.quantisations) for base in again.manifest.bases] == [(0, 0)]
-    assert [base.hash for base in again.manifest.bases] == [base.hash for base in before.manifest.bases]
-    assert not any(record.values["base_conversions"] for record in again.records)
-
-
-@pytest.mark.selftest
-def test_requests_of_every_size_are_measured(tmp_path, capsys):
-    """Prompts and their lengths as axes: four variants of one, each asked with its own, and their front."""
-    sizes = "request_batch=[1, 2]\nprompt_tokens=[8, 16]\n"
-    done = measured(tmp_path, f"{WORKLOAD}{sizes}{PROTOCOL}[[variant]]\nname='a'\nr=4\n", "--phase", "generate")
-    assert done.returncode == 0, done.stderr
-    run = store.read_run(json.loads(done.stdout)["run"], tmp_path / "runs")
-    study = read_study(run)
-    workloads = (study.workload, *study.own_workloads.values())
-    asked = {(one.request_batch, one.prompt_tokens) for one in workloads}
-    assert len(study.variants) == 4
-    assert asked == {(1, 8), (1, 16), (2, 8), (2, 16)}
-    served = {}
-    for record in run.records:
-        if "request_time_s" in record.samples:
-            served.setdefault(record.name, set()).add(record.values["request_batch"])
-    assert len(served) == 4
-    assert sorted(served.values(), key=min) == [{1.0}, {1.0}, {2.0}, {2.0}]
-    assert main(["report", run.manifest.run, "--runs-dir", str(tmp_path / "runs")]) == 0
-    assert SERVING in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
@@ -218,13 +180,6 @@ def test_reading_makes_no_folder(write_run, tmp_path, monkeypatch, capsys):
     assert not list(elsewhere.iterdir())
     assert main(["run", "training-step", "--runs-dir", "/dev/null/runs"]) == 2
     assert "cannot be made" in capsys.readouterr().err
-
-
-def test_a_title_with_a_bracket_is_shown_as_it_is(tmp_path, capsys):
-    """It is no markup."""
-    (tmp_path / "mine.toml").write_text("title = 'a [/b] c'\n[[variant]]\nname = 'x'\n")
-    assert main(["run", str(tmp_path / "mine.toml"), "--dry-run", "--runs-dir", str(tmp_path)]) == 0
-    assert "a [/b] c" in capsys.readouterr().out
 
 
 def test_every_command_ends_its_help_with_an_example_that_it_takes(monkeypatch, capsys):

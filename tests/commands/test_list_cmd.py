@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -40,21 +39,6 @@ def test_a_damaged_manifest_hides_no_other_run(write_run, capsys, harm, reason):
     assert len(rows[0]["title"]) < 2000
     assert main(["report", "damaged", "--runs-dir", str(whole.parent)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-def test_a_manifest_that_is_no_file_or_no_text_hides_no_other_run(write_run, capsys):
-    """A directory in its place, bytes that are no text, a link to nothing."""
-    whole = write_run("whole", STEPS)
-    (whole.parent / "directory" / "manifest.json").mkdir(parents=True)
-    for name in ("bytes", "link"):
-        (whole.parent / name).mkdir()
-    (whole.parent / "bytes" / "manifest.json").write_bytes(b'{"schema": \xff}')
-    (whole.parent / "link" / "manifest.json").symlink_to("nothing")
-    assert main(["list", "runs", "--runs-dir", str(whole.parent)]) == 0
-    table = capsys.readouterr().out.partition("\n\n")[0].splitlines()[2:]
-    found = [re.split(r"\s{2,}", line.strip()) for line in table]
-    assert {(row[0], row[1]) for row in found[:-1]} == {(name, "damaged") for name in ("bytes", "directory", "link")}
-    assert found[-1][:3] == ["whole", "small", "complete"]
 
 
 @pytest.mark.parametrize(

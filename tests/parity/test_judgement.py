@@ -110,15 +110,6 @@ def test_the_document_has_every_way_and_the_file_is_read_back(make_parity):
     assert codec.from_json(Parity, json.loads(codec.dumps(parity)), "parity") == parity
 
 
-@pytest.mark.parametrize("width", [60, 80, 120])
-def test_no_word_is_broken(make_parity, width):
-    """On terminals of any width: no number of a table is cut in two."""
-    said = text(make_parity(), width)
-    assert all(len(line) <= width for line in said.splitlines())
-    for word in ("1e-06", "4e-06", "0.001", "0.02", "[0 %, 37 %]"):
-        assert word in said
-
-
 def test_differing_answers_stand_beside_each_other_and_obey_nobody(make_parity):
     """Three of each way at most; what a model writes is shown and not acted upon; controls are left out."""
     parity = make_parity()
