@@ -91,7 +91,7 @@ class SiteSpec:
         comes without them.
         """
         of_place = (self.on, self.sites, self.mixed) if on is None else (on, (), False)
-        named = of_place[1] if sites is None else split_sites(sites)
+        named = of_place[1] if sites is None else tuple(part.strip() for part in sites.split(","))
         return SiteSpec(on=of_place[0], sites=named, mixed=of_place[2] or mixed)
 
 
@@ -102,11 +102,6 @@ _NUMBERS = re.compile(r"[0-9]{1,4}(\+[0-9]{1,4})*")
 def numbers_of(name: str) -> tuple[int, ...]:
     """The GPUs of this machine, or shares of its CPUs, that are one site: "0", or "0+1"."""
     return tuple(map(int, name.split("+")))
-
-
-def split_sites(text: str) -> tuple[str, ...]:
-    """The names in "0,1" or "node1, node2"."""
-    return tuple(part.strip() for part in text.split(","))
 
 
 def say_sites(sites: Sequence[str]) -> str:

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from lorameter.studies.study import Study
     from lorameter.studies.variant import ScriptVariant
 
-FIELDS = ("command", "cwd", "env", "python")
-"""Fields of a variant that belong to its command."""
 SIDE = "command"
 """Kind of a side of an A/B that is a command of its own: the two differ in nothing else."""
 OWN = "script"
