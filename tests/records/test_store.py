@@ -56,15 +56,6 @@ def test_a_damaged_manifest_is_a_clear_error(tmp_path):
         store.read_run(str(writer.path), tmp_path)
 
 
-def test_where_runs_live(tmp_path, monkeypatch):
-    """The option wins over the environment, which wins over the folder one stands in."""
-    monkeypatch.chdir(tmp_path)
-    assert store.runs_dir(None, make=True).resolve() == (tmp_path / ".lorameter" / "runs").resolve()
-    monkeypatch.setenv(store.ENV_RUNS, str(tmp_path / "env"))
-    assert store.runs_dir(None, make=True) == tmp_path / "env"
-    assert store.runs_dir(str(tmp_path / "given")) == tmp_path / "given"
-
-
 def test_runs_are_no_change_of_the_repository_that_they_lie_in(tmp_path, monkeypatch):
     """The folder that is made by default hides itself from git; one that is named is its owner's."""
     monkeypatch.chdir(tmp_path)

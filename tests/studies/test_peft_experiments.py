@@ -75,9 +75,3 @@ def test_what_cannot_be_is_refused_with_the_right_word(folder, select, params, s
     (folder / "experiments/lora/rank32/training_params.json").write_text(json.dumps(params))
     with pytest.raises(UsageError, match=said.replace("?", r"\?")):
         study_of_experiments(str(folder), select)
-
-
-def test_a_folder_without_experiments_is_refused(tmp_path):
-    """The message says which folder is meant."""
-    with pytest.raises(UsageError, match="Name method_comparison/MetaMathQA"):
-        study_of_experiments(str(tmp_path))

@@ -6,7 +6,6 @@ import pytest
 
 from lorameter.errors import UsageError
 from lorameter.studies.placement import SiteSpec, SlurmRequest, read_slurm
-from lorameter.studies.protocol import Protocol
 from lorameter.studies.study_file import load_study
 
 STUDY = """
@@ -22,14 +21,6 @@ def written(tmp_path, protocol, more=""):
     path = tmp_path / "small.toml"
     path.write_text(STUDY.format(protocol=protocol) + more)
     return str(path)
-
-
-def test_what_a_study_says_is_in_its_protocol(tmp_path):
-    """By the names that the options have."""
-    study = load_study(written(tmp_path, 'sites = ["0", "1"]'))
-    assert study.protocol.place == SiteSpec(sites=("0", "1"))
-    assert load_study(written(tmp_path, 'on = "slurm:sites=4"')).protocol.place == SiteSpec(on="slurm:sites=4")
-    assert Protocol().place.is_plain
 
 
 @pytest.mark.parametrize(
@@ -76,13 +67,6 @@ def test_the_command_line_wins(tmp_path, options, place):
     """Sites are of one place: another one comes without the old ones."""
     study = load_study(written(tmp_path, 'on = "ray"\nsites = ["n1", "n2"]'))
     assert study.with_overrides(**options).protocol.place == place
-
-
-@pytest.mark.parametrize("sites", ["", "0,", "0,0", "a"])
-def test_a_list_that_is_none_is_refused(sites):
-    """An empty one, too."""
-    with pytest.raises(UsageError, match="sites = "):
-        SiteSpec().asked(sites=sites)
 
 
 def test_what_is_asked_of_a_batch_system_is_keys_and_values():

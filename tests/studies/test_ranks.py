@@ -10,12 +10,9 @@ import pytest
 from lorameter.errors import UsageError
 from lorameter.machine.gpus import VisibleCard
 from lorameter.machine.reading import Reading, missing
-from lorameter.run.build_plan import build_plan
-from lorameter.run.feasibility import check_feasible, processes_on_device
-from lorameter.run.interleaving import choose_interleaving
+from lorameter.run.feasibility import check_feasible
 from lorameter.run.plan import make_plan
 from lorameter.studies.study_file import load_study
-from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 
 DDP = {"ranks": 2, "strategy": "ddp"}
@@ -130,32 +127,3 @@ def test_four_bits_need_a_torch_that_shards_integers(small_study, machine, torch
         else pytest.raises(UsageError, match=r"shards no integers.*torch 2\.12 or later")
     ):
         check_feasible(of_ranks(small_study, quantization="nf4"), machine)
-
-
-def test_four_bits_under_fsdp2_are_said_to_be_checked_or_mended(small_study, machine, monkeypatch):
-    """A notice before the run, which names the repair or says that it is in force."""
-    monkeypatch.setattr("lorameter.run.feasibility.library_version", {"torch": "2.13.0"}.get)
-    study = of_ranks(small_study, quantization="nf4")
-    codes = {notice.code: notice.remedy for notice in check_feasible(study, machine)}
-    assert 'repair = "quant_state"' in codes["ranks-fsdp2-4bit"]
-    mended = dataclasses.replace(study, workload=dataclasses.replace(study.workload, repair="quant_state"))
-    assert "bitsandbytes-fsdp2-patched" in {notice.code for notice in check_feasible(mended, machine)}
-
-
-def test_ranks_share_no_base_with_other_trials(small_study, machine):
-    """Adapters of one base have one process, and a rank is a process of its own."""
-    variants = (LoraVariant(name="a", r=4), LoraVariant(name="b", r=8))
-    level, why = choose_interleaving(variants, together_bytes=1, free_bytes=100, ranks=2)
-    assert (level, why.split(",")[0]) == ("lockstep", "a trial has 2 ranks")
-    workload = dataclasses.replace(small_study.workload, **DDP)
-    study = dataclasses.replace(small_study, workload=workload)
-    plan, _ = build_plan(study, machine, free_bytes=2**40, phases=("train",))
-    assert plan.interleaving == "lockstep"
-
-
-def test_memory_counts_every_process_on_a_device():
-    """On a CPU all ranks and the one beside them; on a GPU one rank, and the one beside them on the first."""
-    workload = Workload(**DDP)
-    assert [processes_on_device(workload, device) for device in ("cpu", "cuda")] == [3, 2]
-    assert processes_on_device(dataclasses.replace(workload, scaling=False), "cpu") == 2
-    assert processes_on_device(Workload(), "cpu") == 1

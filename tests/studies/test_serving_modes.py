@@ -43,13 +43,6 @@ def test_a_group_is_served_from_one_base_and_merges_last():
         assert not any(way.merged for way in group[:-1])
 
 
-def test_a_variant_that_no_other_base_takes_as_it_is():
-    """What belongs to its own base or to its training alone is left behind."""
-    for fields in ({"init_lora_weights": "pissa"}, {"quantization": "nf4", "prepare_for_kbit": True}):
-        for group in ways_of(LoraVariant(**fields, merge_adapter=True)):
-            assert all(way.variant.init_lora_weights == "default" and not way.variant.merge_adapter for way in group)
-
-
 def test_a_way_crosses_a_process():
     """As JSON, and back."""
     for way in (way for group in ways_of(LoraVariant(name="a", quantization="nf4")) for way in group):

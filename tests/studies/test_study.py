@@ -192,12 +192,6 @@ def test_a_workload_that_cannot_be_is_refused(tmp_path, line, said):
         load_study(write(tmp_path, f"[workload]\n{line}\n{TWO}"))
 
 
-def test_the_reference_has_the_workload_of_the_study(tmp_path):
-    """All others are read against it."""
-    with pytest.raises(UsageError, match="it is the reference"):
-        load_study(write(tmp_path, 'reference = "four"\n' + SIZES))
-
-
 @pytest.mark.parametrize(
     ("options", "profile", "batch"),
     [
@@ -245,12 +239,6 @@ def test_bad_sweeps_profiles_and_claims_are_refused(tmp_path, text, words):
         load_study(write(tmp_path, text))
     for word in words:
         assert word in str(caught.value)
-
-
-def test_an_unknown_profile_is_refused(tmp_path):
-    """With those that there are."""
-    with pytest.raises(UsageError, match=r"profile = 'zz'.*cpu, big, other"):
-        load_study(write(tmp_path, SWEPT), profile="zz")
 
 
 def test_a_variant_is_named_by_its_study_or_alone_in_it(tmp_path):

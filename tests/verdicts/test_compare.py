@@ -84,13 +84,6 @@ def test_more_is_better_is_oriented(write_run, compare):
     assert document["comparisons"][1]["ratio"] == pytest.approx(1.25)
 
 
-def test_all_metrics_compares_whatever_was_measured(write_run, compare):
-    """Derived metrics and memory among them, in one family."""
-    _, document = compare(write_run("a", BASE), write_run("b", BASE), "--all-metrics")
-    metrics = {row["metric"] for row in document["comparisons"]}
-    assert {"step_time_s", "tokens_per_s", "samples_per_s", "timed_loss", "host_peak_train_bytes"} == metrics
-
-
 @pytest.mark.parametrize(("options", "word"), [
     (["--metric", "step_tme_s"], "Did you mean 'step_time_s'"),
     (["--metric", "step_time_s", "--all-metrics"], "Give one of them"),
@@ -140,21 +133,6 @@ def test_unlike_fingerprints_are_not_comparable(write_run, compare, facts, said)
     assert len(document["differing"]) == 1
 
 
-def limited(watts):
-    """A run on a GPU under a limit; None: of before limits were recorded."""
-    settings = {} if watts is None else {"settings": {"gpu": {"power_limit_w": watts}}}
-    return {"device": "cuda", "device_name": "Card"} | settings
-
-
-def test_runs_under_different_power_limits_are_not_comparable(write_run, compare):
-    """A lowered limit lowers the clock of everything that computes."""
-    write_run("a", BASE, facts=limited(700.0))
-    code, document = compare("a", write_run("b", BASE, facts=limited(400.0)))
-    assert code == 5
-    assert document["differing"] == [{"field": "power_limit_w", "base": 700, "candidate": 400}]
-    assert compare("a", write_run("c", BASE, facts=limited(700.2)))[1]["differing"] == []
-
-
 def test_force_compares_and_never_calls_equal(write_run, compare):
     """Ratios are shown with what differs; the equal peaks are downgraded, the regression stays."""
     write_run("a", BASE)
@@ -182,14 +160,6 @@ def test_a_variant_that_changed_under_its_name_is_not_comparable(write_run, comp
         "variant nf4: r",
         "variant nf4: lora_alpha",
     ]
-
-
-def test_a_variant_that_disappeared_is_not_comparable(write_run, compare):
-    """It would otherwise be the easiest way through a gate."""
-    code, document = compare(write_run("a", BASE), write_run("b", {"plain": BASE["plain"]}))
-    assert code == 5
-    assert verdicts_of(document) == {"plain": "inconclusive", "nf4": "not_comparable"}
-    assert "in the base and not in the candidate" in reasons_of(document)
 
 
 def test_a_metric_that_one_side_lacks_is_named(write_run, compare):
@@ -226,13 +196,6 @@ def test_a_trial_that_does_not_count_makes_its_variant_invalid(write_run, compar
         assert code == 4
         assert verdicts_of(document) == {"plain": "inconclusive", "nf4": "invalid"}
         assert said in reasons_of(document)
-
-
-def test_a_fallback_that_the_study_allows_is_compared(write_run, compare, small_study):
-    """It is what the study asked for."""
-    allowed = dataclasses.replace(small_study, allow_fallback=True)
-    write_run("a", BASE, study=allowed, change=fallback)
-    assert compare("a", write_run("b", BASE, study=allowed, change=fallback))[0] == 3
 
 
 def control_oom(record):
@@ -545,11 +508,9 @@ def test_the_worst_verdict_decides(found, code):
     assert verdicts.exit_code(map(compared, found)) == code
 
 
-def test_the_text_shows_rows_reasons_and_control(write_run, tmp_path, capsys):
-    """The same numbers as the JSON, for people."""
-    write_run("a", BASE)
-    write_run("b", slower(1.2, "nf4"))
-    assert main(["compare", "a", "b", "--verbose", "--runs-dir", str(tmp_path / "runs")]) == 1
-    text = capsys.readouterr().out
-    for word in ("b against a", "nf4", "step time", "regressed", "is entirely above", "control of train"):
-        assert word in text
+def test_a_variant_that_disappeared_is_not_comparable(write_run, compare):
+    """It would otherwise be the easiest way through a gate."""
+    code, document = compare(write_run("a", BASE), write_run("b", {"plain": BASE["plain"]}))
+    assert code == 5
+    assert verdicts_of(document) == {"plain": "inconclusive", "nf4": "not_comparable"}
+    assert "in the base and not in the candidate" in reasons_of(document)

@@ -5,7 +5,6 @@ import random
 
 import pytest
 
-from lorameter.records.record import Failure
 from lorameter.verdicts.claims import conjunction, judge_claims
 
 RISE = {"r4": 1.0, "centre": 1.03, "r16": 1.06}
@@ -75,12 +74,6 @@ def test_a_fall_is_told_as_a_ratio_below_one(make_run, claim):
     assert part.low < 1 / 1.06 < part.high < 1
     lowest = part_of(make_run([claim(rule="lowest", levels=(4,))], RISE))
     assert (lowest.about, lowest.ratio) == ("4 / 8", pytest.approx(1 / 1.03, abs=0.003))
-
-
-def test_more_is_not_turned_over(make_run, claim):
-    """A claim says "rises" of the quantity it names: throughput falls where step time rises."""
-    falls = claim(rule="trend-down", metric="tokens_per_s")
-    assert part_of(make_run([falls], RISE, level="replicates")).verdict == "supported"
 
 
 def test_the_best_trades_metrics_by_their_weights(make_run, claim):
@@ -157,20 +150,6 @@ def test_what_is_missing_is_named_with_the_remedy(make_run, claim, part, options
     found = part_of(make_run([claim({"rule": "trend-up"} | part)], RISE, **options))
     assert found.verdict == "not judged"
     assert words in found.reason
-
-
-def test_a_level_that_never_worked_is_named_with_its_status(make_run, claim):
-    """r 16 runs out of memory in every replicate: what is claimed of r is not judged, what of alpha is."""
-
-    def starved(record):
-        if record.name != "r16":
-            return record
-        return record.replaced(status="oom", samples={}, failure=Failure(phase="train", kind="oom", message=""))
-
-    run = make_run([claim(rule="trend-up")], RISE, change=starved)
-    assert part_of(run).verdict == "not judged"
-    assert "r 16: no trial is ok (oom)" in part_of(run).reason
-    assert part_of(make_run([claim(rule="equal", axis="lora_alpha")], change=starved)).verdict == "supported"
 
 
 def test_a_replicate_counts_only_with_every_level(make_run, claim):

@@ -64,18 +64,6 @@ def test_less_memory_and_hardly_slower_is_one_claim_of_a_pair(judged):
     assert too_much.verdict == "refuted"
 
 
-def test_energy_and_kinds_of_memory_are_metrics_too(judged):
-    """By name; bytes by the largest, energy as any number."""
-    found = judged(
-        part("lowers", "energy_per_step_j", by=0.2),
-        part("lowers", "device_peak_allocated_train_bytes", by=0.3),
-        part("costs-at-most", "peak_memory", axis="use_dora", levels=(False, True), by=0.05),
-        part("costs-at-most", "peak_memory", levels=("nf4", "none"), by=0.05),
-    )
-    assert [one.verdict for one in found] == ["supported", "supported", "supported", "refuted"]
-    assert "device_peak_allocated_train_bytes 600 MiB in nf4, 1000 MiB in plain" in found[1].reason
-
-
 def test_resident_memory_supports_no_limit_of_a_cost(judged):
     """On a CPU it is diluted: a saving that shows is one, a cost that shows is one, and nothing else is said."""
     saving, cost, bound = judged(
@@ -110,18 +98,6 @@ def test_what_cannot_be_asked_is_refused(tmp_path, claim, words):
         load_study(str(path))
     for word in ["mine.toml", *words]:
         assert word in str(caught.value)
-
-
-def test_a_pair_is_read_from_a_file(tmp_path):
-    """As docs/reference.md shows it."""
-    path = tmp_path / "mine.toml"
-    path.write_text(
-        '[[variant]]\nname = "a"\n[[variant]]\nname = "b"\nquantization = "nf4"\n[[claim]]\nid = "1"\nsays = "s"\n'
-        'parts = [{ rule = "costs-at-most", axis = "quantization", levels = ["none", "nf4"], metric = "step_time_s", '
-        "by = 0.1 }]\n"
-    )
-    (claim,) = load_study(str(path)).claims
-    assert claim.parts[0].levels == ("none", "nf4")
 
 
 @pytest.mark.parametrize(
