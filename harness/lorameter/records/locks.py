@@ -8,6 +8,9 @@ from pathlib import Path
 
 from lorameter.errors import UsageError
 
+ASKING_S = 1.0
+"""How long a process that only asks (`is_locked`) may hold up one that wants the lock."""
+
 
 @contextmanager
 def locked(target: Path, waiting: str, report: Callable[[str], object]) -> Iterator[None]:
@@ -17,18 +20,12 @@ def locked(target: Path, waiting: str, report: Callable[[str], object]) -> Itera
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(lock_of(target))
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except filelock.Timeout:
         report(waiting)
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         yield
-    finally:
-        lock.release()
-
-
-ASKING_S = 1.0
-"""How long a process that only asks (`is_locked`) may hold up one that wants the lock."""
 
 
 @contextmanager
@@ -41,15 +38,12 @@ def alone(target: Path, refusal: str) -> Iterator[None]:
     import filelock
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(lock_of(target))
     try:
-        lock.acquire(timeout=ASKING_S)
+        held = filelock.FileLock(lock_of(target)).acquire(timeout=ASKING_S)
     except filelock.Timeout:
         raise UsageError(refusal) from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def is_locked(target: Path) -> bool:
