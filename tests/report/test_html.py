@@ -151,10 +151,6 @@ def test_every_picture_has_its_numbers_in_a_table(committed):
     ("asked", "titles"),
     [
         (
-            ReportFilter(variants=("qlora-nf4-r16",), metrics=("step_time_s",)),
-            ["Step time × lora-r16"],
-        ),
-        (
             ReportFilter(variants=("qlora-nf4-r16",), phases=("generate",)),
             ["Request × lora-r16", "Host peak, generation × lora-r16", "Checks of the paths that ran"],
         ),

@@ -90,18 +90,6 @@ def test_the_time_left_says_what_it_rests_on(plan, monkeypatch):
     assert screen(unknown)[-1] == f"0 of {len(plan.slots)} trials"
 
 
-def test_surroundings_are_said_while_they_disturb(plan):
-    """By the kinds of what was seen, with how many trials each met."""
-    display = LiveDisplay(Console(file=io.StringIO(), width=100))
-    display.starting(plan, "run-1")
-    slot = plan.slots[0]
-    display.trial_ended(record_of(slot, 0.1).replaced(values={"psi_cpu_some_share_train": 0.5, "threads": 2.0}))
-    before = screen(display)[-1]
-    display._disturbed["contended"] = 2
-    assert "surroundings: contended in 2" in screen(display)[-1]
-    assert before != screen(display)[-1]
-
-
 @pytest.fixture
 def heard(plan, monkeypatch):
     """The lines of five minutes of one trial without a terminal."""

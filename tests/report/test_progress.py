@@ -67,7 +67,7 @@ def test_a_run_under_way_is_not_taken_for_a_killed_one(broken_off):
     assert "--resume" not in text
 
 
-@pytest.mark.parametrize("records", range(10))
+@pytest.mark.parametrize("records", [0, 1, 9])
 def test_a_report_of_any_moment(broken_off, records):
     """From the first record to the last, tables or not."""
     view = view_of(broken_off(records, "interrupted" if records % 2 else "running"))

@@ -15,7 +15,7 @@ from lorameter.records.record import Failure, TrialRecord
 from lorameter.records.store import Manifest, Run
 from lorameter.report.run import describe_run
 from lorameter.report.run_view import view_of
-from lorameter.report.terminal import console_for, show
+from lorameter.report.terminal import show
 from lorameter.studies.script_study import study_of_command
 
 
@@ -109,27 +109,11 @@ def test_a_variant_without_any_result_is_still_a_row(small_study, tmp_path):
     assert view.tables[0].table.rows[1].cells[3].text == "–"
 
 
-def test_one_replicate_has_no_interval_and_says_so(small_study, tmp_path):
-    """A number never stands alone."""
-    view = view_of(run_of(small_study, tmp_path, steps={"plain": (0.1,), "nf4": (0.2,)}))
-    assert "100 ms\n[no interval]".split("\n")[1] in text_of(view)
-
-
 @pytest.mark.parametrize(("occupancy", "noticed"), [(0.6, True), (0.99, False)])
 def test_contention_is_noticed_by_occupancy(small_study, tmp_path, occupancy, noticed):
     """CPU time over wall time, a flag that does not look at the outcome."""
     run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=QUIET, occupancy=occupancy)
     assert ("cpu-contention" in {notice.code for notice in view_of(run).notices}) is noticed
-
-
-def test_piped_output_is_complete_and_plain(small_study, tmp_path):
-    """No cut cell and no escape code without a terminal."""
-    buffer = io.StringIO()
-    view = view_of(run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}))
-    show(describe_run(view), console_for(buffer))
-    text = buffer.getvalue()
-    assert "\x1b" not in text
-    assert "…" not in text
 
 
 def test_a_trial_that_gets_slower_is_named(small_study, tmp_path):

@@ -100,14 +100,3 @@ def test_an_answer_acts_on_no_terminal(run, capsys):
     assert "[2J" in shown
     assert main(["sample", str(run.path), "plain", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["samples"][0]["trained"].startswith("\x1b[2J")
-
-
-@pytest.mark.parametrize(
-    "tokens", [{"answer_x": [1]}, {"answer_0": [-1]}, {"answer_0": [2**40]}, {"answer_9": [65]}, {"answer_0": []}]
-)
-def test_answers_that_nobody_gave_are_no_traceback(tokens, run, capsys):
-    """A key that is no number, tokens that no vocabulary has, an answer to no prompt, one of no tokens."""
-    trials = run.path / "trials.jsonl"
-    lines = [json.loads(line) for line in trials.read_text().splitlines()]
-    trials.write_text("".join(json.dumps(line | {"tokens": tokens}) + "\n" for line in lines))
-    assert main(["sample", str(run.path), "plain"]) in (0, 2)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import re
 
 import pytest
 from rich.cells import cell_len
-from rich.console import Console
-from rich.style import Style
 
-from lorameter.records.record import Failure, TrialRecord
 from lorameter.report.blocks import (
     Cell,
     Collapsible,
@@ -24,9 +20,7 @@ from lorameter.report.blocks import (
     say,
     write_row,
 )
-from lorameter.report.live import LiveDisplay
-from lorameter.report.terminal import STYLES, text_of
-from lorameter.run.plan import make_plan
+from lorameter.report.terminal import text_of
 
 HOSTILE = "a [/b] [red]c :smile: \x1b]0;title\x07\x9b2J \udc80 end"
 SHOWN = "a [/b] [red]c :smile: \\x1b]0;title\\x07\\x9b2J \\udc80 end"
@@ -69,7 +63,6 @@ def test_what_folds_is_a_line_and_unfolds_when_asked():
     assert text_of((fold,), width=24, coloured=False, verbose=True) == "  all of it\n"
 
 
-WIDTHS = (80, 120)
 DRAWN = re.compile(r"[─-╿⠀-⣿┊●◂▸•…]")
 
 
@@ -88,8 +81,7 @@ def spoken(every_report):
     }
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("verbose", [False, True])
+@pytest.mark.parametrize(("width", "verbose"), [(80, False), (80, True), (120, True)])
 def test_no_line_is_too_long_and_no_word_or_number_is_broken(every_report, spoken, width, verbose):
     """Of every report: what is narrower leaves out whole columns, and says which."""
     for name, document in every_report.items():
@@ -100,7 +92,7 @@ def test_no_line_is_too_long_and_no_word_or_number_is_broken(every_report, spoke
         assert {word for word in new if not re.fullmatch(r"[\d.]+", word)} == set(), name  # but the ends of a scale
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", [80, 120])
 def test_a_number_stays_with_its_unit_and_its_interval(every_report, width):
     """No line ends within an interval, or between a number and its unit, in tables and in sentences."""
     for name, document in every_report.items():
@@ -117,27 +109,3 @@ def test_a_terminal_without_colour_says_the_same(every_report, monkeypatch):
     assert re.search(r"\x1b\[[\d;]*3[0-8]", coloured)
     assert not re.search(r"\x1b\[[\d;]*3[0-8]", plain)
     assert STYLED.sub("", plain) == STYLED.sub("", coloured)
-
-
-def colours():
-    """The colour of each tone that has one."""
-    found = {tone: Style.parse(written).color for tone, written in STYLES.items()}
-    return {tone: colour.get_truecolor() for tone, colour in found.items() if colour is not None}
-
-
-def test_a_run_under_way_shows_names_and_reasons_as_they_are(small_study):
-    """Progress is no markup either, on a terminal or in a log."""
-    for terminal in (False, True):
-        out = io.StringIO()
-        with LiveDisplay(Console(file=out, width=4000, force_terminal=terminal, highlight=False)) as display:
-            display.starting(make_plan(small_study), HOSTILE)
-            display.trial_phase(make_plan(small_study).slots[0], HOSTILE)
-            display.trial_ended(
-                TrialRecord(
-                    trial="r0-x", status="oom", name="x", variant="x", role="variant", replicate=0, position=0,
-                    interleaving="replicates", seed=0, started_unix_s=0.0, wall_time_s=1.5,
-                    failure=Failure(phase="build", kind="MemoryError", message=HOSTILE),
-                )
-            )  # fmt: skip
-        assert SHOWN in out.getvalue()
-        assert not {"\x07", "\x9b", "\udc80"} & set(out.getvalue())
