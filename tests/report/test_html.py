@@ -17,6 +17,7 @@ from lorameter.report.blocks import (
     Bars,
     Chart,
     Curve,
+    Figure,
     Intervals,
     Mark,
     Point,
@@ -27,7 +28,6 @@ from lorameter.report.blocks import (
 )
 from lorameter.report.figures import figures_of_run
 from lorameter.report.html.page import write_html
-from lorameter.report.html.svg import draw
 from lorameter.report.run import describe_run
 from lorameter.report.run_view import ReportFilter, view_of
 
@@ -122,9 +122,9 @@ def test_texts_from_outside_are_texts():
         Bars(axis=Axis(title=HOSTILE), bars={HOSTILE: {HOSTILE: 1.0}}),
         *(Chart(across=axis, up=axis, curves=(curve, other), style=style) for style in ("joined", "dots", "specks")),
     )
-    pictures = "".join(draw(one, HOSTILE, HOSTILE, {HOSTILE: 0}) for one in drawings)
+    figures = [Figure(title=HOSTILE, says=HOSTILE, drawing=one, table=None) for one in drawings]
     table = Table(title=HOSTILE, heads=name_columns(HOSTILE, HOSTILE), rows=(write_row(HOSTILE, HOSTILE),))
-    page = write_html((say(HOSTILE), table), title=HOSTILE, names=[HOSTILE, "b"], again=HOSTILE) + pictures
+    page = write_html((say(HOSTILE), table), title=HOSTILE, names=[HOSTILE, "b"], figures=figures, again=HOSTILE)
     assert page.count("alert(1)") > 20
     assert Page(page).tags.count("script") == 1
     assert not set("\x1b\u202e") & set(page)

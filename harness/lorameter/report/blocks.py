@@ -194,6 +194,11 @@ class Point:
     x_interval: tuple[float, float] | None = None
     y_interval: tuple[float, float] | None = None
 
+    @property
+    def place(self) -> tuple[float, float]:
+        """Without its intervals."""
+        return self.x, self.y
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:

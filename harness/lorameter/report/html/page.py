@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from markupsafe import Markup
 from kernels_check.terminal import escape_control_chars
 from lorameter.records.fileio import replacing
 from lorameter.records.os_errors import translate_write_errors
+from lorameter.records.units import format_interval, format_value
 from lorameter.report.blocks import (
     Block,
     Chart,
@@ -35,10 +36,8 @@ from lorameter.report.blocks import (
     write_number,
     write_row,
 )
-from lorameter.report.html.svg import colour_class, draw, draw_ratio, number_variants
+from lorameter.report.html import svg
 from lorameter.report.plots import scale_of
-
-_SAYS = "Values, with their intervals where they have any."
 
 
 def write_html(
@@ -53,8 +52,8 @@ def write_html(
         figures: pictures that follow the text, each with its table.
         again: the command and all that it takes to measure this again; empty where that is not known.
     """
-    colours = number_variants(names)
-    named = [(escape_control_chars(name), colour_class(number)) for name, number in colours.items()]
+    numbers = svg.number_variants(names)
+    named = [(escape_control_chars(name), _colour(numbers, name)) for name in numbers]
     invalid, document = (document[0], document[1:]) if document and says_invalid(document[0]) else (None, document)
     first = document[0] if document else None
     head = first if isinstance(first, Section) and first.title == title else None
@@ -63,14 +62,14 @@ def write_html(
     return _environment().get_template("page").render(
         title=title, invalid=invalid, head=head, document=rest, figures=figures, again=again,
         top=sum(isinstance(figure.drawing, Intervals) for figure in figures) or len(figures[:1]),
-        classes=dict(named), names=named,
-        pictures=[Markup(draw(one.drawing, one.title, one.says, colours)) for one in figures],  # made of escaped XML
-        bounds=lambda table: [scale_of(row.cells[place] for row in table.rows) if head.ratio else None
-                              for place, head in enumerate(table.heads)],
-        ratio=lambda cell, bound: Markup(draw_ratio(cell, bound)),
-        chart=lambda chart, above: Markup(draw(chart, f"{above}: {chart.across.title}", _SAYS, colours)),
+        classes=dict(named), names=named, colour=functools.partial(_colour, numbers),
         style=Markup(style), style_hash=_hash(style), script=Markup(script), script_hash=_hash(script),
     )  # fmt: skip
+
+
+def _colour(numbers: Mapping[str, int], name: str) -> str:
+    """The classes of a variant; of any other name those of the first."""
+    return f"s s{numbers.get(name, 0) % svg.COLOURS}"
 
 
 def save_html(page: str, path: str | Path) -> Path:
@@ -93,13 +92,33 @@ def numbers_of(chart: Chart) -> Table:
     return Table(title=chart.across.title, heads=name_columns("at", "value", left=0), rows=tuple(rows))
 
 
+def _scales(table: Table) -> list[svg.Scale | None]:
+    """The scale of each column of ratios, and None for each other column."""
+    return [
+        svg.ratio_scale(scale_of(row.cells[place] for row in table.rows)) if head.ratio else None
+        for place, head in enumerate(table.heads)
+    ]
+
+
 def _environment() -> jinja2.Environment:
+    files = {"page": _file("page.html.jinja"), "charts": _file("charts.svg.jinja")}
     environment = jinja2.Environment(
-        loader=jinja2.DictLoader({"page": _file("page.html.jinja")}), autoescape=True, undefined=jinja2.StrictUndefined,
-        finalize=_finalize,
-    )  # fmt: skip
-    environment.globals |= {"tone_of": tone_of, "numbers_of": numbers_of, "kind": _kind}
+        loader=jinja2.DictLoader(files), autoescape=True, undefined=jinja2.StrictUndefined, finalize=_finalize
+    )
+    drawing = (svg.lay_out, svg.path_of, svg.band_of, svg.specks_of, svg.describe_point, format_interval, format_value)
+    environment.globals |= {function.__name__: function for function in (tone_of, numbers_of, *drawing)}
+    environment.globals |= {"kind": _kind, "scales": _scales, "sizes": svg}
+    environment.filters |= {"px": _px, "shorten": _shorten}
     return environment
+
+
+def _px(value: float) -> str:
+    return f"{value:.1f}"
+
+
+def _shorten(text: str, most: int = 22) -> str:
+    """A text for a picture; the table below it has the whole."""
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _kind(block: Block) -> str:
