@@ -291,7 +291,7 @@ def describe_ranking(task: str, ranking: pd.DataFrame, found: dict[str, np.ndarr
     )
     return (
         Section(title=f"{task}: what the ranking supports", lines=say_each(filter(None, lines))),
-        Table(title=f"Current results; quality is {QUALITY[task]}", heads=heads, rows=rows, blank_line_before=True),
+        Table(title=f"Current results; quality is {QUALITY[task]}", heads=heads, rows=rows),
     )
 
 

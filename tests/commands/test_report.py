@@ -146,7 +146,7 @@ def test_the_verdict_of_an_ab_stands_first(told):
     _, text = told("report", "ab-unsure")
     lines = text.splitlines()
     assert lines[0] == "Gate failed (exit 3): 1 inconclusive, 1 equivalent"
-    assert "inconclusive: between" in lines[2]
+    assert "inconclusive: between" in lines[3]
     assert text.index("Gate failed") < text.index("Sides") < text.index("Where the time went")
     assert "tokens/s (without padding), slow-down" in text
     assert "measure 106" not in text

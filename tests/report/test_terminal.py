@@ -34,8 +34,8 @@ def hostile_document():
     rows = (Row(cells=(cell, Cell(text=HOSTILE)), strong=True), write_row(HOSTILE, cell))
     lines = (say(HOSTILE, Span(text=HOSTILE, tone="alarm")),)
     return (
-        Line(spans=(Span(text=HOSTILE),), indented=False, blank_line_before=True),
-        Section(title=HOSTILE, subtitle=HOSTILE, lines=lines, tone="bad"),
+        Line(spans=(Span(text=HOSTILE),), indented=False),
+        Section(title=HOSTILE, lines=lines, tone="bad"),
         Table(title=HOSTILE, heads=heads, rows=rows, notes=lines),
         Collapsible(summary=say("a line"), lines=lines),
         Panel(title=HOSTILE, passages=((HOSTILE, HOSTILE),)),

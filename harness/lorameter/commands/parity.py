@@ -44,7 +44,7 @@ def run_parity(options: argparse.Namespace) -> int:
     said = (
         *describe_parity(parity, judgement),
         *(show_differing(parity, _decoder(parity)) if options.verbose else ()),
-        say(f"All facts are in {folder}", indented=False, blank_line_before=True),
+        say(f"All facts are in {folder}", indented=False),
     )
     show_result(
         options,

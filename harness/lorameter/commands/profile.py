@@ -43,7 +43,7 @@ def run_profile(options: argparse.Namespace) -> int:
     see = _profile_requests if of_requests else _profile_step
     with hold_device(executor, options.if_busy):
         folder, document, said, findings = see(study, variant, executor, runs=runs, say=say_progress)
-    where = say(f"All facts and the profiler's trace are in {folder}", indented=False, blank_line_before=True)
+    where = say(f"All facts and the profiler's trace are in {folder}", indented=False)
     said = (*said, where)
     if not options.json:
         show(said, console_for())

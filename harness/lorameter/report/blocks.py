@@ -54,7 +54,6 @@ class Line:
     """What the paragraph is about, in a word; the labels of a section are aligned."""
     indented: bool = True
     """Whether it belongs to the line above it."""
-    blank_line_before: bool = False
     last: bool = False
     """Whether a terminal repeats it below the report."""
 
@@ -70,10 +69,7 @@ class Section:
 
     title: str
     lines: tuple[Line, ...] = ()
-    subtitle: str = ""
-    """What follows the title on its line without being part of it."""
     tone: Tone = "plain"
-    blank_line_before: bool = True
     last: bool = False
     """Whether a terminal repeats it below the report."""
 
@@ -151,7 +147,6 @@ class Table:
     title: str = ""
     notes: tuple[Line, ...] = ()
     """What a reader of the table must know; below it."""
-    blank_line_before: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,10 +297,10 @@ Block: TypeAlias = Line | Section | Collapsible | Table | ChartGroup | Panel
 Document: TypeAlias = tuple[Block, ...]
 
 
-def say(*parts: str | Span, label: str = "", indented: bool = True, blank_line_before: bool = False) -> Line:
+def say(*parts: str | Span, label: str = "", indented: bool = True) -> Line:
     """One line of plain text and of spans."""
     spans = tuple(part if isinstance(part, Span) else Span(text=part) for part in parts)
-    return Line(spans=spans, label=label, indented=indented, blank_line_before=blank_line_before)
+    return Line(spans=spans, label=label, indented=indented)
 
 
 def say_invalid(reasons: str | None) -> tuple[Line, ...]:

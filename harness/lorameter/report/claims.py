@@ -43,7 +43,7 @@ def describe_claims(report: ClaimsReport) -> Document:
     held = f"run {report.run}: {format_count(report.replicates, 'replicate')}; trials: {counted}{state}"
     return (
         *say_invalid(report.invalid),
-        Section(title=report.title, lines=say_each([held]), blank_line_before=False),
+        Section(title=report.title, lines=say_each([held])),
         *describe_verdicts(report),
         *list_sections(
             {
@@ -58,9 +58,7 @@ def describe_claims(report: ClaimsReport) -> Document:
 def describe_verdicts(report: ClaimsReport) -> Document:
     """The claims with what they rest on; what a run's own report says already is left out."""
     rows = tuple(row for claim in report.claims for row in _rows(claim))
-    table = Table(
-        title="Claims", heads=_HEADS, rows=rows, notes=(say(Span(text=_LEGEND, tone="faint")),), blank_line_before=True
-    )
+    table = Table(title="Claims", heads=_HEADS, rows=rows, notes=(say(Span(text=_LEGEND, tone="faint")),))
     controls = [f"{METRICS[name].title}: {''.join(say_ratio(one, name))}" for name, one in report.control.items()]
     engine = report.engine
     return (

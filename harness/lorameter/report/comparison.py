@@ -65,7 +65,7 @@ def describe_comparison(report: ComparisonReport, *, ab: bool = False) -> Docume
     folded = Collapsible(summary=say(Span(text=f"and {len(more)} more", tone="faint")), lines=more)
     return (
         *say_invalid(report.why_invalid),
-        Section(title=title_of_report(report), lines=lines[:MOST_FINDINGS], blank_line_before=False),
+        Section(title=title_of_report(report), lines=lines[:MOST_FINDINGS]),
         *([folded] if more else []),
         _tabulate(report),
         *_statistics(report),
@@ -126,7 +126,7 @@ def _tabulate(report: ComparisonReport) -> Table:
         for text, priority in (("tolerance", 7), ("replicates", 6))
     )
     heads = (variant, metric, _RATIO, verdict, tolerance, replicates)
-    table = Table(heads=heads, rows=tuple(rows), notes=tuple(notes), blank_line_before=True)
+    table = Table(heads=heads, rows=tuple(rows), notes=tuple(notes))
     return collapse_constant_columns(table)
 
 
@@ -159,9 +159,7 @@ def describe_attribution(attribution: Attribution, run: Run) -> Document:
     rows = (write_row(part.variant, title_of_ratio(part.metric), write_ratio(part)) for part in attribution.parts)
     title = "Where the time went (one by one, not corrected for looking at all)"
     heads = (*name_columns("variant", "part", left=2), _RATIO)
-    return Section(title="Sides", lines=facts), Table(
-        title=title, heads=heads, rows=tuple(rows), blank_line_before=True
-    )
+    return Section(title="Sides", lines=facts), Table(title=title, heads=heads, rows=tuple(rows))
 
 
 def _sides(attribution: Attribution, run: Run) -> Iterator[tuple[str, str]]:
@@ -186,7 +184,6 @@ def describe_gate(result: GateResult, *, ab: bool = False) -> Document:
         title=outcome_of(result),
         tone="good" if result.passed else "bad",
         lines=tuple(say(Span(text=line, tone="bad")) for line in result.unmet),
-        blank_line_before=False,
         last=not first,
     )
     return (*first, outcome, *describe_comparison(result.report, ab=ab)[len(first) :])
@@ -221,7 +218,6 @@ def describe_bisection(found: Bisection, of: str) -> Document:
     return (*_conclusion(found, of), Table(
         heads=name_columns("compared with the good end", "ratio", "replicates", "is"),
         rows=tuple(map(_look, found.looks)),
-        blank_line_before=True,
     ))  # fmt: skip
 
 

@@ -141,7 +141,6 @@ def _fit_blocks(advice: Advice, workload: Workload, profile: str | None) -> Iter
                 write_row(one.writes, write_bytes(one.freed_bytes), _range(one.needs), _STATUSES[one.status][0])
                 for one in advice.options
             ),
-            blank_line_before=True,
         )
     if any(option.table == "workload" for option in advice.options):
         yield say("batch_size is written in [workload], the others in [[variant]].")

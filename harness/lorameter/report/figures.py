@@ -284,7 +284,7 @@ def describe_charts(view: RunView, table: PhaseTable) -> Iterator[Block]:
     shown = _shown(runs_of_sites(view.run)[table.site] if table.site else view.run, view)
     if table.phase == "generate" and (serving := _draw_serving(shown)) and serving.table:
         note = "on the front: no other has more output tokens/s and less time per token"
-        yield dataclasses.replace(serving.table, title=SERVING, notes=(say(note),), blank_line_before=True)
+        yield dataclasses.replace(serving.table, title=SERVING, notes=(say(note),))
     yield from _sweeps(view.study, shown, table)
     if table.phase == "train":
         yield from _loss_charts(shown)

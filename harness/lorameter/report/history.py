@@ -65,11 +65,10 @@ def describe_history(history: History, *, every_run: bool = False) -> Document:
 
 def _track(track: Track, *, every_run: bool) -> Iterator[Block]:
     yield Section(
-        title=f"{title_of(track.metric)} of {track.variant}",
-        subtitle=f"  study {track.study}",
+        title=f"{title_of(track.metric)} of {track.variant}, study {track.study}",
         lines=tuple(_drawn(track)),
     )
-    yield Table(heads=LEVELS, rows=tuple(_levels(track)), blank_line_before=True)
+    yield Table(heads=LEVELS, rows=tuple(_levels(track)))
     for change in track.breaks:
         yield from _break(change)
     for line in track.lines:
@@ -77,7 +76,7 @@ def _track(track: Track, *, every_run: bool) -> Iterator[Block]:
             yield from _suspicion(suspicion, track)
         yield _silence(line, track)
     if every_run:
-        yield dataclasses.replace(table_of_runs(track), blank_line_before=True)
+        yield table_of_runs(track)
 
 
 def table_of_runs(track: Track) -> Table:
@@ -129,7 +128,7 @@ def _level(plateau: Plateau, line: HistorySeries, track: Track) -> Row:
 
 def _break(change: Break) -> Iterator[Line]:
     where = f"{_day(change.after)}, run {change.after.run}: "
-    yield say(Span(text="known break ", tone="odd"), where, _differences(change.differing), blank_line_before=True)
+    yield say(Span(text="known break ", tone="odd"), where, _differences(change.differing))
     if change.confirm:
         yield say("  what it did is measured by: ", Span(text=change.confirm, tone="command"))
 
@@ -142,7 +141,6 @@ def _suspicion(found: Suspicion, track: Track) -> Iterator[Line]:
         f"run {found.after.run}: by {ratio:+.1f} % [{low:+.1f}, {high:+.1f}], {levels}; "
         f"last before: {_day(found.before)}, run {found.before.run}. Changed between: ",
         _differences(found.differing) or "nothing that is known",
-        blank_line_before=True,
     )
     if found.confirm:
         yield say("  a suspicion; it is confirmed by: ", Span(text=found.confirm, tone="command"))

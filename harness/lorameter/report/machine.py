@@ -91,7 +91,6 @@ def describe_calibration(result: Calibration, rows: int) -> Document:
         Section(
             title="To see a slow-down in 80 % of the runs",
             lines=say_each(planned_effects(result)),
-            blank_line_before=False,
         ),
     )
 

@@ -41,7 +41,7 @@ def describe_parity(parity: Parity, judgement: Judgement) -> Document:
             _adapter(parity),
             indented=False,
         ),
-        Section(title="Against ", subtitle=parity.reference.way, lines=tuple(_verdicts(judgement))),
+        Section(title=f"Against {parity.reference.way}", lines=tuple(_verdicts(judgement))),
         _answers(rows),
         _logits(rows),
         _losses(rows, parity),
@@ -114,7 +114,6 @@ def _answers(rows: Sequence[Likeness]) -> Table:
                 "95 % intervals over prompts and over answers; more prompts (--prompts) narrow them"
             ]
         ),
-        blank_line_before=True,
     )  # fmt: skip
 
 
@@ -145,7 +144,6 @@ def _logits(rows: Sequence[Likeness]) -> Table:
                 "KL(reference ‖ other) in nats, |Δ| of logits; means with 95 % intervals"
             ]
         ),
-        blank_line_before=True,
     )  # fmt: skip
 
 
@@ -180,7 +178,6 @@ def _losses(rows: Sequence[Likeness], parity: Parity) -> Table:
             for one in rows
         ),
         notes=say_each([f"paired over {format_count(len(parity.reference.losses), 'held-out sequence')}"]),
-        blank_line_before=True,
     )
 
 

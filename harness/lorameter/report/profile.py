@@ -123,7 +123,6 @@ def _tabulate_memory(
             *outside,
         ),
         notes=notes,
-        blank_line_before=True,
     )
 
 
@@ -248,7 +247,6 @@ def _tabulate_categories(
         heads=name_columns("category", f"of the {words.what}", "time", *step.phases),
         rows=tuple(rows),
         notes=say_each(_operators(profile, step, words)),
-        blank_line_before=True,
     )
 
 
@@ -290,7 +288,6 @@ def _tabulate_findings(findings: Sequence[Finding], codes: Iterable[str], not_ob
         heads=(finding, message, cost, ColumnHeader(text=remedy.text)),
         rows=tuple(rows or [write_row("none", "", "", "")]),
         notes=say_each(notes),
-        blank_line_before=True,
     )
 
 
@@ -313,8 +310,7 @@ def describe_tried(tried: Tried) -> Document:
     """The verdict on the remedy, what it gained, and what casts doubt on it."""
     changes = ", ".join(f"{key} = {value}" for key, value in tried.finding.suggestion.items())
     section = Section(
-        title=f"Tried: {tried.finding.code}",
-        subtitle=f" by {changes} ({tried.interleaving})",
+        title=f"Tried: {tried.finding.code} by {changes} ({tried.interleaving})",
         lines=tuple(_tried_lines(tried)),
     )
     return section, *describe_notices(tried.notices)
@@ -400,7 +396,6 @@ def _passes(profile: RequestProfile, accounts: Sequence[tuple[RequestAccount, st
         heads=name_columns("pass", "time", calls, "FLOPs", "MFU", "bytes", "MBU"),
         rows=tuple(rows),
         notes=say_each(_pass_lines(profile, accounts)),
-        blank_line_before=True,
     )
 
 
@@ -464,5 +459,4 @@ def _cold(profile: RequestProfile) -> Table:
                 "`lorameter run --phase cold` measures"
             ]
         ),
-        blank_line_before=True,
     )

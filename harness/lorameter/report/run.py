@@ -16,7 +16,6 @@ from typing import Any
 from lorameter.machine.provenance import power_limit_w
 from lorameter.records import codec
 from lorameter.records.metrics import METRICS, PHASE_TITLES
-from lorameter.records.record import Interleaving
 from lorameter.records.store import Run, TimeBreakdown
 from lorameter.records.units import first_few, format_count, format_duration, format_percent
 from lorameter.report.blocks import (
@@ -57,12 +56,13 @@ from lorameter.verdicts.sites import is_mixed, say_machines
 from lorameter.verdicts.software import say_threads, versions_of
 from lorameter.verdicts.validity import is_single_script_run
 
-_PAIRED: dict[Interleaving, str] = {
-    "shared-base": "the median of paired turns",
-    "lockstep": "the median of paired turns",
-    "replicates": "of the trials' medians, paired by replicate",
-    "separate": "of medians, not paired",
+ESTIMATORS = {
+    "ratio": "median of paired turns, else of the trials' medians paired by replicate; above 1 is worse; its interval "
+    "is corrected for all variants",
+    "estimates": "geometric mean over trials of each trial's median (tokens/s, energy: mean; cold starts: median of "
+    "the processes), with 95 % intervals",
 }
+"""How the numbers of a report follow from the trials."""
 _LABELS = {"train": "training", "generate": "generation", "cold": "cold start"}
 MOST_NAMED = 5
 """Variants that are named of one kind; the table has them all."""
@@ -89,7 +89,7 @@ def describe_run(view: RunView) -> Document:
 def _blocks(view: RunView) -> Iterator[Block]:
     run, study = view.run, view.study
     yield from say_invalid(view.validity.invalid)
-    yield Section(title=study.title, lines=(*_summary(view), *facts_of(run, study)), blank_line_before=False)
+    yield Section(title=study.title, lines=(*_summary(view), *facts_of(run, study)))
     for table in view.tables:
         notes = tuple(_notes(table, alone=view.alone))
         yield collapse_constant_columns(dataclasses.replace(table.table, notes=notes))
@@ -102,7 +102,7 @@ def _blocks(view: RunView) -> Iterator[Block]:
     yield from _statistics(view)
     yield from _time(run.manifest.spending)
     counted = ", ".join(f"{count} {status}" for status, count in view.counts.items()) or "none yet"
-    yield say(f"Trials: {counted}. Run {run.manifest.run} in {run.path}", indented=False, blank_line_before=True)
+    yield say(f"Trials: {counted}. Run {run.manifest.run} in {run.path}", indented=False)
     if run.state != "complete":
         rest = f" ({run.state}): the report shows the trials that have ended."
         yield say(Span(text="This run is not complete", tone="alarm"), rest, indented=False)
@@ -201,22 +201,9 @@ def _inconclusive(table: PhaseTable) -> Iterator[Line]:
 
 def _estimators(tables: Sequence[PhaseTable]) -> Iterator[Line]:
     """Which number is what: a ratio is of pairs, an estimate of one variant alone."""
-    pairs: dict[str, list[str]] = {}
-    for table in tables:
-        if not is_memory(table.metric):
-            pairs.setdefault(_PAIRED[table.interleaving or "replicates"], []).append(title_of_ratio(table.metric))
-    if pairs:
-        first, *others = pairs
-        said = [first, *(f"of {', '.join(pairs[one])} {one}" for one in others)]
-        yield say(f"{'; '.join(said)}; above 1 is worse; its interval is corrected for all variants", label="ratio")
-    keys = {head.key: None for table in tables for head in table.table.heads}
-    shown = [METRICS[key] for key in keys if key in METRICS]
-    means = [one.title for one in shown if one.phase != "cold" and one.of_trial != "median"]
-    if shown:
-        of_means = f" ({', '.join(means)}: of its mean)" if means else ""
-        estimates = f"geometric mean over trials of each trial's median{of_means}, with 95 % intervals"
-        cold = "; cold starts: median of the processes" if any(one.phase == "cold" for one in shown) else ""
-        yield say(estimates + cold, label="estimates")
+    if any(not is_memory(table.metric) for table in tables):
+        yield from (say(text, label=label) for label, text in ESTIMATORS.items())
+    keys = {head.key for table in tables for head in table.table.heads}
     if PEAK in keys or any(is_memory(key) for key in keys):
         notes = dict.fromkeys(table.note for table in tables if table.note)
         yield say("; ".join(["the largest of the trials, with the least and the largest", *notes]), label="memory")
@@ -240,21 +227,18 @@ def _reasons(tables: Sequence[PhaseTable]) -> Iterator[Line]:
     yield from lines
 
 
-def _time(spending: TimeBreakdown | None) -> Iterator[Block]:
+def _time(spending: TimeBreakdown | None) -> Iterator[Section]:
     """What the time of a run went to; nothing of a run that has not said it."""
     if spending is None:
         return
-    wall = format_duration(spending.wall_s)
     of_limit = "" if spending.limit_s is None else f" of {format_duration(spending.limit_s)}"
-    share = format_percent(spending.share)
-    parts = [f"{PARTS_OF_TIME[kind]} {format_duration(took)}"
-             for kind, took in spending.measured_s.items() if kind in PARTS_OF_TIME]  # fmt: skip
-    lines = [f"{share} of {wall}{of_limit} was measurement{': ' if parts else ''}{', '.join(parts)}"]
+    measured = {PARTS_OF_TIME[part]: took for part, took in spending.measured_s.items() if part in PARTS_OF_TIME}
+    parts = ", ".join(f"{part} {format_duration(took)}" for part, took in measured.items())
+    share = f"{format_percent(spending.share)} of it measurement{': ' if parts else ''}{parts}"
+    lines = [f"{format_duration(spending.wall_s)}{of_limit}, {share}"]
     if spending.turns:
         lines.append(f"timed turns of each trial, by replicate: {', '.join(map(str, spending.turns))}")
-    summary = Span(text=f"{wall}{of_limit}, {share} of it measurement", tone="faint")
-    yield Section(title="Time")
-    yield Collapsible(summary=say(summary), lines=say_each(lines))
+    yield Section(title="Time", lines=say_each(lines))
 
 
 def facts_of(run: Run, study: Study) -> tuple[Line, ...]:

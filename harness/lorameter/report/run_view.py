@@ -251,7 +251,7 @@ def _tabulate(source: _Source, phase: Phase, metric: str, control: Comparison | 
     return PhaseTable(
         phase=phase,
         metric=metric,
-        table=Table(title=title, heads=heads, rows=tuple(rows), blank_line_before=True),
+        table=Table(title=title, heads=heads, rows=tuple(rows)),
         ratios={name: ratios[name] for name in (row.cells[0].text for row in rows) if name in ratios},
         checks={series.name: _checks(series) for series in shown} if whole else {},
         control=control,

@@ -14,7 +14,7 @@ import dataclasses
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,9 +92,10 @@ def _draw(block: Block, console: Console, *, verbose: bool) -> Iterator[Renderab
     if isinstance(block, Line):
         yield from _paragraphs([block], console)
     elif isinstance(block, Section):
-        title = _glued(block.title)
-        title.stylize(f"bold {STYLES[block.tone]}")
-        yield Text("\n" * block.blank_line_before).append_text(title).append_text(_glued(block.subtitle))
+        if block.title:
+            title = _glued(block.title)
+            title.stylize(f"bold {STYLES[block.tone]}")
+            yield title
         yield from _paragraphs(block.lines, console)
     elif isinstance(block, Collapsible):
         yield from _paragraphs(block.lines if verbose else [block.summary], console, cut=not verbose)
@@ -111,8 +112,6 @@ def _paragraphs(lines: Sequence[Line], console: Console, *, cut: bool = False) -
     """Each wrapped between words, with a hanging indent after the labels; `cut`: each in one line of a terminal."""
     widest = max((cell_len(escape_control_chars(line.label)) for line in lines), default=0)
     for line in lines:
-        if line.blank_line_before:
-            yield ""
         before = (len(_INDENT) if line.indented else 0) + (widest + len(_INDENT) if widest else 0)
         lead = min(before, console.width // 3)
         body = Text().join(_glued(span.text, span.tone) for span in line.spans)
@@ -147,8 +146,6 @@ class _Column:
 def _table(table: Table, console: Console) -> Iterator[RenderableType]:
     """With each row on a line where there is room for all columns, else with intervals below their values and without
     the columns that do not fit."""
-    if table.blank_line_before:
-        yield ""
     if table.title:
         yield _glued(table.title, "strong")
     columns = list(_columns(table, stacked=False))
@@ -256,7 +253,7 @@ def _tone(row: Row, place: int) -> Tone:
 
 def _chart_group(group: ChartGroup, console: Console) -> Iterator[RenderableType]:
     """Charts side by side, as many as there is room for."""
-    yield Text("\n").append_text(draw_text(group.title, "strong"))
+    yield draw_text(group.title, "strong")
     if not console.encoding.lower().startswith("utf"):
         yield from _paragraphs([say("charts are drawn where the terminal takes UTF-8")], console)
         return
@@ -290,22 +287,33 @@ def show(document: Document, console: Console, *, verbose: bool = False) -> None
         _print(document, console, verbose=verbose)
         if not verbose and any(isinstance(block, Collapsible) for block in document):
             console.print(draw_text(FOLDED, "faint"))
-        _print(_last(document), console, verbose=verbose)
+        if last := tuple(_last(document)):
+            console.print()
+            _print(last, console, verbose=verbose)
     console.file.write(re.sub(" +$", "", captured.get().replace(_GLUE, " "), flags=re.MULTILINE))
     console.file.flush()
 
 
-def _print(document: Iterable[Block], console: Console, *, verbose: bool) -> None:
-    for block in document:
+def _print(document: Document, console: Console, *, verbose: bool) -> None:
+    for number, block in enumerate(document):
+        if number and _begins_part(block, document[number - 1]):
+            console.print()
         for drawn in _draw(block, console, verbose=verbose):
             console.print(drawn)
+
+
+def _begins_part(block: Block, before: Block) -> bool:
+    """Whether an empty line separates a block from the one before it."""
+    if isinstance(block, Line):
+        return not block.indented and not isinstance(before, Line)
+    return isinstance(block, (Section, Table, ChartGroup))
 
 
 def _last(document: Document) -> Iterator[Section]:
     """What is repeated below a report, so that a reader of a long one need not scroll up."""
     for block in document:
         if isinstance(block, Section) and block.last:
-            yield dataclasses.replace(block, blank_line_before=True)
+            yield block
     lines = [
         line
         for block in document
@@ -314,7 +322,7 @@ def _last(document: Document) -> Iterator[Section]:
         if line.last
     ]
     if lines:
-        yield Section(title="", lines=tuple(lines), blank_line_before=False)
+        yield Section(title="", lines=tuple(lines))
 
 
 def text_of(document: Document, *, width: int, coloured: bool, verbose: bool = False) -> str:
