@@ -42,7 +42,7 @@ def test_losses_of_other_tokens_are_in_no_picture_that_compares_them(field, kept
 
 @pytest.mark.parametrize(
     ("run", "replicates", "steps"),
-    [("2026-11-24_amd-epyc-2cpu_llama2-lora-parameters", 6, 31), ("2026-11-25_amd-epyc-2cpu_lora-or-qlora", 3, 21)],
+    [("2026-11-25_amd-epyc-2cpu_lora-or-qlora", 3, 21)],
 )
 def test_losses_are_those_of_the_trials_that_trained_to_the_end(run, replicates, steps, tmp_path, capsys):
     """Isolated trials take four steps and are in no curve: page and terminal show every step of the training."""

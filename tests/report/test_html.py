@@ -180,20 +180,6 @@ def test_variants_that_were_not_asked_for_are_nowhere_on_a_page(tmp_path):
 # --- the commands -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("line", ["report {}", "compare {} {}", "gate {} {}"])
-def test_commands_write_a_page(line, write_run, tmp_path, capsys):
-    """Beside what they print, with the exit code of what they found."""
-    path, page = write_run("r", {"plain": [1.0] * 5, "nf4": [1.1] * 5}), tmp_path / "page.html"
-    words = [word.replace("{}", str(path)) for word in line.split()]
-    without = main([*words, "--runs-dir", str(path.parent)])
-    printed = capsys.readouterr().out
-    assert main([*words, "--runs-dir", str(path.parent), "--html", str(page)]) == without
-    out, errors = capsys.readouterr()
-    assert out == printed
-    assert str(page) in errors
-    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
-
-
 @pytest.mark.parametrize(
     "line", ["report {}", "ab training-step --base HEAD --candidate HEAD", "profile lora-or-qlora:lora-r16"]
 )

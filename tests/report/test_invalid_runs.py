@@ -130,14 +130,3 @@ def test_an_ab_says_first_whether_it_is_invalid(run, reported):
     )
     assert lines[0].startswith(said)
     assert lines[-1] == lines[0]
-
-
-def test_a_valid_run_repeats_its_summary_below_the_report(reported):
-    """A terminal ends with validity, time, memory, loss and checks, as it began; the page and Markdown have it once."""
-    found = reported("sound")
-    text = found["text"]
-    summary = text[1 : text.index(next(line for line in text if line.strip().startswith("checks"))) + 1]
-    assert text[-len(summary) :] == summary
-    assert [line.split()[0] for line in summary] == ["valid", "training", "generation", "memory", "loss", "checks"]
-    assert re.search(r"qlora-nf4-r16 \d+ % slower \[", summary[1])
-    assert sum("% slower" in line for line in found["markdown"]) == 1

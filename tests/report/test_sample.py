@@ -74,18 +74,6 @@ def test_a_run_without_answers_says_how_to_get_some(write_run, capsys, variant):
     assert "none" not in said
 
 
-def test_the_command_prints_all_four_texts_and_one_document(run, capsys):
-    """As panels for people, as one JSON document for programs."""
-    assert main(["sample", str(run.path), "plain"]) == 0
-    shown = capsys.readouterr().out
-    for text in ("Input: 4", "What is 2 + 2?", "Two?", "ended by the model", "cut at the limit", "not measured"):
-        assert text in shown
-    assert main(["sample", str(run.path), "plain", "--json", "--count", "1"]) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert document["schema"] == 2
-    assert [sample["trained"] for sample in document["samples"]] == ["Two?"]
-
-
 def test_an_answer_acts_on_no_terminal(run, capsys):
     """What a model has made, and what it was asked, are text from outside; a program gets them as they are."""
     trials, manifest = run.path / "trials.jsonl", run.path / "manifest.json"

@@ -65,46 +65,34 @@ def read_samples(run: Run, variant: str, *, replicate: int = 0, count: int | Non
     Raises:
         UsageError: no such variant or replicate, or no answers in the run, with what there is.
     """
-    record = _record(run, variant, replicate)
+    answered = [one for one in run.records if one.role == "variant" and _prompts(one)]
+    records = {one.replicate: one for one in answered if one.name == variant}
+    if answered and not records:
+        names = ", ".join(dict.fromkeys(one.name for one in answered))
+        raise UsageError(f"variant {variant!r}: run {run.manifest.run} has no answers of it. It has those of: {names}.")
+    if records and replicate not in records:
+        known = ", ".join(map(str, sorted(records)))
+        raise UsageError(f"replicate = {replicate}: run {run.manifest.run} has {known} of {variant}.")
     workload, tokens = read_workload_of(run, variant), run.manifest.tokens
     examples = tokens.get("own", {}).get(variant, tokens).get("examples", [])
-    prompts = [found[1] for key in record.tokens if (found := re.fullmatch(r"answer_(\d+)", key))]
-    chosen = [index for index in sorted(map(int, prompts)) if index < len(examples)][:count]
-    if not chosen or not examples:
-        raise _no_answers(run)
+    chosen = [index for index in _prompts(records[replicate]) if index < len(examples)][:count] if records else []
+    if not chosen:
+        raise UsageError(
+            f"run {run.manifest.run} kept no answers. Write open_ended_tokens = 64 in [workload] of the study and "
+            "measure it again with the phase generate."
+        )
     source = catalogue.resolve(workload.model)
     from lorameter.trial.data.tokenizers import load_tokenizer
 
     tokenizer, _ = load_tokenizer(source, vocab_size=shapes.shape(source).vocab_size)
-    return tuple(_sample(record, index, examples[index], tokenizer, workload.open_ended_tokens) for index in chosen)
+    limit, record = workload.open_ended_tokens, records[replicate]
+    return tuple(_sample(record, index, examples[index], tokenizer, limit) for index in chosen)
 
 
-def _record(run: Run, variant: str, replicate: int) -> TrialRecord:
-    records = [
-        record
-        for record in run.records
-        if record.role == "variant" and any(re.fullmatch(r"answer_\d+", key) for key in record.tokens)
-    ]
-    names = list(dict.fromkeys(record.name for record in records))
-    if not names:
-        raise _no_answers(run)
-    if variant not in names:
-        raise UsageError(
-            f"variant {variant!r}: run {run.manifest.run} has no answers of it. It has those of: {', '.join(names)}."
-        )
-    found = {record.replicate: record for record in records if record.name == variant}
-    if replicate not in found:
-        raise UsageError(
-            f"replicate = {replicate}: run {run.manifest.run} has {', '.join(map(str, sorted(found)))} of {variant}."
-        )
-    return found[replicate]
-
-
-def _no_answers(run: Run) -> UsageError:
-    return UsageError(
-        f"run {run.manifest.run} kept no answers. Write open_ended_tokens = 64 in [workload] of the study and "
-        "measure it again with the phase generate."
-    )
+def _prompts(record: TrialRecord) -> list[int]:
+    """The prompts that a trial has answered, in their order."""
+    found = (re.fullmatch(r"answer_(\d+)", key) for key in record.tokens)
+    return sorted(int(match[1]) for match in found if match)
 
 
 def _sample(record: TrialRecord, index: int, example: dict[str, str], tokenizer: Any, limit: int) -> Sample:
@@ -113,12 +101,8 @@ def _sample(record: TrialRecord, index: int, example: dict[str, str], tokenizer:
     return Sample(
         prompt=example["prompt"],
         reference=example["reference"],
-        base_answer=None if base_answer is None else _text(tokenizer, base_answer),
-        trained=_text(tokenizer, trained),
+        base_answer=None if base_answer is None else str(tokenizer.decode(base_answer, skip_special_tokens=True)),
+        trained=str(tokenizer.decode(trained, skip_special_tokens=True)),
         tokens=len(trained),
         ended=len(trained) < limit or list(trained[-1:]) == [tokenizer.eos_token_id],
     )
-
-
-def _text(tokenizer: Any, tokens: Sequence[int]) -> str:
-    return str(tokenizer.decode(tokens, skip_special_tokens=True))
