@@ -55,7 +55,9 @@ def test_embeddings_stand_for_tokens():
     assert counts({"inputs_embeds": torch.zeros(2, 6, 8), "attention_mask": MASK}) == (2, 12, 9, None)
 
 
-@pytest.mark.parametrize("batch", [None, 3, [], {}, "text", {"pixels": "none"}, (torch.zeros(2, 3),), [{}]])
+@pytest.mark.parametrize(
+    "batch", [None, 3, {}, "text", {"pixels": "none"}, (torch.zeros(2, 3),), [{}], {"input_ids": torch.ones(2, 3, 4)}]
+)
 def test_of_anything_else_nothing_is_counted(batch):
     """And nothing is guessed."""
     found = tokens_of(batch)

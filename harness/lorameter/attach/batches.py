@@ -59,8 +59,8 @@ def copy_batch(batch: Any) -> Copied:
         whole = type(batch) is torch.Tensor and batch.dim() == 2 and not batch.is_floating_point()
         return Copied(batch.shape[0], batch.shape) if whole else Copied()
     tensors = {name: one for name, one in batch.items() if type(one) is torch.Tensor and one.dim()}
-    text = tensors.get("input_ids", tensors.get("inputs_embeds"))
-    shape = None if text is None else text.shape[:2]
+    ids, vectors = tensors.get("input_ids"), tensors.get("inputs_embeds")
+    shape = ids.shape if ids is not None else None if vectors is None else vectors.shape[:-1]
     if shape is None or len(shape) != 2:
         return Copied(next((one.shape[0] for one in tensors.values()), None))
 
