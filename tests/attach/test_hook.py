@@ -164,32 +164,6 @@ def test_a_trainer_is_followed_and_not_its_optimizer(wrapped, script):
     assert "another training" not in done.stderr
 
 
-@pytest.mark.faults
-def test_ranks_are_told_by_rank_0(wrapped, script):
-    """Of two processes under torchrun, which is in no training itself.
-
-    With torch 2.13 one such script in ten ends in `terminate called without an active exception`, without any meter: a
-    thread of gloo's is still there when the interpreter goes. So this one leaves before that, once all has been told.
-    """
-    text = """
-        import atexit, os
-        atexit.register(os._exit, 0)
-        import torch.distributed as dist
-        dist.init_process_group("gloo")
-        model = torch.nn.parallel.DistributedDataParallel(model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        train(3)
-        dist.destroy_process_group()
-    """
-    done, told = wrapped(
-        "python", "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d",
-        "--rdzv-endpoint=localhost:0", script(text),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert [one["what"] for one in told] == ["begin", "step", "step", "end"]
-    assert (told[0]["rank"], told[0]["ranks"], told[0]["model"]) == (0, 2, "DistributedDataParallel")
-
-
 def make_interpreter(folder, *packages):
     """A virtual environment with torch, these packages, and what they need."""
     venv.create(folder, symlinks=True)

@@ -21,8 +21,6 @@ SECOND = ["Second", "GPU-aaaa2222-0000-0000-0000-000000000000", 400.0, ""]
     ("visible", "told"),
     [
         (None, [[0, *FIRST], [1, *SECOND]]),
-        ("1,0", [[1, *SECOND], [0, *FIRST]]),
-        ("GPU-aaaa2", [["GPU-aaaa2", *SECOND]]),
         ("MIG-bbbb,0", [["MIG-bbbb", "Second MIG 1g.10gb", *SECOND[1:]], [0, *FIRST]]),
         ("", []),
         ("7", [[7, None, None, None, "nvmlDeviceGetHandleByIndex: there is no such device"]]),

@@ -6,7 +6,7 @@ import pytest
 
 from tests.machine.two_cards import MIG, TWO
 
-NOT_SUPPORTED, NO_PERMISSION, GPU_IS_LOST = 3, 4, 15
+NOT_SUPPORTED = 3
 SAMPLE = """
     from lorameter.machine.nvml import open_device
     device = open_device().value
@@ -42,9 +42,8 @@ def test_a_card_tells_everything_in_base_units(nvml):
 
 @pytest.mark.parametrize(
     ("code", "words"),
-    [(NOT_SUPPORTED, "does not offer it"), (NO_PERMISSION, "not permitted"), (GPU_IS_LOST, "no longer answers"),
-     (4242, "stand-in")],
-)  # fmt: skip
+    [(NOT_SUPPORTED, "does not offer it"), (4242, "stand-in")],
+)
 def test_a_counter_that_cannot_be_read_is_missing_with_its_reason(nvml, code, words):
     """Never an exception and never a zero, and everything else is still there."""
     refused = {
@@ -64,13 +63,10 @@ def test_a_counter_that_cannot_be_read_is_missing_with_its_reason(nvml, code, wo
 @pytest.mark.parametrize(
     ("visible", "answer"),
     [
-        (None, ["First", False]), ("0", ["First", False]), ("1,0", ["Second", False]), (" 1 ", ["Second", False]),
-        ("GPU-aaaa2222-0000-0000-0000-000000000000", ["Second", False]), ("GPU-aaaa2", ["Second", False]),
-        ("", "CUDA_VISIBLE_DEVICES hides every device"), ("-1", "CUDA_VISIBLE_DEVICES hides every device"),
-        ("1,1", "CUDA_VISIBLE_DEVICES hides every device"),
+        (None, ["First", False]), ("1,0", ["Second", False]), ("GPU-aaaa2", ["Second", False]),
+        ("", "CUDA_VISIBLE_DEVICES hides every device"), ("1,1", "CUDA_VISIBLE_DEVICES hides every device"),
         ("GPU-aaaa", "2 devices have a UUID that begins with GPU-aaaa"),
         ("7", "nvmlDeviceGetHandleByIndex: there is no such device"),
-        ("GPU-cccc", "nvmlDeviceGetHandleByUUID: there is no such device"),
     ],
 )  # fmt: skip
 def test_the_card_is_the_one_that_cuda_will_use(nvml, visible, answer):
