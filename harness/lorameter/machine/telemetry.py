@@ -205,25 +205,16 @@ class Telemetry:
         values = {telemetry_key("host", name, self._phase): value for name, value in host.items()}
         return values | {telemetry_key("device", name, self._phase): value for name, value in card.items()}
 
-    @property
-    def missing(self) -> dict[str, str]:
-        """Names of the record that have no value, with the reason."""
-        reasons = {telemetry_key("host", name, self._phase): why for name, why in self._host.missing.items()}
-        if self._no_card:
-            reasons[telemetry_key("device", "all", self._phase)] = self._no_card
-        if self._card is not None:
-            reasons |= {telemetry_key("device", name, self._phase): why for name, why in self._card.missing.items()}
-        return reasons
-
     def notice(self) -> Notice | None:
         """What of the device could not be measured; None where nothing is missing, and on a CPU."""
-        minor = {telemetry_key("device", name, self._phase) for name in SUBSTITUTED}
-        absent = {name: why for name, why in self.missing.items() if name.startswith("device_") and name not in minor}
-        if not absent:
+        absent = {} if self._card is None else self._card.missing
+        reasons = {name: why for name, why in absent.items() if name not in SUBSTITUTED}
+        reasons |= {"all": self._no_card} if self._no_card else {}
+        if not reasons:
             return None
         return Notice(
             code="not-measured",
-            message="; ".join(f"{name}: {why}" for name, why in absent.items()),
+            message="; ".join(f"{telemetry_key('device', name, self._phase)}: {why}" for name, why in reasons.items()),
             remedy="`lorameter doctor` says what this machine can measure, and what would change that.",
         )
 
