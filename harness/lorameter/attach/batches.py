@@ -58,19 +58,21 @@ def copy_batch(batch: Any) -> Copied:
     if not isinstance(batch, Mapping):
         whole = type(batch) is torch.Tensor and batch.dim() == 2 and not batch.is_floating_point()
         return Copied(batch.shape[0], batch.shape) if whole else Copied()
-    tensors = {name: one for name, one in batch.items() if type(one) is torch.Tensor and one.dim()}
-    ids, vectors = tensors.get("input_ids"), tensors.get("inputs_embeds")
-    shape = ids.shape if ids is not None else None if vectors is None else vectors.shape[:-1]
+    ids, vectors = batch.get("input_ids"), batch.get("inputs_embeds")
+    shape = ids.shape if type(ids) is torch.Tensor else None
+    if shape is None and type(vectors) is torch.Tensor:
+        shape = vectors.shape[:-1]
     if shape is None or len(shape) != 2:
-        return Copied(next((one.shape[0] for one in tensors.values()), None))
+        tensors = (one for one in batch.values() if type(one) is torch.Tensor and one.dim())
+        return Copied(next((one.shape[0] for one in tensors), None))
+    mask = _copy_of(batch.get("attention_mask"), shape)
+    positions = _copy_of(batch.get("position_ids"), shape) if mask is None else None
+    return Copied(shape[0], shape, mask, positions, _copy_of(batch.get("labels")), _copy_of(batch.get("shift_labels")))
 
-    def copy(name: str, *, whole: bool = False) -> torch.Tensor | None:
-        found = tensors.get(name)
-        return None if found is None or (whole and found.shape != shape) else found.clone()
 
-    mask = copy("attention_mask", whole=True)
-    positions = copy("position_ids", whole=True) if mask is None else None
-    return Copied(shape[0], shape, mask, positions, copy("labels"), copy("shift_labels"))
+def _copy_of(value: Any, shape: torch.Size | None = None) -> torch.Tensor | None:
+    """Of a plain tensor, since of a subclass nothing is known. `shape`: that it must have to be counted."""
+    return value.clone() if type(value) is torch.Tensor and (shape is None or value.shape == shape) else None
 
 
 def count_tokens(copied: Copied) -> Tokens:

@@ -141,14 +141,14 @@ class ErrorGuard:
     """Calls functions of the meter, in the process that made it and until the first error. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._up, self._pid = True, os.getpid()
+        self.up = True
+        """Whether functions are still called: not after an error, and not in a fork of the process."""
         self.on_error: Callable[[Exception], object] = lambda error: None
         """Is called once, after the error was printed."""
+        os.register_at_fork(after_in_child=self._stop)
 
-    @property
-    def up(self) -> bool:
-        """Whether functions are still called: not after an error, and not in a fork of the process."""
-        return self._up and os.getpid() == self._pid
+    def _stop(self) -> None:
+        self.up = False
 
     def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """What the call returns; None where it is not called any more, or fails."""
@@ -157,7 +157,7 @@ class ErrorGuard:
         try:
             return call(*args, **kwargs)
         except Exception as error:
-            self._up = False
+            self.up = False
             what = "the measurement failed and has stopped; the training continues without it"
             say(f"{'this training is not followed' if isinstance(error, NotFollowedError) else what}: {said_by(error)}")
             with contextlib.suppress(Exception):

@@ -14,7 +14,6 @@ more while another one does.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import functools
 import gc
 import importlib
@@ -37,7 +36,7 @@ from lorameter.attach.observer import (
     say,
     weakly,
 )
-from lorameter.attach.steps import Patches, Steps, uncompiled
+from lorameter.attach.steps import Patches, Steps, compiles_here, uncompiled
 
 MakeObserver = Callable[[], TrainingObserver]
 
@@ -296,15 +295,6 @@ class OptimizerSource:
         self._remove_hooks()
         if self._steps is not None:
             self._steps.end(None, seen=seen)
-
-
-def compiles_here() -> bool:
-    """Whether this is called from a function that torch.compile was given, outside of its graphs."""
-    with contextlib.suppress(Exception):  # of a version of torch that has no such function
-        from torch._C._dynamo.eval_frame import get_eval_frame_callback
-
-        return callable(get_eval_frame_callback())
-    return False
 
 
 def find_root(parameters: Iterable[torch.nn.Parameter]) -> torch.nn.Module | None:

@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
@@ -57,6 +58,10 @@ After = Callable[[tuple[Any, ...], Any, BaseException | None], None]
 """Is given the positional arguments, and what was returned or raised."""
 
 
+def _nothing(*args: Any) -> None:
+    """In place of a function that is not given."""
+
+
 class Patches:
     """Replaced functions, until they are removed."""
 
@@ -65,10 +70,10 @@ class Patches:
         """The holder, the name, what was there, and what is there now."""
         self._on = [True]
 
-    def add(self, holder: Any, name: str, *, before: Before | None = None, after: After | None = None) -> None:
+    def add(self, holder: Any, name: str, *, before: Before = _nothing, after: After = _nothing) -> None:
         """Have a function of a module, or of a class, call these two around it."""
         original = vars(holder)[name]
-        replacement = _around(original, before and uncompiled(before), after and uncompiled(after), self._on)
+        replacement = _around(original, before, after, self._on)
         self._replaced.append((holder, name, original, replacement))
         setattr(holder, name, replacement)
 
@@ -88,23 +93,28 @@ def uncompiled(call: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _around(original: Any, before: Any, after: Any, on: list[bool]) -> Callable[..., Any]:
+def compiles_here() -> bool:
+    """Whether this is called from a function that torch.compile was given, outside of its graphs."""
+    return callable(get_eval_frame_callback())
+
+
+def _around(original: Any, before: Before, after: After, on: list[bool]) -> Callable[..., Any]:
     compiling = torch.compiler.is_compiling
+    plain = before, after
+    disabled = uncompiled(before), uncompiled(after)  # which takes several times as long to call
 
     @functools.wraps(original)
     def replacement(*args: Any, **kwargs: Any) -> Any:
         if compiling() or not on:  # Dynamo takes the first of them for true, and sees nothing else
             return original(*args, **kwargs)
-        if before is not None:
-            before(args)
-        if after is None:
-            return original(*args, **kwargs)
+        call_before, call_after = disabled if compiles_here() else plain
+        call_before(args)
         try:
             result = original(*args, **kwargs)
         except BaseException as error:
-            after(args, None, error)
+            call_after(args, None, error)
             raise
-        after(args, result, None)
+        call_after(args, result, None)
         return result
 
     return replacement
@@ -373,11 +383,11 @@ def _is_scalar(value: Any) -> bool:
 
 def _update_hook(call: Callable[[], None]) -> Callable[..., None]:
     """A hook of torch's for all optimizers; in an update that is compiled it is nothing."""
-    call, compiling = uncompiled(call), torch.compiler.is_compiling
+    disabled, compiling = uncompiled(call), torch.compiler.is_compiling
 
     def hook(optimizer: Any, args: Any, kwargs: Any) -> None:
         if not compiling():
-            call()
+            (disabled if compiles_here() else call)()
 
     return hook
 
