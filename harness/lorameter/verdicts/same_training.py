@@ -205,12 +205,12 @@ def notices_of_sides(name: str, sides: ScriptPair) -> Iterator[Notice]:
     if not sides.pairs:
         return
     yield from _tokens(name, sides)
-    for code, key, words, remedy in _FACTS:
+    for code, key, words, remedy in FACTS:
         # All trials of one script say the same.
         known = [{**record.tokens, **record.values}.get(key) for record in sides.pairs[0]]
         if None not in known and known[0] != known[1]:
             ours, theirs = (words.format(value) for value in known)
-            yield _differ(code, name, sides, ours, theirs, remedy)
+            yield _differ(name, sides, ours, theirs, remedy, code=code)
     base, candidate = zip(*sides.pairs, strict=True)
     software = [
         f"{package} {ours} in {sides.names[0]} and {theirs} in {sides.names[1]}"
@@ -237,7 +237,7 @@ def notices_of_sides(name: str, sides: ScriptPair) -> Iterator[Notice]:
         )
 
 
-_FACTS: tuple[tuple[str, str, str, str], ...] = (
+FACTS: tuple[tuple[str, str, str, str], ...] = (
     (OTHER_PARAMETERS, "trainable_parameters", "{:,.0f} parameters are trained", "the same adapter"),
     (OTHER_PARAMETERS, "trainable_dtype", "what is trained is {}", "the same adapter"),
     ("loss-dtype-differs", "loss_dtype", "the loss is {}", "the same precision"),
@@ -246,7 +246,7 @@ _FACTS: tuple[tuple[str, str, str, str], ...] = (
 """What two scripts must have in common: the notice's code, the key in a record, the words, and what to give both."""
 
 
-def _differ(code: str, name: str, sides: ScriptPair, ours: str, theirs: str, remedy: str) -> Notice:
+def _differ(name: str, sides: ScriptPair, ours: str, theirs: str, remedy: str, *, code: str) -> Notice:
     return Notice(
         code=code,
         message=f"{name}: {ours} in {sides.names[0]}, and {theirs} in {sides.names[1]}.",
@@ -268,7 +268,8 @@ def _tokens(name: str, sides: ScriptPair) -> Iterator[Notice]:
         )
     elif known and batches[0] != batches[1]:
         ours, theirs = batches
-        yield _differ("batch-differs", name, sides, ours, theirs, "the same batch and accumulation")
+        remedy = "the same batch and accumulation"
+        yield _differ(name, sides, ours, theirs, remedy, code="batch-differs")
 
 
 def _batch(record: TrialRecord) -> str:
