@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -106,29 +104,6 @@ def test_what_cannot_be_kept_apart_is_said_in_the_plan(scripted):
     assert "writes-outside" in out + err
     assert "/elsewhere is outside of its folder" in " ".join((out + err).split())
     assert not Path("runs").exists()
-
-
-def test_a_launcher_runs_in_the_interpreter_of_each_side(scripted, tmp_path, monkeypatch, other_python):
-    """Although it is installed in one of them alone; a module beside the script is found, as where one starts it."""
-    Path("sibling.py").write_text("")
-    Path("train.py").write_text("import runpy, sibling\nrunpy.run_path('scripted.py')\n")
-    Path("bin").mkdir()
-    Path("bin/launch").write_text(
-        f"#!{sys.executable}\nimport subprocess, sys\nsys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))\n"
-    )
-    Path("bin/launch").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    sides = ("--base", sys.executable, "--candidate", other_python)
-    words = (*sides, "--replicates", "1", "--steps", "2", "--allow-disturbed")
-    _, out, _ = scripted("ab", "--command", "launch train.py plain", *words, "--json")
-    found = json.loads(out)
-    run = store.read_run(str(tmp_path / "runs" / found["run"]), tmp_path / "runs")
-    assert {record.status for record in run.records} == {"ok"}
-    told = {record.side: record.software["peft"] for record in run.records}
-    assert told == {"base": importlib.metadata.version("peft"), "candidate": "99.1"}
-    assert "sides-identical" not in {notice["code"] for notice in found["notices"]}
-    code, _, err = scripted("ab", "--command", f"{sys.executable} scripted.py plain", *words)
-    assert (code, "runs in this interpreter on both sides" in err) == (2, True)
 
 
 def test_a_candidate_that_fails_its_rehearsal_is_not_started_again(scripted, tmp_path):

@@ -36,11 +36,14 @@ def test_a_wrapped_command_is_left_alone(wrapped):
 
 
 def test_the_run_of_a_wrapped_command(wrapped, lorameter):
-    """File names, keys and types; every command that reads runs reads it."""
+    """File names, keys and types; every command that reads runs reads it, and its training is not resumed."""
     _, run = wrapped
     check_run("wrap", run)
     check_shape("json/report-wrap", parse(lorameter(f"report {run} --json").out))
     assert lorameter(f"compare {run} {run}").code == 3  # one process has no interval
+    assert lorameter(f"history --runs-dir {run.parent}").code == 0
+    refused = lorameter(f"run --resume {run}")
+    assert (refused.code, "which cannot be resumed. Run it again." in refused.err) == (2, True)
 
 
 @pytest.mark.parametrize(
