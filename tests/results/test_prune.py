@@ -78,6 +78,14 @@ def test_a_run_under_way_never_goes(runs):
         (runs / run).rename(runs.parent / run)
 
 
+def test_an_unreadable_run_stays(runs):
+    """Its content is unknown."""
+    (runs / "run1" / "manifest.json").write_text("{")
+    (kept,) = prune(runs, keep=0).staying
+    assert kept.run == "run1"
+    assert "cannot be read" in kept.why
+
+
 def test_what_goes_is_gone_and_nothing_else(runs):
     """Its size is what its files held."""
     size = sum(file.stat().st_size for file in (runs / "run0").rglob("*") if file.is_file())
