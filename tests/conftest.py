@@ -102,6 +102,24 @@ def nothing_imported_is_collected():
     gc.unfreeze()
 
 
+@pytest.fixture(autouse=True)
+def no_steps_are_timed(monkeypatch):
+    """A forecast of what was never measured starts a process that times steps; here every step takes as long."""
+    from lorameter.run import forecast_time
+
+    time_steps = forecast_time.time_steps
+
+    def pretend(plan, executor):
+        found = time_steps(plan, None)
+        if executor is None or plan.study.of_scripts:
+            return found
+        times = forecast_time.TrialTimes(step_s=0.5, evaluate_s=0.5, request_s=0.5, load_s=0.5)
+        trials = {arm.variant.name: times for arm in plan.arms}
+        return forecast_time.PlanTimes(import_s=4.0, trials=trials, parallel=2, basis="pretended times")
+
+    monkeypatch.setattr(forecast_time, "time_steps", pretend)
+
+
 @pytest.fixture
 def machine() -> Machine:
     """A CPU machine with AVX512-BF16, as described, not as probed."""

@@ -26,7 +26,7 @@ import lorameter.run.workers.local as local
 from lorameter.records.os_errors import failed_record
 from lorameter.records.record import PartialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
-from lorameter.run.workers.base import BaseExecutor
+from lorameter.run.workers import Executor
 
 TRIAL, COMMAND, DEED, ARGUMENT = (*os.environ.get("STOP_AT", "-").split(":"), "", "", "")[:4]
 
@@ -92,7 +92,7 @@ class Pretended(local.LocalExecutor):
     start_latency_s = 0.01
 
     def start(self, folder: Path, threads: int) -> None:
-        BaseExecutor.start(self, folder, threads)
+        Executor.start(self, folder, threads)
         stop("", "start")
 
     def hello(self) -> WorkerInfo:
@@ -124,6 +124,9 @@ class Pretended(local.LocalExecutor):
 
         start_latency_s = 0.01
         prefix = ""
+
+        def cpus(self):
+            return ()
 
         def ask(self, command, trial, timeout_s, **arguments) -> PartialRecord:
             try:

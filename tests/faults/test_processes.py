@@ -16,8 +16,7 @@ from lorameter.errors import InvalidRunError, UsageError
 from lorameter.machine.processes import FAULTS
 from lorameter.run.plan import make_plan
 from lorameter.run.prepare import RunContext, request_of
-from lorameter.run.workers import WorkerLostError
-from lorameter.run.workers.base import BaseExecutor
+from lorameter.run.workers import Executor, WorkerLostError
 from lorameter.run.workers.local import LocalExecutor
 
 DEADLY = [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGSEGV]
@@ -27,7 +26,7 @@ DEADLY = [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGSEGV]
 def executor(tmp_path):
     """One whose zygote is not needed."""
     local = LocalExecutor()
-    BaseExecutor.start(local, tmp_path, 1)
+    Executor.start(local, tmp_path, 1)
     yield local
     local.close()
 

@@ -18,7 +18,7 @@ import lorameter
 from lorameter.errors import InvalidRunError
 from lorameter.records import store
 from lorameter.records.os_errors import REFUSED
-from lorameter.run.workers.base import BaseExecutor
+from lorameter.run.workers import Executor
 from lorameter.run.workers.local import LocalExecutor
 
 
@@ -138,7 +138,7 @@ def test_what_is_refused_to_a_trial_is_no_trials_fault(command_word, tmp_path, c
 def test_tokens_that_do_not_fit_are_no_bad_input(tmp_path, small_study, tiny_disk):
     """The tokenising process is real and its disk full: a machine that cannot measure (4), with what was refused."""
     local = LocalExecutor()
-    BaseExecutor.start(local, tmp_path, 1)
+    Executor.start(local, tmp_path, 1)
     try:
         tiny_disk(local.scratch, 0)
         with pytest.raises(

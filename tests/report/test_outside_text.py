@@ -22,7 +22,6 @@ from lorameter.report.live import LiveDisplay
 from lorameter.report.render_markdown import markdown_of
 from lorameter.report.terminal import console_for, text_of
 from lorameter.run.workers import sides
-from lorameter.run.workers.environment import DESCRIPTION_FILE, layered_environment
 from lorameter.studies.study_file import load_study
 from lorameter.verdicts.ab import attribution_of, report_of
 from lorameter.verdicts.gate import Policy, gate_document, judge
@@ -152,25 +151,6 @@ def test_what_installs_gets_the_credential_and_what_is_told_does_not(tmp_path, m
     shown = "".join(capsys.readouterr())
     assert "example.org" in shown
     assert SECRET not in shown + str(caught.value)
-
-
-def test_the_description_of_an_environment_holds_no_credential(tmp_path, monkeypatch):
-    """The cache is kept, and may be shared."""
-    monkeypatch.setattr("lorameter.run.workers.environment._run", lambda *_: (tmp_path / "cache").mkdir(exist_ok=True))
-    monkeypatch.setattr("lorameter.run.workers.environment.site_packages", lambda python: tmp_path)
-
-    def made(requirements, out, report):
-        out.mkdir(parents=True)
-        return real(requirements, out, report)
-
-    from lorameter.run.workers import environment
-
-    real = environment._build
-    monkeypatch.setattr(environment, "_build", made)
-    layered_environment([f"peft@ {URLS[0]}"], tmp_path / "cache", report=lambda line: None)
-    (description,) = (tmp_path / "cache").rglob(DESCRIPTION_FILE)
-    assert "example.org" in description.read_text()
-    assert SECRET not in description.read_text()
 
 
 def test_an_exception_of_a_trial_holds_no_credential(capsys):

@@ -17,14 +17,11 @@ from typing import ClassVar
 import pytest
 
 import lorameter.run.build_plan as planning
-import lorameter.run.interleaving as interleaving
 import lorameter.run.workers.local as local_executor
 from lorameter.cli import main
-from lorameter.errors import UsageError
 from lorameter.records import store
 from lorameter.records.record import PartialRecord
 from lorameter.run.device_lock import hold_device
-from lorameter.run.workers import sides
 from lorameter.run.workers.environment import Host
 from lorameter.run.workers.local import LocalExecutor
 from lorameter.run.workers.sides import present_sides
@@ -152,6 +149,9 @@ class FakeWorker:
     def __init__(self, executor):
         self.executor, self.rows = executor, 0
 
+    def cpus(self):
+        return ()
+
     def ask(self, command, trial, timeout_s, **arguments):
         FakeExecutor.asked.append((self.executor.label, command))
         if command == "prepare":
@@ -229,7 +229,6 @@ def fake(monkeypatch):
     ("base", "candidate", "code", "verdict"),
     [
         ("fast", "slow", 1, "regressed"),
-        ("slow", "fast", 0, "improved"),
         ("fast", "same", 0, "equivalent"),
     ],
 )
@@ -272,15 +271,6 @@ def test_too_few_replicates_are_inconclusive(fake, repository, study_file, loram
     assert lorameter(*options)[0] == 3
     Path("policy.toml").write_text("inconclusive = 'pass'")
     assert lorameter(*options, "--policy", "policy.toml")[0] == 0
-
-
-def test_planted_work_reaches_the_candidate_alone(fake, repository, study_file, lorameter):
-    """The gate tests itself: identical sides, 5 % more work in one."""
-    options = ("--base", "fast", "--candidate", "same", "--phase", "train", "--inject-rows", "50", "--json")
-    code, document = lorameter("ab", study_file, *options)
-    assert code == 1
-    assert document["comparisons"][0]["ratio"] == pytest.approx(1.05, rel=0.01)
-    assert document["control"]["train"]["verdict"] == "equivalent"
 
 
 @pytest.mark.parametrize(("options", "said"), [
@@ -356,37 +346,6 @@ def test_an_ab_that_broke_off_is_gone_on_with(broken_off, fake, repository, lora
     assert tuple(record.trial for record in run.records) == run.manifest.order
     assert (run.state, len(run.manifest.resumed)) == ("complete", 1)
     assert len(git(repository, "worktree", "list").splitlines()) == 1
-
-
-def test_a_side_whose_credential_is_not_recorded_says_so(broken_off, fake, lorameter, monkeypatch):
-    """Where pip gets nothing without it: in one message, before any executor is made, and no host is sent `***`."""
-    before = broken_off()
-    source = Path(before["path"]) / "manifest.json"
-    manifest = json.loads(source.read_text())
-    manifest["sides"]["candidate"] |= {"kind": "requirements", "spec": "peft @ https://***@host.example/peft.whl"}
-    source.write_text(json.dumps(manifest))
-    asked = []
-
-    def install(requirements, cache, *, report):
-        asked.append(requirements)
-        raise UsageError("pip: HTTP error 401.")
-
-    monkeypatch.setattr(sides, "layered_environment", install)
-    code, said = lorameter("ab", "--resume", before["run"])
-    assert (code, asked, fake.made) == (2, [("peft @ https://host.example/peft.whl",)], [])
-    assert "HTTP error 401. The record of run" in said
-    assert "leaves out the user in the address of its candidate: put it into ~/.netrc" in said
-
-
-def test_a_resumed_ab_with_one_trial_left_is_completed(broken_off, fake, lorameter, monkeypatch):
-    """Also where processes take no turns, so that a side has nothing left to measure."""
-    monkeypatch.setattr(interleaving, "fits", lambda needed, free: False)
-    before = broken_off(records=-1)
-    code, document = lorameter("ab", "--resume", before["run"], "--json")
-    assert (code, document["exit"]) == (before["exit"], before["exit"])
-    run = store.read_run(document["run"], Path(document["path"]).parent)
-    assert (run.manifest.interleaving, run.state) == ("replicates", "complete")
-    assert [executor.label for executor in fake.made] == ["base", "candidate", "control"]
 
 
 def test_sides_that_are_others_now_are_refused(broken_off, fake, lorameter, tmp_path):

@@ -47,7 +47,7 @@ class Exact(Constructed):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("culprit", range(1, 17))
+@pytest.mark.parametrize("culprit", [1, 9, 16])
 def test_one_commit_of_ten_percent_among_sixteen_takes_five_comparisons(culprit):
     """Wherever it is: the bad end, and four that halve what is left."""
     truth = [1.0 if place < culprit else 1.10 for place in range(17)]

@@ -1,4 +1,4 @@
-"""The rule of the time limit: what fits by the costs of a replicate, and runs in simulated time that keep to it."""
+"""The rule of the time limit: runs in simulated time keep to it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 from lorameter.errors import UsageError
 from lorameter.records.metrics import PHASES
 from lorameter.records.record import PartialRecord
-from lorameter.run.budget import LEAST_ROUNDS, Budget, Cost, fit, replicate_s, skipped_notice
+from lorameter.run.budget import LEAST_ROUNDS, Budget, skipped_notice
 from lorameter.run.plan import make_plan
 from lorameter.run.prepare import RunContext
-from lorameter.run.runner import Stopping, run_plan
+from lorameter.run.runner import run_plan
 from lorameter.run.workers import TrialFiles
 from tests.run.fakes import Quiet
 
@@ -23,36 +23,6 @@ COSTS = {
 }  # fmt: skip
 """Seconds; of a turn and of untimed training for two steps, of a warm-up that finds out its length by itself."""
 TURNS, REQUESTS = 8, 6
-OF_A_REPLICATE = {
-    "training": Cost(fixed_s=40.0, round_s=10.0),
-    "requests": Cost(fixed_s=10.0, round_s=5.0),
-    "merged": Cost(fixed_s=10.0, round_s=5.0),
-    "cold": Cost(fixed_s=30.0),
-}
-"""Two rounds of all take 130 s, of training alone 60 s."""
-
-
-@pytest.mark.parametrize(
-    ("left_s", "dropped", "replicates", "rounds"),
-    [
-        (1000.0, (), 7, 2),
-        (520.0, (), 4, 2),
-        (700.0, (), 5, 2),
-        (280.0, (), 2, 2),
-        (250.0, ("cold",), 2, 3),
-        (180.0, ("merged", "cold"), 2, 2),
-        (130.0, ("requests", "merged", "cold"), 2, 2),
-        (100.0, ("requests", "merged", "cold"), 1, 6),
-        (50.0, ("requests", "merged", "cold"), 0, 2),
-    ],
-)
-def test_what_fits(left_s, dropped, replicates, rounds):
-    """Two more replicates are sought; what time is left after the last one raises the rounds of all."""
-    found = fit(OF_A_REPLICATE, left_s, planned=7, sought=2, most_rounds=8)
-    assert (found.dropped, found.replicates, found.rounds) == (dropped, replicates, rounds)
-    kept = {part: cost for part, cost in OF_A_REPLICATE.items() if part not in dropped}
-    assert replicates * replicate_s(kept, rounds) <= left_s
-    assert found.needed_s == 2 * 130.0
 
 
 def test_the_notice_names_what_was_skipped_and_the_minutes_that_it_needs():
@@ -139,19 +109,12 @@ def measured(small_study):
         )  # fmt: skip
         plan = make_plan(dataclasses.replace(small_study, protocol=changed), interleaving=level, phases=phases)
         executor = Timed(costs or {})
-        budget = Budget(
-            limit_s,
-            clock=executor.clock,
-            replicates=replicates,
-            import_s=executor.costs["imports"],
-            load_s=executor.costs["cold"],
-        )
+        budget = Budget(limit_s, clock=executor.clock, replicates=replicates)
+        budget.import_s, budget.load_s = executor.costs["imports"], executor.costs["cold"]
         site = RunContext(device="cpu", threads=1, tokens_path="t", tokens={})
-        found = run_plan(
-            plan, {"": executor}, site, save=lambda record: None, listener=Quiet(), budget=budget,
-            stop=Stopping(plan, budget),
-        )  # fmt: skip
+        found = run_plan(plan, {"": executor}, site, save=lambda record: None, listener=Quiet(), budget=budget)
         assert {record.status for record in found.records} == {"ok"}
+        executor.budget = budget
         return executor, found
 
     return measure
@@ -178,10 +141,10 @@ def measuring(found, name):
 
 def test_without_a_limit_everything_is_measured(measured):
     """All rounds of all trials, and every training to its planned end."""
-    executor, found = measured(None, replicates=2, cold_replicates=2)
+    executor, _ = measured(None, replicates=2, cold_replicates=2)
     assert rounds(executor, "turn") == {0: {TURNS}, 1: {TURNS}}
     assert set(executor.steps.values()) == {None}
-    assert not found.skipped
+    assert not executor.budget.skipped
 
 
 @pytest.mark.parametrize("level", ["lockstep", "replicates"])
@@ -198,17 +161,17 @@ def test_at_least_three_replicates_and_the_limit_is_kept(measured, limit_s, leve
     for part, name in (
         ("cold", "cold_start_time_s"), ("requests", "request_time_s"), ("training", "step_time_s"),
     ):  # fmt: skip
-        assert measuring(found, name) == (set() if part in found.skipped else set(range(count)))
-    skipped = [part for part in ("cold", "merged", "requests") if part in found.skipped]
+        assert measuring(found, name) == (set() if part in executor.budget.skipped else set(range(count)))
+    skipped = [part for part in ("cold", "merged", "requests") if part in executor.budget.skipped]
     assert skipped == ["cold", "merged", "requests"][: len(skipped)]
-    assert (found.needed_s > limit_s) == bool(skipped)
+    assert (executor.budget.needed_s > limit_s) == bool(skipped)
 
 
 def test_ample_time_raises_the_rounds(measured):
     """Of all replicates after the first, whose cost nobody knew, to those of the plan; nothing is skipped."""
     executor, found = measured(5000.0, replicates=4)
     assert rounds(executor, "turn") == {0: {LEAST_ROUNDS}, 1: {TURNS}, 2: {TURNS}, 3: {TURNS}}
-    assert not found.skipped
+    assert not executor.budget.skipped
     assert found.stopped is None
 
 
@@ -216,8 +179,8 @@ def test_too_little_time_says_what_it_takes_and_goes_on(measured):
     """Two replicates of training fit: nothing else is measured, and the minutes that three take are known."""
     executor, found = measured(330.0)
     assert replicates_of(found) == 2
-    assert found.skipped >= {"requests", "cold"}
-    assert found.needed_s > found.training_s > 330.0
+    assert executor.budget.skipped >= {"requests", "cold"}
+    assert executor.budget.needed_s > executor.budget.training_s > 330.0
     assert executor.now <= 1.1 * 330.0
 
 

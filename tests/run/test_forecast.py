@@ -1,24 +1,22 @@
-"""The forecast rests on an earlier run or on this machine, and says on which."""
+"""The forecast rests on two timed layers, formulas and earlier runs, and says on which."""
 
 import dataclasses
 import math
 
-import msgspec
 import pytest
 
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.memory import estimate_memory
-from lorameter.records import codec, store
 from lorameter.run.forecast import forecast, measured_peaks, together_bytes
 from lorameter.run.forecast_time import half_width
 from lorameter.run.plan import make_plan
 
 
-def test_a_gpu_without_history_is_not_guessed(small_study, machine, tmp_path):
+def test_the_time_of_another_machine_is_not_guessed(small_study, machine, tmp_path):
     """Unknown is an answer; memory and disk are still given."""
     expected = forecast(make_plan(small_study), dataclasses.replace(machine, device="cuda"), tmp_path)
     assert expected.time.time_s is None
-    assert "no earlier run" in expected.time.basis
+    assert "not timed on other machines" in expected.time.basis
     assert expected.memory_bytes > 0 < expected.disk_bytes
 
 
@@ -28,16 +26,19 @@ def test_a_limit_gives_replicates_and_the_width_of_the_intervals(small_study, ma
     def predict(minutes):
         protocol = dataclasses.replace(small_study.protocol, max_minutes=minutes, replicates=12)
         study = dataclasses.replace(small_study, protocol=protocol)
-        return forecast(make_plan(study, interleaving="lockstep"), machine, tmp_path).time
+        return forecast(make_plan(study, interleaving="lockstep"), machine, tmp_path, object()).time
 
-    ample, some, few = predict(1000.0), predict(1.0), predict(0.4)
+    ample, some, few, none = (predict(minutes) for minutes in (1000.0, 1.0, 0.6, 0.1))
     assert (ample.replicates, ample.skipped) == (12, ())
-    assert max(few.replicates, some.replicates) <= ample.replicates
-    assert some.half_width >= ample.half_width > 0
+    assert 1 < few.replicates <= some.replicates < 12
+    assert some.half_width > ample.half_width > 0
     assert set(few.skipped) >= set(some.skipped)
     assert some.time_s <= 60
+    assert few.time_s <= 36
     assert "assumed scatter" in ample.noise
     assert ample.sought_width_s > 0
+    assert (none.replicates, none.time_s) == (0, None)
+    assert "not even one fits" in none.basis
 
 
 def test_half_widths_are_those_of_shared_scatter(small_study):
@@ -52,7 +53,7 @@ def test_more_replicates_take_longer(small_study, machine, tmp_path):
     """The time scales with the trials, and quantisation lowers the memory."""
     longer = small_study.with_overrides(replicates=8)
     short, long = (
-        forecast(make_plan(s, phases=("train", "generate")), machine, tmp_path) for s in (small_study, longer)
+        forecast(make_plan(s, phases=("train", "generate")), machine, tmp_path, object()) for s in (small_study, longer)
     )
     assert long.time.time_s > 2 * short.time.time_s
     plain_cpu = dataclasses.replace(machine, avx512_bf16=False)  # where 4-bit weights are not repacked
@@ -103,20 +104,3 @@ def test_peaks_of_another_workload_are_not_this_one_s(small_study, machine, tmp_
     assert peaks == {same.id: 2**20}
     peaks = measured_peaks(own["larger"], machine, tmp_path / "runs", "host_peak_train_bytes")
     assert peaks == {same.id: 9 * 2**30}
-
-
-def test_an_earlier_run_says_how_long(small_study, machine, tmp_path, write_run):
-    """What its trials took is measured; the pause of one that was resumed is not what measuring takes."""
-
-    def later(record):
-        return record.replaced(started_unix_s=1000.0 * record.replicate + record.position)
-
-    plan, runs = make_plan(small_study, phases=("train",)), tmp_path / "runs"
-    write_run("run", {"plain": [0.1, 0.1], "nf4": [0.2, 0.2]}, change=later)
-    found = forecast(plan, machine, runs)
-    assert found.time.basis == "replicates of run run"
-    path = runs / "run" / "manifest.json"
-    again = store.Resumption(unix_s=1.0, harness=None, commit=None)
-    path.write_text(codec.dumps(msgspec.structs.replace(store.read_manifest(path.parent), resumed=(again,))))
-    assert forecast(plan, machine, runs) == found
-    assert found.time.time_s < 100

@@ -89,59 +89,6 @@ def test_one_inside_another_is_heard_first_and_then_the_other_again():
     assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
 
 
-def test_somebody_who_can_say_it_twice_is_waited_for(capfd):
-    """The first Ctrl-C lets a block come to its end that is worth it, and the next one does not begin; it is said."""
-    done = []
-
-    def measure():
-        with InterruptHandler(patient=True) as stops:
-            with stops.interruptible(worth_waiting=True):
-                send(signal.SIGINT)
-                done.append("measured")
-            done.append("saved")
-            with stops.interruptible(worth_waiting=True):
-                done.append("measured again")
-
-    with pytest.raises(StopRequested):
-        measure()
-    assert done == ["measured", "saved"]
-    assert "press it again to stop at once" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize("numbers", [(signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM), (signal.SIGTERM,),
-                                     (signal.SIGHUP,)])  # fmt: skip
-def test_the_second_and_whatever_is_no_ctrl_c_ends_at_once(numbers):
-    """Also where a first one is waited for."""
-    done = []
-
-    def measure():
-        with InterruptHandler(patient=True) as stops, stops.interruptible(worth_waiting=True):
-            for number in numbers:
-                send(number)
-            done.append("measured")
-
-    with pytest.raises(StopRequested, match=numbers[-1].name):
-        measure()
-    assert not done
-
-
-def test_a_first_ctrl_c_in_the_last_block_ends_nothing():
-    """All there was to measure is measured, and what follows in the program is its report."""
-    with InterruptHandler(patient=True) as stops, stops.interruptible(worth_waiting=True):
-        send(signal.SIGINT)
-
-
-def test_what_is_not_worth_waiting_for_ends_at_once():
-    """Workers that start, a device that is waited for; and everything where nobody sits before it."""
-    for patient, worth in ((True, False), (False, True)):
-        with (
-            pytest.raises(StopRequested),
-            InterruptHandler(patient=patient) as stops,
-            stops.interruptible(worth_waiting=worth),
-        ):
-            send(signal.SIGINT)
-
-
 def test_what_was_ignored_is_ignored():
     """As HUP under nohup."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

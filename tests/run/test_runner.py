@@ -34,6 +34,9 @@ class FakeWorker:
         self.executor = executor
         self.closed = False
 
+    def cpus(self):
+        return ()
+
     def ask(self, command, trial, timeout_s, **arguments):
         self.executor.asked.append((trial, command))
         self.executor.now += self.executor.command_s
@@ -153,29 +156,6 @@ def test_a_stop_while_a_group_is_saved_loses_none_of_it(small_study, number):
         assert [record.trial for record in saved if record.status == "ok"] == together
         assert {record.status for record in saved[len(together) :]} == {"not_run"}
         assert {trial for trial, _ in executor.asked} == set(together)
-
-
-def test_a_first_ctrl_c_lets_the_turns_come_to_their_end(small_study):
-    """The whole group is measured and counts, the next one does not begin, and the run says that it was stopped."""
-    plan = make_plan(small_study, interleaving="lockstep", phases=("train",))
-    together = [slot.trial for slot in plan.groups[0].slots]
-
-    class Sending(Quiet):
-        sent = False
-
-        def trial_phase(self, slot, phase):
-            if phase == "turn" and not self.sent:
-                self.sent = True
-                os.kill(os.getpid(), signal.SIGINT)
-
-    saved = []
-    with InterruptHandler(patient=True) as stops:
-        measured = run_plan(
-            plan, {"": FakeExecutor()}, SITE, save=saved.append, listener=Sending(), stops=stops
-        )  # fmt: skip
-    assert measured.interrupted
-    assert [record.trial for record in saved if record.status == "ok"] == together
-    assert {record.status for record in saved[len(together) :]} == {"not_run"}
 
 
 def test_another_cold_answer_is_invalid(small_study):

@@ -14,7 +14,7 @@ from lorameter.records.record import TrialRecord
 from lorameter.run.budget import Budget
 from lorameter.run.measure import measure
 from lorameter.run.plan import make_plan
-from lorameter.run.runner import Stopping
+from lorameter.run.runner import find_stop
 from lorameter.verdicts.comparison_input import comparison_input
 from lorameter.verdicts.series import compare_series, group_trials
 from tests.run.fakes import FakeExecutor, Quiet
@@ -55,9 +55,8 @@ def rule(small_study):
 
     def make(*, phases=("train",), **limits):
         protocol = dataclasses.replace(small_study.protocol, replicates=40, **limits)
-        minutes = protocol.max_minutes
-        budget = Budget(None if minutes is None else 60 * minutes)
-        return Stopping(make_plan(dataclasses.replace(small_study, protocol=protocol), phases=phases), budget)
+        plan = make_plan(dataclasses.replace(small_study, protocol=protocol), phases=phases)
+        return lambda records: find_stop(plan, Budget(), records)
 
     return make
 
@@ -106,19 +105,6 @@ def test_trials_that_failed_are_no_replicates(rule):
     stop = rule(precision=0.01)
     assert stop(records(5, failed=[("", "nf4", "variant", 3)])) is None
     assert stop(records(6, failed=[("", "nf4", "variant", 3)])) is not None
-
-
-def test_no_replicate_is_begun_that_would_end_too_late(rule, monkeypatch):
-    """With a minute a replicate and a limit of 4.5, the fourth ends in time and the fifth would not."""
-    now = 1000.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
-    stop = rule(max_minutes=4.5)
-    said = []
-    for count in range(1, 6):
-        now += 60
-        said.append(stop(records(count)))
-    assert said[:3] == [None] * 3
-    assert "limit of 4.5 minutes" in said[3]
 
 
 # --- in a run ---------------------------------------------------------------------------------------------------------

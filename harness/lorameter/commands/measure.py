@@ -5,7 +5,6 @@ foreseen or measured, and an interrupted run is resumed.
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ from rich.console import Console
 
 from kernels_check.terminal import print_stderr
 from lorameter.commands.output import show_result
-from lorameter.errors import LorameterError, UsageError
-from lorameter.machine.provenance import Machine
+from lorameter.errors import UsageError
 from lorameter.records import store
 from lorameter.records.record import Notice
 from lorameter.records.store import Run
@@ -105,38 +103,33 @@ def measure_study(
     runs, console = store.runs_dir(options.runs_dir, make=not dry), console or console_for(stderr=True)
     plan, notices = plan_study(study, placement, runs, **planned)
     if dry:
-        document, data = foresee(plan, notices, placement.machine, runs)
+        document, data = foresee(plan, notices, placement, runs)
         show_result(options, document, lambda: data)
         return None
     with placement.hold(options.if_busy) as waited:
         if waited:
             plan, notices = plan_study(study, placement, runs, **planned)
         show(warn_before_run(notices), console)
-        with _display_of(plan, placement.machine, runs, console) as display:
+        with LiveDisplay(console, device=placement.machine.device_name) as display:
             return measure(plan, runs=runs, display=display, notices=notices, policy=policy or {}, placement=placement)
 
 
-def _display_of(plan: Plan, machine: Machine, runs: Path, console: Console) -> LiveDisplay:
-    """A display that knows the device and how long such a plan takes; what cannot be foreseen stops no run."""
-    with contextlib.suppress(LorameterError):
-        expected = forecast(plan, machine, runs).time
-        return LiveDisplay(console, device=machine.device_name, expected_s=expected.time_s, basis=expected.basis)
-    return LiveDisplay(console, device=machine.device_name)
-
-
-def foresee(plan: Plan, notices: tuple[Notice, ...], machine: Machine, runs: Path) -> tuple[Document, dict[str, Any]]:
+def foresee(
+    plan: Plan, notices: tuple[Notice, ...], placement: Placement, runs: Path
+) -> tuple[Document, dict[str, Any]]:
     """A plan and what it is expected to take, for people and for programs."""
     from lorameter.trial.data.records import describe_data
 
-    expected = forecast(plan, machine, runs)
-    if any(notice.code == NOT_HERE for notice in notices):  # what it would take on another machine is not known here
+    elsewhere = any(notice.code == NOT_HERE for notice in notices)
+    expected = forecast(plan, placement.machine, runs, None if elsewhere else placement.timing_executor())
+    if elsewhere:  # what it would take on another machine is not known here
         why = "it cannot be measured on this machine"
         took = TimeForecast(time_s=None, basis=why)
         expected = Forecast(time=took, memory_bytes=None, disk_bytes=expected.disk_bytes, unknown=why)
     workload = plan.study.workload
     own = workload.data in (SYNTHETIC, OWN)
     data = None if own else f"{describe_data(workload)}; {LOSSES[workload.loss]}"
-    return describe_plan(plan, expected, machine, notices, data), {
+    return describe_plan(plan, expected, placement.machine, notices, data), {
         "order": [slot.trial for slot in plan.slots],
         "interleaving": plan.interleaving,
         "why": plan.why,

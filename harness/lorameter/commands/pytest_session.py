@@ -177,7 +177,7 @@ class Session:
                 runs = store.runs_dir(options.runs_dir)
                 plan, notices = plan_study(study, placement, runs, **planned)
                 if options.dry_run:
-                    self._planned, _ = foresee(plan, notices, placement.machine, runs)
+                    self._planned, _ = foresee(plan, notices, placement, runs)
                 return
             self._prepare_gate(collect(study, placement.facts, study.workload.threads))
             console = console_for(BestEffortStderr(sys.stderr))

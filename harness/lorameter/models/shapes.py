@@ -77,10 +77,12 @@ def read_config(source: ModelSource) -> dict[str, Any]:
     return config
 
 
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+"""What config.json calls the number of decoder layers."""
 _SYNONYMS: dict[str, tuple[str, ...]] = {
     "hidden_size": ("hidden_size", "n_embd", "d_model"),
     "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim"),
-    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "layers": LAYER_KEYS,
     "heads": ("num_attention_heads", "n_head"),
     "kv_heads": ("num_key_value_heads",),
     "head_dim": ("head_dim",),

@@ -43,9 +43,8 @@ Key = tuple[Side, str, Role]
 class LiveDisplay(Display):
     """Shows a run in the terminal; use as a context manager around it."""
 
-    def __init__(self, console: Console, *, device: str = "", expected_s: float | None = None, basis: str = "") -> None:
-        """`expected_s` is what the run is expected to take, in seconds, and `basis` what that rests on."""
-        self._console, self._device, self._expected_s, self._basis = console, device, expected_s, basis
+    def __init__(self, console: Console, *, device: str = "") -> None:
+        self._console, self._device = console, device
         self._live = Live(console=console, auto_refresh=False, transient=True)
         self._plan: Plan | None = None
         self._rows: dict[Key, list[Slot]] = {}
@@ -180,25 +179,15 @@ class LiveDisplay(Display):
         return None
 
     def _left(self) -> str:
-        """The time left, and what that rests on: the trials so far, or what was expected; never more than the limit of
-        the run leaves."""
+        """The time left by the trials so far, at most what the limit of the run leaves."""
         if self._plan is None:
             return ""
-        spent, ended, minutes = (
-            time.monotonic() - self._begin,
-            len(self._records),
-            self._plan.study.protocol.max_minutes,
-        )
-        left, basis = None if self._expected_s is None else self._expected_s - spent, self._basis
-        if ended:
-            left, basis = spent / ended * (self._total - ended), f"{format_count(ended, 'trial')} so far"
+        spent, ended = time.monotonic() - self._begin, len(self._records)
+        left = spent / ended * (self._total - ended) if ended else None
+        minutes = self._plan.study.protocol.max_minutes
         if minutes is not None and (left is None or not 0 <= left <= 60 * minutes - spent):
             return f"{format_duration(max(0.0, 60 * minutes - spent))} left of {minutes:g} minutes"
-        if left is None:
-            return ""
-        if left < 0:
-            return f"longer than the {format_duration(spent + left)} of {basis}"
-        return f"about {format_duration(left)} left, by {basis}"
+        return "" if left is None else f"about {format_duration(left)} left, by {format_count(ended, 'trial')} so far"
 
     def _line(self, *parts: str) -> None:
         if not self._console.is_terminal:

@@ -11,10 +11,12 @@ With n steps and every answer clear, the bad end and the halving take 1 + log2(n
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -98,100 +100,43 @@ def bisect(candidates: Sequence[Candidate], compare: Compare, *, replicates: int
     if len(candidates) < 2:
         raise ValueError("a good and a bad end are needed")
     looks: list[Look] = []
-    known: dict[int, Comparison] = {}
-    bad = len(candidates) - 1
-    whole = _look_at_the_end(candidates, compare, replicates, looks)
-    if whole is None:
-        return Bisection(looks=tuple(looks), conclusion=_no_effect(looks[-1]))
-    known[bad] = whole
-    middle = math.log(_ratio(whole)) / 2
-    fast, slow, closed = 0, bad, set[int]()
+
+    def ask(place: int, judge: Callable[[Comparison], Side]) -> Side:
+        """On which side a candidate is; an open question is asked again, with more replicates."""
+        count, label = replicates, candidates[place].label
+        while True:
+            found = compare(candidates[place].spec, count)
+            side: Side = "not measured" if found.ratio is None or found.verdict == "invalid" else judge(found)
+            again = side == "not measured" and any(one.place == place and one.side == side for one in looks)
+            looks.append(Look(place=place, label=label, side=side, comparison=found))
+            count *= 2
+            if side in ("slow", "fast") or again or count > MOST_TIMES * replicates:
+                return side
+
+    fast, slow = 0, len(candidates) - 1
+    found = ask(slow, _judge_end)
+    if found != "slow":
+        return Bisection(looks=tuple(looks), conclusion=_NO_STEP[found].format(looks[-1].comparison.verdict))
+    known = {slow: looks[-1].comparison}
+    whole = _log_ratio(known[slow])[0]
+    closed = set[int]()
     while left := [place for place in range(fast + 1, slow) if place not in closed]:
         place = left[(len(left) - 1) // 2]
-        found = _settle(candidates, place, compare, replicates, middle, looks)
-        if found is None:
+        found = ask(place, lambda comparison: _judge_middle(comparison, whole / 2))
+        if found not in ("slow", "fast"):
             closed.add(place)
             continue
         known[place] = looks[-1].comparison
         fast, slow = (fast, place) if found == "slow" else (place, slow)
-    return _conclude(candidates, looks, known, fast, slow)
 
-
-def _look_at_the_end(
-    candidates: Sequence[Candidate], compare: Compare, replicates: int, looks: list[Look]
-) -> Comparison | None:
-    """The whole effect; None where the bad end is not slower, or that stays open."""
-    bad = len(candidates) - 1
-    for count in _efforts(replicates):
-        found = compare(candidates[bad].spec, count)
-        slower = found.verdict == "regressed"
-        side: Side = "slow" if slower else "open" if found.verdict == "inconclusive" else "fast"
-        looks.append(Look(place=bad, label=candidates[bad].label, side=_side_of(found, side), comparison=found))
-        if slower:
-            return found
-        if found.verdict not in ("inconclusive", "invalid"):
-            return None
-    return None
-
-
-def _settle(
-    candidates: Sequence[Candidate], place: int, compare: Compare, replicates: int, middle: float, looks: list[Look]
-) -> Side | None:
-    """On which side of the middle a candidate lies; None where that stays open or it cannot be measured."""
-    for count in _efforts(replicates):
-        found = compare(candidates[place].spec, count)
-        side: Side = "open"
-        if found.low is not None and found.low > 0 and math.log(found.low) > middle:
-            side = "slow"
-        elif found.high is not None and found.high > 0 and math.log(found.high) < middle:
-            side = "fast"
-        looks.append(Look(place=place, label=candidates[place].label, side=_side_of(found, side), comparison=found))
-        if looks[-1].side in ("slow", "fast"):
-            return side
-        if found.ratio is None and len(looks) > 1 and looks[-2].place == place and looks[-2].comparison.ratio is None:
-            break  # a second try has no number either
-    return None
-
-
-def _efforts(replicates: int) -> Iterator[int]:
-    """Replicates of the first comparison, and of those that follow while its question is open."""
-    count = replicates
-    while count <= MOST_TIMES * replicates:
-        yield count
-        count *= 2
-
-
-def _side_of(found: Comparison, side: Side) -> Side:
-    """What has no ratio was not measured, whatever it is."""
-    return "not measured" if found.ratio is None or found.verdict == "invalid" else side
-
-
-def _ratio(found: Comparison) -> float:
-    assert found.ratio is not None  # of what regressed
-    return found.ratio
-
-
-def _no_effect(last: Look) -> str:
-    if last.side == "open":
-        return "the bad end is inconclusive: it is open whether it is slower than the good end"
-    if last.side == "not measured":
-        return "the bad end could not be measured"
-    return f"the bad end is not slower than the good end ({last.comparison.verdict}): there is no step to find"
-
-
-def _conclude(
-    candidates: Sequence[Candidate], looks: Sequence[Look], known: dict[int, Comparison], fast: int, slow: int
-) -> Bisection:
-    before, after = known.get(fast), known[slow]
-    log = math.log(_ratio(after)) - (0.0 if before is None else math.log(_ratio(before)))
-    half = math.hypot(_half(after), 0.0 if before is None else _half(before))
-    share = log / math.log(_ratio(known[len(candidates) - 1]))
+    after, half_after = _log_ratio(known[slow])
+    before, half_before = _log_ratio(known.get(fast))
+    log, half = after - before, math.hypot(half_after, half_before)
     between = tuple(candidates[fast + 1 : slow])
+    conclusion = f"{candidates[slow].label} made it slower"
     if between:
         names = ", ".join(one.label for one in between)
         conclusion = f"it is between {candidates[fast].label} and {candidates[slow].label}; inconclusive: {names}"
-    else:
-        conclusion = f"{candidates[slow].label} made it slower"
     return Bisection(
         looks=tuple(looks),
         before=candidates[fast],
@@ -200,16 +145,39 @@ def _conclude(
         ratio=math.exp(log),
         low=math.exp(log - half),
         high=math.exp(log + half),
-        share=share,
+        share=log / whole,
         conclusion=conclusion,
     )
 
 
-def _half(found: Comparison) -> float:
-    """Half the interval, on the log scale, to its farther end."""
-    if found.low is None or found.high is None or found.ratio is None:
-        return 0.0
-    return max(math.log(found.high / found.ratio), math.log(found.ratio / found.low))
+_NO_STEP: dict[Side, str] = {
+    "open": "the bad end is inconclusive: it is open whether it is slower than the good end",
+    "not measured": "the bad end could not be measured",
+    "fast": "the bad end is not slower than the good end ({}): there is no step to find",
+}
+
+
+def _judge_end(found: Comparison) -> Side:
+    return {"regressed": "slow", "inconclusive": "open"}.get(found.verdict, "fast")  # type: ignore[return-value]
+
+
+def _judge_middle(found: Comparison, middle: float) -> Side:
+    """On which side of the middle of the effect, a log ratio, all of the interval is."""
+    if found.low is not None and found.low > 0 and math.log(found.low) > middle:
+        return "slow"
+    if found.high is not None and found.high > 0 and math.log(found.high) < middle:
+        return "fast"
+    return "open"
+
+
+def _log_ratio(found: Comparison | None) -> tuple[float, float]:
+    """The logarithm of a ratio, and half its interval to the farther end; none of the good end, which is compared with
+    itself."""
+    if found is None or found.ratio is None:
+        return 0.0, 0.0
+    if found.low is None or found.high is None:
+        return math.log(found.ratio), 0.0
+    return math.log(found.ratio), max(math.log(found.high / found.ratio), math.log(found.ratio / found.low))
 
 
 PIP_TIMEOUT_S = 120.0
@@ -311,11 +279,11 @@ def _exact(word: str) -> tuple[str, Version]:
     from packaging.version import InvalidVersion, Version
 
     asked = Requirement(word)
-    pinned = [one for one in asked.specifier if one.operator == "==" and not one.version.endswith("*")]
+    pinned = [one.version for one in asked.specifier if one.operator == "==" and not one.version.endswith("*")]
     if len(pinned) != 1 or len(asked.specifier) != 1 or asked.extras or asked.marker or asked.url:
         raise UsageError(f"bisect: {word}: an exact version is needed. Write {asked.name}==VERSION.")
     try:
-        return canonicalize_name(asked.name), Version(pinned[0].version)
+        return canonicalize_name(asked.name), Version(pinned[0])
     except InvalidVersion:
         raise UsageError(f"bisect: {word}: no version that can be put in order. Name a release.") from None
 
@@ -325,33 +293,20 @@ def _versions(name: str, first: Version, last: Version) -> list[Version]:
     from packaging.version import InvalidVersion, Version
 
     pre = ["--pre"] if first.is_prerelease or last.is_prerelease else []
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "index",
-        "versions",
-        name,
-        *pre,
-        "--disable-pip-version-check",
-        "--no-input",
-    ]
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=PIP_TIMEOUT_S,
+            [sys.executable, "-m", "pip", "index", "versions", name, *pre, "--disable-pip-version-check", "--no-input"],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=PIP_TIMEOUT_S,
             check=False, start_new_session=True,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UsageError(f"bisect: pip cannot list the releases of {name}: {error}. Check its index.") from None
-    prefix = "Available versions:"
-    listed = next((line.removeprefix(prefix) for line in done.stdout.splitlines() if line.startswith(prefix)), None)
+    listed = re.search(r"^Available versions:(.*)$", done.stdout, re.MULTILINE)
     if done.returncode or listed is None:
         said = redact((done.stderr.strip().splitlines() or ["it says nothing"])[-1])
         raise UsageError(f"bisect: pip cannot list the releases of {name}: {said}. Check the name and its index.")
     found: list[Version] = []
-    for word in listed.split(","):
-        try:
+    for word in listed[1].split(","):
+        with contextlib.suppress(InvalidVersion):  # of before versions had a form
             found.append(Version(word.strip()))
-        except InvalidVersion:  # of before versions had a form
-            continue
     return sorted(found)

@@ -57,57 +57,6 @@ class Cost:
     """One round: a turn, or a request, of every trial."""
 
 
-Costs = Mapping[Part, Cost]
-
-
-def replicate_s(costs: Costs, rounds: int = LEAST_ROUNDS) -> float:
-    """Seconds of a replicate with so many rounds of each part."""
-    return sum(cost.fixed_s + rounds * cost.round_s for cost in costs.values())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fit:
-    """What fits into the time that is left."""
-
-    replicates: int
-    """Further replicates, up to the number planned."""
-    rounds: int
-    """Of each of them."""
-    dropped: tuple[Part, ...]
-    """Parts that none of them measures."""
-    needed_s: float
-    """Seconds that all sought replicates take with everything that is planned."""
-
-
-def fit(costs: Costs, left_s: float, *, planned: int, sought: int, most_rounds: int) -> Fit:
-    """What fits into the time that is left, by the cost of one replicate.
-
-    Args:
-        costs: of a replicate, by part.
-        left_s: seconds that are left of the limit.
-        planned: further replicates of the plan.
-        sought: how many of them are to fit before anything else than training is measured; 0 drops nothing.
-        most_rounds: rounds of a replicate of the plan.
-    """
-    kept, needed_s = dict(costs), sought * replicate_s(costs)
-    dropped: list[Part] = []
-    for part in reversed(DROPPABLE):
-        if part in kept and sought * replicate_s(kept) > left_s:
-            del kept[part]
-            dropped.append(part)
-    each = replicate_s(kept)
-    replicates = planned if each <= 0 else max(0, min(planned, int(left_s / each)))
-    rounds = LEAST_ROUNDS
-    if replicates and (round_s := sum(cost.round_s for cost in kept.values())):
-        rounds += int((left_s / replicates - each) / round_s)
-    return Fit(
-        replicates=replicates,
-        rounds=max(1, min(rounds, most_rounds)),
-        dropped=tuple(reversed(dropped)),
-        needed_s=needed_s,
-    )
-
-
 class Budget:
     """The clock of one invocation, what its replicates have cost, and what fits into the rest of its limit.
 
@@ -119,20 +68,16 @@ class Budget:
         limit_s: float | None = None,
         *,
         replicates: int = 1,
-        import_s: float = 0.0,
-        load_s: float = 0.0,
         skipped: Iterable[str] = (),
-        clock: Callable[[], float] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`limit_s` None: no limit, everything is measured. `replicates` are those that are planned, `import_s` and
-        `load_s` what a cold start takes to import and to load a base, as far as that is known, and `skipped` are parts
-        that the run has dropped already."""
-        self.clock = clock or time.monotonic
-        """Seconds; only differences count."""
+        """`limit_s` None: no limit, everything is measured. `replicates` are planned, the parts in `skipped` have been
+        dropped by an earlier invocation, and of `clock` only differences count."""
+        self.clock = clock
         self.limit_s = limit_s
         self.replicates = replicates
-        """That are planned for this invocation."""
-        self.import_s, self.load_s = import_s, load_s
+        self.import_s = self.load_s = 0.0
+        """What a cold start takes to import, and to load a base, as far as that is known."""
         self.skipped: set[Part] = {part for part in DROPPABLE if part in skipped}
         """Parts that are not measured."""
         self.needed_s = 0.0
@@ -140,9 +85,8 @@ class Budget:
         self.training_s = 0.0
         """Seconds that they would take of training alone, where not even that fits."""
         self._begin = self._lap = self._entered = self.clock()
-        self._once_s = 0.0
+        self._once_s = self._dropped_s = 0.0
         self._admitted: set[Part] = set()
-        self._dropped_s = 0.0
         self._trials = self._begun = 1
         self._costs: dict[Part, Cost] = {}
         self._past: list[dict[Part, Cost]] = []
@@ -170,7 +114,7 @@ class Budget:
     @property
     def longest_s(self) -> float | None:
         """The least that another replicate takes, by the longest so far; None before one has ended."""
-        return max(map(self._least_s, self._past), default=None)
+        return max(map(self._replicate_s, self._past), default=None)
 
     @property
     def is_judging(self) -> bool:
@@ -181,6 +125,10 @@ class Budget:
     def _sought(self) -> int:
         return min(SOUGHT_REPLICATES, self.replicates)
 
+    def _replicate_s(self, costs: Mapping[Part, Cost], rounds: int = LEAST_ROUNDS) -> float:
+        """Seconds of a replicate with so many rounds of each part that is measured."""
+        return sum(cost.fixed_s + rounds * cost.round_s for part, cost in costs.items() if part not in self.skipped)
+
     # --- a replicate --------------------------------------------------------------------------------------------------
 
     def open_replicate(self, plan: Plan, groups: Sequence[Group], *, on_cpu: bool) -> tuple[Group, ...]:
@@ -190,15 +138,19 @@ class Budget:
         self._begun = 0
         if self.limit_s is None:
             return tuple(groups)
-        if len(self._past) == 1:  # the same for all, so that their trainings are as long as each other
-            planned = max(1, self.replicates - len(self._past))
-            turns = plan.study.protocol.turns
-            found = self._fit(planned, sought=0, most_rounds=turns)
-            if (
-                1 + found.replicates >= self._sought
-            ):  # else the time is for a further replicate, should this one be shorter
-                self._rounds = found.rounds
+        if len(self._past) == 1:
+            self._raise_rounds()
         return measured_groups(plan, groups, self.skipped, on_cpu=on_cpu)
+
+    def _raise_rounds(self) -> None:
+        """Spend what time is left after the last replicate on rounds, of all replicates after the first alike, so that
+        their trainings are equally long. Where fewer replicates fit than are sought, it is kept for a further one."""
+        (first,) = self._past
+        each = self._replicate_s(first)
+        fitting = min(max(1, self.replicates - 1), int(self.left_s / each)) if each else 0
+        round_s = self._replicate_s(first, LEAST_ROUNDS + 1) - each
+        if fitting and round_s and 1 + fitting >= self._sought:
+            self._rounds = LEAST_ROUNDS + int((self.left_s / fitting - each) / round_s)
 
     def enter(self, group: Group) -> None:
         """A group of the replicate begins."""
@@ -239,7 +191,7 @@ class Budget:
         if part in self.skipped or self._past:
             return part not in self.skipped
         share = self._begun / self._trials
-        each = (replicate_s(self._costs) + seconds + self._dropped_s) / share
+        each = (self._replicate_s(self._costs) + seconds + self._dropped_s) / share
         needed_s = self._entered - self._begin + self._once_s + once_s + self._sought * each
         if self._dropped_s or needed_s > self.limit_s:
             self._dropped_s += seconds
@@ -266,30 +218,24 @@ class Budget:
 
     def close_replicate(self) -> None:
         """All groups of the replicate have been measured. After the first one parts are dropped until three fit."""
-        first = not self._past
         self._past.append(self._costs)
         self._costs = {}  # a group that is measured again is no part of a replicate
-        if self.limit_s is None or not first or self._sought < 2:
+        if self.limit_s is None or len(self._past) > 1:
             return
-        found = self._fit(self.replicates - 1, sought=self._sought - 1, most_rounds=LEAST_ROUNDS)
-        for part in found.dropped:
-            self._skip(part, self.spent_s + found.needed_s)
-        if found.replicates < self._sought - 1:
-            self.training_s = self.spent_s + (self._sought - 1) * (self.longest_s or 0.0)
-
-    def _fit(self, planned: int, *, sought: int, most_rounds: int) -> Fit:
-        longest = max(self._past, key=self._least_s)
-        kept = {part: cost for part, cost in longest.items() if part not in self.skipped}
-        return fit(kept, self.left_s, planned=planned, sought=sought, most_rounds=most_rounds)
-
-    def _least_s(self, costs: Costs) -> float:
-        return replicate_s({part: cost for part, cost in costs.items() if part not in self.skipped})
+        (first,), later = self._past, self._sought - 1
+        needed_s = self.spent_s + later * self._replicate_s(first)
+        for part in reversed(DROPPABLE):
+            if part in first and later * self._replicate_s(first) > self.left_s:
+                self._skip(part, needed_s)
+        training_s = later * self._replicate_s(first)
+        if training_s > self.left_s:
+            self.training_s = self.spent_s + training_s
 
     def _skip(self, part: Part, needed_s: float) -> None:
         self.skipped.add(part)
         self.needed_s = max(self.needed_s, needed_s)
 
-    # --- what is said of it -------------------------------------------------------------------------------------------
+    # --- what is reported ---------------------------------------------------------------------------------------------
 
     def breakdown(self) -> TimeBreakdown:
         """What the time went to until now."""

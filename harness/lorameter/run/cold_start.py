@@ -6,73 +6,42 @@ timed in a fresh child of a process that has imported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import MutableMapping
 
 import msgspec
 
 from lorameter.records import codec
-from lorameter.records.record import Failure, PartialRecord
-from lorameter.run.workers import Executor, WorkerLostError
+from lorameter.records.record import PartialRecord
+from lorameter.run.workers import Executor
 from lorameter.studies.request import TrialRequest
 
+Imports = MutableMapping[tuple[int, str], PartialRecord]
+"""What new interpreters took to import, by replicate and side."""
 
-@dataclass(frozen=True, slots=True)
-class ColdStart:
-    """The cold start of one trial, whose process has ended."""
 
-    executor: Executor
-    request: TrialRequest
-    imports: MutableMapping[tuple[int, str], PartialRecord]
-    """What new interpreters took to import so far, by replicate and side; the missing one is added."""
-    side: str
-    warm: Any
-    """What the trained process answered, which a cold start must answer too; None where it was not asked."""
+def measure_cold(executor: Executor, request: TrialRequest, imports: Imports, side: str) -> PartialRecord:
+    """The sum with its parts, of a trial whose process has ended; imports that are missing are timed and added. Raises
+    `WorkerLostError`."""
+    key, timeout_s = (request.replicate, side), request.protocol.step_timeout_s
+    if key not in imports:
+        imports[key] = executor.time_imports(request.log_path, timeout_s)
+    if imports[key].status != "ok":
+        return imports[key]
+    worker = executor.launch()
+    try:
+        loaded = worker.ask("cold", request.trial, timeout_s, request=codec.to_json(request))
+    finally:
+        worker.close()
+    if loaded.status != "ok":
+        return loaded
+    values: dict[str, float] = {**loaded.values, **imports[key].values}
+    values["cold_start_time_s"] = values.pop("cold_after_import_time_s") + values["cold_import_time_s"]
+    return msgspec.structs.replace(loaded, values=values, samples={"cold_start_time_s": (values["cold_start_time_s"],)})
 
-    def measure(self) -> PartialRecord:
-        """The sum with its parts; a record that is not ok where a process fails."""
-        return self._guard(self._sum)
 
-    def measure_whole(self) -> PartialRecord:
-        """A cold start in one new interpreter, with which the sum can be compared."""
-        return self._guard(self._whole)
-
-    def _sum(self) -> PartialRecord:
-        request, key = self.request, (self.request.replicate, self.side)
-        timeout_s = request.protocol.step_timeout_s
-        if key not in self.imports:
-            self.imports[key] = self.executor.time_imports(request.log_path, timeout_s)
-        imported = self.imports[key]
-        if imported.status != "ok":
-            return imported
-        worker = self.executor.launch()
-        try:
-            loaded = worker.ask("cold", request.trial, timeout_s, request=codec.to_json(request))
-        finally:
-            worker.close()
-        if loaded.status != "ok":
-            return loaded
-        values: dict[str, float] = {**loaded.values, **imported.values}
-        whole_s = values.pop("cold_after_import_time_s") + values["cold_import_time_s"]
-        values["cold_start_time_s"] = whole_s
-        return msgspec.structs.replace(loaded, values=values, samples={"cold_start_time_s": (whole_s,)})
-
-    def _whole(self) -> PartialRecord:
-        found = self.executor.cold_start(self.request)
-        if found.status != "ok":
-            return found
-        return PartialRecord(values={"cold_whole_time_s": found.values["cold_start_time_s"]}, tokens=found.tokens)
-
-    def _guard(self, start: Callable[[], PartialRecord]) -> PartialRecord:
-        try:
-            fragment = start()
-        except WorkerLostError as lost:
-            return PartialRecord().failed(lost.status, lost.failure)
-        if fragment.status != "ok":  # it says itself why it has no answer
-            return fragment
-        cold = fragment.tokens.get("cold_completion")
-        if self.warm is not None and self.warm != cold:  # it would be the cold start of another model
-            message = f"the new process answered {cold} where the trained process had answered {self.warm}"
-            return fragment.failed("invalid", Failure(phase="cold", kind="OtherCompletion", message=message))
-        return fragment
+def measure_whole(executor: Executor, request: TrialRequest) -> PartialRecord:
+    """A cold start in one new interpreter, with which the sum can be compared. Raises `WorkerLostError`."""
+    found = executor.cold_start(request)
+    if found.status != "ok":
+        return found
+    return PartialRecord(values={"cold_whole_time_s": found.values["cold_start_time_s"]}, tokens=found.tokens)

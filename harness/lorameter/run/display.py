@@ -6,7 +6,7 @@ import contextlib
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from kernels_check.terminal import print_stderr
 from lorameter.errors import redact
@@ -14,18 +14,8 @@ from lorameter.records.record import Notice, TrialRecord
 from lorameter.run.plan import Plan, Slot
 
 
-class ProgressListener(Protocol):
-    """Receives the progress of a run between turns; must return quickly."""
-
-    def trial_phase(self, slot: Slot, phase: str) -> None:
-        """A trial enters a phase."""
-
-    def trial_ended(self, record: TrialRecord) -> None:
-        """A trial has its record."""
-
-
 class Display:
-    """Shows a run under way; this one shows nothing."""
+    """Shows a run under way between its turns, so it must return quickly; this one shows nothing."""
 
     def trial_phase(self, slot: Slot, phase: str) -> None:
         """A trial enters a phase."""

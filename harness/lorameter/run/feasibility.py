@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lorameter.errors import UsageError, shorten
@@ -17,14 +17,7 @@ from lorameter.machine.gpus import say_entries, shared_boards, visible_cards
 from lorameter.machine.nvml import VARIABLE, visible_devices
 from lorameter.machine.provenance import Machine, library_version
 from lorameter.models import catalogue, shapes
-from lorameter.models.costs.lora import (
-    PAGED_FROM_ELEMENTS,
-    adapter_tensors,
-    lora_of,
-    paged_state_bytes,
-    uncounted,
-    unknown_targets,
-)
+from lorameter.models.costs.lora import lora_of, uncounted, unknown_targets
 from lorameter.models.costs.memory import MemoryEstimate, birth_bytes, estimate_peak, peak_range
 from lorameter.models.costs.peaks import stated_peak
 from lorameter.models.methods import check_methods
@@ -93,15 +86,12 @@ def check_feasible(
     for variant, workload in {one.variant.name: (one.built, one.workload) for one in arms}.values():
         where = f"study {study.name}, variant {variant.name!r}"
         shape = shape_of[workload.model]
-        _check_attention(where, variant, machine)
-        _check_liger(where, variant, machine)
+        _check_kernels(where, variant, machine)
         check_ranks(where, variant, workload, machine, here=study.protocol.place.is_plain)
         notices += rank_notices(variant, workload)
         check_adapters(where, variant, workload)
-        if variant.tf32 and machine.device == "cpu":
-            raise UsageError(f"{where}: tf32 = True: a CPU has no TF32. Leave it out here.")
         notices += type_notices(variant, machine)
-        notices += _paged_notices(variant, machine, shape)
+        notices += _paged_notices(variant, machine)
         if workload.model in unknown:
             continue
         check_widths(where, variant, shape, machine)
@@ -241,33 +231,37 @@ def _less_memory(expected: MemoryEstimate) -> str:
     return 'Use quantization = "nf4", gradient_checkpointing = true, a smaller batch_size, or a smaller model.'
 
 
-def _check_attention(where: str, variant: Variant, machine: Machine) -> None:
-    if machine.device == "cpu" and variant.attention in ("flash_attention_2", "flex_attention"):
-        why = {
-            "flash_attention_2": "the flash-attn package needs a CUDA device",
-            "flex_attention": "flex attention has no backward pass on a CPU",
-        }[variant.attention]
-        raise UsageError(
-            f"{where}: attention = {variant.attention!r}: {why}, and this machine measures on the CPU. "
-            'Use attention = "sdpa", whose flash kernel runs here.'
-        )
-    if variant.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        raise UsageError(
-            f"{where}: attention = 'flash_attention_2': the package flash-attn is not installed. "
-            'Run pip install "lorameter[flash-attn]", or use attention = "sdpa".'
-        )
+Refusal = tuple[bool, str, str, str]
+"""Whether it applies, what is refused, why, and what to do."""
 
 
-def _check_liger(where: str, variant: Variant, machine: Machine) -> None:
-    if variant.liger_kernel and machine.device == "cpu":
-        raise UsageError(
-            f"{where}: liger_kernel = True: its kernels are Triton's, which need a GPU, and this machine measures on "
-            "the CPU. Leave it out here."
-        )
-    if variant.liger_kernel and importlib.util.find_spec("liger_kernel") is None:
-        raise UsageError(
-            f"{where}: liger_kernel = True: the package liger-kernel is not installed. Run pip install liger-kernel."
-        )
+def _refuse(where: str, refusals: Iterable[Refusal]) -> None:
+    """Raises `UsageError` for the first that applies."""
+    for applies, what, why, remedy in refusals:
+        if applies:
+            raise UsageError(f"{where}: {what}: {why}. {remedy}")
+
+
+def _check_kernels(where: str, variant: Variant, machine: Machine) -> None:
+    """Refuse kernels that this device or installation does not have."""
+    cpu, attention = machine.device == "cpu", f"attention = {variant.attention!r}"
+    flash, liger = variant.attention == "flash_attention_2", "liger_kernel = True"
+    here = "and this machine measures on the CPU"
+    _refuse(where, (
+        (cpu and flash, attention, f"the flash-attn package needs a CUDA device, {here}",
+         'Use attention = "sdpa", whose flash kernel runs here.'),
+        (cpu and variant.attention == "flex_attention", attention,
+         f"flex attention has no backward pass on a CPU, {here}",
+         'Use attention = "sdpa", whose flash kernel runs here.'),
+        (flash and importlib.util.find_spec("flash_attn") is None, attention,
+         "the package flash-attn is not installed",
+         'Run pip install "lorameter[flash-attn]", or use attention = "sdpa".'),
+        (variant.liger_kernel and cpu, liger, f"its kernels are Triton's, which need a GPU, {here}",
+         "Leave it out here."),
+        (variant.liger_kernel and importlib.util.find_spec("liger_kernel") is None, liger,
+         "the package liger-kernel is not installed", "Run pip install liger-kernel."),
+        (variant.tf32 and cpu, "tf32 = True", "a CPU has no TF32", "Leave it out here."),
+    ))  # fmt: skip
 
 
 def check_widths(where: str, variant: Variant, shape: ModelShape, machine: Machine) -> None:
@@ -307,33 +301,13 @@ def _target_notices(where: str, variant: LoraVariant, model: str, shape: ModelSh
         )
 
 
-def _paged_notices(variant: Variant, machine: Machine, shape: ModelShape) -> Iterator[Notice]:
-    if variant.optimizer not in PAGED:
-        return
-    known = uncounted(variant, shape) is None
-    if known and not paged_state_bytes(variant.optimizer, adapter_tensors(variant, shape)):
-        yield Notice(
-            code="optimizer-state-not-paged",
-            message=f"{variant.name}: {variant.optimizer} pages nothing: each of its tensors has fewer than "
-            f"{PAGED_FROM_ELEMENTS} elements, which bitsandbytes keeps on the device.",
-            remedy="Read its memory as that of an optimizer that is not paged, or raise r.",
-        )
-    elif machine.device == "cpu":
+def _paged_notices(variant: Variant, machine: Machine) -> Iterator[Notice]:
+    if variant.optimizer in PAGED and machine.device == "cpu":
         yield Notice(
             code="paged-on-cpu",
             message=f"{variant.name}: {variant.optimizer} pages nothing on a CPU; its trials are invalid unless the "
             "study allows the fallback.",
             remedy='Use optimizer = "adamw_fused" here, or allow_fallback = true to measure what really runs.',
-        )
-    else:
-        tensors = len(adapter_tensors(variant, shape)) if known else None
-        yield Notice(
-            code="paged-on-gpu",
-            message=f"{variant.name}: {variant.optimizer} waits for the device after each of its "
-            f"{'tensors' if tensors is None else f'{tensors} tensors'}, in every step, and its paged state is in "
-            f"managed memory, which the allocator does not count.",
-            remedy="Lay no more of its step time to paging than a run with adamw_fused leaves, and add "
-            "`paged_optimizer_state_bytes` to its peaks.",
         )
 
 
@@ -363,64 +337,47 @@ def check_ranks(where: str, variant: Variant, workload: Workload, machine: Machi
     """
     if workload.ranks == 1:
         return
-    if not isinstance(variant, LoraVariant):
-        raise UsageError(
-            f"{where}: ranks = {workload.ranks}: of several ranks LoRA in its short form is measured, and the method "
-            f"is {variant.method_name}. Leave ranks out."
-        )
     if machine.device == "cuda" and here:
         _check_cards(where, workload)
     sharded, torch = workload.strategy == "fsdp2", library_version("torch")
-    refused = (
-        (variant.compile, "compile = True", "ranks are measured without it", "Leave it out."),
-        (
-            sharded and variant.quantization == "int8",
-            "quantization = 'int8'",
-            "FSDP2 does not shard the weights of LLM.int8, whose scales are stored separately",
-            'Use strategy = "ddp", or another quantization.',
-        ),
-        (
-            sharded and variant.is_4bit and not shards_4bit(torch),
-            f"quantization = {variant.quantization!r}",
-            f"FSDP2 of torch {torch} shards no integers, as which 4-bit weights are stored",
-            f'Use torch {SHARDS_INTEGERS} or later, or strategy = "ddp".',
-        ),
-        (
-            sharded and variant.optimizer in PAGED,
-            f"optimizer = {variant.optimizer!r}",
-            "optimizers of bitsandbytes take no sharded parameters",
-            'Use "adamw" or "adamw_fused", or strategy = "ddp".',
-        ),
-        (
-            sharded and variant.rewrites_base,
-            f"init_lora_weights = {variant.init_lora_weights!r}",
-            "it rewrites the base, of which each rank would have to hold the whole",
-            'Use strategy = "ddp".',
-        ),
-    )
-    for applies, what, why, remedy in refused:
-        if applies:
-            raise UsageError(f"{where}: {what}: with ranks = {workload.ranks}, {why}. {remedy}")
+    ranks, ddp = f"with ranks = {workload.ranks}", 'Use strategy = "ddp"'
+    _refuse(where, (
+        (not isinstance(variant, LoraVariant), f"ranks = {workload.ranks}",
+         f"of several ranks LoRA in its short form is measured, and the method is {variant.method_name}",
+         "Leave ranks out."),
+        (variant.compile, "compile = True", f"{ranks}, ranks are measured without it", "Leave it out."),
+        (sharded and variant.quantization == "int8", "quantization = 'int8'",
+         f"{ranks}, FSDP2 does not shard the weights of LLM.int8, whose scales are stored separately",
+         f"{ddp}, or another quantization."),
+        (sharded and variant.is_4bit and not shards_4bit(torch), f"quantization = {variant.quantization!r}",
+         f"{ranks}, FSDP2 of torch {torch} shards no integers, as which 4-bit weights are stored",
+         f'Use torch {SHARDS_INTEGERS} or later, or strategy = "ddp".'),
+        (sharded and variant.optimizer in PAGED, f"optimizer = {variant.optimizer!r}",
+         f"{ranks}, optimizers of bitsandbytes take no sharded parameters",
+         'Use "adamw" or "adamw_fused", or strategy = "ddp".'),
+        (sharded and variant.rewrites_base, f"init_lora_weights = {getattr(variant, 'init_lora_weights', None)!r}",
+         f"{ranks}, it rewrites the base, of which each rank would have to hold the whole", f"{ddp}."),
+    ))  # fmt: skip
 
 
 def rank_notices(variant: Variant, workload: Workload) -> Iterator[Notice]:
     """What should be known of several ranks."""
-    if workload.ranks > 1 and workload.strategy == "fsdp2" and variant.is_4bit:
-        if workload.repair:
-            yield Notice(
-                code="bitsandbytes-fsdp2-patched",
-                message=f"{variant.name}: bitsandbytes is mended for FSDP2 ({workload.repair}): the quantisation "
-                f"state is set on the weight of the layer. Without this repair the released package may compute "
-                f"another model.",
-                remedy="Train with the same repair; otherwise these numbers do not describe your training.",
-            )
-        else:
-            yield Notice(
-                code="ranks-fsdp2-4bit",
-                message=f"{variant.name}: 4-bit weights of bitsandbytes under FSDP2 can be silently wrong from the "
-                "second step on; every trial checks it over three, and one that is wrong is invalid.",
-                remedy='Write repair = "quant_state" in [workload] where it is, or use strategy = "ddp".',
-            )
+    if workload.ranks == 1 or workload.strategy != "fsdp2" or not variant.is_4bit:
+        return
+    if workload.repair:
+        yield Notice(
+            code="bitsandbytes-fsdp2-patched",
+            message=f"{variant.name}: bitsandbytes is mended for FSDP2 ({workload.repair}): the quantisation state is "
+            "set on the weight of the layer. Without this repair the released package may compute another model.",
+            remedy="Train with the same repair; otherwise these numbers do not describe your training.",
+        )
+    else:
+        yield Notice(
+            code="ranks-fsdp2-4bit",
+            message=f"{variant.name}: 4-bit weights of bitsandbytes under FSDP2 can be silently wrong from the second "
+            "step on; every trial checks it over three, and one that is wrong is invalid.",
+            remedy='Write repair = "quant_state" in [workload] where it is, or use strategy = "ddp".',
+        )
 
 
 def _check_cards(where: str, workload: Workload) -> None:
@@ -447,37 +404,20 @@ def check_adapters(where: str, variant: Variant, workload: Workload) -> None:
     of bitsandbytes is taken). Raises `UsageError`, naming key, value and remedy."""
     if workload.adapters == 1:
         return
-    if not isinstance(variant, LoraVariant):
-        raise UsageError(
-            f"{where}: adapters = {workload.adapters}: several adapters are measured of LoRA in its short form, and "
-            f"the method is {variant.method_name}. Leave adapters out."
-        )
-    refused = (
-        (
-            variant.use_dora and workload.request_batch > 1,
-            "use_dora = True",
-            "PEFT does not mix adapters of DoRA in one batch",
-            "Use request_batch = 1, which measures switching alone, or leave use_dora out.",
-        ),
-        (
-            variant.merge_adapter,
-            "merge_adapter = True",
-            "a merged adapter can neither be switched off nor share its base with others",
-            "Leave merge_adapter out; requests with the adapter merged are measured as well, by `merged`.",
-        ),
-        (
-            variant.bias != "none",
-            f"bias = {variant.bias!r}",
-            "PEFT has one adapter on a base whose biases train",
-            'Use bias = "none".',
-        ),
-        (
-            variant.rewrites_base,
-            f"init_lora_weights = {variant.init_lora_weights!r}",
-            "it rewrites the base for one adapter, and the others would stand on it",
-            'Use "default", "gaussian" or "orthogonal".',
-        ),
-    )
-    for applies, what, why, remedy in refused:
-        if applies:
-            raise UsageError(f"{where}: {what}: with adapters = {workload.adapters}, {why}. {remedy}")
+    adapters, init = f"with adapters = {workload.adapters}", getattr(variant, "init_lora_weights", None)
+    _refuse(where, (
+        (not isinstance(variant, LoraVariant), f"adapters = {workload.adapters}",
+         f"several adapters are measured of LoRA in its short form, and the method is {variant.method_name}",
+         "Leave adapters out."),
+        (isinstance(variant, LoraVariant) and variant.use_dora and workload.request_batch > 1, "use_dora = True",
+         f"{adapters}, PEFT does not mix adapters of DoRA in one batch",
+         "Use request_batch = 1, which measures switching alone, or leave use_dora out."),
+        (variant.merge_adapter, "merge_adapter = True",
+         f"{adapters}, a merged adapter can neither be switched off nor share its base with others",
+         "Leave merge_adapter out; requests with the adapter merged are measured as well, by `merged`."),
+        (isinstance(variant, LoraVariant) and variant.bias != "none", f"bias = {getattr(variant, 'bias', None)!r}",
+         f"{adapters}, PEFT has one adapter on a base whose biases train", 'Use bias = "none".'),
+        (variant.rewrites_base, f"init_lora_weights = {init!r}",
+         f"{adapters}, it rewrites the base for one adapter, and the others would stand on it",
+         'Use "default", "gaussian" or "orthogonal".'),
+    ))  # fmt: skip

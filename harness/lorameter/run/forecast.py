@@ -26,6 +26,7 @@ from lorameter.records import codec, store
 from lorameter.run.feasibility import processes_on_device
 from lorameter.run.forecast_time import TimeForecast, forecast_time
 from lorameter.run.plan import Group, Plan
+from lorameter.run.workers import Executor
 from lorameter.studies.request import BaseKey, base_key
 from lorameter.studies.script import OWN
 from lorameter.studies.variant import AnyVariant, Variant
@@ -47,10 +48,11 @@ class Forecast:
     """Why memory or disk are not known."""
 
 
-def forecast(plan: Plan, machine: Machine, runs: Path) -> Forecast:
-    """Expected time, memory of what is live together at most (with its processes) and disk of a run."""
+def forecast(plan: Plan, machine: Machine, runs: Path, executor: Executor | None = None) -> Forecast:
+    """Expected time, memory of what is live together at most (with its processes) and disk of a run. Its steps are
+    timed by the `executor`, if there is one."""
+    took = forecast_time(plan, machine, runs, executor)
     if plan.study.of_scripts:
-        took = forecast_time(plan, machine, {}, runs)
         return Forecast(time=took, memory_bytes=None, disk_bytes=None, unknown=OF_SCRIPTS)
     shape_of = {one: shapes.shape(catalogue.resolve(one.model)) for one in plan.workloads}
     unknown = next(filter(None, (uncounted(arm.built, shape_of[arm.workload]) for arm in plan.arms)), None)
@@ -63,7 +65,6 @@ def forecast(plan: Plan, machine: Machine, runs: Path) -> Forecast:
         tokens = sum(4 * 8 * one.sequence_length * (one.train_sequences + one.held_out_sequences) for one in shape_of)
         adapters = [adapter_parameters(arm.built, shape_of[arm.workload]) for arm in plan.arms]
         disk = tokens + len(plan.slots) * 64 * 1024 + max(adapters) * 4
-    took = forecast_time(plan, machine, shape_of, runs)
     return Forecast(time=took, memory_bytes=memory, disk_bytes=disk, unknown=unknown)
 
 
@@ -105,20 +106,14 @@ def _mapped_again(processes: Iterable[tuple[Variant, Workload]], machine: Machin
 
 def most_of(sizes: Iterable[int | None]) -> int | None:
     """The largest; None where one is not known."""
-    known = _known(sizes)
-    return None if known is None else max(known)
+    every = list(sizes)
+    return None if None in every else max(filter(None, every), default=0)
 
 
 def total_of(sizes: Iterable[int | None]) -> int | None:
     """The sum; None where one is not known."""
-    known = _known(sizes)
-    return None if known is None else sum(known)
-
-
-def _known(sizes: Iterable[int | None]) -> list[int] | None:
     every = list(sizes)
-    known = [size for size in every if size is not None]
-    return known if len(known) == len(every) else None
+    return None if None in every else sum(filter(None, every))
 
 
 def together_bytes(
@@ -138,45 +133,29 @@ def needed_bytes(
 ) -> dict[str, int | None]:
     """Expected memory of a trial's processes on a device, of each variant by name: the peak of an earlier run where
     there is one, else the estimate, None where the model's layers are not known; on a GPU device memory."""
-    if workload.model == OWN:
-        return {variant.name: _measured_script(variant, workload, machine, runs) for variant in variants}
-    source = catalogue.resolve(workload.model)
-    shape, device = shapes.shape(source), machine.device
-    kind, extra = _kind_of_peak(device)
-    measured = {} if runs is None else measured_peaks(workload, machine, runs, kind)
-    processes, birth = processes_on_device(workload, device), birth_bytes(machine.cuda)
-
-    def need(variant: Variant) -> int | None:
-        peak, expected = measured.get(variant.id), None
-        if unknown_layers(shape):
-            return processes * (peak + extra) if peak else None
-        if not uncounted(variant, shape):
-            expected = estimate_peak(
-                variant, workload, shape, device=device, repacks=machine.avx512_bf16, process_bytes=birth
-            )
-        if peak:  # of training, and requests may take more
-            requests = expected.needed_bytes if expected is not None and expected.phase == "generate" else 0
-            return processes * max(peak + extra, requests)
-        if expected is not None:
-            return processes * expected.needed_bytes
-        return processes * bound_bytes(variant, workload, shape, device, birth)  # no formula is known for its method
-
-    return {variant.name: need(variant) for variant in variants if isinstance(variant, Variant)}
-
-
-def _measured_script(variant: AnyVariant, workload: Workload, machine: Machine, runs: Path | None) -> int | None:
-    """What an earlier run of the same command took; None without one."""
-    kind, extra = _kind_of_peak(machine.device)
-    peaks = {} if runs is None else measured_peaks(workload, machine, runs, kind)
-    peak = peaks.get(variant.id)
-    return None if peak is None else peak + extra
-
-
-def _kind_of_peak(device: str) -> tuple[str, int]:
-    """The name of the peak that says what a process took, and what it took in addition."""
+    shape = None if workload.model == OWN else shapes.shape(catalogue.resolve(workload.model))
+    device, birth = machine.device, birth_bytes(machine.cuda)
+    kind, extra = "host_peak_train_bytes", 0
     if device == "cuda":
-        return "device_peak_reserved_train_bytes", CUDA_CONTEXT_BYTES
-    return "host_peak_train_bytes", 0
+        kind, extra = "device_peak_reserved_train_bytes", CUDA_CONTEXT_BYTES
+    measured = {} if runs is None else measured_peaks(workload, machine, runs, kind)
+    processes = processes_on_device(workload, device)
+
+    def need(variant: AnyVariant) -> int | None:
+        peak = measured[variant.id] + extra if variant.id in measured else None
+        if shape is None or not isinstance(variant, Variant) or unknown_layers(shape):
+            return None if peak is None else processes * peak
+        if uncounted(variant, shape):  # no formula is known for its method
+            return processes * (peak or bound_bytes(variant, workload, shape, device, birth))
+        expected = estimate_peak(
+            variant, workload, shape, device=device, repacks=machine.avx512_bf16, process_bytes=birth
+        )
+        if peak is None:
+            return processes * expected.needed_bytes
+        # A measured peak is that of training, and requests may take more.
+        return processes * max(peak, expected.needed_bytes if expected.phase == "generate" else 0)
+
+    return {variant.name: need(variant) for variant in variants}
 
 
 def measured_peaks(workload: Workload, machine: Machine, runs: Path, kind: str) -> dict[str, int]:

@@ -1,16 +1,17 @@
-"""Predicts how long a plan takes and how wide its intervals will be, by the rule of `lorameter.run.budget`.
+"""Predicts how long a plan takes and how wide its intervals will be: the plan is measured in simulated time.
 
-The cost of a replicate comes from an earlier run of the same study on the same machine, with any number of replicates
-and minutes. Without one, a CPU's is estimated from its own matrix speed, measured for a moment; a GPU's is not guessed.
-The scatter comes from the latest run on this machine at the same level of interleaving, else it is assumed.
+The simulation is the run itself (`lorameter.run.runner`, `lorameter.run.budget`) with workers that only advance a
+clock. Their times are those of a step and a request of each variant, which are timed on two layers of its model
+(`lorameter.trial.step_times`). The scatter comes from the latest run on this machine at the same level of interleaving,
+else it is assumed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import statistics
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,38 +19,31 @@ from typing import Any
 
 from lorameter.errors import LorameterError
 from lorameter.machine.provenance import Machine
-from lorameter.models.costs.lora import uncounted
-from lorameter.models.shapes import ModelShape, linear_widths
 from lorameter.records import codec, store
-from lorameter.records.record import TrialRecord
-from lorameter.records.store import Run, measuring_time_s
-from lorameter.records.units import format_duration, format_percent
-from lorameter.run.budget import SOUGHT_REPLICATES, Cost, Part, fit, replicate_s
+from lorameter.records.record import PartialRecord, TrialRecord
+from lorameter.records.store import Run
+from lorameter.records.tempdirs import scratch_folder
+from lorameter.records.units import format_percent
+from lorameter.run.budget import SOUGHT_REPLICATES, Budget, TimeLimitTooShortError
+from lorameter.run.device_lock import hold_device
+from lorameter.run.display import Display
 from lorameter.run.interleaving import SCATTER
-from lorameter.run.plan import Plan
+from lorameter.run.plan import Plan, Slot
+from lorameter.run.prepare import RunContext, max_parallel, request_of
+from lorameter.run.runner import run_plan
+from lorameter.run.workers import Executor, TrialFiles, Worker, WorkerLostError
 from lorameter.stats import VerdictRule
 from lorameter.stats.effect import Spread
 from lorameter.stats.shared_scatter import PRIOR_DF
-from lorameter.studies.workload import Workload
+from lorameter.studies.request import TrialRequest, base_key
+from lorameter.studies.variant import Variant
 from lorameter.verdicts.series import group_trials, pairs_against
 
-PROCESS_START_S = 6.0
-"""A new interpreter with these imports, measured on two cores."""
-CHECK_S = 1.0
-"""Fork and build of a small model, measured on two cores."""
-CHECK_STEPS = 6
-"""Steps that the first step, the watched one, one more and the held-out loss are worth."""
-LAYER_OVERHEAD_S = 3e-3
-"""Python and dispatch for one layer's forward and backward on a CPU, measured."""
 RUNS_LOOKED_AT = 20
 """Latest runs that are searched."""
 SOUGHT_WIDTH = 0.03
 """Half-width for which the minutes are predicted."""
 MOST_REPLICATES = 200
-RULE_OF_THUMB = "a rule of thumb from this CPU's matrix speed; expect a factor of 2"
-_SAMPLES: dict[Part, str] = {
-    "requests": "request_time_s", "open_ended": "open_ended_request_time_s", "merged": "merged_request_time_s",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,47 +65,57 @@ class TimeForecast:
     """Seconds that a half-width of 3 % takes."""
 
 
-@dataclass(frozen=True, slots=True)
-class _ReplicateCost:
-    parts: Mapping[Part, Cost]
-    once_s: float
-    """What the run takes outside of its replicates: imports, bases, the first check."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialTimes:
+    """Seconds of the parts of a variant's trial."""
+
+    load_s: float
+    """To make its model, which is made once and mapped."""
+    step_s: float
+    evaluate_s: float
+    """The loss of all held-out records."""
+    request_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanTimes:
+    """What a simulation needs to know."""
+
+    import_s: float
+    trials: Mapping[str, TrialTimes]
+    """By variant."""
+    parallel: int
+    """Processes that work at once while nothing is timed."""
     basis: str
 
 
-def forecast_time(plan: Plan, machine: Machine, shapes: Mapping[Workload, ModelShape], runs: Path) -> TimeForecast:
-    """What a plan takes and how wide its intervals will be; `shapes` are empty for scripts."""
+def forecast_time(plan: Plan, machine: Machine, runs: Path, executor: Executor | None = None) -> TimeForecast:
+    """What a plan takes and how wide its intervals will be. `executor` times steps and is not started yet; None where
+    they cannot be timed."""
     protocol = plan.study.protocol
     limit_s = None if protocol.max_minutes is None else 60 * protocol.max_minutes
     sd, noise = _scatter(plan, machine, runs)
-    found = _measured_cost(plan, machine, runs) or _estimated_cost(plan, machine, shapes)
-    if isinstance(found, str):
+    times = time_steps(plan, executor)
+    if isinstance(times, str):
         replicates = protocol.replicates if limit_s is None else None
         width = None if replicates is None else half_width(sd, replicates, plan)
         return TimeForecast(
-            time_s=limit_s, basis=found, replicates=replicates, half_width=width, noise=noise if width else ""
+            time_s=limit_s, basis=times, replicates=replicates, half_width=width, noise=noise if width else ""
         )
-    parts, replicates, rounds = dict(found.parts), protocol.replicates, protocol.turns
-    skipped: tuple[str, ...] = ()
-    basis = found.basis
-    if limit_s is not None:
-        left_s, sought = limit_s - found.once_s, min(SOUGHT_REPLICATES, protocol.replicates)
-        fitting = fit(parts, left_s, planned=replicates, sought=sought, most_rounds=rounds)
-        replicates, rounds, skipped = max(1, fitting.replicates), fitting.rounds, fitting.dropped
-        parts = {part: cost for part, cost in parts.items() if part not in skipped}
-    each = replicate_s(parts, rounds)
-    whole_s = found.once_s + replicates * each
-    if limit_s is not None and whole_s > limit_s:
-        basis = f"the limit of {limit_s / 60:g} minutes; one replicate takes {format_duration(whole_s)} by {basis}"
+    try:
+        ends, skipped = simulate(plan, times)
+    except TimeLimitTooShortError as error:
+        return TimeForecast(time_s=None, basis=f"{times.basis}: {str(error).rstrip('.')}", replicates=0)
+    each = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else ends[0]
     wanted = next((n for n in range(2, MOST_REPLICATES) if (half_width(sd, n, plan) or 1.0) <= SOUGHT_WIDTH), None)
     return TimeForecast(
-        time_s=whole_s if limit_s is None else min(whole_s, limit_s),
-        basis=basis,
-        replicates=replicates,
+        time_s=ends[-1],
+        basis=times.basis,
+        replicates=len(ends),
         skipped=skipped,
-        half_width=half_width(sd, replicates, plan),
+        half_width=half_width(sd, len(ends), plan),
         noise=noise,
-        sought_width_s=None if wanted is None else found.once_s + wanted * each,
+        sought_width_s=None if wanted is None else ends[0] + (wanted - 1) * each,
     )
 
 
@@ -129,6 +133,170 @@ def half_width(sd: float, replicates: int, plan: Plan) -> float | None:
     )  # fmt: skip
     family = max(1, comparisons - 1)  # the control is a family of its own
     return math.expm1(spread.half_width(VerdictRule(family=family).tail(spread)))
+
+
+# --- the simulation ---------------------------------------------------------------------------------------------------
+
+
+def simulate(plan: Plan, times: PlanTimes) -> tuple[list[float], tuple[str, ...]]:
+    """When each replicate of a plan ends, in seconds from its start, and which parts are skipped.
+
+    Raises:
+        TimeLimitTooShortError: not one fits into the plan's minutes.
+    """
+    protocol = dataclasses.replace(plan.study.protocol, precision=None)  # the scatter is not simulated
+    plan = dataclasses.replace(plan, study=dataclasses.replace(plan.study, protocol=protocol))
+    executor = _SimulatedExecutor(plan, times)
+    budget = Budget(
+        None if protocol.max_minutes is None else 60 * protocol.max_minutes,
+        replicates=protocol.replicates,
+        clock=lambda: executor.now_s,
+    )
+    loads = {
+        base_key(arm.variant, arm.workload): times.trials[arm.variant.name].load_s
+        for arm in plan.arms
+        if isinstance(arm.variant, Variant)
+    }
+    executor.now_s += times.import_s + sum(loads.values())
+    budget.import_s, budget.load_s = times.import_s, sum(loads.values()) / max(1, len(loads))
+    context = RunContext(
+        device="cpu", threads=0, tokens_path="", tokens={}, max_parallel=times.parallel,
+    )  # fmt: skip
+    ends: dict[int, float] = {}
+
+    def save(record: TrialRecord) -> None:
+        ends[record.replicate] = executor.now_s
+
+    names = {slot.executor for slot in plan.slots}
+    run_plan(plan, dict.fromkeys(names, executor), context, save=save, listener=Display(), budget=budget)
+    return list(ends.values()), tuple(part for part in budget.skipped)
+
+
+class _SimulatedExecutor(Executor):
+    """Commands take no time but that of its own clock."""
+
+    def __init__(self, plan: Plan, times: PlanTimes) -> None:
+        self.now_s = 0.0
+        self.times = times
+        self.slots = {slot.trial: slot for slot in plan.slots}
+        self.protocol = plan.study.protocol
+
+    def make_place(self, trial: str, log: str) -> TrialFiles:
+        """No files."""
+        return TrialFiles(scratch="", log_path="")
+
+    def clear_place(self, trial: str) -> None:
+        """Nothing is there."""
+
+    def launch(self) -> _SimulatedWorker:
+        """Takes no time."""
+        return _SimulatedWorker(self)
+
+    def cold_start(self, request: TrialRequest) -> PartialRecord:
+        """The imports and the rest of a cold start."""
+        imports, rest = self.time_imports("", 0.0), self.launch().ask("cold", request.trial, 0.0)
+        return PartialRecord(values={"cold_start_time_s": sum([*imports.values.values(), *rest.values.values()])})
+
+    def time_imports(self, log_path: str, timeout_s: float) -> PartialRecord:
+        """Those of a new interpreter."""
+        self.now_s += self.times.import_s
+        return PartialRecord(values={"cold_import_time_s": self.times.import_s})
+
+
+class _SimulatedWorker(Worker):
+    """Works from the moment it is asked; others may work at the same time."""
+
+    start_latency_s = 0.0
+
+    def __init__(self, executor: _SimulatedExecutor) -> None:
+        self._executor = executor
+        self._ready_s = 0.0
+        self._answer = PartialRecord()
+
+    def send(self, command: str, trial: str, **arguments: Any) -> None:
+        """Begin to work."""
+        slot, protocol = self._executor.slots[trial], self._executor.protocol
+        times, workload = self._executor.times.trials[slot.variant.name], slot.workload
+        steps = arguments.get("steps", protocol.warmup_steps_min)
+        evaluate_s = times.evaluate_s if "steps" in slot.measures else 0.0
+        requests = 3 if workload.adapters > 1 else 1  # of one adapter, after a switch, mixed
+        open_ended_s = times.request_s * workload.open_ended_tokens / workload.new_tokens
+        seconds = {
+            "build": times.step_s + (0.0 if slot.replicate else evaluate_s),
+            "verify": times.step_s,
+            "warm_up": steps * times.step_s,
+            "turn": steps * times.step_s,
+            "train": steps * times.step_s,
+            "finish_training": evaluate_s,
+            "begin_generate": (1 + protocol.generate_warmup) * times.request_s,
+            "request": requests * times.request_s,
+            "open_ended": open_ended_s,
+            "base_answers": protocol.open_ended_requests * open_ended_s,
+            "cold": times.load_s + times.request_s,
+        }.get(command, 0.0)
+        self._ready_s = self._executor.now_s + seconds
+        taken = steps * (times.step_s,)
+        self._answer = {
+            "build": PartialRecord(values={"build_step_time_s": times.step_s}),
+            "warm_up": PartialRecord(samples={"warmup_step_time_s": taken}),
+            "turn": PartialRecord(samples={"step_time_s": taken, "step_cpu_time_s": taken}),
+            "cold": PartialRecord(values={"cold_after_import_time_s": seconds}),
+        }.get(command, PartialRecord())
+
+    def receive(self, command: str, timeout_s: float) -> PartialRecord:
+        """The answer, when it is due."""
+        self._executor.now_s = max(self._executor.now_s, self._ready_s)
+        return self._answer
+
+    def end(self) -> None:
+        """There is no process."""
+
+
+# --- what it rests on -------------------------------------------------------------------------------------------------
+
+
+def time_steps(plan: Plan, executor: Executor | None) -> PlanTimes | str:
+    """Times of each variant by two layers of its model, in a process of its own; or why there are none."""
+    if plan.study.of_scripts:
+        return "steps of scripts are not timed in advance"
+    if executor is None:
+        return "steps are not timed on other machines"
+    if any(slot.workload.ranks > 1 for slot in plan.slots):
+        return "steps of several ranks are not timed in advance"
+    try:
+        with hold_device(executor, "refuse"), scratch_folder() as folder, contextlib.ExitStack() as stack:
+            stack.callback(executor.close)
+            executor.start(folder, plan.study.workload.threads)
+            hello = executor.hello()
+            first = {slot.variant.name: slot for slot in reversed(plan.slots)}
+            trials = {name: _time_variant(plan, slot, executor, hello.device) for name, slot in first.items()}
+            return PlanTimes(
+                import_s=hello.import_time_s,
+                trials=trials,
+                parallel=max_parallel(plan, dict.fromkeys([""], executor)),
+                basis="two layers of each model, timed now",
+            )
+    except (LorameterError, WorkerLostError) as error:
+        return f"its steps cannot be timed: {str(error).rstrip('.')}"
+
+
+def _time_variant(plan: Plan, slot: Slot, executor: Executor, device: str) -> TrialTimes:
+    context = RunContext(device=device, threads=slot.workload.threads, tokens_path="", tokens={})
+    request = request_of(plan, slot, context, executor.make_place(slot.trial, slot.trial))
+    worker = executor.launch()
+    try:
+        found = worker.ask("times", slot.trial, plan.study.protocol.step_timeout_s, request=codec.to_json(request))
+    finally:
+        worker.close()
+    if found.failure is not None:
+        raise WorkerLostError(found.status, found.failure)
+    times, workload = found.values, slot.workload
+    return TrialTimes(
+        step_s=times["step"],
+        evaluate_s=times["evaluate"] * math.ceil(workload.held_out_sequences / workload.batch_size),
+        request_s=times["request"],
+        load_s=times["load"],
+    )
 
 
 def _scatter(plan: Plan, machine: Machine, runs: Path) -> tuple[float, str]:
@@ -153,119 +321,3 @@ def _latest(machine: Machine, runs: Path) -> Iterator[Run]:
         with contextlib.suppress(LorameterError):
             if store.read_manifest(path).provenance.get("device_name") == machine.device_name:
                 yield store.read_run(str(path), runs)
-
-
-def _measured_cost(plan: Plan, machine: Machine, runs: Path) -> _ReplicateCost | None:
-    """The cost of a replicate in the latest complete run of the same study, level and phases on the same machine."""
-    for path in reversed(store.list_runs(runs)):
-        with contextlib.suppress(LorameterError):
-            manifest = store.read_manifest(path)  # a run of another study is not read for nothing
-            if (
-                manifest.provenance.get("device_name") == machine.device_name
-                and _question(manifest.study) == _question(codec.to_json(plan.study))
-                and manifest.own_workloads == codec.to_json(plan.own_workloads)
-                and manifest.interleaving == plan.interleaving
-                and manifest.phases == plan.phases
-                and manifest.status == "complete"
-                and (records := store.read_run(str(path), runs).records)
-            ):
-                return _cost_of(plan, records, path.name)
-    return None
-
-
-def _question(study: Mapping[str, Any]) -> dict[str, Any]:
-    """A study as JSON data without how often and how long it is measured."""
-    protocol = {
-        key: value
-        for key, value in study.get("protocol", {}).items()
-        if key not in ("replicates", "max_minutes", "precision")
-    }
-    return {**study, "protocol": protocol}
-
-
-def _cost_of(plan: Plan, records: tuple[TrialRecord, ...], run: str) -> _ReplicateCost:
-    by_replicate: dict[int, list[TrialRecord]] = {}
-    for record in records:
-        by_replicate.setdefault(record.replicate, []).append(record)
-    totals = {number: measuring_time_s(group) for number, group in by_replicate.items()}
-    later = {number: total for number, total in totals.items() if number} or totals  # the first checks more
-    total_s = statistics.fmean(later.values())
-    parts: dict[Part, Cost] = {"training": Cost()}
-    for number in later:
-        for record in by_replicate[number]:
-            if record.turn_lengths:
-                parts["training"].round_s += sum(record.samples.get("step_time_s", ())) / len(record.turn_lengths)
-            for part, name in _SAMPLES.items():
-                if times := record.samples.get(name):
-                    cost = parts.setdefault(part, Cost())
-                    cost.round_s += statistics.fmean(times)
-                    cost.fixed_s += (1 + plan.study.protocol.generate_warmup) * statistics.fmean(times)
-            if starts := record.samples.get("cold_start_time_s"):
-                import_s = record.values.get("cold_import_time_s", 0.0)
-                parts.setdefault("cold", Cost()).fixed_s += starts[0] - import_s * (1 - 1 / len(by_replicate[number]))
-    for cost in parts.values():
-        cost.fixed_s /= len(later)
-        cost.round_s /= len(later)
-    taken = max((len(record.turn_lengths) for record in records if record.replicate in later), default=0)
-    timed_s = sum(cost.fixed_s + taken * cost.round_s for cost in parts.values())
-    parts["training"].fixed_s = max(0.0, total_s - timed_s)
-    once_s = PROCESS_START_S + max(0.0, totals.get(0, total_s) - total_s)
-    return _ReplicateCost(parts, once_s, f"replicates of run {run}")
-
-
-def _estimated_cost(plan: Plan, machine: Machine, shapes: Mapping[Workload, ModelShape]) -> _ReplicateCost | str:
-    """The cost of a replicate by the matrix speed of a CPU; or why there is none."""
-    if plan.study.of_scripts:
-        return "no earlier run of these scripts"
-    if machine.device != "cpu":
-        return "no earlier run of this study on this device"
-    if unknown := next(filter(None, (uncounted(arm.built, shapes[arm.workload]) for arm in plan.arms)), None):
-        return unknown
-    protocol, rate = plan.study.protocol, _matrix_rate()
-    seconds = {workload: _step_and_token_s(workload, shape, rate) for workload, shape in shapes.items()}
-    parts: dict[Part, Cost] = {"training": Cost()}
-    once_s = PROCESS_START_S
-    for slot in plan.slots:
-        if slot.replicate:
-            continue
-        new_tokens, (step, token) = slot.workload.new_tokens, seconds[slot.workload]
-        if "steps" not in slot.measures:
-            once_s += CHECK_S + (CHECK_STEPS + protocol.warmup_steps_min) * step
-            continue
-        once_s += protocol.warmup_steps_min * step
-        parts["training"].fixed_s += CHECK_S + CHECK_STEPS * step
-        parts["training"].round_s += protocol.steps_per_turn * step
-        requests = 3 if slot.workload.adapters > 1 else 1  # of one adapter, after a switch, mixed
-        for part in ("requests", "merged"):
-            if part in slot.measures:
-                cost = parts.setdefault(part, Cost())
-                cost.fixed_s += (1 + protocol.generate_warmup) * new_tokens * token
-                cost.round_s += requests * new_tokens * token
-        if "cold" in slot.measures:
-            cost = parts.setdefault("cold", Cost(fixed_s=PROCESS_START_S))
-            cost.fixed_s += CHECK_S + new_tokens * token
-    return _ReplicateCost(parts, once_s, RULE_OF_THUMB)
-
-
-def _step_and_token_s(workload: Workload, shape: ModelShape, rate: float) -> tuple[float, float]:
-    """A training step, and a generated token of each prompt of a request, on a CPU of so many operations a second."""
-    weights = shape.layers * sum(inputs * outputs for inputs, outputs in linear_widths(shape).values())
-    weights += shape.vocab_size * shape.hidden_size
-    tokens = workload.batch_size * workload.sequence_length
-    step = 4 * weights * tokens / rate + shape.layers * LAYER_OVERHEAD_S
-    return step, 2 * weights * workload.request_batch / rate + shape.layers * LAYER_OVERHEAD_S / 3
-
-
-def _matrix_rate() -> float:
-    """Floating-point operations a second of a 512³ float32 product on one thread of this CPU, best of five."""
-    import numpy as np
-    from threadpoolctl import threadpool_limits
-
-    left = np.ones((512, 512), dtype=np.float32)
-    with threadpool_limits(1):
-        times = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            left @ left
-            times.append(time.perf_counter() - begin)
-    return float(2 * 512**3 / min(times))

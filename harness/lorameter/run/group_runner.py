@@ -11,7 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from lorameter.records import codec
 from lorameter.records.os_errors import REFUSED, SystemLimitError
@@ -19,11 +20,11 @@ from lorameter.records.record import UNDER_WAY, Failure, Measure, PartialRecord,
 from lorameter.records.store import checkpoint_is_due
 from lorameter.records.trials import find_fault
 from lorameter.run.budget import LEAST_ROUNDS, Budget, Part
-from lorameter.run.cold_start import ColdStart
-from lorameter.run.display import ProgressListener
+from lorameter.run.cold_start import Imports, measure_cold, measure_whole
+from lorameter.run.display import Display
 from lorameter.run.plan import Group, Plan, Slot
 from lorameter.run.prepare import RunContext, begin_record, request_of, script_request_of
-from lorameter.run.workers import AsyncWorker, Executor, PinnableWorker, Worker, WorkerLostError
+from lorameter.run.workers import Executor, Worker, WorkerLostError
 from lorameter.studies.request import COMMANDS, ROUNDS, Command, RoundKind, TrialRequest
 
 WARM = "warmup_step_time_s"
@@ -32,38 +33,38 @@ PART_OF: dict[RoundKind, Part] = {
 }  # fmt: skip
 
 
+@dataclass(slots=True, kw_only=True)
+class RunParts:
+    """What the groups of a run have in common."""
+
+    plan: Plan
+    executors: Mapping[str, Executor]
+    context: RunContext
+    save: Callable[[TrialRecord], None]
+    display: Display
+    budget: Budget
+    imports: Imports = field(default_factory=dict)
+
+
 class GroupRecords:
     """One record a trial of a group under way. Those of a long group are saved between its commands as well, so that
     killing the parent never costs all of its time."""
 
-    def __init__(
-        self,
-        group: Group,
-        context: RunContext,
-        save: Callable[[TrialRecord], None],
-        clock: Callable[[], float],
-        attempt: int,
-    ) -> None:
+    def __init__(self, group: Group, run: RunParts, attempt: int) -> None:
         self.slots = {slot.trial: slot for slot in group.slots}
         self.records = {slot.trial: begin_record(slot, "ok").replaced(attempt=attempt) for slot in group.slots}
         self.ended: set[str] = set()
         """Trials of which nothing is left to be measured."""
         self.saving_s = 0.0
         """Seconds that checkpoints have taken."""
-        self._context, self._save, self._clock = context, save, clock
-        self._entered = self._saved = clock()
+        self._run = run
+        self._entered = self._saved = run.budget.clock()
         self._begun: dict[str, tuple[float, float]] = {}
-        """When each trial began: Unix time and monotonic clock."""
+        """When the process of each trial was started: Unix time and monotonic clock."""
 
-    def begin(self, slots: Iterable[Slot]) -> None:
-        """Their process is being started."""
-        for slot in slots:
-            self._begun[slot.trial] = time.time(), time.monotonic()
-
-    def unbegin(self, slots: Iterable[Slot]) -> None:
-        """There is no process after all."""
-        for slot in slots:
-            del self._begun[slot.trial]
+    def begin(self, launch: Iterable[Slot], begun: tuple[float, float]) -> None:
+        """Their process was started at this Unix time and monotonic clock."""
+        self._begun |= {slot.trial: begun for slot in launch}
 
     def is_ok(self, trial: str) -> bool:
         """Whether nothing has gone wrong with it so far."""
@@ -77,20 +78,29 @@ class GroupRecords:
             if self.is_ok(trial) and (measure is None or measure in self.slots[trial].measures)
         ]
 
-    def add(self, trial: str, fragment: PartialRecord, turn: bool = False) -> None:
-        """Add what a command, or a `turn`, has answered."""
+    def values(self, name: str) -> list[float]:
+        """A value of the live trials that have it."""
+        records = (self.records[trial] for trial in self.live())
+        return [record.values[name] for record in records if name in record.values]
+
+    def add(self, trial: str, fragment: PartialRecord, **changes: Any) -> None:
+        """Add what a command has answered, and `changes` of fields of the record."""
         record = self.records[trial].merged(fragment)
-        changes: dict[str, Any] = {"tokens": record.tokens | self._context.of(self.slots[trial].workload).tokens}
+        changes["tokens"] = record.tokens | self._run.context.of(self.slots[trial].workload).tokens
         if trial in self._begun:
             started_unix_s, begin = self._begun[trial]
             changes |= {"started_unix_s": started_unix_s, "wall_time_s": time.monotonic() - begin}
-        if turn:
-            changes["turn_lengths"] = (*record.turn_lengths, len(fragment.samples.get("step_time_s", ())))
         record = record.replaced(**changes)
         if flaw := find_fault(record):  # no reader would take it, and with it the whole run
             failure = Failure(phase="record", kind="Unreadable", message=flaw)
             record = self.records[trial].merged(PartialRecord().failed("invalid", failure))
         self.records[trial] = record
+
+    def add_loss(self, trials: Iterable[str], lost: WorkerLostError) -> None:
+        """Their process is gone; those that had failed before keep their reason."""
+        for trial in trials:
+            if self.is_ok(trial):
+                self.add(trial, PartialRecord().failed(lost.status, lost.failure))
 
     def break_off(self, kind: str, message: str) -> None:
         """Mark what has not ended as interrupted, or as not run if it had not begun."""
@@ -104,7 +114,7 @@ class GroupRecords:
 
         The evidence of the checks is left out: it is half of a record, and the record at the end has it.
         """
-        now = self._clock()
+        now = self._run.budget.clock()
         if not checkpoint_is_due(now, begun_s=self._entered, saved_s=self._saved):
             return
         begin = time.monotonic()
@@ -112,37 +122,23 @@ class GroupRecords:
         for record in self.records.values():
             if record.status == "ok":
                 record = record.replaced(status="interrupted", failure=failure, checks=())
-            self._save(record)
+            self._run.save(record)
         self.saving_s += time.monotonic() - begin
-        self._saved = self._clock()
+        self._saved = self._run.budget.clock()
 
 
 class GroupRunner:
     """Measures all phases of all trials of one group; a trial that fails takes no further part."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        group: Group,
-        executors: Mapping[str, Executor],
-        context: RunContext,
-        listener: ProgressListener,
-        save: Callable[[TrialRecord], None],
-        budget: Budget,
-        attempt: int = 0,
-        imports: dict[tuple[int, str], PartialRecord] | None = None,
-    ) -> None:
-        """`imports` are what new interpreters took to import so far, by replicate and side."""
-        self._plan, self._group, self._executors, self._context = plan, group, executors, context
-        self._listener, self._budget = listener, budget
-        self._records = GroupRecords(group, context, save, budget.clock, attempt)
+    def __init__(self, run: RunParts, group: Group, attempt: int = 0) -> None:
+        self._run, self._group, self._budget = run, group, run.budget
+        self._records = GroupRecords(group, run, attempt)
         self._workers: dict[str, Worker] = {}
         """By the trials that they host."""
         self._requests: dict[str, TrialRequest] = {}
-        self._timeout_s = plan.study.protocol.step_timeout_s
+        self._timeout_s = run.plan.study.protocol.step_timeout_s
         self._request_s = 0.0
         """What one request has taken of one trial."""
-        self._imports = {} if imports is None else imports
 
     def measure(self) -> None:
         """Measure the group, and end its processes."""
@@ -161,7 +157,7 @@ class GroupRunner:
                 worker.close()
         self._start_cold()
         for slot in self._group.slots:
-            self._executors[slot.executor].clear_place(slot.trial)
+            self._run.executors[slot.executor].clear_place(slot.trial)
 
     def interrupt(self) -> None:
         """Mark what was under way as interrupted by the user."""
@@ -178,51 +174,46 @@ class GroupRunner:
     # --- the parts of a trial -----------------------------------------------------------------------------------------
 
     def _launch(self, launch: tuple[Slot, ...]) -> None:
-        records = self._records
-        if failed := self._plan.failed.get(launch[0].arm.name):  # in a rehearsal of scripts
-            trial = launch[0].trial
-            records.add(trial, PartialRecord(status=failed.status, failure=failed.failure))
-            records.records[trial] = records.records[trial].replaced(log=failed.log)
+        """Start a process and have it prepare its trials, which print into one log."""
+        records, first = self._records, launch[0]
+        if failed := self._run.plan.failed.get(first.arm.name):  # in a rehearsal of scripts
+            records.add(first.trial, PartialRecord(status=failed.status, failure=failed.failure), log=failed.log)
             return
-        records.begin(launch)
+        executor, begun = self._run.executors[first.executor], (time.time(), time.monotonic())
         try:
-            worker = self._executors[launch[0].executor].launch()
+            worker = executor.launch()
         except WorkerLostError as lost:
-            for slot in launch:
-                records.add(slot.trial, PartialRecord().failed(lost.status, lost.failure))
+            records.begin(launch, begun)
+            records.add_loss([slot.trial for slot in launch], lost)
             return
-        except BaseException:  # there is no process, so these have not begun
-            records.unbegin(launch)
-            raise
-        log = launch[0].trial  # trials of one process print into one log
+        records.begin(launch, begun)
         for slot in launch:  # all of them before any is asked: should it die then, it is a row for each
             self._workers[slot.trial] = worker
-            records.add(slot.trial, PartialRecord(values={"start_latency_s": worker.start_latency_s}))
-            records.records[slot.trial] = records.records[slot.trial].replaced(log=f"logs/{log}.log")
+            started = PartialRecord(values={"start_latency_s": worker.start_latency_s})
+            records.add(slot.trial, started, log=f"logs/{first.trial}.log")
+        make = script_request_of if self._run.plan.study.of_scripts else request_of
         for slot in launch:
             if records.is_ok(slot.trial):
-                place = self._executors[slot.executor].make_place(slot.trial, log)
-                if self._plan.study.of_scripts:
-                    message = codec.to_json(script_request_of(self._plan, slot, self._context, place))
-                else:
-                    self._requests[slot.trial] = request_of(self._plan, slot, self._context, place)
-                    message = codec.to_json(self._requests[slot.trial])
-                self._ask(slot.trial, "prepare", request=message)
+                place = executor.make_place(slot.trial, first.trial)
+                request = make(self._run.plan, slot, self._run.context, place)
+                if isinstance(request, TrialRequest):
+                    self._requests[slot.trial] = request
+                self._ask(slot.trial, "prepare", request=codec.to_json(request))
 
     def _prepare(self) -> None:
         """From the first step of each trial to where only timed turns are left."""
-        protocol, budget = self._plan.study.protocol, self._budget
+        budget, protocol = self._budget, self._run.plan.study.protocol
         self._each("build")
-        first = self._values("build_step_time_s")
         if self._group.turns:
-            budget.require_one((2 + LEAST_ROUNDS * protocol.steps_per_turn) * sum(first))
+            steps = 2 + LEAST_ROUNDS * protocol.steps_per_turn
+            budget.require_one(steps * sum(self._records.values("build_step_time_s")))
         self._each("verify")
         self._each("warm_up", arguments={"steps": 1} if budget.is_limited else {})
-        budget.lap(self._rest, once_s=sum(self._values("isolation_probe_time_s")))
+        budget.lap(self._rest, once_s=sum(self._records.values("isolation_probe_time_s")))
 
     def _train(self) -> None:
         """The timed turns, and the untimed steps of the epochs asked for."""
-        protocol, records, turns = self._plan.study.protocol, self._records, self._group.turns
+        protocol, records, turns = self._run.plan.study.protocol, self._records, self._group.turns
         begin, saving_s = time.monotonic(), records.saving_s
         taken = self._take_rounds("steps", turns, steps=protocol.steps_per_turn)
         wall_time_s = time.monotonic() - begin - (records.saving_s - saving_s)
@@ -237,10 +228,10 @@ class GroupRunner:
                           steps=protocol.steps_per_turn)  # fmt: skip
         arguments = {}
         if timed and self._budget.is_limited and not epochs:  # all end after the longest warm-up and the timed steps
-            longest = max(map(len, self._warm_up_times()), default=0)
+            longest = max(len(records.records[trial].samples.get(WARM, ())) for trial in timed)
             arguments["steps"] = 1 + longest + taken * protocol.steps_per_turn
         finish_s = self._each("finish_training", arguments=arguments)
-        if turns and self._values("held_out_loss_initial"):
+        if turns and records.values("held_out_loss_initial"):
             self._budget.lap("training", once_s=finish_s)  # in place of the same loss before training, which came once
 
     def _generate(self) -> None:
@@ -282,33 +273,44 @@ class GroupRunner:
         return True
 
     def _start_cold(self) -> None:
-        """Cold starts, when all processes have ended, so that nothing shares the device with them."""
+        """Cold starts, when all processes have ended, so that nothing shares the device with them. In the first
+        replicate a whole one of each variant checks the sum."""
         records, budget = self._records, self._budget
         trials = records.live("cold") if self._admits("cold") else []
         records.ended |= set(records.records) - set(trials)
         whole_s = 0.0
         for trial in trials:
-            slot, warm = records.slots[trial], records.records[trial].tokens.get("completion")
-            self._listener.trial_phase(slot, "cold")
-            start = ColdStart(
-                self._executors[slot.executor], self._requests[trial], self._imports, side=slot.side, warm=warm
-            )
-            fragment = start.measure()
-            records.add(trial, fragment)
-            raise_refused(trial, fragment)
-            if slot.replicate == 0 and slot.role == "variant" and fragment.status == "ok":
+            slot, request = records.slots[trial], self._requests[trial]
+            executor = self._run.executors[slot.executor]
+            self._run.display.trial_phase(slot, "cold")
+            self._add_cold(trial, lambda: measure_cold(executor, request, self._run.imports, slot.side))  # noqa: B023
+            if slot.replicate == 0 and slot.role == "variant" and records.is_ok(trial):
                 begin = budget.clock()
-                records.add(trial, start.measure_whole())
+                self._add_cold(trial, lambda: measure_whole(executor, request))  # noqa: B023
                 whole_s += budget.clock() - begin
             records.ended.add(trial)
         if trials:
             budget.lap("cold", once_s=whole_s)
 
+    def _add_cold(self, trial: str, start: Callable[[], PartialRecord]) -> None:
+        """Add a cold start, whose answer must be that of the trained process: else it is that of another model."""
+        try:
+            fragment = start()
+        except WorkerLostError as lost:
+            self._records.add_loss([trial], lost)
+            return
+        warm, cold = self._records.records[trial].tokens.get("completion"), fragment.tokens.get("cold_completion")
+        if fragment.status == "ok" and warm is not None and warm != cold:
+            message = f"the new process answered {cold} where the trained process had answered {warm}"
+            fragment = fragment.failed("invalid", Failure(phase="cold", kind="OtherCompletion", message=message))
+        self._records.add(trial, fragment)
+        raise_refused(trial, fragment)
+
     # --- time ---------------------------------------------------------------------------------------------------------
 
     def _admits(self, part: Literal["requests", "open_ended", "merged", "cold"]) -> bool:
         """Whether trials of the group measure a part and the budget has room for it."""
-        measuring, workload, budget = len(self._records.live(part)), self._plan.study.workload, self._budget
+        measuring, workload, budget = len(self._records.live(part)), self._run.plan.study.workload, self._budget
         once_s = 0.0
         if part == "cold":
             load_s = budget.load_s + self._request_s
@@ -324,7 +326,7 @@ class GroupRunner:
 
     @property
     def _first_requests(self) -> int:
-        return 1 + self._plan.study.protocol.generate_warmup
+        return 1 + self._run.plan.study.protocol.generate_warmup
 
     @property
     def _rest(self) -> Part | None:
@@ -335,27 +337,18 @@ class GroupRunner:
     def _lap_requests(self) -> None:
         self._budget.lap("requests" if self._records.live("requests") else self._rest)
 
-    def _values(self, name: str) -> list[float]:
-        """A value of the live trials that have it."""
-        records = (self._records.records[trial] for trial in self._records.live())
-        return [record.values[name] for record in records if name in record.values]
-
-    def _warm_up_times(self) -> list[tuple[float, ...]]:
-        return [self._records.records[trial].samples.get(WARM, ()) for trial in self._records.live("steps")]
-
     # --- commands -----------------------------------------------------------------------------------------------------
 
     def _due(self, command: Command) -> bool:
         """Whether the plan has the command's phase; training is part of every plan."""
-        return command.phase == "train" or command.phase in self._plan.phases
+        return command.phase == "train" or command.phase in self._run.plan.phases
 
     def _ask(self, trial: str, command: str, **arguments: Any) -> None:
         """Have one trial carry out a command, while nothing else is at work."""
         if self._records.is_ok(trial):
             self._show(trial, command)
             worker = self._workers[trial]
-            turn = COMMANDS[command] is ROUNDS["steps"]
-            self._take(trial, lambda: worker.ask(command, trial, self._timeout_s, **arguments), turn=turn)
+            self._take(trial, command, lambda: worker.ask(command, trial, self._timeout_s, **arguments))
 
     def _each(
         self, word: str, *, trials: Sequence[str] | None = None, arguments: Mapping[str, Any] | None = None
@@ -366,18 +359,18 @@ class GroupRunner:
         if not self._due(command):
             return 0.0
         live = [trial for trial in self._records.live(command.measure) if trials is None or trial in trials]
-        alone = len({id(worker) for worker in self._workers.values()}) == len(self._workers)
-        size = self._context.max_parallel if alone else 1
+        alone = len(set(self._workers.values())) == len(self._workers)
+        size = self._run.context.max_parallel if alone else 1
         for batch in (live[start : start + size] for start in range(0, len(live), size)):
             if len(batch) == 1:
                 self._ask(batch[0], word, **arguments)
                 continue
             for trial in batch:
                 self._show(trial, word)
-                cast(AsyncWorker, self._workers[trial]).send(word, trial, **arguments)
+                self._workers[trial].send(word, trial, **arguments)
             for trial in batch:
-                worker = cast(AsyncWorker, self._workers[trial])
-                self._take(trial, lambda worker=worker: worker.receive(word, self._timeout_s))  # type: ignore[misc]
+                worker = self._workers[trial]
+                self._take(trial, word, lambda: worker.receive(word, self._timeout_s))  # noqa: B023  # called at once
         self._records.checkpoint(word)
         return self._budget.clock() - begin
 
@@ -399,39 +392,40 @@ class GroupRunner:
 
     def _show(self, trial: str, command: str) -> None:
         if COMMANDS[command].by == "trial":
-            self._listener.trial_phase(self._records.slots[trial], command)
+            self._run.display.trial_phase(self._records.slots[trial], command)
 
-    def _take(self, trial: str, answer: Callable[[], PartialRecord], *, turn: bool = False) -> None:
+    def _take(self, trial: str, command: str, answer: Callable[[], PartialRecord]) -> None:
         try:
             fragment = answer()
         except WorkerLostError as lost:
             worker = self._workers[trial]
-            for other, host in self._workers.items():
-                if host is worker and self._records.is_ok(other):
-                    self._records.add(other, PartialRecord().failed(lost.status, lost.failure))
+            self._records.add_loss([other for other, host in self._workers.items() if host is worker], lost)
             return
-        self._records.add(trial, fragment, turn=turn)
+        changes: dict[str, Any] = {}
+        if COMMANDS[command] is ROUNDS["steps"]:
+            lengths = self._records.records[trial].turn_lengths
+            changes["turn_lengths"] = (*lengths, len(fragment.samples.get("step_time_s", ())))
+        self._records.add(trial, fragment, **changes)
         raise_refused(trial, fragment)
 
     @contextmanager
     def _pinned(self, command: Command) -> Iterator[None]:
         """Pins all processes to one CPU while they are timed, if each computes in one thread there: what is slow about
         a CPU is then slow for all of them. It is another CPU in each replicate."""
-        single = self._context.threads == 1 == max(slot.workload.ranks for slot in self._group.slots)
-        workers = set(self._workers.values())
-        pinnable = [worker for worker in workers if isinstance(worker, PinnableWorker)]
+        context, workers = self._run.context, set(self._workers.values())
+        single = context.threads == 1 == max(slot.workload.ranks for slot in self._group.slots)
         cpus: set[int] = set()
-        if command.timed and self._context.device == "cpu" and single and len(pinnable) == len(workers) > 1:
-            cpus = set.intersection(*(set(worker.cpus()) for worker in pinnable))
+        if command.timed and context.device == "cpu" and single and len(workers) > 1:
+            cpus = set.intersection(*(set(worker.cpus()) for worker in workers))
         if len(cpus) < 2:
             yield
             return
-        for worker in pinnable:
+        for worker in workers:
             worker.pin({sorted(cpus)[self._group.replicate % len(cpus)]})
         try:
             yield
         finally:
-            for worker in pinnable:
+            for worker in workers:
                 worker.pin(worker.cpus())
 
 

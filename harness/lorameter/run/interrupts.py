@@ -5,16 +5,12 @@ during that would lose what the first one saves. So a signal raises only inside 
 (`interruptible`); between them it is stored, and the next such block does not begin. After it has been raised, later
 signals are ignored. KILL ends the run at once, and the next run removes what is left.
 
-At a terminal the first Ctrl-C waits for the trials under way, which can be worth many minutes; the second ends them at
-once. TERM, HUP, and an INT without a terminal end them the first time.
-
 A signal that was ignored from the start, as HUP under `nohup`, stays ignored.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -22,9 +18,6 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-WAITING = b"\nCtrl-C: waiting for the trials under way, which will be reported; press it again to stop at once.\n"
 
 
 class StopRequested(KeyboardInterrupt):
@@ -37,15 +30,10 @@ class InterruptHandler:
     Python runs signal handlers in the main thread; in another thread this does nothing.
     """
 
-    def __init__(self, *, patient: bool = False) -> None:
-        """`patient`: whether the first Ctrl-C waits for the end of an `interruptible` block that is worth waiting."""
-        self._patient, self._worth = patient, False
+    def __init__(self) -> None:
         self._before: dict[signal.Signals, Any] = {}
         self._received: str | None = None
-        self._raised = False
-        self._deferred = False
-        """Whether the only stop so far was a first Ctrl-C that waits."""
-        self._waiting = False
+        self._raised = self._waiting = False
 
     def __enter__(self) -> InterruptHandler:
         if threading.current_thread() is threading.main_thread():
@@ -61,29 +49,22 @@ class InterruptHandler:
     ) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
-        if error is None and self._received is not None and not self._raised and not self._deferred:
+        if error is None and self._received is not None and not self._raised:
             self._raise()
 
     @contextlib.contextmanager
-    def interruptible(self, *, worth_waiting: bool = False) -> Iterator[None]:
-        """A block in which a signal raises `StopRequested` at once; one that came before it raises it at the start.
-
-        `worth_waiting`: whether the first Ctrl-C at a terminal waits for the end of the block.
-        """
+    def interruptible(self) -> Iterator[None]:
+        """A block in which a signal raises `StopRequested` at once; one that came before it raises it at the start."""
         if self._received is not None and not self._raised:
             self._raise()
-        self._waiting, self._worth = True, worth_waiting
+        self._waiting = True
         try:
             yield
         finally:
-            self._waiting = self._worth = False
+            self._waiting = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        first, self._received = self._received is None, signal.Signals(number).name
-        self._deferred = first and self._patient and self._worth and number == signal.SIGINT
-        if self._deferred:
-            os.write(2, WAITING)  # safe in a handler, which may have interrupted a write of Python's
-            return
+        self._received = signal.Signals(number).name
         if self._waiting and not self._raised:
             self._raise()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,9 +30,9 @@ from lorameter.run.display import Display, shield
 from lorameter.run.interrupts import InterruptHandler
 from lorameter.run.memory_probe import probe_memory
 from lorameter.run.plan import Group, Plan, executor_of, variants_of
-from lorameter.run.prepare import Ready, RunContext, prepare_run
-from lorameter.run.resume import check_same, continue_manifest, explain_lost_credential, is_finished, mend
-from lorameter.run.runner import Measured, Stopping, find_unfinished, records_outside, run_plan
+from lorameter.run.prepare import Ready, prepare_run
+from lorameter.run.resume import check_same, continue_manifest, is_finished, mend
+from lorameter.run.runner import Measured, find_unfinished, run_plan
 from lorameter.run.sites.driver import measure_in_jobs
 from lorameter.run.sites.placement import Placement
 from lorameter.run.workers import SCRIPTS, Executor, open_executor
@@ -82,7 +81,7 @@ def measure(
     placement = placement or Placement()
     run_id = resume or store.new_run_id(plan.study.name, runs)
     folder, shown = runs / run_id, shield(display)
-    with InterruptHandler(patient=_is_watched()) as stops, contextlib.ExitStack() as stack:
+    with InterruptHandler() as stops, contextlib.ExitStack() as stack:
         stack.enter_context(translate_os_errors(lambda: store.refusal_of(folder)))
         stack.enter_context(leaving_nothing(folder, unless=store.MANIFEST))
         stack.enter_context(store.writing(folder))
@@ -109,10 +108,19 @@ def _measure_here(
     """Measure what is left of a plan on this machine: prepare everything, then replicate after replicate."""
     rest, known = dataclasses.replace(plan, groups=tuple(groups)), earlier.records if earlier else ()
     executors = _open_executors(plan, earlier, stack, stops)
+    threads = {executor_of(arm, plan.arms): arm.workload.threads for arm in plan.arms}
     shown.starting(rest, folder.name)
-    budget = _budget(rest, earlier)
+    minutes = plan.study.protocol.max_minutes
+    budget = Budget(
+        None if minutes is None else 60 * minutes,
+        replicates=len({group.replicate for group in groups}),
+        skipped=earlier.manifest.skipped if earlier else (),
+    )
     with stops.interruptible():
-        ready, context = _start(rest, executors, folder, shown, stack)
+        for name, executor in executors.items():
+            stack.callback(executor.close)
+            executor.start(folder, threads[name])
+        ready, context = prepare_run(rest, executors, shown)
         facts = _facts(plan, executors)
         budget.import_s, budget.load_s = ready.hello.import_time_s, ready.bases.load_s
     notices = (*about["notices"], *ready.bases.notices)
@@ -120,7 +128,7 @@ def _measure_here(
         with stops.interruptible():
             plan, found = probe_memory(plan, executors, context, shown)
         shown.rehearsed(plan, found)
-        groups, notices = plan.groups, (*notices, *found)
+        notices = (*notices, *found)
     if earlier is None:
         manifest = _new_manifest(plan, folder.name, ready, facts, notices, about["policy"])
     else:
@@ -129,9 +137,8 @@ def _measure_here(
     stack.enter_context(writer.refusals())
     stack.enter_context(_finishing_after_errors(writer))
     measured = run_plan(
-        plan, executors, context, save=writer.append, listener=shown, budget=budget, earlier=known, stops=stops,
-        stop=Stopping(plan, budget, earlier=records_outside(groups, known)),
-    )  # fmt: skip
+        plan, executors, context, save=writer.append, listener=shown, budget=budget, earlier=known, stops=stops
+    )
     _finish(writer, plan, budget, measured, stopped=manifest.stopped)
 
 
@@ -142,9 +149,8 @@ def _open_executors(
     removes. Raises `UsageError` where a side is another than that of the `earlier` run."""
     hosts: dict[Side, Host] = {}
     for name, side in plan.sides.items():
-        with stops.interruptible(), explain_lost_credential(earlier, name):
-            opened = open_side(side, repository=Path.cwd(), cache=cache_dir())
-            hosts[name] = stack.enter_context(opened)
+        with stops.interruptible():
+            hosts[name] = stack.enter_context(open_side(side, repository=Path.cwd(), cache=cache_dir()))
     kind = SCRIPTS if plan.study.of_scripts else None
     sides = {executor_of(arm, plan.arms): arm.side for arm in plan.arms}
     executors = {name: open_executor(kind, host=hosts.get(side), label=name) for name, side in sides.items()}
@@ -157,27 +163,6 @@ def _facts(plan: Plan, executors: Mapping[str, Executor]) -> dict[str, MachineFa
     """Facts of the machine, in an A/B of each side."""
     names: Iterable[str] = plan.sides or list(executors)[:1]
     return {name: executors[name].facts() for name in names}
-
-
-def _budget(plan: Plan, earlier: Run | None) -> Budget:
-    """The budget of what is left of a plan."""
-    minutes = plan.study.protocol.max_minutes
-    return Budget(
-        None if minutes is None else 60 * minutes,
-        replicates=len({group.replicate for group in plan.groups}),
-        skipped=earlier.manifest.skipped if earlier else (),
-    )
-
-
-def _start(
-    plan: Plan, executors: Mapping[str, Executor], folder: Path, shown: Display, stack: contextlib.ExitStack
-) -> tuple[Ready, RunContext]:
-    """Start the executors and have them prepare what the trials need; `stack` closes them."""
-    threads = {executor_of(arm, plan.arms): arm.workload.threads for arm in plan.arms}
-    for name, executor in executors.items():
-        stack.callback(executor.close)
-        executor.start(folder, threads[name])
-    return prepare_run(plan, executors, shown)
 
 
 def _new_manifest(
@@ -246,7 +231,7 @@ def _finish(writer: RunWriter, plan: Plan, budget: Budget, measured: Measured, *
     if budget.is_limited and not measured.interrupted:
         count = len({record.replicate for record in measured.records if record.status == "ok"})
         planned = plan.study.protocol.replicates
-        notices = skipped_notice(measured.skipped, count, planned, measured.needed_s, measured.training_s)
+        notices = skipped_notice(budget.skipped, count, planned, budget.needed_s, budget.training_s)
     unfinished = any(record.status in ("interrupted", "not_run") for record in measured.records)
     writer.finish(
         "interrupted" if unfinished or measured.interrupted else "complete",
@@ -254,10 +239,5 @@ def _finish(writer: RunWriter, plan: Plan, budget: Budget, measured: Measured, *
         measured=[record.trial for record in measured.records],
         notices=notices,
         spending=budget.breakdown(),
-        skipped=tuple(sorted(measured.skipped)),
+        skipped=tuple(sorted(budget.skipped)),
     )
-
-
-def _is_watched() -> bool:
-    """Whether this runs at a terminal, where a Ctrl-C is answered and can be repeated."""
-    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))

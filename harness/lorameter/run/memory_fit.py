@@ -250,19 +250,25 @@ def advise(fitter: Fitter, variant: Variant, workload: Workload, *, with_largest
             f"workload: ranks = {workload.ranks}: whether it fits is said of one process on one device, and what each "
             "of several holds is not estimated. Leave --gpu and --max-batch out, or set ranks = 1."
         )
-    before = fitter.needs(variant, workload)
-    turns, skipped = _sort_out(fitter, variant, workload)
+    before, cpu = fitter.needs(variant, workload), fitter.device.machine.device == "cpu"
     options: dict[_Turn, MemoryOption] = {}
-    for turn in turns:
-        after = fitter.needs(*turn.apply(variant, workload))
-        freed = before.expected_bytes - after.expected_bytes
-        if freed > 0:
-            options[turn] = MemoryOption(
-                writes=turn.writes, table="variant" if turn.batch_size is None else "workload", needs=after,
-                freed_bytes=freed, status=fitter.status(after),
-            )  # fmt: skip
-        else:
-            skipped.append(SkippedOption(writes=turn.writes, why="it frees nothing at the peak"))
+    skipped: list[SkippedOption] = []
+    for turn in (*_turns(variant), *_smaller_batch(fitter, variant, workload)):
+        try:
+            changed, smaller = turn.apply(variant, workload)
+            if cpu and changed.optimizer.startswith("paged"):
+                raise UsageError("nothing is paged on a CPU, and its trials would be invalid")
+            check_widths(f"variant {variant.name!r}", changed, fitter.shape, fitter.device.machine)
+            after = fitter.needs(changed, smaller)
+            if after.expected_bytes >= before.expected_bytes:
+                raise UsageError("it frees nothing at the peak")
+        except UsageError as error:
+            skipped.append(SkippedOption(writes=turn.writes, why=str(error).rstrip(".")))
+            continue
+        options[turn] = MemoryOption(
+            writes=turn.writes, table="variant" if turn.batch_size is None else "workload", needs=after,
+            freed_bytes=before.expected_bytes - after.expected_bytes, status=fitter.status(after),
+        )  # fmt: skip
     order = sorted(options, key=lambda turn: -options[turn].freed_bytes)
     status = fitter.status(before)
     largest = (fitter.largest_batch(variant, workload), fitter.largest_length(variant, workload))
@@ -314,24 +320,6 @@ def _smaller_batch(fitter: Fitter, variant: Variant, workload: Workload) -> Iter
         most = fitter.largest_batch(variant, workload).value or 1
         rows = most if most < workload.batch_size else workload.batch_size // 2
         yield _Turn(writes=f"batch_size = {rows}", batch_size=rows)
-
-
-def _sort_out(fitter: Fitter, variant: Variant, workload: Workload) -> tuple[list[_Turn], list[SkippedOption]]:
-    """Those that this variant, model and device can have, and those that they cannot."""
-    found: list[_Turn] = []
-    skipped: list[SkippedOption] = []
-    machine = fitter.device.machine
-    for turn in (*_turns(variant), *_smaller_batch(fitter, variant, workload)):
-        try:
-            changed, _ = turn.apply(variant, workload)
-            if changed.optimizer.startswith("paged") and machine.device == "cpu":
-                raise UsageError("nothing is paged on a CPU, and its trials would be invalid")
-            check_widths(f"variant {variant.name!r}", changed, fitter.shape, machine)
-        except UsageError as error:
-            skipped.append(SkippedOption(writes=turn.writes, why=str(error).rstrip(".")))
-        else:
-            found.append(turn)
-    return found, skipped
 
 
 def _find_fewest(

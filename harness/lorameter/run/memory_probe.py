@@ -8,60 +8,36 @@ whether the script trains and can be stopped. A script that fails is not started
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 from lorameter.models.costs.memory import CUDA_CONTEXT_BYTES
 from lorameter.records import codec
 from lorameter.records.record import Interleaving, Notice, PartialRecord, TrialRecord
 from lorameter.records.units import format_bytes
-from lorameter.run.display import ProgressListener
+from lorameter.run.display import Display
 from lorameter.run.interleaving import fits
 from lorameter.run.plan import Arm, Plan, Slot, make_plan
 from lorameter.run.prepare import RunContext, begin_record, script_request_of
 from lorameter.run.workers import Executor, WorkerLostError
-from lorameter.studies.request import COMMANDS
 
 REHEARSED = "a rehearsal of the scripts settles it"
 """Why a plan has a level that is not settled."""
-WORDS = ("prepare", "build", "verify", "finish_training")
-"""What a script is asked in its rehearsal; it ends after the two steps of the second to last."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryProbe:
-    """What came of one script's rehearsal."""
-
-    name: str
-    record: TrialRecord
-
-    @property
-    def needed_bytes(self) -> int | None:
-        """Of the device that it computed on, or of the host; None where it did not come to a step."""
-        memory = self.record.memory
-        reserved = memory.get("device_peak_reserved_train_bytes")
-        if reserved is not None:
-            return reserved + CUDA_CONTEXT_BYTES
-        peaks = [size for kind, size in memory.items() if kind.startswith("host_peak_")]
-        return max(peaks, default=None)
 
 
 def probe_memory(
-    plan: Plan, executors: Mapping[str, Executor], context: RunContext, listener: ProgressListener
+    plan: Plan, executors: Mapping[str, Executor], context: RunContext, listener: Display
 ) -> tuple[Plan, tuple[Notice, ...]]:
     """The plan at the level that its scripts allow, with notices to show before the start."""
-    first = next(iter(executors.values()))
-    free = first.free_bytes()
-    seen: dict[str, MemoryProbe] = {}
+    free = next(iter(executors.values())).free_bytes()
+    records: dict[str, TrialRecord] = {}
     for slot in plan.slots:
-        key = _key(slot.arm)
-        if key not in seen:
+        if _key(slot.arm) not in records:
             listener.trial_phase(slot, "rehearsing")
-            seen[key] = _rehearse(plan, slot, executors[slot.executor], context)
-    level, why = _level(plan, seen, free)
+            records[_key(slot.arm)] = _rehearse(plan, slot, executors[slot.executor], context)
+    level, why = _choose_level([records[_key(arm)] for arm in plan.arms], free)
     settled = make_plan(plan.study, arms=plan.arms, phases=plan.phases, interleaving=level, why=why, sides=plan.sides)
-    failed = {one.name: record for one in plan.arms if (record := seen[_key(one)].record).status != "ok"}
-    return dataclasses.replace(settled, failed=failed), tuple(dict.fromkeys(_notices(seen.values())))
+    failed = {arm.name: record for arm in plan.arms if (record := records[_key(arm)]).status != "ok"}
+    return dataclasses.replace(settled, failed=failed), tuple(dict.fromkeys(map(_failure_notice, failed.values())))
 
 
 def _key(arm: Arm) -> str:
@@ -69,34 +45,43 @@ def _key(arm: Arm) -> str:
     return f"{arm.side} {arm.variant.id}"
 
 
-def _rehearse(plan: Plan, slot: Slot, executor: Executor, context: RunContext) -> MemoryProbe:
+def _rehearse(plan: Plan, slot: Slot, executor: Executor, context: RunContext) -> TrialRecord:
+    """What came of two steps of a script."""
     trial = f"rehearsal-{slot.arm.name}"
     record = begin_record(slot, "ok").replaced(trial=trial, log=f"logs/{trial}.log")
-    place = executor.make_place(trial, trial)
-    request = dataclasses.replace(script_request_of(plan, slot, context, place), trial=trial)
+    request = script_request_of(plan, slot, context, executor.make_place(trial, trial))
+    commands: list[tuple[str, dict[str, object]]] = [
+        ("prepare", {"request": codec.to_json(dataclasses.replace(request, trial=trial))}),
+        ("build", {}),
+        ("verify", {}),
+        ("finish_training", {"steps": 0}),
+    ]
     try:
         worker = executor.launch()
         try:
-            for word in WORDS:
-                if record.status != "ok":
-                    break
-                arguments = {"prepare": {"request": codec.to_json(request)}, "finish_training": {"steps": 0}}
-                record = record.merged(
-                    worker.ask(
-                        COMMANDS[word].name, trial, plan.study.protocol.step_timeout_s, **arguments.get(word, {})
-                    )
-                )
+            for word, arguments in commands:
+                if record.status == "ok":
+                    answer = worker.ask(word, trial, plan.study.protocol.step_timeout_s, **arguments)
+                    record = record.merged(answer)
         finally:
             worker.close()
     except WorkerLostError as lost:
         record = record.merged(PartialRecord().failed(lost.status, lost.failure))
     executor.clear_place(trial)
-    return MemoryProbe(name=slot.arm.name, record=record)
+    return record
 
 
-def _level(plan: Plan, seen: Mapping[str, MemoryProbe], free: int | None) -> tuple[Interleaving, str]:
-    """Side by side if all of those that are compared with each other fit; one that does not train takes nothing."""
-    sizes = [size for one in plan.arms if (size := seen[_key(one)].needed_bytes) is not None]
+def _needed_bytes(record: TrialRecord) -> int | None:
+    """Of the device that a script computed on, or of the host; None where it did not come to a step."""
+    reserved = record.memory.get("device_peak_reserved_train_bytes")
+    if reserved is not None:
+        return reserved + CUDA_CONTEXT_BYTES
+    return max((size for kind, size in record.memory.items() if kind.startswith("host_peak_")), default=None)
+
+
+def _choose_level(records: Sequence[TrialRecord], free: int | None) -> tuple[Interleaving, str]:
+    """Together if all of those that are compared with each other fit; one that does not train takes nothing."""
+    sizes = [size for record in records if (size := _needed_bytes(record)) is not None]
     if free is None:
         return "replicates", "how much memory is free cannot be known"
     if not sizes:
@@ -105,13 +90,11 @@ def _level(plan: Plan, seen: Mapping[str, MemoryProbe], free: int | None) -> tup
     return ("lockstep" if fits(sum(sizes), free) else "replicates"), said
 
 
-def _notices(seen: Iterable[MemoryProbe]) -> Iterator[Notice]:
-    for one in seen:
-        failure = one.record.failure
-        if failure is not None:
-            yield Notice(
-                code="rehearsal-failed",
-                message=f"{one.name}: {one.record.status} in {failure.phase}: {failure.message.rstrip('.')}.",
-                remedy="It is not started again. Correct the script or the command; its log is "
-                f"{one.record.log} in the run.",
-            )
+def _failure_notice(record: TrialRecord) -> Notice:
+    assert record.failure is not None  # which each that is not ok has
+    name, failure = record.trial.removeprefix("rehearsal-"), record.failure
+    return Notice(
+        code="rehearsal-failed",
+        message=f"{name}: {record.status} in {failure.phase}: {failure.message.rstrip('.')}.",
+        remedy=f"It is not started again. Correct the script or the command; its log is {record.log} in the run.",
+    )

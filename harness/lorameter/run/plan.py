@@ -17,9 +17,9 @@ import dataclasses
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from lorameter.errors import UsageError, redact
 from lorameter.records.metrics import PHASES
@@ -30,6 +30,7 @@ from lorameter.studies.study import Study, unknown
 from lorameter.studies.variant import AnyVariant, ScriptVariant, Variant
 from lorameter.studies.workload import Workload
 
+T = TypeVar("T")
 CONTROL_SUFFIX = "control"
 AB_PHASES = ("train", "generate")
 """The phases of an A/B by default: a cold start is mostly the imports of either side and takes seconds a trial."""
@@ -222,7 +223,6 @@ class Group:
     turns: tuple[tuple[str, ...], ...] = ()
     requests: tuple[tuple[str, ...], ...] = ()
     open_ended: tuple[tuple[str, ...], ...] = ()
-    held_out: bool = True  # whether the loss on held-out records is taken after the turns
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -322,18 +322,19 @@ def make_plan(
             executor=executors[arm],
         )
 
+    isolates_peaks_only = set(alone) == {"peaks"}
+    isolated = [one for one in arms if one.role == "variant" or study.claims_peaks or not isolates_peaks_only]
     for replicate in range(study.protocol.replicates):
         live_measures = tuple(one for one in together if one != "cold" or replicate < cold)
         for panel in _panels(arms, shuffler):
-            orders = _orders(panel, alone, shuffler, twin=study.claims_peaks)
-            live = [slot(one, replicate, interleaving, live_measures) for one in next(orders)]
+            live = [slot(one, replicate, interleaving, live_measures) for one in _shuffle(panel, shuffler)]
             groups += _group_slots(live, study, shuffler)
-            if _has_isolated(study, alone, replicate):
-                for one in next(orders):
-                    single = slot(one, replicate, "replicates", alone)
-                    groups.append(
-                        Group(replicate=replicate, launches=((single,),), requests=_isolated_requests(study, single))
-                    )
+            if not alone or (isolates_peaks_only and replicate >= study.protocol.peak_replicates):
+                continue
+            for one in _shuffle([one for one in panel if one in isolated], shuffler):
+                single = slot(one, replicate, "replicates", alone)
+                requests = ((single.trial,),) * study.protocol.generate_requests if "merged" in alone else ()
+                groups.append(Group(replicate=replicate, launches=((single,),), requests=requests))
     return Plan(
         study=study,
         arms=arms,
@@ -389,71 +390,40 @@ def _panels(arms: Sequence[Arm], shuffler: random.Random) -> list[list[Arm]]:
     by_variant: dict[str, list[Arm]] = {}
     for arm in arms:
         by_variant.setdefault(arm.variant.name, []).append(arm)
-    return shuffler.sample(list(by_variant.values()), len(by_variant))
+    return _shuffle(list(by_variant.values()), shuffler)
 
 
-def _orders(
-    panel: Sequence[Arm], alone: Sequence[Measure], shuffler: random.Random, *, twin: bool
-) -> Iterator[list[Arm]]:
-    """The order in which those who are compared come, and then that of their isolated trials, the control's among them
-    where a `twin` is needed for peaks.
-
-    Each is drawn when it is asked for, and what a seed draws stays as it is: a run is resumed by making its plan
-    again. In a study the order of the turns is shuffled on; that of sides is drawn for each by itself.
-    """
-    if panel[0].side:
-        yield shuffler.sample(panel, len(panel))
-        isolated = _isolated_members(panel, alone, twin=twin)
-        yield shuffler.sample(isolated, len(isolated))
-        return
-    order = list(panel)
-    shuffler.shuffle(order)
-    yield list(order)
-    shuffler.shuffle(order)
-    yield _isolated_members(order, alone, twin=twin)
-
-
-def _has_isolated(study: Study, alone: Sequence[Measure], replicate: int) -> bool:
-    """Whether a replicate has isolated trials for what they measure; peaks alone need few."""
-    return bool(alone) and (set(alone) != {"peaks"} or replicate < study.protocol.peak_replicates)
-
-
-def _isolated_members(arms: Sequence[Arm], alone: Sequence[Measure], *, twin: bool) -> list[Arm]:
-    """Who has isolated trials; peaks are compared by their maximum, which takes no control, and a claim about them
-    does."""
-    return [one for one in arms if one.role == "variant" or twin or set(alone) != {"peaks"}]
+def _shuffle(items: Sequence[T], shuffler: random.Random) -> list[T]:
+    return shuffler.sample(items, len(items))
 
 
 def _group_slots(slots: Sequence[Slot], study: Study, shuffler: random.Random) -> list[Group]:
-    """The groups of trials that are compared with each other, by the level that they carry."""
-    level = slots[0].interleaving
-    if level == "shared-base":
-        return [_take_turns([tuple(slots)], study, shuffler)]
-    if level == "lockstep":
-        return [_take_turns([(slot,) for slot in slots], study, shuffler)]
-    return [_take_turns([(slot,)], study, shuffler) for slot in slots]
-
-
-def _take_turns(launches: Sequence[tuple[Slot, ...]], study: Study, shuffler: random.Random) -> Group:
-    """A group whose trials take turns, in an order that is shuffled anew for each round."""
-    trials = [slot.trial for launch in launches for slot in launch]
-    measures = launches[0][0].measures
-
-    def rounds(count: int) -> tuple[tuple[str, ...], ...]:
-        return tuple(tuple(shuffler.sample(trials, len(trials))) for _ in range(count))
-
-    return Group(
-        replicate=launches[0][0].replicate,
-        launches=tuple(launches),
-        turns=rounds(study.protocol.turns),
-        requests=rounds(study.protocol.generate_requests) if "requests" in measures else (),
-        open_ended=rounds(study.protocol.open_ended_requests) if "open_ended" in measures else (),
-    )
-
-
-def _isolated_requests(study: Study, slot: Slot) -> tuple[tuple[str, ...], ...]:
-    """Rounds of requests of an isolated trial; it makes any only with its adapter merged."""
-    return ((slot.trial,),) * study.protocol.generate_requests if "merged" in slot.measures else ()
+    """The groups of trials that are compared with each other, by the level that they carry. Turns come in an order that
+    is shuffled anew for each round."""
+    protocol, measures = study.protocol, slots[0].measures
+    live: list[list[tuple[Slot, ...]]] = [[(slot,)] for slot in slots]
+    if slots[0].interleaving == "shared-base":
+        live = [[tuple(slots)]]
+    elif slots[0].interleaving == "lockstep":
+        live = [[(slot,) for slot in slots]]
+    groups = []
+    for launches in live:
+        trials = [slot.trial for launch in launches for slot in launch]
+        turns, requests, open_ended = (
+            tuple(tuple(_shuffle(trials, shuffler)) for _ in range(count))
+            for count in (
+                protocol.turns,
+                protocol.generate_requests if "requests" in measures else 0,
+                protocol.open_ended_requests if "open_ended" in measures else 0,
+            )
+        )
+        groups.append(
+            Group(
+                replicate=slots[0].replicate, launches=tuple(launches), turns=turns, requests=requests,
+                open_ended=open_ended,
+            )
+        )  # fmt: skip
+    return groups
 
 
 def executor_of(arm: Arm, arms: Sequence[Arm]) -> str:

@@ -17,7 +17,7 @@ from lorameter.errors import InvalidRunError
 from lorameter.models.bases import prune
 from lorameter.records.record import Notice, Status, TrialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
-from lorameter.run.display import Display, ProgressListener
+from lorameter.run.display import Display
 from lorameter.run.plan import Plan, Slot
 from lorameter.run.workers import Executor, TrialFiles, WorkerLostError
 from lorameter.studies.request import BaseKey, BaseRequest, ScriptRequest, TrialRequest, base_key, base_words
@@ -123,7 +123,7 @@ class Bases:
         return sum(one.load_s for one in self.summaries) / max(1, len(self.summaries))
 
 
-def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, listener: ProgressListener) -> Bases:
+def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, listener: Display) -> Bases:
     """Have each executor of a plan prepare the bases of its trials.
 
     Raises:

@@ -8,17 +8,16 @@ run of days must survive a correction elsewhere.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from lorameter.errors import HIDDEN, UsageError
+from lorameter.errors import UsageError
 from lorameter.machine import provenance
 from lorameter.machine.provenance import OF_A_KIND, MachineFacts
 from lorameter.machine.repository import git_state
@@ -213,38 +212,21 @@ def _other_kind(run: Run, what: str, was: Mapping[str, Any], now: Mapping[str, A
     )
 
 
-@contextlib.contextmanager
-def explain_lost_credential(run: Run | None, side: Side) -> Iterator[None]:
-    """Add to a refusal of a side that the record of the run leaves out the user of its address."""
-    try:
-        yield
-    except UsageError as error:
-        if run is None or HIDDEN not in run.manifest.sides[side]["spec"]:
-            raise
-        raise UsageError(
-            f"{error} The record of run {run.manifest.run} leaves out the user in the address of its {side}: put it "
-            "into ~/.netrc or pip's configuration, or measure a new A/B."
-        ) from None
-
-
 def check_place(run: Run, facts: MachineFacts) -> None:
     """Raises `UsageError` where the trials of a run would be of two kinds: on another machine or with other libraries.
 
-    `facts` are those of the present one; of the base for an A/B, whose declared fields may be what they are.
+    `facts` are those of the present one; of the base for an A/B, whose declared fields may be what they are. Of a run
+    on unlike sites any of them may come first.
     """
     manifest, study = run.manifest, study_of(run)
     here = provenance.collect(study, facts, study.workload.threads, own_workloads=read_own_workloads(run))
     without = [name for side in manifest.sides.values() for name in side["declared"]]
-    before = provenance.fingerprint_fields(manifest.provenance, without=without)
-    without += [name for name in provenance.LATER if name not in before]  # it was not recorded then
-    was = manifest.fingerprint
-    if study.protocol.mixed:  # whichever of its machines comes first now
-        without += OF_A_KIND
-        was = provenance.fingerprint(manifest.provenance, without=without)
-        before = provenance.fingerprint_fields(manifest.provenance, without=without)
-    if provenance.fingerprint(here, without=without) != was:
-        now = provenance.fingerprint_fields(here, without=without)
-        raise _other_kind(run, "its trials", codec.to_json(before), codec.to_json(now))
+    without += OF_A_KIND if study.protocol.mixed else ()
+    was, now = (
+        codec.to_json(provenance.fingerprint_fields(one, without=without)) for one in (manifest.provenance, here)
+    )
+    if was != now:
+        raise _other_kind(run, "its trials", was, now)
 
 
 def plan_rest(run: Run, placement: Placement, *, max_minutes: float | None = None) -> Plan:

@@ -16,13 +16,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorameter.records.metrics import primary_metric
-from lorameter.records.record import PartialRecord, TrialRecord
+from lorameter.records.record import TrialRecord
 from lorameter.records.units import format_count
-from lorameter.run.budget import Budget, Part, TimeLimitTooShortError
-from lorameter.run.display import ProgressListener
-from lorameter.run.group_runner import GroupRunner
+from lorameter.run.budget import Budget, TimeLimitTooShortError
+from lorameter.run.display import Display
+from lorameter.run.group_runner import GroupRunner, RunParts
 from lorameter.run.interrupts import InterruptHandler
-from lorameter.run.plan import Group, Plan
+from lorameter.run.plan import SIDES, Group, Plan
 from lorameter.run.prepare import RunContext, begin_record
 from lorameter.run.workers import Executor
 from lorameter.stats import Comparison, VerdictRule, is_precise, relative_half_width
@@ -33,66 +33,42 @@ LEAST_TO_STOP = 5
 """Fewer give a standard deviation that is itself too uncertain to stop on."""
 
 
-class Stopping:
-    """The protocol's stopping rule; is asked after each replicate."""
-
-    def __init__(self, plan: Plan, budget: Budget | None = None, *, earlier: Sequence[TrialRecord] = ()) -> None:
-        """`budget` is the clock of this invocation; `earlier` are records that it has not spent its time on."""
-        self._plan = plan
-        self._budget = budget or Budget()
-        self._earlier = {record.trial for record in earlier}
-
-    def __call__(self, records: Sequence[TrialRecord]) -> str | None:
-        """The reason to stop, or None to go on."""
-        protocol = self._plan.study.protocol
-        replicates = len({record.replicate for record in records})
-        if protocol.precision is not None:
-            found = self._comparisons(records)
-            if is_precise(found, half_width=protocol.precision, least_replicates=LEAST_TO_STOP):
-                widest = max(width for one in found if (width := relative_half_width(one)) is not None)
-                return (
-                    f"every interval is within ±{100 * widest:.2g} % after "
-                    f"{format_count(replicates, 'replicate')}, and ±{100 * protocol.precision:.2g} % were asked for"
-                )
-        minutes = protocol.max_minutes
-        if minutes is None:
-            return None
-        if self._next_s(records) > self._budget.left_s:
-            return f"another replicate would end after the limit of {minutes:g} minutes"
-        return None
-
-    def _next_s(self, records: Sequence[TrialRecord]) -> float:
-        """Seconds that another replicate takes: the longest so far, or where other clocks have timed them the mean."""
-        longest = self._budget.longest_s
-        if longest is not None:
-            return longest
-        measured = len({record.replicate for record in records if record.trial not in self._earlier})
-        return self._budget.spent_s / measured
-
-    def _comparisons(self, records: Sequence[TrialRecord]) -> list[Comparison]:
-        """Everything against the reference, and the reference against its twin, in the primary metric of each phase."""
-        reference, own = self._plan.study.reference, bool(self._plan.own_workloads)
-        metrics = [primary_metric(phase, own_workloads=own) for phase in self._plan.phases]  # type: ignore[arg-type]
-        if not any(record.side for record in records):
-            groups = group_trials(records)
-            if (reference, "variant") not in groups:
-                return []
-            effects = [pairs_against(groups, reference, metric) for metric in metrics]
-            return [one.compare(VerdictRule()) for found in effects for one in found.values()]
-        bases, found = group_trials(records, "base"), []
-        for side in sorted({record.side for record in records}):
-            for (name, role), series in group_trials(records, side).items():
-                key = (name, "variant")
-                if key not in bases or (side == "base" and (name, role) == key):
-                    continue
-                for metric in metrics:
-                    comparison = compare_series(bases[key], series, metric)
-                    found += [comparison] if comparison is not None else []
-        return found
+def find_stop(plan: Plan, budget: Budget, records: Sequence[TrialRecord]) -> str | None:
+    """The reason to measure no further replicate after these records, by the protocol's rule; None to go on."""
+    protocol = plan.study.protocol
+    if protocol.precision is not None:
+        found = _compare_all(plan, records)
+        if is_precise(found, half_width=protocol.precision, least_replicates=LEAST_TO_STOP):
+            widest = max(width for one in found if (width := relative_half_width(one)) is not None)
+            replicates = len({record.replicate for record in records})
+            return (
+                f"every interval is within ±{100 * widest:.2g} % after {format_count(replicates, 'replicate')}, and "
+                f"±{100 * protocol.precision:.2g} % were asked for"
+            )
+    if budget.longest_s is not None and budget.longest_s > budget.left_s:
+        return f"another replicate would end after the limit of {protocol.max_minutes:g} minutes"
+    return None
 
 
-Stop = Callable[[Sequence[TrialRecord]], str | None]
-"""Called between replicates; returns the reason to end the run, or None to continue."""
+def _compare_all(plan: Plan, records: Sequence[TrialRecord]) -> list[Comparison]:
+    """Everything against the reference, and the reference against its twin, in the primary metric of each phase."""
+    reference, own = plan.study.reference, bool(plan.own_workloads)
+    metrics = [primary_metric(phase, own_workloads=own) for phase in plan.phases]  # type: ignore[arg-type]
+    if not any(record.side for record in records):
+        groups = group_trials(records)
+        if (reference, "variant") not in groups:
+            return []
+        effects = [pairs_against(groups, reference, metric) for metric in metrics]
+        return [one.compare(VerdictRule()) for found in effects for one in found.values()]
+    bases = group_trials(records, "base")
+    pairs = [
+        (bases[name, "variant"], series)
+        for side in SIDES
+        for (name, role), series in group_trials(records, side).items()
+        if (name, "variant") in bases and (side, role) != ("base", "variant")
+    ]
+    found = [compare_series(base, series, metric) for base, series in pairs for metric in metrics]
+    return [one for one in found if one is not None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,12 +79,6 @@ class Measured:
     stopped: str | None = None
     interrupted: bool = False
     """Whether the user stopped it."""
-    skipped: frozenset[Part] = frozenset()
-    """Parts that there was no time for."""
-    needed_s: float = 0.0
-    """Seconds that the sought replicates take with all parts; 0 where unknown."""
-    training_s: float = 0.0
-    """Seconds that the sought replicates take of training, where fewer fitted."""
 
 
 def run_plan(
@@ -117,8 +87,7 @@ def run_plan(
     context: RunContext,
     *,
     save: Callable[[TrialRecord], None],
-    listener: ProgressListener,
-    stop: Stop = lambda records: None,
+    listener: Display,
     budget: Budget | None = None,
     earlier: Sequence[TrialRecord] = (),
     stops: InterruptHandler | None = None,
@@ -129,16 +98,17 @@ def run_plan(
     `stops` raises it while a group is measured, and not while its records are saved. Of a limit that turns out to be
     too short for one replicate there are no records.
 
-    Replicates that `stop` makes needless leave no record. `earlier` are the records of a run that is resumed: what
+    Replicates that `find_stop` makes needless leave no record. `earlier` are the records of a run that is resumed: what
     they settle is not measured again.
     """
     budget = budget or Budget()
-    run = _PlanRun(plan, executors, context, save, listener, budget, earlier, stops or InterruptHandler())
+    parts = RunParts(plan=plan, executors=executors, context=context, save=save, display=listener, budget=budget)
+    run = _PlanRun(parts, earlier, stops or InterruptHandler())
     stopped, interrupted = None, False
     try:
         while run.left and stopped is None:
             run.measure_replicate()
-            stopped = stop(run.records()) if run.left else None
+            stopped = find_stop(plan, budget, run.records()) if run.left else None
     except TimeLimitTooShortError as error:
         if not any(record.status == "ok" for record in run.records()):
             raise
@@ -149,59 +119,47 @@ def run_plan(
     except Exception:
         run.give_up()
         raise
-    return Measured(
-        records=run.records(), stopped=stopped, interrupted=interrupted, skipped=frozenset(budget.skipped),
-        needed_s=budget.needed_s, training_s=budget.training_s,
-    )  # fmt: skip
+    return Measured(records=run.records(), stopped=stopped, interrupted=interrupted)
 
 
 class _PlanRun:
     """The groups of a plan that are left, and the records of all trials that have ended."""
 
-    def __init__(
-        self, plan: Plan, executors: Mapping[str, Executor], context: RunContext, save: Callable[[TrialRecord], None],
-        listener: ProgressListener, budget: Budget, earlier: Sequence[TrialRecord], stops: InterruptHandler,
-    ) -> None:  # fmt: skip
-        self.left = list(find_unfinished(plan, earlier))
-        self._plan, self._executors, self._context, self._save = plan, executors, context, save
-        self._listener, self._budget, self._earlier, self._stops = listener, budget, earlier, stops
-        self._on_cpu = context.device == "cpu"
+    def __init__(self, parts: RunParts, earlier: Sequence[TrialRecord], stops: InterruptHandler) -> None:
+        self.left = list(find_unfinished(parts.plan, earlier))
+        self._parts, self._earlier, self._stops = parts, earlier, stops
+        self._on_cpu = parts.context.device == "cpu"
         self._ended = {record.trial: record for record in records_outside(self.left, earlier)}
         self._untouched = {record.trial: record for record in earlier if record.trial not in self._ended}
-        self._imports: dict[tuple[int, str], PartialRecord] = {}
         self._took_s: dict[Group, float] = {}
 
     def records(self) -> tuple[TrialRecord, ...]:
         """In the plan's order, in whatever order the trials were measured: a run is resumed by it."""
-        return tuple(self._ended[slot.trial] for slot in self._plan.slots if slot.trial in self._ended)
+        return tuple(self._ended[slot.trial] for slot in self._parts.plan.slots if slot.trial in self._ended)
 
     def measure_replicate(self) -> None:
         """Measure the groups of the next replicate, then those once more that were disturbed."""
+        plan, budget = self._parts.plan, self._parts.budget
         planned = [group for group in self.left if group.replicate == self.left[0].replicate]
-        groups = self._budget.open_replicate(self._plan, planned, on_cpu=self._on_cpu)
+        groups = budget.open_replicate(plan, planned, on_cpu=self._on_cpu)
         self.left[: len(planned)] = groups
         disturbed = [group for group in groups if self._measure(self.left.pop(0))]
-        self._budget.close_replicate()
-        for again in range(1, self._plan.study.protocol.retries + 1):
+        budget.close_replicate()
+        for again in range(1, plan.study.protocol.retries + 1):
             disturbed = [
-                group
-                for group in disturbed
-                if self._took_s[group] <= self._budget.left_s and self._measure(group, again)
+                group for group in disturbed if self._took_s[group] <= budget.left_s and self._measure(group, again)
             ]
 
     def _measure(self, group: Group, again: int = 0) -> bool:
         """Measure a group and keep its records; whether one of its trials was disturbed. What ends it early is raised
         when its records name it."""
-        budget = self._budget
+        budget = self._parts.budget
         ended_by: BaseException | None = None
         budget.enter(group)
-        runner = GroupRunner(
-            self._plan, group, self._executors, self._context, self._listener, self._save, budget,
-            _attempt(group, self._earlier) + again, self._imports,
-        )  # fmt: skip
+        runner = GroupRunner(self._parts, group, _attempt(group, self._earlier) + again)
         begin = budget.clock()
         try:
-            with self._stops.interruptible(worth_waiting=True):
+            with self._stops.interruptible():
                 runner.measure()
         except TimeLimitTooShortError:
             raise
@@ -220,15 +178,15 @@ class _PlanRun:
         return any(self._ended[slot.trial].disturbed for slot in group.slots)
 
     def _keep(self, record: TrialRecord) -> None:
-        if not self._plan.study.protocol.allow_disturbed:
+        if not self._parts.plan.study.protocol.allow_disturbed:
             record = mark_disturbed(record, on_cpu=self._on_cpu)
         try:
-            self._save(record)
+            self._parts.save(record)
         except BaseException:  # nothing more can be saved
             self.left.clear()
             raise
         self._ended[record.trial] = record
-        self._listener.trial_ended(record)
+        self._parts.display.trial_ended(record)
 
     def give_up(self) -> None:
         """A record for each trial that is left: what it had when the run was interrupted, else `not_run`."""

@@ -135,6 +135,7 @@ class Command:
 
 _ROWS = (
     Command(name="base", label="preparing the base", by="process"),
+    Command(name="times", label="timing two layers", by="process"),
     Command(name="parity", label="serving the adapter", by="process"),
     Command(name="prepare", label="starting", by="process"),
     Command(name="build", label="building"),

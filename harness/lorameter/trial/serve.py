@@ -90,10 +90,19 @@ def _serve_adapter(request: dict[str, Any]) -> PartialRecord:
     return serve_adapter(wanted)
 
 
+def _time_parts(request: dict[str, Any]) -> PartialRecord:
+    from lorameter.trial.step_times import time_parts
+
+    wanted = codec.from_json(TrialRequest, request, "trial request")
+    _log_to(wanted.log_path)
+    return time_parts(wanted)
+
+
 PROCESS_COMMANDS: dict[str, Callable[..., PartialRecord]] = {
     "base": _prepare_base,
     "cold": _load_and_answer,
     "parity": _serve_adapter,
+    "times": _time_parts,
 }
 
 

@@ -85,8 +85,8 @@ def test_what_would_take_sites_together_is_refused(spread, run, tmp_path):
 
 def test_a_gate_of_an_ab_fails_where_one_site_regresses(spread, run):
     """By its name, in the stored run as well."""
-    code, last, _ = spread("ab", *SIDES, slow=[(SECOND, "candidate", 1.5)])
-    assert code == 1
+    code, last, said = spread("ab", *SIDES, slow=[(SECOND, "candidate", 1.5)])
+    assert code == 1, said
     rows = {row.site: row for row in report_of(last).comparisons if row.metric == "step_time_s"}
     assert {site: row.verdict for site, row in rows.items()} == {"cpus-0": "equivalent", "cpus-1": "regressed"}
     assert {part.variant for part in attribution_of(last).parts} == {"small on cpus-0", "small on cpus-1"}

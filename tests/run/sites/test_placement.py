@@ -13,7 +13,6 @@ import time
 import pytest
 
 from lorameter.records import store
-from lorameter.run.sites.folder import read_state
 from tests.run.sites.wholeness import sites_of_whole
 
 
@@ -139,7 +138,6 @@ def test_a_site_that_is_unlike_the_first_ends_the_run(placed, run, pretended):
     assert "is unlike the first" in said
     unlike = said.partition("site ")[2].partition(" is unlike")[0]
     assert unlike in ("cpus-0", "cpus-1")
-    assert {record.status for record in last.records} <= {"interrupted", "not_run"}
     assert unlike not in {record.site for record in last.records}
 
 
@@ -152,7 +150,7 @@ def test_what_jobs_of_a_killed_process_measured_is_kept(placed, pretended, run, 
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.environ["PYTHONPATH"], *filter(None, sys.path)]))
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:
         deadline = time.monotonic() + 100
-        while not any(state_of(folder) for folder in runs.glob("*/jobs/*")) or not list(runs.glob("*/manifest.json")):
+        while not list(runs.glob("*/manifest.json")):
             assert time.monotonic() < deadline
             assert killed.poll() is None
             time.sleep(0.05)
@@ -165,11 +163,6 @@ def test_what_jobs_of_a_killed_process_measured_is_kept(placed, pretended, run, 
     sites_of_whole(last)
     assert before <= {record.trial for record in last.records}
     assert not (path / "jobs").exists()
-
-
-def state_of(folder):
-    """Replicates that a job has finished."""
-    return read_state(folder).finished
 
 
 def test_a_site_of_two_ranks_is_measured_on(placed, run):

@@ -64,8 +64,9 @@ def queue(tmp_path, monkeypatch):
 
 
 def finished(runs):
-    """Replicates that jobs have finished and that the run does not have yet, or has."""
-    return [one for path in runs.glob("*/jobs/*/state.json") for one in json.loads(path.read_text())["finished"]]
+    """Jobs that have measured their replicate."""
+    states = [json.loads(path.read_text()) for path in runs.glob("*/jobs/*/state.json")]
+    return [state for state in states if state["ended"] and not state["error"]]
 
 
 def wait_for(condition):

@@ -1,7 +1,7 @@
 """The folder of a job: the order that it carries out, its state, and the run that it measures.
 
 FOLDER/order.json   what to measure; written before the job is started
-FOLDER/state.json   where the job runs, which replicates it has finished, how it ended
+FOLDER/state.json   where the job runs, how it ended
 FOLDER/RUN/         an ordinary run, of the replicates of the order
 FOLDER/job.log      what the job printed
 
@@ -51,8 +51,6 @@ class JobState:
     """Of a job without a plan: its machine and what is installed there."""
     free_bytes: int | None = None
     """Of a job without a plan: free memory of its device; None if unknown."""
-    finished: tuple[int, ...] = ()
-    """Replicates whose trials have all ended."""
     ended: bool = False
     error: str = ""
     """Why it ended early."""

@@ -21,7 +21,7 @@ from lorameter.run.device_lock import IfBusy, hold_devices
 from lorameter.run.sites.driver import LOOK_S, Launcher
 from lorameter.run.sites.folder import JobOrder, JobState, read_state, write_order
 from lorameter.run.sites.gpus import LocalJobs, Share, check_spreadable, executors_of_ranks, local_shares
-from lorameter.run.workers import open_executor
+from lorameter.run.workers import Executor, open_executor
 from lorameter.run.workers.environment import Host
 from lorameter.studies.placement import HERE, SiteSpec, is_slurm, read_slurm
 from lorameter.studies.study import Study
@@ -31,8 +31,6 @@ from lorameter.studies.study import Study
 class Placement:
     """One device of this machine unless it has a launcher of jobs."""
 
-    said: str = ""
-    """How the place was named, for messages."""
     launcher: Launcher | None = None
     shares: tuple[Share, ...] = ()
     """Of this machine, if the jobs run on it."""
@@ -73,6 +71,10 @@ class Placement:
         shared = len(self.shares) if self.shares and self.machine.device == "cpu" else 1  # a GPU has its own memory
         return None if free is None else free // shared
 
+    def timing_executor(self) -> Executor | None:
+        """An executor of this machine that can time steps for a forecast; None where trials run on other machines."""
+        return None if self.is_remote else open_executor()
+
     @contextlib.contextmanager
     def hold(self, if_busy: IfBusy) -> Iterator[bool]:
         """Meanwhile no other run measures on the devices of this machine; says whether another had to be waited for.
@@ -102,13 +104,13 @@ def open_placement(study: Study, runs_dir: str | None) -> Iterator[Placement]:
     check_spreadable(study, place)  # before a job waits in a queue
     if place.on == HERE:
         shares = local_shares(place.sites, open_executor().machine(), mixed=place.mixed)
-        yield Placement(said=place.said, launcher=LocalJobs(shares), shares=shares, ranks=ranks)
+        yield Placement(launcher=LocalJobs(shares), shares=shares, ranks=ranks)
         return
     launcher = _open_cluster(place, ranks)
     with contextlib.ExitStack() as stack:
         stack.callback(launcher.close)
         described = describe_node(launcher, store.runs_dir(runs_dir, make=True), place.said)
-        yield Placement(said=place.said, launcher=launcher, described=described, ranks=ranks)
+        yield Placement(launcher=launcher, described=described, ranks=ranks)
 
 
 def _open_cluster(place: SiteSpec, ranks: int) -> Launcher:

@@ -24,16 +24,15 @@ import shutil
 import site
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 
-from lorameter.errors import HIDDEN, InvalidRunError, UsageError, impossible, redact, shorten
+from lorameter.errors import HIDDEN, InvalidRunError, UsageError, impossible, shorten
 from lorameter.machine.processes import kill_group
 from lorameter.machine.provenance import LIBRARIES, library_version
 from lorameter.machine.repository import git_state
@@ -139,10 +138,6 @@ def _version(described: str | None) -> str | None:
 _REMEDY = "Name the executable of a Python 3.11 or later, for example ENVIRONMENT/bin/python."
 
 
-DESCRIPTION_FILE = "lorameter.json"
-"""What the layer was made of; written last."""
-_LINE_LETTERS = 1 << 16
-"""Of what is read at once: what builds a package may print a line without an end."""
 _LAYER_FILE = "_lorameter_layer.pth"
 _PIP_DESTINATIONS = ("PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_ROOT", "PYTHONPATH", "PYTHONHOME")
 """Variables that would have pip install, or look, somewhere else than in the layer."""
@@ -206,12 +201,11 @@ def layered_environment(requirements: Sequence[str], cache: Path, *, report: Cal
     """
     target = (cache / "environments" / _key(requirements)).absolute()
     with locked(target, "waiting for another process that is making the same environment", report):
-        if not (target / DESCRIPTION_FILE).is_file():
+        if not target.is_dir():
             partial = target.with_name(f"{target.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)  # what a killed install left; the lock says that none is running
             try:
                 _build(requirements, partial, report)
-                shutil.rmtree(target, ignore_errors=True)  # there, but not whole: something deleted in it
                 partial.rename(target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -249,27 +243,12 @@ def _build(requirements: Sequence[str], out: Path, report: Callable[[str], objec
     lines = [f"import site; site.addsitedir({folder!r})\n" for folder in _present_folders()]
     (site_packages(python) / _LAYER_FILE).write_text("".join(lines), encoding="utf-8")
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
-    with _listed(requirements, out) as listed:
-        _run([*pip, "--requirement", str(listed)], requirements, report)
-    description = {
-        "requirements": [redact(each) for each in requirements],
-        "python": sys.version,
-        "executable": sys.executable,
-    }
-    (out / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _listed(requirements: Sequence[str], folder: Path) -> Iterator[Path]:
-    """A file of the requirements that no other user can read, removed afterwards: their addresses may hold credentials,
-    and everybody on a machine sees the command lines of its processes."""
-    listed = folder / "requirements.txt"
-    try:
-        listed.touch(mode=0o600, exist_ok=False)
-        listed.write_text("".join(f"{each}\n" for each in requirements), encoding="utf-8")
-        yield listed
-    finally:
-        listed.unlink(missing_ok=True)
+    # In a file that no other user can read, and not on the command line: addresses may hold credentials.
+    listed = out / "requirements.txt"
+    listed.touch(mode=0o600)
+    listed.write_text("".join(f"{each}\n" for each in requirements), encoding="utf-8")
+    _run([*pip, "--requirement", str(listed)], requirements, report)
+    listed.unlink()
 
 
 def _run(command: Sequence[str], requirements: Sequence[str], report: Callable[[str], object]) -> None:
@@ -277,32 +256,24 @@ def _run(command: Sequence[str], requirements: Sequence[str], report: Callable[[
     last: collections.deque[str] = collections.deque(maxlen=4)
     environment = {name: value for name, value in os.environ.items() if name not in _PIP_DESTINATIONS}
     with subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=environment,
-        start_new_session=True,
-    ) as process:
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace", env=environment, start_new_session=True,
+    ) as process:  # fmt: skip
         assert process.stdout is not None
         try:
-            for line in map(str.strip, iter(partial(process.stdout.readline, _LINE_LETTERS), "")):
+            for line in map(str.strip, process.stdout):
                 if line and "Requirement already satisfied" not in line:
                     last.append(line)
                     report(line)
         except BaseException:
             kill_group(process.pid)  # with what builds a package for it
             raise
-    if process.returncode and (refusal := refusal_said("\n".join(last))):
-        raise InvalidRunError(
-            f"ab: an environment with {' '.join(requirements)} could not be made: {refusal}, or where temporary files "
-            "are made (TMPDIR). Nothing was kept."
-        )
-    if process.returncode:
-        raise UsageError(
-            f"ab: an environment with {' '.join(requirements)} could not be made: {' / '.join(last) or 'no message'}. "
-            "Nothing was kept; check the names and versions, the connection and the index that pip is configured to "
-            "use (PIP_INDEX_URL, PIP_FIND_LINKS)."
-        )
+    if not process.returncode:
+        return
+    failed = f"ab: an environment with {' '.join(requirements)} could not be made"
+    if refusal := refusal_said("\n".join(last)):
+        raise InvalidRunError(f"{failed}: {refusal}, or where temporary files are made (TMPDIR). Nothing was kept.")
+    raise UsageError(
+        f"{failed}: {' / '.join(last) or 'no message'}. Nothing was kept; check the names and versions, the connection "
+        "and the index that pip is configured to use (PIP_INDEX_URL, PIP_FIND_LINKS)."
+    )

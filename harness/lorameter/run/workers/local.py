@@ -10,7 +10,6 @@ import dataclasses
 import os
 import subprocess
 import time
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import send_handle
 from pathlib import Path
@@ -24,13 +23,16 @@ from lorameter.records import codec
 from lorameter.records.os_errors import REFUSED, SystemLimitError
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
-from lorameter.run.workers import Executor, Worker, WorkerLostError
-from lorameter.run.workers.base import BaseExecutor, ProcessWorker, silence
+from lorameter.run.workers import Executor, Worker, WorkerLostError, silence
 from lorameter.run.workers.environment import Host
 from lorameter.studies.request import BaseRequest, TrialRequest, base_words
 from lorameter.studies.workload import Workload
 
 T = TypeVar("T")
+START_TIMEOUT_S = 180.0
+"""Importing takes 3 to 5 s on a quiet machine; a cold disk and a busy one can make it a minute."""
+END_TIMEOUT_S = 10.0
+"""A zygote that was greeted ends as soon as its parent closes the connection, once it has reaped its children."""
 TOKENS_TIMEOUT_S = 3600.0
 """A data set, or a model, is downloaded in this time or not at all."""
 MAX_OUTPUT = 8000
@@ -68,8 +70,9 @@ def worker_environment(threads: int, host: Host | None = None) -> dict[str, str]
     return inherited | fixed
 
 
-class LocalExecutor(BaseExecutor):
-    """Implements `Executor` with one zygote. Where that dies the run ends, and can be resumed.
+class LocalExecutor(Executor):
+    """Implements `Executor` with a zygote: a process that has imported, of which each worker is a fork. Where it dies
+    the run ends, and can be resumed.
 
     `label` names the side of an A/B, in the messages and in the names of the logs (`zygote-base.log`), so that two
     executors can share a folder.
@@ -79,7 +82,10 @@ class LocalExecutor(BaseExecutor):
         self.host = host or Host()
         self._whose = f"the worker of {label!r}" if label else "the worker"
         self._suffix = f"-{label}" if label else ""
-        self._zygote: Zygote | None = None
+        self._zygote: subprocess.Popen[bytes] | None = None
+        self._control: Connection
+        self._silent = True
+        """Whether the zygote may not see that the connection is closed: it still imports, or gave no answer."""
 
     def max_parallel(self, threads: int) -> int:
         """As many as the CPU has cores for; one on a GPU. One as well on a share of a machine (`CPUS`): other sites are
@@ -92,7 +98,11 @@ class LocalExecutor(BaseExecutor):
     def start(self, folder: Path, threads: int) -> None:
         """Start the zygote, which begins to import."""
         super().start(folder, threads)
-        self._zygote = Zygote(lambda descriptor: self._spawn("zygote", descriptor, self._zygote_log))
+        self._control, theirs = wire.pair()
+        with theirs, contextlib.ExitStack() as stack:
+            stack.callback(self._control.close)
+            self._zygote = self._spawn("zygote", theirs.fileno(), self._zygote_log)
+            stack.pop_all()
 
     def _spawn(self, what: str, descriptor: int, log: Path, *, threads: int = 0) -> subprocess.Popen[bytes]:
         """Start a measuring process of the host, which answers on a descriptor and prints into a log.
@@ -117,27 +127,69 @@ class LocalExecutor(BaseExecutor):
 
     def hello(self) -> WorkerInfo:
         """Wait until the zygote has imported. Raises `InvalidRunError`, also when it speaks another schema."""
-        zygote = self._required_zygote()
         try:
-            hello = zygote.greet()
+            hello = wire.receive(self._control, wire.Hello, START_TIMEOUT_S)
         except wire.GarbledError:
             hello = wire.Hello(schema=0)  # of a revision that spoke another protocol
-        except ZygoteLostError as lost:
-            last = _last_line(self._zygote_log) or f"it printed nothing; {lost}"
+        except (TimeoutError, wire.ClosedError):
+            ended = self._last_words()  # before its log is read, which is whole only then
+            last = _last_line(self._zygote_log) or f"it printed nothing; {ended}"
             raise InvalidRunError(
                 f"{self._whose} did not start: {last}. Its log is {self._zygote_log}. "
                 f"Check that torch, transformers, peft and bitsandbytes import in {self.host.python}."
             ) from None
+        self._silent = False
         wire.check_schema(hello, self._whose)
         assert hello.worker is not None
         return hello.worker
 
     def launch(self) -> Worker:
-        """Fork a worker from the zygote. Raises `InvalidRunError` where that is gone."""
+        """Fork a worker from the zygote. Raises `InvalidRunError` where that is gone, and `WorkerLostError` where it
+        refuses or the process ends before it greets."""
+        ours, theirs = wire.pair()
+        begin = time.monotonic()
         try:
-            return self._required_zygote().fork()
-        except ZygoteLostError as lost:
-            raise InvalidRunError(f"{self._whose}: {lost}. Its log is {self._zygote_log}.") from None
+            with theirs:
+                pid = self._ask_zygote(wire.Command("fork"), int, theirs)
+        except BaseException as error:
+            ours.close()
+            if not isinstance(error, LorameterError) or isinstance(error, InvalidRunError):
+                raise
+            # No trial is to blame, and none has begun.
+            raise WorkerLostError("not_run", Failure(phase="start", kind="CannotFork", message=str(error))) from None
+        worker = ForkedWorker(pid, ours, self)
+        worker.greet(begin)
+        return worker
+
+    def kill(self, pid: int) -> int | None:
+        """Kill a child of the zygote, with what it has started; its exit status where it can be known."""
+        if self._zygote is None or self._zygote.poll() is not None:
+            return None  # its children have died with it, and their numbers may be others'
+        kill_group(pid)
+        with contextlib.suppress(InvalidRunError):
+            return self._ask_zygote(wire.Command("reap", arguments={"pid": pid}), Any)  # type: ignore[no-any-return]
+        return None
+
+    def _ask_zygote(self, command: wire.Command, kind: Any, attached: Connection | None = None) -> Any:
+        """Its answer. Raises `InvalidRunError` where it is dead or silent."""
+        assert self._zygote is not None  # it was started
+        try:
+            wire.send(self._control, command)
+            if attached is not None:
+                send_handle(self._control, attached.fileno(), self._zygote.pid)
+            return wire.receive_answer(self._control, kind, START_TIMEOUT_S)
+        except (OSError, wire.ClosedError):  # TimeoutError is an OSError
+            self._silent = True
+        except wire.GarbledError:
+            self._zygote.kill()  # what it sends next may belong to another command
+        raise InvalidRunError(f"{self._whose}: {self._last_words()}. Its log is {self._zygote_log}.")
+
+    def _last_words(self) -> str:
+        """How the zygote ended, or that it is silent."""
+        assert self._zygote is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the connection closes a moment before the process ends
+            return f"the zygote ended with {exit_words(self._zygote.wait(0.5))}"
+        return f"the zygote gave no answer within {START_TIMEOUT_S:g} s"
 
     def cold_start(self, request: TrialRequest) -> PartialRecord:
         """A new interpreter that loads the saved adapter; its output goes to the trial's log."""
@@ -219,16 +271,18 @@ class LocalExecutor(BaseExecutor):
         return summary
 
     def close(self) -> None:
-        """End the zygote; its children die with it."""
+        """End the zygote; its children die with it. One that still imports, or gives no answer, is killed."""
         if self._zygote is not None:
-            self._zygote.close()
-            self._zygote = None
+            self._control.close()
+            if self._silent:
+                self._zygote.kill()
+            try:
+                self._zygote.wait(END_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._zygote.kill()
+                self._zygote.wait()
+            self._zygote, self._silent = None, True
         super().close()
-
-    def _required_zygote(self) -> Zygote:
-        if self._zygote is None:
-            raise InvalidRunError("the worker is not started. Call start() first.")
-        return self._zygote
 
 
 def _last_line(log: Path) -> str:
@@ -240,111 +294,12 @@ def open_executor(*, host: Host | None = None, label: str = "") -> Executor:
     return LocalExecutor(host=host, label=label)
 
 
-START_TIMEOUT_S = 180.0
-"""Importing takes 3 to 5 s on a quiet machine; a cold disk and a busy one can make it a minute."""
-END_TIMEOUT_S = 10.0
-"""A zygote that was greeted ends as soon as its parent closes the connection, once it has reaped its children."""
+class ForkedWorker(Worker):
+    """A process that the zygote of an executor has forked."""
 
-
-class ZygoteLostError(Exception):
-    """It is dead or does not answer; nothing was forked."""
-
-
-class Zygote:
-    """One zygote; `spawn` starts its process on a descriptor."""
-
-    def __init__(self, spawn: Callable[[int], subprocess.Popen[bytes]]) -> None:
-        self._control, theirs = wire.pair()
-        with theirs, contextlib.ExitStack() as stack:
-            stack.callback(self._control.close)
-            self._process = spawn(theirs.fileno())
-            stack.pop_all()
-        self._silent = True
-        """Whether it may not see that the connection is closed: it still imports, or gave no answer."""
-
-    @property
-    def pid(self) -> int:
-        """Of its process."""
-        return self._process.pid
-
-    @property
-    def lives(self) -> bool:
-        """Whether its process runs. Where it does not its children have died with it, and their numbers are free."""
-        return self._process.poll() is None
-
-    def greet(self) -> wire.Hello:
-        """Wait until it has imported. Raises `ZygoteLostError`, and `GarbledError` where it speaks another protocol."""
-        try:
-            hello = wire.receive(self._control, wire.Hello, START_TIMEOUT_S)
-        except (TimeoutError, wire.ClosedError):
-            raise ZygoteLostError(self.last_words()) from None
-        self._silent = False
-        return hello
-
-    def fork(self) -> ForkedWorker:
-        """A fresh process.
-
-        Raises:
-            ZygoteLostError: the zygote is gone.
-            WorkerLostError: it refuses, or the process ended before it greeted.
-        """
-        ours, theirs = wire.pair()
-        begin = time.monotonic()
-        try:
-            with theirs:
-                pid = self._call(wire.Command("fork"), int, theirs)
-        except LorameterError as refusal:  # no trial is to blame, and none has begun
-            ours.close()
-            raise WorkerLostError("not_run", Failure(phase="start", kind="CannotFork", message=str(refusal))) from None
-        except BaseException:
-            ours.close()
-            raise
-        worker = ForkedWorker(pid, ours, self)
-        worker.greet(begin)
-        return worker
-
-    def reap(self, pid: int) -> int | None:
-        """The exit status of a child that was killed; None where it cannot be known."""
-        with contextlib.suppress(ZygoteLostError):
-            return self._call(wire.Command("reap", arguments={"pid": pid}), Any)  # type: ignore[no-any-return]
-        return None
-
-    def _call(self, command: wire.Command, kind: Any, attached: Connection | None = None) -> Any:
-        try:
-            wire.send(self._control, command)
-            if attached is not None:
-                send_handle(self._control, attached.fileno(), self.pid)
-            return wire.receive_answer(self._control, kind, START_TIMEOUT_S)
-        except (OSError, wire.ClosedError):  # TimeoutError is an OSError
-            self._silent = True
-        except wire.GarbledError:
-            self._process.kill()  # what it sends next may belong to another command
-        raise ZygoteLostError(self.last_words())
-
-    def last_words(self) -> str:
-        """How it ended, or that it is silent."""
-        with contextlib.suppress(subprocess.TimeoutExpired):  # the connection closes a moment before the process ends
-            return f"the zygote ended with {exit_words(self._process.wait(0.5))}"
-        return f"the zygote gave no answer within {START_TIMEOUT_S:g} s"
-
-    def close(self) -> None:
-        """End it; its children die with it. One that still imports, or gives no answer, is killed."""
-        self._control.close()
-        if self._silent:
-            self._process.kill()
-        try:
-            self._process.wait(END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-
-class ForkedWorker(ProcessWorker):
-    """A process that a zygote has forked."""
-
-    def __init__(self, pid: int, connection: Connection, zygote: Zygote) -> None:
-        super().__init__(pid, connection)
-        self._zygote = zygote
+    def __init__(self, pid: int, connection: Connection, executor: LocalExecutor) -> None:
+        self.pid, self.connection = pid, connection
+        self._executor = executor
         self._ended = False
         self._code: int | None = None
 
@@ -358,8 +313,5 @@ class ForkedWorker(ProcessWorker):
         """Close the connection, and kill the process and what it has started."""
         self.connection.close()
         if not self._ended:
-            self._ended = True
-            if self._zygote.lives:  # else the process has died with it, and its number may be another's
-                kill_group(self.pid)
-                self._code = self._zygote.reap(self.pid)
+            self._ended, self._code = True, self._executor.kill(self.pid)
         return self._code

@@ -48,8 +48,7 @@ from lorameter.records.os_errors import says_out_of_memory
 from lorameter.records.record import Failure, PartialRecord, Status
 from lorameter.records.worker_info import TokenSummary, WorkerInfo
 from lorameter.run.interrupts import SIGNALS
-from lorameter.run.workers import Worker, WorkerLostError
-from lorameter.run.workers.base import BaseExecutor, ProcessWorker
+from lorameter.run.workers import Executor, Worker, WorkerLostError
 from lorameter.run.workers.environment import Host, describe, inspect
 from lorameter.run.workers.script_sandbox import copy_snapshot, folder_of, take_snapshot, variables_of, words_of
 from lorameter.studies.request import ScriptRequest
@@ -236,7 +235,7 @@ def _judge_output(output: str) -> tuple[Status, str]:
     return "oom" if says_out_of_memory(last) else "crashed", last
 
 
-class ScriptWorker(ProcessWorker):
+class ScriptWorker(Worker):
     """A process of one script, started when its trial is prepared; its training answers (`ScriptTrial`)."""
 
     start_latency_s = 0.0
@@ -325,7 +324,7 @@ class ScriptWorker(ProcessWorker):
         return super().cpus() if self._may_pin else ()
 
 
-class ScriptExecutor(BaseExecutor):
+class ScriptExecutor(Executor):
     """Implements `Executor`, but for bases and cold starts, which no plan of scripts has."""
 
     def __init__(self, *, host: Host | None = None) -> None:

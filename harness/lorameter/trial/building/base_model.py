@@ -69,7 +69,7 @@ def empty_model(source: ModelSource, variant: Variant) -> transformers.PreTraine
     """
     try:
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(_architecture(source), dtype=dtype_of(variant.dtype))
+            return transformers.AutoModelForCausalLM.from_config(architecture(source), dtype=dtype_of(variant.dtype))
     except LorameterError:
         raise
     except Exception as error:  # which exception depends on the value that its class could not take
@@ -172,7 +172,7 @@ def _from_gguf(location: str, attention: str, dtype: torch.dtype) -> transformer
 
 
 def _random_model(source: ModelSource, variant: Variant, device: str, seed: int) -> transformers.PreTrainedModel:
-    model = skeleton(_architecture(source), variant)
+    model = skeleton(architecture(source), variant)
     quantization = bnb_config(variant)
     packed = set(quantised_names(model)) if quantization is not None else set()
     with torch.no_grad(), _own_random_state(device):
@@ -188,7 +188,8 @@ def _random_model(source: ModelSource, variant: Variant, device: str, seed: int)
     return model.eval()
 
 
-def _architecture(source: ModelSource) -> transformers.PretrainedConfig:
+def architecture(source: ModelSource) -> transformers.PretrainedConfig:
+    """The configuration of a model whose weights are not read."""
     if source.kind == "gguf":
         path = Path(source.location)
         return transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)

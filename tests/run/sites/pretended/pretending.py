@@ -99,6 +99,9 @@ class Fake:
             raise InvalidRunError("its zygote is gone")
         return self
 
+    def cpus(self):
+        return ()
+
     def ask(self, command, trial, timeout_s, **arguments):
         if command != "turn":
             return PartialRecord()
