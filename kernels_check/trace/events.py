@@ -1,351 +1,158 @@
-"""Streams a Kineto/Chrome trace into compact columns.
+"""Events of a profiler as columns: sums by name, the time in which a device was busy, and operators' own times.
 
-A trace of a few steps has hundreds of megabytes, nearly all of it arguments that nothing here reads. ijson hands out
-one event at a time (yajl in C, some 70 MB a second), and what is kept of an event is some forty bytes: numbers in
-arrays, names once. The columns of one million events take as much memory as the libraries that read them.
-
-Numbers come as ``int`` of any size and as ``Decimal``. ijson's ``use_float`` would read a tenth faster, but then yajl
-converts integers itself and refuses a file with one beyond 64 bits signed, as hashes and addresses may be.
+A GPU runs several streams at once, so the sum of durations can exceed the time that passed; the busy time is the length
+of the *union* of the intervals of a device. An event that a tool wrote twice (merged files do that) counts once.
 """
 
 from __future__ import annotations
 
-import csv
-import math
-import re
-import sys
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, SupportsFloat
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
 
-import ijson
+import numpy as np
+import numpy.typing as npt
 
-from kernels_check.trace.file import EXPECTED, JsonLimits, TraceError, TraceFile
+from kernels_check.rules import Rule, classify_operator
 
-_GPU = frozenset({"kernel", "gpu_memcpy", "gpu_memset", "memcpy", "memset"})
-_LAUNCHES = frozenset({"cuda_runtime", "cuda_driver", "runtime", "driver"})
-_OPERATORS = frozenset({"cpu_op", "operator"})
-_STEP = re.compile(r"^ProfilerStep#(\d{1,18})$")
-NO_CORRELATION = -1
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+Lane: TypeAlias = tuple[str, str]
+"""Device and stream, or process and thread."""
+Row: TypeAlias = tuple[str, Lane, float, float, int]
+"""Name, lane, start and duration in microseconds, correlation with the launch on the host."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Events:
-    """Columns of equal length; times in microseconds, durations NaN where the event has no usable one."""
+    """Columns of equal length, each event once."""
 
-    name: array[int] = field(default_factory=lambda: array("l"))
+    names: list[str]
+    lanes: list[Lane]
+    name: Integers
     """Index into ``names``."""
-    start_us: array[float] = field(default_factory=lambda: array("d"))
-    duration_us: array[float] = field(default_factory=lambda: array("d"))
-    lane: array[int] = field(default_factory=lambda: array("l"))
-    """Index into ``lanes``: device and stream, or process and thread."""
-    correlation: array[int] = field(default_factory=lambda: array("q"))
-    names: list[str] = field(default_factory=list)
-    lanes: list[tuple[str, str]] = field(default_factory=list)
-    _name_index: dict[str, int] = field(default_factory=dict)
-    _lane_index: dict[tuple[str, str], int] = field(default_factory=dict)
+    lane: Integers
+    """Index into ``lanes``."""
+    start_us: Floats
+    """NaN for an event without a usable start and duration."""
+    duration_us: Floats
+    """The same."""
+    correlation: Integers
+    repeated: int
+    """How many were left out because another was the same in every column."""
 
     def __len__(self) -> int:
         return len(self.name)
 
-    def add(self, name: str, lane: tuple[str, str], start_us: float, duration_us: float, correlation: int) -> None:
-        """Append one event."""
-        name_index = self._name_index.setdefault(name, len(self.names))
-        if name_index == len(self.names):
-            self.names.append(name)
-        lane_index = self._lane_index.setdefault(lane, len(self.lanes))
-        if lane_index == len(self.lanes):
-            self.lanes.append(lane)
-        self.name.append(name_index)
-        self.lane.append(lane_index)
-        self.start_us.append(start_us)
-        self.duration_us.append(duration_us)
-        self.correlation.append(correlation)
-
-
-@dataclass(slots=True)
-class Kineto:
-    """What is kept of one trace."""
-
-    events: int = 0
-    gpu: Events = field(default_factory=Events)
-    """Kernels, copies and fills on devices; never annotations."""
-    operators: Events = field(default_factory=Events)
-    """Operators on the host."""
-    launch_correlation: array[int] = field(default_factory=lambda: array("q"))
-    launch_us: array[float] = field(default_factory=lambda: array("d"))
-    """When the host launched what carries this correlation on the GPU."""
-    host_steps: dict[int, tuple[float, float]] = field(default_factory=dict)
-    """Start and end of each ProfilerStep on the host."""
-    gpu_steps: dict[int, tuple[float, float]] = field(default_factory=dict)
-    """The same on the GPU, where Kineto recorded annotations there."""
-    not_complete: int = 0
-    """GPU events that are not of phase X, so without a duration."""
-
-
-def read_kineto(recording: TraceFile) -> Kineto:
-    """Read every event of the trace.
-
-    Raises:
-        TraceError: no JSON, JSON that ends early, no trace events in it, or something that no recorder writes.
-    """
-    kept = Kineto()
-    prefix = "item" if recording.head().lstrip()[:1] == b"[" else "traceEvents.item"
-    try:
-        with _integers_of_any_length():
-            for event in ijson.items(_Bounded(recording, kept), prefix):
-                kept.events += 1
-                if isinstance(event, dict):
-                    _keep(event, kept)
-    except (ijson.JSONError, ArithmeticError) as error:  # the latter of an exponent that no Decimal holds
-        raise TraceError(_broken(recording, kept, error)) from None
-    if kept.events == 0:
-        raise TraceError(
-            f"{recording.path}: is JSON, but holds no trace events ({recording.progress} read, the list traceEvents is "
-            f"missing or empty); expected {EXPECTED}. Pass what torch.profiler's export_chrome_trace() wrote"
-        )
-    return kept
-
-
-class _Bounded:
-    """The recording as ijson reads it, each part held against the limits before it is parsed."""
-
-    def __init__(self, recording: TraceFile, kept: Kineto) -> None:
-        self._recording = recording
-        self._kept = kept
-        self._limits = JsonLimits()
-
-    def read(self, size: int = -1) -> bytes:
-        """Next bytes, empty at the end."""
-        part = self._recording.read(size)
-        problem = self._limits.problem(part)
-        if problem is not None:
-            raise TraceError(
-                f"{self._recording.path}: is no trace: {problem}, after {self._kept.events:,} events and "
-                f"{self._recording.progress}; expected {EXPECTED}. Pass what torch.profiler's export_chrome_trace() "
-                "wrote"
-            )
-        return part
-
-
-@contextmanager
-def _integers_of_any_length() -> Iterator[None]:
-    """Lift Python's limit on digits: ijson 3.6 does not check that yajl's integer was converted, and crashes."""
-    limit = sys.get_int_max_str_digits()
-    sys.set_int_max_str_digits(0)
-    try:
-        yield
-    finally:
-        sys.set_int_max_str_digits(limit)
-
-
-def _broken(recording: TraceFile, kept: Kineto, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    early = "parse error: premature EOF" in reason or "ncomplete" in reason
-    what = "the JSON ends early: the file was cut off" if early else f"the JSON is corrupt ({reason})"
-    return (
-        f"{recording.path}: {what}, after {kept.events:,} events and {recording.progress}. Copy or export it again; "
-        "nothing of a damaged file is reported"
-    )
-
-
-def _keep(event: dict[str, Any], kept: Kineto) -> None:
-    category, name = event.get("cat"), event.get("name")
-    if not isinstance(category, str) or not isinstance(name, str):
-        return
-    category = category.lower()
-    if category in _GPU:
-        if event.get("ph") == "X":
-            _keep_gpu(event, name, kept)
-        else:
-            kept.not_complete += 1
-    elif category in _OPERATORS:
-        if event.get("ph") == "X":
-            lane = (str(event.get("pid")), str(event.get("tid")))
-            kept.operators.add(name, lane, _number(event.get("ts")), _duration(event), NO_CORRELATION)
-    elif category in _LAUNCHES:
-        correlation, start = _correlation(event), _number(event.get("ts"))
-        if correlation != NO_CORRELATION and math.isfinite(start):
-            kept.launch_correlation.append(correlation)
-            kept.launch_us.append(start)
-    elif step := _STEP.match(name):
-        _keep_step(event, int(step.group(1)), kept.gpu_steps if category.startswith("gpu") else kept.host_steps)
-
-
-def _keep_gpu(event: dict[str, Any], name: str, kept: Kineto) -> None:
-    arguments = _arguments(event)
-    lane = (str(arguments.get("device", event.get("pid"))), str(arguments.get("stream", event.get("tid"))))
-    kept.gpu.add(name, lane, _number(event.get("ts")), _duration(event), _correlation(event))
-
-
-def _keep_step(event: dict[str, Any], number: int, steps: dict[int, tuple[float, float]]) -> None:
-    start, duration = _number(event.get("ts")), _duration(event)
-    if math.isfinite(start + duration):
-        first, last = steps.get(number, (start, start + duration))
-        steps[number] = (min(first, start), max(last, start + duration))
-
-
-def _arguments(event: dict[str, Any]) -> dict[str, Any]:
-    arguments = event.get("args")
-    return arguments if isinstance(arguments, dict) else {}
-
-
-def _correlation(event: dict[str, Any]) -> int:
-    value = _arguments(event).get("correlation")
-    usable = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-    return value if usable else NO_CORRELATION  # type: ignore[return-value]
-
-
-def _duration(event: dict[str, Any]) -> float:
-    duration = _number(event.get("dur"))
-    return duration if duration >= 0.0 else math.nan
-
-
-def _number(value: object) -> float:
-    """A finite number, also one written as a string; NaN for anything else."""
-    if isinstance(value, bool) or not isinstance(value, str | SupportsFloat):
-        return math.nan
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return math.nan
-    return number if math.isfinite(number) else math.nan
-
-
-_TOTAL = re.compile(r"^Total Time \((ns|us|μs|µs|ms|s|sec)\)$")
-_UNITS_MS = {"ns": 1e-6, "us": 1e-3, "μs": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3, "sec": 1e3}
-_ROUNDING_PERCENT = 0.05
-"""Largest error of one entry of the column ``Time (%)``, which has one decimal."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KernelTotal:
-    """All launches of one name."""
+class NameTotal:
+    """All events of one name."""
 
     name: str
     calls: int
     time_ms: float
+    rule: Rule | None = None
+    """Of an operator: the rule that it counts for."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Heading:
-    width: int
-    name: int
-    calls: int
-    time: int
-    unit_ms: float
-    percent: int | None
-    table: str
+def make_events(rows: Iterable[Row]) -> Events:
+    """Columns of these events; their order does not matter."""
+    columns = array("q"), array("q"), array("d"), array("d"), array("q")
+    names: dict[str, int] = {}
+    lanes: dict[Lane, int] = {}
+    for name, lane, *numbers in rows:
+        row = (names.setdefault(name, len(names)), lanes.setdefault(lane, len(lanes)), *numbers)
+        for column, value in zip(columns, row, strict=True):
+            column.append(value)
+    arrays = [np.array(column) for column in columns]
+    start, duration = arrays[2:4]
+    untimed = ~(np.isfinite(start + duration) & (duration >= 0.0))
+    start[untimed] = duration[untimed] = np.nan
+    order = np.lexsort(arrays)
+    arrays = [column[order] for column in arrays]
+    # NaN equals nothing: without a time two events are two.
+    same = np.logical_and.reduce([column[1:] == column[:-1] for column in arrays])
+    kept = np.concatenate(([True], ~same))[: len(order)]
+    return Events([*names], [*lanes], *(column[kept] for column in arrays), repeated=int(same.sum()))
 
 
-def read_nsys(recording: TraceFile) -> tuple[list[KernelTotal], list[str]]:
-    """Rows of the first kernel table, and of the first table of memory operations where there is one; and notices.
+def sum_by_name(events: Events) -> list[NameTotal]:
+    """Calls and time of each name; an event without a usable duration counts with no time."""
+    calls = np.bincount(events.name, minlength=len(events.names))
+    time_us = np.bincount(events.name, weights=np.nan_to_num(events.duration_us), minlength=len(events.names))
+    return [
+        NameTotal(name=name, calls=int(calls[index]), time_ms=float(time_us[index]) / 1e3)
+        for index, name in enumerate(events.names)
+    ]
 
-    Raises:
-        TraceError: no kernel table, a damaged row, or a table that was cut off.
+
+def busy_time_us(events: Events) -> dict[str, float]:
+    """Microseconds in which anything ran, by device; empty where no event has a time."""
+    timed = np.isfinite(events.start_us)
+    busy = {}
+    for device in dict.fromkeys(device for device, _ in events.lanes):
+        lanes = [index for index, lane in enumerate(events.lanes) if lane[0] == device]
+        chosen = timed & np.isin(events.lane, lanes)
+        if chosen.any():
+            busy[device] = union_length(events.start_us[chosen], events.duration_us[chosen])
+    return busy
+
+
+def union_length(start: Floats, duration: Floats) -> float:
+    """Length of the union of intervals: each adds what lies beyond everything that began before it."""
+    order = np.argsort(start, kind="stable")
+    start = start[order] - start.min()  # not times since 1970, whose last bits a sum would lose
+    end = start + duration[order]
+    reached = np.concatenate((start[:1], np.maximum.accumulate(end)[:-1]))
+    return float(np.maximum(end - np.maximum(reached, start), 0.0).sum())
+
+
+@dataclass(slots=True)
+class _OpenOperator:
+    end_us: float
+    key: tuple[int, int]
+    attention: int
+    """Index of the attention operator around it, itself included; -1 outside."""
+
+
+def operator_times(events: Events) -> list[NameTotal]:
+    """Own time and calls of each operator of the host; those inside attention have an entry of their own.
+
+    A call inside a call of the same name (the dispatcher records operators written in Python twice), or inside
+    another attention operator, is no call of its own.
     """
-    rows = _rows(recording)
-    totals: list[KernelTotal] = []
-    notices: list[str] = []
-    seen: set[str] = set()
-    columns: _Heading | None = None
-    percent = 0.0
-    in_table = 0
-    for number, row in rows:
-        heading = _heading(row)
-        if heading is None and columns is not None and _is_row(row):
-            if columns.table in seen:
-                continue
-            total, part = _total(recording, number, row, columns)
-            totals.append(total)
-            percent += part
-            in_table += 1
-            continue
-        if columns is not None:
-            _end(recording, columns, in_table, percent, seen, notices)
-        columns, percent, in_table = heading, 0.0, 0
-    if columns is not None:
-        _end(recording, columns, in_table, percent, seen, notices)
-    if "kernels" not in seen:
-        raise TraceError(
-            f"{recording.path}: no table of kernels in {recording.progress} of text (its heading has Total Time, "
-            f"Instances and Name); expected {EXPECTED}. nsys writes it with `nsys stats --report "
-            "cuda_gpu_kern_sum --format csv RECORDING`; where it says SKIPPED, no kernel was recorded"
+    rules = [classify_operator(name) for name in events.names]
+    time_us: defaultdict[tuple[int, int], float] = defaultdict(float)
+    calls: defaultdict[tuple[int, int], int] = defaultdict(int)
+    order = np.lexsort((-events.duration_us, events.start_us, events.lane))
+    order = order[np.isfinite(events.start_us[order])]
+    columns = (events.name, events.lane, events.start_us, events.duration_us)
+    lane_before, stack = -1, list[_OpenOperator]()
+    for name, lane, start, duration in zip(*(column[order].tolist() for column in columns), strict=True):
+        if lane != lane_before:
+            lane_before, stack = lane, []
+        while stack and stack[-1].end_us <= start:
+            stack.pop()
+        caller = stack[-1] if stack else None
+        inside = caller.attention if caller is not None else -1
+        rule = rules[name]
+        attention = name if inside < 0 and rule is not None and rule.category == "attention" else inside
+        key = (name, attention)
+        time_us[key] += duration
+        if caller is not None:
+            time_us[caller.key] -= min(duration, caller.end_us - start)
+        if inside < 0 and (caller is None or caller.key[0] != name):
+            calls[key] += 1
+        stack.append(_OpenOperator(start + duration, key, attention))
+    return [
+        NameTotal(
+            name=events.names[name],
+            rule=rules[attention if attention >= 0 else name],
+            calls=calls[name, attention],
+            time_ms=max(0.0, time) / 1e3,
         )
-    return totals, notices
-
-
-def _rows(recording: TraceFile) -> Iterator[tuple[int, list[str]]]:
-    text = recording.text()
-    reader = csv.reader(_counted(recording, text), strict=True)
-    try:
-        for row in reader:
-            yield reader.line_num, [cell.strip() for cell in row]
-    except csv.Error as error:
-        raise TraceError(
-            f"{recording.path}: line {reader.line_num} is no CSV ({error}): the file was cut off, edited, or is "
-            f"something else; expected {EXPECTED}. Export it again"
-        ) from None
-
-
-def _counted(recording: TraceFile, lines: Iterator[str]) -> Iterator[str]:
-    for line in lines:
-        recording.bytes_read += len(line)
-        yield line
-
-
-def _heading(row: Sequence[str]) -> _Heading | None:
-    """Where the heading of a table names what is needed: kernels have instances, memory operations a count."""
-    time = next((index for index, cell in enumerate(row) if _TOTAL.match(cell)), None)
-    for table, calls, name in (("kernels", "Instances", "Name"), ("memory", "Count", "Operation")):
-        if time is not None and calls in row and name in row:
-            match = _TOTAL.match(row[time])
-            assert match is not None
-            percent = next((index for index, cell in enumerate(row) if re.fullmatch(r"Time ?\(%\)", cell)), None)
-            return _Heading(
-                len(row), row.index(name), row.index(calls), time, _UNITS_MS[match.group(1)], percent, table
-            )
-    return None
-
-
-def _is_row(row: Sequence[str]) -> bool:
-    """A table's row begins with a number; progress, blank lines and other headings do not."""
-    return bool(row) and bool(re.match(r"^-?\d", row[0]))
-
-
-def _total(recording: TraceFile, number: int, row: Sequence[str], columns: _Heading) -> tuple[KernelTotal, float]:
-    if len(row) != columns.width:
-        raise TraceError(
-            f"{recording.path}: line {number} has {len(row)} of {columns.width} columns: the table was cut off or "
-            "edited. Export it again"
-        )
-    try:
-        calls, time = int(row[columns.calls]), float(row[columns.time])
-        percent = float(row[columns.percent]) if columns.percent is not None else 0.0
-    except ValueError:
-        calls, time, percent = -1, -1.0, 0.0
-    if calls < 1 or not 0.0 <= time < float("inf") or not row[columns.name]:
-        raise TraceError(
-            f"{recording.path}: line {number}: {row[columns.name]!r} has {row[columns.calls]!r} instances in "
-            f"{row[columns.time]!r}; expected numbers above zero. Export the table again"
-        )
-    return KernelTotal(name=row[columns.name], calls=calls, time_ms=time * columns.unit_ms), percent
-
-
-def _end(
-    recording: TraceFile, columns: _Heading, rows: int, percent: float, seen: set[str], notices: list[str]
-) -> None:
-    """Close a table: its percentages add up to 100, unless rows are missing."""
-    if columns.table in seen:
-        notices.append(f"a second table of {columns.table} was left out: only the first of a file counts")
-        return
-    if rows == 0:
-        return
-    seen.add(columns.table)
-    if columns.percent is not None and percent < 100.0 - _ROUNDING_PERCENT * (rows + 1):
-        raise TraceError(
-            f"{recording.path}: the {rows} rows of {columns.table} add up to {percent:.1f} % of their time: rows are "
-            "missing, the shares would be wrong. Export the whole table again"
-        )
+        for (name, attention), time in time_us.items()
+    ]

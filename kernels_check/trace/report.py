@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from kernels_check.check import format_count
 from kernels_check.terminal import escape_control_chars, print_stderr
-from kernels_check.trace.file import TraceError
-from kernels_check.trace.read import read_trace
-from kernels_check.trace.summary import BackendUse, KernelSummary, Use
+from kernels_check.trace.recording import TraceError
+from kernels_check.trace.summary import BackendUse, KernelSummary, Use, read_trace
 
 EXIT_DONE = 0
 EXIT_BAD_INPUT = 2
@@ -36,8 +35,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _print(summary: KernelSummary) -> None:
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     console = Console(highlight=False)
     what = "kernel launches" if summary.device == "gpu" else "operator calls"
@@ -49,54 +46,50 @@ def _print(summary: KernelSummary) -> None:
         over = format_count(steps.steps, "step")
         console.print(f"kernels a step: median {steps.median:,g}, {steps.lowest:,} to {steps.highest:,} over {over}")
 
-    def table(title: str, rows: Mapping[str, Use], note: str = "") -> None:
+    def table(title: str, headings: Iterable[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
+        from rich.table import Table
+        from rich.text import Text
+
         if not rows:
             return
         printed = Table(title=title, title_justify="left", caption=note or None, caption_justify="left")
-        printed.add_column("", overflow="fold")
-        for heading in ("calls", "time ms", "share"):
-            printed.add_column(heading, justify="right")
-        proven = any(isinstance(use, BackendUse) for use in rows.values())
-        if proven:
-            printed.add_column("by name", overflow="fold")
-        for name, use in rows.items():
-            cells: list[Text | str] = [
-                Text(escape_control_chars(name)),
-                f"{use.calls:,}",
-                f"{use.time_ms:,.3f}",
-                f"{use.time_share:.1%}",
-            ]
-            cells += [", ".join(_evidence(use))] if proven else []
-            printed.add_row(*cells)
+        for heading in headings:
+            printed.add_column(heading, justify="left" if heading in ("", "by name") else "right", overflow="fold")
+        for row in rows:
+            printed.add_row(*(Text(escape_control_chars(cell)) for cell in row))
         console.print(printed)
 
-    table("Attention", summary.attention.backends, "calls are launches")
+    used = "", "calls", "time ms", "share"
+    backends = summary.attention.backends
+    evidence = [(*row, _evidence(use)) for row, use in zip(_rows(backends), backends.values(), strict=True)]
+    table("Attention", (*used, "by name"), evidence, "calls are launches")
     formats = ", ".join(f"{calls:,} in {dtype}" for dtype, calls in summary.fourbit.dtypes.items())
-    table("4-bit paths", summary.fourbit.paths, f"compute dtype: {formats}" if formats else "")
-    table("4-bit formats", summary.fourbit.quant_types)
-    table("Matrix products by number format", summary.matmul_dtypes)
-    categories = Table(title="Categories", title_justify="left")
-    categories.add_column("")
-    categories.add_column("time ms", justify="right")
-    categories.add_column("share", justify="right")
-    for name, share in summary.categories.items():
-        categories.add_row(name, f"{summary.category_time_ms[name]:,.3f}", f"{share:.1%}")
-    console.print(categories)
-    unknown = summary.unclassified.kernels
+    table("4-bit paths", used, _rows(summary.fourbit.paths), f"compute dtype: {formats}" if formats else "")
+    table("4-bit formats", used, _rows(summary.fourbit.quant_types))
+    table("Matrix products by number format", used, _rows(summary.matmul_dtypes))
+    times = summary.category_time_ms
+    categories = [(name, f"{times[name]:,.3f}", f"{share:.1%}") for name, share in summary.categories.items()]
+    table("Categories", ("", "time ms", "share"), categories)
+    unknown = _rows(summary.unclassified.kernels)
+    more = len(unknown) - _NAMES_SHOWN
+    share = summary.unclassified.time_share
     table(
-        f"Names that no rule knows: {len(unknown)} ({summary.unclassified.time_share:.1%} of the time, part of other)",
-        dict(list(unknown.items())[:_NAMES_SHOWN]),
-        f"and {len(unknown) - _NAMES_SHOWN} more, see --json" if len(unknown) > _NAMES_SHOWN else "",
+        f"Names that no rule knows: {len(unknown)} ({share:.1%} of the time, part of other)",
+        used,
+        unknown[:_NAMES_SHOWN],
+        f"and {more} more, see --json" if more > 0 else "",
     )
 
 
-def _evidence(use: Use) -> Iterable[str]:
-    if not isinstance(use, BackendUse):
-        return
+def _rows(uses: Mapping[str, Use]) -> list[tuple[str, ...]]:
+    return [(name, f"{use.calls:,}", f"{use.time_ms:,.3f}", f"{use.time_share:.1%}") for name, use in uses.items()]
+
+
+def _evidence(use: BackendUse) -> str:
+    """What the names of the kernels prove."""
+    known = [f"{calls:,} {dtype}" for dtype, calls in use.dtypes.items()]
     if use.forward_calls or use.backward_calls:
-        yield f"{use.forward_calls:,} forward, {use.backward_calls:,} backward"
-    yield from (f"{calls:,} {dtype}" for dtype, calls in use.dtypes.items())
-    if use.causal_calls:
-        yield f"{use.causal_calls:,} causal"
-    if use.not_causal_calls:
-        yield f"{use.not_causal_calls:,} not causal"
+        known.insert(0, f"{use.forward_calls:,} forward, {use.backward_calls:,} backward")
+    known += [f"{use.causal_calls:,} causal"] if use.causal_calls else []
+    known += [f"{use.not_causal_calls:,} not causal"] if use.not_causal_calls else []
+    return ", ".join(known)

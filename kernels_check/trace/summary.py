@@ -1,26 +1,44 @@
-"""Sums, busy share and kernels a step, from columns of events.
+"""Judges a recording made elsewhere: which kernels ran, and what they spent the time on.
 
-A GPU runs several streams at once, so the sum of durations can exceed the time that passed; the busy share is the
-length of the *union* of the intervals of a device. An event that a tool wrote twice (merged files do that) counts once.
+    python -m kernels_check trace FILE [--json]
+
+A trace without GPU kernels is judged by the operators of the host, and says so: names of operators prove the attention
+backend and the 4-bit path as well, only busy share and kernels a step have no meaning there.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from os import PathLike
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from kernels_check.rules import CATEGORIES, UNDECIDED, Category, Rule, classify_operator
-from kernels_check.trace.events import NO_CORRELATION, Events, KernelTotal, Kineto
-from kernels_check.trace.file import KernelNameFacts
+from kernels_check.rules import CATEGORIES, UNDECIDED, KernelNameFacts, Rule, classify, read_facts
+from kernels_check.trace.events import Events, NameTotal, busy_time_us, operator_times, sum_by_name
+from kernels_check.trace.recording import (
+    Kineto,
+    TraceError,
+    is_trace,
+    read_bytes,
+    read_kineto,
+    read_nsys,
+)
 
-Floats = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int64]
+SCHEMA = 1
+_AMD = re.compile(
+    r"^(Custom_)?Cijk_A|ck_tile|\bck::|^_ZN(2ck|5aiter)\d|aotriton|\brocprim::|^__amd_rocclr_|^igemm_\w+_gtc|\bhip"
+)
+"""Names that only ROCm's libraries give."""
+_SHOWN = 40
+"""Characters of such a name that the notice has."""
+_MUCH = 0.03
+"""Share of the time in unknown kernels from which a notice warns of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,205 +49,6 @@ class StepCounts:
     lowest: int
     median: float
     highest: int
-
-
-@dataclass(frozen=True, slots=True)
-class EventArrays:
-    """Events as arrays, each kept once."""
-
-    name: Integers
-    lane: Integers
-    start_us: Floats
-    duration_us: Floats
-    """NaN where unknown."""
-    correlation: Integers
-    duplicates: int
-    """How many were dropped because another was the same in every column."""
-
-
-def columns(events: Events) -> EventArrays:
-    """Drop repetitions; the order of the events in the file does not matter afterwards."""
-    name, lane = _integers(events.name), _integers(events.lane)
-    start, duration = np.array(events.start_us, dtype=np.float64), np.array(events.duration_us, dtype=np.float64)
-    correlation = _integers(events.correlation)
-    order = np.lexsort((correlation, name, lane, np.nan_to_num(duration, nan=-1.0), np.nan_to_num(start, nan=-np.inf)))
-    name, lane, correlation = name[order], lane[order], correlation[order]
-    start, duration = start[order], duration[order]
-    same = np.ones(len(name), dtype=bool)
-    same[:1] = False
-    for key in (name, lane, start, duration, correlation):
-        same[1:] &= key[1:] == key[:-1]  # NaN equals nothing: without a time two events are two
-    kept = ~same
-    return EventArrays(name[kept], lane[kept], start[kept], duration[kept], correlation[kept], int(same.sum()))
-
-
-def totals(events: Events, kept: EventArrays) -> list[KernelTotal]:
-    """Launches and summed time of each name; a launch without a usable duration counts with no time."""
-    calls = np.bincount(kept.name, minlength=len(events.names))
-    time_us = np.bincount(kept.name, weights=np.nan_to_num(kept.duration_us), minlength=len(events.names))
-    return [
-        KernelTotal(name=name, calls=int(calls[index]), time_ms=float(time_us[index]) / 1e3)
-        for index, name in enumerate(events.names)
-    ]
-
-
-def busy_share(events: Events, kept: EventArrays) -> float | None:
-    """Share of the time from the first start to the last end in which something ran, averaged over the devices.
-
-    All devices are held against the same window, so one that finishes early is idle from then on. None where no event
-    has a time.
-    """
-    timed = np.isfinite(kept.start_us + kept.duration_us)
-    if not timed.any():
-        return None
-    start = kept.start_us[timed]
-    start = start - start.min()  # in place of times since 1970, whose last bits a sum would lose
-    end = start + kept.duration_us[timed]
-    window = float(end.max())
-    if window <= 0.0:
-        return None
-    device_of_lane: dict[str, int] = {}
-    device = np.array([device_of_lane.setdefault(device, len(device_of_lane)) for device, _ in events.lanes])
-    device = device[kept.lane[timed]]
-    present = np.unique(device)
-    busy = sum(_union(start[device == one], end[device == one]) for one in present)
-    return min(1.0, busy / (window * len(present)))
-
-
-def _union(start: Floats, end: Floats) -> float:
-    """Length of the union of intervals: each adds what lies beyond everything that began before it."""
-    order = np.argsort(start, kind="stable")
-    start, end = start[order], end[order]
-    reached = np.maximum.accumulate(end)
-    before = np.concatenate((start[:1], reached[:-1]))
-    return float(np.maximum(reached - np.maximum(before, start), 0.0).sum())
-
-
-def step_counts(trace: Kineto, kept: EventArrays) -> StepCounts | None:
-    """Count the kernels of each ProfilerStep; None where no step is marked.
-
-    A kernel belongs to the step that launched it, which its correlation with the host's launch shows. Only where that
-    is missing does it belong to the step in which it ran.
-    """
-    kernels = np.array([not name.startswith(("Memcpy", "Memset")) for name in trace.gpu.names], dtype=bool)
-    chosen = kernels[kept.name] & np.isfinite(kept.start_us) if len(kernels) else np.zeros(0, dtype=bool)
-    launched = _launch_times(trace, kept.correlation[chosen])
-    known = np.isfinite(launched)
-    on_gpu = trace.gpu_steps or trace.host_steps
-    on_host = trace.host_steps
-    if not on_gpu:
-        return None
-    counts: dict[int, int] = dict.fromkeys(on_host or on_gpu, 0)
-    if not on_host:
-        known[:] = False
-    _count(counts, on_host, launched[known])
-    _count(counts, on_gpu, kept.start_us[chosen][~known])
-    values = np.array(list(counts.values()))
-    return StepCounts(
-        steps=len(values), lowest=int(values.min()), median=float(np.median(values)), highest=int(values.max())
-    )
-
-
-def _launch_times(trace: Kineto, correlation: Integers) -> Floats:
-    known = _integers(trace.launch_correlation)
-    found = np.full(len(correlation), np.nan)
-    if len(known) == 0:
-        return found
-    order = np.argsort(known, kind="stable")
-    known, when = known[order], np.array(trace.launch_us, dtype=np.float64)[order]
-    position = np.minimum(np.searchsorted(known, correlation), len(known) - 1)
-    hit = (known[position] == correlation) & (correlation != NO_CORRELATION)
-    found[hit] = when[position[hit]]
-    return found
-
-
-def _count(counts: dict[int, int], steps: Mapping[int, tuple[float, float]], when: Floats) -> None:
-    for step, (start, end) in steps.items():
-        counts[step] = counts.get(step, 0) + int(((when >= start) & (when < end)).sum())
-
-
-def _integers(values: object) -> Integers:
-    return np.array(values, dtype=np.int64)
-
-
-_CHUNK = 1 << 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OperatorTime:
-    """One operator's own time, and the rule that it counts for."""
-
-    name: str
-    rule: Rule | None
-    calls: int
-    time_ms: float
-
-
-@dataclass(slots=True)
-class _OpenOperator:
-    end_us: float
-    key: tuple[int, int]
-    attention: int
-    """Index of the attention operator around it, itself included; -1 outside."""
-
-
-def operator_times(events: Events, kept: EventArrays) -> list[OperatorTime]:
-    """Own time and calls of each operator, those inside attention apart from the others.
-
-    A call inside a call of the same name (the dispatcher records operators written in Python twice), or inside
-    another attention operator, is no call of its own.
-    """
-    rules = [classify_operator(name) for name in events.names]
-    is_attention = [rule is not None and rule.category == "attention" for rule in rules]
-    time_us: defaultdict[tuple[int, int], float] = defaultdict(float)
-    calls: defaultdict[tuple[int, int], int] = defaultdict(int)
-    usable = np.isfinite(kept.start_us + kept.duration_us)
-    order = np.lexsort((-kept.duration_us[usable], kept.start_us[usable], kept.lane[usable]))
-    columns = [column[usable][order] for column in (kept.name, kept.lane)]
-    times = [column[usable][order] for column in (kept.start_us, kept.duration_us)]
-    lane_before, stack = -1, list[_OpenOperator]()
-    for first in range(0, len(order), _CHUNK):  # lists of Python numbers take four times the memory of the columns
-        part = slice(first, first + _CHUNK)
-        names, lanes = (column[part].tolist() for column in columns)
-        starts, durations = (column[part].tolist() for column in times)
-        for name, lane, start, duration in zip(names, lanes, starts, durations, strict=True):
-            if lane != lane_before:
-                lane_before, stack = lane, []
-            while stack and stack[-1].end_us <= start:
-                stack.pop()
-            caller = stack[-1] if stack else None
-            inside = caller.attention if caller is not None else -1
-            attention = inside if inside >= 0 else name if is_attention[name] else -1
-            key = (name, attention)
-            time_us[key] += duration
-            if caller is not None:
-                time_us[caller.key] -= min(duration, caller.end_us - start)
-            if inside < 0 and (caller is None or caller.key[0] != name):
-                calls[key] += 1
-            stack.append(_OpenOperator(start + duration, key, attention))
-    return [
-        OperatorTime(
-            name=events.names[name],
-            rule=rules[attention if attention >= 0 else name],
-            calls=calls[name, attention],
-            time_ms=max(0.0, time) / 1e3,
-        )
-        for (name, attention), time in time_us.items()
-    ]
-
-
-SCHEMA = 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Launches:
-    """All launches of one name (on a trace without a GPU: all calls of one operator)."""
-
-    name: str
-    calls: int
-    time_ms: float
-    rule: Rule | None
-    facts: KernelNameFacts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,13 +101,10 @@ class Unclassified:
     """What no rule knows."""
 
     time_share: float
-    kernels: Mapping[str, Use]
+    names: tuple[str, ...]
     """Largest first."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names, largest first."""
-        return tuple(self.kernels)
+    kernels: Mapping[str, Use]
+    """The same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,134 +131,244 @@ class KernelSummary:
 
     def to_json(self) -> dict[str, Any]:
         """One document of JSON values."""
-        document = {"schema": SCHEMA} | asdict(self)
-        document["unclassified"] = {
-            "time_share": self.unclassified.time_share,
-            "names": list(self.unclassified.names),
-            "kernels": {name: asdict(use) for name, use in self.unclassified.kernels.items()},
-        }
-        document["notices"] = list(self.notices)
-        return document
+        return {"schema": SCHEMA} | asdict(self)
 
 
-def summarise(
-    launches: Iterable[Launches],
-    *,
-    source: Literal["kineto", "nsys"],
-    device: Literal["gpu", "cpu"] = "gpu",
-    operators: Collection[str] = (),
-    busy_share: float | None = None,
-    kernels_per_step: StepCounts | None = None,
-    notices: Iterable[str] = (),
-) -> KernelSummary:
-    """Sum up what ran.
+def read_trace(path: str | PathLike[str]) -> KernelSummary:
+    """Judge a Kineto/Chrome trace (.json, .json.gz) or an nsys ``cuda_gpu_kern_sum`` table (.csv, .csv.gz).
 
-    Args:
-        launches: with a time above zero in all.
-        source: kind of recording.
-        device: what the names are of.
-        operators: names of the host's operators, where recorded: they distinguish attention's math backend from eager.
-        busy_share: passed on.
-        kernels_per_step: passed on.
-        notices: what the reader should know with the numbers.
+    A trace takes up to three times its size in memory.
+
+    Raises:
+        TraceError: the file is missing, empty, damaged or cut off, no recording, or without anything that ran.
     """
-    ran = [one for one in launches if one.calls or one.time_ms > 0.0]
-    total_ms = math.fsum(one.time_ms for one in ran)
-
-    def use(some: Collection[Launches]) -> Use:
-        time_ms = math.fsum(one.time_ms for one in some)
-        return Use(calls=sum(one.calls for one in some), time_share=time_ms / total_ms, time_ms=time_ms)
-
-    by_category: dict[Category, list[Launches]] = {category: [] for category in CATEGORIES}
-    for one in ran:
-        by_category[one.rule.category_of(one.name) if one.rule is not None else "other"].append(one)
-    attention = _grouped(by_category["attention"], lambda one: _backend(one, operators))
-    paths = _grouped(ran, lambda one: one.rule.path if one.rule is not None else None)
-    quant_types = _grouped(ran, lambda one: one.rule.quant_type if one.rule is not None else None)
-    products = _grouped(by_category["matmul"], lambda one: (one.facts and one.facts.dtype) or "unknown")
-    unknown = sorted((one for one in ran if one.rule is None), key=lambda one: (-one.time_ms, one.name))
-    fourbit = [one for path, some in paths.items() if path != "dequantize_8bit" for one in some]
-    return KernelSummary(
-        source=source,
-        device=device,
-        calls=sum(one.calls for one in ran),
-        time_ms=total_ms,
-        attention=Attention(
-            backends={name: _backend_use(use(some), some) for name, some in _by_time(attention).items()}
-        ),
-        fourbit=Fourbit(
-            paths={name: use(some) for name, some in _by_time(paths).items()},
-            quant_types={name: use(some) for name, some in _by_time(quant_types).items()},
-            dtypes=_dtypes(fourbit),
-        ),
-        matmul_dtypes={name: use(some) for name, some in _by_time(products).items()},
-        categories={category: use(some).time_share for category, some in by_category.items()},
-        category_time_ms={category: use(some).time_ms for category, some in by_category.items()},
-        busy_share=busy_share,
-        kernels_per_step=kernels_per_step,
-        unclassified=Unclassified(
-            time_share=use(unknown).time_share, kernels={one.name: use([one]) for one in unknown}
-        ),
-        notices=tuple(notices),
+    path = Path(path)
+    content = read_bytes(path)
+    if not is_trace(content):
+        summary = _summarise(path, read_nsys(path, content))
+        notice = "an nsys summary has sums and no intervals: neither busy share nor kernels per step can be computed"
+        return replace(summary, source="nsys", notices=(notice, *summary.notices))
+    trace = read_kineto(path, content)
+    del content
+    if not len(trace.gpu):
+        return _judge_operators(path, trace.operators)
+    summary = _summarise(path, sum_by_name(trace.gpu), operators=frozenset(trace.operators.names))
+    return replace(
+        summary,
+        busy_share=_busy_share(trace.gpu),
+        kernels_per_step=_count_kernels(trace),
+        notices=(*_event_notices(trace.gpu), *summary.notices),
     )
 
 
-def _grouped(launches: Iterable[Launches], key: Callable[[Launches], str | None]) -> dict[str, list[Launches]]:
-    groups: dict[str, list[Launches]] = {}
+def _judge_operators(path: Path, operators: Events) -> KernelSummary:
+    summary = _summarise(path, operator_times(operators), operators=frozenset(operators.names), by_operators=True)
+    notice = (
+        f"no GPU kernel in this trace: judged by {len(operators):,} operators of the host, whose time is a CPU's. If "
+        "the step ran on a GPU, record again with activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]"
+    )
+    return replace(summary, device="cpu", notices=(notice, *_event_notices(operators)))
+
+
+def _event_notices(events: Events) -> Iterator[str]:
+    untimed = int(np.isnan(events.start_us).sum())
+    if events.repeated:
+        yield f"{events.repeated:,} events are in the file more than once and were counted once"
+    if untimed:
+        yield f"{untimed:,} events have no usable start or duration: counted, with no time"
+
+
+def _name_notices(launches: Sequence[_Launches], unknown: Sequence[_Launches], unknown_share: float) -> Iterator[str]:
+    """Names that hide what ran, which full demangled names would show."""
+    foreign = [one for one in launches if _AMD.search(one.name)]
+    if foreign:
+        yield (
+            f"this recording is of an AMD GPU ({foreign[0].name[:_SHOWN]}): its kernels are known from published "
+            "recordings only, and nothing that is said here of CUDA's libraries is about it"
+        )
+    if unknown_share > _MUCH:
+        yield (
+            f"{unknown_share:.0%} of the time is in kernels that no rule knows (most in {unknown[0].name[:_SHOWN]}), "
+            "so each category may have that much more than is shown; report the names, which --json lists, to have "
+            "them added"
+        )
+    names = [one.name for one in unknown]
+    if any(name in ("device_kernel", "Kernel", "Kernel2") for name in names):
+        yield "names are cut down to the function (device_kernel): record full names, FlashAttention-3 shows only there"
+    if any(name.startswith("_Z") for name in names):
+        yield "some names are mangled (_Z...): pass the file through c++filt, the rules read demangled names"
+
+
+def _busy_share(events: Events) -> float | None:
+    """Share of the time from the first start to the last end in which something ran, averaged over the devices.
+
+    All devices are compared with the same window, so one that finishes early is idle from then on. None where no event
+    has a time.
+    """
+    busy = busy_time_us(events)
+    window = np.nanmax(events.start_us + events.duration_us) - np.nanmin(events.start_us) if busy else 0.0
+    return min(1.0, sum(busy.values()) / (window * len(busy))) if window > 0.0 else None
+
+
+def _count_kernels(trace: Kineto) -> StepCounts | None:
+    """Count the kernels of each ProfilerStep; None where no step is marked.
+
+    A kernel belongs to the step that launched it, which its correlation with the host's launch shows. Only where that
+    is missing does it belong to the step in which it ran.
+    """
+    on_host, on_gpu = trace.host_steps, trace.gpu_steps or trace.host_steps
+    if not on_gpu:
+        return None
+    events = trace.gpu
+    copies = [index for index, name in enumerate(events.names) if name.startswith(("Memcpy", "Memset"))]
+    kernels = np.isfinite(events.start_us) & ~np.isin(events.name, copies)
+    launches = trace.launches if on_host else {}
+    launched = np.array([launches.get(number, math.nan) for number in events.correlation[kernels].tolist()])
+    ran = events.start_us[kernels][np.isnan(launched)]
+    counts = [
+        sum(
+            int(((when >= steps[step][0]) & (when < steps[step][1])).sum())
+            for steps, when in ((on_host, launched), (on_gpu, ran))
+            if step in steps
+        )
+        for step in on_host or on_gpu
+    ]
+    return StepCounts(steps=len(counts), lowest=min(counts), median=float(np.median(counts)), highest=max(counts))
+
+
+# --- sums of what ran -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Launches:
+    """All launches of one name (on a trace without a GPU: all calls of one operator)."""
+
+    name: str
+    calls: int
+    time_ms: float
+    rule: Rule | None
+    facts: KernelNameFacts | None
+
+
+def _summarise(
+    path: Path, totals: Iterable[NameTotal], *, operators: Collection[str] = (), by_operators: bool = False
+) -> KernelSummary:
+    """Sum up what ran, a recording of kernels without intervals.
+
+    Args:
+        path: of the recording, for messages.
+        totals: of each name.
+        operators: names of the host's operators, where recorded: they distinguish attention's math backend from eager.
+        by_operators: whether the names are of operators.
+    """
+    describe = _describe_operator if by_operators else _describe_kernel
+    ran = [describe(total) for total in totals if total.calls or total.time_ms > 0.0]
+    ran.sort(key=lambda one: (-one.time_ms, one.name))
+    total_ms = math.fsum(one.time_ms for one in ran)
+    if not (total_ms > 0.0 and math.isfinite(total_ms)):
+        raise TraceError(
+            f"{path}: what ran has {total_ms} ms in all: no event has a usable duration (dur of phase X), so that no "
+            "share can be given. Record it again"
+        )
+
+    def use(some: Iterable[_Launches]) -> Use:
+        some = list(some)
+        time_ms = math.fsum(one.time_ms for one in some)
+        return Use(calls=sum(one.calls for one in some), time_share=time_ms / total_ms, time_ms=time_ms)
+
+    def uses(groups: Mapping[str, Sequence[_Launches]]) -> dict[str, Use]:
+        return {name: use(some) for name, some in groups.items()}
+
+    groups = _group(ran, lambda one: one.rule.category_of(one.name) if one.rule is not None else "other")
+    by_category = {category: use(groups.get(category, ())) for category in CATEGORIES}
+    backends = _group(groups.get("attention", ()), lambda one: _backend(one, operators))
+    paths = _group(ran, lambda one: one.rule and one.rule.path)
+    formats = _group(groups.get("matmul", ()), lambda one: (one.facts and one.facts.dtype) or "unknown")
+    unknown = [one for one in ran if one.rule is None]
+    unknown_share = use(unknown).time_share
+    return KernelSummary(
+        source="kineto",
+        device="gpu",
+        calls=sum(one.calls for one in ran),
+        time_ms=total_ms,
+        attention=Attention(backends={name: _backend_use(use(some), some) for name, some in backends.items()}),
+        fourbit=Fourbit(
+            paths=uses(paths),
+            quant_types=uses(_group(ran, lambda one: one.rule and one.rule.quant_type)),
+            dtypes=_count_dtypes(one for path, some in paths.items() if path != "dequantize_8bit" for one in some),
+        ),
+        matmul_dtypes=uses(formats),
+        categories={category: one.time_share for category, one in by_category.items()},
+        category_time_ms={category: one.time_ms for category, one in by_category.items()},
+        busy_share=None,
+        kernels_per_step=None,
+        unclassified=Unclassified(
+            time_share=unknown_share,
+            names=tuple(one.name for one in unknown),
+            kernels={one.name: use([one]) for one in unknown},
+        ),
+        notices=() if by_operators else tuple(_name_notices(ran, unknown, unknown_share)),
+    )
+
+
+def _describe_kernel(total: NameTotal) -> _Launches:
+    rule = classify(total.name)
+    facts = read_facts(total.name, rule) if rule is not None else None
+    return _Launches(total.name, total.calls, total.time_ms, rule, facts)
+
+
+def _describe_operator(total: NameTotal) -> _Launches:
+    direction: Literal["backward", "forward"] = "backward" if "ackward" in total.name else "forward"
+    facts = KernelNameFacts(dtype=None, causal=None, direction=direction)
+    return _Launches(total.name, total.calls, total.time_ms, total.rule, facts)
+
+
+def _group(launches: Iterable[_Launches], key: Callable[[_Launches], str | None]) -> dict[str, list[_Launches]]:
+    """Launches by a key, those without one left out; the group that takes most time first."""
+    groups: dict[str, list[_Launches]] = {}
     for one in launches:
         name = key(one)
         if name is not None:
             groups.setdefault(name, []).append(one)
-    return groups
-
-
-def _by_time(groups: Mapping[str, list[Launches]]) -> dict[str, list[Launches]]:
     return dict(sorted(groups.items(), key=lambda group: (-sum(one.time_ms for one in group[1]), group[0])))
 
 
-def _backend(one: Launches, operators: Collection[str]) -> str:
+def _backend(one: _Launches, operators: Collection[str]) -> str:
     """Name the backend; a softmax kernel alone does not distinguish SDPA's math from attention written out.
 
     The host's operators can: math calls ``_safe_softmax``, and eager attention never enters SDPA.
     """
     assert one.rule is not None
     backend = one.rule.backend or one.rule.name
-    if backend != UNDECIDED or not operators:
+    if backend != UNDECIDED:
         return backend
-    if any(
-        name == "aten::_safe_softmax" or name.startswith("aten::_scaled_dot_product_attention_math")
-        for name in operators
-    ):
+    if any(name.startswith(("aten::_safe_softmax", "aten::_scaled_dot_product_attention_math")) for name in operators):
         return "math"
     if "aten::scaled_dot_product_attention" not in operators and {"aten::softmax", "aten::_softmax"} & set(operators):
         return "eager"
     return backend
 
 
-def _backend_use(use: Use, some: list[Launches]) -> BackendUse:
-    def calls(*, direction: str | None = None, causal: bool | None = None) -> int:
-        return sum(
-            one.calls
-            for one in some
-            if one.facts is not None
-            and (direction is None or one.facts.direction == direction)
-            and (causal is None or one.facts.causal is causal)
-        )
-
+def _backend_use(use: Use, some: Sequence[_Launches]) -> BackendUse:
+    directions, causal = Counter[str | None](), Counter[bool | None]()
+    for one in some:
+        if one.facts is not None:
+            directions[one.facts.direction] += one.calls
+            causal[one.facts.causal] += one.calls
     return BackendUse(
         calls=use.calls,
         time_share=use.time_share,
         time_ms=use.time_ms,
-        forward_calls=calls(direction="forward"),
-        backward_calls=calls(direction="backward"),
-        dtypes=_dtypes(some),
-        causal_calls=calls(causal=True),
-        not_causal_calls=calls(causal=False),
-        kernels={one.name: one.calls for one in sorted(some, key=lambda one: (-one.time_ms, one.name)) if one.calls},
+        forward_calls=directions["forward"],
+        backward_calls=directions["backward"],
+        dtypes=_count_dtypes(some),
+        causal_calls=causal[True],
+        not_causal_calls=causal[False],
+        kernels={one.name: one.calls for one in some if one.calls},
     )
 
 
-def _dtypes(some: Iterable[Launches]) -> dict[str, int]:
+def _count_dtypes(some: Iterable[_Launches]) -> dict[str, int]:
     counts = Counter[str]()
     for one in some:
         if one.facts is not None and one.facts.dtype is not None:

@@ -26,8 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 import kernels_check
 from kernels_check.observe.profile import quiet_kineto
 from kernels_check.rules import attention_backend, classify, classify_operator, load_operator_rules, load_rules
-from kernels_check.trace.events import read_kineto
-from kernels_check.trace.file import open_recording
+from kernels_check.trace.recording import read_kineto
 
 EXPECTED = {
     "flash": {"ATT-SDPA-FLASH", "OP-ATT-FLASH"},
@@ -143,8 +142,7 @@ def recorded(tmp_path):
             torch.cuda.synchronize()
         path = tmp_path / "trace.json"
         recording.export_chrome_trace(str(path))
-        with open_recording(path) as (opened, _):
-            trace = read_kineto(opened)
+        trace = read_kineto(path, path.read_bytes())
         found = {classify(name) for name in trace.gpu.names} | {classify_operator(n) for n in trace.operators.names}
         rules = frozenset(rule.name for rule in found if rule is not None)
         assert rules >= EXPECTED[case], f"{EXPECTED[case] - rules} not in {sorted(rules)}; kernels {trace.gpu.names}"

@@ -16,9 +16,9 @@ from kernels_check.rules import (
     load_operator_rules,
     load_rules,
     normalise,
+    read_facts,
     validated_against,
 )
-from kernels_check.trace.file import read_facts
 
 # Shapes of the names in the notes on kernels: torch 2.13 and bitsandbytes 0.50.2 binaries, published GPU traces.
 NAMES = json.loads((Path(__file__).parent / "trace_names.json").read_text())

@@ -28,8 +28,7 @@ import msgspec
 from torch._C._autograd import DeviceType
 
 from kernels_check.rules import Rule, classify
-from kernels_check.trace.events import Events
-from kernels_check.trace.summary import EventArrays, busy_share, columns, operator_times, totals
+from kernels_check.trace.events import Events, Row, busy_time_us, make_events, operator_times, sum_by_name
 from lorameter.records.activity import (
     DROPOUT,
     DROPOUT_OPERATOR,
@@ -102,21 +101,20 @@ def activity_of(
     phases = []
     for phase in phase_names:
         spans = [end - start for start, end, name in windows if name == phase]
-        kept = columns(ran[phase])
-        used = _kernels(ran[phase], kept) if kind == "cuda" else _operators(ran[phase], kept)
+        used = _kernels(ran[phase]) if kind == "cuda" else _operators(ran[phase])
         uses = [
             OperatorUse(name=name, category=_category(name, rule), calls=calls / steps, time_s=time_ms / 1e3 / steps)
             for name, rule, calls, time_ms in used
         ]
-        called = totals(ran[phase], kept) if kind == "cpu" else []
-        counted = {WHOLE: len(kept.start_us) / steps} if kind == "cpu" else {}
+        called = sum_by_name(ran[phase]) if kind == "cpu" else []
+        counted = {WHOLE: len(ran[phase]) / steps} if kind == "cpu" else {}
         for name, found in (*separate.items(), (DROPOUT, masks)) if kind == "cpu" else ():
             counted[name] = sum(count_records(*span) for span in begins_in(phase, found)) / steps
         phases.append(
             PhaseActivity(
                 phase=phase,
                 window_s=sum(spans) / 1e9 / steps,
-                busy_s=_busy_s(ran[phase], kept) / steps,
+                busy_s=sum(busy_time_us(ran[phase]).values()) / 1e6 / steps,
                 operators=tuple(sorted(uses, key=lambda use: (-use.time_s, use.name))),
                 totals_s={one.name: one.time_ms / 1e3 / steps for one in called},
                 **{name: sum(s for _, s in begins_in(phase, found)) / steps for name, found in separate.items()},
@@ -174,7 +172,7 @@ def _is_runtime(name: str) -> bool:
 
 
 def _by_phase(events: Iterable[Any], windows: list[Window], phase_names: Sequence[str]) -> dict[str, Events]:
-    found = {phase: Events() for phase in phase_names}
+    rows: dict[str, list[Row]] = {phase: [] for phase in phase_names}
     starts = [start for start, _, _ in windows]
     number = count()  # two calls with the same times are two calls
     for event in events:
@@ -184,34 +182,26 @@ def _by_phase(events: Iterable[Any], windows: list[Window], phase_names: Sequenc
         lane = (str(event.device_index()), str(event.start_thread_id() or event.device_resource_id()))
         start_us = (event.start_ns() - starts[0]) / 1e3
         duration_us = (event.end_ns() - event.start_ns()) / 1e3
-        found[phase].add(event.name(), lane, start_us, duration_us, next(number))
-    return found
+        rows[phase].append((event.name(), lane, start_us, duration_us, next(number)))
+    return {phase: make_events(some) for phase, some in rows.items()}
 
 
 Used = Iterator[tuple[str, Rule | None, int, float]]
 """Name, rule, calls and milliseconds."""
 
 
-def _operators(events: Events, kept: EventArrays) -> Used:
-    for one in operator_times(events, kept):
+def _operators(events: Events) -> Used:
+    for one in operator_times(events):
         yield one.name, one.rule, one.calls, one.time_ms
 
 
-def _kernels(events: Events, kept: EventArrays) -> Used:
-    for one in totals(events, kept):
+def _kernels(events: Events) -> Used:
+    for one in sum_by_name(events):
         yield one.name, classify(one.name), one.calls, one.time_ms
 
 
 def _category(name: str, rule: Rule | None) -> str:
     return "other" if rule is None else rule.category_of(name)
-
-
-def _busy_s(events: Events, kept: EventArrays) -> float:
-    """Length of the union of all intervals, in seconds."""
-    share = busy_share(events, kept)
-    if share is None:
-        return 0.0
-    return share * float((kept.start_us + kept.duration_us).max() - kept.start_us.min()) / 1e6
 
 
 # --- copies and casts -------------------------------------------------------------------------------------------------

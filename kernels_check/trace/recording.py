@@ -1,0 +1,242 @@
+"""Reads recordings made elsewhere: a trace of torch.profiler (Kineto, Chrome), or a table of kernels of nsys.
+
+A trace is held in memory once, and what is not needed of its events is not decoded. A damaged file is refused as a
+whole: of what is missing nothing is known.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import math
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from kernels_check.trace.events import Events, NameTotal, Row, make_events
+
+EXPECTED = "a Kineto/Chrome trace (.json, .json.gz) or an nsys cuda_gpu_kern_sum table (.csv, .csv.gz)"
+UNPACKED_FREELY_BYTES = 256 << 20
+MOST_EXPANSION = 100
+"""Traces unpack to some twenty times their size; gzip can make a thousand times of what is no recording."""
+_TRACE = re.compile(rb"\s*(\{|\[\s*(\{|\]|$))")
+"""How JSON begins; nsys begins with its progress, such as ``[3/8] Executing``."""
+NO_CORRELATION = -1
+
+
+class TraceError(ValueError):
+    """The file cannot be judged; the message says what was found and what to do."""
+
+
+def read_bytes(path: Path) -> bytes:
+    """What is in the file, unpacked and without a byte order mark.
+
+    Raises:
+        TraceError: the file is missing, empty or damaged, or unpacks to more than any recording does.
+    """
+    if not path.is_file():  # a pipe may never end
+        raise TraceError(f"{path}: there is no such file; expected {EXPECTED}")
+    try:
+        content = path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            content = _unpack(path, content)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise TraceError(f"{path}: the gzip stream is damaged ({error}). Copy or export it again") from None
+    except OSError as error:
+        raise TraceError(f"{path}: cannot be read: {error.strerror or error}") from error
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    if not content.strip():
+        raise TraceError(f"{path}: the file is empty; expected {EXPECTED}. Record it again")
+    return content
+
+
+def _unpack(path: Path, packed: bytes) -> bytes:
+    most = max(UNPACKED_FREELY_BYTES, MOST_EXPANSION * len(packed))
+    content = gzip.GzipFile(fileobj=io.BytesIO(packed)).read(most + 1)
+    if len(content) > most:
+        raise TraceError(
+            f"{path}: {len(packed):,} bytes unpack to more than {most:,}, over {MOST_EXPANSION} times as many: no "
+            f"recording is that empty; expected {EXPECTED}. If it is one, unpack it and pass the unpacked file"
+        )
+    return content
+
+
+def is_trace(content: bytes) -> bool:
+    """Whether it is JSON; anything else is read as a table."""
+    return _TRACE.match(content) is not None
+
+
+# --- traces -----------------------------------------------------------------------------------------------------------
+
+_GPU = ("kernel", "gpu_memcpy", "gpu_memset", "memcpy", "memset")
+_LAUNCHES = ("cuda_runtime", "cuda_driver", "runtime", "driver")
+_OPERATORS = ("cpu_op", "operator")
+_STEP = re.compile(r"ProfilerStep#(\d{1,18})")
+Interval = tuple[float, float]
+
+
+class _Arguments(msgspec.Struct):
+    device: Any = None
+    stream: Any = None
+    correlation: int = NO_CORRELATION
+
+
+class _Event(msgspec.Struct):
+    name: str = ""
+    cat: str = ""
+    ph: str = ""
+    ts: float = math.nan
+    dur: float = math.nan
+    pid: Any = None
+    tid: Any = None
+    args: _Arguments = msgspec.field(default_factory=_Arguments)
+
+
+class _Document(msgspec.Struct):
+    traceEvents: list[msgspec.Raw] = []  # noqa: N815 the recorder's name
+
+
+_decode_document = msgspec.json.Decoder(_Document | list[msgspec.Raw]).decode
+_decode_event = msgspec.json.Decoder(_Event, strict=False).decode  # tools that rewrite traces quote numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kineto:
+    """What is kept of one trace; times in microseconds."""
+
+    gpu: Events
+    """Kernels, copies and fills on devices; never annotations."""
+    operators: Events
+    """Operators on the host."""
+    launches: dict[int, float]
+    """When the host launched what carries this correlation on the GPU."""
+    host_steps: dict[int, Interval]
+    """Start and end of each ProfilerStep on the host."""
+    gpu_steps: dict[int, Interval]
+    """The same on the GPU, where Kineto recorded annotations there."""
+
+
+def read_kineto(path: Path, content: bytes) -> Kineto:
+    """Read every complete event of the trace.
+
+    Raises:
+        TraceError: it is no JSON, ends early, or has no events of a GPU or of operators.
+    """
+    gpu: list[Row] = []
+    operators: list[Row] = []
+    launches: dict[int, float] = {}
+    host_steps: dict[int, Interval] = {}
+    gpu_steps: dict[int, Interval] = {}
+    for event in _complete_events(path, content):
+        category, arguments = event.cat.lower(), event.args
+        if category in _GPU:
+            device = event.pid if arguments.device is None else arguments.device
+            stream = event.tid if arguments.stream is None else arguments.stream
+            gpu.append((event.name, (str(device), str(stream)), event.ts, event.dur, arguments.correlation))
+        elif category in _OPERATORS:
+            operators.append((event.name, (str(event.pid), str(event.tid)), event.ts, event.dur, NO_CORRELATION))
+        elif category in _LAUNCHES and arguments.correlation != NO_CORRELATION:
+            launches[arguments.correlation] = event.ts
+        elif step := _STEP.fullmatch(event.name):
+            steps = gpu_steps if category.startswith("gpu") else host_steps
+            first, last = steps.get(int(step[1]), (math.inf, -math.inf))
+            steps[int(step[1])] = min(first, event.ts), max(last, event.ts + event.dur)
+    if not gpu and not operators:
+        raise TraceError(
+            f"{path}: is JSON, but has no event of a GPU kernel or an operator: another program's trace? Record with "
+            "torch.profiler and activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], and pass what "
+            "export_chrome_trace() wrote"
+        )
+    return Kineto(
+        gpu=make_events(gpu),
+        operators=make_events(operators),
+        launches=launches,
+        host_steps=host_steps,
+        gpu_steps=gpu_steps,
+    )
+
+
+def _complete_events(path: Path, content: bytes) -> Iterator[_Event]:
+    """Events of phase X, which have a duration."""
+    try:
+        document = _decode_document(content)
+        for raw in document.traceEvents if isinstance(document, _Document) else document:
+            event = _decode_event(raw)
+            if event.ph == "X":
+                yield event
+    except (msgspec.DecodeError, RecursionError) as error:
+        what = "the JSON ends early: the file was cut off" if "truncated" in str(error) else f"is no trace: {error}"
+        raise TraceError(
+            f"{path}: {what}; expected {EXPECTED}. Copy or export it again; nothing of a damaged file is reported"
+        ) from None
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+_TOTAL = re.compile(r"Total Time \((ns|us|μs|µs|ms|s|sec)\)")
+_UNITS_MS = {"ns": 1e-6, "us": 1e-3, "μs": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3, "sec": 1e3}
+_ROUNDING_PERCENT = 0.05
+"""Largest error of one entry of the column ``Time (%)``, which has one decimal."""
+_TABLES = {"kernels": ("Instances", "Name"), "memory operations": ("Count", "Operation")}
+"""The headings of the number of calls and of the name, in each table that is read."""
+
+
+def read_nsys(path: Path, content: bytes) -> list[NameTotal]:
+    """Rows of the first table of kernels, and of the first one of memory operations where there is one.
+
+    Raises:
+        TraceError: there is no table of kernels, a row is damaged, or rows are missing.
+    """
+    found: dict[str, list[NameTotal]] = {}
+    heading: list[str] = []
+    rows: list[list[str]] = []
+    try:
+        lines = [*csv.reader(io.StringIO(content.decode(), newline=""), strict=True), []]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise TraceError(f"{path}: is neither JSON nor CSV ({error}); expected {EXPECTED}. Export it again") from None
+    for line in lines:
+        cells = [cell.strip() for cell in line]
+        if cells and re.match(r"-?\d", cells[0]):
+            rows.append(cells)
+            continue
+        for table, names in _TABLES.items():
+            if rows and table not in found and {*names} <= {*heading} and any(map(_TOTAL.fullmatch, heading)):
+                found[table] = _read_table(path, heading, rows, *names)
+        heading, rows = cells, []
+    if "kernels" not in found:
+        raise TraceError(
+            f"{path}: is no JSON and has no table of kernels (its heading has Total Time, Instances and Name); "
+            f"expected {EXPECTED}. nsys writes it with `nsys stats --report cuda_gpu_kern_sum --format csv "
+            "RECORDING`; where it says SKIPPED, no kernel was recorded"
+        )
+    return [total for table in found.values() for total in table]
+
+
+def _read_table(
+    path: Path, heading: Sequence[str], rows: Sequence[Sequence[str]], calls: str, name: str
+) -> list[NameTotal]:
+    time, unit = next((cell, match[1]) for cell in heading if (match := _TOTAL.fullmatch(cell)))
+    percent = next((cell for cell in heading if re.fullmatch(r"Time ?\(%\)", cell)), None)
+    totals, share = [], 0.0
+    for row in rows:
+        try:
+            cells = dict(zip(heading, row, strict=True))
+            total = NameTotal(name=cells[name], calls=int(cells[calls]), time_ms=float(cells[time]) * _UNITS_MS[unit])
+            share += float(cells[percent]) if percent is not None else 0.0
+        except ValueError as error:
+            raise TraceError(f"{path}: the row {row} is damaged ({error}). Export the table again") from None
+        if total.calls < 1 or not 0.0 <= total.time_ms < math.inf or not total.name:
+            raise TraceError(f"{path}: the row {row} has no name, calls or time. Export the table again")
+        totals.append(total)
+    if percent is not None and share < 100.0 - _ROUNDING_PERCENT * (len(rows) + 1):
+        raise TraceError(
+            f"{path}: {len(rows)} rows add up to {share:.1f} % of their time: rows are missing, the shares would be "
+            "wrong. Export the whole table again"
+        )
+    return totals

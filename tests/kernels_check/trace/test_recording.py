@@ -1,0 +1,162 @@
+"""A file that cannot be judged says what was found and what to do; it never half-answers."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels_check import TraceError, read_trace
+
+EVENTS = [
+    {"ph": "X", "cat": "kernel", "name": "ampere_sgemm_128x64_tn", "ts": 10.5 * i, "dur": 2, "args": {"stream": 7}}
+    for i in range(4)
+]
+TRACE = json.dumps({"schemaVersion": 1, "traceEvents": EVENTS, "traceName": "t.json"}).encode()
+PACKED = gzip.compress(TRACE)
+TABLE = (
+    b"Processing [r.sqlite] with [cuda_gpu_kern_sum.py]...\n"
+    b"Time (%),Total Time (ns),Instances,Avg (ns),Name\n"
+    b'60.0,600,3,200.0,"void k<(int)1, (int)2>(int)"\n'
+    b'40.0,400,1,400.0,"void l<(int)3, (int)4>(int)"\n'
+)
+
+
+def refusal(path):
+    with pytest.raises(TraceError) as refused:
+        read_trace(path)
+    message = str(refused.value)
+    assert message.startswith(f"{path}: ")  # where
+    return message
+
+
+def refusal_of(tmp_path, content):
+    path = tmp_path / "recording"
+    path.write_bytes(content)
+    return refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "the file is empty"),
+        (gzip.compress(b" \n", mtime=0), "the file is empty"),
+        (b"SQLite format 3\0rest", "nsys writes it with `nsys stats --report cuda_gpu_kern_sum"),
+        (TABLE.decode().encode("utf-16"), "is neither JSON nor CSV"),
+        (TABLE.replace(b"void k", b"void \xe4"), "is neither JSON nor CSV"),
+        (b"{}", "has no event of a GPU kernel or an operator"),
+        (b"[]", "has no event of a GPU kernel"),
+        (b'{"traceEvents": [{"ph": "X", "name": "a", "cat": "renderer"}]}', "another program's trace?"),
+        (b'{"traceEvents": {"a": 1}}', "is no trace: Expected `array`, got `object` - at `$.traceEvents`"),
+        (b'{"traceEvents": [1, null, "x"]}', "is no trace: Expected `object`, got `int`"),
+        (json.dumps({"traceEvents": [EVENTS[0] | {"dur": None}]}).encode(), "got `null` - at `$.dur`"),
+        (json.dumps({"traceEvents": [EVENTS[0] | {"dur": 0}]}).encode(), "what ran has 0.0 ms in all"),
+        (TRACE[:300], "the JSON ends early: the file was cut off"),
+        (TRACE + b"{}", "is no trace: JSON is malformed"),
+        (TRACE.replace(b"10.5", b"NaN", 1), "is no trace: JSON is malformed"),
+        (TRACE.replace(b'{"stream"', 50_000 * b"[" + b'{"stream"', 1), "is no trace"),
+        (b"a,b\n1,2\n", "has no table of kernels"),
+        (b"Processing ...\nSKIPPED: r.sqlite does not contain CUDA kernel data.\n", "where it says SKIPPED"),
+    ],
+)  # fmt: skip
+def test_what_is_no_recording_is_refused(tmp_path, content, says):
+    """The message says what was found, and what to do."""
+    message = refusal_of(tmp_path, content)
+    assert says in message
+    assert any(remedy in message for remedy in ("Record", "export", "Export", "expected"))
+
+
+def test_a_path_that_cannot_be_read_is_refused(tmp_path):
+    """Missing, a directory, a pipe into which nothing is written, without permission."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "missing.json", tmp_path, tmp_path / "pipe"):
+        assert "there is no such file" in refusal(path)
+    if os.geteuid() != 0:
+        path = tmp_path / "secret.json"
+        path.write_bytes(TRACE)
+        path.chmod(0)
+        assert "cannot be read: Permission denied" in refusal(path)
+
+
+@settings(deadline=None, max_examples=30)
+@given(cut=st.integers(1, len(TRACE) - 1))
+def test_a_trace_cut_anywhere_is_refused(tmp_path_factory, cut):
+    """Even behind the last event: what is missing is unknown."""
+    assert "nothing of a damaged file is reported" in refusal_of(tmp_path_factory.mktemp("cut"), TRACE[:cut])
+
+
+@settings(deadline=None, max_examples=30)
+@given(cut=st.integers(21, len(PACKED) - 1))
+def test_a_gzip_cut_anywhere_is_refused(tmp_path_factory, cut):
+    """Also within its checksum."""
+    assert "the gzip stream is damaged" in refusal_of(tmp_path_factory.mktemp("cut"), PACKED[:cut])
+
+
+@settings(deadline=None, max_examples=30)
+@given(cut=st.integers(1, len(TABLE) - 2))
+def test_a_table_cut_anywhere_is_refused(tmp_path_factory, cut):
+    """A row breaks off, or the percentages do not add up to 100."""
+    refusal_of(tmp_path_factory.mktemp("cut"), TABLE[:cut])
+
+
+@settings(deadline=None, max_examples=30)
+@given(content=st.binary(max_size=200))
+def test_no_file_raises_anything_else(tmp_path_factory, content):
+    """Whatever is in it, a file that is no recording is refused in words."""
+    refusal_of(tmp_path_factory.mktemp("noise"), content)
+
+
+@pytest.mark.parametrize("packed", [TRACE + 40_000_000 * b" ", TABLE + 40_000_000 * b" "], ids=["trace", "table"])
+def test_a_small_gzip_of_much_nothing_is_refused(tmp_path, monkeypatch, packed):
+    """It could unpack to gigabytes."""
+    monkeypatch.setattr("kernels_check.trace.recording.UNPACKED_FREELY_BYTES", 32 << 20)
+    message = refusal_of(tmp_path, gzip.compress(packed, compresslevel=1))
+    assert "unpack to more than 33,554,432, over 100 times as many" in message
+    assert "pass the unpacked file" in message
+
+
+STEP = '{"ph": "X", "cat": "user_annotation", "name": "ProfilerStep#%d", "pid": 9, "tid": 9, "ts": %d, "dur": 10000},\n'
+THREE = (
+    '{"ph": "X", "cat": "cpu_op", "name": "aten::mm", "pid": 9, "tid": 9, "ts": %d.125, "dur": 5.5, "args": '
+    '{"External id": %d, "Record function id": 0, "Input Dims": [[2, 2048, 4096], [4096, 4096]]}},\n'
+    '{"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", "pid": 9, "tid": 9, "ts": %d.5, "dur": 2, '
+    '"args": {"External id": 1, "cbid": 211, "correlation": %d}},\n'
+    '{"ph": "X", "cat": "kernel", "name": "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_TNT", "pid": 0, "tid": 7, "ts": %d, '
+    '"dur": 5, "args": {"External id": 1, "queued": 0, "device": 0, "context": 1, "stream": 7, "correlation": %d, '
+    '"registers per thread": 168, "shared memory": 213320, "grid": [132, 1, 1], "block": [384, 1, 1]}},\n'
+)
+READ = """
+import json, re, sys
+import kernels_check
+from kernels_check.trace import summary
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read()).group(1)) * 1024
+
+before = peak()
+found = kernels_check.read_trace(sys.argv[1])
+heavy = [name for name in ("torch", "pandas", "scipy", "rich") if name in sys.modules]
+print(json.dumps([found.calls, found.busy_share, found.kernels_per_step.median, peak() - before, heavy]))
+"""
+
+
+def test_a_large_trace_takes_up_to_three_times_its_size_in_memory(tmp_path):
+    """Kernels run 5 ms after their launch, half of them in the next step; each counts for its own. torch stays out."""
+    path, steps = tmp_path / "large.json", 60
+    with path.open("w") as file:
+        file.write('{"schemaVersion": 1,\n "traceEvents": [\n')
+        for step in range(steps):
+            file.write(STEP % (step, 10_000 * step))
+            for index in range(1000):
+                at, correlation = 10_000 * step + 10 * index, 1000 * step + index
+                file.write(THREE % (at, correlation, at, correlation, at + 5_003, correlation))
+        file.write(" {}\n]}\n")
+    done = subprocess.run([sys.executable, "-c", READ, path], capture_output=True, text=True, check=True)
+    calls, busy_share, median, grown_bytes, heavy = json.loads(done.stdout)
+    assert (calls, median, heavy) == (1000 * steps, 1000, [])
+    assert busy_share == pytest.approx(0.5, rel=1e-3)
+    assert grown_bytes < 3 * path.stat().st_size
