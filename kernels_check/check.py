@@ -98,6 +98,38 @@ class PathObservation:
         return Check(path=path, required=required, observed=self.observed, status=status, reason=self.reason)
 
 
+def passed(reason: str) -> PathObservation:
+    """It is as it should be: True."""
+    return PathObservation(observed=True, reason=reason)
+
+
+def failed(reason: str) -> PathObservation:
+    """It is there and not as it should be: False."""
+    return PathObservation(observed=False, reason=reason)
+
+
+def undecided(reason: str, *, present: bool = True) -> PathObservation:
+    """The evidence does not decide."""
+    return PathObservation(observed=None, status="unknown", reason=reason, present=present)
+
+
+def absent(reason: str) -> PathObservation:
+    """It is not there at all."""
+    return PathObservation(observed=None, reason=reason, present=False)
+
+
+def at_least(share: float, required: Json, reason: str, *, perhaps: float = 0.0) -> PathObservation:
+    """A share, of which a minimum may be required; ``perhaps`` is the most that it can be where some is not known."""
+    minimum = float(required) if isinstance(required, int | float) else 0.0
+    return PathObservation(
+        observed=round(share, 6),
+        reason=reason,
+        status="unknown" if share < minimum <= perhaps else None,
+        satisfies=share >= minimum,
+        present=share > 0,
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JudgedPath:
     """One path: what may be required of it, who judges it, and what it takes to judge it."""

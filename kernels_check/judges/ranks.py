@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from kernels_check.check import FLAG, Json, JudgedPath, PathObservation, name_some
+from kernels_check.check import FLAG, Json, JudgedPath, PathObservation, absent, failed, name_some, passed, undecided
 
 if TYPE_CHECKING:
     from kernels_check.observe.observation import Observation
@@ -25,12 +25,12 @@ def judge_base(seen: Observation, required: Json) -> PathObservation:
     for one in seen.ranks[1:]:
         differing = _differing(first.base, one.base)
         if differing:
-            return _fault(
+            return failed(
                 f"the base of rank {one.rank} is another than that of rank 0: {len(differing)} of {len(first.base)} "
                 f"parts differ, {name_some(differing)}"
             )
     sharded = f"; {first.shards} are sharded, so that all ranks gather one" if first.shards else ""
-    return _good(f"{len(first.base)} parts of the base are the same on {ranks} ranks{sharded}")
+    return passed(f"{len(first.base)} parts of the base are the same on {ranks} ranks{sharded}")
 
 
 def judge_adapters(seen: Observation, required: Json) -> PathObservation:
@@ -43,19 +43,19 @@ def compare_adapters(ranks: Sequence[RankEvidence], *, steps: int | None = None)
     the optimizer of each has made as many updates."""
     first = ranks[0].adapter
     if not first:
-        return _unknown("nothing trains")
+        return undecided("nothing trains")
     for one in ranks[1:]:
         differing = _differing(first, one.adapter)
         if differing:
-            return _fault(
+            return failed(
                 f"after the step rank {one.rank} has another adapter than rank 0: {len(differing)} of {len(first)} "
                 f"parameters differ, {name_some(differing)}. Their gradients were not exchanged, a rank left out an "
                 "update, or they began differently"
             )
     for one in ranks:
         if steps is not None and one.counted not in (None, steps):
-            return _fault(f"the optimizer of rank {one.rank} has made {one.counted} updates in {steps} steps")
-    return _good(f"{len(first)} parameters are the same on {len(ranks)} ranks after the last step")
+            return failed(f"the optimizer of rank {one.rank} has made {one.counted} updates in {steps} steps")
+    return passed(f"{len(first)} parameters are the same on {len(ranks)} ranks after the last step")
 
 
 def judge_steps(seen: Observation, required: Json) -> PathObservation:
@@ -70,11 +70,11 @@ def judge_steps(seen: Observation, required: Json) -> PathObservation:
         known = [count for count in counts if count is not None]
         if len(set(known)) > 1:
             said = ", ".join(f"rank {one.rank} {count}" for one, count in zip(ranks, counts, strict=True))
-            return _fault(f"ranks have not made the same number of updates {what}: {said}")
+            return failed(f"ranks have not made the same number of updates {what}: {said}")
     if not any(one.updates for one in ranks):
-        return _unknown("no optimizer that holds the model's parameters stepped on any rank in what was watched")
+        return undecided("no optimizer that holds the model's parameters stepped on any rank in what was watched")
     counted = "" if ranks[0].counted is None else f", {ranks[0].counted} since the training began"
-    return _good(f"{ranks[0].updates} updates on each of {len(ranks)} ranks{counted}")
+    return passed(f"{ranks[0].updates} updates on each of {len(ranks)} ranks{counted}")
 
 
 def judge_gradients(seen: Observation, required: Json) -> PathObservation:
@@ -84,48 +84,50 @@ def judge_gradients(seen: Observation, required: Json) -> PathObservation:
         return why
     ranks, names = len(seen.ranks), list(seen.ranks[0].gradients)
     if idle := [str(one.rank) for one in seen.ranks if not one.gradients]:
-        return _unknown(f"no update of rank {', '.join(idle)} was seen, so neither were the gradients that it is given")
+        return undecided(
+            f"no update of rank {', '.join(idle)} was seen, so neither were the gradients that it is given"
+        )
     if any(list(one.gradients) != names for one in seen.ranks):
-        return _fault("the ranks do not update the same parameters")
+        return failed("the ranks do not update the same parameters")
     of = {name: [one.gradients[name] for one in seen.ranks] for name in names}
     reached = {name: every for name, every in of.items() if any(one.size for one in every)}
     if not reached:
-        return _unknown("no gradient was seen before it was exchanged")
+        return undecided("no gradient was seen before it was exchanged")
     infinite = [name for name, every in reached.items() if not all(math.isfinite(one.size) for one in every)]
     if infinite:
-        return _fault(f"{len(infinite)} of {len(reached)} parameters have no finite gradient: {name_some(infinite)}")
+        return failed(f"{len(infinite)} of {len(reached)} parameters have no finite gradient: {name_some(infinite)}")
     factor = _factor([(_mean(every), found) for every in reached.values() for found in _exchanged(every)])
     wrong = [name for name, every in reached.items() if not _fits(every, factor)]
     if wrong and _is_unexchanged(reached):
-        return _fault(
+        return failed(
             f"{len(reached)} of {len(names)} parameters keep each rank's own gradient, which was not exchanged: "
             f"{name_some(reached)}"
         )
     if wrong:
-        return _fault(f"not the mean over {ranks} ranks: {len(wrong)} of {len(reached)} parameters, {name_some(wrong)}")
+        return failed(f"not the mean over {ranks} ranks: {len(wrong)} of {len(reached)} parameters, {name_some(wrong)}")
     rounding = max(map(_tolerance, reached.values()))
     if factor > 1 + rounding:
-        return _fault(
+        return failed(
             f"the sum of the ranks' gradients was divided by {ranks / factor:.3g} and not by their number, {ranks}"
         )
     if late := [name for name in names if name not in reached and any(one.exchanged for one in of[name])]:
-        return _unknown(
+        return undecided(
             f"{len(late)} of {len(names)} parameters have a gradient that was not seen before it was exchanged: "
             f"{name_some(late)}"
         )
     zero = f"; {len(names) - len(reached)} had a gradient of zero" if len(reached) < len(names) else ""
     scaled = f" times {factor:.3g}, as clipping or a scaler does" if factor < 1 - rounding else ""
-    return _good(f"the mean over {ranks} ranks{scaled}, of {len(reached)} parameters{zero}")
+    return passed(f"the mean over {ranks} ranks{scaled}, of {len(reached)} parameters{zero}")
 
 
 def _unseen(seen: Observation, *, tensors: bool = False) -> PathObservation | None:
     """Why there is nothing to compare."""
     if not seen.ranks:
-        return PathObservation(observed=None, present=False, reason="one process trains: no process group has others")
+        return absent("one process trains: no process group has others")
     if problems := [f"rank {one.rank}: {one.problem}" for one in seen.ranks if one.problem]:
-        return _unknown("; ".join(problems))
+        return undecided("; ".join(problems))
     if tensors and any(one.flat for one in seen.ranks):
-        return _unknown(
+        return undecided(
             "FSDP1 and DeepSpeed's ZeRO-3 keep parameters in parts that no rank can compare: shard with fully_shard "
             "(FSDP2), or check a run with DDP"
         )
@@ -174,18 +176,6 @@ def _is_unexchanged(reached: Mapping[str, Sequence[Gradient]]) -> bool:
         ):
             return False
     return True
-
-
-def _fault(reason: str) -> PathObservation:
-    return PathObservation(observed=False, reason=reason)
-
-
-def _good(reason: str) -> PathObservation:
-    return PathObservation(observed=True, reason=reason)
-
-
-def _unknown(reason: str) -> PathObservation:
-    return PathObservation(observed=None, status="unknown", reason=reason)
 
 
 PATHS: Mapping[str, JudgedPath] = {

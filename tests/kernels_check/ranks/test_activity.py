@@ -9,36 +9,17 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from kernels_check.ranks import activity
-from kernels_check.ranks.activity import STEPS, common, length_of, share_in, share_of, united
-
-
-def test_intervals_are_united_and_intersected():
-    """Overlaps count once, and what two lists share is found across any number of them."""
-    assert united([(3, 4), (0, 1), (0.5, 2)]) == [(0, 2), (3, 4)]
-    assert united([(1, 2), (0, 1)]) == [(0, 2)]
-    assert common([(0, 2), (3, 5)], [(1, 4), (4.5, 9)]) == [(1, 2), (3, 4), (4.5, 5)]
-    assert common([], [(0, 1)]) == []
-    assert common([(0, 1), (2, 3)], [(1, 2), (3, 4)]) == []
-    assert length_of([(0, 2), (3, 4)]) == 3
+from kernels_check import ranks
+from kernels_check.ranks import STEPS, profile_steps, read_times
 
 
 def test_a_step_that_exchanges_nothing_is_all_its_own():
     """Alone it waits for nobody; the steps are met for, each by itself."""
     met = []
-    share = share_of(lambda: time.sleep(0.02), lambda: met.append(1))
+    share = profile_steps(lambda: time.sleep(0.02), lambda: met.append(1))
     assert len(met) == STEPS
     assert share.exchange_s == share.exposed_s == 0
     assert 0.02 <= share.own_s <= share.step_s  # the least of the steps, and their mean
-
-
-@pytest.mark.parametrize("known", ["is_available", "is_initialized"])
-def test_a_card_that_is_not_in_use_is_not_asked(monkeypatch, known):
-    """A process that trains on the CPU of a machine with a GPU spends its steps there."""
-    for name in ("is_available", "is_initialized"):
-        monkeypatch.setattr(torch.cuda, name, lambda name=name: name == known)
-    share = share_of(lambda: torch.ones(8) @ torch.ones(8), lambda: None)
-    assert 0 < share.own_s <= share.step_s
 
 
 CPU, CARD = "DeviceType.CPU", "DeviceType.CUDA"
@@ -54,7 +35,7 @@ def on_cpu(at_s):
     """A step of a second: it computes, and from its middle on gloo exchanges for 0.4 s, which it waits for after 0.1 s;
     gloo's thread adds up what comes."""
     return [
-        event(activity._STEP, at_s, at_s + 1, marked=True),
+        event(ranks._STEP, at_s, at_s + 1, marked=True),
         event("aten::mul", at_s, at_s + 0.6),
         event("aten::addmm", at_s + 0.1, at_s + 0.2),
         event("gloo:all_reduce", at_s + 0.5, at_s + 0.9, thread=2, marked=True),
@@ -66,8 +47,8 @@ def on_cpu(at_s):
 def on_card(at_s):
     """The same on a GPU: its host only launches, and what is marked on the host is marked on the GPU as well."""
     return [
-        event(activity._STEP, at_s, at_s + 1, marked=True),
-        event(activity._STEP, at_s, at_s + 1, device=CARD, marked=True),
+        event(ranks._STEP, at_s, at_s + 1, marked=True),
+        event(ranks._STEP, at_s, at_s + 1, device=CARD, marked=True),
         event("aten::mul", at_s, at_s + 1),
         event("gemm_bf16", at_s, at_s + 0.6, device=CARD),
         event("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", at_s + 0.5, at_s + 0.9, device=CARD),
@@ -79,7 +60,7 @@ def on_card(at_s):
 @pytest.mark.parametrize(("one", "on_device"), [(on_cpu, False), (on_card, True)])
 def test_exchange_is_told_from_what_is_computed_beside_it(one, on_device):
     """Of gloo and of NCCL: 0.4 s of exchange in each of two steps, of which 0.1 s are hidden."""
-    share = share_in([*one(3.0), *one(7.0)], on_device=on_device)
+    share = read_times([*one(3.0), *one(7.0)], on_device=on_device)
     told = {name: getattr(share, name) for name in ("step_s", "exchange_s", "exposed_s", "own_s")}
     assert told == pytest.approx({"step_s": 1.0, "exchange_s": 0.4, "exposed_s": 0.3, "own_s": 0.7})
 
@@ -87,7 +68,7 @@ def test_exchange_is_told_from_what_is_computed_beside_it(one, on_device):
 def test_what_a_rank_takes_of_its_own_is_the_least_of_its_steps():
     """Whatever else the machine does adds to one of them; shares are those of the mean step."""
     late = [event("aten::mul", 7.6, 8.0)]
-    share = share_in([*on_cpu(3.0), *on_cpu(7.0), *late], on_device=False)
+    share = read_times([*on_cpu(3.0), *on_cpu(7.0), *late], on_device=False)
     assert share.own_s == pytest.approx(0.7)
     assert share.exposed_s == pytest.approx((0.3 + 0.0) / 2)
 
@@ -103,11 +84,11 @@ def test_what_a_rank_takes_of_its_own_is_the_least_of_its_steps():
 def test_what_exchanges_is_known_by_its_name(name, device):
     """Of torch's process groups, and NCCL's kernels by their newer and older names."""
     events = [
-        event(activity._STEP, 0.0, 1.0),
+        event(ranks._STEP, 0.0, 1.0),
         event("gemm", 0.0, 0.5, device=CARD),
         event(name, 0.5, 1.0, device=device),
     ]
-    assert share_in(events, on_device=True).exchange_s == pytest.approx(0.5)
+    assert read_times(events, on_device=True).exchange_s == pytest.approx(0.5)
 
 
 def test_a_session_without_a_kernel_of_the_card_says_nothing(monkeypatch):
@@ -115,5 +96,5 @@ def test_a_session_without_a_kernel_of_the_card_says_nothing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(activity, "profile", lambda activities: profile(activities=[ProfilerActivity.CPU]))
-    assert share_of(lambda: torch.ones(8) @ torch.ones(8), lambda: None) is None
+    monkeypatch.setattr(ranks, "profile", lambda activities: profile(activities=[ProfilerActivity.CPU]))
+    assert profile_steps(lambda: torch.ones(8) @ torch.ones(8), lambda: None) is None

@@ -10,8 +10,7 @@ import pytest
 from kernels_check.check import Check
 from kernels_check.judges.ranks import judge_adapters, judge_gradients
 from kernels_check.observe.ranks import Gradient, RankEvidence
-from kernels_check.ranks.facts import RankFacts
-from kernels_check.ranks.judges import judge_ranks, merge_checks
+from kernels_check.ranks import RankFacts, judge_ranks, merge_checks
 
 ROWS = ("a", "b", "c", "d")
 NAN = float("nan")

@@ -20,9 +20,7 @@ from kernels_check.check import Check, judge_safely
 from kernels_check.judges.ranks import PATHS, compare_adapters
 from kernels_check.observe.modules import without_repacking
 from kernels_check.observe.ranks import RankEvidence, counted_updates, fingerprints
-from kernels_check.ranks.activity import RankTime
-from kernels_check.ranks.facts import RankFacts, observe_rank
-from kernels_check.ranks.judges import Strategy, judge_ranks, merge_checks
+from kernels_check.ranks import RankFacts, RankTime, Strategy, judge_ranks, merge_checks, observe_rank
 from lorameter.records.record import PartialRecord
 from lorameter.studies.request import TrialRequest
 from lorameter.trial.building import peft_methods

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kernels_check.ranks.judges import Strategy
+from kernels_check.ranks import Strategy
 from lorameter.studies.workload import Repair
 from lorameter.trial.building.packing import linear4bit_layers
 

@@ -1,0 +1,377 @@
+"""What the ranks of a distributed trial show in a few steps: facts of each rank, and what they say of each other.
+
+Every rank observes at the same time, since it looks at collective steps. What a watched step of any training shows of
+its ranks is not repeated here (``judges.ranks``).
+
+Ranks wait for each other inside their exchanges, so the times of their steps are alike whichever is slow. What
+distinguishes them is the time outside of exchanges: it is a rank's own. An exchange that goes on while the rank
+computes costs it nothing, so only what is exposed is subtracted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from kernels_check.check import Check, PathObservation, failed, judge_safely, name_some, passed
+from kernels_check.observe.base import quant_state
+from kernels_check.observe.modules import RandomState, restored
+from kernels_check.observe.ranks import is_sharded, trained_parameters
+
+REPEATS = 4
+"""How often the same batch goes through forward and backward: weights gathered wrongly are right at first."""
+EXCHANGES = ("gloo:", "nccl:", "ncclDevKernel", "ncclKernel", "mpi:", "ucc:", "xccl:")
+"""Beginnings of the names of exchanges: the ranges of torch's process groups, and NCCL's kernels."""
+OPERATORS = "aten::"
+_STEP = "kernels_check.ranks step"
+STEPS = 3
+"""Profiled steps: whatever else the machine does adds to a rank's time in one of them, and seldom in all."""
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankTime:
+    """The time of some steps on one rank, in seconds a step."""
+
+    step_s: float
+    exchange_s: float
+    """While anything was exchanged or waited for."""
+    exposed_s: float
+    """The part of it in which nothing was computed."""
+    own_s: float
+    """What the rank takes if it waits for no other: the least of the steps."""
+
+
+def profile_steps(step: Callable[[], object], meet: Callable[[], object]) -> RankTime | None:
+    """Take some steps under the profiler; None where CUDA is in use and no kernel was recorded, as can happen right
+    after another session. It is not tried again, which all ranks would have to agree on.
+
+    Args:
+        step: one step, together with all other ranks.
+        meet: waits until every rank is there, before each step: no profiler that starts later is waited for in it.
+    """
+    activities = [ProfilerActivity.CPU]
+    on_device = torch.cuda.is_available() and torch.cuda.is_initialized()
+    if on_device:
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as recorded:
+        for _ in range(STEPS):
+            meet()
+            with record_function(_STEP):
+                step()
+                if on_device:
+                    torch.cuda.synchronize()
+    return read_times(recorded.events(), on_device=on_device)
+
+
+def read_times(events: Sequence[Any], *, on_device: bool) -> RankTime | None:
+    """What the profiler's events say of the steps in them, `on_device` by the kernels of a GPU, else by the operators
+    of the thread that takes them; None without any of the GPU. What is marked there, as a step is, is no work."""
+    on_card = ["CUDA" in str(event.device_type) for event in events]
+    steps = [event for event, card in zip(events, on_card, strict=True) if event.name == _STEP and not card]
+    if on_device and not any(on_card):
+        return None
+    exchanged, computed = [], []
+    for event, card in zip(events, on_card, strict=True):
+        if event.name.startswith(EXCHANGES):
+            exchanged.append(_interval(event))
+        elif on_device and card and not event.is_user_annotation:
+            computed.append(_interval(event))
+        elif not on_device and event.thread == steps[0].thread and event.name.startswith(OPERATORS):
+            computed.append(_interval(event))  # gloo's own threads call operators as well
+    wholes = [_interval(step) for step in steps]
+    lasted = [end - begin for begin, end in wholes]
+    exchanges = [_covered(exchanged, whole) for whole in wholes]
+    exposed = [_covered(exchanged + computed, whole) - _covered(computed, whole) for whole in wholes]
+    return RankTime(
+        step_s=sum(lasted) / len(steps),
+        exchange_s=sum(exchanges) / len(steps),
+        exposed_s=sum(exposed) / len(steps),
+        own_s=min(whole_s - exposed_s for whole_s, exposed_s in zip(lasted, exposed, strict=True)),
+    )
+
+
+def _interval(event: Any) -> Interval:
+    return event.time_range.start * 1e-6, event.time_range.end * 1e-6
+
+
+def _covered(intervals: Iterable[Interval], within: Interval) -> float:
+    """How much of an interval others cover; what overlaps counts once."""
+    total, reached = 0.0, within[0]
+    for begin, end in sorted(intervals):
+        first, last = max(begin, reached), min(end, within[1])
+        if last > first:
+            total += last - first
+            reached = last
+    return total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankFacts:
+    """What one rank found; every field is a JSON value."""
+
+    rank: int
+    ranks: int
+    rows: tuple[str, ...] = ()
+    """Digests of the sequences that its model was given in a step."""
+    whole: tuple[str, ...] = ()
+    """Digests of those that all ranks together were to be given."""
+    base: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Of each frozen parameter the bytes that lie here, and those of the whole."""
+    four_bit: dict[str, int] = field(default_factory=dict)
+    """Of each 4-bit weight how many weights it has: its whole must take half a byte for each."""
+    repeated: tuple[float, ...] = ()
+    """Losses of the same batch with the same random numbers, between which nothing is updated."""
+    base_losses: tuple[float, ...] = ()
+    """Of one batch by the base alone: before the ranks shared it, as it is found, and after each of some steps."""
+    activity: RankTime | None = None
+    """How a profiled step was spent."""
+
+
+def observe_rank(
+    model: nn.Module,
+    gradients: Callable[[], Tensor],
+    update: Callable[[], object],
+    rewind: Callable[[], object],
+    meet: Callable[[], object],
+    base_loss: Callable[[], float] | None,
+    *,
+    before: float,
+    whole: Iterable[Tensor],
+    rank: int,
+    ranks: int,
+) -> RankFacts:
+    """Take steps with all other ranks, and leave everything as it was found but for the stream of data.
+
+    Args:
+        model: that is trained, as PEFT returned it; it may be wrapped or sharded.
+        gradients: does the forward and backward passes of a step, and returns this rank's part of the loss.
+        update: clips, lets the optimizer step, and drops the gradients.
+        rewind: has the next call of `gradients` take the batch that the first one takes.
+        meet: waits until every rank is there.
+        base_loss: the loss of a batch that is always the same, without the adapter and without a gradient; None where
+            parts of the base train.
+        before: the same before the model was shared among ranks, as it was loaded.
+        whole: the token ids of each sequence of that batch on all ranks together, shape (tokens,).
+        rank: of this process.
+        ranks: how many there are.
+
+    Raises:
+        Exception: whatever a step raises, after everything has been restored.
+    """
+    expected = tuple(map(_digest, whole))
+
+    def step() -> None:
+        gradients()
+        update()
+
+    with restored(model):
+        base_losses = [] if base_loss is None else [before, base_loss()]
+        random, repeated = RandomState(), []
+        for _ in range(REPEATS):
+            rewind()
+            random.restore()
+            repeated.append(float(gradients()))
+            for parameter in trained_parameters(model).values():
+                parameter.grad = None
+        rewind()
+        with _fed(model) as rows:
+            gradients()
+        base = {name: _bytes(parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        four_bit = _four_bit(model)
+        update()
+        base_losses += [] if base_loss is None else [base_loss()]
+        activity = profile_steps(step, meet)
+        base_losses += [] if base_loss is None else [base_loss()]
+    return RankFacts(
+        rank=rank,
+        ranks=ranks,
+        rows=tuple(rows),
+        whole=expected,
+        base=base,
+        four_bit=four_bit,
+        repeated=tuple(repeated),
+        base_losses=tuple(base_losses),
+        activity=activity,
+    )
+
+
+@contextmanager
+def _fed(model: nn.Module) -> Iterator[list[str]]:
+    """Digests of the sequences that the first module with token ids is given, in their order."""
+    rows: list[str] = []
+
+    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+        ids = kwargs.get("input_ids")
+        if isinstance(ids, Tensor):
+            rows.extend(_digest(row) for row in ids.detach())
+
+    handle = model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+def _bytes(parameter: Tensor) -> tuple[int, int]:
+    here = parameter.to_local() if is_sharded(parameter) else parameter  # type: ignore[attr-defined]
+    return here.numel() * here.element_size(), parameter.numel() * parameter.element_size()
+
+
+def _four_bit(model: nn.Module) -> dict[str, int]:
+    """How many weights each 4-bit weight has, by its name; of one that FSDP2 has sharded the layer knows it."""
+    found = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "_parameters", {}).get("weight")
+        state = None if weight is None else quant_state(module, weight)
+        if state is not None:
+            found[f"{name}.weight"] = int(torch.Size(state.shape).numel())
+    return found
+
+
+def _digest(tensor: Tensor) -> str:
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
+    return hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]
+
+
+# --- judging the facts of all ranks ----------------------------------------------------------------------------------
+
+Strategy = Literal["ddp", "fsdp2"]
+PATHS = ("ranks.data", "ranks.sharded", "ranks.steady")
+WHOLE_SHARE = 0.02
+"""Share of the base that may lie whole on every rank: norms and biases that are left out cost nothing."""
+STEADY = 1e-4
+"""How far two losses of the same batch by the same weights may be apart, over the loss: a device may add in any order.
+The fault that this is there for moves them by 3e-4 and more."""
+
+NF4_BY_FSDP2 = (
+    "FSDP2 gathers 4-bit weights anew for each forward, and bitsandbytes registers them anew inside it "
+    "(fix_4bit_weight_quant_state_from_module): what it then does to them, as in eval mode on a CPU with AVX512_BF16, "
+    "is lost to the next gathering, but not to their state, and another model computes. "
+    'Write repair = "quant_state" in [workload], which sets the quantisation state on the weight that is there, or '
+    'use strategy = "ddp"'
+)
+"""What is known of losses that move under a base in 4 bits that FSDP2 has sharded."""
+
+
+def judge_ranks(facts: Sequence[RankFacts], strategy: Strategy) -> list[Check]:
+    """Judge a training of several ranks by what each says of it, in the order of the ranks; one check a path."""
+    judges: dict[str, Callable[[Sequence[RankFacts]], PathObservation]] = {
+        "ranks.data": judge_data,
+        "ranks.steady": judge_steady,
+    }
+    if strategy == "fsdp2":
+        judges["ranks.sharded"] = judge_sharded
+    return [judge_safely(path, True, partial(judges[path], facts)) for path in PATHS if path in judges]
+
+
+def judge_data(facts: Sequence[RankFacts]) -> PathObservation:
+    """Whether the ranks together train on each sequence of a step once, and each on those of the same step."""
+    strangers = [one.rank for one in facts if one.whole != facts[0].whole]
+    if strangers:
+        return failed(f"{_named(strangers)} trains on other data than rank 0: the sequences of a step are not the same")
+    wanted = Counter(facts[0].whole)
+    for one in facts:
+        foreign = [row for row in one.rows if row not in wanted]
+        if foreign:
+            return failed(
+                f"rank {one.rank} was given other data: {len(foreign)} of its {len(one.rows)} sequences are none of "
+                "the step's"
+            )
+    for index, one in enumerate(facts):
+        for other in facts[index + 1 :]:
+            twice = sum((Counter(one.rows) & Counter(other.rows)).values())
+            if twice and Counter(one.rows) + Counter(other.rows) - wanted:
+                return failed(
+                    f"ranks {one.rank} and {other.rank} train on the same data: {twice} of their {len(one.rows)} "
+                    "sequences, which is what no share of its own by rank looks like"
+                )
+    given = sum((Counter(one.rows) for one in facts), Counter[str]())
+    if given != wanted:
+        missing = sum((wanted - given).values())
+        return failed(f"{missing} of the {sum(wanted.values())} sequences of a step were given to no rank")
+    return passed(f"{sum(wanted.values())} sequences of a step, each on one of {len(facts)} ranks")
+
+
+def judge_sharded(facts: Sequence[RankFacts]) -> PathObservation:
+    """Whether each rank holds its part of the base, and in 4 bits what was in 4 bits."""
+    ranks, total = len(facts), sum(whole for _, whole in facts[0].base.values())
+    whole = [name for name in facts[0].base if all(one.base.get(name, (0, 0))[0] == one.base[name][1] for one in facts)]
+    left = sum(facts[0].base[name][1] for name in whole)
+    if left > WHOLE_SHARE * total:
+        return failed(
+            f"{len(whole)} of {len(facts[0].base)} parameters of the base lie whole on every rank, {left / total:.0%} "
+            f"of its bytes: {name_some(whole)}"
+        )
+    for name, (_, size) in facts[0].base.items():
+        if name not in whole and sum(one.base[name][0] for one in facts) != size:
+            return failed(f"the parts of {name} on {ranks} ranks are not its whole")
+    swollen = [name for name, weights in facts[0].four_bit.items() if 2 * facts[0].base[name][1] > weights + 1]
+    if swollen:
+        return failed(
+            f"{len(swollen)} of {len(facts[0].four_bit)} weights in 4 bits take more since they are sharded: "
+            f"{name_some(swollen)}"
+        )
+    most = max(sum(here for here, _ in one.base.values()) for one in facts)
+    kept = f", {len(facts[0].four_bit)} weights still in 4 bits" if facts[0].four_bit else ""
+    return passed(f"each of {ranks} ranks holds {most / total:.0%} of the base's bytes or less{kept}")
+
+
+def judge_steady(facts: Sequence[RankFacts]) -> PathObservation:
+    """Whether weights that are not updated go on computing what they computed before ranks shared them: the base alone
+    over some steps, and all of the model over forwards and backwards of one batch."""
+    for one in facts:
+        sharded = any(here < size for here, size in one.base.values())
+        why = f". {NF4_BY_FSDP2}" if one.four_bit and sharded else ""
+        for losses, of in (
+            (one.base_losses, "by the frozen base alone, before it was shared and then over steps,"),
+            (one.repeated, "in one forward and backward after the other, with nothing updated,"),
+        ):
+            if any(not abs(loss - losses[0]) <= STEADY * abs(losses[0]) for loss in losses):
+                said = ", ".join(f"{loss:.5f}" for loss in losses)
+                return failed(
+                    f"rank {one.rank}: silently wrong from the second forward on: the loss of one batch {of} is "
+                    f"{said}{why}"
+                )
+    kept = f"the model keeps the loss of one batch over {len(facts[0].repeated)} forwards and backwards"
+    if facts[0].base_losses:
+        kept += f", and the base over {len(facts[0].base_losses) - 1} forwards since before it was shared"
+    return passed(kept)
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"each of ranks {name_some(map(str, ranks))}"
+
+
+def merge_checks(by_rank: Sequence[Sequence[Check]]) -> list[Check]:
+    """The checks of all ranks as those of one training: of each path that of the rank that fares worst, and where ranks
+    differ in a path that is required, who found what."""
+    found: list[Check] = []
+    paths = dict.fromkeys(check.path for checks in by_rank for check in checks)
+    tables: list[Mapping[str, Check]] = [{check.path: check for check in checks} for checks in by_rank]
+    for path in paths:
+        known = [(rank, table[path]) for rank, table in enumerate(tables) if path in table]
+        worst = max(known, key=lambda pair: _WORSE.index(pair[1].status))[1]
+        lacking = [str(rank) for rank, table in enumerate(tables) if path not in table]
+        differing = {(check.observed, check.status) for _, check in known}
+        if lacking and worst.required is not None:
+            reason = f"no row of rank {', '.join(lacking)} is about it; {worst.reason}"
+            worst = replace(worst, observed=None, status="unknown", reason=reason)
+        elif len(differing) > 1 and worst.required is not None and not worst.met:
+            said = "; ".join(f"rank {rank}: {check.observed} ({check.status})" for rank, check in known)
+            worst = replace(worst, reason=f"the ranks differ: {said}. {worst.reason}")
+        found.append(worst)
+    return found
+
+
+_WORSE = ("not_applicable", "active", "unknown", "absent", "fallback")
+"""From the best to the worst; a path that does not apply on one rank applies on the one where it does."""
