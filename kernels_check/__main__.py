@@ -18,7 +18,7 @@ from kernels_check.terminal import SafeParser, print_stderr
 
 EXIT_UNEXPECTED = 70
 COMMANDS = {
-    "probe": "which fast paths run on this machine, and how exact (default)",
+    "probe": "which fast paths run on this machine (default)",
     "selftest": "are twelve faults found on this machine, and do healthy runs pass",
     "trace": "judge a recording: a Kineto/Chrome trace or an nsys cuda_gpu_kern_sum CSV",
 }
