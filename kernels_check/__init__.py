@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kernels_check.check import STATUSES, Check, Requirement
-    from kernels_check.judges.batch import probe_isolation
+    from kernels_check.isolation import probe_isolation
     from kernels_check.judges.paths import REQUIREMENTS
     from kernels_check.rules import Rule, classify
     from kernels_check.step_watch import Watch, verify, watch, watch_request
-    from kernels_check.trace.file import TraceError
-    from kernels_check.trace.read import read_trace
-    from kernels_check.trace.summary import KernelSummary
+    from kernels_check.trace.recording import TraceError
+    from kernels_check.trace.summary import KernelSummary, read_trace
 
 __all__ = [
     "REQUIREMENTS",
@@ -51,10 +50,10 @@ _HOME = {
     "KernelSummary": "trace.summary",
     "Requirement": "check",
     "Rule": "rules",
-    "TraceError": "trace.file",
+    "TraceError": "trace.recording",
     "classify": "rules",
-    "probe_isolation": "judges.batch",
-    "read_trace": "trace.read",
+    "probe_isolation": "isolation",
+    "read_trace": "trace.summary",
     "verify": "step_watch",
     "Watch": "step_watch",
     "watch": "step_watch",

@@ -13,29 +13,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kernels_check.observe.loss import (
-    ModelCall,
-    configurations,
-    find_tokens,
-    special_tokens,
-)
+from kernels_check.check import Check, PathObservation, judge_safely
+from kernels_check.judges.batch import judge_leaks
+from kernels_check.observe.loss import configurations, find_tokens, special_tokens
 from kernels_check.observe.modules import Modes, RandomState, without_repacking
-from kernels_check.observe.padding import (
-    PADDING,
-    PASSED_ON,
-    IsolationResult,
-    LayoutError,
-    Records,
-    packed_or_all,
-    packs,
-    records_of,
-)
+from kernels_check.observe.padding import PADDING, PASSED_ON, IsolationResult, LayoutError, Records, records_of
 
 _LEFT_OUT = ("num_items_in_batch", "logits_to_keep")
 
@@ -44,124 +32,71 @@ class _UnclearError(RuntimeError):
     """Why nothing is known."""
 
 
-def isolation_of(
-    model: nn.Module, calls: Sequence[ModelCall], batch: Mapping[str, Any] | None = None
-) -> IsolationResult:
-    """Change the records of packed calls, one of each way of calling; the model is left as found.
+def probe_isolation(model: nn.Module, batch: Mapping[str, Any]) -> Check:
+    """Check that the records packed in ``batch`` are isolated, in training and in evaluation.
 
     Args:
-        model: the one that ``calls`` are calls of.
-        calls: those of a step, or none.
-        batch: packed inputs of ``model(**batch)``, for evaluation, and for training where no call was made.
+        model: called as ``model(**batch)``, three times a mode.
+        batch: ``input_ids`` of [rows, tokens], and ``position_ids`` that restart at each record, or another
+            input that marks records (see ``records_of``); further entries (such as ``use_cache``) are passed on, labels
+            only where the model does not run without.
+
+    Returns:
+        The check of ``packing.isolated`` against True. Parameters, modes and random numbers are left as found.
     """
-    if (unfit := _unfit(model)) is not None:
-        return IsolationResult(unclear=unfit)
-    leaks: list[str] = []
+    return judge_safely("packing.isolated", True, lambda: _probe(model, batch))
+
+
+def _probe(model: nn.Module, batch: Mapping[str, Any]) -> PathObservation:
     modes, numbers = Modes(model), RandomState()
+    leaks: list[str] = []
     try:
-        packed = _packed_calls(model, packed_or_all(calls), batch)
-        for call, records in packed:
-            with _by_row(model, call.training), torch.compiler.set_stance("force_eager"):
-                leaks += _leaks_at(call, records)
+        _refuse_unfit(model)
+        records = records_of(batch)
+        if records is None or not records.packed:
+            raise LayoutError(f"batch shows no two records in a row, which takes {PASSED_ON}")
+        for training in (True, False):
+            with (
+                _by_row(model, training),
+                torch.set_grad_enabled(training),
+                torch.compiler.set_stance("force_eager"),
+            ):
+                leaks += _leaks(model, batch, records)
     except LayoutError as error:
-        return IsolationResult(unclear=str(error), packed=False)
+        return judge_leaks(IsolationResult(unclear=str(error), packed=False))
     except _UnclearError as error:
-        return IsolationResult(unclear=str(error), leaks=tuple(leaks))
+        return judge_leaks(IsolationResult(unclear=str(error), leaks=tuple(leaks)))
     finally:
         modes.restore()
         numbers.restore()
-    if not packed:
-        reason = f"no call of the step shows two records in a row, which takes {PASSED_ON}"
-        return IsolationResult(unclear=reason, packed=False)
-    changed = " and ".join(dict.fromkeys("in train" if call.training else "in eval" for call, _ in packed))
-    proof = f"perturbations changed no other logit, {changed}"
-    return IsolationResult(records=packed[0][1].count, leaks=tuple(leaks), proof=proof)
+    proof = "perturbations changed no other logit, in train and in eval"
+    return judge_leaks(IsolationResult(records=records.count, leaks=tuple(leaks), proof=proof))
 
 
-def _packed_calls(
-    model: nn.Module, calls: Sequence[ModelCall], batch: Mapping[str, Any] | None
-) -> list[tuple[ModelCall, Records]]:
-    """Calls with two records in a row, one of each way of calling, and those of the batch.
-
-    Raises:
-        LayoutError: the batch shows no records, or the step shows none of those that the batch does.
-    """
-    given = None if batch is None else find_tokens(batch)
-    chosen: dict[Any, tuple[ModelCall, Records]] = {}
-    for call in calls:
-        tokens = find_tokens(call.arguments)
-        same = tokens is not None and given is not None and torch.equal(tokens[1].cpu(), given[1].cpu())
-        records = records_of(batch if same and batch is not None else call.arguments)
-        if records is not None and records.packed:
-            way = id(call.module), call.training, call.autocast, tuple(map(_kind, sorted(call.arguments.items())))
-            chosen.setdefault(way, (call, records))
-    packed = list(chosen.values())
-    if batch is None:
-        return packed
-    records = records_of(batch)
-    if records is None or not records.packed:
-        raise LayoutError(f"batch shows no two records in a row, which takes {PASSED_ON}")
-    if calls and not packed:
-        raise LayoutError("no call of the step shows two records in a row, as the batch does: the step packs otherwise")
-    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-    autocast = calls[0].autocast if calls else tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
-    for training in (False,) if packed else (True, False):
-        call = ModelCall(module=model, arguments=dict(batch), training=training, gradients=training, autocast=autocast)
-        packed.append((call, records))
-    return packed
-
-
-def _kind(argument: tuple[str, Any]) -> Any:
-    """What an argument of two calls has in common if the model treats the records of both alike."""
-    name, value = argument
-    if isinstance(value, Tensor):
-        return name, value.dtype, value.dim(), name == "attention_mask" and bool(value.all())
-    return name, value if isinstance(value, int | float | str | None) else type(value).__name__
-
-
-def _leaks_at(call: ModelCall, records: Records) -> list[str]:
-    """What leaks in a call, else in those inside it where it returns nothing to compare.
-
-    TRL's trainers let a model return log-probabilities of all tokens but one; the one below its head returns hidden
-    states.
-    """
-    try:
-        return list(_leaks(call, records))
-    except _UnclearError:
-        inside = [one for inner in call.inside for one in inner.matching(packs)]
-        if not inside:
-            raise
-        return [leak for one in inside for leak in _leaks_at(one, records_of(one.arguments) or records)]
-
-
-def _leaks(call: ModelCall, records: Records) -> Iterator[str]:
+def _leaks(model: nn.Module, batch: Mapping[str, Any], records: Records) -> Iterator[str]:
     """Phrases for the records that others reach.
 
     Raises:
         _UnclearError: a difference, or none, proves nothing here.
     """
-    found = find_tokens(call.arguments)
+    found = find_tokens(batch)
     if found is None:
-        raise _UnclearError("the model was given no input_ids or inputs_embeds of [rows, tokens]")
+        raise _UnclearError("batch has no input_ids or inputs_embeds of [rows, tokens]")
     name, tokens = found
-    other, drawn = _other_tokens(tokens, call.module), RandomState()
+    other, drawn = _other_tokens(tokens, model), RandomState()
 
     def logits(changed: Tensor) -> Tensor:
         drawn.restore()
         chosen = changed.unsqueeze(-1) if tokens.dim() == 3 else changed
-        return _logits(call, {name: torch.where(chosen, other, tokens)}, tokens.shape)
+        return _logits(model, {**batch, name: torch.where(chosen, other, tokens)}, tokens.shape)
 
     numbers = records.numbers.to(tokens.device)
     nothing = torch.zeros_like(numbers, dtype=torch.bool)
     reference = logits(nothing)
     inside = (numbers != PADDING) & (numbers.amax(dim=1, keepdim=True) > 0)
     differing = (other != tokens).any(-1) if tokens.dim() == 3 else other != tokens
-    place, size = _places(numbers)
-    later = place >= ((size + 1) // 2).clamp(min=1)
-    parts = {"the odd records of each row": numbers % 2 == 0, "the even records of each row": numbers % 2 == 1}
-    parts |= {"the second half of each record": later} if _is_causal(call.module) else {}
-    for words, part in parts.items():  # counted from one
-        members = inside & part
+    for words, parity in (("the odd records of each row", 0), ("the even records of each row", 1)):  # counted from one
+        members = inside & (numbers % 2 == parity)
         changed = members & differing
         moved = (logits(changed) != reference).any(dim=-1)
         if not bool((moved & members).any()):
@@ -180,28 +115,9 @@ def _leaks(call: ModelCall, records: Records) -> Iterator[str]:
                 "limited capacity, activations quantised over the batch): make the forward depend on each row alone"
             )
         first = int(numbers[row][leaked[row]].min()) + 1
-        mode = "train" if call.training else "eval"
+        mode = "train" if torch.is_grad_enabled() else "eval"
         where = f"{int(leaked.sum())} other tokens, first those of record {first} of row {row}"
         yield f"{mode}: changing {words} changed the logits of {where}"
-
-
-def _places(numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Place of each token in its record, and length of the record, both [rows, tokens]."""
-    index = torch.arange(numbers.shape[1], device=numbers.device).expand_as(numbers)
-    begins = torch.ones_like(numbers, dtype=torch.bool)
-    begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
-    place = index - torch.where(begins, index, 0).cummax(dim=1).values
-    columns = numbers - PADDING
-    lengths = torch.zeros(len(columns), int(columns.max()) + 1, dtype=torch.long, device=columns.device)
-    lengths.scatter_add_(1, columns, torch.ones_like(columns))
-    return place, lengths.gather(1, columns)
-
-
-def _is_causal(model: nn.Module) -> bool:
-    """Whether later tokens must not reach earlier ones, by the model's own word."""
-    causal = any(getattr(one, "is_causal", None) is True for one in model.modules())
-    asks = (getattr(type(one), "can_generate", None) for one in model.modules())
-    return causal or any(bool(ask()) for ask in asks if callable(ask))
 
 
 def _other_tokens(tokens: Tensor, model: nn.Module) -> Tensor:
@@ -217,49 +133,33 @@ def _other_tokens(tokens: Tensor, model: nn.Module) -> Tensor:
     return torch.where(kept, tokens, known[following])
 
 
-def _logits(call: ModelCall, changed: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
+def _logits(model: nn.Module, batch: Mapping[str, Any], shape: Sequence[int]) -> Tensor:
     """Logits of each token, [rows, tokens, features].
 
     Raises:
         _UnclearError: the model raised, or returned nothing of that shape.
     """
-    module = _unwrapped(call.module)
-    whole = {key: value for key, value in call.arguments.items() if key not in _LEFT_OUT} | dict(changed)
+    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        model = model.module  # a call of what synchronises processes would move its state
+    whole = {key: value for key, value in batch.items() if key not in _LEFT_OUT}
     plain = {key: value for key, value in whole.items() if key != "labels"}
     problem = ""
     for arguments in (plain, whole):  # some models return logits only without labels, others do not run without
+        # What fills up as it is read, such as a cache, is used once.
+        given = {key: copy.deepcopy(one) if hasattr(one, "get_seq_length") else one for key, one in arguments.items()}
         try:
-            found = _per_token(_called(module, call, arguments), shape)
+            found = _per_token(model(**given), shape)
         except Exception as error:
             first = str(error).partition("\n")[0]
-            problem = f"{type(module).__name__} given {', '.join(arguments)} raised {type(error).__name__}: {first}"
+            problem = f"{type(model).__name__} given {', '.join(arguments)} raised {type(error).__name__}: {first}"
             continue
         if found is not None:
             return found
         problem = problem or (
-            f"{type(module).__name__} returned nothing of [rows, tokens] = {list(shape[:2])}: pass a batch for which "
+            f"{type(model).__name__} returned nothing of [rows, tokens] = {list(shape[:2])}: pass a batch for which "
             "it returns the logits of every token"
         )
     raise _UnclearError(problem)
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """Without what synchronises the processes around it, whose own state a call would move."""
-    while isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        module = module.module
-    return module
-
-
-def _called(module: nn.Module, call: ModelCall, arguments: Mapping[str, Any]) -> Any:
-    # What fills up as it is read, such as a cache, is used once.
-    given = {key: copy.deepcopy(one) if hasattr(one, "get_seq_length") else one for key, one in arguments.items()}
-    with ExitStack() as stack:
-        stack.enter_context(torch.set_grad_enabled(call.gradients))
-        for kind in ("cpu", "cuda"):
-            dtype = dict(call.autocast).get(kind)
-            if dtype is not None or torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=dtype is not None))
-        return module(**given)
 
 
 def _per_token(output: Any, shape: Sequence[int]) -> Tensor | None:
@@ -297,14 +197,13 @@ def _by_row(model: nn.Module, training: bool) -> Iterator[None]:
                 state.threshold = threshold
 
 
-def _unfit(model: nn.Module) -> str | None:
-    """Why a model cannot be asked by forwards of this process alone."""
+def _refuse_unfit(model: nn.Module) -> None:
+    """Raises an error for a model that cannot be asked by forwards of this process alone."""
     if any(getattr(getattr(one, "config", None), "is_encoder_decoder", False) is True for one in model.modules()):
-        return "the inputs of an encoder-decoder show no records, so that packing is not judged"
+        raise LayoutError("the inputs of an encoder-decoder show no records, so that packing is not judged")
     sharded = any(type(one).__name__ == "FullyShardedDataParallel" for one in model.modules())
     if sharded or any(type(one).__name__ == "DTensor" or hasattr(one, "ds_id") for one in model.parameters()):
-        return (
+        raise _UnclearError(
             "its parameters are sharded over processes, all of which would have to make the same forwards: "
             "probe_isolation(model, batch) before it is sharded"
         )
-    return None

@@ -10,17 +10,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any
 
 from torch import nn
 
 from kernels_check.check import Check, Json, judge_safely
-from kernels_check.isolation import isolation_of
 from kernels_check.judges.attention import judge_request
 from kernels_check.judges.paths import PATHS, validate
 from kernels_check.observe.modules import restored
 from kernels_check.observe.observation import MOST_CALLS, Observation, StepObserver
-from kernels_check.observe.padding import IsolationResult
 from kernels_check.observe.parts import ParameterStatus
 from kernels_check.observe.profile import AROUND, INSIDE, is_recording, profiled
 from kernels_check.observe.ranks import RankEvidence, RankObserver
@@ -39,16 +36,12 @@ REQUEST = "request.attention"
 NOTHING_RAN = "the model was not called while it was watched, and no gradient reached it"
 
 
-def watch(
-    model: nn.Module, requirements: Mapping[str, Json] | None = None, *, batch: Mapping[str, Any] | None = None
-) -> Watch:
+def watch(model: nn.Module, requirements: Mapping[str, Json] | None = None) -> Watch:
     """Watch a step that takes place by itself: ``with watch(model, requirements) as watched: step()``.
 
     Args:
         model: the model that is trained, as PEFT returned it; held weakly.
         requirements: path to expected value, see ``REQUIREMENTS``. Other paths are reported too.
-        batch: packed inputs of ``model(**batch)``: ``packing.isolated`` is judged by forwards when the block has ended,
-            which leave the model as found. Without it, by what the model was given in the step.
 
     Returns:
         A context manager, which can be entered again for the next step. ``checks`` holds what was found.
@@ -56,18 +49,10 @@ def watch(
     Raises:
         ValueError: unknown path, or a value of the wrong kind.
     """
-    if batch is None:
-        return Watch(model, requirements or {})
-    return Watch(model, requirements or {}, partial(isolation_of_seen, batch=batch), packed=True)
+    return Watch(model, requirements or {})
 
 
-def verify(
-    model: nn.Module,
-    step: Callable[[], object],
-    requirements: Mapping[str, Json],
-    *,
-    batch: Mapping[str, Any] | None = None,
-) -> list[Check]:
+def verify(model: nn.Module, step: Callable[[], object], requirements: Mapping[str, Json]) -> list[Check]:
     """Judge what really runs in ``step`` against ``requirements``.
 
     Args:
@@ -75,8 +60,6 @@ def verify(
         step: does one forward, backward and optimizer step; called twice, and up to eight times where its optimizer
             steps in some calls only or begins at a learning rate of zero.
         requirements: path to expected value, see ``REQUIREMENTS``. Other paths are reported, too.
-        batch: packed inputs of ``model(**batch)``, to judge isolation in evaluation too. Without it
-            ``packing.isolated`` is judged, where it is required, by the step's own calls.
 
     Returns:
         One check per path, in the order of ``REQUIREMENTS``. A requirement is met only by status ``active``. What the
@@ -93,7 +76,7 @@ def verify(
         ValueError: unknown path or a value of the wrong kind; ``step`` has not been called then.
         Exception: whatever ``step`` raises.
     """
-    watched = Watch(model, requirements, partial(isolation_of_seen, batch=batch), packed=batch is not None)
+    watched = Watch(model, requirements, own_step=True)
     with restored(model):
         with watched.updates_only():  # compiles, and moves lora_B off zero
             step()
@@ -131,11 +114,6 @@ def watch_request(model: nn.Module, request: Callable[[], object], required: Jso
     return judge_safely(REQUEST, required, partial(judge_request, model, seen, required))
 
 
-def isolation_of_seen(seen: Observation, *, batch: Mapping[str, Any] | None) -> IsolationResult:
-    """Change the records of the packed calls of a step, and of a batch."""
-    return isolation_of(seen.model, seen.model_calls, batch)
-
-
 class Watch:
     """Judges the step inside its block; see ``watch``.
 
@@ -144,24 +122,17 @@ class Watch:
     check itself raises nothing and is ``unknown``. An error of the step goes through.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        requirements: Mapping[str, Json],
-        isolate: Callable[[Observation], IsolationResult] | None = None,
-        *,
-        packed: bool = False,
-    ) -> None:
+    def __init__(self, model: nn.Module, requirements: Mapping[str, Json], *, own_step: bool = False) -> None:
         validate(requirements)
-        reported: dict[str, Json] = {"packing.isolated": None} if packed else {}
-        self._requirements = reported | dict(requirements)
+        self._requirements = dict(requirements)
+        self._own_step = own_step
+        """Whether the step trains this model for certain: where it leaves no trace, the adapter was not executed."""
         self._steps = StepObserver(model)
         self._is_open = False
         self._open = ExitStack()
         self._unopened: str | None = None
         """Why nothing could be watched."""
         self._checks: tuple[Check, ...] = ()
-        self._isolate = isolate
         several = any(path.startswith("ranks.") for path in requirements)
         self._ranks = RankObserver(model) if several else None
         self._others_wait = False
@@ -238,7 +209,7 @@ class Watch:
             if seen is None or problem is not None:
                 self._checks = self._unknown(problem or NOTHING_RAN)
                 return
-            seen = replace(seen, isolate=self._isolate, ranks=ranks)
+            seen = replace(seen, ranks=ranks)
             self._checks = tuple(self._decided(check, seen) for check in judge_all(seen, self._requirements))
         except Exception as failed:
             self._steps.forget()
@@ -248,7 +219,7 @@ class Watch:
         """Why nothing is known of a step that has ended; None where something is."""
         if self._steps.fault is not None:
             return f"a hook failed: {self._steps.fault}"
-        if seen is None or self._isolate is not None:  # with packed inputs the step is one of this model's own
+        if seen is None or self._own_step:
             return None
         traces = seen.modules.all, seen.profile.compiled_regions, seen.reached, seen.updated, self._steps.compiled
         return None if any(traces) else NOTHING_RAN

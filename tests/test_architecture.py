@@ -21,7 +21,9 @@ RANK = (
     | dict.fromkeys(DOORS, len(ORDER))
     | {"entry": len(ORDER) + 1, "__main__": len(ORDER) + 2}
 )
-FLOORS = (*"pipes terminal check rules observe isolation trace judges step_watch ranks probe selftest".split(),)
+FLOORS = (
+    *"pipes terminal check rules observe trace judges isolation step_watch ranks small_run selftest probe".split(),
+)
 """Those of kernels_check; its doors are its two dunder modules."""
 STOREYS = {room: place for place, room in enumerate(FLOORS)} | dict.fromkeys(("__init__", "__main__"), len(FLOORS))
 TORCH = ("trial", "attach")

@@ -95,7 +95,10 @@ def verify(run: DrawnRun, required: Mapping[str, Any]) -> Iterator[str]:
     """Verify a run; the faults of the checks."""
     objects = [id(one) for one in run.model.parameters() if one.requires_grad]  # DoRA's step itself replaces 4-bit ones
     try:
-        checks = kernels_check.verify(run.model, run.step, required, batch=run.batch)
+        checks = kernels_check.verify(run.model, run.step, required)
+        if run.batch is not None and required.get("packing.isolated") is True:
+            probed = kernels_check.probe_isolation(run.model, run.batch)
+            checks = [probed if one.path == probed.path and one.status != "fallback" else one for one in checks]
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         yield f"raised: {error!r} in {place.filename}, line {place.lineno}"

@@ -22,10 +22,14 @@ from kernels_check.check import (
     Json,
     JudgedPath,
     PathObservation,
+    absent,
     count_values,
+    failed,
     format_count,
     join_values,
     name_some,
+    passed,
+    undecided,
 )
 
 if TYPE_CHECKING:
@@ -80,7 +84,7 @@ def judge_attached(seen: Observation, required: Json) -> PathObservation:
     executed = f"executed in {format_count(len(layers), 'layer')}"
     good = f"adapter {adapters or 'of a class of its own'} enabled, unmerged and {executed}"
     if doubts and not faults:
-        return PathObservation(observed=None, status="unknown", reason="; ".join(doubts))
+        return undecided("; ".join(doubts))
     return PathObservation(observed=not faults, reason="; ".join([*faults, *doubts]) or good)
 
 
@@ -197,7 +201,7 @@ def judge_learning(seen: Observation, required: Json) -> PathObservation:
     by_optimizer = [name for name in frozen if _kept_by_lora_fa(everything[name], seen)]
     judged = {name: value for name, value in everything.items() if name not in by_optimizer}
     if not judged:
-        return PathObservation(observed=False, reason="0 parameters of the adapter are trainable: no adapter is active")
+        return failed("0 parameters of the adapter are trainable: no adapter is active")
     note = f"; {len(by_optimizer)} of {len(everything)} kept frozen by LoRA-FA" if by_optimizer else ""
     faults, doubts = _gradient_faults(judged, seen)
     faults = [*_lost_in_the_base(seen), *faults]
@@ -210,9 +214,9 @@ def judge_learning(seen: Observation, required: Json) -> PathObservation:
     if faults:
         if any(not value.requires_grad for value in judged.values()):
             doubts.append("remedy: load the adapter with is_trainable=True, and freeze the base before it is attached")
-        return PathObservation(observed=False, reason="; ".join([*faults, *doubts]) + note)
+        return failed("; ".join([*faults, *doubts]) + note)
     if doubts:
-        return PathObservation(observed=None, status="unknown", reason="; ".join(doubts) + note)
+        return undecided("; ".join(doubts) + note)
     count = f"{len(judged)} of {len(everything)} trainable parameters"
     reason = f"gradients reached {count} and updates moved all of them, in {seen.optimizer_steps} updates"
     faint = [name for name in judged if not seen.updates[name].learnt]
@@ -220,7 +224,7 @@ def judge_learning(seen: Observation, required: Json) -> PathObservation:
         reason += (
             f"; {len(faint)} of {len(judged)} by less than float32 shows, next to a factor that has just left zero"
         )
-    return PathObservation(observed=True, reason=reason + note)
+    return passed(reason + note)
 
 
 def _kept_by_lora_fa(value: Tensor, seen: Observation) -> bool:
@@ -271,14 +275,14 @@ def _without_optimizer(judged: Mapping[str, Tensor], faults: list[str], seen: Ob
     changed = [name for name in judged if name in seen.changed]
     reason = f"no torch.optim.Optimizer stepped in {format_count(seen.calls, 'call')}"
     if faults:
-        return PathObservation(observed=False, reason="; ".join([*faults, reason]))
+        return failed("; ".join([*faults, reason]))
     if changed:
         reason += (
             f", although {len(changed)} of {len(judged)} parameters changed: an optimizer of another kind, whose "
             "updates cannot be distinguished from other writing"
         )
-        return PathObservation(observed=None, status="unknown", reason=reason)
-    return PathObservation(observed=None, status="unknown", reason=f"{reason}: {_NO_STEP}")
+        return undecided(reason)
+    return undecided(f"{reason}: {_NO_STEP}")
 
 
 def _update_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[list[str], list[str]]:
@@ -344,12 +348,12 @@ def judge_dtype(seen: Observation, required: Json) -> PathObservation:
     """Judge ``peft.dtype``; copies of parts of the base that are trained with the adapter keep the base's."""
     layers = seen.adapter_layers()
     if not layers:
-        return PathObservation(observed=None, present=False, reason=NO_ADAPTER)
+        return absent(NO_ADAPTER)
     copies = [layer for layer in layers if layer.copied]
     own = [layer for layer in layers if not layer.copied] or copies
     dtypes = _dtypes(_weights(own))
     if not dtypes:
-        return PathObservation(observed=None, present=False, reason="no adapter is active")
+        return absent("no adapter is active")
     reason = f"adapter weights: {count_values(dtypes)}"
     if copies and own is not copies:
         reason += f"; copies trained with it: {count_values(_dtypes(_weights(copies)))}"
@@ -368,13 +372,13 @@ def judge_dropout(seen: Observation, required: Json) -> PathObservation:
     """Judge ``peft.dropout``: the probability that was really applied, not the configured one."""
     layers = [layer for layer in seen.adapter_layers() if not layer.copied]
     if not layers:
-        return PathObservation(observed=None, present=False, reason=NO_ADAPTER)
+        return absent(NO_ADAPTER)
     if is_trained_by_hand(seen):
-        return PathObservation(observed=None, status="unknown", reason=BY_HAND)
+        return undecided(BY_HAND)
     unseen = [f"{name}={probability}" for layer in layers for name, probability in layer.unseen_dropouts()]
     if unseen:
         reason = f"drawn inside the method's product, where nothing shows it: {name_some(unseen)}"
-        return PathObservation(observed=None, status="unknown", reason=reason)
+        return undecided(reason)
     applied: dict[str, float] = {}
     notes: dict[str, str] = {}
     for layer in layers:

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from kernels_check.observe.profile import StepProfile
 
 
-FUSED_ATTENTION = frozenset({"flash", "efficient", "cudnn", "flash_attention_2"})
+FUSED_ATTENTION = frozenset(
+    {"flash", "efficient", "cudnn", "flash_attention_2", "flash_attention_3", "flash_attention_4"}
+)
 """Backends that never write the score matrix to memory; what the requirement ``fused`` accepts."""
 LARGEST_FLASH_HEAD = 256
 """Head size up to which CUDA's flash runs (``sdp_utils.cpp``, ``check_head_dim_size_flash``)."""
@@ -292,7 +294,7 @@ def likely_cause(model: nn.Module, wrong: list[AttentionCall]) -> str:
 
 _BACKEND = Requirement(
     kind="choice",
-    choices=("flash", "efficient", "cudnn", "math", "eager", "flash_attention_2", "flex", "fused"),
+    choices=("fused", *sorted(FUSED_ATTENTION), "flex", "math", "eager"),
 )
 _MASK = Requirement(kind="choice", choices=("none", "causal", "explicit"))
 

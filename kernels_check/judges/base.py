@@ -22,10 +22,13 @@ from kernels_check.check import (
     PathObservation,
     Requirement,
     Status,
+    absent,
+    at_least,
     count_values,
     format_count,
     join_values,
     name_some,
+    undecided,
 )
 
 if TYPE_CHECKING:
@@ -82,20 +85,12 @@ def judge_bytes_in_4bit(seen: Observation, required: Json) -> PathObservation:
     census = seen.census()
     total, share, unread = census.bytes_of.total(), census.share(4), census.share(None)
     if not total:
-        return PathObservation(observed=None, present=False, reason=_NO_BASE)
+        return absent(_NO_BASE)
     reason = f"{share:.1%} of the {_size(total)} of the base are 4-bit weights with their scales"
     others = census.others(4)
     reason += f"; the largest that are not: {_largest(others)}" if others else ""
     reason += f"; {unread:.1%} could not be read and may be either" if unread else ""
-    minimum = float(required) if isinstance(required, int | float) else 0.0
-    undecided = share < minimum <= share + unread
-    return PathObservation(
-        observed=round(share, 6),
-        reason=reason,
-        status="unknown" if undecided else None,
-        satisfies=share >= minimum,
-        present=share > 0,
-    )
+    return at_least(share, required, reason, perhaps=share + unread)
 
 
 def _largest(others: list[tuple[str, int]]) -> str:
@@ -127,7 +122,7 @@ def judge_frozen(seen: Observation, required: Json) -> PathObservation:
     """Judge ``base.frozen``: no part of the base changes, receives a gradient, or would move with one."""
     digest, change = seen.after, seen.after.since(seen.before)
     if not digest.parts and not seen.before.parts and not digest.unseen:
-        return PathObservation(observed=None, present=False, reason=_NO_BASE)
+        return absent(_NO_BASE)
     what = f"every byte of {_size(digest.total_bytes)} in {len(digest.parts)} parts"
     faults, notes = _trained(seen)
     remedies = (
@@ -178,7 +173,7 @@ def judge_learning(seen: Observation, required: Json) -> PathObservation:
     )
     if not seen.optimizer_steps:
         reason = f"no torch.optim.Optimizer stepped in {format_count(seen.calls, 'call')}"
-        return PathObservation(observed=None, status="unknown", reason=reason)
+        return undecided(reason)
     faults = [f"{len(names)} base parameters {problem}: {name_some(names)}" for problem, names in problems if names]
     if not moved:
         faults.append("no byte of the base changed: the learning rate is 0, or updates round away in its type")
@@ -244,7 +239,7 @@ def _over_layers(
 ) -> PathObservation:
     """Compare one property over all targeted layers and name the exceptions."""
     if not stored:
-        return PathObservation(observed=None, present=False, reason="no layer carries an adapter")
+        return absent("no layer carries an adapter")
     known = [value for value in values.values() if value is not None]
     expected = required if required is not None or not known else Counter(known).most_common(1)[0][0]
     observed = known[0] if len(set(known)) == 1 else join_values(part for one in known for part in str(one).split("+"))

@@ -6,13 +6,11 @@ Every token that a step trains on must weigh the same, however the batch was cut
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from kernels_check.check import FLAG, SHARE, Check, Json, JudgedPath, PathObservation, Status, judge_safely, name_some
+from kernels_check.check import FLAG, SHARE, Json, JudgedPath, PathObservation, Status, failed, name_some, passed
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from kernels_check.observe.loss import LossPass
     from kernels_check.observe.observation import Observation
     from kernels_check.observe.padding import IsolationResult, PaddingSeen
@@ -24,34 +22,18 @@ _LEAK = (
 _PADDED = "pack the records into full rows, or sort them by length"
 
 
-def probe_isolation(model: nn.Module, batch: Mapping[str, Any]) -> Check:
-    """Check that the records packed in ``batch`` are isolated, in training and in evaluation.
-
-    Args:
-        model: called as ``model(**batch)``, three times a mode, see ``isolation``.
-        batch: ``input_ids`` of [rows, tokens], and ``position_ids`` that restart at each record, or another
-            input that marks records (see ``records``); further entries (such as ``use_cache``) are passed on, labels
-            only where the model does not run without.
-
-    Returns:
-        The check of ``packing.isolated`` against True. Parameters, modes and random numbers are left as found.
-    """
-    from kernels_check.isolation import isolation_of
-
-    return judge_safely("packing.isolated", True, lambda: _judge_leaks(isolation_of(model, [], batch)))
-
-
 def judge_isolation(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``packing.isolated``: by forwards that changed records, else by what the model was given."""
-    return _judge_leaks(seen.isolation())
+    """Judge ``packing.isolated`` by what the model was given."""
+    return judge_leaks(seen.isolation())
 
 
-def _judge_leaks(seen: IsolationResult) -> PathObservation:
+def judge_leaks(seen: IsolationResult) -> PathObservation:
+    """Judge what was found of packed records."""
     if seen.leaks:
-        return PathObservation(observed=False, reason="; ".join([*seen.leaks, _LEAK]))
+        return failed("; ".join([*seen.leaks, _LEAK]))
     if seen.unclear is not None:
         return PathObservation(observed=None, status="unknown", present=seen.packed, reason=seen.unclear)
-    return PathObservation(observed=True, reason=f"{seen.records} records: {seen.proof}")
+    return passed(f"{seen.records} records: {seen.proof}")
 
 
 def judge_padding(seen: Observation, required: Json) -> PathObservation:

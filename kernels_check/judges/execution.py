@@ -17,9 +17,11 @@ from kernels_check.check import (
     JudgedPath,
     PathObservation,
     Requirement,
+    at_least,
     count_values,
     join_values,
     name_some,
+    undecided,
 )
 
 if TYPE_CHECKING:
@@ -49,8 +51,7 @@ def judge_checkpointed_layers(seen: Observation, required: Json) -> PathObservat
     if isinstance(judged, PathObservation):
         return judged
     share, _, reason = judged
-    minimum = float(required) if isinstance(required, int | float) else 0.0
-    return PathObservation(observed=round(share, 6), reason=reason, satisfies=share >= minimum, present=share > 0)
+    return at_least(share, required, reason)
 
 
 def _recomputed(seen: Observation) -> PathObservation | tuple[float, bool, str]:
@@ -64,10 +65,10 @@ def _recomputed(seen: Observation) -> PathObservation | tuple[float, bool, str]:
         idle = seen.blocks_without_gradient()
         if not idle:
             reason = "no layer call was seen in the step"
-            return PathObservation(observed=None, status="unknown", present=False, reason=reason)
+            return undecided(reason, present=False)
         return 0.0, False, f"no gradient comes back to the {len(idle)} blocks that ran: nothing is to be recomputed"
     if hidden and again is None:
-        return PathObservation(observed=None, status="unknown", present=False, reason=shown)
+        return undecided(shown, present=False)
     whole = [block for block in by_calls if block.whole]
     total = len(by_calls) + hidden
     share = (len(whole) + hidden * (again or 0.0)) / total
@@ -144,9 +145,9 @@ def judge_compile(seen: Observation, required: Json) -> PathObservation:
     regions, past = seen.profile.compiled_regions, seen.compilations
     blocks = seen.compiled_blocks()
     reason = _entered(seen)
-    undecided = _undecided(seen)
-    if undecided is not None:
-        return PathObservation(observed=None, status="unknown", reason=f"{reason}; {undecided}")
+    doubt = _undecided(seen)
+    if doubt is not None:
+        return undecided(f"{reason}; {doubt}")
     whole = bool(blocks.compiled) and not blocks.not_whole
     observed: Json = whole or ("in part" if blocks.compiled or blocks.partly else False)
     if not whole:
@@ -167,13 +168,11 @@ def judge_compiled_share(seen: Observation, required: Json) -> PathObservation:
     """Judge ``compile.share``, a minimum: the share of the blocks that ran in compiled code."""
     blocks = seen.compiled_blocks()
     reason = _entered(seen)
-    undecided = _undecided(seen) or ("no block of the model was seen to run" if not blocks.ran else None)
-    if undecided is not None:
-        return PathObservation(observed=None, status="unknown", present=False, reason=f"{reason}; {undecided}")
+    doubt = _undecided(seen) or ("no block of the model was seen to run" if not blocks.ran else None)
+    if doubt is not None:
+        return undecided(f"{reason}; {doubt}", present=False)
     share = len(blocks.compiled) / blocks.ran
-    minimum = float(required) if isinstance(required, int | float) else 0.0
-    reason += _eagerly(seen) if share < 1.0 else ""
-    return PathObservation(observed=round(share, 6), reason=reason, satisfies=share >= minimum, present=share > 0)
+    return at_least(share, required, reason + (_eagerly(seen) if share < 1.0 else ""))
 
 
 def _entered(seen: Observation) -> str:
@@ -251,7 +250,7 @@ def judge_fused(seen: Observation, required: Json) -> PathObservation:
     hidden = [place.name for place in idle if place.hidden or compiled]
     if hidden:
         parts.append(f"their calls in compiled code cannot be seen: {name_some(hidden)}")
-        return PathObservation(observed=None, status="unknown", reason="; ".join(parts))
+        return undecided("; ".join(parts))
     satisfied = bool(wanted) and not missing and all(kind in whole for kind in wanted)
     present = any(_ran(place, seen) for place in places)
     return PathObservation(observed=join_values(whole), reason="; ".join(parts), satisfies=satisfied, present=present)

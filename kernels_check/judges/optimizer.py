@@ -17,9 +17,12 @@ from kernels_check.check import (
     JudgedPath,
     PathObservation,
     Requirement,
+    absent,
+    at_least,
     format_count,
     join_values,
     name_some,
+    undecided,
 )
 
 if TYPE_CHECKING:
@@ -71,7 +74,7 @@ def judge_fused(seen: Observation, required: Json) -> PathObservation:
     reason = f"{fused} of {total} parameters updated by fused kernels; {counts} in one step; "
     reason += f"optimizers were built with fused={wished}"
     if not total or unseen == total:
-        return PathObservation(observed=None, status="unknown", reason=f"{reason}; {_why_unseen(seen, total)}")
+        return undecided(f"{reason}; {_why_unseen(seen, total)}")
     observed = join_values(kind for kind in kinds if kind != _UNSEEN)
     if unseen:
         reason += f"; of {unseen} parameters no update was seen"
@@ -126,8 +129,8 @@ def _no_optimizer(seen: Observation) -> PathObservation:
             f"; {format_count(len(seen.changed), 'parameter')} changed all the same: by an optimizer of another kind?"
         )
     elif not seen.other_optimizers:
-        return PathObservation(observed=None, present=False, reason=reason)
-    return PathObservation(observed=None, status="unknown", present=False, reason=reason)
+        return absent(reason)
+    return undecided(reason, present=False)
 
 
 def judge_paged_share(seen: Observation, required: Json) -> PathObservation:
@@ -142,8 +145,7 @@ def judge_paged_share(seen: Observation, required: Json) -> PathObservation:
         reason += "; Paged optimizers are not supported on CPU: bitsandbytes keeps is_paged=True and pages nothing"
     elif paged < total and any(optimizer.claims_paged for optimizer in seen.optimizers):
         reason += "; state of tensors below 100000 elements is never paged"
-    minimum = float(required) if isinstance(required, int | float) else 0.0
-    return PathObservation(observed=round(share, 6), reason=reason, satisfies=share >= minimum, present=paged > 0)
+    return at_least(share, required, reason)
 
 
 def _paging_refused(optimizer: OptimizerSeen) -> bool:

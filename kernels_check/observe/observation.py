@@ -114,8 +114,6 @@ class Observation:
     """Calls of the model itself in the hooked call; none where it is compiled in place."""
     compilations: Compilations = field(default_factory=Compilations)
     """What torch.compile has on record after the last call."""
-    isolate: Callable[[Observation], IsolationResult] | None = None
-    """Changes the records of packed calls; without, they are judged by what the model was given."""
     left: ModelTree | None = None  # as the last call left the model
     updated: tuple[GroupSeen, ...] = ()
     """Groups of the optimizers that stepped in the watched call."""
@@ -235,8 +233,6 @@ class Observation:
 
     def isolation(self) -> IsolationResult:
         """Whether packed records are isolated."""
-        if self.isolate is not None:
-            return self.isolate(self)
         return isolation_by_inputs(self.model_calls, self.attention_layers().calls)
 
     @_once

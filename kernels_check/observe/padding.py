@@ -353,7 +353,7 @@ def _still(positions: Any, numbers: Tensor) -> Tensor:
     return still
 
 
-_VERIFY = "whether it isolates them takes forwards, as verify makes them"
+_VERIFY = "whether it isolates them takes forwards, as probe_isolation makes them"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,10 +1,10 @@
 """Storage, precision and stillness of the base are proved from its tensors."""
 
-import bitsandbytes as bnb
 import pytest
 import torch
 
 from kernels_check.observe.adapter import adapter_layers
+from kernels_check.small_run import eight_bit
 
 
 def _bases(run):
@@ -18,13 +18,7 @@ def test_an_unset_compute_dtype_is_read_after_the_first_forward(training):
 
 def test_int8_weights_count_as_eight_bits(training):
     """LLM.int8 is recognised and stays frozen, although its scales move to the module in the first forward."""
-
-    def to_int8(linear):
-        layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False)
-        layer.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
-        return layer.to("cpu")
-
-    run = training(quant=to_int8)
+    run = training(quant=eight_bit)
     assert run.check("base.bits", 8).met
     assert run.check("base.quant_type", "int8").met
     assert run.check("base.frozen", True).met

@@ -44,15 +44,6 @@ def drift_offset(run: SmallRun) -> None:
     after_each_step(run, lambda: layer.weight.quant_state.offset.add_(1e-3))
 
 
-def int8(linear: Any) -> Any:
-    """The LLM.int8 layer of a linear layer."""
-    import bitsandbytes as bnb
-
-    layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False)
-    layer.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
-    return layer.to(linear.weight.device)
-
-
 def drift_int8_scales(run: SmallRun) -> None:
     """Move the scales, which the first forward has handed to the layer."""
     layer = adapter_layers(run.model)[0].base

@@ -45,13 +45,12 @@ def accumulate(**more: Any) -> Callable[[SmallRun], None]:
     return change
 
 
-def mask_blocks(run: SmallRun, *, lost: int | None = None, causal: bool = True) -> None:
+def mask_blocks(run: SmallRun, *, lost: int | None = None) -> None:
     """Four records a row, marked by a mask of blocks.
 
     Args:
         run: to be changed.
         lost: number of a record that sees the one before it.
-        causal: whether a token sees nothing of what comes after it.
     """
     import torch
 
@@ -61,23 +60,14 @@ def mask_blocks(run: SmallRun, *, lost: int | None = None, causal: bool = True) 
     mask = merged[:, None] == merged[None, :]
     positions = torch.arange(4, device=ids.device).repeat(len(ids), ids.shape[1] // 4)
     shape = len(ids), 1, ids.shape[1], ids.shape[1]
-    mask = (mask.tril() if causal else mask).expand(shape)
+    mask = mask.tril().expand(shape)
     run.inputs |= {"position_ids": positions, "attention_mask": mask, "use_cache": False}
     run.packed = dict(run.inputs)
-    if not causal:
-        for module in run.model.modules():
-            if hasattr(module, "is_causal"):
-                module.is_causal = False
 
 
 def lose_a_boundary(run: SmallRun) -> None:
     """The mask of blocks has one block of two records, and neither is the first."""
     mask_blocks(run, lost=3)
-
-
-def see_ahead(run: SmallRun) -> None:
-    """Blocks without the triangle: a record is isolated, and its tokens see what comes next."""
-    mask_blocks(run, causal=False)
 
 
 def with_dropout(*changes: Callable[[SmallRun], object]) -> Build:
@@ -103,15 +93,6 @@ def with_dropout(*changes: Callable[[SmallRun], object]) -> Build:
         return run
 
     return build
-
-
-def eight_bit(linear: Any) -> Any:
-    """The 8-bit layer of a linear layer, with so low a threshold that outlier columns are found in every batch."""
-    import bitsandbytes as bnb
-
-    layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, False, has_fp16_weights=False, threshold=1.0)
-    layer.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
-    return layer
 
 
 def pad_most(run: SmallRun) -> None:

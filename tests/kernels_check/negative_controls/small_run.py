@@ -7,26 +7,23 @@ sizes are small: hidden 128, 4 query heads, 2 key/value heads, 96 tokens of voca
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+from kernels_check import small_run
 
 PAD_TOKEN = 0
 
 
 @dataclass(kw_only=True)
-class SmallRun:
+class SmallRun(small_run.SmallRun):
     """One run that can be stepped, changed and verified; mutable, because controls break it after it was built."""
 
-    model: Any
-    optimizer: Any
-    inputs: dict[str, Any]
     packed: dict[str, Any] | None = None
     """Packed batch for the isolation probe."""
     accumulated: list[dict[str, Any]] = field(default_factory=list)
     """Inputs of forwards before the last, whose gradients are added to its own."""
-    around: Callable[[], AbstractContextManager[object]] = nullcontext
-    """What every step happens in, such as autocast."""
     losses: list[float] = field(default_factory=list)
     passes: Callable[[SmallRun], Any] | None = None
     """What takes the place of one forward and backward pass; gives the loss."""
@@ -62,12 +59,18 @@ class SmallRun:
         requirements = {} if required is None else {path: required}
         return next(check for check in self.verify(requirements, step) if check.path == path)
 
-    def verify(self, requirements: dict[str, Any], step: Callable[[], object] | None = None, **options: Any) -> Any:
-        """Verify with the packed batch where there is one."""
-        from kernels_check import verify
+    def verify(self, requirements: dict[str, Any], step: Callable[[], object] | None = None) -> Any:
+        """Verify, and probe the packed batch where there is one, unless the step itself shows a leak."""
+        from kernels_check import probe_isolation, verify
 
-        options = {"batch": self.packed, **options}
-        return verify(self.model, step or self.step, requirements, **options)
+        checks = verify(self.model, step or self.step, requirements)
+        if self.packed is None:
+            return checks
+        probed = probe_isolation(self.model, self.packed)
+        return [
+            probed if one.path == probed.path and (one.status != "fallback" or not probed.met) else one
+            for one in checks
+        ]
 
 
 def build(
@@ -93,21 +96,10 @@ def build(
 
     Args:
         quant: ``nf4``, ``fp4``, a function from a linear layer to its replacement, or None for float weights.
-        double: whether the scales are quantised too.
         compute: compute dtype of the 4-bit layers; None leaves it to bitsandbytes.
-        dtype: of the weights before quantisation, and of what is not quantised.
-        attention: the model's ``attn_implementation``.
-        attention_dropout: of the attention weights, in training.
-        head_size: of each attention head.
-        unquantised: ends of the names of linear layers that keep float weights.
         prepare: call ``peft.prepare_model_for_kbit_training``, without checkpointing.
-        targets: ``target_modules`` of the adapter.
-        rank: of the adapter.
-        lora_dropout: of the adapter's input.
-        adapter: makes PEFT's configuration of another adapter; the three above do not count then.
-        make_optimizer: from the trainable parameters to the optimizer; AdamW where left out.
+        adapter: makes PEFT's configuration of another adapter; targets, rank and dropout do not count then.
         tokens: in each of the two rows.
-        device: where it runs.
     """
     import peft
     import torch
@@ -127,13 +119,12 @@ def build(
         pad_token_id=PAD_TOKEN,
     )
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=getattr(torch, dtype))
-    if quant is not None:
-        computed = None if compute is None else getattr(torch, compute)
-        for parent, name, linear in _linears(model, unquantised):
-            if callable(quant):
-                setattr(parent, name, quant(linear))
-            else:
-                setattr(parent, name, fourbit(linear, quant_type=quant, double=double, compute=computed))
+    for name, linear in [*model.named_modules()]:
+        if quant is not None and isinstance(linear, torch.nn.Linear) and not name.endswith(unquantised):
+            parent, _, last = name.rpartition(".")
+            computed = None if compute is None else getattr(torch, compute)
+            layer = quant(linear) if callable(quant) else small_run.four_bit(linear, quant, double, computed)
+            setattr(model.get_submodule(parent), last, layer)
     model = model.to(device)
     if prepare:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -145,29 +136,6 @@ def build(
     make = make_optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
     ids = torch.randint(1, 96, (2, tokens)).to(device)
     return SmallRun(model=model, optimizer=make(trainable), inputs={"input_ids": ids})
-
-
-def _linears(model: Any, skipped: tuple[str, ...]) -> list[tuple[Any, str, Any]]:
-    """Parent, name and module of every linear layer to quantise."""
-    from torch.nn import Linear
-
-    return [
-        (parent, name, child)
-        for path, parent in list(model.named_modules())
-        for name, child in list(parent.named_children())
-        if isinstance(child, Linear) and not f"{path}.{name}".endswith(skipped)
-    ]
-
-
-def fourbit(linear: Any, *, quant_type: str, double: bool = True, compute: Any = None) -> Any:
-    """The 4-bit layer of a linear layer's weight; it quantises when it is moved to its device."""
-    import bitsandbytes as bnb
-
-    layer = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=compute)
-    layer.weight = bnb.nn.Params4bit(
-        linear.weight.data, requires_grad=False, compress_statistics=double, quant_type=quant_type, module=layer
-    )
-    return layer.to(linear.weight.device)
 
 
 @contextmanager
