@@ -61,8 +61,10 @@ def test_no_optimizer_is_absent(training):
     def step():
         run.model(**run.inputs, labels=run.inputs["input_ids"]).loss.backward()
 
-    assert run.check("optimizer.class", "torch.optim.AdamW", step).status == "absent"
-    check = run.check("peft.learning", True, step)
+    required = {"optimizer.class": "torch.optim.AdamW", "peft.learning": True}
+    checks = {check.path: check for check in run.verify(required, step)}
+    assert checks["optimizer.class"].status == "absent"
+    check = checks["peft.learning"]
     assert check.status == "unknown"
     assert "no torch.optim.Optimizer stepped in 8 calls" in check.reason
     assert "current_gradient_accumulation_steps" in check.reason
