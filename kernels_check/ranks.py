@@ -91,7 +91,10 @@ def read_times(events: Sequence[Any], *, on_device: bool) -> RankTime | None:
     wholes = [_interval(step) for step in steps]
     lasted = [end - begin for begin, end in wholes]
     exchanges = [_covered(exchanged, whole) for whole in wholes]
-    exposed = [_covered(exchanged + computed, whole) - _covered(computed, whole) for whole in wholes]
+    exposed = [
+        max(0.0, min(exchange, _covered(exchanged + computed, whole) - _covered(computed, whole)))  # but for rounding
+        for whole, exchange in zip(wholes, exchanges, strict=True)
+    ]
     return RankTime(
         step_s=sum(lasted) / len(steps),
         exchange_s=sum(exchanges) / len(steps),

@@ -10,7 +10,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -60,14 +60,15 @@ class NameTotal:
 
 def make_events(rows: Iterable[Row]) -> Events:
     """Columns of these events; their order does not matter."""
-    columns = array("q"), array("q"), array("d"), array("d"), array("q")
+    columns: tuple[array[Any], ...] = (array("q"), array("q"), array("d"), array("d"), array("q"))
     names: dict[str, int] = {}
     lanes: dict[Lane, int] = {}
-    for name, lane, *numbers in rows:
-        row = (names.setdefault(name, len(names)), lanes.setdefault(lane, len(lanes)), *numbers)
+    for name, lane, start_us, duration_us, correlation in rows:
+        name_index, lane_index = names.setdefault(name, len(names)), lanes.setdefault(lane, len(lanes))
+        row = (name_index, lane_index, start_us, duration_us, correlation)
         for column, value in zip(columns, row, strict=True):
             column.append(value)
-    arrays = [np.array(column) for column in columns]
+    arrays: list[npt.NDArray[Any]] = [np.array(column) for column in columns]
     start, duration = arrays[2:4]
     untimed = ~(np.isfinite(start + duration) & (duration >= 0.0))
     start[untimed] = duration[untimed] = np.nan
@@ -76,7 +77,16 @@ def make_events(rows: Iterable[Row]) -> Events:
     # NaN equals nothing: without a time two events are two.
     same = np.logical_and.reduce([column[1:] == column[:-1] for column in arrays])
     kept = np.concatenate(([True], ~same))[: len(order)]
-    return Events([*names], [*lanes], *(column[kept] for column in arrays), repeated=int(same.sum()))
+    return Events(
+        names=[*names],
+        lanes=[*lanes],
+        name=arrays[0][kept],
+        lane=arrays[1][kept],
+        start_us=arrays[2][kept],
+        duration_us=arrays[3][kept],
+        correlation=arrays[4][kept],
+        repeated=int(same.sum()),
+    )
 
 
 def sum_by_name(events: Events) -> list[NameTotal]:
