@@ -81,21 +81,17 @@ _STEP = re.compile(r"ProfilerStep#(\d{1,18})")
 Interval = tuple[float, float]
 
 
-class _Arguments(msgspec.Struct):
-    device: Any = None
-    stream: Any = None
-    correlation: int = NO_CORRELATION
-
-
 class _Event(msgspec.Struct):
-    name: str = ""
-    cat: str = ""
-    ph: str = ""
-    ts: float = math.nan
-    dur: float = math.nan
+    """Any value may be in any field: tools rewrite traces."""
+
+    name: Any = None
+    cat: Any = None
+    ph: Any = None
+    ts: Any = None
+    dur: Any = None
     pid: Any = None
     tid: Any = None
-    args: _Arguments = msgspec.field(default_factory=_Arguments)
+    args: Any = None
 
 
 class _Document(msgspec.Struct):
@@ -103,7 +99,7 @@ class _Document(msgspec.Struct):
 
 
 _decode_document = msgspec.json.Decoder(_Document | list[msgspec.Raw]).decode
-_decode_event = msgspec.json.Decoder(_Event, strict=False).decode  # tools that rewrite traces quote numbers
+_decode_event = msgspec.json.Decoder(_Event).decode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,19 +130,22 @@ def read_kineto(path: Path, content: bytes) -> Kineto:
     host_steps: dict[int, Interval] = {}
     gpu_steps: dict[int, Interval] = {}
     for event in _complete_events(path, content):
-        category, arguments = event.cat.lower(), event.args
+        category, start, duration = event.cat.lower(), _number(event.ts), _number(event.dur)
+        arguments = event.args if isinstance(event.args, dict) else {}
+        correlation = arguments.get("correlation")
+        if not isinstance(correlation, int) or not 0 <= correlation < 2**63:
+            correlation = NO_CORRELATION
         if category in _GPU:
-            device = event.pid if arguments.device is None else arguments.device
-            stream = event.tid if arguments.stream is None else arguments.stream
-            gpu.append((event.name, (str(device), str(stream)), event.ts, event.dur, arguments.correlation))
+            lane = str(arguments.get("device", event.pid)), str(arguments.get("stream", event.tid))
+            gpu.append((event.name, lane, start, duration, correlation))
         elif category in _OPERATORS:
-            operators.append((event.name, (str(event.pid), str(event.tid)), event.ts, event.dur, NO_CORRELATION))
-        elif category in _LAUNCHES and arguments.correlation != NO_CORRELATION:
-            launches[arguments.correlation] = event.ts
-        elif step := _STEP.fullmatch(event.name):
+            operators.append((event.name, (str(event.pid), str(event.tid)), start, duration, NO_CORRELATION))
+        elif category in _LAUNCHES and correlation != NO_CORRELATION:
+            launches[correlation] = start
+        elif (step := _STEP.fullmatch(event.name)) and math.isfinite(start + duration):
             steps = gpu_steps if category.startswith("gpu") else host_steps
             first, last = steps.get(int(step[1]), (math.inf, -math.inf))
-            steps[int(step[1])] = min(first, event.ts), max(last, event.ts + event.dur)
+            steps[int(step[1])] = min(first, start), max(last, start + duration)
     if not gpu and not operators:
         raise TraceError(
             f"{path}: is JSON, but has no event of a GPU kernel or an operator: another program's trace? Record with "
@@ -163,18 +162,26 @@ def read_kineto(path: Path, content: bytes) -> Kineto:
 
 
 def _complete_events(path: Path, content: bytes) -> Iterator[_Event]:
-    """Events of phase X, which have a duration."""
+    """Events of phase X, which have a duration, with a name and a category."""
     try:
         document = _decode_document(content)
         for raw in document.traceEvents if isinstance(document, _Document) else document:
             event = _decode_event(raw)
-            if event.ph == "X":
+            if event.ph == "X" and isinstance(event.name, str) and isinstance(event.cat, str):
                 yield event
     except (msgspec.DecodeError, RecursionError) as error:
         what = "the JSON ends early: the file was cut off" if "truncated" in str(error) else f"is no trace: {error}"
         raise TraceError(
             f"{path}: {what}; expected {EXPECTED}. Copy or export it again; nothing of a damaged file is reported"
         ) from None
+
+
+def _number(value: Any) -> float:
+    """A number, also one written as a string; NaN for anything else."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -200,6 +207,8 @@ def read_nsys(path: Path, content: bytes) -> list[NameTotal]:
         lines = [*csv.reader(io.StringIO(content.decode(), newline=""), strict=True), []]
     except (csv.Error, UnicodeDecodeError) as error:
         raise TraceError(f"{path}: is neither JSON nor CSV ({error}); expected {EXPECTED}. Export it again") from None
+    if b"\0" in content:
+        raise TraceError(f"{path}: is binary; expected {EXPECTED}. Export it again")
     for line in lines:
         cells = [cell.strip() for cell in line]
         if cells and re.match(r"-?\d", cells[0]):

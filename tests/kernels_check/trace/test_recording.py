@@ -45,7 +45,7 @@ def refusal_of(tmp_path, content):
     [
         (b"", "the file is empty"),
         (gzip.compress(b" \n", mtime=0), "the file is empty"),
-        (b"SQLite format 3\0rest", "nsys writes it with `nsys stats --report cuda_gpu_kern_sum"),
+        (b"# Notes\n", "nsys writes it with `nsys stats --report cuda_gpu_kern_sum"),
         (TABLE.decode().encode("utf-16"), "is neither JSON nor CSV"),
         (TABLE.replace(b"void k", b"void \xe4"), "is neither JSON nor CSV"),
         (b"{}", "has no event of a GPU kernel or an operator"),
@@ -53,7 +53,8 @@ def refusal_of(tmp_path, content):
         (b'{"traceEvents": [{"ph": "X", "name": "a", "cat": "renderer"}]}', "another program's trace?"),
         (b'{"traceEvents": {"a": 1}}', "is no trace: Expected `array`, got `object` - at `$.traceEvents`"),
         (b'{"traceEvents": [1, null, "x"]}', "is no trace: Expected `object`, got `int`"),
-        (json.dumps({"traceEvents": [EVENTS[0] | {"dur": None}]}).encode(), "got `null` - at `$.dur`"),
+        (json.dumps({"traceEvents": [EVENTS[0] | {"dur": None}]}).encode(), "no event has a usable duration"),
+        (TABLE.replace(b"void k", b"void \0"), "is binary"),
         (json.dumps({"traceEvents": [EVENTS[0] | {"dur": 0}]}).encode(), "what ran has 0.0 ms in all"),
         (TRACE[:300], "the JSON ends early: the file was cut off"),
         (TRACE + b"{}", "is no trace: JSON is malformed"),
@@ -68,6 +69,16 @@ def test_what_is_no_recording_is_refused(tmp_path, content, says):
     message = refusal_of(tmp_path, content)
     assert says in message
     assert any(remedy in message for remedy in ("Record", "export", "Export", "expected"))
+
+
+@pytest.mark.parametrize(
+    "odd", [{"name": 5}, {"cat": []}, {"args": 3}, {"ts": {}}, {"dur": "soon"}, {"args": {"correlation": 2**70}}]
+)
+def test_an_odd_value_in_an_event_does_no_harm(tmp_path, odd):
+    """The event is used as far as it can be, or left out, and the rest of the trace is judged."""
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps({"traceEvents": [EVENTS[0] | odd, *EVENTS]}))
+    assert read_trace(path).categories["matmul"] == 1.0
 
 
 def test_a_path_that_cannot_be_read_is_refused(tmp_path):
