@@ -282,7 +282,7 @@ def _summarise(
     groups = _group(ran, lambda one: one.rule.category_of(one.name) if one.rule is not None else "other")
     by_category = {category: use(groups.get(category, ())) for category in CATEGORIES}
     backends = _group(groups.get("attention", ()), lambda one: _backend(one, operators))
-    paths = _group(ran, lambda one: one.rule and one.rule.path)
+    paths = _group(ran, lambda one: one.rule.path if one.rule is not None else None)
     formats = _group(groups.get("matmul", ()), lambda one: (one.facts and one.facts.dtype) or "unknown")
     unknown = [one for one in ran if one.rule is None]
     unknown_share = use(unknown).time_share
@@ -294,7 +294,7 @@ def _summarise(
         attention=Attention(backends={name: _backend_use(use(some), some) for name, some in backends.items()}),
         fourbit=Fourbit(
             paths=uses(paths),
-            quant_types=uses(_group(ran, lambda one: one.rule and one.rule.quant_type)),
+            quant_types=uses(_group(ran, lambda one: one.rule.quant_type if one.rule is not None else None)),
             dtypes=_count_dtypes(one for path, some in paths.items() if path != "dequantize_8bit" for one in some),
         ),
         matmul_dtypes=uses(formats),
