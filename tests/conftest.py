@@ -161,7 +161,7 @@ def dolly() -> Path:
 @pytest.fixture(scope="session")
 def words():
     """The vocabulary of `gguf_file`: token 1 begins and token 2 ends a text."""
-    from lorameter.trial.data.tokenizers import _byte_characters
+    from lorameter.trial.data.tokens import _byte_characters
 
     return ["<unk>", "<s>", "</s>", *_byte_characters(), "ta", "tab"]
 

@@ -104,7 +104,7 @@ def attention() -> Fact:
 
 def clock() -> Fact:
     """A lap by events against the wall, against the kernels that CUPTI recorded, and after a rest of the GPU."""
-    from lorameter.trial.clock import Stopwatch
+    from lorameter.trial.process import Stopwatch
 
     work, watch = products(), Stopwatch("cuda")
     walls, laps = [], []

@@ -23,7 +23,7 @@ from lorameter.machine.provenance import probe_machine
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.study_file import load_study
-from lorameter.trial.building.shared import SharedBase
+from lorameter.trial.building.build import SharedBase
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.trial import Trial
 

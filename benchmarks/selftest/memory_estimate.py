@@ -114,7 +114,7 @@ def prepared(workload: Workload, folder: str) -> str:
 
 def trial(variant: Variant, workload: Workload, folder: str) -> dict[str, Any]:
     """Peaks as an isolated trial reports them, then one step and one request watched."""
-    from lorameter.trial.building.shared import SharedBase
+    from lorameter.trial.building.build import SharedBase
     from lorameter.trial.process import prepare_process
     from lorameter.trial.profiling.trial import ProfiledTrial
 

@@ -32,6 +32,8 @@ NEEDED: dict[str, dict[str, Any]] = {
     "TRAINABLE_TOKENS": {"target_modules": ["embed_tokens"], "token_indices": list(range(64, 128))},
     "VBLORA": {"num_vectors": 32, "vector_length": 32},
 }
+LEARNING_RATES = {"LN_TUNING": 1e-2}
+"""Other than 1e-3. Norms train in the type of the base, and next to 1 an update of 1e-3 rounds away in bfloat16."""
 STUDY = """
 [workload]
 model = "random:tiny-llama"
@@ -58,7 +60,8 @@ def variants() -> list[PeftVariant]:
         peft = {"peft_type": name, **{key: value for key, value in given.items() if value is not None}}
         for quantization in ("none", "nf4"):
             label = f"{name.lower()}-{'bf16' if quantization == 'none' else quantization}"
-            found.append(PeftVariant(name=label, peft=peft, quantization=quantization, learning_rate=1e-3))
+            rate = LEARNING_RATES.get(name, 1e-3)
+            found.append(PeftVariant(name=label, peft=peft, quantization=quantization, learning_rate=rate))
     return found
 
 
@@ -78,7 +81,7 @@ def main() -> int:
     facts = facts_of(every)
     tried = [one for one in every if not facts[one.name].refused]
     rows = [
-        f'[[variant]]\nname = "{one.name}"\nlearning_rate = 1e-3\nquantization = "{one.quantization}"\n'
+        f'[[variant]]\nname = "{one.name}"\nlearning_rate = {one.learning_rate}\nquantization = "{one.quantization}"\n'
         f"peft = {toml(one.peft)}\n"
         for one in tried
     ]

@@ -12,7 +12,7 @@ from lorameter.machine.gpus import neighbours_of
 from lorameter.machine.memory import PeakMemoryTracker
 from lorameter.machine.nvml import IDLE
 from lorameter.machine.telemetry import Telemetry, card_of
-from lorameter.trial.clock import Stopwatch
+from lorameter.trial.process import Stopwatch
 
 pytestmark = pytest.mark.gpu
 CONTEXT_BYTES = 2 * 2**30

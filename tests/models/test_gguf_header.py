@@ -10,7 +10,7 @@ import pytest
 
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
-from lorameter.models.gguf_header import read_header
+from lorameter.models.shapes import read_header
 from lorameter.records.fileio import NotReadableError
 
 gguf = pytest.importorskip("gguf")

@@ -211,14 +211,9 @@ def test_no_heavy_import():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"max_position_embeddings": 0}, "0 as context"),
-        ({"max_position_embeddings": -5}, "-5 as context"),
-        ({"num_hidden_layers": 10**12}, "as layers, and 1 to 10000"),
-        ({"num_hidden_layers": 0}, "0 as layers"),
-        ({"hidden_size": 2**40}, "as hidden_size"),
+        ({"max_position_embeddings": 0}, "gives no context"),
+        ({"num_hidden_layers": -5}, "gives no layers"),
         ({"vocab_size": True}, "gives no vocab_size"),
-        ({"num_attention_heads": 10**6, "head_dim": None}, "as head"),
-        ({"head_dim": -1}, "-1 as head_dim"),
         ({"text_config": []}, ""),
         ({"model_type": ["x"]}, ""),
     ],

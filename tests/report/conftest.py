@@ -12,9 +12,8 @@ import pytest
 from lorameter.machine.doctor import DoctorCheck
 from lorameter.machine.provenance import Machine
 from lorameter.models import catalogue, shapes
-from lorameter.models.costs.cards import find_card
 from lorameter.models.costs.memory import MemoryEstimate
-from lorameter.models.costs.peaks import Peak
+from lorameter.models.costs.peaks import Peak, find_card
 from lorameter.models.shapes import ModelShape
 from lorameter.parity.facts import Parity
 from lorameter.parity.judgement import judge_parity

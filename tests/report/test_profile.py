@@ -240,9 +240,9 @@ def test_a_family_that_is_not_known_has_the_ceilings_of_its_modules(profile, tmp
     unknown = dataclasses.replace(profile, workload=workload)
     step = step_account(unknown)
     assert "'gpt_neox' are not known" in ceilings(unknown, step.step)
-    parts = ("forward", "inputs", "weights")
-    sizes = {f"{kind}_{part}": 0.0 for kind in ("linear", "adapter", "head") for part in parts}
-    products = StepProducts(**{**sizes, "linear_forward": 1e6, "linear_inputs": 9e5}, passes=0.0, attention=128.0)
+    products = StepProducts(
+        forward=1e6, plain=1e6, inputs=9e5, head=0.0, weights=0.0, passes=0.0, attention=128.0
+    )  # fmt: skip
     values = profile.record.values | to_values(products)
     counted = dataclasses.replace(unknown, record=profile.record.replaced(values=values))
     found = ceilings(counted, step.step)

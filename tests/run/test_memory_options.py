@@ -9,7 +9,7 @@ import pytest
 
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
-from lorameter.models.costs.cards import find_card
+from lorameter.models.costs.peaks import find_card
 from lorameter.run.memory_fit import Fitter, advise, on_card, on_machine
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lorameter.machine.memory import PeakMemoryTracker, host_bytes
-from lorameter.trial.clock import Lap, Stopwatch
 from lorameter.trial.memory import resident_bytes
+from lorameter.trial.process import Lap, Stopwatch
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The worker: what a trial's process is told before it measures, and how it says what went wrong."""
 
-import os
 import sys
 from types import SimpleNamespace
 
@@ -59,19 +58,6 @@ def test_a_driver_that_something_has_started_forbids_a_fork(monkeypatch, answer,
     assert (refusal is not None and "started the CUDA driver" in refusal) is started
 
 
-def test_without_a_driver_nothing_forbids_a_fork(monkeypatch):
-    """Nobody has loaded libcuda, and looking does not load it."""
-
-    def absent(name, mode):
-        assert mode & os.RTLD_NOLOAD
-        raise OSError(f"{name}: cannot open shared object file")
-
-    monkeypatch.setattr(zygote.ctypes, "CDLL", absent)
-    monkeypatch.setattr(zygote, "other_threads", list)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    assert zygote._cannot_fork() is None
-
-
 @pytest.mark.parametrize(
     ("device", "built", "lacks"), [(True, False, True), (True, True, False), (False, False, False)]
 )
@@ -80,4 +66,4 @@ def test_bitsandbytes_without_its_cuda_library_is_told(monkeypatch, device, buil
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
     library = SimpleNamespace(lib=SimpleNamespace(compiled_with_cuda=built))
     monkeypatch.setitem(sys.modules, "bitsandbytes.cextension", library)
-    assert ("its library for CPUs" in (zygote._lacks_cuda() or "")) is lacks
+    assert ("its library for CPUs" in (zygote._describe(1.0).lacks or "")) is lacks

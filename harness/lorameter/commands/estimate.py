@@ -10,9 +10,9 @@ from lorameter.commands.output import show_result
 from lorameter.errors import EXIT_PASS
 from lorameter.machine.provenance import Machine
 from lorameter.models import catalogue, shapes
-from lorameter.models.costs.cards import find_card
 from lorameter.models.costs.lora import uncounted
 from lorameter.models.costs.memory import PEAK_RANGES, MemoryEstimate, birth_bytes, estimate_phases
+from lorameter.models.costs.peaks import find_card
 from lorameter.records import codec, store
 from lorameter.records.memory_account import MEMORY_PHASES, MemoryPhase
 from lorameter.report.estimate import describe_basis, describe_estimate, describe_fit

@@ -57,7 +57,7 @@ def run_parity(options: argparse.Namespace) -> int:
 
 def _decoder(parity: Parity) -> Callable[[Sequence[int]], str]:
     """From tokens to text, by the tokenizer of the model."""
-    from lorameter.trial.data.tokenizers import load_tokenizer
+    from lorameter.trial.data.tokens import load_tokenizer
 
     source = catalogue.resolve(parity.workload.model)
     tokenizer, _ = load_tokenizer(source, vocab_size=shapes.shape(source).vocab_size)

@@ -5,7 +5,7 @@ thread polls while something is timed. What accumulates is a difference; what fl
 right after the work and before the GPU has cooled, over as many ends as a trial has turns.
 
 A GPU may lower its clocks as soon as it has nothing to do, so those of a step are read while its work is still
-queued: the host has launched all and would only wait (`look`; `lorameter.trial.clock` calls it). In a
+queued: the host has launched all and would only wait (`look`; `lorameter.trial.process` calls it). In a
 request, whose tokens the host waits for one by one, the clocks at the end are used, and those of a GPU that idles by
 then are dropped.
 

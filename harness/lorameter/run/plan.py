@@ -69,7 +69,7 @@ class Arm:
     role: Role = "variant"
     workload: Workload
     slowdown_rows: int = 0
-    """Extra work in every adapted layer (`lorameter.trial.building.planted_slowdown`); 0 in a real measurement."""
+    """Extra work in every adapted layer (`lorameter.trial.building.build`); 0 in a real measurement."""
 
     @property
     def name(self) -> str:

@@ -155,7 +155,7 @@ class Workload:
     """How ranks train together: "ddp", each with the whole model, or "fsdp2", which shards it."""
     repair: Repair = ""
     """What is mended in the libraries for it. "quant_state": 4-bit weights that FSDP2 has sharded keep their
-    quantisation state (`lorameter.trial.ranks.strategies`), without which they are refused as wrong."""
+    quantisation state (`lorameter.trial.ranks.rank`), without which they are refused as wrong."""
     scaling: bool = True
     """Whether one rank alone takes turns with the ranks of a trial, on the same batches: what scaling efficiency and
     losses are measured against. It needs a device that holds the whole model."""

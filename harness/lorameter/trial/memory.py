@@ -15,11 +15,11 @@ def resident_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
     `adapter_bytes` whatever trains, `gradient_bytes` the gradients present now, `optimizer_state_bytes` all optimizer
     state and `paged_optimizer_state_bytes` the part of it in managed memory.
     """
-    kinds = resident_tensors(model, optimizer)
-    found = {kind: sum(map(_size, tensors)) for kind, tensors in kinds.items()}
-    trained, paged = found.pop("adapter"), found.pop("paged_optimizer_state")
-    gradients, state = found.pop("gradients"), found.pop("optimizer_state")
-    quantization = found.pop("quantization_state")
+    found = {kind: sum(one.nbytes for one in held) for kind, held in resident_tensors(model, optimizer).items()}
+    trained, paged, gradients, state, quantization = (
+        found.pop(kind)
+        for kind in ("adapter", "paged_optimizer_state", "gradients", "optimizer_state", "quantization_state")
+    )
     return {
         "base_weight_bytes": sum(found.values()),
         "quantization_state_bytes": quantization,
@@ -83,20 +83,19 @@ def _name(tensor: torch.Tensor) -> str:
 
 
 def _quantization_state(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    for module in model.modules():  # 8-bit layers move their row scales from the weight to the layer's own state
-        for holder in (getattr(module, "weight", None), getattr(module, "state", None)):
-            extra = getattr(holder, "SCB", None)
-            if isinstance(extra, torch.Tensor):
-                yield extra
+    holders = [
+        holder  # 8-bit layers move their row scales from the weight to the layer's own state
+        for module in model.modules()
+        for holder in (getattr(module, "weight", None), getattr(module, "state", None))
+    ]
     states = [getattr(parameter, "quant_state", None) for parameter in model.parameters()]
     states += [vars(module).get("quant_state") for module in model.modules()]  # of a weight that is sharded
-    for state in states:
-        while state is not None:
-            for name in ("absmax", "code", "offset"):
-                tensor = getattr(state, name, None)
-                if isinstance(tensor, torch.Tensor):
-                    yield tensor
-            state = getattr(state, "state2", None)  # one that was repacked for a CPU has none
+    states += [getattr(state, "state2", None) for state in states]  # one that was repacked for a CPU has none
+    for holder in (*holders, *states):
+        for name in ("SCB", "absmax", "code", "offset"):
+            tensor = vars(holder).get(name) if hasattr(holder, "__dict__") else None
+            if isinstance(tensor, torch.Tensor):
+                yield tensor
 
 
 def _fresh(tensors: Iterable[torch.Tensor], seen: set[int]) -> Iterator[torch.Tensor]:
@@ -110,7 +109,3 @@ def _fresh(tensors: Iterable[torch.Tensor], seen: set[int]) -> Iterator[torch.Te
 def _here(tensor: torch.Tensor) -> torch.Tensor:
     """What lies on this rank of a sharded tensor; any other tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _size(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -1,4 +1,4 @@
-"""How a measuring process is set up, forked or cold, and how it gives memory back."""
+"""How a measuring process is set up, forked or cold, how it times its steps, and how it gives memory back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import gc
 import logging
 import resource
 import time
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -60,16 +62,59 @@ def limit_threads(device: str, threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-_STATM = Path("/proc/self/statm")
-
-
-def resident_now() -> int:
-    """Bytes of the resident set; some microseconds."""
-    return int(_STATM.read_text().split()[1]) * resource.getpagesize()
-
-
 def give_back_free() -> None:
     """Have malloc give back every page that holds nothing, where the C library has malloc_trim(3), which is glibc's."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+# --- clock ------------------------------------------------------------------------------------------------------------
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Lap:
+    """Time of one call, in seconds: on the device (or the wall, on a CPU), and of the process on all its CPUs."""
+
+    time_s: float
+    cpu_time_s: float
+
+
+class Stopwatch:
+    """Times calls on one device by one instrument, with one synchronisation a call. Not shared between threads.
+
+    On CUDA a call is timed with a pair of device events, which the device itself stamps. What the host does after its
+    last launch is not in the number; where launches are slower than the device, its waiting for them is. On a CPU it is
+    `perf_counter` and the process's CPU time: their ratio, the occupancy, distinguishes an undisturbed step from a
+    contended one without looking at the outcome (measured in docs/method.md).
+    """
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device.startswith("cuda")
+
+    def __call__(self, call: Callable[[], T], meanwhile: Callable[[], object] | None = None) -> tuple[T, Lap]:
+        """The result of `call()` and its lap; on CUDA the lap ends when the device has finished.
+
+        `meanwhile` is called on CUDA when all is launched, while the device works and the host would wait for it. What
+        it takes is in neither time. On a CPU there is no such moment, and it is not called.
+        """
+        if not self._cuda:
+            cpu, wall = time.process_time(), time.perf_counter()
+            result = call()
+            wall = time.perf_counter() - wall
+            return result, Lap(wall, time.process_time() - cpu)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        cpu = time.process_time()
+        begin.record()
+        result = call()
+        end.record()
+        if meanwhile is not None:
+            launched = time.process_time()
+            meanwhile()
+            cpu += time.process_time() - launched
+        torch.cuda.synchronize()
+        return result, Lap(begin.elapsed_time(end) / 1e3, time.process_time() - cpu)

@@ -22,27 +22,26 @@ from lorameter.studies.workload import Workload
 
 
 def serve(connection: Connection) -> None:
-    """The loop of a process that hosts trials: one answer for each command, until the parent closes the connection."""
+    """The loop of a process that hosts trials: one answer for each command, until the parent closes the connection.
+    Whatever goes wrong becomes a fragment with a status, never a dead connection."""
     trials: dict[str, Any] = {}
-    wire.serve(connection, lambda command: _answer(command, trials))
 
+    def answer(command: wire.Command) -> PartialRecord:
+        try:
+            if command.name == "prepare":
+                trials[command.trial] = _prepare_trial(trials, **command.arguments)
+                return PartialRecord()
+            if command.name in PROCESS_COMMANDS:
+                return PROCESS_COMMANDS[command.name](**command.arguments)
+            return trials[command.trial].run(command.name, **command.arguments)  # type: ignore[no-any-return]
+        except Exception as error:
+            return failed_record(error, command.name)
 
-def _answer(command: wire.Command, trials: dict[str, Any]) -> PartialRecord:
-    """Run one command; whatever goes wrong becomes a fragment with a status, never a dead connection."""
-    arguments = command.arguments
-    try:
-        if command.name in PROCESS_COMMANDS:
-            return PROCESS_COMMANDS[command.name](**arguments)
-        if command.name == "prepare":
-            trials[command.trial] = _prepare_trial(trials, **arguments)
-            return PartialRecord()
-        return trials[command.trial].run(command.name, **arguments)  # type: ignore[no-any-return]
-    except Exception as error:
-        return failed_record(error, command.name)
+    wire.serve(connection, answer)
 
 
 def _prepare_trial(trials: dict[str, Any], request: dict[str, Any], profiled: bool = False) -> Any:
-    from lorameter.trial.building.shared import SharedBase
+    from lorameter.trial.building.build import SharedBase
     from lorameter.trial.process import prepare_process
     from lorameter.trial.trial import Trial
 
@@ -109,10 +108,9 @@ PROCESS_COMMANDS: dict[str, Callable[..., PartialRecord]] = {
 def _log_to(log: str) -> None:
     path = Path(log)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
+    with path.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
 
 
 # --- a new interpreter ------------------------------------------------------------------------------------------------
@@ -123,20 +121,14 @@ def serve_once(connection: Connection) -> None:
     wire.serve(connection, lambda command: COMMANDS[command.name](**command.arguments))
 
 
-def _start_cold(request: dict[str, Any], spawned_monotonic_s: float) -> PartialRecord:
-    from lorameter.trial.serving.cold import start_cold
+def _start_cold(spawned_monotonic_s: float, request: dict[str, Any] | None = None) -> PartialRecord:
+    """A cold start; without a request its imports alone."""
+    from lorameter.trial.serving.cold import start_cold, time_imports
 
     try:
+        if request is None:
+            return time_imports(spawned_monotonic_s)
         return start_cold(codec.from_json(TrialRequest, request, "trial request"), spawned_monotonic_s)
-    except Exception as error:
-        return failed_record(error, "cold")
-
-
-def _time_imports(spawned_monotonic_s: float) -> PartialRecord:
-    from lorameter.trial.serving.cold import time_imports
-
-    try:
-        return time_imports(spawned_monotonic_s)
     except Exception as error:
         return failed_record(error, "cold")
 
@@ -152,4 +144,4 @@ def _prepare_tokens(workload: dict[str, Any], folder: str) -> object:
         raise
 
 
-COMMANDS: dict[str, Callable[..., object]] = {"cold": _start_cold, "imports": _time_imports, "tokens": _prepare_tokens}
+COMMANDS: dict[str, Callable[..., object]] = {"cold": _start_cold, "imports": _start_cold, "tokens": _prepare_tokens}

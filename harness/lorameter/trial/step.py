@@ -14,21 +14,26 @@ import torch
 
 from lorameter.studies.variant import Variant
 from lorameter.trial.building.build import TrainableModel
-from lorameter.trial.building.packing import evaluating
+from lorameter.trial.building.quantising import evaluating
 from lorameter.trial.data.stream import Batch, TokenStream
 
 _FORWARD: dict[str, Any] = {"use_cache": False}
 
 
-def loss_of(forward: Any, batch: Batch, *, device: str, autocast: torch.dtype | None = None) -> torch.Tensor:
-    """Mean loss over the labelled tokens of a batch by `forward`, as a step takes it; `autocast` is the type to cast
+def loss_of(forward: Any, batch: Batch, *, device: str, autocast: str | None = None) -> torch.Tensor:
+    """Mean loss over the labelled tokens of a batch by `forward`, as a step takes it; `autocast` names the type to cast
     to, if any."""
     context: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-    if autocast is not None:
-        context = torch.autocast(device.split(":")[0], dtype=autocast)
+    if autocast:
+        context = torch.autocast(device.split(":")[0], dtype=getattr(torch, autocast))
     with context:
         loss: torch.Tensor = forward(**batch, **_FORWARD).loss
     return loss
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """What the forward pass is given for a batch, without the labels; for probes that look at the logits."""
+    return {key: value for key, value in batch.items() if key != "labels"} | _FORWARD
 
 
 class TrainStep:
@@ -42,19 +47,28 @@ class TrainStep:
         self._clip = variant.max_grad_norm
         self._trained = trainee.parameters
         self._device = device
-        self._autocast = getattr(torch, variant.autocast) if variant.autocast else None
+        self._autocast = variant.autocast
 
     def __call__(self) -> torch.Tensor:
         """Forward and backward over the accumulated batches, clip, step, schedule."""
+        total = self.gradients()
+        self.update()
+        return total
+
+    def gradients(self) -> torch.Tensor:
+        """Forward and backward over the accumulated batches; returns their mean loss."""
         total = self.backward(self.loss(self.take())).float()
         for _ in range(1, self._accumulate):
             total += self.backward(self.loss(self.take()))
-        self.update()
         return total
 
     def take(self) -> Batch:
         """The next batch."""
         return self._stream.take()
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Mean loss over the labelled tokens of a batch."""
+        return loss_of(self._trainee.forward, batch, device=self._device, autocast=self._autocast)
 
     def backward(self, loss: torch.Tensor) -> torch.Tensor:
         """Add a batch's gradients to those of the step; returns its part of the step's loss."""
@@ -73,14 +87,6 @@ class TrainStep:
             trainee.after_update(self._updates)
         trainee.schedule.step()
         trainee.optimizer.zero_grad(set_to_none=True)
-
-    def loss(self, batch: Batch) -> torch.Tensor:
-        """Mean loss over the labelled tokens of a batch."""
-        return loss_of(self._trainee.forward, batch, device=self._device, autocast=self._autocast)
-
-    def inputs(self, batch: Batch) -> dict[str, Any]:
-        """What the forward pass is given for a batch, without the labels; for probes that look at the logits."""
-        return {key: value for key, value in batch.items() if key != "labels"} | _FORWARD
 
     def held_out_loss(self) -> float:
         """Mean loss over all labelled held-out tokens, dropout off; leaves model, optimizer and RNG as they were."""

@@ -20,9 +20,8 @@ from lorameter.models import catalogue, shapes
 from lorameter.records.record import PartialRecord
 from lorameter.studies.request import TrialRequest
 from lorameter.trial.building.base_model import architecture
-from lorameter.trial.building.build import build
-from lorameter.trial.building.packing import evaluating
-from lorameter.trial.building.shared import SharedBase
+from lorameter.trial.building.build import SharedBase, build
+from lorameter.trial.building.quantising import evaluating
 from lorameter.trial.data.stream import Batch
 from lorameter.trial.process import prepare_process, synchronize
 from lorameter.trial.serving.generate import generate

@@ -1,35 +1,335 @@
-"""One trial in its process: the commands of its training, and of the inference that follows it.
+"""One trial in its process: the commands of its training, and of the inference that follows it, each a method that
+returns what it added as a `PartialRecord`.
 
-What a command measures depends on what the request asks for: an isolated trial times its adapter merged, and one that
-takes turns with others its warm requests.
+Order: build and first step, verify, warm up, timed turns, held-out loss and memory; then requests. What a command
+measures depends on what the request asks for: a trial that takes turns with others has no first times of its own to
+report, and an isolated trial has no turns, and times its adapter merged. The check watches the first step and the first
+one of the warm-up. Where steps compile, or several ranks take them, it takes steps of its own after the first one and
+restores adapter, optimizer and RNG. Its cost is in no number.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
+import msgspec
+import torch
+
+import kernels_check
+from kernels_check.check import Check
+from kernels_check.observe.modules import RandomState
 from lorameter.errors import LorameterError
-from lorameter.records.record import Failure, PartialRecord
-from lorameter.studies.request import TrialRequest
+from lorameter.machine.gpus import GENERATIONS
+from lorameter.machine.memory import PeakMemoryTracker, host_bytes
+from lorameter.records import codec
+from lorameter.records.record import Failure, PartialRecord, judge_required
+from lorameter.stats import is_steady
+from lorameter.studies.request import COMMANDS, TrialRequest, words_of
 from lorameter.trial.building import peft_methods
-from lorameter.trial.building.packing import is_packed, unpack_4bit
-from lorameter.trial.building.shared import SharedBase
-from lorameter.trial.process import release_unused
+from lorameter.trial.building.build import SharedBase, TrainableModel, build, requirements_of
+from lorameter.trial.building.quantising import is_packed, unpack_4bit
+from lorameter.trial.data.stream import Batch, TokenStream
+from lorameter.trial.memory import resident_bytes
+from lorameter.trial.process import Lap, Stopwatch, release_unused, start_device
 from lorameter.trial.serving.server import Server, check_adapters, check_attention
-from lorameter.trial.training import Training
+from lorameter.trial.step import TrainStep, model_inputs
+from lorameter.trial.telemetry import TrialTelemetry
+
+ISOLATED = "packing.isolated"
 
 
-class Trial(Training):
-    """A trial whose training is followed by requests."""
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """What a trial has once it is built."""
 
-    def __init__(self, request: TrialRequest, shared: SharedBase) -> None:
-        super().__init__(request, shared)
+    trainee: TrainableModel
+    step: TrainStep
+    stream: TokenStream
+    packed: Batch | None
+    """A row of packed records, by which their isolation is judged in evaluation; None where nothing is packed."""
+
+
+class Trial:
+    """State of one trial between commands; what a library raises is the worker's to report.
+
+    `shared` is the base model of the process, on which other trials may have their adapters; each command runs with
+    this trial's adapter active and its own random numbers. `generations` is from this process up to the parent of its
+    run.
+    """
+
+    COMMANDS: ClassVar[tuple[str, ...]] = words_of("trial")
+
+    def __init__(self, request: TrialRequest, shared: SharedBase, *, generations: int = GENERATIONS) -> None:
+        self._request = request
+        self.shared = shared
+        """The base of the process, for the trials that come after."""
+        self._timed = "steps" in request.measures
+        self._sees_peaks = "peaks" in request.measures
+        self._alone = self._sees_peaks and request.interleaving != "lockstep"
+        """Whether the trial is the only one at work, so that first times are its own."""
+        self._initial = Path(request.scratch) / "initial" if request.variant.rewrites_base else None
+        """Where the untrained adapter is kept that its own is relative to."""
+        self._watch = Stopwatch(request.device)
+        self._gauge = PeakMemoryTracker(request.device)
+        self._telemetry = TrialTelemetry(
+            request,
+            self._take_step,
+            lambda: self._built.stream.real_tokens,
+            agree=self._agree,
+            generations=generations,
+        )
+        self._parts: _Built | None = None
+        self._random: RandomState | None = None
+        """Where its random numbers go on; None before its first step."""
         self._server: Server | None = None
+        self._steps_taken = 0
+        self._total_steps = 0
+        self._watched: kernels_check.Watch | None = None
+        """What watches its first two steps, until it has; None where it is checked in steps of its own: where they
+        compile, or several ranks take them."""
+
+    def run(self, command: str, **arguments: Any) -> PartialRecord:
+        """Carry out a command with this trial's adapter. Raises ValueError for a command that does not exist."""
+        if command not in self.COMMANDS:
+            raise ValueError(f"unknown command {command!r}")
+        method: Callable[..., PartialRecord] = getattr(self, command)
+        if command == "build":
+            return method(**arguments)
+        with self._active():
+            return self._telemetry.around(COMMANDS[command], lambda: method(**arguments))
+
+    @contextlib.contextmanager
+    def _active(self) -> Iterator[None]:
+        """With this trial's adapter active and its random numbers current, which wait for the next command then."""
+        peft_methods.activate(self._built.trainee.model, self._built.trainee.adapter)
+        if self._random is not None:
+            self._random.restore()
+        try:
+            yield
+        finally:
+            self._random = RandomState()
+
+    def build(self) -> PartialRecord:
+        """Load, attach, take the first step."""
+        request, shared = self._request, self.shared
+        baseline, started = host_bytes("VmRSS"), start_device(request.device)
+        if self._alone:
+            self._gauge.begin()
+        loads, conversions, begin = shared.loads, shared.conversions, time.perf_counter()
+        stream = self._open_stream()
+        per_step = request.workload.batch_size * request.variant.gradient_accumulation
+        self._total_steps = request.protocol.all_steps(stream.sequences, per_step)
+        trainee = self._build_trainee(stream)
+        load_time = time.perf_counter() - begin
+        if self._initial is not None:
+            peft_methods.save_initial(trainee.model, self._initial)
+        if request.interleaving == "shared-base":
+            shared.remember()
+        self._parts = _Built(trainee, self._make_step(trainee, stream), stream, stream.packed_batch(1))
+        if not request.variant.compile and request.workload.ranks == 1:
+            self._watched = kernels_check.watch(trainee.model, self._requirements())
+        with self._active():
+            memory = {"host_rss_at_start_bytes": baseline} | self._gauge.peaks("load") if self._alone else {}
+            with contextlib.nullcontext() if self._watched is None else self._watched.updates_only():
+                loss, lap = self._take_step()
+            values = {
+                "threads": float(request.threads),
+                "build_step_time_s": lap.time_s,
+                "base_loads": float(shared.loads - loads),
+                "base_conversions": float(shared.conversions - conversions),
+            }
+            if self._alone:
+                values |= {"load_time_s": load_time, "first_step_time_s": lap.time_s, **started}
+            values |= self._initial_loss()
+        return self._judged(PartialRecord(values=values, memory=memory, samples={"warmup_loss": (loss,)}), [loss])
+
+    def _open_stream(self) -> TokenStream:
+        request = self._request
+        return TokenStream(Path(request.tokens_path), request.workload, request.variant, request.device)
+
+    def _build_trainee(self, stream: TokenStream) -> TrainableModel:
+        return build(self._request, steps=self._total_steps, shared=self.shared)
+
+    def _make_step(self, trainee: TrainableModel, stream: TokenStream) -> TrainStep:
+        return TrainStep(trainee, stream, self._request.variant, self._request.device)
+
+    def _initial_loss(self) -> dict[str, float]:
+        """The base's own loss on held-out records, where a trial can tell it: once a run."""
+        request = self._request
+        own = request.variant.rewrites_base or request.variant.trains_base
+        if not self._timed or request.replicate or own:
+            return {}
+        with peft_methods.without_adapter(self._built.trainee.model):  # which is what it was before its first step
+            return {"held_out_loss_initial": self.shared.once("held_out_loss", self._built.step.held_out_loss)}
+
+    # --- checks -------------------------------------------------------------------------------------------------------
+
+    def verify(self) -> PartialRecord:
+        """Watch a step and judge what the variant claims; a claim that does not hold makes the trial invalid."""
+        if self._watched is None:
+            return self._check_in_own_steps()
+        watched = self._watch_step(self._watched)
+        if watched.status != "ok" or watched.checks:
+            return watched
+        found = self._check_in_own_steps()
+        seconds = found.values["verify_time_s"] + watched.values["verify_time_s"]
+        values = found.values | {"verify_time_s": seconds}
+        return msgspec.structs.replace(found, values=values, samples=watched.samples)
+
+    def _requirements(self) -> dict[str, Any]:
+        """By path."""
+        request, trainee = self._request, self._built.trainee
+        shapes = tuple(parameter.numel() for parameter in trainee.parameters)
+        own = requirements_of(
+            request.variant, shapes, packed=self._built.packed is not None,
+            on_linear=peft_methods.is_on_linear(trainee.model),
+        )  # fmt: skip
+        return own | request.requirements
+
+    def _watch_step(self, watch: kernels_check.Watch) -> PartialRecord:
+        """The first step of the warm-up, watched after a glance at the first of the process. Without checks where it
+        left open what is required: under a learning rate that begins at zero no second step shows that both factors
+        learn."""
+        begin = time.perf_counter()
+        with watch:
+            loss, lap = self._take_step()
+        checks, self._watched = list(watch.checks), None
+        del watch
+        gc.collect()  # what was noted refers to itself; what the heap has got is left to the next step
+        values = {"verify_time_s": time.perf_counter() - begin}
+        # Later replicates call the model alike, and are judged by what their step gives it, if that shows two records.
+        shown = any(check.path == ISOLATED and check.status != "unknown" for check in checks)
+        if self._built.packed is not None and (not shown or (self._timed and not self._request.replicate)):
+            checks = self._probe_isolation(checks)
+            values["isolation_probe_time_s"] = time.perf_counter() - begin - values["verify_time_s"]
+        fragment = PartialRecord(
+            values=values, samples={"warmup_step_time_s": (lap.time_s,), "warmup_loss": (loss,)}
+        )  # fmt: skip
+        if not any(check.required is not None and check.status == "unknown" for check in checks):
+            fragment = msgspec.structs.replace(fragment, checks=as_data(checks))
+        diverged = self._judged(fragment, [loss])  # explains every check that failed with it
+        return (
+            diverged
+            if diverged.status != "ok" or not fragment.checks
+            else judge_checks(fragment, checks, self._request)
+        )
+
+    def _check_in_own_steps(self) -> PartialRecord:
+        """A check in steps of its own, which are taken back."""
+        trainee, step, stream = self._built.trainee, self._built.step, self._built.stream
+        position, schedule = stream.position(), trainee.schedule.state_dict()
+        losses: list[torch.Tensor] = []
+        begin = time.perf_counter()
+        checks, values = self._check(lambda: losses.append(step()), self._requirements())
+        release_unused(self._request.device)
+        values["verify_time_s"] = time.perf_counter() - begin
+        stream.restore(position)
+        trainee.schedule.load_state_dict(schedule)
+        fragment = PartialRecord(checks=as_data(checks), values=values)
+        diverged = self._judged(fragment, [float(loss) for loss in losses])
+        return judge_checks(fragment, checks, self._request) if diverged.status == "ok" else diverged
+
+    def _check(self, step: Callable[[], None], required: Mapping[str, Any]) -> tuple[list[Check], dict[str, float]]:
+        """What is found of a step, which is left without a trace, and values that come with it."""
+        return self._probe_isolation(kernels_check.verify(self._built.trainee.model, step, required)), {}
+
+    def _probe_isolation(self, checks: Sequence[Check]) -> list[Check]:
+        """The checks of a step, with that of packed records probed by forward passes as well, since the rows of the
+        step may hold one record each; a fault that the step shows stays."""
+        if self._built.packed is None:
+            return list(checks)
+        probed = kernels_check.probe_isolation(self._built.trainee.model, model_inputs(self._built.packed))
+        return [
+            probed if check.path == probed.path and check.status in ("active", "unknown") else check for check in checks
+        ]
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    def warm_up(self, steps: int | None = None) -> PartialRecord:
+        """Steps until their times are steady, or the cap, or just `steps` of them; all are kept, none is timed for the
+        result.
+
+        A trial that times no steps takes the fewest: they settle the allocator, whose peaks it is there for.
+        """
+        protocol = self._request.protocol
+        most = protocol.warmup_steps_max if self._timed else protocol.warmup_steps_min
+        if self._sees_peaks:
+            self._gauge.begin()  # to the last step is the training phase; the check's memory is not in its peak
+        times: list[float] = []
+        losses: list[float] = []
+        taken = self._steps_taken - 1  # one may have been watched
+        while len(times) + taken < most if steps is None else len(times) < steps:
+            loss, lap = self._take_step()
+            times.append(lap.time_s)
+            losses.append(loss)
+            if steps is None and len(times) + taken >= protocol.warmup_steps_min and is_steady(times):
+                break
+        samples = {"warmup_step_time_s": tuple(times), "warmup_loss": tuple(losses)}
+        values = {"warmup_steady": float(is_steady(times))} if self._timed and steps is None else {}
+        return self._judged(PartialRecord(samples=samples, values=values), losses)
+
+    def turn(self, steps: int) -> PartialRecord:
+        """`steps` timed steps, at least one."""
+        stream = self._built.stream
+        real, padded = stream.real_tokens, stream.padded_tokens
+        accumulated = self._request.variant.gradient_accumulation
+        # One look a turn, into its last step: what comes after it waits for nothing.
+        taken = [*(self._take_step() for _ in range(steps - 1)), self._take_step(self._telemetry.look)]
+        losses = [loss for loss, _ in taken]
+        samples = {
+            "step_time_s": tuple(lap.time_s for _, lap in taken),
+            "step_cpu_time_s": tuple(lap.cpu_time_s for _, lap in taken),
+            "timed_loss": tuple(losses),
+            "turn_sequences": (float(steps * self._request.workload.batch_size * accumulated),),
+            "turn_tokens": (float(stream.real_tokens - real),),
+            "turn_padded_tokens": (float(stream.padded_tokens - padded),),
+        }
+        return self._judged(PartialRecord(samples=samples), losses)
+
+    def train(self, steps: int) -> PartialRecord:
+        """`steps` untimed steps of the epochs asked for, or what is left of them."""
+        losses = [self._take_step()[0] for _ in range(min(steps, self._total_steps - self._steps_taken))]
+        return self._judged(PartialRecord(samples={"remaining_loss": tuple(losses)}), losses)
+
+    def finish_training(self, steps: int | None = None) -> PartialRecord:
+        """Peaks of training, the steps that are left to take, exact bytes by kind, held-out loss.
+
+        How long a warm-up lasts depends on noise. Losses are compared between variants, so every trial ends after the
+        same number of steps on the same tokens: those of the longest warm-up, or of the epochs asked for; or after
+        `steps` of them, where the time does not reach further.
+        """
+        trainee, step = self._built.trainee, self._built.step
+        memory = self._gauge.peaks("train") if self._sees_peaks else {}
+        last = self._total_steps if steps is None else min(steps, self._total_steps)
+        left = self.train(last - self._steps_taken) if self._timed else PartialRecord()
+        losses = list(left.samples.get("remaining_loss", ()))
+        values = {"trainable_parameters": float(sum(p.numel() for p in trainee.parameters))}
+        if self._alone:
+            # Gradients live only between backward and the optimizer, so they are made once more to be counted.
+            step.loss(self._built.stream.take()).backward()
+        if self._sees_peaks:
+            memory |= resident_bytes(trainee.model, trainee.optimizer)
+            trainee.optimizer.zero_grad(set_to_none=True)
+        if self._sees_peaks and not self._alone:
+            del memory["gradient_bytes"]
+        if self._timed:
+            values |= {"training_steps": float(self._steps_taken), "held_out_loss": step.held_out_loss()}
+            values |= {"training_steps_planned": float(self._total_steps)} if last != self._total_steps else {}
+            losses.append(values["held_out_loss"])
+        return self._judged(PartialRecord(values=values, memory=memory, samples=left.samples), losses)
+
+    # --- requests -----------------------------------------------------------------------------------------------------
 
     def save_adapter(self) -> PartialRecord:
         """Write the trained adapter where a new interpreter will load it from."""
-        initial = self._initial if self._request.variant.rewrites_base else None
-        peft_methods.save(self._built.trainee.model, Path(self._request.scratch) / "adapter", initial=initial)
+        peft_methods.save(self._built.trainee.model, Path(self._request.scratch) / "adapter", initial=self._initial)
         return PartialRecord()
 
     def begin_generate(self) -> PartialRecord:
@@ -47,10 +347,9 @@ class Trial(Training):
         values = {
             "new_tokens": float(self._request.workload.new_tokens),
             "request_batch": float(self._request.workload.request_batch),
+            "packed_4bit_decode": float(is_packed(trainee.model)),
         }
-        values["packed_4bit_decode"] = float(is_packed(trainee.model))
-        if self._alone:
-            values["first_call_time_s"] = first.request_time_s
+        values |= {"first_call_time_s": first.request_time_s} if self._alone else {}
         if "open_ended" in self._request.measures and self._request.device.startswith("cuda"):
             self._server.visit(protocol.open_ended_requests)
         fragment = PartialRecord(values=values, tokens={"completion": list(first.tokens)})
@@ -109,3 +408,43 @@ class Trial(Training):
         if self._server is None:
             raise LorameterError(f"trial {self._request.trial}: asked for a request before generation began")
         return self._server
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def _agree(self, decision: bool) -> bool:
+        """What all processes of the trial decide."""
+        return decision
+
+    @property
+    def _built(self) -> _Built:
+        if self._parts is None:
+            raise LorameterError(f"trial {self._request.trial}: asked to run before it was built")
+        return self._parts
+
+    def _take_step(self, meanwhile: Callable[[], object] | None = None) -> tuple[float, Lap]:
+        loss, lap = self._watch(self._built.step, meanwhile)
+        self._steps_taken += 1
+        return float(loss), lap
+
+    def _judged(self, fragment: PartialRecord, losses: Sequence[float]) -> PartialRecord:
+        """The fragment, invalid where one of the losses of the last steps is not finite."""
+        for offset, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                step = self._steps_taken - len(losses) + offset + 1
+                message = (
+                    f"the loss is {loss} near step {step}; a diverged run has no result. Lower learning_rate (now "
+                    f"{self._request.variant.learning_rate:g}) or set max_grad_norm."
+                )
+                return fragment.failed("invalid", Failure(phase="train", kind="LossNotFinite", message=message))
+        return fragment
+
+
+def judge_checks(fragment: PartialRecord, checks: Sequence[Check], request: TrialRequest) -> PartialRecord:
+    """The fragment that holds the checks, invalid where a required path is not active."""
+    judged: Mapping[str, Any] = {check.path: check.required for check in checks if check.required is not None}
+    return judge_required(fragment, judged, name=request.variant.name, allow_fallback=request.allow_fallback)
+
+
+def as_data(checks: Sequence[Check]) -> tuple[dict[str, Any], ...]:
+    """The checks as a record holds them."""
+    return tuple(codec.to_json(check) for check in checks)

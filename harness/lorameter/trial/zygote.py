@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import recv_handle
 from pathlib import Path
 from typing import Any
@@ -90,13 +90,13 @@ REAP_TIMEOUT_S = 20.0
 
 def _reap(pid: int) -> int | None:
     """Exit status of a child that was asked to end; None if it does not end."""
-    deadline = time.monotonic() + REAP_TIMEOUT_S
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    return None
+    ended = os.pidfd_open(pid)
+    try:
+        if not wait([ended], REAP_TIMEOUT_S):
+            return None
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    finally:
+        os.close(ended)
 
 
 @contextlib.contextmanager
@@ -123,21 +123,6 @@ def _capability_from_nvml() -> Iterator[None]:
         torch.cuda.get_device_capability = asked
 
 
-def _lacks_cuda() -> str | None:
-    """Why bitsandbytes could not run on the device that torch sees; None if it can, or if there is none.
-
-    Where it cannot tell the device it takes its CPU library without an error, and whatever needs it there fails.
-    """
-    import torch
-
-    if not torch.cuda.is_available() or sys.modules["bitsandbytes.cextension"].lib.compiled_with_cuda:
-        return None
-    return (
-        "bitsandbytes has loaded its library for CPUs although torch sees a CUDA device; `python -m bitsandbytes` says "
-        "why. A MIG instance whose driver does not answer NVML, or a CUDA version without a build, are usual reasons"
-    )
-
-
 _CUDA_NOT_INITIALISED = 3
 """CUDA_ERROR_NOT_INITIALIZED of the driver's cuda.h."""
 
@@ -149,10 +134,6 @@ def _driver_started() -> bool:
     except OSError:  # it is not loaded
         return False
     return int(driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int()))) != _CUDA_NOT_INITIALISED
-
-
-_QUIETED = {"jemalloc_bg_thd": "Set background_thread:false in MALLOC_CONF, which jemalloc reads"}
-"""What keeps a thread of this name from starting. What pyarrow's own jemalloc reads the executor has set already."""
 
 
 def other_threads() -> list[str]:
@@ -190,14 +171,15 @@ def _host_trials(descriptor: int, control: Connection) -> None:
 
 def _cannot_fork() -> str | None:
     """Why a fork would not be safe, None if it is."""
+    import torch
+
     if others := other_threads():
-        elsewhere = "Measure in an environment without the library that starts it when it is imported"
         return (
             f"the zygote has {1 + len(others)} threads and forks safely with one only; the others are "
-            f"{', '.join(others)}. {next(filter(None, map(_QUIETED.get, others)), elsewhere)}"
+            f"{', '.join(others)}. Measure in an environment without the library that starts it at import, or "
+            "set background_thread:false in MALLOC_CONF where it is jemalloc's (jemalloc_bg_thd)"
         )
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         return "something imported by the zygote has initialised CUDA, and no fork of it could use the device"
     if _driver_started():
         return (
@@ -208,13 +190,24 @@ def _cannot_fork() -> str | None:
 
 
 def _describe(import_time_s: float) -> WorkerInfo:
-    """The device as torch sees it, asked in the way that does not initialise CUDA (PYTORCH_NVML_BASED_CUDA_CHECK)."""
+    """The device as torch sees it, asked in the way that does not initialise CUDA (PYTORCH_NVML_BASED_CUDA_CHECK).
+
+    Where bitsandbytes cannot tell the device it takes its CPU library without an error, and whatever needs it there
+    fails.
+    """
     import torch
 
+    cuda, lacks = torch.cuda.is_available(), None
+    if cuda and not sys.modules["bitsandbytes.cextension"].lib.compiled_with_cuda:
+        lacks = (
+            "bitsandbytes has loaded its library for CPUs although torch sees a CUDA device; `python -m bitsandbytes` "
+            "says why. A MIG instance whose driver does not answer NVML, or a CUDA version without a build, are usual "
+            "reasons"
+        )
     return WorkerInfo(
         harness=harness_identity(),
         import_time_s=import_time_s,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device="cuda" if cuda else "cpu",
         torch=torch.__version__,
-        lacks=_lacks_cuda(),
+        lacks=lacks,
     )

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from lorameter.models import catalogue, shapes
+from lorameter.models.costs.lora import width
 from lorameter.models.costs.memory import CUDA_CONTEXT_BYTES, estimate_memory
-from lorameter.models.costs.storage import width
 from lorameter.models.shapes import ModelShape, linear_layers
 from lorameter.studies.variant import LoraVariant, Variant
 from lorameter.studies.workload import Workload

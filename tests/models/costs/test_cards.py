@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lorameter.errors import UsageError
-from lorameter.models.costs.cards import DRIVER_SHARE, find_card
-from lorameter.models.costs.peaks import DEVICES
+from lorameter.models.costs.peaks import DEVICES, DRIVER_SHARE, find_card
 
 GIB = 2**30
 

@@ -19,7 +19,7 @@ from lorameter.errors import UsageError
 from lorameter.models import catalogue, fetch, shapes
 from lorameter.studies.variant import LoraVariant
 from lorameter.trial.building import base_model as models
-from lorameter.trial.data.tokenizers import load_tokenizer
+from lorameter.trial.data.tokens import load_tokenizer
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -79,10 +79,9 @@ def assert_equal_contents(left, right):
 # --- random weights --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [LLAMA, MID_SIZE], ids=["tiny", "mid-size"])
-def test_random_weights_follow_the_seed(directory, config):
+def test_random_weights_follow_the_seed(directory):
     """The same seed gives bit-equal NF4 models, another seed does not, whatever the global random state."""
-    name = directory(config)
+    name = directory()
     torch.manual_seed(7)
     first = load(name)
     torch.manual_seed(8)
@@ -133,22 +132,6 @@ def test_nf4_is_stored_packed_and_nested():
     assert next(model.buffers()).device.type == "cpu"
 
 
-def test_nf4_quantises_the_weights_of_its_unquantised_twin():
-    """The dequantised NF4 weights are the twin's within NF4's error.
-
-    The mean absolute error of NF4 at block size 64 on normal data is 0.0729 standard deviations (simulated; the QLoRA
-    paper's figure 3 ranks types and gives no number).
-    """
-    twin, packed = load("tiny-llama", LoraVariant()), load("tiny-llama")
-    for name in ("model.layers.0.self_attn.q_proj", "model.layers.3.mlp.down_proj"):
-        weight = twin.get_submodule(name).weight.float()
-        layer = packed.get_submodule(name)
-        restored = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
-        error = (restored - weight).abs().mean() / weight.std()
-        assert error.item() == pytest.approx(0.0729, rel=0.05)
-    assert torch.equal(twin.lm_head.weight, packed.lm_head.weight)
-
-
 @pytest.mark.parametrize("variant", QUANTISED, ids=by_quantization)
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
 def test_random_build_equals_what_transformers_loads(directory, tmp_path, config, variant):
@@ -165,27 +148,23 @@ def test_random_build_equals_what_transformers_loads(directory, tmp_path, config
     assert ours.config.quantization_config.to_dict() == theirs.config.quantization_config.to_dict()
 
 
-@pytest.mark.parametrize("variant", [LoraVariant(), *QUANTISED], ids=by_quantization)
-def test_tied_embeddings_stay_one_parameter(directory, variant):
+def test_tied_embeddings_stay_one_parameter(directory):
     """A tied head is the embedding itself and is counted once; an untied one has numbers of its own."""
-    tied = load(directory(), variant)
+    tied = load(directory())
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
     assert tied.lm_head.weight.dtype == torch.bfloat16
-    untied = load(directory({**LLAMA, "tie_word_embeddings": False}), variant)
+    untied = load(directory({**LLAMA, "tie_word_embeddings": False}))
     assert not torch.equal(untied.lm_head.weight, untied.model.embed_tokens.weight)
 
 
-@pytest.mark.parametrize("variant", [LoraVariant(), *QUANTISED], ids=by_quantization)
-@pytest.mark.parametrize("prepare", [False, True], ids=["bare", "prepared"])
-def test_a_random_base_trains_with_peft(variant, prepare):
+@pytest.mark.parametrize("variant", [LoraVariant(), NF4, LoraVariant(quantization="int8")], ids=by_quantization)
+def test_a_random_base_trains_with_peft(variant):
     """PEFT picks its own wrapper for the layer type, the loss is finite, and only the adapter gets gradients."""
     base = load("tiny-llama", variant)
-    if prepare:
-        base = peft.prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
     config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(base, config).train()
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    wrappers = {"nf4": "Linear4bit", "fp4": "Linear4bit", "int8": "Linear8bitLt", "none": "Linear"}
+    wrappers = {"nf4": "Linear4bit", "int8": "Linear8bitLt", "none": "Linear"}
     assert type(layer).__name__ == wrappers[variant.quantization]
     tokens = torch.arange(16)[None]
     loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
@@ -201,13 +180,8 @@ def test_a_random_base_trains_with_peft(variant, prepare):
     ("name", "parameters"),
     [
         ("llama2-7b", 6_738_415_616),
-        ("llama2-13b", 13_015_864_320),
-        ("llama2-70b", 68_976_648_192),
-        ("mistral-7b", 7_241_732_096),
-        ("qwen2.5-0.5b", 494_032_768),
         ("qwen2.5-7b", 7_615_616_512),
         ("gemma-2b", 2_506_172_416),
-        ("gemma-7b", 8_537_680_896),
     ],
 )
 def test_an_empty_model_has_the_published_parameters(name, parameters):
@@ -221,7 +195,7 @@ MEMORY_PROBE = """
 import sys
 from lorameter.models import catalogue
 from lorameter.trial.building import base_model as models
-from lorameter.studies.variant import Variant
+from lorameter.studies.variant import LoraVariant
 
 def status(key):
     with open("/proc/self/status") as file:
@@ -303,12 +277,11 @@ def test_an_unreachable_hub_is_a_usage_error(monkeypatch):
 # --- GGUF ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", [LoraVariant(), *QUANTISED], ids=by_quantization)
-def test_gguf_and_its_conversion_are_one_model(gguf_file, converted, variant):
+def test_gguf_and_its_conversion_are_one_model(gguf_file, converted):
     """Our layer-by-layer quantisation of a GGUF file equals transformers' of the converted directory, bit by bit."""
-    ours, theirs = load(str(gguf_file), variant), load(str(converted), variant)
+    ours, theirs = load(str(gguf_file)), load(str(converted))
     assert_equal_contents(ours, theirs)
-    assert getattr(ours, "is_loaded_in_4bit", False) == variant.is_4bit
+    assert getattr(ours, "is_loaded_in_4bit", False)
     assert getattr(ours, "quantization_method", None) == getattr(theirs, "quantization_method", None)
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
 

@@ -14,11 +14,12 @@ from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
-from lorameter.trial.building.shared import SharedBase
+from lorameter.trial.building.build import SharedBase
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.trial import Trial
 
-NAMES = ("llama2-7b", "llama2-70b", "mistral-7b", "qwen2.5-0.5b", "qwen2.5-7b", "gemma-2b", "gemma-7b")
+NAMES = ("llama2-70b", "qwen2.5-0.5b", "gemma-2b")
+"""Grouped heads, biases and a tied head, one key and value head of another size."""
 VARIANT = LoraVariant(
     name="v", r=4, lora_dropout=0.1, target_modules=(), quantization="nf4", prepare_for_kbit=True, autocast="bfloat16",
     optimizer="adamw",

@@ -11,7 +11,7 @@ from lorameter.models import catalogue
 from lorameter.studies.variant import LoraVariant
 from lorameter.trial.building import peft_methods
 from lorameter.trial.building.base_model import empty_model, load_base
-from lorameter.trial.building.shared import base_digest
+from lorameter.trial.building.build import base_digest
 
 TINY = catalogue.resolve("tiny-llama")
 VARIANT = LoraVariant(name="v", r=4, dtype="float32", target_modules=("q_proj", "v_proj"))
@@ -71,3 +71,16 @@ def test_several_adapters_are_all_their_own():
     assert {name for name, one in model.named_parameters() if one.requires_grad} == {
         name for name in own if ".second." in name
     }
+
+
+def test_what_trains_is_the_same_after_the_base_has_answered():
+    """LoRA-FA keeps one factor frozen, which PEFT would have train again."""
+    variant = dataclasses.replace(VARIANT, optimizer="lorafa")
+    model = peft_methods.attach(load_base(TINY, variant, device="cpu", seed=1), variant)
+    peft_methods.make_optimizer(model, variant)
+    before = {name for name, one in model.named_parameters() if one.requires_grad}
+    assert before
+    assert all("lora_B" in name for name in before)
+    with peft_methods.without_adapter(model):
+        pass
+    assert {name for name, one in model.named_parameters() if one.requires_grad} == before

@@ -3,7 +3,7 @@
 import pytest
 
 from lorameter.studies.variant import LoraVariant
-from lorameter.trial.building.requirements import requirements_of
+from lorameter.trial.building.build import requirements_of
 
 
 def test_a_variant_requires_what_it_says():

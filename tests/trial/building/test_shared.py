@@ -13,7 +13,7 @@ from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
-from lorameter.trial.building.shared import ActiveAdapter, SharedBase, base_digest
+from lorameter.trial.building.build import SharedBase, base_digest
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.trial import Trial
 
@@ -32,11 +32,8 @@ NF4 = LoraVariant(name="r8", r=8, quantization="nf4", lora_dropout=0.1, learning
 SWEEP = (
     NF4,
     dataclasses.replace(NF4, name="twin"),
-    dataclasses.replace(NF4, name="r64", r=64),
-    dataclasses.replace(NF4, name="dropout", lora_dropout=0.5),
-    dataclasses.replace(NF4, name="rslora", use_rslora=True, lora_alpha=64),
-    dataclasses.replace(NF4, name="dora", use_dora=True),
-    dataclasses.replace(NF4, name="q-and-v", target_modules=("q_proj", "v_proj")),
+    dataclasses.replace(NF4, name="dropout", r=64, lora_dropout=0.5),
+    dataclasses.replace(NF4, name="dora", use_dora=True, target_modules=("q_proj", "v_proj")),
 )
 CASES = {
     "nf4": {},
@@ -87,10 +84,8 @@ def all_losses(fragments):
     "case", [pytest.param(case, marks=() if case == "prepared" else pytest.mark.selftest) for case in CASES]
 )
 def test_every_trial_is_bit_equal_to_the_same_trial_alone(case, tokens):
-    """Seven adapters taking turns in shuffled order: training losses and held-out losses agree to the bit."""
+    """Four adapters taking turns in shuffled order: training losses and held-out losses agree to the bit."""
     sweep = [dataclasses.replace(variant, **CASES[case]) for variant in SWEEP]
-    if case == "checkpointing":
-        sweep = sweep[:4]
     shared, shuffler = SharedBase(), random.Random(3)
     trials = {variant.name: trial_on(shared, variant, tokens) for variant in sweep}
     fragments = {name: [] for name in trials}
@@ -104,7 +99,7 @@ def test_every_trial_is_bit_equal_to_the_same_trial_alone(case, tokens):
         for name, trial in trials.items():
             fragments[name].append(trial.run(command))
     assert shared.loads == 1
-    alone = {variant.name: losses_alone(variant, tokens, check=variant.name == "r64") for variant in sweep}
+    alone = {variant.name: losses_alone(variant, tokens, check=variant.name == "dropout") for variant in sweep}
     assert {name: all_losses(taken) for name, taken in fragments.items()} == alone
     assert alone["r8"] == alone["twin"]
     assert alone["r8"][0][2:] != alone["dropout"][0][2:]
@@ -112,7 +107,7 @@ def test_every_trial_is_bit_equal_to_the_same_trial_alone(case, tokens):
 
 def test_a_trial_without_its_random_numbers_is_not(tokens, monkeypatch):
     """The negative control: when turns share one stream of random numbers, the dropout masks are other ones."""
-    monkeypatch.setattr(ActiveAdapter, "taken", _switch_only)
+    monkeypatch.setattr(Trial, "_active", _switch_only)
     shared = SharedBase()
     trials = [trial_on(shared, variant, tokens) for variant in SWEEP[:3]]
     for trial in trials:
@@ -128,7 +123,7 @@ def test_a_trial_without_its_random_numbers_is_not(tokens, monkeypatch):
 def _switch_only(self):
     import contextlib
 
-    self._model.set_adapter(self._adapter)
+    self._built.trainee.model.set_adapter(self._built.trainee.adapter)
     return contextlib.nullcontext()
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lorameter.models import catalogue, shapes
-from lorameter.trial.data.chat import Conversation, Message
-from lorameter.trial.data.tokenizers import load_tokenizer
+from lorameter.trial.data.chat import Conversation
+from lorameter.trial.data.tokens import load_tokenizer
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def chat():
     """A function that makes a conversation of pairs of role and content."""
 
     def make(*turns: tuple[str, str]) -> Conversation:
-        return Conversation(place="line 7", messages=tuple(Message(role=role, content=text) for role, text in turns))
+        return Conversation(place="line 7", messages=tuple({"role": role, "content": text} for role, text in turns))
 
     return make
 

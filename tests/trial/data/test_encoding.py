@@ -39,9 +39,7 @@ def test_conversations_have_the_tokens_of_their_template(tokenizer, chat):
     """Nothing is put before or behind what it writes."""
     said = chat(("user", "a"), ("assistant", "bcd"), ("user", "e"), ("assistant", "f"))
     ids, labels = encode(tokenizer, said, loss="answer")
-    assert ids == encode(tokenizer, said)[0] == tokenizer.apply_chat_template(
-        [{"role": one.role, "content": one.content} for one in said.messages], return_dict=False
-    )  # fmt: skip
+    assert ids == encode(tokenizer, said)[0] == tokenizer.apply_chat_template(list(said.messages), return_dict=False)
     assert tokenizer.decode(learnt(labels)) == "bcd</s>f</s>"
     prompt, example = Encoder(tokenizer, Workload()).example(said)
     assert ids[: len(prompt)] == prompt

@@ -10,7 +10,7 @@ import pytest
 
 from lorameter.errors import UsageError
 from lorameter.studies.workload import DataColumns, Workload
-from lorameter.trial.data.records import describe_data, open_file, read_records, recognise
+from lorameter.trial.data.records import describe_data, read_records, recognise
 
 SAMPLE = [
     {"prompt": "a, b", "completion": 'say "x"\nand y'},
@@ -19,16 +19,17 @@ SAMPLE = [
 ]
 
 
-def read_file(path):
-    table = open_file(path, "data")
-    return list(table.rows(table.names or ()))
+def read(data, **changes):
+    records, label = read_records(Workload(data=str(data), **changes))
+    return list(records), label
 
 
 @pytest.mark.parametrize("packed", ["", ".gz"])
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".parquet"])
 def test_every_kind_gives_the_same_rows(write, kind, packed):
     """Quotes, line ends in cells and letters of any script; no text becomes a number or nothing."""
-    assert [row for _, row in read_file(write(f"mine{kind}{packed}", SAMPLE))] == SAMPLE
+    records, _ = read(write(f"mine{kind}{packed}", SAMPLE))
+    assert sorted(map(str, records)) == sorted(map(str, SAMPLE))
 
 
 GOOD_LINE = b'{"text": "a"}\n'
@@ -50,8 +51,8 @@ GOOD_LINE = b'{"text": "a"}\n'
         ("x.csv", b"text,b\na,c\nd\n", "row 3: cannot be read: 1 cells, and the first row names 2 columns"),
         ("x.csv", b"text,b\na,c\nd,\xe9\n", "row 3: cannot be read: 'utf-8' codec"),
         ("x.txt", b"a\nb\xff", "line 2: cannot be read: 'utf-8' codec"),
-        ("x.parquet", b"PAR1 and nothing behind it", "data: cannot be read: Parquet magic bytes not found"),
-        ("x.parquet.gz", b"PAR1", "data: cannot be read: Not a gzipped file"),
+        ("x.parquet", b"PAR1 and nothing behind it", "row 1: cannot be read: Parquet magic bytes not found"),
+        ("x.parquet.gz", b"PAR1", "row 1: cannot be read: Not a gzipped file"),
     ],
 )  # fmt: skip
 def test_an_unreadable_row_is_named(tmp_path, name, content, words):
@@ -59,15 +60,10 @@ def test_an_unreadable_row_is_named(tmp_path, name, content, words):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(UsageError, match=f"(?s){words}"):
-        read_file(path)
+        read(path)
 
 
 GOOD = {"instruction": "say it", "context": "", "response": "it"}
-
-
-def read(data, **changes):
-    records, label = read_records(Workload(data=str(data), **changes))
-    return list(records), label
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from lorameter.errors import UsageError
 from lorameter.models import catalogue
-from lorameter.trial.data.tokenizers import BYTE_VOCABULARY, load_tokenizer
+from lorameter.trial.data.tokens import BYTE_VOCABULARY, load_tokenizer
 
 LLAMA = {"model_type": "llama", "vocab_size": 320}
 

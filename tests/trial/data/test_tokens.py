@@ -13,8 +13,7 @@ from safetensors.numpy import load_file
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.studies.workload import Workload
-from lorameter.trial.data.tokenizers import load_tokenizer
-from lorameter.trial.data.tokens import IGNORED, hash_tensors, prepare
+from lorameter.trial.data.tokens import IGNORED, hash_tensors, load_tokenizer, prepare
 
 SMALL = Workload(sequence_length=64, train_sequences=12, held_out_records=6, held_out_sequences=4, prompt_tokens=8)
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lorameter.trial.memory import resident_bytes, resident_tensors
-from lorameter.trial.profiling.memory import LiveTensors, measure_breakdown, take_birth
+from lorameter.trial.profiling.memory import LiveTensors, measure_breakdown, read_pages
 
 ROWS, WIDTH = 16, 32
 
@@ -84,7 +84,7 @@ def test_a_step_of_known_size_is_explained_on_the_host():
 
     step()
     optimizer.zero_grad()
-    found = measure_breakdown(wide, optimizer, step, birth=take_birth(), device="cpu")
+    found = measure_breakdown(wide, optimizer, step, birth=read_pages(), device="cpu")
     assert found.kinds["activations"] >= size
     assert found.kinds["activations"] + found.kinds["temporaries"] == pytest.approx(3 * size, rel=0.01)
     assert found.unexplained_bytes == found.peak_bytes - sum(found.kinds.values())
@@ -105,6 +105,6 @@ def test_a_step_on_a_gpu_is_explained_within_two_percent():
         optimizer.zero_grad(set_to_none=True)
 
     step()
-    found = measure_breakdown(layers, optimizer, step, birth=take_birth(), device="cuda")
+    found = measure_breakdown(layers, optimizer, step, birth=read_pages(), device="cuda")
     assert abs(found.share) < 0.02
     assert found.beside["fragmentation"] >= 0

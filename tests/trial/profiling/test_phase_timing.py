@@ -8,12 +8,11 @@ from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
-from lorameter.trial.building.build import build
-from lorameter.trial.building.shared import SharedBase
+from lorameter.trial.building.build import SharedBase, build
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.profiling.activity import MARK, activity_of
-from lorameter.trial.profiling.phases import BorderedStep, step_times
+from lorameter.trial.profiling.phases import BorderedStep, pair_times
 from lorameter.trial.step import TrainStep
 
 
@@ -45,7 +44,9 @@ def test_a_bordered_step_is_the_plain_one_and_its_phases_add_up(tmp_path):
     assert losses[True] == losses[False]
 
     plain = TrainStep(trainee, stream, request.variant, "cpu")
-    samples = step_times(plain, step, "cpu", budget_s=0.0)
+    samples = pair_times(
+        plain, step, "cpu", what="step", samples_of=lambda loss, _: {"timed_loss": float(loss)}, budget_s=0.0
+    )
     assert len(samples["plain_step_time_s"]) == len(samples["phase_forward_s"]) == 8
     assert len(samples["timed_loss"]) == 16
     for index, lap in enumerate(samples["bordered_step_time_s"]):

@@ -24,11 +24,11 @@ from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building import peft_methods
-from lorameter.trial.building.shared import SharedBase
+from lorameter.trial.building.build import SharedBase
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.profiling import phases
 from lorameter.trial.profiling.activity import MARK, activity_of
-from lorameter.trial.profiling.requests import BorderedRequest, see_request
+from lorameter.trial.profiling.phases import BorderedRequest, see_request
 from lorameter.trial.profiling.trial import ProfiledTrial
 from lorameter.trial.serving.generate import generate
 
@@ -104,7 +104,7 @@ def test_a_remedy_changes_no_token(serving, tmp_path, fields):
     assert changed._serving.ask().tokens == plain._serving.ask().tokens
     model = changed._built.trainee.model
     assert peft_methods.is_merged(model) is ("merge_adapter" in fields)
-    facts = see_request(model, changed._serving.ask, "cpu")
+    facts = see_request(model, changed._serving.ask)
     cache = ("StaticCache", 0.0) if "kv_cache" in fields else ("DynamicCache", 1.0)
     assert (facts.cache, facts.cache_moved) == cache
 

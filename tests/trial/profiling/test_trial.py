@@ -10,7 +10,7 @@ from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
-from lorameter.trial.building.shared import SharedBase
+from lorameter.trial.building.build import SharedBase
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.profiling import trial as profiled
 from lorameter.trial.profiling.trial import ProfiledTrial
@@ -34,12 +34,12 @@ def trial(tmp_path):
 def test_what_a_step_multiplies_is_counted_where_no_closed_form_says_it(trial, monkeypatch):
     """By a step that is watched and not timed; nothing is counted of a family that is known."""
     times = {"timed_loss": (1.0,)}
-    monkeypatch.setattr(profiled, "step_times", lambda *args, **options: times)
+    monkeypatch.setattr(profiled, "pair_times", lambda *args, **options: times)
     assert from_values(trial.run("profile", budget_s=0.0).values) is None
     taken = trial._steps_taken
     monkeypatch.setattr("lorameter.models.shapes.FAMILIES", {})
     found = from_values(trial.run("profile", budget_s=0.0).values)
     assert trial._steps_taken == taken + 1
     block = 256 * (2 * 256 + 2 * 128) + 3 * 256 * 704
-    assert (found.linear_forward, found.linear_weights, found.head_forward) == (4 * block, 0, 256 * 320)
-    assert found.linear_inputs == 4 * block - 256 * (256 + 2 * 128)
+    assert (found.plain, found.head) == (4 * block, 256 * 320)
+    assert found.weights == found.forward - 4 * block  # the adapter's

@@ -263,7 +263,7 @@ def other_clocks():
 
     def change(trial):
         telemetry.ENERGY_STRETCH_S = (0.2, 1.5)[trial._party.rank]
-        trial._surroundings._spends = True
+        trial._telemetry._spends = True
 
     on_rank(None, change)
 
@@ -276,10 +276,7 @@ def alone_in_vain():
     """One rank alone does not fit."""
     from lorameter.trial.ranks import trial
 
-    def maker(request):
-        return lambda: out_of_memory()
-
-    trial._one_maker = maker
+    trial._make_one = lambda request: out_of_memory()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,8 +352,8 @@ def run(name: str, tokens: str, folder: Path) -> dict:
         record = record.merged(trial.run(command, **({"steps": 2} if command == "turn" else {})))
         if record.status != "ok":
             break
-    left = [member.name for member in trial._members if member.code is None]
-    trial._end_all()
+    left = trial.running()
+    trial.end()
     return {"name": name, "record": codec.to_json(record), "left": left}
 
 

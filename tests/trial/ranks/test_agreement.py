@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from lorameter.studies.variant import LoraVariant
-from lorameter.trial.ranks.agreement import EXACT, ROUNDED, compare_losses, tolerance_of
+from lorameter.trial.ranks.trial import EXACT, ROUNDED, compare_losses, tolerance_of
 
 VARIANT = LoraVariant(name="plain", r=4, dtype="float32")
 RIGHT = (4.93485, 4.89980, 4.85847, 4.80926)

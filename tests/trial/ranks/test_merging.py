@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from lorameter.machine.gpus import GENERATIONS
-from lorameter.trial.ranks.rank import OneRank, RankTrial
 from lorameter.trial.ranks.trial import merge_values
 
 FIRST = {
@@ -32,9 +30,3 @@ def test_throttling_and_other_processes_of_any_rank_count():
     assert merged["device_others_train"] == 1.0
     assert (merged["device_sm_clock_min_train_hz"], merged["device_sm_clock_max_train_hz"]) == (1.1e9, 1.9e9)
     assert merged["host_load_train"] == 1.0
-
-
-def test_the_other_side_of_an_ab_is_no_stranger_to_a_rank():
-    """A rank is forked by the process of its trial, so the parent of the run, which both sides descend from, is one
-    generation further up than for a trial."""
-    assert RankTrial.GENERATIONS == OneRank.GENERATIONS == GENERATIONS + 1

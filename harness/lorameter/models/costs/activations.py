@@ -12,8 +12,7 @@ Under checkpointing a block keeps its input alone, and the last norm what it alw
 
 from __future__ import annotations
 
-from lorameter.models.costs.lora import adapted_widths, lora_of
-from lorameter.models.costs.storage import width
+from lorameter.models.costs.lora import adapted_widths, lora_of, width
 from lorameter.models.families import STAGES
 from lorameter.models.shapes import ModelShape, family_of, linear_layers, linear_widths
 from lorameter.studies.variant import Variant
@@ -29,7 +28,6 @@ class Activations:
     def __init__(self, variant: Variant, workload: Workload, shape: ModelShape, device: str) -> None:
         self._variant = lora_of(variant, shape)
         self._shape = shape
-        self._device = device
         self._rows, self._length = workload.batch_size, workload.sequence_length
         self._tokens = self._rows * self._length
         self._adapted = adapted_widths(variant, shape)
@@ -43,22 +41,30 @@ class Activations:
         self._attention = self._stream if cast is None else width(cast)
         # A quantised layer answers in the type that it was asked in, whatever autocast says.
         self._gated = self._stream if cast is None or variant.quantization != "none" else width(cast)
+        self._casts = cast is not None and width(cast) != self._stream
+        self._mask = self._adapter if device == "cpu" else 1
+        """Bytes of an element of dropout's mask, which on a CPU is a factor in the type of the input."""
+        self._cast_adapter = 0 if cast is None or self._product == self._adapter else self._product
+        """Bytes of an element of an adapter's weight in autocast's type, 0 where it is not cast."""
+        self._shared = self._product == self._adapter == self._stream
+        """Whether adapters take their input as it is; else each has a copy in its own type."""
 
     def sum_kept(self) -> int:
         """Of the whole model, the logits left out."""
-        blocks = self._shape.layers * (self._input() if self._variant.gradient_checkpointing else self.block())
-        outside = self._norm() + self._cast_head()
-        # Checkpointing asks for the embeddings' gradient; else the first block keeps nothing for its input.
-        return blocks + outside + (0 if self._variant.gradient_checkpointing else self._rotary() - self._not_first())
+        shape = self._shape
+        outside = self._norm() + (shape.vocab_size * shape.hidden_size * self._attention if self._casts else 0)
+        if self._variant.gradient_checkpointing:  # which asks for the embeddings' gradient
+            return shape.layers * self._tokens * shape.hidden_size * self._stream + outside
+        return shape.layers * self.block() + self._rotary() - self._not_first() + outside
 
     def block(self) -> int:
         """Of one block, when its backward pass begins."""
-        return (
-            self._family.norms * self._norm() + self._adapters() + self._attended() + self._mlp() + self._cast_layers()
-        )
-
-    def _input(self) -> int:
-        return self._tokens * self._shape.hidden_size * self._stream
+        gated = 3 * self._tokens * self._shape.intermediate_size * self._gated
+        total = self._family.norms * self._norm() + self._adapters() + self._attended() + gated
+        if self._casts and self._variant.quantization == "none":
+            # Frozen weights that autocast casts anew in each product, and that their backward needs.
+            total += sum(inputs * outputs for inputs, outputs in linear_widths(self._shape).values()) * self._attention
+        return total
 
     def _norm(self) -> int:
         return self._normed(self._tokens, self._shape.hidden_size)
@@ -73,7 +79,7 @@ class Activations:
         return kinds * 2 * self._tokens * self._shape.head_dim * self._stream
 
     def _not_first(self) -> int:
-        """What other blocks keep to hand a gradient down to their input."""
+        """What other blocks keep to hand a gradient down to their input, and the first one does not."""
         entering = [self._adapted[name] for name in self._stages["entering"]]
         unwanted = self._norm() + sum(self._variant.r * inputs for inputs, _ in entering) * self._cast_adapter
         if self._variant.lora_dropout:
@@ -81,21 +87,6 @@ class Activations:
         if not entering:  # nothing above the attention asks for a gradient of what goes into it
             unwanted += self._attended() + (0 if self._stages["attended"] else self._norm())
         return unwanted
-
-    @property
-    def _mask(self) -> int:
-        """Bytes of an element of dropout's mask, which on a CPU is a factor in the type of the input."""
-        return self._adapter if self._device == "cpu" else 1
-
-    @property
-    def _cast_adapter(self) -> int:
-        """Bytes of an element of an adapter's weight in autocast's type, 0 where it is not cast."""
-        return 0 if self._variant.autocast is None or self._product == self._adapter else self._product
-
-    @property
-    def _shared(self) -> bool:
-        """Whether adapters take their input as it is; else each has a copy in its own type."""
-        return self._product == self._adapter == self._stream
 
     def _adapters(self) -> int:
         names, size, r = self._adapted, self._product, self._variant.r
@@ -130,16 +121,12 @@ class Activations:
         return total
 
     def _attended(self) -> int:
-        return self._head_norms() + self._scored()
-
-    def _head_norms(self) -> int:
-        """As other norms, one for each head's query and key."""
-        heads = (self._shape.heads, self._shape.kv_heads) if self._family.normed_heads else ()
-        return sum(self._normed(self._tokens * count, self._shape.head_dim) for count in heads)
-
-    def _scored(self) -> int:
-        """Of the attention alone."""
+        """Of the attention, with the norms of each head's query and key where the family has them."""
         shape, size = self._shape, self._attention
+        heads = (shape.heads, shape.kv_heads) if self._family.normed_heads else ()
+        return self._scored(shape, size) + sum(self._normed(self._tokens * count, shape.head_dim) for count in heads)
+
+    def _scored(self, shape: ModelShape, size: int) -> int:
         query = self._tokens * shape.heads * shape.head_dim * size
         key = self._tokens * shape.kv_heads * shape.head_dim * size
         pairs = self._rows * self._length**2
@@ -150,20 +137,3 @@ class Activations:
             repeats = shape.kv_heads > 1 or self._casts  # of a single one they are views
             return 2 * query + 2 * (query if repeats else key) + logarithms + pairs * size
         return 2 * query + 2 * key + logarithms
-
-    def _mlp(self) -> int:
-        return 3 * self._tokens * self._shape.intermediate_size * self._gated
-
-    def _cast_layers(self) -> int:
-        """Frozen weights that autocast casts anew in each product, and that their backward needs."""
-        if self._casts and self._variant.quantization == "none":
-            weights = sum(inputs * outputs for inputs, outputs in linear_widths(self._shape).values())
-            return weights * self._attention
-        return 0
-
-    def _cast_head(self) -> int:
-        return self._shape.vocab_size * self._shape.hidden_size * self._attention if self._casts else 0
-
-    @property
-    def _casts(self) -> bool:
-        return self._variant.autocast is not None and width(self._variant.autocast) != self._stream

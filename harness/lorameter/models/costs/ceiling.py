@@ -125,8 +125,8 @@ def ceiling_of(
         raise LorameterError(f"ceiling: a training step is measured against FLOP/s, and the peak is {peak}")
     useful = useful or row_tokens(variant, workload)
     computed = computed or computed_tokens(variant, workload)
-    needs, does = training_flops(shape, variant, useful), training_flops(shape, variant, computed)
-    return _ceiling(needs.model, does.hardware, six_n(shape, useful), step_time_s, peak, useful, computed)
+    needs, does = training_flops(shape, variant, useful).model, training_flops(shape, variant, computed).hardware
+    return _ceiling((needs, does, six_n(shape, useful)), step_time_s, peak, useful, computed)
 
 
 def ceiling_of_products(
@@ -139,19 +139,14 @@ def ceiling_of_products(
     computed: StepTokens,
 ) -> Ceiling:
     """The same of a model whose family is not known, by what its modules multiply."""
-    does = products.flops(
-        computed, checkpointing=variant.gradient_checkpointing, fused=variant.attention != "eager"
-    ).hardware
-    return _ceiling(
-        products.flops(useful).model, does, products.six_n(useful), step_time_s, peak, useful, computed,
-        counted=", counted from the modules",
-    )  # fmt: skip
+    checkpointing, fused = variant.gradient_checkpointing, variant.attention != "eager"
+    does = products.flops(computed, checkpointing=checkpointing, fused=fused).hardware
+    work = products.flops(useful).model, does, products.six_n(useful)
+    return _ceiling(work, step_time_s, peak, useful, computed, counted=", counted from the modules")
 
 
 def _ceiling(
-    needs: int,
-    does: int,
-    full: int,
+    work: tuple[int, int, int],
     step_time_s: Interval,
     peak: Peak,
     useful: StepTokens,
@@ -159,6 +154,8 @@ def _ceiling(
     *,
     counted: str = "",
 ) -> Ceiling:
+    """`work` is what the step needs, what it does, and what training all weights would take, in FLOPs."""
+    needs, does, full = work
     return Ceiling(
         mfu=utilisation(
             "MFU", needs, step_time_s, peak,

@@ -71,31 +71,19 @@ def _rows(variant: Variant, workload: Workload) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingFlops:
-    """FLOPs of one optimizer step, by what they are spent on."""
+    """FLOPs of one optimizer step."""
 
-    linear: int
-    """The frozen linear layers: forward, and the gradients of those inputs that something below waits for."""
-    adapters: int
-    """A and B forward, the gradients of both and through both; with DoRA its norm, and its second product of the frozen
-    weights where dropout makes PEFT take one."""
-    attention: int
-    """Scores and values forward, and the gradients of those operands that something waits for."""
-    head: int
-    recomputed: int
-    """Done a second time: the forward pass of each block under checkpointing, and the scores in a fused backward."""
-    surplus: int
-    """Done for nothing: gradients that reach the embeddings because checkpointing asks for them, those of operands that
-    a fused backward computes unasked, and the product with an identity matrix in PEFT's DoRA."""
-
-    @property
-    def model(self) -> int:
-        """What the step needs, however it is implemented: the numerator of MFU."""
-        return self.linear + self.adapters + self.attention + self.head
+    model: int
+    """What the step needs, however it is implemented: the numerator of MFU."""
+    extra: int
+    """Done a second time: the forward pass of each block under checkpointing, and the scores in a fused backward. And
+    done for nothing: gradients that reach the embeddings because checkpointing asks for them, those of operands that a
+    fused backward computes unasked, and the product with an identity matrix in PEFT's DoRA."""
 
     @property
     def hardware(self) -> int:
         """All that the device computes: the numerator of hardware utilisation."""
-        return self.model + self.recomputed + self.surplus
+        return self.model + self.extra
 
 
 def training_flops(shape: ModelShape, variant: Variant, tokens: StepTokens) -> TrainingFlops:
@@ -110,44 +98,17 @@ def training_flops(shape: ModelShape, variant: Variant, tokens: StepTokens) -> T
         UsageError: a model type or a target whose layers are not known here.
     """
     block = _Block(shape, variant, tokens)
-    forward, first, other = block.forward(), block.backward(entering=False), block.backward(entering=True)
-    run = other if variant.gradient_checkpointing else first  # checkpointing asks for the embeddings' gradient
-    above = shape.layers - 1
-
-    def spent(kind: str) -> int:
-        """What a step needs of one kind, over all blocks."""
-        return sum(
-            times * int(getattr(work, kind)) for times, work in ((shape.layers, forward), (1, first), (above, other))
-        )
-
-    again = shape.layers * (forward.total - block.tail()) if variant.gradient_checkpointing else 0
+    first, first_extra = block.backward(entering=False)
+    other, other_extra = block.backward(entering=True)
+    head = 2 * 2 * tokens.positions * shape.vocab_size * shape.hidden_size
+    extra = shape.layers * block.identity + first_extra + (shape.layers - 1) * other_extra
+    if variant.gradient_checkpointing:  # which asks for the embeddings' gradient
+        extra += shape.layers * (block.forward + block.identity - block.tail())
+        extra += other + other_extra - first - first_extra
     return TrainingFlops(
-        linear=spent("linear"),
-        adapters=spent("adapters"),
-        attention=spent("attention"),
-        head=2 * 2 * tokens.positions * shape.vocab_size * shape.hidden_size,
-        recomputed=again + run.recomputed + above * other.recomputed,
-        surplus=shape.layers * forward.surplus + run.needed - first.needed + run.surplus + above * other.surplus,
+        model=shape.layers * block.forward + first + (shape.layers - 1) * other + head,
+        extra=extra,
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Work:
-    """FLOPs of one direction of one block; the kinds are those of `TrainingFlops`."""
-
-    linear: int
-    adapters: int
-    attention: int
-    recomputed: int = 0
-    surplus: int = 0
-
-    @property
-    def needed(self) -> int:
-        return self.linear + self.adapters + self.attention
-
-    @property
-    def total(self) -> int:
-        return self.needed + self.recomputed + self.surplus
 
 
 class _Block:
@@ -155,73 +116,53 @@ class _Block:
 
     def __init__(self, shape: ModelShape, variant: Variant, tokens: StepTokens) -> None:
         variant = lora_of(variant, shape)
-        self._layers = linear_layers(shape)
-        self._widths = linear_widths(shape)
+        self._layers, widths = linear_layers(shape), linear_widths(shape)
         self._adapted = adapted_layers(shape, variant)
         biased = family_of(shape).biased if variant.bias == "all" else frozenset()
         self._training = self._adapted | biased
-        self._r = variant.r
-        self._positions, self._passes = tokens.positions, tokens.passes
         self._fused = variant.attention != "eager"
         self._dora = variant.use_dora
-        self._twice = variant.use_dora and variant.lora_dropout > 0
-        self._product = 2 * tokens.pairs * shape.heads * shape.head_dim  # grouped keys are repeated for each query head
-
-    def forward(self) -> _Work:
-        linear = sum(self._through(name) for name in self._widths)
-        adapters = sum(self._a(name) + self._b(name) for name in self._adapted)
-        identity = 0
-        if self._dora:  # the norm of W + BA needs BA: PEFT runs an identity matrix through A and then B
-            sizes = [self._widths[name] for name in self._adapted]
-            adapters += self._passes * sum(2 * inputs * self._r * outputs for inputs, outputs in sizes)
-            identity = self._passes * sum(2 * inputs * inputs * self._r for inputs, _ in sizes)
+        self._twice = variant.use_dora and variant.lora_dropout > 0  # PEFT multiplies by the frozen weights once more
+        rows, r = 2 * tokens.positions, variant.r
+        self._through = {name: rows * inputs * outputs for name, (inputs, outputs) in widths.items()}
+        self._a = {name: rows * widths[name][0] * r for name in self._adapted}
+        self._b = {name: rows * r * widths[name][1] for name in self._adapted}
+        self._pairs = 2 * tokens.pairs * shape.heads * shape.head_dim  # grouped keys are repeated for each query head
+        self.forward = sum(self._through.values()) + sum(self._a.values()) + sum(self._b.values()) + 2 * self._pairs
+        """What a forward pass needs."""
+        self.identity = 0
+        """The norm of W + BA needs BA: PEFT runs an identity matrix through A and then B."""
         if self._twice:
-            adapters += sum(self._through(name) for name in self._adapted)
-        return _Work(linear=linear, adapters=adapters, attention=2 * self._product, surplus=identity)
+            self.forward += sum(self._through[name] for name in self._adapted)
+        if self._dora:
+            sizes = [widths[name] for name in self._adapted]
+            self.forward += tokens.passes * sum(2 * inputs * r * outputs for inputs, outputs in sizes)
+            self.identity = tokens.passes * sum(2 * inputs * inputs * r for inputs, _ in sizes)
 
-    def backward(self, *, entering: bool) -> _Work:
-        """`entering`: whether a gradient is wanted for what enters the block. DoRA's norm is held constant (Liu et al.
-        2024, arXiv 2402.09353, section 4.3) and has none."""
-        wanted = self._wanted(entering)
-        linear = sum(self._through(name) for name in self._widths if wanted[name])
-        adapters = 0
+    def backward(self, *, entering: bool) -> tuple[int, int]:
+        """What a backward pass needs, and what a fused attention computes beyond that. `entering`: whether a gradient
+        is wanted for what enters the block. DoRA's norm is held constant (Liu et al. 2024, arXiv 2402.09353, section
+        4.3) and has none."""
+        places = {name: STAGES.index(layer.stage) for name, layer in self._layers.items()}
+        first = min((places[name] for name in self._training), default=len(STAGES))
+        # The gradient of a layer's input is wanted where something trains at or before what makes it.
+        wanted = [name for name, place in places.items() if entering or first < place]
+        needed = sum(self._through[name] for name in wanted)
         for name in self._adapted:
-            adapters += self._a(name) + 2 * self._b(name) + (self._a(name) if wanted[name] else 0)
-            adapters += self._through(name) if self._twice and wanted[name] else 0
+            needed += self._a[name] + 2 * self._b[name]
+            if name in wanted:
+                needed += self._a[name] + (self._through[name] if self._twice else 0)
         made = {operand for name in self._training for operand in self._layers[name].makes}
         query, key, value = (entering or operand in made for operand in ("query", "key", "value"))
         operands = (query or key) + query + key + value  # the scores', and through them the query's and the key's
-        fused = self._fused and operands > 0
-        return _Work(
-            linear=linear,
-            adapters=adapters,
-            attention=operands * self._product,
-            recomputed=self._product if fused else 0,
-            surplus=(4 - operands) * self._product if fused else 0,
-        )
+        again = 1 + 4 - operands if self._fused and operands else 0
+        return needed + operands * self._pairs, again * self._pairs
 
     def tail(self) -> int:
         """What checkpointing leaves out of a block's second forward pass: the products after the last saved tensor."""
         last = [name for name, layer in self._layers.items() if layer.stage == STAGES[-1]]
-        return sum(
-            self._through(name) if name not in self._adapted else 0 if self._dora else self._b(name) for name in last
-        )
-
-    def _wanted(self, entering: bool) -> dict[str, bool]:
-        """Whether the gradient of each layer's input is wanted: something trains at or before what makes it."""
-        places = {name: STAGES.index(layer.stage) for name, layer in self._layers.items()}
-        first = min((places[name] for name in self._training), default=len(STAGES))
-        return {name: entering or first < place for name, place in places.items()}
-
-    def _through(self, name: str) -> int:
-        inputs, outputs = self._widths[name]
-        return 2 * self._positions * inputs * outputs
-
-    def _a(self, name: str) -> int:
-        return 2 * self._positions * self._widths[name][0] * self._r
-
-    def _b(self, name: str) -> int:
-        return 2 * self._positions * self._r * self._widths[name][1]
+        plain = sum(self._through[name] for name in last if name not in self._adapted)
+        return plain + (0 if self._dora else sum(self._b[name] for name in last if name in self._adapted))
 
 
 def adapted_layers(shape: ModelShape, variant: Variant) -> frozenset[str]:

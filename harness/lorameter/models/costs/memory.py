@@ -17,8 +17,15 @@ from typing import Any
 
 from lorameter.models.catalogue import ModelSource
 from lorameter.models.costs.activations import Activations
-from lorameter.models.costs.lora import adapter_parameters, adapter_tensors, optimizer_state_bytes, paged_state_bytes
-from lorameter.models.costs.storage import constant_bytes, weight_bytes, width
+from lorameter.models.costs.lora import (
+    adapter_parameters,
+    adapter_tensors,
+    constant_bytes,
+    optimizer_state_bytes,
+    paged_state_bytes,
+    weight_bytes,
+    width,
+)
 from lorameter.models.shapes import ModelShape, family_of, linear_widths, read_config
 from lorameter.records.memory_account import MEMORY_PHASES, MemoryPhase, in_order
 from lorameter.studies.variant import LoraVariant, Variant, form_keys

@@ -41,18 +41,15 @@ class StepProducts:
     """Weights that each position of a step is multiplied with, in elements. An expert counts with the share of the
     positions that meet it, so that these are no whole numbers."""
 
-    linear_forward: float
-    """Linear layers of the base without the output head."""
-    linear_inputs: float
-    """Of them, those for whose input a gradient is computed."""
-    linear_weights: float
-    """Of them, those that train."""
-    adapter_forward: float
-    adapter_inputs: float
-    adapter_weights: float
-    head_forward: float
-    head_inputs: float
-    head_weights: float
+    forward: float
+    """Of the base's linear layers without the output head, and of the adapter."""
+    head: float
+    inputs: float
+    """Of all these, those for whose input a gradient is computed."""
+    weights: float
+    """Of all these, those that train."""
+    plain: float
+    """Of the base's linear layers alone, without the output head."""
     passes: float
     """Products that are made once in each pass whatever its length, in pairs of factors: BA for DoRA's norm, and for
     experts that are stored as one tensor, to which PEFT adds it."""
@@ -62,24 +59,17 @@ class StepProducts:
     def flops(self, tokens: StepTokens, *, checkpointing: bool = False, fused: bool = True) -> TrainingFlops:
         """FLOPs of one optimizer step.
 
-        `recomputed` holds all of a block's forward pass under `checkpointing`, its last product too, which torch leaves
-        out, and the scores that a `fused` backward of attention computes again.
+        `extra` holds all of a block's forward pass under `checkpointing`, its last product too, which torch leaves out,
+        and the scores that a `fused` backward of attention computes again.
         """
         twice, product = 2 * tokens.positions, 2 * tokens.pairs * self.attention
-        again = twice * (self.linear_forward + self.adapter_forward) + 2 * product if checkpointing else 0.0
-        adapters = self.adapter_forward + self.adapter_inputs + self.adapter_weights
-        return TrainingFlops(
-            linear=round(twice * (self.linear_forward + self.linear_inputs + self.linear_weights)),
-            adapters=round(twice * adapters + 2 * tokens.passes * self.passes),
-            attention=round(6 * product),
-            head=round(twice * (self.head_forward + self.head_inputs + self.head_weights)),
-            recomputed=round(again + (product if fused else 0.0)),
-            surplus=0,
-        )
+        model = twice * (self.forward + self.head + self.inputs + self.weights) + 2 * tokens.passes * self.passes
+        again = (twice * self.forward + 2 * product if checkpointing else 0.0) + (product if fused else 0.0)
+        return TrainingFlops(model=round(model + 6 * product), extra=round(again))
 
     def six_n(self, tokens: StepTokens) -> int:
         """What training all weights would take, without attention; as of a family that is known."""
-        return round(6 * (self.linear_forward + self.head_forward) * tokens.positions)
+        return round(6 * (self.plain + self.head) * tokens.positions)
 
 
 def count_products(model: Any, seen: Mapping[str, bool | None] | None = None) -> StepProducts:
@@ -97,23 +87,25 @@ def count_products(model: Any, seen: Mapping[str, bool | None] | None = None) ->
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     found = dict.fromkeys(StepProducts.__slots__, 0.0)
-    head, adapters, stacked = _head_of(base), _adapter_parts(base), _stacked_weights(base)
+    head = _unwrapped(base.get_output_embeddings()) if hasattr(base, "get_output_embeddings") else None
+    adapters, stacked = _adapter_parts(base), _stacked_weights(base)
     below, known = False, dict(base.named_modules())
     for name, module in known.items():
         if seen is not None and not _ran(name, known, seen):
             continue
         elements = _elements(module) * _share(name, known, base) * adapters.get(id(module), True)
         trains = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-        kind = "adapter" if id(module) in adapters else "head" if module is head else "linear"
-        if elements and (trains or kind != "adapter"):  # an adapter that does not train is that of another trial
-            found[f"{kind}_forward"] += elements
+        adapter = id(module) in adapters
+        if elements and (trains or not adapter):  # an adapter that does not train is that of another trial
             wanted = None if seen is None else seen.get(name)
-            found[f"{kind}_inputs"] += elements * (below if wanted is None else wanted)
-            found[f"{kind}_weights"] += elements * _trained(module, stacked)
+            found["head" if module is head else "forward"] += elements
+            found["plain"] += elements * (not adapter and module is not head)
+            found["inputs"] += elements * (below if wanted is None else wanted)
+            found["weights"] += elements * _trained(module, stacked)
         below = below or trains
         found["passes"] += _once_a_pass(module)
         found["attention"] += _attention_width(name, module, known, base)
-    if not found["linear_forward"]:
+    if not found["plain"]:
         raise UncountedError("no linear layer is among the model's modules")
     return StepProducts(**found)
 
@@ -144,11 +136,6 @@ def from_values(values: Mapping[str, float]) -> StepProducts | None:
     names = {name: values.get(f"{PREFIX}{name}") for name in StepProducts.__slots__}
     held = {name: value for name, value in names.items() if value is not None}
     return StepProducts(**held) if len(held) == len(names) else None
-
-
-def _head_of(base: Any) -> Any:
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    return _unwrapped(head)
 
 
 def _is_adapted(module: Any) -> bool:

@@ -15,7 +15,6 @@ product with a weight of that alignment takes up to 8 % longer for one row, 0 to
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib
 import json
@@ -49,7 +48,6 @@ from lorameter.trial.building.quantising import (
     fill_layer,
     mark_quantised,
     quantised_names,
-    quantize_linears,
 )
 
 FORMAT = 1
@@ -88,21 +86,21 @@ def prepare(request: BaseRequest) -> BaseSummary:
     source = catalogue.resolve(request.workload.model)
     follows_from = _follows_from(source, request)
     folder = bases.folder_of(follows_from)
-    conversions = quantisations = 0
     with locked(folder, "waiting for another process that makes the same base", print):
         description = bases.read_description(folder)
+        made = description is None
         if description is None:
-            model, conversions, load_s = _make(source, request)
-            quantisations = int(request.variant.quantization != "none")
-            description = _write(model, folder, follows_from, load_s)
+            began = time.perf_counter()
+            model = load_base(source, request.variant, device=request.device, seed=request.workload.data_seed)
+            description = _write(model, folder, follows_from, time.perf_counter() - began)
         bases.touch(folder)
     return BaseSummary(
         path=str(folder.absolute()),
         hash=description.digest,
         base=base_words(request.variant, request.workload),
         bytes=description.bytes,
-        conversions=conversions,
-        quantisations=quantisations,
+        conversions=int(made),
+        quantisations=int(made and request.variant.quantization != "none"),
         seconds=time.perf_counter() - begin,
         load_s=description.load_s,
     )
@@ -136,22 +134,6 @@ def take(folder: Path, variant: Variant, device: str) -> transformers.PreTrained
     return model.eval()
 
 
-def _make(source: ModelSource, request: BaseRequest) -> tuple[transformers.PreTrainedModel, int, float]:
-    """The model, how often it was converted for it, and the seconds that all of that takes. A GGUF file is dequantised
-    once, for all that is quantised of it in the same type."""
-    variant, begin = request.variant, time.perf_counter()
-    if source.kind == "gguf" and not source.random and variant.quantization != "none":
-        plain = dataclasses.replace(request, variant=dataclasses.replace(variant, quantization="none"))
-        summary = prepare(plain)
-        begin = time.perf_counter()
-        model = take(Path(summary.path), plain.variant, "cpu")
-        if model is not None:
-            quantize_linears(model, variant, request.device)
-            return model, summary.conversions, summary.load_s + time.perf_counter() - begin
-    model = load_base(source, variant, device=request.device, seed=request.workload.data_seed)
-    return model, 1, time.perf_counter() - begin
-
-
 def _write(model: Any, folder: Path, follows_from: Mapping[str, Any], load_s: float) -> BaseDescription:
     with bases.draft_of(folder) as draft:
         digest, size = _write_tensors(_tensors(model), draft / bases.TENSORS)
@@ -183,22 +165,22 @@ def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def _fill(model: Any, tensors: Mapping[str, torch.Tensor], frozen: frozenset[str], device: str) -> None:
     """Lay tensors in a model that has none."""
-    constants: dict[str, dict[str, torch.Tensor]] = {}
+    weights, constants = dict[str, torch.Tensor](), dict[str, dict[str, torch.Tensor]]()
     for name, tensor in tensors.items():
-        owner, mark, key = name.partition(_MARK)
-        if mark:
+        owner, _, key = name.partition(_MARK)
+        if key:
             constants.setdefault(owner, {})[key] = tensor.to(device)
-    for name, tensor in tensors.items():
-        if _MARK in name:
-            continue
+        else:
+            weights[name] = tensor.to(device)
+    for name, weight in weights.items():
         place, _, key = name.rpartition(".")
         module = model.get_submodule(place)
         if key in module._buffers:
-            module._buffers[key] = tensor.to(device)
+            module._buffers[key] = weight
         elif name in constants:
-            fill_layer(module, tensor.to(device), constants[name])
+            fill_layer(module, weight, constants[name])
         else:
-            module.register_parameter(key, nn.Parameter(tensor.to(device), requires_grad=name not in frozen))
+            module.register_parameter(key, nn.Parameter(weight, requires_grad=name not in frozen))
 
 
 def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> tuple[str, int]:
@@ -232,8 +214,7 @@ def _follows_from(source: ModelSource, request: BaseRequest) -> dict[str, Any]:
     variant, cuda = request.variant, request.device.startswith("cuda")
     return {
         "format": FORMAT,
-        "code": _digest(Path(module.__file__).read_bytes() for module in (base_model, quantising) if module.__file__)
-        + _digest([Path(__file__).read_bytes()]),
+        "code": _digest(Path(str(one)).read_bytes() for one in (base_model.__file__, quantising.__file__, __file__)),
         "source": _identity(source),
         "seed": request.workload.data_seed if source.random else None,
         "dtype": variant.dtype,

@@ -37,7 +37,7 @@ from lorameter.trial.building.quantising import (
     quantised_names,
     quantize_linears,
 )
-from lorameter.trial.data.tokenizers import gguf_tokenizer
+from lorameter.trial.data.tokens import gguf_tokenizer
 
 
 def load_base(source: ModelSource, variant: Variant, *, device: str, seed: int) -> transformers.PreTrainedModel:
@@ -101,8 +101,11 @@ def _from_files(source: ModelSource, variant: Variant, device: str) -> transform
     options: dict[str, Any] = {"local_files_only": not hub or not catalogue.hub_has(source)}
     with _refusals(source.label, hub=source if hub else None):
         config = transformers.AutoConfig.from_pretrained(source.location, **options)
-        _refuse_quantised(config, source)
-        return _whole(
+        if own := getattr(config, "quantization_config", None):
+            method = own.get("quant_method") if isinstance(own, dict) else own.quant_method
+            why = f"the checkpoint is quantised already ({method}), which overrules the variant"
+            raise impossible("models", "model", source.label, why, "Name the unquantised checkpoint.")
+        return _load_whole(
             source.label,
             source.location,
             config=config,
@@ -114,7 +117,7 @@ def _from_files(source: ModelSource, variant: Variant, device: str) -> transform
         )
 
 
-def _whole(label: str, location: str | Path, **options: Any) -> transformers.PreTrainedModel:
+def _load_whole(label: str, location: str | Path, **options: Any) -> transformers.PreTrainedModel:
     """A model of files. Raises `UsageError` where they lack a weight, which transformers draws at random instead."""
     model, found = transformers.AutoModelForCausalLM.from_pretrained(location, output_loading_info=True, **options)
     if lacking := sorted(found["missing_keys"]):
@@ -141,20 +144,6 @@ def _refusals(label: str, hub: ModelSource | None = None) -> Iterator[None]:
 _REMEDY = "Save the model again."
 
 
-def _refuse_quantised(config: transformers.PretrainedConfig, source: ModelSource) -> None:
-    """A checkpoint's own quantisation silently overrules what the variant asks for."""
-    own = getattr(config, "quantization_config", None)
-    if own is not None:
-        method = own.get("quant_method") if isinstance(own, dict) else own.quant_method
-        raise impossible(
-            "models",
-            "model",
-            source.label,
-            f"the checkpoint is quantised already ({method}), which overrules the variant",
-            "Name the unquantised checkpoint.",
-        )
-
-
 def _from_gguf(location: str, attention: str, dtype: torch.dtype) -> transformers.PreTrainedModel:
     """A plain model on the CPU, without the marks of a quantised one that the GGUF loader leaves."""
     path = Path(location)
@@ -162,7 +151,7 @@ def _from_gguf(location: str, attention: str, dtype: torch.dtype) -> transformer
     if hasattr(transformers, "GgufConfig"):  # else packed blocks run in kernels of their own where those are installed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _refusals(location):
-        model = _whole(
+        model = _load_whole(
             location, path.parent, gguf_file=path.name, dtype=dtype, attn_implementation=attention, **options
         )
     quantizer = getattr(model, "hf_quantizer", None)
@@ -175,9 +164,9 @@ def _random_model(source: ModelSource, variant: Variant, device: str, seed: int)
     model = skeleton(architecture(source), variant)
     quantization = bnb_config(variant)
     packed = set(quantised_names(model)) if quantization is not None else set()
-    with torch.no_grad(), _own_random_state(device):
+    with torch.no_grad(), torch.random.fork_rng(devices=[torch.device(device)] if device.startswith("cuda") else []):
         for name in [name for name, _ in model.named_modules()]:  # by name: a held module would hold its weights
-            torch.manual_seed(_module_seed(seed, name))
+            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]) >> 1)
             module = model.get_submodule(name)
             _materialise(model, name, module, device)
             if name in packed:
@@ -199,18 +188,6 @@ def architecture(source: ModelSource) -> transformers.PretrainedConfig:
     return config
 
 
-def _module_seed(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]) >> 1
-
-
-@contextmanager
-def _own_random_state(device: str) -> Iterator[None]:
-    where = torch.device(device)
-    cuda = [where] if where.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        yield
-
-
 def _materialise(model: transformers.PreTrainedModel, name: str, module: nn.Module, device: str) -> None:
     """Give the module's own parameters storage on `device` and random values; buffers are only moved.
 
@@ -230,13 +207,8 @@ def _materialise(model: transformers.PreTrainedModel, name: str, module: nn.Modu
     for key, meta in own.items():
         drawn = module.get_parameter(key)
         if drawn.isnan().any():
-            raise impossible(
-                "models",
-                "model",
-                model.config.model_type,
-                f"the architecture does not say how to initialise {name}.{key}",
-                "Use real weights.",
-            )
+            why = f"the architecture does not say how to initialise {name}.{key}"
+            raise impossible("models", "model", model.config.model_type, why, "Use real weights.")
         module.register_parameter(key, nn.Parameter(drawn.to(meta.dtype), requires_grad=meta.requires_grad))
     for key, buffer in module.named_buffers(recurse=False):
         module._buffers[key] = buffer.to(device)

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from transformers import get_scheduler
 from transformers.integrations.liger import apply_liger_kernel
 
+from kernels_check.observe.digest import Fingerprinter
 from lorameter.errors import UsageError
+from lorameter.models.costs.lora import optimizer_state_bytes, paged_state_bytes
 from lorameter.studies.request import TrialRequest
-from lorameter.studies.variant import PeftVariant, Variant
+from lorameter.studies.variant import PAGED, FullVariant, LoraVariant, PeftVariant, Variant
+from lorameter.trial.building import peft_methods
 from lorameter.trial.building.base_cache import base_of
 from lorameter.trial.building.peft_methods import (
+    activate,
+    adapted_layers,
     attach,
     attach_beside,
     make_optimizer,
@@ -31,8 +36,6 @@ from lorameter.trial.building.peft_methods import (
     unmixable_layers,
     updater,
 )
-from lorameter.trial.building.planted_slowdown import inject_work
-from lorameter.trial.building.shared import SharedBase
 from lorameter.trial.data.stream import Batch, TokenStream
 
 
@@ -87,20 +90,18 @@ def build(
     """
     variant = request.variant
     set_precision(variant)
-
-    def load(adapter: str) -> Any:
+    model, adapter = shared.model, shared.name_adapter()
+    if model is None:
         base, made = base_of(request)
-        shared.conversions += made
+        shared.loads, shared.conversions = 1, int(made)
         if variant.liger_kernel:
             apply_liger_kernel(base, None)  # before the adapter: it swaps the forwards of the model's own classes
         seed_everything(request.seed)
-        return attach(base, variant, adapter, batches=_batches(request), steps=steps)
-
-    def add(model: Any, adapter: str) -> None:
+        model = shared.model = attach(base, variant, adapter, batches=_batches(request), steps=steps)
+    else:
         seed_everything(request.seed)
         attach_beside(model, variant, adapter)
-
-    model, adapter = shared.adopt(load, add)
+        activate(model, adapter)
     if request.workload.adapters > 1 and (refusing := unmixable_layers(model)):
         raise UsageError(
             f"workload: adapters = {request.workload.adapters}: PEFT answers for no several adapters in one batch by "
@@ -141,3 +142,167 @@ def _own_caches(scratch: Path) -> None:
     """Empty compile caches for this trial: a cache that an earlier trial warmed would make this one look faster."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(scratch / "triton")
+
+
+# --- shared base ------------------------------------------------------------------------------------------------------
+
+
+T = TypeVar("T")
+
+
+class SharedBase:
+    """The base of one process; loaded by the first trial that is built, and once only. Several trials have their
+    adapters on it, each as if it were alone.
+
+    The base is frozen, so trials can share it: each brings its own adapter, optimizer and stream of random numbers, and
+    is switched on for its turn only. To be bit-equal to a trial alone, an adapter is attached under its own seed, and
+    the random numbers of a trial go on where its last turn left them. The switch is outside every timed window.
+
+    Not for adapters that change the base (see `lorameter.run.interleaving`): the digest of the base must be the same at
+    the end.
+    """
+
+    def __init__(self) -> None:
+        self.model: Any = None
+        """PEFT's, with the adapters of all trials; None before the first one is built."""
+        self.loads = 0
+        """How often a base was loaded in this process."""
+        self.conversions = 0
+        """How often it was made of its source for that: read, converted, quantised."""
+        self._adapters = 0
+        self._digest = ""
+        self._found: dict[str, Any] = {}
+
+    def name_adapter(self) -> str:
+        """The name of the next adapter."""
+        self._adapters += 1
+        return f"adapter{self._adapters - 1}" if self._adapters > 1 else "default"
+
+    def once(self, name: str, find: Callable[[], T]) -> T:
+        """What `find` returns for the first trial that asks: a property of the base, the same for all on it."""
+        if name not in self._found:
+            self._found[name] = find()
+        return cast(T, self._found[name])
+
+    def remember(self) -> None:
+        """Take the digest of the base, which must not change from here on; only the first call counts."""
+        self._digest = self._digest or base_digest(self.model)
+
+    def unchanged(self) -> bool:
+        """Whether the base is what it was when it was remembered; found out once, when all trials have ended."""
+        return self.once("unchanged", lambda: self._digest == base_digest(self.model))
+
+
+def base_digest(model: Any) -> str:
+    """A fingerprint of every parameter that no adapter owns, byte by byte; 4-bit weights must be in their stored
+    layout. What lies on a GPU is read there."""
+    own, take = peft_methods.own_parameters(model), Fingerprinter()
+    return " ".join(take(parameter.data) for name, parameter in model.named_parameters() if name not in own)
+
+
+# --- planted slow-down ------------------------------------------------------------------------------------------------
+
+
+WIDTH = 64
+"""Inner size of the product: 16 KiB in float32, which stays in the first cache."""
+
+
+def inject_work(model: torch.nn.Module, rows: int) -> None:
+    """Add a product of (rows, 64) and (64, 64), on the model's device, to every adapted layer's forward: a slow-down of
+    known cause, to see what a protocol can see.
+
+    The result of the float32 product is thrown away, so losses stay what they were. It takes the path that a real
+    regression takes (one more kernel in a layer's forward), which a `sleep` would not. The factors are narrow: one as
+    wide as the layer would have to be read from memory each time, and a small slow-down could not be injected.
+    """
+    device = next(model.parameters()).device
+    factors = torch.ones(rows, WIDTH, device=device), torch.ones(WIDTH, WIDTH, device=device)
+
+    def multiply(module: Any, inputs: Any) -> None:
+        with torch.no_grad():
+            torch.mm(*factors)
+
+    for layer in adapted_layers(model).values():
+        layer.register_forward_pre_hook(multiply)
+
+
+# --- requirements -----------------------------------------------------------------------------------------------------
+
+
+_BACKEND = {"sdpa": "fused", "eager": "eager", "flash_attention_2": "flash_attention_2", "flex_attention": "flex"}
+_OPTIMIZER = {
+    "adamw": "torch.optim.AdamW",
+    "adamw_fused": "torch.optim.AdamW",
+    "paged_adamw_32bit": "bitsandbytes.optim.PagedAdamW32bit",
+    "paged_adamw_8bit": "bitsandbytes.optim.PagedAdamW8bit",
+}
+
+
+LIGER_KINDS = "rms_norm+mlp+loss"
+"""What Liger swaps in every architecture that it knows; the rotary embedding it leaves to some."""
+
+
+def attention_of(variant: Variant, own: Mapping[str, Any]) -> Any:
+    """What a variant requires of its attention; `own` are the requirements of the study."""
+    return own.get("attention.backend", _BACKEND[variant.attention])
+
+
+def _optimizer_class(name: str) -> str:
+    """The class of an optimizer of torch or bitsandbytes by the name that a variant has for it; "" of one of PEFT's,
+    which makes one of another class."""
+    if name.startswith("bitsandbytes."):
+        return name.replace("bitsandbytes.", "bitsandbytes.optim.", 1)
+    return _OPTIMIZER.get(name) or (f"torch.optim.{name}" if name[:1].isupper() else "")
+
+
+def requirements_of(
+    variant: Variant, trained_shapes: tuple[int, ...], *, packed: bool, on_linear: bool = True
+) -> dict[str, Any]:
+    """Requirements for kernels_check that follow from a variant, by path: one with quantization = "nf4" requires nf4. A
+    study can add more.
+
+    Args:
+        variant: the claim.
+        trained_shapes: elements of each trained tensor; decides which share of paged state bitsandbytes would page.
+        packed: whether the workload packs records, which must then be isolated.
+        on_linear: whether linear layers carry the adapter, whose storage is then looked at; else that of all of the
+            base.
+    """
+    bits = {"none": 32 if variant.dtype == "float32" else 16, "int8": 8}.get(variant.quantization, 4)
+    full, optimizer = isinstance(variant, FullVariant), _optimizer_class(variant.optimizer)
+    required: dict[str, Any] = {
+        "attention.backend": _BACKEND[variant.attention],
+        # PEFT's preparation casts the norms to float32, and queries and keys follow unless autocast brings them back.
+        "attention.dtype": variant.autocast or ("float32" if variant.prepare_for_kbit else variant.dtype),
+        **({"base.bits": bits, "base.quant_type": variant.quantization} if on_linear else {}),
+        **({"base.learning": True} if full else {"peft.attached": True, "peft.learning": True}),
+        **({"peft.dropout": float(variant.lora_dropout)} if isinstance(variant, LoraVariant) else {}),
+        **({"optimizer.class": optimizer} if optimizer else {}),
+        "checkpointing": variant.gradient_checkpointing,
+        "mode": "train",
+    }
+    if variant.is_4bit and not on_linear:
+        required["base.bytes_in_4bit"] = 0.01
+    elif variant.is_4bit:
+        required["base.double_quant"] = variant.double_quant
+        required["base.compute_dtype"] = variant.compute_dtype
+    if not variant.trains_base:  # otherwise biases of the base train on purpose
+        required["base.frozen"] = True
+    if variant.adapter_dtype is not None:
+        required["peft.dtype"] = variant.adapter_dtype
+    if variant.optimizer == "adamw_fused":
+        required["optimizer.fused"] = True
+    if variant.optimizer in PAGED:
+        paged = paged_state_bytes(variant.optimizer, trained_shapes)
+        share = paged / optimizer_state_bytes(variant.optimizer, [(elements, 4) for elements in trained_shapes])
+        if share:  # tensors that are all too small for bitsandbytes to page are a notice (`lorameter.run.feasibility`)
+            required["optimizer.paged_share"] = max(0.01, share - 0.02)
+    if variant.tf32 and variant.multiplies_float32:
+        required["tf32"] = True
+    if variant.compile:
+        required["compile"] = True
+    if variant.liger_kernel:
+        required["fused.kernels"] = LIGER_KINDS
+    if packed:
+        required["packing.isolated"] = True
+    return required

@@ -33,33 +33,22 @@ def probe(variant: Variant) -> MethodFacts:
     try:
         if not isinstance(variant, FullVariant):
             peft_methods.config_of(variant, steps=1000)
-        peft_methods.find_optimizer(variant)
-    except UsageError as error:
-        return MethodFacts(refused=str(error))
-    try:
-        return _tried(variant)
+        return _try_method(variant)
     except UsageError as error:
         return MethodFacts(refused=str(error))
     except Exception as error:  # which exception depends on the method
-        if variant.quantization != "none" and _trains(dataclasses.replace(variant, quantization="none")):
-            said = (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
-            why = f"PEFT does not train {variant.method_name} on this quantised base ({shorten(said, 200)})"
-            where = f"variant {variant.name!r}"
-            remedy = 'Set autocast, or quantization = "none".'
-            refused = impossible(where, "quantization", variant.quantization, why, remedy)
-            return MethodFacts(refused=str(refused))
-        return MethodFacts()
+        plain = dataclasses.replace(variant, quantization="none", prepare_for_kbit=False)
+        if variant.quantization == "none" or not _can(lambda: _try_method(plain)):
+            return MethodFacts()
+        said = (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
+        why = f"PEFT does not train {variant.method_name} on this quantised base ({shorten(said, 200)})"
+        remedy = 'Set autocast, or quantization = "none".'
+        refused = impossible(f"variant {variant.name!r}", "quantization", variant.quantization, why, remedy)
+        return MethodFacts(refused=str(refused))
 
 
-def _trains(variant: Variant) -> bool:
-    try:
-        _tried(dataclasses.replace(variant, prepare_for_kbit=False))
-    except Exception:  # as above
-        return False
-    return True
-
-
-def _tried(variant: Variant) -> MethodFacts:
+def _try_method(variant: Variant) -> MethodFacts:
+    peft_methods.find_optimizer(variant)
     base = _base(variant)
     before = [(parameter, parameter.detach().clone()) for parameter in base.parameters()]
     inputs = torch.randint(0, 250, (_ROWS, _LENGTH), generator=torch.Generator().manual_seed(0))
@@ -67,9 +56,8 @@ def _tried(variant: Variant) -> MethodFacts:
     model = peft_methods.attach(base, variant, batches=[batch], steps=1000)
     optimizer, update = peft_methods.make_optimizer(model, variant), peft_methods.updater(model)
     model.train()
-    cast_to = getattr(torch, variant.autocast) if variant.autocast else None
     for step in (1, 2):
-        loss_of(model, batch | {"labels": inputs}, device="cpu", autocast=cast_to).backward()
+        loss_of(model, batch | {"labels": inputs}, device="cpu", autocast=variant.autocast).backward()
         optimizer.step()
         if update is not None:
             update(step)
@@ -79,11 +67,35 @@ def _tried(variant: Variant) -> MethodFacts:
     there = {id(parameter) for parameter in model.parameters()}
     keeps = all(id(one) in there and torch.equal(one, was) for one, was in before)
     model.eval()
-    answers = _logits(model, batch, cast_to)
-    with tempfile.TemporaryDirectory() as folder:
-        reloads = _can(lambda: _reload(model, variant, Path(folder), batch, answers, cast_to))
-    several = _can(lambda: _add(model, variant))
-    mixes = several and _can(lambda: _mix(model, batch, answers, cast_to))
+    answers = _logits(model, batch, variant)
+
+    def reload() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            peft_methods.save(model, Path(folder))
+            again = peft_methods.load(_base(variant), variant, Path(folder)).eval()
+        torch.testing.assert_close(_logits(again, batch, variant), answers)
+
+    def add() -> None:
+        """Several trials can take turns on one base where a switch changes nothing of what trains."""
+        before = _trained(model)
+        peft_methods.attach_beside(model, variant, "second")
+        peft_methods.activate(model, "second")
+        peft_methods.activate(model, "default")
+        if _trained(model) != before:
+            raise ValueError("another part of the adapter trains after a switch")
+
+    def mix() -> None:
+        """A model may take the names and answer all rows by one adapter: then there is no mixing."""
+        peft_methods.activate(model, "second")
+        others = _logits(model, batch, variant)
+        peft_methods.activate(model, "default")
+        mixed = _logits(model, {**batch, "adapter_names": ["default", "second"]}, variant)
+        if torch.equal(answers[1], others[1]):
+            raise ValueError("both adapters answer alike")
+        torch.testing.assert_close(mixed, torch.stack([answers[0], others[1]]))
+
+    reloads, several = _can(reload), _can(add)
+    mixes = several and _can(mix)
     merges = _can(lambda: peft_methods.merge(model)) and peft_methods.is_merged(model)
     return MethodFacts(keeps_base=keeps, several=several, mixes=mixes, merges=merges, reloads=reloads)
 
@@ -92,40 +104,15 @@ def _base(variant: Variant) -> Any:
     return load_base(catalogue.resolve(MODEL), variant, device="cpu", seed=0)
 
 
-def _logits(model: Any, batch: dict[str, Any], cast_to: torch.dtype | None) -> torch.Tensor:
-    with torch.no_grad(), torch.autocast("cpu", dtype=cast_to or torch.bfloat16, enabled=cast_to is not None):
+def _trained(model: Any) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _logits(model: Any, batch: dict[str, Any], variant: Variant) -> torch.Tensor:
+    dtype = getattr(torch, variant.autocast or "bfloat16")
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=bool(variant.autocast)):
         logits: torch.Tensor = model(**batch, use_cache=False).logits
     return logits
-
-
-def _reload(
-    model: Any,
-    variant: Variant,
-    folder: Path,
-    batch: dict[str, Any],
-    answers: torch.Tensor,
-    cast_to: torch.dtype | None,
-) -> None:
-    peft_methods.save(model, folder)
-    again = _logits(peft_methods.load(_base(variant), variant, folder).eval(), batch, cast_to)
-    torch.testing.assert_close(again, answers)
-
-
-def _add(model: Any, variant: Variant) -> None:
-    peft_methods.attach_beside(model, variant, "second")
-    peft_methods.activate(model, "second")
-    peft_methods.activate(model, "default")
-
-
-def _mix(model: Any, batch: dict[str, Any], answers: torch.Tensor, cast_to: torch.dtype | None) -> None:
-    """Ask one row of each adapter. A model may take the names and answer all rows by one: then there is no mixing."""
-    peft_methods.activate(model, "second")
-    others = _logits(model, batch, cast_to)
-    peft_methods.activate(model, "default")
-    mixed = _logits(model, {**batch, "adapter_names": ["default", "second"]}, cast_to)
-    if torch.equal(answers[1], others[1]):
-        raise ValueError("both adapters answer alike")
-    torch.testing.assert_close(mixed, torch.stack([answers[0], others[1]]))
 
 
 def _can(action: Callable[[], object]) -> bool:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,11 +29,11 @@ from transformers.pytorch_utils import Conv1D
 
 from kernels_check.observe.adapter import holders_in
 from kernels_check.observe.modules import Below
-from lorameter.errors import UsageError, impossible
+from lorameter.errors import UsageError, impossible, said_by
 from lorameter.models import catalogue, shapes
 from lorameter.studies.variant import ADAMW, ALL_LINEAR, PAGED, FullVariant, LoraVariant, PeftVariant, Variant
-from lorameter.trial.building.packing import unpack_4bit
-from lorameter.trial.data.tokenizers import load_tokenizer
+from lorameter.trial.building.quantising import unpack_4bit
+from lorameter.trial.data.tokens import load_tokenizer
 
 LAZY = ("peft.tuners.lora.bnb",)
 """What PEFT imports when it first meets a quantised layer."""
@@ -72,7 +72,7 @@ def config_of(variant: Variant, *, steps: int | None = None) -> PeftConfig:
     try:
         return known[name](**given)
     except Exception as error:  # which exception depends on the value that PEFT could not take
-        raise UsageError(f"{where}: peft: {known[name].__name__} refuses it: {_said(error)}") from None
+        raise UsageError(f"{where}: peft: {known[name].__name__} refuses it: {said_by(error).rstrip('.')}.") from None
 
 
 def attach(
@@ -96,7 +96,8 @@ def attach(
     config = config_of(variant, steps=steps)
     init = getattr(config, "init_lora_weights", None)
     if init == "corda":
-        preprocess_corda(base, config, run_model=lambda: _see(base, batches))
+        with torch.no_grad():
+            preprocess_corda(base, config, run_model=lambda: [base(**batch) for batch in batches])
     model = get_peft_model(base, config, adapter_name=adapter, autocast_adapter_dtype=_upcasts(variant))
     if init == "eva":
         peft.initialize_lora_eva_weights(model, batches, adapter_name=adapter, show_progress_bar=False)
@@ -107,12 +108,6 @@ def attach(
 def reads_data(variant: Variant) -> bool:
     """Whether the initialisation of the adapter looks at data."""
     return isinstance(variant, PeftVariant) and variant.peft.get("init_lora_weights") in ("corda", "eva")
-
-
-def _see(base: Any, batches: Iterable[Any]) -> None:
-    with torch.no_grad():
-        for batch in batches:
-            base(**batch)
 
 
 def attach_beside(model: Any, variant: Variant, adapter: str) -> None:
@@ -155,11 +150,6 @@ def updater(model: Any) -> Callable[[int], None] | None:
     return None if found is None else cast("Callable[[int], None]", tuner.update_and_allocate)  # type: ignore[union-attr]
 
 
-def detach(model: Any, adapter: str) -> None:
-    """Take an adapter that is not active off the model."""
-    model.delete_adapter(adapter)
-
-
 def unmixable_layers(model: torch.nn.Module) -> tuple[str, ...]:
     """Names of the layers that cannot take rows for different adapters: PEFT refuses that where it wraps a parameter of
     a layer in place of the layer (experts that are stored as one tensor) or torch's own attention."""
@@ -183,16 +173,18 @@ def is_merged(model: Any) -> bool:
     return any(layer.merged for layer in adapted_layers(model).values())
 
 
-def without_adapter(model: Any) -> AbstractContextManager[None]:
-    """Meanwhile the model is its base."""
+@contextmanager
+def without_adapter(model: Any) -> Iterator[None]:
+    """Meanwhile the model is its base. What trains is afterwards what it was: PEFT would have all of the adapter train,
+    of which LoRA-FA keeps one factor frozen."""
     if not isinstance(model, PeftModel):
-        return nullcontext()
-    return cast("AbstractContextManager[None]", model.disable_adapter())
-
-
-def serving(model: Any, *, adapter: bool) -> AbstractContextManager[None]:
-    """Meanwhile the model answers with its adapter, or without it."""
-    return nullcontext() if adapter else without_adapter(model)
+        yield
+        return
+    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with model.disable_adapter():
+        yield
+    for parameter, before in trains:
+        parameter.requires_grad_(before)
 
 
 def merge(model: Any) -> None:
@@ -286,7 +278,7 @@ def make_optimizer(model: Any, variant: Variant) -> torch.optim.Optimizer:
         return cast(torch.optim.Optimizer, found(*arguments, **{**options, **variant.optimizer_args}))
     except (TypeError, ValueError) as error:
         raise UsageError(
-            f"{where}: optimizer = {variant.optimizer!r}: it refuses its arguments: {_said(error)}"
+            f"{where}: optimizer = {variant.optimizer!r}: it refuses its arguments: {said_by(error).rstrip('.')}."
         ) from None
 
 
@@ -316,11 +308,6 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
     lower = {one.lower(): one for one in known}
     near = difflib.get_close_matches(word.lower(), lower, n=1)
     return f"Did you mean {lower[near[0]]}?" if near else f"Known: {', '.join(known)}."
-
-
-def _said(error: BaseException) -> str:
-    """What a library says of a failure, in one line that ends in a full stop."""
-    return f"{' '.join(str(error).split()).rstrip('.') or type(error).__name__}."
 
 
 def _prepare(base: Any, variant: Variant) -> Any:

@@ -6,6 +6,8 @@ that was quantised before.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import bitsandbytes as bnb
@@ -16,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from kernels_check.observe.modules import Modes, without_repacking
 from lorameter.studies.variant import Variant
 
 
@@ -114,7 +117,7 @@ def quantised(module: Any, config: transformers.BitsAndBytesConfig, device: str)
 def constants_of(weight: Any) -> dict[str, torch.Tensor]:
     """The constants of a quantised weight, by the names under which bitsandbytes itself keeps it.
 
-    A 4-bit weight must be in its stored layout (`lorameter.trial.building.packing`).
+    A 4-bit weight must be in its stored layout (`lorameter.trial.building.quantising`).
     """
     if isinstance(weight, bnb.nn.Params4bit):
         return dict(weight.quant_state.as_dict(packed=True))
@@ -143,3 +146,51 @@ def mark_quantised(model: transformers.PreTrainedModel, config: transformers.Bit
     model.quantization_method = config.quant_method
     model.hf_quantizer = quantizer
     quantizer.postprocess_model(model)
+
+
+# --- layout of 4-bit weights ------------------------------------------------------------------------------------------
+# At the first evaluating forward on a CPU with AVX512-BF16 bitsandbytes repacks 4-bit weights in place and rounds their
+# scales to bfloat16. After that a backward pass loses its gradient without an error, and merging gives garbage
+# (docs/troubleshooting.md).
+
+
+def linear4bit_layers(model: Any) -> list[Any]:
+    """All bitsandbytes 4-bit layers of a model."""
+    import bitsandbytes
+
+    return [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+
+
+def is_packed(model: Any) -> bool:
+    """Whether 4-bit layers run in bitsandbytes' CPU packing."""
+    states = (getattr(parameter, "quant_state", None) for parameter in model.parameters())
+    return any(getattr(state, "packing_format_for_cpu", False) for state in states if state is not None)
+
+
+def unpack_4bit(model: Any) -> None:
+    """Bring 4-bit layers back to their stored layout after inference on a CPU; their scales stay rounded to bfloat16.
+
+    `state_dict()` restores the weights. Without double quantisation it leaves the scales transposed
+    (`_convert_weight_packed_for_cpu_inverse` in bitsandbytes 0.50.2).
+    """
+    for layer in linear4bit_layers(model):
+        packed = getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+        layer.state_dict()
+        state = layer.weight.quant_state
+        if packed and not state.nested and state.absmax.ndim == 2:
+            state.absmax = state.absmax.T.reshape(-1).float()
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation between training steps: every module in eval mode, no gradient, no repacking, all as it was after.
+
+    Every Dropout must be off, or a dropout sweep's losses are biased.
+    """
+    modes = Modes(model)
+    model.eval()
+    try:
+        with without_repacking(model), torch.no_grad():
+            yield
+    finally:
+        modes.restore()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,12 +81,13 @@ def sizes_of(variant: Variant, source: ModelSource) -> Sizes:
     saved = model
     if isinstance(variant, LoraVariant) and variant.rewrites_base:
         saved = _attached(dataclasses.replace(variant, r=2 * variant.r), source)
+    size = sum(parameter.nbytes for parameter in trained)
     return Sizes(
         variant=variant.name,
         trainable_parameters=trainable,
         base_parameters=everything - adapter,
-        adapter_bytes=_bytes(trained),
-        gradient_bytes=_bytes(trained),  # a gradient has the type of its parameter
+        adapter_bytes=size,
+        gradient_bytes=size,  # a gradient has the type of its parameter
         optimizer_state_bytes=optimizer_state_bytes(
             variant.optimizer, [(parameter.numel(), parameter.element_size()) for parameter in trained]
         ),
@@ -111,10 +112,6 @@ def _attached(variant: Variant, source: ModelSource) -> Any:
             ) from None  # fmt: skip
 
 
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 def _file_bytes(state: Mapping[str, torch.Tensor]) -> int:
     """Size of a safetensors file: a length of 8 bytes, a JSON header filled up to a multiple of 8, the data.
 
@@ -124,7 +121,7 @@ def _file_bytes(state: Mapping[str, torch.Tensor]) -> int:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in sorted(state.items(), key=lambda item: (-item[1].element_size(), item[0])):
-        end = offset + tensor.numel() * tensor.element_size()
+        end = offset + tensor.nbytes
         header[name] = {
             "dtype": _DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),

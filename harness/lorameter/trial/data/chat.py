@@ -16,11 +16,16 @@ import datetime
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lorameter.errors import UsageError, shorten
-from lorameter.models.chat_template import no_chat_template
+from lorameter.models import shapes
+from lorameter.models.catalogue import ModelSource
+from lorameter.records import fileio
 
+Message = dict[str, str]
+"""A message: `role` and `content`, as templates take it."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ASSISTANT = "assistant"
 _SPEAKERS = {"human": "user", "gpt": ASSISTANT}
@@ -32,16 +37,8 @@ _REPAIR = "Correct it, or take the record out."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
-    """One message."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """A record of messages, with its file and row for error messages."""
+    """A record of messages with `role` and `content`, and its file and row for error messages."""
 
     place: str
     messages: tuple[Message, ...]
@@ -56,13 +53,13 @@ def read_conversation(value: Any, place: str, column: str) -> Conversation:
     if not isinstance(value, list) or not value:
         said = "null" if value is None else shorten(repr(value), 60)
         raise UsageError(f"{place}: {column} = {said}: a list of messages is expected. {_REPAIR}")
-    messages = tuple(_message(one, f"{place}: {column}, message {number}") for number, one in enumerate(value, 1))
-    if all(message.role != ASSISTANT for message in messages):
+    messages = tuple(_read_message(one, f"{place}: {column}, message {number}") for number, one in enumerate(value, 1))
+    if not _answers(messages):
         raise UsageError(f"{place}: {column}: no message is the assistant's, so there is no answer. {_REPAIR}")
     return Conversation(place=place, messages=messages)
 
 
-def _message(value: Any, place: str) -> Message:
+def _read_message(value: Any, place: str) -> Message:
     table = value if isinstance(value, Mapping) else {}
     present = {key: item for key, item in table.items() if item is not None}  # Arrow adds the other keys as nulls
     for key in _CALLS:
@@ -72,12 +69,12 @@ def _message(value: Any, place: str) -> Message:
     if keys is None:
         said = shorten(repr(value), 60)
         raise UsageError(f"{place} = {said}: role and content, or from and value, are expected. {_REPAIR}")
-    speaker, content = present[keys[0]], table.get(keys[1])
+    speaker = present[keys[0]]
     role = _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
     if role not in ROLES:
         known = ", ".join((*ROLES, *_SPEAKERS))
         raise UsageError(f"{place}: {keys[0]} = {shorten(repr(speaker), 60)}: not known. Known: {known}.")
-    return Message(role=role, content=check_text(content, f"{place}: {keys[1]}"))
+    return {"role": role, "content": check_text(table.get(keys[1]), f"{place}: {keys[1]}")}
 
 
 def check_text(value: Any, place: str) -> str:
@@ -86,6 +83,11 @@ def check_text(value: Any, place: str) -> str:
         return value
     said = "null" if value is None else shorten(repr(value), 60)
     raise UsageError(f"{place} = {said}: a text is expected. {_REPAIR}")
+
+
+def _answers(messages: Sequence[Message]) -> list[int]:
+    """Numbers of the assistant's messages, from 0."""
+    return [number for number, message in enumerate(messages) if message["role"] == ASSISTANT]
 
 
 # --- the template -----------------------------------------------------------------------------------------------------
@@ -106,7 +108,7 @@ _FIXED_CLOCK = (
 
 
 class ChatTemplate:
-    """The template of one tokenizer. Raises `UsageError` where it has none."""
+    """The template of one tokenizer. Raises `UsageError` where it has none, and where it does not take a record."""
 
     def __init__(self, tokenizer: Any, model: str) -> None:
         self._tokenizer = tokenizer
@@ -119,46 +121,40 @@ class ChatTemplate:
         self._template = f"{_FIXED_CLOCK}{template}" if _CLOCK in template else template
 
     def text(self, conversation: Conversation) -> str:
-        """The whole conversation.
-
-        Raises:
-            UsageError: the template refuses it or leaves a message out.
-        """
-        text = self._write(conversation.messages, conversation.place)
-        missing = _missing(text, conversation.messages)
+        """The whole conversation. Raises `UsageError` where the template leaves a message out."""
+        text: str = self._render(conversation, conversation.messages, tokenize=False)
+        missing = _find_missing(text, conversation.messages)
         if missing is not None:
-            raise UsageError(
-                f"{conversation.place}: the chat template of {self._model} does not write message {missing} "
-                f"({conversation.messages[missing - 1].role}) as it is. Take it out, or use a model whose template "
-                "writes it."
+            role = conversation.messages[missing - 1]["role"]
+            raise self._refuse(
+                conversation,
+                f"does not write message {missing} ({role}) as it is. Take it out, or use a model whose template "
+                "writes it.",
             )
         return text
 
     def prompt(self, conversation: Conversation) -> tuple[str, str]:
         """The text before the last answer, with the generation prompt, and that answer."""
-        last = max(n for n, message in enumerate(conversation.messages) if message.role == ASSISTANT)
+        last = _answers(conversation.messages)[-1]
         if not last:
             raise UsageError(
                 f"{conversation.place}: the assistant begins, so there is no prompt. Take that message out."
             )
-        before = self._write(conversation.messages[:last], conversation.place, ask=True)
-        return before, conversation.messages[last].content
+        before = conversation.messages[:last]
+        text: str = self._render(conversation, before, tokenize=False, add_generation_prompt=True)
+        return text, conversation.messages[last]["content"]
 
     def answers(self, conversation: Conversation, text: str) -> list[Span]:
-        """The ranges of the assistant's answers in the text, each with the end of its turn.
-
-        Raises:
-            UsageError: an answer cannot be located.
-        """
+        """The ranges of the assistant's answers in the text, each with the end of its turn. Raises `UsageError` where
+        one cannot be located."""
         if self._marked:
-            return self._marked_answers(conversation, text)
-        turns = (n for n, message in enumerate(conversation.messages) if message.role == ASSISTANT)
-        return [self._answer(conversation, number, text) for number in turns]
+            return self._find_marked(conversation, text)
+        return [self._locate(conversation, number, text) for number in _answers(conversation.messages)]
 
-    def _marked_answers(self, conversation: Conversation, text: str) -> list[Span]:
-        encoded = self._apply(
-            conversation.messages, conversation.place, tokenize=True, return_dict=True,
-            return_assistant_tokens_mask=True, tokenizer_kwargs={"return_offsets_mapping": True},
+    def _find_marked(self, conversation: Conversation, text: str) -> list[Span]:
+        encoded = self._render(
+            conversation, conversation.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
         )  # fmt: skip
         spans: list[Span] = []
         for (begin, end), marked in zip(encoded["offset_mapping"], encoded["assistant_masks"], strict=True):
@@ -166,56 +162,90 @@ class ChatTemplate:
                 spans[-1] = (spans[-1][0], end)
             elif marked:
                 spans.append((begin, end))
-        missing = _missing(
-            "".join(text[begin:end] for begin, end in spans),
-            [message for message in conversation.messages if message.role == ASSISTANT],
-        )
+        answers = [conversation.messages[number] for number in _answers(conversation.messages)]
+        missing = _find_missing("".join(text[begin:end] for begin, end in spans), answers)
         if missing is not None:
-            raise UsageError(
-                f"{conversation.place}: the chat template of {self._model} does not mark answer {missing}. {_ALL}"
-            )
+            raise self._refuse(conversation, f"does not mark answer {missing}. {_ALL}")
         return spans
 
-    def _answer(self, conversation: Conversation, number: int, text: str) -> Span:
+    def _locate(self, conversation: Conversation, number: int, text: str) -> Span:
         before, message = conversation.messages[:number], conversation.messages[number]
-        placeholder = Message(role=message.role, content=_PLACEHOLDER)
-        head, _, tail = self._write([*before, placeholder], conversation.place).partition(_PLACEHOLDER)
-        turn = self._write([*before, message], conversation.place)
-        content = next((one for one in (message.content, message.content.strip()) if turn == head + one + tail), None)
+        marked = (*before, message | {"content": _PLACEHOLDER})
+        head, _, tail = self._render(conversation, marked, tokenize=False).partition(_PLACEHOLDER)
+        turn = self._render(conversation, (*before, message), tokenize=False)
+        said = message["content"]
+        content = next((one for one in (said, said.strip()) if turn == head + one + tail), None)
         if content is None or not text.startswith(turn):
-            raise UsageError(
-                f"{conversation.place}: the chat template of {self._model} writes message {number + 1} differently "
-                f"when others follow, or not as it is, so its tokens cannot be located. {_ALL}"
+            raise self._refuse(
+                conversation,
+                f"writes message {number + 1} differently when others follow, or not as it is, so its tokens cannot be "
+                f"located. {_ALL}",
             )
         return len(head), len(head) + len(content) + len(tail.rstrip() or tail)
 
-    def _write(self, messages: Sequence[Message], place: str, *, ask: bool = False) -> str:
-        text: str = self._apply(messages, place, tokenize=False, add_generation_prompt=ask)
-        return text
-
-    def _apply(self, messages: Sequence[Message], place: str, **options: Any) -> Any:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+    def _render(self, conversation: Conversation, messages: Sequence[Message], **options: Any) -> Any:
         try:
-            return self._tokenizer.apply_chat_template(turns, chat_template=self._template, **options)
+            return self._tokenizer.apply_chat_template(list(messages), chat_template=self._template, **options)
         except Exception as error:  # a template is a program of the model's author
             reason = shorten(str(error).strip() or type(error).__name__, 200)
-            raise UsageError(
-                f"{place}: the chat template of {self._model} does not accept it: {reason}. Correct the record, or "
-                "take it out."
-            ) from None
+            why = f"does not accept it: {reason}. Correct the record, or take it out."
+            raise self._refuse(conversation, why) from None
+
+    def _refuse(self, conversation: Conversation, why: str) -> UsageError:
+        return UsageError(f"{conversation.place}: the chat template of {self._model} {why}")
 
 
 _ALL = 'Use loss = "all", or a template that marks the answers with {% generation %}.'
 
 
-def _missing(text: str, messages: Sequence[Message]) -> int | None:
-    """The number of the first message that does not follow the earlier ones in the text; None if all do. White space is
-    ignored, since templates strip it."""
+def _find_missing(text: str, messages: Sequence[Message]) -> int | None:
+    """The number, from 1, of the first message that does not follow the earlier ones in the text; None if all do. White
+    space is ignored, since templates strip it."""
     text, begin = "".join(text.split()), 0
     for number, message in enumerate(messages, 1):
-        content = "".join(message.content.split())
+        content = "".join(message["content"].split())
         begin = text.find(content, begin)
         if begin < 0:
             return number
         begin += len(content)
     return None
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+_FILES = ("chat_template.jinja", "chat_template.json")
+_GGUF_KEY = "tokenizer.chat_template"
+
+
+def has_chat_template(source: ModelSource) -> bool | None:
+    """Whether conversations can be written as this model reads them; None where only the loaded tokenizer tells.
+
+    The byte tokenizer has a template of its own. Files that cannot be read are reported when they are loaded.
+    """
+    if source.tokenizer == "byte":
+        return True
+    if source.random:  # whatever cannot be had, bytes stand in for
+        return None
+    if source.kind == "gguf":
+        return _GGUF_KEY in shapes.gguf_of(Path(source.location)).values
+    if source.kind != "directory":
+        return None
+    folder = Path(source.location)
+    if any(fileio.is_file(folder / name) for name in _FILES):
+        return True
+    try:
+        config = fileio.read_json(folder / "tokenizer_config.json", fileio.CONFIG_BYTES)
+    except fileio.NotReadableError:
+        return None
+    return isinstance(config, dict) and bool(config.get("chat_template"))
+
+
+def no_chat_template(model: str) -> UsageError:
+    """The one message for conversations that a model has no template for."""
+    return UsageError(
+        f"model {model!r}: its tokenizer has no chat template, and the data is conversations. Use a model made for "
+        "them (often called Instruct or Chat), put its chat_template.jinja next to the tokenizer, or use data of "
+        "prompt "
+        "and completion."
+    )

@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import csv
 import gzip
-import io
 import itertools
 import json
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +20,9 @@ from typing import Any, BinaryIO, cast
 
 from lorameter.errors import UsageError, shorten
 from lorameter.models import catalogue
-from lorameter.models.chat_template import has_chat_template, no_chat_template
 from lorameter.studies.data_source import PACKED, REMEDY, DataSource, resolve
 from lorameter.studies.workload import DataColumns, Workload
-from lorameter.trial.data.chat import Conversation, check_text, read_conversation
+from lorameter.trial.data.chat import Conversation, check_text, has_chat_template, no_chat_template, read_conversation
 
 Record = dict[str, str]
 AnyRecord = Record | Conversation
@@ -67,16 +64,15 @@ def read_records(workload: Workload) -> tuple[Iterator[AnyRecord], str]:
     source = resolve(workload.data)
     if source.kind == "synthetic":
         return synthetic_records(workload.data_seed), f"synthetic instruction records, seed {workload.data_seed}"
-    form, found = _open_source(source, workload)
-    records, characters = [], 0
-    for record in found:
+    records, characters, title = [], 0, ""
+    for form, record in _records(source, workload):
         records.append(record)
-        characters += _count_characters(record)
+        title, characters = form.title, characters + _count_characters(record)
         if characters > MOST_CHARACTERS:
             most = f"more than {MOST_CHARACTERS >> 30} billion characters"
             raise UsageError(f"data {shorten(repr(workload.data))}: {most}. Use a part of it.")
     random.Random(workload.data_seed).shuffle(records)
-    return iter(records), f"{source.label}, {len(records)} records of {form.title}"
+    return iter(records), f"{source.label}, {len(records)} records of {title}"
 
 
 def describe_data(workload: Workload) -> str:
@@ -91,18 +87,41 @@ def describe_data(workload: Workload) -> str:
         return f"synthetic instruction records, seed {workload.data_seed}"
     if source.kind == "hub":
         return f"{source.label} of the hub, checked when it is downloaded"
-    form, found = _open_source(source, workload)
-    count = characters = 0
-    for record in found:
-        count, characters = count + 1, characters + _count_characters(record)
+    count, characters, title = 0, 0, ""
+    for form, record in _records(source, workload):
+        count, characters, title = count + 1, characters + _count_characters(record), form.title
         if characters > PREVIEW_CHARACTERS:
-            return f"{source.label}, records of {form.title}; the first {count} were checked"
+            return f"{source.label}, records of {title}; the first {count} were checked"
     if count <= workload.held_out_records:
         raise UsageError(
             f"data {workload.data!r}: {count} records, and held_out_records = {workload.held_out_records}: none is "
             "left to train on. Hold out fewer, or use more data."
         )
-    return f"{source.label}, {count} records of {form.title}"
+    return f"{source.label}, {count} records of {title}"
+
+
+def _records(source: DataSource, workload: Workload) -> Iterator[tuple[RecordForm, AnyRecord]]:
+    """The records of all files in order, each with the form that the first one has."""
+    where = f"data {shorten(repr(workload.data))}"
+    first: tuple[str, RecordForm] | None = None
+    for place, rows in _tables(source, where):
+        form = None
+        for row_place, row in rows:
+            if form is None:
+                form = recognise(_columns_of(row, row_place), workload.columns, place)
+                if first is None:
+                    _check_use(form, workload)
+                    first = place, form
+                if form != first[1]:
+                    raise UsageError(f"{place}: {form.title}, and {first[0]} has {first[1].title}. Use one at a time.")
+            yield form, form.read(row, row_place)
+    if first is None:
+        raise UsageError(f"{where}: it has no records. Known are records of {_KNOWN_WORDS}.")
+
+
+def _count_characters(record: AnyRecord) -> int:
+    texts = [one["content"] for one in record.messages] if isinstance(record, Conversation) else record.values()
+    return sum(map(len, texts))
 
 
 # --- columns ----------------------------------------------------------------------------------------------------------
@@ -125,10 +144,9 @@ class RecordForm:
 
     def read(self, row: Any, place: str) -> AnyRecord:
         """The record in a row. Raises `UsageError`, naming the place, for a row that does not have this form."""
-        if not isinstance(row, dict):
-            raise _no_columns(place, row)
+        names = _columns_of(row, place)
         for column in self.columns.values():
-            if column not in row:
+            if column not in names:
                 raise UsageError(f"{place}: no column {_quote(column)}. The first record has {self.title}. {_REPAIR}")
         if "messages" in self.columns:
             column = self.columns["messages"]
@@ -141,45 +159,43 @@ class RecordForm:
         }
 
 
+def _columns_of(row: Any, place: str) -> Sequence[str]:
+    if not isinstance(row, dict):
+        raise UsageError(f"{place}: {shorten(repr(row), 60)}: a record with named columns is expected. {_REPAIR}")
+    return tuple(row)
+
+
 def recognise(names: Sequence[str], columns: DataColumns, place: str) -> RecordForm:
     """The form of the records of a table with columns of these names.
 
     Raises:
         UsageError: a column that is needed is missing, no known form fits, or several do.
     """
+    there = f"There are {shorten(', '.join(map(repr, names)), 200) or 'none'}."
+    remedy = _MAP_THEM
     if columns.family is not None:
-        return _map_columns(names, columns, place)
-    fitting = [one for one in _KNOWN if all(column in names for part, column in one.items() if part != OPTIONAL)]
-    fitting = [one for one in fitting if "text" not in one] or fitting  # a text among other columns repeats them
-    if len(fitting) > 1:
-        kinds = " and as ".join("/".join(column for column in one.values() if column in names) for one in fitting)
-        raise UsageError(f"{place}: its columns can be read as {kinds}. {_MAP_THEM}")
-    if fitting:
-        found = {part: column for part, column in fitting[0].items() if column in names}
-        return RecordForm(columns=found, absent="" if OPTIONAL in found else fitting[0].get(OPTIONAL, ""))
-    nearest = max(_KNOWN, key=lambda one: sum(column in names for column in one.values()))
-    needed = [column for part, column in nearest.items() if part != OPTIONAL]
-    missing = [column for column in needed if column not in names]
-    if len(missing) < len(needed):
-        raise UsageError(
-            f"{place}: no column {_quote(missing[0])}, which records of {', '.join(nearest.values())} need. "
-            f"{_list_columns(names)} {_MAP_THEM}"
-        )
-    raise UsageError(f"{place}: no known columns. {_list_columns(names)} Known: {_KNOWN_WORDS}. {_MAP_THEM}")
+        wanted = {part: columns.given.get(part, part) for part in columns.family}
+        needed = [column for part, column in wanted.items() if part != OPTIONAL or part in columns.given]
+        remedy = "Correct [workload] columns."
+    else:
+        fitting = [one for one in _KNOWN if all(name in names for part, name in one.items() if part != OPTIONAL)]
+        fitting = [one for one in fitting if "text" not in one] or fitting  # a text among other columns repeats them
+        if len(fitting) > 1:
+            kinds = " and as ".join("/".join(column for column in one.values() if column in names) for one in fitting)
+            raise UsageError(f"{place}: its columns can be read as {kinds}. {_MAP_THEM}")
+        wanted = max(fitting or _KNOWN, key=lambda one: sum(column in names for column in one.values()))
+        needed = [column for part, column in wanted.items() if part != OPTIONAL]
+        if not set(needed) & set(names):
+            raise UsageError(f"{place}: no known columns. {there} Known: {_KNOWN_WORDS}. {_MAP_THEM}")
+    if missing := [column for column in needed if column not in names]:
+        need = f"which records of {', '.join(wanted.values())} need"
+        raise UsageError(f"{place}: no column {_quote(missing[0])}, {need}. {there} {remedy}")
+    found = {part: column for part, column in wanted.items() if column in names}
+    return RecordForm(columns=found, absent="" if OPTIONAL in found else wanted.get(OPTIONAL, ""))
 
 
-def _map_columns(names: Sequence[str], columns: DataColumns, place: str) -> RecordForm:
-    family, found = columns.family or (), {}
-    for part in family:
-        column = columns.given.get(part, part)
-        if column in names:
-            found[part] = column
-        elif part != OPTIONAL or part in columns.given:
-            reason = f"which the study maps to {part}" if part in columns.given else "which the mapped columns need"
-            raise UsageError(
-                f"{place}: no column {_quote(column)}, {reason}. {_list_columns(names)} Correct [workload] columns."
-            )
-    return RecordForm(columns=found, absent=OPTIONAL if OPTIONAL in family and OPTIONAL not in found else "")
+def _quote(name: str) -> str:
+    return shorten(repr(name), 60)
 
 
 def _check_use(form: RecordForm, workload: Workload) -> None:
@@ -203,44 +219,17 @@ def _check_use(form: RecordForm, workload: Workload) -> None:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
-    """Column names of a file or data set, and a function that reads at least the given columns of every row."""
-
-    names: tuple[str, ...] | None
-    """Of JSON those of the first record; None without rows."""
-    rows: Callable[[Sequence[str]], Iterator[PlacedRow]]
-
-
-def _open_source(source: DataSource, workload: Workload) -> tuple[RecordForm, Iterator[AnyRecord]]:
-    """The form of the records, and the records of all files in order."""
-    where = f"data {shorten(repr(workload.data))}"
-    form: RecordForm | None = None
-    tables: list[tuple[str, Table]] = []
-    for place, table in _open_tables(source, where):
-        if table.names is None:
-            continue
-        found = recognise(table.names, workload.columns, place)
-        if form is not None and found != form:
-            raise UsageError(f"{place}: {found.title}, and {tables[0][0]} has {form.title}. Use one at a time.")
-        form = found
-        tables.append((place, table))
-    if form is None:
-        raise UsageError(f"{where}: it has no records. Known are records of {_KNOWN_WORDS}.")
-    _check_use(form, workload)
-    rows = itertools.chain.from_iterable(table.rows(tuple(form.columns.values())) for _, table in tables)
-    return form, (form.read(row, place) for place, row in rows)
-
-
-def _open_tables(source: DataSource, where: str) -> Iterator[tuple[str, Table]]:
+def _tables(source: DataSource, where: str) -> Iterator[tuple[str, Iterator[PlacedRow]]]:
+    """Each file, or the data set, in words, with its rows."""
     if source.kind in ("hub", "saved"):
-        yield where, _open_data_set(source, where)
+        yield where, _place_rows(where, "row", 1, _read_data_set(source, where))
     for path in source.files if source.kind in ("file", "folder") else ():
         place = f"{where}, {path.name}" if source.kind == "folder" else where
-        yield place, open_file(path, place)
+        unit, number, read = _READERS[Path(path.name.removesuffix(PACKED)).suffix]
+        yield place, _place_rows(place, unit, number, read(path))
 
 
-def _place_rows(where: str, unit: str, rows: Iterator[Any], *, first: int = 1) -> Iterator[PlacedRow]:
+def _place_rows(where: str, unit: str, first: int, rows: Iterator[Any]) -> Iterator[PlacedRow]:
     """Each row with its place. What the reader raises is reported with the row at which it failed."""
     for number in itertools.count(first):
         place = f"{where}, {unit} {number}"
@@ -248,8 +237,10 @@ def _place_rows(where: str, unit: str, rows: Iterator[Any], *, first: int = 1) -
             row = next(rows)
         except StopIteration:
             return
+        except UsageError:
+            raise
         except Exception as error:  # which exception depends on the library
-            raise _unreadable(place, error) from None
+            raise UsageError(f"{place}: cannot be read: {_first_line(error)}. Correct or restore it.") from None
         if row is not _BLANK:
             yield place, row
 
@@ -258,60 +249,31 @@ _BLANK = object()
 """A line without a record."""
 
 
-def _unreadable(place: str, error: Exception) -> UsageError:
-    return UsageError(f"{place}: cannot be read: {_first_line(error)}. Correct or restore it.")
-
-
 def _first_line(error: Exception) -> str:
     lines = str(getattr(error, "strerror", None) or error).splitlines() or [type(error).__name__]
     return shorten(lines[0], 300).rstrip(".")
-
-
-def open_file(path: Path, where: str) -> Table:
-    """The table in a file, by the suffix of its name. Raises `UsageError`, naming the place, if there is none."""
-    suffix = Path(path.name.removesuffix(PACKED)).suffix
-    if suffix == ".parquet":
-        return _open_parquet(path, where)
-
-    def rows(_: Sequence[str] = ()) -> Iterator[PlacedRow]:
-        if suffix == ".csv":
-            return _place_rows(where, "row", _read_csv(path), first=2)
-        if suffix == ".txt":
-            return _place_rows(where, "line", _read_lines(path, _read_text))
-        if suffix == ".json":
-            return _place_rows(where, "record", _read_json(path))
-        return _place_rows(where, "line", _read_lines(path, json.loads))
-
-    for place, first in rows():
-        if not isinstance(first, dict):
-            raise _no_columns(place, first)
-        return Table(names=tuple(first), rows=rows)
-    return Table(names=None, rows=rows)
 
 
 def _open(path: Path) -> BinaryIO:
     return cast(BinaryIO, gzip.open(path)) if path.name.endswith(PACKED) else path.open("rb")
 
 
-def _read_lines(path: Path, read: Callable[[bytes], Any]) -> Iterator[Any]:
+def _read_lines(path: Path, read: Callable[[bytes], Any] = json.loads) -> Iterator[Any]:
     with _open(path) as file:
         for line in file:
             yield read(line) if line.strip() else _BLANK
 
 
-def _read_text(line: bytes) -> Record:
-    return {"text": line.decode("utf-8-sig").rstrip("\r\n")}
+def _read_text(path: Path) -> Iterator[Any]:
+    return _read_lines(path, lambda line: {"text": line.decode("utf-8-sig").rstrip("\r\n")})
 
 
 def _read_json(path: Path) -> Iterator[Any]:
     """The records of a list, or a record a line if the file does not begin with a bracket."""
     with _open(path) as file:
         is_list = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-        if is_list:
-            file.seek(0)
-            yield from json.load(file)
-    if not is_list:
-        yield from _read_lines(path, json.loads)
+        file.seek(0)
+        yield from json.load(file) if is_list else _read_lines(path)
 
 
 def _read_csv(path: Path) -> Iterator[Any]:
@@ -320,8 +282,7 @@ def _read_csv(path: Path) -> Iterator[Any]:
     with _open(path) as file:
         rows = csv.reader((line.decode("utf-8-sig") for line in file), strict=True)
         names = next(rows, [])
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice:
+        if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"two columns have the name {_quote(twice[0])}")
         for row in rows:
             if row and len(row) != len(names):
@@ -329,27 +290,25 @@ def _read_csv(path: Path) -> Iterator[Any]:
             yield {name: cell or None for name, cell in zip(names, row, strict=True)} if row else _BLANK
 
 
-def _open_parquet(path: Path, where: str) -> Table:
+def _read_parquet(path: Path) -> Iterator[Any]:
     from pyarrow import parquet
 
-    def open_it() -> Any:
-        packed = path.name.endswith(PACKED)  # pyarrow reads from the end, which gzip cannot
-        return parquet.ParquetFile(io.BytesIO(gzip.decompress(path.read_bytes())) if packed else path)
-
-    def read(columns: Sequence[str]) -> Iterator[Any]:
-        with open_it() as file:
-            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=list(columns)):
-                yield from batch.to_pylist()
-
-    try:
-        with open_it() as file:
-            names = tuple(file.schema_arrow.names) if file.metadata.num_rows else None
-    except Exception as error:  # as above
-        raise _unreadable(where, error) from None
-    return Table(names=names, rows=lambda columns: _place_rows(where, "row", read(columns)))
+    with _open(path) as file, parquet.ParquetFile(file) as table:
+        for batch in table.iter_batches(batch_size=BATCH_ROWS):
+            yield from batch.to_pylist()
 
 
-def _open_data_set(source: DataSource, where: str) -> Table:
+_READERS: dict[str, tuple[str, int, Callable[[Path], Iterator[Any]]]] = {
+    ".jsonl": ("line", 1, _read_lines),
+    ".json": ("record", 1, _read_json),
+    ".csv": ("row", 2, _read_csv),
+    ".txt": ("line", 1, _read_text),
+    ".parquet": ("row", 1, _read_parquet),
+}
+"""By the suffix of a file: what a row is called, the number of the first, and the function that reads them."""
+
+
+def _read_data_set(source: DataSource, where: str) -> Iterator[Any]:
     """A folder of `save_to_disk`, or a split of a data set of the hub, which is downloaded into its cache."""
     import datasets
 
@@ -363,13 +322,8 @@ def _open_data_set(source: DataSource, where: str) -> Table:
     except Exception as error:  # as above
         remedy = REMEDY if source.kind == "hub" else "Save it again."
         raise UsageError(f"{where}: cannot be read: {type(error).__name__}: {_first_line(error)}. {remedy}") from None
-
-    def read(columns: Sequence[str]) -> Iterator[Any]:
-        for batch in found.select_columns(list(columns)).with_format(None).iter(batch_size=BATCH_ROWS):
-            yield from (dict(zip(columns, row, strict=True)) for row in zip(*(batch[c] for c in columns), strict=True))
-
-    names = tuple(found.column_names) if len(found) else None
-    return Table(names=names, rows=lambda columns: _place_rows(where, "row", read(columns)))
+    for batch in found.with_format("arrow").iter(batch_size=BATCH_ROWS):  # which decodes no picture
+        yield from batch.to_pylist()
 
 
 @contextlib.contextmanager
@@ -385,27 +339,6 @@ def _offline_unless_hub_answers(source: DataSource) -> Iterator[None]:
         yield
     finally:
         datasets.config.HF_HUB_OFFLINE = before
-
-
-# --- words ------------------------------------------------------------------------------------------------------------
-
-
-def _no_columns(place: str, row: Any) -> UsageError:
-    return UsageError(f"{place}: {shorten(repr(row), 60)}: a record with named columns is expected. {_REPAIR}")
-
-
-def _count_characters(record: Record | Conversation) -> int:
-    if isinstance(record, Conversation):
-        return sum(len(message.content) for message in record.messages)
-    return sum(map(len, record.values()))
-
-
-def _list_columns(names: Sequence[str]) -> str:
-    return f"There are {shorten(', '.join(map(repr, names)), 200) or 'none'}."
-
-
-def _quote(name: str) -> str:
-    return shorten(repr(name), 60)
 
 
 # --- synthetic records ------------------------------------------------------------------------------------------------

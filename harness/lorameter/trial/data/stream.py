@@ -44,14 +44,15 @@ class TokenStream:
         self._next = 0
         self._rank, self._ranks = rank, ranks
         self._labelled = (self._tensors["train.labels"][:, 1:] != IGNORED).sum(dim=1)
+        self.sequences = len(self._tensors["train.input_ids"])
+        """Sequences in one epoch."""
+        self.prompt_count = len(self._tensors["prompts"])
+        """How many prompts of a fixed length there are."""
+        self.open_ended_prompt_count = len(self._tensors.get("open_ended.length", ()))
+        """How many whole prompts there are."""
         self.real_tokens = 0
         """Real tokens handed out for training so far."""
         self.padded_tokens = 0
-
-    @property
-    def sequences(self) -> int:
-        """Sequences in one epoch."""
-        return int(self._tensors["train.input_ids"].shape[0])
 
     def take(self) -> Batch:
         """The next training batch; after the last sequence the stream starts again."""
@@ -118,26 +119,14 @@ class TokenStream:
 
     def prompt(self, index: int) -> torch.Tensor:
         """Prompt `index` alone (modulo their number), whatever requests take; shape (1, prompt_tokens)."""
-        prompts = self._tensors["prompts"]
-        prompt: torch.Tensor = prompts[index % prompts.shape[0]].unsqueeze(0).to(self._device)
-        return prompt
-
-    @property
-    def prompt_count(self) -> int:
-        """How many prompts of a fixed length there are."""
-        return int(self._tensors["prompts"].shape[0])
+        row: torch.Tensor = self._tensors["prompts"][index % self.prompt_count]
+        return row.unsqueeze(0).to(self._device)
 
     def open_ended_prompt(self, index: int) -> torch.Tensor:
         """Whole prompt `index` (modulo their number), shape (1, its own length)."""
-        prompts, lengths = self._tensors["open_ended.input_ids"], self._tensors["open_ended.length"]
-        row = index % prompts.shape[0]
-        prompt: torch.Tensor = prompts[row, : int(lengths[row])].unsqueeze(0).to(self._device)
-        return prompt
-
-    @property
-    def open_ended_prompt_count(self) -> int:
-        """How many whole prompts there are."""
-        return int(self._tensors["open_ended.length"].shape[0])
+        number = index % self.open_ended_prompt_count
+        row: torch.Tensor = self._tensors["open_ended.input_ids"][number]
+        return row[: int(self._tensors["open_ended.length"][number])].unsqueeze(0).to(self._device)
 
     def _length(self, split: str, rows: list[int]) -> int | None:
         """Tokens of the longest of these rows, where a batch is no longer; None for all of a row."""

@@ -12,6 +12,7 @@ are filled alike and isolate nothing; they are all that attention without a mask
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
@@ -19,10 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
+import transformers
 from numpy.typing import NDArray
 
-from lorameter.errors import UsageError
+from lorameter.errors import UsageError, impossible, said_by
 from lorameter.models import catalogue, shapes
+from lorameter.models.catalogue import ModelSource
 from lorameter.records.os_errors import naming
 from lorameter.records.units import format_count
 from lorameter.records.worker_info import Example, TokenSummary
@@ -30,7 +34,6 @@ from lorameter.studies.data_source import SYNTHETIC
 from lorameter.studies.workload import PromptFormat, Workload
 from lorameter.trial.data.chat import ChatTemplate, Conversation, Span
 from lorameter.trial.data.records import AnyRecord, Record, read_records
-from lorameter.trial.data.tokenizers import load_tokenizer
 
 IGNORED = -100
 """The label that torch.nn.functional.cross_entropy leaves out."""
@@ -75,10 +78,7 @@ def prepare(workload: Workload, folder: Path) -> TokenSummary:
                 "sequence holds a token of an answer. Use a longer sequence_length, more held_out_records, or "
                 'loss = "all".'
             )
-    prompts = _prompts(held_out, tokens, workload)
-    tensors = {f"train.{key}": value for key, value in _stack(train).items()}
-    tensors |= {f"held_out.{key}": value for key, value in _stack(test).items()}
-    tensors["prompts"] = prompts
+    tensors = {**_stack("train", train), **_stack("held_out", test), "prompts": _prompts(held_out, tokens, workload)}
     examples: tuple[Example, ...] = ()
     if workload.open_ended_tokens:
         examples, whole = _whole_prompts(held_out, tokens, workload)
@@ -122,10 +122,7 @@ def _sequences(
 ) -> tuple[list[Row], int]:
     """As many sequences as are wanted and can be had, and how many were passed over for having no label at all: the
     mean loss of a batch of such would be 0/0."""
-    fill = _joined if workload.layout == "joined" else _packed
-    rows = fill(records, tokens, workload.sequence_length, partial=partial)
-    if workload.layout in ("padded", "bucketed"):
-        rows = (_padded(*tokens.labelled(record), tokens.pad, workload.sequence_length) for record in records)
+    rows = _rows(records, tokens, workload, partial=partial)
     taken: list[Row] = []
     passed_over = 0
     while len(taken) < wanted and passed_over < max(1000, WASTED * wanted):
@@ -139,40 +136,43 @@ def _sequences(
     return taken, passed_over
 
 
-def _packed(records: Iterable[AnyRecord], tokens: Encoder, length: int, *, partial: bool) -> Iterator[Row]:
-    row: Row = _empty()
+def _rows(records: Iterable[AnyRecord], tokens: Encoder, workload: Workload, *, partial: bool) -> Iterator[Row]:
+    """Rows of `sequence_length`: one record each, or filled with records; with `partial` the last may be padded."""
+    length, packed = workload.sequence_length, workload.layout == "packed"
+    row: Row = {"input_ids": [], "position_ids": [], "labels": []}
     for record in records:
         ids, labels = tokens.labelled(record)
+        if workload.layout in ("padded", "bucketed"):
+            positions = list(range(length))[: len(ids)]
+            one = {"input_ids": ids[:length], "position_ids": positions, "labels": [IGNORED, *labels[1:length]]}
+            yield _padded(one, tokens.pad, length, packed=False)
+            continue
         while ids:
-            room = length - len(row["input_ids"])
-            piece, ids = ids[:room], ids[room:]
-            learnt, labels = labels[:room], labels[room:]
-            row["input_ids"] += piece
-            row["position_ids"] += range(len(piece))
-            row["labels"] += [IGNORED, *learnt[1:]]
-            row["attention_mask"] += [1] * len(piece)
+            used = len(row["input_ids"])
+            room = length - used
+            begins = packed or not used  # of a record that is isolated, or of a row
+            row["input_ids"] += ids[:room]
+            row["position_ids"] += range(len(ids[:room])) if packed else range(used, used + len(ids[:room]))
+            row["labels"] += [IGNORED, *labels[1:room]] if begins else labels[:room]
+            ids, labels = ids[room:], labels[room:]
             if len(row["input_ids"]) == length:
-                yield row
-                row = _empty()
+                yield _padded(row, tokens.pad, length, packed=packed)
+                row = {"input_ids": [], "position_ids": [], "labels": []}
     if partial and row["input_ids"]:
-        used = len(row["input_ids"])
-        filled = _padded(row["input_ids"], row["labels"], tokens.pad, length)
-        # The padding is one more isolated record without a loss, so that the row stays packed.
-        filled["position_ids"] = row["position_ids"] + list(range(length - used))
-        yield filled
+        yield _padded(row, tokens.pad, length, packed=packed)
 
 
-def _joined(records: Iterable[AnyRecord], tokens: Encoder, length: int, *, partial: bool) -> Iterator[Row]:
-    """What pads the last row comes after all else, where causal attention lets nothing see it."""
-    ids, labels = list[int](), list[int]()
-    for record in records:
-        more, learnt = tokens.labelled(record)
-        ids, labels = ids + more, labels + learnt
-        while len(ids) >= length:
-            yield _padded(ids, labels, tokens.pad, length)
-            ids, labels = ids[length:], labels[length:]
-    if partial and ids:
-        yield _padded(ids, labels, tokens.pad, length)
+def _padded(row: Row, pad: int, length: int, *, packed: bool) -> Row:
+    """The row with padding at its end, where causal attention lets nothing see it. In a packed row the padding is one
+    more isolated record without a loss."""
+    used = len(row["input_ids"])
+    gap = length - used
+    return {
+        "input_ids": row["input_ids"] + [pad] * gap,
+        "position_ids": row["position_ids"] + list(range(gap) if packed else range(used, length)),
+        "labels": row["labels"] + [IGNORED] * gap,
+        "attention_mask": [1] * used + [0] * gap,
+    }
 
 
 def _bucketed(rows: list[Row], batch_size: int) -> list[Row]:
@@ -183,23 +183,8 @@ def _bucketed(rows: list[Row], batch_size: int) -> list[Row]:
     return [row for bucket in buckets for row in sorted(bucket, key=lambda one: -sum(one["attention_mask"]))]
 
 
-def _padded(ids: list[int], labels: list[int], pad: int, length: int) -> Row:
-    ids, labels = ids[:length], labels[:length]
-    gap = length - len(ids)
-    return {
-        "input_ids": ids + [pad] * gap,
-        "position_ids": list(range(length)),
-        "labels": [IGNORED, *labels[1:]] + [IGNORED] * gap,
-        "attention_mask": [1] * len(ids) + [0] * gap,
-    }
-
-
-def _empty() -> Row:
-    return {"input_ids": [], "position_ids": [], "labels": [], "attention_mask": []}
-
-
-def _stack(rows: list[Row]) -> dict[str, NDArray[np.int64]]:
-    return {key: np.array([row[key] for row in rows], dtype=np.int64) for key in rows[0]}
+def _stack(split: str, rows: list[Row]) -> dict[str, NDArray[np.int64]]:
+    return {f"{split}.{key}": np.array([row[key] for row in rows], dtype=np.int64) for key in rows[0]}
 
 
 def _prompts(records: list[AnyRecord], tokens: Encoder, workload: Workload) -> NDArray[np.int64]:
@@ -280,64 +265,55 @@ class Encoder:
             )
         self._tokenizer = tokenizer
         self._workload = workload
-        self._template: ChatTemplate | None = None
         self.pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
         self.records = 0
 
     def labelled(self, record: AnyRecord) -> tuple[list[int], list[int]]:
         """The tokens of a record, and their labels."""
         self.records += 1
+        ids, labels = self._encode(record)
         if isinstance(record, Conversation):  # its template writes what begins and what ends it
-            return self._encode(self._chat.text(record), self._answers(record))
-        ids, labels = self._begun(*self._encode("".join(self._parts(record)), self._answers(record)))
+            return ids, labels
         end = int(self._tokenizer.eos_token_id)
         return [*ids, end], [*labels, end]
 
     def whole(self, record: AnyRecord) -> list[int]:
         """The tokens of a record without what ends it."""
-        if isinstance(record, Conversation):
-            return self._encode(self._chat.text(record))[0]
-        return self._begun(*self._encode("".join(self._parts(record))))[0]
+        return self._encode(record)[0]
 
     def example(self, record: AnyRecord) -> tuple[list[int], Example]:
         """The prompt alone, as ids, and its text with the reference."""
-        prompt, target = self._chat.prompt(record) if isinstance(record, Conversation) else self._parts(record)
-        encoded = self._encode(prompt)
-        ids = encoded[0] if isinstance(record, Conversation) else self._begun(*encoded)[0]
+        if isinstance(record, Conversation):
+            prompt, target = self._chat.prompt(record)
+        else:
+            prompt, target = prompt_and_target(record, self._workload.prompt_format)
+        ids, _ = self._tokenize(prompt, None, begins=not isinstance(record, Conversation))
         return ids, Example(prompt=prompt, reference=target)
 
-    @property
+    @functools.cached_property
     def _chat(self) -> ChatTemplate:
-        if self._template is None:
-            self._template = ChatTemplate(self._tokenizer, self._workload.model)
-        return self._template
+        return ChatTemplate(self._tokenizer, self._workload.model)
 
-    def _parts(self, record: Record) -> tuple[str, str]:
-        return prompt_and_target(record, self._workload.prompt_format)
-
-    def _answers(self, record: AnyRecord) -> list[Span] | None:
-        """The characters that the loss is taken over; None for all."""
-        if self._workload.loss == "all":
-            return None
+    def _encode(self, record: AnyRecord) -> tuple[list[int], list[int]]:
+        answers = self._workload.loss == "answer"
         if isinstance(record, Conversation):
-            return self._chat.answers(record, self._chat.text(record))
-        prompt, target = self._parts(record)
-        return [(len(prompt), len(prompt) + len(target))]
+            text = self._chat.text(record)
+            return self._tokenize(text, self._chat.answers(record, text) if answers else None, begins=False)
+        prompt, target = prompt_and_target(record, self._workload.prompt_format)
+        span = (len(prompt), len(prompt) + len(target))
+        return self._tokenize(prompt + target, [span] if answers else None, begins=True)
 
-    def _encode(self, text: str, spans: list[Span] | None = None) -> tuple[list[int], list[int]]:
-        """The ids of a text, and its labels: all of them, or those of tokens with a character of the spans."""
-        if spans is None:
-            ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-            return ids, list(ids)
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = encoded["input_ids"]
-        labelled = mark_tokens(encoded["offset_mapping"], spans)
-        return ids, [token if marked else IGNORED for token, marked in zip(ids, labelled, strict=True)]
-
-    def _begun(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
-        """With the token that begins a text, where the tokenizer has one."""
+    def _tokenize(self, text: str, spans: list[Span] | None, *, begins: bool) -> tuple[list[int], list[int]]:
+        """The ids of a text, and its labels: all of them, or those of tokens with a character of the spans; where it
+        `begins` a row with the token for that, if the tokenizer has one."""
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=spans is not None)
+        ids: list[int] = encoded["input_ids"]
+        labels = list(ids)
+        if spans is not None:
+            marked = mark_tokens(encoded["offset_mapping"], spans)
+            labels = [token if one else IGNORED for token, one in zip(ids, marked, strict=True)]
         begin = self._tokenizer.bos_token_id
-        return (ids, labels) if begin is None else ([int(begin), *ids], [IGNORED, *labels])
+        return (ids, labels) if begin is None or not begins else ([int(begin), *ids], [IGNORED, *labels])
 
 
 def mark_tokens(offsets: Iterable[Span], spans: list[Span]) -> list[bool]:
@@ -364,3 +340,122 @@ def prompt_and_target(record: Record, prompt_format: PromptFormat) -> tuple[str,
         return prompt, record["instruction"]
     context = f"### Context\n{record['context']}\n\n" if record.get("context") else ""
     return f"### Instruction\n{record['instruction']}\n\n{context}### Response\n", record["response"]
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+# The tokenising process pays for its own start in every run and needs no model, so nothing here loads peft,
+# bitsandbytes or accelerate, nor `lorameter.trial.building.base_model`, which does.
+
+
+BYTE_TOKENS = 256
+BYTE_VOCABULARY = BYTE_TOKENS + 3
+"""The bytes, then begin, end and padding."""
+BYTE_CHAT = (
+    "{{ bos_token }}{% for message in messages %}### {{ message.role | capitalize }}\n"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content + eos_token }}{% endgeneration %}"
+    "{% else %}{{ message.content }}{% endif %}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}### Assistant\n{% endif %}"
+)
+"""How conversations are written in bytes."""
+
+
+def load_tokenizer(source: ModelSource, *, vocab_size: int) -> tuple[transformers.PreTrainedTokenizerBase, bool]:
+    """The model's tokenizer, and whether bytes had to stand in for it.
+
+    Bytes stand in only where the weights are random and the real tokenizer cannot be had: then no text means
+    anything to the model, and only the number of tokens matters. Padding is some valid id, often that of EOS, so
+    mask by length.
+
+    Raises:
+        UsageError: a real model's tokenizer cannot be had, or has more tokens than the model.
+    """
+    if source.tokenizer == "byte":
+        return _byte_tokenizer(source, vocab_size), False
+    try:
+        tokenizer = _tokenizer_of_files(source)
+        _try_out(tokenizer)
+    except Exception as error:  # which exception depends on the key of its files that the libraries could not take
+        if source.random:
+            return _byte_tokenizer(source, vocab_size), True
+        if source.kind == "hub":
+            raise catalogue.hub_failure(source, error) from None
+        raise impossible(
+            "models",
+            "model",
+            source.label,
+            f"its tokenizer cannot be loaded ({said_by(error)})",
+            "Save one next to the weights.",
+        ) from None
+    if tokenizer.vocab_size > vocab_size:
+        raise impossible(
+            "models",
+            "model",
+            source.label,
+            f"its tokenizer has {tokenizer.vocab_size} tokens and the model {vocab_size}",
+            "Put the tokenizer that the model was trained with next to its weights.",
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocab_size:  # Llama-2's <pad> is beyond its table
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer, False
+
+
+def _try_out(tokenizer: Any) -> None:
+    """Raises whatever a tokenizer of damaged files ends in, or ValueError: it is asked for all that is needed of it."""
+    ids = [*tokenizer("A b.", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    ids += [one for one in (tokenizer.bos_token_id, tokenizer.pad_token_id) if one is not None]
+    if not all(type(one) is int for one in ids):
+        raise ValueError("its tokens are no numbers")
+
+
+def gguf_tokenizer(path: Path) -> transformers.PreTrainedTokenizerBase:
+    """The file's tokenizer with the file's special tokens: transformers 5.17 takes BOS for EOS and drops PAD."""
+    values = shapes.gguf_of(path).values  # first: what is no such file keeps the library busy without end
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        token = values.get(f"tokenizer.ggml.{key}_token_id")
+        if token is not None:
+            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(int(token)))
+    return tokenizer
+
+
+def _tokenizer_of_files(source: ModelSource) -> transformers.PreTrainedTokenizerBase:
+    if source.kind == "gguf":
+        return gguf_tokenizer(Path(source.location))
+    if source.kind == "config":
+        raise OSError("a packaged configuration has no tokenizer")
+    offline = source.kind != "hub" or not catalogue.hub_has(source)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, local_files_only=offline)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of some families without files
+        raise OSError("no vocabulary is there")
+    return tokenizer
+
+
+def _byte_tokenizer(source: ModelSource, vocab_size: int) -> transformers.PreTrainedTokenizerBase:
+    """Ids 0 to 255 are the bytes of UTF-8; 256, 257 and 258 are begin, end and padding, and never added unasked."""
+    if vocab_size < BYTE_VOCABULARY:
+        raise impossible(
+            "models",
+            "model",
+            source.label,
+            f"its vocabulary of {vocab_size} cannot hold the {BYTE_VOCABULARY} tokens of the byte tokenizer",
+            f"Use a model with at least {BYTE_VOCABULARY} tokens.",
+        )
+    model = tokenizers.models.BPE(vocab={char: byte for byte, char in enumerate(_byte_characters())}, merges=[])
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>", "<pad>"])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        chat_template=BYTE_CHAT,
+    )
+
+
+def _byte_characters() -> list[str]:
+    """The printable character of each byte in GPT-2's byte-level alphabet (Radford et al. 2019)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(BYTE_TOKENS, 2 * BYTE_TOKENS))
+    return [chr(byte if byte in printable else next(others)) for byte in range(BYTE_TOKENS)]

@@ -20,15 +20,14 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import count
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
 
-import msgspec
 from torch._C._autograd import DeviceType
 
-from kernels_check.rules import Rule, classify
-from kernels_check.trace.events import Events, Row, busy_time_us, make_events, operator_times, sum_by_name
+from kernels_check.rules import classify
+from kernels_check.trace.events import busy_time_us, make_events, operator_times, sum_by_name
 from lorameter.records.activity import (
     DROPOUT,
     DROPOUT_OPERATOR,
@@ -46,12 +45,21 @@ PART = "lorameter.part."
 """Prefix of the parts of a phase."""
 _RUNTIME = ("cuda", "cu")
 """How calls of the CUDA runtime and driver begin, which the profiler keeps among the records of the host."""
-
-
 NO_KERNELS = (
     "the profiler recorded no kernel: CUPTI is missing, or the driver keeps it from this user "
     "(NVreg_RestrictProfilingToAdminUsers; in a container --cap-add=SYS_ADMIN lifts that)"
 )
+Seconds = Callable[[int, int], float]
+"""What was done between two moments of the host, in nanoseconds: the time itself, or on a GPU that of the kernels that
+were launched between them."""
+
+
+class Window(NamedTuple):
+    """A marked phase, or a part of one, in nanoseconds."""
+
+    start: int
+    end: int
+    name: str
 
 
 def activity_of(
@@ -74,79 +82,67 @@ def activity_of(
     Raises:
         ValueError: no phase is marked.
     """
-    windows, parts, host, kernels = _sorted_out(events)
+    windows, parts, host, kernels = _sort_events(events)
     if not windows:
         raise ValueError("no phase of a step is marked in the profiler's records")
-    kind: Literal["cpu", "cuda"] = "cuda" if device.startswith("cuda") else "cpu"
-    ran = _by_phase(kernels if kind == "cuda" else host, windows, phase_names)
-    steps = len(step_times_s)
-    times = KernelTimes(kernels, host) if kind == "cuda" else None
-    copied = copies_of(host, weights or {}, times)
-    separate = {
-        "casts_s": cast_times(host, times),
-        "wide_products_s": wide_product_times(host, times),
-        "dropout_backward_s": backward_times(host, DROPOUT_OPERATOR, times),
-    }
-    masks = [(one.start_ns(), seconds_of(one, times)) for one in host if one.name() == DROPOUT_OPERATOR]
-    starts, records = [start for start, _, _ in windows], sorted(one.start_ns() for one in host)
+    cuda, steps = device.startswith("cuda"), len(step_times_s)
+    seconds = _kernel_seconds(kernels, host) if cuda else _wall_seconds
+    made = _nodes_made_by(host, DROPOUT_OPERATOR)
+    moments = sorted(one.start_ns() for one in host)
 
-    def begins_in(phase: str, found: Sequence[Any]) -> list[Any]:
-        """Those of these tuples whose first item is a moment in this phase."""
-        return [one for one in found if _phase_at(windows, starts, one[0]) == phase]
+    def count_records(operators: Sequence[Any]) -> float:
+        """How many records of the host begin during these, in the mean step."""
+        return (
+            sum(bisect_right(moments, one.end_ns()) - bisect_left(moments, one.start_ns()) for one in operators) / steps
+        )
 
-    def count_records(start_ns: int, seconds: float) -> int:
-        """How many records of the host begin in this time."""
-        return bisect_right(records, start_ns + round(1e9 * seconds)) - bisect_left(records, start_ns)
-
+    hosted = _group(windows, host, lambda one: one.start_ns())
+    launched = _group(windows, kernels, lambda one: one.start_ns())
+    parted = _group(windows, parts, lambda one: one.start)
     phases = []
     for phase in phase_names:
-        spans = [end - start for start, end, name in windows if name == phase]
-        used = _kernels(ran[phase]) if kind == "cuda" else _operators(ran[phase])
-        uses = [
-            OperatorUse(name=name, category=_category(name, rule), calls=calls / steps, time_s=time_ms / 1e3 / steps)
-            for name, rule, calls, time_ms in used
-        ]
-        called = sum_by_name(ran[phase]) if kind == "cpu" else []
-        counted = {WHOLE: len(ran[phase]) / steps} if kind == "cpu" else {}
-        for name, found in (*separate.items(), (DROPOUT, masks)) if kind == "cpu" else ():
-            counted[name] = sum(count_records(*span) for span in begins_in(phase, found)) / steps
+        operators, marked = hosted.get(phase, []), parted.get(phase, [])
+        separate = {
+            "casts_s": _casts(operators),
+            "wide_products_s": [one for one in operators if _is_wide_product(one)],
+            "dropout_backward_s": [one for one in operators if _is_backward_of(one, made)],
+        }
+        drawn = [one for one in operators if one.name() == DROPOUT_OPERATOR]
+        ran = launched.get(phase, []) if cuda else operators
+        uses, totals_s, busy_s = _sum_uses(ran, windows[0].start, steps, nested=not cuda)
+        counted = {name: count_records(found) for name, found in {**separate, DROPOUT: drawn}.items()}
         phases.append(
             PhaseActivity(
                 phase=phase,
-                window_s=sum(spans) / 1e9 / steps,
-                busy_s=sum(busy_time_us(ran[phase]).values()) / 1e6 / steps,
-                operators=tuple(sorted(uses, key=lambda use: (-use.time_s, use.name))),
-                totals_s={one.name: one.time_ms / 1e3 / steps for one in called},
-                **{name: sum(s for _, s in begins_in(phase, found)) / steps for name, found in separate.items()},
-                records=counted,
-                copies=sum_copies([copy for _, copy in begins_in(phase, copied)], steps),
-                parts_s=_parts_s(begins_in(phase, parts), times, steps),
+                window_s=sum(one.end - one.start for one in windows if one.name == phase) / 1e9 / steps,
+                busy_s=busy_s,
+                operators=uses,
+                totals_s=totals_s,
+                **{name: sum(_spent(one, seconds) for one in found) / steps for name, found in separate.items()},
+                records={} if cuda else {WHOLE: len(operators) / steps, **counted},
+                copies=_sum_copies(_copies(operators, weights or {}, seconds), steps),
+                parts_s={
+                    name: sum(seconds(one.start, one.end) for one in marked if one.name == name) / steps
+                    for name in dict.fromkeys(one.name for one in marked)
+                },
             )
         )
-    missing = NO_KERNELS if kind == "cuda" and not kernels else ""
-    return Activity(device=kind, step_times_s=step_times_s, phases=tuple(phases), missing=missing)
+    missing = NO_KERNELS if cuda and not kernels else ""
+    return Activity(device="cuda" if cuda else "cpu", step_times_s=step_times_s, phases=tuple(phases), missing=missing)
 
 
-Window = tuple[int, int, str]
-"""Start and end in nanoseconds, and the phase."""
+def _group(windows: Sequence[Window], found: Iterable[Any], moment: Callable[[Any], int]) -> dict[str, list[Any]]:
+    """By the phase that each begins in, without those that begin between phases."""
+    starts = [one.start for one in windows]
+    groups: dict[str, list[Any]] = {}
+    for one in found:
+        place = bisect_right(starts, moment(one)) - 1
+        if place >= 0 and moment(one) < windows[place].end:
+            groups.setdefault(windows[place].name, []).append(one)
+    return groups
 
 
-def _phase_at(windows: Sequence[Window], starts: Sequence[int], moment: int) -> str:
-    """The phase at a moment in nanoseconds; "" between phases."""
-    place = bisect_right(starts, moment) - 1
-    return windows[place][2] if place >= 0 and moment < windows[place][1] else ""
-
-
-def _parts_s(parts: Sequence[Window], times: KernelTimes | None, steps: int) -> dict[str, float]:
-    """Seconds of each part by name: the host's, or on a GPU those of the kernels that it launched meanwhile."""
-    found: dict[str, float] = {}
-    for start, end, name in parts:
-        seconds = (end - start) / 1e9 if times is None else times.launched_s(start, end)
-        found[name] = found.get(name, 0.0) + seconds / steps
-    return found
-
-
-def _sorted_out(events: Iterable[Any]) -> tuple[list[Window], list[Window], list[Any], list[Any]]:
+def _sort_events(events: Iterable[Any]) -> tuple[list[Window], list[Window], list[Any], list[Any]]:
     """Windows of the phases in order, those of parts, the operators of the host, what ran on the device."""
     windows: list[Window] = []
     parts: list[Window] = []
@@ -154,13 +150,13 @@ def _sorted_out(events: Iterable[Any]) -> tuple[list[Window], list[Window], list
     device: list[Any] = []
     for event in events:
         name, marked = event.name(), event.is_user_annotation()
-        if event.device_type() == DeviceType.CPU:
-            if marked and name.startswith(PART):
-                parts.append((event.start_ns(), event.end_ns(), name.removeprefix(PART)))
-            elif marked and name.startswith(MARK):
-                windows.append((event.start_ns(), event.end_ns(), name.removeprefix(MARK)))
-            elif not (marked or event.is_async() or _is_runtime(name)):
-                host.append(event)
+        on_host = event.device_type() == DeviceType.CPU
+        if on_host and marked and name.startswith(PART):
+            parts.append(Window(event.start_ns(), event.end_ns(), name.removeprefix(PART)))
+        elif on_host and marked and name.startswith(MARK):
+            windows.append(Window(event.start_ns(), event.end_ns(), name.removeprefix(MARK)))
+        elif on_host and not (marked or event.is_async() or _is_runtime(name)):
+            host.append(event)
         elif event.device_type() == DeviceType.CUDA and not (marked or event.is_hidden_event()):
             device.append(event)
     return sorted(windows), parts, host, device
@@ -171,40 +167,68 @@ def _is_runtime(name: str) -> bool:
     return (name.startswith(_RUNTIME) and "::" not in name) or name.startswith("[")
 
 
-def _by_phase(events: Iterable[Any], windows: list[Window], phase_names: Sequence[str]) -> dict[str, Events]:
-    rows: dict[str, list[Row]] = {phase: [] for phase in phase_names}
-    starts = [start for start, _, _ in windows]
-    number = count()  # two calls with the same times are two calls
-    for event in events:
-        phase = _phase_at(windows, starts, event.start_ns())
-        if not phase:
-            continue
-        lane = (str(event.device_index()), str(event.start_thread_id() or event.device_resource_id()))
-        start_us = (event.start_ns() - starts[0]) / 1e3
-        duration_us = (event.end_ns() - event.start_ns()) / 1e3
-        rows[phase].append((event.name(), lane, start_us, duration_us, next(number)))
-    return {phase: make_events(some) for phase, some in rows.items()}
+def _sum_uses(
+    ran: Sequence[Any], origin: int, steps: int, *, nested: bool
+) -> tuple[tuple[OperatorUse, ...], dict[str, float], float]:
+    """Of a mean step: kernels, or operators without those that they call; seconds of operators with all that they
+    call, by name; and the length of the union of all, in seconds."""
+    rows = []
+    for number, one in enumerate(ran):  # two calls with the same times are two calls
+        lane = (str(one.device_index()), str(one.start_thread_id() or one.device_resource_id()))
+        start_us, duration_us = (one.start_ns() - origin) / 1e3, (one.end_ns() - one.start_ns()) / 1e3
+        rows.append((one.name(), lane, start_us, duration_us, number))
+    events = make_events(rows)
+    whole = sum_by_name(events)
+    own = (
+        [(one.name, one.rule, one.calls, one.time_ms) for one in operator_times(events)]
+        if nested
+        else [(one.name, classify(one.name), one.calls, one.time_ms) for one in whole]
+    )
+    uses = [
+        OperatorUse(
+            name=name, category="other" if rule is None else rule.category_of(name), calls=calls / steps,
+            time_s=time_ms / 1e3 / steps,
+        )
+        for name, rule, calls, time_ms in own
+    ]  # fmt: skip
+    return (
+        tuple(sorted(uses, key=lambda use: (-use.time_s, use.name))),
+        {one.name: one.time_ms / 1e3 / steps for one in whole} if nested else {},
+        sum(busy_time_us(events).values()) / 1e6 / steps,
+    )
 
 
-Used = Iterator[tuple[str, Rule | None, int, float]]
-"""Name, rule, calls and milliseconds."""
+# --- times ------------------------------------------------------------------------------------------------------------
 
 
-def _operators(events: Events) -> Used:
-    for one in operator_times(events):
-        yield one.name, one.rule, one.calls, one.time_ms
+def _wall_seconds(start_ns: int, end_ns: int) -> float:
+    return (end_ns - start_ns) / 1e9
 
 
-def _kernels(events: Events) -> Used:
-    for one in sum_by_name(events):
-        yield one.name, classify(one.name), one.calls, one.time_ms
+def _kernel_seconds(kernels: Sequence[Any], host: Sequence[Any]) -> Seconds:
+    """Seconds of all kernels that operators of the host launch in a window, by the profiler's own links."""
+    by_operator: dict[int, float] = {}
+    for kernel in kernels:
+        link = kernel.linked_correlation_id()
+        by_operator[link] = by_operator.get(link, 0.0) + _wall_seconds(kernel.start_ns(), kernel.end_ns())
+    by_operator.pop(0, None)  # of no operator
+    launches = sorted(
+        (one.start_ns(), by_operator[one.correlation_id()]) for one in host if one.correlation_id() in by_operator
+    )
+    sums = [0.0, *accumulate(spent for _, spent in launches)]
+
+    def seconds(start_ns: int, end_ns: int) -> float:
+        first = bisect_left(launches, start_ns, key=lambda one: one[0])
+        return sums[bisect_right(launches, end_ns, key=lambda one: one[0])] - sums[first]
+
+    return seconds
 
 
-def _category(name: str, rule: Rule | None) -> str:
-    return "other" if rule is None else rule.category_of(name)
+def _spent(operator: Any, seconds: Seconds) -> float:
+    return seconds(operator.start_ns(), operator.end_ns())
 
 
-# --- copies and casts -------------------------------------------------------------------------------------------------
+# --- copies, casts and products of 32 bits ----------------------------------------------------------------------------
 
 _COPYING = ("aten::contiguous", "aten::clone", "aten::_to_copy", "aten::copy_")
 """Operators that copy what they are given; the outermost of those that call each other counts."""
@@ -217,83 +241,61 @@ _COMPUTED = frozenset(("float", "c10::BFloat16", "c10::Half"))
 """Types that models compute in, as the profiler names them; the double of a bare number is none of them."""
 _LEAST = 2**16
 """Elements of a weight whose copying can be worth a word."""
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmv", "aten::mv")
+"""Operators that multiply matrices, none of which calls another."""
 
 
-class KernelTimes:
-    """What the device did for the operators of the host, by the profiler's own links."""
-
-    def __init__(self, kernels: Sequence[Any], host: Sequence[Any]) -> None:
-        """`kernels` and `host` are the profiler's records."""
-        by_operator: dict[int, float] = {}
-        for kernel in kernels:
-            link = getattr(kernel, "linked_correlation_id", int)()
-            by_operator[link] = by_operator.get(link, 0.0) + (kernel.end_ns() - kernel.start_ns()) / 1e9
-        by_operator.pop(0, None)  # of no operator
-        launches = sorted(
-            (operator.start_ns(), by_operator[number])
-            for operator in host
-            if (number := getattr(operator, "correlation_id", int)()) in by_operator
-        )
-        self._starts = [start for start, _ in launches]
-        self._seconds = [seconds for _, seconds in launches]
-
-    def launched_s(self, start_ns: int, end_ns: int) -> float:
-        """Seconds of all that was launched in a window of the host."""
-        return sum(self._seconds[bisect_left(self._starts, start_ns) : bisect_right(self._starts, end_ns)])
-
-
-def copies_of(
-    host: Sequence[Any], weights: Mapping[tuple[int, int], str], times: KernelTimes | None
-) -> list[tuple[int, WeightCopy]]:
-    """Each copy of a whole weight with the moment of its beginning, in nanoseconds.
+def _copies(host: Sequence[Any], weights: Mapping[tuple[int, int], str], seconds: Seconds) -> list[WeightCopy]:
+    """Each copy of a whole weight.
 
     A copy is one of a weight where it is made inside a linear product and has the weight's two widths, in either order,
     or where something of exactly a weight's shape is copied by itself.
-
-    Args:
-        host: the profiler's records of operators, with the shapes that they were given.
-        weights: outputs and inputs of the model's weights, and what they are called.
-        times: on a GPU, where an operator's time is that of its kernels.
     """
     products = sorted((one for one in host if one.name() == "aten::linear"), key=lambda one: one.start_ns())
-    starts = [one.start_ns() for one in products]
     found = []
     for operator, *_ in _outermost(host, _COPYING):
         shape: list[int] = next(iter(operator.shapes()), [])
-        if math.prod(shape) < _LEAST:
+        if math.prod(shape) < _LEAST or len(shape) < 2:
             continue
-        place = bisect_right(starts, operator.start_ns()) - 1
+        place = bisect_right(products, operator.start_ns(), key=lambda one: one.start_ns()) - 1
         within = products[place] if place >= 0 and operator.end_ns() <= products[place].end_ns() else None
-        name = _weight_of(shape, within, weights)
+        name = weights.get((shape[0], shape[1])) if len(shape) == 2 else None
+        if within is not None:
+            given, weight, *_ = within.shapes()
+            whole = len(weight) == 2 and sorted(shape[-2:]) == sorted(weight) and list(shape) != list(given)
+            name = weights.get((weight[0], weight[1]), "") if whole else None
         if name is not None:
-            copy = WeightCopy(
-                weight=name, shape=tuple(shape), operator=operator.name(), calls=1.0,
-                time_s=seconds_of(operator, times), in_product=within is not None,
+            found.append(
+                WeightCopy(
+                    weight=name, shape=tuple(shape), operator=operator.name(), calls=1.0,
+                    time_s=_spent(operator, seconds), in_product=within is not None,
+                )
             )  # fmt: skip
-            found.append((operator.start_ns(), copy))
     return found
 
 
-def sum_copies(copies: Sequence[WeightCopy], steps: int) -> tuple[WeightCopy, ...]:
+def _sum_copies(copies: Sequence[WeightCopy], steps: int) -> tuple[WeightCopy, ...]:
     """Copies of one weight and shape as one, in the mean of so many steps, the dearest first."""
-    sums: dict[tuple[str, tuple[int, ...], bool], list[WeightCopy]] = {}
+    groups: dict[tuple[str, tuple[int, ...], bool], list[WeightCopy]] = {}
     for copy in copies:
-        sums.setdefault((copy.weight, copy.shape, copy.in_product), []).append(copy)
+        groups.setdefault((copy.weight, copy.shape, copy.in_product), []).append(copy)
     means = [
-        msgspec.structs.replace(group[0], calls=len(group) / steps, time_s=sum(one.time_s for one in group) / steps)
-        for group in sums.values()
-    ]
+        WeightCopy(
+            weight=weight, shape=shape, operator=group[0].operator, calls=len(group) / steps,
+            time_s=sum(one.time_s for one in group) / steps, in_product=in_product,
+        )
+        for (weight, shape, in_product), group in groups.items()
+    ]  # fmt: skip
     return tuple(sorted(means, key=lambda one: -one.time_s))
 
 
-def cast_times(host: Sequence[Any], times: KernelTimes | None) -> list[tuple[int, float]]:
-    """Beginning in nanoseconds and seconds of all that is done because one number has another type than another.
+def _casts(host: Sequence[Any]) -> list[Any]:
+    """All that is done because one number has another type than another.
 
     That is every copy between two types with what is around it, and on a CPU every sum or product of tensors of two
     types, one of which it copies first; of one type it takes a small part of the time. A GPU's converts as it reads.
     """
-    casts = (calls[0] for calls in _outermost(host, _CASTING) if any(map(_is_cast, calls)))
-    return [(one.start_ns(), seconds_of(one, times)) for one in casts]
+    return [calls[0] for calls in _outermost(host, _CASTING) if any(map(_is_cast, calls))]
 
 
 def _is_cast(operator: Any) -> bool:
@@ -302,6 +304,13 @@ def _is_cast(operator: Any) -> bool:
         return False
     types = set(operator.dtypes()[:2])
     return len(types) == 2 and types <= _COMPUTED
+
+
+def _is_wide_product(operator: Any) -> bool:
+    """A product whose factors are of 32 bits."""
+    return operator.name() in _PRODUCTS and {kind for kind in operator.dtypes() if kind not in ("", "Scalar")} == {
+        "float"
+    }
 
 
 def _outermost(host: Sequence[Any], names: Sequence[str]) -> list[list[Any]]:
@@ -317,42 +326,6 @@ def _outermost(host: Sequence[Any], names: Sequence[str]) -> list[list[Any]]:
     return found
 
 
-def _weight_of(shape: Sequence[int], product: Any, weights: Mapping[tuple[int, int], str]) -> str | None:
-    """What the weight of a copy is called; None where it is of none."""
-    if len(shape) < 2:
-        return None
-    if product is None:
-        return weights.get((shape[0], shape[1])) if len(shape) == 2 else None
-    given, weight, *_ = product.shapes()
-    if len(weight) != 2 or sorted(shape[-2:]) != sorted(weight) or list(shape) == list(given):
-        return None
-    return weights.get((weight[0], weight[1]), "")
-
-
-def seconds_of(operator: Any, times: KernelTimes | None) -> float:
-    """Of an operator with all that it calls; on a GPU of its kernels."""
-    start, end = operator.start_ns(), operator.end_ns()
-    return (end - start) / 1e9 if times is None else times.launched_s(start, end)
-
-
-# --- products of 32 bits ----------------------------------------------------------------------------------------------
-
-_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmv", "aten::mv")
-"""Operators that multiply matrices, none of which calls another."""
-
-
-def wide_product_times(host: Sequence[Any], times: KernelTimes | None) -> list[tuple[int, float]]:
-    """Beginning in nanoseconds and seconds of each product whose factors are of 32 bits.
-
-    `host` are the profiler's records of operators; on a GPU `times` tells what their kernels take.
-    """
-    return [
-        (one.start_ns(), seconds_of(one, times))
-        for one in host
-        if one.name() in _PRODUCTS and {kind for kind in one.dtypes() if kind not in ("", "Scalar")} == {"float"}
-    ]
-
-
 # --- backward pass of an operator -------------------------------------------------------------------------------------
 
 _CALL = "autograd::engine::evaluate_function: "
@@ -361,39 +334,23 @@ Node = tuple[int, int]
 """Of autograd's graph: the thread that made it, and its number there."""
 
 
-def backward_times(host: Sequence[Any], maker: str, times: KernelTimes | None) -> list[tuple[int, float]]:
-    """Beginning in nanoseconds and seconds of each call of a node that an operator of this name made.
-
-    Args:
-        host: the profiler's records of operators.
-        maker: an operator of the forward pass; what it calls counts as its own.
-        times: on a GPU, where the time of a call is that of its kernels.
-    """
-    made = _made_by(host, maker)
-    return [
-        (one.start_ns(), seconds_of(one, times))
-        for one in host
-        if one.name().startswith(_CALL) and (one.fwd_thread_id(), one.sequence_nr()) in made
-    ]
+def _is_backward_of(operator: Any, made: set[Node]) -> bool:
+    """Whether it is the call of one of these nodes."""
+    return operator.name().startswith(_CALL) and (operator.fwd_thread_id(), operator.sequence_nr()) in made
 
 
-def _made_by(host: Sequence[Any], maker: str) -> set[Node]:
-    """Nodes of the graph that were made inside such operators.
+def _nodes_made_by(host: Sequence[Any], maker: str) -> set[Node]:
+    """Nodes of the graph that were made inside operators of this name.
 
     Operators that make none bear the number of the next one, too: the last that does has made it. Calls of nodes bear
     their numbers and the thread of the forward pass, which operators of that pass have not.
     """
-    spans: dict[int, list[tuple[int, int]]] = {}
-    last: dict[Node, int] = {}
+    ends: dict[int, int] = {}
+    last: dict[Node, bool] = {}
     for one in sorted(host, key=lambda one: one.start_ns()):
+        thread = one.start_thread_id()
         if one.name() == maker:
-            spans.setdefault(one.start_thread_id(), []).append((one.start_ns(), one.end_ns()))
+            ends[thread] = one.end_ns()
         if one.sequence_nr() >= 0 and not one.fwd_thread_id():
-            last[(one.start_thread_id(), one.sequence_nr())] = one.start_ns()
-    return {node for node, moment in last.items() if _is_within(moment, spans.get(node[0], ()))}
-
-
-def _is_within(moment: int, spans: Sequence[tuple[int, int]]) -> bool:
-    """Of spans in order, none of which overlaps another: those of one operator on one thread."""
-    place = bisect_right(spans, moment, key=lambda span: span[0]) - 1
-    return place >= 0 and moment <= spans[place][1]
+            last[(thread, one.sequence_nr())] = one.start_ns() <= ends.get(thread, -1)
+    return {node for node, within in last.items() if within}

@@ -17,13 +17,13 @@ seen.
 from __future__ import annotations
 
 import contextlib
-import re
 import weakref
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -31,16 +31,14 @@ from torch.utils._pytree import tree_leaves
 from lorameter.machine.memory import PeakMemoryTracker, host_bytes
 from lorameter.records.memory_account import MemoryAccount, MemoryPhase, in_order
 from lorameter.trial.memory import resident_tensors, storage_bytes
-from lorameter.trial.process import give_back_free, resident_now
-
-_SMAPS = Path("/proc/self/smaps")
-_HEADER = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ \d+ *(.*)")
+from lorameter.trial.process import give_back_free
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pages:
-    """Resident bytes of this process that are mapped from files, or that it runs as code."""
+    """Resident bytes of this process, and what of them is mapped from files or is run as code."""
 
+    resident_bytes: int
     files: Mapping[str, int]
     """By path."""
     generated_bytes: int
@@ -54,22 +52,19 @@ class Pages:
 
 
 def read_pages() -> Pages:
-    """Read /proc/self/smaps; some milliseconds."""
-    files: dict[str, int] = {}
+    """Read the mappings of this process; some milliseconds. What is free, and kept by malloc, is given back first."""
+    give_back_free()
+    files: Counter[str] = Counter()
     ranges: list[tuple[int, int, str]] = []
-    path, runs, generated = "", False, 0
-    for line in _SMAPS.read_text().splitlines():
-        if header := _HEADER.fullmatch(line):
-            path, runs = header[4], "x" in header[3]
-            if path.startswith("/"):
-                ranges.append((int(header[1], 16), int(header[2], 16), path))
-        elif line.startswith("Rss:"):
-            size = int(line.split()[1]) * 1024
-            if path.startswith("/"):
-                files[path] = files.get(path, 0) + size
-            elif runs and not path.startswith("["):  # the kernel's own pages have names in brackets
-                generated += size
-    return Pages(files=files, generated_bytes=generated, ranges=tuple(ranges))
+    generated = 0
+    for one in psutil.Process().memory_maps(grouped=False):
+        if one.path.startswith("/"):
+            first, _, end = one.addr.partition("-")
+            ranges.append((int(first, 16), int(end, 16), one.path))
+            files[one.path] += one.rss
+        elif one.path == "[anon]" and "x" in one.perms:  # the kernel's own pages have names
+            generated += one.rss
+    return Pages(resident_bytes=host_bytes("VmRSS"), files=files, generated_bytes=generated, ranges=tuple(ranges))
 
 
 # --- live tensors -----------------------------------------------------------------------------------------------------
@@ -78,8 +73,9 @@ RANK = ("temporaries", "activations", "gradients", "kv_cache", "logits")
 """A storage's kind can only rise in this order: a temporary becomes an activation when it is saved."""
 
 
-class LiveTensors:
-    """Bytes of live storages by kind, the resident ones left out."""
+class LiveTensors(TorchDispatchMode):
+    """Bytes of live storages by kind, the resident ones left out; as a dispatch mode it sees the results of all
+    operators."""
 
     def __init__(
         self, *, resident: Collection[int], vocabulary: int, device: str, looked: Callable[[dict[str, int]], None]
@@ -92,13 +88,12 @@ class LiveTensors:
             device: tensors elsewhere are not counted.
             looked: called with the bytes by kind after each operator; it must not change them.
         """
+        super().__init__()
         self._resident = resident
         self._vocabulary = vocabulary
         self._device = torch.device(device).type
         self._looked = looked
-        self._kinds: dict[int, str] = {}
-        self._sizes: dict[int, int] = {}
-        self._alive: dict[int, weakref.ref[Any]] = {}
+        self._alive: dict[int, tuple[weakref.ref[Any], str, int]] = {}
         self.bytes: dict[str, int] = dict.fromkeys(RANK, 0)
         """Alive now."""
 
@@ -113,59 +108,46 @@ class LiveTensors:
             kind = "logits"
         key = id(storage)
         if key not in self._alive:
-            self._alive[key] = weakref.ref(storage, lambda _: self._forget(key))
-            self._kinds[key], self._sizes[key] = kind, storage.nbytes()
-            self.bytes[kind] += self._sizes[key]
-        elif RANK.index(kind) > RANK.index(self._kinds[key]):
-            self.bytes[self._kinds[key]] -= self._sizes[key]
-            self.bytes[kind] += self._sizes[key]
-            self._kinds[key] = kind
+            self._alive[key] = weakref.ref(storage, lambda _: self._forget(key)), kind, storage.nbytes()
+            self.bytes[kind] += storage.nbytes()
+            return
+        reference, before, size = self._alive[key]
+        if RANK.index(kind) > RANK.index(before):
+            self._alive[key] = reference, kind, size
+            self.bytes[before] -= size
+            self.bytes[kind] += size
+
+    def _forget(self, key: int) -> None:
+        _, kind, size = self._alive.pop(key)
+        self.bytes[kind] -= size
 
     @contextlib.contextmanager
     def watching(self, parameters: Sequence[torch.nn.Parameter], *, compiled: bool = False) -> Iterator[None]:
         """For the time of a step on these trained parameters."""
-        mode = contextlib.nullcontext() if compiled else _Mode(self)
-        hooks = [parameter.register_post_accumulate_grad_hook(self._accumulated) for parameter in parameters]
-        try:
-            with torch.autograd.graph.saved_tensors_hooks(self._saved, _unpacked), mode:
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def look(self) -> None:
-        """Something has changed."""
-        self._looked(self.bytes)
+        with contextlib.ExitStack() as stack:
+            for parameter in parameters:
+                stack.callback(parameter.register_post_accumulate_grad_hook(self._accumulated).remove)
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._saved, lambda tensor: tensor))
+            if not compiled:
+                stack.enter_context(self)
+            yield
 
     def _saved(self, tensor: torch.Tensor) -> torch.Tensor:
         self.note(tensor, "activations")
-        self.look()
+        self._looked(self.bytes)
         return tensor.detach()  # itself would be a cycle, which only the collector frees
 
     def _accumulated(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
             self.note(parameter.grad, "gradients")
 
-    def _forget(self, key: int) -> None:
-        self.bytes[self._kinds.pop(key)] -= self._sizes.pop(key)
-        del self._alive[key]
-
-
-def _unpacked(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-class _Mode(TorchDispatchMode):
-    def __init__(self, live: LiveTensors) -> None:
-        super().__init__()
-        self._live = live
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls the operator and counts its results."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
-                self._live.note(leaf, "temporaries")
-        self._live.look()
+                self.note(leaf, "temporaries")
+        self._looked(self.bytes)
         return result
 
 
@@ -178,26 +160,12 @@ WATCHED: dict[MemoryPhase, tuple[str, ...]] = {
 """Kinds that a phase's account names even where nothing of them was alive at the peak."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessBaseline:
-    """The process before it loads anything; taken first of all in a trial's process."""
-
-    resident_bytes: int
-    pages: Pages
-
-
-def take_birth() -> ProcessBaseline:
-    """Take it now; what is free then, and kept by malloc, is given back first, as it will be before the call."""
-    give_back_free()
-    return ProcessBaseline(resident_bytes=host_bytes("VmRSS"), pages=read_pages())
-
-
 def measure_breakdown(
     model: Any,
     optimizer: torch.optim.Optimizer,
     call: Callable[[], object],
     *,
-    birth: ProcessBaseline,
+    birth: Pages,
     device: str,
     phase: MemoryPhase = "train",
     compiled: bool = False,
@@ -212,35 +180,41 @@ def measure_breakdown(
         model: as PEFT makes it; a plain transformers model works too.
         optimizer: its state counts as resident, as do gradients that are there; clear both before a request is watched.
         call: does everything of the phase; gradients that it leaves behind stay.
-        birth: from `take_birth()`, before the model was loaded.
+        birth: from `read_pages()`, before the model was loaded.
         device: as torch names it.
         phase: what `call` is.
         compiled: whether the step was compiled; see `LiveTensors`.
     """
-    tensors = resident_tensors(model, optimizer)
+    cuda, tensors = device.startswith("cuda"), resident_tensors(model, optimizer)
     kinds = {kind: sum(map(storage_bytes, found)) for kind, found in tensors.items()}
     resident = [tensor for found in tensors.values() for tensor in found]
-    crest = _PeakTracker(cuda=device.startswith("cuda"))
-    addresses = {tensor.untyped_storage().data_ptr() for tensor in resident}
-    live = LiveTensors(resident=addresses, vocabulary=_vocabulary(model), device=device, looked=crest.look)
-    gauge = PeakMemoryTracker(device)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    crest, gauge = _PeakTracker(cuda=cuda), PeakMemoryTracker(device)
+    vocabulary = model.get_input_embeddings().weight.shape[0] if hasattr(model, "get_input_embeddings") else 0
+    live = LiveTensors(
+        resident={tensor.untyped_storage().data_ptr() for tensor in resident}, vocabulary=int(vocabulary),
+        device=device, looked=crest.look,
+    )  # fmt: skip
     give_back_free()  # else what earlier steps have left on the heap would serve this one, and its own peak not show
     gauge.begin()
     crest.look(live.bytes)  # the peak so far is no operator's
     with contextlib.ExitStack() as stack:
         for hook in watch_cache(model, live):
             stack.callback(hook.remove)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         stack.enter_context(live.watching(trained, compiled=compiled))
         call()
     peaks = gauge.peaks(phase)
     kinds |= {kind: kinds.get(kind, 0) + size for kind, size in crest.kinds.items()}
-    if device.startswith("cuda"):
-        return _on_cuda(phase, kinds, peaks)
-    kinds |= _on_host(birth, resident)
-    peak = peaks[f"host_peak_{phase}_bytes"]
-    kinds["heap_growth"] = max(0, peak - crest.peak)
-    return MemoryAccount(phase=phase, kinds=in_order(kinds, named=WATCHED[phase]), peak_bytes=peak)
+    beside: dict[str, int] = {}
+    if cuda:
+        peak = peaks[f"device_peak_allocated_{phase}_bytes"]
+        kinds |= _allocator_bytes()
+        beside["fragmentation"] = peaks[f"device_peak_reserved_{phase}_bytes"] - peak
+        beside["paged_optimizer_state"] = kinds.pop("paged_optimizer_state", 0)
+    else:
+        peak = peaks[f"host_peak_{phase}_bytes"]
+        kinds |= _file_bytes(birth, resident) | {"heap_growth": max(0, peak - crest.peak)}
+    return MemoryAccount(phase=phase, kinds=in_order(kinds, named=WATCHED[phase]), peak_bytes=peak, beside=beside)
 
 
 class _PeakTracker:
@@ -263,7 +237,7 @@ class _PeakTracker:
         peak = torch.cuda.max_memory_allocated() if self._cuda else host_bytes("VmHWM")
         scratch = 0
         if peak > self._highest:
-            now = torch.cuda.memory_allocated() if self._cuda else resident_now()
+            now = torch.cuda.memory_allocated() if self._cuda else host_bytes("VmRSS")
             scratch = max(0, peak - now)
         self._highest = peak
         most = peak if self._cuda else sum(kinds.values()) + scratch
@@ -272,40 +246,28 @@ class _PeakTracker:
             self.kinds = kinds | {"operator_scratch": scratch}
 
 
-def _on_host(birth: ProcessBaseline, resident: Collection[torch.Tensor]) -> dict[str, int]:
-    """Kinds that torch does not know: pages of files."""
-    now = read_pages()
-    mapped: dict[str, int] = {}
+def _file_bytes(birth: Pages, resident: Collection[torch.Tensor]) -> dict[str, int]:
+    """Kinds that torch does not know: pages of files, and of code."""
+    now, mapped = read_pages(), Counter[str]()
     for tensor in resident:
-        path = now.file_at(tensor.untyped_storage().data_ptr())
-        if path is not None:
-            mapped[path] = mapped.get(path, 0) + storage_bytes(tensor)
-    code = sum(size for path, size in now.files.items() if path not in mapped)
+        if path := now.file_at(tensor.untyped_storage().data_ptr()):
+            mapped[path] += storage_bytes(tensor)
+    code, before = (sum(size for path, size in pages.files.items() if path not in mapped) for pages in (now, birth))
     return {
         "process": birth.resident_bytes,
-        "library_code": code - sum(size for path, size in birth.pages.files.items() if path not in mapped),
-        "generated_code": now.generated_bytes - birth.pages.generated_bytes,
+        "library_code": code - before,
+        "generated_code": now.generated_bytes - birth.generated_bytes,
         "checkpoint_pages": sum(now.files[path] - size for path, size in mapped.items()),
     }
 
 
-def _on_cuda(phase: MemoryPhase, kinds: dict[str, int], peaks: dict[str, int]) -> MemoryAccount:
-    """What the allocator itself adds: rounding, by its own two counts, and the workspace that cuBLAS holds in it."""
-    stats = torch.cuda.memory_stats()
+def _allocator_bytes() -> dict[str, int]:
+    """What CUDA's allocator itself adds: rounding, by its own two counts, and the workspace that cuBLAS holds in it."""
+    stats, before = torch.cuda.memory_stats(), torch.cuda.memory_allocated()
     asked = stats.get("requested_bytes.all.current")
-    if asked is not None:
-        kinds["rounding"] = int(stats["allocated_bytes.all.current"] - asked)
-    before = torch.cuda.memory_allocated()
+    rounding = {} if asked is None else {"rounding": int(stats["allocated_bytes.all.current"] - asked)}
     torch._C._cuda_clearCublasWorkspaces()
-    kinds["blas_workspace"] = before - torch.cuda.memory_allocated()
-    peak = peaks[f"device_peak_allocated_{phase}_bytes"]
-    beside = {"fragmentation": peaks[f"device_peak_reserved_{phase}_bytes"] - peak}
-    beside["paged_optimizer_state"] = kinds.pop("paged_optimizer_state", 0)
-    return MemoryAccount(phase=phase, kinds=in_order(kinds, named=WATCHED[phase]), peak_bytes=peak, beside=beside)
-
-
-def _vocabulary(model: Any) -> int:
-    return int(model.get_input_embeddings().weight.shape[0]) if hasattr(model, "get_input_embeddings") else 0
+    return rounding | {"blas_workspace": before - torch.cuda.memory_allocated()}
 
 
 def watch_cache(model: Any, live: LiveTensors) -> list[Any]:
@@ -313,10 +275,8 @@ def watch_cache(model: Any, live: LiveTensors) -> list[Any]:
 
     def mark(module: Any, args: Any, given: dict[str, Any], output: Any) -> None:
         cache = given.get("cache", given.get("past_key_values"))  # the name changed within transformers 5
-        layers = getattr(cache, "layers", ())
-        if module.layer_idx < len(layers):
-            for name in ("keys", "values"):
-                tensor = getattr(layers[module.layer_idx], name, None)
+        for layer in getattr(cache, "layers", ())[module.layer_idx : module.layer_idx + 1]:
+            for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
                 if isinstance(tensor, torch.Tensor):
                     live.note(tensor, "kv_cache")
 

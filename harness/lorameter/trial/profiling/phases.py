@@ -12,23 +12,37 @@ down everything, and what it holds stays in the process.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
+from transformers.pytorch_utils import Conv1D
 
-from lorameter.records.activity import LEAST_STEP_PAIRS, STEP_PHASES, TRACE, Activity
+from lorameter.records.activity import (
+    CACHE,
+    HEAD,
+    LEAST_STEP_PAIRS,
+    REQUEST_PHASES,
+    STEP_PHASES,
+    TRACE,
+    Activity,
+    ModelSize,
+    RequestFacts,
+)
 from lorameter.studies.request import TrialRequest
 from lorameter.trial.building import peft_methods
 from lorameter.trial.building.build import TrainableModel
-from lorameter.trial.clock import Stopwatch
 from lorameter.trial.data.stream import Batch, TokenStream
-from lorameter.trial.process import synchronize
-from lorameter.trial.profiling.activity import MARK, activity_of
+from lorameter.trial.memory import output_head, resident_tensors, storage_bytes
+from lorameter.trial.process import Stopwatch, synchronize
+from lorameter.trial.profiling.activity import MARK, PART, activity_of
+from lorameter.trial.serving.generate import Request
 from lorameter.trial.step import TrainStep
 
 MOST_PAIRS = 128
@@ -42,12 +56,10 @@ class Phases:
 
     def __init__(self, names: Sequence[str], device: str) -> None:
         """`names` are all that there are; `device` is as torch names it."""
-        self._names = tuple(names)
         self._device = device
-        self._times_s = dict.fromkeys(self._names, 0.0)
-        self._events: list[tuple[str, Any, Any]] = []
-        self._phase = ""
-        self._since: Any = None
+        self._names = tuple(names)
+        self._borders: list[tuple[str, Any]] = []
+        """What begins at each border, and its stamp: an event, or a time in seconds."""
         self._mark: Any = None
         self.marked = False
         """Whether phases are marked for the profiler, and not timed."""
@@ -55,51 +67,45 @@ class Phases:
     def begin(self, *, marked: bool = False) -> None:
         """Start from zero, in no phase."""
         self._leave()
-        self.marked = marked
-        self._events = []
-        self._times_s = dict.fromkeys(self._names, 0.0)
+        self.marked, self._borders = marked, []
         synchronize(self._device)
 
     def turn(self, phase: str) -> None:
         """End the phase that is on, and begin this one; "" begins none."""
-        if self.marked:
-            if self._mark is not None:
-                synchronize(self._device)
-            self._leave()
-            if phase:
-                self._mark = record_function(MARK + phase)
-                self._mark.__enter__()
+        if not self.marked:
+            self._borders.append((phase, self._stamp()))
             return
-        now = self._stamp()
-        if self._phase and self._on_cuda:
-            self._events.append((self._phase, self._since, now))
-        elif self._phase:
-            self._times_s[self._phase] += now - self._since
-        self._phase, self._since = phase, now
+        if self._mark is not None:
+            synchronize(self._device)
+        self._leave()
+        if phase:
+            self._mark = record_function(MARK + phase)
+            self._mark.__enter__()
 
     @contextlib.contextmanager
     def within(self, phase: str) -> Iterator[None]:
-        """Begin with this phase, and end with whatever phase is on then; one that an exception ends has no time."""
+        """Begin with this phase, and end with whatever phase is on then. After an exception nothing is asked of a
+        device that may not answer any more."""
         self.turn(phase)
         try:
             yield
-            self.turn("")
         except BaseException:
             self._leave()
             raise
+        self.turn("")
 
     def _leave(self) -> None:
-        """Be in no phase, without a border: nothing is asked of a device that may not answer any more."""
-        mark, self._phase, self._since, self._mark = self._mark, "", None, None
-        if mark is not None:
-            mark.__exit__(None, None, None)
+        if self._mark is not None:
+            self._mark.__exit__(None, None, None)
+        self._mark = None
 
     def times_s(self) -> dict[str, float]:
         """Seconds of each phase since `begin`; the device must have finished."""
-        for name, begin, end in self._events:
-            self._times_s[name] += begin.elapsed_time(end) / 1e3
-        self._events = []
-        return self._times_s
+        times = dict.fromkeys(self._names, 0.0)
+        for (phase, start), (_, end) in itertools.pairwise(self._borders):
+            if phase:
+                times[phase] += start.elapsed_time(end) / 1e3 if self._on_cuda else end - start
+        return times
 
     @property
     def _on_cuda(self) -> bool:
@@ -150,21 +156,6 @@ class Bordered(Protocol):
         """Once through all phases."""
 
 
-def step_times(
-    plain: Callable[[], torch.Tensor], bordered: BorderedStep, device: str, *, budget_s: float
-) -> dict[str, tuple[float, ...]]:
-    """Pairs of a plain and a bordered step, each first in every other pair.
-
-    Returns:
-        What `pair_times` does, and `timed_loss` with the losses of all steps in order.
-    """
-
-    def samples_of(loss: torch.Tensor, is_plain: bool) -> dict[str, float]:
-        return {"timed_loss": float(loss)}
-
-    return pair_times(plain, bordered, device, what="step", samples_of=samples_of, budget_s=budget_s)
-
-
 def pair_times(
     plain: Callable[[], Any],
     bordered: Bordered,
@@ -191,31 +182,22 @@ def pair_times(
     """
     watch = Stopwatch(device)
     found: dict[str, list[float]] = {}
-
-    def keep(name: str, value: float) -> None:
-        found.setdefault(name, []).append(value)
-
-    def step(*, is_plain: bool, ended_s: float) -> float:
-        if not is_plain:
-            bordered.phases.begin()
-        elif not math.isnan(ended_s):
-            keep(f"between_{what}s_s", time.perf_counter() - ended_s)
-        given, lap = watch(plain if is_plain else bordered)
-        ended_s = time.perf_counter()
-        for name, value in samples_of(given, is_plain).items():
-            keep(name, value)
-        kind = "plain" if is_plain else "bordered"
-        keep(f"{kind}_{what}_time_s", lap.time_s)
-        keep(f"{kind}_{what}_cpu_time_s", lap.cpu_time_s)
-        if not is_plain:
-            for phase, seconds in bordered.phases.times_s().items():
-                keep(f"phase_{phase}_s", seconds)
-        return ended_s
-
     begin, pair, ended_s = time.perf_counter(), 0, math.nan
     while pair < LEAST_STEP_PAIRS or (pair < MOST_PAIRS and time.perf_counter() - begin < budget_s):
-        for is_plain in (True, False) if pair % 2 == 0 else (False, True):
-            ended_s = step(is_plain=is_plain, ended_s=ended_s)
+        for kind in ("plain", "bordered") if pair % 2 == 0 else ("bordered", "plain"):
+            samples: dict[str, float] = {}
+            if kind == "bordered":
+                bordered.phases.begin()
+            elif not math.isnan(ended_s):
+                samples[f"between_{what}s_s"] = time.perf_counter() - ended_s
+            result, lap = watch(plain if kind == "plain" else bordered)
+            ended_s = time.perf_counter()
+            samples |= samples_of(result, kind == "plain")
+            samples |= {f"{kind}_{what}_time_s": lap.time_s, f"{kind}_{what}_cpu_time_s": lap.cpu_time_s}
+            if kind == "bordered":
+                samples |= {f"phase_{phase}_s": seconds for phase, seconds in bordered.phases.times_s().items()}
+            for name, value in samples.items():
+                found.setdefault(name, []).append(value)
         pair += 1
     return {name: tuple(values) for name, values in found.items()}
 
@@ -239,35 +221,31 @@ def profiled(
     """
 
     def session() -> Activity:
-        times, events = _session(bordered, device, folder / trace)
+        times, events = _record(bordered, device, folder / trace)
         return activity_of(events, times, device, phase_names=phase_names, weights=weights)
 
     found = session()
     return session() if found.missing else found
 
 
-def _session(bordered: Bordered, device: str, trace: Path) -> tuple[tuple[float, ...], Any]:
-    """Times of the calls that were recorded, and the records. The shapes are for what is copied (`copies`)."""
-    activities = [ProfilerActivity.CPU]
-    if device.startswith("cuda"):
-        activities.append(ProfilerActivity.CUDA)
+def _record(bordered: Bordered, device: str, trace: Path) -> tuple[tuple[float, ...], Any]:
+    """Times of the calls that were recorded, and the records. The shapes are for what is copied."""
+    cuda = [ProfilerActivity.CUDA] if device.startswith("cuda") else []
     watch = Stopwatch(device)
     times: list[float] = []
     bordered.phases.begin()
     alone_s = watch(bordered)[1].time_s
     steps = min(MOST_PROFILED, max(LEAST_PROFILED, int(PROFILED_BUDGET_S / alone_s)))
     planned = schedule(wait=0, warmup=1, active=steps)
-    with profile(activities=activities, schedule=planned, record_shapes=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU, *cuda], schedule=planned, record_shapes=True) as recorded:
         for number in range(1 + steps):
             bordered.phases.begin(marked=True)
-            lap = watch(bordered)[1]
-            if number:
-                times.append(lap.time_s)
+            times.append(watch(bordered)[1].time_s)
             if number < steps:  # the session must still be open when it is read
                 recorded.step()
     recorded.export_chrome_trace(str(trace))
     results = recorded.profiler.kineto_results if recorded.profiler is not None else None
-    return tuple(times), () if results is None else results.events()
+    return tuple(times[1:]), () if results is None else results.events()
 
 
 def useful_tokens(stream: TokenStream, rows: int) -> dict[str, float]:
@@ -277,22 +255,174 @@ def useful_tokens(stream: TokenStream, rows: int) -> dict[str, float]:
     return {"useful_positions": part * sum(lengths), "useful_pairs": part * pairs}
 
 
-def see_wanted(model: torch.nn.Module, step: Callable[[], object]) -> dict[str, bool | None]:
+def watch_gradients(model: torch.nn.Module, step: Callable[[], object]) -> dict[str, bool | None]:
     """Takes the step and returns the modules that it calls, by their names in transformers' model, with whether
     autograd computes the gradient of their first input (of the first block the layers that take the embeddings have
     none); None if that is no tensor."""
     seen: dict[str, bool | None] = {}
+    with contextlib.ExitStack() as hooks:
+        for name, part in peft_methods.wrapped(model).named_modules():
 
-    def look(name: str) -> Callable[[Any, tuple[Any, ...]], None]:
-        def see(_: Any, args: tuple[Any, ...]) -> None:
-            seen.setdefault(name, args[0].requires_grad if args and isinstance(args[0], torch.Tensor) else None)
+            def look(_: Any, args: tuple[Any, ...], name: str = name) -> None:
+                seen.setdefault(name, args[0].requires_grad if args and isinstance(args[0], torch.Tensor) else None)
 
-        return see
-
-    hooks = [part.register_forward_pre_hook(look(name)) for name, part in peft_methods.wrapped(model).named_modules()]
-    try:
+            hooks.callback(part.register_forward_pre_hook(look).remove)
         step()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return seen
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+
+Ask = Callable[[], Request]
+
+
+class BorderedRequest:
+    """A request, the same call that a user makes, with the time of each of its phases.
+
+    transformers' `generate` is one call from prompt to last token. Where the model itself is entered and left divides
+    it: what comes before the first pass, the pass over the prompt (prefill), the passes over one token each (decode),
+    and what lies between passes, on the host: choosing a token, handing it over, getting the inputs of the next one
+    ready.
+    """
+
+    def __init__(self, model: Any, ask: Ask, device: str) -> None:
+        """`model` is PEFT's; `ask` makes a request of it."""
+        self._model = peft_methods.wrapped(model)
+        self._ask = ask
+        self.phases = Phases(REQUEST_PHASES, device)
+
+    def __call__(self) -> Request:
+        """The request, with a border at each end of each forward pass."""
+        passes = 0
+
+        def enter(module: Any, args: Any, given: dict[str, Any]) -> None:
+            nonlocal passes
+            self.phases.turn("decode" if passes else "prefill")
+            if self.phases.marked and not passes:
+                parts.enter_context(_marking(_cache_of(given), "update", CACHE))
+            passes += 1
+
+        with ExitStack() as parts:
+            parts.callback(self._model.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            parts.callback(self._model.register_forward_hook(lambda *_: self.phases.turn("choose")).remove)
+            if self.phases.marked:
+                parts.enter_context(_marking(self._model.get_output_embeddings(), "forward", HEAD))
+            with self.phases.within("prepare"):
+                return self._ask()
+
+
+@contextmanager
+def _marking(owner: Any, method: str, part: str) -> Iterator[None]:
+    """Marks calls of a method for the profiler as a part of their phase; nothing for an object without it."""
+    call = getattr(owner, method, None)
+    if call is None:
+        yield
+        return
+
+    def marked(*args: Any, **given: Any) -> Any:
+        with record_function(PART + part):
+            return call(*args, **given)
+
+    setattr(owner, method, marked)
+    try:
+        yield
+    finally:
+        delattr(owner, method)
+
+
+def request_samples(request: Request, is_plain: bool) -> dict[str, float]:
+    """Samples for `pair_times`: the token times of a plain request, by metric."""
+    names = ("first_token_time_s", "time_per_output_token_s") if is_plain else ()
+    return {name: getattr(request, name) for name in names}
+
+
+def see_request(model: Any, ask: Ask) -> RequestFacts:
+    """What one request finds and leaves; nothing in it is timed."""
+    base = peft_methods.wrapped(model)
+    rows: list[int] = []
+    logits: list[int] = []
+    caches: list[Any] = []
+    places: list[tuple[int, ...]] = []
+
+    def enter(module: Any, args: Any, given: dict[str, Any]) -> None:
+        tokens = given.get("input_ids", args[0] if args else None)
+        rows.append(1 if tokens is None else int(tokens.shape[-1]))
+
+    def leave(module: Any, args: Any, output: Any) -> None:
+        found = getattr(output, "logits", None)
+        logits.append(1 if found is None else int(found.shape[-2]))
+        if isinstance(output, dict) and (cache := _cache_of(output)) is not None:
+            caches[:] = [cache]
+            places.append(tuple(tensor.data_ptr() for tensor in _cached(cache)))
+
+    with ExitStack() as hooks:
+        hooks.callback(base.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        hooks.callback(base.register_forward_hook(leave).remove)
+        ask()
+    head = base.get_output_embeddings()
+    moved = [before != after for before, after in itertools.pairwise(places)]
+    return RequestFacts(
+        prompt_rows=rows[0],
+        logit_rows=logits[0],
+        cache=type(caches[0]).__name__ if caches else "",
+        cache_bytes=sum(storage_bytes(tensor) for cache in caches for tensor in _cached(cache)),
+        cache_moved=sum(moved) / max(1, len(moved)),
+        head=next((f"{name}.weight" for name, one in base.named_modules() if one is head), ""),
+        size=size_of(model),
+    )
+
+
+def _cache_of(given: Mapping[str, Any]) -> Any:
+    """The cache among what a forward pass takes or gives; its name changed within transformers 5."""
+    return next((found for name in ("cache", "past_key_values") if (found := given.get(name)) is not None), None)
+
+
+def _cached(cache: Any) -> list[torch.Tensor]:
+    held = [getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values")]
+    return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
+
+
+def size_of(model: Any) -> ModelSize:
+    """What a forward pass multiplies with and reads, counted from the modules of whatever model this is."""
+    base = peft_methods.wrapped(model)
+    own = list(peft_methods.own_parameters(model).values())
+    head: Any = output_head(base)
+    heads = [] if head is None else [head.weight]
+    frozen = {kind: sum(map(storage_bytes, held)) for kind, held in resident_tensors(base, None).items()}
+    return ModelSize(
+        linear_elements=sum(outputs * inputs for module, (outputs, inputs) in _linears(model) if module is not head),
+        linear_bytes=frozen["linear_weights"] + frozen["quantization_state"],
+        head_elements=sum(weight.numel() for weight in heads),
+        head_bytes=sum(weight.nbytes for weight in heads),
+        adapter_elements=sum(parameter.numel() for parameter in own),
+        adapter_bytes=sum(parameter.nbytes for parameter in own),
+        norm_bytes=sum(size for kind, size in frozen.items() if kind.startswith("norms_")),
+    )
+
+
+def weights_by_shape(model: Any) -> dict[tuple[int, int], str]:
+    """Outputs and inputs of the weights that a forward pass multiplies with, and what they are called; where several
+    have one shape, the first and how many there are."""
+    known = {module: name for name, module in peft_methods.wrapped(model).named_modules()}
+    names: dict[tuple[int, int], list[str]] = {}
+    for module, sizes in _linears(model):
+        names.setdefault(sizes, []).append(f"{known[module].removesuffix('.base_layer')}.weight")
+    return {
+        sizes: found[0] if len(found) == 1 else f"{found[0]} and {len(found) - 1} like it"
+        for sizes, found in names.items()
+    }
+
+
+def _linears(model: Any) -> Iterator[tuple[torch.nn.Module, tuple[int, int]]]:
+    """The linear layers of the base with their outputs and inputs, however they store their weights."""
+    own = {id(parameter) for parameter in peft_methods.own_parameters(model).values()}
+    layers = {id(layer) for layer in peft_methods.adapted_layers(model).values()}
+    for module in peft_methods.wrapped(model).modules():
+        weight = getattr(module, "weight", None)
+        if id(module) in layers or not isinstance(weight, torch.nn.Parameter) or id(weight) in own:
+            continue  # PEFT's layers show the weight of what they wrap
+        if isinstance(module, torch.nn.Linear):
+            yield module, (module.out_features, module.in_features)
+        elif isinstance(module, Conv1D):
+            yield module, (int(module.nf), int(module.nx))

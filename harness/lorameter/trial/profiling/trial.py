@@ -6,13 +6,15 @@ What they find goes into files of the trial's folder: it is the evidence of one 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 
-from lorameter.errors import UsageError
+from lorameter.errors import LorameterError, UsageError
+from lorameter.machine.memory import PeakMemoryTracker
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.flops import computed_tokens, training_flops
 from lorameter.models.costs.modules import UncountedError, count_products, to_values
@@ -31,26 +33,21 @@ from lorameter.records.activity import (
 )
 from lorameter.records.memory_account import MemoryPhase
 from lorameter.records.record import PartialRecord
+from lorameter.records.units import format_count
 from lorameter.studies.request import TrialRequest, words_of
-from lorameter.trial.building.packing import unpack_4bit
-from lorameter.trial.building.shared import SharedBase
-from lorameter.trial.process import release_unused
-from lorameter.trial.profiling.memory import measure_breakdown, take_birth
-from lorameter.trial.profiling.peak import measured_bandwidth, measured_product
+from lorameter.trial.building.build import SharedBase
+from lorameter.trial.building.quantising import unpack_4bit
+from lorameter.trial.process import Stopwatch, give_back_free, release_unused
+from lorameter.trial.profiling.memory import measure_breakdown, read_pages
 from lorameter.trial.profiling.phases import (
+    BorderedRequest,
     BorderedStep,
     pair_times,
     profiled,
-    see_wanted,
-    step_times,
-    useful_tokens,
-)
-from lorameter.trial.profiling.requests import (
-    BorderedRequest,
-    first_token_peak,
-    length_times,
     request_samples,
     see_request,
+    useful_tokens,
+    watch_gradients,
     weights_by_shape,
 )
 from lorameter.trial.trial import Trial
@@ -66,7 +63,7 @@ class ProfiledTrial(Trial):
 
     def __init__(self, request: TrialRequest, shared: SharedBase) -> None:
         super().__init__(request, shared)
-        self._birth = take_birth()
+        self._birth = read_pages()
 
     def memory_breakdown(self, phase: MemoryPhase) -> PartialRecord:
         """Where the memory of a step or of a request goes; it is watched, so it is none of those that are timed."""
@@ -77,17 +74,21 @@ class ProfiledTrial(Trial):
             trainee.model, trainee.optimizer, call, birth=self._birth, device=request.device, phase=phase,
             compiled=request.variant.compile,
         )  # fmt: skip
-        self._write(ACCOUNTS[phase], found)
-        return PartialRecord()
+        return self._write(ACCOUNTS[phase], found)
 
     def profile(self, *, budget_s: float) -> PartialRecord:
         """Where a step's time goes, and how many real tokens it holds; not yet what runs in it. Pairs take `budget_s`
         seconds."""
         request, parts = self._request, self._built
-        bordered = BorderedStep(parts.trainee, parts.stream, request)
-        samples = step_times(parts.step, bordered, request.device, budget_s=budget_s)
+        samples = pair_times(
+            parts.step, self._bordered_step(), request.device, what="step",
+            samples_of=lambda loss, _: {"timed_loss": float(loss)}, budget_s=budget_s,
+        )  # fmt: skip
         values = useful_tokens(parts.stream, request.workload.batch_size * request.variant.gradient_accumulation)
         return self._judged(PartialRecord(samples=samples, values=values | self._count()), list(samples["timed_loss"]))
+
+    def _bordered_step(self) -> BorderedStep:
+        return BorderedStep(self._built.trainee, self._built.stream, self._request)
 
     def _count(self) -> dict[str, float]:
         """What a step multiplies, counted from the modules where no closed form says it. One step is watched for that,
@@ -97,8 +98,9 @@ class ProfiledTrial(Trial):
             training_flops(shapes.shape(catalogue.resolve(workload.model)), variant, computed_tokens(variant, workload))
             return {}
         with contextlib.suppress(UncountedError):
-            wanted = None if variant.compile else see_wanted(model, self._take_step)
-            return to_values(count_products(model, wanted))
+            return to_values(
+                count_products(model, None if variant.compile else watch_gradients(model, self._take_step))
+            )
         return {}
 
     def peak(self, rates: Sequence[Rate]) -> PartialRecord:
@@ -106,59 +108,135 @@ class ProfiledTrial(Trial):
 
         A rate for whose large product or copy the trial has left no memory is left out.
         """
-        device, threads = self._request.device, self._request.threads
         peaks: dict[Rate, Peak] = {}
         for rate in rates:
-            release_unused(device)
+            release_unused(self._request.device)
             with contextlib.suppress(torch.OutOfMemoryError):
-                peaks[rate] = (
-                    measured_bandwidth(device, threads=threads)
-                    if rate == "memory"
-                    else measured_product(device, rate, threads=threads)
-                )
-        self._write(PEAKS, peaks)
-        return PartialRecord()
+                peaks[rate] = measure_peak(self._request.device, rate)
+        return self._write(PEAKS, peaks)
 
     def activity(self) -> PartialRecord:
         """What runs in a step: the profiler's turn, after all else that a process is asked for. Training goes on."""
-        request, parts = self._request, self._built
-        unpack_4bit(parts.trainee.model)
-        parts.trainee.model.train()
-        bordered = BorderedStep(parts.trainee, parts.stream, request)
-        self._write(ACTIVITY, profiled(bordered, request.device, Path(request.scratch)))
-        return PartialRecord()
+        model = self._built.trainee.model
+        unpack_4bit(model)
+        model.train()
+        found = profiled(self._bordered_step(), self._request.device, Path(self._request.scratch))
+        return self._write(ACTIVITY, found)
 
     def profile_requests(self, *, merged: bool, budget_s: float) -> PartialRecord:
         """Where a request's time goes, of the adapter as it is served or, after `merge`, merged into the base."""
-        prefix, serving = "merged_" if merged else "", self._serving
-        bordered = BorderedRequest(self._built.trainee.model, serving.ask, self._request.device)
         found = pair_times(
-            serving.ask, bordered, self._request.device, what="request", samples_of=request_samples,
-            budget_s=budget_s,
+            self._serving.ask, self._bordered_request(), self._request.device, what="request",
+            samples_of=request_samples, budget_s=budget_s,
         )  # fmt: skip
-        return PartialRecord(samples={f"{prefix}{name}": times for name, times in found.items()})
+        return PartialRecord(samples={f"{'merged_' if merged else ''}{name}": times for name, times in found.items()})
+
+    def _bordered_request(self) -> BorderedRequest:
+        return BorderedRequest(self._built.trainee.model, self._serving.ask, self._request.device)
 
     def request_facts(self) -> PartialRecord:
         """What a request finds and leaves: its cache, its logits, the mode of the model, the memory up to its first
-        token, and the time of the first request at a new prompt length."""
-        request, serving = self._request, self._serving
-        model, length = self._built.trainee.model, request.workload.prompt_tokens
-        memory = first_token_peak(lambda: serving.ask_at(length, 1), request.device)
-        self._write(REQUEST_FACTS, see_request(model, serving.ask, request.device))
-        lengths = list(range(max(1, length - NEW_LENGTHS), length))
-        return PartialRecord(memory=memory, samples=length_times(lambda length: serving.ask_at(length, 2), lengths))
+        token, and the times to the first token of the first and of the second request at new prompt lengths."""
+        serving, length = self._serving, self._request.workload.prompt_tokens
+        gauge = PeakMemoryTracker(self._request.device)
+        give_back_free()
+        gauge.begin()
+        serving.ask_at(length, 1)
+        memory = gauge.peaks("first_token")
+        self._write(REQUEST_FACTS, see_request(self._built.trainee.model, serving.ask))
+        times = [
+            [serving.ask_at(one, 2).first_token_time_s for _ in ("new", "known")]
+            for one in range(max(1, length - NEW_LENGTHS), length)
+        ]
+        samples = {
+            "new_length_first_token_s": tuple(new for new, _ in times),
+            "known_length_first_token_s": tuple(known for _, known in times),
+        }
+        return PartialRecord(memory=memory, samples=samples)
 
     def request_activity(self, *, merged: bool) -> PartialRecord:
         """What runs in a request."""
-        request, model = self._request, self._built.trainee.model
-        bordered = BorderedRequest(model, self._serving.ask, request.device)
-        names = (MERGED_ACTIVITY, MERGED_TRACE) if merged else (REQUEST_ACTIVITY, REQUEST_TRACE)
+        name, trace = (MERGED_ACTIVITY, MERGED_TRACE) if merged else (REQUEST_ACTIVITY, REQUEST_TRACE)
         found = profiled(
-            bordered, request.device, Path(request.scratch), trace=names[1], phase_names=REQUEST_PHASES,
-            weights=weights_by_shape(model),
+            self._bordered_request(), self._request.device, Path(self._request.scratch), trace=trace,
+            phase_names=REQUEST_PHASES, weights=weights_by_shape(self._built.trainee.model),
         )  # fmt: skip
-        self._write(names[0], found)
+        return self._write(name, found)
+
+    def _write(self, name: str, found: object) -> PartialRecord:
+        """Into a file of the trial's folder; nothing of it goes into the record."""
+        (Path(self._request.scratch) / name).write_text(codec.dumps(found), encoding="utf-8")
         return PartialRecord()
 
-    def _write(self, name: str, found: object) -> None:
-        (Path(self._request.scratch) / name).write_text(codec.dumps(found), encoding="utf-8")
+
+# --- peaks of the device ----------------------------------------------------------------------------------------------
+
+
+CPU_SIZES = (512, 1024)
+"""Widths of square products: one that the second-level cache holds, and one that it does not."""
+CUDA_SIZES = (4096, 8192)
+CPU_COPY_BYTES = 256 * 2**20
+"""Several times the last-level cache that a CPU's cores share."""
+CUDA_COPY_BYTES = 2**30
+CALLS = 8
+"""Products or copies in one timed lap on CUDA, so that launching them takes no share of it."""
+
+
+def measure_peak(device: str, rate: Rate, *, tries: int = 5) -> Peak:
+    """What a device, as torch names it, does at best when nothing else is asked of it: the best of `tries` laps, with
+    the threads that the process has.
+
+    A vendor's figure is at a clock that a device may not hold, and a CPU has none. A measured peak is what this device
+    does with these threads and this library on the friendliest shape. Whatever disturbs can only slow a lap down, so
+    the best is a lower bound of the true peak, and a share of it an upper bound of the true share.
+
+    Of products it is FLOP/s of square ones of several sizes; "tf32" is float32 on tensor cores and CUDA only. Of memory
+    it is bytes/s of large copies and sums: a copy counts the bytes read and those written, as STREAM does (McCalpin
+    1995, "Memory Bandwidth and Machine Balance in Current High Performance Computers"). A CPU reads the target's lines
+    too before it writes them, so that a sum, which only reads, as decoding mostly does, can be the faster of the two.
+
+    Raises:
+        LorameterError: tf32 on a CPU.
+    """
+    cuda = device.startswith("cuda")
+    if rate == "tf32" and not cuda:
+        raise LorameterError(f"peak: there is no product in {rate} on {device}. Name the type of the factors.")
+    name = (
+        torch.cuda.get_device_name(device)
+        if cuda
+        else f"this CPU with {format_count(torch.get_num_threads(), 'thread')}"
+    )
+    if rate == "memory":
+        size = CUDA_COPY_BYTES if cuda else CPU_COPY_BYTES
+        source = torch.ones(size // 4, device=device)
+        copied = 2 * size / _best_lap(device, functools.partial(torch.zeros_like(source).copy_, source), tries)
+        best = max(copied, size / _best_lap(device, source.sum, tries))
+        how = f"measured: best of {tries} copies and {tries} sums of {size // 2**20} MiB"
+        return Peak(device=name, rate=rate, per_s=best, source=how)
+    sizes = CUDA_SIZES if cuda else CPU_SIZES
+    dtype = torch.float32 if rate == "tf32" else getattr(torch, rate)
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if rate == "tf32" else "ieee"
+    try:
+        best = max(_product_rate(device, size, dtype, tries) for size in sizes)
+    finally:
+        matmul.fp32_precision = before
+    how = f"measured: best of {tries} square products each of {', '.join(map(str, sizes))}"
+    return Peak(device=name, rate=rate, per_s=best, source=how)
+
+
+def _product_rate(device: str, size: int, dtype: torch.dtype, tries: int) -> float:
+    left, right, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
+    return 2 * size**3 / _best_lap(device, functools.partial(torch.matmul, left, right, out=out), tries)
+
+
+def _best_lap(device: str, call: Callable[[], object], tries: int) -> float:
+    """Seconds of one call in the fastest of `tries` laps; the first lap warms up and is dropped."""
+    watch, calls = Stopwatch(device), CALLS if device.startswith("cuda") else 1
+
+    def lap() -> None:
+        for _ in range(calls):
+            call()
+
+    times = [watch(lap)[1].time_s for _ in range(1 + tries)]
+    return min(times[1:]) / calls

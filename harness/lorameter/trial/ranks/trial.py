@@ -1,20 +1,22 @@
 """A trial of several ranks, with the interface of any other trial.
 
 Its process trains nothing: it forks the ranks, passes each command on to all of them, and makes one answer of theirs.
-So it can tell which of them died or hangs while the others wait, and end these, who would wait for ever. Beside the
-ranks it can fork one that trains alone on the same batches, and takes turns with all of them: what a scaling efficiency
-is measured against within the same seconds, and losses are compared with.
+So it can tell which of them died or hangs while the others wait, and end these, who would wait for ever. In addition to
+the ranks it can fork one that trains alone on the same batches, and takes turns with all of them: what a scaling
+efficiency is measured against within the same seconds, and losses are compared with.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import os
 import re
-import selectors
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,15 @@ import msgspec
 
 from lorameter import wire
 from lorameter.errors import shorten
+from lorameter.machine.gpus import GENERATIONS
 from lorameter.machine.nvml import VARIABLE, visible_devices
-from lorameter.machine.processes import exit_words
+from lorameter.machine.processes import exit_words, fork_process
 from lorameter.records.metrics import LOSSES
-from lorameter.records.record import Failure, Notice, PartialRecord, judge_required
+from lorameter.records.os_errors import failed_record
+from lorameter.records.record import Failure, Notice, PartialRecord, Status, judge_required
 from lorameter.studies.request import TrialRequest
-from lorameter.trial.building.shared import SharedBase
-from lorameter.trial.ranks.agreement import compare_losses
-from lorameter.trial.ranks.rank_process import RankProcess
+from lorameter.studies.variant import LoraVariant, Variant
+from lorameter.trial.building.build import SharedBase
 
 OF_RANKS, OF_ONE = 0.5, 0.4
 """How much of a command's time the ranks have together, and one alone after or before them: the rest is for saying
@@ -54,145 +57,127 @@ class TrialOfRanks:
 
     def __init__(self, request: TrialRequest) -> None:
         self._request = request
-        self._timeout_s = OF_RANKS * request.protocol.step_timeout_s
-        self._one_timeout_s = OF_ONE * request.protocol.step_timeout_s
         self._losses: dict[str, list[float]] = {"ranks": [], "one": []}
         self._turns = 0
-        self._members: list[RankProcess] = []
+        self._ranks: list[RankProcess] = []
         for rank in range(request.workload.ranks):
-            self._fork(f"rank {rank} of {request.workload.ranks}", _rank_maker(request, rank))
+            name = f"rank {rank} of {request.workload.ranks}"
+            self._ranks.append(RankProcess(name, functools.partial(_make_rank, request, rank), self._ranks))
         self._one: RankProcess | None = None
         if request.workload.scaling and "steps" in request.measures:
-            self._one = self._fork("one rank alone", _one_maker(request))
-
-    def _fork(self, name: str, make: Callable[[], Any]) -> RankProcess:
-        member = RankProcess(name, make, list(self._members))
-        self._members.append(member)
-        return member
+            self._one = RankProcess("one rank alone", functools.partial(_make_one, request), self._ranks)
 
     def run(self, command: str, **arguments: Any) -> PartialRecord:
         """Have all ranks carry out a command; a failure of one ends them all."""
         one_first = command == "turn" and self._turns % 2 == 1  # neither always runs on what the other has left warm
         self._turns += command == "turn"
-        beside = self._ask_one(command, arguments) if one_first else PartialRecord()
-        fragment = self._ask_ranks(command, arguments)
+        alone = self._ask_one(command, arguments) if one_first else PartialRecord()
+        fragment = self._ask(self._ranks, command, arguments, OF_RANKS)
         if fragment.status != "ok":
-            self._end_all()
+            self.end()
             return fragment
-        if not one_first:
-            beside = self._ask_one(command, arguments)
-        fragment = msgspec.structs.replace(
-            fragment, samples=fragment.samples | beside.samples, notices=fragment.notices + beside.notices
-        )
+        alone = alone if one_first else self._ask_one(command, arguments)
         self._losses["ranks"] += _losses_of(fragment)
-        if command == "verify" and (notice := _imbalance(fragment.values)):
-            fragment = fragment.with_notice(notice)
-        return self._compared(fragment) if command == "finish_training" else fragment
+        notices = [*fragment.notices, *alone.notices, *(_imbalance(fragment.values) if command == "verify" else ())]
+        fragment = msgspec.structs.replace(fragment, samples=fragment.samples | alone.samples, notices=tuple(notices))
+        return self._compare(fragment) if command == "finish_training" else fragment
 
-    def _ask_ranks(self, command: str, arguments: Mapping[str, Any]) -> PartialRecord:
-        ranks = [member for member in self._members if member is not self._one]
-        answers = _answers(ranks, command, arguments, self._timeout_s)
-        failed = _failure(ranks, answers, command, self._timeout_s)
-        return failed if failed is not None else _merged([answers[member] for member in ranks])
+    def _ask(
+        self, members: Sequence[RankProcess], command: str, arguments: dict[str, Any], share: float
+    ) -> PartialRecord:
+        """One answer of all of these, each of which has a share of a command's time."""
+        timeout_s = share * self._request.protocol.step_timeout_s
+        answers = _collect(members, command, arguments, timeout_s)
+        return _failure(members, answers, command, timeout_s) or _merge([answers[member] for member in members])
 
-    def _ask_one(self, command: str, arguments: Mapping[str, Any]) -> PartialRecord:
+    def _ask_one(self, command: str, arguments: dict[str, Any]) -> PartialRecord:
         """What one rank alone has to add; where it fails it is left out, and the trial continues without it."""
         if self._one is None or command not in ONE_RANK:
             return PartialRecord()
-        answers = _answers([self._one], command, arguments, self._one_timeout_s)
-        failed = _failure([self._one], answers, command, self._one_timeout_s)
-        if failed is not None and failed.failure is not None:
+        fragment = self._ask([self._one], command, arguments, OF_ONE)
+        if fragment.failure is not None:
             self._one.end()
-            self._members.remove(self._one)
             self._one = None
-            return PartialRecord().with_notice(_rank_failure_notice(self._request.variant.name, failed.failure))
-        fragment = answers[self._one]
+            return PartialRecord().with_notice(
+                Notice(
+                    code="one-rank-failed",
+                    message=f"{self._request.variant.name}: training on one rank failed, so there is no scaling "
+                    f"efficiency and no loss to compare with: {shorten(fragment.failure.message)}",
+                    remedy="Write scaling = false in [workload] where the model does not fit one device.",
+                )
+            )
         self._losses["one"] += _losses_of(fragment)
         times = fragment.samples.get("step_time_s", ())
         return PartialRecord(samples={"one_rank_step_time_s": times} if times else {})
 
-    def _compared(self, fragment: PartialRecord) -> PartialRecord:
+    def _compare(self, fragment: PartialRecord) -> PartialRecord:
         """The fragment with the check of what was trained, where one rank alone has trained the same."""
         if self._one is None:
             return fragment
         request = self._request
         check = compare_losses(self._losses["ranks"], self._losses["one"], request.variant, request.workload.ranks)
-        added = msgspec.structs.replace(fragment, checks=(*fragment.checks, check))
-        if check["required"] is None:
-            return added
+        required = {} if check["required"] is None else {check["path"]: True}
         judged = judge_required(
-            PartialRecord(checks=(check,)), {check["path"]: True}, name=request.variant.name,
-            allow_fallback=request.allow_fallback,
-        )  # fmt: skip
-        return msgspec.structs.replace(
-            added, status=judged.status, failure=judged.failure, notices=added.notices + judged.notices
+            PartialRecord(checks=(check,)), required, name=request.variant.name, allow_fallback=request.allow_fallback
         )
+        return msgspec.structs.replace(
+            fragment, checks=(*fragment.checks, check), status=judged.status, failure=judged.failure,
+            notices=fragment.notices + judged.notices,
+        )  # fmt: skip
 
-    def _end_all(self) -> None:
-        for member in self._members:
+    def running(self) -> list[str]:
+        """Names of the processes that have not ended."""
+        members = [*self._ranks, *([self._one] if self._one else [])]
+        return [member.name for member in members if member.code is None]
+
+    def end(self) -> None:
+        """End all processes."""
+        for member in [*self._ranks, *([self._one] if self._one else [])]:
             member.end()
 
 
-def _rank_maker(request: TrialRequest, rank: int) -> Callable[[], Any]:
-    def make() -> Any:
-        from lorameter.trial.ranks.process_group import ProcessGroup
-        from lorameter.trial.ranks.rank import RankTrial
+def _make_rank(request: TrialRequest, rank: int) -> Any:
+    from lorameter.trial.ranks.rank import ProcessGroup, RankTrial
 
-        _take_card(request.device, rank)
-        party = ProcessGroup(rank, request.workload.ranks)
-        party.join(Path(request.scratch), request.device, request.protocol.step_timeout_s)
-        return RankTrial(request, party)
-
-    return make
+    _take_gpu(request.device, rank)
+    folder, timeout_s = Path(request.scratch), request.protocol.step_timeout_s
+    return RankTrial(request, ProcessGroup(rank, request.workload.ranks, folder, request.device, timeout_s))
 
 
-def _one_maker(request: TrialRequest) -> Callable[[], Any]:
-    def make() -> Any:
-        from lorameter.trial.ranks.rank import OneRank
+def _make_one(request: TrialRequest) -> Any:
+    from lorameter.trial.trial import Trial
 
-        _take_card(request.device, 0)
-        workload = dataclasses.replace(request.workload, ranks=1, strategy="", repair="")
-        return OneRank(dataclasses.replace(request, workload=workload, measures=("steps",)), SharedBase())
-
-    return make
+    _take_gpu(request.device, 0)
+    workload = dataclasses.replace(request.workload, ranks=1, strategy="", repair="")
+    alone = dataclasses.replace(request, workload=workload, measures=("steps",))
+    return Trial(alone, SharedBase(), generations=GENERATIONS + 1)
 
 
-def _take_card(device: str, rank: int) -> None:
+def _take_gpu(device: str, rank: int) -> None:
     """Let this process see one GPU alone, that of its rank; nothing has initialised CUDA yet."""
     if device.startswith("cuda"):
         visible = visible_devices(os.environ)
         os.environ[VARIABLE] = str(rank if visible is None else visible[rank])
 
 
-def _answers(
-    members: Sequence[RankProcess], command: str, arguments: Mapping[str, Any], timeout_s: float
+def _collect(
+    members: Sequence[RankProcess], command: str, arguments: dict[str, Any], timeout_s: float
 ) -> dict[RankProcess, PartialRecord]:
-    """What each has to say, in the order in which they said it; those that died or gave no answer in time are not in
-    it. Once one has failed the others have `GRACE_S` left."""
-    answers: dict[RankProcess, PartialRecord] = {}
+    """The answer of each, in the order of their arrival; those that died or gave no answer in time are not in it. Once
+    one has failed the others have `GRACE_S` left."""
     for member in members:
-        member.send(command, dict(arguments))
-    deadline = time.monotonic() + timeout_s
-    with selectors.DefaultSelector() as waiting:
-        for member in members:
-            waiting.register(member, selectors.EVENT_READ)
-        while waiting.get_map() and (left := deadline - time.monotonic()) > 0:
-            for key, _ in waiting.select(left):
-                member = key.fileobj  # type: ignore[assignment]
-                fallen = False
-                try:
-                    answer = member.receive()
-                except wire.ClosedError:
-                    waiting.unregister(member)
-                    member.reap()
-                    fallen = True
-                else:
-                    if answer is not None:
-                        waiting.unregister(member)
-                        answers[member] = answer
-                        fallen = answer.status != "ok"
-                if fallen:
-                    deadline = min(deadline, time.monotonic() + GRACE_S)
+        member.send(command, arguments)
+    answers: dict[RankProcess, PartialRecord] = {}
+    waiting, deadline = list(members), time.monotonic() + timeout_s
+    while waiting and (left := deadline - time.monotonic()) > 0:
+        ready: list[Any] = wait(waiting, left)  # type: ignore[arg-type]  # what has a fileno is enough
+        for member in ready:
+            waiting.remove(member)
+            answer = member.receive()
+            if answer is not None:
+                answers[member] = answer
+            if answer is None or answer.status != "ok":
+                deadline = min(deadline, time.monotonic() + GRACE_S)
     return answers
 
 
@@ -201,51 +186,51 @@ def _failure(
 ) -> PartialRecord | None:
     """The outcome of a trial in which a rank failed, died or hangs; None if all are well. A rank that waited for one of
     those in vain is not the cause."""
+
+    def outcome(status: Status, kind: str, message: str) -> PartialRecord:
+        return PartialRecord().failed(status, Failure(phase=command, kind=kind, message=message))
+
     bad = [(member, answer, answer.failure) for member, answer in answers.items() if answer.failure is not None]
-    own = sorted((one for one in bad if not _waited(one[2])), key=lambda one: one[1].status != "oom")
-    died = [member for member in members if member.code is not None]
-    silent = ", ".join(member.name for member in members if member.code is None and member not in answers)
+    causes = [one for one in bad if not (_WAITING.search(one[2].message) or one[2].kind.startswith("Dist"))]
+    own = sorted(causes, key=lambda one: one[1].status != "oom")
     if own:
         member, answer, failure = own[0]
         same = len(own) == len(members) and len({one[2].message for one in own}) == 1
         message = failure.message if same else f"{member.name}: {failure.message}"
-        failed = PartialRecord().failed(answer.status, msgspec.structs.replace(failure, message=message))
-        return msgspec.structs.replace(failed, checks=answer.checks, values=answer.values)
-    if died:
+        return msgspec.structs.replace(
+            PartialRecord(checks=answer.checks, values=answer.values), status=answer.status,
+            failure=msgspec.structs.replace(failure, message=message),
+        )  # fmt: skip
+    if died := [member for member in members if member.code is not None]:
         message = (
             f"{died[0].name} ended with {exit_words(died[0].code)} during {command}; the others were ended with it"
         )
         if died[0].code == -signal.SIGKILL:
             message += ". It was killed from outside, or by the kernel for want of memory (see dmesg)"
-        return PartialRecord().failed("crashed", Failure(phase=command, kind="RankDied", message=message))
-    if silent:
+        return outcome("crashed", "RankDied", message)
+    if silent := ", ".join(member.name for member in members if member not in answers):
         message = f"{silent} gave no answer within {timeout_s:g} s during {command}"
         if bad:
             message = f"{silent} hangs in {command}: {', '.join(one[0].name for one in bad)} waited for it in vain"
-        failure = Failure(phase=command, kind="Silent", message=f"{message}; all were killed")
-        return PartialRecord().failed("timeout", failure)
+        return outcome("timeout", "Silent", f"{message}; all were killed")
     if bad:  # all of them waited for each other
         member, answer, failure = bad[0]
-        message = f"{member.name}: {shorten(failure.message)}"
-        return PartialRecord().failed(answer.status, msgspec.structs.replace(failure, message=message))
+        return outcome(answer.status, failure.kind, f"{member.name}: {shorten(failure.message)}")
     return None
 
 
-def _waited(failure: Failure) -> bool:
-    return bool(_WAITING.search(failure.message) or failure.kind.startswith("Dist"))
-
-
-def _merged(answers: Sequence[PartialRecord]) -> PartialRecord:
+def _merge(answers: Sequence[PartialRecord]) -> PartialRecord:
     """One answer of all ranks': that of the first, with the memory of the one that takes most and of each by its
-    number, and the values of all."""
-    first, memory = answers[0], dict[str, int]()
+    number, and the values of all; of a process that is alone its own."""
+    if len(answers) == 1:
+        return answers[0]
+    memory = dict[str, int]()
     for kind in dict.fromkeys(kind for answer in answers for kind in answer.memory):
         sizes = [answer.memory.get(kind, 0) for answer in answers]
         memory |= {kind: max(sizes)} | {f"rank{rank}_{kind}": size for rank, size in enumerate(sizes)}
     notices = tuple(dict.fromkeys(notice for answer in answers for notice in answer.notices))
-    return msgspec.structs.replace(
-        first, memory=memory, values=merge_values([answer.values for answer in answers]), notices=notices
-    )
+    values = merge_values([answer.values for answer in answers])
+    return msgspec.structs.replace(answers[0], memory=memory, values=values, notices=notices)
 
 
 def merge_values(every: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -271,28 +256,137 @@ def _losses_of(fragment: PartialRecord) -> list[float]:
     return [loss for name in LOSSES for loss in fragment.samples.get(name, ())]
 
 
-def _imbalance(values: Mapping[str, float]) -> Notice | None:
+def _imbalance(values: Mapping[str, float]) -> list[Notice]:
     """That one rank has the others wait, by what each takes of its own in a profiled step."""
-    own = {int(found[1]): time_s for key, time_s in values.items() if (found := _OWN.fullmatch(key))}
+    own = [values[key] for rank in range(len(values)) if (key := f"rank{rank}_own_step_time_s") in values]
     if values.get("rank_imbalance", 1.0) < IMBALANCED:
-        return None
-    slowest = max(own, key=lambda rank: own[rank])
-    rest = [time_s for rank, time_s in own.items() if rank != slowest]
-    return Notice(
+        return []
+    slowest = max(own)
+    mean = (sum(own) - slowest) / (len(own) - 1)
+    notice = Notice(
         code="ranks-imbalanced",
-        message=f"rank {slowest} takes {own[slowest]:.3g} s of its own in a step and the others "
-        f"{sum(rest) / len(rest):.3g} s: they wait for it.",
+        message=f"rank {own.index(slowest)} takes {slowest:.3g} s of its own in a step and the others {mean:.3g} s: "
+        "they wait for it.",
         remedy="Check other processes on its GPU, the GPU's clocks, and how many tokens its part of a batch holds.",
     )
+    return [notice]
 
 
-_OWN = re.compile(r"rank([0-9]+)_own_step_time_s")
+# --- processes --------------------------------------------------------------------------------------------------------
 
 
-def _rank_failure_notice(variant: str, failure: Failure) -> Notice:
-    return Notice(
-        code="one-rank-failed",
-        message=f"{variant}: training on one rank failed, so there is no scaling efficiency and no loss to compare "
-        f"with: {shorten(failure.message)}",
-        remedy="Write scaling = false in [workload] where the model does not fit one device.",
+class RankProcess:
+    """One forked process that answers commands as a trial does; `name` says which in messages.
+
+    It is forked like a trial: from a process that has imported everything, has run nothing and has one thread. It ends
+    by `os._exit`, since the threads of its exchanges abort a plain exit of the interpreter now and then.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Any], others: Sequence[RankProcess]) -> None:
+        """Fork; in the child `make` makes the trial, at its first command, and the connections of `others` close."""
+        self.name = name
+        self.code: int | None = None
+        """Its exit status, once it has ended and been reaped."""
+        self._connection, theirs = wire.pair()
+        self.pid = fork_process(lambda: _serve(theirs, make, [self, *others]))
+        theirs.close()
+        wire.receive(self._connection, wire.Hello)
+
+    def close(self) -> None:
+        """Close this end of its connection."""
+        self._connection.close()
+
+    def fileno(self) -> int:
+        """Of its connection, for `multiprocessing.connection.wait`."""
+        return self._connection.fileno()
+
+    def send(self, command: str, arguments: dict[str, Any]) -> None:
+        """Send a command; a process that has ended is found when its answer is received."""
+        with contextlib.suppress(wire.ClosedError):
+            wire.send(self._connection, wire.Command(command, arguments=arguments))
+
+    def receive(self) -> PartialRecord | None:
+        """Its answer; None where it has ended, and is reaped."""
+        try:
+            return wire.receive_answer(self._connection, PartialRecord)
+        except wire.ClosedError:
+            self._reap()
+            return None
+
+    def end(self) -> None:
+        """Kill it if it still runs, and reap it."""
+        if self.code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            self._reap()
+
+    def _reap(self) -> None:
+        self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self.close()
+
+
+def _serve(connection: Connection, make: Callable[[], Any], others: Sequence[RankProcess]) -> None:
+    for other in others:
+        other.close()
+    trial: Any = None
+
+    def answer(command: wire.Command) -> PartialRecord:
+        nonlocal trial
+        try:
+            trial = trial or make()
+            return trial.run(command.name, **command.arguments)  # type: ignore[no-any-return]
+        except Exception as error:
+            return failed_record(error, command.name)
+
+    with connection:
+        wire.serve(connection, answer)
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+PATH = "ranks.losses"
+FEWEST = 3
+"""Steps without which nothing is said: the known faults begin with the second."""
+EXACT, ROUNDED = 1e-4, 3e-3
+"""How far a loss may be from that of one rank, over it: of what computes in float32, and in 16 bits."""
+
+
+def tolerance_of(variant: Variant) -> float:
+    """The largest allowed relative difference of losses."""
+    compute = {variant.autocast or variant.dtype, variant.compute_dtype if variant.is_4bit else variant.dtype}
+    return EXACT if compute == {"float32"} and variant.adapter_dtype in (None, "float32") else ROUNDED
+
+
+def compare_losses(several: Sequence[float], one: Sequence[float], variant: Variant, ranks: int) -> dict[str, Any]:
+    """A check, as data: the losses of several ranks compared with those of one on the same batches, from the first step
+    on.
+
+    They cannot be equal to the bit. A mean over ranks adds in another order, and Adam's first updates have the size of
+    the learning rate whatever the size of the gradient, so that an element whose gradient is rounding alone may go the
+    other way. Seen of right runs over 6 to 9 steps: 2e-7 in float32, 1.2e-4 in bfloat16; of NF4 that FSDP2 gathers
+    wrongly 1.7e-2 in the second step already (docs/machines.md).
+    """
+    pairs = list(zip(several, one, strict=False))
+    if isinstance(variant, LoraVariant) and variant.lora_dropout:
+        return _check(None, None, "not_applicable", "ranks draw their own dropout, so losses are not those of one rank")
+    if len(pairs) < FEWEST:
+        return _check(True, None, "unknown", f"{len(pairs)} steps are too few to compare: take {FEWEST} or more")
+    tolerance = tolerance_of(variant)
+    for step, (ours, its) in enumerate(pairs, start=1):
+        if not abs(ours - its) <= tolerance * abs(its):
+            return _check(
+                True,
+                False,
+                "fallback",
+                f"step {step} has a loss of {ours:.5f} by {ranks} ranks and of {its:.5f} by one with the same batches "
+                f"(within {tolerance:.2%} is equal): they do not train the same",
+            )
+    apart = max(abs(ours - its) / abs(its) for ours, its in pairs)
+    return _check(
+        True, True, "active", f"losses of {len(pairs)} steps within {apart:.2g} of those of one rank ({tolerance:g})"
     )
+
+
+def _check(required: bool | None, observed: bool | None, status: str, reason: str) -> dict[str, Any]:
+    return {"path": PATH, "required": required, "observed": observed, "status": status, "reason": reason}

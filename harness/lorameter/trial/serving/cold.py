@@ -21,17 +21,13 @@ from lorameter.records.record import PartialRecord
 from lorameter.studies.request import TrialRequest
 
 
-def import_libraries() -> None:
-    """What a cold start imports before it loads anything."""
+def time_imports(spawned_monotonic_s: float) -> PartialRecord:
+    """Seconds since the parent's spawn until all is imported that a cold start needs before it loads anything."""
     import lorameter.trial.building.base_model
     import lorameter.trial.building.build
     import lorameter.trial.data.stream
     import lorameter.trial.serving.generate  # noqa: F401
 
-
-def time_imports(spawned_monotonic_s: float) -> PartialRecord:
-    """Seconds since the parent's spawn until all is imported."""
-    import_libraries()
     return PartialRecord(values={"cold_import_time_s": time.monotonic() - spawned_monotonic_s})
 
 

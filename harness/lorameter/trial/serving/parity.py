@@ -8,7 +8,8 @@ that dies of a base that does not fit must not take with it what the others have
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,11 @@ from lorameter.studies.request import ServingMode, ServingRequest
 from lorameter.trial.building import peft_methods
 from lorameter.trial.building.base_model import load_base
 from lorameter.trial.building.build import seed_everything, set_precision
-from lorameter.trial.building.packing import unpack_4bit
-from lorameter.trial.building.quantising import dtype_of
+from lorameter.trial.building.quantising import dtype_of, unpack_4bit
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.process import prepare_process
 from lorameter.trial.serving.generate import generate
+from lorameter.trial.step import model_inputs
 
 ROWS = 16
 """Positions at a time: 16 of 262,144 words are 34 MB in float64."""
@@ -37,18 +38,16 @@ ROWS = 16
 
 def serve_adapter(request: ServingRequest) -> PartialRecord:
     """What is observed of each way of a group. One that raises is a failure of its own, and the others go on."""
-    prepare_process(request.trial)
-    set_precision(request.trial.variant)
-    stream = TokenStream(
-        Path(request.trial.tokens_path), request.trial.workload, request.trial.variant, request.trial.device
-    )
+    trial = request.trial
+    prepare_process(trial)
+    set_precision(trial.variant)
+    stream = TokenStream(Path(trial.tokens_path), trial.workload, trial.variant, trial.device)
     model: Any = None
     served: list[Served] = []
     answers = request.reference
     for way in request.ways:
         try:
-            if model is None:
-                model = load_served(request, way)
+            model = load_served(request, way) if model is None else model
             found = observe(prepare_way(model, way), way, stream, request, answers)
         except Exception as error:
             failed = failed_record(error, "parity")
@@ -56,34 +55,24 @@ def serve_adapter(request: ServingRequest) -> PartialRecord:
                 return failed
             found = Served(way=way.name, failure=failed.failure)
         served.append(found)
-        if not answers:
-            if found.failure is not None:  # there is nothing to compare with
-                break
-            answers = found.answers
+        answers = answers or found.answers
+        if not answers:  # there is nothing to compare with
+            break
     prompts = [prompt[0].tolist() for prompt in _prompts(stream, request)]
     return PartialRecord(tokens={SERVED: codec.to_json(served), PROMPTS: prompts})
 
 
 def load_served(request: ServingRequest, way: ServingMode) -> Any:
     """The base of a way with the unmerged adapter, in eval mode."""
-    trial = request.trial
-    base: Any = load_base(
-        catalogue.resolve(trial.workload.model), way.variant, device=trial.device, seed=trial.workload.data_seed
-    )
-    variant = way.variant
+    trial, variant = request.trial, way.variant
+    source = catalogue.resolve(trial.workload.model)
+    base: Any = load_base(source, variant, device=trial.device, seed=trial.workload.data_seed)
     if way.dequantised:
-        base = dequantised(base, variant.dtype)
+        unpack_4bit(base)
+        base = base.dequantize(dtype=dtype_of(variant.dtype))
         variant = dataclasses.replace(variant, quantization="none", prepare_for_kbit=False)
     seed_everything(trial.seed)
-    model = peft_methods.load(base, variant, Path(request.adapter))
-    model.eval()
-    return model
-
-
-def dequantised(base: Any, dtype: str) -> Any:
-    """A quantised base with its weights turned back into a type, by transformers' own hand."""
-    unpack_4bit(base)
-    return base.dequantize(dtype=dtype_of(dtype))
+    return peft_methods.load(base, variant, Path(request.adapter)).eval()
 
 
 def prepare_way(model: Any, way: ServingMode) -> Any:
@@ -99,21 +88,34 @@ def observe(
     model: Any, way: ServingMode, stream: TokenStream, request: ServingRequest, reference: Sequence[Sequence[int]]
 ) -> Served:
     """Answers, logits over the reference's answers (its own, where `reference` is empty), and held-out losses."""
-    folder = Path(request.trial.scratch)
+    workload = request.trial.workload
+    new_tokens, until_end = workload.open_ended_tokens or workload.new_tokens, workload.open_ended_tokens > 0
     seed_everything(request.trial.seed)
-    with peft_methods.serving(model, adapter=way.adapter), torch.no_grad():
-        prompts = list(_prompts(stream, request))
-        answers = tuple(_answer(model, prompt, way, request) for prompt in prompts)
+    with nullcontext() if way.adapter else peft_methods.without_adapter(model), torch.no_grad():
+        prompts = _prompts(stream, request)
+        answers = tuple(
+            generate(model, prompt, new_tokens, until_end=until_end, variant=way.variant).tokens for prompt in prompts
+        )
         distances: list[LogitDistance] = []
         for index, (prompt, answer) in enumerate(zip(prompts, reference or answers, strict=True)):
-            logits = answer_logits(model, prompt, answer)
-            kept = folder / f"reference-logits-{index}.safetensors"
+            logits = answer_logits(model, prompt, answer).cpu()
+            kept = Path(request.trial.scratch) / f"reference-logits-{index}.safetensors"
             if reference:
-                distances.append(measure_distance(load_file(kept)["logits"], logits.cpu()))
+                distances.append(measure_distance(load_file(kept)["logits"], logits))
             else:
-                save_file({"logits": logits.cpu().contiguous()}, kept)
-        losses = [loss for batch in stream.held_out() for loss in _losses(model, batch, request)]
+                save_file({"logits": logits.contiguous()}, kept)
+        losses: list[float] = []
+        for batch in stream.held_out():
+            logits = model(**model_inputs(batch)).logits
+            losses += sequence_losses(logits, batch["labels"], workload.sequence_length)
     return Served(way=way.name, answers=answers, distances=tuple(distances), losses=tuple(losses))
+
+
+def _prompts(stream: TokenStream, request: ServingRequest) -> list[torch.Tensor]:
+    """Whole prompts, where the workload has answers that the model ends itself; else those of a fixed length."""
+    if request.trial.workload.open_ended_tokens:
+        return [stream.open_ended_prompt(index) for index in range(stream.open_ended_prompt_count)]
+    return [stream.prompt(index) for index in range(stream.prompt_count)]
 
 
 def answer_logits(model: Any, prompt: torch.Tensor, answer: Sequence[int]) -> torch.Tensor:
@@ -123,26 +125,6 @@ def answer_logits(model: Any, prompt: torch.Tensor, answer: Sequence[int]) -> to
     whole = torch.cat([prompt, tokens], dim=1)
     logits: torch.Tensor = model(input_ids=whole, attention_mask=torch.ones_like(whole), use_cache=False).logits
     return logits[0, prompt.shape[1] - 1 : -1]
-
-
-def _prompts(stream: TokenStream, request: ServingRequest) -> Iterator[torch.Tensor]:
-    """Whole prompts, where the workload has answers that the model ends itself; else those of a fixed length."""
-    whole = request.trial.workload.open_ended_tokens > 0
-    take: Callable[[int], torch.Tensor] = stream.open_ended_prompt if whole else stream.prompt
-    yield from (take(index) for index in range(stream.open_ended_prompt_count if whole else stream.prompt_count))
-
-
-def _answer(model: Any, prompt: torch.Tensor, way: ServingMode, request: ServingRequest) -> tuple[int, ...]:
-    workload = request.trial.workload
-    if workload.open_ended_tokens:
-        return generate(model, prompt, workload.open_ended_tokens, until_end=True, variant=way.variant).tokens
-    return generate(model, prompt, workload.new_tokens, variant=way.variant).tokens
-
-
-def _losses(model: Any, batch: dict[str, torch.Tensor], request: ServingRequest) -> list[float]:
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    logits = model(**inputs, use_cache=False).logits
-    return sequence_losses(logits, batch["labels"], request.trial.workload.sequence_length)
 
 
 # --- distances -------------------------------------------------------------------------------------------------------
@@ -159,24 +141,22 @@ def measure_distance(reference: torch.Tensor, other: torch.Tensor) -> LogitDista
     for which, logits in (("the reference's", reference), ("its", other)):
         if not logits.isfinite().all():
             raise LorameterError(f"{which} logits hold a number that is not finite")
-    differs, kl, means, largest, cosines = [], [], [], [], []
+    found: list[tuple[torch.Tensor, ...]] = []
     for rows, others in zip(reference.split(ROWS), other.split(ROWS), strict=True):
         ours, theirs = rows.double(), others.double()
-        differs.append(ours.argmax(-1) != theirs.argmax(-1))
         log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
-        kl.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0))  # rounding may go below what it cannot be
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)  # rounding may go below what it cannot be
         apart = (ours - theirs).abs()
-        means.append(apart.mean(-1))
-        largest.append(apart.amax(-1))
-        cosines.append(torch.cosine_similarity(ours, theirs, dim=-1))
-    divergence, cosine = torch.cat(kl), torch.cat(cosines)
+        cosine = torch.cosine_similarity(ours, theirs, dim=-1)
+        found.append((ours.argmax(-1) != theirs.argmax(-1), kl, apart.mean(-1), apart.amax(-1), cosine))
+    differs, kl, means, largest, cosine = (torch.cat(parts) for parts in zip(*found, strict=True))
     return LogitDistance(
         positions=reference.shape[0],
-        argmax_differs=int(torch.cat(differs).sum()),
-        kl_mean_nats=float(divergence.mean()),
-        kl_max_nats=float(divergence.max()),
-        difference_mean=float(torch.cat(means).mean()),
-        difference_max=float(torch.cat(largest).max()),
+        argmax_differs=int(differs.sum()),
+        kl_mean_nats=float(kl.mean()),
+        kl_max_nats=float(kl.max()),
+        difference_mean=float(means.mean()),
+        difference_max=float(largest.max()),
         cosine_mean=float(cosine.mean()),
         cosine_min=float(cosine.min()),
     )

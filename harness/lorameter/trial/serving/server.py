@@ -26,7 +26,7 @@ from lorameter.records import codec
 from lorameter.records.record import Failure, PartialRecord, judge_required
 from lorameter.studies.request import TrialRequest
 from lorameter.trial.building import peft_methods
-from lorameter.trial.building.requirements import attention_of
+from lorameter.trial.building.build import attention_of
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.serving.generate import Request, generate
 
@@ -60,19 +60,38 @@ class Server:
         requests = [self._generate(self._stream.prompts(index)) for index in range(count)]
         return requests[0]
 
-    def ask_shortly(self) -> Request:
-        """A request of two tokens, which has a prefill and one step of decoding; of none of the numbers."""
-        return self.ask_at(self._workload.prompt_tokens, 2)
-
     def ask_at(self, length: int, new_tokens: int) -> Request:
         """A request of its prompts' first `length` tokens, of none of the numbers of a run."""
         return generate(self._model, self._stream.prompts(0)[:, :length], new_tokens, variant=self._variant)
+
+    def ask_shortly(self) -> Request:
+        """A request of two tokens, which has a prefill and one step of decoding; of none of the numbers."""
+        return self.ask_at(self._workload.prompt_tokens, 2)
 
     def ask(self) -> Request:
         """The next request."""
         request = self._generate(self._stream.prompts(self._served))
         self._served += 1
         return request
+
+    def request(self) -> dict[str, tuple[float, ...]]:
+        """The next request's times, in seconds, by metric, and of those that are compared with it."""
+        if len(self._adapters) == 1:
+            return _times(self._prefix, self.ask())
+        number, found = self._served, dict[str, tuple[float, ...]]()
+        ways = ["", "switched_", "mixed_"] if self._workload.request_batch > 1 else ["", "switched_"]
+        for way in self._random.sample(ways, len(ways)):
+            self._activate(0)
+            self.ask_shortly()
+            if way == "switched_":
+                found["switch_time_s"] = (self._switch(number),)
+            names = self.name_rows(number) if way == "mixed_" else ()
+            found |= _times(way, self._generate(self._stream.prompts(number), names))
+        self._activate(0)
+        self._served += 1
+        return found
+
+    # --- requests until EOS -------------------------------------------------------------------------------------------
 
     def visit(self, count: int) -> None:
         """Answer the first `count` whole prompts once, untimed; the same tokens come again when they are asked.
@@ -83,84 +102,6 @@ class Server:
         """
         for index in range(min(count, self._stream.open_ended_prompt_count)):
             self.answer(index)
-
-    def request(self) -> dict[str, tuple[float, ...]]:
-        """The next request's times, in seconds, by metric, and of those that are compared with it."""
-        if len(self._adapters) == 1:
-            return _times(self._prefix, self.ask())
-        number, found = self._served, dict[str, tuple[float, ...]]()
-        ways = ["", "switched_", "mixed_"] if self._workload.request_batch > 1 else ["", "switched_"]
-        for way in self._random.sample(ways, len(ways)):
-            peft_methods.activate(self._model, self._adapters[0])
-            self.ask_shortly()
-            prompts = self._stream.prompts(number)
-            if way == "switched_":
-                found["switch_time_s"] = (self._switch(number),)
-            names = self.name_rows(number) if way == "mixed_" else ()
-            found |= _times(way, self._generate(prompts, names))
-        peft_methods.activate(self._model, self._adapters[0])
-        self._served += 1
-        return found
-
-    def attach_adapters(self) -> None:
-        """Attach the other adapters, and ask once after a switch. Raises what PEFT raises if it cannot attach them."""
-        for number in range(1, self._workload.adapters):
-            name = f"{self._adapters[0]}-other{number}"
-            peft_methods.attach_drawn(self._model, self._variant, name, self._seed * SEED_DISTANCE + number)
-            self._adapters.append(name)
-        self._model.eval()  # the dropout of what PEFT adds is in train mode, whatever the model is in
-        self._switch(0)
-        self._generate(self._stream.prompts(0))
-        peft_methods.activate(self._model, self._adapters[0])
-
-    def name_rows(self, number: int) -> list[str]:
-        """The adapter of each row in request `number`: one after the other, with another one first each time. So a
-        batch has as many different ones as it can, and over the requests all of them."""
-        return [self._adapters[(number + row) % len(self._adapters)] for row in range(self._workload.request_batch)]
-
-    def judge_mixed_rows(self) -> tuple[list[int], int]:
-        """Rows of a mixed batch that are not answered by the adapters that they name, and how many rows show it: those
-        whose answer no other adapter of the batch gives.
-
-        A row is to get the answer that it gets where its adapter is the only one. In 16 bits it need not: PEFT rounds
-        the two otherwise, and where two tokens are almost equally likely that decides. So an answer may differ if what
-        the logits of its tokens lack to the largest ones is small against what another adapter does to the logits.
-        """
-        names, prompts = self.name_rows(0), self._stream.prompts(0)
-        mixed = self._generate(prompts, names).answers
-        answers = torch.tensor(mixed, device=prompts.device)
-        tokens, count = torch.cat([prompts, answers], dim=1), answers.shape[1] + 1
-        forward = inspect.signature(peft_methods.wrapped(self._model).forward).parameters
-        kept = {"logits_to_keep": count} if "logits_to_keep" in forward else {}  # those of all tokens may not fit
-        alone: dict[str, Sequence[Sequence[int]]] = {}
-        lost: dict[int, torch.Tensor] = {}
-        effect: dict[int, torch.Tensor] = {}
-        last = None
-        for name in dict.fromkeys(names):
-            peft_methods.activate(self._model, name)
-            alone[name] = self._generate(prompts).answers
-            with torch.no_grad():
-                mask = torch.ones_like(tokens)
-                logits = self._model(input_ids=tokens, attention_mask=mask, use_cache=False, **kept).logits
-            logits = logits[:, -count:-1].float()
-            chosen = logits.gather(-1, answers.unsqueeze(-1)).squeeze(-1)
-            for row, one in enumerate(names):
-                if one == name:
-                    lost[row] = logits[row].amax(-1) - chosen[row]
-                if last is not None and (one == name or row not in effect):
-                    effect[row] = (logits[row] - last[row]).abs().amax(-1)
-            last = logits
-        peft_methods.activate(self._model, self._adapters[0])
-        wrong = [
-            row
-            for row, name in enumerate(names)
-            if mixed[row] != alone[name][row] and bool((lost[row] > ROUNDING * effect[row]).any())
-        ]
-        decisive = [
-            all(found[row] != alone[name][row] for other, found in alone.items() if other != name)
-            for row, name in enumerate(names)
-        ]
-        return wrong, sum(decisive)
 
     def open_ended(self) -> tuple[int, Request]:
         """The next whole prompt's number, and the request that the model ends itself."""
@@ -178,16 +119,76 @@ class Server:
         """Numbers of the whole prompts that were answered so far."""
         return range(min(self._answered, self._stream.open_ended_prompt_count))
 
+    # --- several adapters ---------------------------------------------------------------------------------------------
+
+    def attach_adapters(self) -> None:
+        """Attach the other adapters, and ask once after a switch. Raises what PEFT raises if it cannot attach them."""
+        for number in range(1, self._workload.adapters):
+            name = f"{self._adapters[0]}-other{number}"
+            peft_methods.attach_drawn(self._model, self._variant, name, self._seed * SEED_DISTANCE + number)
+            self._adapters.append(name)
+        self._model.eval()  # the dropout of what PEFT adds is in train mode, whatever the model is in
+        self._switch(0)
+        self._generate(self._stream.prompts(0))
+        self._activate(0)
+
+    def name_rows(self, number: int) -> list[str]:
+        """The adapter of each row in request `number`: one after the other, with another one first each time. So a
+        batch has as many different ones as it can, and over the requests all of them."""
+        return [self._adapters[(number + row) % len(self._adapters)] for row in range(self._workload.request_batch)]
+
+    def judge_mixed_rows(self) -> tuple[list[int], int]:
+        """Rows of a mixed batch that are not answered by the adapters that they name, and how many rows show it: those
+        whose answer no other adapter of the batch gives.
+
+        A row is to get the answer that it gets where its adapter is the only one. In 16 bits it need not: PEFT rounds
+        the two otherwise, and where two tokens are almost equally likely that decides. So an answer may differ if what
+        the logits of its tokens lack to the largest ones is small against what another adapter does to the logits.
+        """
+        names, prompts = self.name_rows(0), self._stream.prompts(0)
+        mixed = self._generate(prompts, names).answers
+        answers = torch.tensor(mixed)
+        order, alone, logits = list(dict.fromkeys(names)), list[Sequence[Sequence[int]]](), list[torch.Tensor]()
+        for name in order:
+            peft_methods.activate(self._model, name)
+            alone.append(self._generate(prompts).answers)
+            logits.append(self._answer_logits(prompts, answers.to(prompts.device)).cpu())
+        self._activate(0)
+        wrong, decisive = [], 0
+        for row, name in enumerate(names):
+            own = order.index(name)
+            other = (own or 2) - 1
+            ours = logits[own][row]
+            lost = ours.amax(-1) - ours.gather(-1, answers[row].unsqueeze(-1)).squeeze(-1)
+            effect = (ours - logits[other][row]).abs().amax(-1)
+            if mixed[row] != alone[own][row] and bool((lost > ROUNDING * effect).any()):
+                wrong.append(row)
+            decisive += all(found[row] != alone[own][row] for number, found in enumerate(alone) if number != own)
+        return wrong, decisive
+
+    def _answer_logits(self, prompts: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+        """The logits of which the tokens of the answers are chosen; shape (prompts, tokens, vocabulary)."""
+        tokens, count = torch.cat([prompts, answers], dim=1), answers.shape[1] + 1
+        forward = inspect.signature(peft_methods.wrapped(self._model).forward).parameters
+        kept = {"logits_to_keep": count} if "logits_to_keep" in forward else {}  # those of all tokens may not fit
+        with torch.no_grad():
+            mask = torch.ones_like(tokens)
+            logits = self._model(input_ids=tokens, attention_mask=mask, use_cache=False, **kept).logits
+        return logits[:, -count:-1].float()  # type: ignore[no-any-return]
+
     def merge(self, discard: int) -> None:
         """Merge the adapter and begin again with the first prompt, after `discard` requests."""
         if len(self._adapters) > 1:
-            peft_methods.activate(self._model, self._adapters[0])
+            self._activate(0)
         for name in self._adapters[1:]:
-            peft_methods.detach(self._model, name)
+            self._model.delete_adapter(name)
         del self._adapters[1:]
         peft_methods.merge(self._model)
         self._prefix, self._served = "merged_", 0
         self.warm_up(discard)
+
+    def _activate(self, number: int) -> None:
+        peft_methods.activate(self._model, self._adapters[number])
 
     def _switch(self, number: int) -> float:
         """Activate another adapter than the trained one, in turn. Returns seconds: all of them on the host."""
@@ -221,15 +222,14 @@ def check_attention(fragment: PartialRecord, model: Any, server: Server, request
 def check_adapters(fragment: PartialRecord, server: Server, request: TrialRequest) -> PartialRecord:
     """The fragment of a server that has attached the adapters of the workload; invalid where a row of a mixed batch is
     answered by another adapter than the one that it names, or where none would show it."""
-    adapters = request.workload.adapters
+    adapters, rows = request.workload.adapters, request.workload.request_batch
     if adapters == 1 or fragment.status != "ok":
         return fragment
     server.attach_adapters()
     values = {**fragment.values, "adapters": float(adapters)}
-    if request.workload.request_batch == 1:
+    if rows == 1:
         return msgspec.structs.replace(fragment, values=values)
     wrong, decisive = server.judge_mixed_rows()
-    rows = request.workload.request_batch
     values |= {"mixed_rows": float(rows), "mixed_rows_decisive": float(decisive)}
     fragment = msgspec.structs.replace(fragment, values=values)
     if wrong:
