@@ -6,8 +6,9 @@ carries says where.
 
 A fused implementation of attention is an operator of its own. Attention written out is none; it is known by its
 softmax: over scores of four dimensions, or of any from three on that come from one batched product and go into
-another. An exponential of four dimensions that is summed up in the same call is a softmax, too. Under autocast only the
-operator inside ``aten::scaled_dot_product_attention`` is read, since the outer one still sees float.
+another. An exponential over four dimensions is a softmax, too, where the same call divides by a number for each of its
+rows. Under autocast only the operator inside ``aten::scaled_dot_product_attention`` is read, since the outer one still
+sees float.
 """
 
 from __future__ import annotations
@@ -41,8 +42,17 @@ MASKING = frozenset({
 })  # fmt: skip
 """What a mask is laid over the scores by, where attention is written out."""
 _EXPONENTIALS = frozenset({"aten::exp", "aten::exp2"})
+_DIVISIONS = frozenset({"aten::div", "aten::div_"})
 REDUCTIONS = _EXPONENTIALS | {"aten::sum", "aten::cumsum", "aten::logsumexp"}
-_READ = SOFTMAX | REDUCTIONS | PRODUCTS | FOURBIT | MASKING | {"bitsandbytes::dequantize_4bit", COMPILER_LOOKUP}
+_READ = (
+    SOFTMAX
+    | REDUCTIONS
+    | _DIVISIONS
+    | PRODUCTS
+    | FOURBIT
+    | MASKING
+    | {"bitsandbytes::dequantize_4bit", COMPILER_LOOKUP}
+)
 
 
 @dataclass(slots=True)
@@ -275,7 +285,7 @@ def _written_out(host: Sequence[Operator], taken: Mapping[int, int]) -> Iterator
 
 
 def _end_of_softmax(events: Sequence[Operator], index: int, scores: Collection[tuple[int, ...]]) -> int | None:
-    """Where a softmax of attention ends that begins here: here, or at the sum that an exponential is divided by."""
+    """Where a softmax of attention ends that begins here: here, or where an exponential is divided by its sums."""
     event = events[index]
     if _is_softmax(event):
         backward = event.name.endswith("_backward_data")
@@ -283,8 +293,8 @@ def _end_of_softmax(events: Sequence[Operator], index: int, scores: Collection[t
         return index if known else None
     if event.name not in _EXPONENTIALS or len(event.shape(0)) != 4:
         return None
-    sums = (place for place in range(index + 1, len(events)) if events[place].name == "aten::sum")
-    return next((place for place in sums if events[place].shape(0) == event.shape(0)), None)
+    divisions = (place for place in range(index + 1, len(events)) if events[place].name in _DIVISIONS)
+    return next((place for place in divisions if events[place].shape(1) == (*event.shape(0)[:-1], 1)), None)
 
 
 def _is_over_scores(events: Sequence[Operator], index: int) -> bool:
