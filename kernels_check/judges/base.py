@@ -281,9 +281,8 @@ def judge_gemm_path(seen: Observation, required: Json) -> PathObservation:
     calls = layers.all
     if not calls:
         if layers.names or seen.census().bytes_of[4]:  # compiled layers call no hook, and have no name
-            return PathObservation(
-                observed=None, status="unknown", reason="4-bit weights but no known 4-bit operator ran"
-            )
+            reason = "4-bit weights but no known 4-bit operator ran"
+            return absent(reason) if seen.untouched else undecided(reason)
         return PathObservation(observed=None, status="not_applicable", present=False, reason="the base is not 4-bit")
     paths = [str(call.path) for call in calls]
     kernels = {rule: count for rule, count in seen.profile.kernels.items() if rule.startswith(("BNB-GEMM", "BNB-DEQ"))}

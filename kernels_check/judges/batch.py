@@ -41,16 +41,16 @@ def judge_padding(seen: Observation, required: Json) -> PathObservation:
     padding = seen.padding()
     if padding is None or not padding.tokens:
         missing = "no call of the model itself was seen" if padding is None else padding.unseen
-        return PathObservation(
-            observed=None, present=False, status=None if required is None else "unknown", reason=f"{missing}"
-        )
+        known = required is None or seen.untouched
+        status: Status | None = None if known else "unknown"
+        return PathObservation(observed=None, present=False, status=status, satisfies=False, reason=f"{missing}")
     share, most_there_is = (count / padding.tokens for count in (padding.padded, padding.padded + padding.doubtful))
     most = float(required) if isinstance(required, int | float) else 1.0
     reasons = [_describe(padding), *([padding.unseen] if padding.unseen is not None else [])]
     if share > most:
         return PathObservation(observed=round(share, 4), reason="; ".join([*reasons, _PADDED]), satisfies=False)
     if padding.unseen is not None or most_there_is > most:
-        status: Status | None = None if required is None else "unknown"
+        status = None if required is None else "unknown"
         return PathObservation(observed=round(share, 4), status=status, reason="; ".join(reasons))
     return PathObservation(observed=round(share, 4), reason="; ".join(reasons), satisfies=True)
 

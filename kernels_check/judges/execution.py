@@ -17,6 +17,7 @@ from kernels_check.check import (
     JudgedPath,
     PathObservation,
     Requirement,
+    absent,
     at_least,
     count_values,
     join_values,
@@ -64,8 +65,7 @@ def _recomputed(seen: Observation) -> PathObservation | tuple[float, bool, str]:
     if not blocks and not hidden:
         idle = seen.blocks_without_gradient()
         if not idle:
-            reason = "no layer call was seen in the step"
-            return undecided(reason, present=False)
+            return _unseen(seen, "no layer call was seen in the step")
         return 0.0, False, f"no gradient comes back to the {len(idle)} blocks that ran: nothing is to be recomputed"
     if hidden and again is None:
         return undecided(shown, present=False)
@@ -85,6 +85,11 @@ def _recomputed(seen: Observation) -> PathObservation | tuple[float, bool, str]:
     reason += f"; {len(idle)} further blocks take no gradient, so that nothing is kept for them" if idle else ""
     reason += f"; {shown}" if hidden else ""
     return share, happened, reason
+
+
+def _unseen(seen: Observation, reason: str) -> PathObservation:
+    """Nothing of the model ran: that is known of a step that leaves the model alone, such as one of a copy."""
+    return absent(reason) if seen.untouched else undecided(reason, present=False)
 
 
 def _missing(block: BlockRecomputed) -> str:
@@ -168,9 +173,11 @@ def judge_compiled_share(seen: Observation, required: Json) -> PathObservation:
     """Judge ``compile.share``, a minimum: the share of the blocks that ran in compiled code."""
     blocks = seen.compiled_blocks()
     reason = _entered(seen)
-    doubt = _undecided(seen) or ("no block of the model was seen to run" if not blocks.ran else None)
+    doubt = _undecided(seen)
     if doubt is not None:
         return undecided(f"{reason}; {doubt}", present=False)
+    if not blocks.ran:
+        return _unseen(seen, f"{reason}; no block of the model was seen to run")
     share = len(blocks.compiled) / blocks.ran
     return at_least(share, required, reason + (_eagerly(seen) if share < 1.0 else ""))
 

@@ -128,7 +128,7 @@ def _no_optimizer(seen: Observation) -> PathObservation:
         reason += (
             f"; {format_count(len(seen.changed), 'parameter')} changed all the same: by an optimizer of another kind?"
         )
-    elif not seen.other_optimizers:
+    elif not seen.other_optimizers or seen.untouched:
         return absent(reason)
     return undecided(reason, present=False)
 

@@ -125,6 +125,12 @@ class Observation:
     readings: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
     """What the methods have read of the model, by their names; a copy with another field reads anew."""
 
+    @property
+    def untouched(self) -> bool:
+        """Whether the step was seen to leave the model alone: it called none of its modules and changed nothing."""
+        called = self.modules.all or self.modules.unhooked or self.profile.compiled_regions
+        return not (called or self.reached or self.changed)
+
     @_once
     def compiled_blocks(self) -> CompiledBlocks:
         """The blocks of the model by whether they ran in compiled code."""
