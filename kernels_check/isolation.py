@@ -13,17 +13,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from kernels_check.check import Check, PathObservation, judge_safely
 from kernels_check.judges.batch import judge_leaks
-from kernels_check.observe.loss import configurations, find_tokens, special_tokens
+from kernels_check.observe.loss import ModelCall, configurations, find_tokens, special_tokens
 from kernels_check.observe.modules import Modes, RandomState, without_repacking
-from kernels_check.observe.padding import PADDING, PASSED_ON, IsolationResult, LayoutError, Records, records_of
+from kernels_check.observe.padding import (
+    PADDING,
+    PASSED_ON,
+    IsolationResult,
+    LayoutError,
+    Records,
+    packed_or_all,
+    packs,
+    records_of,
+)
+
+if TYPE_CHECKING:
+    from kernels_check.observe.observation import Observation
 
 _LEFT_OUT = ("num_items_in_batch", "logits_to_keep")
 
@@ -44,24 +56,34 @@ def probe_isolation(model: nn.Module, batch: Mapping[str, Any]) -> Check:
     Returns:
         The check of ``packing.isolated`` against True. Parameters, modes and random numbers are left as found.
     """
-    return judge_safely("packing.isolated", True, lambda: _probe(model, batch))
+    calls = [ModelCall(module=model, arguments=batch, training=mode, gradients=mode) for mode in (True, False)]
+    return judge_safely("packing.isolated", True, lambda: _probe(model, calls))
 
 
-def _probe(model: nn.Module, batch: Mapping[str, Any]) -> PathObservation:
+def judge_calls(seen: Observation) -> PathObservation:
+    """Judge ``packing.isolated`` by forwards of the step's own packed calls, unless what the model was given shows a
+    leak: a model may ignore what it is given."""
+    by_inputs = judge_leaks(seen.isolation())
+    calls = [call for call in packed_or_all(seen.model_calls) if packs(call.arguments)]
+    return _probe(seen.model, calls) if calls and by_inputs.observed is not False else by_inputs
+
+
+def _probe(model: nn.Module, calls: Sequence[ModelCall]) -> PathObservation:
     modes, numbers = Modes(model), RandomState()
     leaks: list[str] = []
     try:
         _refuse_unfit(model)
-        records = records_of(batch)
-        if records is None or not records.packed:
-            raise LayoutError(f"batch shows no two records in a row, which takes {PASSED_ON}")
-        for training in (True, False):
-            with (
-                _by_row(model, training),
-                torch.set_grad_enabled(training),
-                torch.compiler.set_stance("force_eager"),
-            ):
-                leaks += _leaks(model, batch, records)
+        for call in calls:
+            records = records_of(call.arguments)
+            if records is None or not records.packed:
+                raise LayoutError(f"batch shows no two records in a row, which takes {PASSED_ON}")
+            with ExitStack() as stack:
+                stack.enter_context(_by_row(model, call.training))
+                stack.enter_context(torch.set_grad_enabled(call.gradients))
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+                for kind, dtype in call.autocast:
+                    stack.enter_context(torch.autocast(kind, dtype=dtype))
+                leaks += _leaks(call.module, call.arguments, records)
     except LayoutError as error:
         return judge_leaks(IsolationResult(unclear=str(error), packed=False))
     except _UnclearError as error:
@@ -69,7 +91,8 @@ def _probe(model: nn.Module, batch: Mapping[str, Any]) -> PathObservation:
     finally:
         modes.restore()
         numbers.restore()
-    proof = "perturbations changed no other logit, in train and in eval"
+    changed = " and ".join(dict.fromkeys("in train" if call.training else "in eval" for call in calls))
+    proof = f"perturbations changed no other logit, {changed}"
     return judge_leaks(IsolationResult(records=records.count, leaks=tuple(leaks), proof=proof))
 
 
@@ -115,7 +138,7 @@ def _leaks(model: nn.Module, batch: Mapping[str, Any], records: Records) -> Iter
                 "limited capacity, activations quantised over the batch): make the forward depend on each row alone"
             )
         first = int(numbers[row][leaked[row]].min()) + 1
-        mode = "train" if torch.is_grad_enabled() else "eval"
+        mode = "train" if model.training else "eval"
         where = f"{int(leaked.sum())} other tokens, first those of record {first} of row {row}"
         yield f"{mode}: changing {words} changed the logits of {where}"
 

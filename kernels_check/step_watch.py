@@ -14,6 +14,7 @@ from types import TracebackType
 from torch import nn
 
 from kernels_check.check import Check, Json, judge_safely
+from kernels_check.isolation import judge_calls
 from kernels_check.judges.attention import judge_request
 from kernels_check.judges.paths import PATHS, validate
 from kernels_check.observe.modules import restored
@@ -62,7 +63,8 @@ def verify(model: nn.Module, step: Callable[[], object], requirements: Mapping[s
         requirements: path to expected value, see ``REQUIREMENTS``. Other paths are reported, too.
 
     Returns:
-        One check per path, in the order of ``REQUIREMENTS``. A requirement is met only by status ``active``. What the
+        One check per path, in the order of ``REQUIREMENTS``. A requirement is met only by status ``active``.
+        ``packing.isolated``, where it is required, is judged by forwards of the step's own packed calls, too. What the
         profiler records is ``unknown``, with the reason, where the program runs a profiler around this call or inside
         ``step``, which is left undisturbed.
 
@@ -236,6 +238,8 @@ class Watch:
     def _decided(self, check: Check, seen: Observation) -> Check:
         """The check, or why one step of this kind does not decide it."""
         why = None
+        if check.path == "packing.isolated" and self._own_step:
+            check = judge_safely(check.path, check.required, partial(judge_calls, seen))
         if self._steps.compiled and PATHS[check.path].by_modules:
             return replace(check, observed=None, status="unknown", reason=COMPILED_MEANWHILE)
         if (

@@ -81,7 +81,7 @@ CONTROLS: tuple[Control, ...] = (
     control("packed sequences that leak in one of two accumulated batches", "packing.isolated", True,
         small(batch_faults.pack_without_cache, batch_faults.accumulate(use_cache=True), batch_faults.forget_batch),
         small(batch_faults.pack_without_cache, batch_faults.accumulate(), batch_faults.forget_batch),
-        "the model may have built a cache", caught_by="unknown"),
+        "train: changing the odd records"),
     control("packed sequences that leak behind a dropout that is no module", "packing.isolated", True,
         batch_faults.with_dropout(batch_faults.pack), batch_faults.with_dropout(batch_faults.pack_without_cache),
         "train: changing the odd records", "eval: changing the odd records"),
