@@ -71,12 +71,14 @@ def judge_calls(seen: Observation) -> PathObservation:
 def _probe(model: nn.Module, calls: Sequence[ModelCall]) -> PathObservation:
     modes, numbers = Modes(model), RandomState()
     leaks: list[str] = []
+    count = 0
     try:
         _refuse_unfit(model)
         for call in calls:
             records = records_of(call.arguments)
             if records is None or not records.packed:
                 raise LayoutError(f"batch shows no two records in a row, which takes {PASSED_ON}")
+            count = count or records.count
             with ExitStack() as stack:
                 stack.enter_context(_by_row(model, call.training))
                 stack.enter_context(torch.set_grad_enabled(call.gradients))
@@ -93,7 +95,7 @@ def _probe(model: nn.Module, calls: Sequence[ModelCall]) -> PathObservation:
         numbers.restore()
     changed = " and ".join(dict.fromkeys("in train" if call.training else "in eval" for call in calls))
     proof = f"perturbations changed no other logit, {changed}"
-    return judge_leaks(IsolationResult(records=records.count, leaks=tuple(leaks), proof=proof))
+    return judge_leaks(IsolationResult(records=count, leaks=tuple(leaks), proof=proof))
 
 
 def _leaks(model: nn.Module, batch: Mapping[str, Any], records: Records) -> Iterator[str]:
