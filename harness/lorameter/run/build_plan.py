@@ -83,9 +83,11 @@ def _together_bytes(study: Study, arms: Sequence[Arm], machine: Machine, runs: P
     """What the processes need that are live together: those of all variants, in an A/B the three of one variant."""
     if arms[0].side:
         variants = {arm.variant.id: arm.variant for arm in arms}.values()
-        return most_of(together_bytes([variant] * 3, study.workload, machine, runs) for variant in variants)
+        return most_of(
+            together_bytes([variant] * 3, study.workload, machine, runs, forked=False) for variant in variants
+        )
     return total_of(
-        together_bytes([arm.variant for arm in arms if arm.workload == workload], workload, machine, runs)
+        together_bytes([arm.variant for arm in arms if arm.workload == workload], workload, machine, runs, forked=True)
         for workload in workloads_of(study, arms)
     )
 

@@ -14,6 +14,7 @@ from lorameter.machine.provenance import Machine
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.lora import adapter_parameters, uncounted
 from lorameter.models.costs.memory import (
+    COPIED_SHARE,
     CUDA_CONTEXT_BYTES,
     birth_bytes,
     bound_bytes,
@@ -59,7 +60,7 @@ def forecast(plan: Plan, machine: Machine, runs: Path, executor: Executor | None
     needs: dict[str, int | None] = {}
     for one in plan.workloads:
         needs |= needed_bytes([who.built for who in plan.arms if who.workload == one], one, machine, runs)
-    memory = most_of(_group_bytes(group, needs, machine) for group in plan.groups)
+    memory = most_of(_group_bytes(group, needs, machine, forked=not plan.sides) for group in plan.groups)
     disk = None
     if unknown is None:
         tokens = sum(4 * 8 * one.sequence_length * (one.train_sequences + one.held_out_sequences) for one in shape_of)
@@ -68,16 +69,20 @@ def forecast(plan: Plan, machine: Machine, runs: Path, executor: Executor | None
     return Forecast(time=took, memory_bytes=memory, disk_bytes=disk, unknown=unknown)
 
 
-def _group_bytes(group: Group, needs: Mapping[str, int | None], machine: Machine) -> int | None:
-    """What is live together: each process counts with the largest of its trials, and once what they have once."""
+def _group_bytes(group: Group, needs: Mapping[str, int | None], machine: Machine, *, forked: bool) -> int | None:
+    """What is live together: each process counts with the largest of its trials, and shared memory once."""
     total = total_of(most_of(needs[slot.variant.name] for slot in launch) for launch in group.launches)
     first = [launch[0] for launch in group.launches]
-    return total and total - _had_once([(slot.arm.built, slot.workload) for slot in first], machine)
+    return total and total - _shared_bytes([(slot.arm.built, slot.workload) for slot in first], machine, forked=forked)
 
 
-def _had_once(processes: Sequence[tuple[Variant, Workload]], machine: Machine) -> int:
-    """Bytes by which the peaks of these processes add up to more than they take together on a CPU."""
-    return (_mapped_again(processes, machine) + _given_back(processes, machine)) if machine.device == "cpu" else 0
+def _shared_bytes(processes: Sequence[tuple[Variant, Workload]], machine: Machine, *, forked: bool) -> int:
+    """Bytes by which the peaks of these processes add up to more than they take together on a CPU; `forked` if one
+    process that has imported the libraries is the parent of all."""
+    if machine.device != "cpu":
+        return 0
+    imported = (len(processes) - 1) * int((1 - COPIED_SHARE) * birth_bytes(machine.cuda)) if forked else 0
+    return imported + _mapped_again(processes, machine) + _given_back(processes, machine)
 
 
 def _given_back(processes: Iterable[tuple[Variant, Workload]], machine: Machine) -> int:
@@ -117,15 +122,16 @@ def total_of(sizes: Iterable[int | None]) -> int | None:
 
 
 def together_bytes(
-    members: Sequence[AnyVariant], workload: Workload, machine: Machine, runs: Path | None
+    members: Sequence[AnyVariant], workload: Workload, machine: Machine, runs: Path | None, *, forked: bool
 ) -> int | None:
-    """Expected memory of one live process for each member, with what they have once counted once; None where that of
-    one is not known."""
+    """Expected memory of one live process for each member, with shared memory counted once; None where that of one is
+    not known. `forked` as for a plan without sides: one process is the parent of all."""
     needs = needed_bytes(members, workload, machine, runs)
     total = total_of(needs[variant.name] for variant in members)
     if total is None or workload.model == OWN:
         return total
-    return total - _had_once([(variant, workload) for variant in members if isinstance(variant, Variant)], machine)
+    processes = [(variant, workload) for variant in members if isinstance(variant, Variant)]
+    return total - _shared_bytes(processes, machine, forked=forked)
 
 
 def needed_bytes(
