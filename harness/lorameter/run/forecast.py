@@ -19,6 +19,7 @@ from lorameter.models.costs.memory import (
     birth_bytes,
     bound_bytes,
     estimate_peak,
+    lora_like,
     mapped_bytes,
     passing_bytes,
 )
@@ -90,7 +91,8 @@ def _given_back(processes: Iterable[tuple[Variant, Workload]], machine: Machine)
     found = []
     for variant, workload in processes:
         shape = shapes.shape(catalogue.resolve(workload.model))
-        found.append(0 if uncounted(variant, shape) else passing_bytes(variant, workload, shape))
+        counted = lora_like(variant) if uncounted(variant, shape) else variant  # logits do not depend on the method
+        found.append(passing_bytes(counted, workload, shape))
     return sum(sorted(found)[: -machine.cpus])
 
 

@@ -177,11 +177,16 @@ def estimate_peak(
 def bound_bytes(variant: Variant, workload: Workload, shape: ModelShape, device: str, process_bytes: int) -> int:
     """What a method without a formula needs at most, by and large, for what may be live together: LoRA on all linear
     layers and, of all weights, the gradients and the two moments of full fine-tuning."""
-    common = {key: getattr(variant, key) for key in form_keys(LoraVariant) if hasattr(variant, key)}
-    lora = LoraVariant(**(common | {"optimizer": "adamw_fused", "optimizer_args": {}}))
+    lora = lora_like(variant)
     expected = estimate_peak(lora, workload, shape, answers=False, device=device, process_bytes=process_bytes)
     weights = _linear(shape) + shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2)
     return expected.needed_bytes + 3 * weights * width(variant.dtype)
+
+
+def lora_like(variant: Variant) -> LoraVariant:
+    """LoRA on all linear layers with the fields that it shares with a variant of any method, and AdamW."""
+    common = {key: getattr(variant, key) for key in form_keys(LoraVariant) if hasattr(variant, key)}
+    return LoraVariant(**(common | {"optimizer": "adamw_fused", "optimizer_args": {}}))
 
 
 def passing_bytes(variant: Variant, workload: Workload, shape: ModelShape) -> int:
