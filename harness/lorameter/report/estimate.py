@@ -220,7 +220,7 @@ def describe_sizes(model: str, sizes: Sequence[Sizes], *, unknown: str | None = 
 def describe_plan(
     plan: Plan, expected: Forecast, machine: Machine, notices: Sequence[Notice], data: str | None = None
 ) -> Document:
-    """A line a replicate, the level and why, estimates of time, width, memory and disk, and the kind of the `data`."""
+    """The first replicate's order, the level and why, estimates of time, width, memory and disk, and the data."""
     size = f": {format_count(len(plan.slots), 'trial')} on {machine.device_name}"
     return (
         say(Span(text=plan.study.title, tone="strong"), size, indented=False),
@@ -231,10 +231,11 @@ def describe_plan(
 
 
 def _plan_lines(plan: Plan, expected: Forecast) -> Iterator[str]:
-    for replicate in range(plan.study.protocol.replicates):
-        groups = [group for group in plan.groups if group.replicate == replicate]
-        names = "; ".join(", ".join(slot.trial.partition("-")[2] for slot in group.slots) for group in groups)
-        yield f"replicate {replicate + 1}: {names}"
+    first = "; ".join(
+        ", ".join(slot.trial.partition("-")[2] for slot in group.slots) for group in plan.groups if group.replicate == 0
+    )
+    replicates = plan.study.protocol.replicates
+    yield f"order   {first}" + (f"; another in each of {replicates} replicates" if replicates > 1 else "")
     yield f"level   {plan.interleaving}: {plan.why}"
     yield from _time_lines(expected.time, plan.study.protocol)
     live = " for what is live together, processes included"
