@@ -19,7 +19,7 @@ def test_the_page_says_what_is_printed(tmp_path, monkeypatch, capsys):
     for found in FILE.finditer(text):
         (tmp_path / found["name"]).write_text(found["content"], encoding="utf-8")
     lines = [line for block in CONSOLE.finditer(text) for line in block["lines"].splitlines()]
-    assert sum(line.startswith("$ ") for line in lines) == 5
+    assert sum(line.startswith("$ ") for line in lines) == 4
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "400")
     printed = ""

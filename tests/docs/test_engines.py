@@ -49,7 +49,7 @@ def test_its_commands_print_what_stands_below_them(page, monkeypatch, capsys):
     monkeypatch.setattr("lorameter.machine.provenance._torch_cuda", lambda: None)
     monkeypatch.setattr("lorameter.machine.provenance.free_bytes", lambda machine, environment=None: 16 << 30)
     lines = [line for block in blocks("console") for line in block.splitlines()]
-    assert sum(line.startswith("$ ") for line in lines) == 6
+    assert sum(line.startswith("$ ") for line in lines) == 4
     printed = ""
     for line in lines:
         if line.startswith("$ lorameter "):
