@@ -24,7 +24,6 @@ def main() -> int:
     zygote.import_libraries()
     found: dict[str, Any] = {"import_s": time.perf_counter() - begin, "threads": threads()}
     found["refuses_to_fork"] = zygote._cannot_fork()
-    found["lacks"] = zygote._lacks_cuda()
     begin = time.perf_counter()
     found["child"] = told_by_child()
     found["child_s"] = time.perf_counter() - begin

@@ -33,10 +33,9 @@ def zygote_forks(evidence: Evidence) -> Decision:
         said += f"; threads after it {len(child['threads'])}, with the device {len(child['threads_with_device'])}"
     if child.get("device") == "cpu":
         return undecided(f"torch sees no GPU in the child; {said}")
-    lacks = found["lacks"] or "nothing"
     alone = len(found["threads"]) == len(child.get("threads", ())) == 1
-    holds = alone and found["refuses_to_fork"] is None and found["lacks"] is None and child.get("sum") == 8.0
-    return decided(holds, f"{said}; lacks {lacks}; child: {child.get('error') or child['device']}")
+    holds = alone and found["refuses_to_fork"] is None and child.get("sum") == 8.0
+    return decided(holds, f"{said}; child: {child.get('error') or child['device']}")
 
 
 def child_reads_nvml(evidence: Evidence) -> Decision:
