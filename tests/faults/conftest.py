@@ -61,7 +61,7 @@ def temporary(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_bytecode(monkeypatch):
-    """Python leaves a part of a module's bytecode where it may not write all of it, and cannot be started again."""
+    """A process that may not write large files would leave a truncated .pyc, which later processes cannot load."""
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
 
 
@@ -123,8 +123,8 @@ def stopped():
         process = subprocess.Popen(words, pass_fds=[write], env=environment, **streams | options)
         os.close(write)
         try:
-            with os.fdopen(read) as told:
-                assert told.readline() == "stopped\n", process.communicate()
+            with os.fdopen(read) as stream:
+                assert stream.readline() == "stopped\n", process.communicate()
             yield process
         finally:
             process.kill()

@@ -60,7 +60,7 @@ def test_a_base_that_does_not_fit_is_refused(executor, small_study, home, tiny_d
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
 def test_a_process_that_dies_over_a_base_ends_no_run(executor, small_study, monkeypatch, number):
-    """Its trials make theirs themselves, and the reader is told."""
+    """Each trial makes its own, and a notice says so."""
     launch = LocalExecutor.launch
 
     def launch_doomed(self):

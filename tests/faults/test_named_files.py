@@ -1,5 +1,5 @@
-"""A file that a user names, where the system refuses to write it: the one of before stays, nothing is left beside it,
-and the code is that of a machine that cannot do it."""
+"""A file that a user names, where the system refuses to write it: the previous file stays, nothing is left next to it,
+and the exit code is 4."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("writer", ["csv", pytest.param("parquet", marks=pytest.mark.faults), "text", "page"])
 def test_a_file_that_does_not_fit_leaves_the_one_before(writer, run, tmp_path):
-    """Whole, with its own rights, and with nothing beside it; with room it is another one."""
+    """The previous file is whole, with its permissions, and alone; with room it is replaced."""
     path = tmp_path / "named"
     path.write_text("before")
     path.chmod(0o640)

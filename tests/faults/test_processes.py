@@ -75,9 +75,6 @@ def test_a_cold_interpreter_without_memory_is_out_of_it(executor, request_cold):
     assert "Traceback" in fragment.failure.traceback
 
 
-"""What it has started holds the other end of the answer, in a session of its own, until somebody writes into `held`."""
-
-
 def test_a_cold_interpreter_that_is_stopped_is_a_row(executor, doomed, request_cold):
     """Timeout, and it is gone with its group."""
     doomed("cold", signal.SIGSTOP)

@@ -1,5 +1,5 @@
-"""Records that are not what was written: a disk, a crash or an editor has changed them since. The report does not pass
-and says how many, what is whole counts, and `--resume` measures what was told of in them, and no more."""
+"""Records that a disk, a crash or an editor has changed after they were written. The report does not pass and says how
+many are damaged, the others count, and `--resume` measures the trials of the damaged ones, and no more."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ SPOILT = [
 
 @pytest.mark.parametrize(("spoil", "damaged"), SPOILT)
 def test_records_that_are_corrupt_are_measured_again(spoil, damaged, whole, reported, only_run, resumed):
-    """One of the middle: told of with exit 4, its neighbours are as they were, and it is measured again with what took
-    turns with it."""
+    """A line in the middle: the report ends with exit 4, its neighbours are unchanged, and its trial is measured again
+    with all that took turns with it."""
     run, lines = whole
     assert len(lines) > STUDY_TRIALS
     place = next(i for i, line in enumerate(lines) if b'"r1-b"' in line and b'"status":"ok"' in line.replace(b" ", b""))

@@ -1,6 +1,6 @@
 """What the system refuses wherever it may: each write on a disk that becomes full, little memory, a disk that is made
 read-only under way, temporary files without room, other documents than a run's. Nothing that was measured is lost, the
-message names what was refused, the exit code is that of a machine that cannot measure, and with room it is gone on."""
+message names what was refused, the exit code is 4, and with room the run is resumed."""
 
 from __future__ import annotations
 
@@ -25,12 +25,6 @@ from lorameter.run.workers.local import LocalExecutor
 def limited(most):
     """To be run in the process between fork and exec: no file may become larger than so many bytes."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-
-
-@pytest.fixture(autouse=True)
-def no_bytecode(monkeypatch):
-    """A process that may write no large file would leave half of a .pyc behind, which later processes load."""
-    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
 
 
 def check_kept(run, code, err):
@@ -87,7 +81,7 @@ def test_a_disk_that_becomes_full_at_each_write(free_kib, command, runs, tiny_di
 
 
 def test_a_disk_that_is_made_read_only_under_way(command, runs, tiny_disk, stopped, only_run, resumed):
-    """By somebody else, or by a kernel that has seen it fail."""
+    """By another user, or by a kernel that has seen it fail."""
     tiny_disk(runs, 200).unlink()
     with stopped(command(stop="r1-a:turn")) as process:
         subprocess.run(["mount", "--bind", str(runs), str(runs)], check=True)

@@ -28,7 +28,7 @@ TOLD = [
 
 
 @pytest.mark.parametrize(("place", "number"), TOLD)
-def test_a_run_that_is_told_to_stop(number, place, tmp_path, command, stopped, only_run, resumed, temporary):
+def test_a_run_that_is_stopped(number, place, tmp_path, command, stopped, only_run, resumed, temporary):
     """Before, in and after its turns, and in a cold start."""
     words = ["run", str(tmp_path / "small.toml"), "--phase", "train", "--phase", "cold", "--interleave", "lockstep"]
     with stopped(command(*words, stop=place)) as process:
@@ -63,7 +63,7 @@ def test_a_run_that_is_stopped_before_it_has_begun_leaves_nothing(number, comman
 
 
 def test_what_nohup_ignores_ends_nothing(command, stopped, only_run):
-    """HUP was ignored from the start, as under nohup: the run waits on, until it is told otherwise."""
+    """HUP was ignored from the start, as under nohup: the run continues until another signal ends it."""
     ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
     with stopped(command(stop="r1-a:turn"), preexec_fn=ignore) as process:
         process.send_signal(signal.SIGHUP)
@@ -75,7 +75,7 @@ def test_what_nohup_ignores_ends_nothing(command, stopped, only_run):
 
 def test_a_killed_run_leaves_a_folder_and_the_next_one_removes_it(command, stopped, temporary):
     """KILL lets nothing be taken down; a folder of a live process, and one that is not ours, stay."""
-    foreign = temporary / "lorameter-somebody's"
+    foreign = temporary / "lorameter-foreign"
     foreign.mkdir()
     with stopped(command(stop="r1-a:turn")) as process:
         (left,) = set(temporary.iterdir()) - {foreign}
@@ -89,7 +89,7 @@ def test_a_killed_run_leaves_a_folder_and_the_next_one_removes_it(command, stopp
 
 
 @pytest.mark.parametrize("number", ONE_OF_THEM)
-def test_a_profile_that_is_told_to_stop_leaves_nothing(number, tmp_path, command, stopped, runs, temporary):
+def test_a_profile_that_is_stopped_leaves_nothing(number, tmp_path, command, stopped, runs, temporary):
     """There is no half of one."""
     with stopped(command("profile", f"{tmp_path / 'small.toml'}:a", stop="r0-a:warm_up")) as process:
         process.send_signal(number)
@@ -101,7 +101,7 @@ def test_a_profile_that_is_told_to_stop_leaves_nothing(number, tmp_path, command
 
 
 @pytest.mark.parametrize("number", ONE_OF_THEM)
-def test_a_session_of_pytest_that_is_told_to_stop(number, tmp_path, session, stopped, only_run, temporary):
+def test_a_session_of_pytest_that_is_stopped(number, tmp_path, session, stopped, only_run, temporary):
     """The other front door: its run is saved and says so, and the session does not pass."""
     with stopped(session(stop="r1-a:turn"), cwd=tmp_path) as process:
         process.send_signal(number)
@@ -117,12 +117,12 @@ def test_a_session_of_pytest_that_is_told_to_stop(number, tmp_path, session, sto
 
 
 @pytest.mark.parametrize("number", ONE_OF_THEM)
-def test_an_ab_that_is_told_to_stop_takes_its_sides_down(number, ab, repository, git, stopped, temporary, only_run):
+def test_an_ab_that_is_stopped_takes_its_sides_down(number, ab, repository, git, stopped, temporary, only_run):
     """Two worktrees and all of its folders are gone, and what was measured is there."""
     with stopped(ab(stop="r1-a-base:turn")) as process:
         assert len(git(repository, "worktree", "list")) == 3
         process.send_signal(number)
-        process.send_signal(signal.SIGINT)  # whoever is impatient costs nothing
+        process.send_signal(signal.SIGINT)  # a second signal changes nothing
         process.communicate()
     assert process.returncode == 4
     assert len(git(repository, "worktree", "list")) == 1
@@ -178,8 +178,8 @@ def test_a_second_run_on_the_device_is_refused_or_waits(command, stopped, tmp_pa
         refused = subprocess.run(command(*words, "--if-busy", "refuse"), capture_output=True, text=True, check=False)
         assert refused.returncode == 4
         assert f"process {first.pid} measures on this device (cpu)" in refused.stderr
-        beside = subprocess.run(command(*words, "--if-busy", "share"), capture_output=True, check=False)
-        assert beside.returncode == 0
+        concurrent = subprocess.run(command(*words, "--if-busy", "share"), capture_output=True, check=False)
+        assert concurrent.returncode == 0
         for stopping in (True, False):
             with subprocess.Popen(
                 command(*words), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -201,7 +201,7 @@ subprocess.Popen([sys.executable, "-c", started], start_new_session=True).wait()
 
 @pytest.fixture
 def launcher(tmp_path, monkeypatch):
-    """A script that has told when its other process is there, and a function that finds both of these."""
+    """A script that reports when its second process runs, and a function that finds both processes."""
     (tmp_path / "launch.py").write_text(SCRIPT)
     started = tmp_path / "started"
     os.mkfifo(started)
@@ -232,8 +232,8 @@ def test_a_run_of_commands_that_is_stopped_leaves_no_process(number, tmp_path, l
 
 
 @pytest.mark.parametrize("number", ONE_OF_THEM)
-def test_a_wrapped_command_that_is_told_to_stop(number, tmp_path):
-    """The signal is the command's; the code is its end, and no trace is left beside the runs."""
+def test_a_wrapped_command_that_is_stopped(number, tmp_path):
+    """The command gets the signal, its exit code is passed on, and nothing is left in the folder of runs."""
     os.mkfifo(tmp_path / "started")
     text = (
         "import signal, sys, time\nsignal.signal(signal.SIGINT, signal.SIG_DFL)\nopen(sys.argv[1], 'w').write('up')\n"

@@ -140,7 +140,7 @@ def wait_until_it_waits(pid):
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [None, signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_measurement_waits_for_nobody(number, command, only_run, resumed, stopped):
-    """Its asides go into a pipe that is full from the middle of the run on: it ends in time, whole or as it is told."""
+    """Its messages go into a pipe that is full from the middle of the run on: it ends in time, complete or stopped."""
     read, write = os.pipe()
     with stopped(command(stop="r1-a:turn"), stdout=subprocess.DEVNULL, stderr=write) as process:
         os.close(write)

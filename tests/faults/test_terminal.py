@@ -1,5 +1,4 @@
-"""Ctrl-C pressed at a terminal: the first lets the turns under way come to their end, the second does not; what was
-measured is reported either way."""
+"""Ctrl-C pressed at a terminal: the trials under way are interrupted, and what was measured is reported."""
 
 from __future__ import annotations
 
@@ -11,7 +10,6 @@ import termios
 import threading
 
 STYLED = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-WAITING = "press it again to stop at once"
 
 
 class Terminal:
@@ -19,7 +17,7 @@ class Terminal:
 
     def __init__(self):
         self._ours, self._theirs = pty.openpty()
-        self._shown, self._more = b"", threading.Condition()
+        self._shown = b""
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -35,11 +33,6 @@ class Terminal:
     def press(self, key):
         os.write(self._ours, key)
 
-    def wait_for(self, words):
-        """Until they are shown, however long that takes on a busy machine."""
-        with self._more:
-            assert self._more.wait_for(lambda: words.encode() in self._shown, timeout=120), self._shown.decode()
-
     def close(self):
         """All that was shown."""
         os.close(self._theirs)
@@ -53,9 +46,7 @@ class Terminal:
                 data = os.read(self._ours, 4096)
             except OSError:  # nobody holds the other end any more
                 return
-            with self._more:
-                self._shown += data
-                self._more.notify_all()
+            self._shown += data
 
 
 def test_ctrl_c(command, stopped, only_run):
