@@ -210,9 +210,8 @@ def finalize_run(path: Path, code: int, folder: Path, *, required: bool) -> bool
         return True
     record = _judge_end(run.records[-1], code)
     if manifest.status == "running" or record is not run.records[-1]:
-        writer = RunWriter(path.parent, manifest)
-        writer.append(record.replaced(tokens=record.tokens | tokens_in(record.samples)))
-        writer.finish("complete" if record.settled else "interrupted")
+        record = record.replaced(tokens=record.tokens | tokens_in(record.samples))
+        RunWriter(path.parent, manifest).finish_with(record)
     return record.status != "ok"
 
 

@@ -37,6 +37,7 @@ from lorameter.attach.measures import (
     whole_columns,
 )
 from lorameter.attach.observer import ObserverReply, Phase, StepReading, TrainingInfo
+from lorameter.attach.sources import device_in_use
 from lorameter.machine.memory import host_bytes
 from lorameter.machine.software import own_software
 from lorameter.records import codec
@@ -128,7 +129,7 @@ class ScriptTrial:
 
     def _run(self) -> Generator[ObserverReply, StepReading, NoReturn]:
         """Greet, and carry out one command after the other; a yield lets the training take a step."""
-        device = "cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu"
+        device = device_in_use()
         self._peaks = Peaks(device)
         commands: dict[str, Callable[..., Command | PartialRecord]] = {
             "prepare": self._prepare,

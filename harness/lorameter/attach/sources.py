@@ -176,6 +176,11 @@ def device_of(parameters: Sequence[torch.nn.Parameter]) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
+def device_in_use() -> str:
+    """Where a training whose model is not seen computes: on the GPU if the process has initialised CUDA."""
+    return "cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu"
+
+
 def rank_of() -> tuple[int, int]:
     """This process's rank and how many there are, from torch.distributed, else as a launcher left them."""
     distributed = torch.distributed

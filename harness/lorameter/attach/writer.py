@@ -31,7 +31,7 @@ import lorameter
 from lorameter.attach.launch import REQUIRE, RUN, UNSEEN_END, read_command, tokens_in
 from lorameter.attach.measures import MOST_TIMED, Energy, Peaks, Ranks, StepSamples, Work, describe_end
 from lorameter.attach.observer import NotFollowedError, ObserverReply, Phase, Source, StepReading, TrainingInfo, say
-from lorameter.attach.sources import device_of
+from lorameter.attach.sources import device_in_use, device_of
 from lorameter.errors import UsageError, said_by
 from lorameter.machine import provenance
 from lorameter.machine.telemetry import Telemetry
@@ -124,9 +124,7 @@ class RunFile:
 
     def write_last(self, record: TrialRecord) -> None:
         """Write the record of a training that has ended."""
-        writer = RunWriter(self.path.parent, self._manifest)
-        writer.append(record)
-        writer.finish("complete" if record.settled else "interrupted")
+        RunWriter(self.path.parent, self._manifest).finish_with(record)
 
 
 def study_of(command: str, requirements: dict[str, object]) -> Study:
@@ -210,7 +208,7 @@ class Writer:
             self._ranks = Ranks(path, training)
         if training.rank:
             return AT_ONCE
-        device = str(device_of([*training.module.parameters()])) if training.module is not None else _device_in_use()
+        device = str(device_of([*training.module.parameters()])) if training.module is not None else device_in_use()
         self._samples, self._work = StepSamples(training.planned_steps), Work(training)
         self._values = training.counts | {"threads": float(torch.get_num_threads())}
         self._file = RunFile(path, device=device, requirements=self._require, values=dict(self._values))
@@ -346,10 +344,6 @@ def print_report(path: Path) -> None:
         subprocess.run(command, env=variables, check=False, timeout=REPORT_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
         say(f"run {path.name} is written, and its report was not printed: {said_by(error)}")
-
-
-def _device_in_use() -> str:
-    return "cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu"
 
 
 SEEN_BY: Mapping[Source, str] = {

@@ -96,11 +96,6 @@ def judge(
     return tuple(sorted(found, key=lambda disturbance: (not disturbance.invalid, -disturbance.weight)))
 
 
-def waiting_share(values: Mapping[str, float], phase: str) -> float | None:
-    """Share of the watched time of a phase in which something that could run waited for a CPU; None if not known."""
-    return _PhaseValues(values, phase).host_share("cpu_stall_s")
-
-
 @dataclass(frozen=True, slots=True)
 class _PhaseValues:
     """Values of one phase by the names that the meters use; None for what was not measured."""
@@ -114,9 +109,9 @@ class _PhaseValues:
     def host(self, what: str) -> float | None:
         return self.values.get(telemetry_key("host", what, self.phase))
 
-    def host_share(self, what: str) -> float | None:
-        """Of the time that was watched."""
-        part, whole = self.host(what), self.host("watched_s")
+    def waiting_share(self) -> float | None:
+        """Share of the watched time in which runnable work waited for a CPU."""
+        part, whole = self.host("cpu_stall_s"), self.host("watched_s")
         return part / whole if part is not None and whole else None
 
     def time_share(self, counter: str) -> tuple[float, str] | None:
@@ -232,7 +227,7 @@ def _retrying(memory: Mapping[str, int], phase: str) -> Iterator[Disturbance]:
 
 
 def _contended(values: _PhaseValues, occupancy: float | None, *, in_turns: bool) -> Iterator[Disturbance]:
-    share, switches = values.host_share("cpu_stall_s"), values.host("involuntary_switches")
+    share, switches = values.waiting_share(), values.host("involuntary_switches")
     low = occupancy is not None and occupancy < OCCUPANCY_INVALID
     if low or (share is not None and share > CONTENDED):
         waited = "" if share is None else f"work waited for a CPU in {share:.0%} of the time"

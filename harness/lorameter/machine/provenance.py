@@ -143,8 +143,8 @@ class MachineFacts:
     git: dict[str, Any]
     """Commit and dirty flag of the repository that the trials run in."""
     host: dict[str, Any] | None = None
-    """What another interpreter than the present one says of itself (`executors.host.describe`), in place of the same
-    names here; None for the present one."""
+    """Description of the interpreter that trials run in (`lorameter.run.workers.environment.describe`), where it is not
+    the present one; its values replace those here."""
     packages: dict[str, str] = field(default_factory=dict)
     """All distributions of the present interpreter, with their versions."""
     switches: dict[str, str] = field(default_factory=dict)
@@ -234,7 +234,7 @@ def differing_packages(
 ) -> dict[str, tuple[str | None, str | None]]:
     """What an effect can be attributed to: the distributions whose versions differ, with both (None: not installed).
 
-    `base` and `candidate` are descriptions of two hosts (`executors.host.describe`).
+    `base` and `candidate` are descriptions of two hosts (`lorameter.run.workers.environment.describe`).
     """
     ours, theirs = base["packages"], candidate["packages"]
     return {

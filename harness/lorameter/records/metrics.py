@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorameter.errors import InvalidRunError
-from lorameter.records.record import TrialRecord
+from lorameter.records.record import PartialRecord, TrialRecord
 from lorameter.records.units import Unit
 
 Phase = Literal["train", "generate", "cold"]
@@ -115,6 +115,11 @@ def real_tokens_of_steps(record: TrialRecord) -> Samples:
     return tuple(count for name in SCRIPT_TOKENS for count in record.samples.get(name, ()))
 
 
+def losses_of_steps(record: PartialRecord) -> Samples:
+    """The loss of each step, in their order; () where no loss was measured."""
+    return tuple(loss for name in LOSSES for loss in record.samples.get(name, ()))
+
+
 def _output_tokens_per_s(record: TrialRecord) -> Samples:
     """Of all answers of a request; a record that does not say how many prompts it has is of one."""
     tokens = record.values.get("new_tokens", 0.0) * record.values.get("request_batch", 1.0)
@@ -141,7 +146,7 @@ def _open_ended_time_per_token_s(record: TrialRecord) -> Samples:
 def _final_loss(record: TrialRecord) -> Samples:
     if "timed_loss" not in record.samples:  # a trial that is not there to be timed ends its training early
         return ()
-    losses = tuple(loss for name in LOSSES for loss in record.samples.get(name, ()))
+    losses = losses_of_steps(record)
     return losses[-max(1, len(losses) // FINAL_SHARE) :]
 
 

@@ -194,6 +194,11 @@ class RunWriter:
         """Whether anything was measured in this run, now or before."""
         return fileio.is_file(self.path / TRIALS)
 
+    def finish_with(self, record: TrialRecord) -> None:
+        """Write the last record of a run of one trial, and state how the run ended."""
+        self.append(record)
+        self.finish("complete" if record.settled else "interrupted")
+
     def finish(
         self,
         status: RunStatus,

@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import cast
 
 from kernels_check.check import Status
-from lorameter.records.metrics import LOSSES, METRICS, PEAKS, RSS_AT_START
+from lorameter.records.metrics import METRICS, PEAKS, RSS_AT_START, losses_of_steps
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import Run
 from lorameter.records.units import first_few
@@ -367,7 +367,7 @@ def _losses_by_step(series: Series) -> list[tuple[float, ...]]:
     """The losses at each step, of the trials that trained all steps: isolated trials and trainings that were cut short
     end earlier and are left out."""
     records = series.measuring("timed_loss")
-    curves = [[loss for name in LOSSES for loss in record.samples.get(name, ())] for record in records]
+    curves = [losses_of_steps(record) for record in records]
     most = max(map(len, curves), default=0)
     return list(zip(*(losses for losses in curves if len(losses) == most), strict=True))
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from lorameter.records.metrics import Phase
 from lorameter.records.record import SCHEMA, Interleaving, Measure, Role
 from lorameter.studies.protocol import Protocol
-from lorameter.studies.variant import BuiltVariant, LoraVariant, Quantization, ScriptVariant, Variant
+from lorameter.studies.variant import BuiltVariant, LoraVariant, ScriptVariant, Variant
 from lorameter.studies.workload import Workload
 
 
@@ -247,11 +247,8 @@ def _other_bases(own: Variant) -> list[Variant]:
     plain = dataclasses.replace(own, quantization="none", prepare_for_kbit=False)
     wanted = [dataclasses.replace(plain, dtype=sixteen)]
     if not own.is_4bit:
-        wanted.append(dataclasses.replace(plain, quantization=_FOUR_BITS))
+        wanted.append(dataclasses.replace(plain, quantization="nf4"))
     return [other for other in wanted if _stored(other) != _stored(own)]
-
-
-_FOUR_BITS: Quantization = "nf4"
 
 
 def _stored(variant: Variant) -> str:

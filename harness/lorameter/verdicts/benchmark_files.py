@@ -309,7 +309,7 @@ def unlike(study: Study, ours: dict[str, Any], saved: dict[str, Any], where: str
 
     Args:
         study: of this session.
-        ours: what must agree of this session (`provenance.comparable`).
+        ours: what must agree of this session (`provenance.fingerprint_fields`).
         saved: the content of the file.
         where: names the file in errors.
 

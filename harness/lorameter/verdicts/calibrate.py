@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorameter.errors import InvalidRunError
-from lorameter.records.metrics import PRIMARY, Phase
+from lorameter.records.metrics import PRIMARY
 from lorameter.records.store import Run, measuring_time_s
 from lorameter.records.units import format_count
 from lorameter.stats import Comparison, compare_trials, replicates_to_see, sd_interval
@@ -89,14 +89,14 @@ class Calibration:
     prices: tuple[Price, ...]
 
 
-def calibrate(run: Run, variant: AnyVariant, phase: Phase = "train") -> Calibration:
+def calibrate(run: Run, variant: AnyVariant) -> Calibration:
     """Rates, power and prices from an A/B run whose candidate is the base with extra work.
 
     Raises:
         InvalidRunError: too few replicates are ok.
     """
     base_side, candidate_side = group_trials(run.records, "base"), group_trials(run.records, "candidate")
-    metric = PRIMARY[phase]
+    metric = PRIMARY["train"]
     try:
         base, twin = base_side[variant.name, "variant"], base_side[variant.name, "control"]
         slow = candidate_side[variant.name, "variant"]

@@ -9,7 +9,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping
 
-from lorameter.records.metrics import LOSSES, PHASE_TITLES, Phase
+from lorameter.records.metrics import PHASE_TITLES, Phase, losses_of_steps
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.store import Run
 from lorameter.records.units import format_count, format_duration, format_ratio
@@ -136,7 +136,7 @@ def _constant_loss(ok: list[TrialRecord]) -> Iterator[Notice]:
     """
     stuck: list[TrialRecord] = []
     for record in ok:
-        losses = [loss for name in LOSSES for loss in record.samples.get(name, ())][1:]
+        losses = losses_of_steps(record)[1:]
         if len(losses) >= LEAST_STEPS_FOR_A_CONSTANT and len(set(losses)) == 1:
             stuck.append(record)
     if stuck:

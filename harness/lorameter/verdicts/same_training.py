@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lorameter.records.metrics import LOSSES, real_tokens_of_steps
+from lorameter.records.metrics import losses_of_steps, real_tokens_of_steps
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.store import Run
 from lorameter.records.units import first_few, format_ratio
@@ -130,7 +130,7 @@ def compare_losses(sides: ScriptPair) -> LossAgreement:
         return LossAgreement(
             found="unknown", reason="they see different tokens, so their losses have nothing in common"
         )
-    base, candidate = sides.steps(_losses)
+    base, candidate = sides.steps(losses_of_steps)
     if not base or not all(base) or not all(candidate):
         return LossAgreement(found="unknown", reason="no trial of both in which every loss was seen")
     steps = min(map(len, (*base, *candidate)))
@@ -180,10 +180,6 @@ def _scatter(losses: Sequence[float]) -> list[float]:
     """Log ratios of each loss to its neighbours, in which no trend is."""
     logs = [math.log(loss) for loss in losses]
     return [logs[place] - (logs[place - 1] + logs[place + 1]) / 2 for place in range(1, len(logs) - 1)]
-
-
-def _losses(record: TrialRecord) -> tuple[float, ...]:
-    return tuple(loss for name in LOSSES for loss in record.samples.get(name, ()))
 
 
 def _compare(base: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]]) -> Comparison:

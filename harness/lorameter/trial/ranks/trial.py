@@ -27,7 +27,7 @@ from lorameter.errors import shorten
 from lorameter.machine.gpus import GENERATIONS
 from lorameter.machine.nvml import VARIABLE, visible_devices
 from lorameter.machine.processes import exit_words, fork_process
-from lorameter.records.metrics import LOSSES
+from lorameter.records.metrics import losses_of_steps
 from lorameter.records.os_errors import failed_record
 from lorameter.records.record import Failure, Notice, PartialRecord, Status, judge_required
 from lorameter.studies.request import TrialRequest
@@ -77,7 +77,7 @@ class TrialOfRanks:
             self.end()
             return fragment
         alone = alone if one_first else self._ask_one(command, arguments)
-        self._losses["ranks"] += _losses_of(fragment)
+        self._losses["ranks"] += losses_of_steps(fragment)
         notices = [*fragment.notices, *alone.notices, *(_imbalance(fragment.values) if command == "verify" else ())]
         fragment = msgspec.structs.replace(fragment, samples=fragment.samples | alone.samples, notices=tuple(notices))
         return self._compare(fragment) if command == "finish_training" else fragment
@@ -106,7 +106,7 @@ class TrialOfRanks:
                     remedy="Write scaling = false in [workload] where the model does not fit one device.",
                 )
             )
-        self._losses["one"] += _losses_of(fragment)
+        self._losses["one"] += losses_of_steps(fragment)
         times = fragment.samples.get("step_time_s", ())
         return PartialRecord(samples={"one_rank_step_time_s": times} if times else {})
 
@@ -250,10 +250,6 @@ def merge_values(every: Sequence[Mapping[str, float]]) -> dict[str, float]:
         else:
             merged[key] = found[0]
     return merged
-
-
-def _losses_of(fragment: PartialRecord) -> list[float]:
-    return [loss for name in LOSSES for loss in fragment.samples.get(name, ())]
 
 
 def _imbalance(values: Mapping[str, float]) -> list[Notice]:
