@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from lorameter.errors import UsageError
@@ -20,7 +20,6 @@ from lorameter.run.plan import Arm, Plan, Sides, arms_of, arms_on_sides, make_pl
 from lorameter.run.workers.script_sandbox import check_side
 from lorameter.studies.data_source import make_absolute
 from lorameter.studies.study import Study
-from lorameter.studies.workload import Workload
 
 
 def build_plan(
@@ -32,7 +31,6 @@ def build_plan(
     phases: Sequence[str] = PHASES,
     interleaving: str | None = None,
     runs: Path | None = None,
-    own_workloads: Mapping[str, Workload] | None = None,
     sides: Sides | None = None,
     shown_only: bool = False,
 ) -> tuple[Plan, tuple[Notice, ...]]:
@@ -46,7 +44,6 @@ def build_plan(
         phases: what to measure of them.
         interleaving: a level to use instead of the finest that is possible.
         runs: folder of earlier runs, whose measured peaks say what fits together.
-        own_workloads: workloads of variants that are not measured on the study's, by name; the study's own if left out.
         sides: of an A/B: what each variant is compared on.
         shown_only: whether the plan is only looked at: that an engine needs another device is then a notice.
 
@@ -57,7 +54,7 @@ def build_plan(
         study = _check_sides(study, sides)
         arms = arms_on_sides(study, select, sides)
     else:
-        arms = arms_of(study, select, own_workloads)
+        arms = arms_of(study, select)
     workloads = workloads_of(study, arms)
     notices = check_feasible(study, machine, arms, free_bytes=free_bytes, phases=phases, shown_only=shown_only)
     together = _together_bytes(study, arms, machine, runs)

@@ -26,7 +26,7 @@ from lorameter.records.metrics import PHASES
 from lorameter.records.record import Interleaving, Measure, Role, Side, TrialRecord
 from lorameter.studies import limits
 from lorameter.studies.protocol import Protocol
-from lorameter.studies.study import Study, unknown
+from lorameter.studies.study import Study
 from lorameter.studies.variant import AnyVariant, ScriptVariant, Variant
 from lorameter.studies.workload import Workload
 
@@ -93,22 +93,18 @@ class Arm:
         return math.ceil(steps / protocol.steps_per_turn)
 
 
-def arms_of(
-    study: Study, select: Sequence[str] = (), own_workloads: Mapping[str, Workload] | None = None
-) -> tuple[Arm, ...]:
+def arms_of(study: Study, select: Sequence[str] = ()) -> tuple[Arm, ...]:
     """The variants to measure and the control; the reference stays in whatever is selected.
 
     Args:
-        study: its variants and the workload on which they meet.
+        study: its variants, and the workload of each.
         select: names of variants; empty for all.
-        own_workloads: workloads of variants that are not measured on the study's, by name; the study's own if left out.
 
     Raises:
-        UsageError: an unknown variant, a workload of other data, or two variants that are one.
+        UsageError: an unknown variant, or two variants that are the same.
     """
-    own = study.own_workloads if own_workloads is None else own_workloads
-    _check_own(study, own)
-    study.check_distinct(own)
+    own = study.own_workloads
+    study.check_distinct()
     chosen = {study.variant(name).name for name in select} or {variant.name for variant in study.variants}
     chosen.add(study.reference)
 
@@ -136,18 +132,6 @@ def arms_on_sides(study: Study, select: Sequence[str], sides: Sides) -> tuple[Ar
         ]
         found += [dataclasses.replace(base, role="control")] if variant is controlled else []
     return tuple(found)
-
-
-def _check_own(study: Study, own: Mapping[str, Workload]) -> None:
-    names = [variant.name for variant in study.variants]
-    for name, workload in own.items():
-        if name not in names:
-            raise UsageError(f"study {study.name}: workload of {name!r}: {unknown(name, names)}")
-        if workload.data != study.workload.data:
-            raise UsageError(
-                f"study {study.name}: workload of {name!r}: other data. Variants meet on the same records; make it a "
-                "study of its own."
-            )
 
 
 def variants_of(arms: Iterable[Arm]) -> tuple[AnyVariant, ...]:

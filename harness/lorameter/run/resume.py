@@ -40,7 +40,6 @@ from lorameter.run.workers.environment import restore_requirements
 from lorameter.studies.from_run import read_own_workloads, read_study
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
-from lorameter.studies.workload import Workload
 from lorameter.verdicts.comparison_input import differences
 from lorameter.verdicts.validity import is_single_script_run
 
@@ -55,7 +54,6 @@ class PlanSpec:
     study: dict[str, Any]
     phases: tuple[str, ...]
     selection: tuple[str, ...]
-    own_workloads: dict[str, Workload]
     interleaving: Interleaving
     why: str
     order: tuple[str, ...]
@@ -71,7 +69,6 @@ def write_plan(plan: Plan, whole: Plan) -> PlanSpec:
         study=codec.to_json(whole.study),
         phases=whole.phases,
         selection=tuple(variant.name for variant in variants_of(whole.arms)),
-        own_workloads=whole.own_workloads,
         interleaving=whole.interleaving,
         why=whole.why,
         order=tuple(slot.trial for slot in whole.slots),
@@ -86,7 +83,7 @@ def read_plan(written: PlanSpec) -> Plan:
     if written.sides:
         arms = arms_on_sides(study, written.selection, written.sides)
     else:
-        arms = arms_of(study, written.selection, written.own_workloads)
+        arms = arms_of(study, written.selection)
     plan = make_plan(
         study, arms=arms, phases=written.phases, interleaving=written.interleaving, why=written.why,
         sides=written.sides,
@@ -246,7 +243,6 @@ def plan_rest(run: Run, placement: Placement, *, max_minutes: float | None = Non
             study=manifest.study,
             phases=manifest.phases,
             selection=manifest.selection,
-            own_workloads=read_own_workloads(run),
             interleaving=manifest.interleaving,  # type: ignore[arg-type]
             why=manifest.why,
             order=manifest.order,

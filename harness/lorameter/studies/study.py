@@ -124,10 +124,9 @@ class Study:
             own[self.engine.variant] = self.engine.workload_of(self.workload)
         return own
 
-    def check_distinct(self, own_workloads: Mapping[str, Workload] | None = None) -> None:
-        """Raises `UsageError` where two variants are the same configuration on the same workload; `own_workloads` are
-        those of variants that are not measured on the study's, by name, the study's own if left out."""
-        own = self.own_workloads if own_workloads is None else own_workloads
+    def check_distinct(self) -> None:
+        """Raises `UsageError` where two variants are the same configuration on the same workload."""
+        own = self.own_workloads
         by_content = dict[tuple[str, Workload], str]()
         for variant in self.variants:
             content = (variant.id, own.get(variant.name, self.workload))
