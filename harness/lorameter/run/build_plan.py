@@ -13,7 +13,7 @@ from lorameter.records import fileio
 from lorameter.records.metrics import PHASES
 from lorameter.records.record import Notice
 from lorameter.run.feasibility import check_feasible
-from lorameter.run.forecast import most_of, together_bytes, total_of
+from lorameter.run.forecast import largest_known, sum_known, together_bytes
 from lorameter.run.interleaving import choose_interleaving
 from lorameter.run.memory_probe import REHEARSED
 from lorameter.run.plan import Arm, Plan, Sides, arms_of, arms_on_sides, make_plan, variants_of, workloads_of
@@ -80,10 +80,10 @@ def _together_bytes(study: Study, arms: Sequence[Arm], machine: Machine, runs: P
     """What the processes need that are live together: those of all variants, in an A/B the three of one variant."""
     if arms[0].side:
         variants = {arm.variant.id: arm.variant for arm in arms}.values()
-        return most_of(
+        return largest_known(
             together_bytes([variant] * 3, study.workload, machine, runs, forked=False) for variant in variants
         )
-    return total_of(
+    return sum_known(
         together_bytes([arm.variant for arm in arms if arm.workload == workload], workload, machine, runs, forked=True)
         for workload in workloads_of(study, arms)
     )

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorameter.errors import LorameterError
 from lorameter.machine.provenance import Machine
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.lora import adapter_parameters, uncounted
@@ -24,9 +23,9 @@ from lorameter.models.costs.memory import (
     passing_bytes,
 )
 from lorameter.models.shapes import unknown_layers
-from lorameter.records import codec, store
+from lorameter.records import codec
 from lorameter.run.feasibility import processes_on_device
-from lorameter.run.forecast_time import TimeForecast, forecast_time
+from lorameter.run.forecast_time import TimeForecast, forecast_time, latest_runs
 from lorameter.run.plan import Group, Plan
 from lorameter.run.workers import Executor
 from lorameter.studies.request import BaseKey, base_key
@@ -34,8 +33,6 @@ from lorameter.studies.script import OWN
 from lorameter.studies.variant import AnyVariant, Variant
 from lorameter.studies.workload import Workload
 
-RUNS_LOOKED_AT = 20
-"""Runs that are searched for measured peaks."""
 OF_SCRIPTS = "it is the scripts' own"
 
 
@@ -51,28 +48,32 @@ class Forecast:
 
 
 def forecast(plan: Plan, machine: Machine, runs: Path, executor: Executor | None = None) -> Forecast:
-    """Expected time, memory of what is live together at most (with its processes) and disk of a run. Its steps are
-    timed by the `executor`, if there is one."""
-    took = forecast_time(plan, machine, runs, executor)
+    """Expected time, largest memory of processes that are live together, and disk of a run. Its steps are timed by the
+    `executor`, if there is one."""
+    time = forecast_time(plan, machine, runs, executor)
     if plan.study.of_scripts:
-        return Forecast(time=took, memory_bytes=None, disk_bytes=None, unknown=OF_SCRIPTS)
-    shape_of = {one: shapes.shape(catalogue.resolve(one.model)) for one in plan.workloads}
+        return Forecast(time=time, memory_bytes=None, disk_bytes=None, unknown=OF_SCRIPTS)
+    shape_of = {workload: shapes.shape(catalogue.resolve(workload.model)) for workload in plan.workloads}
     unknown = next(filter(None, (uncounted(arm.built, shape_of[arm.workload]) for arm in plan.arms)), None)
     needs: dict[str, int | None] = {}
-    for one in plan.workloads:
-        needs |= needed_bytes([who.built for who in plan.arms if who.workload == one], one, machine, runs)
-    memory = most_of(_group_bytes(group, needs, machine, forked=not plan.sides) for group in plan.groups)
+    for workload in plan.workloads:
+        variants = [arm.built for arm in plan.arms if arm.workload == workload]
+        needs |= needed_bytes(variants, workload, machine, runs)
+    memory = largest_known(_group_bytes(group, needs, machine, forked=not plan.sides) for group in plan.groups)
     disk = None
     if unknown is None:
-        tokens = sum(4 * 8 * one.sequence_length * (one.train_sequences + one.held_out_sequences) for one in shape_of)
+        tokens = sum(
+            4 * 8 * workload.sequence_length * (workload.train_sequences + workload.held_out_sequences)
+            for workload in plan.workloads
+        )
         adapters = [adapter_parameters(arm.built, shape_of[arm.workload]) for arm in plan.arms]
         disk = tokens + len(plan.slots) * 64 * 1024 + max(adapters) * 4
-    return Forecast(time=took, memory_bytes=memory, disk_bytes=disk, unknown=unknown)
+    return Forecast(time=time, memory_bytes=memory, disk_bytes=disk, unknown=unknown)
 
 
 def _group_bytes(group: Group, needs: Mapping[str, int | None], machine: Machine, *, forked: bool) -> int | None:
     """What is live together: each process counts with the largest of its trials, and shared memory once."""
-    total = total_of(most_of(needs[slot.variant.name] for slot in launch) for launch in group.launches)
+    total = sum_known(largest_known(needs[slot.variant.name] for slot in launch) for launch in group.launches)
     first = [launch[0] for launch in group.launches]
     return total and total - _shared_bytes([(slot.arm.built, slot.workload) for slot in first], machine, forked=forked)
 
@@ -83,44 +84,45 @@ def _shared_bytes(processes: Sequence[tuple[Variant, Workload]], machine: Machin
     if machine.device != "cpu":
         return 0
     imported = (len(processes) - 1) * int((1 - COPIED_SHARE) * birth_bytes(machine.cuda)) if forked else 0
-    return imported + _mapped_again(processes, machine) + _given_back(processes, machine)
+    return imported + _shared_base_bytes(processes, machine) + _idle_logit_bytes(processes, machine)
 
 
-def _given_back(processes: Iterable[tuple[Variant, Workload]], machine: Machine) -> int:
-    """Bytes in the peak of each that only those hold which compute, no more than there are CPUs: logits."""
-    found = []
+def _idle_logit_bytes(processes: Iterable[tuple[Variant, Workload]], machine: Machine) -> int:
+    """Logits in the estimated peaks of processes that wait. A process holds them only while it computes, and no more
+    processes compute at once than there are CPUs: the largest count."""
+    sizes = []
     for variant, workload in processes:
         shape = shapes.shape(catalogue.resolve(workload.model))
         counted = lora_like(variant) if uncounted(variant, shape) else variant  # logits do not depend on the method
-        found.append(passing_bytes(counted, workload, shape))
-    return sum(sorted(found)[: -machine.cpus])
+        sizes.append(passing_bytes(counted, workload, shape))
+    return sum(sorted(sizes)[: -machine.cpus])
 
 
-def _mapped_again(processes: Iterable[tuple[Variant, Workload]], machine: Machine) -> int:
-    """Bytes that these processes, each counted for itself, have in common: the base, which is mapped from one file. One
-    that the adapter's initialisation or the training of its biases rewrites is each process's own."""
-    seen: set[BaseKey] = set()
-    again = 0
+def _shared_base_bytes(processes: Iterable[tuple[Variant, Workload]], machine: Machine) -> int:
+    """Bytes of bases that several of these processes map from one file, beyond the first of them. A base that the
+    adapter's initialisation rewrites, or whose biases train, is not shared."""
+    mapped: set[BaseKey] = set()
+    repeated = 0
     for variant, workload in processes:
         shape = shapes.shape(catalogue.resolve(workload.model))
         if variant.rewrites_base or variant.trains_base or uncounted(variant, shape):
             continue
         key = base_key(variant, workload)
-        again += mapped_bytes(variant, shape) if key in seen else 0
-        seen.add(key)
-    return again
+        repeated += mapped_bytes(variant, shape) if key in mapped else 0
+        mapped.add(key)
+    return repeated
 
 
-def most_of(sizes: Iterable[int | None]) -> int | None:
+def largest_known(sizes: Iterable[int | None]) -> int | None:
     """The largest; None where one is not known."""
-    every = list(sizes)
-    return None if None in every else max(filter(None, every), default=0)
+    known = list(sizes)
+    return None if None in known else max(filter(None, known), default=0)
 
 
-def total_of(sizes: Iterable[int | None]) -> int | None:
+def sum_known(sizes: Iterable[int | None]) -> int | None:
     """The sum; None where one is not known."""
-    every = list(sizes)
-    return None if None in every else sum(filter(None, every))
+    known = list(sizes)
+    return None if None in known else sum(filter(None, known))
 
 
 def together_bytes(
@@ -129,7 +131,7 @@ def together_bytes(
     """Expected memory of one live process for each member, with shared memory counted once; None where that of one is
     not known. `forked` as for a plan without sides: one process is the parent of all."""
     needs = needed_bytes(members, workload, machine, runs)
-    total = total_of(needs[variant.name] for variant in members)
+    total = sum_known(needs[variant.name] for variant in members)
     if total is None or workload.model == OWN:
         return total
     processes = [(variant, workload) for variant in members if isinstance(variant, Variant)]
@@ -170,16 +172,9 @@ def measured_peaks(workload: Workload, machine: Machine, runs: Path, kind: str) 
     """Largest peak of each variant, by its id, measured on this workload in the latest runs on this machine; `kind` is
     the name under which records hold it."""
     peaks, wanted = dict[str, int](), codec.to_json(workload)
-    for path in store.list_runs(runs)[-RUNS_LOOKED_AT:]:
-        try:
-            run = store.read_run(str(path), runs)
-        except LorameterError:
-            continue
-        manifest = run.manifest
-        if manifest.provenance.get("device_name") != machine.device_name:
-            continue
+    for run in latest_runs(machine, runs):
         for record in run.records:
-            measured_on = manifest.own_workloads.get(record.name, manifest.study.get("workload"))
+            measured_on = run.manifest.own_workloads.get(record.name, run.manifest.study.get("workload"))
             if kind in record.memory and measured_on == wanted:
                 peaks[record.variant] = max(peaks.get(record.variant, 0), record.memory[kind])
     return peaks

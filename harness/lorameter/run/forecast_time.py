@@ -40,8 +40,8 @@ from lorameter.studies.request import TrialRequest, base_key
 from lorameter.studies.variant import Variant
 from lorameter.verdicts.series import group_trials, pairs_against
 
-RUNS_LOOKED_AT = 20
-"""Latest runs that are searched."""
+LATEST_RUNS = 20
+"""Runs that are searched for measured times and peaks."""
 SOUGHT_WIDTH = 0.03
 """Half-width for which the minutes are predicted."""
 MOST_REPLICATES = 200
@@ -51,7 +51,7 @@ TIMING_LIMIT_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeForecast:
-    """Each is None where it would be a guess."""
+    """What a plan takes, and how wide its intervals will be; each is None where it would be a guess."""
 
     time_s: float | None
     basis: str
@@ -127,7 +127,7 @@ def half_width(sd: float, replicates: int, plan: Plan) -> float | None:
     and all comparisons of the plan share their scatter; None of one replicate."""
     if replicates < 2:
         return None
-    sided = any(one.side for one in plan.arms)
+    sided = any(arm.side for arm in plan.arms)
     comparisons = 1 if sided else len(plan.arms) - 1
     prior = min(PRIOR_DF, (comparisons - 1) * (replicates - 1))
     spread = Spread(
@@ -172,11 +172,11 @@ def simulate(plan: Plan, times: PlanTimes) -> tuple[list[float], tuple[str, ...]
 
     names = {slot.executor for slot in plan.slots}
     run_plan(plan, dict.fromkeys(names, executor), context, save=save, listener=Display(), budget=budget)
-    return list(ends.values()), tuple(part for part in budget.skipped)
+    return list(ends.values()), tuple(sorted(budget.skipped))
 
 
 class _SimulatedExecutor(Executor):
-    """Commands take no time but that of its own clock."""
+    """Carries out commands by advancing a clock of its own."""
 
     def __init__(self, plan: Plan, times: PlanTimes) -> None:
         self.now_s = 0.0
@@ -207,7 +207,7 @@ class _SimulatedExecutor(Executor):
 
 
 class _SimulatedWorker(Worker):
-    """Works from the moment it is asked; others may work at the same time."""
+    """Works from the moment a command is sent; others may work at the same time."""
 
     start_latency_s = 0.0
 
@@ -291,12 +291,12 @@ def _time_variant(plan: Plan, slot: Slot, executor: Executor, device: str, end: 
     request = request_of(plan, slot, context, executor.make_place(slot.trial, slot.trial))
     worker = executor.launch()
     try:
-        found = worker.ask("times", slot.trial, max(end - time.monotonic(), 1.0), request=codec.to_json(request))
+        answer = worker.ask("times", slot.trial, max(end - time.monotonic(), 1.0), request=codec.to_json(request))
     finally:
         worker.close()
-    if found.failure is not None:
-        raise WorkerLostError(found.status, found.failure)
-    times, workload = found.values, slot.workload
+    if answer.failure is not None:
+        raise WorkerLostError(answer.status, answer.failure)
+    times, workload = answer.values, slot.workload
     return TrialTimes(
         step_s=times["step"],
         evaluate_s=times["evaluate"] * math.ceil(workload.held_out_sequences / workload.batch_size),
@@ -307,23 +307,28 @@ def _time_variant(plan: Plan, slot: Slot, executor: Executor, device: str, end: 
 
 def _scatter(plan: Plan, machine: Machine, runs: Path) -> tuple[float, str]:
     """The standard deviation of a replicate's log ratio, and what it rests on."""
-    for run in _latest(machine, runs):
+    for run in latest_runs(machine, runs):
         if run.manifest.interleaving == plan.interleaving and not run.manifest.sides and not run.manifest.sites:
             groups = group_trials(run.records)
             reference = str(run.manifest.study.get("reference"))
             if (reference, "variant") not in groups:
                 continue
-            effects = [one.effect for one in pairs_against(groups, reference, "step_time_s").values()]
-            found = [one.spread.sd for one in effects if one.spread is not None and one.replicates >= SOUGHT_REPLICATES]
-            if found:
-                sd = statistics.median(found)
+            effects = [pairs.effect for pairs in pairs_against(groups, reference, "step_time_s").values()]
+            deviations = [
+                effect.spread.sd
+                for effect in effects
+                if effect.spread is not None and effect.replicates >= SOUGHT_REPLICATES
+            ]
+            if deviations:
+                sd = statistics.median(deviations)
                 return sd, f"scatter of {format_percent(sd)} a replicate, as in run {run.manifest.run}"
     sd = SCATTER[plan.interleaving]
     return sd, f"an assumed scatter of {format_percent(sd)} a replicate"
 
 
-def _latest(machine: Machine, runs: Path) -> Iterator[Run]:
-    for path in reversed(store.list_runs(runs)[-RUNS_LOOKED_AT:]):
+def latest_runs(machine: Machine, runs: Path) -> Iterator[Run]:
+    """The latest runs on this machine that can be read, the newest first."""
+    for path in reversed(store.list_runs(runs)[-LATEST_RUNS:]):
         with contextlib.suppress(LorameterError):
             if store.read_manifest(path).provenance.get("device_name") == machine.device_name:
                 yield store.read_run(str(path), runs)
