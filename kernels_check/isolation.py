@@ -63,7 +63,7 @@ def probe_isolation(model: nn.Module, batch: Mapping[str, Any]) -> Check:
 def judge_calls(seen: Observation) -> PathObservation:
     """Judge ``packing.isolated`` by forwards of the step's own packed calls, unless what the model was given shows a
     leak: a model may ignore what it is given."""
-    by_inputs = judge_leaks(seen.isolation())
+    by_inputs = judge_leaks(seen.isolation)
     calls = [call for call in packed_or_all(seen.model_calls) if packs(call.arguments)]
     return _probe(seen.model, calls) if calls and by_inputs.observed is not False else by_inputs
 

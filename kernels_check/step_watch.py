@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from types import TracebackType
 
 from torch import nn
@@ -24,8 +25,8 @@ from kernels_check.observe.profile import AROUND, INSIDE, is_recording, profiled
 from kernels_check.observe.ranks import RankEvidence, RankObserver
 
 _PARTS: Mapping[str, Callable[[Observation], list[ParameterStatus]]] = {
-    "embedding.trained": Observation.embeddings,
-    "norms.trained": Observation.norms,
+    "embedding.trained": attrgetter("embeddings"),
+    "norms.trained": attrgetter("norms"),
 }
 COMPILED_MEANWHILE = "code was compiled in this step, and a hook would stay in that code: watch a later step"
 NO_UPDATE = (
@@ -242,9 +243,8 @@ class Watch:
             check = judge_safely(check.path, check.required, partial(judge_calls, seen))
         if self._steps.compiled and PATHS[check.path].by_modules:
             return replace(check, observed=None, status="unknown", reason=COMPILED_MEANWHILE)
-        if (
-            self._takes_an_update(check) and not seen.updated and seen.calls < MOST_CALLS
-        ):  # what stepped in an earlier block is none of this one's
+        # An optimizer that stepped in an earlier block did not step in this one.
+        if self._takes_an_update(check) and not seen.updated and seen.calls < MOST_CALLS:
             why = NO_UPDATE
         elif self._may_show_more(check, seen):
             why = PATHS[check.path].further_steps

@@ -61,7 +61,7 @@ _UNSEEN = "called, but the adapter is of bare parameters, which leave no trace w
 
 def judge_attached(seen: Observation, required: Json) -> PathObservation:
     """Judge ``peft.attached``: present, active, enabled, not merged, and executed, wherever it was configured."""
-    layers = seen.adapter_layers()
+    layers = seen.adapter_layers
     if not layers:
         return PathObservation(observed=False, present=False, reason=NO_ADAPTER)
     states = _states(layers, seen)
@@ -77,7 +77,7 @@ def judge_attached(seen: Observation, required: Json) -> PathObservation:
         doubts.append(BY_HAND)
     if len(faults) == 1 and faults[0].startswith(_IDLE):
         faults.append("the step never calls these modules with it: choose target_modules that it does")
-    missing = seen.unmatched_names()
+    missing = seen.unmatched_names
     if missing:
         faults.append(f"asked for and matched nothing: {name_some(missing)} (mend the name, or leave it out)")
     adapters = join_values(name for layer in layers for name in layer.held if name)
@@ -95,7 +95,7 @@ def _describe(layer: AdapterLayer, problem: str) -> str:
 
 def _states(layers: Sequence[AdapterLayer], seen: Observation) -> dict[str, set[str]]:
     """What is wrong with each layer, by its name."""
-    names = {id(value): name for name, value in seen.tree().parameters}
+    names = {id(value): name for name, value in seen.tree.parameters}
     called = {layer.name: calls_that_count(layer, seen) for layer in layers}
     weights = {layer.name: {id(value) for _, value in layer.weights()} for layer in layers}
     owners = Counter(key for held in weights.values() for key in held)
@@ -194,9 +194,9 @@ _NO_STEP = (
 
 def judge_learning(seen: Observation, required: Json) -> PathObservation:
     """Judge ``peft.learning``."""
-    if not seen.adapter_layers():
+    if not seen.adapter_layers:
         return PathObservation(observed=False, present=False, reason=NO_ADAPTER)
-    everything = seen.trained_parameters()
+    everything = seen.trained_parameters
     frozen = [name for name, value in everything.items() if not value.requires_grad]
     by_optimizer = [name for name in frozen if _kept_by_lora_fa(everything[name], seen)]
     judged = {name: value for name, value in everything.items() if name not in by_optimizer}
@@ -235,7 +235,7 @@ def _gradient_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[l
     trainable = [name for name, value in judged.items() if value.requires_grad]
     reached = [name for name in trainable if name in seen.gradients]
     zero = [name for name in reached if not seen.gradients[name].nonzero]
-    rare = {name for name in zero if name in seen.token_parameters()}
+    rare = {name for name in zero if name in seen.token_parameters}
     unproven = [name for name in zero if name not in rare and not seen.gradients[name].after_updates]
     faults = _count(
         judged,
@@ -287,11 +287,10 @@ def _without_optimizer(judged: Mapping[str, Tensor], faults: list[str], seen: Ob
 
 def _update_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[list[str], list[str]]:
     """Faults and doubts about the updates of parameters that a gradient reached."""
-    given = {identity for optimizer in seen.optimizers for identity in optimizer.parameters}
     live = [name for name, value in judged.items() if value.requires_grad]
     fed = [name for name in live if name in seen.gradients and seen.gradients[name].nonzero]
     known: dict[str, ParameterUpdates] = {name: seen.updates[name] for name in live if name in seen.updates}
-    missing = [name for name in live if id(judged[name]) not in given]
+    missing = [name for name in live if id(judged[name]) not in seen.optimized]
     elsewhere = [name for name in missing if name in known and known[name].written and name in seen.changed]
     unreadable = [name for name in live if name in known and known[name].unreadable]
     taken = [name for name in fed if name not in missing and name in known and name not in unreadable]
@@ -346,7 +345,7 @@ def _count(judged: Mapping[str, Tensor], *groups: tuple[str, list[str]]) -> list
 
 def judge_dtype(seen: Observation, required: Json) -> PathObservation:
     """Judge ``peft.dtype``; copies of parts of the base that are trained with the adapter keep the base's."""
-    layers = seen.adapter_layers()
+    layers = seen.adapter_layers
     if not layers:
         return absent(NO_ADAPTER)
     copies = [layer for layer in layers if layer.copied]
@@ -370,7 +369,7 @@ def _weights(layers: Iterable[AdapterLayer]) -> Iterable[Tensor]:
 
 def judge_dropout(seen: Observation, required: Json) -> PathObservation:
     """Judge ``peft.dropout``: the probability that was really applied, not the configured one."""
-    layers = [layer for layer in seen.adapter_layers() if not layer.copied]
+    layers = [layer for layer in seen.adapter_layers if not layer.copied]
     if not layers:
         return absent(NO_ADAPTER)
     if is_trained_by_hand(seen):

@@ -59,7 +59,7 @@ KERNEL_BACKENDS = {
 
 def judge_backend(seen: Observation, required: Json) -> PathObservation:
     """Judge ``attention.backend``."""
-    layers = seen.attention_layers()
+    layers = seen.attention_layers
     forward = layers.calls
     if not forward:
         return _nothing_of_the_model(layers) or judge_kernels(seen.profile, required)
@@ -100,7 +100,7 @@ def judge_backend(seen: Observation, required: Json) -> PathObservation:
 
 def judge_dtype(seen: Observation, required: Json) -> PathObservation:
     """Judge ``attention.dtype``: what the inner operator was given, after any autocast."""
-    layers = seen.attention_layers()
+    layers = seen.attention_layers
     forward = layers.calls
     if not forward:
         return _nothing_of_the_model(layers) or _unseen()
@@ -116,7 +116,7 @@ def judge_dtype(seen: Observation, required: Json) -> PathObservation:
 
 def judge_mask(seen: Observation, required: Json) -> PathObservation:
     """Judge ``attention.mask``."""
-    layers = seen.attention_layers()
+    layers = seen.attention_layers
     forward = layers.calls
     if not forward:
         return _nothing_of_the_model(layers) or _unseen()

@@ -55,7 +55,7 @@ _ROUNDED = "but for rounding, since PEFT merges the adapter into nn.MultiheadAtt
 
 def judge_bits(seen: Observation, required: Json) -> PathObservation:
     """Judge ``base.bits`` over every layer that carries an adapter."""
-    stored = seen.storage()
+    stored = seen.storage
     density = [item.bits_per_weight for item in stored.values() if item.bits_per_weight is not None]
     reason = f"{sum(density) / len(density):.3f} bits a weight with scales in {len(density)} layers" if density else ""
     remedy = _BITS_REMEDY.get(required) if isinstance(required, int) else None
@@ -65,7 +65,7 @@ def judge_bits(seen: Observation, required: Json) -> PathObservation:
     if not known:
         return finding
     expected = required if isinstance(required, int) else known.most_common(1)[0][0]
-    rest = _rest_of_the_base(seen.census(), expected)
+    rest = _rest_of_the_base(seen.census, expected)
     return replace(finding, reason=f"{finding.reason}; {rest}")
 
 
@@ -82,7 +82,7 @@ def judge_bytes_in_4bit(seen: Observation, required: Json) -> PathObservation:
 
     Scales count as bytes of their weights. What cannot be read may be either.
     """
-    census = seen.census()
+    census = seen.census
     total, share, unread = census.bytes_of.total(), census.share(4), census.share(None)
     if not total:
         return absent(_NO_BASE)
@@ -106,14 +106,14 @@ def _size(size: int) -> str:
 
 def judge_quant_type(seen: Observation, required: Json) -> PathObservation:
     """Judge ``base.quant_type``."""
-    stored = seen.storage()
+    stored = seen.storage
     remedy = f"set bnb_4bit_quant_type={required!r} (the library's default is 'fp4')"
     return _over_layers(stored, {name: item.quant_type for name, item in stored.items()}, required, "", remedy)
 
 
 def judge_double_quant(seen: Observation, required: Json) -> PathObservation:
     """Judge ``base.double_quant``."""
-    stored = seen.storage()
+    stored = seen.storage
     remedy = f"set bnb_4bit_use_double_quant={required} (the library's default is False)"
     return _over_layers(stored, {name: item.double_quant for name, item in stored.items()}, required, "", remedy)
 
@@ -162,14 +162,13 @@ def judge_learning(seen: Observation, required: Json) -> PathObservation:
 
     A weight in 16 bits need not move at every step: updates below its precision round away.
     """
-    if seen.adapter_layers():
+    if seen.adapter_layers:
         return PathObservation(observed=False, present=False, reason="an adapter trains in place of the base")
-    base, moved = seen.base_parameters(), set(seen.after.since(seen.before).changed)
-    given = {identity for optimizer in seen.optimizers for identity in optimizer.parameters}
+    base, moved = seen.base_parameters, set(seen.after.since(seen.before).changed)
     problems = (
         ("require no gradient", [name for name, value in base.items() if not value.requires_grad]),
         ("received no gradient", [name for name in base if name not in seen.gradients]),
-        ("are not given to the optimizer", [name for name, value in base.items() if id(value) not in given]),
+        ("are not given to the optimizer", [name for name, value in base.items() if id(value) not in seen.optimized]),
     )
     if not seen.optimizer_steps:
         reason = f"no torch.optim.Optimizer stepped in {format_count(seen.calls, 'call')}"
@@ -183,7 +182,7 @@ def judge_learning(seen: Observation, required: Json) -> PathObservation:
 
 def _biases(seen: Observation) -> list[str]:
     """Biases of the base that the adapter's configuration trains."""
-    found = seen.biases_of_adapters()
+    found = seen.biases_of_adapters
     settings = join_values(set(found.values()))
     return [f"{len(found)} biases train with the adapter, as PEFT was asked to by {settings}"] if found else []
 
@@ -205,9 +204,8 @@ def _unread(seen: Observation, change: DigestDifference) -> list[str]:
 
 def _trained(seen: Observation) -> tuple[list[str], list[str]]:
     """What trains of the base or would, and what only looks like it: an optimizer skips what has no gradient."""
-    base = seen.base_parameters()
-    updated = {identity for optimizer in seen.optimizers for identity in optimizer.parameters}
-    given = {name for name, value in base.items() if id(value) in updated}
+    base = seen.base_parameters
+    given = {name for name, value in base.items() if id(value) in seen.optimized}
     reached = [name for name in base if name in seen.gradients]
     train = [name for name, value in base.items() if value.requires_grad and (name in given or name in seen.gradients)]
     problems = (
@@ -226,11 +224,10 @@ def _trained(seen: Observation) -> tuple[list[str], list[str]]:
 
 def _loose(seen: Observation) -> list[str]:
     """Base parameters that require gradients, that none reached, and that no optimizer seen holds."""
-    updated = {identity for optimizer in seen.optimizers for identity in optimizer.parameters}
     return [
         name
-        for name, value in seen.base_parameters().items()
-        if value.requires_grad and id(value) not in updated and name not in seen.gradients
+        for name, value in seen.base_parameters.items()
+        if value.requires_grad and id(value) not in seen.optimized and name not in seen.gradients
     ]
 
 
@@ -264,7 +261,7 @@ _QUANT_TYPE = Requirement(kind="choice", choices=("nf4", "fp4", "int8", "none"))
 
 def judge_compute_dtype(seen: Observation, required: Json) -> PathObservation:
     """Judge ``base.compute_dtype`` over every layer that carries an adapter, by its products."""
-    stored, ran = seen.storage(), seen.base_products()
+    stored, ran = seen.storage, seen.base_products
     values = {name: join_values(ran.dtypes(name)) for name in stored}
     claims = {item.compute_dtype for name, item in stored.items() if item.compute_dtype not in (None, values[name])}
     reasons = ["by the products that they called"]
@@ -277,10 +274,10 @@ def judge_compute_dtype(seen: Observation, required: Json) -> PathObservation:
 
 def judge_gemm_path(seen: Observation, required: Json) -> PathObservation:
     """Judge ``base.gemm_path`` from what ran inside the 4-bit operators of the forward pass."""
-    layers = seen.fourbit_products()
+    layers = seen.fourbit_products
     calls = layers.all
     if not calls:
-        if layers.names or seen.census().bytes_of[4]:  # compiled layers call no hook, and have no name
+        if layers.names or seen.census.bytes_of[4]:  # compiled layers call no hook, and have no name
             reason = "4-bit weights but no known 4-bit operator ran"
             return absent(reason) if seen.untouched else undecided(reason)
         return PathObservation(observed=None, status="not_applicable", present=False, reason="the base is not 4-bit")

@@ -24,7 +24,7 @@ _PADDED = "pack the records into full rows, or sort them by length"
 
 def judge_isolation(seen: Observation, required: Json) -> PathObservation:
     """Judge ``packing.isolated`` by what the model was given."""
-    return judge_leaks(seen.isolation())
+    return judge_leaks(seen.isolation)
 
 
 def judge_leaks(seen: IsolationResult) -> PathObservation:
@@ -38,7 +38,7 @@ def judge_leaks(seen: IsolationResult) -> PathObservation:
 
 def judge_padding(seen: Observation, required: Json) -> PathObservation:
     """Judge ``padding.share``, a maximum: by what is surely padding it must not be exceeded, nor by what may be."""
-    padding = seen.padding()
+    padding = seen.padding
     if padding is None or not padding.tokens:
         missing = "no call of the model itself was seen" if padding is None else padding.unseen
         known = required is None or seen.untouched
@@ -69,7 +69,7 @@ def judge_tokens(seen: Observation, required: Json) -> PathObservation:
     The sum of their weights is reported and not judged, unless it is the number of passes, each a mean: a loss may be
     scaled, as by a GradScaler, which hides a missing division.
     """
-    loss = seen.loss()
+    loss = seen.loss
     if loss.unseen is not None:
         status: Status | None = None if required is None else "unknown"
         return PathObservation(observed=None, present=False, status=status, reason=loss.unseen)

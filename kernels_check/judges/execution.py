@@ -8,7 +8,7 @@ the model was built, or does not know the architecture, binds them in 0 of 28 la
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kernels_check.check import (
     FLAG,
@@ -36,7 +36,7 @@ def judge_checkpointing(seen: Observation, required: Json) -> PathObservation:
     if isinstance(judged, PathObservation):
         return judged
     share, happened, reason = judged
-    if required is True and share < 1.0 and (happened or _flagged(seen.model)):
+    if required is True and share < 1.0 and (happened or seen.checkpointing_enabled):
         modes = "eval" if not any(seen.modes.values()) else "train"
         if happened:
             cause = "only part of the layers recompute: look for a layer whose gradient_checkpointing is off"
@@ -57,13 +57,13 @@ def judge_checkpointed_layers(seen: Observation, required: Json) -> PathObservat
 
 def _recomputed(seen: Observation) -> PathObservation | tuple[float, bool, str]:
     """The share of the blocks that are recomputed, whether anything is, and the words for it."""
-    compiled = seen.compiled_blocks().compiled if seen.profile.compiled_regions else ()
-    blocks = seen.recomputed_blocks()
+    compiled = seen.compiled_blocks.compiled if seen.profile.compiled_regions else ()
+    blocks = seen.recomputed_blocks
     by_calls = [block for block in blocks if block.name not in compiled or block.again]
     hidden = len(set(compiled).difference(block.name for block in by_calls))
     again, shown = _compiled_again(seen)
     if not blocks and not hidden:
-        idle = seen.blocks_without_gradient()
+        idle = seen.blocks_without_gradient
         if not idle:
             return _unseen(seen, "no layer call was seen in the step")
         return 0.0, False, f"no gradient comes back to the {len(idle)} blocks that ran: nothing is to be recomputed"
@@ -81,7 +81,7 @@ def _recomputed(seen: Observation) -> PathObservation | tuple[float, bool, str]:
         reason += "; called again: " + name_some(
             f"{block.repeated} of {block.modules} modules of {block.name}" for block in partly
         )
-    idle = seen.blocks_without_gradient()
+    idle = seen.blocks_without_gradient
     reason += f"; {len(idle)} further blocks take no gradient, so that nothing is kept for them" if idle else ""
     reason += f"; {shown}" if hidden else ""
     return share, happened, reason
@@ -105,15 +105,9 @@ def _compiled_again(seen: Observation) -> tuple[float | None, str]:
     if not first:
         return None, "the blocks ran in compiled code, which calls no hook, and no attention in it was seen"
     share = min(1.0, (len(calls) - first) / first)
-    if not share and _flagged(seen.model):
+    if not share and seen.checkpointing_enabled:
         return None, "the blocks ran in compiled code, which may keep the attention and recompute the rest"
     return share, f"in compiled code, by its attention: {len(calls)} forward calls for {first} layers"
-
-
-def _flagged(model: Any) -> bool:
-    # transformers renamed the flag, and reading the old name warns.
-    name = "is_activation_checkpointing"
-    return bool(getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing", False))
 
 
 def judge_tf32(seen: Observation, required: Json) -> PathObservation:
@@ -148,20 +142,16 @@ def _tf32_flag() -> str:
 def judge_compile(seen: Observation, required: Json) -> PathObservation:
     """Judge ``compile``: all blocks in compiled code; breaks and recompiles are named and fail nothing."""
     regions, past = seen.profile.compiled_regions, seen.compilations
-    blocks = seen.compiled_blocks()
+    blocks = seen.compiled_blocks
     reason = _entered(seen)
-    doubt = _undecided(seen)
-    if doubt is not None:
-        return undecided(f"{reason}; {doubt}")
-    whole = bool(blocks.compiled) and not blocks.not_whole
+    if _unreadable(seen):
+        return undecided(f"{reason}; {past}")
+    whole = bool(blocks.compiled) and not blocks.partly and not blocks.eager
     observed: Json = whole or ("in part" if blocks.compiled or blocks.partly else False)
-    if not whole:
-        eagerly = _eagerly(seen)
-        reason += eagerly
-        present = bool(blocks.regions or eagerly)
-    else:
-        present = True
-    if regions or past != type(past)():
+    eagerly = "" if whole else _eagerly(seen)
+    present = whole or bool(blocks.regions or eagerly)
+    reason += eagerly
+    if regions or not past.empty:
         reason += f"; {past}"
     if whole and past.breaks:
         observed = f"in pieces: {name_some(past.breaks, '; ')}"
@@ -171,11 +161,10 @@ def judge_compile(seen: Observation, required: Json) -> PathObservation:
 
 def judge_compiled_share(seen: Observation, required: Json) -> PathObservation:
     """Judge ``compile.share``, a minimum: the share of the blocks that ran in compiled code."""
-    blocks = seen.compiled_blocks()
+    blocks = seen.compiled_blocks
     reason = _entered(seen)
-    doubt = _undecided(seen)
-    if doubt is not None:
-        return undecided(f"{reason}; {doubt}", present=False)
+    if _unreadable(seen):
+        return undecided(f"{reason}; {seen.compilations}", present=False)
     if not blocks.ran:
         return _unseen(seen, f"{reason}; no block of the model was seen to run")
     share = len(blocks.compiled) / blocks.ran
@@ -184,7 +173,7 @@ def judge_compiled_share(seen: Observation, required: Json) -> PathObservation:
 
 def _entered(seen: Observation) -> str:
     """How many regions were entered, and by how many blocks of how many."""
-    regions, lookups, blocks = seen.profile.compiled_regions, seen.profile.compiler_lookups, seen.compiled_blocks()
+    regions, lookups, blocks = seen.profile.compiled_regions, seen.profile.compiler_lookups, seen.compiled_blocks
     reason = f"{regions} compiled regions entered, {lookups} compiler cache look-ups"
     if not regions:
         return reason
@@ -197,13 +186,9 @@ def _entered(seen: Observation) -> str:
     return reason
 
 
-def _undecided(seen: Observation) -> str | None:
-    """Why the compiled regions do not show which blocks ran in them."""
-    if not seen.profile.compiled_regions:
-        return None
-    if seen.compilations.unreadable is not None:
-        return str(seen.compilations)
-    return None
+def _unreadable(seen: Observation) -> bool:
+    """Whether code was compiled and the compiler's record of it cannot be read."""
+    return bool(seen.profile.compiled_regions) and seen.compilations.unreadable is not None
 
 
 def _eagerly(seen: Observation) -> str:
@@ -237,7 +222,7 @@ _NOTHING = "nothing of a library of fused kernels is bound: apply it before the 
 
 def judge_fused(seen: Observation, required: Json) -> PathObservation:
     """Judge ``fused.kernels``: kinds, joined by ``+``, each of which must have been called in all of its places."""
-    places = seen.swapped()
+    places = seen.fused_kernel_sites
     kinds = list(dict.fromkeys(place.kind for place in places))
     wanted = [kind.strip() for kind in required.split("+")] if isinstance(required, str) else []
     missing = [kind for kind in wanted if kind not in kinds]

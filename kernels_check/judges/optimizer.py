@@ -65,10 +65,10 @@ def judge_fused(seen: Observation, required: Json) -> PathObservation:
     """Judge ``optimizer.fused``: torch's single-kernel update of every parameter that had a gradient."""
     if not seen.optimizers:
         return _no_optimizer(seen)
-    updated = seen.updated_by_kind()
+    updated = seen.updated_by_kind
     kinds = sum(updated, Counter[str]())
     total, fused, unseen = kinds.total(), kinds["fused"], kinds[_UNSEEN]
-    operators = Counter(seen.update_operators())
+    operators = Counter(seen.update_operators)
     counts = ", ".join(f"{count} {name}" for name, count in sorted(operators.items())) or "no update operator"
     wished = join_values(str(optimizer.fused_requested) for optimizer in seen.optimizers)
     reason = f"{fused} of {total} parameters updated by fused kernels; {counts} in one step; "

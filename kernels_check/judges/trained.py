@@ -22,12 +22,12 @@ _MOVED = frozenset({"updated", "moved without a gradient", "undone after an upda
 
 def judge_embeddings(seen: Observation, required: Json) -> PathObservation:
     """Judge ``embedding.trained``: the input and the output embedding, tied ones once."""
-    return _judge(seen, seen.embeddings(), "embeddings", required)
+    return _judge(seen, seen.embeddings, "embeddings", required)
 
 
 def judge_norms(seen: Observation, required: Json) -> PathObservation:
     """Judge ``norms.trained``: every norm with parameters."""
-    return _judge(seen, seen.norms(), "norms", required)
+    return _judge(seen, seen.norms, "norms", required)
 
 
 def _judge(seen: Observation, parts: Sequence[ParameterStatus], what: str, required: Json) -> PathObservation:

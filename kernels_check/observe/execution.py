@@ -49,12 +49,17 @@ class Compilations:
     unreadable: str | None = None
     """Why this version of torch cannot be read."""
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is on record."""
+        return self == Compilations()
+
     def __str__(self) -> str:
         if self.unreadable is not None:
             return f"graph breaks and recompiles are unknown: {self.unreadable}"
         parts = [_counted(self.breaks, "graph breaks"), _counted(self.recompiles, "recompiles")]
         parts += [_counted(self.refused, "recompiles refused")] if self.refused else []
-        more = "; TORCH_LOGS=graph_breaks,recompiles shows each as it happens" if self != Compilations() else ""
+        more = "; TORCH_LOGS=graph_breaks,recompiles shows each as it happens" if not self.empty else ""
         return f"in this process so far {', '.join(parts)}{more}"
 
 
@@ -128,11 +133,6 @@ class CompiledBlocks:
     def ran(self) -> int:
         """How many blocks ran."""
         return len(self.compiled) + len(self.partly) + len(self.eager)
-
-    @property
-    def not_whole(self) -> tuple[str, ...]:
-        """Blocks that were not compiled whole."""
-        return (*self.partly, *self.eager)
 
 
 def compiled_blocks(
@@ -342,7 +342,7 @@ class FusedKernelSite:
     """Whether a call of it would not have been seen."""
 
 
-def swapped_places(tree: ModelTree, calls: Calls, inputs: Sequence[ModelCall]) -> list[FusedKernelSite]:
+def fused_kernel_sites(tree: ModelTree, calls: Calls, inputs: Sequence[ModelCall]) -> list[FusedKernelSite]:
     """Every place of every kind, in the order of the modules.
 
     Args:

@@ -128,6 +128,13 @@ def _is_leaf(module: nn.Module) -> bool:
     return not module._modules or hasattr(module, "base_layer")
 
 
+def is_checkpointing_enabled(module: Any) -> bool:
+    """Whether a model of transformers has its flag for gradient checkpointing on."""
+    # transformers renamed the flag, and reading the old name warns.
+    name = "is_activation_checkpointing"
+    return bool(getattr(module, name if hasattr(module, name) else "is_gradient_checkpointing", False))
+
+
 _SWITCH = "support_avx512bf16_for_cpu"
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial, wraps
+from functools import cached_property, partial
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -37,15 +37,15 @@ from kernels_check.observe.execution import (
     CompiledBlocks,
     FusedKernelSite,
     compiled_blocks,
+    fused_kernel_sites,
     ran_without_gradient,
     read_compilations,
     recomputed_blocks,
-    swapped_places,
 )
 from kernels_check.observe.layers import AttentionLayers, LayerProducts, attention_layers, fourbit_layers, products_of
 from kernels_check.observe.learning import Gradients, GradientSeen, ParameterUpdates, Updates
 from kernels_check.observe.loss import BackwardPasses, LossSeen, ModelCall, loss_of_step
-from kernels_check.observe.modules import HookGuard, ModelTree, RandomState
+from kernels_check.observe.modules import HookGuard, ModelTree, RandomState, is_checkpointing_enabled
 from kernels_check.observe.padding import IsolationResult, PaddingSeen, count_padding, isolation_by_inputs
 from kernels_check.observe.parts import ParameterStatus, embedding_modules, fates_of, norm_modules, unmatched_names
 from kernels_check.observe.profile import (
@@ -65,25 +65,10 @@ from kernels_check.observe.profile import (
 )
 from kernels_check.observe.ranks import RankEvidence
 
-_T = TypeVar("_T")
-
-
-def _once(read: Callable[[Observation], _T]) -> Callable[[Observation], _T]:
-    """A reading of the model that is taken when it is first asked for, and kept: a dozen judges ask for the same."""
-
-    @wraps(read)
-    def kept(seen: Observation) -> _T:
-        if read.__name__ not in seen.readings:
-            seen.readings[read.__name__] = read(seen)
-        found: _T = seen.readings[read.__name__]
-        return found
-
-    return kept
-
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """Everything seen over the watched calls of the step; the methods read the model as it is when first asked."""
+    """Everything seen over the watched calls of the step; each property reads the model at its first use, once."""
 
     model: nn.Module
     before: Digest
@@ -114,7 +99,8 @@ class Observation:
     """Calls of the model itself in the hooked call; none where it is compiled in place."""
     compilations: Compilations = field(default_factory=Compilations)
     """What torch.compile has on record after the last call."""
-    left: ModelTree | None = None  # as the last call left the model
+    final_tree: ModelTree | None = None
+    """The model as the last call left it."""
     updated: tuple[GroupSeen, ...] = ()
     """Groups of the optimizers that stepped in the watched call."""
     other_optimizers: tuple[str, ...] = ()
@@ -122,8 +108,6 @@ class Observation:
     model's, or hold copies of this one's, as master weights are."""
     ranks: tuple[RankEvidence, ...] = ()
     """What every rank shows of the step, where several train and a requirement asks."""
-    readings: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
-    """What the methods have read of the model, by their names; a copy with another field reads anew."""
 
     @property
     def untouched(self) -> bool:
@@ -131,120 +115,136 @@ class Observation:
         called = self.modules.all or self.modules.unhooked or self.profile.compiled_regions
         return not (called or self.reached or self.changed)
 
-    @_once
+    @cached_property
+    def optimized(self) -> frozenset[int]:
+        """Identities of the parameters that an optimizer which stepped was given."""
+        return frozenset(identity for optimizer in self.optimizers for identity in optimizer.parameters)
+
+    @property
+    def checkpointing_enabled(self) -> bool:
+        """Whether the model's flag for gradient checkpointing is on, which proves nothing."""
+        return is_checkpointing_enabled(self.model)
+
+    @cached_property
     def compiled_blocks(self) -> CompiledBlocks:
         """The blocks of the model by whether they ran in compiled code."""
-        return compiled_blocks(self.tree(), self.modules, self.profile.entered, self.profile.eager, self.gradients)
+        return compiled_blocks(self.tree, self.modules, self.profile.entered, self.profile.eager, self.gradients)
 
-    @_once
+    @cached_property
     def recomputed_blocks(self) -> tuple[BlockRecomputed, ...]:
         """The blocks of the model that a gradient comes back to, with what was computed again."""
-        return recomputed_blocks(self.tree(), self.modules)
+        return recomputed_blocks(self.tree, self.modules)
 
-    @_once
+    @cached_property
     def blocks_without_gradient(self) -> tuple[str, ...]:
         """The blocks of the model that ran and that no gradient comes back to."""
-        return ran_without_gradient(self.tree(), self.modules, self.recomputed_blocks())
+        return ran_without_gradient(self.tree, self.modules, self.recomputed_blocks)
 
-    @_once
+    @cached_property
     def updated_by_kind(self) -> list[Counter[str]]:
         """For each of the groups in ``updated``, how many parameters were updated by which kind of operator."""
         return updated_by(self.updated, self.profile.writes)
 
-    @_once
+    @cached_property
     def update_operators(self) -> list[str]:
         """The operators that wrote any of those parameters."""
         return operators_on(self.updated, self.profile.writes)
 
-    @_once
+    @cached_property
     def tree(self) -> ModelTree:
         """Modules and parameters."""
-        return self.left or ModelTree.of(self.model)
+        return self.final_tree or ModelTree.of(self.model)
 
+    @cached_property
     def adapter_layers(self) -> list[AdapterLayer]:
         """Places with an adapter that is in use."""
-        return adapter_layers(self.tree())
+        return adapter_layers(self.tree)
 
+    @cached_property
     def trained_parameters(self) -> dict[str, Tensor]:
         """Parameters of the adapter that have to learn, by name."""
-        return trained_parameters(self.tree())
+        return trained_parameters(self.tree)
 
+    @cached_property
     def token_parameters(self) -> frozenset[str]:
         """Parameters of the adapter that only some tokens of the vocabulary use, by name."""
-        return token_parameters(self.tree())
+        return token_parameters(self.tree)
 
-    @_once
+    @cached_property
     def unmatched_names(self) -> list[str]:
         """Names that the adapter's configuration asks for and that matched nothing."""
-        return unmatched_names(self.tree())
+        return unmatched_names(self.tree)
 
+    @cached_property
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that are no adapter's, by name."""
-        return base_parameters(self.tree())
+        return base_parameters(self.tree)
 
-    @_once
+    @cached_property
     def attention_layers(self) -> AttentionLayers:
         """The layers in which attention ran or should have."""
         return attention_layers(
             self.model, self.modules, self.profile.attention, self.profile.mixing, self.profile.reductions
         )
 
-    @_once
+    @cached_property
     def base_products(self) -> LayerProducts:
         """The products of every base layer below an adapter, by the name of the layer that carries the adapter."""
-        wrapped = [layer.name for layer in self.adapter_layers() if layer.base is not None]
+        wrapped = [layer.name for layer in self.adapter_layers if layer.base is not None]
         layers = {name: (f"{name}.base_layer",) for name in wrapped}
         ran = {name: own if self.modules.ran(own[0]) else (name,) for name, own in layers.items()}
         return products_of(ran, self.model, self.modules, (*self.profile.fourbit, *self.profile.products))
 
-    @_once
+    @cached_property
     def fourbit_products(self) -> LayerProducts:
         """The 4-bit products of every linear layer of the model with a 4-bit weight, by its name."""
-        return products_of(fourbit_layers(self.tree()), self.model, self.modules, self.profile.fourbit)
+        return products_of(fourbit_layers(self.tree), self.model, self.modules, self.profile.fourbit)
 
-    @_once
+    @cached_property
     def storage(self) -> dict[str, Storage]:
         """How the base layer below each adapter keeps its weight, by the layer's name."""
-        wrapped = (layer for layer in self.adapter_layers() if layer.base is not None)
-        return {layer.name: wrapped_storage(self.tree(), layer.module) for layer in wrapped}
+        wrapped = (layer for layer in self.adapter_layers if layer.base is not None)
+        return {layer.name: wrapped_storage(self.tree, layer.module) for layer in wrapped}
 
-    @_once
+    @cached_property
     def census(self) -> WeightBits:
         """How many bytes of the whole base are kept in how many bits."""
-        return take_census(self.tree())
+        return take_census(self.tree)
 
+    @cached_property
     def biases_of_adapters(self) -> Mapping[str, str]:
         """Biases of the base that train as a part of the adapter, by name, with what PEFT was asked."""
-        return biases_of_adapters(self.tree())
+        return biases_of_adapters(self.tree)
 
-    @_once
-    def swapped(self) -> list[FusedKernelSite]:
+    @cached_property
+    def fused_kernel_sites(self) -> list[FusedKernelSite]:
         """Where fused kernels of other libraries may be bound, and what is bound there."""
-        return swapped_places(self.tree(), self.modules, self.model_calls)
+        return fused_kernel_sites(self.tree, self.modules, self.model_calls)
 
-    @_once
+    @cached_property
     def loss(self) -> LossSeen:
         """Over which tokens the loss is, and how much they weigh."""
         return loss_of_step(self.model_calls)
 
-    @_once
+    @cached_property
     def embeddings(self) -> list[ParameterStatus]:
         """The input and output embedding, with what became of their parameters."""
-        return fates_of(embedding_modules(self.tree()), self)
+        return fates_of(embedding_modules(self.tree), self)
 
-    @_once
+    @cached_property
     def norms(self) -> list[ParameterStatus]:
         """Every norm with parameters, with what became of them."""
-        return fates_of(norm_modules(self.tree()), self)
+        return fates_of(norm_modules(self.tree), self)
 
+    @cached_property
     def isolation(self) -> IsolationResult:
         """Whether packed records are isolated."""
-        return isolation_by_inputs(self.model_calls, self.attention_layers().calls)
+        return isolation_by_inputs(self.model_calls, self.attention_layers.calls)
 
-    @_once
+    @cached_property
     def padding(self) -> PaddingSeen | None:
         """Padding in the inputs of the model; None where no call of it was seen."""
-        return count_padding(self.tree(), self.model_calls)
+        return count_padding(self.tree, self.model_calls)
 
 
 MOST_CALLS = 8
@@ -409,27 +409,27 @@ class _Series:
         self, model: nn.Module, recorder: CallRecorder, profile: StepProfile, *, drew_random: bool
     ) -> Observation:
         """Everything that was observed, for the judges."""
-        left, calls = ModelTree.of(model), recorder.calls()
-        after, updates = digest(left), self.updates.by_name()
+        final, calls = ModelTree.of(model), recorder.calls()
+        after, updates = digest(final), self.updates.by_name()
         before = {name: part.fingerprint for name, part in self._before.parts.items()}
         changed = {part.owner for name, part in after.parts.items() if before.get(name) != part.fingerprint}
         changed |= {name for name, one in updates.items() if one.moved or one.written}
         return Observation(
-            model=left.model,
-            left=left,
+            model=final.model,
+            final_tree=final,
             before=self._before,
             after=after,
             profile=profile,
             calls=self.begun,
             optimizer_steps=self.updates.steps,
             optimizers=tuple(self.updates.optimizers.values()),
-            gradients=self.gradients.seen(left),
-            changed=frozenset(name for name, value in left.parameters if value.requires_grad and name in changed),
+            gradients=self.gradients.seen(final),
+            changed=frozenset(name for name, value in final.parameters if value.requires_grad and name in changed),
             modules=calls,
-            modes=calls.training() or self._modes or _modes(left),
+            modes=calls.training() or self._modes or _modes(final),
             drew_random=drew_random,
             model_calls=tuple(recorder.model_calls),
-            reached=self.gradients.reached(left),
+            reached=self.gradients.reached(final),
             updates=updates,
             adapter_calls=recorder.layer_calls,
             compilations=read_compilations(),

@@ -29,7 +29,7 @@ from kernels_check.observe.loss import (
     special_tokens,
     training_calls,
 )
-from kernels_check.observe.modules import ModelTree
+from kernels_check.observe.modules import ModelTree, is_checkpointing_enabled
 from kernels_check.observe.operators import AttentionCall
 
 PADDING = -1
@@ -417,11 +417,7 @@ def _caches(call: ModelCall) -> bool:
     if asked is not None:
         return bool(asked)
     configured = any(getattr(one, "use_cache", False) for one in configurations(call.module))
-    # transformers renamed the flag, and reading the old name warns.
-    renamed = hasattr(call.module, "is_activation_checkpointing")
-    return configured and not getattr(
-        call.module, "is_activation_checkpointing" if renamed else "is_gradient_checkpointing", False
-    )
+    return configured and not is_checkpointing_enabled(call.module)
 
 
 def packs(arguments: Mapping[str, Any]) -> bool:

@@ -259,7 +259,7 @@ def norm_modules(tree: ModelTree) -> dict[str, TrainedModule]:
 
 def fates_of(places: Mapping[str, TrainedModule], seen: Observation) -> list[ParameterStatus]:
     """What became of the parameters in some places, as ``embedding_modules`` or ``norm_modules`` give them."""
-    tree = seen.tree()
+    tree = seen.tree
     names = {id(value): name for name, value in tree.parameters}
     rates: dict[int, float] = {}
     for optimizer in seen.optimizers:

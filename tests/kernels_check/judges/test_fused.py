@@ -12,7 +12,7 @@ def _place(kind="rms_norm", library="liger_kernel", *, called=True, hidden=False
 
 def _judge(seen, required, *places, **given):
     observation = seen(**given)
-    observation.readings["swapped"] = list(places)
+    vars(observation)["fused_kernel_sites"] = list(places)  # what the property has cached
     return judge_fused(observation, required).against("fused.kernels", required)
 
 
@@ -23,7 +23,7 @@ def test_what_is_bound_nowhere_is_counted(training):
     assert check.reason == "loss 0 of 1, rope 0 of 2, qkv 0 of 2, o 0 of 2, mlp 0 of 2, rms_norm 0 of 5"
 
 
-def test_rope_is_told_by_the_function_that_attention_names(training, monkeypatch):
+def test_rope_is_recognised_by_the_function_that_attention_names(training, monkeypatch):
     """As Liger swaps it in the module of the model's code."""
     from transformers.models.llama import modeling_llama
 

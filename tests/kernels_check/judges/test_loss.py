@@ -14,7 +14,7 @@ def _passes(*counts, weights=None, tolerance=1e-3, mean=True, sums=None):
     weights = weights or [1 / sum(counts)] * len(counts)
     made = zip(counts, weights, sums or [0] * len(counts), strict=True)
     passes = (LossPass(tokens=n, positions=64, weight=w, tolerance=tolerance, mean=mean, sum=s) for n, w, s in made)
-    return SimpleNamespace(loss=lambda: LossSeen(passes=tuple(passes)))
+    return SimpleNamespace(loss=LossSeen(passes=tuple(passes)))
 
 
 @pytest.mark.parametrize(
