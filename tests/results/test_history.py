@@ -94,9 +94,14 @@ def test_runs_that_do_not_count_are_gaps_with_their_reason(nightly):
     runs = nightly([1.0] * 14)
     for night in (11, 12, 13):
         dated(runs / f"night{night:03d}", night, status="interrupted")
-    line = told(runs).tracks[0].lines[0]
+    history = told(runs)
+    line = history.tracks[0].lines[0]
     assert len(line.counting) == 11
     assert "interrupted" in line.moments[-1].why_not
+    text = said(history, width=80, every_run=True)
+    assert "night013 does not count: " in text
+    (row,) = [one for one in text.splitlines() if "  night013  " in one]
+    assert "s not counted" in row
 
 
 def test_runs_of_different_times_are_never_equivalent(nightly):

@@ -27,6 +27,7 @@ from lorameter.report.blocks import (
     Table,
     name_columns,
     say,
+    say_each,
     value_cell,
     write_number,
     write_row,
@@ -42,10 +43,11 @@ WIDEST = 60
 """Characters of a drawn line; of more runs several share one."""
 LEVELS = (*name_columns("from", "to", "runs", "level", left=2), ColumnHeader(text="with"))
 _RUNS = (
-    *name_columns("when", "run", "value", "replicates", left=2),
+    *name_columns("when", "run", "value", left=2),
+    ColumnHeader(text="replicates", right=True, drop_priority=1),
     ColumnHeader(text="commit"),
-    ColumnHeader(text="versions", drop_priority=1),
-    ColumnHeader(text="fingerprint", drop_priority=2),
+    ColumnHeader(text="versions", drop_priority=2),
+    ColumnHeader(text="fingerprint", drop_priority=3),
 )
 COMMIT = "git.commit"
 SHOWN, REASONS = 4, 2
@@ -74,14 +76,16 @@ def _track(track: Track, *, every_run: bool) -> Iterator[Block]:
     for line in track.lines:
         for suspicion in line.suspicions:
             yield from _suspicion(suspicion, track)
-        yield _silence(line, track)
+        yield _conclusion(line)
     if every_run:
         yield table_of_runs(track)
 
 
 def table_of_runs(track: Track) -> Table:
-    """A row a run, with why it does not count."""
-    return Table(heads=_RUNS, rows=tuple(_run(one, line, track) for line in track.lines for one in line.moments))
+    """A row a run; below it why runs do not count."""
+    rows = tuple(_run(one, line, track) for line in track.lines for one in line.moments)
+    moments = [one for line in track.lines for one in line.moments if one.why_not is not None]
+    return Table(heads=_RUNS, rows=rows, notes=say_each(f"{one.run} does not count: {one.why_not}" for one in moments))
 
 
 def _drawn(track: Track) -> Iterator[Line]:
@@ -148,10 +152,11 @@ def _suspicion(found: Suspicion, track: Track) -> Iterator[Line]:
         yield say("  a suspicion, and nothing that could be named differs: measure once more.")
 
 
-def _silence(line: HistorySeries, track: Track) -> Line:
-    """What a line says where it shows no change: never that nothing has changed."""
-    counting, reasons = len(line.counting), [one.why_not for one in line.moments if one.why_not is not None]
-    gaps = f"; {format_count(len(reasons), 'run')} left out ({first_few(reasons, REASONS, '; ')})" if reasons else ""
+def _conclusion(line: HistorySeries) -> Line:
+    """How many changes were found, and how small a change would be found: without it "no change" means nothing."""
+    counting, left_out = len(line.counting), [one.why_not for one in line.moments if one.why_not is not None]
+    reasons = first_few(list(dict.fromkeys(left_out)), REASONS, "; ")
+    gaps = f"; {format_count(len(left_out), 'run')} left out ({reasons})" if left_out else ""
     if line.scatter is None or line.detectable is None:
         return say(
             Span(text=f"fingerprint {line.fingerprint}: ", tone="faint"),
@@ -169,7 +174,7 @@ def _silence(line: HistorySeries, track: Track) -> Line:
 def _run(moment: Moment, line: HistorySeries, track: Track) -> Row:
     value = value_cell(moment.value, moment.low, moment.high, unit_of(track))
     if moment.why_not is not None:
-        value = dataclasses.replace(value, interval="", detail=f"does not count: {moment.why_not}")
+        value = dataclasses.replace(value, interval="", detail="not counted")
     return write_row(
         Cell(text=write_time(moment), value=moment.created_unix_s), moment.run, value,
         write_number(moment.replicates), _commit(moment), _versions(moment),
