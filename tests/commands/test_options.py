@@ -9,12 +9,13 @@ import pytest
 from lorameter.commands.options import SHARED
 from lorameter.commands.parser import build_parser
 from lorameter.commands.table import COMMANDS
+from lorameter.report.run_view import Sort
 from lorameter.results import columns, files
 from lorameter.run.device_lock import IfBusy
 
 
-def told(command, name):
-    """What a command says of an option."""
+def settings_of(command, name):
+    """Metavar, choices, default and help of an option."""
     (commands,) = (action for action in build_parser()._actions if action.choices)
     found = commands.choices[command]._option_string_actions[f"--{name}"]
     return found.metavar, found.choices, found.default, found.help
@@ -23,10 +24,10 @@ def told(command, name):
 @pytest.mark.parametrize("command", ["profile", "estimate"])
 def test_a_variant_of_a_profile_is_named_like_a_study_of_one(command):
     """In the words of `run`: where a study is fitted to a machine, its variants are looked at as fitted."""
-    assert told(command, "profile") == told("run", "profile")
+    assert settings_of(command, "profile") == settings_of("run", "profile")
 
 
-def test_what_can_be_done_beside_another_measurement():
+def test_what_can_be_done_while_another_measurement_runs():
     """The words of the option are those that the lock knows."""
     assert SHARED["if-busy"]["choices"] == get_args(IfBusy)
 
@@ -46,3 +47,4 @@ def test_the_words_of_the_command_line_are_those_of_what_it_calls():
     export = commands["export"]
     assert export["--format"]["choices"] == ("json", *files.TABULAR, *files.OF_TRENDS)
     assert export["--table"]["choices"] == tuple(columns.TABLES)
+    assert commands["report"]["--sort"]["choices"] == get_args(Sort)

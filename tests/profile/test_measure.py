@@ -27,7 +27,7 @@ def taken(small_study, tmp_path_factory):
     return profile_variant(small_study, small_study.variant("nf4"), open_executor(), runs=folder)
 
 
-def test_a_step_is_taken_apart(taken):
+def test_a_step_is_divided_into_phases_and_categories(taken):
     """Phases of every pair, what ran in each of them by category, and the profiler's own slow-down."""
     profile, _ = taken
     step = accounting.step_account(profile)
@@ -43,7 +43,7 @@ def test_a_step_is_taken_apart(taken):
     assert not profile.activity.missing
 
 
-def test_its_memory_is_counted_beside_the_estimate(taken):
+def test_its_memory_is_counted_next_to_the_estimate(taken):
     """A step has the kinds of its memory, what no kind explains, and what was expected."""
     profile, _ = taken
     account = profile.memory
@@ -54,7 +54,7 @@ def test_its_memory_is_counted_beside_the_estimate(taken):
 
 
 def test_it_is_judged_and_shown_from_its_file(taken, capsys):
-    """The file gives the same findings and ceilings as the profile; the trace lies beside it."""
+    """The file gives the same findings and ceilings as the profile; the trace is next to it."""
     profile, folder = taken
     again = codec.from_json(Profile, json.loads((folder / DOCUMENT).read_text(encoding="utf-8")), DOCUMENT)
     assert again == profile

@@ -18,7 +18,6 @@ from lorameter.profile.request_rules import (
 )
 from lorameter.records.activity import ModelSize, RequestFacts, WeightCopy
 from lorameter.studies.variant import LoraVariant
-from lorameter.studies.workload import Workload
 
 MIB = 2**20
 PASSES = 31
@@ -41,7 +40,6 @@ def span(value, spread=0.01):
 
 HEALTHY = RequestEvidence(
     variant=LoraVariant(name="v", adapter_dtype="bfloat16"),
-    workload=Workload(prompt_tokens=32, new_tokens=PASSES + 1),
     device="cuda",
     request=span(0.4),
     first_token=span(0.05),
@@ -56,7 +54,6 @@ HEALTHY = RequestEvidence(
     new_length=TimeSpan(value=0.0001, low=-0.001, high=0.001),
     adapter_dtype="bfloat16",
     bytes_per_s=1e12,
-    decode_bytes=526 * MIB,
 )
 """Constructed: a request of 0.4 s that a GPU is busy with, of an adapter that costs next to nothing."""
 

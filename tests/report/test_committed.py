@@ -1,4 +1,4 @@
-"""The reports that are committed are those of the runs beside them: `make reports` makes them anew."""
+"""The reports that are committed are those of the runs next to them: `make reports` makes them anew."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lines, breaks and suspicions: what is told of runs whose numbers are known."""
+"""Lines, breaks and suspicions: what is reported of runs whose numbers are known."""
 
 import dataclasses
 import datetime
@@ -30,8 +30,8 @@ def nightly(write_run, small_study):
     def write(levels, facts=lambda night: {}, **options):
         for night, level in enumerate(levels):
             value = level * math.exp(rng.gauss(0, 0.02))
-            told = {"git": {"commit": f"{night:040x}", "dirty": False}} | facts(night)
-            path = write_run(f"night{night:03d}", {"plain": [value, value * 1.01]}, study=study, facts=told, **options)
+            found = {"git": {"commit": f"{night:040x}", "dirty": False}} | facts(night)
+            path = write_run(f"night{night:03d}", {"plain": [value, value * 1.01]}, study=study, facts=found, **options)
             dated(path, night)
         return path.parent
 
@@ -43,10 +43,6 @@ def dated(path, night, **changes):
     write_document(path / "manifest.json", data)
 
 
-def told(runs, *words, **options):
-    return history_of(runs, *words, **options)
-
-
 def torch(version):
     return {"libraries": {"torch": version, "transformers": "1.0", "peft": "1.0", "bitsandbytes": "1.0"}}
 
@@ -54,7 +50,7 @@ def torch(version):
 def test_a_slow_down_is_suspected_with_all_that_is_known_of_it(nightly):
     """Before, after, interval, commits, and the command that would confirm it."""
     runs = nightly([1.0] * 14 + [1.1] * 6)
-    (track,) = told(runs).tracks
+    (track,) = history_of(runs).tracks
     (line,) = track.lines
     (found,) = line.suspicions
     assert (found.before.run, found.after.run) == ("night013", "night014")
@@ -70,7 +66,7 @@ def test_a_slow_down_is_suspected_with_all_that_is_known_of_it(nightly):
 def test_a_change_of_fingerprint_is_a_known_break_and_no_change(nightly):
     """A line for each, no ratio across, what differs, and the A/B of the versions that measures it."""
     runs = nightly([1.0] * 12 + [1.3] * 12, lambda night: torch("1.0" if night < 12 else "2.0+cpu"))
-    (track,) = told(runs).tracks
+    (track,) = history_of(runs).tracks
     assert [len(line.moments) for line in track.lines] == [12, 12]
     assert not [line.suspicions for line in track.lines if line.suspicions]
     (change,) = track.breaks
@@ -83,7 +79,7 @@ def test_a_change_of_fingerprint_is_a_known_break_and_no_change(nightly):
 def test_fewer_than_ten_runs_are_a_line_without_a_search(nightly):
     """However large the last are; and it is said from when on."""
     runs = nightly([1.0] * 5 + [2.0] * 4)
-    history = told(runs)
+    history = history_of(runs)
     line = history.tracks[0].lines[0]
     assert (line.suspicions, line.scatter, line.detectable) == ((), None, None)
     assert "9 counted runs; changes are looked for from 10 on" in said(history)
@@ -94,7 +90,7 @@ def test_runs_that_do_not_count_are_gaps_with_their_reason(nightly):
     runs = nightly([1.0] * 14)
     for night in (11, 12, 13):
         dated(runs / f"night{night:03d}", night, status="interrupted")
-    history = told(runs)
+    history = history_of(runs)
     line = history.tracks[0].lines[0]
     assert len(line.counting) == 11
     assert "interrupted" in line.moments[-1].why_not
@@ -107,7 +103,7 @@ def test_runs_that_do_not_count_are_gaps_with_their_reason(nightly):
 def test_runs_of_different_times_are_never_equivalent(nightly):
     """A line without a change says what it would have shown, and not that nothing has changed."""
     runs = nightly([1.0] * 20)
-    history = told(runs)
+    history = history_of(runs)
     line = history.tracks[0].lines[0]
     assert not line.suspicions
     assert line.detectable > line.scatter > 0
@@ -153,9 +149,9 @@ def test_what_is_not_there_is_named_with_what_is(nightly):
         ((), {"variant": "nf5"}, "plain of training-step"),
     ):
         with pytest.raises(UsageError, match=known):
-            told(runs, *words, **options)
+            history_of(runs, *words, **options)
     with pytest.raises(UsageError, match="no run here has a number"):
-        told(runs / "none")
+        history_of(runs / "none")
 
 
 def said(history, width=200, **options):
@@ -165,7 +161,7 @@ def said(history, width=200, **options):
 def test_the_report_draws_every_line_and_every_break(nightly):
     """And with --runs a row a run, with its interval and its commit."""
     runs = nightly([1.0] * 12 + [1.3] * 13, lambda night: torch("1.0" if night < 12 else "2.0"))
-    text = said(told(runs), every_run=True)
+    text = said(history_of(runs), every_run=True)
     drawn = [line for line in text.splitlines() if set(line) & set("▁█") and "to 2026" in line]
     assert len(drawn) == 2
     assert "┃" in drawn[1]

@@ -22,7 +22,15 @@ from lorameter.errors import UsageError
 from lorameter.machine.nvml import device_session
 from lorameter.machine.reading import Reading
 from lorameter.machine.repository import git_state
-from lorameter.machine.software import KERNELS, cuda_of, installed_packages, kernel_libraries, normal_name, switches_of
+from lorameter.machine.software import (
+    KERNELS,
+    MAIN_LIBRARIES,
+    cuda_of,
+    installed_packages,
+    kernel_libraries,
+    normal_name,
+    switches_of,
+)
 from lorameter.machine.system import memory_available_bytes, memory_bytes, settings
 from lorameter.records import codec
 from lorameter.records.worker_info import WorkerInfo
@@ -106,8 +114,7 @@ def probe_machine(environment: Mapping[str, str] | None = None) -> Machine:
 def origin_of(folder: Path) -> str:
     """Machine, libraries and the commit of a folder in a line, for the head of figures that are printed."""
     machine, git = probe_machine(), git_state(folder)
-    names = ("torch", "transformers", "peft", "bitsandbytes")
-    versions = ", ".join(f"{name} {library_version(name) or 'not installed'}" for name in names)
+    versions = ", ".join(f"{name} {library_version(name) or 'not installed'}" for name in MAIN_LIBRARIES)
     changes = " with local changes" if git["dirty"] else ""
     commit = f"commit {git['commit'][:10]}{changes}" if git["commit"] else "no repository"
     return (

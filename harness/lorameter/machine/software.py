@@ -19,6 +19,8 @@ from typing import Any
 
 KERNELS = "kernels"
 """Key of `kernel_libraries` in the provenance of a run on a GPU."""
+MAIN_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+"""Libraries whose versions are shown with each run, and are columns of its tables."""
 SWITCHES = re.compile(r"TORCH_CUDNN_SDPA_\w+|PYTORCH_(\w+_)?ALLOC_CONF|NVIDIA_TF32_OVERRIDE", re.ASCII)
 
 

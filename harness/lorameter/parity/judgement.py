@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorameter.parity.facts import Parity
-from lorameter.parity.measure import say_failure
+from lorameter.profile.measure import say_failure
 from lorameter.records.parity import Served
 from lorameter.stats import Proportion, clustered_proportion, mean_interval, proportion
 from lorameter.studies.request import AGAIN, WITHOUT

@@ -14,7 +14,7 @@ from typing import Any
 
 from lorameter.errors import InvalidRunError, UsageError, impossible, said_by
 from lorameter.parity.facts import DOCUMENT, Parity
-from lorameter.profile.measure import TrialSession, answer_of, open_trial, trouble_in
+from lorameter.profile.measure import TrialSession, answer_of, open_trial, say_failure, trouble_in
 from lorameter.records import codec, fileio
 from lorameter.records.parity import PROMPTS, SERVED, Served
 from lorameter.records.record import Failure, PartialRecord
@@ -143,11 +143,6 @@ def _read(fragment: PartialRecord, ways: Sequence[ServingMode]) -> list[Served]:
         return list(codec.from_json(tuple[Served, ...], fragment.tokens.get(SERVED), "what was served"))
     failure = fragment.failure or Failure(phase="parity", kind="Unknown", message="no message")
     return [Served(way=way.name, failure=failure) for way in ways]
-
-
-def say_failure(failure: Failure) -> str:
-    """Its kind and message, without a full stop."""
-    return f"{failure.kind}: {failure.message.removesuffix('.')}"
 
 
 def with_prompts(study: Study, *, prompts: int | None, epochs: float | None) -> Study:

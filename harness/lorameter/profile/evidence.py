@@ -241,7 +241,6 @@ class PassEvidence:
     idle_s: float = 0.0
     dequantise_s: float = 0.0
     casts_s: float = 0.0
-    dropout_s: float = 0.0
     cache_s: float = 0.0
     head_s: float = 0.0
     copies: tuple[WeightCopy, ...] = ()
@@ -253,7 +252,6 @@ class RequestEvidence:
 
     Attributes:
         variant: as profiled.
-        workload: as profiled.
         device: of the trial.
         request: time of a request.
         first_token: time to it.
@@ -268,12 +266,10 @@ class RequestEvidence:
         new_length: by how much the first token comes later at a prompt length that had no earlier request.
         adapter_dtype: as observed.
         bytes_per_s: the memory's at best.
-        decode_bytes: that a pass over one token reads.
         unquantised_bytes: what the base would take more without quantisation, where the memory has it; else None.
     """
 
     variant: Variant
-    workload: Workload
     device: Literal["cpu", "cuda"]
     request: TimeSpan
     first_token: TimeSpan
@@ -288,7 +284,6 @@ class RequestEvidence:
     new_length: TimeSpan | None = None
     adapter_dtype: str | None = None
     bytes_per_s: float | None = None
-    decode_bytes: int = 0
     unquantised_bytes: int | None = None
 
 
@@ -301,7 +296,6 @@ def evidence_of_requests(
     late = [new - known for new, known in zip(*lengths, strict=True)]
     return RequestEvidence(
         variant=profile.variant,
-        workload=profile.workload,
         device=profile.device,
         request=account.whole.step,
         first_token=account.first_token,
@@ -316,7 +310,6 @@ def evidence_of_requests(
         new_length=span_of(late) if late else None,  # a prompt of one token has no shorter one
         adapter_dtype=observed_word(profile, "peft.dtype"),
         bytes_per_s=None if memory is None else memory.per_s,
-        decode_bytes=account.decode.bytes,
         unquantised_bytes=_unquantised_bytes(profile),
     )
 
@@ -342,7 +335,6 @@ def _pass_evidence(profile: RequestProfile, account: RequestAccount, phase: str,
         idle_s=categories_s(profile, whole)[IDLE][phase] / count,
         dequantise_s=plain(unpacking_s),
         casts_s=plain(lambda one: one.casts_s, "casts_s"),
-        dropout_s=plain(dropout_s, *DROPPED),
         cache_s=plain(lambda one: one.parts_s.get(CACHE, 0.0)),
         head_s=plain(lambda one: one.parts_s.get(HEAD, 0.0)),
         copies=copies,

@@ -46,7 +46,7 @@ from lorameter.records.fileio import write_document
 from lorameter.records.memory_account import MemoryAccount
 from lorameter.records.metrics import RSS_AT_START
 from lorameter.records.os_errors import translate_os_errors
-from lorameter.records.record import Notice, PartialRecord, TrialRecord
+from lorameter.records.record import Failure, Notice, PartialRecord, TrialRecord
 from lorameter.records.store import new_run_id
 from lorameter.records.tempdirs import leaving_nothing, scratch_folder
 from lorameter.run.budget import SKIPPED
@@ -375,5 +375,9 @@ def answer_of(ask: Callable[[], PartialRecord]) -> PartialRecord:
 
 def trouble_in(fragment: PartialRecord) -> str:
     """What a fragment says of its failure, without a full stop."""
-    failure = fragment.failure
-    return f"{failure.kind}: {failure.message.removesuffix('.')}" if failure else "no message"
+    return say_failure(fragment.failure) if fragment.failure else "no message"
+
+
+def say_failure(failure: Failure) -> str:
+    """Its kind and message, without a full stop."""
+    return f"{failure.kind}: {failure.message.removesuffix('.')}"

@@ -1,4 +1,4 @@
-"""A comparison of two sides as a document, and the gate, an A/B, several A/B runs and a bisection, which rest on one.
+"""A comparison of two sides as a document, and what rests on one: the gate, an A/B and a bisection.
 
 An inconclusive verdict is a sentence, an invalid one its reason, and the statistics of the rest are folded.
 """

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import cast, get_args
 
+from lorameter.machine.software import MAIN_LIBRARIES
 from lorameter.records.units import Unit, first_few, format_count, format_percent, format_value
 from lorameter.report.blocks import (
     Axis,
@@ -33,7 +34,6 @@ from lorameter.report.blocks import (
     write_row,
 )
 from lorameter.report.phrases import title_of
-from lorameter.results.columns import VERSIONS
 from lorameter.results.history import Break, History, HistorySeries, Moment, Plateau, Suspicion, Track
 from lorameter.stats.changes import LEAST_POINTS
 from lorameter.verdicts.comparison_input import Difference
@@ -199,7 +199,7 @@ def _list_differences(differing: Sequence[Difference]) -> list[str]:
 
 
 def _versions(moment: Moment) -> str:
-    known = [f"{name} {version}" for name in VERSIONS if (version := moment.versions.get(name))]
+    known = [f"{name} {version}" for name in MAIN_LIBRARIES if (version := moment.versions.get(name))]
     return ", ".join(known) or "no versions known"
 
 

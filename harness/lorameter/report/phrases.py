@@ -25,7 +25,7 @@ Between = Literal["variants", "sides"]
 
 _BASIS = re.compile(r" \((\d[^()]*replicate[^()]*)\)")
 _KIND = re.compile(r"(host|device)_(peak|peak_allocated|peak_reserved)_(train|generate|cold)_bytes")
-_PHASES = {"train": "training", "generate": "generation", "cold": "cold start"}
+PHASE_WORDS = {"train": "training", "generate": "generation", "cold": "cold start"}
 
 
 def _ways(metric: str) -> tuple[str, str]:
@@ -42,7 +42,7 @@ def title_of(metric: str) -> str:
     if metric in METRICS:
         return METRICS[metric].title
     if found := _KIND.fullmatch(metric):
-        return f"{found[1]} {found[2].replace('_', ' ')}, {_PHASES[found[3]]}"
+        return f"{found[1]} {found[2].replace('_', ' ')}, {PHASE_WORDS[found[3]]}"
     return metric
 
 

@@ -65,18 +65,28 @@ def describe_profile(
     findings: Sequence[Finding],
 ) -> Document:
     """All of it."""
-    where = f"{profile.device_name} ({profile.device}, {format_count(profile.threads, 'thread')})"
-    said = disturbance_notices([profile.record], on_cpu=profile.device == "cpu")
     return (
-        say(Span(text=profile.variant.name, tone="strong"), f" of {profile.study} on {where}", indented=False),
+        _heading(profile),
         _tabulate_phases(profile, step),
         _tabulate_categories(profile, step),
         _memory(profile),
         Section(title="Tokens of a step", lines=say_each([_tokens(tokens)])),
         Section(title="Ceilings", lines=say_each(_ceilings(found, profile))),
         _tabulate_findings(findings, RULES, OF_WHAT_RAN if profile.activity.missing else ()),
-        *describe_notices((*profile.record.notices, *said)),
+        *_notices(profile),
     )
+
+
+def _heading(profile: TrialProfile, more: str = "") -> Line:
+    """What was profiled, and where."""
+    where = f"{profile.device_name} ({profile.device}, {format_count(profile.threads, 'thread')})"
+    return say(Span(text=profile.variant.name, tone="strong"), f" of {profile.study} on {where}{more}", indented=False)
+
+
+def _notices(profile: TrialProfile) -> Document:
+    """Those of the trial, and the disturbances that it met."""
+    disturbances = disturbance_notices([profile.record], on_cpu=profile.device == "cpu")
+    return describe_notices((*profile.record.notices, *disturbances))
 
 
 def _memory(profile: Profile) -> Table:
@@ -359,29 +369,22 @@ def describe_requests(
     findings: Sequence[Finding],
 ) -> Document:
     """All of it; `merged` is the account with the adapter merged, where that is another."""
-    threads = format_count(profile.threads, "thread")
-    where = f"{profile.device_name} ({profile.device}, {threads})"
     workload = profile.workload
     prompts = f"{workload.request_batch} prompts of " if workload.request_batch > 1 else ""
     each = " each" if prompts else ""
     asked = f"; requests of {prompts}{workload.prompt_tokens} tokens{each}, answered by {workload.new_tokens}{each}"
-    said = disturbance_notices([profile.record], on_cpu=profile.device == "cpu")
     sides: list[tuple[RequestProfile, RequestAccount, str]] = [(profile, served, "")]
     if merged is not None and profile.merged is not None:
         sides.append((profile.merged, merged, _MERGED))
     return (
-        say(
-            Span(text=profile.variant.name, tone="strong"),
-            f" of {profile.study} on {where}{asked}",
-            indented=False,
-        ),
+        _heading(profile, asked),
         *(_tabulate_phases(side, account.whole, OF_REQUESTS, suffix=suffix) for side, account, suffix in sides),
         _passes(profile, [(account, suffix) for _, account, suffix in sides]),
         *(_tabulate_categories(side, account.whole, OF_REQUESTS, suffix=suffix) for side, account, suffix in sides),
         _request_memory(profile),
         *([_cold(profile)] if profile.cold_parts_s else []),
         _tabulate_findings(findings, REQUEST_RULES, REQUESTS_OF_WHAT_RAN if profile.activity.missing else ()),
-        *describe_notices((*profile.record.notices, *said)),
+        *_notices(profile),
     )
 
 

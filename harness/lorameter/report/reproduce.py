@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lorameter.errors import UsageError
+from lorameter.machine.software import MAIN_LIBRARIES
 from lorameter.records import codec
 from lorameter.records.store import Run
 from lorameter.run.plan import PRESENT
@@ -29,7 +30,6 @@ OVERRIDES = {
     },
 }
 """What a command line may give in place of the study's own values, by the option that gives it."""
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def reproduction_steps(run: Run) -> str:
@@ -40,7 +40,7 @@ def reproduction_steps(run: Run) -> str:
 def _lines(run: Run) -> Iterator[str]:
     manifest, provenance = run.manifest, facts_of(run.manifest.provenance, run.records)
     libraries = {name: version for name, version in provenance.get("libraries", {}).items() if version}
-    known = {name: libraries[name] for name in LIBRARIES if name in libraries and BETWEEN not in libraries[name]}
+    known = {name: libraries[name] for name in MAIN_LIBRARIES if name in libraries and BETWEEN not in libraries[name]}
     python, git = provenance.get("python", "unknown"), provenance.get("git", {})
     yield _comment(f"Python {python}; {_revision(git)}; seed {manifest.seed}")
     if known:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lorameter.machine.provenance import power_limit_w
+from lorameter.machine.software import MAIN_LIBRARIES
 from lorameter.records import codec
 from lorameter.records.metrics import METRICS, PHASE_TITLES
 from lorameter.records.store import Run, TimeBreakdown
@@ -35,6 +36,7 @@ from lorameter.report.blocks import (
 from lorameter.report.figures import describe_charts
 from lorameter.report.notices import describe_notices
 from lorameter.report.phrases import (
+    PHASE_WORDS,
     format_effect,
     say_adapters,
     say_inconclusive,
@@ -63,14 +65,12 @@ ESTIMATORS = {
     "the processes), with 95 % intervals",
 }
 """How the numbers of a report follow from the trials."""
-_LABELS = {"train": "training", "generate": "generation", "cold": "cold start"}
 MOST_NAMED = 5
 """Variants that are named of one kind; the table has them all."""
 PARTS_OF_TIME = {
     "steps": "timed steps", "requests": "requests", "open_ended": "requests to their end", "merged": "merged requests",
     "cold": "cold starts",
 }  # fmt: skip
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 SOURCES = {"trainer": "a Trainer", "loop": "a loop that names its steps", "optimizer": "updates of an optimizer"}
 """What steps were recognised by, in words."""
 _STATES = {
@@ -163,7 +163,7 @@ def _label(table: PhaseTable) -> str:
     if METRICS[table.metric].is_loss:
         return "loss"
     whole = table.table.title == PHASE_TITLES[table.phase]
-    return table.site or (_LABELS[table.phase] if whole else title_of(table.metric))
+    return table.site or (PHASE_WORDS[table.phase] if whole else title_of(table.metric))
 
 
 def _notes(table: PhaseTable, *, alone: bool) -> Iterator[Line]:
@@ -254,7 +254,7 @@ def _facts(run: Run, study: Study) -> Iterator[tuple[str, str]]:
     power = "" if limit is None else f", power limit {limit} W{'' if default is None else f' of {default} W'}"
     yield "device", f"{name} ({device}, {say_threads(provenance, run.records)}){power}"
     reported, git = versions_of(provenance, run.records), provenance.get("git", {})
-    versions = ", ".join(f"{library} {reported.get(library)}" for library in LIBRARIES)
+    versions = ", ".join(f"{library} {reported.get(library)}" for library in MAIN_LIBRARIES)
     changes = " with local changes" if git.get("dirty") else ""
     commit = f"commit {git['commit'][:10]}{changes}" if git.get("commit") else "no repository"
     yield "software", f"{versions}, Python {reported['python'] or 'unknown'}; {commit}"

@@ -10,7 +10,7 @@ import fnmatch
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 from lorameter.errors import UsageError
 from lorameter.records.metrics import METRICS, PEAKS, PHASE_TITLES, PHASES, RSS_AT_START, Phase, columns_of
@@ -40,7 +40,6 @@ from lorameter.verdicts.sites import is_mixed, join_notices, runs_of_sites
 from lorameter.verdicts.validity import RunValidity, discounted, is_single_script_run, run_validity
 
 Sort = Literal["study", "name", "ratio", "value", "memory"]
-SORTS: tuple[Sort, ...] = get_args(Sort)
 """The order of the variants: that of the study, by name, by ratio to the reference, by estimate, by peak."""
 TAIL = 0.95
 """The high percentile of warm requests that is shown where the samples support it."""

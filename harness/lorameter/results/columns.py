@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
+from lorameter.machine.software import MAIN_LIBRARIES
 from lorameter.studies.variant import FORMS, KEYS
 from lorameter.studies.workload import OF_VARIANTS, Workload
 
@@ -46,8 +47,6 @@ _KINDS: Mapping[Any, Kind] = {int: "count", float: "number", bool: "flag"}
 """Kinds of fields by their types; all other fields are texts."""
 _NO_SETTINGS = ("name", "cwd", "env", "python", "method", "peft")
 """Fields of a variant that are no columns: its label, where its command is run, and what other columns say."""
-VERSIONS = ("torch", "transformers", "peft", "bitsandbytes")
-"""Libraries whose versions are columns, and are shown with each run of a history."""
 
 
 def _settings(cls: type, prefix: str, names: Iterable[str], says: str) -> tuple[FrameColumn, ...]:
@@ -76,7 +75,7 @@ SETTINGS = (
     *OF_WORKLOAD,
     _column("commit", "text", "commit of the repository that it was measured in; of an A/B of revisions the side's"),
     _column("dirty", "flag", "whether the repository had changes that were not committed"),
-    *(_column(name, "text", f"version of {name}; of an A/B the side's") for name in VERSIONS),
+    *(_column(name, "text", f"version of {name}; of an A/B the side's") for name in MAIN_LIBRARIES),
 )
 """The last columns of `trials` and `estimates`. Settings that are not read, as `double_quant` without a 4-bit base or
 all of a variant that is a command, are missing."""

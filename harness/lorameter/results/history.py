@@ -18,10 +18,10 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from lorameter.errors import UsageError
+from lorameter.machine.software import MAIN_LIBRARIES
 from lorameter.records import codec
 from lorameter.records.metrics import PRIMARY
 from lorameter.records.store import Run
-from lorameter.results.columns import VERSIONS
 from lorameter.results.folder import read_each
 from lorameter.results.rows import Row, estimate_rows
 from lorameter.stats.changes import Course, Level, LevelShift, find_changes
@@ -206,7 +206,7 @@ def _measured(run: Run, metric: str | None) -> Iterator[Measured]:
             created_unix_s=run.manifest.created_unix_s,
             **{name: row[name] for name in ("value", "low", "high", "replicates", "commit")},
             dirty=bool(row["dirty"]),
-            versions={name: row[name] for name in VERSIONS},
+            versions={name: row[name] for name in MAIN_LIBRARIES},
             why_not=row.get("invalid_message") or (None if positive else "it has no logarithm"),
         )
         yield Measured(moment, row, facts)
@@ -297,7 +297,7 @@ def confirming(before: Measured, after: Measured) -> str:
     Empty where nothing that can be named differs, or where a run was made with changes that no commit holds.
     """
     moments, study = (before.moment, after.moment), after.row["study"]
-    changed = [name for name in VERSIONS if len({moment.versions.get(name) for moment in moments}) > 1]
+    changed = [name for name in MAIN_LIBRARIES if len({moment.versions.get(name) for moment in moments}) > 1]
     if changed:
         versions = [{name: moment.versions.get(name) for name in changed} for moment in moments]
         if any(None in side.values() for side in versions):

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from lorameter.errors import InvalidRunError
-from lorameter.machine.software import normal_name
+from lorameter.machine.software import MAIN_LIBRARIES, normal_name
 from lorameter.records import codec
 from lorameter.records.metrics import METRICS, PEAKS, PRIMARY, Phase
 from lorameter.records.record import Side, TrialRecord
 from lorameter.records.store import Run
-from lorameter.results.columns import OF_VARIANT, OF_WORKLOAD, VERSIONS, FrameColumn, TableName
+from lorameter.results.columns import OF_VARIANT, OF_WORKLOAD, FrameColumn, TableName
 from lorameter.stats import Comparison
 from lorameter.studies.from_run import read_own_workloads, read_study
 from lorameter.studies.script import SIDE
@@ -114,11 +114,11 @@ class Settings:
         manifest = self._run.manifest
         provenance: Mapping[str, Any] = manifest.provenance
         if own := manifest.sides.get(records[0].side, {}).get("facts"):  # an A/B of environments or revisions
-            libraries = {package: own["packages"].get(normal_name(package)) for package in VERSIONS}
+            libraries = {package: own["packages"].get(normal_name(package)) for package in MAIN_LIBRARIES}
             provenance = {**provenance, "libraries": libraries, "git": own.get("git", {})}
         facts = facts_of(provenance, records)
         git, libraries = facts.get("git", {}), facts.get("libraries", {})
-        versions = {package: libraries.get(package) for package in VERSIONS}
+        versions = {package: libraries.get(package) for package in MAIN_LIBRARIES}
         return {"commit": git.get("commit"), "dirty": git.get("dirty"), **versions}
 
 
