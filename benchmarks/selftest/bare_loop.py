@@ -28,7 +28,7 @@ from lorameter.trial.data.tokens import prepare
 from lorameter.trial.trial import Trial
 
 EXTRAS = ("", "scheduled", "freed")
-"""What a bare loop has besides forward, backward, clipping and update."""
+"""What a bare loop does in addition to forward, backward, clipping and update."""
 
 
 def main(seed: int, turns: int) -> None:
@@ -48,7 +48,7 @@ def main(seed: int, turns: int) -> None:
         for command in ("build", "verify", "warm_up"):  # what the check leaves behind would show
             trial.run(command)
         trainee, stream = trial._built.trainee, trial._built.stream
-    model, optimizer, seat = trainee.model, trainee.optimizer, trial._built.seat
+    model, optimizer = trainee.model, trainee.optimizer
     trained = [p for p in model.parameters() if p.requires_grad]
     times: dict[str, list[float]] = defaultdict(list)
 
@@ -68,11 +68,11 @@ def main(seed: int, turns: int) -> None:
         times[name].append(time.perf_counter() - begin)
 
     def take(way: str) -> None:
-        if way == "seated":
-            with seat.taken():
+        if way == "switched":
+            with trial._active():
                 bare("", way)
         elif way == "unmetered":
-            with seat.taken():
+            with trial._active():
                 times[way] += trial.turn(1).samples["step_time_s"]
         elif way == "alone":
             times[way].append(trial._take_step()[1].time_s)
@@ -84,7 +84,7 @@ def main(seed: int, turns: int) -> None:
         else:
             bare(way, way or "bare")
 
-    ways = (*EXTRAS, "seated", "alone", "unmetered", "turn")
+    ways = (*EXTRAS, "switched", "alone", "unmetered", "turn")
     shuffler = random.Random(seed)
     for _ in range(turns):
         for way in shuffler.sample(ways, len(ways)):

@@ -27,7 +27,7 @@ WAYS = {
     "metered": "the step as recorded",
     "scheduled": "a bare loop that steps its schedule",
     "freed": "a bare loop that frees its loss and graph within the step",
-    "seated": "a bare loop behind the switch of adapter and random numbers",
+    "switched": "a bare loop behind the switch of adapter and random numbers",
     "alone": "the step outside a turn",
     "unmetered": "the step in its turn, without telemetry",
     "turn": "a whole turn of one step",
