@@ -19,7 +19,7 @@ PROJECT = "lorameter"
 
 def packed(site: Path = SITE, project: str = PROJECT) -> Path | None:
     """The packed folder where it is needed. Where the project is installed, as on the machine that has packed it, its
-    libraries are beside it, and those of the folder are another interpreter's."""
+    libraries are next to it, and those of the folder are another interpreter's."""
     try:
         distribution(project)
     except PackageNotFoundError:

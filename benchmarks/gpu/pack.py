@@ -1,6 +1,6 @@
 """What travels to a machine with a GPU and no network, and what comes back from it.
 
-    python -m benchmarks.gpu.pack                     fills .gpu/site, beside which .gpu/state travels: carry .gpu
+    python -m benchmarks.gpu.pack                     fills .gpu/site; copy .gpu, with .gpu/state, to the GPU machine
     python -m benchmarks.gpu.pack --take FILE         lays what a call has handed back where the next call finds it
 
 There, in the root of the checkout: `make gpu GPU_OPTIONS='--minutes 9.5'`, or where there is no make
@@ -8,7 +8,7 @@ There, in the root of the checkout: `make gpu GPU_OPTIONS='--minutes 9.5'`, or w
 Here, after each call: `--take` its campaign.tar.gz, and call again until no step is left.
 
 Packages are those of `carried.txt`, as wheels of the other machine's Python; of bitsandbytes only the libraries for
-its CUDA and for CPUs. The project itself is the checkout, with metadata beside it, since nothing builds it there.
+its CUDA and for CPUs. The project itself is the checkout, with metadata next to it, since nothing builds it there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ASSUMED = frozenset(
     "torch transformers accelerate safetensors tokenizers numpy scipy pandas pyarrow pytest pytest-benchmark "
     "pytest-timeout hypothesis psutil nvidia-ml-py filelock rich threadpoolctl packaging jinja2 pip".split()
 )
-"""What an image with torch, transformers and pytest holds: scikit-learn beside them, and what all of these need."""
+"""What an image with torch, transformers, pytest and scikit-learn holds, with what these need."""
 PLATFORMS = (
     *(f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17)),
     "manylinux2014_x86_64",

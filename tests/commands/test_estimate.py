@@ -137,7 +137,7 @@ def test_what_does_not_fit_on_32_gib_fits_in_4_bits_with_checkpointing(estimated
         fit = told.fit
         assert fit.device.total_bytes == 32 * 2**30
         assert fit.device.usable_bytes == int(0.98 * 32 * 2**30)
-        assert fit.needs.expected_bytes == told.train.total_bytes + told.train.beside["context"]
+        assert fit.needs.expected_bytes == told.train.total_bytes + told.train.outside_allocator["context"]
         assert fit.needs == fit.phases["train"]
         assert fit.needs.low_bytes < fit.needs.expected_bytes < fit.needs.high_bytes
         assert fit.spare_bytes == fit.device.usable_bytes - fit.needs.high_bytes

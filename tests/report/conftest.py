@@ -255,7 +255,7 @@ def estimates() -> tuple[MemoryEstimate, ...]:
     """Two phases, one with something beside."""
     kinds = {"process": 2**28, "gradients": 2**22}
     return (
-        MemoryEstimate(phase="train", kinds=kinds, beside={"context": 2**27}),
+        MemoryEstimate(phase="train", kinds=kinds, outside_allocator={"context": 2**27}),
         MemoryEstimate(phase="generate", kinds={"process": 2**28}),
     )
 

@@ -80,7 +80,7 @@ def _encode(estimate: MemoryEstimate | None, measured: int | None) -> dict[str, 
     total = None if estimate is None else estimate.total_bytes
     return {
         "kinds": {} if estimate is None else estimate.kinds,
-        "beside": {} if estimate is None else estimate.beside,
+        "outside_allocator": {} if estimate is None else estimate.outside_allocator,
         "total_bytes": total,
         "measured_bytes": measured,
         "error": None if measured is None or total is None else total / measured - 1,

@@ -73,7 +73,7 @@ class MemoryAccount(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     kinds: dict[str, int]
     """Bytes by kind (`MEMORY_KINDS`), each measured by itself."""
     peak_bytes: int
-    beside: dict[str, int] = msgspec.field(default_factory=dict)
+    outside_allocator: dict[str, int] = msgspec.field(default_factory=dict)
     """Bytes that are not in CUDA's allocated peak: `fragmentation`, which is reserved and not allocated, and
     `paged_optimizer_state`, which is managed memory. Empty on a CPU."""
 

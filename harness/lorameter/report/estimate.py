@@ -104,8 +104,8 @@ def _memory_rows(estimates: Sequence[MemoryEstimate], measured: Mapping[str, int
         written = (Cell() if error is None else write_number(error, "+.1%") for error in errors)
         yield write_row("error of the estimate", *written)
     for kind, title in _OUTSIDE.items():
-        if any(estimate.beside.get(kind) for estimate in estimates):
-            yield write_row(title, *(_mib(estimate.beside.get(kind, 0)) for estimate in estimates))
+        if any(estimate.outside_allocator.get(kind) for estimate in estimates):
+            yield write_row(title, *(_mib(estimate.outside_allocator.get(kind, 0)) for estimate in estimates))
 
 
 def _mib(size: int) -> Cell:

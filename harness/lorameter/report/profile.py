@@ -122,7 +122,7 @@ def _tabulate_memory(
     empty = [""] * len(peak)
     rest = f"{format_bytes(account.unexplained_bytes)} ({account.share:.1%})"
     outside = [write_row(f"{kind.replace('_', ' ')}, outside of it", write_bytes(size), *empty)
-               for kind, size in account.beside.items()]  # fmt: skip
+               for kind, size in account.outside_allocator.items()]  # fmt: skip
     return Table(
         title=f"Memory of the {'device' if device == 'cuda' else 'process'} at {at}",
         heads=(*name_columns("kind", "bytes"), *others),

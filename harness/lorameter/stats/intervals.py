@@ -21,7 +21,7 @@ from typing import Any
 # digits.
 _NORMAL_DF = 1e6
 # Beyond this critical value (one or two degrees of freedom, a tiny tail) scipy's inverse loses digits and then hangs.
-# There the scatter of the mean is nothing beside that of its standard error, and the chi distribution alone decides.
+# There the scatter of the mean is negligible against that of its standard error, and the chi distribution decides.
 _LARGE_T = 1000.0
 # Calibration and families ask the same few questions thousands of times.
 _REMEMBERED = 4096

@@ -11,6 +11,7 @@ machine is judged in `feasibility`. Defaults are those of the QLoRA paper's reci
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import hashlib
 from collections.abc import Mapping
@@ -43,7 +44,7 @@ PAGED = ("paged_adamw_32bit", "paged_adamw_8bit")
 """Optimizers that have a short name; every other one is named by its class or by PEFT."""
 
 
-class AnyVariant:
+class AnyVariant(abc.ABC):
     """One configuration to be measured; the group key of every result.
 
     `name` is a label and no part of the identity: two variants that differ in name only are the same variant.
@@ -53,9 +54,9 @@ class AnyVariant:
     name: str
 
     @property
+    @abc.abstractmethod
     def method_name(self) -> str:
         """What trains, in PEFT's words where it has one."""
-        raise NotImplementedError
 
     @staticmethod
     def class_for(table: Mapping[str, Any]) -> type[AnyVariant]:
@@ -376,7 +377,7 @@ class FullVariant(Variant):
         return True
 
 
-FORMS: tuple[type[AnyVariant], ...] = (LoraVariant, PeftVariant, FullVariant, ScriptVariant)
+FORMS: tuple[type[AnyVariant], ...] = (LoraVariant, ScriptVariant, PeftVariant, FullVariant)
 if TYPE_CHECKING:
     BuiltVariant = Variant
 else:
@@ -390,7 +391,7 @@ def form_keys(form: type[AnyVariant]) -> tuple[str, ...]:
     return tuple(sorted(every, key=lambda key: (key != "name", key not in form.__annotations__)))
 
 
-KEYS = tuple(dict.fromkeys(key for form in (LoraVariant, ScriptVariant, *FORMS) for key in form_keys(form)))
+KEYS = tuple(dict.fromkeys(key for form in FORMS for key in form_keys(form)))
 """Keys of a variant of any form."""
 
 

@@ -130,7 +130,7 @@ def test_a_process_counts_on_the_host_and_a_context_on_a_gpu():
     paged = dataclasses.replace(VARIANT, r=64, optimizer="paged_adamw_32bit")
     card = estimate_memory(paged, Workload(), LLAMA, device="cuda")
     assert card.needed_bytes == card.total_bytes + CUDA_CONTEXT_BYTES
-    assert card.beside["paged_optimizer_state"] == 8 * 64 * 524_288
+    assert card.outside_allocator["paged_optimizer_state"] == 8 * 64 * 524_288
     assert "process" not in card.kinds
     assert estimate_memory(paged, Workload(), LLAMA, device="cuda", process_bytes=1) == card
 

@@ -63,7 +63,7 @@ def test_what_the_command_prints_covers_the_published_peaks(rows, capsys, tmp_pa
     )
     assert main(["estimate", f"{study}:lora", "--gpu", "40GiB", "--json", "--runs-dir", str(tmp_path)]) == 0
     told = json.loads(capsys.readouterr().out)
-    peak = next(row.peak for row in rows if row.settings == "2 × 1304") + told["train"]["beside"]["context"]
+    peak = next(row.peak for row in rows if row.settings == "2 × 1304") + told["train"]["outside_allocator"]["context"]
     needs, error = told["fit"]["needs"], told["fit"]["error"]
     assert needs["low_bytes"] <= peak <= needs["high_bytes"]
     assert needs["high_bytes"] == int(needs["expected_bytes"] * (1 + error["high"]))

@@ -107,4 +107,4 @@ def test_a_step_on_a_gpu_is_explained_within_two_percent():
     step()
     found = measure_breakdown(layers, optimizer, step, birth=read_pages(), device="cuda")
     assert abs(found.share) < 0.02
-    assert found.beside["fragmentation"] >= 0
+    assert found.outside_allocator["fragmentation"] >= 0

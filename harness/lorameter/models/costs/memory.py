@@ -44,7 +44,7 @@ move by some MiB. An account counts neither of the last two: they are in what it
 CUDA_CONTEXT_BYTES = 600 * MIB
 """Device memory of a process's CUDA context and libraries, which no allocator counts; 0.4 to 0.6 GiB is usual."""
 HEAP_SLACK = 0.25
-"""Of the heap that a step takes and gives back, what malloc holds beside it; measured 0.13 to 0.3 on smollm2-135m, and
+"""Share by which the heap of malloc exceeds what a step takes and gives back; measured 0.13 to 0.3 on smollm2-135m, and
 up to 0.7 in a trial whose check was the full profile."""
 IDLE_HEAP_BYTES = 25 * MIB
 """What malloc still holds in a request after training, when it was asked to give all back; measured 10 to 44 MiB."""
@@ -70,7 +70,7 @@ class MemoryEstimate:
 
     phase: MemoryPhase
     kinds: dict[str, int]
-    beside: dict[str, int] = field(default_factory=dict)
+    outside_allocator: dict[str, int] = field(default_factory=dict)
     """Bytes outside CUDA's allocator: `context`, and `paged_optimizer_state`, which may lie on the host."""
 
     @property
@@ -80,8 +80,8 @@ class MemoryEstimate:
 
     @property
     def needed_bytes(self) -> int:
-        """What must be free on the device: the peak, and what the process takes of it beside."""
-        return self.total_bytes + self.beside.get("context", 0)
+        """What must be free on the device: the peak, and the memory of the process that no allocator counts."""
+        return self.total_bytes + self.outside_allocator.get("context", 0)
 
 
 def peak_range(needed_bytes: int, device: str) -> tuple[int, int]:
@@ -146,7 +146,7 @@ def estimate_memory(
         return MemoryEstimate(
             phase=phase,
             kinds=in_order(kinds),
-            beside={"context": CUDA_CONTEXT_BYTES, "paged_optimizer_state": paged},
+            outside_allocator={"context": CUDA_CONTEXT_BYTES, "paged_optimizer_state": paged},
         )
     kinds |= {"process": birth_bytes(None) if process_bytes is None else process_bytes, **AT_WORK}
     if stored == variant.dtype and not variant.prepare_for_kbit and variant.quantization != "none":
@@ -277,7 +277,7 @@ def _step(variant: Variant, workload: Workload, shape: ModelShape, device: str) 
 
 
 def mapped_from_tokens(variant: Variant, shape: ModelShape) -> int:
-    """Tokens of a step from which its activations are mapped apart on a CPU, so that malloc holds nothing beside them.
+    """Tokens of a step from which its activations are mapped separately on a CPU, so malloc keeps none of it.
 
     At this length, and only there, an estimate falls with more tokens.
     """

@@ -140,6 +140,9 @@ class Executor(abc.ABC):
     """Starts workers in one interpreter on this machine. Before `start` it answers for the machine only.
 
     It knows where the files of a run are by absolute paths, since a host may run in another folder.
+
+    A method that raises `NotImplementedError` is an operation that not every executor has: scripts have no bases and no
+    cold starts, a simulation has no tokens. No plan asks for what its executor does not have.
     """
 
     host: Host

@@ -1,7 +1,7 @@
 """A base that is made once, kept in the form in which it is fastest to take, and mapped by every process of a run.
 
 What is kept is the model as `load_base` made it, tensor by tensor: parameters, buffers, and what bitsandbytes left
-beside each quantised weight. Taking it is building the architecture without storage and laying those tensors in. On a
+next to each quantised weight. Taking it is building the architecture without storage and laying those tensors in. On a
 CPU they stay where they lie: the file is mapped privately (safetensors), so that all processes share its pages and one
 that writes to a weight gets a copy of its own. The two ways to a base are equal to the bit, which tests hold.
 

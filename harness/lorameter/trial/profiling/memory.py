@@ -205,16 +205,18 @@ def measure_breakdown(
         call()
     peaks = gauge.peaks(phase)
     kinds |= {kind: kinds.get(kind, 0) + size for kind, size in crest.kinds.items()}
-    beside: dict[str, int] = {}
+    outside_allocator: dict[str, int] = {}
     if cuda:
         peak = peaks[f"device_peak_allocated_{phase}_bytes"]
         kinds |= _allocator_bytes()
-        beside["fragmentation"] = peaks[f"device_peak_reserved_{phase}_bytes"] - peak
-        beside["paged_optimizer_state"] = kinds.pop("paged_optimizer_state", 0)
+        outside_allocator["fragmentation"] = peaks[f"device_peak_reserved_{phase}_bytes"] - peak
+        outside_allocator["paged_optimizer_state"] = kinds.pop("paged_optimizer_state", 0)
     else:
         peak = peaks[f"host_peak_{phase}_bytes"]
         kinds |= _file_bytes(birth, resident) | {"heap_growth": max(0, peak - crest.peak)}
-    return MemoryAccount(phase=phase, kinds=in_order(kinds, named=WATCHED[phase]), peak_bytes=peak, beside=beside)
+    return MemoryAccount(
+        phase=phase, kinds=in_order(kinds, named=WATCHED[phase]), peak_bytes=peak, outside_allocator=outside_allocator
+    )
 
 
 class _PeakTracker:
