@@ -53,7 +53,7 @@ def test_a_dry_run_shows_order_time_memory_and_disk(capsys, tmp_path):
     assert main(["run", "lora-or-qlora", "--dry-run", "--runs-dir", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     for word in (
-        "replicate 3",
+        "3 replicates",
         "lora-r16-control",
         "lockstep",
         "quantization",

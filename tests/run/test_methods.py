@@ -53,6 +53,14 @@ method = "full"
 """
 
 
+@pytest.fixture(autouse=True, scope="module")
+def nothing_is_known_of_methods(tmp_path_factory):
+    """What this machine has found out of methods before is not read: the code at hand has to find it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORAMETER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 def run(folder, text, *options):
     path = folder / "methods.toml"
     path.write_text(text)

@@ -19,7 +19,7 @@ from lorameter.errors import LorameterError, UsageError, impossible, shorten
 from lorameter.models import catalogue
 from lorameter.models.methods import MethodFacts
 from lorameter.records import codec
-from lorameter.studies.variant import FullVariant, Variant
+from lorameter.studies.variant import BuiltVariant, FullVariant, Variant
 from lorameter.trial.building import peft_methods
 from lorameter.trial.building.base_model import load_base
 from lorameter.trial.step import loss_of
@@ -126,7 +126,7 @@ def _can(action: Callable[[], object]) -> bool:
 
 if __name__ == "__main__":
     try:
-        variants = codec.from_json(tuple[Variant, ...], json.load(sys.stdin), "variants")
+        variants = codec.from_json(tuple[BuiltVariant, ...], json.load(sys.stdin), "variants")
     except LorameterError as error:
         sys.exit(str(error))
     facts = [probe(one) for one in variants]
