@@ -35,7 +35,7 @@ def machine() -> Fact:
     started_s = time.perf_counter() - begin
     from lorameter.machine.gpus import neighbours_of
 
-    card = card_of_torch()
+    card = open_gpu()
     own, facts = neighbours_of(card, generations=0).own_bytes, card.facts()
     card.close()
     return {
@@ -135,7 +135,7 @@ def counters() -> Fact:
     """How often the energy counter moves, and clocks while work is queued and after it."""
     import torch
 
-    card, work = card_of_torch(), products()
+    card, work = open_gpu(), products()
     moved, before, end = [], card.energy_j().value, time.perf_counter() + COUNTED_S
     while time.perf_counter() < end:
         work(2)
@@ -249,11 +249,11 @@ def products() -> Callable[[int], None]:
     return work
 
 
-def card_of_torch() -> Any:
+def open_gpu() -> Any:
     """The GPU that torch uses, as NVML sees it. Raises RuntimeError where it does not find it."""
-    from lorameter.machine.telemetry import card_of
+    from lorameter.machine.telemetry import open_torch_gpu
 
-    found = card_of("cuda")
+    found = open_torch_gpu("cuda")
     if found.value is None:
         raise RuntimeError(f"NVML does not find the GPU of torch: {found.reason}")
     return found.value

@@ -29,7 +29,7 @@ def clock():
 @pytest.fixture
 def card(clock, monkeypatch):
     made = Card(clock)
-    monkeypatch.setattr(module, "card_of", lambda device: Reading(value=made))
+    monkeypatch.setattr(module, "open_torch_gpu", lambda device: Reading(value=made))
     return made
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lorameter.commands.parser import build_parser
-from lorameter.studies.placement import OF_SLURM, SITES, SiteSpec, is_slurm, read_slurm
+from lorameter.studies.placement import OWN_OPTIONS, SLURM_OPTIONS, SiteSpec, is_slurm, read_slurm
 from lorameter.studies.study_file import load_study
 
 PAGE = (Path(__file__).parents[2] / "docs" / "machines.md").read_text(encoding="utf-8")
@@ -30,7 +30,7 @@ def test_every_command_can_be_typed(pytestconfig):
         kinds.add(words[0])
         if words[0] == "lorameter":
             options = build_parser().parse_args(words[1:])
-            place = SiteSpec().asked(on=getattr(options, "on", None), sites=getattr(options, "sites", None))
+            place = SiteSpec().with_options(on=getattr(options, "on", None), sites=getattr(options, "sites", None))
             assert not place.is_plain, words
             if is_slurm(place.on):
                 assert read_slurm(place.on).sites >= 1
@@ -56,4 +56,4 @@ def test_the_table_of_keys_has_all_that_can_be_asked_of_jobs():
     """And no other."""
     (table,) = re.findall(r"^\| key \|.*?\n\n", PAGE, re.DOTALL | re.MULTILINE)
     named = [key for line in table.split("\n")[2:-2] for key in re.findall(r"`(\w+)`", line.split("|")[1])]
-    assert sorted(named) == sorted({*SITES, *OF_SLURM})
+    assert sorted(named) == sorted({*OWN_OPTIONS, *SLURM_OPTIONS})

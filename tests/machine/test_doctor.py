@@ -57,7 +57,7 @@ def found(machine):
         machine=machine, system=SYSTEM, packages=dict.fromkeys((*REQUIRED, *OPTIONAL), "1.0"),
         host={"watched_s": 1.0, "cpu_stall_s": 0.0, "steal_s": 0.0, "busy_s": 1.0, "memory_stall_s": 0.0,
               "quota_stall_s": 0.0, "quota_used_s": 1.0}, host_missing={},
-        no_peaks="", gpu=missing("no driver"), cards=missing("no driver"), visible=missing("no driver"),
+        no_peaks="", gpu=missing("no driver"), gpus=missing("no driver"), visible=missing("no driver"),
         runs=Path("/runs"), locks=given(True), environment={}, root=False,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ import torch
 from lorameter.machine.gpus import neighbours_of
 from lorameter.machine.memory import PeakMemoryTracker
 from lorameter.machine.nvml import IDLE
-from lorameter.machine.telemetry import Telemetry, card_of
+from lorameter.machine.telemetry import Telemetry, open_torch_gpu
 from lorameter.trial.process import Stopwatch
 
 pytestmark = pytest.mark.gpu
@@ -36,7 +36,7 @@ def work():
 @pytest.fixture
 def card():
     """The GPU that torch uses, as NVML sees it."""
-    found = card_of("cuda")
+    found = open_torch_gpu("cuda")
     if found.value is None:
         pytest.skip(f"NVML does not find the GPU of torch: {found.reason}")
     yield found.value

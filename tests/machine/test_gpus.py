@@ -7,10 +7,10 @@ import pytest
 from tests.machine.two_cards import MIG, TWO
 
 VISIBLE = """
-    from lorameter.machine.gpus import visible_cards
+    from lorameter.machine.gpus import visible_gpus
     tell([
         [one.entry, one.name.value, one.board.value, one.power_limit_w.value, one.name.reason]
-        for one in visible_cards().value
+        for one in visible_gpus().value
     ])
 """
 FIRST = ["First", "GPU-aaaa1111-0000-0000-0000-000000000000", 700.0, ""]

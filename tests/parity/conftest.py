@@ -6,7 +6,7 @@ import pytest
 
 from lorameter.parity.facts import Parity
 from lorameter.records.parity import LogitDistance, Served
-from lorameter.studies.request import AGAIN, ways_of
+from lorameter.studies.request import AGAIN, serving_modes
 
 EQUAL = LogitDistance(
     positions=4, argmax_differs=0, kl_mean_nats=0.0, kl_max_nats=0.0, difference_mean=0.0, difference_max=0.0,
@@ -30,7 +30,7 @@ def make_parity(small_study):
 
     def make(**changed: Served) -> Parity:
         variant = small_study.variant("nf4")
-        ways = tuple(way for group in ways_of(variant) for way in group)
+        ways = tuple(way for group in serving_modes(variant) for way in group)
         served = []
         for way in ways:
             answers, distance, losses = ANSWERS, NEAR, tuple(loss + 0.001 for loss in LOSSES)

@@ -13,7 +13,7 @@ from lorameter.parity.facts import DOCUMENT, Parity
 from lorameter.parity.measure import CONFIG, WEIGHTS, _read
 from lorameter.records import codec
 from lorameter.records.record import Failure, PartialRecord
-from lorameter.studies.request import ways_of
+from lorameter.studies.request import serving_modes
 from lorameter.studies.variant import LoraVariant
 
 STUDY = """
@@ -133,7 +133,7 @@ def test_an_adapter_that_does_not_fit_is_a_message(study, runs, tmp_path, capsys
 
 def test_a_process_that_dies_is_a_row_for_each_of_its_ways():
     """With its reason, so that the others stand."""
-    ways = ways_of(LoraVariant(quantization="nf4"))[3]
+    ways = serving_modes(LoraVariant(quantization="nf4"))[3]
     failure = Failure(phase="parity", kind="ProcessDied", message="killed")
     found = _read(PartialRecord().failed("crashed", failure), ways)
     assert [(one.way, one.failure) for one in found] == [(way.name, failure) for way in ways]

@@ -54,7 +54,7 @@ from lorameter.run.forecast_time import TimeForecast
 from lorameter.run.memory_fit import Fitter, MemoryDevice, advise, on_card, on_machine
 from lorameter.run.plan import make_plan
 from lorameter.stats import Comparison, compare_trials
-from lorameter.studies.request import ways_of
+from lorameter.studies.request import serving_modes
 from lorameter.studies.variant import LoraVariant, Variant
 from lorameter.studies.workload import Workload
 from lorameter.verdicts.ab import attribution_of, report_of
@@ -306,7 +306,7 @@ def history() -> History:
 def parity() -> Parity:
     """An adapter of which one merge failed, and another gives some answers that are not the reference's."""
     variant, answers = LoraVariant(name="nf4", quantization="nf4"), tuple((7, 8, number) for number in range(9))
-    ways = tuple(way for group in ways_of(variant) for way in group)
+    ways = tuple(way for group in serving_modes(variant) for way in group)
     near = LogitDistance(
         positions=3, argmax_differs=1, kl_mean_nats=1.23e-5, kl_max_nats=0.00456, difference_mean=0.012,
         difference_max=0.345, cosine_mean=0.99876, cosine_min=0.9,

@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 
 from lorameter.errors import UsageError
-from lorameter.machine.gpus import VisibleCard
+from lorameter.machine.gpus import VisibleGpu
 from lorameter.machine.reading import Reading, missing
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.plan import make_plan
@@ -95,13 +95,13 @@ def test_more_ranks_than_cards_are_refused(small_study, machine, monkeypatch):
 def test_ranks_on_parts_of_one_card_are_refused(small_study, machine, monkeypatch, boards, shared):
     """The first of the visible ones are theirs, whatever others there are; what is not told is not guessed."""
     cards = tuple(
-        VisibleCard(
+        VisibleGpu(
             entry=f"MIG-{n}", name=Reading(value="1g.10gb"), power_limit_w=missing("not told"),
             board=missing("not told") if board is None else Reading(value=board),
         )
         for n, board in enumerate(boards)
     )  # fmt: skip
-    monkeypatch.setattr("lorameter.run.feasibility.visible_cards", lambda: Reading(value=cards))
+    monkeypatch.setattr("lorameter.run.feasibility.visible_gpus", lambda: Reading(value=cards))
     there = dataclasses.replace(machine, device="cuda")
     with (
         pytest.raises(UsageError, match=f"ranks = 2: {shared} are parts of one GPU")

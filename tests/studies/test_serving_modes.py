@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from lorameter.records import codec
-from lorameter.studies.request import ServingMode, base_key, ways_of
+from lorameter.studies.request import ServingMode, base_key, serving_modes
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 
@@ -31,20 +31,20 @@ FOUR = ["unmerged, nf4", "merged into nf4"]
 )
 def test_every_way_that_applies_and_no_other(fields, names):
     """Own base, 16 bits and 4 bits, once each; two merges of a quantised base; and the controls."""
-    ways = [way for group in ways_of(LoraVariant(**fields)) for way in group]
+    ways = [way for group in serving_modes(LoraVariant(**fields)) for way in group]
     assert [way.name for way in ways] == names
     assert [way.name for way in ways if way.is_control] == [names[1], names[3]]
 
 
 def test_a_group_is_served_from_one_base_and_merges_last():
     """A merge changes the base, and so would all that is asked of it afterwards."""
-    for group in ways_of(LoraVariant(quantization="int8")):
+    for group in serving_modes(LoraVariant(quantization="int8")):
         assert len({(base_key(way.variant, Workload()), way.dequantised) for way in group}) == 1
         assert not any(way.merged for way in group[:-1])
 
 
 def test_a_way_crosses_a_process():
     """As JSON, and back."""
-    for way in (way for group in ways_of(LoraVariant(name="a", quantization="nf4")) for way in group):
+    for way in (way for group in serving_modes(LoraVariant(name="a", quantization="nf4")) for way in group):
         assert codec.from_json(ServingMode, codec.to_json(way), "way") == way
     assert dataclasses.replace(way, merged=False) != way

@@ -485,7 +485,7 @@ def test_any_json_is_read_or_refused(tmp_path_factory, data):
     path.write_text(json.dumps(data))
     with contextlib.suppress(UsageError):
         side = read_benchmark_json(path)
-        assert all(side.sides[name].name == name for name in side.sides)
+        assert all(side.variants[name].name == name for name in side.variants)
 
 
 # How verdicts become exit codes

@@ -55,7 +55,7 @@ def test_a_trial_that_failed_is_its_own_variants_only(write_run):
     assert [(fault.reason, fault.variant) for fault in found.faults] == [(InvalidReason.TRIAL_FAILED, "nf4")]
     assert (found.valid, found.broken) == (False, None)
     assert found.failures == ("r1-nf4: oom (log: )",)
-    sides = comparison_input(store.read_run(str(path), path.parent)).sides
+    sides = comparison_input(store.read_run(str(path), path.parent)).variants
     assert (sides["plain"].broken, sides["nf4"].broken) == (None, "run a: trial r1-nf4 is oom")
 
 

@@ -26,7 +26,7 @@ from lorameter.errors import LorameterError, UsageError
 from lorameter.machine.memory import PeakMemoryTracker
 from lorameter.machine.nvml import NvmlDevice
 from lorameter.machine.reading import Reading
-from lorameter.machine.telemetry import card_of, energy_between
+from lorameter.machine.telemetry import energy_between, open_torch_gpu
 from lorameter.models.costs.flops import StepTokens, six_n, training_flops
 from lorameter.models.costs.modules import count_products
 from lorameter.models.costs.peaks import Rate, stated_peak
@@ -264,7 +264,7 @@ class Energy:
     def __init__(self, device: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._device = device
         self._clock = clock
-        self._card: NvmlDevice | None = None
+        self._gpu: NvmlDevice | None = None
         self._begun: tuple[float, Reading[float]] | None = None
         self._before: Counter[str] = Counter()
         """Of the stretches before this one."""
@@ -275,9 +275,9 @@ class Energy:
     def begin(self) -> None:
         """A stretch of training begins."""
         if self._device.startswith("cuda"):
-            self._card = self._card or card_of(self._device).value
-        if self._card is not None:
-            self._begun = (self._clock(), self._card.energy_j())
+            self._gpu = self._gpu or open_torch_gpu(self._device).value
+        if self._gpu is not None:
+            self._begun = (self._clock(), self._gpu.energy_j())
             self._stretch = Counter()
 
     def step(self, reading: StepReading) -> None:
@@ -291,10 +291,10 @@ class Energy:
 
     def _so_far(self) -> Counter[str]:
         """Of all stretches, that of the one under way as far as it has come, if it is long enough."""
-        if self._begun is None or self._card is None:
+        if self._begun is None or self._gpu is None:
             return self._before
         begun_s, first = self._begun
-        spent: Any = energy_between(first, self._card.energy_j(), self._clock() - begun_s).value
+        spent: Any = energy_between(first, self._gpu.energy_j(), self._clock() - begun_s).value
         return self._before if spent is None else self._before + self._stretch + Counter(device_energy_train_j=spent)
 
     def values(self) -> dict[str, float]:

@@ -203,7 +203,7 @@ class Session:
             facts |= {name: known[name] for name in REPORTED if name in known}
         session = planned_side(study, facts)
         found = machine_differences(base, session)
-        for name in session.sides:
+        for name in session.variants:
             found += variant_differences(name, base, session)
         if found:
             raise UsageError(f"--lorameter-base: {base.name} is not comparable: {disagreement(found, force=False)}.")
@@ -257,7 +257,7 @@ class Session:
                 runs = store.runs_dir(self._options.runs_dir)
                 base = read_base(self._gate, runs, fingerprint=candidate.fingerprint, study=candidate.study)
             studied = frozenset(variant["name"] for variant in self._run.manifest.study["variants"])
-            base = base.without(studied - candidate.sides.keys())  # variants that were not selected
+            base = base.without(studied - candidate.variants.keys())  # variants that were not selected
             report = compare(base, candidate, metrics=self._policy.metrics, limits_of=self._policy.limits_of)
             return judge(report, self._policy)
         except Exception:

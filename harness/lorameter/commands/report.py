@@ -36,7 +36,7 @@ from lorameter.verdicts.ab import attribution_of, report_of
 from lorameter.verdicts.baselines import accept, read_base, read_comparand
 from lorameter.verdicts.compare import ComparisonReport, ComparisonRow, compare, document, exit_code
 from lorameter.verdicts.comparison_input import ComparisonInput
-from lorameter.verdicts.gate import gate_document, judge, kept_policy, load_policy
+from lorameter.verdicts.gate import gate_document, judge, load_policy, stored_policy
 from lorameter.verdicts.sites import is_mixed
 
 
@@ -127,7 +127,7 @@ def show_ab(run: Run, options: argparse.Namespace, *, keep: Callable[[Comparison
         keep: which comparisons are shown.
     """
     given = vars(options)
-    policy = load_policy(given["policy"]) if given.get("policy") else kept_policy(run)
+    policy = load_policy(given["policy"]) if given.get("policy") else stored_policy(run)
     policy = dataclasses.replace(policy, metrics=tuple(given.get("metric", ())) or policy.metrics)
     report = report_of(run, metrics=policy.metrics, limits_of=policy.limits_of, losses=policy.losses == "agree")
     result = judge(report, policy)

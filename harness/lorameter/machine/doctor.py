@@ -134,7 +134,7 @@ def device(found: Survey) -> DoctorCheck:
 
 def device_order(found: Survey) -> list[DoctorCheck]:
     """Whether CUDA counts different GPUs as trials do."""
-    names = [str(card.name.value) for card in found.cards.value or ()]
+    names = [str(gpu.name.value) for gpu in found.gpus.value or ()]
     if len(set(names)) <= 1 or found.environment.get(ORDER_VARIABLE) == BUS_ORDER:
         return []
     words = f"GPUs differ ({', '.join(names)}): CUDA puts the fastest first, trials count along the bus"

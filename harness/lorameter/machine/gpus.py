@@ -20,7 +20,7 @@ from lorameter.records.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VisibleCard:
+class VisibleGpu:
     """A GPU that a process may use, or a MIG instance of one."""
 
     entry: int | str
@@ -38,21 +38,21 @@ class VisibleCard:
         return f"{self.name.value}" + ("" if limit_w is None else f" at {limit_w:.0f} W")
 
 
-def shared_boards(cards: Iterable[VisibleCard]) -> list[list[VisibleCard]]:
+def shared_boards(gpus: Iterable[VisibleGpu]) -> list[list[VisibleGpu]]:
     """Groups of devices that are parts of one GPU and would disturb each other; unknown boards are left out."""
-    by: dict[str, list[VisibleCard]] = {}
-    for card in cards:
-        if card.board.value is not None:
-            by.setdefault(card.board.value, []).append(card)
+    by: dict[str, list[VisibleGpu]] = {}
+    for gpu in gpus:
+        if gpu.board.value is not None:
+            by.setdefault(gpu.board.value, []).append(gpu)
     return [parts for parts in by.values() if len(parts) > 1]
 
 
-def say_entries(cards: Iterable[VisibleCard]) -> str:
+def say_entries(gpus: Iterable[VisibleGpu]) -> str:
     """The devices in words, as entries of CUDA_VISIBLE_DEVICES."""
-    return " and ".join(str(card.entry) for card in cards)
+    return " and ".join(str(gpu.entry) for gpu in gpus)
 
 
-def visible_cards(environment: Mapping[str, str] | None = None) -> Reading[tuple[VisibleCard, ...]]:
+def visible_gpus(environment: Mapping[str, str] | None = None) -> Reading[tuple[VisibleGpu, ...]]:
     """The GPUs that `environment` (None: this process's) lets CUDA see, in its order; all GPUs for an empty one."""
     with nvml_session() as nvml:
         if nvml.value is None:
@@ -63,13 +63,13 @@ def visible_cards(environment: Mapping[str, str] | None = None) -> Reading[tuple
         return Reading(value=tuple(_describe(nvml.value, entry) for entry in entries))
 
 
-def _describe(nvml: Any, entry: int | str) -> VisibleCard:
+def _describe(nvml: Any, entry: int | str) -> VisibleGpu:
     handle = handle_of(nvml, entry)
     if not handle.known:
         unknown: Reading[Any] = missing(handle.reason)
-        return VisibleCard(entry=entry, name=unknown, board=unknown, power_limit_w=unknown)
+        return VisibleGpu(entry=entry, name=unknown, board=unknown, power_limit_w=unknown)
     board = board_of(nvml, handle.value).value or handle.value
-    return VisibleCard(
+    return VisibleGpu(
         entry=entry,
         name=ask(nvml, "nvmlDeviceGetName", handle.value),
         board=uuid_of(nvml, board),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorameter.machine.gpus import Neighbours, VisibleCard, neighbours_of, visible_cards
+from lorameter.machine.gpus import Neighbours, VisibleGpu, neighbours_of, visible_gpus
 from lorameter.machine.host import LEAST_ASKED_S, HostTelemetry
 from lorameter.machine.nvml import device_session
 from lorameter.machine.provenance import Machine, library_version, probe_machine
@@ -58,9 +58,9 @@ class Survey:
     no_peaks: str
     """Why the peak of a process's resident memory cannot be measured; empty if it can."""
     gpu: Reading[GpuSurvey]
-    cards: Reading[tuple[VisibleCard, ...]]
+    gpus: Reading[tuple[VisibleGpu, ...]]
     """All GPUs of the machine."""
-    visible: Reading[tuple[VisibleCard, ...]]
+    visible: Reading[tuple[VisibleGpu, ...]]
     """GPUs that may be used."""
     runs: Path
     """Folder where runs would be written, or the nearest one above it that exists."""
@@ -97,8 +97,8 @@ def survey(runs: Path, look_s: float = LOOK_S) -> Survey:
         host_missing=watch.missing,
         no_peaks="" if os.access("/proc/self/clear_refs", os.W_OK) else "the kernel lets no process reset its peak",
         gpu=gpu,
-        cards=visible_cards({}),
-        visible=visible_cards(),
+        gpus=visible_gpus({}),
+        visible=visible_gpus(),
         runs=folder,
         locks=_try_lock(folder),
         environment=os.environ,

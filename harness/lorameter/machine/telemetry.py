@@ -179,37 +179,37 @@ class Telemetry:
         self._generations = generations
         self._clock = clock
         self._host = HostTelemetry()
-        self._card: GpuTelemetry | None = None
-        self._no_card = ""
+        self._gpu: GpuTelemetry | None = None
+        self._no_gpu = ""
 
     def begin(self) -> None:
         """A timed stretch is about to start. The first one opens the device."""
-        if self._card is None and self._device.startswith("cuda") and not self._no_card:
-            opened = card_of(self._device)
-            self._no_card = opened.reason
+        if self._gpu is None and self._device.startswith("cuda") and not self._no_gpu:
+            opened = open_torch_gpu(self._device)
+            self._no_gpu = opened.reason
             if opened.value is not None:
-                self._card = GpuTelemetry(opened.value, energy=self._energy, generations=self._generations)
-        if self._card is not None:
-            self._card.begin(self._clock())
+                self._gpu = GpuTelemetry(opened.value, energy=self._energy, generations=self._generations)
+        if self._gpu is not None:
+            self._gpu.begin(self._clock())
         self._host.begin()
 
     def look(self) -> None:
         """What is timed is under way on the GPU, and the host would only wait for it."""
-        if self._card is not None:
-            self._card.look()
+        if self._gpu is not None:
+            self._gpu.look()
 
     def end(self) -> dict[str, float]:
         """It has ended: all values so far, by their names in the record."""
         host = self._host.end()
-        card = {} if self._card is None else self._card.end(self._clock())
+        gpu = {} if self._gpu is None else self._gpu.end(self._clock())
         values = {telemetry_key("host", name, self._phase): value for name, value in host.items()}
-        return values | {telemetry_key("device", name, self._phase): value for name, value in card.items()}
+        return values | {telemetry_key("device", name, self._phase): value for name, value in gpu.items()}
 
     def notice(self) -> Notice | None:
         """What of the device could not be measured; None where nothing is missing, and on a CPU."""
-        absent = {} if self._card is None else self._card.missing
+        absent = {} if self._gpu is None else self._gpu.missing
         reasons = {name: why for name, why in absent.items() if name not in SUBSTITUTED}
-        reasons |= {"all": self._no_card} if self._no_card else {}
+        reasons |= {"all": self._no_gpu} if self._no_gpu else {}
         if not reasons:
             return None
         return Notice(
@@ -219,7 +219,7 @@ class Telemetry:
         )
 
 
-def card_of(device: str) -> Reading[NvmlDevice]:
+def open_torch_gpu(device: str) -> Reading[NvmlDevice]:
     """The GPU behind a torch device. CUDA runs already, so torch knows the GPU's UUID, whatever the environment."""
     import torch
 

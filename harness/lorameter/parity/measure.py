@@ -19,7 +19,7 @@ from lorameter.records import codec, fileio
 from lorameter.records.parity import PROMPTS, SERVED, Served
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.run.workers import Executor
-from lorameter.studies.request import ServingMode, ServingRequest, ways_of
+from lorameter.studies.request import ServingMode, ServingRequest, serving_modes
 from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
 
@@ -86,7 +86,7 @@ def measure_parity(
             device_name=trial.machine.device_name,
             adapter="" if adapter is None else str(adapter),
             record=trial.record if adapter is None else None,
-            ways=tuple(way for group in ways_of(variant) for way in group),
+            ways=tuple(way for group in serving_modes(variant) for way in group),
             served=tuple(served),
             prompts=prompts,
             notices=() if adapter is None else trial.record.notices,  # else they are those of the record
@@ -109,7 +109,7 @@ def _serve(trial: TrialSession, variant: Variant, adapter: str) -> tuple[list[Se
     """What every way has given, in their order, and the prompts."""
     served: list[Served] = []
     prompts: tuple[tuple[int, ...], ...] = ()
-    for ways in ways_of(variant):
+    for ways in serving_modes(variant):
         trial.say(f"serving: {'; '.join(way.name for way in ways)}")
         request = ServingRequest(
             trial=trial.request, adapter=adapter, ways=ways, reference=served[0].answers if served else ()

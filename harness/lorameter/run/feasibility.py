@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lorameter.errors import UsageError, shorten
-from lorameter.machine.gpus import say_entries, shared_boards, visible_cards
+from lorameter.machine.gpus import say_entries, shared_boards, visible_gpus
 from lorameter.machine.nvml import VARIABLE, visible_devices
 from lorameter.machine.provenance import Machine, library_version
 from lorameter.models import catalogue, shapes
@@ -338,7 +338,7 @@ def check_ranks(where: str, variant: Variant, workload: Workload, machine: Machi
     if workload.ranks == 1:
         return
     if machine.device == "cuda" and here:
-        _check_cards(where, workload)
+        _check_gpus(where, workload)
     sharded, torch = workload.strategy == "fsdp2", library_version("torch")
     ranks, ddp = f"with ranks = {workload.ranks}", 'Use strategy = "ddp"'
     _refuse(where, (
@@ -380,16 +380,16 @@ def rank_notices(variant: Variant, workload: Workload) -> Iterator[Notice]:
         )
 
 
-def _check_cards(where: str, workload: Workload) -> None:
+def _check_gpus(where: str, workload: Workload) -> None:
     """The ranks take the first of the GPUs that are visible, one each (`lorameter.trial.ranks.trial`)."""
-    known, listed = visible_cards().value, visible_devices(os.environ)
+    known, listed = visible_gpus().value, visible_devices(os.environ)
     ranks = workload.ranks
     if known is None and listed is None:
         return
-    cards = len(listed or ()) if known is None else len(known)
-    if cards < ranks:
+    gpus = len(listed or ()) if known is None else len(known)
+    if gpus < ranks:
         raise UsageError(
-            f"{where}: ranks = {ranks}: {cards} GPU{'s are' if cards != 1 else ' is'} to be had here, and ranks that "
+            f"{where}: ranks = {ranks}: {gpus} GPU{'s are' if gpus != 1 else ' is'} to be had here, and ranks that "
             "share one measure each other. Use fewer ranks, or make more GPUs visible."
         )
     for shared in shared_boards((known or ())[:ranks]):

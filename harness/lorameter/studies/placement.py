@@ -17,13 +17,13 @@ from lorameter.errors import UsageError, require
 HERE = "here"
 RAY = "ray"
 SLURM = "slurm"
-OF_SLURM: Mapping[str, type] = {
+SLURM_OPTIONS: Mapping[str, type] = {
     "partition": str, "account": str, "qos": str, "reservation": str, "constraint": str, "nodelist": str,
     "exclude": str, "gres": str, "gpus_per_node": int, "cpus_per_task": int, "mem": str, "time": int, "comment": str,
     "exclusive": str,
 }  # fmt: skip
 """What is passed on, by the names that sbatch has for it."""
-SITES: Mapping[str, type] = {"sites": int}
+OWN_OPTIONS: Mapping[str, type] = {"sites": int}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +84,7 @@ class SiteSpec:
         """For messages: the word that the place hangs on."""
         return say_sites(self.sites) if self.on == HERE else say_on(self.on)
 
-    def asked(self, *, on: str | None = None, sites: str | None = None, mixed: bool = False) -> SiteSpec:
+    def with_options(self, *, on: str | None = None, sites: str | None = None, mixed: bool = False) -> SiteSpec:
         """This place with what a command line says, None or False where that says nothing.
 
         `sites` are names with commas between them. They, and whether they are unlike, are of one place, so another `on`
@@ -128,7 +128,7 @@ def read_slurm(on: str) -> SlurmRequest:
         UsageError: a key that is not known, or a value that is none.
     """
     listed = on.partition(":")[2]
-    known = {**SITES, **OF_SLURM}
+    known = {**OWN_OPTIONS, **SLURM_OPTIONS}
     found: dict[str, Any] = {}
     for part in re.split(r",(?=[^,=]*=)", listed) if listed else ():
         key, equals, text = part.partition("=")

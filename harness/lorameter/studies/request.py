@@ -183,7 +183,7 @@ ones for what they leave of the epochs, requests of a fixed length, those that t
 merged."""
 
 
-def words_of(doer: Doer) -> tuple[str, ...]:
+def commands_by(doer: Doer) -> tuple[str, ...]:
     """The words of the commands that one carries out."""
     return tuple(word for word, command in COMMANDS.items() if command.by == doer)
 
@@ -214,7 +214,7 @@ class ServingMode:
         return not self.adapter or self.name.endswith(AGAIN)
 
 
-def ways_of(variant: Variant) -> tuple[tuple[ServingMode, ...], ...]:
+def serving_modes(variant: Variant) -> tuple[tuple[ServingMode, ...], ...]:
     """All that apply, in groups of those that one process serves from one loaded base; the first is the reference.
 
     Within a group a merge comes last: it changes the base.

@@ -307,7 +307,7 @@ class Study:
             cap = PRECISION_REPLICATES
         elif replicates is None and effort is None and max_minutes is not None:
             cap = max(cap, LIMITED_REPLICATES)
-        place = protocol.place.asked(on=on, sites=sites, mixed=mixed)
+        place = protocol.place.with_options(on=on, sites=sites, mixed=mixed)
         protocol = dataclasses.replace(
             protocol,
             replicates=cap,

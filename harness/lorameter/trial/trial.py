@@ -31,7 +31,7 @@ from lorameter.machine.memory import PeakMemoryTracker, host_bytes
 from lorameter.records import codec
 from lorameter.records.record import Failure, PartialRecord, judge_required
 from lorameter.stats import is_steady
-from lorameter.studies.request import COMMANDS, TrialRequest, words_of
+from lorameter.studies.request import COMMANDS, TrialRequest, commands_by
 from lorameter.trial.building import peft_methods
 from lorameter.trial.building.build import SharedBase, TrainableModel, build, requirements_of
 from lorameter.trial.building.quantising import is_packed, unpack_4bit
@@ -64,7 +64,7 @@ class Trial:
     run.
     """
 
-    COMMANDS: ClassVar[tuple[str, ...]] = words_of("trial")
+    COMMANDS: ClassVar[tuple[str, ...]] = commands_by("trial")
 
     def __init__(self, request: TrialRequest, shared: SharedBase, *, generations: int = GENERATIONS) -> None:
         self._request = request

@@ -156,12 +156,12 @@ def read_benchmarks(name: str) -> ComparisonInput:
     trials: dict[str, Trials] = {}
     for side in sides:
         _check_alike(sides[0], side)
-        for name, measured in side.sides.items():
+        for name, measured in side.variants.items():
             trials.setdefault(name, []).extend(measured.trials(FOREIGN_METRIC))
     return dataclasses.replace(
         sides[0],
         name=name,
-        sides={
+        variants={
             name: Measurements(
                 name=name,
                 samples={FOREIGN_METRIC: found} if found else {},
@@ -184,15 +184,15 @@ def _check_alike(first: ComparisonInput, side: ComparisonInput) -> None:
 
 
 def _read_foreign(where: str, saved: SavedFile) -> ComparisonInput:
-    sides: dict[str, Measurements] = {}
+    variants: dict[str, Measurements] = {}
     for index, test in enumerate(saved.benchmarks):
         name = test.fullname or test.name
-        if not name or name in sides:
+        if not name or name in variants:
             why = "a second benchmark of that name" if name else "a benchmark has a name"
             raise impossible(where, f"benchmarks[{index}].fullname", name, why, "Save them separately.")
         summary = () if test.stats.median is None else (test.stats.median,)
         samples = test.stats.data or summary
-        sides[name] = Measurements(
+        variants[name] = Measurements(
             name=name,
             samples={FOREIGN_METRIC: [samples]} if samples else {},
             no_interval=ONE_PROCESS if test.stats.data else NO_SAMPLES,
@@ -200,7 +200,7 @@ def _read_foreign(where: str, saved: SavedFile) -> ComparisonInput:
     machine, cpu = saved.machine_info, saved.machine_info.get("cpu")
     return ComparisonInput(
         name=where,
-        sides=sides,
+        variants=variants,
         facts={
             "written_by": FOREIGN,
             "cpu": cpu.get("brand_raw", cpu.get("brand")) if isinstance(cpu, dict) else None,
@@ -211,8 +211,8 @@ def _read_foreign(where: str, saved: SavedFile) -> ComparisonInput:
 
 def _read_ours(where: str, saved: SavedFile) -> ComparisonInput:
     about, facts = saved.lorameter, saved.machine_info.get("lorameter")
-    sides = {name: Measurements(name=name, broken=f"{where}: {why}") for name, why in about.failed.items()}
-    variants = {variant.name: variant for variant in about.variants}
+    variants = {name: Measurements(name=name, broken=f"{where}: {why}") for name, why in about.failed.items()}
+    known = {variant.name: variant for variant in about.variants}
     phases: dict[str, None] = {}
     for index, test in enumerate(saved.benchmarks):
         if "trials" not in test.extra_info:  # another benchmark of the same session, none of ours
@@ -225,15 +225,15 @@ def _read_ours(where: str, saved: SavedFile) -> ComparisonInput:
         if info.metric not in METRICS:
             raise impossible(place, "extra_info.metric", info.metric, "not a metric", "Save it again.")
         phases[METRICS[info.metric].phase] = None
-        side = _measured(place, test.stats.data or (), info, Measurements(name=name, variant=variants.get(name)))
-        sides[name] = _united(sides.get(name), side)
+        side = _measured(place, test.stats.data or (), info, Measurements(name=name, variant=known.get(name)))
+        variants[name] = _unite(variants.get(name), side)
     control = about.control or {}
     invalid = about.invalid or say_faults(tuple(control_faults(control.items())))
     if about.control is None:
         invalid = "it does not say how its control came out. Save it again"
     return ComparisonInput(
         name=where,
-        sides=sides,
+        variants=variants,
         facts=facts if isinstance(facts, dict) and facts else None,
         fingerprint=about.fingerprint,
         study=about.study,
@@ -261,7 +261,7 @@ def _measured(place: str, data: tuple[float, ...], info: ExtraInfo, side: Measur
     return dataclasses.replace(side, id=info.variant, samples=samples, broken=broken)
 
 
-def _united(first: Measurements | None, second: Measurements) -> Measurements:
+def _unite(first: Measurements | None, second: Measurements) -> Measurements:
     """The phases of one variant are an entry each; what both hold is the same."""
     if first is None:
         return second
@@ -320,7 +320,7 @@ def unlike(study: Study, ours: dict[str, Any], saved: dict[str, Any], where: str
     if side.facts is None or side.facts.get("written_by") == FOREIGN:
         raise UsageError(f"{where}: the saved run was not written by lorameter. Compare another.")
     found = machine_differences(side, session)
-    for name in session.sides:
+    for name in session.variants:
         found += variant_differences(name, side, session)
     return [f"{one.field}: {one.base!r} saved, {one.candidate!r} now" for one in found]
 
@@ -333,8 +333,8 @@ def about_run(run: Run) -> dict[str, Any]:
         "run": run.manifest.run,
         "fingerprint": run.manifest.fingerprint,
         "study": side.study,
-        "variants": [codec.to_json(measured.variant) for measured in side.sides.values() if measured.variant],
+        "variants": [codec.to_json(measured.variant) for measured in side.variants.values() if measured.variant],
         "control": codec.to_json(side.control),
         "invalid": side.broken,
-        "failed": {name: measured.broken for name, measured in side.sides.items() if measured.broken},
+        "failed": {name: measured.broken for name, measured in side.variants.items() if measured.broken},
     }

@@ -205,14 +205,14 @@ def compare(
         InvalidRunError: no variant on either side, because a run was interrupted.
     """
     broken = base.broken or candidate.broken
-    if broken and not base.sides and not candidate.sides:
+    if broken and not base.variants and not candidate.variants:
         raise InvalidRunError(f"{broken}. Nothing was measured; measure again.")
     wanted = _choose_metrics(base, candidate, metrics, all_metrics=all_metrics)
     machine = machine_differences(base, candidate)
     differing = list(machine)
     refused: dict[Key, Comparison | None] = {}
     pairs: dict[Key, Pair] = {}
-    for name in dict.fromkeys((*base.sides, *candidate.sides)):
+    for name in dict.fromkeys((*base.variants, *candidate.variants)):
         changed = variant_differences(name, base, candidate)
         differing += changed
         unlike = [] if force else [*machine, *changed]
@@ -239,8 +239,8 @@ def _choose_metrics(
     base: ComparisonInput, candidate: ComparisonInput, patterns: Sequence[str], *, all_metrics: bool
 ) -> tuple[str, ...]:
     """Names of metrics and kinds of memory, in the order of the phases."""
-    sides = (*base.sides.values(), *candidate.sides.values())
-    measured = dict.fromkeys(metric for side in sides for metric in side.metrics)
+    variants = (*base.variants.values(), *candidate.variants.values())
+    measured = dict.fromkeys(metric for one in variants for metric in one.metrics)
     known = tuple(dict.fromkeys([*(name for name in METRICS if name in measured), *measured]))
     if all_metrics:
         return known
@@ -259,7 +259,7 @@ def _choose_metrics(
 
 def _metrics_of(wanted: Sequence[str], base: ComparisonInput, candidate: ComparisonInput, name: str) -> list[str]:
     """Those that either side of a variant measured; all times where a failure left nothing."""
-    sides = [side for side in (base.sides.get(name), candidate.sides.get(name)) if side is not None]
+    sides = [side for side in (base.variants.get(name), candidate.variants.get(name)) if side is not None]
     found = [metric for metric in wanted if any(side.trials(metric) for side in sides)]
     if found or not any(side.broken or not side.metrics for side in sides):
         return found
@@ -271,7 +271,7 @@ def _refuse(
 ) -> Comparison | None:
     """The verdict where the numbers do not count, are not there, or are of unlike sides; None where they can be
     compared."""
-    ours, theirs = base.sides.get(name), candidate.sides.get(name)
+    ours, theirs = base.variants.get(name), candidate.variants.get(name)
     faults = [base.broken, candidate.broken, *(side.broken for side in (ours, theirs) if side is not None)]
     if said := [fault for fault in faults if fault]:
         return verdict_only("invalid", "; ".join(said))
@@ -290,7 +290,7 @@ def _refuse(
 
 def _pair(base: ComparisonInput, candidate: ComparisonInput, name: str, metric: str) -> Pair:
     """One metric of one variant, unpaired."""
-    sides = base.sides[name], candidate.sides[name]
+    sides = base.variants[name], candidate.variants[name]
     reasons = dict.fromkeys(side.no_interval for side in sides if side.no_interval)
     ours, theirs = (side.trials(metric) for side in sides)
     return Pair(metric=metric, base=ours, candidate=theirs, no_interval="; ".join(reasons))

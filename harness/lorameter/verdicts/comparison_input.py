@@ -72,7 +72,8 @@ class ComparisonInput:
     """One side of a comparison."""
 
     name: str
-    sides: Mapping[str, Measurements] = field(default_factory=dict)
+    variants: Mapping[str, Measurements] = field(default_factory=dict)
+    """What this side measured, by the name of the variant."""
     facts: Mapping[str, Any] | None = None
     """What must agree with the other side; None where nothing is known."""
     fingerprint: str | None = None
@@ -87,7 +88,9 @@ class ComparisonInput:
 
     def without(self, names: frozenset[str]) -> ComparisonInput:
         """This side with some variants left out on purpose."""
-        return dataclasses.replace(self, sides={name: side for name, side in self.sides.items() if name not in names})
+        return dataclasses.replace(
+            self, variants={name: one for name, one in self.variants.items() if name not in names}
+        )
 
 
 def comparison_input(run: Run) -> ComparisonInput:
@@ -101,12 +104,12 @@ def comparison_input(run: Run) -> ComparisonInput:
     refuse_mixed(run, "a side of a comparison")
     study, groups = read_study(run), group_trials(run.records)
     validity = run_validity(run, study)
-    variants = {variant.name: variant for variant in study.variants}
-    sides = {
+    known = {variant.name: variant for variant in study.variants}
+    variants = {
         name: Measurements(
             name=name,
             id=series.records[0].variant,
-            variant=variants.get(name),
+            variant=known.get(name),
             series=series,
             broken=validity.broken_variant(name),
         )
@@ -115,7 +118,7 @@ def comparison_input(run: Run) -> ComparisonInput:
     }
     return ComparisonInput(
         name=run.manifest.run,
-        sides=sides,
+        variants=variants,
         facts=codec.to_json(provenance.fingerprint_fields(facts_of(run.manifest.provenance, run.records))),
         fingerprint=run.manifest.fingerprint,
         study=study.name,
@@ -128,7 +131,7 @@ def comparison_input(run: Run) -> ComparisonInput:
 def planned_side(study: Study, facts: Mapping[str, Any]) -> ComparisonInput:
     """What a session is about to measure, as a side without samples."""
     variants = {one.name: Measurements(name=one.name, id=one.id, variant=one) for one in study.variants}
-    return ComparisonInput(name="this session", facts=facts, sides=variants)
+    return ComparisonInput(name="this session", facts=facts, variants=variants)
 
 
 def machine_differences(base: ComparisonInput, candidate: ComparisonInput) -> list[Difference]:
@@ -144,7 +147,7 @@ def machine_differences(base: ComparisonInput, candidate: ComparisonInput) -> li
 
 def variant_differences(name: str, base: ComparisonInput, candidate: ComparisonInput) -> list[Difference]:
     """How a variant changed under its name."""
-    ours, theirs = base.sides.get(name), candidate.sides.get(name)
+    ours, theirs = base.variants.get(name), candidate.variants.get(name)
     if ours is None or theirs is None or ours.id == theirs.id or None in (ours.id, theirs.id):
         return []
     if ours.variant is None or theirs.variant is None or ours.variant == theirs.variant:

@@ -125,7 +125,7 @@ def load_policy(path: str | None) -> Policy:
     return codec.from_json(Policy, data, path, strict=True)
 
 
-def kept_policy(run: Run) -> Policy:
+def stored_policy(run: Run) -> Policy:
     """The policy that an A/B run was measured to be judged by; the defaults where it says none."""
     return codec.from_json(Policy, run.manifest.policy, f"run {run.manifest.run}: policy")
 

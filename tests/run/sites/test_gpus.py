@@ -8,7 +8,7 @@ import os
 import pytest
 
 from lorameter.errors import UsageError
-from lorameter.machine.gpus import VisibleCard
+from lorameter.machine.gpus import VisibleGpu
 from lorameter.machine.reading import Reading, missing
 from lorameter.run.sites import gpus
 from lorameter.run.sites.gpus import local_shares
@@ -22,10 +22,10 @@ def four_cpus(monkeypatch):
     monkeypatch.setattr(gpus, "cores_of", lambda cpus: [(cpu,) for cpu in sorted(cpus)])
 
 
-def cards(monkeypatch, *names, limits=(700.0,) * 4, entries=range(4), boards=None):
+def show_gpus(monkeypatch, *names, limits=(700.0,) * 4, entries=range(4), boards=None):
     """Those that are visible."""
     found = tuple(
-        VisibleCard(
+        VisibleGpu(
             entry=entry, board=Reading(value=str(entry) if boards is None else boards[number]),
             name=missing("it is gone") if name is None else Reading(value=name),
             power_limit_w=missing("not told") if limit is None else Reading(value=limit),
@@ -38,13 +38,13 @@ def cards(monkeypatch, *names, limits=(700.0,) * 4, entries=range(4), boards=Non
         by_entry = {str(card.entry): card for card in found}
         return Reading(value=found if named is None else tuple(by_entry[entry] for entry in named.split(",")))
 
-    monkeypatch.setattr(gpus, "visible_cards", visible)
+    monkeypatch.setattr(gpus, "visible_gpus", visible)
 
 
 @pytest.mark.parametrize("entries", [(2, 3), ("GPU-aaaa", "GPU-bbbb")])
-def test_sites_of_a_gpu_machine_are_its_visible_cards(machine, monkeypatch, entries):
+def test_sites_of_a_gpu_machine_are_its_visible_gpus(machine, monkeypatch, entries):
     """By the numbers that CUDA gives them; each sees its own, by what the variable calls it."""
-    cards(monkeypatch, "H100", "H100", entries=entries)
+    show_gpus(monkeypatch, "H100", "H100", entries=entries)
     there = dataclasses.replace(machine, device="cuda")
     sites = local_shares(("0", "1"), there)
     assert [site.name for site in sites] == ["gpu-0", "gpu-1"]
@@ -66,7 +66,7 @@ def test_sites_of_a_gpu_machine_are_its_visible_cards(machine, monkeypatch, entr
 def test_cards_that_are_not_there_or_unlike_are_refused(machine, monkeypatch, names, limits, words):
     """Times of different GPUs are not those of one machine, nor are those of GPUs that may take unlike power; what
     is not told agrees with nothing."""
-    cards(monkeypatch, *names, limits=limits)
+    show_gpus(monkeypatch, *names, limits=limits)
     with pytest.raises(UsageError, match=words):
         local_shares(("0", "2"), dataclasses.replace(machine, device="cuda"))
 
@@ -74,7 +74,7 @@ def test_cards_that_are_not_there_or_unlike_are_refused(machine, monkeypatch, na
 @pytest.mark.parametrize("mixed", [False, True])
 def test_sites_on_parts_of_one_card_are_refused(machine, monkeypatch, mixed):
     """What is measured on one would be in the times of the other; parts of different GPUs are as good as GPUs."""
-    cards(monkeypatch, *["1g.10gb"] * 3, entries=("MIG-a", "MIG-b", "MIG-c"), boards=("one", "one", "two"))
+    show_gpus(monkeypatch, *["1g.10gb"] * 3, entries=("MIG-a", "MIG-b", "MIG-c"), boards=("one", "one", "two"))
     there = dataclasses.replace(machine, device="cuda")
     with pytest.raises(UsageError, match="MIG-a and MIG-b are parts of one GPU"):
         local_shares(("0", "1", "2"), there, mixed=mixed)
@@ -84,11 +84,11 @@ def test_sites_on_parts_of_one_card_are_refused(machine, monkeypatch, mixed):
 
 def test_each_card_that_ranks_take_is_held(monkeypatch):
     """The first that are visible; of one rank, or where none is known, what an executor calls its device."""
-    cards(monkeypatch, *["H100"] * 4, entries=("GPU-a", 3, 2, 1))
+    show_gpus(monkeypatch, *["H100"] * 4, entries=("GPU-a", 3, 2, 1))
     monkeypatch.setattr(gpus, "open_executor", lambda name=None, *, host: host.environment.get("CUDA_VISIBLE_DEVICES"))
     assert gpus.executors_of_ranks(Host(), 3) == ["GPU-a", "3", "2"]
     assert gpus.executors_of_ranks(Host(), 1) == [None]
-    monkeypatch.setattr(gpus, "visible_cards", lambda environment: missing("no driver"))
+    monkeypatch.setattr(gpus, "visible_gpus", lambda environment: missing("no driver"))
     assert gpus.executors_of_ranks(Host(), 3) == [None]
 
 
@@ -96,7 +96,7 @@ def test_a_site_of_several_ranks_has_a_card_or_a_share_of_the_cpus_for_each(mach
     """By what CUDA calls them; its device is held GPU by GPU."""
     (site,) = local_shares(("0+1",), machine)
     assert (site.name, site.host.environment) == ("cpus-0-1", {"LORAMETER_CPUS": "4,5,6,7"})
-    cards(monkeypatch, "H100", "H100", "H100", "H100", "A100", limits=(700.0,) * 5, entries=(1, 2, 3, 0, 4))
+    show_gpus(monkeypatch, "H100", "H100", "H100", "H100", "A100", limits=(700.0,) * 5, entries=(1, 2, 3, 0, 4))
     there = dataclasses.replace(machine, device="cuda")
     sites = local_shares(("0+1", "2+3"), there)
     assert [site.name for site in sites] == ["gpu-0-1", "gpu-2-3"]

@@ -12,7 +12,7 @@ from lorameter.parity.judgement import compare_served
 from lorameter.records import codec
 from lorameter.records.parity import Served
 from lorameter.studies.protocol import Protocol
-from lorameter.studies.request import ServingRequest, TrialRequest, ways_of
+from lorameter.studies.request import ServingRequest, TrialRequest, serving_modes
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building import peft_methods
@@ -58,7 +58,9 @@ def request_of(adapter, tmp_path_factory):
             interleaving="separate", measures=(), device="cpu", threads=1, tokens_path=tokens.path,
             scratch=str(scratch), log_path=str(folder / "log"),
         )  # fmt: skip
-        return ServingRequest(trial=trial, adapter=str(adapter), ways=ways_of(variant)[group], reference=reference)
+        return ServingRequest(
+            trial=trial, adapter=str(adapter), ways=serving_modes(variant)[group], reference=reference
+        )
 
     return make
 
@@ -69,7 +71,7 @@ def served_of(request_of):
 
     def serve(variant):
         found = []
-        for group in range(len(ways_of(variant))):
+        for group in range(len(serving_modes(variant))):
             fragment = parity.serve_adapter(request_of(variant, group, found[0].answers if found else ()))
             found += codec.from_json(tuple[Served, ...], fragment.tokens["served"], "served")
         assert all(one.failure is None for one in found), found

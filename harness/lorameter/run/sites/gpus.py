@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lorameter.errors import UsageError
 from lorameter.machine.cpus import cores_of
-from lorameter.machine.gpus import VisibleCard, say_entries, shared_boards, visible_cards
+from lorameter.machine.gpus import VisibleGpu, say_entries, shared_boards, visible_gpus
 from lorameter.machine.nvml import VARIABLE
 from lorameter.machine.processes import CPUS, PARENT, exit_words
 from lorameter.machine.provenance import Machine
@@ -102,25 +102,25 @@ def share_cpus(cpus: Iterable[int], sites: int, asked: str) -> list[Sequence[int
     return [sorted(itertools.chain(*cores[site * each : (site + 1) * each])) for site in range(sites)]
 
 
-def _find_gpus(numbers: Sequence[int], listed: Sequence[str], *, mixed: bool) -> list[VisibleCard]:
+def _find_gpus(numbers: Sequence[int], listed: Sequence[str], *, mixed: bool) -> list[VisibleGpu]:
     """Each by its number among those that are visible."""
-    asked, cards = say_sites(listed), visible_cards().value
-    if cards is None:
+    asked, gpus = say_sites(listed), visible_gpus().value
+    if gpus is None:
         raise UsageError(f"{asked}: which GPUs there are cannot be known here. Leave it out.")
-    found: list[VisibleCard] = []
+    found: list[VisibleGpu] = []
     for number in numbers:
-        if number >= len(cards):
-            raise UsageError(f"{asked}: GPU {number}: {len(cards)} are visible here. Count from 0.")
-        card = cards[number]
-        if card.name.value is None:
-            raise UsageError(f"{asked}: what GPU {number} is cannot be known: {card.name.reason}. Leave it out.")
-        found.append(card)
+        if number >= len(gpus):
+            raise UsageError(f"{asked}: GPU {number}: {len(gpus)} are visible here. Count from 0.")
+        gpu = gpus[number]
+        if gpu.name.value is None:
+            raise UsageError(f"{asked}: what GPU {number} is cannot be known: {gpu.name.reason}. Leave it out.")
+        found.append(gpu)
     for parts in shared_boards(found):
         raise UsageError(
             f"{asked}: {say_entries(parts)} are parts of one GPU, and what is measured on one would be in the times "
             "of the other. Name one part of each GPU."
         )
-    kinds = {card.kind for card in found}
+    kinds = {gpu.kind for gpu in found}
     if len(kinds) > 1 and not mixed:
         raise UsageError(
             f"{asked}: GPUs of different kinds ({', '.join(sorted(kinds))}), whose times are not those of one "
@@ -133,8 +133,8 @@ def _find_gpus(numbers: Sequence[int], listed: Sequence[str], *, mixed: bool) ->
 def executors_of_ranks(host: Host, ranks: int) -> list[Executor]:
     """An executor for each GPU that the ranks of a trial take in a host, the first of those that it sees, or for what
     it has instead; nothing is started."""
-    taken = visible_cards(host.variables(os.environ)).value or () if ranks > 1 else ()
-    seen = [{VARIABLE: str(card.entry)} for card in taken[:ranks]] or [{}]
+    taken = visible_gpus(host.variables(os.environ)).value or () if ranks > 1 else ()
+    seen = [{VARIABLE: str(gpu.entry)} for gpu in taken[:ranks]] or [{}]
     return [open_executor(host=dataclasses.replace(host, environment=host.environment | one)) for one in seen]
 
 

@@ -34,7 +34,7 @@ from lorameter.records.activity import (
 from lorameter.records.memory_account import MemoryPhase
 from lorameter.records.record import PartialRecord
 from lorameter.records.units import format_count
-from lorameter.studies.request import TrialRequest, words_of
+from lorameter.studies.request import TrialRequest, commands_by
 from lorameter.trial.building.build import SharedBase
 from lorameter.trial.building.quantising import unpack_4bit
 from lorameter.trial.process import Stopwatch, give_back_free, release_unused
@@ -59,7 +59,7 @@ NEW_LENGTHS = 6
 class ProfiledTrial(Trial):
     """An isolated trial, watched from its start to its last token."""
 
-    COMMANDS: ClassVar[tuple[str, ...]] = (*Trial.COMMANDS, *words_of("profiled trial"))
+    COMMANDS: ClassVar[tuple[str, ...]] = (*Trial.COMMANDS, *commands_by("profiled trial"))
 
     def __init__(self, request: TrialRequest, shared: SharedBase) -> None:
         super().__init__(request, shared)

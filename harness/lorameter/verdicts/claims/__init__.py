@@ -28,7 +28,7 @@ from lorameter.studies.claim import ENGINE, ClaimPart
 from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study
 from lorameter.verdicts.claims.counted import judge_counts, judge_peaks
-from lorameter.verdicts.claims.engines import EngineShown, check_comparable, engine_of
+from lorameter.verdicts.claims.engines import EngineEvidence, check_comparable, collect_evidence
 from lorameter.verdicts.claims.parts import (
     Judgement,
     NotJudgedError,
@@ -84,7 +84,7 @@ class ClaimsReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     deviations: tuple[str, ...]
     notes: tuple[str, ...]
     answers: Answers
-    engine: EngineShown | None = None
+    engine: EngineEvidence | None = None
     """Of a study about an engine: what is needed to publish the verdicts."""
     invalid: str | None = None
     """Why none of them counts: no trial is ok, or the reference differs from itself."""
@@ -112,7 +112,7 @@ def judge_claims(run: Run) -> ClaimsReport:
     refuse_mixed(run, "a claim")
     groups = group_trials(run.records)
     controls = controls_of(groups, study, run.manifest.phases)
-    engine = engine_of(run, study, groups)
+    engine = collect_evidence(run, study, groups)
     results = _judge_parts(run, study, groups, controls, engine)
     replicates = {record.replicate for record in run.records if record.status == "ok"}
     statuses = [record.status for record in run.records]
@@ -151,7 +151,7 @@ def judge_claims(run: Run) -> ClaimsReport:
 
 
 def _judge_parts(
-    run: Run, study: Study, groups: Groups, controls: Controls, engine: EngineShown | None
+    run: Run, study: Study, groups: Groups, controls: Controls, engine: EngineEvidence | None
 ) -> dict[tuple[str, int], PartResult]:
     """The result of each part, by the id of its claim and its place in it."""
     planned = {trial.partition("-")[2].removesuffix("-isolated") for trial in run.manifest.order}

@@ -29,7 +29,7 @@ drawn anew differ by chance."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shown:
+class PathEvidence:
     """What one path of kernels_check says of the engine."""
 
     path: str
@@ -45,7 +45,7 @@ class Shown:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineShown:
+class EngineEvidence:
     """Whose promises were judged, where, with what, and what kernels_check saw of it."""
 
     title: str
@@ -56,13 +56,13 @@ class EngineShown:
     machine: str
     versions: Mapping[str, str | None]
     """Of scripts as their own processes report them; None for what is not installed."""
-    proof: tuple[Shown, ...]
+    proof: tuple[PathEvidence, ...]
     differs: tuple[str, ...]
     """What differs between two scripts in addition to the engine."""
 
 
-def engine_of(run: Run, study: Study, groups: Groups) -> EngineShown | None:
-    """What is to be shown of a run's engine; None for a study that is about none."""
+def collect_evidence(run: Run, study: Study, groups: Groups) -> EngineEvidence | None:
+    """The evidence on a run's engine; None for a study that is about none."""
     engine, provenance = study.engine, run.manifest.provenance
     if engine is None:
         return None
@@ -76,7 +76,7 @@ def engine_of(run: Run, study: Study, groups: Groups) -> EngineShown | None:
     if sides and sides.tokens is None:
         differs.append(f"{engine.variant}: {_UNSEEN}.")
     variants = [study.variant(name) for name in (study.reference, engine.variant)]
-    return EngineShown(
+    return EngineEvidence(
         title=engine.title,
         variant=engine.variant,
         reference=study.reference,
@@ -84,18 +84,18 @@ def engine_of(run: Run, study: Study, groups: Groups) -> EngineShown | None:
         machine=f"{name} ({device}, {say_threads(provenance, records)} a process){driver}",
         versions=versions_of(provenance, records),
         proof=tuple(
-            _show(path, wanted, names, [[one for record in ok[name] for one in record.checks] for name in names])
+            _judge_path(path, wanted, names, [[one for record in ok[name] for one in record.checks] for name in names])
             for path, wanted in engine.proof.items()
         ),
         differs=tuple(differs),
     )
 
 
-def check_comparable(part: ClaimPart, run: Run, study: Study, engine: EngineShown) -> None:
+def check_comparable(part: ClaimPart, run: Run, study: Study, engine: EngineEvidence) -> None:
     """Raises `NotJudgedError` where a part says nothing of the engine: it did not run in the one variant alone, or a
     step of the two does not hold the same."""
-    for shown in engine.proof:
-        _check_shown(shown, engine)
+    for evidence in engine.proof:
+        _check_path(evidence, engine)
     known = METRICS.get(part.metric)  # a peak of memory is none of them
     per_token, title = (known.per_token, known.title) if known else (False, "peak memory")
     other_tokens = NotJudgedError(
@@ -129,7 +129,9 @@ def _sides(run: Run, study: Study) -> ScriptPair | None:
     return found if found is not None and found.pairs else None
 
 
-def _show(path: str, wanted: Any, names: Sequence[str], checks: Sequence[Sequence[Mapping[str, Any]]]) -> Shown:
+def _judge_path(
+    path: str, wanted: Any, names: Sequence[str], checks: Sequence[Sequence[Mapping[str, Any]]]
+) -> PathEvidence:
     """What the checks of all watched trials say of a path: with the engine, and without."""
     unclear: list[str] = []
     seen: list[list[Any]] = []
@@ -144,7 +146,7 @@ def _show(path: str, wanted: Any, names: Sequence[str], checks: Sequence[Sequenc
     if wanted == SAFE and not unclear and not any(isinstance(value, bool) for value in ours):
         unclear = [f"{names[0]}: neither true nor false was seen"]
     words = (f"{_word(_join(values))} in {name}" for name, values in zip(names, seen, strict=True) if values)
-    return Shown(
+    return PathEvidence(
         path=path,
         wanted=wanted,
         found="unknown" if unclear else "active" if _holds(wanted, ours, theirs) else "absent",
@@ -178,19 +180,19 @@ def _word(value: Any) -> str:
     return "nothing" if value is None else ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
-def _check_shown(shown: Shown, engine: EngineShown) -> None:
+def _check_path(evidence: PathEvidence, engine: EngineEvidence) -> None:
     """Raises `NotJudgedError` where a path says that no promise of the engine can be judged."""
-    safe = shown.wanted == SAFE
-    if shown.found == "active" or (safe and shown.found == "unknown"):
+    safe = evidence.wanted == SAFE
+    if evidence.found == "active" or (safe and evidence.found == "unknown"):
         return
     remedy = "Mend what turns it on, and measure again."
     if safe:
-        said = f"{shown.path} is false with {engine.title}, so what is won is not won fairly"
-    elif shown.found == "unknown":
-        said = f"whether {engine.title} ran is unknown by {shown.path}"
+        said = f"{evidence.path} is false with {engine.title}, so what is won is not won fairly"
+    elif evidence.found == "unknown":
+        said = f"whether {engine.title} ran is unknown by {evidence.path}"
         remedy = "Measure again with a step that kernels_check can watch."
     else:
-        said = f"{engine.title} was not seen to run in {engine.variant} and there alone, by {shown.path}"
-        if shown.with_engine is not None and shown.with_engine == shown.without:
+        said = f"{engine.title} was not seen to run in {engine.variant} and there alone, by {evidence.path}"
+        if evidence.with_engine is not None and evidence.with_engine == evidence.without:
             remedy = "Where the reference has it as well, turn it off there; a command says so in braces: {off|on}."
-    raise NotJudgedError(f"{said} ({shown.reason}). {remedy}")
+    raise NotJudgedError(f"{said} ({evidence.reason}). {remedy}")
