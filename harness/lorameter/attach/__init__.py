@@ -1,4 +1,4 @@
-"""What runs inside a training process of the user: it follows the steps and changes nothing of them.
+"""The meter inside a user's training process: it measures the steps and does not change them.
 
 `Meter` is what a script imports. It is loaded on first access, so that a process which only starts scripts loads
 neither torch nor transformers.

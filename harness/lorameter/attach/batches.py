@@ -1,7 +1,7 @@
 """The batches of a step: which of those that were loaded it has used, and how many tokens they hold.
 
-There is no one count of tokens. A row is as long as its longest neighbour, a mask hides some of it, a packed row has a
-tail, and the loss is taken over a part again. So each count goes with its convention, which is printed.
+There are several counts of tokens. A row is as long as its longest neighbour, a mask hides some of it, a packed row has
+a tail, and the loss is taken over a part again. So each count goes with its convention, which is printed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ AS_GIVEN = "the loss is over the labels that are not -100"
 
 
 class Copied(NamedTuple):
-    """What counts of one batch. A tuple is made sooner than a dataclass is."""
+    """The parts of a batch that tokens are counted from. A tuple is faster to make than a dataclass."""
 
     sequences: int | None = None
     shape: torch.Size | None = None
@@ -36,7 +36,7 @@ class Copied(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Of one step, by the names of a `StepReading`; None is not seen."""
+    """Token counts of one step, by the field names of `StepReading`; None where not seen."""
 
     sequences: int | None = None
     padded_tokens: int | None = None
@@ -46,7 +46,7 @@ class Tokens(NamedTuple):
 
 
 def copy_batch(batch: Any) -> Copied:
-    """Copy what counts of a batch, on the batch's own device, for which nothing waits.
+    """Copy the parts of a batch that tokens are counted from, on its own device and without synchronisation.
 
     Args:
         batch: a mapping with `input_ids` (rows, positions) or `inputs_embeds` (rows, positions, width) and, where there
@@ -71,7 +71,7 @@ def copy_batch(batch: Any) -> Copied:
 
 
 def _copy_of(value: Any, shape: torch.Size | None = None) -> torch.Tensor | None:
-    """Of a plain tensor, since of a subclass nothing is known. `shape`: that it must have to be counted."""
+    """A copy of a plain tensor of this `shape` (None: of any); None for anything else, such as a subclass."""
     return value.clone() if type(value) is torch.Tensor and (shape is None or value.shape == shape) else None
 
 
@@ -144,7 +144,7 @@ class Loaders:
         """By the identity of their iterators."""
 
     def put(self, iterator: Any, batch: Copied) -> None:
-        """It has loaded one."""
+        """The iterator has loaded a batch."""
         key, loaded = id(iterator), getattr(iterator, "_num_yielded", 1)
         if loaded <= 1 or key not in self._loaders:
             self._loaders[key] = _Loader(deque([Copied()] * (loaded - 1), maxlen=MOST_AHEAD), early=loaded > 1)
@@ -152,7 +152,7 @@ class Loaders:
         self._loaders[key].loaded += 1
 
     def end(self, iterator: Any) -> None:
-        """It has loaded all. A loader of which no pass has used any batch is that of an evaluation."""
+        """The iterator is exhausted. One of which no pass has used a batch belongs to an evaluation."""
         loader = self._loaders.get(id(iterator))
         if loader is not None and loader.trains:
             loader.ended = True
@@ -160,15 +160,15 @@ class Loaders:
             self._loaders.pop(id(iterator), None)
 
     def take(self) -> list[Copied]:
-        """What a pass uses, where that is known yet."""
+        """The batches that a backward pass uses, as far as they are known yet."""
         ready = [loader for loader in self._loaders.values() if loader.ahead]
         for loader in ready:
             loader.trains = True
         return [loader.ahead.popleft() for loader in ready if not loader.early]
 
     def end_step(self) -> list[Copied]:
-        """What else the step has used: all but the newest batch of each loader, which may be loaded ahead. The first
-        step that is seen has used as many as it has loaded, and so had the one before it, which was not."""
+        """The other batches that the step has used: all but the newest batch of each loader, which may be loaded ahead.
+        The first step that is seen has used as many as it has loaded, and so had the one before it, which was not."""
         found = []
         for loader in self._loaders.values():
             if loader.early and loader.trains:

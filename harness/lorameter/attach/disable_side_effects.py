@@ -1,8 +1,8 @@
-"""What a measured script does not do, although it would: report to trackers, save checkpoints, publish.
+"""Disables side effects of a measured script: reports to trackers, checkpoints and uploads.
 
 It is started many times and ended in the middle, and the user wants nothing of what it would leave behind. The import
-hook calls these functions with a module right after that was imported. They change what is asked of a library and
-nothing of how it trains; what the script writes by itself goes into a folder of its own
+hook calls these functions with a module right after that was imported. They change arguments of libraries and nothing
+of the training; what the script itself writes goes into a folder of its own
 (`lorameter.run.workers.script_sandbox`).
 """
 

@@ -1,4 +1,4 @@
-"""A command that is run as it is while the training in it is followed, seen from outside of it.
+"""Runs a command unchanged with the hook in it, and completes its run when the command has ended.
 
 No file of the user's is changed and nothing is installed. A folder in front on PYTHONPATH holds a module that every
 interpreter imports when it starts (`hook/sitecustomize.py`); launchers pass the environment on to what they start, so
@@ -34,8 +34,8 @@ from lorameter.records.store import RunWriter
 from lorameter.studies.script import hide_credentials
 
 ENV_FOLLOWER = "LORAMETER_FOLLOWER"
-"""Names what follows the first training of the process: `package.module:callable`. The hook knows this and the next
-two by itself, because it imports nothing until there is a training."""
+"""What makes the observer of the first training of the process: `package.module:callable`. The hook repeats this name
+and the next two, because it imports nothing before a training."""
 DEFAULT_FOLLOWER = "lorameter.attach.writer:Writer"
 """Writes a run."""
 MEASURED = "LORAMETER_MEASURED"
@@ -58,7 +58,7 @@ NOT_HOOKED = (
     "not in a container of its own)"
 )
 UNSEEN_END = "ended_unseen"
-"""Of the values of a record: no source saw the training end, and its process has ended."""
+"""Key in the values of a record: no source saw the training end, and its process has ended."""
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that end a program."""
@@ -147,7 +147,7 @@ def run_command(words: Sequence[str], path: Path, require: Mapping[str, Any], fo
 
 
 class SignalForwarding:
-    """Forwards signals to a command while the block runs, and what comes before the command is started after that."""
+    """Forwards signals to a command while the block runs; those from before its start are sent after it."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None

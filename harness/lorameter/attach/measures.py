@@ -1,8 +1,8 @@
-"""What is measured of a training: samples of its steps, peaks of memory, the energy of a GPU, the FLOPs of a step.
+"""Measurements of a training: samples of its steps, peaks of memory, the energy of a GPU, the FLOPs of a step.
 
-Which steps count is decided as for any trial: the first is a number of its own, the warm-up ends when the steps are
-steady, a step that kernels_check watched has no time, and the rest is timed. What one of them did not show is left out
-for all. Of several ranks rank 0 writes the run, and of each step the slowest rank counts.
+Steps count as in any trial: the first is reported separately, the warm-up ends when the steps are steady, a step that
+kernels_check watched has no time, and the rest is timed. A quantity that one of them lacks is left out for all. Of
+several ranks rank 0 writes the run, and of each step the slowest rank counts.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class StepSamples:
 WAIT_S = 10.0
 """How long rank 0 waits for the files of the others, which end at the same time."""
 MOST_KEPT = 2 * MOST_TIMED
-"""Steps of which a rank keeps anything: the timed ones are among the first (`MOST_TIMED`)."""
+"""Steps that a rank keeps: the timed ones are among the first (`MOST_TIMED`)."""
 RankStep = tuple[float, int | None, int | None, int | None]
 """The time of a step on one rank in seconds, and its sequences, real tokens and padding."""
 
@@ -169,7 +169,7 @@ class Ranks:
             self._steps.append(step)
 
     def write(self) -> None:
-        """The training has ended, or nothing more of it is seen: leave the steps for rank 0."""
+        """Write the steps for rank 0: the training has ended, or is no longer followed."""
         write_whole(self._folder / f"{self._rank}.json", msgspec.json.encode(self._steps).decode())
 
     def merge(
@@ -232,17 +232,17 @@ def describe_end(error: BaseException, phase: str) -> tuple[Status, Failure]:
 
 
 class Peaks:
-    """The highest that each phase has come to so far, in the process that asks."""
+    """The peak memory of each phase so far, in this process."""
 
     def __init__(self, device: str) -> None:
-        """Nothing counts yet; a training is what comes first."""
+        """Nothing is measured before `begin`; the first phase is training."""
         self._gauge = PeakMemoryTracker(device)
         self._found: dict[str, int] = {}
         self.phase: Phase = "train"
         """What the training does now."""
 
     def begin(self) -> None:
-        """From here on they count."""
+        """Start measuring peaks."""
         self._gauge.begin()
 
     def enter(self, phase: Phase) -> None:
@@ -315,7 +315,7 @@ RATES: dict[str, Rate] = {"float32": "float32", "bfloat16": "bfloat16", "float16
 
 
 class Work:
-    """The FLOPs of a training, of the model as it is before the first step. Holds nothing of the model."""
+    """The FLOPs of a training, of the model as it is before the first step. It keeps no reference to the model."""
 
     def __init__(self, training: TrainingInfo) -> None:
         """Reads the model of a training; where it cannot be counted nothing is known."""

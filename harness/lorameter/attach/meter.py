@@ -104,7 +104,7 @@ class Meter(TrainerCallback):
             setattr(trainer, BATCHES, functools.wraps(fetch)(functools.partial(_fetch_batches, steps, fetch)))
 
     def detach(self) -> None:
-        """Everything is as it was before."""
+        """Restore the trainer."""
         trainer = self._trainer()
         if trainer is not None:
             vars(trainer).pop(BATCHES, None)
@@ -151,8 +151,8 @@ class Meter(TrainerCallback):
     # --- a loop -------------------------------------------------------------------------------------------------------
 
     def steps(self, batches: Iterable[Batch], *, accumulation: int = 1) -> Iterator[Batch]:
-        """The batches of a loader, for a loop that updates once every `accumulation` of them: that is a step, and what
-        is left over at the end is none.
+        """The batches of a loader, for a loop that updates once every `accumulation` of them: each such group is a
+        step, and an incomplete one at the end is none.
 
         The wait for a batch is measured separately. It may be called again, as once an epoch.
         """

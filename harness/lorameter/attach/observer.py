@@ -1,4 +1,4 @@
-"""The observer of a training, which is informed of each step and says what comes next; and the guard around the meter.
+"""The interface of a training's observer, which receives each step and replies with a request; and the error guard.
 
 Steps come from different sources: the callbacks of a Trainer, a loop that names its steps, or what lies between two
 updates of an optimizer. Observers differ as well: one writes a run, one waits for its turn among other scripts. A
@@ -31,7 +31,7 @@ Phase = Literal["train", "evaluate", "save"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingInfo:
-    """What is known of a training before its first step. It keeps nothing of the script's alive."""
+    """Facts of a training before its first step. It holds a weak reference to the model only."""
 
     source: Source
     model: weakref.ref[Any] | None = None
@@ -104,7 +104,7 @@ class StepReading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObserverReply:
-    """What an observer wants of the step to come."""
+    """What an observer requests of the next step."""
 
     watch: Mapping[str, Any] | None = None
     """What ``kernels_check`` is to require of it; None: not watched, and ``{}``: watched, nothing required."""

@@ -11,8 +11,8 @@ warm_up           steps until their times are steady
 turn              timed steps
 finish_training   steps up to the number that all trials of the study take, and peaks
 
-A training is not let go after its last step, nor when it has ended: what the script would do next (evaluate, save,
-publish) is not what is measured. It waits until it is killed, and ends at once where its parent is gone.
+A training is held after its last step, and when it has ended: what the script would do next (evaluate, save, publish)
+is not measured. It waits until it is killed, and ends at once where its parent is gone.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from lorameter.stats import is_steady, is_warm
 from lorameter.studies.request import ScriptRequest
 
 EXIT_ORPHAN = 75
-"""How a process ends whose parent is gone."""
+"""Exit code of a process whose parent is gone."""
 BEFORE_WARMUP = 2
 """The first step, and the one that may be watched."""
 
@@ -98,7 +98,7 @@ class ScriptTrial:
         return self._program.send(reading)
 
     def phase(self, phase: Phase) -> None:
-        """What lies between steps is in none of them; its peaks of memory are its own."""
+        """Evaluation and saving are in no step, and have peaks of memory of their own."""
         if os.getpid() == self._pid and self._program is not None:
             self._peaks.enter(phase)
 

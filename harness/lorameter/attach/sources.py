@@ -4,7 +4,7 @@ A script may build two trainers, carry a meter of its own while it is wrapped, o
 here first. The process is the one that begins; a fork of it is not followed, and of two processes of one script one
 is (each observer sees to that where it writes).
 
-The steps of a loop are those that it names (`for batch in steps(loader)`), else what lies between two updates of an
+The steps of a loop are those that it names (`for batch in steps(loader)`), else the stretches between two updates of an
 optimizer. There the training is known once the first update is done, so the first step is not seen. The optimizer that
 did it marks the steps from then on; another one that updates within them, as in adversarial training or inside an
 optimizer that wraps it, is part of the step. The training has ended when its optimizer has been freed, or updates no
@@ -57,7 +57,7 @@ class Attachment:
 
     @property
     def occupied(self) -> bool:
-        """Whether whatever trains now is not to be followed: a training is under way, or this is a fork."""
+        """Whether no new training is followed: one is under way, or this is a fork."""
         return self._pid is not None and not (self.steps is not None and self.steps.ended and self._pid == os.getpid())
 
     def begin(
@@ -190,7 +190,8 @@ def rank_of() -> tuple[int, int]:
 
 
 def count_parameters(model: Any) -> tuple[int | None, int | None]:
-    """Parameters that train, and all; weights of 4 bits count as what they stand for. None of what is no model.
+    """Parameters that train, and all; a packed 4-bit weight counts as the elements that it holds. None for anything but
+    a model.
 
     PEFT and transformers count their own, since a packed weight has half as many elements as the weight it holds.
     """
@@ -306,7 +307,7 @@ def find_root(parameters: Iterable[torch.nn.Parameter]) -> torch.nn.Module | Non
     """The outermost module that holds the first parameter that trains; None where none is found.
 
     All objects that the collector knows are searched, once: some tenths of a second before the first timed step.
-    They are asked for their type and nothing else, since some are proxies that act when they are touched.
+    Only their type is read, since some are proxies that act on any access.
     """
     trained = next((one for one in parameters if one.requires_grad), None)
     if trained is None:

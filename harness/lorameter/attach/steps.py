@@ -1,8 +1,8 @@
-"""A training as its source sees it, reported to its observer step by step.
+"""Turns the events of a training's source into readings of steps, which are reported to the observer.
 
-The source says what happens (a batch came, a part begins, the step is over); here it becomes the reading of a step. The
-clock of a step runs from the observer's return to the step's end on the device, which is waited for once. What the
-observer does at the end of a step, and evaluation and saving, are in no step's time.
+The source calls a method for each event (a batch came, a part begins, the step is over). The clock of a step runs from
+the observer's return to the step's end on the device, which is waited for once. What the observer does at the end of a
+step, and evaluation and saving, are in no step's time.
 
 Between two steps each line of Python costs ten times what it costs in a loop, since its code is in no cache. So a step
 that has ended is noted and no more: batches are copied, the loss is read, and all else is computed when the observer is

@@ -149,10 +149,10 @@ def describe_place(study: Study, device: str) -> dict[str, Any]:
 
 
 MOST_WATCHED = 2
-"""Steps that are watched: what a change of weights becomes shows in the step after it."""
+"""Steps that are watched: the effect of changed weights shows in the next step."""
 REPORT_TIMEOUT_S = 120.0
 FLUSH_INTERVAL_S = 1.0
-"""So much of a training is lost by a process that is killed."""
+"""A process that is killed loses at most this much of its training."""
 AT_ONCE = ObserverReply()
 
 

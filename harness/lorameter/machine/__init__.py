@@ -1,1 +1,1 @@
-"""What the machine is, and what disturbs it."""
+"""The machine: hardware, settings, telemetry, disturbances, provenance."""

@@ -1,4 +1,4 @@
-"""On which CPU a process computes, and which CPUs are threads of one core.
+"""Pins processes to CPUs, and groups CPUs by core.
 
 CPUs of one machine are not alike at every moment: another thread of the same core, of this machine or of another guest
 on the same host, takes from what runs there, and no counter of a virtual machine shows it. A process tends to stay
@@ -20,7 +20,7 @@ NAMES = ("core_cpus_list", "thread_siblings_list")
 
 
 def cpus_of(pid: int) -> tuple[int, ...]:
-    """Those that a process may run on, in order; none where it has ended."""
+    """The CPUs that a process may run on, in order; none where it has ended."""
     try:
         return tuple(sorted(os.sched_getaffinity(pid)))
     except OSError:
@@ -45,7 +45,7 @@ def has_children(pid: int) -> bool:
 
 
 def cores_of(cpus: Iterable[int], root: Path = ROOT) -> list[tuple[int, ...]]:
-    """CPUs by core, each core once, in the order of its first. A CPU whose core the kernel does not tell is the only
+    """CPUs by core, each core once, in the order of its first. A CPU whose core the kernel does not report is the only
     one of its core."""
     found: dict[str, list[int]] = {}
     for cpu in sorted(cpus):

@@ -75,13 +75,13 @@ def leave(code: int) -> NoReturn:
 
 
 def outlive_parent() -> None:
-    """What `end_with_parent` asked for is off again: this process sees the end of its parent by itself."""
+    """Undo `end_with_parent`: this process detects the end of its parent by itself."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)
 
 
 @contextlib.contextmanager
 def held_back(signals: Iterable[signal.Signals]) -> Iterator[None]:
-    """Meanwhile these signals wait; they come when the block has ended.
+    """Delay these signals until the block has ended.
 
     What a signal's handler raises while Python forks is lost: it meets the functions that are called after a fork,
     whose errors are ignored. Blocking the signals would not do: in a process of several threads, as numpy makes one,
@@ -118,7 +118,7 @@ def signal_name(number: int) -> str:
 
 
 ATTEMPTS = 5
-"""What is being started while others are looked for is found the next time."""
+"""A process that starts during one search is found by the next."""
 
 
 def marked(marker: bytes) -> list[int]:

@@ -141,7 +141,7 @@ def _describe_gpu(environment: Mapping[str, str] | None) -> tuple[dict[str, Read
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineFacts:
-    """What is to be said of where trials run: the machine, how it is set up, and what is installed there."""
+    """The place where trials run: the machine, its settings and what is installed there."""
 
     machine: Machine
     settings: dict[str, Any]
@@ -194,7 +194,7 @@ def collect(
 
 
 def place_of(facts: MachineFacts) -> dict[str, Any]:
-    """The part of the provenance that no study bears on."""
+    """The part of the provenance that does not depend on a study."""
     host = dict(facts.host or {})
     steering = {"packages": facts.packages, "cuda": facts.machine.cuda, "switches": facts.switches} | host
     host.pop("switches", None)
@@ -221,10 +221,10 @@ def _engine(study: Study, facts: MachineFacts) -> dict[str, Any]:
 def harness_identity() -> str:
     """Version and content of the harness that runs this: the two sides of an A/B may run different code.
 
-    The content is a hash of the package's sources and data by their names inside it, so it is the same wherever the
-    package lies.
+    The content is a hash of the package's sources and data by their names inside it, so it does not depend on the
+    folder of the package.
     """
-    root = Path(__file__).parents[1]  # the whole package, wherever in it this room lies
+    root = Path(__file__).parents[1]  # the whole package
     sources = {
         path.relative_to(root).as_posix(): path
         for path in root.rglob("*")
@@ -296,7 +296,7 @@ def fingerprint(provenance: Mapping[str, Any], without: Sequence[str] = ()) -> s
 def power_limit_w(provenance: Mapping[str, Any], which: str = "power_limit_w") -> int | None:
     """The GPU's power limit in force in whole watts, or that by default (`default_power_limit_w`).
 
-    None on a CPU, and where the GPU does not tell it.
+    None on a CPU, and where the GPU does not report it.
     """
     gpu = provenance.get("settings", {}).get("gpu")
     limit = gpu.get(which) if isinstance(gpu, Mapping) else None

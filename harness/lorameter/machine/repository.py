@@ -17,11 +17,12 @@ STATE_TIMEOUT_S = 10.0
 
 
 def run_git(folder: Path, *arguments: str, timeout_s: float | None = None) -> subprocess.CompletedProcess[str]:
-    """What git says in a folder. Code 127 and the reason where it cannot be run or does not end within `timeout_s`.
+    """The result of a git command in a folder. Code 127 and the reason where it cannot be run or does not end within
+    `timeout_s`.
 
-    A Ctrl-C in the terminal is for its parent, which may need git to take down what git put up. Who only asks takes no
-    lock: git would write the index anew while it looks, and one that is killed there, or whose disk is full, leaves a
-    lock behind that stops every later commit of the user's.
+    A Ctrl-C in the terminal is for its parent, which may need git to take down what git put up. A read-only call takes
+    no lock: git would otherwise rewrite the index, and one that is killed there, or whose disk is full, leaves a lock
+    behind that stops every later commit of the user's.
     """
     environment = {name: value for name, value in os.environ.items() if name not in _POINTERS}
     command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]

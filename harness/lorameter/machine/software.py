@@ -1,10 +1,10 @@
-"""What is installed where this process looks for it, and what of it steers the choice of a GPU's kernels.
+"""The packages that are installed for this process, and those that determine a GPU's kernels.
 
-No module is imported to be asked for its version. Torch chooses among the algorithms of cuDNN and cuBLAS, which are
-separate packages and can be replaced without it, and both read the environment: `TORCH_CUDNN_SDPA_DEPRIORITIZED` takes
-attention away from cuDNN, `NVIDIA_TF32_OVERRIDE` sets the format of all float32 products whatever a program asks for,
-and `PYTORCH_ALLOC_CONF` (formerly of `CUDA` or `HIP`) how the allocator reserves. Two runs that differ in any of these
-are not the same measurement.
+Versions are read without importing modules. Torch chooses among the algorithms of cuDNN and cuBLAS, which are separate
+packages and can be replaced without it, and both read the environment: `TORCH_CUDNN_SDPA_DEPRIORITIZED` takes attention
+away from cuDNN, `NVIDIA_TF32_OVERRIDE` sets the format of all float32 products whatever a program asks for, and
+`PYTORCH_ALLOC_CONF` (formerly of `CUDA` or `HIP`) how the allocator reserves. Two runs that differ in any of these are
+not the same measurement.
 """
 
 from __future__ import annotations

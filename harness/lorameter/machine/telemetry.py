@@ -1,4 +1,5 @@
-"""The surroundings of a trial's timed stretches: one flat dict of values for its record, and what could not be had.
+"""The surroundings of a trial's timed stretches: one flat dict of values for its record, and what could not be
+measured.
 
 Heat, power and the kernel's counters are read before and after a stretch (a turn, a request) and never during it: no
 thread polls while something is timed. What accumulates is a difference; what fluctuates is known at the ends only,
@@ -34,11 +35,11 @@ from lorameter.records.record import Notice
 
 UNITS = ("s", "bytes", "hz", "j", "w", "c")
 SUBSTITUTED = ("thermal_slowdown_s", "power_slowdown_s", "temperature_margin_c")
-"""What many GPUs do not tell, and a reader of the numbers can do without: samples, the SM clock and the temperature say
+"""Values that many GPUs do not report and that a reader does not need: samples, the SM clock and the temperature say
 nearly the same."""
 
 
-@functools.cache  # a few dozen names, asked for of every trial
+@functools.cache  # a few dozen names, used for every trial
 def telemetry_key(owner: str, what: str, phase: str) -> str:
     """The name of a value in the record: the phase goes before the unit, where there is one."""
     stem, _, unit = what.rpartition("_")

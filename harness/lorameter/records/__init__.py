@@ -1,1 +1,1 @@
-"""What is written: records of trials, metrics, accounts."""
+"""Records of trials and how they are stored; metrics and units."""

@@ -328,9 +328,9 @@ PEAKS: dict[Phase, tuple[str, ...]] = {
     "generate": ("device_peak_allocated_generate_bytes", "host_peak_generate_bytes"),
     "cold": (),
 }
-"""Kinds of memory whose peaks stand for a phase; the first that was measured is shown."""
+"""Kinds of memory whose peaks represent a phase; the first that was measured is shown."""
 RSS_AT_START = "host_rss_at_start_bytes"
-"""The kind of memory that says how much of a host's peak each process had before it did anything."""
+"""The kind of memory that a process held at its start, which is a part of a host's peak."""
 PRIMARY: dict[Phase, str] = {"train": "step_time_s", "generate": "request_time_s", "cold": "cold_start_time_s"}
 """The metric that represents a phase in pytest-benchmark and in the ratio column."""
 

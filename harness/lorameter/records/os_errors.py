@@ -92,7 +92,7 @@ def says_out_of_memory(text: str) -> bool:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Meanwhile a refusal to a library names the file that it was writing, which libraries do not."""
+    """Adds the path to a system error of a library that writes the file, since libraries leave it out."""
     try:
         yield
     except Exception as error:
@@ -105,8 +105,8 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def translate_write_errors(where: str, remedy: str, *, done: str = "written") -> Iterator[None]:
-    """Meanwhile a refusal to write what a user has named is an `InvalidRunError` where the machine refuses it, as on a
-    full disk, else a `UsageError`.
+    """Turns a refusal to write what a user has named into an `InvalidRunError` where the machine refuses, as on a full
+    disk, else into a `UsageError`.
 
     Args:
         where: the option or the variable, and what it names.

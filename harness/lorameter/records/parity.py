@@ -1,4 +1,4 @@
-"""What was observed of one adapter served in several ways: raw answers, losses and distances; no opinion of them."""
+"""Observations of one adapter served in several modes: answers, losses and distances, without a judgement."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import msgspec
 from lorameter.records.record import Failure
 
 SERVED = "served"
-"""What a process has found of its ways, in its fragment."""
+"""Key in a fragment: what a process has observed of its modes."""
 PROMPTS = "prompts"
-"""Tokens of the prompts, in its fragment."""
+"""Key in a fragment: the tokens of the prompts."""
 
 
 class LogitDistance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

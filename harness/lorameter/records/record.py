@@ -1,4 +1,4 @@
-"""What comes back from a process and reaches the disk: the record of a trial, and what it is merged of.
+"""The record of a trial, and the fragments that it is merged from.
 
 Failure is data: whatever happens to a trial becomes a record with a status, and a sweep goes on. Facts only: samples
 and single values as measured; estimates are computed on demand from these and never stored.
@@ -47,7 +47,7 @@ and first calls, which need a process that is alone · the cold start of its sav
 
 
 class Notice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Something that a reader of the numbers must know, with what to do about it. Its texts are redacted."""
+    """A message for readers of the numbers, with a remedy. Its texts are redacted."""
 
     code: str
     message: str

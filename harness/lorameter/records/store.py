@@ -232,7 +232,7 @@ class RunWriter:
             write_document(self.path / MANIFEST, self._manifest)
 
     def refusals(self) -> contextlib.AbstractContextManager[None]:
-        """Meanwhile what the system refuses is an `InvalidRunError` that says what it means to this run."""
+        """Turns a refusal of the system into an `InvalidRunError` that says what it means for this run."""
         return translate_os_errors(lambda: refusal_of(self.path, begun=self._begun))
 
 
@@ -383,9 +383,9 @@ def is_run(path: Path) -> bool:
 def measuring_time_s(records: Iterable[TrialRecord]) -> float:
     """Seconds in which at least one of these trials was under way.
 
-    Trials that took turns lie over each other and count once; what lies between trials (a pause before a run was gone
-    on with, a clock that was set) counts nothing. Each trial's own length is by a monotonic clock, so a jump of
-    the calendar can only part what lay together: it adds one group's time at most, however far it jumped.
+    Trials that took turns overlap and count once; time between trials (a pause before a run was resumed, a clock that
+    was set) does not count. Each trial's own length is by a monotonic clock, so a jump of the calendar can only part
+    what lay together: it adds one group's time at most, however far it jumped.
     """
     spans = sorted(
         (record.started_unix_s, record.started_unix_s + record.wall_time_s) for record in records if record.wall_time_s

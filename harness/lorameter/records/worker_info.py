@@ -1,7 +1,6 @@
-"""What is known before anything is measured: of a worker, of the tokens that all trials will see, and of the
-bases that they will stand on.
+"""Facts that are known before anything is measured: of a worker, of the tokens of all trials, and of their bases.
 
-Both cross from a measuring process to its parent, and parts of both stand in the manifest of a run.
+A measuring process sends them to its parent; parts of them are in the manifest of a run.
 """
 
 from __future__ import annotations

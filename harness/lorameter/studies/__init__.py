@@ -1,1 +1,1 @@
-"""What is asked: variants, workloads, protocols, claims."""
+"""Studies: variants, workloads, protocols and claims."""

@@ -50,13 +50,13 @@ class DataSource:
     """Path, or id on the hub."""
     config: str = ""
     split: str = ""
-    """"" where there is but one."""
+    """"" where there is only one."""
     files: tuple[Path, ...] = ()
     """The files that hold the data, in order; none of a data set of the hub."""
 
     @property
     def label(self) -> str:
-        """What it is called, wherever it lies."""
+        """Its name, without the folder that it is in."""
         name = self.name if self.kind in ("hub", "synthetic") else Path(os.path.abspath(self.name)).name  # noqa: PTH100 unresolved
         return f"{name}{f':{self.config}' if self.config else ''}{f'[{self.split}]' if self.split else ''}"
 

@@ -1,7 +1,7 @@
-"""Where the replicates of a study are measured, as a study or a command line says it: `on` and `sites`.
+"""Where replicates are measured: the options `on` and `sites` of a study or a command line.
 
-Both are words, and here is read what they mean and refused what means nothing, on whatever machine a study is read.
-Whether there is such a GPU, cluster or queue is found out where it is opened (`lorameter.run.sites`).
+They are parsed and checked here, on any machine. Whether the GPU, cluster or queue exists is checked where it is opened
+(`lorameter.run.sites`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ SLURM_OPTIONS: Mapping[str, type] = {
     "exclude": str, "gres": str, "gpus_per_node": int, "cpus_per_task": int, "mem": str, "time": int, "comment": str,
     "exclusive": str,
 }  # fmt: skip
-"""What is passed on, by the names that sbatch has for it."""
+"""Options that are passed to sbatch, by its names."""
 OWN_OPTIONS: Mapping[str, type] = {"sites": int}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlurmRequest:
-    """What an `on` of SLURM asks for."""
+    """The jobs that an `on` of SLURM requests."""
 
     on: str
     sites: int = 1
@@ -39,12 +39,12 @@ class SlurmRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteSpec:
-    """What `on` and `sites` say. Raises `UsageError` for what means nothing."""
+    """The options as given. Raises `UsageError` for invalid ones."""
 
     on: str = HERE
     sites: tuple[str, ...] = ()
     mixed: bool = False
-    """Whether sites may be unlike."""
+    """Whether sites may be different machines."""
 
     def __post_init__(self) -> None:
         if is_slurm(self.on):
@@ -76,19 +76,19 @@ class SiteSpec:
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing is said: one device of this machine, or all CPUs."""
+        """Whether neither option is given: one device of this machine, or all CPUs."""
         return self.on == HERE and not self.sites
 
     @property
     def said(self) -> str:
-        """For messages: the word that the place hangs on."""
+        """The option that chooses the place, for messages."""
         return say_sites(self.sites) if self.on == HERE else say_on(self.on)
 
     def with_options(self, *, on: str | None = None, sites: str | None = None, mixed: bool = False) -> SiteSpec:
-        """This place with what a command line says, None or False where that says nothing.
+        """This place with the options of a command line; None and False leave an option as it is.
 
-        `sites` are names with commas between them. They, and whether they are unlike, are of one place, so another `on`
-        comes without them.
+        `sites` are names with commas between them. They and `mixed` belong to one place, so another `on` clears
+        them.
         """
         of_place = (self.on, self.sites, self.mixed) if on is None else (on, (), False)
         named = of_place[1] if sites is None else tuple(part.strip() for part in sites.split(","))
@@ -120,12 +120,12 @@ def is_slurm(on: str) -> bool:
 
 
 def read_slurm(on: str) -> SlurmRequest:
-    """What is asked for, such as "slurm:sites=4,partition=gpu,gres=gpu:1,time=60".
+    """The jobs requested by a text such as "slurm:sites=4,partition=gpu,gres=gpu:1,time=60".
 
     A value may hold commas: what has no "=" after one belongs to the value before it.
 
     Raises:
-        UsageError: a key that is not known, or a value that is none.
+        UsageError: an unknown key, or an invalid value.
     """
     listed = on.partition(":")[2]
     known = {**OWN_OPTIONS, **SLURM_OPTIONS}

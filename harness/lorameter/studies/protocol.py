@@ -17,9 +17,9 @@ from lorameter.studies import limits
 from lorameter.studies.placement import HERE, SiteSpec
 
 PRECISION_REPLICATES = 40
-"""Cap where a precision decides and nothing else is said."""
+"""Default cap of the replicates where a precision is given."""
 LIMITED_REPLICATES = 12
-"""Cap where minutes decide and nothing else is said."""
+"""Default cap of the replicates where a limit of minutes is given."""
 EFFORT_REPLICATES: dict[str, int] = {"quick": 3, "standard": 8, "rigorous": 12}
 
 _LEAST = {
@@ -121,7 +121,7 @@ class Protocol:
         return 1 + self.warmup_steps_max + self.turns * self.steps_per_turn
 
     def all_steps(self, sequences: int, sequences_per_step: int) -> int:
-        """Those steps, or those of the epochs asked for where they are more; an epoch has so many sequences."""
+        """The larger of those steps and the steps of the requested epochs, of `sequences` each."""
         return max(self.total_steps, math.ceil(self.epochs * sequences / sequences_per_step))
 
     def with_effort(self, effort: str) -> Protocol:

@@ -1,14 +1,14 @@
-"""What a worker is asked: the requests of trials and bases, the commands of a trial, and the ways to serve an adapter.
+"""Requests to workers: of trials and of bases, the commands of a trial, and the modes of serving an adapter.
 
-The parent asks by the words of `COMMANDS`, the trial's process refuses any other, and what is read of the machine
-around a command follows from its row.
+The parent sends the names in `COMMANDS`, and the trial's process refuses any other. Which telemetry is read around a
+command follows from its row.
 
-The reference of the ways to serve one trained adapter is the unmerged adapter on the base that it was trained on.
-Everything else is what is done to serve it: merge it, put it on the 16-bit weights, quantise the base. A 4-bit base
-offers two merges, and both are taken: PEFT adds the update to the dequantised weights and quantises the sum again,
-which loses what is smaller than a step of the 4-bit grid; or the weights are dequantised for good and the sum stays in
-the base's type. Two ways are controls. The reference is asked once more in another process, which shows the noise. And
-the base is asked without the adapter: if that makes no difference, no way of merging can.
+The reference mode of serving a trained adapter is the unmerged adapter on the base that it was trained on. The other
+modes merge it, put it on the 16-bit weights, or quantise the base. A 4-bit base allows two merges, and both are
+measured: PEFT adds the update to the dequantised weights and quantises the sum again, which loses what is smaller than
+a step of the 4-bit grid; or the weights are dequantised for good and the sum stays in the base's type. Two modes are
+controls. The reference is run once more in another process, which shows the noise. And the base is run without the
+adapter: if that makes no difference, no merge can.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ class BaseRequest:
     """All that a worker needs to prepare a base."""
 
     workload: Workload
-    """Says the model, and the seed of random weights."""
+    """Defines the model, and the seed of random weights."""
     variant: BuiltVariant
-    """Says the form; any of those that stand on the base."""
+    """Defines the type and quantisation; any variant on the base."""
     device: str
     threads: int
     log_path: str
@@ -91,14 +91,14 @@ BaseKey = tuple[str, int, str, str, bool]
 
 
 def base_key(variant: Variant, workload: Workload) -> BaseKey:
-    """Equal for trials that stand on one base: model and seed of its random weights, type, quantisation, and whether
-    its constants are quantised too. The type that a 4-bit layer multiplies in is no part of what it stores."""
+    """Equal for trials on one base: model and seed of its random weights, type, quantisation, and whether its constants
+    are quantised too. The type that a 4-bit layer multiplies in is no part of what it stores."""
     nested = variant.is_4bit and variant.double_quant
     return workload.model, workload.data_seed, variant.dtype, variant.quantization, nested
 
 
 def base_words(variant: Variant, workload: Workload) -> str:
-    """The same for people."""
+    """The base in words."""
     quantised = "" if variant.quantization == "none" else f", {variant.quantization}"
     nested = " with double quantisation" if variant.is_4bit and variant.double_quant else ""
     return f"{workload.model}, {variant.dtype}{quantised}{nested}"
@@ -107,8 +107,8 @@ def base_words(variant: Variant, workload: Workload) -> str:
 # --- commands of a trial ----------------------------------------------------------------------------------------------
 
 Doer = Literal["process", "trial", "profiled trial", "interpreter"]
-"""Who carries a command out: the process before it has the trial · the trial · a profiled trial, which does what
-any other does as well · a new interpreter, which the executor is asked for."""
+"""Where a command is carried out: in the process before it has a trial · in the trial · in a profiled trial, which
+takes the trial's commands too · in a new interpreter, which the executor starts."""
 RoundKind = Literal["steps", "epochs", "requests", "open_ended", "merged"]
 
 
@@ -117,20 +117,20 @@ class Command:
     """One command; it may take as long as the protocol's `step_timeout_s`."""
 
     name: str
-    """In messages, in failures, and the name of the method that carries it out."""
+    """Its name in messages and failures, and that of the method that carries it out."""
     label: str
-    """What is shown of it."""
+    """Its text in a progress display."""
     by: Doer = "trial"
     phase: Phase = "train"
-    """It is asked only where the plan has this phase; training is in every plan."""
+    """It is sent only where the plan has this phase; training is in every plan."""
     measure: Measure | None = None
-    """It is asked of trials that are there to measure this; None: of all."""
+    """It is sent to trials that measure this; None: to all."""
     timed: bool = False
-    """Whether its samples are timed, so that nothing else may go on meanwhile."""
+    """Whether its samples are timed, so that nothing else may run meanwhile."""
     telemetry_phase: Phase | None = None
-    """The phase whose watch reads machine and GPU around it; None where nothing is read."""
+    """The phase whose telemetry of machine and GPU is read around it; None for no telemetry."""
     ends: Phase | None = None
-    """The phase that has ended with it: what its watch could not read is said then."""
+    """The phase that ends with it, upon which a notice names the telemetry that could not be read."""
 
 
 _ROWS = (
@@ -169,7 +169,7 @@ _ROWS = (
     Command(name="request_activity", label="recording what runs in a request", by="profiled trial"),
 )
 COMMANDS = {command.name: command for command in _ROWS}
-"""By their words; those of any trial in the order in which it is asked."""
+"""By name; those of a trial in the order in which they are sent."""
 
 ROUNDS: dict[RoundKind, Command] = {
     "steps": COMMANDS["turn"],
@@ -178,13 +178,13 @@ ROUNDS: dict[RoundKind, Command] = {
     "open_ended": COMMANDS["open_ended"],
     "merged": COMMANDS["request"],
 }
-"""What a round of each kind asks of every trial in it. In the order in which a group has them: timed turns, untimed
-ones for what they leave of the epochs, requests of a fixed length, those that the model ends, those with the adapter
+"""The command that a round of each kind sends to every trial in it, in the order of a group's rounds: timed turns,
+untimed turns for the rest of the epochs, requests of a fixed length, those that the model ends, those with the adapter
 merged."""
 
 
 def commands_by(doer: Doer) -> tuple[str, ...]:
-    """The words of the commands that one carries out."""
+    """The names of the commands that are carried out there."""
     return tuple(word for word, command in COMMANDS.items() if command.by == doer)
 
 
@@ -196,26 +196,26 @@ WITHOUT = "no adapter, "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingMode:
-    """One way of serving an adapter."""
+    """One mode of serving an adapter."""
 
     name: str
-    """For people, and unique among the ways of a variant."""
+    """In words; unique among the modes of a variant."""
     variant: BuiltVariant
-    """Says the base: its type and quantisation, and in which attention it is run."""
+    """Defines the base: its type, quantisation and attention."""
     merged: bool = False
     adapter: bool = True
-    """Whether the adapter takes part at all."""
+    """Whether the adapter is active."""
     dequantised: bool = False
     """Whether the base's quantised weights are turned back into its type before anything else."""
 
     @property
     def is_control(self) -> bool:
-        """Whether it is there to judge the others by."""
+        """Whether it is a control, which the others are judged by."""
         return not self.adapter or self.name.endswith(AGAIN)
 
 
 def serving_modes(variant: Variant) -> tuple[tuple[ServingMode, ...], ...]:
-    """All that apply, in groups of those that one process serves from one loaded base; the first is the reference.
+    """All modes that apply, grouped by the loaded base that one process serves them from; the first is the reference.
 
     Within a group a merge comes last: it changes the base.
     """
@@ -258,10 +258,10 @@ def _stored(variant: Variant) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingRequest:
-    """What a process is asked: to serve an adapter in the ways of one group."""
+    """A request to serve an adapter in the modes of one group."""
 
     trial: TrialRequest
-    """Says the workload, the prompts, the device and the folder in which the reference's logits lie."""
+    """Defines the workload, the prompts, the device and the folder of the reference's logits."""
     adapter: str
     """Folder of the adapter, as PEFT saves it."""
     ways: tuple[ServingMode, ...]

@@ -38,7 +38,7 @@ PYTHON = re.compile(r"python(\d+(\.\d+)?t?)?")
 
 
 def check_script(label: str, variant: ScriptVariant) -> None:
-    """Raises `UsageError` for a command that cannot be one."""
+    """Raises `UsageError` for a command that is invalid or holds a credential."""
     refuse_credentials(label, split_command(label, variant.command))
     for key in ("cwd", "python"):
         limits.check_word(label, key, getattr(variant, key))
@@ -55,13 +55,13 @@ def check_script(label: str, variant: ScriptVariant) -> None:
 
 
 def script_workload(threads: int = 1) -> Workload:
-    """The workload of scripts: what they train on is theirs, and so is the size of a batch; threads of the CPU are not,
-    since they are set where a process begins."""
+    """The workload of scripts, which choose model, data and batch themselves; CPU threads are set when a process
+    starts."""
     return Workload(model=OWN, data=OWN, threads=threads)
 
 
 def check_scripts(study: Study) -> None:
-    """Raises `UsageError` for a study of commands that asks for something which only a script could do."""
+    """Raises `UsageError` for a study of commands with a setting that only a script can have."""
     where = f"study {study.name}"
     plain = script_workload(study.workload.threads)
     for field in dataclasses.fields(plain):
@@ -101,7 +101,7 @@ def split_command(label: str, command: str) -> list[str]:
     """The words of a command line, quotes taken off; `label` names whose it is.
 
     Raises:
-        UsageError: it is empty, an open quote, or means something to a shell, of which there is none.
+        UsageError: it is empty, has an open quote, or needs a shell, which is not used.
     """
     limits.check_word(label, "command", command, lines=True)
     named = f"{label}: command = {shorten(repr(' '.join(hide_credentials(command.split()))), 80)}"
@@ -177,7 +177,8 @@ def refuse_credentials(label: str, words: Sequence[str]) -> None:
 
 
 def _hide_word(word: str) -> str:
-    """What a field, an option or a variable is given goes on to the end of the word, unless it is a line of words."""
+    """The value of a field, an option or a variable extends to the end of the word, unless the word is a command
+    line."""
     name, equals, value = word.partition("=")
     whole = name.startswith("-") or len(word.split()) == 1
     if equals and whole and _FIELD.fullmatch(name) and sounds_secret(name) and is_credential(value, apart=False):

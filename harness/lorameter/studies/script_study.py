@@ -6,7 +6,7 @@ A script with an engine and without it is one line, in which the text in braces 
     python train.py --optim {adamw_torch|adamw_torch_fused}  one, and the other
     python train.py --set {{a}} {--flag}                     the script's own braces are doubled
 
-Several braces are switched together. The result are two commands like any other two.
+Several braces are switched together. The result is two commands like any other two.
 """
 
 from __future__ import annotations

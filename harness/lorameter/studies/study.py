@@ -31,13 +31,13 @@ RESERVED = {"-control": "the A/A control", "-isolated": "what is measured alone"
 
 
 def is_of_tokens(axis: str) -> bool:
-    """Whether a loss along this axis is at each level that of other tokens."""
+    """Whether a loss is over other tokens at each level of this axis."""
     return axis.startswith(OF_WORKLOAD) and axis.removeprefix(OF_WORKLOAD) in OF_TOKENS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
-    """Variants that meet on one workload under one protocol."""
+    """Variants that are measured on one workload under one protocol."""
 
     name: str
     title: Line
@@ -345,6 +345,6 @@ def require_known(where: str, name: str, known: Sequence[str]) -> None:
 
 
 def unknown(word: str, known: Sequence[str]) -> str:
-    """What to say of a word that is none of those known."""
+    """The message on an unknown word, with the nearest known one."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"not known. Did you mean {near[0]!r}?" if near else f"not known. Known: {', '.join(known)}."

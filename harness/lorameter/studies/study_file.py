@@ -89,13 +89,13 @@ OTHER_NAMES: Mapping[str, str] = {
     "max_steps": "turns",
     "steps": "turns",
 }
-"""Keys by what PEFT, transformers, TRL and their users call the same."""
+"""Keys of a study by their names in PEFT, transformers and TRL."""
 _METHODS = ("peft_type", "peft_method", "use_vera", "use_adalora", "use_loha", "use_lokr", "use_ia3", "use_oft")
 """Keys that choose another method than LoRA."""
 _SECTIONS = ("workload", "protocol", "controls", "requirements")
 _LISTS = ("axes", "sweeps", "variant")
 _OF_VARIANTS = (*_LISTS, "claim", "engine", "reference")
-"""What speaks of variants, and does not outlive those that a study puts in their place."""
+"""Keys about variants, which are dropped when an extending study replaces the variants."""
 _OF_PLACE = ("on", "sites", "mixed")
 _OWN_RANDOM = "random:"
 Table = dict[str, Any]
@@ -234,8 +234,7 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[Path, Table]:
 def _without(table: Table, over: Table) -> Table:
     """A profile of an extended study without what `over`, the study that extends it, says itself.
 
-    A study that extends another with one line is about that line. A profile that were to put its own value in its
-    place, on some machines and without a word, would measure another study.
+    A profile of the extended study must not silently replace what the extending study sets.
     """
     kept = {key: value for key, value in table.items() if key != "allow_fallback" or key not in over}
     for section in _SECTIONS:
@@ -400,7 +399,7 @@ def _own_workloads(rows: Sequence[Table], workload: Workload) -> dict[str, Table
 
 
 def _variant(where: str, index: int, controls: Table, row: Table) -> AnyVariant:
-    """A variant of the form that its keys ask for: what its row says, over those of the controls that its form has."""
+    """The variant of a row over the controls, of the form that its keys imply."""
     where = f"{where}, variant {row.get('name', f'number {index + 1}')!r}"
     require(isinstance(row.get("name"), str) and row["name"], f'{where}: name is missing. Add name = "...".')
     check_axes(where, row)
@@ -450,7 +449,7 @@ def check_axes(where: str, content: Mapping[str, Any]) -> None:
 
 
 def unknown_key(where: str, key: str, value: Any, known: Sequence[str], *, shown: str = "") -> UsageError:
-    """What to answer to a key that is none of those known there; `shown` is the key as it was written.
+    """The refusal of an unknown key; `shown` is the key as it was written.
 
     Other tools call the same things by other names, and put all of them into one table. So a key is looked for under
     its other names and in the other tables before the nearest spelling is.

@@ -1,1 +1,1 @@
-"""What records say: estimates, comparisons, verdicts."""
+"""Estimates, comparisons and verdicts, computed from the records of runs."""

@@ -1,4 +1,4 @@
-"""What an A/B run says: the candidate against the base, paired turn by turn, and what the effect can be laid to.
+"""The report of an A/B run: candidate against base, paired turn by turn, and what the effect can be attributed to.
 
 The base against itself, measured in the same turns, is the control: if it differs, nothing of the run counts; if it
 leaves the question open, nothing is called equivalent.
@@ -55,7 +55,8 @@ class PhaseEffect(Comparison):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attribution:
-    """What differs between the sides, and where the time went. Not corrected for the number of looks: no verdicts."""
+    """What differs between the sides, and where the time went. Not corrected for multiple comparisons, so without
+    verdicts."""
 
     packages: dict[str, tuple[str | None, str | None]]
     """Distributions whose versions differ: base, candidate; None where it is not installed."""
@@ -154,7 +155,7 @@ def _choose_metrics(
     if found or (sides and not broken):
         return found
     primary = default_metrics(run.manifest.phases, ())
-    return matching(primary, patterns) or primary[:1]  # a failure left nothing; it must not read as no row at all
+    return matching(primary, patterns) or primary[:1]  # nothing was measured; an empty report would hide the failure
 
 
 def _pair(base: Series, candidate: Series, control: Series | None, metric: str) -> Pair:
@@ -166,7 +167,7 @@ def _pair(base: Series, candidate: Series, control: Series | None, metric: str) 
         return pair
     try:
         return share_effects({"candidate": pair, "control": again}, pair.effect.replicates)["candidate"]
-    except ValueError:  # samples without a ratio, which `judge` says of the pair
+    except ValueError:  # `judge` reports samples without a ratio
         return pair
 
 
@@ -243,7 +244,7 @@ def _notices(run: Run, study: Study, control: Mapping[str, Comparison | None]) -
 def _alike(run: Run) -> bool:
     """Whether nothing is known to differ: a mistyped side would come out as `equivalent`."""
     base, candidate = (run.manifest.sides[side] for side in ("base", "candidate"))
-    if base.get("kind") == SIDE:  # whatever else there is, is the same on purpose
+    if base.get("kind") == SIDE:  # all else is equal on purpose
         return bool(base.get("spec") == candidate.get("spec"))
     versions = [_reported_versions(run, side) for side in ("base", "candidate")]
     if versions[0] and versions[0] == versions[1] and base.get("kind") != "revision":

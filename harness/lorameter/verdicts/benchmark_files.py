@@ -5,9 +5,9 @@ other file holds the rounds of one process. However many they are, they are one 
 duration lies between processes (Kalibera & Jones 2013), so one file gives a ratio and no interval. Several files
 are replicates and give an interval.
 
-pytest-benchmark's files have no field for enough to compare two of them as well as the runs themselves, so ours adds
-it: trial boundaries make the raw samples replicates again, and the control and the failures are written down too,
-because a file in which a failed variant is merely absent would hide it.
+The format of pytest-benchmark lacks fields that a comparison needs, so our files add them: trial boundaries make the
+raw samples replicates again, and the control and the failures are written down too, because a file in which a failed
+variant is merely absent would hide it.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ FOREIGN = "pytest-benchmark alone"
 
 
 class SavedTrial(msgspec.Struct):
-    """Of `extra_info` of one of our tests: a trial."""
+    """A trial in the `extra_info` of one of our tests."""
 
     samples: int
-    """How many of the samples in `stats.data` are of it."""
+    """Number of its samples in `stats.data`."""
 
 
 class ExtraInfo(msgspec.Struct, kw_only=True):
@@ -77,7 +77,7 @@ class SavedStats(msgspec.Struct):
     """What pytest-benchmark saves of the rounds of a test."""
 
     data: tuple[float, ...] | None = None
-    """Each round; without --benchmark-save-data there is none."""
+    """Time of each round; None without --benchmark-save-data."""
     median: float | None = None
 
 
@@ -92,7 +92,7 @@ class SavedTest(msgspec.Struct, kw_only=True):
 
 
 class AboutRun(msgspec.Struct, frozen=True, kw_only=True):
-    """What one of our files says of its run (`about_run`)."""
+    """Facts of the run in one of our files (`about_run`)."""
 
     fingerprint: str | None = None
     study: str | None = None
@@ -262,7 +262,7 @@ def _measured(place: str, data: tuple[float, ...], info: ExtraInfo, side: Measur
 
 
 def _unite(first: Measurements | None, second: Measurements) -> Measurements:
-    """The phases of one variant are an entry each; what both hold is the same."""
+    """The measurements of one variant, which has an entry for each phase."""
     if first is None:
         return second
     broken = [reason for reason in (first.broken, second.broken) if reason]
@@ -305,7 +305,7 @@ def extra_info(run: Run, series: Series, phase: str, metric: str) -> dict[str, A
 
 
 def unlike(study: Study, ours: dict[str, Any], saved: dict[str, Any], where: str) -> list[str]:
-    """What differs between this session and a saved file, as far as two runs must agree to be compared.
+    """The differences between this session and a saved file that make the two not comparable.
 
     Args:
         study: of this session.
@@ -326,7 +326,7 @@ def unlike(study: Study, ours: dict[str, Any], saved: dict[str, Any], where: str
 
 
 def about_run(run: Run) -> dict[str, Any]:
-    """What a file holds once: the run, its fingerprint and variants, its control, and what does not count."""
+    """What a file holds once: the run, its fingerprint and variants, its control, and why numbers do not count."""
     side = comparison_input(run)
     return {
         "schema": run.manifest.schema,

@@ -1,10 +1,10 @@
-"""What this machine can see: the gate's own rate of false alarms and its power, measured.
+"""Measures which slow-downs this machine can detect: the gate's rate of false alarms and its power.
 
-A verdict is only worth what the machine lets it be. One long A/B is measured here: the base, the base once more (the
-A/A pair) and the base with real extra work of known cause. Every run that the gate could have made is a subset of its
-replicates, so drawing such subsets shows how often identical code would have been called slower, and how often the
-slow-down would have been found. The scatter of the A/A pair then says how many replicates it takes to see 1, 2 and 5 %
-(noncentral t), and their duration what that costs.
+Both depend on the noise of the machine. One long A/B is measured: the base, the base once more (the A/A pair) and the
+base with real extra work of known cause. Every run that the gate could have made is a subset of its replicates, so
+drawing such subsets shows how often identical code would have been called slower, and how often the slow-down would
+have been found. The scatter of the A/A pair then says how many replicates it takes to see 1, 2 and 5 % (noncentral t),
+and their duration what that costs.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Price:
     tolerance: float
     """That of the gate; below the effect, or the gate would not call it a regression."""
     replicates: int | None
-    """At the scatter seen; None where no practical number would do."""
+    """At the estimated scatter; None where no practical number suffices."""
     replicates_low: int | None
     """At the lower end of the scatter's interval."""
     replicates_high: int | None
@@ -69,7 +69,7 @@ class Price:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """What one A/B of identical code with an injected slow-down says of this machine."""
+    """Rates and prices on this machine, from one A/B of identical code with an injected slow-down."""
 
     run: str
     device: str

@@ -167,7 +167,7 @@ def document(report: ComparisonReport) -> dict[str, Any]:
 
 
 def default_metrics(phases: Collection[str], known: Collection[str]) -> list[str]:
-    """What is judged unless something else is asked for: of each phase its primary metric and its peak, if known."""
+    """The metrics that are judged by default: of each phase the primary one, and its peak if known."""
     wanted: list[str] = []
     for phase in PHASES:
         if phase in phases:
@@ -221,7 +221,7 @@ def compare(
             if refusal is None:
                 pairs[name, metric] = _pair(base, candidate, name, metric)
     found = judge(pairs, limits_of)
-    if not machine:  # with --force across machines a shift is what one asked to see
+    if not machine:  # across machines (--force) a shift is expected
         found |= _shifted(found)
     if force and differing:
         found = without_equality(found, "but the sides are not comparable", appended=True)
@@ -297,9 +297,9 @@ def _pair(base: ComparisonInput, candidate: ComparisonInput, name: str, metric: 
 
 
 def _shifted(found: Mapping[Key, Comparison]) -> dict[Key, Comparison]:
-    """Every time as invalid, if nearly all moved alike: then it was the machine. {} if it was not.
+    """All times as invalid if nearly all of them shifted alike, which is an effect of the machine; else {}.
 
-    One ratio a variant and phase is asked, since metrics that follow from each other would count one movement twice.
+    One ratio of each variant and phase is used, since metrics that derive from each other would count a shift twice.
     """
     log_ratios = {
         f"{name}, {metric}": math.log(comparison.ratio)

@@ -1,10 +1,10 @@
-"""One side of a comparison, read from a run of ours: trials a variant and metric, and what forbids believing them.
+"""One side of a comparison, read from a run: the trials of each variant and metric, and why numbers do not count.
 
 A comparison never looks at a run or a file itself. What it needs of a side is here, with the facts that must agree
 before any ratio is taken, so that a run directory and a saved benchmark file cannot be judged by different rules.
 
 Another GPU, another torch or another batch size moves a step time by more than most changes that one looks for, so a
-ratio across them answers no question. Which field differs, and both of its values, is what a user needs to mend it.
+ratio across them answers no question. A refusal names each field that differs, with both values.
 """
 
 from __future__ import annotations

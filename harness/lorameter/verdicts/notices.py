@@ -22,7 +22,7 @@ from lorameter.verdicts.sites import site_notices
 from lorameter.verdicts.validity import disturbance_notices
 
 DRIFT = 0.05
-"""Change of level that is worth a word, a fraction."""
+"""Smallest change of level that is reported, a fraction."""
 LEAST_STEPS_FOR_DRIFT = 12
 """With fewer steps no change of level shows above the noise."""
 

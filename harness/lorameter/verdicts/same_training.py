@@ -25,13 +25,13 @@ from lorameter.verdicts.series import Series, group_trials, is_difference
 from lorameter.verdicts.software import differing_versions
 
 TOLERANCE = 0.01
-"""Difference of a mean number of tokens, or of a loss, that is worth a word."""
+"""Smallest difference of a mean number of tokens, or of a loss, that is reported."""
 MARGIN = 0.02
 """Within it losses are the same: kernels that compute the same in another order move a loss of 16 bits by less."""
 ROUNDING = 2.0**-8
 """What bfloat16 rounds to; losses on the same batches may differ by as much."""
 FEWEST_STEPS = 16
-"""Of fewer it is not judged whether losses follow each other."""
+"""With fewer, whether losses follow each other is not judged."""
 OTHER_PARAMETERS, LOSS_DIFFERS = "trains-other-parameters", "loss-differs"
 """Codes of notices that say that two scripts are not the same training."""
 SOFTWARE_DIFFERS = "software-differs"
@@ -42,7 +42,7 @@ Found = Literal["agree", "differ", "unknown"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossAgreement:
-    """What is said of the losses of two scripts."""
+    """Whether the losses of two scripts agree, with the reason."""
 
     found: Found
     reason: str
@@ -162,7 +162,7 @@ OTHER_BATCHES = "losses of the same step are no closer to each other than losses
 def _follow_each_other(base: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]]) -> bool:
     """Whether losses may be of the same batches in the same order, by how far each is from the mean of its neighbours.
     Of the same batches those of the same step are the closest; of other batches half of them are closer to those of a
-    neighbouring step. What lies between is the border."""
+    neighbouring step. The limit is halfway between."""
     aligned: list[float] = []
     closer: list[bool] = []
     for ours, theirs in zip(map(_scatter, base), map(_scatter, candidate), strict=True):

@@ -8,8 +8,8 @@ A variant may have several trials in a replicate: one that took turns with the o
 needs a process of its own. Each metric is measured by one kind of them only, so a metric's trials are those that
 have it, and its pairing follows from how those alternated.
 
-How samples follow from a record is said by the table of metrics and nowhere else, so that a report, a saved benchmark
-and a comparison cannot disagree. Only trials that are ok have a series: an invalid trial is shown as such and never
+The table of metrics alone defines how samples follow from a record, so that a report, a saved benchmark and a
+comparison cannot disagree. Only trials that are ok have a series: an invalid trial is shown as such and never
 ranked.
 """
 
@@ -77,8 +77,8 @@ class Series:
         return tuple(record for record in self.records if record.status == "ok")
 
     def measured(self, metric: str) -> tuple[Trial, ...]:
-        """Trials that are ok and have the metric, or the kind of memory; of losses those after the number of steps that
-        most of them took, as no others are of the same training."""
+        """Trials that are ok and have the metric, or the kind of memory; of losses only those after the most common
+        number of steps, since others are of another training."""
         if metric not in self._known:
             trials = [trial for record in self.ok if (trial := (record, _samples(record, metric)))[1]]
             if metric in METRICS and METRICS[metric].is_loss:
@@ -144,7 +144,7 @@ def _steps(record: TrialRecord) -> float:
 
 @contextlib.contextmanager
 def _named(name: str, metric: str) -> Iterator[None]:
-    """Meanwhile what the statistics refuse is an `InvalidRunError` that says of which numbers."""
+    """Turns a refusal of the statistics into an `InvalidRunError` that names the variant and the metric."""
     try:
         yield
     except ValueError as error:
@@ -229,7 +229,7 @@ def pairing_of(series: Series, metric: str) -> Pairing:
 
 
 def pairs_of(base: Series, candidate: Series, metric: str) -> Pair:
-    """What two series of one run say of each other in one metric; empty where no replicate is in both.
+    """Two series of one run as a pair in one metric; empty where they share no replicate.
 
     Turns are paired with turns of the same attempt only: an interrupted run while the second was being written holds
     both. Of losses only those after the same training are paired. Pairs of disturbed trials are left out
@@ -296,7 +296,7 @@ def occupancies(records: Iterable[TrialRecord]) -> tuple[list[float], list[float
 def _as_worse_is_higher(trials: Trials, metric: str) -> Trials:
     """Samples of which more is worse: of a metric of which more is better the inverse, so that above 1 is always worse.
 
-    Zero stays zero, which has no ratio and is refused as such. What no metric of ours is, another project's, is a time.
+    Zero stays zero, which has no ratio and is refused as such. A metric of another project is a time.
     """
     if metric not in METRICS or not METRICS[metric].higher_is_better:
         return trials

@@ -1,12 +1,12 @@
 """Runs of several sites: a run whose sites are unlike machines is read site by site; sites of one kind are a block.
 
 Ratios of other GPUs are other ratios: a variant that is bound by memory on one is bound by arithmetic on the next. A
-mean over them would be of no machine that there is, so each site is judged by itself, and code that combines their
-records is refused (`lorameter.verdicts.series.group_trials`).
+mean over them would describe no real machine, so each site is judged by itself, and code that combines their records is
+refused (`lorameter.verdicts.series.group_trials`).
 
-On sites of one kind replicates are whole on one site, so a ratio is within a site, and what a site is slower by is on
-both of its sides. Absolute values are another matter: GPUs of one model differ by 8 % in the mean and by half for
-outliers in the clusters of a survey (Sinha et al., "Not All GPUs Are Created Equal", 2022, arXiv 2208.11035).
+On sites of one kind a replicate is measured on one site, so a ratio is within a site, and a slow site slows both of its
+sides. Absolute values are another matter: GPUs of one model differ by 8 % in the mean and by half for outliers in the
+clusters of a survey (Sinha et al., "Not All GPUs Are Created Equal", 2022, arXiv 2208.11035).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MIXED = "mixed"
 """The field of the protocol."""
 
 UNLIKE = 0.10
-"""How far a site may be from the median of its like, in step time, before it is named."""
+"""Distance from the median step time of all sites from which a site is reported."""
 
 
 def is_mixed(run: Run) -> bool:
@@ -79,18 +79,17 @@ def say_machines(records: Iterable[TrialRecord]) -> str:
 
 
 def mixed_notice(run: Run) -> Notice:
-    """What to know of such a run."""
+    """The notice of a run whose sites are different machines."""
     return Notice(
         code="sites-mixed",
         message=f"the sites are different machines ({say_machines(run.records)}): each is judged by itself, with its "
-        f"part "
-        "of the replicates, and no number is taken over all of them.",
+        "part of the replicates, and no number is taken over all of them.",
         remedy="Read each site; for one number measure on machines of one kind.",
     )
 
 
 def join_notices(run: Run, by_site: Mapping[str, Sequence[Notice]]) -> tuple[Notice, ...]:
-    """What each site gives reason to say, by site, once where all of them do; before it what the run is."""
+    """The notices of all sites: that of the run, those that all sites share, and the others with their site."""
     ways = [dict.fromkeys(notices) for notices in by_site.values()]
     common = [notice for notice in next(iter(ways), {}) if all(notice in others for others in ways)]
     own = [
@@ -103,7 +102,7 @@ def join_notices(run: Run, by_site: Mapping[str, Sequence[Notice]]) -> tuple[Not
 
 
 def refuse_mixed(run: Run, what: str) -> None:
-    """Raises `UsageError` for such a run, of which `what` cannot be had."""
+    """Raises `UsageError` for a run whose sites are different machines, for which `what` is not defined."""
     if is_mixed(run):
         raise UsageError(
             f"run {run.manifest.run}: its sites are different machines ({say_machines(run.records)}), and {what} is of "

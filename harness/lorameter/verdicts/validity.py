@@ -22,7 +22,7 @@ from lorameter.verdicts.series import compare_base_to_itself, control_of, group_
 from lorameter.verdicts.sites import is_mixed, runs_of_sites, unmeasured_sites
 
 PHASE_OF_PART: dict[str, Phase] = {"requests": "generate", "cold": "cold"}
-"""Parts of a replicate that a time limit can leave out, each with the phase that is nothing without it."""
+"""Parts of a replicate that a time limit can leave out, each with the phase that needs it."""
 MOST_FAULTS = 3
 """Faults that are spelt out; a crash at the start of every trial has as many as there are trials."""
 WATCHED: dict[str, str] = {"train": "training", "generate": "generating"}
@@ -157,7 +157,8 @@ def phases_of(run: Run) -> tuple[Phase, ...]:
 
 
 def control_faults(controls: Iterable[tuple[str, Comparison | None]]) -> Iterator[Fault]:
-    """What the A/A controls, each with its phase or metric, say against all numbers."""
+    """The faults that the A/A controls reveal, which concern all numbers; each control comes with its phase or
+    metric."""
     for phase, control in controls:
         if control is None:
             yield Fault(
@@ -239,7 +240,7 @@ def _ending(record: TrialRecord) -> str:
 
 
 def disturbances_of(record: TrialRecord, *, on_cpu: bool) -> Iterator[tuple[str, Disturbance]]:
-    """What the surroundings of a trial (other jobs, heat, swapping) say against it, with the phase.
+    """The disturbances of a trial by its surroundings (other jobs, heat, swapping), each with its phase.
 
     Only the surroundings are judged: a rule that looked at the times would select them. A CPU of which a training
     trial of one thread had too little is left to the notice on occupancy, which counts for every such trial, unless

@@ -107,7 +107,7 @@ def attach_trainer(module: Any) -> None:
 
 
 def attach_optimizers(module: Any) -> None:
-    """What lies between two updates is a step, where nothing else says what one is.
+    """The time between two updates is a step, where no other source defines one.
 
     torch has a function around the `step` of each class of optimizers, and this one goes around that. A hook of torch's
     own would be called inside of it, where the end of a watched step could not remove the hooks of its check.

@@ -1,4 +1,4 @@
-"""What the data says of a study's claims: supported, refuted, inconclusive, or not judged, each with its reason.
+"""The judgements of a study's claims: supported, refuted, inconclusive or not judged, each with its reason.
 
 A claim is the conjunction of its parts: supported if every part is, refuted if one is, not judged if one was not and
 none is refuted, else inconclusive. All parts of a run that assert a difference share one error rate of 5 % (Holm); that
@@ -58,7 +58,7 @@ class Answers:
 
 
 class ClaimResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What became of a claim."""
+    """The judgement of a claim."""
 
     id: str
     says: str
@@ -69,7 +69,7 @@ class ClaimResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class ClaimsReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything that is said of a run's claims."""
+    """The judgements of a run's claims, with what a reader must know of the run."""
 
     run: str
     title: str
@@ -175,7 +175,7 @@ def _judge_parts(
             except NotJudgedError as error:
                 results[key] = result_of(part, "not judged", str(error))
     doubts = {key: said for key, question in questions.items() if (said := doubt(question.part, controls))}
-    # What cannot be asserted is not of the family: it costs the others nothing.
+    # A part that cannot be asserted is not in the family of tests, so it costs the others no error rate.
     conclusions = step_down(
         (key for key in questions if key not in doubts),
         lambda key, left: questions[key].judge(left),
@@ -191,7 +191,7 @@ def _judge_parts(
 
 
 def _answer(question: Question, conclusion: Conclusion, said: str) -> PartResult:
-    """The result of a conclusion; where a doubt is said, it asserts nothing."""
+    """The result of a conclusion; inconclusive where there is a doubt."""
     ratio, low, high = question.ratio(conclusion)
     reason = question.reason(conclusion)
     return result_of(

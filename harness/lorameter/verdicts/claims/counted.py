@@ -61,8 +61,8 @@ def judge_counts(part: ClaimPart, groups: Groups, study: Study, planned: Collect
 def judge_peaks(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
     """The result of a part about memory, whose rule is "lowers" or "costs-at-most".
 
-    Raises `NotJudgedError` without peaks of two replicates of both, and where a process's resident memory hides what is
-    asked for: on a CPU a saving that does not show, and a cost that does not.
+    Raises `NotJudgedError` without peaks of two replicates of both, and on a CPU where the resident memory of the
+    process may hide a saving or a cost.
     """
 
     def records_of(name: str, role: str = "variant") -> tuple[TrialRecord, ...]:

@@ -1,8 +1,6 @@
-"""What belongs to a verdict on an engine in addition to its numbers: the machine, the versions, and the proof that it
-ran.
+"""The evidence for a verdict on an engine: the machine, the versions, and the proof that the engine ran.
 
-And what must hold before there is a verdict: that it ran where it was to run and not where it was not, and that what is
-compared did the same work.
+There is a verdict only where the engine ran in its variant and not in the reference, and both did the same work.
 """
 
 from __future__ import annotations
@@ -24,13 +22,13 @@ from lorameter.verdicts.software import say_threads, versions_of
 
 _UNSEEN = "how many tokens a step holds was not seen, so whether both do the same work is not known"
 LEAST_FALL = 0.5
-"""A share must fall below so much of what it is without the engine: steps are watched one by one, and batches that are
-drawn anew differ by chance."""
+"""With the engine a share must be below this fraction of its value without: single steps are watched, and their batches
+differ by chance."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PathEvidence:
-    """What one path of kernels_check says of the engine."""
+    """What one path of kernels_check shows of the engine."""
 
     path: str
     wanted: Any
@@ -46,13 +44,13 @@ class PathEvidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineEvidence:
-    """Whose promises were judged, where, with what, and what kernels_check saw of it."""
+    """An engine whose claims were judged, the machine and the versions, and what kernels_check observed."""
 
     title: str
     variant: str
     reference: str
     commands: Mapping[str, str]
-    """Of scripts: by variant what was started."""
+    """Of scripts: the command of each variant."""
     machine: str
     versions: Mapping[str, str | None]
     """Of scripts as their own processes report them; None for what is not installed."""
@@ -132,7 +130,7 @@ def _sides(run: Run, study: Study) -> ScriptPair | None:
 def _judge_path(
     path: str, wanted: Any, names: Sequence[str], checks: Sequence[Sequence[Mapping[str, Any]]]
 ) -> PathEvidence:
-    """What the checks of all watched trials say of a path: with the engine, and without."""
+    """The evidence of one path from the checks of all watched trials, with the engine and without it."""
     unclear: list[str] = []
     seen: list[list[Any]] = []
     for name, found in zip(names, checks, strict=True):

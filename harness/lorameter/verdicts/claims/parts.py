@@ -1,4 +1,4 @@
-"""From a part of a claim to what the statistics are asked, and the sentence that gives their answer.
+"""Turns a part of a claim into a statistical test, and the result of the test into a sentence.
 
 A metric along an axis is a table of logs, replicates × levels. Every level is divided by the study's reference, which
 lies on every axis: paired turn by turn where they took turns, else by replicate. A replicate counts only if every level
@@ -48,7 +48,7 @@ class NotJudgedError(Exception):
 
 
 class PartResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What became of one part."""
+    """The judgement of one part."""
 
     rule: str
     axis: str
@@ -142,7 +142,7 @@ class Contrast:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """One part of a claim, ready to be judged at any level."""
+    """One part of a claim with its data, ready to be tested at any level."""
 
     part: ClaimPart
     contrasts: tuple[Contrast, ...]
@@ -192,7 +192,7 @@ class Question:
 
 
 def ask(part: ClaimPart, groups: Groups, study: Study, planned: Collection[str]) -> Question:
-    """The question of a part, any rule but "rises"; `planned` are the variants that the run set out to measure.
+    """The question of a part, any rule but "rises"; `planned` are the variants of the run's plan.
 
     Raises `NotJudgedError` for a loss of other tokens, for levels or a metric that were not measured, for fewer than
     two replicates in which every level is ok, and for values that have no logarithm.
@@ -273,7 +273,7 @@ def spoken(metric: str) -> str:
 
 
 def pair_of(part: ClaimPart, study: Study) -> tuple[str, str]:
-    """The variants that a rule for pairs compares: what it starts from, and what is promised of."""
+    """The two variants that a rule for pairs compares: the base of the ratio, and the one that the promise is about."""
     levels = dict(study.levels(part.axis))
     before, after = part.levels or tuple(levels)
     return levels[before], levels[after]
@@ -365,7 +365,7 @@ def _centre(values: NDArray[float64]) -> str:
 
 
 def _needed(conclusion: Conclusion) -> str:
-    """What it would take to decide an open question."""
+    """The replicates that would decide an inconclusive part, in words."""
     if conclusion.status != "inconclusive":
         return ""
     count = conclusion.replicates_needed
