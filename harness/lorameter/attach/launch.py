@@ -63,7 +63,7 @@ UNSEEN_END = "ended_unseen"
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that end a program."""
 FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
-"""Those that a terminal sends to all of its processes, so that the command has them already."""
+"""Signals that a terminal sends to all of its processes, the command included."""
 PASSED_ON = (*STOPPING, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
 
 

@@ -239,7 +239,7 @@ class Peaks:
         self._gauge = PeakMemoryTracker(device)
         self._found: dict[str, int] = {}
         self.phase: Phase = "train"
-        """What the training does now."""
+        """The phase under way."""
 
     def begin(self) -> None:
         """Start measuring peaks."""
@@ -267,7 +267,7 @@ class Energy:
         self._gpu: NvmlDevice | None = None
         self._begun: tuple[float, Reading[float]] | None = None
         self._before: Counter[str] = Counter()
-        """Of the stretches before this one."""
+        """Counts of the stretches before this one."""
         self._stretch: Counter[str] = Counter()
         self._uncounted = False
         """Whether a step's tokens are not known."""
@@ -286,11 +286,11 @@ class Energy:
         self._uncounted = self._uncounted or reading.real_tokens is None
 
     def end(self) -> None:
-        """It is over."""
+        """The stretch has ended."""
         self._before, self._begun = self._so_far(), None
 
     def _so_far(self) -> Counter[str]:
-        """Of all stretches, that of the one under way as far as it has come, if it is long enough."""
+        """Counts of all stretches, including the one under way if it is long enough."""
         if self._begun is None or self._gpu is None:
             return self._before
         begun_s, first = self._begun

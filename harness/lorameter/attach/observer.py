@@ -75,7 +75,7 @@ class StepReading:
     step_time_s: float
     """From the observer's return to the step's end on the device; the wait for data is in it."""
     cpu_time_s: float
-    """Of all threads of the process, meanwhile."""
+    """CPU time of all threads of the process in this time."""
     data_time_s: float | None = None
     forward_time_s: float | None = None
     backward_time_s: float | None = None

@@ -289,14 +289,14 @@ class OptimizerSource:
         self._calls.add(torch.nn.Module, "__call__", before=call)
 
     def _remove_hooks(self) -> None:
-        """Nothing more of the training is seen. What was seen is written later, by the next update or at the end of the
-        process: this may be called anywhere, as by the garbage collector."""
+        """Stop watching the training. Its steps are written later, by the next update or at the end of the process:
+        this may be called anywhere, as by the garbage collector."""
         self._calls.remove()
         if self._steps is not None:
             self._steps.remove_hooks()
 
     def end(self, *, seen: bool = True) -> None:
-        """Nothing more is followed."""
+        """Stop following the training."""
         self._over = True
         self._remove_hooks()
         if self._steps is not None:

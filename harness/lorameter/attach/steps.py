@@ -138,7 +138,7 @@ class Steps:
         self._reported_s = -math.inf
         self._phase: Phase = "train"
         self._watch: Any = None
-        """What watches the present step; the same for steps in a row."""
+        """The watch of the present step; consecutive steps share it."""
         self._open = False
         self.ended = False
         """Whether the training has ended."""
@@ -153,7 +153,7 @@ class Steps:
         self._patches = Patches()
         self._handles: list[Any] = []
         self._norm: torch.Tensor | None = None
-        """Of the gradients that the step updates by; no later step changes it."""
+        """Norm of the gradients that the step updates by; no later step changes it."""
         self._start_step()
 
     @property
@@ -185,7 +185,7 @@ class Steps:
             ]
 
     def remove_hooks(self) -> None:
-        """Nothing more of the training is seen, and everything is as it was before."""
+        """Stop watching the training, and restore all that was replaced."""
         self._patches.remove()
         while self._handles:
             self._handles.pop().remove()
@@ -200,7 +200,7 @@ class Steps:
         self._borders.append((part, "begin", time.perf_counter(), self._stamp()))
 
     def end_part(self, part: Part) -> None:
-        """It has ended, with all that is inside it; nothing where it did not begin."""
+        """A part of the step has ended, with all that is inside it; ignored where it did not begin."""
         self._borders.append((part, "end", time.perf_counter(), self._stamp()))
 
     @property
@@ -298,7 +298,7 @@ class Steps:
             self._guard.run(watch.__exit__, NotFollowedError, error, None)
 
     def restart(self) -> None:
-        """What was before belongs to no step: the clock of the next one starts now."""
+        """The time until now belongs to no step: the clock of the next one starts."""
         self.break_off()
         self._start_step()
 
@@ -399,7 +399,7 @@ def _record_event() -> torch.cuda.Event:
 
 
 def make_watch(model: Any, requirements: Mapping[str, Any]) -> Any:
-    """What watches a step by kernels_check; None where there is no model.
+    """A watch of kernels_check; None where there is no model.
 
     Paths about several ranks are left out, so that one that is required is not met: for them all ranks would have to
     watch the same step, and the ranks of a script end their warm-up by themselves.

@@ -347,7 +347,7 @@ def print_report(path: Path) -> None:
 
 
 SEEN_BY: Mapping[Source, str] = {
-    "trainer": "steps are the Trainer's: from the end of one to the end of the next, evaluation and saving apart",
+    "trainer": "steps are the Trainer's: from the end of one to the end of the next, without evaluation and saving",
     "loop": "steps are those that the loop names",
     "optimizer": "steps lie between two updates of the optimizer; the first update is before the first step",
 }

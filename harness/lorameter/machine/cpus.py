@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path("/sys/devices/system/cpu")
 NAMES = ("core_cpus_list", "thread_siblings_list")
-"""What the kernel calls the threads of a core, by its new name and by its old one
+"""The kernel's new and old name of the file that lists the threads of a core
 (Documentation/ABI/stable/sysfs-devices-system-cpu)."""
 
 

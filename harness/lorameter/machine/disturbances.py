@@ -57,7 +57,7 @@ class Disturbance:
     """What was found and the limit, both as numbers; without the trial, which the caller knows."""
     remedy: str
     weight: float
-    """What was found over the limit for a notice: how bad it is, to sort by."""
+    """The measured value over the limit for a notice: how bad the disturbance is, for sorting."""
     invalid: bool = False
     """Whether the trial is invalid."""
 
@@ -70,7 +70,7 @@ def judge(
     in_turns: bool,
     occupancy: float | None = None,
 ) -> tuple[Disturbance, ...]:
-    """What the surroundings of one phase say against a trial, the worst first; what was not measured says nothing.
+    """The disturbances of a trial in one phase, the worst first; a quantity that was not measured yields none.
 
     Args:
         values: of the trial's record, as `lorameter.machine.telemetry` names them.
@@ -115,12 +115,12 @@ class _PhaseValues:
         return part / whole if part is not None and whole else None
 
     def time_share(self, counter: str) -> tuple[float, str] | None:
-        """By the GPU's own counter of time, of the time that was watched; with both in words."""
+        """Share of the watched time by a time counter of the GPU, and both in words."""
         part, whole = self.device(counter), self.host("watched_s")
         return None if part is None or not whole else (min(1.0, part / whole), f"{part:.2f} of {whole:.2f} s")
 
     def sample_share(self, counter: str) -> tuple[float, str] | None:
-        """Of the samples at the ends of the stretches."""
+        """Share of the samples at the ends of the stretches, and both in words."""
         part, whole = self.device(counter), self.device("samples")
         return None if part is None or not whole else (part / whole, f"{part:.0f} of {whole:.0f} samples")
 

@@ -95,9 +95,9 @@ class Neighbours:
     """Processes on the device, in bytes of device memory."""
 
     own_bytes: Reading[int]
-    """Of this process, with its CUDA context."""
+    """Memory of this process, with its CUDA context."""
     used_bytes: Reading[int]
-    """Of all processes and the display, listed or not."""
+    """Memory of all processes and the display, listed or not."""
     others: Reading[tuple[int, ...]]
     """PIDs that do not belong to this run."""
     others_bytes: Reading[int]
@@ -126,7 +126,7 @@ def neighbours_of(device: NvmlDevice, *, generations: int = GENERATIONS, proc: P
     if strangers and not own:  # PIDs of another namespace, among which this process's own may be
         unclear = statement = (
             f"{len(strangers)} listed processes have numbers that mean nothing in this container, so none of them can "
-            "be told from this run's own"
+            "be distinguished from this run's own"
         )
     total: Reading[int] = missing(listed.reason) if listed.value is None else _sum(processes)
     hidden = missing(used.reason) if used.value is None else total.then(lambda size: max(0, (used.value or 0) - size))

@@ -17,11 +17,9 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from lorameter.machine.reading import Reading, missing
-
-V = TypeVar("V")
 
 # --- which devices ----------------------------------------------------------------------------------------------------
 
@@ -156,7 +154,7 @@ REASONS: dict[int, str] = {
 }
 """Bits of nvmlClocksEventReason* (nvml.h), by the names that nvidia-smi prints."""
 IDLE = "gpu_idle"
-"""Nothing runs: the clocks of such a moment are not those of a step."""
+"""Nothing runs, so the clocks are not those of a step."""
 POWER_CAPPED = frozenset({"sw_power_cap"})
 """The normal state of a GPU under heavy load, and the same for every trial: no reason to reject one."""
 PROTECTING = frozenset({"hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown"})

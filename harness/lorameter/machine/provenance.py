@@ -1,4 +1,4 @@
-"""What machine and what software: enough to repeat a run, and the part of it that must agree to compare two.
+"""The machine and the software of a run: enough to repeat it, and the part that must agree to compare two runs.
 
 Nothing here imports torch: the parent stays light, and what torch itself sees comes from the worker's greeting. A
 library, counter or permission that is missing makes a value None, never an exception.
@@ -53,9 +53,7 @@ LIBRARIES = (
 FINGERPRINT = ("device", "device_name", "driver", "cuda", "cpu_model", "threads", "python", "libraries", "workload")
 """Fields of the provenance that must agree for two runs to be compared."""
 POWER_LIMIT = "power_limit_w"
-"""One more, of runs on a GPU: its power limit in force, in whole watts, as far as it is known."""
-LATER = (POWER_LIMIT, KERNELS)
-"""Of runs on a GPU, as far as they are known; runs on a CPU have none."""
+"""A further field, of runs on a GPU: its power limit in force, in whole watts, if known."""
 OF_A_KIND = ("device_name", "driver", "cpu_model", POWER_LIMIT)
 """Fields of the fingerprint in which machines that have the same installed are of different kinds."""
 
@@ -81,7 +79,7 @@ class Machine:
 
     @property
     def kind(self) -> str:
-        """What profiles of studies go by: "cpu", or the name of the GPU."""
+        """The key that chooses the profile of a study: "cpu", or the name of the GPU."""
         return "cpu" if self.device == "cpu" else self.device_name
 
     @property
@@ -239,7 +237,7 @@ def harness_identity() -> str:
 def differing_packages(
     base: Mapping[str, Any], candidate: Mapping[str, Any]
 ) -> dict[str, tuple[str | None, str | None]]:
-    """What an effect can be attributed to: the distributions whose versions differ, with both (None: not installed).
+    """The distributions whose versions differ, to which an effect can be attributed, with both (None: not installed).
 
     `base` and `candidate` are descriptions of two hosts (`lorameter.run.workers.environment.describe`).
     """
@@ -259,7 +257,7 @@ def _content_of_workloads(common: Workload, own: Mapping[str, Workload]) -> dict
 
 
 def _content_of(data: str) -> str:
-    """What the data is, whatever its path: the hash of a file, or of those of a folder; the name of anything else."""
+    """The identity of the data without its path: the hash of a file or of a folder's files; else the name."""
     if data == OWN:
         return data
     try:

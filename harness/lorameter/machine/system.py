@@ -65,12 +65,12 @@ def system_facts(root: Path = ROOT) -> dict[str, Reading[Any]]:
 
 
 def memory_bytes(root: Path = ROOT) -> Reading[int]:
-    """What this process could ever have: the machine's memory, or a cgroup's limit where that is less."""
+    """The most memory that this process can have: the machine's, or a cgroup's limit where that is less."""
     return _least(_meminfo(root, lambda fields: fields["MemTotal"]), memory_limit(root))
 
 
 def memory_available_bytes(root: Path = ROOT) -> Reading[int]:
-    """What could be taken now without swapping: of the machine, or what a cgroup's limit leaves where that is less."""
+    """Memory that is available now without swapping: the machine's, or what a cgroup's limit leaves if that is less."""
     return _least(_meminfo(root, lambda fields: fields["MemAvailable"]), memory_left(root))
 
 

@@ -90,7 +90,7 @@ class GpuTelemetry:
         self._first = self._first or (now_s, self._before["energy_j"])
 
     def look(self) -> None:
-        """What is timed has been launched and is going on. The clocks of a GPU that has finished it are left out."""
+        """Read the clocks while the timed work runs. Those of a GPU that has finished it are left out."""
         seen = self._device.clocks()
         if IDLE not in (seen["events"].value or ()):
             self._keep_events(seen)
@@ -98,7 +98,7 @@ class GpuTelemetry:
             self._looked = self._looked or seen["sm_clock_hz"].known
 
     def end(self, now_s: float) -> dict[str, float]:
-        """It has ended: what was found so far. Raises RuntimeError without `begin`."""
+        """The stretch has ended: the values so far. Raises RuntimeError without `begin`."""
         if self._before is None or self._first is None:
             raise RuntimeError("end() without begin(): nothing is being watched")
         (before, self._before), last = (self._before, None), self._device.sample()
@@ -195,19 +195,19 @@ class Telemetry:
         self._host.begin()
 
     def look(self) -> None:
-        """What is timed is under way on the GPU, and the host would only wait for it."""
+        """Read the clocks while the timed work runs on the GPU and the host would only wait."""
         if self._gpu is not None:
             self._gpu.look()
 
     def end(self) -> dict[str, float]:
-        """It has ended: all values so far, by their names in the record."""
+        """The stretch has ended: all values so far, by their names in the record."""
         host = self._host.end()
         gpu = {} if self._gpu is None else self._gpu.end(self._clock())
         values = {telemetry_key("host", name, self._phase): value for name, value in host.items()}
         return values | {telemetry_key("device", name, self._phase): value for name, value in gpu.items()}
 
     def notice(self) -> Notice | None:
-        """What of the device could not be measured; None where nothing is missing, and on a CPU."""
+        """A notice of the GPU's values that could not be measured; None where none is missing, and on a CPU."""
         absent = {} if self._gpu is None else self._gpu.missing
         reasons = {name: why for name, why in absent.items() if name not in SUBSTITUTED}
         reasons |= {"all": self._no_gpu} if self._no_gpu else {}

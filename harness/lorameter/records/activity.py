@@ -34,7 +34,7 @@ class WeightCopy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     weight: str
     """Name of the weight; of several that have its shape the first and how many there are; "" where none has."""
     shape: tuple[int, ...]
-    """Of the copy, as the operator was given it."""
+    """Shape of the copy, as the operator received it."""
     operator: str
     calls: float
     time_s: float
@@ -73,7 +73,7 @@ class PhaseActivity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """How many of the profiler's records of operators are in the phase (`WHOLE`), and in its separate parts, by
     their field names. Each slows the phase down by about as much; empty on a GPU, whose kernels are not slowed down."""
     copies: tuple[WeightCopy, ...] = ()
-    """Whole weights that were copied, the dearest first."""
+    """Whole weights that were copied, the most expensive first."""
     parts_s: dict[str, float] = msgspec.field(default_factory=dict)
     """Seconds of parts of the phase (`CACHE`, `HEAD`)."""
 

@@ -35,7 +35,7 @@ BENCHMARK_BYTES = 128 << 20
 LINE_BYTES = 256 << 20
 """Limit of a line of a journal: the record of a trial with all of its samples, or a check."""
 _DRAFT_LETTERS = 40
-"""Of a file's name, in that of its draft: no name may be longer than 255 bytes."""
+"""Characters of a file's name that its draft's name keeps: no name may be longer than 255 bytes."""
 
 
 class NotReadableError(ValueError):

@@ -48,7 +48,7 @@ class Metric:
     """Whether it says nothing without the number of steps that were trained."""
     column: Column = ""
     of_trial: Literal["median", "mean"] = "median"
-    """What a trial's one value is of its steps: a rate is what was done in all of them over all of their time."""
+    """How a trial's one value follows from its steps: a rate is the total of all steps over their total time."""
     per_token: bool = False
     """Whether it compares steps that hold different numbers of real tokens."""
 
@@ -68,13 +68,13 @@ class Metric:
 
 
 def _rate(record: TrialRecord, counted: str) -> Samples:
-    """What the turns held over the time of their steps; nothing where that was not counted, as in some scripts."""
+    """The count of all turns over the time of their steps; () where it was not counted, as in some scripts."""
     seconds, counts = sum(record.samples.get("step_time_s", ())), record.samples.get(counted, ())
     return (sum(counts) / seconds,) if seconds and counts else ()
 
 
 def _padded_tokens_per_s(record: TrialRecord) -> Samples:
-    """Of all positions, padding included; nothing where there is no padding, and it is the same number."""
+    """Rate of all positions, padding included; () where there is no padding and the rate is the same."""
     padding = _rate(record, "turn_padded_tokens")
     return (padding[0] + _rate(record, "turn_tokens")[0],) if padding and padding[0] else ()
 
@@ -121,13 +121,13 @@ def losses_of_steps(record: PartialRecord) -> Samples:
 
 
 def _output_tokens_per_s(record: TrialRecord) -> Samples:
-    """Of all answers of a request; a record that does not say how many prompts it has is of one."""
+    """Rate over all answers of a request; a record without a number of prompts has one."""
     tokens = record.values.get("new_tokens", 0.0) * record.values.get("request_batch", 1.0)
     return tuple(tokens / seconds for seconds in record.samples.get("request_time_s", ()))
 
 
 def _over_request(*names: str) -> Callable[[TrialRecord], Samples]:
-    """What takes so long together, over the request of the same prompts by one adapter without a switch."""
+    """The sum of these times over that of a request with the same prompts, one adapter and no switch."""
 
     def derive(record: TrialRecord) -> Samples:
         parts = zip(*(record.samples.get(name, ()) for name in (*names, "request_time_s")), strict=False)

@@ -35,9 +35,9 @@ REMEDIES = {
     errno.ENAMETOOLONG: "Choose a shorter path",
     errno.ENOENT: "Restore what was there, and leave it alone while something is measured",
 }
-"""What to do about it, by the error's number."""
+"""Remedies, by the error's number."""
 OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE)
-"""Those that a trial meets through no fault of its own, and that the next trial meets as well."""
+"""Errors that are no fault of a trial, and that the next trial would meet as well."""
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "OutOfMemoryError", "MemoryError", "std::bad_alloc")
 REFUSED = "Refused"
 """Kind of the failure of a trial that one of them interrupted."""

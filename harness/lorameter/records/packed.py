@@ -24,7 +24,7 @@ SUFFIX = ".lorameter.zip"
 MEMBERS = ("manifest.json", "trials.jsonl", "checks.jsonl")
 """The files of a run that say what was measured; the first is in every run."""
 MOST_BYTES = 4 << 30
-"""Of all of them together: three times the run of a hundred thousand trials."""
+"""Limit of their total size: three times that of a run of a hundred thousand trials."""
 _REMEDY = "Ask for the file again, or for the run's directory."
 
 

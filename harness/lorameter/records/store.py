@@ -159,7 +159,7 @@ def runs_dir(given: str | None, *, make: bool = False) -> Path:
 
 
 def _hide_from_git(folder: Path) -> None:
-    """What is measured in a repository is no change of it, and the next run is not one "with local changes"."""
+    """Keeps runs inside a repository from making it dirty, and the next run from having "local changes"."""
     ignored = folder / ".gitignore"
     if not ignored.exists() or not ignored.stat().st_size:
         write_whole(ignored, "# made by lorameter\n*\n")
@@ -249,7 +249,7 @@ def checkpoint_is_due(now_s: float, *, begun_s: float, saved_s: float) -> bool:
 
 
 def refusal_of(path: Path, *, begun: bool = False) -> tuple[str, str]:
-    """What a refusal of the system means to the run of this directory, and what to do once its cause is gone; `begun`:
+    """What a refusal of the system means for the run of this directory, and what to do once its cause is gone; `begun`:
     whether its manifest was there."""
     there = (path / MANIFEST).is_file()
     if not there and not begun:
@@ -269,7 +269,7 @@ class Run:
     damaged_lines: int = 0
     """Lines that a crash cut short, or whose evidence is lost; their trials count as not run."""
     without_evidence: int = 0
-    """Those among them that name evidence which checks.jsonl does not hold."""
+    """Those of them whose evidence is not in checks.jsonl."""
     measured_again: int = 0
     """Trials that were begun more than once, because the process that measured them ended too early."""
     disturbed: tuple[TrialRecord, ...] = ()
@@ -362,7 +362,7 @@ def writing(path: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def refusal_while_live(path: Path) -> str:
-    """What to say to a second process that would write the run in this directory."""
+    """The refusal of a second process that would write the run in this directory."""
     return (
         f"run {path.name}: another process is measuring it, and two would disturb each other and mix their records. "
         "Wait for it, or end it; then resume --resume."

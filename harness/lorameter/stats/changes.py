@@ -154,7 +154,8 @@ def divide(values: NDArray[float64], penalty: float, least: int = LEAST_SEGMENT)
 
 
 def _guess_scatter(values: NDArray[float64]) -> float:
-    """Of successive differences: the larger of what their median says, and the mean square of all but the largest."""
+    """The standard deviation by successive differences: the larger of the estimates by their median, and by the root
+    mean square of all but the largest."""
     import numpy as np
 
     differences = np.sort(np.abs(np.diff(values)))

@@ -190,7 +190,7 @@ def decide_family(
     margin: float | Mapping[K, float],
     alpha: float = 0.05,
 ) -> dict[K, Comparison]:
-    """What `compare_family` makes of effects that are known already."""
+    """As `compare_family`, from effects that are computed already."""
 
     def judge(name: K, left: int) -> Comparison:
         rule = VerdictRule(tolerance=_of(tolerance, name), margin=_of(margin, name), alpha=alpha, family=left)

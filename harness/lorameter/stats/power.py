@@ -1,4 +1,4 @@
-"""What a comparison could have seen, and how many replicates the next one needs.
+"""The smallest difference that a comparison could detect, and the replicates that the next one needs.
 
 "No difference found" says nothing without the difference that would have been found. Both numbers follow from the
 scatter just seen and the noncentral t (Cohen 1988); they plan the next run and judge nothing in this one. The power of

@@ -1,4 +1,4 @@
-"""What counts as samples, and how a refusal reads.
+"""Checks of samples, and the wording of refusals.
 
 A comparer that swallows bad input turns it into a verdict: pyperf prints "Significant" for any exception inside its
 t-test (seen: two identical constant memory series). Here bad input never reaches the arithmetic. Every refusal names

@@ -6,7 +6,7 @@ sign test (Dixon & Mood 1946) asks whether nearly all comparisons lie beyond the
 absolute deviation (Hampel 1974) asks whether one factor explains them.
 
 For unpaired comparisons only. A change that slows every variant alike looks exactly like a slower machine: only pairs,
-which share the machine, can tell the two apart. In a paired run this test would hide that regression, so do not ask it
+which share the machine, can distinguish the two. In a paired run this test would hide that regression, so do not ask it
 there; after a yes, measure both sides in one run.
 """
 

@@ -34,7 +34,7 @@ _SHOWN_TAIL = 0.025
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conclusion:
-    """What became of a statement, with the contrast that decided; all numbers are logs of ratios."""
+    """The conclusion on a statement, with the contrast that decided; all numbers are logs of ratios."""
 
     status: Support
     by: By

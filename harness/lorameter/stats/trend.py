@@ -45,7 +45,8 @@ def line_change(logs: NDArray[float64], positions: Sequence[float]) -> NDArray[f
     """What the least-squares line through each replicate's levels gains from the first level to the last.
 
     `logs` is replicates × levels, `positions` what `scores` gives. With two levels it is their difference. A line uses
-    every level, and a value that only rises can be told from one that scatters; what bends is not seen as such.
+    every level, and a value that only rises can be distinguished from one that scatters; what bends is not seen as
+    such.
     """
     import numpy as np
 

@@ -89,7 +89,7 @@ def resolve(data: str) -> DataSource:
 
 
 def make_absolute(data: str) -> str:
-    """The same data by a name that is valid in every folder."""
+    """The name of the same data with an absolute path."""
     found = _SPLIT.fullmatch(data)
     name, behind = (found["name"], f"[{found['split']}]") if found and not fileio.is_there(data) else (data, "")
     return f"{Path(name).absolute()}{behind}" if data != SYNTHETIC and fileio.is_there(name) else data

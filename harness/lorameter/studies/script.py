@@ -30,7 +30,7 @@ OWN = "script"
 
 _SHELL = ("&&", "||", "|", ";", "&", ">", ">>", "<", "2>", "2>&1")
 _SHELL_OPTION = re.compile(r"-[a-z]*c")
-"""What comes after it, as in `sh -c` and `bash -lc`, is a line of words."""
+"""The word after it is a command line, as in `sh -c` and `bash -lc`."""
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 PYTHON = re.compile(r"python(\d+(\.\d+)?t?)?")
@@ -131,8 +131,8 @@ def name_of_command(command: str) -> str:
 
 
 def name_of_words(words: Sequence[str]) -> str:
-    """The same of words that are split already. A run's folder is named by it, so it holds no more of a line for
-    a shell than the script, and no credential."""
+    """The same for words that are already split. A run's folder is named by it, so it holds no more of a line for a
+    shell than the script, and no credential."""
     words = hide_credentials(words)
     parts: list[str] = []
     for before, word in zip(["", *words], words, strict=False):

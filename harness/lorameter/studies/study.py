@@ -26,7 +26,7 @@ from lorameter.studies.workload import OF_TOKENS, OF_VARIANTS, Workload
 
 OF_WORKLOAD = "workload."
 """Begins the name of an axis that is a field of the workload: `workload.batch_size`."""
-RESERVED = {"-control": "the A/A control", "-isolated": "what is measured alone"}
+RESERVED = {"-control": "the A/A control", "-isolated": "isolated trials"}
 """Endings that distinguish the trials of one variant in a run; two trials of one name would overwrite each other."""
 
 
@@ -67,7 +67,7 @@ class Study:
         require(names, f"{where}: no variants. Add [axes] or [[variant]].")
         for name in names:
             for ending, named in RESERVED.items():
-                remedy = f"{named} is named so. Choose another ending than {ending}."
+                remedy = f"{ending} is reserved for {named}. Choose another ending."
                 require(not name.endswith(ending), f"{where}: variant name {name!r}: {remedy}")
             limits.check_name(f"{where}: variant name", name, " /\\[]:")
             require(names.count(name) == 1, f"{where}: variant name {name!r} is used twice. Rename one.")
@@ -248,7 +248,7 @@ class Study:
 
     @property
     def deviations(self) -> tuple[str, ...]:
-        """What differs from the study as written, a line each."""
+        """The differences from the study as written, a line each."""
         lines = []
         for key, was in self.replaced.items():
             owner, name = self._place_of(key) or (self, key)

@@ -388,7 +388,7 @@ def _written(workload: Workload) -> Table:
 
 
 def _own_workloads(rows: Sequence[Table], workload: Workload) -> dict[str, Table]:
-    """What variants are measured on in place of the study's workload, as far as it is something else."""
+    """The fields of the workload in which a variant differs from the study's, by the variant's name."""
     common, found = _written(workload), dict[str, Table]()
     for row in rows:
         own = {key.removeprefix(OF_WORKLOAD): value for key, value in row.items() if key.startswith(OF_WORKLOAD)}

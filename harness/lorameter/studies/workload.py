@@ -49,7 +49,7 @@ FAMILIES: tuple[tuple[str, ...], ...] = (
     ("messages",),
     ("text",),
 )
-"""What a record can be made of."""
+"""The combinations of parts that make a record."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

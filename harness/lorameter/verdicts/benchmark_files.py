@@ -48,7 +48,7 @@ ONE_PROCESS = (
     "on each side, with --benchmark-save=NAME --benchmark-save-data, and compare '.benchmarks/*/*_NAME.json'"
 )
 FOREIGN = "pytest-benchmark alone"
-"""What wrote a file that is not ours."""
+"""The writer of a file that is not ours."""
 
 
 class SavedTrial(msgspec.Struct):
@@ -62,13 +62,13 @@ class ExtraInfo(msgspec.Struct, kw_only=True):
     """What one of our tests adds to its samples (`extra_info`)."""
 
     name: str = ""
-    """Of the variant; the test's parameter where it is left out."""
+    """Name of the variant; the test's parameter where it is left out."""
     variant: str | None = None
     """Its content id."""
     metric: str
     trials: tuple[SavedTrial, ...]
     medians: dict[str, tuple[float, ...]] = {}
-    """Of other metrics, one a trial."""
+    """Medians of other metrics, one a trial."""
     memory: dict[str, float] = {}
     """The largest peak by kind."""
 

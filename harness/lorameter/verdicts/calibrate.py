@@ -53,7 +53,7 @@ class Rates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Price:
-    """What it takes to see a slow-down in 80 % of the runs."""
+    """The replicates and minutes that detect a slow-down in 80 % of the runs."""
 
     effect: float
     tolerance: float

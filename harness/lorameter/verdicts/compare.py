@@ -258,7 +258,7 @@ def _choose_metrics(
 
 
 def _metrics_of(wanted: Sequence[str], base: ComparisonInput, candidate: ComparisonInput, name: str) -> list[str]:
-    """Those that either side of a variant measured; all times where a failure left nothing."""
+    """The wanted metrics that either side measured of a variant; all times where a failure left none."""
     sides = [side for side in (base.variants.get(name), candidate.variants.get(name)) if side is not None]
     found = [metric for metric in wanted if any(side.trials(metric) for side in sides)]
     if found or not any(side.broken or not side.metrics for side in sides):

@@ -60,7 +60,7 @@ class LimitRule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """What passes. Raises `UsageError` for a limit that makes no sense."""
+    """The policy of a gate. Raises `UsageError` for an invalid limit."""
 
     inconclusive: Literal["fail", "pass"] = "fail"
     """What an open question counts as."""
@@ -101,7 +101,7 @@ class GateResult:
     report: ComparisonReport
     policy: Policy
     unmet: tuple[str, ...]
-    """What the policy asks for and the comparison does not hold."""
+    """Requirements of the policy that the comparison does not meet."""
     exit_code: int
 
     @property

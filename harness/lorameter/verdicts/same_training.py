@@ -99,7 +99,8 @@ class ScriptPair:
 
 
 def sides_of_run(run: Run, study: Study) -> dict[str, ScriptPair]:
-    """What is compared with what, by variant: in an A/B the candidate with the base, else each with the reference."""
+    """The pairs of scripts to compare, by variant: in an A/B the candidate with the base, else each with the
+    reference."""
     names = [variant.name for variant in study.variants]
     if run.manifest.sides:
         base, candidate = (group_trials(run.records, side) for side in ("base", "candidate"))
@@ -187,7 +188,7 @@ def _compare(base: Sequence[Sequence[float]], candidate: Sequence[Sequence[float
 
 
 def sameness_notices(run: Run, study: Study) -> Iterator[Notice]:
-    """What two scripts do not have in common, each with both numbers; sides are other software on purpose."""
+    """Notices of what differs between scripts of a run; that sides have different software is intended."""
     if not study.of_scripts:
         return
     on_purpose = any(side.get("kind") != SIDE for side in run.manifest.sides.values())
@@ -197,7 +198,7 @@ def sameness_notices(run: Run, study: Study) -> Iterator[Notice]:
 
 
 def notices_of_sides(name: str, sides: ScriptPair) -> Iterator[Notice]:
-    """The same of two scripts by themselves."""
+    """Notices of what differs between two scripts, with both values."""
     if not sides.pairs:
         return
     yield from _tokens(name, sides)

@@ -69,7 +69,7 @@ class Series:
     role: Role
     records: tuple[TrialRecord, ...]
     _known: dict[str, tuple[Trial, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """What `measured` has worked out; every table asks for it several times, and records do not change."""
+    """Cache of `measured`, which every table calls several times; records do not change."""
 
     @property
     def ok(self) -> tuple[TrialRecord, ...]:
@@ -341,7 +341,7 @@ LimitsOf = Callable[[str, str], ComparisonLimits]
 
 
 def default_limits(variant: str, metric: str) -> ComparisonLimits:
-    """The same limits for everything, but exactness for computed bytes."""
+    """The same limits for all metrics, except that computed bytes must be equal."""
     computed = is_memory(metric) and "peak" not in metric and not metric.startswith("host_")
     return ComparisonLimits(tolerance=0.0) if computed else ComparisonLimits()
 

@@ -13,7 +13,7 @@ from lorameter.machine.software import KERNELS, kernel_libraries, normal_name
 from lorameter.records.record import TrialRecord
 
 OURS = "lorameter"
-"""What measures is the same in every process, whatever of it an interpreter has installed."""
+"""The package that measures, which is the same in every process whatever its interpreter has installed."""
 BETWEEN = " or "
 """Between versions of one package, where trials report several."""
 REPORTED = ("python", "cuda", "libraries", KERNELS)

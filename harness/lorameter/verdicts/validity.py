@@ -61,10 +61,10 @@ class Fault:
     reason: InvalidReason
     message: str
     variant: str = ""
-    """Whose numbers do not count; empty: all of the run's."""
+    """The variant whose numbers do not count; empty: all variants."""
     side: Side = ""
     site: str = ""
-    """Of which site alone, where sites are unlike."""
+    """The site that it is limited to, where sites are different machines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +151,8 @@ def is_single_script_run(run: Run, study: Study) -> bool:
 
 
 def phases_of(run: Run) -> tuple[Phase, ...]:
-    """What a run measured, in the order in which phases are shown; not what the time limit left out."""
+    """The phases that a run measured, in the order in which they are shown, without those that the time limit
+    dropped."""
     skipped = {phase for part, phase in PHASE_OF_PART.items() if part in run.manifest.skipped}
     return tuple(phase for phase in PHASES if phase in run.manifest.phases and phase not in skipped)
 

@@ -74,7 +74,7 @@ class ClaimsReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     run: str
     title: str
     status: str
-    """Of the run: one that is running or was interrupted is judged by what it holds."""
+    """Status of the run; one that is running or was interrupted is judged by its records so far."""
     claims: tuple[ClaimResult, ...]
     replicates: int
     """Replicates that hold a trial that is ok."""
@@ -85,7 +85,7 @@ class ClaimsReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     notes: tuple[str, ...]
     answers: Answers
     engine: EngineEvidence | None = None
-    """Of a study about an engine: what is needed to publish the verdicts."""
+    """For a study about an engine: the evidence that belongs to published verdicts."""
     invalid: str | None = None
     """Why none of them counts: no trial is ok, or the reference differs from itself."""
 
