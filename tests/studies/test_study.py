@@ -46,7 +46,7 @@ def test_axes_make_every_combination(tmp_path):
         ("[[variant]]\nr=8", ["mine.toml", "name is missing"]),
         ("[[variant]]\nname='a b'", ["mine.toml", "'a b'"]),
         ("[[variant]]\nname='a-control'", ["mine.toml", "'a-control'", "A/A control"]),
-        ("[[variant]]\nname='a'\n[[variant]]\nname='a-isolated'\nr=8", ["mine.toml", "'a-isolated'", "isolated trials"]),
+        ("[[variant]]\nname='a'\n[[variant]]\nname='a-isolated'\nr=8", ["mine.toml", "'a-isolated'", "isolated"]),
         ("[[variant]]\nname='a'\n[[variant]]\nname='a'\nr=4", ["mine.toml", "used twice"]),
         ("[[variant]]\nname='a'\n[[variant]]\nname='b'", ["mine.toml", "'a'", "'b'", "same configuration"]),
         ("reference='z'\n[[variant]]\nname='a'", ["mine.toml", "reference = 'z'"]),
