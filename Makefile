@@ -1,10 +1,10 @@
-# `make bench` measures, `make test` tests; both set everything up on a fresh machine. A second call goes straight to work.
+# `make bench` measures, `make test` tests; both set everything up on a fresh machine. A second call starts at once.
 VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 NAME   ?= bench
 STAMP  := $(VENV)/.installed
-# What was packed is for a machine where nothing is installed, not for the one that has packed it.
+# Packed libraries are for a machine where nothing is installed, not for the one that packed them.
 GPU_PACKED := $(if $(wildcard $(STAMP)),,$(wildcard .gpu/site))
 
 PROOFS := verdicts_ab harness_overhead noise_coverage own_scripts random_models memory_estimate real_models reading methods
@@ -14,20 +14,20 @@ PROOFS := verdicts_ab harness_overhead noise_coverage own_scripts random_models 
 bench: $(STAMP)
 	$(BIN)/pytest benchmarks/ --benchmark-save=$(NAME)
 
-# Three processes for two cores, as many tests wait for what they have started; each file in one of them, so that what a
-# file shares is made once. In the order of the tree: its first files start real processes and take longest.
-# LORAMETER_TRACES names a folder with recordings of GPU runs (of torch.profiler or nsys), each of which is judged as its
-# own sums say; without it that test is skipped.
+# Three processes for two cores, since many tests wait for processes that they start; each file in one process, so that
+# its module fixtures are made once. In the order of the tree: its first files start real processes and take longest.
+# LORAMETER_TRACES names a folder with recordings of GPU runs (of torch.profiler or nsys), whose sums must agree with the
+# published ones; without it that test is skipped.
 test: $(STAMP)
 	$(BIN)/pytest tests/ -n 3 --dist loadfile --no-loadscope-reorder
 
-# The study of LoRA parameters that this project began with, on a small real model, and what becomes of its claims: about
-# an hour on two cores. LORAMETER_DOLLY names databricks-dolly-15k.jsonl(.gz); without it embedded records are used.
+# The study of LoRA parameters that this project began with, and its claims, on a small real model: about an hour on two
+# cores. LORAMETER_DOLLY names databricks-dolly-15k.jsonl(.gz); without it embedded records are used.
 study: $(STAMP)
 	$(BIN)/lorameter model fetch smollm2-135m
 	$(BIN)/lorameter run llama2-lora-parameters --profile cpu --data "$(or $(LORAMETER_DOLLY),synthetic)" --max-minutes 88
 
-# The committed reports anew, from the runs beside them: as text, as Markdown and as a page for a browser.
+# Write the committed reports again from their runs: as text, as Markdown and as a page for a browser.
 reports: $(STAMP)
 	for run in reports/2*/; do \
 	$(BIN)/lorameter report $${run%/} --html $${run}report.html > $${run}report.txt; \
@@ -41,8 +41,8 @@ lint: $(STAMP)
 
 # Measurements of the harness itself; each prints machine and commit and ends with 1 where a bound does not hold. The
 # output is committed under reports/proof/. Minutes on two idle cores: verdicts_ab 25, harness_overhead 10,
-# noise_coverage 12, own_scripts 20, random_models 15, memory_estimate 3, real_models 24, reading 4, methods 20. memory_estimate and
-# real_models need smollm2-135m (lorameter model fetch smollm2-135m). Skipped without their data: recorded noise
+# noise_coverage 12, own_scripts 20, random_models 15, memory_estimate 3, real_models 24, reading 4, methods 20.
+# memory_estimate and real_models need smollm2-135m (lorameter model fetch smollm2-135m). Skipped without their data: recorded noise
 # (LORAMETER_NOISE names a folder) and Gemma 3 270M (LORAMETER_GEMMA names a GGUF file).
 proof: $(PROOFS:%=proof-%)
 
@@ -51,7 +51,7 @@ $(PROOFS:%=proof-%): proof-%: $(STAMP)
 	status=$$?; cat $(VENV)/$*.txt; mkdir -p reports/proof; cp $(VENV)/$*.txt reports/proof/; exit $$status
 
 # The tests that take long (hours): injected faults (tests/faults/README.md), then real clusters, ranks, profiles and
-# timings, which want an idle machine. Tests that need Ray, TRL or SLURM are skipped without them:
+# timings, which need an idle machine. Tests that need Ray, TRL or SLURM are skipped without them:
 # pip install -e '.[ray,proof]', apt-get install slurm-wlm.
 proof-long: $(STAMP)
 	$(BIN)/pytest tests -m faults -n 3 --dist loadfile -rs --disable-warnings
@@ -67,13 +67,13 @@ test-lower-bound: $(STAMP)
 	tests/kernels_check/trace/test_report.py tests/kernels_check/test_probe.py tests/trial/test_zygote.py \
 	tests/run/workers/test_local.py tests/profile/test_measure.py tests/machine tests/gpu
 
-# Everything that only a card can say, in steps that go on where they were stopped; the report is written under reports/,
-# with the device in its name, and docs/gpu.md anew. Without a card all steps are rehearsed. GPU_OPTIONS: --minutes,
-# --only, --again, --list. Where `make gpu-pack` has laid what a machine without a network lacks, nothing is installed.
+# All claims about GPUs, in steps that are resumed where they were stopped; writes a report under reports/, with the
+# device in its name, and docs/gpu.md. Without a GPU all steps are rehearsed. GPU_OPTIONS: --minutes, --only, --again,
+# --list. With the packages of `make gpu-pack`, nothing is installed.
 gpu: $(if $(GPU_PACKED),,$(STAMP))
 	$(if $(GPU_PACKED),$(PYTHON),$(BIN)/python) -m benchmarks.gpu $(GPU_OPTIONS)
 
-# What travels to such a machine, in .gpu; what a call there has handed back, laid where the next one goes on.
+# Pack libraries into .gpu for a machine without a network; unpack the results of a call there for the next call.
 gpu-pack: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu.pack $(GPU_OPTIONS)
 

@@ -40,7 +40,7 @@ for name in OWN:  # of this process: the other one measures as well, and what te
 os.environ.pop("COLUMNS", None)  # reports are as wide as it says, and a process of xdist has it
 os.environ.pop("PYTEST_XDIST_WORKER", None)  # a pytest that a test starts would take itself for a part of this one
 
-# How long an example takes is the machine's affair, and beside other work it is long.
+# How long an example takes depends on the machine and its load.
 hypothesis.settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
@@ -150,9 +150,9 @@ def small_study() -> Study:
 
 @pytest.fixture
 def dolly() -> Path:
-    """The real data set, where it is at hand: $LORAMETER_DOLLY, or in a folder `shared` beside the checkout."""
-    beside = Path(__file__).parents[2] / "shared" / "data" / "databricks-dolly-15k.jsonl.gz"
-    path = Path(os.environ.get("LORAMETER_DOLLY", beside))
+    """The real data set, if it is there: $LORAMETER_DOLLY, or in a folder `shared` next to the checkout."""
+    default = Path(__file__).parents[2] / "shared" / "data" / "databricks-dolly-15k.jsonl.gz"
+    path = Path(os.environ.get("LORAMETER_DOLLY", default))
     if not path.is_file():
         pytest.skip("$LORAMETER_DOLLY does not name databricks-dolly-15k.jsonl.gz")
     return path
@@ -229,7 +229,7 @@ def write_run(tmp_path: Path, small_study: Study):
         name, steps, *, study=small_study, control=1.0, facts=None, status="complete", change=lambda record: record,
         phases=("train",), peak=2**20, own_workloads=None, skipped=(),
     ):  # fmt: skip
-        told = FACTS | (facts or {})
+        known = FACTS | (facts or {})
         shutil.rmtree(tmp_path / "runs" / name, ignore_errors=True)
         rows = [(variant, "variant", times) for variant, times in steps.items()]
         if study.reference in steps and control:
@@ -253,8 +253,9 @@ def write_run(tmp_path: Path, small_study: Study):
                 ))  # fmt: skip
         writer = RunWriter(tmp_path / "runs", Manifest(
             run=name, study=codec.to_json(study), phases=phases, interleaving="replicates", seed=0,
-            order=tuple(record.trial for record in records), created_unix_s=1.0, provenance=told,
-            fingerprint=provenance.fingerprint(told), own_workloads=codec.to_json(own_workloads or {}), skipped=skipped,
+            order=tuple(record.trial for record in records), created_unix_s=1.0, provenance=known,
+            fingerprint=provenance.fingerprint(known), own_workloads=codec.to_json(own_workloads or {}),
+            skipped=skipped,
         ))  # fmt: skip
         for record in records:
             writer.append(change(record))

@@ -126,7 +126,7 @@ def test_rooms_point_down(package, rank):
 
 @pytest.mark.parametrize("room", ["verdicts", "attach"])
 def test_nobody_but_those_who_measure_knows_the_trial(room):
-    """What judges, and what runs in somebody else's process, lie beside it, whatever the order says."""
+    """What judges records, and what runs in the user's process, must not import it."""
     assert not [
         f"{name} imports {other}"
         for name, others in arrows("lorameter").items()

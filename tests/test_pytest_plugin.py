@@ -272,7 +272,7 @@ def measured_once(tmp_path_factory):
 
 @pytest.fixture
 def base(suite, measured_once):
-    """The suite measured once: the directory of that run, with a policy beside it that lets open questions pass."""
+    """The suite measured once: the directory of that run, and a policy that lets inconclusive comparisons pass."""
     kept = (".lorameter", ".benchmarks")
     if not any(measured_once.iterdir()):
         suite("--benchmark-save=base").assert_outcomes(passed=6)
@@ -288,7 +288,7 @@ def base(suite, measured_once):
 
 
 def lorameter(*arguments):
-    """The command line beside pytest: its exit code and its JSON document."""
+    """Run a command without pytest; its exit code and its JSON document."""
     command = [sys.executable, "-m", "lorameter.cli", *map(str, arguments), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.returncode, json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""How far PEFT's published comparison of methods can tell its methods apart, from the history of its result files.
+"""Which methods PEFT's published comparison can separate, from the history of its result files.
 
     python benchmarks/evidence/peft_table.py CHECKOUT [--revision REVISION] [--out reports/peft-method-comparison]
 
@@ -49,7 +49,7 @@ ITEMS = {"MetaMathQA": 1319}
 QUALITY = {"MetaMathQA": "test accuracy", "image-gen": "test dino_similarity"}
 """The metric that a task is ranked by on PEFT's page; higher is better."""
 MEMORY = ("accelerator_memory_max", "cuda_memory_max")
-"""One thing under two names: the files were renamed when other accelerators than CUDA were supported."""
+"""The peak, under two names: the key was renamed when accelerators other than CUDA were supported."""
 MODEL = "llama-3.2-3B-"
 """What the names of all experiments on text have in common."""
 LEAST_PAIRS = 3  # of a row in the table of repeats

@@ -19,7 +19,7 @@ PROJECT = "lorameter"
 
 def packed(site: Path = SITE, project: str = PROJECT) -> Path | None:
     """The packed folder where it is needed. Where the project is installed, as on the machine that has packed it, its
-    libraries are next to it, and those of the folder are another interpreter's."""
+    libraries are installed too, and those of the folder are for another interpreter."""
     try:
         distribution(project)
     except PackageNotFoundError:
@@ -39,7 +39,7 @@ def variables_of(environment: Mapping[str, str], site: Path | None) -> dict[str,
 
 
 def main() -> int:
-    """Put what was packed on the path, then go on."""
+    """Put the packed folder on the path, then start the campaign."""
     site = packed()
     if site is not None:
         sys.path.insert(0, str(site))

@@ -1,7 +1,7 @@
 """One attempt at a step: its process, what it wrote, and the clock that ends it.
 
-A process that is out of time is told so as by Ctrl-C, upon which a run saves what it has and a pytest writes what has
-passed; only one that does not heed it is killed, with all that it has started.
+A process that is out of time gets SIGINT, upon which a run saves its trials and a pytest writes its results; one that
+ignores it is killed, with its child processes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def attempt(
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Nothing of it is left afterwards; without a word where it has ended by itself."""
+    """Interrupt the process if it still runs, then kill its group."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,7 +1,6 @@
-"""What the steps have left, read for those who judge: facts, test results, documents and runs.
+"""Reads the results of the steps for the judges: facts, test results, documents and runs.
 
-Nothing is believed that is not there: what a step did not come to say is missing with the reason, and a claim that
-rests on it is not decided.
+A result that a step did not write is missing, with the reason, and a claim that rests on it is not decided.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class NotSeenError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tested:
-    """What became of a test: passed, failed or skipped, and the first line of why."""
+    """The outcome of a test: passed, failed or skipped, and the first line of the reason."""
 
     outcome: str
     why: str = ""
@@ -44,7 +43,7 @@ class Evidence:
         """One fact of the probe."""
         found = self._facts.get(name)
         if found is None:
-            raise NotSeenError(f"the probe says nothing of {name} ({self._standing('probe')})")
+            raise NotSeenError(f"the probe says nothing of {name} ({self._state_of('probe')})")
         for key in ("error", "skipped"):
             if key in found:
                 raise NotSeenError(f"the probe of {name}: {found[key]}")
@@ -54,7 +53,7 @@ class Evidence:
         """Tests by `FILE::NAME`, with all cases of one that is parametrised."""
         found: dict[str, Tested] = {}
         for name in names:
-            cases = {case: told for case, told in self._tests.items() if case == name or case.startswith(f"{name}[")}
+            cases = {case: test for case, test in self._tests.items() if case == name or case.startswith(f"{name}[")}
             if not cases:
                 raise NotSeenError(f"{name} has not been run")
             found |= cases
@@ -66,7 +65,7 @@ class Evidence:
         try:
             found = json.loads(text)
         except ValueError:
-            raise NotSeenError(f"{step}: no document ({self._standing(step)})") from None
+            raise NotSeenError(f"{step}: no document ({self._state_of(step)})") from None
         if not isinstance(found, dict):
             raise NotSeenError(f"{step}: what it printed is no document")
         return found
@@ -75,7 +74,7 @@ class Evidence:
         """The newest run of a step, which may have been stopped."""
         run = newest_run(step, self._state)
         if run is None:
-            raise NotSeenError(f"{step}: no run ({self._standing(step)})")
+            raise NotSeenError(f"{step}: no run ({self._state_of(step)})")
         try:
             return store.read_run(run, runs_of(step, self._state))
         except LorameterError as error:
@@ -103,10 +102,10 @@ class Evidence:
     def _text(self, step: str) -> str:
         path = self._state / "outputs" / f"{step}.out"
         if self._journal.last(step) is None or not path.exists():
-            raise NotSeenError(f"{step}: {self._standing(step)}")
+            raise NotSeenError(f"{step}: {self._state_of(step)}")
         return path.read_text(encoding="utf-8", errors="replace")
 
-    def _standing(self, step: str) -> str:
+    def _state_of(self, step: str) -> str:
         last = self._journal.last(step)
         if last is None:
             return "not begun"
@@ -125,11 +124,11 @@ def read_tests(path: Path) -> dict[str, Tested]:
     found = {}
     for case in ElementTree.parse(path).iter("testcase"):
         file = str(case.get("classname", "")).replace(".", "/") + ".py"
-        told = Tested(outcome="passed")
+        test = Tested(outcome="passed")
         for kind, outcome in (("skipped", "skipped"), ("error", "failed"), ("failure", "failed")):
             if (said := case.find(kind)) is not None:
-                told = Tested(outcome=outcome, why=_first_line(said))
-        found[f"{file}::{case.get('name')}"] = told
+                test = Tested(outcome=outcome, why=_first_line(said))
+        found[f"{file}::{case.get('name')}"] = test
     return found
 
 

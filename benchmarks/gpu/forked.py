@@ -1,6 +1,6 @@
-"""A zygote as the harness makes one, looked at: its threads, whether it may fork, and what its child can do.
+"""Describes a zygote as the harness makes one: its threads, whether it may fork, and what its child can do.
 
-A process of its own, since a process that has begun to use the device can no longer show it. Prints one JSON document.
+A process of its own, since a process that already uses the device cannot show this. Prints one JSON document.
 
     python -m benchmarks.gpu.forked
 """
@@ -19,13 +19,13 @@ from lorameter.trial import zygote
 
 
 def main() -> int:
-    """Import what a zygote imports, fork as it forks, and tell what the child told."""
+    """Import what a zygote imports, fork as it forks, and print what parent and child find."""
     begin = time.perf_counter()
     zygote.import_libraries()
     found: dict[str, Any] = {"import_s": time.perf_counter() - begin, "threads": threads()}
     found["refuses_to_fork"] = zygote._cannot_fork()
     begin = time.perf_counter()
-    found["child"] = told_by_child()
+    found["child"] = fork_child()
     found["child_s"] = time.perf_counter() - begin
     print(json.dumps(found))
     return 0
@@ -36,27 +36,27 @@ def threads() -> list[str]:
     return sorted((path / "comm").read_text().strip() for path in Path("/proc/self/task").iterdir())
 
 
-def told_by_child() -> dict[str, Any]:
-    """What a forked child finds of the device and of NVML."""
+def fork_child() -> dict[str, Any]:
+    """Fork a child; returns what it finds of the device and of NVML."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(reader)
         try:
-            told = in_child()
+            found = describe_child()
         except BaseException as error:
             traceback.print_exc()
-            told = {"error": f"{type(error).__name__}: {error}"}
-        os.write(writer, json.dumps(told).encode())
+            found = {"error": f"{type(error).__name__}: {error}"}
+        os.write(writer, json.dumps(found).encode())
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader, "rb") as answers:
         text = answers.read()
     os.waitpid(pid, 0)
-    return dict(json.loads(text)) if text else {"error": "the child died without a word"}
+    return dict(json.loads(text)) if text else {"error": "the child ended without an answer"}
 
 
-def in_child() -> dict[str, Any]:
+def describe_child() -> dict[str, Any]:
     """The first use of the device and every counter of NVML, each a value or the reason for having none."""
     import torch
 
@@ -67,15 +67,15 @@ def in_child() -> dict[str, Any]:
     begin = time.perf_counter()
     total = torch.ones(8, device=device).sum().item()
     started_s = time.perf_counter() - begin
-    told: dict[str, Any] = {"device": device, "sum": total, "device_start_s": started_s}
-    told |= {"threads": forked, "threads_with_device": threads()}
+    found: dict[str, Any] = {"device": device, "sum": total, "device_start_s": started_s}
+    found |= {"threads": forked, "threads_with_device": threads()}
     opened = open_device()
     if opened.value is None:
-        return told | {"nvml": opened.reason}
+        return found | {"nvml": opened.reason}
     readings = opened.value.sample() | opened.value.facts()
     del readings["uuid"]
     opened.value.close()
-    return told | {
+    return found | {
         "known": {name: one.value for name, one in readings.items() if one.known},
         "missing": {name: one.reason for name, one in readings.items() if not one.known},
     }

@@ -1,7 +1,7 @@
 """What travels to a machine with a GPU and no network, and what comes back from it.
 
     python -m benchmarks.gpu.pack                     fills .gpu/site; copy .gpu, with .gpu/state, to the GPU machine
-    python -m benchmarks.gpu.pack --take FILE         lays what a call has handed back where the next call finds it
+    python -m benchmarks.gpu.pack --take FILE         unpacks the results of a call for the next call
 
 There, in the root of the checkout: `make gpu GPU_OPTIONS='--minutes 9.5'`, or where there is no make
 `python3 -m benchmarks.gpu --minutes 9.5`.
@@ -31,7 +31,7 @@ ASSUMED = frozenset(
     "torch transformers accelerate safetensors tokenizers numpy scipy pandas pyarrow pytest pytest-benchmark "
     "pytest-timeout hypothesis psutil nvidia-ml-py filelock rich threadpoolctl packaging jinja2 pip".split()
 )
-"""What an image with torch, transformers, pytest and scikit-learn holds, with what these need."""
+"""Assumed in an image with torch, transformers, scikit-learn and pytest: these, and what they need."""
 PLATFORMS = (
     *(f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17)),
     "manylinux2014_x86_64",

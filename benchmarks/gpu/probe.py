@@ -1,7 +1,7 @@
-"""The facts that the harness assumes of a GPU and could never look at without one; each a line of JSON.
+"""Measures the facts that the harness assumes of a GPU; each is a line of JSON.
 
-A fact that cannot be had is a line with its reason, and the others are still looked for. What stands here is measured
-and not judged: `benchmarks.gpu.claims` says what it decides.
+A fact that cannot be measured is a line with its reason, and the others follow. Nothing is judged here:
+`benchmarks.gpu.claims` says what each fact decides.
 
     python -m benchmarks.gpu.probe [FACT ...]
 """
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 Fact = dict[str, Any]
 NEEDS_NO_CARD = ("zygote",)
 RESTS_S = (0.0, 0.003, 0.03, 0.3, 2.0)
-"""None, which says what noise is; about what a hand-over between turns takes; a pause in which a GPU may lower
+"""None, which shows the noise; about what a hand-over between turns takes; a pause in which a GPU may lower
 its clocks."""
 COUNTED_S = 1.5
 
@@ -272,13 +272,13 @@ def main(arguments: list[str]) -> int:
         if arguments and name not in arguments:
             continue
         if name not in NEEDS_NO_CARD and not torch.cuda.is_available():
-            told: Fact = {"skipped": f"no CUDA device: torch {torch.__version__} sees none"}
+            found: Fact = {"skipped": f"no CUDA device: torch {torch.__version__} sees none"}
         else:
             try:
-                told = look()
+                found = look()
             except Exception as error:
-                failed, told = failed + 1, {"error": f"{type(error).__name__}: {error}"[:400]}
-        print(json.dumps({"fact": name, **told}), flush=True)
+                failed, found = failed + 1, {"error": f"{type(error).__name__}: {error}"[:400]}
+        print(json.dumps({"fact": name, **found}), flush=True)
     return 1 if failed else 0
 
 

@@ -153,7 +153,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A language model of a few blocks; packed records are told apart by positions that restart."""
+    """A language model of a few blocks; packed records are separated by positions that restart."""
 
     merges: int | None = None
     """The number of a boundary between records that is lost."""

@@ -162,7 +162,7 @@ SCATTERS: dict[str, Callable[[int], list[float]]] = {
 
 
 def scatter(draws: int) -> Iterator[Share]:
-    """Coverage of the family, false alarms, and the width over that of the own scatter."""
+    """Coverage of the family, false alarms, and the width relative to that from own scatter."""
     for size in (3, 5, 8):
         for variants in (3, 5, 14):
             for name, of in SCATTERS.items():

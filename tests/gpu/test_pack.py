@@ -1,4 +1,4 @@
-"""What travels to a machine without a network is all that is needed there; what comes back is laid where it belongs."""
+"""The packed folder holds all that a machine without a network needs; results are unpacked into their places."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def carried():
 
 
 def test_every_dependency_is_carried_or_there():
-    """One that is added later cannot be forgotten; what the tests marked `gpu` import beside is there, too."""
+    """A dependency that is added later cannot be forgotten, nor what the tests marked `gpu` import in addition."""
     needed = {name(one) for one in PROJECT["dependencies"]} | {"hypothesis", "pytest-timeout", "psutil", "gguf"}
     assert needed <= set(carried()) | pack.ASSUMED
     assert not set(carried()) & pack.ASSUMED

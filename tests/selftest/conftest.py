@@ -1,4 +1,4 @@
-"""The proof programs are scripts beside their own modules; tests load them by path."""
+"""The proof programs are scripts next to the modules that they import; tests load them by path."""
 
 import importlib.util
 import sys
