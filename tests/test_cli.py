@@ -135,7 +135,7 @@ def test_a_sweep_of_adapters_runs_on_one_base(swept):
             "inject-rows",
         ),
         (["calibrate", "--inject-rows", "1" + "0" * 12], "inject-rows"),
-        (["profile", "lora-or-qlora:lora-r16", "--try", "nonsense"], "no finding goes by that name"),
+        (["profile", "lora-or-qlora:lora-r16", "--try", "nonsense"], "no such finding"),
     ],
 )
 def test_what_no_machine_could_do_is_refused_at_once(capsys, tmp_path, monkeypatch, arguments, word):

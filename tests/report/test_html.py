@@ -122,7 +122,7 @@ def test_texts_from_outside_are_texts():
         Bars(axis=Axis(title=HOSTILE), bars={HOSTILE: {HOSTILE: 1.0}}),
         *(Chart(across=axis, up=axis, curves=(curve, other), style=style) for style in ("joined", "dots", "specks")),
     )
-    figures = [Figure(title=HOSTILE, says=HOSTILE, drawing=one, table=None) for one in drawings]
+    figures = [Figure(title=HOSTILE, caption=HOSTILE, drawing=one, table=None) for one in drawings]
     table = Table(title=HOSTILE, heads=name_columns(HOSTILE, HOSTILE), rows=(write_row(HOSTILE, HOSTILE),))
     page = write_html((say(HOSTILE), table), title=HOSTILE, names=[HOSTILE, "b"], figures=figures, again=HOSTILE)
     assert page.count("alert(1)") > 20

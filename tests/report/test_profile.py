@@ -180,7 +180,7 @@ def test_a_gain_is_shown_with_its_interval_and_what_casts_doubt_on_it():
     """Of a step, or of the time of a real token where the workload was changed; the run's notices stand below."""
     text = shown(outcome())
     assert "x by lora_dropout = 0.0 (lockstep)" in text
-    assert "gained 20.00 [19.85, 20.15] % of a step; the diagnosis had seen 25.0% of a step hang on it" in text
+    assert "gained 20.00 [19.85, 20.15] % of a step; the profile attributed 25.0% of a step to it" in text
     assert "contention  others ran. Stop them." in text
     text = shown(outcome(metric="time_per_real_token_s", workload_changes={"layout": "packed"}))
     assert "x by layout = packed" in text

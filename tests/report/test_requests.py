@@ -74,4 +74,4 @@ def test_the_command_prints_one_document(profile, monkeypatch, capsys, tmp_path)
     assert [dict(finding.changes) for finding in asked] == [{"copy_head_input": True}, {"merge_adapter": True}]
     capsys.readouterr()
     assert cli.main([*LINE.split(), "--try", "padding"]) == 2
-    assert "no finding goes by that name" in capsys.readouterr().err
+    assert "no such finding" in capsys.readouterr().err

@@ -166,7 +166,7 @@ class Session:
     def _measure(self, names: list[str], phases: set[str]) -> None:
         """Measure the plan of the selected tests, or only make it."""
         study, options = self._study, self._options
-        if self._disabled and study.protocol.on != HERE:  # no cluster is asked for what measures nothing
+        if self._disabled and study.protocol.on != HERE:  # a cluster is not queried where nothing is measured
             check_spreadable(study, study.protocol.place)
             return
         planned = {"select": names, "phases": sorted(phases), "interleaving": options.interleave}
@@ -277,10 +277,10 @@ class Session:
         if self._run is None:
             return
         view = view_of(self._run)
-        said = describe_run(view)
-        _show(terminalreporter, "lorameter", said)
+        report = describe_run(view)
+        _show(terminalreporter, "lorameter", report)
         with usage_errors():
-            save_page(self._options.html, said, lambda: page_of_run(view))
+            save_page(self._options.html, report, lambda: page_of_run(view))
         if isinstance(self._judged, GateResult):
             _show(terminalreporter, "lorameter gate", describe_gate(self._judged))
 

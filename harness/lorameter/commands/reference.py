@@ -70,7 +70,7 @@ def write_reference() -> str:
         INTRODUCTION,
         "## A study\n",
         _example_of(study_file),
-        *(f"{title}\n\n{said}\n\n{_keys_of(cls)}" for title, said, cls in SECTIONS),
+        *(f"{title}\n\n{text}\n\n{_keys_of(cls)}" for title, text, cls in SECTIONS),
         f"### The rules of a part\n\n{' '.join(rules.split())}\n",
         "## [requirements]\n\nPaths of `kernels_check` that are required of every variant, in addition to those "
         f"that it implies:\n\n{paths}.\n",
@@ -97,7 +97,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _columns_of(columns: Iterable[FrameColumn]) -> str:
-    return _table(("column", "type"), ((f"`{one.name}`", DTYPES[one.kind], one.says) for one in columns))
+    return _table(("column", "type"), ((f"`{one.name}`", DTYPES[one.kind], one.description) for one in columns))
 
 
 def _example_of(module: types.ModuleType) -> str:
@@ -109,13 +109,13 @@ def _example_of(module: types.ModuleType) -> str:
 
 def _keys_of(cls: type) -> str:
     """The table of a class: each key with its values, its default and its text."""
-    said, hints = documents_of(cls), typing.get_type_hints(cls)
+    texts, hints = documents_of(cls), typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     names: Iterable[str] = fields
     if issubclass(cls, AnyVariant):
         names = [key for key in form_keys(cls) if cls is LoraVariant or key in cls.__annotations__]
     rows = (
-        (f"`{name}`", _kind(hints[name]), _default(fields[name]), " ".join(said.get(name, "").split()))
+        (f"`{name}`", _kind(hints[name]), _default(fields[name]), " ".join(texts.get(name, "").split()))
         for name in names
     )
     return _table(("key", "value", "default"), rows)

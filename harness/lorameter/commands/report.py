@@ -65,10 +65,10 @@ def _read_run(name: str, options: argparse.Namespace) -> Run:
 
 def show_run(view: RunView, options: argparse.Namespace, data: Callable[[], dict[str, Any]]) -> int:
     """Print the report of a run that compares variants; the exit code says whether the run is valid."""
-    said = describe_with_claims(view)
+    report = describe_with_claims(view)
     show_result(
         options,
-        said,
+        report,
         data,
         annotations=lambda: run_annotations(view),
         page=lambda: page_of_run(view),
@@ -84,14 +84,14 @@ def page_of_run(view: RunView) -> dict[str, Any]:
 
 def describe_with_claims(view: RunView) -> Document:
     """The report, with the verdicts on what the study claims where it claims anything."""
-    said = describe_run(view)
+    report = describe_run(view)
     if not view.study.claims or is_mixed(view.run):  # a claim is of one kind of machine
-        return said
+        return report
     if view.valid:
-        return said + describe_verdicts(claims.judge_claims(view.run))
+        return report + describe_verdicts(claims.judge_claims(view.run))
     command = f"`lorameter claims {view.run.manifest.run}`"
     why = f"not judged: the run is invalid. {command} judges them by the trials that there are."
-    return (*said, Section(title="Claims", lines=(say(why),)))
+    return (*report, Section(title="Claims", lines=(say(why),)))
 
 
 def _filter_of(options: argparse.Namespace, run: Run) -> Callable[[ComparisonRow], bool]:
@@ -219,8 +219,8 @@ def run_accept(options: argparse.Namespace) -> int:
     """Accept a run and say what it replaces."""
     accepted, replaced = accept(options.run, store.runs_dir(options.runs_dir))
     instead = f" in place of {replaced.run}" if replaced else ""
-    said = f"{accepted.run} is the baseline of {accepted.study}, fingerprint {accepted.fingerprint}{instead}"
-    print_result(options, said, {"accepted": accepted, "replaced": replaced})
+    report = f"{accepted.run} is the baseline of {accepted.study}, fingerprint {accepted.fingerprint}{instead}"
+    print_result(options, report, {"accepted": accepted, "replaced": replaced})
     return EXIT_PASS
 
 

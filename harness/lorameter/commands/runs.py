@@ -67,7 +67,7 @@ def run_prune(options: argparse.Namespace) -> int:
     lines = [
         *(f"{word}  {one.run}  {format_bytes(one.size_bytes)}  {one.study}" for one in found.removed),
         *(f"stays  {one.run}  {one.why}" for one in found.staying),
-        f"{format_count(len(found.removed), 'run')}, {size} {freed}; {found.kept} kept as asked for",
+        f"{format_count(len(found.removed), 'run')}, {size} {freed}; {found.kept} others kept",
     ]
     data = {"dry_run": options.dry_run, "removed": found.removed, "kept_for_a_reason": found.staying}
     print_result(options, "\n".join(lines), data)

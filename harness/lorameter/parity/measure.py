@@ -138,7 +138,7 @@ def _ask(executor: Executor, request: ServingRequest) -> PartialRecord:
 
 
 def _read(fragment: PartialRecord, ways: Sequence[ServingMode]) -> list[Served]:
-    """What a process says of its ways; where it came to no good, its failure, for each of them."""
+    """What a process says of its ways; where it failed, its failure, for each of them."""
     if fragment.status == "ok":
         return list(codec.from_json(tuple[Served, ...], fragment.tokens.get(SERVED), "what was served"))
     failure = fragment.failure or Failure(phase="parity", kind="Unknown", message="no message")

@@ -101,7 +101,7 @@ class TrialSession:
             self.ask(command)
 
     def ask(self, command: str, **arguments: Any) -> PartialRecord:
-        """What the trial adds to its record. Raises `InvalidRunError` where it comes to no good."""
+        """What the trial adds to its record. Raises `InvalidRunError` where it fails."""
         self.tell(command)
         trial, timeout_s = self.request.trial, self.request.protocol.step_timeout_s
         return self.take(command, answer_of(lambda: self.worker.ask(command, trial, timeout_s, **arguments)))
@@ -113,7 +113,7 @@ class TrialSession:
         self.asked = command
 
     def take(self, command: str, fragment: PartialRecord) -> PartialRecord:
-        """Add a fragment to the record. Raises `InvalidRunError` for one that says of a failure."""
+        """Add a fragment to the record. Raises `InvalidRunError` for one that reports a failure."""
         self.record = self.record.merged(fragment)
         if fragment.status != "ok":
             raise InvalidRunError(

@@ -169,9 +169,9 @@ def _new_length(seen: RequestEvidence) -> Iterator[Finding]:
         return
     yield _make_finding(
         "new-length", seen, FIRST, late.value,
-        f"the first token comes {format_value(late.value, 's')} later at a prompt's length that is met first",
+        f"the first token comes {format_value(late.value, 's')} later at a prompt length that had no earlier request",
         "Ask once at each length before users do, or pad prompts to a few lengths.",
-        obstacle="all timed requests have one length, which was met before",
+        obstacle="all timed requests have one length, which had earlier requests",
     )  # fmt: skip
 
 

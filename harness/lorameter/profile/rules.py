@@ -1,8 +1,8 @@
 """Rules from the evidence of a step to findings, each with its number and its cost.
 
-A rule says what was seen, how much of a step (or how many bytes) hangs on it, and which field to change. Of a cost only
+A rule says what was seen, how much of a step (or how many bytes) it costs, and which field to change. Of a cost only
 what the remedy takes away counts (the casts next to an adapter in float32, not all copies), but what comes in place of
-a thing may cost something too, and a thing may cost others time that was not seen to hang on it. Only a measurement of
+a thing may cost something too, and a thing may cost others time that is not attributed to it. Only a measurement of
 both says what is won (`lorameter.profile.remedy`).
 
 The rules see evidence only, never a process: a constructed case for each is a few numbers.
@@ -42,7 +42,7 @@ class Finding:
     Attributes:
         code: of the rule.
         message: what was seen, with its number.
-        cost_s: seconds of `metric` that were seen to hang on it; None where it costs memory alone.
+        cost_s: seconds of `metric` that are attributed to it; None where it costs memory alone.
         cost_share: the same as a share of it.
         metric: what the cost is a part of, and what a remedy is judged by.
         cost_bytes: bytes at the peak.
@@ -297,7 +297,7 @@ RULES: Mapping[str, Callable[[ProfileEvidence], Iterator[Finding]]] = {
 def check_code(code: str, rules: Iterable[str]) -> None:
     """Raises `UsageError` for a code that none of the rules has, before anything is profiled for it."""
     if code not in rules:
-        raise UsageError(f"--try {code}: no finding goes by that name. Known: {', '.join(rules)}.")
+        raise UsageError(f"--try {code}: no such finding. Known: {', '.join(rules)}.")
 
 
 OF_WHAT_RAN = frozenset(

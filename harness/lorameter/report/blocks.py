@@ -108,7 +108,7 @@ class Cell:
     """What to type."""
     verdict: str = ""
     """The verdict as programs know it; it decides the tone."""
-    said: str = ""
+    verdict_text: str = ""
     """The verdict for people; empty where it is the same word."""
     value: float | None = None
     """The number behind the text, in its base unit."""
@@ -125,7 +125,7 @@ class Cell:
     @property
     def words(self) -> str:
         """All parts on one line, in the words for people."""
-        return dataclasses.replace(self, verdict=self.said or self.verdict).line
+        return dataclasses.replace(self, verdict=self.verdict_text or self.verdict).line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +159,7 @@ class Collapsible:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """Passages of someone else's text that belong together: of each its author and the text."""
+    """Text from outside in passages that belong together, each with its author."""
 
     title: str
     passages: tuple[tuple[str, str], ...]
@@ -197,7 +197,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """Points of one variant, or of one trial of it."""
+    """Points of one variant, or of one of its trials."""
 
     name: str
     points: tuple[Point, ...]
@@ -285,10 +285,10 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """A picture of a page, what it shows in words, and the table of its numbers."""
+    """A picture of a page, its caption, and the table of its numbers."""
 
     title: str
-    says: str
+    caption: str
     drawing: Intervals | Chart | Bars | Matrix
     table: Table | None
 
@@ -370,7 +370,7 @@ def write_share(share: float | None) -> Cell:
 
 
 def write_ratio(found: Comparison, *, verdict: str = "") -> Cell:
-    """A ratio with its interval, and where asked for the verdict on it; a dash where there is no ratio."""
+    """A ratio with its interval, and the verdict on it where one is given; a dash where there is no ratio."""
     if found.ratio is None:
         return Cell(text="–", verdict=verdict)
     return dataclasses.replace(value_cell(found.ratio, found.low, found.high, "1"), verdict=verdict)

@@ -37,7 +37,7 @@ _LEGEND = "95 % intervals of each ratio alone; differences by Holm, equalities b
 
 
 def describe_claims(report: ClaimsReport) -> Document:
-    """All that is said of a run's claims."""
+    """All verdicts on the claims of a run, and what they rest on."""
     counted = ", ".join(f"{count} {status}" for status, count in report.trials.items())
     state = "" if report.status == "complete" else f"; the run is {report.status!r}, so this is what it holds so far"
     held = f"run {report.run}: {format_count(report.replicates, 'replicate')}; trials: {counted}{state}"
@@ -71,7 +71,7 @@ def describe_verdicts(report: ClaimsReport) -> Document:
                 "Proof (what kernels_check saw)": [
                     f"{one.path}: {one.found} ({one.reason})" for one in (engine.proof if engine else ())
                 ],
-                "Differs apart from the engine": engine.differs if engine else (),
+                "Differences other than the engine": engine.differs if engine else (),
                 "Sources": tuple(_sources(report)),
             }
         ),

@@ -205,12 +205,14 @@ def figures_of_comparison(report: ComparisonReport) -> tuple[Figure, ...]:
             known, name = METRICS.get(one.metric), f"{one.name}, {title_of_ratio(one.metric)}"
             mark = Mark(name=name, value=one.ratio, low=one.low, high=one.high, verdict=one.verdict)
             by_phase.setdefault("Others" if known is None else PHASE_TITLES[known.phase], []).append(mark)
-    says = (
+    caption = (
         "A dot is the candidate's value as a multiple of the base's, the line through it its interval; right of 1 is "
         "worse."
     )
     axis = Axis(title="candidate / base; right of 1 is worse", line_at=1.0)
-    return tuple(draw_intervals(f"{title}: candidate / base", says, axis, marks) for title, marks in by_phase.items())
+    return tuple(
+        draw_intervals(f"{title}: candidate / base", caption, axis, marks) for title, marks in by_phase.items()
+    )
 
 
 def describe_bisection(found: Bisection, of: str) -> Document:

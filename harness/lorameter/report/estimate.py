@@ -70,8 +70,8 @@ def describe_estimate(
 ) -> Document:
     """One row a kind, one column a phase; `measured` are peaks in bytes by phase, where a run has them.
 
-    Without estimates, as of a model whose layers are not known, there are the measured peaks alone. `elsewhere` is said
-    of another device: whether it fits on that is another document (`describe_fit`).
+    Without estimates, as of a model whose layers are not known, there are the measured peaks alone. With `elsewhere`
+    the device is not this machine, and `describe_fit` reports whether it fits there.
     """
     where = "device memory" if machine.device == "cuda" else "host memory"
     lines = [
@@ -113,7 +113,7 @@ def _mib(size: int) -> Cell:
 
 
 def describe_fit(advice: Advice, workload: Workload, profile: str | None) -> Document:
-    """The finding with its range, what it assumes, the most that fits where that was asked for, and the options.
+    """The finding with its range, what it assumes, the most that fits with --max-batch, and the options.
 
     `profile` is that of the study which the device takes, as a run there would.
     """

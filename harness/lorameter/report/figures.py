@@ -72,7 +72,7 @@ COLD = {
     "cold_completion_time_s": "the other tokens",
 }
 LEAST_LEVELS = 3
-"""Two points are no curve: a table says them."""
+"""Two points are no curve: a table shows them."""
 LEAST_STEPS = 6
 MOST_CURVES = 8
 """Curves of losses that are shown; a study of fifty variants would fill the screen with them."""
@@ -117,17 +117,17 @@ def _ratios(table: PhaseTable, reference: str) -> Figure | None:
     marks = [Mark(name=name, value=one.ratio, low=one.low, high=one.high, verdict=one.verdict)
              for name, one in table.ratios.items() if one.ratio is not None]  # fmt: skip
     about = f"{title_of_ratio(table.metric)}{f' on {table.site}' if table.site else ''} × {reference}"
-    says = "A dot is the ratio of a variant to the reference, the line through it its interval."
+    caption = "A dot is the ratio of a variant to the reference, the line through it its interval."
     axis = Axis(title="right of 1 is worse", line_at=1.0)
-    return draw_intervals(about[:1].upper() + about[1:], says, axis, marks) if marks else None
+    return draw_intervals(about[:1].upper() + about[1:], caption, axis, marks) if marks else None
 
 
-def draw_intervals(title: str, says: str, axis: Axis, marks: Sequence[Mark]) -> Figure:
+def draw_intervals(title: str, caption: str, axis: Axis, marks: Sequence[Mark]) -> Figure:
     """Values with their intervals and verdicts, as a picture and as a table."""
     rows = [write_row(mark.name, value_cell(mark.value, mark.low, mark.high, axis.unit), Cell(verdict=mark.verdict))
             for mark in marks]  # fmt: skip
     table = Table(heads=name_columns("variant", axis.title, "verdict"), rows=tuple(rows))
-    return Figure(title=title, says=says, drawing=Intervals(axis=axis, marks=tuple(marks)), table=table)
+    return Figure(title=title, caption=caption, drawing=Intervals(axis=axis, marks=tuple(marks)), table=table)
 
 
 def _losses(shown: Shown) -> Figure | None:
@@ -146,20 +146,20 @@ def _losses(shown: Shown) -> Figure | None:
         return None
     return Figure(
         title="Losses of all variants",
-        says="The training loss by step, the median of the replicates; the band is from the lowest to the highest of "
-        "them.",
+        caption="The training loss by step, the median of the replicates; the band is from the lowest to the highest "
+        "of them.",
         drawing=Chart(across=Axis(title="step"), up=Axis(title="training loss"), curves=tuple(curves)),
         table=Table(heads=name_columns("variant", "replicates", "steps", "first", "last"), rows=tuple(rows)),
     )
 
 
 def _memory(shown: Shown) -> Figure | None:
-    says = (
+    caption = (
         "What a step keeps, by kind, and what else its peak held (activations, work space, the process baseline); the "
         "median over replicates."
     )
     bars = {name: held for name, series in shown.items() if (held := _held(series))}
-    return _bars("Memory of training", says, Axis(title="memory", unit="byte"), bars)
+    return _bars("Memory of training", caption, Axis(title="memory", unit="byte"), bars)
 
 
 def _held(series: Series) -> dict[str, float]:
@@ -186,11 +186,11 @@ def _cold(shown: Shown) -> Figure | None:
             medians["the other tokens"] = max(medians["the other tokens"] - medians["first token"], 0.0)
         if medians:
             bars[name] = medians
-    says = "From a new interpreter to its first completion, piece after piece; the median of each over replicates."
-    return _bars("A cold start by phase", says, Axis(title="time", unit="s"), bars)
+    caption = "From a new interpreter to its first completion, piece after piece; the median of each over replicates."
+    return _bars("A cold start by phase", caption, Axis(title="time", unit="s"), bars)
 
 
-def _bars(title: str, says: str, axis: Axis, bars: Mapping[str, Mapping[str, float]]) -> Figure | None:
+def _bars(title: str, caption: str, axis: Axis, bars: Mapping[str, Mapping[str, float]]) -> Figure | None:
     """Bars as a picture and as a table; None without any."""
     write = write_bytes if axis.unit == "byte" else write_seconds
     kinds = list(dict.fromkeys(kind for held in bars.values() for kind in held))
@@ -199,7 +199,7 @@ def _bars(title: str, says: str, axis: Axis, bars: Mapping[str, Mapping[str, flo
         cells = (write(held[kind]) if kind in held else "–" for kind in kinds)
         rows.append(write_row(name, *cells, write(sum(held.values()))))
     table = Table(heads=name_columns("variant", *kinds, "together"), rows=tuple(rows))
-    return Figure(title=title, says=says, drawing=Bars(axis=axis, bars=bars), table=table) if bars else None
+    return Figure(title=title, caption=caption, drawing=Bars(axis=axis, bars=bars), table=table) if bars else None
 
 
 def _front(shown: Shown, cost: str, of_other_tokens: set[str]) -> Figure | None:
@@ -208,11 +208,11 @@ def _front(shown: Shown, cost: str, of_other_tokens: set[str]) -> Figure | None:
     if loss is None:
         return None
     others = sorted(of_other_tokens & shown.keys())
-    says = "To the left is faster, below is a lower loss after as many steps."
+    caption = "To the left is faster, below is a lower loss after as many steps."
     if others:
-        says += f" Not drawn, since theirs are losses of other tokens: {first_few(others, MOST_NAMED)}."
+        caption += f" Not drawn, since theirs are losses of other tokens: {first_few(others, MOST_NAMED)}."
     same = {name: series for name, series in shown.items() if name not in others}
-    return _draw_front(same, cost, loss, "Loss against cost", says)
+    return _draw_front(same, cost, loss, "Loss against cost", caption)
 
 
 def _samples(of: Sequence[TrialRecord]) -> Figure | None:
@@ -234,7 +234,7 @@ def _samples(of: Sequence[TrialRecord]) -> Figure | None:
     across, up = Axis(title="since the first trial", unit="s"), Axis(title="step time", unit="s")
     return Figure(
         title="Every step by time",
-        says="Each dot is one step, warm-ups included, which shows drift and warm-up. Steps are spread evenly over "
+        caption="Each dot is one step, warm-ups included, which shows drift and warm-up. Steps are spread evenly over "
         "the time of their trial: interleaved trials are above each other.",
         drawing=Chart(across=across, up=up, curves=tuple(curves), style="specks"),
         table=Table(heads=heads, rows=tuple(rows)),
@@ -251,7 +251,7 @@ def _checks(shown: Shown) -> Figure | None:
     rows = tuple((path, tuple(_finding(series, path) for series in shown.values())) for path in paths)
     return Figure(
         title="Checks of the paths that ran",
-        says="What kernels_check found of each path in each variant; a word opens its evidence.",
+        caption="What kernels_check found of each path in each variant; a word opens its evidence.",
         drawing=Matrix(columns=tuple(shown), rows=rows),
         table=None,
     )
@@ -372,7 +372,7 @@ def _losses_by_step(series: Series) -> list[tuple[float, ...]]:
     return list(zip(*(losses for losses in curves if len(losses) == most), strict=True))
 
 
-def _draw_front(shown: Shown, across: str, up: str, title: str, says: str) -> Figure | None:
+def _draw_front(shown: Shown, across: str, up: str, title: str, caption: str) -> Figure | None:
     """The variants that have both metrics, those that no other beats in both joined; None where fewer than two do."""
     xs, ys = _estimates(shown, across), _estimates(shown, up)
     names = [name for name in xs if name in ys]
@@ -394,8 +394,8 @@ def _draw_front(shown: Shown, across: str, up: str, title: str, says: str) -> Fi
     axes = [Axis(title=METRICS[metric].title, unit=METRICS[metric].unit) for metric in (across, up)]
     return Figure(
         title=title,
-        says=f"{says} The dashed line joins the variants that no other beats in both by its estimate; where intervals "
-        "overlap the order is open.",
+        caption=f"{caption} The dashed line joins the variants that no other beats in both by its estimate; "
+        "where intervals overlap the order is open.",
         drawing=Chart(across=axes[0], up=axes[1], curves=tuple(curves), style="dots", front=(*stair, *best[-1:])),
         table=Table(heads=name_columns("variant", *(axis.title for axis in axes), "on the front"), rows=tuple(rows)),
     )
@@ -405,11 +405,11 @@ def _draw_serving(shown: Shown) -> Figure | None:
     """Throughput and latency of variants whose requests have different numbers of prompts; None where all have one."""
     batches = {name: max(one.values.get("request_batch", 1.0) for one in series.measuring(LATENCY))
                for name, series in shown.items() if series.measuring(LATENCY)}  # fmt: skip
-    says = (
+    caption = (
         "To the left each prompt gets its tokens sooner, above all prompts of a request together get more of them a "
         "second."
     )
-    figure = _draw_front(shown, LATENCY, THROUGHPUT, SERVING, says)
+    figure = _draw_front(shown, LATENCY, THROUGHPUT, SERVING, caption)
     if len(set(batches.values())) < 2 or figure is None or figure.table is None:
         return None
     name, *others = figure.table.heads

@@ -134,7 +134,7 @@ def _break(change: Break) -> Iterator[Line]:
     where = f"{_day(change.after)}, run {change.after.run}: "
     yield say(Span(text="known break ", tone="odd"), where, _differences(change.differing))
     if change.confirm:
-        yield say("  what it did is measured by: ", Span(text=change.confirm, tone="command"))
+        yield say("  its effect is measured by: ", Span(text=change.confirm, tone="command"))
 
 
 def _suspicion(found: Suspicion, track: Track) -> Iterator[Line]:
@@ -149,7 +149,7 @@ def _suspicion(found: Suspicion, track: Track) -> Iterator[Line]:
     if found.confirm:
         yield say("  a suspicion; it is confirmed by: ", Span(text=found.confirm, tone="command"))
     else:
-        yield say("  a suspicion, and nothing that could be named differs: measure once more.")
+        yield say("  a suspicion without a known cause: measure once more.")
 
 
 def _conclusion(line: HistorySeries) -> Line:
@@ -257,8 +257,8 @@ def _figure(track: Track) -> Figure:
     up = Axis(title=title, unit=unit)
     return Figure(
         title=f"{title} of {track.variant}, study {track.study}",
-        says=f"A curve for each fingerprint, from {write_time(first)} on, with the interval of each run; where another "
-        "begins, machine or software changed, and the two are not compared. What does not count is in the table only.",
+        caption=f"A curve for each fingerprint, from {write_time(first)} on, with the interval of each run; where "
+        "another begins, machine or software changed, and the two are not compared. What does not count is in the table only.",
         drawing=Chart(
             across=Axis(title="days since the first run"), up=up, curves=tuple(curves), changes=tuple(changes)
         ),

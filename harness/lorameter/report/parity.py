@@ -68,7 +68,7 @@ def _verdicts(judgement: Judgement) -> Iterator[Line]:
     asked = judgement.without or judgement.floor
     if asked is not None and judgement.distinct == 1 < asked.answers.of:
         yield say(
-            Span(text="little is asked", tone="warning"),
+            Span(text="few different answers", tone="warning"),
             f": the reference gives one answer to all {asked.answers.of} prompts, so they are hardly more than one "
             f"observation. Use a trained model, or train for longer (--epochs).",
         )

@@ -72,7 +72,7 @@ def verdict_cell(found: Comparison, metric: str, margin: float, between: Between
     }
     if between == "variants":
         words["regressed"], words["improved"] = _ways(metric)
-    return Cell(verdict=found.verdict, said=words.get(found.verdict, ""))
+    return Cell(verdict=found.verdict, verdict_text=words.get(found.verdict, ""))
 
 
 def say_ratio(found: Comparison | None, metric: str = "", margin: float = MARGIN) -> tuple[str, str]:
@@ -80,7 +80,7 @@ def say_ratio(found: Comparison | None, metric: str = "", margin: float = MARGIN
     if found is None or found.ratio is None:
         return "not measured" if found is None else f"not measured: {found.reason}", ""
     cell = verdict_cell(found, metric, margin, "variants")
-    return f"{write_ratio(found).line} ", cell.said or cell.verdict
+    return f"{write_ratio(found).line} ", cell.verdict_text or cell.verdict
 
 
 def say_inconclusive(found: Comparison, metric: str, interleaving: Interleaving, *, ab: bool = False) -> str:

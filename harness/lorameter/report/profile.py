@@ -150,7 +150,7 @@ def _ceilings(found: Ceilings | str, profile: Profile) -> Iterator[str]:
     yield f"by the formula for full training, for comparison only: {found.train.six_n}"
     for name, peak in profile.measured_peaks.items():
         if peak != profile.peaks.get(name):
-            yield f"what this device reached when it was asked: {peak}"
+            yield f"measured on this device: {peak}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -294,7 +294,7 @@ def _tabulate_findings(findings: Sequence[Finding], codes: Iterable[str], not_ob
     notes += [f"not judged, since it is not known what ran: {', '.join(unseen)}"] if unseen else []
     finding, message, cost, remedy = name_columns("finding", "seen", "cost", "what to try", left=2)
     return Table(
-        title="Findings, and what was seen to hang on each",
+        title="Findings, and what each costs",
         heads=(finding, message, cost, ColumnHeader(text=remedy.text)),
         rows=tuple(rows or [write_row("none", "", "", "")]),
         notes=say_each(notes),
@@ -337,7 +337,7 @@ def _tried_lines(tried: Tried) -> Iterator[Line]:
     if finding.cost_share is not None and comparison is not None and comparison.ratio is not None:
         of, part = ("a step" if name == "step_time_s" else f"the {METRICS[name].title}"
                     for name in (tried.metric, finding.metric))  # fmt: skip
-        seen = f"the diagnosis had seen {finding.cost_share:.1%} of {part} hang on it"
+        seen = f"the profile attributed {finding.cost_share:.1%} of {part} to it"
         yield say(f"gained {_gain(comparison.ratio, comparison.low, comparison.high)} of {of}; {seen}")
     if tried.control is not None:
         yield say(f"control (the present variant measured twice): {''.join(say_ratio(tried.control, tried.metric))}")

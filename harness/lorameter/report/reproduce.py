@@ -33,7 +33,7 @@ OVERRIDES = {
 
 
 def reproduction_steps(run: Run) -> str:
-    """The lines to type, each said what it is; what is not known of a run is said as such."""
+    """The commands to type, with comments; what is not known of a run is named."""
     return "\n".join(_lines(run))
 
 

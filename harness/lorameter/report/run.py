@@ -1,7 +1,7 @@
 """The report of a run: validity and verdicts, how it was measured, a table for each phase, failures and notices.
 
-What all variants have in common is said once; the statistics behind the verdicts are below the tables. `encode_run` is
-the same as the JSON document that programs read.
+What all variants have in common is written once; the statistics behind the verdicts are below the tables.
+`encode_run` is the same as the JSON document that programs read.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def _estimators(tables: Sequence[PhaseTable]) -> Iterator[Line]:
 
 
 def _reasons(tables: Sequence[PhaseTable]) -> Iterator[Line]:
-    """The reason of each verdict; what is common to those of several metrics is said once, before them."""
+    """The reason of each verdict; what is common to those of several metrics is written once, before them."""
     shared: dict[str, list[str]] = {}
     lines = []
     for table in tables:
@@ -228,7 +228,7 @@ def _reasons(tables: Sequence[PhaseTable]) -> Iterator[Line]:
 
 
 def _time(spending: TimeBreakdown | None) -> Iterator[Section]:
-    """What the time of a run went to; nothing of a run that has not said it."""
+    """What the time of a run went to; nothing of a run that has not recorded it."""
     if spending is None:
         return
     of_limit = "" if spending.limit_s is None else f" of {format_duration(spending.limit_s)}"
@@ -333,10 +333,10 @@ def _commands(run: Run, study: Study) -> Iterator[str]:
 
 
 def _place(variant: ScriptVariant) -> str:
-    said = [f"cwd {variant.cwd}"] if variant.cwd else []
-    said += [f"{name}={value}" for name, value in variant.env.items()]
-    said += [f"python {variant.python}"] if variant.python else []
-    return f" ({', '.join(said)})" if said else ""
+    settings = [f"cwd {variant.cwd}"] if variant.cwd else []
+    settings += [f"{name}={value}" for name, value in variant.env.items()]
+    settings += [f"python {variant.python}"] if variant.python else []
+    return f" ({', '.join(settings)})" if settings else ""
 
 
 def encode_run(view: RunView) -> dict[str, Any]:
@@ -361,7 +361,7 @@ def encode_run(view: RunView) -> dict[str, Any]:
 
 
 def encode_spending(spending: TimeBreakdown | None) -> dict[str, Any]:
-    """The time of a run that has said what it went to, as `time`."""
+    """What the time of a run went to, as `time`; nothing of a run that has not recorded it."""
     if spending is None:
         return {}
     return {

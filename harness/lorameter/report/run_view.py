@@ -97,11 +97,11 @@ class RunView:
     notices: tuple[Notice, ...]
     tables: tuple[PhaseTable, ...]
     outcomes: tuple[PhaseTable, ...]
-    """Peak memory and loss of the variants, each with its verdicts; empty where single metrics were asked for."""
+    """Peak memory and loss of the variants, each with its verdicts; empty where single metrics were selected."""
     variants: tuple[str, ...]
     """Names of those that are shown, in the order of the study."""
     phases: tuple[Phase, ...]
-    """Those that are shown whole: none where single metrics were asked for."""
+    """Those that are shown whole: none where single metrics were selected."""
 
     @property
     def valid(self) -> bool:
@@ -128,7 +128,7 @@ class _Source:
     validity: RunValidity
     groups: Groups
     names: tuple[str, ...]
-    asked: ReportFilter
+    selection: ReportFilter
 
     @property
     def shown(self) -> list[Series]:
@@ -136,28 +136,28 @@ class _Source:
 
     @property
     def phases(self) -> list[Phase]:
-        return [phase for phase in self.validity.controls if phase in (self.asked.phases or PHASES)]
+        return [phase for phase in self.validity.controls if phase in (self.selection.phases or PHASES)]
 
 
-def view_of(run: Run, asked: ReportFilter = EVERYTHING) -> RunView:
+def view_of(run: Run, selection: ReportFilter = EVERYTHING) -> RunView:
     """The view of a run, whatever trials are missing.
 
     Raises:
-        UsageError: a variant, metric or phase was asked for that the run does not know.
+        UsageError: a variant, metric or phase is selected that the run does not have.
     """
     study = read_study(run)
-    validity, names = run_validity(run, study), _names(study, asked)
+    validity, names = run_validity(run, study), _names(study, selection)
     if is_mixed(run):
-        views = {site: view_of(part, asked) for site, part in runs_of_sites(run).items()}
+        views = {site: view_of(part, selection) for site, part in runs_of_sites(run).items()}
         tables = [_name_site(table, site) for site, view in views.items() for table in view.tables]
         outcomes: list[PhaseTable] = []
         phases = [phase for phase in PHASES if any(phase in view.phases for view in views.values())]
         notices = join_notices(run, {site: view.notices for site, view in views.items()})
     else:
         groups = group_trials(run.records)
-        source = _Source(run=run, study=study, validity=validity, groups=groups, names=names, asked=asked)
+        source = _Source(run=run, study=study, validity=validity, groups=groups, names=names, selection=selection)
         tables, outcomes = list(_tables(source)), list(_outcomes(source))
-        phases = [] if asked.metrics else source.phases
+        phases = [] if selection.metrics else source.phases
         notices = notices_of(run, study, validity.controls)
     return RunView(
         run=run,
@@ -171,13 +171,13 @@ def view_of(run: Run, asked: ReportFilter = EVERYTHING) -> RunView:
     )
 
 
-def _names(study: Study, asked: ReportFilter) -> tuple[str, ...]:
+def _names(study: Study, selection: ReportFilter) -> tuple[str, ...]:
     """The variants that are shown; the reference always."""
     names = [variant.name for variant in study.variants]
-    for pattern in asked.variants:
+    for pattern in selection.variants:
         if not fnmatch.filter(names, pattern):
             raise UsageError(f"variant {pattern!r}: {unknown(pattern, names)}")
-    chosen = matching(names, asked.variants) if asked.variants else names
+    chosen = matching(names, selection.variants) if selection.variants else names
     return tuple(name for name in names if name in chosen or name == study.reference)
 
 
@@ -186,19 +186,19 @@ def _name_site(table: PhaseTable, site: str) -> PhaseTable:
 
 
 def _tables(source: _Source) -> Iterator[PhaseTable]:
-    run, controls, asked = source.run.manifest.run, source.validity.controls, source.asked
-    if absent := [phase for phase in asked.phases if phase not in controls]:
+    run, controls, selection = source.run.manifest.run, source.validity.controls, source.selection
+    if absent := [phase for phase in selection.phases if phase not in controls]:
         raise UsageError(f"phase {absent[0]!r}: run {run} has {', '.join(controls) or 'none'}.")
     known = _measured(source)
-    for pattern in asked.metrics:
+    for pattern in selection.metrics:
         if not fnmatch.filter(known, pattern):
             near = difflib.get_close_matches(pattern, known, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"Measured: {', '.join(known) or 'nothing'}."
             raise UsageError(f"metric {pattern!r}: run {run} has none of that name. {hint}")
-    for metric in matching(known, asked.metrics):
-        if phase_of(metric) in (asked.phases or PHASES):
+    for metric in matching(known, selection.metrics):
+        if phase_of(metric) in (selection.phases or PHASES):
             yield _tabulate_metric(source, phase_of(metric), metric)
-    for phase in source.phases if not asked.metrics else ():
+    for phase in source.phases if not selection.metrics else ():
         metric = source.validity.primary[phase]
         yield _tabulate(source, phase, metric, controls[phase], whole=True)
 
@@ -220,7 +220,12 @@ def phase_of(metric: str) -> Phase:
 def _outcomes(source: _Source) -> Iterator[PhaseTable]:
     """The peak memory of the first phase, and the last loss that was measured, as tables of one metric."""
     reference = source.groups.get((source.study.reference, "variant"))
-    if source.asked.metrics or not source.phases or reference is None or is_single_script_run(source.run, source.study):
+    if (
+        source.selection.metrics
+        or not source.phases
+        or reference is None
+        or is_single_script_run(source.run, source.study)
+    ):
         return
     phase = source.phases[0]
     kinds = [kind for kind in PEAKS[phase] if _sizes(reference, kind)]
@@ -244,7 +249,7 @@ def _tabulate(source: _Source, phase: Phase, metric: str, control: Comparison | 
     heads = tuple(head for head, _ in columns)
     lines = zip(*(cells for _, cells in columns), strict=True)
     rows = [Row(cells=cells, strong=cells[0].text == reference) for cells in lines]
-    rows = _sort(rows, heads, {"value": metric, "memory": PEAK}.get(source.asked.sort, source.asked.sort))
+    rows = _sort(rows, heads, {"value": metric, "memory": PEAK}.get(source.selection.sort, source.selection.sort))
     title = PHASE_TITLES[phase] if whole else f"{PHASE_TITLES[phase]}: {title_of(metric)}"
     base = source.groups.get((reference, "variant"))
     return PhaseTable(
@@ -265,7 +270,7 @@ _Column: TypeAlias = tuple[ColumnHeader, list[Cell]]
 def _columns(
     source: _Source, phase: Phase, metric: str, ratios: Mapping[str, Comparison], *, whole: bool
 ) -> Iterator[_Column]:
-    """The columns in their order: what is asked first of a phase is on the left."""
+    """The columns in their order: the most important is on the left."""
     shown, reference = source.shown, source.study.reference
     yield ColumnHeader(text="variant", key="name"), [Cell(text=series.name) for series in shown]
     if not is_single_script_run(source.run, source.study):
@@ -299,14 +304,14 @@ def _columns(
 
 def _other_metrics(source: _Source, phase: Phase) -> Iterator[str]:
     """The metrics of a phase that a variant has, in addition to the primary one."""
-    asked = columns_of(phase, own_workloads=bool(source.run.manifest.own_workloads))
+    names = columns_of(phase, own_workloads=bool(source.run.manifest.own_workloads))
     sides = sides_of_run(source.run, source.study) if source.study.of_scripts else {}
     if any(side.tokens_differ for side in sides.values()):
-        asked += ("time_per_real_token_s",)
+        names += ("time_per_real_token_s",)
     on_cpu = phase == "train" and source.run.manifest.provenance.get("device") == "cpu"
     if on_cpu and occupancies(record for series in source.shown for record in series.ok)[1]:
-        asked = (CPU_TIME, *asked)
-    yield from (name for name in asked if any(series.trials(name) for series in source.shown))
+        names = (CPU_TIME, *names)
+    yield from (name for name in names if any(series.trials(name) for series in source.shown))
 
 
 def _metric_column(shown: Sequence[Series], metric: str, *, priority: int) -> _Column:
@@ -371,13 +376,13 @@ def _checks(series: Series) -> str:
 
 def _margin(source: _Source, name: str, metric: str) -> float:
     """Within which a variant counts as equal to the reference."""
-    limits = source.asked.limits_of(name, metric)
+    limits = source.selection.limits_of(name, metric)
     return limits.tolerance if is_memory(metric) else limits.margin
 
 
 def _ratios(source: _Source, metric: str, control: Comparison | None) -> dict[str, Comparison]:
     """Each variant against the reference; in an invalid run without a verdict."""
-    found = ratios_of(source.groups, source.study, metric, control, source.asked.limits_of)
+    found = ratios_of(source.groups, source.study, metric, control, source.selection.limits_of)
     return {name: discounted(one, source.validity.invalid) for name, one in found.items()}
 
 

@@ -191,13 +191,13 @@ def _joined(table: Table, row: Row, place: int) -> Cell:
     cell, after = row.cells[place], place + 1
     if after == len(table.heads) or not table.heads[after].joins_left:
         return cell
-    return dataclasses.replace(cell, verdict=row.cells[after].verdict, said=row.cells[after].said)
+    return dataclasses.replace(cell, verdict=row.cells[after].verdict, verdict_text=row.cells[after].verdict_text)
 
 
 def _cell(cell: Cell, *, stacked: bool) -> Text:
     """The parts on one line; stacked, the interval is on a line of its own below the verdict."""
     interval: tuple[str, str, Tone] = ("\n" if stacked else " ", cell.interval, "faint")
-    verdict: tuple[str, str, Tone] = (" ", cell.said or cell.verdict, tone_of(cell.verdict))
+    verdict: tuple[str, str, Tone] = (" ", cell.verdict_text or cell.verdict, tone_of(cell.verdict))
     others: tuple[tuple[str, str, Tone], ...] = ((" ", cell.detail, "faint"), (" ", cell.command, "command"))
     parts: tuple[tuple[str, str, Tone], ...] = (
         ("", cell.name, "strong"),

@@ -26,11 +26,11 @@ class FrameColumn:
 
     name: str
     kind: Kind
-    says: str
+    description: str
 
 
-def _column(name: str, kind: Kind, says: str) -> FrameColumn:
-    return FrameColumn(name=name, kind=kind, says=says)
+def _column(name: str, kind: Kind, description: str) -> FrameColumn:
+    return FrameColumn(name=name, kind=kind, description=description)
 
 
 _RUN = _column("run", "text", "id of the run")
@@ -49,9 +49,11 @@ _NO_SETTINGS = ("name", "cwd", "env", "python", "method", "peft")
 """Fields of a variant that are no columns: its label, where its command is run, and what other columns say."""
 
 
-def _settings(cls: type, prefix: str, names: Iterable[str], says: str) -> tuple[FrameColumn, ...]:
+def _settings(cls: type, prefix: str, names: Iterable[str], description: str) -> tuple[FrameColumn, ...]:
     hints = get_type_hints(cls)
-    return tuple(_column(f"{prefix}{name}", _KINDS.get(hints[name], "text"), says.format(name=name)) for name in names)
+    return tuple(
+        _column(f"{prefix}{name}", _KINDS.get(hints[name], "text"), description.format(name=name)) for name in names
+    )
 
 
 _HINTS = {key: hint for form in FORMS for key, hint in get_type_hints(form).items()}

@@ -145,7 +145,7 @@ def trend_rows(run: Run, metrics: Sequence[str] = ()) -> list[Row]:
 
     Raises:
         InvalidRunError: the run is not valid.
-        UsageError: a pattern that nothing goes by.
+        UsageError: a pattern that matches nothing.
     """
     study, name = read_study(run), run.manifest.run
     if invalid := run_validity(run, study).invalid:
