@@ -185,7 +185,7 @@ def test_a_gain_is_shown_with_its_interval_and_what_casts_doubt_on_it():
     text = shown(outcome(metric="time_per_real_token_s", workload_changes={"layout": "packed"}))
     assert "x by layout = packed" in text
     assert "time per real token with the remedy over without: 0.8000 [0.7985, 0.8015] faster" in text
-    assert "% of the time per real token; the diagnosis" in text
+    assert "% of the time per real token; the profile" in text
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def describe_comparison(report: ComparisonReport, *, ab: bool = False) -> Docume
     job."""
     lines = tuple(_findings(report, ab=ab))
     more = lines[MOST_FINDINGS:]
-    folded = Collapsible(summary=say(Span(text=f"and {len(more)} more", tone="faint")), lines=more)
+    folded = Collapsible(summary=say(Span(text=f"and {len(more)} more findings", tone="faint")), lines=more)
     return (
         *say_invalid(report.why_invalid),
         Section(title=title_of_report(report), lines=lines[:MOST_FINDINGS]),

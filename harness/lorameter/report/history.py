@@ -258,7 +258,8 @@ def _figure(track: Track) -> Figure:
     return Figure(
         title=f"{title} of {track.variant}, study {track.study}",
         caption=f"A curve for each fingerprint, from {write_time(first)} on, with the interval of each run; where "
-        "another begins, machine or software changed, and the two are not compared. What does not count is in the table only.",
+        "another begins, machine or software changed, and the two are not compared. What does not "
+        "count is in the table only.",
         drawing=Chart(
             across=Axis(title="days since the first run"), up=up, curves=tuple(curves), changes=tuple(changes)
         ),

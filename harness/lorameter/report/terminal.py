@@ -38,6 +38,7 @@ from lorameter.report.blocks import (
     Panel,
     Row,
     Section,
+    Span,
     Table,
     Tone,
     say,
@@ -98,7 +99,9 @@ def _draw(block: Block, console: Console, *, verbose: bool) -> Iterator[Renderab
             yield title
         yield from _paragraphs(block.lines, console)
     elif isinstance(block, Collapsible):
-        yield from _paragraphs(block.lines if verbose else [block.summary], console, cut=not verbose)
+        several = f" ({len(block.lines)} lines with --verbose)" if len(block.lines) > 1 else ""
+        summary = dataclasses.replace(block.summary, spans=(*block.summary.spans, Span(text=several, tone="faint")))
+        yield from _paragraphs(block.lines if verbose else [summary], console, cut=not verbose)
     elif isinstance(block, Table):
         yield from _table(block, console)
         yield from _paragraphs(block.notes, console)
