@@ -3,13 +3,12 @@
 A flag shows what was requested; only the operators, tensors and gradients of the measured process show what happened.
 The package is independent: nothing of ``lorameter`` is imported, and importing it loads neither torch nor numpy.
 
-From a call of ``watch`` to a verdict a reader opens eight modules at most: ``step_watch``, which opens the watch and
-judges; ``judges.paths``, which names the judge of each path; the judge's own; ``check``, which turns what it found into
-a verdict; ``observe.observation``, which observes the step; and the modules that make the evidence of the path. Those
-are ``profile``, ``operators`` and ``layers`` for attention and products; ``calls`` and ``execution`` for recomputation
-and compilation; ``learning`` and ``adapter`` for the adapter and the optimizer; ``base`` and ``digest`` for the base;
-``calls``, ``loss`` and ``padding`` for the inputs; ``parts`` for embeddings, norms and names of targets. ``modules``
-has what all of them share.
+How a call of ``watch`` becomes a verdict, by module: ``step_watch`` opens the watch and calls the judges;
+``judges.paths`` lists the judge of each path; ``check`` turns its finding into a verdict; ``observe.observation``
+observes the step. The evidence of the paths comes from ``profile``, ``operators`` and ``layers`` for attention and
+products; ``calls`` and ``execution`` for recomputation and compilation; ``learning`` and ``adapter`` for the adapter
+and the optimizer; ``base`` and ``digest`` for the base; ``calls``, ``loss`` and ``padding`` for the inputs; ``parts``
+for embeddings, norms and names of targets. All of them use ``modules``.
 """
 
 from __future__ import annotations

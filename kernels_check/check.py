@@ -99,12 +99,12 @@ class PathObservation:
 
 
 def passed(reason: str) -> PathObservation:
-    """It is as it should be: True."""
+    """The path was observed as required: True."""
     return PathObservation(observed=True, reason=reason)
 
 
 def failed(reason: str) -> PathObservation:
-    """It is there and not as it should be: False."""
+    """The path is there, and not as required: False."""
     return PathObservation(observed=False, reason=reason)
 
 
@@ -114,12 +114,12 @@ def undecided(reason: str, *, present: bool = True) -> PathObservation:
 
 
 def absent(reason: str) -> PathObservation:
-    """It is not there at all."""
+    """The path is not there at all."""
     return PathObservation(observed=None, reason=reason, present=False)
 
 
 def at_least(share: float, required: Json, reason: str, *, perhaps: float = 0.0) -> PathObservation:
-    """A share, of which a minimum may be required; ``perhaps`` is the most that it can be where some is not known."""
+    """A share with a required minimum; ``perhaps`` is the largest that it can be, where a part of it is unknown."""
     minimum = float(required) if isinstance(required, int | float) else 0.0
     return PathObservation(
         observed=round(share, 6),
@@ -160,7 +160,7 @@ def judge_safely(path: str, required: Json, judge: Callable[[], PathObservation]
 
 
 def format_count(count: int, noun: str) -> str:
-    """So many of what a noun with a plural in s names: "1 step", "2 steps"."""
+    """A count with its noun, whose plural ends in s: "1 step", "2 steps"."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
@@ -173,11 +173,11 @@ def name_some(names: Iterable[str], separator: str = ", ") -> str:
 
 
 def join_values(values: Iterable[str]) -> str | None:
-    """Spell a set of observed values: the value where there is one, ``a+b`` for a mix, None for nothing."""
+    """Join a set of observed values: the value where there is one, ``a+b`` for a mix, None for nothing."""
     distinct = sorted(set(values))
     return "+".join(distinct) if distinct else None
 
 
 def count_values(values: Iterable[str]) -> str:
-    """Spell how often each value was seen, most frequent first."""
+    """List how often each value was seen, most frequent first."""
     return ", ".join(f"{count} {value}" for value, count in Counter(values).most_common())

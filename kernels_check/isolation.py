@@ -41,7 +41,7 @@ _LEFT_OUT = ("num_items_in_batch", "logits_to_keep")
 
 
 class _UnclearError(RuntimeError):
-    """Why nothing is known."""
+    """The forwards do not show whether records are isolated; the message says why."""
 
 
 def probe_isolation(model: nn.Module, batch: Mapping[str, Any]) -> Check:
@@ -99,7 +99,7 @@ def _probe(model: nn.Module, calls: Sequence[ModelCall]) -> PathObservation:
 
 
 def _leaks(model: nn.Module, batch: Mapping[str, Any], records: Records) -> Iterator[str]:
-    """Phrases for the records that others reach.
+    """Describe each change that reached other records.
 
     Raises:
         _UnclearError: a difference, or none, proves nothing here.
@@ -165,7 +165,7 @@ def _logits(model: nn.Module, batch: Mapping[str, Any], shape: Sequence[int]) ->
         _UnclearError: the model raised, or returned nothing of that shape.
     """
     while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        model = model.module  # a call of what synchronises processes would move its state
+        model = model.module  # calling the wrapper would advance its state of synchronisation
     whole = {key: value for key, value in batch.items() if key not in _LEFT_OUT}
     plain = {key: value for key, value in whole.items() if key != "labels"}
     problem = ""
@@ -223,7 +223,7 @@ def _by_row(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def _refuse_unfit(model: nn.Module) -> None:
-    """Raises an error for a model that cannot be asked by forwards of this process alone."""
+    """Raise for a model that this process cannot judge by forwards of its own."""
     if any(getattr(getattr(one, "config", None), "is_encoder_decoder", False) is True for one in model.modules()):
         raise LayoutError("the inputs of an encoder-decoder show no records, so that packing is not judged")
     sharded = any(type(one).__name__ == "FullyShardedDataParallel" for one in model.modules())

@@ -1,7 +1,7 @@
 """``python -m kernels_check probe``: which fast paths this machine runs, and why the others do not run.
 
-Each path is tried in a training step of a small real model, and judged by the check of that path: that it was accepted
-without complaint proves nothing.
+Each path is tried in a training step of a small real model, and judged by the check of that path: a library that
+accepts a setting without an error may still run something else.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from kernels_check.terminal import escape_control_chars
 SCHEMA = 1
 EXIT_FAILED = 4
 _LIBRARIES = ("torch", "transformers", "bitsandbytes", "triton", "flash-attn", "flash-attn-4", "liger-kernel")
-_WORDS_SHOWN = 240
-"""Characters of the evidence, or of the reason, in the table."""
+_CHARACTERS_SHOWN = 240
+"""Length of the evidence, or of the reason, in the table."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +113,7 @@ def _show(found: Sequence[Attempt], machine: Mapping[str, Any], claimed: Sequenc
     table.add_column("verdict", no_wrap=True)
     table.add_column("evidence, or why not", overflow="fold")
     for one in found:
-        table.add_row(one.name, _MARKS[one.status], escape(escape_control_chars(one.reason[:_WORDS_SHOWN])))
+        table.add_row(one.name, _MARKS[one.status], escape(escape_control_chars(one.reason[:_CHARACTERS_SHOWN])))
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     heading = f"{machine['device']} ({machine['name']}, {machine['cpu_capability']}); {versions}"
@@ -133,10 +133,6 @@ def _sdpa(device: str, *, backend: SDPBackend) -> SmallRun:
         mask[0, -1] = 0
         run.inputs["attention_mask"] = mask
     return run
-
-
-def _adamw(**options: Any) -> Callable[..., Any]:
-    return partial(torch.optim.AdamW, **options)
 
 
 def _paged(device: str) -> SmallRun:
@@ -172,6 +168,7 @@ def _build(**options: Any) -> Callable[[str], SmallRun]:
     return lambda device: build(device=device, **options)
 
 
+_FUSED_ADAMW = partial(torch.optim.AdamW, fused=True)
 PATHS: tuple[FastPath, ...] = (
     _attention("SDPA flash", "flash", partial(_sdpa, backend=SDPBackend.FLASH_ATTENTION)),
     _attention("SDPA cuDNN", "cudnn", partial(_sdpa, backend=SDPBackend.CUDNN_ATTENTION)),
@@ -187,7 +184,12 @@ PATHS: tuple[FastPath, ...] = (
     FastPath(name="double quantisation", path="base.double_quant", required=True, make=_build()),
     FastPath(name="fused 4-bit GEMM", path="base.gemm_path", required="fused", make=_build(), needs_gpu=True),
     FastPath(name="paged optimizer", path="optimizer.paged_share", required=0.5, make=_paged, needs_gpu=True),
-    FastPath(name="fused optimizer", path="optimizer.fused", required=True, make=_build(optimizer=_adamw(fused=True))),
+    FastPath(
+        name="fused optimizer",
+        path="optimizer.fused",
+        required=True,
+        make=_build(optimizer=_FUSED_ADAMW),
+    ),
     FastPath(name="tf32", path="tf32", required=True, make=_tf32, needs_gpu=True),
     FastPath(name="compile", path="compile.share", required=0.5, make=_compiled),
     FastPath(name="Liger", path="fused.kernels", required="rms_norm", make=_liger, needs_gpu=True),

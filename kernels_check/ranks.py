@@ -1,7 +1,7 @@
-"""What the ranks of a distributed trial show in a few steps: facts of each rank, and what they say of each other.
+"""Observes a few steps of a distributed trial on each rank, and judges the ranks together: data, shards, losses, times.
 
-Every rank observes at the same time, since it looks at collective steps. What a watched step of any training shows of
-its ranks is not repeated here (``judges.ranks``).
+All ranks observe at the same time, since their steps are collective. What a watched step of any training shows of its
+ranks is judged elsewhere (``judges.ranks``).
 
 Ranks wait for each other inside their exchanges, so the times of their steps are alike whichever is slow. What
 distinguishes them is the time outside of exchanges: it is a rank's own. An exchange that goes on while the rank
@@ -10,7 +10,6 @@ computes costs it nothing, so only what is exposed is subtracted.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from kernels_check.check import Check, PathObservation, failed, judge_safely, name_some, passed
 from kernels_check.observe.base import quant_state
+from kernels_check.observe.digest import Fingerprinter
 from kernels_check.observe.modules import RandomState, restored
 from kernels_check.observe.ranks import is_sharded, trained_parameters
 
@@ -51,13 +51,13 @@ class RankTime:
     """What the rank takes if it waits for no other: the least of the steps."""
 
 
-def profile_steps(step: Callable[[], object], meet: Callable[[], object]) -> RankTime | None:
+def profile_steps(step: Callable[[], object], barrier: Callable[[], object]) -> RankTime | None:
     """Take some steps under the profiler; None where CUDA is in use and no kernel was recorded, as can happen right
     after another session. It is not tried again, which all ranks would have to agree on.
 
     Args:
         step: one step, together with all other ranks.
-        meet: waits until every rank is there, before each step: no profiler that starts later is waited for in it.
+        barrier: waits for all ranks before each step, so that a profiler that starts late adds nothing to the step.
     """
     activities = [ProfilerActivity.CPU]
     on_device = torch.cuda.is_available() and torch.cuda.is_initialized()
@@ -65,7 +65,7 @@ def profile_steps(step: Callable[[], object], meet: Callable[[], object]) -> Ran
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities) as recorded:
         for _ in range(STEPS):
-            meet()
+            barrier()
             with record_function(_STEP):
                 step()
                 if on_device:
@@ -76,15 +76,15 @@ def profile_steps(step: Callable[[], object], meet: Callable[[], object]) -> Ran
 def read_times(events: Sequence[Any], *, on_device: bool) -> RankTime | None:
     """What the profiler's events say of the steps in them, `on_device` by the kernels of a GPU, else by the operators
     of the thread that takes them; None without any of the GPU. What is marked there, as a step is, is no work."""
-    on_card = ["CUDA" in str(event.device_type) for event in events]
-    steps = [event for event, card in zip(events, on_card, strict=True) if event.name == _STEP and not card]
-    if on_device and not any(on_card):
+    on_gpu = ["CUDA" in str(event.device_type) for event in events]
+    steps = [event for event, is_gpu in zip(events, on_gpu, strict=True) if event.name == _STEP and not is_gpu]
+    if on_device and not any(on_gpu):
         return None
     exchanged, computed = [], []
-    for event, card in zip(events, on_card, strict=True):
+    for event, is_gpu in zip(events, on_gpu, strict=True):
         if event.name.startswith(EXCHANGES):
             exchanged.append(_interval(event))
-        elif on_device and card and not event.is_user_annotation:
+        elif on_device and is_gpu and not event.is_user_annotation:
             computed.append(_interval(event))
         elif not on_device and event.thread == steps[0].thread and event.name.startswith(OPERATORS):
             computed.append(_interval(event))  # gloo's own threads call operators as well
@@ -108,7 +108,7 @@ def _interval(event: Any) -> Interval:
 
 
 def _covered(intervals: Iterable[Interval], within: Interval) -> float:
-    """How much of an interval others cover; what overlaps counts once."""
+    """Length of the part of an interval that others cover; overlaps count once."""
     total, reached = 0.0, within[0]
     for begin, end in sorted(intervals):
         first, last = max(begin, reached), min(end, within[1])
@@ -125,9 +125,9 @@ class RankFacts:
     rank: int
     ranks: int
     rows: tuple[str, ...] = ()
-    """Digests of the sequences that its model was given in a step."""
+    """Fingerprints of the sequences that its model was given in a step."""
     whole: tuple[str, ...] = ()
-    """Digests of those that all ranks together were to be given."""
+    """Fingerprints of those that all ranks together were to be given."""
     base: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Of each frozen parameter the bytes that lie here, and those of the whole."""
     four_bit: dict[str, int] = field(default_factory=dict)
@@ -145,7 +145,7 @@ def observe_rank(
     gradients: Callable[[], Tensor],
     update: Callable[[], object],
     rewind: Callable[[], object],
-    meet: Callable[[], object],
+    barrier: Callable[[], object],
     base_loss: Callable[[], float] | None,
     *,
     before: float,
@@ -160,7 +160,7 @@ def observe_rank(
         gradients: does the forward and backward passes of a step, and returns this rank's part of the loss.
         update: clips, lets the optimizer step, and drops the gradients.
         rewind: has the next call of `gradients` take the batch that the first one takes.
-        meet: waits until every rank is there.
+        barrier: waits for all ranks.
         base_loss: the loss of a batch that is always the same, without the adapter and without a gradient; None where
             parts of the base train.
         before: the same before the model was shared among ranks, as it was loaded.
@@ -171,7 +171,7 @@ def observe_rank(
     Raises:
         Exception: whatever a step raises, after everything has been restored.
     """
-    expected = tuple(map(_digest, whole))
+    expected = tuple(Fingerprinter()(row) for row in whole)
 
     def step() -> None:
         gradients()
@@ -193,7 +193,7 @@ def observe_rank(
         four_bit = _four_bit(model)
         update()
         base_losses += [] if base_loss is None else [base_loss()]
-        activity = profile_steps(step, meet)
+        activity = profile_steps(step, barrier)
         base_losses += [] if base_loss is None else [base_loss()]
     return RankFacts(
         rank=rank,
@@ -210,13 +210,13 @@ def observe_rank(
 
 @contextmanager
 def _fed(model: nn.Module) -> Iterator[list[str]]:
-    """Digests of the sequences that the first module with token ids is given, in their order."""
+    """Fingerprints of the sequences that the model is given as token ids, in their order."""
     rows: list[str] = []
 
     def look(module: nn.Module, args: Any, kwargs: Any) -> None:
         ids = kwargs.get("input_ids")
         if isinstance(ids, Tensor):
-            rows.extend(_digest(row) for row in ids.detach())
+            rows.extend(Fingerprinter()(row) for row in ids)
 
     handle = model.register_forward_pre_hook(look, with_kwargs=True)
     try:
@@ -239,11 +239,6 @@ def _four_bit(model: nn.Module) -> dict[str, int]:
         if state is not None:
             found[f"{name}.weight"] = int(torch.Size(state.shape).numel())
     return found
-
-
-def _digest(tensor: Tensor) -> str:
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
-    return hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]
 
 
 # --- judging the facts of all ranks ----------------------------------------------------------------------------------

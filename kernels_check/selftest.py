@@ -1,8 +1,8 @@
 """`python -m kernels_check selftest`: are twelve faults found on this machine, and do their healthy controls pass?
 
 Each fault is one that training scripts have had, in a small LoRA run of real libraries (`small_run`). A control holds
-if the check of its path is not active in the run with the fault, and active in the healthy run. The full set of
-controls is in the tests (`tests/kernels_check/negative_controls`).
+if the check of its path is `fallback` or `absent` in the run with the fault, and `active` in the healthy run. The full
+set of controls is in the tests (`tests/kernels_check/negative_controls`).
 """
 
 from __future__ import annotations

@@ -136,8 +136,8 @@ class Watch:
         self._unopened: str | None = None
         """Why nothing could be watched."""
         self._checks: tuple[Check, ...] = ()
-        several = any(path.startswith("ranks.") for path in requirements)
-        self._ranks = RankObserver(model) if several else None
+        about_ranks = any(path.startswith("ranks.") for path in requirements)
+        self._ranks = RankObserver(model) if about_ranks else None
         self._others_wait = False
         """Whether another rank waits for a further step."""
 
@@ -186,7 +186,7 @@ class Watch:
                 self._open = stack.pop_all()
         except Exception as error:
             self._steps.forget()
-            self._unopened = f"the step could not be watched: {_words(error)}"
+            self._unopened = f"the step could not be watched: {_describe_error(error)}"
         return self
 
     def __exit__(
@@ -198,11 +198,11 @@ class Watch:
         try:
             self._open.__exit__(kind, error, trace)
         except Exception as failed:
-            problem = f"what was seen could not be read: {_words(failed)}"
+            problem = f"what was seen could not be read: {_describe_error(failed)}"
         if error is not None:
             self._steps.forget()
             self._checks = self._unknown(
-                problem or f"the step raised {_words(error)}, so that it was not seen to its end"
+                problem or f"the step raised {_describe_error(error)}, so that it was not seen to its end"
             )
             return
         seen, self._steps.seen = self._steps.seen, None
@@ -216,7 +216,7 @@ class Watch:
             self._checks = tuple(self._decided(check, seen) for check in judge_all(seen, self._requirements))
         except Exception as failed:
             self._steps.forget()
-            self._checks = self._unknown(f"what was seen could not be read: {_words(failed)}")
+            self._checks = self._unknown(f"what was seen could not be read: {_describe_error(failed)}")
 
     def _why_unseen(self, seen: Observation | None) -> str | None:
         """Why nothing is known of a step that has ended; None where something is."""
@@ -289,5 +289,5 @@ def _is_merged_and_back(seen: Observation) -> bool:
     return any(part.kind == "merged" for part in seen.after.parts.values())
 
 
-def _words(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

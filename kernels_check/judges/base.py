@@ -43,7 +43,7 @@ _BITS_REMEDY = {
     32: "load with dtype=torch.float32 and no quantization_config",
 }
 _NO_BASE = "there is no base: every parameter is an adapter's"
-_TORN = (
+_MISMATCHED_REMEDY = (
     "no forward in eval mode on this CPU where weights are gathered anew for each forward, as by FSDP2: call "
     "model.train(), or set support_avx512bf16_for_cpu=False on every Linear4bit before the first forward"
 )
@@ -130,10 +130,10 @@ def judge_frozen(seen: Observation, required: Json) -> PathObservation:
     )
     steps = format_count(seen.calls, "step")
     repacked = bool(change.changed) and seen.before.packed != digest.packed
-    if digest.torn:
-        named = name_some(f"{name} ({why})" for name, why in digest.torn.items())
-        faults.append(f"{len(digest.torn)} 4-bit weights do not fit their states: {named}")
-        remedies.append(_TORN)
+    if digest.mismatched:
+        named = name_some(f"{name} ({why})" for name, why in digest.mismatched.items())
+        faults.append(f"{len(digest.mismatched)} 4-bit weights do not fit their states: {named}")
+        remedies.append(_MISMATCHED_REMEDY)
     if change.changed and not repacked:
         names = name_some(change.changed)
         faults.append(f"{what} compared: {len(change.changed)} changed over {steps}: {names}")
@@ -197,8 +197,8 @@ def _unread(seen: Observation, change: DigestDifference) -> list[str]:
     if change.incomparable:
         named = name_some(change.incomparable)
         reasons.append(f"sharded at one time and whole at the other, so that they cannot be compared: {named}")
-    if not seen.optimizers and (loose := _loose(seen)):
-        reasons.append(f"no optimizer stepped, so it is unknown whether one holds what trains: {name_some(loose)}")
+    if not seen.optimizers and (unused := _unused(seen)):
+        reasons.append(f"no optimizer stepped, so it is unknown whether one holds what trains: {name_some(unused)}")
     return reasons
 
 
@@ -216,14 +216,14 @@ def _trained(seen: Observation) -> tuple[list[str], list[str]]:
     faults = [f"{len(names)} base parameters {problem}: {name_some(names)}" for problem, names in problems if names]
     idle = given - {*train, *reached}
     notes = [f"{len(idle)} frozen base parameters are given to the optimizer, which skips them"] if idle else []
-    loose = _loose(seen)
-    if loose and seen.optimizers:
-        notes.append(f"no gradient reached and no optimizer holds, though they require gradients: {name_some(loose)}")
+    unused = _unused(seen)
+    if unused and seen.optimizers:
+        notes.append(f"no gradient reached and no optimizer holds, though they require gradients: {name_some(unused)}")
     return faults, notes
 
 
-def _loose(seen: Observation) -> list[str]:
-    """Base parameters that require gradients, that none reached, and that no optimizer seen holds."""
+def _unused(seen: Observation) -> list[str]:
+    """Base parameters that require gradients, received none, and are in no optimizer that stepped."""
     return [
         name
         for name, value in seen.base_parameters.items()

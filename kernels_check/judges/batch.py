@@ -81,10 +81,11 @@ def judge_tokens(seen: Observation, required: Json) -> PathObservation:
     sums = [[one for one in passes if one.sum == number] for number in sorted({one.sum for one in passes})]
     reason += f", for {len(sums)} updates or evaluations" if len(sums) > 1 else ""
     faults = list(dict.fromkeys(fault for together in sums for fault in _faults(together)))
-    return PathObservation(observed=not faults, reason="; ".join([reason, *(faults or [_praise(sums)])]))
+    return PathObservation(observed=not faults, reason="; ".join([reason, *(faults or [_describe_weights(sums)])]))
 
 
-def _praise(sums: Sequence[Sequence[LossPass]]) -> str:
+def _describe_weights(sums: Sequence[Sequence[LossPass]]) -> str:
+    """How the weights of a correct loss add up."""
     if all(len(together) == 1 for together in sums):
         return "in one pass" if len(sums) == 1 else "each in one pass"
     totals = dict.fromkeys(f"{_total(together):.3g}" for together in sums)

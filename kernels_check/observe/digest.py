@@ -103,7 +103,7 @@ class Hashed:
     owner: str = ""
     """Name of the tensor that it is a part of."""
     tensor: Tensor | None = field(default=None, compare=False, repr=False)
-    """The memory as it was then: who casts a tensor puts other memory in its place."""
+    """The tensor itself: a cast replaces it by another, and writing in place changes it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,8 +135,8 @@ class Digest:
     """Tensors that are sharded: this process holds a part."""
     packed: bool
     """Whether a 4-bit weight was in the layout that bitsandbytes makes for a CPU."""
-    torn: Mapping[str, str] = field(default_factory=dict)
-    """4-bit layers whose weight lies otherwise than its state says, with the reason."""
+    mismatched: Mapping[str, str] = field(default_factory=dict)
+    """4-bit layers whose weight has another layout than its quantisation state describes, with the reason."""
 
     def is_buffer(self, name: str) -> bool:
         """Whether a part is one of a buffer."""
@@ -186,7 +186,7 @@ def digest(tree: ModelTree) -> Digest:
         unseen=unseen,
         sharded=frozenset(sharded),
         packed=any(is_packed(state) for _, _, _, state in states),
-        torn={name: why for name, *kept in states if (why := layout_problem(*kept)) is not None},
+        mismatched={name: why for name, *kept in states if (why := layout_problem(*kept)) is not None},
     )
 
 
@@ -224,9 +224,9 @@ def _is_rounded(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape or not one.is_floating_point() or not one.numel():
         return False
     exact, eps = one.double(), torch.finfo(one.dtype).eps
-    apart = (exact - other.double()).abs()
+    difference = (exact - other.double()).abs()
     sizes = exact.abs()
-    return bool(apart.max() <= ROUNDINGS * eps * sizes.max()) and bool(apart.mean() <= eps * sizes.mean())
+    return bool(difference.max() <= ROUNDINGS * eps * sizes.max()) and bool(difference.mean() <= eps * sizes.mean())
 
 
 _PLACE = re.compile(r"\.\d+(?=\.)")

@@ -338,8 +338,8 @@ class Updates:
         """What became of each parameter."""
         return {one.name: one for one in self._parameters.values()}
 
-    def goes_on(self, tree: ModelTree) -> bool:
-        """Whether the same parameters are there, as the last call left them: nothing has updated them unseen."""
+    def continues(self, tree: ModelTree) -> bool:
+        """Whether the model still holds the same parameters with the values that the last call left."""
         here = {id(tensor): name for name, tensor in trained_parameters(tree).items() if not tensor.is_meta}
         known = self._parameters
         return here == {key: one.name for key, one in known.items()} and all(

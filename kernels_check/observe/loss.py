@@ -3,8 +3,8 @@
 The name of a loss function says nothing of what it does. The operator of a cross entropy that autograd recorded has
 kept the targets that it was given, and the gradient that reaches it is what everything after it makes of the weight
 of its tokens. A mean of means weighs a token of a short pass more than one of a long pass. Backward passes that add
-up for one update are recognised by what lies in the gradients when a pass begins, and by whether an update was between
-two.
+up for one update are recognised by the gradients that are there when a pass begins, and by whether an update took place
+between two passes.
 """
 
 from __future__ import annotations
@@ -175,13 +175,13 @@ class BackwardPass:
     """Whether an optimizer of the model's parameters has stepped since the pass before."""
     in_update: bool = False
     """Whether one is stepping, as where it is given a closure."""
-    lying: Sequence[Tensor] = ()
-    """Largest magnitudes of what lay in the gradients as it began, left on their devices."""
+    initial_sizes: Sequence[Tensor] = ()
+    """Largest magnitude of each gradient that was there when it began, left on its device."""
 
     @property
-    def anew(self) -> bool:
-        """Whether nothing lay there."""
-        return not any(float(size) != 0 for size in self.lying)
+    def from_zero(self) -> bool:
+        """Whether it began with no gradient, or with zeros only."""
+        return not any(float(size) != 0 for size in self.initial_sizes)
 
 
 @dataclass(slots=True)
@@ -202,8 +202,12 @@ class BackwardPasses:
         task = backward_task()
         if self._last is None or self._last.task != task:
             sizes = [largest(value.grad) for value in self._trained.values() if value.grad is not None]
-            lying = [size for size in sizes if size is not None]
-            self._last = BackwardPass(task=task, after_update=self._updated, in_update=self._updating > 0, lying=lying)
+            self._last = BackwardPass(
+                task=task,
+                after_update=self._updated,
+                in_update=self._updating > 0,
+                initial_sizes=[size for size in sizes if size is not None],
+            )
             self._updated = False
         return self._last
 
@@ -232,16 +236,16 @@ def _sums_of(passes: Mapping[BackwardPass, bool]) -> dict[BackwardPass, int]:
     sums: dict[BackwardPass, int] = {}
     number, given = 0, False
     for one, gives in passes.items():
-        if given and one.anew and not one.after_update and not one.in_update:
+        if given and one.from_zero and not one.after_update and not one.in_update:
             raise _UnreadError(
                 "the gradients of an earlier pass were gone before the next, with no update between them: it is "
                 "unknown which passes the update rests on"
             )
-        if given and one.after_update and not one.anew:
+        if given and one.after_update and not one.from_zero:
             raise _UnreadError(
                 "the gradients that an update had taken were still there when the next pass added to them"
             )
-        if given and one.anew:
+        if given and one.from_zero:
             number, given = number + 1, False
         sums[one] = number
         given = given or gives

@@ -325,7 +325,7 @@ class StepObserver:
     def _continued(self, tree: ModelTree) -> _Series:
         """The series that this step continues, or a new one where something else changed the adapter since."""
         series = self._series
-        if series is None or series.guard.fault is not None or not series.updates.goes_on(tree):
+        if series is None or series.guard.fault is not None or not series.updates.continues(tree):
             series = self._series = _Series(tree)
         return series
 

@@ -515,7 +515,7 @@ def test_a_convolution_is_a_product_with_copies_around_it(recorded):
 
 @runs("collective")
 def test_a_collective_has_its_rule(recorded):
-    """NCCL launches a kernel only where there is somebody to talk to."""
+    """NCCL launches a kernel only where there are two GPUs."""
     if torch.cuda.device_count() < 2:
         pytest.skip(f"NCCL launches no kernel for one GPU: {torch.cuda.device_count()} here")
     parts = [torch.ones(1024, device=f"cuda:{index}") for index in range(2)]

@@ -37,7 +37,7 @@ def nsys(name):
 
 @pytest.mark.parametrize(("kernel", "rule"), KERNELS, ids=lambda value: value[:40])
 def test_a_known_name_lands_in_its_rule(kernel, rule):
-    """cuDNN before flash, log-softmax (the loss) before softmax, namespaces kept apart; so in the spelling of nsys."""
+    """cuDNN before flash, log-softmax (the loss) before softmax, namespaces kept separate; also as nsys spells them."""
     for spelling in (kernel, nsys(kernel)):
         found = classify(spelling)
         assert found is not None

@@ -50,7 +50,7 @@ def test_copies_that_train_count_for_what_they_replace(training):
     assert norms.check("norms.trained").observed == "2 of 5"
 
 
-def test_factors_beside_an_embedding_train_it(training):
+def test_factors_next_to_an_embedding_train_it(training):
     """LoRA on an embedding changes what it gives."""
     lora = peft.LoraConfig(target_modules=["embed_tokens"], task_type="CAUSAL_LM")
     check = training(quant=None, adapter=lambda: lora).check("embedding.trained")
@@ -58,7 +58,7 @@ def test_factors_beside_an_embedding_train_it(training):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.01])
-def test_factors_beside_an_embedding_take_two_watched_steps(training, decay):
+def test_factors_next_to_an_embedding_take_two_watched_steps(training, decay):
     """As one of them has no gradient before the other has left zero, whatever decay moves; frozen ones take one."""
     lora = peft.LoraConfig(target_modules=["embed_tokens", "lm_head"], task_type="CAUSAL_LM")
     adamw = partial(torch.optim.AdamW, lr=1e-3, weight_decay=decay)
@@ -74,7 +74,7 @@ def test_factors_beside_an_embedding_take_two_watched_steps(training, decay):
     assert found == ["unknown", "active"]
 
 
-def test_a_rate_of_zero_tells_nothing():
+def test_a_rate_of_zero_is_unknown():
     """Nor does a step without an optimizer."""
     check = _whole(tied=True, rate=0.0).check("embedding.trained", True)
     assert (check.status, check.observed) == ("unknown", None)

@@ -14,7 +14,7 @@ from kernels_check.ranks import STEPS, profile_steps, read_times
 
 
 def test_a_step_that_exchanges_nothing_is_all_its_own():
-    """Alone it waits for nobody; the steps are met for, each by itself."""
+    """A single rank waits for no other, and passes a barrier before each step."""
     met = []
     share = profile_steps(lambda: time.sleep(0.02), lambda: met.append(1))
     assert len(met) == STEPS
@@ -22,7 +22,7 @@ def test_a_step_that_exchanges_nothing_is_all_its_own():
     assert 0.02 <= share.own_s <= share.step_s  # the least of the steps, and their mean
 
 
-CPU, CARD = "DeviceType.CPU", "DeviceType.CUDA"
+CPU, GPU = "DeviceType.CPU", "DeviceType.CUDA"
 
 
 def event(name, begin_s, end_s, *, thread=1, device=CPU, marked=False):
@@ -44,25 +44,25 @@ def on_cpu(at_s):
     ]
 
 
-def on_card(at_s):
+def on_gpu(at_s):
     """The same on a GPU: its host only launches, and what is marked on the host is marked on the GPU as well."""
     return [
         event(ranks._STEP, at_s, at_s + 1, marked=True),
-        event(ranks._STEP, at_s, at_s + 1, device=CARD, marked=True),
+        event(ranks._STEP, at_s, at_s + 1, device=GPU, marked=True),
         event("aten::mul", at_s, at_s + 1),
-        event("gemm_bf16", at_s, at_s + 0.6, device=CARD),
-        event("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", at_s + 0.5, at_s + 0.9, device=CARD),
-        event("nccl:all_reduce", at_s + 0.5, at_s + 0.9, device=CARD, marked=True),
-        event("adamw", at_s + 0.9, at_s + 1, device=CARD),
+        event("gemm_bf16", at_s, at_s + 0.6, device=GPU),
+        event("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", at_s + 0.5, at_s + 0.9, device=GPU),
+        event("nccl:all_reduce", at_s + 0.5, at_s + 0.9, device=GPU, marked=True),
+        event("adamw", at_s + 0.9, at_s + 1, device=GPU),
     ]
 
 
-@pytest.mark.parametrize(("one", "on_device"), [(on_cpu, False), (on_card, True)])
-def test_exchange_is_told_from_what_is_computed_beside_it(one, on_device):
+@pytest.mark.parametrize(("one", "on_device"), [(on_cpu, False), (on_gpu, True)])
+def test_exchange_is_separated_from_concurrent_computation(one, on_device):
     """Of gloo and of NCCL: 0.4 s of exchange in each of two steps, of which 0.1 s are hidden."""
     share = read_times([*one(3.0), *one(7.0)], on_device=on_device)
-    told = {name: getattr(share, name) for name in ("step_s", "exchange_s", "exposed_s", "own_s")}
-    assert told == pytest.approx({"step_s": 1.0, "exchange_s": 0.4, "exposed_s": 0.3, "own_s": 0.7})
+    times = {name: getattr(share, name) for name in ("step_s", "exchange_s", "exposed_s", "own_s")}
+    assert times == pytest.approx({"step_s": 1.0, "exchange_s": 0.4, "exposed_s": 0.3, "own_s": 0.7})
 
 
 def test_what_a_rank_takes_of_its_own_is_the_least_of_its_steps():
@@ -76,22 +76,22 @@ def test_what_a_rank_takes_of_its_own_is_the_least_of_its_steps():
 @pytest.mark.parametrize(
     ("name", "device"),
     [
-        ("gloo:broadcast", CPU), ("nccl:reduce_scatter", CPU), ("nccl:all_reduce", CARD),
-        ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", CARD),
-        ("ncclKernel_AllReduce_RING_LL_Sum_float(ncclWorkElem)", CARD),
+        ("gloo:broadcast", CPU), ("nccl:reduce_scatter", CPU), ("nccl:all_reduce", GPU),
+        ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", GPU),
+        ("ncclKernel_AllReduce_RING_LL_Sum_float(ncclWorkElem)", GPU),
     ],
 )  # fmt: skip
 def test_what_exchanges_is_known_by_its_name(name, device):
     """Of torch's process groups, and NCCL's kernels by their newer and older names."""
     events = [
         event(ranks._STEP, 0.0, 1.0),
-        event("gemm", 0.0, 0.5, device=CARD),
+        event("gemm", 0.0, 0.5, device=GPU),
         event(name, 0.5, 1.0, device=device),
     ]
     assert read_times(events, on_device=True).exchange_s == pytest.approx(0.5)
 
 
-def test_a_session_without_a_kernel_of_the_card_says_nothing(monkeypatch):
+def test_a_session_without_a_gpu_kernel_says_nothing(monkeypatch):
     """Its steps would be all of the rank's own, whatever it had waited for."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)

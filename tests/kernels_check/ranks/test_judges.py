@@ -50,7 +50,7 @@ def test_a_healthy_training_passes_every_path():
     ],
 )
 def test_data_of_a_step_is_shared_out_once(changes, words):
-    """Twice the same, foreign, missing and differing sequences are told apart."""
+    """Twice the same, foreign, missing and differing sequences are distinguished."""
     check = judged(fact(0), fact(1, **changes))["ranks.data"]
     assert check.status == "fallback"
     assert words in check.reason
@@ -158,7 +158,7 @@ def test_a_sharded_base_in_4_bits_passes():
 
 
 def test_a_loss_that_moves_with_nothing_updated_is_a_fault_with_its_known_cause():
-    """The cause is told where the base is in 4 bits and sharded, and nowhere else."""
+    """The cause is named where the base is in 4 bits and sharded, and nowhere else."""
     moved = {"base_losses": (4.93485, 4.93347, 4.90823, 4.87422)}
     sharded = fact(1, base=HALF, four_bit={"w": 200}, **moved)
     check = judged(fact(0), sharded, strategy="fsdp2")["ranks.steady"]

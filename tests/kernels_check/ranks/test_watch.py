@@ -28,13 +28,13 @@ def found(tmp_path_factory):
     commands = [[sys.executable, str(SCRIPT), str(rank), str(meeting)] for rank in range(2)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     processes = [subprocess.Popen(command, env=environment, text=True, **pipes) for command in commands]
-    told = []
+    by_rank = []
     for process in processes:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err[-3000:]
-        told.append({one["case"]: one["found"] for one in map(json.loads, out.splitlines())})
-    assert told[0] == {case: found if case == ALONE else told[1][case] for case, found in told[0].items()}
-    return told[0] | {ALONE: [told[0][ALONE], told[1][ALONE]]}
+        by_rank.append({one["case"]: one["found"] for one in map(json.loads, out.splitlines())})
+    assert by_rank[0] == {case: found if case == ALONE else by_rank[1][case] for case, found in by_rank[0].items()}
+    return by_rank[0] | {ALONE: [by_rank[0][ALONE], by_rank[1][ALONE]]}
 
 
 @pytest.mark.parametrize("case", HEALTHY)

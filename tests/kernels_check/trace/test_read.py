@@ -69,7 +69,7 @@ def test_what_a_step_spent_its_time_on(judge):
 
 
 def test_a_fused_product_is_another_path_than_dequantizing(judge):
-    """The operator has the same name for both; the kernels tell them apart."""
+    """The operator has the same name for both; the kernels distinguish them."""
     summary = judge([kernel(FUSED, 0, 3), kernel(NF4, 3, 1)])
     assert {path: use.time_share for path, use in summary.fourbit.paths.items()} == {"fused": 0.75, "dequantize": 0.25}
     assert summary.categories["matmul"] == 0.75
@@ -149,7 +149,7 @@ def test_an_event_that_stands_twice_counts_once(judge):
      kernel(GEMM, 1, 10), kernel(GEMM, 0, 10, correlation=5)],
 )  # fmt: skip
 def test_an_event_that_differs_in_anything_is_another(judge, other):
-    """Stream, device, duration, name, start and correlation tell two launches apart."""
+    """Stream, device, duration, name, start and correlation distinguish two launches."""
     summary = judge([kernel(GEMM, 0, 10), other])
     assert summary.calls == 2
     assert summary.notices == ()

@@ -1,6 +1,6 @@
 """Real recordings of GPU runs, judged as an independent count of their own sums has it.
 
-They are not part of the project: $LORAMETER_TRACES names their folder, or they lie in a folder `shared` beside the
+They are not part of the project: $LORAMETER_TRACES names their folder, or they lie in a folder `shared` next to the
 checkout. Of a recording that is not in the table only what holds of any is asked: nearly nothing is unclassified.
 """
 
@@ -30,7 +30,7 @@ KNOWN = {
     "h100-fa2-nvjet-top15.csv": {"attention": 0.369, "matmul": 0.387},
     "h100-cudnn-gqa-backward.csv": {"attention": 1.0, "matmul": 0.0},
 }
-"""Shares that were published, or counted by whoever transcribed them."""
+"""Shares that were published, or counted when they were transcribed."""
 
 pytestmark = pytest.mark.skipif(
     not RECORDINGS, reason=f"no recording in {FOLDER}: $LORAMETER_TRACES names their folder"
@@ -105,7 +105,7 @@ def test_a_recording_is_judged_as_its_own_sums_say(path):
 
 @pytest.mark.skipif(not (FOLDER / "h100-cudnn-gqa-backward.csv").is_file(), reason=f"it is not in {FOLDER}")
 def test_attention_of_cudnn_is_all_of_its_own():
-    """With grouped heads a quarter of its backward lies in kernels beside the fused one."""
+    """With grouped heads a quarter of its backward lies in kernels next to the fused one."""
     use = read_trace(FOLDER / "h100-cudnn-gqa-backward.csv").attention.backends
     assert set(use) == {"cudnn"}
     assert (use["cudnn"].forward_calls, use["cudnn"].backward_calls) == (1, 5)
