@@ -240,7 +240,7 @@ def embedding_modules(tree: ModelTree) -> dict[str, TrainedModule]:
     for _, module in tree.modules:
         for ask in ("get_input_embeddings", "get_output_embeddings"):
             if hasattr(type(module), ask):
-                with suppress(Exception):  # a model that has none, or says so by an error
+                with suppress(NotImplementedError, AttributeError):  # a model without embeddings
                     found.add(id(getattr(module, ask)()))
     return _places(tree, lambda module: id(module) in found)
 

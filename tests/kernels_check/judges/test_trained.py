@@ -75,13 +75,27 @@ def test_factors_next_to_an_embedding_take_two_watched_steps(training, decay):
 
 
 def test_a_rate_of_zero_is_unknown():
-    """Nor does a step without an optimizer."""
+    """So is a step without an optimizer."""
     check = _whole(tied=True, rate=0.0).check("embedding.trained", True)
     assert (check.status, check.observed) == ("unknown", None)
     assert "the learning rate is 0" in check.reason
     run = _whole(tied=True)
     run.optimizer.step = lambda: None
     assert "no torch.optim.Optimizer stepped" in run.check("embedding.trained", False).reason
+
+
+def test_embeddings_that_cannot_be_read_are_unknown(monkeypatch):
+    """An exception of the model is no sign that it has none: the other embedding alone proves nothing."""
+
+    def fail(model):
+        raise RuntimeError("not now")
+
+    run = _whole(tied=False)
+    monkeypatch.setattr(type(run.model), "get_output_embeddings", fail)
+    check = run.check("embedding.trained", True)
+    assert (check.status, check.reason) == ("unknown", "RuntimeError: not now")
+    monkeypatch.setattr(type(run.model), "get_output_embeddings", lambda model: model.get_decoder().embed_tokens)
+    assert run.check("embedding.trained", True).met
 
 
 def test_a_model_without_them_says_so():
