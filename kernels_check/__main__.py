@@ -22,7 +22,7 @@ COMMANDS = {
     "selftest": "are twelve faults found on this machine, and do healthy runs pass",
     "trace": "judge a recording: a Kineto/Chrome trace or an nsys cuda_gpu_kern_sum CSV",
 }
-MODULES = {"probe": "probe", "selftest": "selftest", "trace": "trace.report"}
+MODULES = {"probe": "probe", "selftest": "selftest", "trace": "trace.summary"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

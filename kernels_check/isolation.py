@@ -19,19 +19,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kernels_check.check import Check, PathObservation, judge_safely
-from kernels_check.judges.batch import judge_leaks
+from kernels_check.check import Check, PathObservation, judge_safely, passed, undecided
 from kernels_check.observe.loss import ModelCall, configurations, find_tokens, special_tokens
 from kernels_check.observe.modules import Modes, RandomState, without_repacking
 from kernels_check.observe.padding import (
     PADDING,
     PASSED_ON,
-    IsolationResult,
     LayoutError,
     Records,
     packed_or_all,
     packs,
     records_of,
+    report_leaks,
 )
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def probe_isolation(model: nn.Module, batch: Mapping[str, Any]) -> Check:
 def judge_calls(seen: Observation) -> PathObservation:
     """Judge ``packing.isolated`` by forwards of the step's own packed calls, unless what the model was given shows a
     leak: a model may ignore what it is given."""
-    by_inputs = judge_leaks(seen.isolation)
+    by_inputs = seen.isolation
     calls = [call for call in packed_or_all(seen.model_calls) if packs(call.arguments)]
     return _probe(seen.model, calls) if calls and by_inputs.observed is not False else by_inputs
 
@@ -87,15 +86,16 @@ def _probe(model: nn.Module, calls: Sequence[ModelCall]) -> PathObservation:
                     stack.enter_context(torch.autocast(kind, dtype=dtype))
                 leaks += _leaks(call.module, call.arguments, records)
     except LayoutError as error:
-        return judge_leaks(IsolationResult(unclear=str(error), packed=False))
+        return undecided(str(error), present=False)
     except _UnclearError as error:
-        return judge_leaks(IsolationResult(unclear=str(error), leaks=tuple(leaks)))
+        return report_leaks(leaks) if leaks else undecided(str(error))
     finally:
         modes.restore()
         numbers.restore()
     changed = " and ".join(dict.fromkeys("in train" if call.training else "in eval" for call in calls))
-    proof = f"perturbations changed no other logit, {changed}"
-    return judge_leaks(IsolationResult(records=count, leaks=tuple(leaks), proof=proof))
+    if leaks:
+        return report_leaks(leaks)
+    return passed(f"{count} records: perturbations changed no other logit, {changed}")
 
 
 def _leaks(model: nn.Module, batch: Mapping[str, Any], records: Records) -> Iterator[str]:

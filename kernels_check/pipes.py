@@ -54,11 +54,11 @@ class CapturedStdout:
             self.write(line)
 
     def flush(self) -> None:
-        """Write out what is in a buffer."""
+        """Write out the buffer."""
         self._try(self._stream.flush)
 
     def drain(self) -> None:
-        """Discard what is in a buffer: the interpreter would write it out at its end, and end with 120."""
+        """Discard the buffer: the interpreter would write it out at its end, and exit with 120."""
         with contextlib.suppress(OSError, ValueError):  # no file behind it
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())

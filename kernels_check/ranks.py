@@ -4,8 +4,8 @@ All ranks observe at the same time, since their steps are collective. What a wat
 ranks is judged elsewhere (``judges.ranks``).
 
 Ranks wait for each other inside their exchanges, so the times of their steps are alike whichever is slow. What
-distinguishes them is the time outside of exchanges: it is a rank's own. An exchange that goes on while the rank
-computes costs it nothing, so only what is exposed is subtracted.
+distinguishes them is the time outside of exchanges: it is a rank's own. An exchange during which the rank computes
+costs it nothing, so only the exposed part is subtracted.
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ PATHS = ("ranks.data", "ranks.sharded", "ranks.steady")
 WHOLE_SHARE = 0.02
 """Share of the base that may lie whole on every rank: norms and biases that are left out cost nothing."""
 STEADY = 1e-4
-"""How far two losses of the same batch by the same weights may be apart, over the loss: a device may add in any order.
+"""Relative difference of two losses of the same batch by the same weights: a device may add in any order.
 The fault that this is there for moves them by 3e-4 and more."""
 
 NF4_BY_FSDP2 = (
@@ -335,10 +335,10 @@ def judge_steady(facts: Sequence[RankFacts]) -> PathObservation:
             (one.repeated, "in one forward and backward after the other, with nothing updated,"),
         ):
             if any(not abs(loss - losses[0]) <= STEADY * abs(losses[0]) for loss in losses):
-                said = ", ".join(f"{loss:.5f}" for loss in losses)
+                listed = ", ".join(f"{loss:.5f}" for loss in losses)
                 return failed(
                     f"rank {one.rank}: silently wrong from the second forward on: the loss of one batch {of} is "
-                    f"{said}{why}"
+                    f"{listed}{why}"
                 )
     kept = f"the model keeps the loss of one batch over {len(facts[0].repeated)} forwards and backwards"
     if facts[0].base_losses:
@@ -365,8 +365,8 @@ def merge_checks(by_rank: Sequence[Sequence[Check]]) -> list[Check]:
             reason = f"no row of rank {', '.join(lacking)} is about it; {worst.reason}"
             worst = replace(worst, observed=None, status="unknown", reason=reason)
         elif len(differing) > 1 and worst.required is not None and not worst.met:
-            said = "; ".join(f"rank {rank}: {check.observed} ({check.status})" for rank, check in known)
-            worst = replace(worst, reason=f"the ranks differ: {said}. {worst.reason}")
+            by_rank = "; ".join(f"rank {rank}: {check.observed} ({check.status})" for rank, check in known)
+            worst = replace(worst, reason=f"the ranks differ: {by_rank}. {worst.reason}")
         found.append(worst)
     return found
 

@@ -62,11 +62,6 @@ class Rule:
     finer: Mapping[Category, str] = field(default_factory=dict, hash=False)
     """Patterns of those matching names that spend their time on another category than ``category``."""
 
-    def __post_init__(self) -> None:
-        unknown = {self.category, *self.finer} - set(CATEGORIES)
-        if unknown:
-            raise ValueError(f"rule {self.name}: category {unknown} is none of {', '.join(CATEGORIES)}")
-
     def category_of(self, name: str) -> Category:
         """What a kernel that this rule matches spends its time on; the rule may be coarser than that."""
         return next((finer for finer, pattern in self.finer.items() if re.search(pattern, name)), self.category)
@@ -83,53 +78,23 @@ def normalise(kernel: str) -> str:
 
 
 @cache
-def _document() -> dict[str, object]:
-    text = (files(__package__) / "kernel_rules.json").read_text(encoding="utf-8")
-    document: dict[str, object] = json.loads(text)
-    return document
-
-
-def _read(table: str) -> tuple[Rule, ...]:
-    entries = _document()[table]
-    assert isinstance(entries, list)
-    return tuple(Rule(**entry) for entry in entries)
-
-
-@cache
-def load_rules() -> tuple[Rule, ...]:
-    """All rules for kernels, in matching order."""
-    return _read("rules")
-
-
-@cache
-def load_operator_rules() -> tuple[Rule, ...]:
-    """All rules for operators on the host, in matching order."""
-    return _read("operators")
-
-
-def validated_against() -> dict[str, str]:
-    """Library versions whose kernels the rules were checked on."""
-    stamp = _document()["validated_against"]
-    assert isinstance(stamp, dict)
-    return dict(stamp)
-
-
-@cache
-def _patterns(rules: tuple[Rule, ...]) -> tuple[tuple[re.Pattern[str], Rule], ...]:
-    return tuple((re.compile(rule.pattern), rule) for rule in rules)
+def load_rules(table: Literal["rules", "operators"]) -> tuple[Rule, ...]:
+    """The ``rules`` for kernels, or those for ``operators`` on the host, in matching order."""
+    document = json.loads((files(__package__) / "kernel_rules.json").read_text(encoding="utf-8"))
+    return tuple(Rule(**entry) for entry in document[table])
 
 
 @cache
 def classify(kernel: str) -> Rule | None:
     """Find the rule of a kernel name; None where no rule knows it."""
     name = normalise(kernel)
-    return next((rule for pattern, rule in _patterns(load_rules()) if pattern.search(name)), None)
+    return next((rule for rule in load_rules("rules") if re.search(rule.pattern, name)), None)
 
 
 @cache
 def classify_operator(operator: str) -> Rule | None:
     """Find the rule of an operator's name, such as ``aten::mm``; None where no rule knows it."""
-    return next((rule for pattern, rule in _patterns(load_operator_rules()) if pattern.search(operator)), None)
+    return next((rule for rule in load_rules("operators") if re.search(rule.pattern, operator)), None)
 
 
 @cache
@@ -212,8 +177,8 @@ def template_arguments(name: str, template: str) -> list[str]:
 
 
 def _causal(name: str) -> bool | None:
-    if said := _CAUSAL_WORD.search(name):
-        return said.group(1) == "Causal"
+    if word := _CAUSAL_WORD.search(name):
+        return word.group(1) == "Causal"
     for template, position in _IS_CAUSAL:
         arguments = template_arguments(name, template)
         if len(arguments) > position:

@@ -261,7 +261,8 @@ class Watch:
         if check.path == "peft.learning":
             return self._steps.undecided
         if check.path == "base.frozen":
-            return check.observed is True and seen.calls == 1 and _is_merged_and_back(seen)
+            merges = any(part.kind == "merged" for part in seen.after.parts.values())
+            return check.observed is True and seen.calls == 1 and merges
         parts = _PARTS.get(check.path)
         return parts is not None and self._steps.undecided and any(part.open for part in parts(seen))
 
@@ -283,10 +284,6 @@ def judge_all(seen: Observation, requirements: Mapping[str, Json]) -> Iterator[C
             yield Check(path=path, required=required, observed=None, status="unknown", reason=seen.profile.missing)
         else:
             yield judge_safely(path, required, partial(judged.judge, seen, required))
-
-
-def _is_merged_and_back(seen: Observation) -> bool:
-    return any(part.kind == "merged" for part in seen.after.parts.values())
 
 
 def _describe_error(error: BaseException) -> str:

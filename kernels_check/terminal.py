@@ -8,13 +8,12 @@ cannot be written at all.
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 import unicodedata
-from typing import Any, NoReturn
+from typing import NoReturn
 
 _REORDERING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Marks that reorder the letters around them, so that what is read is not what is there."""
+"""Marks that reorder the letters around them, so that a reader sees another text."""
 _ACTING = frozenset(("Cc", "Cs", "Zl", "Zp"))
 """Control characters, halves of characters, and ends of lines and paragraphs that are not written as such."""
 
@@ -33,16 +32,6 @@ def print_stderr(text: str) -> None:
 
 class SafeParser(argparse.ArgumentParser):
     """A parser of command lines whose errors show control characters in what was typed."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, but `--option=--` is an error: it would store an empty list. What follows a `--` belongs to
-        another program."""
-        words = sys.argv[1:] if args is None else list(args)
-        for word in itertools.takewhile("--".__ne__, words):
-            option, _, value = word.partition("=")
-            if value == "--" and option.startswith("-"):
-                self.error(f"argument {option}: '--' is no value of it")
-        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print the usage and the message, and end with exit code 2."""

@@ -113,10 +113,11 @@ def _states(layers: Sequence[AdapterLayer], seen: Observation) -> dict[str, set[
     states = {}
     for layer in layers:
         calls = called[layer.name]
-        state = _as_it_is(layer) if not calls else _as_called(calls)
+        state = _problems(layer, calls)
+        is_nested = any(layer.name.startswith(f"{other.name}.") for other in layers if other is not layer)
         # A gradient may come from a penalty on the weights: where the parts of other layers ran, those of this must.
         by_gradient = reached[layer.name] and (
-            type(layer.module) not in kinds or (not calls and (compiled or _is_inside(layer, layers)))
+            type(layer.module) not in kinds or (not calls and (compiled or is_nested))
         )
         if state & {_INACTIVE, _DISABLED, _MERGED}:
             state |= {_IDLE}
@@ -128,11 +129,6 @@ def _states(layers: Sequence[AdapterLayer], seen: Observation) -> dict[str, set[
             state |= {_UNSEEN if unseen else _IDLE if not aside else _BY_HAND if is_trained_by_hand(seen) else _ASIDE}
         states[layer.name] = state
     return states
-
-
-def _is_inside(layer: AdapterLayer, layers: Iterable[AdapterLayer]) -> bool:
-    """Whether it lies in the place of another adapter."""
-    return any(layer.name.startswith(f"{other.name}.") for other in layers if other is not layer)
 
 
 def calls_that_count(layer: AdapterLayer, seen: Observation) -> list[LayerCall]:
@@ -156,20 +152,16 @@ def _records_gradients(seen: Observation) -> bool:
     return any(not call.aside for calls in seen.adapter_calls.values() for call in calls)
 
 
-def _as_it_is(layer: AdapterLayer) -> set[str]:
-    flags = {_INACTIVE: not layer.adapters, _DISABLED: layer.disabled, _MERGED: bool(layer.merged)}
-    return {problem for problem, found in flags.items() if found}
-
-
-def _as_called(calls: Sequence[LayerCall]) -> set[str]:
+def _problems(layer: AdapterLayer, calls: Sequence[LayerCall]) -> set[str]:
+    """What kept the calls of a layer, or the layer as it is where none was seen, from using the adapter."""
     if any(call.adapted for call in calls):
         return set() if all(call.adapted for call in calls) else {_PARTLY}
     flags = {
-        _INACTIVE: all(not call.active for call in calls),
-        _DISABLED: any(call.disabled for call in calls),
-        _MERGED: any(call.merged for call in calls),
+        _INACTIVE: not any(call.active for call in calls) if calls else not layer.adapters,
+        _DISABLED: any(call.disabled for call in calls) if calls else layer.disabled,
+        _MERGED: any(call.merged for call in calls) if calls else bool(layer.merged),
     }
-    return {problem for problem, found in flags.items() if found} or {_DISABLED}
+    return {problem for problem, found in flags.items() if found} or ({_DISABLED} if calls else set())
 
 
 def _parts_ran(layer: AdapterLayer, calls: Iterable[LayerCall]) -> bool:
@@ -197,15 +189,18 @@ def judge_learning(seen: Observation, required: Json) -> PathObservation:
     if not seen.adapter_layers:
         return PathObservation(observed=False, present=False, reason=NO_ADAPTER)
     everything = seen.trained_parameters
-    frozen = [name for name, value in everything.items() if not value.requires_grad]
-    by_optimizer = [name for name in frozen if _kept_by_lora_fa(everything[name], seen)]
+    of_lora_fa = {identity for one in seen.optimizers if _LORA_FA in one.classes for identity in one.parameters}
+    by_optimizer = [name for name, value in everything.items() if not value.requires_grad and id(value) in of_lora_fa]
     judged = {name: value for name, value in everything.items() if name not in by_optimizer}
     if not judged:
         return failed("0 parameters of the adapter are trainable: no adapter is active")
     note = f"; {len(by_optimizer)} of {len(everything)} kept frozen by LoRA-FA" if by_optimizer else ""
     faults, doubts = _gradient_faults(judged, seen)
-    faults = [*_lost_in_the_base(seen), *faults]
-    if seen.after.packed and not _shows_every_layer(seen):
+    calls = seen.modules
+    cut = dict.fromkeys(calls.all[number].name for number in sorted(calls.relevant) if calls.all[number].cut)
+    if cut:
+        faults.insert(0, f"the gradient was lost in {len(cut)} 4-bit layers: {name_some(cut)}; {_REPACKED}")
+    if seen.after.packed and (seen.modules.unhooked or seen.profile.compiled_regions):  # compiled code calls no hook
         doubts.append(f"4-bit weights are repacked, and whether a gradient passes through was not seen; {_REPACKED}")
     if not seen.optimizer_steps and not seen.other_optimizers:
         return _without_optimizer(judged, faults, seen)
@@ -225,10 +220,6 @@ def judge_learning(seen: Observation, required: Json) -> PathObservation:
             f"; {len(faint)} of {len(judged)} by less than float32 shows, next to a factor that has just left zero"
         )
     return passed(reason + note)
-
-
-def _kept_by_lora_fa(value: Tensor, seen: Observation) -> bool:
-    return any(_LORA_FA in optimizer.classes and id(value) in optimizer.parameters for optimizer in seen.optimizers)
 
 
 def _gradient_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[list[str], list[str]]:
@@ -257,18 +248,6 @@ def _gradient_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[l
         ),
     )
     return faults, doubts
-
-
-def _lost_in_the_base(seen: Observation) -> list[str]:
-    """What is wrong with the gradients of whatever is below a base layer that lets none through."""
-    calls = seen.modules
-    names = dict.fromkeys(calls.all[number].name for number in sorted(calls.relevant) if calls.all[number].cut)
-    return [f"the gradient was lost in {len(names)} 4-bit layers: {name_some(names)}; {_REPACKED}"] if names else []
-
-
-def _shows_every_layer(seen: Observation) -> bool:
-    """Whether hooks on all modules were called: code that is compiled calls none."""
-    return not seen.modules.unhooked and not seen.profile.compiled_regions
 
 
 def _without_optimizer(judged: Mapping[str, Tensor], faults: list[str], seen: Observation) -> PathObservation:

@@ -2,7 +2,7 @@
 
 ``config._attn_implementation`` is a request. PyTorch's SDPA picks a backend per call from the tensors it is given and
 falls back in silence, so the verdict rests on the inner operators of the watched step, each attributed to the layer
-that called it: every call of every attention layer must have run what is required.
+that called it: every call of every attention layer must have run the required backend.
 """
 
 from __future__ import annotations

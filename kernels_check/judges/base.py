@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 from kernels_check.check import (
     DTYPE,
@@ -104,18 +105,20 @@ def _size(size: int) -> str:
     return f"{size / scale:.1f} {unit}"
 
 
-def judge_quant_type(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``base.quant_type``."""
-    stored = seen.storage
-    remedy = f"set bnb_4bit_quant_type={required!r} (the library's default is 'fp4')"
-    return _over_layers(stored, {name: item.quant_type for name, item in stored.items()}, required, "", remedy)
+def judge_format(
+    seen: Observation, required: Json, *, name: Literal["quant_type", "double_quant"], setting: str
+) -> PathObservation:
+    """Judge ``base.quant_type`` or ``base.double_quant``.
 
-
-def judge_double_quant(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``base.double_quant``."""
-    stored = seen.storage
-    remedy = f"set bnb_4bit_use_double_quant={required} (the library's default is False)"
-    return _over_layers(stored, {name: item.double_quant for name, item in stored.items()}, required, "", remedy)
+    Args:
+        seen: the step.
+        required: the value.
+        name: of the path, below ``base``.
+        setting: the argument of ``BitsAndBytesConfig``.
+    """
+    stored, default = seen.storage, "'fp4'" if name == "quant_type" else "False"
+    remedy = f"set {setting}={required!r} (the library's default is {default})"
+    return _over_layers(stored, {layer: getattr(item, name) for layer, item in stored.items()}, required, "", remedy)
 
 
 def judge_frozen(seen: Observation, required: Json) -> PathObservation:
@@ -137,7 +140,7 @@ def judge_frozen(seen: Observation, required: Json) -> PathObservation:
     if change.changed and not repacked:
         names = name_some(change.changed)
         faults.append(f"{what} compared: {len(change.changed)} changed over {steps}: {names}")
-        if all(digest.is_buffer(name) for name in change.changed):
+        if all(name in digest.parts and digest.parts[name].kind == "buffer" for name in change.changed):
             remedies.append("eval() on the layers whose buffers move, such as BatchNorm's statistics")
     unknown = [
         "an eval forward repacked Linear4bit weights in place (AVX512 layout): bytes cannot be compared"
@@ -147,7 +150,9 @@ def judge_frozen(seen: Observation, required: Json) -> PathObservation:
         f"{words}: {name_some(names)}" for words, names in ((_CAST, change.cast), (_CACHE, change.caches)) if names
     ]
     notes += [f"{_ROUNDED}: {name_some(change.rounded)}"] if change.rounded else []
-    notes += _biases(seen)
+    if biases := seen.biases_of_adapters:
+        settings = join_values(biases.values())
+        notes.append(f"{len(biases)} biases train with the adapter, as PEFT was asked to by {settings}")
     good = [] if faults or unknown else [f"{what} unchanged over {steps}, no gradient, not optimised"]
     advice = [f"remedy: {remedy}" for remedy in remedies]
     return PathObservation(
@@ -178,13 +183,6 @@ def judge_learning(seen: Observation, required: Json) -> PathObservation:
         faults.append("no byte of the base changed: the learning rate is 0, or updates round away in its type")
     good = f"gradients reached all {len(base)} parameters of the base and updates changed {len(moved)} of them"
     return PathObservation(observed=not faults, reason="; ".join(faults) or good)
-
-
-def _biases(seen: Observation) -> list[str]:
-    """Biases of the base that the adapter's configuration trains."""
-    found = seen.biases_of_adapters
-    settings = join_values(set(found.values()))
-    return [f"{len(found)} biases train with the adapter, as PEFT was asked to by {settings}"] if found else []
 
 
 def _unread(seen: Observation, change: DigestDifference) -> list[str]:
@@ -302,8 +300,16 @@ _GEMM_PATH = Requirement(kind="choice", choices=("dequantize", "fused", "packed_
 PATHS: Mapping[str, JudgedPath] = {
     "base.bits": JudgedPath(requirement=_BITS, judge=judge_bits, by_modules=False),
     "base.bytes_in_4bit": JudgedPath(requirement=SHARE, judge=judge_bytes_in_4bit, by_modules=False),
-    "base.quant_type": JudgedPath(requirement=_QUANT_TYPE, judge=judge_quant_type, by_modules=False),
-    "base.double_quant": JudgedPath(requirement=FLAG, judge=judge_double_quant, by_modules=False),
+    "base.quant_type": JudgedPath(
+        requirement=_QUANT_TYPE,
+        judge=partial(judge_format, name="quant_type", setting="bnb_4bit_quant_type"),
+        by_modules=False,
+    ),
+    "base.double_quant": JudgedPath(
+        requirement=FLAG,
+        judge=partial(judge_format, name="double_quant", setting="bnb_4bit_use_double_quant"),
+        by_modules=False,
+    ),
     "base.learning": JudgedPath(requirement=FLAG, judge=judge_learning, by_modules=False, takes_update=True),
     "base.frozen": JudgedPath(
         requirement=FLAG,

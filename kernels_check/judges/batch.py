@@ -8,36 +8,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from kernels_check.check import FLAG, SHARE, Json, JudgedPath, PathObservation, Status, failed, name_some, passed
+from kernels_check.check import FLAG, SHARE, Json, JudgedPath, PathObservation, Status, name_some
 
 if TYPE_CHECKING:
     from kernels_check.observe.loss import LossPass
     from kernels_check.observe.observation import Observation
-    from kernels_check.observe.padding import IsolationResult, PaddingSeen
+    from kernels_check.observe.padding import PaddingSeen
 
-_LEAK = (
-    "positions separate records only without a cache, which is the default, and without a mask of two dimensions: "
-    "pass use_cache=False and no attention_mask, or a mask of blocks to a model whose mask knows no positions (OPT)"
-)
 _PADDED = "pack the records into full rows, or sort them by length"
 
 
 def judge_isolation(seen: Observation, required: Json) -> PathObservation:
     """Judge ``packing.isolated`` by what the model was given."""
-    return judge_leaks(seen.isolation)
-
-
-def judge_leaks(seen: IsolationResult) -> PathObservation:
-    """Judge what was found of packed records."""
-    if seen.leaks:
-        return failed("; ".join([*seen.leaks, _LEAK]))
-    if seen.unclear is not None:
-        return PathObservation(observed=None, status="unknown", present=seen.packed, reason=seen.unclear)
-    return passed(f"{seen.records} records: {seen.proof}")
+    return seen.isolation
 
 
 def judge_padding(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``padding.share``, a maximum: by what is surely padding it must not be exceeded, nor by what may be."""
+    """Judge ``padding.share``, a maximum: neither certain padding alone nor with possible padding may exceed it."""
     padding = seen.padding
     if padding is None or not padding.tokens:
         missing = "no call of the model itself was seen" if padding is None else padding.unseen

@@ -1,14 +1,19 @@
-"""Which optimizer stepped, by which implementation, and where its state lives.
+"""Which optimizer stepped, by which implementation, where its state lives, and whether embeddings and norms train.
 
 ``is_paged`` on a bitsandbytes optimizer is a wish: tensors below 1e5 elements, and every tensor on a CPU, are not paged
 while the flag stays true. Only the state tensors themselves show it.
+
+Some recipes need embeddings and norms to train, and others must not train them: a new token means nothing until the
+embedding trains; a base that several adapters are to share must keep its own. What is trained is what the steps have
+changed by a gradient.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence, Set
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 from kernels_check.check import (
     FLAG,
@@ -19,6 +24,7 @@ from kernels_check.check import (
     Requirement,
     absent,
     at_least,
+    count_values,
     format_count,
     join_values,
     name_some,
@@ -27,7 +33,8 @@ from kernels_check.check import (
 
 if TYPE_CHECKING:
     from kernels_check.observe.observation import Observation
-    from kernels_check.observe.profile import GroupSeen, OptimizerSeen
+    from kernels_check.observe.parts import Fate, ParameterStatus
+    from kernels_check.observe.profile import GroupSeen
 
 _UNSEEN = "unseen"
 
@@ -113,17 +120,14 @@ def _why_unseen(seen: Observation, total: int) -> str:
     return f"{names} wrote no parameter by an operator: it calls kernels of its own, or updates in another way"
 
 
-def _who_stepped(seen: Observation) -> str:
-    """What stepped, where no optimizer that holds parameters of the model did."""
-    if not seen.other_optimizers:
-        return f"no torch.optim.Optimizer stepped in {format_count(seen.calls, 'call')}"
-    names = join_values(seen.other_optimizers)
-    return f"{names} stepped and holds no parameter of the model, but those of another, or a copy of master weights"
-
-
 def _no_optimizer(seen: Observation) -> PathObservation:
     """Nothing stepped that could be judged; what may have updated the model all the same makes it unknown."""
-    reason = _who_stepped(seen)
+    reason = f"no torch.optim.Optimizer stepped in {format_count(seen.calls, 'call')}"
+    if seen.other_optimizers:
+        names = join_values(seen.other_optimizers)
+        reason = (
+            f"{names} stepped and holds no parameter of the model, but those of another, or a copy of master weights"
+        )
     if seen.changed:
         reason += (
             f"; {format_count(len(seen.changed), 'parameter')} changed all the same: by an optimizer of another kind?"
@@ -141,18 +145,77 @@ def judge_paged_share(seen: Observation, required: Json) -> PathObservation:
     paged = sum(optimizer.paged_bytes for optimizer in seen.optimizers)
     share = paged / total if total else 0.0
     reason = f"{paged} of {total} bytes of optimizer state are paged"
-    if any(_paging_refused(optimizer) for optimizer in seen.optimizers):
+    if any(optimizer.claims_paged and optimizer.on_cpu for optimizer in seen.optimizers):
         reason += "; Paged optimizers are not supported on CPU: bitsandbytes keeps is_paged=True and pages nothing"
     elif paged < total and any(optimizer.claims_paged for optimizer in seen.optimizers):
         reason += "; state of tensors below 100000 elements is never paged"
     return at_least(share, required, reason)
 
 
-def _paging_refused(optimizer: OptimizerSeen) -> bool:
-    return optimizer.claims_paged and optimizer.on_cpu
+_ROUNDED = "what had a gradient and a rate and is unchanged was rounded away: keep it in float32"
+_MOVED = frozenset({"updated", "moved without a gradient", "undone after an update"})
+"""What becomes of a parameter that does not stay as it was."""
 
 
+def judge_parts(seen: Observation, required: Json, *, what: Literal["embeddings", "norms"]) -> PathObservation:
+    """Judge ``embedding.trained``, of the input and the output embedding, or ``norms.trained``, of every norm.
+
+    Observed is True where all are updated, False where none is, else how many of how many.
+    """
+    parts: Sequence[ParameterStatus] = getattr(seen, what)
+    if not parts:
+        return PathObservation(
+            observed=None, present=False, reason=f"the model has no {what} with parameters that are known"
+        )
+    fates = {name: fate for part in parts for name, fate in part.fates.items()}
+    updated = [part.name for part in parts if part.updated]
+    partly = any(fate == "updated" for fate in fates.values())
+    reason = f"{len(updated)} of {len(parts)} {what} updated, in {seen.optimizer_steps} updates"
+    reason += "".join(f"; {part.name}: {part.tokens[0]} of {part.tokens[1]} tokens" for part in parts if part.tokens)
+    others = [f"{name} ({fate})" for name, fate in fates.items() if fate != "updated"]
+    reason += f"; parameters: {count_values(fates.values())}" if others else ""
+    reason += f"; not updated: {name_some(others)}" if others else ""
+    if "unchanged" in fates.values():
+        reason += f"; {_ROUNDED}"
+    why = _doubt(set(fates.values()), seen)
+    if why is not None:
+        return PathObservation(observed=None, status="unknown", present=partly, reason=f"{reason}; {why}")
+    whole = len(updated) == len(parts)
+    observed: Json = whole or (f"{len(updated)} of {len(parts)}" if partly else False)
+    kept = _MOVED.isdisjoint(fates.values())
+    return PathObservation(observed=observed, reason=reason, present=partly, satisfies=whole if required else kept)
+
+
+def _doubt(fates: Set[Fate], seen: Observation) -> str | None:
+    """Why the steps do not show it."""
+    if fates <= {"updated", "frozen"}:
+        return None
+    if not seen.optimizer_steps:
+        return "no torch.optim.Optimizer stepped"
+    if "given a rate of 0" in fates:
+        return "the learning rate is 0"
+    if "changed, no gradient seen" in fates:
+        return "what changed without a gradient was written by something else, such as a copy of master weights"
+    if "none of its tokens in the batches" in fates:
+        return "take a batch that holds the tokens that are trained"
+    return None
+
+
+_FURTHER_STEPS = (
+    "a gradient of zero does not show what learns once the other factor has left zero: open the same watch "
+    "around the next step, too"
+)
 PATHS: Mapping[str, JudgedPath] = {
+    **{
+        path: JudgedPath(
+            requirement=FLAG,
+            judge=partial(judge_parts, what=what),
+            by_modules=False,
+            takes_update=True,
+            further_steps=_FURTHER_STEPS,
+        )
+        for path, what in (("embedding.trained", "embeddings"), ("norms.trained", "norms"))
+    },
     "optimizer.class": JudgedPath(
         requirement=Requirement(kind="class"), judge=judge_class, by_modules=False, takes_update=True
     ),

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kernels_check.check import JudgedPath, Requirement
-from kernels_check.judges import adapter, attention, base, batch, execution, optimizer, ranks, trained
+from kernels_check.judges import adapter, attention, base, batch, execution, optimizer, ranks
 
 PATHS: Mapping[str, JudgedPath] = {
     **attention.PATHS,
     **batch.PATHS,
     **base.PATHS,
     **adapter.PATHS,
-    **trained.PATHS,
     **optimizer.PATHS,
     **execution.PATHS,
     **ranks.PATHS,

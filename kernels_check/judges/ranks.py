@@ -69,8 +69,8 @@ def judge_steps(seen: Observation, required: Json) -> PathObservation:
     ):
         known = [count for count in counts if count is not None]
         if len(set(known)) > 1:
-            said = ", ".join(f"rank {one.rank} {count}" for one, count in zip(ranks, counts, strict=True))
-            return failed(f"ranks have not made the same number of updates {what}: {said}")
+            by_rank = ", ".join(f"rank {one.rank} {count}" for one, count in zip(ranks, counts, strict=True))
+            return failed(f"ranks have not made the same number of updates {what}: {by_rank}")
     if not any(one.updates for one in ranks):
         return undecided("no optimizer that holds the model's parameters stepped on any rank in what was watched")
     counted = "" if ranks[0].counted is None else f", {ranks[0].counted} since the training began"
@@ -156,7 +156,7 @@ def _factor(pairs: Sequence[tuple[float, float]]) -> float:
 
 
 def _fits(every: Sequence[Gradient], factor: float) -> bool:
-    """Whether every rank's is the mean of their own times the factor; what is no number is nothing of the kind."""
+    """Whether each rank's exchanged gradient is the mean of all, times the factor; one that is not finite fails."""
     size = math.sqrt(sum(one.size**2 for one in every) / len(every))
     expected, most = factor * _mean(every), factor * _tolerance(every) * size
     return factor > 0 and all(abs(found - expected) <= most for found in _exchanged(every))

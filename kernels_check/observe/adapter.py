@@ -1,4 +1,4 @@
-"""What of a model is an adapter's, asked of the places that hold it and never of a name.
+"""Which parts of a model are an adapter's, read from the modules that hold them and never from names.
 
 PEFT wraps each target in its own class per method and quantisation backend, and says in ``adapter_layer_names`` which
 of its attributes hold what an adapter trains and in ``other_param_names`` what else is the adapter's; copies that are
@@ -46,13 +46,13 @@ class AdapterLayer:
     held: tuple[str, ...]
     """Adapters that are in use and that this layer has weights for; one without a name is ``""``."""
     trains: tuple[str, ...]
-    """Attributes that hold what is trained."""
+    """Attributes that hold trained parameters."""
     others: tuple[str, ...] = ()
     """Attributes that hold what else is the adapter's."""
     base: Any = None
     """The wrapped layer, where the method wraps one and adds to it."""
     copied: bool = False
-    """Whether what is trained is a copy of a part of the base."""
+    """Whether it trains a copy of a part of the base."""
     partly: bool = False
     """Whether the method trains only a part of what it lists, and says which only by ``requires_grad``."""
     shelved: bool = False
@@ -83,13 +83,13 @@ class AdapterLayer:
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
         """Qualified name and module of everything of the adapter that is called, dropouts included."""
-        for name, part in self._held_by((*self.trains, *self.others)):
+        for _, name, part, _ in self._entries(*self.trains, *self.others):
             if isinstance(part, nn.Module):
                 yield name, part
 
     def factors(self) -> Iterator[tuple[str, nn.Module]]:
-        """Those parts that hold what is trained."""
-        for name, part in self._held_by(self.trains):
+        """Those parts that hold trained parameters."""
+        for _, name, part, _ in self._entries(*self.trains):
             if isinstance(part, nn.Module) and any(True for _ in part.parameters()):
                 yield name, part
 
@@ -105,41 +105,39 @@ class AdapterLayer:
 
     def _listed(self) -> Iterator[tuple[str, Tensor]]:
         frozen: Mapping[str, tuple[str, ...]] = getattr(self.module, "frozen_peft_weight_names", None) or {}
-        for holder in self.trains:
-            for name, part, adapter in self._entries(holder):
-                if holder in frozen.get(adapter, ()):
-                    continue
-                if isinstance(part, nn.Module):
-                    yield from part.named_parameters(prefix=name)
-                elif isinstance(part, Tensor):
-                    yield name, part
+        for holder, name, part, adapter in self._entries(*self.trains):
+            if holder in frozen.get(adapter, ()):
+                continue
+            if isinstance(part, nn.Module):
+                yield from part.named_parameters(prefix=name)
+            elif isinstance(part, Tensor):
+                yield name, part
 
     def dropouts(self) -> Iterator[tuple[str, nn.Module]]:
         """Qualified name and module of every dropout of the adapter's; one that is off is an ``Identity``."""
-        for name, part in self._held_by((*self.trains, *self.others)):
-            if isinstance(part, _DROPOUTS) or (isinstance(part, nn.Module) and _drops(part)):
+        for name, part in self.parts():
+            # A method may have a class of its own: a probability, and nothing that is trained.
+            is_own = isinstance(getattr(part, "p", None), float) and not any(True for _ in part.parameters())
+            if isinstance(part, _DROPOUTS) or is_own:
                 yield name, part
 
     def unseen_dropouts(self) -> Iterator[tuple[str, float]]:
         """Name and probability of dropouts that are no modules and leave no trace when they are drawn."""
-        for name, part in self._held_by(tuple(name for name in _DRAWN_INSIDE if name in self.others)):
+        for _, name, part, _ in self._entries(*(name for name in _DRAWN_INSIDE if name in self.others)):
             if isinstance(part, int | float) and part:
                 yield name, float(part)
 
-    def _held_by(self, holders: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    def _entries(self, *holders: str) -> Iterator[tuple[str, str, Any, str]]:
+        """Attribute, name, object and adapter of what some attributes hold, for the adapters in use."""
         for holder in holders:
-            yield from ((name, part) for name, part, _ in self._entries(holder))
-
-    def _entries(self, holder: str) -> Iterator[tuple[str, Any, str]]:
-        """Name, object and adapter of what one attribute holds, for the adapters in use."""
-        held: Any = self.module
-        for part in holder.split("."):
-            held = getattr(held, part, None)
-        path = f"{self.name}.{holder}" if self.name else holder
-        if isinstance(held, nn.Module | Tensor) and not _is_keyed(held):
-            yield path, held, ""
-        elif _is_keyed(held):
-            yield from ((f"{path}.{name}", held[name], name) for name in self.held if name in held)
+            held: Any = self.module
+            for part in holder.split("."):
+                held = getattr(held, part, None)
+            path = f"{self.name}.{holder}" if self.name else holder
+            if _is_keyed(held):
+                yield from ((holder, f"{path}.{name}", held[name], name) for name in self.held if name in held)
+            elif isinstance(held, nn.Module | Tensor):
+                yield holder, path, held, ""
 
 
 def layers_at(name: str, module: nn.Module) -> Iterator[AdapterLayer]:
@@ -275,12 +273,6 @@ def _is_keyed(held: Any) -> bool:
     return hasattr(held, "keys") and hasattr(held, "__getitem__")
 
 
-def _drops(part: nn.Module) -> bool:
-    """A dropout of a method's own: a probability, and nothing that is trained."""
-    probability = getattr(part, "p", None)
-    return isinstance(probability, float) and not any(True for _ in part.parameters())
-
-
 @reading
 def biases_of_adapters(tree: ModelTree) -> dict[str, str]:
     """The biases of the base that an adapter in use trains: qualified name, and what PEFT was asked, ``bias='all'``.
@@ -397,7 +389,7 @@ def adapters_of(tree: ModelTree) -> Below:
 
 @reading
 def adapter_parameters(tree: ModelTree) -> frozenset[str]:
-    """Names of the parameters that are an adapter's: of any method of PEFT, and what is trained with it."""
+    """Names of the parameters that are an adapter's, by any method of PEFT, and of those that train with it."""
     own = adapters_of(tree)
     return frozenset(name for name, _ in tree.parameters if own[name])
 

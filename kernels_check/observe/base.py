@@ -47,7 +47,7 @@ class BaseTensor:
     kind: Kind
     layer: nn.Module
     value: Tensor | str | Exception
-    """The last where its tensor cannot be taken apart."""
+    """An exception where the parts of the tensor cannot be read."""
 
 
 def base_state(tree: ModelTree) -> Iterator[BaseTensor]:
@@ -177,12 +177,6 @@ _NESTED_BLOCK = 256
 """Block size of the second quantisation, fixed by bitsandbytes."""
 
 
-def four_bit_problem(layer: Any, weight: Tensor, state: Any) -> str | None:
-    """Say what of a state contradicts the bytes of the weight, its layer or itself; None where nothing does."""
-    checks = (_of_the_bytes, layout_problem, _of_the_scales, _of_two_states)
-    return next((problem for check in checks if (problem := check(layer, weight, state)) is not None), None)
-
-
 def layout_problem(layer: Any, weight: Tensor, state: Any) -> str | None:
     """Say where a weight lies otherwise than its state says, so that every product with it is wrong.
 
@@ -199,34 +193,26 @@ def layout_problem(layer: Any, weight: Tensor, state: Any) -> str | None:
     return None
 
 
-def _of_the_bytes(layer: Any, weight: Tensor, state: Any) -> str | None:
+def _four_bit_problems(layer: Any, weight: Tensor, state: Any) -> Iterator[str]:
+    """Contradictions between a state and the bytes of the weight, its layer or itself."""
     weights, stored = math.prod(state.shape), weight.numel() * weight.element_size()
     expected = math.ceil(weights / 2)
     if not expected <= stored < expected + weight.element_size():
-        return f"{stored} bytes for {weights} weights, 4-bit takes {expected}"
-    return None
-
-
-def _of_the_scales(layer: Any, weight: Tensor, state: Any) -> str | None:
-    blocks = math.ceil(math.prod(state.shape) / state.blocksize)
+        yield f"{stored} bytes for {weights} weights, 4-bit takes {expected}"
+    if (problem := layout_problem(layer, weight, state)) is not None:
+        yield problem
+    blocks = math.ceil(weights / state.blocksize)
     expected = blocks * (2 if is_packed(state) else 1 if state.nested else 4)
     scales = state.absmax.numel() * state.absmax.element_size()
     if state.nested:
         scales += state.state2.absmax.numel() * state.state2.absmax.element_size()
         expected += math.ceil(blocks / _NESTED_BLOCK) * 4
     if scales != expected or (state.nested and state.absmax.dtype != torch.uint8):
-        return f"{scales} bytes of {_short(state.absmax.dtype)} scales, expected {expected}"
-    return None
-
-
-def _of_two_states(layer: Any, weight: Tensor, state: Any) -> str | None:
-    """A weight and its layer each keep it, and the layer's counts where the weight is registered anew."""
-    other = getattr(layer, "quant_state", None)
-    if other is None or other is state:
-        return None
-    if other.absmax.shape != state.absmax.shape or not torch.equal(other.absmax.cpu(), state.absmax.cpu()):
-        return "the weight and its layer hold different scales"
-    return None
+        yield f"{scales} bytes of {_short(state.absmax.dtype)} scales, expected {expected}"
+    other = getattr(layer, "quant_state", state)  # the layer's counts where the weight is registered anew
+    one, another = state.absmax, getattr(other, "absmax", state.absmax)
+    if one is not another and (one.shape != another.shape or not torch.equal(one.cpu(), another.cpu())):
+        yield "the weight and its layer hold different scales"
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -285,13 +271,13 @@ def _read(layer: Any, parameter: str) -> Storage:
     if weight is None and parameter == "weight" and isinstance(layer, nn.MultiheadAttention):
         return _attention(layer)
     if weight is None and parameter in WEIGHTS:
-        weight = _assigned(layer, parameter)
-    if weight is None:
+        weight = vars(layer).get(parameter)  # such as one that PEFT put there for the time of a forward
+    if not isinstance(weight, Tensor):
         return _named_otherwise(layer, parameter)
     if is_lazy(weight):
         return _unknown(f"{type(layer).__name__}.{parameter} has no shape yet: call the model once before")
     state = quant_state(layer, weight) if parameter in WEIGHTS else None
-    if state is not None and not _is_unpacked(weight, state):
+    if state is not None and not (weight.is_floating_point() and weight.shape == state.shape):  # else it is unpacked
         return _four_bit(layer, weight, state)
     if type(weight).__name__ == "Params4bit":
         return _unknown("Params4bit without quant_state: not quantised")
@@ -311,16 +297,6 @@ def _int8(layer: Any, weight: Tensor) -> Storage:
         found = "no scales" if scales is None else f"{scales.numel()} scales"
         return _unknown(f"{found} for {weight.shape[0]} rows of int8")
     return Storage(bits=8, quant_type="int8", double_quant=False, note=_INT8_NOTE)
-
-
-def _assigned(layer: Any, parameter: str) -> Tensor | None:
-    """A weight that is no parameter of the layer, such as one that PEFT put there for the time of a forward."""
-    found = getattr(layer, "__dict__", {}).get(parameter)
-    return found if isinstance(found, Tensor) else None
-
-
-def _is_unpacked(weight: Tensor, state: Any) -> bool:
-    return weight.is_floating_point() and tuple(weight.shape) == tuple(state.shape)
 
 
 def _attention(layer: nn.MultiheadAttention) -> Storage:
@@ -401,7 +377,7 @@ def _four_bit(layer: Any, weight: Tensor, state: Any) -> Storage:
     scales = state.absmax.numel() * state.absmax.element_size()
     if nested:
         scales += state.state2.absmax.numel() * state.state2.absmax.element_size()
-    problem = four_bit_problem(layer, weight, state)
+    problem = next(_four_bit_problems(layer, weight, state), None)
     compute = torch.bfloat16 if packed else getattr(layer, "compute_dtype", state.dtype)
     return Storage(
         bits=None if problem else 4,

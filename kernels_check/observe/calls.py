@@ -264,18 +264,33 @@ class CallRecorder:
             caller=caller,
             with_grad=with_grad or context is not None,
             in_backward=in_backward,
+            differentiable=context is not None and any(context.needs_input_grad),
         )
         with self._lock:  # two threads may call the model at once
             number = len(self._log)
             self._log.append(call)
-        call.differentiable = context is not None and any(context.needs_input_grad)
         if not stack and not in_backward:
             call.modes = {name: one.training for name, one in self._tree.modules}
         entry = self._log[stack[0].number] if stack else call
         aside = not (entry.with_grad or entry.in_backward)
-        call.layers = [_describe_layer(layer, aside=aside) for layer in self._layers.get(id(module), ())]
+        call.layers = [
+            LayerCall(
+                layer=layer.name,
+                active=layer.adapters,
+                disabled=layer.disabled,
+                merged=bool(layer.merged),
+                with_gradients=with_grad,
+                aside=aside,
+            )
+            for layer in self._layers.get(id(module), ())
+        ]
         self._note_part(module, stack)
-        model_call = self._call_model(module, args, kwargs, number) if id(module) in self._entries else None
+        model_call = None
+        if id(module) in self._entries:
+            model_call = describe_call(module, args, kwargs, number)
+            if not in_backward:  # else it is a recomputation
+                (self._open_model_calls[-1].inside if self._open_model_calls else self.model_calls).append(model_call)
+            self._open_model_calls.append(model_call)
         mark: Any = None
         if self._marked:
             mark = torch._C._profiler._RecordFunctionFast(f"{MARK}{number}")
@@ -294,13 +309,6 @@ class CallRecorder:
                 call.ran[names[call.layer]] = max(dropped, call.ran.get(names[call.layer], 0.0))
                 return
 
-    def _call_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> ModelCall:
-        call = describe_call(module, args, kwargs, number)
-        if backward_task() == -1:  # in a backward pass it is a recomputation
-            (self._open_model_calls[-1].inside if self._open_model_calls else self.model_calls).append(call)
-        self._open_model_calls.append(call)
-        return call
-
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook: close the call, and those inside it at whose end no hook was called."""
         stack = self._stack()
@@ -313,9 +321,10 @@ class CallRecorder:
                 self._open_model_calls.remove(closed.model_call)
             if closed.module is module:
                 break
-        call = self._log[closed.number]
-        call.cut = _loses_gradient(module, args)
-        call.differentiable = call.differentiable or (torch.is_grad_enabled() and _requires_grad(output))
+        call, with_grad = self._log[closed.number], torch.is_grad_enabled()
+        repacked = is_packed(getattr(module._parameters.get("weight"), "quant_state", None))
+        call.cut = with_grad and repacked and any(isinstance(one, Tensor) and one.requires_grad for one in args)
+        call.differentiable = call.differentiable or (with_grad and _requires_grad(output))
         call.raised = not stack and sys.exc_info()[1] is not closed.handled and not call.in_backward
         if closed.model_call is not None and not self._open_model_calls:
             self._losses.read(closed.model_call, output)
@@ -325,17 +334,6 @@ class CallRecorder:
         if found is None:
             found = self._local.stack = []
         return found
-
-
-def _describe_layer(layer: AdapterLayer, *, aside: bool) -> LayerCall:
-    return LayerCall(
-        layer=layer.name,
-        active=layer.adapters,
-        disabled=layer.disabled,
-        merged=bool(layer.merged),
-        with_gradients=torch.is_grad_enabled(),
-        aside=aside,
-    )
 
 
 def _end_mark(closed: _OpenCall) -> None:
@@ -365,12 +363,6 @@ def _function_context() -> Any:
                 return context
         frame = frame.f_back
     return None
-
-
-def _loses_gradient(module: nn.Module, inputs: Any) -> bool:
-    repacked = is_packed(getattr(module._parameters.get("weight"), "quant_state", None))
-    wanted = repacked and any(isinstance(one, torch.Tensor) and one.requires_grad for one in inputs)
-    return wanted and torch.is_grad_enabled()
 
 
 def number_of(mark: str) -> int:

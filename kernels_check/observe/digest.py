@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -138,10 +138,6 @@ class Digest:
     mismatched: Mapping[str, str] = field(default_factory=dict)
     """4-bit layers whose weight has another layout than its quantisation state describes, with the reason."""
 
-    def is_buffer(self, name: str) -> bool:
-        """Whether a part is one of a buffer."""
-        return name in self.parts and self.parts[name].kind == "buffer"
-
     def since(self, before: Digest) -> DigestDifference:
         """What has changed since an earlier digest of the same model."""
         resharded = before.sharded ^ self.sharded
@@ -179,7 +175,7 @@ def digest(tree: ModelTree) -> Digest:
         except Exception as error:  # of an unknown kind: it is unseen, and nothing else is lost
             if part.kind != "cache":
                 unseen[part.name] = str(error) or type(error).__name__
-    states = _states(tree)
+    states = list(_states(tree))
     return Digest(
         parts=parts,
         total_bytes=take.bytes,
@@ -190,12 +186,12 @@ def digest(tree: ModelTree) -> Digest:
     )
 
 
-def _states(tree: ModelTree) -> list[tuple[str, nn.Module, Any, Any]]:
+def _states(tree: ModelTree) -> Iterator[tuple[str, nn.Module, Any, Any]]:
     """Name, layer, weight and state of every 4-bit weight."""
-    found = ((name, layer, base_weight(layer)) for name, layer in tree.modules)
-    with_weight = (one for one in found if one[2] is not None)
-    with_state = ((name, layer, weight, quant_state(layer, weight)) for name, layer, weight in with_weight)
-    return [one for one in with_state if one[3] is not None]
+    for name, layer in tree.modules:
+        weight = base_weight(layer)
+        if weight is not None and (state := quant_state(layer, weight)) is not None:
+            yield name, layer, weight, state
 
 
 def _readable(value: Tensor | Exception) -> Tensor:

@@ -10,11 +10,11 @@ A module that is called while the autograd engine runs is being recomputed. Each
 comes back has to be matched.
 
 Libraries of fused kernels swap classes, bind other forwards to modules, or put other functions into the module of a
-model's code. All of that is read off what is really bound now: the class and the forward of each module, and the
-function that the forward's own globals name. Patching that came too late, or for another architecture, leaves the
-model's own there silently. Whose forward an attention has says little of what is fused in it: so rotary embeddings and
-projections are recognised by the functions that the forward calls. A fused loss runs only where the forward is given
-labels, and is trained on only where a gradient reaches what it returned.
+model's code. All of that is read from the current bindings: the class and the forward of each module, and the function
+that the forward's own globals name. Patching that came too late, or for another architecture, silently leaves the
+model's own functions. The library of an attention's forward does not show which parts are fused, so rotary embeddings
+and projections are recognised by the functions that the forward calls. A fused loss runs only where the forward is
+given labels, and is trained on only where a gradient reaches the returned loss.
 """
 
 from __future__ import annotations

@@ -122,18 +122,14 @@ def _part(module: nn.Module, found: Sequence[AttentionCall]) -> tuple[int, int] 
     for one in found:
         if not one.recomputed and not one.compiled:
             by_call.setdefault(one.call, []).append(one)
+    config = getattr(module, "config", None)
+    claimed = {getattr(module, name, None) for name in _HEADS} | {getattr(config, "num_attention_heads", None)}
     for calls in by_call.values():
         widths, taken = [one.width for one in calls if one.width is not None], calls[-1].taken
         heads = sum(one.heads or 0 for one in calls)
-        if len(widths) == len(calls) and taken is not None and sum(widths) < taken and heads not in _heads(module):
+        if len(widths) == len(calls) and taken is not None and sum(widths) < taken and heads not in claimed:
             return sum(widths), taken
     return None
-
-
-def _heads(module: Any) -> set[Any]:
-    """How many heads a layer says that it has."""
-    config = getattr(module, "config", None)
-    return {getattr(module, name, None) for name in _HEADS} | {getattr(config, "num_attention_heads", None)}
 
 
 def _announced_blocks(model: nn.Module) -> str | None:

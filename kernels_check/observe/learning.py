@@ -234,7 +234,7 @@ class ParameterUpdates:
             value = _parts(self.tensor)
             undone = bool(self._before) and self._undoes(value)
             self._keep(value, [])
-        except Exception as error:  # no fault of the step, which goes on
+        except Exception as error:  # no fault of the step, which continues
             self.unreadable = f"{type(error).__name__}: {error}"
             return
         if not self.by_method and not stepping:
@@ -294,14 +294,14 @@ class ParameterUpdates:
 
 
 def _distance(one: list[Tensor], other: list[Tensor]) -> float:
-    """How far two values are apart; parts that are the same may be infinite."""
+    """Euclidean distance of two values; equal parts may be infinite."""
     pairs = [(now, then) for now, then in zip(one, other, strict=True) if not torch.equal(now, then)]
     total: float = sum(float((now.double() - then.double()).square().sum()) for now, then in pairs) ** 0.5
     return total
 
 
 def _is_same(now: Tensor, then: Tensor) -> bool:
-    """Whether two tensors are equal; what is no number is the same as itself."""
+    """Whether two tensors are equal, NaN being equal to NaN."""
     alike = (now.shape, now.dtype) == (then.shape, then.dtype)
     return torch.equal(now, then) or (alike and torch.allclose(now, then, rtol=0.0, atol=0.0, equal_nan=True))
 

@@ -48,7 +48,7 @@ class ModelCall:
     loss_gradients: list[Tensor] = field(default_factory=list)
     """What reached the loss that it returned, in each backward pass; of a call outside of all others."""
     parts: list[CrossEntropy] = field(default_factory=list)
-    """The cross entropies that the loss is made of; what is none, such as a term that balances experts, is left out."""
+    """The cross entropies that the loss is made of; other terms, such as one that balances experts, are left out."""
     unread: list[str] = field(default_factory=list)
     """Why some of them are not known."""
     number: int | None = None
@@ -295,7 +295,7 @@ class LossReader:
         """Read what a call of the model has returned."""
         loss = find_loss(output)
         if loss is not None and loss.requires_grad:
-            self.hooks.push(loss.register_hook(self.guard(lambda gradient: _keep(call, gradient))))
+            self.hooks.push(loss.register_hook(self.guard(lambda one: call.loss_gradients.append(one.detach()))))
             try:
                 for operator in _operators(loss.grad_fn):
                     part = _read(operator)
@@ -332,12 +332,8 @@ class LossReader:
             part.arrivals.append(Arrival(gradient=gradient.detach(), during=self.passes.current()))
 
 
-def _keep(call: ModelCall, gradient: Tensor) -> None:
-    call.loss_gradients.append(gradient.detach())
-
-
 def _operators(root: Any) -> Iterator[Any]:
-    """Those that the loss depends on through numbers alone: what is behind a cross entropy belongs to the model."""
+    """Cross entropies that the loss depends on through scalars alone: the graph behind one belongs to the model."""
     seen: set[Any] = set()
     waiting = [root]
     while waiting:
@@ -348,11 +344,11 @@ def _operators(root: Any) -> Iterator[Any]:
         if node.name() in _OPERATORS:
             yield node
         else:
-            waiting += [one for one, place in node.next_functions if one is not None and _is_number(one, place)]
-
-
-def _is_number(node: Any, place: int) -> bool:
-    return all(size == 1 for size in node._input_metadata[place].shape)
+            waiting += [
+                one
+                for one, place in node.next_functions
+                if one is not None and all(size == 1 for size in one._input_metadata[place].shape)
+            ]
 
 
 def _read(operator: Any) -> CrossEntropy:
@@ -459,6 +455,7 @@ def _pass(call: ModelCall, number: int, sums: Mapping[BackwardPass, int]) -> Los
         return None
     live = [_weight(part, arrivals) for part, arrivals in arrived if int(part.tokens)]
     every = [one for _, arrivals in arrived for one in arrivals]
+    labels = (call.arguments.get(name) for name in ("labels", "shift_labels"))
     tolerance = _NARROW if any(one.gradient.element_size() < 4 for one in every) else _EXACT
     largest_weight = max(map(abs, live), default=0.0)
     if not all(map(math.isfinite, live)):
@@ -469,7 +466,7 @@ def _pass(call: ModelCall, number: int, sums: Mapping[BackwardPass, int]) -> Los
         raise _UnreadError(f"the loss of one pass is made of {len(live)} cross entropies of different weights")
     return LossPass(
         tokens=sum(int(part.tokens) for part, _ in arrived),
-        positions=_positions(call.arguments),
+        positions=next((one.numel() for one in labels if isinstance(one, Tensor)), 0),
         weight=live[0] if live else 0.0,
         tolerance=tolerance,
         mean=any(part.mean for part, _ in arrived),
@@ -480,8 +477,3 @@ def _pass(call: ModelCall, number: int, sums: Mapping[BackwardPass, int]) -> Los
 def _weight(part: CrossEntropy, arrivals: Sequence[Arrival]) -> float:
     total = sum(float(one.gradient) for one in arrivals)
     return total / int(part.tokens) if part.mean else total
-
-
-def _positions(arguments: Mapping[str, Any]) -> int:
-    given = (arguments.get(name) for name in ("labels", "shift_labels"))
-    return next((one.numel() for one in given if isinstance(one, Tensor)), 0)

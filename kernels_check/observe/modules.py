@@ -1,13 +1,13 @@
 """Reads, hooks and restores a model.
 
 Modules and parameters are asked for some fifty times in a check: at a moment when nothing else runs, they are read once
-for all (``ModelTree``). A transformer keeps its layers in a numbered list. What is in such a list and is more than one
-layer of weights is a block; lists inside a block (the experts of a mixture) are its own. A model without such a list is
-taken apart into the layers of weights that it has.
+for all (``ModelTree``). A transformer keeps its layers in a numbered list. A member of such a list that has more than
+one layer of weights is a block; lists inside a block (the experts of a mixture) belong to it. In a model without such a
+list every layer of weights is a block.
 
-Hooks change nothing of a step. What fails in a hook is kept, and is no error of the step. torch.compile does not look
-into them. A module that is copied or saved takes the hooks on it along: in the copy, and in the file, they do nothing
-and name nothing of this project.
+Hooks change nothing in a step. An exception in a hook is recorded and does not reach the step. torch.compile does not
+trace hooks. A module that is copied or saved takes its hooks along: in the copy, and in the file, they do nothing and
+refer to nothing in this project.
 """
 
 from __future__ import annotations
@@ -76,7 +76,10 @@ def block_names(tree: ModelTree) -> tuple[str, ...]:
         if items:
             lists.append(items)
             inside += (prefix,)
-    of_blocks = [items for items in lists if not all(map(_is_leaf, items.values()))] or lists
+    # A single layer of weights is no block; an adapter makes it no more than that.
+    of_blocks = [
+        items for items in lists if not all(not item._modules or hasattr(item, "base_layer") for item in items.values())
+    ] or lists
     named = {id(item): name for items in reversed(of_blocks) for name, item in reversed(items.items())}
     layers = (name for name, module in tree.modules if module._parameters or hasattr(module, "base_layer"))
     return tuple(reversed(named.values())) if named else tuple(outermost(layers))
@@ -101,7 +104,7 @@ def block_of(name: str, blocks: frozenset[str]) -> str | None:
 def _items(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
     """What a list holds that has parameters, by name; empty where it is no list of blocks.
 
-    A sequence whose members are all of different kinds is a model taken apart, not a list of its blocks.
+    A sequence whose members are all of different classes holds the parts of a model, not its blocks.
     """
     if not isinstance(module, nn.ModuleList | nn.Sequential):
         return {}
@@ -121,11 +124,6 @@ def _kind(module: nn.Module) -> type[nn.Module]:
         if len(children) != 1 or module._parameters:
             return type(module)
         module = children[0]
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    """Whether it is a single layer of weights; an adapter makes it no more than that."""
-    return not module._modules or hasattr(module, "base_layer")
 
 
 def is_checkpointing_enabled(module: Any) -> bool:
@@ -173,7 +171,7 @@ def _inner(tensor: Any) -> list[tuple[str, Tensor]]:
     return [(name, part) for name in names if isinstance(part := getattr(tensor, name), Tensor)]
 
 
-NO_MEMORY = "it has no memory: freed, or of a class that cannot be taken apart"
+NO_MEMORY = "it has no memory: freed, or of a class whose parts cannot be read"
 
 
 def has_memory(tensor: Tensor) -> bool:
@@ -240,7 +238,7 @@ class ModuleHook:
 
     Args:
         module: that it is registered on.
-        hook: what is called for it.
+        hook: called with the arguments of a hook of torch.
     """
 
     def __init__(self, module: nn.Module, hook: Hook) -> None:
@@ -336,7 +334,7 @@ def restored(model: nn.Module) -> Iterator[None]:
     """
     synchronise()
     modes, numbers = Modes(model), RandomState()
-    gradients = [(parameter, parameter.grad, _copied(parameter.grad)) for parameter in model.parameters()]
+    gradients = [(one, one.grad, None if one.grad is None else one.grad.detach().clone()) for one in model.parameters()]
     values = {id(value): (value, value.detach().clone()) for value in model.parameters() if value.requires_grad}
     groups = dict[int, tuple[Optimizer, list[Any]]]()
     mappings = list[tuple[Any, dict[Any, Any], dict[Any, Tensor]]]()
@@ -361,7 +359,10 @@ def restored(model: nn.Module) -> Iterator[None]:
         synchronise()
         with torch.no_grad():
             for parameter, value in values.values():
-                _put_back(parameter, value)
+                if parameter.dtype == value.dtype and parameter.shape == value.shape:
+                    parameter.detach().copy_(value)
+                else:  # bitsandbytes casts a bias in the first forward
+                    parameter.data = value
             for parameter, gradient, kept in gradients:
                 if gradient is not None and kept is not None:
                     gradient.copy_(kept)
@@ -375,17 +376,6 @@ def restored(model: nn.Module) -> Iterator[None]:
                 optimizer.param_groups[:] = kept_groups
         modes.restore()
         numbers.restore()
-
-
-def _copied(gradient: Tensor | None) -> Tensor | None:
-    return None if gradient is None else gradient.detach().clone()
-
-
-def _put_back(parameter: Tensor, value: Tensor) -> None:
-    if parameter.dtype == value.dtype and parameter.shape == value.shape:
-        parameter.detach().copy_(value)
-    else:  # bitsandbytes casts a bias in the first forward
-        parameter.data = value
 
 
 def synchronise() -> None:

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from kernels_check.check import PathObservation
 from kernels_check.observe.adapter import (
     AdapterLayer,
     adapter_layers,
@@ -46,7 +47,7 @@ from kernels_check.observe.layers import AttentionLayers, LayerProducts, attenti
 from kernels_check.observe.learning import Gradients, GradientSeen, ParameterUpdates, Updates
 from kernels_check.observe.loss import BackwardPasses, LossSeen, ModelCall, loss_of_step
 from kernels_check.observe.modules import HookGuard, ModelTree, RandomState, is_checkpointing_enabled
-from kernels_check.observe.padding import IsolationResult, PaddingSeen, count_padding, isolation_by_inputs
+from kernels_check.observe.padding import PaddingSeen, count_padding, isolation_by_inputs
 from kernels_check.observe.parts import ParameterStatus, embedding_modules, fates_of, norm_modules, unmatched_names
 from kernels_check.observe.profile import (
     AROUND,
@@ -58,7 +59,6 @@ from kernels_check.observe.profile import (
     class_names,
     groups_of,
     is_recording,
-    not_recorded,
     operators_on,
     updated_by,
     with_gradient,
@@ -94,7 +94,7 @@ class Observation:
     updates: Mapping[str, ParameterUpdates] = field(default_factory=dict)
     """What became of each parameter of the adapter that has to learn, by name."""
     adapter_calls: Mapping[str, Sequence[LayerCall]] = field(default_factory=dict)
-    """Calls of the adapter's layers in the call that counts, by the layer's name; what is compiled notes none."""
+    """Calls of the adapter's layers in the last call, by the layer's name; compiled layers record none."""
     model_calls: tuple[ModelCall, ...] = ()
     """Calls of the model itself in the hooked call; none where it is compiled in place."""
     compilations: Compilations = field(default_factory=Compilations)
@@ -218,7 +218,7 @@ class Observation:
 
     @cached_property
     def fused_kernel_sites(self) -> list[FusedKernelSite]:
-        """Where fused kernels of other libraries may be bound, and what is bound there."""
+        """Modules where fused kernels of other libraries may be bound, with the library that is."""
         return fused_kernel_sites(self.tree, self.modules, self.model_calls)
 
     @cached_property
@@ -237,7 +237,7 @@ class Observation:
         return fates_of(norm_modules(self.tree), self)
 
     @cached_property
-    def isolation(self) -> IsolationResult:
+    def isolation(self) -> PathObservation:
         """Whether packed records are isolated."""
         return isolation_by_inputs(self.model_calls, self.attention_layers.calls)
 
@@ -302,7 +302,7 @@ class StepObserver:
                 yield
             drew_random = random.advanced()
         missing = AROUND if recording is None else None if recording.lasted else INSIDE
-        profile = recording.profile() if recording is not None and missing is None else not_recorded(str(missing))
+        profile = recording.profile() if recording is not None and missing is None else StepProfile(missing=missing)
         self.seen = series.observe(tree.model, recorder, profile, drew_random=drew_random)
 
     @contextmanager

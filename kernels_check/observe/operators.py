@@ -34,6 +34,7 @@ PRODUCTS = frozenset({
     *("aten::_scaled_mm", "aten::convolution", "aten::mv", "aten::addmv", "aten::dot", "aten::linear"),
 })  # fmt: skip
 """Matrix products; ``aten::linear`` is the outer name of one, where autocast has not cast its inputs yet."""
+BATCHED_PRODUCTS = ("aten::bmm", "aten::baddbmm")
 FOURBIT = frozenset({"bitsandbytes::gemm_4bit", "bitsandbytes::gemv_4bit"})
 MASKING = frozenset({
     *("aten::add", "aten::add_", "aten::sub", "aten::sub_", "aten::mul", "aten::mul_", "aten::where"),
@@ -85,11 +86,11 @@ class Operator:
         return self._inputs
 
     def shape(self, index: int) -> tuple[int, ...]:
-        """Shape of an input, empty for what is no tensor."""
+        """Shape of an input; empty where it is not a tensor."""
         return tuple(getattr(self.inputs[index], "sizes", ())) if index < len(self.inputs) else ()
 
     def dtype(self, index: int) -> str | None:
-        """Dtype of an input, None for what is no tensor."""
+        """Dtype of an input; None where it is not a tensor."""
         found = getattr(self.inputs[index], "dtype", None) if 0 <= index < len(self.inputs) else None
         return None if found is None else str(found).removeprefix("torch.")
 
@@ -116,14 +117,6 @@ def ancestors(operator: Operator) -> Iterator[Operator]:
 def around(operators: Iterable[Operator], names: Collection[str]) -> set[int]:
     """Identities of the operators inside which any of some names was called."""
     return {id(parent) for one in operators if one.name in names for parent in ancestors(one)}
-
-
-def by_place(operators: Iterable[Operator]) -> dict[tuple[int | None, bool], list[Operator]]:
-    """Operators by the call of a module and the pass in which they ran, in their order."""
-    found: dict[tuple[int | None, bool], list[Operator]] = {}
-    for operator in operators:
-        found.setdefault((operator.call, operator.in_backward), []).append(operator)
-    return found
 
 
 Path = Literal["dequantize", "fused", "packed_cpu", "unknown"]
@@ -177,7 +170,6 @@ def _product(event: Operator, dtype: str | None, path: Path | None) -> Product:
 
 
 Direction = Literal["forward", "backward"]
-_BATCHED = ("aten::bmm", "aten::baddbmm")
 _PROJECTIONS = {"aten::linear": 0, "aten::mm": 0, "aten::addmm": 1, "aten::_addmm_activation": 1} | dict.fromkeys(
     FOURBIT, 0
 )
@@ -251,7 +243,10 @@ def _is_softmax(event: Operator) -> bool:
 
 
 def _written_out(host: Sequence[Operator], taken: Mapping[int, int]) -> Iterator[AttentionCall]:
-    places = by_place(host)
+    places: dict[tuple[int | None, bool], list[Operator]] = {}
+    """By the call of a module and the pass in which they ran."""
+    for operator in host:
+        places.setdefault((operator.call, operator.in_backward), []).append(operator)
     scores = {
         event.shape(0)
         for events in places.values()
@@ -311,7 +306,7 @@ def _product_before(events: Sequence[Operator], index: int) -> Operator | None:
     """The product that made the scores: ``[batch, queries, size] x [batch, size, keys]``."""
     batch, queries, keys = _flattened(events[index].shape(0))
     for event in reversed(events[:index]):
-        if event.name in _BATCHED:
+        if event.name in BATCHED_PRODUCTS:
             left, right = (event.shape(position) for position in _operands(event))
             if left[:2] == (batch, queries) and right[::2] == (batch, keys):
                 return event
@@ -322,7 +317,7 @@ def _product_after(events: Sequence[Operator], index: int) -> Operator | None:
     """The product that the weights of attention go into."""
     flattened = _flattened(events[index].shape(0))
     for event in events[index + 1 :]:
-        if event.name in _BATCHED and event.shape(_operands(event)[0]) == flattened:
+        if event.name in BATCHED_PRODUCTS and event.shape(_operands(event)[0]) == flattened:
             return event
     return None
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels_check.check import PathObservation, failed, passed, undecided
 from kernels_check.observe.loss import (
     ModelCall,
     configurations,
@@ -293,7 +294,7 @@ def _add_runs(
         token = int(ids[row, run.start])
         if token in others - ends:
             continue
-        doubtful[row, run if token in ends - others else inner] = True  # what is named for padding alone is no word
+        doubtful[row, run if token in ends - others else inner] = True  # a token named for padding alone is no text
         if run.stop - run.start == 1:
             continue
         for sign, where, shown in (
@@ -353,25 +354,19 @@ def _still(positions: Any, numbers: Tensor) -> Tensor:
     return still
 
 
+_LEAK = (
+    "positions separate records only without a cache, which is the default, and without a mask of two dimensions: "
+    "pass use_cache=False and no attention_mask, or a mask of blocks to a model whose mask knows no positions (OPT)"
+)
 _VERIFY = "whether it isolates them takes forwards, as probe_isolation makes them"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IsolationResult:
-    """What changing the records of packed calls showed."""
-
-    records: int = 0
-    leaks: tuple[str, ...] = ()
-    """Changes that reached other records, each as a phrase."""
-    unclear: str | None = None
-    """Why nothing is known."""
-    packed: bool = True
-    """Whether any row holds two records."""
-    proof: str = ""
-    """What shows that nothing leaks."""
+def report_leaks(leaks: Sequence[str]) -> PathObservation:
+    """The finding of ``packing.isolated`` for changes that reached other records, each as a phrase."""
+    return failed("; ".join([*leaks, _LEAK]))
 
 
-def isolation_by_inputs(calls: Sequence[ModelCall], attention: Sequence[AttentionCall]) -> IsolationResult:
+def isolation_by_inputs(calls: Sequence[ModelCall], attention: Sequence[AttentionCall]) -> PathObservation:
     """Judge packed calls by the mask, positions and lengths that the model was given, without a forward.
 
     Args:
@@ -382,27 +377,27 @@ def isolation_by_inputs(calls: Sequence[ModelCall], attention: Sequence[Attentio
         read = [(call, records_of(call.arguments)) for call in packed_or_all(calls)]
         packed = [(call, records) for call, records in read if records is not None and records.packed]
     except LayoutError as error:
-        return IsolationResult(unclear=str(error), packed=False)
+        return undecided(str(error), present=False)
     if not packed:
         reason = f"no call of the step shows two records in a row, which takes {PASSED_ON}"
-        return IsolationResult(unclear=reason, packed=False)
+        return undecided(reason, present=False)
     count = packed[0][1].count
     if all(records.by == "attention_mask" for _, records in packed):
-        return IsolationResult(records=count, proof="a mask of blocks was given with each call")
+        return passed(f"{count} records: a mask of blocks was given with each call")
     if not attention:
-        return IsolationResult(records=count, unclear="no attention of the model was seen")
+        return undecided("no attention of the model was seen")
     by_lengths = ["varlen" in call.op or call.backend == "flex" for call in attention]
     if not any(by_lengths) and all(call.mask is False for call in attention):
         leak = "attention was given no mask and no lengths, so that the records of a row see each other"
-        return IsolationResult(records=count, leaks=(leak,))
+        return report_leaks([leak])
     if any(isinstance(call.arguments.get("attention_mask"), Tensor) for call, _ in packed):
-        return IsolationResult(records=count, unclear=f"an attention_mask with {packed[0][1].by}: {_VERIFY}")
+        return undecided(f"an attention_mask with {packed[0][1].by}: {_VERIFY}")
     if any(call.arguments.get("past_key_values") is not None or _caches(call) for call, _ in packed):
-        return IsolationResult(records=count, unclear=f"the model may have built a cache: {_VERIFY}")
+        return undecided(f"the model may have built a cache: {_VERIFY}")
     if not all(given or call.mask for given, call in zip(by_lengths, attention, strict=True)):
-        return IsolationResult(records=count, unclear=f"some attention was given no mask: {_VERIFY}")
-    proof = f"{packed[0][1].by} give the records, no mask or cache hides them, and all attention was given them"
-    return IsolationResult(records=count, proof=proof)
+        return undecided(f"some attention was given no mask: {_VERIFY}")
+    given = f"{packed[0][1].by} give the records, no mask or cache hides them, and all attention was given them"
+    return passed(f"{count} records: {given}")
 
 
 def packed_or_all(calls: Sequence[ModelCall]) -> list[ModelCall]:

@@ -1,8 +1,8 @@
 """Parts of a model that a configuration asks for: whether each is there, and what became of embeddings and norms.
 
-PEFT refuses a list of targets if none matches. If one matches, PEFT takes it and is silent about the rest. Each name is
-asked of PEFT's own matching. Of models whose experts transformers 5 holds in one parameter, PEFT turns the names of
-their projections into names of that parameter, in the configuration itself.
+PEFT refuses a list of targets if none matches. If one matches, PEFT takes it and is silent about the rest. Of models
+whose experts transformers 5 holds in one parameter, PEFT turns the names of their projections into names of that
+parameter, in the configuration itself.
 
 A value that differs is no proof of training: weight decay moves what has a gradient of zero. So embeddings and norms
 need a gradient, and what is used in their place (a copy that PEFT trains, the factors of an adapter, single tokens)
@@ -11,7 +11,7 @@ is judged.
 
 from __future__ import annotations
 
-import copy
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
@@ -63,30 +63,26 @@ class _Places:
         prefix = f"{path}.model." if self.tuner is not None else f"{path}."
         prefix = prefix.removeprefix(".")
         near = [(layer, layer.name.removeprefix(prefix)) for layer in layers if layer.name.startswith(prefix)]
-        self.modules = {_bare(name) for layer, name in near if not layer.copied}
+        paths = (name for name, _ in module.named_modules(prefix=path))
+        self.modules = {_bare(name.removeprefix(prefix)) for name in paths if name.startswith(prefix)}
+        """All of the wrapped model, adapted or not."""
         self.copies = {_bare(name) for layer, name in near if layer.copied or name.endswith(".token_adapter")}
         self.parameters = {
-            f"{_bare(name)}.{layer.module.parameter_name}" for layer, name in near if _adapts_parameter(layer.module)
+            f"{_bare(name)}.{layer.module.parameter_name}"
+            for layer, name in near
+            if is_a(layer.module, "peft.tuners.lora.layer", "ParamWrapper")
         }
         self.of_experts = _names_of_experts(inner if self.tuner is not None else module)
         adapted = tuple(f"{layer.name}." for layer, _ in near)
         named = (name for name, _ in module.named_modules(prefix=path)) if self.of_experts else ()
         self.bare = [name for name in named if not f"{name}.".startswith(adapted)]
-        """Modules that are neither adapted nor part of what is; looked for only where there may be experts."""
-        self._module, self._path, self._prefix = module, path, prefix
-
-    def every_module(self) -> Iterator[str]:
-        """Names of all modules of the wrapped model, as PEFT matches them."""
-        for name, _ in self._module.named_modules(prefix=self._path):
-            if name.startswith(self._prefix):
-                yield _bare(name.removeprefix(self._prefix))
+        """Modules outside of every adapted one; listed only for models that may have experts."""
 
 
 def _unmatched(configuration: Any, places: _Places) -> Iterator[str]:
     for field in ("target_modules", "feedforward_modules"):
         for name in _asked(configuration, field):
-            known = _by_default(configuration, places) or _targets(configuration, name, places.modules)
-            if not known and not _is_excluded(configuration, name, places):
+            if not (_by_default(configuration, places) or _matches(configuration, name, places.modules)):
                 yield f"{field} {name!r}"
     yield from _unmatched_parameters(_asked(configuration, "target_parameters"), places)
     task = str(getattr(configuration, "task_type", ""))
@@ -102,7 +98,7 @@ def _unmatched(configuration: Any, places: _Places) -> Iterator[str]:
 
 
 def _unmatched_parameters(asked: Collection[str], places: _Places) -> Iterator[str]:
-    """Names of parameters; of those that PEFT has made of others, only where what is there was asked for."""
+    """Unmatched names of parameters, with the user's own names for those that PEFT has derived."""
     words = {name.rpartition(".")[2] for name in places.bare}
     by_all_linear = bool(places.of_experts) and places.of_experts.keys() <= set(asked)
     for name in asked:
@@ -143,40 +139,13 @@ def _by_default(configuration: Any, places: _Places) -> bool:
     return not isinstance(asked, str) and any(set(asked) == set(table) for table in tables.values())
 
 
-def _targets(configuration: Any, name: str, modules: Iterable[str]) -> bool:
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    if name == "all-linear" or not isinstance(configuration.target_modules, str | list | set | tuple):
-        return any(True for _ in modules)
-    if "dummy-target-modules" in name:  # PEFT's own word for an adapter without targets
+def _matches(configuration: Any, name: str, modules: Iterable[str]) -> bool:
+    """Whether PEFT finds a module by a name; one that the configuration excludes again is there all the same."""
+    if name == "all-linear" or "dummy-target-modules" in name:  # the second is PEFT's word for an adapter without any
         return True
-    if getattr(configuration, "is_adaption_prompt", False):  # it names the attention by its last word
-        return any(_ends_with(module, name) for module in modules)
-    alone = _with_one_target(configuration, name)
-    return any(check_target_module_exists(alone, module) for module in modules)
-
-
-def _is_excluded(configuration: Any, name: str, places: _Places) -> bool:
-    """Whether a target matches modules that the configuration itself excludes, by ``exclude_modules`` or as copies."""
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    alone = _with_one_target(configuration, name)
-    without = copy.copy(alone)
-    without.exclude_modules = without.modules_to_save = None
-    return any(
-        check_target_module_exists(without, module) and not check_target_module_exists(alone, module)
-        for module in places.every_module()
-    )
-
-
-def _with_one_target(configuration: Any, name: str) -> Any:
-    alone = copy.copy(configuration)
-    alone.target_modules = name if isinstance(configuration.target_modules, str) else [name]
-    return alone
-
-
-def _adapts_parameter(module: Any) -> bool:
-    return is_a(module, "peft.tuners.lora.layer", "ParamWrapper")
+    if isinstance(configuration.target_modules, str):
+        return any(re.fullmatch(name, module) for module in modules)
+    return any(_ends_with(module, name) for module in modules)
 
 
 def _ends_with(place: str, name: str) -> bool:
@@ -251,10 +220,12 @@ def norm_modules(tree: ModelTree) -> dict[str, TrainedModule]:
     A norm is recognised by the names of its classes: those of libraries and of users derive from one that is called so.
     A head that normalises its weight first is called so, too, and is a linear layer.
     """
-    return _places(
-        tree,
-        lambda module: bool(module._parameters) and not isinstance(module, nn.Linear) and _is_norm(type(module)),
-    )
+
+    def is_norm(module: nn.Module) -> bool:
+        named = any("norm" in one.__name__.lower() for one in type(module).__mro__)
+        return named and bool(module._parameters) and not isinstance(module, nn.Linear)
+
+    return _places(tree, is_norm)
 
 
 def fates_of(places: Mapping[str, TrainedModule], seen: Observation) -> list[ParameterStatus]:
@@ -302,10 +273,6 @@ def _fate(name: str, seen: Observation, rate: float | None, rare: Set[str]) -> F
     if rate is None:
         return "not given to an optimizer"
     return "unchanged" if rate else "given a rate of 0"
-
-
-def _is_norm(kind: type) -> bool:
-    return any("norm" in one.__name__.lower() for one in kind.__mro__)
 
 
 def _places(tree: ModelTree, is_one: Callable[[nn.Module], bool]) -> dict[str, TrainedModule]:

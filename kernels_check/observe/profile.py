@@ -15,7 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 from unittest.mock import patch
@@ -30,6 +30,7 @@ from kernels_check.observe.calls import MARK, number_of
 from kernels_check.observe.modules import synchronise
 from kernels_check.observe.operators import (
     BACKWARD_ROOT,
+    BATCHED_PRODUCTS,
     COMPILED_REGION,
     COMPILER_LOOKUP,
     FOURBIT,
@@ -204,8 +205,8 @@ def operators_on(groups: Iterable[GroupSeen], written: Iterable[Write]) -> list[
 class StepProfile:
     """What one watched step executed."""
 
-    attention: tuple[AttentionCall, ...]
-    fourbit: tuple[Product, ...]
+    attention: tuple[AttentionCall, ...] = ()
+    fourbit: tuple[Product, ...] = ()
     """Products with a 4-bit weight, in the forward pass or recomputed for the backward pass."""
     products: tuple[Product, ...] = ()
     """All others of the forward pass."""
@@ -215,7 +216,7 @@ class StepProfile:
     """The same with a sum or an exponential, from which attention could be written out element by element."""
     writes: tuple[Write, ...] = ()
     """What wrote tensors inside the steps of optimizers."""
-    kernels: Mapping[str, int]
+    kernels: Mapping[str, int] = field(default_factory=dict)
     """Launches of each kernel rule (see ``rules``); empty without CUDA."""
     compiled_regions: int = 0
     """Regions of torch.compile that were entered in either pass."""
@@ -249,30 +250,23 @@ def reduce_operators(
         attention=tuple(attention_calls(operators)),
         fourbit=tuple(fourbit_products(operators, on_cuda=bool(rules))),
         products=tuple(plain_products(operators)),
-        mixing=frozenset(call for call, one in forward if _mixes(one)),
+        mixing=frozenset(
+            call
+            for call, one in forward  # a router or a projection takes its softmax over fewer dimensions
+            if one.name in BATCHED_PRODUCTS or (one.name in SOFTMAX and len(one.shape(0)) >= 3)
+        ),
         reductions=frozenset(call for call, one in forward if one.name in REDUCTIONS),
         writes=tuple(writes),
         kernels=Counter(rule.name for rule in rules if rule is not None),
         compiled_regions=len(regions),
         compiler_lookups=sum(one.name == COMPILER_LOOKUP for one in operators),
         entered=tuple(one.call for one in regions if not one.in_backward),
-        eager=frozenset(call for call, one in forward if _computes(one) and one.region is None),
+        eager=frozenset(
+            call
+            for call, one in forward
+            if one.region is None and (one.name in PRODUCTS | FOURBIT or attention_backend(one.name) is not None)
+        ),
     )
-
-
-def not_recorded(reason: str) -> StepProfile:
-    """A profile without anything in it."""
-    return replace(reduce_operators([]), missing=reason)
-
-
-def _computes(event: Operator) -> bool:
-    return event.name in PRODUCTS or event.name in FOURBIT or attention_backend(event.name) is not None
-
-
-def _mixes(event: Operator) -> bool:
-    """Whether it may mix tokens: what a router or a projection does is over fewer dimensions."""
-    batched = event.name in ("aten::bmm", "aten::baddbmm")
-    return batched or (event.name in SOFTMAX and len(event.shape(0)) >= 3)
 
 
 AROUND = "a profiler of the program runs around this check, which another would end"
@@ -308,7 +302,7 @@ class ProfilerRecording:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Record until the end of the block; a profiler that the program starts meanwhile ends this one, and goes on.
+        """Record until the end of the block; a profiler that the program starts meanwhile ends this one and continues.
 
         Stopping this one then would end that of the program and take what it has recorded, so that it is let be.
         """

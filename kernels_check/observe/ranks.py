@@ -1,8 +1,8 @@
 """What one rank shows of a watched step, and what all of them show: the evidence of ``ranks.*`` under ``watch``.
 
 A gradient before and after its exchange may be gigabytes, so both are compared by their product with a random vector of
-signs, the same on every rank: what is linear in gradients (a sum, a mean) is linear in these numbers, and a wrong
-divisor or a missing exchange cannot hide in them.
+signs, the same on every rank: a sum or a mean of gradients is the same sum or mean of these numbers, so a wrong divisor
+or a missing exchange shows in them.
 
 The ranks exchange their evidence when a watched step has ended, which is a collective: every rank has to watch the same
 step with the same requirements.
@@ -137,7 +137,8 @@ class RankObserver:
         if seen is None:
             raise RuntimeError("nothing of the step was seen")
         updates, counted = seen.optimizer_steps, counted_updates(self._optimizers)
-        if any(map(_is_flat, model.parameters())):
+        flat = ("ds_id", "_fsdp_flattened", "_is_flat_param")
+        if any(hasattr(parameter, name) for parameter in model.parameters() for name in flat):
             return RankEvidence(rank=rank, undecided=undecided, updates=updates, counted=counted, flat=True)
         parts = {name: part for name, part in seen.after.parts.items() if part.kind != "cache"}
         shards = [
@@ -245,10 +246,6 @@ def counted_updates(optimizers: Any) -> int | None:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, of which this rank holds a part."""
     return type(tensor).__name__ == "DTensor"
-
-
-def _is_flat(parameter: Any) -> bool:
-    return hasattr(parameter, "ds_id") or hasattr(parameter, "_fsdp_flattened") or hasattr(parameter, "_is_flat_param")
 
 
 def _signs(name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:

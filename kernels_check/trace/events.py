@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from kernels_check.rules import Rule, classify_operator
+from kernels_check.rules import KernelNameFacts, Rule, classify_operator
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -55,7 +55,8 @@ class NameTotal:
     calls: int
     time_ms: float
     rule: Rule | None = None
-    """Of an operator: the rule that it counts for."""
+    """The rule that it counts for."""
+    facts: KernelNameFacts | None = None
 
 
 def make_events(rows: Iterable[Row]) -> Events:

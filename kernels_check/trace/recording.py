@@ -1,7 +1,7 @@
 """Reads recordings made elsewhere: a trace of torch.profiler (Kineto, Chrome), or a table of kernels of nsys.
 
-A trace is held in memory once, and what is not needed of its events is not decoded. A damaged file is refused as a
-whole: of what is missing nothing is known.
+A trace is held in memory once, and fields of events that are not needed are not decoded. A damaged file is refused as
+a whole, since nothing is known of the missing part.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kernels_check.trace.events import Events, NameTotal, Row, make_events
 EXPECTED = "a Kineto/Chrome trace (.json, .json.gz) or an nsys cuda_gpu_kern_sum table (.csv, .csv.gz)"
 UNPACKED_FREELY_BYTES = 256 << 20
 MOST_EXPANSION = 100
-"""Traces unpack to some twenty times their size; gzip can make a thousand times of what is no recording."""
+"""Traces unpack to some twenty times their size; other gzip files may reach a thousand times."""
 _TRACE = re.compile(rb"\s*(\{|\[\s*(\{|\]|$))")
 """How JSON begins; nsys begins with its progress, such as ``[3/8] Executing``."""
 NO_CORRELATION = -1

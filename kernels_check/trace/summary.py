@@ -8,6 +8,8 @@ backend and the 4-bit path as well, only busy share and kernels a step have no m
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import re
 from collections import Counter
@@ -19,7 +21,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kernels_check.rules import CATEGORIES, UNDECIDED, KernelNameFacts, Rule, classify, read_facts
+from kernels_check.check import format_count
+from kernels_check.rules import CATEGORIES, UNDECIDED, KernelNameFacts, classify, read_facts
+from kernels_check.terminal import escape_control_chars, print_stderr
 from kernels_check.trace.events import Events, NameTotal, busy_time_us, operator_times, sum_by_name
 from kernels_check.trace.recording import (
     Kineto,
@@ -178,13 +182,13 @@ def _event_notices(events: Events) -> Iterator[str]:
         yield f"{untimed:,} events have no usable start or duration: counted, with no time"
 
 
-def _name_notices(launches: Sequence[_Launches], unknown: Sequence[_Launches], unknown_share: float) -> Iterator[str]:
+def _name_notices(launches: Sequence[NameTotal], unknown: Sequence[NameTotal], unknown_share: float) -> Iterator[str]:
     """Names that hide what ran, which full demangled names would show."""
     foreign = [one for one in launches if _AMD.search(one.name)]
     if foreign:
         yield (
             f"this recording is of an AMD GPU ({foreign[0].name[:_SHOWN]}): its kernels are known from published "
-            "recordings only, and nothing that is said here of CUDA's libraries is about it"
+            "recordings only, and shares of CUDA's libraries do not apply to it"
         )
     if unknown_share > _MUCH:
         yield (
@@ -239,17 +243,6 @@ def _count_kernels(trace: Kineto) -> StepCounts | None:
 # --- sums of what ran -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Launches:
-    """All launches of one name (on a trace without a GPU: all calls of one operator)."""
-
-    name: str
-    calls: int
-    time_ms: float
-    rule: Rule | None
-    facts: KernelNameFacts | None
-
-
 def _summarise(
     path: Path, totals: Iterable[NameTotal], *, operators: Collection[str] = (), by_operators: bool = False
 ) -> KernelSummary:
@@ -271,12 +264,12 @@ def _summarise(
             "share can be given. Record it again"
         )
 
-    def use(some: Iterable[_Launches]) -> Use:
+    def use(some: Iterable[NameTotal]) -> Use:
         some = list(some)
         time_ms = math.fsum(one.time_ms for one in some)
         return Use(calls=sum(one.calls for one in some), time_share=time_ms / total_ms, time_ms=time_ms)
 
-    def uses(groups: Mapping[str, Sequence[_Launches]]) -> dict[str, Use]:
+    def uses(groups: Mapping[str, Sequence[NameTotal]]) -> dict[str, Use]:
         return {name: use(some) for name, some in groups.items()}
 
     groups = _group(ran, lambda one: one.rule.category_of(one.name) if one.rule is not None else "other")
@@ -311,21 +304,19 @@ def _summarise(
     )
 
 
-def _describe_kernel(total: NameTotal) -> _Launches:
+def _describe_kernel(total: NameTotal) -> NameTotal:
     rule = classify(total.name)
-    facts = read_facts(total.name, rule) if rule is not None else None
-    return _Launches(total.name, total.calls, total.time_ms, rule, facts)
+    return replace(total, rule=rule, facts=read_facts(total.name, rule) if rule is not None else None)
 
 
-def _describe_operator(total: NameTotal) -> _Launches:
+def _describe_operator(total: NameTotal) -> NameTotal:
     direction: Literal["backward", "forward"] = "backward" if "ackward" in total.name else "forward"
-    facts = KernelNameFacts(dtype=None, causal=None, direction=direction)
-    return _Launches(total.name, total.calls, total.time_ms, total.rule, facts)
+    return replace(total, facts=KernelNameFacts(dtype=None, causal=None, direction=direction))
 
 
-def _group(launches: Iterable[_Launches], key: Callable[[_Launches], str | None]) -> dict[str, list[_Launches]]:
+def _group(launches: Iterable[NameTotal], key: Callable[[NameTotal], str | None]) -> dict[str, list[NameTotal]]:
     """Launches by a key, those without one left out; the group that takes most time first."""
-    groups: dict[str, list[_Launches]] = {}
+    groups: dict[str, list[NameTotal]] = {}
     for one in launches:
         name = key(one)
         if name is not None:
@@ -333,7 +324,7 @@ def _group(launches: Iterable[_Launches], key: Callable[[_Launches], str | None]
     return dict(sorted(groups.items(), key=lambda group: (-sum(one.time_ms for one in group[1]), group[0])))
 
 
-def _backend(one: _Launches, operators: Collection[str]) -> str:
+def _backend(one: NameTotal, operators: Collection[str]) -> str:
     """Name the backend; a softmax kernel alone does not distinguish SDPA's math from attention written out.
 
     The host's operators can: math calls ``_safe_softmax``, and eager attention never enters SDPA.
@@ -349,7 +340,7 @@ def _backend(one: _Launches, operators: Collection[str]) -> str:
     return backend
 
 
-def _backend_use(use: Use, some: Sequence[_Launches]) -> BackendUse:
+def _backend_use(use: Use, some: Sequence[NameTotal]) -> BackendUse:
     directions, causal = Counter[str | None](), Counter[bool | None]()
     for one in some:
         if one.facts is not None:
@@ -368,9 +359,94 @@ def _backend_use(use: Use, some: Sequence[_Launches]) -> BackendUse:
     )
 
 
-def _count_dtypes(some: Iterable[_Launches]) -> dict[str, int]:
+def _count_dtypes(some: Iterable[NameTotal]) -> dict[str, int]:
     counts = Counter[str]()
     for one in some:
         if one.facts is not None and one.facts.dtype is not None:
             counts[one.facts.dtype] += one.calls
     return dict(counts.most_common())
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+EXIT_BAD_INPUT = 2
+_NAMES_SHOWN = 10
+"""Unclassified names in the table; the JSON document has all."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """``trace FILE [--json]``."""
+    try:
+        summary = read_trace(arguments.file)
+    except TraceError as error:
+        print_stderr(f"kernels_check: {error}")
+        return EXIT_BAD_INPUT
+    if arguments.json:
+        print(json.dumps(summary.to_json(), allow_nan=False))
+    else:
+        _print(summary)
+    for notice in summary.notices:
+        print_stderr(f"notice: {notice}")
+    return 0
+
+
+def _print(summary: KernelSummary) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    what = "kernel launches" if summary.device == "gpu" else "operator calls"
+    where = "GPU time" if summary.device == "gpu" else "time in operators of the host (no GPU kernel recorded)"
+    console.print(f"{summary.calls:,} {what}, {summary.time_ms:,.3f} ms of {where}")
+    if summary.busy_share is not None:
+        console.print(f"busy share {summary.busy_share:.1%} of the time from the first start to the last end")
+    if (steps := summary.kernels_per_step) is not None:
+        over = format_count(steps.steps, "step")
+        console.print(f"kernels a step: median {steps.median:,g}, {steps.lowest:,} to {steps.highest:,} over {over}")
+
+    def table(title: str, headings: Iterable[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
+        from rich.table import Table
+        from rich.text import Text
+
+        if not rows:
+            return
+        printed = Table(title=title, title_justify="left", caption=note or None, caption_justify="left")
+        for heading in headings:
+            printed.add_column(heading, justify="left" if heading in ("", "by name") else "right", overflow="fold")
+        for row in rows:
+            printed.add_row(*(Text(escape_control_chars(cell)) for cell in row))
+        console.print(printed)
+
+    used = "", "calls", "time ms", "share"
+    backends = summary.attention.backends
+    evidence = [(*row, _evidence(use)) for row, use in zip(_rows(backends), backends.values(), strict=True)]
+    table("Attention", (*used, "by name"), evidence, "calls are launches")
+    formats = ", ".join(f"{calls:,} in {dtype}" for dtype, calls in summary.fourbit.dtypes.items())
+    table("4-bit paths", used, _rows(summary.fourbit.paths), f"compute dtype: {formats}" if formats else "")
+    table("4-bit formats", used, _rows(summary.fourbit.quant_types))
+    table("Matrix products by number format", used, _rows(summary.matmul_dtypes))
+    times = summary.category_time_ms
+    categories = [(name, f"{times[name]:,.3f}", f"{share:.1%}") for name, share in summary.categories.items()]
+    table("Categories", ("", "time ms", "share"), categories)
+    unknown = _rows(summary.unclassified.kernels)
+    more = len(unknown) - _NAMES_SHOWN
+    share = summary.unclassified.time_share
+    table(
+        f"Names that no rule knows: {len(unknown)} ({share:.1%} of the time, part of other)",
+        used,
+        unknown[:_NAMES_SHOWN],
+        f"and {more} more, see --json" if more > 0 else "",
+    )
+
+
+def _rows(uses: Mapping[str, Use]) -> list[tuple[str, ...]]:
+    return [(name, f"{use.calls:,}", f"{use.time_ms:,.3f}", f"{use.time_share:.1%}") for name, use in uses.items()]
+
+
+def _evidence(use: BackendUse) -> str:
+    """What the names of the kernels prove."""
+    known = [f"{calls:,} {dtype}" for dtype, calls in use.dtypes.items()]
+    if use.forward_calls or use.backward_calls:
+        known.insert(0, f"{use.forward_calls:,} forward, {use.backward_calls:,} backward")
+    known += [f"{use.causal_calls:,} causal"] if use.causal_calls else []
+    known += [f"{use.not_causal_calls:,} not causal"] if use.not_causal_calls else []
+    return ", ".join(known)

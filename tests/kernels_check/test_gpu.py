@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import kernels_check
 from kernels_check.observe.profile import quiet_kineto
-from kernels_check.rules import attention_backend, classify, classify_operator, load_operator_rules, load_rules
+from kernels_check.rules import attention_backend, classify, classify_operator, load_rules
 from kernels_check.trace.recording import read_kineto
 
 EXPECTED = {
@@ -99,7 +99,8 @@ ELSEWHERE = {
 """Rules that no recording made here could show, each with what it would take: their names were read in sources, or in
 recordings that others have published."""
 RUN: set[str] = set()
-GPU_RULES = sorted(rule.name for rule in (*load_rules(), *load_operator_rules()) if rule.gpu_only)
+ALL_RULES = (*load_rules("rules"), *load_rules("operators"))
+GPU_RULES = sorted(rule.name for rule in ALL_RULES if rule.gpu_only)
 SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -185,16 +186,14 @@ def test_every_rule_for_a_gpu_has_a_recording_that_must_show_it(rule):
     """A rule that is new in the table and in no case fails here, on any machine; one that needs what we have not says
     so, and is known from what others have shown."""
     assert any(rule in rules for rules in EXPECTED.values()) is (rule not in ELSEWHERE)
-    graded = next(one.evidence for one in (*load_rules(), *load_operator_rules()) if one.name == rule)
+    graded = next(one.evidence for one in ALL_RULES if one.name == rule)
     assert rule not in ELSEWHERE or set(graded.split(", ")) <= {"G", "S"}
 
 
 def test_every_case_is_recorded_by_a_test_and_names_rules_that_exist():
     """An expectation that nothing runs, or of a rule that is gone, would confirm nothing."""
     assert set(EXPECTED) == RUN
-    assert set().union(*EXPECTED.values()) | set(ELSEWHERE) <= {
-        rule.name for rule in (*load_rules(), *load_operator_rules())
-    }
+    assert set().union(*EXPECTED.values()) | set(ELSEWHERE) <= {rule.name for rule in ALL_RULES}
 
 
 @runs("flash", "cudnn", "efficient", "math")

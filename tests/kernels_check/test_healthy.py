@@ -10,7 +10,6 @@ import tempfile
 
 import bitsandbytes as bnb
 import peft
-import peft.optimizers
 import pytest
 import torch
 import transformers
@@ -110,13 +109,6 @@ def recomputing(**options):
 case("non-reentrant checkpointing")(functools.partial(recomputing, use_reentrant=False))
 
 
-@case("LoRA+")
-def lora_plus():
-    model = lora(llama())
-    options = {"optimizer_cls": torch.optim.AdamW, "lr": 1e-2, "loraplus_lr_ratio": 16}
-    return model, step_of(model, peft.optimizers.create_loraplus_optimizer(model=model, **options)), {}
-
-
 @case("scaled, clipped and accumulated gradients")
 def scaled_gradients():
     model, ids = lora(llama()), tokens()
@@ -145,20 +137,6 @@ def generation():
         train()
 
     return model, step, {}
-
-
-@case("all biases train, as PEFT was asked to")
-def biases():
-    return plain(lora(llama(attention_bias=True, mlp_bias=True), bias="all"))
-
-
-@case("biases of 4-bit layers train")
-def biases_of_4bit_layers():
-    base = llama(nf4, torch.bfloat16)
-    for layer in base.model.layers:
-        for linear in (layer.self_attn.q_proj, layer.self_attn.v_proj):
-            linear.bias = nn.Parameter(torch.zeros(linear.out_features), requires_grad=False)
-    return plain(lora(base, bias="lora_only"), **NF4)
 
 
 @case("a vision-language model with an adapter on its language model")

@@ -13,25 +13,19 @@ PROMPT = {"num_virtual_tokens": 4, **TASK}
 METHODS = {
     "DoRA": lambda: peft.LoraConfig(r=4, use_dora=True, **TARGETS),
     "modules_to_save": lambda: peft.LoraConfig(r=4, modules_to_save=["lm_head"], **TARGETS),
-    "tokens": lambda: peft.LoraConfig(r=4, trainable_token_indices={"embed_tokens": [*range(1, 96)]}, **TARGETS),
-    "embedding": lambda: peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], **TASK),
-    "AdaLoRA": lambda: peft.AdaLoraConfig(init_r=4, target_r=2, total_step=100, tinit=1, tfinal=10, **TARGETS),
     "VeRA": lambda: peft.VeraConfig(r=4, **TARGETS),
     "IA3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], **TASK),
     "LoHa": lambda: peft.LoHaConfig(r=4, **TARGETS),
     "OFT": lambda: peft.OFTConfig(r=0, oft_block_size=8, use_cayley_neumann=False, **TARGETS),
     "VBLoRA": lambda: peft.VBLoRAConfig(r=2, num_vectors=8, vector_length=32, topk=2, **TARGETS),
-    "LN tuning": lambda: peft.LNTuningConfig(target_modules=["input_layernorm", "norm"], **TASK),
     "adaption prompt": lambda: peft.AdaptionPromptConfig(adapter_layers=2, adapter_len=4, **TASK),
     "prompt tuning": lambda: peft.PromptTuningConfig(**PROMPT),
     "prefix tuning": lambda: peft.PrefixTuningConfig(**PROMPT),
-    "p-tuning": lambda: peft.PromptEncoderConfig(encoder_hidden_size=16, **PROMPT),
-    "LoRA with a bias": lambda: peft.LoraConfig(r=4, lora_bias=True, **TARGETS),
     "LoRA of one layer": lambda: peft.LoraConfig(r=4, layers_to_transform=[1], **TARGETS),
     "trainable tokens": lambda: peft.TrainableTokensConfig(token_indices=[*range(1, 96)], **TASK),
     "cartridge": lambda: peft.CartridgeConfig(num_virtual_tokens=3, num_frozen_tokens=1, **TASK),
 }
-KINDS = ("DoRA", "modules_to_save", "VeRA", "IA3", "LoHa", "VBLoRA", "adaption prompt", "prompt tuning")
+KINDS = ("DoRA", "modules_to_save", "IA3", "VBLoRA", "adaption prompt", "prompt tuning")
 """One of each way in which an adapter is held."""
 PATHS = ("peft.attached", "peft.learning", "peft.dtype", "base.frozen")
 

@@ -9,15 +9,12 @@ import pytest
 from kernels_check.rules import (
     CATEGORIES,
     GRADES,
-    Rule,
     attention_backend,
     classify,
     classify_operator,
-    load_operator_rules,
     load_rules,
     normalise,
     read_facts,
-    validated_against,
 )
 
 # Shapes of the names in the notes on kernels: torch 2.13 and bitsandbytes 0.50.2 binaries, published GPU traces.
@@ -35,21 +32,13 @@ def nsys(name):
     return re.sub(r"(\w+) const\*", r"const \1 *", name).replace("> >", ">>").replace("> >", ">>")
 
 
-@pytest.mark.parametrize(("kernel", "rule"), KERNELS, ids=lambda value: value[:40])
-def test_a_known_name_lands_in_its_rule(kernel, rule):
+def test_a_known_name_lands_in_its_rule():
     """cuDNN before flash, log-softmax (the loss) before softmax, namespaces kept separate; also as nsys spells them."""
-    for spelling in (kernel, nsys(kernel)):
-        found = classify(spelling)
-        assert found is not None
-        assert found.name == rule
-
-
-@pytest.mark.parametrize(("operator", "rule"), OPERATORS, ids=lambda value: value[:40])
-def test_an_operator_lands_in_its_rule(operator, rule):
-    """What the dispatcher calls it names the implementation."""
-    found = classify_operator(operator)
-    assert found is not None
-    assert found.name == rule
+    spellings = [(spelling, rule) for kernel, rule in KERNELS for spelling in (kernel, nsys(kernel))]
+    found = [(spelling, getattr(classify(spelling), "name", None)) for spelling, _ in spellings]
+    assert found == spellings
+    found = [(operator, getattr(classify_operator(operator), "name", None)) for operator, _ in OPERATORS]
+    assert found == OPERATORS
 
 
 @pytest.mark.parametrize(
@@ -74,8 +63,8 @@ def test_an_operator_names_its_attention(operator, backend):
 
 def test_every_rule_is_reached():
     """Each rule has a name that it matches and that no rule before it takes."""
-    assert [rule.name for rule in load_rules() if rule.name not in NAMES["kernels"]] == []
-    assert [rule.name for rule in load_operator_rules() if rule.name not in NAMES["operators"]] == []
+    assert [rule.name for rule in load_rules("rules") if rule.name not in NAMES["kernels"]] == []
+    assert [rule.name for rule in load_rules("operators") if rule.name not in NAMES["operators"]] == []
 
 
 @pytest.mark.parametrize(
@@ -105,28 +94,17 @@ def test_both_spellings_of_template_arguments_are_one_name():
     )
 
 
-@pytest.mark.parametrize("load", [load_rules, load_operator_rules])
-def test_rules_are_stamped_complete_and_unique(load):
-    """Every rule compiles, explains itself, has a grade, a category and versions; the table says which."""
-    rules = load()
+@pytest.mark.parametrize("table", ["rules", "operators"])
+def test_rules_are_complete_and_unique(table):
+    """Every rule compiles, explains itself, has a grade and a category."""
+    rules = load_rules(table)
     assert len({rule.name for rule in rules}) == len(rules) > 15
     for rule in rules:
         re.compile(rule.pattern)
         assert rule.meaning
+        assert {rule.category, *rule.finer} <= set(CATEGORIES)
         assert set(re.findall(r"\w", rule.evidence)) <= set(GRADES) != set()
-        assert rule.library is None or rule.library in validated_against()
         assert (rule.backend is not None) == (rule.category == "attention")
-        assert rule.gpu_only in (True, False)
-    assert {"torch", "bitsandbytes"} <= set(validated_against())
-
-
-def test_a_rule_with_an_unknown_category_is_refused():
-    """A typing error in the data must not lose time silently."""
-    known = {"name": "N", "pattern": "p", "meaning": "m", "evidence": "X", "gpu_only": True, "library": None}
-    with pytest.raises(ValueError, match=r"rule N: category.*matmull.*is none of matmul"):
-        Rule(category="matmull", **known)
-    with pytest.raises(ValueError, match=r"category.*losss"):
-        Rule(category="other", finer={"losss": "x"}, **known)
 
 
 @pytest.mark.parametrize(
@@ -171,10 +149,9 @@ def _facts(kernel):
     return read_facts(kernel, rule)
 
 
-@pytest.mark.parametrize(("kernel", "rule"), KERNELS, ids=lambda value: value[:40])
-def test_both_spellings_prove_the_same(kernel, rule):
-    """Number format, causality and direction do not depend on who printed the name."""
-    assert _facts(kernel) == _facts(nsys(kernel))
+def test_both_spellings_prove_the_same():
+    """Number format, causality and direction do not depend on the tool that printed the name."""
+    assert [kernel for kernel, _ in KERNELS if _facts(kernel) != _facts(nsys(kernel))] == []
 
 
 def _named(rule, *parts):

@@ -3,7 +3,7 @@
 import bitsandbytes
 import pytest
 import torch
-from peft import IA3Config, LoraConfig
+from peft import LoraConfig
 
 from kernels_check.observe.adapter import adapter_layers
 
@@ -48,14 +48,11 @@ def test_zeroth_order_training_is_not_taken_for_an_evaluation(training):
     "configuration",
     [
         LoraConfig(target_modules="all-linear", exclude_modules=["down_proj"]),
-        LoraConfig(target_modules="all-linear", exclude_modules=r".*\.layers\.1\..*"),
         LoraConfig(target_modules=["q_proj", "down_proj"], exclude_modules=r".*\.mlp\..*"),
+        LoraConfig(target_modules=r"model\.layers\.\d+\.self_attn\.[qv]_proj"),
         LoraConfig(target_modules=["q_proj", "lm_head"], modules_to_save=["lm_head"]),
-        IA3Config(
-            target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], exclude_modules=["down_proj"]
-        ),
     ],
-    ids=["a list", "a pattern", "a pattern and names", "a copy", "feedforward"],
+    ids=["a list", "a pattern excluded", "a pattern", "a copy"],
 )
 def test_a_target_that_the_configuration_excludes_is_not_missing(training, configuration):
     """PEFT takes the excluded modules out of the targets, but keeps their names in ``target_modules``."""
@@ -99,21 +96,6 @@ def test_a_gradient_that_repacked_weights_let_through_no_more_is_missed(training
     assert "support_avx512bf16_for_cpu=False" in check.reason
 
 
-def test_weights_that_keep_their_layout_let_gradients_through(training):
-    """Evaluation with the switch off, and training in eval mode, which repacks only what passes no gradient on."""
-    run = training(targets="all-linear")
-    for layer in linear4bit_layers(run):
-        layer.support_avx512bf16_for_cpu = False
-    evaluate(run)
-    assert run.check("peft.learning", True).met
-    run = training(targets="all-linear")
-    run.model.eval()
-    run.step()
-    assert any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in linear4bit_layers(run))
-    check = run.check("peft.learning", True)
-    assert check.met, check.reason
-
-
 class Warming(torch.optim.SGD):
     """Moves nothing for so many updates, as RAdamScheduleFree does for four."""
 
@@ -127,9 +109,8 @@ class Warming(torch.optim.SGD):
             super().step(closure)
 
 
-@pytest.mark.parametrize(("updates", "status"), [(4, "active"), (1000, "unknown")])
-def test_an_update_that_moves_nothing_is_not_lost_to_rounding(training, updates, status):
+def test_an_update_that_moves_nothing_is_not_lost_to_rounding(training):
     """Float32 would have shown it; whether the optimizer is still warming up, a later update tells."""
-    check = training(make_optimizer=lambda parameters: Warming(parameters, updates)).check("peft.learning", True)
-    assert check.status == status
-    assert ("the optimizer may be warming up" in check.reason) is (status == "unknown")
+    check = training(make_optimizer=lambda parameters: Warming(parameters, 1000)).check("peft.learning", True)
+    assert check.status == "unknown"
+    assert "the optimizer may be warming up" in check.reason

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from kernels_check.observe.adapter import adapter_layers
-from kernels_check.small_run import eight_bit
 
 
 def _bases(run):
@@ -14,13 +13,6 @@ def _bases(run):
 def test_an_unset_compute_dtype_is_read_after_the_first_forward(training):
     """bitsandbytes sets it from its first input."""
     assert training(compute=None, dtype="bfloat16").check("base.compute_dtype", "bfloat16").met
-
-
-def test_int8_weights_count_as_eight_bits(training):
-    """LLM.int8 is recognised and stays frozen, although its scales move to the module in the first forward."""
-    run = training(quant=eight_bit)
-    required = {"base.bits": 8, "base.quant_type": "int8", "base.frozen": True}
-    assert all(check.met for check in run.verify(required) if check.path in required)
 
 
 def test_a_bias_cast_by_the_forward_is_no_training(training):
@@ -45,19 +37,6 @@ def test_a_step_in_eval_mode_that_repacks_the_base_is_seen(training):
     assert "repacked Linear4bit weights in place" in check.reason
     assert "packed_cpu" in run.check("base.gemm_path", "dequantize").observed
     assert run.check("base.double_quant", True).status != "active"
-
-
-def test_a_base_changed_behind_autograd_is_seen(training):
-    """The hash sees what no flag shows: packed bytes overwritten in place."""
-    run = training()
-
-    def step():
-        run.step()
-        _bases(run)[0].weight.data[0] += 1
-
-    check = run.check("base.frozen", True, step)
-    assert check.status == "fallback"
-    assert "changed over 2 steps" in check.reason
 
 
 def test_the_gemm_path_of_a_float_base_is_not_applicable(training):

@@ -62,11 +62,6 @@ def use_lora_fa(run: SmallRun) -> None:
     run.optimizer = create_lorafa_optimizer(run.model, r=4, lora_alpha=8, lr=1e-3)
 
 
-def forget_the_update(run: SmallRun) -> None:
-    """Compute gradients, and leave the update to a caller that is not there."""
-    run.step = run.gradients  # type: ignore[method-assign]
-
-
 def minimise_sharpness(run: SmallRun, *, undone: bool = False) -> None:
     """Train by SAM with an optimizer of torch inside; undone: and reload the weights before each step."""
     import torch
@@ -119,24 +114,6 @@ def step_in_a_thread(run: SmallRun) -> None:
         thread.join()
 
     run.step = step  # type: ignore[method-assign]
-
-
-def generate_first(run: SmallRun, *, wake: bool = True) -> None:
-    """Let the model answer at the beginning of every step."""
-    sound = run.step
-
-    def step() -> None:
-        run.model.eval()
-        run.model.generate(input_ids=run.inputs["input_ids"][:, :4], max_new_tokens=2, do_sample=False)
-        run.model.train(wake)
-        sound()
-
-    run.step = step  # type: ignore[method-assign]
-
-
-def generate_and_stay(run: SmallRun) -> None:
-    """And stay in eval mode."""
-    generate_first(run, wake=False)
 
 
 def share_a_factor(run: SmallRun) -> None:

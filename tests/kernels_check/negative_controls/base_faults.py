@@ -50,27 +50,6 @@ def drift_int8_scales(run: SmallRun) -> None:
     after_each_step(run, lambda: layer.state.SCB.add_(1))
 
 
-def optimise_everything(run: SmallRun) -> None:
-    """Give the optimizer all parameters, as many scripts do."""
-    import torch
-
-    run.optimizer = torch.optim.AdamW(run.model.parameters(), lr=1e-3)
-
-
-def decay_everything(run: SmallRun) -> None:
-    """Let it decay them, too."""
-    import torch
-
-    optimise_everything(run)
-
-    def decay() -> None:
-        with torch.no_grad():
-            for value in run.model.parameters():
-                value.mul_(0.99)
-
-    after_each_step(run, decay)
-
-
 def add_biases(run: SmallRun, bias: str = "none") -> None:
     """Give the targets biases, and attach the adapter anew."""
     import peft
@@ -99,14 +78,6 @@ def train_biases_of_another(run: SmallRun) -> None:
     run.model.add_adapter("second", peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     run.model.set_adapter("second")
     run.optimizer = torch.optim.AdamW([value for value in run.model.parameters() if value.requires_grad], lr=1e-3)
-
-
-def forget_biases(run: SmallRun) -> None:
-    """Ask PEFT to train biases, and give the optimizer what is called LoRA's."""
-    import torch
-
-    train_biases(run)
-    run.optimizer = torch.optim.AdamW([value for name, value in run.model.named_parameters() if "lora_" in name])
 
 
 def add_experts(run: SmallRun) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from negative_controls.control import Build
 from negative_controls.faults import pad
 from negative_controls.small_run import PAD_TOKEN, SmallRun
 
@@ -25,10 +24,6 @@ def pack(run: SmallRun, **more: Any) -> None:
 def pack_without_cache(run: SmallRun) -> None:
     """As it must be: without a cache the mask follows from the positions."""
     pack(run, use_cache=False)
-
-
-def forget_batch(run: SmallRun) -> None:
-    run.packed = None
 
 
 def then_pass_a_mask_of_ones(run: SmallRun) -> None:
@@ -70,31 +65,6 @@ def lose_a_boundary(run: SmallRun) -> None:
     mask_blocks(run, lost=3)
 
 
-def with_dropout(*changes: Callable[[SmallRun], object]) -> Build:
-    """A GPT-2 with its own dropout, much of which is a function and no module."""
-
-    def build() -> SmallRun:
-        import peft
-        import torch
-        from transformers import AutoModelForCausalLM, GPT2Config
-
-        torch.manual_seed(7)
-        config = GPT2Config(
-            n_layer=2, n_embd=32, n_head=4, vocab_size=96, n_positions=64, bos_token_id=1, eos_token_id=2
-        )
-        adapter = peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
-        model = peft.get_peft_model(AutoModelForCausalLM.from_config(config), adapter)
-        model.train()
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        inputs = {"input_ids": torch.randint(3, 96, (2, 16))}
-        run = SmallRun(model=model, optimizer=torch.optim.AdamW(trainable, lr=1e-3), inputs=inputs)
-        for change in changes:
-            change(run)
-        return run
-
-    return build
-
-
 def pad_most(run: SmallRun) -> None:
     """One long record among short ones: all rows are padded but one."""
     import torch
@@ -124,13 +94,6 @@ def label_the_answer(run: SmallRun) -> None:
     labels = ids.clone()
     labels[:, :12] = -100
     run.inputs = {"input_ids": ids, "labels": labels}
-
-
-def pad_the_first_of_two(run: SmallRun) -> None:
-    """The accumulated batch is mostly padding, the last is full."""
-    full = run.inputs
-    pad_most(run)
-    run.accumulated, run.inputs = [run.inputs], full
 
 
 def fill_the_row_up(run: SmallRun) -> None:

@@ -205,19 +205,6 @@ def reload_every_step(run: SmallRun) -> None:
     _replace_step(run, step)
 
 
-def zero_every_step(run: SmallRun) -> None:
-    """Set lora_B to zero after every step."""
-    sound = run.step
-
-    def step() -> None:
-        sound()
-        for name, value in _trained(run):
-            if ".lora_B." in name:
-                value.data.zero_()
-
-    _replace_step(run, step)
-
-
 def clamp_after_every_step(run: SmallRun) -> None:
     """Keep the weights within bounds, which moves few of them."""
     import torch
@@ -296,27 +283,6 @@ def step_with_a_closure(run: SmallRun) -> None:
         return loss
 
     _replace_step(run, lambda: run.optimizer.step(closure=closure))
-
-
-def prompt() -> Any:
-    """Virtual tokens before the input."""
-    import peft
-
-    return peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-
-
-def ia3() -> Any:
-    """Factors on keys and values."""
-    import peft
-
-    return peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj"], feedforward_modules=[])
-
-
-def dora() -> Any:
-    """LoRA with a magnitude of its own."""
-    import peft
-
-    return peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", use_dora=True)
 
 
 def with_a_head() -> Any:

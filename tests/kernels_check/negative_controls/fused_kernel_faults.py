@@ -28,13 +28,6 @@ def bind_one_norm(run: SmallRun) -> None:
     _bind(_norms(run)[-1])
 
 
-def pass_one_by(run: SmallRun) -> None:
-    """Bind all, and let one block hand its input on as it is."""
-    bind_norms(run)
-    block = run.model.get_base_model().model.layers[1]
-    block.forward = lambda hidden_states, **_: hidden_states + block.mlp(block.post_attention_layernorm(hidden_states))
-
-
 def bind_attention(run: SmallRun, *, library: str = "unsloth", home: str = "kernels.fast_lora") -> None:
     """Bind another forward to every attention, which calls its projections as those of libraries do.
 

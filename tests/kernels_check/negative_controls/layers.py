@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
-from negative_controls.small_run import SmallRun, build
+from negative_controls.small_run import SmallRun
 
 
 def take_again(run: SmallRun, *, first: Callable[[], Any] = nullcontext, then: Callable[[], Any] = nullcontext) -> None:
@@ -71,31 +70,6 @@ def split_heads(run: SmallRun, *, by_hand: bool) -> None:
     run.model.get_base_model().config._attn_implementation = name
 
 
-def wrap(run: SmallRun) -> None:
-    """Hold the model in a module of one's own that has no configuration."""
-    from torch import nn
-
-    class Wrapper(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, **inputs: Any) -> Any:
-            return self.inner(**inputs)
-
-    run.model = Wrapper(run.model)
-
-
-def ask_a_teacher(run: SmallRun) -> None:
-    """A teacher of another depth answers first, without gradients."""
-    teacher = build(quant=None).model
-    blocks = teacher.base_model.model.model.layers
-    blocks.append(copy.deepcopy(blocks[0]))
-    blocks[2].self_attn.layer_idx = 2
-    teacher.config.num_hidden_layers = 3
-    _before_each_step(run, lambda: teacher(**run.inputs, use_cache=False))
-
-
 def pass_attention_by(run: SmallRun) -> None:
     """A block of which only the feed-forward part is left."""
     block = _layers(run)[1]
@@ -129,11 +103,6 @@ def write_out(run: SmallRun, *, fill: bool = False, through_float: bool = False)
 def fill_a_mask(run: SmallRun) -> None:
     """The same, with future tokens filled out."""
     write_out(run, fill=True)
-
-
-def write_out_through_float(run: SmallRun) -> None:
-    """The same, with the softmax in float32, as most models that write it out do."""
-    write_out(run, through_float=True)
 
 
 def _by_hand(attention: Any, attend: Callable[[Any, Any, Any], Any]) -> Callable[..., Any]:

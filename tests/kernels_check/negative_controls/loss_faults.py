@@ -85,18 +85,6 @@ def _targets(labels: Any, *, shifted: bool) -> int:
     return int((labels[:, int(shifted) :] != -100).sum())
 
 
-def drop_the_number(run: SmallRun) -> None:
-    """Let the forward take the number of tokens, and ignore it."""
-    model = run.model.get_base_model()
-    own = type(model).forward
-
-    def forward(self: Any, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
-        del num_items_in_batch
-        return own(self, *args, **kwargs)
-
-    model.forward = MethodType(forward, model)
-
-
 def prompt() -> Any:
     """A learned prompt, after which the first token of each row is a target, too."""
     import peft
@@ -110,14 +98,3 @@ def search_along_a_line(run: SmallRun) -> None:
 
     parameters = [value for value in run.model.parameters() if value.requires_grad]
     run.optimizer, run.by_closure = torch.optim.LBFGS(parameters, lr=1e-3, max_iter=3), True
-
-
-def update_twice(run: SmallRun) -> None:
-    """Two whole updates in what is taken for one step."""
-    once = run.step
-
-    def step() -> None:
-        once()
-        once()
-
-    run.step = step  # type: ignore[method-assign]

@@ -82,17 +82,6 @@ def dense(*, layers: int = 2, of_experts: bool = False) -> SmallRun:
     return _run(AutoModelForCausalLM.from_config(config), {"input_ids": ids, "labels": ids}, targets=targets)
 
 
-def in_parts() -> SmallRun:
-    """XLM, which holds the attention and the feed-forward layers of its blocks in two lists."""
-    import torch
-    from transformers import AutoModelForMaskedLM, XLMConfig
-
-    torch.manual_seed(7)
-    model = AutoModelForMaskedLM.from_config(XLMConfig(vocab_size=96, emb_dim=32, n_layers=2, n_heads=4))
-    ids = torch.arange(5, 37).reshape(2, 16)
-    return _run(model, {"input_ids": ids, "labels": ids}, targets=["q_lin", "v_lin"])
-
-
 def called_by_forward() -> SmallRun:
     """SqueezeBERT, which calls the forward of its blocks directly, adapted in its head."""
     import torch
@@ -143,25 +132,6 @@ def cross_attend_eagerly(run: SmallRun) -> None:
     attend_eagerly(run, "encoder_attn")
 
 
-def look_eagerly(run: SmallRun) -> None:
-    """The attention of the last layer."""
-    attend_eagerly(run, "attention")
-
-
-def mix_in_the_feed_forward(run: SmallRun) -> None:
-    """Running means over the tokens in the last feed-forward layer, by hand."""
-    feed = run.model.base_model.model.transformer.ffns[-1]
-    sound = feed.forward
-
-    def forward(hidden: Any) -> Any:
-        import torch
-
-        counts = torch.arange(1, hidden.shape[1] + 1).unsqueeze(-1)
-        return sound(hidden.cumsum(1) / counts)
-
-    feed.forward = forward
-
-
 def recompute_by_forward(run: SmallRun) -> None:
     """Checkpointing of every block, to which a gradient comes back."""
     from functools import partial
@@ -171,21 +141,6 @@ def recompute_by_forward(run: SmallRun) -> None:
     run.model.enable_input_require_grads()
     for block in run.model.base_model.model.transformer.encoder.layers:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def prune(run: SmallRun) -> None:
-    """Take a layer out, and leave the configuration as it is."""
-    import torch
-
-    model = run.model.base_model.model.model
-    model.layers = model.layers[:1]
-    run.optimizer = torch.optim.AdamW([value for value in run.model.parameters() if value.requires_grad], lr=1e-3)
-
-
-def prune_and_attend_eagerly(run: SmallRun) -> None:
-    """And let the layer that is left run otherwise than it was loaded."""
-    prune(run)
-    attend_eagerly(run, "self_attn")
 
 
 def drift_projections(run: SmallRun) -> None:

@@ -16,20 +16,6 @@ def with_embeddings() -> Any:
     )
 
 
-def with_tokens() -> Any:
-    """LoRA, and a few tokens of the vocabulary that are trained alone, as for new ones."""
-    import peft
-
-    return peft.LoraConfig(
-        r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", trainable_token_indices=[1, 2, 3]
-    )
-
-
-def read_the_tokens(run: SmallRun) -> None:
-    """Let the batch hold each of the tokens that are trained."""
-    run.inputs["input_ids"][0, :3] = run.inputs["input_ids"].new_tensor([1, 2, 3])
-
-
 def train_the_embedding(run: SmallRun, *, masked: bool = False) -> None:
     """Let both embeddings train, with weight decay.
 
@@ -43,19 +29,6 @@ def train_the_embedding(run: SmallRun, *, masked: bool = False) -> None:
         if masked:
             weight.register_hook(lambda gradient: gradient * 0)
     run.optimizer.add_param_group({"params": weights, "lr": 0.01, "weight_decay": 0.1})
-
-
-def rename_the_norm(run: SmallRun, *, train: bool = True) -> None:
-    """Give the last norm a class of one's own, whose name says nothing of norms.
-
-    Args:
-        run: to be changed.
-        train: whether its weight trains, too.
-    """
-    norm = run.model.get_base_model().model.norm
-    norm.__class__ = type("Scaled", (type(norm),), {})
-    if train:
-        train_norms(run, only="model.norm.weight")
 
 
 def train_norms(run: SmallRun, *, only: str = "norm.weight", forgotten: bool = False, rate: float = 0.01) -> None:

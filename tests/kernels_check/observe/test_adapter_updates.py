@@ -107,10 +107,8 @@ def normalise(run):
 
 HEALTHY = {
     "LBFGS": lbfgs,
-    "a closure that does not": lambda run: in_closure(run, keep=True),
     "optimizers in the backward pass": in_backward,
     "gradients put there by hand": by_hand,
-    "accumulation over two calls": lambda run: accumulate(run, 2),
     "warm-up and accumulation": lambda run: accumulate(run, 2, warm_up(run)),
     "groups that grow": growing,
     "weights that are normalised after each step": normalise,

@@ -165,21 +165,6 @@ def test_each_way_of_writing_it_is_known(verified, compute, backend, mask):
     assert verified(stack(compute, compute), "float32", path="attention.dtype").met
 
 
-def test_a_step_without_gradients_is_judged_whole(training):
-    """Where nothing trains, what is asked for is what ran."""
-    run = training(quant=None)
-    run.model.eval()
-
-    def answer():
-        run.model.generate(input_ids=run.inputs["input_ids"][:1], max_new_tokens=2, do_sample=False)
-
-    check = next(
-        check for check in run.verify({"attention.backend": "flash"}, answer) if check.path.endswith("backend")
-    )
-    assert check.met
-    assert "2 of 2 attention layers" in check.reason
-
-
 def test_a_hybrid_by_its_configuration_is_no_alarm(verified):
     """A layer that the configuration calls by another kind need not attend, whatever its class."""
 

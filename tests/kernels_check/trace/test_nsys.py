@@ -39,10 +39,9 @@ def refusal(judge, text):
     return str(refused.value)
 
 
-@pytest.mark.parametrize("pack", [bytes, gzip.compress])
-@pytest.mark.parametrize("newline", ["\n", "\r\n"])
 @pytest.mark.parametrize(
-    "before", ["", "Processing [a.sqlite] with [b.py]...\n", "[3/8] Executing 'x' stats report\n\n"]
+    ("before", "newline", "pack"),
+    [("Processing [a.sqlite] with [b.py]...\n", "\r\n", gzip.compress), ("[3/8] Executing 'x'\n\n", "\n", bytes)],
 )
 def test_a_table_is_judged(judge, before, newline, pack):
     """Casts, progress before it, line ends of Windows and packing change nothing."""

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kernels_check.__main__ import main
-from kernels_check.trace import report as trace_report
+from kernels_check.trace import summary
 
 FLASH = (
     "void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<64, 128, 128, 4, false, false, "
@@ -50,7 +50,7 @@ def test_bad_input_exits_with_2(tmp_path, capsys, form):
 
 def test_an_unexpected_error_exits_with_70(recording, capsys, monkeypatch):
     """Never 1 or 2, which say something about the recording."""
-    monkeypatch.setattr(trace_report, "read_trace", lambda path: 1 / 0)
+    monkeypatch.setattr(summary, "read_trace", lambda path: 1 / 0)
     assert main(["trace", str(recording)]) == 70
     out, err = capsys.readouterr()
     assert out == ""
