@@ -365,8 +365,8 @@ def merge_checks(by_rank: Sequence[Sequence[Check]]) -> list[Check]:
             reason = f"no row of rank {', '.join(lacking)} is about it; {worst.reason}"
             worst = replace(worst, observed=None, status="unknown", reason=reason)
         elif len(differing) > 1 and worst.required is not None and not worst.met:
-            by_rank = "; ".join(f"rank {rank}: {check.observed} ({check.status})" for rank, check in known)
-            worst = replace(worst, reason=f"the ranks differ: {by_rank}. {worst.reason}")
+            listed = "; ".join(f"rank {rank}: {check.observed} ({check.status})" for rank, check in known)
+            worst = replace(worst, reason=f"the ranks differ: {listed}. {worst.reason}")
         found.append(worst)
     return found
 

@@ -238,24 +238,21 @@ class Watch:
 
     def _decided(self, check: Check, seen: Observation) -> Check:
         """The check, or why one step of this kind does not decide it."""
-        why = None
+        why, judged = None, PATHS[check.path]
         if check.path == "packing.isolated" and self._own_step:
             check = judge_safely(check.path, check.required, partial(judge_calls, seen))
-        if self._steps.compiled and PATHS[check.path].by_modules:
+        if self._steps.compiled and judged.by_modules:
             return replace(check, observed=None, status="unknown", reason=COMPILED_MEANWHILE)
+        # A fault that an earlier step has shown remains one.
+        is_settled = check.path == "peft.learning" and check.observed is not True and not self._steps.undecided
         # An optimizer that stepped in an earlier block did not step in this one.
-        if self._takes_an_update(check) and not seen.updated and seen.calls < MOST_CALLS:
+        if judged.takes_update and not is_settled and not seen.updated and seen.calls < MOST_CALLS:
             why = NO_UPDATE
         elif self._may_show_more(check, seen):
-            why = PATHS[check.path].further_steps
+            why = judged.further_steps
         if why is None:
             return check
         return replace(check, observed=None, status="unknown", reason=f"{why}; so far: {check.reason}")
-
-    def _takes_an_update(self, check: Check) -> bool:
-        if check.path == "peft.learning" and check.observed is not True and not self._steps.undecided:
-            return False  # what an earlier step has found wrong is wrong still
-        return PATHS[check.path].takes_update
 
     def _may_show_more(self, check: Check, seen: Observation) -> bool:
         if check.path == "peft.learning":

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from kernels_check.check import (
     FLAG,
@@ -157,7 +157,7 @@ _MOVED = frozenset({"updated", "moved without a gradient", "undone after an upda
 """What becomes of a parameter that does not stay as it was."""
 
 
-def judge_parts(seen: Observation, required: Json, *, what: Literal["embeddings", "norms"]) -> PathObservation:
+def judge_parts(seen: Observation, required: Json, *, what: str) -> PathObservation:
     """Judge ``embedding.trained``, of the input and the output embedding, or ``norms.trained``, of every norm.
 
     Observed is True where all are updated, False where none is, else how many of how many.

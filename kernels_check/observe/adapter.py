@@ -179,7 +179,8 @@ def in_use(tree: ModelTree, found: Iterable[AdapterLayer]) -> frozenset[str]:
     all.
     """
     found = list(found)
-    named = {adapter for _, module in tree.modules for adapter in named_active(module)}
+    calls = (getattr(module, "active_adapters", ()) for _, module in tree.modules if is_tuner(module))
+    named = {adapter for names in calls for adapter in ([names] if isinstance(names, str) else names)}
     active = {adapter for layer in found for adapter in layer.adapters}
     return frozenset((active & named) or active or {adapter for layer in found for adapter in layer.held})
 
@@ -200,14 +201,6 @@ def holders_in(module: nn.Module) -> Iterator[str]:
         yield "prompt_encoder"
     if _is_own_lora(module):  # also where a class of one's own lists nothing
         yield from _own_holders(module)
-
-
-def named_active(module: nn.Module) -> tuple[str, ...]:
-    """Adapters that a tuner calls active."""
-    if not is_tuner(module):
-        return ()
-    active: Any = getattr(module, "active_adapters", ())
-    return (active,) if isinstance(active, str) else tuple(active) if isinstance(active, list | tuple) else ()
 
 
 def is_tuner(module: object) -> bool:
@@ -349,16 +342,18 @@ def trained_parameters(tree: ModelTree) -> dict[str, Tensor]:
         value = getattr(tree.model.get_submodule(place), key)
         trained[names.get(id(value), name)] = value
     own = adapter_parameters(tree)
-    resting = {id(value) for layer in _resting(tree, layers) for _, value in layer.weights()}
+    used = {layer.name: set(layer.held) for layer in layers}
+    unused = (_restrict(one, set(one.held) - used.get(one.name, set())) for one in _every_layer(tree))
+    resting = {id(value) for layer in unused for _, value in layer.weights()}
     for name, value in tree.parameters:
         if name in own and value.requires_grad and id(value) not in resting:
             trained.setdefault(name, value)
-    return {name: value for name, value in trained.items() if _is_here(value)}
-
-
-def _is_here(value: Tensor) -> bool:
-    """Whether any part of a parameter lies on this rank."""
-    return not is_wrapper(value) or any(part.numel() for _, part in plain_parts(value.detach()))
+    # Of a sharded parameter no part may be on this rank.
+    return {
+        name: value
+        for name, value in trained.items()
+        if not is_wrapper(value) or any(part.numel() for _, part in plain_parts(value.detach()))
+    }
 
 
 @reading
@@ -404,10 +399,3 @@ def base_parameters(tree: ModelTree) -> dict[str, nn.Parameter]:
 def _restrict(layer: AdapterLayer, wanted: Collection[str]) -> AdapterLayer:
     held = tuple(name for name in layer.held if name in wanted or name == "")
     return layer if held == layer.held else replace(layer, held=held)
-
-
-def _resting(tree: ModelTree, layers: list[AdapterLayer]) -> Iterator[AdapterLayer]:
-    """The same places with the adapters that are not in use."""
-    used = {layer.name: set(layer.held) for layer in layers}
-    for layer in _every_layer(tree):
-        yield _restrict(layer, {adapter for adapter in layer.held if adapter not in used.get(layer.name, set())})

@@ -165,14 +165,14 @@ def verified():
 
 def skip_where_refused(call):
     """Skip with torch's own reasons where SDPA has no kernel of the one backend that is allowed."""
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             call()
         except RuntimeError as error:
             if not any(words in str(error) for words in NO_KERNEL):
                 raise
-            pytest.skip("; ".join(str(one.message).partition(" (Triggered")[0] for one in said) or str(error))
+            pytest.skip("; ".join(str(one.message).partition(" (Triggered")[0] for one in caught) or str(error))
 
 
 def many_tokens(run):
@@ -218,7 +218,7 @@ def test_a_forced_backend_is_told_in_both_directions(training, recorded, verifie
 
 @runs("flash on ROCm")
 def test_flash_of_rocm_is_told_by_its_own_names(training, recorded):
-    """AOTriton and CK stand behind the same operator as CUDA's flash."""
+    """AOTriton and CK run below the same operator as CUDA's flash."""
     if not torch.version.hip:
         pytest.skip("AOTriton and CK are ROCm's: this torch is built for CUDA")
     run = training(device="cuda", tokens=64)
@@ -242,7 +242,7 @@ def test_flash_attention_2_is_told_from_torchs_copy(training, recorded, verified
     try:
         recent = Version(version("flash-attn")) >= Version("2.7")
     except PackageNotFoundError as error:
-        pytest.skip(f"a kernel of another origin than the package stands in for it: {error}")
+        pytest.skip(f"another kernel than the package's runs: {error}")
     if recent:
         verified(run, "attention.backend", "flash_attention_2")
     seen = recorded("flash_attention_2" if recent else "flash_attention_2 before 2.7", run.step)
@@ -489,7 +489,7 @@ def test_unsloths_kernels_have_their_rules(recorded):
 
 @runs("Triton by hand")
 def test_a_triton_kernel_is_known_by_what_its_name_says(recorded):
-    """Training loops of others name theirs so; nothing else tells them."""
+    """Training loops of others name theirs so; nothing else identifies them."""
     triton = pytest.importorskip("triton")
     language = importlib.import_module("triton.language")
 
@@ -504,7 +504,7 @@ def test_a_triton_kernel_is_known_by_what_its_name_says(recorded):
 
 @runs("convolution")
 def test_a_convolution_is_a_product_with_copies_around_it(recorded):
-    """cuDNN changes the layout of what is not channels-last, which is no product."""
+    """cuDNN changes the layout of tensors that are not channels-last, which is no product."""
     layer = nn.Conv2d(3, 256, 14, 14, bias=False).to("cuda", torch.bfloat16)
     image = torch.randn(4, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
     seen = recorded("convolution", lambda: layer(image))

@@ -1,4 +1,4 @@
-"""Methods of PEFT are judged as LoRA is: what is healthy is active, what is left out is not.
+"""Methods of PEFT are judged as LoRA is: a healthy run is active, a weight that is left out is a fault.
 
 These hold their weights in different ways; `make proof` measures every type that PEFT has.
 """
@@ -58,7 +58,7 @@ def test_a_healthy_run_is_active(tuned, method):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", KINDS)
-def test_what_no_optimizer_is_given_is_named(tuned, method):
+def test_a_weight_that_no_optimizer_holds_is_named(tuned, method):
     """Whatever the method calls it: half of what it trains is left out."""
     run = tuned(method)
     trained = [value for value in run.model.parameters() if value.requires_grad]

@@ -160,10 +160,10 @@ def _named(rule, *parts):
 
 @pytest.mark.parametrize("rule", ["ATT-SDPA-FLASH", "ATT-FA2", "ATT-FA2-VENDORED"])
 def test_flash_kernels_prove_dtype_and_causality(rule):
-    """Is_causal stands second after the traits, first in split-KV; the combining and converting kernels say nothing."""
+    """Is_causal is second after the traits, first in split-KV; combining and converting kernels lack it."""
     causal = _facts(_named(rule, "flash_fwd_kernel", "bfloat16_t"))
     assert (causal.dtype, causal.causal, causal.direction) == ("bfloat16", True, "forward")
-    full = _facts(_named(rule, "flash_fwd_kernel", "half_t"))  # its dropout is on, which stands first
+    full = _facts(_named(rule, "flash_fwd_kernel", "half_t"))  # its dropout is on, which is the argument before
     assert (full.dtype, full.causal) == ("float16", False)
     assert _facts(_named(rule, "splitkv_kernel")).causal is False
     assert _facts(_named(rule, "splitkv_combine")).causal is None

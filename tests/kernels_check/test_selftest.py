@@ -1,4 +1,4 @@
-"""`kernels_check selftest`: twelve faults are found on this machine, and what is not found fails the command."""
+"""`kernels_check selftest`: twelve faults are found on this machine, and one that is not found fails the command."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""verify() end to end: what is right is active, all of it, and nothing else is."""
+"""verify() end to end: exactly the requirements that hold are active."""
 
 import os
 import subprocess
@@ -54,7 +54,7 @@ def test_a_sound_configuration_is_active_throughout(training, base):
     assert all(check.reason for check in checks)
 
 
-def test_paths_nobody_asked_for_are_reported(training):
+def test_paths_without_a_requirement_are_reported(training):
     """Without requirements every path that is not on request is there, in order, and none is a failure."""
     run = training()
     checks = run.verify({})

@@ -84,7 +84,7 @@ def test_a_step_comes_out_as_if_never_watched(training):
     assert all(check.met for check in watched.checks if check.required is not None), watched.checks
 
 
-def test_one_step_does_not_tell_what_is_learnt_and_the_next_does(training):
+def test_learning_is_unknown_after_one_step_and_known_after_two(training):
     """The reason says what to do, and it is all that is missing."""
     run = training()
     watched = kernels_check.watch(run.model, {"peft.learning": True})
@@ -140,7 +140,7 @@ def test_a_model_is_copied_and_saved_while_it_is_watched(training):
     assert "the model was not called" in watched.checks[0].reason
 
 
-def test_what_is_asked_wrongly_is_refused_at_once(training):
+def test_bad_requirements_are_refused_at_once(training):
     """Before anything is hooked; and a watch cannot be opened twice."""
     run = training()
     with pytest.raises(ValueError, match=r"attention\.speed"):
@@ -159,7 +159,7 @@ def test_a_block_in_which_nothing_ran_shows_nothing(training):
     assert "the model was not called" in watched.checks[0].reason
 
 
-def test_an_accumulation_is_watched_whole_or_said_to_be_half(training):
+def test_a_half_watched_accumulation_is_unknown(training):
     """All that one update accumulates belongs into the block."""
     run = training()
     run.accumulated = [dict(run.inputs), dict(run.inputs)]
@@ -210,7 +210,7 @@ def test_a_profiler_begun_in_the_watch_keeps_its_events(training, outlasts):
 
 
 def test_a_profiler_around_that_ends_in_the_watch_is_no_error(training):
-    """As where a schedule of the program's runs out in the step; what a profile tells is unknown."""
+    """As where a schedule of the program ends in the step; paths that rest on the profile are unknown."""
     run = training()
     own = _recorder()
     own.start()
@@ -260,7 +260,7 @@ def test_compiled_code_is_compiled_as_if_never_watched(place):
 
 
 def test_a_hook_that_fails_is_no_error_of_the_step(training, monkeypatch):
-    """Nothing is known then, which is said."""
+    """Nothing is known then, and the reason names the exception."""
 
     def broken(self, *_, **__):
         raise OSError("no more of it")

@@ -72,7 +72,7 @@ def _losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_a_trainer_trains_as_if_never_watched_and_its_steps_are_told(tmp_path):
+def test_a_trainer_trains_as_if_never_watched_and_its_steps_are_judged(tmp_path):
     """Losses and weights to the bit; from the second step on every requirement is met, before it all but learning."""
     plain, model = _adapted(), _adapted()
     unwatched = _trainer(tmp_path, plain, [])

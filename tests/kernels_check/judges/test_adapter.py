@@ -20,7 +20,7 @@ def test_the_adapter_dtype_is_that_of_its_weights(training):
 
 
 def test_zeroth_order_training_is_not_taken_for_an_evaluation(training):
-    """Two forwards without gradients tell the loss on either side, and the gradients are put there by hand."""
+    """Two forwards without gradients give the loss on either side, and the gradients are set by hand."""
     run = training(quant=None)
     trained = [value for value in run.model.parameters() if value.requires_grad]
 
@@ -110,7 +110,7 @@ class Warming(torch.optim.SGD):
 
 
 def test_an_update_that_moves_nothing_is_not_lost_to_rounding(training):
-    """Float32 would have shown it; whether the optimizer is still warming up, a later update tells."""
+    """Float32 would have shown it; only a later update shows whether the optimizer is still warming up."""
     check = training(make_optimizer=lambda parameters: Warming(parameters, 1000)).check("peft.learning", True)
     assert check.status == "unknown"
     assert "the optimizer may be warming up" in check.reason

@@ -1,4 +1,4 @@
-"""A frozen base is one that no step moves; what only looks like training is said and no fault."""
+"""A frozen base is one that no step moves; changes that only look like training are named and are no fault."""
 
 import peft
 import pytest
@@ -119,7 +119,7 @@ class Attends(nn.Module):
 
 
 def test_an_adapter_merged_for_each_forward_leaves_rounding():
-    """PEFT reaches ``nn.MultiheadAttention`` in no other way; what is more than rounding is training."""
+    """PEFT reaches ``nn.MultiheadAttention`` in no other way; a change beyond rounding is training."""
     inputs, dtype = torch.randn(2, 3, 8, dtype=torch.bfloat16), torch.bfloat16
     model, optimizer = _tuned(Attends().to(dtype), target_modules=["attention"])
     check = _judged(model, optimizer, inputs=inputs)
@@ -218,7 +218,7 @@ def test_sharded_weights_of_which_only_the_state_was_repacked_are_found(training
 
 
 @pytest.mark.parametrize(
-    ("spoil", "status", "said"),
+    ("spoil", "status", "words"),
     [
         (lambda model, optimizer: None, "active", "gradients reached all 4 parameters of the base"),
         (lambda model, optimizer: model[0].requires_grad_(False), "fallback", "2 base parameters require no gradient"),
@@ -227,14 +227,14 @@ def test_sharded_weights_of_which_only_the_state_was_repacked_are_found(training
     ],
     ids=["healthy", "a layer is frozen", "learning rate 0", "a parameter is left out"],
 )
-def test_full_fine_tuning_moves_the_base(spoil, status, said):
+def test_full_fine_tuning_moves_the_base(spoil, status, words):
     """Every parameter requires a gradient, gets one and is given to the optimizer, and an update changes some."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     spoil(model, optimizer)
     check = _judged(model, optimizer, path="base.learning")
     assert check.status == status, check.reason
-    assert said in check.reason
+    assert words in check.reason
 
 
 def test_an_adapter_is_no_full_fine_tuning():

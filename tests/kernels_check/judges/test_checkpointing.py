@@ -30,7 +30,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A block that is recomputed in the way that is said."""
+    """A block that is recomputed in the given way."""
 
     def __init__(self, way):
         super().__init__()

@@ -43,7 +43,7 @@ def rest_dropout_once(run: SmallRun) -> None:
 
 
 def spoil_a_gradient(run: SmallRun) -> None:
-    """Multiply a gradient by what is no number."""
+    """Multiply a gradient by NaN."""
     value = next(value for value in run.model.parameters() if value.requires_grad)
     value.register_hook(lambda gradient: gradient * float("nan"))
 

@@ -1,4 +1,4 @@
-"""Every negative control: a name, a path, what is required, a run with a fault, a healthy run, and words of the reason.
+"""Every negative control: name, path, required value, a run with a fault, a healthy run, and words of the reason.
 
 On a CPU the flash of SDPA takes masks, float32 and heads of any size, so that the verdict on the backend stays true
 there. Such controls are judged by the input that CUDA would refuse, and the reason says what CUDA would do.
@@ -81,7 +81,7 @@ CONTROLS: tuple[Control, ...] = (
     control("padding under a mask of ones", "padding.share", 0.5, small(batch_faults.hide_in_ones),
         small(batch_faults.then_pass_a_mask_of_ones), "65 of 96 positions (68%)",
         "runs of token 0 at the ends of the records"),
-    control("padding with a token that only the labels tell", "padding.share", 0.5,
+    control("padding with a token that only the labels show", "padding.share", 0.5,
         small(batch_faults.pad_with_another_token), small(batch_faults.label_the_answer), "65 of 96 positions (68%)",
         "labels of -100"),
     control("padding that fills packed rows up", "padding.share", 0.5, small(batch_faults.fill_the_row_up),

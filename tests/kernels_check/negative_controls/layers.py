@@ -51,7 +51,7 @@ def split_heads(run: SmallRun, *, by_hand: bool) -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def written_out(*states: Any) -> Any:
-        query, key, value = (one.flatten(0, 1) for one in states)  # over three dimensions nothing tells that it attends
+        query, key, value = (one.flatten(0, 1) for one in states)  # over three dimensions no operator shows attention
         weights = (query.unsqueeze(2) * key.unsqueeze(1)).sum(-1).mul(query.shape[-1] ** -0.5).exp().tril()
         weights = weights / weights.sum(-1, keepdim=True)
         return (weights.unsqueeze(-1) * value.unsqueeze(1)).sum(2).view(states[0].shape)

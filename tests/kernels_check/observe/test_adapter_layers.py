@@ -47,7 +47,7 @@ def _requirements(name):
 
 @pytest.mark.parametrize("name", ["default", "wide"])
 def test_each_adapter_in_turn_is_active_throughout(shared, name):
-    """Its own rank, dropout and targets are what is found; the inactive ones are no fault of it."""
+    """Its own rank, dropout and targets are observed; inactive adapters are no fault."""
     run = shared(name)
     assert len(adapter_layers(run.model)) == LAYERS[name]
     checks = {check.path: check for check in run.verify(_requirements(name))}

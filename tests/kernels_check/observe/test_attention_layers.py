@@ -1,4 +1,4 @@
-"""Attention is attributed to the layers of the model that is judged; every layer must have run what is required."""
+"""Attention is attributed to the layers of the judged model; every layer must have run the required backend."""
 
 from types import SimpleNamespace
 
@@ -49,7 +49,7 @@ def by_exponential(q, k, v):
 
 
 def by_hand(q, k, v):
-    """No operator tells that it is attention."""
+    """No operator shows that it is attention."""
     weights = (q.unsqueeze(2) * k.unsqueeze(1)).sum(-1).exp()
     return (weights.unsqueeze(-1) * v.unsqueeze(1)).sum(2) / weights.sum(-1, keepdim=True)
 

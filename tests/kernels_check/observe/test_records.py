@@ -51,7 +51,7 @@ def test_each_way_of_telling(name, value):
 
 
 def test_the_first_that_shows_a_boundary_is_believed():
-    """Positions that go on do not hide what a mask tells, nor a mask of ones what positions tell."""
+    """Positions without a restart do not hide the boundaries of a mask, nor a mask of ones those of positions."""
     going_on = {"position_ids": torch.arange(6), "attention_mask": _blocks(NUMBERS)}
     assert find_records(going_on, 1, 6).by == "attention_mask"
     ones = {"position_ids": POSITIONS, "attention_mask": torch.ones(1, 6)}
@@ -79,7 +79,7 @@ def test_rows_of_a_mask_that_were_opened_are_padding():
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "words"),
     [
         ({"position_ids": torch.arange(5)}, r"position_ids of \[5\] does not fit tokens of \[2, 6\]"),
         ({"seq_idx": torch.ones(3, 6)}, r"seq_idx of \[3, 6\]"),
@@ -88,9 +88,9 @@ def test_rows_of_a_mask_that_were_opened_are_padding():
         ({"cu_seqlens": torch.tensor([0, 4, 2])}, r"cu_seqlens ends at \[2\]"),
     ],
 )
-def test_what_does_not_fit_is_refused(given, said):
+def test_what_does_not_fit_is_refused(given, words):
     """With both sizes."""
-    with pytest.raises(LayoutError, match=said):
+    with pytest.raises(LayoutError, match=words):
         find_records(given, 2, 6)
 
 

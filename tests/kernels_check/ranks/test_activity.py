@@ -45,7 +45,7 @@ def on_cpu(at_s):
 
 
 def on_gpu(at_s):
-    """The same on a GPU: its host only launches, and what is marked on the host is marked on the GPU as well."""
+    """The same on a GPU: its host only launches, and ranges of the host are ranges on the GPU as well."""
     return [
         event(ranks._STEP, at_s, at_s + 1, marked=True),
         event(ranks._STEP, at_s, at_s + 1, device=GPU, marked=True),
@@ -65,7 +65,7 @@ def test_exchange_is_separated_from_concurrent_computation(one, on_device):
     assert times == pytest.approx({"step_s": 1.0, "exchange_s": 0.4, "exposed_s": 0.3, "own_s": 0.7})
 
 
-def test_what_a_rank_takes_of_its_own_is_the_least_of_its_steps():
+def test_the_own_time_of_a_rank_is_the_least_of_its_steps():
     """Whatever else the machine does adds to one of them; shares are those of the mean step."""
     late = [event("aten::mul", 7.6, 8.0)]
     share = read_times([*on_cpu(3.0), *on_cpu(7.0), *late], on_device=False)
@@ -81,7 +81,7 @@ def test_what_a_rank_takes_of_its_own_is_the_least_of_its_steps():
         ("ncclKernel_AllReduce_RING_LL_Sum_float(ncclWorkElem)", GPU),
     ],
 )  # fmt: skip
-def test_what_exchanges_is_known_by_its_name(name, device):
+def test_exchanges_are_known_by_their_names(name, device):
     """Of torch's process groups, and NCCL's kernels by their newer and older names."""
     events = [
         event(ranks._STEP, 0.0, 1.0),

@@ -82,7 +82,7 @@ def given(*own_and_exchanged, **more):
     ],
 )
 def test_gradients_are_the_mean_over_ranks(given_to, observed, words):
-    """An exchange that did not take place is named, and what is no number is no mean."""
+    """An exchange that did not take place is named, and NaN is no mean."""
     found = given(*given_to)
     assert (found.observed, words in found.reason) == (observed, True), found.reason
 

@@ -96,7 +96,7 @@ def test_a_path_that_cannot_be_read_is_refused(tmp_path):
 @settings(deadline=None, max_examples=30)
 @given(cut=st.integers(1, len(TRACE) - 1))
 def test_a_trace_cut_anywhere_is_refused(tmp_path_factory, cut):
-    """Even behind the last event: what is missing is unknown."""
+    """Even behind the last event: the missing part is unknown."""
     assert "nothing of a damaged file is reported" in refusal_of(tmp_path_factory.mktemp("cut"), TRACE[:cut])
 
 
