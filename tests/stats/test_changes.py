@@ -13,7 +13,7 @@ def noise(count, *, sd=0.02, seed=0):
     return np.random.default_rng(seed).normal(0.0, sd, count)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(12))
 def test_the_division_is_the_one_that_pelt_finds(seed):
     """ruptures as the oracle: the same least-squares cost, penalty and shortest segment, on random levels and noise."""
     rng = np.random.default_rng(seed)
@@ -36,23 +36,6 @@ def test_a_change_is_found_with_its_size_and_place():
     assert change.low < math.log(1.10) < change.high
     assert [(level.first, level.end) for level in course.levels] == [(0, 40), (40, 60)]
     assert course.scatter == pytest.approx(0.02, rel=0.3)
-
-
-def test_several_changes_each_have_their_own():
-    """Up and down again."""
-    values = noise(90, seed=3)
-    values[30:60] += 0.1
-    assert [change.first for change in find_changes(values).changes] == [30, 60]
-
-
-def test_ten_nights_and_three_more_are_enough():
-    """A change of five standard deviations, as early as changes are looked for."""
-    found = 0
-    for seed in range(50):
-        values = noise(13, seed=seed)
-        values[10:] += 0.1
-        found += [change.first for change in find_changes(values).changes] == [10]
-    assert found >= 40
 
 
 def test_fewer_than_ten_say_nothing():

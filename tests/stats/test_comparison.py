@@ -76,25 +76,6 @@ def test_equivalence_at_the_margin_is_a_five_percent_error():
     assert 0.038 <= rate("equivalent", found) <= 0.062
 
 
-def test_planted_effect_is_found_with_the_stated_power():
-    """A slow-down planted at the mean stated mde80 is found in about 80 % of runs of the same design."""
-    stated = np.mean([one.mde80 for one in simulate(300, 5, 0.0, 0.02, 26, pairing="turn")])
-    found = simulate(1000, 5, math.log1p(stated), 0.02, 27, pairing="turn")
-    assert rate("regressed", found) == pytest.approx(0.8, abs=0.06)
-
-
-def test_pairing_by_turn_removes_bursts():
-    """Bursts that hit both sides' neighbouring turns leave the turn-paired interval narrow, the unpaired wide."""
-    rng = np.random.default_rng(28)
-    burst = rng.choice([0.0, 0.8], (6, 30), p=[0.5, 0.5])
-    base, candidate = np.exp(rng.normal(0, 0.02, (2, 6, 30)) + burst)
-    candidate *= 1.05
-    by_turn = compare_trials(base, candidate, pairing="turn")
-    unpaired = compare_trials(base, candidate, pairing="none")
-    assert by_turn.verdict == "regressed"
-    assert by_turn.high - by_turn.low < (unpaired.high - unpaired.low) / 5
-
-
 def test_unpaired_is_never_equivalent():
     """Identical quiet sides are equivalent if paired; unpaired they stay inconclusive, with the reason and no plan."""
     trials = [[1.0, 1.001], [1.001, 1.0], [1.0, 1.0]]
@@ -178,21 +159,13 @@ def test_bad_input_is_an_error(arguments, message):
 
 @settings(max_examples=60, deadline=None)
 @given(sides, pairings)
-def test_result_is_json_and_ordered(pair, pairing):
-    """Any valid input gives a result that strict JSON can hold, with low <= ratio <= high where there are bounds."""
-    result = compare_trials(*pair, pairing=pairing)
-    json.dumps(asdict(result), allow_nan=False)
-    assert result.low is None or result.low <= result.ratio
-    assert result.high is None or result.ratio <= result.high
-    assert pairing != "none" or result.verdict != "equivalent"
-
-
-@settings(max_examples=60, deadline=None)
-@given(sides, pairings)
 def test_swapping_sides_inverts(pair, pairing):
-    """Swapping sides inverts the ratio, and turns regressed into improved; the other verdicts stay."""
+    """Swapping sides inverts the ratio, and turns regressed into improved; the other verdicts stay. Any valid input
+    gives a result that strict JSON can hold."""
     base, candidate = pair
     one, other = compare_trials(base, candidate, pairing=pairing), compare_trials(candidate, base, pairing=pairing)
+    json.dumps(asdict(one), allow_nan=False)
+    assert pairing != "none" or one.verdict != "equivalent"
     assert one.ratio * other.ratio == pytest.approx(1.0, rel=1e-9)
     assert other.verdict == {"regressed": "improved", "improved": "regressed"}.get(one.verdict, one.verdict)
     assert other.mde80 == (None if one.mde80 is None else pytest.approx(one.mde80, rel=1e-6))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lorameter.stats import compare_family, compare_trials, step_down
+from lorameter.stats import compare_family, compare_trials
 
 
 def simulated(rng, effects, replicates=6, sd=0.02):
@@ -70,20 +70,3 @@ def test_each_comparison_can_have_its_own_pairing_and_limits():
     assert found["a"] == compare_trials(base, turns, pairing="turn", tolerance=0.02, margin=0.03, family=2)
     assert found["b"] == compare_trials(base, blocks, pairing="replicate", tolerance=0.5, margin=0.6, family=2)
     assert [one.verdict for one in found.values()] == ["equivalent", "equivalent"]
-
-
-def test_step_down_raises_the_level_for_those_left():
-    """What is decided leaves the family; the others are judged again as fewer, until nothing more is decided."""
-    needs = {"a": 4, "b": 2, "c": 3, "d": 1}
-    asked = []
-
-    def judge(name, left):
-        asked.append((name, left))
-        return left <= needs[name]
-
-    assert step_down(needs, judge, is_decided=bool) == {"a": True, "b": True, "c": True, "d": True}
-    assert asked == [("a", 4), ("b", 4), ("c", 4), ("d", 4), ("b", 3), ("c", 3), ("d", 3), ("b", 2), ("d", 2), ("d", 1)]
-    assert step_down({"a": 0, "b": 2}, lambda name, left: left <= {"a": 0, "b": 2}[name], is_decided=bool) == {
-        "a": False, "b": True,
-    }  # fmt: skip
-    assert step_down((), judge, is_decided=bool) == {}

@@ -71,19 +71,6 @@ def test_one_replicate_has_no_spread():
     assert measure_effect(arrays([1], [1.1], [1.2]), arrays([2]), "none").spread is None
 
 
-@pytest.mark.parametrize("pairing", ["turn", "replicate"])
-def test_unequal_trials_are_refused(pairing):
-    """Paired sides of unequal length are refused with both counts."""
-    with pytest.raises(ValueError, match=r"base has 2 trials and candidate 1: .*pairing='none'"):
-        measure_effect(arrays([1], [1]), arrays([1]), pairing)
-
-
-def test_unequal_turns_are_refused():
-    """A pair with unequal counts is refused by its index and both counts."""
-    with pytest.raises(ValueError, match=r"trial 1: base has 2 samples and candidate 3: .*pairing='replicate'"):
-        measure_effect(arrays([1], [1, 2]), arrays([1], [1, 2, 3]), "turn")
-
-
 def test_log_ratios_are_those_of_the_effect():
     """One log ratio a replicate, whose mean is the effect; sides that are not paired have none."""
     rng = np.random.default_rng(4)

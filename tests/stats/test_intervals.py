@@ -1,9 +1,9 @@
-"""The two quantiles against scipy.stats, which computes them another way."""
+"""Quantiles and the sign test against scipy.stats, which computes them another way."""
 
 import pytest
 from scipy import stats
 
-from lorameter.stats.intervals import noncentrality, quantile
+from lorameter.stats.intervals import noncentrality, quantile, sign_test
 
 
 @pytest.mark.parametrize("df", [1, 2, 4.3, 30, 5e5])
@@ -25,3 +25,10 @@ def test_tiny_tails_return():
     """A critical value in the thousands (one degree of freedom, a large family) is continued smoothly, and returns."""
     values = [noncentrality(1, tail, 0.8) * tail for tail in (4e-4, 3e-4, 1e-6, 1e-12)]
     assert values == pytest.approx([values[0]] * 4, rel=1e-3)
+
+
+@pytest.mark.parametrize("tosses", [1, 2, 9, 101])
+def test_sign_test_is_the_exact_binomial_test(tosses):
+    """The same p-value as scipy's, for every number of heads."""
+    for heads in range(tosses + 1):
+        assert sign_test(heads, tosses) == pytest.approx(stats.binomtest(heads, tosses, 0.5).pvalue, rel=1e-12)

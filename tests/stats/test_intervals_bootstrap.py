@@ -24,12 +24,6 @@ def test_a_difference_of_medians_of_the_same_turns_is_covered():
     assert covered / 300 > 0.92
 
 
-def test_the_same_samples_give_the_same_interval():
-    """Resampling is seeded: a report of a run says the same twice."""
-    columns = (tuple(np.linspace(1, 2, 30)), tuple(np.linspace(0.5, 1.2, 30)))
-    assert bootstrap_interval(columns, left) == bootstrap_interval(columns, left)
-
-
 def test_too_few_samples_have_no_interval_and_unequal_ones_are_refused():
     """As for a median, six are the least."""
     assert bootstrap_interval(((1.0,) * 5, (1.0,) * 5), left) == (None, None)

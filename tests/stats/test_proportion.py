@@ -34,16 +34,6 @@ def test_clusters_that_say_nothing_of_their_scatter_count_as_one_look_each():
     assert high > 0.9
 
 
-def test_tokens_that_are_wrong_together_widen_the_interval():
-    """The same share, once spread over the answers and once in a few of them."""
-    spread = clustered_proportion([2, 1, 2, 1, 2, 1, 2, 1, 2, 2], [32] * 10)
-    lumped = clustered_proportion([16, 0, 0, 0, 0, 0, 0, 0, 0, 0], [32] * 10)
-    plain = proportion(16, 320)
-    assert spread.share == lumped.share == plain.share
-    assert spread.high - spread.low <= plain.high - plain.low + 1e-9 or spread.high >= plain.high - 0.01
-    assert lumped.high - lumped.low > 3 * (plain.high - plain.low)
-
-
 def test_the_clustered_interval_holds_what_it_promises():
     """Answers whose tokens differ together: the true share lies inside in 95 % of cases or more."""
     rng = np.random.default_rng(5)

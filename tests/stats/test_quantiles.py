@@ -42,13 +42,6 @@ def test_percentile_needs_its_samples(q, needed):
     assert percentile(range(needed), q).reason is None
 
 
-def test_confidence_of_mlperf():
-    """At 99 % the counts are those of MLPerf's early stopping: 44, 90 and 459."""
-    for q, needed in ((0.9, 44), (0.95, 90), (0.99, 459)):
-        assert percentile(range(needed), q, confidence=0.99).value is not None
-        assert f"takes {needed}" in percentile(range(needed - 1), q, confidence=0.99).reason
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.integers(29, 400), st.sampled_from([0.1, 0.5, 0.75, 0.9]), st.sampled_from([0.8, 0.95]))
 def test_percentile_bounds_are_scipys(count, q, confidence):

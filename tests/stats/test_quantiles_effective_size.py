@@ -24,24 +24,11 @@ def test_autoregressive_series_have_their_known_size(phi):
     assert np.median(sizes) == pytest.approx(800 * (1 - phi) / (1 + phi), rel=0.15)
 
 
-def test_error_of_the_mean_is_that_of_the_effective_size():
-    """The mean of a bursty series scatters as the mean of that many independent samples would."""
-    rng = np.random.default_rng(72)
-    runs = np.array([autoregressive(rng, 400, 0.7) for _ in range(400)])
-    size = np.median([effective_size(run) for run in runs])
-    assert runs.mean(axis=1).std() == pytest.approx(runs.std() / math.sqrt(size), rel=0.15)
-
-
 def test_independent_samples_count_nearly_in_full():
     """Independent samples lose next to nothing, and a million of them are done at once."""
     rng = np.random.default_rng(73)
     assert np.median([effective_size(rng.normal(size=200)) for _ in range(200)]) > 180
     assert effective_size(rng.normal(size=10**6)) > 0.95e6
-
-
-def test_a_drift_is_worth_next_to_nothing():
-    """A straight line of 100 steps is worth a few samples."""
-    assert effective_size(np.linspace(1.0, 2.0, 100)) < 5
 
 
 @settings(max_examples=100, deadline=None)

@@ -23,21 +23,6 @@ def test_wrong_depth_is_refused(nested):
         checked_trials("candidate", [nested], positive=True)
 
 
-@pytest.mark.parametrize(
-    ("trials", "message"),
-    [
-        ([], "base has no trial"),
-        ([[1.0], []], "base trial 1 has no samples"),
-        ("12", "base is '12'"),
-        (3.0, "base is 3.0"),
-    ],
-)
-def test_nothing_to_read_is_refused(trials, message):
-    """No trial, an empty trial and what is no list at all are three different refusals."""
-    with pytest.raises(ValueError, match=message):
-        checked_trials("base", trials, positive=True)
-
-
 def test_accepts_lists_arrays_and_exact_numbers():
     """Lists of ints or fractions, tuples and arrays all arrive as the same floats, and the input is not touched."""
     given = np.array([1.0, 2.0])

@@ -3,7 +3,6 @@
 import pytest
 
 from lorameter.errors import UsageError
-from lorameter.studies.claim import OF_PAIRS, RULES, ClaimPart
 from lorameter.studies.study_file import load_study
 
 STUDY = """
@@ -83,22 +82,3 @@ def test_a_limit_that_is_not_the_rules_is_refused(parts_of, rule, own, name):
         return
     assert f"mine.toml, claim number 1: {name} = 0.2: rule '{rule}' does not go by it" in said
     assert (f"its limit is '{own}'" if own else "it has no limit") in said
-
-
-def test_every_rule_has_one_limit_or_none():
-    """The tolerance of an effect, the margin of an equality, what is promised of an engine, nothing where more is more
-    and less is less."""
-    made = {
-        rule: ClaimPart(
-            rule=rule, axis="engine" if rule in OF_PAIRS else "r", by=0.2,
-            metric={"best": "", "rises": "adapter_bytes"}.get(rule, "step_time_s"),
-            metrics={"step_time_s": 1.0} if rule == "best" else {},
-            levels={"differs": (1.0, 2.0), "highest": (1.0,), "lowest": (1.0,), "best": (1.0,)}.get(rule, ()),
-            against=("lora_alpha",) if rule == "largest-effect" else (),
-        ).limit
-        for rule in RULES
-    }  # fmt: skip
-    assert {rule for rule, limit in made.items() if limit == ("margin", 0.05)} == {"no-trend", "equal"}
-    assert {rule for rule, limit in made.items() if limit == ("", 0.0)} == {"best", "largest-effect", "rises"}
-    assert {rule for rule, limit in made.items() if limit == ("by", 0.2)} == {"faster", "lowers", "costs-at-most"}
-    assert set(made.values()) == {("tolerance", 0.01), ("margin", 0.05), ("by", 0.2), ("", 0.0)}

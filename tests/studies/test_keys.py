@@ -78,12 +78,3 @@ def test_a_target_that_no_module_has_is_refused(answer):
     assert "target_modules = ['nothing']: the model tiny-llama has no such module" in said
     assert "q_proj" in said
     assert answer(f"[controls]\ntarget_modules = ['self_attn.q_proj', 'lm_head', 'embed_tokens']\n{ONE}")[0] == 0
-
-
-def test_a_target_that_is_one_of_several_is_a_notice(tmp_path, capsys):
-    """PEFT trains the others."""
-    path = tmp_path / "mine.toml"
-    path.write_text(f"[controls]\ntarget_modules = ['q_proj', 'q_porj']\n{ONE}")
-    assert main(["run", str(path), "--dry-run", "--runs-dir", str(tmp_path / "runs")]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "b: target_modules: the model tiny-llama has no module q_porj" in said

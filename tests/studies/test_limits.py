@@ -10,7 +10,6 @@ from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.plan import arms_of, make_plan
-from lorameter.studies.limits import NAME_BYTES
 from lorameter.studies.study_file import KEYS, load_study
 
 TWELVE = KEYS["controls"][:12]
@@ -75,14 +74,6 @@ def test_what_would_break_later_is_refused_when_it_is_read(tmp_path, text, words
     assert words in refused(tmp_path, text)
 
 
-def test_a_file_whose_name_cannot_name_a_run_is_refused(tmp_path):
-    """The name of a study is part of the folder of each of its runs."""
-    assert "bytes long" in refused(tmp_path, ONE, name=f"{'s' * 200}.toml")
-    path = tmp_path / f"{'s' * NAME_BYTES}.toml"
-    path.write_text(ONE)
-    assert load_study(str(path)).variants
-
-
 def test_a_plan_has_a_bound(tmp_path):
     """Each number may be large alone; all of them together are refused before the plan is made."""
     path = tmp_path / "mine.toml"
@@ -133,12 +124,3 @@ def test_a_percentage_in_place_of_a_fraction_is_refused(tmp_path, capsys, argume
     said = capsys.readouterr().err
     assert re.search(r"(tolerance|margin|precision) = (5|1|0\.9)(\.0)?: ", said), said
     assert "0.05 is 5 %" in said
-
-
-def test_the_help_of_a_fraction_names_its_unit(capsys):
-    """A number without one is taken for a percentage."""
-    for command in ("run", "ab"):
-        with pytest.raises(SystemExit):
-            main([command, "--help"])
-        said = " ".join(capsys.readouterr().out.split())
-        assert "--precision F stop when every interval is within ±F of its ratio; a fraction: 0.05 is 5 %" in said

@@ -6,7 +6,7 @@ import pytest
 
 from lorameter.errors import UsageError
 from lorameter.records import codec
-from lorameter.studies.script import name_of_command, name_of_words
+from lorameter.studies.script import name_of_command
 from lorameter.studies.script_study import study_of_command
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import load_study
@@ -111,21 +111,3 @@ def test_a_command_is_named_by_its_script(command, name):
     """The name is fit for a file's."""
     assert name_of_command(command) == name
     assert study_of_command(command).variants[0].name == name
-
-
-@pytest.mark.parametrize(
-    ("words", "name"),
-    [
-        (["python", "train.py", "--title", "it's"], "train"),
-        (["python", "train.py", ">", "A=1"], "train"),
-        (["A=1"], "A=1"),
-        (["/opt/my tool", "&&", '"'], "my-tool"),
-        (["python", "-c", "x" * 100_000], "c"),
-        (["python"], "python"),
-        (["..."], "..."),
-        (["/"], "command"),
-    ],
-)
-def test_words_that_are_no_line_have_a_name_as_well(words, name):
-    """Nobody has to take them apart: they are what a shell has made of a line, or what no shell has seen."""
-    assert name_of_words(words) == name

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
-from lorameter.records import codec
-from lorameter.studies.request import ServingMode, base_key, serving_modes
+from lorameter.studies.request import base_key, serving_modes
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 
@@ -41,10 +38,3 @@ def test_a_group_is_served_from_one_base_and_merges_last():
     for group in serving_modes(LoraVariant(quantization="int8")):
         assert len({(base_key(way.variant, Workload()), way.dequantised) for way in group}) == 1
         assert not any(way.merged for way in group[:-1])
-
-
-def test_a_way_crosses_a_process():
-    """As JSON, and back."""
-    for way in (way for group in serving_modes(LoraVariant(name="a", quantization="nf4")) for way in group):
-        assert codec.from_json(ServingMode, codec.to_json(way), "way") == way
-    assert dataclasses.replace(way, merged=False) != way
