@@ -6,7 +6,6 @@ library and written with six digits. Nothing of `harness` is imported: what thes
 
 RUNS        what a user may have in a runs directory, whole and broken off
 DAMAGED     runs that cannot be read, each for another reason
-FILES       pytest-benchmark files, of a session and of another project, and a policy that cannot be read
 PROFILES    all facts of a profile, as `lorameter profile` writes them
 """
 
@@ -37,7 +36,6 @@ BEGUN = 1795000000.0
 MIB = 2**20
 SCHEMA = 5
 KEPT_VALUES = "host_watched_train_s new_tokens packed_4bit_decode threads trainable_parameters warmup_steady".split()
-FINGERPRINT = ("device", "device_name", "driver", "cuda", "cpu_model", "threads", "python", "libraries", "workload")
 
 Json = dict[str, Any]
 Change = Callable[[Json], Json | None]
@@ -76,7 +74,6 @@ class Planted:
         losses: dict[str, float] | None = None,
         requests: dict[str, float] | None = None,
         answers: dict[str, float] | None = None,
-        level: str = "",
         sides: bool = False,
         checks: int = 3,
         peaks: int = 2,
@@ -91,7 +88,7 @@ class Planted:
         self.variants, self.replicates, self.turns, self.phases = variants, replicates, turns, phases
         self.ratios, self.control, self.noise, self.scale = ratios or {}, control, noise, scale
         self.losses, self.requests, self.answers = losses or {}, requests or {}, answers or {}
-        self.level, self.sides, self.checks, self.peaks = level or self.manifest["interleaving"], sides, checks, peaks
+        self.level, self.sides, self.checks, self.peaks = self.manifest["interleaving"], sides, checks, peaks
         self.status, self.change, self.edit = status, change, edit
         self.heavier_mib = heavier_mib
         self.reference = self.manifest["study"]["reference"]
@@ -227,9 +224,7 @@ class Planted:
         return self.losses.get(name, 4.6) * math.exp(self.luck.gauss(0, 0.001))
 
     def _checked(self, template: Json) -> list[Json]:
-        """The evidence of some checks without its words, or all of it."""
-        if self.checks > len(template["checks"]):
-            return copy.deepcopy(template["checks"])
+        """Some checks with a short reason."""
         return [check | {"reason": "seen"} for check in template["checks"][: self.checks]]
 
     def _memory(self, name: str, side: str) -> Json:
@@ -293,16 +288,6 @@ def fallen_back(record: Json) -> Json:
     return record
 
 
-def noticed(record: Json) -> Json:
-    """Trials that said something of themselves, and hosts that were busy."""
-    if record["replicate"] == 1 and record["samples"].get("step_time_s"):
-        record["values"] |= {"host_watched_train_s": 1.0, "host_cpu_stall_train_s": 0.4, "warmup_steady": 0.0}
-        record["samples"]["step_cpu_time_s"] = [rounded(0.8 * step) for step in record["samples"]["step_time_s"]]
-        notice = {"code": "constructed", "message": "said by a trial [bold].", "remedy": "Do nothing about it."}
-        record["notices"] = [notice]
-    return record
-
-
 def broken_off(record: Json) -> Json | None:
     """What a run that was stopped in its third replicate holds."""
     if record["replicate"] > 2:
@@ -358,32 +343,9 @@ def elsewhere(manifest: Json) -> Json:
     return manifest | {"fingerprint": "0123456789ab"}
 
 
-def renamed(manifest: Json) -> Json:
-    """One variant is another under the same name."""
-    for variant in manifest["study"]["variants"]:
-        if variant["name"] == NF4:
-            variant["lora_dropout"] = 0.0
-    return manifest
-
-
-def another_id(record: Json) -> Json:
-    return record | {"variant": "feedfacecafe"} if record["name"] == NF4 else record
-
-
 def crashed_candidate(record: Json) -> Json:
     if record["trial"] == f"r2-{NF4}-candidate":
         return failure(record, "crashed", "timed", "SIGKILL", "the process ended with signal 9")
-    return record
-
-
-def alike(manifest: Json) -> Json:
-    manifest["sides"]["candidate"] = manifest["sides"]["base"] | {"label": "main again"}
-    return manifest
-
-
-def doubled_memory(record: Json) -> Json:
-    for kind in record["memory"]:
-        record["memory"][kind] = 2 * record["memory"][kind]
     return record
 
 
@@ -416,35 +378,25 @@ def runs() -> list[tuple[Planted, Callable[[Path], None]]]:
 
     plain = [
         Planted("sound", replicates=5, phases=BOTH, ratios=USUAL),
-        Planted("again", replicates=5, phases=BOTH, ratios=USUAL, noise=0.001),
         Planted("slower", replicates=5, phases=BOTH, ratios={NF4: 1.5, ALPHA: 1.0}),
-        Planted("faster", replicates=5, phases=BOTH, ratios={NF4: 0.7, ALPHA: 1.0}),
         Planted("another-day", replicates=5, phases=BOTH, scale=1.3, ratios=USUAL),
         Planted("cold", phases=(*BOTH, "cold"), peaks=4),
-        Planted("larger", replicates=5, phases=BOTH, ratios=USUAL, change=doubled_memory),
         Planted("noisy", replicates=3, noise=0.2),
         Planted("fewer-variants", variants=(REFERENCE, NF4)),
         Planted("without-reference", variants=(NF4, ALPHA)),
         Planted("one-replicate", replicates=1, peaks=1),
-        Planted("two-replicates", replicates=2, peaks=1, noise=0.005),
         Planted("control-failed", control=1.2),
-        Planted("control-unsure", control=1.0, noise=0.08),
         Planted("failed", replicates=4, change=failed),
         Planted("diverged", change=diverged),
         Planted("fallback", change=fallen_back),
-        Planted("noticed", change=noticed),
-        Planted("full-checks", replicates=2, checks=99, peaks=1),
-        Planted("blocks", level="replicates"),
         Planted("interrupted", replicates=4, status="interrupted", change=broken_off),
         Planted("given-up", replicates=4, status="failed", change=until_the_second),
         Planted("other-machine", replicates=5, phases=BOTH, edit=elsewhere),
-        Planted("other-variant", replicates=5, phases=BOTH, edit=renamed, change=another_id),
         Planted("resumed", ratios=USUAL, edit=resumed),
         Planted("ab", sides=True, variants=(REFERENCE, NF4), replicates=6, turns=8, ratios={NF4: 1.06}, heavier_mib=8),
         Planted("ab-improved", sides=True, variants=(NF4,), replicates=6, turns=8, phases=BOTH, ratios={NF4: 0.9}),
         Planted("ab-unsure", sides=True, variants=(NF4,), replicates=3, noise=0.2),
         Planted("ab-failed", sides=True, variants=(REFERENCE, NF4), change=crashed_candidate),
-        Planted("ab-alike", sides=True, variants=(REFERENCE,), edit=alike),
         Planted("swept", **SWEPT),
         Planted(
             "swept-in-part",
@@ -478,63 +430,10 @@ def damage(folder: Path) -> None:
             run.change = lambda one: record(one) if one["role"] == "variant" else one
         return run.write(folder)
 
-    damaged("unknown-field", record=lambda one: one | {"step_tme_s": 1.0})
-    damaged("unknown-field-of-manifest", manifest=lambda one: one | {"sedd": 1})
     damaged("newer-schema", manifest=lambda one: one | {"schema": 99})
-    damaged("newer-schema-of-a-record", record=lambda one: one | {"schema": 99})
     damaged("wrong-type", record=lambda one: one | {"replicate": "one"})
-    damaged("wrong-type-inside", record=lambda one: one | {"samples": {"step_time_s": [0.1, "fast"]}})
-    damaged("wrong-word", record=lambda one: one | {"status": "fine"})
-    damaged("missing-key", record=lambda one: {key: value for key, value in one.items() if key != "trial"})
-    damaged(
-        "missing-key-of-manifest", manifest=lambda one: {key: value for key, value in one.items() if key != "order"}
-    )
-    damaged("impossible-study", manifest=lambda one: one["study"]["workload"].update(batch_size=0) or one)
     damaged("no-records").joinpath("trials.jsonl").unlink()
     damaged("cut-manifest").joinpath("manifest.json").write_text(f'{{"schema": {SCHEMA}, "run": ', encoding="utf-8")
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def benchmark_file(run: Planted, path: Path) -> Json:
-    """What pytest-benchmark and the plugin would save of the training of a run, as far as it is read again."""
-    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    lines = [json.loads(line) for line in (path / "trials.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = []
-    for name in run.variants:
-        trials = [one for one in lines if (one["name"], one["role"]) == (name, "variant") and one["turn_lengths"]]
-        steps = [step for trial in trials for step in trial["samples"]["step_time_s"]]
-        info = {
-            "run": run.name, "name": name, "variant": trials[0]["variant"], "metric": "step_time_s",
-            "interleaving": run.level, "memory": {"host_peak_train_bytes": 440 * MIB},
-            "trials": [
-                {"trial": one["trial"], "replicate": one["replicate"], "samples": run.turns, "turn_lengths": [1] * 6}
-                for one in trials
-            ],
-            "medians": {"held_out_loss": [one["values"]["held_out_loss"] for one in trials]},
-        }  # fmt: skip
-        full = f"benchmarks/test_variants.py::test_train_step[{name}]"
-        row = {"name": full.partition("::")[2], "fullname": full, "group": "train", "param": name}
-        rows.append(row | {"params": {"variant_name": name}, "extra_info": info, "stats": {"data": steps}})
-    about = {
-        "schema": SCHEMA, "run": run.name, "fingerprint": manifest["fingerprint"], "study": "lora-or-qlora",
-        "variants": manifest["study"]["variants"], "failed": {}, "invalid": None,
-    }  # fmt: skip
-    machine = {"lorameter": {key: manifest["provenance"].get(key) for key in FINGERPRINT}}
-    return {"machine_info": machine, "benchmarks": rows, "lorameter": about, "version": "5.1.0"}
-
-
-def foreign_file(scale: float) -> Json:
-    """What another project's pytest-benchmark saves."""
-    luck = random.Random(f"foreign {scale}")
-    rows = [
-        {"fullname": f"tests/test_it.py::{name}", "stats": {"data": times, "median": sorted(times)[2]}}
-        for name in ("test_fast", "test_slow")
-        for times in [[rounded(scale * luck.uniform(0.9, 1.1)) for _ in range(5)]]
-    ]
-    machine = {"cpu": {"brand_raw": "A CPU"}, "machine": "x86_64", "system": "Linux", "python_version": "3.11.7"}
-    return {"machine_info": machine, "benchmarks": rows, "version": "5.1.0"}
 
 
 # --- profiles ---------------------------------------------------------------------------------------------------------
@@ -549,9 +448,9 @@ RAN = {
 """Constructed: under the profiler everything takes twice as long."""
 
 
-def profile(*, missing: str = "", remainder: float = 0.001) -> Json:
+def profile(*, missing: str = "") -> Json:
     """A profile of the 4-bit variant."""
-    luck = random.Random(f"profile {missing} {remainder}")
+    luck = random.Random(f"profile {missing}")
     manifest, records = measured("lora-or-qlora")
     variant = next(one for one in manifest["study"]["variants"] if one["name"] == NF4)
     template = next(one for one in records if one["trial"] == f"r0-{NF4}-isolated")
@@ -560,7 +459,7 @@ def profile(*, missing: str = "", remainder: float = 0.001) -> Json:
     def times(seconds: float) -> list[float]:
         return [rounded(seconds * factor * math.exp(luck.gauss(0, 0.001))) for factor in noise]
 
-    whole = sum(PHASES.values()) + remainder
+    whole = sum(PHASES.values()) + 0.001
     samples = {f"phase_{name}_s": times(seconds) for name, seconds in PHASES.items()} | {
         "plain_step_time_s": times(whole), "plain_step_cpu_time_s": times(0.99 * whole),
         "bordered_step_time_s": times(whole), "bordered_step_cpu_time_s": times(0.99 * whole),
@@ -599,27 +498,20 @@ def profile(*, missing: str = "", remainder: float = 0.001) -> Json:
 
 FACTS = {
     "explained": profile(),
-    "unexplained": profile(remainder=0.02),
     "unseen": profile(missing="the profiler recorded nothing (constructed)"),
 }
 
 
 FOLDER = Path(tempfile.mkdtemp(prefix="lorameter-constructed-"))
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
-RUNS, DAMAGED, FILES, PROFILES = (FOLDER / name for name in ("runs", "damaged", "files", "profiles"))
+RUNS, DAMAGED, PROFILES = (FOLDER / name for name in ("runs", "damaged", "profiles"))
 
 
 def construct() -> None:
     """Write everything."""
-    paths = {}
     for run, afterwards in runs():
-        paths[run.name] = run, run.write(RUNS)
-        afterwards(paths[run.name][1])
+        afterwards(run.write(RUNS))
     damage(DAMAGED)
-    FILES.mkdir()
-    (FILES / "foreign.json").write_text(_text(foreign_file(1.0)), encoding="utf-8")
-    (FILES / "sound.json").write_text(_text(benchmark_file(*paths["sound"])), encoding="utf-8")
-    (FILES / "mistyped.toml").write_text("tolerence = 0.01\n", encoding="utf-8")
     PROFILES.mkdir()
     for name, document in FACTS.items():
         (PROFILES / f"{name}.json").write_text(_text(document, indent=1), encoding="utf-8")

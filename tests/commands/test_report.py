@@ -11,7 +11,7 @@ from lorameter.cli import main
 from lorameter.records import codec
 from lorameter.records.store import read_manifest
 from lorameter.verdicts.gate import Policy
-from tests.constructed import FILES, RUNS
+from tests.constructed import RUNS
 
 
 @pytest.fixture
@@ -75,7 +75,6 @@ def test_variants_stand_in_the_order_asked_for(told):
         (["--phase", "cold"], "run sound has train, generate"),
         (["--format", "markdown", "--json"], "both choose the format"),
         (["--markdown", "--format", "github"], "both choose the format"),
-        (["--policy", str(FILES / "mistyped.toml")], "mistyped.toml"),
     ],
 )
 def test_what_there_is_not_is_refused(told, options, words):

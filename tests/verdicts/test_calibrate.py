@@ -129,13 +129,3 @@ def test_trials_that_are_not_ok_do_not_count(ab_run, plain):
         result = calibrate(ab_run(change=failed(*arm)), plain)
         assert [rate.replicates for rate in result.rates] == [5]
     assert calibrate(ab_run(change=failed("base", "control")), plain).replicates == 8
-
-
-def test_scatter_and_prices_have_their_intervals(ab_run, plain):
-    """24 replicates do not know their scatter exactly, nor the replicates that follow from it."""
-    result = calibrate(ab_run(sd=0.02), plain)
-    assert result.sd_low < result.sd < result.sd_high
-    for price in result.prices:
-        assert price.replicates_low <= price.replicates <= price.replicates_high
-    last = planned_effects(result)[-1]
-    assert f"[{result.prices[-1].replicates_low}, {result.prices[-1].replicates_high}]" in last

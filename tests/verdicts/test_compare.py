@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import json
@@ -10,14 +9,10 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lorameter.cli import main
-from lorameter.errors import UsageError
 from lorameter.studies.variant import LoraVariant
 from lorameter.verdicts import compare as verdicts
-from lorameter.verdicts.benchmark_files import read_benchmark_json
 
 BASE = {"plain": [0.100, 0.101, 0.099, 0.1005], "nf4": [0.200, 0.201, 0.199, 0.2005]}
 
@@ -205,10 +200,8 @@ def control_oom(record):
 @pytest.mark.parametrize(("options", "said"), [
     ({"change": control_oom}, "r1-plain-control"),
     ({"control": 1.3}, "control regressed"),
-    ({"control": 1 / 1.3}, "control improved"),
     ({"control": None}, "was not measured"),
     ({"status": "interrupted"}, "'interrupted'"),
-    ({"status": "running"}, "'running'"),
 ])  # fmt: skip
 def test_a_run_that_does_not_hold_is_invalid_as_a_whole(write_run, compare, options, said):
     """Its control differs, or it did not end: no number of it counts, whichever side it is."""
@@ -248,13 +241,12 @@ def test_an_ab_run_is_no_side(write_run, compare):
     assert main(["accept", "b", "--runs-dir", str(manifest.parents[1])]) == 2
 
 
-@pytest.mark.parametrize("name", ["no-such-run", "missing.json"])
-def test_what_is_no_run_and_no_file_is_refused(write_run, compare, name):
+def test_an_unknown_run_is_refused(write_run, compare):
     """Exit 2, with the runs that exist."""
     write_run("a", BASE)
-    code, text = compare("a", name)
+    code, text = compare("a", "no-such-run")
     assert code == 2
-    assert name in text
+    assert "no-such-run" in text
     assert "Latest runs: a" in text
 
 
@@ -265,18 +257,17 @@ def many(count):
     return variants, steps
 
 
-@pytest.mark.parametrize("factor", [1.2, 1 / 1.2])
-def test_a_shift_of_all_is_the_machines(write_run, compare, small_study, factor):
-    """Six of six a fifth slower, or faster: invalid (4), with the ratios; the peaks are not times and keep theirs."""
+def test_a_shift_of_all_variants_is_the_machines(write_run, compare, small_study):
+    """Six of six a fifth slower: invalid (4), with the ratios; peaks of memory keep their verdicts."""
     variants, steps = many(6)
     study = dataclasses.replace(small_study, variants=variants, reference="r1")
-    moved = {name: [time * factor for time in times] for name, times in steps.items()}
+    moved = {name: [time * 1.2 for time in times] for name, times in steps.items()}
     code, document = compare(write_run("a", steps, study=study), write_run("b", moved, study=study))
     assert code == 4
     assert set(verdicts_of(document).values()) == {"invalid"}
     assert set(verdicts_of(document, "host_peak_train_bytes").values()) == {"equivalent"}
     assert "the machine changed" in reasons_of(document)
-    assert document["comparisons"][0]["ratio"] == pytest.approx(factor)
+    assert document["comparisons"][0]["ratio"] == pytest.approx(1.2)
 
 
 def test_metrics_that_follow_from_each_other_are_no_shift(write_run, compare):
@@ -397,13 +388,11 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def foreign(tmp_path, written):
-    """A function that writes such a file, without its samples or of another Python where that is asked for."""
+    """A function that writes such a file, of another Python if `python` is given."""
 
-    def write(name, *, samples=True, python=None):
+    def write(name, *, python=None):
         data = copy.deepcopy(written)
         data["machine_info"]["python_version"] = python or data["machine_info"]["python_version"]
-        for test in data["benchmarks"] if not samples else ():
-            del test["stats"]["data"]
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps(data))
         return path
@@ -411,13 +400,12 @@ def foreign(tmp_path, written):
     return write
 
 
-@pytest.mark.parametrize(("samples", "said"), [(True, "one process"), (False, "--benchmark-save-data")])
-def test_a_foreign_file_is_one_replicate(foreign, compare, samples, said):
-    """However many rounds it holds, or a summary alone: a ratio, no interval, inconclusive (3), and what to save."""
-    code, document = compare(foreign("a", samples=samples), foreign("b", samples=samples))
+def test_a_foreign_file_is_one_replicate(foreign, compare):
+    """However many rounds it holds: a ratio, no interval, inconclusive (3), and how to save several."""
+    code, document = compare(foreign("a"), foreign("b"))
     assert code == 3
     assert {row["verdict"] for row in document["comparisons"]} == {"inconclusive"}
-    assert said in reasons_of(document)
+    assert "compare '.benchmarks/*/*_NAME.json'" in reasons_of(document)
     assert all(row["ratio"] > 0 and row["low"] is None for row in document["comparisons"])
     assert {row["replicates"] for row in document["comparisons"]} == {1}
     assert {row["variant"] for row in document["comparisons"]} == {
@@ -453,39 +441,6 @@ def test_a_file_of_another_shape_is_refused_by_name(tmp_path, compare, text, sai
     assert code == 2
     assert "some.json" in message
     assert said in message
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from([
-                "benchmarks", "machine_info", "lorameter", "extra_info", "trials", "samples", "metric", "stats", "data",
-                "median", "fullname", "params", "param", "memory", "x_bytes", "control", "variants", "failed", "cpu",
-            ]),
-            inner | st.just("step_time_s"),
-            max_size=4,
-        )
-    ),
-    max_leaves=12,
-)  # fmt: skip
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    data=st.fixed_dictionaries(
-        {"benchmarks": st.lists(JSON, max_size=3)}, optional={"machine_info": JSON, "lorameter": JSON}
-    )
-    | JSON
-)
-def test_any_json_is_read_or_refused(tmp_path_factory, data):
-    """No content of a file ends in anything but a side of a comparison or a usage error."""
-    path = tmp_path_factory.mktemp("any") / "any.json"
-    path.write_text(json.dumps(data))
-    with contextlib.suppress(UsageError):
-        side = read_benchmark_json(path)
-        assert all(side.variants[name].name == name for name in side.variants)
 
 
 # How verdicts become exit codes

@@ -89,35 +89,6 @@ def test_the_pairing_follows_from_how_the_trials_alternated(level, words):
     assert base.interleaving("step_time_s") == level
 
 
-def test_a_cold_start_has_an_interval_from_two_replicates_on():
-    """One value per process: Student's t on the logs, as for every other metric."""
-
-    def series(count):
-        records = [record("a", i).replaced(samples={"cold_start_time_s": (2.0 + i,)}) for i in range(count)]
-        return Series(name="a", role="variant", records=tuple(records))
-
-    assert series(1).estimate("cold_start_time_s").low is None
-    two = series(2).estimate("cold_start_time_s")
-    assert two.value == pytest.approx(6.0**0.5)
-    assert two.low < two.value < two.high
-
-
-def test_a_percentile_needs_its_samples():
-    """Below what the effective number of samples supports there is no number."""
-
-    def series(count):
-        records = [
-            record("a", i).replaced(samples={"request_time_s": tuple(1 + (7 * j % 11) / 10 for j in range(11))})
-            for i in range(count)
-        ]
-        return Series(name="a", role="variant", records=tuple(records))
-
-    assert series(2).percentile("request_time_s", 0.95).value is None
-    assert "not supported by n" in series(2).percentile("request_time_s", 0.95).reason
-    assert series(12).percentile("request_time_s", 0.95).value == pytest.approx(2.0, abs=0.1)
-    assert series(1).percentile("cold_start_time_s", 0.95) is None
-
-
 @pytest.mark.parametrize(("level", "pairs"), [("lockstep", 2), ("replicates", 3)])
 def test_turns_are_paired_within_one_attempt(level, pairs):
     """A trial that was measured again took other turns; whole trials are paired by their replicate all the same."""

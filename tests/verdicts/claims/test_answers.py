@@ -35,11 +35,3 @@ def test_what_length_does_not_explain_is_left(answers):
     found = answers(lambda name, index, role: 5 + index, lambda name, index: 0.02 * (1 + index % 2))
     assert 0 < found.requests.value < 0.9
     assert found.variants is None  # the variants answered alike
-
-
-def test_one_length_explains_nothing(answers, make_run):
-    """Answers that were all cut at one length say nothing, nor does a run without such requests."""
-    found = answers(lambda name, index, role: 48, lambda name, index: 0.02 + index)
-    assert (found.requests, found.variants) == (None, None)
-    bare = answers_of(group_trials(make_run([]).records))
-    assert (bare.requests, bare.variants) == (None, None)
