@@ -32,14 +32,6 @@ def test_a_credential_is_not_written_and_no_study_takes_it(words):
     ScriptVariant(name="a", command=write_command(["python", "train.py", *words]))  # as a wrapped one is kept
 
 
-@pytest.mark.parametrize("option", ["--pad_token", "--eos-token", "--max_new_token", "--image-token", "--tokenizer"])
-def test_tokens_of_a_vocabulary_are_no_credentials(option):
-    """Trainers have options for them."""
-    words = ["python", "train.py", option, "x"]
-    assert write_command(words) == f"python train.py {option} x"
-    assert ScriptVariant(name="a", command=" ".join(words)).command
-
-
 DEEP = [
     ["https://user:hunter2@host/x"],
     ["https://host/x?rev=1&X-Amz-Signature=hunter2"],

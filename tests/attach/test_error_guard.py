@@ -1,7 +1,5 @@
 """What an error of the meter's own is told as, and what it does."""
 
-import os
-
 import pytest
 
 from lorameter.attach.observer import ErrorGuard, NotFollowedError
@@ -39,12 +37,3 @@ def test_a_wish_to_end_the_process_goes_through():
         with pytest.raises(type(wish)):
             shield.run(fail, wish)
     assert shield.up
-
-
-def test_in_a_fork_only_what_was_made_there_is_called():
-    """Of what was made before nothing is."""
-    before = ErrorGuard()
-    if (child := os.fork()) == 0:
-        os._exit(int(before.up or not ErrorGuard().up))
-    assert os.waitpid(child, 0)[1] == 0
-    assert before.up

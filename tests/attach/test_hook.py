@@ -41,21 +41,6 @@ def script(tmp_path):
     return write
 
 
-def test_what_lies_between_two_updates_is_a_step(wrapped, script):
-    """Of a loop without a Trainer: all but the first, with tokens, parts and loss; its output and end are its own."""
-    done, told = wrapped("python", script("print('loss', train(4)); import sys; sys.exit(3)"))
-    assert (done.returncode, done.stdout[:5], done.stderr) == (3, "loss ", "")
-    assert [one["what"] for one in told] == ["begin", "step", "step", "step", "end"]
-    assert (told[0]["source"], told[0]["model"], told[0]["trainable"]) == ("optimizer", "Sequential", 32 * 8 + 9 * 32)
-    step = told[2]
-    assert (step["sequences"], step["padded_tokens"], step["real_tokens"]) == (2, 12, 12)
-    assert float(done.stdout.split()[1]) == pytest.approx(told[3]["loss"])
-    parts = [step[f"{part}_time_s"] for part in ("forward", "backward", "optimizer")]
-    assert all(part > 0 for part in parts)
-    assert sum(parts) < step["step_time_s"]
-    assert told[-1]["error"] is None
-
-
 def test_a_script_that_never_trains_is_left_alone(wrapped, script):
     """Nothing of lorameter is imported in it."""
     text = "import transformers; print(len(transformers.__version__) > 0)"
@@ -65,19 +50,6 @@ def test_a_script_that_never_trains_is_left_alone(wrapped, script):
     assert done.returncode == 0
     assert done.stdout.splitlines()[-1] == "[]"
     assert told == []
-
-
-@pytest.mark.faults
-def test_a_training_of_lorameters_own_is_not_followed(wrapped, script):
-    """As where `lorameter run` is wrapped: its worker measures by itself."""
-    script("train(3)")
-    text = """
-        import subprocess, sys
-        from lorameter.run.workers.local import worker_environment
-        subprocess.run([sys.executable, "train.py"], env=worker_environment(1), check=True)
-    """
-    done, told = wrapped("python", script(text, name="lorameter.py", loop=""), PYTHONSAFEPATH="1")
-    assert (done.returncode, told) == (0, []), done.stderr
 
 
 @pytest.mark.faults
@@ -137,31 +109,6 @@ def test_the_users_own_sitecustomize_is_imported(wrapped, script, tmp_path):
     text = "import sys, sitecustomize; print(MINE, sitecustomize.__file__, [p for p in sys.path if 'attach' in p])"
     done, _ = wrapped("python", script(text, loop=""), python_path=str(tmp_path / "mine"))
     assert done.stdout.split() == ["True", str(tmp_path / "mine" / "sitecustomize.py"), "[]"], done.stderr
-
-
-TRAINER = """
-    import sys, inspect
-    import transformers
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
-    sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)} for _ in range(32)]
-    class Own(Trainer):
-        pass
-    arguments = TrainingArguments(output_dir="out", use_cpu=True, max_steps=3, report_to=[], save_strategy="no",
-                                  disable_tqdm=True, per_device_train_batch_size=2)
-    assert "model" in inspect.signature(Trainer.__init__).parameters
-    assert "def __init__" in inspect.getsource(Trainer.__init__) and "attach" not in inspect.getsource(Trainer.__init__)
-    Own(LlamaForCausalLM(LlamaConfig(**sizes)), arguments, train_dataset=rows).train()
-"""
-
-
-def test_a_trainer_is_followed_and_not_its_optimizer(wrapped, script):
-    """Whoever looks at its class finds what is there without the hook."""
-    done, told = wrapped("python", script(TRAINER))
-    assert done.returncode == 0, done.stderr
-    assert [one["what"] for one in told] == ["begin", "step", "step", "step", "end"]
-    assert (told[0]["source"], told[0]["planned"]) == ("trainer", 3)
-    assert "another training" not in done.stderr
 
 
 def make_interpreter(folder, *packages):

@@ -3,7 +3,6 @@
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import textwrap
 
@@ -63,30 +62,6 @@ def test_a_command_is_as_it_is_and_its_training_a_run(wrap, capfd, tmp_path):
     assert (tmp_path / "train.py").read_text() == LOOP
 
 
-@pytest.mark.faults
-def test_an_exit_code_beside_an_end_that_was_seen_is_noted(wrap):
-    """The training had ended before, so what was measured stands; the exit code is the command's."""
-    text = LOOP.replace(
-        "train(30)",
-        "from lorameter.attach import Meter\nwith Meter(model) as meter:\n    "
-        "for _ in meter.steps(range(30)): train(1)",
-    )
-    code, run = wrap(text + "sys.exit(3)\n", "--no-report")
-    (record,) = run.records
-    assert (code, record.status, record.failure) == (3, "ok", None)
-    assert [notice.code for notice in record.notices] == ["exit-code"]
-
-
-def test_an_exit_code_where_nobody_saw_the_end_is_no_pass(wrap, capfd):
-    """A loop that only its optimizer shows may have been broken off; what was measured is kept."""
-    code, run = wrap(LOOP + "sys.exit(3)\n")
-    (record,) = run.records
-    assert (code, record.status, record.failure.kind) == (3, "crashed", "ProcessDied")
-    assert "exit code 3, and its training was not seen to end" in record.failure.message
-    assert len(record.samples["step_time_s"]) >= 5
-    assert "Trials without a result" in capfd.readouterr().err
-
-
 def test_a_signal_passes_on_and_what_was_measured_is_kept(wrap):
     """The command ends by it, and the run says so."""
     text = LOOP + "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)\n"
@@ -119,14 +94,6 @@ def test_however_a_training_ends_it_is_a_row(wrap, end, code, status, said):
     assert said in record.failure.message
 
 
-def test_a_process_that_leaves_by_itself_keeps_its_training(wrap):
-    """As scripts do whose libraries abort at the end of a process."""
-    found, run = wrap(LOOP + "sys.stdout.flush(); os._exit(0)\n", "--no-report")
-    (record,) = run.records
-    assert (found, run.state, record.status) == (0, "complete", "ok")
-    assert len(record.samples["step_time_s"]) >= 5
-
-
 def test_a_crash_before_training_leaves_no_run(wrap, capfd):
     """Nor does a command that trains nothing; why is said, and the exit code is the command's."""
     assert wrap("raise SystemExit(5)") == (5, None)
@@ -143,21 +110,6 @@ def test_a_python_that_reads_no_path_is_said(wrap, capfd):
     """The hook was loaded by nobody."""
     assert wrap("print('alone')", python=(sys.executable, "-I")) == (0, None)
     assert "no Python of the command has loaded the hook" in capfd.readouterr().err
-
-
-def test_what_is_required_and_not_there_is_exit_code_4(wrap):
-    """Where the command's own is 0; a run that never was is not what was required."""
-    assert wrap("print('nothing')", "--require", "base.bits=4") == (4, None)
-
-
-@pytest.mark.faults
-def test_a_step_that_lacks_what_is_required_is_exit_code_4(wrap):
-    """It was watched, and what it ran stands beside what was asked for."""
-    code, run = wrap(LOOP, "--no-report", "--require", "mode=eval")
-    (record,) = run.records
-    assert (code, record.status, record.failure.kind) == (4, "invalid", "RequiredPathNotActive")
-    assert "train" in record.failure.message
-    assert len(record.samples["step_time_s"]) >= 5
 
 
 RANKS = """
@@ -247,23 +199,3 @@ def test_signals_of_a_terminal_are_not_sent_twice(monkeypatch):
             for number in (signal.SIGINT, signal.SIGUSR1):
                 os.kill(os.getpid(), number)
     assert sent == [signal.SIGUSR1, signal.SIGINT, signal.SIGUSR1]
-
-
-def test_a_signal_while_the_command_starts_is_the_commands(tmp_path, monkeypatch):
-    """This process does not end alone, whatever it would do by itself and whatever a terminal sends to whom."""
-    plain, ours = subprocess.Popen, []
-
-    def told(*args, **kwargs):
-        os.kill(os.getpid(), signal.SIGHUP)
-        return plain(*args, **kwargs)
-
-    monkeypatch.setattr(subprocess, "Popen", told)
-    monkeypatch.setattr(launch, "_in_terminal", lambda: True)
-    before = signal.signal(signal.SIGHUP, lambda *_: ours.append(1))
-    try:
-        code = launch.run_command(["sleep", "60"], tmp_path / "run", {}, tmp_path)
-        assert (code, ours) == (128 + signal.SIGHUP, [])
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert ours == [1]
-    finally:
-        signal.signal(signal.SIGHUP, before)

@@ -81,21 +81,3 @@ def test_an_evaluation_is_a_phase(listener, parts, clock):
     assert max(one.step_time_s for one in listener.readings) < 100
     assert listener.phases == ["evaluate", "train"] * 3
     assert all(one.sequences in (2, None) for one in listener.readings)
-
-
-@pytest.mark.usefixtures("unattached")
-def test_the_norm_that_a_loop_clips_by_is_its_gradients(listener, parts):
-    """As `clip_grad_norm_` gives it, which is torch's own again afterwards; a step that clips nothing has none."""
-    model, optimizer, batches = parts
-    clip, norms = torch.nn.utils.clip_grad_norm_, []
-    with meter_of(listener, model) as meter:
-        for batch in meter.steps(batches[:3]):
-            model(**batch).loss.backward()
-            if len(listener.readings) != 1:
-                norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
-            update(optimizer)
-    assert torch.nn.utils.clip_grad_norm_ is clip
-    first, second, third = (one.gradient_norm for one in listener.readings)
-    assert [first, third] == norms
-    assert min(norms) > 0
-    assert second is None

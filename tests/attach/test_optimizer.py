@@ -82,19 +82,6 @@ def test_a_scalers_update_is_a_step_unless_it_is_skipped(listener, model):
     assert all(reading.optimizer_time_s > 0 for reading in listener.readings)
 
 
-@pytest.mark.usefixtures("source")
-def test_a_scheduler_that_is_built_in_the_middle_does_no_harm(listener, model):
-    """It takes the method apart that it finds on the optimizer and puts one of its own there."""
-    optimizer = sgd(model)
-    train(model, optimizer, batches(3))
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
-    for ids in batches(3):
-        train(model, optimizer, [ids])
-        scheduler.step()
-    assert tokens(listener) == [15] * 5
-    assert optimizer.param_groups[0]["lr"] == 0.1 / 8
-
-
 @pytest.mark.parametrize("how", ["freed", "kept"])
 def test_of_two_trainings_the_first_is_followed(listener, model, source, how, capfd):
     """It has ended when its optimizer is freed, or when another one has long updated without it; the second training
@@ -176,29 +163,6 @@ def test_a_step_is_watched_where_a_part_of_the_model_is_called(listener):
     assert mode.observed == "train"
     assert len(listener.trainings) == 1
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in lit.modules())
-
-
-@pytest.mark.usefixtures("source")
-def test_a_closures_passes_are_no_part_of_the_update(listener, model):
-    """They are inside its call, and each is counted where it belongs. A step of them is watched as a whole."""
-    listener.answers = [ObserverReply(), ObserverReply(watch={}), ObserverReply()]
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
-    for ids in batches(5):
-
-        def closure(ids=ids):
-            optimizer.zero_grad()
-            loss = loss_of(model, ids)
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-    assert tokens(listener) == [15] * 4
-    watched = listener.readings[1]
-    assert [check.observed for check in watched.checks if check.path == "mode"] == ["train"]
-    for reading in listener.readings:
-        parts = [reading.data_time_s, reading.forward_time_s, reading.backward_time_s, reading.optimizer_time_s]
-        assert all(part > 0 for part in parts)
-        assert sum(parts) <= reading.step_time_s * (1 + 1e-9)  # but for the last digits of sums
 
 
 class Ahead:

@@ -56,16 +56,6 @@ def test_first_warm_up_and_watched_steps_are_left_out_of_both(told, watched):
     assert record.samples["turn_sequences"] == (2.0,) * len(timed)
 
 
-def test_of_a_long_training_the_first_timed_steps_are_compared(told, monkeypatch):
-    """More steps than are kept, timed or of any kind, move none of them."""
-    monkeypatch.setattr(measures, "MOST_TIMED", 3)
-    monkeypatch.setattr(measures, "MOST_KEPT", 12)
-    record = told(40)
-    assert record.samples["step_time_s"] == (9.0, 1000.0, 11.0)
-    assert record.samples["turn_tokens"] == (27.0, 30.0, 33.0)
-    assert not record.notices
-
-
 def test_a_rank_that_saw_fewer_steps_was_not_seen(told):
     """Its times are those of other steps, maybe; it is named, and tokens of all are not known."""
     record = told(12, other=11)

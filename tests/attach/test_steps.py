@@ -13,35 +13,11 @@ def model():
     return torch.nn.Sequential(torch.nn.Embedding(16, 4), torch.nn.Linear(4, 16))
 
 
-def test_without_a_model_nothing_is_watched(model):
-    """A model is watched."""
-    assert make_watch(model, {"mode": "train"}) is not None
-    assert make_watch(None, {}) is None
-
-
 def training_of(model):
     return TrainingInfo(
         source="loop", model=weakly(model), planned_steps=None, trainable_parameters=1, total_parameters=1,
         accumulation=1,
     )  # fmt: skip
-
-
-def test_the_step_that_was_asked_for_is_judged(model, listener_class):
-    """No other."""
-    listener = listener_class(ObserverReply(), ObserverReply(watch={"mode": "train"}))
-    training = training_of(model)
-    steps = Steps(listener, training, torch.device("cpu"), ErrorGuard())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    steps.begin()
-    for _ in range(3):
-        steps.open_step()
-        model(torch.randint(0, 16, (2, 5))).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        steps.end_step()
-    assert [reading.checks is not None for reading in listener.readings] == [False, True, False]
-    (mode,) = (check for check in listener.readings[1].checks if check.path == "mode")
-    assert (mode.status, mode.observed) == ("active", "train")
 
 
 class Patient:

@@ -85,13 +85,6 @@ def test_evaluation_and_saving_are_phases_in_no_steps_time(listener, followed, c
 
 
 @pytest.mark.usefixtures("unattached")
-def test_what_the_script_requires_reaches_whoever_follows(listener, followed):
-    """Whoever that is."""
-    followed(listener, require={"base.bits": 4}, max_steps=1)
-    assert listener.trainings[0].required == {"base.bits": 4}
-
-
-@pytest.mark.usefixtures("unattached")
 def test_a_training_is_the_same_with_and_without(listener, followed, make_model, rows, tmp_path):
     """Weights and losses to the bit, and nothing is left on the trainer."""
     plain = Trainer(model=make_model(), args=arguments(tmp_path), train_dataset=rows)

@@ -77,14 +77,6 @@ def test_steps_become_the_samples_of_a_trial(write):
     assert run.manifest.study["protocol"]["turns"] == 12
 
 
-def test_what_was_counted_and_seen_is_said(write):
-    """In the notes of the report: where steps lie, how tokens count, what a step ran."""
-    run, _, _ = write(steps(12, conventions=("by mask",)))
-    notes = run.manifest.study["notes"]
-    assert "by mask" in notes
-    assert any("base.bits 4" in note and "base.frozen True" in note for note in notes)
-
-
 def test_a_step_without_what_is_required_makes_the_trial_invalid(write):
     """And so does one that nobody watched: what was not seen is no pass."""
     lacking = (dataclasses.replace(CHECKS[0], observed=16, status="fallback", reason="16 bits"),)

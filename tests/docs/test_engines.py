@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import shutil
 from pathlib import Path
@@ -11,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from lorameter.cli import main
-from lorameter.commands.parser import build_parser
-from lorameter.studies.study_file import builtin_studies, load_study
+from lorameter.studies.study_file import load_study
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "engines.md"
@@ -58,16 +56,6 @@ def test_its_commands_print_what_stands_below_them(page, monkeypatch, capsys):
             printed = said.out + said.err
         else:
             assert line in printed
-
-
-def test_its_commands_are_known():
-    """Each as it is typed, and each ready study in its table."""
-    assert len(typed()) == 6
-    for words in typed():
-        build_parser().parse_args(words)
-    table = re.findall(r"^\| `([\w-]+)` \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    ready = [name for name in builtin_studies() if load_study(name).engine is not None]
-    assert sorted(table) == ready
 
 
 @pytest.mark.parametrize(("name", "title"), [("unsloth", "Unsloth"), ("axolotl", "Axolotl's LoRA kernels")])

@@ -32,7 +32,7 @@ def blocks():
 
 
 @pytest.mark.selftest
-def test_the_page_prints_what_it_says():
+def test_the_page_prints_its_output():
     """All of it in one process of its own, since Accelerate keeps the state of its process."""
     shown = blocks()
     assert sum(bool(printed) for _, printed in shown) >= 4
@@ -50,7 +50,8 @@ def test_the_page_prints_what_it_says():
         assert not [line for line in expected if line not in lines], (code, lines)
 
 
-def test_the_script_of_several_ranks_prints_what_it_says(tmp_path):
+@pytest.mark.selftest
+def test_the_script_of_several_ranks_prints_its_output(tmp_path):
     """By torchrun, as on the page: the check at the end finds what the check at the start could not see."""
     page = PAGE.read_text(encoding="utf-8")
     assert "(examples/ddp.py)" in page

@@ -9,8 +9,7 @@ import pytest
 
 from lorameter.cli import main
 from lorameter.commands.reference import documents_of, write_reference
-from lorameter.studies import study_file
-from lorameter.studies.claim import RULES, Claim, ClaimPart
+from lorameter.studies.claim import Claim, ClaimPart
 from lorameter.studies.engine import Engine
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.variant import LoraVariant, PeftVariant, ScriptVariant
@@ -43,20 +42,3 @@ def test_every_key_is_on_the_page_with_what_it_means(page, cls):
     for field in dataclasses.fields(cls):
         assert f"| `{field.name}` |" in page
         assert said.get(field.name) or field.name == "name", f"{cls.__name__}.{field.name} says nothing"
-
-
-def test_every_table_of_a_study_and_every_rule_is_on_the_page(page):
-    """What the file may hold at its top, and what a claim may state."""
-    for key in study_file.StudyFile.__struct_fields__:
-        assert f"[{key}" in page or f"\n{key} =" in page, key
-    for rule in RULES:
-        assert f'`"{rule}"`' in page
-        assert f"{rule}" in page.split("### The rules of a part")[1]
-
-
-def test_choices_and_defaults_are_those_of_the_code(page):
-    """A word by its choices, a default as it would be written in the file."""
-    assert '| `quantization` | `"none"`, `"int8"`, `"nf4"`, `"fp4"` | `"none"` |' in page
-    assert "| `use_dora` | true or false | `false` |" in page
-    assert "| `r` | whole number | `16` |" in page
-    assert "| `precision` | number | not set |" in page

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import re
 import tarfile
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from benchmarks.gpu import __main__ as door
 from benchmarks.gpu import pack
 
 ROOT = Path(__file__).parents[2]
@@ -42,28 +40,6 @@ def test_what_is_carried_is_pinned_within_what_the_project_allows():
         version = re.fullmatch(r"==([\w.]+)", str(requirement.specifier))
         assert version, one
         assert version[1] in allowed.get(one, requirement.specifier), one
-
-
-def test_only_the_libraries_of_that_cuda_are_kept(tmp_path):
-    """And those of a CPU, which bitsandbytes falls back to; without the one for CUDA there is nothing to carry."""
-    folder = tmp_path / "bitsandbytes"
-    (folder / "tests").mkdir(parents=True)
-    for cuda in ("cuda118", "cuda130", "cpu"):
-        (folder / f"libbitsandbytes_{cuda}.so").touch()
-    pack.slim(tmp_path, "130")
-    assert sorted(path.name for path in folder.iterdir()) == ["libbitsandbytes_cpu.so", "libbitsandbytes_cuda130.so"]
-    with pytest.raises(FileNotFoundError, match="--cuda"):
-        pack.slim(tmp_path, "999")
-
-
-def test_the_projects_entry_points_are_found_without_its_wheel(tmp_path):
-    """pytest loads the plugin by them."""
-    pack.describe(tmp_path)
-    found = next(iter(importlib.metadata.distributions(path=[str(tmp_path)])))
-    assert (found.metadata["Name"], found.version) == (PROJECT["name"], PROJECT["version"])
-    points = {(one.group, one.name): one.value for one in found.entry_points}
-    assert points["console_scripts", "lorameter"] == PROJECT["scripts"]["lorameter"]
-    assert points["pytest11", "lorameter"] == PROJECT["entry-points"]["pytest11"]["lorameter"]
 
 
 def test_what_a_call_found_comes_back_to_where_the_next_looks(tmp_path, monkeypatch):
@@ -100,22 +76,3 @@ def test_an_archive_writes_nothing_else(tmp_path, hostile):
     with pytest.raises((ValueError, tarfile.TarError)):
         pack.take(archive, root)
     assert not list(root.rglob("cli.py"))
-
-
-def test_what_was_packed_goes_before_what_is_installed(tmp_path):
-    """In the steps' processes as well, and none of them looks for a network; without it nothing is changed."""
-    plain = door.variables_of({"PYTHONPATH": "/own"}, None)
-    assert plain["PYTHONPATH"] == f"{ROOT / 'harness'}:{ROOT}:/own"
-    assert "HF_HUB_OFFLINE" not in plain
-    packed = door.variables_of({}, tmp_path)
-    assert packed["PYTHONPATH"] == f"{tmp_path}:{ROOT / 'harness'}:{ROOT}"
-    assert packed["HF_HUB_OFFLINE"] == packed["TRANSFORMERS_OFFLINE"] == "1"
-
-
-def test_the_machine_that_has_packed_goes_on_with_what_is_installed(tmp_path):
-    """Its own interpreter may be another than that which the wheels are for."""
-    pack.describe(tmp_path)
-    assert PROJECT["name"] == door.PROJECT
-    assert door.packed(tmp_path, "pytest") is None
-    assert door.packed(tmp_path, "no-such-project") == tmp_path
-    assert door.packed(tmp_path / "nowhere", "no-such-project") is None

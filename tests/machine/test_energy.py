@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lorameter.machine.reading import Reading, missing
-from lorameter.machine.telemetry import LEAST_S, energy_between
+from lorameter.machine.telemetry import energy_between
 
 
 def test_energy_is_the_difference():
@@ -28,10 +28,3 @@ def test_what_is_no_energy_is_missing(first, last, seconds, words):
     found = energy_between(first, last, seconds)
     assert found.value is None
     assert words in found.reason
-
-
-def test_the_shortest_stretch_is_good_for_five_percent():
-    """Each end is off by at most half of the counter's period."""
-    from lorameter.machine.telemetry import COUNTER_PERIOD_S
-
-    assert COUNTER_PERIOD_S / LEAST_S <= 0.05

@@ -10,8 +10,7 @@ import torch
 
 from lorameter.machine.gpus import neighbours_of
 from lorameter.machine.memory import PeakMemoryTracker
-from lorameter.machine.nvml import IDLE
-from lorameter.machine.telemetry import Telemetry, open_torch_gpu
+from lorameter.machine.telemetry import open_torch_gpu
 from lorameter.trial.process import Stopwatch
 
 pytestmark = pytest.mark.gpu
@@ -96,27 +95,6 @@ def test_nvml_sees_what_the_allocator_takes(card):
     own = neighbours_of(card).own_bytes.value
     assert own - before.own_bytes.value == pytest.approx(block.numel(), rel=0.05)
     assert torch.cuda.memory_reserved() <= own <= torch.cuda.memory_reserved() + CONTEXT_BYTES
-
-
-def test_a_watch_around_work_tells_clock_heat_and_energy(card, work):
-    """The values that stand in a record; the clock is that of a GPU at work."""
-    watch = Telemetry("train", "cuda", energy=True)
-    for _ in range(2):
-        watch.begin()
-        begin = time.monotonic()
-        while time.monotonic() < begin + 1.5:
-            work(20)
-            torch.cuda.synchronize()
-        values = watch.end()
-    for name in ("device_temperature_train_c", "device_samples_train"):
-        assert values[name] > 0
-    if card.sample()["energy_j"].known:
-        assert values["device_energy_train_j"] > 0
-        assert values["device_energy_train_s"] >= 3.0
-    if "device_sm_clock_max_train_hz" in values:
-        assert 0 < values["device_sm_clock_min_train_hz"] <= card.facts()["max_sm_clock_hz"].value
-    else:  # every sample was of a GPU that had already gone idle
-        assert IDLE in card.sample()["events"].value
 
 
 def test_the_allocator_has_not_retried_where_memory_is_plenty():

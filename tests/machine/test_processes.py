@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from lorameter.machine.processes import exit_words, held_back
+from lorameter.machine.processes import held_back
 
 
 @pytest.fixture
@@ -51,13 +51,6 @@ def test_a_signal_that_is_ignored_stays_ignored(met):
         assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
         os.kill(os.getpid(), signal.SIGUSR1)
     assert met == []
-
-
-def test_how_a_process_ended_is_said():
-    """By a code, by a signal, or nobody knows."""
-    assert exit_words(3) == "exit code 3"
-    assert exit_words(-9) == "signal 9 (SIGKILL)"
-    assert exit_words(None) == "an unknown status"
 
 
 @pytest.mark.parametrize("code", [0, 3])

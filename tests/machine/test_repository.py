@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 
 import pytest
@@ -30,14 +29,6 @@ def test_a_change_makes_it_dirty_and_bytecode_does_not(repository):
     assert git_state(repository) == {"commit": commit, "dirty": False}
     (repository / "README").write_text("two")
     assert git_state(repository) == {"commit": commit, "dirty": True}
-
-
-def test_a_question_writes_nothing(repository):
-    """Git would refresh its index, under a lock that it leaves behind where it is killed at it."""
-    os.utime(repository / "README", (1_000_000_000, 1_000_000_000))
-    before = (repository / ".git" / "index").read_bytes()
-    assert git_state(repository)["dirty"] is False
-    assert (repository / ".git" / "index").read_bytes() == before
 
 
 def test_a_hook_does_not_turn_the_question_to_its_repository(repository, tmp_path, monkeypatch):

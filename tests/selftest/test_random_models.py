@@ -1,11 +1,8 @@
 """kernels_check on random models and small families: a slice of the long program, and planted faults are reported."""
 
-import random
 from types import SimpleNamespace
 
 import pytest
-
-import kernels_check
 
 SEEDS = range(1_000_000, 1_000_016)
 """Seeds that the long run does not take."""
@@ -58,15 +55,6 @@ def test_a_check_is_compared_with_the_truth(models, required, status, hidden, fa
     checks = [SimpleNamespace(path="mode", status=status, observed=None, reason="")] if status else []
     found = [*models.faults_of({"mode": truth}, {"mode": required}, checks)]
     assert [one.partition(":")[0] for one in found] == ([fault] if fault else [])
-
-
-def test_requirements_are_values_that_their_path_accepts(models):
-    """Drawn for every path, some that hold and some that do not."""
-    truths = {path: models.Truth(holds=frozenset({values[0]})) for path, values in models.CANDIDATES.items()}
-    drawn = [models.require(truths, random.Random(seed)) for seed in range(50)]
-    for path, values in models.CANDIDATES.items():
-        assert {one[path] == values[0] for one in drawn} >= {True}
-        assert not any(kernels_check.REQUIREMENTS[path].problem(one[path]) for one in drawn)
 
 
 def test_a_fault_ends_the_program_with_1(models, monkeypatch, capsys):

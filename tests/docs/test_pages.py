@@ -1,4 +1,4 @@
-"""The pages for tasks are executed: commands print what stands below them, and whatever can be typed is known."""
+"""The pages are executed: commands print the lines below them, studies can be loaded, and all commands are known."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 from lorameter.cli import main
 from lorameter.commands.parser import build_parser
+from lorameter.studies.study_file import load_study
 from tests.constructed import RUNS
 
 ROOT = Path(__file__).parents[2]
@@ -23,12 +24,14 @@ PAGES = tuple(
         "read-a-verdict",
         "when-not-to-trust",
         "parity",
+        "data",
         "troubleshooting",
     )
 )
 FILE = re.compile(r"^`(?P<name>[\w.-]+)`:\n\n```\w+\n(?P<content>.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?P<path>[\w./-]+)\)")
-WITHOUT_OUTPUT = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("concepts", "checks", "study")))
+PARSED = ("concepts", "checks", "study", "engines", "machines", "own-script", "own-script-ab")
+WITHOUT_OUTPUT = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PARSED))
 """Pages whose commands are only parsed."""
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
@@ -40,7 +43,7 @@ def blocks(page, kind):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder in which one stands, with the constructed runs that the pages name."""
+    """The present folder, with the constructed runs that the pages name."""
     runs = tmp_path / ".lorameter" / "runs"
     shutil.copytree(RUNS, runs)
     for study in (ROOT / "docs" / "examples").glob("*.toml"):
@@ -52,8 +55,8 @@ def folder(tmp_path, monkeypatch):
 
 
 @each_page
-def test_commands_print_what_stands_below_them(page, folder, capsys):
-    """In order, each line of the page in one of what was printed."""
+def test_commands_print_the_lines_below_them(page, folder, capsys):
+    """In order, and each line of the page is in the output of the command above it."""
     for found in FILE.finditer(page.read_text(encoding="utf-8")):
         (folder / found["name"]).write_text(found["content"], encoding="utf-8")
     lines = [line for block in blocks(page, "console") for line in block.splitlines()]
@@ -68,16 +71,26 @@ def test_commands_print_what_stands_below_them(page, folder, capsys):
             assert " ".join(line.split()) in printed, line
 
 
+@pytest.mark.parametrize("name", ["machines", "own-script-ab"])
+def test_every_study_can_be_loaded(name, tmp_path):
+    """Each TOML block of a page; a table alone is completed by a variant."""
+    for text in blocks(ROOT / "docs" / f"{name}.md", "toml"):
+        path = tmp_path / "study.toml"
+        path.write_text(text if "[[variant]]" in text else f'{text}\n[[variant]]\nname = "plain"\n', encoding="utf-8")
+        load_study(str(path))
+
+
 every_page = pytest.mark.parametrize("page", [*PAGES, *WITHOUT_OUTPUT], ids=lambda page: page.stem)
 
 
 @every_page
-def test_what_can_be_typed_is_known(page):
-    """Every line of a shell is a command with options that there are."""
+def test_every_command_is_known(page):
+    """The parser accepts every line of a shell."""
     for line in (line for block in blocks(page, "sh") for line in block.splitlines()):
-        words = shlex.split(line)
-        assert words[0] == "lorameter"
-        build_parser().parse_args(words[1:])
+        program, *words = shlex.split(line, comments=True)
+        assert program in ("lorameter", "pip", "pytest")
+        if program == "lorameter":
+            build_parser().parse_args(words)
 
 
 @every_page
@@ -87,8 +100,8 @@ def test_links_lead_to_pages(page):
         assert (page.parent / found["path"]).exists(), found["path"]
 
 
-def test_messages_of_the_troubleshooting_are_said_by_the_program():
-    """Each of its fragments stands in a source file, or it would help nobody."""
+def test_messages_of_the_troubleshooting_are_those_of_the_program():
+    """Each of its fragments is in a source file."""
     page = PAGES[-1].read_text(encoding="utf-8")
     sources = "\n".join(
         path.read_text(encoding="utf-8")
