@@ -1,12 +1,12 @@
-"""The campaign on a GPU: one command that asks everything, goes on where it was stopped, and says what is true.
+"""The campaign on a GPU: one command takes every step, resumes where it was stopped, and judges the claims.
 
     make gpu                                  all steps that are left; without a GPU, a rehearsal of all
     make gpu GPU_OPTIONS='--minutes 9.5'      no longer than that, for machines that are lent by the call
-    make gpu GPU_OPTIONS='--again study'      have a step done again (`all` for every one)
+    make gpu GPU_OPTIONS='--again study'      take a step again (`all` for every one)
 
-What has been done lies in a folder (--state, default .gpu/state); the report under reports/, with the device in its
-name; and docs/gpu.md is written anew. Where $OUT names a folder, all of it is also packed into OUT/campaign.tar.gz, so
-that a machine which keeps nothing can hand it back; `python -m benchmarks.gpu.pack` sends it there.
+The journal and the outputs are in a folder (--state, default .gpu/state), the report under reports/ with the device in
+its name, and docs/gpu.md is renewed. If $OUT names a folder, all of it is also packed into OUT/campaign.tar.gz, for a
+machine that keeps no files; `python -m benchmarks.gpu.pack` packs what travels there.
 
 Exit code 0: all steps are done and no claim is refuted (without a GPU: all were rehearsed) · 3: steps are left, call
 again · 4: a step failed or a claim is refuted · 2: the state is another device's.
@@ -21,12 +21,12 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.gpu import forecast, page, report
+from benchmarks.gpu import page, report
 from benchmarks.gpu.attempt import Ended, attempt
 from benchmarks.gpu.claims import CLAIMS
 from benchmarks.gpu.evidence import Evidence, newest_run
 from benchmarks.gpu.journal import Entry, Journal, OtherMachineError, Outcome, hash_of_sources
-from benchmarks.gpu.loop import REPORT_S, go_on, is_left
+from benchmarks.gpu.loop import REPORT_S, is_left, take_steps
 from benchmarks.gpu.pack import pack_results
 from benchmarks.gpu.steps import STEPS, Step, command
 from lorameter.machine.provenance import device_id, origin_of, probe_machine
@@ -64,7 +64,7 @@ def main(variables: Mapping[str, str], arguments: list[str] | None = None) -> in
     def left_s() -> float:
         return options.minutes * 60 - (time.monotonic() - begin) - REPORT_S
 
-    def run(step: Step, limit_s: float) -> Ended:
+    def run(step: Step, limit_s: float) -> Entry:
         last = journal.last(step.name)
         stopped = last is not None and last.outcome == "stopped" and bool(step.resumes)
         words = command(
@@ -72,28 +72,22 @@ def main(variables: Mapping[str, str], arguments: list[str] | None = None) -> in
             going_on_with=newest_run(step.name, state) if stopped else None, newest=newest_run("sweep", state),
         )  # fmt: skip
         limit_s = max(limit_s, REHEARSAL_S) if rehearsing else limit_s
-        return attempt(
+        ended = attempt(
             words, limit_s=limit_s, outputs=state / "outputs", name=step.name, folder=ROOT, variables=variables
         )
-
-    def about(step: Step, ended: Ended) -> Entry:
         return Entry(
             step=step.name, outcome=_outcome(step, ended, rehearsing=rehearsing), code=ended.code, took_s=ended.took_s,
             begun_unix_s=time.time() - ended.took_s, device=machine.device_name, unit=unit, sources=sources,
             said=ended.said,
         )  # fmt: skip
 
-    go_on(
-        chosen, journal, left_s=left_s, run=run, about=about, say=lambda text: print(text, file=sys.stderr, flush=True)
-    )
+    take_steps(chosen, journal, left_s=left_s, run=run)
     decisions = report.decide(CLAIMS, Evidence(state, journal), rehearsed=rehearsing)
     campaign = report.Campaign(
         machine=machine, origin=origin_of(ROOT), rehearsed=rehearsing, steps=STEPS, journal=journal,
         decisions=decisions,
     )  # fmt: skip
     print(report.text(campaign), end="")
-    if rehearsing:
-        print(f"\nWhat each call of ten minutes decides:\n\n{forecast.table(STEPS, CLAIMS)}")
     if not rehearsing:
         print(f"written to {report.write(campaign, page.REPORTS, state)}", file=sys.stderr)
         page.rewrite(CLAIMS)
@@ -103,7 +97,7 @@ def main(variables: Mapping[str, str], arguments: list[str] | None = None) -> in
 
 
 def exit_code(steps: Sequence[Step], journal: Journal, verdicts: Sequence[str]) -> int:
-    """What became of it all: a failure is said before what is left."""
+    """The exit code of the call: a failure takes precedence over steps that are left."""
     if "refuted" in verdicts or any(last.outcome == "failed" for one in steps if (last := journal.last(one.name))):
         return EXIT_FAILED
     left = [one.name for one in steps if is_left(one, journal)]

@@ -1,15 +1,14 @@
-"""Which steps a call of the campaign takes: in their order, those that fit in what is left of its time."""
+"""Takes the steps of a campaign in their order, as far as they fit into the time of the call."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
-from benchmarks.gpu.attempt import GRACE_S, Ended
+from benchmarks.gpu.attempt import GRACE_S
 from benchmarks.gpu.journal import MOST_ATTEMPTS, Entry, Journal
 from benchmarks.gpu.steps import Step
 
-CALL_MINUTES = 9.5
-"""Of a call on a machine that allows ten minutes a command."""
 REPORT_S = 20.0
 """What must be left of a call for judging and writing."""
 
@@ -37,24 +36,29 @@ def next_step(steps: Sequence[Step], journal: Journal, left_s: float, tried: set
     return next(fits, None)
 
 
-def go_on(
+def take_steps(
     steps: Sequence[Step],
     journal: Journal,
     *,
     left_s: Callable[[], float],
-    run: Callable[[Step, float], Ended],
-    about: Callable[[Step, Ended], Entry],
-    say: Callable[[str], None],
+    run: Callable[[Step, float], Entry],
 ) -> None:
-    """Take the steps that are left, one after the other, as long as there is time; each is kept when it has ended."""
+    """Take the steps that are left, one after the other, as long as there is time, and add each to the journal.
+
+    Args:
+        steps: in their order.
+        journal: of the campaign.
+        left_s: gives the seconds that are left of the call.
+        run: takes one step within so many seconds.
+    """
     tried: set[str] = set()
     while (step := next_step(steps, journal, left_s(), tried)) is not None:
         tried.add(step.name)
         limit_s = min(step.limit_s, left_s() - GRACE_S)
         if step.resumes:
             limit_s = min(limit_s, step.total_s - spent_s(step, journal))
-        say(f"{step.name}: {step.asks} (at most {limit_s:.0f} s)")
-        entry = about(step, run(step, limit_s))
+        print(f"{step.name}: {step.asks} (at most {limit_s:.0f} s)", file=sys.stderr, flush=True)
+        entry = run(step, limit_s)
         journal.add(entry)
         said = f": {entry.said}" if entry.outcome in ("failed", "stopped") and entry.said else ""
-        say(f"  {entry.outcome} after {entry.took_s:.0f} s{said}")
+        print(f"  {entry.outcome} after {entry.took_s:.0f} s{said}", file=sys.stderr, flush=True)
