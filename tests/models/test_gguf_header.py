@@ -1,4 +1,4 @@
-"""The header of a GGUF file, as the package that writes such files does, and as nobody should write one."""
+"""The header of a GGUF file, as the package gguf writes it, and damaged."""
 
 from __future__ import annotations
 

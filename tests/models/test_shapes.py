@@ -1,4 +1,4 @@
-"""A model's dimensions, from config.json or a GGUF header, told without torch and without a network."""
+"""A model's dimensions, from config.json or a GGUF header, read without torch and without a network."""
 
 import json
 import subprocess
@@ -154,7 +154,7 @@ def test_ties_agree_with_transformers(tmp_path, model_type):
 
 
 def test_configurations_that_are_no_model(tmp_path):
-    """Broken and foreign configurations are told apart."""
+    """Broken and foreign configurations have different messages."""
     foreign = directory_of(tmp_path / "foreign", {"model_type": "vit", "hidden_size": 8})
     with pytest.raises(UsageError, match=r"gives no context, .*layers"):
         shapes.shape(catalogue.resolve(str(foreign)))
@@ -220,7 +220,7 @@ def test_no_heavy_import():
     ids=str,
 )
 def test_dimensions_of_no_model_are_refused(change, words, tmp_path):
-    """By what they are called, with their value and what is expected: nobody is told to use 0 or fewer tokens."""
+    """By what they are called, with their value and what is expected: no message asks for 0 or fewer tokens."""
     config = json.loads((Path(catalogue.__file__).parent / "tiny-llama.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(config))
     source = catalogue.resolve(str(tmp_path))

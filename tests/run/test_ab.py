@@ -64,7 +64,7 @@ def test_every_replicate_holds_both_sides_and_the_base_once_more(plan):
 
 @pytest.mark.parametrize("free", [3 * GIB, None])
 def test_what_does_not_fit_together_takes_no_turns(plan, free):
-    """Three processes do not fit with room to spare, or nobody knows: one at a time, each measures all it can."""
+    """If three processes do not fit, or free memory is unknown, they run one at a time and each measures everything."""
     made = plan(free=free)
     assert made.interleaving == "replicates"
     assert all(len(group.slots) == 1 for group in made.groups)

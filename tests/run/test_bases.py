@@ -29,7 +29,7 @@ class Preparing:
 
 
 class Watching:
-    """Is told what goes on."""
+    """Records the events."""
 
     def __init__(self):
         self.phases = []
@@ -67,7 +67,7 @@ def crash(request):
 
 
 def test_trials_make_what_could_not_be_prepared(study):
-    """It is no end of the run, and the reader is told once for each base."""
+    """The run continues, with one notice for each base."""
     bases = prepare_bases(make_plan(study), {"": Preparing(refuse=crash)}, "cpu", Watching())
     assert [key[1][3] for key in bases.folders] == ["none"]
     assert [notice.code for notice in bases.notices] == ["base-not-prepared"] * 2

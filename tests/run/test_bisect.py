@@ -85,7 +85,7 @@ def test_what_stays_open_is_named_and_the_search_goes_on_around_it():
 
 
 def test_a_commit_that_cannot_be_measured_is_gone_around():
-    """Tried twice, then left; the culprit beside it is still found, or the two are named together."""
+    """It is tried twice, then skipped; the neighbouring culprit is still found, or both are named."""
     truth = [1.0 if place < 6 else 1.1 for place in range(9)]
     found = bisect(candidates(8), Constructed(truth, broken=[4]), replicates=8)
     assert found.culprit.label == "commit 6"

@@ -75,7 +75,7 @@ def pip(monkeypatch):
 
 
 def test_releases_are_those_that_pip_has(pip, tmp_path):
-    """Between the ends, in order, with what else was asked for beside each."""
+    """Between the ends, in order, each with the other requirements."""
     found = list_steps("peft==0.19.0 torch==2.13.0", "torch==2.13.0 peft==0.21.2", tmp_path)
     assert [one.label for one in found] == ["peft 0.19.0", "peft 0.19.1", "peft 0.20.0", "peft 0.21.1", "peft 0.21.2"]
     assert found[2].spec == "peft==0.20.0 torch==2.13.0"
@@ -125,8 +125,8 @@ def test_a_comparison_that_was_measured_is_taken_again_and_no_other(write_run, s
         path = write_run(name, {"plain": [1.0, 1.1]}, facts={"device_name": changes.pop("device", device)})
         specs = {"base": base, "candidate": candidate}
         sides = {side: {"spec": spec, "label": spec, "worker": ""} for side, spec in specs.items()}
-        told = {"study": codec.to_json(plan.study), "selection": ["plain"], "sides": sides} | changes
-        write_document(path / "manifest.json", codec.to_json(store.read_manifest(path)) | told)
+        fields = {"study": codec.to_json(plan.study), "selection": ["plain"], "sides": sides} | changes
+        write_document(path / "manifest.json", codec.to_json(store.read_manifest(path)) | fields)
         return path.parent
 
     runs = written("1-whole")

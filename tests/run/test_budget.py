@@ -168,7 +168,7 @@ def test_at_least_three_replicates_and_the_limit_is_kept(measured, limit_s, leve
 
 
 def test_ample_time_raises_the_rounds(measured):
-    """Of all replicates after the first, whose cost nobody knew, to those of the plan; nothing is skipped."""
+    """Replicates after the first, whose cost was unknown, take all planned rounds; nothing is skipped."""
     executor, found = measured(5000.0, replicates=4)
     assert rounds(executor, "turn") == {0: {LEAST_ROUNDS}, 1: {TURNS}, 2: {TURNS}, 3: {TURNS}}
     assert not executor.budget.skipped

@@ -1,4 +1,4 @@
-"""One measurement at a time on a device: the second one waits, is refused or goes beside it, as it is asked to."""
+"""One measurement at a time on a device: the second one waits, is refused, or runs at the same time."""
 
 from __future__ import annotations
 
@@ -52,21 +52,21 @@ def test_the_second_one_is_refused_if_it_asks_for_that(holder):
 
 
 def test_the_second_one_waits_and_says_for_whom(holder):
-    """It begins when the first one has ended; here that is ended as soon as it is told of."""
-    told = []
+    """It begins when the first one has ended; here the test ends the first one as soon as the message arrives."""
+    messages = []
 
     def tell(line):
-        told.append(line)
+        messages.append(line)
         holder.stdin.close()
 
     with hold_device(OnDevice("GPU-1"), "wait", tell=tell) as waited:
         assert waited
         assert holder.wait() == 0
-    assert f"process {holder.pid} measures on this device (GPU-1); waiting for its end" in told[0]
+    assert f"process {holder.pid} measures on this device (GPU-1); waiting for its end" in messages[0]
 
 
 def test_a_killed_one_holds_nothing(holder):
-    """The lock is the kernel's; the file that it leaves is in nobody's way."""
+    """The lock is the kernel's; the file that is left locks nothing."""
     holder.kill()
     holder.wait()
     with hold_device(OnDevice("GPU-1"), "refuse") as waited:
@@ -75,13 +75,13 @@ def test_a_killed_one_holds_nothing(holder):
 
 def test_another_device_is_free_and_sharing_asks_nobody(holder):
     """The lock is that of a device."""
-    with hold_device(OnDevice("GPU-2"), "refuse") as waited, hold_device(OnDevice("GPU-1"), "share") as beside:
+    with hold_device(OnDevice("GPU-2"), "refuse") as waited, hold_device(OnDevice("GPU-1"), "share") as shared:
         assert not waited
-        assert not beside
+        assert not shared
 
 
 def test_where_no_lock_can_be_had_none_is_held(tmp_path, monkeypatch):
-    """A folder that is not there keeps nobody from measuring."""
+    """Without the folder nothing is locked, and measuring works."""
     monkeypatch.setenv("LORAMETER_LOCKS", str(tmp_path / "nowhere"))
     with hold_device(OnDevice(), "refuse"), hold_device(OnDevice(), "refuse") as waited:
         assert not waited

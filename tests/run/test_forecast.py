@@ -86,8 +86,8 @@ def test_live_processes_count_a_base_that_they_map_once(small_study, machine):
     )
     half = dataclasses.replace(plain, dtype="float16")
     several = together_bytes([plain, half, plain], workload, machine, None, forked=False)
-    apart = sum(together_bytes([variant], workload, machine, None, forked=False) for variant in (plain, half, plain))
-    assert apart - several == base
+    singly = sum(together_bytes([variant], workload, machine, None, forked=False) for variant in (plain, half, plain))
+    assert singly - several == base
 
 
 def test_trials_forked_from_one_process_share_what_it_imported(small_study, machine):

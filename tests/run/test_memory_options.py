@@ -84,6 +84,6 @@ def test_the_fewest_make_it_fit_and_fewer_do_not(advice, variant, model, card):
 
 
 def test_several_ranks_are_refused(advice):
-    """What each holds of a model that is shared out nobody estimates."""
+    """The memory of each rank of a sharded model is not estimated."""
     with pytest.raises(UsageError, match="ranks = 2"):
         advice(LORA, Workload(ranks=2, strategy="ddp", batch_size=4))

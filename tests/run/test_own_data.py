@@ -1,4 +1,4 @@
-"""A study on somebody's own data, from its plan to its report."""
+"""A study on a user's own data, from its plan to its report."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def test_selection_level_and_phases_are_those_of_the_run(broken_off):
 
 
 def test_a_line_cut_short_by_the_crash_does_no_harm(broken_off):
-    """The record after it is whole, and what it told of is measured again."""
+    """The record after it is whole, and the trial of the cut line is measured again."""
     path = broken_off(7)
     with (path / "trials.jsonl").open("a") as file:
         file.write('{"schema": 3, "trial": "r1-')
@@ -149,7 +149,7 @@ def test_a_run_that_is_complete_is_shown(broken_off, capsys):
 
 
 def test_a_limit_may_be_given_anew(broken_off):
-    """It counts from now on and stands in the manifest beside the study's own."""
+    """It counts from now on, and the manifest holds it in addition to the study's own."""
     path = broken_off(7)
     assert resume(path, "--max-minutes", "30") == 0
     manifest = store.read_manifest(path)
@@ -231,7 +231,7 @@ def test_a_run_that_is_being_measured_is_refused(broken_off, capsys):
 
 
 def test_a_complete_run_that_has_lost_a_line_is_mended(broken_off, capsys):
-    """What the line told of is measured again, with all that took turns with it, and the run is valid."""
+    """The trial of the line is measured again, with all that took turns with it, and the run is valid."""
     path = broken_off(21)
     change(path, status="complete")
     lines = (path / "trials.jsonl").read_text().splitlines(keepends=True)

@@ -85,7 +85,7 @@ class FakeExecutor:
 
 @pytest.fixture
 def small_study(small_study):
-    """As a user's study: what the surroundings say against a trial counts. Here they are told, not read."""
+    """As a user's study: disturbances make a trial invalid. Here they are given, not measured."""
     protocol = dataclasses.replace(small_study.protocol, allow_disturbed=False)
     return dataclasses.replace(small_study, protocol=protocol)
 
@@ -302,7 +302,7 @@ class Recovering(FakeExecutor):
 
 
 def retried(plan, disturbed, *, earlier=()):
-    """Conduct beside a throttled GPU; returns the executor, the result and all that was saved."""
+    """Run on a throttled GPU; returns the executor, the result and all that was saved."""
     executor, saved, listener = Recovering(disturbed), [], Quiet()
     measured = run_plan(
         plan, {"": executor}, SITE, listener=listener, save=saved.append, earlier=earlier,

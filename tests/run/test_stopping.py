@@ -137,7 +137,7 @@ def test_a_run_that_stopped_is_whole_and_says_why(measured, tmp_path):
 
 
 def test_a_limited_run_says_how_many_turns_each_replicate_took(measured):
-    """Two in the first, whose cost nobody knew, and all of the plan after it where there is time."""
+    """Two in the first, whose cost was unknown, and all planned ones after it if there is time."""
     run = measured(replicates=4, turns=4, max_minutes=60.0)
     assert run.manifest.spending.turns == (2, 4, 4, 4)
     assert run.manifest.spending.limit_s == 3600

@@ -1,4 +1,4 @@
-"""A model whose layers nobody has written down: nothing is refused on a guess, and what is unknown is said to be."""
+"""A model whose layers are not known: nothing is refused on a guess, and what is unknown is reported as unknown."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def test_a_dry_run_says_it(model, capsys, tmp_path):
         assert f"{what} unknown ({SENTENCE}" in shown
     assert shown.count(REMEDY) == 3  # and in the notice
     assert main([*line, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["time_s"] > 0
-    assert told["memory_bytes"] is told["disk_bytes"] is None
-    assert SENTENCE in told["unknown"]
+    document = json.loads(capsys.readouterr().out)
+    assert document["time_s"] > 0
+    assert document["memory_bytes"] is document["disk_bytes"] is None
+    assert SENTENCE in document["unknown"]
 
 
 def test_sizes_are_peft_s_and_say_it(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""What a measuring process is told before it measures."""
+"""How a measuring process is set up before it measures."""
 
 import logging
 import time

@@ -72,7 +72,7 @@ def metrics_of(record):
 
 
 def test_a_trial_in_turns_has_times_and_losses_and_nothing_of_a_process_alone(trial):
-    """Others live beside it: no memory, no load, first step or first call; its requests are unmerged."""
+    """Others are live at the same time: no memory, no load, first step or first call; its requests are unmerged."""
     commands = ("build", "warm_up", "turn", "turn", "finish_training", "begin_generate", "request")
     record = record_of(trial("steps", "requests"), *commands)
     assert record.memory == {}

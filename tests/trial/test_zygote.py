@@ -1,4 +1,4 @@
-"""The worker: what a trial's process is told before it measures, and how it says what went wrong."""
+"""The worker: how a trial's process is set up before it measures, and how it reports failures."""
 
 import sys
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ class OutOfMemoryError(RuntimeError):
     ],
 )
 def test_running_out_of_memory_is_told_from_a_crash(error, status, capfd):
-    """Memory is `oom` whoever ran out of it; all else is `crashed`, and both say where, what and how."""
+    """Out of memory is `oom` wherever it happens; all else is `crashed`, and both say where, what and how."""
     try:
         raise error
     except Exception as caught:

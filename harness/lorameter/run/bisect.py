@@ -1,10 +1,10 @@
-"""Which step of many made it slower: each is compared to the good end in one job, half of what is left at a time.
+"""Finds the step that made a candidate slower, by bisection: each comparison with the good end halves the steps left.
 
 A step lies on one side or the other of the middle of the whole effect, on the log scale: `slow` if the interval of its
 ratio to the good end lies above it, `fast` if below. So a step differs from its neighbours by half of what is sought,
-and small steps elsewhere do not mislead the search. An interval that holds the middle is an open question: more
-replicates are spent there, and only there, each time in a job of its own that is judged alone. What stays open is
-named, and the search goes on around it.
+and small steps elsewhere do not mislead the search. An interval that contains the middle is inconclusive: the same
+comparison is measured again, in a run of its own, with more replicates. A candidate that stays inconclusive is named,
+and the search continues around it.
 
 With n steps and every answer clear, the bad end and the halving take 1 + log2(n) comparisons, rounded up.
 """
@@ -36,17 +36,17 @@ if TYPE_CHECKING:
 
 
 MOST_TIMES = 4
-"""So many times the replicates are spent on an open question, at most."""
+"""At most so many times the replicates are spent on an inconclusive comparison."""
 Side = Literal["slow", "fast", "open", "not measured"]
 Compare = Callable[[str, int], Comparison]
 """The comparison of a candidate with the good end, in so many replicates."""
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One state of the thing: a revision, or requirements."""
+    """One state of the code or of a library: a revision, or requirements."""
 
     spec: str
-    """The word by which an A/B knows it."""
+    """What `lorameter ab` takes for it."""
     label: str
 
 
@@ -61,7 +61,7 @@ class Look(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Bisection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was found, and by which comparisons."""
+    """The result of a search, with its comparisons."""
 
     looks: tuple[Look, ...]
     """In the order in which they were made."""
@@ -92,7 +92,7 @@ def bisect(candidates: Sequence[Candidate], compare: Compare, *, replicates: int
     Args:
         candidates: in order, the good end first and the bad end last.
         compare: measures a candidate's spec against the good end.
-        replicates: of a comparison; up to `MOST_TIMES` as many where it leaves its question open.
+        replicates: of a comparison; up to `MOST_TIMES` as many where it is inconclusive.
 
     Raises:
         ValueError: fewer than two candidates.
@@ -101,33 +101,33 @@ def bisect(candidates: Sequence[Candidate], compare: Compare, *, replicates: int
         raise ValueError("a good and a bad end are needed")
     looks: list[Look] = []
 
-    def ask(place: int, judge: Callable[[Comparison], Side]) -> Side:
-        """On which side a candidate is; an open question is asked again, with more replicates."""
+    def classify(place: int, judge: Callable[[Comparison], Side]) -> Side:
+        """The side of a candidate; an inconclusive comparison is repeated with twice the replicates."""
         count, label = replicates, candidates[place].label
         while True:
-            found = compare(candidates[place].spec, count)
-            side: Side = "not measured" if found.ratio is None or found.verdict == "invalid" else judge(found)
-            again = side == "not measured" and any(one.place == place and one.side == side for one in looks)
-            looks.append(Look(place=place, label=label, side=side, comparison=found))
+            result = compare(candidates[place].spec, count)
+            side: Side = "not measured" if result.ratio is None or result.verdict == "invalid" else judge(result)
+            failed_twice = side == "not measured" and any(look.place == place and look.side == side for look in looks)
+            looks.append(Look(place=place, label=label, side=side, comparison=result))
             count *= 2
-            if side in ("slow", "fast") or again or count > MOST_TIMES * replicates:
+            if side in ("slow", "fast") or failed_twice or count > MOST_TIMES * replicates:
                 return side
 
     fast, slow = 0, len(candidates) - 1
-    found = ask(slow, _judge_end)
-    if found != "slow":
-        return Bisection(looks=tuple(looks), conclusion=_NO_STEP[found].format(looks[-1].comparison.verdict))
+    side = classify(slow, _judge_end)
+    if side != "slow":
+        return Bisection(looks=tuple(looks), conclusion=_NO_STEP[side].format(looks[-1].comparison.verdict))
     known = {slow: looks[-1].comparison}
     whole = _log_ratio(known[slow])[0]
-    closed = set[int]()
-    while left := [place for place in range(fast + 1, slow) if place not in closed]:
+    inconclusive = set[int]()
+    while left := [place for place in range(fast + 1, slow) if place not in inconclusive]:
         place = left[(len(left) - 1) // 2]
-        found = ask(place, lambda comparison: _judge_middle(comparison, whole / 2))
-        if found not in ("slow", "fast"):
-            closed.add(place)
+        side = classify(place, lambda comparison: _judge_middle(comparison, whole / 2))
+        if side not in ("slow", "fast"):
+            inconclusive.add(place)
             continue
         known[place] = looks[-1].comparison
-        fast, slow = (fast, place) if found == "slow" else (place, slow)
+        fast, slow = (fast, place) if side == "slow" else (place, slow)
 
     after, half_after = _log_ratio(known[slow])
     before, half_before = _log_ratio(known.get(fast))
@@ -157,27 +157,27 @@ _NO_STEP: dict[Side, str] = {
 }
 
 
-def _judge_end(found: Comparison) -> Side:
-    return {"regressed": "slow", "inconclusive": "open"}.get(found.verdict, "fast")  # type: ignore[return-value]
+def _judge_end(comparison: Comparison) -> Side:
+    return {"regressed": "slow", "inconclusive": "open"}.get(comparison.verdict, "fast")  # type: ignore[return-value]
 
 
-def _judge_middle(found: Comparison, middle: float) -> Side:
+def _judge_middle(comparison: Comparison, middle: float) -> Side:
     """On which side of the middle of the effect, a log ratio, all of the interval is."""
-    if found.low is not None and found.low > 0 and math.log(found.low) > middle:
+    if comparison.low is not None and comparison.low > 0 and math.log(comparison.low) > middle:
         return "slow"
-    if found.high is not None and found.high > 0 and math.log(found.high) < middle:
+    if comparison.high is not None and comparison.high > 0 and math.log(comparison.high) < middle:
         return "fast"
     return "open"
 
 
-def _log_ratio(found: Comparison | None) -> tuple[float, float]:
-    """The logarithm of a ratio, and half its interval to the farther end; none of the good end, which is compared with
-    itself."""
-    if found is None or found.ratio is None:
+def _log_ratio(comparison: Comparison | None) -> tuple[float, float]:
+    """The logarithm of a ratio, and half its interval to the farther end; zeros for the good end itself (None)."""
+    if comparison is None or comparison.ratio is None:
         return 0.0, 0.0
-    if found.low is None or found.high is None:
-        return math.log(found.ratio), 0.0
-    return math.log(found.ratio), max(math.log(found.high / found.ratio), math.log(found.ratio / found.low))
+    ratio, low, high = comparison.ratio, comparison.low, comparison.high
+    if low is None or high is None:
+        return math.log(ratio), 0.0
+    return math.log(ratio), max(math.log(high / ratio), math.log(ratio / low))
 
 
 PIP_TIMEOUT_S = 120.0
@@ -223,10 +223,10 @@ def find_measured(plan: Plan, runs: Path) -> Run | None:
             manifest = store.read_manifest(path)
         except UsageError:
             continue
-        found = (manifest.study, tuple(manifest.phases), manifest.selection)
+        measured = (manifest.study, tuple(manifest.phases), manifest.selection)
         same_sides = all(manifest.sides.get(name, {}).get("spec") == side["spec"] for name, side in sides.items())
         here = manifest.provenance.get("device_name") == device
-        if manifest.status == "complete" and here and same_sides and found == wanted:
+        if manifest.status == "complete" and here and same_sides and measured == wanted:
             return store.read_run(str(path), runs)
     return None
 
@@ -256,8 +256,8 @@ def _revisions(good: str, bad: str, first: str, last: str, repository: Path) -> 
 def _releases(good: tuple[str, ...], bad: tuple[str, ...]) -> tuple[Candidate, ...]:
     differing = [(one, other) for one, other in zip(sorted(good), sorted(bad), strict=False) if one != other]
     if len(good) != len(bad) or len(differing) != 1:
-        said = f"{' '.join(good)} and {' '.join(bad)}"
-        raise UsageError(f"bisect: {said} must differ in the version of one package. Name two of its releases.")
+        both = f"{' '.join(good)} and {' '.join(bad)}"
+        raise UsageError(f"bisect: {both} must differ in the version of one package. Name two of its releases.")
     (name, first), (other, last) = (_exact(word) for word in differing[0])
     if name != other or first >= last:
         raise UsageError(
@@ -278,18 +278,18 @@ def _exact(word: str) -> tuple[str, Version]:
     from packaging.utils import canonicalize_name
     from packaging.version import InvalidVersion, Version
 
-    asked = Requirement(word)
-    pinned = [one.version for one in asked.specifier if one.operator == "==" and not one.version.endswith("*")]
-    if len(pinned) != 1 or len(asked.specifier) != 1 or asked.extras or asked.marker or asked.url:
-        raise UsageError(f"bisect: {word}: an exact version is needed. Write {asked.name}==VERSION.")
+    given = Requirement(word)
+    pinned = [part.version for part in given.specifier if part.operator == "==" and not part.version.endswith("*")]
+    if len(pinned) != 1 or len(given.specifier) != 1 or given.extras or given.marker or given.url:
+        raise UsageError(f"bisect: {word}: an exact version is needed. Write {given.name}==VERSION.")
     try:
-        return canonicalize_name(asked.name), Version(pinned[0])
+        return canonicalize_name(given.name), Version(pinned[0])
     except InvalidVersion:
         raise UsageError(f"bisect: {word}: no version that can be put in order. Name a release.") from None
 
 
 def _versions(name: str, first: Version, last: Version) -> list[Version]:
-    """The releases that pip's index has, in order; those before a release only where an end is one."""
+    """The releases on pip's index, in order; pre-releases only if one of the ends is a pre-release."""
     from packaging.version import InvalidVersion, Version
 
     pre = ["--pre"] if first.is_prerelease or last.is_prerelease else []
@@ -303,10 +303,10 @@ def _versions(name: str, first: Version, last: Version) -> list[Version]:
         raise UsageError(f"bisect: pip cannot list the releases of {name}: {error}. Check its index.") from None
     listed = re.search(r"^Available versions:(.*)$", done.stdout, re.MULTILINE)
     if done.returncode or listed is None:
-        said = redact((done.stderr.strip().splitlines() or ["it says nothing"])[-1])
-        raise UsageError(f"bisect: pip cannot list the releases of {name}: {said}. Check the name and its index.")
-    found: list[Version] = []
+        reason = redact((done.stderr.strip().splitlines() or ["it says nothing"])[-1])
+        raise UsageError(f"bisect: pip cannot list the releases of {name}: {reason}. Check the name and its index.")
+    versions: list[Version] = []
     for word in listed[1].split(","):
-        with contextlib.suppress(InvalidVersion):  # of before versions had a form
-            found.append(Version(word.strip()))
-    return sorted(found)
+        with contextlib.suppress(InvalidVersion):  # from before PEP 440
+            versions.append(Version(word.strip()))
+    return sorted(versions)

@@ -41,7 +41,7 @@ def measure_cold(executor: Executor, request: TrialRequest, imports: Imports, si
 
 def measure_whole(executor: Executor, request: TrialRequest) -> PartialRecord:
     """A cold start in one new interpreter, with which the sum can be compared. Raises `WorkerLostError`."""
-    found = executor.cold_start(request)
-    if found.status != "ok":
-        return found
-    return PartialRecord(values={"cold_whole_time_s": found.values["cold_start_time_s"]}, tokens=found.tokens)
+    whole = executor.cold_start(request)
+    if whole.status != "ok":
+        return whole
+    return PartialRecord(values={"cold_whole_time_s": whole.values["cold_start_time_s"]}, tokens=whole.tokens)

@@ -65,14 +65,12 @@ def hold_device(executor: Executor, if_busy: IfBusy, *, tell: Callable[[str], ob
 
 
 @contextlib.contextmanager
-def hold_devices(
-    executors: Sequence[Executor], if_busy: IfBusy, *, tell: Callable[[str], object] = tell_stderr
-) -> Iterator[bool]:
+def hold_devices(executors: Sequence[Executor], if_busy: IfBusy) -> Iterator[bool]:
     """`hold_device` for several, each device once and always in the same order, so that two processes that want the
     same do not wait for each other for ever."""
     devices = {executor.device_id(): executor for executor in executors}
     with contextlib.ExitStack() as stack:
-        waited = [stack.enter_context(hold_device(devices[name], if_busy, tell=tell)) for name in sorted(devices)]
+        waited = [stack.enter_context(hold_device(devices[name], if_busy)) for name in sorted(devices)]
         yield any(waited)
 
 

@@ -79,7 +79,7 @@ def check_feasible(
     _check_requirements(study)
     if elsewhere:
         return elsewhere
-    unknown = {model: said for model, shape in shape_of.items() if (said := unknown_layers(shape))}
+    unknown = {model: reason for model, shape in shape_of.items() if (reason := unknown_layers(shape))}
     notices: list[Notice] = []
     measured = phases or study.protocol.phases
     answers = "generate" in measured or "cold" in measured
@@ -112,7 +112,7 @@ def check_feasible(
         )
         _check_memory(where, expected, machine)
         notices += memory_notices(variant, expected, machine, free_bytes)
-    notices += [layers_notice(model, said) for model, said in unknown.items()]
+    notices += [layers_notice(model, reason) for model, reason in unknown.items()]
     notices += [
         Notice(
             code="random-weights",
@@ -136,7 +136,7 @@ def _check_engine(study: Study, machine: Machine, shown_only: bool) -> tuple[Not
 
 
 def layers_notice(model: str, unknown: str) -> Notice:
-    """What to know of a model of whose memory and operations nothing can be said; `unknown` is the reason."""
+    """A notice that memory and FLOPs of a model are unknown; `unknown` is the reason."""
     return Notice(
         code="layers-unknown",
         message=f"{model}: parameters, FLOPs, memory and what a token reads are unknown before they are measured: "
@@ -162,7 +162,7 @@ def _check_lengths(study: str, workload: Workload, shape: ModelShape) -> None:
 
 
 def _check_requirements(study: Study) -> None:
-    """What kernels_check would refuse in every trial, or never tells."""
+    """Refuses paths that kernels_check does not know, and requirements that it would refuse in every trial."""
     from kernels_check.judges.paths import PATHS, validate
 
     try:
@@ -180,10 +180,10 @@ def _check_requirements(study: Study) -> None:
 
 
 def type_notices(variant: Variant, machine: Machine) -> Iterator[Notice]:
-    """That a GPU which is listed multiplies no bfloat16 (before Ampere), and a variant asks for it."""
-    asked = {variant.dtype, variant.autocast} | ({variant.compute_dtype} if variant.is_4bit else set())
+    """A notice that a variant computes in bfloat16 on a listed GPU without bfloat16 tensor cores (before Ampere)."""
+    dtypes = {variant.dtype, variant.autocast} | ({variant.compute_dtype} if variant.is_4bit else set())
     listed = machine.device == "cuda" and stated_peak(machine.device_name, "float16") is not None
-    if listed and "bfloat16" in asked and stated_peak(machine.device_name, "bfloat16") is None:
+    if listed and "bfloat16" in dtypes and stated_peak(machine.device_name, "bfloat16") is None:
         yield Notice(
             code="no-bfloat16",
             message=f"{variant.name}: bfloat16 on a {machine.device_name}, which has no products of that type: what "
@@ -361,7 +361,7 @@ def check_ranks(where: str, variant: Variant, workload: Workload, machine: Machi
 
 
 def rank_notices(variant: Variant, workload: Workload) -> Iterator[Notice]:
-    """What should be known of several ranks."""
+    """Notices on 4-bit weights under FSDP2."""
     if workload.ranks == 1 or workload.strategy != "fsdp2" or not variant.is_4bit:
         return
     if workload.repair:

@@ -42,13 +42,14 @@ from lorameter.studies.workload import Workload
 
 
 def describe_tokens(plan: Plan, prepared: Mapping[Workload, TokenSummary]) -> dict[str, Any]:
-    """Of the tokens: those of the study's workload, and `own`, by variant, those of others."""
-    said = {
+    """The tokens of a run for its manifest: those of the study's workload and, in `own`, those of variants with a
+    workload of their own."""
+    described = {
         workload: {key: value for key, value in codec.to_json(tokens).items() if key != "path"}
         for workload, tokens in prepared.items()
     }
-    own = {name: said[workload] for name, workload in plan.own_workloads.items()}
-    return said[plan.study.workload] | ({"own": own} if own else {})
+    own = {name: described[workload] for name, workload in plan.own_workloads.items()}
+    return described[plan.study.workload] | ({"own": own} if own else {})
 
 
 def measure(
@@ -66,10 +67,10 @@ def measure(
     Args:
         plan: what to measure; of an A/B with its sides, which are made ready here and removed at the end.
         runs: where the run is written.
-        display: shows what is going on.
-        notices: what was known before.
+        display: shows the progress.
+        notices: known before the start.
         resume: id of a run of this plan (`lorameter.run.resume`) to resume; None for a new one.
-        policy: what it will be judged by, as JSON data; the manifest keeps it.
+        policy: that of the gate which will judge the run, as JSON data for the manifest.
         placement: where; in jobs if it has several sites.
 
     Raises:
@@ -89,13 +90,12 @@ def measure(
         groups = find_unfinished(plan, earlier.records if earlier else (), whole=placement.is_spread)
         if earlier is not None and not groups:
             return earlier if is_finished(earlier) else mend(earlier)
-        about = {"notices": notices, "policy": dict(policy or {})}
         if placement.launcher is None:
-            _measure_here(plan, groups, folder, earlier, shown, stops, stack, about)
+            _measure_here(plan, groups, folder, earlier, shown, stops, stack, notices, policy or {})
         else:
             shown.starting(dataclasses.replace(plan, groups=groups), run_id)
             measure_in_jobs(
-                plan, groups, placement.launcher, folder, earlier, shown, stops, about=about,
+                plan, groups, placement.launcher, folder, earlier, shown, stops, notices=notices, policy=policy or {},
                 local=not placement.is_remote, if_busy=placement.if_busy if placement.is_remote else None,
             )  # fmt: skip
     return store.read_run(str(folder), runs)
@@ -103,7 +103,7 @@ def measure(
 
 def _measure_here(
     plan: Plan, groups: Sequence[Group], folder: Path, earlier: Run | None, shown: Display, stops: InterruptHandler,
-    stack: contextlib.ExitStack, about: Mapping[str, Any],
+    stack: contextlib.ExitStack, notices: tuple[Notice, ...], policy: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Measure what is left of a plan on this machine: prepare everything, then replicate after replicate."""
     rest, known = dataclasses.replace(plan, groups=tuple(groups)), earlier.records if earlier else ()
@@ -123,14 +123,14 @@ def _measure_here(
         ready, context = prepare_run(rest, executors, shown)
         facts = _facts(plan, executors)
         budget.import_s, budget.load_s = ready.hello.import_time_s, ready.bases.load_s
-    notices = (*about["notices"], *ready.bases.notices)
+    notices = (*notices, *ready.bases.notices)
     if plan.provisional:
         with stops.interruptible():
-            plan, found = probe_memory(plan, executors, context, shown)
-        shown.rehearsed(plan, found)
-        notices = (*notices, *found)
+            plan, failures = probe_memory(plan, executors, context, shown)
+        shown.rehearsed(plan, failures)
+        notices = (*notices, *failures)
     if earlier is None:
-        manifest = _new_manifest(plan, folder.name, ready, facts, notices, about["policy"])
+        manifest = _new_manifest(plan, folder.name, ready, facts, notices, policy)
     else:
         manifest = _resumed_manifest(plan, earlier.manifest, ready, facts)
     writer = RunWriter(folder.parent, manifest)

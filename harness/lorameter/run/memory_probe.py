@@ -1,8 +1,8 @@
-"""Scripts are tried once, alone and for a moment, where nothing else says how much memory they take.
+"""Measures the memory of scripts in a short rehearsal, to decide whether all of them can be live together.
 
-What a variant of lorameter's own needs is counted before it runs. A script's model is not known, so each script is
-started once, takes two steps and is stopped, and what it took says whether all fit side by side. It shows as well
-whether the script trains and can be stopped. A script that fails is not started again: its trials fail as it did.
+The memory of a variant that lorameter builds is estimated before it runs. A script's model is not known, so each script
+is started once, alone, takes two steps and is stopped. The rehearsal also shows whether the script trains and can be
+stopped. A script that fails is not started again: its trials get the same failure.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _rehearse(plan: Plan, slot: Slot, executor: Executor, context: RunContext) -
 
 
 def _needed_bytes(record: TrialRecord) -> int | None:
-    """Of the device that a script computed on, or of the host; None where it did not come to a step."""
+    """Peak memory of a script on its device, or on the host; None if it took no step."""
     reserved = record.memory.get("device_peak_reserved_train_bytes")
     if reserved is not None:
         return reserved + CUDA_CONTEXT_BYTES
@@ -80,14 +80,14 @@ def _needed_bytes(record: TrialRecord) -> int | None:
 
 
 def _choose_level(records: Sequence[TrialRecord], free: int | None) -> tuple[Interleaving, str]:
-    """Together if all of those that are compared with each other fit; one that does not train takes nothing."""
+    """Lockstep if the memory of all scripts together fits; a script that failed counts as 0."""
     sizes = [size for record in records if (size := _needed_bytes(record)) is not None]
     if free is None:
         return "replicates", "how much memory is free cannot be known"
     if not sizes:
         return "replicates", "none of the scripts came to a step, so what they take together is not known"
-    said = f"live together they took {format_bytes(sum(sizes))} in a rehearsal, of {format_bytes(free)} free"
-    return ("lockstep" if fits(sum(sizes), free) else "replicates"), said
+    why = f"live together they took {format_bytes(sum(sizes))} in a rehearsal, of {format_bytes(free)} free"
+    return ("lockstep" if fits(sum(sizes), free) else "replicates"), why
 
 
 def _failure_notice(record: TrialRecord) -> Notice:

@@ -201,10 +201,9 @@ def check_same(run: Run, facts: Mapping[str, MachineFacts]) -> None:
 
 
 def _other_kind(run: Run, what: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> UsageError:
-    found = differences(was, now)
-    said = "; ".join(f"{one.field}: {one.base!r} then, {one.candidate!r} now" for one in found)
+    changes = "; ".join(f"{one.field}: {one.base!r} then, {one.candidate!r} now" for one in differences(was, now))
     return UsageError(
-        f"run {run.manifest.run}: it cannot be resumed here, because {what} would be of two kinds: {said}. "
+        f"run {run.manifest.run}: it cannot be resumed here, because {what} would be of two kinds: {changes}. "
         "Resume it where it began, with what was installed there, or measure a new run."
     )
 
@@ -258,18 +257,18 @@ def plan_rest(run: Run, placement: Placement, *, max_minutes: float | None = Non
 
 def _recorded_sides(run: Run) -> dict[Side, SideSpec]:
     """The sides of a run. Raises `UsageError` for one that cannot be named without a credential."""
-    found: dict[Side, SideSpec] = {}
+    sides: dict[Side, SideSpec] = {}
     for name in SIDES if run.manifest.sides else ():
         side = run.manifest.sides[name]
         spec = str(side["spec"])
         if side["kind"] == "requirements":
             spec = restore_requirements(f"run {run.manifest.run}, {name}", spec)
-        found[name] = SideSpec(kind=side["kind"], spec=spec, label=side["label"], slowdown_rows=side[INJECTED])
-    return found
+        sides[name] = SideSpec(kind=side["kind"], spec=spec, label=side["label"], slowdown_rows=side[INJECTED])
+    return sides
 
 
 def _hashes(tokens: Mapping[str, Any]) -> dict[str, str]:
-    """The hash of a run's tokens, and of those of each variant with a workload of its own, by what they are called."""
+    """The hash of a run's tokens, and of those of each variant with a workload of its own, by a name for messages."""
     own = {f"the tokens of {name}": str(one.get("hash")) for name, one in tokens.get("own", {}).items()}
     return {"the tokens": str(tokens.get("hash")), **own}
 

@@ -37,9 +37,9 @@ def find_stop(plan: Plan, budget: Budget, records: Sequence[TrialRecord]) -> str
     """The reason to measure no further replicate after these records, by the protocol's rule; None to go on."""
     protocol = plan.study.protocol
     if protocol.precision is not None:
-        found = _compare_all(plan, records)
-        if is_precise(found, half_width=protocol.precision, least_replicates=LEAST_TO_STOP):
-            widest = max(width for one in found if (width := relative_half_width(one)) is not None)
+        comparisons = _compare_all(plan, records)
+        if is_precise(comparisons, half_width=protocol.precision, least_replicates=LEAST_TO_STOP):
+            widest = max(width for one in comparisons if (width := relative_half_width(one)) is not None)
             replicates = len({record.replicate for record in records})
             return (
                 f"every interval is within ±{100 * widest:.2g} % after {format_count(replicates, 'replicate')}, and "
@@ -59,7 +59,7 @@ def _compare_all(plan: Plan, records: Sequence[TrialRecord]) -> list[Comparison]
         if (reference, "variant") not in groups:
             return []
         effects = [pairs_against(groups, reference, metric) for metric in metrics]
-        return [one.compare(VerdictRule()) for found in effects for one in found.values()]
+        return [pair.compare(VerdictRule()) for pairs in effects for pair in pairs.values()]
     bases = group_trials(records, "base")
     pairs = [
         (bases[name, "variant"], series)
@@ -67,8 +67,8 @@ def _compare_all(plan: Plan, records: Sequence[TrialRecord]) -> list[Comparison]
         for (name, role), series in group_trials(records, side).items()
         if (name, "variant") in bases and (side, role) != ("base", "variant")
     ]
-    found = [compare_series(base, series, metric) for base, series in pairs for metric in metrics]
-    return [one for one in found if one is not None]
+    comparisons = [compare_series(base, series, metric) for base, series in pairs for metric in metrics]
+    return [comparison for comparison in comparisons if comparison is not None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,7 +241,7 @@ def _of_two_sites(records: Collection[TrialRecord]) -> set[int]:
     sites: dict[int, set[str]] = {}
     for record in records:
         sites.setdefault(record.replicate, set()).add(record.site)
-    return {replicate for replicate, found in sites.items() if len(found) > 1}
+    return {replicate for replicate, names in sites.items() if len(names) > 1}
 
 
 def records_outside(groups: Iterable[Group], earlier: Iterable[TrialRecord]) -> list[TrialRecord]:

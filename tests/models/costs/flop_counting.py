@@ -76,7 +76,7 @@ def _product(inputs: Shape, weight: Shape, *args: Any, **kwargs: Any) -> int:
 
 
 def _mixed_product(inputs: Shape, quantised: Shape, weight: Shape, *args: Any, **kwargs: Any) -> int:
-    """`inputs` (..., k) by `weight` (n, k) in 8 bits; the outlier columns, which are multiplied apart, left out."""
+    """`inputs` (..., k) by `weight` (n, k) in 8 bits, without the outlier columns, a separate product."""
     return 2 * prod(inputs) * weight[0]
 
 

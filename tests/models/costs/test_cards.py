@@ -67,7 +67,7 @@ def test_a_name_of_cards_of_different_memory_is_refused_with_the_choices(text, c
     "24GiB; rm", "x" * 5000, "\x1b]0;t\x07", "TPU",
 ])  # fmt: skip
 def test_an_unknown_name_is_refused_with_the_known_ones(text):
-    """And that a size can be given; a relative of a GPU is another GPU; a long name does not bury what is said."""
+    """And that a size can be given; a relative of a GPU is another GPU; a long name is shortened in the message."""
     with pytest.raises(UsageError) as refused:
         find_card(text)
     said = str(refused.value)

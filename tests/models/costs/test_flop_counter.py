@@ -123,7 +123,7 @@ def test_what_else_changes_a_step(tmp_path, options):
 
 @pytest.mark.parametrize("model_type", [name for name in FAMILIES if name != "llama"])
 def test_every_counted_family(tmp_path, model_type):
-    """Grouped keys, head sizes apart from the width, tied heads, and biases that train: each as PEFT attaches to it."""
+    """Grouped keys, head sizes that differ from the width, tied heads, and biases that train."""
     variant = LoraVariant(r=4, target_modules=("down_proj",), bias="all", dtype="float32")
     assert_counted(variant, "one record", small(tmp_path, model_type))
 
@@ -174,7 +174,7 @@ UNKNOWN = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v3": LATENT,
 }
-"""Small models of families without a closed form: a Conv1D, attention and feed-forward beside each other, one layer for
+"""Small models of families without a closed form: a Conv1D, parallel attention and feed-forward, one layer for
 query, key and value, experts, and keys that are as wide as no value."""
 STEP = StepTokens(positions=ROWS * LENGTH, pairs=ROWS * LENGTH**2)
 LORA, EXPERTS = "all-linear", ["q_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa"]
@@ -205,7 +205,7 @@ def test_a_family_without_a_closed_form_is_counted_from_its_modules(model_type, 
 
 
 class Towers(torch.nn.Module):
-    """Text, with a tower for pictures beside it, and a layer whose weight is used without calling it."""
+    """Text, with an image tower, and a layer whose weight is used without calling it."""
 
     def __init__(self):
         super().__init__()
@@ -230,7 +230,7 @@ class Inner(torch.nn.Module):
 
 
 def test_what_a_step_does_not_go_through_is_not_counted():
-    """A tower for pictures beside text; what is a part of something that was called counts, called itself or not."""
+    """An image tower and text; what is a part of something that was called counts, called itself or not."""
     model = Towers()
     wanted = watch_gradients(model, lambda: model(torch.ones(3, 8)).backward())
     counted = count_products(model, wanted)

@@ -100,7 +100,6 @@ def test_tokens_of_a_step():
     variant, workload = LoraVariant(gradient_accumulation=3), Workload(batch_size=2, sequence_length=10)
     assert computed_tokens(variant, workload) == StepTokens(positions=60, pairs=600, passes=3)
     assert row_tokens(variant, workload) == StepTokens(positions=60, pairs=6 * 55, passes=3)
-    assert row_tokens(variant, workload, real=24) == StepTokens(positions=24, pairs=6 * 10, passes=3)
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("all-linear",), ("o_proj",), ("mlp.down_proj",), ()])
@@ -139,7 +138,7 @@ def test_seven_billion_weights_take_four_flops_each():
 
 def test_a_published_figure():
     """NVIDIA's NeMo performance page (container 24.07) prints 25,206 tokens/s and 673 TFLOP/s for Llama-2-7B with LoRA:
-    26.7 GFLOP a token. The products counted here, attention apart, are within 3 % of it; 6 N would be half above."""
+    26.7 GFLOP a token. The products counted here, without attention, are within 3 % of it; 6 N would be half above."""
     shape = shapes.shape(catalogue.resolve("random:llama2-7b"))
     tokens = StepTokens(positions=4096, pairs=0)
     variant = LoraVariant(r=32, target_modules=("q_proj", "k_proj", "v_proj"))

@@ -119,7 +119,7 @@ def test_large_ranks_are_highest_when_the_optimizer_steps():
 
 
 def test_a_process_counts_on_the_host_and_a_context_on_a_gpu():
-    """The kinds of the host are in the total; a GPU's context is beside the allocator, as is what is paged."""
+    """The kinds of the host are in the total; a GPU's context is outside the allocator, as is what is paged."""
     host = estimate_memory(VARIANT, Workload(), LLAMA)
     bare = sum(host.kinds[kind] for kind in ("process", "library_code", "library_heap", "interpreter"))
     assert bare == bare_process_bytes(None)

@@ -44,7 +44,7 @@ def test_the_range_is_derived_from_the_published_peaks(rows):
 
 
 def test_every_peak_names_its_repository_commit_and_file():
-    """Without them nobody could look it up."""
+    """Without them a reader could not look it up."""
     table = tomllib.loads(published.TABLE.read_text(encoding="utf-8"))
     for source in table["source"]:
         assert re.match(r"[\w.-]+/[\w.-]+@[0-9a-f]{40} [\w./*-]+\.(md|csv|json)", source["where"])
@@ -62,9 +62,9 @@ def test_what_the_command_prints_covers_the_published_peaks(rows, capsys, tmp_pa
         'adapter_dtype = "bfloat16"\nattention = "flash_attention_2"\noptimizer = "adamw"\n'
     )
     assert main(["estimate", f"{study}:lora", "--gpu", "40GiB", "--json", "--runs-dir", str(tmp_path)]) == 0
-    told = json.loads(capsys.readouterr().out)
-    peak = next(row.peak for row in rows if row.settings == "2 × 1304") + told["train"]["outside_allocator"]["context"]
-    needs, error = told["fit"]["needs"], told["fit"]["error"]
+    document = json.loads(capsys.readouterr().out)
+    peak = next(row.peak for row in rows if row.settings == "2 × 1304") + document["train"]["outside_allocator"]["context"]
+    needs, error = document["fit"]["needs"], document["fit"]["error"]
     assert needs["low_bytes"] <= peak <= needs["high_bytes"]
     assert needs["high_bytes"] == int(needs["expected_bytes"] * (1 + error["high"]))
     assert f"{PUBLISHED_WITHIN} of {PUBLISHED_PEAKS} published peaks" in error["basis"]

@@ -28,7 +28,7 @@ def show_gpus(monkeypatch, *names, limits=(700.0,) * 4, entries=range(4), boards
         VisibleGpu(
             entry=entry, board=Reading(value=str(entry) if boards is None else boards[number]),
             name=missing("it is gone") if name is None else Reading(value=name),
-            power_limit_w=missing("not told") if limit is None else Reading(value=limit),
+            power_limit_w=missing("not reported") if limit is None else Reading(value=limit),
         )
         for number, (entry, name, limit) in enumerate(zip(entries, names, limits, strict=False))
     )  # fmt: skip
@@ -64,8 +64,8 @@ def test_sites_of_a_gpu_machine_are_its_visible_gpus(machine, monkeypatch, entri
     ],
 )
 def test_cards_that_are_not_there_or_unlike_are_refused(machine, monkeypatch, names, limits, words):
-    """Times of different GPUs are not those of one machine, nor are those of GPUs that may take unlike power; what
-    is not told agrees with nothing."""
+    """Times of different GPUs are not those of one machine, nor are those of GPUs that may take unlike power; an
+    unknown limit equals no other."""
     show_gpus(monkeypatch, *names, limits=limits)
     with pytest.raises(UsageError, match=words):
         local_shares(("0", "2"), dataclasses.replace(machine, device="cuda"))

@@ -47,9 +47,9 @@ def test_a_site_that_is_unlike_its_like_is_named_in_the_report(placed, run, pret
     """The third of three, which takes half as long again."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5, 6})
     pretended(slow=[("6", "", 1.5)])
-    _, last, told = run("run", placed('sites = ["0", "1", "2"]'))
+    _, last, output = run("run", placed('sites = ["0", "1", "2"]'))
     assert sites_of(last) == {"cpus-0", "cpus-1", "cpus-2"}
-    for said in (told, run("report", last.manifest.run)[2]):
+    for said in (output, run("report", last.manifest.run)[2]):
         assert "site cpus-2 is 50% slower than the median of its like" in said
     assert [notice["code"] for notice in document(run("report", last.manifest.run, "--json")[2])["notices"]].count(
         "node-mismatch"

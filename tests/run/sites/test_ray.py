@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(3600)
 
 
 def node(name, number, *, alive=True, **resources):
-    """A node as Ray tells of it."""
+    """A node as Ray lists it."""
     return {
         "NodeID": f"{number:056x}", "Alive": alive, "NodeName": name, "NodeManagerHostname": f"host{number}",
         "NodeManagerAddress": "10.0.0.1", "Resources": resources,

@@ -1,4 +1,4 @@
-"""A trial of several ranks takes turns like any other, and its processes end with it, whoever ends it."""
+"""A trial of several ranks takes turns like any other, and its processes end with it, however it ends."""
 
 from __future__ import annotations
 

@@ -75,23 +75,23 @@ FAULTS = {
     "garbled": ("crashed", "no answer that can be read"),
     "late": ("ok", ""),
 }
-"""How a trial ends, and what is said of it."""
+"""The status of a trial, and a part of its message."""
 
 
-"""What a script says that does not do what the plain one does, and of which both numbers are told."""
+"""Messages about scripts that differ from the plain one; both numbers are reported."""
 
 
 def elsewhere(folders):
     """A variant whose script lies in another folder, and whose step takes what its environment and its interpreter say
     between them."""
     folder = folders.mktemp("elsewhere")
-    shutil.copy(SCRIPT, folder / "apart.py")
+    shutil.copy(SCRIPT, folder / "renamed.py")
     python = folder / "bin" / "python"
     python.parent.mkdir()
     python.write_text(f'#!/bin/sh\nSTEP_TIME_S="${{STEP_TIME_S}}4" exec {shlex.quote(sys.executable)} "$@"\n')
     python.chmod(0o755)
     return ScriptVariant(
-        name="elsewhere", command="python apart.py plain", cwd=str(folder), env={"STEP_TIME_S": "0.00"},
+        name="elsewhere", command="python renamed.py plain", cwd=str(folder), env={"STEP_TIME_S": "0.00"},
         python=str(python),
     )  # fmt: skip
 
@@ -182,7 +182,7 @@ def test_one_that_hangs_is_killed(tmp_path):
 
 
 def test_a_rehearsal_settles_the_level(tmp_path):
-    """What the scripts take when each is tried alone says whether they fit; what it saw is told before the start."""
+    """The memory of each script alone decides whether all fit; failures are reported before the start."""
     study = study_of({"plain": "python scripted.py plain", "crash": "python scripted.py crash-before"})
     display = Watching()
     run = measured(study, tmp_path, display, interleaving=None)

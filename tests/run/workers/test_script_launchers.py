@@ -1,4 +1,4 @@
-"""Scripts that somebody else starts: variants whose command is a launcher, in lockstep."""
+"""Scripts that a launcher starts: variants whose command is a launcher, in lockstep."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def left_of(folder):
 
 @pytest.mark.faults
 def test_a_launcher_is_no_training_and_what_it_starts_takes_turns(tmp_path, monkeypatch):
-    """`accelerate launch`, and two ranks under torchrun of which the first speaks and the other keeps step, beside two
-    more of the same, which meet elsewhere; none of them is left when the run has ended."""
+    """`accelerate launch`, and two ranks under torchrun of which the first reports and the other takes the same steps,
+    concurrently with two more of the same in another group; none of them is left when the run has ended."""
     (tmp_path / "train.py").write_text(EXAMPLE.read_text(encoding="utf-8"))
     (tmp_path / "ranks.py").write_text(textwrap.dedent(RANKS))
     commands = {

@@ -88,7 +88,7 @@ def another_thread():
 
 @pytest.mark.usefixtures("another_thread")
 def test_a_signal_that_stops_a_run_waits_for_a_start(start, monkeypatch):
-    """What its handler raises while Python forks would be lost. What was started is nobody's then, and is killed."""
+    """What its handler raises while Python forks would be lost. What was started has no owner then, and is killed."""
     plain, met = subprocess.Popen, []
 
     def stopped(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""Where a script works: what is copied, linked or left out, what its environment says, what cannot be kept apart."""
+"""Where a script works: what is copied, linked or left out, its environment, and what cannot be isolated."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def test_a_copy_is_no_part_of_what_is_copied(project, monkeypatch):
         copy = take_snapshot(project, scratch / "snapshot-0")
         assert not {other.name, scratch.name} & {path.name for path in copy.iterdir()}
         assert (copy / "train.py").is_file()
-    beside = take_snapshot(project, project / "beside")
-    assert "beside" not in {path.name for path in beside.iterdir()}
+    inside = take_snapshot(project, project / "inside")
+    assert "inside" not in {path.name for path in inside.iterdir()}
 
 
 def test_large_files_are_linked_and_said(project, tmp_path, monkeypatch):
@@ -98,7 +98,7 @@ LINKS = {
 
 @pytest.fixture
 def linked(project):
-    """The same with links of every kind in it, and a folder beside it."""
+    """The same with links of every kind in it, and a folder next to it."""
     (project.parent / "elsewhere").mkdir()
     (project.parent / "elsewhere" / "kept.txt").write_text("kept")
     for name, target in LINKS.items():
@@ -133,7 +133,7 @@ def test_a_folder_that_holds_too_much_is_refused(project, monkeypatch):
     ],
 )
 def test_what_cannot_be_kept_apart_is_said_before_the_start(project, command, code):
-    """As far as the command tells: output outside of its folder."""
+    """Output outside of its folder, as far as the command shows it."""
     variant = ScriptVariant(name="a", command=command)
     found = [notice.code for notice in shared_notices(variant, project)]
     assert found == ([code] if code else [])
@@ -230,7 +230,7 @@ def test_a_command_that_brings_its_own_interpreter_leaves_a_side_no_room(project
     ],
 )
 def test_what_lies_beside_the_folder_is_found_from_its_copy(tmp_path, word, leads):
-    """By its whole path; what is written to stays beside the copy, where it goes with the trial."""
+    """By its whole path; an output path stays next to the copy, where it is removed with the trial."""
     for name in ("data/rows.jsonl", "project/train.py", "scratch/copy/train.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")

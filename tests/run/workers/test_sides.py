@@ -30,7 +30,7 @@ OLD_PACKAGING = "packaging==24.2"
 
 
 def silent(line):
-    """A report that nobody reads."""
+    """A report that is discarded."""
 
 
 def git(folder, *arguments):

@@ -155,7 +155,7 @@ def test_a_prepared_base_trains_and_answers_alike(saved, variant):
 
 
 def test_a_base_is_made_once(saved):
-    """The second time it is found, whoever asks; another seed, type or quantisation is another base."""
+    """The second time it is found; another seed, type or quantisation is another base."""
     model = saved()
     first, second = (base_cache.prepare(asked(model, VARIANTS["nf4"])) for _ in range(2))
     assert (first.conversions, first.quantisations) == (1, 1)

@@ -49,7 +49,7 @@ def by_quantization(variant):
 
 @pytest.fixture
 def directory(tmp_path):
-    """Writes a config.json (the small tied Llama unless told otherwise) and returns the name of its random model."""
+    """Writes a config.json (the small tied Llama by default) and returns the name of its random model."""
 
     def write(config=LLAMA):
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -91,7 +91,7 @@ def test_random_weights_follow_the_seed(directory):
 
 
 def test_global_random_state_is_left_alone(directory):
-    """Building a model changes nothing for whoever draws next."""
+    """Building a model leaves the global random state as it was."""
     name = directory()
     torch.manual_seed(7)
     expected = torch.rand(3)

@@ -1,4 +1,4 @@
-"""What of a model is the adapter's own, as PEFT's layers say and no name tells."""
+"""What of a model is the adapter's own, as PEFT's layers list it, whatever its name."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_answers_are_what_the_assistant_says_and_what_ends_it(tokenizer, chat, t
 
 
 def test_a_turn_that_is_written_differently_later_is_refused(tokenizer, chat):
-    """The prefix property does not hold: which tokens the model would have said cannot be told. One turn alone can."""
+    """The prefix property does not hold: the tokens of the answer cannot be located. With one turn they can."""
     with pytest.raises(
         UsageError, match=r"line 7: the chat template of mine writes message 3 differently.*loss = \"all\""
     ):

@@ -131,7 +131,7 @@ def test_a_saved_data_set_is_read_whole(tmp_path):
 
 
 def test_a_folder_of_files_is_one_data_set(write, tmp_path):
-    """Of the files of the split, in the order of their names; others beside them are left alone."""
+    """Of the files of the split, in the order of their names; other files there are ignored."""
     for part in (1, 0):
         write(f"train-{part}.jsonl.gz", ROWS[2 * part : 2 * part + 2])
     write("test.jsonl", ROWS[:1])
@@ -180,7 +180,7 @@ def test_a_data_set_of_the_hub_is_asked_for_by_configuration_and_split(monkeypat
     ],
 )  # fmt: skip
 def test_columns_that_people_have_are_recognised(names, title, parts):
-    """Those of dolly, Alpaca, prompts with completions, chats, ShareGPT and plain text, in any order, beside others."""
+    """Of dolly, Alpaca, prompts with completions, chats, ShareGPT and plain text, in any order, among other columns."""
     form = recognise(names.split(), DataColumns(), "data")
     assert (form.title, set(form.columns)) == (title, parts)
 

@@ -40,7 +40,7 @@ def test_byte_tokenizer_is_the_bytes():
 
 @pytest.mark.parametrize("name", ["random:llama2-7b", "random:smollm2-135m"])
 def test_bytes_stand_in_for_a_random_models_tokenizer(name, monkeypatch, tmp_path):
-    """A random model whose tokenizer cannot be had gets bytes, and the caller is told."""
+    """A random model whose tokenizer cannot be had gets bytes, which the result reports."""
     monkeypatch.setattr(catalogue, "hub_answers", lambda file: False)
     monkeypatch.setenv("LORAMETER_CACHE", str(tmp_path))
     source = catalogue.resolve(name)

@@ -93,7 +93,7 @@ def test_a_step_of_known_size_is_explained_on_the_host():
 
 @pytest.mark.gpu
 def test_a_step_on_a_gpu_is_explained_within_two_percent():
-    """Four layers of 4096 with an adapter beside the first: the allocator's peak against what was counted."""
+    """Four layers of 4096 with an adapter on the first: the allocator's peak against what was counted."""
     layers = nn.Sequential(*(nn.Linear(4096, 4096, bias=False) for _ in range(4))).cuda().requires_grad_(False)
     layers[0].weight.requires_grad_(True)
     optimizer = torch.optim.AdamW([layers[0].weight], fused=True)

@@ -1,4 +1,4 @@
-"""A real step taken apart: the same step in phases, and what ran in each of them."""
+"""A real step by phases: the same step with its phases timed, and what ran in each of them."""
 
 import pytest
 import torch

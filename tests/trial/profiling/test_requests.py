@@ -1,4 +1,4 @@
-"""Real requests taken apart: the same tokens in phases, what a request finds, and weights that are copied in it."""
+"""Real requests by phases: the same tokens, what a request finds, and weights that are copied in it."""
 
 import json
 import math

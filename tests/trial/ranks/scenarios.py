@@ -110,7 +110,7 @@ def summed():
 
 
 def summed_shards():
-    """FSDP2 is told to divide by 1."""
+    """FSDP2 divides gradients by 1."""
     from lorameter.trial.ranks import rank
 
     wrapped = rank.distribute
@@ -362,17 +362,17 @@ def main(names: list[str]) -> None:
     from lorameter.trial.zygote import import_libraries
 
     import_libraries()
-    with tempfile.TemporaryDirectory() as told:
+    with tempfile.TemporaryDirectory() as scratch:
         child = os.fork()  # tokenising starts threads
         if child == 0:
-            (Path(told) / "path").write_text(str(prepare(WORKLOAD, Path(told)).path))
+            (Path(scratch) / "path").write_text(str(prepare(WORKLOAD, Path(scratch)).path))
             os._exit(0)
         os.waitpid(child, 0)
-        tokens = (Path(told) / "path").read_text()
+        tokens = (Path(scratch) / "path").read_text()
         for number, name in enumerate(names):
             child = os.fork()
             if child == 0:
-                folder = Path(told) / str(number)
+                folder = Path(scratch) / str(number)
                 folder.mkdir()
                 print(json.dumps(run(name, tokens, folder)), flush=True)
                 os._exit(0)

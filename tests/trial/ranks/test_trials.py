@@ -28,7 +28,7 @@ SICK = (
 )  # fmt: skip
 
 
-def told(names) -> dict[str, tuple[TrialRecord, list[str]]]:
+def run_scenarios(names) -> dict[str, tuple[TrialRecord, list[str]]]:
     """The record of each scenario, and who of its processes was left; all are forked from one process."""
     environment = os.environ | {
         "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99",
@@ -44,26 +44,26 @@ def told(names) -> dict[str, tuple[TrialRecord, list[str]]]:
 @pytest.fixture(scope="module")
 def healthy():
     """Runs that nothing is wrong with, in 16 bits or more."""
-    return told(HEALTHY)
+    return run_scenarios(HEALTHY)
 
 
 @pytest.fixture(scope="module")
 def quantised():
     """Runs in 4 bits that nothing is wrong with; without those that this torch cannot make."""
-    return told([name for name in QUANTISED if name not in SHARDED_4BIT or shards_4bit(torch.__version__)])
+    return run_scenarios([name for name in QUANTISED if name not in SHARDED_4BIT or shards_4bit(torch.__version__)])
 
 
 @pytest.fixture(scope="module")
 def stored():
     """Runs whose 4-bit weights are kept in other words than bytes."""
     needs_sharded_4bit()
-    return told(STORED)
+    return run_scenarios(STORED)
 
 
 @pytest.fixture(scope="module")
 def sick():
     """Runs with which something is wrong."""
-    return told(SICK)
+    return run_scenarios(SICK)
 
 
 def needs_sharded_4bit():

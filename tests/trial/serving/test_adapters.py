@@ -1,4 +1,4 @@
-"""Several adapters on one base: who answers, what is timed beside what, and that a wrong adapter is found."""
+"""Several adapters on one base: which adapter answers, what is timed together, and that a wrong adapter is found."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def answered(request):
 
 
 def test_a_cold_start_takes_no_prepared_base(served, monkeypatch):
-    """With the base gone, and with one that would fail whoever takes it, it answers the same, by one conversion."""
+    """With the base gone, and with one that cannot be loaded, it answers the same, by one conversion."""
     own, wanted = base_model.load_base, answered(served)
     read = []
 

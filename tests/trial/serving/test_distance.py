@@ -28,12 +28,12 @@ def test_every_measure_is_what_numpy_says(pair):
 
     p, q = distribution(reference), distribution(other)
     kl = (p * np.log(p / q)).sum(axis=1)
-    apart = np.abs(reference - other)
+    difference = np.abs(reference - other)
     cosine = (reference * other).sum(1) / np.linalg.norm(reference, axis=1) / np.linalg.norm(other, axis=1)
     assert found.positions == len(reference)
     assert found.argmax_differs == (reference.argmax(1) != other.argmax(1)).sum() > 0
     assert (found.kl_mean_nats, found.kl_max_nats) == pytest.approx((kl.mean(), kl.max()))
-    assert (found.difference_mean, found.difference_max) == pytest.approx((apart.mean(), apart.max()))
+    assert (found.difference_mean, found.difference_max) == pytest.approx((difference.mean(), difference.max()))
     assert (found.cosine_mean, found.cosine_min) == pytest.approx((cosine.mean(), cosine.min()))
 
 

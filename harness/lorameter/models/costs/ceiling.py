@@ -4,8 +4,8 @@ The same step gives different figures by different formulas: 6 N says half as mu
 what checkpointing repeats says more than the model needs. So a figure is never without its formula and its peak:
 
 - MFU (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): FLOPs that the model needs, over time and peak. Padding,
-  recomputation and masked pairs count for nothing, so it tells how well a variant uses the device for training.
-- Hardware utilisation (same place): all FLOPs that the operators were given. It tells how busy the products kept the
+  recomputation and masked pairs count for nothing, so it shows how well a variant uses the device for training.
+- Hardware utilisation (same place): all FLOPs that the operators were given. It shows how busy the products kept the
   device, and bounds what a faster schedule could still gain.
 """
 

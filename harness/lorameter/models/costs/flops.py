@@ -10,12 +10,12 @@ below the first layer that something trains on: the inputs of the first block ne
 
 Attention is counted for each pair of a query and a key: 2 products forward (scores, values), and backward one for the
 gradient of each of its operands (Chowdhery et al. 2022, arXiv 2204.02311, appendix B, where all pairs of a row count).
-How many pairs there are is the caller's to say (`StepTokens`): all that an operator is given, or only those that the
+The caller gives the number of pairs (`StepTokens`): all that an operator is given, or only those that the
 mask lets through.
 
-What is computed beyond that is kept apart, because no perfect implementation would need it: products that are done
-again (by checkpointing, and the scores that a fused backward recomputes; Dao 2023, arXiv 2307.08691, section 3.1), and
-gradients that nothing waits for.
+What is computed beyond that is counted separately, because no perfect implementation would need it: products that are
+done again (by checkpointing, and the scores that a fused backward recomputes; Dao 2023, arXiv 2307.08691, section 3.1),
+and gradients that nothing uses.
 """
 
 from __future__ import annotations
@@ -52,17 +52,12 @@ def computed_tokens(variant: Variant, workload: Workload) -> StepTokens:
     return StepTokens(positions=rows * length, pairs=rows * length**2, passes=variant.gradient_accumulation)
 
 
-def row_tokens(variant: Variant, workload: Workload, *, real: float | None = None) -> StepTokens:
-    """What a step needs, if each row is one causal sequence: n (n + 1) / 2 pairs for n tokens.
-
-    `real` is the mean number of real tokens a step, None where there is no padding; each row then counts with the mean
-    length. Pairs are too many for packed rows, whose records do not see each other, and too few for padded rows of
-    different lengths (the mean of squares is above the square of the mean).
-    """
-    rows = _rows(variant, workload)
-    mean = workload.sequence_length if real is None else real / rows
-    pairs = round(rows * mean * (mean + 1) / 2)
-    return StepTokens(positions=round(rows * mean), pairs=pairs, passes=variant.gradient_accumulation)
+def row_tokens(variant: Variant, workload: Workload) -> StepTokens:
+    """What a step needs, if each row is one causal sequence without padding: n (n + 1) / 2 pairs for n tokens. Packed
+    rows need fewer pairs, since their records do not see each other."""
+    rows, length = _rows(variant, workload), workload.sequence_length
+    pairs = rows * length * (length + 1) // 2
+    return StepTokens(positions=rows * length, pairs=pairs, passes=variant.gradient_accumulation)
 
 
 def _rows(variant: Variant, workload: Workload) -> int:

@@ -7,8 +7,8 @@ its modules: linear layers however they store their weights, and experts, of whi
 For which inputs a gradient is wanted is seen by watching a step, and which modules it goes through: not the towers for
 pictures of a model that is given text, nor what attends to an encoder of one that has none. Without that, all modules
 count, in the order in which they are defined, and every input after the first weight that trains has a gradient. Within
-the first block that is too many: further layers take what the first one takes. It is little of a model with many
-blocks.
+the first block that is too many, since layers parallel to the first one take the same input. The error is small in a
+model with many blocks.
 
 Attention counts by heads and their width, as for families that are known, and all pairs, also where a layer sees a
 window of them. What is no linear layer and no attention (a scan, a convolution, the router of experts) is not counted.

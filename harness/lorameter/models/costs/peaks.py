@@ -250,5 +250,5 @@ def _is_called(device: DevicePeaks, text: str) -> bool:
 
 
 def _words(text: str) -> set[str]:
-    apart = re.sub(r"\b(rtx|geforce)(?=\d)", r"\1 ", text.lower())
-    return set(re.findall(r"[\w.+]+", apart)) - {"nvidia", "tesla"}
+    spaced = re.sub(r"\b(rtx|geforce)(?=\d)", r"\1 ", text.lower())
+    return set(re.findall(r"[\w.+]+", spaced)) - {"nvidia", "tesla"}

@@ -105,11 +105,11 @@ class MergedRun:
         """Keep what a job has measured; returns the replicates of it. Of one that was lost the replicate that was under
         way is left out, unless `everything` is wanted. Raises `InvalidRunError` for a job that is unlike the run, of
         which nothing is kept."""
-        if not (found := store.list_runs(folder)):
+        if not (runs := store.list_runs(folder)):
             return set()
-        self._join(store.read_manifest(found[0]), state.site)
+        self._join(store.read_manifest(runs[0]), state.site)
         assert self.writer is not None  # the manifest came before
-        records = [one for one in store.read_run(str(found[0]), folder).records if one.status != "not_run"]
+        records = [one for one in store.read_run(str(runs[0]), folder).records if one.status != "not_run"]
         if not everything and (state.error or not state.ended):
             last = max((record.replicate for record in records), default=0)
             records = [record for record in records if record.replicate != last]
@@ -126,11 +126,11 @@ class MergedRun:
         first = self._first
         again = first is not None and self.writer is None
         if first is not None and (unlike := find_unlike(first, manifest, mixed=self._mixed, again=again)):
-            said = "; ".join(f"{one.field} is {one.candidate!r} there and {one.base!r} here" for one in unlike[:3])
+            fields = "; ".join(f"{one.field} is {one.candidate!r} there and {one.base!r} here" for one in unlike[:3])
             of_kind = all(one.field in OF_A_KIND for one in unlike)
             raise InvalidRunError(
-                f"site {site} is unlike the first: {said}. Measure it in a run of its own: leave it out by --sites on "
-                f"Ray, by nodelist, exclude or constraint on SLURM"
+                f"site {site} is unlike the first: {fields}. Measure it in a run of its own: leave it out by --sites "
+                f"on Ray, by nodelist, exclude or constraint on SLURM"
                 f"{', or have each site judged by itself by --mixed' if of_kind else ''}."
             )
         machine = {name: manifest.provenance[name] for name in Machine.__dataclass_fields__}
@@ -176,8 +176,8 @@ def copy_logs(folder: Path, path: Path) -> None:
     """Copy the logs of a job into those of its run."""
     logs = path / "logs"
     logs.mkdir(exist_ok=True)
-    for found in folder.glob("*/logs/*"):
-        shutil.copyfile(found, logs / found.name)
+    for log in folder.glob("*/logs/*"):
+        shutil.copyfile(log, logs / log.name)
     with contextlib.suppress(OSError):  # of a job that was not started
         if text := (folder / LOG).read_text(errors="replace"):
             (logs / f"job-{folder.name}.log").write_text(redact(text))
@@ -194,7 +194,8 @@ class Job:
 
 def measure_in_jobs(
     plan: Plan, groups: Sequence[Group], launcher: Launcher, path: Path, earlier: Run | None, shown: Display,
-    stops: InterruptHandler, *, local: bool, if_busy: IfBusy | None, about: Mapping[str, Any],
+    stops: InterruptHandler, *, local: bool, if_busy: IfBusy | None, notices: tuple[Notice, ...],
+    policy: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Measure what is left of a plan into the folder of its run, which this process has locked.
 
@@ -208,7 +209,8 @@ def measure_in_jobs(
         stops: handles signals.
         local: whether the sites are of this machine.
         if_busy: what a job does if its device is in use; None: this process holds the devices.
-        about: what this process adds to the manifest that a job wrote.
+        notices: for the manifest, in addition to those of the jobs.
+        policy: for the manifest.
 
     Raises:
         UsageError: what the study asks for cannot be done.
@@ -226,8 +228,8 @@ def measure_in_jobs(
             sites=launcher.slots if mixed and local else (),
             order=tuple(slot.trial for slot in plan.slots),
             created_unix_s=time.time(),
-            notices=tuple(dict.fromkeys((*about["notices"], *manifest.notices))),
-            policy=about["policy"],
+            notices=tuple(dict.fromkeys((*notices, *manifest.notices))),
+            policy=dict(policy),
         )
 
     merged = MergedRun(

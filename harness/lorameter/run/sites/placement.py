@@ -1,7 +1,7 @@
 """Where a run is measured: on one device of this machine, or in jobs on several sites of it, of Ray or of SLURM.
 
-A study or a command line says it (`lorameter.studies.placement`). A cluster is asked by a job what its nodes are,
-because a plan depends on the machine.
+The study or the command line names the place (`lorameter.studies.placement`). A plan depends on the machine, so on a
+cluster a job describes a node first.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Placement:
     shares: tuple[Share, ...] = ()
     """Of this machine, if the jobs run on it."""
     described: JobState | None = None
-    """What a job on a node of the cluster said, if the jobs run on one."""
+    """The state of a job that described a node of the cluster, if the jobs run on one."""
     ranks: int = 1
     """Of a trial, each of which has a device of its own if there are several."""
     if_busy: IfBusy = "wait"
@@ -59,8 +59,8 @@ class Placement:
     @property
     def facts(self) -> MachineFacts:
         """That machine, and what is installed there."""
-        found = None if self.described is None else self.described.facts
-        return found or open_executor().facts()
+        facts = None if self.described is None else self.described.facts
+        return facts or open_executor().facts()
 
     @property
     def free_bytes(self) -> int | None:
@@ -123,18 +123,19 @@ def _open_cluster(place: SiteSpec, ranks: int) -> Launcher:
     return RayJobs(place.on, place.sites, ranks=ranks)
 
 
-def describe_node(launcher: Launcher, runs: Path, said: str) -> JobState:
-    """Ask by a job what a node is. Raises `InvalidRunError` if the job ends without an answer."""
+def describe_node(launcher: Launcher, runs: Path, where: str) -> JobState:
+    """Run a job that describes its node; `where` names the place in errors. Raises `InvalidRunError` if the job ends
+    without a result."""
     folder = Path(tempfile.mkdtemp(prefix=".job-", dir=runs.resolve()))
     try:
         write_order(folder, JobOrder(site=launcher.slots[0], cwd=str(Path.cwd())))
         launcher.start(folder, launcher.slots[0])
         while not (state := read_state(folder)).ended:
             if folder not in launcher.running() and not (state := read_state(folder)).ended:
-                raise InvalidRunError(f"{said}: no node was described: {launcher.why(folder)}.")
+                raise InvalidRunError(f"{where}: no node was described: {launcher.why(folder)}.")
             time.sleep(LOOK_S)
         if state.error:
-            raise (UsageError if state.usage else InvalidRunError)(f"{said}: site {state.site}: {state.error}")
+            raise (UsageError if state.usage else InvalidRunError)(f"{where}: site {state.site}: {state.error}")
         return state
     finally:
         shutil.rmtree(folder, ignore_errors=True)

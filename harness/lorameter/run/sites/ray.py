@@ -47,7 +47,7 @@ def shares_of(nodes: Sequence[dict[str, Any]], wanted: Sequence[str] = (), *, ra
     """The sites of a cluster: its GPUs if it has any, else its nodes with CPUs.
 
     Args:
-        nodes: as `ray.nodes()` tells of them.
+        nodes: as `ray.nodes()` lists them.
         wanted: names of nodes; empty for all.
         ranks: of a trial, each of which has a GPU of its own where the cluster has any.
 

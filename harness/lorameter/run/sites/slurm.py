@@ -59,8 +59,8 @@ class SlurmJobs:
         done = _ask(words, script)
         job = done.stdout.strip().partition(";")[0]
         if done.returncode or not _ID.fullmatch(job):
-            said = shorten((done.stderr or done.stdout).strip())
-            raise UsageError(f"{say_on(self._request.on)}: no job was submitted: {said}.")
+            reason = shorten((done.stderr or done.stdout).strip())
+            raise UsageError(f"{say_on(self._request.on)}: no job was submitted: {reason}.")
         (folder / _ID_FILE).write_text(job)
         if not self._ids:
             tell_stderr(f"job {job} is submitted to SLURM, and waited for.")

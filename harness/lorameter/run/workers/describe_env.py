@@ -15,8 +15,8 @@ import sys
 def packages() -> "dict[str, str]":
     """Normalised name to version of each distribution, the first on the path where there are several.
 
-    A distribution that was installed from a repository has its commit added: the version alone would not tell two
-    commits apart.
+    A distribution that was installed from a repository has its commit added: the version alone does not
+    distinguish two commits.
     """
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():

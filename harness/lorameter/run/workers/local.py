@@ -290,7 +290,7 @@ def _last_line(log: Path) -> str:
 
 
 def open_executor(*, host: Host | None = None, label: str = "") -> Executor:
-    """What `lorameter.run.workers.open_executor` asks of its module."""
+    """Called by `lorameter.run.workers.open_executor`."""
     return LocalExecutor(host=host, label=label)
 
 

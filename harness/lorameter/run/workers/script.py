@@ -410,6 +410,6 @@ def _free_port() -> int:
 
 
 def open_executor(*, host: Host | None = None, label: str = "") -> ScriptExecutor:
-    """What `lorameter.run.workers.open_executor` asks of its module. No file of a script's is named by its side, so
-    the label is not needed."""
+    """Called by `lorameter.run.workers.open_executor`. No file of a script is named by its side, so the label is not
+    used."""
     return ScriptExecutor(host=host)

@@ -136,8 +136,8 @@ def folder_of(variant: ScriptVariant, stood_in: Path) -> Path:
     """The folder of a variant's command. Raises `UsageError` where there is none."""
     folder = stood_in / variant.cwd
     if not fileio.is_folder(folder):
-        said = f"cwd = {shorten(repr(variant.cwd))}: no folder {shorten(str(folder))}"
-        raise UsageError(f"variant {variant.name!r}: {said}. Mend the path.")
+        value = shorten(repr(variant.cwd))
+        raise UsageError(f"variant {variant.name!r}: cwd = {value}: no folder {shorten(str(folder))}. Mend the path.")
     return folder.resolve()
 
 

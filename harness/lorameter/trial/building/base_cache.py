@@ -1,9 +1,10 @@
 """A base that is made once, kept in the form in which it is fastest to take, and mapped by every process of a run.
 
-What is kept is the model as `load_base` made it, tensor by tensor: parameters, buffers, and what bitsandbytes left
-next to each quantised weight. Taking it is building the architecture without storage and laying those tensors in. On a
-CPU they stay where they lie: the file is mapped privately (safetensors), so that all processes share its pages and one
-that writes to a weight gets a copy of its own. The two ways to a base are equal to the bit, which tests hold.
+The cache holds the tensors of the model that `load_base` made: parameters, buffers, and the constants that
+bitsandbytes stores with each quantised weight. `take` builds the architecture without storage and puts these tensors
+into it. On a CPU they are not copied: the file is mapped privately (safetensors), so that all processes share its pages
+and one that writes to a weight gets a copy of its own. A base from the cache is equal, to the bit, to one that was
+loaded; tests check it.
 
 4-bit weights are kept as they are stored. On CPUs with AVX512-BF16 bitsandbytes repacks them at the first evaluating
 forward, for each process anew; no forward has run when they are kept.
@@ -50,7 +51,6 @@ from lorameter.trial.building.quantising import (
     quantised_names,
 )
 
-FORMAT = 1
 ALIGNMENT = 64
 """Bytes of a cache line, and of the widest register that reads weights."""
 LIBRARIES = ("transformers", "bitsandbytes")
@@ -64,8 +64,8 @@ _TYPES = {
 
 
 def base_of(request: TrialRequest) -> tuple[transformers.PreTrainedModel, bool]:
-    """The base of a trial, and whether this process had to make it of its source: where none was prepared, or the one
-    that was has gone or has not its size any more."""
+    """The base of a trial, and whether this process made it from its source: if none was prepared, or if the prepared
+    one was removed or has another size."""
     variant = request.variant
     if request.base:
         model = take(Path(request.base), variant, request.device)
@@ -107,7 +107,7 @@ def prepare(request: BaseRequest) -> BaseSummary:
 
 
 def take(folder: Path, variant: Variant, device: str) -> transformers.PreTrainedModel | None:
-    """The base in a folder, mapped, on `device`; None where it is not what was written, as far as its size tells."""
+    """The base in a folder, mapped, on `device`; None if its file has not the size that was written."""
     description = bases.read_description(folder)
     if description is None:
         return None
@@ -213,7 +213,6 @@ def _follows_from(source: ModelSource, request: BaseRequest) -> dict[str, Any]:
     """All that the content of a base follows from: where it differs, the base may."""
     variant, cuda = request.variant, request.device.startswith("cuda")
     return {
-        "format": FORMAT,
         "code": _digest(Path(str(one)).read_bytes() for one in (base_model.__file__, quantising.__file__, __file__)),
         "source": _identity(source),
         "seed": request.workload.data_seed if source.random else None,

@@ -40,8 +40,8 @@ def probe(variant: Variant) -> MethodFacts:
         plain = dataclasses.replace(variant, quantization="none", prepare_for_kbit=False)
         if variant.quantization == "none" or not _can(lambda: _try_method(plain)):
             return MethodFacts()
-        said = (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
-        why = f"PEFT does not train {variant.method_name} on this quantised base ({shorten(said, 200)})"
+        message = (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
+        why = f"PEFT does not train {variant.method_name} on this quantised base ({shorten(message, 200)})"
         remedy = 'Set autocast, or quantization = "none".'
         refused = impossible(f"variant {variant.name!r}", "quantization", variant.quantization, why, remedy)
         return MethodFacts(refused=str(refused))

@@ -219,7 +219,7 @@ _GGUF_KEY = "tokenizer.chat_template"
 
 
 def has_chat_template(source: ModelSource) -> bool | None:
-    """Whether conversations can be written as this model reads them; None where only the loaded tokenizer tells.
+    """Whether conversations can be written as this model reads them; None where only the loaded tokenizer shows it.
 
     The byte tokenizer has a template of its own. Files that cannot be read are reported when they are loaded.
     """

@@ -219,7 +219,7 @@ def _distinct(prompts: list[list[int]], joined: list[int], length: int, wanted: 
     """Prompts that all differ: these, and where they are fewer than wanted as many pieces more as can be had."""
     found = dict.fromkeys(map(tuple, prompts))
     places = max(0, len(joined) - length) + 1
-    for step in dict.fromkeys((max(1, places // wanted), 1)):  # far apart, or as near as need be
+    for step in dict.fromkeys((max(1, places // wanted), 1)):  # at large distances, then at every position
         for start in range(0, places, step):
             if len(found) >= wanted:
                 break

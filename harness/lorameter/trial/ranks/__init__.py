@@ -1,1 +1,1 @@
-"""Trials of several ranks: processes that train one model together, and what is said of them all."""
+"""Trials of several ranks: processes that train one model together, and the record that they share."""

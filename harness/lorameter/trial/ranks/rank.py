@@ -79,7 +79,7 @@ class ProcessGroup:
         return [one.tolist() for one in found]
 
     def gather_data(self, data: Any) -> list[Any]:
-        """What every rank has to say, in their order."""
+        """The data of every rank, in their order."""
         found: list[Any] = [None] * self.ranks
         distributed.all_gather_object(found, data)
         return found

@@ -1,9 +1,9 @@
 """A trial of several ranks, with the interface of any other trial.
 
-Its process trains nothing: it forks the ranks, passes each command on to all of them, and makes one answer of theirs.
-So it can tell which of them died or hangs while the others wait, and end these, who would wait for ever. In addition to
-the ranks it can fork one that trains alone on the same batches, and takes turns with all of them: what a scaling
-efficiency is measured against within the same seconds, and losses are compared with.
+Its process trains nothing: it forks the ranks, passes each command on to all of them, and merges their answers into
+one. So it finds out which rank died or hangs, and ends the others, which would wait for ever. It can fork one more rank
+that trains alone on the same batches and takes turns with all of them: the scaling efficiency is measured against it,
+and losses are compared with its losses.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class TrialOfRanks:
         return _failure(members, answers, command, timeout_s) or _merge([answers[member] for member in members])
 
     def _ask_one(self, command: str, arguments: dict[str, Any]) -> PartialRecord:
-        """What one rank alone has to add; where it fails it is left out, and the trial continues without it."""
+        """What the rank that trains alone adds; where it fails it is left out, and the trial continues without it."""
         if self._one is None or command not in ONE_RANK:
             return PartialRecord()
         fragment = self._ask([self._one], command, arguments, OF_ONE)
@@ -378,9 +378,9 @@ def compare_losses(several: Sequence[float], one: Sequence[float], variant: Vari
                 f"step {step} has a loss of {ours:.5f} by {ranks} ranks and of {its:.5f} by one with the same batches "
                 f"(within {tolerance:.2%} is equal): they do not train the same",
             )
-    apart = max(abs(ours - its) / abs(its) for ours, its in pairs)
+    largest = max(abs(ours - its) / abs(its) for ours, its in pairs)
     return _check(
-        True, True, "active", f"losses of {len(pairs)} steps within {apart:.2g} of those of one rank ({tolerance:g})"
+        True, True, "active", f"losses of {len(pairs)} steps within {largest:.2g} of those of one rank ({tolerance:g})"
     )
 
 

@@ -146,9 +146,9 @@ def measure_distance(reference: torch.Tensor, other: torch.Tensor) -> LogitDista
         ours, theirs = rows.double(), others.double()
         log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)  # rounding may go below what it cannot be
-        apart = (ours - theirs).abs()
+        difference = (ours - theirs).abs()
         cosine = torch.cosine_similarity(ours, theirs, dim=-1)
-        found.append((ours.argmax(-1) != theirs.argmax(-1), kl, apart.mean(-1), apart.amax(-1), cosine))
+        found.append((ours.argmax(-1) != theirs.argmax(-1), kl, difference.mean(-1), difference.amax(-1), cosine))
     differs, kl, means, largest, cosine = (torch.cat(parts) for parts in zip(*found, strict=True))
     return LogitDistance(
         positions=reference.shape[0],
