@@ -1,4 +1,4 @@
-"""The catalogue: what a model name stands for, resolved without torch and without a network."""
+"""Names of models are resolved without torch and without a network."""
 
 import dataclasses
 import socket
@@ -20,40 +20,30 @@ def empty_cache(tmp_path, monkeypatch):
 
 
 def test_cache_directory_precedence(monkeypatch):
-    """LORAMETER_CACHE goes before XDG_CACHE_HOME, and that before ~/.cache."""
+    """LORAMETER_CACHE, then XDG_CACHE_HOME, then ~/.cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     monkeypatch.setenv("HOME", "/users/someone")
     monkeypatch.setenv("LORAMETER_CACHE", "/own")
-    assert catalogue.cache_dir() == Path("/own")
-    monkeypatch.delenv("LORAMETER_CACHE")
-    assert catalogue.cache_dir() == Path("/xdg/lorameter")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert catalogue.cache_dir() == Path("/users/someone/.cache/lorameter")
+    found = [catalogue.cache_dir()]
+    for name in ("LORAMETER_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name)
+        found.append(catalogue.cache_dir())
+    assert found == [Path("/own"), Path("/xdg/lorameter"), Path("/users/someone/.cache/lorameter")]
 
 
-def test_tiny_llama_is_random_and_of_bytes():
-    """The default model needs no prefix to be random, and no file but the packaged one."""
+def test_tiny_llama_is_random_and_has_the_byte_tokenizer():
+    """The default model needs neither the prefix nor any file but the packaged one."""
     source = catalogue.resolve("tiny-llama")
     assert (source.kind, source.random, source.tokenizer) == ("config", True, "byte")
     prefixed = catalogue.resolve("random:tiny-llama")
     assert dataclasses.replace(prefixed, label=source.label) == source
 
 
-@pytest.mark.parametrize(
-    ("name", "hub_id"),
-    [
-        ("llama2-7b", "NousResearch/Llama-2-7b-hf"),
-        ("llama2-70b", "NousResearch/Llama-2-70b-hf"),
-        ("mistral-7b", "mistralai/Mistral-7B-v0.1"),
-        ("qwen2.5-7b", "Qwen/Qwen2.5-7B"),
-        ("gemma-2b", "google/gemma-2b"),
-    ],
-)
-def test_hub_models_of_the_catalogue(name, hub_id):
-    """llama2-7b means the ungated mirror's weights, others their owner's; `random:` keeps the id for the tokenizer."""
-    source = catalogue.resolve(name)
-    assert (source.kind, source.location, source.random) == ("hub", hub_id, False)
-    assert catalogue.resolve(f"random:{name}").location == source.location
+def test_a_catalogue_name_stands_for_its_model_of_the_hub():
+    """`random:` keeps the id, for the tokenizer."""
+    source = catalogue.resolve("llama2-7b")
+    assert (source.kind, source.location, source.random) == ("hub", "NousResearch/Llama-2-7b-hf", False)
+    assert catalogue.resolve("random:llama2-7b").location == source.location
 
 
 def test_unfetched_model_says_how_to_fetch_it():
@@ -77,13 +67,9 @@ def test_fetched_model_is_a_directory(empty_cache):
     ("name", "expected"),
     [
         ("tinyllama", "Did you mean tiny-llama"),
-        ("random:smollm-135m", "Did you mean smollm2-135m"),
         ("zzz", "The catalogue has tiny-llama, smollm2-135m, llama2-7b"),
         ("", "no catalogue name"),
-        ("random:", "no catalogue name"),
         ("./nowhere", "does not exist"),
-        ("nowhere/model.gguf", "does not exist"),
-        ("a/b/c", "no catalogue name"),
     ],
 )
 def test_unknown_names_are_refused(name, expected):
@@ -93,19 +79,12 @@ def test_unknown_names_are_refused(name, expected):
     assert repr(name) in str(caught.value)
 
 
-def test_hub_id_resolves_without_asking_the_hub(monkeypatch):
-    """owner/name is a hub id; resolving it is free."""
-    monkeypatch.setattr(catalogue, "hub_answers", lambda file: pytest.fail("asked the hub"))
-    source = catalogue.resolve("random:someone/Some.Model-1")
-    assert (source.kind, source.location, source.random) == ("hub", "someone/Some.Model-1", True)
-
-
 def test_a_silent_hub_costs_one_timeout(monkeypatch):
     """A hub that accepts and never answers counts as unreachable, after one timeout and no retries."""
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(catalogue, "HUB_TIMEOUT_S", 0.2)
-    probe = catalogue.hub_answers.__wrapped__  # without the answer that the process remembers
+    probe = catalogue.hub_answers.__wrapped__  # without the cache of the process
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         assert not probe("somebody/some-model/resolve/main/config.json")
@@ -115,25 +94,7 @@ def test_a_silent_hub_costs_one_timeout(monkeypatch):
             server.accept()
 
 
-def test_offline_mode_asks_nobody(monkeypatch):
-    """HF_HUB_OFFLINE means that not even the probe goes out."""
-    constants, utils = (pytest.importorskip(f"huggingface_hub.{name}") for name in ("constants", "utils"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(utils, "get_session", lambda: pytest.fail("asked the hub"))
-    assert not catalogue.hub_answers.__wrapped__("somebody/some-model/resolve/main/config.json")
-
-
 def test_a_directory_without_a_configuration_is_no_model(tmp_path):
     """A directory must hold a config.json to be named as a model."""
     with pytest.raises(UsageError, match=r"no config\.json"):
         catalogue.resolve(str(tmp_path))
-
-
-def test_a_folder_that_was_removed_holds_no_model(tmp_path, monkeypatch):
-    """One may still stand in it."""
-    gone = tmp_path / "gone"
-    gone.mkdir()
-    monkeypatch.chdir(gone)
-    gone.rmdir()
-    with pytest.raises(UsageError, match=r"model = '\.'"):
-        catalogue.resolve(".")

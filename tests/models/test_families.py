@@ -1,11 +1,14 @@
-"""The table of families is held against what transformers builds and what PEFT adapts."""
+"""The table of families equals what transformers builds and PEFT adapts."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from importlib.util import find_spec
 
 import pytest
+import torch
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
 
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
@@ -50,43 +53,22 @@ def shape_of(source_of):
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_a_family_has_the_layers_that_transformers_builds(family, source_of, shape_of):
-    """Names, places, widths and biases of a block's linear layers, and of no other."""
-    import torch
-
-    blocks = empty_model(source_of(family.model_type), VARIANT).model.layers
+def test_a_family_is_what_transformers_and_peft_build(family, source_of, shape_of):
+    """Names, places, widths and biases of a block's linear layers; the module that defines it; PEFT's default targets;
+    and the parameters that PEFT adds, for LoRA on one layer and DoRA on all."""
+    source = source_of(family.model_type)
+    blocks = empty_model(source, VARIANT).model.layers
     built = {name: module for name, module in blocks[1].named_modules() if isinstance(module, torch.nn.Linear)}
     found = {name.rpartition(".")[2]: (layer.in_features, layer.out_features) for name, layer in built.items()}
-    assert found == linear_widths(shape_of(family.model_type))
-    assert {name.rpartition(".")[0] for name in built} == set(family.parents)
-    biased = {name.rpartition(".")[2] for name, layer in built.items() if layer.bias is not None}
-    assert biased == family.biased
-
-
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_a_family_s_default_targets_are_peft_s(family):
-    """Where a variant names none; a type for which PEFT has none must have them named."""
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
-
-    assert tuple(TARGETS.get(family.model_type, ())) == family.targets
-
-
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_a_family_s_module_is_where_transformers_has_it(family):
-    """Or loading it beforehand would silently do nothing."""
-    from importlib.util import find_spec
-
-    assert find_spec(family.module) is not None
-
-
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_parameters_are_those_that_peft_adds(family, source_of, shape_of):
-    """The closed formula and PEFT's own count of an adapter agree, of LoRA on one layer and of DoRA on all."""
     shape = shape_of(family.model_type)
+    assert found == linear_widths(shape)
+    assert {name.rpartition(".")[0] for name in built} == set(family.parents)
+    assert {name.rpartition(".")[2] for name, layer in built.items() if layer.bias is not None} == family.biased
+    assert find_spec(family.module) is not None
+    assert tuple(TARGETS.get(family.model_type, ())) == family.targets
     one = dataclasses.replace(VARIANT, target_modules=(next(iter(linear_layers(shape))),))
     for variant in (one, dataclasses.replace(one, target_modules=("all-linear",), use_dora=True, r=3)):
-        counted = sizes_of(variant, source_of(family.model_type)).trainable_parameters
-        assert counted == adapter_parameters(variant, shape)
+        assert sizes_of(variant, source).trainable_parameters == adapter_parameters(variant, shape)
 
 
 PEAKS = {rate: Peak(device="d", rate=rate, per_s=1e9, source="s") for rate in ("float32", "memory")}
@@ -105,19 +87,16 @@ ESTIMATES = {
 
 
 @pytest.mark.parametrize("estimate", ESTIMATES.values(), ids=ESTIMATES)
-@pytest.mark.parametrize("model_type", ["mixtral"])
-def test_an_unknown_type_is_unknown_to_every_estimate_alike(model_type, estimate, shape_of):
-    """Each in the same sentence, which names the type and where its entry belongs."""
-    shape = shape_of(model_type)
-    with pytest.raises(UnknownLayersError) as caught:
+def test_an_unknown_type_is_unknown_to_every_estimate(estimate, shape_of):
+    """The message names the type and where its entry belongs."""
+    shape = shape_of("mixtral")
+    with pytest.raises(UnknownLayersError, match=r"'mixtral'.*add an entry for it to .*/families\.py") as caught:
         estimate(shape)
     assert str(caught.value) == shapes.unknown_layers(shape)
-    assert f"{model_type!r}" in str(caught.value)
-    assert "add an entry for it to harness/lorameter/models/families.py" in str(caught.value)
 
 
 def test_a_family_like_llama_is_one_entry(monkeypatch, shape_of):
-    """With it every estimate is what Llama's is."""
+    """Every estimate is then that of Llama."""
     monkeypatch.setattr(
         "lorameter.models.shapes.FAMILIES", FAMILIES | {"new": Family(model_type="new", layers=llama_layers)}
     )
@@ -127,16 +106,7 @@ def test_a_family_like_llama_is_one_entry(monkeypatch, shape_of):
         assert ESTIMATES[name](new) == ESTIMATES[name](known)
 
 
-def test_layers_of_one_stage_take_the_same_tensor(shape_of):
-    """Their inputs are as wide; and query, key and value are each made of one layer."""
-    for model_type in FAMILIES:
-        layers = linear_layers(shape_of(model_type)).values()
-        for stage in {layer.stage for layer in layers}:
-            assert len({layer.inputs for layer in layers if layer.stage == stage}) == 1
-        assert sorted(operand for layer in layers for operand in layer.makes) == ["key", "query", "value"]
-
-
 def test_targets_that_neither_a_variant_nor_peft_names_are_refused(shape_of):
-    """SmolLM3 has no default in PEFT, which would refuse it after the model has been loaded."""
+    """SmolLM3 has no default in PEFT, which would refuse it only after the model has been loaded."""
     with pytest.raises(UsageError, match=r"'v'.*target_modules = \(\).*'smollm3'"):
         adapter_parameters(dataclasses.replace(VARIANT, target_modules=()), shape_of("smollm3"))

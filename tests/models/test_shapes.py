@@ -1,9 +1,6 @@
-"""A model's dimensions, from config.json or a GGUF header, read without torch and without a network."""
+"""Dimensions of a model are read from config.json or a GGUF header without torch and without a network."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -59,50 +56,27 @@ def test_every_entry_has_a_shape_without_network(name, unreachable_hub):
 
 
 def test_the_zygote_loads_the_families_of_the_catalogue(unreachable_hub):
-    """Each of them, and none that no entry is of."""
+    """Each of them, and no other."""
     met = {shapes.shape(catalogue.resolve(f"random:{name}")).architecture for name in CATALOGUE}
     assert met == {name for name, family in FAMILIES.items() if family.preloaded}
 
 
 def test_published_dimensions():
-    """The packaged configurations hold the published dimensions of the models they stand for."""
+    """The packaged configuration holds the published dimensions."""
     assert shapes.shape(catalogue.resolve("random:llama2-7b")) == ModelShape(
-        hidden_size=4096,
-        intermediate_size=11008,
-        layers=32,
-        heads=32,
-        kv_heads=32,
-        head_dim=128,
-        vocab_size=32000,
-        context=4096,
-        tied=False,
-        architecture="llama",
-    )
-    assert shapes.shape(catalogue.resolve("random:smollm2-135m")) == ModelShape(
-        hidden_size=576,
-        intermediate_size=1536,
-        layers=30,
-        heads=9,
-        kv_heads=3,
-        head_dim=64,
-        vocab_size=49152,
-        context=8192,
-        tied=True,
-        architecture="llama",
-    )
+        hidden_size=4096, intermediate_size=11008, layers=32, heads=32, kv_heads=32, head_dim=128, vocab_size=32000,
+        context=4096, tied=False, architecture="llama",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("name", "heads", "context", "tied"),
     [
         # Query heads, key and value heads, and their size, as the models' own config.json publish them.
-        ("llama2-13b", (40, 40, 128), 4096, False),
         ("llama2-70b", (64, 8, 128), 4096, False),
         ("mistral-7b", (32, 8, 128), 32768, False),
         ("qwen2.5-0.5b", (14, 2, 64), 32768, True),
-        ("qwen2.5-7b", (28, 4, 128), 131072, False),
         ("gemma-2b", (8, 1, 256), 8192, True),
-        ("gemma-7b", (16, 16, 256), 8192, True),
     ],
 )
 def test_published_attention(name, heads, context, tied):
@@ -119,26 +93,18 @@ def test_unreachable_hub_is_a_usage_error(unreachable_hub, tmp_path, monkeypatch
         shapes.shape(catalogue.resolve("someone/absent-model-of-no-cache"))
 
 
-def test_directory_shape(tmp_path):
-    """A directory's shape is its config.json's, with head size and ties as transformers would fill them in."""
+def test_the_shape_of_a_directory(tmp_path):
+    """Head size and ties are filled in as transformers does."""
     source = catalogue.resolve(str(directory_of(tmp_path / "model", LLAMA)))
     assert source.kind == "directory"
     assert shapes.shape(source) == ModelShape(
-        hidden_size=128,
-        intermediate_size=192,
-        layers=3,
-        heads=4,
-        kv_heads=2,
-        head_dim=32,
-        vocab_size=300,
-        context=512,
-        tied=False,
-        architecture="llama",
-    )
+        hidden_size=128, intermediate_size=192, layers=3, heads=4, kv_heads=2, head_dim=32, vocab_size=300, context=512,
+        tied=False, architecture="llama",
+    )  # fmt: skip
 
 
-def test_gpt2_names_are_understood(tmp_path):
-    """GPT-2 calls its dimensions otherwise, and leaves out the feed-forward width; its ties are not known here."""
+def test_the_keys_of_gpt2_are_understood(tmp_path):
+    """GPT-2 has other keys, and no feed-forward width; whether its head is tied is unknown."""
     config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": 320}
     shape = shapes.shape(catalogue.resolve(str(directory_of(tmp_path / "gpt2", config))))
     assert (shape.intermediate_size, shape.kv_heads, shape.head_dim, shape.tied) == (256, 4, 16, None)
@@ -153,24 +119,31 @@ def test_ties_agree_with_transformers(tmp_path, model_type):
     assert shape.tied == transformers.AutoConfig.for_model(model_type).tie_word_embeddings
 
 
-def test_configurations_that_are_no_model(tmp_path):
-    """Broken and foreign configurations have different messages."""
-    foreign = directory_of(tmp_path / "foreign", {"model_type": "vit", "hidden_size": 8})
-    with pytest.raises(UsageError, match=r"gives no context, .*layers"):
-        shapes.shape(catalogue.resolve(str(foreign)))
-    (foreign / "config.json").write_text("{")
-    with pytest.raises(UsageError, match="cannot be read"):
-        shapes.shape(catalogue.resolve(str(foreign)))
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "vit", "hidden_size": 8}, r"gives no context, .*layers"),
+        ({**LLAMA, "num_hidden_layers": -5}, "gives no layers"),
+        ({**LLAMA, "vocab_size": True}, "gives no vocab_size"),
+        ([], r"config\.json holds no table"),
+    ],
+)
+def test_configurations_of_no_decoder_are_refused(tmp_path, config, words):
+    """The message names the missing dimensions."""
+    source = catalogue.resolve(str(directory_of(tmp_path / "model", config)))
+    with pytest.raises(UsageError, match=words):
+        shapes.shape(source)
+    (tmp_path / "model" / "config.json").write_text("{")
+    for read in (shapes.shape, stored_dtype):
+        with pytest.raises(UsageError, match=r"config\.json cannot be read"):
+            read(source)
 
 
-@pytest.mark.parametrize(("architecture", "model_type"), [("llama", "llama"), ("gemma3", "gemma3_text")])
-def test_gguf_shape(tmp_path, architecture, model_type):
-    """A GGUF header gives the shape, and the model type as transformers calls it; no output tensor means a tied
-    head."""
-    gguf = pytest.importorskip("gguf")
-    numpy = pytest.importorskip("numpy")
+def test_the_shape_of_a_gguf_file(tmp_path):
+    """The model type is that of transformers; without an output tensor the head is tied."""
+    gguf, numpy = pytest.importorskip("gguf"), pytest.importorskip("numpy")
     path = tmp_path / "model.gguf"
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, "gemma3")
     writer.add_embedding_length(128)
     writer.add_feed_forward_length(192)
     writer.add_block_count(3)
@@ -182,67 +155,14 @@ def test_gguf_shape(tmp_path, architecture, model_type):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    source = catalogue.resolve(f"random:{path}")
-    assert (source.kind, source.random) == ("gguf", True)
-    shape = shapes.shape(source)
-    assert (shape.layers, shape.kv_heads, shape.head_dim, shape.vocab_size, shape.tied) == (3, 2, 32, 300, True)
-    assert shape.architecture == model_type
+    assert shapes.shape(catalogue.resolve(f"random:{path}")) == ModelShape(
+        hidden_size=128, intermediate_size=192, layers=3, heads=4, kv_heads=2, head_dim=32, vocab_size=300, context=512,
+        tied=True, architecture="gemma3_text",
+    )  # fmt: skip
 
 
-def test_broken_gguf_is_a_usage_error(tmp_path):
-    """A truncated download is named as such, whatever the reader trips over."""
-    pytest.importorskip("gguf")
-    (tmp_path / "model.gguf").write_bytes(b"GGUF\x03")
-    with pytest.raises(UsageError, match="not a readable GGUF file"):
-        shapes.shape(catalogue.resolve(str(tmp_path / "model.gguf")))
-
-
-def test_no_heavy_import():
-    """Resolving a name and reading a shape load neither torch, transformers nor numpy."""
-    code = (
-        "import sys; from lorameter.models import catalogue, shapes\n"
-        "shapes.shape(catalogue.resolve('random:llama2-7b'))\n"
-        "assert not {'torch', 'transformers', 'numpy', 'huggingface_hub'} & set(sys.modules), sys.modules.keys()"
-    )
-    root = Path(catalogue.__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"max_position_embeddings": 0}, "gives no context"),
-        ({"num_hidden_layers": -5}, "gives no layers"),
-        ({"vocab_size": True}, "gives no vocab_size"),
-        ({"text_config": []}, ""),
-        ({"model_type": ["x"]}, ""),
-    ],
-    ids=str,
-)
-def test_dimensions_of_no_model_are_refused(change, words, tmp_path):
-    """By what they are called, with their value and what is expected: no message asks for 0 or fewer tokens."""
-    config = json.loads((Path(catalogue.__file__).parent / "tiny-llama.json").read_text()) | change
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    source = catalogue.resolve(str(tmp_path))
-    if not words:
-        assert shapes.shape(source).layers > 0
-        return
-    with pytest.raises(UsageError, match=words):
-        shapes.shape(source)
-
-
-@pytest.mark.parametrize("content", ["[]", "null", "3", "[" * 5000, "{", "1" * 5000])
-def test_a_configuration_that_is_no_table_is_refused(content, tmp_path):
-    """By its file, for the shape and for the type of its weights."""
-    (tmp_path / "config.json").write_text(content)
-    source = catalogue.resolve(str(tmp_path))
-    for read in (shapes.shape, stored_dtype):
-        with pytest.raises(UsageError, match=r"config\.json"):
-            read(source)
-
-
-@pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "x" * 5000, "é" * 300, "\x00", "a\x00b/c"])
+@pytest.mark.parametrize("name", ["~no-such-user/x", "x" * 5000, "a\x00b/c"])
 def test_a_name_that_no_file_can_have_is_refused(name):
-    """As any other that nothing goes by."""
+    """Like any other unknown name."""
     with pytest.raises(UsageError, match="model"):
         catalogue.resolve(name)

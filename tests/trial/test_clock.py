@@ -1,4 +1,4 @@
-"""Clocks and memory gauges against known work and known allocations."""
+"""The stopwatch and the bytes that a step keeps resident."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from lorameter.trial.process import Lap, Stopwatch
 
 
 @pytest.fixture
-def pass_(monkeypatch):
-    """A function that lets time pass: on the wall, and of it on the process's CPUs. Nothing else does."""
+def advance(monkeypatch):
+    """A function that advances the wall clock and the CPU time of the process."""
     now = {"perf_counter": 100.0, "process_time": 50.0}
     for name in now:
         monkeypatch.setattr(time, name, lambda name=name: now[name])
 
-    def passing(wall_s, cpu_s):
+    def advance_by(wall_s, cpu_s):
         now["perf_counter"] += wall_s
         now["process_time"] += cpu_s
 
-    return passing
+    return advance_by
 
 
-def test_the_clock_tells_waiting_from_working(pass_):
-    """What sleeps takes wall time and no CPU time; two busy threads take more of it than the wall has."""
+def test_a_lap_has_wall_and_cpu_time(advance):
+    """Sleeping takes wall time and no CPU time; two busy threads take more CPU time than wall time."""
     watch = Stopwatch("cpu")
-    assert watch(lambda: pass_(0.5, 0.0)) == (None, Lap(0.5, 0.0))
-    assert watch(lambda: pass_(0.5, 1.0) or 7) == (7, Lap(0.5, 1.0))
+    assert watch(lambda: advance(0.5, 0.0)) == (None, Lap(0.5, 0.0))
+    assert watch(lambda: advance(0.5, 1.0) or 7) == (7, Lap(0.5, 1.0))
 
 
 def test_the_host_peak_is_that_of_its_phase():
-    """An allocation that is gone again still shows, and the next phase does not inherit it."""
+    """Memory that was freed counts for its phase, and not for the next one."""
     gauge = PeakMemoryTracker("cpu")
     gauge.begin()
     before = host_bytes("VmRSS")

@@ -1,4 +1,4 @@
-"""What a trial reports follows from what it is there to measure, and it answers no command out of place."""
+"""The commands of a trial: each records what the request measures."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ WORKLOAD = Workload(
 )  # fmt: skip
 PROTOCOL = Protocol(warmup_steps_min=2, warmup_steps_max=4, turns=2, steps_per_turn=2, generate_warmup=0)
 VARIANT = LoraVariant(name="plain", r=4, dtype="float32", target_modules=("q_proj", "v_proj"))
+LOSSES = ("warmup_loss", "timed_loss", "remaining_loss")
 TRAIN = ("build", "warm_up", "finish_training")
-"""Commands that the runner asks of every trial."""
+"""Commands of every trial."""
 MEMORY = {
     "host_rss_at_start_bytes", "host_peak_load_bytes", "host_peak_train_bytes", "base_weight_bytes", "adapter_bytes",
     "gradient_bytes", "optimizer_state_bytes",
@@ -71,8 +72,8 @@ def metrics_of(record):
     return {metric for metric in METRICS if samples_of(record, metric)}
 
 
-def test_a_trial_in_turns_has_times_and_losses_and_nothing_of_a_process_alone(trial):
-    """Others are live at the same time: no memory, no load, first step or first call; its requests are unmerged."""
+def test_a_trial_that_takes_turns_has_times_and_losses(trial):
+    """Other trials are in its process: no memory, load time, first step or first call; its requests are unmerged."""
     commands = ("build", "warm_up", "turn", "turn", "finish_training", "begin_generate", "request")
     record = record_of(trial("steps", "requests"), *commands)
     assert record.memory == {}
@@ -87,8 +88,8 @@ def test_a_trial_in_turns_has_times_and_losses_and_nothing_of_a_process_alone(tr
     assert record.values["held_out_loss"] != record.values["held_out_loss_initial"]
 
 
-def test_a_whole_answer_is_timed_counted_and_kept(trial):
-    """Each request that the model ends itself leaves its time, its number of tokens and its answer, trained or not."""
+def test_a_request_until_eos_is_timed_and_recorded(trial):
+    """Each request until EOS leaves its time, its number of tokens and its answer, with the adapter and without."""
     running = trial("steps", "requests", "open_ended")
     record = record_of(running, *TRAIN, "begin_generate", "request", "open_ended", "open_ended", "base_answers")
     times, counts = samples_of(record, "open_ended_request_time_s"), samples_of(record, "open_ended_tokens")
@@ -98,8 +99,8 @@ def test_a_whole_answer_is_timed_counted_and_kept(trial):
     assert {key for key in record.tokens if key.startswith("base_answer_")} == {"base_answer_0", "base_answer_1"}
 
 
-def test_a_request_without_the_attention_that_is_required_makes_its_trial_invalid(trial, monkeypatch):
-    """As a step does, and as there with a notice instead where a study allows it."""
+def test_a_request_without_the_required_attention_makes_the_trial_invalid(trial, monkeypatch):
+    """A notice replaces the failure where a study allows fallbacks."""
     running = trial("steps", "requests", variant=dataclasses.replace(VARIANT, attention="eager"))
     record_of(running, *TRAIN)
     running._request = dataclasses.replace(running._request, requirements={"attention.backend": "flash"})
@@ -112,34 +113,25 @@ def test_a_request_without_the_attention_that_is_required_makes_its_trial_invali
     assert [notice.code for notice in fragment.notices] == ["fallback-allowed"]
 
 
-def test_epochs_come_in_rounds(trial):
-    """Untimed steps on command, never beyond the plan; the losses are those of training in one go."""
-    protocol = dataclasses.replace(PROTOCOL, epochs=3.0)
+def test_epochs_are_trained_in_rounds_and_may_end_early(trial):
+    """Untimed steps on command, never beyond the plan; the losses are those of training in one go. A training that
+    ends early records how many steps had been planned."""
+    protocol = dataclasses.replace(PROTOCOL, epochs=2.0)
     commands = ("build", "warm_up", "turn", "turn")
     in_one_go = record_of(trial("steps", protocol=protocol), *commands, "finish_training")
+    assert "training_steps_planned" not in in_one_go.values
     running = trial("steps", protocol=protocol)
-    record = record_of(running, *commands)
-    for _ in range(3):
-        record = record.merged(running.run("train", steps=5))
-    record = record.merged(running.run("train", steps=100)).merged(running.run("finish_training"))
+    record = record_of(running, *commands).merged(running.run("train", steps=5)).merged(running.run("train", steps=100))
+    record = record.merged(running.run("finish_training"))
     assert record.samples["remaining_loss"] == in_one_go.samples["remaining_loss"]
     assert record.values["held_out_loss"] == in_one_go.values["held_out_loss"]
-    assert "training_steps_planned" not in record.values
+    running = trial("steps", protocol=protocol)
+    cut = record_of(running, "build", "warm_up", "turn").merged(running.run("finish_training", steps=11))
+    assert sum(len(cut.samples[name]) for name in LOSSES) == 11
+    assert (cut.values["training_steps"], cut.values["training_steps_planned"]) == (11.0, 16.0)
 
 
-def test_training_may_end_before_its_plan(trial):
-    """After the step that is named, and the record says which that was and which had been planned."""
-    running = trial("steps", protocol=dataclasses.replace(PROTOCOL, epochs=3.0))
-    record = record_of(running, "build", "warm_up", "turn")
-    cut = record.merged(running.run("finish_training", steps=11))
-    assert sum(len(cut.samples[name]) for name in ("warmup_loss", "timed_loss", "remaining_loss")) == 11
-    assert (cut.values["training_steps"], cut.values["training_steps_planned"]) == (11.0, 24.0)
-    whole = record_of(trial("steps"), "build", "warm_up", "turn", "turn", "finish_training")
-    assert whole.values["training_steps"] == PROTOCOL.total_steps
-    assert "training_steps_planned" not in whole.values
-
-
-def test_a_solo_trial_has_peaks_and_first_times_and_nothing_that_is_timed_in_turns(trial):
+def test_an_isolated_trial_has_peaks_and_first_times(trial):
     """Memory of every phase, load, first step and first call, merged requests; no step times and no losses."""
     commands = (*TRAIN, "begin_generate", "end_generate", "merge", "request")
     record = record_of(trial("peaks", "merged"), *commands)
@@ -167,29 +159,25 @@ def test_a_loss_that_is_not_finite_is_invalid(trial):
     assert "1e+30" in fragments[-1].failure.message
 
 
-@pytest.mark.parametrize("variant", [VARIANT, dataclasses.replace(VARIANT, use_dora=True)])
-def test_a_check_watches_steps_that_are_taken_anyway(trial, variant):
-    """The first two, so that the training is to the bit what it is without the check."""
+def test_a_check_watches_steps_of_the_training(trial):
+    """The first two; losses are to the bit those of a training without the check."""
+    variant = dataclasses.replace(VARIANT, use_dora=True)
     running = trial("steps", variant=variant)
     running._request = dataclasses.replace(running._request, replicate=1)
-    record = record_of(running, "build", "verify")
-    record = record.merged(running.run("warm_up", steps=1))
+    record = record_of(running, "build", "verify").merged(running.run("warm_up", steps=1))
     for command in ("turn", "turn", "finish_training"):
         record = record.merged(running.run(command, **({"steps": 2} if command == "turn" else {})))
     plain = record_of(trial("steps", variant=variant), "build", "warm_up", "turn", "turn", "finish_training")
-    losses = [loss for name in ("warmup_loss", "timed_loss", "remaining_loss") for loss in record.samples[name]]
-    others = [loss for name in ("warmup_loss", "timed_loss", "remaining_loss") for loss in plain.samples[name]]
+    losses, others = ([loss for name in LOSSES for loss in one.samples[name]] for one in (record, plain))
     assert losses == others
     assert record.values["held_out_loss"] == plain.values["held_out_loss"]
-    assert len(record.samples["warmup_step_time_s"]) == 2
-    assert len(record.samples["step_time_s"]) == 4
+    assert (len(record.samples["warmup_step_time_s"]), len(record.samples["step_time_s"])) == (2, 4)
     found = {check["path"]: check["status"] for check in record.checks}
-    assert found["peft.learning"] == "active"
-    assert found["base.frozen"] == "active"
+    assert (found["peft.learning"], found["base.frozen"]) == ("active", "active")
 
 
-def test_a_check_finds_what_is_wrong(trial):
-    """A path that is required and does not run makes the trial invalid."""
+def test_a_failed_check_makes_the_trial_invalid(trial):
+    """A required path that is not active."""
     running = trial("steps")
     running._request = dataclasses.replace(running._request, requirements={"attention.backend": "flex"})
     record_of(running, "build")
@@ -197,15 +185,11 @@ def test_a_check_finds_what_is_wrong(trial):
     assert (fragment.status, fragment.failure.kind) == ("invalid", "RequiredPathNotActive")
 
 
-@pytest.mark.parametrize(
-    "changes", [{"schedule": "linear", "warmup_ratio": 0.1}, {"schedule": "cosine", "warmup_ratio": 0.2}]
-)
-def test_what_two_steps_leave_open_is_checked_in_steps_of_its_own(trial, changes):
-    """A learning rate that begins at zero moves nothing in the first step, so the second shows one factor learn only:
-    the check takes further steps, and takes them back."""
-    running = trial(
-        "steps", variant=dataclasses.replace(VARIANT, **changes), protocol=dataclasses.replace(PROTOCOL, turns=8)
-    )
+def test_what_two_steps_do_not_show_is_checked_in_further_steps(trial):
+    """A learning rate that begins at zero changes nothing in the first step, so the second shows one factor learn
+    only: the check takes further steps and restores what they changed."""
+    variant = dataclasses.replace(VARIANT, schedule="linear", warmup_ratio=0.1)
+    running = trial("steps", variant=variant, protocol=dataclasses.replace(PROTOCOL, turns=8))
     running.run("build")
     fragment = running.run("verify")
     assert fragment.status == "ok", fragment.failure

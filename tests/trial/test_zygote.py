@@ -1,4 +1,4 @@
-"""The worker: how a trial's process is set up before it measures, and how it reports failures."""
+"""The zygote refuses a fork that could not use the device."""
 
 import sys
 from types import SimpleNamespace
@@ -6,40 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lorameter.records.os_errors import failed_record
 from lorameter.trial import zygote
 
 
-class OutOfMemoryError(RuntimeError):
-    """Named as torch's is, which only a build with CUDA raises."""
-
-
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [
-        (MemoryError(), "oom"),
-        (OutOfMemoryError("CUDA: tried to allocate 2.00 GiB"), "oom"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"), "oom"),
-        (RuntimeError("CUDA error: out of memory"), "oom"),
-        (RuntimeError("shapes do not match"), "crashed"),
-        (ValueError("can't allocate memory"), "crashed"),
-    ],
-)
-def test_running_out_of_memory_is_told_from_a_crash(error, status, capfd):
-    """Out of memory is `oom` wherever it happens; all else is `crashed`, and both say where, what and how."""
-    try:
-        raise error
-    except Exception as caught:
-        fragment = failed_record(caught, "build")
-    assert fragment.status == status
-    assert (fragment.failure.phase, fragment.failure.kind) == ("build", type(error).__name__)
-    assert fragment.failure.message == (str(error) or type(error).__name__)
-    assert "raise error" in fragment.failure.traceback
-    assert fragment.failure.traceback in capfd.readouterr().err
-
-
 class FakeDriver:
-    """libcuda, as far as it is asked here."""
+    """libcuda with one function."""
 
     def __init__(self, answer):
         self.answer = answer
@@ -49,8 +20,8 @@ class FakeDriver:
 
 
 @pytest.mark.parametrize(("answer", "started"), [(3, False), (0, True), (100, True)])
-def test_a_driver_that_something_has_started_forbids_a_fork(monkeypatch, answer, started):
-    """Torch notices its own start only; anything but "not initialised" is a start."""
+def test_a_started_cuda_driver_forbids_a_fork(monkeypatch, answer, started):
+    """Any result of the driver but CUDA_ERROR_NOT_INITIALIZED means that it has started."""
     monkeypatch.setattr(zygote.ctypes, "CDLL", lambda name, mode: FakeDriver(answer))
     monkeypatch.setattr(zygote, "other_threads", list)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
@@ -61,8 +32,8 @@ def test_a_driver_that_something_has_started_forbids_a_fork(monkeypatch, answer,
 @pytest.mark.parametrize(
     ("device", "built", "lacks"), [(True, False, True), (True, True, False), (False, False, False)]
 )
-def test_bitsandbytes_without_its_cuda_library_is_told(monkeypatch, device, built, lacks):
-    """Where torch sees a device and bitsandbytes does not; before any trial fails on it."""
+def test_bitsandbytes_without_its_cuda_library_is_reported(monkeypatch, device, built, lacks):
+    """Where torch sees a device and bitsandbytes does not, before any trial fails on it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
     library = SimpleNamespace(lib=SimpleNamespace(compiled_with_cuda=built))
     monkeypatch.setitem(sys.modules, "bitsandbytes.cextension", library)

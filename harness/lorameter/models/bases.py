@@ -1,11 +1,11 @@
 """Prepared bases on disk.
 
 A base is read, converted and quantised once, and every process of every run then maps the result. It is a folder named
-by a hash of all that its content follows from, with tensors, configuration and a description. A folder is complete or
-absent: it is written next to its place, under a lock, synced and renamed.
+by a hash of everything that determines its content, with tensors, configuration and a description. A folder is complete
+or absent: it is written under another name, under a lock, synced and renamed.
 
-A base can always be made again, so old ones are removed: those that no run has used for a month, and the least recently
-used beyond a total size.
+A base can be made again, so old ones are removed: those that no run has used for a month, and the least recently used
+beyond a total size.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DESCRIPTION = "lorameter.json"
 TENSORS = "base.safetensors"
 UNUSED_DAYS = 30
 MOST_BYTES = 64 * 2**30
-"""Of all bases together."""
+"""The largest size of all bases together."""
 DAY_S = 24 * 3600.0
 _DRAFT = ".partial"
 
@@ -41,23 +41,23 @@ class BaseDescription:
     """A prepared base."""
 
     digest: str
-    """Of the file of tensors; XXH3, since hashing 14 GB takes a single core half a minute by SHA-256."""
+    """XXH3 of the file of tensors; SHA-256 would take half a minute for 14 GB."""
     bytes: int
     """Size of that file."""
     name_or_path: str
-    """As the model that was loaded itself says it."""
+    """`name_or_path` of the model's configuration."""
     frozen: tuple[str, ...] = ()
-    """Parameters that ask for no gradient as they are loaded."""
+    """Parameters that require no gradient after loading."""
     device_map: dict[str, str] | None = None
-    """As transformers leaves it on the model; None where it leaves none."""
+    """The attribute `hf_device_map` of the model; None where it has none."""
     marks: dict[str, bool] = field(default_factory=dict)
-    """What else transformers leaves on the model itself when it has loaded one."""
+    """Other boolean attributes that transformers sets on a loaded model."""
     generation: dict[str, Any] = field(default_factory=dict)
     """The model's settings for generation."""
     load_s: float = 0.0
-    """That reading, converting and quantising took when it was made."""
+    """Seconds of reading, converting and quantising when it was made."""
     follows_from: dict[str, Any] = field(default_factory=dict)
-    """All that the content follows from; the folder's name is a hash of it."""
+    """Everything that determines the content; the folder's name is a hash of it."""
 
 
 def bases_dir() -> Path:
@@ -67,7 +67,7 @@ def bases_dir() -> Path:
 
 
 def folder_of(follows_from: Mapping[str, Any]) -> Path:
-    """The folder of the base whose content follows from these facts."""
+    """The folder of the base whose content is determined by these facts."""
     content = codec.dumps(codec.to_json(follows_from))
     return bases_dir() / hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -78,7 +78,7 @@ def read_description(folder: Path) -> BaseDescription | None:
         data = fileio.read_json(folder / DESCRIPTION, fileio.MANIFEST_BYTES)
         description = codec.from_json(BaseDescription, data, "description of a base")
         return description if (folder / TENSORS).stat().st_size == description.bytes else None
-    except (OSError, ValueError, LorameterError):  # whatever is written there
+    except (OSError, ValueError, LorameterError):  # missing or damaged
         return None
 
 
@@ -89,7 +89,7 @@ def write_description(folder: Path, description: BaseDescription) -> None:
 
 def touch(folder: Path) -> None:
     """Marks a base as used now."""
-    with contextlib.suppress(OSError):  # of a cache that may only be read
+    with contextlib.suppress(OSError):  # a read-only cache
         (folder / DESCRIPTION).touch()
 
 
@@ -113,8 +113,8 @@ def draft_of(folder: Path) -> Iterator[Path]:
 
 
 def prune(*, most_bytes: int = MOST_BYTES) -> None:
-    """Removes bases that were not used for a month, and the least recently used until the rest has at most so many
-    bytes; none that was used within a day, so that running measurements keep theirs."""
+    """Removes bases that were not used for a month, and the least recently used until the rest has at most
+    `most_bytes`; bases of running measurements, which were used within a day, are kept."""
     found: list[tuple[float, Path]] = []
     for folder in bases_dir().glob("*/"):
         with contextlib.suppress(OSError):  # another process removes it as well

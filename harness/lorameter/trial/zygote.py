@@ -1,9 +1,8 @@
-"""A process that only imports, and forks the trials' processes.
+"""The zygote: a process that imports the libraries and forks the trials' processes.
 
-Importing torch, transformers, peft and bitsandbytes takes seconds and says nothing about a variant, so it is paid once:
-the zygote imports and then does nothing but fork, and every trial starts in milliseconds in an interpreter that has
-run no model. The zygote must have one thread when it forks (a BLAS thread would leave the child with a locked mutex)
-and must never have touched the device.
+Importing torch, transformers, peft and bitsandbytes takes seconds and does not depend on the variant, so it is done
+once; every trial then starts in milliseconds in an interpreter that has run no model. The zygote must have one thread
+when it forks (a BLAS thread would leave the child with a locked mutex) and must never have used the device.
 
 Its commands are `fork`, which is followed by the descriptor of the new process's connection, and `reap`.
 """
@@ -35,18 +34,18 @@ from lorameter.records.worker_info import WorkerInfo
 from lorameter.trial.serve import serve
 
 PRELOAD = ("torch", "transformers", "peft", "bitsandbytes", "lorameter.trial.trial")
-"""What every trial needs; imported once by the zygote."""
+"""Modules of every trial."""
 LAZY = (
     *(family.module for family in FAMILIES.values() if family.preloaded),
     "transformers.generation.utils",
 )
-"""Submodules that the libraries load at first use, in addition to PEFT's (`peft_methods.LAZY`). Else each
-trial's load or first step would pay for them."""
+"""Submodules that the libraries load at first use, in addition to PEFT's (`peft_methods.LAZY`). Otherwise their import
+would be in each trial's load or first step."""
 
 
 def import_libraries() -> None:
-    """All that every trial needs, and nothing more; what was imported is kept from the collector, which is at rest
-    meanwhile: it would look a fifth of the time for garbage among modules that stay."""
+    """Import the modules of every trial. The collector is off meanwhile, since it would take a fifth of the time, and
+    ignores the imported objects afterwards."""
     gc.disable()
     with _capability_from_nvml():
         for name in PRELOAD:
@@ -54,7 +53,7 @@ def import_libraries() -> None:
     from lorameter.trial.building import peft_methods  # loads PEFT, so not before
 
     for name in (*LAZY, *peft_methods.LAZY):
-        with contextlib.suppress(ImportError):  # an optimisation: a library may move its own submodules
+        with contextlib.suppress(ImportError):  # an optimisation: a library may rename its submodules
             importlib.import_module(name)
     gc.freeze()  # the collector would otherwise write to shared pages in every child
     gc.enable()
@@ -66,7 +65,7 @@ def zygote(control: Connection) -> None:
     import_libraries()
     worker = _describe(time.perf_counter() - begin)
     wire.send(control, wire.Hello(harness=worker.harness, worker=worker))
-    outlive_parent()  # from here on its hanging up is heard, and there may be children to be ended first
+    outlive_parent()  # a closed connection ends this process from now on, after its children
     children: set[int] = set()
     try:
         while True:
@@ -85,11 +84,11 @@ def zygote(control: Connection) -> None:
 
 
 REAP_TIMEOUT_S = 20.0
-"""A process that the kernel cannot end (a driver that hangs) must not block the zygote for ever."""
+"""A process that the kernel cannot end (a hanging driver) must not block the zygote forever."""
 
 
 def _reap(pid: int) -> int | None:
-    """Exit status of a child that was asked to end; None if it does not end."""
+    """Exit status of a child that is ending; None if it does not end in time."""
     ended = os.pidfd_open(pid)
     try:
         if not wait([ended], REAP_TIMEOUT_S):
@@ -101,8 +100,8 @@ def _reap(pid: int) -> int | None:
 
 @contextlib.contextmanager
 def _capability_from_nvml() -> Iterator[None]:
-    """bitsandbytes asks at import for the compute capability, and torch answers by initialising CUDA, after which no
-    child can use the device. For the time of the imports NVML answers instead, which touches no context."""
+    """Take the compute capability from NVML during the imports. bitsandbytes reads it at import, and torch would
+    initialise CUDA for it, after which no child could use the device."""
     import torch
 
     if not torch.cuda.is_available():
@@ -116,11 +115,11 @@ def _capability_from_nvml() -> Iterator[None]:
             raise InvalidRunError(f"the compute capability of the device is not known: {found.reason}")
         return found.value
 
-    asked, torch.cuda.get_device_capability = torch.cuda.get_device_capability, capability
+    original, torch.cuda.get_device_capability = torch.cuda.get_device_capability, capability
     try:
         yield
     finally:
-        torch.cuda.get_device_capability = asked
+        torch.cuda.get_device_capability = original
 
 
 _CUDA_NOT_INITIALISED = 3
@@ -128,7 +127,7 @@ _CUDA_NOT_INITIALISED = 3
 
 
 def _driver_started() -> bool:
-    """Whether anything in this process has called cuInit, which torch does not notice where another library did."""
+    """Whether anything in this process has called cuInit; torch only knows of its own calls."""
     try:
         driver = ctypes.CDLL("libcuda.so.1", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
     except OSError:  # it is not loaded
@@ -137,10 +136,10 @@ def _driver_started() -> bool:
 
 
 def other_threads() -> list[str]:
-    """Names of this process's threads without the calling one, as the kernel has them; native code names its own."""
+    """The kernel's names of the other threads of this process; native code names its own."""
     own, names = threading.get_native_id(), []
     for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):  # it has ended since
+        with contextlib.suppress(OSError):  # it has ended
             if int(task.name) != own:
                 names.append((task / "comm").read_text().strip())
     return sorted(names)
@@ -162,8 +161,8 @@ def _fork(descriptor: int, control: Connection, children: set[int]) -> wire.Answ
 def _host_trials(descriptor: int, control: Connection) -> None:
     control.close()
     os.setsid()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it stays ignored where it is
-        # As an exception it would close the connection first, and the parent would take its own kill for the end.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # an ignored signal stays ignored
+        # As an exception it would close the connection first, and the parent would report that it killed the process.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     with Connection(descriptor) as connection:
         serve(connection)
@@ -190,10 +189,9 @@ def _cannot_fork() -> str | None:
 
 
 def _describe(import_time_s: float) -> WorkerInfo:
-    """The device as torch sees it, asked in the way that does not initialise CUDA (PYTORCH_NVML_BASED_CUDA_CHECK).
+    """The device as torch sees it, without initialising CUDA (PYTORCH_NVML_BASED_CUDA_CHECK).
 
-    Where bitsandbytes cannot tell the device it takes its CPU library without an error, and whatever needs it there
-    fails.
+    Where bitsandbytes does not find the device it loads its CPU library without an error, and later calls fail.
     """
     import torch
 

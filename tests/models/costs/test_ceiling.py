@@ -1,9 +1,8 @@
-"""Shares of a peak: the arithmetic, the interval, and that no figure comes without its formula and peak."""
+"""Shares of a peak: arithmetic, interval, formula and source."""
 
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 
@@ -25,11 +24,10 @@ WORKLOAD = Workload(sequence_length=32, batch_size=2, prompt_tokens=8, new_token
 PEAK = Peak(device="Test GPU", rate="bfloat16", per_s=1e10, source="Test GPU datasheet")
 MEMORY = Peak(device="Test GPU", rate="memory", per_s=1e9, source="Test GPU datasheet")
 STEP = Estimate(value=0.01, low=0.008, high=0.0125, replicates=3, samples=9)
-ONCE = Estimate(value=0.01, low=None, high=None, replicates=1, samples=3)
 
 
 def test_a_share_with_its_interval():
-    """Work over time and peak; the slow end of the time is the low end of the share."""
+    """The upper end of the time gives the lower end of the share."""
     found = utilisation("MFU", 50_000_000, STEP, PEAK, "products")
     assert found.value == pytest.approx(0.5)
     assert (found.low, found.high) == (pytest.approx(0.4), pytest.approx(0.625))
@@ -39,15 +37,8 @@ def test_a_share_with_its_interval():
     )
 
 
-def test_one_replicate_has_no_interval():
-    """A share never stands alone: without an interval it says so."""
-    found = utilisation("MFU", 50_000_000, ONCE, PEAK, "products")
-    assert (found.low, found.high) == (None, None)
-    assert "50.0% [no interval]" in str(found)
-
-
 def test_three_figures_of_one_step():
-    """MFU is of what the model needs, HFU of what was computed, 6N of what training all weights would take."""
+    """MFU is of the FLOPs that the model needs, HFU of those computed, 6N of those of training all weights."""
     ceiling = ceiling_of(SHAPE, VARIANT, WORKLOAD, STEP, PEAK)
     useful, computed = row_tokens(VARIANT, WORKLOAD), computed_tokens(VARIANT, WORKLOAD)
     assert ceiling.mfu.value == pytest.approx(training_flops(SHAPE, VARIANT, useful).model / 1e8)
@@ -57,23 +48,18 @@ def test_three_figures_of_one_step():
     assert "which LoRA does not compute" in str(ceiling.six_n)
 
 
-def test_checkpointing_leaves_mfu_what_the_time_makes_it():
-    """With equal times checkpointing changes hardware utilisation only."""
+def test_recomputation_and_padding_do_not_count_for_mfu():
+    """They are in the hardware utilisation."""
     plain = dataclasses.replace(VARIANT, gradient_checkpointing=False)
     with_it, without = (ceiling_of(SHAPE, variant, WORKLOAD, STEP, PEAK) for variant in (VARIANT, plain))
     assert with_it.mfu == without.mfu
     assert with_it.hfu.value > without.hfu.value
-
-
-def test_padding_counts_for_nothing():
-    """Real tokens are the numerator of MFU, and padding stays in that of hardware utilisation."""
-    full = ceiling_of(SHAPE, VARIANT, WORKLOAD, STEP, PEAK)
     half = ceiling_of(SHAPE, VARIANT, WORKLOAD, STEP, PEAK, useful=StepTokens(positions=32, pairs=210 + 78, passes=1))
-    assert half.mfu.value < 0.51 * full.mfu.value
-    assert half.hfu == full.hfu
+    assert half.mfu.value < 0.51 * with_it.mfu.value
+    assert half.hfu == with_it.hfu
 
 
-def test_a_peak_of_the_wrong_thing():
+def test_a_peak_of_memory_is_refused():
     """FLOPs are not divided by bytes/s."""
     with pytest.raises(LorameterError, match="against FLOP/s"):
         ceiling_of(SHAPE, VARIANT, WORKLOAD, STEP, MEMORY)
@@ -95,12 +81,11 @@ def test_the_type_that_a_step_multiplies_in(options, rate):
     assert product_rate(LoraVariant(**options)) == rate
 
 
-@pytest.mark.parametrize(
-    ("rate", "words"), [("memory", "what is in a cache"), ("bfloat16", "which bounds nothing here")]
-)
-@pytest.mark.parametrize(("seconds", "above"), [(0.5, True), (1.0, False)])
-def test_more_than_the_peak_is_said_to_be_no_bound(rate, words, seconds, above):
-    """A reader must not take it for a share of what the device can do."""
+@pytest.mark.parametrize(("rate", "words"), [("memory", "data in a cache"), ("bfloat16", "which is no bound here")])
+def test_a_share_above_the_peak_says_why_it_is_no_bound(rate, words):
+    """Without an interval the share says so."""
     peak = Peak(device="Test CPU", rate=rate, per_s=100.0, source="measured")
-    found = str(utilisation("use", 100, SimpleNamespace(value=seconds, low=None, high=None), peak, "work"))
-    assert ("above 100 %" in found, words in found) == (above, above)
+    text = str(utilisation("use", 100, Estimate(value=0.5, low=None, high=None, replicates=1, samples=1), peak, "work"))
+    assert "200.0% [no interval]" in text
+    assert "above 100 %" in text
+    assert words in text

@@ -1,4 +1,4 @@
-"""FLOPs of a step: by hand for a model small enough to write out, and against what is known of a large one."""
+"""FLOPs of a step: by hand for a small model, and against published figures of a large one."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_two_layer_model_by_hand():
 
 
 def test_checkpointing_by_hand():
-    """Each block's forward again but for down, which no backward waits for; and the embeddings' gradient, unasked."""
+    """Each block runs forward again without down, which no backward pass needs; the embeddings have a gradient."""
     plain, flops = (
         training_flops(SMALL, dataclasses.replace(QV, gradient_checkpointing=on), THREE) for on in (False, True)
     )
@@ -75,8 +75,8 @@ def test_an_adapted_last_layer_by_hand():
     )
 
 
-def test_eager_attention_computes_what_is_asked():
-    """Written out, attention recomputes no scores and gives no gradient to a key that needs none."""
+def test_eager_attention_by_hand():
+    """It recomputes no scores, and has no gradient for a key that needs none."""
     eager = training_flops(SMALL, dataclasses.replace(QV, attention="eager"), THREE)
     assert eager == TrainingFlops(model=training_flops(SMALL, QV, THREE).model, extra=0)
 
@@ -102,24 +102,16 @@ def test_tokens_of_a_step():
     assert row_tokens(variant, workload) == StepTokens(positions=60, pairs=6 * 55, passes=3)
 
 
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("all-linear",), ("o_proj",), ("mlp.down_proj",), ()])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_what_a_step_needs_does_not_depend_on_how_it_is_done(targets, attention):
-    """Checkpointing, attention and quantisation change what is computed, never what the model needs."""
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("all-linear",), ("mlp.down_proj",), ()])
+def test_what_a_step_needs_does_not_depend_on_how_it_is_done(targets):
+    """Checkpointing, attention and quantisation change what is computed and not what the model needs."""
     variant = LoraVariant(r=4, target_modules=targets)
     others = (
-        dataclasses.replace(variant, gradient_checkpointing=True, attention=attention),
-        dataclasses.replace(variant, quantization="nf4", attention=attention),
+        dataclasses.replace(variant, gradient_checkpointing=True, attention="eager"),
+        dataclasses.replace(variant, quantization="nf4", attention="eager"),
     )
     model = training_flops(SMALL, variant, THREE).model
     assert {training_flops(SMALL, other, THREE).model for other in others} == {model}
-
-
-def test_flops_grow_with_tokens():
-    """Without DoRA twice the tokens and pairs take twice the FLOPs of every kind."""
-    one = dataclasses.asdict(training_flops(SMALL, QV, THREE))
-    two = dataclasses.asdict(training_flops(SMALL, QV, StepTokens(positions=6, pairs=18)))
-    assert two == {name: 2 * value for name, value in one.items()}
 
 
 def test_seven_billion_weights_take_four_flops_each():
@@ -148,6 +140,6 @@ def test_a_published_figure():
 
 @pytest.mark.parametrize("target", ["lm_head", "layers.0.self_attn.q_proj", "c_attn"])
 def test_targets_that_are_not_counted(target):
-    """The head, single blocks and other families' layers are refused, not left out in silence."""
+    """The head, single blocks and layers of other families are refused."""
     with pytest.raises(UsageError, match=r"target_modules.*of every block"):
         training_flops(SMALL, LoraVariant(target_modules=(target,)), THREE)

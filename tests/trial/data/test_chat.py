@@ -1,4 +1,4 @@
-"""Conversations are written by the tokenizer's template, and the assistant's part is found exactly or not at all."""
+"""Conversations are rendered by the tokenizer's template, and the assistant's answers are located or refused."""
 
 from __future__ import annotations
 
@@ -32,8 +32,6 @@ STRICT = (
     "<{{ m['role'] }}>{{ m['content'] | trim }}</>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 WITHOUT_TOOLS = "{% for m in messages if m['role'] != 'tool' %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
-UNASKED = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-"""Without a word for the prompt of a generation, and without a token that ends a turn."""
 
 
 def answers(tokenizer, template, conversation):
@@ -48,18 +46,17 @@ def answers(tokenizer, template, conversation):
     [
         (CHATML, [" 3 m <|im_end|>", "assistant<|im_end|>"]),
         (MARKED, [" 3 m ;", "assistant;"]),
-        (UNASKED, [" 3 m \n", "assistant\n"]),
         (STRICT.replace("== 'system'", "== 'never'"), ["3 m</>", "assistant</>"]),
     ],
-    ids=["found", "marked", "without a prompt", "stripped"],
+    ids=["found", "marked", "stripped"],
 )
-def test_answers_are_what_the_assistant_says_and_what_ends_it(tokenizer, chat, template, expected):
-    """Of every turn, and nothing of the header before it, which may hold the same word, nor the space behind it."""
+def test_answers_are_the_assistant_s_text_and_the_end_of_its_turn(tokenizer, chat, template, expected):
+    """Neither the header before it, which may hold the same word, nor the space after it."""
     assert answers(tokenizer, template, chat(*TURNS)) == expected
 
 
-def test_a_turn_that_is_written_differently_later_is_refused(tokenizer, chat):
-    """The prefix property does not hold: the tokens of the answer cannot be located. With one turn they can."""
+def test_a_turn_that_is_rendered_differently_when_others_follow_is_refused(tokenizer, chat):
+    """Which tokens the model would have generated is unknown then. A single turn can be located."""
     with pytest.raises(
         UsageError, match=r"line 7: the chat template of mine writes message 3 differently.*loss = \"all\""
     ):
@@ -74,19 +71,18 @@ def test_a_turn_that_is_written_differently_later_is_refused(tokenizer, chat):
     [
         (STRICT, TURNS, "does not accept it: System role not supported"),
         (WITHOUT_TOOLS, (("user", "a"), ("tool", "xyz"), ("assistant", "b")), r"does not write message 2 \(tool\) as"),
-        (CHATML.replace("{% endfor", "{{ nothing.at.all }}{% endfor"), TURNS, "does not accept it: 'nothing' is"),
         (CHATML.replace("{% endfor %}", ""), TURNS, "does not accept it: "),
         (MARKED.replace("== 'assistant'", "== 'nobody'"), TURNS, "does not mark answer 1"),
     ],
 )  # fmt: skip
-def test_what_a_template_does_not_take_is_refused(tokenizer, chat, template, turns, words):
-    """By the record's place, and in the template's own words; nothing is left out in silence."""
+def test_a_record_that_the_template_does_not_accept_is_refused(tokenizer, chat, template, turns, words):
+    """The message names the record and gives the template's own words."""
     with pytest.raises(UsageError, match=f"line 7: the chat template of mine {words}"):
         answers(tokenizer, template, chat(*turns))
 
 
-def test_a_prompt_ends_where_the_model_goes_on(tokenizer, chat):
-    """Before the last answer; what stands behind that is no part of it."""
+def test_a_prompt_ends_before_the_last_answer(tokenizer, chat):
+    """Later messages are no part of it."""
     tokenizer.chat_template = CHATML
     template = ChatTemplate(tokenizer, "mine")
     prompt, answer = template.prompt(chat(("user", "a"), ("assistant", "b"), ("user", "c")))
@@ -116,23 +112,16 @@ def test_both_spellings_are_one():
     ("message", "words"),
     [
         ({"role": "assistant", "content": None}, "message 2: content = null: a text is expected"),
-        ({"role": "assistant"}, "message 2: content = null"),
-        ({"role": "assistant", "content": 3}, "message 2: content = 3"),
         ({"role": "assistant", "content": {"text": "x"}}, "message 2: content = .*: a text is expected"),
         ({"role": "narrator", "content": "x"}, "message 2: role = 'narrator': not known. Known: system"),
-        ({"role": ["user"], "content": "x"}, "message 2: role = .*: not known"),
-        ({"from": "observation", "value": "x"}, "message 2: from = 'observation': not known"),
         ({"from": "gpt", "value": None}, "message 2: value = null"),
         ({"speaker": "a", "text": "x"}, "message 2 = .*role and content, or from and value"),
         ("b", "message 2 = 'b'"),
-        (None, "message 2 = None"),
         ({"role": "assistant", "content": None, "tool_calls": [{}]}, "message 2: tool_calls: tool calls"),
-        ({"role": "assistant", "content": "x", "function_call": {"name": "f"}}, "message 2: function_call: tool calls"),
-        ({"role": "user", "content": [{"type": "text", "text": "x"}]}, "message 2: content = .*: a text is expected"),
         ({"role": "user", "content": "\udc00"}, "message 2: content = .*: a text"),
     ],
 )  # fmt: skip
-def test_what_is_no_text_is_refused_by_name(message, words):
-    """With the line, the number of the message and what to do."""
+def test_a_message_without_text_or_role_is_refused(message, words):
+    """The message gives the line, the number of the message and the remedy."""
     with pytest.raises(UsageError, match=f"line 3: messages, {words}"):
         read_turns(ASK, message, ANSWER)

@@ -1,6 +1,5 @@
-"""Tokenizers: the model's own, or the bytes of UTF-8 where nothing else can be had and nothing depends on it."""
+"""Tokenizers: the model's own, or the bytes of UTF-8 for random weights without one."""
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -10,9 +9,7 @@ import pytest
 
 from lorameter.errors import UsageError
 from lorameter.models import catalogue
-from lorameter.trial.data.tokens import BYTE_VOCABULARY, load_tokenizer
-
-LLAMA = {"model_type": "llama", "vocab_size": 320}
+from lorameter.trial.data.tokens import load_tokenizer
 
 
 def test_the_tokenising_process_loads_no_model_library():
@@ -26,37 +23,25 @@ def test_the_tokenising_process_loads_no_model_library():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
 
 
-def test_byte_tokenizer_is_the_bytes():
+def test_the_byte_tokenizer_encodes_utf8():
     """Ids are the bytes of UTF-8 for any text, nothing is added, and decoding gives the text back."""
     tokenizer, substituted = load_tokenizer(catalogue.resolve("tiny-llama"), vocab_size=320)
     text = "né  日本\n\t'x' " + "".join(map(chr, range(1, 300)))
     ids = tokenizer(text).input_ids
-    assert ids == list(text.encode())
+    assert (ids, substituted) == (list(text.encode()), False)
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
-    assert not substituted
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (256, 257, 258)
-    assert len(tokenizer) == BYTE_VOCABULARY
 
 
-@pytest.mark.parametrize("name", ["random:llama2-7b", "random:smollm2-135m"])
-def test_bytes_stand_in_for_a_random_models_tokenizer(name, monkeypatch, tmp_path):
-    """A random model whose tokenizer cannot be had gets bytes, which the result reports."""
+def test_bytes_replace_the_tokenizer_of_a_random_model_alone(monkeypatch, tmp_path):
+    """A random model whose tokenizer cannot be loaded gets bytes, which is reported; real weights without their
+    tokenizer are an error."""
     monkeypatch.setattr(catalogue, "hub_answers", lambda file: False)
-    monkeypatch.setenv("LORAMETER_CACHE", str(tmp_path))
-    source = catalogue.resolve(name)
-    if source.kind == "hub":
-        source = dataclasses.replace(source, location="someone/absent-model-of-no-cache")
-    tokenizer, substituted = load_tokenizer(source, vocab_size=32000)
-    assert substituted
-    assert tokenizer("a").input_ids == [97]
-
-
-def test_no_bytes_for_a_real_models_tokenizer(monkeypatch, tmp_path):
-    """Real weights without their tokenizer are an error, on the hub and in a directory."""
-    monkeypatch.setattr(catalogue, "hub_answers", lambda file: False)
+    tokenizer, substituted = load_tokenizer(catalogue.resolve("random:someone/absent-model"), vocab_size=32000)
+    assert (tokenizer("a").input_ids, substituted) == ([97], True)
     with pytest.raises(UsageError, match="hub cannot be reached"):
-        load_tokenizer(catalogue.resolve("someone/absent-model-of-no-cache"), vocab_size=32000)
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+        load_tokenizer(catalogue.resolve("someone/absent-model"), vocab_size=32000)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 320}))
     with pytest.raises(UsageError, match="tokenizer cannot be loaded"):
         load_tokenizer(catalogue.resolve(str(tmp_path)), vocab_size=320)
 

@@ -1,9 +1,8 @@
-"""The token stream: isolated records, counted tokens, one hash for all."""
+"""Token files: isolated records, counted tokens, and one hash for all variants."""
 
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import json
 
 import numpy as np
@@ -32,8 +31,8 @@ def test_packed_records_start_at_zero_and_without_a_label(tmp_path):
     assert summary.real_tokens == 12 * 64
 
 
-def test_padding_is_counted_apart_and_has_no_label(tmp_path):
-    """One record a row; what is not a record is masked, unlabelled and not a real token."""
+def test_padding_is_counted_and_has_no_label(tmp_path):
+    """A row has one record; the rest of it is masked and unlabelled."""
     summary = prepare(dataclasses.replace(SMALL, layout="padded", sequence_length=512), tmp_path)
     tensors = load_file(summary.path)
     mask = tensors["train.attention_mask"]
@@ -42,20 +41,16 @@ def test_padding_is_counted_apart_and_has_no_label(tmp_path):
     assert (tensors["train.labels"][mask == 0] == IGNORED).all()
 
 
-def test_joined_rows_are_full_and_isolate_nothing(tmp_path):
-    """The tokens of packed rows, and every token but the first of a row is predicted from the one before it."""
+def test_joined_rows_have_the_tokens_of_packed_ones_without_isolation(tmp_path):
+    """Positions run over the whole row, and every token but the first of a row is predicted from the one before it."""
     joined, packed = (prepare(dataclasses.replace(SMALL, layout=layout), tmp_path) for layout in ("joined", "packed"))
     ours, theirs = load_file(joined.path), load_file(packed.path)
     assert (ours["train.input_ids"] == theirs["train.input_ids"]).all()
     assert (ours["train.position_ids"] == np.arange(64)).all()
-    begins = ours["train.labels"] == IGNORED
-    records = ours["train.input_ids"] == ours["train.input_ids"][0, 0]  # each begins with the token that begins a text
-    assert begins[:, 0].all()
-    assert not (begins & ~records)[:, 1:].any()
-    assert (joined.real_tokens, joined.padded_tokens) == (12 * 64, 0)
-    mask, labels = ours["held_out.attention_mask"], ours["held_out.labels"]
-    assert (labels[mask == 0] == IGNORED).all()
-    assert (np.diff(mask, axis=1) <= 0).all(), "what pads a row is at its end"
+    starts = ours["train.labels"] == IGNORED
+    records = ours["train.input_ids"] == ours["train.input_ids"][0, 0]  # each record begins with the BOS token
+    assert starts[:, 0].all()
+    assert not (starts & ~records)[:, 1:].any()
 
 
 def test_the_hash_is_that_of_the_content(tmp_path):
@@ -66,45 +61,35 @@ def test_the_hash_is_that_of_the_content(tmp_path):
         assert prepare(dataclasses.replace(SMALL, **change), tmp_path).hash != first.hash
 
 
-def test_the_loss_is_over_answers_alone_where_the_study_says_so(tmp_path):
-    """The same tokens in the same rows, packed or padded; labels only on what a record answers, and counted."""
-    for layout in ("packed", "padded"):
-        workload = dataclasses.replace(SMALL, layout=layout, sequence_length=128)
-        every = prepare(workload, tmp_path)
-        answers = prepare(dataclasses.replace(workload, loss="answer"), tmp_path)
-        ours, theirs = load_file(every.path), load_file(answers.path)
-        if not answers.without_loss:
-            for key in ("input_ids", "position_ids", "attention_mask"):
-                assert (ours[f"train.{key}"] == theirs[f"train.{key}"]).all()
-        assert answers.hash != every.hash
-        for tensors, summary in ((ours, every), (theirs, answers)):
-            labels = tensors["train.labels"]
-            assert summary.loss_tokens == (labels != IGNORED).sum()
-            assert (labels[tensors["train.position_ids"] == 0] == IGNORED).all()
-            assert ((labels == IGNORED) | (labels == tensors["train.input_ids"])).all()
-            assert (labels != IGNORED).any(axis=1).all()
-        assert 0 < answers.loss_tokens < every.loss_tokens < every.real_tokens
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_loss_on_answers_labels_their_tokens_alone(tmp_path, layout):
+    """Labels are counted, and every sequence has one."""
+    workload = dataclasses.replace(SMALL, layout=layout, sequence_length=128)
+    every, answers = (prepare(dataclasses.replace(workload, loss=loss), tmp_path) for loss in ("all", "answer"))
+    assert answers.hash != every.hash
+    tensors = load_file(answers.path)
+    labels = tensors["train.labels"]
+    assert answers.loss_tokens == (labels != IGNORED).sum()
+    assert ((labels == IGNORED) | (labels == tensors["train.input_ids"])).all()
+    assert (labels != IGNORED).any(axis=1).all()
+    assert 0 < answers.loss_tokens < every.loss_tokens < every.real_tokens
 
 
 def test_sequences_without_an_answer_are_left_out_and_counted(tmp_path):
-    """The mean loss of a batch of such is 0/0. Where none has one, that is refused, also of records without an end."""
+    """The mean loss of a batch of such is 0/0. Data without any answer in a sequence is refused, and so are synthetic
+    records, which have no end."""
     path = tmp_path / "mine.jsonl"
     rows = [{"prompt": "p" * length, "completion": "answer"} for length in (300, 5, 400, 10, 500, 20, 8, 9)]
     path.write_text("\n".join(map(json.dumps, rows)))
-    workload = dataclasses.replace(SMALL, data=str(path), loss="answer", held_out_records=3)
-    for layout, seed in (("packed", 1), ("padded", 1)):
-        summary = prepare(dataclasses.replace(workload, layout=layout, data_seed=seed), tmp_path)
-        labels = load_file(summary.path)["train.labels"]
-        assert summary.without_loss > 0
-        assert (labels != IGNORED).any(axis=1).all()
-        assert summary.train_sequences == len(labels)
-    path.write_text("\n".join(json.dumps({"prompt": "p" * 400, "completion": "a"}) for _ in range(30)))
-    for unlucky in (
-        dataclasses.replace(workload, layout="padded"),
-        dataclasses.replace(SMALL, layout="padded", sequence_length=16, loss="answer", prompt_tokens=8),
-    ):
-        with pytest.raises(UsageError, match="loss = 'answer': no training sequence holds a token of an answer"):
-            prepare(unlucky, tmp_path)
+    workload = dataclasses.replace(SMALL, data=str(path), loss="answer", held_out_records=3, data_seed=1)
+    summary = prepare(workload, tmp_path)
+    labels = load_file(summary.path)["train.labels"]
+    assert summary.without_loss > 0
+    assert (labels != IGNORED).any(axis=1).all()
+    assert summary.train_sequences == len(labels)
+    endless = dataclasses.replace(SMALL, layout="padded", sequence_length=16, loss="answer", prompt_tokens=8)
+    with pytest.raises(UsageError, match="loss = 'answer': no training sequence holds a token of an answer"):
+        prepare(endless, tmp_path)
 
 
 def test_held_out_records_are_not_trained_on(tmp_path):
@@ -123,24 +108,15 @@ def test_held_out_records_are_not_trained_on(tmp_path):
     assert not seen["train"] & seen["held_out"]
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ('{"instruction": "a", "context": "b"}', "no column 'response'"),
-        ("not json", "cannot be read"),
-        ('{"instruction": "a", "context": "", "response": "b"}', "not enough records"),
-    ],
-)
-def test_data_that_cannot_serve_is_refused(tmp_path, content, words):
-    """The message names the file and what is wrong with it."""
-    path = tmp_path / "bad.jsonl.gz"
-    path.write_bytes(gzip.compress(content.encode()))
-    with pytest.raises(UsageError, match=words) as caught:
+def test_too_few_records_for_a_sequence_are_refused(tmp_path):
+    """The message names the file."""
+    path = tmp_path / "short.jsonl"
+    path.write_text('{"instruction": "a", "context": "", "response": "b"}')
+    with pytest.raises(UsageError, match=r"short\.jsonl.*not enough records"):
         prepare(dataclasses.replace(SMALL, data=str(path)), tmp_path)
-    assert "bad.jsonl.gz" in str(caught.value)
 
 
-def test_too_few_held_out_tokens_for_the_prompts_of_a_request_are_refused(tmp_path):
-    """By what is there, and what to change."""
+def test_too_few_held_out_tokens_for_a_request_are_refused(tmp_path):
+    """With the number of tokens that there are, and the settings to change."""
     with pytest.raises(UsageError, match=r"request_batch = 4096, prompt_tokens = 8: the held-out records hold \d+ tok"):
         prepare(dataclasses.replace(SMALL, request_batch=4096, held_out_records=1), tmp_path)

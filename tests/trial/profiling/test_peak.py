@@ -15,7 +15,7 @@ BOOST = 1.1
 
 
 def test_the_best_lap_of_all_sizes_counts(monkeypatch):
-    """Whatever disturbs can only slow a product down; the first lap of each size warms up."""
+    """Interference only slows a product down; the first lap of each size is a warm-up."""
     laps = iter([0.001, 4.0, 2.0, 3.0, 0.001, 9.0, 8.0, 8.5])
     monkeypatch.setattr(peak, "CPU_SIZES", (64, 128))
     monkeypatch.setattr(peak, "Stopwatch", lambda device: lambda call: (call(), Lap(next(laps), 0.0)))

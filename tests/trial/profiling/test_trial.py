@@ -1,4 +1,4 @@
-"""A profiled trial takes the commands of any trial and its own, and outlives a device that it has filled."""
+"""The profile of a trial's steps."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from lorameter.models.costs.modules import from_values
+from lorameter.records.activity import STEP_PHASES
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building.build import SharedBase
 from lorameter.trial.data.tokens import prepare
-from lorameter.trial.profiling import trial as profiled
 from lorameter.trial.profiling.trial import ProfiledTrial
 
 
@@ -31,15 +31,16 @@ def trial(tmp_path):
     return one
 
 
-def test_what_a_step_multiplies_is_counted_where_no_closed_form_says_it(trial, monkeypatch):
-    """By a step that is watched and not timed; nothing is counted of a family that is known."""
-    times = {"timed_loss": (1.0,)}
-    monkeypatch.setattr(profiled, "pair_times", lambda *args, **options: times)
-    assert from_values(trial.run("profile", budget_s=0.0).values) is None
-    taken = trial._steps_taken
+def test_a_profile_times_phases_and_counts_products(trial, monkeypatch):
+    """Steps come in pairs; products are counted from the modules where the family has no closed form."""
+    profiled = trial.run("profile", budget_s=0.0)
+    assert from_values(profiled.values) is None
+    samples = profiled.samples
+    assert len(samples["plain_step_time_s"]) == len(samples["phase_forward_s"]) == len(samples["timed_loss"]) / 2 == 8
+    for index, lap_s in enumerate(samples["bordered_step_time_s"]):
+        assert sum(samples[f"phase_{phase}_s"][index] for phase in STEP_PHASES) <= lap_s
     monkeypatch.setattr("lorameter.models.shapes.FAMILIES", {})
     found = from_values(trial.run("profile", budget_s=0.0).values)
-    assert trial._steps_taken == taken + 1
     block = 256 * (2 * 256 + 2 * 128) + 3 * 256 * 704
     assert (found.plain, found.head) == (4 * block, 256 * 320)
     assert found.weights == found.forward - 4 * block  # the adapter's

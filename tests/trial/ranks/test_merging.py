@@ -1,4 +1,4 @@
-"""What the ranks of a trial find of their GPUs becomes one record, in which no rank hides another."""
+"""Values that the ranks of a trial measure on their GPUs are merged into those of one trial."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ SECOND = FIRST | {
 }  # fmt: skip
 
 
-def test_energy_is_of_all_ranks_over_the_tokens_of_all():
-    """Steps are the same on each; where one rank has no counter, nothing is given."""
+def test_energy_and_its_tokens_are_summed():
+    """Energy is left out where one rank has no counter; the number of steps is the same on each."""
     merged = merge_values([FIRST, SECOND])
     assert (merged["device_energy_train_j"], merged["energy_tokens"], merged["energy_steps"]) == (2000.0, 640.0, 10.0)
     without = {key: value for key, value in SECOND.items() if "energy_train_j" not in key}
     assert "device_energy_train_j" not in merge_values([FIRST, without])
 
 
-def test_throttling_and_other_processes_of_any_rank_count():
-    """A rank whose GPU is slow makes all of them slow; the machine is the same for all."""
+def test_the_worst_gpu_counts():
+    """The slowest GPU counts; the host is the same for all."""
     merged = merge_values([FIRST, SECOND])
     assert (merged["device_throttled_samples_train"], merged["device_samples_train"]) == (4.0, 4.0)
     assert merged["device_others_train"] == 1.0

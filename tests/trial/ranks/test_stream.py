@@ -1,4 +1,4 @@
-"""Ranks that read one file share its batches out, each its own rows of every one."""
+"""Ranks that read one file take different rows of each batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several adapters on one base: which adapter answers, what is timed together, and that a wrong adapter is found."""
+"""Several adapters on one base: each row has its adapter's answer, and a wrong adapter is reported."""
 
 from __future__ import annotations
 
@@ -26,20 +26,11 @@ WORKLOAD = Workload(
 )  # fmt: skip
 PROTOCOL = Protocol(warmup_steps_min=1, warmup_steps_max=1, turns=2, steps_per_turn=1, generate_warmup=0)
 VARIANT = LoraVariant(name="plain", r=4, dtype="float32", target_modules=("q_proj", "v_proj"))
-OTHERS = {
-    "bfloat16": {"dtype": "bfloat16", "target_modules": ("all-linear",)},
-    "nf4": {"dtype": "bfloat16", "quantization": "nf4", "adapter_dtype": "bfloat16"},
-    "rslora, orthogonal": {
-        "use_rslora": True,
-        "init_lora_weights": "orthogonal",
-        "target_modules": ("embed_tokens", "o_proj"),
-    },
-}
 
 
 @pytest.fixture
 def begin(tmp_path):
-    """A function that brings a trial to where it answers requests, or fails to."""
+    """A function that runs a trial up to its first request; returns the trial and its record."""
     torch.set_num_threads(1)
 
     def make(variant=VARIANT, **changes):
@@ -61,15 +52,15 @@ def begin(tmp_path):
     return make
 
 
-def test_each_row_has_the_answer_of_its_adapter(begin):
-    """Alone, one prompt at a time, in float32; the adapters differ, and so do their answers to one prompt."""
+def test_each_row_of_a_mixed_batch_has_the_answer_of_its_adapter(begin):
+    """As one prompt at a time in float32; the adapters differ, and so do their answers to one prompt. A request is
+    timed next to one after a switch and a mixed one."""
     running, record = begin()
     assert record.status == "ok", record.failure
     assert (record.values["adapters"], record.values["mixed_rows"], record.values["mixed_rows_decisive"]) == (3, 5, 5)
     model = running._built.trainee.model
     prompts, names = running._built.stream.prompts(0), running._serving.name_rows(0)
     assert names == ["default", "default-other1", "default-other2", "default", "default-other1"]
-    assert running._serving.name_rows(1)[:2] == names[1:3]
     mixed = generate(model, prompts, 4, adapters=names).answers
     alone = {}
     for name in dict.fromkeys(names):
@@ -78,33 +69,28 @@ def test_each_row_has_the_answer_of_its_adapter(begin):
     assert list(mixed) == [alone[name][row] for row, name in enumerate(names)]
     assert all(len({answers[row] for answers in alone.values()}) == 3 for row in range(5))
 
-
-def test_a_request_is_compared_with_one_after_a_switch_and_a_mixed_one(begin):
-    """One sample of each a request."""
-    running, record = begin()
-    for _ in range(4):
+    for _ in range(2):
         record = record.merged(running.run("request"))
-    assert running._built.trainee.model.active_adapter == "default"
+    assert model.active_adapter == "default"
     samples = record.samples
-    alone, mixed = samples["request_time_s"], samples["mixed_request_time_s"]
-    assert samples_of(record, "mixing_factor") == tuple(other / one for one, other in zip(alone, mixed, strict=True))
-    switched = zip(samples["switch_time_s"], samples["switched_request_time_s"], alone, strict=True)
+    alone_s, mixed_s = samples["request_time_s"], samples["mixed_request_time_s"]
+    assert samples_of(record, "mixing_factor") == tuple(m / a for a, m in zip(alone_s, mixed_s, strict=True))
+    switched = zip(samples["switch_time_s"], samples["switched_request_time_s"], alone_s, strict=True)
     assert samples_of(record, "switching_factor") == tuple((switch + other) / one for switch, other, one in switched)
-    assert len(samples["switch_time_s"]) == 4
-    assert min(samples["switch_time_s"]) > 0
+    assert len(samples["switch_time_s"]) == 2
 
 
-@pytest.mark.parametrize("changes", OTHERS.values(), ids=OTHERS)
-def test_whatever_the_base_is_made_of(begin, changes):
-    """Rounding of 16 and 4 bits is not taken for a wrong adapter, and every kind of layer is mixed."""
-    variant = dataclasses.replace(VARIANT, **changes)
+def test_rounding_is_not_taken_for_a_wrong_adapter(begin):
+    """In NF4 and 16 bits, on every linear layer."""
+    changes = {"dtype": "bfloat16", "quantization": "nf4", "adapter_dtype": "bfloat16"}
+    variant = dataclasses.replace(VARIANT, target_modules=("all-linear",), **changes)
     _, record = begin(variant, new_tokens=12)
     assert record.status == "ok", record.failure
     assert record.values["mixed_rows_decisive"] > 0
 
 
-def test_adapters_that_do_not_differ_prove_nothing(begin, monkeypatch):
-    """With B zero every adapter is the base, and no row could show a wrong one."""
+def test_equal_adapters_are_refused(begin, monkeypatch):
+    """With B zero every adapter answers as the base does, so that no row could show a wrong one."""
     monkeypatch.setattr(
         peft_methods,
         "attach_drawn",
@@ -115,7 +101,7 @@ def test_adapters_that_do_not_differ_prove_nothing(begin, monkeypatch):
 
 
 def test_one_prompt_measures_switching_alone(begin):
-    """There is nothing to mix; the adapters go when the trained one is merged."""
+    """The other adapters are deleted when the trained one is merged."""
     running, record = begin(request_batch=1)
     record = record.merged(running.run("request"))
     assert "mixed_request_time_s" not in record.samples
@@ -126,8 +112,8 @@ def test_one_prompt_measures_switching_alone(begin):
     assert (record.status, len(record.samples["merged_request_time_s"])) == ("ok", 1)
 
 
-def test_an_answer_that_goes_astray_though_a_whole_pass_is_right_is_found(begin, monkeypatch):
-    """A fault of decoding alone: one token at a time, rows are answered by the adapter of another."""
+def test_a_row_that_another_adapter_answers_is_reported(begin, monkeypatch):
+    """In decoding alone, where rows are one token long, each is answered by the adapter of another row."""
     honest = Linear._mixed_batch_forward
 
     def shuffled(self, x, *args, adapter_names, **kwargs):

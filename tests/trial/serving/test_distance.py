@@ -17,8 +17,8 @@ def pair():
     return reference, reference + rng.normal(size=reference.shape) * 0.5
 
 
-def test_every_measure_is_what_numpy_says(pair):
-    """KL, argmax, differences, cosine: each from its definition."""
+def test_every_distance_equals_numpy_s(pair):
+    """KL divergence, argmax, differences, cosine: each from its definition."""
     reference, other = pair
     found = measure_distance(torch.tensor(reference), torch.tensor(other))
 
@@ -38,7 +38,7 @@ def test_every_measure_is_what_numpy_says(pair):
 
 
 def test_losses_are_of_each_sequence():
-    """Two rows of two sequences: each its own mean over its labelled tokens, none for the one that has no label."""
+    """Rows of two sequences: the mean over the labelled tokens of each, none for one without a label."""
     rng = np.random.default_rng(1)
     logits, labels = rng.normal(size=(2, 8, 11)), rng.integers(0, 11, size=(2, 8))
     labels[:, [0, 4]] = -100

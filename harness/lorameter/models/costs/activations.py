@@ -1,13 +1,12 @@
-"""What a forward pass keeps for the backward pass, in closed form: every tensor that autograd saves, and no other.
+"""Bytes that autograd saves for the backward pass, in closed form.
 
 Korthikanti et al. (2022, arXiv 2205.05198, section 4.1) count 34 bytes a token, layer and hidden unit for a dense
-16-bit transformer. LoRA training is another matter: no frozen weight has a gradient, so no input of a frozen layer is
-kept for it; but each adapter keeps its own input, as PEFT casts it to the adapter's type, and its r columns. The rest
-follows the modules of transformers' Llama: a norm keeps its input in float32 and one number a token, an attention its
-operands, its output and a logarithm for each row, the gated activation its three factors. A tensor that two operators
-keep is kept once.
+16-bit transformer. LoRA training differs: no frozen weight has a gradient, so the input of a frozen layer is not saved
+for it; but each adapter saves its own input, which PEFT casts to the adapter's type, and its r columns. The rest is as
+in transformers' Llama: a norm saves its input in float32 and one number a token, an attention its operands, its output
+and a logarithm for each row, the gated activation its three factors. A tensor that two operators save counts once.
 
-Under checkpointing a block keeps its input alone, and the last norm what it always does.
+Under checkpointing a block saves its input alone; the last norm is as without.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from lorameter.studies.workload import Workload
 
 
 class Activations:
-    """Bytes that one micro-batch keeps. `device` is "cpu" or "cuda": they differ in the mask of a dropout.
+    """Bytes that are saved for one micro-batch. `device` is "cpu" or "cuda": they differ in the mask of a dropout.
 
     Raises `UnknownLayersError` where the model's layers are not known.
     """
@@ -39,7 +38,7 @@ class Activations:
         cast = variant.autocast
         self._product = self._adapter if cast is None else width(cast)
         self._attention = self._stream if cast is None else width(cast)
-        # A quantised layer answers in the type that it was asked in, whatever autocast says.
+        # The output of a quantised layer has the type of its input, also under autocast.
         self._gated = self._stream if cast is None or variant.quantization != "none" else width(cast)
         self._casts = cast is not None and width(cast) != self._stream
         self._mask = self._adapter if device == "cpu" else 1
@@ -47,22 +46,22 @@ class Activations:
         self._cast_adapter = 0 if cast is None or self._product == self._adapter else self._product
         """Bytes of an element of an adapter's weight in autocast's type, 0 where it is not cast."""
         self._shared = self._product == self._adapter == self._stream
-        """Whether adapters take their input as it is; else each has a copy in its own type."""
+        """Whether adapters share their input; else each has a copy in its own type."""
 
     def sum_kept(self) -> int:
-        """Of the whole model, the logits left out."""
+        """Of the whole model, without the logits."""
         shape = self._shape
         outside = self._norm() + (shape.vocab_size * shape.hidden_size * self._attention if self._casts else 0)
-        if self._variant.gradient_checkpointing:  # which asks for the embeddings' gradient
+        if self._variant.gradient_checkpointing:  # which needs the gradient of the embeddings
             return shape.layers * self._tokens * shape.hidden_size * self._stream + outside
         return shape.layers * self.block() + self._rotary() - self._not_first() + outside
 
     def block(self) -> int:
-        """Of one block, when its backward pass begins."""
+        """Of one block at the beginning of its backward pass."""
         gated = 3 * self._tokens * self._shape.intermediate_size * self._gated
         total = self._family.norms * self._norm() + self._adapters() + self._attended() + gated
         if self._casts and self._variant.quantization == "none":
-            # Frozen weights that autocast casts anew in each product, and that their backward needs.
+            # Autocast casts frozen weights in each product, and their backward pass needs the copies.
             total += sum(inputs * outputs for inputs, outputs in linear_widths(self._shape).values()) * self._attention
         return total
 
@@ -70,21 +69,21 @@ class Activations:
         return self._normed(self._tokens, self._shape.hidden_size)
 
     def _normed(self, rows: int, wide: int) -> int:
-        """Of one norm over rows so wide."""
+        """Of one norm over rows of this width."""
         return rows * (4 * wide + 4) + (4 * wide if self._family.shifted_norms else 0)
 
     def _rotary(self) -> int:
-        """Cosine and sine, once for all blocks that rotate alike."""
+        """Cosine and sine, once for all blocks with the same rotary embedding."""
         kinds = 2 if 0 < self._family.global_every <= self._shape.layers else 1
         return kinds * 2 * self._tokens * self._shape.head_dim * self._stream
 
     def _not_first(self) -> int:
-        """What other blocks keep to hand a gradient down to their input, and the first one does not."""
+        """Bytes that blocks after the first save for the gradient of their input."""
         entering = [self._adapted[name] for name in self._stages["entering"]]
         unwanted = self._norm() + sum(self._variant.r * inputs for inputs, _ in entering) * self._cast_adapter
         if self._variant.lora_dropout:
             unwanted += self._tokens * self._mask * sum(inputs for inputs, _ in entering)
-        if not entering:  # nothing above the attention asks for a gradient of what goes into it
+        if not entering:  # nothing before the attention needs a gradient through it
             unwanted += self._attended() + (0 if self._stages["attended"] else self._norm())
         return unwanted
 
@@ -94,7 +93,7 @@ class Activations:
         for stage, group in self._stages.items():
             inputs = [names[name][0] for name in group]
             if self._shared:
-                # The output's adapter takes what the attention keeps anyway, unless it is copied on the way.
+                # The adapter of the output projection shares the saved output of the attention, unless it is copied.
                 same = stage == "attended" and self._variant.attention != "eager" and not self._variant.lora_dropout
                 total += 0 if same else self._tokens * size * max(inputs, default=0)
             else:
@@ -106,12 +105,12 @@ class Activations:
         return total + sum(r * (inputs + outputs) for inputs, outputs in names.values()) * self._cast_adapter
 
     def _dropped(self, inputs: list[int]) -> int:
-        """Masks, and inputs that can no longer be one for several adapters."""
+        """Masks, and the inputs of adapters, which can no longer share one."""
         copies = self._tokens * self._product * (sum(inputs) - max(inputs, default=0)) if self._shared else 0
         return self._tokens * self._mask * sum(inputs) + copies
 
     def _dora(self) -> int:
-        """PEFT takes the norm through the product of an identity matrix, which its A keeps. With dropout it multiplies
+        """PEFT computes the norm through the product of an identity matrix, which A saves. With dropout it multiplies
         by the frozen weight a second time, in the adapter's type."""
         total, dropped = 0, self._variant.lora_dropout > 0
         for inputs, outputs in self._adapted.values():
@@ -121,7 +120,7 @@ class Activations:
         return total
 
     def _attended(self) -> int:
-        """Of the attention, with the norms of each head's query and key where the family has them."""
+        """Of the attention, with the norms of each head's query and key in families that have them."""
         shape, size = self._shape, self._attention
         heads = (shape.heads, shape.kv_heads) if self._family.normed_heads else ()
         return self._scored(shape, size) + sum(self._normed(self._tokens * count, shape.head_dim) for count in heads)

@@ -1,7 +1,7 @@
 """Utilisation of a device by a training step: MFU and hardware utilisation.
 
-The same step gives different figures by different formulas: 6 N says half as much again as LoRA takes, and a count with
-what checkpointing repeats says more than the model needs. So a figure is never without its formula and its peak:
+The same step has different figures by different formulas: 6 N is half as much again as LoRA computes, and a count that
+includes recomputation is more than the model needs. So every figure has its formula and its peak:
 
 - MFU (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): FLOPs that the model needs, over time and peak. Padding,
   recomputation and masked pairs count for nothing, so it shows how well a variant uses the device for training.
@@ -12,73 +12,57 @@ what checkpointing repeats says more than the model needs. So a figure is never 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from lorameter.errors import LorameterError
 from lorameter.models.costs.flops import StepTokens, computed_tokens, row_tokens, six_n, training_flops
 from lorameter.models.costs.modules import StepProducts
 from lorameter.models.costs.peaks import Peak, Rate
 from lorameter.models.shapes import ModelShape
+from lorameter.stats import Estimate
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 
 
-class Interval(Protocol):
-    """A time in seconds with the ends of its interval, None where it has none: `lorameter.stats.Estimate` is one."""
-
-    @property
-    def value(self) -> float:
-        """The time."""
-
-    @property
-    def low(self) -> float | None:
-        """Lower end."""
-
-    @property
-    def high(self) -> float | None:
-        """Upper end."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Utilisation:
-    """A share of a peak, with all that it takes to reproduce it."""
+    """A share of a peak, with the formula and the peak."""
 
     name: str
     value: float
     """A fraction of the peak."""
     low: float | None
-    """From the upper end of the time's interval; None where it has none. The peak is taken as exact."""
+    """From the upper end of the time's interval; None where it has none. The peak is treated as exact."""
     high: float | None
     formula: str
-    """In words and with its numbers."""
+    """The formula as text, with its numbers."""
     peak: Peak
 
     def __str__(self) -> str:
         places = "[no interval]" if self.low is None or self.high is None else f"[{self.low:.1%}, {self.high:.1%}]"
-        said = f"{self.name} {self.value:.1%} {places} = {self.formula}, peak {self.peak}"
-        return f"{said}; above 100 %: {self._beyond}" if self.value > 1 else said
+        text = f"{self.name} {self.value:.1%} {places} = {self.formula}, peak {self.peak}"
+        return f"{text}; above 100 %: {self._beyond}" if self.value > 1 else text
 
     @property
     def _beyond(self) -> str:
         if self.peak.rate == "memory":
-            return "what is in a cache is not read from memory"
-        return "what ran was faster than the product by which the peak is known, which bounds nothing here"
+            return "data in a cache is not read from memory"
+        return "it ran faster than the product by which the peak was measured, which is no bound here"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ceiling:
-    """What a training step reached."""
+    """The utilisation by a training step."""
 
     mfu: Utilisation
     hfu: Utilisation
     six_n: Utilisation
-    """By the formula for training all weights, which LoRA does not do: only to compare with figures made by it."""
+    """By the formula for training all weights, which LoRA does not do: for comparison with published figures."""
 
 
-def utilisation(name: str, work: int, time_s: Interval, peak: Peak, formula: str) -> Utilisation:
-    """`work` (FLOPs, or bytes where the peak is of memory) done in a time, as a share of what the peak allows.
+def utilisation(name: str, work: int, time_s: Estimate, peak: Peak, formula: str) -> Utilisation:
+    """`work` (FLOPs, or bytes for a peak of memory) in a time, as a share of the peak.
 
-    `formula` says what `work` is; the time and the division are added.
+    `formula` describes `work`; the time and the division are added.
     """
 
     def share(seconds: float | None) -> float | None:
@@ -99,7 +83,7 @@ def ceiling_of(
     shape: ModelShape,
     variant: Variant,
     workload: Workload,
-    step_time_s: Interval,
+    step_time_s: Estimate,
     peak: Peak,
     *,
     useful: StepTokens | None = None,
@@ -113,9 +97,10 @@ def ceiling_of(
         workload: as trained on.
         step_time_s: of one optimizer step, all its micro-batches included.
         peak: of products in the type that the step multiplies in (`product_rate`), stated or measured.
-        useful: what a step needs; None counts every position and one causal sequence a row (`row_tokens`).
-        computed: what its operators are given; None counts every pair of a row (`computed_tokens`), so that kernels
-            which skip masked pairs come out higher than they are.
+        useful: tokens and pairs that a step needs; None counts every position and one causal sequence a row
+            (`row_tokens`).
+        computed: those of its operators; None counts every pair of a row (`computed_tokens`), so that the utilisation
+            of kernels which skip masked pairs is overestimated.
 
     Raises:
         UsageError: a model type or a target whose layers are not known.
@@ -132,13 +117,13 @@ def ceiling_of(
 def ceiling_of_products(
     products: StepProducts,
     variant: Variant,
-    step_time_s: Interval,
+    step_time_s: Estimate,
     peak: Peak,
     *,
     useful: StepTokens,
     computed: StepTokens,
 ) -> Ceiling:
-    """The same of a model whose family is not known, by what its modules multiply."""
+    """The utilisation for a model of an unknown family, by the products of its modules."""
     checkpointing, fused = variant.gradient_checkpointing, variant.attention != "eager"
     does = products.flops(computed, checkpointing=checkpointing, fused=fused).hardware
     work = products.flops(useful).model, does, products.six_n(useful)
@@ -147,14 +132,14 @@ def ceiling_of_products(
 
 def _ceiling(
     work: tuple[int, int, int],
-    step_time_s: Interval,
+    step_time_s: Estimate,
     peak: Peak,
     useful: StepTokens,
     computed: StepTokens,
     *,
     counted: str = "",
 ) -> Ceiling:
-    """`work` is what the step needs, what it does, and what training all weights would take, in FLOPs."""
+    """`work` is the FLOPs that the step needs, those that it computes, and those of training all weights."""
     needs, does, full = work
     return Ceiling(
         mfu=utilisation(

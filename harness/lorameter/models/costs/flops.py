@@ -1,21 +1,21 @@
-"""FLOPs of LoRA training as they are, in closed form and without torch.
+"""FLOPs of LoRA training, in closed form and without torch.
 
 A product of an (m, k) by a (k, n) matrix is 2 m k n FLOPs. Only matrix products count, as in torch's FlopCounterMode:
 norms, activations, rotary embedding, softmax, loss and optimizer touch each element a fixed number of times.
 
 A frozen linear layer takes 2 FLOPs for each weight and position forward, and 2 backward for the gradient of its input.
-The last third of the 6 N that full training takes (Kaplan et al. 2020, arXiv 2001.08361, section 2.1), the gradient of
-its weights, is not there: LoRA training is about 4 N, and the adapter's share comes on top. Nor does a gradient go
-below the first layer that something trains on: the inputs of the first block need none.
+The last third of the 6 N of full training (Kaplan et al. 2020, arXiv 2001.08361, section 2.1), the gradient of the
+weights, is missing: LoRA training is about 4 N, plus the adapter's share. No gradient is computed before the first
+layer that trains: the inputs of the first block need none.
 
 Attention is counted for each pair of a query and a key: 2 products forward (scores, values), and backward one for the
 gradient of each of its operands (Chowdhery et al. 2022, arXiv 2204.02311, appendix B, where all pairs of a row count).
-The caller gives the number of pairs (`StepTokens`): all that an operator is given, or only those that the
-mask lets through.
+The caller gives the number of pairs (`StepTokens`): all pairs of an operator, or only those that the mask lets
+through.
 
-What is computed beyond that is counted separately, because no perfect implementation would need it: products that are
-done again (by checkpointing, and the scores that a fused backward recomputes; Dao 2023, arXiv 2307.08691, section 3.1),
-and gradients that nothing uses.
+Further computation, which no perfect implementation would need, is counted separately: products that are repeated (by
+checkpointing, and the scores that a fused backward recomputes; Dao 2023, arXiv 2307.08691, section 3.1), and gradients
+that nothing uses.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from lorameter.studies.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTokens:
-    """What one optimizer step runs through the model, all its micro-batches together."""
+    """Tokens and pairs of one optimizer step, all its micro-batches together."""
 
     positions: int
     """Tokens: rows of every linear product."""
     pairs: int
     """Pairs of a query and a key, for one head of one layer."""
     passes: int = 1
-    """Forward passes; what does not depend on tokens (DoRA's norm) happens once in each."""
+    """Forward passes; work that does not depend on tokens (DoRA's norm) is done once in each."""
 
 
 def computed_tokens(variant: Variant, workload: Workload) -> StepTokens:
-    """What the operators of a step are given: padding included, and every pair of a row whatever the mask.
+    """Tokens and pairs of the operators of a step: padding included, and every pair of a row, masked or not.
 
-    It is what FlopCounterMode counts, and what a kernel with an explicit mask computes. One that skips what the mask
-    hides (flash attention, causal or of variable length) does less, down to the pairs that each record sees of itself.
+    FlopCounterMode counts them, and a kernel with an explicit mask computes them. A kernel that skips masked pairs
+    (flash attention, causal or of variable length) computes fewer, down to the pairs within each record.
     """
     rows, length = _rows(variant, workload), workload.sequence_length
     return StepTokens(positions=rows * length, pairs=rows * length**2, passes=variant.gradient_accumulation)
@@ -69,15 +69,15 @@ class TrainingFlops:
     """FLOPs of one optimizer step."""
 
     model: int
-    """What the step needs, however it is implemented: the numerator of MFU."""
+    """FLOPs that any implementation of the step needs: the numerator of MFU."""
     extra: int
-    """Done a second time: the forward pass of each block under checkpointing, and the scores in a fused backward. And
-    done for nothing: gradients that reach the embeddings because checkpointing asks for them, those of operands that a
-    fused backward computes unasked, and the product with an identity matrix in PEFT's DoRA."""
+    """Repeated: the forward pass of each block under checkpointing, and the scores in a fused backward. Unused:
+    gradients of the embeddings under checkpointing, those of operands that a fused backward always computes, and the
+    product with an identity matrix in PEFT's DoRA."""
 
     @property
     def hardware(self) -> int:
-        """All that the device computes: the numerator of hardware utilisation."""
+        """All FLOPs of the device: the numerator of hardware utilisation."""
         return self.model + self.extra
 
 
@@ -87,17 +87,17 @@ def training_flops(shape: ModelShape, variant: Variant, tokens: StepTokens) -> T
     rsLoRA and dropout add no product. A quantised layer multiplies as any other, since dequantising is no product;
     LLM.int8's second product for outlier columns, which depends on the data, is left out. Checkpointing is torch's
     without re-entry, which stops a block's second forward pass at the last tensor that its backward needs, so that the
-    block's last product is not done again.
+    block's last product is not repeated.
 
     Raises:
-        UsageError: a model type or a target whose layers are not known here.
+        UsageError: a model type or a target whose layers are unknown.
     """
     block = _Block(shape, variant, tokens)
     first, first_extra = block.backward(entering=False)
     other, other_extra = block.backward(entering=True)
     head = 2 * 2 * tokens.positions * shape.vocab_size * shape.hidden_size
     extra = shape.layers * block.identity + first_extra + (shape.layers - 1) * other_extra
-    if variant.gradient_checkpointing:  # which asks for the embeddings' gradient
+    if variant.gradient_checkpointing:  # which needs the gradient of the embeddings
         extra += shape.layers * (block.forward + block.identity - block.tail())
         extra += other + other_extra - first - first_extra
     return TrainingFlops(
@@ -107,7 +107,7 @@ def training_flops(shape: ModelShape, variant: Variant, tokens: StepTokens) -> T
 
 
 class _Block:
-    """The products of one block, and which of its gradients are wanted."""
+    """The products of one block, and the gradients that it needs."""
 
     def __init__(self, shape: ModelShape, variant: Variant, tokens: StepTokens) -> None:
         variant = lora_of(variant, shape)
@@ -124,7 +124,7 @@ class _Block:
         self._b = {name: rows * r * widths[name][1] for name in self._adapted}
         self._pairs = 2 * tokens.pairs * shape.heads * shape.head_dim  # grouped keys are repeated for each query head
         self.forward = sum(self._through.values()) + sum(self._a.values()) + sum(self._b.values()) + 2 * self._pairs
-        """What a forward pass needs."""
+        """FLOPs that a forward pass needs."""
         self.identity = 0
         """The norm of W + BA needs BA: PEFT runs an identity matrix through A and then B."""
         if self._twice:
@@ -135,26 +135,26 @@ class _Block:
             self.identity = tokens.passes * sum(2 * inputs * inputs * r for inputs, _ in sizes)
 
     def backward(self, *, entering: bool) -> tuple[int, int]:
-        """What a backward pass needs, and what a fused attention computes beyond that. `entering`: whether a gradient
-        is wanted for what enters the block. DoRA's norm is held constant (Liu et al. 2024, arXiv 2402.09353, section
-        4.3) and has none."""
+        """FLOPs that a backward pass needs, and those that a fused attention computes in addition. `entering`: whether
+        the gradient of the block's input is needed. DoRA's norm is held constant (Liu et al. 2024, arXiv 2402.09353,
+        section 4.3) and has none."""
         places = {name: STAGES.index(layer.stage) for name, layer in self._layers.items()}
         first = min((places[name] for name in self._training), default=len(STAGES))
-        # The gradient of a layer's input is wanted where something trains at or before what makes it.
-        wanted = [name for name, place in places.items() if entering or first < place]
-        needed = sum(self._through[name] for name in wanted)
+        # The gradient of a layer's input is needed where a layer before it trains.
+        needing = [name for name, place in places.items() if entering or first < place]
+        needed = sum(self._through[name] for name in needing)
         for name in self._adapted:
             needed += self._a[name] + 2 * self._b[name]
-            if name in wanted:
+            if name in needing:
                 needed += self._a[name] + (self._through[name] if self._twice else 0)
         made = {operand for name in self._training for operand in self._layers[name].makes}
         query, key, value = (entering or operand in made for operand in ("query", "key", "value"))
-        operands = (query or key) + query + key + value  # the scores', and through them the query's and the key's
+        operands = (query or key) + query + key + value  # the first is that of the scores
         again = 1 + 4 - operands if self._fused and operands else 0
         return needed + operands * self._pairs, again * self._pairs
 
     def tail(self) -> int:
-        """What checkpointing leaves out of a block's second forward pass: the products after the last saved tensor."""
+        """FLOPs after the last saved tensor, which a block's second forward pass under checkpointing leaves out."""
         last = [name for name, layer in self._layers.items() if layer.stage == STAGES[-1]]
         plain = sum(self._through[name] for name in last if name not in self._adapted)
         return plain + (0 if self._dora else sum(self._b[name] for name in last if name in self._adapted))
@@ -164,7 +164,7 @@ def adapted_layers(shape: ModelShape, variant: Variant) -> frozenset[str]:
     """Names of the linear layers of a block that have an adapter.
 
     Raises:
-        UsageError: a target is none of them, such as the head, or layers of some blocks only.
+        UsageError: a target that is none of them, such as the head, or layers of some blocks only.
     """
     variant = lora_of(variant, shape)
     widths, parents_known = linear_widths(shape), family_of(shape).parents
@@ -181,7 +181,7 @@ def adapted_layers(shape: ModelShape, variant: Variant) -> frozenset[str]:
 
 
 def product_weights(shape: ModelShape) -> int:
-    """N: weights that every position is multiplied with, the head included and the embedding not (it is looked up).
+    """N: weights by which every position is multiplied, with the head and without the embedding (a table look-up).
 
     Raises:
         UsageError: a model type whose layers are not known here.
@@ -191,15 +191,15 @@ def product_weights(shape: ModelShape) -> int:
 
 
 def six_n(shape: ModelShape, tokens: StepTokens) -> int:
-    """6 N for each position, without attention: what training all weights would take, for comparison only.
+    """6 N for each position, without attention: the FLOPs of training all weights, for comparison only.
 
-    Published figures for LoRA are often computed with it, and are half as high again as those of the true count.
+    Published figures for LoRA are often computed with it, and are half as high again as the true count.
     """
     return 6 * product_weights(shape) * tokens.positions
 
 
 def mean_context(workload: Workload) -> int:
-    """Tokens attended to by a token after a request's first, itself included, in the mean over those tokens.
+    """Mean number of tokens, itself included, to which a token after the first one of a request attends.
 
     With p prompt tokens and n new ones, the forward passes after the first attend to p + 1 ... p + n - 1 tokens.
     """

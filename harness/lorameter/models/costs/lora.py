@@ -1,8 +1,8 @@
-"""An adapter in numbers: which linear layers it is on, its parameters, and what its optimizer keeps.
+"""An adapter in numbers: its linear layers, its parameters, and the state of its optimizer.
 
 LoRA adds two matrices to a frozen layer, r by inputs and outputs by r (Hu et al. 2021, arXiv 2106.09685, section
 4.1); DoRA adds a magnitude for each output (Liu et al. 2024, arXiv 2402.09353). Nothing here depends on a weight's
-value, and nothing needs torch. What is said of a model raises `UnknownLayersError` where its type is not among
+value, and nothing needs torch. Functions of a model raise `UnknownLayersError` where its type is not among
 `lorameter.models.families`.
 """
 
@@ -24,14 +24,13 @@ Python number."""
 BLOCK = 256
 """Elements that share a float32 scale in an 8-bit moment (`Optimizer2State.init_state` of bitsandbytes)."""
 EMBEDDINGS = ("embed_tokens", "lm_head")
-"""Modules outside the blocks that PEFT can adapt; all known families call them so."""
+"""Modules outside the blocks that PEFT can adapt, by their names in all known families."""
 MOMENT_TABLE_BYTES = 256 * 4
 """The values that an 8-bit moment can take; one table for each of the two moments, shared by all tensors."""
 
 
 def uncounted(variant: Variant, shape: ModelShape) -> str | None:
-    """Why memory and FLOPs of a variant on a model follow from no formula, and what to do about it; None where they
-    do."""
+    """Why there is no formula for memory and FLOPs of a variant on a model, and the remedy; None where there is one."""
     if not isinstance(variant, LoraVariant):
         return f"no formula is known for the method {variant.method_name}; measure it"
     if variant.optimizer not in (*ADAMW, *PAGED) or variant.optimizer_args:
@@ -40,7 +39,7 @@ def uncounted(variant: Variant, shape: ModelShape) -> str | None:
 
 
 def lora_of(variant: Variant, shape: ModelShape) -> LoraVariant:
-    """The variant, whose memory and FLOPs follow from its fields. Raises `UnknownLayersError` where they do not."""
+    """The variant as LoRA. Raises `UnknownLayersError` where there is no formula for its memory and FLOPs."""
     if why := uncounted(variant, shape):
         raise UnknownLayersError(why)
     assert isinstance(variant, LoraVariant)
@@ -48,7 +47,7 @@ def lora_of(variant: Variant, shape: ModelShape) -> LoraVariant:
 
 
 def targets_of(variant: LoraVariant, shape: ModelShape) -> tuple[str, ...]:
-    """The layers that a variant names, or those that PEFT takes where it names none.
+    """The target modules of a variant, by default those of PEFT.
 
     Raises:
         UsageError: neither names any, which PEFT would refuse.
@@ -69,8 +68,8 @@ def unknown_targets(variant: LoraVariant, shape: ModelShape) -> tuple[str, ...]:
 
 
 def adapted_widths(variant: Variant, shape: ModelShape) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of the layers of a block that have an adapter; a target that is none of its linear layers is
-    left out."""
+    """Inputs and outputs of the layers of a block that have an adapter; targets that are no linear layers of a block
+    are left out."""
     targets = targets_of(lora_of(variant, shape), shape)
     names = {target.rpartition(".")[2] for target in targets}
     return {name: width for name, width in linear_widths(shape).items() if ALL_LINEAR in targets or name in names}
@@ -134,9 +133,9 @@ QUANTIZATION_BLOCK = 64
 NESTED_BLOCK = 256
 """Scales that share a float32 scale under double quantisation (same section)."""
 CODEBOOK_BYTES = 16 * 4
-"""The values that 4 bits stand for; each layer has a table of its own."""
+"""The table of the values of 4 bits, one for each layer."""
 NESTED_BYTES = 256 * 4 + 4
-"""Under double quantisation: the values that a scale of 8 bits stands for, and the mean of the scales."""
+"""Under double quantisation: the table of the values of 8-bit scales, and the mean of the scales."""
 
 
 def width(dtype: str) -> int:
@@ -145,7 +144,7 @@ def width(dtype: str) -> int:
 
 
 def weight_bytes(inputs: int, outputs: int, variant: Variant) -> int:
-    """The weights alone."""
+    """Bytes of the weights, without constants of quantisation."""
     weights = inputs * outputs
     if variant.quantization == "none":
         return weights * width(variant.dtype)
@@ -153,7 +152,8 @@ def weight_bytes(inputs: int, outputs: int, variant: Variant) -> int:
 
 
 def constant_bytes(inputs: int, outputs: int, variant: Variant, *, repacked: bool = False) -> int:
-    """The constants: a float32 for each output in 8 bits; in 4 bits a table, and a scale for each block.
+    """Bytes of the constants of quantisation: a float32 for each output in 8 bits; in 4 bits a table, and a scale for
+    each block.
 
     `repacked` is bitsandbytes' CPU layout of 4-bit weights, with one bfloat16 scale a block and no double quantisation
     (`_convert_weight_packed_for_cpu` of bitsandbytes 0.50).

@@ -1,13 +1,13 @@
-"""What a variant will take, by the kinds of `lorameter.records.memory_account`, from the model's shape alone.
+"""Estimates the memory of a variant, by the kinds of `lorameter.records.memory_account`, from the model's shape.
 
-Most kinds are counts and exact: weights at their stored size, constants of quantisation (Dettmers et al. 2023, arXiv
-2305.14314, section 3: a scale for 64 weights, itself quantised in blocks of 256), adapter, optimizer state, what the
-forward pass keeps (`lorameter.models.costs.activations`), logits. A step is highest at one of three moments: when the
-loss's gradient is taken (activations, and logits in float32 three times over: log-probabilities and two gradients),
-under checkpointing when a block has been computed again, or when the optimizer has all gradients.
+Most kinds are exact counts: weights at their stored size, constants of quantisation (Dettmers et al. 2023, arXiv
+2305.14314, section 3: a scale for 64 weights, itself quantised in blocks of 256), adapter, optimizer state, saved
+tensors of the forward pass (`lorameter.models.costs.activations`), logits. The peak of a step is at one of three moments:
+the gradient of the loss (activations, and logits in float32 three times: log-probabilities and two gradients), under
+checkpointing a recomputed block, or the update of the optimizer with all gradients.
 
-What a process takes in addition to its tensors on a CPU has no formula. Those constants are measured, each says on
-what, and they are for one thread and glibc. What it begins with depends on what torch is built for (`birth_bytes`).
+The memory of a process on a CPU besides its tensors has no formula. Its constants were measured, as documented with
+each, for one thread and glibc. The memory at the start of a process depends on the build of torch (`birth_bytes`).
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ from lorameter.studies.workload import Workload
 
 MIB = 2**20
 BIRTHS = {"cpu": 337 * MIB, "cuda": 520 * MIB}
-"""A forked trial before its model, by what torch is built for, whether or not there is a GPU. Measured with torch's
-build for CPUs, and with the one for CUDA 13 where transformers 5.17 finds scikit-learn, pandas and pyarrow."""
+"""Bytes of a forked trial before it loads its model, by the build of torch, with or without a GPU. Measured with the
+build for CPUs, and with the one for CUDA 13 where transformers 5.17 imports scikit-learn, pandas and pyarrow."""
 COPIED_SHARE = 0.25
-"""Share of these bytes that a forked trial holds by itself: pages that reference counts rewrite. Trials of tiny-llama
+"""Share of these bytes that a forked trial does not share: pages in which reference counts change. Trials of tiny-llama
 had 102 to 122 MiB of private memory, 17 to 33 MiB of them new."""
 AT_WORK = {"library_code": 48 * MIB, "library_heap": 13 * MIB, "interpreter": 15 * MIB}
-"""What libraries add once a trial works; measured over variants of smollm2-135m with the build for CPUs, where they
-move by some MiB. An account counts neither of the last two: they are in what it leaves unexplained."""
+"""Bytes that libraries add during a trial; measured over variants of smollm2-135m with the build for CPUs, where they
+vary by some MiB. A memory breakdown does not count the last two: they are in its unexplained remainder."""
 CUDA_CONTEXT_BYTES = 600 * MIB
 """Device memory of a process's CUDA context and libraries, which no allocator counts; 0.4 to 0.6 GiB is usual."""
 HEAP_SLACK = 0.25
-"""Share by which the heap of malloc exceeds what a step takes and gives back; measured 0.13 to 0.3 on smollm2-135m, and
-up to 0.7 in a trial whose check was the full profile."""
+"""Share by which the heap of malloc exceeds the allocations of a step; measured 0.13 to 0.3 on smollm2-135m, and up to
+0.7 in a trial whose check was the full profile."""
 IDLE_HEAP_BYTES = 25 * MIB
-"""What malloc still holds in a request after training, when it was asked to give all back; measured 10 to 44 MiB."""
+"""Bytes that malloc keeps in a request after training, after malloc_trim(3); measured 10 to 44 MiB."""
 MAPPED_FROM_BYTES = 32 * MIB
-"""glibc maps larger blocks apart and gives them back whole (M_MMAP_THRESHOLD's dynamic maximum, mallopt(3))."""
+"""glibc maps larger blocks separately and returns them whole (M_MMAP_THRESHOLD's dynamic maximum, mallopt(3))."""
 PEAK_RANGES = {"cpu": (0.90, 1.10), "cuda": (0.89, 1.34)}
-"""The least and the greatest peak to expect, over the estimate. On a CPU it is wider than what was measured
-(`MEASURED_ERRORS`). On a GPU it is what published peaks support, of torch's allocator or of all that nvidia-smi shows:
+"""The least and the greatest expected peak, divided by the estimate. On a CPU it is wider than the measured range
+(`MEASURED_ERRORS`). On a GPU it is the range of published peaks, of torch's allocator or as nvidia-smi shows:
 `python tests/models/costs/published.py` prints it."""
 PUBLISHED_WITHIN, PUBLISHED_PEAKS = 101, 105
 """Published peaks within that range, and all of them; each is a row of tests/models/costs/published_peaks.toml."""
@@ -71,7 +71,7 @@ class MemoryEstimate:
     phase: MemoryPhase
     kinds: dict[str, int]
     outside_allocator: dict[str, int] = field(default_factory=dict)
-    """Bytes outside CUDA's allocator: `context`, and `paged_optimizer_state`, which may lie on the host."""
+    """Bytes outside CUDA's allocator: `context`, and `paged_optimizer_state`, which may be on the host."""
 
     @property
     def total_bytes(self) -> int:
@@ -80,18 +80,18 @@ class MemoryEstimate:
 
     @property
     def needed_bytes(self) -> int:
-        """What must be free on the device: the peak, and the memory of the process that no allocator counts."""
+        """Bytes that must be free on the device: the peak, and the memory of the process outside the allocator."""
         return self.total_bytes + self.outside_allocator.get("context", 0)
 
 
 def peak_range(needed_bytes: int, device: str) -> tuple[int, int]:
-    """The least and the greatest bytes that a device may need for what is estimated to need so many."""
+    """The least and the greatest bytes that a device may need, given the estimate."""
     low, high = PEAK_RANGES[device]
     return int(low * needed_bytes), int(high * needed_bytes)
 
 
 def birth_bytes(cuda: str | None) -> int:
-    """What a trial's process begins with on the host, where nothing was measured.
+    """Host memory of a trial's process at its start, where it was not measured.
 
     Args:
         cuda: the version of CUDA that torch is built for; None for a build for CPUs.
@@ -100,7 +100,7 @@ def birth_bytes(cuda: str | None) -> int:
 
 
 def bare_process_bytes(cuda: str | None) -> int:
-    """Resident in a trial's process without tensors; `cuda` as for `birth_bytes`."""
+    """Resident bytes of a trial's process without tensors; `cuda` as for `birth_bytes`."""
     return birth_bytes(cuda) + sum(AT_WORK.values())
 
 
@@ -118,17 +118,17 @@ def estimate_memory(
     """The peak of a phase by kind.
 
     Args:
-        variant: what trains, or has trained and answers.
-        workload: batches and lengths; a request is its prompts with their new tokens.
+        variant: of the training, or of the requests after it.
+        workload: batches and lengths; a request has its prompts and their new tokens.
         shape: of the model.
         phase: "train" for a step, "generate" for a request.
         device: "cpu" or "cuda".
         stored: type of a checkpoint that the trial itself maps (`stored_dtype`). None where it maps a prepared base, as
-            in a run, or makes its weights in memory.
+            in a run, or initialises its weights in memory.
         repacks: whether the CPU has AVX512-BF16 and the base is a prepared one. bitsandbytes then replaces the 4-bit
             weights by a repacked copy at the first forward pass in eval mode (`Linear4bit.forward` of bitsandbytes
             0.50), while the file with the originals stays mapped for the embeddings and norms.
-        process_bytes: what a trial's process begins with: as measured with the libraries of this machine, else
+        process_bytes: memory of a trial's process at its start: as measured with the libraries of this machine, else
             `birth_bytes` of its torch; None for that of a build for CPUs.
 
     Raises:
@@ -150,7 +150,7 @@ def estimate_memory(
         )
     kinds |= {"process": birth_bytes(None) if process_bytes is None else process_bytes, **AT_WORK}
     if stored == variant.dtype and not variant.prepare_for_kbit and variant.quantization != "none":
-        # Embeddings and norms are still the file's own pages, and hold all of it in memory.
+        # Embeddings and norms are still pages of the file, and keep all of it in memory.
         kinds["checkpoint_pages"] = _linear(shape) * width(variant.dtype)
     if repacks and phase == "generate" and variant.is_4bit:
         kinds["checkpoint_pages"] = kinds["linear_weights"] + kinds["quantization_state"]
@@ -159,24 +159,24 @@ def estimate_memory(
 
 
 def estimate_phases(variant: Variant, workload: Workload, shape: ModelShape, **more: Any) -> list[MemoryEstimate]:
-    """Every phase, in order; arguments as for `estimate_memory`."""
+    """The estimates of all phases, in order; arguments as for `estimate_memory`."""
     return [estimate_memory(variant, workload, shape, phase=phase, **more) for phase in MEMORY_PHASES]
 
 
 def estimate_peak(
     variant: Variant, workload: Workload, shape: ModelShape, *, answers: bool = True, **more: Any
 ) -> MemoryEstimate:
-    """The phase in which a trial takes most; arguments as for `estimate_memory`, and whether it `answers` requests.
+    """The phase with the largest peak; arguments as for `estimate_memory`, and whether the trial `answers` requests.
 
-    Mostly it is training. Requests of many prompts, or of one that is much longer than a training sequence, take more.
+    It is usually training. Requests of many prompts, or of one that is much longer than a training sequence, need more.
     """
     found = estimate_phases(variant, workload, shape, **more)
     return max((one for one in found if answers or one.phase == "train"), key=lambda one: one.needed_bytes)
 
 
 def bound_bytes(variant: Variant, workload: Workload, shape: ModelShape, device: str, process_bytes: int) -> int:
-    """What a method without a formula needs at most, by and large, for what may be live together: LoRA on all linear
-    layers and, of all weights, the gradients and the two moments of full fine-tuning."""
+    """An approximate upper bound for a method without a formula: LoRA on all linear layers with the gradients and the
+    two moments of full fine-tuning."""
     lora = lora_like(variant)
     expected = estimate_peak(lora, workload, shape, answers=False, device=device, process_bytes=process_bytes)
     weights = _linear(shape) + shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2)
@@ -184,15 +184,15 @@ def bound_bytes(variant: Variant, workload: Workload, shape: ModelShape, device:
 
 
 def lora_like(variant: Variant) -> LoraVariant:
-    """LoRA on all linear layers with the fields that it shares with a variant of any method, and AdamW."""
+    """LoRA on all linear layers, with AdamW and the fields that a variant of any method has."""
     common = {key: getattr(variant, key) for key in form_keys(LoraVariant) if hasattr(variant, key)}
     return LoraVariant(**(common | {"optimizer": "adamw_fused", "optimizer_args": {}}))
 
 
 def passing_bytes(variant: Variant, workload: Workload, shape: ModelShape) -> int:
-    """What of a trial's peak on a CPU a process gives back between its commands: the logits of a step and what the loss
-    makes of them. 0 where they are so few that malloc may keep their blocks, or are no part of the peak: of a step that
-    takes more in another moment, or where requests take as much."""
+    """Bytes of a trial's peak on a CPU that a process returns between its commands: the logits of a step and their
+    copies in the loss. 0 where malloc may keep their blocks, or where they are not part of the peak: of a step whose
+    peak is at another moment, or where requests need as much."""
     step, request = estimate_phases(variant, workload, shape)
     logits = step.kinds.get("logits", 0)
     if logits < LOGIT_COPIES // 4 * MAPPED_FROM_BYTES:
@@ -201,7 +201,7 @@ def passing_bytes(variant: Variant, workload: Workload, shape: ModelShape) -> in
 
 
 def stored_dtype(source: ModelSource) -> str | None:
-    """Type of the checkpoint's weights as its configuration names it; None where they are not mapped from a file."""
+    """Type of the checkpoint's weights in its configuration; None where they are not mapped from a file."""
     if source.random or source.kind not in ("directory", "hub"):
         return None
     config = read_config(source)
@@ -214,7 +214,7 @@ def _linear(shape: ModelShape) -> int:
 
 
 def _resident(variant: Variant, shape: ModelShape) -> dict[str, int]:
-    """The base and the adapter."""
+    """Bytes of the base and the adapter."""
     wide = width(variant.dtype)
     outside, dtype = (4, "float32") if variant.prepare_for_kbit else (wide, variant.dtype)
     widths = linear_widths(shape).values()
@@ -228,14 +228,14 @@ def _resident(variant: Variant, shape: ModelShape) -> dict[str, int]:
 
 
 def _constants(variant: Variant, shape: ModelShape, *, repacked: bool = False) -> int:
-    """Of quantisation, in all linear layers."""
+    """Bytes of the constants of quantisation, in all linear layers."""
     return shape.layers * sum(
         constant_bytes(*sizes, variant, repacked=repacked) for sizes in linear_widths(shape).values()
     )
 
 
 def mapped_bytes(variant: Variant, shape: ModelShape) -> int:
-    """What processes on one prepared base share: all of it but what each casts to float32 for itself."""
+    """Bytes that processes share on one prepared base: all of it except the parts that each casts to float32."""
     kinds = _resident(variant, shape)
     if variant.prepare_for_kbit:
         return kinds["linear_weights"] + kinds["quantization_state"]
@@ -255,7 +255,7 @@ def _trained(variant: Variant, shape: ModelShape) -> dict[str, int]:
 
 
 def _step(variant: Variant, workload: Workload, shape: ModelShape, device: str) -> dict[str, int]:
-    """What a step adds at its highest moment."""
+    """Bytes that a step adds at its peak."""
     activations = Activations(variant, workload, shape, device)
     kept, tokens = activations.sum_kept(), workload.batch_size * workload.sequence_length
     gradients = adapter_parameters(variant, shape) * _adapter_width(variant)
@@ -277,27 +277,27 @@ def _step(variant: Variant, workload: Workload, shape: ModelShape, device: str) 
 
 
 def mapped_from_tokens(variant: Variant, shape: ModelShape) -> int:
-    """Tokens of a step from which its activations are mapped separately on a CPU, so malloc keeps none of it.
+    """The least tokens of a step whose activations are mapped separately on a CPU, so that malloc keeps none of them.
 
-    At this length, and only there, an estimate falls with more tokens.
+    Only at this number does an estimate fall with more tokens.
     """
     return -(-MAPPED_FROM_BYTES // (shape.intermediate_size * width(variant.dtype)))
 
 
 def _foreach(variant: Variant, device: str) -> int:
-    """On a GPU torch's unfused AdamW works on all tensors at once, with a copy of them (torch.optim, "foreach")."""
+    """Copies of the gradients by torch's unfused AdamW, which updates all tensors at once on a GPU ("foreach")."""
     return 1 if device == "cuda" and variant.optimizer == "adamw" else 0
 
 
 def _dequantised(variant: Variant, shape: ModelShape) -> int:
-    """The largest layer in the type that it multiplies in, while it does."""
+    """Bytes of the largest layer in the type in which it multiplies."""
     largest = max(inputs * outputs for inputs, outputs in linear_widths(shape).values())
     return largest * width(variant.compute_dtype) if variant.is_4bit else 0
 
 
 def _request(variant: Variant, workload: Workload, shape: ModelShape, device: str) -> dict[str, int]:
-    """What a request adds, for each of its prompts: the context's keys and values, one block's work on the prompt, the
-    last token's logits; and the adapters, all of which are in memory meanwhile."""
+    """Bytes that a request adds for each of its prompts: keys and values of the context, temporaries of one block, the
+    logits of the last token; and the adapters, all of which are in memory."""
     size, prompts = 4 if variant.prepare_for_kbit else width(variant.dtype), workload.request_batch
     context = workload.prompt_tokens + workload.new_tokens
     kinds = {
@@ -308,7 +308,7 @@ def _request(variant: Variant, workload: Workload, shape: ModelShape, device: st
         "operator_scratch": _dequantised(variant, shape),
     }
     if device == "cpu":
-        # oneDNN packs a 16-bit weight anew in each product; the largest is the head.
+        # oneDNN packs a 16-bit weight in each product; the largest is the head.
         head = shape.vocab_size * shape.hidden_size * size if size == 2 else 0
         kinds |= {"operator_scratch": max(head, kinds["operator_scratch"]), "heap_slack": IDLE_HEAP_BYTES}
     return kinds

@@ -25,42 +25,42 @@ from lorameter.errors import LorameterError
 from lorameter.models.costs.flops import StepTokens, TrainingFlops
 
 PREFIX = "products_"
-"""Begins the names under which a record holds a count."""
+"""Prefix of the values in a record."""
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "top_k")
-"""What configurations call the number of experts that a position meets."""
+"""Keys of the number of experts for each position in configurations."""
 _HOLDERS = ("ModuleList", "ModuleDict")
-"""Modules that hold others and are never called."""
+"""Modules that contain others and are never called."""
 
 
 class UncountedError(LorameterError):
-    """A model whose modules do not say what a step of it multiplies."""
+    """The modules of a model do not show the products of a step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepProducts:
-    """Weights that each position of a step is multiplied with, in elements. An expert counts with the share of the
-    positions that meet it, so that these are no whole numbers."""
+    """Weights by which each position of a step is multiplied, in elements. An expert counts with the share of the
+    positions for which it is chosen, so these are no integers."""
 
     forward: float
-    """Of the base's linear layers without the output head, and of the adapter."""
+    """Those of the base's linear layers without the output head, and of the adapter."""
     head: float
     inputs: float
-    """Of all these, those for whose input a gradient is computed."""
+    """The part of them whose input has a gradient."""
     weights: float
-    """Of all these, those that train."""
+    """The part of them that trains."""
     plain: float
-    """Of the base's linear layers alone, without the output head."""
+    """Those of the base's linear layers alone, without the output head."""
     passes: float
-    """Products that are made once in each pass whatever its length, in pairs of factors: BA for DoRA's norm, and for
-    experts that are stored as one tensor, to which PEFT adds it."""
+    """Products that are computed once in each pass for any number of tokens, in pairs of factors: BA for DoRA's norm,
+    and for experts that are stored as one tensor, to which PEFT adds it."""
     attention: float
     """Heads times their width, summed over the layers that attend; the mean where scores and values differ in width."""
 
     def flops(self, tokens: StepTokens, *, checkpointing: bool = False, fused: bool = True) -> TrainingFlops:
         """FLOPs of one optimizer step.
 
-        `extra` holds all of a block's forward pass under `checkpointing`, its last product too, which torch leaves out,
-        and the scores that a `fused` backward of attention computes again.
+        `extra` has all of a block's forward pass under `checkpointing`, with its last product, which torch leaves out,
+        and the scores that a `fused` backward of attention recomputes.
         """
         twice, product = 2 * tokens.positions, 2 * tokens.pairs * self.attention
         model = twice * (self.forward + self.head + self.inputs + self.weights) + 2 * tokens.passes * self.passes
@@ -68,22 +68,22 @@ class StepProducts:
         return TrainingFlops(model=round(model + 6 * product), extra=round(again))
 
     def six_n(self, tokens: StepTokens) -> int:
-        """What training all weights would take, without attention; as of a family that is known."""
+        """FLOPs of training all weights, without attention, as for a known family."""
         return round(6 * (self.plain + self.head) * tokens.positions)
 
 
 def count_products(model: Any, seen: Mapping[str, bool | None] | None = None) -> StepProducts:
-    """What a step of this model multiplies with, as it stands: what trains, and the adapter that is active.
+    """The products of a step of this model with its current trainable parameters and active adapter.
 
     Args:
-        model: transformers', in PEFT's or not.
-        seen: the modules that a step has called, by their names in transformers' model, and whether a gradient is
-            wanted for what each takes; None where that did not show, which is then judged by the order of the modules,
-            as all are where no step was seen.
+        model: of transformers or PEFT.
+        seen: whether the input of each module that a step has called needs a gradient, by the names of transformers'
+            model; None where that is unknown and follows from the order of the modules, as for all modules where no
+            step was watched.
 
     Raises:
-        UncountedError: no linear layer is among its modules, or it does not say how many of its experts a position
-            meets, or how many heads attend.
+        UncountedError: no linear layer is among its modules, or the number of chosen experts or of attention heads is
+            unknown.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     found = dict.fromkeys(StepProducts.__slots__, 0.0)
@@ -91,28 +91,28 @@ def count_products(model: Any, seen: Mapping[str, bool | None] | None = None) ->
     adapters, stacked = _adapter_parts(base), _stacked_weights(base)
     below, known = False, dict(base.named_modules())
     for name, module in known.items():
-        if seen is not None and not _ran(name, known, seen):
+        if seen is not None and not _is_used(name, known, seen):
             continue
         elements = _elements(module) * _share(name, known, base) * adapters.get(id(module), True)
         trains = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
         adapter = id(module) in adapters
-        if elements and (trains or not adapter):  # an adapter that does not train is that of another trial
+        if elements and (trains or not adapter):  # an adapter that does not train belongs to another trial
             wanted = None if seen is None else seen.get(name)
             found["head" if module is head else "forward"] += elements
             found["plain"] += elements * (not adapter and module is not head)
             found["inputs"] += elements * (below if wanted is None else wanted)
             found["weights"] += elements * _trained(module, stacked)
         below = below or trains
-        found["passes"] += _once_a_pass(module)
+        found["passes"] += _products_a_pass(module)
         found["attention"] += _attention_width(name, module, known, base)
     if not found["plain"]:
         raise UncountedError("no linear layer is among the model's modules")
     return StepProducts(**found)
 
 
-def _ran(name: str, known: Mapping[str, Any], seen: Mapping[str, object]) -> bool:
-    """Whether a step went through a module: it was called, or what it is a part of, which may use its weights
-    otherwise. Experts are a part of what chooses among them, and attention takes place where any part of it was called.
+def _is_used(name: str, known: Mapping[str, Any], seen: Mapping[str, object]) -> bool:
+    """Whether a step has used a module: it was called, or the module that contains it, which may use its weights
+    directly. Experts are contained in the module that chooses among them; attention was used if any part of it was.
     """
     path = name.split(".")
     if "experts" in path:
@@ -127,24 +127,24 @@ def _ran(name: str, known: Mapping[str, Any], seen: Mapping[str, object]) -> boo
 
 
 def to_values(products: StepProducts) -> dict[str, float]:
-    """As a record holds them."""
+    """The products as values of a record."""
     return {f"{PREFIX}{name}": float(getattr(products, name)) for name in StepProducts.__slots__}
 
 
 def from_values(values: Mapping[str, float]) -> StepProducts | None:
-    """What `to_values` wrote; None where it did not."""
+    """The products in the values of a record; None if it has none."""
     names = {name: values.get(f"{PREFIX}{name}") for name in StepProducts.__slots__}
     held = {name: value for name, value in names.items() if value is not None}
     return StepProducts(**held) if len(held) == len(names) else None
 
 
 def _is_adapted(module: Any) -> bool:
-    """Whether it is PEFT's, around a layer of the base."""
+    """Whether a module is a layer of PEFT that wraps one of the base."""
     return hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names")
 
 
 def _adapter_parts(base: Any) -> dict[int, bool]:
-    """The layers that PEFT has added, by their identity, and whether positions go through them."""
+    """The modules that PEFT has added, by their identity, and whether positions pass through them."""
     found = dict[int, bool]()
     for layer in filter(_is_adapted, base.modules()):
         held: list[Any] = [getattr(layer, part, None) for part in layer.adapter_layer_names]
@@ -170,15 +170,15 @@ def _are_experts(module: Any) -> bool:
 
 
 def _unwrapped(module: Any) -> Any:
-    """The base's own layer inside of what PEFT has put around it, once or several times."""
+    """The base's own layer inside one or several layers of PEFT."""
     while _is_adapted(module):
         module = module.base_layer
     return module
 
 
 def _trained(module: Any, stacked: frozenset[int]) -> float:
-    """Share of a layer's weights of which a gradient is made: those that train, and those of experts to which PEFT adds
-    an update, whose gradient goes through theirs."""
+    """Share of a layer's weights whose gradient is computed: those that train, and those of experts to which PEFT adds
+    an update."""
     weight = getattr(module, "weight", None)
     if weight is not None:
         return float(weight.requires_grad)
@@ -195,7 +195,7 @@ def _stacked_weights(base: Any) -> frozenset[int]:
 
 
 def _share(name: str, known: Mapping[str, Any], base: Any) -> float:
-    """Share of the positions that meet a module: all, or those that choose the expert it belongs to."""
+    """Share of the positions that pass through a module: all, or those for which its expert is chosen."""
     path = name.split(".")
     if _are_experts(known[name]):
         experts = known[name]
@@ -207,21 +207,21 @@ def _share(name: str, known: Mapping[str, Any], base: Any) -> float:
     count = stacked[0] if stacked else sum(part.isdigit() for part in experts._modules)
     if not count:
         return 1.0
-    if (chosen := _said(base, _CHOSEN)) is None:
-        raise UncountedError(f"the configuration does not say how many of {count} experts a position meets")
+    if (chosen := _config_value(base, _CHOSEN)) is None:
+        raise UncountedError(f"the configuration does not say how many of {count} experts are chosen for a position")
     return float(min(chosen, count) / count)
 
 
-def _said(base: Any, names: tuple[str, ...]) -> int | None:
-    """What the configuration of the text model gives under one of these names."""
+def _config_value(base: Any, names: tuple[str, ...]) -> int | None:
+    """The integer under one of these keys in the configuration of the text model."""
     config: Any = getattr(base, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return next((value for name in names if type(value := getattr(text, name, None)) is int), None)
 
 
-def _once_a_pass(module: Any) -> float:
-    """Factors in the products BA that one of PEFT's layers makes whole, over its adapters that train. DoRA's norm has
-    no gradient; what is added to a weight has those of A and of B."""
+def _products_a_pass(module: Any) -> float:
+    """Factors in the products BA that one of PEFT's layers computes as a whole, over its adapters that train. DoRA's
+    norm has no gradient; an update that is added to a weight has those of A and of B."""
     if not _is_adapted(module):
         return 0.0
     found = 0.0
@@ -237,32 +237,32 @@ def _once_a_pass(module: Any) -> float:
 
 
 def _is_stacked(layer: Any) -> bool:
-    """Whether PEFT adapts a parameter of a module in place of the module, and adds BA to it in each pass."""
+    """Whether PEFT adapts a parameter of a module and not the module itself, and adds BA to it in each pass."""
     return hasattr(layer, "parameter_name")
 
 
 def _attention_width(name: str, module: Any, known: Mapping[str, Any], base: Any) -> float:
-    """Heads times width of a module that attends: one that is called so and holds linear layers itself."""
+    """Heads times width of an attention: a module of that name that contains linear layers."""
     called = type(module).__name__
-    if "Attention" not in called or "Linear" in called or not any(_holds(module)):
+    if "Attention" not in called or "Linear" in called or not any(_linear_children(module)):
         return 0.0
-    heads = _own(module, ("num_heads", "num_attention_heads", "n_head")) or _said(
+    heads = _attribute(module, ("num_heads", "num_attention_heads", "n_head")) or _config_value(
         base, ("num_attention_heads", "n_head", "n_heads")
     )
-    width = _own(module, ("head_dim", "attention_head_size"))
-    if heads is not None and width is None and (hidden := _said(base, ("hidden_size", "n_embd", "d_model"))):
+    width = _attribute(module, ("head_dim", "attention_head_size"))
+    if heads is not None and width is None and (hidden := _config_value(base, ("hidden_size", "n_embd", "d_model"))):
         width = hidden // heads
     if heads is None or width is None:
         raise UncountedError(f"{name} attends, and neither it nor the configuration says with how many heads")
-    scores, values = _own(module, ("qk_head_dim",)) or width, _own(module, ("v_head_dim",)) or width
+    scores, values = _attribute(module, ("qk_head_dim",)) or width, _attribute(module, ("v_head_dim",)) or width
     return heads * (scores + values) / 2
 
 
-def _own(module: Any, names: tuple[str, ...]) -> int | None:
+def _attribute(module: Any, names: tuple[str, ...]) -> int | None:
     return next((value for name in names if type(value := getattr(module, name, None)) is int), None)
 
 
-def _holds(module: Any) -> Iterator[bool]:
-    """Of each child whether it is a linear layer, PEFT's wrapping or not, or what a family calls so."""
+def _linear_children(module: Any) -> Iterator[bool]:
+    """For each child whether it is a linear layer, wrapped by PEFT or not, or has such a name."""
     for child in module.children():
         yield bool(_elements(_unwrapped(child))) or "Linear" in type(child).__name__

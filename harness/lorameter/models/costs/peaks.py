@@ -1,14 +1,13 @@
-"""How fast a device could be at best: the vendor's own figures, each with the document that states it.
+"""Peak rates of devices: the vendor's own figures, each with its document.
 
 A peak is dense: figures "with sparsity" are twice as high, and a LoRA step has no sparse product. Tensor cores
 accumulate in float32, as torch's products of half-precision numbers do, which on GeForce GPUs is half the rate that is
 advertised. All are at the boost clock of the datasheet, which a device under load may not hold, and a GeForce GPU may
 exceed. A device that is not listed by its exact name has no peak here; measure one (`lorameter.trial.profiling.trial`).
 
-The memory of each GPU is listed too. That is what its driver says and not what it is sold as: where ECC takes
-its share of GDDR6, as on an L4, a GPU that is sold with 24 GB shows 22.5 GiB. The driver keeps some of what it shows,
-and CUDA's context and libraries take some of the rest. The last two were measured on no GPU by this project, so they
-are assumptions, and are called so wherever they are counted.
+The memory of each GPU is listed as its driver shows it, and not as it is sold: where ECC uses a part of GDDR6, as on an
+L4, a GPU that is sold with 24 GB shows 22.5 GiB. The driver reserves a part of it, and CUDA's context and libraries
+another part. The last two were not measured by this project; they are called assumptions wherever they are counted.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from typing import Literal
 from lorameter.errors import UsageError, shorten
 
 Rate = Literal["float32", "tf32", "float16", "bfloat16", "memory"]
-"""What a peak is the rate of: products in a type, in FLOP/s, or memory traffic, in bytes/s."""
+"""Products in a type, in FLOP/s, or memory traffic, in bytes/s."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peak:
-    """The most that a device can do of one thing."""
+    """The peak rate of a device for one kind of work."""
 
     device: str
     rate: Rate
@@ -46,7 +45,7 @@ def _flops_per_s(per_s: float, rate: Rate) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DevicePeaks:
-    """What a vendor states of one device; a type that is not there does not run on tensor cores."""
+    """A vendor's figures for one device; types without tensor cores are missing."""
 
     names: tuple[str, ...]
     """As NVML gives them, without "NVIDIA" or "Tesla" in front."""
@@ -54,19 +53,19 @@ class DevicePeaks:
     gigabytes_per_s: float
     source: str
     sold_gb: int
-    """Memory by its name in the shops."""
+    """Memory in the product's name."""
     memory_mib: int
-    """All memory that NVML shows of it, what the driver keeps for itself included (`MEMORY_SOURCE`)."""
+    """All memory that NVML shows, with the driver's own part (`MEMORY_SOURCE`)."""
 
     @property
     def label(self) -> str:
-        """What people call it, with its memory: one of a form factor is called as the others are."""
+        """The common name with its memory, without the form factor."""
         words = self.names[0].removeprefix("GeForce ").replace("-", " ").split()
         return f"{' '.join(words[: 2 if words[0] == 'RTX' else 1])} {self.sold_gb}GB"
 
     @property
     def memory_bytes(self) -> int:
-        """All memory that NVML shows of it."""
+        """All memory that NVML shows."""
         return self.memory_mib * 2**20
 
 
@@ -153,7 +152,7 @@ DEVICES: tuple[DevicePeaks, ...] = (
         sold_gb=32, memory_mib=32768, source=_V100,
     ),
 )  # fmt: skip
-"""Checked against quotations of the documents named; where these print figures with sparsity, half of them."""
+"""Checked against quotations of these documents; half of the figures with sparsity."""
 
 
 def stated_peak(device_name: str, rate: Rate) -> Peak | None:
@@ -174,9 +173,9 @@ def stated_peak(device_name: str, rate: Rate) -> Peak | None:
 
 
 DRIVER_SHARE = 0.02
-"""Of what nvidia-smi shows, what no process can have. torch's messages of an out-of-memory call 23.52 to 23.68 GiB the
-total of an RTX 4090 (23.99 shown), 31.36 that of an RTX 5090 (31.84), 44.42 that of an L40S (44.99): 1.3 to 2.0 % less
-(issues of Soul-AILab/SoulX-FlashTalk, zai-org/CogVideo, TrajectoryCrafter/TrajectoryCrafter and stepfun-ai/
+"""Share of the memory that nvidia-smi shows which no process can allocate. Out-of-memory messages of torch state a
+total of 23.52 to 23.68 GiB for an RTX 4090 (23.99 shown), 31.36 for an RTX 5090 (31.84), 44.42 for an L40S (44.99): 1.3
+to 2.0 % less (issues of Soul-AILab/SoulX-FlashTalk, zai-org/CogVideo, TrajectoryCrafter/TrajectoryCrafter and stepfun-ai/
 Step-Video-T2V)."""
 DRIVER_SOURCE = "torch's messages of an out-of-memory show 1.3 to 2.0 % less than nvidia-smi"
 UNITS = {
@@ -192,7 +191,7 @@ class GpuSpec:
     """A GPU to estimate for."""
 
     name: str
-    """As it was asked for where it is a size, else as people call it."""
+    """The requested size, or the common name."""
     device_name: str
     """As NVML gives it; "" where only a size is known."""
     total_bytes: int
@@ -202,14 +201,14 @@ class GpuSpec:
 
     @property
     def usable_bytes(self) -> int:
-        """What processes can have of it: an assumption (`DRIVER_SHARE`)."""
+        """Bytes for processes: an assumption (`DRIVER_SHARE`)."""
         return int(self.total_bytes * (1 - DRIVER_SHARE))
 
 
 def find_card(text: str) -> GpuSpec:
-    """The GPU that `--gpu` asks for: a size with its unit, or a name of `lorameter.models.costs.peaks.DEVICES`.
+    """The GPU of `--gpu`: a size with its unit, or a name of `lorameter.models.costs.peaks.DEVICES`.
 
-    A name is found by its words: "H100", "RTX 4090", "4090", "A100 80GB", or whole, as nvidia-smi prints it. A relative
+    A name matches by its words: "H100", "RTX 4090", "4090", "A100 80GB", or whole, as nvidia-smi prints it. A relative
     of a listed GPU (an A10G, a laptop's RTX 4090) is another GPU.
 
     Raises:
@@ -242,11 +241,11 @@ def _list(devices: Iterable[DevicePeaks]) -> str:
 
 def _is_called(device: DevicePeaks, text: str) -> bool:
     """Whether all words of the text are among those of one of its names; its memory alone names no GPU."""
-    asked = _words(text)
+    words = _words(text)
     memory = {f"{device.sold_gb}{unit}" for unit in ("", "gb", "gib")}
-    if all(_MEMORY.fullmatch(word) for word in asked):
+    if all(_MEMORY.fullmatch(word) for word in words):
         return False
-    return any(asked <= _words(name) | memory for name in device.names)
+    return any(words <= _words(name) | memory for name in device.names)
 
 
 def _words(text: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""A base that is made once, kept in the form in which it is fastest to take, and mapped by every process of a run.
+"""Prepares the base of a run once, in a file that every process of the run maps.
 
 The cache holds the tensors of the model that `load_base` made: parameters, buffers, and the constants that
 bitsandbytes stores with each quantised weight. `take` builds the architecture without storage and puts these tensors
@@ -6,8 +6,8 @@ into it. On a CPU they are not copied: the file is mapped privately (safetensors
 and one that writes to a weight gets a copy of its own. A base from the cache is equal, to the bit, to one that was
 loaded; tests check it.
 
-4-bit weights are kept as they are stored. On CPUs with AVX512-BF16 bitsandbytes repacks them at the first evaluating
-forward, for each process anew; no forward has run when they are kept.
+4-bit weights are saved in their stored layout. On CPUs with AVX512-BF16 bitsandbytes repacks them at the first forward
+pass in eval mode, in each process anew; none has run when they are saved.
 
 The file is one of safetensors, written here because of its order: tensors of a multiple of 64 bytes come first, after a
 header of such a size, so that mapped weights are aligned as malloc aligns them. The library aligns to 8 bytes, and a
@@ -54,9 +54,9 @@ from lorameter.trial.building.quantising import (
 ALIGNMENT = 64
 """Bytes of a cache line, and of the widest register that reads weights."""
 LIBRARIES = ("transformers", "bitsandbytes")
-"""What affects the content of a base, in addition to torch."""
+"""Libraries that affect the content of a base, in addition to torch."""
 _MARK = "|"
-"""Between a weight's name and that of one of its constants; no module's name has it."""
+"""Separates a weight's name from that of one of its constants; no module's name contains it."""
 _TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -76,10 +76,10 @@ def base_of(request: TrialRequest) -> tuple[transformers.PreTrainedModel, bool]:
 
 
 def prepare(request: BaseRequest) -> BaseSummary:
-    """Makes the base of a request, or finds it.
+    """Make the base of a request unless it exists.
 
     Raises:
-        UsageError: the model cannot be had or loaded (`load_base`).
+        UsageError: the model cannot be loaded (`load_base`).
         OSError: the disk refuses.
     """
     begin = time.perf_counter()
@@ -155,7 +155,7 @@ def _write(model: Any, folder: Path, follows_from: Mapping[str, Any], load_s: fl
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """All that is stored of a model, by name; tied parameters once."""
+    """All tensors of a model by name; tied parameters once."""
     found: dict[str, torch.Tensor] = dict(model.named_buffers())
     for name, parameter in model.named_parameters():
         found[name] = parameter.data
@@ -164,7 +164,7 @@ def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _fill(model: Any, tensors: Mapping[str, torch.Tensor], frozen: frozenset[str], device: str) -> None:
-    """Lay tensors in a model that has none."""
+    """Assign tensors to a model without storage."""
     weights, constants = dict[str, torch.Tensor](), dict[str, dict[str, torch.Tensor]]()
     for name, tensor in tensors.items():
         owner, _, key = name.partition(_MARK)
@@ -210,7 +210,7 @@ def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> tuple[str
 
 
 def _follows_from(source: ModelSource, request: BaseRequest) -> dict[str, Any]:
-    """All that the content of a base follows from: where it differs, the base may."""
+    """Everything that determines the content of a base."""
     variant, cuda = request.variant, request.device.startswith("cuda")
     return {
         "code": _digest(Path(str(one)).read_bytes() for one in (base_model.__file__, quantising.__file__, __file__)),
@@ -227,8 +227,8 @@ def _follows_from(source: ModelSource, request: BaseRequest) -> dict[str, Any]:
 
 
 def _identity(source: ModelSource) -> Any:
-    """What a source's weights follow from, or of a random one its shape. Of files their state as the disk knows it,
-    which no change leaves as it was: reading 14 GB to hash them would take as long as to load them."""
+    """Identifies the weights of a source, or the shape of a random one. Files are identified by their state on disk,
+    which every change alters: hashing 14 GB would take as long as loading them."""
     if source.kind == "gguf":
         return [_stamp(Path(source.location))]
     if source.random:
@@ -237,7 +237,7 @@ def _identity(source: ModelSource) -> Any:
         return [_stamp(path) for path in sorted(Path(source.location).iterdir()) if path.is_file()]
     config = transformers.AutoConfig.from_pretrained(source.location, local_files_only=not catalogue.hub_has(source))
     if config._commit_hash is None:
-        why = "the cache of the hub does not say which revision of it is there"
+        why = "its revision in the cache of the hub is unknown"
         raise impossible("models", "model", source.label, why, "Nothing to do: each process loads it itself.")
     return [source.location, config._commit_hash]
 
@@ -248,7 +248,7 @@ def _stamp(path: Path) -> list[Any]:
 
 
 def _installed(name: str) -> str:
-    """A library's code, which may differ between sides of an A/B under the same version."""
+    """Identifies a library's code, which may differ between the sides of an A/B under the same version."""
     folder = Path(str(importlib.import_module(name).__file__)).parent
     files = sorted(path for ending in ("py", "so") for path in folder.rglob(f"*.{ending}"))
     states = [(str(path.relative_to(folder)), path.stat()) for path in files]

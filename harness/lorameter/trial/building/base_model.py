@@ -1,13 +1,13 @@
-"""Base models, quantised as the variant says, from files or with random weights of the exact architecture.
+"""Loads base models, quantised as the variant says, from files or with random weights of the exact architecture.
 
-Random weights are made one module at a time and quantised at once, so that a 7B model in NF4 never needs the
-13.5 GB of its 16-bit form: the peak is what is kept plus one layer. The architecture's own `_init_weights` draws
-every module from a seed of its own (run seed and module name), in float32 and then cast. So the weights depend on
-the seed and the name alone: two builds are bit-equal, a variant in NF4 quantises the very weights that its
-unquantised twin holds, and float32 and bfloat16 differ by rounding only. CPU and CUDA draw different numbers.
+Random weights are initialised and quantised one module at a time, so that a 7B model in NF4 never needs the 13.5 GB of
+its 16-bit form: the peak is the quantised model plus one layer. The architecture's own `_init_weights` initialises each
+module from a seed of its own (run seed and module name), in float32, and the result is cast. So the weights depend on
+the seed and the name alone: two builds are bit-equal, a variant in NF4 quantises the weights of its unquantised twin,
+and float32 and bfloat16 differ by rounding only. CPU and CUDA draw different numbers.
 
-A random model carries every mark that `from_pretrained` leaves on a quantised one, because PEFT and transformers
-choose their code by these marks.
+A random model has every attribute that `from_pretrained` sets on a quantised one, because PEFT and transformers choose
+their code by these attributes.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from lorameter.trial.data.tokens import gguf_tokenizer
 
 
 def load_base(source: ModelSource, variant: Variant, *, device: str, seed: int) -> transformers.PreTrainedModel:
-    """The frozen-to-be base model on `device`, in eval mode as `from_pretrained` leaves it, without an adapter.
+    """The base model on `device`, in eval mode as `from_pretrained` returns it, without an adapter.
 
     Args:
         source: from `catalogue.resolve`.
         variant: read for dtype, quantization, double_quant, compute_dtype and attention.
         device: as torch names it ("cpu", "cuda", "cuda:1").
-        seed: of random weights; not read otherwise. The global random state is left as it was.
+        seed: of random weights; otherwise unused. The global random state is not changed.
 
     Raises:
-        UsageError: the files cannot be had or loaded, lack weights, or hold a checkpoint that is quantised already.
+        UsageError: the files cannot be loaded, lack weights, or hold a checkpoint that is quantised already.
     """
     if source.random:
         return _random_model(source, variant, device, seed)
@@ -65,20 +65,20 @@ def empty_model(source: ModelSource, variant: Variant) -> transformers.PreTraine
     """The architecture on the meta device, unquantised: every shape and type of the base, and no storage.
 
     Raises:
-        UsageError: its configuration cannot be had, or transformers makes no model of it.
+        UsageError: its configuration cannot be loaded, or transformers builds no model from it.
     """
     try:
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(architecture(source), dtype=dtype_of(variant.dtype))
     except LorameterError:
         raise
-    except Exception as error:  # which exception depends on the value that its class could not take
+    except Exception as error:  # the exception depends on the value that its class does not accept
         why = f"transformers makes no model of its configuration ({said_by(error)})"
         raise impossible("models", "model", source.label, why, "Mend its config.json, or name another model.") from None
 
 
 def skeleton(config: transformers.PretrainedConfig, variant: Variant) -> transformers.PreTrainedModel:
-    """The architecture, unquantised, with its parameters on the meta device and its buffers as they are made."""
+    """The unquantised architecture, with its parameters on the meta device and real buffers."""
     with accelerate.init_empty_weights(include_buffers=False):
         return transformers.AutoModelForCausalLM.from_config(
             config, dtype=dtype_of(variant.dtype), attn_implementation=variant.attention
@@ -88,8 +88,8 @@ def skeleton(config: transformers.PretrainedConfig, variant: Variant) -> transfo
 def convert_gguf(gguf_path: Path, out_dir: Path) -> None:
     """Dequantise a GGUF file into a bfloat16 safetensors directory with its tokenizer.
 
-    bfloat16 because that is what the original checkpoints are published in: loading then costs what it costs with
-    them, and the rounding (2^-9) is far below that of the 4-bit source.
+    The original checkpoints are published in bfloat16, so that loading costs the same; its rounding (2^-9) is far below
+    that of the 4-bit source.
     """
     model = _from_gguf(str(gguf_path), "sdpa", torch.bfloat16)
     model.save_pretrained(out_dir)
@@ -118,7 +118,7 @@ def _from_files(source: ModelSource, variant: Variant, device: str) -> transform
 
 
 def _load_whole(label: str, location: str | Path, **options: Any) -> transformers.PreTrainedModel:
-    """A model of files. Raises `UsageError` where they lack a weight, which transformers draws at random instead."""
+    """A model from files. Raises `UsageError` for a missing weight, which transformers would initialise at random."""
     model, found = transformers.AutoModelForCausalLM.from_pretrained(location, output_loading_info=True, **options)
     if lacking := sorted(found["missing_keys"]):
         why = f"its files lack {len(lacking)} of its weights, {shorten(lacking[0], 60)} among them"
@@ -129,10 +129,10 @@ def _load_whole(label: str, location: str | Path, **options: Any) -> transformer
 
 @contextmanager
 def _refusals(label: str, hub: ModelSource | None = None) -> Iterator[None]:
-    """Meanwhile whatever the libraries raise over files is a `UsageError`, but for memory that has run out."""
+    """Turns exceptions of the libraries into a `UsageError`, except out of memory."""
     try:
         yield
-    except Exception as error:  # which exception depends on what is wrong with its files
+    except Exception as error:  # the exception depends on the fault of the files
         if isinstance(error, LorameterError) or is_out_of_memory(error):
             raise
         if hub is not None and isinstance(error, OSError):
@@ -145,10 +145,10 @@ _REMEDY = "Save the model again."
 
 
 def _from_gguf(location: str, attention: str, dtype: torch.dtype) -> transformers.PreTrainedModel:
-    """A plain model on the CPU, without the marks of a quantised one that the GGUF loader leaves."""
+    """A plain model on the CPU, without the attributes of a quantised one that the GGUF loader sets."""
     path = Path(location)
     options: dict[str, Any] = {}
-    if hasattr(transformers, "GgufConfig"):  # else packed blocks run in kernels of their own where those are installed
+    if hasattr(transformers, "GgufConfig"):  # else packed blocks run in special kernels where those are installed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _refusals(location):
         model = _load_whole(
@@ -165,7 +165,9 @@ def _random_model(source: ModelSource, variant: Variant, device: str, seed: int)
     quantization = bnb_config(variant)
     packed = set(quantised_names(model)) if quantization is not None else set()
     with torch.no_grad(), torch.random.fork_rng(devices=[torch.device(device)] if device.startswith("cuda") else []):
-        for name in [name for name, _ in model.named_modules()]:  # by name: a held module would hold its weights
+        for name in [
+            name for name, _ in model.named_modules()
+        ]:  # by name: a reference to a module would keep its weights
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]) >> 1)
             module = model.get_submodule(name)
             _materialise(model, name, module, device)
@@ -191,7 +193,7 @@ def architecture(source: ModelSource) -> transformers.PretrainedConfig:
 def _materialise(model: transformers.PreTrainedModel, name: str, module: nn.Module, device: str) -> None:
     """Give the module's own parameters storage on `device` and random values; buffers are only moved.
 
-    A tied parameter stays on meta, for `tie_weights` to replace. NaN marks what the architecture leaves undrawn.
+    A tied parameter stays on meta, for `tie_weights` to replace. NaN marks what the architecture does not initialise.
     """
     tied = model.all_tied_weights_keys
     own = {

@@ -1,7 +1,7 @@
-"""From a variant to something that can take a step: model with adapter, optimizer, schedule.
+"""Builds the trainable model of a variant: base with adapter, optimizer, schedule.
 
-Everything is PEFT's, bitsandbytes' and torch's own; this module only translates names. Seeding happens here and
-nowhere else: before the adapter is attached (its A matrices are random) and before the first step (dropout).
+Everything is PEFT's, bitsandbytes' and torch's own; this module translates names. Seeds are set here alone: before the
+adapter is attached (its A matrices are random) and before the first step (dropout).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from lorameter.trial.data.stream import Batch, TokenStream
 
 @dataclass(frozen=True, slots=True)
 class TrainableModel:
-    """What trains: the PEFT model, what is called in its place (compiled or not), optimizer and schedule."""
+    """The PEFT model, the callable that runs its forward pass (compiled or distributed), optimizer and schedule."""
 
     model: Any
     forward: Any
@@ -50,18 +50,18 @@ class TrainableModel:
     adapter: str
     """Name of the adapter that trains; the model may hold others, of other trials."""
     after_update: Callable[[int], None] | None = None
-    """What the method does after each update, given the number of the step from 1."""
+    """Called after each update with the number of the step, from 1; None where the method needs nothing."""
 
     @property
     def parameters(self) -> tuple[torch.nn.Parameter, ...]:
-        """What trains while this trainee's adapter is active."""
+        """The parameters that train while this trial's adapter is active."""
         return tuple(p for p in self.model.parameters() if p.requires_grad)
 
 
 DATA_BATCHES = 8
-"""Batches that an initialisation looks at which looks at data."""
-_APART = 1_000_003
-"""Between the seeds of two ranks: no replicate has so many."""
+"""Batches of an initialisation that depends on data."""
+_SEED_STRIDE = 1_000_003
+"""Distance between the seeds of two ranks; more than the replicates of any run."""
 
 
 def seed_everything(seed: int) -> None:
@@ -79,14 +79,14 @@ def build(
     distribute: Callable[[Any], Any] | None = None,
     rank: int = 0,
 ) -> TrainableModel:
-    """Take the base if this process has none yet, attach the adapter, make the optimizer.
+    """Load the base if this process has none yet, attach the adapter, make the optimizer.
 
     Args:
         request: variant, workload, device and seed.
         steps: optimizer steps that the schedule must span.
-        shared: the base of this process, and the trials that are on it already.
-        distribute: has the model train together with those of other ranks; returns what is called in its place.
-        rank: of this process among those, each of which draws its own dropout.
+        shared: the base of this process, which may have adapters of other trials.
+        distribute: wraps the model for training on several ranks; returns the callable of its forward pass.
+        rank: of this process; each rank draws its own dropout.
     """
     variant = request.variant
     set_precision(variant)
@@ -120,12 +120,12 @@ def build(
     if variant.compile:
         _own_caches(Path(request.scratch))
         forward = torch.compile(model)
-    seed_everything(request.seed + 1 + rank * _APART)
+    seed_everything(request.seed + 1 + rank * _SEED_STRIDE)
     return TrainableModel(model, forward, optimizer, schedule, adapter, updater(model))
 
 
 def _batches(request: TrialRequest) -> list[Batch]:
-    """Inputs for an initialisation that looks at data: those of the first steps; none where it looks at none."""
+    """The inputs of the first steps, for an initialisation that depends on data; else none."""
     if not reads_data(request.variant):
         return []
     stream = TokenStream(Path(request.tokens_path), request.workload, request.variant, request.device)
@@ -139,7 +139,7 @@ def set_precision(variant: Variant) -> None:
 
 
 def _own_caches(scratch: Path) -> None:
-    """Empty compile caches for this trial: a cache that an earlier trial warmed would make this one look faster."""
+    """Give this trial compile caches of its own: one that an earlier trial filled would make this one look faster."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(scratch / "triton")
 
@@ -151,12 +151,11 @@ T = TypeVar("T")
 
 
 class SharedBase:
-    """The base of one process; loaded by the first trial that is built, and once only. Several trials have their
-    adapters on it, each as if it were alone.
+    """The base of one process, loaded by the first trial that is built. Several trials have their adapters on it.
 
-    The base is frozen, so trials can share it: each brings its own adapter, optimizer and stream of random numbers, and
-    is switched on for its turn only. To be bit-equal to a trial alone, an adapter is attached under its own seed, and
-    the random numbers of a trial go on where its last turn left them. The switch is outside every timed window.
+    The base is frozen, so trials can share it: each has its own adapter, optimizer and random state, and is active
+    during its turns only. To be bit-equal to an isolated trial, an adapter is attached under its own seed, and the
+    random state of a trial is restored at its next turn. Adapters are switched outside every timed window.
 
     Not for adapters that change the base (see `lorameter.run.interleaving`): the digest of the base must be the same at
     the end.
@@ -168,7 +167,7 @@ class SharedBase:
         self.loads = 0
         """How often a base was loaded in this process."""
         self.conversions = 0
-        """How often it was made of its source for that: read, converted, quantised."""
+        """How often it was loaded from its source for that: read, converted, quantised."""
         self._adapters = 0
         self._digest = ""
         self._found: dict[str, Any] = {}
@@ -179,23 +178,23 @@ class SharedBase:
         return f"adapter{self._adapters - 1}" if self._adapters > 1 else "default"
 
     def once(self, name: str, find: Callable[[], T]) -> T:
-        """What `find` returns for the first trial that asks: a property of the base, the same for all on it."""
+        """The result of `find` for the first trial that calls this: a property of the base, which all trials share."""
         if name not in self._found:
             self._found[name] = find()
         return cast(T, self._found[name])
 
     def remember(self) -> None:
-        """Take the digest of the base, which must not change from here on; only the first call counts."""
+        """Compute the digest of the base, which must not change from now on; only the first call has an effect."""
         self._digest = self._digest or base_digest(self.model)
 
     def unchanged(self) -> bool:
-        """Whether the base is what it was when it was remembered; found out once, when all trials have ended."""
+        """Whether the base is as it was at `remember`; computed once, when all trials have ended."""
         return self.once("unchanged", lambda: self._digest == base_digest(self.model))
 
 
 def base_digest(model: Any) -> str:
-    """A fingerprint of every parameter that no adapter owns, byte by byte; 4-bit weights must be in their stored
-    layout. What lies on a GPU is read there."""
+    """A fingerprint of all bytes of every parameter that no adapter owns; 4-bit weights must be in their stored layout.
+    Parameters on a GPU are read there."""
     own, take = peft_methods.own_parameters(model), Fingerprinter()
     return " ".join(take(parameter.data) for name, parameter in model.named_parameters() if name not in own)
 
@@ -208,12 +207,12 @@ WIDTH = 64
 
 
 def inject_work(model: torch.nn.Module, rows: int) -> None:
-    """Add a product of (rows, 64) and (64, 64), on the model's device, to every adapted layer's forward: a slow-down of
-    known cause, to see what a protocol can see.
+    """Add a product of (rows, 64) and (64, 64), on the model's device, to every adapted layer's forward pass: a
+    slow-down of known cause, which a protocol should detect.
 
-    The result of the float32 product is thrown away, so losses stay what they were. It takes the path that a real
-    regression takes (one more kernel in a layer's forward), which a `sleep` would not. The factors are narrow: one as
-    wide as the layer would have to be read from memory each time, and a small slow-down could not be injected.
+    The result of the float32 product is discarded, so losses do not change. As in a real regression a layer's forward
+    pass has one more kernel, which a `sleep` would not show. The factors are narrow: one as wide as the layer would be
+    read from memory each time, and a small slow-down could not be injected.
     """
     device = next(model.parameters()).device
     factors = torch.ones(rows, WIDTH, device=device), torch.ones(WIDTH, WIDTH, device=device)
@@ -239,17 +238,16 @@ _OPTIMIZER = {
 
 
 LIGER_KINDS = "rms_norm+mlp+loss"
-"""What Liger swaps in every architecture that it knows; the rotary embedding it leaves to some."""
+"""Modules that Liger replaces in every supported architecture; the rotary embedding is replaced in some."""
 
 
 def attention_of(variant: Variant, own: Mapping[str, Any]) -> Any:
-    """What a variant requires of its attention; `own` are the requirements of the study."""
+    """The attention backend that a variant requires; `own` are the requirements of the study."""
     return own.get("attention.backend", _BACKEND[variant.attention])
 
 
 def _optimizer_class(name: str) -> str:
-    """The class of an optimizer of torch or bitsandbytes by the name that a variant has for it; "" of one of PEFT's,
-    which makes one of another class."""
+    """The class of a variant's optimizer of torch or bitsandbytes; "" for one of PEFT's, whose class is another."""
     if name.startswith("bitsandbytes."):
         return name.replace("bitsandbytes.", "bitsandbytes.optim.", 1)
     return _OPTIMIZER.get(name) or (f"torch.optim.{name}" if name[:1].isupper() else "")
@@ -262,10 +260,10 @@ def requirements_of(
     study can add more.
 
     Args:
-        variant: the claim.
+        variant: as it is described in the study.
         trained_shapes: elements of each trained tensor; decides which share of paged state bitsandbytes would page.
         packed: whether the workload packs records, which must then be isolated.
-        on_linear: whether linear layers carry the adapter, whose storage is then looked at; else that of all of the
+        on_linear: whether linear layers have the adapter, whose storage is then checked; else that of the whole
             base.
     """
     bits = {"none": 32 if variant.dtype == "float32" else 16, "int8": 8}.get(variant.quantization, 4)

@@ -1,7 +1,7 @@
-"""Linear layers in bitsandbytes' forms, as transformers puts them into a model and with every mark that it leaves.
+"""Replaces linear layers by those of bitsandbytes, as transformers does and with every attribute that it sets.
 
-A layer is made in two ways: of weights, which are quantised, or of what quantising has left (`empty_layer`), for a base
-that was quantised before.
+A layer is made from weights, which are quantised, or without storage (`empty_layer`) for weights that were quantised
+before.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lorameter.studies.variant import Variant
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """torch's type of a variant's word for it."""
+    """torch's type by its name in a variant."""
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
@@ -127,7 +127,7 @@ def constants_of(weight: Any) -> dict[str, torch.Tensor]:
 
 
 def fill_layer(layer: Any, weight: torch.Tensor, constants: dict[str, torch.Tensor]) -> None:
-    """Give an `empty_layer` a weight that was quantised before, with its constants; both are taken as they lie."""
+    """Give an `empty_layer` a weight that was quantised before, with its constants; neither is copied."""
     if isinstance(layer, bnb.nn.Linear4bit):
         layer.weight = bnb.nn.Params4bit.from_prequantized(
             weight, constants, requires_grad=False, device=weight.device, module=layer
@@ -139,7 +139,7 @@ def fill_layer(layer: Any, weight: torch.Tensor, constants: dict[str, torch.Tens
 
 
 def mark_quantised(model: transformers.PreTrainedModel, config: transformers.BitsAndBytesConfig) -> None:
-    """Leave the marks of `from_pretrained`: PEFT chooses its wrappers, and `save_pretrained` its format, by them."""
+    """Set the attributes of `from_pretrained`, by which PEFT chooses its layers and `save_pretrained` its format."""
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
     quantizer.modules_to_not_convert = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     model.is_quantized = True
@@ -183,9 +183,10 @@ def unpack_4bit(model: Any) -> None:
 
 @contextlib.contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation between training steps: every module in eval mode, no gradient, no repacking, all as it was after.
+    """Evaluate between training steps: every module in eval mode, without gradients and without repacking. Modes are
+    restored afterwards.
 
-    Every Dropout must be off, or a dropout sweep's losses are biased.
+    Every dropout must be off, or the losses of a sweep over dropout are biased.
     """
     modes = Modes(model)
     model.eval()

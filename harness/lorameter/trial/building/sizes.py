@@ -1,9 +1,8 @@
-"""What a variant adds to a base, counted and not measured: parameters, adapter, gradients, optimizer state.
+"""Counts what a variant adds to a base: parameters and the bytes of adapter, gradients and optimizer state.
 
-None of it depends on a weight's value, so the adapter is attached, by PEFT and as a trial attaches it, to a base
-without storage (torch's meta device): every shape and type is the real one, of a model of any size on any machine, and
-of any type that PEFT can adapt. Bytes are those that `lorameter.trial.memory.resident_bytes` finds after a
-step; what an allocator or a pager rounds up is not in them.
+They do not depend on the values of weights, so PEFT attaches the adapter to a base on torch's meta device: shapes and
+types are the real ones, for a model of any size on any machine, and of any type that PEFT can adapt. Bytes are those of
+`lorameter.trial.memory.resident_bytes` after a step, without the rounding of an allocator or a pager.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """What one variant trains, and what that takes."""
+    """Parameters that one variant trains, and their bytes."""
 
     variant: str
     trainable_parameters: int
@@ -38,7 +37,7 @@ class Sizes:
     base_parameters: int
     """Of the model without the adapter, tied ones once, quantised ones as if they were not."""
     adapter_bytes: int
-    """Everything that trains, in the type that it trains in."""
+    """All parameters that train, in their own types."""
     gradient_bytes: int
     optimizer_state_bytes: int
     saved_bytes: int
@@ -51,11 +50,11 @@ class Sizes:
 
 
 def sizes_of_study(study: Study) -> tuple[Sizes, ...]:
-    """Each variant of a study on its model's true shape; the weights are neither needed nor looked for.
+    """The sizes of each variant of a study on its model's true shape; the weights are not needed.
 
     Raises:
-        UsageError: no such model, its configuration cannot be had, PEFT finds nothing to adapt in it, or biases of a
-            quantised base would train.
+        UsageError: an unknown model, a configuration that cannot be loaded, no layer that PEFT adapts, or biases of a
+            quantised base that would train.
     """
     model = study.workload.model.removeprefix(catalogue.RANDOM_PREFIX)
     source = catalogue.resolve(f"{catalogue.RANDOM_PREFIX}{model}")
@@ -63,7 +62,7 @@ def sizes_of_study(study: Study) -> tuple[Sizes, ...]:
 
 
 def sizes_of(variant: Variant, source: ModelSource) -> Sizes:
-    """One variant on a model's true shape. Raises as `sizes_of_study` does."""
+    """The sizes of one variant on a model's true shape. Raises as `sizes_of_study` does."""
     if variant.optimizer not in (*ADAMW, *PAGED) or variant.optimizer_args:
         why = "no formula is known for the size of its state"
         raise impossible(f"sizes: variant {variant.name!r}", "optimizer", variant.optimizer, why, "Measure it.")
@@ -77,7 +76,7 @@ def sizes_of(variant: Variant, source: ModelSource) -> Sizes:
             "bitsandbytes casts a bias to the type of its input in the first step, so its bytes are not known before",
             'Use bias = "none", or quantization = "none".',
         )  # fmt: skip
-    # What PEFT saves of an adapter that rewrote the base holds the initial adapter too: twice the rank.
+    # PEFT saves the initial adapter with one that rewrote the base: twice the rank.
     saved = model
     if isinstance(variant, LoraVariant) and variant.rewrites_base:
         saved = _attached(dataclasses.replace(variant, r=2 * variant.r), source)
@@ -96,8 +95,7 @@ def sizes_of(variant: Variant, source: ModelSource) -> Sizes:
 
 
 def _attached(variant: Variant, source: ModelSource) -> Any:
-    """The PEFT model of a variant without storage, less what changes no size: an initialisation's values, how the base
-    is kept while it trains."""
+    """The PEFT model of a variant without storage, and without the options that change no size."""
     plain = dataclasses.replace(variant, prepare_for_kbit=False, gradient_checkpointing=False)
     if isinstance(plain, LoraVariant):
         plain = dataclasses.replace(plain, init_lora_weights="default")
@@ -105,7 +103,7 @@ def _attached(variant: Variant, source: ModelSource) -> Any:
         base = empty_model(source, variant)
         try:
             return peft_methods.attach(base, plain)
-        except ValueError as error:  # PEFT's own word for layers that it does not find, or cannot adapt like this
+        except ValueError as error:  # PEFT does not find the layers, or cannot adapt them
             raise impossible(
                 f"sizes: variant {variant.name!r}", "target_modules", variant.setting("target_modules"),
                 f"PEFT cannot adapt {source.label} ({error})", "Name other layers, or another model.",

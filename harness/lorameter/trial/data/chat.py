@@ -38,7 +38,7 @@ _REPAIR = "Correct it, or take the record out."
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """A record of messages with `role` and `content`, and its file and row for error messages."""
+    """A record of messages with `role` and `content`; `place` is its file and row for error messages."""
 
     place: str
     messages: tuple[Message, ...]
@@ -51,8 +51,8 @@ def read_conversation(value: Any, place: str, column: str) -> Conversation:
         UsageError: the cell has another type, a text or the answer is missing, or a part is no text.
     """
     if not isinstance(value, list) or not value:
-        said = "null" if value is None else shorten(repr(value), 60)
-        raise UsageError(f"{place}: {column} = {said}: a list of messages is expected. {_REPAIR}")
+        shown = "null" if value is None else shorten(repr(value), 60)
+        raise UsageError(f"{place}: {column} = {shown}: a list of messages is expected. {_REPAIR}")
     messages = tuple(_read_message(one, f"{place}: {column}, message {number}") for number, one in enumerate(value, 1))
     if not _answers(messages):
         raise UsageError(f"{place}: {column}: no message is the assistant's, so there is no answer. {_REPAIR}")
@@ -67,8 +67,8 @@ def _read_message(value: Any, place: str) -> Message:
             raise UsageError(f"{place}: {key}: tool calls are not supported. Take the record out.")
     keys = next((keys for keys in _KEYS if keys[0] in present), None)
     if keys is None:
-        said = shorten(repr(value), 60)
-        raise UsageError(f"{place} = {said}: role and content, or from and value, are expected. {_REPAIR}")
+        shown = shorten(repr(value), 60)
+        raise UsageError(f"{place} = {shown}: role and content, or from and value, are expected. {_REPAIR}")
     speaker = present[keys[0]]
     role = _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
     if role not in ROLES:
@@ -81,8 +81,8 @@ def check_text(value: Any, place: str) -> str:
     """The value, if it is a text that UTF-8 can encode (no lone surrogates). Raises `UsageError` otherwise."""
     if isinstance(value, str) and (value.isascii() or not _HALF.search(value)):
         return value
-    said = "null" if value is None else shorten(repr(value), 60)
-    raise UsageError(f"{place} = {said}: a text is expected. {_REPAIR}")
+    shown = "null" if value is None else shorten(repr(value), 60)
+    raise UsageError(f"{place} = {shown}: a text is expected. {_REPAIR}")
 
 
 def _answers(messages: Sequence[Message]) -> list[int]:
@@ -99,7 +99,7 @@ _PLACEHOLDER = "\ue000answer\ue000"
 _CODES = ("%a", "%A", "%d", "%-d", "%e", "%b", "%B", "%m", "%-m", "%y", "%Y", "%H", "%I", "%M", "%S", "%p", "%j", "%Z")
 _DAY = datetime.datetime(2026, 1, 1)
 _CLOCK = "strftime_now"
-"""The function from which templates take the date; an argument cannot replace it, but a macro can."""
+"""The function by which templates read the date; an argument cannot replace it, but a macro can."""
 _FIXED_CLOCK = (
     f"{{% macro {_CLOCK}(format) %}}{{{{ format"
     + "".join(f" | replace({code!r}, {_DAY.strftime(code)!r})" for code in _CODES)
@@ -108,7 +108,7 @@ _FIXED_CLOCK = (
 
 
 class ChatTemplate:
-    """The template of one tokenizer. Raises `UsageError` where it has none, and where it does not take a record."""
+    """The template of one tokenizer. Raises `UsageError` where it has none, and where it does not accept a record."""
 
     def __init__(self, tokenizer: Any, model: str) -> None:
         self._tokenizer = tokenizer
@@ -173,8 +173,8 @@ class ChatTemplate:
         marked = (*before, message | {"content": _PLACEHOLDER})
         head, _, tail = self._render(conversation, marked, tokenize=False).partition(_PLACEHOLDER)
         turn = self._render(conversation, (*before, message), tokenize=False)
-        said = message["content"]
-        content = next((one for one in (said, said.strip()) if turn == head + one + tail), None)
+        text_of_message = message["content"]
+        content = next((one for one in (text_of_message, text_of_message.strip()) if turn == head + one + tail), None)
         if content is None or not text.startswith(turn):
             raise self._refuse(
                 conversation,
@@ -186,7 +186,7 @@ class ChatTemplate:
     def _render(self, conversation: Conversation, messages: Sequence[Message], **options: Any) -> Any:
         try:
             return self._tokenizer.apply_chat_template(list(messages), chat_template=self._template, **options)
-        except Exception as error:  # a template is a program of the model's author
+        except Exception as error:  # a template is a program and can raise anything
             reason = shorten(str(error).strip() or type(error).__name__, 200)
             why = f"does not accept it: {reason}. Correct the record, or take it out."
             raise self._refuse(conversation, why) from None
@@ -225,7 +225,7 @@ def has_chat_template(source: ModelSource) -> bool | None:
     """
     if source.tokenizer == "byte":
         return True
-    if source.random:  # whatever cannot be had, bytes stand in for
+    if source.random:  # where its tokenizer cannot be loaded, bytes replace it
         return None
     if source.kind == "gguf":
         return _GGUF_KEY in shapes.gguf_of(Path(source.location)).values
@@ -242,10 +242,10 @@ def has_chat_template(source: ModelSource) -> bool | None:
 
 
 def no_chat_template(model: str) -> UsageError:
-    """The one message for conversations that a model has no template for."""
+    """The error for conversations and a model without a chat template."""
     return UsageError(
         f"model {model!r}: its tokenizer has no chat template, and the data is conversations. Use a model made for "
         "them (often called Instruct or Chat), put its chat_template.jinja next to the tokenizer, or use data of "
-        "prompt "
-        "and completion."
+        "prompt and "
+        "completion."
     )

@@ -1,8 +1,8 @@
-"""Records of a workload: data files and data sets are read, their columns recognised, and every record checked.
+"""Reads the records of a workload from data files and data sets, recognises their columns, and checks every record.
 
-JSON and CSV are read by the standard library. `datasets` guesses types: it makes a date of the answer "2024-01-01", a
-number of "3" and nothing of "null", and names no line. Parquet is read by pyarrow, folders of `save_to_disk` and data
-sets of the hub by `datasets`.
+JSON and CSV are read by the standard library: `datasets` guesses types (it makes a date of the answer "2024-01-01", a
+number of "3" and None of "null") and does not report lines. Parquet is read by pyarrow, folders of `save_to_disk` and
+data sets of the hub by `datasets`.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ Record = dict[str, str]
 AnyRecord = Record | Conversation
 
 PREVIEW_CHARACTERS = 32 << 20
-"""Characters of records that are checked before anything is started; more would take seconds."""
+"""Characters of records that are checked before a run; more would take seconds."""
 MOST_CHARACTERS = 4 << 30
-"""Characters of all records together, which are held in memory to be shuffled."""
+"""Characters of all records, which are shuffled in memory."""
 CELL_CHARACTERS = 1 << 30
 """Characters of one cell of a CSV file."""
 BATCH_ROWS = 256
 
 OPTIONAL = "context"
-"""The part that a record can lack."""
+"""The optional part of a record."""
 _KNOWN: tuple[dict[str, str], ...] = (
     {"instruction": "instruction", "context": "context", "response": "response"},
     {"instruction": "instruction", "context": "input", "response": "output"},
@@ -51,7 +51,7 @@ _MAP_THEM = 'Map them in the study: [workload] columns = { instruction = "questi
 _REPAIR = "Correct it, or take the record out."
 
 PlacedRow = tuple[str, Any]
-"""File and row, in words, and the row."""
+"""The file and number of a row, as text, and the row."""
 
 
 def read_records(workload: Workload) -> tuple[Iterator[AnyRecord], str]:
@@ -76,8 +76,8 @@ def read_records(workload: Workload) -> tuple[Iterator[AnyRecord], str]:
 
 
 def describe_data(workload: Workload) -> str:
-    """A description of the data from its first records; a data set of the hub is only named, since it may have to be
-    downloaded.
+    """A description of the data from its first records; a data set of the hub, which may have to be downloaded, is only
+    named.
 
     Raises:
         UsageError: data that `read_records` would refuse, as far as it is read.
@@ -101,7 +101,7 @@ def describe_data(workload: Workload) -> str:
 
 
 def _records(source: DataSource, workload: Workload) -> Iterator[tuple[RecordForm, AnyRecord]]:
-    """The records of all files in order, each with the form that the first one has."""
+    """The records of all files in order, each with the form of the first one."""
     where = f"data {shorten(repr(workload.data))}"
     first: tuple[str, RecordForm] | None = None
     for place, rows in _tables(source, where):
@@ -137,7 +137,7 @@ class RecordForm:
 
     @property
     def title(self) -> str:
-        """Columns in words; parts are named where the columns have other names."""
+        """The columns as text, with their parts where the names differ."""
         if self.columns in [{part: one[part] for part in self.columns if part in one} for one in _KNOWN]:
             return "/".join(self.columns.values())
         return ", ".join(f"{column} as {part}" for part, column in self.columns.items())
@@ -220,7 +220,7 @@ def _check_use(form: RecordForm, workload: Workload) -> None:
 
 
 def _tables(source: DataSource, where: str) -> Iterator[tuple[str, Iterator[PlacedRow]]]:
-    """Each file, or the data set, in words, with its rows."""
+    """Each file, or the data set, as text, with its rows."""
     if source.kind in ("hub", "saved"):
         yield where, _place_rows(where, "row", 1, _read_data_set(source, where))
     for path in source.files if source.kind in ("file", "folder") else ():
@@ -230,7 +230,7 @@ def _tables(source: DataSource, where: str) -> Iterator[tuple[str, Iterator[Plac
 
 
 def _place_rows(where: str, unit: str, first: int, rows: Iterator[Any]) -> Iterator[PlacedRow]:
-    """Each row with its place. What the reader raises is reported with the row at which it failed."""
+    """Each row with its place. An exception of the reader is reported with the row at which it failed."""
     for number in itertools.count(first):
         place = f"{where}, {unit} {number}"
         try:
@@ -239,7 +239,7 @@ def _place_rows(where: str, unit: str, first: int, rows: Iterator[Any]) -> Itera
             return
         except UsageError:
             raise
-        except Exception as error:  # which exception depends on the library
+        except Exception as error:  # the exception depends on the library
             raise UsageError(f"{place}: cannot be read: {_first_line(error)}. Correct or restore it.") from None
         if row is not _BLANK:
             yield place, row
@@ -322,7 +322,7 @@ def _read_data_set(source: DataSource, where: str) -> Iterator[Any]:
     except Exception as error:  # as above
         remedy = REMEDY if source.kind == "hub" else "Save it again."
         raise UsageError(f"{where}: cannot be read: {type(error).__name__}: {_first_line(error)}. {remedy}") from None
-    for batch in found.with_format("arrow").iter(batch_size=BATCH_ROWS):  # which decodes no picture
+    for batch in found.with_format("arrow").iter(batch_size=BATCH_ROWS):  # which decodes no images
         yield from batch.to_pylist()
 
 
@@ -342,8 +342,8 @@ def _offline_unless_hub_answers(source: DataSource) -> Iterator[None]:
 
 
 # --- synthetic records ------------------------------------------------------------------------------------------------
-# The tasks are small enough for a model of a few million parameters to learn something from, and their lengths spread
-# like those of real records (a log-normal body), because packing and padding costs depend on lengths.
+# A model of a few million parameters can learn from these tasks. Their lengths are log-normal like those of real
+# records, because the costs of packing and padding depend on lengths.
 
 _NOUNS = tuple(
     "river harbour lantern orchard violin glacier market bridge garden engine library meadow kettle island compass "
@@ -390,9 +390,9 @@ def _ordering(source: random.Random) -> Record:
 
 def _closed(source: random.Random) -> Record:
     sentences = [_sentence(source) for _ in range(_length(source, 3, 14))]
-    asked = source.choice(sentences).split()
+    answer = source.choice(sentences).split()
     return _record(
-        f"What does the {asked[1]} {asked[2]} do?", " ".join(asked), "closed_qa", context=" ".join(sentences)
+        f"What does the {answer[1]} {answer[2]} do?", " ".join(answer), "closed_qa", context=" ".join(sentences)
     )
 
 

@@ -1,10 +1,10 @@
-"""Batches of a prepared token file, in one fixed order: every variant sees the identical stream.
+"""Batches of a prepared token file, in one fixed order: every variant trains on the same stream.
 
 The file is mapped once; a batch is a view of it. With flash-attn the rows of a packed batch are joined into one, since
 its variable-length kernel takes one row of any number of isolated records (transformers detects it by the positions).
 
-Ranks that train together read the same file and take the same batches, each its own rows of them. So all together see
-the stream of one rank, and each knows without a word what share of a batch's loss is its own.
+Ranks that train together read the same file, and each takes its own rows of every batch. So together they train on the
+stream of one rank, and each computes its share of a batch's loss without communication.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _KEYS: dict[Layout, tuple[str, ...]] = {
     "joined": ("input_ids", "labels"),
     "bucketed": ("input_ids", "labels", "attention_mask"),
 }
-"""What a model is given of a batch."""
+"""The tensors of a batch that are passed to the model."""
 
 
 class TokenStream:
@@ -47,11 +47,11 @@ class TokenStream:
         self.sequences = len(self._tensors["train.input_ids"])
         """Sequences in one epoch."""
         self.prompt_count = len(self._tensors["prompts"])
-        """How many prompts of a fixed length there are."""
+        """Number of prompts of a fixed length."""
         self.open_ended_prompt_count = len(self._tensors.get("open_ended.length", ()))
-        """How many whole prompts there are."""
+        """Number of whole prompts."""
         self.real_tokens = 0
-        """Real tokens handed out for training so far."""
+        """Real tokens taken for training so far."""
         self.padded_tokens = 0
 
     def take(self) -> Batch:
@@ -59,7 +59,7 @@ class TokenStream:
         return self.take_share()[0]
 
     def take_share(self) -> tuple[Batch, float]:
-        """The next training batch of this rank, and its share of the labelled tokens in that of all ranks."""
+        """The next training batch of this rank, and its share of the labelled tokens of all ranks."""
         together = self._rows(self._next, self._workload.batch_size)
         self._next = (together[-1] + 1) % self.sequences
         each = len(together) // self._ranks
@@ -92,7 +92,7 @@ class TokenStream:
         return self._next, self.real_tokens, self.padded_tokens
 
     def restore(self, position: tuple[int, int, int]) -> None:
-        """Go on from an earlier `position`, so that what a check consumed is trained on after all."""
+        """Return to an earlier `position`, so that batches which a check has taken are trained on."""
         self._next, self.real_tokens, self.padded_tokens = position
 
     def held_out(self) -> Iterator[Batch]:
@@ -102,8 +102,8 @@ class TokenStream:
             yield self._batch("held_out", list(range(start, min(start + size, count))))
 
     def packed_batch(self, rows: int | None = None) -> Batch | None:
-        """A training batch whose first row holds at least two records, for the isolation probe; None if none does. It
-        has so many rows, else as many as a step takes."""
+        """A training batch whose first row has at least two records, for the isolation probe; None if there is none. By
+        default it has as many rows as a step."""
         starts = (self._tensors["train.position_ids"] == 0).sum(dim=1)
         most = self._workload.batch_size // self._ranks if rows is None else rows
         chosen = [int(row) for row in starts.argsort(descending=True)[:most]]
@@ -112,13 +112,12 @@ class TokenStream:
         return self._batch("train", chosen)
 
     def prompts(self, index: int) -> torch.Tensor:
-        """The prompts of request `index`, shape (request_batch, prompt_tokens): those that come after the ones of the
-        request before it, the first again after the last."""
+        """The prompts of request `index`, shape (request_batch, prompt_tokens): requests take them in turn."""
         batch = self._workload.request_batch
         return torch.cat([self.prompt(index * batch + place) for place in range(batch)])
 
     def prompt(self, index: int) -> torch.Tensor:
-        """Prompt `index` alone (modulo their number), whatever requests take; shape (1, prompt_tokens)."""
+        """Prompt `index` alone (modulo their number), shape (1, prompt_tokens)."""
         row: torch.Tensor = self._tensors["prompts"][index % self.prompt_count]
         return row.unsqueeze(0).to(self._device)
 
@@ -129,7 +128,7 @@ class TokenStream:
         return row[: int(self._tensors["open_ended.length"][number])].unsqueeze(0).to(self._device)
 
     def _length(self, split: str, rows: list[int]) -> int | None:
-        """Tokens of the longest of these rows, where a batch is no longer; None for all of a row."""
+        """The length to which these rows are cut: that of the longest in the bucketed layout, else None."""
         if self._workload.layout != "bucketed":
             return None
         return int(self._tensors[f"{split}.attention_mask"][rows].sum(dim=1).max())

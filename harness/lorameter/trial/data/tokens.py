@@ -1,13 +1,13 @@
-"""The token stream of a plan: prepared once, in its own process, identical for every variant.
+"""Prepares the token file of a plan once, in its own process, for all variants.
 
-`datasets` starts threads and loads pyarrow; neither the parent (which must stay light) nor the zygote (which must
-fork with one thread) can afford that, so tokens are made here and handed on as a safetensors file that every trial
-maps. The file's hash is part of each record: two trials met on the same data if and only if their hashes agree.
+`datasets` starts threads and loads pyarrow, which neither the parent (which must start fast) nor the zygote (which must
+fork with one thread) can do. So tokens are written here, to a safetensors file that every trial maps. The file's hash
+is part of each record: two trials trained on the same data if and only if their hashes agree.
 
 Packing fills rows of `sequence_length` with whole records one after the other. Isolation needs two things (see
-docs/method.md): positions that start again at 0 with each record, so that the model builds a block-diagonal mask, and
-the label −100 on each record's first token, so that the loss never asks one record to predict the next. Joined rows
-are filled alike and isolate nothing; they are all that attention without a mask takes.
+docs/method.md): positions that restart at 0 with each record, so that the model builds a block-diagonal mask, and the
+label −100 on each record's first token, so that no record predicts the next. Joined rows are filled in the same way
+without isolation, for attention without a mask.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ IGNORED = -100
 """The label that torch.nn.functional.cross_entropy leaves out."""
 BUCKET_BATCHES = 20
 """Batches of a bucket; their BUCKET_FACTOR."""
-WASTED = 10
-"""So many sequences without a label are passed over for each that is wanted, and 1000 at least: synthetic records have
-no end, and none of them may be short enough."""
+MOST_SKIPPED = 10
+"""The number of sequences without a label that are skipped for each requested one, 1000 in total at least: synthetic
+records are endless, and all of them may be too long."""
 
 
 def prepare(workload: Workload, folder: Path) -> TokenSummary:
@@ -62,8 +62,8 @@ def prepare(workload: Workload, folder: Path) -> TokenSummary:
     held_out = list(itertools.islice(records, workload.held_out_records))
     tokens = Encoder(tokenizer, workload)
 
-    train, passed_over = _sequences(records, tokens, workload, workload.train_sequences)
-    if not train and not passed_over:
+    train, skipped = _sequences(records, tokens, workload, workload.train_sequences)
+    if not train and not skipped:
         raise UsageError(
             f"data {workload.data!r}: not enough records for one sequence of {workload.sequence_length} tokens and "
             f"{workload.held_out_records} held-out records. Use a shorter sequence_length or more data."
@@ -100,7 +100,7 @@ def prepare(workload: Workload, folder: Path) -> TokenSummary:
         padded_tokens=int(mask.size - mask.sum()),
         records=tokens.records,
         loss_tokens=int((tensors["train.labels"] != IGNORED).sum()),
-        without_loss=passed_over,
+        without_loss=skipped,
         examples=examples,
     )
 
@@ -120,20 +120,20 @@ Row = dict[str, list[int]]
 def _sequences(
     records: Iterator[AnyRecord], tokens: Encoder, workload: Workload, wanted: int, *, partial: bool = False
 ) -> tuple[list[Row], int]:
-    """As many sequences as are wanted and can be had, and how many were passed over for having no label at all: the
-    mean loss of a batch of such would be 0/0."""
+    """Up to `wanted` sequences, and the number of sequences that were skipped because they have no label: the mean loss
+    of a batch of them would be 0/0."""
     rows = _rows(records, tokens, workload, partial=partial)
     taken: list[Row] = []
-    passed_over = 0
-    while len(taken) < wanted and passed_over < max(1000, WASTED * wanted):
+    skipped = 0
+    while len(taken) < wanted and skipped < max(1000, MOST_SKIPPED * wanted):
         row = next(rows, None)
         if row is None:
             break
         if any(label != IGNORED for label in row["labels"]):
             taken.append(row)
         else:
-            passed_over += 1
-    return taken, passed_over
+            skipped += 1
+    return taken, skipped
 
 
 def _rows(records: Iterable[AnyRecord], tokens: Encoder, workload: Workload, *, partial: bool) -> Iterator[Row]:
@@ -163,8 +163,8 @@ def _rows(records: Iterable[AnyRecord], tokens: Encoder, workload: Workload, *, 
 
 
 def _padded(row: Row, pad: int, length: int, *, packed: bool) -> Row:
-    """The row with padding at its end, where causal attention lets nothing see it. In a packed row the padding is one
-    more isolated record without a loss."""
+    """The row with padding at its end, to which no token attends. In a packed row the padding is another isolated
+    record without a loss."""
     used = len(row["input_ids"])
     gap = length - used
     return {
@@ -176,8 +176,8 @@ def _padded(row: Row, pad: int, length: int, *, packed: bool) -> Row:
 
 
 def _bucketed(rows: list[Row], batch_size: int) -> list[Row]:
-    """The rows in buckets of some batches, the longest of a bucket first, as PEFT's experiments do: a batch holds rows
-    of like length, and the order of the data is kept on a larger scale."""
+    """The rows in buckets of several batches, the longest of a bucket first, as in PEFT's experiments: a batch has rows
+    of similar length, and the buckets keep the order of the data."""
     size = BUCKET_BATCHES * batch_size
     buckets = (rows[start : start + size] for start in range(0, len(rows), size))
     return [row for bucket in buckets for row in sorted(bucket, key=lambda one: -sum(one["attention_mask"]))]
@@ -190,8 +190,8 @@ def _stack(split: str, rows: list[Row]) -> dict[str, NDArray[np.int64]]:
 def _prompts(records: list[AnyRecord], tokens: Encoder, workload: Workload) -> NDArray[np.int64]:
     """Fixed-length prompts: the beginnings of held-out records that are long enough, else of all of them joined.
 
-    A request of several has no prompt twice. Where there are fewer beginnings than it takes, what lies at even
-    distances in the joined records comes after them; it overlaps, which no prompt knows of another.
+    The prompts of a request differ. Where there are too few beginnings, pieces at even distances in the joined records
+    are added; they may overlap.
     """
     length, batch = workload.prompt_tokens, workload.request_batch
     encoded = [tokens.whole(record) for record in records]
@@ -216,7 +216,7 @@ def _prompts(records: list[AnyRecord], tokens: Encoder, workload: Workload) -> N
 
 
 def _distinct(prompts: list[list[int]], joined: list[int], length: int, wanted: int) -> list[list[int]]:
-    """Prompts that all differ: these, and where they are fewer than wanted as many pieces more as can be had."""
+    """Different prompts: the given ones, and further pieces of the joined records up to `wanted`."""
     found = dict.fromkeys(map(tuple, prompts))
     places = max(0, len(joined) - length) + 1
     for step in dict.fromkeys((max(1, places // wanted), 1)):  # at large distances, then at every position
@@ -228,7 +228,7 @@ def _distinct(prompts: list[list[int]], joined: list[int], length: int, wanted: 
 
 
 WHOLE_PROMPTS = 32
-"""As many whole prompts are kept; no protocol asks for more."""
+"""The most whole prompts in a token file; no protocol has more requests until EOS."""
 
 
 def _whole_prompts(
@@ -272,13 +272,13 @@ class Encoder:
         """The tokens of a record, and their labels."""
         self.records += 1
         ids, labels = self._encode(record)
-        if isinstance(record, Conversation):  # its template writes what begins and what ends it
+        if isinstance(record, Conversation):  # its template writes the tokens that begin and end it
             return ids, labels
         end = int(self._tokenizer.eos_token_id)
         return [*ids, end], [*labels, end]
 
     def whole(self, record: AnyRecord) -> list[int]:
-        """The tokens of a record without what ends it."""
+        """The tokens of a record without the one that ends it."""
         return self._encode(record)[0]
 
     def example(self, record: AnyRecord) -> tuple[list[int], Example]:
@@ -304,8 +304,8 @@ class Encoder:
         return self._tokenize(prompt + target, [span] if answers else None, begins=True)
 
     def _tokenize(self, text: str, spans: list[Span] | None, *, begins: bool) -> tuple[list[int], list[int]]:
-        """The ids of a text, and its labels: all of them, or those of tokens with a character of the spans; where it
-        `begins` a row with the token for that, if the tokenizer has one."""
+        """The ids of a text, and its labels: all of them, or those of tokens that overlap the spans. Where the text
+        `begins` a record, the tokenizer's BOS token precedes it."""
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=spans is not None)
         ids: list[int] = encoded["input_ids"]
         labels = list(ids)
@@ -317,7 +317,7 @@ class Encoder:
 
 
 def mark_tokens(offsets: Iterable[Span], spans: list[Span]) -> list[bool]:
-    """Whether each token holds a character of one of the spans; both are in order."""
+    """Whether each token overlaps one of the spans; both are in order."""
     marked, left = [], [span for span in reversed(spans) if span[0] < span[1]]
     for begin, end in offsets:
         while left and begin >= left[-1][1]:
@@ -343,8 +343,8 @@ def prompt_and_target(record: Record, prompt_format: PromptFormat) -> tuple[str,
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
-# The tokenising process pays for its own start in every run and needs no model, so nothing here loads peft,
-# bitsandbytes or accelerate, nor `lorameter.trial.building.base_model`, which does.
+# The tokenising process starts in every run and needs no model, so this module imports neither peft, bitsandbytes nor
+# accelerate, nor `lorameter.trial.building.base_model`, which does.
 
 
 BYTE_TOKENS = 256
@@ -360,21 +360,20 @@ BYTE_CHAT = (
 
 
 def load_tokenizer(source: ModelSource, *, vocab_size: int) -> tuple[transformers.PreTrainedTokenizerBase, bool]:
-    """The model's tokenizer, and whether bytes had to stand in for it.
+    """The model's tokenizer, and whether the byte tokenizer replaces it.
 
-    Bytes stand in only where the weights are random and the real tokenizer cannot be had: then no text means
-    anything to the model, and only the number of tokens matters. Padding is some valid id, often that of EOS, so
-    mask by length.
+    It does so only where the weights are random and the real tokenizer cannot be loaded: only the number of tokens
+    matters then. Padding is some valid id, often that of EOS, so mask by length.
 
     Raises:
-        UsageError: a real model's tokenizer cannot be had, or has more tokens than the model.
+        UsageError: a real model's tokenizer cannot be loaded, or has more tokens than the model.
     """
     if source.tokenizer == "byte":
         return _byte_tokenizer(source, vocab_size), False
     try:
         tokenizer = _tokenizer_of_files(source)
         _try_out(tokenizer)
-    except Exception as error:  # which exception depends on the key of its files that the libraries could not take
+    except Exception as error:  # the exception depends on the fault of its files
         if source.random:
             return _byte_tokenizer(source, vocab_size), True
         if source.kind == "hub":
@@ -394,22 +393,22 @@ def load_tokenizer(source: ModelSource, *, vocab_size: int) -> tuple[transformer
             f"its tokenizer has {tokenizer.vocab_size} tokens and the model {vocab_size}",
             "Put the tokenizer that the model was trained with next to its weights.",
         )
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocab_size:  # Llama-2's <pad> is beyond its table
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocab_size:  # Llama-2's <pad> exceeds its vocabulary
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer, False
 
 
 def _try_out(tokenizer: Any) -> None:
-    """Raises whatever a tokenizer of damaged files ends in, or ValueError: it is asked for all that is needed of it."""
+    """Call everything that is used of a tokenizer: damaged files raise any exception here, or ValueError."""
     ids = [*tokenizer("A b.", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     ids += [one for one in (tokenizer.bos_token_id, tokenizer.pad_token_id) if one is not None]
     if not all(type(one) is int for one in ids):
-        raise ValueError("its tokens are no numbers")
+        raise ValueError("its token ids are not numbers")
 
 
 def gguf_tokenizer(path: Path) -> transformers.PreTrainedTokenizerBase:
     """The file's tokenizer with the file's special tokens: transformers 5.17 takes BOS for EOS and drops PAD."""
-    values = shapes.gguf_of(path).values  # first: what is no such file keeps the library busy without end
+    values = shapes.gguf_of(path).values  # first: the library does not return for other files
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         token = values.get(f"tokenizer.ggml.{key}_token_id")
@@ -425,13 +424,13 @@ def _tokenizer_of_files(source: ModelSource) -> transformers.PreTrainedTokenizer
         raise OSError("a packaged configuration has no tokenizer")
     offline = source.kind != "hub" or not catalogue.hub_has(source)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, local_files_only=offline)
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of some families without files
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers returns it for some families without files
         raise OSError("no vocabulary is there")
     return tokenizer
 
 
 def _byte_tokenizer(source: ModelSource, vocab_size: int) -> transformers.PreTrainedTokenizerBase:
-    """Ids 0 to 255 are the bytes of UTF-8; 256, 257 and 258 are begin, end and padding, and never added unasked."""
+    """Ids 0 to 255 are the bytes of UTF-8; 256, 257 and 258 are begin, end and padding, which are never added."""
     if vocab_size < BYTE_VOCABULARY:
         raise impossible(
             "models",

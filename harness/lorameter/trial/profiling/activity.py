@@ -1,19 +1,19 @@
-"""What ran in each phase of a profiled step, from the profiler's own records.
+"""Attributes operators and kernels to the phases of a profiled step, from the profiler's records.
 
-Phases are marked on the host. On a GPU the device is synchronised at every border, so that a kernel runs inside the
-window of the phase that launched it; on a CPU operators nest, and the time of one is what it spends outside those that
-it calls. Categories of names are those of kernels_check.
+Phases are marked on the host. On a GPU the device is synchronised at every boundary, so that a kernel runs inside the
+window of the phase that launched it; on a CPU operators nest, and the time of an operator excludes those that it calls.
+Categories of names are those of kernels_check.
 
 Four kinds of work are identified in the records:
 
 - Copies of whole weights. torch's `linear` uses a weight as it is if it can fold its input into rows. Otherwise (a
-  slice of the hidden states before weights without gradients) it calls a batched product, and on a CPU that first
-  copies the transposed weight: the whole output head, at each first token. Only the shape of the copy shows it.
+  slice of the hidden states before weights without gradients) it calls a batched product, which on a CPU first copies
+  the transposed weight: the whole output head, at each first token. Only the shape of the copy identifies it.
 - Casts: copies between two types.
 - Products of 32-bit numbers, by the types of their factors.
 - The backward pass of dropout. A gradient is multiplied by its mask with an ordinary `aten::mul`, which the profiler's
-  sequence numbers identify: autograd counts the nodes of its graph by thread, every operator bears the number of the
-  node that would be made next, and so does the call of the node in the backward pass.
+  sequence numbers identify: autograd numbers the nodes of its graph by thread, every operator has the number of the
+  next node, and so has the call of the node in the backward pass.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ NO_KERNELS = (
     "(NVreg_RestrictProfilingToAdminUsers; in a container --cap-add=SYS_ADMIN lifts that)"
 )
 Seconds = Callable[[int, int], float]
-"""What was done between two moments of the host, in nanoseconds: the time itself, or on a GPU that of the kernels that
-were launched between them."""
+"""Returns the seconds between two times of the host, in nanoseconds: the difference, or on a GPU the time of the
+kernels that were launched between them."""
 
 
 class Window(NamedTuple):
@@ -70,14 +70,14 @@ def activity_of(
     phase_names: Sequence[str] = STEP_PHASES,
     weights: Mapping[tuple[int, int], str] | None = None,
 ) -> Activity:
-    """The mean step, or request, of some that were profiled with their phases marked.
+    """The mean of several steps, or requests, that were profiled with their phases marked.
 
     Args:
-        events: the profiler's records (`_KinetoEvent`); what lies in no phase is left out.
+        events: the profiler's records (`_KinetoEvent`); those outside of all phases are ignored.
         step_times_s: of each of the steps, under the profiler.
         device: where they ran, as torch names it.
         phase_names: the phases, in their order.
-        weights: outputs and inputs of the model's weights, and what they are called.
+        weights: names of the model's weights by their outputs and inputs.
 
     Raises:
         ValueError: no phase is marked.
@@ -91,7 +91,7 @@ def activity_of(
     moments = sorted(one.start_ns() for one in host)
 
     def count_records(operators: Sequence[Any]) -> float:
-        """How many records of the host begin during these, in the mean step."""
+        """Records of the host that begin during these operators, in the mean step."""
         return (
             sum(bisect_right(moments, one.end_ns()) - bisect_left(moments, one.start_ns()) for one in operators) / steps
         )
@@ -132,7 +132,7 @@ def activity_of(
 
 
 def _group(windows: Sequence[Window], found: Iterable[Any], moment: Callable[[Any], int]) -> dict[str, list[Any]]:
-    """By the phase that each begins in, without those that begin between phases."""
+    """Records by the phase in which they begin, without those that begin between phases."""
     starts = [one.start for one in windows]
     groups: dict[str, list[Any]] = {}
     for one in found:
@@ -143,7 +143,7 @@ def _group(windows: Sequence[Window], found: Iterable[Any], moment: Callable[[An
 
 
 def _sort_events(events: Iterable[Any]) -> tuple[list[Window], list[Window], list[Any], list[Any]]:
-    """Windows of the phases in order, those of parts, the operators of the host, what ran on the device."""
+    """Windows of the phases in order, windows of parts, operators of the host, kernels of the device."""
     windows: list[Window] = []
     parts: list[Window] = []
     host: list[Any] = []
@@ -163,15 +163,16 @@ def _sort_events(events: Iterable[Any]) -> tuple[list[Window], list[Window], lis
 
 
 def _is_runtime(name: str) -> bool:
-    """`cudaLaunchKernel` and `cuMemcpyAsync`, but no operator, whose name has a namespace or is a class's."""
+    """Whether a record is a call of CUDA such as `cudaLaunchKernel`; names of operators have a namespace or are those
+    of classes."""
     return (name.startswith(_RUNTIME) and "::" not in name) or name.startswith("[")
 
 
 def _sum_uses(
     ran: Sequence[Any], origin: int, steps: int, *, nested: bool
 ) -> tuple[tuple[OperatorUse, ...], dict[str, float], float]:
-    """Of a mean step: kernels, or operators without those that they call; seconds of operators with all that they
-    call, by name; and the length of the union of all, in seconds."""
+    """Of a mean step: kernels, or operators without those that they call; seconds of operators including those that
+    they call, by name; and the length of the union of all, in seconds."""
     rows = []
     for number, one in enumerate(ran):  # two calls with the same times are two calls
         lane = (str(one.device_index()), str(one.start_thread_id() or one.device_resource_id()))
@@ -231,25 +232,25 @@ def _spent(operator: Any, seconds: Seconds) -> float:
 # --- copies, casts and products of 32 bits ----------------------------------------------------------------------------
 
 _COPYING = ("aten::contiguous", "aten::clone", "aten::_to_copy", "aten::copy_")
-"""Operators that copy what they are given; the outermost of those that call each other counts."""
+"""Operators that copy their input; of those that call each other the outermost counts."""
 _CASTING = (
     "aten::to", "aten::_to_copy", "aten::copy_",
     "aten::add", "aten::add_", "aten::sub", "aten::sub_", "aten::mul", "aten::mul_", "aten::div", "aten::div_",
 )  # fmt: skip
-"""Operators that copy from one type to another, and those of two tensors, which do so where these are of two."""
+"""Operators that copy from one type to another, and those of two tensors, which cast where the types differ."""
 _COMPUTED = frozenset(("float", "c10::BFloat16", "c10::Half"))
-"""Types that models compute in, as the profiler names them; the double of a bare number is none of them."""
+"""Types in which models compute, as the profiler names them; a Python number is a double."""
 _LEAST = 2**16
-"""Elements of a weight whose copying can be worth a word."""
+"""Elements of the smallest weight whose copies are reported."""
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmv", "aten::mv")
-"""Operators that multiply matrices, none of which calls another."""
+"""Operators that multiply matrices; none of them calls another."""
 
 
 def _copies(host: Sequence[Any], weights: Mapping[tuple[int, int], str], seconds: Seconds) -> list[WeightCopy]:
     """Each copy of a whole weight.
 
-    A copy is one of a weight where it is made inside a linear product and has the weight's two widths, in either order,
-    or where something of exactly a weight's shape is copied by itself.
+    It is recognised inside a linear product by the weight's two widths, in either order, and elsewhere by exactly the
+    weight's shape.
     """
     products = sorted((one for one in host if one.name() == "aten::linear"), key=lambda one: one.start_ns())
     found = []
@@ -275,7 +276,7 @@ def _copies(host: Sequence[Any], weights: Mapping[tuple[int, int], str], seconds
 
 
 def _sum_copies(copies: Sequence[WeightCopy], steps: int) -> tuple[WeightCopy, ...]:
-    """Copies of one weight and shape as one, in the mean of so many steps, the dearest first."""
+    """Copies of one weight and shape as one, in the mean step, the slowest first."""
     groups: dict[tuple[str, tuple[int, ...], bool], list[WeightCopy]] = {}
     for copy in copies:
         groups.setdefault((copy.weight, copy.shape, copy.in_product), []).append(copy)
@@ -290,16 +291,16 @@ def _sum_copies(copies: Sequence[WeightCopy], steps: int) -> tuple[WeightCopy, .
 
 
 def _casts(host: Sequence[Any]) -> list[Any]:
-    """All that is done because one number has another type than another.
+    """Operators that cast: every copy between two types with the operator that calls it.
 
-    That is every copy between two types with what is around it, and on a CPU every sum or product of tensors of two
-    types, one of which it copies first; of one type it takes a small part of the time. A GPU's converts as it reads.
+    On a CPU they include sums and products of tensors of two types, one of which is copied first; between equal types
+    these take a small part of the time. A GPU converts while it reads.
     """
     return [calls[0] for calls in _outermost(host, _CASTING) if any(map(_is_cast, calls))]
 
 
 def _is_cast(operator: Any) -> bool:
-    """A copy from one type that models compute in to another; a bare number is no tensor worth a word."""
+    """Whether an operator copies between two types in which models compute; scalars are ignored."""
     if operator.name() != "aten::copy_" or not next(iter(operator.shapes()), []):
         return False
     types = set(operator.dtypes()[:2])
@@ -307,14 +308,14 @@ def _is_cast(operator: Any) -> bool:
 
 
 def _is_wide_product(operator: Any) -> bool:
-    """A product whose factors are of 32 bits."""
+    """Whether an operator is a product of 32-bit factors."""
     return operator.name() in _PRODUCTS and {kind for kind in operator.dtypes() if kind not in ("", "Scalar")} == {
         "float"
     }
 
 
 def _outermost(host: Sequence[Any], names: Sequence[str]) -> list[list[Any]]:
-    """Calls of these operators that no other of them has called, by thread; each before those of them that it calls."""
+    """Calls of these operators that none of them has made, by thread; each with the calls of them that it makes."""
     found: list[list[Any]] = []
     last: dict[int, list[Any]] = {}
     for one in sorted((one for one in host if one.name() in names), key=lambda one: (one.start_ns(), -one.end_ns())):
@@ -331,19 +332,19 @@ def _outermost(host: Sequence[Any], names: Sequence[str]) -> list[list[Any]]:
 _CALL = "autograd::engine::evaluate_function: "
 """Before the name of a node, where the engine calls it with all that belongs to it."""
 Node = tuple[int, int]
-"""Of autograd's graph: the thread that made it, and its number there."""
+"""A node of autograd's graph: the thread that made it, and its number there."""
 
 
 def _is_backward_of(operator: Any, made: set[Node]) -> bool:
-    """Whether it is the call of one of these nodes."""
+    """Whether an operator is the call of one of these nodes."""
     return operator.name().startswith(_CALL) and (operator.fwd_thread_id(), operator.sequence_nr()) in made
 
 
 def _nodes_made_by(host: Sequence[Any], maker: str) -> set[Node]:
     """Nodes of the graph that were made inside operators of this name.
 
-    Operators that make none bear the number of the next one, too: the last that does has made it. Calls of nodes bear
-    their numbers and the thread of the forward pass, which operators of that pass have not.
+    Operators that make no node have the number of the next one as well: the last operator with a number has made it.
+    Calls of nodes also have the thread of the forward pass, which operators of that pass lack.
     """
     ends: dict[int, int] = {}
     last: dict[Node, bool] = {}

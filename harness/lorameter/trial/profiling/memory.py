@@ -1,17 +1,16 @@
-"""The account of a trial's memory: one watched call, and everything that can be counted towards its measured peak.
+"""Breaks down the memory of a watched call into everything that can be counted towards its measured peak.
 
-What is resident between steps is counted tensor by tensor. What lives during the step is watched (`LiveTensors`) and
-taken as it was where the memory was highest; what one operator held beyond its results at that point (a packed weight,
-an accumulator) shows in the peak around it. On the host the kernel counts the pages of code and of mapped weights
-(proc_pid_smaps(5)). Objects of libraries and of the interpreter on the heap, and what malloc keeps although it is free,
-are not counted: most of what stays unexplained there.
+Tensors that are resident between steps are counted one by one. Tensors that live during the step are watched
+(`LiveTensors`) and counted as they were where the memory was highest; memory that an operator held beyond its results
+at that point (a packed weight, an accumulator) shows in the peak around it. On the host the kernel counts the pages of
+code and of mapped weights (proc_pid_smaps(5)). Objects of libraries and of the interpreter on the heap, and free memory
+that malloc keeps, are not counted: they are most of the unexplained remainder.
 
-The allocator is not asked which tensors are alive. Every operator's results pass a dispatch mode, which keeps a weak
-reference to each storage: while that lives, its bytes count. What autograd keeps for the backward pass is seen by its
-own hooks (torch.autograd.graph.saved_tensors_hooks): under checkpointing they see what is kept, and not what will be
-computed again. Views share a storage and count once; what an operator allocates and frees inside itself is never seen.
-A compiled step runs without the mode, which would make it run uncompiled: only what is saved and the gradients are then
-seen.
+The results of every operator pass a dispatch mode, which keeps a weak reference to each storage: its bytes count while
+it lives. Tensors that autograd saves for the backward pass pass its own hooks
+(torch.autograd.graph.saved_tensors_hooks): under checkpointing these are the inputs of blocks, and not what will be
+computed again. Views share a storage and count once; memory that an operator allocates and frees itself is not seen. A
+compiled step runs without the mode, which would make it run uncompiled: only saved tensors and gradients are then seen.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ from lorameter.trial.process import give_back_free
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pages:
-    """Resident bytes of this process, and what of them is mapped from files or is run as code."""
+    """Resident bytes of this process, and the part of them that is mapped from files or generated code."""
 
     resident_bytes: int
     files: Mapping[str, int]
     """By path."""
     generated_bytes: int
-    """Of what may be run and is from no file: code that a library has made, as oneDNN does for each new shape."""
+    """Executable pages of no file: code that a library has generated, as oneDNN does for each new shape."""
     ranges: tuple[tuple[int, int, str], ...]
     """First address, end and path of each mapping."""
 
@@ -52,7 +51,7 @@ class Pages:
 
 
 def read_pages() -> Pages:
-    """Read the mappings of this process; some milliseconds. What is free, and kept by malloc, is given back first."""
+    """Read the mappings of this process; takes milliseconds. Free memory of malloc is returned to the system first."""
     give_back_free()
     files: Counter[str] = Counter()
     ranges: list[tuple[int, int, str]] = []
@@ -74,13 +73,13 @@ RANK = ("temporaries", "activations", "gradients", "kv_cache", "logits")
 
 
 class LiveTensors(TorchDispatchMode):
-    """Bytes of live storages by kind, the resident ones left out; as a dispatch mode it sees the results of all
+    """Bytes of live storages by kind, without the resident ones; a dispatch mode, which sees the results of all
     operators."""
 
     def __init__(
         self, *, resident: Collection[int], vocabulary: int, device: str, looked: Callable[[dict[str, int]], None]
     ) -> None:
-        """Counts tensors, and reports to `looked`.
+        """Count tensors, and report to `looked`.
 
         Args:
             resident: addresses of storages that are counted elsewhere.
@@ -95,10 +94,10 @@ class LiveTensors(TorchDispatchMode):
         self._looked = looked
         self._alive: dict[int, tuple[weakref.ref[Any], str, int]] = {}
         self.bytes: dict[str, int] = dict.fromkeys(RANK, 0)
-        """Alive now."""
+        """Bytes that are alive now."""
 
     def note(self, tensor: torch.Tensor, kind: str) -> None:
-        """Count a tensor's storage as of this kind, or of a higher one that it has."""
+        """Count a tensor's storage under this kind, unless it has a higher one."""
         if tensor.device.type != self._device or tensor.layout is not torch.strided:
             return
         storage = tensor.untyped_storage()
@@ -123,7 +122,7 @@ class LiveTensors(TorchDispatchMode):
 
     @contextlib.contextmanager
     def watching(self, parameters: Sequence[torch.nn.Parameter], *, compiled: bool = False) -> Iterator[None]:
-        """For the time of a step on these trained parameters."""
+        """Watch a step on these trained parameters."""
         with contextlib.ExitStack() as stack:
             for parameter in parameters:
                 stack.callback(parameter.register_post_accumulate_grad_hook(self._accumulated).remove)
@@ -135,7 +134,7 @@ class LiveTensors(TorchDispatchMode):
     def _saved(self, tensor: torch.Tensor) -> torch.Tensor:
         self.note(tensor, "activations")
         self._looked(self.bytes)
-        return tensor.detach()  # itself would be a cycle, which only the collector frees
+        return tensor.detach()  # the tensor itself would be in a cycle, which only the collector frees
 
     def _accumulated(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
@@ -157,7 +156,7 @@ WATCHED: dict[MemoryPhase, tuple[str, ...]] = {
     "train": ("activations", "logits", "gradients"),
     "generate": ("kv_cache", "logits"),
 }
-"""Kinds that a phase's account names even where nothing of them was alive at the peak."""
+"""Kinds that a phase's breakdown lists even where no tensor of them was alive at the peak."""
 
 
 def measure_breakdown(
@@ -194,9 +193,9 @@ def measure_breakdown(
         resident={tensor.untyped_storage().data_ptr() for tensor in resident}, vocabulary=int(vocabulary),
         device=device, looked=crest.look,
     )  # fmt: skip
-    give_back_free()  # else what earlier steps have left on the heap would serve this one, and its own peak not show
+    give_back_free()  # else this step would reuse the heap of earlier ones, and its own peak would not show
     gauge.begin()
-    crest.look(live.bytes)  # the peak so far is no operator's
+    crest.look(live.bytes)  # the peak before the first operator
     with contextlib.ExitStack() as stack:
         for hook in watch_cache(model, live):
             stack.callback(hook.remove)
@@ -220,11 +219,11 @@ def measure_breakdown(
 
 
 class _PeakTracker:
-    """The state after the operator in which the memory was highest.
+    """The kinds of memory after the operator in which the memory was highest.
 
-    On CUDA that is where the allocator's peak last rose. A resident set stays high when tensors are freed, and creeps
-    on while malloc serves small blocks from it; there it is where most was alive, counting what the operator itself
-    held, and what the peak rose later is a kind of its own.
+    On CUDA that is where the allocator's peak last rose. On the host the resident set stays high when tensors are freed
+    and grows while malloc serves small blocks; there it is where the live tensors and the operator's own memory were
+    largest, and any later growth is a kind of its own.
     """
 
     def __init__(self, *, cuda: bool) -> None:
@@ -235,7 +234,7 @@ class _PeakTracker:
         self.kinds: dict[str, int] = {}
 
     def look(self, kinds: dict[str, int]) -> None:
-        """Keep what is alive now, if it is more than ever."""
+        """Keep the kinds that are alive now, if they are the most so far."""
         peak = torch.cuda.max_memory_allocated() if self._cuda else host_bytes("VmHWM")
         scratch = 0
         if peak > self._highest:
@@ -249,7 +248,7 @@ class _PeakTracker:
 
 
 def _file_bytes(birth: Pages, resident: Collection[torch.Tensor]) -> dict[str, int]:
-    """Kinds that torch does not know: pages of files, and of code."""
+    """Kinds of memory outside torch: pages of files and of code."""
     now, mapped = read_pages(), Counter[str]()
     for tensor in resident:
         if path := now.file_at(tensor.untyped_storage().data_ptr()):
@@ -264,16 +263,16 @@ def _file_bytes(birth: Pages, resident: Collection[torch.Tensor]) -> dict[str, i
 
 
 def _allocator_bytes() -> dict[str, int]:
-    """What CUDA's allocator itself adds: rounding, by its own two counts, and the workspace that cuBLAS holds in it."""
+    """Memory that CUDA's allocator adds: rounding, by its own two counts, and the workspace of cuBLAS in it."""
     stats, before = torch.cuda.memory_stats(), torch.cuda.memory_allocated()
-    asked = stats.get("requested_bytes.all.current")
-    rounding = {} if asked is None else {"rounding": int(stats["allocated_bytes.all.current"] - asked)}
+    requested = stats.get("requested_bytes.all.current")
+    rounding = {} if requested is None else {"rounding": int(stats["allocated_bytes.all.current"] - requested)}
     torch._C._cuda_clearCublasWorkspaces()
     return rounding | {"blas_workspace": before - torch.cuda.memory_allocated()}
 
 
 def watch_cache(model: Any, live: LiveTensors) -> list[Any]:
-    """Mark keys and values of each layer as soon as its attention has added to them; returns the hooks to remove."""
+    """Count the keys and values of each layer when its attention has updated them; returns the hooks to remove."""
 
     def mark(module: Any, args: Any, given: dict[str, Any], output: Any) -> None:
         cache = given.get("cache", given.get("past_key_values"))  # the name changed within transformers 5

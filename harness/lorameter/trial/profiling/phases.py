@@ -1,12 +1,12 @@
-"""Where the time of a step, or of a request, goes: its phases between borders, and what runs in them.
+"""Times the phases of a step, or of a request, and profiles what runs in them.
 
-On CUDA a border is an event, which the device stamps when it comes to it and the host does not wait for; a phase's time
-is then the device's own, with its waiting for launches in it. On a CPU it is a reading of a clock. Under the profiler
-it is a mark in the records; they tell a kernel's phase by the host's clock, so the device ends with each phase.
+On CUDA a border between two phases is an event, for which the host does not wait; a phase's time is then the device's
+own, including its waiting for launches. On a CPU it is a reading of a clock. Under the profiler it is a mark in the
+records, which assign a kernel to a phase by the host's clock, so the device is synchronised with each phase.
 
-Borders cost something, so plain and bordered steps take turns: both then meet the same machine, and the difference of a
-pair is the cost of the borders. The profiler comes last of all, after the requests too, in steps of its own: it slows
-down everything, and what it holds stays in the process.
+Borders take time, so plain and bordered steps alternate: both run under the same conditions, and the difference of a
+pair is the cost of the borders. The profiler runs last, after the requests, in steps of its own: it slows down
+everything, and its memory stays in the process.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ PROFILED_BUDGET_S = 3.0
 
 
 class Phases:
-    """The time of each phase, one after the other or with something between them."""
+    """Times phases, which need not be adjacent."""
 
     def __init__(self, names: Sequence[str], device: str) -> None:
-        """`names` are all that there are; `device` is as torch names it."""
+        """`names` are those of all phases; `device` is as torch names it."""
         self._device = device
         self._names = tuple(names)
         self._borders: list[tuple[str, Any]] = []
-        """What begins at each border, and its stamp: an event, or a time in seconds."""
+        """The phase that begins at each border, and its stamp: an event, or a time in seconds."""
         self._mark: Any = None
         self.marked = False
         """Whether phases are marked for the profiler, and not timed."""
@@ -71,7 +71,7 @@ class Phases:
         synchronize(self._device)
 
     def turn(self, phase: str) -> None:
-        """End the phase that is on, and begin this one; "" begins none."""
+        """End the current phase, and begin this one; "" begins none."""
         if not self.marked:
             self._borders.append((phase, self._stamp()))
             return
@@ -84,8 +84,8 @@ class Phases:
 
     @contextlib.contextmanager
     def within(self, phase: str) -> Iterator[None]:
-        """Begin with this phase, and end with whatever phase is on then. After an exception nothing is asked of a
-        device that may not answer any more."""
+        """Begin this phase, and end the current one at exit. After an exception the device, which may hang, is not
+        used."""
         self.turn(phase)
         try:
             yield
@@ -148,12 +148,12 @@ class BorderedStep(TrainStep):
 
 
 class Bordered(Protocol):
-    """What is called in phases: a step, or a request."""
+    """A callable in phases: a step, or a request."""
 
     phases: Phases
 
     def __call__(self) -> Any:
-        """Once through all phases."""
+        """Run all phases once."""
 
 
 def pair_times(
@@ -165,20 +165,20 @@ def pair_times(
     samples_of: Callable[[Any, bool], Mapping[str, float]],
     budget_s: float,
 ) -> dict[str, tuple[float, ...]]:
-    """Pairs of a plain and a bordered call, each first in every other pair.
+    """Times of pairs of a plain and a bordered call, each first in every other pair.
 
     Args:
         plain: the call as it is.
         bordered: the same with the times of its phases.
         device: as torch names it.
-        what: what a call is, in the names of the samples ("step").
-        samples_of: makes samples of a call's result and whether the call was a plain one.
+        what: the name of a call in those of the samples ("step").
+        samples_of: returns samples, given a call's result and whether it was a plain one.
         budget_s: time for pairs; at least `LEAST_STEP_PAIRS` are taken.
 
     Returns:
         Samples in seconds, one a pair: `plain_WHAT_time_s` with `plain_WHAT_cpu_time_s`, `bordered_WHAT_time_s`,
-        `phase_PHASE_s`, and `between_WHATs_s`, from the end of a call to the beginning of the next: reading what it
-        gave and keeping its times. Then those of `samples_of`.
+        `phase_PHASE_s`, and `between_WHATs_s`, from the end of a call to the beginning of the next, in which its
+        result is read and its times are stored. Then those of `samples_of`.
     """
     watch = Stopwatch(device)
     found: dict[str, list[float]] = {}
@@ -211,11 +211,11 @@ def profiled(
     phase_names: Sequence[str] = STEP_PHASES,
     weights: Mapping[tuple[int, int], str] | None = None,
 ) -> Activity:
-    """What ran in some steps, or requests, under the profiler; their trace is written to `folder`.
+    """Operators and kernels of several steps, or requests, under the profiler; their trace is written to `folder`.
 
-    A plain one before them says how many there is time for and makes what the optimizer keeps. Another one is watched
-    and not recorded: the profiler's own start is not a step's. It is one session with them, since two on each other's
-    heels can collide in CUPTI. One that is without a kernel of the GPU for all that is tried once more.
+    A plain step before them determines how many fit into the budget and allocates the state of the optimizer. The first
+    one under the profiler is not recorded, since the profiler starts in it; it belongs to the same session, since two
+    sessions in quick succession can collide in CUPTI. A session without a kernel of the GPU is repeated once.
 
     `phase_names` and `weights` are those of `lorameter.trial.profiling.activity.activity_of`.
     """
@@ -229,7 +229,7 @@ def profiled(
 
 
 def _record(bordered: Bordered, device: str, trace: Path) -> tuple[tuple[float, ...], Any]:
-    """Times of the calls that were recorded, and the records. The shapes are for what is copied."""
+    """Times of the recorded calls, and the records, with the shapes that identify copies."""
     cuda = [ProfilerActivity.CUDA] if device.startswith("cuda") else []
     watch = Stopwatch(device)
     times: list[float] = []
@@ -241,7 +241,7 @@ def _record(bordered: Bordered, device: str, trace: Path) -> tuple[tuple[float, 
         for number in range(1 + steps):
             bordered.phases.begin(marked=True)
             times.append(watch(bordered)[1].time_s)
-            if number < steps:  # the session must still be open when it is read
+            if number < steps:  # the session must still be open when its results are read
                 recorded.step()
     recorded.export_chrome_trace(str(trace))
     results = recorded.profiler.kineto_results if recorded.profiler is not None else None
@@ -249,7 +249,7 @@ def _record(bordered: Bordered, device: str, trace: Path) -> tuple[tuple[float, 
 
 
 def useful_tokens(stream: TokenStream, rows: int) -> dict[str, float]:
-    """Mean real tokens of a step of `rows` sequences, and its pairs of a query and a key that attention must see."""
+    """Mean real tokens of a step of `rows` sequences, and the pairs of a query and a key that its attention needs."""
     lengths, part = stream.record_lengths(), rows / stream.sequences
     pairs = sum(length * (length + 1) // 2 for length in lengths)
     return {"useful_positions": part * sum(lengths), "useful_pairs": part * pairs}
@@ -280,10 +280,9 @@ Ask = Callable[[], Request]
 class BorderedRequest:
     """A request, the same call that a user makes, with the time of each of its phases.
 
-    transformers' `generate` is one call from prompt to last token. Where the model itself is entered and left divides
-    it: what comes before the first pass, the pass over the prompt (prefill), the passes over one token each (decode),
-    and what lies between passes, on the host: choosing a token, handing it over, getting the inputs of the next one
-    ready.
+    transformers' `generate` is one call from prompt to last token. Hooks at the forward passes of the model divide it:
+    the part before the first pass, the pass over the prompt (prefill), the passes over one token each (decode), and the
+    part between passes, on the host: choosing a token, passing it on, preparing the next inputs.
     """
 
     def __init__(self, model: Any, ask: Ask, device: str) -> None:
@@ -314,7 +313,7 @@ class BorderedRequest:
 
 @contextmanager
 def _marking(owner: Any, method: str, part: str) -> Iterator[None]:
-    """Marks calls of a method for the profiler as a part of their phase; nothing for an object without it."""
+    """Mark calls of a method for the profiler as a part of their phase; objects without the method are ignored."""
     call = getattr(owner, method, None)
     if call is None:
         yield
@@ -337,8 +336,8 @@ def request_samples(request: Request, is_plain: bool) -> dict[str, float]:
     return {name: getattr(request, name) for name in names}
 
 
-def see_request(model: Any, ask: Ask) -> RequestFacts:
-    """What one request finds and leaves; nothing in it is timed."""
+def observe_request(model: Any, ask: Ask) -> RequestFacts:
+    """Facts about one request, which is not timed."""
     base = peft_methods.wrapped(model)
     rows: list[int] = []
     logits: list[int] = []
@@ -374,7 +373,7 @@ def see_request(model: Any, ask: Ask) -> RequestFacts:
 
 
 def _cache_of(given: Mapping[str, Any]) -> Any:
-    """The cache among what a forward pass takes or gives; its name changed within transformers 5."""
+    """The cache in the arguments or the output of a forward pass; its name changed within transformers 5."""
     return next((found for name in ("cache", "past_key_values") if (found := given.get(name)) is not None), None)
 
 
@@ -384,7 +383,7 @@ def _cached(cache: Any) -> list[torch.Tensor]:
 
 
 def size_of(model: Any) -> ModelSize:
-    """What a forward pass multiplies with and reads, counted from the modules of whatever model this is."""
+    """The weights that a forward pass multiplies with and reads, counted from the modules of any model."""
     base = peft_methods.wrapped(model)
     own = list(peft_methods.own_parameters(model).values())
     head: Any = output_head(base)
@@ -402,8 +401,8 @@ def size_of(model: Any) -> ModelSize:
 
 
 def weights_by_shape(model: Any) -> dict[tuple[int, int], str]:
-    """Outputs and inputs of the weights that a forward pass multiplies with, and what they are called; where several
-    have one shape, the first and how many there are."""
+    """Names of the weights of a forward pass by their outputs and inputs; of several with one shape the first and the
+    number of the others."""
     known = {module: name for name, module in peft_methods.wrapped(model).named_modules()}
     names: dict[tuple[int, int], list[str]] = {}
     for module, sizes in _linears(model):
@@ -415,13 +414,13 @@ def weights_by_shape(model: Any) -> dict[tuple[int, int], str]:
 
 
 def _linears(model: Any) -> Iterator[tuple[torch.nn.Module, tuple[int, int]]]:
-    """The linear layers of the base with their outputs and inputs, however they store their weights."""
+    """The linear layers of the base with their outputs and inputs, quantised or not."""
     own = {id(parameter) for parameter in peft_methods.own_parameters(model).values()}
     layers = {id(layer) for layer in peft_methods.adapted_layers(model).values()}
     for module in peft_methods.wrapped(model).modules():
         weight = getattr(module, "weight", None)
         if id(module) in layers or not isinstance(weight, torch.nn.Parameter) or id(weight) in own:
-            continue  # PEFT's layers show the weight of what they wrap
+            continue  # PEFT's layers have the weight of the layer that they wrap
         if isinstance(module, torch.nn.Linear):
             yield module, (module.out_features, module.in_features)
         elif isinstance(module, Conv1D):

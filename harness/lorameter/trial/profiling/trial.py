@@ -1,6 +1,6 @@
 """A profiled trial: the commands of `lorameter profile`, in addition to those of any trial.
 
-What they find goes into files of the trial's folder: it is the evidence of one process, and no comparison takes it.
+Their results are written to files in the trial's folder: they are evidence of one process, and no comparison uses them.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from lorameter.trial.profiling.memory import measure_breakdown, read_pages
 from lorameter.trial.profiling.phases import (
     BorderedRequest,
     BorderedStep,
+    observe_request,
     pair_times,
     profiled,
     request_samples,
-    see_request,
     useful_tokens,
     watch_gradients,
     weights_by_shape,
@@ -57,7 +57,7 @@ NEW_LENGTHS = 6
 
 
 class ProfiledTrial(Trial):
-    """An isolated trial, watched from its start to its last token."""
+    """An isolated trial that profiles its training and its requests."""
 
     COMMANDS: ClassVar[tuple[str, ...]] = (*Trial.COMMANDS, *commands_by("profiled trial"))
 
@@ -66,7 +66,7 @@ class ProfiledTrial(Trial):
         self._birth = read_pages()
 
     def memory_breakdown(self, phase: MemoryPhase) -> PartialRecord:
-        """Where the memory of a step or of a request goes; it is watched, so it is none of those that are timed."""
+        """Break down the memory of a step or of a request, which is watched and not timed."""
         request, trainee = self._request, self._built.trainee
         call = self._built.step if phase == "train" else self._serving.request
         release_unused(request.device)  # the check's records refer to each other, and would count as unexplained
@@ -77,8 +77,7 @@ class ProfiledTrial(Trial):
         return self._write(ACCOUNTS[phase], found)
 
     def profile(self, *, budget_s: float) -> PartialRecord:
-        """Where a step's time goes, and how many real tokens it holds; not yet what runs in it. Pairs take `budget_s`
-        seconds."""
+        """Time the phases of a step, in pairs for `budget_s` seconds, and count its real tokens."""
         request, parts = self._request, self._built
         samples = pair_times(
             parts.step, self._bordered_step(), request.device, what="step",
@@ -91,8 +90,8 @@ class ProfiledTrial(Trial):
         return BorderedStep(self._built.trainee, self._built.stream, self._request)
 
     def _count(self) -> dict[str, float]:
-        """What a step multiplies, counted from the modules where no closed form says it. One step is watched for that,
-        which is none of those that were timed; not a compiled one, which hooks would compile anew."""
+        """The products of a step, counted from the modules where there is no closed form. An additional step is watched
+        for it, unless steps are compiled: hooks would compile them anew."""
         variant, workload, model = self._request.variant, self._request.workload, self._built.trainee.model
         with contextlib.suppress(UsageError):
             training_flops(shapes.shape(catalogue.resolve(workload.model)), variant, computed_tokens(variant, workload))
@@ -104,9 +103,9 @@ class ProfiledTrial(Trial):
         return {}
 
     def peak(self, rates: Sequence[Rate]) -> PartialRecord:
-        """What the device does at best; it fills caches and memory, so it comes when nothing else is timed.
+        """Measure the peak rates of the device; they fill caches and memory, so nothing is timed afterwards.
 
-        A rate for whose large product or copy the trial has left no memory is left out.
+        A rate is left out where the memory does not suffice for its large product or copy.
         """
         peaks: dict[Rate, Peak] = {}
         for rate in rates:
@@ -116,7 +115,7 @@ class ProfiledTrial(Trial):
         return self._write(PEAKS, peaks)
 
     def activity(self) -> PartialRecord:
-        """What runs in a step: the profiler's turn, after all else that a process is asked for. Training goes on."""
+        """Profile the operators of a step, after all other commands; training continues."""
         model = self._built.trainee.model
         unpack_4bit(model)
         model.train()
@@ -124,7 +123,7 @@ class ProfiledTrial(Trial):
         return self._write(ACTIVITY, found)
 
     def profile_requests(self, *, merged: bool, budget_s: float) -> PartialRecord:
-        """Where a request's time goes, of the adapter as it is served or, after `merge`, merged into the base."""
+        """Time the phases of a request with the unmerged adapter or, after `merge`, with the merged one."""
         found = pair_times(
             self._serving.ask, self._bordered_request(), self._request.device, what="request",
             samples_of=request_samples, budget_s=budget_s,
@@ -135,15 +134,15 @@ class ProfiledTrial(Trial):
         return BorderedRequest(self._built.trainee.model, self._serving.ask, self._request.device)
 
     def request_facts(self) -> PartialRecord:
-        """What a request finds and leaves: its cache, its logits, the mode of the model, the memory up to its first
-        token, and the times to the first token of the first and of the second request at new prompt lengths."""
+        """Facts about a request: its cache, its logits, the mode of the model, the memory up to its first token, and
+        the times to the first token of the first and of the second request at new prompt lengths."""
         serving, length = self._serving, self._request.workload.prompt_tokens
         gauge = PeakMemoryTracker(self._request.device)
         give_back_free()
         gauge.begin()
         serving.ask_at(length, 1)
         memory = gauge.peaks("first_token")
-        self._write(REQUEST_FACTS, see_request(self._built.trainee.model, serving.ask))
+        self._write(REQUEST_FACTS, observe_request(self._built.trainee.model, serving.ask))
         times = [
             [serving.ask_at(one, 2).first_token_time_s for _ in ("new", "known")]
             for one in range(max(1, length - NEW_LENGTHS), length)
@@ -155,7 +154,7 @@ class ProfiledTrial(Trial):
         return PartialRecord(memory=memory, samples=samples)
 
     def request_activity(self, *, merged: bool) -> PartialRecord:
-        """What runs in a request."""
+        """Profile the operators of a request."""
         name, trace = (MERGED_ACTIVITY, MERGED_TRACE) if merged else (REQUEST_ACTIVITY, REQUEST_TRACE)
         found = profiled(
             self._bordered_request(), self._request.device, Path(self._request.scratch), trace=trace,
@@ -164,7 +163,7 @@ class ProfiledTrial(Trial):
         return self._write(name, found)
 
     def _write(self, name: str, found: object) -> PartialRecord:
-        """Into a file of the trial's folder; nothing of it goes into the record."""
+        """Write a result to a file of the trial's folder, and not to the record."""
         (Path(self._request.scratch) / name).write_text(codec.dumps(found), encoding="utf-8")
         return PartialRecord()
 
@@ -173,22 +172,21 @@ class ProfiledTrial(Trial):
 
 
 CPU_SIZES = (512, 1024)
-"""Widths of square products: one that the second-level cache holds, and one that it does not."""
+"""Widths of square products: one that fits into the second-level cache, and one that does not."""
 CUDA_SIZES = (4096, 8192)
 CPU_COPY_BYTES = 256 * 2**20
 """Several times the last-level cache that a CPU's cores share."""
 CUDA_COPY_BYTES = 2**30
 CALLS = 8
-"""Products or copies in one timed lap on CUDA, so that launching them takes no share of it."""
+"""Products or copies in one timed lap on CUDA, so that the time of launches is negligible."""
 
 
 def measure_peak(device: str, rate: Rate, *, tries: int = 5) -> Peak:
-    """What a device, as torch names it, does at best when nothing else is asked of it: the best of `tries` laps, with
-    the threads that the process has.
+    """The peak rate of a device, as torch names it: the best of `tries` laps, with the threads of the process.
 
-    A vendor's figure is at a clock that a device may not hold, and a CPU has none. A measured peak is what this device
-    does with these threads and this library on the friendliest shape. Whatever disturbs can only slow a lap down, so
-    the best is a lower bound of the true peak, and a share of it an upper bound of the true share.
+    A vendor's figure is for a clock that a device may not hold, and a CPU has none. A measured peak is the rate of this
+    device with these threads and this library on the most favourable shape. Interference only slows a lap down, so the
+    best is a lower bound of the true peak, and a share of it an upper bound of the true share.
 
     Of products it is FLOP/s of square ones of several sizes; "tf32" is float32 on tensor cores and CUDA only. Of memory
     it is bytes/s of large copies and sums: a copy counts the bytes read and those written, as STREAM does (McCalpin

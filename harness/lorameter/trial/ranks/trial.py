@@ -35,25 +35,25 @@ from lorameter.studies.variant import LoraVariant, Variant
 from lorameter.trial.building.build import SharedBase
 
 OF_RANKS, OF_ONE = 0.5, 0.4
-"""How much of a command's time the ranks have together, and one alone after or before them: the rest is for saying
-which of them gave no answer."""
+"""Shares of a command's time limit for the ranks together and for one rank alone; the rest is for reporting which of
+them gave no answer."""
 GRACE_S = 5.0
-"""Time of the others after one has failed: a rank that waits for it learns so at once, or never."""
+"""Seconds for the other ranks after one has failed: a rank that waits for it fails at once, or never."""
 _WAITING = re.compile(r"gloo|nccl|process ?group|timed? ?out|connection (closed|reset)|broken pipe", re.IGNORECASE)
-"""What the error of a rank says that waited for another in vain."""
+"""Matches the error of a rank that waited for another one in vain."""
 IMBALANCED = 1.4
-"""The slowest rank's own time over the mean of all from which the others are said to wait for it."""
+"""The least ratio of the slowest rank's own time to the mean of all for which the imbalance is reported."""
 SUMMED = ("device_energy_train_j", "energy_tokens")
 """Values that are those of all ranks together."""
 ONE_RANK = ("build", "warm_up", "turn")
-"""What one rank alone does as well."""
+"""Commands of the process that trains on one rank alone."""
 
 
 class TrialOfRanks:
-    """Implements what `serve` asks of a trial, by the ranks' answers."""
+    """Has the interface of `Trial` for `serve`, with the merged answers of its ranks."""
 
     shared: SharedBase | None = None
-    """No base that others could be on."""
+    """No other trial shares its base."""
 
     def __init__(self, request: TrialRequest) -> None:
         self._request = request
@@ -68,8 +68,8 @@ class TrialOfRanks:
             self._one = RankProcess("one rank alone", functools.partial(_make_one, request), self._ranks)
 
     def run(self, command: str, **arguments: Any) -> PartialRecord:
-        """Have all ranks carry out a command; a failure of one ends them all."""
-        one_first = command == "turn" and self._turns % 2 == 1  # neither always runs on what the other has left warm
+        """Carry out a command on all ranks; a failure of one ends them all."""
+        one_first = command == "turn" and self._turns % 2 == 1  # so that both find the caches of the other
         self._turns += command == "turn"
         alone = self._ask_one(command, arguments) if one_first else PartialRecord()
         fragment = self._ask(self._ranks, command, arguments, OF_RANKS)
@@ -85,7 +85,7 @@ class TrialOfRanks:
     def _ask(
         self, members: Sequence[RankProcess], command: str, arguments: dict[str, Any], share: float
     ) -> PartialRecord:
-        """One answer of all of these, each of which has a share of a command's time."""
+        """The merged answer of these processes, which have a share of a command's time limit."""
         timeout_s = share * self._request.protocol.step_timeout_s
         answers = _collect(members, command, arguments, timeout_s)
         return _failure(members, answers, command, timeout_s) or _merge([answers[member] for member in members])
@@ -111,7 +111,7 @@ class TrialOfRanks:
         return PartialRecord(samples={"one_rank_step_time_s": times} if times else {})
 
     def _compare(self, fragment: PartialRecord) -> PartialRecord:
-        """The fragment with the check of what was trained, where one rank alone has trained the same."""
+        """The fragment with the comparison of losses, where one rank alone has trained on the same batches."""
         if self._one is None:
             return fragment
         request = self._request
@@ -154,7 +154,7 @@ def _make_one(request: TrialRequest) -> Any:
 
 
 def _take_gpu(device: str, rank: int) -> None:
-    """Let this process see one GPU alone, that of its rank; nothing has initialised CUDA yet."""
+    """Restrict this process to the GPU of its rank; CUDA is not yet initialised."""
     if device.startswith("cuda"):
         visible = visible_devices(os.environ)
         os.environ[VARIABLE] = str(rank if visible is None else visible[rank])
@@ -163,14 +163,14 @@ def _take_gpu(device: str, rank: int) -> None:
 def _collect(
     members: Sequence[RankProcess], command: str, arguments: dict[str, Any], timeout_s: float
 ) -> dict[RankProcess, PartialRecord]:
-    """The answer of each, in the order of their arrival; those that died or gave no answer in time are not in it. Once
+    """The answers of the processes, in the order of their arrival, without those that died or gave none in time. Once
     one has failed the others have `GRACE_S` left."""
     for member in members:
         member.send(command, arguments)
     answers: dict[RankProcess, PartialRecord] = {}
     waiting, deadline = list(members), time.monotonic() + timeout_s
     while waiting and (left := deadline - time.monotonic()) > 0:
-        ready: list[Any] = wait(waiting, left)  # type: ignore[arg-type]  # what has a fileno is enough
+        ready: list[Any] = wait(waiting, left)  # type: ignore[arg-type]  # it accepts objects with fileno
         for member in ready:
             waiting.remove(member)
             answer = member.receive()
@@ -184,8 +184,8 @@ def _collect(
 def _failure(
     members: Sequence[RankProcess], answers: Mapping[RankProcess, PartialRecord], command: str, timeout_s: float
 ) -> PartialRecord | None:
-    """The outcome of a trial in which a rank failed, died or hangs; None if all are well. A rank that waited for one of
-    those in vain is not the cause."""
+    """The outcome of a trial in which a rank failed, died or hangs; None if all succeeded. A rank that waited for
+    another one is not the cause."""
 
     def outcome(status: Status, kind: str, message: str) -> PartialRecord:
         return PartialRecord().failed(status, Failure(phase=command, kind=kind, message=message))
@@ -213,15 +213,15 @@ def _failure(
         if bad:
             message = f"{silent} hangs in {command}: {', '.join(one[0].name for one in bad)} waited for it in vain"
         return outcome("timeout", "Silent", f"{message}; all were killed")
-    if bad:  # all of them waited for each other
+    if bad:  # all ranks waited for each other
         member, answer, failure = bad[0]
         return outcome(answer.status, failure.kind, f"{member.name}: {shorten(failure.message)}")
     return None
 
 
 def _merge(answers: Sequence[PartialRecord]) -> PartialRecord:
-    """One answer of all ranks': that of the first, with the memory of the one that takes most and of each by its
-    number, and the values of all; of a process that is alone its own."""
+    """The merged answer of all ranks: that of the first, with the largest memory and that of each rank by its number,
+    and merged values; a single answer is returned as it is."""
     if len(answers) == 1:
         return answers[0]
     memory = dict[str, int]()
@@ -234,10 +234,10 @@ def _merge(answers: Sequence[PartialRecord]) -> PartialRecord:
 
 
 def merge_values(every: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Values of all ranks as those of one trial: energy and its tokens are summed, of what else was found on GPUs the
-    worst rank counts, and the rest is that of the first.
+    """Values of all ranks as those of one trial: energy and its tokens are summed, of other readings of GPUs the worst
+    rank counts, and the rest is that of the first.
 
-    Energy is left out where a rank has none: it would be that of some, over the tokens of all.
+    Energy is left out where a rank has none, since it would not be that of all tokens.
     """
     merged: dict[str, float] = {}
     for key in dict.fromkeys(key for values in every for key in values):
@@ -343,9 +343,9 @@ def _serve(connection: Connection, make: Callable[[], Any], others: Sequence[Ran
 
 PATH = "ranks.losses"
 FEWEST = 3
-"""Steps without which nothing is said: the known faults begin with the second."""
+"""The fewest steps that are compared: known faults begin in the second one."""
 EXACT, ROUNDED = 1e-4, 3e-3
-"""How far a loss may be from that of one rank, over it: of what computes in float32, and in 16 bits."""
+"""The largest relative difference from the loss of one rank for models that compute in float32, and in 16 bits."""
 
 
 def tolerance_of(variant: Variant) -> float:
@@ -355,13 +355,12 @@ def tolerance_of(variant: Variant) -> float:
 
 
 def compare_losses(several: Sequence[float], one: Sequence[float], variant: Variant, ranks: int) -> dict[str, Any]:
-    """A check, as data: the losses of several ranks compared with those of one on the same batches, from the first step
-    on.
+    """A check, as in a record: the losses of several ranks compared with those of one on the same batches.
 
     They cannot be equal to the bit. A mean over ranks adds in another order, and Adam's first updates have the size of
-    the learning rate whatever the size of the gradient, so that an element whose gradient is rounding alone may go the
-    other way. Seen of right runs over 6 to 9 steps: 2e-7 in float32, 1.2e-4 in bfloat16; of NF4 that FSDP2 gathers
-    wrongly 1.7e-2 in the second step already (docs/machines.md).
+    the learning rate for any gradient, so that an element whose gradient is rounding alone may change in the other
+    direction. Healthy runs differed over 6 to 9 steps by 2e-7 in float32 and 1.2e-4 in bfloat16; NF4 that FSDP2 gathers
+    wrongly by 1.7e-2 in the second step (docs/machines.md).
     """
     pairs = list(zip(several, one, strict=False))
     if isinstance(variant, LoraVariant) and variant.lora_dropout:

@@ -1,13 +1,12 @@
-"""Cold start: what a user waits for who starts a new interpreter, loads a trained adapter and sends one request.
+"""Cold start: the time in which a new interpreter imports, loads a trained adapter and answers one request.
 
-The import depends on the environment and not on the variant. So a new interpreter is timed that imports and does
-nothing else, and what depends on the variant (load, first token, first completion) in a fresh child of a process that
-has imported; a cold start is the sum. `start_cold` is the whole in one new interpreter, which checks the sum.
+Imports depend on the environment and not on the variant. So they are timed in a new interpreter, and the part that
+depends on the variant (load, first token, first completion) in a fresh child of a process that has imported; a cold
+start is the sum. `start_cold` measures the whole in one new interpreter, which checks the sum.
 
 CLOCK_MONOTONIC is one clock for all processes of a machine, so the start of the interpreter, from the parent's spawn,
-is in the number. The base is read, converted and quantised from its own files, as a user's is, and not taken from what
-the run has prepared. The page cache is warm; what is cold is the interpreter, the libraries, the allocator and the
-device context.
+is in the number. The base is read, converted and quantised from its own files, as for a user, and not taken from the
+prepared base of the run. The page cache is warm; interpreter, libraries, allocator and device context are cold.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from lorameter.studies.request import TrialRequest
 
 
 def time_imports(spawned_monotonic_s: float) -> PartialRecord:
-    """Seconds since the parent's spawn until all is imported that a cold start needs before it loads anything."""
+    """Seconds from the parent's spawn until all modules of a cold start are imported."""
     import lorameter.trial.building.base_model
     import lorameter.trial.building.build
     import lorameter.trial.data.stream
@@ -32,7 +31,7 @@ def time_imports(spawned_monotonic_s: float) -> PartialRecord:
 
 
 def start_cold(request: TrialRequest, spawned_monotonic_s: float) -> PartialRecord:
-    """Import, load and answer in this new interpreter, with the time of each part and of the whole."""
+    """Import, load and answer in this new interpreter; times of the parts and of the whole."""
     imported = time_imports(spawned_monotonic_s)
     fragment = load_and_answer(request)
     values = {**fragment.values, **imported.values, "cold_start_time_s": time.monotonic() - spawned_monotonic_s}

@@ -1,12 +1,12 @@
 """Greedy generation with time stamps for every token, through transformers' own `generate`.
 
-A streamer is handed each token as it is decided, which gives the time to the first token (prefill) and the time per
-output token (decode) of the very call that a user makes; no second implementation of decoding is timed. Either the
-number of new tokens is fixed and the end-of-sequence token ignored, which makes the cost of a token comparable; or the
-model ends its answer itself, which is what a user waits for, and the number of tokens is part of the result.
+A streamer receives each token when it is chosen, which gives the time to the first token (prefill) and the time per
+output token (decode) of the call that a user makes. Either the number of new tokens is fixed and the end-of-sequence
+token ignored, so that the cost of a token is comparable; or the model ends its answer itself, as for a user, and the
+number of tokens is part of the result.
 
-A request may have several prompts of one length, so that nothing is padded and attention is what it is for one. All of
-them get their tokens at once, one forward pass after the other, so that its times are those of each of its prompts.
+A request may have several prompts of one length, so that there is no padding and attention is that of a single prompt.
+All of them get their tokens in the same forward passes, so that the times of the request are those of each prompt.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lorameter.studies.variant import Variant
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """Times of one request, in seconds, and the tokens it produced: for all of its prompts at once."""
+    """Times of one request, in seconds, and its tokens, for all of its prompts together."""
 
     request_time_s: float
     first_token_time_s: float
@@ -37,13 +37,13 @@ class Request:
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """Those of all answers, one after the other."""
+        """The tokens of all answers, one after the other."""
         return tuple(token for answer in self.answers for token in answer)
 
 
 class _Stamps(BaseStreamer):
-    """Notes when each token arrives, of all prompts at once. `generate` first hands over the prompts, then every new
-    token from the host's side (`.cpu()`), so on CUDA each stamp follows the device's own work."""
+    """Records the time at which each token arrives, for all prompts together. `generate` first passes the prompts, then
+    every new token after a copy to the host (`.cpu()`), so on CUDA each time includes the device's work."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -64,8 +64,8 @@ class _Stamps(BaseStreamer):
 
 @contextlib.contextmanager
 def _without_end(model: Any) -> Iterator[None]:
-    """No token ends the text. A request's own None would be filled in from the model's defaults, so those are changed
-    for its duration; forbidding the token (`min_new_tokens`) would add work to every step and change the text."""
+    """Ignore the end-of-sequence token. None in a request would be replaced by the model's default, so the default is
+    changed during the request; forbidding the token (`min_new_tokens`) would add work and change the text."""
     kept = model.generation_config.eos_token_id
     model.generation_config.eos_token_id = None
     try:
@@ -76,8 +76,8 @@ def _without_end(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _copied_head_input(model: Any) -> Iterator[None]:
-    """The output head takes a copy of what it is given, laid out anew. A clone that keeps the strides would not do:
-    they are what torch's linear does not fold."""
+    """Give the output head a contiguous copy of its input. A clone with the same strides would not do: torch's linear
+    does not fold them."""
 
     def copy(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden, *rest = args
@@ -101,13 +101,13 @@ def generate(
 ) -> Request:
     """One greedy request for `prompt`, shape (prompts, length), of exactly `new_tokens` tokens for each.
 
-    With `until_end` the model's end-of-sequence token ends it (and is the last of the tokens), at `new_tokens` at most;
-    that is for one prompt. `variant` says how it is answered (`kv_cache`, `copy_head_input`); as transformers does by
-    itself if left out. `adapters` names one for each prompt; the active one answers all of them if left out.
+    With `until_end`, for one prompt, the model's end-of-sequence token ends it (and is its last token), after at most
+    `new_tokens`. `variant` sets options (`kv_cache`, `copy_head_input`), by default those of transformers. `adapters`
+    names the adapter of each prompt, by default the active one.
 
     Raises:
         RuntimeError: the model produced another number of tokens (a stop criterion outside our control), or not as
-            many as there are prompts at a time.
+            many as there are prompts in a step.
     """
     stamps = _Stamps()
     config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, num_beams=1, pad_token_id=0, use_cache=True)

@@ -1,8 +1,8 @@
-"""An adapter as PEFT loads it, served in several ways, and how far their answers and logits are from each other.
+"""Serves a saved adapter in several modes, and measures the distances of their answers and logits.
 
-Every way begins with the saved adapter, as a user's does, in eval mode, greedy, with the same seed. The reference's
-logits are written into the trial's folder, an answer each, for those that are compared with it in other processes: one
-that dies of a base that does not fit must not take with it what the others have found.
+Every mode loads the saved adapter with PEFT, as a user does, in eval mode, with greedy decoding and the same seed. The
+logits of the reference are written into the trial's folder, a file for each answer, for modes that are served in other
+processes: one that runs out of memory must not lose the results of the others.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from lorameter.trial.serving.generate import generate
 from lorameter.trial.step import model_inputs
 
 ROWS = 16
-"""Positions at a time: 16 of 262,144 words are 34 MB in float64."""
+"""Positions that are compared at a time: 16 of 262,144 words are 34 MB in float64."""
 
 
 def serve_adapter(request: ServingRequest) -> PartialRecord:
-    """What is observed of each way of a group. One that raises is a failure of its own, and the others go on."""
+    """The results of each mode of a group. An exception is the failure of its mode alone."""
     trial = request.trial
     prepare_process(trial)
     set_precision(trial.variant)
@@ -45,29 +45,29 @@ def serve_adapter(request: ServingRequest) -> PartialRecord:
     model: Any = None
     served: list[Served] = []
     answers = request.reference
-    for way in request.ways:
+    for mode in request.ways:
         try:
-            model = load_served(request, way) if model is None else model
-            found = observe(prepare_way(model, way), way, stream, request, answers)
+            model = load_served(request, mode) if model is None else model
+            found = observe(prepare_mode(model, mode), mode, stream, request, answers)
         except Exception as error:
             failed = failed_record(error, "parity")
-            if failed.status == "interrupted":  # the disk is full, and it is for the next one as well
+            if failed.status == "interrupted":  # the disk is full, for the next mode as well
                 return failed
-            found = Served(way=way.name, failure=failed.failure)
+            found = Served(way=mode.name, failure=failed.failure)
         served.append(found)
         answers = answers or found.answers
-        if not answers:  # there is nothing to compare with
+        if not answers:  # without a reference there is nothing to compare
             break
     prompts = [prompt[0].tolist() for prompt in _prompts(stream, request)]
     return PartialRecord(tokens={SERVED: codec.to_json(served), PROMPTS: prompts})
 
 
-def load_served(request: ServingRequest, way: ServingMode) -> Any:
-    """The base of a way with the unmerged adapter, in eval mode."""
-    trial, variant = request.trial, way.variant
+def load_served(request: ServingRequest, mode: ServingMode) -> Any:
+    """The base of a mode with the unmerged adapter, in eval mode."""
+    trial, variant = request.trial, mode.variant
     source = catalogue.resolve(trial.workload.model)
     base: Any = load_base(source, variant, device=trial.device, seed=trial.workload.data_seed)
-    if way.dequantised:
+    if mode.dequantised:
         unpack_4bit(base)
         base = base.dequantize(dtype=dtype_of(variant.dtype))
         variant = dataclasses.replace(variant, quantization="none", prepare_for_kbit=False)
@@ -75,44 +75,45 @@ def load_served(request: ServingRequest, way: ServingMode) -> Any:
     return peft_methods.load(base, variant, Path(request.adapter)).eval()
 
 
-def prepare_way(model: Any, way: ServingMode) -> Any:
-    """The model as the way has it: merged, where it asks for that, which nothing takes back."""
-    if way.merged:
+def prepare_mode(model: Any, mode: ServingMode) -> Any:
+    """The model of a mode, merged where the mode says so; a merge cannot be undone."""
+    if mode.merged:
         peft_methods.merge(model)
     elif peft_methods.is_merged(model):
-        raise LorameterError(f"{way.name}: the adapter is merged into this base already")
+        raise LorameterError(f"{mode.name}: the adapter is merged into this base already")
     return model
 
 
 def observe(
-    model: Any, way: ServingMode, stream: TokenStream, request: ServingRequest, reference: Sequence[Sequence[int]]
+    model: Any, mode: ServingMode, stream: TokenStream, request: ServingRequest, reference: Sequence[Sequence[int]]
 ) -> Served:
-    """Answers, logits over the reference's answers (its own, where `reference` is empty), and held-out losses."""
+    """Answers, distances of the logits over the reference's answers, and held-out losses. Without a `reference` the
+    logits over its own answers are saved as the reference."""
     workload = request.trial.workload
     new_tokens, until_end = workload.open_ended_tokens or workload.new_tokens, workload.open_ended_tokens > 0
     seed_everything(request.trial.seed)
-    with nullcontext() if way.adapter else peft_methods.without_adapter(model), torch.no_grad():
+    with nullcontext() if mode.adapter else peft_methods.without_adapter(model), torch.no_grad():
         prompts = _prompts(stream, request)
         answers = tuple(
-            generate(model, prompt, new_tokens, until_end=until_end, variant=way.variant).tokens for prompt in prompts
+            generate(model, prompt, new_tokens, until_end=until_end, variant=mode.variant).tokens for prompt in prompts
         )
         distances: list[LogitDistance] = []
         for index, (prompt, answer) in enumerate(zip(prompts, reference or answers, strict=True)):
             logits = answer_logits(model, prompt, answer).cpu()
-            kept = Path(request.trial.scratch) / f"reference-logits-{index}.safetensors"
+            file = Path(request.trial.scratch) / f"reference-logits-{index}.safetensors"
             if reference:
-                distances.append(measure_distance(load_file(kept)["logits"], logits))
+                distances.append(measure_distance(load_file(file)["logits"], logits))
             else:
-                save_file({"logits": logits.contiguous()}, kept)
+                save_file({"logits": logits.contiguous()}, file)
         losses: list[float] = []
         for batch in stream.held_out():
             logits = model(**model_inputs(batch)).logits
             losses += sequence_losses(logits, batch["labels"], workload.sequence_length)
-    return Served(way=way.name, answers=answers, distances=tuple(distances), losses=tuple(losses))
+    return Served(way=mode.name, answers=answers, distances=tuple(distances), losses=tuple(losses))
 
 
 def _prompts(stream: TokenStream, request: ServingRequest) -> list[torch.Tensor]:
-    """Whole prompts, where the workload has answers that the model ends itself; else those of a fixed length."""
+    """Whole prompts where the workload has requests until EOS, else prompts of a fixed length."""
     if request.trial.workload.open_ended_tokens:
         return [stream.open_ended_prompt(index) for index in range(stream.open_ended_prompt_count)]
     return [stream.prompt(index) for index in range(stream.prompt_count)]
@@ -137,7 +138,7 @@ def measure_distance(reference: torch.Tensor, other: torch.Tensor) -> LogitDista
         LorameterError: their shapes differ, there is no position, or a logit is not finite.
     """
     if reference.shape != other.shape or reference.dim() != 2 or not reference.numel():
-        raise LorameterError(f"logits of shapes {tuple(reference.shape)} and {tuple(other.shape)} are not compared")
+        raise LorameterError(f"logits of shapes {tuple(reference.shape)} and {tuple(other.shape)} cannot be compared")
     for which, logits in (("the reference's", reference), ("its", other)):
         if not logits.isfinite().all():
             raise LorameterError(f"{which} logits hold a number that is not finite")
@@ -145,7 +146,7 @@ def measure_distance(reference: torch.Tensor, other: torch.Tensor) -> LogitDista
     for rows, others in zip(reference.split(ROWS), other.split(ROWS), strict=True):
         ours, theirs = rows.double(), others.double()
         log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)  # rounding may go below what it cannot be
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)  # which rounding can make negative
         difference = (ours - theirs).abs()
         cosine = torch.cosine_similarity(ours, theirs, dim=-1)
         found.append((ours.argmax(-1) != theirs.argmax(-1), kl, difference.mean(-1), difference.amax(-1), cosine))
@@ -168,7 +169,7 @@ def sequence_losses(logits: torch.Tensor, labels: torch.Tensor, length: int) -> 
     Args:
         logits: shape (rows, tokens, vocabulary); a row may hold several sequences one after the other.
         labels: shape (rows, tokens), as transformers takes them: a token's label is at its own position, -100 is none.
-        length: tokens of a sequence. The first token of each has no label, or its loss would cross the border.
+        length: tokens of a sequence. The first token of each has no label: the sequence before it must not predict it.
     """
     losses: list[float] = []
     for row, expected in zip(logits, labels, strict=True):
