@@ -2,9 +2,9 @@
 
 Most kinds are exact counts: weights at their stored size, constants of quantisation (Dettmers et al. 2023, arXiv
 2305.14314, section 3: a scale for 64 weights, itself quantised in blocks of 256), adapter, optimizer state, saved
-tensors of the forward pass (`lorameter.models.costs.activations`), logits. The peak of a step is at one of three moments:
-the gradient of the loss (activations, and logits in float32 three times: log-probabilities and two gradients), under
-checkpointing a recomputed block, or the update of the optimizer with all gradients.
+tensors of the forward pass (`lorameter.models.costs.activations`), logits. The peak of a step is at one of three
+moments: the gradient of the loss (activations, and logits in float32 three times: log-probabilities and two gradients),
+under checkpointing a recomputed block, or the update of the optimizer with all gradients.
 
 The memory of a process on a CPU besides its tensors has no formula. Its constants were measured, as documented with
 each, for one thread and glibc. The memory at the start of a process depends on the build of torch (`birth_bytes`).

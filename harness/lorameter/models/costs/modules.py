@@ -1,18 +1,17 @@
 """FLOPs of a training step of a model whose family has no closed form, counted from its modules.
 
 The rule is that of `lorameter.models.costs.flops`: two FLOPs for each weight and position forward, the same for the
-gradient of what the layer takes, and the same again where the weight trains. What a model multiplies with is seen in
-its modules: linear layers however they store their weights, and experts, of which each position meets a few.
+gradient of the layer's input, and the same again where the weight trains. The weights are those of the model's modules:
+linear layers, quantised or not, and experts, a few of which are chosen for each position.
 
-For which inputs a gradient is wanted is seen by watching a step, and which modules it goes through: not the towers for
-pictures of a model that is given text, nor what attends to an encoder of one that has none. Without that, all modules
-count, in the order in which they are defined, and every input after the first weight that trains has a gradient. Within
-the first block that is too many, since layers parallel to the first one take the same input. The error is small in a
-model with many blocks.
+A watched step shows which modules it uses, and which inputs need a gradient: the tower for pictures is not used in a
+model of text, nor the attention to an encoder that does not exist. Without a watched step all modules count, in the
+order of their definition, and every input after the first weight that trains has a gradient. That is too many within
+the first block, where several layers have the same input, and little of a model with many blocks.
 
-Attention counts by heads and their width, as for families that are known, and all pairs, also where a layer sees a
-window of them. What is no linear layer and no attention (a scan, a convolution, the router of experts) is not counted.
-Modules are recognised by their attributes, not by their class, so that nothing here needs torch.
+Attention counts by heads and their width, as for known families, and over all pairs, also where a layer attends to a
+window. Other operations (a scan, a convolution, the router of experts) are not counted. Modules are recognised by their
+attributes and not by their class, so that nothing here needs torch.
 """
 
 from __future__ import annotations

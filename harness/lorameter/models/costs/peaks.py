@@ -175,8 +175,8 @@ def stated_peak(device_name: str, rate: Rate) -> Peak | None:
 DRIVER_SHARE = 0.02
 """Share of the memory that nvidia-smi shows which no process can allocate. Out-of-memory messages of torch state a
 total of 23.52 to 23.68 GiB for an RTX 4090 (23.99 shown), 31.36 for an RTX 5090 (31.84), 44.42 for an L40S (44.99): 1.3
-to 2.0 % less (issues of Soul-AILab/SoulX-FlashTalk, zai-org/CogVideo, TrajectoryCrafter/TrajectoryCrafter and stepfun-ai/
-Step-Video-T2V)."""
+to 2.0 % less (issues of Soul-AILab/SoulX-FlashTalk, zai-org/CogVideo, TrajectoryCrafter/TrajectoryCrafter and
+stepfun-ai/Step-Video-T2V)."""
 DRIVER_SOURCE = "torch's messages of an out-of-memory show 1.3 to 2.0 % less than nvidia-smi"
 UNITS = {
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
