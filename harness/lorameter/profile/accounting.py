@@ -20,7 +20,7 @@ from typing import Any
 
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
-from lorameter.models.costs.ceiling import Ceiling, Utilisation, ceiling_of, ceiling_of_products, utilisation
+from lorameter.models.costs.ceiling import Ceiling, TimeSpan, Utilisation, ceiling_of, ceiling_of_products, utilisation
 from lorameter.models.costs.flops import (
     StepTokens,
     TrainingFlops,
@@ -52,15 +52,6 @@ class Names:
 STEPS = Names(what="step", phases=STEP_PHASES)
 SERVED = Names(what="request", phases=REQUEST_PHASES)
 MERGED = Names(what="request", phases=REQUEST_PHASES, prefix="merged_")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TimeSpan:
-    """A median of times in seconds, with its 95 % interval by order statistics; None where too few times are there."""
-
-    value: float
-    low: float | None
-    high: float | None
 
 
 def span_of(samples: Sequence[float]) -> TimeSpan:

@@ -7,11 +7,10 @@ import dataclasses
 import pytest
 
 from lorameter.errors import LorameterError
-from lorameter.models.costs.ceiling import ceiling_of, product_rate, utilisation
+from lorameter.models.costs.ceiling import TimeSpan, ceiling_of, product_rate, utilisation
 from lorameter.models.costs.flops import StepTokens, computed_tokens, row_tokens, six_n, training_flops
 from lorameter.models.costs.peaks import Peak
 from lorameter.models.shapes import ModelShape
-from lorameter.stats import Estimate
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 
@@ -23,7 +22,7 @@ VARIANT = LoraVariant(r=4, target_modules=("q_proj", "v_proj"), gradient_checkpo
 WORKLOAD = Workload(sequence_length=32, batch_size=2, prompt_tokens=8, new_tokens=4)
 PEAK = Peak(device="Test GPU", rate="bfloat16", per_s=1e10, source="Test GPU datasheet")
 MEMORY = Peak(device="Test GPU", rate="memory", per_s=1e9, source="Test GPU datasheet")
-STEP = Estimate(value=0.01, low=0.008, high=0.0125, replicates=3, samples=9)
+STEP = TimeSpan(value=0.01, low=0.008, high=0.0125)
 
 
 def test_a_share_with_its_interval():
@@ -85,7 +84,7 @@ def test_the_type_that_a_step_multiplies_in(options, rate):
 def test_a_share_above_the_peak_says_why_it_is_no_bound(rate, words):
     """Without an interval the share says so."""
     peak = Peak(device="Test CPU", rate=rate, per_s=100.0, source="measured")
-    text = str(utilisation("use", 100, Estimate(value=0.5, low=None, high=None, replicates=1, samples=1), peak, "work"))
+    text = str(utilisation("use", 100, TimeSpan(value=0.5, low=None, high=None), peak, "work"))
     assert "200.0% [no interval]" in text
     assert "above 100 %" in text
     assert words in text

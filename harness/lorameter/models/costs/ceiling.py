@@ -18,9 +18,17 @@ from lorameter.models.costs.flops import StepTokens, computed_tokens, row_tokens
 from lorameter.models.costs.modules import StepProducts
 from lorameter.models.costs.peaks import Peak, Rate
 from lorameter.models.shapes import ModelShape
-from lorameter.stats import Estimate
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimeSpan:
+    """A time in seconds with the ends of its interval, None where it has none."""
+
+    value: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +67,7 @@ class Ceiling:
     """By the formula for training all weights, which LoRA does not do: for comparison with published figures."""
 
 
-def utilisation(name: str, work: int, time_s: Estimate, peak: Peak, formula: str) -> Utilisation:
+def utilisation(name: str, work: int, time_s: TimeSpan, peak: Peak, formula: str) -> Utilisation:
     """`work` (FLOPs, or bytes for a peak of memory) in a time, as a share of the peak.
 
     `formula` describes `work`; the time and the division are added.
@@ -83,7 +91,7 @@ def ceiling_of(
     shape: ModelShape,
     variant: Variant,
     workload: Workload,
-    step_time_s: Estimate,
+    step_time_s: TimeSpan,
     peak: Peak,
     *,
     useful: StepTokens | None = None,
@@ -117,7 +125,7 @@ def ceiling_of(
 def ceiling_of_products(
     products: StepProducts,
     variant: Variant,
-    step_time_s: Estimate,
+    step_time_s: TimeSpan,
     peak: Peak,
     *,
     useful: StepTokens,
@@ -132,7 +140,7 @@ def ceiling_of_products(
 
 def _ceiling(
     work: tuple[int, int, int],
-    step_time_s: Estimate,
+    step_time_s: TimeSpan,
     peak: Peak,
     useful: StepTokens,
     computed: StepTokens,
