@@ -82,7 +82,7 @@ ESTIMATES = {
     "memory of a request": lambda shape: estimate_memory(VARIANT, Workload(), shape, phase="generate"),
     "memory beyond the process": lambda shape: memory_bytes(VARIANT, Workload(), shape),
     "activations": lambda shape: Activations(VARIANT, Workload(), shape, "cpu"),
-    "MFU": lambda shape: ceiling_of(shape, VARIANT, Workload(), None, PEAKS["float32"]),
+    "MFU": lambda shape: ceiling_of(shape, VARIANT, None, PEAKS["float32"], useful=TOKENS, computed=TOKENS),
 }
 
 

@@ -56,8 +56,6 @@ class BaseDescription:
     """The model's settings for generation."""
     load_s: float = 0.0
     """Seconds of reading, converting and quantising when it was made."""
-    follows_from: dict[str, Any] = field(default_factory=dict)
-    """Everything that determines the content; the folder's name is a hash of it."""
 
 
 def bases_dir() -> Path:
@@ -66,9 +64,9 @@ def bases_dir() -> Path:
     return Path(own) if own else catalogue.cache_dir() / "bases"
 
 
-def folder_of(follows_from: Mapping[str, Any]) -> Path:
+def folder_of(facts: Mapping[str, Any]) -> Path:
     """The folder of the base whose content is determined by these facts."""
-    content = codec.dumps(codec.to_json(follows_from))
+    content = codec.dumps(codec.to_json(facts))
     return bases_dir() / hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

@@ -212,12 +212,7 @@ def _resolve_entry(entry: Entry, label: str, *, random: bool) -> ModelSource:
 
 
 def _resolve_path(path: Path, label: str) -> ModelSource:
-    try:
-        where = os.path.realpath(path)  # that of a Path raises for a link to itself
-    except OSError as error:  # the working folder has been removed
-        raise impossible(
-            "catalogue", "model", label, f"cannot be found: {error.strerror}", "Give a whole path."
-        ) from None
+    where = os.path.realpath(path)  # that of a Path raises for a link to itself
     if fileio.is_folder(path):
         if not fileio.is_file(path / "config.json"):
             raise impossible(

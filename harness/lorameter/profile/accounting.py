@@ -307,7 +307,7 @@ def ceilings(profile: Profile, step: TimeSpan) -> Ceilings | str:
         return Ceilings(train=counted, flops=step_flops(profile, variant))
     try:
         shape = shapes.shape(catalogue.resolve(workload.model))
-        train = ceiling_of(shape, variant, workload, step, profile.peaks["product"], useful=useful, computed=given)
+        train = ceiling_of(shape, variant, step, profile.peaks["product"], useful=useful, computed=given)
         return Ceilings(train=train, flops=step_flops(profile, variant))
     except UsageError as error:
         return str(error)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from lorameter.errors import UsageError
+from lorameter.models.costs.ceiling import TimeSpan
 from lorameter.models.costs.flops import computed_tokens
 from lorameter.models.costs.memory import memory_bytes
 from lorameter.models.shapes import ModelShape
@@ -20,7 +21,6 @@ from lorameter.profile.accounting import (
     Ceilings,
     RequestAccount,
     StepAccount,
-    TimeSpan,
     TokenShares,
     categories_s,
     find_observed,

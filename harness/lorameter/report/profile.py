@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from lorameter.models.costs.ceiling import TimeSpan
 from lorameter.profile.accounting import (
     IDLE,
     REMAINDER_LIMIT,
@@ -13,7 +14,6 @@ from lorameter.profile.accounting import (
     PassAccount,
     RequestAccount,
     StepAccount,
-    TimeSpan,
     TokenShares,
     categories_s,
     plain_s,

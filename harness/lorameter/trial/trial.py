@@ -28,12 +28,11 @@ from kernels_check.observe.modules import RandomState
 from lorameter.errors import LorameterError
 from lorameter.machine.gpus import GENERATIONS
 from lorameter.machine.memory import PeakMemoryTracker, host_bytes
-from lorameter.records import codec
-from lorameter.records.record import Failure, PartialRecord, judge_required
+from lorameter.records.record import Failure, PartialRecord
 from lorameter.stats import is_steady
 from lorameter.studies.request import COMMANDS, TrialRequest, commands_by
 from lorameter.trial.building import peft_methods
-from lorameter.trial.building.build import SharedBase, TrainableModel, build, requirements_of
+from lorameter.trial.building.build import SharedBase, TrainableModel, build, judge_checks, requirements_of
 from lorameter.trial.building.quantising import is_packed, unpack_4bit
 from lorameter.trial.data.stream import Batch, TokenStream
 from lorameter.trial.memory import resident_bytes
@@ -207,17 +206,11 @@ class Trial:
         if self._built.packed is not None and (not shown or (self._timed and not self._request.replicate)):
             checks = self._probe_isolation(checks)
             values["isolation_probe_time_s"] = time.perf_counter() - begin - values["verify_time_s"]
-        fragment = PartialRecord(
-            values=values, samples={"warmup_step_time_s": (lap.time_s,), "warmup_loss": (loss,)}
-        )  # fmt: skip
+        samples = {"warmup_step_time_s": (lap.time_s,), "warmup_loss": (loss,)}
+        fragment = PartialRecord(values=values, samples=samples)
         if not any(check.required is not None and check.status == "unknown" for check in checks):
-            fragment = msgspec.structs.replace(fragment, checks=as_data(checks))
-        diverged = self._judged(fragment, [loss])  # a diverged loss explains failed checks
-        return (
-            diverged
-            if diverged.status != "ok" or not fragment.checks
-            else judge_checks(fragment, checks, self._request)
-        )
+            fragment = judge_checks(fragment, checks, self._request)
+        return self._judged(fragment, [loss])  # a diverged loss explains failed checks
 
     def _check_in_own_steps(self) -> PartialRecord:
         """Check additional steps and restore the state before them."""
@@ -230,9 +223,7 @@ class Trial:
         values["verify_time_s"] = time.perf_counter() - begin
         stream.restore(position)
         trainee.schedule.load_state_dict(schedule)
-        fragment = PartialRecord(checks=as_data(checks), values=values)
-        diverged = self._judged(fragment, [float(loss) for loss in losses])
-        return judge_checks(fragment, checks, self._request) if diverged.status == "ok" else diverged
+        return self._judged(judge_checks(PartialRecord(values=values), checks, self._request), list(map(float, losses)))
 
     def _check(self, step: Callable[[], None], required: Mapping[str, Any]) -> tuple[list[Check], dict[str, float]]:
         """The checks of a step whose changes are undone, and values for the record."""
@@ -434,14 +425,3 @@ class Trial:
                 )
                 return fragment.failed("invalid", Failure(phase="train", kind="LossNotFinite", message=message))
         return fragment
-
-
-def judge_checks(fragment: PartialRecord, checks: Sequence[Check], request: TrialRequest) -> PartialRecord:
-    """The fragment with its checks judged: invalid where a required path is not active."""
-    judged: Mapping[str, Any] = {check.path: check.required for check in checks if check.required is not None}
-    return judge_required(fragment, judged, name=request.variant.name, allow_fallback=request.allow_fallback)
-
-
-def as_data(checks: Sequence[Check]) -> tuple[dict[str, Any], ...]:
-    """The checks as they are stored in a record."""
-    return tuple(codec.to_json(check) for check in checks)

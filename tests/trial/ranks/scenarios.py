@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 from lorameter.records import codec
 from lorameter.records.record import TrialRecord
 from lorameter.studies.protocol import Protocol
@@ -239,7 +241,7 @@ SCENARIOS = {
 
 
 def run(name: str, tokens: str, folder: Path) -> dict:
-    """The record of one scenario, and the names of its processes that are still running."""
+    """The record of one scenario, and its processes that are still running."""
     from lorameter.trial.process import prepare_process
     from lorameter.trial.ranks.trial import TrialOfRanks
 
@@ -263,7 +265,7 @@ def run(name: str, tokens: str, folder: Path) -> dict:
         record = record.merged(trial.run(command, **({"steps": 2} if command == "turn" else {})))
         if record.status != "ok":
             break
-    left = trial.running()
+    left = [child.pid for child in psutil.Process().children()]
     trial.end()
     return {"name": name, "record": codec.to_json(record), "left": left}
 

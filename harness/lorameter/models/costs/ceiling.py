@@ -13,13 +13,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorameter.errors import LorameterError
-from lorameter.models.costs.flops import StepTokens, computed_tokens, row_tokens, six_n, training_flops
+from lorameter.models.costs.flops import StepTokens, six_n, training_flops
 from lorameter.models.costs.modules import StepProducts
 from lorameter.models.costs.peaks import Peak, Rate
 from lorameter.models.shapes import ModelShape
 from lorameter.studies.variant import Variant
-from lorameter.studies.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,34 +88,26 @@ def utilisation(name: str, work: int, time_s: TimeSpan, peak: Peak, formula: str
 def ceiling_of(
     shape: ModelShape,
     variant: Variant,
-    workload: Workload,
     step_time_s: TimeSpan,
     peak: Peak,
     *,
-    useful: StepTokens | None = None,
-    computed: StepTokens | None = None,
+    useful: StepTokens,
+    computed: StepTokens,
 ) -> Ceiling:
-    """MFU and hardware utilisation of a variant's training step, with the interval that its step time has.
+    """MFU and hardware utilisation of a variant's training step, with the interval of its step time.
 
     Args:
         shape: of the model.
         variant: as trained.
-        workload: as trained on.
         step_time_s: of one optimizer step, all its micro-batches included.
         peak: of products in the type that the step multiplies in (`product_rate`), stated or measured.
-        useful: tokens and pairs that a step needs; None counts every position and one causal sequence a row
-            (`row_tokens`).
-        computed: those of its operators; None counts every pair of a row (`computed_tokens`), so that the utilisation
-            of kernels which skip masked pairs is overestimated.
+        useful: tokens and pairs that a step needs.
+        computed: tokens and pairs of its operators; all pairs of a row (`computed_tokens`) overestimate the utilisation
+            of kernels that skip masked ones.
 
     Raises:
-        UsageError: a model type or a target whose layers are not known.
-        LorameterError: a peak of memory.
+        UsageError: a model type or a target whose layers are unknown.
     """
-    if peak.rate == "memory":
-        raise LorameterError(f"ceiling: a training step is measured against FLOP/s, and the peak is {peak}")
-    useful = useful or row_tokens(variant, workload)
-    computed = computed or computed_tokens(variant, workload)
     needs, does = training_flops(shape, variant, useful).model, training_flops(shape, variant, computed).hardware
     return _ceiling((needs, does, six_n(shape, useful)), step_time_s, peak, useful, computed)
 

@@ -84,15 +84,14 @@ def prepare(request: BaseRequest) -> BaseSummary:
     """
     begin = time.perf_counter()
     source = catalogue.resolve(request.workload.model)
-    follows_from = _follows_from(source, request)
-    folder = bases.folder_of(follows_from)
+    folder = bases.folder_of(_facts_of(source, request))
     with locked(folder, "waiting for another process that makes the same base", print):
         description = bases.read_description(folder)
         made = description is None
         if description is None:
             began = time.perf_counter()
             model = load_base(source, request.variant, device=request.device, seed=request.workload.data_seed)
-            description = _write(model, folder, follows_from, time.perf_counter() - began)
+            description = _write(model, folder, time.perf_counter() - began)
         bases.touch(folder)
     return BaseSummary(
         path=str(folder.absolute()),
@@ -134,7 +133,7 @@ def take(folder: Path, variant: Variant, device: str) -> transformers.PreTrained
     return model.eval()
 
 
-def _write(model: Any, folder: Path, follows_from: Mapping[str, Any], load_s: float) -> BaseDescription:
+def _write(model: Any, folder: Path, load_s: float) -> BaseDescription:
     with bases.draft_of(folder) as draft:
         digest, size = _write_tensors(_tensors(model), draft / bases.TENSORS)
         model.config.to_json_file(draft / "config.json", use_diff=False)
@@ -148,7 +147,6 @@ def _write(model: Any, folder: Path, follows_from: Mapping[str, Any], load_s: fl
             marks={name: mark for name, mark in vars(model).items() if isinstance(mark, bool) and name != "training"},
             generation=json.loads(model.generation_config.to_json_string(use_diff=False)),
             load_s=load_s,
-            follows_from=dict(follows_from),
         )
         bases.write_description(draft, description)
     return description
@@ -209,7 +207,7 @@ def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> tuple[str
     return digest.hexdigest(), 8 + len(text) + end
 
 
-def _follows_from(source: ModelSource, request: BaseRequest) -> dict[str, Any]:
+def _facts_of(source: ModelSource, request: BaseRequest) -> dict[str, Any]:
     """Everything that determines the content of a base."""
     variant, cuda = request.variant, request.device.startswith("cuda")
     return {

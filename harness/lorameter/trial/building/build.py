@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import msgspec
 import numpy as np
 import torch
 from transformers import get_scheduler
 from transformers.integrations.liger import apply_liger_kernel
 
+from kernels_check.check import Check
 from kernels_check.observe.digest import Fingerprinter
 from lorameter.errors import UsageError
 from lorameter.models.costs.lora import optimizer_state_bytes, paged_state_bytes
+from lorameter.records import codec
+from lorameter.records.record import PartialRecord, judge_required
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import PAGED, FullVariant, LoraVariant, PeftVariant, Variant
 from lorameter.trial.building import peft_methods
@@ -226,6 +230,13 @@ def inject_work(model: torch.nn.Module, rows: int) -> None:
 
 
 # --- requirements -----------------------------------------------------------------------------------------------------
+
+
+def judge_checks(fragment: PartialRecord, checks: Sequence[Check], request: TrialRequest) -> PartialRecord:
+    """The fragment with these checks added; invalid where a required path is not active."""
+    added = msgspec.structs.replace(fragment, checks=(*fragment.checks, *map(codec.to_json, checks)))
+    required: dict[str, Any] = {check.path: check.required for check in checks if check.required is not None}
+    return judge_required(added, required, name=request.variant.name, allow_fallback=request.allow_fallback)
 
 
 _BACKEND = {"sdpa": "fused", "eager": "eager", "flash_attention_2": "flash_attention_2", "flex_attention": "flex"}

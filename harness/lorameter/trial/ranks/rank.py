@@ -28,12 +28,12 @@ from lorameter.records.record import PartialRecord
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.workload import Repair
 from lorameter.trial.building import peft_methods
-from lorameter.trial.building.build import SharedBase, TrainableModel, build
+from lorameter.trial.building.build import SharedBase, TrainableModel, build, judge_checks
 from lorameter.trial.building.quantising import linear4bit_layers
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.process import Lap
 from lorameter.trial.step import TrainStep, loss_of, model_inputs
-from lorameter.trial.trial import ISOLATED, Trial, as_data, judge_checks
+from lorameter.trial.trial import ISOLATED, Trial
 
 _TRAINED = "ranks.trained"
 PATIENCE = 0.4
@@ -153,8 +153,7 @@ class RankTrial(Trial):
             for rank, (adapter, counted) in enumerate(every)
         ]
         check = judge_safely(_TRAINED, True, lambda: compare_adapters(shown, steps=self._steps_taken))
-        added = msgspec.structs.replace(fragment, checks=(*fragment.checks, *as_data([check])))
-        return judge_checks(added, [check], self._request)
+        return judge_checks(fragment, [check], self._request)
 
     def _agree(self, decision: bool) -> bool:
         """The decision of the first rank: clocks differ, and all ranks must take the same steps."""

@@ -22,6 +22,7 @@ from typing import Any
 
 import msgspec
 
+from kernels_check.check import Check
 from lorameter import wire
 from lorameter.errors import shorten
 from lorameter.machine.gpus import GENERATIONS
@@ -29,10 +30,10 @@ from lorameter.machine.nvml import VARIABLE, visible_devices
 from lorameter.machine.processes import exit_words, fork_process
 from lorameter.records.metrics import losses_of_steps
 from lorameter.records.os_errors import failed_record
-from lorameter.records.record import Failure, Notice, PartialRecord, Status, judge_required
+from lorameter.records.record import Failure, Notice, PartialRecord, Status
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import LoraVariant, Variant
-from lorameter.trial.building.build import SharedBase
+from lorameter.trial.building.build import SharedBase, judge_checks
 
 OF_RANKS, OF_ONE = 0.5, 0.4
 """Shares of a command's time limit for the ranks together and for one rank alone; the rest is for reporting which of
@@ -114,21 +115,9 @@ class TrialOfRanks:
         """The fragment with the comparison of losses, where one rank alone has trained on the same batches."""
         if self._one is None:
             return fragment
-        request = self._request
-        check = compare_losses(self._losses["ranks"], self._losses["one"], request.variant, request.workload.ranks)
-        required = {} if check["required"] is None else {check["path"]: True}
-        judged = judge_required(
-            PartialRecord(checks=(check,)), required, name=request.variant.name, allow_fallback=request.allow_fallback
-        )
-        return msgspec.structs.replace(
-            fragment, checks=(*fragment.checks, check), status=judged.status, failure=judged.failure,
-            notices=fragment.notices + judged.notices,
-        )  # fmt: skip
-
-    def running(self) -> list[str]:
-        """Names of the processes that have not ended."""
-        members = [*self._ranks, *([self._one] if self._one else [])]
-        return [member.name for member in members if member.code is None]
+        variant, ranks = self._request.variant, self._request.workload.ranks
+        check = compare_losses(self._losses["ranks"], self._losses["one"], variant, ranks)
+        return judge_checks(fragment, [check], self._request)
 
     def end(self) -> None:
         """End all processes."""
@@ -341,7 +330,6 @@ def _serve(connection: Connection, make: Callable[[], Any], others: Sequence[Ran
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
-PATH = "ranks.losses"
 FEWEST = 3
 """The fewest steps that are compared: known faults begin in the second one."""
 EXACT, ROUNDED = 1e-4, 3e-3
@@ -354,8 +342,8 @@ def tolerance_of(variant: Variant) -> float:
     return EXACT if compute == {"float32"} and variant.adapter_dtype in (None, "float32") else ROUNDED
 
 
-def compare_losses(several: Sequence[float], one: Sequence[float], variant: Variant, ranks: int) -> dict[str, Any]:
-    """A check, as in a record: the losses of several ranks compared with those of one on the same batches.
+def compare_losses(several: Sequence[float], one: Sequence[float], variant: Variant, ranks: int) -> Check:
+    """The check that the losses of several ranks equal those of one on the same batches.
 
     They cannot be equal to the bit. A mean over ranks adds in another order, and Adam's first updates have the size of
     the learning rate for any gradient, so that an element whose gradient is rounding alone may change in the other
@@ -363,25 +351,21 @@ def compare_losses(several: Sequence[float], one: Sequence[float], variant: Vari
     wrongly by 1.7e-2 in the second step (docs/machines.md).
     """
     pairs = list(zip(several, one, strict=False))
+    check = functools.partial(Check, path="ranks.losses")
     if isinstance(variant, LoraVariant) and variant.lora_dropout:
-        return _check(None, None, "not_applicable", "ranks draw their own dropout, so losses are not those of one rank")
+        reason = "ranks draw their own dropout, so losses are not those of one rank"
+        return check(required=None, observed=None, status="not_applicable", reason=reason)
     if len(pairs) < FEWEST:
-        return _check(True, None, "unknown", f"{len(pairs)} steps are too few to compare: take {FEWEST} or more")
+        reason = f"{len(pairs)} steps are too few to compare: take {FEWEST} or more"
+        return check(required=True, observed=None, status="unknown", reason=reason)
     tolerance = tolerance_of(variant)
     for step, (ours, its) in enumerate(pairs, start=1):
         if not abs(ours - its) <= tolerance * abs(its):
-            return _check(
-                True,
-                False,
-                "fallback",
+            reason = (
                 f"step {step} has a loss of {ours:.5f} by {ranks} ranks and of {its:.5f} by one with the same batches "
-                f"(within {tolerance:.2%} is equal): they do not train the same",
+                f"(within {tolerance:.2%} is equal): they do not train the same"
             )
+            return check(required=True, observed=False, status="fallback", reason=reason)
     largest = max(abs(ours - its) / abs(its) for ours, its in pairs)
-    return _check(
-        True, True, "active", f"losses of {len(pairs)} steps within {largest:.2g} of those of one rank ({tolerance:g})"
-    )
-
-
-def _check(required: bool | None, observed: bool | None, status: str, reason: str) -> dict[str, Any]:
-    return {"path": PATH, "required": required, "observed": observed, "status": status, "reason": reason}
+    reason = f"losses of {len(pairs)} steps within {largest:.2g} of those of one rank ({tolerance:g})"
+    return check(required=True, observed=True, status="active", reason=reason)

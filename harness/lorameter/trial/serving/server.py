@@ -22,11 +22,10 @@ import msgspec
 import torch
 
 import kernels_check
-from lorameter.records import codec
-from lorameter.records.record import Failure, PartialRecord, judge_required
+from lorameter.records.record import Failure, PartialRecord
 from lorameter.studies.request import TrialRequest
 from lorameter.trial.building import peft_methods
-from lorameter.trial.building.build import attention_of
+from lorameter.trial.building.build import attention_of, judge_checks
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.serving.generate import Request, generate
 
@@ -213,10 +212,7 @@ def check_attention(fragment: PartialRecord, model: Any, server: Server, request
     """The fragment with the check of the attention of a request, which is watched in an additional request, since no
     training step shows it; it can make its trial invalid."""
     required = attention_of(request.variant, request.requirements)
-    check = kernels_check.watch_request(model, server.ask_shortly, required)
-    seen = msgspec.structs.replace(fragment, checks=(codec.to_json(check),))
-    name, fallback = request.variant.name, request.allow_fallback
-    return judge_required(seen, {check.path: check.required}, name=name, allow_fallback=fallback)
+    return judge_checks(fragment, [kernels_check.watch_request(model, server.ask_shortly, required)], request)
 
 
 def check_adapters(fragment: PartialRecord, server: Server, request: TrialRequest) -> PartialRecord:
