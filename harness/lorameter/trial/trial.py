@@ -206,7 +206,7 @@ class Trial:
         if self._built.packed is not None and (not shown or (self._timed and not self._request.replicate)):
             checks = self._probe_isolation(checks)
             values["isolation_probe_time_s"] = time.perf_counter() - begin - values["verify_time_s"]
-        samples = {"warmup_step_time_s": (lap.time_s,), "warmup_loss": (loss,)}
+        samples: dict[str, tuple[float, ...]] = {"warmup_step_time_s": (lap.time_s,), "warmup_loss": (loss,)}
         fragment = PartialRecord(values=values, samples=samples)
         if not any(check.required is not None and check.status == "unknown" for check in checks):
             fragment = judge_checks(fragment, checks, self._request)
