@@ -9,7 +9,7 @@ import pytest
 
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
-from lorameter.models.shapes import read_header
+from lorameter.models.shapes import ModelShape, read_header
 from lorameter.records.fileio import NotReadableError
 
 gguf = pytest.importorskip("gguf")
@@ -33,27 +33,32 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path, content):
         shapes.shape(catalogue.resolve(f"random:{path}"))
 
 
-def test_values_and_tensors_are_read_and_lists_are_skipped(tmp_path):
-    """All types that a value can have, and what follows a list; a truncated file is refused."""
+def test_a_header_and_the_shape_that_it_describes(tmp_path):
+    """Lists are skipped; the model type is that of transformers, and without an output tensor the head is tied. A
+    truncated file is refused."""
     path = tmp_path / "model.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "gemma3")
     writer.add_token_list(["a", "b", "c"])
-    writer.add_int64("i64", -(2**40))
-    writer.add_float32("f32", 0.5)
-    writer.add_bool("yes", True)
     writer.add_array("rows", [[1, 2], [3]])
+    sizes = {
+        "embedding_length": 128, "feed_forward_length": 192, "block_count": 3, "attention.head_count": 4,
+        "attention.head_count_kv": 2, "context_length": 512,
+    }  # fmt: skip
+    for name, size in sizes.items():
+        writer.add_uint32(f"gemma3.{name}", size)
     writer.add_chat_template("{{ messages }}")
     writer.add_tensor("token_embd.weight", numpy.zeros((300, 128), numpy.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    found = read_header(path)
-    assert found.values == {
-        "general.architecture": "llama", "i64": -(2**40), "f32": 0.5, "yes": True,
-        "tokenizer.chat_template": "{{ messages }}",
-    }  # fmt: skip
-    assert dict(found.tensors) == {"token_embd.weight": (128, 300)}
+    expected = {f"gemma3.{name}": size for name, size in sizes.items()}
+    expected |= {"general.architecture": "gemma3", "tokenizer.chat_template": "{{ messages }}"}
+    assert read_header(path).values == expected
+    assert shapes.shape(catalogue.resolve(f"random:{path}")) == ModelShape(
+        hidden_size=128, intermediate_size=192, layers=3, heads=4, kv_heads=2, head_dim=32, vocab_size=300, context=512,
+        tied=True, architecture="gemma3_text",
+    )  # fmt: skip
     path.write_bytes(path.read_bytes()[:-64])
     with pytest.raises(NotReadableError, match="truncated"):
         read_header(path)

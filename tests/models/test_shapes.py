@@ -139,28 +139,6 @@ def test_configurations_of_no_decoder_are_refused(tmp_path, config, words):
             read(source)
 
 
-def test_the_shape_of_a_gguf_file(tmp_path):
-    """The model type is that of transformers; without an output tensor the head is tied."""
-    gguf, numpy = pytest.importorskip("gguf"), pytest.importorskip("numpy")
-    path = tmp_path / "model.gguf"
-    writer = gguf.GGUFWriter(path, "gemma3")
-    writer.add_embedding_length(128)
-    writer.add_feed_forward_length(192)
-    writer.add_block_count(3)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_context_length(512)
-    writer.add_tensor("token_embd.weight", numpy.zeros((300, 128), numpy.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    assert shapes.shape(catalogue.resolve(f"random:{path}")) == ModelShape(
-        hidden_size=128, intermediate_size=192, layers=3, heads=4, kv_heads=2, head_dim=32, vocab_size=300, context=512,
-        tied=True, architecture="gemma3_text",
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("name", ["~no-such-user/x", "x" * 5000, "a\x00b/c"])
 def test_a_name_that_no_file_can_have_is_refused(name):
     """Like any other unknown name."""

@@ -16,7 +16,7 @@ from lorameter.studies.workload import Workload
 from lorameter.trial.building import peft_methods
 from lorameter.trial.building.base_model import load_base
 from lorameter.trial.memory import resident_tensors
-from lorameter.trial.profiling.memory import LiveTensors, watch_cache
+from lorameter.trial.profiling.memory import LiveTensors
 
 ROWS, LENGTH, VOCABULARY = 2, 24, 320
 LLAMA = {
@@ -90,18 +90,3 @@ def assert_counted_to_the_byte(source, variant):
     workload = Workload(sequence_length=LENGTH, batch_size=ROWS)
     kept = Activations(variant, workload, shapes.shape(source), "cpu").sum_kept()
     assert found - labels in (kept, kept - cast_head)  # a transposed head looks like logits
-
-
-def test_keys_and_values_of_a_request_are_counted(source):
-    """Two for each block, head and token."""
-    variant = dataclasses.replace(VARIANT, dtype="float32")
-    model = peft_methods.attach(load_base(source, variant, device="cpu", seed=1), variant).eval()
-    live = LiveTensors(resident=set(), vocabulary=VOCABULARY, device="cpu", looked=lambda kinds: None)
-    hooks = watch_cache(model, live)
-    with torch.no_grad(), live.watching([]):
-        output = model(input_ids=torch.arange(LENGTH)[None], use_cache=True)
-    for hook in hooks:
-        hook.remove()
-    shape = shapes.shape(source)
-    assert live.bytes["kv_cache"] == 2 * shape.layers * shape.kv_heads * shape.head_dim * LENGTH * 4
-    del output

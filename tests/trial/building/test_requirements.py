@@ -9,19 +9,17 @@ from lorameter.trial.building.build import requirements_of
 def test_a_variant_requires_what_it_says():
     """NF4 with double quantisation, bf16, dropout, fused AdamW, Liger's kernels: each is a requirement."""
     variant = LoraVariant(quantization="nf4", lora_dropout=0.1, liger_kernel=True)
+    expected = {
+        "fused.kernels": "rms_norm+mlp+loss", "base.bits": 4, "base.quant_type": "nf4", "base.double_quant": True,
+        "base.compute_dtype": "bfloat16", "attention.dtype": "bfloat16", "peft.dropout": 0.1, "optimizer.fused": True,
+        "packing.isolated": True,
+    }  # fmt: skip
     required = requirements_of(variant, (1000,), packed=True)
-    assert required["fused.kernels"] == "rms_norm+mlp+loss"
-    assert required["base.bits"] == 4
-    assert required["base.quant_type"] == "nf4"
-    assert required["base.double_quant"] is True
-    assert required["base.compute_dtype"] == required["attention.dtype"] == "bfloat16"
-    assert required["peft.dropout"] == 0.1
-    assert required["optimizer.fused"] is True
-    assert required["packing.isolated"] is True
+    assert expected == {path: required[path] for path in expected}
 
 
-def test_what_a_variant_does_not_say_is_not_required():
-    """An unquantised base has no quantisation constants, padded data nothing to isolate."""
+def test_what_a_variant_lacks_is_not_required():
+    """An unquantised base has no constants of quantisation, and padded data no records to isolate."""
     required = requirements_of(LoraVariant(optimizer="adamw"), (1000,), packed=False)
     absent = {"base.double_quant", "base.compute_dtype", "fused.kernels", "optimizer.fused", "packing.isolated"}
     assert not absent & set(required)

@@ -1,8 +1,6 @@
-"""A training step in phases is the same step, and what ran is attributed to its phase."""
+"""A training step in phases is the same step."""
 
-import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
 
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
@@ -11,7 +9,6 @@ from lorameter.studies.workload import Workload
 from lorameter.trial.building.build import SharedBase, build
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.data.tokens import prepare
-from lorameter.trial.profiling.activity import MARK, activity_of
 from lorameter.trial.profiling.phases import BorderedStep
 from lorameter.trial.step import TrainStep
 
@@ -37,24 +34,3 @@ def test_a_bordered_step_has_the_losses_of_a_plain_one(tmp_path):
 
     plain = losses(lambda trainee, stream: TrainStep(trainee, stream, VARIANT, "cpu"))
     assert losses(lambda trainee, stream: BorderedStep(trainee, stream, request)) == plain
-
-
-def test_operators_are_counted_by_phase():
-    """On a CPU operators count without those that they call, in the phase in which they begin."""
-    weight = torch.randn(256, 256, requires_grad=True)
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        torch.ones(8).exp()  # in no phase
-        with record_function(f"{MARK}forward"):
-            loss = (weight @ weight).sum()
-        with record_function(f"{MARK}backward"):
-            loss.backward()
-    activity = activity_of(recorded.profiler.kineto_results.events(), (0.01,), "cpu")
-    data, forward, backward, update = activity.phases
-    assert (activity.device, data.calls, update.calls) == ("cpu", 0.0, 0.0)
-    names = {use.name: use for use in forward.operators}
-    assert (names["aten::mm"].category, names["aten::mm"].calls) == ("matmul", 1.0)
-    assert "aten::exp" not in names
-    assert {use.name: use.calls for use in backward.operators}["aten::mm"] == 2.0
-    assert forward.busy_s <= forward.window_s
-    assert forward.totals_s["aten::matmul"] > names["aten::matmul"].time_s
-    assert sum(use.time_s for use in forward.operators) == pytest.approx(forward.busy_s, rel=0.01)

@@ -5,7 +5,6 @@ It imports as the zygote does and trains nothing, so that each scenario can be f
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -67,14 +66,6 @@ def same_rows():
         TokenStream.take_share = first
 
     on_rank(1, change)
-
-
-def unsynchronised():
-    """No gradient is exchanged."""
-    from lorameter.trial.ranks import rank
-
-    rank.distribute = lambda model, strategy, **_: model
-    rank.exchanging = lambda forward, now: contextlib.nullcontext()
 
 
 def summed():
@@ -163,33 +154,6 @@ def leave_out_one_update(trial):
     optimizer.step = skip
 
 
-def never_steps():
-    """The optimizer of rank 1 updates nothing."""
-    from lorameter.trial.ranks.rank import RankStep
-
-    on_rank(1, lambda trial: setattr(RankStep, "update", lambda self: self._trainee.optimizer.zero_grad()))
-
-
-def other_scales():
-    """The 4-bit scales of rank 1 are 2 % larger."""
-    from lorameter.trial.ranks import rank
-
-    wrapped = rank.distribute
-
-    def distribute(model, strategy, **options):
-        forward = wrapped(model, strategy, **options)
-        import torch
-
-        if torch.distributed.get_rank():
-            for one in model.modules():
-                state = getattr(getattr(one, "weight", None), "quant_state", None)
-                if state is not None:
-                    state.absmax = state.absmax * 1.02
-        return forward
-
-    rank.distribute = distribute
-
-
 def out_of_memory():
     raise MemoryError("no more of it")
 
@@ -221,13 +185,10 @@ SCENARIOS = {
         strategy="fsdp2", commands=WHOLE, variant=NF4, workload={"repair": "quant_state"}
     ),
     "same rows": Scenario(sabotage=same_rows),
-    "unsynchronised": Scenario(commands=WHOLE, sabotage=unsynchronised),
     "summed": Scenario(sabotage=summed),
     "asleep": Scenario(sabotage=asleep),
     "dropout": Scenario(commands=WHOLE, variant=DROPOUT),
     "update left out": Scenario(commands=WHOLE, variant=DROPOUT, sabotage=later(leave_out_one_update)),
-    "never steps": Scenario(sabotage=never_steps),
-    "other scales": Scenario(variant={**NF4, "double_quant": False}, sabotage=other_scales),
     "unsharded": Scenario(strategy="fsdp2", sabotage=unsharded),
     "in eval mode": Scenario(strategy="fsdp2", variant=NF4, sabotage=in_eval_mode),
     "in eval mode, repaired": Scenario(
