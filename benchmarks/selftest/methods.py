@@ -27,6 +27,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "ADALORA": {"tinit": 2, "tfinal": 2},
     "ADAPTION_PROMPT": {"target_modules": None, "adapter_layers": 2, "adapter_len": 4},
     "C3A": {"block_size": 32},
+    "CPT": {"cpt_token_ids": list(range(8)), "cpt_tokens_type_mask": [1, 2, 2, 2, 3, 3, 4, 4]},
     "IA3": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
     "LN_TUNING": {"target_modules": None},
     "TRAINABLE_TOKENS": {"target_modules": ["embed_tokens"], "token_indices": list(range(64, 128))},

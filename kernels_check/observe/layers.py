@@ -22,6 +22,8 @@ from kernels_check.observe.operators import AttentionCall, Product
 
 _ATTENTION_KINDS = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid")
 _LIBRARY = "transformers."
+_ADAPTERS = "peft."
+"""Modules of this library compute adapters; attention over a learned prompt in them is not the model's."""
 _HEADS = ("num_heads", "num_attention_heads", "attention_heads", "n_heads", "n_head", "heads")
 """What modules call the number of their heads."""
 
@@ -87,8 +89,9 @@ def attention_layers(
     whole = [call for call in whole if call.call is None or _holds(calls.all[call.call].name, blocks)]
     ran: dict[str, list[AttentionCall]] = {}
     for call in inside:
-        if call not in whole:
-            ran.setdefault(calls.all[call.call or 0].name, []).append(call)
+        name = calls.all[call.call or 0].name
+        if call not in whole and not type(model.get_submodule(name)).__module__.startswith(_ADAPTERS):
+            ran.setdefault(name, []).append(call)
     missing = _AttentionSearch(model, calls, ran, mixing, blocks).missing() if ran else {}
     sure = {name: count for name, (count, is_sure) in missing.items() if is_sure}
     reduced = calls.around(reductions)

@@ -98,3 +98,12 @@ def test_tokens_that_no_batch_holds_are_unknown(training):
     check = run.check("peft.learning", True)
     assert check.status == "unknown"
     assert "none of their tokens was in the batches" in check.reason
+
+
+@pytest.mark.parametrize(("attention", "status"), [("sdpa", "active"), ("eager", "fallback")])
+def test_attention_over_a_learned_prompt_is_not_the_models(tuned, attention, status):
+    """An adaption prompt attends to its prompt by a softmax of its own; the model's attention is judged by itself."""
+    run = tuned("adaption prompt")
+    run.model.set_attn_implementation(attention)
+    check = run.check("attention.backend", "fused")
+    assert check.status == status, check.reason

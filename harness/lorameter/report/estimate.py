@@ -230,10 +230,17 @@ def describe_plan(
     )
 
 
+_SHOWN_TRIALS = 20
+"""Trials of a replicate whose order fits into a few lines."""
+
+
 def _plan_lines(plan: Plan, expected: Forecast) -> Iterator[str]:
-    first = "; ".join(
-        ", ".join(slot.trial.partition("-")[2] for slot in group.slots) for group in plan.groups if group.replicate == 0
-    )
+    names = [[slot.trial.partition("-")[2] for slot in group.slots] for group in plan.groups if group.replicate == 0]
+    trials = sum(map(len, names))
+    if trials > _SHOWN_TRIALS:
+        first = f"{trials} trials in each replicate, shuffled by the study's seed"
+    else:
+        first = "; ".join(map(", ".join, names))
     replicates = plan.study.protocol.replicates
     yield f"order   {first}" + (f"; another in each of {replicates} replicates" if replicates > 1 else "")
     yield f"level   {plan.interleaving}: {plan.why}"

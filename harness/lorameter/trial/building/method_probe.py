@@ -58,6 +58,8 @@ def _try_method(variant: Variant) -> MethodFacts:
     model.train()
     for step in (1, 2):
         loss_of(model, batch | {"labels": inputs}, device="cpu", autocast=variant.autocast).backward()
+        if not any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters()):
+            raise ValueError("all gradients are zero")
         optimizer.step()
         if update is not None:
             update(step)
