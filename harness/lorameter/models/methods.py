@@ -31,7 +31,7 @@ class MethodFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What a method can do. None where it could not be tried, for instance since the tiny model is too small for it."""
 
     refused: str | None = None
-    """Why it can be on no model like this, in one sentence of which most is PEFT's."""
+    """Why it can be on no model like this: key, value, the reason, mostly in PEFT's words, and a remedy."""
     keeps_base: bool | None = None
     """Whether weights of the base are what they were after it was attached and trained for a step."""
     several: bool | None = None
@@ -73,9 +73,9 @@ def facts_of(variants: Sequence[Variant]) -> dict[str, MethodFacts]:
 
 def check_methods(where: str, variants: Sequence[Variant]) -> None:
     """Raises `UsageError` for a variant that PEFT or its optimizer refuses on any model."""
-    for facts in facts_of(variants).values():
+    for name, facts in facts_of(variants).items():
         if facts.refused:
-            raise UsageError(f"{where}: {facts.refused}")
+            raise UsageError(f"{where}: variant {name!r}: {facts.refused}")
 
 
 def _place(variant: Variant) -> Path:

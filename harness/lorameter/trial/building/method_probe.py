@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lorameter.errors import LorameterError, UsageError, impossible, shorten
+from lorameter.errors import LorameterError, UsageError, shorten
 from lorameter.models import catalogue
 from lorameter.models.methods import MethodFacts
 from lorameter.records import codec
@@ -35,7 +35,7 @@ def probe(variant: Variant) -> MethodFacts:
             peft_methods.config_of(variant, steps=1000)
         return _try_method(variant)
     except UsageError as error:
-        return MethodFacts(refused=str(error))
+        return MethodFacts(refused=str(error).removeprefix(f"variant {variant.name!r}: "))
     except Exception as error:  # which exception depends on the method
         plain = dataclasses.replace(variant, quantization="none", prepare_for_kbit=False)
         if variant.quantization == "none" or not _can(lambda: _try_method(plain)):
@@ -43,8 +43,7 @@ def probe(variant: Variant) -> MethodFacts:
         message = (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
         why = f"PEFT does not train {variant.method_name} on this quantised base ({shorten(message, 200)})"
         remedy = 'Set autocast, or quantization = "none".'
-        refused = impossible(f"variant {variant.name!r}", "quantization", variant.quantization, why, remedy)
-        return MethodFacts(refused=str(refused))
+        return MethodFacts(refused=f"quantization = {variant.quantization!r}: {why}. {remedy}")
 
 
 def _try_method(variant: Variant) -> MethodFacts:
