@@ -71,7 +71,7 @@ DTYPE = Requirement(kind="choice", choices=("float64", "float32", "bfloat16", "f
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PathObservation:
-    """What a judge found on one path, before it is compared with what was required."""
+    """A judge's observation of one path, before it is compared with the requirement."""
 
     observed: Json
     reason: str
@@ -128,7 +128,7 @@ def at_least(share: float, required: Json, reason: str, *, perhaps: float = 0.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JudgedPath:
-    """One path: what may be required of it, who judges it, and what it takes to judge it."""
+    """One path: the values that it accepts, its judge, and the evidence that the judge needs."""
 
     requirement: Requirement
     judge: Callable[[Any, Json], PathObservation]

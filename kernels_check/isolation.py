@@ -203,7 +203,7 @@ def _per_token(output: Any, shape: Sequence[int]) -> Tensor | None:
 
 @contextmanager
 def _by_row(model: nn.Module, training: bool) -> Iterator[None]:
-    """Let a token depend on its own row alone, as far as that can be switched; modes are the caller's to put back."""
+    """Switch off what lets a token depend on other rows, where there is a switch; the caller restores the modes."""
     model.train(training)
     states = []
     for module in model.modules():

@@ -25,7 +25,7 @@ EXIT_UNWRITABLE = 4
 
 
 class BrokenOutputError(BaseException):
-    """Nothing more can be written to standard output. Not to be caught as a defect of what was writing."""
+    """Nothing more can be written to standard output; a BaseException, since it is no defect of the program."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(error.strerror)

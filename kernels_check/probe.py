@@ -52,7 +52,7 @@ class FastPath:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """What came of one path."""
+    """The result for one path."""
 
     name: str
     path: str

@@ -120,7 +120,7 @@ def _covered(intervals: Iterable[Interval], within: Interval) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankFacts:
-    """What one rank found; every field is a JSON value."""
+    """Facts of one rank; every field is a JSON value."""
 
     rank: int
     ranks: int
@@ -153,7 +153,7 @@ def observe_rank(
     rank: int,
     ranks: int,
 ) -> RankFacts:
-    """Take steps with all other ranks, and leave everything as it was found but for the stream of data.
+    """Take steps with all other ranks, and restore everything but the position in the stream of data.
 
     Args:
         model: that is trained, as PEFT returned it; it may be wrapped or sharded.
@@ -262,7 +262,7 @@ NF4_BY_FSDP2 = (
 
 
 def judge_ranks(facts: Sequence[RankFacts], strategy: Strategy) -> list[Check]:
-    """Judge a training of several ranks by what each says of it, in the order of the ranks; one check a path."""
+    """Judge a training of several ranks by the facts of each, in the order of the ranks; one check a path."""
     judges: dict[str, Callable[[Sequence[RankFacts]], PathObservation]] = {
         "ranks.data": judge_data,
         "ranks.steady": judge_steady,
@@ -301,7 +301,7 @@ def judge_data(facts: Sequence[RankFacts]) -> PathObservation:
 
 
 def judge_sharded(facts: Sequence[RankFacts]) -> PathObservation:
-    """Whether each rank holds its part of the base, and in 4 bits what was in 4 bits."""
+    """Whether each rank holds its part of the base, and 4-bit weights are still in 4 bits."""
     ranks, total = len(facts), sum(whole for _, whole in facts[0].base.values())
     whole = [name for name in facts[0].base if all(one.base.get(name, (0, 0))[0] == one.base[name][1] for one in facts)]
     left = sum(facts[0].base[name][1] for name in whole)

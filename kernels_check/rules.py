@@ -63,7 +63,7 @@ class Rule:
     """Patterns of those matching names that spend their time on another category than ``category``."""
 
     def category_of(self, name: str) -> Category:
-        """What a kernel that this rule matches spends its time on; the rule may be coarser than that."""
+        """The category of a kernel that this rule matches, which may be finer than the rule's."""
         return next((finer for finer, pattern in self.finer.items() if re.search(pattern, name)), self.category)
 
 
@@ -133,7 +133,7 @@ _CAUSAL_WORD = re.compile(r"^fmhaSm\d+\w*?(Causal|Dense)")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelNameFacts:
-    """What one kernel's name proves about it."""
+    """Facts that one kernel's name proves."""
 
     dtype: str | None
     """What it computes in; None where the name does not say."""
@@ -210,7 +210,7 @@ def _dtype(name: str, rule: Rule) -> str | None:
 
 
 def _first_argument(name: str) -> str:
-    """Of the innermost function: the argument list's own types say nothing of what it computes in."""
+    """First template argument of the innermost function: types in its argument list do not show the compute dtype."""
     found = re.search(r"\b(?:k?\w*(?:Blockwise|4bit\w*|softmax_warp_\w+))<([^,<>]+)", name)
     if found is not None:
         return found.group(1)

@@ -108,7 +108,7 @@ def eight_bit(linear: Any, threshold: float = 0.0) -> Any:
 
 
 def compile_layers(run: SmallRun, count: int, *, backend: str = "eager") -> None:
-    """Compile so many of the two decoder layers, and take a step in which they are compiled."""
+    """Compile the first ``count`` of the two decoder layers, and take a step in which they are compiled."""
     import torch
 
     torch.compiler.reset()  # the code of these layers is shared by all models of the process

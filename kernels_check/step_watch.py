@@ -219,7 +219,7 @@ class Watch:
             self._checks = self._unknown(f"what was seen could not be read: {_describe_error(failed)}")
 
     def _why_unseen(self, seen: Observation | None) -> str | None:
-        """Why nothing is known of a step that has ended; None where something is."""
+        """Why nothing is known of the step that has ended; None where it can be judged."""
         if self._steps.fault is not None:
             return f"a hook failed: {self._steps.fault}"
         if seen is None or self._own_step:
@@ -228,7 +228,7 @@ class Watch:
         return None if any(traces) else NOTHING_RAN
 
     def _exchanged(self, seen: Observation | None, problem: str | None) -> tuple[RankEvidence, ...]:
-        """What all ranks show, where a requirement is about them; every rank takes part, whatever it has seen."""
+        """The evidence of all ranks, where a requirement is about them; every rank takes part, also after a problem."""
         if self._ranks is None:
             return ()
         undecided = self._steps.compiled or self._steps.undecided

@@ -19,7 +19,7 @@ _ACTING = frozenset(("Cc", "Cs", "Zl", "Zp"))
 
 
 def escape_control_chars(text: str) -> str:
-    """The text with what would act on a terminal written out, all but line ends and tabs."""
+    """The text with control characters but line ends and tabs written as escape sequences."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(_write_out(character) if _acts(character) else character for character in text)

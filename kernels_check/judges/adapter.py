@@ -94,7 +94,7 @@ def _describe(layer: AdapterLayer, problem: str) -> str:
 
 
 def _states(layers: Sequence[AdapterLayer], seen: Observation) -> dict[str, set[str]]:
-    """What is wrong with each layer, by its name."""
+    """Problems of each layer, by its name."""
     names = {id(value): name for name, value in seen.tree.parameters}
     called = {layer.name: calls_that_count(layer, seen) for layer in layers}
     weights = {layer.name: {id(value) for _, value in layer.weights()} for layer in layers}
@@ -132,7 +132,7 @@ def _states(layers: Sequence[AdapterLayer], seen: Observation) -> dict[str, set[
 
 
 def calls_that_count(layer: AdapterLayer, seen: Observation) -> list[LayerCall]:
-    """Calls of a layer in training, with gradients where there are any: a reference or an evaluation is none of its.
+    """Calls of a layer in training, with gradients where there are any: references and evaluations are left out.
 
     A step that trains nothing, such as an answer, has no others.
     """
@@ -153,7 +153,7 @@ def _records_gradients(seen: Observation) -> bool:
 
 
 def _problems(layer: AdapterLayer, calls: Sequence[LayerCall]) -> set[str]:
-    """What kept the calls of a layer, or the layer as it is where none was seen, from using the adapter."""
+    """Why calls of a layer did not use the adapter; where no call was seen, why the layer would not."""
     if any(call.adapted for call in calls):
         return set() if all(call.adapted for call in calls) else {_PARTLY}
     flags = {

@@ -99,7 +99,7 @@ def judge_backend(seen: Observation, required: Json) -> PathObservation:
 
 
 def judge_dtype(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``attention.dtype``: what the inner operator was given, after any autocast."""
+    """Judge ``attention.dtype``: the dtype of the inner operator's inputs, after any autocast."""
     layers = seen.attention_layers
     forward = layers.calls
     if not forward:
@@ -132,7 +132,7 @@ def judge_mask(seen: Observation, required: Json) -> PathObservation:
 def _over_calls(
     layers: AttentionLayers, values: list[str], unclear: int, required: Json, reason: str
 ) -> PathObservation:
-    """One property over all calls: what some call does not show is unknown, unless another already differs."""
+    """One property over all calls: unknown where some call does not show it, unless another already differs."""
     if unclear:
         reason += f"; unknown for {format_count(unclear, 'call')}"
     missing = _incomplete(layers, [call for call in layers.calls if not call.recomputed])
@@ -150,7 +150,7 @@ def _is_whole(layers: AttentionLayers, name: str, accepted: Collection[Json] | N
 
 
 def _layers(layers: AttentionLayers, good: list[str], required: Json) -> str:
-    """How many layers, of how many that are known by name."""
+    """The number of layers as required, of those known by name."""
     total = len(layers.names)
     if not total:
         expected = "an unknown number of" if layers.expected is None else layers.expected
@@ -190,7 +190,7 @@ def _in_pieces(layers: AttentionLayers) -> bool:
 
 
 def _aside(layers: AttentionLayers) -> str:
-    """What ran outside the model's training and is not judged."""
+    """Attention outside the model's training, which is not judged."""
     parts = []
     if layers.aside:
         aside = count_values(call.backend for call in layers.aside)
@@ -253,7 +253,7 @@ def judge_kernels(profile: StepProfile, required: Json) -> PathObservation:
 
 
 def likely_cause(model: nn.Module, wrong: list[AttentionCall]) -> str:
-    """Name what in the inputs makes SDPA leave its fast backends (the refusals of torch 2.13)."""
+    """Name the inputs for which SDPA leaves its fast backends (the refusals of torch 2.13)."""
     import torch
 
     config: Any = next((part.config for part in model.modules() if hasattr(part, "config")), None)

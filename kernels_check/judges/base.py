@@ -71,7 +71,7 @@ def judge_bits(seen: Observation, required: Json) -> PathObservation:
 
 
 def _rest_of_the_base(census: WeightBits, bits: int) -> str:
-    """Say how much of the base is not as its targeted layers are."""
+    """The share of the base that is stored in other bits than its targeted layers."""
     others = census.others(bits)
     if not others:
         return f"so is the whole base of {_size(census.bytes_of.total())}"
@@ -186,7 +186,7 @@ def judge_learning(seen: Observation, required: Json) -> PathObservation:
 
 
 def _unread(seen: Observation, change: DigestDifference) -> list[str]:
-    """What of the base could not be compared, so that it may have changed."""
+    """Why parts of the base could not be compared, so that they may have changed."""
     reasons = []
     unseen = {**seen.before.unseen, **seen.after.unseen}
     if unseen:
@@ -201,7 +201,7 @@ def _unread(seen: Observation, change: DigestDifference) -> list[str]:
 
 
 def _trained(seen: Observation) -> tuple[list[str], list[str]]:
-    """What trains of the base or would, and what only looks like it: an optimizer skips what has no gradient."""
+    """Faults of base parameters that train or would, and notes on those that an optimizer holds and skips."""
     base = seen.base_parameters
     given = {name for name, value in base.items() if id(value) in seen.optimized}
     reached = [name for name in base if name in seen.gradients]
@@ -271,7 +271,7 @@ def judge_compute_dtype(seen: Observation, required: Json) -> PathObservation:
 
 
 def judge_gemm_path(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``base.gemm_path`` from what ran inside the 4-bit operators of the forward pass."""
+    """Judge ``base.gemm_path`` by the operators inside the 4-bit operators of the forward pass."""
     layers = seen.fourbit_products
     calls = layers.all
     if not calls:

@@ -19,7 +19,7 @@ _PADDED = "pack the records into full rows, or sort them by length"
 
 
 def judge_isolation(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``packing.isolated`` by what the model was given."""
+    """Judge ``packing.isolated`` by the inputs of the model."""
     return seen.isolation
 
 
@@ -84,7 +84,7 @@ def _total(passes: Sequence[LossPass]) -> float:
 
 
 def _faults(passes: Sequence[LossPass]) -> list[str]:
-    """What is wrong with the passes that feed one update."""
+    """Faults of the passes that feed one update."""
     empty = [one for one in passes if not one.tokens and one.mean]
     if empty:
         return [f"{len(empty)} of {len(passes)} passes have none: {_NO_TOKENS}"]
@@ -102,7 +102,7 @@ def _faults(passes: Sequence[LossPass]) -> list[str]:
 
 
 def _describe(padding: PaddingSeen) -> str:
-    """Both numbers, what showed it, and the calls where they differ."""
+    """Padded and all positions, the evidence, and the counts by call where they differ."""
     share = padding.padded / padding.tokens if padding.tokens else 0.0
     by = f", shown by {' and '.join(sorted(padding.by))}" if padding.by else ""
     text = f"{padding.padded} of {padding.tokens} positions ({share:.0%}) are padding{by}"

@@ -56,7 +56,7 @@ def judge_checkpointed_layers(seen: Observation, required: Json) -> PathObservat
 
 
 def _recomputed(seen: Observation) -> PathObservation | tuple[float, bool, str]:
-    """The share of the blocks that are recomputed, whether anything is, and the words for it."""
+    """The share of the blocks that are recomputed, whether any is, and the reason."""
     compiled = seen.compiled_blocks.compiled if seen.profile.compiled_regions else ()
     blocks = seen.recomputed_blocks
     by_calls = [block for block in blocks if block.name not in compiled or block.again]
@@ -88,7 +88,7 @@ def _recomputed(seen: Observation) -> PathObservation | tuple[float, bool, str]:
 
 
 def _unseen(seen: Observation, reason: str) -> PathObservation:
-    """Nothing of the model ran: that is known of a step that leaves the model alone, such as one of a copy."""
+    """No module of the model was seen: absent where the step left the model alone, as one of a copy does."""
     return absent(reason) if seen.untouched else undecided(reason, present=False)
 
 
@@ -111,7 +111,7 @@ def _compiled_again(seen: Observation) -> tuple[float | None, str]:
 
 
 def judge_tf32(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``tf32``: kernels where CUDA ran, else what the flag allows."""
+    """Judge ``tf32`` by kernels on CUDA, else by the flag."""
     import torch
 
     if not torch.cuda.is_available():
@@ -172,7 +172,7 @@ def judge_compiled_share(seen: Observation, required: Json) -> PathObservation:
 
 
 def _entered(seen: Observation) -> str:
-    """How many regions were entered, and by how many blocks of how many."""
+    """The regions that were entered, and the blocks that ran in them."""
     regions, lookups, blocks = seen.profile.compiled_regions, seen.profile.compiler_lookups, seen.compiled_blocks
     reason = f"{regions} compiled regions entered, {lookups} compiler cache look-ups"
     if not regions:
@@ -192,7 +192,7 @@ def _unreadable(seen: Observation) -> bool:
 
 
 def _eagerly(seen: Observation) -> str:
-    """Why code that was to be compiled ran eagerly; empty where none was."""
+    """Why code that torch.compile was called on ran eagerly; empty where none did."""
     regions, lookups, past = seen.profile.compiled_regions, seen.profile.compiler_lookups, seen.compilations
     if not lookups or (regions and (lookups <= regions or not past.refused)):
         return ""
@@ -259,7 +259,7 @@ def _launched(place: FusedKernelSite, seen: Observation) -> bool | None:
 
 
 def _counted(kind: str, places: Sequence[FusedKernelSite], seen: Observation) -> str:
-    """In how many places something is bound, and in how many of them it was called."""
+    """The number of places with a fused kernel, and of those that were called."""
     bound = [place for place in places if place.library is not None]
     ran = sum(_ran(place, seen) for place in places)
     libraries = join_values(place.library for place in bound if place.library is not None)

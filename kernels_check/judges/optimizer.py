@@ -121,7 +121,7 @@ def _why_unseen(seen: Observation, total: int) -> str:
 
 
 def _no_optimizer(seen: Observation) -> PathObservation:
-    """Nothing stepped that could be judged; what may have updated the model all the same makes it unknown."""
+    """No optimizer of the model stepped: absent, or unknown where parameters changed or another optimizer stepped."""
     reason = f"no torch.optim.Optimizer stepped in {format_count(seen.calls, 'call')}"
     if seen.other_optimizers:
         names = join_values(seen.other_optimizers)
@@ -187,7 +187,7 @@ def judge_parts(seen: Observation, required: Json, *, what: str) -> PathObservat
 
 
 def _doubt(fates: Set[Fate], seen: Observation) -> str | None:
-    """Why the steps do not show it."""
+    """Why the steps do not decide it."""
     if fates <= {"updated", "frozen"}:
         return None
     if not seen.optimizer_steps:

@@ -143,14 +143,14 @@ def _mean(every: Sequence[Gradient]) -> float:
 
 
 def _exchanged(every: Sequence[Gradient]) -> list[float]:
-    """What came of the exchange, as each rank has it; the parts of a sharded one are one whole."""
+    """The exchanged gradient on each rank; the parts of a sharded one are summed up."""
     if every[0].sharded:
         return [sum(one.exchanged for one in every)]
     return [one.exchanged for one in every]
 
 
 def _factor(pairs: Sequence[tuple[float, float]]) -> float:
-    """What the first of each pair was multiplied with, by least squares; 0 where nothing fits."""
+    """The factor from the first to the second of each pair, by least squares; 0 where nothing fits."""
     below = sum(before**2 for before, _ in pairs)
     return sum(before * after for before, after in pairs) / below if below else 0.0
 
@@ -167,7 +167,7 @@ def _tolerance(every: Sequence[Gradient]) -> float:
 
 
 def _is_unexchanged(reached: Mapping[str, Sequence[Gradient]]) -> bool:
-    """Whether each rank's optimizer was given what that rank had made, times a factor of its own."""
+    """Whether each rank's optimizer was given the rank's own gradient, times a factor for each rank."""
     for rank in range(len(next(iter(reached.values())))):
         own = [every[rank] for every in reached.values()]
         factor = _factor([(one.own, one.exchanged) for one in own])

@@ -204,7 +204,7 @@ def holders_in(module: nn.Module) -> Iterator[str]:
 
 
 def is_tuner(module: object) -> bool:
-    """Whether a module is what PEFT wraps a model in."""
+    """Whether a module is one that PEFT wraps a model in."""
     return "tuner" in roles_of(module)
 
 
@@ -229,7 +229,7 @@ _ROLES = (
 
 
 def roles_of(module: object) -> frozenset[str]:
-    """What a module is to an adapter; asked of its class, since an instance may answer for what it wraps."""
+    """Roles of a module in an adapter, by its class: an instance may forward attributes of the module that it wraps."""
     kind: Any = type(module)
     return _roles(kind)
 
@@ -268,7 +268,7 @@ def _is_keyed(held: Any) -> bool:
 
 @reading
 def biases_of_adapters(tree: ModelTree) -> dict[str, str]:
-    """The biases of the base that an adapter in use trains: qualified name, and what PEFT was asked, ``bias='all'``.
+    """Biases of the base that an adapter in use trains: by qualified name, with the setting, as ``bias='all'``.
 
     A tensor that several modules share has a name for each.
     """
@@ -289,7 +289,7 @@ def biases_of_adapters(tree: ModelTree) -> dict[str, str]:
 
 
 def _biases_of(holder: nn.Module, setting: str) -> Iterator[Tensor]:
-    """What PEFT trains by a setting: ``all`` but those of adapters and behind copies, or those of adapted layers."""
+    """Biases that PEFT trains: for ``all`` those outside of adapters and copies, else those of adapted layers."""
     modules = dict(holder.named_modules())
     copies = [name for name, module in modules.items() if "copy" in roles_of(module)]
     if setting == "all":
@@ -323,7 +323,7 @@ def adapter_layers(tree: ModelTree) -> list[AdapterLayer]:
 
 @reading
 def _every_layer(tree: ModelTree) -> list[AdapterLayer]:
-    """Those of adapters that are not in use, too."""
+    """Also those of adapters that are not in use."""
     return [layer for name, module in tree.modules for layer in layers_at(name, module)]
 
 
@@ -378,7 +378,7 @@ def written_by_method(tree: ModelTree) -> frozenset[int]:
 
 @reading
 def adapters_of(tree: ModelTree) -> Below:
-    """What is an adapter's: attributes, with whatever they hold, and biases of the base."""
+    """Names that belong to an adapter: its attributes with everything below them, and biases of the base."""
     return Below([*_held_by_adapters(tree.modules), *biases_of_adapters(tree)])
 
 

@@ -78,7 +78,7 @@ def base_state(tree: ModelTree) -> Iterator[BaseTensor]:
 
 
 def _shards(module: Any) -> Iterator[tuple[tuple[int, str], Tensor]]:
-    """What FSDP2 keeps of the parameters of a module, by their place: the whole is there for a forward only.
+    """Shards of FSDP2 by the place of their parameter: the whole parameter exists during a forward only.
 
     A whole that an evaluation has left is of no account: the next step shards first, and trains what was sharded.
     """
@@ -104,7 +104,7 @@ def _merged_layers(module: Any) -> tuple[Any, ...]:
 
 
 def quant_state(layer: Any, weight: Any) -> Any:
-    """What bitsandbytes keeps of a 4-bit weight: on the weight, else where its layer or parametrisation keeps it."""
+    """The quantisation state of a 4-bit weight of bitsandbytes: on the weight, else on its layer or parametrisation."""
     for holder in (weight, layer, *(layer if isinstance(layer, ParametrizationList) else ())):
         state = getattr(holder, "quant_state", None)
         if hasattr(state, "absmax"):
@@ -119,7 +119,7 @@ def base_weight(layer: Any) -> Any:
 
 
 def is_packed(state: Any) -> bool:
-    """Whether bitsandbytes has laid out a 4-bit weight anew for a CPU."""
+    """Whether bitsandbytes has repacked a 4-bit weight for a CPU."""
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
@@ -142,7 +142,7 @@ def _part(name: str, kind: Kind, layer: nn.Module, value: str | Exception) -> Ba
 
 
 def quantisation_parts(layer: Any) -> Iterator[tuple[str, Any]]:
-    """What a quantised layer keeps of its weight outside parameters and buffers: tensors, and facts."""
+    """State of a quantised weight outside parameters and buffers: tensors, and facts."""
     weight = base_weight(layer)
     state = quant_state(layer, weight)
     if state is not None:
@@ -178,7 +178,7 @@ _NESTED_BLOCK = 256
 
 
 def layout_problem(layer: Any, weight: Tensor, state: Any) -> str | None:
-    """Say where a weight lies otherwise than its state says, so that every product with it is wrong.
+    """Why the layout of a weight is not that of its state, so that every product with it is wrong; None if it is.
 
     bitsandbytes lays a weight out anew for a CPU in a forward in eval mode, and marks the state in place. Where the
     weight is gathered anew for each forward, as by FSDP2, it is the old layout that comes back, to the new state.
@@ -255,7 +255,7 @@ def storage_in(tree: ModelTree, layer: nn.Module, parameter: str = "weight") -> 
 
 
 def wrapped_storage(tree: ModelTree, wrapper: Any) -> Storage:
-    """The same of what a layer of PEFT's wraps: a layer, or one parameter of a layer."""
+    """The storage of the layer, or of the one parameter, that a layer of PEFT wraps."""
     layer = wrapper
     while hasattr(layer, "base_layer"):  # one that wraps a parameter may be wrapped for the next
         layer = layer.base_layer
@@ -311,7 +311,7 @@ def _attention(layer: nn.MultiheadAttention) -> Storage:
 
 
 def _named_otherwise(layer: Any, parameter: str) -> Storage:
-    """A layer that packs its weight in integers under a name of its own."""
+    """A layer of another library that packs its weight in integers."""
     held = {**getattr(layer, "_parameters", {}), **getattr(layer, "_buffers", {})}
     name = next((name for name in PACKED if held.get(name) is not None), None)
     if name is None:
@@ -349,7 +349,7 @@ def _of_tensor(weight: Tensor, otherwise: str) -> Storage:
 
 
 def _made_of_others(weight: Tensor) -> Storage:
-    """A tensor of torchao's kind: what it calls its dtype is what it unpacks to."""
+    """A tensor such as torchao's, whose ``dtype`` is that of the unpacked values."""
     parts = [part for _, part in plain_parts(weight)]
     kind = f"{type(weight).__module__}.{type(weight).__qualname__}"
     if not parts or not weight.numel() or any(part.is_meta for part in parts):

@@ -83,7 +83,7 @@ class Calls:
 
     @cached_property
     def failed(self) -> frozenset[int]:
-        """Numbers of the entries that raised and of all calls inside them, which came to nothing."""
+        """Numbers of the entries that raised and of all calls inside them, whose results were discarded."""
         return frozenset(number for number in range(len(self.all)) if self.all[self._root(number)].raised)
 
     @cached_property
@@ -222,7 +222,7 @@ class CallRecorder:
             yield
 
     def calls(self) -> Calls:
-        """What was recorded of all modules; calls that failed are dropped from the rest."""
+        """The calls of all modules; failed calls are dropped from those of the model and of adapters."""
         calls = Calls(all=tuple(self._log), unhooked=frozenset(self._unhooked))
         for layer in (
             one for number, call in enumerate(self._log) if number not in calls.failed for one in call.layers
@@ -363,8 +363,3 @@ def _function_context() -> Any:
                 return context
         frame = frame.f_back
     return None
-
-
-def number_of(mark: str) -> int:
-    """The number of the call that the profiler's record names."""
-    return int(mark.removeprefix(MARK))

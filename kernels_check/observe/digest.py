@@ -108,7 +108,7 @@ class Hashed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DigestDifference:
-    """What of a base differs between two digests, by name."""
+    """Names of the parts of a base that differ between two digests."""
 
     changed: tuple[str, ...] = ()
     """Parts that training on this base later depends on."""
@@ -139,7 +139,7 @@ class Digest:
     """4-bit layers whose weight has another layout than its quantisation state describes, with the reason."""
 
     def since(self, before: Digest) -> DigestDifference:
-        """What has changed since an earlier digest of the same model."""
+        """The difference from an earlier digest of the same model."""
         resharded = before.sharded ^ self.sharded
         found: dict[str, list[str]] = {}
         for name in sorted(before.parts.keys() | self.parts.keys()):
@@ -216,7 +216,7 @@ def _difference(old: Hashed | None, new: Hashed | None) -> str:
 
 
 def _is_rounded(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are as near as some sums and differences of them leave."""
+    """Whether two tensors differ by no more than the rounding of some sums and differences."""
     if one.shape != other.shape or not one.is_floating_point() or not one.numel():
         return False
     exact, eps = one.double(), torch.finfo(one.dtype).eps
@@ -243,12 +243,12 @@ class WeightBits:
         return self.bytes_of[bits] / (self.bytes_of.total() or 1)
 
     def others(self, bits: int | None) -> list[tuple[str, int]]:
-        """What is kept otherwise, the largest first, with its bytes."""
+        """Parts that are stored in other bits, the largest first, with their bytes."""
         return [(name, size) for (found, name), size in self.largest.most_common() if found != bits]
 
 
 def take_census(tree: ModelTree) -> WeightBits:
-    """Count a base: whatever it saves, by the layer that holds it."""
+    """Count the bytes of everything that the base saves, by the layer that holds it."""
     census, seen = WeightBits(), set[object]()
     parts = [part for part in base_state(tree) if part.kind != "cache"]
     packing = {id(part.layer) for part in parts if part.kind == "quantisation" or _key(part) in PACKED}

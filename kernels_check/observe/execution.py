@@ -78,7 +78,11 @@ def read_compilations() -> Compilations:
         again = [one for one in metrics if one.recompile_reason is not None]
         return Compilations(
             breaks=tuple(dict.fromkeys(breaks)),
-            recompiles=tuple(_function(one) for one in again if one.fail_reason is None),
+            recompiles=tuple(
+                f"{one.co_name} at {_short(one.co_filename)}:{one.co_firstlineno}: {_guard(one)}"
+                for one in again
+                if one.fail_reason is None
+            ),
             refused=tuple(f"{_title(one.fail_reason)}: {_guard(one)}" for one in again if one.fail_reason),
         )
     except (AttributeError, TypeError) as error:
@@ -91,11 +95,6 @@ def _place(reason: str, stack: Sequence[FrameSummary]) -> str:
         return _title(reason)
     code = f" `{stack[-1].line}`" if stack[-1].line else ""
     return f"{_title(reason)} at {_short(stack[-1].filename)}:{stack[-1].lineno}{code}"
-
-
-def _function(compilation: Any) -> str:
-    place = f"{_short(compilation.co_filename)}:{compilation.co_firstlineno}"
-    return f"{compilation.co_name} at {place}: {_guard(compilation)}"
 
 
 def _guard(compilation: Any) -> str:
@@ -389,14 +388,14 @@ def _kinds(module: nn.Module) -> Iterator[tuple[Kind, str | None]]:
 
 
 def _rotary(forward: Any) -> str | None:
-    """Whose function of rotary embeddings a forward calls."""
+    """The library of the function of rotary embeddings that a forward calls."""
     known = getattr(forward, "__globals__", {})
     called = (name for name in _named(forward) if any(word in name.lower() for word in _ROTARY))
     return next((library for name in called if (library := _library(known.get(name)))), None)
 
 
 def _projection(module: nn.Module, forward: Any, name: str) -> str | None:
-    """Whose fused projections an attention calls by a name that a library has bound to it.
+    """The library whose fused projections an attention calls by a name that the library has bound to it.
 
     Unsloth and Axolotl bind the plain ones under the same name where they cannot fuse: theirs lie outside ``kernels``.
     """
@@ -407,7 +406,7 @@ def _projection(module: nn.Module, forward: Any, name: str) -> str | None:
 
 
 def _named(forward: Any) -> tuple[str, ...]:
-    """What the code of a function names: attributes and globals, and what it asks for by ``getattr``."""
+    """Names in the code of a function: attributes, globals, and strings as for ``getattr``."""
     code = getattr(forward, "__code__", None)
     texts = (one for one in getattr(code, "co_consts", ()) if isinstance(one, str))
     return (*getattr(code, "co_names", ()), *texts)
@@ -419,7 +418,7 @@ def _plain(function: Any) -> Any:
 
 
 def _library(function: Any) -> str | None:
-    """Whose code a function is: by its module, and by its file where it was loaded from the hub."""
+    """The library of a function: by its module, and by its file where it was loaded from the hub."""
     function = _plain(function) if function is not None else None
     root = str(getattr(function, "__module__", "")).partition(".")[0]
     if root in _LIBRARIES:

@@ -35,7 +35,7 @@ from kernels_check.observe.profile import OptimizerSeen, describe, rate_of
 
 @dataclass(slots=True)
 class GradientSeen:
-    """What reached one parameter over the watched calls."""
+    """Gradients that reached one parameter over the watched calls."""
 
     sizes: list[Tensor] = field(default_factory=list)
     """Largest magnitude of each gradient, left on its device so that nothing waits for it in the backward pass."""
@@ -56,7 +56,7 @@ class GradientSeen:
 
 
 class Gradients:
-    """Hooks on the parameters of a model, and what they saw.
+    """Hooks on the parameters of a model, and the gradients that they saw.
 
     Args:
         guard: what hooks are wrapped in.
@@ -87,7 +87,7 @@ class Gradients:
             yield
 
     def begin_call(self, tree: ModelTree) -> None:
-        """Note what lies there before a call."""
+        """Remember the gradients before a call."""
         self._at_first = {id(parameter): (parameter, parameter.grad) for _, parameter in tree.parameters}
         self.arrived.clear()
 
@@ -113,7 +113,7 @@ class Gradients:
         return frozenset(name for name, value in tree.parameters if id(value) in self.arrived)
 
     def seen(self, tree: ModelTree) -> Mapping[str, GradientSeen]:
-        """What reached each parameter, by name."""
+        """The gradients of each parameter that any reached, by name."""
         found = {name: self._seen.get(id(parameter)) for name, parameter in tree.parameters}
         return {name: one for name, one in found.items() if one is not None and one.sizes}
 
@@ -220,7 +220,7 @@ class ParameterUpdates:
         return self.tensor.dtype in _NARROW
 
     def is_kept(self) -> bool:
-        """Whether it is what it was when it was last looked at."""
+        """Whether it has the last known value."""
         return all(_is_same(now, then) for now, then in zip(_parts(self.tensor), self._value, strict=True))
 
     def compare(self, *, stepping: bool) -> None:
@@ -272,7 +272,7 @@ class ParameterUpdates:
         return rate * float(size) < torch.finfo(self.tensor.dtype).eps * greatest
 
     def _is_rounded_away(self) -> bool:
-        """Whether the last update left nearly all that had a gradient as it was, as a narrow dtype may."""
+        """Whether the last update left nearly all elements with a gradient unchanged, as a narrow dtype may."""
         gradient = self.tensor.grad
         if not self.is_narrow or gradient is None or gradient.layout != torch.strided:
             return False
@@ -335,7 +335,7 @@ class Updates:
         """Updates, and parameters that had learnt, before the last call."""
 
     def by_name(self) -> dict[str, ParameterUpdates]:
-        """What became of each parameter."""
+        """The updates of each parameter, by name."""
         return {one.name: one for one in self._parameters.values()}
 
     def continues(self, tree: ModelTree) -> bool:
@@ -347,11 +347,11 @@ class Updates:
         )
 
     def begin_call(self) -> None:
-        """Note what had been seen before a call."""
+        """Remember the counts before a call."""
         self._before_call, self._stepping = (self.steps, self._learnt()), 0
 
     def end_call(self) -> None:
-        """Compare with what the last update left."""
+        """Compare values with those after the last update."""
         for one in self._parameters.values():
             one.compare(stepping=self._stepping > 0)
 
@@ -388,7 +388,7 @@ class Updates:
         self.steps += 1
 
     def pending(self) -> bool:
-        """Whether another call may show what these did not."""
+        """Whether another call may show more than these did."""
         if not self.steps:  # something that is no optimizer of torch writes, or none has stepped yet
             return not any(one.written for one in self._parameters.values())
         seen = [one for one in self._parameters.values() if one.updates]

@@ -31,7 +31,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelTree:
-    """A model as it is at one moment, and what has been read of it then.
+    """A model at one moment, with a cache of everything that was read of it.
 
     It is valid as long as nothing adds a module or switches an adapter.
     """
@@ -51,7 +51,7 @@ class ModelTree:
 
 
 def reading(read: Callable[[ModelTree], _T]) -> Callable[[nn.Module | ModelTree], _T]:
-    """What is read of a model, and of a tree only once."""
+    """Cache what a function reads of a model by its ``ModelTree``."""
 
     @wraps(read)
     def kept(model: nn.Module | ModelTree) -> _T:
@@ -86,7 +86,7 @@ def block_names(tree: ModelTree) -> tuple[str, ...]:
 
 
 def outermost(names: Iterable[str]) -> list[str]:
-    """Those of some modules that lie in no other of them."""
+    """Names of modules that are not inside another of them."""
     names = list(names)
     within = Below(names)
     return [name for name in names if not name or ("" not in names and not within[name.rpartition(".")[0]])]
@@ -102,7 +102,7 @@ def block_of(name: str, blocks: frozenset[str]) -> str | None:
 
 
 def _items(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
-    """What a list holds that has parameters, by name; empty where it is no list of blocks.
+    """Members of a list that have parameters, by name; empty where it is no list of blocks.
 
     A sequence whose members are all of different classes holds the parts of a model, not its blocks.
     """
@@ -252,7 +252,7 @@ class ModuleHook:
         return None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Of a copy: what takes any arguments and does nothing."""
+        """In a copy: a function that takes any arguments and does nothing."""
         return getattr, (nullcontext(), "__exit__")
 
 
@@ -278,7 +278,7 @@ class HookGuard:
 
 @cache
 def _keep_from_compiler(code: Any) -> None:
-    """Let it neither compile the code of a function nor look at what that calls."""
+    """Keep torch.compile from compiling the code of a function and of all that it calls."""
     set_code_exec_strategy(code, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 

@@ -213,7 +213,7 @@ class Observation:
 
     @cached_property
     def biases_of_adapters(self) -> Mapping[str, str]:
-        """Biases of the base that train as a part of the adapter, by name, with what PEFT was asked."""
+        """Biases of the base that train as a part of the adapter, by name, with the setting of PEFT."""
         return biases_of_adapters(self.tree)
 
     @cached_property
@@ -337,7 +337,7 @@ class StepObserver:
 
 
 class _Series:
-    """What consecutive steps of one model have shown, and what the next is compared with.
+    """Observations of consecutive steps of one model, and the state that the next is compared with.
 
     Args:
         tree: of the model before the first.

@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Literal
 
 import torch
@@ -56,7 +56,7 @@ _READ = (
 )
 
 
-@dataclass(slots=True)
+@dataclass
 class Operator:
     """One call on the host, as the profiler recorded it."""
 
@@ -70,7 +70,6 @@ class Operator:
     """Whether it ran in the backward pass."""
     region: int | None = None
     """Identity of the entry into compiled code that it ran in; None for what ran eagerly."""
-    _inputs: Sequence[Any] | None = None
 
     def __post_init__(self) -> None:
         if self.parent is not None:
@@ -78,12 +77,10 @@ class Operator:
             self.in_backward = self.parent.in_backward or name.startswith(BACKWARD_ROOT)
             self.region = id(self.parent) if name.startswith(COMPILED_REGION) else self.parent.region
 
-    @property
+    @cached_property
     def inputs(self) -> Sequence[Any]:
-        """What it was given: of tensors their metadata, of all else the value."""
-        if self._inputs is None:
-            self._inputs = getattr(self.event.extra_fields, "inputs", ())
-        return self._inputs
+        """Its arguments: of tensors their metadata, of all others the value."""
+        return getattr(self.event.extra_fields, "inputs", ())
 
     def shape(self, index: int) -> tuple[int, ...]:
         """Shape of an input; empty where it is not a tensor."""
@@ -108,7 +105,7 @@ def matters(name: str) -> bool:
 
 
 def ancestors(operator: Operator) -> Iterator[Operator]:
-    """Those around it, the innermost first."""
+    """Operators around one, the innermost first."""
     while operator.parent is not None:
         operator = operator.parent
         yield operator
@@ -336,12 +333,12 @@ def _operands(product: Operator) -> tuple[int, int]:
 
 
 def _flattened(scores: tuple[int, ...]) -> tuple[int, int, int]:
-    """As a batched product has them."""
+    """Batch, queries and keys, as a batched product has them."""
     return math.prod(scores[:-2]), scores[-2], scores[-1]
 
 
 def _precision(events: Sequence[Operator], index: int) -> str | None:
-    """Of the products; None where they are written out, too."""
+    """Dtype of the products; None where they are written out, too."""
     product = _product_before(events, index) or _product_after(events, index)
     return None if product is None else product.dtype(_operands(product)[0])
 

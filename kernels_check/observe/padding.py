@@ -87,7 +87,7 @@ def find_records(arguments: Mapping[str, Any], rows: int, tokens: int) -> Record
 
 
 def _numbers(name: str, value: Tensor, arguments: Mapping[str, Any], rows: int, tokens: int) -> Tensor | None:
-    """What one input gives, [rows, tokens]; None where it gives none."""
+    """Numbers of the records by one input, [rows, tokens]; None where it gives none."""
     if name in CUMULATED:
         return _cumulated(name, value, rows, tokens)
     if name == "attention_mask":
@@ -262,7 +262,7 @@ def count_padding(tree: ModelTree, calls: Sequence[ModelCall]) -> PaddingSeen | 
 
 
 def _decoded(call: ModelCall) -> Iterator[ModelCall]:
-    """What an encoder-decoder decodes, which is padded by itself; without its own tokens it is made from the labels."""
+    """Tokens of the decoder of an encoder-decoder, which have padding of their own; without any, the labels."""
     labels, mask = (call.arguments.get(name) for name in ("labels", "decoder_attention_mask"))
     tokens = call.arguments.get("decoder_input_ids")
     if isinstance(tokens, Tensor) or isinstance(labels, Tensor):
@@ -316,7 +316,7 @@ def _records(call: ModelCall, ids: Tensor) -> Records:
 
 
 def _end_runs(ids: Tensor, numbers: Tensor) -> Iterator[tuple[int, slice, slice]]:
-    """Each run of equal tokens at an end of a record: its row, its place, and its place without what may be text.
+    """Each run of equal tokens at an end of a record: its row, its place, and its place without a token of the text.
 
     Padding is often done with the token that ends a text, so the one next to the text is left out; of a record of one
     token over and over the last, as if padding came before it.
@@ -401,7 +401,7 @@ def isolation_by_inputs(calls: Sequence[ModelCall], attention: Sequence[Attentio
 
 
 def packed_or_all(calls: Sequence[ModelCall]) -> list[ModelCall]:
-    """The calls that were trained on: of each, what inside it shows packed records, or at least tokens."""
+    """The calls that were trained on: of each, the inner calls with packed records, or at least with tokens."""
     trained = training_calls(calls)
     return [one for call in trained for one in call.matching(packs) or call.matching(names_tokens) or [call]]
 

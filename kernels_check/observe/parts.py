@@ -176,7 +176,7 @@ _OPEN: frozenset[Fate] = frozenset({"gradient zero", "moved without a gradient"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterStatus:
-    """One embedding or norm, and what became of each of its parameters, by name."""
+    """One embedding or norm, with the fate of each of its parameters, by name."""
 
     name: str
     fates: Mapping[str, Fate]
@@ -204,7 +204,7 @@ class TrainedModule:
 
 
 def embedding_modules(tree: ModelTree) -> dict[str, TrainedModule]:
-    """What trains in place of the input and the output embedding, by the name of the module; tied ones once."""
+    """Parameters that train for the input and the output embedding, by the name of the module; tied ones once."""
     found: set[int] = set()
     for _, module in tree.modules:
         for ask in ("get_input_embeddings", "get_output_embeddings"):
@@ -215,7 +215,7 @@ def embedding_modules(tree: ModelTree) -> dict[str, TrainedModule]:
 
 
 def norm_modules(tree: ModelTree) -> dict[str, TrainedModule]:
-    """What trains in place of every norm that has parameters, by the name of the module.
+    """Parameters that train for every norm that has parameters, by the name of the module.
 
     A norm is recognised by the names of its classes: those of libraries and of users derive from one that is called so.
     A head that normalises its weight first is called so, too, and is a linear layer.
@@ -229,7 +229,7 @@ def norm_modules(tree: ModelTree) -> dict[str, TrainedModule]:
 
 
 def fates_of(places: Mapping[str, TrainedModule], seen: Observation) -> list[ParameterStatus]:
-    """What became of the parameters in some places, as ``embedding_modules`` or ``norm_modules`` give them."""
+    """Fates of the parameters in some places, as ``embedding_modules`` or ``norm_modules`` give them."""
     tree = seen.tree
     names = {id(value): name for name, value in tree.parameters}
     rates: dict[int, float] = {}
@@ -251,7 +251,7 @@ def fates_of(places: Mapping[str, TrainedModule], seen: Observation) -> list[Par
 
 
 def _fate(name: str, seen: Observation, rate: float | None, rare: Set[str]) -> Fate:
-    """What became of a parameter that trains."""
+    """The fate of a parameter that requires gradients."""
     gradient, changed, known = seen.gradients.get(name), name in seen.changed, seen.updates.get(name)
     if gradient is None:
         return "changed, no gradient seen" if changed else "without gradient"
@@ -308,7 +308,7 @@ def _acting(name: str, layers: Mapping[str, AdapterLayer]) -> tuple[str, list[Ad
 
 
 def _tokens(acting: list[AdapterLayer]) -> tuple[int, int] | None:
-    """How many tokens train, of how many, where only some do."""
+    """The number of tokens that train and of all, where only some train."""
     for layer in acting:
         indices: Any = getattr(layer.module, "token_indices", None)
         weight = getattr(layer.base, "weight", None)

@@ -26,7 +26,7 @@ from torch._C._profiler import _EventType, _ExperimentalConfig
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
-from kernels_check.observe.calls import MARK, number_of
+from kernels_check.observe.calls import MARK
 from kernels_check.observe.modules import synchronise
 from kernels_check.observe.operators import (
     BACKWARD_ROOT,
@@ -51,7 +51,7 @@ from kernels_check.rules import attention_backend, classify
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerSeen:
-    """One optimizer that stepped, as it stood after its last watched step."""
+    """One optimizer that stepped, as it was after its last watched step."""
 
     classes: tuple[str, ...]
     """Qualified names of its class and every base class, the class first."""
@@ -91,7 +91,7 @@ def class_names(optimizer: Any) -> tuple[str, ...]:
 
 
 def rate_of(group: Any) -> float:
-    """Learning rate of one group; an optimizer that finds it by itself says none, which counts as one."""
+    """Learning rate of one group; 1 for an optimizer that has none since it adapts the rate itself."""
     try:
         return abs(float(group.get("lr", 1.0)))
     except (TypeError, ValueError, RuntimeError):
@@ -142,7 +142,7 @@ def writes(name: str) -> bool:
 
 
 def identity(tensor: Tensor) -> Identity:
-    """Of a tensor in this process."""
+    """Identity of a tensor in this process."""
     storage = 0
     with suppress(RuntimeError):  # a sparse or opaque tensor has no storage; it is known by its address alone
         storage = tensor.untyped_storage().data_ptr()
@@ -203,7 +203,7 @@ def operators_on(groups: Iterable[GroupSeen], written: Iterable[Write]) -> list[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepProfile:
-    """What one watched step executed."""
+    """Operators and kernels of one watched step."""
 
     attention: tuple[AttentionCall, ...] = ()
     fourbit: tuple[Product, ...] = ()
@@ -236,7 +236,7 @@ def reduce_operators(
     kernels: Iterable[str] = (),
     writes: Iterable[Write] = (),
 ) -> StepProfile:
-    """Reduce what one step called on the host, and the names of the kernels that it launched.
+    """Reduce the operators of one step on the host, and the names of its kernels.
 
     Args:
         operators: those that ``matters`` keeps, each linked to its nearest kept caller.
@@ -327,7 +327,7 @@ class ProfilerRecording:
                         self._profile.stop()
 
     def profile(self) -> StepProfile:
-        """What was recorded, where it ``lasted``."""
+        """The recorded step, where recording ``lasted`` to its end."""
         results: Any = self._profile.profiler
         recorded = results.kineto_results
         operators, written = read_events(recorded.experimental_event_tree())
@@ -385,7 +385,7 @@ def read_events(roots: Iterable[Any]) -> tuple[list[Operator], list[Write]]:
         event, parent, call, place = waiting.pop()
         name = event.name
         if name.startswith(MARK):
-            call = number_of(name)
+            call = int(name.removeprefix(MARK))
         elif matters(name) and event.tag == _EventType.TorchOp:
             if parent is not None and parent.name == name:
                 parent.event = event

@@ -45,7 +45,7 @@ class Gradient:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankEvidence:
-    """What one rank found in a watched step; every field is a JSON value."""
+    """Evidence of one rank from a watched step; every field is a JSON value."""
 
     rank: int
     problem: str | None = None
@@ -68,7 +68,7 @@ class RankEvidence:
 
 
 class RankObserver:
-    """Observes what a step of this rank gives its optimizer.
+    """Observes the gradients that a step of this rank gives its optimizer.
 
     Args:
         model: that is trained; held weakly.
@@ -84,7 +84,7 @@ class RankObserver:
         self._optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def begin(self) -> None:
-        """A step begins: hook the trained parameters, and the optimizers.
+        """Hook the trained parameters and the optimizers at the start of a step.
 
         The parameters of a model that FSDP2 has sharded are others in a forward, so they are hooked when a module is
         called.
@@ -102,11 +102,11 @@ class RankObserver:
             self._hooks = hooks.pop_all()
 
     def end(self) -> None:
-        """It has ended: remove every hook."""
+        """Remove every hook at the end of a step."""
         self._hooks.close()
 
     def exchange(self, seen: Observation | None, problem: str | None, *, undecided: bool) -> tuple[RankEvidence, ...]:
-        """What every rank shows, in their order; none where one process trains.
+        """Exchange the evidence of all ranks, in their order; empty where one process trains.
 
         Args:
             seen: of this rank's step.
@@ -215,7 +215,7 @@ class RankObserver:
 
 
 def gathered(data: Any) -> list[Any]:
-    """What every rank gives, in their order; a collective."""
+    """The data of every rank, in their order; a collective."""
     found: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(found, data)
     return found
@@ -256,7 +256,7 @@ def _signs(name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _shard_of(gradient: Any, signs: Any) -> Any:
-    """The part of `signs` that belongs to what lies here of a sharded tensor. Raises ValueError for several meshes."""
+    """The part of `signs` for the local shard of a tensor. Raises ValueError for a mesh with several dimensions."""
     mesh, placement = gradient.device_mesh, gradient.placements[0]
     if mesh.ndim != 1:
         raise ValueError("gradients of a mesh with several dimensions are not compared")

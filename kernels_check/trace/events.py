@@ -113,7 +113,7 @@ def busy_time_us(events: Events) -> dict[str, float]:
 
 
 def union_length(start: Floats, duration: Floats) -> float:
-    """Length of the union of intervals: each adds what lies beyond everything that began before it."""
+    """Length of the union of intervals: each adds its part beyond all that began before it."""
     order = np.argsort(start, kind="stable")
     start = start[order] - start.min()  # not times since 1970, whose last bits a sum would lose
     end = start + duration[order]

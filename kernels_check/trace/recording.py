@@ -35,7 +35,7 @@ class TraceError(ValueError):
 
 
 def read_bytes(path: Path) -> bytes:
-    """What is in the file, unpacked and without a byte order mark.
+    """The content of the file, unpacked and without a byte order mark.
 
     Raises:
         TraceError: the file is missing, empty or damaged, or unpacks to more than any recording does.
@@ -104,7 +104,7 @@ _decode_event = msgspec.json.Decoder(_Event).decode
 
 @dataclass(frozen=True, kw_only=True)
 class Kineto:
-    """What is kept of one trace; times in microseconds."""
+    """The events of one trace that are judged; times in microseconds."""
 
     gpu: Events
     """Kernels, copies and fills on devices; never annotations."""

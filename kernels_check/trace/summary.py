@@ -102,7 +102,7 @@ class Fourbit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unclassified:
-    """What no rule knows."""
+    """Names that no rule matches."""
 
     time_share: float
     names: tuple[str, ...]
@@ -183,7 +183,7 @@ def _event_notices(events: Events) -> Iterator[str]:
 
 
 def _name_notices(launches: Sequence[NameTotal], unknown: Sequence[NameTotal], unknown_share: float) -> Iterator[str]:
-    """Names that hide what ran, which full demangled names would show."""
+    """Notices on names that do not identify the kernel: of AMD, unknown, cut down or mangled."""
     foreign = [one for one in launches if _AMD.search(one.name)]
     if foreign:
         yield (
@@ -246,7 +246,7 @@ def _count_kernels(trace: Kineto) -> StepCounts | None:
 def _summarise(
     path: Path, totals: Iterable[NameTotal], *, operators: Collection[str] = (), by_operators: bool = False
 ) -> KernelSummary:
-    """Sum up what ran, a recording of kernels without intervals.
+    """Sum up the totals of a recording, without what takes intervals.
 
     Args:
         path: of the recording, for messages.
@@ -443,7 +443,7 @@ def _rows(uses: Mapping[str, Use]) -> list[tuple[str, ...]]:
 
 
 def _evidence(use: BackendUse) -> str:
-    """What the names of the kernels prove."""
+    """Facts that the names of the kernels prove."""
     known = [f"{calls:,} {dtype}" for dtype, calls in use.dtypes.items()]
     if use.forward_calls or use.backward_calls:
         known.insert(0, f"{use.forward_calls:,} forward, {use.backward_calls:,} backward")

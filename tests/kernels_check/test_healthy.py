@@ -5,9 +5,6 @@ Each case returns a model, its step, and how its requirements differ from those 
 
 from __future__ import annotations
 
-import functools
-import tempfile
-
 import bitsandbytes as bnb
 import peft
 import pytest
@@ -24,8 +21,6 @@ PLAIN = {
     "attention.backend": "flash", "base.bits": 32, "base.quant_type": "none", "checkpointing": False,
     "optimizer.class": "torch.optim.AdamW", "optimizer.fused": False,
 }  # fmt: skip
-WRAPPED = {"optimizer.class": None}
-"""A library that wraps the optimizer may show the wrapper's class."""
 NF4 = {"base.bits": 4, "base.quant_type": "nf4"}
 SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -99,16 +94,6 @@ def nf4_base():
     return model, step, NF4 | more | {"optimizer.class": "bitsandbytes.optim.AdamW8bit", "optimizer.fused": None}
 
 
-def recomputing(**options):
-    model = lora(llama())
-    model.base_model.model.gradient_checkpointing_enable(options)
-    model.base_model.model.enable_input_require_grads()
-    return plain(model, checkpointing=True)
-
-
-case("non-reentrant checkpointing")(functools.partial(recomputing, use_reentrant=False))
-
-
 @case("scaled, clipped and accumulated gradients")
 def scaled_gradients():
     model, ids = lora(llama()), tokens()
@@ -156,44 +141,6 @@ def vision_language():
     ids[:, 1:5] = image
     inputs = {"input_ids": ids, "pixel_values": torch.randn(ROWS, 3, 16, 16), "labels": ids}
     return model, step_of(model, adamw(model), **inputs), {}
-
-
-def trainer(accumulate=1, **options):
-    """A step of a Trainer as its inner loop takes it, after `train()` has set it up."""
-    model = lora(llama())
-    arguments = transformers.TrainingArguments(
-        output_dir=tempfile.gettempdir(), max_steps=1, per_device_train_batch_size=ROWS, learning_rate=1e-2,
-        report_to=[], save_strategy="no", logging_strategy="no", use_cpu=True, disable_tqdm=True, optim="adamw_torch",
-        lr_scheduler_type="constant", gradient_accumulation_steps=accumulate, **options,
-    )  # fmt: skip
-    rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, VOCABULARY, (4 * ROWS, LENGTH))]
-    own = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
-    own.train()
-    own.current_gradient_accumulation_steps = accumulate
-    batches = [dict(batch) for batch, _ in zip(own.get_train_dataloader(), range(accumulate), strict=False)]
-
-    def step():
-        own.model_wrapped.train()
-        for place, batch in enumerate(batches):
-            own.accelerator.gradient_state._set_sync_gradients(place == accumulate - 1)
-            own.training_step(own.model_wrapped, dict(batch))
-        own.accelerator.clip_grad_norm_(own.model_wrapped.parameters(), 1.0)
-        own.optimizer.step()
-        own.lr_scheduler.step()
-        own.optimizer.zero_grad()
-
-    return own.model, step
-
-
-@case("a Trainer that accumulates and checkpoints")
-def accumulating_trainer():
-    recompute = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    return *trainer(2, **recompute), WRAPPED | {"checkpointing": True}
-
-
-@case("a Trainer under autocast")
-def autocast_trainer():
-    return *trainer(bf16=True), WRAPPED | {"attention.dtype": "bfloat16", "base.compute_dtype": "bfloat16"}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,4 +1,4 @@
-"""Watched from the callbacks of a real Trainer, and in a loop of Accelerate: opened in one place, closed in another."""
+"""Watched from the callbacks of real trainers: opened in one callback, closed in another."""
 
 from contextlib import ExitStack
 
@@ -86,29 +86,6 @@ def test_a_trainer_trains_as_if_never_watched_and_its_steps_are_judged(tmp_path)
     unmet = [{path for path in WANTED if not found[path].met} for found in look.found]
     assert unmet == [{"peft.learning"}, set(), set()], [found["peft.learning"].reason for found in look.found]
     assert _hooks(model) == _hooks(plain)
-
-
-def test_a_loop_of_accelerate():
-    """The model is the one inside; the block holds all that is accumulated."""
-    from accelerate import Accelerator
-
-    batches = [
-        {name: torch.stack([row[name] for row in ROWS[start : start + 2]]) for name in ROWS[0]} for start in (0, 2)
-    ]
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=len(batches))
-    model = _adapted()
-    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-3)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    required = {path: value for path, value in WANTED.items() if path != "checkpointing"}
-    watched = kernels_check.watch(accelerator.unwrap_model(model), required)
-    for _ in range(2):
-        with watched:
-            for batch in batches:
-                with accelerator.accumulate(model):
-                    accelerator.backward(model(**batch).loss)
-                    optimizer.step()
-                    optimizer.zero_grad()
-    assert [check.reason for check in watched.checks if check.required is not None and not check.met] == []
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -182,17 +182,6 @@ def test_a_sharded_base_is_read_and_compared(training, alone):
     assert "lm_head.weight._local_tensor" in moved.reason
 
 
-def test_a_base_that_an_evaluation_left_whole_is_compared_by_its_shards(training, alone):
-    """FSDP2 shards the outermost parameters again in the backward pass only."""
-    run = training(quant=None)
-    _shard(run)
-    run.step()
-    with torch.no_grad():
-        run.model(**run.inputs)
-    assert not hasattr(run.model.base_model.model.lm_head.weight, "_local_tensor")
-    assert run.check("base.frozen", True).met
-
-
 def test_sharded_weights_of_which_only_the_state_was_repacked_are_found(training, alone):
     """FSDP2 gathers the old layout for each forward, and bitsandbytes marked the state of the first in place.
 
@@ -235,9 +224,3 @@ def test_full_fine_tuning_moves_the_base(spoil, status, words):
     check = _judged(model, optimizer, path="base.learning")
     assert check.status == status, check.reason
     assert words in check.reason
-
-
-def test_an_adapter_is_no_full_fine_tuning():
-    """What trains in place of the base leaves it alone."""
-    model, optimizer = _tuned(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)))
-    assert "an adapter trains in place" in _judged(model, optimizer, path="base.learning").reason

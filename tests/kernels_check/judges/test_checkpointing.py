@@ -8,7 +8,6 @@ from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
-    checkpoint_sequential,
     create_selective_checkpoint_contexts,
 )
 
@@ -43,14 +42,8 @@ class Block(nn.Module):
         return self.inner(hidden)
 
     def inner(self, hidden):
-        attention = (
-            partial(checkpoint, self.attention, use_reentrant=False) if self.way == "attention" else self.attention
-        )
-        mlp = (
-            partial(checkpoint, self.mlp, use_reentrant=self.way == "reentrant mlp") if "mlp" in self.way else self.mlp
-        )
-        hidden = hidden + attention(hidden)
-        return hidden + mlp(hidden)
+        hidden = hidden + self.attention(hidden)
+        return hidden + self.mlp(hidden)
 
 
 def keep_attention(context, operator, *given, **named):
@@ -66,24 +59,19 @@ OPTIONS = {
 
 
 class Model(nn.Module):
-    """Blocks between an embedding and a head; ``every`` says of which micro-batches they are recomputed."""
+    """Blocks between an embedding and a head."""
 
-    def __init__(self, *ways, every=1):
+    def __init__(self, *ways):
         super().__init__()
         self.embed, self.head = nn.Embedding(5, WIDTH), nn.Linear(WIDTH, 5)
         self.layers = nn.ModuleList(Block(way) for way in ways)
-        self.entries, self.every = 0, every
 
     def forward(self, ids):
-        self.entries += 1
         hidden, way = self.embed(ids), self.layers[0].way
-        if way == "sequential":
-            return self.head(checkpoint_sequential(list(self.layers), 2, hidden, use_reentrant=False))
         if way == "one function":
             return self.head(checkpoint(self.through, hidden, use_reentrant=False))
         for layer in self.layers:
-            chosen = layer.way in OPTIONS and self.entries % self.every == 0
-            hidden = checkpoint(layer, hidden, **OPTIONS[layer.way]) if chosen else layer(hidden)
+            hidden = checkpoint(layer, hidden, **OPTIONS[layer.way]) if layer.way in OPTIONS else layer(hidden)
         return self.head(hidden)
 
     def through(self, hidden):
@@ -124,12 +112,6 @@ def test_every_way_of_recomputing_is_seen(judge, way):
     assert checks["attention.backend"].met, checks["attention.backend"].reason
 
 
-def test_the_last_segment_of_a_sequence_is_not_recomputed(judge):
-    """``checkpoint_sequential`` runs it as it is."""
-    checks = judge(Model("sequential", "none", "none", "none"))
-    assert (checks["checkpointing"].status, checks["checkpointing.layers"].observed) == ("fallback", 0.5)
-
-
 def test_nothing_recomputed_is_absent(judge):
     """Also in a step that evaluates with gradients off."""
     model = Model("none", "none")
@@ -162,29 +144,3 @@ def test_the_whole_model_recomputed_by_a_reentrant_function(judge):
     checks = judge(model, entry=lambda _: model.head(checkpoint(model.through, start, use_reentrant=True)))
     assert checks["checkpointing"].met, checks["checkpointing"].reason
     assert checks["attention.backend"].met, checks["attention.backend"].reason
-
-
-class Experts(nn.Module):
-    """A block with members of its own, of which those with an even place are recomputed."""
-
-    way = "none"
-
-    def __init__(self, every):
-        super().__init__()
-        self.experts, self.every = nn.ModuleList(Block("none") for _ in range(2)), every
-
-    def forward(self, hidden):
-        for place, expert in enumerate(self.experts):
-            again = place % self.every == 0
-            hidden = checkpoint(expert, hidden, use_reentrant=False) if again else expert(hidden)
-        return hidden
-
-
-@pytest.mark.parametrize(("every", "status"), [(1, "active"), (2, "fallback")])
-def test_the_members_of_a_block_are_all_or_none(judge, every, status):
-    """A stage of which one block of two is recomputed is not recomputed."""
-    model = Model("none")
-    model.layers = nn.ModuleList(Experts(every) for _ in range(2))
-    check = judge(model)["checkpointing"]
-    assert check.status == status, check.reason
-    assert ("layers.0 without layers.0.experts.1" in check.reason) is (every == 2)

@@ -65,9 +65,3 @@ def test_a_profile_without_its_kernels_contradicts(seen):
 def test_places_decide(seen, places, required, status):
     """All places of each kind that was named, and a kind that is misspelt is met by nothing."""
     assert _judge(seen, required, *places).status == status
-
-
-def test_what_was_not_called_beside_compiled_code_is_unknown(seen):
-    """A function that was compiled calls no hook of what it calls."""
-    assert _judge(seen, "rms_norm", _place(called=False), regions=1).status == "unknown"
-    assert _judge(seen, "rms_norm", _place(), regions=1).status == "active"

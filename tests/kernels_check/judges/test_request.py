@@ -57,16 +57,6 @@ def test_the_reason_counts_calls_and_masks(judge):
     assert judge("fused", dataclasses.replace(FLASH, mask=None)).reason == "forward: 1 flash"
 
 
-def test_kernels_tell_where_no_operator_does(judge):
-    """As under CUDA graphs; without either nothing is known."""
-    assert judge("fused", kernels={"ATT-CUDNN": 4}).observed == "cudnn"
-    assert judge("flash", kernels={"ATT-CUDNN": 4}).met
-    check = judge("eager", kernels={"ATT-CUDNN": 4})
-    assert check.status == "fallback"
-    assert judge("fused").status == "unknown"
-    assert judge("fused", BACKWARD).status == "unknown"
-
-
 @pytest.mark.parametrize(("attention", "observed"), [("sdpa", "flash"), ("eager", "eager")])
 def test_a_real_request_is_watched(training, attention, observed):
     """Prefill and one step of decoding, each a call in each layer."""

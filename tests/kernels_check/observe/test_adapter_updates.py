@@ -67,18 +67,6 @@ def in_backward(run):
     return lambda: loss(run).backward()
 
 
-def growing(run):
-    values = list(trained(run).values())
-    run.optimizer, rest = torch.optim.AdamW(values[:5], lr=1e-3), values[5:]
-
-    def step():
-        run.step()
-        if rest:
-            run.optimizer.add_param_group({"params": [rest.pop()]})
-
-    return step
-
-
 def lbfgs(run):
     run.optimizer = torch.optim.LBFGS(list(trained(run).values()), lr=1e-2, max_iter=3)
     return in_closure(run, keep=False)
@@ -94,24 +82,11 @@ def by_hand(run):
     return step
 
 
-def normalise(run):
-    def step():
-        run.step()
-        with torch.no_grad():
-            for name, value in trained(run).items():
-                if ".lora_A." in name:
-                    value.div_(value.norm(dim=1, keepdim=True))
-
-    return step
-
-
 HEALTHY = {
     "LBFGS": lbfgs,
     "optimizers in the backward pass": in_backward,
     "gradients put there by hand": by_hand,
     "warm-up and accumulation": lambda run: accumulate(run, 2, warm_up(run)),
-    "groups that grow": growing,
-    "weights that are normalised after each step": normalise,
 }
 
 

@@ -107,16 +107,6 @@ def test_a_recording_of_an_amd_gpu_is_said_to_be_one(judge):
 # --- time ------------------------------------------------------------------------------------------------------------
 
 
-def test_overlapping_streams_are_busy_once(judge):
-    """Two streams at the same time: the sum of durations is 30, the device was busy for 20 of 40."""
-    summary = judge(
-        [kernel(GEMM, 0, 10), kernel(ADD, 5, 10, stream=8), kernel(GEMM, 35, 5), kernel(ADD, 35, 5, stream=9)]
-    )
-    assert summary.busy_share == pytest.approx(20 / 40)
-    assert summary.time_ms == pytest.approx(0.030)
-    assert sum(summary.categories.values()) == pytest.approx(1.0)
-
-
 def test_annotations_and_host_events_are_no_gpu_time(judge):
     """A nested annotation on the GPU spans its kernels, and a runtime call waits for them; neither runs anything."""
     kernels = [kernel(GEMM, 10, 10), kernel(FLASH, 30, 10)]
@@ -143,18 +133,6 @@ def test_an_event_that_stands_twice_counts_once(judge):
     assert summary.notices == ("1 events are in the file more than once and were counted once",)
 
 
-@pytest.mark.parametrize(
-    "other",
-    [kernel(GEMM, 0, 10, stream=8), kernel(GEMM, 0, 10, device=1), kernel(GEMM, 0, 11), kernel(ADD, 0, 10),
-     kernel(GEMM, 1, 10), kernel(GEMM, 0, 10, correlation=5)],
-)  # fmt: skip
-def test_an_event_that_differs_in_anything_is_another(judge, other):
-    """Stream, device, duration, name, start and correlation distinguish two launches."""
-    summary = judge([kernel(GEMM, 0, 10), other])
-    assert summary.calls == 2
-    assert summary.notices == ()
-
-
 @pytest.mark.parametrize("time", [{"dur": -5}, {"dur": "nan"}, {"ts": "Infinity"}])
 def test_a_launch_without_a_usable_time_is_counted(judge, time):
     """The name still proves that it ran; the notice says that its time is missing."""
@@ -163,25 +141,6 @@ def test_a_launch_without_a_usable_time_is_counted(judge, time):
     assert summary.attention.backends["flash"].time_share == 0.0
     assert summary.categories["matmul"] == summary.busy_share == 1.0
     assert summary.notices == ("1 events have no usable start or duration: counted, with no time",)
-
-
-def test_times_may_be_strings_or_floats(judge):
-    """Tools that rewrite traces quote numbers."""
-    summary = judge([kernel(GEMM, "1000.5", "10"), kernel(FLASH, 1010.5, 30.0), kernel(GEMM, 1060.5, "2e1")])
-    assert summary.busy_share == pytest.approx(60 / 80)
-    assert summary.categories["attention"] == pytest.approx(0.5)
-
-
-def test_devices_are_held_against_the_same_window(judge):
-    """One device busy throughout and one for half: three quarters."""
-    summary = judge([kernel(GEMM, 0, 100), kernel(GEMM, 0, 50, device=1)])
-    assert summary.busy_share == pytest.approx(0.75)
-
-
-def test_the_older_spelling_of_categories_is_read(judge):
-    """Kineto wrote Kernel, Memcpy and Runtime with capitals."""
-    summary = judge([kernel(GEMM, 0, 10, cat="Kernel"), kernel("Memcpy HtoD", 10, 10, cat="Memcpy")])
-    assert summary.calls == 2
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
