@@ -103,8 +103,11 @@ def from_json(cls: type[T], data: Any, where: str, *, strict: bool = False) -> T
     except RecursionError:
         raise UsageError(f"{where}: it is nested too deeply. Write it as a table of keys.") from None
     except UsageError as error:  # a class knows its own limits, this place knows the file
-        said, named = str(error), where.rpartition(", ")[2].strip("[]")  # a message may begin with a part of the file
-        raise (error if said.startswith(where) else UsageError(f"{where}: {said.removeprefix(f'{named}: ')}")) from None
+        message = str(error)
+        if message.startswith(where):
+            raise
+        named = where.rpartition(", ")[2].strip("[]")  # a message may begin with a part of the file
+        raise UsageError(f"{where}: {message.removeprefix(f'{named}: ')}") from None
 
 
 def _remedy_of(near: list[str]) -> str:
@@ -157,7 +160,7 @@ def _unknown_keys(hint: Any, data: Any, path: str) -> Iterator[tuple[str, str, A
 
 def _refusal(message: str, hint: Any, data: Any, where: str, *, strict: bool) -> UsageError:
     """What msgspec says of a value ("Expected `int`, got `str` - at `$.a[0]`"), with the value and a remedy."""
-    said, _, place = message.partition(" - at `")
+    what, _, place = message.partition(" - at `")
     place, path = place.removeprefix("key` in `").rstrip("`"), ""
     for name, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", place):
         inner = _form(next((one for one in _inner(hint) if typing.get_args(one) or _fields_of(one)), hint), data)
@@ -167,17 +170,17 @@ def _refusal(message: str, hint: Any, data: Any, where: str, *, strict: bool) ->
             hint = typing.get_args(inner)[-1 if typing.get_origin(inner) is dict else 0]
             key = int(index) if index != "..." else _first_wrong(hint, data, strict=strict)
         data, path = data[key], f"{path}[{key}]" if isinstance(key, int) else f"{path}.{key}".lstrip(".")
-    if missing := re.search(r"missing required field `(\w+)`", said):
+    if missing := re.search(r"missing required field `(\w+)`", what):
         return UsageError(f"{where}: {f'{path}.{missing[1]}'.lstrip('.')} is missing. Add it.")
-    if said.startswith("Invalid enum value"):
+    if what.startswith("Invalid enum value"):
         known = [word for one in _inner(hint) for word in typing.get_args(one)]
         remedy = f"Use one of {', '.join(map(str, known))}."
         return impossible(where, path, data, "not one of the known values", remedy)
-    expected = re.match(r"Expected `(.*?)(?: \| null)?`(?! (?:matching|of))", said)
-    if "matching regex" in said:
+    expected = re.match(r"Expected `(.*?)(?: \| null)?`(?! (?:matching|of))", what)
+    if "matching regex" in what:
         return impossible(where, path, data, "one line is expected", "Write it in one line.")
     if not expected:
-        return impossible(where, path, data, f"{said[0].lower()}{said[1:]}", "Write another value.")
+        return impossible(where, path, data, f"{what[0].lower()}{what[1:]}", "Write another value.")
     word, remedy = _WORDS.get(expected[1], (expected[1], f"Write a value of type {expected[1]}."))
     return impossible(where, path, data, f"{word} is expected", remedy)
 

@@ -62,8 +62,8 @@ def find_system_error(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
             return format_os_error(error)
-        if said := refusal_said(str(error)):
-            return said
+        if refusal := refusal_said(str(error)):
+            return refusal
         error = error.__cause__ or error.__context__
     return None
 
@@ -118,8 +118,8 @@ def translate_write_errors(where: str, remedy: str, *, done: str = "written") ->
     except OSError as error:
         number = error.errno or 0
         if number in OF_THE_MACHINE:
-            said = format_os_error(OSError(number, os.strerror(number)))
-            raise InvalidRunError(f"{where}: {said}, or {remedy[0].lower()}{remedy[1:]}") from None
+            reason = format_os_error(OSError(number, os.strerror(number)))
+            raise InvalidRunError(f"{where}: {reason}, or {remedy[0].lower()}{remedy[1:]}") from None
         raise UsageError(f"{where}: cannot be {done}: {error.strerror or error}. {remedy}") from None
 
 
@@ -131,13 +131,13 @@ def translate_os_errors(describe: Callable[[], tuple[str, str]]) -> Iterator[Non
         yield
     except (OSError, MemoryError, SystemLimitError) as error:
         if isinstance(error, SystemLimitError):
-            said = str(error)
+            reason = str(error)
         else:
-            said = (
+            reason = (
                 format_os_error(error) if isinstance(error, OSError) else "this process ran out of memory. Free memory"
             )
         where, then = describe()
-        raise InvalidRunError(f"{where}: {said}{', then ' if then else ''}{then}.") from error
+        raise InvalidRunError(f"{where}: {reason}{', then ' if then else ''}{then}.") from error
 
 
 # --- failures of trials -----------------------------------------------------------------------------------------------

@@ -68,8 +68,8 @@ def unpacked(path: Path) -> Iterator[Path]:
         try:
             yield folder
         except UsageError as error:
-            said = str(error).replace(f"{folder}{os.sep}", f"{path}: ")
-            raise UsageError(said if path.name in said else f"{path}: {said}") from None
+            message = str(error).replace(f"{folder}{os.sep}", f"{path}: ")
+            raise UsageError(message if path.name in message else f"{path}: {message}") from None
 
 
 def _extract(archive: zipfile.ZipFile, path: Path, folder: Path) -> None:

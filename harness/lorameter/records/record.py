@@ -186,12 +186,12 @@ def find_unmet(checks: Iterable[Mapping[str, Any]], required: Mapping[str, Any])
     if not failed:
         return None
     unseen = "no row of the watched step is about it" if seen else "no step was watched"
-    said = "; ".join(
+    message = "; ".join(
         f"{path}: required {value!r}, {seen[path].get('reason') if path in seen else unseen}"
         for path, value in failed.items()
     )
     kind = "RequiredPathNotSeen" if seen.keys().isdisjoint(failed) else "RequiredPathNotActive"
-    return Failure(phase="verify", kind=kind, message=said)
+    return Failure(phase="verify", kind=kind, message=message)
 
 
 def judge_required(

@@ -254,8 +254,8 @@ def refusal_of(path: Path, *, begun: bool = False) -> tuple[str, str]:
     there = (path / MANIFEST).is_file()
     if not there and not begun:
         return f"run {path.name} could not begin", ""
-    said = f"run {path.name} ended before its time, and what it had measured is {'kept' if there else 'gone'}"
-    return said, f"resume: lorameter run --resume {path.name}"
+    effect = f"run {path.name} ended before its time, and what it had measured is {'kept' if there else 'gone'}"
+    return effect, f"resume: lorameter run --resume {path.name}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

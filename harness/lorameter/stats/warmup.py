@@ -1,7 +1,7 @@
 """Whether to go on warming up: compiled kernels, filled caches, a settled clock.
 
 A fixed number of discarded steps is either too short for a compiled model or wasteful for an eager one, so the
-question is asked after each step, and must be cheap.
+question is answered after each step, and must be cheap.
 """
 
 from __future__ import annotations

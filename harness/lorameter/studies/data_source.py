@@ -137,11 +137,11 @@ def _splits_in(name: str) -> Iterator[str]:
     return (word for word in _SPLIT_WORDS if word in words)
 
 
-def _choose(splits: Sequence[str], asked: str, where: str) -> str:
+def _choose(splits: Sequence[str], requested: str, where: str) -> str:
     listed = f"There {'are' if splits else 'is'} {', '.join(splits) or 'none'}."
-    require(not asked or asked in splits, f"{where}: no split {asked!r}. {listed}")
+    require(not requested or requested in splits, f"{where}: no split {requested!r}. {listed}")
     require(splits, f"{where}: it has no split. Save it again.")
-    only = asked or (DEFAULT_SPLIT if DEFAULT_SPLIT in splits else splits[0])
+    only = requested or (DEFAULT_SPLIT if DEFAULT_SPLIT in splits else splits[0])
     several = f"{where}: it has the splits {', '.join(splits)}. Name one, as in …[{splits[0]}]."
-    require(asked or only == DEFAULT_SPLIT or len(splits) == 1, several)
+    require(requested or only == DEFAULT_SPLIT or len(splits) == 1, several)
     return only

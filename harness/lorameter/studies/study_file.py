@@ -238,9 +238,9 @@ def _without(table: Table, over: Table) -> Table:
     """
     kept = {key: value for key, value in table.items() if key != "allow_fallback" or key not in over}
     for section in _SECTIONS:
-        own, said = kept.get(section, {}), over.get(section)
-        if isinstance(said, Mapping):
-            kept[section] = {key: value for key, value in own.items() if key not in said or value == _OWN_RANDOM}
+        own, overriding = kept.get(section, {}), over.get(section)
+        if isinstance(overriding, Mapping):
+            kept[section] = {key: value for key, value in own.items() if key not in overriding or value == _OWN_RANDOM}
     return kept
 
 
@@ -378,8 +378,8 @@ def _sweep(where: str, held: Table, sweeps: Table, centre: str) -> Iterator[Tabl
 
 def _label(axis: str, value: Any) -> str:
     """A place on an axis as part of a name: the items of a list joined."""
-    said = "+".join(map(str, value)) or "default" if isinstance(value, list) else str(value)
-    return f"{axis}={said}"
+    text = "+".join(map(str, value)) or "default" if isinstance(value, list) else str(value)
+    return f"{axis}={text}"
 
 
 def _written(workload: Workload) -> Table:

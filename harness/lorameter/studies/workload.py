@@ -60,19 +60,19 @@ class DataColumns:
     """
 
     instruction: str | None = None
-    """What is asked."""
+    """The user's request."""
     context: str | None = None
-    """What the instruction is about; the only part that a record can be without."""
+    """Input of the instruction; the only optional part."""
     response: str | None = None
-    """What is to be answered."""
+    """The answer to be learned."""
     prompt: str | None = None
-    """What is asked, of a record of two parts."""
+    """The request, of a record of two parts."""
     completion: str | None = None
-    """What is to be answered, of a record of two parts."""
+    """The answer to be learned, of a record of two parts."""
     messages: str | None = None
     """A list of messages: role and content, or from and value."""
     text: str | None = None
-    """All of a record that has no parts."""
+    """The whole record, where it has no parts."""
 
     def __post_init__(self) -> None:
         parts = ", ".join(f"{part} = {shorten(repr(name), 60)}" for part, name in self.given.items())

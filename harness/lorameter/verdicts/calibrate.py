@@ -191,13 +191,13 @@ def _sd(pairs: Pair) -> float:
 
 def planned_effects(calibration: Calibration) -> Sequence[str]:
     """The prices in words."""
-    said = []
+    lines = []
     for price in calibration.prices:
         size = f"{100 * price.effect:g} %"
         if price.replicates is None:
-            said.append(f"{size}: no practical number of replicates")
+            lines.append(f"{size}: no practical number of replicates")
             continue
         note = "" if math.isclose(price.tolerance, TOLERANCE) else f" (with a tolerance of {100 * price.tolerance:g} %)"
         ends = f"[{price.replicates_low}, {price.replicates_high or 'no practical number'}]"
-        said.append(f"{size}: {price.replicates} replicates {ends}, about {price.minutes:.1f} min{note}")
-    return said
+        lines.append(f"{size}: {price.replicates} replicates {ends}, about {price.minutes:.1f} min{note}")
+    return lines

@@ -61,8 +61,6 @@ from lorameter.verdicts.series import (
 
 MOST_REASONS = 3
 """Reasons of invalid verdicts that are spelt out."""
-FEWEST_FOR_SHIFT = 6
-"""Fewer than 6 of 6 on one side can be chance at 5 % (two-sided sign test)."""
 
 PRECEDENCE = (
     EXIT_UNEXPECTED,
@@ -273,8 +271,8 @@ def _refuse(
     compared."""
     ours, theirs = base.variants.get(name), candidate.variants.get(name)
     faults = [base.broken, candidate.broken, *(side.broken for side in (ours, theirs) if side is not None)]
-    if said := [fault for fault in faults if fault]:
-        return verdict_only("invalid", "; ".join(said))
+    if any(faults):
+        return verdict_only("invalid", "; ".join(filter(None, faults)))
     if base.absent is not None:
         return verdict_only("no_baseline", base.absent)
     if theirs is None:
@@ -306,8 +304,6 @@ def _shifted(found: Mapping[Key, Comparison]) -> dict[Key, Comparison]:
         for (name, metric), comparison in found.items()
         if metric in PRIMARY.values() and comparison.ratio is not None
     }
-    if len(log_ratios) < FEWEST_FOR_SHIFT:
-        return {}
     shift = run_wide_shift(log_ratios, tolerance=TOLERANCE)
     return {
         key: dataclasses.replace(comparison, verdict="invalid", reason=shift.reason)

@@ -143,18 +143,18 @@ def compare_losses(sides: ScriptPair) -> LossAgreement:
     except ValueError as error:
         return LossAgreement(found="unknown", reason=f"they have no ratio: {error}")
     which = "first step that both show" if any(sides.skipped) else "first step"
-    said = (
+    values = (
         f"{base[0][0]:.4g} in {sides.names[0]} and {candidate[0][0]:.4g} in {sides.names[1]} in the {which}, and "
         f"over {steps} steps {format_ratio(trend.ratio, trend.low, trend.high)} of the first"
     )
     unknown = "" if sides.same_tokens else "; whether both see the same tokens is not known"
     if is_difference(first) or is_difference(trend):
-        return LossAgreement(found="differ", reason=said + unknown)
+        return LossAgreement(found="differ", reason=values + unknown)
     if not _follow_each_other(base, candidate):
-        return LossAgreement(found="unknown", reason=f"{OTHER_BATCHES}: {said}")
+        return LossAgreement(found="unknown", reason=f"{OTHER_BATCHES}: {values}")
     if trend.verdict == "equivalent":
-        return LossAgreement(found="unknown" if unknown else "agree", reason=said + unknown)
-    return LossAgreement(found="unknown", reason=f"{said}: {trend.reason}")
+        return LossAgreement(found="unknown" if unknown else "agree", reason=values + unknown)
+    return LossAgreement(found="unknown", reason=f"{values}: {trend.reason}")
 
 
 OTHER_BATCHES = "losses of the same step are no closer to each other than losses of neighbouring steps"

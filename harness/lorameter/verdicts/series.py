@@ -437,8 +437,8 @@ def without_equality(found: Mapping[Key, Comparison], reason: str, *, appended: 
     than the times; the reason replaces that of each, or is `appended` to it."""
 
     def downgrade(one: Comparison) -> Comparison:
-        said = f"{one.reason}; {reason}" if appended else reason
+        combined = f"{one.reason}; {reason}" if appended else reason
         # No number of replicates of this pair leads to "equivalent": it is the control that must be measured better.
-        return dataclasses.replace(one, verdict="inconclusive", reason=said, replicates_needed=None)
+        return dataclasses.replace(one, verdict="inconclusive", reason=combined, replicates_needed=None)
 
     return {key: downgrade(one) if one.verdict == "equivalent" else one for key, one in found.items()}

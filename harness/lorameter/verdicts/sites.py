@@ -146,13 +146,13 @@ def site_notices(records: Sequence[TrialRecord]) -> Iterator[Notice]:
         return
     logs = times.groupby("site").mean().mean(axis=1)
     spread = sd_between(list(whole))
-    said = ", ".join(f"{site} {math.expm1(log - logs.mean()):+.1%}" for site, log in logs.items())
+    seen = ", ".join(f"{site} {math.expm1(log - logs.mean()):+.1%}" for site, log in logs.items())
     how = "without" if spread.alone else "with"
     yield Notice(
         code="sites",
         message=f"replicates were spread over {len(logs)} sites, which differ by {spread.sd:.1%} "
         f"[{spread.low:.1%}, {spread.high:.1%}] (standard deviation of their step times, {how} what replicates scatter "
-        f"by; seen: {said}). Ratios are within a site; an absolute value is the mean of these sites', and its interval "
+        f"by; seen: {seen}). Ratios are within a site; an absolute value is the mean of these sites', and its interval "
         "is over them, not over replicates.",
         remedy="Measure on one site where absolute values matter.",
     )

@@ -99,8 +99,8 @@ class RunValidity:
 
     def broken_variant(self, name: str, side: Side = "") -> str | None:
         """Why no number of a variant counts, in addition to `broken`; None where they do."""
-        said = say_faults([one for one in self.faults if (one.variant, one.side, one.site) == (name, side, "")])
-        return f"run {self.run}: {said}" if said else None
+        message = say_faults([one for one in self.faults if (one.variant, one.side, one.site) == (name, side, "")])
+        return f"run {self.run}: {message}" if message else None
 
 
 def say_faults(faults: Sequence[Fault]) -> str:

@@ -174,7 +174,7 @@ def _judge_parts(
                     questions[key] = ask(part, groups, study, planned)
             except NotJudgedError as error:
                 results[key] = result_of(part, "not judged", str(error))
-    doubts = {key: said for key, question in questions.items() if (said := doubt(question.part, controls))}
+    doubts = {key: doubted for key, question in questions.items() if (doubted := doubt(question.part, controls))}
     # A part that cannot be asserted is not in the family of tests, so it costs the others no error rate.
     conclusions = step_down(
         (key for key in questions if key not in doubts),
@@ -183,21 +183,21 @@ def _judge_parts(
     )
     for key, question in questions.items():
         conclusion = conclusions.get(key) or question.judge(1)
-        said = doubts.get(key, "")
+        doubted = doubts.get(key, "")
         if conclusion.by == "equality":
-            said = said or doubt_of_equality(question.part, controls)
-        results[key] = _answer(question, conclusion, said)
+            doubted = doubted or doubt_of_equality(question.part, controls)
+        results[key] = _answer(question, conclusion, doubted)
     return results
 
 
-def _answer(question: Question, conclusion: Conclusion, said: str) -> PartResult:
+def _answer(question: Question, conclusion: Conclusion, doubted: str) -> PartResult:
     """The result of a conclusion; inconclusive where there is a doubt."""
     ratio, low, high = question.ratio(conclusion)
     reason = question.reason(conclusion)
     return result_of(
         question.part,
-        "inconclusive" if said else conclusion.status,
-        f"{said}; {reason}" if said else reason,
+        "inconclusive" if doubted else conclusion.status,
+        f"{doubted}; {reason}" if doubted else reason,
         about=question.contrasts[conclusion.contrast].about,
         ratio=ratio,
         low=low,

@@ -52,9 +52,9 @@ def judge_counts(part: ClaimPart, groups: Groups, study: Study, planned: Collect
         raise NotJudgedError(f"{quantity} was not measured at every level of {axis}. Measure with the phase train.")
     texts = [" to ".join(f"{value:,.0f}" for value in sorted({min(values), max(values)})) for values in found]
     named = (f"{text} at {say_level(level)}" for text, (level, _) in zip(texts, levels, strict=True))
-    said = f"{texts[0]} at every level of {axis}" if len(set(texts)) == 1 else f"by {axis}, {', '.join(named)}"
+    values_text = f"{texts[0]} at every level of {axis}" if len(set(texts)) == 1 else f"by {axis}, {', '.join(named)}"
     rises = all(max(before) < min(after) for before, after in itertools.pairwise(found))
-    reason = f"{quantity}: {said}"
+    reason = f"{quantity}: {values_text}"
     return result_of(part, "supported" if rises else "refuted", reason, replicates=len(replicates))
 
 
@@ -89,14 +89,14 @@ def judge_peaks(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
     low, high = min(ratios) / distance, max(ratios) * distance
     ratio = max(ours[one] for one in both) / max(theirs[one] for one in both)
     what = f"{'device' if on_device else 'resident'} peak" if part.metric == PEAK else kind
-    said = (
+    sentence = (
         f"{what} {_sizes(ours.values())} in {name}, {_sizes(theirs.values())} in {without}, "
         f"×{format_ratio(ratio, low, high)} by the range of the replicates"
     )
     if resident and not control:
         raise NotJudgedError(
-            f"{said}: the reference was not measured twice, so how far a resident peak is from itself is not known. "
-            "Measure it with its control."
+            f"{sentence}: the reference was not measured twice, so how far a resident peak is from itself is not "
+            "known. Measure it with its control."
         )
     verdict, words = _decide(part, low, high)
     if resident:
@@ -106,13 +106,13 @@ def judge_peaks(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
         if verdict != ("supported" if saving else "refuted"):
             lost = "a saving can be lost, so it refutes" if saving else "a cost can be lost, so it supports"
             raise NotJudgedError(
-                f"{said}: on a CPU the peak is the resident memory of the process{born}, in which {lost} nothing. "
+                f"{sentence}: on a CPU the peak is the resident memory of the process{born}, in which {lost} nothing. "
                 "Measure on a GPU."
             )
         words += f", although the process holds more (on a CPU the peak is its resident memory{born})"
     about = f"{name} / {without}"
     found = {"ratio": ratio, "low": low, "high": high, "replicates": len(both)}
-    return result_of(part, verdict, f"{said}: {words}", about=about, **found)
+    return result_of(part, verdict, f"{sentence}: {words}", about=about, **found)
 
 
 def _decide(part: ClaimPart, low: float, high: float) -> tuple[Judgement, str]:

@@ -185,12 +185,12 @@ def _check_path(evidence: PathEvidence, engine: EngineEvidence) -> None:
         return
     remedy = "Mend what turns it on, and measure again."
     if safe:
-        said = f"{evidence.path} is false with {engine.title}, so what is won is not won fairly"
+        message = f"{evidence.path} is false with {engine.title}, so what is won is not won fairly"
     elif evidence.found == "unknown":
-        said = f"whether {engine.title} ran is unknown by {evidence.path}"
+        message = f"whether {engine.title} ran is unknown by {evidence.path}"
         remedy = "Measure again with a step that kernels_check can watch."
     else:
-        said = f"{engine.title} was not seen to run in {engine.variant} and there alone, by {evidence.path}"
+        message = f"{engine.title} was not seen to run in {engine.variant} and there alone, by {evidence.path}"
         if evidence.with_engine is not None and evidence.with_engine == evidence.without:
             remedy = "Where the reference has it as well, turn it off there; a command says so in braces: {off|on}."
-    raise NotJudgedError(f"{said} ({evidence.reason}). {remedy}")
+    raise NotJudgedError(f"{message} ({evidence.reason}). {remedy}")

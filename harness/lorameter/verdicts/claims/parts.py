@@ -178,9 +178,9 @@ class Question:
         places = 4 if low is None or high is None else min(decimals((high - low) / 2), 4)
         ends = ["no bound" if end is None else f"{end:.{places}f}" for end in (low, high)]
         interval = f"{100 * conclusion.level:.4g} % interval [{', '.join(ends)}]"
-        said = f"{'; '.join(begin)}: {self._decision(conclusion)} ({interval}){_needed(conclusion)}"
+        sentence = f"{'; '.join(begin)}: {self._decision(conclusion)} ({interval}){_needed(conclusion)}"
         left_out = f"; {format_count(self.skipped, 'replicate')} left out, where a level is missing"
-        return said + (left_out if self.skipped else "")
+        return sentence + (left_out if self.skipped else "")
 
     def _ends(self, low: float, high: float) -> tuple[float | None, float | None]:
         return (from_log(low), from_log(high)) if self.sign > 0 else (from_log(-high), from_log(-low))
@@ -322,10 +322,10 @@ def check_selected(axis: str, levels: Sequence[tuple[Level, str]], groups: Group
     absent = [(level, name) for level, name in levels if (name, "variant") not in groups]
     if not absent:
         return
-    said = f"{axis} {', '.join(name if axis == ENGINE else say_level(level) for level, name in absent)}"
+    missing = f"{axis} {', '.join(name if axis == ENGINE else say_level(level) for level, name in absent)}"
     if all(name in planned for _, name in absent):
-        raise NotJudgedError(f"{said}: not measured yet. Measure on.")
-    raise NotJudgedError(f"{said}: not selected in this run. Measure every level of {axis}: leave --variant out.")
+        raise NotJudgedError(f"{missing}: not measured yet. Measure on.")
+    raise NotJudgedError(f"{missing}: not selected in this run. Measure every level of {axis}: leave --variant out.")
 
 
 def check_count(count: int, axis: str, levels: Sequence[tuple[Level, str]], groups: Groups) -> None:
@@ -336,8 +336,8 @@ def check_count(count: int, axis: str, levels: Sequence[tuple[Level, str]], grou
         series = groups[name, "variant"]
         if not series.ok:
             statuses = ", ".join(sorted({record.status for record in series.records}))
-            said = name if axis == ENGINE else f"{axis} {say_level(level)}"
-            raise NotJudgedError(f"{said}: no trial is ok ({statuses}). See the report of the run.")
+            level_name = name if axis == ENGINE else f"{axis} {say_level(level)}"
+            raise NotJudgedError(f"{level_name}: no trial is ok ({statuses}). See the report of the run.")
     raise NotJudgedError(_too_few(count))
 
 
