@@ -124,8 +124,6 @@ def test_a_study_without_an_engine_has_nothing_to_ask_a_script():
         ({"text": TOML.replace("compile = true\n[[", "compile = false\n[[", 1)}, ["compile = False", '"not false"']),
         ({"text": TOML.replace("compile = true\n[[", "[[", 1)}, ["nothing would show that the engine runs"]),
         ({"text": TOML[TOML.index("[[variant]]") :]}, ["axis = 'engine'", "Add [engine]"]),
-        ({"engine": 'workload = { model = "smollm2-135m" }'}, ["another model or other data"]),
-        ({"engine": "workload = { batchsize = 3 }"}, ["[engine.workload]", "batchsize", "batch_size"]),
     ],
 )
 def test_an_engine_that_cannot_be_is_refused(read, given, words):

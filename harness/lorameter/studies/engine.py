@@ -6,7 +6,6 @@ needs = "cuda"                    # a device without which there is nothing to m
 package = "liger-kernel"          # the distribution whose version belongs to a result
 flag = "{--use_liger_kernel}"     # what a training script is often given for it, in braces, for messages
 
-[engine.workload]                 # what the variant trains on differs in, where the engine is one of the workload
 [engine.proof]                    # paths of kernels_check, and what each must show where the engine runs
 
 A promise is judged only where the engine was seen to run in the one variant and not in the other: a flag that a script
@@ -15,14 +14,11 @@ ignores would otherwise refute a promise that was not tried.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorameter.errors import require, shorten
-from lorameter.records import codec
 from lorameter.studies import limits
-from lorameter.studies.workload import Workload
 
 ANY = "any"
 """Proof of a path that says what there is of a thing: some of it with the engine, none without."""
@@ -49,8 +45,6 @@ class Engine:
     """Distribution whose version belongs to a result."""
     flag: str = ""
     """What a training script is often given for it, in braces, for messages."""
-    workload: dict[str, Any] = field(default_factory=dict)
-    """Fields of the workload that the variant has a value of its own for."""
 
     def __post_init__(self) -> None:
         require(self.title and self.variant, "[engine]: title and variant are needed. Add them.")
@@ -67,16 +61,6 @@ class Engine:
                 f"[engine.proof]: {shorten(path, 60)} = {shorten(repr(value), 60)}: nothing that can be seen. Use "
                 f'true, a word, "{ANY}", "{LESS}" or "{SAFE}".',
             )
-
-    def workload_of(self, workload: Workload) -> Workload:
-        """What the variant trains on, from what the study does. Raises `UsageError` for a field that it has not."""
-        if not self.workload:
-            return workload
-        common: Mapping[str, Any] = codec.to_json(workload)
-        changed = codec.from_json(Workload, {**common, **self.workload}, "[engine.workload]", strict=True)
-        same = (changed.model, changed.data) == (workload.model, workload.data)
-        require(same, "[engine.workload]: another model or other data. Leave them as they are in [workload].")
-        return changed
 
     @property
     def example(self) -> str:

@@ -136,5 +136,5 @@ def study_of_engine(study: Study, command: str, *, cwd: str = "") -> Study:
         reference=study.reference,
         claims=study.claims,
         notes=study.notes,
-        engine=dataclasses.replace(engine, workload={}),  # what commands train on is theirs
+        engine=engine,
     )

@@ -113,16 +113,12 @@ class Study:
 
     @property
     def own_workloads(self) -> dict[str, Workload]:
-        """Workloads of variants that are not measured on the study's, by name: as the study has them, and that of the
-        engine, where it is one of the workload."""
+        """Workloads of variants that are not measured on the study's, by name."""
         common, where = codec.to_json(self.workload), f"study {self.name}, workload of"
-        own = {
+        return {
             name: codec.from_json(Workload, {**common, **fields}, f"{where} {name!r}", strict=True)
             for name, fields in self.workloads.items()
         }
-        if self.engine is not None and self.engine.workload:
-            own[self.engine.variant] = self.engine.workload_of(self.workload)
-        return own
 
     def check_distinct(self) -> None:
         """Raises `UsageError` where two variants are the same configuration on the same workload."""
@@ -138,7 +134,6 @@ class Study:
                 )
 
     def _check_workloads(self, names: Sequence[str]) -> None:
-        engine_workload = self.engine.variant if self.engine is not None and self.engine.workload else ""
         for name, fields in self.workloads.items():
             where = f"study {self.name}, workload of {name!r}"
             require_known(where, name, names)
@@ -151,7 +146,6 @@ class Study:
                 not (self.of_scripts or self.workload.ranks > 1),
                 f"{where}: variants of commands and of several ranks have none. Leave it out.",
             )
-            require(name != engine_workload, f"{where}: [engine.workload] says it already. Leave one of them out.")
             for key in fields:
                 require_known(f"{where}: {key}: equal for all variants, or", key, OF_VARIANTS)
         self.own_workloads  # noqa: B018  # what cannot be a workload is refused
@@ -163,11 +157,6 @@ class Study:
         names = [variant.name for variant in self.variants]
         require_known(f"{where}: variant = {name!r}", name, names)
         require(name != self.reference, f"{where}: variant = {name!r}: the reference. Name the one with the engine.")
-        require(
-            not (self.engine.workload and self.of_scripts),
-            f"{where}: workload: the variants are commands, whose batches are theirs. Leave it out.",
-        )
-        self.engine.workload_of(self.workload)
 
     def _check_claims(self) -> None:
         ids = Counter(claim.id for claim in self.claims)
