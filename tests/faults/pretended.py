@@ -25,8 +25,8 @@ from pathlib import Path
 import lorameter.run.workers.local as local
 from lorameter.records.os_errors import failed_record
 from lorameter.records.record import PartialRecord
-from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
 from lorameter.run.workers import Executor
+from tests.run.fakes import FakeExecutor
 
 TRIAL, COMMAND, DEED, ARGUMENT = (*os.environ.get("STOP_AT", "-").split(":"), "", "", "")[:4]
 
@@ -86,32 +86,17 @@ BALLAST: list[bytearray] = []
 DEEDS = {"files": take_files, "memory": take_memory, "clock": set_clock, "full": fill}
 
 
-class Pretended(local.LocalExecutor):
+class Pretended(FakeExecutor):
     """Every step takes the same time."""
 
-    start_latency_s = 0.01
+    make_place, clear_place, close = Executor.make_place, Executor.clear_place, Executor.close
 
     def start(self, folder: Path, threads: int) -> None:
         Executor.start(self, folder, threads)
         stop("", "start")
 
-    def hello(self) -> WorkerInfo:
-        return WorkerInfo(harness="0.1 sha256:one", import_time_s=1.0, device="cpu", torch="0")
-
-    def max_parallel(self, threads):
-        return 1
-
-    def prepare_base(self, request) -> BaseSummary:
-        return BaseSummary(path="b", hash="b" * 64, base="b", bytes=1, conversions=0, quantisations=0, seconds=0.0)
-
-    def prepare_tokens(self, workload, *, keep=True) -> TokenSummary:
-        return TokenSummary(
-            path="t", hash="a" * 64, data="synthetic", synthetic=True, tokenizer_substituted=False, train_sequences=1,
-            real_tokens=1, padded_tokens=0, records=1,
-        )  # fmt: skip
-
-    def launch(self) -> Pretended.Worker:
-        return self.Worker()
+    def launch(self) -> Worker:
+        return Worker(self)
 
     def time_imports(self, log_path, timeout_s) -> PartialRecord:
         return PartialRecord(values={"cold_import_time_s": 1.0})
@@ -119,36 +104,36 @@ class Pretended(local.LocalExecutor):
     def cold_start(self, request) -> PartialRecord:
         return PartialRecord(values={"cold_start_time_s": 2.0})
 
-    class Worker:
-        """One process that is none."""
 
-        start_latency_s = 0.01
-        prefix = ""
+class Worker:
+    """One process that is none."""
 
-        def cpus(self):
-            return ()
+    start_latency_s = 0.01
+    prefix = ""
 
-        def ask(self, command, trial, timeout_s, **arguments) -> PartialRecord:
-            try:
-                stop(trial, command)
-            except RuntimeError as error:
-                with contextlib.redirect_stderr(io.StringIO()):  # a trial's own goes into its log
-                    return failed_record(error, command)
-            if command == "cold":
-                return PartialRecord(values={"cold_after_import_time_s": 1.0})
-            if command == "merge":
-                self.prefix = "merged_"
-            if command == "request":
-                names = ("request_time_s", "first_token_time_s", "time_per_output_token_s")
-                return PartialRecord(samples={self.prefix + name: (0.1,) for name in names})
-            if command != "turn":
-                return PartialRecord()
-            counts = {"turn_tokens": (64.0,), "turn_sequences": (2.0,), "timed_loss": (2.0,)}
-            times = dict.fromkeys(("step_time_s", "step_cpu_time_s"), (0.1,) * arguments["steps"])
-            return PartialRecord(samples=times | counts)
+    def __init__(self, executor: Pretended) -> None:
+        self.executor = executor
 
-        def close(self) -> None:
-            pass
+    def cpus(self):
+        return ()
+
+    def ask(self, command, trial, timeout_s, **arguments) -> PartialRecord:
+        try:
+            stop(trial, command)
+        except RuntimeError as error:
+            with contextlib.redirect_stderr(io.StringIO()):  # a trial's own goes into its log
+                return failed_record(error, command)
+        if command == "cold":
+            return PartialRecord(values={"cold_after_import_time_s": 1.0})
+        if command == "merge":
+            self.prefix = "merged_"
+        if command == "request":
+            names = ("request_time_s", "first_token_time_s", "time_per_output_token_s")
+            return PartialRecord(samples={self.prefix + name: (0.1,) for name in names})
+        return self.executor.ask(command, trial, timeout_s, **arguments)
+
+    def close(self) -> None:
+        pass
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ YEAR_S = 365 * 24 * 3600
 
 
 @pytest.mark.parametrize(
-    "seconds", [-YEAR_S, 3600, *(pytest.param(seconds, marks=pytest.mark.faults) for seconds in (-3600, YEAR_S))]
+    "seconds", [-YEAR_S, *(pytest.param(seconds, marks=pytest.mark.faults) for seconds in (-3600, YEAR_S))]
 )
 def test_a_clock_that_is_set_under_way_changes_no_duration(seconds, command, only_run):
     """Of the trials under way, and of those after: none is negative, none is a year, the run is whole and read."""

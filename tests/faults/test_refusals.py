@@ -4,27 +4,27 @@ message names what was refused, the exit code is 4, and with room the run is res
 
 from __future__ import annotations
 
-import compileall
+import errno
 import resource
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import kernels_check
-import lorameter
-from lorameter.errors import InvalidRunError
 from lorameter.records import store
+from lorameter.records.fileio import write_document
 from lorameter.records.os_errors import REFUSED
-from lorameter.run.workers import Executor
-from lorameter.run.workers.local import LocalExecutor
 
 
-def limited(most):
-    """To be run in the process between fork and exec: no file may become larger than so many bytes."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+def limited(**limits):
+    """To be run in the process between fork and exec: `limited(FSIZE=4096)`."""
+
+    def limit():
+        for name, most in limits.items():
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+
+    return limit
 
 
 def check_kept(run, code, err):
@@ -55,8 +55,6 @@ def whole_replicates(run):
 
 SPACES = [0, 4, 8, 12, 16, 20, 24]
 QUICK_SPACES = [4, 24]
-VERDICTS = (1, 3)
-"""Codes of an A/B that was measured; of so few replicates none is decided."""
 
 
 def half(long, quick):
@@ -106,6 +104,82 @@ def test_no_more_memory_in_the_parent(place, tmp_path, command, only_run, resume
     assert resumed().state == "complete"
 
 
+def test_a_limit_of_file_sizes_keeps_what_fitted(command, only_run, resumed):
+    """The records reach the limit in the middle of the run: whole lines only, exit 4, and it is resumed."""
+    done = subprocess.run(command(), preexec_fn=limited(FSIZE=8_000), capture_output=True, text=True, check=False)
+    assert done.returncode == 4, done.stderr
+    assert "had measured is kept" in done.stderr
+    assert (
+        "File too large. Raise the limit of file sizes (ulimit -f), then resume: lorameter run --resume" in done.stderr
+    )
+    assert "Traceback" not in done.stderr
+    run = only_run()
+    assert (run.state, run.damaged_lines) == ("failed", 0)
+    assert {record.replicate for record in run.records if record.settled} > {0}
+    first = [record for record in run.records if record.replicate == 0]
+    whole = resumed()
+    assert (whole.state, len(whole.records)) == ("complete", len(run.manifest.order))
+    assert [record for record in whole.records if record.replicate == 0] == first
+
+
+def test_no_more_descriptors_are_a_refusal(command, only_run, resumed):
+    """From the middle of a trial on none can be opened: what had been saved is kept, and it is resumed."""
+    done = subprocess.run(command(stop="r1-a:turn:files"), capture_output=True, text=True, check=False)
+    assert done.returncode == 4, done.stderr
+    assert "Too many open files. Raise the limit of open files (ulimit -n), then resume: lorameter run" in done.stderr
+    assert "Traceback" not in done.stderr
+    kept = [record for record in only_run().records if record.settled]
+    assert {record.replicate for record in kept} == {0}
+    assert resumed().state == "complete"
+
+
+def test_a_line_that_does_not_fit_leaves_no_part_of_itself(tmp_path):
+    """The system takes what fits and then refuses; the file ends with the line before."""
+    code = (
+        "import sys; from pathlib import Path; from lorameter.records import fileio\n"
+        "path = Path(sys.argv[1])\nfileio.append(path, 'x' * 99 + '\\n')\n"
+        "try: fileio.append(path, 'y' * 99 + '\\n')\nexcept OSError as error: print(error.errno)"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "trials.jsonl")]
+    done = subprocess.run(words, preexec_fn=limited(FSIZE=150), capture_output=True, text=True, check=True)
+    assert int(done.stdout) == errno.EFBIG
+    assert (tmp_path / "trials.jsonl").read_text() == "x" * 99 + "\n"
+
+
+def test_a_document_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    """The system refuses the new one in the middle; neither its draft nor half of anything is left."""
+    path = tmp_path / "a.json"
+    write_document(path, {"a": 1})
+    code = (
+        "import sys; from pathlib import Path; from lorameter.records.fileio import write_document\n"
+        "try: write_document(Path(sys.argv[1]), {'a': 'x' * 999})\nexcept OSError as error: print(error.errno, error)"
+    )
+    words = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(words, preexec_fn=limited(FSIZE=150), capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{errno.EFBIG} ")
+    assert str(path) in done.stdout
+    assert '"a": 1' in path.read_text()
+    assert [one.name for one in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(command, runs):
+    """A file stands where the runs should."""
+    runs.write_text("")
+    done = subprocess.run(command(), capture_output=True, text=True, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert "cannot be made" in done.stderr
+
+
+def test_a_disk_that_cannot_be_written_from_the_start_is_a_refusal(command, runs, tiny_disk):
+    """Before anything was measured, so there is nothing to resume."""
+    tiny_disk(runs, 200)
+    subprocess.run(["mount", "-o", "remount,ro", str(runs)], check=True)
+    done = subprocess.run(command(), capture_output=True, text=True, check=False)
+    assert done.returncode == 4, done.stderr
+    assert "could not begin" in done.stderr
+    assert done.stderr.endswith("Read-only file system. Choose a folder that can be written.\n")
+
+
 # --- in a measuring process -------------------------------------------------------------------------------------------
 
 
@@ -129,20 +203,6 @@ def test_what_is_refused_to_a_trial_is_no_trials_fault(command_word, tmp_path, c
     assert {record.status for record in resumed().records} == {"ok"}
 
 
-def test_tokens_that_do_not_fit_are_no_bad_input(tmp_path, small_study, tiny_disk):
-    """The tokenising process is real and its disk full: a machine that cannot measure (4), with what was refused."""
-    local = LocalExecutor()
-    Executor.start(local, tmp_path, 1)
-    try:
-        tiny_disk(local.scratch, 0)
-        with pytest.raises(
-            InvalidRunError, match=r"prepared: \S+/tokens-\w+\.safetensors: No space left on device\. Free"
-        ):
-            local.prepare_tokens(small_study.workload, keep=False)
-    finally:
-        local.close()
-
-
 # --- other documents --------------------------------------------------------------------------------------------------
 
 
@@ -152,26 +212,11 @@ def test_a_baseline_that_cannot_be_written_leaves_the_one_before(command, runs, 
     words = [sys.executable, "-m", "lorameter.cli", "accept", only_run().manifest.run, "--runs-dir", str(runs)]
     assert subprocess.run(words, capture_output=True, check=False).returncode == 0
     before = (runs / "baselines.json").read_bytes()
-    done = subprocess.run(words, preexec_fn=limited(10), capture_output=True, text=True, check=False)
+    done = subprocess.run(words, preexec_fn=limited(FSIZE=10), capture_output=True, text=True, check=False)
     assert (done.returncode, "File too large. Raise" in done.stderr) == (4, True), done.stderr
     assert "Traceback" not in done.stderr
     assert (runs / "baselines.json").read_bytes() == before
     assert not list(runs.glob("*.tmp"))
-
-
-@pytest.mark.parametrize("most", half([5_000, 12_000, 20_000, 30_000], [30_000]))
-def test_an_ab_keeps_what_fitted(most, command, tmp_path, begun, resumed, temporary):
-    """As a run: exit 4 and whole lines, both of its sides are taken down, and it is resumed."""
-    for package in (lorameter, kernels_check):  # an A/B compiles them, and bytecode would be cut short by the limit
-        compileall.compile_dir(Path(package.__file__).parent, quiet=2)
-    sides = ("--base", sys.executable, "--candidate", sys.executable, "--phase", "train", "--replicates", "12")
-    words = command("ab", str(tmp_path / "small.toml"), *sides, "--variant", "a")
-    done = subprocess.run(words, preexec_fn=limited(most), capture_output=True, text=True, check=False)
-    check_kept(begun(), done.returncode, done.stderr)
-    assert not list(temporary.iterdir())
-    if begun() is not None:
-        assert "resume: lorameter run --resume" in done.stderr
-        assert resumed(*VERDICTS).state == "complete"
 
 
 def test_what_pytest_cannot_save_is_in_the_run(session, only_run, tmp_path):

@@ -89,18 +89,6 @@ def test_a_killed_run_leaves_a_folder_and_the_next_one_removes_it(command, stopp
 
 
 @pytest.mark.parametrize("number", ONE_OF_THEM)
-def test_a_profile_that_is_stopped_leaves_nothing(number, tmp_path, command, stopped, runs, temporary):
-    """There is no half of one."""
-    with stopped(command("profile", f"{tmp_path / 'small.toml'}:a", stop="r0-a:warm_up")) as process:
-        process.send_signal(number)
-        _, err = process.communicate()
-    assert process.returncode == 4
-    assert err.endswith("lorameter: stopped\n")
-    assert not list(runs.iterdir())
-    assert not list(temporary.iterdir())
-
-
-@pytest.mark.parametrize("number", ONE_OF_THEM)
 def test_a_session_of_pytest_that_is_stopped(number, tmp_path, session, stopped, only_run, temporary):
     """The other front door: its run is saved and says so, and the session does not pass."""
     with stopped(session(stop="r1-a:turn"), cwd=tmp_path) as process:

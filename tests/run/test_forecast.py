@@ -6,7 +6,7 @@ import math
 import pytest
 
 from lorameter.models import catalogue, shapes
-from lorameter.models.costs.memory import birth_bytes, estimate_memory
+from lorameter.models.costs.memory import estimate_memory
 from lorameter.run.forecast import forecast, measured_peaks, together_bytes
 from lorameter.run.forecast_time import half_width
 from lorameter.run.plan import make_plan
@@ -88,13 +88,6 @@ def test_live_processes_count_a_base_that_they_map_once(small_study, machine):
     several = together_bytes([plain, half, plain], workload, machine, None, forked=False)
     singly = sum(together_bytes([variant], workload, machine, None, forked=False) for variant in (plain, half, plain))
     assert singly - several == base
-
-
-def test_trials_forked_from_one_process_share_what_it_imported(small_study, machine):
-    """Three quarters of the memory of a process without a model count once, on a CPU."""
-    members = [small_study.variants[0]] * 5
-    alone, forked = (together_bytes(members, small_study.workload, machine, None, forked=one) for one in (False, True))
-    assert alone - forked == 4 * int(0.75 * birth_bytes(None))
 
 
 def test_peaks_of_another_workload_are_not_this_one_s(small_study, machine, tmp_path, write_run):

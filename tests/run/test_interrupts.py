@@ -77,21 +77,3 @@ def test_once_taken_nothing_interrupts_what_it_sets_off():
         with stops.interruptible():
             done.append("shown")
     assert done == ["saved", "shown"]
-
-
-def test_one_inside_another_is_heard_first_and_then_the_other_again():
-    """What was heard before is heard afterwards."""
-    with InterruptHandler() as outer:
-        with pytest.raises(StopRequested), InterruptHandler() as inner, inner.interruptible():
-            send()
-        with pytest.raises(StopRequested), outer.interruptible():
-            send()
-    assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
-
-
-def test_what_was_ignored_is_ignored():
-    """As HUP under nohup."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with InterruptHandler() as stops, stops.interruptible():
-        send(signal.SIGHUP)
-    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN

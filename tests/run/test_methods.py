@@ -8,7 +8,6 @@ import pytest
 
 from lorameter.cli import main
 from lorameter.records import store
-from lorameter.studies.study_file import load_study
 
 STUDY = """
 [workload]
@@ -100,11 +99,3 @@ def test_what_cannot_be_is_refused_before_anything_runs(tmp_path, capsys, varian
     """In one sentence with the nearest right word."""
     assert run(tmp_path, f'[workload]\nmodel = "random:tiny-llama"\n[[variant]]\nname = "one"\n{variant}\n') == 2
     assert said in " ".join(capsys.readouterr().err.split())
-
-
-def test_lora_or_full_is_a_study():
-    """It trains, and nothing else; so does a study that names no phases."""
-    study = load_study("lora-or-full")
-    assert [one.method_name for one in study.variants] == ["LORA", "LORA", "full fine-tuning"]
-    assert study.protocol.phases == ("train",)
-    assert study.trains_only

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from lorameter.errors import UsageError
-from lorameter.run.plan import make_plan
+from lorameter.run.plan import arms_of, make_plan
 
 
 def test_every_replicate_holds_every_variant_and_the_control_once(small_study):
@@ -16,6 +16,12 @@ def test_every_replicate_holds_every_variant_and_the_control_once(small_study):
         members = Counter((s.variant.name, s.role) for s in plan.slots if s.replicate == replicate)
         assert members == {("plain", "variant"): 1, ("nf4", "variant"): 1, ("plain", "control"): 1}
     assert len({slot.trial for slot in plan.slots}) == len(plan.slots)
+
+
+def test_selecting_never_drops_the_reference_or_the_control(small_study):
+    """A ratio needs its denominator, and a run its control."""
+    assert [one.name for one in arms_of(small_study, ["nf4"])] == ["plain", "nf4", "plain-control"]
+    assert [one.name for one in arms_of(small_study, ["plain"])] == ["plain", "plain-control"]
 
 
 def test_the_seed_fixes_the_order_and_another_seed_changes_it(small_study):

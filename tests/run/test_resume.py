@@ -230,21 +230,6 @@ def test_a_run_that_is_being_measured_is_refused(broken_off, capsys):
     assert not Executor.asked
 
 
-def test_a_complete_run_that_has_lost_a_line_is_mended(broken_off, capsys):
-    """The trial of the line is measured again, with all that took turns with it, and the run is valid."""
-    path = broken_off(21)
-    change(path, status="complete")
-    lines = (path / "trials.jsonl").read_text().splitlines(keepends=True)
-    lines[4] = lines[4][:40] + "\n"
-    (path / "trials.jsonl").write_text("".join(lines))
-    assert main(["report", path.name, "--runs-dir", str(path.parent)]) == 4
-    assert f"lorameter run --resume {path.name}" in " ".join(capsys.readouterr().out.split())
-    assert resume(path) == 0
-    run = store.read_run(path.name, path.parent)
-    assert (run.state, run.damaged_lines, len(run.records)) == ("complete", 0, 21)
-    assert len(set(Executor.asked)) == 1
-
-
 def test_a_complete_run_that_stopped_early_is_not_made_longer(broken_off):
     """Replicates that turned out needless stay so, and so does the reason."""
     path = broken_off(14)
@@ -270,29 +255,6 @@ def test_a_complete_run_with_disturbed_trials_is_gone_on_with(broken_off):
     run = store.read_run(path.name, path.parent)
     assert set(Executor.asked) == {lines[-1]["trial"]}
     assert (run.state, run.records[-1].status, run.records[-1].attempt) == ("complete", "ok", 3)
-
-
-def test_an_interruption_and_another_resumption(broken_off, monkeypatch):
-    """Ctrl-C leaves a run that can be resumed once more."""
-    path = broken_off(7)
-    asked = Executor.ask
-
-    def interrupt(self, command, trial, timeout_s, **arguments):
-        if trial == "r1-b" and command == "turn":
-            raise KeyboardInterrupt
-        return asked(self, command, trial, timeout_s, **arguments)
-
-    monkeypatch.setattr(Executor, "ask", interrupt)
-    assert resume(path) == 4
-    run = store.read_run(path.name, path.parent)
-    assert run.manifest.status == "interrupted"
-    assert {record.status for record in run.records} == {"ok", "interrupted", "not_run"}
-    monkeypatch.setattr(Executor, "ask", asked)
-    assert resume(path) == 0
-    run = store.read_run(path.name, path.parent)
-    assert {record.status for record in run.records} == {"ok"}
-    assert len(run.manifest.resumed) == 2
-    assert run.measured_again == 4  # those of the turns that were interrupted
 
 
 IMPATIENT = (

@@ -127,15 +127,6 @@ def test_the_death_of_a_shared_process_is_a_row_for_each_of_its_trials(small_stu
     assert len(executor.workers) == 1
 
 
-def test_an_interrupt_is_recorded_for_every_trial(small_study):
-    """The one under way is `interrupted`, those to come are `not_run`, and nothing is lost."""
-    plan = make_plan(small_study)
-    _, records = conduct(plan, {(plan.slots[1].trial, "turn"): KeyboardInterrupt()})
-    assert records[plan.slots[0].trial].status == "ok"
-    assert records[plan.slots[1].trial].status == "interrupted"
-    assert {records[slot.trial].status for slot in plan.slots[2:]} == {"not_run"}
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_while_a_group_is_saved_loses_none_of_it(small_study, number):
     """Sent by the process to itself at each record of a group in turn: all of the group is saved as it was measured,

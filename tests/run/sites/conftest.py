@@ -65,24 +65,6 @@ def results_of():
 
 
 @pytest.fixture
-def finished():
-    """A function that says when each trial began, of the replicates that are whole in the runs of a folder. Of a trial
-    that is under way there are lines as well."""
-
-    def tell(runs):
-        began, planned = {}, {}
-        for path in runs.glob("*/trials.jsonl"):
-            for record in map(json.loads, path.read_text().splitlines()):
-                if record["status"] == "ok":
-                    began[record["trial"]] = record["started_unix_s"]
-            for trial in json.loads((path.parent / "manifest.json").read_text())["order"]:
-                planned.setdefault(trial.partition("-")[0], set()).add(trial)
-        return {trial: began[trial] for of_one in planned.values() if of_one <= began.keys() for trial in of_one}
-
-    return tell
-
-
-@pytest.fixture
 def pretended(monkeypatch, tmp_path):
     """This machine with two CPUs and an executor that only pretends, in jobs as well: a function that says to the
     executors of jobs what they are to do."""

@@ -12,7 +12,6 @@ from lorameter.machine.gpus import VisibleGpu
 from lorameter.machine.reading import Reading, missing
 from lorameter.run.sites import gpus
 from lorameter.run.sites.gpus import local_shares
-from lorameter.run.workers.environment import Host
 
 
 @pytest.fixture(autouse=True)
@@ -80,16 +79,6 @@ def test_sites_on_parts_of_one_card_are_refused(machine, monkeypatch, mixed):
         local_shares(("0", "1", "2"), there, mixed=mixed)
     sites = local_shares(("0", "2"), there)
     assert [site.host.environment["CUDA_VISIBLE_DEVICES"] for site in sites] == ["MIG-a", "MIG-c"]
-
-
-def test_each_card_that_ranks_take_is_held(monkeypatch):
-    """The first that are visible; of one rank, or where none is known, what an executor calls its device."""
-    show_gpus(monkeypatch, *["H100"] * 4, entries=("GPU-a", 3, 2, 1))
-    monkeypatch.setattr(gpus, "open_executor", lambda name=None, *, host: host.environment.get("CUDA_VISIBLE_DEVICES"))
-    assert gpus.executors_of_ranks(Host(), 3) == ["GPU-a", "3", "2"]
-    assert gpus.executors_of_ranks(Host(), 1) == [None]
-    monkeypatch.setattr(gpus, "visible_gpus", lambda environment: missing("no driver"))
-    assert gpus.executors_of_ranks(Host(), 3) == [None]
 
 
 def test_a_site_of_several_ranks_has_a_card_or_a_share_of_the_cpus_for_each(machine, monkeypatch):

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 
-from lorameter.records import store
 from lorameter.studies.from_run import read_study
 from lorameter.verdicts.ab import attribution_of, report_of
 from lorameter.verdicts.validity import run_validity
@@ -34,21 +33,14 @@ def document(said):
     return json.JSONDecoder().raw_decode(said[said.index("{") :])[0]
 
 
-def test_each_site_has_as_many_replicates_however_quick_it_is(spread):
-    """And each record says what machine it is of."""
-    _, last, _ = spread("run")
-    replicates = {}
-    for record in last.records:
-        replicates.setdefault(record.site, set()).add(record.replicate)
-    assert {site: len(found) for site, found in replicates.items()} == {"cpus-0": 4, "cpus-1": 4}
+def test_ratios_are_those_of_each_site(spread, run, tmp_path):
+    """Each site has as many replicates however quick it is, and the mean of the ratios of both, here 1.22, would be of
+    neither. So what would take the sites together is refused, with each site and its machine."""
+    _, last, _ = spread("run", slow=[(SECOND, "large", 1.5)])
+    name = last.manifest.run
     assert {record.machine for record in last.records} == {"Test CPU"}
     assert last.manifest.sites == ("cpus-0", "cpus-1")
-
-
-def test_a_report_gives_ratios_by_site_and_none_of_all(spread, run):
-    """Here they differ by a half: a mean over both would be of neither."""
-    _, last, _ = spread("run", slow=[(SECOND, "large", 1.5)])
-    code, _, said = run("report", last.manifest.run, "--json")
+    code, _, said = run("report", name, "--json")
     tables = document(said)["tables"]
     assert code == 0
     assert [(table["site"], table["title"]) for table in tables] == [
@@ -57,9 +49,25 @@ def test_a_report_gives_ratios_by_site_and_none_of_all(spread, run):
     ratios = [{row["name"]: row["ratio"] for row in table["rows"]}["large"] for table in tables]
     assert [one["ratio"] for one in ratios] == pytest.approx([1.0, 1.5])
     assert [one["replicates"] for one in ratios] == [4, 4]
-    code, _, said = run("report", last.manifest.run)
-    assert "the sites are different machines (cpus-0: Test CPU; cpus-1: Test CPU)" in said
-    assert "1.22" not in said  # the mean of the logarithms
+    assert "the sites are different machines (cpus-0: Test CPU; cpus-1: Test CPU)" in run("report", name)[2]
+    for words in (
+        ("compare", name, name), ("gate", name, name), ("accept", name), ("claims", name), ("export", name),
+        ("report", name, "--html", tmp_path / "page.html"),
+    ):  # fmt: skip
+        code, _, said = run(*words)
+        assert code == 2, words
+        assert "different machines" in said or "claims nothing" in said
+
+    lines = (last.path / "trials.jsonl").read_text().splitlines(keepends=True)
+    (last.path / "trials.jsonl").write_text(lines[0])
+    for words, refusal in (
+        (("--on", "here"), "mixed: there is one site here"), (("--mixed",), "--mixed would change the study"),
+    ):  # fmt: skip
+        code, _, said = run("run", "--resume", name, *words)
+        assert (code, refusal in said) == (2, True), said
+    code, again, _ = run("run", "--resume", name)
+    assert {record.machine for record in again.records} == {"Test CPU"}
+    assert {record.status for record in again.records} == {"ok"}
 
 
 def test_a_control_that_fails_on_one_site_fails_the_run(spread):
@@ -68,19 +76,6 @@ def test_a_control_that_fails_on_one_site_fails_the_run(spread):
     stands = run_validity(last, read_study(last))
     assert code == 4
     assert any("regressed in phase 'train on cpus-1'" in fault.message for fault in stands.faults)
-
-
-def test_what_would_take_sites_together_is_refused(spread, run, tmp_path):
-    """With each site and its machine, and exit code 2."""
-    _, last, _ = spread("run")
-    name = last.manifest.run
-    for words in (
-        ("compare", name, name), ("gate", name, name), ("accept", name), ("claims", name), ("export", name),
-        ("report", name, "--html", tmp_path / "page.html"),
-    ):  # fmt: skip
-        code, _, said = run(*words)
-        assert code == 2, words
-        assert "different machines" in said or "claims nothing" in said
 
 
 def test_a_gate_of_an_ab_fails_where_one_site_regresses(spread, run):
@@ -93,21 +88,3 @@ def test_a_gate_of_an_ab_fails_where_one_site_regresses(spread, run):
     code, _, said = run("gate", last.manifest.run)
     assert code == 1
     assert "small on cpus-1, step time" in said.lower() or "small on cpus-1" in said
-
-
-def test_a_run_is_gone_on_with_on_unlike_sites_or_not_at_all(spread, run, tmp_path):
-    """That it is of such is settled."""
-    _, last, _ = spread("run")
-    lines = (last.path / "trials.jsonl").read_text().splitlines(keepends=True)
-    (last.path / "trials.jsonl").write_text(lines[0])
-    name = last.manifest.run
-    code, _, said = run("run", "--resume", name, "--on", "here")
-    assert code == 2
-    assert "mixed: there is one site here" in said
-    code, _, said = run("run", "--resume", name, "--mixed")
-    assert code == 2
-    assert "--mixed would change the study" in said
-    code, _, _ = run("run", "--resume", name)
-    again = store.read_run(name, tmp_path / "runs")
-    assert {record.machine for record in again.records} == {"Test CPU"}
-    assert {record.status for record in again.records} == {"ok"}

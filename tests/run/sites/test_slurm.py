@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -63,12 +62,6 @@ def queue(tmp_path, monkeypatch):
     return queue
 
 
-def finished(runs):
-    """Jobs that have measured their replicate."""
-    states = [json.loads(path.read_text()) for path in runs.glob("*/jobs/*/state.json")]
-    return [state for state in states if state["ended"] and not state["error"]]
-
-
 def wait_for(condition):
     """What it gives when that is something."""
     deadline = time.monotonic() + 100
@@ -104,28 +97,6 @@ def test_a_job_that_is_lost_is_run_again(placed, run, pretended, queue):
     sites_of_whole(last)
     (notice,) = (one for one in last.manifest.notices if one.code == "site-lost")
     assert "cancelled" in notice.message.lower()
-
-
-@pytest.mark.faults
-def test_a_driver_that_is_killed_is_resumed(placed, run, pretended, queue, tmp_path):
-    """What its jobs measured is kept, those that still run are cancelled, and the rest is measured."""
-    pretended(turn_s=0.3)
-    study, runs = placed('on = "slurm:sites=2"', replicates=4), tmp_path / "runs"
-    words = [sys.executable, "-m", "lorameter.cli", "run", str(study), "--if-busy", "share"]
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:
-        wait_for(lambda: finished(runs) and list(runs.glob("*/manifest.json")))
-        driver.kill()
-    (path,) = (one for one in runs.iterdir() if not one.name.startswith("."))
-    measured = len(finished(runs))
-    assert measured
-    pretended()
-    code, last, said = run("run", "--resume", path.name, "--if-busy", "share")
-    assert code == 0, said
-    sites_of_whole(last)
-    left = len({record.replicate for record in last.records}) - measured
-    assert f"{len(last.records) * left // 4} are left" in said or left < 4
-    assert not (path / "jobs").exists()
-    wait_for(lambda: not subprocess.run(["squeue"], capture_output=True, check=True).stdout)
 
 
 def test_options_of_sbatch_are_passed_on():

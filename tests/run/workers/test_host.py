@@ -19,24 +19,6 @@ from lorameter.run.workers.environment import Host, describe, inspect
 from lorameter.run.workers.local import LocalExecutor
 
 
-@pytest.mark.selftest
-def test_a_zygote_forks_beside_scikit_learn_pandas_and_pyarrow(tmp_path):
-    """All three are loaded by the time it forks, as transformers 5.17 loads them through its generation."""
-    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install -e '.[dev]'")
-    site = tmp_path / "site"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text("import pyarrow, pandas, sklearn.metrics\n")
-    executor = LocalExecutor(host=Host(path=(str(site),)))
-    executor.start(tmp_path, 1)
-    try:
-        executor.hello()
-        loaded = Path(f"/proc/{executor._zygote.pid}/maps").read_text()
-        assert all(f"/{name}/" in loaded for name in ("pyarrow", "pandas", "sklearn"))
-        executor.launch().close()
-    finally:
-        executor.close()
-
-
 @pytest.mark.parametrize("program", ["/bin/false", "/bin/echo", "/no/such/python"])
 def test_a_program_that_is_no_python_is_refused(program):
     """Whether it fails, says something else or is not there: the error names it and what it said."""

@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lorameter.machine.provenance import probe_machine
@@ -76,9 +77,6 @@ FAULTS = {
     "late": ("ok", ""),
 }
 """The status of a trial, and a part of its message."""
-
-
-"""Messages about scripts that differ from the plain one; both numbers are reported."""
 
 
 def elsewhere(folders):
@@ -157,17 +155,9 @@ def test_one_that_ends_after_its_turns_counts_and_is_said(records):
 
 def test_no_process_is_left(run):
     """Neither a script nor what it has started."""
-    left = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                words = (folder / "cmdline").read_bytes().split(b"\0")
-                here = str((folder / "cwd").readlink())
-            except OSError:
-                continue
-            if b"scripted.py" in words and here.startswith(str(run.path.parents[1])):
-                left.append(words)
-    assert not left
+    folder = str(run.path.parents[1])
+    processes = psutil.process_iter(["cmdline", "cwd"])
+    assert [one.info["cmdline"] for one in processes if (one.info["cwd"] or "").startswith(folder)] == []
 
 
 def test_one_that_hangs_is_killed(tmp_path):

@@ -18,7 +18,6 @@ from lorameter.machine.provenance import differing_packages, harness_identity
 from lorameter.run.workers.environment import (
     describe,
     inspect,
-    layered_environment,
     parse_requirements,
     restore_requirements,
 )
@@ -97,28 +96,6 @@ def test_a_revision_is_checked_out_and_imported(opened, repository):
         assert describe(side.host)["git"] == {"commit": commit, "dirty": False}
     with opened("v2") as side:
         assert run(side.host, "import gadget; print(gadget.VALUE)") == "2"
-
-
-def test_the_repository_is_left_as_it_was(opened, repository):
-    """No worktree, no folder and no change remains, also when the measurement in between fails."""
-    before = git(repository, "status", "--porcelain")
-    with contextlib.suppress(ZeroDivisionError), opened("HEAD") as side:
-        folder = Path(side.host.cwd)
-        assert str(folder) in git(repository, "worktree", "list")
-        raise ZeroDivisionError
-    assert not folder.parent.exists()
-    assert len(git(repository, "worktree", "list").splitlines()) == 1
-    assert git(repository, "status", "--porcelain") == before
-
-
-def test_no_hook_of_the_repository_runs(opened, repository, tmp_path):
-    """A checkout hook could change the code or write into the measured folder."""
-    hook = repository / ".git" / "hooks" / "post-checkout"
-    hook.parent.mkdir(exist_ok=True)
-    hook.write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\n")
-    hook.chmod(0o755)
-    with opened("HEAD"):
-        assert not (tmp_path / "ran").exists()
 
 
 def test_a_library_of_the_working_tree_is_not_a_revisions(opened, repository, monkeypatch):
@@ -265,19 +242,15 @@ def test_an_interpreter_without_the_libraries_is_refused(opened, environment):
         pass
 
 
-def test_a_name_is_a_python_on_path_unless_it_is_a_revision(opened, repository, tmp_path, monkeypatch):
+def test_a_name_is_a_python_on_path_unless_it_is_a_revision(repository, tmp_path, monkeypatch):
     """python3.99 on PATH is an interpreter, a branch of that name goes before it, and a path before both."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python3.99").symlink_to(sys.executable)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    monkeypatch.setenv("PYTHONPATH", ":".join(site.getsitepackages()))
-    with opened("python3.99") as side:
-        assert side.kind == "interpreter"
+    assert name_side("python3.99", repository).kind == "interpreter"
     git(repository, "branch", "python3.99")
-    with opened("python3.99") as side:
-        assert side.kind == "revision"
-    with opened(str(tmp_path / "bin" / "python3.99")) as side:
-        assert side.kind == "interpreter"
+    assert name_side("python3.99", repository).kind == "revision"
+    assert name_side(str(tmp_path / "bin" / "python3.99"), repository).kind == "interpreter"
 
 
 # --- requirements -----------------------------------------------------------------------------------------------------
@@ -343,25 +316,6 @@ def test_a_failed_install_is_an_error_and_leaves_nothing(opened, tmp_path):
     ):
         pass
     assert [path.suffix for path in (tmp_path / "cache" / "environments").iterdir()] == [".lock"]
-
-
-def test_an_interrupted_install_is_never_used(index, tmp_path):
-    """A half-made environment is thrown away, also one that a killed process left."""
-
-    def interrupt(line):
-        if line.startswith("Collecting"):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        layered_environment([OLD_PACKAGING], tmp_path, report=interrupt)
-    (lock,) = (tmp_path / "environments").iterdir()
-    left = lock.with_suffix(".partial")
-    left.mkdir()
-    (left / "junk").touch()
-    python = layered_environment([OLD_PACKAGING], tmp_path, report=silent)
-    assert python.is_file()
-    assert not left.exists()
-    assert not (python.parents[1] / "junk").exists()
 
 
 @pytest.mark.parametrize("spec", ["no-such-branch", "/no/such/python", "  ", "--force"])

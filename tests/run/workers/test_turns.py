@@ -46,8 +46,10 @@ def test_a_trial_that_fails_leaves_its_neighbours_on_the_base_alone(small_study,
         plan = make_plan(study, interleaving="shared-base", phases=["train"])
         site = context_of(study.workload, tokens_of(study.workload), "cpu")
         records = run_plan(plan, {"": executor}, site, save=lambda record: None, listener=Quiet()).records
-        statuses = {record.name: record.status for record in records}
-        assert statuses["r4"] == "ok"
-        assert name == "without" or statuses["wild"] == "invalid"
+        by_name = {record.name: record for record in records}
+        assert by_name["r4"].status == "ok"
+        if name == "with":
+            assert (by_name["wild"].status, by_name["wild"].failure.kind) == ("invalid", "LossNotFinite")
+            assert "learning_rate" in by_name["wild"].failure.message
         losses[name] = [record.samples["timed_loss"] for record in records if record.trial == "r0-r4"]
     assert losses["with"] == losses["without"]

@@ -17,9 +17,9 @@ import time
 from lorameter.errors import InvalidRunError
 from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.records.record import PartialRecord
-from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
 from lorameter.run.workers import TrialFiles
 from lorameter.run.workers.environment import Host
+from tests.run.fakes import FakeExecutor
 
 MACHINE = Machine(
     device="cpu", device_name="Test CPU", device_memory_bytes=None, driver=None, cuda=None, cpu_model="Test CPU",
@@ -37,13 +37,8 @@ def cpus():
     return os.environ.get("LORAMETER_CPUS", "")
 
 
-class Fake:
+class Fake(FakeExecutor):
     """An executor and its worker."""
-
-    start_latency_s = 0.01
-
-    def __init__(self, label, host=None):
-        self.label, self.host = label, host
 
     def machine(self):
         return MACHINE
@@ -56,14 +51,9 @@ class Fake:
 
     def facts(self):
         host = None
-        if self.host not in (None, Host()):
-            host = {
-                "python": "3.11.0",
-                "libraries": {"peft": "1.0"},
-                "cuda": None,
-                "git": {"commit": None, "dirty": False},
-            }
-            host["packages"] = {"python": self.host.python}
+        if self.host != Host():
+            host = {"python": "3.11.0", "libraries": {"peft": "1.0"}, "cuda": None}
+            host |= {"git": {"commit": None, "dirty": False}, "packages": {"python": self.host.python}}
         libraries = {"peft": setting("peft", {}).get(cpus(), "1.0")}
         return MachineFacts(machine=MACHINE, settings={}, libraries=libraries, git={"commit": None}, host=host)
 
@@ -71,36 +61,15 @@ class Fake:
         self.folder = folder
         (folder / "logs").mkdir(exist_ok=True)
 
-    def hello(self):
-        return WorkerInfo(harness="1.0 sha256:one", import_time_s=1.0, device="cpu", torch="0")
-
-    def prepare_tokens(self, workload, *, keep=True):
-        return TokenSummary(
-            path="t", hash="a" * 64, data="synthetic", synthetic=True, tokenizer_substituted=False, train_sequences=1,
-            real_tokens=1, padded_tokens=0, records=1,
-        )  # fmt: skip
-
-    def max_parallel(self, threads):
-        return 1
-
-    def prepare_base(self, request):
-        return BaseSummary(path="b", hash="b" * 64, base="b", bytes=1, conversions=0, quantisations=0, seconds=0.0)
-
     def make_place(self, trial, log):
         path = self.folder / "logs" / f"{log}.log"
-        path.write_text(f"{self.label} {cpus()} {'' if self.host is None else self.host.python}\n")
+        path.write_text(f"{self.label} {cpus()} {'' if self.host == Host() else self.host.python}\n")
         return TrialFiles(scratch=trial, log_path=str(path))
-
-    def clear_place(self, trial):
-        pass
 
     def launch(self):
         if cpus() in setting("lost", []):
             raise InvalidRunError("its zygote is gone")
         return self
-
-    def cpus(self):
-        return ()
 
     def ask(self, command, trial, timeout_s, **arguments):
         if command != "turn":
@@ -111,10 +80,7 @@ class Fake:
         slow = [factor for on, part, factor in setting("slow", []) if on == cpus() and part in trial]
         return PartialRecord(samples={"step_time_s": ((slow or [1.0])[0] * 0.1,) * arguments["steps"]})
 
-    def close(self):
-        pass
-
 
 def open_executor(*, host=None, label=""):
     """As `lorameter.run.workers.EXECUTORS` has them."""
-    return Fake(label, host)
+    return Fake(host=host, label=label)
