@@ -1,4 +1,4 @@
-"""Messages between processes: what is no message, or one of another version, is refused and never waited for."""
+"""Messages between processes: garbage, and messages of another version, are refused without waiting."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_an_interrupt_ends_a_process_as_any_signal_does():
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="on one CPU every process stays there")
 def test_a_measuring_process_stays_on_the_cpus_of_its_site():
-    """Whatever it is to become, from before that on, and on all of its parent's where nothing is said."""
+    """From its first instruction on; without the variable on all CPUs of its parent."""
     lines = "import os\nfrom lorameter import worker\ntry: worker.main(['none'])\n"
     lines += "except IndexError: print(*sorted(os.sched_getaffinity(0)))"
     every = sorted(os.sched_getaffinity(0))

@@ -50,7 +50,7 @@ class Hello(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class Command(msgspec.Struct, tag=True, frozen=True):
-    """What a process is to do; `arguments` are plain data, named as the parameters of the function that does it."""
+    """A command to a process; `arguments` are plain data, named as the parameters of the function that does it."""
 
     name: str
     trial: str = ""

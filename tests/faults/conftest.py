@@ -187,7 +187,7 @@ def git():
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch, git):
-    """Two commits of a package that is not lorameter, and the folder that one stands in."""
+    """Two commits of a package that is not lorameter, in the current folder."""
     folder = tmp_path / "repository"
     (folder / "gadget").mkdir(parents=True)
     git(folder, "init", "--quiet", "--initial-branch=main")

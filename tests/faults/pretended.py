@@ -72,7 +72,7 @@ def take_memory() -> None:
 
 
 def set_clock() -> None:
-    """That of the calendar; nobody sets the other one."""
+    """Change the wall clock; the monotonic clock cannot be set."""
     time.time = lambda: CALENDAR() + float(ARGUMENT)
 
 

@@ -67,7 +67,7 @@ def test_a_cold_interpreter_without_memory_is_out_of_it(executor, request_cold):
     """A limit below what the libraries need: its own status, with its traceback, and not another answer."""
     protocol = dataclasses.replace(request_cold.protocol, memory_limit_bytes=2**20)
     fragment = executor.cold_start(dataclasses.replace(request_cold, protocol=protocol))
-    assert fragment.status in ("oom", "crashed")  # whichever library meets the limit says so in its own words
+    assert fragment.status in ("oom", "crashed")  # each library reports the limit in its own words
     assert "Traceback" in fragment.failure.traceback
 
 

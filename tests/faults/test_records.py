@@ -25,7 +25,7 @@ def whole(command, only_run):
 
 @pytest.fixture
 def reported(runs):
-    """A function that asks for the report of a run, as JSON is not asked for: what people read."""
+    """A function that prints the report of a run as text."""
 
     def report(name):
         words = [sys.executable, "-m", "lorameter.cli", "report", name, "--runs-dir", str(runs)]

@@ -95,7 +95,7 @@ def test_a_disk_that_is_made_read_only_under_way(command, runs, tiny_disk, stopp
 
 @pytest.mark.parametrize("place", half(["r1-a:prepare", "r1-a:turn", "r1-b:cold"], ["r1-a:turn"]))
 def test_no_more_memory_in_the_parent(place, tmp_path, command, only_run, resumed):
-    """From there on it can have none, and what it has is taken up: it says so, and keeps what it had saved."""
+    """From there on it can allocate nothing: it reports that, and what it had saved is kept."""
     words = ["run", str(tmp_path / "small.toml"), "--phase", "train", "--phase", "cold", "--interleave", "lockstep"]
     done = subprocess.run(command(*words, stop=f"{place}:memory"), capture_output=True, text=True, check=False)
     check_kept(only_run(), done.returncode, done.stderr)

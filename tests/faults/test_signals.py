@@ -90,7 +90,7 @@ def test_a_killed_run_leaves_a_folder_and_the_next_one_removes_it(command, stopp
 
 @pytest.mark.parametrize("number", ONE_OF_THEM)
 def test_a_session_of_pytest_that_is_stopped(number, tmp_path, session, stopped, only_run, temporary):
-    """The other front door: its run is saved and says so, and the session does not pass."""
+    """The pytest plugin: its run is saved and marked as interrupted, and the session does not pass."""
     with stopped(session(stop="r1-a:turn"), cwd=tmp_path) as process:
         process.send_signal(number)
         out, _ = process.communicate()

@@ -20,7 +20,7 @@ from tests.constructed import RUNS
 
 @pytest.fixture
 def closed_pipe():
-    """The writing end of a pipe that nobody reads any more."""
+    """The writing end of a pipe whose reader is closed."""
     read, write = os.pipe()
     os.close(read)
     yield write
@@ -49,7 +49,7 @@ def test_the_end_of_the_process_adds_nothing(program, closed_pipe):
 
 
 @pytest.mark.parametrize("program", [["lorameter.cli", "list", "models"], ["kernels_check", "--help"]])
-def test_a_full_disk_behind_the_output_is_said(program):
+def test_a_full_disk_behind_the_output_is_reported(program):
     """One line and the code of what this machine could not do; no defect, no verdict."""
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
@@ -125,7 +125,7 @@ def wait_until_it_waits(pid):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [None, signal.SIGTERM])
-def test_a_measurement_waits_for_nobody(number, command, only_run, resumed, stopped):
+def test_a_full_pipe_does_not_block_a_measurement(number, command, only_run, resumed, stopped):
     """Its messages go into a pipe that is full from the middle of the run on: it ends in time, complete or stopped."""
     read, write = os.pipe()
     with stopped(command(stop="r1-a:turn"), stdout=subprocess.DEVNULL, stderr=write) as process:

@@ -153,7 +153,7 @@ def git(folder, *arguments):
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """One stands in a repository whose package says how long a step takes: `fast` 0.1 s, `slow` 5 % more."""
+    """The current folder is a repository whose package sets the time of a step: `fast` 0.1 s, `slow` 5 % more."""
     folder = tmp_path / "repository"
     (folder / "gadget").mkdir(parents=True)
     git(folder, "init", "--quiet", "--initial-branch=main")
@@ -306,7 +306,7 @@ def broken_off(fake, repository, study_file, lorameter):
     return make
 
 
-def test_an_ab_that_broke_off_is_gone_on_with(broken_off, fake, repository, lorameter):
+def test_an_ab_that_broke_off_is_resumed(broken_off, fake, repository, lorameter):
     """With the commits that its words named then: the verdict is that of the whole."""
     before = broken_off()
     git(repository, "commit", "--quiet", "--allow-empty", "--message", "main has moved")
@@ -346,7 +346,7 @@ def calibration(fake, repository, study_file, lorameter, tmp_path):
     return path.name, document
 
 
-def test_a_calibration_that_broke_off_is_gone_on_with(calibration, fake, lorameter):
+def test_a_calibration_that_broke_off_is_resumed(calibration, fake, lorameter):
     """What it had measured counts: its rates and prices are those of the whole, and its work is planted again."""
     name, before = calibration
     code, document = lorameter("calibrate", "--resume", name, "--json")
@@ -365,8 +365,10 @@ def test_a_calibration_that_broke_off_is_gone_on_with(calibration, fake, loramet
     (["--inject-rows", "50"], "resume: lorameter calibrate --resume"),
     ([], "it sizes the slow-down of a calibration. Calibrate anew"),
 ])  # fmt: skip
-def test_a_calibration_that_is_stopped_says_so(fake, repository, study_file, lorameter, monkeypatch, rows, said):
-    """With what is kept of its run, or its pilot's, by name; nothing more begins."""
+def test_a_calibration_that_is_stopped_reports_what_is_kept(
+    fake, repository, study_file, lorameter, monkeypatch, rows, said
+):
+    """The message names the run, or the pilot's run, that is kept; nothing more begins."""
     ask = FakeExecutor.ask
 
     def stopped(self, command, trial, *arguments, **others):

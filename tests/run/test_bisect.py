@@ -35,7 +35,7 @@ class Constructed:
 
 @pytest.mark.parametrize("culprit", [1, 9, 16])
 def test_one_commit_of_ten_percent_among_sixteen_takes_five_comparisons(culprit):
-    """Wherever it is: the bad end, and four that halve what is left."""
+    """Wherever it is: the bad end, and four that halve the rest."""
     truth = [1.0 if place < culprit else 1.10 for place in range(17)]
     asked = Constructed(truth, seed=culprit)
     found = bisect(candidates(16), asked, replicates=8)
@@ -72,7 +72,7 @@ def test_a_commit_that_cannot_be_measured_is_gone_around():
 
 
 def test_a_bad_end_that_is_not_slower_ends_the_search_at_once():
-    """One comparison, and it is said."""
+    """One comparison, and the conclusion gives the reason."""
     found = bisect(candidates(16), Constructed([1.0] * 17, spread=0.005), replicates=8)
     assert (found.culprit, found.found, len(found.looks)) == (None, False, 1)
     assert "not slower" in found.conclusion

@@ -25,7 +25,7 @@ import sys
 from lorameter.run.device_lock import hold_device
 class On:
     def device_id(self): return sys.argv[1]
-with hold_device(On(), "wait", tell=lambda line: None):
+with hold_device(On(), "wait"):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -50,7 +50,7 @@ def test_a_killed_one_holds_nothing(holder):
         assert not waited
 
 
-def test_another_device_is_free_and_sharing_asks_nobody(holder):
+def test_another_device_is_free_and_sharing_takes_no_lock(holder):
     """The lock is that of a device."""
     with hold_device(OnDevice("GPU-2"), "refuse") as waited, hold_device(OnDevice("GPU-1"), "share") as shared:
         assert not waited

@@ -32,7 +32,7 @@ def test_attention_that_this_device_lacks_is_refused(small_study, machine, atten
 
 @pytest.mark.parametrize("name", ["liger-kernel", "flash-attention"])
 def test_an_engine_that_needs_a_gpu_is_refused_on_a_cpu(machine, name):
-    """In one sentence, of a script as well; a plan that is only shown says so in a notice."""
+    """In one sentence, of a script as well; a dry run has a notice instead."""
     study = load_study(name)
     script = study_of_engine(study, "python train.py {--flag}", cwd=str(Path(__file__).parent))
     for one in (study, script):
@@ -93,7 +93,7 @@ def test_a_proof_that_nothing_tells_is_refused(small_study, machine):
 
 
 def test_a_request_of_many_prompts_that_cannot_fit_is_refused(small_study, machine):
-    """Its keys and values are more than any step, and nothing is said of them where no request is measured."""
+    """Its keys and values take more memory than any step; without requests they do not count."""
     study = with_workload(small_study, model="random:smollm2-135m", request_batch=4096, prompt_tokens=1024)
     with pytest.raises(UsageError, match=r"needs about .* Use a smaller request_batch"):
         check_feasible(study, machine)
@@ -113,7 +113,7 @@ def test_a_request_of_many_prompts_that_cannot_fit_is_refused(small_study, machi
         ({"init_lora_weights": "olora"}, {}, "init_lora_weights = .olora.: with adapters = 4, it rewrites the base"),
     ],
 )
-def test_adapters_that_peft_cannot_have_beside_each_other_are_refused(small_study, machine, variant, workload, said):
+def test_adapters_of_which_peft_has_one_at_a_time_are_refused(small_study, machine, variant, workload, said):
     """Before anything is loaded, and for several adapters only; DoRA can be switched, and not mixed."""
     one, *others = small_study.variants
     study = dataclasses.replace(small_study, variants=(dataclasses.replace(one, **variant), *others))

@@ -78,14 +78,14 @@ def test_on_a_cpu_variants_on_one_base_have_a_heap_each(small_study, device, lev
 
 def test_a_level_can_be_asked_for():
     """A coarser one always, shared-base only where the variants allow it, an unknown word never."""
-    assert choose_interleaving(SWEEP, together_bytes=0, free_bytes=None, asked="replicates") == (
+    assert choose_interleaving(SWEEP, together_bytes=0, free_bytes=None, requested="replicates") == (
         "replicates",
         "asked for",
     )
     with pytest.raises(UsageError, match=r"nf4 differs from r8 in quantization.*Use lockstep"):
-        choose_interleaving(MIXED, together_bytes=0, free_bytes=None, asked="shared-base")
+        choose_interleaving(MIXED, together_bytes=0, free_bytes=None, requested="shared-base")
     with pytest.raises(UsageError, match="interleave = 'shuffle'"):
-        choose_interleaving(SWEEP, together_bytes=0, free_bytes=None, asked="shuffle")
+        choose_interleaving(SWEEP, together_bytes=0, free_bytes=None, requested="shuffle")
 
 
 def test_several_adapters_on_a_base_are_those_of_one_trial():
@@ -93,4 +93,4 @@ def test_several_adapters_on_a_base_are_those_of_one_trial():
     sizes = {"together_bytes": 3 * GIB, "free_bytes": 8 * GIB, "adapters": 4}
     assert choose_interleaving(SWEEP, **sizes)[0] == "lockstep"
     with pytest.raises(UsageError, match="requests have 4 adapters on a base"):
-        choose_interleaving(SWEEP, **sizes, asked="shared-base")
+        choose_interleaving(SWEEP, **sizes, requested="shared-base")

@@ -1,4 +1,4 @@
-"""What fits is said of the upper end of a range; the largest that fits does, and one more does not."""
+"""A workload fits if the upper end of its range does; the largest that fits does, and one more does not."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_largest_fits_and_one_more_does_not(fitter, model, card, variant, ke
 
 
 def test_of_this_machine_counts_what_is_free(machine):
-    """And never more than there is; what is assumed of a GPU is said of none here."""
+    """And never more than the total; the assumptions for GPUs are left out."""
     device = on_machine(machine, 3 * GIB)
     assert (device.usable_bytes, device.total_bytes, device.assumed) == (3 * GIB, machine.memory_bytes, ())
     assert on_machine(machine, 2**60).usable_bytes == machine.memory_bytes

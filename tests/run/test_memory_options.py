@@ -50,7 +50,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("variant", "model", "card"), CASES)
-def test_each_is_a_variant_that_can_be_run_and_what_is_said_of_it_is_its_estimate(advice, variant, model, card):
+def test_each_change_makes_a_variant_with_the_stated_estimate(advice, variant, model, card):
     """Its line is one of a study; what it frees is how far the estimate falls; what frees most is first."""
     found = advice(variant, model=model, card=card)
     assert found.options

@@ -136,7 +136,7 @@ def test_a_line_cut_short_by_the_crash_does_no_harm(broken_off):
 
 
 def test_a_run_that_is_complete_is_shown(broken_off, capsys):
-    """Nothing is measured, and it says so; the exit code is that of its report."""
+    """Nothing is measured, a message says it, and the exit code is that of its report."""
     path = broken_off()
     resume(path)
     written = (path / "trials.jsonl").read_bytes()
@@ -204,7 +204,7 @@ def test_other_tokens_are_refused(broken_off, capsys):
     assert store.read_manifest(path).resumed == ()
 
 
-def test_another_harness_is_said(broken_off, capsys):
+def test_another_harness_is_reported(broken_off, capsys):
     """It may have mended what broke the run off; a reader must know."""
     path = broken_off()
     Executor.harness = "0.2 sha256:two"
@@ -243,7 +243,7 @@ def test_a_complete_run_that_stopped_early_is_not_made_longer(broken_off):
     assert set(Executor.asked) == {manifest.order[13]}
 
 
-def test_a_complete_run_with_disturbed_trials_is_gone_on_with(broken_off):
+def test_a_complete_run_with_disturbed_trials_is_resumed(broken_off):
     """However often they were measured: the surroundings may be better now."""
     path = broken_off(21)
     lines = [json.loads(line) for line in (path / "trials.jsonl").read_text().splitlines()]
@@ -261,7 +261,7 @@ IMPATIENT = (
     "import lorameter.records.store as c; c.CHECKPOINT_S = 0.0; "
     "import sys; from lorameter.cli import main; sys.exit(main())"
 )
-"""The command line, but what is under way is saved however short it is."""
+"""The command line with checkpoints after every round."""
 
 
 @pytest.mark.faults

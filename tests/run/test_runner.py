@@ -85,7 +85,7 @@ class FakeExecutor:
 
 @pytest.fixture
 def small_study(small_study):
-    """As a user's study: disturbances make a trial invalid. Here they are given, not measured."""
+    """As in a user's study, disturbances make a trial invalid. Here they are given, not measured."""
     protocol = dataclasses.replace(small_study.protocol, allow_disturbed=False)
     return dataclasses.replace(small_study, protocol=protocol)
 
@@ -232,7 +232,7 @@ def test_a_long_group_is_saved_while_it_is_under_way(small_study, level):
 
 
 @pytest.mark.parametrize("level", ["shared-base", "lockstep", "replicates"])
-def test_a_run_is_gone_on_with_from_wherever_it_was_killed(small_study, level):
+def test_a_run_is_resumed_from_wherever_it_was_killed(small_study, level):
     """Whatever had reached the disk: groups that it settles are kept, the others measured whole, and all are ok."""
     plan = make_plan(small_study, interleaving=level)
     _, whole, saved = go_on(plan, command_s=20.0)

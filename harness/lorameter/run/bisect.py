@@ -29,6 +29,7 @@ from lorameter.records import codec, store
 from lorameter.records.store import Run
 from lorameter.run.plan import Plan, variants_of
 from lorameter.run.workers.environment import parse_requirements
+from lorameter.run.workers.sides import find_commit
 from lorameter.stats import Comparison
 
 if TYPE_CHECKING:
@@ -196,13 +197,13 @@ def list_steps(good: str, bad: str, repository: Path) -> tuple[Candidate, ...]:
     Raises:
         UsageError: the ends are not of one kind, not in order, or nothing is known of what lies between.
     """
-    commits = [_commit(word, repository) for word in (good, bad)]
-    if all(commits):
-        return _revisions(good, bad, commits[0], commits[1], repository)
+    first, last = (find_commit(word, repository)[0] for word in (good, bad))
+    if first and last:
+        return _revisions(good, bad, first, last, repository)
     requirements = [parse_requirements(word) for word in (good, bad)]
     if requirements[0] and requirements[1]:
         return _releases(requirements[0], requirements[1])
-    unknown = good if not (commits[0] or requirements[0]) else bad
+    unknown = bad if first or requirements[0] else good
     raise UsageError(
         f"bisect: --good {good!r} and --bad {bad!r}: {unknown!r} is no revision of {repository}, and no requirement of "
         "an exact version. Name two commits, or two releases of one package as in peft==0.19.0."
@@ -229,11 +230,6 @@ def find_measured(plan: Plan, runs: Path) -> Run | None:
         if manifest.status == "complete" and here and same_sides and measured == wanted:
             return store.read_run(str(path), runs)
     return None
-
-
-def _commit(word: str, repository: Path) -> str:
-    done = run_git(repository, "rev-parse", "--verify", "--end-of-options", f"{word}^{{commit}}")
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def _revisions(good: str, bad: str, first: str, last: str, repository: Path) -> tuple[Candidate, ...]:

@@ -62,7 +62,7 @@ def build_plan(
         variants_of(arms),
         together_bytes=together,
         free_bytes=free_bytes,
-        asked=interleaving,
+        requested=interleaving,
         workloads=len(workloads),
         ranks=max(workload.ranks for workload in workloads),
         adapters=max(workload.adapters for workload in workloads) if "generate" in phases else 1,

@@ -12,7 +12,7 @@ import fcntl
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -32,14 +32,13 @@ def tell_stderr(line: str) -> None:
 
 
 @contextlib.contextmanager
-def hold_device(executor: Executor, if_busy: IfBusy, *, tell: Callable[[str], object] = tell_stderr) -> Iterator[bool]:
+def hold_device(executor: Executor, if_busy: IfBusy) -> Iterator[bool]:
     """Lock the executor's device inside the block. Yields whether another measurement was waited for: free memory may
     have changed since. Without a file system with locks nothing is locked.
 
     Args:
         executor: of the device.
         if_busy: what to do if the device is in use; "share" takes no lock.
-        tell: prints what is waited for.
 
     Raises:
         InvalidRunError: the device is in use, and `if_busy` is "refuse".
@@ -55,7 +54,7 @@ def hold_device(executor: Executor, if_busy: IfBusy, *, tell: Callable[[str], ob
             who = f"{_holder(file)} measures on this device ({device})"
             if if_busy == "refuse":
                 raise InvalidRunError(f"{who}. Wait for it, or measure at the same time with --if-busy share.")
-            tell(
+            tell_stderr(
                 f"{who}; waiting for its end. --if-busy refuse ends instead, --if-busy share measures at the same time."
             )
             waited = _lock(file, wait=True)

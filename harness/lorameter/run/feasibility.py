@@ -193,7 +193,7 @@ def type_notices(variant: Variant, machine: Machine) -> Iterator[Notice]:
 
 
 def memory_notices(variant: Variant, expected: MemoryEstimate, machine: Machine, free: int | None) -> Iterator[Notice]:
-    """What to know of a variant that may not fit into this machine, or not into the bytes that are free there now."""
+    """Notices on a variant that may not fit into the memory of this machine, or into the `free` bytes of it."""
     has, (_, high) = _memory(machine), peak_range(expected.needed_bytes, machine.device)
     about = f"{variant.name}: needs about {format_bytes(expected.needed_bytes)}, or up to {format_bytes(high)}"
     if has is not None and high > has:
@@ -220,12 +220,12 @@ def _check_memory(where: str, expected: MemoryEstimate, machine: Machine) -> Non
 
 
 def _memory(machine: Machine) -> int | None:
-    """What the device that measures has in all."""
+    """Total memory of the device that measures."""
     return machine.device_memory_bytes if machine.device == "cuda" else machine.memory_bytes
 
 
 def _less_memory(expected: MemoryEstimate) -> str:
-    """What would take less, where it is most."""
+    """How to need less memory in the phase that needs most."""
     if expected.phase == "generate":
         return 'Use a smaller request_batch, fewer prompt_tokens, quantization = "nf4", or a smaller model.'
     return 'Use quantization = "nf4", gradient_checkpointing = true, a smaller batch_size, or a smaller model.'
@@ -269,19 +269,18 @@ def check_widths(where: str, variant: Variant, shape: ModelShape, machine: Machi
     if not (variant.is_4bit and machine.device == "cpu" and machine.avx512_bf16):
         return
     taken = {layer.inputs for layer in linear_layers(shape).values()}
-    for name, width in _input_widths(shape):
+    widths = {
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "heads × head_dim": shape.heads * shape.head_dim,
+    }
+    for name, width in widths.items():
         if width in taken and width % NF4_BLOCK:
             raise UsageError(
                 f"{where}: quantization = {variant.quantization!r}: {name} is {width}, which blocks of {NF4_BLOCK} do "
                 "not divide, and bitsandbytes cannot run such a layer on a CPU with AVX512-BF16. "
                 f'Use a model whose widths are multiples of {NF4_BLOCK}, or quantization = "none".'
             )
-
-
-def _input_widths(shape: ModelShape) -> Iterator[tuple[str, int]]:
-    yield "hidden_size", shape.hidden_size
-    yield "intermediate_size", shape.intermediate_size
-    yield "heads × head_dim", shape.heads * shape.head_dim
 
 
 def _target_notices(where: str, variant: LoraVariant, model: str, shape: ModelShape) -> Iterator[Notice]:

@@ -72,7 +72,7 @@ def forecast(plan: Plan, machine: Machine, runs: Path, executor: Executor | None
 
 
 def _group_bytes(group: Group, needs: Mapping[str, int | None], machine: Machine, *, forked: bool) -> int | None:
-    """What is live together: each process counts with the largest of its trials, and shared memory once."""
+    """Memory of the processes of a group: each counts with the largest of its trials, and shared memory once."""
     total = sum_known(largest_known(needs[slot.variant.name] for slot in launch) for launch in group.launches)
     first = [launch[0] for launch in group.launches]
     return total and total - _shared_bytes([(slot.arm.built, slot.workload) for slot in first], machine, forked=forked)

@@ -82,7 +82,7 @@ class TrialTimes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanTimes:
-    """What a simulation needs to know."""
+    """The times on which a simulation rests."""
 
     import_s: float
     trials: Mapping[str, TrialTimes]
@@ -255,7 +255,7 @@ class _SimulatedWorker(Worker):
         """There is no process."""
 
 
-# --- what it rests on -------------------------------------------------------------------------------------------------
+# --- the times it uses ------------------------------------------------------------------------------------------------
 
 
 def time_steps(plan: Plan, executor: Executor | None) -> PlanTimes | str:

@@ -2,8 +2,8 @@
 
 What is timed is alone: the parent sends one command and blocks on the answer. Building, checking, warming up and first
 requests are in no number, so as many processes at once do these as there are cores for them; when the last has
-answered nothing is at work any more. What a process answers goes into the record of its trial; its death is a row for
-each trial that it hosted.
+answered nothing is at work any more. What a process answers goes into the record of its trial; its death
+into that of each trial that it hosted.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class GroupRunner:
         self._requests: dict[str, TrialRequest] = {}
         self._timeout_s = run.plan.study.protocol.step_timeout_s
         self._request_s = 0.0
-        """What one request has taken of one trial."""
+        """Seconds of one request of one trial."""
 
     def measure(self) -> None:
         """Measure the group, and end its processes."""
@@ -187,7 +187,7 @@ class GroupRunner:
             records.add_loss([slot.trial for slot in launch], lost)
             return
         records.begin(launch, begun)
-        for slot in launch:  # all of them before any is asked: should it die then, it is a row for each
+        for slot in launch:  # all of them before the first command: if the process dies then, each has a record
             self._workers[slot.trial] = worker
             started = PartialRecord(values={"start_latency_s": worker.start_latency_s})
             records.add(slot.trial, started, log=f"logs/{first.trial}.log")

@@ -19,7 +19,7 @@ from lorameter.studies.variant import ADAPTER_FIELDS, AnyVariant, LoraVariant, V
 
 LEVELS: tuple[Interleaving, ...] = ("shared-base", "lockstep", "replicates")
 SCATTER: dict[Interleaving, float] = {"shared-base": 0.019, "lockstep": 0.022, "replicates": 0.27}
-"""These standard deviations: what is assumed of a machine on which nothing has been measured."""
+"""These standard deviations, which are assumed on a machine without runs."""
 MEMORY_SHARE = 0.8
 """Share of the free memory that live processes may be expected to take: a forecast errs, and a machine that swaps
 measures nothing."""
@@ -34,7 +34,7 @@ def choose_interleaving(
     *,
     together_bytes: int | None,
     free_bytes: int | None,
-    asked: str | None = None,
+    requested: str | None = None,
     workloads: int = 1,
     ranks: int = 1,
     adapters: int = 1,
@@ -48,7 +48,7 @@ def choose_interleaving(
         together_bytes: expected memory of all trials of a replicate when each has a live process of its own; None where
             it cannot be known.
         free_bytes: memory that is free on the device now; None where it cannot be known.
-        asked: the level that the user asks for; None to choose.
+        requested: the level that the user names; None to choose.
         workloads: on how many different workloads they are measured.
         ranks: processes of a trial.
         adapters: those that a trial's requests have on its base, at most.
@@ -57,7 +57,7 @@ def choose_interleaving(
             than by themselves: each then has a process of its own where memory allows for that.
 
     Raises:
-        UsageError: the level asked for is unknown, or not possible for these variants.
+        UsageError: the requested level is unknown, or not possible for these variants.
     """
     obstacle = shared_base_obstacle(variants)
     if workloads > 1:  # what trials on one base find out once for all, such as its held-out loss, is of one workload
@@ -68,12 +68,12 @@ def choose_interleaving(
         obstacle = f"requests have {adapters} adapters on a base, and those of other trials would take part in a switch"
     if sided:
         obstacle = "base and candidate are processes of their own"
-    if asked is not None:
-        if asked not in LEVELS:
-            raise UsageError(f"interleave = {asked!r}: not known. Use one of {', '.join(LEVELS)}.")
-        if asked == "shared-base" and obstacle is not None:
+    if requested is not None:
+        if requested not in LEVELS:
+            raise UsageError(f"interleave = {requested!r}: not known. Use one of {', '.join(LEVELS)}.")
+        if requested == "shared-base" and obstacle is not None:
             raise UsageError(f"interleave = 'shared-base': {obstacle}. Use lockstep, or leave the choice to lorameter.")
-        return asked, "asked for"
+        return requested, "asked for"
     on_one_base = "the variants differ in their adapters only"
     if obstacle is None and not one_heap:
         return "shared-base", on_one_base

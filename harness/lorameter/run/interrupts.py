@@ -21,7 +21,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequested(KeyboardInterrupt):
-    """A signal asked this process to end."""
+    """This process received a signal to end."""
 
 
 class InterruptHandler:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from lorameter.errors import UsageError
 from lorameter.machine.provenance import Machine
@@ -38,25 +39,25 @@ Bound = Literal["memory", "context", "study"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryDevice:
-    """Where something is to fit."""
+    """The device whose memory is compared with an estimate."""
 
     name: str
     machine: Machine
     """As it would be with that device."""
     total_bytes: int
     usable_bytes: int
-    """What of it processes can have."""
+    """The part that processes can allocate."""
     source: str
-    """Where the total is from."""
+    """The source of the total."""
     is_here: bool
-    """Whether it is this machine's, so that `usable_bytes` is what is free now."""
+    """Whether it is in this machine, so that `usable_bytes` is what is free now."""
     assumed: tuple[str, ...] = ()
-    """What is counted on, or left out, without having been measured."""
+    """Assumptions of the estimate that were not measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What is needed of a device at the peak, as a range."""
+    """The range of the peak memory."""
 
     expected_bytes: int
     low_bytes: int
@@ -64,12 +65,12 @@ class Needs:
 
     @classmethod
     def of(cls, expected_bytes: int, device: str) -> Needs:
-        """Around an estimate, as wide as estimates for a "cpu" or for "cuda" are off."""
+        """Around an estimate, as wide as the errors of estimates for a "cpu" or for "cuda"."""
         low, high = peak_range(expected_bytes, device)
         return cls(expected_bytes=expected_bytes, low_bytes=low, high_bytes=high)
 
     def status_in(self, usable_bytes: int) -> FitStatus:
-        """Whether all of the range is within these bytes, a part of it, or nothing."""
+        """Whether all of the range, a part of it, or nothing is within these bytes."""
         if self.high_bytes <= usable_bytes:
             return "fits"
         return "may-not-fit" if self.low_bytes <= usable_bytes else "does-not-fit"
@@ -86,7 +87,7 @@ class Largest:
     bound: Bound
 
 
-_OF_CARDS = (
+_GPU_ASSUMPTIONS = (
     f"CUDA's context and libraries take {format_bytes(CUDA_CONTEXT_BYTES)}, which is in what is needed (400 to 600 MiB "
     "are usual)",
     "torch's allocator loses nothing to fragments",
@@ -95,14 +96,14 @@ _OF_CARDS = (
 
 
 def on_card(machine: Machine, card: GpuSpec) -> MemoryDevice:
-    """The GPU, as if it was in this machine."""
+    """A listed GPU, as if it were in this machine."""
     with_card = dataclasses.replace(
         machine, device="cuda", device_name=card.device_name, device_memory_bytes=card.total_bytes
     )
     return MemoryDevice(
         name=card.name, machine=with_card, total_bytes=card.total_bytes, usable_bytes=card.usable_bytes,
         source=card.source, is_here=False,
-        assumed=(f"the driver keeps {format_percent(DRIVER_SHARE)} of the GPU ({DRIVER_SOURCE})", *_OF_CARDS),
+        assumed=(f"the driver keeps {format_percent(DRIVER_SHARE)} of the GPU ({DRIVER_SOURCE})", *_GPU_ASSUMPTIONS),
     )  # fmt: skip
 
 
@@ -118,7 +119,7 @@ def on_machine(machine: Machine, free_bytes: int | None) -> MemoryDevice:
     return MemoryDevice(
         name=machine.device_name, machine=machine, total_bytes=total, source="this machine", is_here=True,
         usable_bytes=total if free_bytes is None else min(free_bytes, total),
-        assumed=_OF_CARDS[:2] if machine.device == "cuda" else (),
+        assumed=_GPU_ASSUMPTIONS[:2] if machine.device == "cuda" else (),
     )  # fmt: skip
 
 
@@ -175,9 +176,9 @@ class Fitter:
             pieces = [range(sizes.start, falls_at), range(falls_at, sizes.stop)]
         best: int | None = None
         for piece in filter(None, pieces):
-            found = _last(fits, piece)
-            best = best if found is None else found
-            if found != piece[-1]:
+            last = _last(fits, piece)
+            best = best if last is None else last
+            if last != piece[-1]:
                 break
         return best
 
@@ -217,45 +218,45 @@ class SkippedOption:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
-    """What is needed of a device, what can be changed, and what to change."""
+    """The memory that a variant needs, the changes that free some, and those that make it fit."""
 
     device: MemoryDevice
     needs: Needs
     """As it is, in the phase that needs most."""
     status: FitStatus
     options: tuple[MemoryOption, ...]
-    """Those that are not turned yet, what frees most first."""
+    """Changes that it does not have yet, the one that frees most first."""
     skipped: tuple[SkippedOption, ...]
     turn: tuple[str, ...] | None
     """The fewest lines with which it fits; none where it does as it is, None where all of them are not enough."""
     largest: tuple[Largest, ...] = ()
-    """Batch and length, where they were asked for."""
+    """Batch and length, if requested."""
 
 
 def advise(fitter: Fitter, variant: Variant, workload: Workload, *, with_largest: bool = False) -> Advice:
-    """Every option of a variant by what the estimate falls for it, and the fewest that make it fit.
+    """The memory that each change of a variant frees, and the fewest changes that make it fit.
 
     Args:
         fitter: of the model on the device.
         variant: as it is.
         workload: as it is.
-        with_largest: whether the largest batch and the largest length that fit are looked for, too.
+        with_largest: whether to search for the largest batch and length that fit.
 
     Raises:
-        UsageError: of several ranks, each of which holds what no estimate here knows.
+        UsageError: a trial of several ranks, whose memory is not estimated.
         UnknownLayersError: of a model type whose layers are not known.
     """
     if workload.ranks > 1:
         raise UsageError(
-            f"workload: ranks = {workload.ranks}: whether it fits is said of one process on one device, and what each "
-            "of several holds is not estimated. Leave --gpu and --max-batch out, or set ranks = 1."
+            f"workload: ranks = {workload.ranks}: the fit is estimated for one process on one device, and the memory "
+            "of each rank is not known. Leave --gpu and --max-batch out, or set ranks = 1."
         )
     before, cpu = fitter.needs(variant, workload), fitter.device.machine.device == "cpu"
-    options: dict[_Turn, MemoryOption] = {}
+    options: dict[_Change, MemoryOption] = {}
     skipped: list[SkippedOption] = []
-    for turn in (*_turns(variant), *_smaller_batch(fitter, variant, workload)):
+    for change in (*_changes(variant), *_smaller_batch(fitter, variant, workload)):
         try:
-            changed, smaller = turn.apply(variant, workload)
+            changed, smaller = change.apply(variant, workload)
             if cpu and changed.optimizer.startswith("paged"):
                 raise UsageError("nothing is paged on a CPU, and its trials would be invalid")
             check_widths(f"variant {variant.name!r}", changed, fitter.shape, fitter.device.machine)
@@ -263,72 +264,79 @@ def advise(fitter: Fitter, variant: Variant, workload: Workload, *, with_largest
             if after.expected_bytes >= before.expected_bytes:
                 raise UsageError("it frees nothing at the peak")
         except UsageError as error:
-            skipped.append(SkippedOption(writes=turn.writes, why=str(error).rstrip(".")))
+            skipped.append(SkippedOption(writes=change.writes, why=str(error).rstrip(".")))
             continue
-        options[turn] = MemoryOption(
-            writes=turn.writes, table="variant" if turn.batch_size is None else "workload", needs=after,
+        options[change] = MemoryOption(
+            writes=change.writes, table=change.table, needs=after,
             freed_bytes=before.expected_bytes - after.expected_bytes, status=fitter.status(after),
         )  # fmt: skip
-    order = sorted(options, key=lambda turn: -options[turn].freed_bytes)
+    order = sorted(options, key=lambda change: -options[change].freed_bytes)
     status = fitter.status(before)
     largest = (fitter.largest_batch(variant, workload), fitter.largest_length(variant, workload))
     return Advice(
         device=fitter.device,
         needs=before,
         status=status,
-        options=tuple(options[turn] for turn in order),
+        options=tuple(options[change] for change in order),
         skipped=tuple(skipped),
         turn=() if status == "fits" else _find_fewest(fitter, variant, workload, order),
         largest=largest if with_largest else (),
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Turn:
+@dataclass(frozen=True, slots=True)
+class _Change:
     """One line of a study with another value."""
 
-    writes: str
-    changes: tuple[tuple[str, object], ...] = ()
-    """Of the variant."""
-    batch_size: int | None = None
-    """Of the workload."""
+    key: str
+    value: bool | int | str
+
+    @property
+    def writes(self) -> str:
+        """The line, in TOML."""
+        return f"{self.key} = {json.dumps(self.value)}"
+
+    @property
+    def table(self) -> Literal["variant", "workload"]:
+        """The table of the line."""
+        return "workload" if self.key == "batch_size" else "variant"
 
     def apply(self, variant: Variant, workload: Workload) -> tuple[Variant, Workload]:
-        """Both with it. Raises `UsageError` where the variant cannot have it."""
-        if self.batch_size is not None:
-            return variant, dataclasses.replace(workload, batch_size=self.batch_size)
-        return dataclasses.replace(variant, **dict(self.changes)), workload  # type: ignore[arg-type]  # names of fields
+        """Both with the change. Raises `UsageError` where the variant cannot have it."""
+        field: dict[str, Any] = {self.key: self.value}
+        if self.table == "workload":
+            return variant, dataclasses.replace(workload, **field)
+        return dataclasses.replace(variant, **field), workload
 
 
-def _turns(variant: Variant) -> Iterator[_Turn]:
-    """Those of the variant that are not turned yet."""
+def _changes(variant: Variant) -> Iterator[_Change]:
+    """Changes of the variant that it does not have yet."""
     if not variant.gradient_checkpointing:
-        yield _Turn(writes="gradient_checkpointing = true", changes=(("gradient_checkpointing", True),))
+        yield _Change("gradient_checkpointing", True)
     if not variant.is_4bit:
-        yield _Turn(writes='quantization = "nf4"', changes=(("quantization", "nf4"),))
+        yield _Change("quantization", "nf4")
     if variant.dtype == "float32":
-        yield _Turn(writes='dtype = "bfloat16"', changes=(("dtype", "bfloat16"),))
+        yield _Change("dtype", "bfloat16")
     if variant.prepare_for_kbit and width(variant.dtype) == 2:  # it casts the head, the embeddings and the norms
-        yield _Turn(writes="prepare_for_kbit = false", changes=(("prepare_for_kbit", False),))
+        yield _Change("prepare_for_kbit", False)
     if variant.optimizer != "paged_adamw_8bit":
-        yield _Turn(writes='optimizer = "paged_adamw_8bit"', changes=(("optimizer", "paged_adamw_8bit"),))
+        yield _Change("optimizer", "paged_adamw_8bit")
 
 
-def _smaller_batch(fitter: Fitter, variant: Variant, workload: Workload) -> Iterator[_Turn]:
+def _smaller_batch(fitter: Fitter, variant: Variant, workload: Workload) -> Iterator[_Change]:
     """The largest smaller batch that fits; half of it where it fits as it is; one where none does."""
     if workload.batch_size > 1:
         most = fitter.largest_batch(variant, workload).value or 1
-        rows = most if most < workload.batch_size else workload.batch_size // 2
-        yield _Turn(writes=f"batch_size = {rows}", batch_size=rows)
+        yield _Change("batch_size", most if most < workload.batch_size else workload.batch_size // 2)
 
 
 def _find_fewest(
-    fitter: Fitter, variant: Variant, workload: Workload, turns: Sequence[_Turn]
+    fitter: Fitter, variant: Variant, workload: Workload, changes: Sequence[_Change]
 ) -> tuple[str, ...] | None:
     """The smallest set with which it fits; of two of one size one that leaves the batch alone, then what frees most."""
-    for size in range(1, len(turns) + 1):
-        sets = itertools.combinations(turns, size)
-        for chosen in sorted(sets, key=lambda some: any(one.batch_size for one in some)):
+    for size in range(1, len(changes) + 1):
+        sets = itertools.combinations(changes, size)
+        for chosen in sorted(sets, key=lambda some: any(one.table == "workload" for one in some)):
             changed, smaller = variant, workload
             try:
                 for one in chosen:
@@ -339,5 +347,5 @@ def _find_fewest(
                 continue
             most = fitter.largest_batch(changed, workload).value or 1  # with other changes it need not be as small
             rows = f"batch_size = {min(most, workload.batch_size - 1)}"
-            return tuple(rows if one.batch_size else one.writes for one in chosen)
+            return tuple(rows if one.table == "workload" else one.writes for one in chosen)
     return None

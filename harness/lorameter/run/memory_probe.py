@@ -46,7 +46,7 @@ def _key(arm: Arm) -> str:
 
 
 def _rehearse(plan: Plan, slot: Slot, executor: Executor, context: RunContext) -> TrialRecord:
-    """What came of two steps of a script."""
+    """The record of a short training of a script."""
     trial = f"rehearsal-{slot.arm.name}"
     record = begin_record(slot, "ok").replaced(trial=trial, log=f"logs/{trial}.log")
     request = script_request_of(plan, slot, context, executor.make_place(trial, trial))
@@ -85,7 +85,7 @@ def _choose_level(records: Sequence[TrialRecord], free: int | None) -> tuple[Int
     if free is None:
         return "replicates", "how much memory is free cannot be known"
     if not sizes:
-        return "replicates", "none of the scripts came to a step, so what they take together is not known"
+        return "replicates", "none of the scripts took a step, so the memory of all together is not known"
     why = f"live together they took {format_bytes(sum(sizes))} in a rehearsal, of {format_bytes(free)} free"
     return ("lockstep" if fits(sum(sizes), free) else "replicates"), why
 

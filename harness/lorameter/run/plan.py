@@ -62,7 +62,7 @@ Sides = Mapping[Side, SideSpec]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """Who has one trial in each replicate."""
+    """What has one trial in each replicate."""
 
     variant: AnyVariant
     side: Side = ""
@@ -120,27 +120,27 @@ def arms_on_sides(study: Study, select: Sequence[str], sides: Sides) -> tuple[Ar
     Raises `UsageError` for an unknown variant."""
     variants = [study.variant(name) for name in dict.fromkeys(select)] or list(study.variants)
     controlled = next((variant for variant in variants if variant.name == study.reference), variants[0])
-    candidate, found = sides["candidate"], list[Arm]()
+    candidate, arms = sides["candidate"], list[Arm]()
     for variant in variants:
         base = Arm(variant=variant, side="base", workload=study.workload)
         other = variant
         if isinstance(variant, ScriptVariant) and candidate.kind == "command":
             other = dataclasses.replace(variant, command=candidate.spec)
-        found += [
+        arms += [
             base,
             dataclasses.replace(base, side="candidate", variant=other, slowdown_rows=candidate.slowdown_rows),
         ]
-        found += [dataclasses.replace(base, role="control")] if variant is controlled else []
-    return tuple(found)
+        arms += [dataclasses.replace(base, role="control")] if variant is controlled else []
+    return tuple(arms)
 
 
 def variants_of(arms: Iterable[Arm]) -> tuple[AnyVariant, ...]:
-    """The variants that contend, each once."""
+    """The variants that are compared, each once."""
     return tuple({arm.variant.name: arm.variant for arm in arms}.values())
 
 
 def workloads_of(study: Study, arms: Iterable[Arm]) -> tuple[Workload, ...]:
-    """What arms are measured on, each once, the study's first."""
+    """The workloads of arms, each once, the study's first."""
     return tuple(dict.fromkeys((study.workload, *(arm.workload for arm in arms))))
 
 
@@ -175,22 +175,22 @@ class Slot:
 
     @property
     def variant(self) -> AnyVariant:
-        """What the trial is of."""
+        """The variant that it measures."""
         return self.arm.variant
 
     @property
     def role(self) -> Role:
-        """Whether it is one of the control."""
+        """Whether it is a trial of the control."""
         return self.arm.role
 
     @property
     def side(self) -> Side:
-        """Which side of an A/B it is on."""
+        """Its side of an A/B."""
         return self.arm.side
 
     @property
     def workload(self) -> Workload:
-        """What it is measured on."""
+        """Its workload."""
         return self.arm.workload
 
 
@@ -234,14 +234,14 @@ class Plan:
 
     @property
     def workloads(self) -> tuple[Workload, ...]:
-        """What is measured on, each once, the study's first."""
+        """The workloads, each once, the study's first."""
         return workloads_of(self.study, self.arms)
 
     @property
     def own_workloads(self) -> dict[str, Workload]:
         """Workloads of variants that are not measured on the study's, by name."""
-        found = {arm.variant.name: arm.workload for arm in self.arms}
-        return {name: workload for name, workload in found.items() if workload != self.study.workload}
+        workloads = {arm.variant.name: arm.workload for arm in self.arms}
+        return {name: workload for name, workload in workloads.items() if workload != self.study.workload}
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -263,13 +263,13 @@ def make_plan(
 
     Args:
         study: what to measure.
-        arms: whom; all variants of the study and its control if left out. Those of an A/B (`arms_on_sides`) are
+        arms: all variants of the study and its control if left out. Those of an A/B (`arms_on_sides`) are
             compared side by side, and so each variant for itself.
         phases: "train", "generate", "cold"; training always runs, since the others need its adapter.
         interleaving: the level of alternation (`lorameter.run.interleaving` picks one).
         why: the reason for that level, for the report.
         provisional: whether a rehearsal settles the level.
-        sides: of an A/B, whose arms these are.
+        sides: of an A/B to which the arms belong.
 
     Raises:
         UsageError: an unknown phase.
@@ -368,7 +368,7 @@ def measures_of(
 
 
 def _panels(arms: Sequence[Arm], shuffler: random.Random) -> list[list[Arm]]:
-    """Those who are compared with each other: all of a study at once, of an A/B the sides of a variant."""
+    """Arms that are compared with each other: all of a study, or the sides of a variant in an A/B."""
     if not arms[0].side:
         return [list(arms)]
     by_variant: dict[str, list[Arm]] = {}
@@ -439,12 +439,12 @@ def measured_groups(plan: Plan, groups: Sequence[Group], skipped: Iterable[str],
         needless = not turns and once and left == ("peaks",) and (live or slot.replicate > 0)
         return () if needless else left
 
-    found = []
+    measured = []
     for group in groups:
         launches = tuple(
             tuple(dataclasses.replace(slot, measures=measures(slot, turns=bool(group.turns))) for slot in launch)
             for launch in group.launches
         )
         if any(slot.measures for launch in launches for slot in launch):
-            found.append(dataclasses.replace(group, launches=launches))
-    return tuple(found)
+            measured.append(dataclasses.replace(group, launches=launches))
+    return tuple(measured)

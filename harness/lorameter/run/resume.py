@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSpec:
-    """What a plan follows from."""
+    """The data from which a plan is made again."""
 
     study: dict[str, Any]
     phases: tuple[str, ...]
@@ -194,9 +194,9 @@ def check_same(run: Run, facts: Mapping[str, MachineFacts]) -> None:
         if side["kind"] not in (PRESENT, SIDE):
             fields = ("python", "libraries", "cuda", "packages", *(("git",) if side["kind"] == "revision" else ()))
             now = codec.to_json(facts[name].host or {})
-            was, found = ({field: one.get(field) for field in fields} for one in (side["facts"], now))
-            if was != found:
-                raise _other_kind(run, f"its {name}", was, found)
+            was, is_now = ({field: one.get(field) for field in fields} for one in (side["facts"], now))
+            if was != is_now:
+                raise _other_kind(run, f"its {name}", was, is_now)
     check_place(run, next(iter(facts.values())))
 
 
@@ -292,7 +292,7 @@ def continue_manifest(
     Args:
         manifest: as it was when the run was interrupted.
         facts: provenance of now.
-        tokens: what the manifest would say of the tokens as they were prepared now.
+        tokens: the description of the tokens that were prepared now.
         max_minutes: the limit from now on.
 
     Raises:

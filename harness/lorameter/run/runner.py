@@ -51,7 +51,7 @@ def find_stop(plan: Plan, budget: Budget, records: Sequence[TrialRecord]) -> str
 
 
 def _compare_all(plan: Plan, records: Sequence[TrialRecord]) -> list[Comparison]:
-    """Everything against the reference, and the reference against its twin, in the primary metric of each phase."""
+    """Every series against the reference, the control included, in the primary metric of each phase."""
     reference, own = plan.study.reference, bool(plan.own_workloads)
     metrics = [primary_metric(phase, own_workloads=own) for phase in plan.phases]  # type: ignore[arg-type]
     if not any(record.side for record in records):
@@ -217,14 +217,14 @@ def find_unfinished(plan: Plan, earlier: Collection[TrialRecord], *, whole: bool
         attempts = {settled.get(slot.trial) for slot in group.slots}
         return None not in attempts and len(attempts) == 1
 
-    left = {group for group in plan.groups if not is_settled(group)} - set(_skipped(plan, earlier))
+    left = {group for group in plan.groups if not is_settled(group)} - set(_skipped_groups(plan, earlier))
     begun = {record.replicate for record in earlier if whole or record.site}
     again = {group.replicate for group in left} & begun
-    again |= _of_two_sites(earlier)
+    again |= _replicates_of_two_sites(earlier)
     return tuple(group for group in plan.groups if group in left or group.replicate in again)
 
 
-def _skipped(plan: Plan, earlier: Collection[TrialRecord]) -> list[Group]:
+def _skipped_groups(plan: Plan, earlier: Collection[TrialRecord]) -> list[Group]:
     """Isolated trials that minutes did not suffice for: they have no record, and what comes after them has. Where some
     were left out, those of the interrupted replicate are as well."""
     recorded, begun = {record.trial for record in earlier}, {record.replicate for record in earlier}
@@ -236,7 +236,7 @@ def _skipped(plan: Plan, earlier: Collection[TrialRecord]) -> list[Group]:
     return [groups[number] for number in alone if some and groups[number].replicate in begun]
 
 
-def _of_two_sites(records: Collection[TrialRecord]) -> set[int]:
+def _replicates_of_two_sites(records: Collection[TrialRecord]) -> set[int]:
     """Replicates with trials of more than one site: the first was lost, and the run ended before the other's end."""
     sites: dict[int, set[str]] = {}
     for record in records:

@@ -33,7 +33,7 @@ def break_off(run, *, keep):
     (run.path / "manifest.json").write_text(json.dumps(manifest | {"status": "interrupted"}))
 
 
-def test_a_study_says_its_sites_and_a_run_is_gone_on_with_there(placed, run):
+def test_a_study_names_its_sites_and_a_run_is_resumed_there(placed, run):
     """Without a word on the command line; the manifest holds them."""
     _, first, _ = run("run", placed('sites = ["0", "1"]'))
     assert sites_of_whole(first) == {"cpus-0", "cpus-1"}

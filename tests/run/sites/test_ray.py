@@ -1,5 +1,5 @@
 """Replicates on the nodes of a Ray cluster: a real one of three nodes on this machine, whose nodes and driver are
-killed, with real trials (make proof-long); and what is made of a cluster's description, which needs none."""
+killed, with real trials (make proof-long); and how a cluster's description becomes sites, which needs none."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def queue(tmp_path, monkeypatch):
         (programs / name).write_text(text.replace("{python}", sys.executable).replace("{queue!r}", repr(str(queue))))
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
-    monkeypatch.setattr(slurm, "ASK_S", 0.2)
+    monkeypatch.setattr(slurm, "QUEUE_POLL_S", 0.2)
     monkeypatch.setattr(slurm, "SETTLE_S", 1.0)
     return queue
 
@@ -110,7 +110,7 @@ def test_options_of_sbatch_are_passed_on():
     assert sbatch_options({"gres": "gpu:1"})[4:] == ["--time=60", "--gres=gpu:1"]
 
 
-def test_what_sbatch_refuses_is_told(placed, run, queue, tmp_path):
+def test_a_refusal_of_sbatch_is_reported(placed, run, queue, tmp_path):
     """By its own message, and nothing is left."""
     (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
     code, last, said = run("run", placed('on = "slurm:partition=p"'))

@@ -21,12 +21,12 @@ from lorameter.run.workers.local import LocalExecutor
 
 @pytest.mark.parametrize("program", ["/bin/false", "/bin/echo", "/no/such/python"])
 def test_a_program_that_is_no_python_is_refused(program):
-    """Whether it fails, says something else or is not there: the error names it and what it said."""
+    """Whether it fails, prints something else or does not exist: the error names it and its output."""
     with pytest.raises(UsageError, match=program):
         inspect(Host(python=program))
 
 
-def test_a_package_installed_from_a_commit_is_told_by_it(tmp_path):
+def test_a_package_installed_from_a_commit_is_identified_by_it(tmp_path):
     """Two commits of one version differ."""
     for name, commit in (("one", "a" * 40), ("two", "b" * 40)):
         folder = tmp_path / name / "widget-1.0.dist-info"

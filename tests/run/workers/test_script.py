@@ -147,7 +147,7 @@ def test_nothing_follows_the_training(run, records):
     assert sorted(path.name for path in folder.iterdir()) == ["runs", "scripted.py"]
 
 
-def test_one_that_ends_after_its_turns_counts_and_is_said(records):
+def test_one_that_ends_after_its_turns_counts_with_a_notice(records):
     """The timed steps are all there; the last of those for the losses are not."""
     (notice,) = records["late"].notices
     assert (notice.code, records["late"].values["training_steps"]) == ("training-ended-early", ALL_STEPS - 1)

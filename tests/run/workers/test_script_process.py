@@ -41,7 +41,7 @@ def greet(turns, harness):
 
 
 @pytest.mark.parametrize(("option", "kind"), [("-I", "NotHooked"), ("-u", "NeverTrained")])
-def test_a_python_that_reads_no_path_is_told_from_one_that_never_trains(tmp_path, option, kind):
+def test_a_python_without_the_hook_differs_from_one_that_never_trains(tmp_path, option, kind):
     """Nothing of the one can be heard, whatever it does; the other has nothing to say."""
     turns = f"@lorameter-test-{secrets.token_hex(8)}"
     variables = variables_of(

@@ -72,8 +72,8 @@ def test_a_copy_is_no_part_of_what_is_copied(project, monkeypatch):
     assert "inside" not in {path.name for path in inside.iterdir()}
 
 
-def test_large_files_are_linked_and_said(project, tmp_path, monkeypatch):
-    """They are not copied for each process, so what is written into them is written into the original."""
+def test_large_files_are_linked_with_a_notice(project, tmp_path, monkeypatch):
+    """They are not copied for each process, so a script that writes into them changes the original."""
     monkeypatch.setattr(script_sandbox, "LARGE_BYTES", 10)
     copy = take_snapshot(project, tmp_path / "copy")
     assert (copy / "data" / "rows.jsonl").is_symlink()
@@ -106,7 +106,7 @@ def linked(project):
     return project
 
 
-def test_a_link_that_leads_outside_is_shared_and_said(linked, tmp_path):
+def test_a_link_that_leads_outside_is_shared_with_a_notice(linked, tmp_path):
     """Also where nothing is there yet; those that stay within are not named."""
     copy = take_snapshot(linked, tmp_path / "snapshot")
     assert (copy / "away" / "kept.txt").read_text() == (copy / "away-by-a-link").read_text() == "kept"
@@ -132,7 +132,7 @@ def test_a_folder_that_holds_too_much_is_refused(project, monkeypatch):
         ("python train.py --log_level info --save_steps 10 run_name=x --output_dir", None),
     ],
 )
-def test_what_cannot_be_kept_apart_is_said_before_the_start(project, command, code):
+def test_output_outside_of_the_folder_has_a_notice(project, command, code):
     """Output outside of its folder, as far as the command shows it."""
     variant = ScriptVariant(name="a", command=command)
     found = [notice.code for notice in shared_notices(variant, project)]
@@ -153,12 +153,12 @@ def test_the_environment_publishes_nothing_and_shares_no_cache(tmp_path):
 
 
 def test_the_word_python_is_the_interpreter_that_is_meant(project):
-    """That of the side, or of the variant; what is no program or no file is refused."""
+    """That of the side, or of the variant; a program or a file that does not exist is refused."""
     plain = ScriptVariant(name="a", command="python train.py --r 8")
     assert words_of(plain, "/side/python", {}, project, origin=project) == ["/side/python", "train.py", "--r", "8"]
     own = ScriptVariant(name="a", command="python3 train.py", python=sys.executable)
     assert words_of(own, "/side/python", {}, project, origin=project)[0] == sys.executable
-    for command, said in (("python other.py", "no file 'other.py'"), ("nobody train.py", "no program 'nobody'")):
+    for command, said in (("python other.py", "no file 'other.py'"), ("nothing train.py", "no program 'nothing'")):
         with pytest.raises(UsageError, match=said):
             words_of(
                 ScriptVariant(name="a", command=command), "/side/python", {"PATH": "/nowhere"}, project, origin=project
@@ -217,7 +217,7 @@ def test_a_command_that_brings_its_own_interpreter_leaves_a_side_no_room(project
         ("..", "{}"),
     ],
 )
-def test_what_lies_beside_the_folder_is_found_from_its_copy(tmp_path, word, leads):
+def test_paths_to_the_parent_folder_work_in_the_copy(tmp_path, word, leads):
     """By its whole path; an output path stays next to the copy, where it is removed with the trial."""
     for name in ("data/rows.jsonl", "project/train.py", "scratch/copy/train.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

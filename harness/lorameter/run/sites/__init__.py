@@ -1,1 +1,1 @@
-"""Where replicates are measured when there are several places for them: whole replicates are spread, never trials."""
+"""Sites: several devices or machines that measure one run. Whole replicates are distributed, never single trials."""

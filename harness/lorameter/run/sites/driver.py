@@ -1,7 +1,7 @@
 """Measures a plan in jobs: several at a time, each an ordinary run of some replicates, merged into one run.
 
-What is spread is the replicate: its variants take turns in one job, so every ratio is within a site. A job leaves its
-records in a folder below the run's (`lorameter.run.sites.folder`), and only this process writes the run. A job that is
+Replicates are distributed whole: their variants take turns in one job, so every ratio is within a site. A job writes
+into a folder below the run's (`lorameter.run.sites.folder`), and only this process writes the run. A job that is
 lost loses the replicate that it was measuring, which another job measures from its start.
 """
 
@@ -37,8 +37,8 @@ from lorameter.run.sites.folder import JOBS, LOG, JobOrder, JobState, read_order
 from lorameter.run.sites.slurm import cancel_job
 from lorameter.verdicts.comparison_input import Difference, differences
 
-LOOK_S = 1.0
-"""How often jobs are looked at; a look reads a file of a few lines."""
+POLL_S = 1.0
+"""Seconds between two looks at the state files of the jobs, which have a few lines."""
 END_TIMEOUT_S = 30.0
 """A job that is asked to end saves its records and kills its processes."""
 MOST_LOSSES = 3
@@ -88,7 +88,7 @@ class MergedRun:
             path: folder of the run.
             begin: makes the run's manifest of that of the first job.
             earlier: manifest of a run that is resumed, maybe by another version of lorameter.
-            records: what the run has and keeps.
+            records: those that the run has already.
             mixed: whether the kinds of machines may differ.
             saved: receives each record that is merged.
         """
@@ -102,9 +102,8 @@ class MergedRun:
         self._mixed, self._saved = mixed, saved
 
     def take(self, folder: Path, state: JobState, *, everything: bool = False) -> set[int]:
-        """Keep what a job has measured; returns the replicates of it. Of one that was lost the replicate that was under
-        way is left out, unless `everything` is wanted. Raises `InvalidRunError` for a job that is unlike the run, of
-        which nothing is kept."""
+        """Save the records of a job; returns their replicates. The unfinished one of a lost job is left out unless
+        `everything` is true. Raises `InvalidRunError`, and saves nothing, for a job that is unlike the run."""
         if not (runs := store.list_runs(folder)):
             return set()
         self._join(store.read_manifest(runs[0]), state.site)
@@ -122,7 +121,7 @@ class MergedRun:
         return {record.replicate for record in records}
 
     def _join(self, manifest: Manifest, site: str) -> None:
-        """Let a job be part of the run, which begins with the first."""
+        """Check that a job is like the first one, with which the run begins."""
         first = self._first
         again = first is not None and self.writer is None
         if first is not None and (unlike := find_unlike(first, manifest, mixed=self._mixed, again=again)):
@@ -139,7 +138,7 @@ class MergedRun:
             self._first, self.writer = manifest, RunWriter(self._path.parent, self._begin_manifest(manifest))
 
     def collect(self, folder: Path) -> None:
-        """Keep the logs and notices of a job that has ended."""
+        """Copy the logs and notices of a job that has ended."""
         for path in store.list_runs(folder):
             manifest = store.read_manifest(path)
             self.notices += [notice for notice in manifest.notices if notice.code != SKIPPED]  # of its part alone
@@ -149,7 +148,7 @@ class MergedRun:
 
 
 def find_unlike(first: Manifest, other: Manifest, *, mixed: bool, again: bool) -> list[Difference]:
-    """In what a job differs from the first one so that they cannot be compared: machine, libraries, tokens or sides.
+    """The differences to the first job that make a comparison impossible: machine, libraries, tokens or sides.
 
     `mixed`: whether the kinds of machines may differ; `again`: whether the version of lorameter may.
     """
@@ -205,7 +204,7 @@ def measure_in_jobs(
         launcher: of the jobs.
         path: folder of the run.
         earlier: the run as it was, if it is resumed.
-        shown: shows what is under way.
+        shown: shows the progress.
         stops: handles signals.
         local: whether the sites are of this machine.
         if_busy: what a job does if its device is in use; None: this process holds the devices.
@@ -304,7 +303,7 @@ class _Jobs:
         self._waiting = deque(tuple(part) for part in parts if part)
 
     def run(self, stops: InterruptHandler) -> str | None:
-        """Have all replicates measured; returns why it stopped early."""
+        """Measure all replicates; returns the reason if it stopped early."""
         unlimited = Budget()  # the time limit is kept by each job for itself
         while self._waiting or self._jobs:
             with stops.interruptible():
@@ -313,7 +312,7 @@ class _Jobs:
                 if not self._jobs:
                     last = self._merged.notices[-1]
                     raise InvalidRunError(f"{last.message} No site is left. {last.remedy}")
-                time.sleep(LOOK_S)
+                time.sleep(POLL_S)
                 running = self._launcher.running()
             for job in self._ended(running):
                 state = read_state(job.folder)
@@ -323,7 +322,7 @@ class _Jobs:
         return None
 
     def _ended(self, running: Container[Path]) -> list[Job]:
-        """The jobs that have ended, with their logs and notices kept; they are under way no more."""
+        """Remove the jobs that have ended from those under way and return them, their logs and notices copied."""
         ended = [one for one in self._jobs if one.folder not in running or read_state(one.folder).ended]
         self._jobs = [job for job in self._jobs if job not in ended]
         for job in ended:
@@ -331,15 +330,15 @@ class _Jobs:
         return ended
 
     def end(self, *, everything: bool) -> None:
-        """Ask the jobs that are left to end, wait for them, and keep what they have finished, or `everything`."""
+        """Cancel the jobs that are left, wait for them, and save what they have finished, or `everything`."""
         with contextlib.suppress(Exception):  # nothing may keep the records from being saved
             self._launcher.cancel()
             deadline = time.monotonic() + END_TIMEOUT_S
             while self._jobs and time.monotonic() < deadline:
                 for job in self._ended(self._launcher.running()):
-                    with contextlib.suppress(InvalidRunError):  # unlike the others, so that nothing of it is kept
+                    with contextlib.suppress(InvalidRunError):  # unlike the others
                         self._merged.take(job.folder, read_state(job.folder))
-                time.sleep(LOOK_S / 10)
+                time.sleep(POLL_S / 10)
         for folder in sorted(self._folder.glob("*")) if everything else ():
             with contextlib.suppress(InvalidRunError, OSError):
                 self._merged.take(folder, read_state(folder), everything=True)
@@ -363,7 +362,7 @@ class _Jobs:
         self._jobs.append(Job(folder=folder, slot=slot, replicates=replicates))
 
     def _judge(self, job: Job, state: JobState, measured: set[int]) -> None:
-        """What becomes of a site whose job has ended, and of the replicates that it has lost and not `measured`.
+        """Free the site of a job that has ended, and queue its replicates that are not `measured`.
 
         Raises `UsageError` for an error that the user must fix.
         """
@@ -394,7 +393,7 @@ class _Jobs:
 
 
 def read_broken_off_with_jobs(name: str, runs: Path, *, study: str | None = None) -> Run:
-    """As `lorameter.run.resume.read_broken_off`, with what the jobs of a process that was killed have measured."""
+    """`lorameter.run.resume.read_broken_off`, after the records that jobs of a killed process left are merged."""
     for path in (Path(name), runs / name):
         if (path / JOBS).is_dir():
             merge_left(path)
@@ -402,8 +401,8 @@ def read_broken_off_with_jobs(name: str, runs: Path, *, study: str | None = None
 
 
 def merge_left(path: Path) -> None:
-    """Merge into a run what the jobs of a process that was killed have measured, and remove the jobs. A run that had
-    not begun yet begins with them.
+    """Merge the records that jobs of a killed process left into their run, and remove the jobs. A run without a
+    manifest begins with that of the first job.
 
     Jobs of SLURM that still run are cancelled first; others ended with the process.
     """
@@ -422,7 +421,7 @@ def merge_left(path: Path) -> None:
         deadline = time.monotonic() + END_TIMEOUT_S
         for folder in folders:
             while cancel_job(folder) and not read_state(folder).ended and time.monotonic() < deadline:
-                time.sleep(LOOK_S)
+                time.sleep(POLL_S)
             with contextlib.suppress(InvalidRunError):  # unlike the run
                 merged.take(folder, read_state(folder), everything=True)
             copy_logs(folder, path)

@@ -42,11 +42,11 @@ class JobOrder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobState:
-    """What a job says of itself."""
+    """The state of a job, which it writes itself."""
 
     site: str = ""
     machine: str = ""
-    """Its kind, for a reader."""
+    """A description of its hardware."""
     facts: MachineFacts | None = None
     """Of a job without a plan: its machine and what is installed there."""
     free_bytes: int | None = None

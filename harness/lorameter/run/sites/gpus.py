@@ -87,55 +87,55 @@ def _share(what: str, numbers: Sequence[int], cpus: Sequence[int], gpus: Sequenc
     return Share(name="-".join([what, *map(str, numbers)]), host=host)
 
 
-def share_cpus(cpus: Iterable[int], sites: int, asked: str) -> list[Sequence[int]]:
+def share_cpus(cpus: Iterable[int], sites: int, option: str) -> list[Sequence[int]]:
     """Equal parts of the cores, one for each site, by their CPUs: two threads of one core are never of two sites.
-    Raises `UsageError`, with what was `asked`, for too many sites."""
+    Raises `UsageError`, which begins with the `option`, for too many sites."""
     cores = cores_of(cpus)
     each = len(cores) // sites
     if not each:
         threads = sum(map(len, cores))
         of_cores = "" if threads == len(cores) else f" of {format_count(len(cores), 'core')}"
         raise UsageError(
-            f"{asked}: {sites} sites and {format_count(threads, 'CPU')}{of_cores} that this process may use: they "
+            f"{option}: {sites} sites and {format_count(threads, 'CPU')}{of_cores} that this process may use: they "
             "would share cores. Use fewer sites."
         )
     return [sorted(itertools.chain(*cores[site * each : (site + 1) * each])) for site in range(sites)]
 
 
 def _find_gpus(numbers: Sequence[int], listed: Sequence[str], *, mixed: bool) -> list[VisibleGpu]:
-    """Each by its number among those that are visible."""
-    asked, gpus = say_sites(listed), visible_gpus().value
-    if gpus is None:
-        raise UsageError(f"{asked}: which GPUs there are cannot be known here. Leave it out.")
-    found: list[VisibleGpu] = []
+    """GPUs by their numbers among those that are visible."""
+    option, visible = say_sites(listed), visible_gpus().value
+    if visible is None:
+        raise UsageError(f"{option}: which GPUs there are cannot be known here. Leave it out.")
+    gpus: list[VisibleGpu] = []
     for number in numbers:
-        if number >= len(gpus):
-            raise UsageError(f"{asked}: GPU {number}: {len(gpus)} are visible here. Count from 0.")
-        gpu = gpus[number]
+        if number >= len(visible):
+            raise UsageError(f"{option}: GPU {number}: {len(visible)} are visible here. Count from 0.")
+        gpu = visible[number]
         if gpu.name.value is None:
-            raise UsageError(f"{asked}: what GPU {number} is cannot be known: {gpu.name.reason}. Leave it out.")
-        found.append(gpu)
-    for parts in shared_boards(found):
+            raise UsageError(f"{option}: what GPU {number} is cannot be known: {gpu.name.reason}. Leave it out.")
+        gpus.append(gpu)
+    for parts in shared_boards(gpus):
         raise UsageError(
-            f"{asked}: {say_entries(parts)} are parts of one GPU, and what is measured on one would be in the times "
+            f"{option}: {say_entries(parts)} are parts of one GPU, and what is measured on one would be in the times "
             "of the other. Name one part of each GPU."
         )
-    kinds = {gpu.kind for gpu in found}
+    kinds = {gpu.kind for gpu in gpus}
     if len(kinds) > 1 and not mixed:
         raise UsageError(
-            f"{asked}: GPUs of different kinds ({', '.join(sorted(kinds))}), whose times are not those of one "
+            f"{option}: GPUs of different kinds ({', '.join(sorted(kinds))}), whose times are not those of one "
             "machine. Name GPUs of one kind, and measure the others in a run of their own, or have each site judged "
             "by itself by --mixed."
         )
-    return found
+    return gpus
 
 
 def executors_of_ranks(host: Host, ranks: int) -> list[Executor]:
-    """An executor for each GPU that the ranks of a trial take in a host, the first of those that it sees, or for what
-    it has instead; nothing is started."""
-    taken = visible_gpus(host.variables(os.environ)).value or () if ranks > 1 else ()
-    seen = [{VARIABLE: str(gpu.entry)} for gpu in taken[:ranks]] or [{}]
-    return [open_executor(host=dataclasses.replace(host, environment=host.environment | one)) for one in seen]
+    """An executor for each GPU that the ranks of a trial use in a host, the first visible ones; one for the device of
+    the host if there is one rank, or if no GPU is known. Nothing is started."""
+    gpus = visible_gpus(host.variables(os.environ)).value or () if ranks > 1 else ()
+    variables = [{VARIABLE: str(gpu.entry)} for gpu in gpus[:ranks]] or [{}]
+    return [open_executor(host=dataclasses.replace(host, environment=host.environment | one)) for one in variables]
 
 
 class LocalJobs:

@@ -28,7 +28,7 @@ from lorameter.run.workers.environment import Host
 
 
 def run_job(folder: Path) -> None:
-    """Carry out the order in a folder; whatever comes of it is written into the state."""
+    """Carry out the order in a folder, and write the outcome into its state."""
     order = read_order(folder)
     state = JobState(site=order.site or _name_site())
     try:

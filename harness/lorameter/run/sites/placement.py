@@ -18,7 +18,7 @@ from lorameter.errors import InvalidRunError, UsageError
 from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.records import store
 from lorameter.run.device_lock import IfBusy, hold_devices
-from lorameter.run.sites.driver import LOOK_S, Launcher
+from lorameter.run.sites.driver import POLL_S, Launcher
 from lorameter.run.sites.folder import JobOrder, JobState, read_state, write_order
 from lorameter.run.sites.gpus import LocalJobs, Share, check_spreadable, executors_of_ranks, local_shares
 from lorameter.run.workers import Executor, open_executor
@@ -77,8 +77,8 @@ class Placement:
 
     @contextlib.contextmanager
     def hold(self, if_busy: IfBusy) -> Iterator[bool]:
-        """Meanwhile no other run measures on the devices of this machine; says whether another had to be waited for.
-        Each job on a cluster holds its own."""
+        """Lock the devices of this machine inside the block; yields whether another run was waited for. Each job on a
+        cluster locks its own."""
         self.if_busy = if_busy
         hosts = [] if self.is_remote else [share.host for share in self.shares] or [Host()]
         with hold_devices([one for host in hosts for one in executors_of_ranks(host, self.ranks)], if_busy) as waited:
@@ -133,7 +133,7 @@ def describe_node(launcher: Launcher, runs: Path, where: str) -> JobState:
         while not (state := read_state(folder)).ended:
             if folder not in launcher.running() and not (state := read_state(folder)).ended:
                 raise InvalidRunError(f"{where}: no node was described: {launcher.why(folder)}.")
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
         if state.error:
             raise (UsageError if state.usage else InvalidRunError)(f"{where}: site {state.site}: {state.error}")
         return state

@@ -63,7 +63,7 @@ def shares_of(nodes: Sequence[dict[str, Any]], wanted: Sequence[str] = (), *, ra
     alive = [node for node in alive if not wanted or names[node["NodeID"]] in wanted]
     resources = {node["NodeID"]: node.get("Resources", {}) for node in alive}
     with_gpus = any(one.get("GPU", 0) >= 1 for one in resources.values())
-    found: list[NodeShare] = []
+    sites: list[NodeShare] = []
     for node in sorted(alive, key=lambda one: names[one["NodeID"]]):
         key, has = node["NodeID"], resources[node["NodeID"]]
         cpus, gpus = float(has.get("CPU", 0)), int(has.get("GPU", 0))
@@ -72,14 +72,14 @@ def shares_of(nodes: Sequence[dict[str, Any]], wanted: Sequence[str] = (), *, ra
             for share in range(shares):
                 numbers = "-".join(str(gpu) for gpu in range(share * ranks, (share + 1) * ranks))
                 site, part = f"{names[key]}-gpu-{numbers}", cpus // shares
-                found.append(NodeShare(site=site, node=key, cpus=part, gpus=ranks, share=share, shares=shares))
+                sites.append(NodeShare(site=site, node=key, cpus=part, gpus=ranks, share=share, shares=shares))
         elif cpus >= 1:
-            found.append(NodeShare(site=names[key], node=key, cpus=cpus))
-    if not found and with_gpus and ranks > 1:
+            sites.append(NodeShare(site=names[key], node=key, cpus=cpus))
+    if not sites and with_gpus and ranks > 1:
         raise UsageError(f"ranks = {ranks}: no node of the Ray cluster has so many GPUs. Use fewer ranks.")
-    if not found:
+    if not sites:
         raise UsageError("the Ray cluster has no node with a CPU or a GPU to measure on. See `ray status`.")
-    return tuple(found)
+    return tuple(sites)
 
 
 def _names(nodes: Sequence[dict[str, Any]]) -> dict[str, str]:

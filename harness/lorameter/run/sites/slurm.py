@@ -22,10 +22,10 @@ from lorameter.studies.placement import SlurmRequest, say_on
 
 TIME_MINUTES = 60
 """Time limit of a job if `time` is not given."""
-ASK_S = 10.0
-"""How often squeue is asked."""
+QUEUE_POLL_S = 10.0
+"""Seconds between two calls of squeue."""
 SETTLE_S = 60.0
-"""A job may have ended this long before its last file is seen on NFS (nfs(5), acdirmax)."""
+"""A job may have ended this long before its last file is visible on NFS (nfs(5), acdirmax)."""
 TIMEOUT_S = 30.0
 _ID_FILE = "slurm-id"
 _ID = re.compile(r"[0-9]+")
@@ -43,9 +43,9 @@ class SlurmJobs:
         self._request = request
         self.slots = ("",) * request.sites
         self._ids: dict[Path, str] = {}
-        self._seen: dict[Path, float] = {}
+        self._queued_s: dict[Path, float] = {}
         """When each job was last in the queue, by `time.monotonic`."""
-        self._asked_s = 0.0
+        self._polled_s = 0.0
 
     def start(self, folder: Path, slot: str) -> None:
         """Submit a job. Raises `UsageError` with the message of sbatch where it refuses."""
@@ -56,7 +56,7 @@ class SlurmJobs:
             f"--output={str(folder / LOG).replace('%', '%%')}",
         ]
         script = f"#!/bin/sh\nexec {shlex.join(command(sys.executable, folder))}\n"
-        done = _ask(words, script)
+        done = _run(words, script)
         job = done.stdout.strip().partition(";")[0]
         if done.returncode or not _ID.fullmatch(job):
             reason = shorten((done.stderr or done.stdout).strip())
@@ -64,29 +64,29 @@ class SlurmJobs:
         (folder / _ID_FILE).write_text(job)
         if not self._ids:
             tell_stderr(f"job {job} is submitted to SLURM, and waited for.")
-        self._ids[folder], self._seen[folder] = job, time.monotonic()
+        self._ids[folder], self._queued_s[folder] = job, time.monotonic()
 
     def running(self) -> set[Path]:
         """Folders of the jobs that have not ended, as far as squeue knows."""
         now = time.monotonic()
-        if now - self._asked_s >= ASK_S and self._ids:
-            self._asked_s = now
-            done = _ask(["squeue", "--noheader", f"--jobs={','.join(self._ids.values())}", "--format=%i"])
+        if now - self._polled_s >= QUEUE_POLL_S and self._ids:
+            self._polled_s = now
+            done = _run(["squeue", "--noheader", f"--jobs={','.join(self._ids.values())}", "--format=%i"])
             unknown = done.returncode and "Invalid job id" not in done.stderr  # squeue does not answer
             queued = set(self._ids.values()) if unknown else set(done.stdout.split())
-            self._seen |= {folder: now for folder, job in self._ids.items() if job in queued}
-        return {folder for folder, seen in self._seen.items() if now - seen < SETTLE_S}
+            self._queued_s |= {folder: now for folder, job in self._ids.items() if job in queued}
+        return {folder for folder, last_s in self._queued_s.items() if now - last_s < SETTLE_S}
 
     def why(self, folder: Path) -> str:
-        """How SLURM says that a job ended."""
+        """The state in which a job ended, by sacct."""
         job = self._ids[folder]
-        done = _ask(["sacct", "--noheader", "--parsable2", "--allocations", "--format=State", f"--jobs={job}"])
+        done = _run(["sacct", "--noheader", "--parsable2", "--allocations", "--format=State", f"--jobs={job}"])
         return f"its job {job} ended{f': {state}' if (state := done.stdout.strip()) else ' without a result'}"
 
     def cancel(self) -> None:
         """Cancel all jobs."""
         if self._ids:
-            _ask(["scancel", *self._ids.values()])
+            _run(["scancel", *self._ids.values()])
 
     def close(self) -> None:
         """Cancel what has not ended."""
@@ -94,12 +94,12 @@ class SlurmJobs:
 
 
 def cancel_job(folder: Path) -> bool:
-    """Cancel the SLURM job of a folder, if it is one; says whether it was."""
+    """Cancel the SLURM job of a folder; returns whether the folder is that of a SLURM job."""
     if not (folder / _ID_FILE).is_file():
         return False
     job = (folder / _ID_FILE).read_text()
     if _ID.fullmatch(job):  # it becomes an argument
-        _ask(["scancel", job])
+        _run(["scancel", job])
     return True
 
 
@@ -112,8 +112,8 @@ def sbatch_options(passed: Mapping[str, Any]) -> list[str]:
     return ["--job-name=lorameter", "--nodes=1", "--ntasks=1", "--no-requeue", *alone, *options]
 
 
-def _ask(words: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
-    """What a command of SLURM answers; one that does not has a return code."""
+def _run(words: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a command of SLURM; one that cannot be run, or hangs, has the return code 1."""
     try:
         return subprocess.run(
             words, input=text, capture_output=True, text=True, errors="replace", check=False, timeout=TIMEOUT_S

@@ -151,7 +151,7 @@ class Executor(abc.ABC):
     """Of the run."""
     logs: Path
     scratch: Path
-    """For what is not kept."""
+    """For temporary files."""
     threads: int
     """Of each measuring process."""
     _stack: contextlib.ExitStack | None = None

@@ -1,7 +1,7 @@
 """A script that any Python can run: what is installed here, and which file an import would load.
 
-It is handed to an interpreter as text (`python -c`), because that interpreter may have no lorameter, or an older
-one. So it imports the standard library only, and nothing that it is asked about.
+It is passed to an interpreter as text (`python -c`), because that interpreter may have no lorameter, or an older
+one. So it imports the standard library only, and none of the modules that it looks for.
 """
 
 import importlib.metadata
@@ -18,13 +18,13 @@ def packages() -> "dict[str, str]":
     A distribution that was installed from a repository has its commit added: the version alone does not
     distinguish two commits.
     """
-    found: dict[str, str] = {}
+    versions: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
         metadata = distribution.metadata  # once: each look at it reads and parses the file anew
         name = metadata["Name"]
         if name:  # a half-removed distribution has no name
-            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), str(metadata["Version"]) + _commit(distribution))
-    return dict(sorted(found.items()))
+            versions.setdefault(re.sub(r"[-_.]+", "-", name).lower(), str(metadata["Version"]) + _commit(distribution))
+    return dict(sorted(versions.items()))
 
 
 def _commit(distribution: importlib.metadata.Distribution) -> str:
@@ -45,7 +45,7 @@ def origin(module: str) -> "str | None":
 
 
 if __name__ == "__main__":
-    print(  # on a line of its own, whatever has been said before
+    print(  # on a line of its own, whatever was printed before
         "\n"
         + json.dumps(
             {

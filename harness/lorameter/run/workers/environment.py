@@ -2,8 +2,8 @@
 environments made for requirements.
 
 The two sides of an A/B differ in their host and in nothing else: the same command lines are started in both. What a
-host has installed is asked of a process of its own, which runs a script of the standard library only
-(`describe_env.py`), so that an interpreter without lorameter can answer too and nothing imports torch.
+host has installed is read by a process of its own, which runs a script of the standard library only
+(`describe_env.py`), so that it works in an interpreter without lorameter and nothing imports torch.
 
 A side of an A/B that is another version of a library must not change what is installed. So its requirements go into a
 virtual environment whose path continues into the present environment: the requirements, and what pip installs with
@@ -122,17 +122,15 @@ def describe(host: Host) -> dict[str, Any]:
     torch = facts.origins["torch"]
     return {
         "python": facts.python,
-        "libraries": {name: _version(facts.packages.get(name)) for name in LIBRARIES},
+        # without the commit that the script adds
+        "libraries": {
+            name: facts.packages[name].split(" ")[0] if name in facts.packages else None for name in LIBRARIES
+        },
         "cuda": None if torch is None else cuda_of(Path(torch).parent),
         "packages": facts.packages,
         "git": git_state(Path(host.cwd) if host.cwd is not None else Path.cwd()),
         "switches": switches_of(host.variables(os.environ)),
     }
-
-
-def _version(described: str | None) -> str | None:
-    """The bare version, without the commit that `facts` adds."""
-    return None if described is None else described.split(" ")[0]
 
 
 _REMEDY = "Name the executable of a Python 3.11 or later, for example ENVIRONMENT/bin/python."

@@ -1,10 +1,10 @@
-"""Trials that are scripts: each is started as its command says, held before its first step, and let take its turns.
+"""Trials of scripts: each script is started with its command, waits before its first step, and then takes its turns.
 
-A launcher starts others in sessions of their own, so the group of the first process is not all. Every process that
-belongs to the trial has the name of its socket in its environment, and that is what they are found by at the end.
+A launcher starts processes in sessions of their own, which are not in the group of the first process. Every process of
+the trial has the name of its socket in its environment, by which all of them are found and ended.
 
-There is no zygote: a script imports what it imports, and that is its own affair. The interpreter is the one that the
-command means in the current environment, that of a side of an A/B, or that of the variant.
+There is no zygote: a script does its own imports. The interpreter is that of the variant or of a side of an A/B, else
+the one that the command names in the current environment.
 """
 
 from __future__ import annotations
@@ -66,15 +66,15 @@ TOKENS = TokenSummary(
     padded_tokens=0,
     records=0,
 )
-"""What is known of the tokens of scripts before they run."""
+"""The description of the tokens of scripts, which are not known before they run."""
 
 
-OF_A_PROCESS = {"involuntary_switches"}
-OF_NEIGHBOURS = {"others", "others_bytes", "hidden_bytes"}
+PROCESS_COUNTERS = {"involuntary_switches"}
+NEIGHBOUR_COUNTERS = {"others", "others_bytes", "hidden_bytes"}
 
 SAFE_PATH = "PYTHONSAFEPATH"
-"""Keeps the current folder off the path where the interpreter of a side is asked what it has. In front of a
-script's path is its own folder, as where it is started by hand."""
+"""Keeps the current folder off the path while an interpreter is inspected. A script has its own folder first on its
+path, as when it is started by hand."""
 
 
 def is_named(host: Host) -> bool:
@@ -83,21 +83,21 @@ def is_named(host: Host) -> bool:
 
 
 def python_of(host: Host) -> str:
-    """What the word python means: the interpreter of a side, else the one on PATH, as in a shell; the
-    present one where that has no torch."""
+    """The interpreter that the word `python` names: that of a side, else the one on PATH, as in a shell; the present
+    one if that has no torch."""
     if is_named(host):
         return host.python
-    found = shutil.which("python") or shutil.which("python3")
-    if found is None or Path(found).absolute() == Path(sys.executable).absolute():  # their links may meet
+    program = shutil.which("python") or shutil.which("python3")
+    if program is None or Path(program).absolute() == Path(sys.executable).absolute():  # their links may meet
         return sys.executable
     try:
-        return found if inspect(Host(python=found), ["torch"]).origins["torch"] else sys.executable
+        return program if inspect(Host(python=program), ["torch"]).origins["torch"] else sys.executable
     except UsageError:  # it does not answer
         return sys.executable
 
 
 POLL_S = 0.05
-"""How often a process that has not connected yet is looked at: it is loading, and nothing is timed."""
+"""Seconds between two looks at a process that has not connected yet."""
 END_TIMEOUT_S = 10.0
 """A process whose connection has closed ends in this time, or is killed."""
 MAX_OUTPUT = 8000
@@ -183,7 +183,7 @@ class ScriptProcess:
         elif code is None:
             status, kind = "timeout", "Silent"
             message = (
-                f"the script came to no training within {timeout_s:g} s and was killed: it hangs, or loads longer. "
+                f"the script did not begin to train within {timeout_s:g} s and was killed: it hangs, or loads longer. "
                 "Raise step_timeout_s if it was at work"
             )
         elif code == 0:
@@ -217,7 +217,7 @@ class ScriptProcess:
         return ""
 
     def kill(self) -> None:
-        """End it and whatever it has started, wherever that is."""
+        """End it and all processes that it has started."""
         kill_group(self._process.pid)
         kill_marked(self._marker)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -239,7 +239,7 @@ class ScriptWorker(Worker):
     """A process of one script, started when its trial is prepared; its training answers (`ScriptTrial`)."""
 
     start_latency_s = 0.0
-    """What it takes to come to the first step is `ready_time_s` in its record."""
+    """The time to the first step is `ready_time_s` in the record."""
 
     def __init__(self, start: Callable[[ScriptRequest], ScriptProcess]) -> None:
         self._start = start
@@ -254,7 +254,7 @@ class ScriptWorker(Worker):
         if command == "prepare":
             return self._prepare(**arguments)
         process = self._process
-        assert process is not None  # a trial whose `prepare` fails is asked nothing more
+        assert process is not None  # a trial whose `prepare` fails gets no further command
         try:
             if command == "build":
                 record = self._build(process, trial, timeout_s)
@@ -265,7 +265,7 @@ class ScriptWorker(Worker):
         except WorkerLostError:
             self.end()
             raise
-        if command == "finish_training" or record.status != "ok":  # what the script would do next is not measured
+        if command == "finish_training" or record.status != "ok":  # the script must not go on after its last step
             process.kill()
         return record
 
@@ -302,8 +302,8 @@ class ScriptWorker(Worker):
         record = super().ask("turn", trial, timeout_s, steps=steps)
         host = self._host.end()
         gpu = {} if self._gpu is None else self._gpu.end(time.monotonic())
-        values = {telemetry_key("host", name, "train"): host[name] for name in host.keys() - OF_A_PROCESS}
-        values |= {telemetry_key("device", name, "train"): gpu[name] for name in gpu.keys() - OF_NEIGHBOURS}
+        values = {telemetry_key("host", name, "train"): host[name] for name in host.keys() - PROCESS_COUNTERS}
+        values |= {telemetry_key("device", name, "train"): gpu[name] for name in gpu.keys() - NEIGHBOUR_COUNTERS}
         return msgspec.structs.replace(record, values=record.values | values)
 
     def death(self, phase: str) -> WorkerLostError:
@@ -339,7 +339,7 @@ class ScriptExecutor(Executor):
         return 1
 
     def hello(self) -> WorkerInfo:
-        """What is known without a worker; a script says itself what it computes on, when it has begun."""
+        """What is known without a worker; a script reports its device when its training begins."""
         machine = self.machine()
         torch = provenance.library_version("torch")
         if self.host != Host():
@@ -352,11 +352,11 @@ class ScriptExecutor(Executor):
         )
 
     def prepare_tokens(self, workload: Workload, *, keep: bool = True) -> TokenSummary:
-        """Nothing: what is trained on is the script's."""
+        """No tokens are made: a script reads its own data."""
         return TOKENS
 
     def clear_place(self, trial: str) -> None:
-        """What the script wrote goes with its trial."""
+        """Remove the folder of the script as well."""
         super().clear_place(trial)
         if (home := self._homes.pop(trial, None)) is not None:
             shutil.rmtree(home, ignore_errors=True)
@@ -367,13 +367,13 @@ class ScriptExecutor(Executor):
 
     @property
     def host(self) -> Host:  # type: ignore[override]
-        """That of the side, with the interpreter that the word python means."""
+        """That of the side, with the interpreter that the word `python` names."""
         if self._python is None:
             self._python = python_of(self._side)
         return dataclasses.replace(self._side, python=self._python)
 
     def _snapshot(self, folder: Path) -> Path:
-        """The folder of a command as it was when it was first asked for. Raises `UsageError`."""
+        """The copy of a command's folder, made at the first request for it. Raises `UsageError`."""
         if folder not in self._snapshots:
             into = self.scratch / f"snapshot-{len(self._snapshots)}"
             self._snapshots[folder] = take_snapshot(folder, into)
@@ -404,9 +404,9 @@ class ScriptExecutor(Executor):
 
 def _free_port() -> int:
     """A TCP port that is free now."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def open_executor(*, host: Host | None = None, label: str = "") -> ScriptExecutor:

@@ -1,13 +1,13 @@
-"""Where a measured script works: a copy of its folder for each process, and nowhere to publish.
+"""The working directory and environment of a measured script: a copy of its folder, and trackers turned off.
 
-Several processes of one script are live at a time, each is started anew in every replicate, and each is ended in the
-middle. In the current folder they would write over each other's output and over what a training before them
-has left. So the folder is copied once when the run begins, and each process works in a copy of that copy, which goes
-when its trial has ended. All processes of a run thus have the same files, whatever is edited meanwhile.
+Several processes of one script are live at a time, each is started anew in every replicate, and each is killed before
+its end. In the current folder they would overwrite the output of each other and of earlier trainings. So the folder is
+copied once when the run begins, and each process works in a copy of that copy, which is removed when its trial has
+ended. All processes of a run thus have the same files, whatever is edited meanwhile.
 
-Not copied are files too large for that (they are linked, and said), environments and repositories (linked), what
-tools keep for themselves, and the temporary folders that this is copied into, which TMPDIR may put here. What a script
-writes by an absolute path is out of reach of this; what of it can be read from its command is said before the start.
+Large files, environments and repositories are linked and not copied; a notice names the large files. Caches of tools
+are left out, and so are temporary folders of lorameter, which TMPDIR may put here. A script can still write to an
+absolute path; a notice before the start names such a path if the command shows it.
 """
 
 from __future__ import annotations
@@ -132,9 +132,9 @@ def copy_snapshot(snapshot: Path, into: Path) -> Path:
     return Path(shutil.copytree(snapshot, into, symlinks=True, dirs_exist_ok=True))
 
 
-def folder_of(variant: ScriptVariant, stood_in: Path) -> Path:
+def folder_of(variant: ScriptVariant, current: Path) -> Path:
     """The folder of a variant's command. Raises `UsageError` where there is none."""
-    folder = stood_in / variant.cwd
+    folder = current / variant.cwd
     if not fileio.is_folder(folder):
         value = shorten(repr(variant.cwd))
         raise UsageError(f"variant {variant.name!r}: cwd = {value}: no folder {shorten(str(folder))}. Mend the path.")
@@ -151,15 +151,15 @@ def variables_of(
     socket: str,
     side: str = "",
 ) -> dict[str, str]:
-    """The environment of a script's process: what it would have, silenced, with caches and a port of its own.
+    """The environment of a script's process: the inherited one, without trackers, with caches and a port of its own.
 
     Args:
         variant: its `env` goes before all but what the harness itself needs.
-        inherited: of the side that it runs on.
+        inherited: variables of the side that it runs on.
         scratch: its folder, for caches.
         threads: of the CPU, unless the user's environment or the variant says otherwise.
-        port: free, for what its ranks meet at.
-        socket: name of that where it waits for its turns.
+        port: a free one, at which its ranks connect.
+        socket: name of the socket that it gets its turns from.
         side: the interpreter that a side of an A/B names; "" for none.
     """
     own = {
@@ -198,15 +198,15 @@ def words_of(
         UsageError: no such program, or no such script.
     """
     where = f"variant {variant.name!r}: command = {shorten(repr(variant.command))}"
-    words = _lead_out(split_command(f"variant {variant.name!r}", variant.command), origin)
+    words = _resolve_words(split_command(f"variant {variant.name!r}", variant.command), origin)
     if variant.python and not os.access(variant.python, os.X_OK):
         raise UsageError(
             f"variant {variant.name!r}: python = {variant.python!r}: no executable file. Name ENVIRONMENT/bin/python."
         )
     if words[0] in UNVERSIONED or (variant.python and PYTHON.fullmatch(words[0])):
         words[0] = variant.python or python
-    elif (found := _which(words[0], variables, folder)) is not None:
-        words[:1] = [side, found] if side and _is_of_another(found, side) else [found]
+    elif (program := _which(words[0], variables, folder)) is not None:
+        words[:1] = [side, program] if side and _is_of_another(program, side) else [program]
     else:
         raise UsageError(f"{where}: no program {shorten(repr(words[0]))} on PATH. Install it, or write its path.")
     if PYTHON.fullmatch(PurePath(words[0]).name):
@@ -218,16 +218,16 @@ def words_of(
     return words
 
 
-def _lead_out(words: Sequence[str], origin: Path) -> list[str]:
-    """The words, those that lead to something outside of the folder by their whole path: from a copy of it they would
-    lead to nothing. What is written to stays as it is, so that it is written next to the copy."""
-    found = []
+def _resolve_words(words: Sequence[str], origin: Path) -> list[str]:
+    """The words; a relative path to something outside of the folder becomes absolute, since it does not exist next to
+    the copy. An output path stays relative, so that it is next to the copy."""
+    resolved = []
     for before, word in zip(["", *words[:-1]], words, strict=True):
         option, equals, value = word.rpartition("=")
         written = _WRITING.fullmatch(option if equals else before)
         leads = value.startswith("..") and not written and (origin / value).exists()
-        found.append(f"{option}{equals}{os.path.normpath(origin / value)}" if leads else word)
-    return found
+        resolved.append(f"{option}{equals}{os.path.normpath(origin / value)}" if leads else word)
+    return resolved
 
 
 def _is_of_another(program: str, side: str) -> bool:
@@ -261,13 +261,13 @@ def _which(word: str, variables: Mapping[str, str], folder: Path) -> str | None:
     return shutil.which(word, path=variables.get("PATH"))
 
 
-def shared_notices(variant: ScriptVariant, stood_in: Path) -> Iterator[Notice]:
-    """What the processes of this script share, as far as its folder and its command show.
+def shared_notices(variant: ScriptVariant, current: Path) -> Iterator[Notice]:
+    """Notices on files that the processes of this script share, as far as its folder and its command show them.
 
     Raises:
         UsageError: no such folder, program or script, or a folder that holds too much.
     """
-    folder = folder_of(variant, stood_in)
+    folder = folder_of(variant, current)
     words = words_of(variant, "python", os.environ, folder, origin=folder)
     entries = list(copied_files(folder))
     large = [entry for entry in entries if not entry.is_symlink() and entry.is_file() and _is_linked(entry)]
@@ -294,7 +294,7 @@ def shared_notices(variant: ScriptVariant, stood_in: Path) -> Iterator[Notice]:
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     for word, following in zip(words, [*words[1:], ""], strict=True):
         option, equals, value = word.partition("=")
-        if option.startswith("-") or equals:  # Hydra's have no dashes
+        if option.startswith("-") or equals:  # options of Hydra have no dashes
             yield option, value if equals else following
 
 

@@ -1,9 +1,9 @@
-"""The two sides of `lorameter ab`: one word names what differs, and becomes a host that trials can run in.
+"""The two sides of `lorameter ab`: each is given as one word, from which the host of its trials is made.
 
-Three things can be named: a revision of a repository, an interpreter, or requirements. What is measured must be what
-was named, so each kind ends with a proof: the file that an import *would* load lies in the worktree, or in the layer
-of the requirements; a side for which it does not (an import hook of an editable install can win over the path) is
-refused. A side that silently measured the other side's code would come out `equivalent`.
+A word names a revision of a repository, an interpreter, or requirements. The trials must import what was named, so each
+kind is checked at the end: the file that an import *would* load is in the worktree, or in the layer of the
+requirements. A side that fails the check is refused (an import hook of an editable install can win over the path),
+since a side that silently measured the code of the other one would be `equivalent`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _REMEDY = (
 
 
 def name_sides(words: Mapping[Side, str], repository: Path, place: SiteSpec, *, slowdown_rows: int = 0) -> Sides:
-    """The sides that the words of a user name; none is made ready.
+    """The sides that a user names; none is prepared.
 
     Args:
         words: a revision, a Python executable, or requirements in one string, by side.
@@ -61,10 +61,10 @@ def name_sides(words: Mapping[Side, str], repository: Path, place: SiteSpec, *, 
         slowdown_rows: extra work of the candidate.
 
     Raises:
-        UsageError: nothing goes by that name, the interpreter cannot be measured, or it is another side on another
-            machine.
+        UsageError: a word that names nothing, an interpreter that cannot be measured, or a side that is another one
+            on another machine.
     """
-    found: dict[Side, SideSpec] = {}
+    sides: dict[Side, SideSpec] = {}
     for name, word in words.items():
         where = f"{place.said}, --{name} {word}"
         if not place.is_plain and redact(word) != word:
@@ -73,13 +73,13 @@ def name_sides(words: Mapping[Side, str], repository: Path, place: SiteSpec, *, 
                 "configuration or a .netrc."
             )
         if place.on != HERE:
-            found[name] = _name_remote_side(word, repository, where)
+            sides[name] = _name_remote_side(word, repository, where)
             continue
-        found[name] = name_side(word, repository)
-        if found[name].kind == "interpreter":
+        sides[name] = name_side(word, repository)
+        if sides[name].kind == "interpreter":
             with contextlib.ExitStack() as stack:
-                _inspect_interpreter(found[name], stack)
-    return found | {"candidate": replace(found["candidate"], slowdown_rows=slowdown_rows)}
+                _inspect_interpreter(sides[name], stack)
+    return sides | {"candidate": replace(sides["candidate"], slowdown_rows=slowdown_rows)}
 
 
 def _name_remote_side(word: str, repository: Path, where: str) -> SideSpec:
@@ -105,19 +105,19 @@ def name_side(word: str, repository: Path) -> SideSpec:
     requirements.
 
     Raises:
-        UsageError: nothing goes by that name.
+        UsageError: the word names nothing.
     """
     if not word.strip() or "\0" in word:
-        raise impossible("ab", "side", word, "no word that anything goes by", _REMEDY)
+        raise impossible("ab", "side", word, "it names nothing", _REMEDY)
     if _is_executable_path(word):
         return SideSpec(kind="interpreter", spec=str(Path(word).absolute()), label=redact(word))
     # No revision holds an address, and git need not see one, which may hold a credential.
-    commit, refusal = (None, "no revision holds '://'") if "://" in word else _commit(word, repository)
+    commit, refusal = (None, "no revision holds '://'") if "://" in word else find_commit(word, repository)
     if commit is not None:
         label = word if commit.startswith(word) else f"{word} ({commit[:9]})"
         return SideSpec(kind="revision", spec=commit, label=redact(label))
-    if _PYTHON_NAME.fullmatch(word) and (found := shutil.which(word)):
-        return SideSpec(kind="interpreter", spec=str(Path(found).absolute()), label=word)
+    if _PYTHON_NAME.fullmatch(word) and (program := shutil.which(word)):
+        return SideSpec(kind="interpreter", spec=str(Path(program).absolute()), label=word)
     if requirements := parse_requirements(word):
         return SideSpec(kind="requirements", spec=word, label=redact(" ".join(requirements)))
     raise impossible("ab", "side", word, _unknown(word, repository, refusal), _REMEDY)
@@ -144,10 +144,10 @@ def present_sides(slowdown_rows: int) -> Sides:
 def open_side(
     side: SideSpec, *, repository: Path, cache: Path, report: Callable[[str], object] = print_stderr
 ) -> Iterator[Host]:
-    """Make one side ready, and remove at the end what was made for it.
+    """Prepare one side, and remove at the end what was made for it.
 
     Args:
-        side: what to make ready.
+        side: what to prepare.
         repository: a folder in the repository whose revisions can be named.
         cache: lorameter's cache directory, for the environments of requirements.
         report: gets a line for each thing that takes long; standard error if left out, as output may be a document.
@@ -189,7 +189,7 @@ def _unknown(spec: str, repository: Path, refusal: str) -> str:
 # --- a revision -------------------------------------------------------------------------------------------------------
 
 
-def _commit(spec: str, repository: Path) -> tuple[str | None, str]:
+def find_commit(spec: str, repository: Path) -> tuple[str | None, str]:
     """The commit that a revision names; else None and git's reason."""
     done = run_git(repository, "rev-parse", "--verify", "--end-of-options", f"{spec}^{{commit}}")
     if done.returncode == 0:
@@ -213,8 +213,8 @@ def _revision(side: SideSpec, repository: Path, stack: contextlib.ExitStack, rep
     report(f"compiling the modules of {spec}")
     _compile(host, [str(modules[name] / name) for name in modules if (modules[name] / name).is_dir()])
     origins = inspect(host, [*modules, *NEEDED, *OWN_PACKAGES]).origins
-    _prove(spec, {name: origins[name] for name in modules}, tree)
-    _prove_apart(spec, {name: origins[name] for name in (*NEEDED, *OWN_PACKAGES)}, top, tree)
+    _check_origins(spec, {name: origins[name] for name in modules}, tree)
+    _check_outside_working_tree(spec, {name: origins[name] for name in (*NEEDED, *OWN_PACKAGES)}, top, tree)
     return host
 
 
@@ -241,20 +241,20 @@ def _roots(repository: Path, top: Path) -> list[Path]:
 
     The last are the folders of the repository that are on the present path.
     """
-    stood_in = repository.relative_to(top) if repository.is_relative_to(top) else Path()
-    usual = [Path(), Path("src"), stood_in, stood_in / "src"]
+    current = repository.relative_to(top) if repository.is_relative_to(top) else Path()
+    usual = [Path(), Path("src"), current, current / "src"]
     installed = [Path(entry).resolve() for entry in sys.path if entry]
     return list(dict.fromkeys([*usual, *(entry.relative_to(top) for entry in installed if entry.is_relative_to(top))]))
 
 
-def _prove_apart(spec: str, origins: Mapping[str, str | None], top: Path, tree: Path) -> None:
-    """Nothing that a trial is made of would come from the working tree instead of the revision."""
+def _check_outside_working_tree(spec: str, origins: Mapping[str, str | None], top: Path, tree: Path) -> None:
+    """Raises `UsageError` where a module that a trial needs would come from the working tree, not from the revision."""
     installed = [folder for folder in map(Path, sys.path) if folder.name in ("site-packages", "dist-packages")]
     for name, origin in origins.items():
-        found = Path(origin or "").resolve()
-        if origin is None or found.is_relative_to(tree) or not found.is_relative_to(top):
+        file = Path(origin or "").resolve()
+        if origin is None or file.is_relative_to(tree) or not file.is_relative_to(top):
             continue
-        if not any(found.is_relative_to(folder.resolve()) for folder in installed):  # an environment in the repository
+        if not any(file.is_relative_to(folder.resolve()) for folder in installed):  # an environment in the repository
             why = f"the revision has no {name} where the present installation points, and an import loads {origin}"
             raise impossible("ab", "side", spec, why, "Build an environment for each revision and name its Python.")
 
@@ -263,7 +263,7 @@ def _prove_apart(spec: str, origins: Mapping[str, str | None], top: Path, tree: 
 
 
 def _interpreter(side: SideSpec, stack: contextlib.ExitStack) -> Host:
-    """Another Python, given the present harness; what else it has is its own."""
+    """Another Python with the present harness; all other packages are its own."""
     host = _inspect_interpreter(side, stack)
     _compile(host, [str(Path(host.path[0]) / package) for package in OWN_PACKAGES])
     return host
@@ -296,10 +296,10 @@ def _own_packages(stack: contextlib.ExitStack) -> str:
     folder = stack.enter_context(scratch_folder()) / "packages"
     folder.mkdir()
     for package in OWN_PACKAGES:
-        found = importlib.util.find_spec(package)
-        if found is None or found.origin is None:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
             raise UsageError(f"ab: the package {package} is not importable. Reinstall lorameter.")
-        (folder / package).symlink_to(Path(found.origin).resolve().parent)
+        (folder / package).symlink_to(Path(spec.origin).resolve().parent)
     return str(folder)
 
 
@@ -315,24 +315,24 @@ def _requirements(spec: str, cache: Path, stack: contextlib.ExitStack, report: C
     facts = inspect(host, [*names, *OWN_PACKAGES])
     if any(facts.origins[package] is None for package in OWN_PACKAGES):  # run from a checkout, not installed
         host = replace(host, path=(_own_packages(stack),))
-    _prove(spec, inspect(host, names).origins, layer)  # of the host as it is now
-    _prove_versions(spec, requirements, facts.packages)
+    _check_origins(spec, inspect(host, names).origins, layer)  # of the host as it is now
+    _check_versions(spec, requirements, facts.packages)
     return host
 
 
-def _prove_versions(spec: str, requirements: tuple[str, ...], packages: dict[str, str]) -> None:
-    """What was asked for is what the interpreter sees."""
+def _check_versions(spec: str, requirements: tuple[str, ...], packages: dict[str, str]) -> None:
+    """Raises `UsageError` where the interpreter sees another version than was required."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
     for each in map(Requirement, requirements):
-        found = packages.get(canonicalize_name(each.name), "").split(" ")[0]
-        if not found or not each.specifier.contains(found, prereleases=True):
-            why = f"{each} was installed, and the interpreter sees {each.name} {found or 'nowhere'}"
+        version = packages.get(canonicalize_name(each.name), "").split(" ")[0]
+        if not version or not each.specifier.contains(version, prereleases=True):
+            why = f"{each} was installed, and the interpreter sees {each.name} {version or 'nowhere'}"
             raise impossible("ab", "side", spec, why, "Take what is in front of it off PYTHONPATH.")
 
 
-# --- what all kinds share ---------------------------------------------------------------------------------------------
+# --- for all kinds ---------------------------------------------------------------------------------------------
 
 
 def _modules(folder: Path) -> list[str]:
@@ -349,8 +349,8 @@ def _compile(host: Host, folders: list[str]) -> None:
     subprocess.run(command, env=host.variables(os.environ), stdin=subprocess.DEVNULL, capture_output=True, check=False)
 
 
-def _prove(spec: str, origins: Mapping[str, str | None], root: Path) -> None:
-    """Each module of a side would be imported from `root`."""
+def _check_origins(spec: str, origins: Mapping[str, str | None], root: Path) -> None:
+    """Raises `UsageError` where a module of a side would not be imported from `root`."""
     for name, origin in origins.items():
         if origin is None or not Path(origin).resolve().is_relative_to(root.resolve()):
             why = f"its module {name} would not be measured: an import loads {origin or 'nothing'} instead"
