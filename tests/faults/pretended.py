@@ -3,10 +3,9 @@
     STOP_AT=r1-a:turn python pretended.py run study.toml ...
 
 All else is real: the command line, the loop, the files, the locks, the signals. $STOP_AT names a trial and a command.
-When that is asked, a line is written to the descriptor that $STOPPED names, and the process waits for whatever is done
-to it; with USR1 it goes on. What stands after another colon is done by the process to itself instead: a signal's number
-is sent, after "files" it can open no more of them, after "memory" it has next to none left, after "clock" that clock is
-another by so many seconds (r1-a:turn:clock:-3600), and "full" is what a trial says whose disk is full.
+At that command a line is written to the descriptor that $STOPPED names, and the process waits for a signal; USR1 lets
+it continue. With a signal's number after another colon the process sends itself that signal instead; with "full" the
+trial fails as one whose disk is full.
 """
 
 from __future__ import annotations
@@ -14,12 +13,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import mmap
 import os
-import resource
 import signal
 import sys
-import time
 from pathlib import Path
 
 import lorameter.run.workers.local as local
@@ -28,7 +24,7 @@ from lorameter.records.record import PartialRecord
 from lorameter.run.workers import Executor
 from tests.run.fakes import FakeExecutor
 
-TRIAL, COMMAND, DEED, ARGUMENT = (*os.environ.get("STOP_AT", "-").split(":"), "", "", "")[:4]
+TRIAL, COMMAND, DEED = (*os.environ.get("STOP_AT", "-").split(":"), "", "")[:3]
 
 
 STOPPED: list[str] = []
@@ -40,7 +36,9 @@ def stop(trial: str, command: str) -> None:
     if (trial, command) != (TRIAL, COMMAND):
         return
     if DEED:
-        DEEDS.get(DEED, lambda: os.kill(os.getpid(), int(DEED)))()
+        if DEED == "full":  # as a library reports it: the system's words in an exception of its own
+            raise RuntimeError(f"Error while serializing: I/O error: No space left on device (os error {errno.ENOSPC})")
+        os.kill(os.getpid(), int(DEED))
         return
     if STOPPED:
         return
@@ -51,39 +49,6 @@ def stop(trial: str, command: str) -> None:
     # run only after the wait.
     while signal.sigtimedwait({signal.SIGUSR1}, 0.1) is None:
         pass
-
-
-def take_files() -> None:
-    """No more of them can be opened."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len([*Path("/proc/self/fd").iterdir()]) - 1, most))
-
-
-def take_memory() -> None:
-    """No more can be had, and what the allocators still have of it is taken as well."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * mmap.PAGESIZE, resource.RLIM_INFINITY))
-    for size in (1 << 20, 1 << 16, 1 << 12, 500):
-        try:
-            while True:
-                BALLAST.append(bytearray(size))
-        except MemoryError:
-            pass
-
-
-def set_clock() -> None:
-    """Change the wall clock; the monotonic clock cannot be set."""
-    time.time = lambda: CALENDAR() + float(ARGUMENT)
-
-
-def fill() -> None:
-    """As a library says that it could not write: the system's words in an exception of its own."""
-    raise RuntimeError(f"Error while serializing: I/O error: No space left on device (os error {errno.ENOSPC})")
-
-
-CALENDAR = time.time
-BALLAST: list[bytearray] = []
-DEEDS = {"files": take_files, "memory": take_memory, "clock": set_clock, "full": fill}
 
 
 class Pretended(FakeExecutor):

@@ -67,18 +67,6 @@ def fetched(wheel, tmp_path):
     return fetch
 
 
-@pytest.fixture
-def on_requirements(command, tmp_path):
-    """A function that starts an A/B one side of which has the package on top of what is installed."""
-
-    def ab():
-        sides = ("--base", "fake-model==1.0", "--candidate", sys.executable, "--phase", "train", "--replicates", "1")
-        words = command("ab", str(tmp_path / "small.toml"), *sides, "--variant", "a")
-        return subprocess.run(words, capture_output=True, text=True, check=False, timeout=600)
-
-    return ab
-
-
 def left_in(folder):
     """Names of files other than locks and the one that fills the disk."""
     return {path.name for path in folder.glob("*") if path.suffix != ".lock"}
@@ -113,16 +101,3 @@ def test_a_model_that_does_not_fit_into_the_cache(what, cache, fetched, tiny_dis
     done = fetched()
     assert done.returncode == 0, done.stderr
     assert left_in(cache / "models" / "fake") > {PROVENANCE_FILE, "model.safetensors"}
-
-
-@pytest.mark.parametrize("free_kib", [40, pytest.param(200, marks=pytest.mark.faults)])
-def test_an_environment_that_does_not_fit_into_the_cache(free_kib, cache, wheel, on_requirements, tiny_disk, runs):
-    """Neither the environment itself nor the package in it: nothing of it is left, and with room it is made."""
-    ballast = tiny_disk(cache, free_kib, of_kib=4096)
-    check_refused(on_requirements())
-    assert left_in(cache) - {"environments"} == {"ballast"}
-    assert not left_in(cache / "environments")
-    assert not runs.exists() or not list(runs.iterdir())
-    ballast.unlink()
-    done = on_requirements()
-    assert done.returncode in (0, 3), done.stderr

@@ -8,13 +8,11 @@ import errno
 import os
 import resource
 import stat
-from pathlib import Path
 
 import pytest
 
 from lorameter.errors import InvalidRunError, UsageError
 from lorameter.records import store
-from lorameter.records.fileio import replacing
 from lorameter.report.html.page import save_html
 from lorameter.results.files import write_tables, write_text
 from lorameter.results.pack import pack
@@ -98,16 +96,6 @@ def test_no_room_to_unpack_is_no_fault_of_the_file(tmp_path):
     path = pack("sound", RUNS, tmp_path / "x.zip")
     with limited(), pytest.raises(InvalidRunError, match=rf"x\.zip, unpacked into .*: {TOO_LARGE}name another folder"):
         store.read_run(str(path), tmp_path)
-
-
-def test_a_link_stays_one(tmp_path):
-    """What it leads to is another file afterwards."""
-    (tmp_path / "real").write_text("before")
-    (tmp_path / "link").symlink_to("real")
-    with replacing(tmp_path / "link") as draft:
-        draft.write_text("after")
-    assert (tmp_path / "link").readlink() == Path("real")
-    assert (tmp_path / "real").read_text() == "after"
 
 
 def test_a_file_that_may_not_be_written_is_not_replaced(tmp_path, monkeypatch):

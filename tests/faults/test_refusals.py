@@ -13,7 +13,6 @@ import sys
 import pytest
 
 from lorameter.records import store
-from lorameter.records.fileio import write_document
 from lorameter.records.os_errors import REFUSED
 
 
@@ -53,16 +52,7 @@ def whole_replicates(run):
     return [record for record in run.records if f"r{record.replicate}" not in broken]
 
 
-SPACES = [0, 4, 8, 12, 16, 20, 24]
-QUICK_SPACES = [4, 24]
-
-
-def half(long, quick):
-    """All values, those that are not quick marked for the long half."""
-    return [pytest.param(one, marks=() if one in quick else pytest.mark.faults) for one in long]
-
-
-@pytest.mark.parametrize("free_kib", half(SPACES, QUICK_SPACES))
+@pytest.mark.parametrize("free_kib", [4, 24])
 def test_a_disk_that_becomes_full_at_each_write(free_kib, command, runs, tiny_disk, begun, resumed):
     """Wherever it does: what fitted is whole, and with room the rest is measured."""
     ballast = tiny_disk(runs, free_kib)
@@ -93,46 +83,6 @@ def test_a_disk_that_is_made_read_only_under_way(command, runs, tiny_disk, stopp
     assert resumed().state == "complete"
 
 
-@pytest.mark.parametrize("place", half(["r1-a:prepare", "r1-a:turn", "r1-b:cold"], ["r1-a:turn"]))
-def test_no_more_memory_in_the_parent(place, tmp_path, command, only_run, resumed):
-    """From there on it can allocate nothing: it reports that, and what it had saved is kept."""
-    words = ["run", str(tmp_path / "small.toml"), "--phase", "train", "--phase", "cold", "--interleave", "lockstep"]
-    done = subprocess.run(command(*words, stop=f"{place}:memory"), capture_output=True, text=True, check=False)
-    check_kept(only_run(), done.returncode, done.stderr)
-    assert "memory" in done.stderr
-    assert {record.replicate for record in only_run().records if record.settled} >= {0}
-    assert resumed().state == "complete"
-
-
-def test_a_limit_of_file_sizes_keeps_what_fitted(command, only_run, resumed):
-    """The records reach the limit in the middle of the run: whole lines only, exit 4, and it is resumed."""
-    done = subprocess.run(command(), preexec_fn=limited(FSIZE=8_000), capture_output=True, text=True, check=False)
-    assert done.returncode == 4, done.stderr
-    assert "had measured is kept" in done.stderr
-    assert (
-        "File too large. Raise the limit of file sizes (ulimit -f), then resume: lorameter run --resume" in done.stderr
-    )
-    assert "Traceback" not in done.stderr
-    run = only_run()
-    assert (run.state, run.damaged_lines) == ("failed", 0)
-    assert {record.replicate for record in run.records if record.settled} > {0}
-    first = [record for record in run.records if record.replicate == 0]
-    whole = resumed()
-    assert (whole.state, len(whole.records)) == ("complete", len(run.manifest.order))
-    assert [record for record in whole.records if record.replicate == 0] == first
-
-
-def test_no_more_descriptors_are_a_refusal(command, only_run, resumed):
-    """From the middle of a trial on none can be opened: what had been saved is kept, and it is resumed."""
-    done = subprocess.run(command(stop="r1-a:turn:files"), capture_output=True, text=True, check=False)
-    assert done.returncode == 4, done.stderr
-    assert "Too many open files. Raise the limit of open files (ulimit -n), then resume: lorameter run" in done.stderr
-    assert "Traceback" not in done.stderr
-    kept = [record for record in only_run().records if record.settled]
-    assert {record.replicate for record in kept} == {0}
-    assert resumed().state == "complete"
-
-
 def test_a_line_that_does_not_fit_leaves_no_part_of_itself(tmp_path):
     """The system takes what fits and then refuses; the file ends with the line before."""
     code = (
@@ -144,30 +94,6 @@ def test_a_line_that_does_not_fit_leaves_no_part_of_itself(tmp_path):
     done = subprocess.run(words, preexec_fn=limited(FSIZE=150), capture_output=True, text=True, check=True)
     assert int(done.stdout) == errno.EFBIG
     assert (tmp_path / "trials.jsonl").read_text() == "x" * 99 + "\n"
-
-
-def test_a_document_that_cannot_be_written_leaves_the_one_before(tmp_path):
-    """The system refuses the new one in the middle; neither its draft nor half of anything is left."""
-    path = tmp_path / "a.json"
-    write_document(path, {"a": 1})
-    code = (
-        "import sys; from pathlib import Path; from lorameter.records.fileio import write_document\n"
-        "try: write_document(Path(sys.argv[1]), {'a': 'x' * 999})\nexcept OSError as error: print(error.errno, error)"
-    )
-    words = [sys.executable, "-c", code, str(path)]
-    done = subprocess.run(words, preexec_fn=limited(FSIZE=150), capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(f"{errno.EFBIG} ")
-    assert str(path) in done.stdout
-    assert '"a": 1' in path.read_text()
-    assert [one.name for one in tmp_path.iterdir()] == ["a.json"]
-
-
-def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(command, runs):
-    """A file stands where the runs should."""
-    runs.write_text("")
-    done = subprocess.run(command(), capture_output=True, text=True, check=False)
-    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
-    assert "cannot be made" in done.stderr
 
 
 def test_a_disk_that_cannot_be_written_from_the_start_is_a_refusal(command, runs, tiny_disk):
@@ -183,7 +109,7 @@ def test_a_disk_that_cannot_be_written_from_the_start_is_a_refusal(command, runs
 # --- in a measuring process -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command_word", half(["build", "turn", "save_adapter"], ["save_adapter"]))
+@pytest.mark.parametrize("command_word", ["turn", "save_adapter"])
 def test_what_is_refused_to_a_trial_is_no_trials_fault(command_word, tmp_path, command, only_run, resumed):
     """The next trial would meet it as well: the run ends there, with the trial and the remedy named, nothing is called
     crashed, and with room it is whole."""

@@ -73,6 +73,18 @@ def test_what_nohup_ignores_ends_nothing(command, stopped, only_run):
     assert process.returncode == 4
 
 
+def test_a_killed_run_is_resumed(command, stopped, only_run, resumed):
+    """What was measured before KILL is there, the group under way is measured again, and the rest is measured."""
+    with stopped(command(stop="r1-a:turn")) as process:
+        process.kill()
+        process.communicate()
+    killed = only_run()
+    assert (killed.state, {record.replicate for record in killed.records}) == ("killed", {0})
+    whole = resumed()
+    assert (whole.state, len(whole.records)) == ("complete", len(whole.manifest.order))
+    assert whole.records[: len(killed.records)] == killed.records
+
+
 def test_a_killed_run_leaves_a_folder_and_the_next_one_removes_it(command, stopped, temporary):
     """KILL lets nothing be taken down; a folder of a live process, and one that is not ours, stay."""
     foreign = temporary / "lorameter-foreign"
@@ -217,21 +229,3 @@ def test_a_run_of_commands_that_is_stopped_leaves_no_process(number, tmp_path, l
     _, alive = psutil.wait_procs(of_it, timeout=60)
     assert not alive
     assert number == signal.SIGKILL or not list(temporary.iterdir())
-
-
-@pytest.mark.parametrize("number", ONE_OF_THEM)
-def test_a_wrapped_command_that_is_stopped(number, tmp_path):
-    """The command gets the signal, its exit code is passed on, and nothing is left in the folder of runs."""
-    os.mkfifo(tmp_path / "started")
-    text = (
-        "import signal, sys, time\nsignal.signal(signal.SIGINT, signal.SIG_DFL)\nopen(sys.argv[1], 'w').write('up')\n"
-    )
-    command = [sys.executable, "-c", f"{text}time.sleep(300)", str(tmp_path / "started")]
-    words = [sys.executable, "-m", "lorameter.cli", "wrap", "--runs-dir", str(tmp_path / "runs"), "--", *command]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        assert (tmp_path / "started").read_text() == "up"
-        process.send_signal(number)
-        _, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + number
-    assert number.name in err
-    assert not list((tmp_path / "runs").iterdir())

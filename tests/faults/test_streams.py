@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -115,32 +112,3 @@ def test_an_output_that_knows_ascii_only_shows_all_text(tmp_path):
         assert done.stdout.isascii()
         assert "Traceback" not in done.stderr
         assert words[-1] != "--json" or json.loads(done.stdout)["schema"] == 2
-
-
-def wait_until_it_waits(pid):
-    """Return when the process sleeps because of a full pipe."""
-    while not any(name in Path(f"/proc/{pid}/wchan").read_text() for name in ("pipe_w", "poll")):
-        time.sleep(0.05)
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("number", [None, signal.SIGTERM])
-def test_a_full_pipe_does_not_block_a_measurement(number, command, only_run, resumed, stopped):
-    """Its messages go into a pipe that is full from the middle of the run on: it ends in time, complete or stopped."""
-    read, write = os.pipe()
-    with stopped(command(stop="r1-a:turn"), stdout=subprocess.DEVNULL, stderr=write) as process:
-        os.close(write)
-        full = os.open(f"/proc/self/fd/{read}", os.O_WRONLY | os.O_NONBLOCK)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                os.write(full, b"x" * 4096)
-        process.send_signal(signal.SIGUSR1)
-        wait_until_it_waits(process.pid)
-        if number is not None:
-            process.send_signal(number)
-        process.wait(60)
-    os.close(read)
-    os.close(full)
-    assert process.returncode == (0 if number is None else 4)
-    assert only_run().damaged_lines == 0
-    assert resumed().state == "complete"

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 import lorameter.run.measure
 import lorameter.run.workers.local
 from lorameter.cli import main
 from lorameter.records import store
-from lorameter.records.record import UNDER_WAY
-from lorameter.report.run_view import view_of
 from tests.run.fakes import FakeExecutor as Executor
 
 STUDY = """
@@ -255,54 +247,3 @@ def test_a_complete_run_with_disturbed_trials_is_resumed(broken_off):
     run = store.read_run(path.name, path.parent)
     assert set(Executor.asked) == {lines[-1]["trial"]}
     assert (run.state, run.records[-1].status, run.records[-1].attempt) == ("complete", "ok", 3)
-
-
-IMPATIENT = (
-    "import lorameter.records.store as c; c.CHECKPOINT_S = 0.0; "
-    "import sys; from lorameter.cli import main; sys.exit(main())"
-)
-"""The command line with checkpoints after every round."""
-
-
-@pytest.mark.faults
-def test_a_run_killed_in_the_middle_survives(tmp_path):
-    """SIGKILL while the second replicate takes its turns: what was measured is there, no process is left, and the run
-    that is resumed has an ok record of every trial."""
-    study, runs = tmp_path / "mine.toml", tmp_path / "runs"
-    study.write_text(
-        "[workload]\nsequence_length=32\nbatch_size=2\ntrain_sequences=16\nheld_out_records=4\nheld_out_sequences=2\n"
-        "[protocol]\nreplicates=2\nwarmup_steps_min=1\nwarmup_steps_max=2\nturns=16\npeak_replicates=1\n"
-        "[[variant]]\nname='a'\nr=4\n[[variant]]\nname='b'\nr=8\n"
-    )
-    command = [sys.executable, "-c", IMPATIENT, "run", str(study), "--phase", "train", "--runs-dir", str(runs)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 240
-        while not any("r1-" in line and '"step_time_s"' in line for line in written(runs)):
-            assert process.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        left = psutil.Process(process.pid).children(recursive=True)
-        os.kill(process.pid, signal.SIGKILL)
-    _, alive = psutil.wait_procs(left, timeout=30)
-    assert not alive
-    (path,) = runs.iterdir()
-    killed = store.read_run(path.name, runs)
-    assert (killed.state, view_of(killed).valid) == ("killed", False)
-    under_way = [record for record in killed.records if record.failure and record.failure.kind == UNDER_WAY]
-    assert {record.replicate for record in under_way} == {1}
-    assert any(record.samples.get("step_time_s") for record in under_way)
-    kept = {record.trial: record for record in killed.records if record.settled}
-    assert {record.replicate for record in kept.values()} == {0}
-    assert main(["run", "--resume", path.name, "--runs-dir", str(runs), "--json"]) in (0, 4)
-    run = store.read_run(path.name, runs)
-    view = view_of(run)
-    assert (run.state, view.counts, view.validity.failures) == ("complete", {"ok": 3 + 2 + 3}, ())
-    assert {record.trial: record for record in run.records if record.trial in kept} == kept
-    assert run.measured_again == 3
-    verdict = view.tables[0].control.verdict
-    assert view.valid or verdict in ("improved", "regressed")  # which identical trials can be by chance
-
-
-def written(runs):
-    """Lines of the only run's records so far."""
-    return [line for path in runs.glob("*/trials.jsonl") for line in path.read_text().splitlines()]

@@ -337,19 +337,3 @@ def test_a_trial_that_stays_disturbed_is_invalid_after_the_last_try(small_study)
     assert statuses.pop(victim) == "invalid"
     assert set(statuses.values()) == {"ok"}
     assert [record.attempt for record in saved if record.trial == victim] == [0, 1, 2]
-
-
-def test_a_run_that_broke_off_before_a_second_try_makes_it(small_study):
-    """From its records alone; attempts go on counting, and records of two attempts are never paired."""
-    plan = make_plan(small_study, interleaving="lockstep", phases=("train",))
-    group = plan.groups[0]
-    victim, *others = (slot.trial for slot in group.slots)
-    _, _, saved = retried(plan, {victim: 1})
-    first = {record.trial: record for record in saved if record.attempt == 0}
-    executor, measured, _ = retried(plan, {}, earlier=tuple(first.values()))
-    assert {trial for trial, _ in executor.asked} == {victim, *others}
-    assert {record.attempt for record in measured.records if record.trial in {victim, *others}} == {1}
-    mixed = first | {record.trial: record for record in saved if record.trial == victim and record.attempt == 1}
-    executor, measured, _ = retried(plan, {}, earlier=tuple(mixed.values()))
-    assert {trial for trial, _ in executor.asked} == {victim, *others}
-    assert {record.status for record in measured.records} == {"ok"}

@@ -51,20 +51,6 @@ def study(tmp_path):
 
 
 @pytest.fixture
-def results_of():
-    """A function that tells of a record what does not depend on time: who, in which order and by which seed, and what
-    was learnt."""
-
-    def tell(record):
-        learnt = {name: values for name, values in record.samples.items() if "loss" in name or "tokens" in name}
-        values = {name: value for name, value in record.values.items() if "loss" in name}
-        fields = ("trial", "status", "variant", "role", "replicate", "position", "interleaving", "seed", "turn_lengths")
-        return [getattr(record, name) for name in fields], learnt, values, record.tokens
-
-    return tell
-
-
-@pytest.fixture
 def pretended(monkeypatch, tmp_path):
     """This machine with two CPUs and an executor that only pretends, in jobs as well: a function that says to the
     executors of jobs what they are to do."""

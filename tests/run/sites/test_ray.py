@@ -127,66 +127,24 @@ def nodes():
         yield made
 
 
-def command(*arguments, runs, word="run"):
-    return [sys.executable, "-m", "lorameter.cli", word, *map(str, arguments), "--runs-dir", str(runs), "--json"]
-
-
-def run(*arguments, runs, word="run", codes=(0,)):
-    """What the command prints."""
-    words = command(*arguments, runs=runs, word=word)
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode in codes, done.stderr
-    return done
-
-
-def only_run(runs):
-    (path,) = (one for one in runs.iterdir() if one.is_dir())
-    return store.read_run(str(path), runs)
-
-
-def lines(runs):
-    """What has been written so far."""
-    return [json.loads(line) for path in runs.glob("*/trials.jsonl") for line in path.read_text().splitlines()]
-
-
-def wait_for(condition, driver=None):
-    """What it gives when that is something; a `driver` must live meanwhile."""
-    deadline = time.monotonic() + 1800
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        assert driver is None or driver.poll() is None, "the driver has ended"
-        time.sleep(0.1)
-    return found
-
-
-@pytest.mark.selftest
-def test_a_study_is_spread_over_nodes_and_its_records_are_those_of_a_local_run(nodes, study, results_of, tmp_path):
-    """Each replicate is on one node and no node is left out; seeds, orders and losses are the same to the bit."""
-    there, here = tmp_path / "there", tmp_path / "here"
-    run(study(), "--on", "ray", runs=there)
-    run(study(), runs=here)
-    spread, local = only_run(there), only_run(here)
-    assert [results_of(record) for record in spread.records] == [results_of(record) for record in local.records]
-    assert spread.manifest.fingerprint == local.manifest.fingerprint
-    assert spread.manifest.tokens == local.manifest.tokens
-    assert sites_of_whole(spread) == {"alpha", "beta", "gamma"}
-    for record in spread.records:
-        assert (there / spread.manifest.run / record.log).is_file()
-
-
 @pytest.mark.selftest
 def test_a_node_that_is_killed_loses_its_replicate_under_way_and_no_other(nodes, study, tmp_path):
     """What has ended stays, the replicate is measured elsewhere from its beginning, and the node is named."""
-    runs = tmp_path / "runs"
+    runs, begun = tmp_path / "runs", {}
+    words = ["run", str(study(replicates=5, turns=10)), "--on", "ray", "--runs-dir", str(runs), "--json"]
     with subprocess.Popen(
-        command(study(replicates=5, turns=10), "--on", "ray", runs=runs),
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    ) as driver:  # fmt: skip
-        before = wait_for(lambda: {line["trial"]: line["started_unix_s"] for line in lines(runs)}, driver)
+        [sys.executable, "-m", "lorameter.cli", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as driver:
+        while not begun:
+            assert driver.poll() is None, "the driver has ended"
+            time.sleep(0.1)
+            lines = [line for path in runs.glob("*/trials.jsonl") for line in path.read_text().splitlines()]
+            begun = {record["trial"]: record["started_unix_s"] for record in map(json.loads, lines)}
         nodes.kill("gamma")
         driver.communicate(timeout=1800)
     assert driver.returncode == 0
-    ended = only_run(runs)
+    (path,) = (one for one in runs.iterdir() if one.is_dir())
+    ended = store.read_run(str(path), runs)
     sites_of_whole(ended)
-    assert before.items() <= {record.trial: record.started_unix_s for record in ended.records}.items()
+    assert begun.items() <= {record.trial: record.started_unix_s for record in ended.records}.items()
     assert any(notice.code == "site-lost" and "site gamma" in notice.message for notice in ended.manifest.notices)
