@@ -40,13 +40,13 @@ class Hello(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     harness: str = "unknown"
     """Its version of lorameter."""
     pid: int = 0
-    """Of a script: the process that trains, which a launcher may have started."""
+    """The process that trains, which a launcher may have started; only of a script."""
     device: str = ""
-    """Of a script: what it computes on, "cuda" or "cpu"."""
+    """"cuda" or "cpu"; only of a script."""
     started_monotonic_s: float = 0.0
-    """Of a process that hosts trials: when it could run its first own instruction."""
+    """When it ran its first own instruction; only of a process that hosts trials."""
     worker: WorkerInfo | None = None
-    """Of the zygote: what it has imported."""
+    """Libraries and device; only of the zygote."""
 
 
 class Command(msgspec.Struct, tag=True, frozen=True):
@@ -82,7 +82,7 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
 
 
 class GarbledError(Exception):
-    """What arrived is no message of this protocol, and nothing that follows can be trusted."""
+    """The bytes that arrived are no message of this protocol; later ones cannot be trusted either."""
 
 
 class ClosedError(Exception):

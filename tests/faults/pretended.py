@@ -4,8 +4,7 @@
 
 All else is real: the command line, the loop, the files, the locks, the signals. $STOP_AT names a trial and a command.
 At that command a line is written to the descriptor that $STOPPED names, and the process waits for a signal; USR1 lets
-it continue. With a signal's number after another colon the process sends itself that signal instead; with "full" the
-trial fails as one whose disk is full.
+it continue. With "full" after another colon the trial fails instead, as one whose disk is full.
 """
 
 from __future__ import annotations
@@ -35,11 +34,8 @@ def stop(trial: str, command: str) -> None:
     """Wait for what comes, or do what was asked for."""
     if (trial, command) != (TRIAL, COMMAND):
         return
-    if DEED:
-        if DEED == "full":  # as a library reports it: the system's words in an exception of its own
-            raise RuntimeError(f"Error while serializing: I/O error: No space left on device (os error {errno.ENOSPC})")
-        os.kill(os.getpid(), int(DEED))
-        return
+    if DEED == "full":  # as a library reports it: the system's words in an exception of its own
+        raise RuntimeError(f"Error while serializing: I/O error: No space left on device (os error {errno.ENOSPC})")
     if STOPPED:
         return
     STOPPED.append(command)

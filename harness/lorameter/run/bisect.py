@@ -47,7 +47,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """One state of the code or of a library: a revision, or requirements."""
 
     spec: str
-    """What `lorameter ab` takes for it."""
+    """The word for it on the command line of `lorameter ab`."""
     label: str
 
 
@@ -65,7 +65,7 @@ class Bisection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """The result of a search, with its comparisons."""
 
     looks: tuple[Look, ...]
-    """In the order in which they were made."""
+    """Comparisons in their order."""
     before: Candidate | None = None
     """The last candidate that is known to be fast; None where there is nothing to find."""
     culprit: Candidate | None = None
@@ -78,7 +78,7 @@ class Bisection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Lower end of its interval, of both comparisons together."""
     high: float | None = None
     share: float | None = None
-    """Of the whole effect, on the log scale."""
+    """Share of the whole effect, on the log scale."""
     conclusion: str
 
     @property

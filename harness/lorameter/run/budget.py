@@ -32,7 +32,7 @@ SOUGHT_REPLICATES = 3
 SKIPPED = "measurements-skipped"
 """Code of the notice of what a limit has dropped."""
 Part = Literal["training", "requests", "open_ended", "merged", "cold"]
-"""What the time of a replicate goes to; all but the training can be dropped."""
+"""The parts of a replicate; all but the training can be dropped."""
 DROPPABLE: dict[Part, str] = {
     "requests": "requests",
     "open_ended": "requests until EOS",
@@ -77,7 +77,7 @@ class Budget:
         self.limit_s = limit_s
         self.replicates = replicates
         self.import_s = self.load_s = 0.0
-        """What a cold start takes to import, and to load a base, as far as that is known."""
+        """Seconds in which a cold start imports, and loads a base, as far as they are known."""
         self.skipped: set[Part] = {part for part in DROPPABLE if part in skipped}
         """Parts that are not measured."""
         self.needed_s = 0.0
@@ -93,7 +93,7 @@ class Budget:
         """The costs of the replicates that have ended."""
         self._rounds = LEAST_ROUNDS
         self._turns: dict[int, int] = {}
-        """By replicate; of several groups the fewest."""
+        """Turns by replicate; the fewest of several groups."""
         self._measured_s: dict[str, float] = {}
 
     @property
@@ -176,7 +176,7 @@ class Budget:
             self._measured_s[kind] = self._measured_s.get(kind, 0.0) + seconds
 
     def rounds(self, planned: int) -> int:
-        """How many of the planned rounds the replicate under way takes."""
+        """The number of planned rounds that the current replicate takes."""
         return planned if self.limit_s is None else min(planned, self._rounds)
 
     def note_turns(self, group: Group, turns: int) -> None:
@@ -238,7 +238,7 @@ class Budget:
     # --- what is reported ---------------------------------------------------------------------------------------------
 
     def breakdown(self) -> TimeBreakdown:
-        """What the time went to until now."""
+        """The time spent so far, by parts."""
         return TimeBreakdown(
             limit_s=self.limit_s,
             wall_s=self.spent_s,

@@ -77,7 +77,7 @@ def build_plan(
 
 
 def _together_bytes(study: Study, arms: Sequence[Arm], machine: Machine, runs: Path | None) -> int | None:
-    """What the processes need that are live together: those of all variants, in an A/B the three of one variant."""
+    """Memory of the processes that are live together: those of all variants, in an A/B the three of one variant."""
     if arms[0].side:
         variants = {arm.variant.id: arm.variant for arm in arms}.values()
         return largest_known(

@@ -16,7 +16,7 @@ from lorameter.run.workers import Executor
 from lorameter.studies.request import TrialRequest
 
 Imports = MutableMapping[tuple[int, str], PartialRecord]
-"""What new interpreters took to import, by replicate and side."""
+"""Import times of new interpreters, by replicate and side."""
 
 
 def measure_cold(executor: Executor, request: TrialRequest, imports: Imports, side: str) -> PartialRecord:

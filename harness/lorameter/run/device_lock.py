@@ -20,7 +20,7 @@ from lorameter.errors import InvalidRunError
 from lorameter.run.workers import Executor
 
 IfBusy = Literal["wait", "refuse", "share"]
-"""What to do if the device is in use: wait for the end of the other measurement · exit · measure at the same time."""
+"""The action if the device is in use: wait for the end of the other measurement · exit · measure at the same time."""
 ENV_LOCKS = "LORAMETER_LOCKS"
 SHARED_FOLDER = Path("/tmp")
 """The same for all users and jobs, whatever their TMPDIR is."""

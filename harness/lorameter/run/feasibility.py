@@ -1,4 +1,4 @@
-"""What cannot work is refused before any model is loaded; what merely surprises becomes a notice.
+"""Refuses studies that cannot work before any model is loaded; what is only unexpected becomes a notice.
 
 `Variant` and `Workload` refuse what no machine could run. Here the model's shape and the machine come in: widths that
 this CPU's 4-bit kernels do not take, attention that this device does not have, more tokens than the model's context.
@@ -284,7 +284,7 @@ def check_widths(where: str, variant: Variant, shape: ModelShape, machine: Machi
 
 
 def _target_notices(where: str, variant: LoraVariant, model: str, shape: ModelShape) -> Iterator[Notice]:
-    """That some target modules are none of the model's. Raises `UsageError` where all are: PEFT would refuse them."""
+    """A notice on target modules that the model lacks. Raises `UsageError` if it lacks all: PEFT would refuse them."""
     missing, layers = unknown_targets(variant, shape), ", ".join(linear_layers(shape))
     if missing and len(missing) == len(variant.target_modules):
         raise UsageError(
@@ -322,8 +322,8 @@ def shards_4bit(torch: str | None) -> bool:
 
 
 def processes_on_device(workload: Workload, device: str) -> int:
-    """How many processes of one trial share the memory of a device: on a GPU a rank has a GPU of its own, which the
-    one that takes turns with all ranks shares with the first."""
+    """The number of processes of one trial that share the memory of a device: each rank has a GPU of its own, and the
+    process that takes turns with all ranks shares that of the first."""
     if workload.ranks == 1:
         return 1
     return (1 if device == "cuda" else workload.ranks) + workload.scaling

@@ -51,19 +51,19 @@ TIMING_LIMIT_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeForecast:
-    """What a plan takes, and how wide its intervals will be; each is None where it would be a guess."""
+    """Expected time of a plan and width of its intervals; each is None where it would be a guess."""
 
     time_s: float | None
     basis: str
-    """What the time rests on."""
+    """The source of the time."""
     replicates: int | None = None
-    """That the run will have."""
+    """The expected number of replicates."""
     skipped: tuple[str, ...] = ()
-    """What the time limit will leave out."""
+    """Parts that the time limit will drop."""
     half_width: float | None = None
-    """Of the interval of a training ratio, a fraction."""
+    """Half the interval of a training ratio, as a fraction."""
     noise: str = ""
-    """What the half-width rests on."""
+    """The source of the half-width."""
     sought_width_s: float | None = None
     """Seconds that a half-width of 3 % takes."""
 
@@ -86,14 +86,14 @@ class PlanTimes:
 
     import_s: float
     trials: Mapping[str, TrialTimes]
-    """By variant."""
+    """Times by the name of the variant."""
     parallel: int
     """Processes that work at once while nothing is timed."""
     basis: str
 
 
 def forecast_time(plan: Plan, machine: Machine, runs: Path, executor: Executor | None = None) -> TimeForecast:
-    """What a plan takes and how wide its intervals will be. `executor` times steps and is not started yet; None where
+    """Expected time of a plan and width of its intervals. `executor` times steps and is not started yet; None if
     they cannot be timed."""
     protocol = plan.study.protocol
     limit_s = None if protocol.max_minutes is None else 60 * protocol.max_minutes
@@ -201,7 +201,7 @@ class _SimulatedExecutor(Executor):
         return PartialRecord(values={"cold_start_time_s": sum([*imports.values.values(), *rest.values.values()])})
 
     def time_imports(self, log_path: str, timeout_s: float) -> PartialRecord:
-        """Those of a new interpreter."""
+        """Imports of a new interpreter."""
         self.now_s += self.times.import_s
         return PartialRecord(values={"cold_import_time_s": self.times.import_s})
 

@@ -35,7 +35,7 @@ PART_OF: dict[RoundKind, Part] = {
 
 @dataclass(slots=True, kw_only=True)
 class RunParts:
-    """What the groups of a run have in common."""
+    """The plan, executors, context and budget that all groups of a run share."""
 
     plan: Plan
     executors: Mapping[str, Executor]
@@ -134,7 +134,7 @@ class GroupRunner:
         self._run, self._group, self._budget = run, group, run.budget
         self._records = GroupRecords(group, run, attempt)
         self._workers: dict[str, Worker] = {}
-        """By the trials that they host."""
+        """Workers by the trials that they host."""
         self._requests: dict[str, TrialRequest] = {}
         self._timeout_s = run.plan.study.protocol.step_timeout_s
         self._request_s = 0.0
@@ -330,7 +330,7 @@ class GroupRunner:
 
     @property
     def _rest(self) -> Part | None:
-        """What the time goes to that is spent on nothing else; that of isolated trials comes once if they measure peaks
+        """The part to which other time is booked; that of isolated trials comes once if they measure peaks
         alone."""
         return "training" if self._group.turns else "merged" if self._records.live("merged") else None
 
@@ -375,7 +375,7 @@ class GroupRunner:
         return self._budget.clock() - begin
 
     def _take_rounds(self, kind: RoundKind, orders: Sequence[Sequence[str]], **arguments: Any) -> int:
-        """As many of the rounds as the budget gives, each of all trials that measure this; returns how many."""
+        """Take the rounds that the budget admits, each of all trials that measure this; returns their number."""
         command = ROUNDS[kind]
         measuring = set(self._records.live("steps" if kind == "epochs" else kind))
         if not (self._due(command) and orders and measuring):

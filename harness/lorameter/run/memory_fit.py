@@ -34,7 +34,7 @@ from lorameter.studies.workload import LEAST_LENGTH, MOST_BATCH, Workload
 
 FitStatus = Literal["fits", "may-not-fit", "does-not-fit"]
 Bound = Literal["memory", "context", "study"]
-"""What keeps a size from being larger: the device's memory, the model's context, or what a study may ask for."""
+"""The limit of a size: the device's memory, the model's context, or the limits of studies."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ class MemoryDevice:
 
     name: str
     machine: Machine
-    """As it would be with that device."""
+    """This machine, with that device."""
     total_bytes: int
     usable_bytes: int
     """The part that processes can allocate."""
@@ -132,7 +132,7 @@ class Fitter:
     process_bytes: int | None
 
     def needs(self, variant: Variant, workload: Workload) -> Needs:
-        """Of the phase that needs most. Raises `UnknownLayersError`."""
+        """The memory of the phase that needs most. Raises `UnknownLayersError`."""
         expected = estimate_peak(
             variant, workload, self.shape, device=self.device.machine.device,
             repacks=self.device.machine.avx512_bf16, process_bytes=self.process_bytes,
@@ -201,7 +201,7 @@ class MemoryOption:
     writes: str
     """The line of a study that makes it."""
     table: Literal["variant", "workload"]
-    """Where in the study it is written."""
+    """The table of the study that has the line."""
     needs: Needs
     """With this change alone."""
     freed_bytes: int
@@ -222,7 +222,7 @@ class Advice:
 
     device: MemoryDevice
     needs: Needs
-    """As it is, in the phase that needs most."""
+    """Without changes, in the phase that needs most."""
     status: FitStatus
     options: tuple[MemoryOption, ...]
     """Changes that it does not have yet, the one that frees most first."""

@@ -62,7 +62,7 @@ Sides = Mapping[Side, SideSpec]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """What has one trial in each replicate."""
+    """A variant on a workload and a side, which has one trial in each replicate."""
 
     variant: AnyVariant
     side: Side = ""
@@ -216,7 +216,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What one run measures, in order."""
+    """The trials of one run, in order."""
 
     study: Study
     arms: tuple[Arm, ...]
@@ -230,7 +230,7 @@ class Plan:
     failed: Mapping[str, TrialRecord] = field(default_factory=dict)
     """Records of the rehearsals that failed, by arm: their trials are not started."""
     sides: Sides = field(default_factory=dict)
-    """Of an A/B: what its base and its candidate are."""
+    """Base and candidate of an A/B."""
 
     @property
     def workloads(self) -> tuple[Workload, ...]:
@@ -346,7 +346,7 @@ def _check_size(study: Study, arms: int) -> None:
 def measures_of(
     study: Study, interleaving: Interleaving, phases: Sequence[str]
 ) -> tuple[tuple[Measure, ...], tuple[Measure, ...]]:
-    """What the trials that take turns measure (a cold start when they have ended), and what isolated trials measure."""
+    """Measures of the trials that take turns (a cold start when they have ended), and of isolated trials."""
     if study.of_scripts:  # each has a process and an allocator of its own, whatever else is live
         return ("steps", "peaks"), ()
     unwanted = {"merged"} if not study.protocol.merged else set()
@@ -423,7 +423,7 @@ def executor_of(arm: Arm, arms: Sequence[Arm]) -> str:
 
 
 def measured_groups(plan: Plan, groups: Sequence[Group], skipped: Iterable[str], *, on_cpu: bool) -> tuple[Group, ...]:
-    """What is measured of the groups of a replicate where time is limited: nothing that was skipped, and peaks once a
+    """The groups of a replicate under a time limit: without the skipped measures, and with peaks once a
     variant unless a claim is about them.
 
     Isolated trials measure peaks, in the first replicate. On a CPU the peak of a process is the same whatever else is

@@ -28,7 +28,7 @@ from lorameter.studies.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
-    """What all requests of a run share; paths are those of the machine that measures."""
+    """The parts that all requests of a run share; paths are those of the machine that measures."""
 
     device: str
     threads: int
@@ -112,10 +112,10 @@ class Bases:
     """The bases that were prepared."""
 
     folders: Mapping[tuple[str, BaseKey], str] = field(default_factory=dict)
-    """By the executor that maps it."""
+    """Folders by executor and base."""
     summaries: tuple[BaseSummary, ...] = ()
     notices: tuple[Notice, ...] = ()
-    """Of those that could not be prepared."""
+    """Notices on bases that could not be prepared."""
 
     @property
     def load_s(self) -> float:
@@ -167,16 +167,16 @@ def _notice(slot: Slot, lost: WorkerLostError) -> Notice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """What the executors of a plan answer when they are ready."""
+    """The answers of the executors of a plan."""
 
     hellos: dict[str, WorkerInfo]
-    """By executor, the one that prepared the tokens first."""
+    """Hellos by executor, that of the tokens first."""
     tokens: dict[Workload, TokenSummary]
     bases: Bases
 
     @property
     def hello(self) -> WorkerInfo:
-        """Of the first executor."""
+        """The hello of the first executor."""
         return next(iter(self.hellos.values()))
 
 
@@ -214,7 +214,7 @@ def prepare_run(plan: Plan, executors: Mapping[str, Executor], display: Display)
 
 
 def max_parallel(plan: Plan, executors: Mapping[str, Executor]) -> int:
-    """How many trials of a plan may work at once while nothing is timed; each rank of a trial has its own threads."""
+    """The number of trials that may work at once while nothing is timed; each rank of a trial has its own threads."""
     threads = max(slot.workload.threads * slot.workload.ranks for slot in plan.slots)
     return min(executor.max_parallel(threads) for executor in executors.values())
 

@@ -59,7 +59,7 @@ class PlanSpec:
     order: tuple[str, ...]
     """All trials of the whole plan."""
     trials: tuple[str, ...]
-    """Those of the groups that are to be measured."""
+    """Trials that are left to be measured."""
     sides: dict[Side, SideSpec] = field(default_factory=dict)
 
 

@@ -134,7 +134,7 @@ class _PlanRun:
         self._took_s: dict[Group, float] = {}
 
     def records(self) -> tuple[TrialRecord, ...]:
-        """In the plan's order, in whatever order the trials were measured: a run is resumed by it."""
+        """Records in the order of the plan, by which a run is resumed."""
         return tuple(self._ended[slot.trial] for slot in self._parts.plan.slots if slot.trial in self._ended)
 
     def measure_replicate(self) -> None:

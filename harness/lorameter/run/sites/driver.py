@@ -60,7 +60,7 @@ class Launcher(Protocol):
         """Folders of the jobs that wait or run."""
 
     def why(self, folder: Path) -> str:
-        """How a job ended that left no result."""
+        """The reason why a job left no result."""
 
     def cancel(self) -> None:
         """Ask all jobs to end; they save their records."""

@@ -29,15 +29,15 @@ _ORDER, _STATE = "order.json", "state.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobOrder:
-    """What a job is to do."""
+    """The order of a job."""
 
     plan: PlanSpec | None = None
-    """What to measure; without a plan the job describes its machine."""
+    """The plan to measure; without one the job describes its machine."""
     site: str = ""
     """Name of the site; empty: the node's name."""
     cwd: str
     if_busy: IfBusy | None = None
-    """What to do if the device is in use; None: the process that started the job holds the device."""
+    """The action if the device is in use; None: the process that started the job holds the device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +48,9 @@ class JobState:
     machine: str = ""
     """A description of its hardware."""
     facts: MachineFacts | None = None
-    """Of a job without a plan: its machine and what is installed there."""
+    """The machine and what is installed there; only of a job without a plan."""
     free_bytes: int | None = None
-    """Of a job without a plan: free memory of its device; None if unknown."""
+    """Free memory of the device; only of a job without a plan, None if unknown."""
     ended: bool = False
     error: str = ""
     """Why it ended early."""

@@ -168,7 +168,7 @@ class LocalJobs:
         return {folder for folder, process in self._processes.items() if process.poll() is None}
 
     def why(self, folder: Path) -> str:
-        """How a job ended."""
+        """The exit status of a job."""
         return f"its process ended with {exit_words(self._processes[folder].poll())}"
 
     def cancel(self) -> None:

@@ -1,4 +1,4 @@
-"""Where a run is measured: on one device of this machine, or in jobs on several sites of it, of Ray or of SLURM.
+"""The place of a run: one device of this machine, or jobs on several sites of it, of Ray or of SLURM.
 
 The study or the command line names the place (`lorameter.studies.placement`). A plan depends on the machine, so on a
 cluster a job describes a node first.
@@ -33,13 +33,13 @@ class Placement:
 
     launcher: Launcher | None = None
     shares: tuple[Share, ...] = ()
-    """Of this machine, if the jobs run on it."""
+    """The sites of this machine, if the jobs run on it."""
     described: JobState | None = None
     """The state of a job that described a node of the cluster, if the jobs run on one."""
     ranks: int = 1
-    """Of a trial, each of which has a device of its own if there are several."""
+    """Ranks of a trial; each of several has a device of its own."""
     if_busy: IfBusy = "wait"
-    """What a job on a cluster does if its device is in use."""
+    """The action of a job on a cluster if its device is in use."""
 
     @property
     def is_remote(self) -> bool:
@@ -58,7 +58,7 @@ class Placement:
 
     @property
     def facts(self) -> MachineFacts:
-        """That machine, and what is installed there."""
+        """The machine and what is installed there."""
         facts = None if self.described is None else self.described.facts
         return facts or open_executor().facts()
 

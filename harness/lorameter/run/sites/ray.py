@@ -32,7 +32,7 @@ RETURNED = (".json", ".jsonl", ".log")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeShare:
-    """Where a task is to run: a node, and what it reserves of it."""
+    """The node of a task, and the CPUs and GPUs that it reserves."""
 
     site: str
     node: str
@@ -151,7 +151,7 @@ class RayJobs:
         return set(self._tasks)
 
     def why(self, folder: Path) -> str:
-        """How a job ended."""
+        """The reason why a job left no result."""
         return self._why.get(folder, "its process ended without a result")
 
     def cancel(self) -> None:

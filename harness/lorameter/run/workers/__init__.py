@@ -1,4 +1,4 @@
-"""Where trials run. `Executor` is the interface between the runner and processes: the runner knows no other.
+"""The processes of trials. `Executor` is the only interface between the runner and processes.
 
 An executor starts workers. A worker hosts one or more trials and answers one command at a time. The parent blocks on
 the answer: nothing of the harness runs while a step is timed.
@@ -109,7 +109,7 @@ class Worker(abc.ABC):
             raise WorkerLostError("crashed", Failure(phase=phase, kind="Garbled", message=message)) from None
 
     def death(self, phase: str) -> WorkerLostError:
-        """How a process that closed its connection has ended."""
+        """The error for a process that has closed its connection."""
         code = self.end()
         message = f"the trial's process ended with {exit_words(code)} during {phase}"
         if code == -signal.SIGKILL:
@@ -146,14 +146,14 @@ class Executor(abc.ABC):
     """
 
     host: Host
-    """Where its processes run."""
+    """The interpreter and environment of its processes."""
     folder: Path
-    """Of the run."""
+    """The folder of the run."""
     logs: Path
     scratch: Path
     """For temporary files."""
     threads: int
-    """Of each measuring process."""
+    """CPU threads of each measuring process."""
     _stack: contextlib.ExitStack | None = None
 
     def machine(self) -> Machine:
@@ -171,13 +171,13 @@ class Executor(abc.ABC):
         return provenance.device_id(self.host.variables(os.environ))
 
     def facts(self) -> MachineFacts:
-        """What the provenance of a run says of the machine and of what is installed in the host. Raises `UsageError` if
+        """The provenance of the machine and of the packages in the host. Raises `UsageError` if
         the host does not answer."""
         host = None if self.host == Host() else describe(self.host)
         return provenance.read_facts(self.machine(), host, self.host.variables(os.environ))
 
     def max_parallel(self, threads: int) -> int:
-        """How many of its workers, with so many threads each, may work at once while nothing is timed."""
+        """The number of its workers, with so many threads each, that may work at once while nothing is timed."""
         raise NotImplementedError
 
     def start(self, folder: Path, threads: int) -> None:

@@ -69,7 +69,7 @@ class Host:
 
 
 class InterpreterFacts(msgspec.Struct, frozen=True):
-    """What an interpreter has installed, as `describe_env.py` prints it."""
+    """Installed packages of an interpreter, as `describe_env.py` prints them."""
 
     python: Annotated[str, msgspec.Meta(pattern=r"^\d+\.\d+")]
     executable: str
@@ -80,7 +80,7 @@ class InterpreterFacts(msgspec.Struct, frozen=True):
 
 
 def inspect(host: Host, modules: Sequence[str] = ()) -> InterpreterFacts:
-    """What an interpreter has installed, and where some modules would be imported from. No module is imported for it.
+    """The packages of an interpreter, and the files from which it would import some modules. None is imported.
 
     Raises:
         UsageError: the program cannot be started, or is no Python that can run this.
@@ -217,7 +217,7 @@ def site_packages(python: Path) -> Path:
 
 
 def _key(requirements: Sequence[str]) -> str:
-    """What the layer depends on: the requirements, the interpreter, and what is installed beneath."""
+    """A hash of what the layer depends on: the requirements, the interpreter, and what is installed beneath."""
     present = sorted(f"{each.metadata['Name']}=={each.version}" for each in importlib.metadata.distributions())
     parts = [sorted(requirements), sys.version, sys.executable, present, _present_folders()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

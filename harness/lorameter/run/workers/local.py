@@ -39,7 +39,7 @@ MAX_OUTPUT = 8000
 """Characters of what a cold interpreter printed before it died that its record keeps; the log has all."""
 
 ARROW = "JE_ARROW_MALLOC_CONF"
-"""What the jemalloc inside pyarrow reads when it is loaded."""
+"""The variable that the jemalloc inside pyarrow reads when it is loaded."""
 
 
 def worker_environment(threads: int, host: Host | None = None) -> dict[str, str]:
@@ -88,7 +88,7 @@ class LocalExecutor(Executor):
         """Whether the zygote may not see that the connection is closed: it still imports, or gave no answer."""
 
     def max_parallel(self, threads: int) -> int:
-        """As many as the CPU has cores for; one on a GPU. One as well on a share of a machine (`CPUS`): other sites are
+        """The cores over the threads; one on a GPU. One as well on a share of a machine (`CPUS`): other sites are
         timed meanwhile, and several busy processes would disturb them more than one."""
         machine = self.machine()
         if machine.device != "cpu" or CPUS in self.host.variables(os.environ):
@@ -185,7 +185,7 @@ class LocalExecutor(Executor):
         raise InvalidRunError(f"{self._whose}: {self._last_words()}. Its log is {self._zygote_log}.")
 
     def _last_words(self) -> str:
-        """How the zygote ended, or that it is silent."""
+        """The exit status of the zygote, or that it gave no answer."""
         assert self._zygote is not None
         with contextlib.suppress(subprocess.TimeoutExpired):  # the connection closes a moment before the process ends
             return f"the zygote ended with {exit_words(self._zygote.wait(0.5))}"
@@ -250,8 +250,7 @@ class LocalExecutor(Executor):
         return answer, process.returncode
 
     def prepare_base(self, request: BaseRequest) -> BaseSummary:
-        """In a process forked from the zygote, which has imported what it takes; its log is the one of the tokens' kind
-        (`base.log`)."""
+        """Prepare the base in a process forked from the zygote; its log is `base.log`."""
         request = dataclasses.replace(request, log_path=str(self.logs / f"base{self._suffix}.log"))
         worker = self.launch()
         try:

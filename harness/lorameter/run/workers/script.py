@@ -198,7 +198,7 @@ class ScriptProcess:
         return WorkerLostError(status, Failure(phase="build", kind=kind, message=message, traceback=output))
 
     def death(self, phase: str) -> WorkerLostError:
-        """How it ended after it had begun to train."""
+        """The error for a script that ended after it had begun to train."""
         code = None
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self._process.wait(END_TIMEOUT_S)
@@ -307,7 +307,7 @@ class ScriptWorker(Worker):
         return msgspec.structs.replace(record, values=record.values | values)
 
     def death(self, phase: str) -> WorkerLostError:
-        """How a script that had begun to train has ended."""
+        """The error for a script that ended after it had begun to train."""
         assert self._process is not None
         return self._process.death(phase)
 
@@ -339,7 +339,7 @@ class ScriptExecutor(Executor):
         return 1
 
     def hello(self) -> WorkerInfo:
-        """What is known without a worker; a script reports its device when its training begins."""
+        """The facts that need no worker; a script reports its device when its training begins."""
         machine = self.machine()
         torch = provenance.library_version("torch")
         if self.host != Host():
@@ -367,7 +367,7 @@ class ScriptExecutor(Executor):
 
     @property
     def host(self) -> Host:  # type: ignore[override]
-        """That of the side, with the interpreter that the word `python` names."""
+        """The host of the side, with the interpreter that the word `python` names."""
         if self._python is None:
             self._python = python_of(self._side)
         return dataclasses.replace(self._side, python=self._python)

@@ -237,7 +237,7 @@ def _worktree(commit: str, repository: Path) -> Iterator[Path]:
 
 
 def _roots(repository: Path, top: Path) -> list[Path]:
-    """Where packages can lie, relative to the top: there, in src, in the current folder, and editable installs.
+    """Folders that may hold packages, relative to the top: there, in src, in the current folder, and editable installs.
 
     The last are the folders of the repository that are on the present path.
     """
