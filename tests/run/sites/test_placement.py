@@ -70,7 +70,16 @@ def test_both_sides_of_an_ab_are_measured_on_each_site(placed, run):
     """Base, control and candidate of a replicate on one; the pairs are within a site. It is resumed there."""
     sides = ("--base", sys.executable, "--candidate", sys.executable)
     code, first, said = run(
-        "ab", placed('sites = ["0", "1"]'), *sides, "--variant", "small", "--phase", "train", "--json"
+        "ab",
+        placed('sites = ["0", "1"]'),
+        *sides,
+        "--variant",
+        "small",
+        "--phase",
+        "train",
+        "--replicates",
+        "2",
+        "--json",
     )
     assert code in (0, 3), said
     assert sites_of_whole(first) == {"cpus-0", "cpus-1"}

@@ -46,8 +46,9 @@ SERVED = {
 
 @pytest.fixture(scope="module")
 def served(measure, small_study):
-    """The records of one run of all phases; each of its cold starts imports for seconds, so it is made once."""
-    return measure(small_study, phases=("train", "generate", "cold"))
+    """The records of one variant and its control in all phases."""
+    study = dataclasses.replace(small_study, variants=small_study.variants[:1])
+    return measure(study, phases=("train", "generate", "cold"))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def children_of(executor):
 
 def test_a_trial_end_to_end(executor, served):
     """Every phase leaves its numbers, the control is bit-equal to the reference, and no process is left."""
-    assert len(served) == 3
+    assert len(served) == 2
     assert {record.status for record in served.values()} == {"ok"}, [r.failure for r in served.values()]
     for record in served.values():
         assert len(record.samples["step_time_s"]) == 4
@@ -93,8 +94,7 @@ def test_a_trial_end_to_end(executor, served):
         assert record.memory["optimizer_state_bytes"] == pytest.approx(2 * record.memory["adapter_bytes"], rel=0.01)
         assert record.memory["gradient_bytes"] == record.memory["adapter_bytes"]
         assert record.tokens["completion"] == record.tokens["cold_completion"]
-    plain, nf4, control = (served[f"r0-{name}"] for name in ("plain", "nf4", "plain-control"))
-    assert plain.tokens["hash"] == nf4.tokens["hash"]
+    plain, control = served["r0-plain"], served["r0-plain-control"]
     assert plain.tokens == control.tokens
     losses, twin_losses = (
         [loss for name in ("warmup_loss", "timed_loss", "remaining_loss") for loss in record.samples[name]]
@@ -102,8 +102,6 @@ def test_a_trial_end_to_end(executor, served):
     )
     assert losses == twin_losses
     assert plain.values["held_out_loss"] == control.values["held_out_loss"]
-    assert nf4.memory["base_weight_bytes"] < plain.memory["base_weight_bytes"] / 2
-    assert nf4.memory["quantization_state_bytes"] > 0 == plain.memory["quantization_state_bytes"]
     assert not children_of(executor)
 
 

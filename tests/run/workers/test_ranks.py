@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import psutil
+import pytest
 
 from lorameter.records.metrics import samples_of
 from lorameter.run.plan import make_plan
@@ -18,6 +19,7 @@ def descendants():
     return [one for zygote in psutil.Process().children() for one in zygote.children(recursive=True)]
 
 
+@pytest.mark.selftest
 def test_trials_of_ranks_take_turns(executor, tokens_of, small_study):
     """A trial of two ranks and its control, in lockstep: both are whole, with a scaling efficiency for each step, and
     no process of theirs is left."""
