@@ -70,7 +70,9 @@ def pip(monkeypatch):
         return subprocess.CompletedProcess(command, 0, out, "")
 
     monkeypatch.setattr(bisect_candidates.subprocess, "run", run)
-    monkeypatch.setattr(bisect_candidates, "run_git", lambda *_: subprocess.CompletedProcess([], 128, "", "no"))
+    monkeypatch.setattr(
+        "lorameter.run.workers.sides.run_git", lambda *_: subprocess.CompletedProcess([], 128, "", "no")
+    )
     return asked
 
 

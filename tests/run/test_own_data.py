@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 
-import pytest
-
 from lorameter.cli import main
 
 STUDY = """
@@ -39,9 +37,8 @@ r = 4
 """
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """One with a study and its data, in which the commands are given."""
+def test_a_plan_describes_the_data(tmp_path, monkeypatch, capsys):
+    """A plan on records that lorameter generates has no such line."""
     turns = [
         [{"role": "user", "content": f"say {number}"}, {"role": "assistant", "content": f"{number}!"}]
         for number in range(60)
@@ -49,15 +46,10 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": one}) for one in turns))
     (tmp_path / "own.toml").write_text(STUDY)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def test_a_plan_says_what_the_data_is(folder, capsys):
-    """As text and as JSON; of records of this program's own it says nothing."""
-    words = "chats.jsonl, 60 records of messages; loss on the answers alone"
-    assert main(["run", "own.toml", "--dry-run", "--runs-dir", "runs"]) == 0
-    assert f"data    {words}" in capsys.readouterr().out
-    assert main(["run", "own.toml", "--dry-run", "--json", "--runs-dir", "runs"]) == 0
-    assert json.loads(capsys.readouterr().out)["data"] == words
-    assert main(["run", "own.toml", "--dry-run", "--json", "--data", "synthetic", "--runs-dir", "runs"]) == 0
+    words = ["run", "own.toml", "--dry-run", "--json", "--runs-dir", "runs"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["data"] == (
+        "chats.jsonl, 60 records of messages; loss on the answers alone"
+    )
+    assert main([*words, "--data", "synthetic"]) == 0
     assert "data" not in json.loads(capsys.readouterr().out)

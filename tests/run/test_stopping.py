@@ -134,13 +134,3 @@ def test_a_run_that_stopped_is_whole_and_says_why(measured, tmp_path):
     assert len(run.records) == 5 * 3
     assert comparison_input(run).broken is None
     assert store.read_run(run.manifest.run, tmp_path / "runs").manifest == run.manifest
-
-
-def test_a_limited_run_says_how_many_turns_each_replicate_took(measured):
-    """Two in the first, whose cost was unknown, and all planned ones after it if there is time."""
-    run = measured(replicates=4, turns=4, max_minutes=60.0)
-    assert run.manifest.spending.turns == (2, 4, 4, 4)
-    assert run.manifest.spending.limit_s == 3600
-    assert run.manifest.skipped == ()
-    assert not [notice for notice in run.manifest.notices if notice.code == "measurements-skipped"]
-    assert {record.status for record in run.records} == {"ok"}
