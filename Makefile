@@ -9,7 +9,7 @@ GPU_PACKED := $(if $(wildcard $(STAMP)),,$(wildcard .gpu/site))
 
 PROOFS := verdicts_ab harness_overhead noise_coverage own_scripts random_models memory_estimate real_models reading methods
 
-.PHONY: bench test lint study reports proof $(PROOFS:%=proof-%) proof-long test-lower-bound gpu gpu-pack gpu-take clean
+.PHONY: bench test test-quick lint study reports proof $(PROOFS:%=proof-%) proof-long test-lower-bound gpu gpu-pack gpu-take clean
 
 bench: $(STAMP)
 	$(BIN)/pytest benchmarks/ --benchmark-save=$(NAME)
@@ -20,6 +20,10 @@ bench: $(STAMP)
 # published ones; without it that test is skipped.
 test: $(STAMP)
 	$(BIN)/pytest tests/ -n 3 --dist loadfile --no-loadscope-reorder
+
+# The tests that need neither torch nor a process of their own.
+test-quick: $(STAMP)
+	$(BIN)/pytest tests/stats tests/studies tests/records tests/verdicts tests/results -n 2 --dist loadfile
 
 # The study of LoRA parameters that this project began with, and its claims, on a small real model: about an hour on two
 # cores. LORAMETER_DOLLY names databricks-dolly-15k.jsonl(.gz); without it embedded records are used.

@@ -50,18 +50,22 @@ hypothesis.settings.load_profile("any machine")
 def pytest_collection_modifyitems(config, items):
     """GPU tests say why they do not run here; what takes long is left out unless its marker asks for it:
     `-m selftest` or `-m faults` (make proof-long)."""
-    import torch
-
     for marker in ("selftest", "faults"):
         if marker not in config.option.markexpr:
             long = {item for item in items if item.get_closest_marker(marker) and HERE in item.path.parents}
             config.hook.pytest_deselected(items=list(long))
             items[:] = [item for item in items if item not in long]
 
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+    for_gpus = [item for item in items if item.get_closest_marker("gpu")]
+    if for_gpus and not _has_gpu():
+        for item in for_gpus:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+def _has_gpu():
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def pytest_collection_finish():

@@ -1,4 +1,4 @@
-"""Who may import whom: a lower layer never imports a higher one, and torch stays where it belongs."""
+"""Rules on imports: a lower layer never imports a higher one, and only the packages that measure load torch."""
 
 from __future__ import annotations
 
@@ -14,21 +14,25 @@ ORDER = (
     *"errors stats records studies models machine wire trial attach verdicts results run".split(),
     *"profile parity report commands".split(),
 )
-"""The rooms, from the ground up."""
-DOORS = ("cli", "pytest_plugin", "worker")
-RANK = (
-    {room: place for place, room in enumerate(ORDER)}
-    | dict.fromkeys(DOORS, len(ORDER))
+"""Layers of lorameter, the lowest first."""
+ENTRY_POINTS = ("cli", "pytest_plugin", "worker")
+HARNESS_RANK = (
+    {layer: place for place, layer in enumerate(ORDER)}
+    | dict.fromkeys(ENTRY_POINTS, len(ORDER))
     | {"entry": len(ORDER) + 1, "__main__": len(ORDER) + 2}
 )
-FLOORS = (
+CHECK_ORDER = (
     *"pipes terminal check rules observe trace judges isolation step_watch ranks small_run selftest probe".split(),
 )
-"""Those of kernels_check; its doors are its two dunder modules."""
-STOREYS = {room: place for place, room in enumerate(FLOORS)} | dict.fromkeys(("__init__", "__main__"), len(FLOORS))
+"""Layers of kernels_check; its entry points are its two dunder modules."""
+CHECK_RANK = {layer: place for place, layer in enumerate(CHECK_ORDER)} | dict.fromkeys(
+    ("__init__", "__main__"), len(CHECK_ORDER)
+)
 TORCH = ("trial", "attach")
 FOLDERS = {"lorameter": "harness/lorameter"}
-"""Where a package lies that has no folder of its own at the top."""
+"""Folder of a package that has none at the top."""
+QUICK = "stats studies records verdicts results".split()
+"""Folders of tests that need neither torch nor a process (`make test-quick`)."""
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets", "pandas"}
 
 
@@ -70,11 +74,11 @@ def imports(path: Path, *, at_import_only: bool = False) -> set[str]:
     return names
 
 
-def room_of(path: Path) -> str:
+def layer_of(path: Path) -> str:
     return parts_of(path)[1]
 
 
-def room_of_name(name: str) -> str:
+def layer_of_name(name: str) -> str:
     return name.split(".")[1] if "." in name else ""
 
 
@@ -82,14 +86,14 @@ def module_of(path: Path) -> str:
     return ".".join(parts_of(path)).removesuffix(".__init__")
 
 
-def arrows(package: str) -> dict[str, set[str]]:
+def import_graph(package: str) -> dict[str, set[str]]:
     """Which modules of a package each of its modules imports, at any depth of the file."""
     known = {module_of(path): path for path in modules(package)}
     return {name: (imports(path) & set(known)) - {name} for name, path in known.items()}
 
 
-def circle(graph: dict[str, set[str]]) -> list[str]:
-    """One circle of a graph, as the names along it; empty where there is none."""
+def find_cycle(graph: dict[str, set[str]]) -> list[str]:
+    """One cycle of a graph, as the names along it; empty where there is none."""
     try:
         tuple(graphlib.TopologicalSorter(graph).static_order())
     except graphlib.CycleError as error:
@@ -109,36 +113,36 @@ def test_every_test_says_its_behaviour():
     assert not silent
 
 
-@pytest.mark.parametrize(("package", "rank"), [("lorameter", RANK), ("kernels_check", STOREYS)])
-def test_rooms_point_down(package, rank):
-    """What a module imports of another room lies strictly below; lazy imports included, no exceptions."""
-    rooms = {room_of(path) for path in modules(package)} - {"__init__"}
-    assert rooms <= set(rank), f"no place in the order: {rooms - set(rank)}"
+@pytest.mark.parametrize(("package", "rank"), [("lorameter", HARNESS_RANK), ("kernels_check", CHECK_RANK)])
+def test_imports_point_down(package, rank):
+    """A module imports only from strictly lower layers; lazy imports included, no exceptions."""
+    layers = {layer_of(path) for path in modules(package)} - {"__init__"}
+    assert layers <= set(rank), f"no place in the order: {layers - set(rank)}"
     up = [
         f"{name} imports {other}"
-        for name, others in arrows(package).items()
+        for name, others in import_graph(package).items()
         for other in others
-        for room, its in [(name.split(".")[1:2], other.split(".")[1:2])]
-        if room and its and room != its and rank[its[0]] >= rank[room[0]]
+        for mine, its in [(name.split(".")[1:2], other.split(".")[1:2])]
+        if mine and its and mine != its and rank[its[0]] >= rank[mine[0]]
     ]
     assert not up, "\n".join(up)
 
 
-@pytest.mark.parametrize("room", ["verdicts", "attach"])
-def test_nobody_but_those_who_measure_knows_the_trial(room):
-    """What judges records, and what runs in the user's process, must not import it."""
+@pytest.mark.parametrize("layer", ["verdicts", "attach"])
+def test_verdicts_and_the_meter_do_not_import_the_trial(layer):
+    """Verdicts are computed from records alone, and the meter runs in the user's process."""
     assert not [
         f"{name} imports {other}"
-        for name, others in arrows("lorameter").items()
+        for name, others in import_graph("lorameter").items()
         for other in others
-        if (room_of_name(name), room_of_name(other)) == (room, "trial")
+        if (layer_of_name(name), layer_of_name(other)) == (layer, "trial")
     ]
 
 
 @pytest.mark.parametrize("package", ["lorameter", "kernels_check"])
-def test_no_circle(package):
-    """Modules import each other in one direction, inside a room and at any depth of a file."""
-    assert not circle(arrows(package))
+def test_no_cycle(package):
+    """Modules import each other in one direction, inside a layer and at any depth of a file."""
+    assert not find_cycle(import_graph(package))
 
 
 def test_no_module_is_longer_than_500_lines():
@@ -147,21 +151,20 @@ def test_no_module_is_longer_than_500_lines():
     assert not [module_of(path) for path in paths if len(path.read_text().splitlines()) > 500]
 
 
-def test_a_room_holds_nothing_but_its_name():
-    """The `__init__` of a room is a docstring, or every command pays for what it imports; what scripts import of attach
-    is loaded when it is asked for."""
-    for room in set(ORDER) - {"errors", "stats", "wire", "attach"}:
-        path = ROOT / "harness" / "lorameter" / room / "__init__.py"
-        assert [type(node).__name__ for node in parse(path).body] == ["Expr"], room
+def test_packages_import_nothing():
+    """Their `__init__` is a docstring, or every command pays for what it imports; attach loads on access what scripts
+    import of it."""
+    for layer in set(ORDER) - {"errors", "stats", "wire", "attach"}:
+        path = ROOT / "harness" / "lorameter" / layer / "__init__.py"
+        assert [type(node).__name__ for node in parse(path).body] == ["Expr"], layer
 
 
-def test_torch_stays_in_its_layers():
-    """At import, torch and its kind are loaded by the packages that measure only."""
-    others = [path for path in modules("lorameter") if room_of(path) not in TORCH]
+def test_only_packages_that_measure_import_torch():
+    """At import, torch, pandas and libraries as slow as these; the quick tests do not import torch either."""
+    others = [path for path in modules("lorameter") if layer_of(path) not in TORCH]
+    assert not [str(path) for folder in QUICK for path in modules(f"tests/{folder}") if "torch" in imports(path)]
     assert not [
-        module_of(path)
-        for path in others
-        if {name.split(".")[0] for name in imports(path, at_import_only=True)} & HEAVY
+        str(path) for path in others if {name.split(".")[0] for name in imports(path, at_import_only=True)} & HEAVY
     ]
 
 
@@ -174,8 +177,8 @@ def test_kernels_check_stands_alone():
     ]
 
 
-def test_the_statistics_know_numbers_and_not_trials():
-    """lorameter.stats imports nothing else of the harness."""
+def test_statistics_import_nothing_of_the_harness():
+    """lorameter.stats computes on numbers alone."""
     for path in modules("harness/lorameter/stats"):
         others = {
             name for name in imports(path) if name.startswith("lorameter.") and not name.startswith("lorameter.stats")
@@ -183,9 +186,8 @@ def test_the_statistics_know_numbers_and_not_trials():
         assert not others, path
 
 
-def test_what_programs_print_is_read_in_any_encoding():
-    """A file name or a message in another encoding is no reason to fail: text from a process says what to do with bytes
-    that are not valid."""
+def test_text_from_processes_has_an_error_handler():
+    """A file name or a message may be in another encoding, and must not raise UnicodeDecodeError."""
     offenders = []
     for path in modules("lorameter"):
         calls = [node for node in ast.walk(parse(path)) if isinstance(node, ast.Call)]

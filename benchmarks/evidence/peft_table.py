@@ -356,8 +356,8 @@ def describe_task(checkout: Path, revision: str, task: str) -> Task:
     )
     figure = Figure(
         title=f"{task}: {QUALITY[task]}",
-        says="Two experiments whose lines overlap are not separable by one run each, by the largest kind of noise that "
-        "the history shows.",
+        caption="Two experiments whose lines overlap are not separable by one run each, by the largest noise that the "
+        "history shows.",
         drawing=Intervals(axis=Axis(title=QUALITY[task]), marks=marks),
         table=None,
     )
