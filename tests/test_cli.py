@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +14,6 @@ import pytest
 from lorameter.cli import main
 from lorameter.commands.parser import build_parser
 from lorameter.commands.table import COMMANDS
-from lorameter.records import store
 
 
 def test_errors_and_lists_act_on_no_terminal(capsys, tmp_path):
@@ -30,94 +26,6 @@ def test_errors_and_lists_act_on_no_terminal(capsys, tmp_path):
     shown = capsys.readouterr().out
     assert any("\\x1b[2Jrun" in line and "damaged" in line for line in shown.splitlines())
     assert "\x1b" not in shown
-
-
-@pytest.mark.parametrize(("failing", "said"), [
-    (lambda record: record, "complete"),
-    (lambda record: record.replaced(status="oom" if record.replicate else "ok"), "complete, 3 of 6 trials ok"),
-])  # fmt: skip
-def test_a_list_of_runs_says_how_many_trials_are_ok(write_run, capsys, failing, said):
-    """A run of which every trial crashed has come to its end, and is not to be taken for one that can be used."""
-    path = write_run("20260101-000000-small-0000", {"plain": (1.0, 1.0), "nf4": (1.0, 1.0)}, change=failing)
-    assert main(["list", "runs", "--runs-dir", str(path.parent)]) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "20260101" in line]
-    assert re.split(r"\s{2,}", line.strip())[:3] == ["20260101-000000-small-0000", "small", said]
-    assert main(["list", "runs", "--json", "--runs-dir", str(path.parent)]) == 0
-    (row,) = json.loads(capsys.readouterr().out)["runs"]
-    assert row["status"] == "complete"
-    assert sum(row["trials"].values()) == 6
-
-
-def test_a_dry_run_shows_order_time_memory_and_disk(capsys, tmp_path):
-    """And starts nothing: no run directory is made."""
-    assert main(["run", "lora-or-qlora", "--dry-run", "--runs-dir", str(tmp_path)]) == 0
-    text = capsys.readouterr().out
-    for word in (
-        "3 replicates",
-        "lora-r16-control",
-        "lockstep",
-        "quantization",
-        "time",
-        "memory",
-        "disk",
-        "random-weights",
-    ):
-        assert word in text
-    assert main(["run", "lora-or-qlora", "--dry-run", "--json", "--runs-dir", str(tmp_path)]) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert len(document["order"]) == 15 + 12  # in turns, and isolated for peaks, which the control does without
-    assert document["time_s"] > 0
-    assert not list(tmp_path.iterdir())
-
-
-WORKLOAD = "[workload]\nsequence_length=32\nbatch_size=2\ntrain_sequences=16\nnew_tokens=4\n"
-PROTOCOL = (
-    "[protocol]\nreplicates=1\nwarmup_steps_min=1\nwarmup_steps_max=2\nturns=2\ngenerate_requests=1\n"
-    "[controls]\nquantization='nf4'\n"
-)
-"""As little as still is a trial."""
-
-
-def measured(folder, study, *options):
-    """A real run of a study in a folder, on bases of its own, which another test may have prepared already: the
-    finished process."""
-    (folder / "mine.toml").write_text(study)
-    command = [sys.executable, "-m", "lorameter.cli", "run", str(folder / "mine.toml"), "--json", *options]
-    bases = os.environ | {"LORAMETER_BASES": str(folder / "bases")}
-    command += ["--runs-dir", str(folder / "runs")]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=bases)
-
-
-SWEEP = f"{WORKLOAD}prompt_tokens=8\n{PROTOCOL}[[variant]]\nname='a'\nr=4\n[[variant]]\nname='b'\nr=8\n"
-
-
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory):
-    """A real run of two small variants that share their base: the finished process and the folder of its run."""
-    folder = tmp_path_factory.mktemp("swept")
-    return measured(folder, SWEEP, "--interleave", "shared-base"), folder / "runs"
-
-
-@pytest.mark.selftest
-def test_a_sweep_of_adapters_runs_on_one_base(swept):
-    """From study to records: one process and one load a replicate, isolated trials for what needs a process alone."""
-    done, runs = swept
-    run = store.read_run(json.loads(done.stdout)["run"], runs)
-    records = run.records
-    timed = [record for record in records if "step_time_s" in record.samples]
-    isolated = [record for record in records if record.trial.endswith("-isolated")]
-    assert len(timed) == len(isolated) == 3
-    assert sum(record.values["base_loads"] for record in timed) == 1
-    assert [(base.conversions, base.quantisations) for base in run.manifest.bases] == [(1, 1)]
-    assert not any(record.values["base_conversions"] for record in records)
-    cold = [record for record in records if "cold_start_time_s" in record.samples]
-    assert {record.name for record in cold} == {record.name for record in records}
-    assert all(record.values["cold_base_conversions"] == 1 for record in cold)  # as a user's
-    assert all(record.interleaving == "shared-base" and not record.memory for record in timed)
-    assert all("merged_request_time_s" in record.samples for record in isolated)
-    assert all(record.memory["adapter_bytes"] > 0 for record in isolated)
-    twins = {record.role: record.samples["timed_loss"] for record in timed if record.name == "a"}
-    assert twins["variant"] == twins["control"]
 
 
 @pytest.mark.parametrize(
@@ -190,16 +98,6 @@ def test_every_command_ends_its_help_with_an_example_that_it_takes(monkeypatch, 
             main([*command.name.split(), "--help"])
         assert f"\nexample: {command.example}\n" in capsys.readouterr().out, "on one line, as it is copied"
         build_parser().parse_args(shlex.split(command.example.partition(" > ")[0])[1:])
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash on this machine")
-def test_bash_completes_by_it(tmp_path, capsys):
-    """Asked in a real shell."""
-    main(["completion", "bash"])
-    (tmp_path / "completion").write_text(capsys.readouterr().out)
-    asked = "source completion; COMP_WORDS=(lorameter rep); COMP_CWORD=1; _shtab_lorameter; echo ${COMPREPLY[@]}"
-    done = subprocess.run(["bash", "-c", asked], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["report"]
 
 
 INTERRUPTED = """

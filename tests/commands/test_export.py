@@ -3,12 +3,10 @@
 import csv
 import io
 import json
-import tracemalloc
 
 import pytest
 
 from lorameter import cli
-from lorameter.records import store
 from lorameter.results import columns
 
 
@@ -51,63 +49,6 @@ def test_all_tables_into_a_folder(called, tmp_path):
     assert str(frame["replicate"].dtype) == "Int64"
     text = pd.read_csv(tmp_path / "out" / "trials.csv")
     assert list(text["trial"]) == list(frame["trial"])
-
-
-def test_only_the_table_that_is_asked_for_is_made(write_run, called):
-    """Trials are written where step times cannot be compared; the comparisons are refused."""
-    write_run("zero", {"plain": [0.0, 0.0], "nf4": [1.0, 1.2]})
-    code, out, _ = called("--format", "csv", "--table", "trials", name="zero")
-    assert code == 0
-    assert len(out.splitlines()) == 7
-    assert called("--format", "csv", "--table", "samples", "--output", "out.csv", name="zero")[0] == 0
-    code, _, err = called("--format", "csv", "--table", "comparisons", name="zero")
-    assert (code, "no number can be had" in err) == (4, True)
-
-
-@pytest.fixture
-def long(write_run):
-    """A run with 180,000 samples."""
-    samples = tuple(float(number) for number in range(60_000))
-    write_run("long", {"plain": [1.0], "nf4": [1.0]}, change=lambda record: record.replaced(samples={"held": samples}))
-
-
-@pytest.mark.usefixtures("long")
-def test_samples_are_written_one_by_one(called, tmp_path, monkeypatch):
-    """The memory that the export takes beside the run is less than the table as text."""
-    run = store.read_run("long", tmp_path / "runs")
-    monkeypatch.setattr(store, "read_run", lambda *_: run)
-    tracemalloc.start()
-    try:
-        code, _, _ = called("--format", "csv", "--table", "samples", "--output", "samples.csv", name="long")
-        _, peak_bytes = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert code == 0
-    assert len((tmp_path / "samples.csv").read_text().splitlines()) > 180_000
-    assert peak_bytes < (tmp_path / "samples.csv").stat().st_size
-
-
-@pytest.mark.usefixtures("long")
-def test_a_parquet_file_is_written_in_groups_of_rows(called, tmp_path):
-    """They are read back as one table."""
-    import pandas as pd
-    from pyarrow import parquet
-
-    assert called("--format", "parquet", "--table", "samples", "--output", "samples.parquet", name="long")[0] == 0
-    assert parquet.ParquetFile(tmp_path / "samples.parquet").num_row_groups > 1
-    frame = pd.read_parquet(tmp_path / "samples.parquet")
-    assert list(frame[frame["metric"] == "held"]["value"]) == 3 * [float(number) for number in range(60_000)]
-
-
-@pytest.mark.parametrize("form", ["github-action-benchmark", "bencher"])
-def test_a_page_of_trends_gets_json_and_only_of_valid_runs(called, form):
-    """Exit code 4, with the reason, for one that is not."""
-    code, out, _ = called("--format", form, "--metric", "step_time_s")
-    assert code == 0
-    assert "step_time_s" in json.dumps(json.loads(out))
-    code, out, err = called("--format", form, name="cut")
-    assert (code, out) == (4, "")
-    assert "interrupted" in err
 
 
 @pytest.mark.parametrize(

@@ -52,15 +52,3 @@ def test_a_configuration_that_makes_no_model_is_refused(change, tmp_path, capsys
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert main(["list", "sizes", "training-step", "--model", str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
-
-
-def test_variants_that_differ_in_their_workload_are_told_apart(tmp_path, capsys):
-    """By their ids and by what they differ in."""
-    study = tmp_path / "lengths.toml"
-    variants = [("short", ""), ("long", "workload.sequence_length = 256"), ("longer", "workload.sequence_length = 512")]
-    tables = "".join(f'[[variant]]\nname = "{name}"\n{own}\n' for name, own in variants)
-    study.write_text(f'title = "Lengths"\nreference = "short"\n{tables}')
-    assert main(["list", "variants", str(study), "--json"]) == 0
-    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["variants"]}
-    assert len({row["id"] for row in rows.values()}) == 3
-    assert "workload.sequence_length=256" in rows["long"]["differs from the defaults in"]

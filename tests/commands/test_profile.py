@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import time
 from typing import ClassVar
 
 import pytest
@@ -80,13 +77,3 @@ def test_pairs_take_half_of_the_time_limit_and_optional_parts_none_after_it(tmp_
     assert {timed, "memory_breakdown"} <= set(asked)
     assert not {"peak", "merge"} & set(asked)
     assert [given["budget_s"] for command, given in FakeExecutor.asked if command == timed] == [0.0]
-
-
-@pytest.mark.selftest
-def test_a_profile_keeps_to_a_limit_of_minutes(tmp_path):
-    """`--max-minutes` is taken, and the profile ends within it."""
-    command = [sys.executable, "-m", "lorameter.cli", "profile", "training-step", "--max-minutes", "1"]
-    begin = time.monotonic()
-    done = subprocess.run([*command, "--runs-dir", str(tmp_path)], capture_output=True, check=False)
-    assert done.returncode == 0
-    assert time.monotonic() - begin < 60

@@ -132,14 +132,6 @@ def test_an_ab_shows_a_metric_a_variant_or_a_phase(told):
     assert told("report", "ab", "--sort", "ratio")[0] == 2
 
 
-def test_one_run_is_two_sides_only_if_it_is_an_ab(told):
-    """What is missing is named."""
-    code, text = told("compare", "sound")
-    assert code == 2
-    assert "Name a CANDIDATE" in text
-    assert told("compare", "ab", "--all-metrics")[0] == 2
-
-
 def test_the_verdict_of_an_ab_stands_first(told):
     """Before what differs and where the time went."""
     _, text = told("report", "ab-unsure")
@@ -150,16 +142,3 @@ def test_the_verdict_of_an_ab_stands_first(told):
     assert "tokens/s (without padding), slow-down" in text
     assert "measure 106" not in text
     assert "261" not in text
-
-
-@pytest.mark.parametrize("line", ["report sound", "report failed", "claims swept", "compare sound slower", "report ab"])
-def test_every_report_is_markdown_and_annotations(told, line, monkeypatch, tmp_path):
-    """Verdict first, and the same Markdown in the summary of a job."""
-    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
-    code, markdown = told(*line.split(), "--markdown")
-    assert markdown.startswith("INVALID: trial r0-" if line == "report failed" else "### ")
-    again, annotations = told(*line.split(), "--format", "github")
-    assert code == again
-    assert annotations.startswith("::")
-    assert (tmp_path / "summary.md").read_text() == markdown
-    assert ("::error" in annotations) is (code not in (0,)) or line == "claims swept"

@@ -5,11 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "run" / "scripted.py"
 COMMAND = "python scripted.py {slow|plain}"
 
 
@@ -67,10 +65,10 @@ def test_the_plan_of_what_needs_a_gpu_is_shown(scripted, monkeypatch):
 
 def test_two_scripts_are_asked_what_a_study_claims(scripted, tmp_path):
     """Two commands in lockstep; twice as fast is seen, and believed of nothing that nobody saw run."""
-    words = ("--replicates", "2", "--steps", "4", "--interleave", "lockstep", "--allow-disturbed", "--json")
+    words = ("--replicates", "1", "--steps", "4", "--interleave", "lockstep", "--allow-disturbed", "--json")
     code, out, _ = scripted("run", "compile", "--command", COMMAND, *words)
     run = json.loads(out)["run"]
-    assert (code, json.loads(out)["trials"]) == (0, {"ok": 6})
+    assert (code, json.loads(out)["trials"]) == (0, {"ok": 3})
     manifest = json.loads((tmp_path / "runs" / run / "manifest.json").read_text())
     assert [one["command"] for one in manifest["study"]["variants"]] == [
         "python scripted.py slow", "python scripted.py plain",
@@ -87,20 +85,6 @@ def test_two_scripts_are_asked_what_a_study_claims(scripted, tmp_path):
     assert "whether torch.compile ran is unknown" in " ".join(out.replace("│", " ").split())
     code, out, err = scripted("run", "--resume", run, "--steps", "8")
     assert (code, "--steps would change the study" in err) == (2, True)
-
-
-def test_a_credential_that_a_script_prints_is_not_kept(scripted, tmp_path):
-    """Neither in records and logs, nor in what is printed: of a line of its output and of its error's text."""
-    words = ("--replicates", "1", "--steps", "2", "--allow-disturbed")
-    code, out, err = scripted("run", "compile", "--command", "python scripted.py {leak|plain}", *words)
-    kept = {path.name: path.read_bytes().decode(errors="replace") for path in tmp_path.glob("runs/**/*.*")}
-    logs = "".join(text for name, text in kept.items() if name.endswith(".log"))
-    assert "401 for https://***@host" in kept["trials.jsonl"]
-    assert "password=*** WANDB_API_KEY=***" in logs
-    for secret in ("hunter2", "0123abcd"):
-        assert not [name for name, text in kept.items() if secret in text], secret
-        assert secret not in out + err
-    assert code == 4
 
 
 def test_versions_are_those_of_the_scripts_own_interpreter(scripted, other_python):

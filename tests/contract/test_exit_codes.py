@@ -32,6 +32,7 @@ CODES = {
         f"report failed {DERIVED}", f"report interrupted {DERIVED}", f"report control-failed {DERIVED}",
         f"compare steady failed {DERIVED}", f"compare failed steady {DERIVED}", f"compare steady interrupted {DERIVED}",
         f"compare steady control-failed {DERIVED}", f"gate steady failed {DERIVED}",
+        f"claims control-failed {DERIVED}",
     ),
     5: (
         f"compare steady elsewhere {DERIVED}", f"gate steady elsewhere {DERIVED}", "compare baseline base",

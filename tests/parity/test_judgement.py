@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import msgspec
 import pytest
 
 from lorameter.commands.parity import encode_parity
-from lorameter.parity.facts import Parity
 from lorameter.parity.judgement import judge_parity
-from lorameter.records import codec
 from lorameter.records.parity import Served
 from lorameter.records.record import Failure
 from lorameter.report.parity import describe_parity, show_differing
@@ -99,15 +95,6 @@ def test_a_way_that_failed_is_a_row_with_its_reason(make_parity, way):
     assert "no answer: OutOfMemoryError" in text(parity, 200)
     rows = encode_parity(parity, judgement, "x")["ways"]
     assert {row["way"]: row["verdict"] for row in rows}[way] == "failed"
-
-
-def test_the_document_has_every_way_and_the_file_is_read_back(make_parity):
-    """In their order; the facts survive their file."""
-    parity = make_parity()
-    document = encode_parity(parity, judge_parity(parity), "x")
-    assert document["valid"]
-    assert [row["way"] for row in document["ways"]] == [way.name for way in parity.ways[1:]]
-    assert codec.from_json(Parity, json.loads(codec.dumps(parity)), "parity") == parity
 
 
 def test_differing_answers_stand_beside_each_other_and_obey_nobody(make_parity):

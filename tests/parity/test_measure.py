@@ -81,37 +81,6 @@ def test_a_trained_adapter_is_served_in_every_way(study, runs, capsys):
     assert parity.record.status == "ok"
 
 
-@pytest.mark.selftest
-def test_an_adapter_that_is_given_is_not_trained(runs, tmp_path, capsys):
-    """Of a float32 base: merged, it gives the same answers with logits that rounding explains."""
-    import torch
-
-    from lorameter.models import catalogue
-    from lorameter.trial.building import peft_methods
-    from lorameter.trial.building.base_model import load_base
-
-    variant = LoraVariant(r=4, dtype="float32")
-    model = peft_methods.attach(load_base(catalogue.resolve("tiny-llama"), variant, device="cpu", seed=20), variant)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in peft_methods.own_parameters(model).values():
-            parameter.normal_(std=0.05)
-    peft_methods.save(model, tmp_path / "adapter")
-    (tmp_path / "mine.toml").write_text(STUDY.replace('quantization = "nf4"', 'dtype = "float32"'))
-    command = ["parity", str(tmp_path / "mine.toml"), "--adapter", str(tmp_path / "adapter"), "--json"]
-    assert main([*command, "--runs-dir", str(runs), "--if-busy", "share"]) == 0
-    said = capsys.readouterr()
-    read = json.loads(said.out, object_hook=lambda found: SimpleNamespace(**found))
-    assert "training" not in said.err
-    assert (read.training_steps, read.adapter) == (None, str(tmp_path / "adapter"))
-    by_name = {row.way: row for row in read.ways}
-    merged = by_name["merged into float32"]
-    assert (merged.verdict, merged.answers.count, merged.tokens.count) == ("same", 0, 0)
-    assert 0 < merged.difference_max < 1e-4
-    assert by_name["no adapter, float32"].difference_max > 0.1
-    assert by_name["unmerged, nf4"].difference_max > by_name["unmerged, bfloat16"].difference_max > 1e-4
-
-
 def test_an_adapter_that_does_not_fit_is_a_message(study, runs, tmp_path, capsys):
     """The reference cannot be had, so there is nothing to say but why, and where the log is; exit code 4."""
     from safetensors.torch import save_file

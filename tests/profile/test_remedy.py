@@ -9,8 +9,6 @@ from lorameter.profile.remedy import choose_finding, judge_remedy, make_pair, ph
 from lorameter.profile.rules import Finding
 from lorameter.records import store
 from lorameter.records.record import Failure
-from lorameter.report.run import facts_of
-from lorameter.report.run_view import view_of
 from lorameter.run.build_plan import build_plan
 from lorameter.studies.study_file import load_variant
 
@@ -131,23 +129,3 @@ def test_a_remedy_of_requests_is_judged_by_what_its_cost_is_of(write_run, small_
     tried = judge_remedy(store.read_run(str(path), path.parent), wait)
     assert (tried.metric, tried.comparison.verdict) == ("first_token_time_s", "improved")
     assert tried.comparison.ratio == pytest.approx(0.2)
-
-
-def test_workloads_are_compared_by_the_time_of_a_real_token(write_run, padded, tmp_path):
-    """Constructed steps as long, of 60 % more real tokens; the report says on what each ran and shows no losses."""
-    pair = make_pair(padded, padded.variants[0], PACKED)
-
-    def filled(record):
-        real = 800 if record.name == "without-padding" else 500
-        samples = record.samples | {"turn_tokens": (100.0,), "turn_padded_tokens": (1436.0,)}
-        return record.replaced(samples=samples, tokens={"real_tokens": real, "padded_tokens": 1000 - real})
-
-    times = [0.100, 0.1001, 0.1002, 0.0999]
-    found = judged(write_run, pair, "padding", times, times, change=filled)
-    assert (found.valid, found.metric, found.comparison.verdict) == (True, "time_per_real_token_s", "improved")
-    assert found.comparison.ratio == pytest.approx(500 / 800)
-    view = view_of(store.read_run(found.run, tmp_path / "runs"))
-    assert any("without-padding has layout = packed" in fact.text for fact in facts_of(view.run, view.study))
-    assert "losses are not compared" in view.study.notes[0]
-    heads = {head.text for head in view.tables[0].table.heads}
-    assert not {"train loss", "held-out loss", "tokens/s (without padding)"} & heads

@@ -1,11 +1,9 @@
 """Every rule of requests on constructed evidence: a planted case that it finds, and healthy requests."""
 
 import dataclasses
-import re
 
 import msgspec
 import pytest
-import torch
 
 from lorameter.profile.accounting import TimeSpan
 from lorameter.profile.evidence import PassEvidence, RequestEvidence
@@ -145,26 +143,3 @@ def test_what_costs_nothing_or_cannot_be_changed(evidence, found):
     assert [finding.changes for finding in findings] == found
     for finding in findings:
         assert bool(finding.suggestion) != bool(finding.obstacle)
-
-
-def test_a_weight_that_is_copied_by_itself_is_no_fault_of_a_product():
-    """As one that is cast for each pass: what goes into the layer changes nothing of it."""
-    cast = msgspec.structs.replace(HEAD_COPY, operator="aten::_to_copy", in_product=False)
-    (finding,) = diagnose_requests(changed(prefill={"time_s": 1.55, "copies": (cast,)}, first_token=span(1.6)))
-    assert (finding.code, finding.changes) == ("weight-copied", {})
-    assert "outside of any product" in finding.message
-    assert "clone" not in finding.remedy
-    assert finding.obstacle
-
-
-@pytest.mark.parametrize("copy", [HEAD_COPY, LAYER_COPY])
-def test_what_is_advised_against_a_copied_weight_does_help(copy):
-    """Of any layer: torch folds a row that was laid out in the words of the remedy, and no row that was only cloned."""
-    (finding,) = diagnose_requests(changed(prefill={"time_s": 1.55, "copies": (copy,)}, first_token=span(1.6)))
-    advised = re.search(r"hidden\.clone\(.*?\)", finding.remedy)
-    assert advised
-    rows = torch.zeros(1, 10, 64)
-    hidden = rows[:, -1:, :]
-    folded = eval(advised[0], {"hidden": hidden, "torch": torch})
-    assert folded.stride() == (64, 64, 1)
-    assert hidden.clone().stride() == hidden.contiguous().stride() == hidden.stride() == rows.stride()

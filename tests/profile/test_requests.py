@@ -10,7 +10,7 @@ import pytest
 
 from lorameter.profile.accounting import request_accounts
 from lorameter.profile.evidence import evidence_of_requests
-from lorameter.profile.facts import COLD_PARTS, RequestProfile
+from lorameter.profile.facts import RequestProfile
 from lorameter.profile.measure import REQUESTS_DOCUMENT, _start_cold, profile_requests
 from lorameter.profile.request_rules import diagnose_requests
 from lorameter.records import codec
@@ -49,29 +49,6 @@ def test_prefill_and_decode_are_apart(taken):
     served, merged = request_accounts(profile)
     assert served.decode.calls > merged.decode.calls  # the adapter's products are gone
     assert served.decode.bytes - merged.decode.bytes == profile.facts.size.adapter_bytes
-
-
-@pytest.mark.selftest
-def test_the_model_is_counted_as_it_lies(taken):
-    """The linear layers in 4 bits, whatever family they are of; the closed form says the same of this one."""
-    profile, _ = taken
-    size, shape = profile.facts.size, profile.shape
-    attention = 2 * shape.hidden_size * shape.head_dim * (shape.heads + shape.kv_heads)
-    block = attention + 3 * shape.hidden_size * shape.intermediate_size
-    assert size.linear_elements == shape.layers * block
-    assert size.linear_elements / 2 <= size.linear_bytes < size.linear_elements
-    assert size.head_elements == shape.vocab_size * shape.hidden_size
-    assert size.adapter_elements == round(profile.record.values["trainable_parameters"])
-
-
-@pytest.mark.selftest
-def test_a_cold_start_is_the_sum_of_its_parts(taken):
-    """Its parts are all there, none is negative, and they add up to it but for what no clock stands at."""
-    profile, _ = taken
-    parts, total = profile.cold_parts_s, profile.record.values["cold_start_time_s"]
-    assert set(parts) == set(COLD_PARTS)
-    assert min(parts.values()) >= 0
-    assert parts["cold_import_time_s"] < sum(parts.values()) <= total
 
 
 @pytest.mark.selftest

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from pathlib import Path
 
 import pytest
 
-from lorameter.cli import main
 from lorameter.records import store
 from lorameter.report.figures import describe_charts, figures_of_run
 from lorameter.report.run_view import view_of
@@ -38,23 +35,6 @@ def test_losses_of_other_tokens_are_in_no_picture_that_compares_them(field, kept
         "time per real token", *(["held-out loss, along each field"] if kept else []),
     ]  # fmt: skip
     assert ("Loss against cost" in [figure.title for figure in figures_of_run(run, view)]) == kept
-
-
-@pytest.mark.parametrize(
-    ("run", "replicates", "steps"),
-    [("2026-11-25_amd-epyc-2cpu_lora-or-qlora", 3, 21)],
-)
-def test_losses_are_those_of_the_trials_that_trained_to_the_end(run, replicates, steps, tmp_path, capsys):
-    """Isolated trials take four steps and are in no curve: page and terminal show every step of the training."""
-    page = tmp_path / "report.html"
-    assert main(["report", str(Path(__file__).parents[2] / "reports" / run), "--html", str(page)]) == 0
-    assert "loss by step, median of the replicates" in capsys.readouterr().out
-    figure = page.read_text(encoding="utf-8").rpartition("Losses of all variants</h2>")[2].partition("</figure>")[0]
-    rows = re.findall(r"<tr[^>]*><th scope=\"row\">(.*?)</tr>", figure)
-    told = [[float(cell) for cell in re.findall(r"<td[^>]*> ([\d.]+)</td>", row)] for row in rows]
-    assert len(told) >= 4
-    assert {(row[0], row[1]) for row in told} == {(replicates, steps)}
-    assert all(last < first for *_, first, last in told)
 
 
 def test_a_training_that_was_cut_short_is_in_no_median_of_a_step(write_run):

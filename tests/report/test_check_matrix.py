@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-from importlib import resources
 
 import pytest
 
-from kernels_check.check import STATUSES
 from lorameter.cli import main
 from lorameter.errors import EXIT_INVALID, EXIT_PASS
 
@@ -36,15 +34,6 @@ def matrix(write_run, tmp_path, capsys):
         return found[0]
 
     return shown
-
-
-def test_each_status_of_a_check_has_its_colour(matrix):
-    """The statuses are those that `kernels_check` defines, and the style sheet has a colour for each."""
-    assert set(TONES) == set(STATUSES)
-    style = resources.files("lorameter.report.html").joinpath("style.css").read_text("utf-8")
-    for status, tone in TONES.items():
-        assert matrix(status) == (tone, status)
-        assert re.search(rf"\.{tone}\b[^{{}}]*{{ *color:", style), tone
 
 
 @pytest.mark.parametrize(

@@ -13,17 +13,13 @@ REPORTS = sorted(path.parent.relative_to(ROOT) for path in (ROOT / "reports").gl
 
 
 @pytest.mark.parametrize("run", REPORTS, ids=lambda path: path.name)
-@pytest.mark.parametrize(("file", "options"), [("report.txt", []), ("report.md", ["--markdown"])])
-def test_a_committed_report_is_current(run, file, options, monkeypatch, capsys):
-    """As text and as Markdown, to the last character."""
+def test_a_committed_report_is_current(run, monkeypatch, tmp_path, capsys):
+    """As text, as a page and as Markdown, to the last character."""
     monkeypatch.chdir(ROOT)
-    assert main(["report", str(run), *options]) == 0
-    assert (run / file).read_text(encoding="utf-8") == capsys.readouterr().out
-
-
-@pytest.mark.parametrize("run", REPORTS, ids=lambda path: path.name)
-def test_a_committed_page_is_current(run, monkeypatch, tmp_path, capsys):
-    """The same for a browser."""
-    monkeypatch.chdir(ROOT)
-    assert main(["report", str(run), "--html", str(tmp_path / "report.html")]) == 0
-    assert (run / "report.html").read_text(encoding="utf-8") == (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = tmp_path / "report.html"
+    assert main(["report", str(run), "--html", str(page)]) == 0
+    text = capsys.readouterr().out
+    assert main(["report", str(run), "--markdown"]) == 0
+    made = {"txt": text, "md": capsys.readouterr().out, "html": page.read_text(encoding="utf-8")}
+    for ending, found in made.items():
+        assert (run / f"report.{ending}").read_text(encoding="utf-8") == found, ending

@@ -73,28 +73,6 @@ def committed(request):
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_report_is_a_page_that_says_all_its_words(every_report):
-    """Whatever the terminal says: each cell, line and title is on the page."""
-    for name, document in every_report.items():
-        shown = " ".join("".join(Page(write_html(document, title=name)).words).split())
-        for block in document:
-            if isinstance(block, Table):
-                texts = [part for row in block.rows for cell in row.cells for part in (cell.text, cell.interval)]
-                for text in texts:
-                    assert " ".join(text.split()) in shown, (name, text)
-
-
-def test_nothing_is_loaded_from_elsewhere(committed):
-    """No address but those of the page itself and of pictures inside it; no style and no handler in an attribute."""
-    found = Page(committed[3]).attributes
-    for tag, name, value in found:
-        assert name != "style", tag
-        assert not name.startswith("on"), (tag, name)
-        if name in ("src", "href", "action", "data", "srcset", "poster"):
-            assert value.startswith(("#", "data:image/png;base64,")), (tag, name, value[:80])
-    assert not {"link", "iframe", "object", "embed", "form", "base"} & set(Page(committed[3]).tags)
-
-
 def test_the_policy_allows_the_page_and_nothing_else(committed):
     """The hashes are those of its one style sheet and its one script."""
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', committed[3])[1].replace("&#39;", "'")
@@ -104,11 +82,6 @@ def test_the_policy_allows_the_page_and_nothing_else(committed):
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         assert f"{directive} 'sha256-{digest}'" in policy
     assert not re.search("unsafe|http", policy)
-
-
-def test_a_committed_run_fits_into_half_a_megabyte(committed):
-    """It is sent by mail and kept on a branch."""
-    assert len(committed[3].encode()) < 500_000
 
 
 def test_texts_from_outside_are_texts():
@@ -133,36 +106,6 @@ def test_texts_from_outside_are_texts():
 # --- its figures ------------------------------------------------------------------------------------------------------
 
 
-def test_every_picture_has_its_numbers_in_a_table(committed):
-    """A row for each thing that is drawn."""
-    for figure in committed[2]:
-        drawing, table = figure.drawing, figure.table
-        if isinstance(drawing, Intervals):
-            assert [row.cells[0].text for row in table.rows] == [mark.name for mark in drawing.marks]
-        elif isinstance(drawing, Bars):
-            totals = [row.cells[-1].value for row in table.rows]
-            assert totals == pytest.approx([sum(held.values()) for held in drawing.bars.values()])
-        elif isinstance(drawing, Chart):
-            names = [row.cells[drawing.style == "specks"].text for row in table.rows]
-            assert names == [curve.name for curve in drawing.curves]
-
-
-@pytest.mark.parametrize(
-    ("asked", "titles"),
-    [
-        (
-            ReportFilter(variants=("qlora-nf4-r16",), phases=("generate",)),
-            ["Request × lora-r16", "Host peak, generation × lora-r16", "Checks of the paths that ran"],
-        ),
-    ],
-)
-def test_a_figure_shows_what_was_asked_for(asked, titles):
-    """None of a phase or a metric that the tables leave out."""
-    (path,) = [path for path in COMMITTED if path.name.endswith("lora-or-qlora")]
-    run = store.read_run(str(path), path.parent)
-    assert [figure.title for figure in figures_of_run(run, view_of(run, asked))] == titles
-
-
 def test_variants_that_were_not_asked_for_are_nowhere_on_a_page(tmp_path):
     """Neither in a picture nor in its numbers; what the run claims and how it is repeated names all."""
     (path,) = [path for path in COMMITTED if path.name.endswith("lora-or-qlora")]
@@ -180,9 +123,7 @@ def test_variants_that_were_not_asked_for_are_nowhere_on_a_page(tmp_path):
 # --- the commands -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "line", ["report {}", "ab training-step --base HEAD --candidate HEAD", "profile lora-or-qlora:lora-r16"]
-)
+@pytest.mark.parametrize("line", ["report {}", "ab training-step --base HEAD --candidate HEAD"])
 def test_a_page_that_cannot_be_written_is_refused_first(line, write_run, tmp_path, capsys):
     """Before anything is measured; the file is named."""
     path = write_run("r", {"plain": [1.0] * 5})

@@ -9,22 +9,19 @@ import pytest
 
 from lorameter import cli
 from lorameter.commands import profile as commands_profile
-from lorameter.models.costs.modules import StepProducts, to_values
 from lorameter.models.costs.peaks import Peak
 from lorameter.profile.accounting import (
     IDLE,
     TimeSpan,
     categories_s,
-    ceilings,
     plain_s,
     step_account,
     time_of,
     token_shares,
 )
-from lorameter.profile.evidence import evidence_of
 from lorameter.profile.facts import Profile
 from lorameter.profile.remedy import Tried
-from lorameter.profile.rules import Finding, diagnose
+from lorameter.profile.rules import Finding
 from lorameter.records.activity import Activity, OperatorUse, PhaseActivity
 from lorameter.records.memory_account import MemoryAccount
 from lorameter.records.record import Notice, TrialRecord
@@ -141,19 +138,6 @@ def test_a_step_is_explained_where_the_whole_interval_is_within_the_limit(profil
     assert ("do not explain" in text.getvalue()) is (explained is False)
 
 
-def test_the_command_prints_one_document(profile, monkeypatch, capsys, tmp_path):
-    """With --json nothing else is on stdout, and it holds the facts beside what they come to."""
-    monkeypatch.setattr(commands_profile, "profile_variant", lambda *args, **options: (profile, tmp_path))
-    assert cli.main(["profile", "lora-or-qlora:lora-r16", "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert document["schema"] == 2
-    assert document["step"]["remainder"]["value"] == pytest.approx(0.001)
-    assert document["step"]["explained"] is True
-    assert [finding["code"] for finding in document["findings"]] == ["needless-checkpointing", "padding", "dropout"]
-    assert document["profile"]["record"]["samples"]["phase_data_s"] == [0.001] * 8
-    assert cli.main(["profile", "lora-or-qlora:lora-r17"]) == 2
-
-
 def outcome(ratio=0.8, *, scatter=0.001, valid=True, metric="step_time_s", **changes):
     """What came of a remedy, constructed: four replicates whose times have this ratio, more or less."""
     base = [(1.0 + 0.01 * replicate,) * 6 for replicate in range(4)]
@@ -227,32 +211,3 @@ def test_what_cannot_be_tried_costs_no_profile(profile, monkeypatch, capsys, tmp
         assert word in text
     assert "--try data-wait" not in text
     assert "--try padding" in text
-
-
-def test_a_family_that_is_not_known_has_the_ceilings_of_its_modules(profile, tmp_path):
-    """By what the trial counted, with the formula saying so; without a count the reason stands there, as before."""
-    config = {
-        "model_type": "gpt_neox", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "intermediate_size": 128, "vocab_size": 128, "max_position_embeddings": 256,
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    workload = dataclasses.replace(profile.workload, model=f"random:{tmp_path}")
-    unknown = dataclasses.replace(profile, workload=workload)
-    step = step_account(unknown)
-    assert "'gpt_neox' are not known" in ceilings(unknown, step.step)
-    products = StepProducts(
-        forward=1e6, plain=1e6, inputs=9e5, head=0.0, weights=0.0, passes=0.0, attention=128.0
-    )  # fmt: skip
-    values = profile.record.values | to_values(products)
-    counted = dataclasses.replace(unknown, record=profile.record.replaced(values=values))
-    found = ceilings(counted, step.step)
-    assert found.train.mfu.value == pytest.approx((2 * 192 * 1.9e6 + 6 * 2 * 9312 * 128) / 1e11)
-    assert "counted from the modules" in found.train.mfu.formula
-    text = io.StringIO()
-    evidence = evidence_of(counted, step, token_shares(counted), found)
-    show(describe_profile(counted, step, token_shares(counted), found, diagnose(evidence)), console_for(text))
-    assert "counted from the modules" in text.getvalue()
-    pairs = 2 * 2 * 128**2 * 128
-    assert evidence.recomputed == pytest.approx(
-        1 - (2 * 256 * 1.9e6 + 7 * pairs) / (2 * 256 * 2.9e6 + 9 * pairs), abs=1e-6
-    )

@@ -67,14 +67,6 @@ def test_a_run_under_way_is_not_taken_for_a_killed_one(broken_off):
     assert "--resume" not in text
 
 
-@pytest.mark.parametrize("records", [0, 1, 9])
-def test_a_report_of_any_moment(broken_off, records):
-    """From the first record to the last, tables or not."""
-    view = view_of(broken_off(records, "interrupted" if records % 2 else "running"))
-    assert not view.valid
-    assert view.run.state == ("interrupted" if records % 2 else "killed")
-
-
 def test_an_ab_that_broke_off_is_reported_too(write_run, tmp_path):
     """With nothing at all measured, and with one side of it: verdicts that say invalid, and no crash."""
     path = write_run("run", STEPS, status="running")

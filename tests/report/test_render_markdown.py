@@ -129,9 +129,3 @@ def test_what_is_too_long_loses_details_and_its_end_and_says_so(most):
     assert text.endswith("The rest is left out, as this would be too long.\n")
     assert "yyy" not in text
     assert [line.count("|") for line in text.splitlines() if "variant-" in line][-1] == 3
-
-
-def test_what_fits_is_whole():
-    """Nothing is left out, and nothing says so."""
-    text = markdown_of((Section(title="Gate passed", lines=(say("all well"),)), say("")))
-    assert text == "### Gate passed\n\n- all well\n"

@@ -34,20 +34,6 @@ def test_the_lines_of_a_request_add_up(profile):
     assert (served.decode.calls, merged.decode.calls) == (20.0, 10.0)
 
 
-def test_tokens_are_those_of_the_requests_that_count(profile):
-    """Of pairs half of which had no CPU to themselves: what a token took in those is in no median, as in no phase."""
-    samples = {}
-    for name, times in profile.record.samples.items():
-        slow = 1.0 if "cpu_time" in name else 3.0
-        samples[name] = times + tuple(slow * time for time in times)
-    seen = dataclasses.replace(profile, record=profile.record.replaced(samples=samples))
-    for account, quiet in zip(request_accounts(seen), request_accounts(profile), strict=True):
-        assert (account.whole.pairs, account.whole.counted) == (16, 8)
-        assert account.first_token.value == quiet.first_token.value
-        assert account.token.value == quiet.token.value
-        assert account.prefill.time.value == quiet.prefill.time.value
-
-
 def test_the_copied_head_and_the_adapter_are_found(profile):
     """With what each costs: half of what the profiler saw, and what merging gained."""
     *_, findings = findings_of(profile)

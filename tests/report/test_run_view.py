@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 
-import pytest
 from rich.console import Console
 
 from lorameter.cli import main
@@ -100,20 +99,6 @@ def test_a_trial_without_a_result_is_named_and_not_ranked(small_study, tmp_path)
     assert view.validity.failures == ("r0-nf4: oom in build: it broke (log: logs/nf4.log)",)
     assert view.tables[0].ratios["nf4"].replicates == 4
     assert view.counts == {"ok": 14, "oom": 1}
-
-
-def test_a_variant_without_any_result_is_still_a_row(small_study, tmp_path):
-    """Dashes, not a crash."""
-    statuses = {("nf4", "variant", i): "crashed" for i in range(5)}
-    view = view_of(run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, statuses=statuses))
-    assert view.tables[0].table.rows[1].cells[3].text == "–"
-
-
-@pytest.mark.parametrize(("occupancy", "noticed"), [(0.6, True), (0.99, False)])
-def test_contention_is_noticed_by_occupancy(small_study, tmp_path, occupancy, noticed):
-    """CPU time over wall time, a flag that does not look at the outcome."""
-    run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=QUIET, occupancy=occupancy)
-    assert ("cpu-contention" in {notice.code for notice in view_of(run).notices}) is noticed
 
 
 def test_a_trial_that_gets_slower_is_named(small_study, tmp_path):

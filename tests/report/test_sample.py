@@ -72,19 +72,3 @@ def test_a_run_without_answers_says_how_to_get_some(write_run, capsys, variant):
         "Write open_ended_tokens = 64 in [workload] of the study and measure it again with the phase generate" in said
     )
     assert "none" not in said
-
-
-def test_an_answer_acts_on_no_terminal(run, capsys):
-    """What a model has made, and what it was asked, are text from outside; a program gets them as they are."""
-    trials, manifest = run.path / "trials.jsonl", run.path / "manifest.json"
-    answer = [27, *b"[2J", 7, 13, END]
-    lines = [json.loads(line) for line in trials.read_text().splitlines()]
-    trials.write_text("".join(json.dumps(line | {"tokens": {"answer_0": answer}}) + "\n" for line in lines))
-    asked = [{"prompt": "\x1b]0;mine\x07Input", "reference": "\u202eright"}]
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"tokens": {"examples": asked}}))
-    assert main(["sample", str(run.path), "plain"]) == 0
-    shown = capsys.readouterr().out
-    assert not [character for character in shown if character in "\x1b\x07\r\u202e"]
-    assert "[2J" in shown
-    assert main(["sample", str(run.path), "plain", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["samples"][0]["trained"].startswith("\x1b[2J")

@@ -1,7 +1,6 @@
 """DataFrames: typed, whole, and imported only by those who ask."""
 
 import dataclasses
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -11,9 +10,7 @@ from lorameter.errors import UsageError
 from lorameter.results.columns import DTYPES, TABLES
 from lorameter.studies.script import script_workload
 from lorameter.studies.variant import ScriptVariant
-from tests.constructed import DAMAGED, RUNS
-
-ROOT = Path(__file__).parents[2]
+from tests.constructed import RUNS
 
 
 def test_every_column_has_the_type_that_its_kind_says(tmp_path):
@@ -24,15 +21,6 @@ def test_every_column_has_the_type_that_its_kind_says(tmp_path):
             assert {name: str(kind) for name, kind in frame.dtypes.items()} == {
                 column.name: DTYPES[column.kind] for column in columns
             }
-
-
-def test_all_runs_of_a_folder_stand_below_each_other():
-    """Each as it is by itself."""
-    every, one = lorameter.load_all(RUNS), lorameter.load(RUNS / "sound")
-    assert set(every.trials["run"]) == {path.name for path in RUNS.iterdir()}
-    mine = every.samples[every.samples["run"] == "sound"].reset_index(drop=True)
-    assert mine.equals(one.samples)
-    assert not every.unreadable
 
 
 def test_settings_commit_and_versions_are_columns(write_run, small_study, tmp_path):
@@ -82,16 +70,6 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="runs"):
         lorameter.load_all()
     assert len(lorameter.load_all(tmp_path).trials) == 0
-
-
-def test_a_run_that_cannot_be_read_hides_no_other_and_is_named():
-    """With its reason, and with a warning."""
-    with pytest.warns(UserWarning, match="left out") as warned:
-        frames = lorameter.load_all(DAMAGED)
-    assert set(frames.unreadable) == {path.name for path in DAMAGED.iterdir()} - {"no-records"}
-    assert len(warned) == len(frames.unreadable)
-    assert "schema 99" in frames.unreadable["newer-schema"]
-    assert "unreadable: " in repr(frames)
 
 
 def test_validity_is_a_column_of_trials_and_estimates():

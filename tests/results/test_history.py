@@ -1,15 +1,12 @@
 """Lines, breaks and suspicions: what is reported of runs whose numbers are known."""
 
 import dataclasses
-import datetime
-import json
 import math
 import random
 
 import msgspec
 import pytest
 
-from lorameter import cli
 from lorameter.errors import UsageError
 from lorameter.records import codec, store
 from lorameter.records.fileio import write_document
@@ -18,7 +15,6 @@ from lorameter.report.terminal import text_of
 from lorameter.results.history import Measured, Moment, confirming, history_of
 
 DAY_S = 86400.0
-HOUR = datetime.timedelta(hours=1)
 
 
 @pytest.fixture
@@ -100,19 +96,6 @@ def test_runs_that_do_not_count_are_gaps_with_their_reason(nightly):
     assert "s not counted" in row
 
 
-def test_runs_of_different_times_are_never_equivalent(nightly):
-    """A line without a change says what it would have shown, and not that nothing has changed."""
-    runs = nightly([1.0] * 20)
-    history = history_of(runs)
-    line = history.tracks[0].lines[0]
-    assert not line.suspicions
-    assert line.detectable > line.scatter > 0
-    assert "equivalent" not in json.dumps(codec.to_json(history))
-    text = said(history)
-    assert "equivalent" not in text
-    assert "no change found; runs scatter by" in text
-
-
 @pytest.mark.parametrize(
     ("before", "after", "words"),
     [
@@ -168,16 +151,3 @@ def test_the_report_draws_every_line_and_every_break(nightly):
     assert "known break" in text
     assert "torch 1.0 → 2.0" in text
     assert text.count("night0") >= 25
-
-
-def test_the_command_prints_text_and_json(nightly, capsys):
-    """Exit code 0: a suspicion is no verdict. What does not exist is refused with 2."""
-    runs = nightly([1.0] * 14 + [1.2] * 5)
-    assert cli.main(["history", "--runs-dir", str(runs)]) == 0
-    assert "a suspicion; it is confirmed by: lorameter ab" in capsys.readouterr().out
-    words = ["history", "step_time_s", "--study", "training-step", "--variant", "plain", "--json"]
-    assert cli.main([*words, "--runs-dir", str(runs)]) == 0
-    document = json.loads(capsys.readouterr().out)
-    (found,) = document["tracks"][0]["lines"][0]["suspicions"]
-    assert found["after"]["run"] == "night014"
-    assert cli.main(["history", "stepp", "--runs-dir", str(runs)]) == 2

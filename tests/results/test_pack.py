@@ -1,7 +1,5 @@
 """One file to send: it reads as the run does, and holds no credential."""
 
-import json
-import re
 import zipfile
 
 import pytest
@@ -66,40 +64,6 @@ def test_credentials_are_never_in_it_and_texts_if_asked_for(mine, texts):
     assert '"real_tokens":64' in found.replace(" ", "")
     for word in ("Dear diary", "answer_0", "base_answer_0", "completion"):
         assert (word in found) is texts
-
-
-def test_every_command_reads_it(tmp_path, capsys, monkeypatch):
-    """report, claims, compare, gate, export and sample say of the file what they say of the run."""
-    pack("swept", RUNS, tmp_path / "swept.lorameter.zip", texts=True)
-    pack("sound", RUNS, tmp_path / "sound.lorameter.zip")
-    pack("ab", RUNS, tmp_path / "ab.lorameter.zip")
-    lines = [
-        "report {swept}", "report {ab} --json", "claims {swept} --json", "compare {sound} {sound} --json",
-        "gate {sound} {sound} --format json", "export {sound}", "export {sound} --format bencher",
-        "sample {swept} lora_alpha=256",
-    ]  # fmt: skip
-    monkeypatch.chdir(tmp_path)
-    for line in lines:
-        answers = []
-        for form in ("{0}.lorameter.zip", f"{RUNS}/{{0}}"):
-            names = {name: form.format(name) for name in ("swept", "sound", "ab")}
-            code = cli.main(line.format(**names).split())
-            said = capsys.readouterr()
-            answers.append(
-                (code, re.sub(r"Run \w+ in .*|\S+\.zip|\"path\": \"[^\"]*\"", "", said.out), said.err.count("\n"))
-            )
-        assert answers[0] == answers[1], line
-        assert answers[0][0] != 70
-
-
-def test_the_command_says_what_is_not_in_the_file(mine, capsys):
-    """As text and as a document."""
-    words = ["pack", "mine", "--runs-dir", str(mine.parent)]
-    assert cli.main(words) == 0
-    assert "without texts, logs" in capsys.readouterr().out
-    assert cli.main([*words, "--texts", "--output", "other.zip", "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert (said["file"], said["skipped"]) == ("other.zip", ["logs"])
 
 
 def test_a_run_under_way_and_a_place_that_is_taken_are_refused(mine, tmp_path):

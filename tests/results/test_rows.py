@@ -7,7 +7,6 @@ from lorameter.records.record import DISTURBED, Failure
 from lorameter.report.run_view import view_of
 from lorameter.results.columns import TABLES, names_of
 from lorameter.results.rows import table_of
-from lorameter.verdicts.ab import report_of
 from tests.constructed import RUNS
 
 CONSTRUCTED = sorted(path.name for path in RUNS.iterdir())
@@ -60,16 +59,6 @@ def test_estimates_and_ratios_are_those_of_the_report(read):
             assert (mine["ratio"], mine["verdict"]) == (ratio.ratio, ratio.verdict)
         control = ratios["lora-r16", metric, "control"]
         assert control["verdict"] == table.control.verdict
-
-
-def test_an_ab_has_rows_of_both_sides_and_its_own_verdicts(read):
-    """Nothing is compared with a reference where a candidate is compared with its base."""
-    run = read("ab")
-    found = tables(run)
-    assert {row["side"] for row in found["estimates"]} == {"base", "candidate"}
-    said = [(one.variant, one.metric, one.verdict) for one in report_of(run).comparisons]
-    assert [(row["variant"], row["metric"], row["verdict"]) for row in found["comparisons"]][: len(said)] == said
-    assert [row["role"] for row in found["comparisons"]][len(said) :] == ["control"]
 
 
 def test_an_earlier_attempt_is_a_trial_that_does_not_count(write_run):

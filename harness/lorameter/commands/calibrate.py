@@ -1,4 +1,4 @@
-"""The commands that ask what this machine can see and where a slow-down began: `calibrate` and `bisect`."""
+"""The commands that measure what this machine can detect and where a slow-down began: `calibrate` and `bisect`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
 
 
 def _load_calibrated(options: argparse.Namespace) -> tuple[Study, str]:
-    """The study to calibrate by and its variant. Raises `UsageError` for what no calibration can be of."""
+    """The study to calibrate by and its variant. Raises `UsageError` where it cannot be calibrated."""
     if len(options.variant) > 1:
         raise UsageError(
             f"--variant: {', '.join(options.variant)}: a calibration measures one variant. Give one of them."
@@ -85,7 +85,7 @@ def _measure_injected(study: Study, variant: str, rows: int, placement: Placemen
 
 
 def _measure_pilot(study: Study, variant: str, rows: int, placement: Placement, options: argparse.Namespace) -> float:
-    """The slow-down that so many rows are. Raises `InvalidRunError` where that was not measured to its end."""
+    """The slow-down that so many rows cause. Raises `InvalidRunError` where the pilot did not complete."""
     run = _measure_injected(study, variant, rows, placement, options)
     _require_whole(run, "it sizes the slow-down of a calibration. Calibrate anew")
     return calibration_ratio(run, variant)
@@ -128,7 +128,7 @@ def _show_calibration(run: Run, options: argparse.Namespace) -> int:
 
 
 def run_bisect(options: argparse.Namespace) -> int:
-    """Search and print; a step that is found is a pass, whatever stays open is inconclusive."""
+    """Search and print; a step that is found is a pass, anything else is inconclusive."""
     if options.metric not in METRICS:
         raise UsageError(f"--metric {options.metric}: no metric with an interval. Use one of {', '.join(METRICS)}.")
     study = load_study(options.study, device=open_executor().machine().kind)

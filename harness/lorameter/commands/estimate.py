@@ -1,4 +1,4 @@
-"""The command that says what memory a variant will take, and whether a GPU holds it: `estimate`."""
+"""The command that estimates the memory of a variant, and whether it fits on a GPU: `estimate`."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ def run_estimate(options: argparse.Namespace) -> int:
     # Peaks of this machine's runs are of its own device: those of a CPU say nothing of a GPU.
     measured = _measured(variant, workload, here, runs) if machine.device == here.device else {}
     profile, elsewhere = study.profile or None, card is not None
-    said = describe_estimate(variant, workload, machine, tuple(estimates.values()), measured, elsewhere=elsewhere)
+    document = describe_estimate(variant, workload, machine, tuple(estimates.values()), measured, elsewhere=elsewhere)
     fit = () if advice is None else describe_fit(advice, workload, profile)
     about = {"variant": variant.name, "id": variant.id, "model": workload.model, "device": machine.device}
     phases: dict[str, Any] = {phase: _encode(estimates.get(phase), measured.get(phase)) for phase in MEMORY_PHASES}
-    asked = {"profile": profile, "fit": advice and _encode_fit(advice, estimates)} if device is not None else {}
+    of_device = {"profile": profile, "fit": advice and _encode_fit(advice, estimates)} if device is not None else {}
     show_result(
         options,
-        (*said, *fit, *warn_before_run(notices)),
-        lambda: {**about, **phases, "notices": [notice.message for notice in notices], **asked},
+        (*document, *fit, *warn_before_run(notices)),
+        lambda: {**about, **phases, "notices": [notice.message for notice in notices], **of_device},
     )
     return EXIT_PASS
 

@@ -1,4 +1,4 @@
-"""What there is to choose from, `list` and `model fetch`: studies, variants and their sizes, models, runs."""
+"""The commands `list` (studies, variants and their sizes, models, runs) and `model fetch`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lorameter.studies.workload import identify
 
 
 def run_list(options: argparse.Namespace) -> int:
-    """Print what there is of a kind."""
+    """Print the list of a kind."""
     what = options.what
     if what == "keys":
         if options.json:
@@ -83,7 +83,7 @@ def _load_named(options: argparse.Namespace) -> Study:
 
 
 def run_fetch(options: argparse.Namespace) -> int:
-    """Get a catalogue model and say where it lies."""
+    """Get a catalogue model and print its path."""
     path = fetch.fetch(options.name, report=print_stderr)
     print_result(options, str(path), {"model": options.name, "path": str(path)})
     return EXIT_PASS

@@ -1,4 +1,4 @@
-"""What the commands that measure share, and the pytest plugin with them: a study with the options' changes is planned,
+"""Steps that commands and the pytest plugin share: a study with the options' changes is planned,
 foreseen or measured, and an interrupted run is resumed.
 """
 

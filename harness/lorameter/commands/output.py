@@ -30,12 +30,12 @@ SCHEMA = 2
 def format_of(options: argparse.Namespace) -> str:
     """text, json, markdown or github. Raises `UsageError` where two options choose another one each."""
     given = vars(options)
-    asked = {
+    formats = {
         "--json": "json" if given.get("json") else None,
         "--markdown": "markdown" if given.get("markdown") else None,
         f"--format {given.get('format')}": given.get("format"),
     }
-    chosen = {option: form for option, form in asked.items() if form is not None}
+    chosen = {option: form for option, form in formats.items() if form is not None}
     if len(set(chosen.values())) > 1:
         raise UsageError(f"{' and '.join(chosen)} both choose the format. Give one of them.")
     return next(iter(chosen.values()), "text")
@@ -70,7 +70,7 @@ def show_result(
 
     Args:
         options: of the command.
-        document: what people read.
+        document: the report for people.
         data: makes the JSON document, without its schema.
         annotations: makes the lines that a GitHub job shows next to the summary.
         page: makes the arguments of `write_html` for the page.
@@ -90,15 +90,15 @@ def show_result(
 
 
 def save_page(path: str | None, document: Document, page: Callable[[], dict[str, Any]]) -> None:
-    """Write the page of a report where a file is named for it, and say where it is."""
+    """Write the page of a report to a file, if one is named; print its path."""
     if path is not None:
         check_page(path)
         print_stderr(f"page: {save_html(write_html(document, **page()), path)}")
 
 
 def _add_to_summary(document: Document) -> None:
-    """Append the report to the summary of a GitHub job. Who reads the summary alone would see no failure, so to lose it
-    is an error."""
+    """Append the report to the summary of a GitHub job. A reader of the summary alone would see no failure, so losing
+    it is an error."""
     if not (summary := os.environ.get(ENV_SUMMARY)):
         return
     # A pipe without a reader is refused: to wait for one could take forever.
@@ -111,7 +111,7 @@ def _add_to_summary(document: Document) -> None:
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """One JSON document with its schema, without NaN, in ASCII: any stream holds it, and no terminal obeys it."""
+    """One JSON document with its schema, without NaN, in ASCII: safe for any stream and any terminal."""
     print(json.dumps(codec.to_json({"schema": SCHEMA, **document}), allow_nan=False))
 
 

@@ -1,4 +1,4 @@
-"""The command that says whether an adapter answers the same when it is merged, or served on another base: `parity`."""
+"""The command that checks whether a merged adapter, or one on another base, gives the same answers: `parity`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lorameter.studies.variant import LoraVariant
 
 
 def run_parity(options: argparse.Namespace) -> int:
-    """Train or take the adapter, serve it, and say what differs."""
+    """Train or load the adapter, serve it in each mode, and report the differences."""
     if options.adapter is not None and options.epochs is not None:
         raise UsageError("--adapter and --epochs: an adapter that is given is not trained. Leave one of them out.")
     adapter = None if options.adapter is None else check_adapter(options.adapter)
@@ -41,14 +41,14 @@ def run_parity(options: argparse.Namespace) -> int:
     with hold_device(executor, options.if_busy):
         parity, folder = measure_parity(study, variant, executor, runs=runs, adapter=adapter, say=say_progress)
     judgement = judge_parity(parity)
-    said = (
+    document = (
         *describe_parity(parity, judgement),
         *(show_differing(parity, _decoder(parity)) if options.verbose else ()),
         say(f"All facts are in {folder}", indented=False),
     )
     show_result(
         options,
-        said,
+        document,
         lambda: encode_parity(parity, judgement, folder),
         page=lambda: {"title": f"Parity of {options.variant}"},
     )

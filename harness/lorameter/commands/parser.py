@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class RedactingParser(SafeParser):
-    """A parser whose refusals name the nearest command, option or choice, and repeat no credential of what was typed.
+    """A parser whose refusals name the nearest command, option or choice, and repeat no credential.
 
     argparse itself suggests names from Python 3.14 on.
     """
@@ -71,7 +71,7 @@ class RedactingParser(SafeParser):
 
 
 class _Version(argparse.Action):
-    """Prints the version of the distribution, which is looked up only where it is asked for."""
+    """Prints the version of the distribution, looked up only for --version."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import PackageNotFoundError, version

@@ -1,4 +1,4 @@
-"""The command that says where the time and memory of a step, or of a request, go: `profile`."""
+"""The command that profiles the time and memory of a step or of a request: `profile`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lorameter.studies.variant import Variant
 
 
 def run_profile(options: argparse.Namespace) -> int:
-    """Profile, say what was found, and try a remedy where one is asked for."""
+    """Profile, report the findings, and with --try measure a remedy."""
     of_requests = options.phase == "generate"
     if options.attempt:
         check_code(options.attempt, REQUEST_RULES if of_requests else RULES)
@@ -40,19 +40,19 @@ def run_profile(options: argparse.Namespace) -> int:
     study = study.with_overrides(
         model=options.model, data=options.data, effort=options.effort, on=HERE, max_minutes=minutes
     )
-    see = _profile_requests if of_requests else _profile_step
+    take_profile = _profile_requests if of_requests else _profile_step
     with hold_device(executor, options.if_busy):
-        folder, document, said, findings = see(study, variant, executor, runs=runs, say=say_progress)
+        folder, document, report, findings = take_profile(study, variant, executor, runs=runs, say=say_progress)
     where = say(f"All facts and the profiler's trace are in {folder}", indented=False)
-    said = (*said, where)
+    report = (*report, where)
     if not options.json:
-        show(said, console_for())
-    save_page(options.html, said, lambda: {"title": f"Profile of {options.variant}"})
+        show(report, console_for())
+    save_page(options.html, report, lambda: {"title": f"Profile of {options.variant}"})
     tried = None
     try:
         if options.attempt is not None:
             tried = _try(study, variant, choose_finding(findings, options.attempt or None), options)
-    finally:  # what cannot be tried must not cost what was seen
+    finally:  # a remedy that cannot be tried must not cost the profile
         if options.json:
             print_json({"path": str(folder), **document, "tried": tried})
     if tried is None:
@@ -71,11 +71,11 @@ def _try(study: Study, variant: Variant, finding: Finding, options: argparse.Nam
     return judge_remedy(run, finding)
 
 
-_Seen = tuple[Path, dict[str, Any], Document, Sequence[Finding]]
+_Taken = tuple[Path, dict[str, Any], Document, Sequence[Finding]]
 """Folder, JSON document, report and findings of a profile."""
 
 
-def _profile_step(*trial: Any, **where: Any) -> _Seen:
+def _profile_step(*trial: Any, **where: Any) -> _Taken:
     profile, folder = profile_variant(*trial, **where)
     step = accounting.step_account(profile)
     tokens, found = accounting.token_shares(profile), accounting.ceilings(profile, step.step)
@@ -91,7 +91,7 @@ def _profile_step(*trial: Any, **where: Any) -> _Seen:
     return folder, document, describe_profile(profile, step, tokens, found, findings), findings
 
 
-def _profile_requests(*trial: Any, **where: Any) -> _Seen:
+def _profile_requests(*trial: Any, **where: Any) -> _Taken:
     profile, folder = profile_requests(*trial, **where)
     served, merged = accounting.request_accounts(profile)
     findings = diagnose_requests(evidence_of_requests(profile, served, merged))

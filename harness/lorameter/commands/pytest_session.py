@@ -89,7 +89,7 @@ class Session:
         self._interrupted: Run | None = None
         self._run: Run | None = None
         self._judged: GateResult | str | None = None
-        """What the gate found, or why there is no result."""
+        """The result of the gate, or why there is none."""
         self._planned: Document | None = None
         with usage_errors():
             self._load()
@@ -107,7 +107,7 @@ class Session:
                 raise UsageError(f"--lorameter-resume: run {name} is an A/B. Resume: lorameter run --resume {name}")
         options.study = options.study or DEFAULT_STUDY
         self._study = self._load_study("")
-        if self._study.protocol.on == HERE:  # else the profile is that of what is found there
+        if self._study.protocol.on == HERE:  # otherwise the machine there decides the profile
             self._study = self._load_study(open_executor().machine().kind)
         if self._study.protocol.mixed:
             raise UsageError(
@@ -184,8 +184,8 @@ class Session:
             self._run = measure_study(study, placement, options, console=console, **planned)
 
     def _prepare_gate(self, provenance: Mapping[str, Any]) -> None:
-        """Read the base and check it against what is about to be measured: hours would else end in "not comparable".
-        What a script's process says of itself is not known yet, and judged at the end.
+        """Read the base and check it against the plan: otherwise hours could end in "not comparable".
+        Facts that a script's process reports are known and judged at the end.
 
         Raises:
             UsageError: it cannot be read, is invalid, or does not agree. A baseline that is not accepted yet is none
@@ -239,7 +239,7 @@ class Session:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """A run that is invalid as a whole, or that its gate does not let pass, is no pass although each test is."""
+        """An invalid run, or one that fails its gate, fails the session although each test passes."""
         passed = self._run is None or run_validity(self._run, self._study).valid
         if self._gate and not self._config.option.collectonly:
             self._judged = self._judge()
@@ -299,8 +299,8 @@ class Session:
         option = "--benchmark-compare"
         with usage_errors():
             if different := unlike(self._study, machine_info["lorameter"], compared_benchmark, option):
-                said = f"{option}: not comparable: {'; '.join(different)}."
-                raise UsageError(f"{said} Measure the base again on this machine.")
+                why = f"{option}: not comparable: {'; '.join(different)}."
+                raise UsageError(f"{why} Measure the base again on this machine.")
 
     def pytest_benchmark_update_json(self, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
         """`--benchmark-save` alone drops the durations; raw samples are always kept."""
@@ -336,12 +336,12 @@ def _show(reporter: pytest.TerminalReporter, title: str, document: Document) -> 
 
 
 def _nothing() -> None:
-    """What a replayed round calls: the work was done when it was measured."""
+    """The call of a replayed round; its work was done when it was measured."""
 
 
 class Output:
     """Takes the place of the stream that pytest's reporter writes on, so that a session whose reader goes away
-    (`pytest | head -1`) measures to its end; the exit code says then what was lost.
+    (`pytest | head -1`) measures to its end; the exit code then says that output was lost.
 
     pytest would end there with exit code 1, which means a regression.
     """

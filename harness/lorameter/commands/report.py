@@ -43,7 +43,7 @@ from lorameter.verdicts.sites import is_mixed
 def run_report(options: argparse.Namespace) -> int:
     """Print the report of a run, whole or not; of an A/B the gate's, by the policy that it was judged by."""
     run = _read_run(options.run, options)
-    gc.freeze()  # all of it is needed to the end, and looking through a large run for what is not takes seconds
+    gc.freeze()  # all of it is needed to the end, and a garbage collection over a large run takes seconds
     if run.manifest.sides:
         return show_ab(run, options, keep=_filter_of(options, run))
     view = view_of(
@@ -83,7 +83,7 @@ def page_of_run(view: RunView) -> dict[str, Any]:
 
 
 def describe_with_claims(view: RunView) -> Document:
-    """The report, with the verdicts on what the study claims where it claims anything."""
+    """The report, with the verdicts on the claims of the study, if it has any."""
     report = describe_run(view)
     if not view.study.claims or is_mixed(view.run):  # a claim is of one kind of machine
         return report
@@ -209,14 +209,14 @@ def _show_both_sides(options: argparse.Namespace) -> int:
 def _read_sides(options: argparse.Namespace) -> tuple[ComparisonInput, ComparisonInput]:
     runs = store.runs_dir(options.runs_dir)
     candidate = read_comparand(options.candidate, runs)
-    gc.freeze()  # all of it is needed to the end: what reads the base need not look through it again and again
+    gc.freeze()  # all of it is needed to the end: reading the base must not scan it again and again
     base = read_base(options.base, runs, fingerprint=candidate.fingerprint, study=candidate.study)
     gc.freeze()
     return base, candidate
 
 
 def run_accept(options: argparse.Namespace) -> int:
-    """Accept a run and say what it replaces."""
+    """Accept a run and print the baseline that it replaces."""
     accepted, replaced = accept(options.run, store.runs_dir(options.runs_dir))
     instead = f" in place of {replaced.run}" if replaced else ""
     report = f"{accepted.run} is the baseline of {accepted.study}, fingerprint {accepted.fingerprint}{instead}"

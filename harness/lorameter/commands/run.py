@@ -81,7 +81,7 @@ def _refuse_without(needed: str, options: argparse.Namespace, *names: str) -> No
 
 
 def _show(run: Run | None, options: argparse.Namespace) -> int:
-    """Print what was measured, if anything was, as the command does that began it."""
+    """Print the report of a run, if one was measured, as its command does."""
     if run is None:
         return EXIT_PASS
     if run.manifest.sides:
@@ -148,7 +148,7 @@ def study_of_commands(options: argparse.Namespace) -> Study | None:
     """The study of the command, or of the two commands, that an A/B is of; None without any.
 
     Raises:
-        UsageError: half of what it takes, or two ways of saying it.
+        UsageError: an option is missing, or two contradict each other.
     """
     base, candidate, one = options.base_command, options.candidate_command, options.script
     if base is candidate is one is None:

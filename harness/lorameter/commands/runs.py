@@ -19,7 +19,7 @@ from lorameter.results.prune import parse_age, prune
 
 
 def run_export(options: argparse.Namespace) -> int:
-    """Write the run; print what was written, one path a line."""
+    """Write the run; print the paths of the files, one a line."""
     form = options.format or "json"
     if options.json and not options.output and form != "json":
         raise UsageError(f"--json and --format {form} both choose what is printed. Give one of them, or an --output.")
@@ -55,7 +55,7 @@ def run_history(options: argparse.Namespace) -> int:
 
 
 def run_prune(options: argparse.Namespace) -> int:
-    """Remove, and say what went and what stayed for a reason."""
+    """Remove runs; print those that were removed and those that were kept for a reason."""
     if options.keep is None and options.older is None:
         raise UsageError("prune: nothing says what goes. Give --keep N, --older D, or both.")
     if options.keep is not None and options.keep < 0:
@@ -75,7 +75,7 @@ def run_prune(options: argparse.Namespace) -> int:
 
 
 def run_pack(options: argparse.Namespace) -> int:
-    """Write the file and say where it is and what is not in it."""
+    """Write the file; print its path and what it leaves out."""
     output = Path(options.output) if options.output else None
     target = pack(options.run, store.runs_dir(options.runs_dir), output, texts=options.texts)
     skipped = ["logs"] if options.texts else ["texts", "logs"]

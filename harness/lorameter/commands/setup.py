@@ -69,7 +69,7 @@ def run_init(options: argparse.Namespace) -> int:
 
 
 def run_doctor(options: argparse.Namespace) -> int:
-    """Print what was found; the exit code says whether anything may be measured here."""
+    """Print the checks; the exit code says whether anything may be measured here."""
     checks = examine(survey(store.runs_dir(options.runs_dir)))
     fit = is_fit(checks)
     show_result(options, describe_checks(checks, fit=fit), lambda: {"fit": fit, "checks": checks})

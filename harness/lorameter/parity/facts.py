@@ -1,4 +1,4 @@
-"""What was observed of one adapter served in several ways, as it is kept; what it means is computed on demand."""
+"""What was observed of one adapter served in several ways, as it is stored; conclusions are computed on demand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lorameter.studies.workload import Workload
 
 SCHEMA = 1
 DOCUMENT = "parity.json"
-"""What the folder holds in addition to the logs."""
+"""The file of a folder that is not a log."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,12 +23,12 @@ class Parity:
         schema: version of the file.
         study: name.
         variant: whose adapter it is.
-        workload: that it was asked with.
+        workload: of the prompts.
         device: "cpu" or "cuda".
         device_name: as its vendor calls it.
         adapter: folder of the adapter that was given; empty where it was trained here.
         record: the training of the adapter, with its checks; None of one that was given.
-        ways: in the order in which they were asked; the first is the reference.
+        ways: in the order in which they were served; the first is the reference.
         served: what was observed, a way each.
         prompts: tokens of each.
         notices: of the machine and the study, where there is no record.

@@ -1,6 +1,6 @@
-"""What the facts say: does each way give the reference's answers, as far as so many prompts can tell?
+"""Judges whether each way gives the reference's answers, as far as the number of prompts allows.
 
-The reference asked twice is the noise floor, and what lies within it is no difference. The base without the adapter is
+The reference served twice is the noise floor; a difference within it does not count. The base without the adapter is
 the other end: where the adapter changes nothing, that a merge changes nothing says nothing of the merge.
 
 Answers are independent of each other, so their share has a binomial interval. Tokens of one answer are not, and neither
@@ -82,8 +82,8 @@ class Judgement:
     """All comparisons of one adapter.
 
     Attributes:
-        floor: the reference against itself; None where it could not be asked again.
-        without: the base without the adapter; None where it could not be asked.
+        floor: the reference against itself; None where it could not be served again.
+        without: the base without the adapter; None where it could not be served.
         likenesses: of the ways that are no controls and that answered.
         failures: by way, why it did not answer.
         distinct: different answers of the reference. Where it says the same to every prompt, as an untrained model

@@ -26,7 +26,7 @@ from lorameter.studies.variant import Variant
 STEPS = 16
 """Of one command: each has the protocol's time for itself."""
 TIMEOUT_S = 3600.0
-"""For one base: to load it, and to ask it everything."""
+"""For one base: to load it and to answer all prompts."""
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
@@ -69,7 +69,7 @@ def measure_parity(
         say: called with a line of progress.
 
     Raises:
-        UsageError: what cannot work on this machine.
+        UsageError: parity cannot be measured on this machine.
         InvalidRunError: the training did not end, or the reference gave no answer; the message says where
             the log is.
     """
@@ -96,7 +96,7 @@ def measure_parity(
 
 
 def _train(trial: TrialSession) -> None:
-    """As a run trains: every step of the protocol, or of the epochs asked for."""
+    """As a run trains: every step of the protocol, or of the given epochs."""
     trial.begin(profiled=False)
     while trial.ask("train", steps=STEPS).samples["remaining_loss"]:
         pass
@@ -106,7 +106,7 @@ def _train(trial: TrialSession) -> None:
 
 
 def _serve(trial: TrialSession, variant: Variant, adapter: str) -> tuple[list[Served], tuple[tuple[int, ...], ...]]:
-    """What every way has given, in their order, and the prompts."""
+    """The observations of all ways, in their order, and the prompts."""
     served: list[Served] = []
     prompts: tuple[tuple[int, ...], ...] = ()
     for ways in serving_modes(variant):
@@ -114,7 +114,7 @@ def _serve(trial: TrialSession, variant: Variant, adapter: str) -> tuple[list[Se
         request = ServingRequest(
             trial=trial.request, adapter=adapter, ways=ways, reference=served[0].answers if served else ()
         )
-        fragment = answer_of(lambda asked=request: _ask(trial.executor, asked))  # type: ignore[misc]
+        fragment = answer_of(lambda request=request: _serve_base(trial.executor, request))  # type: ignore[misc]
         if fragment.status == "interrupted":  # refused by the system, as it would be to any way
             raise InvalidRunError(f"{variant.name}: {trouble_in(fragment)}.")
         served += _read(fragment, ways)
@@ -127,7 +127,7 @@ def _serve(trial: TrialSession, variant: Variant, adapter: str) -> tuple[list[Se
     return served, prompts
 
 
-def _ask(executor: Executor, request: ServingRequest) -> PartialRecord:
+def _serve_base(executor: Executor, request: ServingRequest) -> PartialRecord:
     worker = executor.launch()
     try:
         trial = request.trial

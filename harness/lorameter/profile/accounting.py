@@ -245,7 +245,7 @@ SKIPPING = frozenset({"flash", "flash_attention_2", "flash_attention_3", "flash_
 
 
 def given_tokens(profile: Profile, useful: StepTokens) -> StepTokens:
-    """What the operators of a step compute, by what the check saw of attention.
+    """The tokens and pairs that the operators of a step compute, by the observed attention.
 
     All pairs of a row, unless the kernel skips: then those of the causal order, and of packed rows that flash-attn
     takes record by record only those of each record. A kernel skips whole blocks, so it computes somewhat more.
@@ -404,12 +404,12 @@ def _pass_account(
     read = size.linear_bytes + size.head_bytes + size.norm_bytes + (0 if merged else size.adapter_bytes) + cache
     product, memory = profile.peaks.get("product"), profile.peaks.get("memory")
     without_attention = "" if shape is not None else ", without attention"
-    said = f"{rows} rows through the weights, {logit_rows} of logits, {pairs} pairs a head{without_attention}"
+    formula = f"{rows} rows through the weights, {logit_rows} of logits, {pairs} pairs a head{without_attention}"
     return PassAccount(
         time=time,
         calls=calls,
         flops=flops,
         bytes=read,
-        mfu=None if product is None else utilisation("MFU", flops, time, product, said),
+        mfu=None if product is None else utilisation("MFU", flops, time, product, formula),
         mbu=None if memory is None else utilisation("MBU", read, time, memory, "weights as stored, keys and values"),
     )

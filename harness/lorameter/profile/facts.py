@@ -1,4 +1,4 @@
-"""Profiles: what was observed of one trial's steps or requests. What it means is computed from these facts on demand.
+"""Profiles: what was observed of one trial's steps or requests. Conclusions are computed from these facts on demand.
 
 A step is observed in two ways that exclude each other. Timed between the borders of its phases, these have true times
 and it is unknown what ran in them. Under the profiler everything that ran is known, and its times are those of a
@@ -101,7 +101,7 @@ class RequestProfile(TrialProfile):
 
     @property
     def merged(self) -> RequestProfile | None:
-        """The same profile with what was seen of the merged adapter in place of the other."""
+        """The same profile with the activity of the merged adapter."""
         if self.merged_activity is None:
             return None
         return dataclasses.replace(self, activity=self.merged_activity)

@@ -87,7 +87,7 @@ class TrialSession:
     ends_s: float
     skipped: list[str] = field(default_factory=list)
     """Commands that the time limit left out."""
-    asked: str = ""
+    last_command: str = ""
 
     @property
     def elapsed_s(self) -> float:
@@ -101,16 +101,16 @@ class TrialSession:
             self.ask(command)
 
     def ask(self, command: str, **arguments: Any) -> PartialRecord:
-        """What the trial adds to its record. Raises `InvalidRunError` where it fails."""
+        """Send a command; what the trial adds to its record. Raises `InvalidRunError` where it fails."""
         self.tell(command)
         trial, timeout_s = self.request.trial, self.request.protocol.step_timeout_s
         return self.take(command, answer_of(lambda: self.worker.ask(command, trial, timeout_s, **arguments)))
 
     def tell(self, command: str) -> None:
-        """Say what is going on, where it is something else than before."""
-        if command != self.asked:
+        """Report the command, unless it is the last one again."""
+        if command != self.last_command:
             self.say(COMMANDS[command].label)
-        self.asked = command
+        self.last_command = command
 
     def take(self, command: str, fragment: PartialRecord) -> PartialRecord:
         """Add a fragment to the record. Raises `InvalidRunError` for one that reports a failure."""
@@ -133,7 +133,7 @@ class TrialSession:
         return begins
 
     def measure_peaks(self) -> None:
-        """What the device does at best, if there is time."""
+        """Measure the peak rates of the device, if there is time."""
         if self.has_time("peak"):
             self.ask("peak", rates=list(self.rates.values()))
 
@@ -148,7 +148,7 @@ class TrialSession:
 
     @property
     def rates(self) -> dict[str, Rate]:
-        """What is asked of the device at its best, by what it is a peak of."""
+        """The rates of which the peak is measured, by the resource."""
         return {"product": product_rate(self.request.variant), "memory": "memory"}
 
     def facts(self, activity: str) -> dict[str, Any]:
@@ -176,17 +176,19 @@ class TrialSession:
         }
 
     def _limit_notices(self) -> tuple[Notice, ...]:
-        """That parts were left out, and that the limit was exceeded."""
+        """The notice on parts that were left out, and on a limit that was exceeded."""
         over_s = time.monotonic() - self.ends_s
         if not self.skipped and over_s <= 0:
             return ()
         parts = ", ".join(COMMANDS[command].label for command in self.skipped)
-        said = [f"left out within --max-minutes: {parts}"] if parts else []
-        said += [f"the least that a profile measures took {over_s / 60:.1f} min more than that"] if over_s > 0 else []
-        return (Notice(code=SKIPPED, message=f"{'; '.join(said)}.", remedy="Raise --max-minutes."),)
+        parts_text = [f"left out within --max-minutes: {parts}"] if parts else []
+        parts_text += (
+            [f"the least that a profile measures took {over_s / 60:.1f} min more than that"] if over_s > 0 else []
+        )
+        return (Notice(code=SKIPPED, message=f"{'; '.join(parts_text)}.", remedy="Raise --max-minutes."),)
 
     def keep(self, document: str, found: object, traces: Sequence[str] = ()) -> None:
-        """Write what was found, and fetch the profiler's own recordings. Raises `UsageError` where the disk refuses."""
+        """Write the facts, and fetch the profiler's recordings. Raises `UsageError` where they cannot be written."""
         with translate_os_errors(lambda: (f"{self.label} {self.folder.name} could not be written", "measure anew")):
             for trace in traces:
                 self.executor.fetch(self.request.trial, trace, self.folder)
@@ -208,7 +210,7 @@ def open_trial(
     `label` is what it is called.
 
     Raises:
-        UsageError: what cannot work on this machine.
+        UsageError: the profile cannot be taken on this machine.
         InvalidRunError: its process did not start.
     """
     if study.workload.ranks > 1:
@@ -267,8 +269,7 @@ def profile_variant(
 ) -> tuple[Profile, Path]:
     """Measure one variant's profile; returns it and the folder in which it was written.
 
-    A path that the variant asks for and that is not active is a notice here and never a refusal: a profile is what one
-    takes to find out why.
+    A required path that is not active is a notice here and never a refusal: a profile helps to find out why.
 
     Args:
         study: the workload, and the protocol with the time limit.
@@ -278,7 +279,7 @@ def profile_variant(
         say: receives a line for each part that begins.
 
     Raises:
-        UsageError: what cannot work on this machine.
+        UsageError: the profile cannot be taken on this machine.
         InvalidRunError: the trial did not end; the message says where its log is.
     """
     with open_trial(study, variant, executor, runs=runs, say=say, document=DOCUMENT) as trial:
@@ -350,8 +351,8 @@ def _estimates(variant: Variant, workload: Workload, device: str, process_bytes:
 
 
 def _start_cold(trial: TrialSession, executor: Executor) -> None:
-    """A new interpreter, after the trial's own process has ended. A failure is a notice: it costs none of what was
-    measured before."""
+    """A new interpreter, after the trial's own process has ended. A failure is a notice: what was measured before is
+    kept."""
     trial.tell("cold")
     fragment = answer_of(lambda: executor.cold_start(trial.request))
     if fragment.status == "ok":
@@ -366,7 +367,7 @@ def _start_cold(trial: TrialSession, executor: Executor) -> None:
 
 
 def answer_of(ask: Callable[[], PartialRecord]) -> PartialRecord:
-    """What a process answers; where it is lost, that it failed."""
+    """The answer of a process; a failed one where the process is lost."""
     try:
         return ask()
     except WorkerLostError as lost:

@@ -52,7 +52,7 @@ def choose_finding(findings: Sequence[Finding], code: str | None) -> Finding:
 
 
 def make_pair(study: Study, variant: Variant, finding: Finding) -> Study:
-    """The present variant, which is the reference, and the suggested one, on a workload of its own if that is changed.
+    """A study of the present variant, the reference, and the suggested one, on its own workload if that changes.
 
     As in a profile, a path that is not active is a notice: the present variant may be slow for want of it. What the
     study requires in addition is left out, since the remedy may change it.
@@ -94,7 +94,7 @@ def phase_of(finding: Finding) -> Phase:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Tried:
-    """What came of a remedy.
+    """The outcome of a remedy.
 
     Attributes:
         finding: whose remedy it is.
@@ -104,7 +104,7 @@ class Tried:
         comparison: the suggested variant over the present one, below 1 is a gain; None where either failed.
         control: the present variant against itself.
         failures: trials without a result.
-        notices: what must be known of the comparison and was not known before it was measured.
+        notices: notices of the run that were not known before it was measured.
         valid: whether the comparison counts: every trial ok, and the control no difference.
     """
 

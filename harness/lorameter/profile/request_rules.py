@@ -60,7 +60,7 @@ def _weight_copied(seen: RequestEvidence) -> Iterator[Finding]:
         )
         yield _make_finding(
             "weight-copied", seen, metric, cost,
-            f"{copies}: torch's linear does not fold what comes in and goes by a batched product, which wants the "
+            f"{copies}: torch's linear does not fold its input and calls a batched product, which needs the "
             "weight laid out anew",
             f"copy_head_input = true hands the head {folds}" if is_head else f"That layer must be handed {folds}",
             changes={"copy_head_input": True} if is_head and not seen.variant.copy_head_input else {},

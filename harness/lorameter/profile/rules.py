@@ -164,7 +164,7 @@ def _masked_attention(seen: ProfileEvidence) -> Iterator[Finding]:
         obstacle = "" if seen.flash_attn else "flash-attn is not installed"
     elif written_out:
         remedy, changes = "The check of attention.backend says why no fused kernel took it.", {}
-        obstacle = "what keeps the kernels out (type, head size, mask) is not the attention that was asked for"
+        obstacle = "what keeps the kernels out (type, head size, mask) is not a setting of the variant"
     else:
         remedy, changes = "Shorter rows hide fewer pairs.", {}
         obstacle = "no kernel here leaves them out"

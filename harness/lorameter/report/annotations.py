@@ -1,7 +1,7 @@
 """Annotations of a GitHub job, as workflow commands: of a gate, and of a run by itself.
 
-Worst verdict first, since GitHub shows ten annotations of a level and step, and the reason of everything that is not a
-pass.
+Worst verdict first, since GitHub shows ten annotations of a level and step; each verdict that does not pass has its
+reason.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 
 def gate_annotations(result: GateResult) -> str:
-    """The gate as workflow commands: an error for what fails, a warning for what the policy lets pass."""
+    """The gate as workflow commands: an error for each verdict that fails, a warning where the policy accepts it."""
     level = "notice" if result.passed else "error"
-    said = f"{_invalid(result.report.why_invalid)}{outcome_of(result)}: {title_of_report(result.report)}"
-    whole = annotation(level, "lorameter gate", said)
+    message = f"{_invalid(result.report.why_invalid)}{outcome_of(result)}: {title_of_report(result.report)}"
+    whole = annotation(level, "lorameter gate", message)
     found = _verdicts(result.report, lenient=result.policy.inconclusive == "pass")
     unmet = [annotation("error", "lorameter: policy", line) for line in result.unmet]
     return "\n".join([whole, *found, *unmet, *_differing(result.report)]) + "\n"
 
 
 def comparison_annotations(report: ComparisonReport) -> str:
-    """A comparison that no policy judges: an error for what is no pass."""
+    """A comparison without a policy: an error for each verdict that does not pass."""
     whole = annotation("notice", "lorameter compare", f"{_invalid(report.why_invalid)}{title_of_report(report)}")
     return "\n".join([whole, *_verdicts(report, lenient=False), *_differing(report)]) + "\n"
 
@@ -41,7 +41,7 @@ def _invalid(reasons: str | None) -> str:
 
 
 def _verdicts(report: ComparisonReport, *, lenient: bool) -> list[str]:
-    """The worst first; `lenient`: whether an open question is let pass."""
+    """The worst verdict first; with `lenient` an inconclusive one is a warning."""
     lines = []
     for one in sorted(report.comparisons, key=lambda one: PRECEDENCE.index(EXIT_OF[one.verdict])):
         if EXIT_OF[one.verdict]:
@@ -57,7 +57,7 @@ def _differing(report: ComparisonReport) -> list[str]:
 
 
 def annotation(level: str, title: str, message: str) -> str:
-    """One workflow command; what would end its title or its line early is escaped."""
+    """One workflow command; characters that would end its title or its line are escaped."""
     for character, escaped in (("%", "%25"), ("\r", "%0D"), ("\n", "%0A")):
         title, message = title.replace(character, escaped), message.replace(character, escaped)
     title = title.replace(":", "%3A").replace(",", "%2C")
@@ -65,18 +65,18 @@ def annotation(level: str, title: str, message: str) -> str:
 
 
 def run_annotations(view: RunView) -> str:
-    """A run: an error for each trial without a result and for a run that does not count, a warning a notice."""
+    """A run: an error for each trial without a result and for an invalid run, a warning for each notice."""
     counted = ", ".join(f"{count} {status}" for status, count in view.counts.items()) or "none yet"
     state = "valid" if view.valid else "invalid"
-    said = f"{_invalid(view.validity.invalid)}{view.run.manifest.run} is {state}: {counted}"
-    lines = [annotation("notice" if view.valid else "error", "lorameter run", said)]
+    message = f"{_invalid(view.validity.invalid)}{view.run.manifest.run} is {state}: {counted}"
+    lines = [annotation("notice" if view.valid else "error", "lorameter run", message)]
     lines += [annotation("error", "lorameter: trial without a result", failure) for failure in view.validity.failures]
     lines += [annotation("warning", f"lorameter: {one.code}", f"{one.message} {one.remedy}") for one in view.notices]
     return "\n".join(lines) + "\n"
 
 
 def claims_annotations(report: ClaimsReport) -> str:
-    """Claims: a warning for each that is refuted, a notice for each other; they are findings and no failures."""
+    """Claims: a warning for each that is refuted, a notice for each other; claims are findings, not failures."""
     lines = [annotation("notice" if report.valid else "error", "lorameter claims", f"{report.title}: run {report.run}")]
     for claim in sorted(report.claims, key=lambda one: one.verdict != "refuted"):
         level = "warning" if claim.verdict == "refuted" else "notice"

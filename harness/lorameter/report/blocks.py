@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 Tone: TypeAlias = Literal["plain", "strong", "faint", "good", "note", "warning", "bad", "alarm", "odd", "command"]
-"""What a piece of text is to its reader; `odd` is neither good nor bad, a `command` is there to be typed."""
+"""The role of a piece of text; `odd` is neither good nor bad, a `command` is to be typed."""
 
 _TONES: Mapping[str, Tone] = {
     "regressed": "bad",
@@ -51,7 +51,7 @@ class Line:
 
     spans: tuple[Span, ...]
     label: str = ""
-    """What the paragraph is about, in a word; the labels of a section are aligned."""
+    """The subject of the paragraph, in a word; the labels of a section are aligned."""
     indented: bool = True
     """Whether it belongs to the line above it."""
     last: bool = False
@@ -98,14 +98,14 @@ class Cell:
     """One fact, in the parts that it has. A renderer lays out the parts; it rounds nothing and parses nothing."""
 
     name: str = ""
-    """What the text is about, in a word."""
+    """The subject of the text, in a word."""
     text: str = ""
     """Words, or the value with its unit."""
     interval: str = ""
     """The interval of the value, in brackets."""
     detail: str = ""
     command: str = ""
-    """What to type."""
+    """A command to type."""
     verdict: str = ""
     """The verdict as programs know it; it decides the tone."""
     verdict_text: str = ""
@@ -135,7 +135,7 @@ class Row:
     cells: tuple[Cell, ...]
     strong: bool = False
     ends_group: bool = False
-    """Whether the next row is about something else."""
+    """Whether a new group of rows follows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,12 +146,12 @@ class Table:
     rows: tuple[Row, ...]
     title: str = ""
     notes: tuple[Line, ...] = ()
-    """What a reader of the table must know; below it."""
+    """Lines below the table."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collapsible:
-    """A text in one line, and in full on request."""
+    """A summary of one line, and all lines on request."""
 
     summary: Line
     lines: tuple[Line, ...]
@@ -202,7 +202,7 @@ class Curve:
     name: str
     points: tuple[Point, ...]
     hollow: bool = False
-    """Whether others are better in both directions."""
+    """Whether another variant is better in both directions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +224,7 @@ class Chart:
     style: Literal["joined", "dots", "specks"] = "joined"
     changes: tuple[Change, ...] = ()
     front: tuple[tuple[float, float], ...] = ()
-    """Corners of the line that joins what no other beats in both directions."""
+    """Corners of the Pareto front."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -304,14 +304,14 @@ def say(*parts: str | Span, label: str = "", indented: bool = True) -> Line:
 
 
 def say_invalid(reasons: str | None) -> tuple[Line, ...]:
-    """The first line of a report that does not count; none of one that does."""
+    """The first line of the report of an invalid run; none for a valid one."""
     if reasons is None:
         return ()
     return (Line(spans=(Span(text=f"{_INVALID}{reasons}", tone="alarm"),), indented=False, last=True),)
 
 
 def says_invalid(block: Block) -> bool:
-    """Whether it is such a line."""
+    """Whether a block is the line of `say_invalid`."""
     return isinstance(block, Line) and block.text.startswith(_INVALID)
 
 
@@ -350,12 +350,12 @@ def value_cell(value: float, low: float | None, high: float | None, unit: Unit, 
 
 
 def write_seconds(seconds: float) -> Cell:
-    """A time that is a part of something with an interval."""
+    """A time without an interval of its own."""
     return Cell(text=format_value(seconds, "s"), value=seconds, unit="s")
 
 
 def write_bytes(size: float) -> Cell:
-    """A size that was counted."""
+    """An exact size in bytes."""
     return Cell(text=format_bytes(size), value=size, unit="byte")
 
 
@@ -365,7 +365,7 @@ def write_number(value: float | None, form: str = "g") -> Cell:
 
 
 def write_share(share: float | None) -> Cell:
-    """A part of a whole in percent."""
+    """A share, in percent."""
     return write_number(share, ".1%")
 
 

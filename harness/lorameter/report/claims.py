@@ -1,4 +1,4 @@
-"""The claims of a study and their verdicts, with what was changed from the original and what the run holds."""
+"""The claims of a study and their verdicts, with the deviations from the original and the contents of the run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _LEGEND = "95 % intervals of each ratio alone; differences by Holm, equalities b
 
 
 def describe_claims(report: ClaimsReport) -> Document:
-    """All verdicts on the claims of a run, and what they rest on."""
+    """All verdicts on the claims of a run, with their reasons."""
     counted = ", ".join(f"{count} {status}" for status, count in report.trials.items())
     state = "" if report.status == "complete" else f"; the run is {report.status!r}, so this is what it holds so far"
     held = f"run {report.run}: {format_count(report.replicates, 'replicate')}; trials: {counted}{state}"
@@ -56,7 +56,7 @@ def describe_claims(report: ClaimsReport) -> Document:
 
 
 def describe_verdicts(report: ClaimsReport) -> Document:
-    """The claims with what they rest on; what a run's own report says already is left out."""
+    """The claims with their reasons, without the facts that a run's report has."""
     rows = tuple(row for claim in report.claims for row in _rows(claim))
     table = Table(title="Claims", heads=_HEADS, rows=rows, notes=(say(Span(text=_LEGEND, tone="faint")),))
     controls = [f"{METRICS[name].title}: {''.join(say_ratio(one, name))}" for name, one in report.control.items()]

@@ -1,6 +1,6 @@
 """A comparison of two sides as a document, and what rests on one: the gate, an A/B and a bisection.
 
-An inconclusive verdict is a sentence, an invalid one its reason, and the statistics of the rest are folded.
+An inconclusive verdict is a sentence, an invalid one its reason; the statistics of all verdicts are collapsed.
 """
 
 from __future__ import annotations
@@ -51,22 +51,22 @@ if TYPE_CHECKING:
 NAMED = 3
 """Comparisons that are named where several have one reason."""
 MOST_FINDINGS = 6
-"""Findings that are not folded; the table has them all."""
+"""Findings that are not collapsed; the table has them all."""
 MOST_PACKAGES = 12
 """Packages that are listed; an interpreter of its own differs in hundreds."""
 _RATIO = ColumnHeader(text="candidate / base", right=True, ratio=True)
 
 
 def describe_comparison(report: ComparisonReport, *, ab: bool = False) -> Document:
-    """The findings, the table with the controls, and what else differs; `ab`: whether both sides were measured in one
+    """The findings, the table with the controls, and other differences; `ab`: whether both sides were measured in one
     job."""
     lines = tuple(_findings(report, ab=ab))
     more = lines[MOST_FINDINGS:]
-    folded = Collapsible(summary=say(Span(text=f"and {len(more)} more findings", tone="faint")), lines=more)
+    collapsed = Collapsible(summary=say(Span(text=f"and {len(more)} more findings", tone="faint")), lines=more)
     return (
         *say_invalid(report.why_invalid),
         Section(title=title_of_report(report), lines=lines[:MOST_FINDINGS]),
-        *([folded] if more else []),
+        *([collapsed] if more else []),
         _tabulate(report),
         *_statistics(report),
         *list_sections({"Differing": list_differences(report)}),
@@ -75,12 +75,12 @@ def describe_comparison(report: ComparisonReport, *, ab: bool = False) -> Docume
 
 
 def title_of_report(report: ComparisonReport) -> str:
-    """Which side is judged by which."""
+    """The candidate and its base."""
     return f"{report.candidate} against {report.base}"
 
 
 def list_differences(report: ComparisonReport) -> tuple[str, ...]:
-    """What else is not alike in the two sides."""
+    """Differences of machine, software and workload between the two sides."""
     return tuple(map(str, report.differing))
 
 
@@ -88,10 +88,10 @@ def _findings(report: ComparisonReport, *, ab: bool) -> Iterator[Line]:
     """The verdicts that are not "equivalent", the worst first, each reason once."""
     found = [one for one in report.comparisons if one.verdict != "equivalent"]
     found.sort(key=lambda one: PRECEDENCE.index(EXIT_OF[one.verdict]))
-    said: dict[tuple[str, str], list[str]] = {}
+    grouped: dict[tuple[str, str], list[str]] = {}
     for compared in found:
-        said.setdefault((compared.verdict, _reason(compared, ab=ab)), []).append(_name(compared))
-    for (verdict, reason), names in said.items():
+        grouped.setdefault((compared.verdict, _reason(compared, ab=ab)), []).append(_name(compared))
+    for (verdict, reason), names in grouped.items():
         word = Span(text=verdict.replace("_", " "), tone=tone_of(verdict))
         yield say(f"{first_few(names, NAMED, '; ')}: ", word, reason)
     if report.comparisons and not found:
@@ -216,7 +216,7 @@ def figures_of_comparison(report: ComparisonReport) -> tuple[Figure, ...]:
 
 
 def describe_bisection(found: Bisection, of: str) -> Document:
-    """The conclusion, and a row a comparison with the good end; `of` is what was measured, in words."""
+    """The conclusion, and a row a comparison with the good end; `of` names what was measured."""
     return (*_conclusion(found, of), Table(
         heads=name_columns("compared with the good end", "ratio", "replicates", "is"),
         rows=tuple(map(_look, found.looks)),

@@ -68,7 +68,7 @@ def describe_estimate(
     *,
     elsewhere: bool = False,
 ) -> Document:
-    """One row a kind, one column a phase; `measured` are peaks in bytes by phase, where a run has them.
+    """A row for each kind, a column for each phase; `measured` are peaks in bytes by phase, where a run has them.
 
     Without estimates, as of a model whose layers are not known, there are the measured peaks alone. With `elsewhere`
     the device is not this machine, and `describe_fit` reports whether it fits there.
@@ -201,7 +201,7 @@ def _first(advice: Advice) -> Line:
 
 
 def describe_sizes(model: str, sizes: Sequence[Sizes], *, unknown: str | None = None) -> Document:
-    """One row a variant; exact counts, so no interval. `unknown` is why a formula cannot be held against them."""
+    """One row for each variant; counts are exact, so without intervals. `unknown`: why no formula checks them."""
     lines = [f"{model}: {sizes[0].base_parameters:,} parameters in the base; counted, nothing was loaded"]
     lines += [f"counted by PEFT alone; other memory of the training is unknown: {unknown}"] if unknown else []
     rows = []

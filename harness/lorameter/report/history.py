@@ -1,4 +1,4 @@
-"""A history as a document: each line drawn small, its levels in a table, its breaks and changes with what changed."""
+"""A history as a document: each line as a sparkline, its levels in a table, its breaks and changes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ SHOWN, REASONS = 4, 2
 
 
 def describe_history(history: History, *, every_run: bool = False) -> Document:
-    """All tracks, each by itself; `every_run` adds a table with a row a run."""
+    """All tracks; `every_run` adds a table with a row for each run."""
     blocks: list[Block] = []
     for track in history.tracks:
         blocks += _track(track, every_run=every_run)
@@ -82,14 +82,14 @@ def _track(track: Track, *, every_run: bool) -> Iterator[Block]:
 
 
 def table_of_runs(track: Track) -> Table:
-    """A row a run; below it why runs do not count."""
+    """A row for each run; below it the reasons why runs do not count."""
     rows = tuple(_run(one, line, track) for line in track.lines for one in line.moments)
     moments = [one for line in track.lines for one in line.moments if one.why_not is not None]
     return Table(heads=_RUNS, rows=rows, notes=say_each(f"{one.run} does not count: {one.why_not}" for one in moments))
 
 
 def _drawn(track: Track) -> Iterator[Line]:
-    """A line a fingerprint, all on one scale of logs; what does not count is a gap."""
+    """A line for each fingerprint, all on one logarithmic scale; a run that does not count is a gap."""
     values = [math.log(moment.value) for line in track.lines for moment in line.counting]
     if not values:
         yield say("no run counts")
@@ -153,7 +153,7 @@ def _suspicion(found: Suspicion, track: Track) -> Iterator[Line]:
 
 
 def _conclusion(line: HistorySeries) -> Line:
-    """How many changes were found, and how small a change would be found: without it "no change" means nothing."""
+    """How many changes were found, and how small a change would be found: "no change" is meaningless without it."""
     counting, left_out = len(line.counting), [one.why_not for one in line.moments if one.why_not is not None]
     reasons = first_few(list(dict.fromkeys(left_out)), REASONS, "; ")
     gaps = f"; {format_count(len(left_out), 'run')} left out ({reasons})" if left_out else ""
@@ -192,7 +192,7 @@ def _differences(differing: Sequence[Difference]) -> str:
 
 
 def _list_differences(differing: Sequence[Difference]) -> list[str]:
-    """What differs, commits first and as a range."""
+    """The differences, commits first and as a range."""
     commits = [f"commits {str(one.base)[:10]}..{str(one.candidate)[:10]}" for one in differing if one.field == COMMIT]
     others = [one for one in differing if one.field != COMMIT]
     return commits + [f"{one.field.removeprefix('libraries.')} {one.base} → {one.candidate}" for one in others]
@@ -212,17 +212,17 @@ def _day(moment: Moment) -> str:
 
 
 def unit_of(track: Track) -> Unit:
-    """In which its values are; of one that we do not know, none."""
+    """The unit of its values; "1" for an unknown one."""
     return cast(Unit, track.unit if track.unit in get_args(Unit) else "1")
 
 
 def figures_of_history(history: History) -> tuple[Figure, ...]:
-    """A figure a track that has a run which counts."""
+    """A figure for each track with a run that counts."""
     return tuple(_figure(track) for track in history.tracks if any(line.counting for line in track.lines))
 
 
 def names_of(history: History) -> tuple[str, ...]:
-    """What the curves are called, in their order."""
+    """The names of the curves, in their order."""
     return tuple(dict.fromkeys(_curve_name(line) for track in history.tracks for line in track.lines))
 
 

@@ -35,7 +35,7 @@ from lorameter.verdicts.validity import disturbances_of
 LEAST_BETWEEN_S = 0.1
 """Seconds between two redrawings: a turn of a small model takes no longer."""
 SILENT_S = 60.0
-"""Without a terminal, seconds after which what a replicate is at is printed again."""
+"""Without a terminal, seconds after which the phase of a silent replicate is printed again."""
 Key = tuple[Side, str, Role]
 """Side, variant and role of a row."""
 
@@ -55,7 +55,7 @@ class LiveDisplay(Display):
         self._ratios: dict[Key, Comparison] = {}
         self._disturbed: Counter[str] = Counter()
         """How many trials each kind of disturbance has met."""
-        self._begin = self._drawn = self._said_at = time.monotonic()
+        self._begin = self._drawn = self._printed_at = time.monotonic()
         self._now, self._phase = "", (-1, "")
 
     def __enter__(self) -> LiveDisplay:
@@ -71,9 +71,9 @@ class LiveDisplay(Display):
             self._live.stop()
 
     def starting(self, plan: Plan, run_id: str) -> None:
-        """Say what is about to be measured."""
+        """Show the plan that begins."""
         self._take(plan)
-        self._begin = self._said_at = time.monotonic()
+        self._begin = self._printed_at = time.monotonic()
         self._now = f"run {run_id}: starting the worker, preparing tokens"
         self._draw(at_once=True)
         replicates = format_count(plan.study.protocol.replicates, "replicate")
@@ -86,11 +86,11 @@ class LiveDisplay(Display):
             self._rows.setdefault((slot.side, slot.variant.name, slot.role), []).append(slot)
 
     def tokens_prepared(self, data: str) -> None:
-        """Say what is trained on."""
+        """Print the data of the training."""
         self._line(f"data {data}")
 
     def rehearsed(self, plan: Plan, notices: Sequence[Notice]) -> None:
-        """Say at which level the scripts will be measured, and what is to be known of them."""
+        """Print the interleaving of the scripts, and the notices of their rehearsal."""
         self._take(plan)
         self._console.print(draw_text(f"level {plan.interleaving}: {plan.why}"))
         for notice in notices:
@@ -105,7 +105,7 @@ class LiveDisplay(Display):
         self._now = f"replicate {slot.replicate + 1}/{replicates}  {name}: {words}"
         new, self._phase = (slot.replicate, words) != self._phase, (slot.replicate, words)
         self._draw(at_once=new)
-        if time.monotonic() - self._said_at >= SILENT_S:
+        if time.monotonic() - self._printed_at >= SILENT_S:
             self._line(f"{self._now}, after {format_duration(time.monotonic() - self._begin)}", self._left())
 
     def trial_ended(self, record: TrialRecord) -> None:
@@ -159,7 +159,7 @@ class LiveDisplay(Display):
         return Group(table, *below)
 
     def _base(self, key: Key) -> Key | None:
-        """What a row is compared with: the reference, or the base of an A/B; the control with what it repeats."""
+        """The row that a row is compared with: the reference, or the base of an A/B, also for the control."""
         side, name, _ = key
         if self._plan is None or self._plan.study.protocol.mixed:
             return None
@@ -192,7 +192,7 @@ class LiveDisplay(Display):
     def _line(self, *parts: str) -> None:
         if not self._console.is_terminal:
             self._console.print(draw_text(_join(*parts)))
-            self._said_at = time.monotonic()
+            self._printed_at = time.monotonic()
 
 
 def _join(*parts: str) -> str:

@@ -38,24 +38,25 @@ def describe_checks(checks: Sequence[DoctorCheck], *, fit: bool) -> Document:
 
 def _blocks(checks: Sequence[DoctorCheck], *, fit: bool) -> Iterator[Block]:
     for about, title in TITLES.items():
-        asked = (check for check in checks if check.about == about)
+        selected = (check for check in checks if check.about == about)
         rows = tuple(
-            write_row(check.name, Cell(verdict=check.grade), check.found, Cell(detail=check.remedy)) for check in asked
+            write_row(check.name, Cell(verdict=check.grade), check.found, Cell(detail=check.remedy))
+            for check in selected
         )
         yield Table(title=title, heads=name_columns("", "", "found", "remedy", left=4), rows=rows)
     counts = Counter(check.grade for check in checks)
-    said = ", ".join(f"{counts[grade]} {grade}" for grade in get_args(Grade) if counts[grade])
+    grades = ", ".join(f"{counts[grade]} {grade}" for grade in get_args(Grade) if counts[grade])
     if not fit:
         answer, rest = Span(text="unfit", tone="alarm"), ": what it measured would not count"
     elif counts["bad"]:
         answer, rest = Span(text="fit to measure, with less precision", tone="warning"), ": mend what is bad first"
     else:
         answer, rest = Span(text="fit to measure", tone="good"), ""
-    yield say("This machine is ", answer, f"{rest}. Checks: {said}.", indented=False)
+    yield say("This machine is ", answer, f"{rest}. Checks: {grades}.", indented=False)
 
 
 def describe_calibration(result: Calibration, rows: int) -> Document:
-    """The scatter, both comparisons, the rates of gates drawn from them, and what it takes to see more."""
+    """The scatter, both comparisons, the rates of resampled gates, and the replicates that smaller effects take."""
     from lorameter.verdicts.calibrate import DRAWS, planned_effects
 
     identical, injected = (

@@ -31,7 +31,7 @@ SHOWN = 3
 
 
 def describe_parity(parity: Parity, judgement: Judgement) -> Document:
-    """All of it."""
+    """The report of a parity: verdicts, answers, logits, losses and notices."""
     notices = (*parity.notices, *(() if parity.record is None else parity.record.notices))
     rows = [one for one in (*judgement.likenesses, judgement.without, judgement.floor) if one is not None]
     return (
@@ -57,26 +57,26 @@ def _adapter(parity: Parity) -> str:
 
 def _verdicts(judgement: Judgement) -> Iterator[Line]:
     for one in judgement.likenesses:
-        said, tone = _SAID[one.verdict]
-        yield say(Span(text=said, tone=tone), f": {say_answers(one)}", label=one.way)
+        text, tone = _VERDICT_TEXTS[one.verdict]
+        yield say(Span(text=text, tone=tone), f": {say_answers(one)}", label=one.way)
     for way, why in judgement.failures.items():
         yield say(Span(text="no answer", tone="alarm"), f": {why}", label=way)
     if judgement.without is not None:
         yield say(f"what the adapter changes: {say_answers(judgement.without)}", label=judgement.without.way)
     if judgement.floor is not None:
         yield say(f"the noise floor: {say_answers(judgement.floor)}", label=judgement.floor.way)
-    asked = judgement.without or judgement.floor
-    if asked is not None and judgement.distinct == 1 < asked.answers.of:
+    control = judgement.without or judgement.floor
+    if control is not None and judgement.distinct == 1 < control.answers.of:
         yield say(
             Span(text="few different answers", tone="warning"),
-            f": the reference gives one answer to all {asked.answers.of} prompts, so they are hardly more than one "
+            f": the reference gives one answer to all {control.answers.of} prompts, so they are hardly more than one "
             f"observation. Use a trained model, or train for longer (--epochs).",
         )
     if judgement.trouble:
         yield say(Span(text="no verdict can be relied on", tone="alarm"), f": {judgement.trouble}.")
 
 
-_SAID: Mapping[Verdict, tuple[str, Tone]] = {
+_VERDICT_TEXTS: Mapping[Verdict, tuple[str, Tone]] = {
     "same": ("same answers", "note"),
     "noise": ("answers differ no more than the reference's from its own", "note"),
     "differ": ("answers differ", "warning"),
@@ -152,7 +152,7 @@ def _largest(value: float) -> Cell:
 
 
 def _mean(mean: Mean, sign: str = "") -> Cell:
-    """In powers of ten where it is small: a scale of its own would hide how small."""
+    """In powers of ten where it is small: a unit prefix would hide how small."""
     form = f"{sign}.3g"
     interval = "[no interval]" if mean.low is None or mean.high is None else f"[{mean.low:{form}}, {mean.high:{form}}]"
     return Cell(
@@ -161,7 +161,7 @@ def _mean(mean: Mean, sign: str = "") -> Cell:
 
 
 def _cosine(value: float) -> str:
-    """With as many digits as tell it from 1, six at most."""
+    """With as many digits as distinguish it from 1, six at most."""
     return "1" if value > 1 - 5e-7 else f"{value:.6f}"
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lorameter.studies.workload import Workload
 
 Between = Literal["variants", "sides"]
-"""What is compared: variants of a study, or a candidate with its base."""
+"""Whether variants of a study are compared, or a candidate with its base."""
 
 _BASIS = re.compile(r" \((\d[^()]*replicate[^()]*)\)")
 _KIND = re.compile(r"(host|device)_(peak|peak_allocated|peak_reserved)_(train|generate|cold)_bytes")
@@ -38,7 +38,7 @@ def _ways(metric: str) -> tuple[str, str]:
 
 
 def title_of(metric: str) -> str:
-    """What a metric or a kind of memory is called; of one that another program measured, its name."""
+    """The title of a metric or of a kind of memory; of an unknown one its name."""
     if metric in METRICS:
         return METRICS[metric].title
     if found := _KIND.fullmatch(metric):
@@ -47,7 +47,7 @@ def title_of(metric: str) -> str:
 
 
 def title_of_ratio(metric: str) -> str:
-    """The same of its ratio: that of a rate is turned, so that above 1 is a slow-down."""
+    """The title of its ratio: that of a rate is inverted, so that above 1 is a slow-down."""
     turned = metric in METRICS and METRICS[metric].higher_is_better
     return f"{title_of(metric)}, slow-down" if turned else title_of(metric)
 
@@ -64,7 +64,7 @@ def say_adapters(workload: Workload) -> str:
 
 
 def verdict_cell(found: Comparison, metric: str, margin: float, between: Between) -> Cell:
-    """The verdict in a word; one that two things are equal says within which margin."""
+    """The verdict in a word; equivalence with its margin."""
     words = {
         "equivalent": f"equivalent ±{format_percent(margin)}" if margin else "equal",
         "no_baseline": "no baseline",
@@ -76,7 +76,7 @@ def verdict_cell(found: Comparison, metric: str, margin: float, between: Between
 
 
 def say_ratio(found: Comparison | None, metric: str = "", margin: float = MARGIN) -> tuple[str, str]:
-    """A ratio between variants with its interval, and its verdict; why there is none where there is none."""
+    """A ratio between variants with its interval, and its verdict; without a ratio the reason."""
     if found is None or found.ratio is None:
         return "not measured" if found is None else f"not measured: {found.reason}", ""
     cell = verdict_cell(found, metric, margin, "variants")
@@ -105,8 +105,8 @@ def _advice(found: Comparison, metric: str, interleaving: Interleaving, *, ab: b
 
 
 def split_basis(reason: str) -> tuple[str, str]:
-    """A verdict's reason without what it rests on ("3 replicates, paired turn by turn"), and that; several verdicts
-    share it."""
+    """A verdict's reason without its basis ("3 replicates, paired turn by turn"), and the basis, which several verdicts
+    share."""
     found = _BASIS.search(reason)
     return (reason, "") if found is None else (reason[: found.start()] + reason[found.end() :], found[1])
 

@@ -64,7 +64,7 @@ def describe_profile(
     found: Ceilings | str,
     findings: Sequence[Finding],
 ) -> Document:
-    """All of it."""
+    """The report of a profile of steps."""
     return (
         _heading(profile),
         _tabulate_phases(profile, step),
@@ -78,7 +78,7 @@ def describe_profile(
 
 
 def _heading(profile: TrialProfile, more: str = "") -> Line:
-    """What was profiled, and where."""
+    """The variant, study and device of a profile."""
     where = f"{profile.device_name} ({profile.device}, {format_count(profile.threads, 'thread')})"
     return say(Span(text=profile.variant.name, tone="strong"), f" of {profile.study} on {where}{more}", indented=False)
 
@@ -117,8 +117,8 @@ def _tabulate_memory(
     peak: tuple[Cell, ...] = (),
     notes: tuple[Line, ...] = (),
 ) -> Table:
-    """Kinds of memory, the rest that no kind explains, the peak, and what lies outside of it; `peak` are the cells of
-    the peak in columns after the size."""
+    """Kinds of memory, the rest that no kind explains, the peak, and memory outside of it; `peak` are the cells of the
+    peak in the columns after the size."""
     empty = [""] * len(peak)
     rest = f"{format_bytes(account.unexplained_bytes)} ({account.share:.1%})"
     outside = [write_row(f"{kind.replace('_', ' ')}, outside of it", write_bytes(size), *empty)
@@ -155,12 +155,12 @@ def _ceilings(found: Ceilings | str, profile: Profile) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Words:
-    """Words for what is profiled, and its phases."""
+    """The words for a step or a request, and for its phases."""
 
     what: str
     titles: Mapping[str, str]
     aside: str
-    """What goes on between two of them."""
+    """The work between two of them."""
 
 
 OF_STEPS = Words(
@@ -186,8 +186,8 @@ OF_REQUESTS = Words(
 
 
 def _tabulate_phases(profile: TrialProfile, step: StepAccount, words: Words = OF_STEPS, *, suffix: str = "") -> Table:
-    """A row a phase, the remainder that no phase explains, and the step; below it what the times rest on. `suffix` is
-    added to the title."""
+    """A row a phase, the remainder that no phase explains, and the step; notes on the pairs are below it.
+    `suffix` is added to the title."""
     waits = "device waits" if profile.device == "cuda" else "between operators"
     known = not profile.activity.missing
     calls = "launches" if profile.device == "cuda" else "operators"
@@ -245,7 +245,7 @@ def _step_lines(step: StepAccount, words: Words) -> Iterator[str]:
 def _tabulate_categories(
     profile: TrialProfile, step: StepAccount, words: Words = OF_STEPS, *, suffix: str = ""
 ) -> Table:
-    """A row for each kind of work, by phase; below it the dearest operators by name."""
+    """A row for each kind of work, by phase; the most expensive operators are below it."""
     what = "kernels" if profile.device == "cuda" else "operators, each without those that it calls"
     rows = []
     for category, by_phase in categories_s(profile, step).items():
@@ -286,7 +286,7 @@ def _operators(profile: TrialProfile, step: StepAccount, words: Words) -> Iterat
 
 
 def _tabulate_findings(findings: Sequence[Finding], codes: Iterable[str], not_observable: Collection[str]) -> Table:
-    """A row a finding; below it the codes that were looked for and not found, and those that nothing could show."""
+    """A row a finding; below it the codes that were not found, and those that could not be judged."""
     rows = [write_row(one.code, one.message, _cost(one), _what_to_try(one)) for one in findings]
     rest = [code for code in codes if code not in {finding.code for finding in findings}]
     unseen = [code for code in rest if code in not_observable]
@@ -305,9 +305,9 @@ def _cost(finding: Finding) -> Cell:
     if finding.cost_s is None or finding.cost_share is None:
         return write_bytes(finding.cost_bytes or 0)
     of = "" if finding.metric == "step_time_s" else f" of {METRICS[finding.metric].title}"
-    said = f"{format_value(finding.cost_s, 's')}\n{finding.cost_share:.1%}{of}"
+    cost = f"{format_value(finding.cost_s, 's')}\n{finding.cost_share:.1%}{of}"
     held = "" if finding.cost_bytes is None else f"\n{format_bytes(finding.cost_bytes)}"
-    return Cell(text=said + held, value=finding.cost_s, unit="s")
+    return Cell(text=cost + held, value=finding.cost_s, unit="s")
 
 
 def _what_to_try(finding: Finding) -> Cell:
@@ -317,7 +317,7 @@ def _what_to_try(finding: Finding) -> Cell:
 
 
 def describe_tried(tried: Tried) -> Document:
-    """The verdict on the remedy, what it gained, and what casts doubt on it."""
+    """The verdict on a remedy, its gain, the control and the notices."""
     changes = ", ".join(f"{key} = {value}" for key, value in tried.finding.suggestion.items())
     section = Section(
         title=f"Tried: {tried.finding.code} by {changes} ({tried.interleaving})",
@@ -357,7 +357,7 @@ def _invalid(tried: Tried) -> str | None:
 
 
 def _gain(ratio: float, low: float | None, high: float | None) -> str:
-    """What a ratio of times leaves of the time, in per cent; the interval's ends change places."""
+    """The time that a ratio of times saves, in percent; the ends of the interval change places."""
     ends = [None if end is None else 100 * (1 - end) for end in (high, low)]
     return f"{format_interval(100 * (1 - ratio), ends[0], ends[1], '1')} %"
 
@@ -368,16 +368,16 @@ def describe_requests(
     merged: RequestAccount | None,
     findings: Sequence[Finding],
 ) -> Document:
-    """All of it; `merged` is the account with the adapter merged, where that is another."""
+    """The report of a profile of requests; `merged` is the account with the adapter merged, if it was measured."""
     workload = profile.workload
     prompts = f"{workload.request_batch} prompts of " if workload.request_batch > 1 else ""
     each = " each" if prompts else ""
-    asked = f"; requests of {prompts}{workload.prompt_tokens} tokens{each}, answered by {workload.new_tokens}{each}"
+    requests = f"; requests of {prompts}{workload.prompt_tokens} tokens{each}, answered by {workload.new_tokens}{each}"
     sides: list[tuple[RequestProfile, RequestAccount, str]] = [(profile, served, "")]
     if merged is not None and profile.merged is not None:
         sides.append((profile.merged, merged, _MERGED))
     return (
-        _heading(profile, asked),
+        _heading(profile, requests),
         *(_tabulate_phases(side, account.whole, OF_REQUESTS, suffix=suffix) for side, account, suffix in sides),
         _passes(profile, [(account, suffix) for _, account, suffix in sides]),
         *(_tabulate_categories(side, account.whole, OF_REQUESTS, suffix=suffix) for side, account, suffix in sides),

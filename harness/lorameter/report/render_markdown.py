@@ -1,4 +1,4 @@
-"""Blocks as GitHub's Markdown: tables as tables, what folds as details.
+"""Blocks as GitHub's Markdown: tables as tables, collapsed blocks as details.
 
 Text from outside is text there too: it starts no markup, no link, no mention and no mathematics. GitHub takes 1 MiB a
 summary of a step and 65,536 characters a comment, and shows nothing of what is longer. So a report that does not fit
@@ -95,9 +95,9 @@ def _table(table: Table) -> str:
 
 
 def _details(summary: str, body: str) -> str:
-    """What unfolds; its summary is HTML, in which nothing is Markdown."""
-    said = html.escape(shorten(escape_control_chars(" ".join(summary.split())), _SUMMARY), quote=False)
-    return f"<details><summary>{said.replace('@', f'@{_BREAK}')}</summary>\n\n{body}\n\n</details>"
+    """A `details` element; its summary is HTML, in which nothing is Markdown."""
+    text = html.escape(shorten(escape_control_chars(" ".join(summary.split())), _SUMMARY), quote=False)
+    return f"<details><summary>{text.replace('@', f'@{_BREAK}')}</summary>\n\n{body}\n\n</details>"
 
 
 def _fenced(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What it takes to measure a run again: versions, command, study and seed."""
+"""Commands that measure a run again: versions, command, study and seed."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ OVERRIDES = {
         "mixed": "--mixed",
     },
 }
-"""What a command line may give in place of the study's own values, by the option that gives it."""
+"""Keys of a study that a command line can replace, with their options."""
 
 
 def reproduction_steps(run: Run) -> str:
-    """The commands to type, with comments; what is not known of a run is named."""
+    """The commands to type, with comments; unknown facts of the run are named."""
     return "\n".join(_lines(run))
 
 
@@ -50,7 +50,7 @@ def _lines(run: Run) -> Iterator[str]:
 
 
 def _comment(text: str) -> str:
-    """A comment of a shell. What a run says may have line ends, and the next line would be a command."""
+    """A comment of a shell. Texts of a run may have line ends, and the next line would be a command."""
     return f"# {' '.join(text.splitlines())}"
 
 
@@ -65,7 +65,7 @@ def _of_one(run: Run) -> Iterator[str]:
 
 
 def _of_sides(run: Run) -> Iterator[str]:
-    """An A/B: both sides, as they are named again."""
+    """An A/B, with the words that name both sides again."""
     manifest = run.manifest
     sides = {name: manifest.sides.get(name) or {} for name in ("base", "candidate")}
     for name, side in sides.items():
@@ -109,7 +109,7 @@ def _of_script(run: Run) -> list[str]:
 
 
 def _selected(run: Run, *, variants: bool = True, phases: bool = True) -> list[str]:
-    """What of the study was measured, and how often."""
+    """The selected phases and variants, and the number of replicates."""
     manifest = run.manifest
     words = [word for phase in manifest.phases for word in ("--phase", phase)] if phases else []
     words += [word for name in manifest.selection for word in ("--variant", name)] if variants else []
@@ -117,7 +117,7 @@ def _selected(run: Run, *, variants: bool = True, phases: bool = True) -> list[s
 
 
 def _study(run: Run) -> tuple[str, list[str]]:
-    """The word for the study, and what was given on the command line in place of its own values."""
+    """The word that names the study, and the options that replaced values of it."""
     stored, words = run.manifest.study, list[str]()
     name = str(stored.get("name", ""))
     if name not in builtin_studies():

@@ -1,6 +1,6 @@
 """The report of a run: validity and verdicts, how it was measured, a table for each phase, failures and notices.
 
-What all variants have in common is written once; the statistics behind the verdicts are below the tables.
+Facts that all variants share are written once; the statistics behind the verdicts are below the tables.
 `encode_run` is the same as the JSON document that programs read.
 """
 
@@ -72,7 +72,7 @@ PARTS_OF_TIME = {
     "cold": "cold starts",
 }  # fmt: skip
 SOURCES = {"trainer": "a Trainer", "loop": "a loop that names its steps", "optimizer": "updates of an optimizer"}
-"""What steps were recognised by, in words."""
+"""How the steps of a script were recognised."""
 _STATES = {
     "running": "under way: a process is measuring it",
     "killed": "its process was killed",
@@ -109,7 +109,7 @@ def _blocks(view: RunView) -> Iterator[Block]:
 
 
 def _summary(view: RunView) -> Iterator[Line]:
-    """What a reader with one minute needs: whether the run is valid, the verdicts on time, memory and loss, and whether
+    """The summary: whether the run is valid, the verdicts on time, memory and loss, and whether
     the required paths were active. A terminal repeats it below the report."""
     lines = [line for table in (*view.tables, *view.outcomes) for line in _verdicts(table)]
     if view.valid:
@@ -157,7 +157,7 @@ def _paths(view: RunView) -> Iterator[Line]:
 
 
 def _label(table: PhaseTable) -> str:
-    """What a table is about, in the summary."""
+    """The label of a table in the summary."""
     if is_memory(table.metric):
         return "memory"
     if METRICS[table.metric].is_loss:
@@ -169,8 +169,8 @@ def _label(table: PhaseTable) -> str:
 def _notes(table: PhaseTable, *, alone: bool) -> Iterator[Line]:
     """The control, and a line of each variant whose required paths are not as those of the others."""
     if not alone:
-        said, verdict = say_ratio(table.control, table.metric, 0.01 if is_memory(table.metric) else MARGIN)
-        yield say(f"A/A control: {said}", *([Span(text=verdict, tone="strong")] if verdict else []))
+        ratio, verdict = say_ratio(table.control, table.metric, 0.01 if is_memory(table.metric) else MARGIN)
+        yield say(f"A/A control: {ratio}", *([Span(text=verdict, tone="strong")] if verdict else []))
     if len(set(table.checks.values())) > 1:
         for name, text in table.checks.items():
             if text != ALL_ACTIVE:
@@ -178,20 +178,19 @@ def _notes(table: PhaseTable, *, alone: bool) -> Iterator[Line]:
 
 
 def _statistics(view: RunView) -> Iterator[Block]:
-    """What an inconclusive verdict needs and how the numbers follow from the trials; folded: what each verdict rests
-    on."""
+    """Advice on inconclusive verdicts and the estimators; the reason of each verdict is collapsed."""
     tables = () if view.alone else (*view.tables, *view.outcomes)
     needs = [line for table in tables for line in _inconclusive(table)]
     lines = [*needs[:MOST_NAMED], *_estimators(tables)]
-    folded = [*needs[MOST_NAMED:], *_reasons(tables)]
+    reasons = [*needs[MOST_NAMED:], *_reasons(tables)]
     if lines:
         yield Section(title="Statistics", lines=tuple(lines))
-    if folded:
-        yield Collapsible(summary=say(Span(text="what each verdict rests on", tone="faint")), lines=tuple(folded))
+    if reasons:
+        yield Collapsible(summary=say(Span(text="what each verdict rests on", tone="faint")), lines=tuple(reasons))
 
 
 def _inconclusive(table: PhaseTable) -> Iterator[Line]:
-    """What to do about each inconclusive variant; of an inconclusive control a notice says it."""
+    """The advice on each inconclusive variant; an inconclusive control has a notice."""
     for name, ratio in table.ratios.items():
         if ratio.verdict == "inconclusive":
             about = Span(text=f"{name}, {title_of_ratio(table.metric)}", tone="warning")
@@ -200,7 +199,7 @@ def _inconclusive(table: PhaseTable) -> Iterator[Line]:
 
 
 def _estimators(tables: Sequence[PhaseTable]) -> Iterator[Line]:
-    """Which number is what: a ratio is of pairs, an estimate of one variant alone."""
+    """How ratios (of pairs) and estimates (of one variant) are computed."""
     if any(not is_memory(table.metric) for table in tables):
         yield from (say(text, label=label) for label, text in ESTIMATORS.items())
     keys = {head.key for table in tables for head in table.table.heads}
@@ -210,7 +209,7 @@ def _estimators(tables: Sequence[PhaseTable]) -> Iterator[Line]:
 
 
 def _reasons(tables: Sequence[PhaseTable]) -> Iterator[Line]:
-    """The reason of each verdict; what is common to those of several metrics is written once, before them."""
+    """The reason of each verdict; a basis that several share is written once, before them."""
     shared: dict[str, list[str]] = {}
     lines = []
     for table in tables:

@@ -45,7 +45,7 @@ class Sample:
     reference: str
     """How the held-out record goes on."""
     base_answer: str | None
-    """The base model's answer; None where it was not asked."""
+    """The base model's answer; None where it was not generated."""
     trained: str
     tokens: int
     """Tokens of the trained answer, the one that ends it included."""

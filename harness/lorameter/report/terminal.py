@@ -60,7 +60,7 @@ STYLES: dict[Tone, str] = {
 }
 PIPED_WIDTH = 200
 """Characters of a line where no terminal and no $COLUMNS limits it."""
-FOLDED = "--verbose shows full notices and statistics."
+VERBOSE_HINT = "--verbose shows full notices and statistics."
 _INDENT = "  "
 _CHART_WIDTH = 38
 _GAP = 2
@@ -89,7 +89,7 @@ def _glued(text: str, tone: Tone = "plain") -> Text:
 
 
 def _draw(block: Block, console: Console, *, verbose: bool) -> Iterator[RenderableType]:
-    """What to print for a block, from its first line to its last; `verbose` unfolds."""
+    """What to print for a block, from its first line to its last; `verbose` expands collapsed blocks."""
     if isinstance(block, Line):
         yield from _paragraphs([block], console)
     elif isinstance(block, Section):
@@ -216,7 +216,7 @@ def _cell(cell: Cell, *, stacked: bool) -> Text:
 
 
 def _grid(table: Table, columns: Sequence[_Column], console: Console) -> RichTable:
-    """The columns, each as wide as it must be; what is left goes to those that lack room, by how much they lack."""
+    """The columns, each as wide as it must be; the rest is distributed over those that lack room, in proportion."""
     roomy = _total(columns) <= console.width
     widths = [column.least if roomy else column.longest for column in columns]
     lacks = [column.natural - width for column, width in zip(columns, widths, strict=True)]
@@ -242,7 +242,7 @@ def _grid(table: Table, columns: Sequence[_Column], console: Console) -> RichTab
 
 
 def _records(table: Table, console: Console) -> Iterator[RenderableType]:
-    """The rows below each other, for a terminal that is narrower than what must be shown."""
+    """The rows below each other, for a terminal that is narrower than the required columns."""
     for row in table.rows:
         cells = zip(table.heads, row.cells, strict=True)
         yield from _paragraphs([say(cell.words, label=head.text) for head, cell in cells if cell.words], console)
@@ -285,11 +285,11 @@ def console_for(file: object | None = None, *, stderr: bool = False) -> Console:
 
 
 def show(document: Document, console: Console, *, verbose: bool = False) -> None:
-    """Print a report and repeat its verdict below it; `verbose` unfolds what is folded."""
+    """Print a report and repeat its verdict below it; `verbose` expands collapsed blocks."""
     with console.capture() as captured:
         _print(document, console, verbose=verbose)
         if not verbose and any(isinstance(block, Collapsible) for block in document):
-            console.print(draw_text(FOLDED, "faint"))
+            console.print(draw_text(VERBOSE_HINT, "faint"))
         if last := tuple(_last(document)):
             console.print()
             _print(last, console, verbose=verbose)
@@ -313,7 +313,7 @@ def _begins_part(block: Block, before: Block) -> bool:
 
 
 def _last(document: Document) -> Iterator[Section]:
-    """What is repeated below a report, so that a reader of a long one need not scroll up."""
+    """The blocks that are repeated below a report, so that a reader of a long one need not scroll up."""
     for block in document:
         if isinstance(block, Section) and block.last:
             yield block

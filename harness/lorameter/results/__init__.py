@@ -1,1 +1,1 @@
-"""What became of many runs: tables of them, their files, and how a number went over time."""
+"""Tables of runs, their files, and the history of a metric."""

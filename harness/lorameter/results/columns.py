@@ -17,7 +17,7 @@ from lorameter.studies.workload import OF_VARIANTS, Workload
 Kind = Literal["text", "count", "number", "flag"]
 TableName = Literal["trials", "samples", "estimates", "comparisons"]
 DTYPES: Mapping[Kind, str] = {"text": "string", "count": "Int64", "number": "float64", "flag": "boolean"}
-"""What pandas calls each kind of column; the first, second and last know missing values, and a number's is NaN."""
+"""The pandas dtype of each kind of column; a missing value is NA, that of a number NaN."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ _INTERLEAVING = _column("interleaving", "text", "how the trials alternated with 
 _KINDS: Mapping[Any, Kind] = {int: "count", float: "number", bool: "flag"}
 """Kinds of fields by their types; all other fields are texts."""
 _NO_SETTINGS = ("name", "cwd", "env", "python", "method", "peft")
-"""Fields of a variant that are no columns: its label, where its command is run, and what other columns say."""
+"""Fields of a variant that are no columns: its label, the folder of its command, and contents of other columns."""
 
 
 def _settings(cls: type, prefix: str, names: Iterable[str], description: str) -> tuple[FrameColumn, ...]:

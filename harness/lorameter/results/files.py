@@ -101,7 +101,7 @@ class _Echo:
 
 
 def csv_of(table: TableName, rows: Iterable[Row]) -> Iterator[str]:
-    """The lines of a table with its heads; what is missing is empty, and no number is rounded."""
+    """The lines of a table with its heads; a missing value is empty, and no number is rounded."""
     writer = csv.DictWriter(_Echo(), names_of(table), extrasaction="ignore", lineterminator="\n")
     yield writer.writeheader()
     for row in rows:

@@ -1,4 +1,4 @@
-"""Every run of a folder, read one after the other: what `list runs`, `history` and `lorameter.load_all` are made of."""
+"""Every run of a folder, one after the other, for `list runs`, `history` and `lorameter.load_all`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def read_each(runs: Path, read: Callable[[Run], T]) -> Iterator[tuple[Path, T | None, str]]:
-    """Each run of a folder by name, then each packed one: its path, what was read, and why nothing could be.
+    """Each run of a folder by name, then each packed one: its path, its content, and the error where it cannot be read.
 
     A run that is removed meanwhile is left out.
 
@@ -46,7 +46,7 @@ def list_runs(runs: Path) -> list[dict[str, Any]]:
     accepted: Collection[str] = ()
     try:
         accepted = {baseline.run for baseline in read_baselines(runs).baselines}
-    except LorameterError as error:  # which of them are baselines is then unknown; what there is, is not
+    except LorameterError as error:  # the runs are listed without their baselines
         print_stderr(f"lorameter: {error}")
     rows = []
     for path, row, why in sorted(read_each(runs, _row_of), key=lambda one: one[0].name):

@@ -1,6 +1,6 @@
 """Runs as pandas DataFrames: `lorameter.load(run)` of one, `lorameter.load_all(folder)` of all in a folder.
 
-Nothing is computed here: the rows are those that reports are made of, and a value that is not there is missing.
+Nothing is computed here: the rows are those of the reports, and an absent value is missing.
 """
 
 from __future__ import annotations

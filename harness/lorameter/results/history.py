@@ -34,7 +34,7 @@ from lorameter.verdicts.software import facts_of
 DEFAULT_METRIC = PRIMARY["train"]
 Direction = Literal["slower", "faster", "worse", "better"]
 _LEFT_OUT = ("worker", "packages")
-"""Fields of the provenance that are large and say nothing of what changed."""
+"""Fields of the provenance that are large and no cause of a change."""
 
 
 class Moment(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,8 +58,8 @@ class Suspicion(msgspec.Struct, frozen=True, kw_only=True):
     """A change of level inside a line, between the last run of one level and the first of the next.
 
     `ratio` is the new level over the one before, above 1 is worse, for rates too; `low` and `high` are its 95 %
-    interval, as if the night had been known before. `differing` is what is known to have changed between the two runs,
-    and `confirm` the command that would confirm it, empty where nothing known differs.
+    interval, as if the run of the change had been known before. `differing` are the known differences between the two
+    runs, and `confirm` the command that would confirm it, empty where nothing known differs.
     """
 
     before: Moment
@@ -107,8 +107,8 @@ class HistorySeries(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Break(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a line begins that may not be compared with what was before; `confirm` is the command that measures what
-    the difference does, empty where none could."""
+    """The start of a line that cannot be compared with the one before; `confirm` is the command that measures the
+    effect of the difference, empty where none can."""
 
     before: Moment
     after: Moment
@@ -131,8 +131,7 @@ class Track(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class History(msgspec.Struct, frozen=True, kw_only=True):
-    """What the runs of a folder say of a metric over time; `unreadable` says why runs are in no line, by the names of
-    their folders."""
+    """A metric over the runs of a folder; `unreadable` is why runs could not be read, by the names of their folders."""
 
     metric: str
     tracks: tuple[Track, ...]
@@ -155,7 +154,7 @@ class Measured(NamedTuple):
 def history_of(
     runs: Path, metric: str = DEFAULT_METRIC, *, study: str | None = None, variant: str | None = None
 ) -> History:
-    """The history of a metric, or of a kind of memory, in the studies and variants that are asked for.
+    """The history of a metric, or of a kind of memory, in the selected studies and variants.
 
     Raises:
         UsageError: a metric, study or variant of which there is no run, with those that there are.
@@ -170,8 +169,8 @@ def history_of(
         return History(metric=metric, tracks=found_tracks, unreadable=unreadable)
     if found:
         there = sorted({f"{one.row['variant']} of {one.row['study']}" for one in found})
-        asked = " ".join(f"--{name} {value}" for name, value in (("study", study), ("variant", variant)) if value)
-        raise UsageError(f"history: no run here has {metric} with {asked}. There are {', '.join(there[:12])}.")
+        selection = " ".join(f"--{name} {value}" for name, value in (("study", study), ("variant", variant)) if value)
+        raise UsageError(f"history: no run here has {metric} with {selection}. There are {', '.join(there[:12])}.")
     if known := sorted({one.row["metric"] for one in read_estimates(runs, None)[0]}):
         raise UsageError(f"history: no run here has the metric {metric!r}. They have {', '.join(known)}.")
     raise UsageError("history: no run here has a number. Measure some with `lorameter run`, or give --runs-dir.")

@@ -1,7 +1,7 @@
 """A run as one file to send: every sample, every check and every verdict.
 
 Logs and credentials are never packed, and texts of records (the examples of the data, and the answers of a model to
-them) only if they are asked for. Paths and names of machines stay, since they are a part of what was measured.
+them) only with `texts`. Paths and names of machines stay, since they are a part of what was measured.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def pack(name: str, runs: Path, output: Path | None = None, *, texts: bool = Fal
     if is_packed(Path(name)) or is_packed(path):
         raise UsageError(f"run {name!r}: it is packed already. Send that file.")
     if not fileio.is_file(path / MANIFEST):
-        store.read_run(name, runs)  # says that there is none, and which there are
+        store.read_run(name, runs)  # raises with the runs that exist
     manifest = store.read_manifest(path)
     if store.is_live(path, manifest):
         raise UsageError(f"run {manifest.run}: it is being measured. Wait for its end, and pack it then.")
@@ -67,7 +67,7 @@ def pack(name: str, runs: Path, output: Path | None = None, *, texts: bool = Fal
 
 
 def _clean(data: Any, *, texts: bool) -> Any:
-    """Plain data without credentials, which an earlier version may have written, and without texts unless asked for."""
+    """Plain data without credentials, and without texts of records unless `texts`."""
     if isinstance(data, str):
         return redact(data)
     if isinstance(data, list):

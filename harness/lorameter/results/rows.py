@@ -55,7 +55,7 @@ def about_metric(metric: str) -> Row:
 
 
 class Settings:
-    """What the rows of trials and estimates have in common: run, variant, validity, settings and software."""
+    """Columns that the rows of trials and estimates share: run, variant, validity, settings and software."""
 
     def __init__(self, run: Run, study: Study) -> None:
         self._run, self._study = run, study
