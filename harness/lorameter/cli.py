@@ -41,9 +41,6 @@ def _run(arguments: Sequence[str] | None) -> int:
         if isinstance(error, OSError) and error.errno in REMEDIES:
             print_stderr(f"lorameter: {format_os_error(error)}.")
             return EXIT_INVALID
-        if isinstance(error, MemoryError):
-            print_stderr("lorameter: out of memory. Free memory, or raise the limit that this process has.")
-            return EXIT_INVALID
         print_stderr(redact(traceback.format_exc().rstrip("\n")))
         print("lorameter: unexpected error; this is a defect of lorameter, please report it.", file=sys.stderr)
         return EXIT_UNEXPECTED

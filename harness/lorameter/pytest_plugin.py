@@ -70,9 +70,6 @@ def attach(config: pytest.Config) -> None:
     """Turn the suite of the calling conftest into a lorameter suite; call it from `pytest_configure`."""
     if config.pluginmanager.has_plugin(PLUGIN):
         return
-    for name, value in vars(config.option).items():
-        if name.startswith("lorameter_") and value == []:  # what argparse makes of --option=--
-            raise pytest.UsageError(f"argument --{name.replace('_', '-')}: '--' is no value of it")
     if config.getoption("benchmark_cprofile", None):
         raise pytest.UsageError(
             "--benchmark-cprofile: the tests replay recorded samples, so there is nothing of theirs to profile. "

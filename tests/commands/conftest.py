@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
-import venv
 from pathlib import Path
 
 import pytest
@@ -29,14 +27,3 @@ def scripted(tmp_path, monkeypatch, capsys):
         return code, said.out, said.err
 
     return run
-
-
-@pytest.fixture
-def other_python(tmp_path):
-    """An interpreter that has what the present one has, and another version of peft in front of it."""
-    venv.create(tmp_path / "env")
-    (packages,) = (tmp_path / "env").glob("lib/*/site-packages")
-    (packages / "present.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
-    (packages / "peft-99.1.dist-info").mkdir()
-    (packages / "peft-99.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 99.1\n")
-    return str(tmp_path / "env" / "bin" / "python")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from pathlib import Path
 
@@ -70,27 +69,6 @@ def test_one_command_on_two_sides(scripted, tmp_path):
     assert "200.0 real tokens in the base and 150.0 in the candidate" in said
     _, shown, _ = scripted("report", found["run"])
     assert "time per real token" in shown
-
-
-@pytest.mark.faults
-def test_one_command_on_two_versions_of_a_package(scripted, tmp_path, monkeypatch, index):
-    """Requirements become an environment, in which the processes of that side find what they name."""
-    monkeypatch.setenv("LORAMETER_CACHE", str(tmp_path / "cache"))
-    present = importlib.metadata.version("packaging")
-    Path("train.py").write_text(
-        "import packaging, runpy\nprint('packaging', packaging.__version__)\nrunpy.run_path('scripted.py')\n"
-    )
-    sides = ("--base", index, "--candidate", f"packaging=={present}")
-    words = (*sides, "--replicates", "1", "--steps", "2", "--allow-disturbed")
-    _, out, err = scripted("ab", "--command", "python train.py plain", *words, "--json")
-    found = json.loads(out)
-    run = store.read_run(str(tmp_path / "runs" / found["run"]), tmp_path / "runs")
-    assert {record.status for record in run.records} == {"ok"}, err
-    asked = {"base": index.partition("==")[2], "candidate": present}
-    assert asked["base"] != present
-    for record in run.records:
-        assert record.software["packaging"] == asked[record.side]
-        assert f"packaging {asked[record.side]}" in (run.path / record.log).read_text()
 
 
 def test_what_cannot_be_kept_apart_is_said_in_the_plan(scripted):

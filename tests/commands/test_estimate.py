@@ -119,15 +119,6 @@ def test_what_does_not_fit_on_32_gib_fits_in_4_bits_with_checkpointing(estimated
         assert fit.needs.high_bytes == int(fit.needs.expected_bytes * (1 + fit.error.high))
 
 
-def test_the_largest_batch_and_length_are_those_that_a_study_can_be_run_with(estimated):
-    """With one more of either it would not be said to fit; the context of the model ends a length."""
-    batch, length = estimated("qlora", "--gpu", "A100 40GB", "--max-batch").fit.largest
-    assert (batch.key, batch.bound, length.key) == ("batch_size", "memory", "sequence_length")
-    assert batch.value > 6
-    assert length.value == 4096
-    assert length.bound == "context"
-
-
 def test_a_model_whose_layers_are_not_known_fits_nobody_knows_where(estimated, tmp_path):
     """A notice says why; nothing is made up."""
     config = json.loads((ROOT / "harness" / "lorameter" / "models" / "llama2-7b.json").read_text())

@@ -46,16 +46,6 @@ def test_one_metric_has_a_table_of_its_own(told):
     assert "tokens/s (without padding)" not in text
 
 
-def test_patterns_choose_metrics_and_variants(told):
-    """The reference stays, as ratios are to it."""
-    _, document = told("report", "swept", "--variant", "r=*", "--json")
-    assert rows(document) == ["r64-a16-d0.1", "r=16", "r=32", "r=512"]
-    _, document = told("report", "cold", "--metric", "cold_*", "--json")
-    assert {table["phase"] for table in document["tables"]} == {"cold"}
-    _, document = told("report", "cold", "--phase", "generate", "--json")
-    assert [table["phase"] for table in document["tables"]] == ["generate"]
-
-
 def test_variants_stand_in_the_order_asked_for(told):
     """By name, by ratio with the reference as 1, by estimate, by peak."""
     orders = {sort: rows(told("report", "swept", "--sort", sort, "--phase", "train", "--json")[1]) for sort in
@@ -117,19 +107,6 @@ def test_an_ab_is_shown_by_the_policy_it_was_judged_by(told, kept):
         assert document["policy"]["tolerance"] == 0.5
         assert {row["metric"] for row in document["comparisons"]} == {"step_time_s"}
         assert told(command, str(kept), "--policy", str(strict), "--json")[0] == 1, command
-
-
-def test_an_ab_shows_a_metric_a_variant_or_a_phase(told):
-    """What is judged is the metrics; what is shown of it, variants and phases."""
-    _, document = told("report", "ab", "--metric", "tokens_per_s", "--json")
-    assert {row["metric"] for row in document["comparisons"]} == {"tokens_per_s"}
-    whole = told("report", "ab", "--json")[1]
-    name = whole["comparisons"][0]["variant"]
-    shown = told("report", "ab", "--variant", name, "--json")[1]
-    assert {row["variant"] for row in shown["comparisons"]} == {name}
-    assert shown["exit"] == whole["exit"]
-    assert told("report", "ab", "--variant", "no-such")[0] == 2
-    assert told("report", "ab", "--sort", "ratio")[0] == 2
 
 
 def test_the_verdict_of_an_ab_stands_first(told):

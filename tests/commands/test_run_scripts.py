@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import sys
 
@@ -85,16 +84,3 @@ def test_two_scripts_are_asked_what_a_study_claims(scripted, tmp_path):
     assert "whether torch.compile ran is unknown" in " ".join(out.replace("│", " ").split())
     code, out, err = scripted("run", "--resume", run, "--steps", "8")
     assert (code, "--steps would change the study" in err) == (2, True)
-
-
-def test_versions_are_those_of_the_scripts_own_interpreter(scripted, other_python):
-    """One that the command names, with a package in front of which the present one has another version."""
-    command = "{python|OTHER} scripted.py plain".replace("OTHER", other_python)
-    words = ("--replicates", "1", "--steps", "2", "--interleave", "lockstep", "--allow-disturbed", "--json")
-    code, out, err = scripted("run", "compile", "--command", command, *words)
-    assert (code, json.loads(out)["trials"]) == (0, {"ok": 3}), err
-    code, out, _ = scripted("claims", json.loads(out)["run"], "--json")
-    shown = json.loads(out)["engine"]
-    present = importlib.metadata.version("peft")
-    assert shown["versions"]["peft"] == f"{present} or 99.1"
-    assert f"peft {present} in eager and 99.1 in compiled" in shown["differs"][0]

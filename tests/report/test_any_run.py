@@ -29,21 +29,6 @@ def test_a_run_is_reported_whatever_became_of_it(run, options, capsys):
         assert json.loads(out)["schema"] == 2
 
 
-@pytest.mark.parametrize(
-    ("run", "words"),
-    [
-        ("one-replicate", ["one replicate gives no interval", "[no interval]"]),
-        ("without-reference", ["–", "control: not measured"]),
-    ],
-)
-def test_what_is_wrong_with_it_is_said(run, words, capsys):
-    """On the page itself, and not only by the exit code."""
-    main(["report", run, "--runs-dir", str(RUNS)])
-    text = capsys.readouterr().out
-    for word in words:
-        assert word in text
-
-
 def test_a_line_cut_short_costs_its_trial_and_is_said(tmp_path, capsys):
     """The process was killed while it wrote: what was whole is reported in every format."""
     path = tmp_path / "cut"

@@ -82,28 +82,3 @@ def test_the_time_left_says_what_it_rests_on(plan, monkeypatch):
         display.trial_ended(record)
     ended = len({record.trial for record in measured(plan, 1)})
     assert f"left, by {ended} trials so far" in screen(display)[-1]
-
-
-@pytest.fixture
-def heard(plan, monkeypatch):
-    """The lines of five minutes of one trial without a terminal."""
-
-    def listen():
-        clock, out = [1000.0], io.StringIO()
-        monkeypatch.setattr(live.time, "monotonic", lambda: clock[0])
-        with LiveDisplay(Console(file=out, width=200)) as display:
-            display.starting(plan, "run-1")
-            for _ in range(300):
-                clock[0] += 1
-                display.trial_phase(plan.slots[0], "turn")
-        return out.getvalue().splitlines()
-
-    return listen
-
-
-def test_without_a_terminal_a_long_replicate_is_heard_of(heard):
-    """A line a trial; where none ends for a minute, what is going on and since when."""
-    lines = heard()
-    assert lines[0].endswith("starting the worker")
-    assert len(lines) == 1 + 5
-    assert re.match(r"replicate 1/5  \w+.*: timing steps, after 1 min 00 s", lines[1])

@@ -176,11 +176,9 @@ def test_a_gain_is_shown_with_its_interval_and_what_casts_doubt_on_it():
     ("tried", "code"),
     [
         (outcome(), 0),
-        (outcome(1.2), 0),
         (outcome(1.0), 0),
         (outcome(1.0, scatter=0.2), 3),
         (outcome(valid=False), 4),
-        (outcome(1.0, scatter=0.2, valid=False), 4),
     ],
 )
 def test_the_exit_code_says_whether_the_remedy_has_a_verdict(profile, monkeypatch, capsys, tmp_path, tried, code):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 import subprocess
 from pathlib import Path
@@ -13,7 +12,6 @@ from lorameter.commands.parser import build_parser
 from lorameter.records import codec, store
 from lorameter.records.fileio import write_document
 from lorameter.report.reproduce import reproduction_steps
-from lorameter.studies.script_study import study_of_command
 from lorameter.studies.study_file import load_study
 from tests.constructed import RUNS
 
@@ -68,18 +66,6 @@ def test_an_ab_is_repeated_as_an_ab(ab):
     assert (options.study, options.base, options.candidate) == ("training-step", "a" * 40, "peft==0.21.2")
     planted = typed(ab(side("present", ""), side("present", "", rows=24), study=study))
     assert (planted.calls, planted.inject_rows) == ("calibrate:run_calibrate", 24)
-
-
-def test_commands_are_repeated_as_commands(ab):
-    """Two against each other, or one on two sides, in the folder in which they ran."""
-    study = study_of_command("python train.py", name="train", cwd="work")
-    study = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, turns=3, steps_per_turn=4))
-    two = typed(ab(side("command", "python train.py"), side("command", "python train.py --x"), study=study))
-    assert (two.base_command, two.candidate_command) == ("python train.py", "python train.py --x")
-    one = typed(ab(side("requirements", "trl==1.0"), side("requirements", "trl==1.1"), study=study))
-    assert (one.study, one.script, one.base, one.candidate) == (None, "python train.py", "trl==1.0", "trl==1.1")
-    for options in (one, two):
-        assert (options.cwd, options.steps) == ("work", 12)
 
 
 @pytest.mark.parametrize("sided", [False, True])

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-
-from rich.console import Console
 
 from lorameter.cli import main
 from lorameter.records import codec
 from lorameter.records.record import Failure, TrialRecord
 from lorameter.records.store import Manifest, Run
-from lorameter.report.run import describe_run
 from lorameter.report.run_view import view_of
-from lorameter.report.terminal import show
 from lorameter.studies.script_study import study_of_command
 
 
@@ -53,29 +48,7 @@ def run_of(study, tmp_path, *, steps, control=None, statuses=None, occupancy=1.0
     return Run(path=tmp_path, manifest=manifest, records=tuple(records), damaged_lines=damaged)
 
 
-def text_of(view, width=160):
-    """The plain rendering."""
-    buffer = io.StringIO()
-    show(describe_run(view), Console(file=buffer, width=width))
-    return buffer.getvalue()
-
-
 QUIET = (0.100, 0.101, 0.099, 0.1005, 0.0995)
-
-
-def test_every_variant_has_its_estimate_interval_and_ratio(small_study, tmp_path):
-    """A clear slow-down is regressed, the control equivalent, and all of it is on the page."""
-    run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": tuple(2 * s for s in QUIET)}, control=QUIET)
-    view = view_of(run)
-    (table,) = view.tables
-    assert [row.cells[0].text for row in table.table.rows] == ["plain", "nf4"]
-    assert table.control.verdict == "equivalent"
-    assert table.ratios["nf4"].verdict == "regressed"
-    assert view.valid
-    text = text_of(view)
-    for word in ("plain", "nf4", "reference", "slower", "control", "1 GiB", "all active", "equivalent ±5 %"):
-        assert word in text
-    assert "synthetic-data" in text
 
 
 def test_an_inconclusive_control_forbids_equality(small_study, tmp_path):

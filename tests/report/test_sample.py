@@ -8,7 +8,6 @@ import json
 import pytest
 
 from lorameter.cli import main
-from lorameter.errors import UsageError
 from lorameter.records import store
 from lorameter.report.sample import read_samples
 
@@ -46,19 +45,6 @@ def test_answers_stand_beside_prompt_and_reference(run):
     assert (first.tokens, first.ended) == (5, True)
     assert (second.base_answer, second.trained, second.ended) == (None, "Colou", False)
     assert read_samples(run, "plain", count=1) == (first,)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"variant": "nf4"}, "variant 'nf4'.*plain"),
-        ({"variant": "plain", "replicate": 7}, "replicate = 7.*0, 1"),
-    ],
-)
-def test_what_was_not_answered_is_refused(run, options, words):
-    """With what there is instead."""
-    with pytest.raises(UsageError, match=words):
-        read_samples(run, **options)
 
 
 @pytest.mark.parametrize("variant", ["plain", "nf4"])

@@ -7,20 +7,9 @@ import pytest
 
 import lorameter
 from lorameter.errors import UsageError
-from lorameter.results.columns import DTYPES, TABLES
 from lorameter.studies.script import script_workload
 from lorameter.studies.variant import ScriptVariant
 from tests.constructed import RUNS
-
-
-def test_every_column_has_the_type_that_its_kind_says(tmp_path):
-    """Of a run, of none, and of many below each other."""
-    for frames in (lorameter.load("sound", RUNS), lorameter.load_all(RUNS), lorameter.load_all(tmp_path)):
-        for table, columns in TABLES.items():
-            frame = getattr(frames, table)
-            assert {name: str(kind) for name, kind in frame.dtypes.items()} == {
-                column.name: DTYPES[column.kind] for column in columns
-            }
 
 
 def test_settings_commit_and_versions_are_columns(write_run, small_study, tmp_path):

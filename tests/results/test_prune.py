@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -27,7 +28,7 @@ def runs(write_run):
 
 
 def dated(path, day):
-    return rewritten(path, created_unix_s=day * DAY_S)
+    return rewritten(path, created_unix_s=time.time() - (9 - day) * DAY_S)
 
 
 def rewritten(path, **changes):
@@ -40,10 +41,11 @@ def names(candidates):
 
 
 def test_the_newest_of_each_study_stay(runs):
-    """By when they began, whatever their names are."""
-    found = prune(runs, keep=2, dry_run=True, now_unix_s=9 * DAY_S)
+    """By their start, whatever their names are; of older ones only where an age is given."""
+    found = prune(runs, keep=2, older_s=6.5 * DAY_S, dry_run=True)
     assert names(found.removed) == ["run0", "run1", "run2"]
     assert found.kept == 3
+    assert names(prune(runs, keep=0, older_s=8.5 * DAY_S, dry_run=True).removed) == ["run0", "other"]
     assert names(prune(runs, keep=0, dry_run=True).removed) == ["run0", "other", "run1", "run2", "run3", "run4"]
 
 

@@ -33,7 +33,7 @@ from lorameter.verdicts.series import compare_series, group_trials, is_differenc
 
 
 def run_calibrate(options: argparse.Namespace) -> int:
-    """Size the slow-down by a pilot, measure, print what the gate can see here."""
+    """Size the slow-down by a pilot, measure, and print the rates of the gate on this machine."""
     if options.resume:
         return _resume_calibration(options)
     rows = options.inject_rows
@@ -119,7 +119,7 @@ def _require_whole(run: Run, then: str) -> None:
 
 
 def _show_calibration(run: Run, options: argparse.Namespace) -> int:
-    """Print what the gate can see, as this run shows; the exit code says whether the machine measures anything now."""
+    """Print the rates of the gate by this run; the exit code says whether identical code was measured as equal."""
     _require_whole(run, f"resume: lorameter calibrate --resume {run.manifest.run}")
     result = calibrate(run, study_of(run).variant(run.manifest.selection[0]))
     rows = run.manifest.sides["candidate"][INJECTED]

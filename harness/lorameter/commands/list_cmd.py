@@ -83,7 +83,7 @@ def _load_named(options: argparse.Namespace) -> Study:
 
 
 def run_fetch(options: argparse.Namespace) -> int:
-    """Get a catalogue model and print its path."""
+    """Download a catalogue model and print its path."""
     path = fetch.fetch(options.name, report=print_stderr)
     print_result(options, str(path), {"model": options.name, "path": str(path)})
     return EXIT_PASS

@@ -48,7 +48,7 @@ ON_RESUME = frozenset(
 def override(
     study: Study, options: argparse.Namespace, *, effort: str | None = None, replicates: int | None = None
 ) -> Study:
-    """The study with the options' changes; `effort` or `replicates` where they do not say how precise it shall be.
+    """The study with the options' changes; `effort` or `replicates` where they set no precision.
 
     Raises:
         UsageError: both replicates and an effort, or a value that cannot be.
@@ -73,7 +73,7 @@ def override(
 
 
 def plan_study(study: Study, placement: Placement, runs: Path, **planned: Any) -> tuple[Plan, tuple[Notice, ...]]:
-    """The plan of a study in a place, by further arguments of `build_plan`, and what must be known before."""
+    """The plan of a study in a place, by further arguments of `build_plan`, and the notices before it starts."""
     return build_plan(study, placement.machine, free_bytes=placement.free_bytes, runs=runs, **planned)
 
 
@@ -117,7 +117,7 @@ def measure_study(
 def foresee(
     plan: Plan, notices: tuple[Notice, ...], placement: Placement, runs: Path
 ) -> tuple[Document, dict[str, Any]]:
-    """A plan and what it is expected to take, for people and for programs."""
+    """A plan with its expected time, memory and disk, as a report and as JSON."""
     from lorameter.trial.data.records import describe_data
 
     elsewhere = any(notice.code == NOT_HERE for notice in notices)
@@ -165,7 +165,7 @@ def find_interrupted(options: argparse.Namespace, *, prefix: str = "--") -> Run:
 
 
 def resume(run: Run, options: argparse.Namespace, *, console: Console | None = None) -> Run | None:
-    """Measure what is left of a run, where it was measured or where `--on` and `--sites` say.
+    """Measure the rest of a run, where it was measured or where `--on` and `--sites` say.
 
     Returns:
         The run as it is then, also one of which nothing was left; None with `--dry-run`, which shows what is left.

@@ -1,4 +1,4 @@
-"""What commands print: a result as text, Markdown, annotations of a GitHub job or JSON, and its page.
+"""Output of the commands: a result as text, Markdown, annotations of a GitHub job or JSON, and its page.
 
 The format is checked before a command does anything, so that hours of measuring do not end in a refusal.
 """
@@ -24,7 +24,7 @@ from lorameter.report.terminal import console_for, show
 
 ENV_SUMMARY = "GITHUB_STEP_SUMMARY"
 SCHEMA = 2
-"""Version of the JSON documents of all commands (docs/json.md). 1: first form. 2: numbers of what was text only."""
+"""Version of the JSON documents of all commands (docs/json.md). 1: first form. 2: numbers in addition to text."""
 
 
 def format_of(options: argparse.Namespace) -> str:

@@ -1,4 +1,4 @@
-"""The parser of the command line. Nothing of a command is imported before it is chosen: `--help` answers at once."""
+"""The parser of the command line. The module of a command is imported when it is chosen: `--help` answers at once."""
 
 from __future__ import annotations
 

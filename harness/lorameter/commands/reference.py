@@ -88,7 +88,7 @@ def write_reference() -> str:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of Markdown; its last column, without a head, says what the row is."""
+    """A table of Markdown; its last column has no head."""
     lines = [f"| {' | '.join(heads)} | |", f"|{'---|' * (len(heads) + 1)}"]
     for row in rows:
         cells = " | ".join(cell.replace("|", "\\|") for cell in row)
@@ -140,7 +140,7 @@ def texts_below(source: str) -> dict[str, str]:
 
 
 def _kind(hint: Any) -> str:
-    """What may be written, in words; of a word its choices."""
+    """The possible values of a key, in words."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return ", ".join(f"`{_toml(one)}`" for one in args)

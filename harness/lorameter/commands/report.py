@@ -41,7 +41,7 @@ from lorameter.verdicts.sites import is_mixed
 
 
 def run_report(options: argparse.Namespace) -> int:
-    """Print the report of a run, whole or not; of an A/B the gate's, by the policy that it was judged by."""
+    """Print the report of a run, complete or not; of an A/B that of the gate, by the policy of the run."""
     run = _read_run(options.run, options)
     gc.freeze()  # all of it is needed to the end, and a garbage collection over a large run takes seconds
     if run.manifest.sides:

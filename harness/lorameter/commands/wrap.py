@@ -1,4 +1,4 @@
-"""The command that runs a training script as it is, and makes a run of what it measures meanwhile."""
+"""The command that runs a training script as it is, and stores its measurements as a run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run_wrap(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _report_errors() -> Iterator[None]:
-    """Meanwhile an error, as of a full disk, is reported and ends nothing: the exit code is the command's."""
+    """Report an error in the body, such as a full disk, and continue: the exit code is the command's."""
     try:
         yield
     except Exception as error:

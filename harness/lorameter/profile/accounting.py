@@ -1,4 +1,4 @@
-"""The account of a profile: a step or a request in lines that add up, its tokens, and how near it came to the peak.
+"""The account of a profile: a step or a request in lines that add up, its tokens, and its share of the peak.
 
 The lines of a step, or of a request, are medians of phases that were timed on their own, and the step is the median of
 plain steps that alternated with them. Nothing makes the sum of the ones meet the other. What is between them is a line
@@ -102,7 +102,7 @@ class StepAccount:
 
 
 def step_account(profile: TrialProfile, names: Names = STEPS) -> StepAccount:
-    """The account of a profile's step, or of what `names` are the names of."""
+    """The account of a profile's step, or of the kind that `names` gives."""
     samples, prefix, what = profile.record.samples, names.prefix, names.what
 
     def keep(name: str) -> list[float]:
@@ -136,7 +136,7 @@ def _remainder(step: Any, *phases: Any, axis: int = -1) -> Any:
 
 
 def undisturbed_pairs(profile: TrialProfile, names: Names = STEPS) -> Sequence[int]:
-    """Pairs of a plain and a bordered step that count: on a CPU those that had it to themselves.
+    """Pairs of a plain and a bordered step that count: on a CPU those without contention.
 
     The flag is the occupancy, which does not look at the times. All count where too few would be left, on a GPU, where
     the host rightly waits, and with several threads, which wait for each other.
@@ -159,7 +159,7 @@ def _pairs(profile: TrialProfile, names: Names) -> int:
 
 
 def _occupancy(profile: TrialProfile, pairs: Sequence[int], names: Names) -> float:
-    """CPU time over wall time of pairs, per thread; that of the step which had less."""
+    """CPU time over wall time of pairs, per thread; the lower one of plain and bordered steps."""
     samples = profile.record.samples
 
     def share(kind: str) -> float:
@@ -171,7 +171,7 @@ def _occupancy(profile: TrialProfile, pairs: Sequence[int], names: Names) -> flo
 
 
 IDLE = "idle"
-"""In addition to the categories: the device waits, or the interpreter is between operators."""
+"""A category of its own: the device waits, or the interpreter is between operators."""
 
 
 def categories_s(profile: TrialProfile, step: StepAccount) -> dict[str, dict[str, float]]:
@@ -191,7 +191,7 @@ def categories_s(profile: TrialProfile, step: StepAccount) -> dict[str, dict[str
 def plain_s(
     profile: TrialProfile, step: StepAccount, phase: PhaseActivity, seconds: float, *, records: float | None = None
 ) -> float:
-    """What takes so many seconds of a phase under the profiler, in seconds of a plain step.
+    """Converts seconds of a phase under the profiler into seconds of a plain step.
 
     A kernel takes as long on a GPU whether or not it is recorded. On a CPU the profiler slows down what it records: if
     it is known how many `records` lie in those seconds, each is taken to cost as much as any of the phase, else the
@@ -206,7 +206,7 @@ def plain_s(
 
 
 Of = Callable[[PhaseActivity], float]
-"""Something of a phase."""
+"""Reads a number from the activity of a phase."""
 
 
 def time_of(profile: TrialProfile, step: StepAccount, seconds: Of, records: Of | None = None) -> float:
@@ -233,7 +233,7 @@ class TokenShares:
 
 
 def token_shares(profile: Profile) -> TokenShares:
-    """Positions of a mean step: real ones as counted in the data, repeated ones as the check saw them."""
+    """Positions of a mean step: real ones as counted in the data, repeated ones as observed by the check."""
     positions = computed_tokens(profile.variant, profile.workload).positions
     real = profile.record.values["useful_positions"]
     again = float(positions) if find_observed(profile, "checkpointing") is True else 0.0
@@ -260,13 +260,13 @@ def given_tokens(profile: Profile, useful: StepTokens) -> StepTokens:
 
 
 def find_observed(profile: TrialProfile, path: str) -> object:
-    """What kernels_check saw under one of its paths; None where it saw nothing."""
+    """The observed value of a path of kernels_check; None without one."""
     return next((check["observed"] for check in profile.record.checks if check["path"] == path), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ceilings:
-    """How near training came to what the device does at best."""
+    """Training throughput relative to the peak of the device."""
 
     train: Ceiling
     flops: TrainingFlops

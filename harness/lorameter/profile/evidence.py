@@ -1,4 +1,4 @@
-"""The evidence that `lorameter.profile.rules` and `request_rules` judge, and how it is read off a profile."""
+"""The evidence that `lorameter.profile.rules` and `request_rules` judge, extracted from a profile."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ from lorameter.studies.workload import Workload
 SPARE_SHARE = 0.9
 """Share of the memory that a remedy may be expected to fill: what it adds is estimated, within a tenth at best."""
 DROPOUT_KERNELS = ("dropout", "bernoulli")
-"""In the names of kernels that draw a mask; the fused one applies it as well."""
+"""Parts of the names of kernels that draw a mask; the fused one applies it as well."""
 UNPACKING = ("MatMul4Bit", "MatMul4BitBackward", "bitsandbytes::gemm_4bit")
 """bitsandbytes' functions that have a weight unpacked, by operators of that category, and then multiply as ever."""
 DROPPED = (DROPOUT, "dropout_backward_s")
-"""Under which names a phase's records of dropout are counted."""
+"""The names under which the records of dropout in a phase are counted."""
 _WITHOUT: Mapping[str, dict[str, Any]] = {
     "quantization": {"quantization": "none", "prepare_for_kbit": False},
     "gradient_checkpointing": {"gradient_checkpointing": False},
@@ -58,13 +58,13 @@ _WITHOUT: Mapping[str, dict[str, Any]] = {
 
 
 def changes_without(variant: Variant, saving: str) -> dict[str, Any]:
-    """What a variant is changed to so that it goes without this saving of memory; nothing that it has already."""
+    """The changes that turn a saving of memory off; empty where it is off already."""
     return {name: value for name, value in _WITHOUT[saving].items() if getattr(variant, name) != value}
 
 
 def extra_bytes(profile: TrialProfile, shape: ModelShape | None) -> dict[str, int]:
-    """What leaving each saving of memory out would add, as estimated; nothing of a model whose layers are not known,
-    which then are never expected to fit."""
+    """Estimated bytes that turning each saving of memory off would add; empty for a model whose layers are not known,
+    so that nothing is expected to fit."""
     found: dict[str, int] = {}
     if shape is None:
         return found
@@ -80,7 +80,7 @@ def extra_bytes(profile: TrialProfile, shape: ModelShape | None) -> dict[str, in
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileEvidence:
-    """What the rules judge. Shares are of a step; None where something was not seen or has no meaning.
+    """The evidence that the rules judge. Shares are of a step; None where a value was not observed or has no meaning.
 
     Attributes:
         variant: as profiled.
@@ -147,7 +147,7 @@ class ProfileEvidence:
 
 
 def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found: Ceilings | str) -> ProfileEvidence:
-    """What the rules read off a profile and its accounts."""
+    """The evidence in a profile and its accounts."""
     memory, step_s = profile.record.memory, step.step.value
     shares = {category: sum(each.values()) / step_s for category, each in categories_s(profile, step).items()}
     allocated = memory.get("device_peak_allocated_train_bytes")
@@ -184,7 +184,7 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
 
 
 def _recomputed_share(profile: Profile, found: Ceilings | str) -> float:
-    """Share of a step's FLOPs that go with its checkpointing; none where the check saw nothing being computed again.
+    """Share of a step's FLOPs that go with its checkpointing; 0 where the check observed no recomputation.
 
     Not all that is computed twice: a fused backward repeats the scores with checkpointing and without.
     """
@@ -195,7 +195,7 @@ def _recomputed_share(profile: Profile, found: Ceilings | str) -> float:
 
 
 def unpacking_s(phase: PhaseActivity) -> float:
-    """Seconds of a phase that unpack weights; on a CPU with what is done around that, and would not be without it.
+    """Seconds of a phase that unpack weights; on a CPU with the functions around it.
 
     Where nothing is unpacked, those functions multiply packed weights as they are.
     """
@@ -216,13 +216,13 @@ def dropout_s(phase: PhaseActivity) -> float:
 
 
 def observed_word(profile: TrialProfile, path: str) -> str | None:
-    """What kernels_check saw under one of its paths, where that is a word."""
+    """The observed value of a path of kernels_check, if it is a text."""
     seen = find_observed(profile, path)
     return seen if isinstance(seen, str) else None
 
 
 def _unpaged_bytes(profile: Profile) -> int:
-    """What an optimizer without paging and 8-bit state would add, by count."""
+    """The bytes that an optimizer without paging and 8-bit state would add, as counted."""
     memory = profile.record.memory
     resident = memory["optimizer_state_bytes"] - memory["paged_optimizer_state_bytes"]
     return max(0, 8 * round(profile.record.values["trainable_parameters"]) - resident)
@@ -248,7 +248,7 @@ class PassEvidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestEvidence:
-    """What the rules judge; None where something was not seen or has no meaning.
+    """The evidence that the rules for requests judge; None where a value was not observed or has no meaning.
 
     Attributes:
         variant: as profiled.
@@ -290,7 +290,7 @@ class RequestEvidence:
 def evidence_of_requests(
     profile: RequestProfile, account: RequestAccount, merged: RequestAccount | None
 ) -> RequestEvidence:
-    """What the rules read off a profile and its accounts."""
+    """The evidence in a profile and its accounts."""
     samples, memory = profile.record.samples, profile.peaks.get("memory")
     lengths = (samples.get(f"{kind}_length_first_token_s", ()) for kind in ("new", "known"))
     late = [new - known for new, known in zip(*lengths, strict=True)]
@@ -342,7 +342,7 @@ def _pass_evidence(profile: RequestProfile, account: RequestAccount, phase: str,
 
 
 def _unquantised_bytes(profile: RequestProfile) -> int | None:
-    """What the base would take more in 16 or 32 bits, where the memory is expected to have it."""
+    """The additional bytes of the base in 16 or 32 bits, if they are expected to fit."""
     extra = extra_bytes(profile, profile.shape).get("quantization")
     if profile.variant.quantization == "none" or extra is None:
         return None

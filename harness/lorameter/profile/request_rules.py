@@ -1,7 +1,7 @@
 """Rules from the evidence of requests to findings.
 
 A cost is of what a user waits for, the first token or each later one, and is the best forecast that there is of what
-the remedy gains: measured in the same process where that could be (merging), else what was seen to go with the cause,
+the remedy gains: measured in the same process where that could be (merging), else the observed time of the cause,
 less what comes in its place where that can be counted.
 """
 
@@ -31,11 +31,11 @@ def diagnose_requests(evidence: RequestEvidence) -> tuple[Finding, ...]:
     return tuple(sorted(found, key=lambda finding: -(finding.cost_s or 0.0) * times[finding.metric]))
 
 
-def _weight_copied(seen: RequestEvidence) -> Iterator[Finding]:
+def _weight_copied(evidence: RequestEvidence) -> Iterator[Finding]:
     """By the shape of what is copied: the output head inside its product before the first token, as a rule."""
-    for metric, one, name in ((FIRST, seen.prefill, "prefill"), (LATER, seen.decode, "decode")):
+    for metric, one, name in ((FIRST, evidence.prefill, "prefill"), (LATER, evidence.decode, "decode")):
         cost = sum(copy.time_s for copy in one.copies)
-        if not one.copies or cost <= WORTH * _whole(seen, metric):
+        if not one.copies or cost <= WORTH * _whole(evidence, metric):
             continue
         dearest = one.copies[0]
         shape = " × ".join(map(str, dearest.shape))
@@ -45,117 +45,118 @@ def _weight_copied(seen: RequestEvidence) -> Iterator[Finding]:
         )
         if not dearest.in_product:
             yield _make_finding(
-                "weight-copied", seen, metric, cost,
+                "weight-copied", evidence, metric, cost,
                 f"{copies}, outside of any product: it is cast, or made anew, for each pass",
                 "Make that copy once, where the model is loaded: cast the weight there, or merge what changes it.",
                 obstacle="no field changes who copies that weight",
             )  # fmt: skip
             continue
-        is_head = dearest.weight == seen.facts.head != ""
-        if is_head and seen.bytes_per_s:  # the product goes as well; what comes in its place reads the weight once
-            cost += max(0.0, one.head_s - cost - seen.facts.size.head_bytes / seen.bytes_per_s)
+        is_head = dearest.weight == evidence.facts.head != ""
+        if is_head and evidence.bytes_per_s:  # the product goes as well; what comes in its place reads the weight once
+            cost += max(0.0, one.head_s - cost - evidence.facts.size.head_bytes / evidence.bytes_per_s)
         folds = (
             f"a copy laid out anew, {LAID_OUT_ANEW}, which torch's linear folds; a clone that keeps the strides does "
             "not help, nor does contiguous() of a single row, and leaving requires_grad on for the weight does."
         )
         yield _make_finding(
-            "weight-copied", seen, metric, cost,
+            "weight-copied", evidence, metric, cost,
             f"{copies}: torch's linear does not fold its input and calls a batched product, which needs the "
             "weight laid out anew",
             f"copy_head_input = true hands the head {folds}" if is_head else f"That layer must be handed {folds}",
-            changes={"copy_head_input": True} if is_head and not seen.variant.copy_head_input else {},
-            obstacle="" if is_head and not seen.variant.copy_head_input else "no field changes what that layer takes",
+            changes={"copy_head_input": True} if is_head and not evidence.variant.copy_head_input else {},
+            obstacle="" if is_head and not evidence.variant.copy_head_input else "no field changes that layer's input",
         )  # fmt: skip
 
 
-def _adapter_unmerged(seen: RequestEvidence) -> Iterator[Finding]:
-    merged, request = seen.merged, seen.request
+def _adapter_unmerged(evidence: RequestEvidence) -> Iterator[Finding]:
+    merged, request = evidence.merged, evidence.request
     if merged is None or request.low is None or merged.high is None or request.low <= merged.high:
         return
     cost = request.value - merged.value
     if cost <= WORTH * request.value:
         return
     calls = ""
-    if seen.merged_calls is not None and seen.decode.calls:
-        unit = "launches" if seen.device == "cuda" else "operators"
-        calls = f", {seen.decode.calls - seen.merged_calls:.0f} of the {seen.decode.calls:.0f} {unit} of a token"
+    if evidence.merged_calls is not None and evidence.decode.calls:
+        unit = "launches" if evidence.device == "cuda" else "operators"
+        saved = evidence.decode.calls - evidence.merged_calls
+        calls = f", {saved:.0f} of the {evidence.decode.calls:.0f} {unit} of a token"
     rounding = " Merging rounds the weights anew, to 4 bits where they are stored so: compare the answers."
     yield _make_finding(
-        "adapter-unmerged", seen, WHOLE, cost,
+        "adapter-unmerged", evidence, WHOLE, cost,
         f"the unmerged adapter takes {cost / request.value:.1%} of a request, as measured in the same process "
         f"with it merged{calls}",
-        f"merge_adapter = true merges it before requests.{rounding if seen.variant.quantization != 'none' else ''}",
+        f"merge_adapter = true merges it before requests.{rounding if evidence.variant.quantization != 'none' else ''}",
         changes={"merge_adapter": True},
     )  # fmt: skip
 
 
-def _dequantisation(seen: RequestEvidence) -> Iterator[Finding]:
-    unpacking = seen.decode.dequantise_s
-    if unpacking <= WORTH * seen.token.value:
+def _dequantisation(evidence: RequestEvidence) -> Iterator[Finding]:
+    unpacking = evidence.decode.dequantise_s
+    if unpacking <= WORTH * evidence.token.value:
         return
-    extra = seen.unquantised_bytes
-    more = 0.0 if extra is None or not seen.bytes_per_s else extra / seen.bytes_per_s
+    extra = evidence.unquantised_bytes
+    more = 0.0 if extra is None or not evidence.bytes_per_s else extra / evidence.bytes_per_s
     fits = extra is not None and more < unpacking
     yield _make_finding(
-        "dequantisation", seen, LATER, unpacking - more if fits else unpacking,
-        f"unpacking {seen.variant.quantization} weights takes {format_value(unpacking, 's')} of each later token",
+        "dequantisation", evidence, LATER, unpacking - more if fits else unpacking,
+        f"unpacking {evidence.variant.quantization} weights takes {format_value(unpacking, 's')} of each later token",
         f'quantization = "none" reads about {format_bytes(extra or 0)} more a token, in {format_value(more, "s")}.'
         if fits
         else "A kernel that multiplies packed weights as they are would not unpack them.",
-        changes=changes_without(seen.variant, "quantization") if fits else {},
+        changes=changes_without(evidence.variant, "quantization") if fits else {},
         obstacle="" if fits else "there is no memory for the weights unpacked, or reading them would take longer",
     )  # fmt: skip
 
 
-def _launch_bound(seen: RequestEvidence) -> Iterator[Finding]:
-    idle, decode = seen.decode.idle_s, seen.decode
-    if idle <= (LEAST_IDLE if seen.device == "cuda" else BETWEEN) * decode.time_s:
+def _launch_bound(evidence: RequestEvidence) -> Iterator[Finding]:
+    idle, decode = evidence.decode.idle_s, evidence.decode
+    if idle <= (LEAST_IDLE if evidence.device == "cuda" else BETWEEN) * decode.time_s:
         return
     busy = format_value((decode.time_s - idle) / decode.calls, "s") if decode.calls else "–"
     waits = (
         f"the device waits {idle / decode.time_s:.0%} of a pass over one token for {decode.calls:.0f} launches"
-        if seen.device == "cuda"
+        if evidence.device == "cuda"
         else f"{idle / decode.time_s:.0%} of a pass over one token is spent between {decode.calls:.0f} operators"
     )
     yield _make_finding(
-        "launch-bound", seen, LATER, idle, f"{waits}, each of {busy} in the mean",
+        "launch-bound", evidence, LATER, idle, f"{waits}, each of {busy} in the mean",
         "Several prompts in a request share the launches (request_batch of [workload]), and a captured graph makes one "
         "of them.",
         obstacle="how many prompts a request has is the workload's, and no graph is captured",
     )  # fmt: skip
 
 
-def _cache_reallocated(seen: RequestEvidence) -> Iterator[Finding]:
-    if seen.facts.cache_moved <= MOVED or seen.decode.cache_s <= WORTH * seen.token.value:
+def _cache_reallocated(evidence: RequestEvidence) -> Iterator[Finding]:
+    if evidence.facts.cache_moved <= MOVED or evidence.decode.cache_s <= WORTH * evidence.token.value:
         return
     yield _make_finding(
-        "cache-reallocated", seen, LATER, seen.decode.cache_s,
-        f"the cache ({seen.facts.cache}) is made anew at {seen.facts.cache_moved:.0%} of the tokens, "
-        f"{format_bytes(seen.facts.cache_bytes)} at the end",
+        "cache-reallocated", evidence, LATER, evidence.decode.cache_s,
+        f"the cache ({evidence.facts.cache}) is made anew at {evidence.facts.cache_moved:.0%} of the tokens, "
+        f"{format_bytes(evidence.facts.cache_bytes)} at the end",
         'kv_cache = "static" makes it once, of the whole length; attention then reads all of that.',
         changes={"kv_cache": "static"},
     )  # fmt: skip
 
 
-def _prompt_logits(seen: RequestEvidence) -> Iterator[Finding]:
-    rows = seen.facts.logit_rows
-    cost = seen.prefill.head_s * (rows - 1) / rows
-    if rows <= 1 or cost <= WORTH * seen.first_token.value:
+def _prompt_logits(evidence: RequestEvidence) -> Iterator[Finding]:
+    rows = evidence.facts.logit_rows
+    cost = evidence.prefill.head_s * (rows - 1) / rows
+    if rows <= 1 or cost <= WORTH * evidence.first_token.value:
         return
     yield _make_finding(
-        "prompt-logits", seen, FIRST, cost,
+        "prompt-logits", evidence, FIRST, cost,
         f"prefill makes logits for {rows} tokens, of which one is read",
         "A model whose forward takes logits_to_keep makes those of the last token alone.",
         obstacle="this model's forward does not take it",
     )  # fmt: skip
 
 
-def _between_tokens(seen: RequestEvidence) -> Iterator[Finding]:
-    if seen.choose_s <= (LEAST_IDLE if seen.device == "cuda" else BETWEEN) * seen.token.value:
+def _between_tokens(evidence: RequestEvidence) -> Iterator[Finding]:
+    if evidence.choose_s <= (LEAST_IDLE if evidence.device == "cuda" else BETWEEN) * evidence.token.value:
         return
     yield _make_finding(
-        "between-tokens", seen, LATER, seen.choose_s,
-        f"{seen.choose_s / seen.token.value:.0%} of each later token is spent between two passes, on the host: "
+        "between-tokens", evidence, LATER, evidence.choose_s,
+        f"{evidence.choose_s / evidence.token.value:.0%} of each later token is spent between two passes, on the host: "
         f"choosing "
         "the token, handing it over, preparing the next pass",
         "Choose on the device and hand over several tokens at once; transformers' generate does neither.",
@@ -163,28 +164,28 @@ def _between_tokens(seen: RequestEvidence) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _new_length(seen: RequestEvidence) -> Iterator[Finding]:
-    late = seen.new_length
-    if late is None or late.low is None or late.low <= 0 or late.value <= LATE * seen.first_token.value:
+def _new_length(evidence: RequestEvidence) -> Iterator[Finding]:
+    late = evidence.new_length
+    if late is None or late.low is None or late.low <= 0 or late.value <= LATE * evidence.first_token.value:
         return
     yield _make_finding(
-        "new-length", seen, FIRST, late.value,
+        "new-length", evidence, FIRST, late.value,
         f"the first token comes {format_value(late.value, 's')} later at a prompt length that had no earlier request",
         "Ask once at each length before users do, or pad prompts to a few lengths.",
         obstacle="all timed requests have one length, which had earlier requests",
     )  # fmt: skip
 
 
-def _mixed_types(seen: RequestEvidence) -> Iterator[Finding]:
-    variant, cost = seen.variant, seen.prefill.casts_s + seen.passes * seen.decode.casts_s
+def _mixed_types(evidence: RequestEvidence) -> Iterator[Finding]:
+    variant, cost = evidence.variant, evidence.prefill.casts_s + evidence.passes * evidence.decode.casts_s
     narrow = variant.compute_dtype if variant.is_4bit else variant.dtype
-    wide = seen.adapter_dtype == "float32" and not variant.merge_adapter
-    if narrow == "float32" or not (wide or variant.prepare_for_kbit) or cost <= WORTH * seen.request.value:
+    wide = evidence.adapter_dtype == "float32" and not variant.merge_adapter
+    if narrow == "float32" or not (wide or variant.prepare_for_kbit) or cost <= WORTH * evidence.request.value:
         return
     what = "adapters" if wide else "norms, embeddings and head"
     yield _make_finding(
-        "mixed-types", seen, WHOLE, cost,
-        f"{what} in float32 next to weights in {narrow}: casts take {cost / seen.request.value:.1%} of a request",
+        "mixed-types", evidence, WHOLE, cost,
+        f"{what} in float32 next to weights in {narrow}: casts take {cost / evidence.request.value:.1%} of a request",
         advise_adapter_dtype(narrow)
         if wide
         else "prepare_for_kbit = false leaves them in the type of the base; look at the loss.",
@@ -210,13 +211,13 @@ OF_WHAT_RAN = frozenset(
 """Rules that judge what ran in a request, and find nothing where that is not known."""
 
 
-def _whole(seen: RequestEvidence, metric: str) -> float:
-    return {FIRST: seen.first_token, LATER: seen.token, WHOLE: seen.request}[metric].value
+def _whole(evidence: RequestEvidence, metric: str) -> float:
+    return {FIRST: evidence.first_token, LATER: evidence.token, WHOLE: evidence.request}[metric].value
 
 
 def _make_finding(
     code: str,
-    seen: RequestEvidence,
+    evidence: RequestEvidence,
     metric: str,
     cost_s: float,
     message: str,
@@ -229,7 +230,7 @@ def _make_finding(
         code=code,
         message=message,
         cost_s=cost_s,
-        cost_share=cost_s / _whole(seen, metric),
+        cost_share=cost_s / _whole(evidence, metric),
         metric=metric,
         remedy=remedy,
         changes=changes or {},

@@ -1,9 +1,8 @@
 """Rules from the evidence of a step to findings, each with its number and its cost.
 
-A rule says what was seen, how much of a step (or how many bytes) it costs, and which field to change. Of a cost only
-what the remedy takes away counts (the casts next to an adapter in float32, not all copies), but what comes in place of
-a thing may cost something too, and a thing may cost others time that is not attributed to it. Only a measurement of
-both says what is won (`lorameter.profile.remedy`).
+A rule gives the observation, its cost as a part of a step or in bytes, and the field to change. The cost is what the
+remedy takes away (the casts next to an adapter in float32, not all copies); the replacement may cost something too, so
+only a measurement of both variants gives the gain (`lorameter.profile.remedy`).
 
 The rules see evidence only, never a process: a constructed case for each is a few numbers.
 """
@@ -41,7 +40,7 @@ class Finding:
 
     Attributes:
         code: of the rule.
-        message: what was seen, with its number.
+        message: what was observed, with its number.
         cost_s: seconds of `metric` that are attributed to it; None where it costs memory alone.
         cost_share: the same as a share of it.
         metric: what the cost is a part of, and what a remedy is judged by.
@@ -75,197 +74,191 @@ def diagnose(evidence: ProfileEvidence) -> tuple[Finding, ...]:
     return tuple(sorted(found, key=lambda finding: -(finding.cost_s or 0.0)))
 
 
-def _launch_bound(seen: ProfileEvidence) -> Iterator[Finding]:
-    if seen.idle <= (LEAST_IDLE if seen.device == "cuda" else BETWEEN):
+def _launch_bound(evidence: ProfileEvidence) -> Iterator[Finding]:
+    if evidence.idle <= (LEAST_IDLE if evidence.device == "cuda" else BETWEEN):
         return
-    each = format_value(seen.step_s * (1 - seen.idle) / seen.calls, "s") if seen.calls else "–"
-    if seen.device == "cuda":
-        message = (
-            f"the device waits {seen.idle:.0%} of a step for {seen.calls:.0f} launches, each of {each} in the mean"
-        )
+    each = format_value(evidence.step_s * (1 - evidence.idle) / evidence.calls, "s") if evidence.calls else "–"
+    if evidence.device == "cuda":
+        message = f"the device waits {evidence.idle:.0%} of a step for {evidence.calls:.0f} launches"
     else:
-        message = f"{seen.idle:.0%} of a step is spent between {seen.calls:.0f} operators, each of {each} in the mean"
+        message = f"{evidence.idle:.0%} of a step is spent between {evidence.calls:.0f} operators"
     yield _make_finding(
-        "launch-bound", seen, seen.idle, message,
+        "launch-bound", evidence, evidence.idle, f"{message}, each of {each} in the mean",
         "More tokens in a step (batch_size) spread the launches over more work"
-        + ("." if seen.variant.compile else "; compile = true makes fewer of them."),
-        changes={} if seen.variant.compile else {"compile": True},
-        workload={"batch_size": 2 * seen.workload.batch_size},
+        + ("." if evidence.variant.compile else "; compile = true makes fewer of them."),
+        changes={} if evidence.variant.compile else {"compile": True},
+        workload={"batch_size": 2 * evidence.workload.batch_size},
     )  # fmt: skip
 
 
-def _dequantisation(seen: ProfileEvidence) -> Iterator[Finding]:
-    share = seen.unpacking
+def _dequantisation(evidence: ProfileEvidence) -> Iterator[Finding]:
+    share = evidence.unpacking
     if share <= WORTH:
         return
-    extra = seen.extra_bytes.get("quantization", 0)
-    if seen.fits("quantization"):
-        yield _make_finding(
-            "dequantisation", seen, share, f"unpacking {seen.variant.quantization} weights takes {share:.1%} of a step",
-            f'quantization = "none" needs about {format_bytes(extra)} more, which is there.',
-            changes=changes_without(seen.variant, "quantization"),
-        )  # fmt: skip
-    else:
-        yield _make_finding(
-            "dequantisation", seen, share, f"unpacking {seen.variant.quantization} weights takes {share:.1%} of a step",
-            "There may be no memory for them unpacked; each weight is unpacked once a pass, so more tokens in it cost "
-            "no more of this.",
-            workload={"batch_size": 2 * seen.workload.batch_size},
-        )  # fmt: skip
+    fits, extra = evidence.fits("quantization"), format_bytes(evidence.extra_bytes.get("quantization", 0))
+    yield _make_finding(
+        "dequantisation", evidence, share,
+        f"unpacking {evidence.variant.quantization} weights takes {share:.1%} of a step",
+        f'quantization = "none" needs about {extra} more, which is there.'
+        if fits
+        else "There may be no memory for them unpacked; each weight is unpacked once a pass, so more tokens in it cost "
+        "no more of this.",
+        changes=changes_without(evidence.variant, "quantization") if fits else {},
+        workload={} if fits else {"batch_size": 2 * evidence.workload.batch_size},
+    )  # fmt: skip
 
 
-def _wide_adapter(seen: ProfileEvidence) -> Iterator[Finding]:
-    narrow, products = _compute_type(seen.variant), seen.wide_products
-    if not seen.wide_registers or seen.variant.prepare_for_kbit:  # slower in 16 bits, or the head's own among them
+def _wide_adapter(evidence: ProfileEvidence) -> Iterator[Finding]:
+    narrow, products = _compute_type(evidence.variant), evidence.wide_products
+    if not evidence.wide_registers or evidence.variant.prepare_for_kbit:  # slower in 16 bits, or those of the head too
         products = 0.0
-    share = seen.casts + HALVED * products
-    if seen.adapter_dtype != "float32" or narrow == "float32" or seen.variant.autocast or share <= WORTH:
+    share = evidence.casts + HALVED * products
+    if evidence.adapter_dtype != "float32" or narrow == "float32" or evidence.variant.autocast or share <= WORTH:
         return
     yield _make_finding(
-        "float32-adapter", seen, share,
-        f"adapters in float32 next to products in {narrow}: casts take {seen.casts:.1%} of a step"
+        "float32-adapter", evidence, share,
+        f"adapters in float32 next to products in {narrow}: casts take {evidence.casts:.1%} of a step"
         + (f", products in float32 {products:.1%}" if products else ""),
         advise_adapter_dtype(narrow),
         changes={"adapter_dtype": narrow},
     )  # fmt: skip
 
 
-def _wide_compute(seen: ProfileEvidence) -> Iterator[Finding]:
-    share, variant = seen.categories.get("matmul", 0.0), seen.variant
-    if _compute_type(variant) != "float32" or variant.tf32 or not seen.wide_registers or share <= WORTH:
+def _wide_compute(evidence: ProfileEvidence) -> Iterator[Finding]:
+    share, variant = evidence.categories.get("matmul", 0.0), evidence.variant
+    if _compute_type(variant) != "float32" or variant.tf32 or not evidence.wide_registers or share <= WORTH:
         return
     key = "compute_dtype" if variant.is_4bit else "dtype"
-    tf32 = "; tf32 = true keeps the weights" if seen.device == "cuda" and not variant.is_4bit else ""
+    tf32 = "; tf32 = true keeps the weights" if evidence.device == "cuda" and not variant.is_4bit else ""
     yield _make_finding(
-        "float32-compute", seen, share, f"products in float32 take {share:.1%} of a step",
+        "float32-compute", evidence, share, f"products in float32 take {share:.1%} of a step",
         f'{key} = "bfloat16" runs them in 16 bits{tf32}.', changes={key: "bfloat16"},
     )  # fmt: skip
 
 
-def _masked_attention(seen: ProfileEvidence) -> Iterator[Finding]:
-    share = seen.categories.get("attention", 0.0)
-    written_out = seen.attention_backend in ("eager", "math")
-    if not (written_out or seen.attention_mask == "explicit"):
+def _masked_attention(evidence: ProfileEvidence) -> Iterator[Finding]:
+    share = evidence.categories.get("attention", 0.0)
+    written_out = evidence.attention_backend in ("eager", "math")
+    if not (written_out or evidence.attention_mask == "explicit"):
         return
-    cost = share if written_out else share * seen.masked_pairs
+    cost = share if written_out else share * evidence.masked_pairs
     if cost <= WORTH:
         return
     obstacle = ""
-    if seen.variant.attention == "eager":
+    if evidence.variant.attention == "eager":
         remedy, changes = 'attention = "sdpa" fuses it.', {"attention": "sdpa"}
     elif (
-        seen.device == "cuda"
-        and seen.variant.attention != "flash_attention_2"
-        and (seen.variant.autocast or seen.variant.dtype) != "float32"  # which flash-attn does not take
+        evidence.device == "cuda"
+        and evidence.variant.attention != "flash_attention_2"
+        and (evidence.variant.autocast or evidence.variant.dtype) != "float32"  # which flash-attn does not take
     ):
         remedy = 'attention = "flash_attention_2" takes packed rows without a mask.'
-        changes = {"attention": "flash_attention_2"} if seen.flash_attn else {}
-        remedy += "" if seen.flash_attn else ' It needs pip install "lorameter[flash-attn]".'
-        obstacle = "" if seen.flash_attn else "flash-attn is not installed"
+        changes = {"attention": "flash_attention_2"} if evidence.flash_attn else {}
+        remedy += "" if evidence.flash_attn else ' It needs pip install "lorameter[flash-attn]".'
+        obstacle = "" if evidence.flash_attn else "flash-attn is not installed"
     elif written_out:
         remedy, changes = "The check of attention.backend says why no fused kernel took it.", {}
         obstacle = "what keeps the kernels out (type, head size, mask) is not a setting of the variant"
     else:
         remedy, changes = "Shorter rows hide fewer pairs.", {}
         obstacle = "no kernel here leaves them out"
-    seconds = f"attention ({seen.attention_backend}) takes {share:.1%} of a step"
+    seconds = f"attention ({evidence.attention_backend}) takes {share:.1%} of a step"
     message = (
         f"{seconds}, written out as products and softmax"
         if written_out
-        else f"{seconds} and reads a mask that hides {seen.masked_pairs:.0%} of its pairs"
+        else f"{seconds} and reads a mask that hides {evidence.masked_pairs:.0%} of its pairs"
     )
-    yield _make_finding("masked-attention", seen, cost, message, remedy, changes=changes, obstacle=obstacle)
+    yield _make_finding("masked-attention", evidence, cost, message, remedy, changes=changes, obstacle=obstacle)
 
 
-def _padding(seen: ProfileEvidence) -> Iterator[Finding]:
-    if seen.padded <= WORTH:
+def _padding(evidence: ProfileEvidence) -> Iterator[Finding]:
+    if evidence.padded <= WORTH:
         return
-    packs = {"layout": "packed"} if seen.workload.layout == "padded" else {}
+    packs = {"layout": "packed"} if evidence.workload.layout == "padded" else {}
     yield _make_finding(
-        "padding", seen, seen.padded, f"{seen.padded:.0%} of the positions are padding",
+        "padding", evidence, evidence.padded, f"{evidence.padded:.0%} of the positions are padding",
         'layout = "packed" fills rows with records.' if packs else "Drop the last, partly filled rows.",
         workload=packs, obstacle="" if packs else "no field leaves rows out",
     )  # fmt: skip
 
 
-def _checkpointing(seen: ProfileEvidence) -> Iterator[Finding]:
-    if not seen.variant.gradient_checkpointing or not seen.fits("gradient_checkpointing"):
+def _checkpointing(evidence: ProfileEvidence) -> Iterator[Finding]:
+    if not evidence.variant.gradient_checkpointing or not evidence.fits("gradient_checkpointing"):
         return
-    passes = (seen.phases_s.get("forward", 0.0) + seen.phases_s.get("backward", 0.0)) / seen.step_s
-    extra = seen.extra_bytes.get("gradient_checkpointing", 0)
+    passes = (evidence.phases_s.get("forward", 0.0) + evidence.phases_s.get("backward", 0.0)) / evidence.step_s
+    extra = evidence.extra_bytes.get("gradient_checkpointing", 0)
     yield _make_finding(
-        "needless-checkpointing", seen, seen.recomputed * passes,
-        f"checkpointing repeats {seen.recomputed:.0%} of all FLOPs, at a peak of {format_bytes(seen.peak_bytes)} of "
-        f"{format_bytes(seen.memory_bytes)}",
+        "needless-checkpointing", evidence, evidence.recomputed * passes,
+        f"checkpointing repeats {evidence.recomputed:.0%} of all FLOPs, at a peak of "
+        f"{format_bytes(evidence.peak_bytes)} of {format_bytes(evidence.memory_bytes)}",
         f"gradient_checkpointing = false needs about {format_bytes(extra)} more, which is there.",
-        changes=changes_without(seen.variant, "gradient_checkpointing"),
+        changes=changes_without(evidence.variant, "gradient_checkpointing"),
     )  # fmt: skip
 
 
-def _optimizer(seen: ProfileEvidence) -> Iterator[Finding]:
-    share = seen.phases_s.get("update", 0.0) / seen.step_s
-    if seen.variant.optimizer == "adamw_fused" or share <= WORTH:
+def _optimizer(evidence: ProfileEvidence) -> Iterator[Finding]:
+    share = evidence.phases_s.get("update", 0.0) / evidence.step_s
+    if evidence.variant.optimizer == "adamw_fused" or share <= WORTH:
         return
-    if seen.variant.optimizer != "adamw" and not seen.fits("optimizer"):
+    if evidence.variant.optimizer != "adamw" and not evidence.fits("optimizer"):
         return
     yield _make_finding(
-        "unfused-optimizer", seen, share, f"clipping and {seen.variant.optimizer} take {share:.1%} of a step",
+        "unfused-optimizer", evidence, share, f"clipping and {evidence.variant.optimizer} take {share:.1%} of a step",
         'optimizer = "adamw_fused" updates all tensors in one kernel.', changes={"optimizer": "adamw_fused"},
     )  # fmt: skip
 
 
-def _dropout(seen: ProfileEvidence) -> Iterator[Finding]:
-    if not isinstance(seen.variant, LoraVariant) or seen.variant.lora_dropout <= 0 or seen.dropout <= WORTH:
+def _dropout(evidence: ProfileEvidence) -> Iterator[Finding]:
+    if not isinstance(evidence.variant, LoraVariant) or evidence.variant.lora_dropout <= 0 or evidence.dropout <= WORTH:
         return
     yield _make_finding(
-        "dropout", seen, seen.dropout,
-        f"masks for lora_dropout = {seen.variant.lora_dropout:g} take {seen.dropout:.1%} of a step",
+        "dropout", evidence, evidence.dropout,
+        f"masks for lora_dropout = {evidence.variant.lora_dropout:g} take {evidence.dropout:.1%} of a step",
         "lora_dropout = 0 draws none; it regularises, so look at the held-out loss.", changes={"lora_dropout": 0.0},
     )  # fmt: skip
 
 
-def _data(seen: ProfileEvidence) -> Iterator[Finding]:
-    share = seen.phases_s.get("data", 0.0) / seen.step_s
+def _data(evidence: ProfileEvidence) -> Iterator[Finding]:
+    share = evidence.phases_s.get("data", 0.0) / evidence.step_s
     if share > WORTH:
         yield _make_finding(
-            "data-wait", seen, share, f"a step waits {share:.1%} of its time for its batch",
+            "data-wait", evidence, share, f"a step waits {share:.1%} of its time for its batch",
             "Check which disk holds the token file: it is mapped, and read at first use.",
             obstacle="it is the disk's",
         )  # fmt: skip
 
 
-def _logits(seen: ProfileEvidence) -> Iterator[Finding]:
-    if seen.logits_bytes <= LARGE_LOGITS * seen.peak_bytes:
+def _logits(evidence: ProfileEvidence) -> Iterator[Finding]:
+    if evidence.logits_bytes <= LARGE_LOGITS * evidence.peak_bytes:
         return
-    loss = seen.categories.get("loss", 0.0)
-    fuses = seen.device == "cuda" and not seen.variant.liger_kernel
-    obstacle = "" if fuses and seen.liger else "liger-kernel is not installed"
+    loss = evidence.categories.get("loss", 0.0)
+    fuses = evidence.device == "cuda" and not evidence.variant.liger_kernel
+    obstacle = "" if fuses and evidence.liger else "liger-kernel is not installed"
     if not fuses:
         obstacle = "a chunked loss is the training code's own, and the fused one runs on a GPU"
     yield Finding(
         code="logits",
-        message=f"logits and what the loss makes of them take {format_bytes(seen.logits_bytes)}, "
-        f"{seen.logits_bytes / seen.peak_bytes:.0%} of the peak; the loss takes {loss:.1%} of a step",
-        cost_s=loss * seen.step_s if loss > WORTH else None,
+        message=f"logits and what the loss makes of them take {format_bytes(evidence.logits_bytes)}, "
+        f"{evidence.logits_bytes / evidence.peak_bytes:.0%} of the peak; the loss takes {loss:.1%} of a step",
+        cost_s=loss * evidence.step_s if loss > WORTH else None,
         cost_share=loss if loss > WORTH else None,
-        cost_bytes=seen.logits_bytes - seen.logits_bytes // LOSS_CHUNKS,
+        cost_bytes=evidence.logits_bytes - evidence.logits_bytes // LOSS_CHUNKS,
         remedy="liger_kernel = true fuses head and loss, a part of the rows at a time, so that all logits are never "
         "there at once." if fuses else "A loss that takes a part of the rows at a time never holds all logits.",
-        changes={"liger_kernel": True} if fuses and seen.liger else {},
+        changes={"liger_kernel": True} if fuses and evidence.liger else {},
         obstacle=obstacle,
     )  # fmt: skip
 
 
-def _fragmentation(seen: ProfileEvidence) -> Iterator[Finding]:
-    if not seen.reserved_bytes:
+def _fragmentation(evidence: ProfileEvidence) -> Iterator[Finding]:
+    if not evidence.reserved_bytes:
         return
-    lost = seen.reserved_bytes - seen.peak_bytes
-    if lost <= FRAGMENTED * seen.reserved_bytes and not seen.alloc_retries:
+    lost = evidence.reserved_bytes - evidence.peak_bytes
+    if lost <= FRAGMENTED * evidence.reserved_bytes and not evidence.alloc_retries:
         return
-    reserved, used = format_bytes(seen.reserved_bytes), format_bytes(seen.peak_bytes)
-    retried = (
-        f", and gave its cache back {format_count(seen.alloc_retries, 'time')} to go on" if seen.alloc_retries else ""
-    )
+    reserved, used = format_bytes(evidence.reserved_bytes), format_bytes(evidence.peak_bytes)
+    retries = format_count(evidence.alloc_retries, "time")
+    retried = f", and gave its cache back {retries} to go on" if evidence.alloc_retries else ""
     yield Finding(
         code="fragmentation",
         message=f"the allocator reserved {reserved} for {used}{retried}",
@@ -308,7 +301,7 @@ OF_WHAT_RAN = frozenset(
 
 def _make_finding(
     code: str,
-    seen: ProfileEvidence,
+    evidence: ProfileEvidence,
     share: float,
     message: str,
     remedy: str,
@@ -320,7 +313,7 @@ def _make_finding(
     return Finding(
         code=code,
         message=message,
-        cost_s=share * seen.step_s,
+        cost_s=share * evidence.step_s,
         cost_share=share,
         remedy=remedy,
         changes=changes or {},

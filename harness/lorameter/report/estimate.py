@@ -1,4 +1,4 @@
-"""What is known before anything is measured: a plan with its time, memory by kind, whether it fits, counted sizes."""
+"""Estimates before a measurement: a plan with its time, memory by kind, whether it fits, counted sizes."""
 
 from __future__ import annotations
 

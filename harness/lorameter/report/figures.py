@@ -60,11 +60,11 @@ HELD = {
     "gradient_bytes": "gradients",
     "optimizer_state_bytes": "optimizer state",
 }
-"""Kinds of memory that a step keeps, which do not overlap, and what they are called."""
+"""Kinds of memory that a step keeps, which do not overlap, with their names."""
 MOST_NAMED = 3
 """Of variants that a figure leaves out."""
 COMPARED_LOSSES = ("held_out_loss", "timed_loss")
-"""What a variant has learnt; the first that was measured is drawn."""
+"""Losses of a variant; the first one that was measured is drawn."""
 COLD = {
     "cold_import_time_s": "import",
     "cold_load_time_s": "load",
@@ -89,8 +89,8 @@ _TONES: Mapping[Status, Tone] = {
 
 
 def figures_of_run(run: Run, view: RunView) -> tuple[Figure, ...]:
-    """All figures that the run has something for, in the order in which they are read: of the variants that the view
-    shows, and next to its ratios of the phases that it shows whole."""
+    """All figures for which the run has data, in the order of the page: ratios of the view, then the phases that it
+    shows whole."""
     shown = _shown(run, view)
     whole = {table.phase: table.metric for table in view.tables if table.phase in view.phases}
     found = [_ratios(table, view.study.reference) for table in (*view.tables, *view.outcomes)]
@@ -107,7 +107,7 @@ def figures_of_run(run: Run, view: RunView) -> tuple[Figure, ...]:
 
 
 def _of_other_tokens(run: Run) -> set[str]:
-    """Variants whose losses are those of other tokens than the study's."""
+    """Variants that train on other tokens than the study, so that their losses cannot be compared."""
     own = read_own_workloads(run)
     common = read_study(run).workload if own else None
     return {name for name, one in own.items() if any(getattr(one, key) != getattr(common, key) for key in OF_TOKENS)}
@@ -242,7 +242,7 @@ def _samples(of: Sequence[TrialRecord]) -> Figure | None:
 
 
 def _checks(shown: Shown) -> Figure | None:
-    """A row a path, a column a variant; None where nothing was checked."""
+    """A row for each path, a column for each variant; None without checks."""
     paths = dict.fromkeys(
         str(check["path"]) for series in shown.values() for one in series.records for check in one.checks
     )
@@ -258,7 +258,7 @@ def _checks(shown: Shown) -> Figure | None:
 
 
 def _finding(series: Series, path: str) -> Finding | None:
-    """All that was found of a path in a variant's trials, by the worst status."""
+    """The worst status of a path in a variant's trials, with the reasons of all."""
     found = [check for record in series.records for check in record.checks if check["path"] == path]
     if not found:
         return None
@@ -274,7 +274,7 @@ def _finding(series: Series, path: str) -> Finding | None:
 
 
 def _severity(status: str) -> int:
-    """The place of a status, the worst first; one that is not known counts as `unknown`."""
+    """The place of a status, the worst first; an unrecognised one counts as `unknown`."""
     order = list(_TONES)
     return order.index(status if status in order else "unknown")
 
@@ -338,7 +338,7 @@ def _interval(low: float | None, high: float | None) -> tuple[float, float] | No
 
 
 def _gallery(title: str, charts: Sequence[Chart]) -> Iterator[ChartGroup]:
-    """Those that are curves, on one scale, so that what hardly matters looks so."""
+    """The charts with enough points, on one scale, so that small effects look small."""
     curves = [chart for chart in charts if len(chart.curves[0].points) >= LEAST_LEVELS]
     if not curves:
         return
@@ -373,7 +373,7 @@ def _losses_by_step(series: Series) -> list[tuple[float, ...]]:
 
 
 def _draw_front(shown: Shown, across: str, up: str, title: str, caption: str) -> Figure | None:
-    """The variants that have both metrics, those that no other beats in both joined; None where fewer than two do."""
+    """The variants that have both metrics, with the Pareto front joined; None with fewer than two."""
     xs, ys = _estimates(shown, across), _estimates(shown, up)
     names = [name for name in xs if name in ys]
     if len(names) < 2:

@@ -71,20 +71,20 @@ class PhaseTable:
 
     phase: Phase
     metric: str
-    """What variants are compared by in it."""
+    """The metric by which variants are compared."""
     table: Table
     ratios: Mapping[str, Comparison]
     """Of each variant that is shown and is not the reference, in the order of the rows."""
     checks: Mapping[str, str]
-    """What became of the required paths of each variant that is shown; empty in the table of a metric."""
+    """Whether the required paths of each shown variant were active; empty in the table of a metric."""
     control: Comparison | None
     """The reference against itself measured twice."""
     interleaving: Interleaving | None
     """How the trials alternated that measured the metric."""
     note: str
-    """What a reader of the peaks must know; empty where there is nothing."""
+    """A note on the peaks; may be empty."""
     site: str = ""
-    """Of which site alone, where sites are unlike; its title names it as well."""
+    """The site, where sites have different hardware; the title names it as well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +99,9 @@ class RunView:
     outcomes: tuple[PhaseTable, ...]
     """Peak memory and loss of the variants, each with its verdicts; empty where single metrics were selected."""
     variants: tuple[str, ...]
-    """Names of those that are shown, in the order of the study."""
+    """Names of the shown variants, in the order of the study."""
     phases: tuple[Phase, ...]
-    """Those that are shown whole: none where single metrics were selected."""
+    """The phases that are shown whole: none where single metrics were selected."""
 
     @property
     def valid(self) -> bool:
@@ -121,7 +121,7 @@ class RunView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Source:
-    """What the tables of a run are made of."""
+    """The data of a run's tables."""
 
     run: Run
     study: Study
@@ -236,7 +236,7 @@ def _outcomes(source: _Source) -> Iterator[PhaseTable]:
 
 
 def _tabulate_metric(source: _Source, phase: Phase, metric: str) -> PhaseTable:
-    """One metric or kind of memory, with the control of its own."""
+    """A table of one metric or kind of memory, with its own control."""
     control = control_of(source.groups, source.study.reference, metric, family=1)
     return _tabulate(source, phase, metric, control, whole=False)
 
@@ -328,7 +328,7 @@ def _estimate_cell(found: Estimate | QuantileEstimate | None, metric: str, *, ab
 
 
 def _peak_column(shown: Sequence[Series], phase: Phase) -> _Column:
-    """The largest peak of each variant; its head says where it is, or each cell does where they differ."""
+    """The largest peak of each variant; the head names the memory, or each cell does where they differ."""
     kinds = [_peak_kind(series, phase) for series in shown]
     places = {kind: "GPU" if kind.startswith("device") else "host" for kind in kinds if kind}
     where = set(places.values())
@@ -341,7 +341,7 @@ def _peak_column(shown: Sequence[Series], phase: Phase) -> _Column:
 
 
 def _peak_kind(series: Series, phase: Phase) -> str:
-    """The kind of memory whose peaks are shown of a phase; empty where none was measured."""
+    """The kind of memory whose peaks a phase shows; empty where none was measured."""
     return next((kind for kind in PEAKS[phase] if _sizes(series, kind)), "")
 
 
@@ -350,12 +350,12 @@ def _sizes(series: Series, kind: str) -> list[int]:
 
 
 def _size_cell(sizes: Sequence[int], where: str = "") -> Cell:
-    """The largest size, with the smallest and the largest in the place of an interval."""
+    """The largest size, with the range as its interval."""
     return value_cell(max(sizes), min(sizes), max(sizes), "byte", detail=where) if sizes else Cell(text="–")
 
 
 def _baseline_note(shown: Sequence[Series], phase: Phase) -> str:
-    """How much of the host's peaks each process had before it did anything: a fork maps what its parent imported."""
+    """Memory of each process at its start, which host peaks include: a fork maps the imports of its parent."""
     on_host = [series for series in shown if _peak_kind(series, phase).startswith("host")]
     baselines = [size for series in on_host for size in _sizes(series, RSS_AT_START)]
     if not baselines:
@@ -375,7 +375,7 @@ def _checks(series: Series) -> str:
 
 
 def _margin(source: _Source, name: str, metric: str) -> float:
-    """Within which a variant counts as equal to the reference."""
+    """The margin within which a variant counts as equal to the reference."""
     limits = source.selection.limits_of(name, metric)
     return limits.tolerance if is_memory(metric) else limits.margin
 

@@ -121,7 +121,7 @@ def _write_parquet(table: TableName, rows: Iterable[Row], target: Path) -> None:
 
 
 def _json_of(run: Run) -> Iterator[str]:
-    """All four tables in one JSON document, a table of its columns a row."""
+    """All four tables in one JSON document, each row an object of its columns."""
     yield f'{{"schema": {SCHEMA}, "run": {json.dumps(run.manifest.run)}'
     for name in get_args(TableName):
         yield f', "{name}": ['

@@ -38,7 +38,7 @@ _LEFT_OUT = ("worker", "packages")
 
 
 class Moment(msgspec.Struct, frozen=True, kw_only=True):
-    """One run's number, with when and with what it was measured; `why_not` says why it does not count, None where it
+    """One run's number, with its time and software; `why_not` is why it does not count, None where it
     does."""
 
     run: str
@@ -139,7 +139,7 @@ class History(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Measured(NamedTuple):
-    """One estimate of one run: its row of the table of estimates, and where and with what the run was measured."""
+    """One estimate of one run: its row of the table of estimates, with the facts of the run."""
 
     moment: Moment
     row: Row
@@ -291,7 +291,7 @@ def _break(before: Measured, after: Measured) -> Break:
 
 
 def confirming(before: Measured, after: Measured) -> str:
-    """The A/B that would confirm what lies between two runs: of their versions where these differ, else their commits.
+    """The A/B that would confirm a change between two runs: of their versions if these differ, else of their commits.
 
     Empty where nothing that can be named differs, or where a run was made with changes that no commit holds.
     """

@@ -69,7 +69,6 @@ def prune(
     keep: int | None = None,
     older_s: float | None = None,
     dry_run: bool = False,
-    now_unix_s: float | None = None,
 ) -> Pruned:
     """Remove runs of a folder, under the lock under which baselines are accepted.
 
@@ -78,14 +77,13 @@ def prune(
         keep: number of runs of each study to keep, the newest; None for no limit.
         older_s: remove only runs older than this; None for any age. With both, a run must fulfil both to be removed.
         dry_run: only decide.
-        now_unix_s: the time from which ages are counted; None for now.
 
     Raises:
         UsageError: the file of accepted baselines cannot be read.
     """
     if not fileio.is_folder(runs):
         return Pruned([], [], 0)
-    begun_before = (time.time() if now_unix_s is None else now_unix_s) - (older_s or 0.0)
+    begun_before = time.time() - (older_s or 0.0)
     seen: Counter[str] = Counter()
     selected, removed, staying = list[PruneDecision](), list[PruneDecision](), list[PruneDecision]()
     with contextlib.nullcontext() if dry_run else deciding(runs):

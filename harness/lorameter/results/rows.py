@@ -31,7 +31,7 @@ from lorameter.verdicts.validity import Fault, InvalidReason, RunValidity, disco
 
 Row: TypeAlias = dict[str, Any]
 _UNITS: Mapping[str, str] = {"_per_s": "1/s", "_bytes": "byte", "_s": "s", "_j": "J", "_w": "W"}
-"""Units by the end of a name, the longer one first; what ends otherwise is a number without a unit."""
+"""Units by the end of a name, the longer one first; other names have no unit."""
 _SIDES: tuple[Side, ...] = ("base", "candidate")
 OF_STEPS = ("step_time_s", "step_cpu_time_s", "timed_loss")
 """Samples of which each timed step has one."""
@@ -136,7 +136,7 @@ def _about_variant(record: TrialRecord) -> Row:
 
 
 def trial_rows(run: Run, study: Study) -> Iterator[Row]:
-    """A row a trial; earlier attempts of one that was measured again before it."""
+    """A row for each trial; earlier attempts come before the last one."""
     settings, known = Settings(run, study), dict[tuple[str, str, str], Row]()
     attempts = [*((record, False) for record in run.disturbed), *((record, True) for record in run.records)]
     for record, counts in sorted(attempts, key=lambda one: (one[0].position, one[0].attempt)):
@@ -162,7 +162,7 @@ def trial_rows(run: Run, study: Study) -> Iterator[Row]:
 
 
 def sample_rows(run: Run, _: Study) -> Iterator[Row]:
-    """A row a raw value of the trials that count, good or bad: samples in their order, single values, memory."""
+    """A row for each raw value of the trials that count, good or bad: samples in their order, single values, memory."""
     for record in run.records:
         head = {"run": run.manifest.run, "trial": record.trial, "replicate": record.replicate, **_about_variant(record)}
         turns = [turn for turn, length in enumerate(record.turn_lengths) for _ in range(length)]
@@ -222,8 +222,8 @@ def _peak(series: Series, kind: str) -> Row:
 
 
 def comparison_rows(run: Run, study: Study) -> Iterator[Row]:
-    """A row a verdict: a variant against the reference, the candidate of an A/B against its base; the controls, too. In
-    an invalid run each verdict is `invalid`, with the reason; in an A/B those of the variants that are."""
+    """A row for each verdict: a variant against the reference, the candidate of an A/B against its base, and the
+    controls. In an invalid run each verdict is `invalid`, with the reason; in an A/B those of the variants that are."""
     validity, about = run_validity(run, study), {"run": run.manifest.run}
     if run.manifest.sides:
         yield from (about | row for row in _rows_of_ab(run, validity))
