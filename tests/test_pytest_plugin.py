@@ -209,7 +209,7 @@ def test_skip_measures_nothing(suite):
 
 
 def test_disable_measures_nothing_and_stores_nothing(suite):
-    """Each test runs up to its replay and is skipped there, for nothing that it could replay was seen; that is said."""
+    """Each test runs up to its replay and is skipped there, with the reason."""
     result = suite("--benchmark-disable", "--benchmark-save=none", "-rs")
     result.assert_outcomes(skipped=6)
     result.stdout.fnmatch_lines(["lorameter: --benchmark-disable: nothing*", "SKIPPED*--benchmark-disable: nothing*"])

@@ -1,4 +1,4 @@
-"""`lorameter estimate` says what a variant takes without loading it, and what an earlier run found beside it."""
+"""`lorameter estimate` gives the memory of a variant without loading it, next to the peak of an earlier run."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_a_model_whose_layers_are_not_known_fits_nobody_knows_where(estimated, t
 
 @pytest.mark.parametrize("text", ["A100", "nonsense", "24", "0GiB", "-1GiB", "1e30GiB", "9" * 5000 + "GiB", ""])
 def test_what_is_no_card_is_refused_before_anything_is_looked_at(text, capsys, monkeypatch):
-    """The study is not read and the machine is not asked; each of the ways is among the tests of the GPUs."""
+    """The study is not read and the machine is not examined."""
     monkeypatch.setattr(provenance, "probe_machine", lambda environment=None: pytest.fail("asked"))
     assert main(["estimate", "no-such-study", f"--gpu={text}"]) == 2
     said = capsys.readouterr().err

@@ -37,7 +37,7 @@ def test_csv_of_one_table(called):
 
 
 def test_all_tables_into_a_folder(called, tmp_path):
-    """A file for each, whose paths are said; parquet keeps the types."""
+    """A file for each, whose paths are printed; parquet keeps the types."""
     import pandas as pd
 
     for form in ("csv", "parquet"):

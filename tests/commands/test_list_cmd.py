@@ -28,7 +28,7 @@ def edited(text, **changes):
     (lambda text: edited(text, run="\ud800"), "surrogates not allowed"),
 ])  # fmt: skip
 def test_a_damaged_manifest_hides_no_other_run(write_run, capsys, harm, reason):
-    """It is listed as damaged with the reason, and refused by name where it is asked for."""
+    """It is listed as damaged with the reason, and refused where a command names it."""
     whole, damaged = write_run("whole", STEPS), write_run("damaged", STEPS)
     manifest = damaged / "manifest.json"
     manifest.write_text(harm(manifest.read_text()))

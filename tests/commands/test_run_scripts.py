@@ -52,7 +52,7 @@ def test_an_engine_of_the_workload_has_no_sides(scripted):
 
 
 def test_the_plan_of_what_needs_a_gpu_is_shown(scripted, monkeypatch):
-    """And what it would take is said to be unknown here."""
+    """Its time and memory are unknown on this machine."""
     monkeypatch.setattr("lorameter.machine.provenance._torch_cuda", lambda: None)
     code, out, _ = scripted("run", "liger-kernel", "--command", COMMAND, "--dry-run")
     assert code == 0
@@ -63,7 +63,7 @@ def test_the_plan_of_what_needs_a_gpu_is_shown(scripted, monkeypatch):
 
 
 def test_two_scripts_are_asked_what_a_study_claims(scripted, tmp_path):
-    """Two commands in lockstep; twice as fast is seen, and believed of nothing that nobody saw run."""
+    """Two commands in lockstep; a ratio is measured, but no claim is judged without proof that the engine ran."""
     words = ("--replicates", "1", "--steps", "4", "--interleave", "lockstep", "--allow-disturbed", "--json")
     code, out, _ = scripted("run", "compile", "--command", COMMAND, *words)
     run = json.loads(out)["run"]

@@ -26,7 +26,7 @@ LOSSES = (2.0, 2.5, 3.0)
 
 @pytest.fixture
 def make_parity(small_study):
-    """Parity of the NF4 variant: nothing differs but the base without the adapter, and what is said otherwise."""
+    """Parity of the NF4 variant: nothing differs but the base without the adapter and the given ways."""
 
     def make(**changed: Served) -> Parity:
         variant = small_study.variant("nf4")

@@ -1,4 +1,4 @@
-"""What the facts of parity are found to say, from facts that are known."""
+"""The judgement of parity, from constructed facts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def text(parity, width=80):
 
 
 def test_no_difference_is_said_with_what_it_leaves_open(make_parity):
-    """The same answers, and how many of so few could still differ; logits apart."""
+    """The same answers, and how many of so few could still differ; logits are reported separately."""
     parity = make_parity()
     judgement = judge_parity(parity)
     assert judgement.whole

@@ -101,7 +101,7 @@ def test_an_adapter_that_does_not_fit_is_a_message(study, runs, tmp_path, capsys
 
 
 def test_a_process_that_dies_is_a_row_for_each_of_its_ways():
-    """With its reason, so that the others stand."""
+    """With its reason, so that the others count."""
     ways = serving_modes(LoraVariant(quantization="nf4"))[3]
     failure = Failure(phase="parity", kind="ProcessDied", message="killed")
     found = _read(PartialRecord().failed("crashed", failure), ways)

@@ -1,4 +1,4 @@
-"""Requests taken apart for real: every part of the profile was measured, and the file holds all of it."""
+"""A measured profile of requests: every part is there, and the file holds all of it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_prefill_and_decode_are_apart(taken):
 
 @pytest.mark.selftest
 def test_it_is_judged_and_shown_from_its_file(taken, capsys):
-    """The file gives the same findings as the profile; both traces lie beside it."""
+    """The file gives the same findings as the profile; both traces are next to it."""
     profile, folder = taken
     again = codec.from_json(
         RequestProfile, json.loads((folder / REQUESTS_DOCUMENT).read_text(encoding="utf-8")), REQUESTS_DOCUMENT

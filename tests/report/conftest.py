@@ -229,7 +229,7 @@ def sizes() -> tuple[Any, ...]:
 
 
 def fits() -> dict[str, Callable[[], Document]]:
-    """A variant that does not fit on a GPU, one that does with all that is said of it, and one on this machine."""
+    """A variant that does not fit on a GPU, one that does, and one on this machine."""
     shape = shapes.shape(catalogue.resolve("random:llama2-7b"))
     wide, narrow = Workload(batch_size=6, sequence_length=1024), Workload(batch_size=1, sequence_length=128)
     refusing = LoraVariant(name="v", init_lora_weights="pissa")
@@ -252,7 +252,7 @@ def fits() -> dict[str, Callable[[], Document]]:
 
 
 def estimates() -> tuple[MemoryEstimate, ...]:
-    """Two phases, one with something beside."""
+    """Two phases, one with memory outside of the allocator."""
     kinds = {"process": 2**28, "gradients": 2**22}
     return (
         MemoryEstimate(phase="train", kinds=kinds, outside_allocator={"context": 2**27}),

@@ -19,7 +19,7 @@ ODD = (
 @pytest.mark.parametrize("run", ODD)
 @pytest.mark.parametrize("options", ["--json", "--markdown --verbose"])
 def test_a_run_is_reported_whatever_became_of_it(run, options, capsys):
-    """In each format, by a metric and in full; the exit code says how it stands, and nothing is said twice."""
+    """In each format and in full; the exit code gives its state, and standard error stays empty."""
     code = main(["report", run, "--runs-dir", str(RUNS), *options.split()])
     out, err = capsys.readouterr()
     assert code in (0, 1, 3, 4, 5)

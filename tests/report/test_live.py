@@ -71,7 +71,7 @@ def test_a_row_a_variant_has_its_trials_value_ratio_and_phase(plan):
 
 
 def test_the_time_left_says_what_it_rests_on(plan, monkeypatch):
-    """On the trials so far; before one has ended nothing is said."""
+    """On the trials so far; no estimate before one has ended."""
     clock = [1000.0]
     monkeypatch.setattr(live.time, "monotonic", lambda: clock[0])
     display = LiveDisplay(Console(file=io.StringIO(), width=100), device="a GPU")

@@ -1,4 +1,4 @@
-"""Whether it fits is said first, with its range; then what that rests on, and what to change."""
+"""Whether a variant fits comes first, with its range; then the basis, and what to change."""
 
 from __future__ import annotations
 

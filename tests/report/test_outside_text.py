@@ -94,8 +94,8 @@ def test_a_side_holds_no_credential(url, write_run, capsys):
 
 
 def test_what_installs_gets_the_credential_and_what_is_told_does_not(tmp_path, monkeypatch, capsys):
-    """pip reads the address as it is, from a file that nobody else may read; its command line, which everybody on the
-    machine sees, git's, progress and a failure's message hold none."""
+    """pip reads the address as it is, from a file that only its owner can read; its command line, which every user of
+    the machine sees, git's, progress and a failure's message hold none."""
     requirement = f"peft@ {URLS[0]}"
     seen: list[list[str]] = []
     read: list[tuple[str, int]] = []

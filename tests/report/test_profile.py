@@ -92,7 +92,7 @@ def profile():
 
 
 def test_the_lines_of_a_step_add_up(profile):
-    """Phases and remainder are the step; categories and idling are the phases; the profiler's slow-down is told."""
+    """Phases and remainder are the step; categories and idling are the phases; the profiler's slow-down is reported."""
     step = step_account(profile)
     assert (step.remainder.value, step.remainder.low, step.remainder.high) == pytest.approx((0.001,) * 3)
     assert step.explained
@@ -161,7 +161,7 @@ def shown(tried):
 
 
 def test_a_gain_is_shown_with_its_interval_and_what_casts_doubt_on_it():
-    """Of a step, or of the time of a real token where the workload was changed; the run's notices stand below."""
+    """Of a step, or of the time of a real token where the workload was changed; the run's notices follow."""
     text = shown(outcome())
     assert "x by lora_dropout = 0.0 (lockstep)" in text
     assert "gained 20.00 [19.85, 20.15] % of a step; the profile attributed 25.0% of a step to it" in text

@@ -1,4 +1,4 @@
-"""A run can be reported at any moment: how it stands is said first, and nothing that is missing makes it crash."""
+"""A run can be reported at any moment: its state comes first, and missing data causes no error."""
 
 from __future__ import annotations
 

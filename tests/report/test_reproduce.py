@@ -30,7 +30,7 @@ def typed(run):
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.name)
 def test_the_line_of_every_run_is_a_command(path):
-    """Of an A/B that does not say by which words its sides were named there is none, and that is said."""
+    """An A/B that does not record the words for its sides has no command, and the report says so."""
     run = store.read_run(str(path), path.parent)
     if run.manifest.sides:
         assert "does not say by which words" in reproduction_steps(run)

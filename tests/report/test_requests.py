@@ -45,7 +45,7 @@ def test_the_copied_head_and_the_adapter_are_found(profile):
 
 
 def test_the_command_prints_one_document(profile, monkeypatch, capsys, tmp_path):
-    """With --json nothing else is on stdout; the remedy is tried that is asked for, by the phase's own findings."""
+    """With --json nothing else is on stdout; --try measures the named remedy of the phase's findings."""
     monkeypatch.setattr(commands_profile, "profile_requests", lambda *args, **options: (profile, tmp_path))
     assert cli.main([*LINE.split(), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)

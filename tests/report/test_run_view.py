@@ -1,4 +1,4 @@
-"""The view of a run: what is shown, what is withheld, what is said."""
+"""The view of a run: verdicts, trials without a result, notices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorameter.report.run_view import view_of
 from lorameter.studies.script_study import study_of_command
 
 
-def run_of(study, tmp_path, *, steps, control=None, statuses=None, occupancy=1.0, damaged=0):
+def run_of(study, tmp_path, *, steps, control=None, statuses=None):
     """A run of constructed records: `steps` gives each variant's step time by replicate."""
     records = []
     members = [*((name, "variant") for name in steps), (study.reference, "control")]
@@ -28,7 +28,7 @@ def run_of(study, tmp_path, *, steps, control=None, statuses=None, occupancy=1.0
                     variant=name, role=role, replicate=replicate, position=0, interleaving="replicates", seed=0,
                     started_unix_s=0.0, wall_time_s=1.0, failure=failure, log=f"logs/{name}.log",
                     samples={
-                        "step_time_s": (step,) * 4, "step_cpu_time_s": (step * occupancy,) * 4,
+                        "step_time_s": (step,) * 4, "step_cpu_time_s": (step,) * 4,
                         "timed_loss": (2.0,) * 4, "turn_tokens": (100.0,),
                     },
                     values={"held_out_loss": 3.0}, memory={"host_peak_train_bytes": 2**30},
@@ -45,7 +45,7 @@ def run_of(study, tmp_path, *, steps, control=None, statuses=None, occupancy=1.0
             "libraries": dict.fromkeys(("torch", "transformers", "peft", "bitsandbytes"), "1"),
         },
     )  # fmt: skip
-    return Run(path=tmp_path, manifest=manifest, records=tuple(records), damaged_lines=damaged)
+    return Run(path=tmp_path, manifest=manifest, records=tuple(records), damaged_lines=0)
 
 
 QUIET = (0.100, 0.101, 0.099, 0.1005, 0.0995)

@@ -1,4 +1,4 @@
-"""`sample` shows what was answered while the run was measured, decoded, beside the record's own words."""
+"""`sample` shows the answers that a run has kept, decoded, next to the record's own text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(write_run, small_study, tmp_path):
 
 
 def test_answers_stand_beside_prompt_and_reference(run):
-    """In the order of the prompts, with how each answer ended; what was not asked before training is None."""
+    """In the order of the prompts, with the end of each answer; one that was not generated before training is None."""
     first, second = read_samples(run, "plain", replicate=1)
     assert (first.prompt, first.reference, first.base_answer, first.trained) == (
         "Input: 4\n",

@@ -44,6 +44,6 @@ def test_bencher_metric_format(run):
 @pytest.mark.parametrize("name", ["failed", "killed", "control-failed", "diverged"])
 @pytest.mark.parametrize("encode", [encode_action, encode_bencher])
 def test_what_is_invalid_goes_to_no_page_of_trends(name, encode, read):
-    """It would stand there as a good number for good."""
+    """It would stay there as a good number."""
     with pytest.raises(InvalidRunError, match=name):
         encode(read(name))

@@ -73,7 +73,7 @@ def test_a_change_of_fingerprint_is_a_known_break_and_no_change(nightly):
 
 
 def test_fewer_than_ten_runs_are_a_line_without_a_search(nightly):
-    """However large the last are; and it is said from when on."""
+    """However large the last are; the report names the number of runs that a search takes."""
     runs = nightly([1.0] * 5 + [2.0] * 4)
     history = history_of(runs)
     line = history.tracks[0].lines[0]

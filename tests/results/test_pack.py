@@ -24,7 +24,7 @@ def content(path):
 
 @pytest.mark.parametrize("name", ["sound", "ab", "failed", "killed"])
 def test_a_packed_run_says_what_the_run_says(name, tmp_path):
-    """Every row of every table, how the run stands, and how many lines were lost."""
+    """Every row of every table, the state of the run, and how many lines were lost."""
     there, here = store.read_run(name, RUNS), store.read_run(str(pack(name, RUNS, tmp_path / "x.zip")), RUNS)
     before, after = ({name: list(table_of(run, name)) for name in TABLES} for run in (there, here))
     assert {name: len(rows) for name, rows in after.items()} == {name: len(rows) for name, rows in before.items()}

@@ -62,7 +62,7 @@ def test_estimates_and_ratios_are_those_of_the_report(read):
 
 
 def test_an_earlier_attempt_is_a_trial_that_does_not_count(write_run):
-    """It stands before the attempt that counts, and gives no sample."""
+    """It comes before the attempt that counts, and gives no sample."""
     from lorameter.records.trials import line_of
 
     path = write_run("again", {"plain": [1.0, 1.1], "nf4": [1.0, 1.2]})

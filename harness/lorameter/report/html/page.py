@@ -1,7 +1,7 @@
-"""A report as one HTML file: complete without scripts, offline, and with nothing that it would load from elsewhere.
+"""A report as one HTML file: complete without scripts, offline, and without external resources.
 
 The page's own policy allows its one style sheet, its one script and pictures inside it, by their hashes. Every text is
-escaped by the template engine, and what would act on a reader's terminal or reorder letters is written out before.
+escaped by the template engine, and control characters are written out before.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def write_html(
     """The page of a report.
 
     Args:
-        document: what the terminal shows, too.
+        document: the same as on the terminal.
         title: of the page.
         names: the variants in their order, by which they have their colours and are hidden.
         figures: pictures that follow the text, each with its table.
-        again: the command and all that it takes to measure this again; empty where that is not known.
+        again: the commands that measure this again; empty without them.
     """
     numbers = svg.number_variants(names)
     named = [(escape_control_chars(name), _colour(numbers, name)) for name in numbers]
@@ -117,7 +117,7 @@ def _px(value: float) -> str:
 
 
 def _shorten(text: str, most: int = 22) -> str:
-    """A text for a picture; the table below it has the whole."""
+    """A text for a picture, shortened; the table below it has all of it."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
@@ -126,7 +126,7 @@ def _kind(block: Block) -> str:
 
 
 def _finalize(value: Any) -> Any:
-    """Text from outside made visible; what is markup already, or no text, as it is."""
+    """Text from outside with its control characters visible; markup and other values as they are."""
     return escape_control_chars(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 

@@ -19,7 +19,7 @@ WIDTH, MARGIN, ROW, NAMES = 520, 14, 26, 190
 LEFT, TOP, HEIGHT = 64, 30, 210
 """The left border, the upper border and the height of a plane without a key."""
 COLOURS = 16
-"""Colours that eyes can tell apart. With more variants, those that vary the same field share one."""
+"""Colours that can be distinguished. With more variants, those that vary the same field share one."""
 KEY_ROW, MOST_KEYS, MOST_CHANGES = 18, 24, 6
 """Lines above a picture: names, with more of which pointing at a mark shows whose it is, and changes."""
 MOST_ROWS, MOST_TICKS, TICKS = 120, 12, 5
@@ -47,7 +47,7 @@ class Scale:
     axis: Axis
 
     def place(self, value: float) -> float:
-        """Where a value is drawn; what lies outside is drawn at the border."""
+        """The pixel of a value; one outside of the scale is drawn at the border."""
         ends = self.low, self.high, min(max(value, self.low), self.high)
         low, high, at = map(math.log, ends) if self.axis.log else ends
         return self.begin + (at - low) / (high - low) * (self.end - self.begin)
