@@ -187,7 +187,6 @@ def test_comparing_two_runs_works_as_pytest_benchmark_documents(suite, base, mon
     """--benchmark-compare shows both, and --benchmark-compare-fail fails on a slower one."""
     monkeypatch.setenv("NF4_STEP", "0.2")
     slower = suite("--benchmark-compare", "--benchmark-compare-fail=mean:10%")
-    slower.assert_outcomes(passed=6)
     slower.stderr.fnmatch_lines(["*Performance has regressed*"])
     for line in ("*Training*", "*test_train_step*nf4*(0001*", "*test_train_step*nf4*(NOW)*"):
         slower.stdout.fnmatch_lines([line])

@@ -87,7 +87,13 @@ def test_what_cannot_be_kept_apart_is_said_in_the_plan(scripted):
 def test_a_candidate_that_fails_its_rehearsal_is_not_started_again(scripted, tmp_path):
     """Each of its trials fails as the rehearsal did and names the rehearsal's log; the base is measured. A credential
     in what the script prints or raises is in no file and in no output."""
-    words = ("ab", "--base-command", FAST, "--candidate-command", "python scripted.py leak", "--replicates", "2")
+    starts, secrets = tmp_path / "starts", ("hunter2", "0123abcd")
+    (tmp_path / "broken.py").write_text(
+        f"open({str(starts)!r}, 'a').write('started\\n')\n"
+        f"print('password={secrets[0]} WANDB_API_KEY={5 * secrets[1]}')\n"
+        f"raise ValueError('401 for https://me:{secrets[0]}@host/x?token={secrets[0]}')\n"
+    )
+    words = ("ab", "--base-command", FAST, "--candidate-command", "python broken.py", "--replicates", "2")
     code, out, err = scripted(*words, "--steps", "2", "--allow-disturbed", "--json")
     assert code == 4
     assert "rehearsal" in err
@@ -97,9 +103,10 @@ def test_a_candidate_that_fails_its_rehearsal_is_not_started_again(scripted, tmp
     assert {record.status for record in sides["candidate"]} == {"crashed"}
     assert {record.log for record in sides["candidate"]} == {"logs/rehearsal-scripted-candidate.log"}
     assert {record.status for record in sides["base"]} == {"ok"}
+    assert starts.read_text() == "started\n"
     files = {path.name: path.read_bytes().decode(errors="replace") for path in run.path.glob("**/*.*")}
     assert "password=*** WANDB_API_KEY=***" in files["rehearsal-scripted-candidate.log"]
     assert "401 for https://***@host" in files["trials.jsonl"]
-    for secret in ("hunter2", "0123abcd"):
+    for secret in secrets:
         assert not [name for name, text in files.items() if secret in text], secret
         assert secret not in out + err
