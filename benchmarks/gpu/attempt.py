@@ -17,7 +17,7 @@ from pathlib import Path
 
 GRACE_S = 25.0
 """Time to save what was measured, and to end."""
-LONGEST_SAID = 300
+MOST_CHARACTERS = 300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,7 @@ class Ended:
     code: int | None
     """None where the clock ended it."""
     took_s: float
-    said: str
+    last_line: str
     """The last line of its standard error; of its output where it wrote none there."""
 
 
@@ -49,8 +49,8 @@ def attempt(
             code = None
         finally:
             _end(process)
-    said = next((line for stream in ("err", "out") if (line := _last_line(written[stream]))), "")
-    return Ended(code=code, took_s=time.monotonic() - begun, said=said)
+    last_line = next((line for stream in ("err", "out") if (line := _last_line(written[stream]))), "")
+    return Ended(code=code, took_s=time.monotonic() - begun, last_line=last_line)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -66,4 +66,4 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _last_line(path: Path) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1].strip()[:LONGEST_SAID] if lines else ""
+    return lines[-1].strip()[:MOST_CHARACTERS] if lines else ""

@@ -69,7 +69,7 @@ def main(variables: Mapping[str, str], arguments: list[str] | None = None) -> in
         stopped = last is not None and last.outcome == "stopped" and bool(step.resumes)
         words = command(
             step, python=sys.executable, state=state, rehearsing=rehearsing,
-            going_on_with=newest_run(step.name, state) if stopped else None, newest=newest_run("sweep", state),
+            resumed_run=newest_run(step.name, state) if stopped else None, newest=newest_run("sweep", state),
         )  # fmt: skip
         limit_s = max(limit_s, REHEARSAL_S) if rehearsing else limit_s
         ended = attempt(
@@ -78,7 +78,7 @@ def main(variables: Mapping[str, str], arguments: list[str] | None = None) -> in
         return Entry(
             step=step.name, outcome=_outcome(step, ended, rehearsing=rehearsing), code=ended.code, took_s=ended.took_s,
             begun_unix_s=time.time() - ended.took_s, device=machine.device_name, unit=unit, sources=sources,
-            said=ended.said,
+            last_line=ended.last_line,
         )  # fmt: skip
 
     take_steps(chosen, journal, left_s=left_s, run=run)

@@ -43,7 +43,7 @@ class Evidence:
         """One fact of the probe."""
         found = self._facts.get(name)
         if found is None:
-            raise NotSeenError(f"the probe says nothing of {name} ({self._state_of('probe')})")
+            raise NotSeenError(f"the probe has no fact {name} ({self._state_of('probe')})")
         for key in ("error", "skipped"):
             if key in found:
                 raise NotSeenError(f"the probe of {name}: {found[key]}")
@@ -67,7 +67,7 @@ class Evidence:
         except ValueError:
             raise NotSeenError(f"{step}: no document ({self._state_of(step)})") from None
         if not isinstance(found, dict):
-            raise NotSeenError(f"{step}: what it printed is no document")
+            raise NotSeenError(f"{step}: its output is no document")
         return found
 
     def run(self, step: str) -> Run:
@@ -109,7 +109,7 @@ class Evidence:
         last = self._journal.last(step)
         if last is None:
             return "not begun"
-        return f"{last.outcome}: {last.said}" if last.said and last.outcome != "done" else last.outcome
+        return f"{last.outcome}: {last.last_line}" if last.last_line and last.outcome != "done" else last.outcome
 
 
 def newest_run(step: str, state: Path) -> str | None:
@@ -126,11 +126,11 @@ def read_tests(path: Path) -> dict[str, Tested]:
         file = str(case.get("classname", "")).replace(".", "/") + ".py"
         test = Tested(outcome="passed")
         for kind, outcome in (("skipped", "skipped"), ("error", "failed"), ("failure", "failed")):
-            if (said := case.find(kind)) is not None:
-                test = Tested(outcome=outcome, why=_first_line(said))
+            if (element := case.find(kind)) is not None:
+                test = Tested(outcome=outcome, why=_first_line(element))
         found[f"{file}::{case.get('name')}"] = test
     return found
 
 
-def _first_line(said: ElementTree.Element) -> str:
-    return (said.get("message") or said.text or "").strip().partition("\n")[0][:200]
+def _first_line(element: ElementTree.Element) -> str:
+    return (element.get("message") or element.text or "").strip().partition("\n")[0][:200]

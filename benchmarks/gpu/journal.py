@@ -1,4 +1,4 @@
-"""What has been done of a campaign, kept on the disk after each step: the next call goes on where this one ends.
+"""The journal of a campaign, written after each step: the next call resumes where this one ends.
 
 A line is added when a step has ended, however it ended, and none is ever changed; of several of one step the last one
 counts. Calls on machines that are lent and taken back share nothing but this folder.
@@ -36,7 +36,7 @@ class Entry:
     """Which one of its name: the UUID of a GPU."""
     sources: str
     """Hash of what was run (`hash_of_sources`)."""
-    said: str = ""
+    last_line: str = ""
     """The last line that the process wrote to its standard error, where it has no answer."""
 
 
@@ -53,9 +53,7 @@ class Journal:
         self.entries: list[Entry] = list(_read(self._file))
         other = next((entry.device for entry in self.entries if entry.device != device), None)
         if other is not None:
-            raise OtherMachineError(
-                f"{folder} holds what was found on {other}, and this is {device}: give another folder with --state"
-            )
+            raise OtherMachineError(f"{folder} is of {other}, and this is {device}: give another folder with --state")
 
     def add(self, entry: Entry) -> None:
         """Keep how an attempt ended, at once."""
@@ -72,7 +70,7 @@ class Journal:
         return [entry for entry in self.entries if entry.step == step]
 
     def forget(self, steps: Iterable[str]) -> None:
-        """Have steps done again; what was said of them stays in the file of their output until they are."""
+        """Have steps taken again; the files of their output stay until then."""
         names = set(steps)
         self.entries = [entry for entry in self.entries if entry.step not in names]
         self._file.write_text("".join(json.dumps(asdict(entry)) + "\n" for entry in self.entries), encoding="utf-8")
@@ -88,7 +86,7 @@ def _read(file: Path) -> Iterable[Entry]:
 
 
 def hash_of_sources(root: Path) -> str:
-    """Of the code that a campaign runs: where it travels to there is no git that could tell a commit."""
+    """Of the code that a campaign runs: on the machine that it is copied to there may be no repository."""
     hashed = hashlib.sha256()
     for folder in SOURCES:
         for path in sorted((root / folder).rglob("*")):

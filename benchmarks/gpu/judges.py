@@ -1,6 +1,6 @@
-"""The judges of the claims: what of the evidence confirms one, and what refutes it.
+"""The judges of the claims: which evidence confirms a claim, and which refutes it.
 
-A limit stands where the sentence has one; where it has none, here with its reason.
+A limit is the one in the claim's sentence; otherwise it is defined here, with its reason.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def zygote_forks(evidence: Evidence) -> Decision:
     """One thread, no device, and a child that computes on the GPU."""
     found = evidence.fact("zygote")
     child = found["child"]
-    said = f"threads {', '.join(found['threads'])}; fork: {found['refuses_to_fork'] or 'allowed'}"
+    text = f"threads {', '.join(found['threads'])}; fork: {found['refuses_to_fork'] or 'allowed'}"
     if "threads" in child:
-        said += f"; threads after it {len(child['threads'])}, with the device {len(child['threads_with_device'])}"
+        text += f"; threads after it {len(child['threads'])}, with the device {len(child['threads_with_device'])}"
     if child.get("device") == "cpu":
-        return undecided(f"torch sees no GPU in the child; {said}")
+        return undecided(f"torch sees no GPU in the child; {text}")
     alone = len(found["threads"]) == len(child.get("threads", ())) == 1
     holds = alone and found["refuses_to_fork"] is None and child.get("sum") == 8.0
-    return decided(holds, f"{said}; child: {child.get('error') or child['device']}")
+    return decided(holds, f"{text}; child: {child.get('error') or child['device']}")
 
 
 def child_reads_nvml(evidence: Evidence) -> Decision:
@@ -54,21 +54,21 @@ def events_agree(evidence: Evidence) -> Decision:
     """A lap by events is the wall's, and holds no less than the kernels that CUPTI recorded in it."""
     found = evidence.fact("clock")
     wall, kernels = found["events_over_wall"], found["events_over_kernels"]
-    said = f"events over wall {wall:.4f}, over recorded kernels {kernels:.4f}" if kernels else f"over wall {wall:.4f}"
+    text = f"events over wall {wall:.4f}, over recorded kernels {kernels:.4f}" if kernels else f"over wall {wall:.4f}"
     if kernels is None:
-        return undecided(f"no kernel was recorded; {said}")
-    return decided(0.99 <= wall <= 1.001 and 0.995 <= kernels <= 1.05, said)
+        return undecided(f"no kernel was recorded; {text}")
+    return decided(0.99 <= wall <= 1.001 and 0.995 <= kernels <= 1.05, text)
 
 
 def hand_over_costs_nothing(evidence: Evidence) -> Decision:
-    """The step after a rest as long as a hand-over, against steps without one; steps without one, measured again, say
-    what noise is."""
+    """The step after a rest as long as a hand-over, against steps without one; steps without one, measured again, show
+    the noise."""
     after = evidence.fact("clock")["after_rest"]
     slowed, noise = after[HAND_OVER_S] - 1, abs(after[NO_REST] - 1)
-    said = ", ".join(f"× {ratio:.3f} after {float(rest) * 1e3:g} ms" for rest, ratio in after.items())
+    text = ", ".join(f"× {ratio:.3f} after {float(rest) * 1e3:g} ms" for rest, ratio in after.items())
     if slowed <= REST_EFFECT:
-        return decided(True, said)
-    return decided(False, said) if slowed > REST_EFFECT + 2 * noise else undecided(f"within noise: {said}")
+        return decided(True, text)
+    return decided(False, text) if slowed > REST_EFFECT + 2 * noise else undecided(f"within noise: {text}")
 
 
 def counter_moves_often_enough(evidence: Evidence) -> Decision:
@@ -83,15 +83,15 @@ def idle_clocks_are_left_out(evidence: Evidence) -> Decision:
     """While work is queued no moment is one of an idle GPU."""
     found = evidence.fact("counters")
     queued, after = found["queued"], found["after"]
-    said = (
+    text = (
         f"idle in {queued['idle']} of {queued['of']} moments with work queued, in {after['idle']} of {after['of']} "
         f"after it; {(queued['sm_clock_hz'] or 0) / 1e9:.2f} and {(after['sm_clock_hz'] or 0) / 1e9:.2f} GHz"
     )
-    return decided(queued["idle"] == 0, said)
+    return decided(queued["idle"] == 0, text)
 
 
 def flash_refuses_a_mask(evidence: Evidence) -> Decision:
-    """Forced to one backend, an explicit mask is refused by flash; what then runs is said."""
+    """Forced to one backend, an explicit mask is refused by flash; the evidence names the backend that then runs."""
     found = evidence.fact("attention")
     takes = ", ".join(name for name, taken in found["takes_mask"].items() if taken) or "none"
     chosen = ", ".join(f"{case}: {backend}" for case, backend in found["chosen"].items())
@@ -115,15 +115,15 @@ def step_is_explained(variant: str) -> Judge:
         step = _profile(evidence, variant)["step"]
         rest, whole = step["remainder"], step["step"]["value"]
         low, high = (100 * rest[end] / whole for end in ("low", "high"))
-        said = f"a step of {whole * 1e3:.1f} ms leaves [{low:.2f}, {high:.2f}] % unexplained ({step['pairs']} pairs)"
-        return undecided(said) if step["explained"] is None else decided(step["explained"], said)
+        text = f"a step of {whole * 1e3:.1f} ms leaves [{low:.2f}, {high:.2f}] % unexplained ({step['pairs']} pairs)"
+        return undecided(text) if step["explained"] is None else decided(step["explained"], text)
 
     return judge
 
 
 def kernels_are_known(evidence: Evidence) -> Decision:
     """The profiles' seconds are those of kernels with a name."""
-    said, worst = [], 0.0
+    text, worst = [], 0.0
     for variant in BASES:
         seconds = {
             category: sum(phases.values()) for category, phases in _profile(evidence, variant)["categories_s"].items()
@@ -133,21 +133,21 @@ def kernels_are_known(evidence: Evidence) -> Decision:
             return undecided(f"{variant}: no kernel was recorded")
         share = seconds.get("other", 0.0) / busy
         worst = max(worst, share)
-        said.append(f"{variant}: {100 * share:.2f} % of the kernels' time without a name")
-    return decided(worst <= MOST_UNKNOWN, "; ".join(said))
+        text.append(f"{variant}: {100 * share:.2f} % of the kernels' time without a name")
+    return decided(worst <= MOST_UNKNOWN, "; ".join(text))
 
 
-def nobody_beats_the_peak(evidence: Evidence) -> Decision:
-    """A step's share of the stated peak is a share."""
-    said, holds = [], True
+def peak_is_not_exceeded(evidence: Evidence) -> Decision:
+    """A step's share of the stated peak is below 1."""
+    text, holds = [], True
     for variant in BASES:
         trained = _profile(evidence, variant)["ceilings"].get("train")
         if not trained:
             return undecided("the device has no stated peak")
         used = trained["hfu"]
-        said.append(f"{variant}: HFU {100 * used['value']:.1f} %, MFU {100 * trained['mfu']['value']:.1f} %")
+        text.append(f"{variant}: HFU {100 * used['value']:.1f} %, MFU {100 * trained['mfu']['value']:.1f} %")
         holds = holds and 0 < used["value"] < 1
-    return decided(holds, "; ".join(said))
+    return decided(holds, "; ".join(text))
 
 
 def study_is_valid(evidence: Evidence) -> Decision:
@@ -184,11 +184,11 @@ def estimate_is_near(variant: str) -> Judge:
         if train["measured_bytes"] is None:
             return undecided("the study has left no peak to compare with")
         off = train["measured_bytes"] / train["total_bytes"] - 1
-        said = (
+        text = (
             f"estimated {train['total_bytes'] / 2**30:.2f} GiB, measured {train['measured_bytes'] / 2**30:.2f} GiB: "
             f"{100 * off:+.1f} %"
         )
-        return decided(ERRORS[0] <= off <= ERRORS[1], said)
+        return decided(ERRORS[0] <= off <= ERRORS[1], text)
 
     return judge
 
@@ -202,14 +202,14 @@ def same_is_same(evidence: Evidence) -> Decision:
 
 
 def slowdown_is_found(evidence: Evidence) -> Decision:
-    """The candidate has more work in each step: it is slower, and called so."""
+    """The candidate has more work in each step: the verdict must be regressed."""
     step = next((one for one in _twins(evidence)["comparisons"] if one["metric"] == "step_time_s"), None)
     if step is None:
         return undecided("nothing was compared")
-    said = f"{_interval(step)} {step['verdict']}"
+    text = f"{_interval(step)} {step['verdict']}"
     if step["verdict"] == "regressed":
-        return decided(True, said)
-    return undecided(f"the work is too little: {said}") if step["ratio"] < 1 + FOUND else decided(False, said)
+        return decided(True, text)
+    return undecided(f"the work is too little: {text}") if step["ratio"] < 1 + FOUND else decided(False, text)
 
 
 def _twins(evidence: Evidence) -> dict[str, Any]:
@@ -228,10 +228,10 @@ def warm_requests_are_timed(evidence: Evidence) -> Decision:
             means[one.name] = (sum(first) / len(first), sum(whole) / len(whole))
     if len(means) < len(BASES):
         return undecided(f"requests of {', '.join(means) or 'no variant'} were timed")
-    said = "; ".join(
+    text = "; ".join(
         f"{name}: {first * 1e3:.0f} ms to the first token of {whole:.2f} s" for name, (first, whole) in means.items()
     )
-    return decided(all(0 < first <= whole for first, whole in means.values()), said)
+    return decided(all(0 < first <= whole for first, whole in means.values()), text)
 
 
 def energy_is_recorded(evidence: Evidence) -> Decision:
@@ -240,12 +240,12 @@ def energy_is_recorded(evidence: Evidence) -> Decision:
     if not found:
         return undecided("no isolated trial ended")
     lacking = [one.trial for one in found if not one.values.get("device_energy_train_j")]
-    said = "; ".join(
+    text = "; ".join(
         f"{one.name}: {one.values.get('device_energy_train_j', 0.0) / one.values['energy_steps']:.0f} J a step at "
         f"{one.values.get('device_sm_clock_max_train_hz', 0.0) / 1e9:.2f} GHz"
         for one in found
     )
-    return decided(not lacking and all("device_sm_clock_max_train_hz" in one.values for one in found), said)
+    return decided(not lacking and all("device_sm_clock_max_train_hz" in one.values for one in found), text)
 
 
 def claims_are_decided(evidence: Evidence) -> Decision:
@@ -254,11 +254,11 @@ def claims_are_decided(evidence: Evidence) -> Decision:
     if "claims" not in found:
         raise NotSeenError("claims: rehearsed only")
     judged = [one for one in found["claims"] if one["verdict"] != "not judged"]
-    said = "; ".join(f"{one['id']} {one['verdict']}" for one in judged)
+    text = "; ".join(f"{one['id']} {one['verdict']}" for one in judged)
     open_ones = [one["id"] for one in judged if one["verdict"] == "inconclusive"]
     if not judged or open_ones:
-        return undecided(f"inconclusive: {', '.join(open_ones)}; {said}" if judged else "no claim was judged")
-    return decided(True, said)
+        return undecided(f"inconclusive: {', '.join(open_ones)}; {text}" if judged else "no claim was judged")
+    return decided(True, text)
 
 
 def script_is_measured(evidence: Evidence) -> Decision:
@@ -284,7 +284,7 @@ def engine_ran(step: str) -> Judge:
 
 def cold_has_its_parts(evidence: Evidence) -> Decision:
     """Import, load, first token and completion, each a number, and their sum within the whole."""
-    cold = [one.values for one in evidence.run("cold").records if "cold_start_time_s" in one.values]
+    cold = [one.values for one in evidence.run("study").records if "cold_start_time_s" in one.values]
     if not cold:
         return undecided("no cold start ended")
     parts = ("cold_import_time_s", "cold_load_time_s", "cold_completion_time_s")
@@ -297,14 +297,14 @@ def cudnn_takes_a_mask_on_hopper(evidence: Evidence) -> Decision:
     """On sm_90 and sm_100 an explicit mask is cuDNN's; elsewhere memory-efficient takes it."""
     found = evidence.fact("attention")
     takes = found["takes_mask"]
-    said = f"capability {found['capability']}: " + ", ".join(f"{name} {taken}" for name, taken in takes.items())
+    text = f"capability {found['capability']}: " + ", ".join(f"{name} {taken}" for name, taken in takes.items())
     if found["capability"] in ("9.0", "10.0"):
-        return decided(takes["CUDNN_ATTENTION"] and "CUDNN" in found["chosen"]["masked"], said)
-    return decided("EFFICIENT" in found["chosen"]["masked"], said)
+        return decided(takes["CUDNN_ATTENTION"] and "CUDNN" in found["chosen"]["masked"], text)
+    return decided("EFFICIENT" in found["chosen"]["masked"], text)
 
 
 def device_start_is_recorded(evidence: Evidence) -> Decision:
-    """Isolated trials of the study say what the device's own start took."""
+    """Isolated trials of the study record how long the device took to start."""
     starts = [one.values["device_start_time_s"] for one in evidence.run("study").records
               if "device_start_time_s" in one.values]  # fmt: skip
     if not starts:
@@ -321,8 +321,8 @@ def all_settings_share_a_base(evidence: Evidence) -> Decision:
     if not [one for one in turns if one.status == "ok"]:
         return decided(False, "; ".join(bad)) if bad else undecided(f"no trial ended; {run.manifest.status}")
     settings = {one.name for one in turns if one.status == "ok"}
-    said = f"{len(settings)} settings took turns on one base"
-    return decided(not bad, said + (f"; {'; '.join(bad)}" if bad else ""))
+    text = f"{len(settings)} settings took turns on one base"
+    return decided(not bad, text + (f"; {'; '.join(bad)}" if bad else ""))
 
 
 def _profile(evidence: Evidence, variant: str) -> dict[str, Any]:

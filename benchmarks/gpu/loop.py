@@ -60,5 +60,5 @@ def take_steps(
         print(f"{step.name}: {step.asks} (at most {limit_s:.0f} s)", file=sys.stderr, flush=True)
         entry = run(step, limit_s)
         journal.add(entry)
-        said = f": {entry.said}" if entry.outcome in ("failed", "stopped") and entry.said else ""
-        print(f"  {entry.outcome} after {entry.took_s:.0f} s{said}", file=sys.stderr, flush=True)
+        reason = f": {entry.last_line}" if entry.outcome in ("failed", "stopped") and entry.last_line else ""
+        print(f"  {entry.outcome} after {entry.took_s:.0f} s{reason}", file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 Fact = dict[str, Any]
-NEEDS_NO_CARD = ("zygote",)
+NEEDS_NO_GPU = ("zygote",)
 RESTS_S = (0.0, 0.003, 0.03, 0.3, 2.0)
 """None, which shows the noise; about what a hand-over between turns takes; a pause in which a GPU may lower
 its clocks."""
@@ -26,7 +26,7 @@ COUNTED_S = 1.5
 
 
 def machine() -> Fact:
-    """Card, driver and libraries; what the context of a process takes, in seconds and in bytes."""
+    """GPU, driver and libraries; what the context of a process takes, in seconds and in bytes."""
     import torch
 
     begin = time.perf_counter()
@@ -35,9 +35,9 @@ def machine() -> Fact:
     started_s = time.perf_counter() - begin
     from lorameter.machine.gpus import neighbours_of
 
-    card = open_gpu()
-    own, facts = neighbours_of(card, generations=0).own_bytes, card.facts()
-    card.close()
+    gpu = open_gpu()
+    own, facts = neighbours_of(gpu, generations=0).own_bytes, gpu.facts()
+    gpu.close()
     return {
         "name": torch.cuda.get_device_name(),
         "driver": facts["driver"].value,
@@ -62,7 +62,7 @@ def zygote() -> Fact:
     )  # fmt: skip
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
-        raise RuntimeError((done.stderr.strip().splitlines() or ["it said nothing"])[-1])
+        raise RuntimeError((done.stderr.strip().splitlines() or ["it printed nothing"])[-1])
     return dict(json.loads(lines[-1]))
 
 
@@ -122,7 +122,7 @@ def clock() -> Fact:
         after[str(rest)] = statistics.median(rested) / lap_s
     watched: list[float] = []
     events = recorded(lambda: watched.append(watch(lambda: work(20))[1].time_s))
-    kernels_s = sum(one.time_s for one in events if one.on_card)
+    kernels_s = sum(one.time_s for one in events if one.on_gpu)
     return {
         "lap_s": lap_s,
         "events_over_wall": statistics.median(lap / wall for lap, wall in zip(laps[3:], walls[3:], strict=True)),
@@ -135,12 +135,12 @@ def counters() -> Fact:
     """How often the energy counter moves, and clocks while work is queued and after it."""
     import torch
 
-    card, work = open_gpu(), products()
-    moved, before, end = [], card.energy_j().value, time.perf_counter() + COUNTED_S
+    gpu, work = open_gpu(), products()
+    moved, before, end = [], gpu.energy_j().value, time.perf_counter() + COUNTED_S
     while time.perf_counter() < end:
         work(2)
         torch.cuda.synchronize()
-        now = card.energy_j().value
+        now = gpu.energy_j().value
         if now != before:
             moved.append(time.perf_counter())
             before = now
@@ -148,10 +148,10 @@ def counters() -> Fact:
     queued, after = [], []
     for _ in range(10):
         work(60)
-        queued.append(card.sample())
+        queued.append(gpu.sample())
         torch.cuda.synchronize()
-        after.append(card.sample())
-    card.close()
+        after.append(gpu.sample())
+    gpu.close()
     return {
         "energy_period_ms": statistics.median(gaps) if gaps else None,
         "queued": clocks(queued),
@@ -160,7 +160,7 @@ def counters() -> Fact:
 
 
 def clocks(samples: list[Any]) -> Fact:
-    """The clocks of some moments, and in how many of them the GPU says that it idles."""
+    """The clocks of some moments, and how many of them are of an idle GPU."""
     found = [one["sm_clock_hz"].value for one in samples if one["sm_clock_hz"].known]
     return {
         "sm_clock_hz": statistics.median(found) if found else None,
@@ -199,7 +199,7 @@ def names() -> Fact:
     for call, run in calls.items():
         run()
         torch.cuda.synchronize()
-        kernels = {one.name for one in recorded(run) if one.on_card}
+        kernels = {one.name for one in recorded(run) if one.on_gpu}
         found[call] = {name[:160]: getattr(classify(name), "name", None) for name in sorted(kernels)}
     unknown = sorted({name for kernels in found.values() for name, rule in kernels.items() if rule is None})
     return {"kernels": found, "unknown": unknown, "empty": [call for call, kernels in found.items() if not kernels]}
@@ -210,14 +210,14 @@ class Recorded(NamedTuple):
 
     name: str
     time_s: float
-    on_card: bool
+    on_gpu: bool
 
 
 def recorded(call: Callable[[], object]) -> list[Recorded]:
     """What torch.profiler records of a call and of the wait for it; once more where nothing of it is the GPU's, as it
     can come on the heels of another session (a race in CUPTI)."""
     found = _session(call)
-    return found if any(one.on_card for one in found) else _session(call)
+    return found if any(one.on_gpu for one in found) else _session(call)
 
 
 def _session(call: Callable[[], object]) -> list[Recorded]:
@@ -271,7 +271,7 @@ def main(arguments: list[str]) -> int:
         name = look.__name__
         if arguments and name not in arguments:
             continue
-        if name not in NEEDS_NO_CARD and not torch.cuda.is_available():
+        if name not in NEEDS_NO_GPU and not torch.cuda.is_available():
             found: Fact = {"skipped": f"no CUDA device: torch {torch.__version__} sees none"}
         else:
             try:

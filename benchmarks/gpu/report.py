@@ -1,4 +1,4 @@
-"""What a campaign has found, as text, as a document, and as files that stay: its steps, its facts, its claims."""
+"""The report of a campaign: its steps and claims as text and as a document, and the files that are kept."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KEPT_OF_A_RUN = ("manifest.json", "trials.jsonl", "checks.jsonl")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Campaign:
-    """All that a report says."""
+    """The content of a report."""
 
     machine: Machine
     origin: str
@@ -77,12 +77,12 @@ def _about(campaign: Campaign) -> list[str]:
         ]
     units = sorted({entry.unit for entry in campaign.journal.entries})
     sources = sorted({entry.sources for entry in campaign.journal.entries})
-    said = [f"GPU {campaign.machine.device_name}, driver {campaign.machine.driver}"]
+    lines = [f"GPU {campaign.machine.device_name}, driver {campaign.machine.driver}"]
     if len(units) > 1:
-        said.append(f"on {len(units)} GPUs of this name, one after the other")
+        lines.append(f"on {len(units)} GPUs of this name, one after the other")
     if len(sources) > 1:
-        said.append(f"by {len(sources)} states of the sources: what was done before a change has not been done again")
-    return said
+        lines.append(f"by {len(sources)} states of the sources: steps from before a change were not repeated")
+    return lines
 
 
 def _steps(campaign: Campaign) -> list[str]:
@@ -93,7 +93,7 @@ def _steps(campaign: Campaign) -> list[str]:
             lines.append(f"  {'not begun':10} {'':>7}  {one.name}: {one.asks}")
             continue
         last, took = attempts[-1], sum(entry.took_s for entry in attempts)
-        why = f" – {last.said}" if last.outcome in ("failed", "stopped") and last.said else ""
+        why = f" – {last.last_line}" if last.outcome in ("failed", "stopped") and last.last_line else ""
         skipped = f" – {one.skipped}" if last.outcome == "rehearsed" else ""
         lines.append(f"  {last.outcome:10} {took:6.0f} s  {one.name}: {one.asks}{skipped}{why}")
     return lines

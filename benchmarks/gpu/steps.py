@@ -1,6 +1,6 @@
-"""The steps of the campaign: what each asks of a GPU, the command that answers, and how long it may take.
+"""The steps of the campaign: the question that each answers on a GPU, its command, and how long it may take.
 
-They are in the order of what they decide in a minute: facts and proofs of fast paths, Llama-2-7B on both bases, the
+They are ordered by how much they decide in a minute: facts and proofs of fast paths, Llama-2-7B on both bases, the
 claims of the study of LoRA parameters, an A/B with an injected slow-down, and then the rest. A step is a process of its
 own: one that hangs, or takes the GPU with it, costs its own time and nothing else. On a machine without a GPU each is
 rehearsed by what of it can run there: the same command where that says itself what it lacks, else the part of it that
@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-STUDY, CARD = "lora-or-qlora", "--profile=gpu"
+STUDY, PROFILE = "lora-or-qlora", "--profile=gpu"
 """The default study, and the profile of it that fills a GPU with Llama-2-7B."""
 BASES = ("lora-r16", "qlora-nf4-r16")
 """Its variants in bf16 and in NF4, which differ in nothing else."""
@@ -92,7 +92,7 @@ def tests(name: str, asks: str, *files: str, expected_s: float) -> Step:
 
 def of_variant(command: str, variant: str, asks: str, *options: str, expected_s: float) -> Step:
     """`lorameter estimate` or `profile` of one variant of the study; a rehearsal estimates it for this CPU."""
-    named = (f"{STUDY}:{variant}", CARD)
+    named = (f"{STUDY}:{variant}", PROFILE)
     return Step(
         name=f"{command}-{variant}",
         asks=asks,
@@ -126,7 +126,7 @@ STEPS: tuple[Step, ...] = (
         "study",
         "Llama-2-7B in bf16 and in NF4: does all that is claimed run, how fast, warm and cold, with which peak",
         STUDY,
-        CARD,
+        PROFILE,
         *(f"--variant={variant}" for variant in BASES),
         "--phase=train",
         "--phase=generate",
@@ -219,7 +219,7 @@ STEPS: tuple[Step, ...] = (
 
 
 def command(
-    chosen: Step, *, python: str, state: Path, rehearsing: bool = False, going_on_with: str | None = None,
+    chosen: Step, *, python: str, state: Path, rehearsing: bool = False, resumed_run: str | None = None,
     newest: str | None = None,
 ) -> list[str]:  # fmt: skip
     """The whole command of a step, whose runs and files lie in a folder of the state.
@@ -229,12 +229,12 @@ def command(
         python: the interpreter.
         state: where the campaign keeps what it has.
         rehearsing: whether there is no GPU.
-        going_on_with: the id of the step's run that was stopped; None to begin anew.
+        resumed_run: the id of the step's run that was stopped; None to begin anew.
         newest: the id of the newest run of the sweep; None where there is none.
     """
     words = chosen.rehearsal if rehearsing and chosen.rehearsal else chosen.words
-    if going_on_with is not None:
-        words = (*chosen.resumes, going_on_with)
+    if resumed_run is not None:
+        words = (*chosen.resumes, resumed_run)
     stand_ins = {
         RUNS: str(runs_of(chosen.name, state)),
         XML: str(state / "outputs" / f"{chosen.name}.xml"),

@@ -80,10 +80,10 @@ def compare_measured(model: str) -> Iterator[str]:
             expected = estimate_memory(variant, workload, shape, phase=phase, stored=stored).total_bytes
             peak, share = found[phase]["peak"], found[phase]["share"]
             error = expected / peak - 1
-            said = f"{name:26}{phase:10}{expected / 2**20:10.0f}{peak / 2**20:10.0f}{error:+8.1%}{share:+13.1%}"
-            print(said, flush=True)
+            line = f"{name:26}{phase:10}{expected / 2**20:10.0f}{peak / 2**20:10.0f}{error:+8.1%}{share:+13.1%}"
+            print(line, flush=True)
             if abs(error) > LIMIT or abs(share) > UNEXPLAINED:
-                yield " ".join(said.split())
+                yield " ".join(line.split())
 
 
 def in_child(variant: Variant, workload: Workload) -> Mapping[str, Any]:

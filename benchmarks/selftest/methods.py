@@ -94,8 +94,8 @@ def main() -> int:
         (run,) = (path for path in runs.iterdir() if path.is_dir())
         for record in store.read_run(str(run), runs).records:
             if record.role == "variant" and "-isolated" not in record.trial:
-                said = "" if record.failure is None else f": {' '.join(record.failure.message.split())}"
-                outcomes[record.name] = f"{record.status}{said}"
+                reason = "" if record.failure is None else f": {' '.join(record.failure.message.split())}"
+                outcomes[record.name] = f"{record.status}{reason}"
     broken = []
     for one in every:
         fact = facts[one.name]

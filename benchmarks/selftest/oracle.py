@@ -387,5 +387,5 @@ def faults_of_families(names: Sequence[str]) -> Iterator[str]:
                 continue
             backends[found.backend or "none or several"] += 1
             yield from faults
-    said = ", ".join(f"{count} {backend}" for backend, count in backends.most_common())
-    print(f"{backends.total()} families: {said}; {unbuildable} cannot be built small or do not train", flush=True)
+    counted = ", ".join(f"{count} {backend}" for backend, count in backends.most_common())
+    print(f"{backends.total()} families: {counted}; {unbuildable} cannot be built small or do not train", flush=True)

@@ -81,9 +81,9 @@ def _replicate(
     process = rng.normal(0.0, PROCESS_SD, (count, 1))
     steps = 0.5 * np.exp(_course(rng, count, protocol.turns * protocol.steps_per_turn) + process)
     requests = 0.3 * np.exp(_course(rng, count, protocol.generate_requests) + process)
-    asked = rng.integers(8, study.workload.open_ended_tokens - 3, protocol.generate_requests)
-    tokens = (asked + rng.integers(-3, 4, (count, asked.size))).astype(float)  # each setting's own answer
-    natural = TOKEN_S * tokens * np.exp(_course(rng, count, asked.size) + process)
+    requested = rng.integers(8, study.workload.open_ended_tokens - 3, protocol.generate_requests)
+    tokens = (requested + rng.integers(-3, 4, (count, requested.size))).astype(float)  # each setting's own answer
+    natural = TOKEN_S * tokens * np.exp(_course(rng, count, requested.size) + process)
     losses = np.exp(0.5 + rng.normal(0.0, SEED_SD) + rng.normal(0.0, LOSS_SD, count))
     losses[-1] = losses[[variant.name for variant, _ in members].index(study.reference)]
     for index, (variant, role) in enumerate(members):

@@ -156,18 +156,18 @@ def judge_level(level: str, records: list[TrialRecord]) -> Iterator[str]:
     loads = max(sum(one.values.get("base_loads", 0.0) for one in group) for group in groups.values())
     smallest = "nothing" if control.mde80 is None else f"a slow-down of {100 * control.mde80:.3g} %"
     ratio = format_ratio(control.ratio, control.low, control.high)
-    said = (
+    line = (
         f"levels: {level}: {control.replicates} replicates, control {ratio}, {smallest} is found with 80 % power, "
         f"{loads:g} loads of the base a replicate"
     )
     if level == "replicates":
-        print(said, flush=True)
+        print(line, flush=True)
         return
     overhead = max(
         group[0].values["turns_wall_time_s"] / sum(sum(one.samples["step_time_s"]) for one in group)
         for group in groups.values()
     )
-    print(f"{said}, turn phase over its timed steps {overhead:.3f}", flush=True)
+    print(f"{line}, turn phase over its timed steps {overhead:.3f}", flush=True)
     if level == "shared-base" and (overhead > MAX_OVERHEAD or loads != 1):
         yield f"levels: shared-base: overhead {overhead:.3f} (at most {MAX_OVERHEAD}), {loads:g} loads (1)"
 

@@ -5,7 +5,7 @@ import torch
 
 from lorameter.attach.measures import StepSamples, Work
 from lorameter.attach.observer import StepReading, TrainingInfo, weakly
-from lorameter.models.costs.flops import StepTokens, six_n, training_flops
+from lorameter.models.costs.flops import StepTokens, training_flops
 from lorameter.models.shapes import shape_of_config
 from lorameter.studies.variant import LoraVariant
 
@@ -42,16 +42,6 @@ def test_an_adapter_is_counted_as_that_of_a_variant(make_model, gathered):
     assert values["model_flops_per_step"] == training_flops(shape, variant, TOKENS).model
     assert values["peak_flops_per_s"] == pytest.approx(66.9e12)
     assert work(model.to(torch.bfloat16)).values(gathered, H100)["peak_flops_per_s"] == pytest.approx(989.4e12)
-
-
-def test_a_model_without_an_adapter_trains_all(make_model, gathered):
-    """6 N; inside what distributes it, too."""
-    model = make_model().get_base_model()
-    del model.peft_config
-    shape = shape_of_config(model.config.to_dict(), "model")
-    wrapped = torch.nn.Module()
-    wrapped.module = model
-    assert work(wrapped).values(gathered, H100)["model_flops_per_step"] == six_n(shape, TOKENS)
 
 
 def test_what_is_not_known_is_left_out(make_model, gathered):

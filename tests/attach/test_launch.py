@@ -54,10 +54,10 @@ def test_a_command_is_as_it_is_and_its_training_a_run(wrap, capfd, tmp_path):
     assert len(record.samples["step_time_s"]) >= 5
     assert {check["path"]: check["status"] for check in record.checks}["mode"] == "active"
     assert not record.notices
-    told = capfd.readouterr()
-    assert told.out == "trained\n"
-    assert "tokens/s" in told.err
-    assert "steps lie between two updates" in told.err
+    printed = capfd.readouterr()
+    assert printed.out == "trained\n"
+    assert "tokens/s" in printed.err
+    assert "steps lie between two updates" in printed.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "train.py"]
     assert (tmp_path / "train.py").read_text() == LOOP
 
@@ -95,19 +95,19 @@ def test_however_a_training_ends_it_is_a_row(wrap, end, code, status, said):
 
 
 def test_a_crash_before_training_leaves_no_run(wrap, capfd):
-    """Nor does a command that trains nothing; why is said, and the exit code is the command's."""
+    """Nor does a command that trains nothing. The exit code is the command's, or 4 where something was required."""
     assert wrap("raise SystemExit(5)") == (5, None)
     assert (
         "ended with exit code 5, and no Trainer and no optimizer of torch had begun to train" in capfd.readouterr().err
     )
-    assert wrap("print('nothing')") == (0, None)
-    told = capfd.readouterr()
-    assert told.out == "nothing\n"
-    assert "nothing was measured: the command has ended, and no Trainer" in told.err
+    assert wrap("print('nothing')", "--require", "base.bits=4") == (4, None)
+    printed = capfd.readouterr()
+    assert printed.out == "nothing\n"
+    assert "nothing was measured: the command has ended, and no Trainer" in printed.err
 
 
-def test_a_python_that_reads_no_path_is_said(wrap, capfd):
-    """The hook was loaded by nobody."""
+def test_a_python_that_reads_no_path_is_reported(wrap, capfd):
+    """No interpreter of the command loads the hook."""
     assert wrap("print('alone')", python=(sys.executable, "-I")) == (0, None)
     assert "no Python of the command has loaded the hook" in capfd.readouterr().err
 
@@ -179,9 +179,9 @@ def test_a_command_that_there_is_not_is_refused(tmp_path, capsys):
     """As is none at all."""
     assert main(["wrap", "--runs-dir", str(tmp_path), "--", "no-such-program"]) == 2
     assert main(["wrap", "--runs-dir", str(tmp_path)]) == 2
-    told = capsys.readouterr().err
-    assert "no-such-program: No such file or directory" in told
-    assert "no command. Write it behind --" in told
+    printed = capsys.readouterr().err
+    assert "no-such-program: No such file or directory" in printed
+    assert "no command. Write it behind --" in printed
 
 
 def test_signals_of_a_terminal_are_not_sent_twice(monkeypatch):
@@ -194,8 +194,7 @@ def test_signals_of_a_terminal_are_not_sent_twice(monkeypatch):
 
     for in_terminal in (True, False):
         monkeypatch.setattr(launch, "_in_terminal", lambda there=in_terminal: there)
-        with launch.SignalForwarding() as signals:
-            signals.forward_to(Process())
+        with launch.forward_signals(Process()):
             for number in (signal.SIGINT, signal.SIGUSR1):
                 os.kill(os.getpid(), number)
     assert sent == [signal.SIGUSR1, signal.SIGINT, signal.SIGUSR1]

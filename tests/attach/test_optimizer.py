@@ -1,7 +1,6 @@
 """A loop that nobody announces: its steps are seen by the updates of an optimizer, whoever calls or replaces them."""
 
 import functools
-import pickle
 
 import pytest
 import torch
@@ -98,46 +97,6 @@ def test_of_two_trainings_the_first_is_followed(listener, model, source, how, ca
     train(model, sgd(model), batches(3))
     assert len(listener.trainings) == 2
     assert capfd.readouterr().err.count("another training of this script") == 1
-
-
-def test_an_optimizer_of_each_parameter_is_one_training(listener, source):
-    """Updates inside the backward pass: many optimizers, each once a step."""
-    model = torch.nn.Sequential(torch.nn.Embedding(16, 4), *(torch.nn.Linear(4, 4) for _ in range(4)))
-    for parameter in model.parameters():
-        optimizer = torch.optim.SGD([parameter], lr=0.1)
-
-        def update(parameter, optimizer=optimizer):
-            optimizer.step()
-            optimizer.zero_grad()
-
-        parameter.register_post_accumulate_grad_hook(update)
-    for ids in batches(6):
-        model(ids).sum().backward()
-    assert tokens(listener) == [15] * 5
-    assert len(listener.trainings) == 1
-
-
-def test_at_the_end_everything_is_as_it_was_found(listener, model, source):
-    """On torch's functions and classes; nothing was ever on the model or the optimizer."""
-    loader = torch.utils.data.dataloader._BaseDataLoaderIter
-
-    def found():
-        return torch.autograd.backward, torch.nn.Module.__call__, loader.__next__, torch.amp.GradScaler.scale
-
-    before = found()
-    optimizer = sgd(model)
-    listener.answers = [ObserverReply(), ObserverReply(watch={}), ObserverReply()]
-    train(model, optimizer, batches(2))
-    assert not set(before) & set(found())
-    assert len(pickle.dumps(model)) > 100  # a step is to be watched, and may never come
-    train(model, optimizer, batches(1))
-    source.end()
-    assert found() == before
-    assert "step" not in vars(optimizer)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert listener.ends == [None]
-    train(model, optimizer, batches(1))
-    assert len(listener.readings) == 2
 
 
 @pytest.mark.usefixtures("source")

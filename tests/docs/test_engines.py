@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 from pathlib import Path
@@ -15,18 +14,11 @@ from lorameter.studies.study_file import load_study
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "engines.md"
 EXAMPLES = ROOT / "docs" / "examples"
-QUICK = ("--replicates", "1", "--steps", "2", "--interleave", "lockstep", "--allow-disturbed", "--json")
 
 
 def blocks(kind):
     """The text of each block of a kind."""
     return [part.split("\n```", 1)[0] for part in PAGE.read_text(encoding="utf-8").split(f"```{kind}\n")[1:]]
-
-
-def typed():
-    """Each command of a shell, as its words, without what is said of it."""
-    lines = (line.partition(" #")[0] for block in blocks("sh") for line in block.splitlines())
-    return [shlex.split(line)[1:] for line in lines]
 
 
 @pytest.fixture
@@ -65,23 +57,3 @@ def test_its_studies_of_other_trainers_are_read(page, name, title):
     assert study.of_scripts
     assert study.engine.obstacle("cpu").startswith(f"{title} runs on a GPU only")
     assert all("read 2026-" in claim.source for claim in study.claims)
-
-
-@pytest.mark.selftest
-def test_its_script_is_measured(page, capsys):
-    """Real processes with a small llama: the engine was seen in one of them alone; one replicate gives no verdict."""
-    words = next(words for words in typed() if "python engine_flags.py {--gradient_checkpointing}" in words)
-    assert main([*words, "--runs-dir", "runs", *QUICK]) == 0
-    run = json.loads(capsys.readouterr().out)
-    assert run["trials"] == {"ok": 3}
-    main(["claims", run["run"], "--runs-dir", "runs", "--json"])
-    found = json.loads(capsys.readouterr().out)
-    (shown,) = found["engine"]["proof"]
-    assert (shown["path"], shown["found"], shown["with_engine"], shown["without"]) == (
-        "checkpointing", "active", True, False,
-    )  # fmt: skip
-    for claim in found["claims"]:
-        assert claim["verdict"] == "not judged"
-        assert claim["parts"][0]["reason"].startswith(("1 replicate: ", "peak memory: 1 replicate "))
-    assert found["engine"]["versions"]["torch"]
-    assert found["engine"]["commands"]["checkpointed"] == "python engine_flags.py --gradient_checkpointing"

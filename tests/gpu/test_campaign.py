@@ -1,19 +1,16 @@
-"""The campaign goes on where it stopped, within the time of a call, and says what became of each step."""
+"""The campaign resumes where it stopped, within the time of a call, and reports the outcome of each step."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from benchmarks.gpu import campaign, loop
-from benchmarks.gpu.attempt import GRACE_S, Ended, attempt
+from benchmarks.gpu.attempt import GRACE_S, Ended
 from benchmarks.gpu.journal import Entry, Journal
 from benchmarks.gpu.steps import STEPS, Step, command
 from lorameter.cli import main
@@ -72,7 +69,7 @@ def test_a_call_begins_only_what_fits_and_the_next_goes_on(kept, tmp_path):
     assert Call(steps, again, 400, {}).names == []
 
 
-def test_a_run_that_can_be_gone_on_with_takes_what_is_left_of_each_call(kept):
+def test_a_run_that_can_be_resumed_takes_the_rest_of_each_call(kept):
     """It is stopped with the call, resumed in the next, and ends when all its time is spent."""
     sweep = step("sweep", 500, resumes=("-c", ""), total_s=700)
     call = Call([sweep], kept, 300 + GRACE_S, {"sweep": 10_000})
@@ -83,7 +80,7 @@ def test_a_run_that_can_be_gone_on_with_takes_what_is_left_of_each_call(kept):
     assert Call([sweep], kept, 1000, {}).ran == []
 
 
-def test_what_cannot_be_gone_on_with_is_begun_twice_and_what_failed_once(kept):
+def test_a_step_that_cannot_be_resumed_is_begun_twice_and_a_failed_one_once(kept):
     """A step that its limit has ended twice would be ended a third time; a failure is repeated by hand only."""
     slow, broken = step("slow"), step("broken")
     kept.add(entry("broken", "failed"))
@@ -93,30 +90,6 @@ def test_what_cannot_be_gone_on_with_is_begun_twice_and_what_failed_once(kept):
         assert loop.is_left(slow, kept) is left
     kept.forget(["broken"])
     assert loop.is_left(broken, kept)
-
-
-def test_a_process_that_is_out_of_time_may_save_and_what_it_started_ends_with_it(tmp_path):
-    """Ctrl-C comes first; nothing of the step is left, whatever it has started."""
-    program = (
-        "import subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-        "print(child.pid, flush=True)\n"
-        "try: time.sleep(60)\n"
-        "except KeyboardInterrupt: print('saved', flush=True)\n"
-    )
-    ended = attempt(
-        [sys.executable, "-c", program], limit_s=2.0, outputs=tmp_path, name="one", folder=tmp_path,
-        variables=os.environ,
-    )  # fmt: skip
-    child, saved = (tmp_path / "one.out").read_text().split()
-    assert (ended.code, saved, ended.said) == (None, "saved", "saved")
-    for _ in range(50):
-        if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split(")")[1]:
-            break
-        time.sleep(0.1)
-    else:
-        os.kill(int(child), signal.SIGKILL)
-        pytest.fail("what the step had started goes on")
 
 
 def test_every_step_fits_in_a_call_of_ten_minutes():
@@ -137,7 +110,7 @@ def test_the_command_of_every_step_is_one(chosen, rehearsing, tmp_path):
     assert not [word for word in words if "{" in word]
     check_words(words)
     if chosen.resumes:
-        check_words(command(chosen, python=sys.executable, state=tmp_path, going_on_with="some-run"))
+        check_words(command(chosen, python=sys.executable, state=tmp_path, resumed_run="some-run"))
 
 
 @pytest.mark.parametrize("chosen", [one for one in STEPS if "--dry-run" in one.rehearsal], ids=lambda one: one.name)
@@ -180,7 +153,7 @@ def test_without_a_gpu_a_step_is_rehearsed_and_no_claim_is_decided(tmp_path, mon
     page, reports = ROOT / "docs" / "gpu.md", ROOT / "reports"
     before = (page.read_text(), sorted(reports.iterdir()))
     monkeypatch.setattr(campaign, "probe_machine", lambda: dataclasses.replace(probe_machine(), device="cpu"))
-    monkeypatch.setattr(campaign, "attempt", lambda words, **options: Ended(code=0, took_s=1.0, said=""))
+    monkeypatch.setattr(campaign, "attempt", lambda words, **options: Ended(code=0, took_s=1.0, last_line=""))
     assert campaign.main({}, ["--state", str(tmp_path / "state"), "--only", "study"]) == 0
     printed = capsys.readouterr().out
     assert "There is no GPU here" in printed

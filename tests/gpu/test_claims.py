@@ -77,7 +77,7 @@ class Found:
                 step=one.name, outcome="done", code=0, took_s=1.0, begun_unix_s=0.0, device="card", unit="u",
                 sources="s",
             ))  # fmt: skip
-        facts = "".join(json.dumps({"fact": fact, **told}) + "\n" for fact, told in self.facts.items())
+        facts = "".join(json.dumps({"fact": fact, **measured}) + "\n" for fact, measured in self.facts.items())
         (outputs / "probe.out").write_text(facts)
         for step, document in self.documents.items():
             (outputs / f"{step}.out").write_text(json.dumps(document))

@@ -31,7 +31,7 @@ def libraries(tmp_path_factory):
 
 @pytest.fixture
 def nvml(libraries, tmp_path):
-    """A function that runs Python lines where the stand-in answers, and returns what they `tell`.
+    """A function that runs Python lines where the stand-in answers, and returns what they `report`.
 
     `answers` are the lines of the stand-in's file (`{"0.power": 250000}`), `driver` chooses new or none, and
     `variables` are those of the process. The dynamic loader looks into LD_LIBRARY_PATH first, and nvidia-ml-py opens
@@ -42,7 +42,7 @@ def nvml(libraries, tmp_path):
         script = tmp_path / "answers"
         told = "".join(f"{key}={value}\n" for key, value in (answers or {}).items())
         script.write_text(told, errors="surrogateescape")  # a driver may answer with bytes that are no text
-        program = "import json\ndef tell(value): print(json.dumps(value, default=str))\n" + textwrap.dedent(lines)
+        program = "import json\ndef report(value): print(json.dumps(value, default=str))\n" + textwrap.dedent(lines)
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("CUDA_")}
         done = subprocess.run(
             [sys.executable, "-c", program],

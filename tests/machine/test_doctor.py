@@ -13,7 +13,7 @@ from lorameter import cli
 from lorameter.machine.doctor import examine, is_fit
 from lorameter.machine.gpus import Neighbours
 from lorameter.machine.reading import Reading, missing
-from lorameter.machine.survey import OPTIONAL, REQUIRED, GpuSurvey, Survey, survey
+from lorameter.machine.survey import OPTIONAL, REQUIRED, GpuSurvey, Survey
 
 GIB = 2**30
 
@@ -182,20 +182,3 @@ def test_the_command_exits_by_its_verdict(found, monkeypatch, capsys, change, co
     assert {"about", "name", "grade", "found", "remedy"} == set(document["checks"][0])
     assert cli.main(["doctor"]) == code
     assert "This machine is" in capsys.readouterr().out
-
-
-def test_this_machine_can_be_looked_at(tmp_path):
-    """Whatever it is, nothing raises and every check says something."""
-    checks = examine(survey(tmp_path / "runs", look_s=0.01))
-    assert {check.about for check in checks} == {"runs", "measures", "spoils"}
-    assert all(check.found for check in checks)
-
-
-@pytest.mark.parametrize(
-    ("locks", "words"),
-    [(given(False), "would not see each other"), (missing("no lock can be tried in /runs: Read-only"), "Read-only")],
-)
-def test_a_runs_folder_without_locks_is_bad(found, locks, words):
-    """Two runs would write into one folder."""
-    check = by_name(dataclasses.replace(found, locks=locks))["runs folder"]
-    assert (check.grade, words in check.found, bool(check.remedy)) == ("bad", True, True)

@@ -8,7 +8,7 @@ from tests.machine.two_cards import MIG, TWO
 
 VISIBLE = """
     from lorameter.machine.gpus import visible_gpus
-    tell([
+    report([
         [one.entry, one.name.value, one.board.value, one.power_limit_w.value, one.name.reason]
         for one in visible_gpus().value
     ])
@@ -44,9 +44,9 @@ SITES = """
     try:
         shares = gpus.local_shares(("0", "1"), machine, mixed=MIXED)
         facts = [LocalExecutor(host=share.host).facts() for share in shares]
-        tell([[one.machine.device_name, one.settings["gpu"]["power_limit_w"]] for one in facts])
+        report([[one.machine.device_name, one.settings["gpu"]["power_limit_w"]] for one in facts])
     except UsageError as refused:
-        tell(str(refused))
+        report(str(refused))
 """
 
 

@@ -10,18 +10,18 @@ NOT_SUPPORTED = 3
 SAMPLE = """
     from lorameter.machine.nvml import open_device
     device = open_device().value
-    tell({name: [one.value, one.reason] for name, one in (device.facts() | device.sample()).items()})
+    report({name: [one.value, one.reason] for name, one in (device.facts() | device.sample()).items()})
 """
 NAME = """
     from lorameter.machine.nvml import open_device
     found = open_device()
-    tell(found.reason if found.value is None else [found.value.facts()["name"].value, found.value.sliced])
+    report(found.reason if found.value is None else [found.value.facts()["name"].value, found.value.sliced])
 """
 
 
 def test_a_card_tells_everything_in_base_units(nvml):
     """Watts, joules, hertz, degrees, seconds and words; no reason stands beside a value."""
-    told = nvml(
+    found = nvml(
         SAMPLE,
         {
             "0.name": "Test GPU", "0.uuid": "GPU-1", "driver": "580.1", "0.power": 421500, "0.energy": 12345678,
@@ -29,7 +29,7 @@ def test_a_card_tells_everything_in_base_units(nvml):
             "0.thermal_ns": 1500000000, "0.power_ns": 250000000, "0.persistence": 0,
         },
     )  # fmt: skip
-    assert {name: value for name, (value, _) in told.items()} == {
+    assert {name: value for name, (value, _) in found.items()} == {
         "name": "Test GPU", "uuid": "GPU-1", "driver": "580.1", "power_limit_w": 500.0,
         "default_power_limit_w": 700.0, "max_sm_clock_hz": 1.98e9, "max_memory_clock_hz": 2.619e9,
         "slowdown_temperature_c": 87.0, "ecc": True, "corrected_errors": 0, "uncorrected_errors": 2, "mig": False,
@@ -37,7 +37,7 @@ def test_a_card_tells_everything_in_base_units(nvml):
         "sm_clock_hz": 1.41e9, "temperature_c": 71.0, "temperature_margin_c": 16.0,
         "events": ["sw_power_cap", "sw_thermal_slowdown"], "thermal_slowdown_s": 1.5, "power_slowdown_s": 0.25,
     }  # fmt: skip
-    assert not any(reason for _, reason in told.values())
+    assert not any(reason for _, reason in found.values())
 
 
 @pytest.mark.parametrize(
@@ -51,13 +51,13 @@ def test_a_counter_that_cannot_be_read_is_missing_with_its_reason(nvml, code, wo
         "nvmlDeviceGetEccMode": "ecc", "nvmlDeviceGetTotalEccErrors": "uncorrected_errors",
         "nvmlDeviceGetViolationStatus": "thermal_slowdown_s", "nvmlDeviceGetPersistenceMode": "persistence",
     }  # fmt: skip
-    told = nvml(SAMPLE, {f"rc.{function}": code for function in refused})
+    found = nvml(SAMPLE, {f"rc.{function}": code for function in refused})
     for function, name in refused.items():
-        value, reason = told[name]
+        value, reason = found[name]
         assert value is None
         assert reason.startswith(f"{function}: ")
         assert words in reason
-    assert told["sm_clock_hz"][0] == 1.755e9
+    assert found["sm_clock_hz"][0] == 1.755e9
 
 
 @pytest.mark.parametrize(
@@ -77,12 +77,12 @@ def test_the_card_is_the_one_that_cuda_will_use(nvml, visible, answer):
 
 @pytest.mark.parametrize("visible", ["MIG-bbbb", "1"])
 def test_the_energy_of_a_shared_card_is_nobodys(nvml, visible):
-    """Power and energy are the whole GPU's; clocks and heat are told, as they are those of this part too."""
-    told = nvml(SAMPLE, MIG, CUDA_VISIBLE_DEVICES=visible)
+    """Power and energy are the whole GPU's; clocks and heat are found, as they are those of this part too."""
+    found = nvml(SAMPLE, MIG, CUDA_VISIBLE_DEVICES=visible)
     for name in ("energy_j", "power_w"):
-        assert told[name] == [None, "the counter is the whole GPU's, and other MIG instances share the GPU"]
-    assert told["sm_clock_hz"][0] == 1.755e9
-    assert told["name"][0] == ("Second MIG 1g.10gb" if visible.startswith("MIG") else "Second")
+        assert found[name] == [None, "the counter is the whole GPU's, and other MIG instances share the GPU"]
+    assert found["sm_clock_hz"][0] == 1.755e9
+    assert found["name"][0] == ("Second MIG 1g.10gb" if visible.startswith("MIG") else "Second")
 
 
 def test_a_machine_without_a_driver_says_so(nvml):

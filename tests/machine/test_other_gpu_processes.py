@@ -10,7 +10,7 @@ ASK = """
     with open(os.environ["FAKE_NVML"], "a") as file:
         file.write("0.processes=" + {listed} + "\\n")
     found = neighbours_of(open_device().value, generations={generations})
-    tell({{one.name: getattr(found, one.name) if one.name == "statement" else
+    report({{one.name: getattr(found, one.name) if one.name == "statement" else
           [getattr(found, one.name).value, getattr(found, one.name).reason] for one in dataclasses.fields(found)}})
 """
 ME = 'f"{os.getpid()}:1073741824"'
@@ -22,8 +22,8 @@ def ask(listed, generations=0):
 
 def test_a_process_that_is_alone_has_no_neighbours(nvml):
     """Its own memory is known, and nothing is hidden."""
-    told = nvml(ask(ME), {"0.used": GIB})
-    assert told == {
+    found = nvml(ask(ME), {"0.used": GIB})
+    assert found == {
         "own_bytes": [GIB, ""], "used_bytes": [GIB, ""], "others": [[], ""],
         "others_bytes": [0, ""], "hidden_bytes": [0, ""], "statement": "",
     }  # fmt: skip
@@ -31,9 +31,9 @@ def test_a_process_that_is_alone_has_no_neighbours(nvml):
 
 def test_others_are_counted_and_their_memory_added(nvml):
     """Process 1 is nobody's relative here."""
-    told = nvml(ask(ME + ' + ",1:5000"'), {"0.used": GIB + 5000})
-    assert told["others"] == [[1], ""]
-    assert told["others_bytes"] == [5000, ""]
+    found = nvml(ask(ME + ' + ",1:5000"'), {"0.used": GIB + 5000})
+    assert found["others"] == [[1], ""]
+    assert found["others_bytes"] == [5000, ""]
 
 
 def test_the_processes_of_the_same_run_are_no_neighbours(nvml):
@@ -45,16 +45,16 @@ def test_the_processes_of_the_same_run_are_no_neighbours(nvml):
 
 def test_numbers_of_another_container_tell_nothing(nvml):
     """None of them can be told from this process's own, so neither is named and no zero is given."""
-    told = nvml(ask('"999999999:5000,999999998:6000"'), {"0.used": 11000})
+    found = nvml(ask('"999999999:5000,999999998:6000"'), {"0.used": 11000})
     for name in ("own_bytes", "others", "others_bytes"):
-        value, reason = told[name]
+        value, reason = found[name]
         assert value is None
         assert "mean nothing in this container" in reason
-    assert "mean nothing in this container" in told["statement"]
+    assert "mean nothing in this container" in found["statement"]
 
 
 def test_memory_that_nobody_holds_gives_hidden_processes_away(nvml):
     """The list is empty, and 3 GiB are in use."""
-    told = nvml(ask('""'), {"0.used": 3 * GIB})
-    assert told["hidden_bytes"] == [3 * GIB, ""]
-    assert told["statement"].startswith("3 GiB of device memory are in use and no listed process holds them")
+    found = nvml(ask('""'), {"0.used": 3 * GIB})
+    assert found["hidden_bytes"] == [3 * GIB, ""]
+    assert found["statement"].startswith("3 GiB of device memory are in use and no listed process holds them")

@@ -14,7 +14,7 @@ WATCH = """
         for _ in range({looks}):
             watch.look()
         found.append(watch.end(end))
-    tell([found, watch.missing])
+    report([found, watch.missing])
 """
 
 

@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -133,49 +133,35 @@ def run_command(words: Sequence[str], path: Path, require: Mapping[str, Any], fo
     (folder / "command").write_bytes(os.fsencode(write_command(words)))
     variables = {RUN: str(path), REQUIRE: json.dumps(dict(require)), WRAP: str(folder)}
     environment = child_environment(os.environ, hooked=folder / HOOKED_FILE, variables=variables)
-    with SignalForwarding() as signals:  # from before the start: a signal would end this process alone
-        try:
-            process = subprocess.Popen(list(words), env=environment)
-        except OSError as error:
-            program = shorten(shlex.quote(words[0]))
-            raise UsageError(
-                f"wrap: {program}: {error.strerror}. Write the command as it runs without lorameter."
-            ) from None
-        signals.forward_to(process)
+    try:
+        process = subprocess.Popen(list(words), env=environment)
+    except OSError as error:
+        program = shorten(shlex.quote(words[0]))
+        raise UsageError(
+            f"wrap: {program}: {error.strerror}. Write the command as it runs without lorameter."
+        ) from None
+    with forward_signals(process):
         code = process.wait()
     return code if code >= 0 else 128 - code
 
 
-class SignalForwarding:
-    """Forwards signals to a command while the block runs; those from before its start are sent after it."""
+@contextlib.contextmanager
+def forward_signals(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Forward signals to a command while the block runs, but for those that a terminal has sent to it already."""
 
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._early: list[int] = []
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> SignalForwarding:
-        handlers = {number: signal.getsignal(number) for number in PASSED_ON}
-        self._before = {number: one for number, one in handlers.items() if one not in (signal.SIG_IGN, None)}
-        for number in self._before:
-            signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def forward_to(self, process: subprocess.Popen[bytes]) -> None:
-        """The command has started."""
-        self._process = process
-        for number in self._early:  # a terminal has sent them to this process alone
+    def forward(number: int, frame: object) -> None:
+        if number not in FROM_TERMINAL or not _in_terminal():
             process.send_signal(number)
 
-    def _receive(self, number: int, frame: object) -> None:
-        if self._process is None:
-            self._early.append(number)
-        elif number not in FROM_TERMINAL or not _in_terminal():
-            self._process.send_signal(number)
+    handlers = {number: signal.getsignal(number) for number in PASSED_ON}
+    before = {number: one for number, one in handlers.items() if one not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, forward)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _in_terminal() -> bool:
@@ -203,7 +189,7 @@ def finalize_run(path: Path, code: int, folder: Path, *, required: bool) -> bool
         return True
     manifest = store.read_manifest(path)
     if store.is_live(path, manifest):
-        say(f"run {path.name}: a process of the command is still training; its run goes on")
+        say(f"run {path.name}: a process of the command is still training, and its run continues")
         return required
     run = store.read_run(str(path), path.parent)
     if not run.records:

@@ -5,10 +5,10 @@
 What it measures becomes a run on disk, as `lorameter run` leaves one, and its report is printed at the end. A training
 that is wrapped (`lorameter wrap`), or that takes turns with others, is reported to those instead.
 
-Callbacks of transformers' Trainer say where a step begins and ends, and what else the Trainer does. The Trainer fetches
-the batches of a step before it says that the step begins, so its `get_batch_samples` is timed, on the one trainer at
-hand, from the beginning of its training to its end. It logs, evaluates and saves after it has said that a step has
-ended: evaluation and saving are phases of their own.
+Callbacks of transformers' Trainer mark where a step begins and ends, and what else the Trainer does. The Trainer
+fetches the batches of a step before it reports that the step begins, so its `get_batch_samples` is timed, on this one
+trainer, from the beginning of its training to its end. It logs, evaluates and saves after it has reported the end of a
+step: evaluation and saving are phases of their own.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Meter(TrainerCallback):
         """Nothing is measured before the training begins.
 
         Args:
-            model: of a loop: the module that is called; what is not given is not seen (a Trainer gives its own).
+            model: of a loop: the module that is called; without it the model is not seen (a Trainer gives its own).
             runs_dir: where the run is written; None: $LORAMETER_RUNS, else ./.lorameter/runs.
             require: paths of kernels_check that a step must have, which is checked after the warm-up.
             report: whether the report is printed when the training has ended.

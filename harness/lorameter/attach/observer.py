@@ -6,9 +6,9 @@ step's time begins when the observer returns and ends when the step has ended on
 does, or waits for, is in no step's time.
 
 The meter can do no harm to the user's training. Its first error is printed once, on the standard error that the process
-was started with, and from then on nothing of the meter is called. The training goes on, and the observer learns that it
-was not followed to its end, so that its run is no pass. An exception that is no `Exception`, such as `SystemExit`, goes
-through.
+was started with, and from then on nothing of the meter is called. The training continues, and the observer learns that
+it was not followed to its end, so that its run is no pass. An exception that is no `Exception`, such as `SystemExit`,
+is passed on.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Where steps are seen without a Trainer, and which training of a process is followed: the first, until it ends.
 
-A script may build two trainers, carry a meter of its own while it is wrapped, or fork. Whatever begins a training asks
-here first. The process is the one that begins; a fork of it is not followed, and of two processes of one script one
-is (each observer sees to that where it writes).
+A script may build two trainers, carry a meter of its own while it is wrapped, or fork. Every source of steps registers
+its training here. A fork of the process is not followed, and of two processes of one script one is (each observer
+ensures that where it writes).
 
 The steps of a loop are those that it names (`for batch in steps(loader)`), else the stretches between two updates of an
 optimizer. There the training is known once the first update is done, so the first step is not seen. The optimizer that
@@ -235,8 +235,6 @@ class OptimizerSource:
 
     def _begin_update(self) -> None:
         if self._steps is not None:
-            if self._steps.passes_in_update:
-                self._steps.open_step()
             self._steps.begin_update()
 
     def _end_update(self, optimizer: Any) -> None:
@@ -273,10 +271,9 @@ class OptimizerSource:
         return this_process().begin(self, "optimizer", find_root(parameters), self._make, parameters=parameters)
 
     def _watch_next(self, steps: Steps) -> None:
-        """A step that is to be watched is opened when a module of the model is called: after the last step none is.
-        Where a closure of the update does so, the update opens it."""
+        """A step that is to be watched is opened when a module of the model is called: after the last step none is."""
         model = steps.training.module
-        if model is None or steps.passes_in_update or not steps.watch_is_due:
+        if model is None or not steps.watch_is_due:
             return
         trained, parts = model.training, frozenset(map(id, model.modules()))
 

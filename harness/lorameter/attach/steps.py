@@ -144,9 +144,6 @@ class Steps:
         """Whether the training has ended."""
         self.within = True
         """Whether what happens is part of a step."""
-        self.passes_in_update = False
-        """Whether passes were seen inside an update, which was given a closure."""
-        self._updating = False
         self._passes = 0
         """Backward passes under way; one that checkpointing begins inside another is a part of that."""
         self._loaders = Loaders()
@@ -210,20 +207,17 @@ class Steps:
     def begin_update(self) -> None:
         """An optimizer's update begins."""
         if self._active:
-            self._updating = True
             self.begin_part("optimizer")
 
     def end_update(self) -> None:
         """It has ended."""
         if self._active:
-            self._updating = False
             self.end_part("optimizer")
 
     def _begin_backward(self, args: tuple[Any, ...]) -> None:
         self._passes += 1
         if self._passes > 1 or not self._active:
             return
-        self.passes_in_update = self.passes_in_update or self._updating
         if args and _is_scalar(args[0]):
             self._roots.append(args[0].detach())
         self._batches += self._loaders.take()
@@ -366,7 +360,7 @@ class Steps:
         self.observer.end(error, seen=seen)
 
     def _failed(self, error: Exception) -> None:
-        """The meter has failed: the observer learns that it saw no whole training, and the training goes on."""
+        """The meter has failed: the observer learns that it saw no whole training, and the training continues."""
         with contextlib.suppress(Exception):
             self._close_watch()
         with contextlib.suppress(Exception):  # it may be what has failed
@@ -441,8 +435,8 @@ def read_step(
 
 
 def sum_parts(borders: Iterable[Border]) -> dict[Part | None, float]:
-    """Seconds of each part that was seen, and of what is no part (None). A part inside another, as the passes of a
-    closure are inside its optimizer's update, is none of that one's time. The device must have ended its work."""
+    """Seconds of each part that was seen, and of what is no part (None). The time of a part inside another is not
+    counted for the outer one. The device must have ended its work."""
     found: dict[Part | None, float] = {}
     under_way: list[Part | None] = []
     """The innermost last."""

@@ -1,9 +1,8 @@
-"""Whether a trial's numbers can be trusted, by its surroundings and never by its times.
+"""Judges disturbances of a trial by clocks, heat, memory and the kernel's counters, never by the measured times.
 
-A rule that looks at the outcome selects it; these look at clocks, heat, memory and the kernel's counters only. Each
-says what was found and where the limit is. Most disturbances are notices: the statistics bear with noise. Past a second
-limit a trial is not what the study asks about: it is invalid, and is measured again (`lorameter.run.runner`). That
-limit is far out on purpose: a filter that rejects much is a filter that ends with nothing.
+A rule that looks at the outcome selects it. Each disturbance gives the measured value and the limit. Most are notices:
+the statistics tolerate noise. Past a second limit the trial is invalid and is measured again (`lorameter.run.runner`).
+That limit is far out on purpose: a filter that rejects much leaves nothing to compare.
 
 Limits rest on one number: within the margin of 5 % two things count as equal, so what may have moved a time by more
 than that is invalid, and a fifth of it is worth a notice.
@@ -45,7 +44,7 @@ OCCUPANCY_INVALID = 0.5
 each other, so that theirs does not show other work."""
 WITHHELD_INVALID = 0.25
 """Share of the CPU time that was requested which a hypervisor or a quota kept. In bursts, which hit one step wholly and
-the next not at all, so the median bears with more than the margin."""
+the next not at all, so the median tolerates more than the margin."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -266,10 +266,10 @@ def waits(found: Survey) -> list[DoctorCheck]:
     ):
         if counter in found.host:
             withheld, given = found.host[counter], found.host.get(GIVEN[counter], 0.0)
-            asked, part = f"{withheld + given:.1f} s of CPU time", withheld_share(withheld, given)
-            words = f"only {asked} were requested; a share needs {LEAST_ASKED_S:.0f} s"
+            requested, part = f"{withheld + given:.1f} s of CPU time", withheld_share(withheld, given)
+            words = f"only {requested} were requested; a share needs {LEAST_ASKED_S:.0f} s"
             if part is not None:
-                words = f"{what} for {part:.0%} of {asked} that were requested (above {NOTICED:.0%} it matters)"
+                words = f"{what} for {part:.0%} of {requested} that were requested (above {NOTICED:.0%} it matters)"
             grade: Grade = "note" if part is None else "bad" if part > NOTICED else "good"
             checks.append(_check("spoils", name, words, grade, remedy if part is not None else ""))
     return checks

@@ -1,5 +1,5 @@
-"""Ending processes: the parent ends a worker that is silent, the zygote ends its children when it ends, and a
-measuring process ends with its parent, whatever becomes of that.
+"""Ends processes: the parent ends a worker that is silent, the zygote ends its children when it ends, and a
+measuring process ends with its parent, however that ends.
 
 The kernel ends a script with its parent, and not what a launcher has started in sessions of its own: `OrphanReaper`
 does. It runs this module as a file, which imports the standard library alone.
@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 PARENT = "LORAMETER_PARENT"
-"""The variable that tells a measuring process who started it."""
+"""The variable with the PID of the parent of a measuring process."""
 CPUS = "LORAMETER_CPUS"
-"""The variable that tells a measuring process on which CPUs it stays, by their numbers; on any where it is not set."""
+"""The variable with the numbers of the CPUs that a measuring process stays on; not set: any."""
 FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
-"""Signals that a process is ended by for what it did itself."""
+"""Signals that end a process for a fault of its own."""
 _PR_SET_PDEATHSIG = 1
 
 

@@ -180,8 +180,8 @@ def collect(
     own_workloads: Mapping[str, Workload] | None = None,
 ) -> dict[str, Any]:
     """The provenance of a run: machine and its settings, threads, library versions, workload, git state, and what the
-    worker said, if it has been asked. `facts` are those of where the trials run, `own_workloads` those of variants that
-    are not measured on the study's, by name."""
+    worker reported, if one was started. `facts` are those of where the trials run, `own_workloads` those of variants
+    that are not measured on the study's, by name."""
     return {
         "threads": threads,
         "workload": _content_of_workloads(study.workload, own_workloads or {}),
@@ -280,8 +280,8 @@ def _digest_of(path: Path) -> str:
 def fingerprint_fields(provenance: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
     """The fields that must agree for two runs to be compared; `without` are those that an A/B declares."""
     fields = {key: provenance.get(key) for key in FINGERPRINT}
-    later = {POWER_LIMIT: power_limit_w(provenance), KERNELS: provenance.get(KERNELS)}
-    known = fields | {key: value for key, value in later.items() if value is not None}
+    of_gpu = {POWER_LIMIT: power_limit_w(provenance), KERNELS: provenance.get(KERNELS)}
+    known = fields | {key: value for key, value in of_gpu.items() if value is not None}
     return {key: value for key, value in known.items() if key not in without}
 
 

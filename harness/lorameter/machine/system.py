@@ -120,7 +120,7 @@ def settings(*, gpu: bool, environment: Mapping[str, str] | None = None, root: P
     Values are those of `system_facts` and `NvmlDevice.facts`, or "not available: REASON".
 
     Args:
-        gpu: whether trials run on a GPU; if not, none is asked.
+        gpu: whether trials run on a GPU; if not, none is read.
         environment: of the trials, which says what GPU that is; None for this process's.
         root: where the files of the kernel are.
     """

@@ -68,7 +68,7 @@ class GpuTelemetry:
     """What a GPU did in the stretches between `begin` and `end`, over all of them.
 
     Energy is the difference from the first begin to the last end, so it holds what the GPU takes between stretches
-    too: a hand-over of a millisecond between turns of 50 ms or more. Ask for it only where no other trial takes turns.
+    too: a hand-over of a millisecond between turns of 50 ms or more. Request it only where no other trial takes turns.
     """
 
     def __init__(self, device: NvmlDevice, *, energy: bool, generations: int = GENERATIONS) -> None:
@@ -152,7 +152,7 @@ def _increase(before: Reading[float], after: Reading[float]) -> Reading[float]:
 class Telemetry:
     """Host and device around the timed stretches of one phase of a trial.
 
-    `begin` and `end` take what NVML takes for about twelve answers, and 0.3 ms on the host together; both belong
+    `begin` and `end` take what NVML takes for about twelve readings, and 0.3 ms on the host together; both belong
     outside what is timed. Not shared between threads.
     """
 
@@ -169,7 +169,7 @@ class Telemetry:
 
         Args:
             phase: part of the values' names: "train" or "generate".
-            device: where the trial runs, as torch names it; NVML is asked on CUDA only.
+            device: where the trial runs, as torch names it; NVML is read on CUDA only.
             energy: whether the device's energy is this trial's alone.
             generations: from this process up to the parent of the run, whose processes are no neighbours.
             clock: seconds, monotonic.
