@@ -113,13 +113,13 @@ def draft_of(folder: Path) -> Iterator[Path]:
 def prune(*, most_bytes: int = MOST_BYTES) -> None:
     """Removes bases that were not used for a month, and the least recently used until the rest has at most
     `most_bytes`; bases of running measurements, which were used within a day, are kept."""
-    found: list[tuple[float, Path]] = []
+    bases: list[tuple[float, Path]] = []
     for folder in bases_dir().glob("*/"):
         with contextlib.suppress(OSError):  # another process removes it as well
             used = folder if folder.name.endswith(_DRAFT) else folder / DESCRIPTION
-            found.append((time.time() - used.stat().st_mtime, folder))
-    total = sum(file.stat().st_size for _, folder in found for file in folder.iterdir())
-    for idle_s, folder in sorted(found, reverse=True):
+            bases.append((time.time() - used.stat().st_mtime, folder))
+    total = sum(file.stat().st_size for _, folder in bases for file in folder.iterdir())
+    for idle_s, folder in sorted(bases, reverse=True):
         if idle_s > UNUSED_DAYS * DAY_S or (total > most_bytes and idle_s > DAY_S):
             total -= sum(file.stat().st_size for file in folder.iterdir())
             shutil.rmtree(folder, ignore_errors=True)

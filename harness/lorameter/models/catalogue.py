@@ -312,7 +312,7 @@ def _hub_file(source: ModelSource, name: str) -> Path:
     import huggingface_hub
 
     try:
-        found = huggingface_hub.hf_hub_download(source.location, name, local_files_only=not hub_has(source))
+        path = huggingface_hub.hf_hub_download(source.location, name, local_files_only=not hub_has(source))
     except Exception as error:  # as above
         raise hub_failure(source, error) from None
-    return Path(found)
+    return Path(path)

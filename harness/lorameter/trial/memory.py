@@ -15,13 +15,13 @@ def resident_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
     `adapter_bytes` everything that trains, `gradient_bytes` the gradients present now, `optimizer_state_bytes` all
     state of the optimizer and `paged_optimizer_state_bytes` the part of it in managed memory.
     """
-    found = {kind: sum(one.nbytes for one in held) for kind, held in resident_tensors(model, optimizer).items()}
+    sizes = {kind: sum(one.nbytes for one in tensors) for kind, tensors in resident_tensors(model, optimizer).items()}
     trained, paged, gradients, state, quantization = (
-        found.pop(kind)
+        sizes.pop(kind)
         for kind in ("adapter", "paged_optimizer_state", "gradients", "optimizer_state", "quantization_state")
     )
     return {
-        "base_weight_bytes": sum(found.values()),
+        "base_weight_bytes": sum(sizes.values()),
         "quantization_state_bytes": quantization,
         "adapter_bytes": trained,
         "gradient_bytes": gradients,
@@ -64,8 +64,8 @@ def storage_bytes(tensor: torch.Tensor) -> int:
 
 def output_head(model: torch.nn.Module) -> torch.nn.Module | None:
     """The base's output head, also where an adapter is on it; None where the model has none."""
-    found = getattr(model, "get_output_embeddings", None)  # transformers' and PEFT's models have it
-    head = None if found is None else found()
+    getter = getattr(model, "get_output_embeddings", None)  # transformers' and PEFT's models have it
+    head = None if getter is None else getter()
     return getattr(head, "base_layer", head)  # PEFT's layer replaces it
 
 

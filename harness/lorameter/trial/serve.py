@@ -45,19 +45,19 @@ def _prepare_trial(trials: dict[str, Any], request: dict[str, Any], profiled: bo
     from lorameter.trial.process import prepare_process
     from lorameter.trial.trial import Trial
 
-    wanted = codec.from_json(TrialRequest, request, "trial request")
-    _log_to(wanted.log_path)
-    prepare_process(wanted)
-    if wanted.workload.ranks > 1:
+    decoded = codec.from_json(TrialRequest, request, "trial request")
+    _log_to(decoded.log_path)
+    prepare_process(decoded)
+    if decoded.workload.ranks > 1:
         from lorameter.trial.ranks.trial import TrialOfRanks
 
-        return TrialOfRanks(wanted)
+        return TrialOfRanks(decoded)
     shared = next((other.shared for other in trials.values()), None) or SharedBase()
     if profiled:  # other trials do not import it
         from lorameter.trial.profiling.trial import ProfiledTrial
 
-        return ProfiledTrial(wanted, shared)
-    return Trial(wanted, shared)
+        return ProfiledTrial(decoded, shared)
+    return Trial(decoded, shared)
 
 
 # Each of these runs in a process of its own, which then ends.
@@ -67,34 +67,34 @@ def _prepare_base(request: dict[str, Any]) -> PartialRecord:
     from lorameter.trial.building.base_cache import prepare
     from lorameter.trial.process import limit_threads
 
-    wanted = codec.from_json(BaseRequest, request, "base request")
-    _log_to(wanted.log_path)
-    limit_threads(wanted.device, wanted.threads)
-    return PartialRecord(tokens={"base": codec.to_json(prepare(wanted))})
+    decoded = codec.from_json(BaseRequest, request, "base request")
+    _log_to(decoded.log_path)
+    limit_threads(decoded.device, decoded.threads)
+    return PartialRecord(tokens={"base": codec.to_json(prepare(decoded))})
 
 
 def _load_and_answer(request: dict[str, Any]) -> PartialRecord:
     from lorameter.trial.serving.cold import load_and_answer
 
-    wanted = codec.from_json(TrialRequest, request, "trial request")
-    _log_to(wanted.log_path)
-    return load_and_answer(wanted)
+    decoded = codec.from_json(TrialRequest, request, "trial request")
+    _log_to(decoded.log_path)
+    return load_and_answer(decoded)
 
 
 def _serve_adapter(request: dict[str, Any]) -> PartialRecord:
     from lorameter.trial.serving.parity import serve_adapter
 
-    wanted = codec.from_json(ServingRequest, request, "serving request")
-    _log_to(wanted.trial.log_path)
-    return serve_adapter(wanted)
+    decoded = codec.from_json(ServingRequest, request, "serving request")
+    _log_to(decoded.trial.log_path)
+    return serve_adapter(decoded)
 
 
 def _time_parts(request: dict[str, Any]) -> PartialRecord:
     from lorameter.trial.step_times import time_parts
 
-    wanted = codec.from_json(TrialRequest, request, "trial request")
-    _log_to(wanted.log_path)
-    return time_parts(wanted)
+    decoded = codec.from_json(TrialRequest, request, "trial request")
+    _log_to(decoded.log_path)
+    return time_parts(decoded)
 
 
 PROCESS_COMMANDS: dict[str, Callable[..., PartialRecord]] = {

@@ -176,10 +176,10 @@ class Trial:
         watched = self._watch_step(self._watched)
         if watched.status != "ok" or watched.checks:
             return watched
-        found = self._check_in_own_steps()
-        seconds = found.values["verify_time_s"] + watched.values["verify_time_s"]
-        values = found.values | {"verify_time_s": seconds}
-        return msgspec.structs.replace(found, values=values, samples=watched.samples)
+        checked = self._check_in_own_steps()
+        seconds = checked.values["verify_time_s"] + watched.values["verify_time_s"]
+        values = checked.values | {"verify_time_s": seconds}
+        return msgspec.structs.replace(checked, values=values, samples=watched.samples)
 
     def _requirements(self) -> dict[str, Any]:
         """Requirements by path."""
@@ -252,12 +252,12 @@ class Trial:
             self._gauge.begin()  # the training phase begins here, so that the check's memory is not in its peak
         times: list[float] = []
         losses: list[float] = []
-        taken = self._steps_taken - 1  # one may have been watched
-        while len(times) + taken < most if steps is None else len(times) < steps:
+        watched = self._steps_taken - 1  # one may have been watched
+        while len(times) + watched < most if steps is None else len(times) < steps:
             loss, lap = self._take_step()
             times.append(lap.time_s)
             losses.append(loss)
-            if steps is None and len(times) + taken >= protocol.warmup_steps_min and is_steady(times):
+            if steps is None and len(times) + watched >= protocol.warmup_steps_min and is_steady(times):
                 break
         samples = {"warmup_step_time_s": tuple(times), "warmup_loss": tuple(losses)}
         values = {"warmup_steady": float(is_steady(times))} if self._timed and steps is None else {}
@@ -269,11 +269,11 @@ class Trial:
         real, padded = stream.real_tokens, stream.padded_tokens
         accumulated = self._request.variant.gradient_accumulation
         # One reading a turn, in its last step, so that no timed step follows it.
-        taken = [*(self._take_step() for _ in range(steps - 1)), self._take_step(self._telemetry.look)]
-        losses = [loss for loss, _ in taken]
+        laps = [*(self._take_step() for _ in range(steps - 1)), self._take_step(self._telemetry.look)]
+        losses = [loss for loss, _ in laps]
         samples = {
-            "step_time_s": tuple(lap.time_s for _, lap in taken),
-            "step_cpu_time_s": tuple(lap.cpu_time_s for _, lap in taken),
+            "step_time_s": tuple(lap.time_s for _, lap in laps),
+            "step_cpu_time_s": tuple(lap.cpu_time_s for _, lap in laps),
             "timed_loss": tuple(losses),
             "turn_sequences": (float(steps * self._request.workload.batch_size * accumulated),),
             "turn_tokens": (float(stream.real_tokens - real),),

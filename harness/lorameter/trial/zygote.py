@@ -110,10 +110,10 @@ def _capability_from_nvml() -> Iterator[None]:
 
     def capability(device: Any = 0) -> tuple[int, int]:
         index = getattr(device, "idx", getattr(device, "index", device))
-        found = compute_capability(torch.cuda._get_nvml_device_index(index))
-        if found.value is None:
-            raise InvalidRunError(f"the compute capability of the device is not known: {found.reason}")
-        return found.value
+        reading = compute_capability(torch.cuda._get_nvml_device_index(index))
+        if reading.value is None:
+            raise InvalidRunError(f"the compute capability of the device is not known: {reading.reason}")
+        return reading.value
 
     original, torch.cuda.get_device_capability = torch.cuda.get_device_capability, capability
     try:

@@ -147,8 +147,8 @@ class _Block:
             needed += self._a[name] + 2 * self._b[name]
             if name in needing:
                 needed += self._a[name] + (self._through[name] if self._twice else 0)
-        made = {operand for name in self._training for operand in self._layers[name].makes}
-        query, key, value = (entering or operand in made for operand in ("query", "key", "value"))
+        trained_operands = {operand for name in self._training for operand in self._layers[name].makes}
+        query, key, value = (entering or operand in trained_operands for operand in ("query", "key", "value"))
         operands = (query or key) + query + key + value  # the first is that of the scores
         again = 1 + 4 - operands if self._fused and operands else 0
         return needed + operands * self._pairs, again * self._pairs

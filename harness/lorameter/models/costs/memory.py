@@ -170,8 +170,8 @@ def estimate_peak(
 
     It is usually training. Requests of many prompts, or of one that is much longer than a training sequence, need more.
     """
-    found = estimate_phases(variant, workload, shape, **more)
-    return max((one for one in found if answers or one.phase == "train"), key=lambda one: one.needed_bytes)
+    estimates = estimate_phases(variant, workload, shape, **more)
+    return max((one for one in estimates if answers or one.phase == "train"), key=lambda one: one.needed_bytes)
 
 
 def bound_bytes(variant: Variant, workload: Workload, shape: ModelShape, device: str, process_bytes: int) -> int:
@@ -257,22 +257,22 @@ def _trained(variant: Variant, shape: ModelShape) -> dict[str, int]:
 def _step(variant: Variant, workload: Workload, shape: ModelShape, device: str) -> dict[str, int]:
     """Bytes that a step adds at its peak."""
     activations = Activations(variant, workload, shape, device)
-    kept, tokens = activations.sum_kept(), workload.batch_size * workload.sequence_length
+    saved, tokens = activations.sum_kept(), workload.batch_size * workload.sequence_length
     gradients = adapter_parameters(variant, shape) * _adapter_width(variant)
     accumulated = gradients if variant.gradient_accumulation > 1 else 0
     slack = device == "cpu" and tokens < mapped_from_tokens(variant, shape)
     again = activations.block() if variant.gradient_checkpointing else 0
-    taken = max(kept, gradients, kept + again + gradients if again else 0) if slack else 0
-    loss = {"activations": kept, "logits": LOGIT_COPIES * tokens * shape.vocab_size, "gradients": accumulated}
+    allocated = max(saved, gradients, saved + again + gradients if again else 0) if slack else 0
+    loss = {"activations": saved, "logits": LOGIT_COPIES * tokens * shape.vocab_size, "gradients": accumulated}
     moments = [loss, {"gradients": gradients, "temporaries": gradients * _foreach(variant, device)}]
     if variant.gradient_checkpointing:
         wide = max(shape.intermediate_size, shape.hidden_size)
-        block = {"activations": kept, "temporaries": again + 3 * 4 * tokens * wide, "gradients": gradients}
+        block = {"activations": saved, "temporaries": again + 3 * 4 * tokens * wide, "gradients": gradients}
         moments.append(block | {"operator_scratch": _dequantised(variant, shape)})
     for moment in moments:
         if slack:
-            held = moment.get("activations", 0) + moment.get("gradients", 0) + moment.get("temporaries", 0)
-            moment["heap_slack"] = max(0, taken - held) + int(HEAP_SLACK * taken)
+            live = moment.get("activations", 0) + moment.get("gradients", 0) + moment.get("temporaries", 0)
+            moment["heap_slack"] = max(0, allocated - live) + int(HEAP_SLACK * allocated)
     return max(moments, key=lambda moment: sum(moment.values()))
 
 

@@ -71,12 +71,12 @@ class StepProducts:
         return round(6 * (self.plain + self.head) * tokens.positions)
 
 
-def count_products(model: Any, seen: Mapping[str, bool | None] | None = None) -> StepProducts:
+def count_products(model: Any, watched: Mapping[str, bool | None] | None = None) -> StepProducts:
     """The products of a step of this model with its current trainable parameters and active adapter.
 
     Args:
         model: of transformers or PEFT.
-        seen: whether the input of each module that a step has called needs a gradient, by the names of transformers'
+        watched: whether the input of each module that a step has called needs a gradient, by the names of transformers'
             model; None where that is unknown and follows from the order of the modules, as for all modules where no
             step was watched.
 
@@ -85,28 +85,28 @@ def count_products(model: Any, seen: Mapping[str, bool | None] | None = None) ->
             unknown.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    found = dict.fromkeys(StepProducts.__slots__, 0.0)
+    products = dict.fromkeys(StepProducts.__slots__, 0.0)
     head = _unwrapped(base.get_output_embeddings()) if hasattr(base, "get_output_embeddings") else None
     adapters, stacked = _adapter_parts(base), _stacked_weights(base)
-    below, known = False, dict(base.named_modules())
-    for name, module in known.items():
-        if seen is not None and not _is_used(name, known, seen):
+    below, modules = False, dict(base.named_modules())
+    for name, module in modules.items():
+        if watched is not None and not _is_used(name, modules, watched):
             continue
-        elements = _elements(module) * _share(name, known, base) * adapters.get(id(module), True)
+        elements = _elements(module) * _share(name, modules, base) * adapters.get(id(module), True)
         trains = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
         adapter = id(module) in adapters
         if elements and (trains or not adapter):  # an adapter that does not train belongs to another trial
-            wanted = None if seen is None else seen.get(name)
-            found["head" if module is head else "forward"] += elements
-            found["plain"] += elements * (not adapter and module is not head)
-            found["inputs"] += elements * (below if wanted is None else wanted)
-            found["weights"] += elements * _trained(module, stacked)
+            needs_gradient = None if watched is None else watched.get(name)
+            products["head" if module is head else "forward"] += elements
+            products["plain"] += elements * (not adapter and module is not head)
+            products["inputs"] += elements * (below if needs_gradient is None else needs_gradient)
+            products["weights"] += elements * _trained(module, stacked)
         below = below or trains
-        found["passes"] += _products_a_pass(module)
-        found["attention"] += _attention_width(name, module, known, base)
-    if not found["plain"]:
+        products["passes"] += _products_a_pass(module)
+        products["attention"] += _attention_width(name, module, modules, base)
+    if not products["plain"]:
         raise UncountedError("no linear layer is among the model's modules")
-    return StepProducts(**found)
+    return StepProducts(**products)
 
 
 def _is_used(name: str, known: Mapping[str, Any], seen: Mapping[str, object]) -> bool:
@@ -133,8 +133,8 @@ def to_values(products: StepProducts) -> dict[str, float]:
 def from_values(values: Mapping[str, float]) -> StepProducts | None:
     """The products in the values of a record; None if it has none."""
     names = {name: values.get(f"{PREFIX}{name}") for name in StepProducts.__slots__}
-    held = {name: value for name, value in names.items() if value is not None}
-    return StepProducts(**held) if len(held) == len(names) else None
+    present = {name: value for name, value in names.items() if value is not None}
+    return StepProducts(**present) if len(present) == len(names) else None
 
 
 def _is_adapted(module: Any) -> bool:
@@ -144,12 +144,12 @@ def _is_adapted(module: Any) -> bool:
 
 def _adapter_parts(base: Any) -> dict[int, bool]:
     """The modules that PEFT has added, by their identity, and whether positions pass through them."""
-    found = dict[int, bool]()
+    parts_of_adapters = dict[int, bool]()
     for layer in filter(_is_adapted, base.modules()):
-        held: list[Any] = [getattr(layer, part, None) for part in layer.adapter_layer_names]
-        parts = [module for one in held if hasattr(one, "modules") for module in one.modules()]
-        found |= {id(module): not _is_stacked(layer) for module in parts}
-    return found
+        owners: list[Any] = [getattr(layer, part, None) for part in layer.adapter_layer_names]
+        parts = [module for one in owners if hasattr(one, "modules") for module in one.modules()]
+        parts_of_adapters |= {id(module): not _is_stacked(layer) for module in parts}
+    return parts_of_adapters
 
 
 def _elements(module: Any) -> float:
@@ -160,8 +160,8 @@ def _elements(module: Any) -> float:
         inputs, outputs = (getattr(module, name, None) for name in names)
         if isinstance(inputs, int) and isinstance(outputs, int) and getattr(module, "weight", None) is not None:
             return float(inputs * outputs)
-    held = module.parameters(recurse=False) if _are_experts(module) else ()
-    return float(sum(one.numel() for one in held if one.dim() == 3))
+    parameters = module.parameters(recurse=False) if _are_experts(module) else ()
+    return float(sum(one.numel() for one in parameters if one.dim() == 3))
 
 
 def _are_experts(module: Any) -> bool:
@@ -181,9 +181,9 @@ def _trained(module: Any, stacked: frozenset[int]) -> float:
     weight = getattr(module, "weight", None)
     if weight is not None:
         return float(weight.requires_grad)
-    held = [one for one in module.parameters(recurse=False) if one.dim() == 3]
-    made = sum(one.numel() for one in held if one.requires_grad or id(one) in stacked)
-    return float(made / max(1, sum(one.numel() for one in held)))
+    stacks = [one for one in module.parameters(recurse=False) if one.dim() == 3]
+    trained = sum(one.numel() for one in stacks if one.requires_grad or id(one) in stacked)
+    return float(trained / max(1, sum(one.numel() for one in stacks)))
 
 
 def _stacked_weights(base: Any) -> frozenset[int]:
@@ -223,16 +223,16 @@ def _products_a_pass(module: Any) -> float:
     norm has no gradient; an update that is added to a weight has those of A and of B."""
     if not _is_adapted(module):
         return 0.0
-    found = 0.0
+    factors = 0.0
     for name, down in getattr(module, "lora_A", {}).items():
         if not down.weight.requires_grad:
             continue
         if _is_stacked(module):
             experts = max(1, down.out_features // module.r[name])
-            found += 3.0 * experts * module.r[name] * down.in_features * module.lora_B[name].out_features
+            factors += 3.0 * experts * module.r[name] * down.in_features * module.lora_B[name].out_features
         elif getattr(module, "use_dora", {}).get(name):
-            found += float(down.in_features * module.r[name] * module.lora_B[name].out_features)
-    return found
+            factors += float(down.in_features * module.r[name] * module.lora_B[name].out_features)
+    return factors
 
 
 def _is_stacked(layer: Any) -> bool:

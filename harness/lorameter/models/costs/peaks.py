@@ -220,14 +220,17 @@ def find_card(text: str) -> GpuSpec:
         if not total:
             raise UsageError(f"--gpu {_quoted(text)}: no memory. {_REMEDY}.")
         return GpuSpec(name=" ".join(text.split()), device_name="", total_bytes=total, source="as given")
-    found = [device for device in DEVICES if _is_called(device, text)]
-    if not found:
+    matches = [device for device in DEVICES if _is_called(device, text)]
+    if not matches:
         why = "a size without a known unit" if size is not None else "no known GPU"
         raise UsageError(f"--gpu {_quoted(text)}: {why}. Known: {_list(DEVICES)}. {_REMEDY}, for any other.")
-    if len({device.memory_mib for device in found}) > 1:
-        raise UsageError(f"--gpu {_quoted(text)}: there are several, of different memory. Name one: {_list(found)}.")
+    if len({device.memory_mib for device in matches}) > 1:
+        raise UsageError(f"--gpu {_quoted(text)}: there are several, of different memory. Name one: {_list(matches)}.")
     return GpuSpec(
-        name=found[0].label, device_name=found[0].names[0], total_bytes=found[0].memory_bytes, source=MEMORY_SOURCE
+        name=matches[0].label,
+        device_name=matches[0].names[0],
+        total_bytes=matches[0].memory_bytes,
+        source=MEMORY_SOURCE,
     )
 
 

@@ -87,7 +87,7 @@ def prepare(request: BaseRequest) -> BaseSummary:
     folder = bases.folder_of(_facts_of(source, request))
     with locked(folder, "waiting for another process that makes the same base", print):
         description = bases.read_description(folder)
-        made = description is None
+        is_new = description is None
         if description is None:
             began = time.perf_counter()
             model = load_base(source, request.variant, device=request.device, seed=request.workload.data_seed)
@@ -98,8 +98,8 @@ def prepare(request: BaseRequest) -> BaseSummary:
         hash=description.digest,
         base=base_words(request.variant, request.workload),
         bytes=description.bytes,
-        conversions=int(made),
-        quantisations=int(made and request.variant.quantization != "none"),
+        conversions=int(is_new),
+        quantisations=int(is_new and request.variant.quantization != "none"),
         seconds=time.perf_counter() - begin,
         load_s=description.load_s,
     )
@@ -154,11 +154,11 @@ def _write(model: Any, folder: Path, load_s: float) -> BaseDescription:
 
 def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """All tensors of a model by name; tied parameters once."""
-    found: dict[str, torch.Tensor] = dict(model.named_buffers())
+    tensors: dict[str, torch.Tensor] = dict(model.named_buffers())
     for name, parameter in model.named_parameters():
-        found[name] = parameter.data
-        found |= {f"{name}{_MARK}{key}": value for key, value in constants_of(parameter).items()}
-    return found
+        tensors[name] = parameter.data
+        tensors |= {f"{name}{_MARK}{key}": value for key, value in constants_of(parameter).items()}
+    return tensors
 
 
 def _fill(model: Any, tensors: Mapping[str, torch.Tensor], frozen: frozenset[str], device: str) -> None:

@@ -207,11 +207,11 @@ def _materialise(model: transformers.PreTrainedModel, name: str, module: nn.Modu
     if own:
         model._init_weights(module)
     for key, meta in own.items():
-        drawn = module.get_parameter(key)
-        if drawn.isnan().any():
+        parameter = module.get_parameter(key)
+        if parameter.isnan().any():
             why = f"the architecture does not say how to initialise {name}.{key}"
             raise impossible("models", "model", model.config.model_type, why, "Use real weights.")
-        module.register_parameter(key, nn.Parameter(drawn.to(meta.dtype), requires_grad=meta.requires_grad))
+        module.register_parameter(key, nn.Parameter(parameter.to(meta.dtype), requires_grad=meta.requires_grad))
     for key, buffer in module.named_buffers(recurse=False):
         module._buffers[key] = buffer.to(device)
 

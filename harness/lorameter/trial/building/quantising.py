@@ -59,11 +59,11 @@ def quantize_linears(model: transformers.PreTrainedModel, variant: Variant, devi
 
 def quantised_names(model: transformers.PreTrainedModel) -> list[str]:
     """Names of the linear layers that transformers would quantise."""
-    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    excluded = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     return [
         name
         for name, module in model.named_modules()
-        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, kept)
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, excluded)
     ]
 
 

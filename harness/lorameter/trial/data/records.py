@@ -174,8 +174,8 @@ def recognise(names: Sequence[str], columns: DataColumns, place: str) -> RecordF
     there = f"There are {shorten(', '.join(map(repr, names)), 200) or 'none'}."
     remedy = _MAP_THEM
     if columns.family is not None:
-        wanted = {part: columns.given.get(part, part) for part in columns.family}
-        needed = [column for part, column in wanted.items() if part != OPTIONAL or part in columns.given]
+        parts = {part: columns.given.get(part, part) for part in columns.family}
+        needed = [column for part, column in parts.items() if part != OPTIONAL or part in columns.given]
         remedy = "Correct [workload] columns."
     else:
         fitting = [one for one in _KNOWN if all(name in names for part, name in one.items() if part != OPTIONAL)]
@@ -183,15 +183,15 @@ def recognise(names: Sequence[str], columns: DataColumns, place: str) -> RecordF
         if len(fitting) > 1:
             kinds = " and as ".join("/".join(column for column in one.values() if column in names) for one in fitting)
             raise UsageError(f"{place}: its columns can be read as {kinds}. {_MAP_THEM}")
-        wanted = max(fitting or _KNOWN, key=lambda one: sum(column in names for column in one.values()))
-        needed = [column for part, column in wanted.items() if part != OPTIONAL]
+        parts = max(fitting or _KNOWN, key=lambda one: sum(column in names for column in one.values()))
+        needed = [column for part, column in parts.items() if part != OPTIONAL]
         if not set(needed) & set(names):
             raise UsageError(f"{place}: no known columns. {there} Known: {_KNOWN_WORDS}. {_MAP_THEM}")
     if missing := [column for column in needed if column not in names]:
-        need = f"which records of {', '.join(wanted.values())} need"
+        need = f"which records of {', '.join(parts.values())} need"
         raise UsageError(f"{place}: no column {_quote(missing[0])}, {need}. {there} {remedy}")
-    found = {part: column for part, column in wanted.items() if column in names}
-    return RecordForm(columns=found, absent="" if OPTIONAL in found else wanted.get(OPTIONAL, ""))
+    present = {part: column for part, column in parts.items() if column in names}
+    return RecordForm(columns=present, absent="" if OPTIONAL in present else parts.get(OPTIONAL, ""))
 
 
 def _quote(name: str) -> str:
@@ -315,14 +315,14 @@ def _read_data_set(source: DataSource, where: str) -> Iterator[Any]:
     datasets.disable_progress_bars()
     try:
         if source.kind == "saved":
-            found: Any = datasets.load_from_disk(str(Path(source.name) / source.split))
+            data: Any = datasets.load_from_disk(str(Path(source.name) / source.split))
         else:
             with _offline_unless_hub_answers(source):
-                found = datasets.load_dataset(source.name, source.config or None, split=source.split)
+                data = datasets.load_dataset(source.name, source.config or None, split=source.split)
     except Exception as error:  # as above
         remedy = REMEDY if source.kind == "hub" else "Save it again."
         raise UsageError(f"{where}: cannot be read: {type(error).__name__}: {_first_line(error)}. {remedy}") from None
-    for batch in found.with_format("arrow").iter(batch_size=BATCH_ROWS):  # which decodes no images
+    for batch in data.with_format("arrow").iter(batch_size=BATCH_ROWS):  # which decodes no images
         yield from batch.to_pylist()
 
 

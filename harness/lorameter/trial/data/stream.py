@@ -62,8 +62,8 @@ class TokenStream:
         """The next training batch of this rank, and its share of the labelled tokens of all ranks."""
         together = self._rows(self._next, self._workload.batch_size)
         self._next = (together[-1] + 1) % self.sequences
-        each = len(together) // self._ranks
-        rows = together[self._rank * each : (self._rank + 1) * each]
+        size = len(together) // self._ranks
+        rows = together[self._rank * size : (self._rank + 1) * size]
         mask = self._tensors["train.attention_mask"][rows][:, : self._length("train", together)]
         real = int(mask.sum())
         self.real_tokens += real

@@ -217,14 +217,14 @@ def _prompts(records: list[AnyRecord], tokens: Encoder, workload: Workload) -> N
 
 def _distinct(prompts: list[list[int]], joined: list[int], length: int, wanted: int) -> list[list[int]]:
     """Different prompts: the given ones, and further pieces of the joined records up to `wanted`."""
-    found = dict.fromkeys(map(tuple, prompts))
+    distinct = dict.fromkeys(map(tuple, prompts))
     places = max(0, len(joined) - length) + 1
     for step in dict.fromkeys((max(1, places // wanted), 1)):  # at large distances, then at every position
         for start in range(0, places, step):
-            if len(found) >= wanted:
+            if len(distinct) >= wanted:
                 break
-            found.setdefault(tuple(joined[start : start + length]))
-    return [list(prompt) for prompt in found]
+            distinct.setdefault(tuple(joined[start : start + length]))
+    return [list(prompt) for prompt in distinct]
 
 
 WHOLE_PROMPTS = 32

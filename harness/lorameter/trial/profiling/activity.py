@@ -87,7 +87,7 @@ def activity_of(
         raise ValueError("no phase of a step is marked in the profiler's records")
     cuda, steps = device.startswith("cuda"), len(step_times_s)
     seconds = _kernel_seconds(kernels, host) if cuda else _wall_seconds
-    made = _nodes_made_by(host, DROPOUT_OPERATOR)
+    dropout_nodes = _nodes_made_by(host, DROPOUT_OPERATOR)
     moments = sorted(one.start_ns() for one in host)
 
     def count_records(operators: Sequence[Any]) -> float:
@@ -105,12 +105,12 @@ def activity_of(
         separate = {
             "casts_s": _casts(operators),
             "wide_products_s": [one for one in operators if _is_wide_product(one)],
-            "dropout_backward_s": [one for one in operators if _is_backward_of(one, made)],
+            "dropout_backward_s": [one for one in operators if _is_backward_of(one, dropout_nodes)],
         }
-        drawn = [one for one in operators if one.name() == DROPOUT_OPERATOR]
+        dropouts = [one for one in operators if one.name() == DROPOUT_OPERATOR]
         ran = launched.get(phase, []) if cuda else operators
         uses, totals_s, busy_s = _sum_uses(ran, windows[0].start, steps, nested=not cuda)
-        counted = {name: count_records(found) for name, found in {**separate, DROPOUT: drawn}.items()}
+        counted = {name: count_records(found) for name, found in {**separate, DROPOUT: dropouts}.items()}
         phases.append(
             PhaseActivity(
                 phase=phase,
@@ -253,7 +253,7 @@ def _copies(host: Sequence[Any], weights: Mapping[tuple[int, int], str], seconds
     weight's shape.
     """
     products = sorted((one for one in host if one.name() == "aten::linear"), key=lambda one: one.start_ns())
-    found = []
+    copies = []
     for operator, *_ in _outermost(host, _COPYING):
         shape: list[int] = next(iter(operator.shapes()), [])
         if math.prod(shape) < _LEAST or len(shape) < 2:
@@ -262,17 +262,17 @@ def _copies(host: Sequence[Any], weights: Mapping[tuple[int, int], str], seconds
         within = products[place] if place >= 0 and operator.end_ns() <= products[place].end_ns() else None
         name = weights.get((shape[0], shape[1])) if len(shape) == 2 else None
         if within is not None:
-            given, weight, *_ = within.shapes()
-            whole = len(weight) == 2 and sorted(shape[-2:]) == sorted(weight) and list(shape) != list(given)
+            input_shape, weight, *_ = within.shapes()
+            whole = len(weight) == 2 and sorted(shape[-2:]) == sorted(weight) and list(shape) != list(input_shape)
             name = weights.get((weight[0], weight[1]), "") if whole else None
         if name is not None:
-            found.append(
+            copies.append(
                 WeightCopy(
                     weight=name, shape=tuple(shape), operator=operator.name(), calls=1.0,
                     time_s=_spent(operator, seconds), in_product=within is not None,
                 )
             )  # fmt: skip
-    return found
+    return copies
 
 
 def _sum_copies(copies: Sequence[WeightCopy], steps: int) -> tuple[WeightCopy, ...]:
@@ -316,15 +316,15 @@ def _is_wide_product(operator: Any) -> bool:
 
 def _outermost(host: Sequence[Any], names: Sequence[str]) -> list[list[Any]]:
     """Calls of these operators that none of them has made, by thread; each with the calls of them that it makes."""
-    found: list[list[Any]] = []
+    calls: list[list[Any]] = []
     last: dict[int, list[Any]] = {}
     for one in sorted((one for one in host if one.name() in names), key=lambda one: (one.start_ns(), -one.end_ns())):
         thread = one.start_thread_id()
         if thread not in last or one.start_ns() >= last[thread][0].end_ns():
             last[thread] = []
-            found.append(last[thread])
+            calls.append(last[thread])
         last[thread].append(one)
-    return found
+    return calls
 
 
 # --- backward pass of an operator -------------------------------------------------------------------------------------

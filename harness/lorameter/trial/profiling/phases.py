@@ -181,7 +181,7 @@ def pair_times(
         result is read and its times are stored. Then those of `samples_of`.
     """
     watch = Stopwatch(device)
-    found: dict[str, list[float]] = {}
+    series: dict[str, list[float]] = {}
     begin, pair, ended_s = time.perf_counter(), 0, math.nan
     while pair < LEAST_STEP_PAIRS or (pair < MOST_PAIRS and time.perf_counter() - begin < budget_s):
         for kind in ("plain", "bordered") if pair % 2 == 0 else ("bordered", "plain"):
@@ -197,9 +197,9 @@ def pair_times(
             if kind == "bordered":
                 samples |= {f"phase_{phase}_s": seconds for phase, seconds in bordered.phases.times_s().items()}
             for name, value in samples.items():
-                found.setdefault(name, []).append(value)
+                series.setdefault(name, []).append(value)
         pair += 1
-    return {name: tuple(values) for name, values in found.items()}
+    return {name: tuple(values) for name, values in series.items()}
 
 
 def profiled(
@@ -224,8 +224,8 @@ def profiled(
         times, events = _record(bordered, device, folder / trace)
         return activity_of(events, times, device, phase_names=phase_names, weights=weights)
 
-    found = session()
-    return session() if found.missing else found
+    activity = session()
+    return session() if activity.missing else activity
 
 
 def _record(bordered: Bordered, device: str, trace: Path) -> tuple[tuple[float, ...], Any]:
@@ -259,16 +259,18 @@ def watch_gradients(model: torch.nn.Module, step: Callable[[], object]) -> dict[
     """Takes the step and returns the modules that it calls, by their names in transformers' model, with whether
     autograd computes the gradient of their first input (of the first block the layers that take the embeddings have
     none); None if that is no tensor."""
-    seen: dict[str, bool | None] = {}
+    gradients: dict[str, bool | None] = {}
     with contextlib.ExitStack() as hooks:
         for name, part in peft_methods.wrapped(model).named_modules():
 
             def look(_: Any, args: tuple[Any, ...], name: str = name) -> None:
-                seen.setdefault(name, args[0].requires_grad if args and isinstance(args[0], torch.Tensor) else None)
+                gradients.setdefault(
+                    name, args[0].requires_grad if args and isinstance(args[0], torch.Tensor) else None
+                )
 
             hooks.callback(part.register_forward_pre_hook(look).remove)
         step()
-    return seen
+    return gradients
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------
@@ -349,8 +351,8 @@ def observe_request(model: Any, ask: Ask) -> RequestFacts:
         rows.append(1 if tokens is None else int(tokens.shape[-1]))
 
     def leave(module: Any, args: Any, output: Any) -> None:
-        found = getattr(output, "logits", None)
-        logits.append(1 if found is None else int(found.shape[-2]))
+        scores = getattr(output, "logits", None)
+        logits.append(1 if scores is None else int(scores.shape[-2]))
         if isinstance(output, dict) and (cache := _cache_of(output)) is not None:
             caches[:] = [cache]
             places.append(tuple(tensor.data_ptr() for tensor in _cached(cache)))
@@ -378,8 +380,8 @@ def _cache_of(given: Mapping[str, Any]) -> Any:
 
 
 def _cached(cache: Any) -> list[torch.Tensor]:
-    held = [getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values")]
-    return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
+    tensors = [getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values")]
+    return [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
 
 
 def size_of(model: Any) -> ModelSize:

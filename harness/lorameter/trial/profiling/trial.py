@@ -70,11 +70,11 @@ class ProfiledTrial(Trial):
         request, trainee = self._request, self._built.trainee
         call = self._built.step if phase == "train" else self._serving.request
         release_unused(request.device)  # the check's records refer to each other, and would count as unexplained
-        found = measure_breakdown(
+        account = measure_breakdown(
             trainee.model, trainee.optimizer, call, birth=self._birth, device=request.device, phase=phase,
             compiled=request.variant.compile,
         )  # fmt: skip
-        return self._write(ACCOUNTS[phase], found)
+        return self._write(ACCOUNTS[phase], account)
 
     def profile(self, *, budget_s: float) -> PartialRecord:
         """Time the phases of a step, in pairs for `budget_s` seconds, and count its real tokens."""
@@ -119,16 +119,16 @@ class ProfiledTrial(Trial):
         model = self._built.trainee.model
         unpack_4bit(model)
         model.train()
-        found = profiled(self._bordered_step(), self._request.device, Path(self._request.scratch))
-        return self._write(ACTIVITY, found)
+        activity = profiled(self._bordered_step(), self._request.device, Path(self._request.scratch))
+        return self._write(ACTIVITY, activity)
 
     def profile_requests(self, *, merged: bool, budget_s: float) -> PartialRecord:
         """Time the phases of a request with the unmerged adapter or, after `merge`, with the merged one."""
-        found = pair_times(
+        series = pair_times(
             self._serving.ask, self._bordered_request(), self._request.device, what="request",
             samples_of=request_samples, budget_s=budget_s,
         )  # fmt: skip
-        return PartialRecord(samples={f"{'merged_' if merged else ''}{name}": times for name, times in found.items()})
+        return PartialRecord(samples={f"{'merged_' if merged else ''}{name}": times for name, times in series.items()})
 
     def _bordered_request(self) -> BorderedRequest:
         return BorderedRequest(self._built.trainee.model, self._serving.ask, self._request.device)
@@ -156,11 +156,11 @@ class ProfiledTrial(Trial):
     def request_activity(self, *, merged: bool) -> PartialRecord:
         """Profile the operators of a request."""
         name, trace = (MERGED_ACTIVITY, MERGED_TRACE) if merged else (REQUEST_ACTIVITY, REQUEST_TRACE)
-        found = profiled(
+        activity = profiled(
             self._bordered_request(), self._request.device, Path(self._request.scratch), trace=trace,
             phase_names=REQUEST_PHASES, weights=weights_by_shape(self._built.trainee.model),
         )  # fmt: skip
-        return self._write(name, found)
+        return self._write(name, activity)
 
     def _write(self, name: str, found: object) -> PartialRecord:
         """Write a result to a file of the trial's folder, and not to the record."""

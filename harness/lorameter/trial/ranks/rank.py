@@ -74,15 +74,15 @@ class ProcessGroup:
     def gather(self, values: Sequence[float]) -> list[list[float]]:
         """The values of every rank, in their order; each rank passes the same number."""
         own = torch.tensor(list(values), dtype=torch.float64, device=self._device)
-        found = [torch.empty_like(own) for _ in range(self.ranks)]
-        distributed.all_gather(found, own)
-        return [one.tolist() for one in found]
+        gathered = [torch.empty_like(own) for _ in range(self.ranks)]
+        distributed.all_gather(gathered, own)
+        return [one.tolist() for one in gathered]
 
     def gather_data(self, data: Any) -> list[Any]:
         """The data of every rank, in their order."""
-        found: list[Any] = [None] * self.ranks
-        distributed.all_gather_object(found, data)
-        return found
+        gathered: list[Any] = [None] * self.ranks
+        distributed.all_gather_object(gathered, data)
+        return gathered
 
 
 class RankStep(TrainStep):
@@ -147,10 +147,10 @@ class RankTrial(Trial):
             return fragment
         trainee = self._built.trainee
         shard_again(trainee.model)
-        every = self._group.gather_data((fingerprints(trainee.model), counted_updates([trainee.optimizer])))
+        gathered = self._group.gather_data((fingerprints(trainee.model), counted_updates([trainee.optimizer])))
         shown = [
             RankEvidence(rank=rank, adapter=adapter, updates=self._steps_taken, counted=counted)
-            for rank, (adapter, counted) in enumerate(every)
+            for rank, (adapter, counted) in enumerate(gathered)
         ]
         check = judge_safely(_TRAINED, True, lambda: compare_adapters(shown, steps=self._steps_taken))
         return judge_checks(fragment, [check], self._request)
@@ -162,10 +162,10 @@ class RankTrial(Trial):
     def _take_step(self, meanwhile: Callable[[], object] | None = None) -> tuple[float, Lap]:
         self._group.barrier()
         loss, lap = super()._take_step(meanwhile)
-        every = self._group.gather([lap.time_s, lap.cpu_time_s, loss])
-        self._laps.append([time_s for time_s, _, _ in every])
-        slowest = max(every)
-        return sum(part for _, _, part in every), Lap(slowest[0], slowest[1])
+        gathered = self._group.gather([lap.time_s, lap.cpu_time_s, loss])
+        self._laps.append([time_s for time_s, _, _ in gathered])
+        slowest = max(gathered)
+        return sum(part for _, _, part in gathered), Lap(slowest[0], slowest[1])
 
     def _base_loss(self, forward: Any, model: Any, stream: TokenStream) -> float:
         """The loss of the base on the first batch, in train mode and without repacking."""
@@ -201,17 +201,17 @@ class RankTrial(Trial):
     def _check(self, step: Callable[[], None], required: Mapping[str, Any]) -> tuple[list[Check], dict[str, float]]:
         """The checks of a step merged over the ranks, and those that compare ranks; the same on all of them."""
         model = self._built.trainee.model
-        wanted = dict.fromkeys(PATHS, True) | {path: value for path, value in required.items() if path != ISOLATED}
+        others = {path: value for path, value in required.items() if path != ISOLATED}
         shard_again(model)
         with cast(RankStep, self._built.step).without_clipping():
-            checks = [*kernels_check.verify(model, step, wanted), *self._isolation]
+            checks = [*kernels_check.verify(model, step, dict.fromkeys(PATHS, True) | others), *self._isolation]
         shard_again(model)
         facts = self._observe()
         shard_again(model)
         gathered = self._group.gather_data((checks, facts))
-        every = [one for _, one in gathered]
-        merged = merge_checks([found for found, _ in gathered])
-        return [*merged, *judge_ranks(every, self._strategy)], _activity(every)
+        facts_of_all = [facts for _, facts in gathered]
+        merged = merge_checks([checks for checks, _ in gathered])
+        return [*merged, *judge_ranks(facts_of_all, self._strategy)], _activity(facts_of_all)
 
     def _observe(self) -> RankFacts:
         """The caller restores the stream."""

@@ -230,14 +230,14 @@ def merge_values(every: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """
     merged: dict[str, float] = {}
     for key in dict.fromkeys(key for values in every for key in values):
-        found = [values[key] for values in every if key in values]
+        readings = [values[key] for values in every if key in values]
         if key in SUMMED:
-            if len(found) == len(every):
-                merged[key] = sum(found)
+            if len(readings) == len(every):
+                merged[key] = sum(readings)
         elif key.startswith("device_") and key != "device_samples_train":
-            merged[key] = min(found) if "_min_" in key or "_margin_" in key else max(found)
+            merged[key] = min(readings) if "_min_" in key or "_margin_" in key else max(readings)
         else:
-            merged[key] = found[0]
+            merged[key] = readings[0]
     return merged
 
 

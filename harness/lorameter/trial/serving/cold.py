@@ -57,7 +57,7 @@ def load_and_answer(request: TrialRequest) -> PartialRecord:
     source = catalogue.resolve(request.workload.model)
     begin = time.monotonic()
     base = load_base(source, variant, device=request.device, seed=request.workload.data_seed)
-    read = time.monotonic()
+    base_loaded = time.monotonic()
     model = peft_methods.load(base, variant, Path(request.scratch) / "adapter")
     if variant.merge_adapter:
         peft_methods.merge(model)
@@ -69,8 +69,8 @@ def load_and_answer(request: TrialRequest) -> PartialRecord:
         "cold_after_import_time_s": time.monotonic() - entered,
         "cold_prepare_time_s": begin - entered,
         "cold_load_time_s": loaded - begin,
-        "cold_base_time_s": read - begin,
-        "cold_adapter_time_s": loaded - read,
+        "cold_base_time_s": base_loaded - begin,
+        "cold_adapter_time_s": loaded - base_loaded,
         "cold_base_conversions": 1.0,
         "cold_first_token_time_s": first.first_token_time_s,
         "cold_completion_time_s": first.request_time_s,

@@ -66,12 +66,12 @@ class _Stamps(BaseStreamer):
 def _without_end(model: Any) -> Iterator[None]:
     """Ignore the end-of-sequence token. None in a request would be replaced by the model's default, so the default is
     changed during the request; forbidding the token (`min_new_tokens`) would add work and change the text."""
-    kept = model.generation_config.eos_token_id
+    eos = model.generation_config.eos_token_id
     model.generation_config.eos_token_id = None
     try:
         yield
     finally:
-        model.generation_config.eos_token_id = kept
+        model.generation_config.eos_token_id = eos
 
 
 @contextlib.contextmanager

@@ -48,14 +48,14 @@ def serve_adapter(request: ServingRequest) -> PartialRecord:
     for mode in request.ways:
         try:
             model = load_served(request, mode) if model is None else model
-            found = observe(prepare_mode(model, mode), mode, stream, request, answers)
+            result = observe(prepare_mode(model, mode), mode, stream, request, answers)
         except Exception as error:
             failed = failed_record(error, "parity")
             if failed.status == "interrupted":  # the disk is full, for the next mode as well
                 return failed
-            found = Served(way=mode.name, failure=failed.failure)
-        served.append(found)
-        answers = answers or found.answers
+            result = Served(way=mode.name, failure=failed.failure)
+        served.append(result)
+        answers = answers or result.answers
         if not answers:  # without a reference there is nothing to compare
             break
     prompts = [prompt[0].tolist() for prompt in _prompts(stream, request)]
@@ -142,15 +142,15 @@ def measure_distance(reference: torch.Tensor, other: torch.Tensor) -> LogitDista
     for which, logits in (("the reference's", reference), ("its", other)):
         if not logits.isfinite().all():
             raise LorameterError(f"{which} logits hold a number that is not finite")
-    found: list[tuple[torch.Tensor, ...]] = []
+    chunks: list[tuple[torch.Tensor, ...]] = []
     for rows, others in zip(reference.split(ROWS), other.split(ROWS), strict=True):
         ours, theirs = rows.double(), others.double()
         log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)  # which rounding can make negative
         difference = (ours - theirs).abs()
         cosine = torch.cosine_similarity(ours, theirs, dim=-1)
-        found.append((ours.argmax(-1) != theirs.argmax(-1), kl, difference.mean(-1), difference.amax(-1), cosine))
-    differs, kl, means, largest, cosine = (torch.cat(parts) for parts in zip(*found, strict=True))
+        chunks.append((ours.argmax(-1) != theirs.argmax(-1), kl, difference.mean(-1), difference.amax(-1), cosine))
+    differs, kl, means, largest, cosine = (torch.cat(parts) for parts in zip(*chunks, strict=True))
     return LogitDistance(
         positions=reference.shape[0],
         argmax_differs=int(differs.sum()),
@@ -174,7 +174,9 @@ def sequence_losses(logits: torch.Tensor, labels: torch.Tensor, length: int) -> 
     losses: list[float] = []
     for row, expected in zip(logits, labels, strict=True):
         each = torch.nn.functional.cross_entropy(row[:-1].float(), expected[1:], reduction="none", ignore_index=-100)
-        each = torch.nn.functional.pad(each, (1, 0)).double().reshape(-1, length)
+        token_losses = torch.nn.functional.pad(each, (1, 0)).double().reshape(-1, length)
         counts = (torch.nn.functional.pad(expected[1:], (1, 0), value=-100) != -100).reshape(-1, length).sum(-1)
-        losses += [float(total / count) for total, count in zip(each.sum(-1), counts, strict=True) if int(count)]
+        losses += [
+            float(total / count) for total, count in zip(token_losses.sum(-1), counts, strict=True) if int(count)
+        ]
     return losses

@@ -77,18 +77,18 @@ class Server:
         """Times of the next request, in seconds by metric, and of the requests that are compared with it."""
         if len(self._adapters) == 1:
             return _times(self._prefix, self.ask())
-        number, found = self._served, dict[str, tuple[float, ...]]()
+        number, times = self._served, dict[str, tuple[float, ...]]()
         ways = ["", "switched_", "mixed_"] if self._workload.request_batch > 1 else ["", "switched_"]
         for way in self._random.sample(ways, len(ways)):
             self._activate(0)
             self.ask_shortly()
             if way == "switched_":
-                found["switch_time_s"] = (self._switch(number),)
+                times["switch_time_s"] = (self._switch(number),)
             names = self.name_rows(number) if way == "mixed_" else ()
-            found |= _times(way, self._generate(self._stream.prompts(number), names))
+            times |= _times(way, self._generate(self._stream.prompts(number), names))
         self._activate(0)
         self._served += 1
-        return found
+        return times
 
     # --- requests until EOS -------------------------------------------------------------------------------------------
 
@@ -157,9 +157,9 @@ class Server:
         for row, name in enumerate(names):
             own = order.index(name)
             other = (own or 2) - 1
-            ours = logits[own][row]
-            lost = ours.amax(-1) - ours.gather(-1, answers[row].unsqueeze(-1)).squeeze(-1)
-            effect = (ours - logits[other][row]).abs().amax(-1)
+            row_logits = logits[own][row]
+            lost = row_logits.amax(-1) - row_logits.gather(-1, answers[row].unsqueeze(-1)).squeeze(-1)
+            effect = (row_logits - logits[other][row]).abs().amax(-1)
             if mixed[row] != alone[own][row] and bool((lost > ROUNDING * effect).any()):
                 wrong.append(row)
             decisive += all(found[row] != alone[own][row] for number, found in enumerate(alone) if number != own)
@@ -169,10 +169,11 @@ class Server:
         """The logits from which the tokens of the answers are chosen; shape (prompts, tokens, vocabulary)."""
         tokens, count = torch.cat([prompts, answers], dim=1), answers.shape[1] + 1
         forward = inspect.signature(peft_methods.wrapped(self._model).forward).parameters
-        kept = {"logits_to_keep": count} if "logits_to_keep" in forward else {}  # the logits of all tokens may not fit
+        # The logits of all tokens may not fit.
+        options = {"logits_to_keep": count} if "logits_to_keep" in forward else {}
         with torch.no_grad():
             mask = torch.ones_like(tokens)
-            logits = self._model(input_ids=tokens, attention_mask=mask, use_cache=False, **kept).logits
+            logits = self._model(input_ids=tokens, attention_mask=mask, use_cache=False, **options).logits
         return logits[:, -count:-1].float()  # type: ignore[no-any-return]
 
     def merge(self, discard: int) -> None:
