@@ -52,69 +52,6 @@ def on_rank(number, change):
     rank.RankTrial.__init__ = init
 
 
-def same_rows():
-    """Every rank takes the rows of the first, as without a distributed sampler."""
-    from lorameter.trial.data.stream import TokenStream
-
-    def change(trial):
-        take = TokenStream.take_share
-
-        def first(self):
-            self._rank = 0
-            return take(self)
-
-        TokenStream.take_share = first
-
-    on_rank(1, change)
-
-
-def summed():
-    """Gradients are summed over the ranks and not divided."""
-    import torch
-
-    from lorameter.trial.ranks import rank
-
-    wrapped = rank.distribute
-
-    def distribute(model, strategy, **options):
-        forward = wrapped(model, strategy, **options)
-        forward.register_comm_hook(
-            None,
-            lambda _, bucket: (
-                torch.distributed.all_reduce(bucket.buffer(), async_op=True)
-                .get_future()
-                .then(lambda future: future.value()[0])
-            ),
-        )
-        return forward
-
-    rank.distribute = distribute
-
-
-def asleep():
-    """Rank 1 sleeps in each forward pass."""
-
-    def change(trial):
-        from lorameter.trial.ranks.rank import RankStep
-
-        forward = RankStep.loss
-        RankStep.loss = lambda self, batch: time.sleep(2.0) or forward(self, batch)
-
-    on_rank(1, change)
-
-
-def unsharded():
-    """The base's weights of every block are left out of the sharding."""
-    from torch.distributed import fsdp
-
-    shard = fsdp.fully_shard
-
-    def fully_shard(module):
-        return shard(module, ignored_params={p for p in module.parameters() if p.dim() > 1 and not p.requires_grad})
-
-    fsdp.fully_shard = fully_shard
-
-
 def in_eval_mode():
     """The model stays in eval mode, as `from_pretrained` returns it."""
     from lorameter.trial.ranks import rank
@@ -184,12 +121,8 @@ SCENARIOS = {
     "fsdp2, qlora, repaired": Scenario(
         strategy="fsdp2", commands=WHOLE, variant=NF4, workload={"repair": "quant_state"}
     ),
-    "same rows": Scenario(sabotage=same_rows),
-    "summed": Scenario(sabotage=summed),
-    "asleep": Scenario(sabotage=asleep),
     "dropout": Scenario(commands=WHOLE, variant=DROPOUT),
     "update left out": Scenario(commands=WHOLE, variant=DROPOUT, sabotage=later(leave_out_one_update)),
-    "unsharded": Scenario(strategy="fsdp2", sabotage=unsharded),
     "in eval mode": Scenario(strategy="fsdp2", variant=NF4, sabotage=in_eval_mode),
     "in eval mode, repaired": Scenario(
         strategy="fsdp2", variant=NF4, workload={"repair": "quant_state"}, sabotage=in_eval_mode

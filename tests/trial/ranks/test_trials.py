@@ -20,8 +20,8 @@ pytestmark = pytest.mark.selftest  # tests/run/workers/test_ranks.py measures a 
 SCRIPT = Path(__file__).with_name("scenarios.py")
 HEALTHY = ("fsdp2, lora", "ddp, qlora, accumulating", "fsdp2, qlora", "fsdp2, qlora, repaired")
 SABOTAGED = (
-    "same rows", "summed", "asleep", "unsharded", "in eval mode", "in eval mode, repaired", "dies",
-    "hangs", "out of memory", "one rank fails", "dropout", "update left out",
+    "in eval mode", "in eval mode, repaired", "dies", "hangs", "out of memory", "one rank fails", "dropout",
+    "update left out",
 )  # fmt: skip
 
 
@@ -97,20 +97,12 @@ def test_sharded_and_quantised_bases_train_what_one_rank_trains(ddp, healthy):
         assert sizes["fsdp2, qlora"] <= 0.51 * sizes["ddp, qlora, accumulating"]
 
 
-@pytest.mark.parametrize(
-    ("name", "path", "words"),
-    [
-        ("same rows", "ranks.data", "ranks 0 and 1 train on the same data: 2 of their 2 sequences"),
-        ("summed", "ranks.gradients", "divided by 1 and not by their number, 2"),
-        ("unsharded", "ranks.sharded", "lie whole on every rank"),
-        ("update left out", "ranks.trained", "rank 1 has another adapter than rank 0"),
-    ],
-)
-def test_a_sabotage_makes_the_trial_invalid(sabotaged, name, path, words):
-    """The check says what is wrong and on which rank, and no process is left."""
-    record, left = sabotaged[name]
+def test_an_adapter_that_differs_at_the_end_makes_the_trial_invalid(sabotaged):
+    """One rank left out an update after the check of the first steps; no process is left."""
+    record, left = sabotaged["update left out"]
+    words = "rank 1 has another adapter than rank 0"
     assert record.status == "invalid"
-    assert words in check_of(record, path)["reason"]
+    assert words in check_of(record, "ranks.trained")["reason"]
     assert words in record.failure.message
     assert left == []
 
@@ -138,14 +130,6 @@ def test_nf4_that_fsdp2_gathers_wrongly_is_refused_with_the_repair(sabotaged):
     assert "silently wrong from the second forward on" in check["reason"]
     assert 'repair = "quant_state"' in check["reason"]
     assert check_of(sabotaged["in eval mode, repaired"][0], "ranks.steady")["status"] == "active"
-
-
-def test_a_rank_that_the_others_wait_for_is_named(sabotaged):
-    """By its own time in a profiled step."""
-    record, _ = sabotaged["asleep"]
-    notice = next(notice for notice in record.notices if notice.code == "ranks-imbalanced")
-    assert notice.message.startswith("rank 1 takes ")
-    assert record.values["rank1_own_step_time_s"] > 2 > record.values["rank0_own_step_time_s"]
 
 
 @pytest.mark.parametrize(

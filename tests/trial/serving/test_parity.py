@@ -17,7 +17,6 @@ from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building import peft_methods
 from lorameter.trial.building.base_model import load_base
-from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.serving import parity
 
@@ -130,15 +129,3 @@ def test_a_serving_mode_that_raises_fails_alone(request_of, full, monkeypatch):
     lost = dataclasses.replace(request_of(FULL, 0), adapter="/nowhere")
     (only,) = codec.from_json(tuple[Served, ...], parity.serve_adapter(lost).tokens["served"], "served")
     assert only.failure is not None
-
-
-def test_logits_are_those_that_chose_the_answer(request_of):
-    """One pass over prompt and answer has, at each position, the token of greedy decoding as its largest logit."""
-    request = request_of(FULL, 0)
-    model = parity.load_served(request, request.ways[0])
-    stream = TokenStream(request.trial.tokens_path, WORKLOAD, FULL, "cpu")
-    found = parity.observe(model, request.ways[0], stream, request, ())
-    for index, answer in enumerate(found.answers):
-        with torch.no_grad():
-            logits = parity.answer_logits(model, stream.prompt(index), answer)
-        assert tuple(logits.argmax(-1).tolist()) == answer

@@ -52,8 +52,8 @@ MAPPED_FROM_BYTES = 32 * MIB
 """glibc maps larger blocks separately and returns them whole (M_MMAP_THRESHOLD's dynamic maximum, mallopt(3))."""
 PEAK_RANGES = {"cpu": (0.90, 1.10), "cuda": (0.89, 1.34)}
 """The least and the greatest expected peak, divided by the estimate. On a CPU it is wider than the measured range
-(`MEASURED_ERRORS`). On a GPU it is the range of published peaks, of torch's allocator or as nvidia-smi shows:
-`python tests/models/costs/published.py` prints it."""
+(`MEASURED_ERRORS`). On a GPU it is the range of published peaks, of torch's allocator or as nvidia-smi shows, which
+tests/models/costs/test_published.py derives."""
 PUBLISHED_WITHIN, PUBLISHED_PEAKS = 101, 105
 """Published peaks within that range, and all of them; each is a row of tests/models/costs/published_peaks.toml."""
 MEASURED_ERRORS = (-0.069, 0.026)
