@@ -12,8 +12,6 @@ import math
 import tomllib
 from pathlib import Path
 
-import pytest
-
 from lorameter.cli import main
 from lorameter.machine import provenance
 from lorameter.models import catalogue, shapes
