@@ -9,8 +9,7 @@ import pytest
 
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
-from lorameter.models.shapes import ModelShape, read_header
-from lorameter.records.fileio import NotReadableError
+from lorameter.models.shapes import ModelShape, gguf_of
 
 gguf = pytest.importorskip("gguf")
 
@@ -54,14 +53,14 @@ def test_a_header_and_the_shape_that_it_describes(tmp_path):
     writer.close()
     expected = {f"gemma3.{name}": size for name, size in sizes.items()}
     expected |= {"general.architecture": "gemma3", "tokenizer.chat_template": "{{ messages }}"}
-    assert read_header(path).values == expected
+    assert gguf_of(path).values == expected
     assert shapes.shape(catalogue.resolve(f"random:{path}")) == ModelShape(
         hidden_size=128, intermediate_size=192, layers=3, heads=4, kv_heads=2, head_dim=32, vocab_size=300, context=512,
         tied=True, architecture="gemma3_text",
     )  # fmt: skip
     path.write_bytes(path.read_bytes()[:-64])
-    with pytest.raises(NotReadableError, match="truncated"):
-        read_header(path)
+    with pytest.raises(UsageError, match="truncated"):
+        gguf_of(path)
 
 
 def test_without_the_package_the_message_says_how_to_install_it(tmp_path, monkeypatch):

@@ -266,7 +266,13 @@ def config_file(source: ModelSource) -> Path:
     for entry in CATALOGUE.values():
         if entry.hub_id == source.location:
             return entry.config
-    return _hub_file(source, "config.json")
+    import huggingface_hub
+
+    try:
+        path = huggingface_hub.hf_hub_download(source.location, "config.json", local_files_only=not hub_has(source))
+    except Exception as error:  # the exception depends on the transport of huggingface_hub
+        raise hub_failure(source, error) from None
+    return Path(path)
 
 
 @functools.cache
@@ -284,7 +290,7 @@ def hub_answers(file: str) -> bool:
         return False
     try:
         get_session().head(f"{constants.ENDPOINT}/{file}", timeout=HUB_TIMEOUT_S)
-    except Exception:  # the exception depends on the transport of huggingface_hub
+    except Exception:  # as above
         return False
     return True
 
@@ -306,13 +312,3 @@ def hub_failure(source: ModelSource, error: Exception) -> UsageError:
         "Check the id, the connection, HF_HUB_OFFLINE and (for gated models) HF_TOKEN; name a local directory; "
         f"or use {RANDOM_PREFIX}NAME with a catalogue name ({', '.join(CATALOGUE)}).",
     )
-
-
-def _hub_file(source: ModelSource, name: str) -> Path:
-    import huggingface_hub
-
-    try:
-        path = huggingface_hub.hf_hub_download(source.location, name, local_files_only=not hub_has(source))
-    except Exception as error:  # as above
-        raise hub_failure(source, error) from None
-    return Path(path)

