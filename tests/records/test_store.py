@@ -8,7 +8,7 @@ import pytest
 from lorameter.errors import UsageError
 from lorameter.machine.repository import git_state
 from lorameter.records import store
-from lorameter.records.record import DISTURBED, SCHEMA, Failure, TrialRecord
+from lorameter.records.record import DISTURBED, Failure, TrialRecord
 from lorameter.records.store import Manifest, RunWriter
 
 
@@ -37,15 +37,6 @@ def test_a_run_is_read_back_as_written(tmp_path):
         assert run.records == (record("r0-a"), record("r1-a"))
         assert run.manifest.status == "complete"
         assert run.damaged_lines == 0
-
-
-def test_another_schema_is_refused(tmp_path):
-    """A record of another version is not read as if it were ours."""
-    writer = RunWriter(tmp_path, manifest())
-    text = (writer.path / "manifest.json").read_text().replace(f'"schema": {SCHEMA}', '"schema": 99')
-    (writer.path / "manifest.json").write_text(text)
-    with pytest.raises(UsageError, match="schema 99"):
-        store.read_run(str(writer.path), tmp_path)
 
 
 def test_runs_are_no_change_of_the_repository_that_they_lie_in(tmp_path, monkeypatch):

@@ -57,20 +57,6 @@ def test_unpaired_interval_is_welchs():
     assert effect.replicates == 4
 
 
-@pytest.mark.parametrize("pairing", ["turn", "replicate", "none"])
-def test_rounding_is_not_variance(pairing):
-    """Trials that differ by rounding alone have no variance."""
-    base = arrays([0.1 * 3], [0.3], [0.1 + 0.2])
-    spread = measure_effect(base, arrays([0.6], [0.6], [0.6]), pairing).spread
-    assert (spread.standard_error, spread.half_width(0.025)) == (0.0, 0.0)
-
-
-def test_one_replicate_has_no_spread():
-    """One trial on a side says nothing about the scatter, whatever the other side has."""
-    assert measure_effect(arrays([1]), arrays([2]), "turn").spread is None
-    assert measure_effect(arrays([1], [1.1], [1.2]), arrays([2]), "none").spread is None
-
-
 def test_log_ratios_are_those_of_the_effect():
     """One log ratio a replicate, whose mean is the effect; sides that are not paired have none."""
     rng = np.random.default_rng(4)

@@ -9,7 +9,7 @@ from scipy.stats import binomtest
 from lorameter.stats import clustered_proportion, proportion
 
 
-@pytest.mark.parametrize("of", [1, 2, 7, 32, 400])
+@pytest.mark.parametrize("of", [1, 2, 7, 32, 100])
 def test_it_is_the_exact_interval(of):
     """The same as scipy's Clopper-Pearson, at every count."""
     for count in range(of + 1):
@@ -43,10 +43,3 @@ def test_the_clustered_interval_holds_what_it_promises():
         found = clustered_proportion(rng.binomial(16, shares).tolist(), [16] * 24)
         inside += found.low <= 0.2 <= found.high
     assert inside >= 0.93 * 400
-
-
-@pytest.mark.parametrize(("counts", "of"), [([], []), ([1], [2, 3]), ([3], [2])])
-def test_clusters_that_do_not_fit_are_refused(counts, of):
-    """None, not as many, or more than there are."""
-    with pytest.raises(ValueError, match="of"):
-        clustered_proportion(counts, of)

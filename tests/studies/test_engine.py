@@ -134,15 +134,6 @@ def test_an_engine_that_cannot_be_is_refused(read, given, words):
         assert word in str(caught.value)
 
 
-def test_an_engine_does_not_outlive_its_variants(tmp_path):
-    """A study that extends another keeps its engine with the variants, and neither without the other."""
-    path = tmp_path / "mine.toml"
-    path.write_text('extends = "compile"\n[workload]\nbatch_size = 1\n')
-    assert load_study(str(path)).engine == load_study("compile").engine
-    path.write_text('extends = "compile"\n[axes]\nr = [8, 16]\n')
-    assert load_study(str(path)).engine is None
-
-
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_ready_study_has_its_promises_from_a_page(name):
     """Every claim names an address and the day on which it was read, and is about the engine alone."""
@@ -156,11 +147,3 @@ def test_a_ready_study_has_its_promises_from_a_page(name):
         assert {part.axis for part in claim.parts} == {ENGINE}
     found = [one for one in builtin_studies() if load_study(one).engine is not None]
     assert found == list(ENGINES)
-
-
-def test_what_a_ready_study_demands_as_proof_can_be_seen():
-    """Each path is one of kernels_check's."""
-    from kernels_check.judges.paths import REQUIREMENTS
-
-    for name in ENGINES:
-        assert set(load_study(name).engine.proof) <= set(REQUIREMENTS)

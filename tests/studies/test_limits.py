@@ -9,7 +9,6 @@ import pytest
 from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.run.feasibility import check_feasible
-from lorameter.run.plan import arms_of, make_plan
 from lorameter.studies.study_file import KEYS, load_study
 
 TWELVE = KEYS["controls"][:12]
@@ -72,15 +71,6 @@ def test_an_impossible_value_is_refused(tmp_path, section, key, value):
 def test_what_would_break_later_is_refused_when_it_is_read(tmp_path, text, words):
     """Names that no file can have, variants without number, tables that are none, a date."""
     assert words in refused(tmp_path, text)
-
-
-def test_a_plan_has_a_bound(tmp_path):
-    """Each number may be large alone; all of them together are refused before the plan is made."""
-    path = tmp_path / "mine.toml"
-    path.write_text(f"[protocol]\nreplicates = 10000\nturns = 10000\n{ONE}")
-    study = load_study(str(path))
-    with pytest.raises(UsageError, match="a plan holds 2000000"):
-        make_plan(study, arms=arms_of(study))
 
 
 @pytest.mark.parametrize(

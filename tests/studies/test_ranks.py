@@ -8,8 +8,6 @@ import dataclasses
 import pytest
 
 from lorameter.errors import UsageError
-from lorameter.machine.gpus import VisibleGpu
-from lorameter.machine.reading import Reading, missing
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.plan import make_plan
 from lorameter.studies.study_file import load_study
@@ -80,38 +78,6 @@ def test_more_ranks_than_cards_are_refused(small_study, machine, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(UsageError, match=r"ranks = 2: 1 GPU is to be had here"):
         check_feasible(of_ranks(small_study), dataclasses.replace(machine, device="cuda"))
-
-
-@pytest.mark.parametrize(
-    ("boards", "shared"),
-    [
-        (("one", "two"), None),
-        (("one", "one"), "MIG-0 and MIG-1"),
-        (("one", "one", "two"), "MIG-0 and MIG-1"),
-        (("one", "two", "two"), None),
-        ((None, None), None),
-    ],
-)
-def test_ranks_on_parts_of_one_card_are_refused(small_study, machine, monkeypatch, boards, shared):
-    """The first of the visible ones are theirs, whatever others there are; what is not told is not guessed."""
-    cards = tuple(
-        VisibleGpu(
-            entry=f"MIG-{n}", name=Reading(value="1g.10gb"), power_limit_w=missing("not told"),
-            board=missing("not told") if board is None else Reading(value=board),
-        )
-        for n, board in enumerate(boards)
-    )  # fmt: skip
-    monkeypatch.setattr("lorameter.run.feasibility.visible_gpus", lambda: Reading(value=cards))
-    there = dataclasses.replace(machine, device="cuda")
-    with (
-        pytest.raises(UsageError, match=f"ranks = 2: {shared} are parts of one GPU")
-        if shared
-        else contextlib.nullcontext()
-    ):
-        check_feasible(of_ranks(small_study), there)
-    study = of_ranks(small_study)  # whose sites name the GPUs: they are judged where those are known
-    protocol = dataclasses.replace(study.protocol, sites=("2+3",))
-    check_feasible(dataclasses.replace(study, protocol=protocol), there)
 
 
 @pytest.mark.parametrize(

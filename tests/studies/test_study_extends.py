@@ -42,12 +42,3 @@ def test_its_own_profile_wins_over_its_own_line(tmp_path):
     text = '[workload]\nmodel = "mistral-7b"\n[profile.cpu.workload]\nmodel = "tiny-llama"\n'
     assert load_study(write(tmp_path, text), device="cpu").workload.model == "tiny-llama"
     assert load_study(write(tmp_path, text), profile="a100").workload.model == "mistral-7b"
-
-
-def test_random_weights_of_no_model_named_are_the_defaults(tmp_path):
-    """A study that names no model has tiny-llama, and so has its profile."""
-    (tmp_path / "mine.toml").write_text(
-        "[[variant]]\nname = 'a'\n[profile.random.workload]\nmodel = 'random:'\nbatch_size = 1\n"
-    )
-    study = load_study(str(tmp_path / "mine.toml"), profile="random")
-    assert (study.workload.model, study.workload.batch_size) == ("random:tiny-llama", 1)

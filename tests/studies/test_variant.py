@@ -34,13 +34,6 @@ def test_impossible_values_are_refused(fields, words):
         assert word in str(caught.value)
 
 
-def test_the_name_is_no_part_of_the_identity():
-    """Two names for one configuration are one variant."""
-    assert LoraVariant(name="a") == LoraVariant(name="b")
-    assert LoraVariant(name="a").id == LoraVariant(name="b").id
-    assert hash(LoraVariant(name="a")) == hash(LoraVariant(name="b"))
-
-
 def test_every_field_that_is_read_changes_the_identity():
     """No two different configurations share an id."""
     base = LoraVariant(quantization="nf4")
@@ -62,8 +55,3 @@ def test_every_field_that_is_read_changes_the_identity():
 def test_fields_that_are_not_read_do_not_split_a_variant():
     """Without 4 bits, the options of 4-bit quantisation mean nothing."""
     assert LoraVariant(double_quant=True).id == LoraVariant(double_quant=False).id
-
-
-def test_differences_are_named():
-    """Only the fields that differ, the label apart."""
-    assert LoraVariant(name="a", r=8).differences(LoraVariant(name="b", use_dora=True)) == ("r", "use_dora")

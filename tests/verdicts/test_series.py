@@ -65,15 +65,6 @@ def test_nothing_is_dropped_where_one_side_is_disturbed_more_often():
     assert "not balanced" in found.reason
 
 
-@pytest.mark.parametrize("change", [{"interleaving": "lockstep"}, {"memory": {"device_peak_allocated_train_bytes": 1}}])
-def test_trials_in_turns_and_on_a_gpu_keep_every_pair(change):
-    """Those in turns shared the disturbance; on a GPU the host may rightly wait."""
-    base, other = sides([(1, 1)] * 5 + [(0.5, 1)])
-    for series in (base, other):
-        object.__setattr__(series, "records", tuple(one.replaced(**change) for one in series.records))
-    assert compare_series(base, other, "step_time_s").replicates == 6
-
-
 @pytest.mark.parametrize(("level", "words"), [("shared-base", "turn by turn"), ("replicates", "by replicate")])
 def test_the_pairing_follows_from_how_the_trials_alternated(level, words):
     """And a metric of isolated trials is paired by replicate whatever the level of the others."""

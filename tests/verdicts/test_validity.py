@@ -34,6 +34,7 @@ def test_a_whole_run_is_valid(write_run):
             "its control regressed in phase 'train': the reference differs from itself",
         ),
         ({"control": None}, "control-not-measured", "the control of phase 'train' was not measured"),
+        ({"status": "running"}, "incomplete", "its status is 'running', not 'complete'"),
     ],
 )
 def test_what_is_wrong_with_a_run_makes_all_of_it_invalid(write_run, options, reason, words):
@@ -57,19 +58,6 @@ def test_a_trial_that_failed_is_its_own_variants_only(write_run):
     assert found.failures == ("r1-nf4: oom (log: )",)
     sides = comparison_input(store.read_run(str(path), path.parent)).variants
     assert (sides["plain"].broken, sides["nf4"].broken) == (None, "run a: trial r1-nf4 is oom")
-
-
-def test_a_control_that_was_not_measured_is_a_fault(write_run):
-    """Cold starts of all variants and none of the reference's second measurement."""
-
-    def started(record):
-        return record.replaced(
-            samples=record.samples | ({"cold_start_time_s": (2.0,)} if record.role == "variant" else {})
-        )
-
-    found = stands(write_run("a", TIMES, phases=("train", "cold"), change=started))
-    assert (found.valid, found.controls["cold"]) == (False, None)
-    assert found.broken == "run a: the control of phase 'cold' was not measured"
 
 
 def test_many_faults_are_counted():

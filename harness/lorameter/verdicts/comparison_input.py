@@ -24,7 +24,7 @@ from lorameter.stats import Comparison
 from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study
 from lorameter.studies.variant import AnyVariant
-from lorameter.verdicts.series import Series, Trials, group_trials
+from lorameter.verdicts.series import Trials, group_trials
 from lorameter.verdicts.sites import refuse_mixed
 from lorameter.verdicts.software import facts_of
 from lorameter.verdicts.validity import run_validity
@@ -43,13 +43,12 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurements:
-    """One variant as one side measured it: a series of a run, or the samples that a file holds."""
+    """One variant as one side measured it."""
 
     name: str
     id: str | None = None
     """Content id of the variant; None where the file does not know it."""
     variant: AnyVariant | None = None
-    series: Series | None = None
     samples: Mapping[str, Trials] = field(default_factory=dict)
     """One list of samples a trial, by metric or kind of memory."""
     broken: str | None = None
@@ -60,11 +59,11 @@ class Measurements:
     @property
     def metrics(self) -> tuple[str, ...]:
         """The metrics and kinds of memory that there are."""
-        return tuple(self.samples) if self.series is None else self.series.metrics
+        return tuple(self.samples)
 
     def trials(self, metric: str) -> Trials:
         """The samples of one of them, a list a trial; [] where it was not measured."""
-        return self.samples.get(metric, []) if self.series is None else self.series.trials(metric)
+        return self.samples.get(metric, [])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +109,7 @@ def comparison_input(run: Run) -> ComparisonInput:
             name=name,
             id=series.records[0].variant,
             variant=known.get(name),
-            series=series,
+            samples={metric: series.trials(metric) for metric in series.metrics},
             broken=validity.broken_variant(name),
         )
         for (name, role), series in groups.items()

@@ -67,15 +67,6 @@ def test_the_estimate_is_the_ratio_with_its_interval(make_run, claim):
     assert ": a rise of more than 1 % (95 % interval [1.05" in part.reason
 
 
-def test_a_fall_is_told_as_a_ratio_below_one(make_run, claim):
-    """What is turned over to be judged is turned back to be told."""
-    part = part_of(make_run([claim(rule="trend-down")], {"r4": 1.06, "centre": 1.03}))
-    assert (part.verdict, part.about) == ("supported", "16 / 4")
-    assert part.low < 1 / 1.06 < part.high < 1
-    lowest = part_of(make_run([claim(rule="lowest", levels=(4,))], RISE))
-    assert (lowest.about, lowest.ratio) == ("4 / 8", pytest.approx(1 / 1.03, abs=0.003))
-
-
 def test_the_best_trades_metrics_by_their_weights(make_run, claim):
     """Three per cent of step time against one of loss: the weights decide, and are in the sentence."""
 
