@@ -18,10 +18,10 @@ from kernels_check.check import Check, Json, judge_safely
 from kernels_check.isolation import judge_calls
 from kernels_check.judges.attention import judge_request
 from kernels_check.judges.paths import PATHS, validate
-from kernels_check.observe.modules import restored
+from kernels_check.observe.modules import restored, synchronise
 from kernels_check.observe.observation import MOST_CALLS, Observation, StepObserver
 from kernels_check.observe.parts import ParameterStatus
-from kernels_check.observe.profile import AROUND, INSIDE, is_recording, profiled
+from kernels_check.observe.profile import AROUND, INSIDE, ProfilerRecording, is_recording
 from kernels_check.observe.ranks import RankEvidence, RankObserver
 
 _PARTS: Mapping[str, Callable[[Observation], list[ParameterStatus]]] = {
@@ -111,10 +111,13 @@ def watch_request(model: nn.Module, request: Callable[[], object], required: Jso
         validate({"attention.backend": required})
     if is_recording():
         return Check(path=REQUEST, required=required, observed=None, status="unknown", reason=AROUND)
-    seen = profiled(request)
-    if seen is None:
+    synchronise()
+    recording = ProfilerRecording()
+    with recording.opened():
+        request()
+    if not recording.lasted:
         return Check(path=REQUEST, required=required, observed=None, status="unknown", reason=INSIDE)
-    return judge_safely(REQUEST, required, partial(judge_request, model, seen, required))
+    return judge_safely(REQUEST, required, partial(judge_request, model, recording.profile(), required))
 
 
 class Watch:
@@ -135,7 +138,8 @@ class Watch:
         self._open = ExitStack()
         self._unopened: str | None = None
         """Why nothing could be watched."""
-        self._checks: tuple[Check, ...] = ()
+        self.checks: list[Check] = []
+        """One check per path of the last step that ended, in the order of ``REQUIREMENTS``."""
         about_ranks = any(path.startswith("ranks.") for path in requirements)
         self._ranks = RankObserver(model) if about_ranks else None
         self._others_wait = False
@@ -157,11 +161,6 @@ class Watch:
             except Exception:  # the next step is the first then
                 self._steps.forget()
             yield
-
-    @property
-    def checks(self) -> list[Check]:
-        """One check per path of the last step that ended, in the order of ``REQUIREMENTS``."""
-        return list(self._checks)
 
     @property
     def undecided(self) -> bool:
@@ -201,7 +200,7 @@ class Watch:
             problem = f"what was seen could not be read: {_describe_error(failed)}"
         if error is not None:
             self._steps.forget()
-            self._checks = self._unknown(
+            self.checks = self._unknown(
                 problem or f"the step raised {_describe_error(error)}, so that it was not seen to its end"
             )
             return
@@ -210,13 +209,13 @@ class Watch:
         try:
             ranks = self._exchanged(seen, problem)
             if seen is None or problem is not None:
-                self._checks = self._unknown(problem or NOTHING_RAN)
+                self.checks = self._unknown(problem or NOTHING_RAN)
                 return
             seen = replace(seen, ranks=ranks)
-            self._checks = tuple(self._decided(check, seen) for check in judge_all(seen, self._requirements))
+            self.checks = [self._decided(check, seen) for check in judge_all(seen, self._requirements)]
         except Exception as failed:
             self._steps.forget()
-            self._checks = self._unknown(f"what was seen could not be read: {_describe_error(failed)}")
+            self.checks = self._unknown(f"what was seen could not be read: {_describe_error(failed)}")
 
     def _why_unseen(self, seen: Observation | None) -> str | None:
         """Why nothing is known of the step that has ended; None where it can be judged."""
@@ -263,12 +262,12 @@ class Watch:
         parts = _PARTS.get(check.path)
         return parts is not None and self._steps.undecided and any(part.open for part in parts(seen))
 
-    def _unknown(self, reason: str) -> tuple[Check, ...]:
-        return tuple(
+    def _unknown(self, reason: str) -> list[Check]:
+        return [
             Check(path=path, required=self._requirements.get(path), observed=None, status="unknown", reason=reason)
             for path, judged in PATHS.items()
             if path in self._requirements or not judged.on_request
-        )
+        ]
 
 
 def judge_all(seen: Observation, requirements: Mapping[str, Json]) -> Iterator[Check]:

@@ -34,7 +34,7 @@ from kernels_check.check import (
 
 if TYPE_CHECKING:
     from kernels_check.observe.base import Storage
-    from kernels_check.observe.digest import DigestDifference, WeightBits
+    from kernels_check.observe.digest import DigestDifference
     from kernels_check.observe.observation import Observation
 
 _BITS_REMEDY = {
@@ -66,16 +66,12 @@ def judge_bits(seen: Observation, required: Json) -> PathObservation:
     if not known:
         return finding
     expected = required if isinstance(required, int) else known.most_common(1)[0][0]
-    rest = _rest_of_the_base(seen.census, expected)
+    others, total = seen.census.others(expected), seen.census.bytes_of.total()
+    rest = f"so is the whole base of {_size(total)}"
+    if others:
+        share = 1 - seen.census.share(expected)
+        rest = f"of the whole base {share:.1%} of the bytes are not in {expected} bits: {_largest(others)}"
     return replace(finding, reason=f"{finding.reason}; {rest}")
-
-
-def _rest_of_the_base(census: WeightBits, bits: int) -> str:
-    """The share of the base that is stored in other bits than its targeted layers."""
-    others = census.others(bits)
-    if not others:
-        return f"so is the whole base of {_size(census.bytes_of.total())}"
-    return f"of the whole base {1 - census.share(bits):.1%} of the bytes are not in {bits} bits: {_largest(others)}"
 
 
 def judge_bytes_in_4bit(seen: Observation, required: Json) -> PathObservation:

@@ -170,7 +170,11 @@ def digest(tree: ModelTree) -> Digest:
             parts[part.name] = Hashed(fingerprint=part.value, kind=part.kind, owner=part.owner)
             continue
         try:
-            tensor = _readable(part.value)
+            if isinstance(part.value, Exception):
+                raise part.value
+            if part.value.is_meta:
+                raise ValueError("it lies on the meta device")
+            tensor = part.value.detach()
             parts[part.name] = Hashed(fingerprint=take(tensor), kind=part.kind, owner=part.owner, tensor=tensor)
         except Exception as error:  # of an unknown kind: it is unseen, and nothing else is lost
             if part.kind != "cache":
@@ -192,14 +196,6 @@ def _states(tree: ModelTree) -> Iterator[tuple[str, nn.Module, Any, Any]]:
         weight = base_weight(layer)
         if weight is not None and (state := quant_state(layer, weight)) is not None:
             yield name, layer, weight, state
-
-
-def _readable(value: Tensor | Exception) -> Tensor:
-    if isinstance(value, Exception):
-        raise value
-    if value.is_meta:
-        raise ValueError("it lies on the meta device")
-    return value.detach()
 
 
 def _difference(old: Hashed | None, new: Hashed | None) -> str:

@@ -26,7 +26,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from traceback import FrameSummary
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import nn
 
@@ -314,7 +314,6 @@ def _kept(block: str, matrices: Sequence[str], repeated: frozenset[str]) -> tupl
 
 
 Kind = Literal["rms_norm", "rope", "mlp", "loss", "qkv", "o"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 """Norms · rotary embeddings, in each attention · gated feed-forward parts · the loss, fused with the head · the
 projections of attention with their adapters, into it and out of it."""
 

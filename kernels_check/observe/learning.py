@@ -417,8 +417,9 @@ class Updates:
         self.gradients.note_by_hand()
         for one, _ in self._given(optimizer):
             one.compare(stepping=self._stepping > 0)
-            gradient = one.tensor.grad
-            one.is_fed = gradient is not None and id(one.tensor) in self.gradients.waiting and _is_nonzero(gradient)
+            gradient = one.tensor.grad if id(one.tensor) in self.gradients.waiting else None
+            size = None if gradient is None else largest(gradient)
+            one.is_fed = gradient is not None and (size is None or float(size) != 0)
 
     def _settle(self, optimizer: Any) -> None:
         """Count what an update has changed since the values were looked at."""
@@ -427,8 +428,3 @@ class Updates:
         self.gradients.moved += any_moved
         for one, _, stuck in found:
             one.idle += stuck and not any_moved and not one.is_narrow
-
-
-def _is_nonzero(gradient: Tensor) -> bool:
-    size = largest(gradient)
-    return size is None or float(size) != 0

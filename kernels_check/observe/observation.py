@@ -61,7 +61,6 @@ from kernels_check.observe.profile import (
     is_recording,
     operators_on,
     updated_by,
-    with_gradient,
 )
 from kernels_check.observe.ranks import RankEvidence
 
@@ -372,7 +371,8 @@ class _Series:
             if not is_own(optimizer):
                 return None
             self._modes = self._modes or _modes(tree)
-            self._given[id(optimizer)] = with_gradient(optimizer)
+            held = (value for group in optimizer.param_groups for value in group["params"])
+            self._given[id(optimizer)] = frozenset(id(value) for value in held if value.grad is not None)
             if backwards is not None:
                 backwards.update_begins()
             return self.updates.before(optimizer, args, kwargs)

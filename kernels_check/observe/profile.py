@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -170,13 +170,6 @@ def groups_of(optimizer: Any, before: Collection[int] = ()) -> tuple[GroupSeen, 
     )
 
 
-def with_gradient(optimizer: Any) -> frozenset[int]:
-    """Identities of an optimizer's parameters that have a gradient now."""
-    return frozenset(
-        id(value) for group in optimizer.param_groups for value in group["params"] if value.grad is not None
-    )
-
-
 def updated_by(groups: Sequence[GroupSeen], written: Iterable[Write]) -> list[Counter[str]]:
     """For each group, how many of its parameters were updated by each kind; ``unseen`` where none is known."""
     kinds: dict[int, str] = {}
@@ -230,60 +223,8 @@ class StepProfile:
     """Why nothing was recorded, so that whatever rests on operators is unknown."""
 
 
-def reduce_operators(
-    operators: list[Operator],
-    *,
-    kernels: Iterable[str] = (),
-    writes: Iterable[Write] = (),
-) -> StepProfile:
-    """Reduce the operators of one step on the host, and the names of its kernels.
-
-    Args:
-        operators: those that ``matters`` keeps, each linked to its nearest kept caller.
-        kernels: names as the profiler spells them.
-        writes: inside the steps of optimizers.
-    """
-    rules = [classify(name) for name in kernels]
-    regions = [operator for operator in operators if operator.name.startswith(COMPILED_REGION)]
-    forward = [(one.call, one) for one in operators if one.call is not None and not one.in_backward]
-    return StepProfile(
-        attention=tuple(attention_calls(operators)),
-        fourbit=tuple(fourbit_products(operators, on_cuda=bool(rules))),
-        products=tuple(plain_products(operators)),
-        mixing=frozenset(
-            call
-            for call, one in forward  # a router or a projection takes its softmax over fewer dimensions
-            if one.name in BATCHED_PRODUCTS or (one.name in SOFTMAX and len(one.shape(0)) >= 3)
-        ),
-        reductions=frozenset(call for call, one in forward if one.name in REDUCTIONS),
-        writes=tuple(writes),
-        kernels=Counter(rule.name for rule in rules if rule is not None),
-        compiled_regions=len(regions),
-        compiler_lookups=sum(one.name == COMPILER_LOOKUP for one in operators),
-        entered=tuple(one.call for one in regions if not one.in_backward),
-        eager=frozenset(
-            call
-            for call, one in forward
-            if one.region is None and (one.name in PRODUCTS | FOURBIT or attention_backend(one.name) is not None)
-        ),
-    )
-
-
 AROUND = "a profiler of the program runs around this check, which another would end"
 INSIDE = "the step runs a profiler of its own, which ends any other"
-
-
-def profiled(call: Callable[[], object]) -> StepProfile | None:
-    """Call under the profiler, with shapes, in all threads, and on CUDA with kernels.
-
-    Returns:
-        None where nothing was recorded: what was called runs a profiler of its own, which ends this one silently.
-    """
-    synchronise()
-    recording = ProfilerRecording()
-    with recording.opened():
-        call()
-    return recording.profile() if recording.lasted else None
 
 
 class ProfilerRecording:
@@ -332,7 +273,31 @@ class ProfilerRecording:
         recorded = results.kineto_results
         operators, written = read_events(recorded.experimental_event_tree())
         on_device = filter(_is_kernel, recorded.events()) if torch.cuda.is_initialized() else ()
-        return reduce_operators(operators, kernels=[event.name() for event in on_device], writes=written)
+        rules = [classify(event.name()) for event in on_device]
+        regions = [operator for operator in operators if operator.name.startswith(COMPILED_REGION)]
+        forward = [(one.call, one) for one in operators if one.call is not None and not one.in_backward]
+        return StepProfile(
+            attention=tuple(attention_calls(operators)),
+            fourbit=tuple(fourbit_products(operators, on_cuda=bool(rules))),
+            products=tuple(plain_products(operators)),
+            mixing=frozenset(
+                call
+                for call, one in forward  # a router or a projection takes its softmax over fewer dimensions
+                if one.name in BATCHED_PRODUCTS or (one.name in SOFTMAX and len(one.shape(0)) >= 3)
+            ),
+            reductions=frozenset(call for call, one in forward if one.name in REDUCTIONS),
+            writes=tuple(written),
+            kernels=Counter(rule.name for rule in rules if rule is not None),
+            compiled_regions=len(regions),
+            compiler_lookups=sum(one.name == COMPILER_LOOKUP for one in operators),
+            entered=tuple(one.call for one in regions if not one.in_backward),
+            eager=frozenset(
+                call
+                for call, one in forward
+                if one.region is None
+                and (one.name in PRODUCTS or one.name in FOURBIT or attention_backend(one.name) is not None)
+            ),
+        )
 
 
 @cache
