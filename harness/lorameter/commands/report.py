@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import fnmatch
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -28,9 +27,8 @@ from lorameter.report.comparison import (
 from lorameter.report.figures import figures_of_run
 from lorameter.report.reproduce import reproduction_steps
 from lorameter.report.run import describe_run, encode_run
-from lorameter.report.run_view import ReportFilter, RunView, phase_of, view_of
+from lorameter.report.run_view import ReportFilter, RunView, match_variants, phase_of, view_of
 from lorameter.report.sample import describe_samples, read_samples
-from lorameter.studies.study import unknown
 from lorameter.verdicts import claims
 from lorameter.verdicts.ab import attribution_of, report_of
 from lorameter.verdicts.baselines import accept, read_base, read_comparand
@@ -103,18 +101,12 @@ def _filter_of(options: argparse.Namespace, run: Run) -> Callable[[ComparisonRow
             f"--sort {options.sort}: run {run.manifest.run} is an A/B, and each of its variants is compared with "
             "itself. Leave it out."
         )
-    for pattern in options.variant:
-        if not fnmatch.filter(names, pattern):
-            raise UsageError(f"variant {pattern!r}: {unknown(pattern, names)}")
+    variants = match_variants(names, options.variant)
     for phase in options.phase:
         if phase not in run.manifest.phases:
             raise UsageError(f"phase {phase!r}: run {run.manifest.run} has {', '.join(run.manifest.phases)}.")
-    variants, phases = options.variant or ["*"], options.phase or run.manifest.phases
-
-    def keep(row: ComparisonRow) -> bool:
-        return any(fnmatch.fnmatchcase(row.variant, one) for one in variants) and phase_of(row.metric) in phases
-
-    return keep
+    phases = options.phase or run.manifest.phases
+    return lambda row: row.variant in variants and phase_of(row.metric) in phases
 
 
 def show_ab(run: Run, options: argparse.Namespace, *, keep: Callable[[ComparisonRow], bool] = lambda row: True) -> int:

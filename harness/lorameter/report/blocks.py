@@ -369,11 +369,11 @@ def write_share(share: float | None) -> Cell:
     return write_number(share, ".1%")
 
 
-def write_ratio(found: Comparison, *, verdict: str = "") -> Cell:
+def write_ratio(comparison: Comparison, *, verdict: str = "") -> Cell:
     """A ratio with its interval, and the verdict on it where one is given; a dash where there is no ratio."""
-    if found.ratio is None:
+    if comparison.ratio is None:
         return Cell(text="–", verdict=verdict)
-    return dataclasses.replace(value_cell(found.ratio, found.low, found.high, "1"), verdict=verdict)
+    return dataclasses.replace(value_cell(comparison.ratio, comparison.low, comparison.high, "1"), verdict=verdict)
 
 
 def collapse_constant_columns(table: Table) -> Table:

@@ -89,8 +89,8 @@ def _findings(report: ComparisonReport, *, ab: bool) -> Iterator[Line]:
     found = [one for one in report.comparisons if one.verdict != "equivalent"]
     found.sort(key=lambda one: PRECEDENCE.index(EXIT_OF[one.verdict]))
     grouped: dict[tuple[str, str], list[str]] = {}
-    for compared in found:
-        grouped.setdefault((compared.verdict, _reason(compared, ab=ab)), []).append(_name(compared))
+    for row in found:
+        grouped.setdefault((row.verdict, _reason(row, ab=ab)), []).append(_name(row))
     for (verdict, reason), names in grouped.items():
         word = Span(text=verdict.replace("_", " "), tone=tone_of(verdict))
         yield say(f"{first_few(names, NAMED, '; ')}: ", word, reason)
@@ -98,16 +98,16 @@ def _findings(report: ComparisonReport, *, ab: bool) -> Iterator[Line]:
         yield say(Span(text="equivalent", tone="note"), ", each within its margin")
 
 
-def _reason(compared: ComparisonRow, *, ab: bool) -> str:
-    if compared.verdict == "inconclusive":
-        return f": {say_inconclusive(compared, compared.metric, compared.interleaving, ab=ab)}"
-    if compared.verdict in ("regressed", "improved"):
-        return f", {''.join(format_effect(compared, compared.metric))}"
-    return f": {compared.reason}"
+def _reason(row: ComparisonRow, *, ab: bool) -> str:
+    if row.verdict == "inconclusive":
+        return f": {say_inconclusive(row, row.metric, row.interleaving, ab=ab)}"
+    if row.verdict in ("regressed", "improved"):
+        return f", {''.join(format_effect(row, row.metric))}"
+    return f": {row.reason}"
 
 
-def _name(compared: ComparisonRow) -> str:
-    return f"{compared.name}, {title_of(compared.metric)}"
+def _name(row: ComparisonRow) -> str:
+    return f"{row.name}, {title_of(row.metric)}"
 
 
 def _tabulate(report: ComparisonReport) -> Table:
@@ -130,22 +130,22 @@ def _tabulate(report: ComparisonReport) -> Table:
     return collapse_constant_columns(table)
 
 
-def write_compared(compared: ComparisonRow) -> Cell:
+def write_compared(row: ComparisonRow) -> Cell:
     """The ratio; of peaks without a bracket, since the largest against the largest has no interval."""
-    if is_memory(compared.metric) and compared.ratio is not None:
-        return write_number(compared.ratio, ".4g")
-    return write_ratio(compared)
+    if is_memory(row.metric) and row.ratio is not None:
+        return write_number(row.ratio, ".4g")
+    return write_ratio(row)
 
 
-def _verdict(compared: ComparisonRow) -> Cell:
-    margin = compared.tolerance if is_memory(compared.metric) else compared.margin
-    return verdict_cell(compared, compared.metric, margin, "sides")
+def _verdict(row: ComparisonRow) -> Cell:
+    margin = row.tolerance if is_memory(row.metric) else row.margin
+    return verdict_cell(row, row.metric, margin, "sides")
 
 
 def _statistics(report: ComparisonReport) -> Iterator[Block]:
     reasons: dict[str, list[str]] = {}
-    for compared in report.comparisons:
-        reasons.setdefault(compared.reason, []).append(_name(compared))
+    for row in report.comparisons:
+        reasons.setdefault(row.reason, []).append(_name(row))
     if reasons:
         count = f"{len(report.comparisons)} verdicts rest" if len(report.comparisons) > 1 else "the verdict rests"
         lines = say_each(f"{first_few(names, NAMED, '; ')}: {reason}" for reason, names in reasons.items())
@@ -191,7 +191,7 @@ def describe_gate(result: GateResult, *, ab: bool = False) -> Document:
 
 def outcome_of(result: GateResult) -> str:
     """Whether the gate is passed, with which exit code, and how many verdicts of each kind there are."""
-    counts = Counter(compared.verdict for compared in result.report.comparisons)
+    counts = Counter(row.verdict for row in result.report.comparisons)
     counted = ", ".join(f"{count} {verdict.replace('_', ' ')}" for verdict, count in counts.items())
     passed = "passed" if result.passed else "failed"
     return f"Gate {passed} (exit {result.exit_code}): {counted or 'nothing compared'}"
@@ -215,20 +215,22 @@ def figures_of_comparison(report: ComparisonReport) -> tuple[Figure, ...]:
     )
 
 
-def describe_bisection(found: Bisection, of: str) -> Document:
+def describe_bisection(bisection: Bisection, of: str) -> Document:
     """The conclusion, and a row a comparison with the good end; `of` names what was measured."""
-    return (*_conclusion(found, of), Table(
+    return (*_conclusion(bisection, of), Table(
         heads=name_columns("compared with the good end", "ratio", "replicates", "is"),
-        rows=tuple(map(_look, found.looks)),
+        rows=tuple(map(_look, bisection.looks)),
     ))  # fmt: skip
 
 
-def _conclusion(found: Bisection, of: str) -> Iterator[Line]:
-    yield say(Span(text=found.conclusion, tone="bad" if found.found else "warning"), indented=False)
-    if found.culprit is not None and found.before is not None and found.ratio is not None:
-        ends = "" if found.low is None or found.high is None else f" [{found.low:.3f}, {found.high:.3f}]"
-        share = "" if found.share is None else f", {100 * found.share:.0f} % of the whole effect"
-        yield say(f"{found.culprit.label} over {found.before.label}: {found.ratio:.3f}{ends}{share}")
+def _conclusion(bisection: Bisection, of: str) -> Iterator[Line]:
+    yield say(Span(text=bisection.conclusion, tone="bad" if bisection.found else "warning"), indented=False)
+    if bisection.culprit is not None and bisection.before is not None and bisection.ratio is not None:
+        ends = (
+            "" if bisection.low is None or bisection.high is None else f" [{bisection.low:.3f}, {bisection.high:.3f}]"
+        )
+        share = "" if bisection.share is None else f", {100 * bisection.share:.0f} % of the whole effect"
+        yield say(f"{bisection.culprit.label} over {bisection.before.label}: {bisection.ratio:.3f}{ends}{share}")
         yield say(f"{of}; the interval is of both comparisons with the good end together")
 
 

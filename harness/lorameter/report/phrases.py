@@ -63,7 +63,7 @@ def say_adapters(workload: Workload) -> str:
     return "" if workload.adapters == 1 else f" by {workload.adapters} adapters on one base"
 
 
-def verdict_cell(found: Comparison, metric: str, margin: float, between: Between) -> Cell:
+def verdict_cell(comparison: Comparison, metric: str, margin: float, between: Between) -> Cell:
     """The verdict in a word; equivalence with its margin."""
     words = {
         "equivalent": f"equivalent ±{format_percent(margin)}" if margin else "equal",
@@ -72,31 +72,33 @@ def verdict_cell(found: Comparison, metric: str, margin: float, between: Between
     }
     if between == "variants":
         words["regressed"], words["improved"] = _ways(metric)
-    return Cell(verdict=found.verdict, verdict_text=words.get(found.verdict, ""))
+    return Cell(verdict=comparison.verdict, verdict_text=words.get(comparison.verdict, ""))
 
 
-def say_ratio(found: Comparison | None, metric: str = "", margin: float = MARGIN) -> tuple[str, str]:
+def say_ratio(comparison: Comparison | None, metric: str = "", margin: float = MARGIN) -> tuple[str, str]:
     """A ratio between variants with its interval, and its verdict; without a ratio the reason."""
-    if found is None or found.ratio is None:
-        return "not measured" if found is None else f"not measured: {found.reason}", ""
-    cell = verdict_cell(found, metric, margin, "variants")
-    return f"{write_ratio(found).line} ", cell.verdict_text or cell.verdict
+    if comparison is None or comparison.ratio is None:
+        return "not measured" if comparison is None else f"not measured: {comparison.reason}", ""
+    cell = verdict_cell(comparison, metric, margin, "variants")
+    return f"{write_ratio(comparison).line} ", cell.verdict_text or cell.verdict
 
 
-def say_inconclusive(found: Comparison, metric: str, interleaving: Interleaving, *, ab: bool = False) -> str:
+def say_inconclusive(comparison: Comparison, metric: str, interleaving: Interleaving, *, ab: bool = False) -> str:
     """The range of an inconclusive effect, the smallest detectable difference, and what to do."""
-    if found.low is None or found.high is None:
+    if comparison.low is None or comparison.high is None:
         return "one replicate gives no interval. Measure 5."
-    detectable = "" if found.mde80 is None else f"; smallest detectable difference: {format_percent(found.mde80)}"
-    between = " and ".join(_effect(end, metric) for end in (found.low, found.high))
-    return f"between {between}{detectable}. {_advice(found, metric, interleaving, ab=ab)}"
+    detectable = (
+        "" if comparison.mde80 is None else f"; smallest detectable difference: {format_percent(comparison.mde80)}"
+    )
+    between = " and ".join(_effect(end, metric) for end in (comparison.low, comparison.high))
+    return f"between {between}{detectable}. {_advice(comparison, metric, interleaving, ab=ab)}"
 
 
-def _advice(found: Comparison, metric: str, interleaving: Interleaving, *, ab: bool) -> str:
+def _advice(comparison: Comparison, metric: str, interleaving: Interleaving, *, ab: bool) -> str:
     if interleaving == "separate":
         return "Use `lorameter ab`, or stop other work."
-    if found.replicates_needed is not None and found.replicates_needed <= MOST_ADVISED:
-        return f"Measure {found.replicates_needed} replicates, or stop other work."
+    if comparison.replicates_needed is not None and comparison.replicates_needed <= MOST_ADVISED:
+        return f"Measure {comparison.replicates_needed} replicates, or stop other work."
     if metric in METRICS and METRICS[metric].phase == "cold":
         return "Stop other work: a cold start is a process of its own, and takes turns with no other."
     if interleaving == "replicates":
@@ -111,14 +113,14 @@ def split_basis(reason: str) -> tuple[str, str]:
     return (reason, "") if found is None else (reason[: found.start()] + reason[found.end() :], found[1])
 
 
-def format_effect(found: Comparison, metric: str) -> tuple[str, str]:
+def format_effect(comparison: Comparison, metric: str) -> tuple[str, str]:
     """The effect in per cent, and its interval: "3.9 % slower", " [+3.7 %, +4.2 %]". Empty without a ratio; without the
     interval where both ends read the same, as those of computed bytes do."""
-    if found.ratio is None:
+    if comparison.ratio is None:
         return "", ""
-    ends = [_signed(end) for end in (found.low, found.high) if end is not None]
+    ends = [_signed(end) for end in (comparison.low, comparison.high) if end is not None]
     interval = f" [{', '.join(ends)}]" if len(set(ends)) == 2 else ""
-    return _effect(found.ratio, metric), interval
+    return _effect(comparison.ratio, metric), interval
 
 
 def _effect(ratio: float, metric: str) -> str:

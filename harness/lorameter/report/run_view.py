@@ -174,11 +174,16 @@ def view_of(run: Run, selection: ReportFilter = EVERYTHING) -> RunView:
 def _names(study: Study, selection: ReportFilter) -> tuple[str, ...]:
     """The variants that are shown; the reference always."""
     names = [variant.name for variant in study.variants]
-    for pattern in selection.variants:
+    chosen = match_variants(names, selection.variants)
+    return tuple(name for name in names if name in chosen or name == study.reference)
+
+
+def match_variants(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """The names that a pattern matches; all without patterns. Raises `UsageError` for a pattern without a match."""
+    for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise UsageError(f"variant {pattern!r}: {unknown(pattern, names)}")
-    chosen = matching(names, selection.variants) if selection.variants else names
-    return tuple(name for name in names if name in chosen or name == study.reference)
+    return matching(names, patterns or ["*"])
 
 
 def _name_site(table: PhaseTable, site: str) -> PhaseTable:

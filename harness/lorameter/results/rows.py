@@ -254,9 +254,9 @@ def _rows_of_ab(run: Run, validity: RunValidity) -> Iterator[Row]:
             yield sides | _compared(twin, PRIMARY[phase], found, groups.get((twin, "control")))
 
 
-def _compared(variant: str, metric: str, found: Comparison, series: Series | None) -> Row:
+def _compared(variant: str, metric: str, comparison: Comparison, series: Series | None) -> Row:
     level = (series.interleaving(metric) if series else None) or "replicates"
-    return dataclasses.asdict(row_of(variant, metric, found, level))
+    return dataclasses.asdict(row_of(variant, metric, comparison, level))
 
 
 _MAKERS: Mapping[TableName, Callable[[Run, Study], Iterator[Row]]] = {
