@@ -93,9 +93,9 @@ def test_a_side_holds_no_credential(url, write_run, capsys):
     assert SECRET not in "".join(capsys.readouterr()) + (path / "manifest.json").read_text()
 
 
-def test_what_installs_gets_the_credential_and_what_is_told_does_not(tmp_path, monkeypatch, capsys):
+def test_pip_gets_a_credential_that_nothing_prints(tmp_path, monkeypatch, capsys):
     """pip reads the address as it is, from a file that only its owner can read; its command line, which every user of
-    the machine sees, git's, progress and a failure's message hold none."""
+    the machine sees, progress and the message of a failure hold none."""
     requirement = f"peft@ {URLS[0]}"
     seen: list[list[str]] = []
     read: list[tuple[str, int]] = []
@@ -112,7 +112,6 @@ def test_what_installs_gets_the_credential_and_what_is_told_does_not(tmp_path, m
 
     monkeypatch.setattr("lorameter.run.workers.environment._run", run)
     monkeypatch.setattr("lorameter.run.workers.environment.site_packages", lambda python: tmp_path)
-    monkeypatch.setattr(sides, "_commit", lambda spec, repository: pytest.fail("git was given the address"))
     with (
         pytest.raises(UsageError) as caught,
         sides.open_side(sides.name_side(f"peft @ {URLS[0]}", tmp_path), repository=tmp_path, cache=tmp_path / "cache"),

@@ -122,7 +122,7 @@ def foresee(
 
     elsewhere = any(notice.code == NOT_HERE for notice in notices)
     expected = forecast(plan, placement.machine, runs, None if elsewhere else placement.timing_executor())
-    if elsewhere:  # what it would take on another machine is not known here
+    if elsewhere:  # its time and memory on another machine are unknown
         why = "it cannot be measured on this machine"
         took = TimeForecast(time_s=None, basis=why)
         expected = Forecast(time=took, memory_bytes=None, disk_bytes=expected.disk_bytes, unknown=why)

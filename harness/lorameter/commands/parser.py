@@ -14,7 +14,7 @@ from lorameter.errors import redact
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; `calls` of what it parses is that of the command."""
+    """The parser of all commands; it sets `calls` of the chosen command."""
     top = RedactingParser(
         prog="lorameter", description="Measure what a LoRA fine-tuning configuration costs, with confidence intervals."
     )

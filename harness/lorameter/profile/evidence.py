@@ -43,11 +43,11 @@ from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 
 SPARE_SHARE = 0.9
-"""Share of the memory that a remedy may be expected to fill: what it adds is estimated, within a tenth at best."""
+"""Share of the memory that a remedy may be expected to fill: its bytes are estimated, within a tenth at best."""
 DROPOUT_KERNELS = ("dropout", "bernoulli")
 """Parts of the names of kernels that draw a mask; the fused one applies it as well."""
 UNPACKING = ("MatMul4Bit", "MatMul4BitBackward", "bitsandbytes::gemm_4bit")
-"""bitsandbytes' functions that have a weight unpacked, by operators of that category, and then multiply as ever."""
+"""bitsandbytes' functions that have a weight unpacked, by operators of that category, and then multiply it."""
 DROPPED = (DROPOUT, "dropout_backward_s")
 """The names under which the records of dropout in a phase are counted."""
 _WITHOUT: Mapping[str, dict[str, Any]] = {

@@ -82,7 +82,7 @@ COLD_PARTS: Mapping[str, str] = {
     "cold_first_token_time_s": "first token",
     "cold_rest_s": "all other tokens",
 }
-"""Parts of a cold start in their order; they are one after the other, so that they add up to it."""
+"""Parts of a cold start in their order; consecutive, so that they add up to it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -207,7 +207,7 @@ def open_trial(
     label: str = "profile",
 ) -> Iterator[TrialSession]:
     """Start a variant's trial; the folder is removed where `document` has not been written into it by the end, and
-    `label` is what it is called.
+    `label` is its name.
 
     Raises:
         UsageError: the profile cannot be taken on this machine.

@@ -1,7 +1,7 @@
 """Rules from the evidence of requests to findings.
 
-A cost is of what a user waits for, the first token or each later one, and is the best forecast that there is of what
-the remedy gains: measured in the same process where that could be (merging), else the observed time of the cause,
+A cost is a part of what a user waits for, the first token or each later one, and the best available forecast of the
+gain of the remedy: measured in the same process where that could be (merging), else the observed time of the cause,
 less what comes in its place where that can be counted.
 """
 

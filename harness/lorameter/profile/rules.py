@@ -29,7 +29,7 @@ BETWEEN = 0.20
 LARGE_LOGITS = 0.10
 """Share of the peak from which the logits are worth a word."""
 LOSS_CHUNKS = 8
-"""Parts in which a fused loss is taken to go through the rows; one of them is there at a time."""
+"""Parts into which a fused loss is assumed to split the rows; one of them is in memory at a time."""
 FRAGMENTED = 0.10
 """Of what CUDA's allocator reserved. It rounds blocks up to 2 MiB and splits larger ones, which costs a few percent."""
 
@@ -99,7 +99,7 @@ def _dequantisation(evidence: ProfileEvidence) -> Iterator[Finding]:
     yield _make_finding(
         "dequantisation", evidence, share,
         f"unpacking {evidence.variant.quantization} weights takes {share:.1%} of a step",
-        f'quantization = "none" needs about {extra} more, which is there.'
+        f'quantization = "none" needs about {extra} more, which is free.'
         if fits
         else "There may be no memory for them unpacked; each weight is unpacked once a pass, so more tokens in it cost "
         "no more of this.",
@@ -191,7 +191,7 @@ def _checkpointing(evidence: ProfileEvidence) -> Iterator[Finding]:
         "needless-checkpointing", evidence, evidence.recomputed * passes,
         f"checkpointing repeats {evidence.recomputed:.0%} of all FLOPs, at a peak of "
         f"{format_bytes(evidence.peak_bytes)} of {format_bytes(evidence.memory_bytes)}",
-        f"gradient_checkpointing = false needs about {format_bytes(extra)} more, which is there.",
+        f"gradient_checkpointing = false needs about {format_bytes(extra)} more, which is free.",
         changes=changes_without(evidence.variant, "gradient_checkpointing"),
     )  # fmt: skip
 

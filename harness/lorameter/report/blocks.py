@@ -235,7 +235,7 @@ class ChartGroup:
     charts: tuple[Chart, ...]
     notes: tuple[Line, ...] = ()
     on_page: bool = True
-    """Whether a page shows them; it has a figure of its own for some."""
+    """Whether a page shows them; some have a figure there instead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,7 +259,7 @@ class Intervals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bars:
-    """A bar a variant, of segments that follow each other; segments of one kind have one colour."""
+    """A bar for each variant, of segments that follow each other; segments of one kind have one colour."""
 
     axis: Axis
     bars: Mapping[str, Mapping[str, float]]
@@ -350,7 +350,7 @@ def value_cell(value: float, low: float | None, high: float | None, unit: Unit, 
 
 
 def write_seconds(seconds: float) -> Cell:
-    """A time without an interval of its own."""
+    """A time without its own interval."""
     return Cell(text=format_value(seconds, "s"), value=seconds, unit="s")
 
 

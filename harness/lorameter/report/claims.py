@@ -39,7 +39,7 @@ _LEGEND = "95 % intervals of each ratio alone; differences by Holm, equalities b
 def describe_claims(report: ClaimsReport) -> Document:
     """All verdicts on the claims of a run, with their reasons."""
     counted = ", ".join(f"{count} {status}" for status, count in report.trials.items())
-    state = "" if report.status == "complete" else f"; the run is {report.status!r}, so this is what it holds so far"
+    state = "" if report.status == "complete" else f"; the run is {report.status!r}, so these are its trials so far"
     held = f"run {report.run}: {format_count(report.replicates, 'replicate')}; trials: {counted}{state}"
     return (
         *say_invalid(report.invalid),

@@ -111,7 +111,7 @@ def _name(row: ComparisonRow) -> str:
 
 
 def _tabulate(report: ComparisonReport) -> Table:
-    """A row a comparison; below it the controls."""
+    """A row for each comparison; below it the controls."""
     rows = []
     for one in report.comparisons:
         within = Cell(text=f"{100 * one.tolerance:.3g} %", value=one.tolerance, unit="1")
@@ -198,7 +198,7 @@ def outcome_of(result: GateResult) -> str:
 
 
 def figures_of_comparison(report: ComparisonReport) -> tuple[Figure, ...]:
-    """A figure a phase; ratios that could not be computed are in none."""
+    """A figure for each phase; ratios that could not be computed are in none."""
     by_phase: dict[str, list[Mark]] = {}
     for one in report.comparisons:
         if one.ratio is not None:
@@ -216,7 +216,7 @@ def figures_of_comparison(report: ComparisonReport) -> tuple[Figure, ...]:
 
 
 def describe_bisection(bisection: Bisection, of: str) -> Document:
-    """The conclusion, and a row a comparison with the good end; `of` names what was measured."""
+    """The conclusion, and a row for each comparison with the good end; `of` names what was measured."""
     return (*_conclusion(bisection, of), Table(
         heads=name_columns("compared with the good end", "ratio", "replicates", "is"),
         rows=tuple(map(_look, bisection.looks)),

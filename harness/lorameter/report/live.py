@@ -1,8 +1,8 @@
 """A run under way: how far each variant is, the ratios as they narrow, and the time left with its basis.
 
-Redrawn only when the parent is between two commands, so never while a step is timed: rich's refresh thread is off,
-because a thread that wakes up then would disturb the measurement. Without a terminal a line a trial is printed, and
-one where a replicate has been silent for long.
+Redrawn only between two commands of the parent, never while a step is timed: rich's refresh thread is off, because it
+would disturb the measurement. Without a terminal one line is printed for each trial, and one for a replicate that has
+been silent for long.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class LiveDisplay(Display):
             self._drawn = time.monotonic()
 
     def picture(self) -> Group:
-        """A row a variant: trials that have ended, the last value, the ratio so far, and the phase under way."""
+        """A row for each variant: trials that have ended, the last value, the ratio so far, and the phase under way."""
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for head in ("", "trials", "last", "ratio so far", "now"):
             table.add_column(Text(head, style="dim"), no_wrap=True, overflow="ellipsis")

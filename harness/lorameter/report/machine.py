@@ -72,9 +72,7 @@ def describe_calibration(result: Calibration, rows: int) -> Document:
             write_row(str(rate.replicates), *map(_share, (rate.false_alarms, rate.equivalent, rate.found)))
             for rate in result.rates
         ),
-        notes=say_each(
-            [f"All draws are from {replicates} one run: they say what it could have said, not what another hour would."]
-        ),
+        notes=say_each([f"All draws are from {replicates} one run: they hold for this run, not for another hour."]),
     )
     return (
         say(

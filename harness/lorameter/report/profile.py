@@ -1,4 +1,4 @@
-"""A profile of steps or of requests: where the time went, what ran, memory, ceilings, what to try, what it gained."""
+"""A profile of steps or of requests: time, operators, memory, ceilings, findings and a tried remedy."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ OF_REQUESTS = Words(
 
 
 def _tabulate_phases(profile: TrialProfile, step: StepAccount, words: Words = OF_STEPS, *, suffix: str = "") -> Table:
-    """A row a phase, the remainder that no phase explains, and the step; notes on the pairs are below it.
+    """A row for each phase, the remainder that no phase explains, and the step; notes on the pairs are below it.
     `suffix` is added to the title."""
     waits = "device waits" if profile.device == "cuda" else "between operators"
     known = not profile.activity.missing
@@ -286,7 +286,7 @@ def _operators(profile: TrialProfile, step: StepAccount, words: Words) -> Iterat
 
 
 def _tabulate_findings(findings: Sequence[Finding], codes: Iterable[str], not_observable: Collection[str]) -> Table:
-    """A row a finding; below it the codes that were not found, and those that could not be judged."""
+    """A row for each finding; below it the codes that were not found, and those that could not be judged."""
     rows = [write_row(one.code, one.message, _cost(one), _what_to_try(one)) for one in findings]
     rest = [code for code in codes if code not in {finding.code for finding in findings}]
     unseen = [code for code in rest if code in not_observable]
@@ -453,7 +453,7 @@ def _cold(profile: RequestProfile) -> Table:
         rows.append(write_row(COLD_PARTS[name], write_seconds(seconds), share, write_seconds(until)))
     rows.append(write_row("cold start", write_seconds(total), "100 %", "", strong=True))
     return Table(
-        title="A cold start, one after the other",
+        title="A cold start, part by part",
         heads=name_columns("part", "time", "of it", "until its end"),
         rows=tuple(rows),
         notes=say_each(

@@ -317,7 +317,7 @@ def _replicates(run: Run) -> str:
 
 
 def _commands(run: Run, study: Study) -> Iterator[str]:
-    """Each command, of an A/B of commands on each side: where it ran, what its steps were recognised by, how many."""
+    """Each command, of an A/B of commands on each side: its folder, how its steps were recognised, and their number."""
     sides = {name: side for name, side in run.manifest.sides.items() if side.get("kind") == SIDE}
     for variant in study.scripts:
         for side in sides or {"": {}}:

@@ -67,7 +67,7 @@ EVERYTHING = ReportFilter()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseTable:
-    """One phase, or one metric: a row a variant, with its ratio to the reference, and the control."""
+    """One phase, or one metric: a row for each variant, with its ratio to the reference, and the control."""
 
     phase: Phase
     metric: str

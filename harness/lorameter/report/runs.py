@@ -9,7 +9,7 @@ from lorameter.report.blocks import Cell, Document, Row, Section, Table, name_co
 
 
 def describe_runs(rows: Sequence[Mapping[str, Any]]) -> Document:
-    """A row a run; below them why any cannot be read.
+    """A row for each run; below them why any cannot be read.
 
     Args:
         rows: as `lorameter list runs --json` has them.

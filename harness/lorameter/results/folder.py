@@ -42,7 +42,7 @@ def read_each(runs: Path, read: Callable[[Run], T]) -> Iterator[tuple[Path, T | 
 
 
 def list_runs(runs: Path) -> list[dict[str, Any]]:
-    """A row a run, as `lorameter list runs --json` prints it; of one that is damaged the title says why."""
+    """A row for each run, as `lorameter list runs --json` prints it; the title of a damaged run is the reason."""
     accepted: Collection[str] = ()
     try:
         accepted = {baseline.run for baseline in read_baselines(runs).baselines}

@@ -29,13 +29,13 @@ class Frames:
     """The tables of one run, or of several below each other. docs/results.md says every column."""
 
     trials: pd.DataFrame
-    """A row a trial, whether it counts or not."""
+    """A row for each trial, whether it counts or not."""
     samples: pd.DataFrame
-    """A row a raw value: long form."""
+    """A row for each raw value: long form."""
     estimates: pd.DataFrame
-    """A row a metric of a variant, with its interval over replicates."""
+    """A row for each metric of a variant, with its interval over replicates."""
     comparisons: pd.DataFrame
-    """A row a verdict, as in the report."""
+    """A row for each verdict, as in the report."""
     unreadable: Mapping[str, str] = field(default_factory=dict)
     """Why runs are not in the tables, by the names of their folders."""
 

@@ -1,9 +1,9 @@
 """The history of a metric over runs: a line for each fingerprint, its changes of level, and what differs between runs.
 
-A line holds runs that may be compared: one fingerprint, one content of the variant. Where another begins is a known
-break, and no ratio is taken across it. Inside a line changes are looked for (`lorameter.stats.changes`), and one that
-is found is a suspicion: the runs shared nothing but the machine, so what confirms it is an A/B of the two revisions.
-Runs of different times are never called equivalent; a line without a change says what it would have shown.
+A line holds runs that can be compared: one fingerprint, one content of the variant. Another line begins at a known
+break, without a ratio across it. A change of level inside a line (`lorameter.stats.changes`) is a suspicion: the runs
+share only the machine, so an A/B of the two revisions confirms it. Runs of different times are never called equivalent;
+a line without a change gives the smallest change that it would have shown.
 """
 
 from __future__ import annotations
