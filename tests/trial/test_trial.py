@@ -99,18 +99,17 @@ def test_a_request_until_eos_is_timed_and_recorded(trial):
     assert {key for key in record.tokens if key.startswith("base_answer_")} == {"base_answer_0", "base_answer_1"}
 
 
-def test_a_request_without_the_required_attention_makes_the_trial_invalid(trial, monkeypatch):
+def test_a_request_without_the_required_attention_makes_the_trial_invalid(trial):
     """A notice replaces the failure where a study allows fallbacks."""
     running = trial("steps", "requests", variant=dataclasses.replace(VARIANT, attention="eager"))
     record_of(running, *TRAIN)
-    running._request = dataclasses.replace(running._request, requirements={"attention.backend": "flash"})
+    required = dataclasses.replace(running._request, requirements={"attention.backend": "flash"})
+    running._request = required
     fragment = running.run("begin_generate")
     assert (fragment.status, fragment.failure.kind) == ("invalid", "RequiredPathNotActive")
     assert "request.attention: required 'flash'" in fragment.failure.message
-    assert "likely cause: the model was built with attn_implementation='eager'" in fragment.failure.message
-    running._request = dataclasses.replace(running._request, allow_fallback=True)
-    fragment = running.run("begin_generate")
-    assert [notice.code for notice in fragment.notices] == ["fallback-allowed"]
+    running._request = dataclasses.replace(required, allow_fallback=True)
+    assert [notice.code for notice in running.run("begin_generate").notices] == ["fallback-allowed"]
 
 
 def test_epochs_are_trained_in_rounds_and_may_end_early(trial):

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from lorameter.studies.variant import LoraVariant
-from lorameter.trial.ranks.trial import EXACT, ROUNDED, compare_losses, tolerance_of
+from lorameter.trial.ranks.trial import compare_losses
 
 VARIANT = LoraVariant(name="plain", r=4, dtype="float32")
 RIGHT = (4.93485, 4.89980, 4.85847, 4.80926)
@@ -36,11 +36,3 @@ def test_losses_that_cannot_be_compared_do_not_pass():
     assert compare_losses((*RIGHT, float("nan")), (*RIGHT, 4.8), VARIANT, 2).status == "fallback"
     dropped = compare_losses(WRONG, RIGHT, dataclasses.replace(VARIANT, lora_dropout=0.1), 2)
     assert (dropped.status, dropped.required) == ("not_applicable", None)
-
-
-def test_the_tolerance_follows_from_the_types():
-    """A model that computes anything in 16 bits has the larger tolerance."""
-    assert tolerance_of(VARIANT) == EXACT
-    assert tolerance_of(dataclasses.replace(VARIANT, dtype="bfloat16")) == ROUNDED
-    nf4 = dataclasses.replace(VARIANT, quantization="nf4", compute_dtype="bfloat16")
-    assert tolerance_of(nf4) == ROUNDED
