@@ -65,8 +65,8 @@ def test_an_interrupt_ends_a_process_as_any_signal_does():
     ):
         wire.receive(ours, wire.Hello, 60.0)  # it waits for its command now
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
-    assert (process.returncode, said) == (-signal.SIGINT, b"")
+        _, output = process.communicate(timeout=60)
+    assert (process.returncode, output) == (-signal.SIGINT, b"")
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="on one CPU every process stays there")

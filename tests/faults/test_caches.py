@@ -72,11 +72,11 @@ def left_in(folder):
 
 def check_refused(done):
     """The machine's code, what and what to do; no defect and no blame of the connection."""
-    said = " ".join(done.stderr.split())
-    assert (done.returncode, "Traceback" in said) == (4, False), done.stderr
-    assert "No space left on device" in said
-    assert "Free space" in said
-    assert "connection" not in said
+    output = " ".join(done.stderr.split())
+    assert (done.returncode, "Traceback" in output) == (4, False), done.stderr
+    assert "No space left on device" in output
+    assert "Free space" in output
+    assert "connection" not in output
 
 
 # --- room -------------------------------------------------------------------------------------------------------------

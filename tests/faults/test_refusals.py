@@ -120,8 +120,8 @@ def test_what_is_refused_to_a_trial_is_no_trials_fault(command_word, tmp_path, c
     )
     run = only_run()
     check_kept(run, done.returncode, done.stderr)
-    said = f"{trial} in {command_word}: No space left on device. Free space there, then resume: lorameter run --res"
-    assert said in done.stderr
+    message = f"{trial} in {command_word}: No space left on device. Free space there, then resume: lorameter run --res"
+    assert message in done.stderr
     record = next(one for one in run.records if one.trial == trial)
     assert (record.status, record.failure.kind) == ("interrupted", REFUSED)
     assert "Traceback" in record.failure.traceback

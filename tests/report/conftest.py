@@ -51,7 +51,7 @@ from lorameter.results.history import History, history_of
 from lorameter.run.bisect import Bisection, Candidate, bisect
 from lorameter.run.forecast import Forecast
 from lorameter.run.forecast_time import TimeForecast
-from lorameter.run.memory_fit import Fitter, MemoryDevice, advise, on_card, on_machine
+from lorameter.run.memory_fit import Fitter, MemoryDevice, advise, on_gpu, on_machine
 from lorameter.run.plan import make_plan
 from lorameter.stats import Comparison, compare_trials
 from lorameter.studies.request import serving_modes
@@ -234,9 +234,9 @@ def fits() -> dict[str, Callable[[], Document]]:
     wide, narrow = Workload(batch_size=6, sequence_length=1024), Workload(batch_size=1, sequence_length=128)
     refusing = LoraVariant(name="v", init_lora_weights="pissa")
     cases = {
-        "fit that is none": (on_card(MACHINE, find_card("RTX 5090")), refusing, wide),
-        "fit": (on_card(MACHINE, find_card("H200")), LoraVariant(name="v"), wide),
-        "fit of nothing": (on_card(MACHINE, find_card("1GiB")), LoraVariant(name="v"), wide),
+        "fit that is none": (on_gpu(MACHINE, find_card("RTX 5090")), refusing, wide),
+        "fit": (on_gpu(MACHINE, find_card("H200")), LoraVariant(name="v"), wide),
+        "fit of nothing": (on_gpu(MACHINE, find_card("1GiB")), LoraVariant(name="v"), wide),
         "fit here": (
             on_machine(dataclasses.replace(MACHINE, avx512_bf16=False), 8 * 2**30),
             LoraVariant(name="v", quantization="nf4"),

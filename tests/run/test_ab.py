@@ -177,12 +177,14 @@ def study_file(tmp_path):
 
 @pytest.fixture
 def lorameter(tmp_path, capsys):
-    """The command line; its exit code and document, or what it said on stderr."""
+    """The command line; its exit code and document, or its error message."""
 
     def run(*arguments):
         code = main([*arguments, "--runs-dir", str(tmp_path / "runs")])
-        said = capsys.readouterr()
-        return code, json.loads(said.out) if "--json" in arguments and said.out else said.out or said.err
+        captured = capsys.readouterr()
+        return code, json.loads(
+            captured.out
+        ) if "--json" in arguments and captured.out else captured.out or captured.err
 
     return run
 
@@ -245,7 +247,7 @@ def test_too_few_replicates_are_inconclusive(fake, repository, study_file, loram
     assert lorameter(*options, "--policy", "policy.toml")[0] == 0
 
 
-@pytest.mark.parametrize(("options", "said"), [
+@pytest.mark.parametrize(("options", "message"), [
     (["--inject-rows", "-1"], "--inject-rows = -1"),
     (["--json", "--format", "markdown"], "both choose the format"),
     (["--effort", "quick", "--replicates", "2"], "both set the replicates"),
@@ -253,11 +255,13 @@ def test_too_few_replicates_are_inconclusive(fake, repository, study_file, loram
     (["--variant", "nf5"], "nf5"),
     (["--candidate", "no-such-branch"], "no-such-branch"),
 ])  # fmt: skip
-def test_what_cannot_be_is_refused_before_anything_is_measured(fake, repository, study_file, lorameter, options, said):
+def test_what_cannot_be_is_refused_before_anything_is_measured(
+    fake, repository, study_file, lorameter, options, message
+):
     """Exit 2 with the word that was wrong; no executor was made."""
     code, text = lorameter("ab", study_file, "--base", "fast", "--candidate", "same", *options)
     assert code == 2
-    assert said in str(text)
+    assert message in str(text)
     assert fake.made == []
     assert len(git(repository, "worktree", "list").splitlines()) == 1
 
@@ -327,9 +331,9 @@ def test_sides_that_are_others_now_are_refused(broken_off, fake, lorameter, tmp_
     manifest = json.loads(source.read_text())
     manifest["sides"]["candidate"]["facts"]["packages"]["peft"] = "0.1"
     source.write_text(json.dumps(manifest))
-    code, said = lorameter("ab", "--resume", before["run"])
+    code, message = lorameter("ab", "--resume", before["run"])
     assert code == 2
-    assert "its candidate would be of two kinds: packages.peft: '0.1' then" in said
+    assert "its candidate would be of two kinds: packages.peft: '0.1' then" in message
     assert fake.made == []
 
 
@@ -361,12 +365,12 @@ def test_a_calibration_that_broke_off_is_resumed(calibration, fake, lorameter):
     assert document == before
 
 
-@pytest.mark.parametrize(("rows", "said"), [
+@pytest.mark.parametrize(("rows", "message"), [
     (["--inject-rows", "50"], "resume: lorameter calibrate --resume"),
     ([], "it sizes the slow-down of a calibration. Calibrate anew"),
 ])  # fmt: skip
 def test_a_calibration_that_is_stopped_reports_what_is_kept(
-    fake, repository, study_file, lorameter, monkeypatch, rows, said
+    fake, repository, study_file, lorameter, monkeypatch, rows, message
 ):
     """The message names the run, or the pilot's run, that is kept; nothing more begins."""
     ask = FakeExecutor.ask
@@ -380,5 +384,5 @@ def test_a_calibration_that_is_stopped_reports_what_is_kept(
     code, text = lorameter("calibrate", study_file, "--replicates", "9", *rows)
     assert code == 4
     assert "was stopped, and what it had measured is kept" in text
-    assert said in text
+    assert message in text
     assert len(fake.made) == 3

@@ -87,7 +87,7 @@ def test_releases_are_those_that_pip_has(pip, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("good", "bad", "said"),
+    ("good", "bad", "message"),
     [
         ("peft==0.21.0", "peft==0.19.0", "good one comes first"),
         ("peft==0.19.0", "torch==2.0", "two releases of one package"),
@@ -97,9 +97,9 @@ def test_releases_are_those_that_pip_has(pip, tmp_path):
         ("peft==0.19.0", "peft==0.21.0 torch==2.1", "version of one package"),
     ],
 )
-def test_requirements_that_are_no_range_are_refused(good, bad, said, pip, tmp_path):
+def test_requirements_that_are_no_range_are_refused(good, bad, message, pip, tmp_path):
     """With what to write instead, and before pip is asked."""
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         list_steps(good, bad, tmp_path)
     assert not pip
 

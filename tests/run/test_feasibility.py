@@ -101,7 +101,7 @@ def test_a_request_of_many_prompts_that_cannot_fit_is_refused(small_study, machi
 
 
 @pytest.mark.parametrize(
-    ("variant", "workload", "said"),
+    ("variant", "workload", "message"),
     [
         (
             {"use_dora": True},
@@ -113,11 +113,11 @@ def test_a_request_of_many_prompts_that_cannot_fit_is_refused(small_study, machi
         ({"init_lora_weights": "olora"}, {}, "init_lora_weights = .olora.: with adapters = 4, it rewrites the base"),
     ],
 )
-def test_adapters_of_which_peft_has_one_at_a_time_are_refused(small_study, machine, variant, workload, said):
+def test_adapters_of_which_peft_has_one_at_a_time_are_refused(small_study, machine, variant, workload, message):
     """Before anything is loaded, and for several adapters only; DoRA can be switched, and not mixed."""
     one, *others = small_study.variants
     study = dataclasses.replace(small_study, variants=(dataclasses.replace(one, **variant), *others))
-    with pytest.raises(UsageError, match=f"variant '{one.name}': {said}"):
+    with pytest.raises(UsageError, match=f"variant '{one.name}': {message}"):
         check_feasible(with_workload(study, adapters=4, **workload), machine)
     check_feasible(with_workload(study, **workload), machine)
     if "use_dora" in variant:

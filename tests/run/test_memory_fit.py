@@ -9,7 +9,7 @@ import pytest
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.peaks import find_card
-from lorameter.run.memory_fit import Fitter, on_card, on_machine
+from lorameter.run.memory_fit import Fitter, on_gpu, on_machine
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import MOST_BATCH, Workload
 
@@ -27,7 +27,7 @@ def fitter(machine):
         if card is None:
             device = on_machine(dataclasses.replace(machine, memory_bytes=memory_bytes or machine.memory_bytes), None)
         else:
-            device = on_card(machine, find_card(card))
+            device = on_gpu(machine, find_card(card))
         shape = shapes.shape(catalogue.resolve(f"random:{model}"))
         return Fitter(device=device, shape=shape, process_bytes=None)
 

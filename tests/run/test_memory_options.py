@@ -10,7 +10,7 @@ import pytest
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.peaks import find_card
-from lorameter.run.memory_fit import Fitter, advise, on_card, on_machine
+from lorameter.run.memory_fit import Fitter, advise, on_gpu, on_machine
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 
@@ -23,7 +23,7 @@ def advice(machine):
     """A function that advises on a variant of a model on a GPU, or on this machine."""
 
     def make(variant, workload=WIDE, *, model="llama2-7b", card="24GiB", **asked):
-        device = on_machine(machine, None) if card is None else on_card(machine, find_card(card))
+        device = on_machine(machine, None) if card is None else on_gpu(machine, find_card(card))
         shape = shapes.shape(catalogue.resolve(f"random:{model}"))
         return advise(
             Fitter(device=device, shape=shape, process_bytes=None), variant, workload, **asked

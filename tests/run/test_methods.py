@@ -84,7 +84,7 @@ def test_methods_train_with_their_checks(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("variant", "said"),
+    ("variant", "message"),
     [
         ('peft = { peft_type = "VERRA" }', "has no such method. Did you mean VERA?"),
         ('peft = { peft_type = "VERA", rr = 4 }', "VeraConfig of PEFT "),
@@ -97,8 +97,8 @@ def test_methods_train_with_their_checks(tmp_path, capsys):
         ('optimizer = "lora+"\noptimizer_args = { lr_ratio = 16 }', "loraplus_lr_ratio"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_runs(tmp_path, capsys, monkeypatch, variant, said):
+def test_what_cannot_be_is_refused_before_anything_runs(tmp_path, capsys, monkeypatch, variant, message):
     """In one sentence with the nearest right word. Methods are probed in this process, which has imported PEFT."""
     monkeypatch.setattr(methods, "_probe", lambda variants: tuple(map(method_probe.probe, variants)))
     assert run(tmp_path, f'[workload]\nmodel = "random:tiny-llama"\n[[variant]]\nname = "one"\n{variant}\n') == 2
-    assert said in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(capsys.readouterr().err.split())

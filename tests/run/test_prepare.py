@@ -19,8 +19,8 @@ LACKS = "bitsandbytes has loaded its library for CPUs"
 def worker(machine):
     """A function that makes the executor of a worker that says this of itself."""
 
-    def make(**said):
-        hello = WorkerInfo(**{"harness": "1.0", "import_time_s": 1.0, "device": "cpu", "torch": "0"} | said)
+    def make(**fields):
+        hello = WorkerInfo(**{"harness": "1.0", "import_time_s": 1.0, "device": "cpu", "torch": "0"} | fields)
         return SimpleNamespace(hello=lambda: hello, machine=lambda: machine)
 
     return make

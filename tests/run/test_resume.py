@@ -159,7 +159,7 @@ def test_a_dry_run_says_what_is_left(broken_off, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--effort", "quick"], "--effort would change the study or the plan"),
         (["--allow-disturbed"], "--allow-disturbed would change the study or the plan"),
@@ -168,10 +168,10 @@ def test_a_dry_run_says_what_is_left(broken_off, capsys):
         (["lora-or-qlora"], "is of study 'small', not 'lora-or-qlora'"),
     ],
 )
-def test_what_would_change_the_plan_is_refused(broken_off, capsys, options, said):
+def test_what_would_change_the_plan_is_refused(broken_off, capsys, options, message):
     """By name, and nothing is measured."""
     assert resume(broken_off(), *options) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not Executor.asked
 
 

@@ -65,11 +65,11 @@ def rule(small_study):
 def test_precision_stops_from_the_fifth_replicate_on(rule, arms):
     """Earlier ones may agree by luck, however narrow they look; the reason says what was reached and asked for."""
     stop = rule(precision=0.01)
-    said = [stop(records(count, arms)) for count in range(1, 9)]
-    assert said[:4] == [None] * 4
-    assert all(said[4:])
-    assert "after 5 replicates" in said[4]
-    assert "±1 % were asked for" in said[4]
+    reasons = [stop(records(count, arms)) for count in range(1, 9)]
+    assert reasons[:4] == [None] * 4
+    assert all(reasons[4:])
+    assert "after 5 replicates" in reasons[4]
+    assert "±1 % were asked for" in reasons[4]
 
 
 @pytest.mark.parametrize(

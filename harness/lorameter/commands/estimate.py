@@ -19,7 +19,7 @@ from lorameter.report.estimate import describe_basis, describe_estimate, describ
 from lorameter.report.notices import warn_before_run
 from lorameter.run.feasibility import layers_notice, memory_notices, type_notices
 from lorameter.run.forecast import measured_peaks
-from lorameter.run.memory_fit import Advice, Fitter, Needs, advise, on_card, on_machine
+from lorameter.run.memory_fit import Advice, Fitter, Needs, advise, on_gpu, on_machine
 from lorameter.run.workers import open_executor
 from lorameter.studies.study_file import load_variant
 from lorameter.studies.variant import Variant
@@ -31,7 +31,7 @@ def run_estimate(options: argparse.Namespace) -> int:
     card = None if options.gpu is None else find_card(options.gpu)
     executor, runs = open_executor(), store.runs_dir(options.runs_dir)
     here = executor.machine()
-    device = None if card is None else on_card(here, card)
+    device = None if card is None else on_gpu(here, card)
     if device is None and options.max_batch:
         device = on_machine(here, executor.free_bytes())
     machine = here if device is None else device.machine

@@ -182,8 +182,6 @@ def _log_ratio(comparison: Comparison | None) -> tuple[float, float]:
 
 
 PIP_TIMEOUT_S = 120.0
-MOST = 4096
-"""Steps between the ends; more are two ends that have little to do with each other."""
 
 
 def list_steps(good: str, bad: str, repository: Path) -> tuple[Candidate, ...]:
@@ -237,13 +235,10 @@ def _revisions(good: str, bad: str, first: str, last: str, repository: Path) -> 
         raise UsageError(f"bisect: {good} and {bad} are the same commit. Name two.")
     if run_git(repository, "merge-base", "--is-ancestor", first, last).returncode:
         raise UsageError(f"bisect: {good} is no ancestor of {bad}. Name a good end that the bad one was made from.")
-    words = ("--reverse", "--first-parent", "--format=%H %h %s", f"--max-count={MOST + 1}")
-    listed = run_git(repository, "log", *words, f"{first}..{last}")
+    listed = run_git(repository, "log", "--reverse", "--first-parent", "--format=%H %h %s", f"{first}..{last}")
     lines = listed.stdout.splitlines()
     if listed.returncode or not lines:
         raise UsageError(f"bisect: git lists nothing between {good} and {bad}: {listed.stderr.strip()}.")
-    if len(lines) > MOST:
-        raise UsageError(f"bisect: more than {MOST} commits lie between {good} and {bad}. Name nearer ends.")
     steps = [line.split(" ", 1) for line in lines]
     candidates = (Candidate(spec=commit, label=redact(label)) for commit, label in steps)
     return (Candidate(spec=first, label=f"{good} ({first[:9]})"), *candidates)

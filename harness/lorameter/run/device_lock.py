@@ -11,11 +11,11 @@ import contextlib
 import fcntl
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from kernels_check.terminal import print_stderr
 from lorameter.errors import InvalidRunError
 from lorameter.run.workers import Executor
 
@@ -24,11 +24,6 @@ IfBusy = Literal["wait", "refuse", "share"]
 ENV_LOCKS = "LORAMETER_LOCKS"
 SHARED_FOLDER = Path("/tmp")
 """The same for all users and jobs, whatever their TMPDIR is."""
-
-
-def tell_stderr(line: str) -> None:
-    """Print it at once."""
-    print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -54,7 +49,7 @@ def hold_device(executor: Executor, if_busy: IfBusy) -> Iterator[bool]:
             who = f"{_holder(file)} measures on this device ({device})"
             if if_busy == "refuse":
                 raise InvalidRunError(f"{who}. Wait for it, or measure at the same time with --if-busy share.")
-            tell_stderr(
+            print_stderr(
                 f"{who}; waiting for its end. --if-busy refuse ends instead, --if-busy share measures at the same time."
             )
             waited = _lock(file, wait=True)

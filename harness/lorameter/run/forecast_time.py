@@ -162,9 +162,7 @@ def simulate(plan: Plan, times: PlanTimes) -> tuple[list[float], tuple[str, ...]
     }
     executor.now_s += times.import_s + sum(loads.values())
     budget.import_s, budget.load_s = times.import_s, sum(loads.values()) / max(1, len(loads))
-    context = RunContext(
-        device="cpu", threads=0, tokens_path="", tokens={}, max_parallel=times.parallel,
-    )  # fmt: skip
+    context = RunContext(device="cpu", threads=0, tokens_path="", tokens={}, max_parallel=times.parallel)
     ends: dict[int, float] = {}
 
     def save(record: TrialRecord) -> None:

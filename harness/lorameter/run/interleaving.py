@@ -94,12 +94,6 @@ def fits(needed_bytes: int, free_bytes: int) -> bool:
     return needed_bytes <= int(MEMORY_SHARE * free_bytes)
 
 
-def _shares(variant: Variant) -> bool:
-    """Whether adapters like this one can be on one base, as far as it was tried."""
-    facts = facts_of([variant])[variant.name]
-    return bool(facts.keeps_base and facts.several) and not variant.trains_base
-
-
 def shared_base_obstacle(variants: Sequence[AnyVariant]) -> str | None:
     """Why these variants cannot share one base model, naming the variant; None if they can."""
     first = variants[0]
@@ -114,8 +108,10 @@ def shared_base_obstacle(variants: Sequence[AnyVariant]) -> str | None:
                 return f"{label}: init_lora_weights = {variant.init_lora_weights!r} rewrites the base"
             if variant.trains_base:
                 return f"{label}: bias = {variant.bias!r} trains the base's own biases"
-        elif not _shares(variant):
-            return f"{label}: {variant.method_name} changes the base, or has one adapter on it"
+        else:
+            facts = facts_of([variant])[variant.name]
+            if variant.trains_base or not (facts.keeps_base and facts.several):
+                return f"{label}: {variant.method_name} changes the base, or has one adapter on it"
         if variant.compile:
             return f"{label}: compile = True would recompile for every adapter, and fall back at its limit"
         if variant.merge_adapter:

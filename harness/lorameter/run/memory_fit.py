@@ -95,14 +95,14 @@ _GPU_ASSUMPTIONS = (
 )
 
 
-def on_card(machine: Machine, card: GpuSpec) -> MemoryDevice:
+def on_gpu(machine: Machine, gpu: GpuSpec) -> MemoryDevice:
     """A listed GPU, as if it were in this machine."""
-    with_card = dataclasses.replace(
-        machine, device="cuda", device_name=card.device_name, device_memory_bytes=card.total_bytes
+    with_gpu = dataclasses.replace(
+        machine, device="cuda", device_name=gpu.device_name, device_memory_bytes=gpu.total_bytes
     )
     return MemoryDevice(
-        name=card.name, machine=with_card, total_bytes=card.total_bytes, usable_bytes=card.usable_bytes,
-        source=card.source, is_here=False,
+        name=gpu.name, machine=with_gpu, total_bytes=gpu.total_bytes, usable_bytes=gpu.usable_bytes,
+        source=gpu.source, is_here=False,
         assumed=(f"the driver keeps {format_percent(DRIVER_SHARE)} of the GPU ({DRIVER_SOURCE})", *_GPU_ASSUMPTIONS),
     )  # fmt: skip
 

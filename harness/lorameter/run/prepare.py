@@ -48,9 +48,9 @@ class RunContext:
 
 def context_of(workload: Workload, tokens: TokenSummary, device: str) -> RunContext:
     """The context of trials on one workload."""
-    if workload.data == OWN:  # its trials say what they saw
-        return RunContext(device=device, threads=workload.threads, tokens_path=tokens.path, tokens={})
-    known = {"hash": tokens.hash, "real_tokens": tokens.real_tokens, "padded_tokens": tokens.padded_tokens}
+    known: dict[str, Any] = {}
+    if workload.data != OWN:  # scripts report their own tokens
+        known = {"hash": tokens.hash, "real_tokens": tokens.real_tokens, "padded_tokens": tokens.padded_tokens}
     return RunContext(device=device, threads=workload.threads, tokens_path=tokens.path, tokens=known)
 
 

@@ -115,6 +115,8 @@ def restore_numbers(study: Study, written: Mapping[str, Any]) -> Study:
     return dataclasses.replace(study, variants=tuple(variants))
 
 
+SIDE_FIELDS = ("python", "libraries", "cuda", "packages")
+"""Provenance of a side in which its parts, measured at two times or places, must be equal."""
 INJECTED = "slowdown_rows"
 """Key of a side in the manifest: its extra work (`Arm.slowdown_rows`)."""
 
@@ -192,7 +194,7 @@ def check_same(run: Run, facts: Mapping[str, MachineFacts]) -> None:
     """Raises `UsageError` where the machine, or a side of an A/B, is not what it was; `facts` are of the sides."""
     for name, side in run.manifest.sides.items():
         if side["kind"] not in (PRESENT, SIDE):
-            fields = ("python", "libraries", "cuda", "packages", *(("git",) if side["kind"] == "revision" else ()))
+            fields = (*SIDE_FIELDS, *(("git",) if side["kind"] == "revision" else ()))
             now = codec.to_json(facts[name].host or {})
             was, is_now = ({field: one.get(field) for field in fields} for one in (side["facts"], now))
             if was != is_now:

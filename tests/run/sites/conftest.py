@@ -86,13 +86,13 @@ def placed(study):
 
 @pytest.fixture
 def run(pretended, capsys, tmp_path):
-    """A function that runs a command, and gives its exit code, the last run, and what was said."""
+    """A function that runs a command, and gives its exit code, the last run, and its output."""
 
     def command(*words):
         code = main([str(word) for word in words])
-        said = capsys.readouterr()
+        captured = capsys.readouterr()
         runs = sorted((tmp_path / "runs").glob("*/manifest.json"), key=lambda path: path.stat().st_mtime_ns)
         last = store.read_run(str(runs[-1].parent), tmp_path / "runs") if runs else None
-        return code, last, " ".join((said.out + said.err).split())
+        return code, last, " ".join((captured.out + captured.err).split())
 
     return command

@@ -20,9 +20,9 @@ def sites_of(run):
     return {record.site for record in run.records}
 
 
-def document(said):
+def document(output):
     """The JSON document that a command has printed."""
-    return json.JSONDecoder().raw_decode(said[said.index("{") :])[0]
+    return json.JSONDecoder().raw_decode(output[output.index("{") :])[0]
 
 
 def break_off(run, *, keep):
@@ -49,8 +49,8 @@ def test_a_site_that_is_unlike_its_like_is_named_in_the_report(placed, run, pret
     pretended(slow=[("6", "", 1.5)])
     _, last, output = run("run", placed('sites = ["0", "1", "2"]'))
     assert sites_of(last) == {"cpus-0", "cpus-1", "cpus-2"}
-    for said in (output, run("report", last.manifest.run)[2]):
-        assert "site cpus-2 is 50% slower than the median of its like" in said
+    for text in (output, run("report", last.manifest.run)[2]):
+        assert "site cpus-2 is 50% slower than the median of its like" in text
     assert [notice["code"] for notice in document(run("report", last.manifest.run, "--json")[2])["notices"]].count(
         "node-mismatch"
     ) == 1
@@ -58,18 +58,18 @@ def test_a_site_that_is_unlike_its_like_is_named_in_the_report(placed, run, pret
 
 def test_a_place_that_is_none_is_refused_before_anything_is_opened(placed, run):
     """By file and key, or by what the option says; nothing is made."""
-    code, last, said = run("run", placed('on = "slurm:nodes=2"'))
+    code, last, output = run("run", placed('on = "slurm:nodes=2"'))
     assert (code, last) == (2, None)
-    assert "small.toml, [protocol]: on = 'slurm:nodes=2': 'nodes' is not known" in said
-    code, last, said = run("run", placed(""), "--sites", "0,x")
+    assert "small.toml, [protocol]: on = 'slurm:nodes=2': 'nodes' is not known" in output
+    code, last, output = run("run", placed(""), "--sites", "0,x")
     assert (code, last) == (2, None)
-    assert "sites = '0,x': numbers" in said
+    assert "sites = '0,x': numbers" in output
 
 
 def test_both_sides_of_an_ab_are_measured_on_each_site(placed, run):
     """Base, control and candidate of a replicate on one; the pairs are within a site. It is resumed there."""
     sides = ("--base", sys.executable, "--candidate", sys.executable)
-    code, first, said = run(
+    code, first, output = run(
         "ab",
         placed('sites = ["0", "1"]'),
         *sides,
@@ -81,34 +81,34 @@ def test_both_sides_of_an_ab_are_measured_on_each_site(placed, run):
         "2",
         "--json",
     )
-    assert code in (0, 3), said
+    assert code in (0, 3), output
     assert sites_of_whole(first) == {"cpus-0", "cpus-1"}
     for record in first.records:
         arm = record.side if record.role == "variant" else "control"
         assert (first.path / record.log).read_text() == f"{arm} {'45'[int(record.site[-1])]} {sys.executable}\n"
     assert first.manifest.sides["candidate"]["kind"] == "interpreter"
-    (comparison,) = (one for one in document(said)["comparisons"] if one["metric"] == "step_time_s")
+    (comparison,) = (one for one in document(output)["comparisons"] if one["metric"] == "step_time_s")
     assert comparison["ratio"] == pytest.approx(1.0)
     break_off(first, keep=1)
-    code, again, said = run("ab", "--resume", first.manifest.run)
-    assert code in (0, 3), said
+    code, again, output = run("ab", "--resume", first.manifest.run)
+    assert code in (0, 3), output
     assert sites_of_whole(again) == {"cpus-0", "cpus-1"}
 
 
 def test_a_calibration_takes_no_cluster(placed, run):
     """It is of the machine that it is started on."""
-    code, _, said = run("calibrate", placed('on = "slurm"'), "--replicates", "6", "--inject-rows", "8")
+    code, _, output = run("calibrate", placed('on = "slurm"'), "--replicates", "6", "--inject-rows", "8")
     assert code == 2
-    assert "on = 'slurm': a calibration is of the machine that it is started on" in said
+    assert "on = 'slurm': a calibration is of the machine that it is started on" in output
 
 
 @pytest.mark.parametrize(("lost", "code"), [(["5"], 0), (["4", "5"], 4)])
 def test_a_site_that_loses_its_jobs_leaves_its_replicates_to_another(placed, run, pretended, lost, code):
     """A notice names the reason; without another site the rest is not run."""
     pretended(lost=lost, turn_s=0.2)
-    ended, last, said = run("run", placed('sites = ["0", "1"]'))
-    assert ended == code, said
-    assert "its zygote is gone" in said
+    ended, last, output = run("run", placed('sites = ["0", "1"]'))
+    assert ended == code, output
+    assert "its zygote is gone" in output
     if code == 0:
         assert sites_of_whole(last) == {"cpus-0"}
         assert {notice.code for notice in last.manifest.notices} >= {"site-lost"}
@@ -127,8 +127,8 @@ def test_a_stop_ends_the_trials_under_way_on_all_sites(placed, run, pretended, t
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop, daemon=True).start()
-    code, last, said = run("run", placed('sites = ["0", "1"]'))
-    assert (code, last.manifest.status) == (4, "interrupted"), said
+    code, last, output = run("run", placed('sites = ["0", "1"]'))
+    assert (code, last.manifest.status) == (4, "interrupted"), output
     states = [(record.status, record.site) for record in last.records]
     assert {site for status, site in states if status == "interrupted"} == {"cpus-0", "cpus-1"}
     assert {status for status, site in states if not site} == {"not_run"}
@@ -138,11 +138,11 @@ def test_a_stop_ends_the_trials_under_way_on_all_sites(placed, run, pretended, t
 def test_a_site_that_is_unlike_the_first_ends_the_run(placed, run, pretended):
     """By its name, with what differs; the run keeps no record of it, and none when it is resumed."""
     pretended(peft={"5": "0.0.1"}, turn_s=1.0)
-    code, last, said = run("run", placed('sites = ["0", "1"]'))
+    code, last, output = run("run", placed('sites = ["0", "1"]'))
     assert code == 4
-    assert "libraries.peft is '" in said
-    assert "is unlike the first" in said
-    unlike = said.partition("site ")[2].partition(" is unlike")[0]
+    assert "libraries.peft is '" in output
+    assert "is unlike the first" in output
+    unlike = output.partition("site ")[2].partition(" is unlike")[0]
     assert unlike in ("cpus-0", "cpus-1")
     assert unlike not in {record.site for record in last.records}
 
@@ -164,8 +164,8 @@ def test_what_jobs_of_a_killed_process_measured_is_kept(placed, pretended, run, 
     pretended()
     (path,) = runs.iterdir()
     before = {record.trial for record in store.read_run(str(path), runs).records}
-    code, last, said = run("run", "--resume", path.name)
-    assert code == 0, said
+    code, last, output = run("run", "--resume", path.name)
+    assert code == 0, output
     sites_of_whole(last)
     assert before <= {record.trial for record in last.records}
     assert not (path / "jobs").exists()
@@ -175,9 +175,9 @@ def test_a_site_of_two_ranks_is_measured_on(placed, run):
     """On the CPUs of both; one with a single share is refused before anything is opened."""
     study = placed("")
     study.write_text(study.read_text().replace("[workload]", '[workload]\nranks = 2\nstrategy = "ddp"'))
-    code, last, said = run("run", study, "--sites", "0,1")
+    code, last, output = run("run", study, "--sites", "0,1")
     assert (code, last) == (2, None)
-    assert "has ranks = 2. Write 0+1 for a site, 0+1,2+3 for two" in said
-    code, last, said = run("run", study, "--sites", "0+1")
-    assert {record.status for record in last.records} == {"ok"}, said
+    assert "has ranks = 2. Write 0+1 for a site, 0+1,2+3 for two" in output
+    code, last, output = run("run", study, "--sites", "0+1")
+    assert {record.status for record in last.records} == {"ok"}, output
     assert (last.path / last.records[0].log).read_text().strip() == "4,5"

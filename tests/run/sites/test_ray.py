@@ -75,9 +75,9 @@ def test_what_cannot_be_measured_on_is_refused(on, words, capsys, monkeypatch):
     """By the option, with the remedy, before anything else is read."""
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main(["run", "training-step", "--on", on]) == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert words.replace("\\", "") in said
-    assert f"on = {on!r}" in said
+    output = " ".join(capsys.readouterr().err.split())
+    assert words.replace("\\", "") in output
+    assert f"on = {on!r}" in output
 
 
 class Nodes:

@@ -73,8 +73,8 @@ def wait_for(condition):
 
 def test_replicates_are_spread_over_jobs(placed, run, queue):
     """One in each job, two jobs at a time; the sites are their nodes."""
-    code, last, said = run("run", placed('on = "slurm:sites=2,partition=p"', replicates=2), "--if-busy", "share")
-    assert code == 0, said
+    code, last, output = run("run", placed('on = "slurm:sites=2,partition=p"', replicates=2), "--if-busy", "share")
+    assert code == 0, output
     assert sites_of_whole(last) == {"n0", "n1"}
     assert len(list(queue.iterdir())) == 1 + 2  # the first describes its node
     assert set(last.manifest.site_facts) == {"n0", "n1"}
@@ -91,8 +91,8 @@ def test_a_job_that_is_lost_is_run_again(placed, run, pretended, queue):
         os.kill(int((queue / "2").read_text()), signal.SIGKILL)
 
     threading.Thread(target=cancel, daemon=True).start()
-    code, last, said = run("run", placed('on = "slurm"', replicates=2))
-    assert code == 0, said
+    code, last, output = run("run", placed('on = "slurm"', replicates=2))
+    assert code == 0, output
     assert {record.replicate for record in last.records} == {0, 1}
     sites_of_whole(last)
     (notice,) = (one for one in last.manifest.notices if one.code == "site-lost")
@@ -113,9 +113,9 @@ def test_options_of_sbatch_are_passed_on():
 def test_a_refusal_of_sbatch_is_reported(placed, run, queue, tmp_path):
     """By its own message, and nothing is left."""
     (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
-    code, last, said = run("run", placed('on = "slurm:partition=p"'))
+    code, last, output = run("run", placed('on = "slurm:partition=p"'))
     assert (code, last) == (2, None)
-    assert "no job was submitted: sbatch: error: invalid partition" in said
+    assert "no job was submitted: sbatch: error: invalid partition" in output
     assert not list((tmp_path / "runs").iterdir())
 
 
@@ -140,7 +140,7 @@ def test_a_side_that_is_not_the_same_on_another_machine_is_refused(placed, run, 
     """Before a job waits in a queue."""
     for git in (["init", "-q"], ["-c", "user.name=n", "-c", "user.email=e@e", "commit", "-q", "--allow-empty", "-mx"]):
         subprocess.run(["git", *git], cwd=tmp_path, check=True)
-    code, last, said = run("ab", placed(""), "--base", base, "--candidate", sys.executable, "--on", "slurm:sites=2")
+    code, last, output = run("ab", placed(""), "--base", base, "--candidate", sys.executable, "--on", "slurm:sites=2")
     assert (code, last) == (2, None)
-    assert words in said
+    assert words in output
     assert not list(queue.iterdir())

@@ -111,10 +111,10 @@ def records(run):
 @pytest.mark.parametrize("how", FAULTS)
 def test_each_ends_as_a_row_with_its_reason(records, how):
     """Whatever becomes of one script, the others of its group go on, and it has a record that says why."""
-    status, said = FAULTS[how]
+    status, message = FAULTS[how]
     record = records[how]
     assert record.status == status, record.failure
-    assert said in (record.failure.message if record.failure else "")
+    assert message in (record.failure.message if record.failure else "")
     assert (record.failure is None) == (status == "ok")
 
 

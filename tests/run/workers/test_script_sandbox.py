@@ -158,8 +158,8 @@ def test_the_word_python_is_the_interpreter_that_is_meant(project):
     assert words_of(plain, "/side/python", {}, project, origin=project) == ["/side/python", "train.py", "--r", "8"]
     own = ScriptVariant(name="a", command="python3 train.py", python=sys.executable)
     assert words_of(own, "/side/python", {}, project, origin=project)[0] == sys.executable
-    for command, said in (("python other.py", "no file 'other.py'"), ("nothing train.py", "no program 'nothing'")):
-        with pytest.raises(UsageError, match=said):
+    for command, message in (("python other.py", "no file 'other.py'"), ("nothing train.py", "no program 'nothing'")):
+        with pytest.raises(UsageError, match=message):
             words_of(
                 ScriptVariant(name="a", command=command), "/side/python", {"PATH": "/nowhere"}, project, origin=project
             )

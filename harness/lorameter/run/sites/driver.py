@@ -31,7 +31,7 @@ from lorameter.run.display import Display
 from lorameter.run.interrupts import InterruptHandler
 from lorameter.run.plan import Group, Plan
 from lorameter.run.prepare import begin_record
-from lorameter.run.resume import continue_manifest, read_broken_off, write_plan
+from lorameter.run.resume import SIDE_FIELDS, continue_manifest, read_broken_off, write_plan
 from lorameter.run.runner import find_stop, records_outside
 from lorameter.run.sites.folder import JOBS, LOG, JobOrder, JobState, read_order, read_state, write_order
 from lorameter.run.sites.slurm import cancel_job
@@ -43,7 +43,6 @@ END_TIMEOUT_S = 30.0
 """A job that is asked to end saves its records and kills its processes."""
 MOST_LOSSES = 3
 """A site that loses so many jobs in a row is given no further one."""
-_SIDE_FIELDS = ("python", "libraries", "cuda", "packages")
 
 
 class Launcher(Protocol):
@@ -157,7 +156,7 @@ def find_unlike(first: Manifest, other: Manifest, *, mixed: bool, again: bool) -
 
     def likeness(manifest: Manifest) -> dict[str, Any]:
         sides = {
-            name: {field: (side.get("facts") or {}).get(field) for field in _SIDE_FIELDS}
+            name: {field: (side.get("facts") or {}).get(field) for field in SIDE_FIELDS}
             for name, side in manifest.sides.items()
         }
         return {

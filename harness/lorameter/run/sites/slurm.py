@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kernels_check.terminal import print_stderr
 from lorameter.errors import UsageError, shorten
-from lorameter.run.device_lock import tell_stderr
 from lorameter.run.sites.folder import LOG, command
 from lorameter.studies.placement import SlurmRequest, say_on
 
@@ -63,7 +63,7 @@ class SlurmJobs:
             raise UsageError(f"{say_on(self._request.on)}: no job was submitted: {reason}.")
         (folder / _ID_FILE).write_text(job)
         if not self._ids:
-            tell_stderr(f"job {job} is submitted to SLURM, and waited for.")
+            print_stderr(f"job {job} is submitted to SLURM, and waited for.")
         self._ids[folder], self._queued_s[folder] = job, time.monotonic()
 
     def running(self) -> set[Path]:
