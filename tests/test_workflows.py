@@ -244,7 +244,7 @@ def on_branch(remote: Path, path: str) -> str:
 
 
 def test_the_history_is_kept_on_a_branch(history):
-    """Made where it is missing, with a commit a run; the page tells of all runs that were ever kept there."""
+    """Made where it is missing, with a commit a run; the page shows all runs of the branch."""
     assert history("sound") == history("another-day") == [0] * 4
     assert on_branch(history.remote, "runs").split("\n\n")[1].split() == [
         "another-day.lorameter.zip", "sound.lorameter.zip"
@@ -265,6 +265,6 @@ def test_the_linter_of_workflows_is_a_part_of_lint():
     assert "$(BIN)/zizmor --offline --quiet .github" in recipe
     linter = Path(sys.executable).with_name("zizmor")
     if not linter.exists():
-        pytest.skip("zizmor is not installed beside this interpreter; `make lint` installs it")
+        pytest.skip("zizmor is not installed for this interpreter; `make lint` installs it")
     done = subprocess.run([linter, "--offline", ROOT / ".github"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

@@ -1,6 +1,6 @@
 """``python -m benchmarks.gpu``: the campaign, wherever its libraries come from.
 
-What was packed for a machine without a network lies in a folder of the checkout (`benchmarks.gpu.pack`). It has to be
+Libraries for a machine without a network are in a folder of the checkout (`benchmarks.gpu.pack`). It has to be
 on the path before anything of the harness is imported, here as in every process that is started from here.
 """
 

@@ -34,7 +34,7 @@ class Ended:
 def attempt(
     words: Sequence[str], *, limit_s: float, outputs: Path, name: str, folder: Path, variables: Mapping[str, str]
 ) -> Ended:
-    """Run a command to its end or to its limit; what it writes lies in `outputs`, as NAME.out and NAME.err."""
+    """Run a command to its end or to its limit; its output is written to NAME.out and NAME.err in `outputs`."""
     outputs.mkdir(parents=True, exist_ok=True)
     written = {stream: outputs / f"{name}.{stream}" for stream in ("out", "err")}
     begun = time.monotonic()

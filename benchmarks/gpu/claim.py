@@ -34,7 +34,7 @@ class Claim:
     """The steps without which it is not decided."""
 
     def decide(self, evidence: Evidence) -> Decision:
-        """Judge by what there is; what is not there decides nothing."""
+        """Judge by the evidence; missing evidence decides nothing."""
         try:
             return self.judge(evidence)
         except NotSeenError as error:

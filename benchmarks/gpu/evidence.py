@@ -21,7 +21,7 @@ from lorameter.records.store import Run
 
 
 class NotSeenError(Exception):
-    """What a claim rests on is not there; the message says why."""
+    """The evidence of a claim is missing; the message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +33,7 @@ class Tested:
 
 
 class Evidence:
-    """Everything that a campaign has found so far. Every method raises `NotSeenError` for what is not there."""
+    """The results of a campaign so far. Every method raises `NotSeenError` for a missing result."""
 
     def __init__(self, state: Path, journal: Journal) -> None:
         self._state = state

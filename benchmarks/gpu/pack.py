@@ -1,4 +1,4 @@
-"""What travels to a machine with a GPU and no network, and what comes back from it.
+"""Packs the libraries for a machine with a GPU and no network, and unpacks its results.
 
     python -m benchmarks.gpu.pack                     fills .gpu/site; copy .gpu, with .gpu/state, to the GPU machine
     python -m benchmarks.gpu.pack --take FILE         unpacks the results of a call for the next call
@@ -40,7 +40,7 @@ PLATFORMS = (
 MOST_PACKED_BYTES = 8 * 2**20
 """Of one file that comes back; tokens and long recordings are larger, and are made again."""
 TAKEN = (".gpu/state/", "reports/", "docs/gpu.md")
-"""What is taken of an archive: nothing else of a checkout can be written by it."""
+"""The paths that an archive may write in a checkout."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def pack(folder: Path, *, python_version: str, cuda: str) -> None:
-    """Fill `folder/site` anew. Raises CalledProcessError where pip cannot have what is carried."""
+    """Fill `folder/site` anew. Raises CalledProcessError where pip cannot download a package."""
     site = folder / "site"
     shutil.rmtree(site, ignore_errors=True)
     site.mkdir(parents=True)
@@ -105,7 +105,7 @@ def describe(site: Path) -> None:
 
 
 def pack_results(out: Path, state: Path, reports: Path, page: Path) -> Path:
-    """Pack what a call has found, to resume and to keep; returns the archive."""
+    """Pack the results of a call, to resume and to keep; returns the archive."""
     archive = out / "campaign.tar.gz"
     with tarfile.open(archive, "w:gz") as file:
         for path in _found((state, *reports.glob("*_gpu"), page)):
@@ -115,7 +115,7 @@ def pack_results(out: Path, state: Path, reports: Path, page: Path) -> Path:
 
 
 def take(archive: Path, root: Path) -> list[str]:
-    """Lay what an archive of `pack_results` holds into a checkout; returns the names. Raises ValueError for others."""
+    """Unpack an archive of `pack_results` into a checkout; returns the names. Raises ValueError for others."""
     with tarfile.open(archive) as file:
         members = [member for member in file.getmembers() if member.isfile()]
         strange = [
@@ -124,7 +124,7 @@ def take(archive: Path, root: Path) -> list[str]:
             if not member.name.startswith(TAKEN) or ".." in PurePosixPath(member.name).parts
         ]
         if strange:
-            raise ValueError(f"{archive}: {strange[0]}: no part of what a campaign hands back")
+            raise ValueError(f"{archive}: {strange[0]}: not a result of a campaign")
         file.extractall(root, members=members, filter="data")
     return [member.name for member in members]
 
@@ -135,7 +135,7 @@ def _found(places: Iterable[Path]) -> Iterator[Path]:
 
 
 def _name_in_archive(path: Path, state: Path) -> str:
-    """The state has its usual place in it, wherever it lies."""
+    """The state gets its usual path, wherever its folder is."""
     if path.is_relative_to(state):
         return str(Path(".gpu/state") / path.relative_to(state))
     return str(path.relative_to(ROOT))

@@ -215,7 +215,7 @@ class Recorded(NamedTuple):
 
 def recorded(call: Callable[[], object]) -> list[Recorded]:
     """What torch.profiler records of a call and of the wait for it; once more where nothing of it is the GPU's, as it
-    can come on the heels of another session (a race in CUPTI)."""
+    can directly follow another session (a race in CUPTI)."""
     found = _session(call)
     return found if any(one.on_gpu for one in found) else _session(call)
 

@@ -1,4 +1,4 @@
-"""Small trainings, and a follower that writes down what it is told."""
+"""Small trainings, and observers that keep what is reported to them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Listener:
-    """Keeps what it is told; `answers` are what it wants after the begin and after each step, then nothing special."""
+    """An observer that keeps what is reported; `answers` are its replies after the begin and after each step."""
 
     def __init__(self, *answers):
         self.answers = list(answers)
@@ -45,7 +45,7 @@ class Listener:
 
 
 class Clock:
-    """Goes on a little with each reading, and by what is waited."""
+    """A clock that advances a little with each reading, and by `wait`."""
 
     def __init__(self):
         self._now_s = 0.0
@@ -60,7 +60,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Planted: what steps are timed by."""
+    """The clock of the steps, replaced."""
     planted = Clock()
     monkeypatch.setattr(time, "perf_counter", planted)
     return planted
@@ -124,54 +124,56 @@ from lorameter.attach.observer import ObserverReply
 from lorameter.attach.sources import this_process
 
 class Follower:
-    """Writes a line for each thing that it is told."""
+    """Writes a line for each event."""
 
     def __init__(self):
         self.watch_after = int(os.environ.get("WATCH_AFTER", "0"))
-        self.file = open(os.environ["TOLD"], "a")
+        self.file = open(os.environ["EVENTS"], "a")
 
-    def tell(self, what, **more):
+    def write(self, what, **more):
         self.file.write(json.dumps({"what": what, "pid": os.getpid(), **more}) + "\\n")
         self.file.flush()
 
     def begin(self, training):
-        self.tell("begin", source=training.source, planned=training.planned_steps, rank=training.rank,
+        self.write("begin", source=training.source, planned=training.planned_steps, rank=training.rank,
                   trainable=training.trainable_parameters, ranks=training.ranks, model=type(training.module).__name__)
         return ObserverReply()
 
     def step(self, reading):
         found = {name: getattr(reading, name) for name in reading.__slots__}
-        self.tell("step", **found | {"checks": None if reading.checks is None else len(reading.checks)})
+        self.write("step", **found | {"checks": None if reading.checks is None else len(reading.checks)})
         watch = {} if reading.number == self.watch_after else None
         return ObserverReply(watch=watch)
 
     def phase(self, phase):
-        self.tell("phase", phase=phase)
+        self.write("phase", phase=phase)
 
     def end(self, error, *, seen=True):
-        self.tell("end", error=None if error is None else f"{type(error).__name__}: {error}")
+        self.write("end", error=None if error is None else f"{type(error).__name__}: {error}")
 '''
 
 
 @pytest.fixture
 def wrapped(tmp_path):
-    """A function that runs a command with the hook in it and returns what was done and what its follower was told."""
+    """A function that runs a command with the hook in it and returns the process and the events of its follower."""
     import json
 
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "listening.py").write_text(FOLLOWER)
 
     def run(*command, timeout=240, python_path="", **variables):
-        told = tmp_path / "told.jsonl"
-        told.unlink(missing_ok=True)
+        events = tmp_path / "events.jsonl"
+        events.unlink(missing_ok=True)
         path = os.pathsep.join(filter(None, [python_path, str(tmp_path / "site")]))
         inherited = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(
             [sys.executable if word == "python" else word for word in command],
-            env=child_environment(inherited, follower="listening:Follower", variables={"TOLD": str(told), **variables}),
+            env=child_environment(
+                inherited, follower="listening:Follower", variables={"EVENTS": str(events), **variables}
+            ),
             cwd=tmp_path, capture_output=True, text=True, timeout=timeout, check=False,
         )  # fmt: skip
-        lines = [json.loads(line) for line in told.read_text().splitlines()] if told.exists() else []
+        lines = [json.loads(line) for line in events.read_text().splitlines()] if events.exists() else []
         return done, lines
 
     return run

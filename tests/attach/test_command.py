@@ -71,7 +71,7 @@ def test_what_is_no_credential_is_taken(words):
 
 @pytest.mark.parametrize("value", ["http://user:hunter2@proxy:3128", '{"token": "hunter2"}'])
 def test_a_variable_of_a_study_is_read_by_the_same_rule(value):
-    """What stands in `env` is written into the run as well."""
+    """The variables in `env` are written into the run as well."""
     with pytest.raises(UsageError, match=r"env\.SOME: ") as refused:
         ScriptVariant(name="a", command="python train.py", env={"SOME": value})
     assert "hunter2" not in str(refused.value)
@@ -86,14 +86,14 @@ def test_what_cannot_be_a_command_is_refused_without_its_credential():
 
 
 @pytest.mark.parametrize("option", ["--base-command", "--candidate-command", "--command"])
-def test_no_door_takes_a_command_with_a_credential(option, tmp_path, capsys):
+def test_no_option_takes_a_command_with_a_credential(option, tmp_path, capsys):
     """Either side of an A/B, and a command on both: refused before anything is started or written."""
     words = {"--base-command": "true", "--candidate-command": "true"} if option != "--command" else {}
     words |= {option: "python t.py https://user:hunter2@host/x"}
     sides = ["--base", "HEAD", "--candidate", "HEAD"] if option == "--command" else []
     flat = [word for pair in words.items() for word in pair]
     assert main(["ab", *sides, *flat, "--json", "--runs-dir", str(tmp_path / "runs")]) == 2
-    told = "".join(capsys.readouterr())
-    assert "reads like a credential" in told
-    assert "hunter2" not in told
+    printed = "".join(capsys.readouterr())
+    assert "reads like a credential" in printed
+    assert "hunter2" not in printed
     assert not any(path.is_file() for path in tmp_path.rglob("*"))

@@ -9,7 +9,7 @@ from huggingface_hub import hf_api
 from lorameter.attach import disable_side_effects
 
 
-def test_a_trainer_is_asked_to_save_report_and_push_nothing(tmp_path):
+def test_a_trainer_saves_reports_and_pushes_nothing(tmp_path):
     """Whatever its script says; all else of its arguments stays."""
     from transformers import TrainingArguments, training_args
 

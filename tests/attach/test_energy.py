@@ -8,27 +8,25 @@ from lorameter.attach.observer import StepReading
 from lorameter.machine.reading import Reading
 
 
-class Card:
-    """Takes 100 W, as its own counter tells."""
+class Gpu:
+    """Takes 100 W by its own counter."""
 
     def __init__(self, clock):
         self._clock = clock
-        self.asked = 0
 
     def energy_j(self):
-        self.asked += 1
         return Reading(value=1000.0 + 100.0 * self._clock[0])
 
 
 @pytest.fixture
 def clock():
-    """Seconds, of a clock that goes on where a test says so."""
+    """The seconds of a clock that a test advances."""
     return [50.0]
 
 
 @pytest.fixture
-def card(clock, monkeypatch):
-    made = Card(clock)
+def gpu(clock, monkeypatch):
+    made = Gpu(clock)
     monkeypatch.setattr(module, "open_torch_gpu", lambda device: Reading(value=made))
     return made
 
@@ -44,7 +42,7 @@ def train(energy, clock, seconds, steps=2, tokens=10):
     clock[0] += seconds
 
 
-def test_stretches_add_up_and_what_lies_between_them_is_in_none(card, clock):
+def test_stretches_add_up_and_what_lies_between_them_is_in_none(gpu, clock):
     """With their steps and tokens; of the one under way what there is so far, and asking changes nothing."""
     energy = Energy("cuda:0", lambda: clock[0])
     assert energy.values() == {}

@@ -1,4 +1,4 @@
-"""What an error of the meter's own is told as, and what it does."""
+"""An error of the meter is printed and ends the measurement, not the training."""
 
 import pytest
 
@@ -10,30 +10,30 @@ def fail(error):
 
 
 @pytest.mark.parametrize(
-    ("error", "said", "never"),
+    ("error", "expected", "never"),
     [
         (NotFollowedError("another process of it is"), "this training is not followed: another process", "has failed"),
         (OSError("no room left"), "the measurement failed and has stopped; the training", "is not followed"),
     ],
 )
-def test_an_error_is_told_as_what_it_is(capfd, error, said, never):
-    """A training that is not followed on purpose is no failure; either is told once, and nothing is called any more."""
-    shield, told = ErrorGuard(), []
-    shield.on_error = told.append
+def test_an_error_is_printed_once(capfd, error, expected, never):
+    """That a training is not followed is no failure. Either is printed once, and nothing is called any more."""
+    guard, errors = ErrorGuard(), []
+    guard.on_error = errors.append
     for _ in range(2):
-        assert shield.run(fail, error) is None
-    assert shield.run(len, "never called") is None
+        assert guard.run(fail, error) is None
+    assert guard.run(len, "never called") is None
     text = capfd.readouterr().err
-    assert text.count(said) == 1
+    assert text.count(expected) == 1
     assert never not in text
-    assert told == [error]
-    assert not shield.up
+    assert errors == [error]
+    assert not guard.up
 
 
 def test_a_wish_to_end_the_process_goes_through():
-    """It is nobody's error."""
-    shield = ErrorGuard()
+    """It is no error."""
+    guard = ErrorGuard()
     for wish in (SystemExit(0), KeyboardInterrupt()):
         with pytest.raises(type(wish)):
-            shield.run(fail, wish)
-    assert shield.up
+            guard.run(fail, wish)
+    assert guard.up

@@ -45,7 +45,7 @@ def test_an_adapter_is_counted_as_that_of_a_variant(make_model, gathered):
 
 
 def test_what_is_not_known_is_left_out(make_model, gathered):
-    """A device that is not listed, a model without a configuration, steps whose tokens nobody saw."""
+    """A device that is not listed, a model without a configuration, steps whose tokens were not seen."""
     assert "peak_flops_per_s" not in work(make_model()).values(gathered, "Test CPU")
     assert work(torch.nn.Linear(2, 2)).values(gathered, H100) == {}
     unseen = StepSamples(None)

@@ -47,7 +47,7 @@ def wrap(tmp_path, monkeypatch):
 
 
 def test_a_command_is_as_it_is_and_its_training_a_run(wrap, capfd, tmp_path):
-    """Its output is its own; the report goes to stderr, and nothing is written or changed beside the run."""
+    """Its output is its own; the report goes to stderr, and nothing else than the run is written or changed."""
     code, run = wrap(LOOP, "--require", "base.frozen=false", "mode=train")
     (record,) = run.records
     assert (code, run.state, record.status, record.name) == (0, "complete", "ok", "train")
@@ -74,7 +74,7 @@ def test_a_signal_passes_on_and_what_was_measured_is_kept(wrap):
 
 @pytest.mark.faults
 @pytest.mark.parametrize(
-    ("end", "code", "status", "said"),
+    ("end", "code", "status", "expected"),
     [
         ("raise ValueError('mine')", 1, "crashed", "mine"),
         ("os._exit(7)", 7, "crashed", "exit code 7"),
@@ -86,12 +86,12 @@ def test_a_signal_passes_on_and_what_was_measured_is_kept(wrap):
     ],
     ids=["crash", "exit", "kill", "segfault", "ctrl-c", "memory", "nan"],
 )
-def test_however_a_training_ends_it_is_a_row(wrap, end, code, status, said):
+def test_however_a_training_ends_it_is_a_row(wrap, end, code, status, expected):
     """With its reason, the command's own exit code, and the steps until then."""
     found, run = wrap(LOOP + end + "\n", "--no-report")
     (record,) = run.records
     assert (found, record.status, run.state != "running") == (code, status, True)
-    assert said in record.failure.message
+    assert expected in record.failure.message
 
 
 def test_a_crash_before_training_leaves_no_run(wrap, capfd):
@@ -156,7 +156,7 @@ def test_a_console_script_of_trl_is_followed(tmp_path, monkeypatch, sft_command,
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "expected"),
     [
         ("base.bits", "PATH=VALUE is expected"),
         ("no.such=1", "not known"),
@@ -166,9 +166,9 @@ def test_a_console_script_of_trl_is_followed(tmp_path, monkeypatch, sft_command,
         ("base.bits=NaN", "must be one of"),
     ],
 )
-def test_a_requirement_that_cannot_be_is_refused(given, said):
+def test_a_requirement_that_cannot_be_is_refused(given, expected):
     """Before anything is started."""
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=expected):
         read_requirements([given])
     assert read_requirements(["base.bits=4", "peft.learning=True", "attention.backend=flash"]) == {
         "base.bits": 4, "peft.learning": True, "attention.backend": "flash",

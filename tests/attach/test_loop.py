@@ -31,7 +31,7 @@ def update(optimizer):
 
 @pytest.mark.usefixtures("unattached")
 def test_each_batch_is_a_step(listener, parts):
-    """With its tokens, its parts and the loss that the model returns; a second epoch goes on counting."""
+    """With its tokens, its parts and the loss that the model returns; a second epoch continues the count."""
     model, optimizer, batches = parts
     losses = []
     with meter_of(listener, model) as meter:

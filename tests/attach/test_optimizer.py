@@ -1,4 +1,4 @@
-"""A loop that nobody announces: its steps are seen by the updates of an optimizer, whoever calls or replaces them."""
+"""A loop without a meter: its steps are seen by the updates of an optimizer."""
 
 import functools
 
@@ -84,7 +84,7 @@ def test_a_scalers_update_is_a_step_unless_it_is_skipped(listener, model):
 @pytest.mark.parametrize("how", ["freed", "kept"])
 def test_of_two_trainings_the_first_is_followed(listener, model, source, how, capfd):
     """It has ended when its optimizer is freed, or when another one has long updated without it; the second training
-    is told of, once, and is in no step of the first."""
+    is reported once, and is in no step of the first."""
     first, second = sgd(model), sgd(model)
     train(model, first, batches(4))
     if how == "freed":

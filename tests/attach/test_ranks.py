@@ -17,13 +17,13 @@ WATCHED = 8
 
 
 @pytest.fixture
-def told(tmp_path, monkeypatch):
-    """A function that has rank 0 and rank 1 told of as many steps, and gives the record; a step takes rank 0 its number
-    and rank 1 a hundred times that where it is even."""
+def measure(tmp_path, monkeypatch):
+    """A function that reports as many steps on two ranks, and returns the record; a step takes rank 0 its number of
+    seconds, and rank 1 a hundred times that where it is even."""
     monkeypatch.setenv(RUN, str(tmp_path / "run"))
     monkeypatch.setattr(measures, "WAIT_S", 0.2)
 
-    def tell(steps, *, other=None, watched=(WATCHED,)):
+    def run(steps, *, other=None, watched=(WATCHED,)):
         training = TrainingInfo(
             source="loop", model=None, planned_steps=None, trainable_parameters=6,
             total_parameters=6, accumulation=1, ranks=2,
@@ -43,22 +43,22 @@ def told(tmp_path, monkeypatch):
         (record,) = store.read_run(str(tmp_path / "run"), tmp_path).records
         return record
 
-    return tell
+    return run
 
 
 @pytest.mark.parametrize("watched", [(8,), (8, 9), (8, 10)])
-def test_first_warm_up_and_watched_steps_are_left_out_of_both(told, watched):
+def test_first_warm_up_and_watched_steps_are_left_out_of_both(measure, watched):
     """What a timed step is of the one it is of the other, by its number."""
     timed = [number for number in range(WATCHED + 1, 14) if number not in watched]
-    record = told(13, watched=watched)
+    record = measure(13, watched=watched)
     assert record.samples["step_time_s"] == tuple(n * (1.0 if n % 2 else 100.0) for n in timed)
     assert record.samples["turn_tokens"] == tuple(3.0 * n for n in timed)
     assert record.samples["turn_sequences"] == (2.0,) * len(timed)
 
 
-def test_a_rank_that_saw_fewer_steps_was_not_seen(told):
+def test_a_rank_that_saw_fewer_steps_was_not_seen(measure):
     """Its times are those of other steps, maybe; it is named, and tokens of all are not known."""
-    record = told(12, other=11)
+    record = measure(12, other=11)
     assert [notice.code for notice in record.notices] == ["rank-unseen"]
     assert record.samples["step_time_s"] == (9.0, 10.0, 11.0, 12.0)
     assert not [name for name in record.samples if name.startswith("turn_")]

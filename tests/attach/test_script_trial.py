@@ -91,39 +91,39 @@ def test_a_script_says_what_it_trains_and_is_watched_for_what_it_requires(parent
         replies.append(trial.step(reading(1)))
         trial.step(reading(2, checks=()))
 
-    asked = parent(script)
-    built = asked.ask("build")
+    trial_parent = parent(script)
+    built = trial_parent.ask("build")
     assert (built.values["trainable_parameters"], built.tokens["trainable_dtype"]) == (6.0, "float32")
     assert built.software["python"] == platform.python_version()
     assert built.software["torch"] == importlib.metadata.version("torch")
-    verified = asked.ask("verify")
+    verified = trial_parent.ask("verify")
     assert replies == [ObserverReply(), ObserverReply(watch={"base.bits": 4})]
     assert (verified.status, verified.failure.kind) == ("invalid", "RequiredPathNotSeen")
-    asked.join()
+    trial_parent.join()
 
 
 def test_what_a_script_dies_of_is_short_and_holds_no_credential(parent):
-    """Steps that it had taken of a turn are kept. It never goes on after its training."""
-    went_on = []
+    """Steps that it had taken of a turn are kept. It never continues after its training."""
+    continued = []
 
     def script():
         trial = ScriptTrial()
         trial.begin(training())
         trial.step(reading(1))
         trial.end(OSError(f"401 for {URL} {'x' * 10**6}"))
-        went_on.append(True)
+        continued.append(True)
 
-    asked = parent(script)
-    asked.ask("build")
-    record = asked.ask("turn", steps=2)
+    trial_parent = parent(script)
+    trial_parent.ask("build")
+    record = trial_parent.ask("turn", steps=2)
     assert (record.status, record.samples["timed_loss"]) == ("crashed", (2.0,))
     assert "OSError in step 2: 401 for https://***@example.org/data?***" in record.failure.message
     assert len(record.failure.message + record.failure.traceback) < 20_000
     for secret in ("hf_abc", "xyz"):
         assert secret not in record.failure.message + record.failure.traceback
-    assert asked.ask("turn", steps=2).failure.kind == "OSError"
-    asked.join()
-    assert not went_on
+    assert trial_parent.ask("turn", steps=2).failure.kind == "OSError"
+    trial_parent.join()
+    assert not continued
 
 
 FORKING = """
@@ -152,5 +152,5 @@ def test_what_a_script_forks_is_not_pinned_with_it(listener):
         wire.receive(connection, wire.Hello)
         pin_to_cpus(script.pid, {min(os.sched_getaffinity(0))})
         wire.send(connection, wire.Command("turn", arguments={"steps": 1}))
-        said = script.communicate(timeout=60)[0]
-    assert said.split() == [str(len(os.sched_getaffinity(0))), "1"]
+        printed = script.communicate(timeout=60)[0]
+    assert printed.split() == [str(len(os.sched_getaffinity(0))), "1"]

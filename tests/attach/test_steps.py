@@ -1,4 +1,4 @@
-"""A training told step by step: what looks on at one, and what it costs the process."""
+"""Steps of a training as its observer receives them."""
 
 import pytest
 import torch
@@ -20,39 +20,39 @@ def training_of(model):
     )  # fmt: skip
 
 
-class Patient:
-    """A follower that has time, and keeps when it was told of what."""
+class PatientObserver:
+    """An observer that may be informed late; it keeps what was reported and when."""
 
     def __init__(self):
-        self.told, self.phases, self.errors = [], [], []
+        self.readings, self.phases, self.errors = [], [], []
 
     def begin(self, training):
         return ObserverReply(flush_interval_s=3600.0)
 
     def step(self, reading):
-        self.told.append(reading)
+        self.readings.append(reading)
         return ObserverReply(flush_interval_s=3600.0)
 
     def phase(self, phase):
-        self.phases.append((phase, len(self.told)))
+        self.phases.append((phase, len(self.readings)))
 
     def end(self, error, *, seen=True):
-        self.errors.append((error, len(self.told)))
+        self.errors.append((error, len(self.readings)))
 
 
-def test_what_was_noted_is_told_where_the_meter_fails(model, capfd):
+def test_steps_before_a_failure_of_the_meter_are_reported(model, capfd):
     """Nothing that was measured is lost by an error of ours in a later step."""
-    patient = Patient()
+    observer = PatientObserver()
     training = training_of(model)
-    steps = Steps(patient, training, torch.device("cpu"), ErrorGuard())
+    steps = Steps(observer, training, torch.device("cpu"), ErrorGuard())
     steps.begin()
     for _ in range(3):
         steps.end_step()
-    assert len(patient.told) == 1
+    assert len(observer.readings) == 1
     steps._guard.run(lambda: 1 / 0)
-    assert len(patient.told) == 3
-    ((error, told),) = patient.errors
-    assert told == 3
+    assert len(observer.readings) == 3
+    ((error, readings),) = observer.errors
+    assert readings == 3
     assert "ZeroDivisionError" in str(error)
     assert "has stopped" in capfd.readouterr().err
 

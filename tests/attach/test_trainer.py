@@ -1,4 +1,4 @@
-"""The steps of transformers' Trainer, as its meter tells them."""
+"""The steps of transformers' Trainer, as its meter reports them."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def followed(make_model, rows, tmp_path):
 
 
 @pytest.mark.usefixtures("unattached")
-def test_each_step_is_told_with_its_tokens_and_parts(listener, followed):
+def test_each_step_is_reported_with_its_tokens_and_parts(listener, followed):
     """Tokens are those of the batches, the parts lie within the step, and the loss is what the Trainer logs."""
     trainer = followed(listener, logging_steps=1)
     (training,) = listener.trainings
@@ -99,8 +99,8 @@ def test_a_training_is_the_same_with_and_without(listener, followed, make_model,
 
 
 @pytest.mark.usefixtures("unattached")
-def test_an_error_of_the_meter_is_told_once_and_the_training_goes_on(listener_class, followed, capfd):
-    """Whoever follows learns that it saw no whole training."""
+def test_an_error_of_the_meter_is_printed_once_and_the_training_continues(listener_class, followed, capfd):
+    """The observer learns that it saw no whole training."""
 
     class Failing(listener_class):
         def step(self, reading):

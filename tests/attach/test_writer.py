@@ -34,10 +34,10 @@ CHECKS = (
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """A function that has a writer told of a training, and returns the run, the writer and its answers."""
+    """A function that reports a training to a writer, and returns the run, the writer and its answers."""
     names = iter(range(100))
 
-    def tell(readings, *, error=None, end=True, require=None, facts=None):
+    def report(readings, *, error=None, end=True, require=None, facts=None):
         path = tmp_path / "runs" / f"run-{next(names)}"
         monkeypatch.setenv(RUN, str(path))
         monkeypatch.setenv(WRAP, str(tmp_path))
@@ -49,7 +49,7 @@ def write(tmp_path, monkeypatch):
             writer.end(error)
         return store.read_run(str(path), path.parent), writer, answers
 
-    return tell
+    return report
 
 
 def steps(count, *, watched=CHECKS, **more):
@@ -78,7 +78,7 @@ def test_steps_become_the_samples_of_a_trial(write):
 
 
 def test_a_step_without_what_is_required_makes_the_trial_invalid(write):
-    """And so does one that nobody watched: what was not seen is no pass."""
+    """So does a step that was not watched: what was not seen is no pass."""
     lacking = (dataclasses.replace(CHECKS[0], observed=16, status="fallback", reason="16 bits"),)
     run, _, _ = write(steps(12, watched=lacking), require={"base.bits": 4})
     assert (run.records[0].status, run.records[0].failure.kind) == ("invalid", "RequiredPathNotActive")
@@ -87,7 +87,7 @@ def test_a_step_without_what_is_required_makes_the_trial_invalid(write):
 
 
 def test_what_the_script_itself_requires_makes_the_trial_invalid_as_well(write):
-    """The watched step is asked for it; where whoever started the command asks for another value, that one counts."""
+    """The watched step must have it; a value that was required on the command line takes precedence."""
     lacking = (dataclasses.replace(CHECKS[0], observed=16, status="fallback", reason="16 bits"),)
     run, _, answers = write(steps(12, watched=lacking), facts=training(required={"base.bits": 4}))
     assert (run.records[0].status, run.records[0].failure.kind) == ("invalid", "RequiredPathNotActive")
@@ -100,8 +100,8 @@ def test_what_the_script_itself_requires_makes_the_trial_invalid_as_well(write):
 
 @pytest.mark.parametrize("source", ["optimizer", "trainer"])
 @pytest.mark.parametrize("code", [0, 3])
-def test_an_end_that_nobody_saw_rests_on_the_exit_code(write, source, code):
-    """A Trainer that did not come to its end is broken off whatever the code; a loop that nobody announced may have
+def test_an_unseen_end_rests_on_the_exit_code(write, source, code):
+    """A Trainer that did not come to its end is broken off whatever the code; a loop without a meter may have
     been left as planned, unless the code says otherwise."""
     run, writer, _ = write(steps(12), end=False, facts=training(source=source))
     error = UnendedError("the process has ended before its training did") if source == "trainer" else None
@@ -118,8 +118,8 @@ def test_an_end_that_nobody_saw_rests_on_the_exit_code(write, source, code):
 
 
 @pytest.mark.parametrize("code", [0, 3])
-def test_an_end_that_was_seen_stands_whatever_the_exit_code(write, code):
-    """The code is noted beside what was measured."""
+def test_a_seen_end_holds_whatever_the_exit_code(write, code):
+    """A code other than 0 is a notice."""
     run, _, _ = write(steps(12))
     assert not finalize_run(run.path, code, run.path.parent, required=False)
     (record,) = store.read_run(str(run.path), run.path.parent).records
@@ -146,9 +146,9 @@ def test_an_error_ends_the_trial_with_what_was_measured(write, error, status, ki
 
 def test_a_loss_that_is_no_number_makes_the_trial_invalid(write):
     """With the step in which it was."""
-    told = steps(15)
-    told[9] = dataclasses.replace(told[9], loss=float("nan"))
-    run, _, _ = write(told)
+    readings = steps(15)
+    readings[9] = dataclasses.replace(readings[9], loss=float("nan"))
+    run, _, _ = write(readings)
     (record,) = run.records
     assert (record.status, record.failure.kind) == ("invalid", "LossNotFinite")
     assert "step 10" in record.failure.message
@@ -169,7 +169,7 @@ def take_memory():
 
 
 def test_phases_have_peaks_of_their_own(write, tmp_path, monkeypatch):
-    """Evaluation and saving beside training: what one of them takes is in its peak and in no other."""
+    """Of training, evaluation and saving: the memory that one takes is in its own peak and in no other."""
     path = tmp_path / "phases"
     monkeypatch.setenv(RUN, str(path))
     writer = Writer(require={})
@@ -202,8 +202,8 @@ def test_a_command_that_no_study_could_hold_is_followed(tmp_path, monkeypatch):
     monkeypatch.delenv(RUN, raising=False)
     monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", ">", "it's"])
     writer = Writer(runs_dir=tmp_path, require={}, report=False)
-    for tell, told in ((writer.begin, training()), *((writer.step, one) for one in steps(12)), (writer.end, None)):
-        tell(told)
+    for call, argument in ((writer.begin, training()), *((writer.step, one) for one in steps(12)), (writer.end, None)):
+        call(argument)
     (path,) = store.list_runs(tmp_path)
     run = store.read_run(str(path), tmp_path)
     assert (path.name.split("-")[2], run.records[0].status) == ("train", "ok")

@@ -34,7 +34,7 @@ def page(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_its_commands_print_what_stands_below_them(page, monkeypatch, capsys):
+def test_its_commands_print_the_lines_below_them(page, monkeypatch, capsys):
     """On a machine without a GPU, on which not all of a large model's variants fit side by side."""
     monkeypatch.setattr("lorameter.machine.provenance._torch_cuda", lambda: None)
     monkeypatch.setattr("lorameter.machine.provenance.free_bytes", lambda machine, environment=None: 16 << 30)
@@ -44,8 +44,8 @@ def test_its_commands_print_what_stands_below_them(page, monkeypatch, capsys):
     for line in lines:
         if line.startswith("$ lorameter "):
             main([*shlex.split(line)[2:], "--runs-dir", "runs"])
-            said = capsys.readouterr()
-            printed = said.out + said.err
+            output = capsys.readouterr()
+            printed = output.out + output.err
         else:
             assert line in printed
 

@@ -102,7 +102,7 @@ def test_an_example_is_measured_wrapped_and_with_a_meter_in_two_lines(wrap, tmp_
     assert "Training" in done.stdout
     (metered,) = only_run(tmp_path / ".lorameter" / "runs").records
     assert metered.status == "ok", metered.failure
-    first = 0 if name == "trainer_lora.py" else 1  # the first update tells an optimizer's follower of the training
+    first = 0 if name == "trainer_lora.py" else 1  # the first update begins the training for an optimizer's follower
 
     def losses_of(record):
         kept = ("first_loss", "warmup_loss", "timed_loss")
@@ -123,7 +123,7 @@ def test_an_example_is_measured_wrapped_and_with_a_meter_in_two_lines(wrap, tmp_
     ],
 )
 def test_two_of_an_example_take_turns(tmp_path, name, base, candidate, differ):
-    """In lockstep, to the end of their steps; what they do not do alike is said."""
+    """In lockstep, to the end of their steps; their differences are notices."""
     shutil.copy(EXAMPLES / name, tmp_path)
     commands = [f"python {name} --steps 400 {options}".strip() for options in (base, candidate)]
     done = start(
@@ -135,8 +135,8 @@ def test_two_of_an_example_take_turns(tmp_path, name, base, candidate, differ):
     assert (found["interleaving"], statuses) == ("lockstep", ["ok"] * 6), done.stderr
     (row,) = [one for one in found["comparisons"] if one["metric"] == "step_time_s"]
     assert row["low"] < row["ratio"] < row["high"]
-    said = {notice["code"] for notice in found["notices"]}
-    assert said & {"trains-other-parameters", "tokens-differ", "batch-differs", "loss-dtype-differs"} == differ
+    codes = {notice["code"] for notice in found["notices"]}
+    assert codes & {"trains-other-parameters", "tokens-differ", "batch-differs", "loss-dtype-differs"} == differ
     assert differ or found["losses"][name.removesuffix(".py")]["found"] == "agree"  # the same script, to the bit
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "runs"])
 

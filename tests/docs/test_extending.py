@@ -5,7 +5,7 @@ The page is written for people and read here by four forms:
 
     New file `PATH`:                        a fenced block follows, which becomes that file
     In `PATH`, after the line `TEXT`:       a fenced block follows, which is put behind the one line that reads so
-    In `PATH`, the line `TEXT` becomes:     a fenced block follows, which stands in its place
+    In `PATH`, the line `TEXT` becomes:     a fenced block follows, which replaces it
     a block of `console`                    lines with `$` are run, the lines below each must be in what it prints
 """
 
@@ -86,7 +86,7 @@ def apply(example: Example, folder: Path) -> None:
             continue
         text = target.read_text(encoding="utf-8").splitlines()
         places = [number for number, each in enumerate(text) if each.strip() == line]
-        assert len(places) == 1, f"{path}: the line `{line}` stands there {len(places)} times"
+        assert len(places) == 1, f"{path}: the line `{line}` occurs {len(places)} times"
         (place,) = places
         text[place : place + 1] = block.splitlines() if how == "the line" else [text[place], *block.splitlines()]
         target.write_text("\n".join(text) + "\n", encoding="utf-8")

@@ -12,15 +12,15 @@ TEXT = PAGE.read_text(encoding="utf-8")
 
 
 def section(title):
-    """What stands below a title."""
+    """The text below a title."""
     return TEXT.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
 
 
 def test_its_numbers_are_those_of_the_code():
     """Steps of a turn and of a process, what is copied, and what is a difference."""
     assert STEPS_PER_TURN == 2
-    (steps,) = (said["help"] for command in COMMANDS if command.name == "ab" for (name, *_), said in command.arguments
-                if name == "--steps")  # fmt: skip
+    (arguments,) = (command.arguments for command in COMMANDS if command.name == "ab")
+    (steps,) = (options["help"] for (name, *_), options in arguments if name == "--steps")
     assert f"process ({steps.rpartition('default ')[2]})" in TEXT
     assert f"Files above {script_sandbox.LARGE_BYTES >> 20} MiB" in TEXT
     assert f"more than {script_sandbox.MAX_BYTES >> 30} GiB" in TEXT

@@ -1,4 +1,4 @@
-"""What the page on steps of one's own shows is what its code prints, on the libraries that are installed."""
+"""The code of docs/own_step.md prints the lines that the page shows."""
 
 import os
 import re
@@ -15,7 +15,7 @@ MARK = "-- the next block --"
 
 
 def blocks():
-    """Code, and the lines that it is said to print; none where nothing is said."""
+    """Code, and the lines below it, which it prints; none if there are none."""
     found, lines = [], iter(PAGE.read_text(encoding="utf-8").splitlines())
     for line in lines:
         if line in ("```python", "```text"):

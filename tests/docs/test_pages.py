@@ -65,8 +65,8 @@ def test_commands_print_the_lines_below_them(page, folder, capsys):
     for line in lines:
         if line.startswith("$ lorameter "):
             assert main(shlex.split(line)[2:]) != 70
-            said = capsys.readouterr()
-            printed = " ".join((said.out + said.err).split())
+            output = capsys.readouterr()
+            printed = " ".join((output.out + output.err).split())
         else:
             assert " ".join(line.split()) in printed, line
 

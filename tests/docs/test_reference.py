@@ -38,7 +38,7 @@ def test_the_page_is_current(capsys):
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_every_key_is_on_the_page_with_what_it_means(page, cls):
     """Its name, and a sentence; a name of a variant needs none."""
-    said = documents_of(cls)
+    meanings = documents_of(cls)
     for field in dataclasses.fields(cls):
         assert f"| `{field.name}` |" in page
-        assert said.get(field.name) or field.name == "name", f"{cls.__name__}.{field.name} says nothing"
+        assert meanings.get(field.name) or field.name == "name", f"{cls.__name__}.{field.name} has no meaning"

@@ -37,7 +37,7 @@ def executed(tmp_path, monkeypatch):
 
 
 def test_the_notebook_shows_what_its_cells_make(executed):
-    """Every cell runs, and its output is the one that stands there; LORAMETER_CONTRACT=write renews it."""
+    """Every cell runs, and its output is the stored one; LORAMETER_CONTRACT=write renews it."""
     kept, fresh = executed
     nbformat.validate(fresh)
     if os.environ.get("LORAMETER_CONTRACT") == "write":

@@ -75,27 +75,27 @@ def report(tmp_path_factory):
 
 def test_runs_are_counted_once(report):
     """A rewritten file is no run, and an experiment that another replaced is named with what changed."""
-    out, said = report
-    assert "4 commits bring 8 result files: 7 runs of 4 experiments, 3 repeated, up to 2 times" in said
-    assert "1 files are rewrites of a run" in said
-    assert "m/d replaced m/c in" in said
-    assert "changed: train.optimizer_kwargs.lr" in said
+    out, printed = report
+    assert "4 commits bring 8 result files: 7 runs of 4 experiments, 3 repeated, up to 2 times" in printed
+    assert "1 files are rewrites of a run" in printed
+    assert "m/d replaced m/c in" in printed
+    assert "changed: train.optimizer_kwargs.lr" in printed
     assert pd.read_csv(out / "runs.csv").rewrite.sum() == 1
     assert (out / "report.html").read_text().startswith("<!doctype html>")
 
 
 def test_noise_is_that_of_the_repeats(report):
     """Three repeats that differ by 0.01: the limit is t(0.975, 3) times that, and steps took 1.25 times as long."""
-    _, said = report
-    assert "1.25 to 1.25, median 1.25" in said
-    assert f"they must differ by {stats.t.ppf(0.975, 3) * 0.01:.4f}" in said
-    assert "50% of train time is no training step" in said
-    assert "seed noise: unknown, because every run has seed 0" in said
+    _, printed = report
+    assert "1.25 to 1.25, median 1.25" in printed
+    assert f"they must differ by {stats.t.ppf(0.975, 3) * 0.01:.4f}" in printed
+    assert "50% of train time is no training step" in printed
+    assert "seed noise: unknown, because every run has seed 0" in printed
 
 
 def test_the_ranking_says_what_is_separable(report):
     """0.51 and 0.50 are one by every noise, 0.50 and 0.41 are two; items decide by the binomial variance."""
-    out, said = report
+    out, printed = report
     ranking = pd.read_csv(out / "ranking.csv")
     assert list(ranking.experiment) == ["m/a", "m/d", "m/b"]
     assert list(ranking.numerical) == [False, True, False]
@@ -103,5 +103,5 @@ def test_the_ranking_says_what_is_separable(report):
     assert list(ranking["test items"]) == [False, needed < 0.09, False]
     assert list(ranking.best) == [1, 1, 3]
     assert list(ranking.worst) == [2, 2, 3]
-    assert "2 members" not in said
-    assert "Open under each kind of noise: numerical: 1; test items: 1" in said
+    assert "2 members" not in printed
+    assert "Open under each kind of noise: numerical: 1; test items: 1" in printed

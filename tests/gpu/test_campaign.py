@@ -58,7 +58,7 @@ class Call:
         return [name for name, _ in self.ran]
 
 
-def test_a_call_begins_only_what_fits_and_the_next_goes_on(kept, tmp_path):
+def test_a_call_begins_only_what_fits_and_the_next_continues(kept, tmp_path):
     """A step that does not fit in what is left waits for the next call, and a shorter one behind it is taken first."""
     steps = [step("a"), step("b"), step("long", 300), step("c", 50)]
     first = Call(steps, kept, 350, {"a": 90, "b": 100})
@@ -93,7 +93,7 @@ def test_a_step_that_cannot_be_resumed_is_begun_twice_and_a_failed_one_once(kept
 
 
 def test_every_step_fits_in_a_call_of_ten_minutes():
-    """With the time to save, to judge and to write beside its limit; names are those of folders, each once."""
+    """With the time to save, to judge and to write in addition to its limit; names are unique."""
     for one in STEPS:
         assert one.least_s + GRACE_S + loop.REPORT_S < 570, one.name
         assert one.limit_s <= 570, one.name
@@ -114,7 +114,7 @@ def test_the_command_of_every_step_is_one(chosen, rehearsing, tmp_path):
 
 
 @pytest.mark.parametrize("chosen", [one for one in STEPS if "--dry-run" in one.rehearsal], ids=lambda one: one.name)
-def test_what_is_measured_on_a_card_can_be_planned_without_one(chosen, tmp_path, capsys):
+def test_studies_can_be_planned_without_a_gpu(chosen, tmp_path, capsys):
     """A study of the campaign that a CPU refuses could not be rehearsed."""
     words = command(chosen, python=sys.executable, state=tmp_path, rehearsing=True)
     assert main(words[3:]) == 0, capsys.readouterr().err

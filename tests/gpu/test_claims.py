@@ -1,4 +1,4 @@
-"""Each claim stands where it is said to, and is decided by what was found: confirmed, refuted, or not decided."""
+"""Each claim is decided by its evidence: confirmed, refuted, or not decided."""
 
 from __future__ import annotations
 
@@ -118,8 +118,8 @@ SOUND = sorted(
 
 
 @pytest.mark.parametrize("name", SOUND)
-def test_what_was_found_as_it_should_be_confirms(found, name):
-    """With the evidence beside it."""
+def test_evidence_as_expected_confirms(found, name):
+    """With its evidence."""
     decision = found.decide(name)
     assert decision.verdict == "confirmed", decision
     assert decision.evidence
@@ -145,7 +145,7 @@ def test_what_was_found_as_it_should_be_confirms(found, name):
         ("mask on Hopper", "attention", {"capability": "8.0"}),
     ],
 )  # fmt: skip
-def test_a_fact_that_is_otherwise_refutes(found, name, of, change):
+def test_another_fact_refutes(found, name, of, change):
     """And says what was found."""
     found.facts[of] |= change
     decision = found.decide(name)
@@ -163,8 +163,8 @@ def test_a_fact_that_is_otherwise_refutes(found, name, of, change):
         ("A/B", "twins", {"comparisons": [SLOWER | {"verdict": "inconclusive"}]}),
     ],
 )  # fmt: skip
-def test_a_document_that_says_otherwise_refutes(found, name, step, change):
-    """By the limits that stand beside the judges."""
+def test_another_document_refutes(found, name, step, change):
+    """By the limits of the judges."""
     found.documents[step] |= change
     assert found.decide(name).verdict == "refuted"
 
@@ -197,7 +197,7 @@ def test_a_document_that_says_otherwise_refutes(found, name, step, change):
         ("wall", lambda found: setattr(found, "tests", "")),
     ],
 )
-def test_what_was_not_seen_decides_nothing(found, name, spoil):
+def test_missing_evidence_decides_nothing(found, name, spoil):
     """Missing, broken, skipped or of another form: the reason is the evidence."""
     spoil(found)
     decision = found.decide(name)

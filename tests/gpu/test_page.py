@@ -43,7 +43,7 @@ def test_the_page_is_what_follows_from_the_reports():
     assert page.rewritten(text, CLAIMS, page.campaigns(page.REPORTS)) == text
 
 
-def test_each_card_has_a_column_and_its_report(tmp_path, campaign):
+def test_each_gpu_has_a_column_and_its_report(tmp_path, campaign):
     """Confirmed on one and refuted on another is refuted somewhere; a claim that is new has a dash."""
     reports = tmp_path / "reports"
     for verdict, device in (("confirmed", "NVIDIA H100"), ("refuted", "NVIDIA L4")):
@@ -60,8 +60,8 @@ def test_each_card_has_a_column_and_its_report(tmp_path, campaign):
     assert "none is confirmed and none refuted" in page.summary(CLAIMS, [])
 
 
-def test_a_report_ends_with_the_claims_and_names_its_cards(tmp_path, campaign):
-    """Two GPUs of one name are said; of a rehearsal, that nothing is claimed; the document holds all of it."""
+def test_a_report_ends_with_the_claims_and_names_its_gpus(tmp_path, campaign):
+    """Two GPUs of one name are reported; a rehearsal claims nothing; the document has all of it."""
     found = campaign("confirmed", units=("u", "v"))
     text = report.text(found)
     assert "on 2 GPUs of this name" in text

@@ -18,7 +18,7 @@ COMPILER = shutil.which(os.environ.get("CC", "cc"))
 
 @pytest.fixture(scope="session")
 def libraries(tmp_path_factory):
-    """Folders that hold the stand-in, and no library in its place."""
+    """Folders that hold the stand-in, and one that cannot be loaded."""
     if COMPILER is None:
         pytest.skip("no C compiler on this machine to build the stand-in for NVML with")
     found = {"none": tmp_path_factory.mktemp("nvml-none")}
@@ -40,8 +40,8 @@ def nvml(libraries, tmp_path):
 
     def run(lines, answers=None, *, driver="new", **variables):
         script = tmp_path / "answers"
-        told = "".join(f"{key}={value}\n" for key, value in (answers or {}).items())
-        script.write_text(told, errors="surrogateescape")  # a driver may answer with bytes that are no text
+        answered = "".join(f"{key}={value}\n" for key, value in (answers or {}).items())
+        script.write_text(answered, errors="surrogateescape")  # a driver may answer with bytes that are no text
         program = "import json\ndef report(value): print(json.dumps(value, default=str))\n" + textwrap.dedent(lines)
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("CUDA_")}
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What the surroundings say against a trial: both numbers, a remedy, and invalid only past the stated limit."""
+"""Disturbances of a trial: the measured value, the limit and a remedy; invalid only past the limit."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_some_disturbances_never_make_a_trial_invalid(code, changes):
     assert (one.code, one.invalid) == (code, False)
 
 
-def test_too_little_of_a_cpu_is_invalid_only_where_nobody_shared_it():
+def test_too_little_of_a_cpu_is_invalid_only_in_an_isolated_trial():
     """Trials that took turns are compared turn by turn."""
     (alone,) = found(occupancy=0.4)
     assert alone.invalid
@@ -84,7 +84,7 @@ def test_too_little_of_a_cpu_is_invalid_only_where_nobody_shared_it():
     ("withheld", "given"),
     [("host_steal_train_s", "host_busy_train_s"), ("host_quota_stall_train_s", "host_quota_used_train_s")],
 )
-def test_what_was_withheld_is_a_share_of_the_cpu_time_that_was_asked_for(withheld, given):
+def test_withheld_time_is_a_share_of_the_requested_cpu_time(withheld, given):
     """Of 64 CPUs 0.5 % is a third of the wall clock and no disturbance; without what was given there is no share."""
     assert found({withheld: 32.0, given: 6368.0}) == ()
     (one,) = found({withheld: 100.0, given: 100.0})

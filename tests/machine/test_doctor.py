@@ -1,4 +1,4 @@
-"""What the doctor makes of a machine: a remedy for every finding, and unfit only for what cannot be borne."""
+"""The doctor's verdict on a machine: a remedy for every finding, and unfit only where no measurement would hold."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def found(machine):
     )  # fmt: skip
 
 
-def on_card(found, **changes):
+def on_gpu(found, **changes):
     """The same machine with a GPU, of which some things are different."""
     facts, sample = ({name: changes.get(name, value) for name, value in known.items()} for known in (FACTS, SAMPLE))
     others = {name: value for name, value in changes.items() if hasattr(ALONE, name)}
@@ -82,16 +82,16 @@ def by_name(found):
 
 def test_a_quiet_machine_is_fit_and_nothing_is_to_be_done(found):
     """With and without a GPU."""
-    for one in (found, on_card(found)):
+    for one in (found, on_gpu(found)):
         checks = examine(one)
         assert is_fit(checks)
         assert {check.grade for check in checks} == {"good"}
         assert not any(check.remedy for check in checks)
 
 
-def test_a_card_that_no_program_can_use_is_unfit(found):
+def test_a_gpu_that_no_program_can_use_is_unfit(found):
     """A container can be given NVML without CUDA: nvidia-smi shows the GPU there, and every trial would crash."""
-    one = dataclasses.replace(on_card(found), lacks_driver="libcuda.so.1: cannot open shared object file")
+    one = dataclasses.replace(on_gpu(found), lacks_driver="libcuda.so.1: cannot open shared object file")
     check = by_name(one)["device"]
     assert (check.grade, is_fit(examine(one))) == ("unfit", False)
     assert "libcuda.so.1: cannot open" in check.found
@@ -114,7 +114,7 @@ def test_a_card_that_no_program_can_use_is_unfit(found):
         ("container", "note", {"container": given("/.dockerenv is there")}),
     ],
 )
-def test_what_would_spoil_a_measurement_on_the_host(found, name, grade, changes):
+def test_disturbances_of_a_measurement_on_the_host(found, name, grade, changes):
     """Each has its remedy; only what no trial could bear makes the machine unfit."""
     one = dataclasses.replace(found, system=SYSTEM | changes)
     check = by_name(one)[name]
@@ -127,8 +127,8 @@ def test_what_would_spoil_a_measurement_on_the_host(found, name, grade, changes)
     ("load", "stalled_s", "grade"),
     [(3.5, 0.0, "bad"), (4.0, 0.9, "bad"), (15.2, 0.9, "unfit"), (15.2, None, "unfit"), (15.2, 0.0, "bad")],
 )
-def test_a_machine_that_others_have_is_unfit(found, load, stalled_s, grade):
-    """A load above all CPUs leaves none free; one that lags behind work that has ended is not waited for by anybody."""
+def test_a_machine_without_a_free_cpu_is_unfit(found, load, stalled_s, grade):
+    """A load above all CPUs leaves none free; a load that lags behind work that has ended delays nothing."""
     watched = {name: value for name, value in found.host.items() if name != "cpu_stall_s"}
     if stalled_s is not None:
         watched["cpu_stall_s"] = stalled_s * found.host["watched_s"]
@@ -152,9 +152,9 @@ def test_a_machine_that_others_have_is_unfit(found, load, stalled_s, grade):
         ("other processes", "unfit", {"statement": "who?", "used_bytes": given(60 * GIB)}),
     ],
 )  # fmt: skip
-def test_what_would_spoil_a_measurement_on_a_card(found, name, grade, changes):
+def test_disturbances_of_a_measurement_on_a_gpu(found, name, grade, changes):
     """Each has its remedy."""
-    one = on_card(found, **changes)
+    one = on_gpu(found, **changes)
     check = by_name(one)[name]
     assert check.grade == grade
     assert check.remedy

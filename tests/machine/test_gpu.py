@@ -33,7 +33,7 @@ def work():
 
 
 @pytest.fixture
-def card():
+def gpu():
     """The GPU that torch uses, as NVML sees it."""
     found = open_torch_gpu("cuda")
     if found.value is None:
@@ -54,45 +54,45 @@ def test_device_events_agree_with_the_wall(work):
     assert sorted(ratios)[4] == pytest.approx(1.0, rel=0.01)
 
 
-def test_nvml_and_torch_speak_of_the_same_card(card):
+def test_nvml_and_torch_open_the_same_gpu(gpu):
     """By name and total memory, whatever CUDA_VISIBLE_DEVICES hides."""
     properties = torch.cuda.get_device_properties(0)
-    assert card.facts()["name"].value in (properties.name, f"NVIDIA {properties.name}") or card.sliced
-    assert card.memory().value.total == pytest.approx(properties.total_memory, rel=0.05)
+    assert gpu.facts()["name"].value in (properties.name, f"NVIDIA {properties.name}") or gpu.sliced
+    assert gpu.memory().value.total == pytest.approx(properties.total_memory, rel=0.05)
 
 
-def test_the_energy_counter_agrees_with_integrated_power(card, work):
+def test_the_energy_counter_agrees_with_integrated_power(gpu, work):
     """Under a steady load, when the averages of the power sensor have settled: within 5 % over 10 s."""
-    if not card.energy_j().known or not card.sample()["power_w"].known:
-        pytest.skip(f"{card.energy_j().reason or card.sample()['power_w'].reason}")
+    if not gpu.energy_j().known or not gpu.sample()["power_w"].known:
+        pytest.skip(f"{gpu.energy_j().reason or gpu.sample()['power_w'].reason}")
 
     def load_until(end, samples=None):
         while time.monotonic() < end:
             work(20)
             torch.cuda.synchronize()
             if samples is not None:
-                samples.append((time.monotonic(), card.sample()["power_w"].value))
+                samples.append((time.monotonic(), gpu.sample()["power_w"].value))
 
     load_until(time.monotonic() + 4.0)
     samples = []
-    first, begin = card.energy_j().value, time.monotonic()
+    first, begin = gpu.energy_j().value, time.monotonic()
     load_until(begin + 10.0, samples)
-    energy, seconds = card.energy_j().value - first, time.monotonic() - begin
+    energy, seconds = gpu.energy_j().value - first, time.monotonic() - begin
     mean = sum(
         (later - earlier) * (power + before) / 2 for (earlier, before), (later, power) in itertools.pairwise(samples)
     ) / (samples[-1][0] - samples[0][0])
     assert energy == pytest.approx(mean * seconds, rel=0.05)
 
 
-def test_nvml_sees_what_the_allocator_takes(card):
+def test_nvml_sees_what_the_allocator_takes(gpu):
     """A GiB more is a GiB more, and all of it is the allocator's and the context's."""
     torch.cuda.empty_cache()
-    before = neighbours_of(card)
+    before = neighbours_of(gpu)
     if not before.own_bytes.known:
-        pytest.skip(f"NVML does not tell this process's memory: {before.own_bytes.reason}")
+        pytest.skip(f"NVML does not report this process's memory: {before.own_bytes.reason}")
     block = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     torch.cuda.synchronize()
-    own = neighbours_of(card).own_bytes.value
+    own = neighbours_of(gpu).own_bytes.value
     assert own - before.own_bytes.value == pytest.approx(block.numel(), rel=0.05)
     assert torch.cuda.memory_reserved() <= own <= torch.cuda.memory_reserved() + CONTEXT_BYTES
 

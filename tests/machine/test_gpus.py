@@ -1,10 +1,10 @@
-"""What NVML tells of several GPUs, with the driver's library scripted."""
+"""Several GPUs by NVML, with the driver's library scripted."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.machine.two_cards import MIG, TWO
+from tests.machine.two_gpus import MIG, TWO
 
 VISIBLE = """
     from lorameter.machine.gpus import visible_gpus
@@ -18,7 +18,7 @@ SECOND = ["Second", "GPU-aaaa2222-0000-0000-0000-000000000000", 400.0, ""]
 
 
 @pytest.mark.parametrize(
-    ("visible", "told"),
+    ("visible", "expected"),
     [
         (None, [[0, *FIRST], [1, *SECOND]]),
         ("MIG-bbbb,0", [["MIG-bbbb", "Second MIG 1g.10gb", *SECOND[1:]], [0, *FIRST]]),
@@ -26,10 +26,10 @@ SECOND = ["Second", "GPU-aaaa2222-0000-0000-0000-000000000000", 400.0, ""]
         ("7", [[7, None, None, None, "nvmlDeviceGetHandleByIndex: there is no such device"]]),
     ],
 )
-def test_each_visible_card_is_known_by_whatever_name_it_has(nvml, visible, told):
+def test_each_visible_gpu_is_known_by_any_of_its_names(nvml, visible, expected):
     """Its own name, and the GPU that it is a part of, whose power limit counts."""
     variables = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    assert nvml(VISIBLE, {**MIG, "1.limit": 400000}, **variables) == told
+    assert nvml(VISIBLE, {**MIG, "1.limit": 400000}, **variables) == expected
 
 
 SITES = """
@@ -39,7 +39,7 @@ SITES = """
     from lorameter.run.workers.local import LocalExecutor
     from lorameter.run.sites import gpus
     provenance._torch_cuda = lambda: "13.0"
-    gpus.share_cpus = lambda cpus, sites, asked: [[0]] * sites  # however many this machine has
+    gpus.share_cpus = lambda cpus, sites, requested: [[0]] * sites  # however many this machine has
     machine = provenance.probe_machine()
     try:
         shares = gpus.local_shares(("0", "1"), machine, mixed=MIXED)
@@ -50,7 +50,7 @@ SITES = """
 """
 
 
-def test_sites_of_unlike_cards_are_refused_by_whatever_name_they_are_visible(nvml):
+def test_sites_of_unlike_gpus_are_refused(nvml):
     """With name and power limit; where they may be mixed each knows its own GPU."""
     uuids = {"CUDA_VISIBLE_DEVICES": "GPU-aaaa2,GPU-aaaa1"}
     answers = {**TWO, "1.limit": 400000}

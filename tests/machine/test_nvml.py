@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.machine.two_cards import MIG, TWO
+from tests.machine.two_gpus import MIG, TWO
 
 NOT_SUPPORTED = 3
 SAMPLE = """
@@ -19,8 +19,8 @@ NAME = """
 """
 
 
-def test_a_card_tells_everything_in_base_units(nvml):
-    """Watts, joules, hertz, degrees, seconds and words; no reason stands beside a value."""
+def test_a_gpu_reports_everything_in_base_units(nvml):
+    """Watts, joules, hertz, degrees, seconds and words; a value has no reason."""
     found = nvml(
         SAMPLE,
         {
@@ -69,14 +69,14 @@ def test_a_counter_that_cannot_be_read_is_missing_with_its_reason(nvml, code, wo
         ("7", "nvmlDeviceGetHandleByIndex: there is no such device"),
     ],
 )  # fmt: skip
-def test_the_card_is_the_one_that_cuda_will_use(nvml, visible, answer):
+def test_the_gpu_is_the_one_that_cuda_will_use(nvml, visible, answer):
     """By index, by UUID or its beginning; the first of several; none where the variable hides all."""
     variables = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     assert nvml(NAME, TWO, **variables) == answer
 
 
 @pytest.mark.parametrize("visible", ["MIG-bbbb", "1"])
-def test_the_energy_of_a_shared_card_is_nobodys(nvml, visible):
+def test_the_energy_of_a_shared_gpu_is_missing(nvml, visible):
     """Power and energy are the whole GPU's; clocks and heat are found, as they are those of this part too."""
     found = nvml(SAMPLE, MIG, CUDA_VISIBLE_DEVICES=visible)
     for name in ("energy_j", "power_w"):

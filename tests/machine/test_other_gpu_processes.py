@@ -1,4 +1,4 @@
-"""Who is on the GPU: told apart from this run's own, and said so where a container hides them."""
+"""Other processes on the GPU: distinguished from this run's own, and unknown where a container hides them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_process_that_is_alone_has_no_neighbours(nvml):
 
 
 def test_others_are_counted_and_their_memory_added(nvml):
-    """Process 1 is nobody's relative here."""
+    """Process 1 does not belong to the run."""
     found = nvml(ask(ME + ' + ",1:5000"'), {"0.used": GIB + 5000})
     assert found["others"] == [[1], ""]
     assert found["others_bytes"] == [5000, ""]
@@ -43,8 +43,8 @@ def test_the_processes_of_the_same_run_are_no_neighbours(nvml):
     assert nvml(ask(sibling, generations=1))["others"][0] == []
 
 
-def test_numbers_of_another_container_tell_nothing(nvml):
-    """None of them can be told from this process's own, so neither is named and no zero is given."""
+def test_process_numbers_of_another_container_are_unknown(nvml):
+    """None of them can be distinguished from this process's own, so neither is named and no zero is given."""
     found = nvml(ask('"999999999:5000,999999998:6000"'), {"0.used": 11000})
     for name in ("own_bytes", "others", "others_bytes"):
         value, reason = found[name]
@@ -53,7 +53,7 @@ def test_numbers_of_another_container_tell_nothing(nvml):
     assert "mean nothing in this container" in found["statement"]
 
 
-def test_memory_that_nobody_holds_gives_hidden_processes_away(nvml):
+def test_memory_without_a_listed_process_shows_hidden_processes(nvml):
     """The list is empty, and 3 GiB are in use."""
     found = nvml(ask('""'), {"0.used": 3 * GIB})
     assert found["hidden_bytes"] == [3 * GIB, ""]

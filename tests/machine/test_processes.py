@@ -13,10 +13,10 @@ from lorameter.machine.processes import held_back
 
 @pytest.fixture
 def met():
-    """What a handler of SIGUSR1 was told."""
-    told = []
-    before = signal.signal(signal.SIGUSR1, lambda number, frame: told.append(number))
-    yield told
+    """The signals that a handler of SIGUSR1 received."""
+    received = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: received.append(number))
+    yield received
     signal.signal(signal.SIGUSR1, before)
 
 

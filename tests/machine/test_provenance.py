@@ -19,11 +19,11 @@ CARD = {"power_limit_w": 500.4, "default_power_limit_w": 700.0}
 
 
 @pytest.fixture
-def on_card(small_study, machine, monkeypatch):
+def on_gpu(small_study, machine, monkeypatch):
     """A function that collects the provenance of a run on a GPU with these settings."""
 
-    def facts(told):
-        monkeypatch.setattr("lorameter.machine.provenance.settings", lambda *, gpu, environment: {"gpu": told})
+    def facts(settings):
+        monkeypatch.setattr("lorameter.machine.provenance.settings", lambda *, gpu, environment: {"gpu": settings})
         found = collect(small_study, read_facts(dataclasses.replace(machine, device="cuda", device_name="Card")), 1)
         del found["kernels"]  # which have tests of their own
         return found
@@ -32,19 +32,19 @@ def on_card(small_study, machine, monkeypatch):
 
 
 def test_the_settings_of_the_machine_are_part_of_a_run(small_study, machine):
-    """Values or reasons under one key; on a CPU no GPU is asked, and no moment's load is a setting."""
-    told = collect(small_study, read_facts(machine), 1)["settings"]
-    assert told["system"].keys() == {
+    """Values or reasons under one key; on a CPU no GPU is read, and the momentary load is no setting."""
+    settings = collect(small_study, read_facts(machine), 1)["settings"]
+    assert settings["system"].keys() == {
         "cpus", "quota_cpus", "governor", "turbo", "huge_pages", "numa_nodes", "memory_bytes", "swap_bytes",
         "container",
     }  # fmt: skip
-    assert told["gpu"] == "not available: trials do not run on a GPU"
-    assert all(told["host_counters_missing"].values())
-    assert codec.to_json(told) == told
+    assert settings["gpu"] == "not available: trials do not run on a GPU"
+    assert all(settings["host_counters_missing"].values())
+    assert codec.to_json(settings) == settings
 
 
 def test_a_variants_own_workload_is_part_of_the_fingerprint(small_study, machine):
-    """Beside the study's, under the variant's name; where there is none nothing is said of it."""
+    """In addition to the study's, under the variant's name; without one there is no such key."""
     own = dataclasses.replace(small_study.workload, batch_size=4)
     facts = read_facts(machine)
     alone, both = (collect(small_study, facts, 1, own_workloads=given) for given in (None, {"b": own}))
@@ -53,14 +53,14 @@ def test_a_variants_own_workload_is_part_of_the_fingerprint(small_study, machine
     assert fingerprint(both) != fingerprint(alone)
 
 
-def test_the_power_limit_is_part_of_the_fingerprint_of_a_card(on_card):
+def test_the_power_limit_is_part_of_the_fingerprint_of_a_gpu_run(on_gpu):
     """In whole watts; an unknown limit is left out."""
-    limited, default = on_card(CARD), on_card(CARD | {"power_limit_w": 700.0})
+    limited, default = on_gpu(CARD), on_gpu(CARD | {"power_limit_w": 700.0})
     assert fingerprint_fields(limited)["power_limit_w"] == 500
-    assert fingerprint(limited) == fingerprint(on_card(CARD | {"power_limit_w": 499.8}))
+    assert fingerprint(limited) == fingerprint(on_gpu(CARD | {"power_limit_w": 499.8}))
     assert fingerprint(limited) != fingerprint(default)
     for unknown in ("not available: no driver", CARD | {"power_limit_w": "not available: not permitted"}):
-        facts = on_card(unknown)
+        facts = on_gpu(unknown)
         assert power_limit_w(facts) is None
         assert fingerprint(facts) == fingerprint(limited, without=("power_limit_w",))
 
@@ -81,7 +81,7 @@ def steered(small_study, machine):
     return facts
 
 
-def test_what_steers_a_cards_choice_of_kernels_is_part_of_its_fingerprint(steered):
+def test_libraries_and_switches_of_kernels_are_part_of_the_fingerprint(steered):
     """cuDNN and cuBLAS of the CUDA that torch is built for, and each variable: another of any is another run."""
     facts = steered()
     assert facts["kernels"] == {"cudnn": "9.20.0.48", "cublas": "13.1.0.3", "switches": SWITCHES}

@@ -1,4 +1,4 @@
-"""What git says of a folder."""
+"""The commit and the dirty flag of a folder."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def test_a_change_makes_it_dirty_and_bytecode_does_not(repository):
     assert git_state(repository) == {"commit": commit, "dirty": True}
 
 
-def test_a_hook_does_not_turn_the_question_to_its_repository(repository, tmp_path, monkeypatch):
-    """Git's hooks export GIT_DIR; a run that one starts is told of the folder that was named."""
+def test_variables_of_a_git_hook_are_ignored(repository, tmp_path, monkeypatch):
+    """Git's hooks export GIT_DIR; the state is that of the named folder."""
     state = git_state(repository)
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "nowhere"))
     assert git_state(repository) == state

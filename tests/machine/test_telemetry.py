@@ -1,4 +1,4 @@
-"""What stands in a trial's record of its surroundings: differences, extremes at the ends, and reasons."""
+"""Telemetry in a trial's record: differences, extremes at the ends, and reasons."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def test_extremes_over_all_ends(nvml):
     assert last["thermal_slowdown_s"] == 1.0  # what fell between the stretches is not in it
 
 
-def test_the_clock_of_an_idle_card_says_nothing_of_a_step(nvml):
+def test_the_clock_of_an_idle_gpu_is_left_out(nvml):
     """It is left out, with the samples kept."""
     found, _ = watched(nvml, {"0.reasons": "0,0x1,0,0", "0.sm_clock": "1980,345,1980,1980"}, (0.0, 1.0), (1.0, 2.0))
     assert "sm_clock_min_hz" not in found[0]
     assert found[1]["sm_clock_min_hz"] == 1.98e9
 
 
-def test_what_the_card_does_not_tell_has_its_reason(nvml):
+def test_a_counter_that_the_gpu_lacks_has_its_reason(nvml):
     """Everything else is there."""
     refused = {f"rc.{name}": 3 for name in ("nvmlDeviceGetViolationStatus", "nvmlDeviceGetPowerUsage")}
     found, missing = watched(nvml, refused | {"0.energy": "0,900000"}, (0.0, 5.0))
@@ -64,7 +64,7 @@ def test_what_the_card_does_not_tell_has_its_reason(nvml):
     assert found[-1]["energy_j"] == 900.0
 
 
-def test_on_a_cpu_the_host_is_watched_and_no_card_is_asked():
+def test_on_a_cpu_only_the_host_is_watched():
     """Nothing of a device, and no notice that there is none."""
     watch = Telemetry("train", "cpu")
     watch.begin()

@@ -18,7 +18,7 @@ def models(program):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", SEEDS)
 def test_checks_of_a_random_model_are_true(models, seed):
-    """No wrong verdict, no false alarm, no disagreement, and the run goes on as its twin that was not verified."""
+    """No wrong verdict, no false alarm, no disagreement, and the run continues as its twin that was not verified."""
     faults, about = models.examine(seed)
     assert faults == [], about
 

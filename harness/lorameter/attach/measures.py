@@ -371,7 +371,7 @@ def _closed_form(shape: ModelShape, model: Any) -> Callable[[StepTokens], int]:
 
 
 def _rate_of(model: Any) -> Rate:
-    """The type that most products run in: what a 4-bit base multiplies in, else that of the weights."""
+    """The type that most products run in: the compute type of a 4-bit base, else that of the weights."""
     computes = getattr(getattr(model.config, "quantization_config", None), "bnb_4bit_compute_dtype", None)
     named = str(computes or getattr(model, "dtype", "float32")).removeprefix("torch.")
     return RATES.get(named, "float32")

@@ -1,6 +1,6 @@
 """The interface of a training's observer, which receives each step and replies with a request; and the error guard.
 
-Steps come from different sources: the callbacks of a Trainer, a loop that names its steps, or what lies between two
+Steps come from different sources: the callbacks of a Trainer, a loop that names its steps, or the time between two
 updates of an optimizer. Observers differ as well: one writes a run, one waits for its turn among other scripts. A
 step's time begins when the observer returns and ends when the step has ended on the device, so whatever an observer
 does, or waits for, is in no step's time.

@@ -5,7 +5,7 @@ slows all of them alike. It answers the commands of every measuring process (`lo
 the process greets when its training is before its first step, and the connection is found by the name of a socket
 in the environment, which goes through every launcher, as an open descriptor would not.
 
-build             what is known of the training before its first step
+build             facts of the training before its first step
 verify            the first step, and one that kernels_check watches where a study or the first replicate requires it
 warm_up           steps until their times are steady
 turn              timed steps

@@ -67,7 +67,7 @@ class Patches:
 
     def __init__(self) -> None:
         self._replaced: list[tuple[Any, str, Any, Any]] = []
-        """The holder, the name, what was there, and what is there now."""
+        """The holder, the name, the original and its replacement."""
         self._on = [True]
 
     def add(self, holder: Any, name: str, *, before: Before = _nothing, after: After = _nothing) -> None:
@@ -239,7 +239,7 @@ class Steps:
 
     @property
     def _loads(self) -> bool:
-        """Whether what is loaded may be for the training: not where gradients are off, as in an evaluation."""
+        """Whether a loaded batch may be for the training: not where gradients are off, as in an evaluation."""
         return torch.is_grad_enabled() and self._active
 
     def _wait(self, args: tuple[Any, ...]) -> None:
@@ -435,7 +435,7 @@ def read_step(
 
 
 def sum_parts(borders: Iterable[Border]) -> dict[Part | None, float]:
-    """Seconds of each part that was seen, and of what is no part (None). The time of a part inside another is not
+    """Seconds of each part that was seen, and of the rest of the step (None). The time of a part inside another is not
     counted for the outer one. The device must have ended its work."""
     found: dict[Part | None, float] = {}
     under_way: list[Part | None] = []

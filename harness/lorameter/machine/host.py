@@ -68,7 +68,7 @@ def load_average(root: Path) -> Reading[float]:
 class HostTelemetry:
     """Counters of the machine over the stretches between `begin` and `end`, summed.
 
-    Both take a fraction of a millisecond and belong outside what is timed. Not thread-safe.
+    Both take a fraction of a millisecond and belong outside the timed stretch. Not thread-safe.
     """
 
     def __init__(self, root: Path = ROOT) -> None:

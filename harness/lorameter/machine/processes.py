@@ -168,7 +168,7 @@ class OrphanReaper:
 
 
 def reap(marker: str) -> None:
-    """Wait for the end of the parent, which closes standard input, and kill what is marked."""
+    """Wait for the end of the parent, which closes standard input, and kill the marked processes."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     os.read(0, 1)

@@ -139,7 +139,7 @@ def _describe_gpu(environment: Mapping[str, str] | None) -> tuple[dict[str, Read
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineFacts:
-    """The place where trials run: the machine, its settings and what is installed there."""
+    """The place where trials run: the machine, its settings and its installed packages."""
 
     machine: Machine
     settings: dict[str, Any]

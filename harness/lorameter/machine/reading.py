@@ -1,7 +1,7 @@
 """A value that may be unavailable: the value, or the reason why there is none.
 
 Counters differ between GPUs and containers. A zero for "unknown" would be shown as a measurement, and an exception
-would end one. So meters return a `Reading`, which shows what is missing and why.
+would end one. So meters return a `Reading`, which gives a missing value its reason.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ container with a quota that stops every thread for the rest of a period.
 
 A run writes them down once, with those of the GPU, as one document (`settings`), each with why it is not known: a
 limit of 400 W on a GPU of 700, an ECC mode or a governor is not in any other log. What changes from moment to moment
-(load, free memory, heat) is left to the readings around what is timed.
+(load, free memory, heat) is read around the timed stretches.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MOMENTARY = ("load", "memory_available_bytes", "swap_used_bytes")
 
 
 def system_facts(root: Path = ROOT) -> dict[str, Reading[Any]]:
-    """Settings of the machine and limits of this process; what is not there is missing with its reason.
+    """Settings of the machine and limits of this process; an absent one is missing with its reason.
 
     `cpus` are those that this process may run on, `quota_cpus` CPUs' worth of time that the tightest cgroup grants,
     `huge_pages` always, madvise or never, `numa_nodes` memory nodes with CPUs that this process may use, `container`

@@ -153,7 +153,7 @@ class Telemetry:
     """Host and device around the timed stretches of one phase of a trial.
 
     `begin` and `end` take what NVML takes for about twelve readings, and 0.3 ms on the host together; both belong
-    outside what is timed. Not shared between threads.
+    outside the timed stretch. Not shared between threads.
     """
 
     def __init__(

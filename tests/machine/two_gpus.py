@@ -1,4 +1,4 @@
-"""A machine with two GPUs, as the scripted library of the driver tells it."""
+"""A machine with two GPUs: answers of the scripted driver library."""
 
 TWO = {
     "count": 2,
