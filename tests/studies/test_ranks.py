@@ -76,7 +76,7 @@ def test_a_variant_that_ranks_cannot_train_is_refused(small_study, machine, chan
 def test_more_ranks_than_cards_are_refused(small_study, machine, monkeypatch):
     """Two ranks on one GPU would measure each other."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    with pytest.raises(UsageError, match=r"ranks = 2: 1 GPU is to be had here"):
+    with pytest.raises(UsageError, match=r"ranks = 2: 1 GPU is available here"):
         check_feasible(of_ranks(small_study), dataclasses.replace(machine, device="cuda"))
 
 

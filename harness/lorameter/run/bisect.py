@@ -185,15 +185,15 @@ PIP_TIMEOUT_S = 120.0
 
 
 def list_steps(good: str, bad: str, repository: Path) -> tuple[Candidate, ...]:
-    """The good end, what lies between, and the bad end.
+    """The good end, the steps between, and the bad end.
 
     Args:
         good: a git revision, or requirements such as "peft==0.19.0".
         bad: of the same kind, later.
-        repository: a folder in the repository whose revisions are meant.
+        repository: a folder in the repository of the revisions.
 
     Raises:
-        UsageError: the ends are not of one kind, not in order, or nothing is known of what lies between.
+        UsageError: the ends are not of one kind or not in order, or the steps between them cannot be listed.
     """
     first, last = (find_commit(word, repository)[0] for word in (good, bad))
     if first and last:

@@ -4,7 +4,7 @@ A replicate takes two rounds of what is measured, after the watched warm-up step
 another one starts as long as the longest so far still fits, up to the number planned; what time is left after the last
 raises the rounds of all alike, if three replicates fit. Before replicate 1, when the cost of a replicate is known, cold
 starts, merged requests and requests are dropped, in this order, until three replicates fit. Peaks are measured once a
-variant. If three training replicates do not fit, the run says so with the minutes that it needs, and goes on.
+variant. If three training replicates do not fit, the run reports the minutes that it needs, and continues.
 
 What would be dropped after the first replicate is not measured in it either: one replicate gives no interval. So each
 part is judged just before the first replicate comes to it, by what one request or one load has taken.

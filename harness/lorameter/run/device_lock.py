@@ -1,7 +1,7 @@
 """One measurement at a time on a device: two would disturb each other.
 
 The lock is the kernel's (flock) on a file that is named after the device. So it ends with the process that held it, and
-waiting for it takes no CPU time. The file lies in a folder that all users share, and is never removed: two processes
+waiting for it takes no CPU time. The file is in a folder that all users share, and is never removed: two processes
 could otherwise lock two files of one name.
 """
 
@@ -60,8 +60,8 @@ def hold_device(executor: Executor, if_busy: IfBusy) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def hold_devices(executors: Sequence[Executor], if_busy: IfBusy) -> Iterator[bool]:
-    """`hold_device` for several, each device once and always in the same order, so that two processes that want the
-    same do not wait for each other for ever."""
+    """`hold_device` for several, each device once and always in the same order, so that two processes never
+    wait for each other."""
     devices = {executor.device_id(): executor for executor in executors}
     with contextlib.ExitStack() as stack:
         waited = [stack.enter_context(hold_device(devices[name], if_busy)) for name in sorted(devices)]

@@ -34,7 +34,7 @@ class Display:
 
 
 def shield(display: Display) -> Display:
-    """The display; its first error is printed, after it nothing is displayed, and the run goes on."""
+    """The display; its first error is printed and ends the display, and the run continues."""
     return cast(Display, _Shield(display))
 
 

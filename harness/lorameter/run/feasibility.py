@@ -1,8 +1,8 @@
 """Refuses studies that cannot work before any model is loaded; what is only unexpected becomes a notice.
 
-`Variant` and `Workload` refuse what no machine could run. Here the model's shape and the machine come in: widths that
-this CPU's 4-bit kernels do not take, attention that this device does not have, more tokens than the model's context.
-Nothing is refused on a guess: where a model's layers are not known, what would follow from them is a notice.
+`Variant` and `Workload` refuse what no machine could run. This module knows the model's shape and the machine: it
+refuses widths that this CPU's 4-bit kernels do not take, attention that this device does not have, and more tokens than
+the model's context. Nothing is refused on a guess: if a model's layers are not known, a notice says so.
 """
 
 from __future__ import annotations
@@ -388,7 +388,7 @@ def _check_gpus(where: str, workload: Workload) -> None:
     gpus = len(listed or ()) if known is None else len(known)
     if gpus < ranks:
         raise UsageError(
-            f"{where}: ranks = {ranks}: {gpus} GPU{'s are' if gpus != 1 else ' is'} to be had here, and ranks that "
+            f"{where}: ranks = {ranks}: {gpus} GPU{'s are' if gpus != 1 else ' is'} available here, and ranks that "
             "share one measure each other. Use fewer ranks, or make more GPUs visible."
         )
     for shared in shared_boards((known or ())[:ranks]):
@@ -399,7 +399,7 @@ def _check_gpus(where: str, workload: Workload) -> None:
 
 
 def check_adapters(where: str, variant: Variant, workload: Workload) -> None:
-    """Refuse adapters of which PEFT cannot have several on a base, or in one batch (PEFT 0.21: any quantisation
+    """Refuse adapters that PEFT cannot have several of on one base, or in one batch (PEFT 0.21: any quantisation
     of bitsandbytes is taken). Raises `UsageError`, naming key, value and remedy."""
     if workload.adapters == 1:
         return
@@ -417,6 +417,6 @@ def check_adapters(where: str, variant: Variant, workload: Workload) -> None:
         (isinstance(variant, LoraVariant) and variant.bias != "none", f"bias = {getattr(variant, 'bias', None)!r}",
          f"{adapters}, PEFT has one adapter on a base whose biases train", 'Use bias = "none".'),
         (variant.rewrites_base, f"init_lora_weights = {init!r}",
-         f"{adapters}, it rewrites the base for one adapter, and the others would stand on it",
+         f"{adapters}, it rewrites the base for one adapter, and the others would use the changed one",
          'Use "default", "gaussian" or "orthogonal".'),
     ))  # fmt: skip

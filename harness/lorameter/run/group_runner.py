@@ -2,7 +2,7 @@
 
 What is timed is alone: the parent sends one command and blocks on the answer. Building, checking, warming up and first
 requests are in no number, so as many processes at once do these as there are cores for them; when the last has
-answered nothing is at work any more. What a process answers goes into the record of its trial; its death
+answered, no process is busy. What a process answers goes into the record of its trial; its death
 into that of each trial that it hosted.
 """
 
@@ -54,7 +54,7 @@ class GroupRecords:
         self.slots = {slot.trial: slot for slot in group.slots}
         self.records = {slot.trial: begin_record(slot, "ok").replaced(attempt=attempt) for slot in group.slots}
         self.ended: set[str] = set()
-        """Trials of which nothing is left to be measured."""
+        """Trials that are complete."""
         self.saving_s = 0.0
         """Seconds that checkpoints have taken."""
         self._run = run
@@ -67,7 +67,7 @@ class GroupRecords:
         self._begun |= {slot.trial: begun for slot in launch}
 
     def is_ok(self, trial: str) -> bool:
-        """Whether nothing has gone wrong with it so far."""
+        """Whether it has not failed so far."""
         return self.records[trial].status == "ok"
 
     def live(self, measure: Measure | None = None) -> list[str]:
@@ -97,7 +97,7 @@ class GroupRecords:
         self.records[trial] = record
 
     def add_loss(self, trials: Iterable[str], lost: WorkerLostError) -> None:
-        """Their process is gone; those that had failed before keep their reason."""
+        """Record the death of their process; trials that had failed before keep their failure."""
         for trial in trials:
             if self.is_ok(trial):
                 self.add(trial, PartialRecord().failed(lost.status, lost.failure))
@@ -293,7 +293,7 @@ class GroupRunner:
             budget.lap("cold", once_s=whole_s)
 
     def _add_cold(self, trial: str, start: Callable[[], PartialRecord]) -> None:
-        """Add a cold start, whose answer must be that of the trained process: else it is that of another model."""
+        """Add a cold start. Its answer must equal that of the trained process; otherwise the trial is invalid."""
         try:
             fragment = start()
         except WorkerLostError as lost:

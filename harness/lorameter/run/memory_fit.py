@@ -111,7 +111,7 @@ def on_machine(machine: Machine, free_bytes: int | None) -> MemoryDevice:
     """The device of this machine, with what is free of it now.
 
     Raises:
-        UsageError: of a GPU whose memory NVML does not tell.
+        UsageError: a GPU whose memory NVML does not report.
     """
     total = machine.device_memory_bytes if machine.device == "cuda" else machine.memory_bytes
     if total is None:

@@ -382,8 +382,8 @@ def _shuffle(items: Sequence[T], shuffler: random.Random) -> list[T]:
 
 
 def _group_slots(slots: Sequence[Slot], study: Study, shuffler: random.Random) -> list[Group]:
-    """The groups of trials that are compared with each other, by the level that they carry. Turns come in an order that
-    is shuffled anew for each round."""
+    """The groups of trials that are compared with each other, by the level that they carry. The order of
+    turns is shuffled for each round."""
     protocol, measures = study.protocol, slots[0].measures
     live: list[list[tuple[Slot, ...]]] = [[(slot,)] for slot in slots]
     if slots[0].interleaving == "shared-base":

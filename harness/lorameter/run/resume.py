@@ -179,8 +179,8 @@ def of_commands(manifest: Manifest) -> bool:
 
 
 def is_finished(run: Run) -> bool:
-    """Whether nothing is left of a run that could still be measured: each of its trials has come to its own end, none
-    in surroundings that make it invalid, and no line of the file is lost."""
+    """Whether no trial of a run is left to be measured: each has ended by itself, none was disturbed, and no line of
+    the file is damaged."""
     settled = {record.trial for record in run.records if record.settled and not record.disturbed}
     return run.manifest.status == "complete" and not run.damaged_lines and settled >= set(run.manifest.order)
 
@@ -211,7 +211,7 @@ def _other_kind(run: Run, what: str, was: Mapping[str, Any], now: Mapping[str, A
 
 
 def check_place(run: Run, facts: MachineFacts) -> None:
-    """Raises `UsageError` where the trials of a run would be of two kinds: on another machine or with other libraries.
+    """Raises `UsageError` if the machine or the libraries are not those of the run.
 
     `facts` are those of the present one; of the base for an A/B, whose declared fields may be what they are. Of a run
     on unlike sites any of them may come first.
@@ -232,7 +232,7 @@ def plan_rest(run: Run, placement: Placement, *, max_minutes: float | None = Non
 
     Raises:
         UsageError: a run of another machine, as far as that is known before the sides of an A/B are made ready, or a
-            plan that comes out otherwise in this version.
+            plan that is another one in this version.
     """
     manifest = run.manifest
     if not manifest.sides:

@@ -1,6 +1,6 @@
 """Measures a plan group by group, keeps the records, and decides when the run has what it needs.
 
-Each trial ends as a record whatever happens to it: a lost worker, an exception in the child, Ctrl-C. The run goes on
+Each trial ends as a record whatever happens to it: a lost worker, an exception in the child, Ctrl-C. The run continues
 after a failed trial, and an interrupted run is resumed by leaving out what its records settle. A trial whose
 surroundings were past a limit is measured again, with all that took turns with it, once the others of its replicate
 have been: near enough for its pairs to have met the same machine, and late enough for the disturbance to have ended.
@@ -225,7 +225,7 @@ def find_unfinished(plan: Plan, earlier: Collection[TrialRecord], *, whole: bool
 
 
 def _skipped_groups(plan: Plan, earlier: Collection[TrialRecord]) -> list[Group]:
-    """Isolated trials that minutes did not suffice for: they have no record, and what comes after them has. Where some
+    """Isolated trials that the time limit has dropped: they have no record, and later groups have. Where some
     were left out, those of the interrupted replicate are as well."""
     recorded, begun = {record.trial for record in earlier}, {record.replicate for record in earlier}
     groups = [] if plan.study.protocol.max_minutes is None else plan.groups

@@ -1,6 +1,6 @@
 """Jobs of SLURM: each is submitted by sbatch, and squeue says which have not ended.
 
-A job takes its node alone unless it is given GPUs. The folder of the runs must lie on a file system that all nodes see.
+A job takes its node alone unless it is given GPUs. All nodes must mount the file system of the runs.
 """
 
 from __future__ import annotations

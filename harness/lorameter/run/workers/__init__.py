@@ -82,7 +82,7 @@ class Worker(abc.ABC):
         return self.receive(command, timeout_s)
 
     def send(self, command: str, trial: str, **arguments: Any) -> None:
-        """Send a command without waiting for its answer; `receive` finds a process that is gone."""
+        """Send a command without waiting for its answer; `receive` raises for a process that has ended."""
         self._sent_s = time.monotonic()
         with contextlib.suppress(wire.ClosedError):
             wire.send(self.connection, wire.Command(command, trial, arguments))
@@ -121,7 +121,7 @@ class Worker(abc.ABC):
         self.end()
 
     def cpus(self) -> tuple[int, ...]:
-        """CPUs that it may run on unless it is pinned; none where it is gone."""
+        """CPUs that it may run on unless it is pinned; none if it has ended."""
         self._cpus = self._cpus or cpus_of(self.pid)
         return self._cpus
 

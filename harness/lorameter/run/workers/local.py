@@ -61,7 +61,7 @@ def worker_environment(threads: int, host: Host | None = None) -> dict[str, str]
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as NVML counts
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         "KINETO_LOG_LEVEL": "99",
-        "TEARDOWN_CUPTI": "1",  # else the profiler of the check goes on slowing down the launches that are timed later
+        "TEARDOWN_CUPTI": "1",  # else the profiler of the check slows down later launches, which are timed
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         PARENT: str(os.getpid()),
@@ -71,7 +71,7 @@ def worker_environment(threads: int, host: Host | None = None) -> dict[str, str]
 
 
 class LocalExecutor(Executor):
-    """Implements `Executor` with a zygote: a process that has imported, of which each worker is a fork. Where it dies
+    """Implements `Executor` with a zygote: a process that has imported, of which each worker is a fork. If it dies
     the run ends, and can be resumed.
 
     `label` names the side of an A/B, in the messages and in the names of the logs (`zygote-base.log`), so that two
@@ -144,7 +144,7 @@ class LocalExecutor(Executor):
         return hello.worker
 
     def launch(self) -> Worker:
-        """Fork a worker from the zygote. Raises `InvalidRunError` where that is gone, and `WorkerLostError` where it
+        """Fork a worker from the zygote. Raises `InvalidRunError` if that has ended, and `WorkerLostError` if it
         refuses or the process ends before it greets."""
         ours, theirs = wire.pair()
         begin = time.monotonic()

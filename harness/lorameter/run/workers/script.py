@@ -130,7 +130,7 @@ class ScriptProcess:
         self._log, self._log_begin = log, log.stat().st_size if log.is_file() else 0
         parent = os.getpid()
         with contextlib.ExitStack() as stack:
-            with held_back(SIGNALS):  # that stop a run: they come when the process is known, and is ended then
+            with held_back(SIGNALS):  # signals wait until the process is known and can be ended
                 self._listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
                 stack.callback(OrphanReaper(self._marker).close)
                 self._listener.bind(address(turns))
@@ -166,7 +166,7 @@ class ScriptProcess:
                 if self._process.poll() is not None and not others:
                     break
                 continue
-            if _user_of(connection) == os.geteuid():  # a name that lies in no folder has no permissions
+            if _user_of(connection) == os.geteuid():  # an abstract socket has no permissions
                 connection.settimeout(None)
                 return Connection(connection.detach())
             connection.close()
@@ -381,8 +381,8 @@ class ScriptExecutor(Executor):
 
     def _start_trial(self, request: ScriptRequest) -> ScriptProcess:
         variant, host = request.variant, self.host
-        # By chance and of one length: the lengths of paths in an environment move what lies next to it in memory, and
-        # with the names of the trials they would do so on one side in every replicate (Mytkowicz et al., ASPLOS 2009).
+        # Random and of one length: the size of the environment shifts the stack and changes times, and names of trials
+        # would do so on one side in every replicate (Mytkowicz et al., ASPLOS 2009).
         home = self._homes[request.trial] = self.scratch / secrets.token_hex(4)
         origin = folder_of(variant, Path(host.cwd or Path.cwd()))
         folder = copy_snapshot(self._snapshot(origin), home / "work")

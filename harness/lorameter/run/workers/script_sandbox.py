@@ -154,7 +154,7 @@ def variables_of(
     """The environment of a script's process: the inherited one, without trackers, with caches and a port of its own.
 
     Args:
-        variant: its `env` goes before all but what the harness itself needs.
+        variant: its `env` overrides all variables but those that the harness needs.
         inherited: variables of the side that it runs on.
         scratch: its folder, for caches.
         threads: of the CPU, unless the user's environment or the variant says otherwise.
@@ -187,7 +187,7 @@ def words_of(
     """The command's words with its program resolved.
 
     Args:
-        variant: whose command it is.
+        variant: has the command.
         python: what the word python means.
         variables: its environment.
         folder: where it is started.

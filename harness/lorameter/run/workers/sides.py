@@ -101,8 +101,7 @@ def _name_remote_side(word: str, repository: Path, where: str) -> SideSpec:
 def name_side(word: str, repository: Path) -> SideSpec:
     """The side that a word names.
 
-    A path of an executable file goes before a revision, that before a Python found on PATH, and that before
-    requirements.
+    The first that exists: the path of an executable file, a revision, a Python on PATH, requirements.
 
     Raises:
         UsageError: the word names nothing.
@@ -222,7 +221,7 @@ def _revision(side: SideSpec, repository: Path, stack: contextlib.ExitStack, rep
 def _worktree(commit: str, repository: Path) -> Iterator[Path]:
     """A checkout of a commit in a folder of its own. No hook of the repository runs; submodules stay empty."""
     with scratch_folder() as folder:
-        run_git(repository, "worktree", "prune")  # those of A/Bs that were killed, whose folders are gone
+        run_git(repository, "worktree", "prune")  # those of killed A/Bs, whose folders were removed
         tree = folder / commit[:12]
         quiet = ("-c", f"core.hooksPath={os.devnull}", "-c", "advice.detachedHead=false")
         try:
