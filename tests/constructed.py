@@ -253,8 +253,15 @@ def _text(value: Any, indent: int | None = None) -> str:
 
 def failure(record: Json, status: str, phase: str, kind: str, message: str) -> Json:
     """The record of a trial that did not come to a good end: no samples, and why."""
-    told = {"phase": phase, "kind": kind, "message": message, "traceback": f"Traceback: {kind}: {message}"}
-    return record | {"status": status, "failure": told, "samples": {}, "values": {}, "turn_lengths": [], "checks": []}
+    fault = {"phase": phase, "kind": kind, "message": message, "traceback": f"Traceback: {kind}: {message}"}
+    return record | {
+        "status": status,
+        "failure": fault,
+        "samples": {},
+        "values": {},
+        "turn_lengths": [],
+        "checks": [],
+    }
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -271,14 +278,14 @@ def failed(record: Json) -> Json | None:
 
 
 def diverged(record: Json) -> Json:
-    """A loss that is not a number makes the trial invalid; the name stands where JSON has no number."""
+    """A loss that is not a number makes the trial invalid; JSON has its name in place of the number."""
     if record["trial"] != f"r1-{ALPHA}":
         return record
     samples = record["samples"]
     samples["timed_loss"] = [*samples["timed_loss"][:3], "NaN", "NaN", "Infinity"]
     record["values"]["held_out_loss"] = "NaN"
-    told = {"phase": "timed", "kind": "LossNotFinite", "message": "the loss of step 4 is nan", "traceback": ""}
-    return record | {"status": "invalid", "failure": told, "samples": samples}
+    fault = {"phase": "timed", "kind": "LossNotFinite", "message": "the loss of step 4 is nan", "traceback": ""}
+    return record | {"status": "invalid", "failure": fault, "samples": samples}
 
 
 def fallen_back(record: Json) -> Json:
@@ -304,16 +311,16 @@ def until_the_second(record: Json) -> Json | None:
 def disturb(path: Path) -> None:
     """Trials that were measured again: one came to a good end at the second attempt, one never did."""
     lines = [json.loads(line) for line in (path / "trials.jsonl").read_text(encoding="utf-8").splitlines()]
-    told = {"phase": "train", "kind": "Disturbed", "traceback": ""}
-    told["message"] = "while training the machine swapped 64 MiB in 1.00 s (constructed)"
+    fault = {"phase": "train", "kind": "Disturbed", "traceback": ""}
+    fault["message"] = "while training the machine swapped 64 MiB in 1.00 s (constructed)"
     again = []
     for record in lines:
         group = record["replicate"], record["interleaving"]
         if group == (1, "lockstep"):
-            first = record | ({"status": "invalid", "failure": told} if record["name"] == NF4 else {})
+            first = record | ({"status": "invalid", "failure": fault} if record["name"] == NF4 else {})
             again += [first, record | {"attempt": 1, "started_unix_s": record["started_unix_s"] + 500.0}]
         elif group == (2, "lockstep") and record["name"] == ALPHA:
-            spoilt = record | {"status": "invalid", "failure": told}
+            spoilt = record | {"status": "invalid", "failure": fault}
             spoilt["values"] = record["values"] | {"host_swap_in_train_bytes": 64.0 * MIB, "host_watched_train_s": 1.0}
             again += [spoilt | {"attempt": attempt} for attempt in range(3)]
         else:

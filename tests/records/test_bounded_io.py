@@ -1,4 +1,4 @@
-"""What comes in is read within bounds: whatever a file is, it is plain data, or a refusal with a reason."""
+"""Files are read within limits: the result is plain data, or a refusal with a reason."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_toml_beyond_the_bounds_is_refused(tmp_path, content, words):
 
 @pytest.mark.parametrize("name", ["missing", "folder", "pipe", "x" * 300, "a\0b"])
 def test_what_is_no_plain_file_is_not_waited_for(tmp_path, name):
-    """A pipe that nobody writes to, a folder, a name that no file can have: a reason, at once."""
+    """A pipe without a writer, a folder, an impossible name: refused at once, with a reason."""
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(NotReadableError):

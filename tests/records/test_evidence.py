@@ -19,20 +19,20 @@ SHARE = {"path": "padding.share", "required": None, "observed": 0.25, "status": 
 
 
 def manifest(**changes):
-    told = {
+    fields = {
         "run": "run", "study": {}, "phases": ("train",), "interleaving": "replicates", "order": ("t0", "t1", "t2"),
         "seed": 0, "created_unix_s": 1.0, "provenance": {}, "fingerprint": "f",
     }  # fmt: skip
-    return Manifest(**(told | changes))
+    return Manifest(**(fields | changes))
 
 
 def record(number, *checks, **changes):
-    told = {
+    fields = {
         "trial": f"t{number}", "status": "ok", "name": "a", "variant": "i", "role": "variant", "replicate": number,
         "position": number, "interleaving": "replicates", "seed": 0, "started_unix_s": 0.0, "wall_time_s": 1.0,
         "checks": checks,
     }  # fmt: skip
-    return TrialRecord(**(told | changes))
+    return TrialRecord(**(fields | changes))
 
 
 RECORDS = (record(0, BITS, MASK), record(1, BITS, MASK), record(2, SHARE, BITS))

@@ -39,8 +39,8 @@ def test_damaged_bytes_are_refused(tmp_path):
     ],
     ids=["manifest", "record"],
 )
-def test_what_is_wrong_inside_is_said_of_the_file(tmp_path, member, text, said):
-    """Not of the folder that it was unpacked into, which nobody knows; a run's directory is refused alike."""
+def test_a_fault_inside_is_reported_with_the_file(tmp_path, member, text, said):
+    """The message names the file and not the folder that it was unpacked into; a run's directory is refused alike."""
     folder = shutil.copytree(RUN, tmp_path / "plain")
     (folder / member).write_text(text)
     write_packed(tmp_path / "run.lorameter.zip", folder)

@@ -18,15 +18,15 @@ def check(path, status="active", reason="as made up"):
         ([check("mode", "unknown")], "RequiredPathNotActive", "as made up"),
     ],
 )
-def test_what_is_lacking_is_said(checks, kind, said):
-    """A path that nobody judged is told from one that does not hold, and neither is met."""
+def test_an_unmet_requirement_has_its_kind_and_reason(checks, kind, said):
+    """A path without a judgement and one that is not active have different kinds, and neither is met."""
     found = find_unmet(checks, {"mode": "train"})
     assert found.kind == kind
     assert said in found.message
 
 
 def test_nothing_is_lacking_where_all_is_active():
-    """Whatever else was found beside it."""
+    """Whatever other checks found."""
     assert find_unmet([check("mode"), check("base.bits", "fallback")], {"mode": "train"}) is None
     assert find_unmet([], {}) is None
 

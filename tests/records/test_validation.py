@@ -61,7 +61,7 @@ def test_a_table_of_another_form_is_refused(place, value, path, capsys):
     assert place[-1] in capsys.readouterr().err
 
 
-def test_what_is_not_known_of_a_machine_is_said_so(path, capsys):
+def test_unknown_facts_of_a_machine_are_reported_as_unknown(path, capsys):
     """A manifest without its provenance is read; what is missing is unknown."""
     document = json.loads((path / "manifest.json").read_text())
     document["provenance"] = {}

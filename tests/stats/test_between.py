@@ -1,4 +1,4 @@
-"""What groups differ by is told apart from what is measured in each scatters by, with an interval that holds it."""
+"""sd_between: the standard deviation between groups without the scatter within them, and its interval."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_the_interval_holds_the_planted_deviation(sizes, between):
 
 
 def test_of_one_value_each_it_is_what_is_seen():
-    """With an interval of chi-square; what is in it of each value's own scatter nobody can say."""
+    """With a chi-square interval; the scatter within the groups is in it, and unknown."""
     found = sd_between([[1.0], [2.0], [4.0]])
     assert not found.alone
     assert (found.low, found.high) == pytest.approx(sd_interval(found.sd, 2))

@@ -27,7 +27,7 @@ def test_the_division_is_the_one_that_pelt_finds(seed):
 
 
 def test_a_change_is_found_with_its_size_and_place():
-    """Its interval holds the size, and both levels are told."""
+    """Its interval holds the size, and both levels are given."""
     values = noise(60)
     values[40:] += math.log(1.10)
     course = find_changes(values)
@@ -50,7 +50,7 @@ def test_fewer_than_ten_say_nothing():
 
 @pytest.mark.parametrize("place", [0, 7, 20, 38, 39])
 def test_a_night_that_lies_far_off_is_no_change(place):
-    """However far, and wherever in the line; the level beside it is hardly moved."""
+    """However far, and wherever in the line; the level hardly moves."""
     values = noise(40, seed=8)
     level = find_changes(values).levels[0].mean
     values[place] += 3.0

@@ -21,7 +21,7 @@ def share(shape, sd, draws=150, seed=61, tolerance=0.02):
 @pytest.mark.parametrize("count", [20, 60, 200])
 @pytest.mark.parametrize("sd", [0.003, 0.02, 0.19])
 def test_flat_noise_is_no_drift(count, sd):
-    """At most one series of 25 without a shift is said to drift, at any size of the noise."""
+    """At most one series of 25 without a shift is found to drift, at any size of the noise."""
     assert share(np.zeros(count), sd) <= 0.04
 
 
@@ -72,7 +72,7 @@ def test_bad_input_is_an_error(samples, tolerance, message):
         drifts(samples, tolerance=tolerance)
 
 
-def test_many_series_are_told_as_each_alone():
+def test_many_series_are_judged_as_each_alone():
     """Whatever their lengths and their order, and whatever levels they have."""
     rng = np.random.default_rng(7)
     shapes = [np.zeros(60), 0.3 * (STEP > 40), np.zeros(3), 0.01 * STEP, np.zeros(200), -0.3 * (STEP[:30] > 8)]

@@ -1,4 +1,4 @@
-"""What a workload's data names is told from the name and from what lies there, without opening any of it."""
+"""Data of a workload is resolved from its name and the files that exist, without opening any."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_what_is_there_goes_before_the_hub(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("names", "asked", "taken"),
+    ("names", "split", "taken"),
     [
         ("a.jsonl b.jsonl", "", "a.jsonl b.jsonl"),
         ("train.jsonl test.jsonl extra.jsonl", "", "train.jsonl"),
@@ -85,16 +85,16 @@ def test_what_is_there_goes_before_the_hub(tmp_path, monkeypatch):
         ("train.jsonl test.csv", "", "train.jsonl"),
     ],
 )  # fmt: skip
-def test_files_say_their_split_in_their_names(names, asked, taken, tmp_path):
+def test_files_say_their_split_in_their_names(names, split, taken, tmp_path):
     """As a word of it; "train" is taken where there is one."""
     for name in names.split():
         (tmp_path / name).touch()
-    source = resolve(f"{tmp_path}[{asked}]" if asked else str(tmp_path))
+    source = resolve(f"{tmp_path}[{split}]" if split else str(tmp_path))
     assert [path.name for path in source.files] == taken.split()
 
 
 @pytest.mark.parametrize(
-    ("names", "asked", "words"),
+    ("names", "split", "words"),
     [
         ("test.jsonl dev.jsonl", "", "the splits dev, test. Name one"),
         ("test.jsonl other.jsonl", "", "files of test and others are in it"),
@@ -104,12 +104,12 @@ def test_files_say_their_split_in_their_names(names, asked, taken, tmp_path):
         ("notes.md", "", "no file in it is of a known kind"),
     ],
 )
-def test_a_folder_that_could_be_read_in_two_ways_is_refused(names, asked, words, tmp_path):
+def test_a_folder_that_could_be_read_in_two_ways_is_refused(names, split, words, tmp_path):
     """What would be trained on by chance is asked for."""
     for name in names.split():
         (tmp_path / name).touch()
     with pytest.raises(UsageError, match=words):
-        resolve(f"{tmp_path}[{asked}]" if asked else str(tmp_path))
+        resolve(f"{tmp_path}[{split}]" if split else str(tmp_path))
 
 
 def test_a_name_is_made_absolute_with_its_split(tmp_path, monkeypatch):

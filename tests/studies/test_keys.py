@@ -72,7 +72,7 @@ def test_a_path_that_is_no_file_is_no_unknown_study(tmp_path, monkeypatch, capsy
 
 
 def test_a_target_that_no_module_has_is_refused(answer):
-    """PEFT would refuse it in every trial; a module that PEFT knows beside the linear layers is a target."""
+    """PEFT would refuse it in every trial; PEFT also takes modules that are no linear layers."""
     code, said = answer(f"[controls]\ntarget_modules = ['nothing']\n{ONE}")
     assert code == 2
     assert "target_modules = ['nothing']: the model tiny-llama has no such module" in said

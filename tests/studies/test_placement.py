@@ -1,4 +1,4 @@
-"""Where replicates are measured is said by a study or a command line, and refused where it means nothing."""
+"""The place where replicates are measured: options of a study or a command line, and their refusals."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def test_the_command_line_wins(tmp_path, options, place):
     assert study.with_overrides(**options).protocol.place == place
 
 
-def test_what_is_asked_of_a_batch_system_is_keys_and_values():
+def test_options_of_slurm_are_keys_and_values():
     """A value may hold commas; what is not ours is passed on under sbatch's names."""
-    asked = read_slurm("slurm:sites=4,partition=gpu,gres=gpu:1,exclude=n1,n2,time=90")
-    assert asked.sites == 4
-    assert asked.parameters == {"partition": "gpu", "gres": "gpu:1", "exclude": "n1,n2", "time": 90}
+    jobs = read_slurm("slurm:sites=4,partition=gpu,gres=gpu:1,exclude=n1,n2,time=90")
+    assert jobs.sites == 4
+    assert jobs.parameters == {"partition": "gpu", "gres": "gpu:1", "exclude": "n1,n2", "time": 90}
     assert read_slurm("slurm") == SlurmRequest(on="slurm")
     assert read_slurm("slurm:").parameters == {}
 
@@ -93,6 +93,6 @@ def test_what_is_asked_of_a_batch_system_is_keys_and_values():
     ],
 )
 def test_what_is_no_key_or_no_value_is_refused(on, words):
-    """With what there is."""
+    """With the known keys."""
     with pytest.raises(UsageError, match=words):
         read_slurm(on)

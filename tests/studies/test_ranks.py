@@ -1,4 +1,4 @@
-"""Several ranks in a study: what is refused before anything starts, and what need not be said."""
+"""Several ranks in a study: refusals before anything starts, and defaults."""
 
 from __future__ import annotations
 

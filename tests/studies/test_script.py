@@ -42,7 +42,7 @@ def test_a_study_of_commands_needs_nothing_else(tmp_path):
     assert codec.from_json(Study, codec.to_json(study), "manifest") == study
 
 
-def test_commands_are_told_apart_by_all_that_they_say():
+def test_every_field_of_a_command_is_part_of_its_identity():
     """Another argument, folder, variable or interpreter is another variant; another name is not."""
     one = ScriptVariant(name="a", command="python train.py")
     others = [

@@ -38,7 +38,7 @@ def test_the_rest_of_a_profile_stays(tmp_path):
 
 
 def test_its_own_profile_wins_over_its_own_line(tmp_path):
-    """What the extending study says of a machine is said about that machine."""
+    """A profile of the extending study holds for its machine."""
     text = '[workload]\nmodel = "mistral-7b"\n[profile.cpu.workload]\nmodel = "tiny-llama"\n'
     assert load_study(write(tmp_path, text), device="cpu").workload.model == "tiny-llama"
     assert load_study(write(tmp_path, text), profile="a100").workload.model == "mistral-7b"

@@ -111,7 +111,7 @@ def verdicts_of(report, metric="step_time_s"):
 
 
 def alternating(size, count=8):
-    """Ratios one a replicate, around 1 and too far apart to say anything."""
+    """Ratios around 1, one a replicate, that scatter too much for a verdict."""
     return [math.exp(size if index % 2 else -size) for index in range(count)]
 
 
@@ -260,7 +260,7 @@ def test_every_phase_has_its_metric_and_its_control(write_ab):
 
 
 def test_attribution_shows_which_part_moved(write_ab):
-    """The first token takes longer and the rest does not: both ratios stand beside the request's."""
+    """The first token takes longer and the rest does not: the ratio of each part is given with the request's."""
 
     def parts(record):
         if not record.samples:

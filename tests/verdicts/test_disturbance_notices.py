@@ -1,4 +1,4 @@
-"""Each kind of disturbance is said once, by its worst trial, with how many it hit and which to measure again."""
+"""Each kind of disturbance has one notice, by its worst trial, with how many it hit and which to measure again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def record(trial, *, interleaving="replicates", occupancy=None, **values):
     )  # fmt: skip
 
 
-def test_a_kind_is_said_once_by_its_worst_trial():
+def test_a_kind_has_one_notice_with_its_worst_trial():
     """With how many trials it hit, and both numbers."""
     watched = {"host_busy_train_s": 9.7, "host_busy_generate_s": 5.0}
     records = [
@@ -28,7 +28,7 @@ def test_a_kind_is_said_once_by_its_worst_trial():
     assert notice.message.endswith("Past the limit: r2-a.")
 
 
-def test_too_little_of_a_cpu_is_past_the_limit_where_nobody_took_turns():
+def test_too_little_of_a_cpu_is_past_the_limit_without_turns():
     """Else the notice on occupancy says it; on a GPU the host rightly waits."""
     one = record("r0-a", occupancy=0.3)
     (notice,) = disturbance_notices([one], on_cpu=True)

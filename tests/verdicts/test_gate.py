@@ -119,6 +119,6 @@ def test_limits_are_taken_key_by_key_from_the_last_that_matches():
 
 
 def test_a_summary_that_cannot_be_written_is_never_a_pass(gate, monkeypatch, tmp_path):
-    """A folder stands where the summary should go."""
+    """The path of the summary is a folder."""
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path))
     assert gate(BASE, "inconclusive = 'pass'", "--format", "github")[0] == 2

@@ -1,4 +1,4 @@
-"""What a reader must know beside the numbers: what was cut, and what was measured twice."""
+"""Notices of a run: damaged lines, repeated measurements, a constant loss."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def notices(write_run, small_study, tmp_path):
     return of
 
 
-def test_trials_that_were_measured_again_are_counted(notices):
+def test_trials_measured_again_are_counted(notices):
     """One line, and the earlier records are not mixed in."""
     assert notices(measured_again=3)["measured-again"].message.startswith("3 trials measured again")
     assert "measured-again" not in notices()
 
 
-def test_trials_that_were_disturbed_are_said_with_the_reason(notices):
+def test_disturbed_trials_are_a_notice_with_the_reason(notices):
     """How many were measured again and why, and which still do not count, with what to do."""
     hot = Failure(phase="train", kind=DISTURBED, message="while training the GPU held its clocks down")
 
@@ -50,8 +50,8 @@ def test_trials_that_were_disturbed_are_said_with_the_reason(notices):
     assert not {"disturbed", "still-disturbed"} & set(notices())
 
 
-def test_a_line_cut_short_and_one_without_its_evidence_are_told_apart(notices):
-    """They are damaged alike, and each is said as what it is."""
+def test_a_line_cut_short_and_lost_evidence_have_their_own_notices(notices):
+    """Both count as damaged lines, and each has a notice of its own."""
     found = notices(damaged_lines=3, without_evidence=2)
     assert found["damaged-lines"].message.startswith("1 line of trials.jsonl cut short")
     assert found["evidence-lost"].message.startswith(
@@ -61,7 +61,7 @@ def test_a_line_cut_short_and_one_without_its_evidence_are_told_apart(notices):
     assert "evidence-lost" not in notices(damaged_lines=1)
 
 
-def test_a_loss_that_stays_the_same_to_the_last_bit_is_said(notices):
+def test_a_constant_loss_is_a_notice(notices):
     """A rate so high that the first step saturates the layers may leave a finite loss, the same on every batch."""
 
     def stuck(record):

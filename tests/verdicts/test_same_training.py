@@ -19,7 +19,7 @@ LOSSES = (3.0, 2.7, 2.5, 2.4, 2.3, 2.2)
 
 def record(name, replicate, *, losses=LOSSES, tokens=100.0, side="", **values):
     """A trial of a script as it is recorded: two steps, a warm-up of one, two timed ones, one to catch up."""
-    told = {key: values.pop(key) for key in ("loss_dtype", "trainable_dtype", "source") if key in values}
+    facts = {key: values.pop(key) for key in ("loss_dtype", "trainable_dtype", "source") if key in values}
     samples = {
         "warmup_loss": losses[:3], "timed_loss": losses[3:5], "remaining_loss": losses[5:],
         "step_time_s": (1.0, 1.0), "turn_sequences": (2 * values.pop("sequences", 4.0),),
@@ -34,7 +34,7 @@ def record(name, replicate, *, losses=LOSSES, tokens=100.0, side="", **values):
     return TrialRecord(
         trial=f"r{replicate}-{name}-{side}", status="ok", name=name, variant="v", role="variant", replicate=replicate,
         position=0, interleaving="lockstep", side=side, seed=0, started_unix_s=0.0, wall_time_s=1.0,
-        samples={key: tuple(found) for key, found in samples.items()}, tokens=told,
+        samples={key: tuple(found) for key, found in samples.items()}, tokens=facts,
         values={key: one for key, one in ({"trainable_parameters": 32.0, "accumulation": 1.0} | values).items() if one},
     )  # fmt: skip
 
@@ -51,7 +51,7 @@ def run_of(base, candidate, replicates=4):
     return types.SimpleNamespace(manifest=types.SimpleNamespace(sides={}), records=records), study
 
 
-def told(base, candidate):
+def notices(base, candidate):
     return {notice.code: notice.message for notice in sameness_notices(*run_of(base, candidate))}
 
 
@@ -59,10 +59,10 @@ def losses(base, candidate, **more):
     return compare_losses(sides_of_run(*run_of(base, candidate, **more))["other"])
 
 
-def test_scripts_that_do_the_same_have_nothing_to_be_told():
+def test_scripts_that_do_the_same_have_no_notice():
     """Losses within the margin agree, and say by how much they differ."""
     nearly = tuple(loss * 1.001 for loss in LOSSES)
-    assert told({}, {"losses": nearly}) == {}
+    assert notices({}, {"losses": nearly}) == {}
     found = losses({}, {"losses": nearly})
     assert found.found == "agree"
     said = "3 in base and 3.003 in other in the first step, and over 6 steps 1.001 [1.001, 1.001] of the first"
@@ -97,10 +97,10 @@ def test_scripts_that_do_the_same_have_nothing_to_be_told():
         ({"losses": (3.0, 2.8, 2.7, 2.6, 2.5, 2.4)}, "loss-differs", ["over 6 steps 1.08"]),
     ],
 )
-def test_what_differs_is_said_with_both_numbers(candidate, code, said):
+def test_each_difference_is_a_notice_with_both_numbers(candidate, code, said):
     """Each by its own notice, and by no other."""
     known = {"trainable_dtype": "float32", "loss_dtype": "float32"}
-    found = told(known, known | candidate)
+    found = notices(known, known | candidate)
     assert list(found) == [code]
     assert all(words in found[code] for words in said), found[code]
 
@@ -110,11 +110,11 @@ def test_losses_on_other_tokens_are_not_compared():
     other = (110.0, 90.0, 110.0, 90.0, 110.0, 90.0)
     found = losses({}, {"tokens": other, "losses": (9.0,) * 6})
     assert (found.found, "different tokens" in found.reason) == ("unknown", True)
-    assert "loss-differs" not in told({}, {"tokens": other, "losses": (9.0,) * 6})
+    assert "loss-differs" not in notices({}, {"tokens": other, "losses": (9.0,) * 6})
 
 
 def test_what_was_not_seen_is_unknown():
-    """No loss, one replicate, a loss without a ratio; without tokens it is said that these are not known."""
+    """No loss, one replicate, a loss without a ratio; without tokens the reason says that they are not known."""
     assert losses({"losses": ()}, {"losses": ()}).found == "unknown"
     assert losses({}, {}, replicates=1).found == "unknown"
     assert "no ratio" in losses({"losses": (-1.0,) * 6}, {"losses": (-1.0,) * 6}).reason
@@ -151,9 +151,9 @@ def test_losses_of_another_seed_do_not_agree(trend):
     for seed in range(1, 6):
         other = {"losses": noisy(seed, trend), "tokens": tokens}
         assert losses(base, other).found == "unknown"
-        assert list(told(base, other)) == ["other-batches"]
+        assert list(notices(base, other)) == ["other-batches"]
     rounded = tuple(loss * (1 + 0.001 * (-1) ** step) for step, loss in enumerate(noisy(0, trend)))
     learned = tuple(loss * (1 - 0.0002 * step) for step, loss in enumerate(noisy(0, trend)))
     for same in (noisy(0, trend), rounded, learned):
         assert losses(base, {"losses": same, "tokens": tokens}).found == "agree"
-        assert told(base, {"losses": same, "tokens": tokens}) == {}
+        assert notices(base, {"losses": same, "tokens": tokens}) == {}

@@ -1,4 +1,4 @@
-"""What several sites do to the numbers of a run: nothing to ratios, and to absolute values what is said."""
+"""Runs of several sites: a notice of their differences, and the interval of absolute values."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_run_of_several_sites_says_how_they_differ():
 
 
 def test_a_site_that_differs_from_its_like_is_named():
-    """From a tenth away from the median on; of two nobody can say which it is."""
+    """From 10 % away from the median on; of two sites neither is the unlike one."""
     notices = {notice.code: notice.message for notice in site_notices(run_of((1.0, 1.01, 1.5, 0.99)))}
     assert notices["node-mismatch"] == "site GPU-2 is 49% slower than the median of its like."
     assert [notice.code for notice in site_notices(run_of((1.0, 1.5)))] == ["sites"]
@@ -61,7 +61,7 @@ def scattered(*sites):
 
 
 def test_what_replicates_scatter_by_is_no_difference_of_sites():
-    """It is taken off: of two sites a tenth apart whose replicates lie 0.01 to either side, and all of a difference
+    """It is subtracted: of two sites a tenth apart whose replicates lie 0.01 to either side, and all of a difference
     that is less. Of one replicate each nobody can say."""
     for sites, said in (
         (((-0.01, 0.01), (0.09, 0.11)), "differ by 7.0%"),

@@ -1,4 +1,4 @@
-"""What scripts tell of their software, and what was found before they were started."""
+"""Versions that scripts report of their software, over those found before their start."""
 
 import msgspec
 import pytest
@@ -16,15 +16,15 @@ RECORD = TrialRecord(
 )  # fmt: skip
 
 
-def telling(threads=None, **software):
-    """A record whose process tells this; underscores stand for hyphens."""
-    told = {name.replace("_", "-"): version for name, version in software.items()}
-    return msgspec.structs.replace(RECORD, software=told, values={} if threads is None else {"threads": threads})
+def reporting(threads=None, **software):
+    """A record whose process reports these versions; underscores replace hyphens."""
+    versions = {name.replace("_", "-"): version for name, version in software.items()}
+    return msgspec.structs.replace(RECORD, software=versions, values={} if threads is None else {"threads": threads})
 
 
-def test_what_trials_tell_goes_before():
+def test_reported_versions_take_precedence():
     """By the normal name of a package; what they do not have is not installed, whatever the other interpreter has."""
-    records = [telling(4.0, python="3.12.1", torch="2.14.0", cuda="12.8", liger_kernel="0.8.5")]
+    records = [reporting(4.0, python="3.12.1", torch="2.14.0", cuda="12.8", liger_kernel="0.8.5")]
     found = versions_of(STATED, records)
     assert found == {
         "python": "3.12.1", "torch": "2.14.0", "flash-attn": None, "liger_kernel": "0.8.5", "cuda": "12.8",
@@ -45,6 +45,8 @@ def test_what_trials_tell_goes_before():
         ([{"a": "1"}], [{}], []),
     ],
 )
-def test_what_differs_is_said_of_all_trials(ours, theirs, differing):
-    """Also where an environment was changed in the middle of a run; of a side that tells nothing nothing is known."""
-    assert list(differing_versions([telling(**one) for one in ours], [telling(**one) for one in theirs])) == differing
+def test_differences_over_all_trials(ours, theirs, differing):
+    """Also where an environment was changed in the middle of a run; one that reports nothing has none."""
+    assert (
+        list(differing_versions([reporting(**one) for one in ours], [reporting(**one) for one in theirs])) == differing
+    )

@@ -10,8 +10,8 @@ from lorameter.verdicts.validity import MOST_FAULTS, Fault, InvalidReason, run_v
 TIMES = {"plain": [0.100, 0.101, 0.099, 0.1005], "nf4": [0.200, 0.201, 0.199, 0.2005]}
 
 
-def stands(path):
-    """How a written run stands, and why a comparison would not believe it."""
+def validity_of(path):
+    """The validity of a written run, which a comparison must share."""
     run = store.read_run(str(path), path.parent)
     found = run_validity(run, codec.from_json(Study, run.manifest.study, "run"))
     assert comparison_input(run).broken == found.broken
@@ -19,8 +19,8 @@ def stands(path):
 
 
 def test_a_whole_run_is_valid(write_run):
-    """Every trial ok, and the control no difference: nothing is said against it."""
-    found = stands(write_run("a", TIMES))
+    """Every trial is ok and the control shows no difference: no fault."""
+    found = validity_of(write_run("a", TIMES))
     assert (found.valid, found.broken, found.failures, found.faults) == (True, None, (), ())
 
 
@@ -39,7 +39,7 @@ def test_a_whole_run_is_valid(write_run):
 )
 def test_what_is_wrong_with_a_run_makes_all_of_it_invalid(write_run, options, reason, words):
     """The report calls it invalid and a comparison says why, in the same breath."""
-    found = stands(write_run("a", TIMES, **options))
+    found = validity_of(write_run("a", TIMES, **options))
     assert not found.valid
     assert found.faults == (Fault(reason=InvalidReason(reason), message=words),)
     assert found.broken == f"run a: {words}"
@@ -52,7 +52,7 @@ def test_a_trial_that_failed_is_its_own_variants_only(write_run):
         return record.replaced(status="oom") if record.trial == "r1-nf4" else record
 
     path = write_run("a", TIMES, change=fails)
-    found = stands(path)
+    found = validity_of(path)
     assert [(fault.reason, fault.variant) for fault in found.faults] == [(InvalidReason.TRIAL_FAILED, "nf4")]
     assert (found.valid, found.broken) == (False, None)
     assert found.failures == ("r1-nf4: oom (log: )",)

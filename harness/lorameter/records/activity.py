@@ -1,4 +1,4 @@
-"""What a profiled trial leaves behind: the names of its files, and what ran in the phases of its steps or requests."""
+"""Results of a profiled trial: the names of its files, and the operators in the phases of its steps or requests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lorameter.records.memory_account import MemoryPhase
 
 ACTIVITY, TRACE, PEAKS = "activity.json", "trace.json.gz", "peaks.json"
 ACCOUNTS: dict[MemoryPhase, str] = {"train": "memory-train.json", "generate": "memory-generate.json"}
-"""What a profiled trial leaves in its folder: what ran, the trace that it was read from, peaks, and memory by phase."""
+"""Files of a profiled trial: what ran, the trace that it was read from, peaks, and memory by phase."""
 STEP_PHASES = ("data", "forward", "backward", "update")
 """Phases of a step: taking the batch, forward, backward, clipping and the optimizer."""
 REQUEST_PHASES = ("prepare", "prefill", "decode", "choose")
@@ -52,7 +52,7 @@ class OperatorUse(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class PhaseActivity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What ran in one phase of a mean step, or request, under the profiler."""
+    """Operators in one phase of a mean step, or request, under the profiler."""
 
     phase: str
     window_s: float
@@ -92,10 +92,10 @@ class PhaseActivity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class Activity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What ran in some steps, or requests, under the profiler, as their mean."""
+    """Operators in some steps, or requests, under the profiler, as their mean."""
 
     device: Literal["cpu", "cuda"]
-    """What `operators` are: operators of the host, or kernels."""
+    """Whether `operators` are operators of the host or kernels."""
     step_times_s: tuple[float, ...]
     """Each profiled step, or request."""
     phases: tuple[PhaseActivity, ...]
@@ -118,7 +118,7 @@ LEAST_STEP_PAIRS = 8
 
 
 class ModelSize(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a forward pass multiplies with and reads, counted from a model's modules, whatever family it is of.
+    """Weights that a forward pass multiplies with and reads, counted from the modules of a model of any family.
 
     Elements are weights that take two FLOPs for each row; bytes are as they are stored, constants of quantisation
     included.
@@ -136,7 +136,7 @@ class ModelSize(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class RequestFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one request found, and what it left."""
+    """Observations of one request."""
 
     prompt_rows: int
     """Tokens of each prompt that the first forward pass took."""
@@ -145,7 +145,7 @@ class RequestFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cache: str
     """Class of the cache of keys and values; "" where there was none."""
     cache_bytes: int
-    """What it held at the end, of all prompts."""
+    """Its size at the end, over all prompts."""
     cache_moved: float
     """Share of the tokens at which its tensors lay elsewhere than before: they were made anew, and copied."""
     head: str

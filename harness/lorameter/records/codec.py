@@ -159,7 +159,7 @@ def _unknown_keys(hint: Any, data: Any, path: str) -> Iterator[tuple[str, str, A
 
 
 def _refusal(message: str, hint: Any, data: Any, where: str, *, strict: bool) -> UsageError:
-    """What msgspec says of a value ("Expected `int`, got `str` - at `$.a[0]`"), with the value and a remedy."""
+    """The refusal of a value, from msgspec's message ("Expected `int`, got `str` - at `$.a[0]`"), with a remedy."""
     what, _, place = message.partition(" - at `")
     place, path = place.removeprefix("key` in `").rstrip("`"), ""
     for name, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", place):

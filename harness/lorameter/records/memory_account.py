@@ -46,7 +46,7 @@ BY_TYPE = ("embeddings", "norms", "buffers")
 
 
 def title_of(kind: str) -> str:
-    """What a kind is called in a table."""
+    """The title of a kind in a table."""
     stem, _, dtype = kind.partition("_")
     return f"{MEMORY_KINDS[stem]}, {dtype}" if stem in BY_TYPE else MEMORY_KINDS[kind]
 
@@ -64,7 +64,7 @@ def in_order(kinds: Mapping[str, int], *, named: Collection[str] = ()) -> dict[s
 
 
 class MemoryAccount(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was resident at the peak of one phase, in bytes by kind, and the measured peak.
+    """Resident memory at the peak of one phase, in bytes by kind, and the measured peak.
 
     On CUDA it is device memory and the peak the allocator's; else the peak resident set of the process.
     """
@@ -84,7 +84,7 @@ class MemoryAccount(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     @property
     def unexplained_bytes(self) -> int:
-        """What the kinds leave of the peak; negative where they are more than it."""
+        """The part of the peak that no kind explains; negative where the kinds exceed it."""
         return self.peak_bytes - self.explained_bytes
 
     @property

@@ -45,7 +45,7 @@ class Metric:
     derive: Callable[[TrialRecord], Samples] | None = None
     """How its samples follow from a record, () where they do not; None where a record holds them under its name."""
     is_loss: bool = False
-    """Whether it says nothing without the number of steps that were trained."""
+    """Whether it depends on the number of steps that were trained."""
     column: Column = ""
     of_trial: Literal["median", "mean"] = "median"
     """How a trial's one value follows from its steps: a rate is the total of all steps over their total time."""

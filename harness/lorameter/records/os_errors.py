@@ -1,4 +1,4 @@
-"""What the operating system refuses (a full disk, no more descriptors), in words and with what to do about it; and an
+"""Refusals of the operating system (a full disk, no more descriptors) as messages with a remedy; and an
 exception as the failure of a trial.
 
 It is no defect of lorameter and no fault of a trial. A run ends with it as on a machine that cannot measure, and what
@@ -48,7 +48,7 @@ class SystemLimitError(Exception):
 
 
 def format_os_error(error: OSError) -> str:
-    """What was refused and what to do about it."""
+    """The refusal and its remedy."""
     what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
     return f"{what}. {REMEDIES.get(error.errno or 0, 'Check the disk')}"
 

@@ -41,9 +41,9 @@ Interleaving = Literal["shared-base", "lockstep", "replicates", "separate"]
 Side = Literal["", "base", "candidate"]
 """The side of an A/B that a trial belongs to; empty where there are no sides."""
 Measure = Literal["steps", "requests", "open_ended", "merged", "peaks", "cold"]
-"""What a trial measures: timed training steps with their losses · warm requests of a fixed number of tokens · requests
-that end where the model ends them, with their answers · warm requests with the adapter merged · peaks of memory, load
-and first calls, which need a process that is alone · the cold start of its saved adapter."""
+"""Measurements of a trial: timed training steps with their losses · warm requests of a fixed number of tokens ·
+requests that end where the model ends them, with their answers · warm requests with the adapter merged · peaks of
+memory, load and first calls, which need an isolated process · the cold start of its saved adapter."""
 
 
 class Notice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -82,7 +82,7 @@ DISTURBED = "Disturbed"
 
 
 class PartialRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one command added to a trial; the parent merges fragments, so a death later loses nothing.
+    """The results that one command adds to a trial; the parent merges fragments, so a death later loses nothing.
 
     `samples` are raw values in the order measured, `values` single ones (seconds, tokens a second, loss), `memory`
     bytes by kind, `checks` the evidence of kernels_check.
@@ -130,7 +130,7 @@ class TrialRecord(PartialRecord, frozen=True, kw_only=True, forbid_unknown_field
     site: str = ""
     """On which of several sites it was measured, with all that it is paired with; empty where there is one."""
     machine: str = ""
-    """What kind of machine the site is, in a run whose sites may be unlike: then nothing is taken over all of them."""
+    """Kind of machine of the site, in a run whose sites may be different machines, which are never combined."""
     seed: int
     started_unix_s: float
     wall_time_s: float

@@ -49,15 +49,15 @@ class TimeBreakdown(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     wall_s: float
     """From its begin, the preparing of tokens and bases included, to its last trial."""
     limit_s: float | None = None
-    """What it was allowed to take."""
+    """Its time limit."""
     measured_s: dict[str, float] = msgspec.field(default_factory=dict)
     """In which something timed was at work, and nothing else: steps, requests, open_ended, merged, cold."""
     turns: tuple[int, ...] = ()
-    """That each trial of a replicate took, by replicate, where time was limited."""
+    """Turns of each trial of a replicate, by replicate, where time was limited."""
 
     @property
     def share(self) -> float:
-        """Of the time that was measurement."""
+        """Share of the time that was measurement."""
         return sum(self.measured_s.values()) / self.wall_s if self.wall_s else 0.0
 
 

@@ -29,13 +29,13 @@ class Example(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class TokenSummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a plan must know of its tokens; goes into every record."""
+    """Facts of the tokens of a plan; goes into every record."""
 
     path: str
     """Absolute, on the machine that measures."""
     hash: str
     data: str
-    """What the records are, in words; says "synthetic" where they are."""
+    """Description of the records; "synthetic" where they are."""
     synthetic: bool
     tokenizer_substituted: bool
     train_sequences: int
@@ -60,14 +60,14 @@ class BaseSummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     hash: str
     """SHA-256 of its file of tensors."""
     base: str
-    """What it is, in words: model, type and quantisation."""
+    """Description: model, type and quantisation."""
     bytes: int
-    """Of that file."""
+    """Size of that file."""
     conversions: int
     """How often it was read from its source and converted, or drawn, for this run: once, or not where it was kept."""
     quantisations: int
     """How often it was quantised for this run."""
     seconds: float
-    """That making it took, or finding it whole."""
+    """Time to make it, or to find it complete."""
     load_s: float = 0.0
-    """That making it from its source took, as a cold start must do again."""
+    """Time to make it from its source, which a cold start must do again."""

@@ -1,4 +1,4 @@
-"""What a study claims, in a form that data can support or refute: `[[claim]]` in the study's TOML.
+"""Claims of a study, in a form that data can support or refute: `[[claim]]` in the study's TOML.
 
 [[claim]]
 id = "3"
@@ -85,7 +85,7 @@ class ClaimPart:
     """One testable statement. Raises `UsageError` where the rule and the rest do not go together."""
 
     rule: Rule
-    """What is stated, see below."""
+    """The statement, see below."""
     axis: str
     """Field of Variant, of any kind, a field of the workload as in "workload.batch_size" or "workload.model", or
     "engine"; its levels are the variants that differ from the reference in this field only."""
@@ -105,7 +105,7 @@ class ClaimPart:
     margin: float = 0.05
     """Within it two things count as equal, a fraction; of "no-trend" and "equal"."""
     by: float = 0.01
-    """What is promised of an engine or a pair, a fraction: 0.2 is 1.2 times as fast, a metric that falls to 0.8, or one
+    """The promise of an engine or a pair, a fraction: 0.2 is 1.2 times as fast, a metric that falls to 0.8, or one
     that rises to 1.2 at most. A promise without a figure takes what is worth the word, 1 %."""
 
     def __post_init__(self) -> None:
@@ -148,12 +148,12 @@ class ClaimPart:
 
     @property
     def of_memory(self) -> bool:
-        """Whether it is about bytes, which are judged by the largest and not by a test."""
+        """Whether it is about bytes, which are judged by their maximum and not by a test."""
         return self.metric == PEAK or (self.rule in OF_PAIRS and self.metric.endswith("_bytes"))
 
     @property
     def limit(self) -> tuple[str, float]:
-        """What the rule's limit is called and its value, a fraction; "" and 0 for rules without one."""
+        """Name and value of the rule's limit, a fraction; "" and 0 for rules without one."""
         name = _LIMITED.get(self.rule)
         return (name, float(getattr(self, name))) if name else ("", 0.0)
 
@@ -175,15 +175,15 @@ class Claim:
     """A sentence and the parts that it consists of."""
 
     id: str
-    """What it is called in the report."""
+    """Its name in the report."""
     says: str
     """The sentence."""
     parts: tuple[ClaimPart, ...]
     """All of them must hold."""
     original: str = ""
-    """What the source of the claim published."""
+    """The figures that the source published."""
     pretrained: bool = False
-    """Whether it says nothing of a model with random weights (a loss)."""
+    """Whether it needs a pretrained model, as a loss does."""
     source: str = ""
     """The page that says so, and the day on which it was read."""
 

@@ -31,10 +31,10 @@ see it."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """Whose promises a study judges. Raises `UsageError` for what cannot be."""
+    """An engine whose promises a study judges. Raises `UsageError` for invalid fields."""
 
     title: str
-    """What it is called."""
+    """Its name."""
     variant: str
     """The variant that has it."""
     proof: dict[str, Any]
@@ -44,7 +44,7 @@ class Engine:
     package: str = ""
     """Distribution whose version belongs to a result."""
     flag: str = ""
-    """What a training script is often given for it, in braces, for messages."""
+    """The usual option of a training script for it, in braces, for messages."""
 
     def __post_init__(self) -> None:
         require(self.title and self.variant, "[engine]: title and variant are needed. Add them.")

@@ -48,7 +48,7 @@ class Protocol:
     """Train every trial for at least so many epochs: what the timed turns leave of them follows untimed, for the
     losses. 0 ends the training with the timed turns."""
     phases: tuple[Phase, ...] = PHASES
-    """What is measured unless the user asks for other phases."""
+    """Phases that are measured by default."""
     merged: bool = True
     """Measure requests with the adapter merged, too."""
     peak_replicates: int = 3

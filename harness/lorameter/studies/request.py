@@ -26,7 +26,7 @@ from lorameter.studies.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What the trials of all variants need; paths are absolute and local to the machine that measures."""
+    """Fields that the trials of all variants need; paths are absolute and local to the machine that measures."""
 
     schema: int = SCHEMA
     trial: str

@@ -49,13 +49,13 @@ class Study:
     requirements: dict[str, Any] = field(default_factory=dict)
     claims: tuple[Claim, ...] = ()
     notes: tuple[str, ...] = ()
-    """What a reader of the results must know and no field says."""
+    """Further facts for readers of the results."""
     profile: str = ""
     """Name of the profile that fitted the study to a machine."""
     replaced: dict[str, Any] = field(default_factory=dict)
     """Values of the study as written that a profile or an option has replaced, by field: `workload.batch_size`."""
     engine: Engine | None = None
-    """Whose promises it is about, where it is about an engine's."""
+    """The engine whose promises it is about, if any."""
     workloads: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Fields of the workload that variants have a value of their own for, by the variant's name."""
 

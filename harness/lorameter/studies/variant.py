@@ -56,7 +56,7 @@ class AnyVariant(abc.ABC):
     @property
     @abc.abstractmethod
     def method_name(self) -> str:
-        """What trains, in PEFT's words where it has one."""
+        """The method, by PEFT's name where it has one."""
 
     @staticmethod
     def class_for(table: Mapping[str, Any]) -> type[AnyVariant]:
@@ -69,7 +69,7 @@ class AnyVariant(abc.ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What two variants may differ in, by name; the keys of a PEFT configuration are `peft.KEY`."""
+        """The settings that two variants may differ in, by name; the keys of a PEFT configuration are `peft.KEY`."""
         own = {key: getattr(self, key) for key in form_keys(type(self)) if key != "name"}
         return own | {f"peft.{key}": value for key, value in own.pop("peft", {}).items()}
 
@@ -171,7 +171,7 @@ class Variant(AnyVariant):
     warmup_ratio: float = 0.0
     """Share of the steps in which the learning rate rises from zero; not the harness's warm-up."""
     weight_decay: float = 0.0
-    """Of AdamW, on the adapter alone."""
+    """Weight decay of AdamW, on the adapter alone."""
     max_grad_norm: float = 1.0
     """Gradient norm above which gradients are scaled down; 0 leaves them alone."""
     gradient_accumulation: int = 1

@@ -95,7 +95,7 @@ class DataColumns:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What is trained on what. Lengths are in tokens, sizes in sequences.
+    """Model, data, batch and lengths of a training and its requests. Lengths are in tokens, sizes in sequences.
 
     Raises `UsageError` for a value that no model could take.
     """
@@ -154,7 +154,7 @@ class Workload:
     strategy: Strategy = ""
     """How ranks train together: "ddp", each with the whole model, or "fsdp2", which shards it."""
     repair: Repair = ""
-    """What is mended in the libraries for it. "quant_state": 4-bit weights that FSDP2 has sharded keep their
+    """Repairs in the libraries that it needs. "quant_state": 4-bit weights that FSDP2 has sharded keep their
     quantisation state (`lorameter.trial.ranks.rank`), without which they are refused as wrong."""
     scaling: bool = True
     """Whether one rank alone takes turns with the ranks of a trial, on the same batches: what scaling efficiency and

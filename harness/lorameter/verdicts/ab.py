@@ -55,7 +55,7 @@ class PhaseEffect(Comparison):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attribution:
-    """What differs between the sides, and where the time went. Not corrected for multiple comparisons, so without
+    """Differences between the sides, and where the time went. Not corrected for multiple comparisons, so without
     verdicts."""
 
     packages: dict[str, tuple[str | None, str | None]]
@@ -172,7 +172,7 @@ def _pair(base: Series, candidate: Series, control: Series | None, metric: str) 
 
 
 def attribution_of(run: Run) -> Attribution:
-    """What differs between the sides, and the ratio of every metric that both have; on each of several unlike sites."""
+    """Differences between the sides, and the ratio of every metric that both have; on each of several unlike sites."""
     _study(run)  # which has sides
     facts = [_facts(run, side) for side in ("base", "candidate")]
     if is_mixed(run):
@@ -208,7 +208,7 @@ def _list_effects(run: Run) -> Iterator[PhaseEffect]:
 
 
 def _facts(run: Run, side: str) -> dict[str, Any]:
-    """What a side has installed, as its scripts report it, else as its interpreter did."""
+    """The installed packages of a side, as its scripts report them, else its interpreter."""
     stated: dict[str, Any] = run.manifest.sides[side].get("facts") or {"packages": {}}
     versions = _reported_versions(run, side)
     if not versions:

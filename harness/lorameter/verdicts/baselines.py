@@ -52,7 +52,7 @@ class Baselines:
 
 
 def read_baselines(runs: Path) -> Baselines:
-    """What was accepted in this runs directory. Raises `UsageError` for a damaged file."""
+    """The accepted runs of this runs directory. Raises `UsageError` for a damaged file."""
     path = runs / FILE
     if not fileio.is_there(path):
         return Baselines()

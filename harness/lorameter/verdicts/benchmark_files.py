@@ -41,7 +41,7 @@ from lorameter.verdicts.series import Series, Trials, is_memory
 from lorameter.verdicts.validity import control_faults, say_faults
 
 FOREIGN_METRIC = "round_time_s"
-"""What pytest-benchmark itself measures: the time of one round, whatever it held."""
+"""The metric that pytest-benchmark measures: the time of one round."""
 NO_SAMPLES = "no samples were saved, only their summary: save again with --benchmark-save-data"
 ONE_PROCESS = (
     "all rounds come from one process, which is one replicate and gives no interval: run the benchmarks several times "
@@ -59,7 +59,7 @@ class SavedTrial(msgspec.Struct):
 
 
 class ExtraInfo(msgspec.Struct, kw_only=True):
-    """What one of our tests adds to its samples (`extra_info`)."""
+    """Facts that one of our tests adds to its samples (`extra_info`)."""
 
     name: str = ""
     """Name of the variant; the test's parameter where it is left out."""
@@ -74,7 +74,7 @@ class ExtraInfo(msgspec.Struct, kw_only=True):
 
 
 class SavedStats(msgspec.Struct):
-    """What pytest-benchmark saves of the rounds of a test."""
+    """Rounds of a test as pytest-benchmark saves them."""
 
     data: tuple[float, ...] | None = None
     """Time of each round; None without --benchmark-save-data."""
@@ -272,7 +272,7 @@ def _unite(first: Measurements | None, second: Measurements) -> Measurements:
 
 
 def extra_info(run: Run, series: Series, phase: str, metric: str) -> dict[str, Any]:
-    """What a file holds of one test in addition to its samples: trial boundaries, other metrics of the phase, memory,
+    """The `extra_info` of one test, in addition to its samples: trial boundaries, other metrics of the phase, memory,
     checks."""
     measured = [name for name, item in METRICS.items() if item.phase == phase and series.measuring(name)]
     trials = series.measured(metric)
@@ -326,7 +326,7 @@ def unlike(study: Study, ours: dict[str, Any], saved: dict[str, Any], where: str
 
 
 def about_run(run: Run) -> dict[str, Any]:
-    """What a file holds once: the run, its fingerprint and variants, its control, and why numbers do not count."""
+    """Facts that a file holds once: the run, its fingerprint and variants, its control, and reasons for invalidity."""
     side = comparison_input(run)
     return {
         "schema": run.manifest.schema,

@@ -57,13 +57,13 @@ class Price:
 
     effect: float
     tolerance: float
-    """That of the gate; below the effect, or the gate would not call it a regression."""
+    """Tolerance of the gate; below the effect, or the gate would not call it a regression."""
     replicates: int | None
     """At the estimated scatter; None where no practical number suffices."""
     replicates_low: int | None
     """At the lower end of the scatter's interval."""
     replicates_high: int | None
-    """At its upper end."""
+    """At the upper end of the scatter's interval."""
     minutes: float | None
 
 

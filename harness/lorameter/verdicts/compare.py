@@ -104,10 +104,10 @@ class ComparisonRow(Comparison):
 
 
 class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything that a comparison of two sides says."""
+    """The result of a comparison of two sides."""
 
     base: str
-    """What the base is called: a run id, a file, a revision."""
+    """Name of the base: a run id, a file, a revision."""
     candidate: str
     comparisons: tuple[ComparisonRow, ...]
     control: dict[str, Comparison | None] = {}

@@ -72,9 +72,9 @@ class ComparisonInput:
 
     name: str
     variants: Mapping[str, Measurements] = field(default_factory=dict)
-    """What this side measured, by the name of the variant."""
+    """Measurements by the name of the variant."""
     facts: Mapping[str, Any] | None = None
-    """What must agree with the other side; None where nothing is known."""
+    """Facts that must agree with the other side; None where none is known."""
     fingerprint: str | None = None
     study: str | None = None
     phases: tuple[str, ...] = ()
@@ -128,7 +128,7 @@ def comparison_input(run: Run) -> ComparisonInput:
 
 
 def planned_side(study: Study, facts: Mapping[str, Any]) -> ComparisonInput:
-    """What a session is about to measure, as a side without samples."""
+    """The variants that a session will measure, as a side without samples."""
     variants = {one.name: Measurements(name=one.name, id=one.id, variant=one) for one in study.variants}
     return ComparisonInput(name="this session", facts=facts, variants=variants)
 

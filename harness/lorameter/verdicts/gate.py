@@ -63,13 +63,13 @@ class Policy:
     """The policy of a gate. Raises `UsageError` for an invalid limit."""
 
     inconclusive: Literal["fail", "pass"] = "fail"
-    """What an open question counts as."""
+    """Whether an inconclusive comparison passes or fails."""
     tolerance: float | None = None
     """Smallest slow-down, or growth of a peak, worth an alarm; a fraction, 0.01 (1 %) if left out."""
     margin: float | None = None
     """Within it two things count as equal; a fraction, 0.05 (5 %) if left out."""
     metrics: tuple[str, ...] = ()
-    """Names or patterns of what is gated; the primary metric of each phase and the peaks if left out."""
+    """Names or patterns of the gated metrics; the primary metric of each phase and the peaks if left out."""
     required: tuple[str, ...] = ()
     """Patterns of variants, at least one of which must have been compared."""
     losses: Literal["any", "agree"] = "any"

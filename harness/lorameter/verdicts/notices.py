@@ -1,4 +1,4 @@
-"""What a reader of a run must know in addition to its numbers, each with a remedy.
+"""Notices: facts that a reader of a run must know in addition to its numbers, each with a remedy.
 
 A notice never changes a number. Those that cast doubt on one (contention, a control that failed) say how much.
 """
@@ -70,7 +70,7 @@ def _data(run: Run, study: Study) -> Iterator[Notice]:
 
 
 def _cpu(ok: list[TrialRecord]) -> Iterator[Notice]:
-    """What is particular to a CPU: trials of one thread that did not have theirs (those of several are judged by the
+    """Notices of CPU runs: trials of one thread that did not have theirs (those of several are judged by the
     pressure around them; on a GPU the host may rightly wait), and variants that share one heap (torch's allocator on a
     GPU keeps its blocks, whichever variant they were of)."""
     shares, disturbed = occupancies(ok)

@@ -29,7 +29,7 @@ TOLERANCE = 0.01
 MARGIN = 0.02
 """Within it losses are the same: kernels that compute the same in another order move a loss of 16 bits by less."""
 ROUNDING = 2.0**-8
-"""What bfloat16 rounds to; losses on the same batches may differ by as much."""
+"""Rounding error of bfloat16; losses on the same batches may differ by as much."""
 FEWEST_STEPS = 16
 """With fewer, whether losses follow each other is not judged."""
 OTHER_PARAMETERS, LOSS_DIFFERS = "trains-other-parameters", "loss-differs"
@@ -240,7 +240,7 @@ FACTS: tuple[tuple[str, str, str, str], ...] = (
     ("loss-dtype-differs", "loss_dtype", "the loss is {}", "the same precision"),
     ("threads-differ", "threads", "torch computes on {:g} threads", "as many"),
 )
-"""What two scripts must have in common: the notice's code, the key in a record, the words, and what to give both."""
+"""Facts that two scripts must share: the notice's code, the key in a record, the words, and what to give both."""
 
 
 def _differ(name: str, sides: ScriptPair, ours: str, theirs: str, remedy: str, *, code: str) -> Notice:
@@ -252,7 +252,7 @@ def _differ(name: str, sides: ScriptPair, ours: str, theirs: str, remedy: str, *
 
 
 def _tokens(name: str, sides: ScriptPair) -> Iterator[Notice]:
-    """What a step holds: how many real tokens, in how many sequences and passes."""
+    """Notices of a step's contents: real tokens, sequences and passes."""
     means, batches = sides.tokens_a_step, [_batch(record) for record in sides.pairs[0]]
     known = all(batches)
     if means is not None and sides.tokens_differ:

@@ -193,7 +193,7 @@ class Pair:
     base: Trials
     candidate: Trials
     pairing: Pairing = "none"
-    """What trial i of either side have in common."""
+    """How trial i of the base and trial i of the candidate are related."""
     drops: KeptPairs | None = None
     """Which pairs were kept; None where none could be dropped."""
     no_interval: str = ""

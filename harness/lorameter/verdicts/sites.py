@@ -127,7 +127,7 @@ def _step_times(records: Sequence[TrialRecord]) -> pd.DataFrame:
 
 
 def site_notices(records: Sequence[TrialRecord]) -> Iterator[Notice]:
-    """What to know of a run that was measured on several sites: by how much they differ, and which is unlike the rest.
+    """Notices of a run that was measured on several sites: by how much they differ, and which is unlike the rest.
 
     A site is slower by the mean over variants of the logarithms of their step times, less that of all sites. The spread
     is taken from replicates that have all variants, as variants of one share what it met.

@@ -1,4 +1,4 @@
-"""With what software scripts trained, as their own processes report it.
+"""The software that scripts trained with, as their own processes report it.
 
 A script has an interpreter of its own: that of its command, of a launcher in front of it, or of an environment that the
 command turns on. What lorameter found before the start is what the word python means, which may be another.
@@ -23,7 +23,7 @@ NONE = "none"
 
 
 def versions_by_name(records: Iterable[TrialRecord]) -> dict[str, str]:
-    """What all trials of a script report of each package, each version once; {} where none of them reports any."""
+    """The versions of each package that the trials of a script report, each once; {} where none reports any."""
     reported = [record.software for record in records if record.software]
     names = sorted({name for one in reported for name in one})
     return {name: BETWEEN.join(sorted({one.get(name, NONE) for one in reported})) for name in names}

@@ -145,8 +145,7 @@ def run_validity(run: Run, study: Study) -> RunValidity:
 
 
 def is_single_script_run(run: Run, study: Study) -> bool:
-    """Whether it is the run of one training that was followed where it took place: there is no second one to be its
-    control, and none is planned."""
+    """Whether it is the run of one training that was followed in place, which has no control."""
     return study.of_scripts and len(run.manifest.order) == 1 and not run.manifest.sides
 
 

@@ -144,7 +144,7 @@ def test_what_is_missing_is_named_with_the_remedy(make_run, claim, part, options
 
 
 def test_a_replicate_counts_only_with_every_level(make_run, claim):
-    """One level fails in one replicate: the others' trials of it do not count either, and it is said."""
+    """One level fails in one replicate: the others' trials of it do not count either, and the reason names it."""
 
     def failing(record):
         failed = record.name == "r4" and record.replicate == 2

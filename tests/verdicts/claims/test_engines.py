@@ -72,7 +72,7 @@ def test_each_promise_finds_the_truth(judged, part, factor, verdict, level):
     assert part_of(judged(part, {"r16": factor}, level=level)).verdict == verdict
 
 
-def test_a_speed_is_told_as_it_was_promised(judged):
+def test_a_speed_is_reported_as_it_was_promised(judged):
     """Above one where it is faster, with its interval, what it is of, and what was promised."""
     found = part_of(judged(FASTER, {"r16": 1 / 1.3}))
     assert found.ratio == pytest.approx(1.3, rel=0.01)
@@ -123,7 +123,7 @@ def test_nothing_is_judged_unless_the_engine_ran_there_alone(judged, proof, ours
     assert (shown.found == "active") == (verdict == "supported")
 
 
-def test_what_nobody_saw_is_unknown_and_proves_nothing(judged):
+def test_an_unwatched_step_is_unknown_and_no_proof(judged):
     """A step that was not watched, and one whose check failed, with the reason of the check."""
     found = part_of(judged(FASTER, {"r16": 0.5}, change=lambda record: record))
     assert found.verdict == "not judged"
@@ -149,7 +149,7 @@ def test_one_trial_of_many_that_fell_back_is_enough(judged):
 
 @pytest.mark.parametrize(("isolated", "verdict"), [(True, "supported"), (False, "not judged")])
 def test_what_is_not_won_fairly_is_not_judged(judged, isolated, verdict):
-    """Records that see each other; where nobody could see whether they do, it is said and no obstacle."""
+    """Records that see each other; where that is unknown, the evidence reports it and the claim is judged."""
     engine = dataclasses.replace(COMPILED, proof={"compile": True, "packing.isolated": "not false"})
 
     def change(record):

@@ -65,7 +65,7 @@ def test_less_memory_and_hardly_slower_is_one_claim_of_a_pair(judged):
 
 
 def test_resident_memory_supports_no_limit_of_a_cost(judged):
-    """On a CPU it is diluted: a saving that shows is one, a cost that shows is one, and nothing else is said."""
+    """On a CPU it dilutes differences: a saving and a cost that show are judged, and nothing else is."""
     saving, cost, bound = judged(
         part("lowers", "peak_memory", by=0.3),
         part("costs-at-most", "peak_memory", levels=("nf4", "none"), by=0.05),
@@ -88,7 +88,7 @@ def test_resident_memory_supports_no_limit_of_a_cost(judged):
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_is_refused(tmp_path, claim, words):
-    """With the file, what is wrong in it, and what there is."""
+    """With the file, the fault and the known values."""
     path = tmp_path / "mine.toml"
     path.write_text(
         '[[variant]]\nname = "a"\n[[variant]]\nname = "b"\nquantization = "nf4"\n'

@@ -28,17 +28,17 @@ differ by chance."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PathEvidence:
-    """What one path of kernels_check shows of the engine."""
+    """Evidence of the engine in one path of kernels_check."""
 
     path: str
     wanted: Any
-    """What it must show (`lorameter.studies.engine`)."""
+    """The value that it must have (`lorameter.studies.engine`)."""
     found: Literal["active", "absent", "unknown"]
     """active: as wanted, with the engine and not without it · absent: not so · unknown: it could not be seen."""
     with_engine: Any
-    """What was observed in the variant with the engine; None for nothing."""
+    """The observed value in the variant with the engine; None for none."""
     without: Any
-    """What was observed in the reference."""
+    """The observed value in the reference."""
     reason: str
 
 
@@ -50,13 +50,13 @@ class EngineEvidence:
     variant: str
     reference: str
     commands: Mapping[str, str]
-    """Of scripts: the command of each variant."""
+    """The command of each variant, for scripts."""
     machine: str
     versions: Mapping[str, str | None]
-    """Of scripts as their own processes report them; None for what is not installed."""
+    """Versions of packages, as the processes of scripts report them; None where not installed."""
     proof: tuple[PathEvidence, ...]
     differs: tuple[str, ...]
-    """What differs between two scripts in addition to the engine."""
+    """Differences between two scripts in addition to the engine."""
 
 
 def collect_evidence(run: Run, study: Study, groups: Groups) -> EngineEvidence | None:

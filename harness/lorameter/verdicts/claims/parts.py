@@ -54,7 +54,7 @@ class PartResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     axis: str
     metric: str
     about: str = ""
-    """What `ratio` is: "256 / 16"; empty where there is none."""
+    """The ratio in words: "256 / 16"; empty where there is none."""
     verdict: Judgement
     ratio: float | None = None
     """With its 95 % interval, which is corrected for nothing; the verdict may rest on a wider or narrower one."""
@@ -64,7 +64,7 @@ class PartResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """None where the rule has none."""
     margin: float | None = None
     by: float | None = None
-    """What was promised of an engine."""
+    """The promised share."""
     replicates: int = 0
     """With every level; 0 where the part was not judged."""
     skipped: int = 0
@@ -120,7 +120,7 @@ class AxisTable:
         return dataclasses.replace(self, replicates=tuple(replicates), skipped=skipped, logs=logs)
 
     def line(self, scale: Scale) -> NDArray[float64]:
-        """What a straight line through the levels gains from the first to the last, a replicate each."""
+        """The change of a straight line through the levels from the first to the last, one a replicate."""
         return line_change(self.logs, scores([float(level) for level in self.levels], scale))
 
     def change(self, low: int, high: int) -> NDArray[float64]:
@@ -267,7 +267,7 @@ def _add_up(part: ClaimPart, tables: Sequence[AxisTable]) -> AxisTable:
 
 
 def spoken(metric: str) -> str:
-    """What a metric is called in a sentence: a table's "request" is the time of one."""
+    """The name of a metric in a sentence: "request" in a table is "time of request"."""
     known = METRICS[metric]
     return f"time of {known.title}" if known.unit == "s" and "time" not in known.title else known.title
 
