@@ -107,16 +107,9 @@ def test_what_does_not_fit_on_32_gib_fits_in_4_bits_with_checkpointing(estimated
     assert "process" not in lora.train.kinds
     assert lora.fit.turn == ["gradient_checkpointing = true"]
     assert (qlora.fit.turn, qlora.fit.largest) == ([], [])
-    for told in (lora, qlora):
-        fit = told.fit
-        assert fit.device.total_bytes == 32 * 2**30
-        assert fit.device.usable_bytes == int(0.98 * 32 * 2**30)
-        assert fit.needs.expected_bytes == told.train.total_bytes + told.train.outside_allocator["context"]
-        assert fit.needs == fit.phases["train"]
-        assert fit.needs.low_bytes < fit.needs.expected_bytes < fit.needs.high_bytes
-        assert fit.spare_bytes == fit.device.usable_bytes - fit.needs.high_bytes
-        assert (fit.spare_bytes >= 0) is (fit.status == "fits")
-        assert fit.needs.high_bytes == int(fit.needs.expected_bytes * (1 + fit.error.high))
+    fit = qlora.fit
+    assert fit.needs.expected_bytes == qlora.train.total_bytes + qlora.train.outside_allocator["context"]
+    assert fit.spare_bytes == fit.device.usable_bytes - fit.needs.high_bytes >= 0
 
 
 def test_a_model_whose_layers_are_not_known_fits_nobody_knows_where(estimated, tmp_path):

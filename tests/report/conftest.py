@@ -21,7 +21,7 @@ from lorameter.profile import accounting
 from lorameter.profile.accounting import request_accounts
 from lorameter.profile.evidence import evidence_of, evidence_of_requests
 from lorameter.profile.facts import Profile, RequestProfile
-from lorameter.profile.remedy import Tried
+from lorameter.profile.remedy import RemedyResult
 from lorameter.profile.request_rules import diagnose_requests
 from lorameter.profile.rules import Finding, diagnose
 from lorameter.records import codec, store
@@ -42,7 +42,7 @@ from lorameter.report.history import describe_history
 from lorameter.report.machine import describe_calibration, describe_checks
 from lorameter.report.notices import describe_notices, warn_before_run
 from lorameter.report.parity import describe_parity, show_differing
-from lorameter.report.profile import describe_profile, describe_requests, describe_tried
+from lorameter.report.profile import describe_profile, describe_remedy, describe_requests
 from lorameter.report.run import describe_run
 from lorameter.report.run_view import ReportFilter, view_of
 from lorameter.report.runs import describe_runs
@@ -260,12 +260,12 @@ def estimates() -> tuple[MemoryEstimate, ...]:
     )
 
 
-def tried() -> Tried:
+def tried() -> RemedyResult:
     """A remedy that made it worse, in a comparison that does not count."""
     finding = Finding(
         code="dropout", message="m", cost_s=0.02, cost_share=0.25, remedy="r", changes={"lora_dropout": 0.0}
     )
-    return Tried(
+    return RemedyResult(
         finding=finding, run="run", interleaving="lockstep", metric="step_time_s", comparison=COMPARISON,
         control=COMPARISON, failures=("r0-v: oom [/b]",), notices=NOTICES, valid=False,
     )  # fmt: skip
@@ -361,7 +361,7 @@ def every_report(small_study, history) -> dict[str, Document]:
         "profile of requests": requests_document,
         "parity": lambda: describe_parity(parity(), judge_parity(parity())),
         "answers that differ": lambda: show_differing(parity(), str),
-        "tried remedy": lambda: describe_tried(tried()),
+        "tried remedy": lambda: describe_remedy(tried()),
         "estimate": lambda: describe_estimate(
             LoraVariant(name="v"), Workload(), MACHINE, estimates(), {"train": 2**28 + 2**20}
         ),

@@ -86,16 +86,6 @@ def test_an_invalid_run_says_so_first_and_no_verdict_of_it_counts(run, reported,
     assert bool(found["verdicts"]) == bool(ratios)
 
 
-def test_the_numbers_of_an_invalid_run_stay(reported):
-    """Its ratios and their intervals are shown and are in the frame."""
-    rows = lorameter.load("control-failed", RUNS).comparisons
-    assert len(rows) == 3
-    assert rows[["ratio", "low", "high"]].notna().all(axis=None)
-    text = "\n".join(reported("control-failed")["text"])
-    for name in ("qlora-nf4-r16", "qlora-nf4-r64-a256"):
-        assert re.search(rf"^{name} +\d\.\d+ \[\d\.\d+, \d\.\d+\] .* invalid ", text, re.MULTILINE)
-
-
 def test_a_required_path_that_was_not_active_makes_the_run_invalid(write_run, reported):
     """Whatever the status of its trial says."""
 

@@ -20,12 +20,12 @@ from lorameter.profile.accounting import (
     token_shares,
 )
 from lorameter.profile.facts import Profile
-from lorameter.profile.remedy import Tried
+from lorameter.profile.remedy import RemedyResult
 from lorameter.profile.rules import Finding
 from lorameter.records.activity import Activity, OperatorUse, PhaseActivity
 from lorameter.records.memory_account import MemoryAccount
 from lorameter.records.record import Notice, TrialRecord
-from lorameter.report.profile import describe_profile, describe_tried
+from lorameter.report.profile import describe_profile, describe_remedy
 from lorameter.report.terminal import console_for, show
 from lorameter.stats import compare_trials
 from lorameter.studies.variant import LoraVariant
@@ -109,9 +109,6 @@ def test_the_lines_of_a_step_add_up(profile):
     assert plain_s(profile, step, counted, 0.025) == pytest.approx(0.0125)
     for records, seconds in ((0.0, 0.025), (10.0, 0.022), (100.0, 0.0)):  # of 30 ms that 100 records cost
         assert plain_s(profile, step, counted, 0.025, records=records) == pytest.approx(seconds)
-    assert plain_s(profile, step, ACTIVITY.phases[1], 0.025, records=10.0) == pytest.approx(
-        0.0125
-    )  # of an older profile
     samples = {name: (*values, 10 * values[0]) for name, values in SAMPLES.items()}
     samples["plain_step_cpu_time_s"] = SAMPLES["plain_step_cpu_time_s"] + (0.5,)
     disturbed = step_account(dataclasses.replace(profile, record=profile.record.replaced(samples=samples)))
@@ -148,7 +145,7 @@ def outcome(ratio=0.8, *, scatter=0.001, valid=True, metric="step_time_s", **cha
         **changes or {"changes": {"lora_dropout": 0.0}},
     )  # fmt: skip
     notice = Notice(code="cpu-contention", message="others ran.", remedy="Stop them.")
-    return Tried(
+    return RemedyResult(
         finding=finding, run="run", interleaving="lockstep", metric=metric, comparison=comparison, control=comparison,
         failures=(), notices=(notice,), valid=valid,
     )  # fmt: skip
@@ -156,7 +153,7 @@ def outcome(ratio=0.8, *, scatter=0.001, valid=True, metric="step_time_s", **cha
 
 def shown(tried):
     text = io.StringIO()
-    show(describe_tried(tried), console_for(text))
+    show(describe_remedy(tried), console_for(text))
     return text.getvalue()
 
 

@@ -7,7 +7,6 @@ import random
 import msgspec
 import pytest
 
-from lorameter.errors import UsageError
 from lorameter.records import codec, store
 from lorameter.records.fileio import write_document
 from lorameter.report.history import describe_history
@@ -72,15 +71,6 @@ def test_a_change_of_fingerprint_is_a_known_break_and_no_change(nightly):
     assert not hasattr(change, "ratio")
 
 
-def test_fewer_than_ten_runs_are_a_line_without_a_search(nightly):
-    """However large the last are; the report names the number of runs that a search takes."""
-    runs = nightly([1.0] * 5 + [2.0] * 4)
-    history = history_of(runs)
-    line = history.tracks[0].lines[0]
-    assert (line.suspicions, line.scatter, line.detectable) == ((), None, None)
-    assert "9 counted runs; changes are looked for from 10 on" in said(history)
-
-
 def test_runs_that_do_not_count_are_gaps_with_their_reason(nightly):
     """An interrupted run of twice the time is no change, whatever follows."""
     runs = nightly([1.0] * 14)
@@ -121,20 +111,6 @@ def test_the_command_that_would_confirm(before, after, words):
     sides = (Measured(msgspec.structs.replace(moment, **one), row, {}) for one in (before, after))
     command = confirming(*sides)
     assert command == (f"lorameter ab mine.toml {words} --variant plain" if words else "")
-
-
-def test_what_is_not_there_is_named_with_what_is(nightly):
-    """Metric, study, variant, and a folder without runs."""
-    runs = nightly([1.0] * 2)
-    for words, options, known in (
-        (("stepp",), {}, "step_time_s"),
-        ((), {"study": "other"}, "plain of training-step"),
-        ((), {"variant": "nf5"}, "plain of training-step"),
-    ):
-        with pytest.raises(UsageError, match=known):
-            history_of(runs, *words, **options)
-    with pytest.raises(UsageError, match="no run here has a number"):
-        history_of(runs / "none")
 
 
 def said(history, width=200, **options):

@@ -13,12 +13,12 @@ from lorameter.errors import EXIT_INCONCLUSIVE, EXIT_INVALID, EXIT_PASS
 from lorameter.profile import accounting
 from lorameter.profile.evidence import evidence_of, evidence_of_requests
 from lorameter.profile.measure import profile_requests, profile_variant
-from lorameter.profile.remedy import Tried, choose_finding, judge_remedy, make_pair, phase_of
+from lorameter.profile.remedy import RemedyResult, choose_finding, judge_remedy, make_pair, phase_of
 from lorameter.profile.request_rules import REQUEST_RULES, diagnose_requests
 from lorameter.profile.rules import RULES, Finding, check_code, diagnose
 from lorameter.records import codec, store
 from lorameter.report.blocks import Document, say
-from lorameter.report.profile import describe_profile, describe_requests, describe_tried
+from lorameter.report.profile import describe_profile, describe_remedy, describe_requests
 from lorameter.report.terminal import console_for, show
 from lorameter.run.device_lock import hold_device
 from lorameter.run.sites.placement import Placement
@@ -58,13 +58,13 @@ def run_profile(options: argparse.Namespace) -> int:
     if tried is None:
         return EXIT_PASS
     if not options.json:
-        show(describe_tried(tried), console_for())
+        show(describe_remedy(tried), console_for())
     if not tried.valid:
         return EXIT_INVALID
     return EXIT_INCONCLUSIVE if tried.comparison and tried.comparison.verdict == "inconclusive" else EXIT_PASS
 
 
-def _try(study: Study, variant: Variant, finding: Finding, options: argparse.Namespace) -> Tried:
+def _try(study: Study, variant: Variant, finding: Finding, options: argparse.Namespace) -> RemedyResult:
     """Measure the present variant and the suggested one, as any two."""
     run = measure_study(make_pair(study, variant, finding), Placement(), options, phases=(phase_of(finding),))
     assert run is not None  # that is the answer to --dry-run, which there is none of here

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorameter.parity.facts import Parity
-from lorameter.profile.measure import say_failure
+from lorameter.profile.measure import format_failure
 from lorameter.records.parity import Served
 from lorameter.stats import Proportion, clustered_proportion, mean_interval, proportion
 from lorameter.studies.request import AGAIN, WITHOUT
@@ -116,7 +116,7 @@ def judge_parity(parity: Parity) -> Judgement:
         floor=floor,
         without=without,
         likenesses=tuple(one for way, one in found.items() if way not in controls),
-        failures={one.way: say_failure(one.failure) for one in parity.served if one.failure is not None},
+        failures={one.way: format_failure(one.failure) for one in parity.served if one.failure is not None},
         distinct=len(set(parity.reference.answers)),
         trouble=_trouble(floor, without),
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 from lorameter.errors import InvalidRunError, UsageError, impossible, said_by
 from lorameter.parity.facts import DOCUMENT, Parity
-from lorameter.profile.measure import TrialSession, answer_of, open_trial, say_failure, trouble_in
+from lorameter.profile.measure import TrialSession, answer_of, describe_failure, format_failure, open_trial
 from lorameter.records import codec, fileio
 from lorameter.records.parity import PROMPTS, SERVED, Served
 from lorameter.records.record import Failure, PartialRecord
@@ -116,11 +116,11 @@ def _serve(trial: TrialSession, variant: Variant, adapter: str) -> tuple[list[Se
         )
         fragment = answer_of(lambda request=request: _serve_base(trial.executor, request))  # type: ignore[misc]
         if fragment.status == "interrupted":  # refused by the system, as it would be to any way
-            raise InvalidRunError(f"{variant.name}: {trouble_in(fragment)}.")
+            raise InvalidRunError(f"{variant.name}: {describe_failure(fragment)}.")
         served += _read(fragment, ways)
         if served[0].failure is not None:
             raise InvalidRunError(
-                f"{variant.name}: {served[0].way}, the reference, gave no answer: {say_failure(served[0].failure)}. "
+                f"{variant.name}: {served[0].way}, the reference, gave no answer: {format_failure(served[0].failure)}. "
                 f"The log is {request.trial.log_path}."
             )
         prompts = prompts or codec.from_json(tuple[tuple[int, ...], ...], fragment.tokens[PROMPTS], "prompts")

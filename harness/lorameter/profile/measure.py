@@ -117,8 +117,8 @@ class TrialSession:
         self.record = self.record.merged(fragment)
         if fragment.status != "ok":
             raise InvalidRunError(
-                f"{self.request.variant.name}: {fragment.status} in {command}: {trouble_in(fragment)}. The log is "
-                f"{self.request.log_path}."
+                f"{self.request.variant.name}: {fragment.status} in {command}: {describe_failure(fragment)}. The "
+                f"log is {self.request.log_path}."
             )
         return fragment
 
@@ -360,7 +360,7 @@ def _start_cold(trial: TrialSession, executor: Executor) -> None:
         return
     notice = Notice(
         code="no-cold-start",
-        message=f"the cold start is {fragment.status}: {trouble_in(fragment)}.",
+        message=f"the cold start is {fragment.status}: {describe_failure(fragment)}.",
         remedy=f"The log is {trial.request.log_path}.",
     )
     trial.record = trial.record.replaced(notices=(*trial.record.notices, notice))
@@ -374,11 +374,11 @@ def answer_of(ask: Callable[[], PartialRecord]) -> PartialRecord:
         return PartialRecord().failed(lost.status, lost.failure)
 
 
-def trouble_in(fragment: PartialRecord) -> str:
-    """What a fragment says of its failure, without a full stop."""
-    return say_failure(fragment.failure) if fragment.failure else "no message"
+def describe_failure(fragment: PartialRecord) -> str:
+    """The failure of a fragment, without a full stop."""
+    return format_failure(fragment.failure) if fragment.failure else "no message"
 
 
-def say_failure(failure: Failure) -> str:
+def format_failure(failure: Failure) -> str:
     """Its kind and message, without a full stop."""
     return f"{failure.kind}: {failure.message.removesuffix('.')}"

@@ -93,7 +93,7 @@ def phase_of(finding: Finding) -> Phase:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Tried:
+class RemedyResult:
     """The outcome of a remedy.
 
     Attributes:
@@ -119,7 +119,7 @@ class Tried:
     valid: bool
 
 
-def judge_remedy(run: Run, finding: Finding) -> Tried:
+def judge_remedy(run: Run, finding: Finding) -> RemedyResult:
     """Judge the run of such a study."""
     study = read_study(run)
     validity, known = run_validity(run, study), run.manifest.notices
@@ -129,7 +129,7 @@ def judge_remedy(run: Run, finding: Finding) -> Tried:
         metric = finding.metric
         control = control_of(groups, study.reference, metric, family=1)
     comparison = next(iter(ratios_of(groups, study, metric, control).values()), None)
-    return Tried(
+    return RemedyResult(
         finding=finding,
         run=run.manifest.run,
         interleaving=run.manifest.interleaving,

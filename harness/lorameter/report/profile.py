@@ -19,7 +19,7 @@ from lorameter.profile.accounting import (
     plain_s,
 )
 from lorameter.profile.facts import COLD_PARTS, Profile, RequestProfile, TrialProfile
-from lorameter.profile.remedy import Tried
+from lorameter.profile.remedy import RemedyResult
 from lorameter.profile.request_rules import OF_WHAT_RAN as REQUESTS_OF_WHAT_RAN
 from lorameter.profile.request_rules import REQUEST_RULES
 from lorameter.profile.rules import OF_WHAT_RAN, RULES, Finding
@@ -316,17 +316,17 @@ def _what_to_try(finding: Finding) -> Cell:
     return Cell(text=finding.remedy, command=f"--try {finding.code}")
 
 
-def describe_tried(tried: Tried) -> Document:
+def describe_remedy(tried: RemedyResult) -> Document:
     """The verdict on a remedy, its gain, the control and the notices."""
     changes = ", ".join(f"{key} = {value}" for key, value in tried.finding.suggestion.items())
     section = Section(
         title=f"Tried: {tried.finding.code} by {changes} ({tried.interleaving})",
-        lines=tuple(_tried_lines(tried)),
+        lines=tuple(_remedy_lines(tried)),
     )
     return section, *describe_notices(tried.notices)
 
 
-def _tried_lines(tried: Tried) -> Iterator[Line]:
+def _remedy_lines(tried: RemedyResult) -> Iterator[Line]:
     finding, comparison, title = tried.finding, tried.comparison, METRICS[tried.metric].title
     yield from say_invalid(_invalid(tried))
     if comparison is not None:
@@ -345,7 +345,7 @@ def _tried_lines(tried: Tried) -> Iterator[Line]:
     yield say(f"run {tried.run}")
 
 
-def _invalid(tried: Tried) -> str | None:
+def _invalid(tried: RemedyResult) -> str | None:
     """Why the comparison does not count; None where it does."""
     if tried.valid:
         return None
