@@ -1,1 +1,1 @@
-"""Which models there are, their shapes, and what they cost by formula."""
+"""The catalogue of models, their shapes, and their costs in closed form."""

@@ -1,1 +1,1 @@
-"""The measuring process: the only room that loads torch."""
+"""Trials in their processes: building, training, requests, profiling."""

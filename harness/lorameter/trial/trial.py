@@ -170,7 +170,7 @@ class Trial:
     # --- checks -------------------------------------------------------------------------------------------------------
 
     def verify(self) -> PartialRecord:
-        """Watch a step and judge what the variant claims; a claim that does not hold makes the trial invalid."""
+        """Watch a step and check the variant's requirements; one that is not met makes the trial invalid."""
         if self._watched is None:
             return self._check_in_own_steps()
         watched = self._watch_step(self._watched)

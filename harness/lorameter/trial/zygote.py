@@ -60,7 +60,7 @@ def import_libraries() -> None:
 
 
 def zygote(control: Connection) -> None:
-    """Import, announce what was imported, then fork and reap on request until the parent goes away."""
+    """Import, report the libraries, then fork and reap on request until the parent closes the connection."""
     begin = time.perf_counter()
     import_libraries()
     worker = _describe(time.perf_counter() - begin)

@@ -1,1 +1,1 @@
-"""Closed forms: parameters, bytes and operations of a shape."""
+"""Closed forms of parameters, bytes and FLOPs of a model's shape."""

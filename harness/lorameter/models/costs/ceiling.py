@@ -6,7 +6,7 @@ includes recomputation is more than the model needs. So every figure has its for
 - MFU (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): FLOPs that the model needs, over time and peak. Padding,
   recomputation and masked pairs count for nothing, so it shows how well a variant uses the device for training.
 - Hardware utilisation (same place): all FLOPs that the operators were given. It shows how busy the products kept the
-  device, and bounds what a faster schedule could still gain.
+  device, and bounds the gain of a faster schedule.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""From a variant to something that can take a step."""
+"""Builds the trainable model of a variant."""

@@ -111,7 +111,7 @@ def take(folder: Path, variant: Variant, device: str) -> transformers.PreTrained
     if description is None:
         return None
     config = transformers.AutoConfig.from_pretrained(folder)
-    if hasattr(config, "quantization_config"):  # it marks what is quantised, which nothing is yet
+    if hasattr(config, "quantization_config"):  # of quantised layers, which are inserted below
         del config.quantization_config
     config.name_or_path = description.name_or_path
     quantization = bnb_config(variant)

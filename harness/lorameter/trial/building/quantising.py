@@ -45,7 +45,8 @@ def bnb_config(variant: Variant) -> transformers.BitsAndBytesConfig | None:
 def quantize_linears(model: transformers.PreTrainedModel, variant: Variant, device: str) -> None:
     """Quantise a materialised model in place, layer by layer, and move it to `device`.
 
-    The same layers as transformers: every linear but the output head and what the architecture keeps in float32.
+    The same layers as transformers: every linear layer but the output head and those that the architecture keeps in
+    float32.
     The model arrives on `device` in its quantised size; with quantization "none" it is only moved.
     """
     config = bnb_config(variant)
@@ -156,9 +157,7 @@ def mark_quantised(model: transformers.PreTrainedModel, config: transformers.Bit
 
 def linear4bit_layers(model: Any) -> list[Any]:
     """All bitsandbytes 4-bit layers of a model."""
-    import bitsandbytes
-
-    return [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    return [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
 
 
 def is_packed(model: Any) -> bool:

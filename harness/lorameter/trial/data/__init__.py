@@ -1,1 +1,1 @@
-"""The tokens that a trial trains on."""
+"""Records, tokens and batches of a workload."""

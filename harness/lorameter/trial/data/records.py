@@ -199,7 +199,7 @@ def _quote(name: str) -> str:
 
 
 def _check_use(form: RecordForm, workload: Workload) -> None:
-    """Raises `UsageError` for records that lack what the workload needs."""
+    """Raises `UsageError` for records that do not suit the workload."""
     if "text" in form.columns and workload.loss == "answer":
         raise UsageError(f"workload: loss = 'answer': {form.title} has no separate answer. Use loss = \"all\".")
     if "text" in form.columns and workload.open_ended_tokens:
@@ -305,7 +305,7 @@ _READERS: dict[str, tuple[str, int, Callable[[Path], Iterator[Any]]]] = {
     ".txt": ("line", 1, _read_text),
     ".parquet": ("row", 1, _read_parquet),
 }
-"""By the suffix of a file: what a row is called, the number of the first, and the function that reads them."""
+"""By the suffix of a file: the name of a row, the number of the first one, and the function that reads them."""
 
 
 def _read_data_set(source: DataSource, where: str) -> Iterator[Any]:

@@ -1,1 +1,1 @@
-"""A profiled trial, in steps of its own."""
+"""Profiles of a trial's steps and requests."""

@@ -172,7 +172,7 @@ def measure_breakdown(
     """The memory of one call: a training step that has been taken before, or a request for tokens.
 
     The call is watched operator by operator, takes several times as long and must not be timed. The caller restores the
-    model. At least one step must have been taken before in this process, or what is built once (optimizer state, code
+    model. At least one step must have been taken before in this process, or one-time allocations (optimizer state, code
     touched for the first time) would count as temporary.
 
     Args:

@@ -1,1 +1,1 @@
-"""Trials of several ranks: processes that train one model together, and the record that they share."""
+"""Trials of several ranks, which train one model together."""

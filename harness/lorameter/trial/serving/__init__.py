@@ -1,1 +1,1 @@
-"""Requests: warm, open-ended, and cold."""
+"""Requests to a trained model: warm, until EOS, and after a cold start."""

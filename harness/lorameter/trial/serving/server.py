@@ -126,7 +126,7 @@ class Server:
             name = f"{self._adapters[0]}-other{number}"
             peft_methods.attach_drawn(self._model, self._variant, name, self._seed * SEED_DISTANCE + number)
             self._adapters.append(name)
-        self._model.eval()  # dropout that PEFT adds is in train mode, whatever the mode of the model
+        self._model.eval()  # dropout that PEFT adds is in train mode
         self._switch(0)
         self._generate(self._stream.prompts(0))
         self._activate(0)
