@@ -94,10 +94,10 @@ def _measure_pilot(study: Study, variant: str, rows: int, placement: Placement, 
 def calibration_ratio(run: Run, variant: str) -> float:
     """The candidate's step time over the base's in a pilot. Raises `InvalidRunError` where it was not measured."""
     base, candidate = (group_trials(run.records, side).get((variant, "variant")) for side in SIDES)
-    found = compare_series(base, candidate, PRIMARY["train"]) if base and candidate else None
-    if found is None or found.ratio is None:
+    comparison = compare_series(base, candidate, PRIMARY["train"]) if base and candidate else None
+    if comparison is None or comparison.ratio is None:
         raise InvalidRunError(f"run {run.manifest.run}: the pilot measured nothing; see its report.")
-    return found.ratio
+    return comparison.ratio
 
 
 def _resume_calibration(options: argparse.Namespace) -> int:
@@ -156,11 +156,11 @@ def run_bisect(options: argparse.Namespace) -> int:
         compared = report_of(run, metrics=[options.metric]).comparisons
         return compared[0] if compared else verdict_only("invalid", f"run {run.manifest.run}: no number")
 
-    found = bisect(candidates, compare, replicates=study.protocol.replicates)
+    bisection = bisect(candidates, compare, replicates=study.protocol.replicates)
     title = f"{METRICS[options.metric].title} of {variant} in study {study.name}"
-    about = {"found": found.found, "variant": variant, "metric": options.metric}
-    show_result(options, describe_bisection(found, title), lambda: {**codec.to_json(found), **about})
-    return EXIT_PASS if found.found else EXIT_INCONCLUSIVE
+    about = {"found": bisection.found, "variant": variant, "metric": options.metric}
+    show_result(options, describe_bisection(bisection, title), lambda: {**codec.to_json(bisection), **about})
+    return EXIT_PASS if bisection.found else EXIT_INCONCLUSIVE
 
 
 def _measure_sides(study: Study, variant: str, sides: tuple[str, str], options: argparse.Namespace) -> Run:

@@ -42,10 +42,10 @@ def run_estimate(options: argparse.Namespace) -> int:
     unknown = uncounted(variant, shape)
     notices = [layers_notice(workload.model, unknown)] if unknown else []
     if not unknown:
-        found = estimate_phases(
+        phase_estimates = estimate_phases(
             variant, workload, shape, device=machine.device, repacks=machine.avx512_bf16, process_bytes=process
         )
-        estimates = {one.phase: one for one in found}
+        estimates = {one.phase: one for one in phase_estimates}
         if device is not None:
             fitter = Fitter(device=device, shape=shape, process_bytes=process)
             advice = advise(fitter, variant, workload, with_largest=options.max_batch)

@@ -71,10 +71,10 @@ def encode_parity(parity: Parity, judgement: Judgement, folder: Path) -> dict[st
     nothing = {field.name: None for field in dataclasses.fields(Likeness)} | {"within_floor": False}
     ways = []
     for way in parity.ways[1:]:
-        found = known.get(way.name)
+        likeness = known.get(way.name)
         about = {
             "way": way.name,
-            "verdict": found.verdict if found else "failed",
+            "verdict": likeness.verdict if likeness else "failed",
             "quantization": way.variant.quantization,
             "dtype": way.variant.dtype,
             "adapter": way.adapter,
@@ -82,7 +82,7 @@ def encode_parity(parity: Parity, judgement: Judgement, folder: Path) -> dict[st
             "dequantised": way.dequantised,
             "failure": judgement.failures.get(way.name, ""),
         }
-        ways.append((codec.to_json(found) if found else nothing) | about)
+        ways.append((codec.to_json(likeness) if likeness else nothing) | about)
     return {
         "path": str(folder),
         "study": parity.study,

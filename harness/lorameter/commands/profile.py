@@ -78,17 +78,17 @@ _Taken = tuple[Path, dict[str, Any], Document, Sequence[Finding]]
 def _profile_step(*trial: Any, **where: Any) -> _Taken:
     profile, folder = profile_variant(*trial, **where)
     step = accounting.step_account(profile)
-    tokens, found = accounting.token_shares(profile), accounting.ceilings(profile, step.step)
-    findings = diagnose(evidence_of(profile, step, tokens, found))
+    tokens, ceilings = accounting.token_shares(profile), accounting.ceilings(profile, step.step)
+    findings = diagnose(evidence_of(profile, step, tokens, ceilings))
     document = {
         "step": codec.to_json(step) | {"explained": step.explained},
         "categories_s": accounting.categories_s(profile, step),
         "tokens": tokens,
-        "ceilings": found,
+        "ceilings": ceilings,
         "findings": findings,
         "profile": profile,
     }
-    return folder, document, describe_profile(profile, step, tokens, found, findings), findings
+    return folder, document, describe_profile(profile, step, tokens, ceilings, findings), findings
 
 
 def _profile_requests(*trial: Any, **where: Any) -> _Taken:

@@ -202,11 +202,13 @@ class Session:
             known = base.facts or {}
             facts |= {name: known[name] for name in REPORTED if name in known}
         session = planned_side(study, facts)
-        found = machine_differences(base, session)
+        differences = machine_differences(base, session)
         for name in session.variants:
-            found += variant_differences(name, base, session)
-        if found:
-            raise UsageError(f"--lorameter-base: {base.name} is not comparable: {disagreement(found, force=False)}.")
+            differences += variant_differences(name, base, session)
+        if differences:
+            raise UsageError(
+                f"--lorameter-base: {base.name} is not comparable: {disagreement(differences, force=False)}."
+            )
 
     @pytest.fixture
     def replay(self, request: pytest.FixtureRequest, variant_name: str) -> Callable[[], None]:

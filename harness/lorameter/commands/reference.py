@@ -131,12 +131,12 @@ def texts_below(source: str) -> dict[str, str]:
     """The texts below the names that a module, or the one class in it, defines."""
     body = ast.parse(textwrap.dedent(source)).body
     body = body[0].body if isinstance(body[0], ast.ClassDef) else body
-    found = {}
+    texts = {}
     for one, following in itertools.pairwise(body):
         if isinstance(one, (ast.AnnAssign, ast.Assign)) and isinstance(following, ast.Expr):
             (name,) = [one.target] if isinstance(one, ast.AnnAssign) else one.targets
-            found[ast.unparse(name)] = ast.literal_eval(following.value)
-    return found
+            texts[ast.unparse(name)] = ast.literal_eval(following.value)
+    return texts
 
 
 def _kind(hint: Any) -> str:

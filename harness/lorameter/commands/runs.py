@@ -44,12 +44,12 @@ def run_export(options: argparse.Namespace) -> int:
 def run_history(options: argparse.Namespace) -> int:
     """Print the history; a suspicion is no verdict, so the exit code is that of a pass."""
     runs = store.runs_dir(options.runs_dir)
-    found = history_of(runs, options.metric or DEFAULT_METRIC, study=options.study, variant=options.variant)
+    history = history_of(runs, options.metric or DEFAULT_METRIC, study=options.study, variant=options.variant)
     show_result(
         options,
-        describe_history(found, every_run=options.runs),
-        lambda: codec.to_json(found),
-        page=lambda: {"title": "History", "names": names_of(found), "figures": figures_of_history(found)},
+        describe_history(history, every_run=options.runs),
+        lambda: codec.to_json(history),
+        page=lambda: {"title": "History", "names": names_of(history), "figures": figures_of_history(history)},
     )
     return EXIT_PASS
 
@@ -61,15 +61,15 @@ def run_prune(options: argparse.Namespace) -> int:
     if options.keep is not None and options.keep < 0:
         raise UsageError(f"--keep = {options.keep}: no number of runs. Use 0 or more.")
     older_s = None if options.older is None else parse_age(options.older)
-    found = prune(store.runs_dir(options.runs_dir), keep=options.keep, older_s=older_s, dry_run=options.dry_run)
+    pruned = prune(store.runs_dir(options.runs_dir), keep=options.keep, older_s=older_s, dry_run=options.dry_run)
     word, freed = ("would go", "would be freed") if options.dry_run else ("removed", "freed")
-    size = format_bytes(sum(one.size_bytes for one in found.removed))
+    size = format_bytes(sum(one.size_bytes for one in pruned.removed))
     lines = [
-        *(f"{word}  {one.run}  {format_bytes(one.size_bytes)}  {one.study}" for one in found.removed),
-        *(f"stays  {one.run}  {one.why}" for one in found.staying),
-        f"{format_count(len(found.removed), 'run')}, {size} {freed}; {found.kept} others kept",
+        *(f"{word}  {one.run}  {format_bytes(one.size_bytes)}  {one.study}" for one in pruned.removed),
+        *(f"stays  {one.run}  {one.why}" for one in pruned.staying),
+        f"{format_count(len(pruned.removed), 'run')}, {size} {freed}; {pruned.kept} others kept",
     ]
-    data = {"dry_run": options.dry_run, "removed": found.removed, "kept_for_a_reason": found.staying}
+    data = {"dry_run": options.dry_run, "removed": pruned.removed, "kept_for_a_reason": pruned.staying}
     print_result(options, "\n".join(lines), data)
     return EXIT_PASS
 

@@ -52,7 +52,7 @@ def read_requirements(given: list[str]) -> dict[str, Any]:
     Raises:
         UsageError: no path=value, an unknown path, or a value that it does not take.
     """
-    found: dict[str, Any] = {}
+    requirements: dict[str, Any] = {}
     for entry in given:
         path, equals, value = entry.partition("=")
         if not equals:
@@ -63,9 +63,9 @@ def read_requirements(given: list[str]) -> dict[str, Any]:
         known = REQUIREMENTS.get(path)
         if known is None:
             raise UsageError(f"wrap: --require {shorten(path, 60)}: not known. Known: {', '.join(REQUIREMENTS)}.")
-        found[path] = value
+        requirements[path] = value
         with contextlib.suppress(codec.NotJsonError):
-            found[path] = codec.parse({"True": "true", "False": "false"}.get(value, value))
-        if problem := known.problem(found[path]):
+            requirements[path] = codec.parse({"True": "true", "False": "false"}.get(value, value))
+        if problem := known.problem(requirements[path]):
             raise UsageError(f"wrap: --require {path}={shorten(value, 60)}: {problem}. Mend the value.")
-    return found
+    return requirements

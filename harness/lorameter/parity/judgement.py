@@ -106,16 +106,18 @@ class Judgement:
 
 def judge_parity(parity: Parity) -> Judgement:
     """Compare every way with the reference."""
-    found = {one.way: compare_served(parity.reference, one) for one in parity.served[1:] if one.failure is None}
-    floor = next((one for way, one in found.items() if way.endswith(AGAIN)), None)
+    likenesses = {one.way: compare_served(parity.reference, one) for one in parity.served[1:] if one.failure is None}
+    floor = next((one for way, one in likenesses.items() if way.endswith(AGAIN)), None)
     if floor is not None:
-        found = {way: dataclasses.replace(one, within_floor=_is_within(floor, one)) for way, one in found.items()}
-    without = next((one for way, one in found.items() if way.startswith(WITHOUT)), None)
+        likenesses = {
+            way: dataclasses.replace(one, within_floor=_is_within(floor, one)) for way, one in likenesses.items()
+        }
+    without = next((one for way, one in likenesses.items() if way.startswith(WITHOUT)), None)
     controls = {way.name for way in parity.ways if way.is_control}
     return Judgement(
         floor=floor,
         without=without,
-        likenesses=tuple(one for way, one in found.items() if way not in controls),
+        likenesses=tuple(one for way, one in likenesses.items() if way not in controls),
         failures={one.way: format_failure(one.failure) for one in parity.served if one.failure is not None},
         distinct=len(set(parity.reference.answers)),
         trouble=_trouble(floor, without),

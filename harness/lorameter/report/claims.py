@@ -40,10 +40,10 @@ def describe_claims(report: ClaimsReport) -> Document:
     """All verdicts on the claims of a run, with their reasons."""
     counted = ", ".join(f"{count} {status}" for status, count in report.trials.items())
     state = "" if report.status == "complete" else f"; the run is {report.status!r}, so these are its trials so far"
-    held = f"run {report.run}: {format_count(report.replicates, 'replicate')}; trials: {counted}{state}"
+    summary = f"run {report.run}: {format_count(report.replicates, 'replicate')}; trials: {counted}{state}"
     return (
         *say_invalid(report.invalid),
-        Section(title=report.title, lines=say_each([held])),
+        Section(title=report.title, lines=say_each([summary])),
         *describe_verdicts(report),
         *list_sections(
             {

@@ -86,15 +86,15 @@ def list_differences(report: ComparisonReport) -> tuple[str, ...]:
 
 def _findings(report: ComparisonReport, *, ab: bool) -> Iterator[Line]:
     """The verdicts that are not "equivalent", the worst first, each reason once."""
-    found = [one for one in report.comparisons if one.verdict != "equivalent"]
-    found.sort(key=lambda one: PRECEDENCE.index(EXIT_OF[one.verdict]))
+    rows = [one for one in report.comparisons if one.verdict != "equivalent"]
+    rows.sort(key=lambda one: PRECEDENCE.index(EXIT_OF[one.verdict]))
     grouped: dict[tuple[str, str], list[str]] = {}
-    for row in found:
+    for row in rows:
         grouped.setdefault((row.verdict, _reason(row, ab=ab)), []).append(_name(row))
     for (verdict, reason), names in grouped.items():
         word = Span(text=verdict.replace("_", " "), tone=tone_of(verdict))
         yield say(f"{first_few(names, NAMED, '; ')}: ", word, reason)
-    if report.comparisons and not found:
+    if report.comparisons and not rows:
         yield say(Span(text="equivalent", tone="note"), ", each within its margin")
 
 

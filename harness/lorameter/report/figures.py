@@ -93,17 +93,17 @@ def figures_of_run(run: Run, view: RunView) -> tuple[Figure, ...]:
     shows whole."""
     shown = _shown(run, view)
     whole = {table.phase: table.metric for table in view.tables if table.phase in view.phases}
-    found = [_ratios(table, view.study.reference) for table in (*view.tables, *view.outcomes)]
+    figures = [_ratios(table, view.study.reference) for table in (*view.tables, *view.outcomes)]
     if "train" in whole:
-        found += [_losses(shown), _memory(shown), _front(shown, whole["train"], _of_other_tokens(run))]
-        found += [_samples([record for record in run.records if record.name in shown])]
+        figures += [_losses(shown), _memory(shown), _front(shown, whole["train"], _of_other_tokens(run))]
+        figures += [_samples([record for record in run.records if record.name in shown])]
     if "generate" in whole:
-        found += [_draw_serving(shown)]
+        figures += [_draw_serving(shown)]
     if "cold" in whole:
-        found += [_cold(shown)]
+        figures += [_cold(shown)]
     if whole:
-        found += [_checks(shown)]
-    return tuple(figure for figure in found if figure is not None)
+        figures += [_checks(shown)]
+    return tuple(figure for figure in figures if figure is not None)
 
 
 def _of_other_tokens(run: Run) -> set[str]:

@@ -137,17 +137,22 @@ def _break(change: Break) -> Iterator[Line]:
         yield say("  its effect is measured by: ", Span(text=change.confirm, tone="command"))
 
 
-def _suspicion(found: Suspicion, track: Track) -> Iterator[Line]:
-    ratio, low, high = (100 * (end - 1) for end in (found.ratio, found.low, found.high))
-    levels = " → ".join(format_value(level, unit_of(track)) for level in (found.level_before, found.level_after))
-    yield say(
-        Span(text=f"{found.direction} from {_day(found.after)} on, ", tone="bad" if found.ratio > 1 else "good"),
-        f"run {found.after.run}: by {ratio:+.1f} % [{low:+.1f}, {high:+.1f}], {levels}; "
-        f"last before: {_day(found.before)}, run {found.before.run}. Changed between: ",
-        _differences(found.differing) or "nothing that is known",
+def _suspicion(suspicion: Suspicion, track: Track) -> Iterator[Line]:
+    ratio, low, high = (100 * (end - 1) for end in (suspicion.ratio, suspicion.low, suspicion.high))
+    levels = " → ".join(
+        format_value(level, unit_of(track)) for level in (suspicion.level_before, suspicion.level_after)
     )
-    if found.confirm:
-        yield say("  a suspicion; it is confirmed by: ", Span(text=found.confirm, tone="command"))
+    yield say(
+        Span(
+            text=f"{suspicion.direction} from {_day(suspicion.after)} on, ",
+            tone="bad" if suspicion.ratio > 1 else "good",
+        ),
+        f"run {suspicion.after.run}: by {ratio:+.1f} % [{low:+.1f}, {high:+.1f}], {levels}; "
+        f"last before: {_day(suspicion.before)}, run {suspicion.before.run}. Changed between: ",
+        _differences(suspicion.differing) or "nothing that is known",
+    )
+    if suspicion.confirm:
+        yield say("  a suspicion; it is confirmed by: ", Span(text=suspicion.confirm, tone="command"))
     else:
         yield say("  a suspicion without a known cause: measure once more.")
 

@@ -61,7 +61,7 @@ def describe_profile(
     profile: Profile,
     step: StepAccount,
     tokens: TokenShares,
-    found: Ceilings | str,
+    ceilings: Ceilings | str,
     findings: Sequence[Finding],
 ) -> Document:
     """The report of a profile of steps."""
@@ -71,7 +71,7 @@ def describe_profile(
         _tabulate_categories(profile, step),
         _memory(profile),
         Section(title="Tokens of a step", lines=say_each([_tokens(tokens)])),
-        Section(title="Ceilings", lines=say_each(_ceilings(found, profile))),
+        Section(title="Ceilings", lines=say_each(_ceilings(ceilings, profile))),
         _tabulate_findings(findings, RULES, OF_WHAT_RAN if profile.activity.missing else ()),
         *_notices(profile),
     )
@@ -141,13 +141,13 @@ def _tokens(tokens: TokenShares) -> str:
     return ", ".join(f"{count:.0f} {name} ({count / tokens.total:.1%})" for name, count in parts)
 
 
-def _ceilings(found: Ceilings | str, profile: Profile) -> Iterator[str]:
-    if isinstance(found, str):
-        yield f"none: {found}"
+def _ceilings(ceilings: Ceilings | str, profile: Profile) -> Iterator[str]:
+    if isinstance(ceilings, str):
+        yield f"none: {ceilings}"
         return
-    yield str(found.train.mfu)
-    yield str(found.train.hfu)
-    yield f"by the formula for full training, for comparison only: {found.train.six_n}"
+    yield str(ceilings.train.mfu)
+    yield str(ceilings.train.hfu)
+    yield f"by the formula for full training, for comparison only: {ceilings.train.six_n}"
     for name, peak in profile.measured_peaks.items():
         if peak != profile.peaks.get(name):
             yield f"measured on this device: {peak}"

@@ -148,11 +148,11 @@ def _verdicts(table: PhaseTable) -> Iterator[Line]:
 
 def _paths(view: RunView) -> Iterator[Line]:
     """Whether the required paths were active, of a run that has checks."""
-    found = [(name, text) for table in view.tables for name, text in table.checks.items()]
-    missed = dict.fromkeys(f"{name}: {text}" for name, text in found if text != ALL_ACTIVE)
+    statuses = [(name, text) for table in view.tables for name, text in table.checks.items()]
+    missed = dict.fromkeys(f"{name}: {text}" for name, text in statuses if text != ALL_ACTIVE)
     if missed:
         yield say(Span(text=first_few(list(missed), MOST_NAMED, "; "), tone="bad"), label="checks")
-    elif found:
+    elif statuses:
         yield say("all required paths active", label="checks")
 
 

@@ -387,8 +387,8 @@ def _margin(source: _Source, name: str, metric: str) -> float:
 
 def _ratios(source: _Source, metric: str, control: Comparison | None) -> dict[str, Comparison]:
     """Each variant against the reference; in an invalid run without a verdict."""
-    found = ratios_of(source.groups, source.study, metric, control, source.selection.limits_of)
-    return {name: discounted(one, source.validity.invalid) for name, one in found.items()}
+    comparisons = ratios_of(source.groups, source.study, metric, control, source.selection.limits_of)
+    return {name: discounted(one, source.validity.invalid) for name, one in comparisons.items()}
 
 
 def _sort(rows: list[Row], heads: Sequence[ColumnHeader], key: str) -> list[Row]:

@@ -165,12 +165,12 @@ def encode_action(run: Run, metrics: Sequence[str] = ()) -> list[dict[str, Any]]
 
 def encode_bencher(run: Run, metrics: Sequence[str] = ()) -> dict[str, dict[str, dict[str, float]]]:
     """Bencher Metric Format. Raises as `trend_rows`."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    metrics_of: dict[str, dict[str, dict[str, float]]] = {}
     for row in trend_rows(run, metrics):
         has_interval = None not in (row["low"], row["high"]) and row["interval"] != RANGE
         ends = {"lower_value": row["low"], "upper_value": row["high"]} if has_interval else {}
-        found.setdefault(_name(row), {})[row["metric"]] = {"value": row["value"], **ends}
-    return found
+        metrics_of.setdefault(_name(row), {})[row["metric"]] = {"value": row["value"], **ends}
+    return metrics_of
 
 
 def _name(row: Row) -> str:

@@ -77,6 +77,6 @@ def _verdict_of(run: Run) -> str:
     """valid or invalid; of an A/B its worst verdict."""
     if not run.manifest.sides:
         return "valid" if run_validity(run, read_study(run)).valid else "invalid"
-    found = [compared.verdict for compared in report_of(run).comparisons]
-    decided = worst(EXIT_OF[verdict] for verdict in found)
-    return next((verdict for verdict in found if EXIT_OF[verdict] == decided), "invalid")
+    verdicts = [compared.verdict for compared in report_of(run).comparisons]
+    decided = worst(EXIT_OF[verdict] for verdict in verdicts)
+    return next((verdict for verdict in verdicts if EXIT_OF[verdict] == decided), "invalid")

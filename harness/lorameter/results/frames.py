@@ -75,15 +75,15 @@ def load_all(folder: str | Path | None = None) -> Frames:
     runs = _folder(folder)
     if not fileio.is_folder(runs):
         raise UsageError(f"{runs}: there is no such folder. Name the folder that holds the runs.")
-    found: list[Tables] = []
+    loaded: list[Tables] = []
     unreadable: dict[str, str] = {}
     for path, tables, error in read_each(runs, _tables_of):
         if tables is not None:
-            found.append(tables)
+            loaded.append(tables)
         else:
             unreadable[path.name] = error
             warnings.warn(f"left out: {error}", stacklevel=2)
-    return _frames(found, unreadable)
+    return _frames(loaded, unreadable)
 
 
 def _tables_of(run: Run) -> Tables:

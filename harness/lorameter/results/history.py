@@ -159,16 +159,16 @@ def history_of(
     Raises:
         UsageError: a metric, study or variant of which there is no run, with those that there are.
     """
-    found, unreadable = read_estimates(runs, metric)
+    measured, unreadable = read_estimates(runs, metric)
     tracks: dict[tuple[str, str], list[Measured]] = {}
-    for one in found:
+    for one in measured:
         if study in (None, one.row["study"]) and variant in (None, one.row["variant"]):
             tracks.setdefault((one.row["study"], one.row["variant"]), []).append(one)
     if tracks:
         found_tracks = tuple(_track(tracks[key]) for key in sorted(tracks))
         return History(metric=metric, tracks=found_tracks, unreadable=unreadable)
-    if found:
-        there = sorted({f"{one.row['variant']} of {one.row['study']}" for one in found})
+    if measured:
+        there = sorted({f"{one.row['variant']} of {one.row['study']}" for one in measured})
         selection = " ".join(f"--{name} {value}" for name, value in (("study", study), ("variant", variant)) if value)
         raise UsageError(f"history: no run here has {metric} with {selection}. There are {', '.join(there[:12])}.")
     if known := sorted({one.row["metric"] for one in read_estimates(runs, None)[0]}):
@@ -179,14 +179,14 @@ def history_of(
 def read_estimates(runs: Path, metric: str | None) -> tuple[list[Measured], dict[str, str]]:
     """The estimates of a metric (None: of all) in the runs of a folder, oldest first; and why others cannot be read, by
     the names of their folders. An A/B and a run of unlike sites have none."""
-    found: list[Measured] = []
+    measured: list[Measured] = []
     unreadable = {}
     for path, content, error in read_each(runs, lambda run: list(_measured(run, metric))):
         if content is None:
             unreadable[path.name] = error
         else:
-            found += content
-    return sorted(found, key=lambda one: (one.moment.created_unix_s, one.moment.folder)), unreadable
+            measured += content
+    return sorted(measured, key=lambda one: (one.moment.created_unix_s, one.moment.folder)), unreadable
 
 
 def _measured(run: Run, metric: str | None) -> Iterator[Measured]:

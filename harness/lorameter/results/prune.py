@@ -47,10 +47,10 @@ class Pruned(NamedTuple):
 
 def parse_age(text: str) -> float:
     """Seconds of `12h`, `30d` or `8w`. Raises `UsageError`."""
-    found = _AGE.fullmatch(text.strip())
-    if found is None:
+    match = _AGE.fullmatch(text.strip())
+    if match is None:
         raise UsageError(f"--older = {text!r}: no age. Write hours, days or weeks, as in 12h, 30d, 8w.")
-    return float(found[1]) * _UNITS_S[found[2]]
+    return float(match[1]) * _UNITS_S[match[2]]
 
 
 def size_of(path: Path) -> int:
@@ -84,13 +84,13 @@ def prune(
     if not fileio.is_folder(runs):
         return Pruned([], [], 0)
     begun_before = time.time() - (older_s or 0.0)
-    seen: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     selected, removed, staying = list[PruneDecision](), list[PruneDecision](), list[PruneDecision]()
     with contextlib.nullcontext() if dry_run else deciding(runs):
         known = sorted(_decide(runs), key=lambda one: -one.created_unix_s)
         for one in known:
-            seen[one.study] += 1
-            is_newest = keep is not None and seen[one.study] <= keep
+            counts[one.study] += 1
+            is_newest = keep is not None and counts[one.study] <= keep
             if not one.study or not (is_newest or one.created_unix_s >= begun_before):
                 selected.append(one)
         if not dry_run:

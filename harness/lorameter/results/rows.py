@@ -84,10 +84,10 @@ class Settings:
 
     def _validity(self, record: TrialRecord) -> Row:
         own = (record.name, record.side) if record.role == "variant" else None
-        found = [fault for fault in self._faults if not fault.variant or own == (fault.variant, fault.side)]
-        if not found:
+        faults = [fault for fault in self._faults if not fault.variant or own == (fault.variant, fault.side)]
+        if not faults:
             return {"valid": True}
-        return {"valid": False, "invalid_reason": found[0].reason.value, "invalid_message": say_faults(found)}
+        return {"valid": False, "invalid_reason": faults[0].reason.value, "invalid_message": say_faults(faults)}
 
     def _of_variant(self, record: TrialRecord) -> Row:
         variant = self._variants.get(record.name)
@@ -97,11 +97,11 @@ class Settings:
             side = self._run.manifest.sides.get(record.side, {})
             command = side.get("spec") if side.get("kind") == SIDE else variant.command
             return {"method": variant.method_name, "command": command}
-        found = {column.name: _plain(getattr(variant, column.name, None), column) for column in OF_VARIANT}
+        settings = {column.name: _plain(getattr(variant, column.name, None), column) for column in OF_VARIANT}
         if isinstance(variant, Variant) and not variant.is_4bit:
-            found |= dict.fromkeys(OF_4BIT)
+            settings |= dict.fromkeys(OF_4BIT)
         peft = getattr(variant, "peft", None)
-        return found | {"method": variant.method_name, "peft_config": codec.dumps(peft) if peft else None}
+        return settings | {"method": variant.method_name, "peft_config": codec.dumps(peft) if peft else None}
 
     def _of_workload(self, name: str) -> Row:
         workload = None if self._study.of_scripts else self._own.get(name, self._study.workload)
@@ -233,12 +233,12 @@ def comparison_rows(run: Run, study: Study) -> Iterator[Row]:
         metric = validity.primary[phase]
         for variant, ratio in ratios_of(groups, study, metric, control).items():
             sides = {"role": "variant", "base": reference, "candidate": variant}
-            found = discounted(ratio, validity.invalid)
-            yield {**about, **sides, **_compared(variant, metric, found, groups.get((variant, "variant")))}
+            comparison = discounted(ratio, validity.invalid)
+            yield {**about, **sides, **_compared(variant, metric, comparison, groups.get((variant, "variant")))}
         if control is not None:
             sides = {"role": "control", "base": reference, "candidate": reference}
-            found = discounted(control, validity.invalid)
-            yield {**about, **sides, **_compared(reference, metric, found, groups.get((reference, "control")))}
+            comparison = discounted(control, validity.invalid)
+            yield {**about, **sides, **_compared(reference, metric, comparison, groups.get((reference, "control")))}
 
 
 def _rows_of_ab(run: Run, validity: RunValidity) -> Iterator[Row]:
@@ -250,8 +250,8 @@ def _rows_of_ab(run: Run, validity: RunValidity) -> Iterator[Row]:
     for phase, control in validity.controls.items():
         if control is not None:
             sides = {"role": "control", "base": report.base, "candidate": report.base}
-            found = discounted(control, validity.broken)
-            yield sides | _compared(twin, PRIMARY[phase], found, groups.get((twin, "control")))
+            comparison = discounted(control, validity.broken)
+            yield sides | _compared(twin, PRIMARY[phase], comparison, groups.get((twin, "control")))
 
 
 def _compared(variant: str, metric: str, comparison: Comparison, series: Series | None) -> Row:
