@@ -53,7 +53,7 @@ CLAIMS: tuple[Claim, ...] = (
         {
             "attention": (
                 "each backend of attention is recognised, live and in a recording",
-                by_tests(f"{KERNELS}::test_a_forced_backend_is_told_in_both_directions"),
+                by_tests(f"{KERNELS}::test_a_forced_backend_is_recognised_in_both_directions"),
             ),
             "4 bits": (
                 "unpacking and packed products of 4-bit weights are recognised by their kernels",
@@ -65,15 +65,15 @@ CLAIMS: tuple[Claim, ...] = (
             ),
             "paged state": (
                 "only tensors in managed memory count as paged, and some are",
-                by_tests(f"{KERNELS}::test_the_paged_share_is_what_the_driver_says"),
+                by_tests(f"{KERNELS}::test_the_paged_share_is_that_of_the_driver"),
             ),
             "TF32": (
                 "TF32 is recognised by the kernels that ran",
-                by_tests(f"{KERNELS}::test_tf32_is_told_by_flag_by_number_and_by_kernel"),
+                by_tests(f"{KERNELS}::test_flag_number_and_kernel_agree_on_tf32"),
             ),
             "fused optimizer": (
                 "fused and foreach optimizers are recognised by their kernels",
-                by_tests(f"{KERNELS}::test_the_optimizers_implementation_is_told"),
+                by_tests(f"{KERNELS}::test_the_optimizers_implementation_is_recognised"),
             ),
             "wall": (
                 "device events agree with the wall within 1 %",

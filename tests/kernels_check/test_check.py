@@ -59,6 +59,6 @@ def test_an_unknown_path_is_refused_with_the_known_ones():
         (PathObservation(observed=0.75, reason="", satisfies=True), 0.5, "active"),
     ],
 )
-def test_status_follows_from_what_was_seen_and_asked(finding, required, status):
+def test_status_follows_from_observation_and_requirement(finding, required, status):
     """Only a satisfied requirement is active; an unasked path says what was seen."""
     assert finding.against("attention.backend", required).status == status

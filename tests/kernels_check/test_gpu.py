@@ -198,7 +198,7 @@ def test_every_case_is_recorded_by_a_test_and_names_rules_that_exist():
 
 @runs("flash", "cudnn", "efficient", "math")
 @pytest.mark.parametrize("backend", SDPA)
-def test_a_forced_backend_is_told_in_both_directions(training, recorded, verified, backend):
+def test_a_forced_backend_is_recognised_in_both_directions(training, recorded, verified, backend):
     """SDPA with one backend only: the live step and the trace name it and no other, forward and backward."""
     if torch.version.hip:
         pytest.skip("kernels of CUDA: this torch is built for ROCm")
@@ -217,7 +217,7 @@ def test_a_forced_backend_is_told_in_both_directions(training, recorded, verifie
 
 
 @runs("flash on ROCm")
-def test_flash_of_rocm_is_told_by_its_own_names(training, recorded):
+def test_flash_of_rocm_is_recognised_by_its_own_names(training, recorded):
     """AOTriton and CK run below the same operator as CUDA's flash."""
     if not torch.version.hip:
         pytest.skip("AOTriton and CK are ROCm's: this torch is built for CUDA")
@@ -236,7 +236,7 @@ def package_run(training, implementation):
 
 
 @runs("flash_attention_2", "flash_attention_2 before 2.7")
-def test_flash_attention_2_is_told_from_torchs_copy(training, recorded, verified):
+def test_flash_attention_2_is_distinguished_from_torchs_copy(training, recorded, verified):
     """The package's kernels and operators, not those of SDPA; before 2.7 the kernels had no namespace."""
     run = package_run(training, "flash_attention_2")
     try:
@@ -253,7 +253,7 @@ def test_flash_attention_2_is_told_from_torchs_copy(training, recorded, verified
 
 @runs("flash_attention_3", "flash_attention_4")
 @pytest.mark.parametrize("implementation", ["flash_attention_3", "flash_attention_4"])
-def test_later_flash_attention_is_told_by_its_version(training, recorded, implementation):
+def test_later_flash_attention_is_recognised_by_its_version(training, recorded, implementation):
     """Hopper's and Blackwell's packages, each by its own kernels."""
     run = package_run(training, implementation)
     assert run.check("attention.backend").observed == implementation
@@ -262,7 +262,7 @@ def test_later_flash_attention_is_told_by_its_version(training, recorded, implem
 
 
 @runs("flex")
-def test_flex_attention_is_told(training, recorded):
+def test_flex_attention_is_recognised(training, recorded):
     """A template that Inductor fills in; without it flex would be attention written out."""
     pytest.importorskip("triton")
     run = training(device="cuda", attention="flex_attention", tokens=128)
@@ -366,7 +366,7 @@ def is_managed(tensor):
 
 
 @runs("paged optimizer")
-def test_the_paged_share_is_what_the_driver_says(training, recorded, verified):
+def test_the_paged_share_is_that_of_the_driver(training, recorded, verified):
     """State of large tensors lives in managed memory, and the judge's share is the driver's."""
     run = training(device="cuda", rank=1024, make_optimizer=execution_faults.paged_adamw)
     recorded("paged optimizer", run.step, warm=False)  # the state is filled in the first step only
@@ -388,7 +388,7 @@ def test_an_8_bit_optimizer_has_its_rule(training, recorded):
 
 @runs("fused optimizer", "foreach optimizer")
 @pytest.mark.parametrize("fused", [True, False])
-def test_the_optimizers_implementation_is_told(training, recorded, verified, fused):
+def test_the_optimizers_implementation_is_recognised(training, recorded, verified, fused):
     """Fused and foreach by operator and by kernel, each only where it was asked for."""
     options = {"fused": True} if fused else {"foreach": True}
     run = training(device="cuda", make_optimizer=partial(torch.optim.AdamW, lr=1e-3, **options))
@@ -399,7 +399,7 @@ def test_the_optimizers_implementation_is_told(training, recorded, verified, fus
 
 @runs("tf32 on", "tf32 off")
 @pytest.mark.parametrize("on", [True, False])
-def test_tf32_is_told_by_flag_by_number_and_by_kernel(training, recorded, on):
+def test_flag_number_and_kernel_agree_on_tf32(training, recorded, on):
     """The three agree: the live step's kernels and flag, the error against float64, the trace of one product."""
     if torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
         pytest.skip(f"TF32 needs compute capability 8.0: this is {torch.cuda.get_device_name()}")
@@ -488,7 +488,7 @@ def test_unsloths_kernels_have_their_rules(recorded):
 
 
 @runs("Triton by hand")
-def test_a_triton_kernel_is_known_by_what_its_name_says(recorded):
+def test_a_triton_kernel_is_recognised_by_its_name(recorded):
     """Training loops of others name theirs so; nothing else identifies them."""
     triton = pytest.importorskip("triton")
     language = importlib.import_module("triton.language")

@@ -182,7 +182,7 @@ def test_flash_kernels_prove_dtype_and_causality(rule):
         ("ATT-UNSLOTH", "_lh_bwd_pre", "backward"), ("ATT-CUDNN", "knob_7_64x128x128", None),
     ],
 )  # fmt: skip
-def test_names_tell_the_direction(rule, part, direction):
+def test_names_show_the_direction(rule, part, direction):
     """What cuDNN runs around its fused kernels, and kernels whose direction is not spelled out."""
     assert _facts(_named(rule, part)).direction == direction
 

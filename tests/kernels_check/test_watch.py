@@ -281,7 +281,7 @@ def test_a_hook_that_fails_is_no_error_of_the_step(training, monkeypatch):
     ("more", "status"),
     [({"use_cache": False}, "active"), ({"use_cache": True}, "fallback"), ({"use_cache": False, "mask": 1}, "unknown")],
 )
-def test_packed_records_are_judged_by_what_the_model_was_given(training, more, status):
+def test_packed_records_are_judged_by_the_inputs_of_the_model(training, more, status):
     """A mask made of positions isolates them; without one they see each other; a padding mask takes forwards."""
     run = training()
     mask = torch.ones(2, 16, dtype=torch.long)

@@ -73,7 +73,7 @@ def test_a_buffer_that_is_not_saved_is_no_base():
     assert not _judged(*_tuned(nn.Sequential(nn.Linear(8, 8), Remembers(saved=True)))).met
 
 
-def test_what_would_train_with_a_gradient_is_not_frozen():
+def test_parameters_that_would_train_with_a_gradient_are_not_frozen():
     """Such as an expert that no token of these steps was sent to; held by no optimizer, it cannot move."""
     model, optimizer = _tuned(_with_spare())
     model.base_model.model.spare.requires_grad_(True)
@@ -86,7 +86,7 @@ def test_what_would_train_with_a_gradient_is_not_frozen():
     assert "2 base parameters require gradients" in waiting.reason
 
 
-def test_without_an_optimizer_nobody_knows_what_it_holds():
+def test_trainable_parameters_are_unknown_without_an_optimizer():
     """A step that accumulates updates nothing."""
     model, _ = _tuned(_with_spare())
     model.base_model.model.spare.requires_grad_(True)
@@ -134,7 +134,7 @@ def test_an_adapter_merged_for_each_forward_leaves_rounding():
     assert _judged(model, optimizer, inputs=inputs, path="base.bits", required=16).observed == 16
 
 
-def test_what_lies_on_no_device_is_unknown():
+def test_parameters_on_the_meta_device_are_unknown():
     """As layers that are kept on a disk between two forwards."""
     check = _judged(*_tuned(_with_spare(device="meta")))
     assert check.status == "unknown"

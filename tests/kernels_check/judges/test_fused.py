@@ -16,7 +16,7 @@ def _judge(seen, required, *places, **given):
     return judge_fused(observation, required).against("fused.kernels", required)
 
 
-def test_what_is_bound_nowhere_is_counted(training):
+def test_unbound_places_are_counted(training):
     """Each kind with its places; none is required."""
     check = training().check("fused.kernels")
     assert (check.status, check.observed) == ("not_applicable", None)

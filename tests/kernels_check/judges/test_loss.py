@@ -37,7 +37,7 @@ def _passes(*counts, weights=None, tolerance=1e-3, mean=True, sums=None):
         (_passes(20, 20, 20, weights=[1 / 20, 1 / 40, 1 / 40], sums=[0, 1, 1]), True, "all together 1"),
     ],
 )
-def test_what_weights_say(seen, observed, words):
+def test_weights_of_passes_decide(seen, observed, words):
     """Equal ones are right whatever a scaler multiplies them by; a mean over nothing is not a number."""
     finding = judge_tokens(seen, True)
     assert finding.observed is observed
@@ -111,7 +111,7 @@ def test_two_losses_that_go_back_at_once_are_two_passes_of_one_sum(training):
         ({"weigh": lambda scores: scores.exp().detach()}, "unknown", "the loss weighs each token by itself"),
     ],
 )
-def test_a_loss_of_log_probabilities_is_judged_by_what_reaches_each(training, options, status, words):
+def test_a_loss_of_log_probabilities_is_judged_by_their_gradients(training, options, status, words):
     """As TRL's SFTTrainer makes it: the model returns one token less, and no loss that is trained on."""
     run = training()
     ids = run.inputs["input_ids"]

@@ -39,7 +39,7 @@ def test_frozen_parts_are_not_trained(training):
     assert "0 of 5 norms updated" in checks["norms.trained"].reason
 
 
-def test_copies_that_train_count_for_what_they_replace(training):
+def test_copies_that_train_count_for_the_modules_they_replace(training):
     """The originals below them stay frozen by design."""
     run = training(adapter=with_embeddings)
     check = run.check("embedding.trained", True)

@@ -158,7 +158,7 @@ def test_a_flat_sequence_of_layers_is_no_alarm(verified):
         (by_exponential, "eager", "explicit"),
     ],
 )
-def test_each_way_of_writing_it_is_known(verified, compute, backend, mask):
+def test_each_way_of_writing_attention_is_recognised(verified, compute, backend, mask):
     """And its mask, however that was laid over the scores."""
     assert verified(stack(compute, compute), backend).met
     assert verified(stack(compute, compute), mask, path="attention.mask").met

@@ -44,7 +44,7 @@ def _blocks(numbers):
         ("attention_mask", {"full_attention": _blocks(NUMBERS)}),
     ],
 )
-def test_each_way_of_telling(name, value):
+def test_each_input_that_marks_records(name, value):
     """Positions, numbers, cumulated lengths, and masks that count or have blocks."""
     found = find_records({name: value}, 1, 6)
     assert (found.numbers.tolist(), found.by, found.count, found.packed) == (NUMBERS, name, 3, True)
@@ -60,7 +60,7 @@ def test_the_first_that_shows_a_boundary_is_believed():
     assert find_records({"attention_mask": torch.ones(1, 6), "labels": POSITIONS}, 1, 6) is None
 
 
-def test_what_a_mask_hides_is_no_record():
+def test_hidden_tokens_are_in_no_record():
     """At either end; the rest counts from 0."""
     mask = torch.tensor([[0, 1, 1, 1, 1, 0]])
     found = find_records({"position_ids": torch.tensor([[1, 0, 1, 0, 1, 1]]), "attention_mask": mask}, 1, 6)
@@ -88,7 +88,7 @@ def test_rows_of_a_mask_that_were_opened_are_padding():
         ({"cu_seqlens": torch.tensor([0, 4, 2])}, r"cu_seqlens ends at \[2\]"),
     ],
 )
-def test_what_does_not_fit_is_refused(given, words):
+def test_inputs_of_another_size_are_refused(given, words):
     """With both sizes."""
     with pytest.raises(LayoutError, match=words):
         find_records(given, 2, 6)

@@ -91,7 +91,7 @@ def test_exchanges_are_known_by_their_names(name, device):
     assert read_times(events, on_device=True).exchange_s == pytest.approx(0.5)
 
 
-def test_a_session_without_a_gpu_kernel_says_nothing(monkeypatch):
+def test_a_session_without_a_gpu_kernel_has_no_times(monkeypatch):
     """Its steps would be all of the rank's own, whatever it had waited for."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)

@@ -175,7 +175,7 @@ def check(observed, status, *, required=4, path="base.bits"):
     return Check(path=path, required=required, observed=observed, status=status, reason="said")
 
 
-def test_checks_of_ranks_become_those_of_the_worst_which_says_who_differs():
+def test_the_worst_check_of_the_ranks_counts_and_names_those_that_differ():
     """A path that one rank fails is failed, with what each found; one that a rank has no row of is unknown."""
     (merged,) = merge_checks([[check(4, "active")], [check(16, "fallback")]])
     assert merged.status == "fallback"

@@ -64,7 +64,7 @@ def test_a_fault_of_one_rank_is_found_on_both(found, case, path, words):
     assert words in reason
 
 
-def test_what_one_rank_could_not_see_is_unknown_on_both(found):
+def test_a_step_that_one_rank_did_not_see_is_unknown_on_both(found):
     """And neither waits for the other."""
     for rank, words in enumerate(("rank 1: the model was not called", "the model was not called")):
         for status, reason in found[ALONE][rank].values():

@@ -112,7 +112,7 @@ def test_a_damaged_row_is_refused(judge, row, says):
     assert says in refusal(judge, HEADING + row)
 
 
-def test_names_that_hide_what_ran_are_pointed_out(judge):
+def test_cut_and_mangled_names_have_a_notice(judge):
     """The base-name mode of nsys shows FlashAttention-3 as device_kernel; mangled names match no rule."""
     summary = judge("Time (%),Total Time (ns),Instances,Name\n50.0,10,1,device_kernel\n50.0,10,1,_ZN5flash3fwdEv\n")
     assert summary.unclassified.time_share == 1.0

@@ -40,7 +40,7 @@ def judge(tmp_path):
     return judged
 
 
-def test_what_a_step_spent_its_time_on(judge):
+def test_shares_of_a_step(judge):
     """Shares and milliseconds by category, attention and 4-bit paths with what their names prove."""
     summary = judge([
         kernel(NF4, 0, 100), kernel(DOUBLE, 100, 20), kernel(GEMM, 120, 480), kernel(FLASH, 600, 200),
@@ -93,7 +93,7 @@ def test_a_softmax_kernel_needs_its_operator_to_name_the_backend(judge, operator
     assert summary.device == "gpu"
 
 
-def test_a_recording_of_an_amd_gpu_is_said_to_be_one(judge):
+def test_a_recording_of_an_amd_gpu_has_a_notice(judge):
     """By the kernel that takes most of its time of those that only ROCm has; CUDA's are no such."""
     product, copy = NAMES["kernels"]["GEMM-AMD"][0], "__amd_rocclr_copyBuffer"
     notices = judge([kernel(copy, 0, 1), kernel(product, 1, 9), kernel(ADD, 10, 20)]).notices
@@ -228,7 +228,7 @@ def test_a_real_trace_of_a_cpu_names_flash_and_dequantizing(tmp_path, monkeypatc
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 @pytest.mark.parametrize("wrap", [lambda events: {"traceEvents": events}, lambda events: events])
-def test_content_decides_what_a_file_is(tmp_path, wrap, pack, bom):
+def test_content_decides_the_kind_of_a_file(tmp_path, wrap, pack, bom):
     """Plain or packed, object or bare list, with or without a byte order mark, whatever the file is called."""
     path = tmp_path / "recording.data"
     path.write_bytes(pack(bom + json.dumps(wrap([kernel(GEMM, 0, 10)])).encode()))

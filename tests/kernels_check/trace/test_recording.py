@@ -63,7 +63,7 @@ def refusal_of(tmp_path, content):
         (b"Processing ...\nSKIPPED: r.sqlite does not contain CUDA kernel data.\n", "where it says SKIPPED"),
     ],
 )  # fmt: skip
-def test_what_is_no_recording_is_refused(tmp_path, content, says):
+def test_other_files_are_refused(tmp_path, content, says):
     """The message says what was found, and what to do."""
     message = refusal_of(tmp_path, content)
     assert says in message

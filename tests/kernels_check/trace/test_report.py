@@ -25,7 +25,7 @@ def recording(tmp_path):
     return path
 
 
-def test_tables_show_what_the_document_holds(recording, capsys, monkeypatch):
+def test_tables_show_the_document(recording, capsys, monkeypatch):
     """Names of kernels are text and no markup."""
     monkeypatch.setenv("COLUMNS", "160")
     assert main(["trace", str(recording)]) == 0
