@@ -1,15 +1,12 @@
 """The hook in a child: attached where there is a training, and nowhere else."""
 
-import importlib.metadata
 import os
 import subprocess
 import sys
 import textwrap
-import venv
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 
 from lorameter.records import store
 
@@ -107,36 +104,18 @@ def test_a_script_that_never_trains_is_unchanged(wrapped, script, tmp_path):
     assert (done.stdout.split(), events) == (expected, []), done.stderr
 
 
-def make_interpreter(folder):
-    """A virtual environment with torch and the packages that it needs."""
-    venv.create(folder, symlinks=True)
-    (site,) = folder.glob("lib/python*/site-packages")
-    wanted, known = ["torch"], set()
-    while wanted:
-        found = importlib.metadata.distribution(wanted.pop())
-        if found.name in known:
-            continue
-        known.add(found.name)
-        required = map(Requirement, found.requires or ())
-        wanted += [one.name for one in required if one.marker is None or one.marker.evaluate({"extra": ""})]
-        for name in {path.parts[0] for path in found.files} - {"..", "__pycache__"}:
-            if not (site / name).exists():
-                (site / name).symlink_to(Path(found.locate_file(name)))
-    return str(folder / "bin" / "python")
-
-
 def test_an_interpreter_without_the_needed_packages_is_not_measured(script, tmp_path):
     """Its training runs as ever, and the command that wraps it names the package and how to install it."""
-    python = make_interpreter(tmp_path / "bare")
-    words = [sys.executable, "-m", "lorameter.cli", "wrap", "--no-report", "--runs-dir", "runs", "--", python]
+    without = "import sys\nsys.modules['msgspec'] = None  # as if it were not installed\n" + textwrap.dedent(LOOP)
+    words = [sys.executable, "-m", "lorameter.cli", "wrap", "--no-report", "--runs-dir", "runs", "--", sys.executable]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'harness'}:{ROOT}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*words, script("print('loss', train(20))")], cwd=tmp_path, env=environment, capture_output=True, text=True,
-        timeout=240, check=False,
+        [*words, script("print('loss', train(20))", loop=without)], cwd=tmp_path, env=environment, capture_output=True,
+        text=True, timeout=240, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout[:5]) == (0, "loss "), done.stderr
     assert not store.list_runs(tmp_path / "runs")
-    assert f"a training in this process is not measured: {python} lacks msgspec" in done.stderr
+    assert f"a training in this process is not measured: {sys.executable} lacks msgspec" in done.stderr
     assert "nothing was measured: " in done.stderr
-    assert f"{python} -m pip install msgspec" in done.stderr
+    assert f"{sys.executable} -m pip install msgspec" in done.stderr
     assert "no optimizer" not in done.stderr
