@@ -29,7 +29,7 @@ from lorameter.attach.observer import say
 from lorameter.errors import UsageError, redact, shorten
 from lorameter.machine.processes import exit_words
 from lorameter.records import store
-from lorameter.records.record import UNDER_WAY, Failure, Notice, TrialRecord
+from lorameter.records.record import Failure, Notice, TrialRecord
 from lorameter.records.store import RunWriter
 from lorameter.studies.script import hide_credentials
 
@@ -224,7 +224,7 @@ def _exit_words(code: int) -> str:
 def _judge_end(record: TrialRecord, code: int) -> TrialRecord:
     """The record of a training whose command ended with this code; the same where there is nothing to add."""
     ended = f"the command ended with {_exit_words(code)}"
-    if record.failure is not None and record.failure.kind == UNDER_WAY:
+    if record.under_way:
         message = f"{ended} before its training did"
         if code == 128 + signal.SIGKILL:
             message += ": killed from outside, or by the kernel for want of memory (see dmesg)"

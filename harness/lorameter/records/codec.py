@@ -96,7 +96,8 @@ def from_json(cls: type[T], data: Any, where: str, *, strict: bool = False) -> T
         cls = _form(cls, data)
         for path, key, value, known in _unknown_keys(cls, data, ""):
             near = difflib.get_close_matches(key, known, n=1)
-            raise impossible(where, f"{path}.{key}".lstrip("."), value, "unknown key", _remedy_of(near))
+            remedy = f"Did you mean {near[0]}?" if near else "Take it out."
+            raise impossible(where, f"{path}.{key}".lstrip("."), value, "unknown key", remedy)
         return msgspec.convert(data, cls, strict=strict, str_keys=True, dec_hook=decode)
     except msgspec.ValidationError as error:
         raise _refusal(str(error), cls, data, where, strict=strict) from None
@@ -108,10 +109,6 @@ def from_json(cls: type[T], data: Any, where: str, *, strict: bool = False) -> T
             raise
         named = where.rpartition(", ")[2].strip("[]")  # a message may begin with a part of the file
         raise UsageError(f"{where}: {message.removeprefix(f'{named}: ')}") from None
-
-
-def _remedy_of(near: list[str]) -> str:
-    return f"Did you mean {near[0]}?" if near else "Take it out."
 
 
 @functools.cache

@@ -145,6 +145,11 @@ class TrialRecord(PartialRecord, frozen=True, kw_only=True, forbid_unknown_field
         return self.status in FINAL_STATUSES
 
     @property
+    def under_way(self) -> bool:
+        """Whether it was written before its trial had ended."""
+        return self.failure is not None and self.failure.kind == UNDER_WAY
+
+    @property
     def disturbed(self) -> bool:
         """Whether the trial is invalid because of its surroundings, and for no fault of its own."""
         return self.failure is not None and self.failure.kind == DISTURBED

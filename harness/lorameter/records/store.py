@@ -31,7 +31,7 @@ from lorameter.records.fileio import write_document, write_whole
 from lorameter.records.locks import alone, is_locked
 from lorameter.records.os_errors import translate_os_errors, translate_write_errors
 from lorameter.records.packed import is_packed, unpacked
-from lorameter.records.record import SCHEMA, UNDER_WAY, Line, Notice, TrialRecord, require_readable
+from lorameter.records.record import SCHEMA, Line, Notice, TrialRecord, require_readable
 from lorameter.records.trials import TRIALS as TRIALS
 from lorameter.records.trials import EvidenceFile, LostEvidenceError, line_of, read_trials, remove_steps, with_steps
 from lorameter.records.worker_info import BaseSummary
@@ -318,18 +318,13 @@ def _read(path: Path, name: str, folder: Path) -> Run:
     return Run(
         path=path,
         manifest=manifest,
-        records=tuple(_as_far_as_it_came(record, path) for record in latest),
+        records=tuple(with_steps(record, path) if record.under_way else record for record in latest),
         damaged_lines=cut_short + without_evidence,
         without_evidence=without_evidence,
         measured_again=_measured_again(records),
         disturbed=tuple(record for record in records if record.disturbed and record != counted.get(record.trial)),
         live=is_live(path, manifest),
     )
-
-
-def _as_far_as_it_came(record: TrialRecord, path: Path) -> TrialRecord:
-    under_way = record.failure is not None and record.failure.kind == UNDER_WAY
-    return with_steps(record, path) if under_way else record
 
 
 def _latest(records: Sequence[TrialRecord], manifest: Manifest) -> tuple[TrialRecord, ...]:

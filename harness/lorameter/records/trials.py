@@ -164,13 +164,10 @@ def read_trials(folder: Path, name: str) -> Iterator[TrialRecord | codec.NotJson
         for line in fileio.journal_lines(folder / TRIALS):
             try:
                 stored = _read_line(line, f"{name}, {TRIALS}", folder / TRIALS)
-                yield _with_checks(stored, evidence.find(stored.checks))
+                fields = {field: getattr(stored, field) for field in _KEPT}
+                yield TrialRecord(checks=evidence.find(stored.checks), **fields)
             except (codec.NotJsonError, LostEvidenceError) as error:
                 yield error
-
-
-def _with_checks(stored: StoredRecord, checks: tuple[dict[str, Any], ...]) -> TrialRecord:
-    return TrialRecord(checks=checks, **{name: getattr(stored, name) for name in _KEPT})
 
 
 def _read_line(line: str, where: str, source: Path) -> StoredRecord:

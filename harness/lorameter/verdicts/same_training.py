@@ -18,7 +18,7 @@ from lorameter.records.metrics import losses_of_steps, real_tokens_of_steps
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.store import Run
 from lorameter.records.units import first_few, format_ratio
-from lorameter.stats import Comparison, compare_trials
+from lorameter.stats import compare_trials
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
 from lorameter.verdicts.series import Series, group_trials, is_difference
@@ -137,7 +137,13 @@ def compare_losses(sides: ScriptPair) -> LossAgreement:
     steps = min(map(len, (*base, *candidate)))
     try:
         first, trend = (
-            _compare([one[begin:end] for one in base], [one[begin:end] for one in candidate])
+            compare_trials(
+                [one[begin:end] for one in base],
+                [one[begin:end] for one in candidate],
+                pairing="turn",
+                tolerance=TOLERANCE,
+                margin=MARGIN,
+            )
             for begin, end in ((0, 1), (0, steps))
         )
     except ValueError as error:
@@ -181,10 +187,6 @@ def _scatter(losses: Sequence[float]) -> list[float]:
     """Log ratios of each loss to its neighbours, in which no trend is."""
     logs = [math.log(loss) for loss in losses]
     return [logs[place] - (logs[place - 1] + logs[place + 1]) / 2 for place in range(1, len(logs) - 1)]
-
-
-def _compare(base: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]]) -> Comparison:
-    return compare_trials(base, candidate, pairing="turn", tolerance=TOLERANCE, margin=MARGIN)
 
 
 def sameness_notices(run: Run, study: Study) -> Iterator[Notice]:
