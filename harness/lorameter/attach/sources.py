@@ -235,6 +235,8 @@ class OptimizerSource:
 
     def _begin_update(self) -> None:
         if self._steps is not None:
+            if self._steps.passes_in_update:
+                self._steps.open_step()
             self._steps.begin_update()
 
     def _end_update(self, optimizer: Any) -> None:
@@ -271,9 +273,10 @@ class OptimizerSource:
         return this_process().begin(self, "optimizer", find_root(parameters), self._make, parameters=parameters)
 
     def _watch_next(self, steps: Steps) -> None:
-        """A step that is to be watched is opened when a module of the model is called: after the last step none is."""
+        """A step that is to be watched is opened when a module of the model is called: after the last step none is.
+        Where the closure of an update calls the model, the step is opened before the update."""
         model = steps.training.module
-        if model is None or not steps.watch_is_due:
+        if model is None or steps.passes_in_update or not steps.watch_is_due:
             return
         trained, parts = model.training, frozenset(map(id, model.modules()))
 

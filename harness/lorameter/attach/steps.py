@@ -144,6 +144,9 @@ class Steps:
         """Whether the training has ended."""
         self.within = True
         """Whether what happens is part of a step."""
+        self.passes_in_update = False
+        """Whether a backward pass ran inside an update, as in the closure of LBFGS."""
+        self._updating = False
         self._passes = 0
         """Backward passes under way; one that checkpointing begins inside another is a part of that."""
         self._loaders = Loaders()
@@ -207,17 +210,20 @@ class Steps:
     def begin_update(self) -> None:
         """An optimizer's update begins."""
         if self._active:
+            self._updating = True
             self.begin_part("optimizer")
 
     def end_update(self) -> None:
         """It has ended."""
         if self._active:
+            self._updating = False
             self.end_part("optimizer")
 
     def _begin_backward(self, args: tuple[Any, ...]) -> None:
         self._passes += 1
         if self._passes > 1 or not self._active:
             return
+        self.passes_in_update = self.passes_in_update or self._updating
         if args and _is_scalar(args[0]):
             self._roots.append(args[0].detach())
         self._batches += self._loaders.take()
