@@ -21,7 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.gpu import page, report
+from benchmarks.gpu import forecast, page, report
 from benchmarks.gpu.attempt import Ended, attempt
 from benchmarks.gpu.claims import CLAIMS
 from benchmarks.gpu.evidence import Evidence, newest_run
@@ -88,6 +88,8 @@ def main(variables: Mapping[str, str], arguments: list[str] | None = None) -> in
         decisions=decisions,
     )  # fmt: skip
     print(report.text(campaign), end="")
+    if rehearsing:
+        print(f"\nWhat each call of ten minutes decides:\n\n{forecast.table(STEPS, CLAIMS)}")
     if not rehearsing:
         print(f"written to {report.write(campaign, page.REPORTS, state)}", file=sys.stderr)
         page.rewrite(CLAIMS)

@@ -7,12 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import forecast
 from benchmarks.gpu.claim import Claim
+from benchmarks.gpu.steps import STEPS
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "gpu.md"
 REPORTS = ROOT / "reports"
 BEGIN, END = "<!-- written by `make gpu` from here -->", "<!-- up to here -->"
+FORECAST = """## What each call decides
+
+A rehearsal by a clock, without a GPU: each step takes what is expected of it on an H100, or 1.5 times that. What is
+expected is assumed; `make gpu GPU_OPTIONS=--list` prints it."""
 WORDS = {"confirmed": "confirmed", "refuted": "**refuted**", "not decided": "not decided"}
 
 
@@ -60,7 +66,7 @@ def rewritten(page: str, claims: Sequence[Claim], found: Sequence[dict[str, Any]
     if page.count(BEGIN) != 1 or page.count(END) != 1:
         raise ValueError(f"{PAGE.name}: the lines {BEGIN!r} and {END!r} are expected once each")
     before, rest = page.split(BEGIN)
-    parts = (BEGIN, summary(claims, found), table(claims, found), END)
+    parts = (BEGIN, summary(claims, found), table(claims, found), FORECAST, forecast.table(STEPS, claims), END)
     return before + "\n\n".join(parts) + rest.split(END)[1]
 
 

@@ -158,5 +158,6 @@ def test_without_a_gpu_a_step_is_rehearsed_and_no_claim_is_decided(tmp_path, mon
     printed = capsys.readouterr().out
     assert "There is no GPU here" in printed
     assert "planned, not measured" in printed
+    assert "What each call of ten minutes decides" in printed
     assert "0 confirmed; 0 refuted" in printed
     assert (page.read_text(), sorted(reports.iterdir())) == before

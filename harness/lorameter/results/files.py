@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,12 +33,14 @@ from lorameter.verdicts.validity import run_validity
 
 SCHEMA = 1
 """Version of the JSON document. 1: first form."""
+GROUP_ROWS = 100_000
+"""Rows of a parquet file that are in memory at once."""
 TABULAR = ("csv", "parquet")
 OF_TRENDS = ("github-action-benchmark", "bencher")
 
 
 def text_of(run: Run, form: str, *, table: TableName | None = None, metrics: Sequence[str] = ()) -> Iterator[str]:
-    """A run as text in one of the formats, in parts.
+    """A run as text in one of the formats, in parts: a table of samples may be larger than the memory.
 
     Args:
         run: what was measured.
@@ -52,7 +55,7 @@ def text_of(run: Run, form: str, *, table: TableName | None = None, metrics: Seq
     if form == "csv" and table is not None:
         return csv_of(table, table_of(run, table))
     if form == "json":
-        return iter((_json_of(run),))
+        return _json_of(run)
     if form in OF_TRENDS:
         encode = encode_action if form == "github-action-benchmark" else encode_bencher
         return iter((json.dumps(encode(run, metrics), allow_nan=False), "\n"))
@@ -76,7 +79,7 @@ def write_tables(run: Run, form: str, output: Path, table: TableName | None = No
                 with draft.open("w", encoding="utf-8", errors="replace", newline="") as file:
                     file.writelines(csv_of(name, rows))
             else:
-                frame_of(name, list(rows)).to_parquet(draft, index=False)
+                _write_parquet(name, rows, draft)
     return list(targets.values())
 
 
@@ -105,14 +108,28 @@ def csv_of(table: TableName, rows: Iterable[Row]) -> Iterator[str]:
         yield writer.writerow(row)
 
 
-def _json_of(run: Run) -> str:
+def _write_parquet(table: TableName, rows: Iterable[Row], target: Path) -> None:
+    """Write a table, a group of rows at a time."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    left = iter(rows)
+    schema = pa.Schema.from_pandas(frame_of(table, []), preserve_index=False)
+    with parquet.ParquetWriter(target, schema) as writer:
+        while part := list(itertools.islice(left, GROUP_ROWS)):
+            writer.write_table(pa.Table.from_pandas(frame_of(table, part), schema, preserve_index=False))
+
+
+def _json_of(run: Run) -> Iterator[str]:
     """All four tables in one JSON document, each row an object of its columns."""
-    tables = {
-        name: [{column: row.get(column) for column in names_of(name)} for row in table_of(run, name)]
-        for name in get_args(TableName)
-    }
-    document = codec.to_json({"schema": SCHEMA, "run": run.manifest.run, **tables})
-    return json.dumps(document, allow_nan=False) + "\n"
+    yield f'{{"schema": {SCHEMA}, "run": {json.dumps(run.manifest.run)}'
+    for name in get_args(TableName):
+        yield f', "{name}": ['
+        for place, row in enumerate(table_of(run, name)):
+            values = codec.to_json({column: row.get(column) for column in names_of(name)})
+            yield (", " if place else "") + json.dumps(values, allow_nan=False)
+        yield "]"
+    yield "}\n"
 
 
 def _refusals(output: Path) -> contextlib.AbstractContextManager[None]:
