@@ -34,3 +34,12 @@ def test_products_on_a_known_gpu(rate, share):
     if any(stated.device.endswith(name) for name in (" T4", " L4")):
         share = 0.3  # GPUs of 70 W throttle on products
     assert share <= measure_peak("cuda", rate).per_s / stated.per_s <= limit
+
+
+@pytest.mark.gpu
+def test_copies_on_a_known_gpu():
+    """At least 70 % of the vendor's bandwidth, and never more than it."""
+    stated = stated_peak(torch.cuda.get_device_name(), "memory")
+    if stated is None:
+        pytest.skip(f"no figure for {torch.cuda.get_device_name()}")
+    assert 0.7 <= measure_peak("cuda", "memory").per_s / stated.per_s <= 1.0
