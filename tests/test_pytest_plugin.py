@@ -1,4 +1,4 @@
-"""The main front door: what pytest-benchmark saves, compares and refuses.
+"""Tests of the pytest plugin: what pytest-benchmark saves, compares and refuses.
 
 The session is real; at the one seam stands a fake executor with exact numbers, so that no clock decides a test. That
 the real executor gives such records is shown by `run/workers/test_local.py` and by `contract/test_measured.py`.
@@ -141,7 +141,7 @@ def test_cold_start(replay):
 
 @pytest.fixture
 def suite(pytester, monkeypatch):
-    """A benchmark folder with the fake at the seam; returns a function that runs pytest on it."""
+    """A benchmark folder with the fake executor; returns a function that runs pytest on it."""
     pytester.makeconftest(FAKE)
     pytester.makepyfile(test_variants=TESTS)
     (pytester.path / "small.toml").write_text(STUDY)
@@ -162,14 +162,14 @@ def saved(suite, pattern):
 
 
 def test_the_plan_runs_once_for_all_tests_and_is_on_disk(suite, base):
-    """Six tests, one run with all trials, control included."""
+    """Six tests replay one run on disk that has all trials and the control."""
     trials = [json.loads(line)["trial"] for line in (base / "trials.jsonl").read_text().splitlines()]
     assert sum(not trial.endswith("-isolated") for trial in trials) == 2 * 3
     assert len(saved(suite, "*base")["benchmarks"]) == 6
 
 
 def test_k_selects_and_keeps_the_reference(suite):
-    """One test of one variant still measures the reference and the control, and only its phase; --lorameter-html writes
+    """A single selected test also measures the reference and the control, in its phase only; --lorameter-html writes
     the report as a page."""
     suite("-k", "train_step and nf4", "--lorameter-html=page.html").assert_outcomes(passed=1, deselected=5)
     (run,) = (suite.path / ".lorameter" / "runs").iterdir()
@@ -184,7 +184,7 @@ def test_k_selects_and_keeps_the_reference(suite):
 
 
 def test_comparing_two_runs_works_as_pytest_benchmark_documents(suite, base, monkeypatch):
-    """--benchmark-compare shows both, and --benchmark-compare-fail fails on a slower one."""
+    """--benchmark-compare shows both runs, and --benchmark-compare-fail fails on a slower one."""
     monkeypatch.setenv("NF4_STEP", "0.2")
     slower = suite("--benchmark-compare", "--benchmark-compare-fail=mean:10%")
     slower.stderr.fnmatch_lines(["*Performance has regressed*"])
@@ -194,7 +194,7 @@ def test_comparing_two_runs_works_as_pytest_benchmark_documents(suite, base, mon
 
 
 def test_unlike_runs_are_not_compared(suite, base):
-    """Another workload is refused, and what differs is named."""
+    """A run of another workload is refused, and the error names the difference."""
     (suite.path / "small.toml").write_text(STUDY.replace("batch_size = 2", "batch_size = 1"))
     result = suite("--benchmark-compare")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
@@ -202,13 +202,13 @@ def test_unlike_runs_are_not_compared(suite, base):
 
 
 def test_skip_measures_nothing(suite):
-    """--benchmark-skip skips the tests, and no process is started."""
+    """--benchmark-skip skips the tests and starts no process."""
     suite("--benchmark-skip").assert_outcomes(skipped=6)
     assert not suite.measured()
 
 
 def test_disable_measures_nothing_and_stores_nothing(suite):
-    """Each test runs up to its replay and is skipped there, with the reason."""
+    """With --benchmark-disable each test is skipped before its replay, with the reason."""
     result = suite("--benchmark-disable", "--benchmark-save=none", "-rs")
     result.assert_outcomes(skipped=6)
     result.stdout.fnmatch_lines(["lorameter: --benchmark-disable: nothing*", "SKIPPED*--benchmark-disable: nothing*"])
@@ -220,7 +220,7 @@ def test_disable_measures_nothing_and_stores_nothing(suite):
 
 
 def test_cprofile_is_refused_with_its_reason(suite):
-    """A replay has nothing to profile."""
+    """A replay executes nothing that could be profiled."""
     result = suite("--benchmark-cprofile=tottime")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*--benchmark-cprofile*replay*"])
@@ -228,7 +228,7 @@ def test_cprofile_is_refused_with_its_reason(suite):
 
 
 def test_a_failed_trial_fails_its_tests_and_no_other(suite, monkeypatch):
-    """The status, the message and the log are in the failure; the exit code says so."""
+    """The failure shows the status, the message and the log; the exit code reports it."""
     monkeypatch.setenv("FAILING", "nf4")
     result = suite("--benchmark-save=x")
     result.assert_outcomes(passed=3, failed=3)
@@ -238,7 +238,7 @@ def test_a_failed_trial_fails_its_tests_and_no_other(suite, monkeypatch):
 
 
 def test_a_control_that_fails_makes_the_session_fail(suite, monkeypatch):
-    """Every test passes and the run is still no pass: the reference differs from itself."""
+    """The session fails although every test passes, because the reference differs from its own control."""
     monkeypatch.setenv("BAD_CONTROL", "1")
     result = suite()
     result.assert_outcomes(passed=6)
@@ -248,13 +248,13 @@ def test_a_control_that_fails_makes_the_session_fail(suite, monkeypatch):
 
 @pytest.fixture(scope="module")
 def measured_once(tmp_path_factory):
-    """Where the first test that needs a base leaves what it measured, for the others."""
+    """The folder in which the first test that needs a base stores its run for the other tests."""
     return tmp_path_factory.mktemp("base")
 
 
 @pytest.fixture
 def base(suite, measured_once):
-    """The suite measured once: the directory of that run, and a policy that lets inconclusive comparisons pass."""
+    """The run of the suite, measured once, and a policy that accepts inconclusive comparisons."""
     kept = (".lorameter", ".benchmarks")
     if not any(measured_once.iterdir()):
         suite("--benchmark-save=base").assert_outcomes(passed=6)
@@ -270,7 +270,7 @@ def base(suite, measured_once):
 
 
 def test_a_base_gates_the_session(suite, base, monkeypatch):
-    """An inconclusive verdict fails by default; a slower variant fails under any policy, with exit code 1."""
+    """An inconclusive verdict fails by default; a slower variant fails with any policy, with exit code 1."""
     same = suite(f"--lorameter-base={base.name}")
     same.assert_outcomes(passed=6)
     assert same.ret == pytest.ExitCode.TESTS_FAILED
@@ -283,7 +283,8 @@ def test_a_base_gates_the_session(suite, base, monkeypatch):
 
 
 def test_the_word_baseline_is_the_accepted_run(suite, base):
-    """Before anything is accepted every verdict is no_baseline and the session fails; afterwards it is compared."""
+    """Without an accepted run every verdict is no_baseline and the session fails; afterwards the session is compared
+    with the accepted run."""
     none = suite("--lorameter-base=baseline", "--lorameter-policy=open.toml")
     none.assert_outcomes(passed=6)
     assert none.ret == pytest.ExitCode.TESTS_FAILED
@@ -300,7 +301,7 @@ def test_the_word_baseline_is_the_accepted_run(suite, base):
     (["--lorameter-base=BASE", "--benchmark-disable"], "*measures nothing that could be judged*"),
 ])  # fmt: skip
 def test_a_bad_base_is_refused_before_anything_is_measured(suite, base, options, said):
-    """One line, exit code 4 of pytest, and no trial."""
+    """A bad base prints one line, exits with pytest's code 4 and measures no trial."""
     result = suite(*(option.replace("BASE", base.name) for option in options))
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([said])
@@ -308,7 +309,7 @@ def test_a_bad_base_is_refused_before_anything_is_measured(suite, base, options,
 
 
 def test_an_unlike_base_is_refused_before_anything_is_measured(suite, base):
-    """The difference is known from the study alone, hours before the end."""
+    """The study alone shows the difference, before any measurement."""
     (suite.path / "small.toml").write_text(STUDY.replace("r = 4", "r = 8"))
     result = suite(f"--lorameter-base={base}")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
@@ -317,7 +318,7 @@ def test_an_unlike_base_is_refused_before_anything_is_measured(suite, base):
 
 
 def test_a_gate_with_nothing_to_judge_does_not_pass(suite, base):
-    """The base is named and every benchmark is deselected."""
+    """The session fails when a base is given and every benchmark is deselected."""
     (suite.path / "test_other.py").write_text("def test_other():\n    pass\n")
     result = suite("-k", "test_other", f"--lorameter-base={base}")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
@@ -325,7 +326,7 @@ def test_a_gate_with_nothing_to_judge_does_not_pass(suite, base):
 
 
 def test_an_exception_in_the_gate_is_no_pass(suite, base):
-    """The session fails with the traceback, and everything else is still reported."""
+    """The session fails with the traceback, and the rest of the report is still printed."""
     text = FAKE + "\nimport lorameter.commands.pytest_session\nlorameter.commands.pytest_session.compare = None\n"
     (suite.path / "conftest.py").write_text(text)
     result = suite(f"--lorameter-base={base}", "--lorameter-policy=open.toml")
@@ -335,7 +336,7 @@ def test_an_exception_in_the_gate_is_no_pass(suite, base):
 
 
 def test_a_run_that_broke_off_is_gone_on_with_and_replayed(suite, base):
-    """What the session had not measured is measured, and its tests replay all of it, to be saved as ever."""
+    """A resumed session measures the missing trials, and its tests replay and save the whole run."""
     lines = (base / "trials.jsonl").read_text().splitlines(keepends=True)
     (base / "trials.jsonl").write_text("".join(lines[:4]))
     manifest = base / "manifest.json"
@@ -351,7 +352,7 @@ def test_a_run_that_broke_off_is_gone_on_with_and_replayed(suite, base):
 
 
 def test_a_project_that_does_not_attach_is_left_alone(pytester):
-    """Options exist; nothing else happens, and machine_info is pytest-benchmark's."""
+    """The plugin only adds its options; machine_info is pytest-benchmark's."""
     pytester.makepyfile("def test_x(benchmark): benchmark(lambda: 1)")
     result = pytester.runpytest_subprocess("--benchmark-json=out.json", *LEAN)
     result.assert_outcomes(passed=1)
@@ -359,7 +360,8 @@ def test_a_project_that_does_not_attach_is_left_alone(pytester):
 
 
 def test_a_suite_that_forgot_to_attach_is_told_how(pytester):
-    """Beside pytest's own words for a fixture that it does not find; another project's missing fixture is its own."""
+    """A missing fixture of lorameter gets a hint next to pytest's own message; another project's missing fixture gets
+    none."""
     pytester.makeini("[pytest]\nmarkers = lorameter(phase): a phase")
     pytester.makepyfile(TESTS + "\ndef test_of_others(replay): pass\n")
     result = pytester.runpytest_subprocess(*LEAN)
@@ -368,7 +370,8 @@ def test_a_suite_that_forgot_to_attach_is_told_how(pytester):
 
 
 def test_a_dry_run_shows_the_plan_and_measures_nothing(suite):
-    """Order, level, time, memory and disk; each test says why it is skipped, and options of the plan count."""
+    """The plan shows order, interleaving, time, memory and disk; each test gives the reason of its skip, and plan
+    options apply."""
     result = suite("--lorameter-dry-run", "--lorameter-replicates=2", "-rs")
     result.assert_outcomes(skipped=6)
     result.stdout.fnmatch_lines(
@@ -381,7 +384,7 @@ def test_a_dry_run_shows_the_plan_and_measures_nothing(suite):
 
 @pytest.mark.selftest
 def test_commands_are_benchmarks_like_any_other(suite, monkeypatch):
-    """Real processes that take turns: saved, and a slower script fails the session by its name."""
+    """Commands run in real processes that take turns and are saved; a slower script fails the session by name."""
     monkeypatch.setenv("REAL", "1")
     monkeypatch.setenv("MARK", str(suite.path / "mark"))
     shutil.copy(Path(__file__).parent / "run" / "scripted.py", suite.path)
@@ -411,7 +414,7 @@ def sites_of(run):
 
 @pytest.mark.skipif(len(cores_of(os.sched_getaffinity(0))) < 2, reason="two sites of a CPU need two of its cores")
 def test_replicates_are_measured_on_several_sites_and_replayed(suite, monkeypatch):
-    """As the study says."""
+    """The study sets the sites."""
     pretended = str(Path(__file__).parent / "run" / "sites" / "pretended")
     monkeypatch.setenv("PYTHONPATH", pretended, prepend=os.pathsep)
     monkeypatch.setenv("LORAMETER_EXECUTOR", "pretending")

@@ -1,4 +1,4 @@
-"""Small trainings, and observers that keep what is reported to them."""
+"""Fixtures of small trainings, and observers that record what the hook reports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Listener:
-    """An observer that keeps what is reported; `answers` are its replies after the begin and after each step."""
+    """An observer that records all reports; `answers` are its replies to the begin and to each step."""
 
     def __init__(self, *answers):
         self.answers = list(answers)
@@ -45,7 +45,7 @@ class Listener:
 
 
 class Clock:
-    """A clock that advances a little with each reading, and by `wait`."""
+    """A clock that advances a little with each reading, and by a given time with `wait`."""
 
     def __init__(self):
         self._now_s = 0.0
@@ -60,7 +60,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The clock of the steps, replaced."""
+    """Replace the clock of the steps."""
     planted = Clock()
     monkeypatch.setattr(time, "perf_counter", planted)
     return planted
@@ -68,7 +68,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def unattached():
-    """A process that follows nothing yet, whatever other tests did in it."""
+    """Reset the process to its state before any training was observed."""
     this_process.cache_clear()
     yield
     this_process.cache_clear()
@@ -86,13 +86,13 @@ def listener():
 
 @pytest.fixture(scope="module")
 def make_model():
-    """A function that makes the same llama of two layers with an adapter each time."""
+    """A function that builds the same two-layer llama with an adapter each time."""
     return tiny_model
 
 
 @pytest.fixture(scope="module")
 def rows():
-    """Rows of 16 tokens, half of them padded from the twelfth on and without a label on the first four."""
+    """Rows of 16 tokens; half of them are padded from the twelfth token on and have no label on the first four."""
     torch.manual_seed(0)
     ids = torch.randint(3, 96, (64, 16))
     made = []
@@ -155,7 +155,7 @@ class Follower:
 
 @pytest.fixture
 def wrapped(tmp_path):
-    """A function that runs a command with the hook in it and returns the process and the events of its follower."""
+    """A function that runs a command with the hook installed and returns the process and the events of its follower."""
     import json
 
     (tmp_path / "site").mkdir()

@@ -1,4 +1,4 @@
-"""The hook in a child: attached where there is a training, and nowhere else."""
+"""Tests of the hook in a child process: it attaches to a process that trains and to no other."""
 
 import os
 import subprocess
@@ -40,7 +40,7 @@ def script(tmp_path):
 
 @pytest.mark.faults
 def test_data_workers_and_forks_are_not_followed(wrapped, script):
-    """Spawned workers import the script, forks inherit a training, one that trains itself does it unseen."""
+    """Spawned and forked data workers, and a forked child that trains itself, send no events."""
     text = """
         import os
         class Rows(torch.utils.data.Dataset):
@@ -66,7 +66,8 @@ def test_data_workers_and_forks_are_not_followed(wrapped, script):
 
 @pytest.mark.faults
 def test_what_forks_after_a_watched_step_comes_to_its_end(wrapped, script):
-    """Data workers, and a child that ends by itself, which would wait for a thread that the profiler has left."""
+    """After a watched step, forked data workers and a forked child exit and do not wait for a thread of the
+    profiler."""
     text = """
         import os
         class Rows(torch.utils.data.Dataset):
@@ -89,8 +90,8 @@ def test_what_forks_after_a_watched_step_comes_to_its_end(wrapped, script):
 
 
 def test_a_script_that_never_trains_is_unchanged(wrapped, script, tmp_path):
-    """Nothing of lorameter is imported in it. The user's own sitecustomize is imported under its name, and the folder
-    of the hook is not on the path."""
+    """A script without a training imports nothing of lorameter, has no hook folder on its path, and imports the user's
+    own sitecustomize under its name."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "sitecustomize.py").write_text("import builtins; builtins.MINE = True\n")
     text = """
@@ -105,7 +106,7 @@ def test_a_script_that_never_trains_is_unchanged(wrapped, script, tmp_path):
 
 
 def test_an_interpreter_without_the_needed_packages_is_not_measured(script, tmp_path):
-    """Its training runs as ever, and the command that wraps it names the package and how to install it."""
+    """Its training runs unchanged, and the wrapping command names the missing package and how to install it."""
     without = "import sys\nsys.modules['msgspec'] = None  # as if it were not installed\n" + textwrap.dedent(LOOP)
     words = [sys.executable, "-m", "lorameter.cli", "wrap", "--no-report", "--runs-dir", "runs", "--", sys.executable]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'harness'}:{ROOT}", "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""A loop that names its steps."""
+"""Tests of a training loop that marks its own steps."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def update(optimizer):
 
 @pytest.mark.usefixtures("unattached")
 def test_each_batch_is_a_step(listener, parts):
-    """With its tokens, its parts and the loss that the model returns; a second epoch continues the count."""
+    """Each step has its tokens, its parts and the loss that the model returns; a second epoch continues the count."""
     model, optimizer, batches = parts
     losses = []
     with meter_of(listener, model) as meter:
@@ -55,7 +55,7 @@ def test_each_batch_is_a_step(listener, parts):
 
 @pytest.mark.usefixtures("unattached")
 def test_accumulated_batches_are_one_step(listener, parts):
-    """The loss is the mean of its passes; batches that are left over are no step."""
+    """The loss of a step is the mean of its passes; leftover batches are not a step."""
     model, optimizer, batches = parts
     with meter_of(listener, model) as meter:
         for place, batch in enumerate(meter.steps(batches, accumulation=4)):
@@ -69,7 +69,7 @@ def test_accumulated_batches_are_one_step(listener, parts):
 
 @pytest.mark.usefixtures("unattached")
 def test_an_evaluation_is_a_phase(listener, parts, clock):
-    """Its passes are no part of a step, and its time is in none."""
+    """The passes and the time of an evaluation belong to no step."""
     model, optimizer, batches = parts
     with meter_of(listener, model) as meter:
         for batch in meter.steps(batches[:3]):

@@ -1,4 +1,4 @@
-"""The trial of a script, in the script's process: what it answers before and after its steps."""
+"""Tests of the trial of a script, in the script's process: its replies before and after its steps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ URL = "https://me:hf_abc@example.org/data?token=xyz"
 
 @pytest.fixture
 def listener(monkeypatch):
-    """Listens where a script finds it by its environment."""
+    """A socket that listens at the address in the environment of the script."""
     name = f"@lorameter-test-{secrets.token_hex(8)}"
     monkeypatch.setenv(SOCKET, name)
     with socket.socket(socket.AF_UNIX) as found:
@@ -46,8 +46,9 @@ def listener(monkeypatch):
 
 @pytest.fixture
 def parent(listener, monkeypatch, tmp_path):
-    """The parent of a trial that this function is the script of, in a thread: it asks by `ask`, and joins by `join`."""
-    monkeypatch.setattr(os, "_exit", sys.exit)  # a script whose parent is gone ends
+    """The parent of a trial that runs the given script in a thread; `ask` sends a command, and `join` ends the
+    thread."""
+    monkeypatch.setattr(os, "_exit", sys.exit)  # a script exits when its parent has exited
     study = study_of_command("python train.py")
     plan = make_plan(study, phases=("train",), interleaving="lockstep")
     files = TrialFiles(scratch=str(tmp_path), log_path=str(tmp_path / "log"))
@@ -82,7 +83,7 @@ def reading(number, **fields):
 
 
 def test_a_script_says_what_it_trains_and_is_watched_for_what_it_requires(parent):
-    """Before its first step, and in its second."""
+    """The trial describes the training before its first step and checks the required paths in its second."""
     model, replies = torch.nn.Linear(2, 2), []
 
     def script():
@@ -103,7 +104,8 @@ def test_a_script_says_what_it_trains_and_is_watched_for_what_it_requires(parent
 
 
 def test_what_a_script_dies_of_is_short_and_holds_no_credential(parent):
-    """Steps that it had taken of a turn are kept. It never continues after its training."""
+    """The recorded error is shortened and holds no credentials; the steps before it are kept, and the script does not
+    continue after its training."""
     continued = []
 
     def script():
@@ -146,7 +148,7 @@ print(len(os.sched_getaffinity(0)), flush=True)
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
 def test_what_a_script_forks_is_not_pinned_with_it(listener):
-    """A worker that loads data begins in the middle of the timed steps, and ran before on any CPU."""
+    """A data worker that is forked during the timed steps may use all CPUs, as without lorameter."""
     script = subprocess.Popen([sys.executable, "-c", FORKING], stdout=subprocess.PIPE, text=True)
     with script, Connection(listener.accept()[0].detach()) as connection:
         wire.receive(connection, wire.Hello)

@@ -1,4 +1,4 @@
-"""`lorameter export`: a run as a file of each format, or on standard output."""
+"""Tests of `lorameter export`: a run as a file of each format, or on standard output."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ from lorameter.results import columns
 
 @pytest.fixture
 def called(write_run, tmp_path, capsys, monkeypatch):
-    """A function that exports one sound run; gives exit code, standard output and standard error."""
+    """A function that exports one valid run and returns exit code, standard output and standard error."""
     write_run("sound", {"plain": [1.0, 1.1, 1.2], "nf4": [2.0, 2.2, 2.4]})
     write_run("cut", {"plain": [1.0, 1.1], "nf4": [1.0, 1.2]}, status="interrupted")
     monkeypatch.chdir(tmp_path)
@@ -26,7 +26,7 @@ def called(write_run, tmp_path, capsys, monkeypatch):
 
 
 def test_csv_of_one_table(called):
-    """Heads first, a line a row, every digit kept."""
+    """The CSV has a header, one line for each row, and all digits."""
     code, out, _ = called("--format", "csv", "--table", "estimates")
     rows = list(csv.DictReader(io.StringIO(out)))
     assert code == 0
@@ -37,7 +37,7 @@ def test_csv_of_one_table(called):
 
 
 def test_all_tables_into_a_folder(called, tmp_path):
-    """A file for each, whose paths are printed; parquet keeps the types."""
+    """Each table becomes a file whose path is printed; parquet keeps the types."""
     import pandas as pd
 
     for form in ("csv", "parquet"):
@@ -64,7 +64,7 @@ def test_all_tables_into_a_folder(called, tmp_path):
     ],
 )
 def test_what_cannot_be_is_refused_with_the_remedy(called, words, said):
-    """Exit code 2, and nothing is printed."""
+    """An impossible export exits with 2, names the remedy, and prints nothing on standard output."""
     code, out, err = called(*words)
     assert (code, out) == (2, "")
     assert said in err

@@ -1,4 +1,4 @@
-"""A training script as a user might have it: a plain loop of torch, with nothing of lorameter in it."""
+"""A plain torch training script without any import of lorameter."""
 
 import sys
 import time

@@ -1,5 +1,5 @@
-"""docs/extending.md is executed: each worked example is applied to a scratch copy of the packages, and what it promises
-is run there.
+"""Executes docs/extending.md: applies each worked example to a scratch copy of the packages and runs its commands
+there.
 
 The page is written for people and read here by four forms:
 
@@ -42,7 +42,7 @@ class Example:
 
     @property
     def files(self) -> set[str]:
-        """The files of the project that it touches: what the reader writes for themselves is none."""
+        """The existing files of the project that the example edits; files that the reader creates do not count."""
         return {path for path, *_ in self.edits if path.startswith(("harness/", "kernels_check/"))}
 
 
@@ -76,7 +76,7 @@ def examples() -> list[Example]:
 
 
 def apply(example: Example, folder: Path) -> None:
-    """The edits of an example in a copy of the packages."""
+    """Apply the edits of an example to a copy of the packages."""
     for path, how, line, block in example.edits:
         target = folder / path
         if how == "new":
@@ -98,7 +98,7 @@ LONG = ("A path of kernels_check", "A field of a variant")
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory):
-    """A copy of the packages with all examples applied, and a run that they look at."""
+    """A copy of the packages with all examples applied, and a run for the examples to read."""
     folder = tmp_path_factory.mktemp("extended")
     for package in ("harness", "kernels_check"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("*.pyc.*"))
@@ -115,7 +115,7 @@ def param(example):
 
 @pytest.mark.parametrize("example", [*map(param, examples())])
 def test_an_example_does_what_it_says(example, extended):
-    """Its commands print what the page shows."""
+    """The commands of an example print what the page shows."""
     assert example.commands
     environment = {
         **os.environ,
@@ -134,7 +134,7 @@ def test_an_example_does_what_it_says(example, extended):
 
 
 def test_the_page_counts_its_own_files():
-    """The table at its top says how many files of the project each example touches."""
+    """The table at the top of the page gives the number of project files that each example edits."""
     counted = {
         match["what"]: int(match["files"]) for line in PAGE.read_text().splitlines() if (match := COUNTED.match(line))
     }

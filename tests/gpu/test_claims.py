@@ -1,4 +1,4 @@
-"""Each claim is decided by its evidence: confirmed, refuted, or not decided."""
+"""Tests that the evidence of each claim confirms it, refutes it or leaves it undecided."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ DOCUMENTS = {
 
 
 class Found:
-    """A campaign's folder with what its steps would have left."""
+    """The folder of a campaign with the files that its steps write."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -86,7 +86,7 @@ class Found:
 
 
 def deciding_tests():
-    """What is named in the sources of the claims, as pytest names it."""
+    """Return the pytest names in the sources of the claims."""
     names = {
         cell.cell_contents
         for claim in CLAIMS
@@ -102,7 +102,7 @@ def found(tmp_path):
 
 
 def test_names_are_unique_and_every_test_that_decides_exists():
-    """A claim that rests on a test that is gone could never be decided."""
+    """Claim names are unique, and every test that a claim cites exists."""
     assert len(BY_NAME) == len(CLAIMS)
     assert deciding_tests()
     for file, name in deciding_tests():
@@ -119,7 +119,7 @@ SOUND = sorted(
 
 @pytest.mark.parametrize("name", SOUND)
 def test_evidence_as_expected_confirms(found, name):
-    """With its evidence."""
+    """The expected evidence confirms the claim and is quoted."""
     decision = found.decide(name)
     assert decision.verdict == "confirmed", decision
     assert decision.evidence
@@ -146,7 +146,7 @@ def test_evidence_as_expected_confirms(found, name):
     ],
 )  # fmt: skip
 def test_another_fact_refutes(found, name, of, change):
-    """And says what was found."""
+    """A differing fact refutes the claim."""
     found.facts[of] |= change
     decision = found.decide(name)
     assert decision.verdict == "refuted", decision
@@ -164,7 +164,7 @@ def test_another_fact_refutes(found, name, of, change):
     ],
 )  # fmt: skip
 def test_another_document_refutes(found, name, step, change):
-    """By the limits of the judges."""
+    """A document whose values are outside the limits of the claim refutes it."""
     found.documents[step] |= change
     assert found.decide(name).verdict == "refuted"
 
@@ -198,7 +198,7 @@ def test_another_document_refutes(found, name, step, change):
     ],
 )
 def test_missing_evidence_decides_nothing(found, name, spoil):
-    """Missing, broken, skipped or of another form: the reason is the evidence."""
+    """Evidence that is missing, broken, skipped or malformed leaves the claim undecided and gives the reason."""
     spoil(found)
     decision = found.decide(name)
     assert decision.verdict == "not decided", decision
@@ -206,7 +206,8 @@ def test_missing_evidence_decides_nothing(found, name, spoil):
 
 
 def test_tests_decide_by_what_became_of_them(found):
-    """One that failed refutes, one that was skipped decides nothing, whatever the others say."""
+    """One failed test refutes a claim, and one skipped test leaves it undecided, whatever the other tests' results
+    are."""
     case = '<testcase classname="tests.machine.test_gpu" name="test_device_events_agree_with_the_wall"'
     for inner, verdict in (
         ("<failure message='off by 2 %'/>", "refuted"),
@@ -220,7 +221,8 @@ def test_tests_decide_by_what_became_of_them(found):
 
 @pytest.mark.parametrize(("status", "verdict"), [("ok", "confirmed"), ("oom", "refuted")])
 def test_the_study_is_judged_by_its_records(found, write_run, status, verdict):
-    """Every trial ok and every check met on both bases; one that is not refutes, with its name."""
+    """The claim is confirmed when every trial is ok and every check is active on both bases; any other trial refutes it
+    by name."""
 
     def change(record):
         return msgspec.structs.replace(record, status=status) if record.trial == "r0-plain" else record
@@ -234,6 +236,6 @@ def test_the_study_is_judged_by_its_records(found, write_run, status, verdict):
 
 
 def test_a_rehearsal_decides_nothing(found):
-    """Whatever lies there."""
+    """In a rehearsal every claim is undecided, whatever files exist."""
     decisions = report.decide(CLAIMS, None, rehearsed=True)
     assert {decision.verdict for _, decision in decisions} == {"not decided"}

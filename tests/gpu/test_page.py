@@ -1,4 +1,4 @@
-"""The page says what the committed reports say, and no more."""
+"""Tests that the GPU page shows exactly what the committed reports show."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def campaign(tmp_path, machine):
-    """A function that makes a campaign on a GPU in which every claim was decided alike."""
+    """A function that writes a GPU campaign with the same verdict for every claim."""
 
     def make(verdict, *, device="NVIDIA H100", units=("u",), rehearsed=False):
         journal = Journal(tmp_path / device / "state", device)
@@ -38,13 +38,13 @@ def campaign(tmp_path, machine):
 
 
 def test_the_page_is_what_follows_from_the_reports():
-    """As it is committed; `python -m benchmarks.gpu` writes it."""
+    """The committed page equals the output of `python -m benchmarks.gpu`."""
     text = page.PAGE.read_text(encoding="utf-8")
     assert page.rewritten(text, CLAIMS, page.campaigns(page.REPORTS)) == text
 
 
 def test_each_gpu_has_a_column_and_its_report(tmp_path, campaign):
-    """Confirmed on one and refuted on another is refuted somewhere; a claim that is new has a dash."""
+    """A claim that is refuted on any GPU counts as refuted; a claim that a report does not have is shown as a dash."""
     reports = tmp_path / "reports"
     for verdict, device in (("confirmed", "NVIDIA H100"), ("refuted", "NVIDIA L4")):
         report.write(campaign(verdict, device=device), reports, tmp_path / "state")
@@ -61,7 +61,7 @@ def test_each_gpu_has_a_column_and_its_report(tmp_path, campaign):
 
 
 def test_a_report_ends_with_the_claims_and_names_its_gpus(tmp_path, campaign):
-    """Two GPUs of one name are reported; a rehearsal claims nothing; the document has all of it."""
+    """The report names both GPUs of a machine, a rehearsal decides no claim, and the document holds all claims."""
     found = campaign("confirmed", units=("u", "v"))
     text = report.text(found)
     assert "on 2 GPUs of this name" in text

@@ -1,4 +1,4 @@
-"""Requirements are validated and findings become checks by one rule."""
+"""Tests of the validation of requirements and of the rule that makes checks of findings."""
 
 import pytest
 
@@ -26,21 +26,21 @@ from kernels_check.judges.paths import validate
     ],
 )
 def test_a_value_of_the_wrong_kind_is_refused_by_name(path, value):
-    """The message names the path and the value."""
+    """The error names the path and the value."""
     with pytest.raises(ValueError, match=path) as caught:
         validate({path: value})
     assert repr(value) in str(caught.value)
 
 
 def test_a_class_without_its_package_is_refused_with_the_qualified_name():
-    """torch and bitsandbytes each have an AdamW, so that the bare name says too little; the qualified name is taken."""
+    """A bare AdamW is refused, since torch and bitsandbytes each have one; the qualified name is accepted."""
     with pytest.raises(ValueError, match=r"as in 'torch\.optim\.AdamW' or 'bitsandbytes\.optim\.AdamW'"):
         validate({"optimizer.class": "AdamW"})
     validate({"optimizer.class": "torch.optim.AdamW"})
 
 
 def test_an_unknown_path_is_refused_with_the_known_ones():
-    """A typing error cannot silently require nothing."""
+    """A misspelt path is an error and not an empty requirement."""
     with pytest.raises(ValueError, match=r"attention\.backened.*attention\.backend"):
         validate({"attention.backened": "flash"})
 
@@ -60,5 +60,5 @@ def test_an_unknown_path_is_refused_with_the_known_ones():
     ],
 )
 def test_status_follows_from_observation_and_requirement(finding, required, status):
-    """Only a satisfied requirement is active; an unasked path says what was seen."""
+    """Only a satisfied requirement is active; a path without a requirement reports what was observed."""
     assert finding.against("attention.backend", required).status == status

@@ -1,4 +1,4 @@
-"""The whole way from a `Reading` through nvidia-ml-py to the driver's C interface, with a library that we script."""
+"""Tests of `Reading` through nvidia-ml-py down to the C interface of the driver, which a scripted library replaces."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAME = """
 
 
 def test_a_gpu_reports_everything_in_base_units(nvml):
-    """Watts, joules, hertz, degrees, seconds and words; a value has no reason."""
+    """All values are in base units such as W, J, Hz, °C and s; a value that is present has no reason."""
     found = nvml(
         SAMPLE,
         {
@@ -45,7 +45,7 @@ def test_a_gpu_reports_everything_in_base_units(nvml):
     [(NOT_SUPPORTED, "does not offer it"), (4242, "stand-in")],
 )
 def test_a_counter_that_cannot_be_read_is_missing_with_its_reason(nvml, code, words):
-    """Never an exception and never a zero, and everything else is still there."""
+    """An unreadable counter is None with a reason, not an exception or zero, and all other values are present."""
     refused = {
         "nvmlDeviceGetTotalEnergyConsumption": "energy_j", "nvmlDeviceGetPowerUsage": "power_w",
         "nvmlDeviceGetEccMode": "ecc", "nvmlDeviceGetTotalEccErrors": "uncorrected_errors",
@@ -70,14 +70,16 @@ def test_a_counter_that_cannot_be_read_is_missing_with_its_reason(nvml, code, wo
     ],
 )  # fmt: skip
 def test_the_gpu_is_the_one_that_cuda_will_use(nvml, visible, answer):
-    """By index, by UUID or its beginning; the first of several; none where the variable hides all."""
+    """CUDA_VISIBLE_DEVICES selects by index, UUID or UUID prefix; the first entry counts, and an empty value hides all
+    GPUs."""
     variables = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     assert nvml(NAME, TWO, **variables) == answer
 
 
 @pytest.mark.parametrize("visible", ["MIG-bbbb", "1"])
 def test_the_energy_of_a_shared_gpu_is_missing(nvml, visible):
-    """Power and energy are the whole GPU's; clocks and heat are found, as they are those of this part too."""
+    """A shared MIG instance has no power or energy, which are those of the whole GPU, but has clocks and
+    temperatures."""
     found = nvml(SAMPLE, MIG, CUDA_VISIBLE_DEVICES=visible)
     for name in ("energy_j", "power_w"):
         assert found[name] == [None, "the counter is the whole GPU's, and other MIG instances share the GPU"]
@@ -86,6 +88,6 @@ def test_the_energy_of_a_shared_gpu_is_missing(nvml, visible):
 
 
 def test_a_machine_without_a_driver_says_so(nvml):
-    """The library is not there, or it is there and does not come up."""
+    """A missing driver and a driver that is not loaded give different messages."""
     assert "no NVIDIA driver is installed" in nvml(NAME, driver="none")
     assert "not loaded" in nvml(NAME, {"rc.nvmlInitWithFlags": 9})

@@ -1,4 +1,4 @@
-"""What a run says of its machine, and what of it must agree with another run's."""
+"""Tests of the provenance of a run, and of the part of it that must match between compared runs."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ def on_gpu(small_study, machine, monkeypatch):
     def facts(settings):
         monkeypatch.setattr("lorameter.machine.provenance.settings", lambda *, gpu, environment: {"gpu": settings})
         found = collect(small_study, read_facts(dataclasses.replace(machine, device="cuda", device_name="Card")), 1)
-        del found["kernels"]  # which have tests of their own
+        del found["kernels"]  # these have tests of their own
         return found
 
     return facts
 
 
 def test_the_settings_of_the_machine_are_part_of_a_run(small_study, machine):
-    """Values or reasons under one key; on a CPU no GPU is read, and the momentary load is no setting."""
+    """Machine settings are recorded as values or reasons under one key; a CPU run reads no GPU, and the current load is
+    not a setting."""
     settings = collect(small_study, read_facts(machine), 1)["settings"]
     assert settings["system"].keys() == {
         "cpus", "quota_cpus", "governor", "turbo", "huge_pages", "numa_nodes", "memory_bytes", "swap_bytes",
@@ -44,7 +45,7 @@ def test_the_settings_of_the_machine_are_part_of_a_run(small_study, machine):
 
 
 def test_a_variants_own_workload_is_part_of_the_fingerprint(small_study, machine):
-    """In addition to the study's, under the variant's name; without one there is no such key."""
+    """The fingerprint holds a variant's own workload under the variant's name, next to the study's workload."""
     own = dataclasses.replace(small_study.workload, batch_size=4)
     facts = read_facts(machine)
     alone, both = (collect(small_study, facts, 1, own_workloads=given) for given in (None, {"b": own}))
@@ -54,7 +55,7 @@ def test_a_variants_own_workload_is_part_of_the_fingerprint(small_study, machine
 
 
 def test_the_power_limit_is_part_of_the_fingerprint_of_a_gpu_run(on_gpu):
-    """In whole watts; an unknown limit is left out."""
+    """The power limit is recorded in whole watts; an unknown limit is left out."""
     limited, default = on_gpu(CARD), on_gpu(CARD | {"power_limit_w": 700.0})
     assert fingerprint_fields(limited)["power_limit_w"] == 500
     assert fingerprint(limited) == fingerprint(on_gpu(CARD | {"power_limit_w": 499.8}))
@@ -82,7 +83,8 @@ def steered(small_study, machine):
 
 
 def test_libraries_and_switches_of_kernels_are_part_of_the_fingerprint(steered):
-    """cuDNN and cuBLAS of the CUDA that torch is built for, and each variable: another of any is another run."""
+    """The fingerprint holds the cuDNN and cuBLAS packages of torch's CUDA version and the environment variables of
+    kernels."""
     facts = steered()
     assert facts["kernels"] == {"cudnn": "9.20.0.48", "cublas": "13.1.0.3", "switches": SWITCHES}
     assert fingerprint_fields(facts)["kernels"] == facts["kernels"]

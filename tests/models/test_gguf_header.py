@@ -1,4 +1,4 @@
-"""Headers of GGUF files are read as the package gguf writes them."""
+"""Tests that headers of GGUF files are read as the gguf package writes them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NO_FILES = {
 
 @pytest.mark.parametrize("content", NO_FILES.values(), ids=NO_FILES)
 def test_a_file_that_is_no_gguf_is_refused(tmp_path, content):
-    """Nothing is allocated for the counts that it claims."""
+    """No memory is allocated for the counts in a bad header."""
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
     with pytest.raises(UsageError, match="not a readable GGUF file"):
@@ -33,8 +33,8 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path, content):
 
 
 def test_a_header_and_the_shape_that_it_describes(tmp_path):
-    """Lists are skipped; the model type is that of transformers, and without an output tensor the head is tied. A
-    truncated file is refused."""
+    """The reader skips lists, uses transformers' model type, takes a missing output tensor as a tied head, and refuses
+    a truncated file."""
     path = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(path, "gemma3")
     writer.add_token_list(["a", "b", "c"])
@@ -64,7 +64,7 @@ def test_a_header_and_the_shape_that_it_describes(tmp_path):
 
 
 def test_without_the_package_the_message_says_how_to_install_it(tmp_path, monkeypatch):
-    """Before anything is started that would load the file."""
+    """The error comes before any process starts that would load the file."""
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'lorameter\[gguf\]'"):

@@ -1,4 +1,4 @@
-"""A run on a read-only disk, such as an archive or the artifact of a job."""
+"""Tests of a run on a read-only disk, such as an archive or the artifact of a job."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorameter.cli import main
 
 @pytest.fixture
 def disk(tmp_path):
-    """A small disk, and a function that makes it read-only; skipped where none can be mounted."""
+    """A small disk and a function that remounts it read-only; the test is skipped where no disk can be mounted."""
     folder = tmp_path / "disk"
     folder.mkdir()
     words = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)]
@@ -24,7 +24,7 @@ def disk(tmp_path):
 
 
 def test_a_run_on_a_read_only_disk_is_read(disk, write_run, capsys, monkeypatch):
-    """By its path, from its own folder; also one whose process was killed, for which the reader tries the lock."""
+    """A run is read by path and from its own folder, also when its process was killed and the reader tries the lock."""
     folder, only_read = disk
     path = folder / "mine"
     shutil.copytree(write_run("mine", {"plain": [1.0] * 5, "nf4": [1.1] * 5}, status="running"), path)

@@ -1,4 +1,4 @@
-"""Numbers as they are written: one scale, the digits that the interval supports, never without an interval."""
+"""Tests of formatted numbers: a common scale, and only the digits that the interval supports."""
 
 import pytest
 
@@ -24,12 +24,12 @@ from lorameter.records.units import (
     ],
 )
 def test_a_value_carries_its_interval(arguments, text):
-    """Two digits of the half-width decide how many are shown."""
+    """The number of digits follows from two significant digits of the interval's half-width."""
     assert format_interval(*arguments) == text
 
 
 def test_bytes_and_durations_read_well():
-    """Binary units, and minutes where seconds would be many."""
+    """Bytes use binary units, and long durations are in minutes."""
     assert format_bytes(637 * 2**20) == "637 MiB"
     assert format_bytes(1010 * 2**20) == "1010 MiB"
     assert format_bytes(999.7 * 2**20) == "1000 MiB"
@@ -40,5 +40,5 @@ def test_bytes_and_durations_read_well():
     ("fraction", "text"), [(0.012, "1.2 %"), (0.0995, "10 %"), (27.02, "2702 %"), (0.0, "0 %"), (0.3333, "33 %")]
 )
 def test_per_cents_have_two_digits_or_all_before_the_point(fraction, text):
-    """And never a power of ten."""
+    """Per cents have two significant digits, or all digits before the decimal point, and never an exponent."""
     assert format_percent(fraction) == text

@@ -1,4 +1,4 @@
-"""The view of a run: verdicts, trials without a result, notices."""
+"""Tests of the view of a run: verdicts, trials without a result, and notices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorameter.studies.script_study import study_of_command
 
 
 def run_of(study, tmp_path, *, steps, control=None, statuses=None):
-    """A run of constructed records: `steps` gives each variant's step time by replicate."""
+    """Write a run of constructed records; `steps` gives the step times of each variant by replicate."""
     records = []
     members = [*((name, "variant") for name in steps), (study.reference, "control")]
     for name, role in members:
@@ -52,7 +52,7 @@ QUIET = (0.100, 0.101, 0.099, 0.1005, 0.0995)
 
 
 def test_an_inconclusive_control_forbids_equality(small_study, tmp_path):
-    """Two variants that look equal are not called so when the control cannot show what equal is."""
+    """Variants with equal times are not called equivalent when the A/A control is inconclusive."""
     noisy = (0.092, 0.108, 0.095, 0.106, 0.099)
     view = view_of(run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=noisy))
     assert view.tables[0].control.verdict == "inconclusive"
@@ -62,7 +62,8 @@ def test_an_inconclusive_control_forbids_equality(small_study, tmp_path):
 
 
 def test_a_trial_without_a_result_is_named_and_not_ranked(small_study, tmp_path):
-    """Status, reason and log are listed; the estimate rests on the others; the run is not valid."""
+    """A trial without a result is listed with status, reason and log; the other trials give the estimate, and the run
+    is invalid."""
     run = run_of(
         small_study, tmp_path, steps={"plain": QUIET, "nf4": (9.0, *QUIET[1:])}, control=QUIET,
         statuses={("nf4", "variant", 0): "oom"},
@@ -75,7 +76,7 @@ def test_a_trial_without_a_result_is_named_and_not_ranked(small_study, tmp_path)
 
 
 def test_a_trial_that_gets_slower_is_named(small_study, tmp_path):
-    """A change of level in the timed steps is a notice; steady ones are none."""
+    """A change of level in the timed steps of a trial gives a notice; steady steps give none."""
     run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET})
     assert "drift" not in {notice.code for notice in view_of(run).notices}
     steady = [0.1 + 0.0001 * (i % 3) for i in range(16)]
@@ -88,7 +89,7 @@ def test_a_trial_that_gets_slower_is_named(small_study, tmp_path):
 
 
 def report_of(path, capsys, code=0):
-    """A run as the command shows it, and as the data that it gives to programs."""
+    """Return the run as the command prints it and as its JSON document."""
     told = []
     for options in ([], ["--json"]):
         assert main(["report", str(path), *options]) == code
@@ -97,7 +98,7 @@ def report_of(path, capsys, code=0):
 
 
 def test_a_training_that_was_followed_has_nothing_to_be_compared_with(write_run, capsys):
-    """No column of ratios, no word of a control; and it is valid without one."""
+    """A run of `lorameter wrap` has no column of ratios and no control, and is valid without them."""
     study = study_of_command("python train.py")
     text, data = report_of(write_run("followed", {"train": [0.1]}, study=study, control=None), capsys)
     (table,) = data["tables"]

@@ -1,4 +1,4 @@
-"""The one renderer: what it draws is what the document says, whatever its text looks like."""
+"""Tests of the terminal renderer: it prints what the document says, whatever the text contains."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STYLED = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def hostile_document():
-    """The same text in every place of a document that takes one."""
+    """Return a document with the same text in every field that takes text."""
     cell = Cell(name=HOSTILE, text=HOSTILE, interval=HOSTILE, detail=HOSTILE, command=HOSTILE, verdict=HOSTILE)
     heads = (ColumnHeader(text=HOSTILE), ColumnHeader(text=HOSTILE, right=True))
     rows = (Row(cells=(cell, Cell(text=HOSTILE)), strong=True), write_row(HOSTILE, cell))
@@ -44,18 +44,19 @@ def hostile_document():
 
 @pytest.mark.parametrize("coloured", [False, True])
 def test_outside_text_is_printed_as_it_is_and_acts_on_nothing(coloured):
-    """No part of it is taken for markup, an emoji or an escape sequence, in any place of a document."""
+    """Text in any field is not interpreted as markup, an emoji or an escape sequence."""
     document = hostile_document()
     text = text_of(document, width=4000, coloured=coloured, verbose=True)
     assert ("\x1b" in text) is coloured
     plain = STYLED.sub("", text)
     assert not [one for one in plain if one != "\n" and not one.isprintable()]
     unfolded = repr([block for block in document if not isinstance(block, Collapsible)])
-    assert plain.count(SHOWN) == unfolded.count(repr(HOSTILE)[1:-1]) + 2  # the two spans of the line that unfolds
+    assert plain.count(SHOWN) == unfolded.count(repr(HOSTILE)[1:-1]) + 2  # the two spans of the collapsed line
 
 
 def test_a_collapsed_block_is_its_summary_and_verbose_expands_it():
-    """The summary wraps in a pipe and says how many lines --verbose shows; a line below the report says it as well."""
+    """A collapsed block shows its summary and the number of lines that --verbose adds; a line below the report repeats
+    it."""
     fold = Collapsible(summary=say("noise  ", "one two three four five six"), lines=(say("all of it"),))
     hint = "--verbose shows full notices and statistics.\n"
     assert text_of((fold,), width=60, coloured=False) == f"  noise  one two three four five six\n{hint}"
@@ -67,7 +68,7 @@ def test_a_collapsed_block_is_its_summary_and_verbose_expands_it():
 
 @pytest.mark.parametrize("verbose", [False, True])
 def test_every_report_fits_80_columns_and_keeps_a_number_with_its_unit(every_report, verbose):
-    """No line ends within an interval or between a number and its unit, in tables and in sentences."""
+    """No line breaks inside an interval or between a number and its unit, in tables and in sentences."""
     for name, document in every_report.items():
         for line in text_of(document, width=80, coloured=False, verbose=verbose).splitlines():
             assert cell_len(line) <= 80, name
@@ -76,7 +77,7 @@ def test_every_report_fits_80_columns_and_keeps_a_number_with_its_unit(every_rep
 
 
 def test_a_terminal_without_colour_says_the_same(every_report, monkeypatch):
-    """NO_COLOR takes the colours, and no word; every finding has a word of its own."""
+    """NO_COLOR removes the colours but no word; every finding has its own word."""
     coloured = text_of(every_report["run"], width=120, coloured=True)
     monkeypatch.setenv("NO_COLOR", "1")
     plain = text_of(every_report["run"], width=120, coloured=True)

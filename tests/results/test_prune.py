@@ -1,4 +1,4 @@
-"""What goes, and what never does."""
+"""Tests of `lorameter prune`: which runs it removes, and which it always keeps."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ DAY_S = 86400.0
 
 @pytest.fixture
 def runs(write_run):
-    """Five runs of one study, a day apart, the first the oldest, and one of another study."""
+    """Five runs of one study, a day apart with the oldest first, and one run of another study."""
     for day in range(5):
         dated(write_run(f"run{day}", {"plain": [1.0, 1.1, 1.2], "nf4": [1.0, 1.1, 1.2]}), day)
     path = dated(write_run("other", {"plain": [1.0, 1.1], "nf4": [1.0, 1.2]}), 0)
@@ -41,7 +41,7 @@ def names(candidates):
 
 
 def test_the_newest_of_each_study_stay(runs):
-    """By their start, whatever their names are; of older ones only where an age is given."""
+    """Runs are ordered by their start, not by their names; an age limits the removal to older runs."""
     found = prune(runs, keep=2, older_s=6.5 * DAY_S, dry_run=True)
     assert names(found.removed) == ["run0", "run1", "run2"]
     assert found.kept == 3
@@ -50,7 +50,7 @@ def test_the_newest_of_each_study_stay(runs):
 
 
 def test_an_accepted_baseline_never_goes(runs):
-    """The reason is given."""
+    """An accepted baseline is kept, with the reason."""
     accept("run0", runs)
     found = prune(runs, keep=1)
     assert "run0" not in names(found.removed)
@@ -62,9 +62,9 @@ def test_an_accepted_baseline_never_goes(runs):
 
 
 def test_a_run_under_way_never_goes(runs):
-    """Whether it began before the decision, or after it."""
+    """A run that is being measured is kept, whether it began before or after the selection."""
     rewritten(runs / "run0", status="running")
-    for run, keep in (("run0", 4), ("run1", 3)):  # the second is being resumed: its manifest does not say so yet
+    for run, keep in (("run0", 4), ("run1", 3)):  # the second is being resumed, which its manifest does not record yet
         with alone(runs / run / store.TRIALS, ""):
             assert names(prune(runs, keep=keep).staying) == [run]
         assert (runs / run / "manifest.json").is_file()
@@ -72,7 +72,7 @@ def test_a_run_under_way_never_goes(runs):
 
 
 def test_an_unreadable_run_stays(runs):
-    """Its content is unknown."""
+    """A run that cannot be read is kept, since its content is unknown."""
     (runs / "run1" / "manifest.json").write_text("{")
     (kept,) = prune(runs, keep=0).staying
     assert kept.run == "run1"
@@ -80,7 +80,7 @@ def test_an_unreadable_run_stays(runs):
 
 
 def test_what_goes_is_gone_and_nothing_else(runs):
-    """Its size is what its files held."""
+    """Only the selected runs are removed; the reported size is that of their files."""
     size = sum(file.stat().st_size for file in (runs / "run0").rglob("*") if file.is_file())
     found = prune(runs, keep=3)
     assert (names(found.removed), found.staying) == (["run0", "run1"], [])
@@ -91,7 +91,7 @@ def test_what_goes_is_gone_and_nothing_else(runs):
 
 @pytest.fixture
 def called(runs, capsys):
-    """The command; gives exit code, standard output and standard error."""
+    """A function that calls the command and returns exit code, standard output and standard error."""
 
     def run(*words):
         code = cli.main(["prune", *words, "--runs-dir", str(runs)])
@@ -103,7 +103,7 @@ def called(runs, capsys):
 
 @pytest.mark.parametrize("words", [(), ("--keep", "-1"), ("--older", "soon")])
 def test_what_says_nothing_removes_nothing(words, called, runs):
-    """Exit code 2."""
+    """A call without a selection exits with 2 and removes nothing."""
     code, out, err = called(*words)
     assert (code, out) == (2, "")
     assert "lorameter:" in err
@@ -111,7 +111,7 @@ def test_what_says_nothing_removes_nothing(words, called, runs):
 
 
 def test_what_a_killed_removal_leaves_is_removed_by_the_next(runs, called):
-    """No command lists the rest, and the next prune takes it away."""
+    """The leftover of a killed removal is not listed by any command, and the next prune deletes it."""
     code = "import os, shutil, sys; from lorameter import cli; shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), 9)"
     command = [sys.executable, "-c", f"{code}; cli.main(sys.argv[1:])", "prune", "--keep", "0", "--runs-dir", str(runs)]
     assert subprocess.run(command, check=False).returncode == -9

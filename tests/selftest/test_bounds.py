@@ -1,4 +1,4 @@
-"""The bounds of the proof programs, on injected results: what breaks one is reported, and what holds is not."""
+"""Tests of the bounds of the proof programs on injected results: a broken bound is reported, and a kept one is not."""
 
 import msgspec
 import pytest
@@ -29,7 +29,7 @@ def ab_document(verdict="equivalent", low=0.99, high=1.01, *, seconds=40.0, noti
     ],
 )
 def test_verdicts_are_judged_by_part(program, part, documents, broken):
-    """Identical commits are never slower, an injected slow-down is found and covered, contention is named."""
+    """Identical commits are never slower, the interval of an injected slow-down covers it, and contention is named."""
     found = [*program("verdicts_ab").judge(part, documents, 1.05 if part == "injected" else 1.0)]
     assert bool(found) == bool(broken)
     assert broken in "".join(found)
@@ -40,7 +40,7 @@ def test_verdicts_are_judged_by_part(program, part, documents, broken):
     [(0.01, 99.0, False), (0.01, 101.0, True), (0.4, 1900.0, False), (0.4, 2100.0, True)],
 )
 def test_the_meter_may_cost_100_us_or_half_a_percent(program, step_s, extra_us, broken):
-    """The upper end of the interval is judged, of each difference to a step without the meter."""
+    """The bound applies to the upper end of the interval of each difference to a step without the meter."""
     own = program("own_scripts")
 
     def replicate(off_us):
@@ -54,7 +54,7 @@ def test_the_meter_may_cost_100_us_or_half_a_percent(program, step_s, extra_us, 
 
 @pytest.mark.selftest
 def test_the_meter_is_switched_off_and_on(program):
-    """In a wrapped training that takes turns with one that is not, and that leaves a run."""
+    """A wrapped training with the meter switched on and off takes turns with an unwrapped one and leaves a run."""
     own = program("own_scripts")
     found = own.measure_replicate(30, 3, "small", 0)
     assert found.written
@@ -68,19 +68,19 @@ def test_the_meter_is_switched_off_and_on(program):
      (60, {"least": 0.8}, False), (0, {}, True), (1, {"most": 0.0}, False), (0, {"most": 0.0}, True)],
 )  # fmt: skip
 def test_a_share_is_judged_by_a_binomial_test(program, count, bounds, holds):
-    """What chance can do in a hundred draws is within the bounds."""
+    """A share within the chance variation of a hundred draws is within the bounds."""
     assert program("shared").Share("something", count, 100, **bounds).holds is holds
 
 
 @pytest.mark.parametrize("part", ["coverage", "families", "claims"])
 def test_the_statistics_hold_in_few_draws(program, capsys, part):
-    """Every share is printed with its bounds."""
+    """The program prints every share with its bounds."""
     assert program("noise_coverage").main(["--draws", "200", "--part", part]) == 0, capsys.readouterr().out
     assert capsys.readouterr().out.count(" of ") > 3
 
 
 def test_intervals_that_are_too_narrow_are_reported(program, monkeypatch, capsys):
-    """Exit code 1, with the share and its bounds."""
+    """The program exits with 1 and prints the share with its bounds."""
     noise = program("noise_coverage")
 
     def compare(base, candidate, **options):
@@ -93,15 +93,15 @@ def test_intervals_that_are_too_narrow_are_reported(program, monkeypatch, capsys
 
 
 def vars_of(found):
-    """The fields of a dataclass with slots."""
+    """Return the fields of a dataclass with slots."""
     return {name: getattr(found, name) for name in found.__dataclass_fields__}
 
 
 def test_large_runs_are_read_within_their_bounds(program, tmp_path, monkeypatch, capsys):
-    """A small run holds every bound; one that takes longer than allowed is reported."""
+    """A small run keeps every bound; reading that takes longer than allowed is reported."""
     reading = program("reading")
     path = reading.write_run(tmp_path, 3, 2, 20)
-    monkeypatch.setattr(reading, "MAX_MEMORY", 1e6)  # the files are small next to the interpreter
+    monkeypatch.setattr(reading, "MAX_MEMORY", 1e6)  # the files are small compared with the interpreter
     assert [*reading.judge(path, 30.0, page=False)] == []
     assert capsys.readouterr().out.startswith("8 trials, ")
     monkeypatch.setattr(reading, "copy_run", lambda path: path)
@@ -111,7 +111,8 @@ def test_large_runs_are_read_within_their_bounds(program, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize(("late_s", "broken"), [(40.0, 0), (60.0, 1)])
 def test_a_real_model_is_judged_by_what_its_run_says(program, write_run, late_s, broken, capsys):
-    """Time, replicates, share of measurement and intervals; without three of its replicates no promise is kept."""
+    """A run is judged by its time, replicates, share of measuring time and intervals; 60 s past the limit breaks a
+    bound."""
     import dataclasses
 
     from lorameter.records import store

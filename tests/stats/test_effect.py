@@ -1,4 +1,4 @@
-"""Effects against scipy.stats, and what each pairing pairs."""
+"""Tests of effects against scipy.stats and of the two pairings."""
 
 import math
 
@@ -10,17 +10,17 @@ from lorameter.stats.effect import log_ratios, measure_effect, paired_effect
 
 
 def arrays(*trials):
-    """Trials as the checked input that effects are measured from."""
+    """Build the checked input of effects from trials."""
     return [np.array(trial, dtype=float) for trial in trials]
 
 
 def noisy(rng, trials, samples, sd=0.1):
-    """Trials of lognormal samples."""
+    """Return trials of lognormal samples."""
     return list(rng.lognormal(0.0, sd, (trials, samples)))
 
 
 def test_turn_pairs_sample_by_sample():
-    """By turn, a replicate's value is the median of its log ratios; a burst that hits both sides leaves it alone."""
+    """By turn, a replicate's value is the median of its log ratios; a burst that hits both sides does not change it."""
     effect = measure_effect(arrays([1, 9, 1, 30]), arrays([1.1, 9.9, 1.1, 33]), "turn")
     assert math.exp(effect.log_ratio) == pytest.approx(1.1)
     same_medians = measure_effect(arrays([1, 2, 4]), arrays([2, 4, 1]), "turn")
@@ -28,7 +28,7 @@ def test_turn_pairs_sample_by_sample():
 
 
 def test_replicate_pairs_medians():
-    """By replicate, a replicate's value is the log ratio of medians, and the counts may differ."""
+    """By replicate, a replicate's value is the log ratio of the medians, and the sample counts may differ."""
     effect = measure_effect(arrays([1, 2, 100]), arrays([4, 4]), "replicate")
     assert math.exp(effect.log_ratio) == pytest.approx(2.0)
 
@@ -45,7 +45,7 @@ def test_paired_interval_is_the_paired_t_interval(pairing):
 
 
 def test_unpaired_interval_is_welchs():
-    """The interval of unpaired trials is scipy's Welch interval on log medians, unequal counts included."""
+    """The interval of unpaired trials is scipy's Welch interval of the log medians, also with unequal counts."""
     rng = np.random.default_rng(2)
     base, candidate = noisy(rng, 4, 7, sd=0.1), noisy(rng, 9, 5, sd=0.4)
     effect = measure_effect(base, candidate, "none")
@@ -58,7 +58,7 @@ def test_unpaired_interval_is_welchs():
 
 
 def test_log_ratios_are_those_of_the_effect():
-    """One log ratio a replicate, whose mean is the effect; sides that are not paired have none."""
+    """Each replicate has one log ratio, and their mean is the effect; unpaired sides have none."""
     rng = np.random.default_rng(4)
     base, candidate = noisy(rng, 5, 3), noisy(rng, 5, 3)
     for pairing in ("turn", "replicate"):

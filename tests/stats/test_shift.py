@@ -1,4 +1,5 @@
-"""run_wide_shift: the machine moves all benchmarks alike, the code moves some."""
+"""Tests of run_wide_shift: a shift of all benchmarks is a change of the machine, a shift of some is a change of the
+code."""
 
 import math
 
@@ -9,13 +10,13 @@ from lorameter.stats import run_wide_shift
 
 
 def named(values):
-    """Log ratios by benchmark."""
+    """Return the log ratios keyed by benchmark."""
     return {f"benchmark {index}": value for index, value in enumerate(values)}
 
 
 @pytest.mark.parametrize("factor", [1.05, 1.4, 1 / 1.2])
 def test_all_by_one_factor_is_the_machine(factor):
-    """Ten benchmarks that are all slower, or all faster, by about one factor: the machine changed."""
+    """Ten benchmarks that all change by about one factor, slower or faster, are reported as a change of the machine."""
     values = np.random.default_rng(81).normal(math.log(factor), 0.01, 10)
     shift = run_wide_shift(named(values))
     assert shift.shifted
@@ -33,20 +34,21 @@ def test_one_regression_is_not_the_machine():
 
 
 def test_each_by_its_own_amount_is_not_the_machine():
-    """All slower, but by anything from 2 to 80 %, is not one factor."""
+    """Benchmarks that are slower by 2 to 80 % have no common factor and are not reported as a shift."""
     shift = run_wide_shift(named(np.log([1.02, 1.04, 1.1, 1.2, 1.3, 1.45, 1.6, 1.8])))
     assert not shift.shifted
     assert "each moved by its own amount" in shift.reason
 
 
 def test_five_cannot_tell_and_six_can():
-    """All of five on one side is chance too often; all of six is not."""
+    """Five benchmarks of one sign occur too often by chance; six of one sign are a shift."""
     assert not run_wide_shift(named([0.2] * 5)).shifted
     assert run_wide_shift(named([0.2] * 6)).shifted
 
 
 def test_identical_machines_are_rarely_called_shifted():
-    """Independent noise without tolerance is called a shift in at most the 5 % of the sign test."""
+    """With independent noise and no tolerance, at most 5 % of the runs are called shifted, the level of the sign
+    test."""
     rng = np.random.default_rng(83)
     found = [run_wide_shift(named(rng.normal(0, 0.02, 10)), tolerance=0).shifted for _ in range(600)]
     assert np.mean(found) <= 0.05
@@ -63,6 +65,6 @@ def test_identical_machines_are_rarely_called_shifted():
     ],
 )
 def test_bad_input_is_an_error(values, limits, message):
-    """Bad input raises with the offender's name."""
+    """Bad input raises an error that names the offending value."""
     with pytest.raises(ValueError, match=message):
         run_wide_shift(values, **limits)

@@ -1,4 +1,4 @@
-"""Columns and the loss are fields of a workload that nothing shows of where they have their defaults."""
+"""Tests of the workload's column and loss settings, which are shown only where they differ from their defaults."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ name = "plain"
 
 
 def test_a_study_names_columns_and_the_loss(tmp_path):
-    """They go into the workload, through JSON and back, and can be hashed like the rest of it."""
+    """The settings are part of the workload, survive JSON and can be hashed."""
     path = tmp_path / "mine.toml"
     path.write_text(STUDY)
     workload = load_study(str(path)).workload
@@ -35,7 +35,7 @@ def test_a_study_names_columns_and_the_loss(tmp_path):
 
 
 def test_the_loss_and_the_columns_are_part_of_what_is_compared(small_study):
-    """Two runs with other labels are not the same workload."""
+    """Runs with other labels have other workload fingerprints."""
 
     def fingerprint(**changes):
         study = dataclasses.replace(small_study, workload=dataclasses.replace(small_study.workload, **changes))
@@ -58,13 +58,13 @@ def test_the_loss_and_the_columns_are_part_of_what_is_compared(small_study):
     ],
 )
 def test_columns_that_make_no_record_are_refused(columns, words):
-    """When the study is read."""
+    """The error occurs when the study is read."""
     with pytest.raises(UsageError, match=words):
         codec.from_json(Workload, {"columns": columns}, "here")
 
 
 def test_a_folder_is_what_its_files_hold(tmp_path):
-    """Under any path; another split, or one byte more, is other data."""
+    """The hash of a data folder depends on the split and its bytes, not on the path."""
     contents = {}
     for name, train in (("a", "x"), ("b", "x"), ("c", "y")):
         folder = tmp_path / name / "mine"

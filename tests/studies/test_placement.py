@@ -1,4 +1,4 @@
-"""The place where replicates are measured: options of a study or a command line, and their refusals."""
+"""Tests of where replicates are measured: options of a study or the command line, and refused values."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def written(tmp_path, protocol, more=""):
     ],
 )
 def test_what_means_nothing_is_refused_when_the_study_is_read(tmp_path, protocol, words):
-    """With file, key, value and remedy, before anything is opened."""
+    """The error names file, key, value and remedy before anything is started."""
     with pytest.raises(UsageError, match=words):
         load_study(written(tmp_path, protocol))
 
 
 @pytest.mark.parametrize("line", ['protocol.on = "ray"', 'protocol.sites = ["0"]'])
 def test_a_profile_says_of_no_place(tmp_path, line):
-    """Which profile is taken depends on the device that is there."""
+    """A profile cannot set the place, because the device that is found selects the profile."""
     with pytest.raises(UsageError, match=r"\[profile.cpu\]: protocol.(on|sites) = .*Write it in \[protocol\]"):
         load_study(written(tmp_path, "", f'[profile.cpu]\ndevices = ["cpu"]\n{line}\n'))
 
@@ -64,13 +64,13 @@ def test_a_profile_says_of_no_place(tmp_path, line):
     ],
 )
 def test_the_command_line_wins(tmp_path, options, place):
-    """Sites are of one place: another one comes without the old ones."""
+    """The command line overrides the study; a new place drops the sites of the old one."""
     study = load_study(written(tmp_path, 'on = "ray"\nsites = ["n1", "n2"]'))
     assert study.with_overrides(**options).protocol.place == place
 
 
 def test_options_of_slurm_are_keys_and_values():
-    """A value may hold commas; what is not ours is passed on under sbatch's names."""
+    """A value may hold commas; unknown keys are passed to sbatch."""
     jobs = read_slurm("slurm:sites=4,partition=gpu,gres=gpu:1,exclude=n1,n2,time=90")
     assert jobs.sites == 4
     assert jobs.parameters == {"partition": "gpu", "gres": "gpu:1", "exclude": "n1,n2", "time": 90}
@@ -93,6 +93,6 @@ def test_options_of_slurm_are_keys_and_values():
     ],
 )
 def test_what_is_no_key_or_no_value_is_refused(on, words):
-    """With the known keys."""
+    """The error lists the known keys."""
     with pytest.raises(UsageError, match=words):
         read_slurm(on)

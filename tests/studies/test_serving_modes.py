@@ -1,4 +1,4 @@
-"""Which ways of serving an adapter apply to a variant."""
+"""Tests of which serving modes apply to a variant."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ FOUR = ["unmerged, nf4", "merged into nf4"]
     ],
 )
 def test_every_way_that_applies_and_no_other(fields, names):
-    """Own base, 16 bits and 4 bits, once each; two merges of a quantised base; and the controls."""
+    """A variant is served on its own base, in 16 bits and in 4 bits, once each, with two merges of a quantised base and
+    the controls."""
     ways = [way for group in serving_modes(LoraVariant(**fields)) for way in group]
     assert [way.name for way in ways] == names
     assert [way.name for way in ways if way.is_control] == [names[1], names[3]]
 
 
 def test_a_group_is_served_from_one_base_and_merges_last():
-    """A merge changes the base, and so would all that is asked of it afterwards."""
+    """The merge is last in a group, because it changes the base for all later requests."""
     for group in serving_modes(LoraVariant(quantization="int8")):
         assert len({(base_key(way.variant, Workload()), way.dequantised) for way in group}) == 1
         assert not any(way.merged for way in group[:-1])

@@ -1,4 +1,4 @@
-"""The setup of a measuring process."""
+"""Tests of the setup of a measuring process."""
 
 import logging
 import time
@@ -16,7 +16,7 @@ from lorameter.trial.process import prepare_process
 
 
 def test_int8_layers_do_not_log_inside_the_timed_window(monkeypatch, tmp_path):
-    """The warning that each int8 layer gives in each forward is off; errors still reach the log."""
+    """The warning of each int8 layer in each forward is disabled; errors still reach the log."""
     logger, threads = logging.getLogger("bitsandbytes.autograd._functions"), torch.get_num_threads()
     monkeypatch.setattr(logger, "level", logging.NOTSET)
     prepare_process(
@@ -31,7 +31,7 @@ def test_int8_layers_do_not_log_inside_the_timed_window(monkeypatch, tmp_path):
 
 
 def test_the_start_of_a_device_is_timed(monkeypatch):
-    """A CPU needs no start."""
+    """The start of a GPU is timed; a CPU has no start."""
     monkeypatch.setattr(process, "synchronize", lambda device: time.sleep(0.02))
     assert process.start_device("cuda:0")["device_start_time_s"] >= 0.02
     assert process.start_device("cpu") == {}
@@ -47,7 +47,7 @@ def test_the_start_of_a_device_is_timed(monkeypatch):
     ],
 )
 def test_running_out_of_memory_is_distinguished_from_a_crash(error, status):
-    """The record has the command, the type of the exception and its message."""
+    """The record has the command, the exception type and the message."""
     fragment = failed_record(error, "build")
     assert fragment.status == status
     assert (fragment.failure.phase, fragment.failure.kind) == ("build", type(error).__name__)

@@ -1,4 +1,4 @@
-"""Training steps and evaluations of real quantised models."""
+"""Tests of training steps and evaluations of real quantised models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PLAIN = LoraVariant(name="plain", r=8, dtype="float32", learning_rate=3e-3)
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
-    """One token file."""
+    """Write one token file."""
     return prepare(WORKLOAD, tmp_path_factory.mktemp("tokens")).path
 
 
@@ -49,7 +49,7 @@ def lora_b(model):
 
 
 def test_a_step_equals_a_plain_loop(tokens):
-    """Losses and adapter are bit-equal to those of a loop written out by hand."""
+    """Losses and adapter are bit-equal to those of a plain training loop."""
     trainee, stream, step = setting(NF4, tokens)
     losses = [float(step()) for _ in range(2)]
 
@@ -69,7 +69,7 @@ def test_a_step_equals_a_plain_loop(tokens):
 
 
 def test_gradient_accumulation_takes_that_many_batches(tokens):
-    """One step over two batches consumes both and has their mean loss."""
+    """With accumulation of two, a step consumes two batches and reports their mean loss."""
     trainee, stream, step = setting(dataclasses.replace(PLAIN, gradient_accumulation=2), tokens)
     with evaluating(trainee.model):
         each = [float(step.loss(stream.take())) for _ in range(2)]
@@ -79,8 +79,8 @@ def test_gradient_accumulation_takes_that_many_batches(tokens):
 
 
 def test_an_evaluation_changes_nothing_that_training_uses(tokens):
-    """On a CPU that repacks 4-bit weights in eval mode as well: weights, modes and random numbers are as before, two
-    evaluations agree, and training continues to learn."""
+    """An evaluation leaves weights, modes and random state unchanged, also on a CPU that repacks 4-bit weights in eval
+    mode; two evaluations agree, and training continues."""
     trainee, _, step = setting(NF4, tokens)
     step()
     weight = next(p for p in trainee.model.parameters() if p.dtype == torch.uint8)
@@ -99,7 +99,7 @@ def test_an_evaluation_changes_nothing_that_training_uses(tokens):
 
 
 def test_merged_and_unmerged_logits_agree(tokens):
-    """After a packed 4-bit evaluation: weights are unpacked before the merge."""
+    """After a packed 4-bit evaluation the weights are unpacked before the merge, so that the logits agree."""
     trainee, stream, step = setting(dataclasses.replace(NF4, double_quant=False), tokens)
     for _ in range(6):
         step()
@@ -123,7 +123,7 @@ def test_merged_and_unmerged_logits_agree(tokens):
     ids=lambda changes: "-".join(f"{key}={value}" for key, value in changes.items()),
 )
 def test_every_kind_of_variant_takes_steps(tokens, changes):
-    """Finite losses and an adapter that changes."""
+    """Each kind of variant has finite losses and an adapter that changes."""
     trainee, _, step = setting(dataclasses.replace(PLAIN, dtype="bfloat16", **changes), tokens)
     before = [p.clone() for p in lora_b(trainee.model)]
     losses = [float(step()) for _ in range(2)]
@@ -132,7 +132,7 @@ def test_every_kind_of_variant_takes_steps(tokens, changes):
 
 
 def test_generation_gives_the_requested_number_of_tokens(tokens):
-    """The end-of-sequence token is ignored; time to the first token and decoding are parts of the whole."""
+    """Generation ignores the EOS token; time to first token and decoding time add up to the total."""
     trainee, stream, _ = setting(PLAIN, tokens)
     trainee.model.eval()
     first = generate(trainee.model, stream.prompts(0), 2).tokens[0]

@@ -1,4 +1,4 @@
-"""Storage, precision and stillness of the base are proved from its tensors."""
+"""Tests that the tensors of the base prove its storage, its precision and that it is frozen."""
 
 import pytest
 import torch
@@ -11,12 +11,12 @@ def _bases(run):
 
 
 def test_an_unset_compute_dtype_is_read_after_the_first_forward(training):
-    """bitsandbytes sets it from its first input."""
+    """bitsandbytes sets an unset compute dtype from its first input."""
     assert training(compute=None, dtype="bfloat16").check("base.compute_dtype", "bfloat16").met
 
 
 def test_a_bias_cast_by_the_forward_is_no_training(training):
-    """bitsandbytes rewrites a float32 bias in the compute dtype at the first forward; the reason says so."""
+    """bitsandbytes casts a float32 bias to the compute dtype in the first forward; the reason says so."""
     run = training()
     base = _bases(run)[0]
     base.bias = torch.nn.Parameter(torch.full((128,), 0.1), requires_grad=False)
@@ -27,7 +27,7 @@ def test_a_bias_cast_by_the_forward_is_no_training(training):
 
 
 def test_a_step_in_eval_mode_that_repacks_the_base_is_seen(training):
-    """Nothing about a base whose bytes moved under the step is called frozen or double quantised."""
+    """A base whose bytes change during the step is not called frozen or double quantised."""
     run = training()
     if not _bases(run)[0].support_avx512bf16_for_cpu:
         pytest.skip("this CPU has no AVX512_BF16, so bitsandbytes does not repack")
@@ -40,5 +40,5 @@ def test_a_step_in_eval_mode_that_repacks_the_base_is_seen(training):
 
 
 def test_the_gemm_path_of_a_float_base_is_not_applicable(training):
-    """There is no 4-bit product."""
+    """A float base has no 4-bit product."""
     assert training(quant=None).check("base.gemm_path", "dequantize").status == "not_applicable"

@@ -1,4 +1,5 @@
-"""Adapters are separated from their base by the layers that hold them; of several, only the active one is judged."""
+"""Tests that adapters are separated from their base by the layers that hold them, and that only the active adapter is
+judged."""
 
 import peft
 import pytest
@@ -18,7 +19,7 @@ LAYERS = {"default": 4, "wide": 14, "narrow": 2}
 
 @pytest.fixture
 def shared(training):
-    """One base with three adapters, each with an optimizer that has stepped; returns activate(name) -> run."""
+    """One base with three adapters that have each taken an optimizer step; returns activate(name) -> run."""
     run = training()
     for name in list(ADAPTERS)[1:]:
         run.model.add_adapter(name, peft.LoraConfig(task_type="CAUSAL_LM", **ADAPTERS[name]))
@@ -47,7 +48,7 @@ def _requirements(name):
 
 @pytest.mark.parametrize("name", ["default", "wide"])
 def test_each_adapter_in_turn_is_active_throughout(shared, name):
-    """Its own rank, dropout and targets are observed; inactive adapters are no fault."""
+    """Rank, dropout and targets are those of the active adapter; inactive adapters are not a fault."""
     run = shared(name)
     assert len(adapter_layers(run.model)) == LAYERS[name]
     checks = {check.path: check for check in run.verify(_requirements(name))}
@@ -58,7 +59,7 @@ def test_each_adapter_in_turn_is_active_throughout(shared, name):
 
 
 def test_a_frozen_adapter_is_caught_among_several(shared):
-    """An active adapter that is frozen while an inactive one is trainable does not learn."""
+    """A frozen active adapter is reported as not learning although an inactive one is trainable."""
     name = "narrow"
     run = shared(name)
     other = next(key for key in ADAPTERS if key != name)

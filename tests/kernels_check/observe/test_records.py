@@ -1,4 +1,5 @@
-"""Where records begin is read from whatever marks it, and what does not fit is refused by name."""
+"""Tests that record boundaries are read from each input that marks them, and that inconsistent inputs are refused by
+name."""
 
 import pytest
 import torch
@@ -10,13 +11,14 @@ NUMBERS = [[0, 0, 0, 1, 1, 2]]
 
 
 def test_a_position_over_and_over_is_one_filler():
-    """As padding has it, at either end."""
+    """A repeated position, as in padding, counts as one filler at either end."""
     positions = torch.tensor([[0, 1, 0, 1, 1, 1, 1], [1, 1, 1, 0, 1, 2, 0]])
     assert record_numbers(positions).tolist() == [[0, 0, 1, 1, 2, 2, 2], [0, 0, 0, 1, 1, 1, 2]]
 
 
 def test_records_of_one_token_each_are_no_filler():
-    """They have the positions of padding, and other tokens; with the same token they look alike."""
+    """One-token records have the positions of padding but differing tokens; with equal tokens they count as one
+    record."""
     given = {"position_ids": torch.tensor([[0, 1, 0, 0, 0, 1]] * 2)}
     given["input_ids"] = torch.tensor([[7, 8, 29, 58, 7, 8], [7, 8, 3, 3, 7, 8]])
     assert find_records(given, 2, 6).numbers.tolist() == [[0, 0, 1, 2, 3, 3], [0, 0, 1, 1, 2, 2]]
@@ -45,13 +47,14 @@ def _blocks(numbers):
     ],
 )
 def test_each_input_that_marks_records(name, value):
-    """Positions, numbers, cumulated lengths, and masks that count or have blocks."""
+    """Positions, record numbers, cumulative lengths, counting masks and block masks all mark records."""
     found = find_records({name: value}, 1, 6)
     assert (found.numbers.tolist(), found.by, found.count, found.packed) == (NUMBERS, name, 3, True)
 
 
 def test_the_first_that_shows_a_boundary_is_believed():
-    """Positions without a restart do not hide the boundaries of a mask, nor a mask of ones those of positions."""
+    """Positions without a restart do not hide the boundaries of a mask, and a mask of ones does not hide those of
+    positions."""
     going_on = {"position_ids": torch.arange(6), "attention_mask": _blocks(NUMBERS)}
     assert find_records(going_on, 1, 6).by == "attention_mask"
     ones = {"position_ids": POSITIONS, "attention_mask": torch.ones(1, 6)}
@@ -61,7 +64,7 @@ def test_the_first_that_shows_a_boundary_is_believed():
 
 
 def test_hidden_tokens_are_in_no_record():
-    """At either end; the rest counts from 0."""
+    """Masked tokens at either end belong to no record; the other records count from 0."""
     mask = torch.tensor([[0, 1, 1, 1, 1, 0]])
     found = find_records({"position_ids": torch.tensor([[1, 0, 1, 0, 1, 1]]), "attention_mask": mask}, 1, 6)
     assert found.numbers.tolist() == [[PADDING, 0, 0, 1, 1, PADDING]]
@@ -70,7 +73,7 @@ def test_hidden_tokens_are_in_no_record():
 
 
 def test_rows_of_a_mask_that_were_opened_are_padding():
-    """What sees nothing is made to see everything, or its softmax has no value; no other row sees it."""
+    """A fully masked row is opened so that its softmax is defined; such a row is padding."""
     mask = torch.ones(1, 1, 6, 6).tril().bool() & torch.tensor([0, 0, 1, 1, 1, 1]).bool()
     mask[..., 4:, :4] = False
     for one in (mask, mask | ~mask.any(dim=-1, keepdim=True)):
@@ -89,12 +92,12 @@ def test_rows_of_a_mask_that_were_opened_are_padding():
     ],
 )
 def test_inputs_of_another_size_are_refused(given, words):
-    """With both sizes."""
+    """The error gives both sizes."""
     with pytest.raises(LayoutError, match=words):
         find_records(given, 2, 6)
 
 
 def test_places_of_an_image_begin_no_record():
-    """Time is constant over it, and height and width jump; only where all three are zero does a record begin."""
+    """In an image, time is constant and height and width restart; a record begins only where all three are zero."""
     planes = torch.tensor([[[0, 1, 1, 1, 1, 3]], [[0, 1, 1, 2, 2, 3]], [[0, 1, 2, 1, 2, 3]]])
     assert find_records({"position_ids": planes}, 1, 6).numbers.tolist() == [[0] * 6]

@@ -1,4 +1,4 @@
-"""``python -m kernels_check trace``: one document or tables on stdout, the rest on stderr, exit codes."""
+"""Tests of ``python -m kernels_check trace``: one document or tables on stdout, messages on stderr, and exit codes."""
 
 import json
 
@@ -26,7 +26,8 @@ def recording(tmp_path):
 
 
 def test_tables_show_the_document(recording, capsys, monkeypatch):
-    """Names of kernels are text and no markup."""
+    """The tables show launches, GPU time and categories, and print a kernel name that looks like markup as plain
+    text."""
     monkeypatch.setenv("COLUMNS", "160")
     assert main(["trace", str(recording)]) == 0
     out = capsys.readouterr().out
@@ -39,7 +40,7 @@ def test_tables_show_the_document(recording, capsys, monkeypatch):
 
 @pytest.mark.parametrize("form", [[], ["--json"]])
 def test_bad_input_exits_with_2(tmp_path, capsys, form):
-    """The message is on stderr, stdout stays empty."""
+    """For bad input the message goes to stderr and stdout stays empty."""
     path = tmp_path / "trace.json"
     path.write_text('{"traceEvents": [')
     assert main(["trace", str(path), *form]) == 2
@@ -49,7 +50,7 @@ def test_bad_input_exits_with_2(tmp_path, capsys, form):
 
 
 def test_an_unexpected_error_exits_with_70(recording, capsys, monkeypatch):
-    """Never 1 or 2, which say something about the recording."""
+    """An unexpected error exits with 70; codes 1 and 2 are reserved for findings about the recording."""
     monkeypatch.setattr(summary, "read_trace", lambda path: 1 / 0)
     assert main(["trace", str(recording)]) == 70
     out, err = capsys.readouterr()

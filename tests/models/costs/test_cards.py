@@ -1,4 +1,4 @@
-"""`--gpu` takes the name of a GPU or a size of memory, and refuses anything else with the choices."""
+"""Tests of `--gpu`: it takes the name of a GPU or a memory size, and refuses anything else with the choices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GIB = 2**30
     (" 24 gib ", 24 * GIB), ("24GB", 24 * 10**9), ("40536MiB", 40536 * 2**20), ("0.5TiB", 512 * GIB),
 ])  # fmt: skip
 def test_a_size_is_taken_as_it_is_given(text, size):
-    """GiB are of 2^30 bytes and GB of 10^9; of no device by name."""
+    """A GiB is 2^30 bytes, a GB is 10^9 bytes, and the device has no name."""
     card = find_card(text)
     assert (card.total_bytes, card.device_name, card.source) == (size, "", "as given")
     assert card.usable_bytes == int(size * (1 - DRIVER_SHARE)) < size
@@ -26,14 +26,14 @@ def test_a_size_is_taken_as_it_is_given(text, size):
     ("rtx4090", "RTX 4090 24GB", 24564), ("4090", "RTX 4090 24GB", 24564),
 ])  # fmt: skip
 def test_a_name_is_found_by_its_words(text, label, mib):
-    """With or without the maker, the form factor and the memory; as people write it or as nvidia-smi prints it."""
+    """Maker, form factor and memory are optional in a name, and the spelling of nvidia-smi is accepted."""
     card = find_card(text)
     assert (card.name, card.total_bytes) == (label, mib * 2**20)
     assert "nvidia-smi" in card.source
 
 
 def test_every_card_is_found_by_what_it_is_called():
-    """By each of its names and by its label, with the memory of the table."""
+    """Each GPU of the table is found by each of its names and by its label."""
     for device in DEVICES:
         for name in (*device.names, device.label):
             assert find_card(name).total_bytes == device.memory_bytes, name
@@ -43,7 +43,7 @@ def test_every_card_is_found_by_what_it_is_called():
     ("A100", ("A100 40GB", "A100 80GB")), ("V100", ("V100 16GB", "V100 32GB")), ("RTX", ("RTX 3090", "RTX 5090")),
 ])  # fmt: skip
 def test_a_name_of_cards_of_different_memory_is_refused_with_the_choices(text, choices):
-    """Each choice can be typed."""
+    """Each choice in the error is a valid argument."""
     with pytest.raises(UsageError, match="several, of different memory") as refused:
         find_card(text)
     for choice in choices:
@@ -53,7 +53,7 @@ def test_a_name_of_cards_of_different_memory_is_refused_with_the_choices(text, c
 
 @pytest.mark.parametrize("text", ["L40", "A10G", "RTX 4090 Laptop GPU", "MI300X", "", "GB", "24", "24XB", "x" * 5000])
 def test_an_unknown_name_is_refused_with_the_known_ones(text):
-    """A relative of a GPU is another GPU; the message says that a size with its unit can be given, and stays short."""
+    """A similar name is not accepted; the short error says that a memory size can be given instead."""
     with pytest.raises(UsageError) as refused:
         find_card(text)
     assert "Known: A100 40GB" in str(refused.value)

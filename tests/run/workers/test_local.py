@@ -1,4 +1,4 @@
-"""Real processes: a trial end to end, and each of the ways in which one can fail."""
+"""Tests of real processes: a complete trial, and each way in which a trial can fail."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lorameter.run.workers.local import ForkedWorker, LocalExecutor
 
 
 class Quiet:
-    """A listener that can act when a trial enters a phase, and when it has ended."""
+    """A silent listener that runs a callback when a trial enters a phase or ends."""
 
     def __init__(self, act=None, at_end=None):
         self.act = act
@@ -41,7 +41,7 @@ SERVED = {
         "adapter_dtype": "bfloat16",
     },
 }
-"""Variants whose served model must be made in a way of its own."""
+"""Variants whose served model needs special preparation."""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def served(measure, small_study):
 
 @pytest.fixture(scope="module")
 def measure(executor, tokens_of):
-    """A function that measures one replicate of a study; its records by trial."""
+    """A function that measures one replicate of a study and returns its records by trial."""
 
     def run(study, *, phases=("train",), listener=None, executor=executor):
         protocol = dataclasses.replace(study.protocol, replicates=1)
@@ -67,7 +67,7 @@ def measure(executor, tokens_of):
 
 @pytest.fixture
 def own_executor(tmp_path):
-    """One whose zygote may be killed."""
+    """A separate executor whose zygote may be killed."""
     local = LocalExecutor()
     local.start(tmp_path, 1)
     local.hello()
@@ -80,7 +80,7 @@ def children_of(executor):
 
 
 def test_a_trial_end_to_end(executor, served):
-    """Every phase leaves its numbers, the control is bit-equal to the reference, and no process is left."""
+    """Every phase records its values, the control is bit-equal to the reference, and no process is left."""
     assert len(served) == 2
     assert {record.status for record in served.values()} == {"ok"}, [r.failure for r in served.values()]
     for record in served.values():
@@ -107,7 +107,8 @@ def test_a_trial_end_to_end(executor, served):
 
 @pytest.mark.selftest
 def test_the_cold_model_is_the_trained_one(measure, small_study):
-    """Preparation, adapter type and a base that OLoRA rewrote reach the new interpreter: the answer is the same."""
+    """Preparation, adapter type and a base that OLoRA rewrote reach the new interpreter, so that the answer is the
+    same."""
     more = tuple(dataclasses.replace(small_study.variants[0], name=name, **changes) for name, changes in SERVED.items())
     study = dataclasses.replace(small_study, variants=more, reference="olora")
     records = measure(study, phases=("train", "generate", "cold"))
@@ -118,7 +119,7 @@ def test_the_cold_model_is_the_trained_one(measure, small_study):
 
 
 def test_a_killed_trial_is_a_row(measure, executor, small_study):
-    """SIGKILL in the middle of the turns: crashed, with the signal named and the earlier turns kept."""
+    """A trial that is killed during its turns is recorded as crashed, with the signal and its earlier turns."""
 
     def kill(slot, phase):
         if slot.trial == "r0-nf4" and phase == "finish_training":
@@ -133,8 +134,8 @@ def test_a_killed_trial_is_a_row(measure, executor, small_study):
 
 
 def test_a_dead_zygote_ends_the_run_and_costs_the_trial_under_way(measure, own_executor, small_study):
-    """Killed in the middle of a trial, which dies with it: what was measured is kept, and the run ends with the signal
-    and the log."""
+    """A zygote that is killed during a trial ends the trial and the run; earlier results are kept, and the error has
+    the signal and the log."""
     first, second, third = (slot.trial for slot in make_plan(small_study, phases=("train",)).slots[:3])
     kept = {}
 
@@ -152,7 +153,7 @@ def test_a_dead_zygote_ends_the_run_and_costs_the_trial_under_way(measure, own_e
 
 
 def test_a_hanging_trial_is_killed_and_a_row(measure, executor, small_study, monkeypatch):
-    """A stopped process answers nothing: timeout after the limit, and the process is gone.
+    """A stopped process is recorded as timeout after the limit and is killed.
 
     The limit is the protocol's, and is short for the stopped process alone: no other must keep it on a busy machine.
     """
@@ -179,7 +180,7 @@ def test_a_hanging_trial_is_killed_and_a_row(measure, executor, small_study, mon
 
 
 def test_running_out_of_memory_is_a_row(measure, executor, small_study, folder):
-    """An address-space limit that the process's own size nearly fills: oom, with the traceback in record and log."""
+    """A trial that exceeds its address-space limit is recorded as oom, with the traceback in record and log."""
     limit = psutil.Process(executor._zygote.pid).memory_info().vms + 64 * 2**20
     protocol = dataclasses.replace(small_study.protocol, memory_limit_bytes=limit)
     workload = dataclasses.replace(small_study.workload, batch_size=64, sequence_length=512, train_sequences=64)
@@ -191,7 +192,7 @@ def test_running_out_of_memory_is_a_row(measure, executor, small_study, folder):
 
 
 def test_an_exception_is_a_row(measure, small_study, folder):
-    """Targets that match no module: crashed, with PEFT's own words, while the reference is measured."""
+    """Targets that match no module are recorded as crashed with PEFT's message, and the reference is still measured."""
     plain = small_study.variants[0]
     bad = dataclasses.replace(plain, name="bad", target_modules=("no_such_module",))
     records = measure(dataclasses.replace(small_study, variants=(plain, bad)))

@@ -1,4 +1,4 @@
-"""A trial of several ranks takes turns like any other, and its processes end with it, however it ends."""
+"""Tests that a trial of several ranks takes turns as other trials do, and that all its processes end with it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tests.run.fakes import Quiet
 
 
 def descendants():
-    """Processes below this one that train: the workers of a zygote and what they have forked."""
+    """Return the descendants of this process that train: workers of a zygote and their forks."""
     return [one for zygote in psutil.Process().children() for one in zygote.children(recursive=True)]
 
 
 @pytest.mark.selftest
 def test_trials_of_ranks_take_turns(executor, tokens_of, small_study):
-    """A trial of two ranks and its control, in lockstep: both are whole, with a scaling efficiency for each step, and
-    no process of theirs is left."""
+    """A trial of two ranks and its control complete in lockstep, record a scaling efficiency for each step, and leave
+    no process."""
     workload = dataclasses.replace(small_study.workload, ranks=2, strategy="ddp")
     protocol = dataclasses.replace(small_study.protocol, replicates=1, turns=3, phases=("train",), step_timeout_s=300)
     study = dataclasses.replace(small_study, workload=workload, protocol=protocol, variants=small_study.variants[:1])

@@ -1,4 +1,4 @@
-"""Live processes taking turns: exactly one computes, and a shared base is loaded once."""
+"""Tests of live processes that take turns: exactly one computes, and a shared base is loaded once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RANKS = (LoraVariant(name="r4", r=4, quantization="nf4"), LoraVariant(name="r8",
 
 
 def test_a_waiting_process_uses_no_cpu(small_study, executor, tokens_of):
-    """While one side of a lockstep takes its steps, the other blocks on its socket."""
+    """While one process of a lockstep trains, the other blocks on its socket."""
     site = context_of(small_study.workload, tokens_of(small_study.workload), "cpu")
     plan = make_plan(small_study, interleaving="lockstep", phases=["train"])
     workers = {}
@@ -37,7 +37,7 @@ def test_a_waiting_process_uses_no_cpu(small_study, executor, tokens_of):
 
 
 def test_a_trial_that_fails_leaves_its_neighbours_on_the_base_alone(small_study, executor, tokens_of):
-    """A diverging adapter is a row of its own; the others go on, bit-equal to a run without it."""
+    """A diverging adapter is recorded as invalid; the other trials on the base are bit-equal to a run without it."""
     wild = dataclasses.replace(RANKS[1], name="wild", learning_rate=1e30, lora_alpha=10**12, max_grad_norm=0)
     losses = {}
     protocol = dataclasses.replace(small_study.protocol, replicates=1)

@@ -1,4 +1,4 @@
-"""Token files: isolated records, counted tokens, and one hash for all variants."""
+"""Tests of token files: isolated records, token counts, and one hash for all variants."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = Workload(sequence_length=64, train_sequences=12, held_out_records=6, hel
 
 
 def test_packed_records_start_at_zero_and_without_a_label(tmp_path):
-    """Positions restart with each record, and its first token is never a target of the record before."""
+    """Positions restart with each record, and the first token of a record has no label."""
     summary = prepare(SMALL, tmp_path)
     tensors = load_file(summary.path)
     starts = tensors["train.position_ids"] == 0
@@ -32,7 +32,7 @@ def test_packed_records_start_at_zero_and_without_a_label(tmp_path):
 
 
 def test_padding_is_counted_and_has_no_label(tmp_path):
-    """A row has one record; the rest of it is masked and unlabelled."""
+    """A padded row has one record; its padding is masked, unlabelled and counted."""
     summary = prepare(dataclasses.replace(SMALL, layout="padded", sequence_length=512), tmp_path)
     tensors = load_file(summary.path)
     mask = tensors["train.attention_mask"]
@@ -42,7 +42,7 @@ def test_padding_is_counted_and_has_no_label(tmp_path):
 
 
 def test_joined_rows_have_the_tokens_of_packed_ones_without_isolation(tmp_path):
-    """Positions run over the whole row, and every token but the first of a row is predicted from the one before it."""
+    """Positions run over the whole row, and each token but the first is predicted from the token before it."""
     joined, packed = (prepare(dataclasses.replace(SMALL, layout=layout), tmp_path) for layout in ("joined", "packed"))
     ours, theirs = load_file(joined.path), load_file(packed.path)
     assert (ours["train.input_ids"] == theirs["train.input_ids"]).all()
@@ -54,7 +54,7 @@ def test_joined_rows_have_the_tokens_of_packed_ones_without_isolation(tmp_path):
 
 
 def test_the_hash_is_that_of_the_content(tmp_path):
-    """Equal workloads have equal hashes; another seed, format or length has another."""
+    """Equal workloads have equal hashes; another seed, layout or length changes the hash."""
     first = prepare(SMALL, tmp_path)
     assert prepare(SMALL, tmp_path).hash == first.hash == hash_tensors(load_file(first.path))
     for change in ({"data_seed": 1}, {"prompt_format": "write-instruction"}, {"sequence_length": 32}):
@@ -63,7 +63,7 @@ def test_the_hash_is_that_of_the_content(tmp_path):
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_a_loss_on_answers_labels_their_tokens_alone(tmp_path, layout):
-    """Labels are counted, and every sequence has one."""
+    """Only tokens of answers have labels; the labels are counted, and every sequence has at least one."""
     workload = dataclasses.replace(SMALL, layout=layout, sequence_length=128)
     every, answers = (prepare(dataclasses.replace(workload, loss=loss), tmp_path) for loss in ("all", "answer"))
     assert answers.hash != every.hash
@@ -76,8 +76,8 @@ def test_a_loss_on_answers_labels_their_tokens_alone(tmp_path, layout):
 
 
 def test_sequences_without_an_answer_are_left_out_and_counted(tmp_path):
-    """The mean loss of a batch of such is 0/0. Data without any answer in a sequence is refused, and so are synthetic
-    records, which have no end."""
+    """Sequences without an answer are dropped, since their mean loss is 0/0; data without any answer, and synthetic
+    records, which have no answers, are refused."""
     path = tmp_path / "mine.jsonl"
     rows = [{"prompt": "p" * length, "completion": "answer"} for length in (300, 5, 400, 10, 500, 20, 8, 9)]
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -93,7 +93,7 @@ def test_sequences_without_an_answer_are_left_out_and_counted(tmp_path):
 
 
 def test_held_out_records_are_not_trained_on(tmp_path):
-    """No record is in both splits: the marker of each record shows in one of them only."""
+    """The marker of each record occurs in one split only."""
     path = tmp_path / "records.jsonl"
     rows = [{"instruction": f"<{index}>", "context": "", "response": "x" * 40} for index in range(10)]
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -109,7 +109,7 @@ def test_held_out_records_are_not_trained_on(tmp_path):
 
 
 def test_too_few_records_for_a_sequence_are_refused(tmp_path):
-    """The message names the file."""
+    """The error names the file."""
     path = tmp_path / "short.jsonl"
     path.write_text('{"instruction": "a", "context": "", "response": "b"}')
     with pytest.raises(UsageError, match=r"short\.jsonl.*not enough records"):
@@ -117,6 +117,6 @@ def test_too_few_records_for_a_sequence_are_refused(tmp_path):
 
 
 def test_too_few_held_out_tokens_for_a_request_are_refused(tmp_path):
-    """With the number of tokens that there are, and the settings to change."""
+    """The error gives the number of available tokens and the settings to change."""
     with pytest.raises(UsageError, match=r"request_batch = 4096, prompt_tokens = 8: the held-out records hold \d+ tok"):
         prepare(dataclasses.replace(SMALL, request_batch=4096, held_out_records=1), tmp_path)

@@ -1,4 +1,4 @@
-"""Ranks that read one file take different rows of each batch."""
+"""Tests that ranks take different rows of each batch of one file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORKLOAD = Workload(
 
 @pytest.fixture(scope="module")
 def streams(tmp_path_factory):
-    """One rank's stream, and those of two."""
+    """The stream of a single rank, and the streams of two ranks."""
     path = prepare(WORKLOAD, tmp_path_factory.mktemp("tokens")).path
     variant = LoraVariant(name="plain", r=4)
     two = dataclasses.replace(WORKLOAD, ranks=2, strategy="ddp")
@@ -30,7 +30,8 @@ def streams(tmp_path_factory):
 
 
 def test_two_ranks_take_the_batches_of_one_and_their_shares_are_the_whole(streams):
-    """Over the end of an epoch as well; shares are those of the labelled tokens, and counts add up."""
+    """Two ranks together take the batches of one, also across an epoch; shares are by labelled tokens, and the counts
+    add up."""
     one, two = streams
     for _ in range(4):
         upcoming = two[0].upcoming(1)

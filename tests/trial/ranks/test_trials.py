@@ -1,4 +1,4 @@
-"""Real trials of two ranks over gloo: they train what one rank trains, and each sabotage is reported."""
+"""Tests of real trials of two ranks over gloo: they train what one rank trains, and each injected fault is reported."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SABOTAGED = (
 
 
 def run_scenarios(*names) -> dict[str, tuple[TrialRecord, list[str]]]:
-    """The record of each scenario, and the names of its processes that were still running."""
+    """Return the record of each scenario and the names of its processes that are still running."""
     environment = os.environ | {
         "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99",
         "TOKENIZERS_PARALLELISM": "false",
@@ -46,14 +46,14 @@ def ddp():
 
 @pytest.fixture(scope="module")
 def healthy():
-    """Records of other healthy runs; without those that this torch cannot shard."""
+    """The records of the other healthy runs, except those that this torch version cannot shard."""
     names = [name for name in HEALTHY if "fsdp2, qlora" not in name or shards_4bit(torch.__version__)]
     return {name: record for name, (record, _) in run_scenarios(*names).items()}
 
 
 @pytest.fixture(scope="module")
 def sabotaged():
-    """Records of runs with a fault, and the processes left."""
+    """The records of the runs with an injected fault, and their remaining processes."""
     return run_scenarios(*SABOTAGED)
 
 
@@ -62,7 +62,7 @@ def check_of(record, path):
 
 
 def assert_ranks_agree(record, *more):
-    """Every check of ranks holds, the comparison with the losses of one rank included."""
+    """Assert that every check of ranks is active, including the comparison with the losses of one rank."""
     assert record.status == "ok", record.failure
     names = ("data", "gradients", "adapters", "base", "steps", "steady", "losses", "trained", *more)
     judged = {check["path"]: check for check in record.checks if check["path"].startswith("ranks.")}
@@ -71,8 +71,8 @@ def assert_ranks_agree(record, *more):
 
 
 def test_two_ranks_train_what_one_rank_trains(ddp):
-    """Checks hold, a step takes as long as its slowest rank, tokens and peaks are of all ranks, and scaling is measured
-    against one rank in the same turns."""
+    """Checks are active, a step takes as long as its slowest rank, tokens and peaks are of all ranks, and scaling is
+    measured against one rank in the same turns."""
     assert_ranks_agree(ddp)
     each = zip(ddp.samples["rank0_step_time_s"], ddp.samples["rank1_step_time_s"], strict=True)
     assert ddp.samples["step_time_s"] == tuple(map(max, each))
@@ -88,7 +88,7 @@ def test_two_ranks_train_what_one_rank_trains(ddp):
 
 
 def test_sharded_and_quantised_bases_train_what_one_rank_trains(ddp, healthy):
-    """FSDP2 halves the bytes of the base on each rank, in 4 bits as well."""
+    """FSDP2 halves the bytes of the base on each rank, also in 4 bits."""
     for name, record in healthy.items():
         assert_ranks_agree(record, *(["sharded"] if name.startswith("fsdp2") else []))
     sizes = {name: record.memory["base_weight_bytes"] for name, record in healthy.items()}
@@ -98,7 +98,7 @@ def test_sharded_and_quantised_bases_train_what_one_rank_trains(ddp, healthy):
 
 
 def test_an_adapter_that_differs_at_the_end_makes_the_trial_invalid(sabotaged):
-    """One rank left out an update after the check of the first steps; no process is left."""
+    """One rank skips an update after the check of the first steps; the trial is invalid, and no process is left."""
     record, left = sabotaged["update left out"]
     words = "rank 1 has another adapter than rank 0"
     assert record.status == "invalid"
@@ -108,7 +108,8 @@ def test_an_adapter_that_differs_at_the_end_makes_the_trial_invalid(sabotaged):
 
 
 def test_ranks_with_dropout_must_still_train_one_adapter(sabotaged):
-    """Their losses are not those of one rank, since each rank draws its own dropout."""
+    """With dropout the losses differ from those of one rank, because each rank draws its own mask, but the adapters
+    agree."""
     record, _ = sabotaged["dropout"]
     assert record.status == "ok", record.failure
     assert check_of(record, "ranks.losses")["status"] == "not_applicable"
@@ -116,8 +117,8 @@ def test_ranks_with_dropout_must_still_train_one_adapter(sabotaged):
 
 
 def test_nf4_that_fsdp2_gathers_wrongly_is_refused_with_the_repair(sabotaged):
-    """In eval mode on a CPU with AVX512_BF16 the losses of one batch move although nothing is updated; the repair that
-    is named keeps them."""
+    """In eval mode on a CPU with AVX512_BF16 the losses of one batch change without an update; the repair in the
+    message keeps them."""
     from bitsandbytes.nn.modules import has_avx512bf16
 
     if not shards_4bit(torch.__version__):
@@ -141,7 +142,7 @@ def test_nf4_that_fsdp2_gathers_wrongly_is_refused_with_the_repair(sabotaged):
     ],
 )
 def test_a_lost_rank_is_named_and_the_others_are_ended(sabotaged, name, status, kind, words):
-    """No process is left."""
+    """The record names the lost rank, and no process is left."""
     record, left = sabotaged[name]
     assert (record.status, record.failure.kind) == (status, kind)
     assert words in record.failure.message
@@ -149,7 +150,7 @@ def test_a_lost_rank_is_named_and_the_others_are_ended(sabotaged, name, status, 
 
 
 def test_a_trial_continues_where_training_on_one_rank_fails(sabotaged):
-    """Without scaling efficiency, with a notice."""
+    """The trial has no scaling efficiency but a notice."""
     record, _ = sabotaged["one rank fails"]
     assert record.status == "ok"
     assert [notice.code for notice in record.notices] == ["one-rank-failed"]
