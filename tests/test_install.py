@@ -1,4 +1,5 @@
-"""Wheel and sdist, installed outside the source tree: the commands work, and other projects are unharmed."""
+"""Tests of the wheel and the sdist, installed outside the source tree: commands work, and other projects are
+unaffected."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["*.whl", "*.tar.gz"], ids=["wheel", "sdist"])
 def python(request, built, tmp_path_factory):
-    """The interpreter of an environment with this distribution and with the dependencies that are installed here."""
+    """The interpreter of an environment with this distribution and the dependencies that are installed here."""
     folder = tmp_path_factory.mktemp("environment") / "venv"
     (distribution,) = built.glob(request.param)
     done = run(sys.executable, "-m", "uv", "venv", "--quiet", "--python", sys.executable, folder, cwd=folder.parent)
@@ -65,7 +66,7 @@ def test_the_installed_package_is_imported_and_reads_runs(python, tmp_path):
     ids=["python-m-pytest", "pytest", "pythonpath-pytest"],
 )
 def test_a_project_with_its_own_harness_is_unharmed(words, variables, python, tmp_path):
-    """The plugin loads beside a project's own packages `harness` and `tests`, and the project imports its own."""
+    """The plugin loads in a project with its own packages `harness` and `tests`, and the project imports its own."""
     for name, text in {
         "harness/__init__.py": "ANSWER = 42\n",
         "tests/__init__.py": "",
@@ -81,7 +82,7 @@ def test_a_project_with_its_own_harness_is_unharmed(words, variables, python, tm
 
 
 def test_init_makes_a_suite_that_pytest_collects(python, tmp_path):
-    """`lorameter init` gives a project a benchmark suite without a clone of this repository."""
+    """`lorameter init` creates a benchmark suite without a clone of this repository."""
     done = run(python, "-m", "lorameter", "init", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     collected = run(python, "-m", "pytest", "benchmarks", "--collect-only", "-q", cwd=tmp_path)

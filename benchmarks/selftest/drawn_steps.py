@@ -1,4 +1,4 @@
-"""Random training steps around a drawn model for `random_models.py`, with what is true of each.
+"""Random training steps around a drawn model for `random_models.py`, with the true value of each checked path.
 
 Inputs, precision, modes, recomputation, a copy of the model, the optimizer, compilation. Two runs of one seed are
 twins.
@@ -36,7 +36,7 @@ IN_COMPILED = (
     "attention.backend", "attention.dtype", "attention.mask", "optimizer.fused", "base.gemm_path", "base.compute_dtype",
     "peft.learning", "peft.dropout", "peft.attached", "checkpointing", "checkpointing.layers",
 )  # fmt: skip
-"""Paths that rest on operators or on calls inside blocks, which compiled code does not show."""
+"""Paths that depend on operators or on calls inside blocks, which compiled code hides."""
 OPTIMIZERS: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], str, bool | None]] = {
     "AdamW": (lambda given: torch.optim.AdamW(given, lr=RATE), "torch.optim.AdamW", False),
     "fused AdamW": (lambda given: torch.optim.AdamW(given, lr=RATE, fused=True), "torch.optim.AdamW", True),
@@ -51,11 +51,11 @@ OPTIMIZERS: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], str, bool | 
         None,
     ),
 }
-"""From parameters to the optimizer; its class, and whether it is fused (None: not defined)."""
+"""Optimizer factory, class, and whether it is fused (None: not defined)."""
 
 
 class DrawnRun:
-    """One run, and what is true of it by path."""
+    """One run, and its true values by path."""
 
     def __init__(self, seed: int) -> None:
         draw = random.Random(seed)
@@ -63,13 +63,13 @@ class DrawnRun:
         self.drawn = draw_model(draw)
         self.model: Any = self.drawn.model
         self.trained: Any = self.model
-        """What the step trains: the model, or a copy of it."""
+        """The model that the step trains: the drawn model or a copy of it."""
         self.truths: dict[str, Truth] = self.drawn.truths
         self.about = self.drawn.about
         self.batch: dict[str, Any] | None = None
         self.schedule: Any = None
         self.reset: Callable[[], object] = lambda: None
-        """What is done to the model after each update."""
+        """Called on the model after each update."""
         self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.accumulate, self.training, self.evaluates = draw.choice([1, 1, 2, 3]), True, False
         for choose in (
@@ -78,10 +78,10 @@ class DrawnRun:
         ):  # fmt: skip
             choose(draw)
         self.warm = draw.randint(0, 2)
-        """Steps before it is verified."""
+        """Number of steps before the verified one."""
 
     def _draw_inputs(self, draw: random.Random) -> None:
-        """Whole rows, padded ones, or records packed into a row; no token repeats, so that padding is seen as such."""
+        """Draw full rows, padded rows, or packed records; no token repeats, so that padding is recognised."""
         ids = 3 + torch.randperm(WORDS - 3)[: ROWS * LENGTH].view(ROWS, LENGTH)
         self.inputs, self.labels = {"input_ids": ids}, ids.clone()
         plain = self.drawn.style == "plain"
@@ -108,7 +108,7 @@ class DrawnRun:
             if draw.random() < 0.4:
                 decoder.merges = draw.randint(1, len(bounds) - 2)
             isolated = masked and decoder.merges is None
-            # one layer of several lets records through if its own mixing is large enough; dropout hides it
+            # one of several layers leaks between records if its own mixing is large enough; dropout hides it
             hidden = not masked or "math by dropout" in self.drawn.kinds
             self.truths["packing.isolated"] = true(isolated, hidden=hidden)
             self.about.append("packed" if isolated else "packed, records leak")
@@ -124,7 +124,8 @@ class DrawnRun:
             self.about.append("autocast")
 
     def _draw_mode(self, draw: random.Random) -> None:
-        """One forward in eval mode stores 4-bit layers anew on some processors, and loses the scales of 8-bit ones."""
+        """Draw train or eval mode; one eval forward repacks 4-bit layers on some processors and drops the scales of
+        8-bit layers."""
         way = 1.0 if self.drawn.stores(4, 8) else draw.random()
         self.training, self.evaluates = way >= 0.08, 0.08 <= way < 0.2
         self.truths["mode"] = true("train" if self.training else "eval")
@@ -136,7 +137,7 @@ class DrawnRun:
                 self.truths["attention.backend"] = true(free=only)
             self.about.append("eval mode")
         elif self.evaluates:
-            if drops:  # without dropout an evaluation takes another backend
+            if drops:  # without dropout an evaluation selects another backend
                 self.truths["attention.backend"] = undecided(self.truths["attention.backend"])
             self.about.append("evaluates in the step")
 
@@ -147,7 +148,7 @@ class DrawnRun:
         reentrant, layers = draw.random() < 0.4, self.drawn.layers
         way = draw.choice(["all", "some", "mlp"]) if self.drawn.style == "plain" else "by transformers"
         self.about.append(f"recomputes {way}")
-        recomputed = self.training or way != "by transformers"  # transformers does in training mode alone
+        recomputed = self.training or way != "by transformers"  # transformers does so in training mode only
         self.truths["checkpointing"], self.truths["checkpointing.layers"] = (
             true(recomputed),
             at_least(float(recomputed)),
@@ -167,7 +168,7 @@ class DrawnRun:
             self.truths["checkpointing"], self.truths["checkpointing.layers"] = true(), at_least(1 / len(layers))
 
     def _draw_copy(self, draw: random.Random) -> None:
-        """A copy that is trained in the model's place; 8-bit layers cannot be copied."""
+        """Draw whether a copy is trained in place of the model; 8-bit layers cannot be copied."""
         if draw.random() > 0.05 or self.drawn.stores(8):
             return
         self.trained = copy.deepcopy(self.model)
@@ -182,7 +183,7 @@ class DrawnRun:
         self.about.append("trains a copy")
 
     def _draw_optimizer(self, draw: random.Random) -> None:
-        """An optimizer of all that is trainable or of all but one, with a fault or without."""
+        """Draw an optimizer of all or of all but one trainable parameters, with or without a fault."""
         trainable = [one for one in self.trained.parameters() if one.requires_grad]
         copied, sick = self.trained is not self.model, ""
         if not copied and draw.random() < 0.2:
@@ -224,7 +225,7 @@ class DrawnRun:
             self.truths["optimizer.fused"] = true(free={True, False})
 
     def _draw_compilation(self, draw: random.Random) -> None:
-        """Compile blocks in place; nothing is compiled where code is known to break in pieces."""
+        """Draw in-place compilation of blocks; code with known graph breaks is not compiled."""
         self.truths["compile"] = true(False)
         self.truths["compile.share"] = true(free={0.0}) if self.trained is not self.model else at_least(0.0)
         plain = self.drawn.style == "plain" and self.training and not self.evaluates and self.batch is None
@@ -244,7 +245,7 @@ class DrawnRun:
             self.about.append("compiled" if len(chosen) == len(layers) else "compiled in part")
 
     def step(self) -> float:
-        """Forward and backward passes and an update; the loss."""
+        """Take forward and backward passes and an update, and return the loss."""
         if self.evaluates:
             self.trained.eval()
             with torch.no_grad(), self.around():
@@ -269,7 +270,8 @@ class DrawnRun:
         return functional.cross_entropy(logits[:, :-1].flatten(0, 1), self.labels[:, 1:].flatten(), ignore_index=-100)
 
     def state(self) -> dict[str, Any]:
-        """What `verify` restores, comparable to the bit: parameters, gradients, optimizer, random numbers, modes."""
+        """Return the state that `verify` restores bit for bit: parameters, gradients, optimizer, random state,
+        modes."""
         named = {f"parameter {name}": one for name, one in self.model.named_parameters()}
         named |= {f"gradient {name}": one.grad for name, one in self.model.named_parameters()}
         for place, values in self.optimizer.state_dict()["state"].items():

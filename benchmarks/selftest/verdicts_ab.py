@@ -63,7 +63,8 @@ r = [4, 8, 16, 32, 64, 128]
 
 
 def run_ab(folder: Path, *options: str) -> dict[str, Any]:
-    """The document of one `lorameter ab HEAD HEAD`, its step time as `step` and its wall time as `seconds`."""
+    """Return the document of one `lorameter ab HEAD HEAD`, with its step time as `step` and its wall time as
+    `seconds`."""
     words = ["ab", STUDY, "--base", "HEAD", "--candidate", "HEAD", "--phase", "train", "--runs-dir", str(folder)]
     begin = time.monotonic()
     document: dict[str, Any] = json.loads(command_output([*words, "--json", *options]))
@@ -72,12 +73,13 @@ def run_ab(folder: Path, *options: str) -> dict[str, Any]:
 
 
 def ratio_of(row: dict[str, Any]) -> tuple[float, float, float]:
-    """Ratio and interval of a comparison."""
+    """Return ratio and interval of a comparison."""
     return row["ratio"], row["low"], row["high"]
 
 
 def injected_rows_of(folder: Path) -> tuple[int, tuple[float, float, float]]:
-    """Rows of extra work that make about 5 %, sized by two pilots, and the slow-down that a rigorous run measures."""
+    """Return the rows of extra work that cost about 5 %, sized by two pilots, and the slow-down that a rigorous run
+    measures."""
     pilots = [run_ab(folder, "--inject-rows", str(rows), "--replicates", "5")["step"]["ratio"] for rows in PILOT_ROWS]
     rows = rows_for(INJECTED, *pilots)
     found = run_ab(folder, "--inject-rows", str(rows), "--effort", "rigorous")
@@ -85,7 +87,7 @@ def injected_rows_of(folder: Path) -> tuple[int, tuple[float, float, float]]:
 
 
 def try_part(part: str, tries: int, folder: Path) -> tuple[list[dict[str, Any]], float]:
-    """The A/Bs of a part, each printed, and the true ratio."""
+    """Run and print the A/Bs of a part, and return them with the true ratio."""
     options, truth, found = [], 1.0, []
     if part == "injected":
         rows, size = injected_rows_of(folder)
@@ -128,7 +130,7 @@ def judge(part: str, tries: list[dict[str, Any]], truth: float) -> Iterator[str]
 
 
 def measure_levels(minutes: float, rounds: int, folder: Path) -> dict[str, list[TrialRecord]]:
-    """Trials of the six ranks at each level, replicates of all rounds numbered on."""
+    """Return the trials of the six ranks at each level; replicates are numbered over all rounds."""
     study = folder / "ranks.toml"
     study.write_text(SIX_RANKS, encoding="utf-8")
     words = ["run", str(study), "--max-minutes", str(minutes / rounds), "--phase", "train", "--runs-dir", str(folder)]
@@ -143,7 +145,7 @@ def measure_levels(minutes: float, rounds: int, folder: Path) -> dict[str, list[
 
 
 def judge_level(level: str, records: list[TrialRecord]) -> Iterator[str]:
-    """Print control, detectable slow-down and cost of a level; yield the bounds that do not hold."""
+    """Print control, smallest detectable slow-down and cost of a level; yield the bounds that do not hold."""
     series = group_trials(records)
     reference = next(record.name for record in records if record.role == "control")
     control = compare_series(series[reference, "variant"], series[reference, "control"], "step_time_s")
@@ -173,7 +175,7 @@ def judge_level(level: str, records: list[TrialRecord]) -> Iterator[str]:
 
 
 def main() -> int:
-    """Measure the parts and print them; 1 where a bound does not hold."""
+    """Measure the parts and print them; return 1 where a bound does not hold."""
     parts = ("identical", "injected", "loaded", "levels")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tries", type=int, default=8, help="A/Bs of each part; half as many of loaded")

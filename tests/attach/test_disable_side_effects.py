@@ -1,4 +1,4 @@
-"""What a measured script does not do: report, save, publish."""
+"""Tests that a measured script does not report, save or publish."""
 
 import importlib.util
 import sys
@@ -10,7 +10,7 @@ from lorameter.attach import disable_side_effects
 
 
 def test_a_trainer_saves_reports_and_pushes_nothing(tmp_path):
-    """Whatever its script says; all else of its arguments stays."""
+    """A Trainer saves, reports and pushes nothing whatever its arguments are; its other arguments are unchanged."""
     from transformers import TrainingArguments, training_args
 
     complete = TrainingArguments.__post_init__
@@ -30,12 +30,12 @@ READING = """
     auth bucket dataset download fetch file get hf inspect is kernel list model paper parse read repo resolve revision
     search snapshot space sync url verify wait whoami
 """.split()
-"""First words of methods that change nothing, or only by one of the others; `run_as_future` calls one elsewhere."""
+"""First words of client methods that only read; `run_as_future` only calls another method in a thread."""
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    """The real client's module once more, under another name: what is closed stays closed."""
+    """A second copy of the real client's module, since blocked writes cannot be enabled again."""
     spec = importlib.util.spec_from_file_location("huggingface_hub.closed_here", hf_api.__file__)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
@@ -44,8 +44,8 @@ def hub(monkeypatch):
 
 
 def test_the_hubs_real_client_refuses_all_that_changes_something(hub):
-    """Whatever its version calls it: each of its methods either reads, by its first word, or refuses; and so does the
-    function of the same name."""
+    """Each client method either reads, according to its first word, or refuses; so does the module function of the same
+    name."""
     names = {name for name, one in vars(hub.HfApi).items() if callable(one) and not name.startswith("_")}
     functions = {name for name in names if hasattr(hub, name)}
     disable_side_effects.block_hub_writes(hub)

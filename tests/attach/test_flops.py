@@ -1,4 +1,4 @@
-"""What a step of a script needs of its device: constructed, as no device with a stated peak is needed to count."""
+"""Tests of the FLOPs of a script's step on constructed steps, since no device with a known peak is needed to count."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ TOKENS = StepTokens(positions=20, pairs=110, passes=1)
 
 
 def test_an_adapter_is_counted_as_that_of_a_variant(make_model, gathered):
-    """By the shape, ranks and targets of the model at hand; the peak is that of the type it multiplies in."""
+    """The count uses shape, ranks and targets of the given model; the peak is that of the dtype of its products."""
     model = make_model()
     shape = shape_of_config(model.config.to_dict(), "model")
     values = work(model).values(gathered, H100)
@@ -45,7 +45,7 @@ def test_an_adapter_is_counted_as_that_of_a_variant(make_model, gathered):
 
 
 def test_what_is_not_known_is_left_out(make_model, gathered):
-    """A device that is not listed, a model without a configuration, steps whose tokens were not seen."""
+    """An unlisted device, a model without a configuration and steps with unknown tokens have no FLOPs."""
     assert "peak_flops_per_s" not in work(make_model()).values(gathered, "Test CPU")
     assert work(torch.nn.Linear(2, 2)).values(gathered, H100) == {}
     unseen = StepSamples(None)

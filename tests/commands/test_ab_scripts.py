@@ -1,4 +1,5 @@
-"""`lorameter ab` of commands: what it takes, what it refuses, and a whole run of two scripts through every reader."""
+"""Tests of `lorameter ab` of commands: accepted and refused arguments, and a whole run of two scripts through every
+reader."""
 
 from __future__ import annotations
 
@@ -36,15 +37,15 @@ FAST, SLOW = "python scripted.py plain", "python scripted.py slow"
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_started(scripted, words, said):
-    """With exit code 2, the option and the remedy."""
+    """The command exits with 2 and names the option and the remedy."""
     code, out, err = scripted("ab", *words)
     assert (code, out) == (2, "")
     assert said in err
 
 
 def test_one_command_on_two_sides(scripted, tmp_path):
-    """Two revisions of a script are one line; each process has the files of its own. Where a step of one holds fewer
-    tokens, that is said, and the time is judged for each real token as well."""
+    """Two revisions of a script need one command, and each process has its own files; where steps hold different token
+    counts, a notice says so and the time is also judged for each real token."""
     import subprocess
 
     def git(*words):
@@ -72,7 +73,7 @@ def test_one_command_on_two_sides(scripted, tmp_path):
 
 
 def test_what_cannot_be_kept_apart_is_said_in_the_plan(scripted):
-    """Before anything is started."""
+    """The plan warns of an output folder outside the script's folder, before anything is started."""
     Path("apart.toml").write_text(
         '[[variant]]\nname = "plain"\ncommand = "python scripted.py plain --output_dir /elsewhere"\n'
         '[[variant]]\nname = "slow"\ncommand = "python scripted.py slow"\n'
@@ -85,8 +86,8 @@ def test_what_cannot_be_kept_apart_is_said_in_the_plan(scripted):
 
 
 def test_a_candidate_that_fails_its_rehearsal_is_not_started_again(scripted, tmp_path):
-    """Each of its trials fails as the rehearsal did and names the rehearsal's log; the base is measured. A credential
-    in what the script prints or raises is in no file and in no output."""
+    """Each trial of the candidate fails with the rehearsal's reason and log, and the base is measured; no file and no
+    output holds a credential that the script prints or raises."""
     starts, secrets = tmp_path / "starts", ("hunter2", "0123abcd")
     (tmp_path / "broken.py").write_text(
         f"open({str(starts)!r}, 'a').write('started\\n')\n"

@@ -1,4 +1,4 @@
-"""`lorameter report` of any stored run: what of it is shown, in which order, by which policy, in which format."""
+"""Tests of `lorameter report` on stored runs: selection, order, policy and format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.constructed import RUNS
 
 @pytest.fixture
 def told(capsys):
-    """A function: the exit code and what a command prints, the document with --json."""
+    """A function that runs a command and returns its exit code and output, which is a document with --json."""
 
     def run(*words):
         code = main([*words, "--runs-dir", str(RUNS)])
@@ -27,12 +27,13 @@ def told(capsys):
 
 
 def rows(document, table=0):
-    """The variants of a table in their order."""
+    """Return the variants of a table in order."""
     return [row["name"] for row in document["tables"][table]["rows"]]
 
 
 def test_one_metric_has_a_table_of_its_own(told):
-    """With its ratio, its control and its verdicts; bytes by the largest, a loss as higher or lower."""
+    """The table has ratios, control and verdicts; bytes use the unit of the largest value, and a loss is higher or
+    lower."""
     code, document = told("report", "swept", "--metric", "held_out_loss", "--metric", "host_peak_train_bytes", "--json")
     assert code == 0
     assert [table["metric"] for table in document["tables"]] == ["held_out_loss", "host_peak_train_bytes"]
@@ -47,7 +48,7 @@ def test_one_metric_has_a_table_of_its_own(told):
 
 
 def test_variants_stand_in_the_order_asked_for(told):
-    """By name, by ratio with the reference as 1, by estimate, by peak."""
+    """Variants are sorted by name, by ratio with the reference as 1, by estimate or by peak."""
     orders = {sort: rows(told("report", "swept", "--sort", sort, "--phase", "train", "--json")[1]) for sort in
               ("study", "name", "ratio", "value", "memory")}  # fmt: skip
     assert orders["study"][0] == "r64-a16-d0.1"
@@ -68,14 +69,14 @@ def test_variants_stand_in_the_order_asked_for(told):
     ],
 )
 def test_what_there_is_not_is_refused(told, options, words):
-    """With what there is."""
+    """The error names the available choices."""
     code, text = told("report", "sound", *options)
     assert code == 2
     assert words in text
 
 
 def test_a_policy_gives_the_limits(told, tmp_path):
-    """Of a study by variant and metric, and equivalent says within what."""
+    """The policy sets limits by variant and metric, and the report shows the margin of an equivalence."""
     policy = tmp_path / "policy.toml"
     policy.write_text('margin = 0.2\n[[limit]]\nvariant = "qlora-nf4-r16"\ntolerance = 0.15\n')
     before = told("report", "sound", "--json")[1]["tables"][0]["rows"][1]["ratio"]["verdict"]
@@ -87,7 +88,7 @@ def test_a_policy_gives_the_limits(told, tmp_path):
 
 @pytest.fixture
 def kept(tmp_path):
-    """An A/B that was measured with a policy that lets pass what regressed by less than half."""
+    """An A/B with a stored policy that accepts a regression below 50 %."""
     path = tmp_path / "runs" / "ab"
     shutil.copytree(RUNS / "ab", path)
     policy = Policy(tolerance=0.5, inconclusive="pass", metrics=("step_time_s",))
@@ -97,7 +98,8 @@ def kept(tmp_path):
 
 
 def test_an_ab_is_shown_by_the_policy_it_was_judged_by(told, kept):
-    """By every command, unless another is given; the default says regressed where that policy does not."""
+    """All commands use the stored policy unless another is given; the default policy reports a regression that the
+    stored one accepts."""
     assert told("report", "ab", "--json")[1]["exit"] == 1
     strict = kept.parent / "strict.toml"
     strict.write_text("tolerance = 0.01\n")
@@ -110,7 +112,7 @@ def test_an_ab_is_shown_by_the_policy_it_was_judged_by(told, kept):
 
 
 def test_the_verdict_of_an_ab_stands_first(told):
-    """Before what differs and where the time went."""
+    """The verdict comes before the differences of the sides and the time breakdown."""
     _, text = told("report", "ab-unsure")
     lines = text.splitlines()
     assert lines[0] == "Gate failed (exit 3): 1 inconclusive, 1 equivalent"

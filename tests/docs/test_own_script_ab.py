@@ -1,4 +1,4 @@
-"""The numbers of docs/own-script-ab.md are those of the code."""
+"""Tests that the numbers in docs/own-script-ab.md are those of the code."""
 
 from pathlib import Path
 
@@ -12,12 +12,12 @@ TEXT = PAGE.read_text(encoding="utf-8")
 
 
 def section(title):
-    """The text below a title."""
+    """Return the text below a title."""
     return TEXT.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
 
 
 def test_its_numbers_are_those_of_the_code():
-    """Steps of a turn and of a process, what is copied, and what is a difference."""
+    """The page states the steps of a turn and of a process, the copied size, and the limits of a difference."""
     assert STEPS_PER_TURN == 2
     (arguments,) = (command.arguments for command in COMMANDS if command.name == "ab")
     (steps,) = (options["help"] for (name, *_), options in arguments if name == "--steps")

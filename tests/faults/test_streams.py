@@ -1,4 +1,4 @@
-"""Readers that go away, and outputs that cannot be written: what was measured is there, and no code is a verdict."""
+"""Tests of closed readers and unwritable outputs: all measurements are saved, and no exit code looks like a verdict."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def closed_pipe():
     ["list models --json", "report sound", "gate sound slower", "gate sound slower --format github"],
 )
 def test_a_reader_that_has_seen_enough_ends_a_command_as_it_ends_others(line, closed_pipe, monkeypatch, capsys):
-    """The code of SIGPIPE, whatever the verdict would have been, and not a word."""
+    """A closed reader ends the command with the exit code of SIGPIPE, whatever the verdict is, and without a
+    message."""
     words = line.split()
     words += ["--runs-dir", str(RUNS)]
     with open(closed_pipe, "w", closefd=False) as stdout:
@@ -40,14 +41,14 @@ def test_a_reader_that_has_seen_enough_ends_a_command_as_it_ends_others(line, cl
 
 @pytest.mark.parametrize("program", [["lorameter.cli", "list", "models"], ["kernels_check", "--help"]])
 def test_the_end_of_the_process_adds_nothing(program, closed_pipe):
-    """What the interpreter still has in a buffer when it ends does not become its own complaint and 120."""
+    """Output that is still buffered at exit does not cause the interpreter's error message and exit code 120."""
     done = subprocess.run([sys.executable, "-m", *program], stdout=closed_pipe, stderr=subprocess.PIPE, check=False)
     assert (done.returncode, done.stderr) == (EXIT_CLOSED_PIPE, b"")
 
 
 @pytest.mark.parametrize("program", [["lorameter.cli", "list", "models"], ["kernels_check", "--help"]])
 def test_a_full_disk_behind_the_output_is_reported(program):
-    """One line and the code of what this machine could not do; no defect, no verdict."""
+    """A full disk gives one line and the exit code of a machine fault, not of a defect or a verdict."""
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [sys.executable, "-m", *program], stdout=full, stderr=subprocess.PIPE, text=True, check=False
@@ -59,7 +60,7 @@ def test_a_full_disk_behind_the_output_is_reported(program):
 
 @pytest.mark.parametrize("closing", [">&-", "<&- >&- 2>&-"])
 def test_streams_that_are_closed_from_the_start_lead_nowhere(closing, tmp_path, command, only_run):
-    """And no file takes their numbers: what was measured is whole and nothing was printed into it."""
+    """No file is opened under the number of a closed stream, so that nothing is printed into the run."""
     line = " ".join(f"'{word}'" for word in command())
     done = subprocess.run(f"{line} {closing}", shell=True, check=False, cwd=tmp_path)
     assert done.returncode == 0
@@ -69,7 +70,8 @@ def test_streams_that_are_closed_from_the_start_lead_nowhere(closing, tmp_path, 
 
 @pytest.mark.parametrize("ends", ["stderr", "both"])
 def test_a_measurement_whose_reader_has_gone_goes_on(ends, command, closed_pipe, only_run):
-    """Every trial is measured and saved; without its asides it ends as with them, without its report as others do."""
+    """Every trial is measured and saved; a closed stderr does not change the exit code, and a closed stdout gives that
+    of SIGPIPE."""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     streams |= dict.fromkeys(("stdout", "stderr") if ends == "both" else ("stderr",), closed_pipe)
     done = subprocess.run(command(), check=False, **streams)
@@ -80,7 +82,7 @@ def test_a_measurement_whose_reader_has_gone_goes_on(ends, command, closed_pipe,
 
 
 def test_a_session_of_pytest_whose_reader_has_gone_goes_on(session, closed_pipe, only_run, tmp_path):
-    """pytest's own end would be 1, which means a regression: every trial is measured and saved, and the code is 141."""
+    """Every trial is measured and saved, and the exit code is 141, not pytest's 1, which means a regression."""
     done = subprocess.run(session(), stdout=closed_pipe, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False)
     assert done.returncode == EXIT_CLOSED_PIPE, done.stderr
     assert "Traceback" not in done.stderr
@@ -89,8 +91,8 @@ def test_a_session_of_pytest_whose_reader_has_gone_goes_on(session, closed_pipe,
 
 
 def test_a_terminal_that_is_closed_loses_nothing(command, only_run):
-    """The asides go to a terminal whose other end closes before the first of them is written: reading and writing fail
-    there with EIO, and the display that draws on it is silent."""
+    """A terminal that closes before the first line of progress, so that reads and writes fail with EIO, does not stop
+    the measurement, and the display is silent."""
     master, slave = os.openpty()
     with subprocess.Popen(command(), stdout=subprocess.PIPE, stderr=slave) as process:
         os.close(slave)
@@ -101,7 +103,7 @@ def test_a_terminal_that_is_closed_loses_nothing(command, only_run):
 
 
 def test_an_output_that_knows_ascii_only_shows_all_text(tmp_path):
-    """Other characters are escaped; one JSON document stays one."""
+    """Characters outside ASCII are escaped; a JSON document stays valid."""
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
     for words in (["report", "sound"], ["compare", "sound", "slower", "--json"]):
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The campaign resumes where it stopped, within the time of a call, and reports the outcome of each step."""
+"""Tests of the campaign: it resumes within the time of a call and reports the outcome of each step."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def kept(tmp_path):
 
 
 class Call:
-    """A call of so many seconds on a clock that only steps move; what it ran, with the limit that each was given."""
+    """A call of a given length on a clock that only steps advance; it records the steps that ran and their limits."""
 
     def __init__(self, steps, kept, left_s, took_s):
         self.ran = []
@@ -59,7 +59,7 @@ class Call:
 
 
 def test_a_call_begins_only_what_fits_and_the_next_continues(kept, tmp_path):
-    """A step that does not fit in what is left waits for the next call, and a shorter one behind it is taken first."""
+    """A step that does not fit in the remaining time waits for the next call, and a shorter later step runs first."""
     steps = [step("a"), step("b"), step("long", 300), step("c", 50)]
     first = Call(steps, kept, 350, {"a": 90, "b": 100})
     assert first.names == ["a", "b", "c"]
@@ -70,7 +70,7 @@ def test_a_call_begins_only_what_fits_and_the_next_continues(kept, tmp_path):
 
 
 def test_a_run_that_can_be_resumed_takes_the_rest_of_each_call(kept):
-    """It is stopped with the call, resumed in the next, and ends when all its time is spent."""
+    """A resumable run stops with the call, resumes in the next one, and ends when its total time is used."""
     sweep = step("sweep", 500, resumes=("-c", ""), total_s=700)
     call = Call([sweep], kept, 300 + GRACE_S, {"sweep": 10_000})
     assert call.ran == [("sweep", 300)]
@@ -81,7 +81,7 @@ def test_a_run_that_can_be_resumed_takes_the_rest_of_each_call(kept):
 
 
 def test_a_step_that_cannot_be_resumed_is_begun_twice_and_a_failed_one_once(kept):
-    """A step that its limit has ended twice would be ended a third time; a failure is repeated by hand only."""
+    """A step that reached its limit twice is not started again, and a failed step is repeated only by hand."""
     slow, broken = step("slow"), step("broken")
     kept.add(entry("broken", "failed"))
     assert not loop.is_left(broken, kept)
@@ -93,7 +93,7 @@ def test_a_step_that_cannot_be_resumed_is_begun_twice_and_a_failed_one_once(kept
 
 
 def test_every_step_fits_in_a_call_of_ten_minutes():
-    """With the time to save, to judge and to write in addition to its limit; names are unique."""
+    """The limit of each step plus the time to save, judge and write is at most ten minutes; names are unique."""
     for one in STEPS:
         assert one.least_s + GRACE_S + loop.REPORT_S < 570, one.name
         assert one.limit_s <= 570, one.name
@@ -105,7 +105,7 @@ def test_every_step_fits_in_a_call_of_ten_minutes():
 @pytest.mark.parametrize("rehearsing", [False, True], ids=["measured", "rehearsed"])
 @pytest.mark.parametrize("chosen", STEPS, ids=lambda one: one.name)
 def test_the_command_of_every_step_is_one(chosen, rehearsing, tmp_path):
-    """Options, studies, variants and files of each exist; nothing in braces is left."""
+    """The options, studies, variants and files of each command exist, and no placeholder in braces is left."""
     words = command(chosen, python=sys.executable, state=tmp_path, rehearsing=rehearsing)
     assert not [word for word in words if "{" in word]
     check_words(words)
@@ -115,7 +115,7 @@ def test_the_command_of_every_step_is_one(chosen, rehearsing, tmp_path):
 
 @pytest.mark.parametrize("chosen", [one for one in STEPS if "--dry-run" in one.rehearsal], ids=lambda one: one.name)
 def test_studies_can_be_planned_without_a_gpu(chosen, tmp_path, capsys):
-    """A study of the campaign that a CPU refuses could not be rehearsed."""
+    """Every study of the campaign can be planned on a CPU, as its rehearsal requires."""
     words = command(chosen, python=sys.executable, state=tmp_path, rehearsing=True)
     assert main(words[3:]) == 0, capsys.readouterr().err
     assert json.loads(capsys.readouterr().out)
@@ -138,7 +138,7 @@ def check_words(words):
 
 
 def test_the_tests_of_the_steps_are_all_that_are_marked():
-    """A new file with tests marked `gpu` belongs to a step."""
+    """Every test file with the mark `gpu` belongs to a step."""
     marked = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "tests").rglob("test_*.py")
@@ -149,7 +149,7 @@ def test_the_tests_of_the_steps_are_all_that_are_marked():
 
 
 def test_without_a_gpu_a_step_is_rehearsed_and_no_claim_is_decided(tmp_path, monkeypatch, capsys):
-    """The whole command, without the processes of its steps; no report and no page is written."""
+    """The whole command runs without the processes of its steps and writes no report and no page."""
     page, reports = ROOT / "docs" / "gpu.md", ROOT / "reports"
     before = (page.read_text(), sorted(reports.iterdir()))
     monkeypatch.setattr(campaign, "probe_machine", lambda: dataclasses.replace(probe_machine(), device="cpu"))

@@ -1,4 +1,4 @@
-"""verify() end to end: exactly the requirements that hold are active."""
+"""Tests of verify() end to end: exactly the requirements that hold are active."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ COMMON = {
     "checkpointing": False,
     "compile": False,
     "mode": "train",
-} | ({} if torch.cuda.is_available() else {"tf32": False})  # a step on the CPU does not show it where there is a GPU
+} | ({} if torch.cuda.is_available() else {"tf32": False})  # a CPU step does not show it on a machine with a GPU
 STORED = {
     "nf4": {
         **{"attention.dtype": "bfloat16", "base.bits": 4, "base.quant_type": "nf4", "base.double_quant": True},
@@ -55,7 +55,7 @@ def test_a_sound_configuration_is_active_throughout(training, base):
 
 
 def test_paths_without_a_requirement_are_reported(training):
-    """Without requirements every path that is not on request is there, in order, and none is a failure."""
+    """Without requirements all paths are reported in order, except those on request, and none is a failure."""
     run = training()
     checks = run.verify({})
     assert [check.path for check in checks] == [path for path, judged in PATHS.items() if not judged.on_request]
@@ -64,7 +64,7 @@ def test_paths_without_a_requirement_are_reported(training):
 
 
 def test_a_model_without_adapter_is_absent_not_active():
-    """Nothing about an adapter or its base passes where there is no adapter."""
+    """Without an adapter no check of an adapter or its base passes."""
     model = torch.nn.Linear(4, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
@@ -80,7 +80,7 @@ def test_a_model_without_adapter_is_absent_not_active():
 
 
 def test_importing_the_package_loads_no_torch():
-    """`import kernels_check` and its requirement table are cheap, and need nothing of harness."""
+    """`import kernels_check` and its requirement table are cheap and import nothing of lorameter."""
     code = (
         "import sys, kernels_check; kernels_check.REQUIREMENTS; kernels_check.classify('x');"
         "print([m for m in ('torch', 'numpy', 'lorameter') if m in sys.modules])"
@@ -90,7 +90,7 @@ def test_importing_the_package_loads_no_torch():
 
 
 def test_the_profile_writes_nothing_to_stderr(training, capfd, monkeypatch):
-    """Kineto's own lines are silenced and its variable is left as found."""
+    """Kineto's messages are silenced, and its environment variable is restored."""
     monkeypatch.delenv("KINETO_LOG_LEVEL", raising=False)
     run = training()
     capfd.readouterr()

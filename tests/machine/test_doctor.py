@@ -1,4 +1,5 @@
-"""The doctor's verdict on a machine: a remedy for every finding, and unfit only where no measurement would hold."""
+"""Tests of `lorameter doctor`: every finding has a remedy, and a machine is unfit only where no measurement is
+possible."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ GPU = GpuSurvey(
 
 @pytest.fixture
 def found(machine):
-    """A quiet machine without a GPU."""
+    """The facts of a quiet machine without a GPU."""
     return Survey(
         machine=machine, system=SYSTEM, packages=dict.fromkeys((*REQUIRED, *OPTIONAL), "1.0"),
         host={"watched_s": 1.0, "cpu_stall_s": 0.0, "steal_s": 0.0, "busy_s": 1.0, "memory_stall_s": 0.0,
@@ -63,7 +64,7 @@ def found(machine):
 
 
 def on_gpu(found, **changes):
-    """The same machine with a GPU, of which some things are different."""
+    """A function that returns the facts of the same machine with a GPU and the given changes."""
     facts, sample = ({name: changes.get(name, value) for name, value in known.items()} for known in (FACTS, SAMPLE))
     others = {name: value for name, value in changes.items() if hasattr(ALONE, name)}
     gpu = dataclasses.replace(
@@ -81,7 +82,7 @@ def by_name(found):
 
 
 def test_a_quiet_machine_is_fit_and_nothing_is_to_be_done(found):
-    """With and without a GPU."""
+    """A quiet machine is fit and has no remedies, with and without a GPU."""
     for one in (found, on_gpu(found)):
         checks = examine(one)
         assert is_fit(checks)
@@ -90,7 +91,7 @@ def test_a_quiet_machine_is_fit_and_nothing_is_to_be_done(found):
 
 
 def test_a_gpu_that_no_program_can_use_is_unfit(found):
-    """A container can be given NVML without CUDA: nvidia-smi shows the GPU there, and every trial would crash."""
+    """A container can have NVML without CUDA: nvidia-smi lists the GPU, but every trial would crash."""
     one = dataclasses.replace(on_gpu(found), lacks_driver="libcuda.so.1: cannot open shared object file")
     check = by_name(one)["device"]
     assert (check.grade, is_fit(examine(one))) == ("unfit", False)
@@ -115,7 +116,7 @@ def test_a_gpu_that_no_program_can_use_is_unfit(found):
     ],
 )
 def test_disturbances_of_a_measurement_on_the_host(found, name, grade, changes):
-    """Each has its remedy; only what no trial could bear makes the machine unfit."""
+    """Each disturbance has a remedy; only one that prevents every trial makes the machine unfit."""
     one = dataclasses.replace(found, system=SYSTEM | changes)
     check = by_name(one)[name]
     assert check.grade == grade
@@ -128,7 +129,8 @@ def test_disturbances_of_a_measurement_on_the_host(found, name, grade, changes):
     [(3.5, 0.0, "bad"), (4.0, 0.9, "bad"), (15.2, 0.9, "unfit"), (15.2, None, "unfit"), (15.2, 0.0, "bad")],
 )
 def test_a_machine_without_a_free_cpu_is_unfit(found, load, stalled_s, grade):
-    """A load above all CPUs leaves none free; a load that lags behind work that has ended delays nothing."""
+    """A load above the number of CPUs makes the machine unfit, unless no process waited for a CPU, as after work that
+    has ended."""
     watched = {name: value for name, value in found.host.items() if name != "cpu_stall_s"}
     if stalled_s is not None:
         watched["cpu_stall_s"] = stalled_s * found.host["watched_s"]
@@ -153,7 +155,7 @@ def test_a_machine_without_a_free_cpu_is_unfit(found, load, stalled_s, grade):
     ],
 )  # fmt: skip
 def test_disturbances_of_a_measurement_on_a_gpu(found, name, grade, changes):
-    """Each has its remedy."""
+    """Each disturbance of a GPU has a remedy."""
     one = on_gpu(found, **changes)
     check = by_name(one)[name]
     assert check.grade == grade
@@ -162,7 +164,7 @@ def test_disturbances_of_a_measurement_on_a_gpu(found, name, grade, changes):
 
 
 def test_missing_packages_make_a_machine_unfit_and_missing_extras_do_not(found):
-    """With the command that installs them."""
+    """The remedy is the command that installs them."""
     lacking = dataclasses.replace(found, packages=found.packages | {"peft": None})
     assert by_name(lacking)["packages"].grade == "unfit"
     assert by_name(lacking)["packages"].remedy == "pip install peft"
@@ -173,7 +175,7 @@ def test_missing_packages_make_a_machine_unfit_and_missing_extras_do_not(found):
 
 @pytest.mark.parametrize(("change", "code"), [({}, 0), ({"no_peaks": "not here"}, 4)])
 def test_the_command_exits_by_its_verdict(found, monkeypatch, capsys, change, code):
-    """One JSON document with a schema; 0 is fit, 4 unfit."""
+    """The output is one JSON document with a schema; the exit code is 0 if fit and 4 if unfit."""
     monkeypatch.setattr("lorameter.commands.setup.survey", lambda runs: dataclasses.replace(found, **change))
     assert cli.main(["doctor", "--json"]) == code
     document = json.loads(capsys.readouterr().out)

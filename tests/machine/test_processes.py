@@ -1,4 +1,4 @@
-"""Signals that wait for a block to end, and how a process has ended in words."""
+"""Tests of signals that wait for the end of a block, and of the description of how a process ended."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ def met():
 
 @pytest.mark.parametrize("threads", [0, 1])
 def test_a_signal_waits_for_the_end_of_the_block(met, threads):
-    """However many threads could take it, and also where the block fails."""
+    """The signal waits whatever the number of threads, and also where the block fails."""
     over = threading.Event()
     others = [threading.Thread(target=over.wait) for _ in range(threads)]
     for other in others:
@@ -45,7 +45,7 @@ def test_a_signal_waits_for_the_end_of_the_block(met, threads):
 
 
 def test_a_signal_that_is_ignored_stays_ignored(met):
-    """As HUP under nohup; what a child inherits of it is the same."""
+    """An ignored signal stays ignored, as SIGHUP under nohup, so that child processes inherit it unchanged."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     with held_back([signal.SIGUSR1]):
         assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
@@ -55,7 +55,7 @@ def test_a_signal_that_is_ignored_stays_ignored(met):
 
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_process_leaves_with_its_code_and_its_words(code):
-    """What is registered for the end is run, what was printed is written, and no thread is waited for."""
+    """Exit handlers run, output is flushed, and threads are not joined."""
     program = (
         "import atexit, threading, time\n"
         "from lorameter.machine.processes import leave\n"

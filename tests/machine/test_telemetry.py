@@ -1,4 +1,4 @@
-"""Telemetry in a trial's record: differences, extremes at the ends, and reasons."""
+"""Tests of the telemetry of a trial: differences, extremes at the ends, and reasons."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def watched(nvml, answers, *stretches, energy=True, looks=0, **options):
 
 
 def test_energy_runs_from_the_first_begin_to_the_last_end(nvml):
-    """So that the steps of the counter do not add up turn by turn; a stretch that was too short grows long enough."""
+    """Energy is one difference over all turns, so that the resolution of the counter does not add up; turns that are
+    too short alone are long enough together."""
     answers = {"0.energy": "100000,400000,450000,1300000"}
     found, missing = watched(nvml, answers, (10.0, 11.0), (11.1, 14.0))
     assert "energy_j" not in found[0]
@@ -34,7 +35,8 @@ def test_energy_runs_from_the_first_begin_to_the_last_end(nvml):
 
 
 def test_extremes_over_all_ends(nvml):
-    """Clocks right after the work, the hottest moment, samples at both ends of each stretch."""
+    """Telemetry has the clocks right after the work, the highest temperature, and samples at both ends of each
+    period."""
     answers = {
         "0.sm_clock": "1000,1980,1000,1500", "0.temperature": "40,70,50,80", "0.reasons": "0,0x20,0x4,0x4",
         "0.power": "100000,600000,100000,500000", "0.thermal_ns": "0,1000000000,1500000000,1500000000",
@@ -45,18 +47,18 @@ def test_extremes_over_all_ends(nvml):
     assert (last["temperature_c"], last["temperature_margin_c"]) == (80.0, 7.0)
     assert (last["samples"], last["throttled_samples"], last["power_capped_samples"]) == (4, 1, 2)
     assert last["power_w"] == 550.0
-    assert last["thermal_slowdown_s"] == 1.0  # what fell between the stretches is not in it
+    assert last["thermal_slowdown_s"] == 1.0  # events between the periods do not count
 
 
 def test_the_clock_of_an_idle_gpu_is_left_out(nvml):
-    """It is left out, with the samples kept."""
+    """The clock of an idle GPU is left out, and its samples are kept."""
     found, _ = watched(nvml, {"0.reasons": "0,0x1,0,0", "0.sm_clock": "1980,345,1980,1980"}, (0.0, 1.0), (1.0, 2.0))
     assert "sm_clock_min_hz" not in found[0]
     assert found[1]["sm_clock_min_hz"] == 1.98e9
 
 
 def test_a_counter_that_the_gpu_lacks_has_its_reason(nvml):
-    """Everything else is there."""
+    """A missing counter has a reason, and all other values are present."""
     refused = {f"rc.{name}": 3 for name in ("nvmlDeviceGetViolationStatus", "nvmlDeviceGetPowerUsage")}
     found, missing = watched(nvml, refused | {"0.energy": "0,900000"}, (0.0, 5.0))
     assert {"thermal_slowdown_s", "power_slowdown_s", "power_w"} <= set(missing)
@@ -65,7 +67,7 @@ def test_a_counter_that_the_gpu_lacks_has_its_reason(nvml):
 
 
 def test_on_a_cpu_only_the_host_is_watched():
-    """Nothing of a device, and no notice that there is none."""
+    """A CPU run has no device telemetry and no notice about it."""
     watch = Telemetry("train", "cpu")
     watch.begin()
     values = watch.end()

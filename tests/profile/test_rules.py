@@ -1,4 +1,5 @@
-"""Every rule on constructed evidence: a planted case that it finds, and a healthy step in which none finds anything."""
+"""Tests of every profiling rule on constructed evidence: an injected case that it finds, and a healthy step without
+findings."""
 
 import dataclasses
 
@@ -27,11 +28,11 @@ HEALTHY = ProfileEvidence(
     extra_bytes={"quantization": 8 * GIB, "gradient_checkpointing": 20 * GIB, "optimizer": GIB},
     reserved_bytes=int(10.5 * GIB),
 )
-"""Constructed: a step of 100 ms that a GPU is busy with."""
+"""Constructed: a step of 100 ms during which a GPU is busy."""
 
 
 def changed(variant=None, **fields):
-    """The healthy evidence with other fields; those of `variant` are of its variant."""
+    """Return the healthy evidence with changed fields, and with changed fields of its variant."""
     return dataclasses.replace(HEALTHY, variant=dataclasses.replace(HEALTHY.variant, **(variant or {})), **fields)
 
 
@@ -62,7 +63,7 @@ PLANTED = {
     "logits": (changed(logits_bytes=2 * GIB, liger=True), None, {"liger_kernel": True}),
     "fragmentation": (changed(reserved_bytes=15 * GIB), None, {}),
 }  # fmt: skip
-"""Constructed: the evidence, the share of a step that hangs on it, and what to change of the variant."""
+"""Constructed evidence, the share of a step that the finding costs, and the suggested changes of the variant."""
 
 
 def test_a_healthy_step_has_no_finding():
@@ -71,13 +72,13 @@ def test_a_healthy_step_has_no_finding():
 
 
 def test_every_rule_has_a_planted_case():
-    """A rule without one could never fire."""
+    """Each rule has an injected case that triggers it."""
     assert set(PLANTED) == set(RULES)
 
 
 @pytest.mark.parametrize("code", PLANTED)
 def test_a_planted_case_is_found_alone(code):
-    """With its cost and what to change; no other rule mistakes it for its own."""
+    """The finding has its cost and the suggested changes; no other rule reports the case."""
     evidence, share, changes = PLANTED[code]
     (finding,) = diagnose(evidence)
     assert (finding.code, finding.changes) == (code, changes)
@@ -101,7 +102,7 @@ def test_a_planted_case_is_found_alone(code):
     ],
 )
 def test_an_adapter_in_32_bits_has_casts_and_products(changes, variant, share):
-    """Its products take half as long in 16 bits, where a CPU multiplies those as fast."""
+    """The cost is the casts and, on hardware with fast 16-bit products, half of the float32 products."""
     evidence = changed(variant, **{"adapter_dtype": "float32", "casts": 0.05, "wide_products": 0.1} | changes)
     (finding,) = diagnose(evidence)
     assert (finding.code, finding.cost_share) == ("float32-adapter", pytest.approx(share))
@@ -132,7 +133,7 @@ def test_an_adapter_in_32_bits_has_casts_and_products(changes, variant, share):
     ],
 )
 def test_a_remedy_that_is_not_there_is_not_offered(evidence, found):
-    """What memory, machine or packages do not allow is no finding, or one without a change of the variant."""
+    """A change that memory, machine or packages do not allow is not suggested; the finding has none or is left out."""
     findings = diagnose(evidence)
     assert [finding.changes for finding in findings] == found
     for finding in findings:
@@ -141,6 +142,6 @@ def test_a_remedy_that_is_not_there_is_not_offered(evidence, found):
 
 
 def test_the_dearest_finding_comes_first():
-    """Findings are in order of what hangs on them, and those of memory are last."""
+    """Findings are sorted by cost, and those of memory are last."""
     evidence = changed({"lora_dropout": 0.1}, dropout=0.05, padded=0.3, reserved_bytes=15 * GIB)
     assert [finding.code for finding in diagnose(evidence)] == ["padding", "dropout", "fragmentation"]

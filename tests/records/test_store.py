@@ -1,4 +1,4 @@
-"""The store appends, syncs and reads back; damage is seen, never guessed around."""
+"""Tests of the store: it appends, syncs and reads back, and it reports damage."""
 
 import subprocess
 
@@ -27,7 +27,7 @@ def record(trial="r0-a"):
 
 
 def test_a_run_is_read_back_as_written(tmp_path):
-    """Records and manifest survive, by id and by directory."""
+    """Records and manifest are read back by id and by directory."""
     writer = RunWriter(tmp_path, manifest())
     writer.append(record("r0-a"))
     writer.append(record("r1-a"))
@@ -40,7 +40,7 @@ def test_a_run_is_read_back_as_written(tmp_path):
 
 
 def test_runs_are_no_change_of_the_repository_that_they_lie_in(tmp_path, monkeypatch):
-    """The default folder ignores itself; a .gitignore of the user's is kept."""
+    """The default folder ignores itself in git; a .gitignore of the user is kept."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(store.ENV_RUNS, raising=False)
     git = ("git", "-c", "user.name=T", "-c", "user.email=t@example.org")
@@ -55,7 +55,7 @@ def test_runs_are_no_change_of_the_repository_that_they_lie_in(tmp_path, monkeyp
 
 
 def test_the_last_record_of_a_trial_counts(tmp_path):
-    """Told of while under way, broken off, measured again: one record each, in the order of the plan."""
+    """A trial that was reported, interrupted and measured again has one record, in the order of the plan."""
     writer = RunWriter(tmp_path, manifest())
     under_way = record("r0-b").replaced(position=1, started_unix_s=5.0, status="interrupted")
     writer.append(under_way)
@@ -67,11 +67,11 @@ def test_the_last_record_of_a_trial_counts(tmp_path):
     assert [(one.trial, one.status, one.started_unix_s) for one in run.records] == [
         ("r0-a", "ok", 4.0), ("r0-b", "ok", 5.0), ("r0-c", "ok", 9.0),
     ]  # fmt: skip
-    assert run.measured_again == 1  # r0-c; the trial that ended as it began was measured once
+    assert run.measured_again == 1  # r0-c; the trial without an interruption was measured once
 
 
 def test_writing_goes_on_after_a_line_that_was_cut_short(tmp_path):
-    """The next record is whole; the damage counts until everything that was planned has been measured."""
+    """The record after a truncated line is whole; the damage is reported until all planned trials are measured."""
     begun = msgspec.structs.replace(manifest(), order=("r0-a", "r0-b"))
     writer = RunWriter(tmp_path, begun)
     writer.append(record())
@@ -88,7 +88,8 @@ def test_writing_goes_on_after_a_line_that_was_cut_short(tmp_path):
 
 
 def test_one_process_writes_a_run(tmp_path):
-    """A second one is refused, and a reader can tell a run that is being measured from one whose process was killed."""
+    """A second writer is refused, and a reader can distinguish a run that is being measured from one whose process was
+    killed."""
     path = RunWriter(tmp_path, manifest()).path
     assert not store.read_run(path.name, tmp_path).live
     with store.writing(path):
@@ -102,7 +103,8 @@ def test_one_process_writes_a_run(tmp_path):
 
 
 def test_the_last_end_of_a_trial_counts_and_what_was_disturbed_is_kept_apart(tmp_path):
-    """A second attempt replaces the first; one that broke off does not, and neither is an interruption."""
+    """A completed second attempt replaces a disturbed first one, which is kept separately; an interrupted attempt does
+    not replace it."""
     disturbed = record().replaced(
         status="invalid", failure=Failure(phase="train", kind=DISTURBED, message="it was hot"), started_unix_s=1.0
     )

@@ -1,4 +1,4 @@
-"""Any run gives any report: failures, missing metrics, one replicate, no reference, lines cut short."""
+"""Tests that any run gives any report: failures, missing metrics, one replicate, no reference, truncated lines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ODD = (
 @pytest.mark.parametrize("run", ODD)
 @pytest.mark.parametrize("options", ["--json", "--markdown --verbose"])
 def test_a_run_is_reported_whatever_became_of_it(run, options, capsys):
-    """In each format and in full; the exit code gives its state, and standard error stays empty."""
+    """Each format reports the whole run; the exit code gives its state, and standard error stays empty."""
     code = main(["report", run, "--runs-dir", str(RUNS), *options.split()])
     out, err = capsys.readouterr()
     assert code in (0, 1, 3, 4, 5)
@@ -30,7 +30,7 @@ def test_a_run_is_reported_whatever_became_of_it(run, options, capsys):
 
 
 def test_a_line_cut_short_costs_its_trial_and_is_said(tmp_path, capsys):
-    """The process was killed while it wrote: what was whole is reported in every format."""
+    """When the process was killed during a write, every format reports the complete records and the damage."""
     path = tmp_path / "cut"
     shutil.copytree(RUNS / "sound", path)
     lines = (path / "trials.jsonl").read_text().splitlines(keepends=True)

@@ -1,4 +1,5 @@
-"""Text from outside acts on no terminal, and credentials in it are repeated nowhere: every door, every rendering."""
+"""Tests that foreign text has no effect on a terminal and that its credentials are never repeated, in every command and
+rendering."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ def acts(text: str) -> bool:
 
 @pytest.mark.parametrize("url", URLS)
 def test_a_credential_in_an_address_is_left_out(url):
-    """Users, passwords, tokens and queries; host and path stay, so that one knows what is meant."""
+    """Users, passwords, tokens and queries are removed; host and path stay, so that the address is recognisable."""
     assert SECRET not in redact(f"could not reach {url}: refused")
     assert redact(url).split("@")[-1].split("?")[0] == url.split("@")[-1].split("?")[0] or "ssh" in url
     for kind in (UsageError, InvalidRunError):
@@ -48,7 +49,8 @@ def test_a_credential_in_an_address_is_left_out(url):
 
 
 def test_what_is_no_address_stays():
-    """A requirement, a decorated name, an address without a user, a revision behind a path, a digest, a document."""
+    """A requirement, a decorated name, an address without a user, a revision after a path, a digest and a document are
+    unchanged."""
     for text in (
         "peft==0.20.0 torch>=2", "a@b.c", "https://example.org/x#egg=peft", "peft @ file:///tmp/peft.whl",
         "peft @ git+https://example.org/peft.git@v1", "https://example.org:8443/peft.git@v1", "http://[::1]:80/x@y",
@@ -68,17 +70,17 @@ def test_what_is_no_address_stays():
     ],
 )
 def test_what_the_parser_refuses_is_repeated_without_a_credential(line, capsys):
-    """Options of another name, values out of their range and commands that there are none of."""
+    """The parser refuses unknown options, values out of range and unknown commands without repeating a credential."""
     with pytest.raises(SystemExit):
         main(line)
     said = capsys.readouterr().err
-    assert "example.org" in said or "unknown option --nope." in said  # of which no value is repeated
+    assert "example.org" in said or "unknown option --nope." in said  # the value of an unknown option is not repeated
     assert SECRET not in said
 
 
 @pytest.mark.parametrize("url", URLS[:1])
 def test_a_side_holds_no_credential(url, write_run, capsys):
-    """Neither the manifest nor what is drawn of it: text, document, Markdown, annotations."""
+    """Neither the manifest nor its renderings (text, document, Markdown, annotations) hold a credential."""
     side = sides.name_side(f"peft @ {url}", Path()).to_json()
     assert SECRET not in str(side)
     path = write_run("ab", {"plain": [1.0] * 5, "nf4": [1.0] * 5})
@@ -94,8 +96,8 @@ def test_a_side_holds_no_credential(url, write_run, capsys):
 
 
 def test_pip_gets_a_credential_that_nothing_prints(tmp_path, monkeypatch, capsys):
-    """pip reads the address as it is, from a file that only its owner can read; its command line, which every user of
-    the machine sees, progress and the message of a failure hold none."""
+    """pip reads the full address from a file that only its owner can read; its command line, which every user can see,
+    its progress and its errors hold no credential."""
     requirement = f"peft@ {URLS[0]}"
     seen: list[list[str]] = []
     read: list[tuple[str, int]] = []
@@ -132,7 +134,7 @@ def test_pip_gets_a_credential_that_nothing_prints(tmp_path, monkeypatch, capsys
 
 
 def hostile_run(write_run, *, sides_too=False):
-    """A run in which everything that others wrote holds an escape sequence."""
+    """Write a run with an escape sequence in every foreign text."""
     path = write_run(
         "hostile",
         {"plain": [1.0] * 5, "nf4": [1.1] * 5},
@@ -156,7 +158,8 @@ def hostile_run(write_run, *, sides_too=False):
 @pytest.mark.parametrize("line", ["report {}", "gate {} {}", "list runs"])
 @pytest.mark.parametrize("form", [" --verbose", " --format github"])
 def test_no_command_shows_it_raw(line, form, write_run, capsys):
-    """Titles, notices, notes, names of runs, devices and files; on standard output and on standard error."""
+    """Titles, notices, notes and names of runs, devices and files are escaped, on standard output and on standard
+    error."""
     path = hostile_run(write_run)
     form = form if line != "list runs" else ""
     words = [word.replace("{}", str(path)) for word in (line + form).split()]
@@ -173,7 +176,7 @@ def test_no_command_shows_it_raw(line, form, write_run, capsys):
      ["run", "x", "--runs-dir", f"/dev/null/{ESCAPE}"]],
 )  # fmt: skip
 def test_no_refusal_shows_it_raw(line, capsys, tmp_path, monkeypatch):
-    """Neither ours nor argparse's, which repeat what was typed; scripts type what files are called."""
+    """lorameter's and argparse's errors, which repeat arguments, are escaped, since scripts pass names of files."""
     monkeypatch.chdir(tmp_path)
     try:
         code = main(line)
@@ -186,7 +189,7 @@ def test_no_refusal_shows_it_raw(line, capsys, tmp_path, monkeypatch):
 
 
 def test_an_unexpected_error_is_shown_visibly(monkeypatch, capsys):
-    """Its traceback repeats what it was about."""
+    """The traceback of an unexpected error is escaped."""
 
     def broken(*_, **__):
         raise RuntimeError(f"constructed {ESCAPE} {URLS[0]}")

@@ -1,5 +1,5 @@
-"""A training script that has steps and no model: it speaks to its parent as a real one does, starts at once, and goes
-wrong in the way that its first word says."""
+"""A training script with steps but no model: it speaks the protocol of a real one, starts at once, and fails as its
+first argument says."""
 
 import os
 import signal
@@ -13,11 +13,11 @@ from lorameter.attach.script_trial import ScriptTrial
 HOW, STEPS = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 10_000
 STEP_TIME_S = float(os.environ.get("STEP_TIME_S", "1e-3"))
 FAULTY = 6
-"""The step in which a fault occurs: in the warm-up."""
+"""The step of the fault, during the warm-up."""
 
 
 def fault(number):
-    """What happens in a step."""
+    """Cause the fault of a step."""
     if number == FAULTY:
         if HOW == "crash":
             raise RuntimeError("the tensor does not fit")
@@ -42,7 +42,7 @@ def fault(number):
 
 
 def train(steps, planned=None):
-    """One training."""
+    """Run one training."""
     TOTAL["trained"] += 1
     TURNS.begin(
         TrainingInfo(
@@ -76,7 +76,7 @@ def train(steps, planned=None):
 
 TOTAL = {"trained": 0}
 TURNS = ScriptTrial()
-Path("came").write_text("here")  # into the copy of its folder
+Path("came").write_text("here")  # written into the copy of its folder
 if HOW == "crash-before":
     raise ValueError("no such data set")
 if HOW == "hang-before":

@@ -1,4 +1,4 @@
-"""The A/B: its plan, and the command from its sides to its exit code.
+"""Tests of the A/B: its plan, and the command from its sides to its exit code.
 
 The sides are real (worktrees, interpreters); a fake executor replaces the measuring processes.
 """
@@ -31,7 +31,7 @@ GIB = 2**30
 
 @pytest.fixture
 def plan(small_study, machine, monkeypatch):
-    """A function that plans the small study, where each process needs 1 GiB and `free` bytes are free."""
+    """A function that plans the small study for processes of 1 GiB each and `free` bytes of memory."""
 
     def make(*, free=8 * GIB, study=small_study, replicates=5, **options):
         monkeypatch.setattr(planning, "together_bytes", lambda members, *_, **_options: len(members) * GIB)
@@ -46,7 +46,8 @@ def plan(small_study, machine, monkeypatch):
 
 
 def test_every_replicate_holds_both_sides_and_the_base_once_more(plan):
-    """Each variant on both sides, live together; the first of them on a third executor, as the control."""
+    """Both sides of each variant are live together; the base of the first variant also runs on a third executor as the
+    control."""
     made = plan()
     assert made.interleaving == "lockstep"
     for replicate in range(5):
@@ -74,7 +75,7 @@ def test_what_does_not_fit_together_takes_no_turns(plan):
 
 
 def test_paths_of_the_workload_are_absolute(plan, small_study, tmp_path, monkeypatch):
-    """A relative one would be another file in the worktree that a revision runs in; names stay names."""
+    """Relative paths become absolute, since a revision runs in its own worktree; names are unchanged."""
     monkeypatch.chdir(tmp_path)
     Path("records.jsonl").write_text("\n".join([json.dumps({"instruction": "a", "context": "", "response": "b"})] * 9))
     workload = dataclasses.replace(small_study.workload, data="records.jsonl")
@@ -111,7 +112,8 @@ dtype = "float32"
 
 
 class FakeExecutor(fakes.FakeExecutor):
-    """A step takes as long as the host's checkout says, and its share of extra rows longer; remembers what it did.
+    """An executor whose step time is that of the host's checkout plus a share for each extra row; it records its
+    commands.
 
     `noise` makes all but the base slower and faster from replicate to replicate; `control` the control alone slower.
     """
@@ -153,7 +155,7 @@ def git(folder, *arguments):
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """The current folder is a repository whose package sets the time of a step: `fast` 0.1 s, `slow` 5 % more."""
+    """Make the current folder a repository whose package sets the step time: `fast` is 0.1 s, `slow` is 5 % longer."""
     folder = tmp_path / "repository"
     (folder / "gadget").mkdir(parents=True)
     git(folder, "init", "--quiet", "--initial-branch=main")
@@ -169,7 +171,7 @@ def repository(tmp_path, monkeypatch):
 
 @pytest.fixture
 def study_file(tmp_path):
-    """As little work as still is an A/B."""
+    """The smallest study that still is an A/B."""
     path = tmp_path / "small.toml"
     path.write_text(STUDY)
     return str(path)
@@ -177,7 +179,7 @@ def study_file(tmp_path):
 
 @pytest.fixture
 def lorameter(tmp_path, capsys):
-    """The command line; its exit code and document, or its error message."""
+    """A function that runs the command line and returns its exit code with its document or error message."""
 
     def run(*arguments):
         code = main([*arguments, "--runs-dir", str(tmp_path / "runs")])
@@ -191,7 +193,7 @@ def lorameter(tmp_path, capsys):
 
 @pytest.fixture
 def fake(monkeypatch):
-    """The fake at the seam."""
+    """Replace the executor by the fake."""
     monkeypatch.setattr(FakeExecutor, "made", [])
     monkeypatch.setattr(FakeExecutor, "commands", set())
     monkeypatch.setattr(FakeExecutor, "control", 1.0)
@@ -208,7 +210,7 @@ def fake(monkeypatch):
     ],
 )
 def test_two_revisions_are_measured_and_judged(fake, repository, study_file, lorameter, base, candidate, code, verdict):
-    """Each side runs in its own worktree, and the base twice, each with an executor; nothing of them remains."""
+    """Each side runs in its own worktree, the base has two executors, and all of them are removed afterwards."""
     options = ("--base", base, "--candidate", candidate, "--phase", "train", "--json")
     ended, document = lorameter("ab", study_file, *options)
     assert ended == document["exit"] == code
@@ -227,7 +229,7 @@ def test_two_revisions_are_measured_and_judged(fake, repository, study_file, lor
 
 
 def test_a_base_that_differs_from_itself_is_exit_4(fake, repository, study_file, lorameter):
-    """And `report` of that run ends alike, in text too."""
+    """`report` of that run exits with the same code, also as text."""
     fake.control = 1.2
     code, document = lorameter("ab", study_file, "--base", "fast", "--candidate", "slow", "--phase", "train", "--json")
     assert code == 4
@@ -239,7 +241,7 @@ def test_a_base_that_differs_from_itself_is_exit_4(fake, repository, study_file,
 
 
 def test_too_few_replicates_are_inconclusive(fake, repository, study_file, lorameter):
-    """Identical code, noise and two replicates: exit 3, and a policy may let that pass."""
+    """Identical code with noise and two replicates exits with 3, unless a policy accepts it."""
     fake.noise = 0.2
     options = ("ab", study_file, "--base", "fast", "--candidate", "same", "--phase", "train", "--replicates", "2")
     assert lorameter(*options)[0] == 3
@@ -258,7 +260,7 @@ def test_too_few_replicates_are_inconclusive(fake, repository, study_file, loram
 def test_what_cannot_be_is_refused_before_anything_is_measured(
     fake, repository, study_file, lorameter, options, message
 ):
-    """Exit 2 with the word that was wrong; no executor was made."""
+    """The command exits with 2, names the wrong word and makes no executor."""
     code, text = lorameter("ab", study_file, "--base", "fast", "--candidate", "same", *options)
     assert code == 2
     assert message in str(text)
@@ -268,7 +270,7 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(
 
 @pytest.mark.parametrize("candidate", ["no-such-branch", "./bare/bin/python"])
 def test_sides_are_checked_before_the_device_is_waited_for(fake, repository, study_file, lorameter, candidate):
-    """A word that names nothing, and a Python without torch, are refused while another measurement holds the device."""
+    """An unknown revision and a Python without torch are refused while another measurement holds the device."""
     venv.create("bare", symlinks=True)
     with hold_device(LocalExecutor(), "wait"):
         code, text = lorameter("ab", study_file, "--base", "fast", "--candidate", candidate, "--if-busy", "refuse")
@@ -279,7 +281,8 @@ def test_sides_are_checked_before_the_device_is_waited_for(fake, repository, stu
 
 
 def test_calibrate_sizes_its_slow_down_by_two_pilots(fake, repository, study_file, lorameter):
-    """A row costs a thousandth here: 50 rows for 5 %; false alarms, power and prices follow in one document."""
+    """With a row that costs 0.1 % of a step, a slow-down of 5 % takes 50 rows; one document has the false alarms, power
+    and prices."""
     code, document = lorameter("calibrate", study_file, "--replicates", "9", "--json")
     assert code == 0
     assert document["inject_rows"] == pytest.approx(50, abs=2)
@@ -289,12 +292,12 @@ def test_calibrate_sizes_its_slow_down_by_two_pilots(fake, repository, study_fil
     assert fake.commands.isdisjoint({"begin_generate", "request"})
 
 
-# --- one that broke off -----------------------------------------------------------------------------------------------
+# --- interrupted runs -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def broken_off(fake, repository, study_file, lorameter):
-    """A function that measures an A/B and puts it back to where it was after its first replicates."""
+    """A function that measures an A/B and restores the state after its first replicates."""
 
     def make(*options, records=9):
         words = ("--base", "fast", "--candidate", "main", "--phase", "train", "--replicates", "3", *options, "--json")
@@ -311,7 +314,7 @@ def broken_off(fake, repository, study_file, lorameter):
 
 
 def test_an_ab_that_broke_off_is_resumed(broken_off, fake, repository, lorameter):
-    """With the commits that its words named then: the verdict is that of the whole."""
+    """A resumed A/B uses the commits of its start, and its verdict is that of the whole run."""
     before = broken_off()
     git(repository, "commit", "--quiet", "--allow-empty", "--message", "main has moved")
     code, document = lorameter("run", "--resume", before["run"], "--json")
@@ -325,7 +328,7 @@ def test_an_ab_that_broke_off_is_resumed(broken_off, fake, repository, lorameter
 
 
 def test_sides_that_are_others_now_are_refused(broken_off, fake, lorameter, tmp_path):
-    """A package of another version: by its name, with both, and nothing is measured."""
+    """A package whose version changed is refused with its name and both versions, and nothing is measured."""
     before = broken_off()
     source = Path(before["path"]) / "manifest.json"
     manifest = json.loads(source.read_text())
@@ -339,7 +342,7 @@ def test_sides_that_are_others_now_are_refused(broken_off, fake, lorameter, tmp_
 
 @pytest.fixture
 def calibration(fake, repository, study_file, lorameter, tmp_path):
-    """A calibration that broke off after its first replicates, and the document that it had come to without that."""
+    """An interrupted calibration after its first replicates, and the document of the uninterrupted one."""
     _, document = lorameter("calibrate", study_file, "--replicates", "9", "--inject-rows", "50", "--json")
     (path,) = store.list_runs(tmp_path / "runs")
     lines = (path / "trials.jsonl").read_text().splitlines(keepends=True)
@@ -351,7 +354,8 @@ def calibration(fake, repository, study_file, lorameter, tmp_path):
 
 
 def test_a_calibration_that_broke_off_is_resumed(calibration, fake, lorameter):
-    """What it had measured counts: its rates and prices are those of the whole, and its work is planted again."""
+    """A resumed calibration keeps its measurements and its injected work; rates and prices are those of the whole
+    calibration."""
     name, before = calibration
     code, document = lorameter("calibrate", "--resume", name, "--json")
     assert code == 0
@@ -372,7 +376,7 @@ def test_a_calibration_that_broke_off_is_resumed(calibration, fake, lorameter):
 def test_a_calibration_that_is_stopped_reports_what_is_kept(
     fake, repository, study_file, lorameter, monkeypatch, rows, message
 ):
-    """The message names the run, or the pilot's run, that is kept; nothing more begins."""
+    """The message names the kept run or the kept run of a pilot; nothing else starts."""
     ask = FakeExecutor.ask
 
     def stopped(self, command, trial, *arguments, **others):

@@ -1,4 +1,4 @@
-"""Methods of PEFT and full fine-tuning, measured through the command line with their checks."""
+"""Tests of PEFT methods and full fine-tuning, measured through the command line with their checks."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ method = "full"
 
 @pytest.fixture(autouse=True, scope="module")
 def nothing_is_known_of_methods(tmp_path_factory):
-    """What this machine has found out of methods before is not read: the code at hand has to find it."""
+    """Use an empty cache, so that the methods are probed again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORAMETER_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -69,7 +69,7 @@ def run(folder, text, *options):
 
 
 def test_methods_train_with_their_checks(tmp_path, capsys):
-    """Each has its adapter attached and learning and its base frozen; of full fine-tuning the base learns."""
+    """Each method has a learning adapter and a frozen base; in full fine-tuning the base learns."""
     saved = tmp_path / "adapter_config.json"
     saved.write_text(json.dumps({"peft_type": "VERA", "r": 16, "inference_mode": True, "peft_version": "0.1"}))
     assert run(tmp_path, STUDY.replace('"VERA"', f'"{tmp_path}"'), "--interleave", "replicates") == 0
@@ -98,7 +98,8 @@ def test_methods_train_with_their_checks(tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_runs(tmp_path, capsys, monkeypatch, variant, message):
-    """In one sentence with the nearest right word. Methods are probed in this process, which has imported PEFT."""
+    """The error is one sentence with the closest valid word. Methods are probed in this process, which has imported
+    PEFT."""
     monkeypatch.setattr(methods, "_probe", lambda variants: tuple(map(method_probe.probe, variants)))
     assert run(tmp_path, f'[workload]\nmodel = "random:tiny-llama"\n[[variant]]\nname = "one"\n{variant}\n') == 2
     assert message in " ".join(capsys.readouterr().err.split())

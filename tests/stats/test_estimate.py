@@ -1,4 +1,4 @@
-"""estimate_trials: coverage by simulation, the linear fallback, edges."""
+"""Tests of estimate_trials: coverage by simulation, the linear fallback, and edge cases."""
 
 import math
 
@@ -12,7 +12,7 @@ LARGEST = 1.7976931348623157e308
 
 
 def test_interval_covers_the_true_value():
-    """The 95 % interval over 4 replicates holds the true geometric centre in 94 to 96 % of runs."""
+    """The 95 % interval over 4 replicates covers the true geometric centre in 94 to 96 % of runs."""
     rng = np.random.default_rng(41)
     runs = np.exp(rng.normal(math.log(0.44), 0.1, (3000, 4, 1)))
     covered = [one.low <= 0.44 <= one.high for one in map(estimate_trials, runs)]
@@ -20,7 +20,7 @@ def test_interval_covers_the_true_value():
 
 
 def test_is_students_interval_of_log_medians():
-    """Centre and interval are scipy's t interval of log medians, back-transformed, at the alpha asked for."""
+    """Centre and interval are scipy's t interval of log medians, back-transformed, at the given alpha."""
     trials = [[1.0, 2.0, 9.0], [3.0], [2.0, 4.0]]
     estimate = estimate_trials(trials, alpha=0.1)
     logs = np.log([2.0, 3.0, 3.0])
@@ -31,7 +31,7 @@ def test_is_students_interval_of_log_medians():
 
 
 def test_one_replicate_has_no_interval():
-    """One replicate has a value, exactly its median, and no interval, however many samples it has."""
+    """One replicate has its median as value and no interval, whatever its number of samples."""
     estimate = estimate_trials([[0.1, 0.2, 0.3] * 100])
     assert (estimate.value, estimate.low, estimate.high, estimate.samples) == (0.2, None, None, 300)
     zero = estimate_trials([[0.0]])
@@ -39,7 +39,7 @@ def test_one_replicate_has_no_interval():
 
 
 def test_zero_median_is_taken_on_the_linear_scale():
-    """A median of zero, or below, moves centre and interval to the linear scale."""
+    """With a median of zero or below, centre and interval are on the linear scale."""
     estimate = estimate_trials([[0.0], [1.0], [-0.4]])
     oracle = stats.t.interval(0.95, 2, 0.2, stats.sem([0.0, 1.0, -0.4]))
     assert estimate.value == pytest.approx(0.2)
@@ -60,6 +60,6 @@ def test_zero_median_is_taken_on_the_linear_scale():
     ],
 )
 def test_bad_input_is_an_error(trials, alpha, message):
-    """Bad input raises with the offender's name."""
+    """Bad input raises an error that names the offending value."""
     with pytest.raises(ValueError, match=message):
         estimate_trials(trials, alpha=alpha)

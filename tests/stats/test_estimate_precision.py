@@ -1,4 +1,4 @@
-"""is_precise: narrow enough, wherever the centre lies."""
+"""Tests of is_precise: the width of the interval decides, not its centre."""
 
 import numpy as np
 import pytest
@@ -7,12 +7,12 @@ from lorameter.stats import compare_bytes, compare_trials, is_precise, relative_
 
 
 def paired(values):
-    """A comparison of replicates with these log ratios."""
+    """Return a comparison of replicates with these log ratios."""
     return compare_trials([[1.0]] * len(values), np.exp(values)[:, None], pairing="turn")
 
 
 def scattered(centre, scale, replicates=6):
-    """A comparison around `centre`, its scatter the same at any centre."""
+    """Return a comparison around `centre`, with the same scatter at any centre."""
     return paired(centre + scale * np.linspace(-1.0, 1.0, replicates))
 
 
@@ -24,14 +24,14 @@ def test_width_decides():
 
 
 def test_few_replicates_are_never_enough():
-    """Agreement of the first four replicates is luck, the fifth ends it."""
+    """Four replicates may agree by chance and are never precise; the fifth can make the comparison precise."""
     assert not is_precise([paired(np.zeros(4))], half_width=0.5)
     assert is_precise([paired(np.zeros(5))], half_width=0.5)
     assert is_precise([paired(np.zeros(3))], half_width=0.5, least_replicates=3)
 
 
 def test_without_an_interval_nothing_is_precise():
-    """No comparison, one replicate, a bound that no float holds, and no ratio are all not precise."""
+    """A missing comparison, one replicate, an overflowing bound and a missing ratio are not precise."""
     endless = compare_trials([[1.0], [2.0]], [[2.0], [1.0]], pairing="turn", family=10**6)
     no_ratio = compare_bytes([0] * 5, [1] * 5, tolerance=0)
     assert not is_precise([], half_width=0.5)
@@ -41,7 +41,7 @@ def test_without_an_interval_nothing_is_precise():
 
 
 def test_stopping_keeps_the_error_rate():
-    """Looked at after each of 5 to 20 replicates, identical code is called regressed at about the nominal 2.5 %."""
+    """With a look after each of 5 to 20 replicates, identical code is called regressed at about the nominal 2.5 %."""
     rng = np.random.default_rng(91)
     alarms = 0
     for _ in range(1000):
@@ -59,6 +59,6 @@ def test_stopping_keeps_the_error_rate():
     [({"half_width": 0}, "half_width is 0"), ({"half_width": 0.1, "least_replicates": 1}, "least_replicates is 1")],
 )
 def test_bad_limits_are_an_error(limits, message):
-    """A limit that makes no sense is refused by its name."""
+    """An invalid limit raises an error with its name."""
     with pytest.raises(ValueError, match=message):
         is_precise([], **limits)

@@ -1,11 +1,11 @@
-"""A fixture that the tests of reading and converting models share: the small model of llama.cpp's, converted."""
+"""A fixture for tests of reading and converting models: the small llama.cpp model, converted."""
 
 import pytest
 
 
 @pytest.fixture(scope="session")
 def converted(gguf_file, tmp_path_factory):
-    """The same model as a directory."""
+    """The converted model as a directory."""
     from lorameter.trial.building import base_model as models
 
     out = tmp_path_factory.mktemp("converted")

@@ -1,4 +1,4 @@
-"""The commands of a trial: each records what the request measures."""
+"""Tests of the commands of a trial: each records what the request measures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROTOCOL = Protocol(warmup_steps_min=2, warmup_steps_max=4, turns=2, steps_per_t
 VARIANT = LoraVariant(name="plain", r=4, dtype="float32", target_modules=("q_proj", "v_proj"))
 LOSSES = ("warmup_loss", "timed_loss", "remaining_loss")
 TRAIN = ("build", "warm_up", "finish_training")
-"""Commands of every trial."""
+"""Commands that every trial runs."""
 MEMORY = {
     "host_rss_at_start_bytes", "host_peak_load_bytes", "host_peak_train_bytes", "base_weight_bytes", "adapter_bytes",
     "gradient_bytes", "optimizer_state_bytes",
@@ -34,17 +34,17 @@ MEMORY = {
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
-    """One token file for all trials."""
+    """Write one token file for all trials."""
     return prepare(WORKLOAD, tmp_path_factory.mktemp("tokens")).path
 
 
 @pytest.fixture
 def trial(tokens, tmp_path):
-    """A function that makes a trial that measures what is named."""
+    """A function that builds a trial with the given measures."""
     torch.set_num_threads(1)
 
     def make(*measures, variant=VARIANT, protocol=PROTOCOL):
-        level = "replicates" if "peaks" in measures else "lockstep"  # what sees its peaks is alone, as a rule
+        level = "replicates" if "peaks" in measures else "lockstep"  # a trial that measures peaks normally runs alone
         request = TrialRequest(
             trial="r0-plain", variant=variant, role="variant", replicate=0, seed=1, workload=WORKLOAD,
             protocol=protocol, interleaving=level, measures=measures, device="cpu", threads=1,
@@ -56,7 +56,7 @@ def trial(tokens, tmp_path):
 
 
 def record_of(trial, *commands):
-    """The record after these commands, as the parent merges it."""
+    """Return the record after these commands, merged as the parent does it."""
     record = TrialRecord(
         trial="r0-plain", status="ok", name="plain", variant=VARIANT.id, role="variant", replicate=0, position=0,
         interleaving="lockstep", seed=1, started_unix_s=0.0, wall_time_s=0.0,
@@ -73,7 +73,7 @@ def metrics_of(record):
 
 
 def test_a_trial_that_takes_turns_has_times_and_losses(trial):
-    """Other trials are in its process: no memory, load time, first step or first call; its requests are unmerged."""
+    """A trial that shares its process has no memory, load time, first step or first call; its requests are unmerged."""
     commands = ("build", "warm_up", "turn", "turn", "finish_training", "begin_generate", "request")
     record = record_of(trial("steps", "requests"), *commands)
     assert record.memory == {}
@@ -89,7 +89,7 @@ def test_a_trial_that_takes_turns_has_times_and_losses(trial):
 
 
 def test_a_request_until_eos_is_timed_and_recorded(trial):
-    """Each request until EOS leaves its time, its number of tokens and its answer, with the adapter and without."""
+    """Each request until EOS records its time, token count and answer, with and without the adapter."""
     running = trial("steps", "requests", "open_ended")
     record = record_of(running, *TRAIN, "begin_generate", "request", "open_ended", "open_ended", "base_answers")
     times, counts = samples_of(record, "open_ended_request_time_s"), samples_of(record, "open_ended_tokens")
@@ -100,7 +100,7 @@ def test_a_request_until_eos_is_timed_and_recorded(trial):
 
 
 def test_a_request_without_the_required_attention_makes_the_trial_invalid(trial):
-    """A notice replaces the failure where a study allows fallbacks."""
+    """Where a study allows fallbacks, a notice replaces the failure."""
     running = trial("steps", "requests", variant=dataclasses.replace(VARIANT, attention="eager"))
     record_of(running, *TRAIN)
     required = dataclasses.replace(running._request, requirements={"attention.backend": "flash"})
@@ -113,8 +113,8 @@ def test_a_request_without_the_required_attention_makes_the_trial_invalid(trial)
 
 
 def test_epochs_are_trained_in_rounds_and_may_end_early(trial):
-    """Untimed steps on command, never beyond the plan; the losses are those of training in one go. A training that
-    ends early records how many steps had been planned."""
+    """Rounds of untimed steps never exceed the plan and have the losses of uninterrupted training; a training that ends
+    early records the planned number of steps."""
     protocol = dataclasses.replace(PROTOCOL, epochs=2.0)
     commands = ("build", "warm_up", "turn", "turn")
     in_one_go = record_of(trial("steps", protocol=protocol), *commands, "finish_training")
@@ -131,7 +131,8 @@ def test_epochs_are_trained_in_rounds_and_may_end_early(trial):
 
 
 def test_an_isolated_trial_has_peaks_and_first_times(trial):
-    """Memory of every phase, load, first step and first call, merged requests; no step times and no losses."""
+    """An isolated trial records memory of every phase, load, first step, first call and merged requests, but no step
+    times or losses."""
     commands = (*TRAIN, "begin_generate", "end_generate", "merge", "request")
     record = record_of(trial("peaks", "merged"), *commands)
     assert {*MEMORY, "host_peak_generate_bytes"} <= set(record.memory)
@@ -146,7 +147,7 @@ def test_an_isolated_trial_has_peaks_and_first_times(trial):
 
 
 def test_a_loss_that_is_not_finite_is_invalid(trial):
-    """Whatever its times were, and the message names the step and the learning rate.
+    """A non-finite loss makes the trial invalid, and the message names the step and the learning rate.
 
     The rate alone leaves it to the processor: where the adapter's output stays finite, the normalisation after it
     makes a constant loss of it. Scaled by alpha / r it is infinite by plain arithmetic on any.
@@ -159,7 +160,7 @@ def test_a_loss_that_is_not_finite_is_invalid(trial):
 
 
 def test_a_check_watches_steps_of_the_training(trial):
-    """The first two; losses are to the bit those of a training without the check."""
+    """The check watches the first two steps; losses are bit-equal to those of a training without it."""
     variant = dataclasses.replace(VARIANT, use_dora=True)
     running = trial("steps", variant=variant)
     running._request = dataclasses.replace(running._request, replicate=1)
@@ -176,7 +177,7 @@ def test_a_check_watches_steps_of_the_training(trial):
 
 
 def test_a_failed_check_makes_the_trial_invalid(trial):
-    """A required path that is not active."""
+    """A required path that is not active makes the trial invalid."""
     running = trial("steps")
     running._request = dataclasses.replace(running._request, requirements={"attention.backend": "flex"})
     record_of(running, "build")
@@ -185,8 +186,8 @@ def test_a_failed_check_makes_the_trial_invalid(trial):
 
 
 def test_what_two_steps_do_not_show_is_checked_in_further_steps(trial):
-    """A learning rate that begins at zero changes nothing in the first step, so the second shows one factor learn
-    only: the check takes further steps and restores what they changed."""
+    """With a learning rate that starts at zero, two steps show only one factor learning, so that the check takes
+    further steps and restores the state afterwards."""
     variant = dataclasses.replace(VARIANT, schedule="linear", warmup_ratio=0.1)
     running = trial("steps", variant=variant, protocol=dataclasses.replace(PROTOCOL, turns=8))
     running.run("build")

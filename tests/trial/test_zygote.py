@@ -1,4 +1,4 @@
-"""The zygote refuses a fork that could not use the device."""
+"""Tests that the zygote refuses a fork that could not use the device."""
 
 import sys
 from types import SimpleNamespace
@@ -33,7 +33,7 @@ def test_a_started_cuda_driver_forbids_a_fork(monkeypatch, answer, started):
     ("device", "built", "lacks"), [(True, False, True), (True, True, False), (False, False, False)]
 )
 def test_bitsandbytes_without_its_cuda_library_is_reported(monkeypatch, device, built, lacks):
-    """Where torch sees a device and bitsandbytes does not, before any trial fails on it."""
+    """The case that torch sees a device and bitsandbytes does not is reported before a trial fails."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
     library = SimpleNamespace(lib=SimpleNamespace(compiled_with_cuda=built))
     monkeypatch.setitem(sys.modules, "bitsandbytes.cextension", library)

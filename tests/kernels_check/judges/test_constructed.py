@@ -1,4 +1,4 @@
-"""What only CUDA or compiled code shows is judged by constructed evidence."""
+"""Tests on constructed evidence of what only CUDA or compiled code shows."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -37,7 +37,7 @@ def model(**config):
     ],
 )
 def test_kernels_decide_where_no_operator_was_recorded(seen, kernels, required, status):
-    """As under CUDA graphs: all attention kernels must be accepted, and other kernels are no attention."""
+    """Under CUDA graphs all attention kernels must be accepted, and other kernels do not count as attention."""
     judged = attention.judge_backend(seen(kernels=kernels, model=torch.nn.Identity()), required)
     assert judged.against("attention.backend", required).status == status
 
@@ -54,7 +54,7 @@ def test_kernels_decide_where_no_operator_was_recorded(seen, kernels, required, 
     ],
 )
 def test_calls_in_compiled_code_must_be_those_of_all_layers(seen, calls, layers, status):
-    """No module is known there, so that their number is compared with that of the configuration."""
+    """Compiled code hides the modules, so that the number of calls is compared with the configuration."""
     judged = attention.judge_backend(seen(*calls, model=model(num_hidden_layers=layers)), "flash")
     assert judged.against("attention.backend", "flash").status == status, judged.reason
 
@@ -74,7 +74,7 @@ def test_calls_in_compiled_code_must_be_those_of_all_layers(seen, calls, layers,
     ],
 )
 def test_the_likely_cause_is_in_the_inputs(seen, monkeypatch, changes, words):
-    """As CUDA's backends refuse them."""
+    """The reason names the input that the CUDA backends do not support."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     call = dataclasses.replace(MATH, **changes)
     assert words in attention.judge_backend(seen(call, model=torch.nn.Identity()), "flash").reason
@@ -84,7 +84,8 @@ def test_the_likely_cause_is_in_the_inputs(seen, monkeypatch, changes, words):
     ("required", "status"), [(None, "unknown"), ("explicit", "unknown"), ("causal", "fallback"), ("none", "fallback")]
 )
 def test_a_mask_that_one_call_hides_is_unknown_unless_another_differs(seen, required, status):
-    """As required so far is no verdict."""
+    """A hidden mask is unknown even if the visible calls agree with the requirement; a call that differs is a
+    fallback."""
     calls = dataclasses.replace(FLASH, mask=True), dataclasses.replace(FLASH, mask=None, causal=False)
     assert attention.judge_mask(seen(*calls), required).against("attention.mask", required).status == status
 
@@ -99,7 +100,7 @@ def test_a_mask_that_one_call_hides_is_unknown_unless_another_differs(seen, requ
     ],
 )
 def test_tf32_is_judged_by_kernels(seen, monkeypatch, kernels, observed, status, words):
-    """Without any it is unknown; a step of bfloat16 has none of either kind, and the reason says so."""
+    """TF32 is unknown without kernels; a bfloat16 step has neither kind, and the reason says so."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     judged = execution.judge_tf32(seen(kernels=kernels), True)
     assert (judged.observed, judged.against("tf32", True).status) == (observed, status)
@@ -117,7 +118,7 @@ def test_tf32_is_judged_by_kernels(seen, monkeypatch, kernels, observed, status,
     ],
 )
 def test_checkpointing_in_compiled_code_is_judged_by_attention(seen, calls, flagged, status, share):
-    """Modules in it call no hook; where attention does not show it, it is unknown."""
+    """Modules in compiled code call no hook; checkpointing is unknown where attention calls do not show it."""
     block = torch.nn.Module()
     block.first, block.second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     stack = torch.nn.Module()
@@ -138,7 +139,7 @@ def test_checkpointing_in_compiled_code_is_judged_by_attention(seen, calls, flag
     ],
 )
 def test_paging_is_judged_by_bytes(seen, paged, on_cpu, required, status, words):
-    """The reason explains what a paging optimizer does not page."""
+    """The reason explains which state a paged optimizer does not page."""
     stepped = OptimizerSeen(
         classes=("bitsandbytes.optim.PagedAdamW",), learning_rates=(1e-3,), parameters=frozenset(), state_bytes=1000,
         paged_bytes=paged, claims_paged=True, fused_requested=None, on_cpu=on_cpu,

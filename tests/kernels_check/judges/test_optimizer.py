@@ -1,4 +1,4 @@
-"""The optimizer is judged by its class, its operators and the home of its state."""
+"""Tests that the optimizer is judged by its class, its operators and the device of its state."""
 
 import bitsandbytes as bnb
 import pytest
@@ -23,12 +23,13 @@ ADAMW = ("torch.optim.adamw.AdamW", "torch.optim.adam.Adam", "torch.optim.optimi
     ],
 )
 def test_class_rule(classes, required, matches):
-    """Package and last component of the most derived class decide; AdamW is no Adam although torch derives it so."""
+    """The package and the last component of the most derived class decide; AdamW does not match Adam although torch
+    derives it from Adam."""
     assert is_class(classes, required) is matches
 
 
 def test_the_observed_class_is_its_full_path(training):
-    """bitsandbytes has a class of the same short name."""
+    """The observed class is a full path, since bitsandbytes has a class of the same short name."""
     run = training(make_optimizer=lambda parameters: bnb.optim.PagedAdamW32bit(parameters, lr=1e-3))
     check = run.check("optimizer.class", "bitsandbytes.PagedAdamW32bit")
     assert check.met
@@ -53,14 +54,14 @@ def test_no_optimizer_is_absent(training):
 
 
 def test_a_loop_of_plain_sgd_is_recognised_by_what_it_writes(training):
-    """It has no operator of its own."""
+    """Plain SGD has no operator of its own and is recognised by the parameters that it writes."""
     run = training(quant=None, make_optimizer=lambda given: torch.optim.SGD(given, lr=1e-3))
     check = run.check("optimizer.fused", False)
     assert (check.met, check.observed) == (True, "loop")
 
 
 def test_an_update_without_an_optimizer_is_unknown(training):
-    """By hand, or by an optimizer of another kind: neither a fused update nor a loop is known."""
+    """An update by hand or by a foreign optimizer is neither known as fused nor as a loop."""
     run = training(quant=None)
     values = [value for value in run.model.parameters() if value.requires_grad]
 
@@ -77,7 +78,7 @@ def test_an_update_without_an_optimizer_is_unknown(training):
 
 
 def test_an_update_by_kernels_of_a_library_is_unknown(training):
-    """An optimizer that writes in a way that no operator shows."""
+    """An optimizer whose writes appear in no operator is unknown."""
 
     class Foreign(torch.optim.Optimizer):
         def __init__(self, given):

@@ -1,4 +1,4 @@
-"""Which attention a request ran is judged by its own operators, in the words of what a step is required to run."""
+"""Tests that the attention of a request is judged by its own operators, in the terms of the step's requirement."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ BACKWARD = dataclasses.replace(MATH, direction="backward")
 
 @pytest.fixture
 def judge():
-    """A function that judges the calls of a request, or its kernels."""
+    """A function that judges the calls or the kernels of a request."""
 
     def judged(required, *calls, kernels=None):
         seen = StepProfile(attention=calls, fourbit=(), kernels=kernels or {})
@@ -42,13 +42,13 @@ def judge():
     ],
 )  # fmt: skip
 def test_a_request_is_fused_where_a_step_must_be(judge, required, calls, status, observed):
-    """By any fused backend, which may be another than the step's; every call counts, and only those of the request."""
+    """Any fused backend is accepted, also one other than the step's; every call of the request counts, and no other."""
     check = judge(required, *calls)
     assert (check.path, check.status, check.observed) == ("request.attention", status, observed)
 
 
 def test_the_reason_counts_calls_and_masks(judge):
-    """And says what keeps a request from a fused backend, where one is required."""
+    """The reason also says what prevents a fused backend, where one is required."""
     masked = dataclasses.replace(MATH, mask=True)
     check = judge("fused", FLASH, FLASH, masked)
     assert check.reason.startswith("forward: 2 flash, 1 math; 1 with an explicit mask; likely cause: an explicit mask")
@@ -59,7 +59,7 @@ def test_the_reason_counts_calls_and_masks(judge):
 
 @pytest.mark.parametrize(("attention", "observed"), [("sdpa", "flash"), ("eager", "eager")])
 def test_a_real_request_is_watched(training, attention, observed):
-    """Prefill and one step of decoding, each a call in each layer."""
+    """Prefill and one decoding step each have one call in each layer."""
     run = training(attention=attention, quant=None)
     run.model.eval()
     asked = []

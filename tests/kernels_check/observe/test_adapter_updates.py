@@ -1,4 +1,4 @@
-"""What everyday training code does to an adapter is learning; what undoes it is not."""
+"""Tests that usual training code counts as adapter learning, and that code which undoes the update does not."""
 
 import peft
 import pytest
@@ -93,14 +93,14 @@ HEALTHY = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", HEALTHY)
 def test_everyday_code_learns(training, name):
-    """Training code that users write is active, not a fallback and not unknown."""
+    """Usual training code is active, not a fallback and not unknown."""
     run = training(lora_dropout=0.0)
     check = judged(run, HEALTHY[name](run))
     assert check.met, check.reason
 
 
 def test_a_state_that_is_reloaded_every_other_step_is_found(training):
-    """The first update alone may be a projection's."""
+    """The first update alone could be a projection."""
     run, done = training(), []
     run.step()
     kept = {name: value.detach().clone() for name, value in trained(run).items()}
@@ -116,7 +116,7 @@ def test_a_state_that_is_reloaded_every_other_step_is_found(training):
 
 
 def test_master_weights_that_are_copied_back_are_unknown(training):
-    """The optimizer that steps was given copies."""
+    """The optimizer steps copies of the parameters."""
     run = training()
     masters = {name: value.detach().clone().requires_grad_() for name, value in trained(run).items()}
     optimizer = torch.optim.AdamW(masters.values(), lr=1e-3)
@@ -137,7 +137,7 @@ def test_master_weights_that_are_copied_back_are_unknown(training):
 
 
 def test_ranks_that_adalora_takes_away_are_no_loss(training):
-    """The method itself writes between updates."""
+    """AdaLoRA itself masks ranks between updates."""
     adapter = peft.AdaLoraConfig(
         **{"init_r": 4, "target_r": 2, "total_step": 100, "tinit": 0, "tfinal": 90, "deltaT": 1},
         target_modules=["q_proj", "v_proj"],

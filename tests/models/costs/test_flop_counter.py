@@ -1,4 +1,4 @@
-"""FLOPs of a step in closed form, and counted from a model's modules, against torch's own counter."""
+"""Tests of the FLOPs of a step, in closed form and counted from the modules of a model, against torch's own counter."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def _attention_backward(gradient, query, key, value, *_, **__):
 
 
 def _each_head(shape, query):
-    """The shape of keys or values (rows, heads, length, width), repeated for each head of the query."""
+    """Return the shape of keys or values (rows, heads, length, width), repeated for each head of the query."""
     return (shape[0], query[1], *shape[2:])
 
 
 def _batched_product(left, right, *_, **__):
-    """Of (b, m, k) and (b, k, n); an outer product (k = 1), as in older rotary embeddings, is no matrix product."""
+    """Count (b, m, k) times (b, k, n); an outer product (k = 1), as in older rotary embeddings, does not count."""
     return 2 * prod(left) * right[2] if left[2] > 1 else 0
 
 
@@ -69,7 +69,7 @@ pair of a row, whatever its mask."""
 
 
 def count_flops(call):
-    """FLOPs of a call as torch counts them, and whether its attention is one operator."""
+    """Return the FLOPs of a call as torch counts them, and whether its attention is one operator."""
     known = {getattr(getattr(torch.ops, library), name, None): formula for (library, name), formula in FORMULAS.items()}
     known.pop(None, None)
     with FlopCounterMode(display=False, custom_mapping=known) as counter:
@@ -82,7 +82,7 @@ QV = ("q_proj", "v_proj")
 
 
 def batch(layout):
-    """Two rows of tokens: one record in each, two isolated ones in each, or the second row half padding."""
+    """Return two rows of tokens: one record in each, two isolated records in each, or the second row half padding."""
     tokens = torch.randint(3, 120, (ROWS, LENGTH))
     inputs = {"input_ids": tokens, "labels": tokens.clone()}
     if layout == "padded":
@@ -94,7 +94,7 @@ def batch(layout):
 
 
 def train_step(variant, layout="one record", model="tiny-llama"):
-    """A step of a trial, and the shape and workload from which it is counted."""
+    """Return a step of a trial, and the shape and workload from which its FLOPs are counted."""
     workload = Workload(model=model, batch_size=ROWS, sequence_length=LENGTH)
     request = TrialRequest(
         trial="t", variant=variant, role="variant", replicate=0, seed=1, workload=workload, protocol=Protocol(),
@@ -108,7 +108,7 @@ def train_step(variant, layout="one record", model="tiny-llama"):
 
 
 def assert_counted(variant, layout="one record", folder=None, model_type="llama"):
-    """The closed form equals torch's count of a step: of tiny-llama, or of two narrow blocks of a family."""
+    """Assert that the closed form equals torch's count of a step of tiny-llama or of two narrow blocks of a family."""
     model = "tiny-llama"
     if folder is not None:
         config = SMALL | {"model_type": model_type, "head_dim": 32 if model_type == "gemma" else 16}
@@ -125,13 +125,13 @@ def assert_counted(variant, layout="one record", folder=None, model_type="llama"
     ids=str,
 )
 def test_a_step_takes_the_flops_of_the_formula(options):
-    """Forward, backward, clipping and update of LoRA and QLoRA."""
+    """The formula covers forward, backward, clipping and update of LoRA and QLoRA."""
     assert_counted(LoraVariant(**{"r": 4, "target_modules": QV, **options}))
 
 
 @pytest.mark.parametrize("layout", ["two records", "padded"])
 def test_masked_pairs_are_computed(layout):
-    """Packed records and padding cost what a full row costs: the operator gets a mask."""
+    """Packed records and padding cost as much as a full row, because the operator gets a mask."""
     assert_counted(LoraVariant(r=4, target_modules=QV), layout)
 
 
@@ -148,19 +148,20 @@ def test_masked_pairs_are_computed(layout):
     ids=" ".join,
 )
 def test_options_that_change_a_step(tmp_path, options):
-    """Eager attention, some of the layers, int8, DoRA with dropout over several passes, autocast, preparation."""
+    """The formula covers eager attention, a subset of the layers, int8, DoRA with dropout over several passes, autocast
+    and preparation."""
     assert_counted(LoraVariant(r=4, **options), folder=tmp_path)
 
 
 @pytest.mark.parametrize("model_type", [name for name in FAMILIES if name != "llama"])
 def test_every_family(tmp_path, model_type):
-    """Grouped keys, head sizes that do not follow from the width, tied heads, and biases that train."""
+    """The formula covers grouped keys, head sizes independent of the width, tied heads, and trained biases."""
     variant = LoraVariant(r=4, target_modules=("down_proj",), bias="all", dtype="float32")
     assert_counted(variant, folder=tmp_path, model_type=model_type)
 
 
 def test_a_family_with_one_layer_for_several_operands(tmp_path):
-    """A layer that makes query, key and value needs the gradient of all three."""
+    """A layer that computes query, key and value needs the gradient of all three."""
     assert_counted(LoraVariant(r=4, target_modules=("qkv_proj",)), folder=tmp_path, model_type="phi3")
 
 
@@ -190,7 +191,7 @@ LORA, EXPERTS = "all-linear", ["q_proj", "v_proj", "q_a_proj", "kv_a_proj_with_m
 
 
 def built(model_type, targets, **extra):
-    """A model of a family, with an adapter or wholly trained, and a step of it."""
+    """Build a model of a family, with an adapter or fully trained, and a step of it."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{**SMALL, **extra})
     attention = "sdpa" if model_type != "deepseek_v3" else "eager"
@@ -205,7 +206,8 @@ def built(model_type, targets, **extra):
     ("model_type", "whole"), [*((name, False) for name in UNKNOWN), ("gpt2", True), ("mixtral", True)]
 )
 def test_a_family_without_a_closed_form_is_counted_from_its_modules(model_type, whole):
-    """With an adapter or trained as a whole. Within 1 %, which is the router of experts; else within 0.2 %."""
+    """The count is within 1 % for models with a router of experts and within 0.2 % for others, with an adapter or full
+    training."""
     experts = model_type in ("mixtral", "deepseek_v3")
     model, step = built(model_type, None if whole else EXPERTS if experts else LORA, **UNKNOWN[model_type])
     total, fused = count_flops(step)
@@ -214,7 +216,7 @@ def test_a_family_without_a_closed_form_is_counted_from_its_modules(model_type, 
 
 
 class Towers(torch.nn.Module):
-    """A text model with a tower for pictures, and a layer whose weight is used without calling it."""
+    """A text model with a vision tower, and a layer whose weight is used without calling the layer."""
 
     def __init__(self):
         super().__init__()
@@ -224,7 +226,7 @@ class Towers(torch.nn.Module):
         self.inner = Inner()
 
     def forward(self, hidden):
-        for one in (self.text[0][0], self.text[1]):  # the parts of a list are called in its place
+        for one in (self.text[0][0], self.text[1]):  # the parts of a ModuleList are called, not the list
             hidden = one(hidden)
         return self.inner(hidden).sum()
 
@@ -239,7 +241,7 @@ class Inner(torch.nn.Module):
 
 
 def test_modules_that_a_step_does_not_use_are_not_counted():
-    """A tower for pictures is not; a part of a module that was called is, called itself or not."""
+    """A vision tower is not counted; a part of a called module is counted, whether it was called itself or not."""
     model = Towers()
     wanted = watch_gradients(model, lambda: model(torch.ones(3, 8)).backward())
     counted = count_products(model, wanted)
@@ -249,14 +251,15 @@ def test_modules_that_a_step_does_not_use_are_not_counted():
 
 
 def test_experts_with_an_adapter():
-    """Within 5 %: PEFT makes the whole update twice in each pass, of which a step needs one."""
+    """The count is within 5 %, because PEFT computes the whole update twice in each pass and a step needs it once."""
     model, step = built("mixtral", LORA, **UNKNOWN["mixtral"])
     flops = count_products(model, watch_gradients(model, step)).flops(STEP)
     assert flops.hardware == pytest.approx(count_flops(step)[0], rel=0.05)
 
 
 def test_a_step_that_was_not_watched_is_counted_in_the_order_of_the_modules():
-    """The inputs of the first block are too many: 5 % at most with two blocks, and a third of that with eight."""
+    """The inputs of the first block are counted in excess: at most 5 % with two blocks, and a third of that with
+    eight."""
     errors = []
     for layers in (2, 8):
         model, step = built("llama", LORA, num_hidden_layers=layers)
@@ -266,7 +269,7 @@ def test_a_step_that_was_not_watched_is_counted_in_the_order_of_the_modules():
 
 @pytest.mark.parametrize("options", [{"target_modules": QV, "quantization": "nf4"}, {"use_dora": True}], ids=" ".join)
 def test_a_known_family_counted_from_its_modules_equals_its_closed_form(options):
-    """Within 2 %."""
+    """The count and the closed form agree within 2 %."""
     variant = LoraVariant(r=4, **options)
     step, shape, workload = train_step(variant)
     model, tokens = step._trainee.model, computed_tokens(variant, workload)
@@ -277,7 +280,8 @@ def test_a_known_family_counted_from_its_modules_equals_its_closed_form(options)
 
 
 def test_adapters_of_other_trials_are_not_counted():
-    """Nor a model without linear layers, or one that does not say how many experts a position meets."""
+    """Only the active adapter is counted; a model without linear layers, or with an unknown number of experts for each
+    token, is an error."""
     model, _ = built("opt", LORA, **UNKNOWN["opt"])
     alone = count_products(model)
     model.add_adapter("other", LoraConfig(r=64, target_modules="all-linear", task_type="CAUSAL_LM"))

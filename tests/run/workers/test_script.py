@@ -1,4 +1,4 @@
-"""Scripts in lockstep: real processes that take turns, and every way in which one of them can end."""
+"""Tests of scripts in lockstep: real processes that take turns, and every way in which one of them can end."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ PROTOCOL = Protocol(
     phases=("train",), replicates=1, warmup_steps_max=9, turns=3, step_timeout_s=120.0, retries=0, seed=7
 )
 NEEDED = 2 + 3 + 3 * 2
-"""Steps that are measured at least: two, the shortest warm-up, the turns."""
+"""The least number of measured steps: two, the shortest warm-up, and the turns."""
 ALL_STEPS = 2 + 9 + 3 * 2
-"""After the longest warm-up; one whose steps are steady from the start has some of them to catch up."""
+"""The number of steps after the longest warm-up; a script with steady steps skips part of the warm-up and catches
+up."""
 
 
 class Watching(Quiet):
-    """Keeps the result of a rehearsal."""
+    """A display that records the result of a rehearsal."""
 
     level, notices = "", ()
 
@@ -49,7 +50,7 @@ def study_of(commands, protocol=PROTOCOL, **fields):
 
 
 def measured(study, folder, display=None, interleaving="lockstep"):
-    """The study as measured in a folder that holds the script."""
+    """Measure the study in a folder that holds the script."""
     shutil.copy(SCRIPT, folder / "scripted.py")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -80,8 +81,7 @@ FAULTS = {
 
 
 def elsewhere(folders):
-    """A variant whose script lies in another folder, and whose step takes what its environment and its interpreter say
-    between them."""
+    """Return a variant with its own folder, environment and interpreter; the last two together set its step time."""
     folder = folders.mktemp("elsewhere")
     shutil.copy(SCRIPT, folder / "renamed.py")
     python = folder / "bin" / "python"
@@ -96,7 +96,7 @@ def elsewhere(folders):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """All of them in one group, as one replicate of a study."""
+    """All scripts in one group, measured as one replicate of a study."""
     folder = tmp_path_factory.mktemp("scripts")
     counts = {"few": f"plain {NEEDED - 1}", "planned": "planned 4", "late": f"plain {ALL_STEPS - 1}"}
     study = study_of({how: f"python scripted.py {counts.get(how, how)}" for how in FAULTS})
@@ -110,7 +110,7 @@ def records(run):
 
 @pytest.mark.parametrize("how", FAULTS)
 def test_each_ends_as_a_row_with_its_reason(records, how):
-    """Whatever becomes of one script, the others of its group go on, and it has a record that says why."""
+    """Each failed script has a record with its reason, and the other scripts of its group continue."""
     status, message = FAULTS[how]
     record = records[how]
     assert record.status == status, record.failure
@@ -119,7 +119,8 @@ def test_each_ends_as_a_row_with_its_reason(records, how):
 
 
 def test_what_is_measured_is_what_any_trial_measures(records):
-    """Steps in turns after a warm-up, all trials to the same step, tokens and losses a step, peaks, parameters."""
+    """Scripts have steps in turns after a warm-up to a common last step, and record tokens, losses, peaks and
+    parameters."""
     record = records["plain"]
     assert record.turn_lengths == (2, 2, 2)
     assert len(record.samples["step_time_s"]) == len(record.samples["timed_loss"]) == 6
@@ -134,13 +135,13 @@ def test_what_is_measured_is_what_any_trial_measures(records):
 
 
 def test_a_variant_has_its_own_folder_environment_and_interpreter(records):
-    """The script is found in the one, and its step takes what the two others say."""
+    """The script is found in the variant's folder, and environment and interpreter set its step time."""
     assert (records["elsewhere"].status, records["elsewhere"].failure) == ("ok", None)
     assert set(records["elsewhere"].samples["step_time_s"]) == {4e-3}
 
 
 def test_nothing_follows_the_training(run, records):
-    """It is ended at its last step: what the script would have done next has not been done, and its copy is gone."""
+    """The script is ended after its last step, so that its later code does not run, and its copy is removed."""
     folder = run.path.parents[1]
     assert not (folder / "mark").exists()
     assert not (folder / "came").exists()
@@ -148,20 +149,20 @@ def test_nothing_follows_the_training(run, records):
 
 
 def test_one_that_ends_after_its_turns_counts_with_a_notice(records):
-    """The timed steps are all there; the last of those for the losses are not."""
+    """All timed steps are recorded; the last steps for the losses are missing."""
     (notice,) = records["late"].notices
     assert (notice.code, records["late"].values["training_steps"]) == ("training-ended-early", ALL_STEPS - 1)
 
 
 def test_no_process_is_left(run):
-    """Neither a script nor what it has started."""
+    """No script and no child of a script is left."""
     folder = str(run.path.parents[1])
     processes = psutil.process_iter(["cmdline", "cwd"])
     assert [one.info["cmdline"] for one in processes if (one.info["cwd"] or "").startswith(folder)] == []
 
 
 def test_one_that_hangs_is_killed(tmp_path):
-    """Before its training and in it, each after the silence that the protocol allows."""
+    """A script that hangs before or during its training is killed after the protocol's time without a message."""
     protocol = dataclasses.replace(PROTOCOL, step_timeout_s=2.0)
     run = measured(
         study_of({how: f"python scripted.py {how}" for how in ("plain", "hang-before", "hang")}, protocol), tmp_path
@@ -184,7 +185,7 @@ def test_a_rehearsal_settles_the_level(tmp_path):
 
 
 def test_without_memory_they_are_measured_one_after_the_other(tmp_path, monkeypatch):
-    """The level is the finest that the memory allows."""
+    """The interleaving is the finest that the memory allows."""
     monkeypatch.setattr(ScriptExecutor, "free_bytes", lambda self: 2**20)
     run = measured(study_of({"plain": "python scripted.py plain"}), tmp_path, interleaving=None)
     assert (run.manifest.interleaving, [one.status for one in run.records]) == ("replicates", ["ok", "ok"])

@@ -1,4 +1,4 @@
-"""A script's process and its socket: which users may connect, and what signals do."""
+"""Tests of the process and the socket of a script: allowed users, and signals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorameter.studies.variant import ScriptVariant
 
 @pytest.fixture
 def start(tmp_path):
-    """A function that starts a command, listened to on a socket of this name."""
+    """A function that starts a command that connects to a socket of the given name."""
     started = []
 
     def started_with(*words, turns=""):
@@ -34,7 +34,7 @@ def start(tmp_path):
 
 
 def greet(turns, harness):
-    """Connect as a script's training does."""
+    """Connect as the training of a script does."""
     connection = Client(address(turns), "AF_UNIX")
     wire.send(connection, wire.Hello(harness=harness))
     return connection
@@ -42,7 +42,7 @@ def greet(turns, harness):
 
 @pytest.mark.parametrize(("option", "kind"), [("-I", "NotHooked"), ("-u", "NeverTrained")])
 def test_a_python_without_the_hook_differs_from_one_that_never_trains(tmp_path, option, kind):
-    """Nothing of the one can be heard, whatever it does; the other has nothing to say."""
+    """A Python without the hook and a script without a training are reported as different failures."""
     turns = f"@lorameter-test-{secrets.token_hex(8)}"
     variables = variables_of(
         ScriptVariant(name="a", command="python t.py"), os.environ, scratch=tmp_path, threads=1, port=5, socket=turns
@@ -58,7 +58,7 @@ def test_a_python_without_the_hook_differs_from_one_that_never_trains(tmp_path, 
 
 
 def test_another_users_connection_is_refused_and_the_next_is_heard(start, monkeypatch):
-    """A name that lies in no folder is open to all who know it."""
+    """A socket in the abstract namespace accepts every user, so that the connection of another user is closed."""
     users = iter([os.geteuid() + 1, os.geteuid()])
     monkeypatch.setattr(script, "_user_of", lambda connection: next(users))
     turns = "@lorameter-test-" + secrets.token_hex(8)

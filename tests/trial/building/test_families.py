@@ -1,4 +1,4 @@
-"""Every architecture of the catalogue, made small: it trains in 4 bits, passes its checks, and answers."""
+"""Tests that a small model of every listed architecture trains in 4 bits, passes its checks and generates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from lorameter.trial.data.tokens import prepare
 from lorameter.trial.trial import Trial
 
 NAMES = ("qwen2.5-0.5b", "gemma-2b", "mistral-7b")
-"""Grouped heads, biases and a tied head; one key and value head of another size; a window shorter than the sequence."""
+"""Grouped heads, biases and a tied head; a single key/value head of another size; a window shorter than the
+sequence."""
 VARIANT = LoraVariant(
     name="v", r=4, lora_dropout=0.1, target_modules=(), quantization="nf4", prepare_for_kbit=True, autocast="bfloat16",
     optimizer="adamw",
@@ -31,7 +32,8 @@ WORKLOAD = Workload(
 
 
 def small(name):
-    """The entry's configuration with two layers and a small vocabulary; heads keep their size and their grouping."""
+    """Return the configuration of the entry with two layers and a small vocabulary; size and grouping of the heads
+    stay."""
     config = json.loads(catalogue.CATALOGUE[name].config.read_text())
     group = config["num_attention_heads"] // config["num_key_value_heads"]
     heads = max(2, group)
@@ -44,7 +46,8 @@ def small(name):
 
 @pytest.fixture
 def run(tmp_path):
-    """A function that builds a trial on a configuration, and one that gives it commands; no command may fail."""
+    """A function that builds a trial of a configuration and returns a function for its commands; no command may
+    fail."""
     torch.set_num_threads(1)
 
     def make(config):
@@ -70,7 +73,8 @@ def run(tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_family_trains_and_answers(run, name):
-    """NF4 under PEFT's default targets: claims are active, packed records isolated, and greedy tokens arrive."""
+    """With NF4 and PEFT's default targets all checks are active, packed records are isolated, and greedy generation
+    works."""
     command, shape = run(small(name))
     command("build")
     checks = {check["path"]: check for check in command("verify").checks}

@@ -1,4 +1,4 @@
-"""The requirements for kernels_check that follow from a variant."""
+"""Tests of the kernels_check requirements that follow from a variant."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from lorameter.trial.building.build import requirements_of
 
 
 def test_a_variant_requires_what_it_says():
-    """NF4 with double quantisation, bf16, dropout, fused AdamW, Liger's kernels: each is a requirement."""
+    """NF4 with double quantisation, bf16, dropout, fused AdamW and Liger kernels each become a requirement."""
     variant = LoraVariant(quantization="nf4", lora_dropout=0.1, liger_kernel=True)
     expected = {
         "fused.kernels": "rms_norm+mlp+loss", "base.bits": 4, "base.quant_type": "nf4", "base.double_quant": True,
@@ -19,7 +19,7 @@ def test_a_variant_requires_what_it_says():
 
 
 def test_what_a_variant_lacks_is_not_required():
-    """An unquantised base has no constants of quantisation, and padded data no records to isolate."""
+    """An unquantised base has no quantisation constants, and padded data has no records to isolate."""
     required = requirements_of(LoraVariant(optimizer="adamw"), (1000,), packed=False)
     absent = {"base.double_quant", "base.compute_dtype", "fused.kernels", "optimizer.fused", "packing.isolated"}
     assert not absent & set(required)
@@ -37,6 +37,6 @@ def test_what_a_variant_lacks_is_not_required():
     ],
 )
 def test_tensor_cores_are_required_where_a_product_is_in_float32(changes, multiplies):
-    """Under autocast to 16 bits, or with everything in 16 bits, there is nothing that TF32 could apply to."""
+    """With autocast to 16 bits, or with all tensors in 16 bits, no product could use TF32."""
     required = requirements_of(LoraVariant(tf32=True, **changes), (1,), packed=False)
     assert ("tf32" in required) is multiplies

@@ -1,4 +1,4 @@
-"""Distances of logits and losses of sequences against plain numpy."""
+"""Tests of logit distances and sequence losses against plain numpy."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lorameter.trial.serving.parity import ROWS, measure_distance, sequence_loss
 
 @pytest.fixture
 def pair():
-    """Two sets of logits over more positions than are taken at a time, near each other."""
+    """Two similar sets of logits with more positions than one chunk."""
     rng = np.random.default_rng(3)
     reference = rng.normal(size=(ROWS * 2 + 3, 40)) * 4
     return reference, reference + rng.normal(size=reference.shape) * 0.5
 
 
 def test_every_distance_equals_numpy_s(pair):
-    """KL divergence, argmax, differences, cosine: each from its definition."""
+    """KL divergence, argmax agreement, differences and cosine equal their definitions."""
     reference, other = pair
     found = measure_distance(torch.tensor(reference), torch.tensor(other))
 
@@ -38,7 +38,7 @@ def test_every_distance_equals_numpy_s(pair):
 
 
 def test_losses_are_of_each_sequence():
-    """Rows of two sequences: the mean over the labelled tokens of each, none for one without a label."""
+    """In rows of two sequences, each loss is the mean over the labelled tokens; a sequence without a label has none."""
     rng = np.random.default_rng(1)
     logits, labels = rng.normal(size=(2, 8, 11)), rng.integers(0, 11, size=(2, 8))
     labels[:, [0, 4]] = -100

@@ -1,4 +1,4 @@
-"""An executor whose measuring processes do no work, so that commands that start jobs are tested in seconds.
+"""An executor whose workers do no work, so that commands that start jobs are tested in seconds.
 
 Jobs are processes of their own: what they are to do is in the variable `PRETENDED`, as JSON.
 
@@ -28,17 +28,17 @@ MACHINE = Machine(
 
 
 def setting(name, default):
-    """What the test says to this process."""
+    """Return a setting that the test passes to this process."""
     return json.loads(os.environ.get("PRETENDED", "{}")).get(name, default)
 
 
 def cpus():
-    """Of the site of this process."""
+    """Return the CPUs of this process's site."""
     return os.environ.get("LORAMETER_CPUS", "")
 
 
 class Fake(FakeExecutor):
-    """An executor and its worker."""
+    """An executor that is also its worker."""
 
     def machine(self):
         return MACHINE
@@ -82,5 +82,5 @@ class Fake(FakeExecutor):
 
 
 def open_executor(*, host=None, label=""):
-    """As `lorameter.run.workers.EXECUTORS` has them."""
+    """Open the fake with the signature of `lorameter.run.workers.EXECUTORS`."""
     return Fake(host=host, label=label)
