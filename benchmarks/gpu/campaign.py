@@ -40,7 +40,7 @@ ALL = "all"
 
 
 def main(variables: Mapping[str, str], arguments: list[str] | None = None) -> int:
-    """Resume the campaign, or rehearse it; `variables` are those of the steps' processes."""
+    """Resume the campaign, or rehearse it; `variables` is the environment of the steps' processes."""
     options = _options(arguments)
     if options.list:
         for one in STEPS:
@@ -99,7 +99,7 @@ def main(variables: Mapping[str, str], arguments: list[str] | None = None) -> in
 
 
 def exit_code(steps: Sequence[Step], journal: Journal, verdicts: Sequence[str]) -> int:
-    """The exit code of the call: a failure takes precedence over steps that are left."""
+    """Return the exit code of the call: a failure takes precedence over remaining steps."""
     if "refuted" in verdicts or any(last.outcome == "failed" for one in steps if (last := journal.last(one.name))):
         return EXIT_FAILED
     left = [one.name for one in steps if is_left(one, journal)]

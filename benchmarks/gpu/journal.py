@@ -1,4 +1,4 @@
-"""The journal of a campaign, written after each step: the next call resumes where this one ends.
+"""The journal of a campaign, written after each step, from which the next call resumes.
 
 A line is added when a step has ended, however it ended, and none is ever changed; of several of one step the last one
 counts. Calls on machines that are lent and taken back share nothing but this folder.
@@ -14,38 +14,38 @@ from pathlib import Path
 from typing import Literal
 
 Outcome = Literal["done", "failed", "stopped", "rehearsed"]
-"""Answered · ended without an answer · ended by the clock · run as far as a machine without a GPU can."""
+"""The step has a result · ended without a result · reached its limit · was rehearsed on a machine without a GPU."""
 SOURCES = ("harness", "kernels_check", "benchmarks/gpu", "tests")
 MOST_ATTEMPTS = 2
-"""Of a step that cannot be resumed and was stopped by its limit."""
+"""For a step that cannot be resumed and reached its limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """How one attempt at a step ended."""
+    """The result of one attempt at a step."""
 
     step: str
     outcome: Outcome
     code: int | None
-    """Exit code of its process; None where the clock ended it."""
+    """Exit code of the process; None where its limit ended it."""
     took_s: float
     begun_unix_s: float
     device: str
     """Name of the GPU, or of the CPU."""
     unit: str
-    """Which one of its name: the UUID of a GPU."""
+    """The UUID of a GPU, to distinguish GPUs of one name."""
     sources: str
-    """Hash of what was run (`hash_of_sources`)."""
+    """Hash of the executed code (`hash_of_sources`)."""
     last_line: str = ""
-    """The last line that the process wrote to its standard error, where it has no answer."""
+    """The last line of the process on standard error, where it has no result."""
 
 
 class OtherMachineError(Exception):
-    """The state is of another kind of GPU or of another machine than this one."""
+    """The state belongs to another kind of GPU or to another machine."""
 
 
 class Journal:
-    """The entries of one folder. Raises `OtherMachineError` if they are of another device than the one given."""
+    """The entries of one folder. Raises `OtherMachineError` if they belong to another device than the given one."""
 
     def __init__(self, folder: Path, device: str) -> None:
         self._file = folder / "journal.jsonl"
@@ -56,21 +56,21 @@ class Journal:
             raise OtherMachineError(f"{folder} is of {other}, and this is {device}: give another folder with --state")
 
     def add(self, entry: Entry) -> None:
-        """Keep how an attempt ended, at once."""
+        """Append an attempt and write it at once."""
         self.entries.append(entry)
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(entry)) + "\n")
 
     def last(self, step: str) -> Entry | None:
-        """How the last attempt at a step ended; None where there was none."""
+        """Return the last attempt at a step, or None."""
         return next((entry for entry in reversed(self.entries) if entry.step == step), None)
 
     def attempts(self, step: str) -> list[Entry]:
-        """All attempts at a step."""
+        """Return all attempts at a step."""
         return [entry for entry in self.entries if entry.step == step]
 
     def forget(self, steps: Iterable[str]) -> None:
-        """Have steps taken again; the files of their output stay until then."""
+        """Remove the entries of steps, so that they are taken again; their output files stay until then."""
         names = set(steps)
         self.entries = [entry for entry in self.entries if entry.step not in names]
         self._file.write_text("".join(json.dumps(asdict(entry)) + "\n" for entry in self.entries), encoding="utf-8")
@@ -80,13 +80,13 @@ def _read(file: Path) -> Iterable[Entry]:
     if not file.exists():
         return
     whole = file.read_text(encoding="utf-8").rpartition("\n")[0]
-    file.write_text(whole + "\n" if whole else "", encoding="utf-8")  # without a line that an end by force left half
+    file.write_text(whole + "\n" if whole else "", encoding="utf-8")  # without an incomplete last line
     for line in whole.splitlines():
         yield Entry(**json.loads(line))
 
 
 def hash_of_sources(root: Path) -> str:
-    """Of the code that a campaign runs: on the machine that it is copied to there may be no repository."""
+    """Return a hash of the code of a campaign; the machine that it is copied to may have no repository."""
     hashed = hashlib.sha256()
     for folder in SOURCES:
         for path in sorted((root / folder).rglob("*")):

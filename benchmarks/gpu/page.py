@@ -1,4 +1,4 @@
-"""`docs/gpu.md`: what has been confirmed on which GPU, generated from the committed reports."""
+"""Writes `docs/gpu.md`, the table of claims and their verdicts on each GPU, from the committed reports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WORDS = {"confirmed": "confirmed", "refuted": "**refuted**", "not decided": "not
 
 
 def campaigns(reports: Path) -> list[dict[str, Any]]:
-    """The documents of all campaigns under a folder of reports, the oldest first, each with its folder's name."""
+    """Return the documents of all campaigns in a folder of reports, the oldest first, each with its folder's name."""
     found = [
         {**json.loads(path.read_text(encoding="utf-8")), "folder": path.parent.name}
         for path in sorted(reports.glob("*_gpu/campaign.json"))
@@ -32,7 +32,7 @@ def campaigns(reports: Path) -> list[dict[str, Any]]:
 
 
 def table(claims: Sequence[Claim], found: Sequence[dict[str, Any]]) -> str:
-    """The one table: a row a claim, a column a campaign."""
+    """Return the table with a row for each claim and a column for each campaign."""
     heads = [f"[{one['device']}, {one['date']}](../reports/{one['folder']}/report.txt)" for one in found]
     heads = heads or ["no GPU yet"]
     lines = [_row(["claim", *heads]), _row(["---"] * (1 + len(heads)))]
@@ -43,7 +43,7 @@ def table(claims: Sequence[Claim], found: Sequence[dict[str, Any]]) -> str:
 
 
 def summary(claims: Sequence[Claim], found: Sequence[dict[str, Any]]) -> str:
-    """What the table comes to, in a sentence."""
+    """Summarise the table in one sentence."""
     if not found:
         return f"No GPU has been measured: of {len(claims)} claims none is confirmed and none refuted."
     names = {claim.name for claim in claims}
@@ -62,7 +62,7 @@ def summary(claims: Sequence[Claim], found: Sequence[dict[str, Any]]) -> str:
 
 
 def rewritten(page: str, claims: Sequence[Claim], found: Sequence[dict[str, Any]]) -> str:
-    """The page with its table as it follows from the reports. Raises ValueError where the page has no place for it."""
+    """Return the page with its generated part replaced. Raises ValueError where the page has no place for it."""
     if page.count(BEGIN) != 1 or page.count(END) != 1:
         raise ValueError(f"{PAGE.name}: the lines {BEGIN!r} and {END!r} are expected once each")
     before, rest = page.split(BEGIN)
@@ -71,7 +71,7 @@ def rewritten(page: str, claims: Sequence[Claim], found: Sequence[dict[str, Any]
 
 
 def rewrite(claims: Sequence[Claim]) -> None:
-    """Bring the page up to date with the reports."""
+    """Update the page from the reports."""
     PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8"), claims, campaigns(REPORTS)), encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""An error of the meter is printed and ends the measurement, not the training."""
+"""Tests that an error of the meter is printed and ends the measurement, not the training."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def fail(error):
     ],
 )
 def test_an_error_is_printed_once(capfd, error, expected, never):
-    """That a training is not followed is no failure. Either is printed once, and nothing is called any more."""
+    """A failure and a training that cannot be observed are each printed once, and nothing is called afterwards."""
     guard, errors = ErrorGuard(), []
     guard.on_error = errors.append
     for _ in range(2):
@@ -31,7 +31,7 @@ def test_an_error_is_printed_once(capfd, error, expected, never):
 
 
 def test_a_wish_to_end_the_process_goes_through():
-    """It is no error."""
+    """SystemExit and KeyboardInterrupt are raised and are not errors of the meter."""
     guard = ErrorGuard()
     for wish in (SystemExit(0), KeyboardInterrupt()):
         with pytest.raises(type(wish)):

@@ -1,4 +1,4 @@
-"""`lorameter wrap`: a command as it is, and what becomes of the training in it, however it ends."""
+"""Tests of `lorameter wrap`: the command is unchanged, and its training is recorded however it ends."""
 
 import os
 import shlex
@@ -32,7 +32,8 @@ print("trained")
 
 @pytest.fixture
 def wrap(tmp_path, monkeypatch):
-    """A function that wraps a script of this text; returns the exit code and the run, None where there is none."""
+    """A function that wraps a script with the given text and returns the exit code and the run, or None without a
+    run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
@@ -47,7 +48,7 @@ def wrap(tmp_path, monkeypatch):
 
 
 def test_a_command_is_as_it_is_and_its_training_a_run(wrap, capfd, tmp_path):
-    """Its output is its own; the report goes to stderr, and nothing else than the run is written or changed."""
+    """The output is the command's own, the report goes to stderr, and only the run is written."""
     code, run = wrap(LOOP, "--require", "base.frozen=false", "mode=train")
     (record,) = run.records
     assert (code, run.state, record.status, record.name) == (0, "complete", "ok", "train")
@@ -82,14 +83,14 @@ for _ in range(30):
 
 
 def test_a_training_by_closures_is_checked(wrap):
-    """LBFGS calls the model inside its update: the watched step begins before the update."""
+    """LBFGS calls the model inside its update, so that the watched step begins before the update."""
     code, run = wrap(CLOSURE, "--require", "peft.learning=true", "base.frozen=true")
     assert code == 0
     assert [record.status for record in run.records] == ["ok"]
 
 
 def test_a_signal_passes_on_and_what_was_measured_is_kept(wrap):
-    """The command ends by it, and the run says so."""
+    """The signal ends the command, and the run records it."""
     text = LOOP + "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)\n"
     code, run = wrap(text, "--no-report")
     (record,) = run.records
@@ -113,7 +114,7 @@ def test_a_signal_passes_on_and_what_was_measured_is_kept(wrap):
     ids=["crash", "exit", "kill", "segfault", "ctrl-c", "memory", "nan"],
 )
 def test_however_a_training_ends_it_is_a_row(wrap, end, code, status, expected):
-    """With its reason, the command's own exit code, and the steps until then."""
+    """The record has the reason, the command's own exit code, and the steps before the end."""
     found, run = wrap(LOOP + end + "\n", "--no-report")
     (record,) = run.records
     assert (found, record.status, run.state != "running") == (code, status, True)
@@ -121,7 +122,7 @@ def test_however_a_training_ends_it_is_a_row(wrap, end, code, status, expected):
 
 
 def test_a_crash_before_training_leaves_no_run(wrap, capfd):
-    """Nor does a command that trains nothing. The exit code is the command's, or 4 where something was required."""
+    """A command without a training leaves no run; the exit code is the command's, or 4 with required paths."""
     assert wrap("raise SystemExit(5)") == (5, None)
     assert (
         "ended with exit code 5, and no Trainer and no optimizer of torch had begun to train" in capfd.readouterr().err
@@ -133,7 +134,7 @@ def test_a_crash_before_training_leaves_no_run(wrap, capfd):
 
 
 def test_a_python_that_reads_no_path_is_reported(wrap, capfd):
-    """No interpreter of the command loads the hook."""
+    """An isolated interpreter (-I) does not load the hook, and a message says so."""
     assert wrap("print('alone')", python=(sys.executable, "-I")) == (0, None)
     assert "no Python of the command has loaded the hook" in capfd.readouterr().err
 
@@ -148,7 +149,8 @@ dist.init_process_group("gloo")
 
 @pytest.mark.faults
 def test_of_ranks_under_torchrun_the_slowest_counts(wrap):
-    """Rank 1 takes 50 ms longer for each step, and rank 0 waits for it at the end alone; tokens are those of both."""
+    """Rank 1 needs 50 ms more for each step and rank 0 waits only at the end; step times are rank 1's, and tokens are
+    those of both."""
     text = RANKS + LOOP.replace("batch_size=2):\n", "batch_size=2):\n        time.sleep(PAUSE_S)\n")
     text = text.replace("def train", "PAUSE_S = 0.05 * dist.get_rank()\ndef train") + "dist.barrier()\n"
     code, run = wrap(
@@ -167,7 +169,7 @@ def test_of_ranks_under_torchrun_the_slowest_counts(wrap):
 
 @pytest.mark.faults
 def test_a_console_script_of_trl_is_followed(tmp_path, monkeypatch, sft_command, capfd):
-    """`lorameter wrap -- trl sft …`: the Trainer that it builds, in whatever process, and no other."""
+    """`lorameter wrap -- trl sft …` records the Trainer of the training process only."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     words = [*shlex.split(sft_command), "--max_steps", "30", "--lora_r", "4"]
@@ -193,7 +195,7 @@ def test_a_console_script_of_trl_is_followed(tmp_path, monkeypatch, sft_command,
     ],
 )
 def test_a_requirement_that_cannot_be_is_refused(given, expected):
-    """Before anything is started."""
+    """An invalid requirement is refused before anything is started."""
     with pytest.raises(UsageError, match=expected):
         read_requirements([given])
     assert read_requirements(["base.bits=4", "peft.learning=True", "attention.backend=flash"]) == {
@@ -202,7 +204,7 @@ def test_a_requirement_that_cannot_be_is_refused(given, expected):
 
 
 def test_a_command_that_there_is_not_is_refused(tmp_path, capsys):
-    """As is none at all."""
+    """An unknown command and a missing command are refused."""
     assert main(["wrap", "--runs-dir", str(tmp_path), "--", "no-such-program"]) == 2
     assert main(["wrap", "--runs-dir", str(tmp_path)]) == 2
     printed = capsys.readouterr().err
@@ -211,7 +213,7 @@ def test_a_command_that_there_is_not_is_refused(tmp_path, capsys):
 
 
 def test_signals_of_a_terminal_are_not_sent_twice(monkeypatch):
-    """The command has them already; all others, and those of a parent without a terminal, are passed on."""
+    """Signals that the terminal sends to the whole group are not forwarded; all others are."""
     sent = []
 
     class Process:

@@ -1,4 +1,4 @@
-"""The steps of transformers' Trainer, as its meter reports them."""
+"""Tests of the steps of transformers' Trainer, as its meter reports them."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def arguments(folder, **more):
 
 @pytest.fixture
 def followed(make_model, rows, tmp_path):
-    """A function that trains, followed by a listener, and returns the Trainer."""
+    """A function that trains with a listener attached and returns the Trainer."""
 
     def train(listener, *, trainer=Trainer, callbacks=(), require=None, **more):
         meter = Meter(require=require)
@@ -34,7 +34,7 @@ def followed(make_model, rows, tmp_path):
 
 @pytest.mark.usefixtures("unattached")
 def test_each_step_is_reported_with_its_tokens_and_parts(listener, followed):
-    """Tokens are those of the batches, the parts lie within the step, and the loss is what the Trainer logs."""
+    """Tokens are those of the batches, the parts lie within the step, and the loss is the one that the Trainer logs."""
     trainer = followed(listener, logging_steps=1)
     (training,) = listener.trainings
     assert (training.source, training.planned_steps, training.accumulation) == ("trainer", 4, 1)
@@ -57,14 +57,14 @@ def test_each_step_is_reported_with_its_tokens_and_parts(listener, followed):
 
 @pytest.mark.usefixtures("unattached")
 def test_an_accumulated_step_is_one_step(listener, followed):
-    """All its batches are in it."""
+    """A step holds all its accumulated batches."""
     followed(listener, gradient_accumulation_steps=3, max_steps=2)
     assert listener.trainings[0].accumulation == 3
     assert [(one.sequences, one.padded_tokens) for one in listener.readings] == [(6, 96), (6, 96)]
 
 
 class Slow(TrainerCallback):
-    """Makes a batch of an evaluation, or a save, take a while."""
+    """A callback that makes an evaluation batch or a save slow."""
 
     def __init__(self, wait):
         self.wait = wait
@@ -75,7 +75,7 @@ class Slow(TrainerCallback):
 
 @pytest.mark.usefixtures("unattached")
 def test_evaluation_and_saving_are_phases_in_no_steps_time(listener, followed, clock):
-    """Each begins and ends where the Trainer does it, in the Trainer's order."""
+    """Evaluations and saves are phases in the Trainer's order, and no step time includes them."""
     followed(
         listener, callbacks=[Slow(clock.wait)], eval_strategy="steps", eval_steps=2, save_strategy="steps",
         save_steps=4, per_device_eval_batch_size=4,
@@ -86,7 +86,7 @@ def test_evaluation_and_saving_are_phases_in_no_steps_time(listener, followed, c
 
 @pytest.mark.usefixtures("unattached")
 def test_a_training_is_the_same_with_and_without(listener, followed, make_model, rows, tmp_path):
-    """Weights and losses to the bit, and nothing is left on the trainer."""
+    """Weights and losses are bit-equal, and no hook or patch is left on the Trainer."""
     plain = Trainer(model=make_model(), args=arguments(tmp_path), train_dataset=rows)
     plain.train()
     metered = followed(listener)
@@ -100,7 +100,7 @@ def test_a_training_is_the_same_with_and_without(listener, followed, make_model,
 
 @pytest.mark.usefixtures("unattached")
 def test_an_error_of_the_meter_is_printed_once_and_the_training_continues(listener_class, followed, capfd):
-    """The observer learns that it saw no whole training."""
+    """The observer receives that the training was not observed to its end."""
 
     class Failing(listener_class):
         def step(self, reading):
@@ -118,7 +118,7 @@ def test_an_error_of_the_meter_is_printed_once_and_the_training_continues(listen
 
 @pytest.mark.usefixtures("unattached")
 def test_batches_that_were_too_large_do_not_end_the_following(listener, followed):
-    """A Trainer that looks for the largest batch begins anew; it is one training."""
+    """A Trainer with auto_find_batch_size restarts after an OOM; its attempts are one training."""
     calls = []
 
     class Greedy(Trainer):

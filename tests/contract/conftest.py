@@ -36,7 +36,7 @@ Change = Callable[[dict[str, Any]], dict[str, Any] | None]
 
 
 def derive(folder: Path, name: str, record: Change = lambda one: one, manifest: Change = lambda one: one) -> None:
-    """A copy of the stored run "base" under another name, each record and the manifest changed; None drops a record."""
+    """Copy the stored run "base" under another name with changed records and manifest; None drops a record."""
     path = folder / name
     shutil.copytree(doors.HERE / "runs" / "base", path)
     lines = (path / "trials.jsonl").read_text(encoding="utf-8").splitlines()
@@ -47,8 +47,8 @@ def derive(folder: Path, name: str, record: Change = lambda one: one, manifest: 
 
 
 def steady(**factors: float) -> Change:
-    """Times that differ by 0.4 % from replicate to replicate and by 0.1 % within one, and by a factor for a variant or
-    for the control."""
+    """Set times that differ by 0.4 % between replicates and by 0.1 % within one, times a factor for a variant or the
+    control."""
 
     def change(record: dict[str, Any]) -> dict[str, Any]:
         arm = "control" if record["role"] == "control" else record["name"]
@@ -62,7 +62,7 @@ def steady(**factors: float) -> Change:
 
 
 def crashed(record: dict[str, Any]) -> dict[str, Any]:
-    """One trial did not end well."""
+    """Make one trial crash."""
     if record["trial"] != "r1-qlora":
         return record
     why = {"phase": "timed", "kind": "SIGKILL", "message": "the process ended with signal 9", "traceback": ""}
@@ -70,13 +70,13 @@ def crashed(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def elsewhere(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Measured on another machine."""
+    """Move the run to another machine."""
     about = manifest["provenance"] | {"cpu_model": "Another CPU", "device_name": "Another CPU"}
     return manifest | {"fingerprint": "0123456789ab", "provenance": about}
 
 
 def fill(folder: Path) -> Path:
-    """A folder with the stored runs in runs/, runs derived of them in derived/, and small files."""
+    """Create a folder with the stored runs in runs/, runs derived from them in derived/, and small files."""
     shutil.copytree(doors.HERE / "runs", folder / "runs")
     shutil.copytree(doors.HERE / "files", folder, dirs_exist_ok=True)
     shutil.copy(doors.STUDY, folder)
@@ -97,20 +97,20 @@ def fill(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which commands run that write nothing."""
+    """The shared folder of commands that write nothing."""
     return fill(tmp_path_factory.mktemp("contract"))
 
 
 @pytest.fixture
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of one test alone, for commands that write."""
+    """A folder of a single test, for commands that write."""
     monkeypatch.chdir(fill(tmp_path / "own"))
     return Path.cwd()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory):
-    """Nothing comes from the user's cache, and what one test prepares serves the others."""
+    """A cache for the session, so that the user's cache is not read and prepared files are shared by the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORAMETER_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -118,7 +118,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(autouse=True)
 def settled(filled: Path, monkeypatch: pytest.MonkeyPatch):
-    """Paths are relative, the clock shows UTC, and neither a terminal nor a CI is there."""
+    """Use relative paths and UTC, without a terminal and without CI variables."""
     for name in REMOVED:
         monkeypatch.delenv(name, raising=False)
     for name, value in ENVIRONMENT.items():
@@ -132,7 +132,7 @@ def settled(filled: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def lorameter(capsys: pytest.CaptureFixture[str]) -> Callable[[str], Outcome]:
-    """The command line, in this process."""
+    """A function that runs the command line in this process."""
 
     def called(line: str) -> Outcome:
         capsys.readouterr()
@@ -145,7 +145,7 @@ def lorameter(capsys: pytest.CaptureFixture[str]) -> Callable[[str], Outcome]:
 
 @pytest.fixture
 def kernels_check(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Outcome]:
-    """`python -m kernels_check`, in this process."""
+    """A function that runs `python -m kernels_check` in this process."""
 
     def called(line: str) -> Outcome:
         capsys.readouterr()

@@ -1,4 +1,4 @@
-"""The judgement of PEFT's published table: counts, noise and ranking of a small history that was made for it."""
+"""Tests of the analysis of PEFT's published table on a small constructed history: counts, noise and ranking."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESULTS = Path("method_comparison", "MetaMathQA", "results")
 
 
 def result(experiment, created, accuracy, step_time, *, torch="2.7.1", memory=20 << 30, lr=1e-4, old_names=False):
-    """A result file as PEFT's comparison writes it, of two evaluations and a test."""
+    """Return a result file in the format of PEFT's comparison, with two evaluations and a test."""
     return {
         "run_info": {
             "experiment_name": experiment, "created_at": created,
@@ -42,7 +42,7 @@ def result(experiment, created, accuracy, step_time, *, torch="2.7.1", memory=20
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """The folder that the program writes of a history of four commits, and what it prints."""
+    """The output folder of the program for a history of four commits, and its printed text."""
     checkout = tmp_path_factory.mktemp("peft")
     folder = checkout / RESULTS
     folder.mkdir(parents=True)
@@ -74,7 +74,7 @@ def report(tmp_path_factory):
 
 
 def test_runs_are_counted_once(report):
-    """A rewritten file is no run, and an experiment that another replaced is named with what changed."""
+    """A rewritten file is not a run, and a replaced experiment is named with its changes."""
     out, printed = report
     assert "4 commits bring 8 result files: 7 runs of 4 experiments, 3 repeated, up to 2 times" in printed
     assert "1 files are rewrites of a run" in printed
@@ -85,7 +85,8 @@ def test_runs_are_counted_once(report):
 
 
 def test_noise_is_that_of_the_repeats(report):
-    """Three repeats that differ by 0.01: the limit is t(0.975, 3) times that, and steps took 1.25 times as long."""
+    """For three repeats that differ by 0.01, the limit is t(0.975, 3) times 0.01; step times differ by a factor of
+    1.25."""
     _, printed = report
     assert "1.25 to 1.25, median 1.25" in printed
     assert f"they must differ by {stats.t.ppf(0.975, 3) * 0.01:.4f}" in printed
@@ -94,7 +95,8 @@ def test_noise_is_that_of_the_repeats(report):
 
 
 def test_the_ranking_says_what_is_separable(report):
-    """0.51 and 0.50 are one by every noise, 0.50 and 0.41 are two; items decide by the binomial variance."""
+    """0.51 and 0.50 are not separable by any noise, 0.50 and 0.41 are; the test items are judged by their binomial
+    variance."""
     out, printed = report
     ranking = pd.read_csv(out / "ranking.csv")
     assert list(ranking.experiment) == ["m/a", "m/d", "m/b"]

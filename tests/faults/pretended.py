@@ -1,4 +1,4 @@
-"""`lorameter` with measuring processes that only pretend, so that a fault of the parent takes a second to inject.
+"""`lorameter` with fake measuring processes, so that a fault of the parent is injected within a second.
 
     STOP_AT=r1-a:turn python pretended.py run study.toml ...
 
@@ -27,19 +27,19 @@ TRIAL, COMMAND, DEED = (*os.environ.get("STOP_AT", "-").split(":"), "", "")[:3]
 
 
 STOPPED: list[str] = []
-"""It waits once only: most commands come again."""
+"""The command stops only once, since most commands occur several times."""
 
 
 def stop(trial: str, command: str) -> None:
-    """Wait for what comes, or do what was asked for."""
+    """Wait for a signal or cause the requested fault at the given command."""
     if (trial, command) != (TRIAL, COMMAND):
         return
-    if DEED == "full":  # as a library reports it: the system's words in an exception of its own
+    if DEED == "full":  # as a library reports it: the system's message in its own exception
         raise RuntimeError(f"Error while serializing: I/O error: No space left on device (os error {errno.ENOSPC})")
     if STOPPED:
         return
     STOPPED.append(command)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # it is kept until it is waited for
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # the signal stays pending until the wait
     os.write(int(os.environ["STOPPED"]), b"stopped\n")
     # With a timeout, since a signal that comes just before the wait begins does not end it: its Python handler would
     # run only after the wait.
@@ -67,7 +67,7 @@ class Pretended(FakeExecutor):
 
 
 class Worker:
-    """One process that is none."""
+    """A worker without a process."""
 
     start_latency_s = 0.01
     prefix = ""
@@ -82,7 +82,7 @@ class Worker:
         try:
             stop(trial, command)
         except RuntimeError as error:
-            with contextlib.redirect_stderr(io.StringIO()):  # a trial's own goes into its log
+            with contextlib.redirect_stderr(io.StringIO()):  # a trial writes to its log
                 return failed_record(error, command)
         if command == "cold":
             return PartialRecord(values={"cold_after_import_time_s": 1.0})

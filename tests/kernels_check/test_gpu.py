@@ -1,4 +1,4 @@
-"""What only a GPU can confirm: each rule for it, held against the real library running there.
+"""GPU tests of the kernel rules: each rule is compared with the real library.
 
 Every GPU test records what it runs with torch's profiler, exports the trace and judges that file; most also have the
 live step verified. ``EXPECTED`` says which rules each recording must show, and a rule that no recording would show
@@ -63,7 +63,7 @@ EXPECTED = {
     "convolution": {"CUDNN-LAYER"},
     "collective": {"NCCL"},
 }
-"""Rules that the recording of each case must show, whatever else it shows."""
+"""Rules that the recording of each case must show; it may show more."""
 ELSEWHERE = {
     **dict.fromkeys(("GEMM-AMD", "CK", "MIOPEN"), "an AMD GPU"),
     **dict.fromkeys(("ATT-TRTLLM", "GEMM-FP4", "GEMM-FP8"), "Blackwell, and products in 4 and 8 bits"),
@@ -96,8 +96,8 @@ ELSEWHERE = {
         ("ATT-UNSLOTH", "UNSLOTH-DEQ-OTHER", "UNSLOTH-GEMM"), "weights in fp8 or NVFP4, experts, large heads"
     ),
 }
-"""Rules that no recording made here could show, each with what it would take: their names were read in sources, or in
-recordings that others have published."""
+"""Rules that no recording on the available GPUs can show, each with the hardware that it needs; their kernel names come
+from sources or from published recordings."""
 RUN: set[str] = set()
 ALL_RULES = (*load_rules("rules"), *load_rules("operators"))
 GPU_RULES = sorted(rule.name for rule in ALL_RULES if rule.gpu_only)
@@ -108,7 +108,7 @@ SDPA = {
     "math": SDPBackend.MATH,
 }
 NO_KERNEL = ("No available kernel", "No viable backend")
-"""How torch says that no backend which is allowed takes these inputs; its warnings before it say why."""
+"""torch's messages when no allowed backend supports the inputs; the reasons are in preceding warnings."""
 TRAINING_TOKENS = (16, 128)
 """2048 rows of a product: above the 1536 from which bitsandbytes 0.50 always unpacks (``_gemm_4bit_custom_max_m``)."""
 _MANAGED = 8
@@ -123,7 +123,7 @@ def runs(*cases):
 
 @dataclass(frozen=True)
 class Recorded:
-    """One exported trace: its judgement, the rules that its names match, the operators of the host."""
+    """One exported trace: its judgement, the rules that its names match, and the operators of the host."""
 
     summary: kernels_check.KernelSummary
     rules: frozenset[str]
@@ -132,7 +132,7 @@ class Recorded:
 
 @pytest.fixture
 def recorded(tmp_path):
-    """A function that profiles a call, exports the trace, reads it back and holds it to the rules of its case."""
+    """A function that profiles a call, exports the trace, reads it back and checks the rules of its case."""
 
     def record(case, call, *, warm=True):
         if warm:
@@ -164,7 +164,7 @@ def verified():
 
 
 def skip_where_refused(call):
-    """Skip with torch's own reasons where SDPA has no kernel of the one backend that is allowed."""
+    """Skip with torch's own reasons where SDPA has no kernel of the only allowed backend."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -183,15 +183,15 @@ def many_tokens(run):
 
 @pytest.mark.parametrize("rule", GPU_RULES)
 def test_every_rule_for_a_gpu_has_a_recording_that_must_show_it(rule):
-    """A rule that is new in the table and in no case fails here, on any machine; one that needs what we have not says
-    so, and is known from what others have shown."""
+    """Each GPU rule is expected in a case or listed in ELSEWHERE, where its evidence is a source or a published
+    recording."""
     assert any(rule in rules for rules in EXPECTED.values()) is (rule not in ELSEWHERE)
     graded = next(one.evidence for one in ALL_RULES if one.name == rule)
     assert rule not in ELSEWHERE or set(graded.split(", ")) <= {"G", "S"}
 
 
 def test_every_case_is_recorded_by_a_test_and_names_rules_that_exist():
-    """An expectation that nothing runs, or of a rule that is gone, would confirm nothing."""
+    """Each expected case has a test that records it, and each expected rule exists."""
     assert set(EXPECTED) == RUN
     assert set().union(*EXPECTED.values()) | set(ELSEWHERE) <= {rule.name for rule in ALL_RULES}
 
@@ -199,7 +199,8 @@ def test_every_case_is_recorded_by_a_test_and_names_rules_that_exist():
 @runs("flash", "cudnn", "efficient", "math")
 @pytest.mark.parametrize("backend", SDPA)
 def test_a_forced_backend_is_recognised_in_both_directions(training, recorded, verified, backend):
-    """SDPA with one backend only: the live step and the trace name it and no other, forward and backward."""
+    """With only one SDPA backend enabled, the live step and the trace show that backend and no other, forward and
+    backward."""
     if torch.version.hip:
         pytest.skip("kernels of CUDA: this torch is built for ROCm")
     run = training(device="cuda", tokens=64)
@@ -218,7 +219,7 @@ def test_a_forced_backend_is_recognised_in_both_directions(training, recorded, v
 
 @runs("flash on ROCm")
 def test_flash_of_rocm_is_recognised_by_its_own_names(training, recorded):
-    """AOTriton and CK run below the same operator as CUDA's flash."""
+    """AOTriton and CK run below the same operator as CUDA's flash attention."""
     if not torch.version.hip:
         pytest.skip("AOTriton and CK are ROCm's: this torch is built for CUDA")
     run = training(device="cuda", tokens=64)
@@ -228,7 +229,7 @@ def test_flash_of_rocm_is_recognised_by_its_own_names(training, recorded):
 
 
 def package_run(training, implementation):
-    """A run with an attention package; skipped in the words of transformers where it cannot be had."""
+    """Return a run with an attention package, or skip with transformers' message where it is not available."""
     try:
         return training(device="cuda", attention=implementation, tokens=64)
     except (ImportError, ValueError) as error:
@@ -237,7 +238,8 @@ def package_run(training, implementation):
 
 @runs("flash_attention_2", "flash_attention_2 before 2.7")
 def test_flash_attention_2_is_distinguished_from_torchs_copy(training, recorded, verified):
-    """The package's kernels and operators, not those of SDPA; before 2.7 the kernels had no namespace."""
+    """The trace shows the package's kernels and operators, not those of SDPA; before 2.7 the kernels had no
+    namespace."""
     run = package_run(training, "flash_attention_2")
     try:
         recent = Version(version("flash-attn")) >= Version("2.7")
@@ -254,7 +256,7 @@ def test_flash_attention_2_is_distinguished_from_torchs_copy(training, recorded,
 @runs("flash_attention_3", "flash_attention_4")
 @pytest.mark.parametrize("implementation", ["flash_attention_3", "flash_attention_4"])
 def test_later_flash_attention_is_recognised_by_its_version(training, recorded, implementation):
-    """Hopper's and Blackwell's packages, each by its own kernels."""
+    """The packages for Hopper and Blackwell are recognised by their own kernels."""
     run = package_run(training, implementation)
     assert run.check("attention.backend").observed == implementation
     seen = recorded(implementation, run.step)
@@ -263,7 +265,7 @@ def test_later_flash_attention_is_recognised_by_its_version(training, recorded, 
 
 @runs("flex")
 def test_flex_attention_is_recognised(training, recorded):
-    """A template that Inductor fills in; without it flex would be attention written out."""
+    """The kernel is an Inductor template; uncompiled flex attention would be plain operators."""
     pytest.importorskip("triton")
     run = training(device="cuda", attention="flex_attention", tokens=128)
     try:
@@ -277,7 +279,7 @@ def test_flex_attention_is_recognised(training, recorded):
 
 @runs("another device's attention")
 def test_attention_of_a_device_out_of_tree_has_its_operator(recorded):
-    """No device of torch's own ends there, so the operator is called by name: it refuses, and is recorded."""
+    """No device in torch dispatches to this operator, so the test calls it directly: it raises, and is recorded."""
     query = torch.randn(1, 2, 16, 32, device="cuda")
     operator = torch.ops.aten._scaled_dot_product_fused_attention_overrideable
 
@@ -292,7 +294,7 @@ def test_attention_of_a_device_out_of_tree_has_its_operator(recorded):
 @runs("nf4 training", "fp4 training")
 @pytest.mark.parametrize("quant", ["nf4", "fp4"])
 def test_training_shapes_unpack_the_base(training, recorded, verified, quant):
-    """Thousands of tokens: unpacked for an ordinary product in bfloat16, in the format that was asked for."""
+    """With thousands of tokens the weights are unpacked for a bfloat16 product, in the requested format."""
     run = many_tokens(training(device="cuda", quant=quant, double=False, targets="all-linear"))
     for path, required in (
         ("base.bits", 4), ("base.quant_type", quant), ("base.double_quant", False),
@@ -308,7 +310,7 @@ def test_training_shapes_unpack_the_base(training, recorded, verified, quant):
 
 @runs("double quantisation")
 def test_double_quantisation_unpacks_its_scales(training, recorded, verified):
-    """One more kernel before each unpacking; without double quantisation there is none."""
+    """Double quantisation adds one kernel before each unpacking; without it there is none."""
     run = many_tokens(training(device="cuda", quant="nf4", double=True))
     verified(run, "base.double_quant", True)
     assert "dequantize_8bit" in recorded("double quantisation", run.step).summary.fourbit.paths
@@ -319,7 +321,7 @@ def test_double_quantisation_unpacks_its_scales(training, recorded, verified):
 @runs("nf4 decoding")
 @pytest.mark.parametrize("double", [False, True])
 def test_one_token_is_multiplied_packed(training, recorded, verified, double):
-    """The shape of decoding: the fused product, and no weight unpacked."""
+    """Decoding uses the fused product and unpacks no weight."""
     run = training(device="cuda", quant="nf4", double=double, targets="all-linear")
     run.model.eval()
     token = run.inputs["input_ids"][:1, :1]
@@ -336,7 +338,7 @@ def test_one_token_is_multiplied_packed(training, recorded, verified, double):
 
 @runs("gemv", "quantise")
 def test_the_older_product_of_one_token_has_its_rule(recorded):
-    """bitsandbytes keeps it as an operator; quantising itself has a rule too."""
+    """bitsandbytes still has the older product as an operator; quantisation itself has a rule too."""
     functional = importlib.import_module("bitsandbytes.functional")
     weight = torch.randn(256, 256, device="cuda", dtype=torch.bfloat16)
     recorded("quantise", lambda: functional.quantize_4bit(weight, quant_type="nf4"))
@@ -347,7 +349,7 @@ def test_the_older_product_of_one_token_has_its_rule(recorded):
 
 @runs("int8")
 def test_int8_quantises_its_inputs(recorded):
-    """LLM.int8 by a real layer."""
+    """A real LLM.int8 layer quantises its inputs."""
     bnb = importlib.import_module("bitsandbytes")
     layer = bnb.nn.Linear8bitLt(256, 256, bias=False, has_fp16_weights=False)
     weight = torch.randn(256, 256, dtype=torch.float16)
@@ -358,7 +360,7 @@ def test_int8_quantises_its_inputs(recorded):
 
 
 def is_managed(tensor):
-    """Whether the driver holds the tensor's memory as managed, which alone can be paged."""
+    """Return whether the driver reports the tensor's memory as managed; only managed memory can be paged."""
     found = ctypes.c_uint(0)
     driver = ctypes.CDLL("libcuda.so.1")
     code = driver.cuPointerGetAttribute(ctypes.byref(found), _MANAGED, ctypes.c_uint64(tensor.data_ptr()))
@@ -367,7 +369,7 @@ def is_managed(tensor):
 
 @runs("paged optimizer")
 def test_the_paged_share_is_that_of_the_driver(training, recorded, verified):
-    """State of large tensors lives in managed memory, and the judge's share is the driver's."""
+    """State of large tensors is in managed memory, and the reported share equals the driver's."""
     run = training(device="cuda", rank=1024, make_optimizer=execution_faults.paged_adamw)
     recorded("paged optimizer", run.step, warm=False)  # the state is filled in the first step only
     state = [value for held in run.optimizer.state.values() for value in held.values() if torch.is_tensor(value)]
@@ -380,7 +382,7 @@ def test_the_paged_share_is_that_of_the_driver(training, recorded, verified):
 
 @runs("8-bit optimizer")
 def test_an_8_bit_optimizer_has_its_rule(training, recorded):
-    """Tensors of 4096 elements and more keep their moments in 8 bits."""
+    """Tensors with at least 4096 elements have 8-bit moments."""
     bnb = importlib.import_module("bitsandbytes")
     run = training(device="cuda", rank=64, make_optimizer=partial(bnb.optim.AdamW8bit, lr=1e-3))
     recorded("8-bit optimizer", run.step)
@@ -389,7 +391,7 @@ def test_an_8_bit_optimizer_has_its_rule(training, recorded):
 @runs("fused optimizer", "foreach optimizer")
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_optimizers_implementation_is_recognised(training, recorded, verified, fused):
-    """Fused and foreach by operator and by kernel, each only where it was asked for."""
+    """Fused and foreach updates are recognised by operator and kernel, each only where it was selected."""
     options = {"fused": True} if fused else {"foreach": True}
     run = training(device="cuda", make_optimizer=partial(torch.optim.AdamW, lr=1e-3, **options))
     verified(run, "optimizer.fused", fused)
@@ -400,7 +402,7 @@ def test_the_optimizers_implementation_is_recognised(training, recorded, verifie
 @runs("tf32 on", "tf32 off")
 @pytest.mark.parametrize("on", [True, False])
 def test_flag_number_and_kernel_agree_on_tf32(training, recorded, on):
-    """The three agree: the live step's kernels and flag, the error against float64, the trace of one product."""
+    """The kernels and the flag of the live step, the error against float64, and the trace of one product agree."""
     if torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
         pytest.skip(f"TF32 needs compute capability 8.0: this is {torch.cuda.get_device_name()}")
     run = training(device="cuda", quant=None, dtype="float32", targets="all-linear")
@@ -424,7 +426,7 @@ def test_flag_number_and_kernel_agree_on_tf32(training, recorded, on):
 @runs("bfloat16 product", "float16 product")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_number_format_of_a_product_is_read_from_its_kernel(recorded, dtype):
-    """A square product on tensor cores."""
+    """The kernel name of a square product on tensor cores gives its number format."""
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         pytest.skip(f"torch.cuda.is_bf16_supported() is False: {torch.cuda.get_device_name()}")
     left = torch.randn(1024, 1024, device="cuda", dtype=getattr(torch, dtype))
@@ -434,7 +436,7 @@ def test_the_number_format_of_a_product_is_read_from_its_kernel(recorded, dtype)
 
 @runs("matrix times vector")
 def test_a_matrix_times_a_vector_is_a_product(recorded):
-    """Its kernel is cuBLAS's gemv, whose name promises no number format."""
+    """The kernel is cuBLAS's gemv, whose name gives no number format."""
     matrix = torch.randn(1024, 1024, device="cuda")
     seen = recorded("matrix times vector", lambda: torch.mv(matrix, matrix[0]))
     assert seen.summary.categories["matmul"] > 0.0
@@ -442,10 +444,10 @@ def test_a_matrix_times_a_vector_is_a_product(recorded):
 
 @runs("compiled")
 def test_compiled_layers_run_inductors_kernels(training, recorded, verified):
-    """Compiled regions in the live step, Triton kernels in the trace."""
+    """The live step has compiled regions, and the trace has Triton kernels."""
     pytest.importorskip("triton")
     run = training(device="cuda", quant=None)
-    run.model.enable_input_require_grads()  # or the first layer is compiled for inputs of another kind
+    run.model.enable_input_require_grads()  # otherwise the first layer is compiled for inputs without a gradient
     run.inputs["use_cache"] = False
     for layer in run.model.get_base_model().model.layers:
         layer.compile()
@@ -459,7 +461,7 @@ def test_compiled_layers_run_inductors_kernels(training, recorded, verified):
 
 @runs("Liger")
 def test_ligers_norm_has_its_rule(recorded):
-    """Forward and backward of its RMS norm."""
+    """Forward and backward of Liger's RMS norm match its rules."""
     norms = pytest.importorskip("liger_kernel.transformers.rms_norm")
     norm = norms.LigerRMSNorm(256).to("cuda")
     tokens = torch.randn(64, 256, device="cuda", requires_grad=True)
@@ -468,7 +470,7 @@ def test_ligers_norm_has_its_rule(recorded):
 
 @runs("Unsloth")
 def test_unsloths_kernels_have_their_rules(recorded):
-    """Its norm, its NF4 unpacking and its NF4 product of one token."""
+    """Unsloth's norm, NF4 unpacking and one-token NF4 product match their rules."""
     pytest.importorskip("unsloth")
     kernels = importlib.import_module("unsloth.kernels")
     inside = importlib.import_module("unsloth.kernels.utils")
@@ -489,7 +491,7 @@ def test_unsloths_kernels_have_their_rules(recorded):
 
 @runs("Triton by hand")
 def test_a_triton_kernel_is_recognised_by_its_name(recorded):
-    """Training loops of others name theirs so; nothing else identifies them."""
+    """Kernels of other training libraries are identified by their names only."""
     triton = pytest.importorskip("triton")
     language = importlib.import_module("triton.language")
 
@@ -504,7 +506,7 @@ def test_a_triton_kernel_is_recognised_by_its_name(recorded):
 
 @runs("convolution")
 def test_a_convolution_is_a_product_with_copies_around_it(recorded):
-    """cuDNN changes the layout of tensors that are not channels-last, which is no product."""
+    """cuDNN copies tensors that are not channels-last; the copies do not count as a product."""
     layer = nn.Conv2d(3, 256, 14, 14, bias=False).to("cuda", torch.bfloat16)
     image = torch.randn(4, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
     seen = recorded("convolution", lambda: layer(image))
@@ -514,7 +516,7 @@ def test_a_convolution_is_a_product_with_copies_around_it(recorded):
 
 @runs("collective")
 def test_a_collective_has_its_rule(recorded):
-    """NCCL launches a kernel only where there are two GPUs."""
+    """NCCL launches a kernel only with at least two GPUs."""
     if torch.cuda.device_count() < 2:
         pytest.skip(f"NCCL launches no kernel for one GPU: {torch.cuda.device_count()} here")
     parts = [torch.ones(1024, device=f"cuda:{index}") for index in range(2)]
@@ -524,7 +526,7 @@ def test_a_collective_has_its_rule(recorded):
 
 @pytest.mark.gpu
 def test_attention_of_a_cuda_graph_is_known_by_its_kernels():
-    """A replay calls no operator, so the kernels of the profile name the backend."""
+    """A graph replay calls no operator, so that the profiled kernels name the backend."""
     query = torch.randn(1, 4, 64, 32, device="cuda", dtype=torch.bfloat16)
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
 
@@ -553,7 +555,7 @@ def test_attention_of_a_cuda_graph_is_known_by_its_kernels():
 
 @pytest.mark.gpu
 def test_a_request_is_fused_as_a_step_is(training):
-    """By whichever backend SDPA takes for a prompt and for one query; on Hopper they may differ."""
+    """SDPA may select different backends for a prompt and for a single query, as on Hopper."""
     run = training(device="cuda", quant=None)
     run.model.eval()
     prompt = run.inputs["input_ids"][:1]

@@ -1,4 +1,4 @@
-"""Kernel names land in the right rule, and nowhere else, however they are spelled."""
+"""Tests that each kernel name matches the right rule and no other, in any spelling."""
 
 import json
 import re
@@ -17,14 +17,14 @@ from kernels_check.rules import (
     read_facts,
 )
 
-# Shapes of the names in the notes on kernels: torch 2.13 and bitsandbytes 0.50.2 binaries, published GPU traces.
+# Kernel names from torch 2.13 and bitsandbytes 0.50.2 binaries and from published GPU traces.
 NAMES = json.loads((Path(__file__).parent / "trace_names.json").read_text())
 KERNELS = [(name, rule) for rule, names in NAMES["kernels"].items() for name in names]
 OPERATORS = [(name, rule) for rule, names in NAMES["operators"].items() for name in names]
 
 
 def nsys(name):
-    """The name as nsys prints it: casts before numbers, unnamed namespaces, east const turned west, no ``> >``."""
+    """Return the name as nsys prints it: casts before numbers, unnamed namespaces, west const, no ``> >``."""
     name = name.replace("(anonymous namespace)", "<unnamed>")
     name = re.sub(r"(?<=[<\s])(-?\d+)(?:ul|u|l)?(?=[,>])", r"(int)\1", name)
     name = re.sub(r"(?<=[<\s])true(?=[,>\s])", "(bool)1", name)
@@ -33,7 +33,8 @@ def nsys(name):
 
 
 def test_a_known_name_lands_in_its_rule():
-    """cuDNN before flash, log-softmax (the loss) before softmax, namespaces kept separate; also as nsys spells them."""
+    """cuDNN precedes flash, log-softmax (the loss) precedes softmax, and namespaces are distinguished, also in nsys's
+    spelling."""
     spellings = [(spelling, rule) for kernel, rule in KERNELS for spelling in (kernel, nsys(kernel))]
     found = [(spelling, getattr(classify(spelling), "name", None)) for spelling, _ in spellings]
     assert found == spellings
@@ -57,12 +58,13 @@ def test_a_known_name_lands_in_its_rule():
     ],
 )
 def test_an_operator_names_its_attention(operator, backend):
-    """By pip and hub namespaces, cuDNN before flash; a softmax by itself names none, its shape does."""
+    """The backend follows from pip and hub namespaces, with cuDNN before flash; a softmax names a backend only by its
+    shape."""
     assert attention_backend(operator) == backend
 
 
 def test_every_rule_is_reached():
-    """Each rule has a name that it matches and that no rule before it takes."""
+    """Each rule has a name that it matches and that no earlier rule matches."""
     assert [rule.name for rule in load_rules("rules") if rule.name not in NAMES["kernels"]] == []
     assert [rule.name for rule in load_rules("operators") if rule.name not in NAMES["operators"]] == []
 
@@ -80,12 +82,12 @@ def test_every_rule_is_reached():
     ],
 )
 def test_an_unknown_name_stays_unclassified(kernel):
-    """A renamed kernel, or one that many projects call alike, must surface and not be filed under a neighbour."""
+    """A renamed kernel, or a name that many projects use, stays unclassified."""
     assert classify(kernel) is None
 
 
 def test_both_spellings_of_template_arguments_are_one_name():
-    """nsys and ncu print casts where Kineto prints numbers, and another word for the unnamed namespace."""
+    """nsys and ncu print casts where Kineto prints numbers, and write the unnamed namespace differently."""
     assert normalise("void k<(int)128, (bool)1>(int)") == "k<128, 1>(int)"
     assert normalise("k<(unsigned long long)3, (a::<unnamed>::E)5, (b::X<int>)-2>(T1)") == "k<3, 5, -2>(T1)"
     assert normalise("f((anonymous namespace)::g)") == "f((anonymous namespace)::g)"
@@ -96,7 +98,7 @@ def test_both_spellings_of_template_arguments_are_one_name():
 
 @pytest.mark.parametrize("table", ["rules", "operators"])
 def test_rules_are_complete_and_unique(table):
-    """Every rule compiles, explains itself, has a grade and a category."""
+    """Every rule compiles and has a meaning, a grade and a category."""
     rules = load_rules(table)
     assert len({rule.name for rule in rules}) == len(rules) > 15
     for rule in rules:
@@ -133,7 +135,7 @@ def test_rules_are_complete_and_unique(table):
     ],
 )  # fmt: skip
 def test_a_name_counts_for_its_category(part, category):
-    """A rule may be coarser than what its kernels spend time on: an eager ATen kernel may copy or be the loss."""
+    """One rule may cover kernels of several categories: an eager ATen kernel may be a copy or the loss."""
     names = [name for name, _ in KERNELS if part in name]
     assert names
     for name in names:
@@ -160,10 +162,11 @@ def _named(rule, *parts):
 
 @pytest.mark.parametrize("rule", ["ATT-SDPA-FLASH", "ATT-FA2", "ATT-FA2-VENDORED"])
 def test_flash_kernels_prove_dtype_and_causality(rule):
-    """Is_causal is second after the traits, first in split-KV; combining and converting kernels lack it."""
+    """Is_causal is the second argument after the traits and the first in split-KV; combining and converting kernels
+    lack it."""
     causal = _facts(_named(rule, "flash_fwd_kernel", "bfloat16_t"))
     assert (causal.dtype, causal.causal, causal.direction) == ("bfloat16", True, "forward")
-    full = _facts(_named(rule, "flash_fwd_kernel", "half_t"))  # its dropout is on, which is the argument before
+    full = _facts(_named(rule, "flash_fwd_kernel", "half_t"))  # dropout, the preceding argument, is on
     assert (full.dtype, full.causal) == ("float16", False)
     assert _facts(_named(rule, "splitkv_kernel")).causal is False
     assert _facts(_named(rule, "splitkv_combine")).causal is None
@@ -183,7 +186,7 @@ def test_flash_kernels_prove_dtype_and_causality(rule):
     ],
 )  # fmt: skip
 def test_names_show_the_direction(rule, part, direction):
-    """What cuDNN runs around its fused kernels, and kernels whose direction is not spelled out."""
+    """The test covers helper kernels of cuDNN and kernels whose name does not spell out the direction."""
     assert _facts(_named(rule, part)).direction == direction
 
 
@@ -234,5 +237,5 @@ def test_names_show_the_direction(rule, part, direction):
     ids=lambda value: str(value)[:40],
 )
 def test_names_prove_the_compute_dtype(kernel, dtype):
-    """The template's type counts, never a parameter's; cuDNN writes f16 for bfloat16 too, so it proves nothing."""
+    """The template's type counts, not a parameter's; cuDNN writes f16 for bfloat16 too, which proves nothing."""
     assert _facts(kernel).dtype == dtype

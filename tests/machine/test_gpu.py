@@ -1,4 +1,5 @@
-"""The meters against each other on a real GPU: events and wall, counter and power, NVML and the allocator."""
+"""Tests of the meters against each other on a real GPU: events and wall time, energy counter and power, NVML and the
+allocator."""
 
 from __future__ import annotations
 
@@ -15,12 +16,12 @@ from lorameter.trial.process import Stopwatch
 
 pytestmark = pytest.mark.gpu
 CONTEXT_BYTES = 2 * 2**30
-"""More than a CUDA context with the libraries that torch loads takes on any GPU."""
+"""An upper bound of a CUDA context with torch's libraries on any GPU."""
 
 
 @pytest.fixture
 def work():
-    """A function that keeps the GPU busy with so many large products, without waiting for them."""
+    """A function that queues the given number of large products on the GPU without waiting."""
     left = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
 
     def multiply(times):
@@ -34,7 +35,7 @@ def work():
 
 @pytest.fixture
 def gpu():
-    """The GPU that torch uses, as NVML sees it."""
+    """The GPU of torch, opened with NVML."""
     found = open_torch_gpu("cuda")
     if found.value is None:
         pytest.skip(f"NVML does not find the GPU of torch: {found.reason}")
@@ -43,7 +44,7 @@ def gpu():
 
 
 def test_device_events_agree_with_the_wall(work):
-    """Steps of known length that end in a synchronisation: within 1 %, the median of several."""
+    """The median ratio of event time to wall time of synchronised steps is within 1 % of 1."""
     watch = Stopwatch("cuda")
     ratios = []
     for _ in range(9):
@@ -55,14 +56,14 @@ def test_device_events_agree_with_the_wall(work):
 
 
 def test_nvml_and_torch_open_the_same_gpu(gpu):
-    """By name and total memory, whatever CUDA_VISIBLE_DEVICES hides."""
+    """Name and total memory agree, whatever CUDA_VISIBLE_DEVICES hides."""
     properties = torch.cuda.get_device_properties(0)
     assert gpu.facts()["name"].value in (properties.name, f"NVIDIA {properties.name}") or gpu.sliced
     assert gpu.memory().value.total == pytest.approx(properties.total_memory, rel=0.05)
 
 
 def test_the_energy_counter_agrees_with_integrated_power(gpu, work):
-    """Under a steady load, when the averages of the power sensor have settled: within 5 % over 10 s."""
+    """Under a steady load of 10 s, after the power sensor has settled, both agree within 5 %."""
     if not gpu.energy_j().known or not gpu.sample()["power_w"].known:
         pytest.skip(f"{gpu.energy_j().reason or gpu.sample()['power_w'].reason}")
 
@@ -85,7 +86,7 @@ def test_the_energy_counter_agrees_with_integrated_power(gpu, work):
 
 
 def test_nvml_sees_what_the_allocator_takes(gpu):
-    """A GiB more is a GiB more, and all of it is the allocator's and the context's."""
+    """An allocation of 1 GiB increases the process's memory by 1 GiB, which consists of allocator and context."""
     torch.cuda.empty_cache()
     before = neighbours_of(gpu)
     if not before.own_bytes.known:
@@ -98,7 +99,7 @@ def test_nvml_sees_what_the_allocator_takes(gpu):
 
 
 def test_the_allocator_has_not_retried_where_memory_is_plenty():
-    """The counts are those of the phase."""
+    """The retry and OOM counts are those of the phase."""
     gauge = PeakMemoryTracker("cuda")
     gauge.begin()
     torch.empty(2**20, dtype=torch.uint8, device="cuda")
@@ -111,7 +112,7 @@ def test_the_allocator_has_not_retried_where_memory_is_plenty():
 
 
 def test_the_allocator_counts_what_it_could_not_have():
-    """An allocation beyond the GPU fails after the cache was emptied, and both are counted."""
+    """An allocation beyond the GPU's memory fails after the cache was emptied, and both are counted."""
     gauge = PeakMemoryTracker("cuda")
     gauge.begin()
     with pytest.raises(torch.OutOfMemoryError):

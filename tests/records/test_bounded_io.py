@@ -1,4 +1,4 @@
-"""Files are read within limits: the result is plain data, or a refusal with a reason."""
+"""Tests that files are read within limits: the result is plain data, or an error with a reason."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lorameter.records.fileio import NotReadableError, read_json, read_text, rea
     ids=["deep", "digits", "cut", "utf-16", "empty"],
 )
 def test_json_beyond_the_bounds_is_refused(tmp_path, content, words):
-    """By depth, by digits and by bytes."""
+    """JSON is limited in depth, digits and bytes."""
     path = tmp_path / "a.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(NotReadableError, match=words):
@@ -39,7 +39,7 @@ def test_json_beyond_the_bounds_is_refused(tmp_path, content, words):
     ids=lambda value: value[:20],
 )
 def test_toml_beyond_the_bounds_is_refused(tmp_path, content, words):
-    """By depth and by digits, or because it is no TOML."""
+    """TOML is limited in depth and digits; other text is refused as no TOML."""
     path = tmp_path / "a.toml"
     path.write_text(content)
     with pytest.raises(NotReadableError, match=words):
@@ -48,7 +48,7 @@ def test_toml_beyond_the_bounds_is_refused(tmp_path, content, words):
 
 @pytest.mark.parametrize("name", ["missing", "folder", "pipe", "x" * 300, "a\0b"])
 def test_what_is_no_plain_file_is_not_waited_for(tmp_path, name):
-    """A pipe without a writer, a folder, an impossible name: refused at once, with a reason."""
+    """A pipe without a writer, a folder and an impossible name are refused at once, with a reason."""
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(NotReadableError):
@@ -57,7 +57,7 @@ def test_what_is_no_plain_file_is_not_waited_for(tmp_path, name):
 
 
 def test_a_file_without_end_is_not_read_to_it(tmp_path):
-    """One byte more than the bound is read, whatever the size."""
+    """At most one byte more than the limit is read, whatever the size."""
     path = tmp_path / "large"
     with path.open("wb") as file:
         file.truncate(1 << 40)

@@ -1,4 +1,4 @@
-"""What a step must really run: met by what was judged active, and by nothing that was not."""
+"""Tests of required paths: only an active check meets a requirement."""
 
 import pytest
 
@@ -19,20 +19,20 @@ def check(path, status="active", reason="as made up"):
     ],
 )
 def test_an_unmet_requirement_has_its_kind_and_reason(checks, kind, said):
-    """A path without a judgement and one that is not active have different kinds, and neither is met."""
+    """A path without a check and a path that is not active are unmet, with different kinds."""
     found = find_unmet(checks, {"mode": "train"})
     assert found.kind == kind
     assert said in found.message
 
 
 def test_nothing_is_lacking_where_all_is_active():
-    """Whatever other checks found."""
+    """Other checks do not matter."""
     assert find_unmet([check("mode"), check("base.bits", "fallback")], {"mode": "train"}) is None
     assert find_unmet([], {}) is None
 
 
 def test_a_fallback_is_allowed_by_a_notice_or_makes_the_trial_invalid():
-    """The same words in both."""
+    """The notice and the failure have the same message."""
     fragment = PartialRecord(checks=(check("mode", "fallback"),))
     strict = judge_required(fragment, {"mode": "train"}, name="r4", allow_fallback=False)
     lenient = judge_required(fragment, {"mode": "train"}, name="r4", allow_fallback=True)

@@ -1,4 +1,4 @@
-"""One of every report there is, of constructed results: what a renderer must be able to draw."""
+"""Fixtures with one document of every report, from constructed results, for tests of the renderers."""
 
 from __future__ import annotations
 
@@ -75,17 +75,17 @@ COMPARISON = compare_trials([[1.0], [1.1], [1.2]], [[2.0], [2.21], [2.4]], pairi
 
 
 def constructed_run(name: str) -> store.Run:
-    """One of the constructed runs."""
+    """Return one of the constructed runs."""
     return store.read_run(str(RUNS / name), RUNS)
 
 
 def constructed_profile(name: str) -> Profile:
-    """One of the constructed profiles."""
+    """Return one of the constructed profiles."""
     return codec.from_json(Profile, json.loads((PROFILES / f"{name}.json").read_text()), name)
 
 
 def profile_document(name: str) -> Document:
-    """A profile with all that is computed of it."""
+    """Return a profile with all values computed from it."""
     profile = constructed_profile(name)
     step = accounting.step_account(profile)
     tokens, found = accounting.token_shares(profile), accounting.ceilings(profile, step.step)
@@ -98,11 +98,11 @@ MERGED_TIMES = REQUEST_TIMES | {"prefill": 0.19, "decode": 0.035}
 HEAD_COPY = WeightCopy(
     weight="lm_head.weight", shape=(1, 64, 4096), operator="aten::contiguous", calls=1.0, time_s=0.3
 )  # fmt: skip
-"""Under the profiler, where everything takes twice as long."""
+"""Seconds under the profiler, twice as long."""
 
 
 def request_samples(times: dict[str, float], prefix: str = "") -> dict[str, tuple[float, ...]]:
-    """Eight pairs without noise; phases leave 1 ms of a request."""
+    """Return eight pairs without noise; the phases leave 1 ms of a request."""
     whole = sum(times.values()) + 0.001
     found = {f"phase_{name}_s": (seconds,) * 8 for name, seconds in times.items()} | {
         "plain_request_time_s": (whole,) * 8, "plain_request_cpu_time_s": (0.99 * whole,) * 8,
@@ -114,7 +114,7 @@ def request_samples(times: dict[str, float], prefix: str = "") -> dict[str, tupl
 
 
 def request_activity(times: dict[str, float], adapted: bool) -> Activity:
-    """Under the profiler everything takes twice as long; nothing of a forward pass is idle."""
+    """Return the activity of a request under the profiler, which doubles all times; a forward pass has no idle time."""
     phases = []
     for name, seconds in times.items():
         uses = [OperatorUse(name="aten::mm", category="matmul", calls=70.0 + 70.0 * adapted, time_s=2 * seconds)]
@@ -130,7 +130,7 @@ def request_activity(times: dict[str, float], adapted: bool) -> Activity:
 
 
 def constructed_requests() -> RequestProfile:
-    """All facts of it."""
+    """Return a profile of requests with all facts."""
     variant = LoraVariant(name="wide", r=4, adapter_dtype="bfloat16")
     peak = {"device": "this CPU with 1 thread", "source": "constructed"}
     record = TrialRecord(
@@ -172,12 +172,13 @@ def constructed_requests() -> RequestProfile:
 
 @pytest.fixture
 def requests_profile() -> RequestProfile:
-    """A profile of requests, constructed: times that add up, a copied head, an adapter that merging takes away."""
+    """A constructed profile of requests: times that add up, a copied head, and an adapter whose cost merging
+    removes."""
     return constructed_requests()
 
 
 def requests_document() -> Document:
-    """The same with all that is computed of it."""
+    """Return the profile of requests with all values computed from it."""
     profile = constructed_requests()
     served, merged = request_accounts(profile)
     findings = diagnose_requests(evidence_of_requests(profile, served, merged))
@@ -185,7 +186,7 @@ def requests_document() -> Document:
 
 
 def calibration() -> Calibration:
-    """Of a machine that sees 5 % and no 1 %."""
+    """Return the calibration of a machine that detects 5 % but not 1 %."""
     prices = (
         Price(effect=0.01, tolerance=0.005, replicates=None, replicates_low=None, replicates_high=None, minutes=None),
         Price(effect=0.05, tolerance=0.01, replicates=6, replicates_low=5, replicates_high=9, minutes=2.5),
@@ -198,7 +199,7 @@ def calibration() -> Calibration:
 
 
 def checks() -> tuple[DoctorCheck, ...]:
-    """One of each grade."""
+    """Return one check of each grade."""
     return (
         DoctorCheck(about="runs", name="device", grade="good", found="a CPU [2 cores]"),
         DoctorCheck(about="measures", name="energy", grade="note", found="no counter", remedy="Ask for RAPL."),
@@ -208,7 +209,7 @@ def checks() -> tuple[DoctorCheck, ...]:
 
 
 def samples() -> tuple[Sample, ...]:
-    """An answer that ended and one that was cut, with text that reads as markup."""
+    """Return a complete and a truncated answer with text that looks like markup."""
     told = {"prompt": "Input: [/b] 4\n", "reference": "four", "trained": "[red]4[/red]\n\nsurely", "tokens": 5}
     return (
         Sample(**told, base_answer=None, ended=True),
@@ -217,8 +218,8 @@ def samples() -> tuple[Sample, ...]:
 
 
 def sizes() -> tuple[Any, ...]:
-    """Two variants of one base."""
-    from lorameter.trial.building.sizes import Sizes  # loads torch, which no other report needs
+    """Return the sizes of two variants of one base."""
+    from lorameter.trial.building.sizes import Sizes  # imports torch, which no other report needs
 
     counts = {"base_parameters": 3_115_264, "adapter_bytes": 2**22, "gradient_bytes": 2**22}
     counts |= {"optimizer_state_bytes": 2**23, "saved_bytes": 2**21}
@@ -229,7 +230,7 @@ def sizes() -> tuple[Any, ...]:
 
 
 def fits() -> dict[str, Callable[[], Document]]:
-    """A variant that does not fit on a GPU, one that does, and one on this machine."""
+    """Return documents of a variant that does not fit on a GPU, one that does, and one on this machine."""
     shape = shapes.shape(catalogue.resolve("random:llama2-7b"))
     wide, narrow = Workload(batch_size=6, sequence_length=1024), Workload(batch_size=1, sequence_length=128)
     refusing = LoraVariant(name="v", init_lora_weights="pissa")
@@ -252,7 +253,7 @@ def fits() -> dict[str, Callable[[], Document]]:
 
 
 def estimates() -> tuple[MemoryEstimate, ...]:
-    """Two phases, one with memory outside of the allocator."""
+    """Return the estimates of two phases, one with memory outside the allocator."""
     kinds = {"process": 2**28, "gradients": 2**22}
     return (
         MemoryEstimate(phase="train", kinds=kinds, outside_allocator={"context": 2**27}),
@@ -261,7 +262,7 @@ def estimates() -> tuple[MemoryEstimate, ...]:
 
 
 def tried() -> RemedyResult:
-    """A remedy that made it worse, in a comparison that does not count."""
+    """Return a remedy that made the step slower, in an invalid comparison."""
     finding = Finding(
         code="dropout", message="m", cost_s=0.02, cost_share=0.25, remedy="r", changes={"lora_dropout": 0.0}
     )
@@ -272,7 +273,8 @@ def tried() -> RemedyResult:
 
 
 def bisection(slow_from: int | None) -> Bisection:
-    """A search among eight revisions, of which none is slower, or one on is; the fourth cannot be measured."""
+    """Return a bisection of eight revisions with no slower one, or slower from one on; the fourth cannot be
+    measured."""
 
     def ask(spec: str, replicates: int) -> Comparison:
         place = int(spec.removeprefix("c"))
@@ -287,7 +289,7 @@ def bisection(slow_from: int | None) -> Bisection:
 
 
 def listed() -> list[dict[str, Any]]:
-    """Rows of `lorameter list runs`: of a run as it should be, of a baseline in part, and of one that is damaged."""
+    """Return rows of `lorameter list runs`: a complete run, an incomplete baseline, and a damaged run."""
     sound = {"run": "20261125-105758-lora-or-qlora-e5aa", "study": "lora-or-qlora", "title": "LoRA", "status": "ok"}
     sound |= {"trials": {"ok": 6}, "verdict": "regressed", "size_bytes": 2**21, "baseline": False}
     return [
@@ -299,12 +301,12 @@ def listed() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def history() -> History:
-    """Of all constructed runs."""
+    """The history of all constructed runs."""
     return history_of(RUNS)
 
 
 def parity() -> Parity:
-    """An adapter of which one merge failed, and another gives some answers that are not the reference's."""
+    """Return a parity document with one failed merge and one serving mode with some differing answers."""
     variant, answers = LoraVariant(name="nf4", quantization="nf4"), tuple((7, 8, number) for number in range(9))
     ways = tuple(way for group in serving_modes(variant) for way in group)
     near = LogitDistance(
@@ -329,7 +331,7 @@ def parity() -> Parity:
 
 @pytest.fixture(scope="session")
 def every_report(small_study, history) -> dict[str, Document]:
-    """A document of every report, by what it is of."""
+    """One document of every report, by its kind."""
     ab, unsure = constructed_run("ab"), constructed_run("ab-unsure")
     base, candidate = (read_comparand(str(RUNS / name), RUNS) for name in ("sound", "slower"))
     compared = compare(base, candidate, metrics=[], all_metrics=True)

@@ -1,4 +1,4 @@
-"""Markdown as GitHub renders it: tables stay tables, text from outside stays text, and the limits of size hold."""
+"""Tests of Markdown as GitHub renders it: tables stay tables, foreign text stays text, and size limits hold."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ READER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 
 
 def kinds(text):
-    """Every token of a text, those within a line too."""
+    """Yield the type of every token, including those within a line."""
     for token in READER.parse(text):
         yield token.type
         yield from (child.type for child in token.children or ())
 
 
 def said(text):
-    """What a reader sees of it: text and code, without what shows as nothing."""
+    """Return the visible text and code."""
     return "".join(
         child.content
         for token in READER.parse(text)
@@ -51,7 +51,7 @@ def said(text):
 
 
 def everywhere(text):
-    """A document with the text in each place of it."""
+    """Return a document with the text in every field."""
     heads = (ColumnHeader(text=text), ColumnHeader(text="b", right=True))
     curve = Curve(name=text, points=tuple(Point(x=place, y=place) for place in (1.0, 2.0, 3.0)))
     return (
@@ -65,13 +65,14 @@ def everywhere(text):
 
 
 def test_text_from_outside_starts_nothing():
-    """No link, picture, code, emphasis, tag or mention, in any place; what is seen is what was written."""
+    """Foreign text in any field creates no link, picture, code, emphasis, tag or mention, and is displayed as
+    written."""
     text = markdown_of(everywhere(HOSTILE))
     found = set(kinds(text))
     assert not found & {"link_open", "image", "em_open", "code_inline", "s_open"}
-    outside = re.sub(r"^(`{3,})text\n.*?^\1$", "", text, flags=re.M | re.S)  # what is fenced is code
+    outside = re.sub(r"^(`{3,})text\n.*?^\1$", "", text, flags=re.M | re.S)  # fenced blocks are code
     assert "\\<img" in outside
-    assert "&lt;img" in outside  # of a summary, which is HTML
+    assert "&lt;img" in outside  # the summary of a collapsed block is HTML
     assert "<img" not in outside.replace("\\<img", "")
     assert "@octocat" not in outside
     assert outside.count("<details>") == outside.replace("\\</details", "").count("</details>") == 3
@@ -87,7 +88,7 @@ TEXTS = (
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_an_escaped_text_is_read_as_itself(text):
-    """By a reader of GitHub's flavour, on a line of its own and in a table."""
+    """A parser of GitHub's Markdown reads the text on its own line and in a table."""
     assert said(escape(text)) == text
     assert [kind for kind in kinds(escape(text)) if kind not in ("text", "html_inline")] == [
         "paragraph_open", "inline", "paragraph_close",
@@ -99,13 +100,13 @@ def test_an_escaped_text_is_read_as_itself(text):
 
 @given(st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Zs", "Zl", "Zp", "Cf", "Cs")), min_size=1))
 def test_whatever_the_text_it_is_one_paragraph(text):
-    """No character of it is markup."""
+    """No character of an escaped text is markup."""
     shown = set(kinds(f"x {escape(text)}"))
     assert shown <= {"paragraph_open", "inline", "paragraph_close", "text", "html_inline", "text_special"}
 
 
 def test_every_report_is_markdown(every_report):
-    """As many rows as the table has, each with as many cells as it has columns, and details that close."""
+    """Each table has all rows, each row has all cells, and every details element is closed."""
     for name, document in every_report.items():
         text = markdown_of(document)
         tables = [block for block in document if isinstance(block, Table) and block.heads]
@@ -118,7 +119,8 @@ def test_every_report_is_markdown(every_report):
 
 @pytest.mark.parametrize("most", [2_000, COMMENT_CHARACTERS])
 def test_what_is_too_long_loses_details_and_its_end_and_says_so(most):
-    """The first section stays whatever happens, and so do the first rows; each row that stays is whole."""
+    """A long report drops details first and then whole rows at its end; the first section and the first rows always
+    stay."""
     rows = tuple(write_row(f"variant-{place}", "x" * 40) for place in range(3_000))
     long = Collapsible(summary=say("statistics"), lines=tuple(say("y" * 100) for _ in range(3_000)))
     table = Table(title="Training", heads=(ColumnHeader(text="variant"), ColumnHeader(text="b")), rows=rows)

@@ -1,4 +1,4 @@
-"""How to repeat a run: with the versions that trained, by a command that is taken and means the same."""
+"""Tests of the reproduction steps of a run: the versions that trained, and a valid command with the same meaning."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ KEPT = [
 
 
 def typed(run):
-    """The options of the line that measures the run again."""
+    """Return the parsed options of the command that measures the run again."""
     (line,) = (line for line in reproduction_steps(run).splitlines() if line.startswith("lorameter "))
     return build_parser().parse_args(shlex.split(line)[1:])
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.name)
 def test_the_line_of_every_run_is_a_command(path):
-    """An A/B that does not record the words for its sides has no command, and the report says so."""
+    """An A/B that does not record the arguments of its sides has no command, and the report says so."""
     run = store.read_run(str(path), path.parent)
     if run.manifest.sides:
         assert "does not say by which words" in reproduction_steps(run)
@@ -47,7 +47,7 @@ def side(kind, spec, *, commit=None, rows=0):
 
 @pytest.fixture
 def ab(write_run):
-    """A function that writes an A/B of two sides; gives the run as it is read back."""
+    """A function that writes an A/B of two sides and returns the run as read back."""
 
     def write(base, candidate, **options):
         path = write_run("ab", {next(iter(options["study"].variants)).name: [1.0, 1.1]}, **options)
@@ -59,7 +59,7 @@ def ab(write_run):
 
 
 def test_an_ab_is_repeated_as_an_ab(ab):
-    """A revision by its commit, since its branch may have moved; requirements as they were written."""
+    """A revision is given by its commit, since its branch may have moved; requirements stay as written."""
     study = load_study("training-step")
     options = typed(ab(side("revision", "main", commit="a" * 40), side("requirements", "peft==0.21.2"), study=study))
     assert options.calls == "run:run_ab"
@@ -70,7 +70,7 @@ def test_an_ab_is_repeated_as_an_ab(ab):
 
 @pytest.mark.parametrize("sided", [False, True])
 def test_what_a_foreign_run_says_of_itself_runs_no_command(sided, write_run, tmp_path):
-    """The block is pasted into a shell; a field of the run with a line end in it stays a comment or a quoted word."""
+    """The steps can be pasted into a shell: a field of the run with a line end stays a comment or a quoted argument."""
     evil = f"1\ntouch {tmp_path}/made; $(touch {tmp_path}/made) `touch {tmp_path}/made` ' \""
     facts = {
         "python": evil, "git": {"commit": evil, "dirty": True}, "libraries": {"torch": evil, "peft": evil},

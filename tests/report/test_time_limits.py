@@ -1,4 +1,4 @@
-"""A report of a run whose time limit left something out."""
+"""Tests of the report of a run whose time limit skipped a part."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ STEPS = {"plain": [1.0, 1.1, 1.2], "nf4": [2.0, 2.2, 2.4]}
 
 @pytest.fixture
 def reported(write_run, small_study, capsys):
-    """A function that writes a run of at most three minutes without requests, and reports it: exit code and text."""
+    """A function that writes a run without requests and with a limit of three minutes, and returns exit code and text
+    of its report."""
     protocol = dataclasses.replace(small_study.protocol, max_minutes=3.0)
     study = dataclasses.replace(small_study, protocol=protocol)
 
@@ -33,7 +34,7 @@ def reported(write_run, small_study, capsys):
 
 
 def test_a_run_whose_limit_left_out_all_requests_is_valid(reported):
-    """It shows what it measured; a phase that was skipped has neither a table nor a control."""
+    """The report shows the measured phases; a skipped phase has no table and no control."""
     code, text = reported(skipped=("cold", "merged", "requests"))
     assert code == EXIT_PASS
     assert "training" in text
@@ -41,7 +42,7 @@ def test_a_run_whose_limit_left_out_all_requests_is_valid(reported):
 
 
 def test_requests_that_nothing_left_out_make_it_invalid(reported):
-    """Their control should have been measured and was not."""
+    """A planned phase without its control makes the run invalid."""
     code, text = reported()
     assert code == EXIT_INVALID
     assert text.startswith("INVALID: the control of phase 'generate' was not measured")

@@ -1,4 +1,4 @@
-"""Every run of a folder is listed, and one that cannot be read hides no other."""
+"""Tests that every run of a folder is listed, and that an unreadable run hides no other."""
 
 import shutil
 
@@ -12,7 +12,7 @@ def rows_of(runs):
 
 
 def test_damaged_runs_are_named_and_hide_no_other(tmp_path):
-    """Each has its reason."""
+    """Each damaged run has its reason."""
     shutil.copytree(DAMAGED, tmp_path / "runs")
     shutil.copytree(RUNS / "sound", tmp_path / "runs" / "sound")
     found = rows_of(tmp_path / "runs")
@@ -22,7 +22,7 @@ def test_damaged_runs_are_named_and_hide_no_other(tmp_path):
 
 
 def test_a_packed_run_in_the_folder_is_one_of_them(sound):
-    """With its state and its verdict."""
+    """A packed run is listed with its state and its verdict."""
     pack("sound", sound.parent, sound.parent / "sent.lorameter.zip")
     assert len(list_runs(sound.parent)) == 2
     shutil.rmtree(sound)

@@ -1,4 +1,4 @@
-"""What cannot work is refused before any model is loaded."""
+"""Tests that infeasible settings are refused before a model is loaded."""
 
 import dataclasses
 import re
@@ -23,7 +23,7 @@ def with_workload(study, **changes):
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
 def test_attention_that_this_device_lacks_is_refused(small_study, machine, attention):
-    """Naming study, variant, key, value and what to use instead."""
+    """The error names study, variant, key, value and an alternative."""
     with pytest.raises(UsageError) as caught:
         check_feasible(with_variant(small_study, attention=attention), machine)
     for word in ("small", "'plain'", f"attention = '{attention}'", "CPU", "sdpa"):
@@ -32,7 +32,7 @@ def test_attention_that_this_device_lacks_is_refused(small_study, machine, atten
 
 @pytest.mark.parametrize("name", ["liger-kernel", "flash-attention"])
 def test_an_engine_that_needs_a_gpu_is_refused_on_a_cpu(machine, name):
-    """In one sentence, of a script as well; a dry run has a notice instead."""
+    """The error is one sentence, also for a script; a dry run gives a notice instead."""
     study = load_study(name)
     script = study_of_engine(study, "python train.py {--flag}", cwd=str(Path(__file__).parent))
     for one in (study, script):
@@ -43,7 +43,7 @@ def test_an_engine_that_needs_a_gpu_is_refused_on_a_cpu(machine, name):
 
 
 def test_a_width_that_blocks_do_not_divide_is_refused(small_study, machine, tmp_path):
-    """On a CPU with AVX512-BF16 only, and only where a layer is stored in 4 bits."""
+    """The check applies only to CPUs with AVX512-BF16 and to 4-bit layers."""
     import json
 
     config = {
@@ -61,39 +61,39 @@ def test_a_width_that_blocks_do_not_divide_is_refused(small_study, machine, tmp_
 
 @pytest.mark.parametrize("change", [{"sequence_length": 4096}, {"prompt_tokens": 2000, "new_tokens": 200}])
 def test_more_tokens_than_the_context_are_refused(small_study, machine, change):
-    """tiny-llama takes 2048 tokens."""
+    """The context of tiny-llama is 2048 tokens."""
     with pytest.raises(UsageError, match="2048"):
         check_feasible(with_workload(small_study, **change), machine)
 
 
 def test_a_missing_data_file_is_refused(small_study, machine):
-    """Before the worker starts, not in it."""
+    """The error comes before the worker starts."""
     with pytest.raises(UsageError, match="no such file"):
         check_feasible(with_workload(small_study, data="./nothing.jsonl"), machine)
 
 
 def test_an_unknown_model_is_refused(small_study, machine):
-    """With the names that are known."""
+    """The error lists the known names."""
     with pytest.raises(UsageError, match="tiny-llama"):
         check_feasible(with_workload(small_study, model="tiny-lama"), machine)
 
 
 def test_what_merely_surprises_is_a_notice(small_study, machine):
-    """A paged optimizer on a CPU, random weights."""
+    """A paged optimizer on a CPU and random weights give notices."""
     codes = {n.code for n in check_feasible(with_variant(small_study, r=300, optimizer="paged_adamw_32bit"), machine)}
     assert codes == {"paged-on-cpu", "random-weights"}
     assert {n.code for n in check_feasible(small_study, machine)} == {"random-weights"}
 
 
 def test_a_proof_that_nothing_tells_is_refused(small_study, machine):
-    """Before anything is measured, with what there is."""
+    """An unknown path in a proof is refused with the known ones before the measurement."""
     engine = Engine(title="packing", variant="nf4", proof={"padding.shar": "less"})
     with pytest.raises(UsageError, match=r"padding.shar: no path of kernels_check.*padding.share"):
         check_feasible(dataclasses.replace(small_study, engine=engine), machine)
 
 
 def test_a_request_of_many_prompts_that_cannot_fit_is_refused(small_study, machine):
-    """Its keys and values take more memory than any step; without requests they do not count."""
+    """The KV cache of a large request exceeds the memory; a run without requests is accepted."""
     study = with_workload(small_study, model="random:smollm2-135m", request_batch=4096, prompt_tokens=1024)
     with pytest.raises(UsageError, match=r"needs about .* Use a smaller request_batch"):
         check_feasible(study, machine)
@@ -114,7 +114,8 @@ def test_a_request_of_many_prompts_that_cannot_fit_is_refused(small_study, machi
     ],
 )
 def test_adapters_of_which_peft_has_one_at_a_time_are_refused(small_study, machine, variant, workload, message):
-    """Before anything is loaded, and for several adapters only; DoRA can be switched, and not mixed."""
+    """The error applies only to several adapters and comes before loading; DoRA adapters can be switched but not
+    mixed."""
     one, *others = small_study.variants
     study = dataclasses.replace(small_study, variants=(dataclasses.replace(one, **variant), *others))
     with pytest.raises(UsageError, match=f"variant '{one.name}': {message}"):

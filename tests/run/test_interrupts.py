@@ -1,4 +1,5 @@
-"""Ctrl-C, TERM and HUP: taken where a process waits, deferred where it saves, and never taken twice."""
+"""Tests of SIGINT, SIGTERM and SIGHUP: they interrupt a waiting process, are deferred while it saves, and act only
+once."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from lorameter.run.interrupts import SIGNALS, InterruptHandler, StopRequested
 
 @pytest.fixture(autouse=True)
 def heard_before():
-    """Whatever a test does, the signals are heard afterwards as before; HUP and TERM would end the tests."""
+    """Restore the signal handlers after each test; SIGHUP and SIGTERM would otherwise end the tests."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number in SIGNALS:
         signal.signal(number, signal.default_int_handler)
@@ -27,7 +28,7 @@ def send(number=signal.SIGTERM):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_where_a_process_waits_a_stop_is_taken_at_once(number):
-    """Each of the three, as a KeyboardInterrupt; nothing after it in the block is done."""
+    """Each signal raises KeyboardInterrupt inside an interruptible block, whose rest is not executed."""
     done = []
 
     def wait():
@@ -41,7 +42,7 @@ def test_where_a_process_waits_a_stop_is_taken_at_once(number):
 
 
 def test_elsewhere_a_stop_is_remembered_and_the_next_block_does_not_begin():
-    """What is being saved is saved to its end."""
+    """A signal outside of an interruptible block lets the saving complete and prevents the next block."""
     saved = []
 
     def save():
@@ -58,13 +59,13 @@ def test_elsewhere_a_stop_is_remembered_and_the_next_block_does_not_begin():
 
 
 def test_a_stop_that_no_block_took_is_raised_at_the_end():
-    """So that what follows in the program does not begin either."""
+    """A pending stop is raised at the end, so that no later code runs."""
     with pytest.raises(StopRequested), InterruptHandler():
         send()
 
 
 def test_once_taken_nothing_interrupts_what_it_sets_off():
-    """A second Ctrl-C, and a third signal of another kind, cost nothing of what the first one saves and takes down."""
+    """Further signals do not interrupt the saving and cleanup after the first one."""
     done = []
     with InterruptHandler() as stops:
         try:

@@ -1,4 +1,4 @@
-"""A study on a user's own data, from its plan to its report."""
+"""Tests of a study on a user's own data, from its plan to its report."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ r = 4
 
 
 def test_a_plan_describes_the_data(tmp_path, monkeypatch, capsys):
-    """A plan on records that lorameter generates has no such line."""
+    """The plan has a line on the user's data; a plan on generated records has none."""
     turns = [
         [{"role": "user", "content": f"say {number}"}, {"role": "assistant", "content": f"{number}!"}]
         for number in range(60)

@@ -1,4 +1,4 @@
-"""An interrupted run is resumed: what is kept, what is measured again, and what is refused."""
+"""Tests of resuming an interrupted run: kept trials, trials that are measured again, and refusals."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ parts = [{ rule = "equal", axis = "r", metric = "step_time_s" }]
 
 @pytest.fixture
 def runs(tmp_path, machine, monkeypatch):
-    """The folder of runs, with the fake at the seam and a machine that is always the same."""
+    """The folder of runs, with a fake executor and a constant machine."""
     monkeypatch.setattr(lorameter.run.workers.local, "LocalExecutor", Executor)
     monkeypatch.setattr("lorameter.machine.provenance.probe_machine", lambda environment=None: machine)
     for name in ("asked", "harness", "tokens"):
@@ -50,7 +50,7 @@ def runs(tmp_path, machine, monkeypatch):
 
 @pytest.fixture
 def broken_off(runs, tmp_path, capsys):
-    """A function that measures a run and puts it back to where it was after some of its records had been written."""
+    """A function that measures a run and restores its state after some of its records."""
 
     def make(records=4, *options):
         main(["run", str(tmp_path / "small.toml"), "--phase", "train", *options, "--runs-dir", str(runs), "--json"])
@@ -65,7 +65,7 @@ def broken_off(runs, tmp_path, capsys):
 
 
 def change(path, **fields):
-    """Other values in a run's manifest."""
+    """Change values in the manifest of a run."""
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps(manifest | fields))
 
@@ -75,7 +75,7 @@ def resume(path, *options):
 
 
 def test_what_is_missing_is_measured_and_nothing_else(broken_off, capsys):
-    """Records are appended, settled groups are left alone, and the run is complete and valid."""
+    """Records are appended, complete groups are not measured again, and the run is complete and valid."""
     path = broken_off(6)  # the four trials of the first turns, and two isolated ones
     before = (path / "trials.jsonl").read_bytes()
     assert resume(path, "--json") == 0
@@ -96,7 +96,8 @@ def test_what_is_missing_is_measured_and_nothing_else(broken_off, capsys):
 
 
 def test_a_group_that_broke_off_is_measured_again_as_a_whole(broken_off, capsys):
-    """Its trials are paired; what was there of it stays in the file, is counted, and is in no estimate."""
+    """Trials of a group are paired; records of the interrupted group stay in the file and are counted, but enter no
+    estimate."""
     path = broken_off(2)
     assert resume(path) == 0
     run = store.read_run(path.name, path.parent)
@@ -107,7 +108,7 @@ def test_a_group_that_broke_off_is_measured_again_as_a_whole(broken_off, capsys)
 
 
 def test_selection_level_and_phases_are_those_of_the_run(broken_off):
-    """The plan is made again from the manifest, whatever the defaults would be."""
+    """The plan comes from the manifest, not from the defaults."""
     path = broken_off(3, "--variant", "b", "--interleave", "lockstep", "--replicates", "2")
     order = store.read_run(path.name, path.parent).manifest.order
     assert not any("-c" in trial.replace("-control", "") for trial in order)
@@ -118,7 +119,7 @@ def test_selection_level_and_phases_are_those_of_the_run(broken_off):
 
 
 def test_a_line_cut_short_by_the_crash_does_no_harm(broken_off):
-    """The record after it is whole, and the trial of the cut line is measured again."""
+    """The next record is whole, and the trial of the truncated line is measured again."""
     path = broken_off(7)
     with (path / "trials.jsonl").open("a") as file:
         file.write('{"schema": 3, "trial": "r1-')
@@ -128,7 +129,7 @@ def test_a_line_cut_short_by_the_crash_does_no_harm(broken_off):
 
 
 def test_a_run_that_is_complete_is_shown(broken_off, capsys):
-    """Nothing is measured, a message says it, and the exit code is that of its report."""
+    """A complete run is not measured; a message says so, and the exit code is that of its report."""
     path = broken_off()
     resume(path)
     written = (path / "trials.jsonl").read_bytes()
@@ -141,7 +142,7 @@ def test_a_run_that_is_complete_is_shown(broken_off, capsys):
 
 
 def test_a_limit_may_be_given_anew(broken_off):
-    """It counts from now on, and the manifest holds it in addition to the study's own."""
+    """A new limit applies from the resumption, and the manifest holds it next to the study's own."""
     path = broken_off(7)
     assert resume(path, "--max-minutes", "30") == 0
     manifest = store.read_manifest(path)
@@ -150,7 +151,7 @@ def test_a_limit_may_be_given_anew(broken_off):
 
 
 def test_a_dry_run_says_what_is_left(broken_off, capsys):
-    """And measures nothing."""
+    """The dry run measures nothing."""
     path = broken_off(7)
     assert resume(path, "--dry-run", "--json") == 0
     assert len(json.loads(capsys.readouterr().out)["order"]) == 14
@@ -169,14 +170,14 @@ def test_a_dry_run_says_what_is_left(broken_off, capsys):
     ],
 )
 def test_what_would_change_the_plan_is_refused(broken_off, capsys, options, message):
-    """By name, and nothing is measured."""
+    """The error names the option, and nothing is measured."""
     assert resume(broken_off(), *options) == 2
     assert message in capsys.readouterr().err
     assert not Executor.asked
 
 
 def test_another_machine_or_other_libraries_are_refused(broken_off, capsys):
-    """What differs is named with both values."""
+    """The error gives both values of each difference."""
     path = broken_off()
     provenance = store.read_manifest(path).provenance
     libraries = provenance["libraries"] | {"torch": "1.13"}
@@ -187,7 +188,7 @@ def test_another_machine_or_other_libraries_are_refused(broken_off, capsys):
 
 
 def test_other_tokens_are_refused(broken_off, capsys):
-    """The data has changed under its name: nothing is measured, and the run is as it was."""
+    """If the data changed under its name, nothing is measured and the run stays unchanged."""
     path = broken_off()
     Executor.tokens = "b" * 64
     assert resume(path) == 2
@@ -197,7 +198,7 @@ def test_other_tokens_are_refused(broken_off, capsys):
 
 
 def test_another_harness_is_reported(broken_off, capsys):
-    """It may have mended what broke the run off; a reader must know."""
+    """Another version of the harness is accepted, since it may fix the interruption, and a notice reports it."""
     path = broken_off()
     Executor.harness = "0.2 sha256:two"
     assert resume(path) == 0
@@ -206,7 +207,7 @@ def test_another_harness_is_reported(broken_off, capsys):
 
 
 def test_a_plan_that_comes_out_otherwise_is_refused(broken_off, capsys):
-    """Trials that the run does not know must not be mixed into it."""
+    """A plan with trials that the run does not have is refused."""
     path = broken_off()
     change(path, order=["r0-x"])
     assert resume(path) == 2
@@ -214,7 +215,7 @@ def test_a_plan_that_comes_out_otherwise_is_refused(broken_off, capsys):
 
 
 def test_a_run_that_is_being_measured_is_refused(broken_off, capsys):
-    """Two processes would disturb each other."""
+    """Two measuring processes would disturb each other."""
     path = broken_off()
     with store.writing(path):
         assert resume(path) == 2
@@ -223,7 +224,7 @@ def test_a_run_that_is_being_measured_is_refused(broken_off, capsys):
 
 
 def test_a_complete_run_that_stopped_early_is_not_made_longer(broken_off):
-    """Replicates that turned out needless stay so, and so does the reason."""
+    """Replicates beyond the early stop are not measured, and the reason of the stop is kept."""
     path = broken_off(14)
     manifest = store.read_manifest(path)
     change(path, status="complete", order=manifest.order[:14], stopped="precise enough")
@@ -236,7 +237,7 @@ def test_a_complete_run_that_stopped_early_is_not_made_longer(broken_off):
 
 
 def test_a_complete_run_with_disturbed_trials_is_resumed(broken_off):
-    """However often they were measured: the surroundings may be better now."""
+    """Disturbed trials are measured again, whatever the number of their earlier attempts."""
     path = broken_off(21)
     lines = [json.loads(line) for line in (path / "trials.jsonl").read_text().splitlines()]
     failure = {"phase": "train", "kind": "Disturbed", "message": "it was hot", "traceback": ""}

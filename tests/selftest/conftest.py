@@ -1,4 +1,4 @@
-"""The proof programs are scripts next to the modules that they import; tests load them by path."""
+"""Loads the proof programs by path, since they are scripts that import neighbouring modules."""
 
 import importlib.util
 import sys

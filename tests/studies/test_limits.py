@@ -1,4 +1,4 @@
-"""What a study asks for has bounds: a slip of the hand is refused by its key, its value and the remedy."""
+"""Tests of the bounds of study values: a typing error is refused with key, value and remedy."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def refused(tmp_path, text, name="mine.toml"):
     ],
 )
 def test_an_impossible_value_is_refused(tmp_path, section, key, value):
-    """By its file, its key and its value, before anything of that size is made."""
+    """The error names file, key and value, before anything of that size is allocated."""
     said = refused(tmp_path, f"[{section}]\n{key} = {value}\n{ONE}")
     assert "mine.toml" in said
     assert key in said
@@ -69,7 +69,7 @@ def test_an_impossible_value_is_refused(tmp_path, section, key, value):
     ids=lambda value: value[:24],
 )
 def test_what_would_break_later_is_refused_when_it_is_read(tmp_path, text, words):
-    """Names that no file can have, variants without number, tables that are none, a date."""
+    """Names that are invalid for files, too many variants, values in place of tables and a date are refused."""
     assert words in refused(tmp_path, text)
 
 
@@ -82,7 +82,7 @@ def test_what_would_break_later_is_refused_when_it_is_read(tmp_path, text, words
     ],
 )
 def test_a_requirement_that_no_trial_could_check_is_refused(tmp_path, machine, line, words):
-    """It would be refused in every trial."""
+    """The requirement is refused once, before all trials would fail."""
     path = tmp_path / "mine.toml"
     path.write_text(f"[requirements]\n{line}\n{ONE}")
     with pytest.raises(UsageError, match=words) as caught:
@@ -106,7 +106,7 @@ FRACTIONS = {
 
 @pytest.mark.parametrize(("arguments", "content"), FRACTIONS.values(), ids=FRACTIONS)
 def test_a_percentage_in_place_of_a_fraction_is_refused(tmp_path, capsys, arguments, content):
-    """With the key, the value and the unit: a tolerance of 5 would let every slow-down pass."""
+    """The error has key, value and unit, since a tolerance of 5 would accept every slow-down."""
     path = tmp_path / "mine.toml"
     path.write_text(content)
     arguments = [str(path) if word == "FILE" else word for word in arguments]

@@ -1,4 +1,4 @@
-"""Telemetry around the commands of a trial."""
+"""Tests of the telemetry around the commands of a trial."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorameter.trial.telemetry import TrialTelemetry
 
 
 class FakeTelemetry:
-    """A `Telemetry` that measures an energy if asked to."""
+    """A `Telemetry` that reports an energy if configured."""
 
     def __init__(self, phase, device, *, energy, generations):
         self.values = {f"device_energy_{phase}_j": 900.0} if energy else {f"host_load_{phase}": 1.0}
@@ -30,7 +30,7 @@ class FakeTelemetry:
 
 @pytest.fixture
 def make_telemetry(monkeypatch):
-    """A function that makes the telemetry of a trial on a device, each step of which trains 10 tokens."""
+    """A function that makes the telemetry of a trial on a device; each of its steps trains 10 tokens."""
     monkeypatch.setattr("lorameter.trial.telemetry.Telemetry", FakeTelemetry)
     monkeypatch.setattr("lorameter.trial.telemetry.ENERGY_STRETCH_S", 0.02)
 
@@ -49,7 +49,7 @@ def make_telemetry(monkeypatch):
 
 @pytest.mark.parametrize(("measures", "device"), [(("steps", "requests"), "cuda"), (("peaks",), "cpu")])
 def test_without_an_energy_counter_of_its_own_a_trial_takes_no_steps(make_telemetry, measures, device):
-    """Where trials take turns, the GPU's counter would include the energy of the others; a CPU has none."""
+    """With turns, the GPU's counter would include the energy of other trials; a CPU has no counter."""
     telemetry, steps = make_telemetry(*measures, device=device)
     assert "energy_steps" not in telemetry.around(COMMANDS["turn"], PartialRecord).values
     telemetry.around(COMMANDS["finish_training"], PartialRecord)
@@ -57,7 +57,7 @@ def test_without_an_energy_counter_of_its_own_a_trial_takes_no_steps(make_teleme
 
 
 def test_an_isolated_trial_takes_steps_for_its_energy(make_telemetry):
-    """After the command; the counts are those of the steps between the readings."""
+    """The steps follow the command, and the counts are those of the steps between the readings."""
     telemetry, steps = make_telemetry("peaks", "merged")
     fragment = telemetry.around(COMMANDS["finish_training"], lambda: PartialRecord(memory={"adapter_bytes": 1}))
     assert len(steps) >= 1
@@ -67,7 +67,7 @@ def test_an_isolated_trial_takes_steps_for_its_energy(make_telemetry):
 
 
 def test_all_ranks_take_the_same_steps_for_energy(make_telemetry):
-    """The first rank decides."""
+    """The first rank decides on the number of steps."""
     decisions = iter([True, True, True, False])
     telemetry, steps = make_telemetry("peaks", agree=lambda own: next(decisions))
     assert telemetry.around(COMMANDS["finish_training"], PartialRecord).values["energy_steps"] == len(steps) == 3

@@ -1,4 +1,5 @@
-"""A frozen base is one that no step moves; changes that only look like training are named and are no fault."""
+"""Tests of the frozen base: no step may change it; changes that only look like training are named and are not a
+fault."""
 
 import peft
 import pytest
@@ -13,7 +14,7 @@ from lorameter.run.feasibility import SHARDS_INTEGERS, shards_4bit
 
 
 def _tuned(base, *, optimizer=torch.optim.AdamW, everything=False, **options):
-    """A model with an adapter on its first layer, and its optimizer."""
+    """Return a model with an adapter on its first layer, and its optimizer."""
     torch.manual_seed(3)
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, **{"target_modules": ["0"], **options})).train()
     given = [value for value in model.parameters() if everything or value.requires_grad]
@@ -34,7 +35,7 @@ def _judged(model, optimizer, *, inputs=None, also=lambda: None, path="base.froz
 
 
 def _with_spare(**options):
-    """A base with a layer that no forward calls."""
+    """Return a base with a layer that no forward calls."""
     base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
     base.spare = nn.Linear(8, 8, **options)
     base.forward = lambda inputs: base[1](base[0](inputs))
@@ -46,27 +47,28 @@ def _norm():
 
 
 def _frozen_norm():
-    """Its statistics do not move."""
+    """Return a base whose norm statistics do not change."""
     base = _norm()
     base[1].track_running_stats, base[1].running_mean, base[1].running_var = False, None, None
     return base
 
 
 class Remembers(nn.Module):
-    """Keeps something of its last input."""
+    """A module that stores a value of its last input in a buffer."""
 
     def __init__(self, *, saved):
         super().__init__()
         self.register_buffer("last", torch.zeros(8), persistent=saved)
 
     def forward(self, hidden):
-        """What it is given."""
+        """Return the input."""
         self.last = hidden.detach().mean(0)
         return hidden
 
 
 def test_a_buffer_that_is_not_saved_is_no_base():
-    """A forward makes it anew, as positions of rotary embeddings are; one that is saved counts."""
+    """A non-persistent buffer that the forward recomputes, such as rotary positions, does not count; a persistent one
+    does."""
     made_anew = _judged(*_tuned(nn.Sequential(nn.Linear(8, 8), Remembers(saved=False))))
     assert made_anew.met
     assert "made anew by the forward, and not saved with the model: base_model.model.1.last" in made_anew.reason
@@ -74,7 +76,7 @@ def test_a_buffer_that_is_not_saved_is_no_base():
 
 
 def test_parameters_that_would_train_with_a_gradient_are_not_frozen():
-    """Such as an expert that no token of these steps was sent to; held by no optimizer, it cannot move."""
+    """An unused trainable parameter, such as an idle expert, is frozen only if no optimizer holds it."""
     model, optimizer = _tuned(_with_spare())
     model.base_model.model.spare.requires_grad_(True)
     idle = _judged(model, optimizer)
@@ -87,7 +89,7 @@ def test_parameters_that_would_train_with_a_gradient_are_not_frozen():
 
 
 def test_trainable_parameters_are_unknown_without_an_optimizer():
-    """A step that accumulates updates nothing."""
+    """An accumulation step updates nothing, so that the check is unknown."""
     model, _ = _tuned(_with_spare())
     model.base_model.model.spare.requires_grad_(True)
     inputs = torch.randn(4, 8)
@@ -99,14 +101,14 @@ def test_trainable_parameters_are_unknown_without_an_optimizer():
 
 
 def test_biases_that_peft_was_asked_to_train_are_the_adapters():
-    """The rest of the base is frozen, and the reason names what trains."""
+    """The rest of the base is frozen, and the reason names the trained biases."""
     check = _judged(*_tuned(_frozen_norm(), bias="all"))
     assert check.met, check.reason
     assert "3 biases train with the adapter, as PEFT was asked to by bias='all'" in check.reason
 
 
 class Attends(nn.Module):
-    """An attention whose projections of queries, keys and values are no layers."""
+    """An attention module whose query, key and value projections are not layers."""
 
     def __init__(self):
         super().__init__()
@@ -114,12 +116,12 @@ class Attends(nn.Module):
         self.head = nn.Linear(8, 2)
 
     def forward(self, hidden):
-        """Attend, and project."""
+        """Apply the attention and the head."""
         return self.head(self.attention(hidden, hidden, hidden)[0])
 
 
 def test_an_adapter_merged_for_each_forward_leaves_rounding():
-    """PEFT reaches ``nn.MultiheadAttention`` in no other way; a change beyond rounding is training."""
+    """PEFT adapts ``nn.MultiheadAttention`` only by merging in each forward; a change beyond rounding is training."""
     inputs, dtype = torch.randn(2, 3, 8, dtype=torch.bfloat16), torch.bfloat16
     model, optimizer = _tuned(Attends().to(dtype), target_modules=["attention"])
     check = _judged(model, optimizer, inputs=inputs)
@@ -135,7 +137,7 @@ def test_an_adapter_merged_for_each_forward_leaves_rounding():
 
 
 def test_parameters_on_the_meta_device_are_unknown():
-    """As layers that are kept on a disk between two forwards."""
+    """Parameters on the meta device, such as layers offloaded to disk, cannot be compared."""
     check = _judged(*_tuned(_with_spare(device="meta")))
     assert check.status == "unknown"
     assert "the bytes of 2 parts could not be read: base_model.model.spare.weight" in check.reason
@@ -165,7 +167,7 @@ def _shard(run: SmallRun) -> None:
 
 
 def test_a_sharded_base_is_read_and_compared(training, alone):
-    """The local shards of FSDP2's parameters; a 4-bit weight's state is then with its layer."""
+    """The check compares the local shards of FSDP2; the state of a 4-bit weight is then with its layer."""
     run = training()
     _shard(run)
     run.step()
@@ -183,7 +185,7 @@ def test_a_sharded_base_is_read_and_compared(training, alone):
 
 
 def test_sharded_weights_of_which_only_the_state_was_repacked_are_found(training, alone):
-    """FSDP2 gathers the old layout for each forward, and bitsandbytes marked the state of the first in place.
+    """FSDP2 gathers the old layout for each forward, but bitsandbytes has marked the state as repacked in place.
 
     From the second forward on the losses are those of another model.
     """
@@ -217,7 +219,7 @@ def test_sharded_weights_of_which_only_the_state_was_repacked_are_found(training
     ids=["healthy", "a layer is frozen", "learning rate 0", "a parameter is left out"],
 )
 def test_full_fine_tuning_moves_the_base(spoil, status, words):
-    """Every parameter requires a gradient, gets one and is given to the optimizer, and an update changes some."""
+    """Every parameter requires a gradient, gets one and is held by the optimizer, and an update changes some."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     spoil(model, optimizer)

@@ -1,4 +1,4 @@
-"""Recomputation is judged block by block, in whatever way it was switched on."""
+"""Tests that recomputation is judged block by block, whatever API enabled it."""
 
 from functools import partial
 
@@ -82,7 +82,7 @@ class Model(nn.Module):
 
 @pytest.fixture
 def judge():
-    """Checks of a step of as many micro-batches as given, by path."""
+    """A function that returns the checks by path of a step with the given number of micro-batches."""
 
     def judged(model, *, passes=1, entry=None, aside=lambda: None):
         entry = entry or model
@@ -104,7 +104,7 @@ def judge():
 
 @pytest.mark.parametrize("way", ["all", "reentrant", "selective", "function inside", "one function"])
 def test_every_way_of_recomputing_is_seen(judge, way):
-    """By either implementation, selectively, inside the block, or several blocks as one function."""
+    """Recomputation may be reentrant or not, selective, inside the block, or one function over several blocks."""
     checks = judge(Model(way, way), passes=2)
     assert checks["checkpointing"].met, checks["checkpointing"].reason
     assert checks["checkpointing.layers"].observed == 1.0
@@ -113,7 +113,7 @@ def test_every_way_of_recomputing_is_seen(judge, way):
 
 
 def test_nothing_recomputed_is_absent(judge):
-    """Also in a step that evaluates with gradients off."""
+    """An evaluation with gradients off is not a recomputation."""
     model = Model("none", "none")
 
     def evaluate():
@@ -128,7 +128,7 @@ def test_nothing_recomputed_is_absent(judge):
 
 
 def test_blocks_that_take_no_gradient_need_no_recomputation(judge):
-    """Frozen blocks at the front keep nothing."""
+    """Frozen blocks at the front save no activations."""
     model = Model("none", "all")
     model.embed.requires_grad_(False)
     model.layers[0].requires_grad_(False)
@@ -138,7 +138,7 @@ def test_blocks_that_take_no_gradient_need_no_recomputation(judge):
 
 
 def test_the_whole_model_recomputed_by_a_reentrant_function(judge):
-    """It is entered with gradients off, and is trained all the same."""
+    """The model is called with gradients off, but still counts as trained."""
     model = Model("none", "none")
     start = torch.zeros(2, 4, WIDTH, requires_grad=True)
     checks = judge(model, entry=lambda _: model.head(checkpoint(model.through, start, use_reentrant=True)))

@@ -1,4 +1,4 @@
-"""Embeddings and norms count as trained where an optimizer has changed them or what PEFT put in their place."""
+"""Tests of trained embeddings and norms: they count if an optimizer changed them or PEFT's replacements of them."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ import kernels_check
 
 
 def _whole(*, tied, rate=1e-3):
-    """Every parameter of a model without an adapter, tied or not."""
+    """Return a run that trains all parameters of a model without an adapter, with tied or untied embeddings."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=tied))
@@ -24,14 +24,15 @@ def _whole(*, tied, rate=1e-3):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_embeddings_that_share_a_weight_count_once(tied):
-    """Without an adapter, too."""
+    """Tied embeddings count as one, also without an adapter."""
     check = _whole(tied=tied).check("embedding.trained", True)
     assert check.met
     assert check.reason.startswith("1 of 1" if tied else "2 of 2")
 
 
 def test_frozen_parts_are_not_trained(training):
-    """LoRA alone trains neither; required so, that is met, and not applicable where nothing is required."""
+    """LoRA trains neither embeddings nor norms; that meets a requirement of false and is not applicable without a
+    requirement."""
     run = training()
     checks = {check.path: check for check in run.verify({"embedding.trained": False})}
     assert checks["embedding.trained"].met
@@ -40,7 +41,7 @@ def test_frozen_parts_are_not_trained(training):
 
 
 def test_copies_that_train_count_for_the_modules_they_replace(training):
-    """The originals below them stay frozen by design."""
+    """The replaced originals stay frozen by design."""
     run = training(adapter=with_embeddings)
     check = run.check("embedding.trained", True)
     assert check.met
@@ -51,7 +52,8 @@ def test_copies_that_train_count_for_the_modules_they_replace(training):
 
 
 def test_factors_next_to_an_embedding_take_two_watched_steps(training):
-    """As one of them has no gradient before the other has left zero, whatever decay moves; frozen ones take one."""
+    """One LoRA factor has no gradient until the other has left zero, so that two steps are needed; frozen embeddings
+    need one."""
     lora = peft.LoraConfig(target_modules=["embed_tokens", "lm_head"], task_type="CAUSAL_LM")
     adamw = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.01)
     run = training(quant=None, dtype="float32", adapter=lambda: lora, make_optimizer=adamw)
@@ -67,7 +69,7 @@ def test_factors_next_to_an_embedding_take_two_watched_steps(training):
 
 
 def test_a_rate_of_zero_is_unknown():
-    """So is a step without an optimizer."""
+    """A learning rate of zero and a step without an optimizer are unknown."""
     check = _whole(tied=True, rate=0.0).check("embedding.trained", True)
     assert (check.status, check.observed) == ("unknown", None)
     assert "the learning rate is 0" in check.reason
@@ -77,7 +79,7 @@ def test_a_rate_of_zero_is_unknown():
 
 
 def test_embeddings_that_cannot_be_read_are_unknown(monkeypatch):
-    """An exception of the model is no sign that it has none: the other embedding alone proves nothing."""
+    """An exception of the model does not mean that it has no embedding; one readable embedding proves nothing."""
 
     def fail(model):
         raise RuntimeError("not now")

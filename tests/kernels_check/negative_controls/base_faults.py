@@ -1,4 +1,4 @@
-"""Ways to break the base of a run after it was built, and healthy ways that look alike."""
+"""Faults of a run's base after it was built, and healthy variations that look similar."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from negative_controls.small_run import SmallRun
 
 
 def after_each_step(run: SmallRun, change: Callable[[], object]) -> None:
-    """Do something at the end of every update."""
+    """Call a function at the end of every update."""
     run.optimizer.register_step_post_hook(lambda *_: change())
 
 
 def normalise_batches(run: SmallRun) -> None:
-    """Put a norm of batches at the end, as vision towers have them, and leave it in train mode with the rest."""
+    """Append a batch norm, as in vision towers, and leave it in train mode."""
     from torch import Tensor, nn
 
     class Normalised(nn.Module):
@@ -33,25 +33,25 @@ def normalise_batches(run: SmallRun) -> None:
 
 
 def normalise_as_loaded(run: SmallRun) -> None:
-    """As ``normalise_batches``, with the statistics that were loaded."""
+    """Append a batch norm as ``normalise_batches`` does, with fixed statistics."""
     normalise_batches(run)
     run.model.base_model.model.model.norm.statistics.eval()
 
 
 def drift_offset(run: SmallRun) -> None:
-    """Move the number that all scales of a weight are relative to."""
+    """Change the offset of all scales of a weight."""
     layer = adapter_layers(run.model)[1].base
     after_each_step(run, lambda: layer.weight.quant_state.offset.add_(1e-3))
 
 
 def drift_int8_scales(run: SmallRun) -> None:
-    """Move the scales, which the first forward has handed to the layer."""
+    """Change the scales, which the first forward has moved to the layer."""
     layer = adapter_layers(run.model)[0].base
     after_each_step(run, lambda: layer.state.SCB.add_(1))
 
 
 def add_biases(run: SmallRun, bias: str = "none") -> None:
-    """Give the targets biases, and attach the adapter anew."""
+    """Give the targets biases, and attach the adapter again."""
     import peft
     import torch
 
@@ -65,12 +65,12 @@ def add_biases(run: SmallRun, bias: str = "none") -> None:
 
 
 def train_biases(run: SmallRun) -> None:
-    """Ask PEFT to train the biases of the targets with the adapter."""
+    """Let PEFT train the biases of the targets with the adapter."""
     add_biases(run, "lora_only")
 
 
 def train_biases_of_another(run: SmallRun) -> None:
-    """Resume an adapter that asks for no biases; PEFT leaves those of the first one trainable."""
+    """Switch to an adapter without trained biases; PEFT leaves those of the first one trainable."""
     import peft
     import torch
 
@@ -81,7 +81,7 @@ def train_biases_of_another(run: SmallRun) -> None:
 
 
 def add_experts(run: SmallRun) -> Any:
-    """Give the base experts whose weights are one parameter, which no quantisation of linear layers reaches."""
+    """Add experts whose weights are one parameter, which quantisation of linear layers does not reach."""
     import torch
     from torch import nn
 
@@ -92,13 +92,13 @@ def add_experts(run: SmallRun) -> Any:
 
 
 def add_quantised_experts(run: SmallRun) -> None:
-    """As ``add_experts``, quantised by a parametrisation."""
+    """Add experts as ``add_experts`` does, quantised by a parametrisation."""
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
     replace_parameter_4bit(add_experts(run), "gate_up_proj", quant_type="nf4")
 
 
 def take_scales_of_another(run: SmallRun) -> None:
-    """Mix up two layers of one shape, as a loader that gets its keys wrong."""
+    """Swap the quantisation state of two layers, as a loader with wrong keys does."""
     first, second = (layer.base for layer in adapter_layers(run.model) if layer.name.endswith("q_proj"))
     first.weight.quant_state = second.weight.quant_state

@@ -1,4 +1,4 @@
-"""Ways to train embeddings and norms with an adapter, or not."""
+"""Faults and healthy variations of training embeddings and norms with an adapter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from negative_controls.small_run import SmallRun
 
 
 def with_embeddings() -> Any:
-    """LoRA, and copies of both embeddings that are trained whole, as for new tokens."""
+    """Return LoRA with fully trained copies of both embeddings, as used for new tokens."""
     import peft
 
     return peft.LoraConfig(

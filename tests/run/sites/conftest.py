@@ -1,4 +1,4 @@
-"""What runs on real clusters have in common: a study of a second, and what of a record does not depend on time."""
+"""Fixtures of tests on clusters: a study that takes a second, and the time-independent parts of a record."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ r = 8
 
 @pytest.fixture
 def study(tmp_path):
-    """A function that writes the study and gives its path."""
+    """A function that writes the study and returns its path."""
 
     def write(*, replicates=3, turns=2):
         path = tmp_path / "small.toml"
@@ -52,8 +52,8 @@ def study(tmp_path):
 
 @pytest.fixture
 def pretended(monkeypatch, tmp_path):
-    """This machine with two CPUs and an executor that only pretends, in jobs as well: a function that says to the
-    executors of jobs what they are to do."""
+    """Replace this machine by one with two CPUs and a fake executor, also in jobs; returns a function that configures
+    the executors of jobs."""
     folder = str(Path(__file__).parent / "pretended")
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setitem(EXECUTORS, "pretending", "pretending")
@@ -74,7 +74,7 @@ def pretended(monkeypatch, tmp_path):
 
 @pytest.fixture
 def placed(study):
-    """A function that writes the study with lines of its own in [protocol]."""
+    """A function that writes the study with additional lines in [protocol]."""
 
     def write(lines, **options):
         path = study(**options)
@@ -86,7 +86,7 @@ def placed(study):
 
 @pytest.fixture
 def run(pretended, capsys, tmp_path):
-    """A function that runs a command, and gives its exit code, the last run, and its output."""
+    """A function that runs a command and returns its exit code, the last run, and its output."""
 
     def command(*words):
         code = main([str(word) for word in words])

@@ -1,8 +1,8 @@
-"""Of a run that was spread: that all of it is there, and where."""
+"""Checks that a run on several sites is complete."""
 
 
 def sites_of_whole(run):
-    """The sites of a run whose trials are all there and ok, each replicate on one of them."""
+    """Assert that all trials of a run are ok and each replicate is on one site, and return the sites."""
     assert {record.status for record in run.records} == {"ok"}
     assert [record.trial for record in run.records] == list(run.manifest.order)
     sites = {}

@@ -1,4 +1,4 @@
-"""Scripts that a launcher starts: variants whose command is a launcher, in lockstep."""
+"""Tests of scripts behind a launcher: variants whose command is a launcher take turns in lockstep."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BIN = Path(sys.executable).parent
 
 
 def take_turns(folder, commands, monkeypatch):
-    """One replicate of these commands and of the first of them once more."""
+    """Measure one replicate of these commands, with the first one as the control."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PATH", f"{BIN}:{os.environ['PATH']}")
     monkeypatch.setenv("STARTED_BY", str(folder))
@@ -55,7 +55,7 @@ def take_turns(folder, commands, monkeypatch):
 
 
 def left_of(folder):
-    """Processes that `take_turns` has started in this folder, or that these have, and that do not end by themselves."""
+    """Return the processes of `take_turns` in this folder, and their children, that do not end by themselves."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -66,8 +66,8 @@ def left_of(folder):
 
 @pytest.mark.faults
 def test_a_launcher_is_no_training_and_what_it_starts_takes_turns(tmp_path, monkeypatch):
-    """`accelerate launch`, and two ranks under torchrun of which the first reports and the other takes the same steps,
-    concurrently with two more of the same in another group; none of them is left when the run has ended."""
+    """`accelerate launch` and torchrun with two ranks, of which the first reports, take turns with a plain script and a
+    second group; no process is left."""
     (tmp_path / "train.py").write_text(EXAMPLE.read_text(encoding="utf-8"))
     (tmp_path / "ranks.py").write_text(textwrap.dedent(RANKS))
     commands = {
@@ -108,8 +108,8 @@ WORKERS = """
 
 @pytest.mark.faults
 def test_data_workers_take_no_turns(tmp_path, monkeypatch):
-    """Spawned ones import the script with all that its environment says, and forked ones have the training that they
-    were forked from: the one that trains is measured, and none of them is left."""
+    """Spawned data workers import the script with its environment, and forked ones inherit its training; only the
+    training process is measured, and no worker is left."""
     (tmp_path / "train.py").write_text(textwrap.dedent(WORKERS))
     run = take_turns(tmp_path, {how: f"python train.py {how}" for how in ("spawn", "fork")}, monkeypatch)
     assert {record.trial: record.failure for record in run.records} == dict.fromkeys(

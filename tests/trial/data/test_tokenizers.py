@@ -1,4 +1,4 @@
-"""Tokenizers: the model's own, or the bytes of UTF-8 for random weights without one."""
+"""Tests of tokenizers: the model's own, or UTF-8 bytes for random weights without a tokenizer."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from lorameter.trial.data.tokens import load_tokenizer
 
 
 def test_the_tokenising_process_loads_no_model_library():
-    """What makes the tokens starts without the libraries that only a model needs."""
+    """The tokenising process does not import the libraries of a model."""
     code = (
         "import sys, lorameter.trial.data.tokens\n"
         "loaded = {'peft', 'bitsandbytes', 'accelerate', 'lorameter.trial.building.base_model'} & set(sys.modules)\n"
@@ -24,7 +24,7 @@ def test_the_tokenising_process_loads_no_model_library():
 
 
 def test_the_byte_tokenizer_encodes_utf8():
-    """Ids are the bytes of UTF-8 for any text, nothing is added, and decoding gives the text back."""
+    """Ids are the UTF-8 bytes of the text without additions, and decoding restores the text."""
     tokenizer, substituted = load_tokenizer(catalogue.resolve("tiny-llama"), vocab_size=320)
     text = "né  日本\n\t'x' " + "".join(map(chr, range(1, 300)))
     ids = tokenizer(text).input_ids
@@ -34,8 +34,8 @@ def test_the_byte_tokenizer_encodes_utf8():
 
 
 def test_bytes_replace_the_tokenizer_of_a_random_model_alone(monkeypatch, tmp_path):
-    """A random model whose tokenizer cannot be loaded gets bytes, which is reported; real weights without their
-    tokenizer are an error."""
+    """A random model whose tokenizer cannot be loaded gets the byte tokenizer, which is reported; for real weights this
+    is an error."""
     monkeypatch.setattr(catalogue, "hub_answers", lambda file: False)
     tokenizer, substituted = load_tokenizer(catalogue.resolve("random:someone/absent-model"), vocab_size=32000)
     assert (tokenizer("a").input_ids, substituted) == ([97], True)
@@ -47,7 +47,7 @@ def test_bytes_replace_the_tokenizer_of_a_random_model_alone(monkeypatch, tmp_pa
 
 
 def test_vocabularies_must_fit(converted, words):
-    """A tokenizer with more tokens than the model is refused, whether it is the model's or the bytes'."""
+    """A tokenizer with more tokens than the model is refused, both the model's own and the byte tokenizer."""
     with pytest.raises(UsageError, match=f"has {len(words)} tokens and the model 100"):
         load_tokenizer(catalogue.resolve(str(converted)), vocab_size=100)
     with pytest.raises(UsageError, match="cannot hold the 259 tokens"):

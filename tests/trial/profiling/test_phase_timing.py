@@ -1,4 +1,4 @@
-"""A training step in phases is the same step."""
+"""Tests that a training step split into phases equals a plain step."""
 
 import torch
 
@@ -19,7 +19,7 @@ VARIANT = LoraVariant(name="v", r=4, lora_dropout=0.1, gradient_accumulation=2)
 
 
 def test_a_bordered_step_has_the_losses_of_a_plain_one(tmp_path):
-    """To the bit, dropout and accumulation included."""
+    """Losses are bit-equal, including dropout and accumulation."""
     torch.set_num_threads(1)
     request = TrialRequest(
         trial="t", variant=VARIANT, role="variant", replicate=0, seed=1, workload=WORKLOAD, protocol=Protocol(),

@@ -1,4 +1,4 @@
-"""Losses of several ranks agree with those of one rank, or the first step that differs is named."""
+"""Tests of the comparison of losses: several ranks agree with one rank, or the first differing step is named."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lorameter.trial.ranks.trial import compare_losses
 VARIANT = LoraVariant(name="plain", r=4, dtype="float32")
 RIGHT = (4.93485, 4.89980, 4.85847, 4.80926)
 WRONG = (4.93485, 4.93347, 4.90823, 4.87422)
-"""NF4 under FSDP2 as it was measured, the first forward right and all others wrong."""
+"""Measured losses of NF4 under FSDP2: the first forward is right and all others are wrong."""
 
 
 def test_equal_losses_pass():
-    """Additional steps of either are ignored."""
+    """Additional steps of either side are ignored."""
     check = compare_losses(RIGHT, (*RIGHT, 4.0), VARIANT, 2)
     assert (check.status, check.required) == ("active", True)
     assert "losses of 4 steps" in check.reason
@@ -24,7 +24,7 @@ def test_equal_losses_pass():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_first_step_that_differs_is_named(dtype):
-    """In either precision, with both losses."""
+    """The reason has both losses, in either precision."""
     check = compare_losses(WRONG, RIGHT, dataclasses.replace(VARIANT, dtype=dtype), 2)
     assert check.status == "fallback"
     assert "step 2 has a loss of 4.93347 by 2 ranks and of 4.89980 by one" in check.reason

@@ -1,4 +1,4 @@
-"""Claims judged from runs whose truth is known."""
+"""Tests of claims judged from runs with a known truth."""
 
 import dataclasses
 import random
@@ -13,7 +13,7 @@ BEST = {"rule": "best", "metric": "", "metrics": {"step_time_s": 1}}
 
 
 def part_of(run):
-    """The only part of the only claim."""
+    """Return the only part of the only claim."""
     ((result,),) = [claim.parts for claim in judge_claims(run).claims]
     return result
 
@@ -53,12 +53,12 @@ def part_of(run):
 )  # fmt: skip
 @pytest.mark.parametrize("level", ["shared-base", "replicates"])
 def test_each_rule_finds_the_truth(make_run, claim, part, factors, verdict, level):
-    """Effects that are there, absent and at the limit; taking turns or not, the disturbance being shared."""
+    """Each rule is right for present, absent and borderline effects, with and without turns."""
     assert part_of(make_run([claim(part)], factors, level=level)).verdict == verdict
 
 
 def test_the_estimate_is_the_ratio_with_its_interval(make_run, claim):
-    """From the first level to the last, by the line through all of them; the reason has it and the limit."""
+    """The ratio is from the first level to the last on the fitted line; the reason has it with its limit."""
     part = part_of(make_run([claim(rule="trend-up")], RISE))
     assert part.low < 1.06 < part.high
     assert part.ratio == pytest.approx(1.06, abs=0.003)
@@ -68,7 +68,7 @@ def test_the_estimate_is_the_ratio_with_its_interval(make_run, claim):
 
 
 def test_the_best_trades_metrics_by_their_weights(make_run, claim):
-    """Three per cent of step time against one of loss: the weights decide, and are in the sentence."""
+    """A trade of 3 % step time against 1 % loss is decided by the weights, which the reason states."""
 
     def heavy(record):
         loss = {"r4": 2.0, "centre": 2.02, "r16": 2.02}.get(record.name, 2.02)
@@ -94,7 +94,7 @@ def test_the_best_trades_metrics_by_their_weights(make_run, claim):
     ],
 )
 def test_counts_are_exact(make_run, claim, metric, change, axis, verdict, words):
-    """Larger at every level, or not: without estimate, interval and limit, but with the numbers."""
+    """A count is compared at every level, without estimate, interval and limit; the reason gives the numbers."""
 
     def counted(record):
         values = {"trainable_parameters": change[record.name]} if record.name in change else {}
@@ -110,7 +110,7 @@ def test_counts_are_exact(make_run, claim, metric, change, axis, verdict, words)
 
 @pytest.mark.parametrize("rule", [{"rule": "trend-up"}, {"rule": "rises", "metric": "trainable_parameters"}])
 def test_one_replicate_judges_nothing(make_run, claim, rule):
-    """Not even a count, which could vary; two replicates do."""
+    """One replicate judges no claim, not even one about a count; two replicates do."""
     part = part_of(make_run([claim(rule)], RISE, replicates=1))
     assert (part.verdict, part.ratio, part.replicates) == ("not judged", None, 0)
     assert "1 replicate: a claim is never judged from one" in part.reason
@@ -118,7 +118,7 @@ def test_one_replicate_judges_nothing(make_run, claim, rule):
 
 
 def test_a_claim_on_a_pretrained_model_needs_one(make_run, claim):
-    """On random weights it is not judged; a claim on speed is."""
+    """On random weights a claim on loss is not judged; a claim on speed is."""
     speed = claim(rule="trend-up")
     loss = dataclasses.replace(claim(rule="trend-up", metric="held_out_loss"), id="loss", pretrained=True)
     report = judge_claims(make_run([speed, loss], RISE, notices=("random-weights",)))
@@ -137,14 +137,15 @@ def test_a_claim_on_a_pretrained_model_needs_one(make_run, claim):
     ],
 )  # fmt: skip
 def test_what_is_missing_is_named_with_the_remedy(make_run, claim, part, options, words):
-    """A phase that did not run, a workload without such requests, a level not selected, a value without a logarithm."""
+    """A skipped phase, a workload without such requests, a level not selected and a value without a logarithm are
+    named."""
     found = part_of(make_run([claim({"rule": "trend-up"} | part)], RISE, **options))
     assert found.verdict == "not judged"
     assert words in found.reason
 
 
 def test_a_replicate_counts_only_with_every_level(make_run, claim):
-    """One level fails in one replicate: the others' trials of it do not count either, and the reason names it."""
+    """A replicate in which one level fails is left out, and the reason names it."""
 
     def failing(record):
         failed = record.name == "r4" and record.replicate == 2
@@ -159,7 +160,7 @@ def test_a_replicate_counts_only_with_every_level(make_run, claim):
 
 
 def test_a_failed_control_silences_its_phase(make_run, claim):
-    """Nothing is supported or refuted on a metric whose control is a difference; a count is, and the run is invalid."""
+    """A metric whose control differs supports and refutes no claim; a count is still judged, and the run is invalid."""
     claims = [
         dataclasses.replace(claim(part), id=str(index))
         for index, part in enumerate([
@@ -175,7 +176,7 @@ def test_a_failed_control_silences_its_phase(make_run, claim):
 
 
 def test_without_an_equivalent_control_nothing_is_equal(make_run, claim):
-    """No control, or one that is too noisy: a difference can be asserted, an equality cannot."""
+    """With a missing or noisy control, a difference can be supported but an equality cannot."""
     lost = lambda record: None if record.role == "control" else record  # noqa: E731
     unclear = random.Random(1)
 
@@ -204,12 +205,14 @@ def test_without_an_equivalent_control_nothing_is_equal(make_run, claim):
     ],
 )
 def test_a_claim_is_the_conjunction_of_its_parts(verdicts, expected):
-    """Refuted by one part, not judged by one unless refuted, supported by all."""
+    """One refuted part refutes the claim, one part that is not judged leaves it not judged, and all parts must be
+    supported."""
     assert conjunction(verdicts) == expected
 
 
 def test_claims_share_their_error_rate(make_run, claim):
-    """What is clear alone is not among thirty others; those that are decided leave the family to the rest."""
+    """An effect that is clear alone is not clear among thirty claims; decided claims leave their share of the error
+    rate to the rest."""
 
     def study_of(part, count):
         return [dataclasses.replace(claim(part), id=str(index)) for index in range(count)]
@@ -226,11 +229,11 @@ def test_claims_share_their_error_rate(make_run, claim):
     assert judge_claims(make_run([*clear, last], near | {"a32": 2.0})).claims[-1].verdict == "supported"
 
 
-# --- what has no claims to judge --------------------------------------------------------------------------------------
+# --- runs without a claim to judge -----------------------------------------------------------------------------------
 
 
 def test_without_a_trial_that_is_ok_nothing_is_valid(make_run, claim):
-    """Every claim is not judged, and the run is invalid."""
+    """No claim is judged, and the run is invalid."""
     report = judge_claims(make_run([claim(rule="equal")], change=lambda record: record.replaced(status="crashed")))
     assert (report.claims[0].verdict, report.valid, report.replicates) == ("not judged", False, 0)
     assert report.trials == {"planned": 36, "crashed": 36}
