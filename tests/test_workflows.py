@@ -1,4 +1,5 @@
-"""The workflows: nothing of a fork reaches the runner, no failure is swallowed, and the command line still exists."""
+"""Tests of the CI workflows: code of a fork never runs on a self-hosted runner, no failure is ignored, and all commands
+exist."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def parsed(text: str) -> dict[str, Any]:
     workflow = yaml.safe_load(text)
-    workflow["on"] = workflow.pop(True)  # YAML 1.1 reads the key `on` as a truth value
+    workflow["on"] = workflow.pop(True)  # YAML 1.1 parses the key `on` as a boolean
     return workflow
 
 
@@ -47,7 +48,7 @@ def script(job: str, name: str, workflow: str = "gate.yml") -> str:
 
 
 def ran(text: str, folder: Path, **variables: str) -> tuple[int, str]:
-    """A step as the runner runs it, with `bin` in front; its exit code and what it left as outputs."""
+    """Run a step as the runner does, with `bin` first on the path, and return its exit code and outputs."""
     output = folder / "output"
     output.write_text("", encoding="utf-8")
     environment = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "GITHUB_OUTPUT": str(output), **variables}
@@ -57,7 +58,7 @@ def ran(text: str, folder: Path, **variables: str) -> tuple[int, str]:
 
 
 def measured(folder: Path, *, ends_with: int = 0, **variables: str) -> tuple[int, str, list[str]]:
-    """The measuring step with a lorameter that writes down its arguments; exit code, outputs, arguments."""
+    """Run the measuring step with a lorameter that records its arguments; return exit code, outputs and arguments."""
     fake = folder / "bin" / "lorameter"
     fake.parent.mkdir(exist_ok=True)
     fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > arguments\nexit {ends_with}\n', encoding="utf-8")
@@ -70,14 +71,14 @@ def measured(folder: Path, *, ends_with: int = 0, **variables: str) -> tuple[int
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_workflow_never_runs_with_the_rights_of_the_base(path):
-    """A pull request starts a workflow with its own rights, never with those of the base branch."""
+    """A pull request starts a workflow with its own permissions, never with those of the base branch."""
     assert set(read(path)["on"]) <= {"push", "pull_request", "workflow_call"}
 
 
 @pytest.mark.parametrize("job", jobs())
 def test_code_of_a_fork_never_reaches_a_runner_of_ours(job):
-    """A job on a runner of ours needs the decision on forks and has its condition; a call of the gate has it too. The
-    history measures no pull request at all."""
+    """A job on a self-hosted runner, and a call of the gate, depend on the decision about forks; the history measures
+    no pull request."""
     if "uses" in job:
         assert SAME_REPOSITORY in job["if"]
     elif job["runs-on"] != HOSTED and job == read(FOLDER / "history.yml")["jobs"]["measure"]:
@@ -89,8 +90,8 @@ def test_code_of_a_fork_never_reaches_a_runner_of_ours(job):
 
 
 def test_one_job_measures_at_a_time():
-    """Measurements wait for each other, those of the history too, and a newer commit of a pull request ends the older
-    one's."""
+    """Measurements wait for each other, also those of the history, and a newer commit of a pull request cancels the
+    older one's."""
     for workflow in ("gate.yml", "history.yml"):
         assert read(FOLDER / workflow)["jobs"]["measure"]["concurrency"] == {
             "group": "lorameter-${{ inputs.runner }}",
@@ -113,14 +114,14 @@ def test_one_job_measures_at_a_time():
     ],
 )
 def test_the_gate_refuses_forks(event, head, allowed, tmp_path):
-    """Only a pull request of the repository itself is allowed; a deleted fork has no name and is not."""
+    """Only a pull request from the repository itself is allowed; a deleted fork has no name and is refused."""
     names = {"GITHUB_EVENT_NAME": event, "HEAD_REPOSITORY": head, "GITHUB_REPOSITORY": "owner/name"}
     assert ran(script("decide", "Refuse forks"), tmp_path, **names) == (0, f"allowed={allowed}\n")
 
 
 @pytest.mark.parametrize("code", sorted(EXIT_CODES))
 def test_the_step_ends_as_lorameter_ends(code, tmp_path):
-    """The exit code of lorameter is that of the step, and an output."""
+    """The step has the exit code of lorameter, also as an output."""
     assert measured(tmp_path, ends_with=code)[:2] == (code, f"exit-code={code}\n")
 
 
@@ -130,20 +131,20 @@ def test_the_step_ends_as_lorameter_ends(code, tmp_path):
      ("failure", "0", False), ("skipped", "", False), ("cancelled", "", False)],
 )  # fmt: skip
 def test_only_a_measured_pass_passes(result, code, passes, tmp_path):
-    """The required check passes on exit code 0 of a job that ran to its end, and fails where it was skipped."""
+    """The required check passes on exit code 0 of a completed job, and fails where the job was skipped."""
     ended, _ = ran(script("verdict", "Pass on exit code 0 alone"), tmp_path, RESULT=result, EXIT_CODE=code)
     assert (ended == 0) == passes
 
 
 def test_the_required_check_always_runs():
-    """The job that says pass or fail waits for the measurement and is never skipped."""
+    """The job with the verdict waits for the measurement and is never skipped."""
     verdict = read(FOLDER / "gate.yml")["jobs"]["verdict"]
     assert verdict["if"] == "always()"
     assert verdict["needs"] == ["decide", "measure"]
 
 
 def test_the_run_is_kept_whatever_happened():
-    """The artifact is the folder in which lorameter writes its runs, and it is kept after a failure too."""
+    """The artifact is the folder of runs, and it is uploaded after a failure too."""
     steps = read(FOLDER / "gate.yml")["jobs"]["measure"]["steps"]
     measure, keep = steps[-2:]
     assert keep["if"] == "always()"
@@ -151,7 +152,7 @@ def test_the_run_is_kept_whatever_happened():
 
 
 def test_each_exit_code_has_a_word():
-    """The output `verdict` and the table of the guide know every exit code."""
+    """The output `verdict` and the table of the guide have every exit code."""
     value = read(FOLDER / "gate.yml")["on"]["workflow_call"]["outputs"]["verdict"]["value"]
     words = json.loads(re.search(r"fromJSON\('(.*?)'\)", value)[1])
     assert {int(code) for code in words} == EXIT_CODES
@@ -159,7 +160,7 @@ def test_each_exit_code_has_a_word():
 
 
 def test_the_command_of_the_gate_exists(tmp_path):
-    """The arguments of the gate are ones that lorameter takes, and mean what the inputs say."""
+    """lorameter accepts the arguments of the gate, which mean what the inputs say."""
     _, _, arguments = measured(tmp_path, POLICY="a policy.toml", EFFORT="rigorous", PHASES="train cold")
     options = build_parser().parse_args(arguments)
     assert options.calls == "run:run_ab"
@@ -169,8 +170,8 @@ def test_the_command_of_the_gate_exists(tmp_path):
 
 
 def test_the_caller_of_the_guide_calls_the_gate():
-    """The example is refused to forks, and gives inputs that the gate has; so does this repository's own call."""
-    example = parsed(re.search(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)[1])  # the first of two
+    """The example refuses forks and passes only inputs of the gate; so does this repository's own call."""
+    example = parsed(re.search(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)[1])  # the first of two examples
     inputs = read(FOLDER / "gate.yml")["on"]["workflow_call"]["inputs"]
     for caller in (example, read(FOLDER / "benchmark.yml")):
         gate = caller["jobs"]["gate"]
@@ -181,7 +182,7 @@ def test_the_caller_of_the_guide_calls_the_gate():
 
 
 def test_the_commands_of_the_guide_exist():
-    """Every command line of the guide is one that lorameter takes."""
+    """lorameter accepts every command line of the guide."""
     commands = re.findall(r"^lorameter (.*?)(?: #.*)?$", GUIDE, re.MULTILINE) + re.findall(
         r"`lorameter (\w+ .*?)`", GUIDE
     )
@@ -191,7 +192,8 @@ def test_the_commands_of_the_guide_exist():
 
 
 def test_the_caller_of_the_guide_calls_the_history():
-    """By a schedule or by hand, with inputs that it has, and with the right to write that one of its jobs takes."""
+    """The example runs on a schedule or by hand, with valid inputs and the write permission that one of its jobs
+    needs."""
     _, example = map(parsed, re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL))
     inputs = read(FOLDER / "history.yml")["on"]["workflow_call"]["inputs"]
     (job,) = example["jobs"].values()
@@ -207,8 +209,8 @@ def test_the_caller_of_the_guide_calls_the_history():
 
 @pytest.fixture
 def history(tmp_path):
-    """The steps that pack a run and keep it, on a bare repository and with the lorameter of this checkout: a function
-    from the name of a constructed run to exit codes."""
+    """A function that packs and stores a constructed run with the workflow's steps, a bare repository and this
+    checkout's lorameter, and returns exit codes."""
     command = tmp_path / "bin" / "lorameter"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m lorameter.cli "$@"\n', encoding="utf-8")
@@ -244,7 +246,7 @@ def on_branch(remote: Path, path: str) -> str:
 
 
 def test_the_history_is_kept_on_a_branch(history):
-    """Made where it is missing, with a commit a run; the page shows all runs of the branch."""
+    """The branch is created if missing and gets a commit for each run; the page shows all runs of the branch."""
     assert history("sound") == history("another-day") == [0] * 4
     assert on_branch(history.remote, "runs").split("\n\n")[1].split() == [
         "another-day.lorameter.zip", "sound.lorameter.zip"
@@ -259,8 +261,8 @@ def test_the_history_is_kept_on_a_branch(history):
 
 
 def test_the_linter_of_workflows_is_a_part_of_lint():
-    """zizmor (permissions, pins, forks, templates) looks at every workflow in `make lint`, which CI runs, and has
-    nothing to say."""
+    """`make lint`, which CI runs, checks every workflow with zizmor (permissions, pins, forks, templates), without
+    findings."""
     recipe = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\nlint:")[2].partition("\n\n")[0]
     assert "$(BIN)/zizmor --offline --quiet .github" in recipe
     linter = Path(sys.executable).with_name("zizmor")

@@ -1,4 +1,4 @@
-"""What the harness and its documentation assume about GPUs: each claim with the judge that decides it."""
+"""The claims of the harness and its documentation about GPUs, each with the judge that decides it."""
 
 from __future__ import annotations
 

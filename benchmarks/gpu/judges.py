@@ -1,4 +1,4 @@
-"""The judges of the claims: which evidence confirms a claim, and which refutes it.
+"""The judges of the claims: the evidence that confirms a claim, and the evidence that refutes it.
 
 A limit is the one in the claim's sentence; otherwise it is defined here, with its reason.
 """
@@ -14,18 +14,18 @@ from lorameter.machine.telemetry import COUNTER_PERIOD_S
 from lorameter.records.record import TrialRecord
 
 ERRORS = (-0.11, 0.34)
-"""How far a measured peak may be from the estimated one, as docs/measure-my-model.md states it."""
+"""The allowed relative difference of a measured peak from its estimate, as stated in docs/measure-my-model.md."""
 FOUND = 0.03
-"""Slow-down from which an A/B of five replicates has to find it; of a smaller one it may or may not."""
+"""The slow-down that an A/B of five replicates must find; a smaller one is undecided if missed."""
 MOST_UNKNOWN = 0.01
-"""Share of a profile's kernel time that may lie in kernels without a name of ours."""
+"""The largest share of a profile's kernel time in kernels that no rule names."""
 NO_REST, HAND_OVER_S = "0.0", "0.003"
 REST_EFFECT = 0.01
-"""What a hand-over may change of a step."""
+"""The largest effect of a hand-over on a step."""
 
 
 def zygote_forks(evidence: Evidence) -> Decision:
-    """One thread, no device, and a child that computes on the GPU."""
+    """Judge that the zygote has one thread and no device, and that its child computes on the GPU."""
     found = evidence.fact("zygote")
     child = found["child"]
     text = f"threads {', '.join(found['threads'])}; fork: {found['refuses_to_fork'] or 'allowed'}"
@@ -39,7 +39,7 @@ def zygote_forks(evidence: Evidence) -> Decision:
 
 
 def child_reads_nvml(evidence: Evidence) -> Decision:
-    """Each counter a value or its reason; those that every data centre's GPU has are there."""
+    """Judge that each counter has a value or a reason, and that the counters of every data-centre GPU have values."""
     child = evidence.fact("zygote")["child"]
     if "known" not in child:
         return undecided(child.get("nvml") or child.get("error", "the child found no NVML"))
@@ -51,7 +51,7 @@ def child_reads_nvml(evidence: Evidence) -> Decision:
 
 
 def events_agree(evidence: Evidence) -> Decision:
-    """A lap by events is the wall's, and holds no less than the kernels that CUPTI recorded in it."""
+    """Judge that event times equal wall times and are not shorter than the kernels that CUPTI recorded."""
     found = evidence.fact("clock")
     wall, kernels = found["events_over_wall"], found["events_over_kernels"]
     text = f"events over wall {wall:.4f}, over recorded kernels {kernels:.4f}" if kernels else f"over wall {wall:.4f}"
@@ -61,7 +61,7 @@ def events_agree(evidence: Evidence) -> Decision:
 
 
 def hand_over_costs_nothing(evidence: Evidence) -> Decision:
-    """The step after a rest as long as a hand-over, against steps without one; steps without one, measured again, show
+    """Judge the step after a rest as long as a hand-over against steps without one; repeated steps without a rest give
     the noise."""
     after = evidence.fact("clock")["after_rest"]
     slowed, noise = after[HAND_OVER_S] - 1, abs(after[NO_REST] - 1)
@@ -72,7 +72,7 @@ def hand_over_costs_nothing(evidence: Evidence) -> Decision:
 
 
 def counter_moves_often_enough(evidence: Evidence) -> Decision:
-    """The period of the energy counter is at most the one that is allowed for."""
+    """Judge that the period of the energy counter is at most the allowed one."""
     period = evidence.fact("counters")["energy_period_ms"]
     if period is None:
         return undecided("the counter did not move twice while it was looked at")
@@ -80,7 +80,7 @@ def counter_moves_often_enough(evidence: Evidence) -> Decision:
 
 
 def idle_clocks_are_left_out(evidence: Evidence) -> Decision:
-    """While work is queued no moment is one of an idle GPU."""
+    """Judge that no sample is of an idle GPU while work is queued."""
     found = evidence.fact("counters")
     queued, after = found["queued"], found["after"]
     text = (
@@ -91,7 +91,8 @@ def idle_clocks_are_left_out(evidence: Evidence) -> Decision:
 
 
 def flash_refuses_a_mask(evidence: Evidence) -> Decision:
-    """Forced to one backend, an explicit mask is refused by flash; the evidence names the backend that then runs."""
+    """Judge that flash, as the only backend, refuses an explicit mask; the evidence names the backend that runs
+    otherwise."""
     found = evidence.fact("attention")
     takes = ", ".join(name for name, taken in found["takes_mask"].items() if taken) or "none"
     chosen = ", ".join(f"{case}: {backend}" for case, backend in found["chosen"].items())
@@ -99,7 +100,7 @@ def flash_refuses_a_mask(evidence: Evidence) -> Decision:
 
 
 def names_are_known(evidence: Evidence) -> Decision:
-    """No kernel of the usual calls is without a rule."""
+    """Judge that every kernel of the usual calls has a rule."""
     found = evidence.fact("names")
     if found["empty"]:
         return undecided(f"no kernel was recorded of {', '.join(found['empty'])}")
@@ -109,7 +110,7 @@ def names_are_known(evidence: Evidence) -> Decision:
 
 
 def step_is_explained(variant: str) -> Judge:
-    """A judge of one profile: its phases add up to the step."""
+    """Return a judge of one profile: its phases add up to the step."""
 
     def judge(evidence: Evidence) -> Decision:
         step = _profile(evidence, variant)["step"]
@@ -122,7 +123,7 @@ def step_is_explained(variant: str) -> Judge:
 
 
 def kernels_are_known(evidence: Evidence) -> Decision:
-    """The profiles' seconds are those of kernels with a name."""
+    """Judge that the profiles' GPU time is in named kernels."""
     text, worst = [], 0.0
     for variant in BASES:
         seconds = {
@@ -138,7 +139,7 @@ def kernels_are_known(evidence: Evidence) -> Decision:
 
 
 def peak_is_not_exceeded(evidence: Evidence) -> Decision:
-    """A step's share of the stated peak is below 1."""
+    """Judge that a step's share of the stated peak is below 1."""
     text, holds = [], True
     for variant in BASES:
         trained = _profile(evidence, variant)["ceilings"].get("train")
@@ -151,7 +152,7 @@ def peak_is_not_exceeded(evidence: Evidence) -> Decision:
 
 
 def study_is_valid(evidence: Evidence) -> Decision:
-    """Every trial ok, every required path active, on both bases."""
+    """Judge that every trial is ok and every required path active, on both bases."""
     records = list(evidence.run("study").records)
     names = sorted({one.name for one in records})
     return undecided(f"only {', '.join(names)} ended") if len(names) == 1 else _valid(records)
@@ -177,7 +178,7 @@ def _ok(record: TrialRecord) -> bool:
 
 
 def estimate_is_near(variant: str) -> Judge:
-    """A judge of one variant: the estimated peak of training against the one that the study measured."""
+    """Return a judge of one variant: the estimated peak of training against the one that the study measured."""
 
     def judge(evidence: Evidence) -> Decision:
         train = evidence.document(f"estimate-{variant}")["train"]
@@ -194,7 +195,7 @@ def estimate_is_near(variant: str) -> Judge:
 
 
 def same_is_same(evidence: Evidence) -> Decision:
-    """The control of an A/B: the base against itself."""
+    """Judge the control of an A/B: the base against itself."""
     control = _twins(evidence)["control"].get("train")
     if not control or control["low"] is None:
         return undecided("no control was judged")
@@ -202,7 +203,7 @@ def same_is_same(evidence: Evidence) -> Decision:
 
 
 def slowdown_is_found(evidence: Evidence) -> Decision:
-    """The candidate has more work in each step: the verdict must be regressed."""
+    """Judge the A/B whose candidate has more work in each step: the verdict must be regressed."""
     step = next((one for one in _twins(evidence)["comparisons"] if one["metric"] == "step_time_s"), None)
     if step is None:
         return undecided("nothing was compared")
@@ -220,7 +221,7 @@ def _twins(evidence: Evidence) -> dict[str, Any]:
 
 
 def warm_requests_are_timed(evidence: Evidence) -> Decision:
-    """On both bases a request has a time to its first token, which is within the whole."""
+    """Judge that on both bases a request has a time to first token, which is below its total time."""
     means: dict[str, tuple[float, float]] = {}
     for one in evidence.run("study").records:
         whole, first = (one.samples.get(name, ()) for name in ("request_time_s", "first_token_time_s"))
@@ -235,7 +236,7 @@ def warm_requests_are_timed(evidence: Evidence) -> Decision:
 
 
 def energy_is_recorded(evidence: Evidence) -> Decision:
-    """Isolated trials have an energy above zero over their steps, and the clocks that they had."""
+    """Judge that isolated trials have a positive energy over their steps, and clocks."""
     found = [one for one in evidence.run("study").records if "energy_steps" in one.values]
     if not found:
         return undecided("no isolated trial ended")
@@ -249,7 +250,7 @@ def energy_is_recorded(evidence: Evidence) -> Decision:
 
 
 def claims_are_decided(evidence: Evidence) -> Decision:
-    """What the study of LoRA parameters claims of time is supported or refuted by the sweep."""
+    """Judge that the sweep supports or refutes the time claims of the study of LoRA parameters."""
     found = evidence.document("claims")
     if "claims" not in found:
         raise NotSeenError("claims: rehearsed only")
@@ -262,7 +263,7 @@ def claims_are_decided(evidence: Evidence) -> Decision:
 
 
 def script_is_measured(evidence: Evidence) -> Decision:
-    """The run of a wrapped script has timed steps and the peak of a GPU."""
+    """Judge that the run of a wrapped script has timed steps and a GPU memory peak."""
     records = list(evidence.run("wrap").records)
     timed = [one for one in records if one.samples.get("step_time_s")]
     if not timed:
@@ -274,7 +275,7 @@ def script_is_measured(evidence: Evidence) -> Decision:
 
 
 def engine_ran(step: str) -> Judge:
-    """A judge of a study about an engine: every trial is ok with every required path active."""
+    """Return a judge of a study about an engine: every trial is ok with every required path active."""
 
     def judge(evidence: Evidence) -> Decision:
         return _valid(list(evidence.run(step).records))
@@ -283,7 +284,7 @@ def engine_ran(step: str) -> Judge:
 
 
 def cold_has_its_parts(evidence: Evidence) -> Decision:
-    """Import, load, first token and completion, each a number, and their sum within the whole."""
+    """Judge that import, load, first token and completion have times whose sum is within the total."""
     cold = [one.values for one in evidence.run("study").records if "cold_start_time_s" in one.values]
     if not cold:
         return undecided("no cold start ended")
@@ -294,7 +295,7 @@ def cold_has_its_parts(evidence: Evidence) -> Decision:
 
 
 def cudnn_takes_a_mask_on_hopper(evidence: Evidence) -> Decision:
-    """On sm_90 and sm_100 an explicit mask is cuDNN's; elsewhere memory-efficient takes it."""
+    """Judge that cuDNN takes an explicit mask on sm_90 and sm_100, and memory-efficient attention elsewhere."""
     found = evidence.fact("attention")
     takes = found["takes_mask"]
     text = f"capability {found['capability']}: " + ", ".join(f"{name} {taken}" for name, taken in takes.items())
@@ -304,7 +305,7 @@ def cudnn_takes_a_mask_on_hopper(evidence: Evidence) -> Decision:
 
 
 def device_start_is_recorded(evidence: Evidence) -> Decision:
-    """Isolated trials of the study record how long the device took to start."""
+    """Judge that isolated trials of the study record the start time of the device."""
     starts = [one.values["device_start_time_s"] for one in evidence.run("study").records
               if "device_start_time_s" in one.values]  # fmt: skip
     if not starts:
@@ -313,7 +314,8 @@ def device_start_is_recorded(evidence: Evidence) -> Decision:
 
 
 def all_settings_share_a_base(evidence: Evidence) -> Decision:
-    """The sweep ran at shared-base, all its trials were ok, and its control is no difference."""
+    """Judge that the sweep ran at shared-base, that all its trials were ok, and that its control shows no
+    difference."""
     run = evidence.run("sweep")
     records = list(run.records)
     turns = [one for one in records if one.interleaving == "shared-base"]

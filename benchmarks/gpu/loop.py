@@ -1,4 +1,4 @@
-"""Takes the steps of a campaign in their order, as far as they fit into the time of the call."""
+"""Takes the steps of a campaign in order, as far as they fit into the time of the call."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from benchmarks.gpu.journal import MOST_ATTEMPTS, Entry, Journal
 from benchmarks.gpu.steps import Step
 
 REPORT_S = 20.0
-"""What must be left of a call for judging and writing."""
+"""The time of a call that is reserved for judging and writing."""
 
 
 def spent_s(step: Step, journal: Journal) -> float:
-    """Seconds that attempts at a step have taken so far."""
+    """Return the seconds that all attempts at a step have taken."""
     return sum(entry.took_s for entry in journal.attempts(step.name))
 
 
 def is_left(step: Step, journal: Journal) -> bool:
-    """Whether a step is to be begun, or resumed: one that failed, or has had its time, is not."""
+    """Return whether a step is to be started or resumed; a step that failed or has used its time is not."""
     last = journal.last(step.name)
     if last is None:
         return True
@@ -31,7 +31,7 @@ def is_left(step: Step, journal: Journal) -> bool:
 
 
 def next_step(steps: Sequence[Step], journal: Journal, left_s: float, tried: set[str]) -> Step | None:
-    """The first step that is left, was not tried in this call, and fits in what is left of it; None if none does."""
+    """Return the first remaining step that was not tried in this call and fits into its remaining time, or None."""
     fits = (one for one in steps if one.name not in tried and is_left(one, journal) and one.least_s + GRACE_S <= left_s)
     return next(fits, None)
 
@@ -43,7 +43,7 @@ def take_steps(
     left_s: Callable[[], float],
     run: Callable[[Step, float], Entry],
 ) -> None:
-    """Take the steps that are left, one after the other, as long as there is time, and add each to the journal.
+    """Take the remaining steps one after the other while there is time, and add each to the journal.
 
     Args:
         steps: in their order.

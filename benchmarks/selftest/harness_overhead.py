@@ -37,7 +37,7 @@ WAYS = {
 
 
 def main() -> int:
-    """Measure, compare and print; 1 where a bound does not hold."""
+    """Measure, compare and print; return 1 where a bound does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicates", type=int, default=12, help="fresh processes")
     parser.add_argument("--turns", type=int, default=100, help="of each process")

@@ -34,7 +34,7 @@ from lorameter.studies.study_file import load_study
 
 COMMITTED = ROOT / "reports" / "2026-11-25_amd-epyc-2cpu_lora-or-qlora"
 VARIANTS, SAMPLES = 99, 50
-"""Of the large run: with the control a replicate has a hundred trials."""
+"""Size of the large run: with the control, a replicate has a hundred trials."""
 MAX_READ_S, MAX_MEMORY = 10.0, 4.0
 MAX_REPORT_S, MAX_LARGE_REPORT_S, MAX_PAGE_S, MAX_PAGE_BYTES = 3.0, 30.0, 10.0, 3_000_000
 READ = """
@@ -56,7 +56,7 @@ print(json.dumps([seconds, resident("VmHWM") - before]))
 
 
 def write_run(folder: Path, variants: int, replicates: int, samples: int) -> Path:
-    """Write a run of a study of so many variants and their control, with so many timed steps in each trial."""
+    """Write a run of a study with the given number of variants, their control, and timed steps in each trial."""
     path = folder / f"{variants}x{replicates}"
     path.mkdir()
     study = load_study("lora-or-qlora")
@@ -83,7 +83,7 @@ def write_run(folder: Path, variants: int, replicates: int, samples: int) -> Pat
 
 
 def _checks(template: TrialRecord, rank: int, replicate: int) -> list[dict[str, Any]]:
-    """Checks that are the same in all trials but for one of each variant and one that varies."""
+    """Return checks that are equal in all trials except one for each variant and one that varies."""
     checks = [dict(check) for check in template.checks]
     checks[0]["reason"] += f"; adapter of rank {rank}"
     checks[1]["reason"] += f"; {replicate} of another type"
@@ -93,7 +93,7 @@ def _checks(template: TrialRecord, rank: int, replicate: int) -> list[dict[str, 
 def _records(
     template: TrialRecord, study: Study, samples: int, rng: random.Random
 ) -> Iterator[tuple[TrialRecord, tuple[int, int]]]:
-    """Records without their checks, and what `_checks` makes them from."""
+    """Yield records without their checks, and the arguments of `_checks`."""
     members = [(variant, "variant") for variant in study.variants] + [(study.variants[0], "control")]
     turns = samples // 10
     for replicate in range(study.protocol.replicates):
@@ -116,7 +116,7 @@ def _records(
 
 
 def copy_run(path: Path) -> Path:
-    """The same trials as another run."""
+    """Copy the trials to another run."""
     copy = path.with_name(path.name + "-again")
     copy.mkdir()
     for file in path.glob("*.jsonl"):
@@ -127,7 +127,7 @@ def copy_run(path: Path) -> Path:
 
 
 def command_cpu_s(path: Path, *words: str) -> float:
-    """CPU seconds of a command that reads the runs in this folder."""
+    """Return the CPU seconds of a command that reads the runs in this folder."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     if "step time" not in command_output([*words, "--runs-dir", str(path.parent)]):
         raise SystemExit(f"{path}: lorameter {words[0]} has not compared step times")
@@ -136,7 +136,8 @@ def command_cpu_s(path: Path, *words: str) -> float:
 
 
 def judge(path: Path, max_report_s: float, *, page: bool) -> Iterator[str]:
-    """Read a run, report it and compare it to another; print each and yield what does not hold."""
+    """Read a run, report it and compare it with another; print each measurement and yield the bounds that do not
+    hold."""
     size, trials = sum(file.stat().st_size for file in path.glob("*.jsonl")), len(store.read_manifest(path).order)
     print(f"{trials} trials, {size / 2**20:.0f} MiB, {size / trials / 1000:.1f} kB each")
     read = subprocess.run(
@@ -167,7 +168,7 @@ def judge(path: Path, max_report_s: float, *, page: bool) -> Iterator[str]:
 
 
 def main() -> int:
-    """Write both runs, judge each; 1 where a bound does not hold."""
+    """Write and judge both runs; return 1 where a bound does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=100_000, help="trials of the large run (default: %(default)s)")
     options = parser.parse_args()

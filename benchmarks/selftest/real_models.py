@@ -33,7 +33,7 @@ ADAPTERS = {"r8": "r = 8", "r64": "r = 64", "dora": "r = 8\nuse_dora = true"}
 
 
 def study_of(model: str) -> str:
-    """The study of six variants of a model."""
+    """Return the study of six variants of a model."""
     variants = [
         f'[[variant]]\nname = "{base}-{adapter}"\n{stored}\n{trained}\n'
         for base, stored in BASES.items()
@@ -43,7 +43,7 @@ def study_of(model: str) -> str:
 
 
 def judge(run: store.Run) -> Iterator[str]:
-    """Print what a run says of its time and its ratios; yield the bounds that do not hold."""
+    """Print the time and the ratios of a run; yield the bounds that do not hold."""
     spending = run.manifest.spending
     if spending is None or spending.limit_s is None:
         raise SystemExit(f"run {run.manifest.run} does not say how its time was spent: {run.state}")
@@ -77,7 +77,7 @@ def judge(run: store.Run) -> Iterator[str]:
 
 
 def _round_s(run: store.Run) -> Iterator[float]:
-    """A turn, a request and a merged one of each trial of the first replicate."""
+    """Yield the times of a turn, a request and a merged request of each trial of the first replicate."""
     for record in (one for one in run.records if one.replicate == 0 and one.turn_lengths):
         yield record.turn_lengths[0] * statistics.median(record.samples["step_time_s"])
         for name in ("request_time_s", "merged_request_time_s"):
@@ -85,7 +85,7 @@ def _round_s(run: store.Run) -> Iterator[float]:
 
 
 def main() -> int:
-    """Measure the models that are there; 1 where a bound does not hold."""
+    """Measure the available models; return 1 where a bound does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(MINUTES))
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The parts of a step, by the clock at their borders."""
+"""Tests of the parts of a step, computed from the clock at their borders."""
 
 from types import SimpleNamespace
 
@@ -8,8 +8,8 @@ from lorameter.attach.steps import sum_parts
 
 
 def borders(*events, event_of=lambda at_s: None):
-    """The borders of a step that begins at 0, an event each second: + begins a part, - ends it, and < begins a backward
-    pass after a forward pass."""
+    """Return the borders of a step that begins at 0, one event each second: + begins a part, - ends it, < begins a
+    backward pass after a forward pass."""
     kinds = {"+": "begin", "-": "end", "<": "backward"}
     found = [(None, "begin", 0.0, event_of(0.0))]
     for at_s, event in enumerate(events, 1):
@@ -34,14 +34,14 @@ def borders(*events, event_of=lambda at_s: None):
     ids=["in turn", "twice", "passes", "a closure", "in itself", "an end left out", "an end too many", "none"],
 )  # fmt: skip
 def test_each_moment_is_that_of_the_innermost_part(events, found):
-    """However they lie in one another, and whatever end is missing: no time is counted twice."""
+    """With any nesting and any missing end, no time is counted twice."""
     parts = sum_parts(borders(*events))
     parts.pop(None)
     assert parts == found
 
 
 def test_on_a_gpu_the_device_stamps_all_but_the_wait_for_data():
-    """Also where one lies in the other. The GPU's clock runs at half the pace of the host's."""
+    """This also holds for nested parts. The GPU's clock runs at half the speed of the host's."""
 
     def event_of(at_s):
         return SimpleNamespace(at_s=at_s / 2, elapsed_time=lambda later: (later.at_s - at_s / 2) * 1e3)

@@ -1,4 +1,4 @@
-"""The doors that these tests go through, and the only module here that knows the name of the import package."""
+"""The public interfaces that the contract tests call; the only module of these tests that names the import package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import lorameter
 from lorameter.cli import main
 
 METER_IMPORT = "from lorameter.attach import Meter"
-"""The line with which a script imports the meter."""
+"""The line by which a script imports the meter."""
 COMMANDS = (
     "run", "ab", "calibrate", "bisect", "wrap", "doctor", "estimate", "profile", "parity", "report", "list", "model",
     "model fetch", "compare", "gate", "accept", "sample", "claims", "export", "history", "prune", "pack", "init",
@@ -33,18 +33,18 @@ BIN = Path(sys.executable).parent
 
 
 def load(*arguments: object) -> Any:
-    """`load` of the public API."""
+    """Call `load` of the public API."""
     return lorameter.load(*arguments)
 
 
 def load_all(*arguments: object) -> Any:
-    """`load_all` of the public API."""
+    """Call `load_all` of the public API."""
     return lorameter.load_all(*arguments)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a door answered."""
+    """Exit code and output of a call."""
 
     code: int
     out: str
@@ -52,15 +52,15 @@ class Outcome:
 
 
 def call(line: str) -> int:
-    """`lorameter LINE` in this process; its exit code."""
+    """Run `lorameter LINE` in this process and return its exit code."""
     try:
         return main(shlex.split(line))
-    except SystemExit as left:  # argparse ends the process where it refuses, and after --help
+    except SystemExit as left:  # argparse exits on an error and after --help
         return int(left.code or 0)
 
 
 def start(*words: str | Path, **environment: str) -> Outcome:
-    """A program of this environment in a process of its own, in the present folder; "python" is this interpreter."""
+    """Run a program of this environment in a process, in the current folder; "python" is this interpreter."""
     command = [str(BIN / words[0]), *map(str, words[1:])]
     about = _environment() | environment
     done = subprocess.run(command, env=about, capture_output=True, text=True, check=False, timeout=600)
@@ -68,7 +68,7 @@ def start(*words: str | Path, **environment: str) -> Outcome:
 
 
 def show(columns: int, *words: str) -> str:
-    """What a program of this environment shows on a terminal of so many columns, without colours."""
+    """Return what a program of this environment prints on a terminal of the given width, without colours."""
     reader, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (50, columns))
     about = _environment() | {"TERM": "xterm"}
@@ -78,7 +78,7 @@ def show(columns: int, *words: str) -> str:
     with subprocess.Popen(command, env=about, stdin=subprocess.DEVNULL, stdout=terminal, stderr=terminal) as process:
         os.close(terminal)
         pieces = []
-        with contextlib.suppress(OSError):  # what reading the end of a terminal is on Linux
+        with contextlib.suppress(OSError):  # reading at the end of a terminal fails on Linux
             while piece := os.read(reader, 65536):
                 pieces.append(piece)
         process.wait(timeout=600)
@@ -93,7 +93,7 @@ def _environment() -> dict[str, str]:
 
 
 class Page(html.parser.HTMLParser):
-    """The structure of an HTML page: title, headings, ids, cells of tables, links, and what it loads from elsewhere."""
+    """The structure of an HTML page: title, headings, ids, table cells, links and external resources."""
 
     HEADINGS = ("title", "h1", "h2", "h3", "h4", "summary", "caption", "figcaption")
 

@@ -1,4 +1,4 @@
-"""What `--json` prints: one document on standard output, floats to ten digits, and the exit code."""
+"""Tests of `--json`: one document on standard output, floats with ten digits, and the exit code."""
 
 import subprocess
 
@@ -32,17 +32,17 @@ READING = {
     "run-resume": "run --resume base",
     "estimate-gpu": "estimate lora-or-qlora:lora-r16 --model llama2-7b --gpu 24GiB --max-batch",
 }
-"""Of stored runs and built-in names; they write nothing."""
+"""Commands on stored runs and built-in names, which write nothing."""
 OF_THIS_MACHINE = {
     "doctor": "doctor",
     "estimate": "estimate study.toml:qlora",
     "run-dry-run": "run study.toml --dry-run",
 }
-"""Of these, keys and types; sizes and times are the machine's."""
+"""Commands of which only keys and types are compared, since sizes and times depend on the machine."""
 
 
 def document_of(outcome):
-    """The one document on standard output, which has a schema number."""
+    """Return the only document on standard output, which has a schema number."""
     assert outcome.out, outcome.err
     document = parse(outcome.out)
     assert isinstance(document["schema"], int)
@@ -51,7 +51,7 @@ def document_of(outcome):
 
 @pytest.mark.parametrize("name", READING)
 def test_a_document(name, lorameter):
-    """Its values and the exit code are the expected ones."""
+    """Values and exit code are the expected ones."""
     outcome = lorameter(f"{READING[name]} --json")
     found = {"command": READING[name], "exit_code": outcome.code, "document": document_of(outcome)}
     check_document(f"json/{name}", found)
@@ -59,24 +59,24 @@ def test_a_document(name, lorameter):
 
 @pytest.mark.parametrize("name", OF_THIS_MACHINE)
 def test_a_document_of_this_machine(name, lorameter):
-    """Its keys and types are the expected ones."""
+    """Keys and types are the expected ones."""
     outcome = lorameter(f"{OF_THIS_MACHINE[name]} --json")
     assert outcome.code in ((0, 4) if name == "doctor" else (0,))  # 4: unfit
     document = document_of(outcome)
     for phase in ("train", "generate") if name == "estimate" else ():
-        assert sum(document[phase].pop("kinds").values()) == document[phase]["total_bytes"]  # kinds: the CPU's
+        assert sum(document[phase].pop("kinds").values()) == document[phase]["total_bytes"]  # CPU-specific
     check_shape(f"json/{name}", document)
 
 
 def test_export_as_json(lorameter):
-    """All tables of a run, a row each."""
+    """The document has all tables of a run, with one object for each row."""
     document = document_of(lorameter("export base --json"))
     check_shape("json/export", document)
     assert {row["run"] for row in document["trials"]} == {"base"}
 
 
 def test_accepting_a_run_prints_it(lorameter, own_folder):
-    """And the baseline that it replaces."""
+    """The document has the accepted run and the baseline that it replaces."""
     first = document_of(lorameter("accept base --json"))
     assert (first["accepted"]["run"], first["replaced"]) == ("base", None)
     second = document_of(lorameter("accept candidate --json"))
@@ -85,7 +85,7 @@ def test_accepting_a_run_prints_it(lorameter, own_folder):
 
 
 def test_a_suite_is_written_once(lorameter, own_folder):
-    """`init` prints the files that it wrote; it refuses a folder that has one of them."""
+    """`init` prints the written files and refuses a folder that has one of them."""
     document = document_of(lorameter("init suite --json"))
     assert sorted(document["files"]) == sorted(path.name for path in (own_folder / "suite").iterdir())
     assert document["folder"] == "suite"
@@ -95,7 +95,7 @@ def test_a_suite_is_written_once(lorameter, own_folder):
 
 
 def test_pruning_prints_what_it_removed(lorameter, own_folder):
-    """And the folder is gone."""
+    """The removed run's folder does not exist any more."""
     assert lorameter("accept base --json").code == 0
     document = document_of(lorameter("prune --keep 1 --json"))
     check_shape("json/prune-removed", document)
@@ -104,7 +104,7 @@ def test_pruning_prints_what_it_removed(lorameter, own_folder):
 
 
 def test_a_packed_run_is_read_like_a_run(lorameter, own_folder):
-    """`pack` prints the file, which `report` takes in place of a run."""
+    """`pack` prints the file, which `report` accepts in place of a run."""
     document = document_of(lorameter("pack base --json"))
     check_shape("json/pack", document)
     assert document["file"].endswith("base.lorameter.zip")
@@ -114,7 +114,7 @@ def test_a_packed_run_is_read_like_a_run(lorameter, own_folder):
 
 
 def test_what_a_bisection_would_try(lorameter, own_folder):
-    """The commits between both ends, of the repository in the present folder."""
+    """The dry run lists the commits between both ends in the current repository."""
     git = ("git", "-c", "user.name=a", "-c", "user.email=a@example.org")
     subprocess.run(["git", "init", "--quiet"], check=True)
     for name in ("one", "two", "three"):
@@ -126,7 +126,7 @@ def test_what_a_bisection_would_try(lorameter, own_folder):
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
 def test_completion_of_a_shell(shell, lorameter):
-    """A script with the commands, as text and in a document."""
+    """The completion script has all commands, as text and in a document."""
     document = document_of(lorameter(f"completion {shell} --json"))
     assert sorted(document) == ["schema", "script", "shell"]
     assert [name for name in COMMANDS if name.split()[0] not in document["script"]] == []

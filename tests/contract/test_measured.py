@@ -1,4 +1,4 @@
-"""What measuring leaves: the folder of a real run, and pytest-benchmark's file of a real session."""
+"""Tests of measured results: the folder of a real run, and pytest-benchmark's file of a real session."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,8 @@ from tests.contract.expected import MACHINE, check_document, check_run, check_sh
 
 @pytest.fixture(scope="module")
 def measured(filled, tmp_path_factory):
-    """A real `lorameter run` of two variants, two replicates, training and generation: its outcome and its folder."""
+    """The outcome and the folder of a real `lorameter run` of two variants and two replicates, training and
+    generation."""
     runs = tmp_path_factory.mktemp("runs")
     words = ("--replicates", "2", "--phase", "train", "--phase", "generate", "--runs-dir", runs, "--json")
     outcome = doors.start("lorameter", "run", filled / "study.toml", *words)
@@ -20,10 +21,10 @@ def measured(filled, tmp_path_factory):
 
 
 def test_the_document_of_a_run(measured):
-    """One document on standard output, progress on standard error, and exit code 0."""
+    """The run prints one document on standard output and progress on standard error, and exits with 0."""
     outcome, run = measured
     document = parse(outcome.out)
-    assert outcome.code == (4 if document["status"] == "invalid" else 0)  # the control of a busy machine can fail
+    assert outcome.code == (4 if document["status"] == "invalid" else 0)  # the control can fail on a busy machine
     assert document["trials"] == {"ok": len(read_records(run))}
     assert (document["run"], Path(document["path"])) == (run.name, run)
     assert f"[{len(read_records(run))}/" in outcome.err
@@ -31,7 +32,7 @@ def test_the_document_of_a_run(measured):
 
 
 def test_the_folder_of_a_run(measured):
-    """File names, and keys and types of the manifest and of each line of trials.jsonl."""
+    """File names, and keys and types of the manifest and of each line of trials.jsonl, are the expected ones."""
     _, run = measured
     check_run("study", run)
     records = read_records(run)
@@ -42,25 +43,26 @@ def test_the_folder_of_a_run(measured):
 
 
 def test_the_evidence_of_a_run(measured):
-    """checks.jsonl: a line for every check that a record names by its hash."""
+    """checks.jsonl has a line for every check that a record names by its hash."""
     _, run = measured
     lines = [json.loads(line) for line in (run / "checks.jsonl").read_text(encoding="utf-8").splitlines()]
     check_shape("runs/study-checks", lines)
 
 
 def test_a_measured_run_is_read(measured, lorameter):
-    """By every command that reads runs."""
+    """Every command that reads runs reads it."""
     _, run = measured
     for line in (f"report {run}", f"claims {run}", f"compare {run} {run}", f"export {run} --format csv --table trials"):
         outcome = lorameter(line)
-        assert outcome.code in (0, 3, 4), outcome.err  # 4: the control of a busy machine can fail
+        assert outcome.code in (0, 3, 4), outcome.err  # 4: the control can fail on a busy machine
         assert outcome.out
     assert set(doors.load(run).trials.status) == {"ok"}
 
 
 @pytest.fixture(scope="module")
 def session(filled, tmp_path_factory):
-    """A real `pytest benchmarks/ --benchmark-save` of both variants, one replicate: its outcome, folder and run."""
+    """The outcome, folder and run of a real `pytest benchmarks/ --benchmark-save` of both variants and one
+    replicate."""
     folder = tmp_path_factory.mktemp("session")
     words = (
         f"--lorameter-study={filled / 'study.toml'}", "--lorameter-replicates=1", f"--lorameter-runs-dir={folder}/runs",
@@ -78,7 +80,7 @@ def read_saved(folder):
 
 
 def test_the_file_of_pytest_benchmark(session):
-    """Keys and types, of pytest-benchmark's part only those that the plugin fills."""
+    """Keys and types are the expected ones, for pytest-benchmark's fields as far as the plugin fills them."""
     _, folder, _ = session
     saved = read_saved(folder)
     machine = {key: saved["machine_info"]["lorameter"][key] for key in sorted(saved["machine_info"]["lorameter"])}
@@ -103,12 +105,12 @@ def test_durations_arrive_to_the_bit(session):
         assert info["run"] == run.name
         assert info["metric"] == {"train": "step_time_s", "generate": "request_time_s"}[row["group"]]
         assert {check["status"] for check in info["checks"] if check["required"] is not None} == {"active"}
-    assert outcome.code in (0, 1)  # 1: the control of a busy machine can fail
+    assert outcome.code in (0, 1)  # 1: the control can fail on a busy machine
     assert "4 passed" in outcome.out
 
 
 def test_a_saved_file_is_compared(session, lorameter):
-    """With the run that it was saved of, as a run with itself."""
+    """Comparing the saved file with its run equals comparing the run with itself."""
     _, folder, run = session
     (path,) = (folder / "saved").glob("*/*_contract.json")
     documents = [parse(lorameter(f"compare {base} {run} --metric step_time_s --json").out) for base in (run, path)]
@@ -130,7 +132,7 @@ def test_a_run_is_replayed_without_measuring(session):
 
 
 def test_a_session_that_cannot_be_measured_is_refused():
-    """With pytest's code for bad usage, before anything is measured."""
+    """The session exits with pytest's code for bad usage, before anything is measured."""
     words = ("--lorameter-study=no-such-study", "-p", "no:cacheprovider")
     outcome = doors.start("pytest", doors.ROOT / "benchmarks", *words)
     assert outcome.code == pytest.ExitCode.USAGE_ERROR
@@ -138,7 +140,7 @@ def test_a_session_that_cannot_be_measured_is_refused():
 
 
 def test_a_profile(lorameter, tmp_path):
-    """Where a step's time and memory go: one document, and the facts that it follows from."""
+    """`profile` prints one document with the time and memory of a step and the underlying facts."""
     outcome = lorameter(f"profile study.toml:lora --model random:micro --runs-dir {tmp_path} --json")
     assert outcome.code == 0, outcome.err
     document = parse(outcome.out)
@@ -149,7 +151,7 @@ def test_a_profile(lorameter, tmp_path):
 
 
 def test_parity(lorameter, tmp_path):
-    """Whether the ways to serve an adapter answer alike: one document."""
+    """`parity` prints one document on whether the serving modes of an adapter give the same answers."""
     outcome = lorameter(f"parity study.toml:lora --model random:micro --runs-dir {tmp_path} --json")
     assert outcome.code == 0, outcome.err
     check_shape("json/parity", parse(outcome.out))

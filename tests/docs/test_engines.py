@@ -1,4 +1,4 @@
-"""docs/engines.md is executed: its refusals are printed, its studies are read, and its script is judged."""
+"""Executes docs/engines.md: its refusals are printed, its studies are read, and its script is judged."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ EXAMPLES = ROOT / "docs" / "examples"
 
 
 def blocks(kind):
-    """The text of each block of a kind."""
+    """Return the text of each block of a kind."""
     return [part.split("\n```", 1)[0] for part in PAGE.read_text(encoding="utf-8").split(f"```{kind}\n")[1:]]
 
 
 @pytest.fixture
 def page(tmp_path, monkeypatch):
-    """The present folder, with the examples that the page names."""
+    """The current folder, with the examples that the page names."""
     for name in ("engine_flags.py", "unsloth.toml", "axolotl.toml"):
         assert f"(examples/{name})" in PAGE.read_text(encoding="utf-8")
         shutil.copy(EXAMPLES / name, tmp_path)
@@ -35,7 +35,7 @@ def page(tmp_path, monkeypatch):
 
 
 def test_its_commands_print_the_lines_below_them(page, monkeypatch, capsys):
-    """On a machine without a GPU, on which not all of a large model's variants fit side by side."""
+    """The commands run as on a machine without a GPU, where not all variants of a large model fit concurrently."""
     monkeypatch.setattr("lorameter.machine.provenance._torch_cuda", lambda: None)
     monkeypatch.setattr("lorameter.machine.provenance.free_bytes", lambda machine, environment=None: 16 << 30)
     lines = [line for block in blocks("console") for line in block.splitlines()]
@@ -52,7 +52,7 @@ def test_its_commands_print_the_lines_below_them(page, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("name", "title"), [("unsloth", "Unsloth"), ("axolotl", "Axolotl's LoRA kernels")])
 def test_its_studies_of_other_trainers_are_read(page, name, title):
-    """Two commands, promises with their pages, and a refusal where there is no GPU."""
+    """Each study has two commands and sourced claims, and is refused without a GPU."""
     study = load_study(f"{name}.toml")
     assert study.of_scripts
     assert study.engine.obstacle("cpu").startswith(f"{title} runs on a GPU only")

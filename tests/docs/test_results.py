@@ -1,5 +1,5 @@
-"""docs/results.ipynb is executed: what it shows is what its cells make of a run that the repository holds; so is the
-example of docs/results.md that sends a run to a tracker."""
+"""Executes docs/results.ipynb, whose outputs must follow from a committed run, and the tracker example of
+docs/results.md."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "results.ipynb"
 
 @pytest.fixture
 def executed(tmp_path, monkeypatch):
-    """The notebook as it is, and as it comes out of a kernel of its own, with the code of this checkout."""
+    """The stored notebook, and the notebook as executed in a new kernel with the code of this checkout."""
     monkeypatch.setenv(
         "PYTHONPATH",
         os.pathsep.join([str(PAGE.parents[1] / "harness"), str(PAGE.parents[1]), os.environ.get("PYTHONPATH", "")]),
@@ -37,7 +37,7 @@ def executed(tmp_path, monkeypatch):
 
 
 def test_the_notebook_shows_what_its_cells_make(executed):
-    """Every cell runs, and its output is the stored one; LORAMETER_CONTRACT=write renews it."""
+    """Every cell runs, and its output is the stored one; LORAMETER_CONTRACT=write updates it."""
     kept, fresh = executed
     nbformat.validate(fresh)
     if os.environ.get("LORAMETER_CONTRACT") == "write":
@@ -52,7 +52,7 @@ def test_the_notebook_shows_what_its_cells_make(executed):
 
 
 def test_a_run_is_sent_to_a_tracker(monkeypatch):
-    """As the page does it, with what MLflow is given by a stand-in: a run per variant, settings and numbers."""
+    """The example sends settings and metrics of each variant as a run to a fake MLflow client."""
     given = []
     client = SimpleNamespace(
         start_run=lambda run_name: given.append([run_name]) or contextlib.nullcontext(),
@@ -72,6 +72,6 @@ def test_a_run_is_sent_to_a_tracker(monkeypatch):
 
 
 def text_of(cell) -> list[str]:
-    """What a cell shows, as text; a table's layout is pandas' own."""
+    """Return what a cell shows as text, without pandas' table layout."""
     shown = [output["data"]["text/plain"] for output in cell.outputs if "data" in output]
     return [" ".join(text.split()) for text in shown]

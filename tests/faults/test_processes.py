@@ -1,4 +1,5 @@
-"""Measuring processes that die: each death is a row or an error with its reason, and nothing else is lost by it.
+"""Tests of measuring processes that die: each death is recorded or reported with its reason, and all other results are
+kept.
 
 What becomes of a trial whose own process or whose zygote dies is in tests/run/workers/test_local.py.
 """
@@ -21,7 +22,7 @@ from lorameter.run.workers.local import LocalExecutor
 
 @pytest.fixture
 def executor(tmp_path):
-    """One whose zygote is not needed."""
+    """An executor that never starts its zygote."""
     local = LocalExecutor()
     Executor.start(local, tmp_path, 1)
     yield local
@@ -30,7 +31,7 @@ def executor(tmp_path):
 
 @pytest.fixture
 def doomed(executor, monkeypatch):
-    """A function that has the next process of a kind killed as soon as it is there."""
+    """A function that kills the next process of a kind as soon as it has started."""
 
     def doom(kind, number):
         spawn, killed = LocalExecutor._spawn, []
@@ -50,7 +51,7 @@ def doomed(executor, monkeypatch):
 
 @pytest.fixture
 def request_cold(executor, small_study):
-    """The request of a trial that has been trained."""
+    """The request for a cold start of a trained trial."""
     plan = make_plan(small_study)
     slot = plan.slots[0]
     site = RunContext(device="cpu", threads=1, tokens_path="t", tokens={"hash": "h"})
@@ -58,7 +59,7 @@ def request_cold(executor, small_study):
 
 
 def test_a_cold_interpreter_that_is_killed_is_a_row(executor, doomed, request_cold):
-    """Crashed, with the signal by its name."""
+    """The trial is crashed, with the name of the signal."""
     doomed("cold", signal.SIGKILL)
     with pytest.raises(WorkerLostError, match="SIGKILL") as lost:
         executor.cold_start(request_cold)
@@ -66,7 +67,7 @@ def test_a_cold_interpreter_that_is_killed_is_a_row(executor, doomed, request_co
 
 
 def test_a_cold_interpreter_that_is_stopped_is_a_row(executor, doomed, request_cold):
-    """Timeout, and it is gone with its group."""
+    """The trial is a timeout, and its process group is killed."""
     stopped = doomed("cold", signal.SIGSTOP)
     protocol = dataclasses.replace(request_cold.protocol, step_timeout_s=1.0)
     with pytest.raises(WorkerLostError) as lost:
@@ -76,21 +77,21 @@ def test_a_cold_interpreter_that_is_stopped_is_a_row(executor, doomed, request_c
 
 
 def test_a_token_process_that_is_killed_ends_the_run_before_it_begins(executor, doomed, small_study):
-    """Nothing was measured; the message names the log."""
+    """The run is invalid, and the message names the log."""
     doomed("tokens", signal.SIGKILL)
     with pytest.raises(InvalidRunError, match=r"tokens could not be prepared.*tokens\.log"):
         executor.prepare_tokens(small_study.workload)
 
 
 def test_a_token_process_that_dies_of_what_it_reads_blames_that(executor, doomed, small_study):
-    """As on a damaged file: bad input, and the log is named."""
+    """A segmentation fault, as on a damaged file, is reported as bad input with the log."""
     doomed("tokens", signal.SIGSEGV)
     with pytest.raises(UsageError, match=r"SIGSEGV.*as on a damaged file.*tokens\.log"):
         executor.prepare_tokens(small_study.workload)
 
 
 def test_a_zygote_that_is_killed_while_it_imports_ends_the_run_before_it_begins(doomed, tmp_path):
-    """Nothing was measured; the message names the signal and the log."""
+    """The run is invalid, and the message names the signal and the log."""
     doomed("zygote", signal.SIGKILL)
     local = LocalExecutor()
     local.start(tmp_path, 1)

@@ -1,4 +1,5 @@
-"""Disturbances of a trial: the measured value, the limit and a remedy; invalid only past the limit."""
+"""Tests of the disturbances of a trial: value, limit and remedy; only a value past its limit makes the trial
+invalid."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def found(changes=None, memory=None, *, in_turns=False, occupancy=None, phase="t
 
 
 def test_a_quiet_trial_has_no_disturbances():
-    """Nor has one of which nothing was measured."""
+    """A trial without measured values has none either."""
     assert found() == ()
     assert judge({}, {}, "train", in_turns=False) == ()
     assert found(occupancy=0.99) == ()
@@ -46,7 +47,7 @@ def test_a_quiet_trial_has_no_disturbances():
     ],
 )  # fmt: skip
 def test_a_disturbance_is_a_notice_and_past_its_limit_invalid(code, noticed, past):
-    """Each says both numbers and what to do."""
+    """Each message has the value and the limit, and a remedy."""
     for changes, invalid in ((noticed, False), (past, True)):
         (one,) = found(changes)
         assert (one.code, one.invalid) == (code, invalid)
@@ -65,13 +66,13 @@ def test_a_disturbance_is_a_notice_and_past_its_limit_invalid(code, noticed, pas
     ],
 )
 def test_some_disturbances_never_make_a_trial_invalid(code, changes):
-    """Measuring again would find the same, or they say less than they seem to."""
+    """Measuring again would find the same value, or the value is weak evidence."""
     (one,) = found(changes)
     assert (one.code, one.invalid) == (code, False)
 
 
 def test_too_little_of_a_cpu_is_invalid_only_in_an_isolated_trial():
-    """Trials that took turns are compared turn by turn."""
+    """Trials that take turns are compared turn by turn."""
     (alone,) = found(occupancy=0.4)
     assert alone.invalid
     (together,) = found(occupancy=0.4, in_turns=True)
@@ -85,7 +86,8 @@ def test_too_little_of_a_cpu_is_invalid_only_in_an_isolated_trial():
     [("host_steal_train_s", "host_busy_train_s"), ("host_quota_stall_train_s", "host_quota_used_train_s")],
 )
 def test_withheld_time_is_a_share_of_the_requested_cpu_time(withheld, given):
-    """Of 64 CPUs 0.5 % is a third of the wall clock and no disturbance; without what was given there is no share."""
+    """On 64 CPUs, 0.5 % of the CPU time is a third of the wall time but not a disturbance; without the granted time
+    there is no share."""
     assert found({withheld: 32.0, given: 6368.0}) == ()
     (one,) = found({withheld: 100.0, given: 100.0})
     assert one.invalid

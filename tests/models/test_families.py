@@ -1,4 +1,4 @@
-"""The table of families equals what transformers builds and PEFT adapts."""
+"""Tests that the table of families equals what transformers builds and PEFT adapts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DIMENSIONS = {
     "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 128, "max_position_embeddings": 128,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-"""No two widths of a block are equal but those that must be."""
+"""Widths of a block that differ wherever they can."""
 VARIANT = LoraVariant(name="v", r=4, target_modules=("q_proj", "v_proj"))
 TOKENS = StepTokens(positions=8, pairs=36)
 
@@ -48,14 +48,14 @@ def source_of(tmp_path):
 
 @pytest.fixture
 def shape_of(source_of):
-    """A function that gives the shape of the same."""
+    """A function that returns the shape of these blocks."""
     return lambda model_type: shapes.shape(source_of(model_type))
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_a_family_is_what_transformers_and_peft_build(family, source_of, shape_of):
-    """Names, places, widths and biases of a block's linear layers; the module that defines it; PEFT's default targets;
-    and the parameters that PEFT adds, for LoRA on one layer and DoRA on all."""
+    """Names, parents, widths and biases of a block's linear layers, its module, PEFT's default targets, and the
+    parameters of LoRA on one layer and DoRA on all agree."""
     source = source_of(family.model_type)
     blocks = empty_model(source, VARIANT).model.layers
     built = {name: module for name, module in blocks[1].named_modules() if isinstance(module, torch.nn.Linear)}
@@ -88,7 +88,7 @@ ESTIMATES = {
 
 @pytest.mark.parametrize("estimate", ESTIMATES.values(), ids=ESTIMATES)
 def test_an_unknown_type_is_unknown_to_every_estimate(estimate, shape_of):
-    """The message names the type and where its entry belongs."""
+    """The message names the type and the file of the missing entry."""
     shape = shape_of("mixtral")
     with pytest.raises(UnknownLayersError, match=r"'mixtral'.*add an entry for it to .*/families\.py") as caught:
         estimate(shape)
@@ -96,7 +96,7 @@ def test_an_unknown_type_is_unknown_to_every_estimate(estimate, shape_of):
 
 
 def test_a_family_like_llama_is_one_entry(monkeypatch, shape_of):
-    """Every estimate is then that of Llama."""
+    """A family with Llama's layers gets every estimate of Llama from one entry."""
     monkeypatch.setattr(
         "lorameter.models.shapes.FAMILIES", FAMILIES | {"new": Family(model_type="new", layers=llama_layers)}
     )
@@ -107,6 +107,6 @@ def test_a_family_like_llama_is_one_entry(monkeypatch, shape_of):
 
 
 def test_targets_that_neither_a_variant_nor_peft_names_are_refused(shape_of):
-    """SmolLM3 has no default in PEFT, which would refuse it only after the model has been loaded."""
+    """SmolLM3 has no default targets in PEFT, which would refuse it only after the model has been loaded."""
     with pytest.raises(UsageError, match=r"'v'.*target_modules = \(\).*'smollm3'"):
         adapter_parameters(dataclasses.replace(VARIANT, target_modules=()), shape_of("smollm3"))

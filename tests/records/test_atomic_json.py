@@ -1,4 +1,4 @@
-"""A document is on the disk whole or not at all."""
+"""Tests that a document is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lorameter.records.fileio import write_document
 
 
 def test_it_replaces_what_was_there_and_leaves_no_draft(tmp_path):
-    """One file in the end, with what was written last."""
+    """Only one file remains, with the last document."""
     path = tmp_path / "a.json"
     for value in ({"a": 1}, {"a": 2}):
         write_document(path, value)
@@ -19,7 +19,7 @@ def test_it_replaces_what_was_there_and_leaves_no_draft(tmp_path):
 
 
 def test_what_cannot_be_written_leaves_what_was_there(tmp_path):
-    """The reader never finds half of a document."""
+    """A failed write leaves the previous document unchanged."""
     path = tmp_path / "a.json"
     write_document(path, {"a": 1})
     with pytest.raises(TypeError):

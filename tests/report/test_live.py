@@ -1,4 +1,5 @@
-"""A run under way: a row a variant, ratios that narrow, the time left with its basis, and lines in a log."""
+"""Tests of the live display: a row for each variant, ratios that become narrower, the remaining time with its basis,
+and log lines."""
 
 from __future__ import annotations
 
@@ -18,13 +19,13 @@ from lorameter.run.plan import make_plan
 
 @pytest.fixture
 def plan(small_study):
-    """Two variants and the control in five replicates."""
+    """A plan of two variants and the control with five replicates."""
     protocol = dataclasses.replace(small_study.protocol, replicates=5)
     return make_plan(dataclasses.replace(small_study, protocol=protocol), phases=("train",))
 
 
 def record_of(slot, step_s=None, status="ok"):
-    """What became of a slot."""
+    """Return the record of a slot."""
     failure = Failure(phase="build", kind="X", message="no memory [/b]") if status != "ok" else None
     samples = {} if step_s is None else {"step_time_s": (step_s,) * 4, "step_cpu_time_s": (step_s / 2,) * 4}
     return TrialRecord(
@@ -35,21 +36,21 @@ def record_of(slot, step_s=None, status="ok"):
 
 
 def measured(plan, replicates):
-    """Records of the first so many replicates; nf4 takes twice as long."""
+    """Yield the records of the first replicates; nf4 takes twice as long."""
     for slot in plan.slots:
         if slot.replicate < replicates and "steps" in slot.measures:
             yield record_of(slot, (0.2 if slot.variant.name == "nf4" else 0.1) * (1 + 0.01 * slot.replicate))
 
 
 def screen(display):
-    """What is drawn now, line by line."""
+    """Return the lines of the current display."""
     out = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
     out.print(display.picture())
     return out.file.getvalue().splitlines()
 
 
 def test_a_row_a_variant_has_its_trials_value_ratio_and_phase(plan):
-    """The control is a row; a trial that failed shows its status."""
+    """The control has a row, and a failed trial shows its status."""
     display = LiveDisplay(Console(file=io.StringIO(), width=100))
     display.starting(plan, "run-1")
     rows = [line.split() for line in screen(display)]
@@ -71,7 +72,7 @@ def test_a_row_a_variant_has_its_trials_value_ratio_and_phase(plan):
 
 
 def test_the_time_left_says_what_it_rests_on(plan, monkeypatch):
-    """On the trials so far; no estimate before one has ended."""
+    """The estimate is based on the completed trials and is missing before the first one."""
     clock = [1000.0]
     monkeypatch.setattr(live.time, "monotonic", lambda: clock[0])
     display = LiveDisplay(Console(file=io.StringIO(), width=100), device="a GPU")

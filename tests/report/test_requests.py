@@ -1,4 +1,5 @@
-"""A constructed profile of requests: its lines add up, and all of it is on screen, in the document and in the file."""
+"""Tests of the report of a constructed request profile: its lines add up, and terminal, document and file have all of
+it."""
 
 import dataclasses
 import json
@@ -26,7 +27,7 @@ def findings_of(profile):
 
 
 def test_the_lines_of_a_request_add_up(profile):
-    """Phases and remainder are the request; a pass over one token is its share of decode."""
+    """Phases and remainder add up to the request; a pass over one token has its share of the decode time."""
     served, merged = request_accounts(profile)
     assert sum(span.value for span in served.whole.phases.values()) == pytest.approx(served.whole.step.value - 0.001)
     assert served.whole.remainder.value == pytest.approx(0.001)
@@ -35,7 +36,7 @@ def test_the_lines_of_a_request_add_up(profile):
 
 
 def test_the_copied_head_and_the_adapter_are_found(profile):
-    """With what each costs: half of what the profiler saw, and what merging gained."""
+    """The costs are half of the profiled time and the gain of merging."""
     *_, findings = findings_of(profile)
     assert [finding.code for finding in findings] == ["weight-copied", "adapter-unmerged"]
     assert findings[0].cost_s == pytest.approx(0.31 / 2 - 524_288 / 1e10)
@@ -45,7 +46,7 @@ def test_the_copied_head_and_the_adapter_are_found(profile):
 
 
 def test_the_command_prints_one_document(profile, monkeypatch, capsys, tmp_path):
-    """With --json nothing else is on stdout; --try measures the named remedy of the phase's findings."""
+    """With --json stdout has one document only; --try measures the suggested change for the phase of the finding."""
     monkeypatch.setattr(commands_profile, "profile_requests", lambda *args, **options: (profile, tmp_path))
     assert cli.main([*LINE.split(), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)

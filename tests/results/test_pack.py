@@ -1,4 +1,4 @@
-"""One file to send: it reads as the run does, and holds no credential."""
+"""Tests of packed runs: the file reads as the run does and holds no credentials."""
 
 import zipfile
 
@@ -24,12 +24,12 @@ def content(path):
 
 @pytest.mark.parametrize("name", ["sound", "ab", "failed", "killed"])
 def test_a_packed_run_says_what_the_run_says(name, tmp_path):
-    """Every row of every table, the state of the run, and how many lines were lost."""
+    """All rows of all tables, the state of the run and the number of damaged lines are equal."""
     there, here = store.read_run(name, RUNS), store.read_run(str(pack(name, RUNS, tmp_path / "x.zip")), RUNS)
     before, after = ({name: list(table_of(run, name)) for name in TABLES} for run in (there, here))
     assert {name: len(rows) for name, rows in after.items()} == {name: len(rows) for name, rows in before.items()}
     for name in ("samples", "estimates", "comparisons"):
-        assert repr(after[name]) == repr(before[name]), name  # a loss that is NaN equals nothing
+        assert repr(after[name]) == repr(before[name]), name  # a NaN loss equals nothing
     assert (here.state, here.damaged_lines, len(here.disturbed)) == (
         there.state, there.damaged_lines, len(there.disturbed)
     )  # fmt: skip
@@ -40,7 +40,7 @@ def test_a_packed_run_says_what_the_run_says(name, tmp_path):
 
 @pytest.fixture
 def mine(write_run, monkeypatch, tmp_path):
-    """A run that holds credentials and texts of records."""
+    """A run with credentials and record texts."""
     secret = "records of https://me:hunter2@host/x and password=hunter2"
 
     def change(record):
@@ -57,7 +57,7 @@ def mine(write_run, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("texts", [False, True])
 def test_credentials_are_never_in_it_and_texts_if_asked_for(mine, texts):
-    """All else stays."""
+    """Everything else is packed."""
     found = "".join(content(pack("mine", mine.parent, texts=texts)).values())
     assert "hunter2" not in found
     assert "records of https://***@host/x" in found
@@ -67,7 +67,7 @@ def test_credentials_are_never_in_it_and_texts_if_asked_for(mine, texts):
 
 
 def test_a_run_under_way_and_a_place_that_is_taken_are_refused(mine, tmp_path):
-    """With what to do."""
+    """The errors say what to do."""
     pack("mine", mine.parent)
     with pytest.raises(UsageError, match="another --output"):
         pack("mine", mine.parent)
@@ -85,7 +85,7 @@ def test_a_run_under_way_and_a_place_that_is_taken_are_refused(mine, tmp_path):
 
 @pytest.mark.parametrize("change", ["cut", "empty", "no manifest", "too large", "another file"])
 def test_what_somebody_sent_may_be_anything(change, tmp_path, monkeypatch):
-    """It is refused by its name, and nothing of it is written outside of a folder of our own."""
+    """A bad file is refused by name, and nothing is written outside the program's own folder."""
     path = pack("sound", RUNS, tmp_path / "x.zip")
     if change == "cut":
         data = path.read_bytes()
@@ -104,7 +104,7 @@ def test_what_somebody_sent_may_be_anything(change, tmp_path, monkeypatch):
 
 
 def test_a_packed_run_is_not_gone_on_with(mine, capsys):
-    """There is no folder to write to."""
+    """A packed run cannot be resumed, since it has no folder to write to."""
     pack("mine", mine.parent)
     assert cli.main(["run", "--resume", "mine.lorameter.zip"]) == 2
     assert "packed" in capsys.readouterr().err

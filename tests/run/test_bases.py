@@ -1,4 +1,4 @@
-"""The bases of a run: each is prepared once, and unused ones are removed."""
+"""Tests of the bases of a run: each is prepared once, and unused ones are removed."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from lorameter.run.workers.sides import present_sides
 
 
 class Preparing:
-    """An executor that prepares, or says why not."""
+    """An executor that prepares bases or raises an error."""
 
     def __init__(self, name="", refuse=lambda request: None):
         self.name, self.refuse, self.asked = name, refuse, []
@@ -29,7 +29,7 @@ class Preparing:
 
 
 class Watching:
-    """Records the events."""
+    """A listener that records the events."""
 
     def __init__(self):
         self.phases = []
@@ -43,14 +43,14 @@ class Watching:
 
 @pytest.fixture
 def study(small_study):
-    """Four variants on three bases."""
+    """A study of four variants on three bases."""
     plain, nf4 = small_study.variants
     more = (dataclasses.replace(plain, name="wide", r=8), dataclasses.replace(nf4, name="single", double_quant=False))
     return dataclasses.replace(small_study, variants=(plain, nf4, *more))
 
 
 def test_each_base_is_prepared_once(study):
-    """However many variants, controls and replicates stand on it."""
+    """The number of variants, controls and replicates on a base does not matter."""
     executor, watching = Preparing(), Watching()
     bases = prepare_bases(make_plan(study), {"": executor}, "cpu", watching)
     forms = [(one.variant.quantization, one.variant.double_quant) for one in executor.asked]
@@ -61,13 +61,13 @@ def test_each_base_is_prepared_once(study):
 
 
 def crash(request):
-    """One form cannot be made."""
+    """Fail for one form of the base."""
     if request.variant.quantization == "nf4":
         raise WorkerLostError("oom", Failure(phase="base", kind="MemoryError", message="no memory."))
 
 
 def test_trials_make_what_could_not_be_prepared(study):
-    """The run continues, with one notice for each base."""
+    """The run continues, with one notice for each base, and each trial makes its own."""
     bases = prepare_bases(make_plan(study), {"": Preparing(refuse=crash)}, "cpu", Watching())
     assert [key[1][3] for key in bases.folders] == ["none"]
     assert [notice.code for notice in bases.notices] == ["base-not-prepared"] * 2
@@ -76,7 +76,7 @@ def test_trials_make_what_could_not_be_prepared(study):
 
 
 def test_both_sides_stand_on_their_bases_alike(study):
-    """Where one cannot prepare a base, neither maps one, or the two would be measured on different ground."""
+    """If one side cannot prepare a base, neither side maps one, so that both are measured under the same conditions."""
     plan = make_plan(study, arms=arms_on_sides(study, [one.name for one in study.variants[:2]], present_sides(0)))
     arms = {slot.executor for slot in plan.slots}
     executors = {arm: Preparing(arm, crash if arm == "candidate" else lambda request: None) for arm in arms}
@@ -87,7 +87,7 @@ def test_both_sides_stand_on_their_bases_alike(study):
 
 
 def test_what_the_system_refuses_ends_the_run(study):
-    """As a full disk, which the next base would meet as well."""
+    """A full disk ends the run, since it would stop the next base as well."""
 
     def refuse(request):
         raise SystemLimitError("full")

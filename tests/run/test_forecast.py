@@ -1,4 +1,4 @@
-"""The forecast rests on two timed layers, formulas and earlier runs, and says on which."""
+"""Tests of the forecast, which uses two timed layers, formulas and earlier runs, and names its basis."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from lorameter.run.plan import make_plan
 
 
 def test_the_time_of_another_machine_is_not_guessed(small_study, machine, tmp_path):
-    """Unknown is an answer; memory and disk are still given."""
+    """The time is unknown; memory and disk are still forecast."""
     expected = forecast(make_plan(small_study), dataclasses.replace(machine, device="cuda"), tmp_path)
     assert expected.time.time_s is None
     assert "not timed on other machines" in expected.time.basis
@@ -19,7 +19,8 @@ def test_the_time_of_another_machine_is_not_guessed(small_study, machine, tmp_pa
 
 
 def test_a_limit_gives_replicates_and_the_width_of_the_intervals(small_study, machine, tmp_path):
-    """Fewer minutes give fewer replicates or fewer other measurements, and wider intervals; never above the limit."""
+    """A shorter limit gives fewer replicates or skips other measurements, and gives wider intervals; it is never
+    exceeded."""
 
     def predict(minutes):
         protocol = dataclasses.replace(small_study.protocol, max_minutes=minutes, replicates=12)
@@ -40,7 +41,8 @@ def test_a_limit_gives_replicates_and_the_width_of_the_intervals(small_study, ma
 
 
 def test_half_widths_are_those_of_shared_scatter(small_study):
-    """Against the t and Dunnett values of tables: a scatter of 2 % in 5 replicates, one variant and the control."""
+    """For a scatter of 2 %, 5 replicates, one variant and the control, the widths equal tabulated t and Dunnett
+    values."""
     plan = make_plan(small_study)
     assert half_width(0.02, 1, plan) is None
     # Two comparisons share 4 + 3 degrees of freedom; t at 97.5 % is 2.365.
@@ -54,7 +56,7 @@ def test_more_replicates_take_longer(small_study, machine, tmp_path):
         forecast(make_plan(s, phases=("train", "generate")), machine, tmp_path, object()) for s in (small_study, longer)
     )
     assert long.time.time_s > 2 * short.time.time_s
-    plain_cpu = dataclasses.replace(machine, avx512_bf16=False)  # where 4-bit weights are not repacked
+    plain_cpu = dataclasses.replace(machine, avx512_bf16=False)  # 4-bit weights are not repacked on this CPU
     big = dataclasses.replace(small_study, workload=dataclasses.replace(small_study.workload, model="random:llama2-7b"))
     plain, nf4 = (
         forecast(make_plan(dataclasses.replace(big, variants=(v,), reference=v.name)), plain_cpu, tmp_path).memory_bytes
@@ -64,7 +66,8 @@ def test_more_replicates_take_longer(small_study, machine, tmp_path):
 
 
 def test_live_processes_count_a_base_that_they_map_once(small_study, machine):
-    """On a CPU, without what each casts for itself; a GPU has a copy for each, as has a process that rewrites it."""
+    """On a CPU a mapped base counts once, plus each process's casts; a GPU, or a process that rewrites the base, has a
+    copy for each."""
     workload = dataclasses.replace(small_study.workload, model="random:llama2-7b")
     base = 6_738_415_616 * 2
 
@@ -76,7 +79,7 @@ def test_live_processes_count_a_base_that_they_map_once(small_study, machine):
     assert together(plain) == 5 * base
     assert together(plain, dataclasses.replace(machine, device="cuda")) == 0
     assert together(dataclasses.replace(plain, init_lora_weights="olora")) == 0
-    embeddings = 2 * (2 * 32_000 + 65) * 4096  # and the norms
+    embeddings = 2 * (2 * 32_000 + 65) * 4096  # embeddings and norms
     assert together(nf4) - together(dataclasses.replace(nf4, prepare_for_kbit=True)) == 5 * embeddings
     half = dataclasses.replace(plain, dtype="float16")
     several = together_bytes([plain, half, plain], workload, machine, None, forked=False)
@@ -85,7 +88,7 @@ def test_live_processes_count_a_base_that_they_map_once(small_study, machine):
 
 
 def test_peaks_of_another_workload_are_not_this_one_s(small_study, machine, tmp_path, write_run):
-    """What an earlier run measured of a variant on a workload of its own is that workload's, and not the study's."""
+    """A peak of a variant with its own workload is not used for the study's workload."""
     same = dataclasses.replace(small_study.variants[0], name="larger")
     own = {"larger": dataclasses.replace(small_study.workload, batch_size=64)}
     study = dataclasses.replace(small_study, variants=(small_study.variants[0], same))

@@ -1,4 +1,4 @@
-"""Changes of level: found where they are, not where they are not, and by the best of all divisions."""
+"""Tests of changes of level: present changes are found, absent ones are not, by the optimal segmentation."""
 
 import math
 import random
@@ -15,7 +15,8 @@ def noise(count, *, sd=0.02, seed=0):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_the_division_is_the_one_that_pelt_finds(seed):
-    """ruptures as the oracle: the same least-squares cost, penalty and shortest segment, on random levels and noise."""
+    """The reference is ruptures with the same least-squares cost, penalty and shortest segment, on random levels and
+    noise."""
     rng = np.random.default_rng(seed)
     count = int(rng.integers(8, 160))
     levels = rng.normal(0.0, 3.0, count) * (rng.random(count) < 4 / count)
@@ -27,7 +28,7 @@ def test_the_division_is_the_one_that_pelt_finds(seed):
 
 
 def test_a_change_is_found_with_its_size_and_place():
-    """Its interval holds the size, and both levels are given."""
+    """The interval of the change covers its size, and both levels are returned."""
     values = noise(60)
     values[40:] += math.log(1.10)
     course = find_changes(values)
@@ -39,7 +40,7 @@ def test_a_change_is_found_with_its_size_and_place():
 
 
 def test_fewer_than_ten_say_nothing():
-    """However far the last lie off; and there is one level, without an interval."""
+    """Fewer than ten points have no change, whatever their values, and one level without an interval."""
     values = noise(LEAST_POINTS - 1)
     values[5:] += 1.0
     course = find_changes(values)
@@ -50,7 +51,7 @@ def test_fewer_than_ten_say_nothing():
 
 @pytest.mark.parametrize("place", [0, 7, 20, 38, 39])
 def test_a_night_that_lies_far_off_is_no_change(place):
-    """However far, and wherever in the line; the level hardly moves."""
+    """A single outlier is not a change, whatever its size and place; the level hardly moves."""
     values = noise(40, seed=8)
     level = find_changes(values).levels[0].mean
     values[place] += 3.0
@@ -60,7 +61,7 @@ def test_a_night_that_lies_far_off_is_no_change(place):
 
 
 def test_values_that_are_all_alike_are_one_level():
-    """Without a scatter everything would be seen, and nothing is divided."""
+    """Constant values have no scatter, and no change is found."""
     course = find_changes([1.5] * 20)
     assert (course.changes, course.scatter) == ((), 0.0)
     assert [(level.low, level.mean, level.high) for level in course.levels] == [(1.5, 1.5, 1.5)]
@@ -68,7 +69,7 @@ def test_values_that_are_all_alike_are_one_level():
 
 
 def test_a_step_of_values_that_do_not_scatter_is_found():
-    """As of bytes: the same in every run, and others from one on."""
+    """Sizes in bytes, for example, are equal in every run until they change."""
     course = find_changes([20.0] * 15 + [20.1] * 4)
     (change,) = course.changes
     assert (change.first, change.low, change.high) == (15, pytest.approx(0.1), pytest.approx(0.1))
@@ -76,13 +77,13 @@ def test_a_step_of_values_that_do_not_scatter_is_found():
 
 
 def test_noise_without_a_change_gives_few_false_ones():
-    """Looked at once, lines of 90 nights: one false change in 200 nights would be 27 in these 60 lines."""
+    """For lines of 90 nights, one false change in 200 nights would be 27 in these 60 lines."""
     false = sum(len(find_changes(noise(90, seed=seed)).changes) for seed in range(60))
     assert false <= 10
 
 
 def test_what_would_be_seen_is_seen():
-    """A change of the size that a line names is found within three nights in about four of five."""
+    """A change of the stated detectable size is found within three nights in about four of five lines."""
     found = 0
     for seed in range(80):
         values = noise(60, seed=seed)
@@ -94,7 +95,7 @@ def test_what_would_be_seen_is_seen():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_refused(bad):
-    """It has no level."""
+    """A value that is not finite has no level."""
     values = [random.random() for _ in range(12)]
     with pytest.raises(ValueError, match="not finite"):
         find_changes([*values, bad])

@@ -1,4 +1,4 @@
-"""Data of a workload is resolved from its name and the files that exist, without opening any."""
+"""Tests of how the data of a workload is resolved from its name and the existing files, without opening them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lorameter.studies.data_source import make_absolute, resolve
     ],
 )
 def test_a_hub_id_may_have_a_configuration_and_a_split(data, name, config, split):
-    """In one spelling, which its label has too."""
+    """Each id has one spelling, which is also its label."""
     source = resolve(data)
     assert (source.kind, source.name, source.config, source.split) == ("hub", name, config, split)
     assert source.label == f"{data}{'' if '[' in data else '[train]'}"
@@ -42,7 +42,7 @@ def test_a_hub_id_may_have_a_configuration_and_a_split(data, name, config, split
     ],
 )
 def test_a_name_of_nothing_is_refused(data, words, tmp_path, monkeypatch):
-    """With all that it could be."""
+    """The error lists the accepted forms."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=words) as caught:
         resolve(data)
@@ -50,7 +50,8 @@ def test_a_name_of_nothing_is_refused(data, words, tmp_path, monkeypatch):
 
 
 def test_what_is_there_goes_before_the_hub(tmp_path, monkeypatch):
-    """Also a file whose own name ends in brackets; a pipe is no file, and a file has no splits."""
+    """Existing files precede the hub, also a file whose name ends in brackets; a pipe is not a file, and a file has no
+    splits."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "name").mkdir(parents=True)
     Path("owner/name/a.jsonl").touch()
@@ -86,7 +87,7 @@ def test_what_is_there_goes_before_the_hub(tmp_path, monkeypatch):
     ],
 )  # fmt: skip
 def test_files_say_their_split_in_their_names(names, split, taken, tmp_path):
-    """As a word of it; "train" is taken where there is one."""
+    """The split is a word of the file name; "train" is the default where it exists."""
     for name in names.split():
         (tmp_path / name).touch()
     source = resolve(f"{tmp_path}[{split}]" if split else str(tmp_path))
@@ -105,7 +106,7 @@ def test_files_say_their_split_in_their_names(names, split, taken, tmp_path):
     ],
 )
 def test_a_folder_that_could_be_read_in_two_ways_is_refused(names, split, words, tmp_path):
-    """What would be trained on by chance is asked for."""
+    """An ambiguous folder needs a split."""
     for name in names.split():
         (tmp_path / name).touch()
     with pytest.raises(UsageError, match=words):
@@ -113,7 +114,7 @@ def test_a_folder_that_could_be_read_in_two_ways_is_refused(names, split, words,
 
 
 def test_a_name_is_made_absolute_with_its_split(tmp_path, monkeypatch):
-    """What is not there stays as it is."""
+    """A name without an existing file is unchanged."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     assert make_absolute("folder") == str(tmp_path / "folder")

@@ -1,4 +1,4 @@
-"""Studies about engines: what they say, what is refused, and a script with its difference in braces."""
+"""Tests of studies about engines: content, refusals, and a script with its difference in braces."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def read(tmp_path):
     ],
 )
 def test_braces_are_the_difference(command, without, with_it):
-    """Several of them together, two alternatives, words in quotes, and braces of the script's own."""
+    """The test covers several braces, two alternatives, quoted words, and braces of the script itself."""
     assert split_braces(command) == (without, with_it)
 
 
@@ -84,7 +84,7 @@ def test_braces_are_the_difference(command, without, with_it):
     ],
 )
 def test_what_makes_no_two_commands_is_refused(command, words):
-    """With the command and what to write instead."""
+    """The error has the command and a correct form."""
     with pytest.raises(UsageError) as caught:
         split_braces(command)
     for word in ["--command", *words]:
@@ -103,7 +103,7 @@ def test_a_script_takes_the_place_of_both_variants(read):
 
 
 def test_a_study_without_an_engine_has_nothing_to_ask_a_script():
-    """With the studies that have, and the command for two scripts."""
+    """The error lists the studies about engines and the command for two scripts."""
     for name in ("training-step", "llama2-lora-parameters"):
         with pytest.raises(UsageError, match=r"it claims nothing of an engine.*lorameter ab"):
             study_of_engine(load_study(name), "python train.py {--flag}")
@@ -127,7 +127,7 @@ def test_a_study_without_an_engine_has_nothing_to_ask_a_script():
     ],
 )
 def test_an_engine_that_cannot_be_is_refused(read, given, words):
-    """With the file, what is wrong in it, and what to write."""
+    """The error has the file, the fault and a correct form."""
     with pytest.raises(UsageError) as caught:
         read(**given)
     for word in ["mine.toml", *words]:
@@ -136,7 +136,7 @@ def test_an_engine_that_cannot_be_is_refused(read, given, words):
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_ready_study_has_its_promises_from_a_page(name):
-    """Every claim names an address and the day on which it was read, and is about the engine alone."""
+    """Every claim has an address and the date of reading, and is about the engine only."""
     study = load_study(name)
     assert study.engine is not None
     assert study.protocol.phases == ("train",)

@@ -1,4 +1,4 @@
-"""Baselines: a decision about one valid run, kept for its fingerprint and study."""
+"""Tests of baselines: an accepted valid run, stored for its fingerprint and study."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FAST = {name: [time / 1.2 for time in times] for name, times in BASE.items()}
 
 @pytest.fixture
 def lorameter(tmp_path, capsys):
-    """Any command with --json: its exit code, and its document or its message."""
+    """A function that runs a command with --json and returns its exit code with its document or message."""
 
     def run(*arguments):
         code = main([*map(str, arguments), "--json", "--runs-dir", str(tmp_path / "runs")])
@@ -27,7 +27,7 @@ def lorameter(tmp_path, capsys):
 
 
 def test_the_accepted_run_is_the_base(write_run, lorameter):
-    """`baseline` is that run and not a newer one; accepting another replaces it and says so."""
+    """`baseline` is the accepted run and not a newer one; accepting another replaces it and says so."""
     write_run("a", BASE)
     write_run("b", FAST)
     code, document = lorameter("accept", "a")
@@ -44,7 +44,7 @@ def test_the_accepted_run_is_the_base(write_run, lorameter):
 
 
 def test_fingerprints_and_studies_have_their_own(write_run, lorameter, small_study, tmp_path):
-    """Another machine or another study neither replaces a baseline nor is compared with it."""
+    """A run of another machine or study neither replaces a baseline nor is compared with it."""
     write_run("a", BASE)
     write_run("b", BASE, facts={"device_name": "Other CPU"})
     write_run("c", BASE, study=dataclasses.replace(small_study, name="other"))
@@ -76,7 +76,7 @@ def oom(record):
     ({"change": oom}, "r1-nf4 is oom"),
 ])  # fmt: skip
 def test_an_invalid_run_is_not_accepted(write_run, lorameter, tmp_path, options, said):
-    """Exit 4 with the reason, and the earlier baseline stays."""
+    """The command exits with 4 and the reason, and the earlier baseline stays."""
     write_run("a", BASE)
     write_run("b", BASE, **options)
     lorameter("accept", "a")
@@ -87,7 +87,7 @@ def test_an_invalid_run_is_not_accepted(write_run, lorameter, tmp_path, options,
 
 
 def test_a_run_that_lies_elsewhere_is_refused(write_run, lorameter, tmp_path):
-    """Its baseline would be looked for in another folder; the remedy names it."""
+    """A run in another folder is refused, since its baseline would not be found there; the remedy names the folder."""
     elsewhere = tmp_path / "elsewhere" / "a"
     elsewhere.parent.mkdir()
     write_run("a", BASE).rename(elsewhere)
@@ -97,7 +97,7 @@ def test_a_run_that_lies_elsewhere_is_refused(write_run, lorameter, tmp_path):
 
 
 def test_a_baseline_that_was_deleted_is_an_error_and_no_pass(write_run, lorameter):
-    """Exit 2: a missing file must not read as "nothing to compare with"."""
+    """A missing baseline exits with 2 and does not count as a missing comparison."""
     path = write_run("a", BASE)
     write_run("b", BASE)
     lorameter("accept", "a")
@@ -109,7 +109,7 @@ def test_a_baseline_that_was_deleted_is_an_error_and_no_pass(write_run, loramete
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 2}', '{"schema": 1, "baselines": [{"run": "a"}]}'])
 def test_a_damaged_file_is_refused_and_left_alone(write_run, lorameter, tmp_path, text):
-    """Neither read as empty nor written over."""
+    """A damaged file is neither read as empty nor overwritten."""
     write_run("a", BASE)
     path = tmp_path / "runs" / "baselines.json"
     path.write_text(text)

@@ -1,4 +1,4 @@
-"""What a machine can see: rates, power and prices of constructed runs whose noise is known."""
+"""Tests of the calibration of a machine: rates, power and prices of constructed runs with known noise."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TURNS = 9
 
 @pytest.fixture
 def ab_run(small_study):
-    """A function that makes an A/B run of `plain` whose log ratios have mean log(`ratio`) and the standard deviation.
+    """A function that makes an A/B run of `plain` whose log ratios have mean log(`ratio`) and standard deviation `sd`.
 
     Both hold exactly, over all replicates. The machine moves by 30 % from replicate to replicate, for all arms alike.
     `change` sees every record, and drops it by returning None.
@@ -64,7 +64,7 @@ def ab_run(small_study):
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch):
-    """Enough for shares to a few per cent, in a tenth of the time."""
+    """Reduce the draws, so that shares are precise to a few per cent in a tenth of the time."""
     monkeypatch.setattr(lorameter.verdicts.calibrate, "DRAWS", 200)
 
 
@@ -75,7 +75,8 @@ def plain(small_study):
 
 
 def test_a_quiet_machine_finds_the_slow_down_and_cries_no_wolf(ab_run, plain):
-    """5 % at a standard deviation of 1 %: found by nearly every gate, and identical code is equivalent."""
+    """A slow-down of 5 % at a standard deviation of 1 % is found by nearly every gate, and identical code is
+    equivalent."""
     result = calibrate(ab_run(), plain)
     assert [rate.replicates for rate in result.rates] == [5, 8, 12]
     assert all(rate.false_alarms < 0.02 for rate in result.rates)
@@ -88,7 +89,8 @@ def test_a_quiet_machine_finds_the_slow_down_and_cries_no_wolf(ab_run, plain):
 
 
 def test_prices_follow_from_the_scatter_and_the_time(ab_run, plain):
-    """What the noncentral t says for each effect, in minutes of this run's replicates; a tolerance below the effect."""
+    """Prices follow from the noncentral t for each effect, in minutes of this run's replicates, with a tolerance below
+    the effect."""
     result = calibrate(ab_run(sd=0.02), plain)
     assert result.seconds_per_replicate == pytest.approx(10.0)
     assert [price.effect for price in result.prices] == list(EFFECTS)
@@ -104,14 +106,15 @@ def test_prices_follow_from_the_scatter_and_the_time(ab_run, plain):
 
 
 def test_too_few_replicates_are_refused(ab_run, plain):
-    """Gates of 5 need more than 5 to be drawn from; the number that is there is named."""
+    """Gates of 5 replicates need more than 5 to draw from; the error gives the present number."""
     assert calibrate(ab_run(replicates=6), plain).replicates == 6
     with pytest.raises(InvalidRunError, match=r"run ab: 5 replicates ok.*needs 6"):
         calibrate(ab_run(replicates=5), plain)
 
 
 def test_trials_that_are_not_ok_do_not_count(ab_run, plain):
-    """Neither as replicates nor in the rates, on whichever side; gates are no larger than what both pairs have."""
+    """Failed trials of any arm do not count as replicates or in the rates; gates are limited to the replicates of both
+    pairs."""
 
     def failed(side, role):
         def change(record):

@@ -1,4 +1,5 @@
-"""Each kind of disturbance has one notice, by its worst trial, with how many it hit and which to measure again."""
+"""Tests of disturbance notices: one for each kind, with the worst trial, the affected number, and the trials to measure
+again."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ def record(trial, *, interleaving="replicates", occupancy=None, **values):
 
 
 def test_a_kind_has_one_notice_with_its_worst_trial():
-    """With how many trials it hit, and both numbers."""
+    """The notice has the number of affected trials and the values."""
     watched = {"host_busy_train_s": 9.7, "host_busy_generate_s": 5.0}
     records = [
         record("r0-a", host_steal_train_s=0.3, **watched), record("r1-a", **watched),
@@ -29,7 +30,7 @@ def test_a_kind_has_one_notice_with_its_worst_trial():
 
 
 def test_too_little_of_a_cpu_is_past_the_limit_without_turns():
-    """Else the notice on occupancy says it; on a GPU the host rightly waits."""
+    """With turns the occupancy notice reports it instead; on a GPU the host is expected to wait."""
     one = record("r0-a", occupancy=0.3)
     (notice,) = disturbance_notices([one], on_cpu=True)
     assert notice.code == "cpu-contention"

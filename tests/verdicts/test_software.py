@@ -1,4 +1,4 @@
-"""Versions that scripts report of their software, over those found before their start."""
+"""Tests of the software versions that scripts report, which override the versions found before their start."""
 
 import msgspec
 import pytest
@@ -17,13 +17,14 @@ RECORD = TrialRecord(
 
 
 def reporting(threads=None, **software):
-    """A record whose process reports these versions; underscores replace hyphens."""
+    """Return a record whose process reports these versions; underscores replace hyphens."""
     versions = {name.replace("_", "-"): version for name, version in software.items()}
     return msgspec.structs.replace(RECORD, software=versions, values={} if threads is None else {"threads": threads})
 
 
 def test_reported_versions_take_precedence():
-    """By the normal name of a package; what they do not have is not installed, whatever the other interpreter has."""
+    """Package names are normalised; a package that is not reported is not installed, whatever the other interpreter
+    has."""
     records = [reporting(4.0, python="3.12.1", torch="2.14.0", cuda="12.8", liger_kernel="0.8.5")]
     found = versions_of(STATED, records)
     assert found == {
@@ -46,7 +47,7 @@ def test_reported_versions_take_precedence():
     ],
 )
 def test_differences_over_all_trials(ours, theirs, differing):
-    """Also where an environment was changed in the middle of a run; one that reports nothing has none."""
+    """An environment may change during a run; a record without reported versions has no differences."""
     assert (
         list(differing_versions([reporting(**one) for one in ours], [reporting(**one) for one in theirs])) == differing
     )

@@ -1,4 +1,4 @@
-"""Whether a run counts: one answer for the report, a comparison and a baseline, with the reasons."""
+"""Tests of the validity of a run: report, comparison and baseline use the same answer, with reasons."""
 
 import pytest
 
@@ -11,7 +11,7 @@ TIMES = {"plain": [0.100, 0.101, 0.099, 0.1005], "nf4": [0.200, 0.201, 0.199, 0.
 
 
 def validity_of(path):
-    """The validity of a written run, which a comparison must share."""
+    """Return the validity of a written run, and assert that a comparison has the same."""
     run = store.read_run(str(path), path.parent)
     found = run_validity(run, codec.from_json(Study, run.manifest.study, "run"))
     assert comparison_input(run).broken == found.broken
@@ -19,7 +19,7 @@ def validity_of(path):
 
 
 def test_a_whole_run_is_valid(write_run):
-    """Every trial is ok and the control shows no difference: no fault."""
+    """If every trial is ok and the control shows no difference, the run has no fault."""
     found = validity_of(write_run("a", TIMES))
     assert (found.valid, found.broken, found.failures, found.faults) == (True, None, (), ())
 
@@ -38,7 +38,7 @@ def test_a_whole_run_is_valid(write_run):
     ],
 )
 def test_what_is_wrong_with_a_run_makes_all_of_it_invalid(write_run, options, reason, words):
-    """The report calls it invalid and a comparison says why, in the same breath."""
+    """The report and a comparison give the same reason."""
     found = validity_of(write_run("a", TIMES, **options))
     assert not found.valid
     assert found.faults == (Fault(reason=InvalidReason(reason), message=words),)
@@ -46,7 +46,7 @@ def test_what_is_wrong_with_a_run_makes_all_of_it_invalid(write_run, options, re
 
 
 def test_a_trial_that_failed_is_its_own_variants_only(write_run):
-    """The run is not valid, but the numbers of the other variants can be compared."""
+    """The run is invalid, but the other variants can be compared."""
 
     def fails(record):
         return record.replaced(status="oom") if record.trial == "r1-nf4" else record
@@ -61,6 +61,6 @@ def test_a_trial_that_failed_is_its_own_variants_only(write_run):
 
 
 def test_many_faults_are_counted():
-    """A crash at the start of every trial has as many as there are trials."""
+    """A crash at the start of every trial gives as many faults as trials."""
     faults = [Fault(reason=InvalidReason.TRIAL_FAILED, message=f"fault {index}") for index in range(MOST_FAULTS + 2)]
     assert say_faults(faults) == "fault 0; fault 1; fault 2; and 2 more"

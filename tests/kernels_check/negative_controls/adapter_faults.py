@@ -1,4 +1,4 @@
-"""Ways to train an adapter in part or not at all, and everyday code that looks alike and trains all of it."""
+"""Faults that train an adapter in part or not at all, and usual code that looks similar and trains all of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from negative_controls.small_run import SmallRun
 
 
 def disable_beside_zeros(run: SmallRun) -> None:
-    """Leave ``disable_adapter()`` around the forward; gradients set to zero are there and say nothing."""
+    """Keep ``disable_adapter()`` around the forward; gradients are zero but exist."""
     import torch
 
     run.step()
@@ -30,7 +30,7 @@ def disable_beside_zeros(run: SmallRun) -> None:
 
 
 def rest_dropout_once(run: SmallRun) -> None:
-    """Put the adapter's dropout to sleep for the second of two micro-batches, and wake it after."""
+    """Disable the adapter's dropout for the second of two micro-batches only."""
 
     def passes(run: SmallRun) -> Any:
         run.one_pass()
@@ -49,25 +49,25 @@ def spoil_a_gradient(run: SmallRun) -> None:
 
 
 def freeze_lora_a(run: SmallRun) -> None:
-    """Freeze one of the factors by hand."""
+    """Freeze one of the factors."""
     for name, value in run.model.named_parameters():
         if ".lora_A." in name:
             value.requires_grad_(False)
 
 
 def use_lora_fa(run: SmallRun) -> None:
-    """Train by PEFT's LoRA-FA, whose optimizer freezes lora_A and needs its value."""
+    """Train with PEFT's LoRA-FA, whose optimizer freezes lora_A and needs its value."""
     from peft.optimizers import create_lorafa_optimizer
 
     run.optimizer = create_lorafa_optimizer(run.model, r=4, lora_alpha=8, lr=1e-3)
 
 
 def minimise_sharpness(run: SmallRun, *, undone: bool = False) -> None:
-    """Train by SAM with an optimizer of torch inside; undone: and reload the weights before each step."""
+    """Train with SAM around a torch optimizer; undone: also reload the weights before each step."""
     import torch
 
     class Sharpness(torch.optim.Optimizer):
-        """Takes the gradient from a little uphill, then lets its base step from where it was."""
+        """Takes the gradient at an uphill point, then steps the base optimizer from the original point."""
 
         def __init__(self, parameters: Any) -> None:
             super().__init__(parameters, {"lr": 0.1})
@@ -76,7 +76,7 @@ def minimise_sharpness(run: SmallRun, *, undone: bool = False) -> None:
 
         @torch.no_grad()
         def step(self, closure: Any = None) -> Any:
-            """Two passes and an update."""
+            """Take two passes and an update."""
             with torch.enable_grad():
                 loss = closure()
             values = [value for group in self.param_groups for value in group["params"]]
@@ -105,7 +105,7 @@ def minimise_sharpness(run: SmallRun, *, undone: bool = False) -> None:
 
 
 def step_in_a_thread(run: SmallRun) -> None:
-    """Let another thread do all of the step."""
+    """Execute the whole step in another thread."""
     sound = run.step
 
     def step() -> None:
@@ -117,7 +117,7 @@ def step_in_a_thread(run: SmallRun) -> None:
 
 
 def share_a_factor(run: SmallRun) -> None:
-    """Let the two layers of queries share their lora_A."""
+    """Let two query layers share their lora_A."""
     import torch
 
     first, second = _queries(run)
@@ -126,21 +126,21 @@ def share_a_factor(run: SmallRun) -> None:
 
 
 def pass_one_by(run: SmallRun) -> None:
-    """And call what the second of them wraps in its place."""
+    """Share a factor, and call the base layer in place of the second adapter layer."""
     share_a_factor(run)
     _, second = _queries(run)
     second.forward = second.base_layer.forward
 
 
 def sparse_table() -> Any:
-    """LoRA, and a copy of the embedding that is trained whole."""
+    """Return LoRA with a fully trained copy of the embedding."""
     import peft
 
     return peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", modules_to_save=["embed_tokens"])
 
 
 def send_sparse_gradients(run: SmallRun) -> None:
-    """Let the embedding that is trained give sparse gradients."""
+    """Let the trained embedding produce sparse gradients."""
     import torch
 
     for name, module in run.model.named_modules():
@@ -150,7 +150,7 @@ def send_sparse_gradients(run: SmallRun) -> None:
 
 
 def forget_the_table(run: SmallRun) -> None:
-    """And leave it out of the optimizer."""
+    """Produce sparse gradients, and leave the embedding out of the optimizer."""
     import torch
 
     send_sparse_gradients(run)
@@ -160,7 +160,7 @@ def forget_the_table(run: SmallRun) -> None:
 
 
 def hold_as_lora(run: SmallRun) -> None:
-    """Hold the model in a module of one's own, by a name that speaks of LoRA."""
+    """Hold the model in an own module whose attribute name contains "lora"."""
     from torch import nn
 
     class Learner(nn.Module):
@@ -175,7 +175,7 @@ def hold_as_lora(run: SmallRun) -> None:
 
 
 def train_base_held_as_lora(run: SmallRun) -> None:
-    """And train all of its floating-point weights, by that name."""
+    """Train all floating-point weights of a base below such a name."""
     import torch
 
     hold_as_lora(run)

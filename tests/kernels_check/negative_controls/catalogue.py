@@ -1,4 +1,4 @@
-"""Every negative control: name, path, required value, a run with a fault, a healthy run, and words of the reason.
+"""All negative controls: name, path, required value, a faulty run, a healthy run, and words of the reason.
 
 On a CPU the flash of SDPA takes masks, float32 and heads of any size, so that the verdict on the backend stays true
 there. Such controls are judged by the input that CUDA would refuse, and the reason says what CUDA would do.
@@ -26,7 +26,7 @@ from negative_controls.control import HEALTHY, Control, changed, control, small
 from negative_controls.small_run import only_math
 
 OUTLIERS = partial(eight_bit, threshold=1.0)
-"""8-bit layers with so low a threshold that outlier columns are found in every batch."""
+"""8-bit layers with a threshold so low that every batch has outlier columns."""
 CONTROLS: tuple[Control, ...] = (
     control("eager attention", "attention.backend", "fused", small(attention="eager"), HEALTHY,
         "forward: 2 eager; backward: 2 eager", "attn_implementation='eager'", "load it with 'sdpa'"),

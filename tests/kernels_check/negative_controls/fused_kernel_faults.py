@@ -1,7 +1,5 @@
-"""Stand-ins of fused kernels, bound in a model; the real ones run on a GPU only.
-
-What is bound names a library in its ``__module__``, and computes what the model's own does.
-"""
+"""Fakes of fused kernels that are bound in a model; the real ones run on a GPU only. Each fake names a library in its
+``__module__`` and computes what the model's own function does."""
 
 from __future__ import annotations
 
@@ -13,23 +11,23 @@ from negative_controls.small_run import SmallRun
 
 
 def bind_norms(run: SmallRun) -> None:
-    """Bind the forward of a library to every norm, as ``apply_liger_kernel_to_llama(model=model)`` does."""
+    """Bind a library's forward to every norm, as ``apply_liger_kernel_to_llama(model=model)`` does."""
     for norm in _norms(run):
         _bind(norm)
 
 
 def bind_too_late(run: SmallRun) -> None:
-    """Swap the class for models to come, as the same call does without ``model=``, when this one is built already."""
-    del run  # which keeps what it was built with
+    """Patch the class only, as the same call does without ``model=``, after this model was built."""
+    del run  # the run keeps the functions that it was built with
 
 
 def bind_one_norm(run: SmallRun) -> None:
-    """Patch what has been found under one name."""
+    """Patch only one norm."""
     _bind(_norms(run)[-1])
 
 
 def bind_attention(run: SmallRun, *, library: str = "unsloth", home: str = "kernels.fast_lora") -> None:
-    """Bind another forward to every attention, which calls its projections as those of libraries do.
+    """Bind another forward to every attention; it calls its projections as libraries do.
 
     Args:
         run: to be changed.
@@ -51,7 +49,7 @@ def bind_attention(run: SmallRun, *, library: str = "unsloth", home: str = "kern
 
 
 def _attend(home: str) -> Callable[..., Any]:
-    """A forward of attention that asks the module for its projections."""
+    """Return a forward of attention that calls the projections of the module."""
     from torch.nn import functional
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -69,7 +67,7 @@ def _attend(home: str) -> Callable[..., Any]:
 
 
 def bind_loss(run: SmallRun) -> None:
-    """Bind the forward of a library to the model with the head, as where the loss is fused with it."""
+    """Bind a library's forward to the model with the head, as a fused loss does."""
     head = run.model.get_base_model()
     own = type(head).forward
 
@@ -81,7 +79,7 @@ def bind_loss(run: SmallRun) -> None:
 
 
 def lose_outside(run: SmallRun) -> None:
-    """Bind it, and make the loss from logits all the same, as a trainer with a loss of its own does."""
+    """Bind the fused loss, but compute the loss from logits, as a trainer with its own loss does."""
     from torch.nn import functional
 
     bind_loss(run)

@@ -1,4 +1,4 @@
-"""The closed form of what a forward pass keeps equals what autograd saves, to the byte."""
+"""Tests that the closed form of the saved activations of a forward pass equals what autograd saves, to the byte."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VARIANT = LoraVariant(name="v", r=8)
 
 
 def two_blocks(folder, model_type, **changes):
-    """With grouped heads."""
+    """Write the configuration of two blocks with grouped heads and return its source."""
     config = LLAMA | {"model_type": model_type, "pad_token_id": 0} | changes
     (folder / "config.json").write_text(json.dumps(config))
     return catalogue.resolve(f"random:{folder}")
@@ -36,7 +36,7 @@ def two_blocks(folder, model_type, **changes):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Llama's."""
+    """A model of two llama blocks."""
     return two_blocks(tmp_path_factory.mktemp("llama"), "llama")
 
 
@@ -54,7 +54,7 @@ def source(tmp_path_factory):
     ids=lambda changes: ",".join(f"{key}={value}" for key, value in changes.items()) or "default",
 )
 def test_activations_are_counted_to_the_byte(source, changes):
-    """With packed rows of two records; logits and labels are left out."""
+    """The rows hold two packed records; logits and labels are not counted."""
     assert_counted_to_the_byte(source, dataclasses.replace(VARIANT, **changes))
 
 
@@ -66,13 +66,13 @@ def test_activations_of_every_family_are_counted_to_the_byte(tmp_path, model_typ
 
 
 def test_blocks_with_and_without_a_window_have_two_rotary_embeddings(tmp_path):
-    """Six blocks of Gemma 3, of which the last one attends to all positions."""
+    """In Gemma 3 the last of six blocks attends to all positions."""
     source = two_blocks(tmp_path, "gemma3_text", num_hidden_layers=6, sliding_window=16)
     assert_counted_to_the_byte(source, VARIANT)
 
 
 def assert_counted_to_the_byte(source, variant):
-    """The closed form against what autograd saves."""
+    """Assert that the closed form equals what autograd saves."""
     model = peft_methods.attach(load_base(source, variant, device="cpu", seed=1), variant).train()
     optimizer = peft_methods.make_optimizer(model, variant)
     addresses = {t.untyped_storage().data_ptr() for found in resident_tensors(model, optimizer).values() for t in found}
@@ -85,7 +85,7 @@ def assert_counted_to_the_byte(source, variant):
         loss = model(input_ids=tokens, labels=tokens, position_ids=positions, use_cache=False).loss
         found = live.bytes["activations"]
     del loss
-    labels = 8 * ROWS * LENGTH + 4  # the loss keeps them, and how many there are
+    labels = 8 * ROWS * LENGTH + 4  # the loss saves the labels and their count
     cast_head = 2 * VOCABULARY * LLAMA["hidden_size"] if variant.autocast and variant.prepare_for_kbit else 0
     workload = Workload(sequence_length=LENGTH, batch_size=ROWS)
     kept = Activations(variant, workload, shapes.shape(source), "cpu").sum_kept()

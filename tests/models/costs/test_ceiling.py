@@ -1,4 +1,4 @@
-"""Shares of a peak: arithmetic, interval, formula and source."""
+"""Tests of shares of a peak: arithmetic, interval, formula and source."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_share_with_its_interval():
 
 
 def test_three_figures_of_one_step():
-    """MFU is of the FLOPs that the model needs, HFU of those computed, 6N of those of training all weights."""
+    """MFU counts the FLOPs that the model needs, HFU the computed ones, and 6N those of training all weights."""
     ceiling = ceiling_of(SHAPE, VARIANT, STEP, PEAK, useful=USEFUL, computed=COMPUTED)
     assert ceiling.mfu.value == pytest.approx(training_flops(SHAPE, VARIANT, USEFUL).model / 1e8)
     assert ceiling.hfu.value == pytest.approx(training_flops(SHAPE, VARIANT, COMPUTED).hardware / 1e8)
@@ -46,7 +46,7 @@ def test_three_figures_of_one_step():
 
 
 def test_recomputation_does_not_count_for_mfu():
-    """It is in the hardware utilisation."""
+    """Recomputation counts for HFU only."""
     plain = dataclasses.replace(VARIANT, gradient_checkpointing=False)
     with_it, without = (
         ceiling_of(SHAPE, variant, STEP, PEAK, useful=USEFUL, computed=COMPUTED) for variant in (VARIANT, plain)
@@ -67,13 +67,14 @@ def test_recomputation_does_not_count_for_mfu():
     ],
 )
 def test_the_type_that_a_step_multiplies_in(options, rate):
-    """The frozen layers' own: a 4-bit layer's compute type, autocast's, or the weights'."""
+    """The rate is that of the frozen layers: the compute dtype of 4-bit layers, autocast's dtype, or the weights'
+    dtype."""
     assert product_rate(LoraVariant(**options)) == rate
 
 
 @pytest.mark.parametrize(("rate", "words"), [("memory", "data in a cache"), ("bfloat16", "which is no bound here")])
 def test_a_share_above_the_peak_says_why_it_is_no_bound(rate, words):
-    """Without an interval the share says so."""
+    """The text says so, also for a share without an interval."""
     peak = Peak(device="Test CPU", rate=rate, per_s=100.0, source="measured")
     text = str(utilisation("use", 100, TimeSpan(value=0.5, low=None, high=None), peak, "work"))
     assert "200.0% [no interval]" in text

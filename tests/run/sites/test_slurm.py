@@ -1,4 +1,4 @@
-"""Replicates in jobs of SLURM, whose commands are played by scripts that start processes of this machine."""
+"""Tests of replicates in SLURM jobs; scripts that start local processes replace SLURM's commands."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SACCT = "#!/bin/sh\necho CANCELLED\n"
 
 @pytest.fixture
 def queue(tmp_path, monkeypatch):
-    """The folder of the queue: a file for each job, which holds the id of its process."""
+    """The folder of the queue, with a file for each job that holds the id of its process."""
     queue, programs = tmp_path / "queue", tmp_path / "bin"
     queue.mkdir()
     programs.mkdir()
@@ -63,7 +63,7 @@ def queue(tmp_path, monkeypatch):
 
 
 def wait_for(condition):
-    """What it gives when that is something."""
+    """Wait until the condition returns a value, and return it."""
     deadline = time.monotonic() + 100
     while not (found := condition()):
         assert time.monotonic() < deadline
@@ -72,17 +72,17 @@ def wait_for(condition):
 
 
 def test_replicates_are_spread_over_jobs(placed, run, queue):
-    """One in each job, two jobs at a time; the sites are their nodes."""
+    """Each job measures one replicate, two jobs run concurrently, and the sites are their nodes."""
     code, last, output = run("run", placed('on = "slurm:sites=2,partition=p"', replicates=2), "--if-busy", "share")
     assert code == 0, output
     assert sites_of_whole(last) == {"n0", "n1"}
-    assert len(list(queue.iterdir())) == 1 + 2  # the first describes its node
+    assert len(list(queue.iterdir())) == 1 + 2  # the first job describes its node
     assert set(last.manifest.site_facts) == {"n0", "n1"}
     assert not (last.path / "jobs").exists()
 
 
 def test_a_job_that_is_lost_is_run_again(placed, run, pretended, queue):
-    """Its replicate is measured from its start, and a notice says why."""
+    """Its replicate is measured again from the start, and a notice gives the reason."""
     pretended(turn_s=0.2)
 
     def cancel():
@@ -100,7 +100,7 @@ def test_a_job_that_is_lost_is_run_again(placed, run, pretended, queue):
 
 
 def test_options_of_sbatch_are_passed_on():
-    """A job without a GPU takes its node alone, unless `exclusive` says otherwise."""
+    """A job without a GPU takes a whole node, unless `exclusive` says otherwise."""
     on = "slurm:partition=p,nodelist=n[1-2],gres=gpu:1,gpus_per_node=1,time=7,comment=two words,exclusive=user"
     assert sbatch_options(read_slurm(on).parameters)[4:] == [
         "--exclusive=user", "--time=7", "--partition=p", "--nodelist=n[1-2]", "--gres=gpu:1", "--gpus-per-node=1",
@@ -111,7 +111,7 @@ def test_options_of_sbatch_are_passed_on():
 
 
 def test_a_refusal_of_sbatch_is_reported(placed, run, queue, tmp_path):
-    """By its own message, and nothing is left."""
+    """The error has sbatch's message, and no run is left."""
     (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
     code, last, output = run("run", placed('on = "slurm:partition=p"'))
     assert (code, last) == (2, None)
@@ -120,7 +120,7 @@ def test_a_refusal_of_sbatch_is_reported(placed, run, queue, tmp_path):
 
 
 def test_without_sbatch_it_is_refused_before_anything_is_made(capsys, tmp_path, monkeypatch):
-    """In one sentence, with what works."""
+    """The error is one sentence with the alternative."""
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["run", "training-step", "--on", "slurm", "--runs-dir", str(tmp_path / "runs")]) == 2
     assert "on = 'slurm': this machine has no sbatch" in " ".join(capsys.readouterr().err.split())
@@ -137,7 +137,7 @@ def test_without_sbatch_it_is_refused_before_anything_is_made(capsys, tmp_path, 
     ],
 )
 def test_a_side_that_is_not_the_same_on_another_machine_is_refused(placed, run, queue, tmp_path, base, words):
-    """Before a job waits in a queue."""
+    """The error comes before a job is submitted."""
     for git in (["init", "-q"], ["-c", "user.name=n", "-c", "user.email=e@e", "commit", "-q", "--allow-empty", "-mx"]):
         subprocess.run(["git", *git], cwd=tmp_path, check=True)
     code, last, output = run("ab", placed(""), "--base", base, "--candidate", sys.executable, "--on", "slurm:sites=2")

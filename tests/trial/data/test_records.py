@@ -1,4 +1,5 @@
-"""Files of every kind, saved data sets and the hub give the same records; errors name file and row."""
+"""Tests that files of every kind, saved data sets and the hub give the same records, and that errors name file and
+row."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ def read(data, **changes):
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.json", "x.csv.gz", "x.parquet"])
 def test_every_kind_of_file_gives_the_same_rows(write, name):
-    """Quotes, line ends in cells and letters of any script; no text becomes a number or null."""
+    """Quotes, line ends in cells and all scripts are kept; no text becomes a number or null."""
     records, _ = read(write(name, SAMPLE))
     assert sorted(map(str, records)) == sorted(map(str, SAMPLE))
 
@@ -47,7 +48,7 @@ GOOD_LINE = b'{"text": "a"}\n'
     ],
 )  # fmt: skip
 def test_an_unreadable_row_is_named(tmp_path, name, content, words):
-    """With its file, and with the reader's reason."""
+    """The error names the file and has the reader's reason."""
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(UsageError, match=f"(?s){words}"):
@@ -72,7 +73,8 @@ GOOD = {"instruction": "say it", "context": "", "response": "it"}
     ids=lambda value: str(value)[-30:],
 )
 def test_a_record_that_cannot_serve_is_named(tmp_path, lines, words):
-    """An empty file, a cell without a text, a line that is no record; `describe_data` refuses them before a run."""
+    """An empty file, a cell without text and a line that is not a record are refused, by `describe_data` before a
+    run."""
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(lines))
     with pytest.raises(UsageError) as caught:
@@ -84,7 +86,7 @@ def test_a_record_that_cannot_serve_is_named(tmp_path, lines, words):
 
 
 def test_holding_out_every_record_is_refused(tmp_path):
-    """Nothing would be left to train on."""
+    """At least one record must remain for training."""
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join([json.dumps(GOOD)] * 16))
     with pytest.raises(UsageError, match="16 records, and held_out_records = 16: none is left to train on"):
@@ -103,7 +105,7 @@ def saved(path, rows):
 
 
 def test_a_saved_data_set_is_read_whole(tmp_path):
-    """In several shards and with its order changed; only the columns that are trained on."""
+    """A shuffled data set in several shards is read, with only the columns that are trained on."""
     data = datasets.Dataset.from_list(ROWS).shuffle(seed=1).select(range(500))
     data.save_to_disk(tmp_path / "mine", num_shards=3)
     records, label = read(str(tmp_path / "mine"))
@@ -113,7 +115,7 @@ def test_a_saved_data_set_is_read_whole(tmp_path):
 
 
 def test_a_folder_of_files_is_one_data_set(write, tmp_path):
-    """Of the files of the split, in the order of their names; other files there are ignored."""
+    """The files of the split are read in the order of their names; other files are ignored."""
     for part in (1, 0):
         write(f"train-{part}.jsonl.gz", ROWS[2 * part : 2 * part + 2])
     write("test.jsonl", ROWS[:1])
@@ -124,7 +126,7 @@ def test_a_folder_of_files_is_one_data_set(write, tmp_path):
 
 
 def test_a_data_set_of_the_hub_is_loaded_by_configuration_and_split(monkeypatch):
-    """The library's reason is reported for one that cannot be loaded."""
+    """A data set that cannot be loaded gives the library's reason."""
 
     def load_dataset(name, config, *, split):
         if (name, config, split) != ("owner/name", "main", "test"):
@@ -156,7 +158,8 @@ def test_a_data_set_of_the_hub_is_loaded_by_configuration_and_split(monkeypatch)
     ],
 )  # fmt: skip
 def test_common_columns_are_recognised(names, title, parts):
-    """Of dolly, Alpaca, prompts with completions, chats, ShareGPT and plain text, in any order and among others."""
+    """The columns of dolly, Alpaca, prompt/completion, chats, ShareGPT and plain text are recognised in any order and
+    among others."""
     form = recognise(names.split(), DataColumns(), "data")
     assert (form.title, set(form.columns)) == (title, parts)
 
@@ -192,7 +195,7 @@ def test_unknown_and_ambiguous_columns_are_refused(names, words):
     ],
 )
 def test_a_row_that_differs_from_the_first_is_refused(names, row, words):
-    """A missing column, an additional one that would be lost, a value that is no text."""
+    """A missing column, an additional column and a value that is not text are refused."""
     form = recognise(names, DataColumns(), "data")
     with pytest.raises(UsageError, match=f"line 9: {words}"):
         form.read(row, "line 9")

@@ -1,4 +1,4 @@
-"""The profile of a trial's steps."""
+"""Tests of the profile of a trial's steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lorameter.trial.profiling.trial import ProfiledTrial
 
 @pytest.fixture
 def trial(tmp_path):
-    """A built trial of the smallest model, with nothing measured yet."""
+    """A built trial of the smallest model without measurements."""
     workload = Workload(sequence_length=32, batch_size=1, train_sequences=4, held_out_records=4, held_out_sequences=1)
     request = TrialRequest(
         trial="t", variant=LoraVariant(name="v", r=4), role="variant", replicate=0, seed=1, workload=workload,
@@ -43,4 +43,4 @@ def test_a_profile_times_phases_and_counts_products(trial, monkeypatch):
     found = from_values(trial.run("profile", budget_s=0.0).values)
     block = 256 * (2 * 256 + 2 * 128) + 3 * 256 * 704
     assert (found.plain, found.head) == (4 * block, 256 * 320)
-    assert found.weights == found.forward - 4 * block  # the adapter's
+    assert found.weights == found.forward - 4 * block  # the adapter's products
