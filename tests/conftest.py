@@ -27,18 +27,18 @@ pytest_plugins = ["pytester"]
 HERE = Path(__file__).parent
 OLD_PACKAGING = "packaging==24.2"
 
-gc.disable()  # until all tests are collected: half of that time would go into looking for garbage among what stays
+gc.disable()  # until all tests are collected: garbage collection would take half of that time
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two OpenMP threads on two cores collapse under contention
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two OpenMP threads on two cores are very slow under contention
 INPUTS = tuple(f"LORAMETER_{name}" for name in "CACHE CONTRACT DOLLY GEMMA NOISE TRACES".split())
-"""Variables that name what tests read; any other one of lorameter's would change what they measure, or where."""
+"""Variables that name inputs of tests; any other variable of lorameter would change what tests measure, or where."""
 for name in [name for name in os.environ if name.startswith("LORAMETER_") and name not in INPUTS]:
     del os.environ[name]
 OWN = ("LORAMETER_LOCKS", "LORAMETER_BASES")
-for name in OWN:  # of this process: the other one measures as well, and what tests prepare is of no use to anybody
+for name in OWN:  # folders of this process, since other test processes measure too; nothing reuses what tests prepare
     os.environ[name] = tempfile.mkdtemp(prefix="lorameter-tests-")
-os.environ.pop("COLUMNS", None)  # reports are as wide as it says, and a process of xdist has it
-os.environ.pop("PYTEST_XDIST_WORKER", None)  # a pytest that a test starts would take itself for a part of this one
+os.environ.pop("COLUMNS", None)  # it sets the width of reports, and xdist sets it in its processes
+os.environ.pop("PYTEST_XDIST_WORKER", None)  # otherwise a pytest that a test starts would act as an xdist worker
 
 # How long an example takes depends on the machine and its load.
 hypothesis.settings.register_profile(
@@ -48,8 +48,8 @@ hypothesis.settings.load_profile("any machine")
 
 
 def pytest_collection_modifyitems(config, items):
-    """GPU tests say why they do not run here; what takes long is left out unless its marker asks for it:
-    `-m selftest` or `-m faults` (make proof-long)."""
+    """GPU tests give the reason of their skip; slow tests are deselected unless `-m selftest` or `-m faults` selects
+    them (make proof-long)."""
     for marker in ("selftest", "faults"):
         if marker not in config.option.markexpr:
             long = {item for item in items if item.get_closest_marker(marker) and HERE in item.path.parents}
@@ -69,21 +69,21 @@ def _has_gpu():
 
 
 def pytest_collection_finish():
-    """What is there now stays to the end."""
+    """Freeze the objects that exist after the collection, which stay until the end."""
     gc.freeze()
     gc.enable()
 
 
 def pytest_unconfigure():
-    """Bases are as large as models; also of the process that only hands tests out."""
+    """Remove the prepared bases, which are as large as models, also in the controlling process of xdist."""
     for name in OWN:
         shutil.rmtree(os.environ[name], ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def signals_reach_what_is_started():
-    """A shell has what it starts in the background ignore INT, `nohup` HUP, and every process that a test starts would
-    inherit that, to which tests send them; a handler is not inherited."""
+    """Handle SIGINT and SIGHUP where the shell ignores them (background jobs, `nohup`), since processes of the tests
+    would inherit that; a handler is not inherited."""
     ignored = {
         number: signal.signal(number, handler)
         for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None))
@@ -96,7 +96,7 @@ def signals_reach_what_is_started():
 
 @pytest.fixture(scope="module", autouse=True)
 def nothing_imported_is_collected():
-    """Keep what was imported out of the collector's sight, as the zygote does.
+    """Exclude imported objects from garbage collection, as the zygote does.
 
     The phases of a trial end with a full collection; in a process that has imported every library it takes 0.4 s and
     was a third of the time of the tests that train.
@@ -108,7 +108,7 @@ def nothing_imported_is_collected():
 
 @pytest.fixture(autouse=True)
 def no_steps_are_timed(monkeypatch):
-    """A forecast of what was never measured starts a process that times steps; here every step takes as long."""
+    """Replace the process that times steps for a forecast by constant times."""
     from lorameter.run import forecast_time
 
     time_steps = forecast_time.time_steps
@@ -126,7 +126,7 @@ def no_steps_are_timed(monkeypatch):
 
 @pytest.fixture
 def machine() -> Machine:
-    """A CPU machine with AVX512-BF16, as described, not as probed."""
+    """A CPU machine with AVX512-BF16, described and not probed."""
     return Machine(
         device="cpu", device_name="Test CPU", device_memory_bytes=None, driver=None, cuda=None, cpu_model="Test CPU",
         cpus=2, memory_bytes=8 * 2**30, avx512_bf16=True, kernel="6.0", python="3.11.0",
@@ -135,7 +135,7 @@ def machine() -> Machine:
 
 @pytest.fixture(scope="session")
 def small_study() -> Study:
-    """Two variants, two replicates, as little work as still is a trial; it counts however busy the machine is."""
+    """A study of two variants and two replicates with minimal work, which is valid however busy the machine is."""
     return Study(
         name="small",
         title="small",
@@ -154,7 +154,7 @@ def small_study() -> Study:
 
 @pytest.fixture
 def dolly() -> Path:
-    """The real data set, if it is there: $LORAMETER_DOLLY, or in a folder `shared` next to the checkout."""
+    """The real data set from $LORAMETER_DOLLY or from a folder `shared` next to the checkout; skips without it."""
     default = Path(__file__).parents[2] / "shared" / "data" / "databricks-dolly-15k.jsonl.gz"
     path = Path(os.environ.get("LORAMETER_DOLLY", default))
     if not path.is_file():
@@ -220,7 +220,7 @@ FACTS = {
 
 @pytest.fixture
 def write_run(tmp_path: Path, small_study: Study):
-    """A function that writes a whole run, as the runner would, with exact numbers; returns its directory.
+    """A function that writes a whole run with exact numbers, as the runner would, and returns its directory.
 
     `steps` are the step times of each variant, one a replicate; the control repeats the reference's, times `control`.
     `facts` replaces fields of the provenance, `change` any record on its way to the disk.
@@ -271,8 +271,8 @@ def write_run(tmp_path: Path, small_study: Study):
 
 @pytest.fixture
 def sft_command(tmp_path):
-    """`trl sft` on a small model and records of one's own in this folder, its steps and its rank left open; skips
-    where TRL is not installed."""
+    """The command `trl sft` on a small model and records in this folder, without steps and rank; skips where TRL is not
+    installed."""
     program = Path(sys.executable).with_name("trl")
     if importlib.util.find_spec("trl") is None or not program.is_file():
         pytest.skip("needs trl")
@@ -299,8 +299,8 @@ def sft_command(tmp_path):
 
 @pytest.fixture(scope="session")
 def index(tmp_path_factory):
-    """Skips where no package index is reachable; gives a requirement that is on it: pure, small, and older than
-    anything that depends on lorameter's own dependencies would bring."""
+    """A requirement on a reachable package index that is pure, small and older than any version that lorameter's
+    dependencies need; skips without an index."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
     done = subprocess.run(
         [*command, str(tmp_path_factory.mktemp("index")), OLD_PACKAGING], capture_output=True, text=True, check=False

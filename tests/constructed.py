@@ -1,4 +1,5 @@
-"""Small runs with planted values, for tests of what reads runs: they are written to a temporary folder on import.
+"""Small runs with injected values, for tests of programs that read runs; they are written to a temporary folder on
+import.
 
 Manifests and the fields of a record that no test plants come from the two runs that are committed under reports/, so
 that the constructed ones have the form of measured ones. Their samples are drawn by seeded generators of the standard
@@ -31,7 +32,7 @@ MEASURED = {
 REFERENCE, NF4, ALPHA = "lora-r16", "qlora-nf4-r16", "qlora-nf4-r64-a256"
 SWEEP = ("r64-a16-d0.1", "lora_alpha=32", "lora_alpha=64", "lora_alpha=256", "r=16", "r=32", "r=512")
 JUDGED = ("1", "2", "3", "3 to EOS", "4", "8", "9", "11")
-"""Claims on alpha and r alone that have the levels they speak of in this sweep."""
+"""Claims on alpha and r only, whose levels this sweep has."""
 BEGUN = 1795000000.0
 MIB = 2**20
 SCHEMA = 5
@@ -46,7 +47,7 @@ def rounded(value: float) -> float:
 
 
 def measured(which: str) -> tuple[Json, list[Json]]:
-    """Manifest and records of a committed run."""
+    """Return manifest and records of a committed run."""
     manifest = json.loads((MEASURED[which] / "manifest.json").read_text(encoding="utf-8"))
     found = [json.loads(line) for line in (MEASURED[which] / "checks.jsonl").read_text(encoding="utf-8").splitlines()]
     evidence = {one["hash"]: one["check"] for one in found}
@@ -56,7 +57,7 @@ def measured(which: str) -> tuple[Json, list[Json]]:
 
 
 class Planted:
-    """One run: what the machine does to all arms of a turn alike, what is an arm's own, and what is planted."""
+    """One run: the machine's effect on all arms of a turn, the noise of each arm, and the injected values."""
 
     def __init__(
         self,
@@ -94,7 +95,7 @@ class Planted:
         self.reference = self.manifest["study"]["reference"]
 
     def write(self, folder: Path) -> Path:
-        """The run's directory; a record that `change` drops was planned all the same."""
+        """Write the run and return its directory; a record that `change` drops stays in the plan."""
         planned = list(self._records())
         kept = [changed for record in copy.deepcopy(planned) if (changed := self.change(record)) is not None]
         order = list(dict.fromkeys(record["trial"] for record in planned))
@@ -136,7 +137,7 @@ class Planted:
         return made
 
     def _arms(self) -> list[tuple[str, str, str]]:
-        """Name, role and side of each trial of a replicate."""
+        """Return name, role and side of each trial of a replicate."""
         if not self.sides:
             arms = [(name, "variant", "") for name in self.variants]
             return [*arms, (self.reference, "control", "")] if self.reference in self.variants else arms
@@ -158,7 +159,7 @@ class Planted:
                     position += 1
 
     def _machine(self) -> list[float]:
-        """Step times of the reference in one replicate: the machine's noise is far larger than an arm's own."""
+        """Return step times of the reference in one replicate; the machine's noise is far larger than an arm's own."""
         level = 0.05 * self.scale * math.exp(self.luck.gauss(0, 0.04))
         return [level * math.exp(self.luck.gauss(0, 0.08)) for _ in range(self.turns)]
 
@@ -224,7 +225,7 @@ class Planted:
         return self.losses.get(name, 4.6) * math.exp(self.luck.gauss(0, 0.001))
 
     def _checked(self, template: Json) -> list[Json]:
-        """Some checks with a short reason."""
+        """Return some checks with a short reason."""
         return [check | {"reason": "seen"} for check in template["checks"][: self.checks]]
 
     def _memory(self, name: str, side: str) -> Json:
@@ -252,7 +253,7 @@ def _text(value: Any, indent: int | None = None) -> str:
 
 
 def failure(record: Json, status: str, phase: str, kind: str, message: str) -> Json:
-    """The record of a trial that did not come to a good end: no samples, and why."""
+    """Return the record of a failed trial: no samples, and the reason."""
     fault = {"phase": phase, "kind": kind, "message": message, "traceback": f"Traceback: {kind}: {message}"}
     return record | {
         "status": status,
@@ -278,7 +279,7 @@ def failed(record: Json) -> Json | None:
 
 
 def diverged(record: Json) -> Json:
-    """A loss that is not a number makes the trial invalid; JSON has its name in place of the number."""
+    """Make a trial invalid by a loss that is NaN, which JSON holds as a string."""
     if record["trial"] != f"r1-{ALPHA}":
         return record
     samples = record["samples"]
@@ -289,14 +290,14 @@ def diverged(record: Json) -> Json:
 
 
 def fallen_back(record: Json) -> Json:
-    """A required path of one variant is not active, in every trial."""
+    """Make a required path of one variant inactive in every trial."""
     if record["name"] == NF4 and record["checks"]:
         record["checks"][0] |= {"observed": "math", "status": "fallback", "reason": "forward: 4 math"}
     return record
 
 
 def broken_off(record: Json) -> Json | None:
-    """What a run that was stopped in its third replicate holds."""
+    """Return the records of a run that was stopped in its third replicate."""
     if record["replicate"] > 2:
         return None
     if record["replicate"] == 2 and record["name"] != REFERENCE:
@@ -309,7 +310,7 @@ def until_the_second(record: Json) -> Json | None:
 
 
 def disturb(path: Path) -> None:
-    """Trials that were measured again: one came to a good end at the second attempt, one never did."""
+    """Add trials that were measured again: one succeeded at the second attempt, one never did."""
     lines = [json.loads(line) for line in (path / "trials.jsonl").read_text(encoding="utf-8").splitlines()]
     fault = {"phase": "train", "kind": "Disturbed", "traceback": ""}
     fault["message"] = "while training the machine swapped 64 MiB in 1.00 s (constructed)"
@@ -329,7 +330,7 @@ def disturb(path: Path) -> None:
 
 
 def cut(path: Path) -> None:
-    """The process was killed while it wrote its last line."""
+    """Truncate the last line, as a process that was killed while writing does."""
     text = (path / "trials.jsonl").read_text(encoding="utf-8")
     (path / "trials.jsonl").write_text(text[: -len(text.splitlines()[-1]) // 2], encoding="utf-8")
 
@@ -344,7 +345,7 @@ def resumed(manifest: Json) -> Json:
 
 
 def elsewhere(manifest: Json) -> Json:
-    """Another torch and another CPU."""
+    """Change torch and the CPU."""
     manifest["provenance"]["libraries"]["torch"] = "2.12.1+cpu"
     manifest["provenance"] |= {"cpu_model": "Another CPU", "device_name": "Another CPU"}
     return manifest | {"fingerprint": "0123456789ab"}
@@ -357,7 +358,7 @@ def crashed_candidate(record: Json) -> Json:
 
 
 def one_claim_unanswered(manifest: Json) -> Json:
-    """A variant of the sweep was not selected, so that what is claimed of it cannot be judged."""
+    """Deselect a variant of the sweep, so that its claim cannot be judged."""
     manifest["selection"] = [name for name in manifest["selection"] if name != "r=32"]
     return manifest
 
@@ -368,7 +369,7 @@ def without_r_32(record: Json) -> Json | None:
 
 BOTH = ("train", "generate")
 USUAL = {NF4: 1.1, ALPHA: 1.002}
-"""Against the reference one variant is slower by far, the other is equivalent."""
+"""Against the reference, one variant is much slower, and the other is equivalent."""
 LOSSES = dict(zip(SWEEP, (3.9, 3.8, 3.6, 3.2, 3.9, 3.9, 3.91), strict=True))
 ANSWERS = dict(zip(SWEEP, (48.0, 46.0, 40.0, 12.0, 48.0, 48.0, 48.0), strict=True))
 SWEPT: Json = {
@@ -378,7 +379,7 @@ SWEPT: Json = {
 
 
 def runs() -> list[tuple[Planted, Callable[[Path], None]]]:
-    """Every run, with what is done to its files afterwards."""
+    """Return every run with the changes of its files afterwards."""
 
     def nothing(path: Path) -> None:
         pass
@@ -427,7 +428,7 @@ def runs() -> list[tuple[Planted, Callable[[Path], None]]]:
 
 
 def damage(folder: Path) -> None:
-    """A small run, damaged in one way after another."""
+    """Write a small run with one kind of damage after another."""
 
     def damaged(name: str, manifest: Change | None = None, record: Change | None = None) -> Path:
         run = Planted(name, replicates=1, checks=1, variants=(REFERENCE,))
@@ -452,11 +453,11 @@ RAN = {
     "backward": (("aten::mm", "matmul", 0.11), ("bitsandbytes::dequantize_4bit", "dequantize", 0.008)),
     "update": (("aten::_fused_adamw_", "optimizer", 0.008),),
 }
-"""Constructed: under the profiler everything takes twice as long."""
+"""Constructed times under the profiler, which doubles them."""
 
 
 def profile(*, missing: str = "") -> Json:
-    """A profile of the 4-bit variant."""
+    """Return a profile of the 4-bit variant."""
     luck = random.Random(f"profile {missing}")
     manifest, records = measured("lora-or-qlora")
     variant = next(one for one in manifest["study"]["variants"] if one["name"] == NF4)
@@ -515,7 +516,7 @@ RUNS, DAMAGED, PROFILES = (FOLDER / name for name in ("runs", "damaged", "profil
 
 
 def construct() -> None:
-    """Write everything."""
+    """Write all runs, damaged runs and profiles."""
     for run, afterwards in runs():
         afterwards(run.write(RUNS))
     damage(DAMAGED)

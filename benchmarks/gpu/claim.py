@@ -1,4 +1,4 @@
-"""A claim about GPUs, and how one is decided: confirmed, refuted, or not."""
+"""A claim about GPUs, and how it is decided: confirmed, refuted, or not decided."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VERDICTS: tuple[Verdict, ...] = ("confirmed", "refuted", "not decided")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """A verdict with what it rests on."""
+    """A verdict and its evidence."""
 
     verdict: Verdict
     evidence: str
@@ -31,10 +31,10 @@ class Claim:
     says: str
     judge: Judge
     steps: tuple[str, ...]
-    """The steps without which it is not decided."""
+    """The steps that it needs to be decided."""
 
     def decide(self, evidence: Evidence) -> Decision:
-        """Judge by the evidence; missing evidence decides nothing."""
+        """Judge by the evidence; missing evidence leaves the claim undecided."""
         try:
             return self.judge(evidence)
         except NotSeenError as error:
@@ -45,17 +45,17 @@ class Claim:
 
 
 def decided(holds: bool, evidence: str) -> Decision:
-    """Confirmed if it holds, else refuted."""
+    """Return confirmed if the claim holds, else refuted."""
     return Decision(verdict="confirmed" if holds else "refuted", evidence=evidence)
 
 
 def undecided(why: str) -> Decision:
-    """Neither."""
+    """Return a decision that is neither."""
     return Decision(verdict="not decided", evidence=why)
 
 
 def by_tests(*names: str, needed: int | None = None) -> Judge:
-    """Refuted by any of these tests that failed; confirmed if all that could be run passed, and as many as needed.
+    """Return a judge: refuted by a failed test; confirmed if all tests that could run passed, and as many as needed.
 
     Args:
         names: `FILE::NAME`, with all cases of one that is parametrised.

@@ -1,4 +1,4 @@
-"""Measures the facts that the harness assumes of a GPU; each is a line of JSON.
+"""Measures the facts that the harness assumes about a GPU, and prints each as a line of JSON.
 
 A fact that cannot be measured is a line with its reason, and the others follow. Nothing is judged here:
 `benchmarks.gpu.claims` says what each fact decides.
@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 Fact = dict[str, Any]
 NEEDS_NO_GPU = ("zygote",)
 RESTS_S = (0.0, 0.003, 0.03, 0.3, 2.0)
-"""None, which shows the noise; about what a hand-over between turns takes; a pause in which a GPU may lower
+"""No rest, which gives the noise; about the time of a hand-over between turns; and pauses after which a GPU may lower
 its clocks."""
 COUNTED_S = 1.5
 
 
 def machine() -> Fact:
-    """GPU, driver and libraries; what the context of a process takes, in seconds and in bytes."""
+    """Return GPU, driver, libraries, and the start time and memory of a process's CUDA context."""
     import torch
 
     begin = time.perf_counter()
@@ -53,7 +53,7 @@ def machine() -> Fact:
 
 
 def zygote() -> Fact:
-    """Whether a zygote forks, and what its child can do; in a process of its own, in a worker's environment."""
+    """Return whether a zygote forks and what its child can do, in a new process with a worker's environment."""
     from lorameter.run.workers.local import worker_environment
 
     done = subprocess.run(
@@ -67,7 +67,8 @@ def zygote() -> Fact:
 
 
 def attention() -> Fact:
-    """Which attention torch chooses by itself for the shapes of a study, and which of them take a mask."""
+    """Return the attention backend that torch selects for the shapes of a study, and the backends that accept a
+    mask."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention as attend
@@ -76,7 +77,7 @@ def attention() -> Fact:
         return torch.randn(rows, number, length, 128, device="cuda", dtype=dtype, requires_grad=grad)
 
     mask = torch.ones(4, 1, 1024, 1024, device="cuda", dtype=torch.bool).tril()
-    attend(heads(32, 8), heads(32, 8), heads(32, 8), is_causal=True)  # what it prefers is settled by the first call
+    attend(heads(32, 8), heads(32, 8), heads(32, 8), is_causal=True)  # the first call fixes torch's order of backends
     cases = {
         "causal": ([heads(32, 1024, grad=True) for _ in range(3)], {"is_causal": True}),
         "masked": ([heads(32, 1024, grad=True) for _ in range(3)], {"attn_mask": mask}),
@@ -103,7 +104,7 @@ def attention() -> Fact:
 
 
 def clock() -> Fact:
-    """A lap by events against the wall, against the kernels that CUPTI recorded, and after a rest of the GPU."""
+    """Return the ratios of event times to wall times, to CUPTI's kernel times, and to times after a rest of the GPU."""
     from lorameter.trial.process import Stopwatch
 
     work, watch = products(), Stopwatch("cuda")
@@ -132,7 +133,7 @@ def clock() -> Fact:
 
 
 def counters() -> Fact:
-    """How often the energy counter moves, and clocks while work is queued and after it."""
+    """Return the period of the energy counter, and the clocks during and after queued work."""
     import torch
 
     gpu, work = open_gpu(), products()
@@ -160,7 +161,7 @@ def counters() -> Fact:
 
 
 def clocks(samples: list[Any]) -> Fact:
-    """The clocks of some moments, and how many of them are of an idle GPU."""
+    """Return the median clock of the samples, and how many samples are of an idle GPU."""
     found = [one["sm_clock_hz"].value for one in samples if one["sm_clock_hz"].known]
     return {
         "sm_clock_hz": statistics.median(found) if found else None,
@@ -170,7 +171,7 @@ def clocks(samples: list[Any]) -> Fact:
 
 
 def names() -> Fact:
-    """The kernels of products, attention and norms in the types that are trained in, by the rules that name them."""
+    """Return the kernels of products, attention and norms in the trained dtypes, with their matching rules."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention as attend
 
@@ -206,7 +207,7 @@ def names() -> Fact:
 
 
 class Recorded(NamedTuple):
-    """An event of torch.profiler: of the host, or of what ran on the GPU."""
+    """An event of torch.profiler on the host or on the GPU."""
 
     name: str
     time_s: float
@@ -214,8 +215,8 @@ class Recorded(NamedTuple):
 
 
 def recorded(call: Callable[[], object]) -> list[Recorded]:
-    """What torch.profiler records of a call and of the wait for it; once more where nothing of it is the GPU's, as it
-    can directly follow another session (a race in CUPTI)."""
+    """Return what torch.profiler records of a call with synchronisation; a session without GPU events is repeated,
+    since CUPTI has a race after another session."""
     found = _session(call)
     return found if any(one.on_gpu for one in found) else _session(call)
 
@@ -235,7 +236,7 @@ def _session(call: Callable[[], object]) -> list[Recorded]:
 
 
 def products() -> Callable[[int], None]:
-    """A function that queues so many large products and does not wait for them; it has run."""
+    """Return a function that queues the given number of large products without waiting; it is warmed up."""
     import torch
 
     left = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
@@ -250,7 +251,7 @@ def products() -> Callable[[int], None]:
 
 
 def open_gpu() -> Any:
-    """The GPU that torch uses, as NVML sees it. Raises RuntimeError where it does not find it."""
+    """Open torch's GPU with NVML. Raises RuntimeError where NVML does not find it."""
     from lorameter.machine.telemetry import open_torch_gpu
 
     found = open_torch_gpu("cuda")
@@ -263,7 +264,7 @@ FACTS: tuple[Callable[[], Fact], ...] = (machine, zygote, attention, clock, coun
 
 
 def main(arguments: list[str]) -> int:
-    """Look for every fact, or for those named; 0 unless one that could be had could not be read."""
+    """Measure all facts or the given ones; return 0 unless an available fact could not be read."""
     import torch
 
     failed = 0

@@ -1,4 +1,4 @@
-"""Random models for `random_models.py`: attention, storage and adapter, with what is true of each.
+"""Random models for `random_models.py`: attention, storage and adapter, with the true value of each checked path.
 
 The truth is written down where a choice is made, never read off the model afterwards. What an attention is follows from
 how it is written: on a CPU torch's scaled dot product is its flash kernel, unless that is forbidden around the call or
@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 WIDTH, HEADS, WORDS, PAD = 32, 2, 61, 0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-"""What may be required of a path whose requirement is a least share."""
+"""Values that may be required of a path with a minimum share."""
 SDPA = ("flash", "math by context", "math by dropout")
 EAGER = ("eager by matmul", "eager by bmm", "eager by einsum")
 ELEMENTWISE = "elementwise"
@@ -36,27 +36,27 @@ KINDS = (*SDPA, *EAGER, ELEMENTWISE)
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """Which requirements of a path hold."""
+    """The requirements of a path that hold."""
 
     holds: frozenset[Any] = frozenset()
     free: frozenset[Any] = frozenset()
-    """Requirements of which the definition of the path does not say whether they hold."""
+    """Requirements for which the definition of the path leaves open whether they hold."""
     hidden: bool = False
-    """Whether `unknown` is right as well, since the path cannot be observed."""
+    """Whether `unknown` is also right, since the path cannot be observed."""
 
 
 def true(*holds: Any, free: Any = (), hidden: bool = False) -> Truth:
-    """These requirements hold, and those that are free may."""
+    """Return a truth where these requirements hold and the free ones may hold."""
     return Truth(frozenset(holds), frozenset(free), hidden)
 
 
 def at_least(share: float) -> Truth:
-    """A least share holds up to this one."""
+    """Return a truth where every minimum share up to this one holds."""
     return true(*(one for one in SHARES if one <= share))
 
 
 def undecided(truth: Truth) -> Truth:
-    """What held may hold and need not."""
+    """Return a truth where the holding requirements become free."""
     return true(free=truth.holds | truth.free, hidden=truth.hidden)
 
 
@@ -71,7 +71,7 @@ class Attending:
 
 
 def allowed(length: int, padding: Tensor | None, segments: Tensor | None) -> Tensor:
-    """Which token sees which, [rows or 1, 1, length, length]: the past of its segment without padding."""
+    """Return which token attends to which, [rows or 1, 1, length, length]: the past of its segment without padding."""
     seen = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
     if padding is not None:
         seen = seen & padding.bool()[:, None, None, :] | torch.eye(length, dtype=torch.bool)
@@ -81,7 +81,7 @@ def allowed(length: int, padding: Tensor | None, segments: Tensor | None) -> Ten
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, how: Attending, *, training: bool) -> Tensor:
-    """Attention over [rows, heads, length, size]."""
+    """Compute attention over [rows, heads, length, size]."""
     additive = torch.zeros(seen.shape, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)
     if how.kind in SDPA:
         options: dict[str, Any] = {"attn_mask": {"additive": additive, "boolean": seen}.get(how.mask)}
@@ -111,7 +111,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, how: Attendi
 
 
 def elementwise(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Tensor:
-    """Attention without a matrix product and without a softmax."""
+    """Compute attention without a matrix product and without a softmax."""
     scores = (query.unsqueeze(3) * key.unsqueeze(2)).sum(-1) / math.sqrt(query.shape[-1])
     weights = scores.clamp(-20, 20).exp() * (1 if seen is None else seen)
     return ((weights / weights.sum(-1, keepdim=True)).unsqueeze(-1) * value.unsqueeze(2)).sum(3)
@@ -135,7 +135,7 @@ class SelfAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """A decoder layer, recomputed in the backward pass as a whole, in its MLP, or not at all."""
+    """A decoder layer that is recomputed in the backward pass as a whole, in its MLP, or not at all."""
 
     def __init__(self, how: Attending) -> None:
         super().__init__()
@@ -153,10 +153,10 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A language model of a few blocks; packed records are separated by positions that restart."""
+    """A language model of a few blocks; positions that restart separate packed records."""
 
     merges: int | None = None
-    """The number of a boundary between records that is lost."""
+    """The number of a record boundary that is dropped."""
 
     def __init__(self, hows: list[Attending]) -> None:
         super().__init__()
@@ -166,13 +166,13 @@ class Decoder(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
-        """Logits, [rows, length, words], of ids, [rows, length]."""
+        """Return logits, [rows, length, words], of ids, [rows, length]."""
         segments = None if position_ids is None else (position_ids == 0).cumsum(-1)
         if segments is not None and self.merges is not None:
             segments = segments - (segments > self.merges).long()
         seen, hidden = allowed(input_ids.shape[1], attention_mask, segments), self.embed(input_ids)
         if torch.is_grad_enabled() and not hidden.requires_grad:
-            hidden.requires_grad_()  # a reentrant checkpoint passes gradients only to what requires one
+            hidden.requires_grad_()  # a reentrant checkpoint passes gradients only to inputs that require them
         for layer in self.layers:
             if layer.recomputes == "all" and torch.is_grad_enabled():
                 hidden = checkpoint(layer, hidden, seen, use_reentrant=layer.reentrant)
@@ -183,7 +183,7 @@ class Decoder(nn.Module):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """How the weight of a layer is stored, and what its products are computed in; None: not defined."""
+    """How the weight of a layer is stored, and the dtype of its products; None: not defined."""
 
     bits: int
     compute: str | None
@@ -193,7 +193,7 @@ class Stored:
 
 @dataclass(kw_only=True)
 class Drawn:
-    """A model and what is known of it."""
+    """A model and its known properties."""
 
     model: Any
     layers: list[Any]
@@ -204,12 +204,12 @@ class Drawn:
     stored: dict[str, Stored] = field(default_factory=dict)
 
     def stores(self, *bits: int) -> bool:
-        """Whether any layer is stored in so many bits."""
+        """Return whether any layer is stored in one of these bit widths."""
         return any(stored.bits in bits for stored in self.stored.values())
 
 
 def draw_model(draw: random.Random) -> Drawn:
-    """Build a model of torch or of transformers, store it in fewer bits or not, and give it an adapter."""
+    """Build a torch or transformers model, quantise it or not, and add an adapter."""
     drawn = _plain(draw) if draw.random() < 0.7 else _transformers(draw)
     drawn.about += sorted({f"attention {kind}" for kind in drawn.kinds})
     _quantise(drawn, draw)
@@ -218,7 +218,7 @@ def draw_model(draw: random.Random) -> Drawn:
 
 
 def _draw_kinds(draw: random.Random, kinds: tuple[str, ...]) -> list[str]:
-    """Of one to three layers: one kind for all in most models."""
+    """Draw the kinds of one to three layers: one kind for all in most models."""
     one = draw.choice(kinds)
     return [one if draw.random() < 0.85 else draw.choice(kinds) for _ in range(draw.randint(1, 3))]
 
@@ -240,7 +240,7 @@ def _attention_truth(kinds: list[str], masks: list[str], dtype: str, *, upcast: 
 def _plain(draw: random.Random) -> Drawn:
     kinds, hows = _draw_kinds(draw, KINDS), []
     first = draw.choice(("none", "additive"))
-    for kind in kinds:  # a mask of its own in a third of the models
+    for kind in kinds:  # its own mask in a third of the models
         masks = ("none", "causal", "additive", "boolean") if kind in SDPA else ("none", "additive", "filled")
         hows.append(
             Attending(
@@ -256,7 +256,7 @@ def _plain(draw: random.Random) -> Drawn:
 
 
 def _registered() -> dict[str, str]:
-    """Names of transformers' attention functions by kind, those that it lacks registered."""
+    """Return the names of transformers' attention functions by kind, after registering the missing ones."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     def by_math(*given: Any, **options: Any) -> Any:
@@ -291,7 +291,7 @@ def _transformers(draw: random.Random) -> Drawn:
         attention = layer.attn if family == "gpt2" else layer.self_attn
         attention.config = copy.copy(attention.config)
         attention.config._attn_implementation = names[kind]
-    # in a mixed model transformers leaves the mask to sdpa's flag, so that eager layers have none
+    # in a mixed model transformers uses sdpa's causal flag, so that eager layers have no mask
     masks = ["explicit" if eager else "causal" if kind in SDPA else "none" for kind in kinds]
     truths = _attention_truth(kinds, masks, dtype, upcast="eager by matmul" in kinds and dtype == "bfloat16")
     about = [f"transformers {family}", dtype]
@@ -299,7 +299,7 @@ def _transformers(draw: random.Random) -> Drawn:
 
 
 def _quantise(drawn: Drawn, draw: random.Random) -> None:
-    """Store the linear layers of the blocks in fewer bits: all, or all but some."""
+    """Quantise the linear layers of the blocks: all, or all but some."""
     dtype = next(name for name in DTYPES if name in drawn.about)
     how = draw.choice(["none", "none", "nf4", "nf4", "fp4", "int8"])
     linears = {
@@ -343,13 +343,13 @@ METHODS: dict[str, Any] = {
         init_r=4, target_r=2, lora_dropout=drop, total_step=100, tinit=10, tfinal=10
     ),
 }
-"""PEFT's configurations, from a dropout."""
+"""PEFT's configurations, as functions of the dropout."""
 FOR_QUANTISED = ("LoRA", "rank-stabilised LoRA", "DoRA", "IA3")
 WITH_DROPOUT = ("LoRA", "rank-stabilised LoRA", "DoRA", "AdaLoRA")
 
 
 def _adapt(drawn: Drawn, draw: random.Random) -> None:
-    """Give some or all linear layers an adapter, and take some of these out of the forward pass."""
+    """Add an adapter to some or all linear layers, and remove some of these from the forward pass."""
     names = list(drawn.stored)
     if draw.random() < 0.5:
         chosen = {name.rpartition(".")[2] for name in names if draw.random() < 0.5}
@@ -367,7 +367,7 @@ def _adapt(drawn: Drawn, draw: random.Random) -> None:
     dtypes = {str(value.dtype).removeprefix("torch.") for value in drawn.model.parameters() if value.requires_grad}
     drawn.truths["peft.dtype"] = true(*dtypes) if len(dtypes) == 1 else true()
     drawn.truths["peft.attached"] = drawn.truths["peft.learning"] = true(True)
-    out = [name for name in names[1:] if draw.random() < 0.5]  # the first one stays: without any there is no step
+    out = [name for name in names[1:] if draw.random() < 0.5]  # the first one stays: a step needs one
     if draw.random() < 0.2 and out:
         way = draw.choice(["disabled", "merged"] if not drawn.stores(4, 8) else ["disabled"])
         for name in out:
@@ -379,7 +379,7 @@ def _adapt(drawn: Drawn, draw: random.Random) -> None:
 
 
 def _base_truth(targeted: list[Stored], every: list[Stored]) -> dict[str, Truth]:
-    """Of the targeted layers; where others differ, only what is true of none is wrong."""
+    """Return the truth of the targeted layers; where others differ, only values that no layer has are wrong."""
 
     def common(name: str) -> Truth:
         values, others = ({getattr(one, name) for one in group} for group in (targeted, every))

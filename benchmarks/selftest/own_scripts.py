@@ -51,12 +51,12 @@ TURNS = (ALONE, OFF, AGAIN, ON)
 DIFFERENCES = ((AGAIN, OFF), (ON, OFF), (ON, ALONE))
 KINDS = ("wall", "CPU")
 WARM_UP = 20
-"""Steps before the rounds: the meter's own warm-up of up to 13, and those that it watches."""
+"""Steps before the rounds: the meter's own warm-up of up to 13 steps, and the watched steps."""
 METER_SCRIPT = Path(__file__).with_name("meter_script.py")
 
 
 def run_ab(products: int, folder: Path) -> dict[str, Any]:
-    """The document of an A/B of the script against one with so many products, and its step time as `step`."""
+    """Return the document of an A/B of the script against one with the given products, with its step time as `step`."""
     commands = [shlex.join(["python", SCRIPT.name, "--products", str(count)]) for count in (PRODUCTS, products)]
     words = ["ab", "--base-command", commands[0], "--candidate-command", commands[1], "--replicates", REPLICATES]
     words += ["--steps", STEPS, "--runs-dir", str(folder / "runs"), "--json"]
@@ -65,7 +65,7 @@ def run_ab(products: int, folder: Path) -> dict[str, Any]:
 
 
 def judge_verdicts(tries: int) -> Iterator[str]:
-    """Print the A/Bs of identical and of slower scripts, in turn; yield the bounds that do not hold."""
+    """Print the A/Bs of identical and of slower scripts alternately; yield the bounds that do not hold."""
     counts: dict[str, Counter[str]] = {"identical": Counter(), "injected": Counter()}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -108,17 +108,17 @@ class Process:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=variables
         )
         self.counts = [0.0] * 4
-        """Steps that the meter has seen, steps that it has reported, and the wall and CPU time that this took."""
+        """Steps that the meter has observed, steps that it has reported, and the wall and CPU time of that."""
 
     def wait(self) -> list[float]:
-        """The numbers of its next message."""
+        """Return the numbers of the next message."""
         for line in self.process.stdout or ():
             if line.startswith(("ready", "took")):
                 return [*map(float, line.split()[1:])]
         raise SystemExit(f"a process ended with {self.process.wait()} before its turns")
 
     def turn(self, name: str, steps: int) -> dict[str, float]:
-        """Take steps; their mean time of each kind."""
+        """Take steps and return their mean time of each kind."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{'on' if name == ON else 'off'} {steps}\n")
         self.process.stdin.flush()
@@ -135,11 +135,11 @@ class Replicate:
     """Medians over the rounds, in seconds a step."""
 
     step_s: dict[str, float]
-    """Without the meter, by kind of time."""
+    """Step times without the meter, by kind of time."""
     extra_s: dict[tuple[str, str, str], float]
     """Paired differences, by kind of time and the two kinds of turn."""
     written: bool
-    """Whether the wrapped process has left a run."""
+    """Whether the wrapped process wrote a run."""
 
 
 def measure_replicate(rounds: int, turn: int, model: str, seed: int) -> Replicate:
@@ -203,7 +203,7 @@ def judge_overhead(replicates: list[Replicate]) -> Iterator[str]:
 
 
 def main() -> int:
-    """Measure and print both; 1 where a bound does not hold."""
+    """Measure and print both; return 1 where a bound does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tries", type=int, default=10, help="A/Bs of identical and of slower scripts")
     parser.add_argument("--replicates", type=int, default=12, help="pairs of processes with and without the meter")

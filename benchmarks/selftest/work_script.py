@@ -1,4 +1,4 @@
-"""A plain torch training loop whose step is mostly a number of equal matrix products.
+"""A plain torch training loop whose step consists mostly of equal matrix products.
 
 python work_script.py [--products N] [--steps N]
 """

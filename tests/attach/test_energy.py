@@ -1,4 +1,4 @@
-"""The energy of a script's training: what its GPU counts over the stretches in which it only trains."""
+"""Tests of the energy of a script's training: the GPU's counter over the periods of pure training."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from lorameter.machine.reading import Reading
 
 
 class Gpu:
-    """Takes 100 W by its own counter."""
+    """A GPU whose counter shows 100 W."""
 
     def __init__(self, clock):
         self._clock = clock
@@ -20,7 +20,7 @@ class Gpu:
 
 @pytest.fixture
 def clock():
-    """The seconds of a clock that a test advances."""
+    """The seconds of a clock that the test advances."""
     return [50.0]
 
 
@@ -43,7 +43,8 @@ def train(energy, clock, seconds, steps=2, tokens=10):
 
 
 def test_stretches_add_up_and_what_lies_between_them_is_in_none(gpu, clock):
-    """With their steps and tokens; of the one under way what there is so far, and asking changes nothing."""
+    """Energy, steps and tokens of the periods add up without the time between them; reading a current period does not
+    change it."""
     energy = Energy("cuda:0", lambda: clock[0])
     assert energy.values() == {}
     train(energy, clock, 20.0)

@@ -1,4 +1,4 @@
-"""A loop without a meter: its steps are seen by the updates of an optimizer."""
+"""Tests of a loop without a meter: its steps are observed through the updates of an optimizer."""
 
 import functools
 
@@ -13,7 +13,7 @@ ROWS = 3
 
 @pytest.fixture
 def source(listener, unattached, monkeypatch):
-    """A source that a listener follows, around the updates of two kinds of optimizers."""
+    """A source with a listener, around the updates of two kinds of optimizers."""
     made = OptimizerSource(lambda: listener)
 
     def around(step):
@@ -43,7 +43,7 @@ def sgd(model):
 
 
 def batches(count, rows=ROWS):
-    """A loader of so many batches of rows with five tokens."""
+    """Return a loader of the given number of batches of rows with five tokens."""
     return torch.utils.data.DataLoader(torch.randint(0, 16, (count * rows, 5)), batch_size=rows)
 
 
@@ -59,14 +59,13 @@ def train(model, optimizer, loader):
 
 
 def tokens(listener):
-    """Real tokens of each step."""
+    """Return the real tokens of each step."""
     return [reading.real_tokens for reading in listener.readings]
 
 
 @pytest.mark.usefixtures("source")
 def test_a_scalers_update_is_a_step_unless_it_is_skipped(listener, model):
-    """A gradient that is not finite leaves the update out, and what was computed for it belongs to the next one. The
-    loss is the one before it was multiplied."""
+    """A non-finite gradient skips the update, and its computation counts for the next step; the loss is unscaled."""
     optimizer, scaler = sgd(model), torch.amp.GradScaler("cpu", init_scale=8.0)
     losses = []
     for number, ids in enumerate(batches(5)):
@@ -83,8 +82,8 @@ def test_a_scalers_update_is_a_step_unless_it_is_skipped(listener, model):
 
 @pytest.mark.parametrize("how", ["freed", "kept"])
 def test_of_two_trainings_the_first_is_followed(listener, model, source, how, capfd):
-    """It has ended when its optimizer is freed, or when another one has long updated without it; the second training
-    is reported once, and is in no step of the first."""
+    """A training ends when its optimizer is freed or has not updated during many updates of another; the second
+    training is reported once and counts in no step."""
     first, second = sgd(model), sgd(model)
     train(model, first, batches(4))
     if how == "freed":
@@ -101,7 +100,7 @@ def test_of_two_trainings_the_first_is_followed(listener, model, source, how, ca
 
 @pytest.mark.usefixtures("source")
 def test_a_step_is_watched_where_a_part_of_the_model_is_called(listener):
-    """As by Lightning, whose loop calls a method of the outermost module."""
+    """Lightning's loop, for example, calls a method of the outermost module."""
 
     class Lit(torch.nn.Module):
         def __init__(self):
@@ -125,7 +124,7 @@ def test_a_step_is_watched_where_a_part_of_the_model_is_called(listener):
 
 
 class Ahead:
-    """Loads a batch while the one before is used, as Accelerate's loaders do."""
+    """A loader that prefetches one batch, as Accelerate's loaders do."""
 
     def __init__(self, loader):
         self.loader = loader
@@ -143,8 +142,8 @@ class Ahead:
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("passes", [1, 2])
 def test_tokens_are_those_of_the_batches_that_a_step_uses(listener, model, ahead, passes):
-    """Whether its loader is ahead or not, over two epochs with a smaller last batch each, and an evaluation between
-    them, by passes of which several make a step."""
+    """This holds with and without prefetching, over two epochs with a smaller last batch, with an evaluation between
+    them, and with several passes a step."""
     optimizer = sgd(model)
     rows = torch.randint(0, 16, (ROWS * 7 + 2, 5))
     for _ in range(2):
@@ -158,5 +157,5 @@ def test_tokens_are_those_of_the_batches_that_a_step_uses(listener, model, ahead
             with torch.no_grad():
                 loss_of(model, ids)
     epoch = [15] * 7 + [10] if passes == 1 else [30] * 3 + [25]
-    first = None if ahead else epoch[1]  # it was loaded before anything was followed
+    first = None if ahead else epoch[1]  # it was loaded before the observation began
     assert tokens(listener) == [first, *epoch[2:], *epoch]

@@ -1,4 +1,4 @@
-"""Several ranks: of each timed step the slowest counts, wherever it lies among all steps."""
+"""Tests of several ranks: the slowest rank of each timed step counts."""
 
 import dataclasses
 
@@ -13,13 +13,13 @@ from lorameter.records import store
 
 CHECK = Check(path="mode", required=None, observed="train", status="active", reason="seen")
 WATCHED = 8
-"""One step, a warm-up of six, and this one."""
+"""One step, a warm-up of six, and the watched step."""
 
 
 @pytest.fixture
 def measure(tmp_path, monkeypatch):
-    """A function that reports as many steps on two ranks, and returns the record; a step takes rank 0 its number of
-    seconds, and rank 1 a hundred times that where it is even."""
+    """A function that reports steps on two ranks and returns the record; step n takes n seconds on rank 0, and a
+    hundred times that on rank 1 if n is even."""
     monkeypatch.setenv(RUN, str(tmp_path / "run"))
     monkeypatch.setattr(measures, "WAIT_S", 0.2)
 
@@ -48,7 +48,7 @@ def measure(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("watched", [(8,), (8, 9), (8, 10)])
 def test_first_warm_up_and_watched_steps_are_left_out_of_both(measure, watched):
-    """What a timed step is of the one it is of the other, by its number."""
+    """Steps of both ranks are matched by their number."""
     timed = [number for number in range(WATCHED + 1, 14) if number not in watched]
     record = measure(13, watched=watched)
     assert record.samples["step_time_s"] == tuple(n * (1.0 if n % 2 else 100.0) for n in timed)
@@ -57,7 +57,7 @@ def test_first_warm_up_and_watched_steps_are_left_out_of_both(measure, watched):
 
 
 def test_a_rank_that_saw_fewer_steps_was_not_seen(measure):
-    """Its times are those of other steps, maybe; it is named, and tokens of all are not known."""
+    """Its steps may not match; a notice names the rank, and the tokens of all ranks are unknown."""
     record = measure(12, other=11)
     assert [notice.code for notice in record.notices] == ["rank-unseen"]
     assert record.samples["step_time_s"] == (9.0, 10.0, 11.0, 12.0)

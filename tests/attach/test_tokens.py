@@ -1,4 +1,4 @@
-"""What counts as a token, by what a batch says."""
+"""Tests of what counts as a token in a batch."""
 
 import pytest
 import torch
@@ -21,13 +21,13 @@ LABELS = torch.tensor([[5, 5, 5, 5, 5, 5], [-100, 5, 5, -100, -100, -100]])
 
 
 def test_a_mask_says_what_is_real():
-    """And labels what the loss is over, the first of each row not being predicted."""
+    """Labels give the loss tokens; the first of each row is not predicted."""
     assert counts({"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}) == (2, 12, 9, 7)
     assert tokens_of({"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}).conventions == (BY_MASK, SHIFTED)
 
 
 def test_a_packed_row_ends_where_its_records_do():
-    """Positions of zero without a label at the end of a row are filler; a record's own zero is not."""
+    """Zero positions without a label at the end of a row are filler; the first position of a record is not."""
     positions = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 0, 0, 0]])
     labels = torch.tensor([[-100, 5, 5, -100, 5, 5], [-100, 5, 5, -100, -100, -100]])
     batch = {"input_ids": IDS, "position_ids": positions, "labels": labels}
@@ -36,14 +36,14 @@ def test_a_packed_row_ends_where_its_records_do():
 
 
 def test_without_either_all_is_real():
-    """As a loop over raw blocks has it; a tuple's first tensor of whole numbers is taken for tokens."""
+    """This is the case of a loop over raw blocks; the first integer tensor of a tuple holds the tokens."""
     assert counts({"input_ids": IDS}) == (2, 12, 12, None)
     assert counts((IDS, IDS)) == (2, 12, 12, None)
     assert tokens_of((IDS,)).conventions == (BY_ALL,)
 
 
 def test_labels_of_another_shape_are_counted_as_they_are():
-    """Those of a classification, and those that were shifted before."""
+    """Labels of a classification and pre-shifted labels are counted unshifted."""
     assert counts({"input_ids": IDS, "labels": torch.tensor([1, -100])})[3] == 1
     shifted = {"input_ids": IDS, "labels": LABELS, "shift_labels": LABELS}
     assert counts(shifted)[3] == 8
@@ -51,7 +51,7 @@ def test_labels_of_another_shape_are_counted_as_they_are():
 
 
 def test_embeddings_stand_for_tokens():
-    """Of a model that is given vectors."""
+    """For a model with embedding inputs, each vector counts as a token."""
     assert counts({"inputs_embeds": torch.zeros(2, 6, 8), "attention_mask": MASK}) == (2, 12, 9, None)
 
 
@@ -59,13 +59,13 @@ def test_embeddings_stand_for_tokens():
     "batch", [None, 3, {}, "text", {"pixels": "none"}, (torch.zeros(2, 3),), [{}], {"input_ids": torch.ones(2, 3, 4)}]
 )
 def test_of_anything_else_nothing_is_counted(batch):
-    """And nothing is guessed."""
+    """Other batches have no counts."""
     found = tokens_of(batch)
     assert found[1:] == (None, None, None, ())
 
 
 def test_a_batch_is_counted_as_it_was():
-    """A script may fill the same tensors with its next one."""
+    """A script may reuse the same tensors for its next batch."""
     batch = {"input_ids": IDS.clone(), "attention_mask": MASK.clone(), "labels": LABELS.clone()}
     copied = copy_batch(batch)
     for tensor in batch.values():

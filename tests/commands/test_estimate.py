@@ -1,4 +1,4 @@
-"""`lorameter estimate` gives the memory of a variant without loading it, next to the peak of an earlier run."""
+"""Tests of `lorameter estimate`: the memory of a variant without loading it, next to the peak of an earlier run."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ ROOT = Path(__file__).parents[2]
 
 
 class Document(dict):
-    """An object of JSON whose keys are attributes."""
+    """A JSON object with its keys as attributes."""
 
     __getattr__ = dict.get
 
 
 def test_an_earlier_run_stands_beside_with_the_error(capsys, small_study, write_run, tmp_path, monkeypatch, machine):
-    """The largest peak of that variant and workload on this machine."""
+    """The measured value is the largest peak of that variant and workload on this machine."""
     monkeypatch.setattr(provenance, "probe_machine", lambda environment=None: machine)
     monkeypatch.setattr(
         "lorameter.commands.estimate.load_variant", lambda spec, **_: (small_study, small_study.variants[0])
@@ -45,7 +45,7 @@ def test_an_earlier_run_stands_beside_with_the_error(capsys, small_study, write_
 
 
 def test_what_clearly_does_not_fit_is_refused_and_what_may_not_is_said(machine):
-    """An out-of-memory costs the time until it comes; the estimate is there before, also of what others leave free."""
+    """The estimate refuses or warns before the run, with the memory that other processes leave free."""
     study = load_study("lora-or-qlora").with_overrides(model="random:llama2-7b")
     variant = study.variants[0]
     shape = shapes.shape(catalogue.resolve(study.workload.model))
@@ -85,8 +85,8 @@ gradient_checkpointing = true
 
 @pytest.fixture
 def estimated(capsys, tmp_path, monkeypatch, machine):
-    """A function that estimates for a study of Llama-2-7B, six sequences of 1024 tokens, on a machine without a GPU;
-    returns the document."""
+    """A function that runs the estimate for a study of Llama-2-7B with six sequences of 1024 tokens, on a machine
+    without a GPU, and returns the document."""
     monkeypatch.setattr(provenance, "probe_machine", lambda environment=None: machine)
     monkeypatch.setattr(provenance, "free_bytes", lambda machine, environment=None: 6 * 2**30)
     (tmp_path / "wide.toml").write_text(WIDE)
@@ -101,7 +101,7 @@ def estimated(capsys, tmp_path, monkeypatch, machine):
 
 
 def test_what_does_not_fit_on_32_gib_fits_in_4_bits_with_checkpointing(estimated):
-    """On a machine without a GPU the estimates are of a GPU: no process of the host is in them."""
+    """On a machine without a GPU the estimates are for a GPU and contain no host process."""
     lora, qlora = estimated("lora", "--gpu", "32GiB"), estimated("qlora", "--gpu", "32GiB")
     assert (lora.device, lora.fit.status, qlora.fit.status) == ("cuda", "does-not-fit", "fits")
     assert "process" not in lora.train.kinds
@@ -113,7 +113,7 @@ def test_what_does_not_fit_on_32_gib_fits_in_4_bits_with_checkpointing(estimated
 
 
 def test_a_model_whose_layers_are_not_known_fits_nobody_knows_where(estimated, tmp_path):
-    """A notice says why; nothing is made up."""
+    """A model with unknown layers has no estimate of its fit, and a notice gives the reason."""
     config = json.loads((ROOT / "harness" / "lorameter" / "models" / "llama2-7b.json").read_text())
     config = config.get("config", config) | {"model_type": "unheard-of"}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -124,7 +124,7 @@ def test_a_model_whose_layers_are_not_known_fits_nobody_knows_where(estimated, t
 
 @pytest.mark.parametrize("text", ["A100", "nonsense", "24", "0GiB", "-1GiB", "1e30GiB", "9" * 5000 + "GiB", ""])
 def test_what_is_no_card_is_refused_before_anything_is_looked_at(text, capsys, monkeypatch):
-    """The study is not read and the machine is not examined."""
+    """An invalid --gpu is refused before the study is read and the machine is probed."""
     monkeypatch.setattr(provenance, "probe_machine", lambda environment=None: pytest.fail("asked"))
     assert main(["estimate", "no-such-study", f"--gpu={text}"]) == 2
     said = capsys.readouterr().err

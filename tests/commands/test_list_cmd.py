@@ -1,4 +1,4 @@
-"""What there is to choose from is listed, whatever state a part of it is in."""
+"""Tests of `lorameter list`: the choices are listed even if some of them are damaged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def edited(text, **changes):
     (lambda text: edited(text, run="\ud800"), "surrogates not allowed"),
 ])  # fmt: skip
 def test_a_damaged_manifest_hides_no_other_run(write_run, capsys, harm, reason):
-    """It is listed as damaged with the reason, and refused where a command names it."""
+    """The run is listed as damaged with the reason, and refused where a command names it."""
     whole, damaged = write_run("whole", STEPS), write_run("damaged", STEPS)
     manifest = damaged / "manifest.json"
     manifest.write_text(harm(manifest.read_text()))
@@ -47,7 +47,7 @@ def test_a_damaged_manifest_hides_no_other_run(write_run, capsys, harm, reason):
     ids=str,
 )
 def test_a_configuration_that_makes_no_model_is_refused(change, tmp_path, capsys):
-    """Whatever transformers raises for it: the model is named, and what it could not take."""
+    """The error names the model and the reason, whatever exception transformers raises."""
     config = json.loads((Path(catalogue.__file__).parent / "tiny-llama.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert main(["list", "sizes", "training-step", "--model", str(tmp_path)]) == 2

@@ -1,4 +1,4 @@
-"""The tables of `load` and `load_all`: columns and types, and how many rows of a stored run."""
+"""Tests of the tables of `load` and `load_all`: columns, types, and row counts of a stored run."""
 
 import json
 
@@ -15,7 +15,7 @@ def columns(frames):
 
 
 def test_columns_of_a_run():
-    """By the run's id among the runs of a folder, or by its path."""
+    """A run is loaded by its id and a folder, or by its path."""
     frames = doors.load("base", "runs")
     check_document("frames/columns", columns(frames))
     rows = {name: len(getattr(frames, name)) for name in TABLES}
@@ -24,7 +24,7 @@ def test_columns_of_a_run():
 
 
 def test_values_are_those_of_the_records():
-    """Durations arrive to the bit, and a missing value is missing."""
+    """Durations are bit-equal to the records, and missing values are missing."""
     lines = (doors.HERE / "runs" / "base" / "trials.jsonl").read_text(encoding="utf-8").splitlines()
     records = {record["trial"]: record for record in map(json.loads, lines)}
     samples = doors.load("base", "runs").samples
@@ -34,7 +34,7 @@ def test_values_are_those_of_the_records():
 
 
 def test_all_runs_of_a_folder():
-    """The same columns; runs that cannot be read are named."""
+    """The columns are the same, and unreadable runs are named."""
     every = doors.load_all("runs")
     assert columns(every) == columns(doors.load("base", "runs"))
     assert set(every.trials["run"]) == {"base", "candidate"}
@@ -43,6 +43,6 @@ def test_all_runs_of_a_folder():
 
 
 def test_a_run_that_is_not_there():
-    """An error that names it."""
+    """The error names the run."""
     with pytest.raises(Exception, match="no-such-run"):
         doors.load("no-such-run", "runs")

@@ -1,4 +1,4 @@
-"""`python -m kernels_check`: what a recording shows, and what this machine can run."""
+"""Tests of `python -m kernels_check`: the content of a recording, and the fast paths of this machine."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.contract.expected import check_document, check_shape, check_text, par
 
 @pytest.mark.parametrize("file", ["trace.json", "trace.csv"])
 def test_trace(file, kernels_check):
-    """Backends, 4-bit paths and shares of time, as text and as a document."""
+    """The output has backends, 4-bit paths and shares of time, as text and as a document."""
     text, document = kernels_check(f"trace {file}"), kernels_check(f"trace {file} --json")
     assert (text.code, document.code) == (0, 0)
     check_text(f"kernels_check/{file}.txt", text.out)
@@ -19,15 +19,15 @@ def test_trace(file, kernels_check):
     "no-such-command", "trace", "trace a b", "trace absent.json", "trace strict.toml", "rules", "probe --fast",
 ])  # fmt: skip
 def test_refusals(line, kernels_check):
-    """Exit code 2, the reason on standard error and nothing on standard output."""
+    """A bad call exits with 2, with the reason on standard error and nothing on standard output."""
     outcome = kernels_check(line)
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err
 
 
 def test_probe():
-    """A row a fast path, whether it ran, and the evidence."""
-    outcome = doors.start("python", "-m", "kernels_check", "probe", "--json", CXX="/no/compiler")  # that takes long
+    """The document has an entry for each fast path, whether it ran, and the evidence."""
+    outcome = doors.start("python", "-m", "kernels_check", "probe", "--json", CXX="/no/compiler")  # skip compilation
     document = parse(outcome.out)
     assert document["machine"].pop("versions")["torch"]
     check_shape("kernels_check/probe", document)

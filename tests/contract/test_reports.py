@@ -1,4 +1,4 @@
-"""What a reader sees of the stored runs: on a terminal, as Markdown, on GitHub and as a page."""
+"""Tests of the reports of the stored runs: on a terminal, as Markdown, on GitHub and as a page."""
 
 from pathlib import Path
 
@@ -21,14 +21,14 @@ PAGES = (*MARKDOWN, "history")
 
 
 def text_of(line, outcome):
-    """Both streams and the exit code, as they are kept."""
+    """Return both streams and the exit code in the stored format."""
     return f"$ lorameter {line}\nexit code {outcome.code}\n--- stdout\n{outcome.out}--- stderr\n{outcome.err}"
 
 
 @pytest.mark.parametrize("columns", [80, 120])
 @pytest.mark.parametrize("name", SHOWN)
 def test_on_a_terminal(name, columns):
-    """In a pseudo-terminal that is so wide: no line is longer."""
+    """No line is longer than the pseudo-terminal is wide."""
     shown = doors.show(columns, "lorameter", *SHOWN[name].split())
     check_text(f"terminal/{name}-{columns}.txt", shown)
     assert max(map(len, shown.splitlines())) <= columns
@@ -36,14 +36,14 @@ def test_on_a_terminal(name, columns):
 
 @pytest.mark.parametrize("name", SHOWN | OTHERS)
 def test_in_a_pipe(name, lorameter):
-    """Both streams and the exit code."""
+    """Both streams and the exit code are the expected ones."""
     line = (SHOWN | OTHERS)[name]
     check_text(f"text/{name}.txt", text_of(line, lorameter(line)))
 
 
 @pytest.mark.parametrize("name", MARKDOWN)
 def test_as_markdown(name, lorameter):
-    """`--markdown` is `--format markdown`."""
+    """`--markdown` equals `--format markdown`."""
     line = (SHOWN | OTHERS)[name]
     outcome = lorameter(f"{line} --markdown")
     check_text(f"markdown/{name}.md", outcome.out)
@@ -51,7 +51,7 @@ def test_as_markdown(name, lorameter):
 
 
 def test_on_github(lorameter, monkeypatch, tmp_path):
-    """Workflow commands on standard output, and the Markdown in the summary of the job."""
+    """Workflow commands go to standard output, and the Markdown to the job summary."""
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
     line = "gate steady slower --runs-dir derived --format github"
     outcome = lorameter(line)
@@ -61,7 +61,8 @@ def test_on_github(lorameter, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_as_a_page(name, lorameter, tmp_path):
-    """Headings, ids, tables and charts; one file that loads nothing from elsewhere, and the same exit code."""
+    """Headings, ids, tables and charts are the expected ones in a single file without external resources, with the same
+    exit code."""
     line = (SHOWN | OTHERS)[name]
     code = lorameter(line).code
     assert lorameter(f"{line} --html {tmp_path / 'page.html'}").code == code

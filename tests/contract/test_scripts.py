@@ -1,4 +1,4 @@
-"""Training scripts of a user: `wrap`, `ab` of two commands, and the meter."""
+"""Tests of a user's training scripts: `wrap`, `ab` of two commands, and the meter."""
 
 import json
 import shutil
@@ -20,14 +20,14 @@ def only_run(runs):
 
 @pytest.fixture(scope="module")
 def wrapped(filled, tmp_path_factory):
-    """A wrapped training: its outcome and its run."""
+    """The outcome and the run of a wrapped training."""
     runs = tmp_path_factory.mktemp("wrapped")
     outcome = doors.start("lorameter", "wrap", "--runs-dir", runs, "--", "python", filled / "script.py")
     return outcome, only_run(runs)
 
 
 def test_a_wrapped_command_is_left_alone(wrapped):
-    """Its standard output and exit code are its own; the report goes to standard error."""
+    """Standard output and exit code are the command's own; the report goes to standard error."""
     outcome, run = wrapped
     assert outcome.code == 0
     assert outcome.out.startswith("last loss ")
@@ -36,7 +36,8 @@ def test_a_wrapped_command_is_left_alone(wrapped):
 
 
 def test_the_run_of_a_wrapped_command(wrapped, lorameter):
-    """File names, keys and types; every command that reads runs reads it, and its training is not resumed."""
+    """File names, keys and types are the expected ones; every command that reads runs reads it, and it cannot be
+    resumed."""
     _, run = wrapped
     check_run("wrap", run)
     check_shape("json/report-wrap", parse(lorameter(f"report {run} --json").out))
@@ -55,13 +56,13 @@ def test_the_run_of_a_wrapped_command(wrapped, lorameter):
     ],
 )
 def test_exit_codes_of_wrap(words, code, tmp_path):
-    """The command's own, or 4 where it is 0 and a required path is not active."""
+    """The exit code is the command's own, or 4 where that is 0 and a required path is not active."""
     assert doors.start("lorameter", "wrap", "--runs-dir", tmp_path / "runs", *words).code == code
 
 
 @pytest.fixture(scope="module")
 def compared(filled, tmp_path_factory):
-    """A real A/B of two commands in one replicate: its outcome and its run."""
+    """The outcome and the run of a real A/B of two commands with one replicate."""
     runs = tmp_path_factory.mktemp("compared")
     words = ("--replicates", "1", "--steps", "4", "--allow-disturbed", "--cwd", filled, "--runs-dir", runs, "--json")
     commands = ("--base-command", COMMAND, "--candidate-command", f"{COMMAND} --slow")
@@ -69,7 +70,7 @@ def compared(filled, tmp_path_factory):
 
 
 def test_two_commands_are_compared(compared):
-    """One replicate gives no interval: inconclusive, exit code 3."""
+    """One replicate has no interval: the verdict is inconclusive and the exit code 3."""
     outcome, run = compared
     document = parse(outcome.out)
     check_shape("json/ab", document)
@@ -85,7 +86,7 @@ def test_two_commands_are_compared(compared):
 
 
 def again(run, folder, name, change):
-    """The A/B as if its one replicate had been measured three times, each record changed."""
+    """Copy the A/B with its replicate repeated three times and each record changed."""
     shutil.copytree(run, folder / name)
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     records = []
@@ -100,7 +101,8 @@ def again(run, folder, name, change):
 
 
 def timed(factor):
-    """Steps of 10 ms, those of the candidate `factor` times as long, 0.1 % apart from replicate to replicate."""
+    """Return a change to steps of 10 ms that differ by 0.1 % between replicates; those of the candidate are `factor`
+    times as long."""
 
     def change(record):
         step = 0.01 * (1 + 0.001 * record["replicate"]) * (factor if record["side"] == "candidate" else 1.0)
@@ -129,11 +131,11 @@ def test_exit_codes_of_an_ab(change, code, compared, lorameter, tmp_path):
     for command in ("report", "gate", "compare"):
         outcome = lorameter(f"{command} again --metric step_time_s --runs-dir {tmp_path}")
         assert outcome.code == code, (command, outcome.out, outcome.err)
-    assert lorameter(f"accept again --runs-dir {tmp_path}").code in (2, 4)  # two sides are no baseline
+    assert lorameter(f"accept again --runs-dir {tmp_path}").code in (2, 4)  # an A/B cannot be a baseline
 
 
 def test_a_script_with_a_meter(tmp_path):
-    """Leaves a run like that of a wrapped script, below the present folder."""
+    """The script leaves a run in the current folder, like that of a wrapped script."""
     lines = LOOP.replace("for _ in range(24):", "meter = Meter(model)\nfor _ in meter.steps(range(24)):")
     (tmp_path / "metered.py").write_text(f"{doors.METER_IMPORT}\n{lines}", encoding="utf-8")
     outcome = doors.start("python", tmp_path / "metered.py", LORAMETER_RUNS=str(tmp_path / "runs"))

@@ -1,4 +1,4 @@
-"""The example scripts as users have them: wrapped, with a meter in two lines, and two of them taking turns."""
+"""Tests of the example scripts as users run them: wrapped, with a meter in two lines, and two of them taking turns."""
 
 import importlib.util
 import json
@@ -24,11 +24,11 @@ TWO_LINES = {
     "accelerate_loop.py": ("in loader:", "in Meter(model).steps(loader, accumulation=2):"),
     "torch_loop.py": ("in loader:", "in Meter(model).steps(loader):"),
 }
-"""What becomes of a line of each when a meter is put in; the other line imports it."""
+"""The line of each script that changes for a meter, before and after; the other new line is the import."""
 
 
 def start(*words, folder):
-    """A process of ours in a folder of its own."""
+    """Run one of our processes in its own folder."""
     environment = {
         **os.environ,
         "PYTHONPATH": f"{ROOT / 'harness'}:{ROOT}",
@@ -45,7 +45,7 @@ def only_run(folder):
 
 
 def with_meter(name, folder):
-    """The example with a meter in it."""
+    """Write the example with a meter."""
     text, (line, metered) = (EXAMPLES / name).read_text(encoding="utf-8"), TWO_LINES[name]
     assert text.count(line) == 1
     (folder / name).write_text(text.replace(line, metered).replace("import torch\n", IMPORT, 1))
@@ -57,7 +57,7 @@ IMPORT = "import torch\nfrom lorameter.attach import Meter\n"
 
 @pytest.fixture
 def sft_words(dolly):
-    """What the example of TRL is called with; skips where something of it is missing."""
+    """The arguments of the TRL example; skips where a requirement is missing."""
     model = cache_dir() / "models" / "smollm2-135m"
     if not model.is_dir() or importlib.util.find_spec("trl") is None:
         pytest.skip("needs trl, and the model in the cache: lorameter model fetch smollm2-135m")
@@ -66,7 +66,7 @@ def sft_words(dolly):
 
 @pytest.fixture
 def wrap(tmp_path):
-    """A function that wraps an example in a process of its own, and returns what was done and the run."""
+    """A function that wraps an example in a new process, and returns the finished process and the run."""
 
     def run(name, *words, require=()):
         command = ["-m", "lorameter.cli", "wrap", "--no-report", "--runs-dir", str(tmp_path / "runs")]
@@ -83,8 +83,8 @@ def wrap(tmp_path):
     [("trainer_lora.py", 256, 8), ("accelerate_loop.py", 256, 5), ("torch_loop.py", 132, 20)],
 )
 def test_an_example_is_measured_wrapped_and_with_a_meter_in_two_lines(wrap, tmp_path, name, tokens, least):
-    """A Trainer with accumulation, evaluation and saving, a loop of Accelerate, and a plain one; both ways see the same
-    steps and losses."""
+    """For a Trainer with accumulation, evaluation and saving, an Accelerate loop and a plain loop, both ways record the
+    same steps and losses."""
     done, run = wrap(name)
     assert done.returncode == 0, done.stderr
     (record,) = run.records
@@ -102,7 +102,7 @@ def test_an_example_is_measured_wrapped_and_with_a_meter_in_two_lines(wrap, tmp_
     assert "Training" in done.stdout
     (metered,) = only_run(tmp_path / ".lorameter" / "runs").records
     assert metered.status == "ok", metered.failure
-    first = 0 if name == "trainer_lora.py" else 1  # the first update begins the training for an optimizer's follower
+    first = 0 if name == "trainer_lora.py" else 1  # an observed optimizer begins its training at the first update
 
     def losses_of(record):
         kept = ("first_loss", "warmup_loss", "timed_loss")
@@ -123,7 +123,7 @@ def test_an_example_is_measured_wrapped_and_with_a_meter_in_two_lines(wrap, tmp_
     ],
 )
 def test_two_of_an_example_take_turns(tmp_path, name, base, candidate, differ):
-    """In lockstep, to the end of their steps; their differences are notices."""
+    """They run in lockstep to the end of their steps; differences are notices."""
     shutil.copy(EXAMPLES / name, tmp_path)
     commands = [f"python {name} --steps 400 {options}".strip() for options in (base, candidate)]
     done = start(
@@ -137,15 +137,15 @@ def test_two_of_an_example_take_turns(tmp_path, name, base, candidate, differ):
     assert row["low"] < row["ratio"] < row["high"]
     codes = {notice["code"] for notice in found["notices"]}
     assert codes & {"trains-other-parameters", "tokens-differ", "batch-differs", "loss-dtype-differs"} == differ
-    assert differ or found["losses"][name.removesuffix(".py")]["found"] == "agree"  # the same script, to the bit
+    assert differ or found["losses"][name.removesuffix(".py")]["found"] == "agree"  # the same script is bit-equal
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "runs"])
 
 
 @pytest.mark.faults
 @pytest.mark.network_model
 def test_qlora_and_lora_of_trl_take_turns(sft_words, tmp_path):
-    """The same records, one base in 4 bits and one in 16: both are proved by what a step ran, and the losses, of the
-    same tokens, are set side by side with an interval."""
+    """With the same records and a 4-bit and a 16-bit base, the checks prove both, and the losses of the same tokens are
+    compared with an interval."""
     shutil.copy(EXAMPLES / "sft_qlora.py", tmp_path)
     command = shlex.join(["python", "sft_qlora.py", *sft_words, "--steps", "400"])
     done = start(

@@ -1,4 +1,4 @@
-"""docs/json.md shows a document of each command as the contract has it, shortened."""
+"""Tests that docs/json.md shows the contract's document of each command, shortened."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SHOWN = {
     "sample", "pack", "doctor", "accept", "profile", "parity",
 }  # fmt: skip
 ADDED_TO = {"gate": "compare", "ab": "gate"}
-"""Documents that have all keys of another one, which are not shown again."""
+"""Documents that extend another one, whose keys are not shown again."""
 LONGEST = 60
 
 
 def shorten(value: Any) -> Any:
-    """The first element of each list, the beginning of each long text, four digits of each number."""
+    """Shorten to the first element of each list, the beginning of each long text, and four digits of each number."""
     if isinstance(value, dict):
         return {key: shorten(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -32,7 +32,7 @@ def shorten(value: Any) -> Any:
 
 
 def example_of(found: re.Match[str]) -> str:
-    """The example that belongs into a block of the page."""
+    """Return the example for a block of the page."""
     name = found["name"]
     known = read(ADDED_TO[name]) if name in ADDED_TO else {}
     document = {key: shorten(value) for key, value in read(name).items() if key not in known}
@@ -40,13 +40,13 @@ def example_of(found: re.Match[str]) -> str:
 
 
 def read(name: str) -> dict[str, Any]:
-    """The document that the contract expects."""
+    """Return the document that the contract expects."""
     document = json.loads((EXPECTED / f"{name}.json").read_text(encoding="utf-8"))
     return document.get("document", document)
 
 
 def test_every_example_is_current():
-    """`LORAMETER_CONTRACT=write pytest tests/docs/test_json.py` renews them."""
+    """`LORAMETER_CONTRACT=write pytest tests/docs/test_json.py` updates them."""
     page, block = PAGE.read_text(encoding="utf-8"), re.compile(r"```json (?P<name>[\w-]+)\n.*?```\n", re.DOTALL)
     assert {found["name"] for found in block.finditer(page)} == SHOWN
     current = block.sub(example_of, page)

@@ -1,4 +1,4 @@
-"""The pages are executed: commands print the lines below them, studies can be loaded, and all commands are known."""
+"""Executes the pages: commands print the lines below them, studies can be loaded, and all commands are known."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ FILE = re.compile(r"^`(?P<name>[\w.-]+)`:\n\n```\w+\n(?P<content>.*?)^```$", re.
 LINK = re.compile(r"\]\((?P<path>[\w./-]+)\)")
 PARSED = ("concepts", "checks", "study", "engines", "machines", "own-script", "own-script-ab")
 WITHOUT_OUTPUT = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PARSED))
-"""Pages whose commands are only parsed."""
+"""Pages whose commands are parsed and not run."""
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
 def blocks(page, kind):
-    """The text of each block of a kind."""
+    """Return the text of each block of a kind."""
     return [part.split("\n```", 1)[0] for part in page.read_text(encoding="utf-8").split(f"```{kind}\n")[1:]]
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The present folder, with the constructed runs that the pages name."""
+    """The current folder, with the constructed runs that the pages name."""
     runs = tmp_path / ".lorameter" / "runs"
     shutil.copytree(RUNS, runs)
     for study in (ROOT / "docs" / "examples").glob("*.toml"):
@@ -56,7 +56,7 @@ def folder(tmp_path, monkeypatch):
 
 @each_page
 def test_commands_print_the_lines_below_them(page, folder, capsys):
-    """In order, and each line of the page is in the output of the command above it."""
+    """Each line of the page is, in order, in the output of the command above it."""
     for found in FILE.finditer(page.read_text(encoding="utf-8")):
         (folder / found["name"]).write_text(found["content"], encoding="utf-8")
     lines = [line for block in blocks(page, "console") for line in block.splitlines()]
@@ -73,7 +73,7 @@ def test_commands_print_the_lines_below_them(page, folder, capsys):
 
 @pytest.mark.parametrize("name", ["machines", "own-script-ab"])
 def test_every_study_can_be_loaded(name, tmp_path):
-    """Each TOML block of a page; a table alone is completed by a variant."""
+    """Each TOML block of a page can be loaded; a single table is completed by a variant."""
     for text in blocks(ROOT / "docs" / f"{name}.md", "toml"):
         path = tmp_path / "study.toml"
         path.write_text(text if "[[variant]]" in text else f'{text}\n[[variant]]\nname = "plain"\n', encoding="utf-8")
@@ -85,7 +85,7 @@ every_page = pytest.mark.parametrize("page", [*PAGES, *WITHOUT_OUTPUT], ids=lamb
 
 @every_page
 def test_every_command_is_known(page):
-    """The parser accepts every line of a shell."""
+    """The parser accepts every line of a shell block."""
     for line in (line for block in blocks(page, "sh") for line in block.splitlines()):
         program, *words = shlex.split(line, comments=True)
         assert program in ("lorameter", "pip", "pytest")
@@ -101,7 +101,7 @@ def test_links_lead_to_pages(page):
 
 
 def test_messages_of_the_troubleshooting_are_those_of_the_program():
-    """Each of its fragments is in a source file."""
+    """Each quoted fragment is in a source file."""
     page = PAGES[-1].read_text(encoding="utf-8")
     sources = "\n".join(
         path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""docs/reference.md is made from the code, is current, and leaves no key of any file unsaid."""
+"""Tests that docs/reference.md is generated from the code, is current, and explains every key of every file."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ CLASSES = (
 
 @pytest.fixture(scope="module")
 def page():
-    """The reference as it is written now."""
+    """The reference as generated now."""
     return write_reference()
 
 
 def test_the_page_is_current(capsys):
-    """It is what the command prints: `lorameter list keys > docs/reference.md` renews it."""
+    """The page equals the output of the command; `lorameter list keys > docs/reference.md` updates it."""
     assert main(["list", "keys"]) == 0
     assert PAGE.read_text(encoding="utf-8") == capsys.readouterr().out
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_every_key_is_on_the_page_with_what_it_means(page, cls):
-    """Its name, and a sentence; a name of a variant needs none."""
+    """Each key has its name and a sentence, except the name of a variant."""
     meanings = documents_of(cls)
     for field in dataclasses.fields(cls):
         assert f"| `{field.name}` |" in page

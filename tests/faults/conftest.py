@@ -1,4 +1,4 @@
-"""What faults are injected into: a real command line, in a process of its own, on a study that takes a second."""
+"""Fixtures for injected faults: a real command line in its own process, on a study that takes a second."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_train(variant_name, replay):
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path_factory, monkeypatch):
-    """A folder of this test's own for temporary files, in which nothing may be left."""
+    """A temporary folder for this test, which must be empty afterwards."""
     folder = tmp_path_factory.mktemp("temporary")
     monkeypatch.setenv("TMPDIR", str(folder))
     return folder
@@ -61,20 +61,21 @@ def temporary(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_bytecode(monkeypatch):
-    """A process that may not write large files would leave a truncated .pyc, which later processes cannot load."""
+    """Write no bytecode: a process with a file-size limit would leave a truncated .pyc that later processes cannot
+    load."""
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
 
 
 @pytest.fixture
 def runs(tmp_path):
-    """Where this test's runs are written."""
+    """The folder of this test's runs."""
     return tmp_path / "runs"
 
 
 @pytest.fixture
 def tiny_disk():
-    """A function that mounts a small disk with so many KiB free and gives the file that takes the rest of it; a test
-    that cannot mount one is skipped."""
+    """A function that mounts a small disk with the given free KiB and returns the file that fills the rest; the test is
+    skipped where no disk can be mounted."""
     mounted = []
 
     def mount(folder, free_kib, of_kib=256):
@@ -93,7 +94,7 @@ def tiny_disk():
 
 @pytest.fixture
 def command(tmp_path, runs):
-    """A function that makes the command line of a measurement whose processes pretend."""
+    """A function that returns the command line of a measurement with fake processes."""
     (tmp_path / "small.toml").write_text(STUDY)
 
     def made(*options, stop="-"):
@@ -113,7 +114,7 @@ def command(tmp_path, runs):
 
 @pytest.fixture
 def stopped():
-    """A function that starts a command line and gives its process once it has come to where it was to stop."""
+    """A function that starts a command line and returns its process once it has reached its stop."""
 
     @contextlib.contextmanager
     def started(words, **options):
@@ -135,7 +136,7 @@ def stopped():
 
 @pytest.fixture
 def only_run(runs):
-    """A function that reads the one run that was written."""
+    """A function that reads the only run."""
 
     def read():
         (path,) = store.list_runs(runs)
@@ -146,7 +147,7 @@ def only_run(runs):
 
 @pytest.fixture
 def resumed(command, only_run):
-    """A function that resumes the one run, and says what became of it."""
+    """A function that resumes the only run and returns it."""
 
     def go_on():
         done = subprocess.run(
@@ -160,7 +161,7 @@ def resumed(command, only_run):
 
 @pytest.fixture
 def session(tmp_path, runs, command, monkeypatch):
-    """A function that makes the command line of a session of pytest over the same study, to be run in `tmp_path`."""
+    """A function that returns the command line of a pytest session on the same study, to be run in `tmp_path`."""
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_small.py").write_text(BENCHMARK)
     monkeypatch.setenv("PRETENDED", str(PRETENDED))
@@ -175,7 +176,7 @@ def session(tmp_path, runs, command, monkeypatch):
 
 @pytest.fixture
 def git():
-    """A function that runs git in a folder; the lines that it prints."""
+    """A function that runs git in a folder and returns the printed lines."""
 
     def run(folder, *arguments):
         who = ("-c", "user.name=Test", "-c", "user.email=test@example.org")
@@ -187,7 +188,7 @@ def git():
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch, git):
-    """Two commits of a package that is not lorameter, in the current folder."""
+    """A repository in the current folder with two commits of a package other than lorameter."""
     folder = tmp_path / "repository"
     (folder / "gadget").mkdir(parents=True)
     git(folder, "init", "--quiet", "--initial-branch=main")
@@ -201,7 +202,7 @@ def repository(tmp_path, monkeypatch, git):
 
 @pytest.fixture
 def ab(tmp_path, command):
-    """A function that makes the command line of an A/B of the two commits."""
+    """A function that returns the command line of an A/B of the two commits."""
 
     def made(stop="-"):
         sides = ("--base", "HEAD~1", "--candidate", "HEAD", "--phase", "train", "--replicates", "2", "--variant", "a")

@@ -1,5 +1,5 @@
-"""Records that a disk, a crash or an editor has changed after they were written. The report does not pass and says how
-many are damaged, the others count, and `--resume` measures the trials of the damaged ones, and no more."""
+"""Tests of records that were corrupted after writing: the report fails and gives their number, other records count, and
+`--resume` measures only the trials of the damaged ones again."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 from lorameter.records.store import TRIALS
 
 STUDY_TRIALS = 9
-"""Three of each of two variants and of the control."""
+"""Three trials of each of the two variants and the control."""
 
 
 @pytest.fixture
 def whole(command, only_run):
-    """A run that is complete, and its lines."""
+    """A complete run and its lines."""
     done = subprocess.run(command(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     run = only_run()
@@ -35,19 +35,19 @@ def reported(runs):
 
 
 def flipped(line):
-    """One bit of the last byte before the end: what should close the record does not."""
+    """Flip one bit of the last byte before the line end, which corrupts the closing brace."""
     return line[:-2] + bytes([line[-2] ^ 1]) + b"\n"
 
 
 def swallowed(line):
-    """It has lost its end and its line's, so that the next one stands behind it."""
+    """Remove the second half and the line end, so that the next record is on the same line."""
     return line[: len(line) // 2]
 
 
 @pytest.mark.parametrize("spoil", [flipped, swallowed])
 def test_records_that_are_corrupt_are_measured_again(spoil, whole, reported, only_run, resumed):
-    """A line in the middle: the report ends with exit 4, its neighbours are unchanged, and its trial is measured again
-    with all that took turns with it."""
+    """With a corrupt line in the middle the report exits with 4, neighbouring records are unchanged, and its trial is
+    measured again with its whole group."""
     run, lines = whole
     assert len(lines) > STUDY_TRIALS
     place = next(i for i, line in enumerate(lines) if b'"r1-b"' in line and b'"status":"ok"' in line.replace(b" ", b""))

@@ -1,4 +1,4 @@
-"""A real, tiny, quantised Llama with a PEFT adapter, an optimizer and a step: that of the negative controls."""
+"""A real, tiny, quantised Llama with a PEFT adapter, an optimizer and a step, as used by the negative controls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def training() -> Callable[..., SmallRun]:
 
 @pytest.fixture
 def seen() -> Callable[..., Any]:
-    """Observations of which only what matters is given: attention calls, and fields by name.
+    """A function that builds observations from attention calls and named fields only.
 
     Attention that is given no call of a module ran in the model itself.
     """

@@ -1,4 +1,4 @@
-"""Each fault is found for the right reason, and the healthy control passes."""
+"""Tests that each fault is found for the right reason and that the healthy control passes."""
 
 import dataclasses
 
@@ -22,12 +22,12 @@ def test_control(control):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("control", ON_CUDA, ids=lambda control: control.name)
 def test_control_on_cuda(control):
-    """What a CPU can only judge by its inputs."""
+    """On a GPU the controls are judged by kernels; a CPU can judge some only by their inputs."""
     assert SHARED.failures(control) == []
 
 
 def test_a_control_fails_without_its_fault():
-    """The healthy run in its place passes, its reason lacks the words, and a run that always fails is no control."""
+    """A control fails if its faulty run is healthy, its reason lacks the words, or its healthy run fails."""
     sound = next(control for control in CONTROLS if control.name == "eager attention")
     passed = " ".join(SHARED.failures(dataclasses.replace(sound, fault=sound.healthy)))
     assert "the faulty run is active" in passed

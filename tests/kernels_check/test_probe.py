@@ -1,4 +1,4 @@
-"""The probe counts a path as run only by the check of a real step, and its exit code says whether anything misleads."""
+"""Tests of the probe: a path counts as run only by the check of a real step, and the exit code reports false claims."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU answer
 
 
 def test_the_exit_code_is_that_of_a_silent_claim(monkeypatch, capsys):
-    """A path that is accepted and does not run fails the command; one that is refused does not."""
+    """A path that is accepted but does not run fails the command; a refused path does not."""
     claimed = dataclasses.replace(BY_NAME["NF4"], name="claimed", make=lambda device: build(quant="fp4"))
     refused = dataclasses.replace(BY_NAME["SDPA math"], name="refused", make=lambda device: build(attention="none"))
     monkeypatch.setattr(probe, "PATHS", (BY_NAME["SDPA math"], claimed, refused))
@@ -39,7 +39,7 @@ def test_the_exit_code_is_that_of_a_silent_claim(monkeypatch, capsys):
     [("SDPA math", "math"), ("FP4", "fp4"), ("int8", "8"), ("fused optimizer", "aten::_fused_adamw_")],
 )  # fmt: skip
 def test_a_real_path_runs(name, evidence):
-    """On any device, by the operators or stored bytes that the check names."""
+    """The path runs on any device, shown by the operators or stored bytes that the check names."""
     found = attempt(BY_NAME[name], "cpu")
     assert found.status == "ran", found
     assert evidence in found.reason
@@ -56,7 +56,7 @@ def test_a_real_path_runs(name, evidence):
     ],
 )
 def test_what_a_cpu_cannot_run_is_explained(name, words):
-    """In the words of the library that refuses it, where one does."""
+    """The reason is the message of the library that refuses the path, if there is one."""
     found = attempt(BY_NAME[name], "cpu")
     assert found.status == "unavailable"
     assert words in found.reason

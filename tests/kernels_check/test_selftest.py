@@ -1,4 +1,4 @@
-"""`kernels_check selftest`: twelve faults are found on this machine, and one that is not found fails the command."""
+"""Tests of `kernels_check selftest`: twelve faults are found on this machine, and a missed fault fails the command."""
 
 import dataclasses
 import json
@@ -14,12 +14,12 @@ MISSED = dataclasses.replace(EAGER, name="missed", fault=EAGER.healthy)
 
 @pytest.fixture
 def only(monkeypatch):
-    """Run these controls instead of the twelve."""
+    """A function that replaces the twelve controls."""
     return lambda *controls: monkeypatch.setattr(selftest, "CONTROLS", controls)
 
 
 def test_every_fault_is_found_and_every_healthy_run_passes(capsys):
-    """Twelve controls, each of a path of its own; exit code 0."""
+    """The twelve controls each test another path; the command exits with 0."""
     assert main(["selftest"]) == 0
     shown = capsys.readouterr().out
     assert len({control.path for control in selftest.CONTROLS}) == 12
@@ -30,7 +30,7 @@ def test_every_fault_is_found_and_every_healthy_run_passes(capsys):
 
 
 def test_a_fault_that_is_not_found_fails_the_command(only, capsys):
-    """Exit code 4 and the reason; so does a healthy run that does not pass, and an exception."""
+    """A missed fault, a failing healthy run and an exception exit with 4 and the reason."""
     broken = dataclasses.replace(EAGER, name="broken", healthy=EAGER.fault)
     raises = dataclasses.replace(EAGER, name="raises", fault=lambda: selftest.build(attention="none"))
     only(EAGER, MISSED, broken, raises)
@@ -43,7 +43,7 @@ def test_a_fault_that_is_not_found_fails_the_command(only, capsys):
 
 
 def test_json_is_one_document_with_both_checks(only, capsys):
-    """On stdout alone; progress goes to stderr."""
+    """stdout has only the document, and progress goes to stderr."""
     only(EAGER, MISSED)
     assert main(["selftest", "--json"]) == 4
     captured = capsys.readouterr()

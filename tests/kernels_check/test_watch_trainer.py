@@ -1,4 +1,4 @@
-"""Watched from the callbacks of real trainers: opened in one callback, closed in another."""
+"""Tests of ``watch`` in callbacks of real trainers: it is opened in one callback and closed in another."""
 
 from contextlib import ExitStack
 
@@ -73,7 +73,8 @@ def _losses(trainer):
 
 
 def test_a_trainer_trains_as_if_never_watched_and_its_steps_are_judged(tmp_path):
-    """Losses and weights to the bit; from the second step on every requirement is met, before it all but learning."""
+    """Losses and weights are bit-equal; from the second step on every requirement is met, before that all but
+    learning."""
     plain, model = _adapted(), _adapted()
     unwatched = _trainer(tmp_path, plain, [])
     unwatched.train()
@@ -90,7 +91,7 @@ def test_a_trainer_trains_as_if_never_watched_and_its_steps_are_judged(tmp_path)
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_default_loss_of_trl_is_decided(tmp_path):
-    """Its trainer makes the loss of log-probabilities that the model returns, and packs rows without a mask."""
+    """TRL's trainer computes the loss from log-probabilities of the model, and packs rows without a mask."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     tokenizers = pytest.importorskip("tokenizers")
     words = tokenizers.models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>")

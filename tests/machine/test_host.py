@@ -1,4 +1,4 @@
-"""The kernel's counters as differences, from a machine that is described file by file, and from the real one."""
+"""Tests of the kernel's counters as differences, on a machine described by files and on the real one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU = min(os.sched_getaffinity(0))
 
 @pytest.fixture
 def root(tmp_path):
-    """A function that writes files below a root; returns the root."""
+    """A function that writes files below a root and returns the root."""
 
     def write(files):
         for name, text in files.items():
@@ -29,7 +29,7 @@ def root(tmp_path):
 
 
 def files(*, stall_us=0, steal=0, busy=0, swapped=0, withheld_us=0, used_us=5):
-    """A machine that keeps every counter, after so much of each."""
+    """Return the files of a machine with every counter at the given values."""
     pressure = f"some avg10=0.00 avg60=0.00 avg300=0.00 total={stall_us}\nfull avg10=0.00 total=7\n"
     others = f"cpu4095 {99 * busy} 9 9 9 9 9 9 {99 * steal} 0 0"
     lines = [f"cpu{cpu} {busy} 2 3 4 5 6 7 {steal} 0 0" for cpu in os.sched_getaffinity(0)]
@@ -44,7 +44,7 @@ def files(*, stall_us=0, steal=0, busy=0, swapped=0, withheld_us=0, used_us=5):
 
 
 def test_a_watch_tells_what_happened_between(root):
-    """Seconds, bytes and counts, added up over two stretches; what happened outside them is not in it."""
+    """Seconds, bytes and counts add up over two periods, without the events between them."""
     cpus = len(os.sched_getaffinity(0))
     place = root(files())
     watch = HostTelemetry(place)
@@ -65,7 +65,7 @@ def test_a_watch_tells_what_happened_between(root):
 
 
 def test_a_machine_that_tells_nothing_gives_reasons_and_no_zeros(root):
-    """Only what the process counts itself is left."""
+    """Only the process's own counters remain."""
     watch = HostTelemetry(root({}))
     watch.begin()
     assert set(watch.end()) == {"watched_s", "involuntary_switches"}
@@ -75,7 +75,7 @@ def test_a_machine_that_tells_nothing_gives_reasons_and_no_zeros(root):
 
 
 def test_a_counter_that_goes_back_is_missing(root):
-    """Steal is known to; a difference below zero is no measurement."""
+    """Steal time is known to decrease; a negative difference is no measurement."""
     watch = HostTelemetry(root(files(steal=500)))
     watch.begin()
     root(files(steal=100))
@@ -94,7 +94,7 @@ def test_a_counter_that_goes_back_is_missing(root):
     ],
 )  # fmt: skip
 def test_the_tightest_quota_counts(root, described, cpus):
-    """Also that of a parent, and in a container, which does not see the folder of its own name."""
+    """The quota may be that of a parent, or of a container that does not see its own folder."""
     assert cpu_quota(root(described)).value == cpus
 
 
@@ -114,7 +114,7 @@ def test_memory_is_the_least_of_what_the_machine_has_and_a_container_may_use(roo
 
 
 def test_settings_are_read_where_the_kernel_keeps_them(root):
-    """Governor, turbo of both kinds, huge pages, memory, nodes, container."""
+    """The settings are governor, both kinds of turbo, huge pages, memory, NUMA nodes and container."""
     cpu = "sys/devices/system/cpu"
     described = {
         f"{cpu}/cpu{CPU}/cpufreq/scaling_governor": "powersave\n", f"{cpu}/intel_pstate/no_turbo": "0\n",

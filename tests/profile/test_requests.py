@@ -1,4 +1,4 @@
-"""A measured profile of requests: every part is there, and the file holds all of it."""
+"""Tests of a measured profile of requests: every part is present and stored."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from lorameter.studies.workload import Workload
 def taken(small_study, tmp_path_factory):
     """The profile of the 4-bit variant's requests, and its folder."""
     folder = tmp_path_factory.mktemp("runs")
-    patient = dataclasses.replace(small_study.protocol, step_timeout_s=900)  # an interpreter that starts beside others
+    patient = dataclasses.replace(small_study.protocol, step_timeout_s=900)  # for concurrent interpreter starts
     study = dataclasses.replace(small_study, protocol=patient)
     return profile_requests(study, study.variant("nf4"), open_executor(), runs=folder)
 
 
 @pytest.mark.selftest
 def test_prefill_and_decode_are_apart(taken):
-    """Unmerged and merged: phases, what ran, a model's weights multiplied and read, and shares of the peaks."""
+    """Unmerged and merged requests have phases, operators, multiplied and read weights, and shares of the peaks."""
     profile, _ = taken
     for account in request_accounts(profile):
         assert set(account.whole.phases) == set(REQUEST_PHASES)
         assert account.passes == profile.workload.new_tokens - 1
         for one in (account.prefill, account.decode):
             assert one.calls > 0
-            assert one.mfu.value > 0  # above 1 where the product that the peak is measured by has slower instructions
+            assert one.mfu.value > 0  # above 1 if the product that measures the peak uses slower instructions
             assert one.mbu.value > 0
         assert account.prefill.flops > account.decode.flops
     served, merged = request_accounts(profile)
@@ -53,7 +53,7 @@ def test_prefill_and_decode_are_apart(taken):
 
 @pytest.mark.selftest
 def test_it_is_judged_and_shown_from_its_file(taken, capsys):
-    """The file gives the same findings as the profile; both traces are next to it."""
+    """The stored file gives the same findings; both traces are in the same folder."""
     profile, folder = taken
     again = codec.from_json(
         RequestProfile, json.loads((folder / REQUESTS_DOCUMENT).read_text(encoding="utf-8")), REQUESTS_DOCUMENT
@@ -69,7 +69,7 @@ def test_it_is_judged_and_shown_from_its_file(taken, capsys):
 
 
 class ColdTrial:
-    """What a cold start takes of a trial whose process has ended."""
+    """The parts of a finished trial that a cold start needs."""
 
     def __init__(self):
         self.request = TrialRequest(
@@ -99,7 +99,7 @@ class ColdTrial:
     ],
 )
 def test_a_cold_start_that_fails_is_a_notice(lost, said):
-    """A process that is lost, and one that says so itself, costs nothing of what was seen before."""
+    """A lost process, and one that reports its failure, do not remove the earlier results."""
     trial = ColdTrial()
 
     def cold_start(request):

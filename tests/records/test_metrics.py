@@ -1,4 +1,4 @@
-"""The table of metrics: one entry says all of a metric, and what follows from a record is what its name says."""
+"""Tests of the table of metrics: one entry describes a metric, and derived values are what their names say."""
 
 import pytest
 
@@ -19,7 +19,8 @@ def record(**fields):
 
 
 def test_derived_metrics_are_what_their_names_say():
-    """Tokens and sequences over the timed seconds, output tokens over each request, the last quarter of the losses."""
+    """The values are tokens and sequences over the timed seconds, output tokens over each request, and the last quarter
+    of the losses."""
     one = record()
     assert samples_of(one, "tokens_per_s") == (64.0,)
     assert samples_of(one, "samples_per_s") == (4.0,)
@@ -33,7 +34,7 @@ def test_derived_metrics_are_what_their_names_say():
 
 
 def test_energy_is_per_step_and_per_real_token():
-    """Of the steps that it was measured over; without a counter there is none, and no zero."""
+    """Energy is divided by the steps of its period; without a counter there is no value, not zero."""
     one = record()
     assert samples_of(one, "energy_per_step_j") == ()
     one.values.update(device_energy_train_j=900.0, energy_steps=6.0, energy_tokens=3000.0)
@@ -42,7 +43,7 @@ def test_energy_is_per_step_and_per_real_token():
 
 
 def test_the_time_of_a_real_token_is_that_of_an_epoch():
-    """Each step's time over the real tokens that a step has in the mean; what the timed steps held does not matter."""
+    """Each step time is divided by the mean number of real tokens of a step, not by those of the timed steps."""
     one = record(tokens={"real_tokens": 300, "padded_tokens": 100})
     assert samples_of(record(), "time_per_real_token_s") == ()
     assert samples_of(one, "time_per_real_token_s") == pytest.approx(

@@ -1,4 +1,4 @@
-"""The parts of a report: values are written once, and outside text is made harmless in one place."""
+"""Tests of the parts of a report: values are formatted once, and foreign text is escaped in one place."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ from kernels_check.terminal import escape_control_chars
     ],
 )
 def test_what_would_act_on_a_terminal_is_written_out(text, shown):
-    """Escape sequences, bells, erasing, reordering and what cannot be encoded; letters of any script stay."""
+    """Escape sequences, bells, erasing, reordering and unencodable characters are escaped; letters of all scripts
+    stay."""
     assert escape_control_chars(text) == shown
 
 
 @given(st.text(st.characters(codec=None)))
 def test_no_text_keeps_a_control_character(text):
-    """Whatever comes in, what goes out can be written and acts on nothing."""
+    """For any input, the output can be encoded and has no effect on a terminal."""
     shown = escape_control_chars(text)
     assert not [one for one in shown if one not in "\n\t" and unicodedata.category(one) in ("Cc", "Cs")]
     shown.encode()

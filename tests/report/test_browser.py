@@ -1,4 +1,4 @@
-"""Pages in a real browser: nothing is loaded, nothing complains, and every control does what it says."""
+"""Tests of pages in a real browser: no requests, no errors, and working controls."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """The committed run with the most variants and charts as a page on the disk."""
+    """The committed run with the most variants and charts, written as a page."""
     run = store.read_run(str(SWEPT), SWEPT.parent)
     view = view_of(run)
     figures = figures_of_run(run, view)
@@ -52,7 +52,7 @@ def page(browser, file):
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_opens_without_a_word_or_a_request(browser, file, width, scheme):
-    """From the disk: no word on the console, no request, no need to scroll sideways, and axe finds nothing."""
+    """The page opens from a file without console messages, requests, horizontal scrolling or axe findings."""
     opened, said, asked = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme), [], []
     opened.on("console", lambda message: said.append(message.text))
     opened.on("pageerror", lambda error: said.append(str(error)))
@@ -68,7 +68,7 @@ def test_it_opens_without_a_word_or_a_request(browser, file, width, scheme):
 
 
 def test_it_is_complete_without_scripts(browser, file):
-    """The same words and pictures, and no control that would do nothing."""
+    """Without scripts the page has the same text and charts, and no inactive controls."""
     both = []
     for scripts in (True, False):
         context = browser.new_context(java_script_enabled=scripts)
@@ -85,7 +85,7 @@ def test_it_is_complete_without_scripts(browser, file):
 
 
 def test_a_column_sorts_by_its_numbers_and_back(page):
-    """Ascending, descending, as written; by the value behind the text, and what has none is last."""
+    """Clicks sort ascending, descending and back, by the numeric value; missing values are last."""
     table = page.locator("h2:text-is('Training') ~ .scroll table.sortable").first
     written = table.locator("tbody tr").all_inner_texts()
     column = next(n for n, head in enumerate(table.locator("thead th").all()) if "step time" in head.inner_text())
@@ -100,7 +100,7 @@ def test_a_column_sorts_by_its_numbers_and_back(page):
 
 
 def test_a_variant_is_hidden_everywhere_and_shown_again(page):
-    """In tables and in pictures at once."""
+    """Tables and charts change together."""
     box = page.locator("fieldset label").nth(1)
     owned = page.locator(f'[data-variant="{box.inner_text().strip()}"]')
     assert owned.count() > 3

@@ -1,4 +1,4 @@
-"""What a phase looks like: sweeps along each field that has three levels, and losses by step, each on one scale."""
+"""Tests of the charts of a phase: sweeps along each field with three levels, and losses by step, on common scales."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorameter.report.run_view import view_of
 
 @pytest.mark.parametrize(("field", "kept"), [("batch_size", True), ("sequence_length", False)])
 def test_losses_of_other_tokens_are_in_no_picture_that_compares_them(field, kept, write_run, small_study):
-    """Neither along the field that makes them so nor against cost, where one would beat another; times are."""
+    """Losses of other workloads are drawn neither along the changed field nor against cost; times are."""
     value = getattr(small_study.workload, field)
     names = {"plain": value, "double": 2 * value, "triple": 3 * value}
     study = dataclasses.replace(
@@ -38,7 +38,7 @@ def test_losses_of_other_tokens_are_in_no_picture_that_compares_them(field, kept
 
 
 def test_a_training_that_was_cut_short_is_in_no_median_of_a_step(write_run):
-    """The median of a step is that of the trials that trained as many steps as any; what ended before is left out."""
+    """The median of a step uses the trials with the most steps; shorter trainings are left out."""
 
     def learnt(record):
         steps = 6 if record.replicate == 1 else 8

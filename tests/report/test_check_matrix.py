@@ -1,4 +1,4 @@
-"""The matrix of checks on the page: the colour of each status, and which status of several trials is shown."""
+"""Tests of the matrix of checks on the page: the colour of each status, and the status shown for several trials."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ TONES = {"fallback": "bad", "absent": "bad", "unknown": "warning", "active": "go
 
 @pytest.fixture
 def matrix(write_run, tmp_path, capsys):
-    """A function that writes a run whose trials of `nf4` have these statuses, and returns the class and the text of the
-    cell on its page."""
+    """A function that writes a run whose `nf4` trials have these statuses, and returns class and text of its cell."""
 
     def shown(*statuses, required=4):
         def checked(record):
@@ -46,5 +45,5 @@ def matrix(write_run, tmp_path, capsys):
     ],
 )
 def test_the_worst_status_of_the_trials_is_shown(matrix, statuses, worst):
-    """A path that fell back in one trial is not hidden by another trial in which it is unknown."""
+    """A fallback in one trial is shown although the path is unknown in another."""
     assert matrix(*statuses) == (TONES[worst], worst)

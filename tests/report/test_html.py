@@ -1,4 +1,5 @@
-"""Reports as a page: complete without scripts, closed to the world, escaped, drawn as their tables say."""
+"""Tests of HTML reports: complete without scripts, no external resources, escaped, and charts that agree with the
+tables."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ HOSTILE = "</title><script>alert(1)</script>&\"'\x1b[31m\u202ex"
 
 
 class Page(HTMLParser):
-    """What a page consists of."""
+    """The parsed elements of a page."""
 
     def __init__(self, text):
         super().__init__()
@@ -74,7 +75,7 @@ def committed(request):
 
 
 def test_the_policy_allows_the_page_and_nothing_else(committed):
-    """The hashes are those of its one style sheet and its one script."""
+    """The hashes in the policy are those of the only style sheet and the only script."""
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', committed[3])[1].replace("&#39;", "'")
     assert policy.startswith("default-src 'none'; ")
     for tag, directive in (("style", "style-src"), ("script", "script-src")):
@@ -85,7 +86,7 @@ def test_the_policy_allows_the_page_and_nothing_else(committed):
 
 
 def test_texts_from_outside_are_texts():
-    """In titles, cells, names of variants, figures and the command at the end; none is markup and none acts."""
+    """Foreign text in titles, cells, variant names, figures and the final command is neither markup nor executed."""
     mark = Mark(name=HOSTILE, value=1.0, low=0.9, high=1.1, verdict="equivalent")
     axis = Axis(title=HOSTILE, line_at=1.0)
     curve = Curve(name=HOSTILE, points=(Point(x=1.0, y=2.0, y_interval=(1.5, 2.5)),))
@@ -107,7 +108,7 @@ def test_texts_from_outside_are_texts():
 
 
 def test_variants_that_were_not_asked_for_are_nowhere_on_a_page(tmp_path):
-    """Neither in a picture nor in its numbers; what the run claims and how it is repeated names all."""
+    """Charts and tables show the selected variants only; claims and reproduction steps name all."""
     (path,) = [path for path in COMMITTED if path.name.endswith("lora-or-qlora")]
     assert main(["report", str(path), "--variant", "qlora-nf4-r16", "--html", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -125,7 +126,7 @@ def test_variants_that_were_not_asked_for_are_nowhere_on_a_page(tmp_path):
 
 @pytest.mark.parametrize("line", ["report {}", "ab training-step --base HEAD --candidate HEAD"])
 def test_a_page_that_cannot_be_written_is_refused_first(line, write_run, tmp_path, capsys):
-    """Before anything is measured; the file is named."""
+    """The error names the file before anything is measured."""
     path = write_run("r", {"plain": [1.0] * 5})
     words = [word.replace("{}", str(path)) for word in line.split()]
     assert main([*words, "--html", str(tmp_path / "none" / "page.html")]) == 2

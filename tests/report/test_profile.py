@@ -1,4 +1,4 @@
-"""A constructed profile: its accounts add up, and all of it is on screen and in the file."""
+"""Tests of the report of a constructed profile: its accounts add up, and terminal and file have all of it."""
 
 import dataclasses
 import io
@@ -59,7 +59,7 @@ ACTIVITY = Activity(
         phase("update", 0.016, use("aten::_fused_adamw_", "optimizer", 0.008)),
     ),
 )
-"""Constructed: under the profiler everything takes twice as long."""
+"""Constructed times under the profiler, which doubles them."""
 SAMPLES = {
     "plain_step_time_s": (0.1,) * 8,
     "plain_step_cpu_time_s": (0.099,) * 8,
@@ -92,7 +92,8 @@ def profile():
 
 
 def test_the_lines_of_a_step_add_up(profile):
-    """Phases and remainder are the step; categories and idling are the phases; the profiler's slow-down is reported."""
+    """Phases and remainder add up to the step, categories and idle time to the phases; the profiler's slow-down is
+    reported."""
     step = step_account(profile)
     assert (step.remainder.value, step.remainder.low, step.remainder.high) == pytest.approx((0.001,) * 3)
     assert step.explained
@@ -107,7 +108,7 @@ def test_the_lines_of_a_step_add_up(profile):
     assert time_of(profile, step, lambda one: one.totals_s.get("aten::dropout", 0.0)) == pytest.approx(0.0125)
     counted = msgspec.structs.replace(ACTIVITY.phases[1], records={"phase": 100.0})
     assert plain_s(profile, step, counted, 0.025) == pytest.approx(0.0125)
-    for records, seconds in ((0.0, 0.025), (10.0, 0.022), (100.0, 0.0)):  # of 30 ms that 100 records cost
+    for records, seconds in ((0.0, 0.025), (10.0, 0.022), (100.0, 0.0)):  # 100 records cost 30 ms
         assert plain_s(profile, step, counted, 0.025, records=records) == pytest.approx(seconds)
     samples = {name: (*values, 10 * values[0]) for name, values in SAMPLES.items()}
     samples["plain_step_cpu_time_s"] = SAMPLES["plain_step_cpu_time_s"] + (0.5,)
@@ -126,7 +127,7 @@ def test_the_lines_of_a_step_add_up(profile):
     ],
 )
 def test_a_step_is_explained_where_the_whole_interval_is_within_the_limit(profile, remainder, explained):
-    """2 % of the step; where the interval reaches over the limit it is inconclusive."""
+    """The limit is 2 % of the step; an interval across the limit is inconclusive."""
     step = dataclasses.replace(step_account(profile), remainder=remainder)
     assert step.explained is explained
     text = io.StringIO()
@@ -136,7 +137,7 @@ def test_a_step_is_explained_where_the_whole_interval_is_within_the_limit(profil
 
 
 def outcome(ratio=0.8, *, scatter=0.001, valid=True, metric="step_time_s", **changes):
-    """What came of a remedy, constructed: four replicates whose times have this ratio, more or less."""
+    """Return a constructed result of a remedy: four replicates with about this ratio."""
     base = [(1.0 + 0.01 * replicate,) * 6 for replicate in range(4)]
     candidate = [(time[0] * ratio * (1 + scatter * (-1) ** replicate),) * 6 for replicate, time in enumerate(base)]
     comparison = compare_trials(base, candidate, pairing="turn")
@@ -158,7 +159,7 @@ def shown(tried):
 
 
 def test_a_gain_is_shown_with_its_interval_and_what_casts_doubt_on_it():
-    """Of a step, or of the time of a real token where the workload was changed; the run's notices follow."""
+    """The gain is of a step, or of the time per real token where the workload changed; the run's notices follow."""
     text = shown(outcome())
     assert "x by lora_dropout = 0.0 (lockstep)" in text
     assert "gained 20.00 [19.85, 20.15] % of a step; the profile attributed 25.0% of a step to it" in text
@@ -179,7 +180,7 @@ def test_a_gain_is_shown_with_its_interval_and_what_casts_doubt_on_it():
     ],
 )
 def test_the_exit_code_says_whether_the_remedy_has_a_verdict(profile, monkeypatch, capsys, tmp_path, tried, code):
-    """0 for any, a loss too; 3 where it is open; 4 where nothing counts."""
+    """The code is 0 for any verdict, also a loss, 3 if inconclusive and 4 if invalid."""
     monkeypatch.setattr(commands_profile, "profile_variant", lambda *args, **options: (profile, tmp_path))
     monkeypatch.setattr(commands_profile, "_try", lambda *args: tried)
     assert cli.main(["profile", "lora-or-qlora:lora-r16", "--try", "dropout", "--json"]) == code
@@ -189,7 +190,7 @@ def test_the_exit_code_says_whether_the_remedy_has_a_verdict(profile, monkeypatc
 
 
 def test_what_cannot_be_tried_costs_no_profile(profile, monkeypatch, capsys, tmp_path):
-    """The document is printed all the same, the refusal is on stderr, and the exit code is that of bad input."""
+    """The document is still printed, the error is on stderr, and the exit code is that of bad input."""
     slow = profile.record.samples | {"phase_data_s": (0.02,) * 8}
     seen = dataclasses.replace(profile, record=profile.record.replaced(samples=slow))
     monkeypatch.setattr(commands_profile, "profile_variant", lambda *args, **options: (seen, tmp_path))

@@ -1,4 +1,4 @@
-"""Rows say what the records hold and what the reports say, and nothing else."""
+"""Tests that rows contain exactly the values of the records and the reports."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def tables(run):
 
 @pytest.mark.parametrize("name", CONSTRUCTED)
 def test_every_run_has_rows_of_the_kinds_that_its_columns_say(name, read):
-    """Runs with failures, missing metrics, one replicate, no reference and old schemas included."""
+    """This includes runs with failures, missing metrics, one replicate, no reference and old schemas."""
     kinds = {"text": str, "count": int, "number": float, "flag": bool}
     for table, rows in tables(read(name)).items():
         for row in rows:
@@ -28,7 +28,7 @@ def test_every_run_has_rows_of_the_kinds_that_its_columns_say(name, read):
 
 
 def test_every_sample_of_every_trial_is_a_row(read):
-    """As many as the records hold, each with its value and its place."""
+    """Rows and samples of the records agree in number, value and order."""
     run = read("sound")
     rows = tables(run)["samples"]
     record = next(record for record in run.records if len(record.samples.get("step_time_s", ())) > 1)
@@ -62,7 +62,7 @@ def test_estimates_and_ratios_are_those_of_the_report(read):
 
 
 def test_an_earlier_attempt_is_a_trial_that_does_not_count(write_run):
-    """It comes before the attempt that counts, and gives no sample."""
+    """It precedes the attempt that counts and has no samples."""
     from lorameter.records.trials import line_of
 
     path = write_run("again", {"plain": [1.0, 1.1], "nf4": [1.0, 1.2]})

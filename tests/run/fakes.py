@@ -1,4 +1,4 @@
-"""A fake at the seam between the runner and processes: an executor of this machine whose workers answer at once."""
+"""A fake executor between the runner and processes: an executor of this machine whose workers answer at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lorameter.run.workers.local import LocalExecutor
 
 
 class FakeExecutor(LocalExecutor):
-    """Executor and worker in one; every step takes a tenth of a second, and `asked` has the trial of each command."""
+    """Executor and worker in one; every step takes 0.1 s, and `asked` records the trial of each command."""
 
     start_latency_s = 0.01
     harness = "0.1 sha256:one"
@@ -64,4 +64,4 @@ class FakeExecutor(LocalExecutor):
 
 
 class Quiet(Display):
-    """Shows nothing."""
+    """A display without output."""

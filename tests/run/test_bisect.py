@@ -1,4 +1,4 @@
-"""The search for the step that made it slower, on constructed evidence: ratios that are known, and none measured."""
+"""Tests of the bisection for the slower commit, on constructed ratios without measurements."""
 
 import math
 
@@ -16,7 +16,7 @@ def candidates(count):
 
 
 class Constructed:
-    """Answers as a lockstep A/B would: known true ratios, and trials of known scatter around them."""
+    """A fake lockstep A/B with known true ratios and trials of known scatter around them."""
 
     def __init__(self, truth, *, spread=0.01, broken=(), seed=1):
         import numpy as np
@@ -35,7 +35,7 @@ class Constructed:
 
 @pytest.mark.parametrize("culprit", [1, 9, 16])
 def test_one_commit_of_ten_percent_among_sixteen_takes_five_comparisons(culprit):
-    """Wherever it is: the bad end, and four that halve the rest."""
+    """At every position, the bad end and four halvings find the commit."""
     truth = [1.0 if place < culprit else 1.10 for place in range(17)]
     asked = Constructed(truth, seed=culprit)
     found = bisect(candidates(16), asked, replicates=8)
@@ -48,7 +48,7 @@ def test_one_commit_of_ten_percent_among_sixteen_takes_five_comparisons(culprit)
 
 
 def test_what_stays_open_is_named_and_the_search_goes_on_around_it():
-    """A commit that lies in the middle of the effect is on neither side, however much is spent."""
+    """A commit with half the effect is on neither side, whatever the number of replicates."""
     truth = [1.0, 1.0, 1.0, 1.0, math.sqrt(1.1), 1.1, 1.1, 1.1, 1.1]
     asked = Constructed(truth, spread=0.02)
     found = bisect(candidates(8), asked, replicates=4)
@@ -61,7 +61,7 @@ def test_what_stays_open_is_named_and_the_search_goes_on_around_it():
 
 
 def test_a_commit_that_cannot_be_measured_is_gone_around():
-    """It is tried twice, then skipped; the neighbouring culprit is still found, or both are named."""
+    """It is tried twice and then skipped; the neighbouring culprit is still found, or both are named."""
     truth = [1.0 if place < 6 else 1.1 for place in range(9)]
     found = bisect(candidates(8), Constructed(truth, broken=[4]), replicates=8)
     assert found.culprit.label == "commit 6"
@@ -72,7 +72,7 @@ def test_a_commit_that_cannot_be_measured_is_gone_around():
 
 
 def test_a_bad_end_that_is_not_slower_ends_the_search_at_once():
-    """One comparison, and the conclusion gives the reason."""
+    """One comparison is made, and the conclusion gives the reason."""
     found = bisect(candidates(16), Constructed([1.0] * 17, spread=0.005), replicates=8)
     assert (found.culprit, found.found, len(found.looks)) == (None, False, 1)
     assert "not slower" in found.conclusion
@@ -81,7 +81,7 @@ def test_a_bad_end_that_is_not_slower_ends_the_search_at_once():
 
 
 def test_the_report_says_what_was_found_first():
-    """Then each comparison with its ratio, its replicates and its side."""
+    """Each comparison follows with its ratio, its replicates and its side."""
     truth = [1.0 if place < 6 else 1.1 for place in range(9)]
     found = bisect(candidates(8), Constructed(truth, broken=[4]), replicates=8)
     text = text_of(describe_bisection(found, "step time of plain"), width=80, coloured=False)

@@ -1,4 +1,4 @@
-"""What to change first: keys of a study that are not turned yet, by what the estimate falls for each."""
+"""Tests of the advice on memory: which study keys to change, ordered by how much each lowers the estimate."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WIDE = Workload(batch_size=6, sequence_length=1024)
 
 @pytest.fixture
 def advice(machine):
-    """A function that advises on a variant of a model on a GPU, or on this machine."""
+    """A function that advises on a variant of a model on a GPU or on this machine."""
 
     def make(variant, workload=WIDE, *, model="llama2-7b", card="24GiB", **asked):
         device = on_machine(machine, None) if card is None else on_gpu(machine, find_card(card))
@@ -33,7 +33,7 @@ def advice(machine):
 
 
 def turned(variant, workload, lines):
-    """Both with these lines of a study."""
+    """Return variant and workload with these study lines applied."""
     for key, value in tomllib.loads("\n".join(lines)).items():
         owner = workload if key == "batch_size" else variant
         changed = dataclasses.replace(owner, **{key: value})
@@ -51,7 +51,7 @@ CASES = [
 
 @pytest.mark.parametrize(("variant", "model", "card"), CASES)
 def test_each_change_makes_a_variant_with_the_stated_estimate(advice, variant, model, card):
-    """Its line is one of a study; what it frees is how far the estimate falls; what frees most is first."""
+    """Each line is valid in a study, frees as much as the estimate falls, and the largest change is first."""
     found = advice(variant, model=model, card=card)
     assert found.options
     for option in found.options:
@@ -66,7 +66,7 @@ def test_each_change_makes_a_variant_with_the_stated_estimate(advice, variant, m
 
 @pytest.mark.parametrize(("variant", "model", "card"), CASES)
 def test_the_fewest_make_it_fit_and_fewer_do_not(advice, variant, model, card):
-    """Of a set each is needed, and no single one would do where there are several."""
+    """Every change of a suggested set is needed, and no single change is enough where several are suggested."""
     found = advice(variant, model=model, card=card)
     assert found.status != "fits"
     if found.turn is None:

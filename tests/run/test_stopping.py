@@ -1,4 +1,4 @@
-"""When a run has what it needs: intervals narrow enough or time used up, and never because something is significant."""
+"""Tests of when a run stops: at sufficient precision or at the time limit, never because of significance."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from lorameter.verdicts.series import compare_series, group_trials
 from tests.run.fakes import FakeExecutor, Quiet
 
 QUIET, LOUD = 0.001, 0.05
-"""Scatter of the log ratios; with 5 replicates an interval of ± 0.1 to 0.2 %, and of ± 6 to 10 %."""
+"""Standard deviations of the log ratios; with 5 replicates they give intervals of ± 0.1 to 0.2 % and of ± 6 to 10 %."""
 SWEEP = (("", "plain", "variant"), ("", "nf4", "variant"), ("", "plain", "control"))
 AB = (("base", "plain", "variant"), ("base", "plain", "control"), ("candidate", "plain", "variant"),
       ("base", "nf4", "variant"), ("candidate", "nf4", "variant"))  # fmt: skip
 
 
 def records(replicates, arms=SWEEP, *, loud=None, ratio=1.0, phases=("train",), failed=()):
-    """Trials whose times scatter little, but for those of `loud` = (side, name, role, phase).
+    """Return trials with little scatter, except those of `loud` = (side, name, role, phase).
 
     `ratio` is that of everything that is no base of a comparison; `failed` are (side, name, role, replicate).
     """
@@ -51,7 +51,7 @@ def records(replicates, arms=SWEEP, *, loud=None, ratio=1.0, phases=("train",), 
 
 @pytest.fixture
 def rule(small_study):
-    """A function that makes the rule of a plan with these limits."""
+    """A function that returns the stopping rule of a plan with these limits."""
 
     def make(*, phases=("train",), **limits):
         protocol = dataclasses.replace(small_study.protocol, replicates=40, **limits)
@@ -63,7 +63,7 @@ def rule(small_study):
 
 @pytest.mark.parametrize("arms", [SWEEP, AB], ids=["sweep", "ab"])
 def test_precision_stops_from_the_fifth_replicate_on(rule, arms):
-    """Earlier ones may agree by luck, however narrow they look; the reason says what was reached and asked for."""
+    """Fewer replicates may agree by chance; the reason gives the reached and the requested precision."""
     stop = rule(precision=0.01)
     reasons = [stop(records(count, arms)) for count in range(1, 9)]
     assert reasons[:4] == [None] * 4
@@ -81,7 +81,7 @@ def test_precision_stops_from_the_fifth_replicate_on(rule, arms):
     ids=lambda value: "-".join(value) if isinstance(value[0], str) else "ab" if value is AB else "sweep",
 )
 def test_one_wide_interval_keeps_a_run_going(rule, arms, loud):
-    """Whichever it is: of a variant, of either side, of the control, in any phase that is measured."""
+    """The wide interval may be that of a variant, of either side or of the control, in any measured phase."""
     phases = ("train", "generate")
     stop = rule(precision=0.01, phases=phases)
     assert stop(records(8, arms, phases=phases)) is not None
@@ -90,7 +90,8 @@ def test_one_wide_interval_keeps_a_run_going(rule, arms, loud):
 
 @pytest.mark.parametrize("arms", [SWEEP, AB], ids=["sweep", "ab"])
 def test_significance_stops_nothing(rule, arms):
-    """Three times as slow beyond any doubt, and too wide: it goes on; narrow, it stops, equal or not."""
+    """A clear but imprecise slow-down by three does not stop the run; a precise ratio stops it, whether equal or
+    not."""
     side, name, role = arms[1]
     taken = records(8, arms, ratio=3.0, loud=(side, name, role, "train"))
     others = group_trials(taken, side)
@@ -101,7 +102,7 @@ def test_significance_stops_nothing(rule, arms):
 
 
 def test_trials_that_failed_are_no_replicates(rule):
-    """Five passes of which one failed leave four pairs."""
+    """Five replicates with one failed trial give four pairs."""
     stop = rule(precision=0.01)
     assert stop(records(5, failed=[("", "nf4", "variant", 3)])) is None
     assert stop(records(6, failed=[("", "nf4", "variant", 3)])) is not None
@@ -112,7 +113,7 @@ def test_trials_that_failed_are_no_replicates(rule):
 
 @pytest.fixture
 def measured(small_study, machine, tmp_path, monkeypatch):
-    """A function that measures the small study with the fake at the seam and reads the run back."""
+    """A function that measures the small study with the fake executor and reads the run back."""
     monkeypatch.setattr(lorameter.run.workers.local, "LocalExecutor", FakeExecutor)
     monkeypatch.setattr("lorameter.machine.provenance.probe_machine", lambda environment=None: machine)
 
@@ -125,7 +126,7 @@ def measured(small_study, machine, tmp_path, monkeypatch):
 
 
 def test_a_run_that_stopped_is_whole_and_says_why(measured, tmp_path):
-    """Its manifest names the reason and the trials that were measured; it counts like any other run."""
+    """The manifest has the reason and the measured trials; the run counts like any other."""
     run = measured(replicates=9, precision=0.01)
     assert run.manifest.status == "complete"
     assert "after 5 replicates" in run.manifest.stopped

@@ -1,4 +1,4 @@
-"""compare_trials: error rates and power by simulation, symmetries by property, edges by hand."""
+"""Tests of compare_trials: error rates and power by simulation, symmetries by property, edge cases by hand."""
 
 import json
 import math
@@ -28,7 +28,8 @@ pairings = st.sampled_from(["turn", "replicate", "none"])
 
 
 def simulate(draws, replicates, log_effect, sd, seed, *, shared=0.0, samples=1, **limits):
-    """Comparisons of simulated runs: noise of `sd` a side and replicate, and `shared` noise that both sides have."""
+    """Return comparisons of simulated runs: noise of `sd` for each side and replicate, and `shared` noise of both
+    sides."""
     rng = np.random.default_rng(seed)
     both = rng.normal(0.0, shared, (draws, replicates, 1)) if shared else 0.0
     noise = rng.normal(0.0, sd, (2, draws, replicates, 1)) + rng.normal(0.0, sd, (2, draws, replicates, samples)) * (
@@ -39,13 +40,14 @@ def simulate(draws, replicates, log_effect, sd, seed, *, shared=0.0, samples=1, 
 
 
 def rate(verdict, comparisons):
-    """Share of comparisons with the verdict."""
+    """Return the share of comparisons with the verdict."""
     return np.mean([comparison.verdict == verdict for comparison in comparisons])
 
 
 @pytest.mark.parametrize("pairing", ["turn", "replicate", "none"])
 def test_false_alarms_come_at_the_nominal_rate(pairing):
-    """A/A at 5 replicates, heavy shared noise, no tolerance: 2.5 % regressed and 2.5 % improved (Welch: at most)."""
+    """A/A runs of 5 replicates with heavy shared noise and no tolerance give 2.5 % regressed and 2.5 % improved (Welch:
+    at most)."""
     found = simulate(2500, 5, 0.0, 0.02, 21, shared=0.0 if pairing == "none" else 0.3, tolerance=0.0, pairing=pairing)
     lowest = 0.012 if pairing == "none" else 0.017
     for verdict in ("regressed", "improved"):
@@ -59,19 +61,20 @@ def test_at_the_tolerance_the_alarm_has_its_nominal_rate():
 
 
 def test_interval_covers_the_true_ratio():
-    """The 95 % interval holds the true ratio in 94 to 96 % of runs."""
+    """The 95 % interval covers the true ratio in 94 to 96 % of runs."""
     found = simulate(3000, 5, math.log(1.2), 0.05, 24, pairing="turn")
     assert 0.94 <= np.mean([one.low <= 1.2 <= one.high for one in found]) <= 0.96
 
 
 def test_equivalence_at_the_margin_is_a_five_percent_error():
-    """A true slow-down of exactly the margin is called equivalent in at most 5 % of runs, and close to it if quiet."""
+    """A true slow-down of the margin is called equivalent in at most 5 % of runs, and in nearly 5 % with little
+    noise."""
     found = simulate(2000, 8, math.log(1.05), 0.01, 25, tolerance=0.2, pairing="turn")
     assert 0.038 <= rate("equivalent", found) <= 0.062
 
 
 def test_unpaired_is_never_equivalent():
-    """Identical quiet sides are equivalent if paired; unpaired they stay inconclusive, with the reason and no plan."""
+    """Identical quiet sides are equivalent if paired; unpaired they are inconclusive, with a reason and no plan."""
     trials = [[1.0, 1.001], [1.001, 1.0], [1.0, 1.0]]
     assert compare_trials(trials, trials, pairing="replicate").verdict == "equivalent"
     unpaired = compare_trials(trials, trials, pairing="none")
@@ -81,7 +84,8 @@ def test_unpaired_is_never_equivalent():
 
 
 def test_inconclusive_says_what_would_have_been_seen():
-    """An open result states the detectable effect and a plan, in fields and in words, in words none of hundreds."""
+    """An inconclusive result has the detectable effect and a plan, in fields and in words; a plan of hundreds is not
+    advised."""
     base, candidate = [[1.0], [1.0], [1.0]], [[0.8], [1.3], [1.05]]
     open_result = compare_trials(base, candidate, pairing="turn")
     assert open_result.verdict == "inconclusive"
@@ -96,7 +100,7 @@ def test_inconclusive_says_what_would_have_been_seen():
 
 
 def test_one_replicate_is_inconclusive():
-    """One replicate has a ratio, and neither interval nor plan; the reason says so."""
+    """One replicate has a ratio but no interval and no plan; the reason says so."""
     single = compare_trials([[1.0, 1.0]], [[2.0, 2.0]], pairing="turn")
     assert (single.verdict, single.ratio, single.replicates) == ("inconclusive", 2.0, 1)
     assert (single.low, single.high, single.mde80, single.replicates_needed) == (None, None, None, None)
@@ -105,7 +109,7 @@ def test_one_replicate_is_inconclusive():
 
 @pytest.mark.parametrize(("candidate", "verdict"), [(1.0, "equivalent"), (1.02, "regressed"), (0.98, "improved")])
 def test_zero_variance_is_a_point(candidate, verdict):
-    """Replicates that do not differ decide by the point, and the reason names it."""
+    """Replicates without variance are decided by the point, and the reason says so."""
     result = compare_trials([[0.3], [0.3], [0.3]], [[0.3 * candidate]] * 3, pairing="turn")
     assert (result.verdict, result.low, result.high) == (verdict, result.ratio, result.ratio)
     assert result.ratio == pytest.approx(candidate)
@@ -113,7 +117,7 @@ def test_zero_variance_is_a_point(candidate, verdict):
 
 
 def test_family_widens_the_alarm_and_not_the_equivalence():
-    """A family of 20 needs more for an alarm; what is equivalent alone is equivalent in the family."""
+    """A large family needs a larger effect for an alarm; equivalence is the same as alone."""
     base, candidate = [[1.0]] * 4, [[1.05], [1.06], [1.07], [1.06]]
     alone, in_family = (compare_trials(base, candidate, pairing="turn", family=size) for size in (1, 1000))
     assert (alone.verdict, in_family.verdict) == ("regressed", "inconclusive")
@@ -123,7 +127,7 @@ def test_family_widens_the_alarm_and_not_the_equivalence():
 
 
 def test_ratio_too_large_for_a_float_is_refused():
-    """Sides whose ratio is no number are refused, not compared."""
+    """A ratio that overflows is an error."""
     with pytest.raises(ValueError, match="check the units"):
         compare_trials([[1e-300]], [[1e300]], pairing="turn")
 
@@ -145,7 +149,7 @@ def test_ratio_too_large_for_a_float_is_refused():
     ],
 )
 def test_bad_input_is_an_error(arguments, message):
-    """Bad input raises with the offender's name; it never becomes a verdict."""
+    """Bad input raises an error that names the offending value."""
     good = {"base": [[1.0], [1.0]], "candidate": [[1.0], [1.0]], "pairing": "turn"} | arguments
     with pytest.raises(ValueError, match=message):
         compare_trials(good.pop("base"), good.pop("candidate"), **good)
@@ -154,8 +158,8 @@ def test_bad_input_is_an_error(arguments, message):
 @settings(max_examples=60, deadline=None)
 @given(sides, pairings)
 def test_swapping_sides_inverts(pair, pairing):
-    """Swapping sides inverts the ratio, and turns regressed into improved; the other verdicts stay. Any valid input
-    gives a result that strict JSON can hold."""
+    """Swapping sides inverts the ratio and exchanges regressed and improved; other verdicts stay. Every valid input
+    gives a result in strict JSON."""
     base, candidate = pair
     one, other = compare_trials(base, candidate, pairing=pairing), compare_trials(candidate, base, pairing=pairing)
     json.dumps(asdict(one), allow_nan=False)

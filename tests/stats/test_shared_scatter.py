@@ -1,4 +1,4 @@
-"""Comparisons with one reference share their scatter: narrower intervals, and the coverage that they promise."""
+"""Tests of comparisons with one reference that share their scatter: narrower intervals with the promised coverage."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ RULE = VerdictRule(tolerance=0.0, family=1)
 
 
 def effects_of(logs):
-    """The effect of each arm against the first; `logs` is arms × replicates."""
+    """Return the effect of each arm against the first; `logs` is arms × replicates."""
     return {str(arm): paired_effect(row - logs[0], "turn") for arm, row in enumerate(logs) if arm}
 
 
 def simulated(scatter, replicates, *, tails=None, studies=STUDIES, seed=1):
-    """Log times of identical arms, studies × arms × replicates, with what a replicate does to all arms."""
+    """Return log times of identical arms, studies × arms × replicates, with an effect of each replicate on all arms."""
     rng = np.random.default_rng(seed)
     shape = (studies, len(scatter), replicates)
     noise = rng.normal(size=shape) if tails is None else rng.standard_t(tails, shape) / math.sqrt(tails / (tails - 2))
@@ -41,7 +41,7 @@ SCATTERS = {
 @pytest.mark.parametrize("name", SCATTERS)
 @pytest.mark.parametrize(("replicates", "arms"), [(3, 4), (3, 6), (5, 6)])
 def test_all_intervals_of_a_run_hold_the_truth_in_94_percent_of_the_runs(name, replicates, arms):
-    """The reference and its second measurement are the first two arms; 2,000 simulated runs of identical arms."""
+    """In 2,000 simulated runs of identical arms, the first two arms are the reference and its second measurement."""
     rule = VerdictRule(tolerance=0.0, family=arms - 1)
     held = 0
     for logs in simulated(SCATTERS[name](arms), replicates):
@@ -52,7 +52,7 @@ def test_all_intervals_of_a_run_hold_the_truth_in_94_percent_of_the_runs(name, r
 
 
 def test_what_a_replicate_does_to_all_arms_cancels():
-    """A replicate in which every arm is slower by half leaves the shared scatter as it is."""
+    """A replicate in which every arm is slower by half does not change the shared scatter."""
     (logs,) = simulated([1.0] * 5, 4, studies=1)
     moved = logs + np.array([0.0, 0.5, 0.0, 0.0])
     before, after = share_scatter(effects_of(logs)), share_scatter(effects_of(moved))
@@ -60,7 +60,7 @@ def test_what_a_replicate_does_to_all_arms_cancels():
 
 
 def test_an_arm_that_scatters_more_keeps_its_own_variance():
-    """The comparison of a noisy arm is not made narrower than its estimate by quiet ones."""
+    """Quiet arms do not narrow the interval of a noisy arm."""
     (logs,) = simulated([1.0] * 6, 8, studies=1)
     logs[3] += np.array([0.3, -0.3] * 4)
     effects = effects_of(logs)
@@ -70,14 +70,14 @@ def test_an_arm_that_scatters_more_keeps_its_own_variance():
 
 
 def test_degrees_of_freedom_and_their_source_are_in_the_reason():
-    """A reader sees how many comparisons share the scatter, and its degrees of freedom."""
+    """The reason gives the number of comparisons that share the scatter, and its degrees of freedom."""
     (logs,) = simulated([1.0] * 4, 3, studies=1)
     found = decide(share_scatter(effects_of(logs))["1"], RULE)
     assert f"scatter shared by 3 comparisons, {2 + PRIOR_DF} degrees of freedom" in found.reason
 
 
 def test_one_comparison_and_one_replicate_share_nothing():
-    """There is nothing to share: the effects are returned as they are."""
+    """The effects are returned unchanged."""
     (logs,) = simulated([1.0] * 4, 3, studies=1)
     alone = effects_of(logs[:2])
     assert share_scatter(alone) == alone

@@ -1,4 +1,4 @@
-"""The rule: what clears the tolerance, what fits the margin, what is left."""
+"""Tests of the verdict rule: beyond the tolerance, within the margin, or neither."""
 
 import math
 
@@ -9,7 +9,7 @@ from lorameter.stats.verdict import VerdictRule
 
 
 def rule(**changes):
-    """The default rule, with changes."""
+    """Return the default rule with changes."""
     return VerdictRule(**{"tolerance": 0.01, "margin": 0.05, "alpha": 0.05, "family": 1} | changes)
 
 
@@ -31,12 +31,13 @@ def rule(**changes):
     ],
 )
 def test_verdict_follows_from_the_intervals(ratio, half, verdict):
-    """An interval beyond the tolerance decides first, then one inside the margin; the limits are symmetric on logs."""
+    """An interval beyond the tolerance decides first, then one within the margin; the limits are symmetric on the log
+    scale."""
     assert rule().judge(math.log(ratio), half, half) == verdict
 
 
 def test_family_narrows_the_tail():
-    """Bonferroni: each comparison of a family has its share of alpha, half on either side."""
+    """With Bonferroni each comparison of a family has its share of alpha, half on either side."""
     own = Spread(standard_error=1.0, df=4, sd=1.0, df_per_replicate=1.0)
     assert rule(family=10).tail(own) == pytest.approx(0.0025)
 
@@ -58,6 +59,6 @@ def test_family_narrows_the_tail():
     ],
 )
 def test_limits_out_of_range_are_refused_by_name(name, value):
-    """A limit that makes no sense is an error with its name and value, never a verdict."""
+    """An invalid limit is an error with its name and value."""
     with pytest.raises(ValueError, match=rf"^{name} is {value!r}: pass"):
         rule(**{name: value})

@@ -1,4 +1,4 @@
-"""The study of a stored run."""
+"""Tests of the study of a stored run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.constructed import RUNS
 
 
 def test_every_key_must_be_known():
-    """A key that is not known could be what two sides differ in."""
+    """An unknown key could be the difference between two sides."""
     run = store.read_run("sound", RUNS)
     assert read_study(run).name == "lora-or-qlora"
     manifest = msgspec.structs.replace(run.manifest, study={**run.manifest.study, "shade": 1})

@@ -1,4 +1,4 @@
-"""The stopwatch and the bytes that a step keeps resident."""
+"""Tests of the stopwatch and of the resident bytes of a step."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lorameter.trial.process import Stopwatch
 
 
 def test_a_lap_has_wall_and_cpu_time():
-    """Sleeping takes wall time and no CPU time."""
+    """Sleeping takes wall time but no CPU time."""
     result, lap = Stopwatch("cpu")(lambda: time.sleep(0.05) or 7)
     assert result == 7
     assert lap.time_s >= 0.05 > lap.cpu_time_s
 
 
 def test_the_host_peak_is_that_of_its_phase():
-    """Memory that was freed counts for its phase, and not for the next one."""
+    """Freed memory counts for its own phase and not for the next one."""
     gauge = PeakMemoryTracker("cpu")
     gauge.begin()
     before = host_bytes("VmRSS")
@@ -33,7 +33,7 @@ def test_the_host_peak_is_that_of_its_phase():
 
 
 def test_resident_bytes_are_exact_by_kind():
-    """Frozen base, adapter, gradients and two Adam moments, to the byte; tied tensors once."""
+    """Frozen base, adapter, gradients and two Adam moments are exact to the byte; tied tensors count once."""
     model = nn.ModuleDict({"base": nn.Linear(8, 4, bias=False), "adapter": nn.Linear(4, 2, bias=False)})
     model["twin"] = nn.Linear(8, 4, bias=False)
     model["twin"].weight = model["base"].weight
@@ -46,13 +46,13 @@ def test_resident_bytes_are_exact_by_kind():
         "quantization_state_bytes": 0,
         "adapter_bytes": 4 * 2 * 4,
         "gradient_bytes": 4 * 2 * 4,
-        "optimizer_state_bytes": 2 * 4 * 2 * 4 + 4,  # and the step counter
+        "optimizer_state_bytes": 2 * 4 * 2 * 4 + 4,  # plus the step counter
         "paged_optimizer_state_bytes": 0,
     }
 
 
 def test_the_scales_of_int8_layers_are_counted_after_a_forward():
-    """bitsandbytes moves them from the weight to the layer's state; one float32 a row either way."""
+    """bitsandbytes moves the scales, one float32 for each row, from the weight to the layer's state."""
     import bitsandbytes as bnb
 
     layer = bnb.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False)

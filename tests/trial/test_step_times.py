@@ -1,4 +1,4 @@
-"""Times of steps and requests of a whole model are estimated from two of its layers."""
+"""Tests of step and request times of a whole model, estimated from two of its layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorameter.trial.step_times import LAYERS, shorten_config, time_parts
 
 
 def measure(folder, layers):
-    """The times of a variant on the small model with so many layers."""
+    """Return the times of a variant on the small model with the given number of layers."""
     config = json.loads(catalogue.CATALOGUE["tiny-llama"].config.read_text()) | {"num_hidden_layers": layers}
     for name in ("model", "scratch"):
         (folder / name).mkdir(exist_ok=True)
@@ -28,7 +28,7 @@ def measure(folder, layers):
 
 
 def test_times_grow_with_the_number_of_layers(tmp_path):
-    """Forward, backward and the tokens of a request: 60 layers take several times as long as two."""
+    """Step, evaluation and request of 60 layers take several times as long as with two."""
     few, many = (measure(tmp_path, layers) for layers in (LAYERS, 60))
     assert few.keys() == many.keys() == {"load", "step", "evaluate", "request"}
     for part in ("step", "evaluate", "request"):
@@ -36,7 +36,7 @@ def test_times_grow_with_the_number_of_layers(tmp_path):
 
 
 def test_a_shortened_configuration_lists_two_layers():
-    """Under any key, nested or not; other lists are kept."""
+    """Lists of layers are shortened under any key, nested or not; other lists stay."""
     config = {"n_layer": 4, "layer_types": ["a", "b", "a", "b"], "architectures": ["Some"], "vocab_size": 7}
     short = {"n_layer": 2, "layer_types": ["a", "b"], "architectures": ["Some"], "vocab_size": 7}
     assert shorten_config(config, 4) == short

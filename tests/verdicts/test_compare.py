@@ -1,4 +1,4 @@
-"""Two runs compared: every verdict, why it was given, and the exit code that says so."""
+"""Tests of comparing two runs: every verdict with its reason and exit code."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ BASE = {"plain": [0.100, 0.101, 0.099, 0.1005], "nf4": [0.200, 0.201, 0.199, 0.2
 
 
 def slower(factor, *names):
-    """The base's step times, with some variants slower by a factor."""
+    """Return the base's step times, with the named variants slower by a factor."""
     return {name: [time * (factor if name in names else 1.0) for time in times] for name, times in BASE.items()}
 
 
 @pytest.fixture
 def compare(tmp_path, capsys):
-    """The command with --json: its exit code and document."""
+    """A function that runs the command with --json and returns exit code and document."""
 
     def run(base, candidate, *options):
         code = main(["compare", str(base), str(candidate), "--json", "--runs-dir", str(tmp_path / "runs"), *options])
@@ -43,7 +43,8 @@ def reasons_of(document):
 
 
 def test_a_slower_variant_is_a_regression(write_run, compare):
-    """Exit 1, the ratio above 1 with its interval, the other variant open; the document has the contract's keys."""
+    """The exit code is 1, the ratio is above 1 with its interval, the other variant is inconclusive, and the document
+    has the contract's keys."""
     code, document = compare(write_run("a", BASE), write_run("b", slower(1.2, "nf4")))
     assert code == 1
     assert verdicts_of(document) == {"plain": "inconclusive", "nf4": "regressed"}
@@ -60,7 +61,7 @@ def test_a_slower_variant_is_a_regression(write_run, compare):
 
 
 def test_runs_of_different_times_are_never_equivalent(write_run, compare):
-    """Two runs with the same numbers stay open in time (3); their peaks, which no clock decides, are equal."""
+    """Runs with equal numbers are inconclusive in time (3); their memory peaks are equivalent."""
     code, document = compare(write_run("a", BASE), write_run("b", BASE))
     assert code == 3
     assert set(verdicts_of(document).values()) == {"inconclusive"}
@@ -69,7 +70,7 @@ def test_runs_of_different_times_are_never_equivalent(write_run, compare):
 
 
 def test_more_is_better_is_oriented(write_run, compare):
-    """Throughput down by a fifth reads as above 1 and regressed."""
+    """A throughput lower by a fifth gives a ratio above 1 and regressed."""
     code, document = compare(
         write_run("a", BASE), write_run("b", slower(1.25, "nf4")), "--metric", "tokens_per_s", "--metric", "held*"
     )
@@ -84,14 +85,14 @@ def test_more_is_better_is_oriented(write_run, compare):
     (["--metric", "step_time_s", "--all-metrics"], "Give one of them"),
 ])  # fmt: skip
 def test_metrics_that_cannot_be_chosen_are_refused(write_run, compare, options, word):
-    """A typo must not read as "nothing to compare"."""
+    """A misspelt metric is an error and not an empty comparison."""
     code, text = compare(write_run("a", BASE), write_run("b", BASE), *options)
     assert code == 2
     assert word in text
 
 
 def test_a_larger_peak_is_a_regression(write_run, compare):
-    """Memory goes by its maximum, with the tolerance and no test."""
+    """Memory is compared by its maximum with the tolerance, without a test."""
     inside = compare(write_run("a", BASE), write_run("b", BASE, peak=2**20 + 2**12), "--metric", "*peak*")
     beyond = compare("a", write_run("c", BASE, peak=2**20 + 2**15), "--metric", "*peak*")
     assert [code for code, _ in (inside, beyond)] == [0, 1]
@@ -105,7 +106,7 @@ def test_a_larger_peak_is_a_regression(write_run, compare):
     ({"workload": {"model": "tiny-llama", "batch_size": 4}}, "workload.batch_size: 2 in the base, 4 in the candidate"),
 ])  # fmt: skip
 def test_unlike_fingerprints_are_not_comparable(write_run, compare, facts, said):
-    """Exit 5 for every comparison, although one is 20 % slower; the field and both values are named."""
+    """Every comparison exits with 5, although one is 20 % slower, and names the field and both values."""
     code, document = compare(write_run("a", BASE), write_run("b", slower(1.2, "nf4"), facts=facts))
     assert code == 5
     assert {row["verdict"] for row in document["comparisons"]} == {"not_comparable"}
@@ -115,7 +116,7 @@ def test_unlike_fingerprints_are_not_comparable(write_run, compare, facts, said)
 
 
 def test_force_compares_and_never_calls_equal(write_run, compare):
-    """Ratios are shown with what differs; the equal peaks are downgraded, the regression stays."""
+    """Ratios are shown with the differences; equal peaks are inconclusive, and the regression stays."""
     write_run("a", BASE)
     code, document = compare("a", write_run("b", slower(1.2, "nf4"), facts={"driver": "2"}), "--force")
     assert code == 1
@@ -123,11 +124,11 @@ def test_force_compares_and_never_calls_equal(write_run, compare):
     assert set(verdicts_of(document, "host_peak_train_bytes").values()) == {"inconclusive"}
     assert document["differing"] == [{"field": "driver", "base": None, "candidate": "2"}]
     code, document = compare("a", write_run("c", BASE), "--force", "--metric", "*peak*")
-    assert code == 0  # nothing differs, so nothing was forced
+    assert code == 0  # nothing differs, so that --force has no effect
 
 
 def test_a_variant_that_changed_under_its_name_is_not_comparable(write_run, compare, small_study):
-    """Its differing fields are named; the variant that did not change is still compared."""
+    """The reason names its differing fields; the unchanged variant is still compared."""
     changed = tuple(
         dataclasses.replace(variant, r=8, lora_alpha=32) if variant.name == "nf4" else variant
         for variant in small_study.variants
@@ -144,7 +145,7 @@ def test_a_variant_that_changed_under_its_name_is_not_comparable(write_run, comp
 
 
 def test_a_metric_that_one_side_lacks_is_named(write_run, compare):
-    """Missing in the base: no baseline. Missing in the candidate: not comparable."""
+    """A metric that is missing in the base has no baseline; one missing in the candidate is not comparable."""
 
     def without_peak(record):
         return record.replaced(memory={})
@@ -169,7 +170,7 @@ def oom(record):
 
 @pytest.mark.parametrize(("change", "said"), [(fallback, "base.bits is fallback"), (oom, "r1-nf4 is oom")])
 def test_a_trial_that_does_not_count_makes_its_variant_invalid(write_run, compare, change, said):
-    """On either side: exit 4; the other variant keeps its verdict."""
+    """On either side the exit code is 4; the other variant keeps its verdict."""
     write_run("good", BASE)
     write_run("bad", BASE, change=change)
     for base, candidate in (("good", "bad"), ("bad", "good")):
@@ -180,7 +181,7 @@ def test_a_trial_that_does_not_count_makes_its_variant_invalid(write_run, compar
 
 
 def test_a_damaged_or_incomplete_record_file_is_invalid(write_run, compare):
-    """A line cut short, and a trial of the plan without a record."""
+    """A truncated line and a planned trial without a record make the run invalid."""
     write_run("good", BASE)
     damaged = write_run("bad", BASE) / "trials.jsonl"
     text = damaged.read_text()
@@ -196,7 +197,7 @@ def test_a_damaged_or_incomplete_record_file_is_invalid(write_run, compare):
 
 
 def test_an_ab_run_is_no_side(write_run, compare):
-    """It holds both sides; comparing one of them with something else is not what it was measured for."""
+    """An A/B run holds both sides and cannot be compared with another run."""
     manifest = write_run("b", BASE) / "manifest.json"
     sides = {side: {"label": "x", "worker": "y"} for side in ("base", "candidate")}
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"sides": sides}))
@@ -207,7 +208,7 @@ def test_an_ab_run_is_no_side(write_run, compare):
 
 
 def test_an_unknown_run_is_refused(write_run, compare):
-    """Exit 2, with the runs that exist."""
+    """The command exits with 2 and lists the latest runs."""
     write_run("a", BASE)
     code, text = compare("a", "no-such-run")
     assert code == 2
@@ -216,14 +217,14 @@ def test_an_unknown_run_is_refused(write_run, compare):
 
 
 def many(count):
-    """A study of that many variants, and step times for each."""
+    """Return a study of the given number of variants, and step times for each."""
     variants = tuple(LoraVariant(name=f"r{rank}", r=rank) for rank in range(1, count + 1))
     steps = {variant.name: [0.1 * variant.r * (1 + noise / 1000) for noise in (0, 1, -1, 2)] for variant in variants}
     return variants, steps
 
 
 def test_a_shift_of_all_variants_is_the_machines(write_run, compare, small_study):
-    """Six of six a fifth slower: invalid (4), with the ratios; peaks of memory keep their verdicts."""
+    """Six of six variants slower by a fifth are invalid (4), with their ratios; memory peaks keep their verdicts."""
     variants, steps = many(6)
     study = dataclasses.replace(small_study, variants=variants, reference="r1")
     moved = {name: [time * 1.2 for time in times] for name, times in steps.items()}
@@ -236,7 +237,7 @@ def test_a_shift_of_all_variants_is_the_machines(write_run, compare, small_study
 
 
 def test_metrics_that_follow_from_each_other_are_no_shift(write_run, compare):
-    """One variant that is slower is slower in six metrics; that is one movement and not six."""
+    """One slower variant is slower in six metrics, which counts once."""
     phases = ("train", "generate")
 
     def more(record):
@@ -252,7 +253,7 @@ def test_metrics_that_follow_from_each_other_are_no_shift(write_run, compare):
 
 @pytest.mark.parametrize(("count", "moving"), [(5, 5), (6, 5), (6, 1)])
 def test_a_few_that_moved_are_not_the_machine(write_run, compare, small_study, count, moving):
-    """Five of five can be chance, and what did not move speaks against the machine: regressed (1)."""
+    """Five of five can be chance, and an unchanged variant contradicts a machine change: regressed (1)."""
     variants, steps = many(count)
     study = dataclasses.replace(small_study, variants=variants, reference="r1")
     moved = steps | {name: [time * 1.2 for time in steps[name]] for name in list(steps)[:moving]}
@@ -261,7 +262,7 @@ def test_a_few_that_moved_are_not_the_machine(write_run, compare, small_study, c
     assert list(verdicts_of(document).values()) == ["regressed"] * moving + ["inconclusive"] * (count - moving)
 
 
-# pytest-benchmark files of this project; that the plugin writes them so is shown in test_pytest_plugin.py
+# pytest-benchmark files of this project; test_pytest_plugin.py shows that the plugin writes them
 
 
 @pytest.fixture
@@ -298,7 +299,7 @@ FACTS = {"device": "cpu", "libraries": {"torch": "1.0"}}
 
 
 def test_files_of_ours_are_compared_by_their_trials(saved, compare):
-    """Raw samples are split at the trial boundaries; other metrics come from the medians of the trials."""
+    """Raw samples are split at the trial boundaries; other metrics are compared by the medians of the trials."""
     code, document = compare(saved("a"), saved("b", step=0.2))
     row = document["comparisons"][0]
     assert (code, row["verdict"], row["replicates"]) == (1, "regressed", 4)
@@ -321,7 +322,7 @@ def test_files_of_ours_are_compared_by_their_trials(saved, compare):
     ({"ids": ("j",)}, 5, "variant plain: 'i' in the base, 'j' in the candidate"),
 ])  # fmt: skip
 def test_a_file_of_ours_that_does_not_hold_or_agree(saved, compare, changes, code, said):
-    """The same reasons and exit codes as for a run."""
+    """Reasons and exit codes are the same as for a run."""
     found, document = compare(saved("a"), saved("b", **changes))
     assert found == code
     assert said in reasons_of(document)
@@ -342,7 +343,7 @@ def test_sleep(benchmark, ms):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """What the real pytest-benchmark writes, in a process without this project's plugin, with its samples."""
+    """The file and samples that the real pytest-benchmark writes in a process without this project's plugin."""
     folder = tmp_path_factory.mktemp("foreign")
     (folder / "test_bench.py").write_text(BENCH)
     plugins = [word for name in ("cacheprovider", "lorameter", "hypothesispytest") for word in ("-p", f"no:{name}")]
@@ -353,7 +354,7 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def foreign(tmp_path, written):
-    """A function that writes such a file, of another Python if `python` is given."""
+    """A function that writes such a file, from another Python version if `python` is given."""
 
     def write(name, *, python=None):
         data = copy.deepcopy(written)
@@ -366,7 +367,8 @@ def foreign(tmp_path, written):
 
 
 def test_a_foreign_file_is_one_replicate(foreign, compare):
-    """However many rounds it holds: a ratio, no interval, inconclusive (3), and how to save several."""
+    """Whatever its number of rounds, it has a ratio but no interval, is inconclusive (3), and the reason says how to
+    save several."""
     code, document = compare(foreign("a"), foreign("b"))
     assert code == 3
     assert {row["verdict"] for row in document["comparisons"]} == {"inconclusive"}
@@ -379,7 +381,7 @@ def test_a_foreign_file_is_one_replicate(foreign, compare):
 
 
 def test_foreign_files_are_comparable_with_their_like_alone(foreign, write_run, compare):
-    """The processor and the Python version must agree, and of a run nothing is known that does."""
+    """Processor and Python version must agree, and a run does not have them in this form."""
     code, document = compare(foreign("a"), foreign("b", python="2.7"))
     assert code == 5
     assert "python_version" in reasons_of(document)
@@ -399,7 +401,7 @@ def test_foreign_files_are_comparable_with_their_like_alone(foreign, write_run, 
     ('{"benchmarks": [{"param": "a", "stats": {}, "extra_info": {"trials": [], "metric": "x"}}]}', "not a metric"),
 ])  # fmt: skip
 def test_a_file_of_another_shape_is_refused_by_name(tmp_path, compare, text, said):
-    """File, key and value, and exit 2."""
+    """The error has file, key and value, and the exit code is 2."""
     path = tmp_path / "some.json"
     path.write_text(text)
     code, message = compare(path, path)
@@ -408,7 +410,7 @@ def test_a_file_of_another_shape_is_refused_by_name(tmp_path, compare, text, sai
     assert said in message
 
 
-# How verdicts become exit codes
+# Exit codes of verdicts
 
 
 def compared(verdict):
@@ -424,5 +426,5 @@ def compared(verdict):
     (["regressed", "not_comparable", "inconclusive"], 1), ([], 5),
 ])  # fmt: skip
 def test_the_worst_verdict_decides(found, code):
-    """In the order 4, 1, 5, 3, 0; nothing compared is no pass."""
+    """The order is 4, 1, 5, 3, 0; a comparison without any metric does not pass."""
     assert verdicts.exit_code(map(compared, found)) == code

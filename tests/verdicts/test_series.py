@@ -1,4 +1,4 @@
-"""From records to series: pairing by replicate, orientation, what is left out."""
+"""Tests of series of records: pairing by replicate, orientation, and excluded trials."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_only_trials_that_are_ok_count():
 
 
 def timed(name, replicate, *, share=1.0, step=0.5, **fields):
-    """A trial of four steps that had `share` of a CPU."""
+    """Return a trial of four steps that had `share` of a CPU."""
     one = record(name, replicate, step=step, **fields)
     one.samples["step_cpu_time_s"] = (share * step,) * 4
     return one
@@ -44,7 +44,7 @@ def sides(shares, *, step=0.5, slow=0.5, **fields):
 
 
 def test_pairs_of_disturbed_trials_are_left_out_and_counted():
-    """A trial that had too little of its CPU takes its partner with it, whatever their times were."""
+    """A trial with too little CPU time is dropped with its partner, whatever their times are."""
     base, other = sides([(1, 1)] * 5 + [(0.5, 1), (1, 0.5)])
     found = compare_series(base, other, "step_time_s")
     assert found.replicates == 5
@@ -52,14 +52,14 @@ def test_pairs_of_disturbed_trials_are_left_out_and_counted():
 
 
 def test_nothing_is_dropped_where_too_little_would_be_left():
-    """A filter must not end in an empty result."""
+    """All pairs are kept if fewer than five would remain."""
     found = compare_series(*sides([(0.5, 1)] * 3 + [(1, 1)] * 4), "step_time_s")
     assert found.replicates == 7
     assert "below 5: kept all" in found.reason
 
 
 def test_nothing_is_dropped_where_one_side_is_disturbed_more_often():
-    """The flag could be an effect of the candidate, which waits where the base computed."""
+    """Unbalanced flags could be an effect of the candidate, which may wait where the base computes."""
     found = compare_series(*sides([(1, 0.5)] * 8 + [(1, 1)] * 6), "step_time_s")
     assert found.replicates == 14
     assert "not balanced" in found.reason
@@ -67,7 +67,7 @@ def test_nothing_is_dropped_where_one_side_is_disturbed_more_often():
 
 @pytest.mark.parametrize(("level", "words"), [("shared-base", "turn by turn"), ("replicates", "by replicate")])
 def test_the_pairing_follows_from_how_the_trials_alternated(level, words):
-    """And a metric of isolated trials is paired by replicate whatever the level of the others."""
+    """A metric of isolated trials is paired by replicate at every interleaving level."""
     base, other = sides([(1, 1)] * 3)
     for series in (base, other):
         turns = tuple(one.replaced(interleaving=level) for one in series.records)
@@ -82,7 +82,7 @@ def test_the_pairing_follows_from_how_the_trials_alternated(level, words):
 
 @pytest.mark.parametrize(("level", "pairs"), [("lockstep", 2), ("replicates", 3)])
 def test_turns_are_paired_within_one_attempt(level, pairs):
-    """A trial that was measured again took other turns; whole trials are paired by their replicate all the same."""
+    """Turns of different attempts are not paired; whole trials are paired by replicate."""
 
     def series(name, attempts):
         records = [record(name, replicate) for replicate in range(3)]
@@ -93,7 +93,7 @@ def test_turns_are_paired_within_one_attempt(level, pairs):
 
 
 def test_of_losses_only_those_after_the_most_steps_count():
-    """A trial that was cut short was trained less."""
+    """A shorter training has no comparable loss."""
     records = [record("a", replicate) for replicate in range(3)]
     for one, steps in zip(records, (12.0, 8.0, 12.0), strict=True):
         one.values["training_steps"] = steps

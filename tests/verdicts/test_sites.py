@@ -1,4 +1,4 @@
-"""Runs of several sites: a notice of their differences, and the interval of absolute values."""
+"""Tests of runs on several sites: a notice about their differences, and the interval of absolute values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorameter.verdicts.series import group_trials
 from lorameter.verdicts.sites import site_notices
 
 SPEEDS = (0.92, 0.97, 1.03, 1.08)
-"""Planted: by what the step times of each site are multiplied."""
+"""The injected factor of each site's step times."""
 
 
 def record(name, replicate, site, time_s, **changes):
@@ -35,7 +35,7 @@ def run_of(speeds):
 
 
 def test_a_run_of_several_sites_says_how_they_differ():
-    """With each site, and their standard deviation; one site says nothing."""
+    """The notice has each site and the standard deviation; a run on one site has no notice."""
     (notice,) = site_notices(run_of(SPEEDS))
     assert notice.code == "sites"
     assert "4 sites, which differ by 7.0% [4.0%, 26.1%] (standard deviation of their step times, wi" in notice.message
@@ -45,14 +45,14 @@ def test_a_run_of_several_sites_says_how_they_differ():
 
 
 def test_a_site_that_differs_from_its_like_is_named():
-    """From 10 % away from the median on; of two sites neither is the unlike one."""
+    """The notice names a site that is at least 10 % from the median; with two sites it names none."""
     notices = {notice.code: notice.message for notice in site_notices(run_of((1.0, 1.01, 1.5, 0.99)))}
     assert notices["node-mismatch"] == "site GPU-2 is 49% slower than the median of its like."
     assert [notice.code for notice in site_notices(run_of((1.0, 1.5)))] == ["sites"]
 
 
 def scattered(*sites):
-    """A run of one variant whose replicates take these logarithms of a second on each site."""
+    """Return a run of one variant with the given log times of the replicates on each site."""
     return [
         record("plain", replicate, f"card-{site}", math.exp(log))
         for site, logs in enumerate(sites)
@@ -61,8 +61,8 @@ def scattered(*sites):
 
 
 def test_what_replicates_scatter_by_is_no_difference_of_sites():
-    """It is subtracted: of two sites a tenth apart whose replicates lie 0.01 to either side, and all of a difference
-    that is less. Of one replicate each nobody can say."""
+    """The scatter of the replicates is subtracted from the difference of sites; with one replicate on each it is
+    unknown and stays in."""
     for sites, said in (
         (((-0.01, 0.01), (0.09, 0.11)), "differ by 7.0%"),
         (((-0.05, 0.05), (-0.04, 0.06)), "differ by 0.0% [0.0%,"),
@@ -73,8 +73,8 @@ def test_what_replicates_scatter_by_is_no_difference_of_sites():
 
 
 def test_intervals_of_absolute_values_cover_the_mean_of_such_sites():
-    """Of 2000 simulated studies of 8 replicates on four sites whose speeds are drawn, 94 to 96 % of the 95 % intervals
-    hold the mean that the speeds are drawn from; taken for eight independent ones too few would."""
+    """In 2000 simulated studies of 8 replicates on four random sites, 94 to 96 % of the 95 % intervals cover the mean
+    speed; as eight independent replicates too few would."""
     random, covered = np.random.default_rng(7), {True: 0, False: 0}
     sites = [f"GPU-{replicate % 4}" for replicate in range(8)]
     for _ in range(2000):
@@ -88,7 +88,7 @@ def test_intervals_of_absolute_values_cover_the_mean_of_such_sites():
 
 
 def test_an_estimate_of_a_run_is_over_its_sites():
-    """One value a site, and as over replicates where there is one site."""
+    """Each site gives one value; with one site the estimate is over replicates."""
     run = [one for one in run_of(SPEEDS) if one.name == "plain"]
     found = group_trials(run)["plain", "variant"].estimate("step_time_s")
     assert found == dataclasses.replace(estimate_trials([[speed] for speed in SPEEDS]), replicates=8, samples=24)

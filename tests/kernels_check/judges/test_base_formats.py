@@ -1,4 +1,4 @@
-"""The bits of a base are those of its bytes, in the formats of several libraries."""
+"""Tests that the bits of a base follow from its bytes, in the formats of several libraries."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import kernels_check
 
 
 class Adapted(nn.Module):
-    """An adapter on a base layer of another library, whose product is left out."""
+    """An adapter on a base layer of another library, without the base's product."""
 
     def __init__(self, base):
         super().__init__()
@@ -19,7 +19,7 @@ class Adapted(nn.Module):
 
 
 def packed(name, shape, dtype=torch.int32, **attributes):
-    """A layer that keeps integers in a buffer and describes them in attributes."""
+    """Return a layer that stores integers in a buffer and describes them in attributes."""
     layer = nn.Module()
     layer.register_buffer(name, torch.zeros(shape, dtype=dtype))
     vars(layer).update(attributes)
@@ -27,7 +27,7 @@ def packed(name, shape, dtype=torch.int32, **attributes):
 
 
 def plain(dtype):
-    """A linear layer of a floating point type."""
+    """Return a linear layer of a floating point type."""
     return nn.Linear(64, 32, bias=False).to(dtype).requires_grad_(False)
 
 
@@ -45,7 +45,7 @@ def plain(dtype):
     ids=["GPTQ", "AWQ", "HQQ", "bfloat16", "float8", "a false claim", "no claim"],
 )
 def test_the_bits_of_a_base_are_those_of_its_bytes(base, bits):
-    """A claim that the bytes contradict, and integers that no attribute explains, are unknown."""
+    """An attribute that contradicts the bytes, and integers without an attribute, are unknown."""
     model = nn.Sequential(Adapted(base))
     optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.1)
 

@@ -1,4 +1,5 @@
-"""Fused kernels count where they are bound and called; evidence is constructed, as the real ones take a GPU."""
+"""Tests that fused kernels count where they are bound and called, on constructed evidence, since real ones need a
+GPU."""
 
 import pytest
 
@@ -17,14 +18,14 @@ def _judge(seen, required, *places, **given):
 
 
 def test_unbound_places_are_counted(training):
-    """Each kind with its places; none is required."""
+    """Each kind is listed with its number of places, and none is required."""
     check = training().check("fused.kernels")
     assert (check.status, check.observed) == ("not_applicable", None)
     assert check.reason == "loss 0 of 1, rope 0 of 2, qkv 0 of 2, o 0 of 2, mlp 0 of 2, rms_norm 0 of 5"
 
 
 def test_rope_is_recognised_by_the_function_that_attention_names(training, monkeypatch):
-    """As Liger swaps it in the module of the model's code."""
+    """Liger replaces the function in the module of the model's code."""
     from transformers.models.llama import modeling_llama
 
     own = modeling_llama.apply_rotary_pos_emb
@@ -40,7 +41,7 @@ def test_rope_is_recognised_by_the_function_that_attention_names(training, monke
 
 
 def test_a_profile_without_its_kernels_contradicts(seen):
-    """Constructed: bound and called, and other kernels were launched."""
+    """A bound and called kernel is absent if the profile shows other kernels only."""
     without = _judge(seen, "rms_norm", _place(), kernels={"GEMM-BF16": 4})
     assert (without.status, without.observed) == ("absent", None)
     assert "no kernel of liger_kernel was launched" in without.reason
@@ -63,5 +64,5 @@ def test_a_profile_without_its_kernels_contradicts(seen):
     ],
 )
 def test_places_decide(seen, places, required, status):
-    """All places of each kind that was named, and a kind that is misspelt is met by nothing."""
+    """All places of each required kind must be fused, and no place meets a misspelt kind."""
     assert _judge(seen, required, *places).status == status

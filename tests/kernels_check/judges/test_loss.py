@@ -1,4 +1,4 @@
-"""The tokens of a step weigh the same where the gradient that reaches each loss says so."""
+"""Tests that the gradient of each loss decides whether all tokens of a step have the same weight."""
 
 from types import SimpleNamespace
 
@@ -38,14 +38,14 @@ def _passes(*counts, weights=None, tolerance=1e-3, mean=True, sums=None):
     ],
 )
 def test_weights_of_passes_decide(seen, observed, words):
-    """Equal ones are right whatever a scaler multiplies them by; a mean over nothing is not a number."""
+    """Equal weights are right whatever factor a scaler applies; a mean over no tokens is undefined."""
     finding = judge_tokens(seen, True)
     assert finding.observed is observed
     assert words in finding.reason
 
 
 def test_a_loss_that_is_made_elsewhere_is_unknown(training):
-    """From logits, without labels; and one of the program's own in place of the model's."""
+    """A loss computed from logits without labels, and a custom loss in place of the model's, are unknown."""
     run = training()
 
     def from_logits(run):
@@ -72,7 +72,7 @@ def test_a_loss_that_is_made_elsewhere_is_unknown(training):
 
 
 def test_a_pass_whose_gradients_are_cleared_leaves_the_next_in_doubt(training):
-    """It may have served to find a point, or its gradients may lie elsewhere until the update."""
+    """The cleared pass may have had another purpose, or its gradients may be stored elsewhere until the update."""
     run = training()
 
     def passes(run):
@@ -89,7 +89,7 @@ def test_a_pass_whose_gradients_are_cleared_leaves_the_next_in_doubt(training):
 
 
 def test_two_losses_that_go_back_at_once_are_two_passes_of_one_sum(training):
-    """In whichever order autograd takes them."""
+    """This holds for any order of autograd."""
     run = training()
 
     def passes(run):
@@ -112,7 +112,7 @@ def test_two_losses_that_go_back_at_once_are_two_passes_of_one_sum(training):
     ],
 )
 def test_a_loss_of_log_probabilities_is_judged_by_their_gradients(training, options, status, words):
-    """As TRL's SFTTrainer makes it: the model returns one token less, and no loss that is trained on."""
+    """In TRL's SFTTrainer the model returns one token less and no loss for training."""
     run = training()
     ids = run.inputs["input_ids"]
     run.accumulated = [dict(run.inputs)]

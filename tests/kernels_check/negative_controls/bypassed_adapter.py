@@ -1,4 +1,4 @@
-"""Ways to lose an adapter without a word: around the step, inside it, or between two of them.
+"""Faults that silently bypass an adapter: around the step, inside it, or between two steps.
 
 Each has a healthy control among these that does something like it and trains all the same: a reference inside the
 step, a projection after it, a warm-up, a closure.
@@ -38,14 +38,14 @@ def _optimise(run: SmallRun, groups: Any, rate: float = 1e-3) -> None:
 
 
 def _train_a_norm(run: SmallRun) -> None:
-    """Keep the loss differentiable where the adapter gives no gradient."""
+    """Train a norm, so that the loss stays differentiable where the adapter gives no gradient."""
     norm = next(value for name, value in run.model.named_parameters() if name.endswith("model.norm.weight"))
     norm.requires_grad_(True)
     run.optimizer.add_param_group({"params": [norm]})
 
 
 def disable_in_the_step(run: SmallRun) -> None:
-    """Leave `disable_adapter()` around the training forward, after steps that were sound."""
+    """Keep `disable_adapter()` around the training forward, after two healthy steps."""
     from torch.nn.utils import clip_grad_norm_
 
     run.step()
@@ -76,7 +76,7 @@ def ask_a_reference(run: SmallRun) -> None:
 
 
 def rest_half_in_the_step(run: SmallRun) -> None:
-    """Deactivate half the layers for the time of the step only."""
+    """Deactivate half the layers during the step only."""
     sound, resting = run.step, _half(run)
 
     def step() -> None:
@@ -109,13 +109,13 @@ def ask_another_adapter(run: SmallRun) -> None:
 
 
 def pass_by_half(run: SmallRun) -> None:
-    """Call what half the layers wrap in their place, as a patched forward would."""
+    """Call the base layers in place of half the adapter layers, as a patched forward would."""
     for layer in _half(run):
         layer.forward = layer.base_layer.forward
 
 
 def train_a_copy(run: SmallRun) -> None:
-    """Train a deep copy, and look at the model."""
+    """Train a deep copy instead of the verified model."""
     run.step()
     twin = copy.deepcopy(run.model)
     own = [value for value in twin.parameters() if value.requires_grad]
@@ -130,7 +130,7 @@ def train_a_copy(run: SmallRun) -> None:
 
 
 def train_copies_made_in_the_step(run: SmallRun) -> None:
-    """Copy the model in each step, train the copy, and take its gradients for the model's."""
+    """Copy the model in each step, train the copy, and assign its gradients to the model."""
 
     def step() -> None:
         twin = copy.deepcopy(run.model)
@@ -144,7 +144,7 @@ def train_copies_made_in_the_step(run: SmallRun) -> None:
 
 
 def copy_and_save_in_the_step(run: SmallRun) -> None:
-    """Copy and save the model in each step, for a reference that answers first and a checkpoint."""
+    """Copy and save the model in each step, for a reference answer and a checkpoint."""
     import io
 
     import torch
@@ -162,7 +162,7 @@ def copy_and_save_in_the_step(run: SmallRun) -> None:
 
 
 def pass_by_half_and_evaluate(run: SmallRun) -> None:
-    """Call what half the layers wrap in their place, but for the evaluation that each step ends with."""
+    """Call the base layers in place of half the adapter layers, except in the evaluation at the end of each step."""
     patched = [(layer, layer.forward) for layer in _half(run)]
     pass_by_half(run)
     passed = [(layer, layer.forward) for layer, _ in patched]
@@ -206,7 +206,7 @@ def reload_every_step(run: SmallRun) -> None:
 
 
 def clamp_after_every_step(run: SmallRun) -> None:
-    """Keep the weights within bounds, which moves few of them."""
+    """Clamp the weights, which changes few of them."""
     import torch
 
     sound = run.step
@@ -221,14 +221,14 @@ def clamp_after_every_step(run: SmallRun) -> None:
 
 
 def rest_lora_a(run: SmallRun) -> None:
-    """Give the group of lora_A a learning rate of zero."""
+    """Give the parameter group of lora_A a learning rate of zero."""
     first = [value for name, value in _trained(run) if ".lora_A." in name]
     second = [value for name, value in _trained(run) if ".lora_B." in name]
     _optimise(run, [{"params": first, "lr": 0.0}, {"params": second}])
 
 
 def warm_up_from_zero(run: SmallRun) -> None:
-    """Let the learning rate rise from zero, with an adapter that has never stepped."""
+    """Increase the learning rate from zero, with a new adapter."""
     from torch.optim.lr_scheduler import LambdaLR
 
     sound, scheduler = run.step, LambdaLR(run.optimizer, lambda step: min(1.0, step / 10))
@@ -250,17 +250,17 @@ def narrow(run: SmallRun, rate: float = 1e-3) -> None:
 
 
 def narrow_with_a_small_rate(run: SmallRun) -> None:
-    """Keep the adapter in bfloat16, with a rate below what its digits can hold."""
+    """Keep the adapter in bfloat16, with a learning rate below its precision."""
     narrow(run, 1e-7)
 
 
 def optimise_factors_only(run: SmallRun) -> None:
-    """Collect what to train by the names of the factors, as many scripts do."""
+    """Select the trained parameters by the names of the factors, as many scripts do."""
     _optimise(run, [value for name, value in _trained(run) if ".lora_A." in name or ".lora_B." in name])
 
 
 def zero_gradients_before_the_update(run: SmallRun) -> None:
-    """Zero the gradients in the wrong place; the update is left with weight decay."""
+    """Zero the gradients before the update, so that only weight decay acts."""
     run.step()
     run.step()
 
@@ -274,7 +274,7 @@ def zero_gradients_before_the_update(run: SmallRun) -> None:
 
 
 def step_with_a_closure(run: SmallRun) -> None:
-    """Hand the optimizer a closure that computes the gradients, as Lightning does."""
+    """Pass the optimizer a closure that computes the gradients, as Lightning does."""
 
     def closure() -> Any:
         run.optimizer.zero_grad()
@@ -286,7 +286,7 @@ def step_with_a_closure(run: SmallRun) -> None:
 
 
 def with_a_head() -> Any:
-    """LoRA, and a copy of the head that is trained whole."""
+    """Return LoRA with a fully trained copy of the head."""
     import peft
 
     return peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", modules_to_save=["lm_head"])

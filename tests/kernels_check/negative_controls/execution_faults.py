@@ -1,4 +1,4 @@
-"""Ways to break how a run is executed: compiled, recomputed, updated; each says what a user would have done."""
+"""Faults in how a run is executed (compiled, recomputed, updated), as users cause them."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from negative_controls.small_run import SmallRun, forget_compilations
 
 
 def fused_adamw(parameters: Any) -> Any:
-    """Build torch's AdamW in one kernel."""
+    """Return torch's fused AdamW."""
     import torch
 
     return torch.optim.AdamW(parameters, lr=1e-3, fused=True)
 
 
 def paged_adamw(parameters: Any) -> Any:
-    """Build the AdamW of bitsandbytes whose state may leave the GPU."""
+    """Return bitsandbytes' paged AdamW, whose state may leave the GPU."""
     import bitsandbytes as bnb
 
     return bnb.optim.PagedAdamW32bit(parameters, lr=1e-3)
 
 
 def lose_fused(run: SmallRun) -> None:
-    """Resume from a checkpoint whose optimizer was not fused: its groups' switch is loaded with its moments."""
+    """Resume from a checkpoint of an unfused optimizer, whose state dict overwrites the fused flag."""
     import torch
 
     run.step()
@@ -34,16 +34,16 @@ def lose_fused(run: SmallRun) -> None:
 
 
 def compile_layers(run: SmallRun) -> None:
-    """Compile the decoder layers one by one, as a training of many layers does to compile once."""
+    """Compile the decoder layers one by one, so that a model of many layers compiles once."""
     compile_some(run, *decoder_layers(run))
 
 
 def compile_some(run: SmallRun, *modules: Any) -> None:
-    """Compile the code of these modules, and take a step."""
+    """Compile these modules and take a step."""
     import torch
 
-    forget_compilations()  # the code of these layers is shared by all models of the process
-    run.inputs["use_cache"] = False  # a cache that fills up is another graph in every layer, and so are inputs that
+    forget_compilations()  # all models of the process share the code of these layers
+    run.inputs["use_cache"] = False  # a growing cache gives another graph in every layer, and so do inputs that
     run.model.enable_input_require_grads()  # require no gradient
     for module in modules:
         module.forward = torch.compile(module.forward, backend="eager", dynamic=False)
@@ -51,12 +51,12 @@ def compile_some(run: SmallRun, *modules: Any) -> None:
 
 
 def compile_feed_forward(run: SmallRun) -> None:
-    """Leave the attention to run eagerly."""
+    """Compile only the feed-forward parts; the attention runs eagerly."""
     compile_some(run, *(layer.mlp for layer in decoder_layers(run)))
 
 
 def compile_loss(run: SmallRun) -> None:
-    """Compile a loss of one's own, and nothing of the model."""
+    """Compile a custom loss and nothing of the model."""
     import torch
 
     forget_compilations()
@@ -75,12 +75,12 @@ def compile_loss(run: SmallRun) -> None:
 
 
 def decoder_layers(run: SmallRun) -> list[Any]:
-    """The layers of the model, from the first."""
+    """Return the decoder layers in order."""
     return [module for module in run.model.modules() if type(module).__name__ == "LlamaDecoderLayer"]
 
 
 def break_graphs(run: SmallRun) -> None:
-    """Leave something in the compiled code that no graph can hold, as a message would be."""
+    """Put a graph break into the compiled code, as a print would."""
     import torch
 
     def broken(forward: Any) -> Any:
@@ -97,7 +97,7 @@ def break_graphs(run: SmallRun) -> None:
 
 
 def change_lengths(run: SmallRun) -> None:
-    """Let every batch have another length, which is another graph."""
+    """Give every batch another length, which compiles another graph."""
     compile_layers(run)
     ids = run.inputs["input_ids"]
     for tokens in (15, 14):
@@ -106,7 +106,7 @@ def change_lengths(run: SmallRun) -> None:
 
 
 def reach_recompile_limit(run: SmallRun) -> None:
-    """Change lengths until the compiler gives up."""
+    """Change lengths until the recompile limit."""
     from torch._dynamo import config
 
     with config.patch(recompile_limit=1):
@@ -114,7 +114,7 @@ def reach_recompile_limit(run: SmallRun) -> None:
 
 
 def half_paged(parameters: Any) -> Any:
-    """Build an AdamW that marks half its state as bitsandbytes marks paged tensors.
+    """Return an AdamW that marks half its state as paged, as bitsandbytes does.
 
     It replaces a paged optimizer, which a CPU cannot run for want of managed memory.
     """
@@ -133,7 +133,7 @@ def half_paged(parameters: Any) -> Any:
 def checkpoint_layers(
     run: SmallRun, layers: tuple[int, ...] = (0, 1), passes: tuple[int, ...] = (0, 1), part: str = "", **options: Any
 ) -> None:
-    """Recompute these layers, or one part of each, in these passes of a step."""
+    """Recompute these layers, or one part of each, in the given passes of a step."""
     from torch.utils.checkpoint import checkpoint
 
     def recomputing(original: Callable[..., Any], place: int) -> Callable[..., Any]:
@@ -144,14 +144,14 @@ def checkpoint_layers(
 
         return forward
 
-    run.inputs["use_cache"] = False  # a cache would be filled twice
+    run.inputs["use_cache"] = False  # recomputation would fill a cache twice
     for place, layer in enumerate(decoder_layers(run)):
         module = getattr(layer, part) if part else layer
         module.forward = recomputing(module.forward, place)
 
 
 def keep_attention(run: SmallRun) -> None:
-    """Recompute selectively: all but the attention, which costs most to compute again and least to keep."""
+    """Recompute all but the attention, which costs most to recompute and least to save."""
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
     def policy(context: Any, operator: Any, *given: Any, **named: Any) -> CheckpointPolicy:
@@ -173,7 +173,7 @@ def two_passes(run: SmallRun) -> None:
 
 
 def forget_a_layer(run: SmallRun) -> None:
-    """Put a layer into evaluation between two micro-batches, and back after them."""
+    """Put a layer into eval mode for the second of two micro-batches only."""
 
     def passes(run: SmallRun) -> Any:
         layer = decoder_layers(run)[1].self_attn
@@ -187,7 +187,7 @@ def forget_a_layer(run: SmallRun) -> None:
 
 
 def half_fused(parameters: Any) -> Any:
-    """Give the switch to the first group alone."""
+    """Return an AdamW with only its first group fused."""
     import torch
 
     values = list(parameters)
@@ -196,7 +196,7 @@ def half_fused(parameters: Any) -> Any:
 
 
 def clip_in_closure(run: SmallRun) -> None:
-    """Hand forward, backward and clipping to the optimizer's step, as Lightning does."""
+    """Run forward, backward and clipping in the optimizer's closure, as Lightning does."""
     import torch
 
     def passes(run: SmallRun) -> Any:
@@ -208,7 +208,7 @@ def clip_in_closure(run: SmallRun) -> None:
 
 
 def record_inside(run: SmallRun) -> None:
-    """Leave a profiler of one's own around the passes of the step."""
+    """Run a torch profiler around the passes of the step."""
     import torch
 
     def passes(run: SmallRun) -> Any:
@@ -219,7 +219,7 @@ def record_inside(run: SmallRun) -> None:
 
 
 def train_another_model(run: SmallRun, *, by: str = "SGD", alone: bool = False) -> None:
-    """Update another model in each step, by an optimizer of torch; alone: and do not update this one."""
+    """Update another model in each step with a torch optimizer; alone: do not update this model."""
     import torch
 
     other = torch.nn.Linear(4, 4)

@@ -18,22 +18,22 @@ PAD_TOKEN = 0
 
 @dataclass(kw_only=True)
 class SmallRun(small_run.SmallRun):
-    """One run that can be stepped, changed and verified; mutable, because controls break it after it was built."""
+    """A run that can be stepped, changed and verified; mutable, because controls break it after it was built."""
 
     packed: dict[str, Any] | None = None
     """Packed batch for the isolation probe."""
     accumulated: list[dict[str, Any]] = field(default_factory=list)
-    """Inputs of forwards before the last, whose gradients are added to its own."""
+    """Inputs of earlier forwards whose gradients are accumulated."""
     losses: list[float] = field(default_factory=list)
     passes: Callable[[SmallRun], Any] | None = None
-    """What takes the place of one forward and backward pass; gives the loss."""
+    """A replacement of the forward and backward pass; it returns the loss."""
     micro_batch: int = 0
-    """Which of several passes is being taken."""
+    """The index of the current pass of an accumulated step."""
     by_closure: bool = False
-    """Whether the optimizer's step is given the passes as a closure."""
+    """Whether the optimizer's step gets the passes as a closure."""
 
     def step(self) -> None:
-        """One forward, backward and optimizer step."""
+        """Take one forward, backward and optimizer step."""
         with self.around():
             if self.by_closure:
                 loss = self.optimizer.step(self.gradients)
@@ -43,12 +43,12 @@ class SmallRun(small_run.SmallRun):
         self.losses.append(float(loss.detach()))
 
     def gradients(self) -> Any:
-        """The passes before an update; gives the loss."""
+        """Take the passes before an update and return the loss."""
         self.optimizer.zero_grad()
         return self.one_pass() if self.passes is None else self.passes(self)
 
     def one_pass(self) -> Any:
-        """Forward and backward passes over the inputs; gives the last loss."""
+        """Take forward and backward passes over the inputs and return the last loss."""
         for inputs in (*self.accumulated, self.inputs):
             loss = self.model(**{"labels": inputs["input_ids"]} | inputs).loss
             loss.backward()
@@ -60,7 +60,7 @@ class SmallRun(small_run.SmallRun):
         return next(check for check in self.verify(requirements, step) if check.path == path)
 
     def verify(self, requirements: dict[str, Any], step: Callable[[], object] | None = None) -> Any:
-        """Verify, and probe the packed batch where there is one, unless the step itself shows a leak."""
+        """Verify, and probe the packed batch if there is one, unless the step itself shows a leak."""
         from kernels_check import probe_isolation, verify
 
         checks = verify(self.model, step or self.step, requirements)
@@ -149,7 +149,7 @@ def autocast(device: str = "cpu") -> Iterator[None]:
 
 @contextmanager
 def only_math() -> Iterator[None]:
-    """SDPA without its fused backends."""
+    """Enable only SDPA's math backend."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with sdpa_kernel(SDPBackend.MATH):
@@ -157,7 +157,7 @@ def only_math() -> Iterator[None]:
 
 
 def forget_compilations() -> None:
-    """Drop all compiled code and the record of it, which all models of the process share."""
+    """Drop all compiled code and its metrics, which all models of the process share."""
     import torch
 
     torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""Two ranks over gloo under ``watch``: every fault is found on both ranks, and healthy trainings pass."""
+"""Tests of two ranks over gloo under ``watch``: every fault is found on both ranks, and healthy trainings pass."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import kernels_check
 SCRIPT = Path(__file__).with_name("cases.py")
 HEALTHY = ("ddp", "four bits", "fsdp2")
 ALONE = "nothing ran"
-"""Rank 1 does not see a step; the reason of rank 0 names it."""
+"""Rank 1 does not see a step, and the reason on rank 0 names it."""
 PATHS = {"ranks.base", "ranks.adapters", "ranks.gradients", "ranks.steps"}
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What both ranks found in each case, which is the same."""
+    """The findings of each case, which are the same on both ranks."""
     meeting = tmp_path_factory.mktemp("ranks") / "meeting"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99", "GLOO_SOCKET_IFNAME": "lo"}
     commands = [[sys.executable, str(SCRIPT), str(rank), str(meeting)] for rank in range(2)]
@@ -39,7 +39,7 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize("case", HEALTHY)
 def test_a_healthy_training_passes_every_path(found, case):
-    """Whatever strategy, dropout, clipping, accumulation, or bits of the base."""
+    """This holds for each strategy, dropout, clipping, accumulation and bits of the base."""
     assert set(found[case]) == PATHS
     assert {status for status, _ in found[case].values()} == {"active"}, found[case]
 
@@ -65,14 +65,14 @@ def test_a_fault_of_one_rank_is_found_on_both(found, case, path, words):
 
 
 def test_a_step_that_one_rank_did_not_see_is_unknown_on_both(found):
-    """And neither waits for the other."""
+    """Neither rank waits for the other."""
     for rank, words in enumerate(("rank 1: the model was not called", "the model was not called")):
         for status, reason in found[ALONE][rank].values():
             assert (status, reason.startswith(words)) == ("unknown", True)
 
 
 def test_parts_that_cannot_be_compared_are_unknown(found):
-    """Of FSDP1 only the updates are counted."""
+    """With FSDP1 only the updates are compared."""
     statuses = {path: status for path, (status, _) in found["fsdp1"].items()}
     assert statuses == dict.fromkeys(PATHS, "unknown") | {"ranks.steps": "active"}
 

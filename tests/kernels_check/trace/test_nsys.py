@@ -1,4 +1,4 @@
-"""The table that nsys prints is read by its headings, between whatever else it prints."""
+"""Tests that the tables of nsys are found by their headings among other output."""
 
 import gzip
 
@@ -44,7 +44,7 @@ def refusal(judge, text):
     [("Processing [a.sqlite] with [b.py]...\n", "\r\n", gzip.compress), ("[3/8] Executing 'x'\n\n", "\n", bytes)],
 )
 def test_a_table_is_judged(judge, before, newline, pack):
-    """Casts, progress before it, line ends of Windows and packing change nothing."""
+    """Casts, preceding progress lines, Windows line ends and compression change nothing."""
     summary = judge((before + HEADING + FLASH + NF4 + NEW).replace("\n", newline), pack)
     assert summary.source == "nsys"
     assert summary.time_ms == pytest.approx(10.0)
@@ -57,7 +57,7 @@ def test_a_table_is_judged(judge, before, newline, pack):
 
 
 def test_a_table_has_no_intervals(judge):
-    """Busy share and kernels a step stay unknown, and the notice says why."""
+    """Busy share and kernels a step are unknown, and a notice gives the reason."""
     summary = judge(HEADING + FLASH + NF4 + NEW)
     assert summary.busy_share is None
     assert summary.kernels_per_step is None
@@ -68,14 +68,14 @@ def test_a_table_has_no_intervals(judge):
 
 
 def test_memory_operations_count_where_their_table_is_there(judge):
-    """nsys puts copies in a table of their own, with its own 100 %."""
+    """nsys lists copies in a separate table with its own 100 %."""
     summary = judge(HEADING + FLASH + NF4 + NEW + MEMORY)
     assert summary.time_ms == pytest.approx(11.0)
     assert summary.categories["copy"] == pytest.approx(1 / 11)
 
 
 def test_other_tables_do_not_count(judge):
-    """API calls are the host's; a second table of kernels has the same launches by another key."""
+    """API calls are on the host; a second kernel table lists the same launches by another key."""
     api = "\nTime (%),Total Time (ns),Num Calls,Avg (ns),Name\n100.0,9000000,5,1.0,cudaLaunchKernel\n"
     once = judge(HEADING + FLASH + NF4 + NEW)
     both = judge(HEADING + FLASH + NF4 + NEW + api + "\n" + HEADING + FLASH + NF4 + NEW)
@@ -83,7 +83,7 @@ def test_other_tables_do_not_count(judge):
 
 
 def test_rounded_percentages_are_no_missing_rows(judge):
-    """Many small kernels each show 0.0 %."""
+    """Many small kernels may each show 0.0 %."""
     rows = "".join(f"0.0,100,1,1.0,1.0,1,1,0.0,kernel_{i}\n" for i in range(40))
     assert judge(HEADING + "98.1,210000,1,1.0,1.0,1,1,0.0,ampere_sgemm_128x64_tn\n" + rows).calls == 41
 
@@ -108,7 +108,7 @@ def test_missing_rows_are_noticed(judge):
     ],
 )
 def test_a_damaged_row_is_refused(judge, row, says):
-    """The row is shown; no row is skipped."""
+    """The error shows the row; no row is skipped."""
     assert says in refusal(judge, HEADING + row)
 
 

@@ -1,4 +1,4 @@
-"""Real recordings of GPU runs, judged as an independent count of their own sums has it.
+"""Tests of real GPU recordings against an independent count of their sums.
 
 They are not part of the project: $LORAMETER_TRACES names their folder, or they lie in a folder `shared` next to the
 checkout. Of a recording that is not in the table only what holds of any is asked: nearly nothing is unclassified.
@@ -30,7 +30,7 @@ KNOWN = {
     "h100-fa2-nvjet-top15.csv": {"attention": 0.369, "matmul": 0.387},
     "h100-cudnn-gqa-backward.csv": {"attention": 1.0, "matmul": 0.0},
 }
-"""Shares that were published, or counted when they were transcribed."""
+"""Published shares, or shares counted during transcription."""
 
 pytestmark = pytest.mark.skipif(
     not RECORDINGS, reason=f"no recording in {FOLDER}: $LORAMETER_TRACES names their folder"
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def times_of(path):
-    """Microseconds by name of all that ran on the device; plainly, without any of the readers that are tested."""
+    """Return the microseconds of each name on the device, without the readers under test."""
     text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
     times = {}
     if ".csv" in path.name:
@@ -52,7 +52,7 @@ def times_of(path):
 
 
 def share(times, words):
-    """The part of the time of names that hold one of the words."""
+    """Return the share of the time of names that contain one of the words."""
     return sum(time for name, time in times.items() if any(word in name for word in words)) / sum(times.values())
 
 
@@ -73,11 +73,11 @@ WORDS = (
         r"_kvcache|reshape_and_cache|__amd_rocclr_",
     ),
 )
-"""Categories by words in names: a second count, which knows nothing of the rules."""
+"""Categories by words in names: an independent count without the rules."""
 
 
 def counted(times):
-    """Shares of the time by the first of the words that a name has; elementwise is the rest."""
+    """Return shares of the time by the first matching category; elementwise is the rest."""
     shares = dict.fromkeys(("attention", "communication", "matmul", "copy", "elementwise"), 0.0)
     for name, time in times.items():
         found = next((category for category, words in WORDS if re.search(words, name)), "elementwise")
@@ -87,7 +87,7 @@ def counted(times):
 
 @pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.name)
 def test_a_recording_is_judged_as_its_own_sums_say(path):
-    """All the time is there, nearly all of it has a category, and each share is within 2 points of a count by words."""
+    """All time is counted, nearly all of it has a category, and each share is within 2 points of the count by words."""
     summary, times = read_trace(path), times_of(path)
     assert summary.time_ms == pytest.approx(sum(times.values()) / 1e3, rel=1e-6)
     assert sum(summary.categories.values()) == pytest.approx(1.0)
@@ -105,7 +105,7 @@ def test_a_recording_is_judged_as_its_own_sums_say(path):
 
 @pytest.mark.skipif(not (FOLDER / "h100-cudnn-gqa-backward.csv").is_file(), reason=f"it is not in {FOLDER}")
 def test_attention_of_cudnn_is_all_of_its_own():
-    """With grouped heads a quarter of its backward lies in kernels next to the fused one."""
+    """With grouped heads a quarter of the backward time is in kernels next to the fused one."""
     use = read_trace(FOLDER / "h100-cudnn-gqa-backward.csv").attention.backends
     assert set(use) == {"cudnn"}
     assert (use["cudnn"].forward_calls, use["cudnn"].backward_calls) == (1, 5)

@@ -1,4 +1,4 @@
-"""FLOPs of a step: by hand for a small model, and against published figures of a large one."""
+"""Tests of the FLOPs of a step: by hand for a small model, and against published figures of a large one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL = ModelShape(
 )  # fmt: skip
 QV = LoraVariant(r=2, target_modules=("q_proj", "v_proj"))
 THREE = StepTokens(positions=3, pairs=9)
-"""One row of three tokens, every pair."""
+"""One row of three tokens with all pairs."""
 
 
 def test_a_two_layer_model_by_hand():
@@ -45,7 +45,7 @@ def test_a_two_layer_model_by_hand():
     # Both: scores and values forward. Second: gradients of scores, values, query, key. First: its key needs none.
     attention = 2 * 2 * product + 4 * product + 3 * product
     head = 2 * (2 * 3 * 8 * 10)  # forward, and through to the last block
-    scores, key = 2 * product, product  # again in each fused backward, and the first block's key for nothing
+    scores, key = 2 * product, product  # again in each fused backward, and the first block's unneeded key gradient
     assert training_flops(SMALL, QV, THREE) == TrainingFlops(
         model=linear + adapters + attention + head, extra=scores + key
     )
@@ -61,14 +61,14 @@ def test_checkpointing_by_hand():
 
 
 def test_eager_attention_by_hand():
-    """It recomputes no scores, and has no gradient for a key that needs none."""
+    """Eager attention recomputes no scores, and computes no unneeded key gradient."""
     eager = training_flops(SMALL, dataclasses.replace(QV, attention="eager"), THREE)
     assert eager == TrainingFlops(model=training_flops(SMALL, QV, THREE).model, extra=0)
 
 
 def test_dora_by_hand():
-    """DoRA's norm takes BA once a forward pass, for PEFT by way of an identity matrix; with dropout the frozen weights
-    are multiplied once more, by what dropout left."""
+    """DoRA's norm computes BA once for each forward pass, in PEFT through an identity matrix; with dropout the frozen
+    weights are multiplied once more, by the input after dropout."""
     tokens = StepTokens(positions=6, pairs=18, passes=2)
     plain, dora, dropped = (
         training_flops(SMALL, dataclasses.replace(QV, use_dora=on, lora_dropout=share), tokens)
@@ -81,7 +81,7 @@ def test_dora_by_hand():
 
 
 def test_tokens_of_a_step():
-    """Operators are given every pair of every row; records need the pairs that they see."""
+    """Operators compute all pairs of every row; records need only their visible pairs."""
     variant, workload = LoraVariant(gradient_accumulation=3), Workload(batch_size=2, sequence_length=10)
     assert computed_tokens(variant, workload) == StepTokens(positions=60, pairs=600, passes=3)
     assert row_tokens(variant, workload) == StepTokens(positions=60, pairs=6 * 55, passes=3)
@@ -89,7 +89,7 @@ def test_tokens_of_a_step():
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("all-linear",), ("mlp.down_proj",), ()])
 def test_what_a_step_needs_does_not_depend_on_how_it_is_done(targets):
-    """Checkpointing, attention and quantisation change what is computed and not what the model needs."""
+    """Checkpointing, attention and quantisation change the computed FLOPs but not the model's FLOPs."""
     variant = LoraVariant(r=4, target_modules=targets)
     others = (
         dataclasses.replace(variant, gradient_checkpointing=True, attention="eager"),

@@ -1,4 +1,4 @@
-"""Memory estimates follow from the shape alone: closed forms, the order of settings, and measured errors."""
+"""Tests of memory estimates from the shape only: closed forms, the order of settings, and measured errors."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_weights_and_adapter_are_closed_forms():
 
 
 def test_a_request_has_keys_and_values_and_no_optimizer():
-    """Two for each block, head and token, of 16 bits; the weights of all adapters are in memory."""
+    """The KV cache has two 16-bit values for each block, head and token; the weights of all adapters are in memory."""
     short = kinds("generate", workload=Workload(prompt_tokens=100, new_tokens=28))
     assert short["kv_cache"] == 2 * 32 * 4096 * 128 * 2
     assert not {"optimizer_state", "gradients", "activations"} & short.keys()
@@ -63,7 +63,7 @@ def test_a_request_has_keys_and_values_and_no_optimizer():
 
 
 def test_a_request_of_many_prompts_can_be_the_peak_of_a_trial():
-    """Its keys and values, logits and temporaries are those of all prompts."""
+    """KV cache, logits and temporaries are those of all prompts."""
     one, eight = (kinds("generate", workload=Workload(request_batch=count)) for count in (1, 8))
     assert eight == {
         kind: size * (8 if kind in ("kv_cache", "logits", "temporaries") else 1) for kind, size in one.items()
@@ -90,20 +90,20 @@ def test_a_request_of_many_prompts_can_be_the_peak_of_a_trial():
     ],
 )
 def test_settings_are_ordered(more, less):
-    """On a GPU and on a CPU."""
+    """The order holds on a GPU and on a CPU."""
     devices = ("cuda",) if more.get("optimizer") else ("cuda", "cpu")
     for device in devices:
         assert sum(kinds(device=device, **more).values()) > sum(kinds(device=device, **less).values())
 
 
 def test_large_ranks_are_highest_when_the_optimizer_steps():
-    """Under checkpointing the gradients of r 1024 exceed the activations and logits of a short batch."""
+    """With checkpointing the gradients of r 1024 exceed the activations and logits of a short batch."""
     found = kinds(r=1024, target_modules=("all-linear",), gradient_checkpointing=True)
     assert found["gradients"] == found["adapter"]
 
 
 def test_a_process_counts_on_the_host_and_a_context_on_a_gpu():
-    """The total of a CPU has the process; on a GPU the context and paged state are outside the allocator."""
+    """The total of a CPU includes the process; on a GPU the context and paged state are outside the allocator."""
     host = estimate_memory(VARIANT, Workload(), LLAMA)
     bare = sum(host.kinds[kind] for kind in ("process", "library_code", "library_heap", "interpreter"))
     assert bare == bare_process_bytes(None)
@@ -120,7 +120,7 @@ def test_a_process_counts_on_the_host_and_a_context_on_a_gpu():
 
 
 def test_a_mapped_checkpoint_stays_in_memory_with_its_quantised_layers(tmp_path):
-    """As long as embeddings and norms are pages of its file: not for another type, and not when they are cast."""
+    """The pages stay while embeddings and norms are mapped: not with another dtype, and not when they are cast."""
     (tmp_path / "config.json").write_text(json.dumps({"dtype": "bfloat16"}))
     assert stored_dtype(catalogue.resolve(str(tmp_path))) == "bfloat16"
     assert stored_dtype(catalogue.resolve("random:llama2-7b")) is None
@@ -162,7 +162,7 @@ VARIANTS = st.builds(
     st.integers(8, 4000), st.integers(0, 50), st.integers(0, 500),
 )  # fmt: skip
 def test_no_estimate_falls_with_a_larger_batch_or_length(variant, model, device, rows, length, more_rows, more_length):
-    """The largest batch is found by bisection. On a CPU the estimate falls at one number of tokens alone."""
+    """The bisection for the largest batch needs this. On a CPU the estimate falls at a single number of tokens."""
     shape = MODELS[model]
     less = Workload(batch_size=rows, sequence_length=length)
     more = Workload(batch_size=rows + more_rows, sequence_length=length + more_length)
@@ -178,7 +178,7 @@ def test_no_estimate_falls_with_a_larger_batch_or_length(variant, model, device,
 
 
 def test_the_errors_are_those_that_were_measured():
-    """The constants are the least and the greatest error in the output of `make proof-memory_estimate`."""
+    """The constants are the smallest and the largest error in the output of `make proof-memory_estimate`."""
     page = (Path(__file__).parents[3] / "reports" / "proof" / "memory_estimate.txt").read_text(encoding="utf-8")
     measured, _, _ = page.partition("published peaks")
     errors = re.findall(r"^.*?\b(?:train|generate) +[\d.]+ +[\d.]+ +([+-][\d.]+)%", measured, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The range of `estimate --gpu` is the one that the published peaks support.
+"""Tests that published peaks support the range of `estimate --gpu`.
 
 The range of peak over estimate is the central 95 % of the published peaks of batches of one length, rounded outwards to
 whole percent.
@@ -33,7 +33,7 @@ WORKLOAD_KEYS = {field.name for field in dataclasses.fields(Workload)}
 
 
 def ratio_of(source, row):
-    """The published peak of a row over its estimate."""
+    """Return the published peak of a row over its estimate."""
     own = {name: value for name, value in row.items() if name not in ("model", "peak")}
     changes = source["variant"] | {name: value for name, value in own.items() if name not in WORKLOAD_KEYS}
     if "target_modules" in changes:
@@ -53,7 +53,7 @@ def ratio_of(source, row):
 
 
 def test_the_range_is_derived_from_the_published_peaks():
-    """The constants of the program are those of the table, and at least 95 % of the peaks lie within."""
+    """The program's constants follow from the table, and at least 95 % of the peaks are within the range."""
     sources = [source for source in TABLE["source"] if source.get("one_length", True)]
     ratios = sorted(ratio_of(source, row) for source in sources for row in source["rows"])
     outside = math.floor(0.025 * len(ratios))  # at each end
@@ -65,7 +65,7 @@ def test_the_range_is_derived_from_the_published_peaks():
 
 
 def test_the_command_s_range_covers_a_published_peak(capsys, tmp_path, monkeypatch, machine):
-    """A peak of Llama-2-7B by litgpt lies in the range of the command for the same settings."""
+    """A peak of Llama-2-7B by litgpt is in the range of the command for the same settings."""
     monkeypatch.setattr(provenance, "probe_machine", lambda environment=None: machine)
     study = tmp_path / "study.toml"
     study.write_text(

@@ -1,4 +1,4 @@
-"""Commands measure where the study or the command line says, with an executor that only pretends."""
+"""Tests that commands measure at the place of the study or the command line, with a fake executor."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def sites_of(run):
 
 
 def document(output):
-    """The JSON document that a command has printed."""
+    """Return the JSON document that a command printed."""
     return json.JSONDecoder().raw_decode(output[output.index("{") :])[0]
 
 
 def break_off(run, *, keep):
-    """The run as if it had ended after its first `keep` lines."""
+    """Truncate the run to its first `keep` lines."""
     lines = (run.path / "trials.jsonl").read_text().splitlines(keepends=True)
     (run.path / "trials.jsonl").write_text("".join(lines[:keep]))
     manifest = json.loads((run.path / "manifest.json").read_text())
@@ -34,7 +34,7 @@ def break_off(run, *, keep):
 
 
 def test_a_study_names_its_sites_and_a_run_is_resumed_there(placed, run):
-    """Without a word on the command line; the manifest holds them."""
+    """The study alone sets the sites, and the manifest records them."""
     _, first, _ = run("run", placed('sites = ["0", "1"]'))
     assert sites_of_whole(first) == {"cpus-0", "cpus-1"}
     assert first.manifest.study["protocol"]["sites"] == ["0", "1"]
@@ -44,7 +44,7 @@ def test_a_study_names_its_sites_and_a_run_is_resumed_there(placed, run):
 
 
 def test_a_site_that_is_unlike_its_like_is_named_in_the_report(placed, run, pretended, monkeypatch):
-    """The third of three, which takes half as long again."""
+    """The third of three sites is slower by half."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5, 6})
     pretended(slow=[("6", "", 1.5)])
     _, last, output = run("run", placed('sites = ["0", "1", "2"]'))
@@ -57,7 +57,7 @@ def test_a_site_that_is_unlike_its_like_is_named_in_the_report(placed, run, pret
 
 
 def test_a_place_that_is_none_is_refused_before_anything_is_opened(placed, run):
-    """By file and key, or by what the option says; nothing is made."""
+    """The error names file and key, or the option, and nothing is created."""
     code, last, output = run("run", placed('on = "slurm:nodes=2"'))
     assert (code, last) == (2, None)
     assert "small.toml, [protocol]: on = 'slurm:nodes=2': 'nodes' is not known" in output
@@ -67,7 +67,8 @@ def test_a_place_that_is_none_is_refused_before_anything_is_opened(placed, run):
 
 
 def test_both_sides_of_an_ab_are_measured_on_each_site(placed, run):
-    """Base, control and candidate of a replicate on one; the pairs are within a site. It is resumed there."""
+    """Base, control and candidate of a replicate run on one site, also after a resume, so that pairs are within a
+    site."""
     sides = ("--base", sys.executable, "--candidate", sys.executable)
     code, first, output = run(
         "ab",
@@ -96,7 +97,7 @@ def test_both_sides_of_an_ab_are_measured_on_each_site(placed, run):
 
 
 def test_a_calibration_takes_no_cluster(placed, run):
-    """It is of the machine that it is started on."""
+    """A calibration is of the machine on which it starts."""
     code, _, output = run("calibrate", placed('on = "slurm"'), "--replicates", "6", "--inject-rows", "8")
     assert code == 2
     assert "on = 'slurm': a calibration is of the machine that it is started on" in output
@@ -104,7 +105,7 @@ def test_a_calibration_takes_no_cluster(placed, run):
 
 @pytest.mark.parametrize(("lost", "code"), [(["5"], 0), (["4", "5"], 4)])
 def test_a_site_that_loses_its_jobs_leaves_its_replicates_to_another(placed, run, pretended, lost, code):
-    """A notice names the reason; without another site the rest is not run."""
+    """A notice gives the reason; without another site the remaining replicates are not run."""
     pretended(lost=lost, turn_s=0.2)
     ended, last, output = run("run", placed('sites = ["0", "1"]'))
     assert ended == code, output
@@ -117,7 +118,7 @@ def test_a_site_that_loses_its_jobs_leaves_its_replicates_to_another(placed, run
 
 
 def test_a_stop_ends_the_trials_under_way_on_all_sites(placed, run, pretended, tmp_path):
-    """They are interrupted, and the others are not run."""
+    """Running trials are interrupted, and the others are not run."""
     pretended(hangs=True)
 
     def stop():
@@ -136,7 +137,7 @@ def test_a_stop_ends_the_trials_under_way_on_all_sites(placed, run, pretended, t
 
 
 def test_a_site_that_is_unlike_the_first_ends_the_run(placed, run, pretended):
-    """By its name, with what differs; the run keeps no record of it, and none when it is resumed."""
+    """The error names the site and the difference; the run keeps none of its records, also when it is resumed."""
     pretended(peft={"5": "0.0.1"}, turn_s=1.0)
     code, last, output = run("run", placed('sites = ["0", "1"]'))
     assert code == 4
@@ -148,7 +149,7 @@ def test_a_site_that_is_unlike_the_first_ends_the_run(placed, run, pretended):
 
 
 def test_what_jobs_of_a_killed_process_measured_is_kept(placed, pretended, run, tmp_path, monkeypatch):
-    """Resuming the run merges it, and measures the rest."""
+    """Resuming the run merges the results of the jobs and measures the rest."""
     pretended(turn_s=0.5)
     study = placed('sites = ["0", "1"]', replicates=6)
     runs = tmp_path / "runs"
@@ -172,7 +173,7 @@ def test_what_jobs_of_a_killed_process_measured_is_kept(placed, pretended, run, 
 
 
 def test_a_site_of_two_ranks_is_measured_on(placed, run):
-    """On the CPUs of both; one with a single share is refused before anything is opened."""
+    """Such a site uses the CPUs of both shares; a site with a single share is refused before anything is started."""
     study = placed("")
     study.write_text(study.read_text().replace("[workload]", '[workload]\nranks = 2\nstrategy = "ddp"'))
     code, last, output = run("run", study, "--sites", "0,1")

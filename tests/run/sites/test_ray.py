@@ -1,5 +1,5 @@
-"""Replicates on the nodes of a Ray cluster: a real one of three nodes on this machine, whose nodes and driver are
-killed, with real trials (make proof-long); and how a cluster's description becomes sites, which needs none."""
+"""Tests of replicates on a Ray cluster of three real nodes on this machine, whose nodes and driver are killed during
+real trials (make proof-long), and of how a cluster's description becomes sites."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(3600)
 
 
 def node(name, number, *, alive=True, **resources):
-    """A node as Ray lists it."""
+    """Return a node as Ray lists it."""
     return {
         "NodeID": f"{number:056x}", "Alive": alive, "NodeName": name, "NodeManagerHostname": f"host{number}",
         "NodeManagerAddress": "10.0.0.1", "Resources": resources,
@@ -32,13 +32,13 @@ def node(name, number, *, alive=True, **resources):
 
 
 def test_a_site_is_a_node_with_cpus_and_all_of_them_are_reserved():
-    """In the order of their names; a node that is gone or has no CPU is none."""
+    """Sites are ordered by name; a dead node and a node without a CPU are not sites."""
     nodes = [node("b", 1, CPU=4.0), node("a", 2, CPU=8.0), node("c", 3, CPU=4.0, alive=False), node("d", 4)]
     assert [(one.site, one.cpus, one.gpus) for one in shares_of(nodes)] == [("a", 8.0, 0), ("b", 4.0, 0)]
 
 
 def test_a_site_is_a_card_where_the_cluster_has_any():
-    """With its part of the node's CPUs; a head without a GPU measures nothing."""
+    """Each GPU is a site with its share of the node's CPUs; a head without a GPU is not a site."""
     shares = shares_of([node("head", 1, CPU=4.0), node("a", 2, CPU=9.0, GPU=2.0)])
     assert [(one.site, one.cpus, one.gpus, one.share, one.shares) for one in shares] == [
         ("a-gpu-0", 4.0, 1, 0, 2),
@@ -47,7 +47,8 @@ def test_a_site_is_a_card_where_the_cluster_has_any():
 
 
 def test_a_site_of_several_ranks_has_a_card_for_each():
-    """Of one node; one that has fewer is none, and where all have fewer it is refused."""
+    """The GPUs of a site are on one node; a node with fewer is not a site, and a cluster without a large enough node is
+    refused."""
     shares = shares_of([node("small", 1, CPU=4.0, GPU=1.0), node("a", 2, CPU=9.0, GPU=5.0)], ranks=2)
     assert [(one.site, one.cpus, one.gpus, one.share, one.shares) for one in shares] == [
         ("a-gpu-0-1", 4.0, 2, 0, 2),
@@ -59,7 +60,7 @@ def test_a_site_of_several_ranks_has_a_card_for_each():
 
 
 def test_nodes_are_chosen_by_name_and_one_that_is_not_there_is_refused():
-    """With those that are."""
+    """The error lists the existing nodes."""
     nodes = [node("a", 1, CPU=1.0), node("b", 2, CPU=1.0)]
     assert [one.site for one in shares_of(nodes, ["b"])] == ["b"]
     with pytest.raises(UsageError, match=r"no node 'c'. It has a, b"):
@@ -72,7 +73,7 @@ def test_nodes_are_chosen_by_name_and_one_that_is_not_there_is_refused():
     ("on", "words"), [("kubernetes", "not known. Use here, ray, ray://HOST:PORT"), ("ray", r"Install lorameter\[ray\]")]
 )
 def test_what_cannot_be_measured_on_is_refused(on, words, capsys, monkeypatch):
-    """By the option, with the remedy, before anything else is read."""
+    """The error names the option and the remedy, before anything else is read."""
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main(["run", "training-step", "--on", on]) == 2
     output = " ".join(capsys.readouterr().err.split())
@@ -81,7 +82,7 @@ def test_what_cannot_be_measured_on_is_refused(on, words, capsys, monkeypatch):
 
 
 class Nodes:
-    """A cluster of Ray on this machine."""
+    """A Ray cluster on this machine."""
 
     def __init__(self, cluster):
         self.cluster, self.by_name = cluster, {}
@@ -91,14 +92,14 @@ class Nodes:
         self.by_name[name] = self.cluster.add_node(**options, env_vars=env_vars)
 
     def kill(self, name):
-        """At once, as when a machine loses its power."""
+        """Kill a node at once, as in a power failure."""
         with contextlib.redirect_stderr(None):
             self.cluster.remove_node(self.by_name.pop(name), allow_graceful=False)
 
 
 @contextlib.contextmanager
 def three_nodes(**head):
-    """Alpha, which is the head, beta and gamma."""
+    """Start the nodes alpha (the head), beta and gamma."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install lorameter[ray]")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -122,14 +123,15 @@ def three_nodes(**head):
 
 @pytest.fixture
 def nodes():
-    """Three nodes, of which this machine is part."""
+    """Three nodes on this machine."""
     with three_nodes() as made:
         yield made
 
 
 @pytest.mark.selftest
 def test_a_node_that_is_killed_loses_its_replicate_under_way_and_no_other(nodes, study, tmp_path):
-    """What has ended stays, the replicate is measured elsewhere from its beginning, and the node is named."""
+    """Completed replicates are kept, the interrupted one is measured elsewhere from the start, and a notice names the
+    node."""
     runs, begun = tmp_path / "runs", {}
     words = ["run", str(study(replicates=5, turns=10)), "--on", "ray", "--runs-dir", str(runs), "--json"]
     with subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Unmodified scripts as users write them, in lockstep: transformers' Trainer with LoRA, and a plain loop of torch."""
+"""Tests of unmodified user scripts in lockstep: transformers' Trainer with LoRA, and a plain torch loop."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ LOOP = """
 
 @pytest.mark.selftest
 def test_unmodified_scripts_are_measured_step_by_step(tmp_path, monkeypatch):
-    """In turns of two steps each, with their losses and tokens. The control has the losses of its twin to the bit, and
-    nothing is written where the scripts are: no checkpoint, no log of a tracker, and nothing after the training."""
+    """The scripts take turns of two steps and report losses and tokens; the control's losses are bit-equal to the
+    reference's, and the scripts write no checkpoint, tracker log or later output."""
     folder = tmp_path / "project"
     folder.mkdir()
     for name, text in (("trainer.py", TRAINER), ("loop.py", LOOP)):

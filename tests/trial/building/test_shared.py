@@ -1,4 +1,4 @@
-"""Several adapters on one base: each trial is to the bit what it would have been alone."""
+"""Tests of several adapters on one base: each trial is bit-equal to the same trial alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 128,
     "bos_token_id": 256, "eos_token_id": 257,
 }  # fmt: skip
-"""A model of two layers: bit-equality is a matter of states and of random numbers, which a third would repeat."""
+"""A model of two layers; a third would add nothing to a test of states and random numbers."""
 WORKLOAD = Workload(
     sequence_length=64, batch_size=1, train_sequences=16, held_out_records=8, held_out_sequences=2, prompt_tokens=8,
     new_tokens=4,
@@ -44,7 +44,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
-    """One workload on the small model and its token file, for all trials."""
+    """The workload on the small model and its token file, for all trials."""
     folder = tmp_path_factory.mktemp("tokens")
     (folder / "config.json").write_text(json.dumps(SMALL))
     workload = dataclasses.replace(WORKLOAD, model=f"random:{folder}")
@@ -83,7 +83,7 @@ def all_losses(fragments):
     "case", [pytest.param(case, marks=() if case == "prepared" else pytest.mark.selftest) for case in CASES]
 )
 def test_every_trial_is_bit_equal_to_the_same_trial_alone(case, tokens):
-    """Three adapters taking turns in shuffled order: training losses and held-out losses agree to the bit."""
+    """With three adapters in shuffled turns, training losses and held-out losses are bit-equal."""
     sweep = [dataclasses.replace(variant, **CASES[case]) for variant in SWEEP]
     shared, shuffler = SharedBase(), random.Random(3)
     trials = {variant.name: trial_on(shared, variant, tokens) for variant in sweep}
@@ -104,7 +104,7 @@ def test_every_trial_is_bit_equal_to_the_same_trial_alone(case, tokens):
 
 
 def test_a_base_that_changed_makes_every_trial_on_it_invalid(tokens):
-    """No trial on a base that was written to is what it would be alone."""
+    """After a write to the base, no trial on it equals the trial alone."""
     shared = SharedBase()
     trials = [trial_on(shared, variant, tokens) for variant in SWEEP[:2]]
     for trial in trials:

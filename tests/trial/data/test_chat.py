@@ -1,4 +1,4 @@
-"""Conversations are rendered by the tokenizer's template, and the assistant's answers are located or refused."""
+"""Tests of conversations: the tokenizer's template renders them, and the assistant's answers are located or refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""As most models write it: nothing marks what the assistant says."""
+"""The template of most models, which does not mark the assistant's text."""
 TURNS = (
     ("system", "be kind"),
     ("user", "Größe?"),
@@ -51,12 +51,12 @@ def answers(tokenizer, template, conversation):
     ids=["found", "marked", "stripped"],
 )
 def test_answers_are_the_assistant_s_text_and_the_end_of_its_turn(tokenizer, chat, template, expected):
-    """Neither the header before it, which may hold the same word, nor the space after it."""
+    """The header before the answer, which may contain the same word, and the whitespace after it do not count."""
     assert answers(tokenizer, template, chat(*TURNS)) == expected
 
 
 def test_a_turn_that_is_rendered_differently_when_others_follow_is_refused(tokenizer, chat):
-    """Which tokens the model would have generated is unknown then. A single turn can be located."""
+    """The generated tokens are then unknown. A single turn can be located."""
     with pytest.raises(
         UsageError, match=r"line 7: the chat template of mine writes message 3 differently.*loss = \"all\""
     ):
@@ -76,13 +76,13 @@ def test_a_turn_that_is_rendered_differently_when_others_follow_is_refused(token
     ],
 )  # fmt: skip
 def test_a_record_that_the_template_does_not_accept_is_refused(tokenizer, chat, template, turns, words):
-    """The message names the record and gives the template's own words."""
+    """The error names the record and has the template's own message."""
     with pytest.raises(UsageError, match=f"line 7: the chat template of mine {words}"):
         answers(tokenizer, template, chat(*turns))
 
 
 def test_a_prompt_ends_before_the_last_answer(tokenizer, chat):
-    """Later messages are no part of it."""
+    """Later messages are not part of the prompt."""
     tokenizer.chat_template = CHATML
     template = ChatTemplate(tokenizer, "mine")
     prompt, answer = template.prompt(chat(("user", "a"), ("assistant", "b"), ("user", "c")))
@@ -99,7 +99,7 @@ def read_turns(*messages):
 
 
 def test_both_spellings_are_one():
-    """role and content, from and value, with the nulls that a table fills up with."""
+    """The keys role/content and from/value are equivalent, also with the nulls of a table."""
     expected = (ASK, ANSWER)
     shared = {"from": "gpt", "value": "b", "role": None, "content": None}
     assert read_turns(ASK, ANSWER).messages == expected
@@ -122,6 +122,6 @@ def test_both_spellings_are_one():
     ],
 )  # fmt: skip
 def test_a_message_without_text_or_role_is_refused(message, words):
-    """The message gives the line, the number of the message and the remedy."""
+    """The error gives the line, the number of the message and the remedy."""
     with pytest.raises(UsageError, match=f"line 3: messages, {words}"):
         read_turns(ASK, message, ANSWER)

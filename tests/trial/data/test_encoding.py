@@ -1,4 +1,4 @@
-"""Records to tokens and labels: the tokens are the same whatever the loss is taken over."""
+"""Tests of records as tokens and labels: the tokens do not depend on the loss setting."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def labelled_tokens(labels):
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_the_answer_has_labels_and_the_prompt_has_none(tokenizer, name):
-    """Up to the token that ends it; with a loss on all text every token but the first has a label."""
+    """The labels include the EOS token; with a loss on all text every token but the first has a label."""
     record, answer = RECORDS[name]
     ids, labels = encode(tokenizer, record, loss="answer")
     assert tokenizer.decode(labelled_tokens(labels)) == f"{answer}</s>"
@@ -48,7 +48,7 @@ def test_conversations_have_the_tokens_of_their_template(tokenizer, chat):
 
 
 def test_tokens_that_overlap_the_answer_are_marked():
-    """Also one that begins in the prompt, and each of several tokens of one character."""
+    """A token that begins in the prompt, and each of several tokens of one character, are marked."""
     offsets = [(0, 0), (0, 2), (2, 5), (5, 6), (5, 6), (6, 8), (8, 9), (9, 9)]
     assert mark_tokens(offsets, [(3, 6), (8, 9)]) == [False, False, True, True, True, False, True, False]
     assert mark_tokens(offsets, []) == [False] * 8

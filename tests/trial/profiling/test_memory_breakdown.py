@@ -1,4 +1,4 @@
-"""The memory breakdown of a step counts its tensors to the byte and reports the remainder."""
+"""Tests of the memory breakdown of a step: tensors are counted to the byte, and the remainder is reported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROWS, WIDTH = 16, 32
 
 
 class Net(nn.Module):
-    """An embedding and a frozen layer with an adapter next to it, whose product keeps both of its factors."""
+    """An embedding and a frozen layer with an adapter next to it, whose product saves both of its factors."""
 
     def __init__(self, *, checkpointed):
         super().__init__()
@@ -37,7 +37,8 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize(("checkpointed", "kept"), [(False, 3), (True, 1)])
 def test_activations_are_what_is_saved_for_the_backward_pass(checkpointed, kept):
-    """The input of the adapter, the exponential and its argument; under checkpointing the input of the block alone."""
+    """Activations are the adapter's input, the exponential and its argument; with checkpointing only the input of the
+    block."""
     net = Net(checkpointed=checkpointed)
     optimizer = torch.optim.SGD([net.adapter.weight])
     addresses = {t.untyped_storage().data_ptr() for found in resident_tensors(net, optimizer).values() for t in found}
@@ -55,7 +56,7 @@ def test_activations_are_what_is_saved_for_the_backward_pass(checkpointed, kept)
 
 
 def test_a_step_of_known_size_is_explained_on_the_host():
-    """64 MiB that are saved, the product and its gradient are counted; the unexplained remainder is small."""
+    """64 MiB of saved activations, the product and its gradient are counted; the remainder is small."""
     wide = nn.Linear(1, 1, bias=False)
     size = 64 * 2**20
     optimizer = torch.optim.SGD(wide.parameters())
@@ -75,7 +76,7 @@ def test_a_step_of_known_size_is_explained_on_the_host():
 
 @pytest.mark.gpu
 def test_a_step_on_a_gpu_is_explained_within_two_percent():
-    """Four layers of 4096, of which the first trains: the allocator's peak against what was counted."""
+    """The allocator's peak for four layers of 4096, of which the first trains, agrees with the counted bytes."""
     layers = nn.Sequential(*(nn.Linear(4096, 4096, bias=False) for _ in range(4))).cuda().requires_grad_(False)
     layers[0].weight.requires_grad_(True)
     optimizer = torch.optim.AdamW([layers[0].weight], fused=True)

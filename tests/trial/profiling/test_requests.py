@@ -1,4 +1,4 @@
-"""Profiled requests: the same tokens in phases, facts about a request, and weights that are copied in it."""
+"""Tests of profiled requests: the same tokens in phases, facts about a request, and weights that it copies."""
 
 import json
 import math
@@ -36,7 +36,7 @@ PROMPT, NEW = 12, 4
 
 @pytest.fixture
 def serving(tmp_path, monkeypatch):
-    """Makes a trial of the smallest model that answers requests; fields are those of its variant."""
+    """A function that makes a trial of the smallest model for requests; its arguments are fields of the variant."""
     monkeypatch.setattr(phases, "PROFILED_BUDGET_S", 0.0)
     torch.set_num_threads(1)
 
@@ -64,7 +64,7 @@ def of(kind, folder, name):
 
 
 def test_a_profiled_request(serving, tmp_path):
-    """Samples of each phase, facts, and the operators of each phase."""
+    """The result has samples of each phase, facts, and the operators of each phase."""
     trial = serving()
     samples = trial.run("profile_requests", merged=False, budget_s=0.0).samples
     assert len(samples["plain_request_time_s"]) == len(samples["phase_decode_s"]) == len(samples["first_token_time_s"])
@@ -92,11 +92,11 @@ def test_a_profiled_request(serving, tmp_path):
     assert all(0 < copy.time_s <= ran["prefill"].parts_s[HEAD] for copy in ran["prefill"].copies)
     assert ran["decode"].copies == ()
     assert ran["decode"].parts_s[CACHE] > 0
-    assert ran["decode"].casts_s > 0  # of an adapter in float32
+    assert ran["decode"].casts_s > 0  # casts of an adapter in float32
 
 
 def test_options_of_serving_change_no_token(serving):
-    """A copied input of the head, a static cache, a merged adapter: answers stay, and each takes effect."""
+    """Copied head input, static cache and merged adapter each take effect without changing the answer."""
     plain = serving(dtype="float32")._serving.ask().tokens
     for fields in ({"copy_head_input": True}, {"kv_cache": "static"}, {"merge_adapter": True}):
         changed = serving(dtype="float32", **fields)
@@ -120,8 +120,7 @@ def recorded(call):
 
 @pytest.mark.parametrize("rows", [10, 1])
 def test_a_copy_of_a_whole_weight_is_recognised_by_its_shape(rows):
-    """For one row of several torch 2.13 copies a frozen weight in 16 bits where oneDNN supports them, else it does
-    not."""
+    """torch 2.13 copies a frozen 16-bit weight for one row of several where oneDNN supports the CPU."""
     weight = torch.randn(4096, 64, dtype=torch.bfloat16)
     hidden = torch.randn(1, rows, 64, dtype=torch.bfloat16)[:, -1:, :]
     events = recorded(lambda: functional.linear(hidden, weight))

@@ -1,4 +1,4 @@
-"""A cold start loads the model's own files, as a user's does, whatever base the run has prepared."""
+"""Tests that a cold start loads the model's own files, as a user's does, and not the prepared base of the run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WORKLOAD = Workload(
 
 
 def test_a_cold_start_answers_as_a_model_that_was_loaded_here(tmp_path):
-    """It takes the saved adapter and no prepared base, of which the request names one that does not exist."""
+    """It loads the saved adapter and ignores the request's prepared base, which does not exist."""
     base = load_base(catalogue.resolve(WORKLOAD.model), VARIANT, device="cpu", seed=WORKLOAD.data_seed)
     model = peft_methods.attach(base, VARIANT).eval()
     with torch.no_grad():

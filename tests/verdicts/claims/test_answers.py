@@ -1,4 +1,4 @@
-"""The share of open-ended request time that the length explains."""
+"""Tests of the share of the time of requests until EOS that the answer length explains."""
 
 import pytest
 
@@ -8,7 +8,8 @@ from lorameter.verdicts.series import group_trials
 
 @pytest.fixture
 def answers(make_run):
-    """A function: the answers of a run whose requests take `per_token` seconds a token, by variant and request."""
+    """A function that returns the answers of a run whose requests take `per_token` seconds a token, by variant and
+    request."""
 
     def make(tokens_of, per_token=lambda name, index: 0.02):
         def answered(record):
@@ -23,7 +24,7 @@ def answers(make_run):
 
 
 def test_length_explains_everything_at_one_speed(answers):
-    """Where a token costs the same everywhere, the length is all there is; the control's requests are not counted."""
+    """With a constant time per token the length explains everything; requests of the control do not count."""
     found = answers(lambda name, index, role: 5 + index + len(name) + 1000 * (role == "control"))
     assert found.requests.value == pytest.approx(1.0)
     assert found.variants.value == pytest.approx(1.0)
@@ -31,7 +32,7 @@ def test_length_explains_everything_at_one_speed(answers):
 
 
 def test_what_length_does_not_explain_is_left(answers):
-    """Where tokens cost more in every other request, less than all is explained."""
+    """With a higher time per token in every other request, the length explains only a part."""
     found = answers(lambda name, index, role: 5 + index, lambda name, index: 0.02 * (1 + index % 2))
     assert 0 < found.requests.value < 0.9
-    assert found.variants is None  # the variants answered alike
+    assert found.variants is None  # all variants gave the same answers

@@ -1,4 +1,5 @@
-"""Claims about any field and any metric: levels that are words, pairs of levels, bytes, energy; alone or together."""
+"""Tests of claims about any field and metric: levels that are words, pairs of levels, bytes and energy, alone or
+combined."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def part(rule, metric, axis="quantization", levels=PAIR, **more):
 
 @pytest.fixture
 def judged(write_run, small_study, tmp_path):
-    """A function: the verdicts on parts, each a claim of its own, of a run of bf16, nf4 and DoRA on a GPU."""
+    """A function that returns the verdicts on parts, each as its own claim, of a run of bf16, nf4 and DoRA on a GPU."""
 
     def judge(*parts, together=False, kind="device_peak_allocated_train_bytes"):
         variants = (
@@ -52,7 +53,7 @@ def judged(write_run, small_study, tmp_path):
 
 
 def test_less_memory_and_hardly_slower_is_one_claim_of_a_pair(judged):
-    """Both parts must hold; either alone is what it is."""
+    """Both parts must hold."""
     less = part("lowers", "peak_memory", by=0.3)
     at_most = part("costs-at-most", "step_time_s", by=0.1)
     claim = judged(less, at_most, together=True)
@@ -65,7 +66,7 @@ def test_less_memory_and_hardly_slower_is_one_claim_of_a_pair(judged):
 
 
 def test_resident_memory_supports_no_limit_of_a_cost(judged):
-    """On a CPU it dilutes differences: a saving and a cost that show are judged, and nothing else is."""
+    """Resident memory on a CPU dilutes differences: a visible saving or cost is judged, and a small cost is not."""
     saving, cost, bound = judged(
         part("lowers", "peak_memory", by=0.3),
         part("costs-at-most", "peak_memory", levels=("nf4", "none"), by=0.05),
@@ -88,7 +89,7 @@ def test_resident_memory_supports_no_limit_of_a_cost(judged):
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_is_refused(tmp_path, claim, words):
-    """With the file, the fault and the known values."""
+    """The error has the file, the fault and the known values."""
     path = tmp_path / "mine.toml"
     path.write_text(
         '[[variant]]\nname = "a"\n[[variant]]\nname = "b"\nquantization = "nf4"\n'
@@ -108,7 +109,7 @@ def test_what_cannot_be_asked_is_refused(tmp_path, claim, words):
     ],
 )
 def test_a_pair_may_be_of_any_field_and_of_losses(write_run, small_study, tmp_path, axis, levels, changed):
-    """What attention costs and that it trains as well; which optimizer is slower, and worse."""
+    """The claims compare two attentions in time and loss, and two optimizers."""
     variants = (LoraVariant(name="plain"), dataclasses.replace(LoraVariant(name="other"), **changed))
     parts = (
         part("costs-at-most", "step_time_s", axis=axis, levels=levels, by=0.3),

@@ -1,4 +1,4 @@
-"""Claims along a field of the workload: other batches, and other models."""
+"""Tests of claims along a workload field: other batches and other models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SIZES = {"b4": {"batch_size": 4}, "other": {"model": "random:smollm2-135m"}}
 
 
 def part_of(run):
-    """The only part of the only claim."""
+    """Return the only part of the only claim."""
     ((result,),) = [claim.parts for claim in judge_claims(run).claims]
     return result
 
@@ -29,7 +29,7 @@ def part_of(run):
     ],
 )
 def test_a_field_of_the_workload_is_an_axis(make_run, claim, small_study, part, factors, verdict):
-    """Judged as any other, by the variants that differ from the reference in it alone."""
+    """The claim is judged by the variants that differ from the reference in this field only."""
     sizes = SIZES | {"b4": {"batch_size": 2 * small_study.workload.batch_size}}
     names = {2.0: float(small_study.workload.batch_size), 4.0: 2.0 * small_study.workload.batch_size}
     if part["axis"] == "workload.batch_size" and "levels" in part:
@@ -51,7 +51,7 @@ def test_a_field_of_the_workload_is_an_axis(make_run, claim, small_study, part, 
     ],
 )
 def test_losses_of_other_tokens_are_not_compared(make_run, claim, small_study, own, metric):
-    """The claim is not judged, also where as many sequences hold more of the records, or fewer."""
+    """The claim is not judged, also where the same number of sequences holds more or fewer records."""
     ((key, value),) = own.items()
     assert getattr(small_study.workload, key) != value
     level = float(value) if isinstance(value, int) else value

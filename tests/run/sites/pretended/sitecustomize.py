@@ -1,4 +1,4 @@
-"""Is imported by every interpreter that starts with this folder on its path, such as those of jobs."""
+"""Imported by every interpreter with this folder on its path, such as those of jobs."""
 
 import contextlib
 
