@@ -1,4 +1,4 @@
-"""Describes a zygote as the harness makes one: its threads, whether it may fork, and what its child can do.
+"""Describes a zygote as the harness makes it: its threads, whether it may fork, and what its child can do.
 
 A process of its own, since a process that already uses the device cannot show this. Prints one JSON document.
 
@@ -19,7 +19,7 @@ from lorameter.trial import zygote
 
 
 def main() -> int:
-    """Import what a zygote imports, fork as it forks, and print what parent and child find."""
+    """Import the zygote's libraries, fork, and print the findings of parent and child."""
     begin = time.perf_counter()
     zygote.import_libraries()
     found: dict[str, Any] = {"import_s": time.perf_counter() - begin, "threads": threads()}
@@ -32,12 +32,12 @@ def main() -> int:
 
 
 def threads() -> list[str]:
-    """Names of this process's threads."""
+    """Return the names of this process's threads."""
     return sorted((path / "comm").read_text().strip() for path in Path("/proc/self/task").iterdir())
 
 
 def fork_child() -> dict[str, Any]:
-    """Fork a child; returns what it finds of the device and of NVML."""
+    """Fork a child and return its findings about the device and NVML."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -57,7 +57,7 @@ def fork_child() -> dict[str, Any]:
 
 
 def describe_child() -> dict[str, Any]:
-    """The first use of the device and every counter of NVML, each a value or the reason for having none."""
+    """Return the time of the first use of the device, and every NVML counter with its value or reason."""
     import torch
 
     from lorameter.machine.nvml import open_device

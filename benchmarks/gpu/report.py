@@ -1,4 +1,4 @@
-"""The report of a campaign: its steps and claims as text and as a document, and the files that are kept."""
+"""The report of a campaign: its steps and claims as text and as a document, and the stored files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorameter.machine.provenance import Machine
 
 SCHEMA = 1
 MOST_KEPT_BYTES = 2**20
-"""Of one file: what is larger is a recording or tokens, and can be made again."""
+"""The largest stored file; larger files are recordings or tokens, which can be regenerated."""
 KEPT_OF_A_RUN = ("manifest.json", "trials.jsonl", "checks.jsonl")
 
 
@@ -29,7 +29,7 @@ class Campaign:
 
     machine: Machine
     origin: str
-    """Machine, libraries and commit in a line."""
+    """Machine, libraries and commit in one line."""
     rehearsed: bool
     steps: tuple[Step, ...]
     journal: Journal
@@ -37,13 +37,13 @@ class Campaign:
 
     @property
     def begun(self) -> str:
-        """The day on which the first step was begun."""
+        """The date on which the first step started."""
         first = min((entry.begun_unix_s for entry in self.journal.entries), default=time.time())
         return time.strftime("%Y-%m-%d", time.gmtime(first))
 
 
 def document(campaign: Campaign) -> dict[str, Any]:
-    """The campaign as JSON data, which `docs/gpu.md` is written from."""
+    """Return the campaign as JSON data, from which `docs/gpu.md` is generated."""
     return {
         "schema": SCHEMA,
         "date": campaign.begun,
@@ -58,7 +58,7 @@ def document(campaign: Campaign) -> dict[str, Any]:
 
 
 def text(campaign: Campaign) -> str:
-    """The report: where, each step with its time, and the table of claims at its end."""
+    """Return the report: the machine, each step with its time, and the table of claims at its end."""
     lines = [campaign.origin, *_about(campaign), "", "Steps", *_steps(campaign), "", "Claims"]
     lines += [
         f"  {decision.verdict:12} {claim.name}: {claim.says}\n               {decision.evidence}"
@@ -100,13 +100,13 @@ def _steps(campaign: Campaign) -> list[str]:
 
 
 def name_of(campaign: Campaign) -> str:
-    """The folder's name under reports/: the day, the GPU, and that it is this."""
+    """Return the name of the folder under reports/: date, GPU and the suffix "gpu"."""
     device = re.sub(r"[^a-z0-9]+", "-", campaign.machine.device_name.lower()).strip("-")
     return f"{campaign.begun}_{device}_gpu"
 
 
 def write(campaign: Campaign, reports: Path, state: Path) -> Path:
-    """Write the report, its document, what each step printed and what its runs recorded; returns the folder."""
+    """Write the report, its document, the output of each step and the records of its runs; return the folder."""
     folder = reports / name_of(campaign)
     (folder / "outputs").mkdir(parents=True, exist_ok=True)
     (folder / "report.txt").write_text(text(campaign), encoding="utf-8")
@@ -127,6 +127,6 @@ def _keep(path: Path, to: Path) -> None:
 
 
 def decide(claims: Sequence[Claim], evidence: Any, *, rehearsed: bool) -> tuple[tuple[Claim, Decision], ...]:
-    """What becomes of each claim; a rehearsal decides none."""
+    """Return the decision on each claim; a rehearsal decides none."""
     nothing = Decision(verdict="not decided", evidence="no GPU: this was a rehearsal")
     return tuple((claim, nothing if rehearsed else claim.decide(evidence)) for claim in claims)

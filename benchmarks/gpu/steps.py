@@ -1,4 +1,4 @@
-"""The steps of the campaign: the question that each answers on a GPU, its command, and how long it may take.
+"""The steps of the campaign: the question that each answers on a GPU, its command, and its time limit.
 
 They are ordered by how much they decide in a minute: facts and proofs of fast paths, Llama-2-7B on both bases, the
 claims of the study of LoRA parameters, an A/B with an injected slow-down, and then the rest. A step is a process of its
@@ -13,55 +13,55 @@ from dataclasses import dataclass
 from pathlib import Path
 
 STUDY, PROFILE = "lora-or-qlora", "--profile=gpu"
-"""The default study, and the profile of it that fills a GPU with Llama-2-7B."""
+"""The default study, and its profile that fills a GPU with Llama-2-7B."""
 BASES = ("lora-r16", "qlora-nf4-r16")
-"""Its variants in bf16 and in NF4, which differ in nothing else."""
+"""Its variants in bf16 and in NF4, which differ only in quantisation."""
 SWEEP, TWINS = (str(Path(__file__).with_name(name)) for name in ("sweep.toml", "twins.toml"))
 INJECTED_ROWS = 260_000
-"""Extra rows in each adapted layer of `twins.toml`: reading and writing them takes about 5 % of an H100's step."""
+"""Extra rows in each adapted layer of `twins.toml`: reading and writing them costs about 5 % of a step on an H100."""
 RUNS, XML = "{runs}", "{xml}"
-"""Stand in a command for the folder of the step's runs, and for the file of its test results."""
+"""Placeholders in a command for the folder of the step's runs and for the file of its test results."""
 LORAMETER = ("-m", "lorameter.cli")
 PYTEST = ("-m", "pytest", "-m", "gpu", "-q", "--no-header", "-rs", "-p", "no:cacheprovider", f"--junitxml={XML}")
 VERDICTS = (0, 1, 3, 4)
-"""Exit codes with which a command has measured and says what it found; the others say that it could not."""
+"""Exit codes of a command that measured and reports its result; other codes mean that it could not measure."""
 LEAST_S = 60.0
-"""A run that can be resumed is not begun for less: that is what building a model of 7B takes."""
+"""The minimum time for which a resumable run is started: building a 7B model takes that long."""
 CALL_S = 545.0
-"""Most seconds of a step, so that it fits in a call of ten minutes."""
+"""The longest step, so that it fits in a call of ten minutes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One question, as a command of the interpreter that runs the campaign."""
+    """One question and the command that answers it, run by the campaign's interpreter."""
 
     name: str
     asks: str
     words: tuple[str, ...]
-    """After the interpreter."""
+    """The arguments after the interpreter."""
     expected_s: float
-    """What it takes on an H100, assumed: none has been measured."""
+    """The expected time on an H100, which is assumed and not measured."""
     limit_s: float
-    """Most seconds of one attempt."""
+    """The longest time of one attempt."""
     rehearsal: tuple[str, ...] = ()
-    """The command on a machine without a GPU; that of `words` where there is none."""
+    """The command on a machine without a GPU; empty for the same command as `words`."""
     skipped: str
-    """What of the step a rehearsal does not do, and why."""
+    """The part of the step that a rehearsal skips, and why."""
     answers: tuple[int, ...] = (0,)
-    """Exit codes with which the command has answered; that of a rehearsal of its own answers with 0."""
+    """Exit codes of a command with a result; a separate rehearsal command succeeds with 0."""
     resumes: tuple[str, ...] = ()
-    """The command that resumes a run that was stopped, up to the run's id; empty where there is none."""
+    """The command that resumes a stopped run, without the run's id; empty if none exists."""
     total_s: float = 0.0
-    """Most seconds of all attempts at such a run."""
+    """The longest time of all attempts at such a run."""
 
     @property
     def least_s(self) -> float:
-        """What must be left of a call for the step to be begun."""
+        """The remaining time of a call that the step needs to be started."""
         return min(self.limit_s, LEAST_S) if self.resumes else self.limit_s
 
 
 def measures(name: str, asks: str, study: str, *options: str, expected_s: float, total_s: float) -> Step:
-    """A run of a study, which a rehearsal plans and does not measure."""
+    """Return a step that runs a study; a rehearsal plans it and does not measure."""
     run = (*LORAMETER, "run", study, *options, "--runs-dir", RUNS, "--json")
     return Step(
         name=name,
@@ -78,7 +78,7 @@ def measures(name: str, asks: str, study: str, *options: str, expected_s: float,
 
 
 def tests(name: str, asks: str, *files: str, expected_s: float) -> Step:
-    """Tests marked `gpu`, which say themselves why they are skipped."""
+    """Return a step that runs tests marked `gpu`, which give their own reasons of skipping."""
     return Step(
         name=f"tests-{name}",
         asks=asks,
@@ -91,7 +91,8 @@ def tests(name: str, asks: str, *files: str, expected_s: float) -> Step:
 
 
 def of_variant(command: str, variant: str, asks: str, *options: str, expected_s: float) -> Step:
-    """`lorameter estimate` or `profile` of one variant of the study; a rehearsal estimates it for this CPU."""
+    """Return a step that runs `lorameter estimate` or `profile` for one variant of the study; a rehearsal estimates it
+    for this CPU."""
     named = (f"{STUDY}:{variant}", PROFILE)
     return Step(
         name=f"{command}-{variant}",
@@ -222,7 +223,7 @@ def command(
     chosen: Step, *, python: str, state: Path, rehearsing: bool = False, resumed_run: str | None = None,
     newest: str | None = None,
 ) -> list[str]:  # fmt: skip
-    """The whole command of a step, whose runs and files lie in a folder of the state.
+    """Return the whole command of a step, whose runs and files are in a folder of the state.
 
     Args:
         chosen: the step.
@@ -247,7 +248,7 @@ def command(
 
 
 def runs_of(name: str, state: Path) -> Path:
-    """The folder of a step's runs."""
+    """Return the folder of a step's runs."""
     return state / "runs" / name
 
 

@@ -31,7 +31,7 @@ SMALL = {
 
 
 class Switch:
-    """Takes the meter off a training and puts it back; there is none in a process that is not wrapped."""
+    """Removes the meter from a training and restores it; an unwrapped process has no meter."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.callbacks = trainer, trainer.callback_handler.callbacks
@@ -42,7 +42,7 @@ class Switch:
         self.reported, self.wall, self.cpu = 0, 0.0, 0.0
 
     def turn(self, on: bool) -> None:
-        """Switch the meter."""
+        """Switch the meter on or off."""
         if self.meter is None or on == self.on:
             return
         self.on = on
@@ -61,7 +61,7 @@ class Switch:
             self.meter.detach()
 
     def time_reports(self) -> None:
-        """Time what the meter does for many steps at once."""
+        """Time the reports of the meter, each of which covers many steps."""
         if self.meter is not None:
             steps = self.meter._steps
             steps._report = functools.partial(self._report, steps._report)
@@ -74,19 +74,19 @@ class Switch:
         self.cpu += time.process_time() - cpu
 
     def now(self) -> tuple[float, float]:
-        """Both clocks."""
+        """Return both clocks."""
         return time.perf_counter() - self.wall, time.process_time() - self.cpu
 
 
 class Turns(TrainerCallback):  # type: ignore[misc]
-    """Waits for a turn, and prints the times of its steps."""
+    """Waits for a turn and prints the times of its steps."""
 
     switch: Switch
     steps = 0
     starts: list[tuple[float, float]] = []  # noqa: RUF012
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """A step begins, its batch is there."""
+        """Record the start of a step, whose batch is loaded."""
         switch = self.switch
         if self.starts:
             self.starts.append(switch.now())
@@ -105,7 +105,7 @@ class Turns(TrainerCallback):  # type: ignore[misc]
 
 
 def main(name: str, steps: int, output: str) -> None:
-    """Train for so many steps."""
+    """Train for the given number of steps."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model: Any

@@ -1,4 +1,4 @@
-"""What is true of a LoRA run of a small transformers family, found without the check, and compared with the check.
+"""The truth about a LoRA run of a small transformers family, found without the checks and compared with them.
 
 As in transformers' own dispatch tests, torch refuses a scaled dot product that its backends may not run: a step that
 succeeds under `sdpa_kernel(FLASH_ATTENTION)` alone runs on flash. A mode of torch's functions counts the attention
@@ -39,7 +39,7 @@ from transformers.pytorch_utils import Conv1D
 import kernels_check
 
 PARAMETERS = 5_000_000
-"""More than this is not small."""
+"""The largest number of parameters of a small model."""
 ROWS, LENGTH, IMAGE, FRAMES = 2, 8, 32, 64
 NUMBERS = (
     (32, """hidden_size d_model n_embd dim embed_dim hidden_dim embedding_size n_embed projection_dim d_embed emb_dim
@@ -64,9 +64,9 @@ SMALL: dict[str, int] = {name: number for number, names in NUMBERS for name in n
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
 }  # fmt: skip
 FILLED_IN = ("num_key_value_heads", "vocab_size")
-"""Numbers that some configurations leave open, and their models need."""
+"""Numbers that some configurations leave open and their models need."""
 DROPPED = ("layerdrop", "layer_drop", "drop_path")
-"""Parts of the names of rates at which whole layers are left out, which would make every run another."""
+"""Parts of the names of layer-drop rates, which would make every run different."""
 TASKS = tuple(f"AutoModelFor{task}" for task in (
     "CausalLM", "Seq2SeqLM", "MaskedLM", "ImageClassification", "AudioClassification", "CTC", "SpeechSeq2Seq",
     "ZeroShotImageClassification", "ImageTextToText",
@@ -80,7 +80,7 @@ HEALTHY: dict[str, Any] = {
 
 
 class UnfitError(Exception):
-    """The family is left out."""
+    """The family is skipped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,7 @@ class Family:
     task: str
 
     def build(self) -> Any:
-        """A model of random weights.
+        """Return a model with random weights.
 
         Raises:
             UnfitError: it cannot be built, or is too large.
@@ -111,7 +111,7 @@ class Family:
 
 
 def families() -> Iterator[Family]:
-    """Every model type with a task, in the order of their names."""
+    """Yield every model type with a task, ordered by name."""
     mappings = {task: getattr(modeling_auto, task)._model_mapping._model_mapping for task in TASKS}
     for name in sorted(CONFIG_MAPPING_NAMES):
         for task in TASKS:
@@ -121,7 +121,7 @@ def families() -> Iterator[Family]:
 
 
 def inputs_of(model: Any) -> dict[str, Tensor]:
-    """A batch that the model takes, by the names of its forward's arguments.
+    """Return a batch for the model, by the names of its forward's arguments.
 
     Raises:
         UnfitError: its input is none that is known.
@@ -150,7 +150,7 @@ def inputs_of(model: Any) -> dict[str, Tensor]:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The first output that depends on the weights."""
+    """Return the first output that depends on the weights."""
     for name in ("logits", "logits_per_image", "logits_per_text"):
         found = getattr(output, name, None)
         if torch.is_tensor(found):
@@ -166,7 +166,7 @@ def _channels(config: Any) -> int:
 
 
 def _shrunk(kind: Any) -> Any:
-    """A configuration of this class with all known numbers small, in its parts as well."""
+    """Return a configuration of this class with all known numbers small, including its sub-configurations."""
     whole = kind()
     names = {*whole.to_dict(), *getattr(kind, "attribute_map", {})}
     given: dict[str, Any] = {name: SMALL[name] for name in names if name in SMALL and _counts(whole, name)}
@@ -195,7 +195,7 @@ class Attentions(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count and call."""
         kwargs = kwargs or {}
-        multihead = function is multi_head_attention_forward  # the mode does not see what it calls
+        multihead = function is multi_head_attention_forward  # the mode does not see the functions that it calls
         if multihead and kwargs.get("need_weights", True):
             self.written += 1
         elif multihead or function is scaled_dot_product_attention:
@@ -234,28 +234,29 @@ class Run:
         of_experts = any(isinstance(one, ParamWrapper) for one in self.model.modules())
         layers = [self.model.base_model.model.get_submodule(name) for name in names]
         self.complete = of_experts or all(layer in self.tuners for layer in layers)
-        """Whether PEFT adapted every layer; in a model of experts it adapts their parameters instead of some layers."""
+        """Whether PEFT adapted every layer; in a model with experts it adapts their parameters instead of some
+        layers."""
 
     def base(self) -> dict[str, Tensor]:
-        """A copy of what is saved of the model and is not trained."""
+        """Return a copy of the saved and untrained state of the model."""
         trained = {value.data_ptr() for value in self.trained}
         saved = {name: one for name, one in self.model.state_dict().items() if torch.is_tensor(one)}
         return {name: value.clone() for name, value in saved.items() if value.data_ptr() not in trained}
 
     def step(self) -> None:
-        """Forward, backward and an update."""
+        """Take a forward and a backward pass and an update."""
         with self.around():
             self.optimizer.zero_grad()
             logits_of(self.model(**self.inputs)).float().pow(2).mean().backward()
             self.optimizer.step()
 
     def step_calls(self, modules: Sequence[nn.Module]) -> bool:
-        """Take a step; whether it calls each of the modules."""
+        """Take a step and return whether it calls each of the modules."""
         return len(_calls(modules, self.step)) == len(modules)
 
 
 def _calls(modules: Sequence[nn.Module], run: Any) -> list[nn.Module]:
-    """Those of the modules that a function calls, in the order of their first call."""
+    """Return the modules that a function calls, in the order of their first call."""
     called = dict[nn.Module, None]()
     with ExitStack() as hooks:
         for one in modules:
@@ -265,7 +266,7 @@ def _calls(modules: Sequence[nn.Module], run: Any) -> list[nn.Module]:
 
 
 def _called_layers(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
-    """Names of the linear layers that a forward pass calls, without the head."""
+    """Return the names of the linear layers that a forward pass calls, without the head."""
     linears = {module: name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     with torch.no_grad():
         called = _calls(list(linears), lambda: model(**inputs))
@@ -278,19 +279,19 @@ def _called_layers(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What is true of a family's run; None: undecided."""
+    """The truth about a family's run; None: undecided."""
 
     backend: str | None
     has_math: bool
-    """Whether math runs where only that is left."""
+    """Whether math runs where it is the only backend."""
     attached: bool
     frozen: bool
     learning: bool | None
     faults: tuple[str, ...]
-    """Where the counts contradict the step on flash alone."""
+    """Contradictions between the counts and the step on flash only."""
 
     def holds(self, path: str) -> bool | None:
-        """Whether a healthy requirement holds."""
+        """Return whether a healthy requirement holds."""
         truths = {
             "peft.learning": self.learning if self.attached else self.learning and None,
             "peft.attached": self.attached, "base.frozen": self.frozen, "peft.dropout": self.attached or None,
@@ -299,7 +300,7 @@ class Found:
 
 
 def find(family: Family) -> Found:
-    """Take steps of a run of the family, and see what is true of it.
+    """Take steps of a run of the family and return the truth about it.
 
     Raises:
         UnfitError: it does not train.
@@ -337,13 +338,13 @@ def find(family: Family) -> Found:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """To the bit, so that two NaN are equal."""
+    """Return whether two tensors are bit-equal, so that two NaN are equal."""
     left, right = (value.contiguous().flatten().view(torch.uint8) for value in (one, other))
     return one.shape == other.shape and torch.equal(left, right)
 
 
 def judge(family: Family, found: Found, *, only_math: bool) -> Iterator[str]:
-    """Verify a run of the family; yield where the checks are not as they must be."""
+    """Verify a run of the family; yield the checks that contradict the truth."""
     run = Run(family)
     if only_math:
         run.around = partial(sdpa_kernel, SDPBackend.MATH)
@@ -359,7 +360,7 @@ def judge(family: Family, found: Found, *, only_math: bool) -> Iterator[str]:
 
 
 def examine(family: Family) -> tuple[Found, list[str]]:
-    """What is true of a family, and the faults of the check.
+    """Return the truth about a family and the faults of the checks.
 
     Raises:
         UnfitError: it is left out.
@@ -376,7 +377,7 @@ def examine(family: Family) -> tuple[Found, list[str]]:
 
 
 def faults_of_families(names: Sequence[str]) -> Iterator[str]:
-    """Faults of the named families, or of all; prints how many were examined, by backend."""
+    """Yield the faults of the named families, or of all; print how many were examined, by backend."""
     backends, unbuildable = Counter[str](), 0
     for family in families():
         if family.name in names or "all" in names:

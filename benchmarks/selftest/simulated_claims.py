@@ -1,4 +1,4 @@
-"""Verdicts on claims in simulated runs of the built-in study of LoRA parameters, whose truth is known.
+"""Verdicts on claims in simulated runs of the built-in study of LoRA parameters with a known truth.
 
 Three sets of runs: `null`, where no setting has an effect; `null, at the limit`, the same with every tolerance and
 margin at nearly zero, so that nothing but its interval protects a statement; `injected`, where step time rises by 4 %
@@ -34,23 +34,23 @@ STUDY = "llama2-lora-parameters"
 STEP_SD, PROCESS_SD = 0.01, 0.005
 """Scale of the heavy tails of one step, and of the constant of a process."""
 BURSTS, BURST = 0.05, 0.1
-"""Share of steps that a lognormal burst hits, and its median."""
+"""Share of steps with a lognormal burst, and the median of the burst."""
 WANDER, MEMORY = 0.012, 0.95
 """Innovation and memory of the AR(1) course, which also slows by half over a replicate."""
 SEED_SD, LOSS_SD = 0.01, 0.003
-"""Scatter of a loss that all settings share, and of its own."""
+"""Scatter of a loss that all settings share, and of each setting alone."""
 TOKEN_S = 0.02
 EFFECTS = ("trend-up", "trend-down", "differs", "highest", "lowest", "best", "largest-effect")
 FALSE_STATEMENTS = ((True, "supported"), (False, "refuted"))
-"""Where nothing has an effect: of an effect and of an equality. What `rises` states of counts is exact."""
+"""False statements where nothing has an effect: an effect, and a refuted equality. Counts under `rises` are exact."""
 FOUND = ("1", "1 train", "2", "4", "5", "6", "8", "9", "12")
 FALSE = ("3", "3 to EOS", "7", "7 to EOS", "10", "10 to EOS", "11")
-"""Claims that are true, and that are false, in the injected set."""
+"""Claims of the injected set that are true, and that are false."""
 RIGHT = dict.fromkeys(FOUND, "supported") | dict.fromkeys(FALSE, "refuted")
 
 
 def simulated_run(study: Study, rng: np.random.Generator, *, injected: bool) -> Run:
-    """One run of all settings and the control."""
+    """Return one run of all settings and the control."""
     members: list[tuple[Variant, Role]] = [(variant, "variant") for variant in study.variants]
     members.append((study.variant(study.reference), "control"))
     records = [
@@ -67,7 +67,7 @@ def simulated_run(study: Study, rng: np.random.Generator, *, injected: bool) -> 
 
 
 def _effects(variant: Variant, *, injected: bool) -> tuple[float, float, float]:
-    """The true factors on step time, loss and trainable parameters."""
+    """Return the true factors on step time, loss and trainable parameters."""
     if not injected:
         return 1.0, 1.0, 1.0
     alpha = variant.lora_alpha / 16
@@ -103,7 +103,7 @@ def _replicate(
 
 
 def _course(rng: np.random.Generator, count: int, turns: int) -> NDArray[np.float64]:
-    """Log times of settings that do the same work and take turns in shuffled order: settings × turns."""
+    """Return log times of settings that do the same work and take turns in shuffled order: settings × turns."""
     moments, settle = turns * count, 100
     wander = signal.lfilter([1.0], [1.0, -MEMORY], rng.normal(0.0, WANDER, moments + settle))[settle:]
     shared = (wander + np.linspace(0.0, math.log(1.5), moments)).reshape(turns, count)
@@ -114,7 +114,7 @@ def _course(rng: np.random.Generator, count: int, turns: int) -> NDArray[np.floa
 
 
 def at_the_limit(study: Study) -> Study:
-    """The study with every tolerance and margin so small that no effect lies within it."""
+    """Return the study with every tolerance and margin so small that no effect is within it."""
     claims = [
         dataclasses.replace(
             claim, parts=tuple(dataclasses.replace(part, tolerance=0.0, margin=1e-9) for part in claim.parts)
@@ -125,7 +125,7 @@ def at_the_limit(study: Study) -> Study:
 
 
 def shares(draws: int) -> Iterator[Share]:
-    """How often a run has a wrong verdict, its control fails, and each injected effect is found."""
+    """Yield how often a run has a wrong verdict, its control fails, and each injected effect is found."""
     study = load_study(STUDY, device="cpu")
     sets = {"null": study, "null, at the limit": at_the_limit(study), "injected": study}
     for seed, (name, own) in enumerate(sets.items(), start=1):

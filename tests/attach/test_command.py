@@ -1,4 +1,4 @@
-"""A command as it is written down: whatever sounds like a credential is left out, and nothing else."""
+"""Tests of the stored command: anything that looks like a credential is removed, and nothing else."""
 
 import shlex
 
@@ -36,8 +36,8 @@ WORDS = [
 
 @pytest.mark.parametrize("words", WORDS)
 def test_a_credential_is_not_written_and_no_study_takes_it(words):
-    """As an option, a field of Hydra's, a variable, in an address, a shell line, a header, JSON, a program, or known by
-    its own shape. A study's command would be written into each run."""
+    """Credentials are recognised in options, Hydra fields, variables, addresses, shell lines, headers, JSON, programs,
+    and by their own format. A study's command would be stored in each run."""
     line = ["python", "train.py", *words]
     written = write_command(line)
     assert "hunter2" not in written
@@ -65,20 +65,20 @@ def test_a_credential_is_not_written_and_no_study_takes_it(words):
     ],
 )
 def test_what_is_no_credential_is_taken(words):
-    """A host and port, a query, a key of SSH, the name of a variable, a switch, a token of a vocabulary."""
+    """Host and port, a query, an SSH key file, a variable name, a switch and a vocabulary token are accepted."""
     assert ScriptVariant(name="a", command=shlex.join(["python", "train.py", *words])).command
 
 
 @pytest.mark.parametrize("value", ["http://user:hunter2@proxy:3128", '{"token": "hunter2"}'])
 def test_a_variable_of_a_study_is_read_by_the_same_rule(value):
-    """The variables in `env` are written into the run as well."""
+    """The variables in `env` are stored in the run as well."""
     with pytest.raises(UsageError, match=r"env\.SOME: ") as refused:
         ScriptVariant(name="a", command="python train.py", env={"SOME": value})
     assert "hunter2" not in str(refused.value)
 
 
 def test_what_cannot_be_a_command_is_refused_without_its_credential():
-    """The refusal repeats the command."""
+    """The error repeats the command without the credential."""
     for line in ("HF_TOKEN=hunter2 python t.py", "python t.py --hub_token hunter2 | tee", "a 'b --auth=hunter2"):
         with pytest.raises(UsageError) as refused:
             split_command("variant", line)
@@ -87,7 +87,7 @@ def test_what_cannot_be_a_command_is_refused_without_its_credential():
 
 @pytest.mark.parametrize("option", ["--base-command", "--candidate-command", "--command"])
 def test_no_option_takes_a_command_with_a_credential(option, tmp_path, capsys):
-    """Either side of an A/B, and a command on both: refused before anything is started or written."""
+    """Commands of either side of an A/B, or of both, are refused before anything is started or written."""
     words = {"--base-command": "true", "--candidate-command": "true"} if option != "--command" else {}
     words |= {option: "python t.py https://user:hunter2@host/x"}
     sides = ["--base", "HEAD", "--candidate", "HEAD"] if option == "--command" else []

@@ -1,4 +1,4 @@
-"""Comparison with the expected files, which `LORAMETER_CONTRACT=write pytest tests/contract` renews.
+"""Comparison with the expected files, which `LORAMETER_CONTRACT=write pytest tests/contract` updates.
 
 Text is compared as it is; floats of a JSON document to ten significant digits, because the last ones depend on the CPU;
 of what depends on the machine or the clock only the shape: keys and types. An expected file that is missing is a
@@ -26,13 +26,13 @@ NULLABLE = {
     "low": "float", "high": "float", "mde80": "float", "replicates_needed": "int", "invalid": "str", "reason": "str",
     "explained": "bool", "first_difference": "int",
 }  # fmt: skip
-"""Whether such a value is there depends on the noise of the machine; its type where it is."""
+"""Keys whose presence depends on the noise of the machine, with their types."""
 MACHINE = ("settings", "libraries", "git")
-"""Keys of the provenance of which the keys below depend on the machine and on the checkout."""
+"""Keys of the provenance whose content depends on the machine and on the checkout."""
 
 
 def check_text(name: str, found: str, *, ignore_space: bool = False) -> None:
-    """Compare a text; with `ignore_space` lines may be broken elsewhere."""
+    """Compare a text; `ignore_space` ignores where lines break."""
     found = "\n".join(line.rstrip() for line in found.splitlines()) + "\n"
     kept = _read(name)
     if ignore_space and kept is not None and kept.split() == found.split():
@@ -51,8 +51,8 @@ def check_shape(name: str, found: Any) -> None:
 
 
 def check_run(name: str, run: Path) -> None:
-    """The files of a run, and keys and types of its manifest and of the last record of each trial, isolated
-    ones separately."""
+    """Compare the file names of a run, and keys and types of its manifest and of the last record of each trial, with
+    isolated trials separately."""
     last = {record["trial"]: record for record in read_records(run)}
     assert {record["status"] for record in last.values()} == {"ok"}
     records = [_without_the_host(record) for record in last.values()]
@@ -66,12 +66,12 @@ def check_run(name: str, run: Path) -> None:
 
 
 def read_records(run: Path) -> list[dict[str, Any]]:
-    """The lines of trials.jsonl."""
+    """Return the lines of trials.jsonl."""
     return [json.loads(line) for line in (run / "trials.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def parse(text: str) -> Any:
-    """The one document in a text; NaN and infinity are no JSON."""
+    """Return the only document in a text; NaN and infinity are invalid JSON."""
 
     def refuse(word: str) -> Any:
         raise AssertionError(f"{word} is no JSON")
@@ -80,7 +80,7 @@ def parse(text: str) -> Any:
 
 
 def shape(value: Any) -> Any:
-    """Keys and types."""
+    """Return keys and types."""
     if isinstance(value, dict):
         return {key: _shape_of_key(key, one) for key, one in value.items()}
     if isinstance(value, list):
@@ -90,13 +90,13 @@ def shape(value: Any) -> Any:
 
 
 def _files_of(run: Path) -> list[str]:
-    """Names of the files of a run; a name that holds a hash is cut there."""
+    """Return the names of a run's files, with hashes removed."""
     names = (path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file())
     return sorted({f"tokens-*{Path(name).suffix}" if name.startswith("tokens-") else name for name in names})
 
 
 def _without_the_machine(manifest: dict[str, Any]) -> dict[str, Any]:
-    """A manifest without keys that depend on the machine, and without notices once these have their form."""
+    """Return a manifest without keys that depend on the machine, and without notices after checking their shape."""
     assert all(shape(notice) == NOTICE for notice in manifest.pop("notices"))
     provenance = {key: value for key, value in manifest["provenance"].items() if key not in MACHINE}
     assert set(MACHINE) <= set(manifest["provenance"])
@@ -104,8 +104,8 @@ def _without_the_machine(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_the_host(record: dict[str, Any]) -> dict[str, Any]:
-    """A record without counters of the host, which depend on its kernel, without the versions of the packages that its
-    process saw, and without notices once these have their form."""
+    """Return a record without host counters, which depend on the kernel, without package versions, and without notices
+    after checking their shape."""
     assert all(shape(notice) == NOTICE for notice in record.pop("notices"))
     software = record.pop("software")
     assert not software or "torch" in software
@@ -139,7 +139,7 @@ def _merged(shapes: list[Any]) -> Any:
 
 
 def _covered(kept: Any, found: Any) -> Any:
-    """What was found, with the parts that the expected shape allows written as they are there."""
+    """Return the found shape, with parts that the expected shape allows written as in the expected shape."""
     if isinstance(kept, dict) and isinstance(found, dict):
         if set(kept) == {"null or"} != set(found):
             return kept if _covered(kept["null or"], found) == kept["null or"] else found
@@ -165,7 +165,8 @@ def _names(shape: dict[str, Any]) -> set[str]:
 
 
 def _same_numbers(kept: Any, found: Any) -> Any:
-    """What was found, with floats rounded, and those that are equal as far as they count written as they are kept."""
+    """Return the found document with rounded floats; floats that are equal within the precision are written as
+    expected."""
     if isinstance(found, dict):
         others = kept if isinstance(kept, dict) else {}
         return {key: _same_numbers(others.get(key), value) for key, value in found.items()}

@@ -1,4 +1,4 @@
-"""The exit code of every command: 0 pass, 1 regression, 2 usage, 3 inconclusive, 4 invalid, 5 not comparable, 70 ours.
+"""Tests of exit codes: 0 pass, 1 regression, 2 usage, 3 inconclusive, 4 invalid, 5 not comparable, 70 internal error.
 
 A command that refuses prints nothing on standard output, and on standard error what it refuses. The codes of commands
 that measure are in the tests that measure with them.
@@ -89,7 +89,7 @@ def of(codes):
 
 @pytest.mark.parametrize(("line", "code"), of(CODES))
 def test_a_command_that_answers(line, code, lorameter):
-    """The exit code says how, and standard output has the answer."""
+    """The exit code gives the verdict, and standard output has the answer."""
     outcome = lorameter(line)
     assert outcome.code == code, outcome.err
     assert outcome.out
@@ -97,7 +97,7 @@ def test_a_command_that_answers(line, code, lorameter):
 
 @pytest.mark.parametrize(("line", "code"), of(REFUSED))
 def test_a_command_that_refuses(line, code, lorameter):
-    """The exit code says why, standard output is empty, and standard error names what is refused; nothing is
+    """The exit code gives the reason, standard output is empty, standard error names the refused value, and nothing is
     measured."""
     outcome = lorameter(line)
     assert (outcome.code, outcome.out) == (code, ""), outcome.err
@@ -123,14 +123,14 @@ def test_accepting_a_run_and_the_word_baseline(lorameter, own_folder):
 
 
 def test_pruning(lorameter, own_folder):
-    """Exit code 0 whether or not a run goes, and the newest run stays."""
+    """The exit code is 0 whether or not a run is removed, and the newest run stays."""
     assert lorameter("prune --keep 1").code == 0
     assert lorameter("prune --keep 1").code == 0
     assert len([path for path in (own_folder / "runs").iterdir() if path.is_dir()]) == 1
 
 
 def test_packing(lorameter, own_folder):
-    """The file is in the present folder unless --output says where."""
+    """The file is in the current folder unless --output sets another path."""
     assert lorameter("pack base").code == 0
     assert (own_folder / "base.lorameter.zip").is_file()
     assert lorameter("report base.lorameter.zip").code == 0
@@ -139,7 +139,8 @@ def test_packing(lorameter, own_folder):
 
 @pytest.mark.parametrize(("raised", "code"), [(RuntimeError("planted"), 70), (KeyboardInterrupt(), 4)])
 def test_a_defect_and_a_stop(raised, code, lorameter, monkeypatch):
-    """An unexpected error is 70, with the traceback, and never reads as a regression; Ctrl-C is 4, without one."""
+    """An unexpected error exits with 70 and a traceback, and never as a regression; Ctrl-C exits with 4 and without a
+    traceback."""
 
     def broken(*_, **__):
         raise raised

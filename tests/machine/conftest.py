@@ -1,4 +1,4 @@
-"""A stand-in for the driver's library, compiled on the spot and loaded by nvidia-ml-py in place of the real one."""
+"""A fake of the driver's library, compiled by the tests and loaded by nvidia-ml-py in place of the real one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMPILER = shutil.which(os.environ.get("CC", "cc"))
 
 @pytest.fixture(scope="session")
 def libraries(tmp_path_factory):
-    """Folders that hold the stand-in, and one that cannot be loaded."""
+    """Folders with the fake library, and with one that cannot be loaded."""
     if COMPILER is None:
         pytest.skip("no C compiler on this machine to build the stand-in for NVML with")
     found = {"none": tmp_path_factory.mktemp("nvml-none")}
@@ -31,7 +31,7 @@ def libraries(tmp_path_factory):
 
 @pytest.fixture
 def nvml(libraries, tmp_path):
-    """A function that runs Python lines where the stand-in answers, and returns what they `report`.
+    """A function that runs Python lines against the fake library, and returns what they `report`.
 
     `answers` are the lines of the stand-in's file (`{"0.power": 250000}`), `driver` chooses new or none, and
     `variables` are those of the process. The dynamic loader looks into LD_LIBRARY_PATH first, and nvidia-ml-py opens
@@ -41,7 +41,7 @@ def nvml(libraries, tmp_path):
     def run(lines, answers=None, *, driver="new", **variables):
         script = tmp_path / "answers"
         answered = "".join(f"{key}={value}\n" for key, value in (answers or {}).items())
-        script.write_text(answered, errors="surrogateescape")  # a driver may answer with bytes that are no text
+        script.write_text(answered, errors="surrogateescape")  # a driver may answer with bytes that are not text
         program = "import json\ndef report(value): print(json.dumps(value, default=str))\n" + textwrap.dedent(lines)
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("CUDA_")}
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Several GPUs by NVML, with the driver's library scripted."""
+"""Tests of several GPUs in NVML, with a scripted driver library."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SECOND = ["Second", "GPU-aaaa2222-0000-0000-0000-000000000000", 400.0, ""]
     ],
 )
 def test_each_visible_gpu_is_known_by_any_of_its_names(nvml, visible, expected):
-    """Its own name, and the GPU that it is a part of, whose power limit counts."""
+    """A MIG instance has its own name, and its parent GPU gives the power limit."""
     variables = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     assert nvml(VISIBLE, {**MIG, "1.limit": 400000}, **variables) == expected
 
@@ -51,7 +51,7 @@ SITES = """
 
 
 def test_sites_of_unlike_gpus_are_refused(nvml):
-    """With name and power limit; where they may be mixed each knows its own GPU."""
+    """The error has name and power limit; where mixing is allowed each site knows its own GPU."""
     uuids = {"CUDA_VISIBLE_DEVICES": "GPU-aaaa2,GPU-aaaa1"}
     answers = {**TWO, "1.limit": 400000}
     refused = nvml(SITES.replace("MIXED", "False"), answers, **uuids)

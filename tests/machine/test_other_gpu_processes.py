@@ -1,4 +1,5 @@
-"""Other processes on the GPU: distinguished from this run's own, and unknown where a container hides them."""
+"""Tests of other processes on the GPU: they are distinguished from this run's own, and unknown where a container hides
+them."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ def ask(listed, generations=0):
 
 
 def test_a_process_that_is_alone_has_no_neighbours(nvml):
-    """Its own memory is known, and nothing is hidden."""
+    """Its own memory is known, and no memory is hidden."""
     found = nvml(ask(ME), {"0.used": GIB})
     assert found == {
         "own_bytes": [GIB, ""], "used_bytes": [GIB, ""], "others": [[], ""],
@@ -37,14 +38,15 @@ def test_others_are_counted_and_their_memory_added(nvml):
 
 
 def test_the_processes_of_the_same_run_are_no_neighbours(nvml):
-    """Trials that take turns are live together; they descend from one parent, two generations up."""
+    """Trials that take turns run concurrently and share an ancestor two generations up."""
     sibling = 'f"{os.getppid()}:7,{os.getpid()}:1073741824"'
     assert nvml(ask(sibling, generations=0))["others"][0] != []
     assert nvml(ask(sibling, generations=1))["others"][0] == []
 
 
 def test_process_numbers_of_another_container_are_unknown(nvml):
-    """None of them can be distinguished from this process's own, so neither is named and no zero is given."""
+    """Foreign process ids cannot be distinguished from this process's own, so that the values are unknown and not
+    zero."""
     found = nvml(ask('"999999999:5000,999999998:6000"'), {"0.used": 11000})
     for name in ("own_bytes", "others", "others_bytes"):
         value, reason = found[name]
@@ -54,7 +56,7 @@ def test_process_numbers_of_another_container_are_unknown(nvml):
 
 
 def test_memory_without_a_listed_process_shows_hidden_processes(nvml):
-    """The list is empty, and 3 GiB are in use."""
+    """The list is empty although 3 GiB are in use."""
     found = nvml(ask('""'), {"0.used": 3 * GIB})
     assert found["hidden_bytes"] == [3 * GIB, ""]
     assert found["statement"].startswith("3 GiB of device memory are in use and no listed process holds them")

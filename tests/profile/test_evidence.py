@@ -1,4 +1,4 @@
-"""Times that the evidence reads off what ran in a phase, constructed."""
+"""Tests of times that the evidence takes from the operators of a phase, on constructed phases."""
 
 import pytest
 
@@ -18,14 +18,14 @@ UNPACKED = ("bitsandbytes::dequantize_4bit", "dequantize", 0.1)
 @pytest.mark.parametrize(
     ("uses", "seconds"),
     [
-        ((UNPACKED, PRODUCT), 0.1),  # a kernel of a GPU, which calls nothing
+        ((UNPACKED, PRODUCT), 0.1),  # a GPU kernel, which calls no operator
         ((UNPACKED, FUNCTION, PRODUCT), 0.11),
-        ((FUNCTION, ("bitsandbytes::gemm_4bit", "matmul", 0.4)), 0.0),  # packed weights are multiplied as they are
+        ((FUNCTION, ("bitsandbytes::gemm_4bit", "matmul", 0.4)), 0.0),  # packed weights are not unpacked
         ((PRODUCT,), 0.0),
     ],
 )
 def test_unpacking_is_with_the_functions_around_it(uses, seconds):
-    """They go with it, and count for nothing where nothing is unpacked."""
+    """Surrounding functions count with the unpacking, and not where nothing is unpacked."""
     assert unpacking_s(phase(*uses)) == pytest.approx(seconds)
 
 
@@ -34,6 +34,6 @@ def test_unpacking_is_with_the_functions_around_it(uses, seconds):
     [({"totals_s": {"aten::dropout": 0.2}}, 0.2), ({"dropout_backward_s": 0.05}, 0.1), ({}, 0.05)],
 )
 def test_masks_are_drawn_and_multiplied_with_again(fields, seconds):
-    """By its operator with all that it calls, or by names of kernels; and what the backward pass takes."""
+    """Dropout time is that of its operator with all that it calls, or of kernels by name, plus the backward pass."""
     drawn = ("fused_dropout_kernel_vec", "elementwise", 0.05)
     assert dropout_s(phase(drawn, PRODUCT, **fields)) == pytest.approx(seconds)

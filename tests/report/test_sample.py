@@ -1,4 +1,4 @@
-"""`sample` shows the answers that a run has kept, decoded, next to the record's own text."""
+"""Tests of `lorameter sample`: the decoded answers of a run, next to the record's own text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ END = 257
 
 @pytest.fixture
 def run(write_run, small_study, tmp_path):
-    """A run of tiny-llama (a token is a byte) in which `plain` ended one answer and was cut in the other."""
+    """A run of tiny-llama (a token is a byte) in which `plain` has one complete and one truncated answer."""
     workload = dataclasses.replace(small_study.workload, open_ended_tokens=5)
 
     def answered(record):
@@ -34,7 +34,8 @@ def run(write_run, small_study, tmp_path):
 
 
 def test_answers_stand_beside_prompt_and_reference(run):
-    """In the order of the prompts, with the end of each answer; one that was not generated before training is None."""
+    """Answers are in the order of the prompts and marked as complete or not; an answer that was not generated before
+    training is None."""
     first, second = read_samples(run, "plain", replicate=1)
     assert (first.prompt, first.reference, first.base_answer, first.trained) == (
         "Input: 4\n",
@@ -49,7 +50,7 @@ def test_answers_stand_beside_prompt_and_reference(run):
 
 @pytest.mark.parametrize("variant", ["plain", "nf4"])
 def test_a_run_without_answers_says_how_to_get_some(write_run, capsys, variant):
-    """The key of the study that has them kept, and the command; not that it has those of none."""
+    """The error has the study key that keeps answers and the command, and does not list variants as "none"."""
     path = write_run("bare", {"plain": [1.0, 1.0], "nf4": [1.0, 1.0]})
     assert main(["sample", str(path), variant]) == 2
     said = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Formats of others: what their readers require, and nothing that is invalid."""
+"""Tests of exported foreign formats: the fields that their readers require, and no invalid runs."""
 
 import json
 import math
@@ -16,7 +16,7 @@ def run(sound):
 
 
 def test_entries_for_github_action_benchmark(run):
-    """Name, unit and value of what is better when smaller, by default what two runs are compared by."""
+    """Entries have name, unit and value of metrics where smaller is better, by default those of a comparison."""
     entries = encode_action(run)
     assert [entry["name"] for entry in entries] == [
         "small: plain, step_time_s", "small: plain, host_peak_train_bytes",
@@ -32,7 +32,7 @@ def test_entries_for_github_action_benchmark(run):
 
 
 def test_bencher_metric_format(run):
-    """Benchmark, measure, value with both ends; a range of peaks is no interval."""
+    """Metrics have benchmark, measure and value with interval; the range of peaks is not an interval."""
     metrics = encode_bencher(run, ["*"])
     assert set(metrics) == {"small: plain", "small: nf4"}
     step = metrics["small: nf4"]["step_time_s"]
@@ -44,6 +44,6 @@ def test_bencher_metric_format(run):
 @pytest.mark.parametrize("name", ["failed", "killed", "control-failed", "diverged"])
 @pytest.mark.parametrize("encode", [encode_action, encode_bencher])
 def test_what_is_invalid_goes_to_no_page_of_trends(name, encode, read):
-    """It would stay there as a good number."""
+    """An invalid run would appear as a valid value in a trend."""
     with pytest.raises(InvalidRunError, match=name):
         encode(read(name))

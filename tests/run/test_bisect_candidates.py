@@ -1,4 +1,4 @@
-"""What lies between two ends: commits of a real repository, and releases as pip lists them."""
+"""Tests of the candidates between two ends: commits of a real repository, and releases as pip lists them."""
 
 import dataclasses
 import subprocess
@@ -18,7 +18,7 @@ from lorameter.run.workers.sides import command_sides
 
 @pytest.fixture
 def repository(tmp_path):
-    """Five commits in a row, and a branch that was merged between the third and the fourth."""
+    """A repository of five commits in a row, and a branch that was merged between the third and the fourth."""
 
     def git(*words):
         identity = ("-c", "user.name=t", "-c", "user.email=t@t")
@@ -37,7 +37,7 @@ def repository(tmp_path):
 
 
 def test_commits_are_the_states_that_the_branch_was_in(repository):
-    """In order, the good end first; what a merge brought is one step."""
+    """Commits are in order from the good end; a merge is one step."""
     folder, git = repository
     found = list_steps("HEAD~4", "HEAD", folder)
     assert [one.label.split(" ", 1)[1] for one in found[1:]] == [
@@ -49,7 +49,7 @@ def test_commits_are_the_states_that_the_branch_was_in(repository):
 
 
 def test_ends_that_are_in_no_order_are_refused(repository):
-    """The same, the other way round, and of two branches."""
+    """Equal ends, reversed ends and ends on two branches are refused."""
     folder, _ = repository
     with pytest.raises(UsageError, match="same commit"):
         list_steps("HEAD", "main", folder)
@@ -61,7 +61,7 @@ def test_ends_that_are_in_no_order_are_refused(repository):
 
 @pytest.fixture
 def pip(monkeypatch):
-    """pip, as it answers of a package with these releases; gives the words that it was asked with."""
+    """A fake pip that lists the releases of a package; returns the commands that it received."""
     asked = []
 
     def run(command, **_):
@@ -77,7 +77,7 @@ def pip(monkeypatch):
 
 
 def test_releases_are_those_that_pip_has(pip, tmp_path):
-    """Between the ends, in order, each with the other requirements."""
+    """The releases between the ends are in order, each with the other requirements."""
     found = list_steps("peft==0.19.0 torch==2.13.0", "torch==2.13.0 peft==0.21.2", tmp_path)
     assert [one.label for one in found] == ["peft 0.19.0", "peft 0.19.1", "peft 0.20.0", "peft 0.21.1", "peft 0.21.2"]
     assert found[2].spec == "peft==0.20.0 torch==2.13.0"
@@ -98,14 +98,14 @@ def test_releases_are_those_that_pip_has(pip, tmp_path):
     ],
 )
 def test_requirements_that_are_no_range_are_refused(good, bad, message, pip, tmp_path):
-    """With what to write instead, and before pip is asked."""
+    """The error has a valid replacement and comes before pip is called."""
     with pytest.raises(UsageError, match=message):
         list_steps(good, bad, tmp_path)
     assert not pip
 
 
 def test_the_command_lists_without_measuring(repository, monkeypatch, capsys):
-    """--dry-run, and what cannot be is refused before anything is measured."""
+    """--dry-run lists the candidates, and invalid options are refused before any measurement."""
     folder, _ = repository
     monkeypatch.chdir(folder)
     words = ["bisect", "training-step", "--good", "HEAD~4", "--bad", "HEAD"]
@@ -117,7 +117,7 @@ def test_the_command_lists_without_measuring(repository, monkeypatch, capsys):
 
 
 def test_a_comparison_that_was_measured_is_taken_again_and_no_other(write_run, small_study, machine):
-    """Of the same study, variant, phase and sides, whole, and of this machine; the newest."""
+    """The newest complete run of the same study, variant, phase, sides and machine is reused."""
     sides = command_sides("a", "b")
     plan, _ = build_plan(small_study, machine, free_bytes=None, select=["plain"], phases=("train",))
     plan = dataclasses.replace(plan, sides=sides)

@@ -1,4 +1,4 @@
-"""A workload fits if the upper end of its range does; the largest that fits does, and one more does not."""
+"""Tests of the memory fit: a workload fits if the upper end of its range does, and the largest that fits is maximal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WIDE = Workload(batch_size=6, sequence_length=1024)
 
 @pytest.fixture
 def fitter(machine):
-    """A function that makes a fitter of a model and a GPU, or of this machine with so many bytes."""
+    """A function that makes a fitter of a model and a GPU, or of this machine with the given memory."""
 
     def make(model, card=None, memory_bytes=None):
         if card is None:
@@ -43,7 +43,7 @@ def fitter(machine):
     ("qwen2.5-7b", "24GiB", LORA, "does-not-fit"), ("gemma-7b", "24GiB", LORA, "does-not-fit"),
 ])  # fmt: skip
 def test_what_fits_on_a_card_that_is_not_here(fitter, model, card, variant, status):
-    """Real shapes, six sequences of 1024 tokens: LoRA keeps all activations, checkpointed NF4 next to none."""
+    """For real shapes and six sequences of 1024 tokens, LoRA saves all activations and checkpointed NF4 nearly none."""
     one = fitter(model, card)
     assert one.device.machine.device == "cuda"
     assert one.status(one.needs(variant, WIDE)) == status
@@ -56,7 +56,7 @@ def test_what_fits_on_a_card_that_is_not_here(fitter, model, card, variant, stat
     ("tiny-llama", None, LORA),
 ])  # fmt: skip
 def test_the_largest_fits_and_one_more_does_not(fitter, model, card, variant, key):
-    """Or it is as large as the model or a study lets it be."""
+    """The size is limited by memory, the model or the study."""
     one = fitter(model, card)
     workload = Workload(batch_size=2, sequence_length=512)
     found = (one.largest_batch if key == "batch_size" else one.largest_length)(variant, workload)
@@ -72,7 +72,7 @@ def test_the_largest_fits_and_one_more_does_not(fitter, model, card, variant, ke
 
 
 def test_of_this_machine_counts_what_is_free(machine):
-    """And never more than the total; the assumptions for GPUs are left out."""
+    """The free memory counts, up to the total; assumptions about GPUs are left out."""
     device = on_machine(machine, 3 * GIB)
     assert (device.usable_bytes, device.total_bytes, device.assumed) == (3 * GIB, machine.memory_bytes, ())
     assert on_machine(machine, 2**60).usable_bytes == machine.memory_bytes

@@ -1,11 +1,11 @@
-"""kernels_check on random models and small families: a slice of the long program, and planted faults are reported."""
+"""Tests of kernels_check on random models and small families: a part of the long program, with injected faults."""
 
 from types import SimpleNamespace
 
 import pytest
 
 SEEDS = range(1_000_000, 1_000_008)
-"""Seeds that the long run does not take."""
+"""Seeds outside the range of the long run."""
 FAMILIES = ("bart", "beam", "clip", "gemma2", "gpt2", "ibert", "mixtral", "siglip")
 
 
@@ -18,7 +18,7 @@ def models(program):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", SEEDS)
 def test_checks_of_a_random_model_are_true(models, seed):
-    """No wrong verdict, no false alarm, no disagreement, and the run continues as its twin that was not verified."""
+    """There is no wrong verdict, false alarm or disagreement, and the run continues as its unverified twin does."""
     faults, about = models.examine(seed)
     assert faults == [], about
 
@@ -26,7 +26,7 @@ def test_checks_of_a_random_model_are_true(models, seed):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_checks_of_a_family_agree_with_the_oracle(models, name, capsys):
-    """Encoder-decoders, vision, experts or names of such, observers, and each attention backend of a CPU."""
+    """The families cover encoder-decoders, vision, experts, observers, and each attention backend of a CPU."""
     if name not in {family.name for family in models.oracle.families()}:
         pytest.skip(f"this transformers has no {name}")
     assert [*models.oracle.faults_of_families([name])] == []
@@ -50,7 +50,7 @@ def test_checks_of_a_family_agree_with_the_oracle(models, name, capsys):
     ],
 )
 def test_a_check_is_compared_with_the_truth(models, required, status, hidden, fault):
-    """What holds must be active, anything else must not; unknown is right where a path cannot be observed."""
+    """A requirement must be active exactly if it holds; unknown is right for a path that cannot be observed."""
     truth = models.Truth(holds=frozenset({"flash"}), free=frozenset({"fused"}), hidden=hidden)
     checks = [SimpleNamespace(path="mode", status=status, observed=None, reason="")] if status else []
     found = [*models.faults_of({"mode": truth}, {"mode": required}, checks)]
@@ -58,7 +58,8 @@ def test_a_check_is_compared_with_the_truth(models, required, status, hidden, fa
 
 
 def test_a_fault_ends_the_program_with_1(models, monkeypatch, capsys):
-    """The seed, the fault and what the run is about are printed; an exception of the run itself is a fault."""
+    """The program prints the seed, the fault and the properties of the run; an exception of the run itself is a
+    fault."""
     monkeypatch.setattr(models, "examine", lambda seed: (["wrong: mode"] if seed == 3 else [], ["LoRA"]))
     assert models.main(["--many", "3", "--families", "none"]) == 0
     assert models.main(["--many", "5", "--families", "none"]) == 1

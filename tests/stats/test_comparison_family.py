@@ -1,4 +1,4 @@
-"""Holm over several comparisons."""
+"""Tests of Holm's procedure over several comparisons."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from lorameter.stats import compare_family, compare_trials
 
 
 def simulated(rng, effects, replicates=6, sd=0.02):
-    """Named pairs with these log effects."""
+    """Return named pairs with these log effects."""
     return {
         f"metric {index}": ([[1.0]] * replicates, np.exp(rng.normal(effect, sd, (replicates, 1))))
         for index, effect in enumerate(effects)
@@ -16,7 +16,8 @@ def simulated(rng, effects, replicates=6, sd=0.02):
 
 
 def holm(p_values, alpha):
-    """Holm's procedure as published: sorted p-values, each against alpha over what is left, until one fails."""
+    """Apply Holm's published procedure: compare each sorted p-value with alpha over the remaining number, until one
+    fails."""
     rejected = [False] * len(p_values)
     for rank, index in enumerate(np.argsort(p_values)):
         if p_values[index] > alpha / (len(p_values) - rank):
@@ -26,7 +27,7 @@ def holm(p_values, alpha):
 
 
 def test_decides_as_holms_sorted_p_values():
-    """The comparisons decided are those that Holm's published procedure rejects, over many simulated families."""
+    """Over many simulated families, the decided comparisons are those that Holm's procedure rejects."""
     rng = np.random.default_rng(31)
     stepped = 0
     for _ in range(60):
@@ -40,7 +41,7 @@ def test_decides_as_holms_sorted_p_values():
 
 
 def test_family_of_identical_code_raises_few_alarms():
-    """Ten A/A comparisons raise any alarm at all in about 5 % of runs, where ten at 5 % each would in 40 %."""
+    """Ten A/A comparisons raise an alarm in about 5 % of runs; at 5 % each it would be 40 %."""
     rng = np.random.default_rng(32)
     alarms = 0
     for _ in range(400):
@@ -56,7 +57,7 @@ def test_error_names_the_comparison():
 
 
 def test_each_comparison_can_have_its_own_pairing_and_limits():
-    """They share the error rate and nothing else: each is what the plain comparison of that family size gives."""
+    """The comparisons share only the error rate: each equals a plain comparison with that family size."""
     rng = np.random.default_rng(5)
     base = [list(trial) for trial in np.exp(rng.normal(0, 0.3, (6, 1)) + rng.normal(0, 0.1, (6, 9)))]
     turns = [[0.99 * sample for sample in trial] for trial in base]

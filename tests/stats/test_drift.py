@@ -1,4 +1,4 @@
-"""Drift: which changes of level are found in simulated step times, and which are none."""
+"""Tests of drift: which changes of level are found in simulated step times, and which are not."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def drifts(samples, *, tolerance):
 
 
 def share(shape, sd, draws=150, seed=61, tolerance=0.02):
-    """Of series of this log shape under normal log noise, how many drift."""
+    """Return the share of drifting series with this log shape and normal log noise."""
     rng = np.random.default_rng(seed)
     return np.mean([drifts(np.exp(rng.normal(shape, sd)), tolerance=tolerance) for _ in range(draws)])
 
@@ -21,7 +21,7 @@ def share(shape, sd, draws=150, seed=61, tolerance=0.02):
 @pytest.mark.parametrize("count", [20, 60, 200])
 @pytest.mark.parametrize("sd", [0.003, 0.02, 0.19])
 def test_flat_noise_is_no_drift(count, sd):
-    """At most one series of 25 without a shift is found to drift, at any size of the noise."""
+    """At most one of 25 series without a shift is called drifting, for any noise."""
     assert share(np.zeros(count), sd) <= 0.04
 
 
@@ -31,7 +31,7 @@ def test_flat_noise_is_no_drift(count, sd):
     ids=["throttled half-way", "late shift", "alternating", "steadily slower"],
 )
 def test_a_change_of_level_is_found(shape):
-    """A clock that falls, levels that alternate and times that only rise."""
+    """A falling clock, alternating levels and steadily rising times are found."""
     assert share(shape, 0.02) >= 0.95
 
 
@@ -41,18 +41,18 @@ def test_a_change_of_level_is_found(shape):
     ids=["decaying", "compiling first step", "leading plateau", "passing burst"],
 )
 def test_slower_at_first_and_a_passing_burst_are_none(shape):
-    """The level that comes after is steady, and the faster one."""
+    """The later level is steady and the faster one."""
     assert share(shape, 0.02) <= 0.08
 
 
 @pytest.mark.parametrize("where", [1, 2, 30, 58, 59])
 def test_a_lone_hiccup_is_none(where):
-    """One slow step changes nothing, wherever it falls."""
+    """A single slow step is not a drift, at any position."""
     assert share(2.0 * (where == STEP), 0.02) <= 0.08
 
 
 def test_the_tolerance_bounds_what_is_found():
-    """A rise by 1.5 % is within a tolerance of 2 %, and not within one of 0.5 %."""
+    """A rise by 1.5 % is within a tolerance of 2 % but not within one of 0.5 %."""
     rise = 0.015 * (STEP >= 30)
     assert share(rise, 0.003) <= 0.04
     assert share(rise, 0.003, tolerance=0.005) >= 0.95
@@ -67,13 +67,13 @@ def test_the_tolerance_bounds_what_is_found():
     ],
 )
 def test_bad_input_is_an_error(samples, tolerance, message):
-    """Bad input raises with the offender's name."""
+    """Bad input raises an error that names the offending value."""
     with pytest.raises(ValueError, match=message):
         drifts(samples, tolerance=tolerance)
 
 
 def test_many_series_are_judged_as_each_alone():
-    """Whatever their lengths and their order, and whatever levels they have."""
+    """The result does not depend on the lengths, the order and the levels of the other series."""
     rng = np.random.default_rng(7)
     shapes = [np.zeros(60), 0.3 * (STEP > 40), np.zeros(3), 0.01 * STEP, np.zeros(200), -0.3 * (STEP[:30] > 8)]
     series = [np.exp(rng.normal(shape, 0.02)) for _ in range(20) for shape in shapes]

@@ -1,4 +1,4 @@
-"""The interval of a difference of medians covers it as often as it says, and refuses what it cannot do."""
+"""Tests of the interval of a difference of medians: its coverage, and its refusals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def left(whole, part, axis=-1):
 
 
 def test_a_difference_of_medians_of_the_same_turns_is_covered():
-    """95 % of the time, over simulated turns whose common noise is ten times what each has of its own."""
+    """The coverage is 95 % over simulated turns whose common noise is ten times their own noise."""
     random = np.random.default_rng(4)
     covered = 0
     for _ in range(300):
@@ -25,7 +25,7 @@ def test_a_difference_of_medians_of_the_same_turns_is_covered():
 
 
 def test_too_few_samples_have_no_interval_and_unequal_ones_are_refused():
-    """As for a median, six are the least."""
+    """At least six samples are needed, as for a median."""
     assert bootstrap_interval(((1.0,) * 5, (1.0,) * 5), left) == (None, None)
     with pytest.raises(ValueError, match="as many in each"):
         bootstrap_interval(((1.0,) * 8, (1.0,) * 7), left)

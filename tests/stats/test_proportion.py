@@ -1,4 +1,4 @@
-"""Intervals of what was counted: scipy's own for independent looks, an honest one for looks that belong together."""
+"""Tests of intervals of counts: scipy's for independent observations, and a wider one for clustered observations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lorameter.stats import clustered_proportion, proportion
 
 @pytest.mark.parametrize("of", [1, 2, 7, 32, 100])
 def test_it_is_the_exact_interval(of):
-    """The same as scipy's Clopper-Pearson, at every count."""
+    """The interval equals scipy's Clopper-Pearson interval at every count."""
     for count in range(of + 1):
         found, oracle = proportion(count, of), binomtest(count, of).proportion_ci(method="exact")
         assert (found.low, found.high) == pytest.approx((oracle.low, oracle.high), abs=1e-12)
@@ -20,13 +20,13 @@ def test_it_is_the_exact_interval(of):
 
 @pytest.mark.parametrize(("count", "of"), [(-1, 3), (4, 3), (0, 0)])
 def test_what_is_no_part_is_refused(count, of):
-    """With both numbers."""
+    """The error has both numbers."""
     with pytest.raises(ValueError, match=f"{count} of {of}"):
         proportion(count, of)
 
 
 def test_clusters_that_say_nothing_of_their_scatter_count_as_one_look_each():
-    """None of 20 answers of 32 tokens is not none of 640; one answer says nothing at all."""
+    """Zero in 20 answers of 32 tokens is not zero in 640 tokens; one answer gives almost no information."""
     assert clustered_proportion([0] * 20, [32] * 20).high == proportion(0, 20).high
     assert clustered_proportion([32] * 20, [32] * 20).low == proportion(20, 20).low
     (low, high) = ((one := clustered_proportion([3], [32])).low, one.high)
@@ -35,7 +35,7 @@ def test_clusters_that_say_nothing_of_their_scatter_count_as_one_look_each():
 
 
 def test_the_clustered_interval_holds_what_it_promises():
-    """Answers whose tokens differ together: the true share lies inside in 95 % of cases or more."""
+    """For answers with correlated tokens, the interval covers the true share in at least 95 % of cases."""
     rng = np.random.default_rng(5)
     inside = 0
     for _ in range(400):

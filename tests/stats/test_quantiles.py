@@ -1,4 +1,4 @@
-"""Order-statistic intervals: scipy's as the oracle, coverage by simulation, and what few samples cannot say."""
+"""Tests of order-statistic intervals: scipy as the reference, coverage by simulation, and too few samples."""
 
 import math
 
@@ -26,7 +26,7 @@ def test_median_interval_is_scipys(values, alpha):
 
 @pytest.mark.parametrize("count", [6, 9, 12, 25])
 def test_median_interval_covers(count):
-    """Whatever the distribution, the true median is inside in at least 95 % of runs."""
+    """For any distribution, the interval covers the true median in at least 95 % of runs."""
     rng = np.random.default_rng(61)
     runs = rng.lognormal(0.0, 1.5, (1500, count))
     covered = np.mean([one.low <= 1.0 <= one.high for one in map(median_interval, runs)])
@@ -35,7 +35,7 @@ def test_median_interval_covers(count):
 
 @pytest.mark.parametrize(("q", "needed"), [(0.9, 29), (0.95, 59), (0.99, 299), (0.1, 29), (0.5, 5)])
 def test_percentile_needs_its_samples(q, needed):
-    """One sample too few and there is no percentile, only the number that it takes."""
+    """With one sample too few there is no percentile, and the reason has the needed number."""
     short = percentile(range(needed - 1), q)
     assert (short.value, short.low, short.high) == (None, None, None)
     assert short.reason == f"p{100 * q:.4g} is not supported by n = {needed - 1}: a confidence of 95 % takes {needed}"
@@ -56,7 +56,8 @@ def test_percentile_bounds_are_scipys(count, q, confidence):
 
 
 def test_effective_size_decides():
-    """A thousand dependent samples worth 28 do not have a p90; worth 29 they reach to the largest sample."""
+    """A thousand dependent samples with an effective size of 28 have no p90; with 29 its upper bound is the largest
+    sample."""
     short = percentile(range(1000), 0.9, effective_size=28.9)
     assert short.value is None
     assert "n = 28 (what 1000 dependent samples are worth)" in short.reason
@@ -80,6 +81,6 @@ def test_effective_size_decides():
     ],
 )
 def test_bad_input_is_an_error(call, message):
-    """Bad input raises with the offender's name."""
+    """Bad input raises an error that names the offending value."""
     with pytest.raises(ValueError, match=message):
         call()

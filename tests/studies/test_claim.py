@@ -1,4 +1,4 @@
-"""Claims are refused where rule and words do not go together, by the study that they are in."""
+"""Tests that a study refuses claims whose rule and fields do not match."""
 
 import pytest
 
@@ -21,7 +21,7 @@ parts = [{ PART }]
 
 @pytest.fixture
 def parts_of(tmp_path):
-    """A function that reads a study whose one claim has this part."""
+    """A function that reads a study with one claim of this part."""
 
     def read(part):
         path = tmp_path / "mine.toml"
@@ -56,7 +56,7 @@ def parts_of(tmp_path):
     ],
 )
 def test_a_part_that_makes_no_statement_is_refused(parts_of, part, words):
-    """With the study's file, the claim or part, and what to write instead."""
+    """The error has the study's file, the claim or part, and a valid replacement."""
     with pytest.raises(UsageError) as caught:
         parts_of(part)
     for word in ["mine.toml", *words]:
@@ -68,7 +68,7 @@ def test_a_part_that_makes_no_statement_is_refused(parts_of, part, words):
     ("trend-up", "tolerance"), ("no-trend", "margin"), ("faster", "by"), ("largest-effect", ""),
 ])  # fmt: skip
 def test_a_limit_that_is_not_the_rules_is_refused(parts_of, rule, own, name):
-    """It would decide nothing. The refusal names it, and the one that the rule has; that one is read."""
+    """A limit of another rule would have no effect. The error names it and the rule's own limit, which is accepted."""
     rest = {"largest-effect": ', against = ["lora_dropout"], scale = "linear"'}.get(rule, "")
     part = f'rule = "{rule}", axis = "{"engine" if own == "by" else "r"}", metric = "step_time_s"{rest}, {name} = 0.2'
     if name == own and own != "by":
@@ -77,7 +77,7 @@ def test_a_limit_that_is_not_the_rules_is_refused(parts_of, rule, own, name):
     with pytest.raises(UsageError) as caught:
         parts_of(part)
     said = str(caught.value)
-    if name == own:  # the study is of no engine, which is said instead
+    if name == own:  # the error says instead that the study is not about an engine
         assert "does not go by it" not in said
         return
     assert f"mine.toml, claim number 1: {name} = 0.2: rule '{rule}' does not go by it" in said

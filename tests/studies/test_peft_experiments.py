@@ -1,4 +1,4 @@
-"""PEFT's own experiments as a study."""
+"""Tests of PEFT's own experiments as a study."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def folder(tmp_path):
 
 
 def test_every_experiment_is_a_variant_with_its_own_parameters(folder):
-    """Those of the experiment are over the defaults, and torch's own default of AdamW is kept."""
+    """Parameters of the experiment override the defaults, and torch's own default of AdamW is kept."""
     study = study_of_experiments(str(folder))
     assert [one.name for one in study.variants] == ["full--lr", "ia3--default", "lora--rank32", "lora--rank32-fa"]
     assert study.reference == "lora--rank32"
@@ -55,7 +55,7 @@ def test_every_experiment_is_a_variant_with_its_own_parameters(folder):
 
 
 def test_a_glob_selects_and_quality_trains_all_steps(folder):
-    """Timing takes some tens of steps."""
+    """Without `quality` the study times a few tens of steps."""
     assert len(study_of_experiments(str(folder), "lora/*").variants) == 2
     study = study_of_experiments(str(folder), "*/rank32", quality=True)
     assert study.protocol.all_steps(study.workload.train_sequences, study.workload.batch_size) == 50
@@ -71,7 +71,7 @@ def test_a_glob_selects_and_quality_trains_all_steps(folder):
     ],
 )
 def test_what_cannot_be_is_refused_with_the_right_word(folder, select, params, said):
-    """A name, a key, and what is not measured."""
+    """An unknown name, an unknown key and an unsupported setting are refused."""
     (folder / "experiments/lora/rank32/training_params.json").write_text(json.dumps(params))
     with pytest.raises(UsageError, match=said.replace("?", r"\?")):
         study_of_experiments(str(folder), select)

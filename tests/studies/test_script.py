@@ -1,4 +1,4 @@
-"""Variants that are commands: what they say, what they refuse, and that all others are what they were."""
+"""Tests of variants that are commands: their content and refusals, and that all other variants are unchanged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write(folder, text):
 
 
 def test_a_study_of_commands_needs_nothing_else(tmp_path):
-    """Model, data and phases are filled in, the rest is what a study has."""
+    """Model, data and phases are filled in, and all else is as in any study."""
     study = load_study(write(tmp_path, TOML))
     assert study.of_scripts
     assert study.protocol.phases == ("train",)
@@ -72,7 +72,7 @@ def test_every_field_of_a_command_is_part_of_its_identity():
     ],
 )
 def test_a_command_that_cannot_be_is_refused(fields, said):
-    """Each with the key and the remedy, before anything is started."""
+    """Each error has the key and the remedy, before anything is started."""
     with pytest.raises(UsageError) as refused:
         ScriptVariant(name="one", **fields)
     assert said in str(refused.value)
@@ -91,7 +91,7 @@ def test_a_command_that_cannot_be_is_refused(fields, said):
     ],
 )
 def test_a_study_of_commands_refuses_what_only_its_scripts_could_do(tmp_path, text, said):
-    """File and key are named."""
+    """The error names file and key."""
     with pytest.raises(UsageError, match=r"scripts\.toml") as refused:
         load_study(write(tmp_path, text))
     assert said in str(refused.value)
@@ -108,6 +108,6 @@ def test_a_study_of_commands_refuses_what_only_its_scripts_could_do(tmp_path, te
     ],
 )
 def test_a_command_is_named_by_its_script(command, name):
-    """The name is fit for a file's."""
+    """The name is valid in file names."""
     assert name_of_command(command) == name
     assert study_of_command(command).variants[0].name == name

@@ -1,4 +1,4 @@
-"""Notices of a run: damaged lines, repeated measurements, a constant loss."""
+"""Tests of the notices of a run: damaged lines, repeated measurements, a constant loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STEPS = {"plain": [0.1, 0.1, 0.1], "nf4": [0.2, 0.2, 0.2]}
 
 @pytest.fixture
 def notices(write_run, small_study, tmp_path):
-    """A function that writes a run, its records changed on their way, and gives its notices by code."""
+    """A function that writes a run with changed records and returns its notices by code."""
 
     def of(change=lambda record: record, **run_changes):
         write_run("run", STEPS, change=change)
@@ -26,13 +26,14 @@ def notices(write_run, small_study, tmp_path):
 
 
 def test_trials_measured_again_are_counted(notices):
-    """One line, and the earlier records are not mixed in."""
+    """The notice is one line, and earlier records do not count."""
     assert notices(measured_again=3)["measured-again"].message.startswith("3 trials measured again")
     assert "measured-again" not in notices()
 
 
 def test_disturbed_trials_are_a_notice_with_the_reason(notices):
-    """How many were measured again and why, and which still do not count, with what to do."""
+    """The notice has the number of repeated trials with the reason, the trials that still do not count, and the
+    remedy."""
     hot = Failure(phase="train", kind=DISTURBED, message="while training the GPU held its clocks down")
 
     def change(record):
@@ -51,7 +52,7 @@ def test_disturbed_trials_are_a_notice_with_the_reason(notices):
 
 
 def test_a_line_cut_short_and_lost_evidence_have_their_own_notices(notices):
-    """Both count as damaged lines, and each has a notice of its own."""
+    """Both count as damaged lines but have separate notices."""
     found = notices(damaged_lines=3, without_evidence=2)
     assert found["damaged-lines"].message.startswith("1 line of trials.jsonl cut short")
     assert found["evidence-lost"].message.startswith(
@@ -62,7 +63,7 @@ def test_a_line_cut_short_and_lost_evidence_have_their_own_notices(notices):
 
 
 def test_a_constant_loss_is_a_notice(notices):
-    """A rate so high that the first step saturates the layers may leave a finite loss, the same on every batch."""
+    """A learning rate that saturates the layers in the first step may leave the same finite loss on every batch."""
 
     def stuck(record):
         if record.name != "nf4":

@@ -1,4 +1,5 @@
-"""Whether two scripts do the same: tokens, parameters, batches, types and losses, each with both numbers."""
+"""Tests of whether two scripts train the same: tokens, parameters, batches, dtypes and losses, each with both
+values."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ LOSSES = (3.0, 2.7, 2.5, 2.4, 2.3, 2.2)
 
 
 def record(name, replicate, *, losses=LOSSES, tokens=100.0, side="", **values):
-    """A trial of a script as it is recorded: two steps, a warm-up of one, two timed ones, one to catch up."""
+    """Return the record of a script's trial: two steps, a warm-up of one, two timed steps, and one remaining step."""
     facts = {key: values.pop(key) for key in ("loss_dtype", "trainable_dtype", "source") if key in values}
     samples = {
         "warmup_loss": losses[:3], "timed_loss": losses[3:5], "remaining_loss": losses[5:],
@@ -40,7 +41,7 @@ def record(name, replicate, *, losses=LOSSES, tokens=100.0, side="", **values):
 
 
 def run_of(base, candidate, replicates=4):
-    """A run of two variants and its study; each argument is what differs in its records."""
+    """Return a run of two variants and its study; each argument has the differing fields of its records."""
     study = study_of_command("python train.py", name="base")
     import dataclasses
 
@@ -60,7 +61,7 @@ def losses(base, candidate, **more):
 
 
 def test_scripts_that_do_the_same_have_no_notice():
-    """Losses within the margin agree, and say by how much they differ."""
+    """Losses within the margin agree, with their difference in the reason."""
     nearly = tuple(loss * 1.001 for loss in LOSSES)
     assert notices({}, {"losses": nearly}) == {}
     found = losses({}, {"losses": nearly})
@@ -98,7 +99,7 @@ def test_scripts_that_do_the_same_have_no_notice():
     ],
 )
 def test_each_difference_is_a_notice_with_both_numbers(candidate, code, said):
-    """Each by its own notice, and by no other."""
+    """Each difference has its own notice and no other."""
     known = {"trainable_dtype": "float32", "loss_dtype": "float32"}
     found = notices(known, known | candidate)
     assert list(found) == [code]
@@ -106,7 +107,7 @@ def test_each_difference_is_a_notice_with_both_numbers(candidate, code, said):
 
 
 def test_losses_on_other_tokens_are_not_compared():
-    """Even where as many are in a step in the mean: they have nothing in common."""
+    """This holds even if the mean number of tokens is equal."""
     other = (110.0, 90.0, 110.0, 90.0, 110.0, 90.0)
     found = losses({}, {"tokens": other, "losses": (9.0,) * 6})
     assert (found.found, "different tokens" in found.reason) == ("unknown", True)
@@ -114,7 +115,7 @@ def test_losses_on_other_tokens_are_not_compared():
 
 
 def test_what_was_not_seen_is_unknown():
-    """No loss, one replicate, a loss without a ratio; without tokens the reason says that they are not known."""
+    """Missing losses, one replicate and a loss without a ratio are unknown; without tokens the reason says so."""
     assert losses({"losses": ()}, {"losses": ()}).found == "unknown"
     assert losses({}, {}, replicates=1).found == "unknown"
     assert "no ratio" in losses({"losses": (-1.0,) * 6}, {"losses": (-1.0,) * 6}).reason
@@ -126,7 +127,7 @@ def report(found):
 
 
 def test_a_gate_can_demand_that_losses_agree():
-    """What is unknown, or was not compared, does not meet the demand."""
+    """An unknown or missing comparison does not meet the policy."""
     policy = Policy(losses="agree")
     met = judge(report({"other": losses({}, {})}), policy)
     assert not [line for line in met.unmet if "losses" in line]
@@ -137,15 +138,15 @@ def test_a_gate_can_demand_that_losses_agree():
 
 
 def noisy(seed, trend=0.0):
-    """Losses of 40 steps, each of another batch by the seed: 0.6 % of scatter around 2, but for the first."""
+    """Return losses of 40 steps with batches by the seed: 0.6 % of scatter around 2, except for the first."""
     draw = random.Random(seed)
     return tuple(2 * (1 + 0.006 * (step > 0) * draw.gauss(0, 1)) - trend * step for step in range(40))
 
 
 @pytest.mark.parametrize("trend", [0.0, 0.002])
 def test_losses_of_another_seed_do_not_agree(trend):
-    """Though they lie within the margin, and as many tokens are in each step. Those of the same seed agree, also
-    where they are computed in another order, or where they learn something else."""
+    """They are within the margin and have equal token counts. Losses of one seed agree, also with another order of
+    computation or another learning rate."""
     tokens = (100.0,) * 40
     base = {"losses": noisy(0, trend), "tokens": tokens}
     for seed in range(1, 6):

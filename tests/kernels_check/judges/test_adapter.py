@@ -1,4 +1,4 @@
-"""An adapter passes only if it is attached, executed and learning."""
+"""Tests that an adapter passes only if it is attached, executed and learning."""
 
 import bitsandbytes
 import pytest
@@ -9,7 +9,7 @@ from kernels_check.observe.adapter import adapter_layers
 
 
 def test_the_adapter_dtype_is_that_of_its_weights(training):
-    """PEFT keeps adapters in float32 by default; asking for bfloat16 finds out."""
+    """PEFT keeps adapters in float32 by default, so that a requirement of bfloat16 fails."""
     run = training()
     check = run.check("peft.dtype", "bfloat16")
     assert (check.status, check.observed) == ("fallback", "float32")
@@ -20,7 +20,7 @@ def test_the_adapter_dtype_is_that_of_its_weights(training):
 
 
 def test_zeroth_order_training_is_not_taken_for_an_evaluation(training):
-    """Two forwards without gradients give the loss on either side, and the gradients are set by hand."""
+    """Two forwards without gradients give the losses on both sides, and the script sets the gradients."""
     run = training(quant=None)
     trained = [value for value in run.model.parameters() if value.requires_grad]
 
@@ -55,13 +55,13 @@ def test_zeroth_order_training_is_not_taken_for_an_evaluation(training):
     ids=["a list", "a pattern excluded", "a pattern", "a copy"],
 )
 def test_a_target_that_the_configuration_excludes_is_not_missing(training, configuration):
-    """PEFT takes the excluded modules out of the targets, but keeps their names in ``target_modules``."""
+    """PEFT removes the excluded modules from the targets but keeps their names in ``target_modules``."""
     check = training(adapter=lambda: configuration).check("peft.attached", True)
     assert check.met, check.reason
 
 
 def test_an_exclusion_hides_no_misspelt_target(training):
-    """Only the name that matches an excluded module is accounted for."""
+    """Only a name that matches an excluded module is accepted."""
     configuration = LoraConfig(target_modules=["q_proj", "down_proj", "qurey"], exclude_modules=["down_proj"])
     check = training(adapter=lambda: configuration).check("peft.attached", True)
     assert check.status == "fallback"
@@ -69,7 +69,7 @@ def test_an_exclusion_hides_no_misspelt_target(training):
 
 
 def linear4bit_layers(run):
-    """Skips where bitsandbytes does not repack weights, for want of AVX512-BF16."""
+    """Return the 4-bit layers; skips where bitsandbytes does not repack weights, without AVX512-BF16."""
     layers = [module for module in run.model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     if not layers[0].support_avx512bf16_for_cpu:
         pytest.skip("this CPU has no AVX512_BF16, so bitsandbytes does not repack")
@@ -85,19 +85,19 @@ def evaluate(run):
 
 @pytest.mark.filterwarnings("ignore:.*autograd kernel was not registered")
 def test_a_gradient_that_repacked_weights_let_through_no_more_is_missed(training):
-    """Each parameter has one, by the adapters alone; the part that passes through the base is gone."""
+    """Each parameter has a gradient, but only through the adapters; the part through the base is missing."""
     run = training(targets="all-linear")
     layers = linear4bit_layers(run)
     evaluate(run)
     check = run.check("peft.learning", True)
     assert check.status == "fallback"
-    # Nothing before the first four layers requires a gradient.
+    # Nothing before the first four layers needs a gradient.
     assert f"the gradient was lost in {len(layers) - 3} 4-bit layers" in check.reason
     assert "support_avx512bf16_for_cpu=False" in check.reason
 
 
 class Warming(torch.optim.SGD):
-    """Moves nothing for so many updates, as RAdamScheduleFree does for four."""
+    """Changes nothing for the first updates, as RAdamScheduleFree does for four."""
 
     def __init__(self, parameters, updates):
         super().__init__(parameters, lr=1e-3)
@@ -110,7 +110,7 @@ class Warming(torch.optim.SGD):
 
 
 def test_an_update_that_moves_nothing_is_not_lost_to_rounding(training):
-    """Float32 would have shown it; only a later update shows whether the optimizer is still warming up."""
+    """Float32 would show a small change; only a later update shows whether the optimizer is still warming up."""
     check = training(make_optimizer=lambda parameters: Warming(parameters, 1000)).check("peft.learning", True)
     assert check.status == "unknown"
     assert "the optimizer may be warming up" in check.reason

@@ -1,5 +1,7 @@
-"""Fakes of fused kernels that are bound in a model; the real ones run on a GPU only. Each fake names a library in its
-``__module__`` and computes what the model's own function does."""
+"""Fakes of fused kernels that are bound in a model; the real ones run on a GPU only.
+
+Each fake names a library in its ``__module__`` and computes what the model's own function does.
+"""
 
 from __future__ import annotations
 

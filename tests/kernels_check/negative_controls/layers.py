@@ -1,4 +1,4 @@
-"""Ways to break some layers of a run, or to run another model in its step, and healthy ones of the latter."""
+"""Faults in some layers of a run, faults that run another model in its step, and healthy variations of the latter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from negative_controls.small_run import SmallRun
 
 
 def take_again(run: SmallRun, *, first: Callable[[], Any] = nullcontext, then: Callable[[], Any] = nullcontext) -> None:
-    """Let the first pass of each step fail behind its last block, and take it again."""
+    """Let the first pass of each step fail after its last block, and repeat it."""
     failing: list[bool] = []
 
     def fail(*_: object) -> None:
@@ -31,7 +31,7 @@ def take_again(run: SmallRun, *, first: Callable[[], Any] = nullcontext, then: C
 
 
 def write_one_layer_by_hand(run: SmallRun) -> None:
-    """As an experiment that was left in: running means over the tokens, which no operator calls attention."""
+    """Replace one attention by running means over the tokens, which no operator shows as attention."""
     attention = _layers(run)[1].self_attn
 
     def forward(hidden_states: Any, **_: Any) -> Any:
@@ -45,13 +45,13 @@ def write_one_layer_by_hand(run: SmallRun) -> None:
 
 
 def split_heads(run: SmallRun, *, by_hand: bool) -> None:
-    """Attention in two halves of the heads; the second by scaled dot products as well, or by exp and sum."""
+    """Compute attention in two halves of the heads; the second by scaled dot products or by exp and sum."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def written_out(*states: Any) -> Any:
-        query, key, value = (one.flatten(0, 1) for one in states)  # over three dimensions no operator shows attention
+        query, key, value = (one.flatten(0, 1) for one in states)  # with three dimensions no operator shows attention
         weights = (query.unsqueeze(2) * key.unsqueeze(1)).sum(-1).mul(query.shape[-1] ** -0.5).exp().tril()
         weights = weights / weights.sum(-1, keepdim=True)
         return (weights.unsqueeze(-1) * value.unsqueeze(1)).sum(2).view(states[0].shape)
@@ -71,18 +71,18 @@ def split_heads(run: SmallRun, *, by_hand: bool) -> None:
 
 
 def pass_attention_by(run: SmallRun) -> None:
-    """A block of which only the feed-forward part is left."""
+    """Remove the attention of a block and keep its feed-forward part."""
     block = _layers(run)[1]
     block.forward = lambda hidden_states, **_: hidden_states + block.mlp(hidden_states)
 
 
 def pass_products_by(run: SmallRun) -> None:
-    """A feed-forward part that hands its input on."""
+    """Replace a feed-forward part by the identity."""
     _layers(run)[1].mlp.forward = lambda x: x
 
 
 def evaluate_inside(run: SmallRun) -> None:
-    """An evaluation at the beginning of every step, as callbacks make one."""
+    """Evaluate at the beginning of every step, as callbacks do."""
 
     def evaluate() -> None:
         run.model.eval()
@@ -93,7 +93,7 @@ def evaluate_inside(run: SmallRun) -> None:
 
 
 def write_out(run: SmallRun, *, fill: bool = False, through_float: bool = False) -> None:
-    """Attention by products and a softmax, over all tokens."""
+    """Compute attention by products and a softmax, over all tokens."""
     for block in _layers(run):
         block.self_attn.forward = _by_hand(
             block.self_attn, partial(_written_out, fill=fill, through_float=through_float)
@@ -101,7 +101,7 @@ def write_out(run: SmallRun, *, fill: bool = False, through_float: bool = False)
 
 
 def fill_a_mask(run: SmallRun) -> None:
-    """The same, with future tokens filled out."""
+    """Compute attention by products and a softmax, with future tokens masked."""
     write_out(run, fill=True)
 
 

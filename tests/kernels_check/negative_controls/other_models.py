@@ -1,8 +1,8 @@
-"""Small runs of models of other shapes than the Llama of ``small_run``, and what goes wrong in a part of them.
+"""Small runs of models with other structures than the Llama of ``small_run``, and faults in a part of them.
 
-An encoder and a decoder whose layers attend twice, a tower for images, experts adapted as parameters, dense layers of
-a type of model that has experts, blocks in parts or called by their forward, and the attention of torch itself, whose
-forward calls no layer: each was once counted wrongly, by what a Llama has.
+They are an encoder-decoder with cross-attention, a vision tower, experts that are adapted as parameters, dense layers
+of a model type with experts, blocks that are called in parts or by their forward, and torch's own attention, whose
+forward calls no layer. A check that assumes the structure of a Llama counts each of them wrongly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidde
 
 
 def encoder_decoder() -> SmallRun:
-    """Bart of two layers in each half: six of attention, of which two attend to the encoder's output."""
+    """Return a Bart of two layers in each half: six attentions, of which two attend to the encoder's output."""
     import torch
     from transformers import AutoModelForSeq2SeqLM, BartConfig
 
@@ -33,7 +33,7 @@ def encoder_decoder() -> SmallRun:
 
 
 def vision() -> SmallRun:
-    """A vision transformer of two layers."""
+    """Return a vision transformer of two layers."""
     import torch
     from transformers import AutoModelForImageClassification, ViTConfig
 
@@ -44,7 +44,7 @@ def vision() -> SmallRun:
 
 
 def experts(*, misspelt: bool = False) -> SmallRun:
-    """Mixtral, whose experts are adapted as parameters."""
+    """Return a Mixtral whose experts are adapted as parameters."""
     import torch
     from transformers import AutoModelForCausalLM, MixtralConfig
 
@@ -57,7 +57,7 @@ def experts(*, misspelt: bool = False) -> SmallRun:
 
 
 def dense(*, layers: int = 2, of_experts: bool = False) -> SmallRun:
-    """DeepSeek-V3 of dense layers, and experts after them where those are less than two.
+    """Return a DeepSeek-V3 of dense layers, followed by expert layers if there are fewer than two.
 
     Args:
         layers: that are dense.
@@ -83,7 +83,7 @@ def dense(*, layers: int = 2, of_experts: bool = False) -> SmallRun:
 
 
 def called_by_forward() -> SmallRun:
-    """SqueezeBERT, which calls the forward of its blocks directly, adapted in its head."""
+    """Return a SqueezeBERT, which calls the forward of its blocks directly, adapted in its head."""
     import torch
     from transformers import AutoModelForMaskedLM, SqueezeBertConfig
 
@@ -95,7 +95,7 @@ def called_by_forward() -> SmallRun:
 
 
 def multihead() -> SmallRun:
-    """The attention of torch, into whose weights PEFT merges the adapter for each forward."""
+    """Return a model with torch's own attention, into whose weights PEFT merges the adapter for each forward."""
     import torch
     from torch import nn
 
@@ -121,19 +121,19 @@ def multihead() -> SmallRun:
 
 
 def attend_eagerly(run: SmallRun, name: str) -> None:
-    """Let the last attention of this name run otherwise than the rest."""
+    """Run the last attention with this name eagerly."""
     attention = [module for path, module in run.model.named_modules() if path.endswith(name)][-1]
     attention.config = copy.copy(attention.config)
     attention.config._attn_implementation = "eager"
 
 
 def cross_attend_eagerly(run: SmallRun) -> None:
-    """The attention of the decoder's last layer to the encoder."""
+    """Run the cross-attention of the decoder's last layer eagerly."""
     attend_eagerly(run, "encoder_attn")
 
 
 def recompute_by_forward(run: SmallRun) -> None:
-    """Checkpointing of every block, to which a gradient comes back."""
+    """Checkpoint every block, with a gradient for its input."""
     from functools import partial
 
     from torch.utils.checkpoint import checkpoint
@@ -144,7 +144,7 @@ def recompute_by_forward(run: SmallRun) -> None:
 
 
 def drift_projections(run: SmallRun) -> None:
-    """Move what projects queries, keys and values a little after every step."""
+    """Change the query, key and value projections a little after every step."""
     import torch
 
     weight = next(value for name, value in run.model.named_parameters() if name.endswith("in_proj_weight"))

@@ -1,4 +1,4 @@
-"""Biases of the base belong to the adapter exactly where PEFT trains them for the adapter in use."""
+"""Tests that biases of the base belong to the adapter exactly if PEFT trains them with the active adapter."""
 
 import peft
 import torch
@@ -30,7 +30,7 @@ def _learning(model, optimizer):
 
 
 def test_they_have_to_learn_with_the_adapter():
-    """All are counted; one that is frozen, or that the optimizer lacks, is found."""
+    """All biases count; a frozen bias and one that the optimizer does not hold are found."""
     model, count = peft.get_peft_model(_base(), _config("lora_only")).train(), 2
     trained = [value for value in model.parameters() if value.requires_grad]
     found = _learning(model, torch.optim.AdamW(trained, lr=1e-2))

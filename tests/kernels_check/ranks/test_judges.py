@@ -1,4 +1,5 @@
-"""What ranks say of themselves is judged together: one training, each its part, and who differs is named."""
+"""Tests that the reports of all ranks are judged together: one training, with a part on each rank, and differing ranks
+are named."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ def gradient(own, exchanged, *, sharded=False, coarse=False, size=10.0):
 
 
 def fact(rank, **changes):
-    """A healthy rank of two, by DDP."""
+    """Return the facts of a healthy rank of two under DDP."""
     facts = RankFacts(
         rank=rank, ranks=2, rows=ROWS[2 * rank : 2 * rank + 2], whole=ROWS, base={"w": (100, 100), "n": (1, 1)},
         repeated=(5.0,) * 4, base_losses=(6.0,) * 4,
@@ -34,7 +35,7 @@ def judged(*facts, strategy="ddp"):
 
 
 def test_a_healthy_training_passes_every_path():
-    """Each path is judged as required, and met."""
+    """Each path is required and met."""
     checks = judged(fact(0), fact(1))
     assert set(checks) == {"ranks.data", "ranks.steady"}
     assert all(check.required is True and check.met for check in checks.values())
@@ -50,14 +51,15 @@ def test_a_healthy_training_passes_every_path():
     ],
 )
 def test_data_of_a_step_is_shared_out_once(changes, words):
-    """Twice the same, foreign, missing and differing sequences are distinguished."""
+    """The reason distinguishes repeated, foreign, missing and differing sequences."""
     check = judged(fact(0), fact(1, **changes))["ranks.data"]
     assert check.status == "fallback"
     assert words in check.reason
 
 
 def given(*own_and_exchanged, **more):
-    """What is found of the gradient of one parameter, by what each rank made and what its optimizer was given."""
+    """Return the finding on the gradient of one parameter, from each rank's own gradient and the gradient that its
+    optimizer got."""
     ranks = [
         RankEvidence(
             rank=rank,
@@ -82,7 +84,7 @@ def given(*own_and_exchanged, **more):
     ],
 )
 def test_gradients_are_the_mean_over_ranks(given_to, observed, words):
-    """An exchange that did not take place is named, and NaN is no mean."""
+    """A missing exchange is named, and NaN is not a mean."""
     found = given(*given_to)
     assert (found.observed, words in found.reason) == (observed, True), found.reason
 
@@ -97,7 +99,7 @@ def test_gradients_are_the_mean_over_ranks(given_to, observed, words):
     ],
 )
 def test_a_sum_is_no_mean_and_clipping_is_no_fault(factor, sharded, observed, words):
-    """All gradients may have been made smaller by one factor; the parts of a sharded one are one whole."""
+    """All gradients may be scaled by one factor; the parts of a sharded gradient are added up."""
     parts = (1.5, 2.5) if sharded else (4.0, 4.0)
     ranks = [
         RankEvidence(rank=rank, gradients={"a": gradient(own, factor * part, sharded=sharded)})
@@ -108,20 +110,20 @@ def test_a_sum_is_no_mean_and_clipping_is_no_fault(factor, sharded, observed, wo
 
 
 def test_a_mean_in_16_bits_is_rounded():
-    """What is a fault in float32 is rounding there."""
+    """A difference that is a fault in float32 is rounding in 16 bits."""
     assert given((3.0, 4.1), (5.0, 4.1), coarse=True).observed is True
     assert given((3.0, 4.1), (5.0, 4.1)).observed is False
 
 
 def test_a_gradient_that_was_not_seen_decides_nothing():
-    """It is there after the exchange, or on no rank; one that is not finite is a fault."""
+    """A gradient that exists only after the exchange, or on no rank, is unknown; a non-finite one is a fault."""
     assert given((0.0, 2.0), (0.0, 2.0), size=0.0).status == "unknown"
     assert "1 had a gradient of zero" in given((0.0, 0.0), (0.0, 0.0), size=0.0).reason
     assert "no finite gradient: a" in given((NAN, NAN), (5.0, NAN), size=NAN).reason
 
 
 def test_an_adapter_that_differs_is_named():
-    """With the rank and the parameters; what cannot be compared is unknown."""
+    """The reason has the rank and the parameters; adapters that cannot be compared are unknown."""
     ranks = [RankEvidence(rank=rank, adapter={"a": f"of {rank}"}) for rank in range(2)]
     assert (
         "rank 1 has another adapter than rank 0: 1 of 1 parameters differ, a"
@@ -143,14 +145,14 @@ HALF = {"w": (50, 100), "n": (1, 1)}
     ],
 )
 def test_a_base_is_sharded_and_keeps_its_bits(changes, words):
-    """Each rank holds its part, the parts are the whole, and half a byte is kept for each weight in 4 bits."""
+    """Each rank holds its part, the parts add up to the whole, and a 4-bit weight takes half a byte."""
     check = judged(fact(0, **changes), fact(1, **changes), strategy="fsdp2")["ranks.sharded"]
     assert check.status == "fallback"
     assert words in check.reason
 
 
 def test_a_sharded_base_in_4_bits_passes():
-    """Norms may lie whole."""
+    """Norms may be unsharded."""
     facts = [fact(rank, base=HALF, four_bit={"w": 200}) for rank in range(2)]
     check = judged(*facts, strategy="fsdp2")["ranks.sharded"]
     assert check.met
@@ -158,7 +160,7 @@ def test_a_sharded_base_in_4_bits_passes():
 
 
 def test_a_loss_that_moves_with_nothing_updated_is_a_fault_with_its_known_cause():
-    """The cause is named where the base is in 4 bits and sharded, and nowhere else."""
+    """The cause is named only for a sharded 4-bit base."""
     moved = {"base_losses": (4.93485, 4.93347, 4.90823, 4.87422)}
     sharded = fact(1, base=HALF, four_bit={"w": 200}, **moved)
     check = judged(fact(0), sharded, strategy="fsdp2")["ranks.steady"]
@@ -176,7 +178,8 @@ def check(observed, status, *, required=4, path="base.bits"):
 
 
 def test_the_worst_check_of_the_ranks_counts_and_names_those_that_differ():
-    """A path that one rank fails is failed, with what each found; one that a rank has no row of is unknown."""
+    """A path that fails on one rank fails, with the finding of each rank; a path that a rank does not report is
+    unknown."""
     (merged,) = merge_checks([[check(4, "active")], [check(16, "fallback")]])
     assert merged.status == "fallback"
     assert "the ranks differ: rank 0: 4 (active); rank 1: 16 (fallback)" in merged.reason

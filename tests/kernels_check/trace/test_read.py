@@ -1,4 +1,4 @@
-"""A recording is judged by what ran in it: every time counted once, every name kept."""
+"""Tests that a recording is judged by its events: each time is counted once, and each name is kept."""
 
 import gzip
 import json
@@ -41,7 +41,8 @@ def judge(tmp_path):
 
 
 def test_shares_of_a_step(judge):
-    """Shares and milliseconds by category, attention and 4-bit paths with what their names prove."""
+    """The summary has shares and milliseconds by category, attention and 4-bit paths, with the facts from their
+    names."""
     summary = judge([
         kernel(NF4, 0, 100), kernel(DOUBLE, 100, 20), kernel(GEMM, 120, 480), kernel(FLASH, 600, 200),
         kernel(ADD, 800, 100), kernel("Memcpy DtoH (Device -> Pinned)", 900, 50, cat="gpu_memcpy"),
@@ -69,7 +70,7 @@ def test_shares_of_a_step(judge):
 
 
 def test_a_fused_product_is_another_path_than_dequantizing(judge):
-    """The operator has the same name for both; the kernels distinguish them."""
+    """Both have the same operator; the kernels distinguish them."""
     summary = judge([kernel(FUSED, 0, 3), kernel(NF4, 3, 1)])
     assert {path: use.time_share for path, use in summary.fourbit.paths.items()} == {"fused": 0.75, "dequantize": 0.25}
     assert summary.categories["matmul"] == 0.75
@@ -87,14 +88,14 @@ def test_a_fused_product_is_another_path_than_dequantizing(judge):
     ],
 )  # fmt: skip
 def test_a_softmax_kernel_needs_its_operator_to_name_the_backend(judge, operators, backend):
-    """SDPA's math and eager attention launch the same kernels; without evidence neither is claimed."""
+    """SDPA's math and eager attention launch the same kernels; without an operator neither is reported."""
     summary = judge([kernel(SOFTMAX, 50, 5), *(host("cpu_op", name, 10 * i, 5) for i, name in enumerate(operators))])
     assert list(summary.attention.backends) == [backend]
     assert summary.device == "gpu"
 
 
 def test_a_recording_of_an_amd_gpu_has_a_notice(judge):
-    """By the kernel that takes most of its time of those that only ROCm has; CUDA's are no such."""
+    """The notice names the longest of the kernels that only ROCm has; CUDA kernels give none."""
     product, copy = NAMES["kernels"]["GEMM-AMD"][0], "__amd_rocclr_copyBuffer"
     notices = judge([kernel(copy, 0, 1), kernel(product, 1, 9), kernel(ADD, 10, 20)]).notices
     assert len(notices) == 1
@@ -108,7 +109,7 @@ def test_a_recording_of_an_amd_gpu_has_a_notice(judge):
 
 
 def test_annotations_and_host_events_are_no_gpu_time(judge):
-    """A nested annotation on the GPU spans its kernels, and a runtime call waits for them; neither runs anything."""
+    """A nested annotation on the GPU spans its kernels and a runtime call waits for them, but neither is GPU work."""
     kernels = [kernel(GEMM, 10, 10), kernel(FLASH, 30, 10)]
     around = [
         kernel("ProfilerStep#3", 0, 100, cat="gpu_user_annotation"), kernel("layer", 5, 50, cat="gpu_user_annotation"),
@@ -125,7 +126,7 @@ def test_annotations_and_host_events_are_no_gpu_time(judge):
 
 
 def test_an_event_that_stands_twice_counts_once(judge):
-    """Merged files repeat events; the notice says how many."""
+    """Merged files repeat events; a notice gives the number."""
     once = [kernel(GEMM, 0, 10, correlation=1), kernel(ADD, 10, 10, correlation=2)]
     summary = judge(once + once[:1])
     assert summary.calls == 2
@@ -135,7 +136,7 @@ def test_an_event_that_stands_twice_counts_once(judge):
 
 @pytest.mark.parametrize("time", [{"dur": -5}, {"dur": "nan"}, {"ts": "Infinity"}])
 def test_a_launch_without_a_usable_time_is_counted(judge, time):
-    """The name still proves that it ran; the notice says that its time is missing."""
+    """Its name still proves that it ran; a notice reports the missing time."""
     summary = judge([kernel(GEMM, 0, 10), kernel(FLASH, 10, 5) | time])
     assert summary.attention.backends["flash"].calls == 1
     assert summary.attention.backends["flash"].time_share == 0.0
@@ -151,7 +152,7 @@ def launch(correlation, ts):
 
 
 def test_a_kernel_belongs_to_the_step_that_launched_it(judge):
-    """The GPU lags behind: two of the first step's three kernels run when the host is in the second."""
+    """The GPU runs behind the host: two of the first step's three kernels run during the host's second step."""
     events = [host("user_annotation", "ProfilerStep#4", 0, 100), host("user_annotation", "ProfilerStep#5", 100, 100)]
     for correlation, (launched, ran) in enumerate([(10, 20), (20, 120), (30, 140), (110, 160)]):
         events += [launch(correlation, launched), kernel(GEMM, ran, 5, correlation=correlation)]
@@ -163,7 +164,7 @@ def test_a_kernel_belongs_to_the_step_that_launched_it(judge):
 
 @pytest.mark.parametrize("where", ["gpu_user_annotation", "user_annotation"])
 def test_without_a_launch_the_interval_of_the_step_decides(judge, where):
-    """The annotation on the GPU is preferred, since it moves with the kernels."""
+    """The GPU annotation is preferred, since it moves with the kernels."""
     events = [kernel("ProfilerStep#1", 100, 50, cat=where), kernel("ProfilerStep#2", 150, 50, cat=where)]
     events += [kernel(GEMM, 110, 5), kernel(GEMM, 120, 5), kernel(GEMM, 160, 5), kernel(GEMM, 400, 5)]
     steps = judge(events).kernels_per_step
@@ -172,7 +173,7 @@ def test_without_a_launch_the_interval_of_the_step_decides(judge, where):
 
 
 def test_without_marked_steps_nothing_is_claimed(judge):
-    """A range of one's own is no step."""
+    """A custom range is not a step."""
     assert judge([kernel(GEMM, 0, 5), host("user_annotation", "my step", 0, 10)]).kernels_per_step is None
 
 
@@ -180,7 +181,7 @@ def test_without_marked_steps_nothing_is_claimed(judge):
 
 
 def test_a_trace_without_a_gpu_is_judged_by_its_operators(judge):
-    """What attention calls belongs to attention, time is each operator's own, and the answer says what it is of."""
+    """Operators that attention calls count as attention, times are self times, and the summary names the device."""
     attention = "aten::_scaled_dot_product_attention_math"
     summary = judge([
         host("cpu_op", "aten::scaled_dot_product_attention", 0, 40), host("cpu_op", attention, 5, 30),
@@ -202,8 +203,8 @@ def test_a_trace_without_a_gpu_is_judged_by_its_operators(judge):
 
 
 def test_a_real_trace_of_a_cpu_names_flash_and_dequantizing(tmp_path, monkeypatch):
-    """What torch itself writes: one layer of SDPA and one NF4 product, forward and backward."""
-    monkeypatch.setenv("KINETO_LOG_LEVEL", "99")  # read once a process: a loud start stays loud in later tests
+    """torch records one layer of SDPA and one NF4 product, forward and backward."""
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "99")  # read once a process; without it later tests print messages
     import bitsandbytes
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -229,7 +230,7 @@ def test_a_real_trace_of_a_cpu_names_flash_and_dequantizing(tmp_path, monkeypatc
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 @pytest.mark.parametrize("wrap", [lambda events: {"traceEvents": events}, lambda events: events])
 def test_content_decides_the_kind_of_a_file(tmp_path, wrap, pack, bom):
-    """Plain or packed, object or bare list, with or without a byte order mark, whatever the file is called."""
+    """A file may be plain or compressed, an object or a list, with or without a byte order mark, under any name."""
     path = tmp_path / "recording.data"
     path.write_bytes(pack(bom + json.dumps(wrap([kernel(GEMM, 0, 10)])).encode()))
     assert read_trace(path).categories["matmul"] == 1.0
@@ -261,7 +262,8 @@ def read(directory, some):
 @settings(deadline=None, max_examples=30)
 @given(some=events, seed=st.integers(0, 1000))
 def test_shares_add_up_and_order_does_not_matter(tmp_path_factory, some, seed):
-    """Categories and milliseconds are complete, the busy share is that of a unit grid, a shuffled file says as much."""
+    """Categories and milliseconds are complete, the busy share equals that of a unit grid, and a shuffled file gives
+    the same summary."""
     directory = tmp_path_factory.mktemp("traces")
     summary = read(directory, some)
     assert sum(summary.categories.values()) == pytest.approx(1.0)

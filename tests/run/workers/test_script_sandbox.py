@@ -1,4 +1,5 @@
-"""Where a script works: what is copied, linked or left out, its environment, and what cannot be isolated."""
+"""Tests of a script's sandbox: copied, linked and omitted files, its environment, and settings that cannot be
+isolated."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from lorameter.studies.variant import ScriptVariant
 
 @pytest.fixture
 def project(tmp_path):
-    """A folder as projects are."""
+    """A typical project folder."""
     folder = tmp_path / "project"
     for name in (
         "data/rows.jsonl",
@@ -42,7 +43,7 @@ def project(tmp_path):
 
 
 def test_each_process_has_a_copy_of_its_own(project, tmp_path):
-    """What is written there is in no other copy and not in the original; a link still leads to what it led to."""
+    """Writes in a copy change neither another copy nor the original; a link keeps its target."""
     first, second = (copy_snapshot(take_snapshot(project, tmp_path / f"s{n}"), tmp_path / f"c{n}") for n in (1, 2))
     (first / "out" / "old" / "model.bin").write_text("trained")
     (first / "train.py").write_text("edited")
@@ -54,7 +55,7 @@ def test_each_process_has_a_copy_of_its_own(project, tmp_path):
 
 
 def test_what_is_only_read_is_linked_and_what_tools_keep_is_left_out(project, tmp_path):
-    """Repositories and environments are not copied."""
+    """Repositories and environments are linked and not copied."""
     copy = take_snapshot(project, tmp_path / "copy")
     assert (copy / ".git").is_symlink()
     assert (copy / "env").is_symlink()
@@ -62,7 +63,7 @@ def test_what_is_only_read_is_linked_and_what_tools_keep_is_left_out(project, tm
 
 
 def test_a_copy_is_no_part_of_what_is_copied(project, monkeypatch):
-    """Where TMPDIR lies in the folder, neither this run's temporary folder nor another's is copied into itself."""
+    """If TMPDIR is in the folder, no run's temporary folder is copied into the copy."""
     monkeypatch.setattr("tempfile.tempdir", str(project))
     with scratch_folder() as other, scratch_folder() as scratch:
         copy = take_snapshot(project, scratch / "snapshot-0")
@@ -73,7 +74,7 @@ def test_a_copy_is_no_part_of_what_is_copied(project, monkeypatch):
 
 
 def test_large_files_are_linked_with_a_notice(project, tmp_path, monkeypatch):
-    """They are not copied for each process, so a script that writes into them changes the original."""
+    """Large files are not copied, so that a script that writes into them changes the original."""
     monkeypatch.setattr(script_sandbox, "LARGE_BYTES", 10)
     copy = take_snapshot(project, tmp_path / "copy")
     assert (copy / "data" / "rows.jsonl").is_symlink()
@@ -98,7 +99,7 @@ LINKS = {
 
 @pytest.fixture
 def linked(project):
-    """The same with links of every kind in it, and a folder next to it."""
+    """The project with links of every kind, and a folder next to it."""
     (project.parent / "elsewhere").mkdir()
     (project.parent / "elsewhere" / "kept.txt").write_text("kept")
     for name, target in LINKS.items():
@@ -107,7 +108,7 @@ def linked(project):
 
 
 def test_a_link_that_leads_outside_is_shared_with_a_notice(linked, tmp_path):
-    """Also where nothing is there yet; those that stay within are not named."""
+    """The notice names links to outside targets, also missing ones, but no links within the folder."""
     copy = take_snapshot(linked, tmp_path / "snapshot")
     assert (copy / "away" / "kept.txt").read_text() == (copy / "away-by-a-link").read_text() == "kept"
     (notice,) = shared_notices(ScriptVariant(name="a", command="python train.py"), linked)
@@ -116,7 +117,7 @@ def test_a_link_that_leads_outside_is_shared_with_a_notice(linked, tmp_path):
 
 
 def test_a_folder_that_holds_too_much_is_refused(project, monkeypatch):
-    """Before anything is copied, with the remedy."""
+    """The error has the remedy and comes before the copy."""
     monkeypatch.setattr(script_sandbox, "MAX_FILES", 2)
     with pytest.raises(UsageError, match="Name the script's own folder as cwd"):
         list(shared_notices(ScriptVariant(name="a", command="python train.py"), project))
@@ -133,15 +134,15 @@ def test_a_folder_that_holds_too_much_is_refused(project, monkeypatch):
     ],
 )
 def test_output_outside_of_the_folder_has_a_notice(project, command, code):
-    """Output outside of its folder, as far as the command shows it."""
+    """The output path is read from the command, as far as it is visible there."""
     variant = ScriptVariant(name="a", command=command)
     found = [notice.code for notice in shared_notices(variant, project)]
     assert found == ([code] if code else [])
 
 
 def test_the_environment_publishes_nothing_and_shares_no_cache(tmp_path):
-    """Trackers are off, caches that would collide and the ports are its own, threads are one unless the user or the
-    variant sets another number."""
+    """Trackers are disabled, conflicting caches and ports are separate, and the thread count is one unless the user or
+    the variant sets another."""
     variant = ScriptVariant(name="a", command="python t.py", env={"OMP_NUM_THREADS": "4", "MINE": "1"})
     found = variables_of(
         variant, {"HOME": "/h", "MKL_NUM_THREADS": "3"}, scratch=tmp_path, threads=1, port=5, socket="/s"
@@ -153,7 +154,7 @@ def test_the_environment_publishes_nothing_and_shares_no_cache(tmp_path):
 
 
 def test_the_word_python_is_the_interpreter_that_is_meant(project):
-    """That of the side, or of the variant; a program or a file that does not exist is refused."""
+    """The interpreter is that of the side or of the variant; a missing program or file is refused."""
     plain = ScriptVariant(name="a", command="python train.py --r 8")
     assert words_of(plain, "/side/python", {}, project, origin=project) == ["/side/python", "train.py", "--r", "8"]
     own = ScriptVariant(name="a", command="python3 train.py", python=sys.executable)
@@ -177,7 +178,8 @@ def test_the_word_python_is_the_interpreter_that_is_meant(project):
     ],
 )
 def test_a_launcher_of_another_environment_runs_in_the_interpreter_of_the_side(tmp_path, lines, of_python):
-    """Its first line would start that one's. What is no script of Python is left to find the side's on PATH."""
+    """The launcher's shebang would start the other environment's interpreter. A program that is not a Python script is
+    searched on the side's PATH."""
     for name in ("side", "other"):
         (tmp_path / name).mkdir()
     launcher, side = tmp_path / "other" / "launch", str(tmp_path / "side" / "python")
@@ -195,7 +197,7 @@ def test_a_launcher_of_another_environment_runs_in_the_interpreter_of_the_side(t
 
 
 def test_a_command_that_brings_its_own_interpreter_leaves_a_side_no_room(project):
-    """Both sides would be the same; the word python is that of the side."""
+    """Both sides would be equal; the word python means the interpreter of the side."""
     own = {"command": "env/bin/python3 train.py"}, {"command": "python t.py", "python": "/p/python"}
     for fields in own:
         with pytest.raises(UsageError, match="runs in this interpreter on both sides"):
@@ -218,7 +220,7 @@ def test_a_command_that_brings_its_own_interpreter_leaves_a_side_no_room(project
     ],
 )
 def test_paths_to_the_parent_folder_work_in_the_copy(tmp_path, word, leads):
-    """By its whole path; an output path stays next to the copy, where it is removed with the trial."""
+    """Input paths become absolute; an output path stays next to the copy and is removed with the trial."""
     for name in ("data/rows.jsonl", "project/train.py", "scratch/copy/train.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")

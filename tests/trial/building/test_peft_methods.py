@@ -1,4 +1,4 @@
-"""Which parameters of a model belong to the adapter, by PEFT's layers and not by their names."""
+"""Tests that PEFT's layers, not names, decide which parameters belong to the adapter."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ VARIANT = LoraVariant(name="v", r=4, dtype="float32", target_modules=("q_proj", 
 
 
 def attached(**changes):
-    """tiny-llama with an adapter, and without a weight."""
+    """Return tiny-llama with an adapter, without weights."""
     variant = dataclasses.replace(VARIANT, **changes)
     with torch.device("meta"):
         return peft_methods.attach(empty_model(TINY, variant), variant), variant
 
 
 def test_trained_parameters_are_the_adapter_s_own():
-    """Under the names that the model has for them; biases of the base that train stay the base's."""
+    """Parameters have their names in the model; trained biases of the base belong to the base."""
     model, _ = attached(use_dora=True, target_modules=("all-linear",))
     own = peft_methods.own_parameters(model)
     assert {name: id(one) for name, one in own.items()} == {
@@ -36,7 +36,7 @@ def test_trained_parameters_are_the_adapter_s_own():
 
 
 def test_a_base_may_call_its_weights_what_it_likes():
-    """A module named as PEFT names its own is still the base's: in no cast, and in the digest."""
+    """A base module with a name like PEFT's is still the base's: it is not cast and is in the digest."""
     base = load_base(TINY, VARIANT, device="cpu", seed=1)
     base.model.lora_gate = torch.nn.Linear(2, 2)
     variant = dataclasses.replace(VARIANT, adapter_dtype="bfloat16")
@@ -55,7 +55,7 @@ def test_a_base_may_call_its_weights_what_it_likes():
 
 
 def test_several_adapters_are_all_their_own():
-    """Those that wait their turn too, and the one that is active alone trains."""
+    """Parameters of waiting adapters count as well; only the active adapter trains."""
     model, variant = attached()
     alone = len(peft_methods.own_parameters(model))
     peft_methods.attach_beside(model, variant, "second")
@@ -68,7 +68,7 @@ def test_several_adapters_are_all_their_own():
 
 
 def test_what_trains_is_the_same_after_the_base_has_answered():
-    """LoRA-FA keeps one factor frozen, which PEFT would have train again."""
+    """LoRA-FA keeps one factor frozen, which PEFT would unfreeze."""
     variant = dataclasses.replace(VARIANT, optimizer="lorafa")
     model = peft_methods.attach(load_base(TINY, variant, device="cpu", seed=1), variant)
     peft_methods.make_optimizer(model, variant)

@@ -1,4 +1,4 @@
-"""Several adapters on one base: each row has its adapter's answer, and a wrong adapter is reported."""
+"""Tests of several adapters on one base: each row has its adapter's answer, and a wrong adapter is reported."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ VARIANT = LoraVariant(name="plain", r=4, dtype="float32", target_modules=("q_pro
 
 @pytest.fixture
 def begin(tmp_path):
-    """A function that runs a trial up to its first request; returns the trial and its record."""
+    """A function that runs a trial up to its first request and returns the trial and its record."""
     torch.set_num_threads(1)
 
     def make(variant=VARIANT, **changes):
@@ -53,8 +53,8 @@ def begin(tmp_path):
 
 
 def test_each_row_of_a_mixed_batch_has_the_answer_of_its_adapter(begin):
-    """As one prompt at a time in float32; the adapters differ, and so do their answers to one prompt. A request is
-    timed next to one after a switch and a mixed one."""
+    """Answers equal those of single prompts in float32, and the adapters give different answers to one prompt. Requests
+    are timed plain, after a switch and mixed."""
     running, record = begin()
     assert record.status == "ok", record.failure
     assert (record.values["adapters"], record.values["mixed_rows"], record.values["mixed_rows_decisive"]) == (3, 5, 5)
@@ -81,7 +81,7 @@ def test_each_row_of_a_mixed_batch_has_the_answer_of_its_adapter(begin):
 
 
 def test_rounding_is_not_taken_for_a_wrong_adapter(begin):
-    """In NF4 and 16 bits, on every linear layer."""
+    """The test uses NF4 and 16 bits on every linear layer."""
     changes = {"dtype": "bfloat16", "quantization": "nf4", "adapter_dtype": "bfloat16"}
     variant = dataclasses.replace(VARIANT, target_modules=("all-linear",), **changes)
     _, record = begin(variant, new_tokens=12)
@@ -90,7 +90,7 @@ def test_rounding_is_not_taken_for_a_wrong_adapter(begin):
 
 
 def test_equal_adapters_are_refused(begin, monkeypatch):
-    """With B zero every adapter answers as the base does, so that no row could show a wrong one."""
+    """With B zero every adapter answers as the base does, so that a wrong adapter could not be detected."""
     monkeypatch.setattr(
         peft_methods,
         "attach_drawn",
@@ -101,7 +101,8 @@ def test_equal_adapters_are_refused(begin, monkeypatch):
 
 
 def test_one_prompt_measures_switching_alone(begin):
-    """The other adapters are deleted when the trained one is merged."""
+    """With a single prompt only switching is measured; the other adapters are deleted when the trained one is
+    merged."""
     running, record = begin(request_batch=1)
     record = record.merged(running.run("request"))
     assert "mixed_request_time_s" not in record.samples
@@ -113,7 +114,7 @@ def test_one_prompt_measures_switching_alone(begin):
 
 
 def test_a_row_that_another_adapter_answers_is_reported(begin, monkeypatch):
-    """In decoding alone, where rows are one token long, each is answered by the adapter of another row."""
+    """The fault swaps adapters between rows during decoding only, where rows are one token long."""
     honest = Linear._mixed_batch_forward
 
     def shuffled(self, x, *args, adapter_names, **kwargs):
