@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it loads, how it exits."""
+"""Tests of the command line: its output, its imports and its exit codes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lorameter.commands.table import COMMANDS
 
 
 def test_errors_and_lists_act_on_no_terminal(capsys, tmp_path):
-    """A name with an escape sequence in it, or with half a character, is shown and not obeyed."""
+    """A name with an escape sequence, or with half a character, is escaped."""
     assert main(["report", "\x1b[2J\udcff", "--runs-dir", str(tmp_path)]) == 2
     assert "\\x1b[2J\\udcff" in capsys.readouterr().err
     (tmp_path / "\x1b[2Jrun").mkdir()
@@ -47,7 +47,7 @@ def test_errors_and_lists_act_on_no_terminal(capsys, tmp_path):
     ],
 )
 def test_what_no_machine_could_do_is_refused_at_once(capsys, tmp_path, monkeypatch, arguments, word):
-    """Numbers, names and files without bound; before anything is profiled, planned or made."""
+    """Unbounded numbers, names and files are refused before anything is profiled, planned or created."""
     monkeypatch.setattr("lorameter.commands.profile.profile_variant", lambda *_, **__: pytest.fail("profiled"))
     runs = tmp_path / "runs"
     assert main([*arguments, "--runs-dir", str(runs)]) == 2
@@ -60,7 +60,7 @@ def test_what_no_machine_could_do_is_refused_at_once(capsys, tmp_path, monkeypat
      ["run", "x", "--replicates", "9" * 5000]],
 )  # fmt: skip
 def test_what_the_parser_could_not_keep_is_refused(capsys, arguments):
-    """An effort that is too small for a calibration is not offered; numbers have bounds."""
+    """A calibration has no effort that is too small for it, and numbers have bounds."""
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
@@ -68,13 +68,13 @@ def test_what_the_parser_could_not_keep_is_refused(capsys, arguments):
 
 
 def test_words_of_another_program_are_its_own(tmp_path, capfd):
-    """Behind `--` nothing is refused that lorameter could not keep."""
+    """Arguments after `--` are not checked by lorameter."""
     assert main(["wrap", "--runs-dir", str(tmp_path), "--", "echo", "--sep=--", "--", "-x=--"]) == 0
     assert capfd.readouterr().out == "--sep=-- -- -x=--\n"
 
 
 def test_reading_makes_no_folder(write_run, tmp_path, monkeypatch, capsys):
-    """A report by its path needs no runs directory: none is made, and one that could not be made is no error."""
+    """Reading creates no runs directory, and an impossible runs directory is not an error."""
     path = write_run("mine", {"plain": [1.0] * 5, "nf4": [1.1] * 5})
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -90,7 +90,7 @@ def test_reading_makes_no_folder(write_run, tmp_path, monkeypatch, capsys):
 
 
 def test_every_command_ends_its_help_with_an_example_that_it_takes(monkeypatch, capsys):
-    """Each can be typed as it is printed."""
+    """Each example is valid as printed."""
     monkeypatch.setenv("COLUMNS", "80")
     for command in COMMANDS:
         assert command.example.startswith(f"lorameter {command.name}")
@@ -117,7 +117,7 @@ sys.exit(main())
 
 @pytest.mark.parametrize(("ignored", "code"), [(False, -signal.SIGINT), (True, 0)])
 def test_an_interrupt_while_it_imports_ends_it_in_silence(ignored, code):
-    """As any other tool, without a traceback; who has it ignored from the start is not stopped by it."""
+    """The command ends like other tools, without a traceback; a process that ignores SIGINT continues."""
     done = subprocess.run(
         [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=False,
         preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None,
@@ -126,7 +126,7 @@ def test_an_interrupt_while_it_imports_ends_it_in_silence(ignored, code):
 
 
 def test_an_interrupt_while_options_are_read_is_a_stop(monkeypatch, capsys):
-    """With the exit code of what was not measured."""
+    """The exit code is that of an incomplete measurement."""
     monkeypatch.setattr("lorameter.cli.build_parser", lambda: os.kill(os.getpid(), signal.SIGINT))
     assert main(["list", "models"]) == 4
     assert capsys.readouterr().err == "lorameter: stopped\n"
@@ -144,7 +144,7 @@ def test_an_interrupt_while_options_are_read_is_a_stop(monkeypatch, capsys):
     ],
 )
 def test_a_mistyped_command_or_option_gets_the_nearest(capsys, words, said):
-    """In one line, on every version of Python, without a list of all commands."""
+    """The error is one line on every Python version, without a list of all commands."""
     with pytest.raises(SystemExit) as ended:
         main(words)
     assert ended.value.code == 2

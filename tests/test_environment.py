@@ -1,4 +1,4 @@
-"""What the environment of whoever runs the tests may change, and what it may not."""
+"""Tests of which environment variables of the user may affect the tests."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ HERE = Path(__file__).parent
 
 
 def test_variables_of_the_user_change_no_test(tmp_path):
-    """A test that reads the default folder of runs passes where the documented variables name another folder, and
-    another executor; nothing is written into that folder."""
+    """A test that uses the default folder of runs passes although the documented variables name another folder and
+    executor, and writes nothing there."""
     runs = tmp_path / "runs"
     test = f"{HERE / 'test_pytest_plugin.py'}::test_the_plan_runs_once_for_all_tests_and_is_on_disk"
     done = subprocess.run(

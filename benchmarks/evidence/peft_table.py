@@ -45,31 +45,32 @@ from lorameter.report.terminal import text_of
 TITLE = "PEFT's method comparison, and what its history says of its ranking"
 CONFIDENCE = 0.95
 ITEMS = {"MetaMathQA": 1319}
-"""Items of a test set whose metric is a share of right answers: GSM8K `main`, split `test`."""
+"""Items of a test set whose metric is the share of right answers: GSM8K `main`, split `test`."""
 QUALITY = {"MetaMathQA": "test accuracy", "image-gen": "test dino_similarity"}
-"""The metric that a task is ranked by on PEFT's page; higher is better."""
+"""The metric by which PEFT's page ranks a task; higher is better."""
 MEMORY = ("accelerator_memory_max", "cuda_memory_max")
-"""The peak, under two names: the key was renamed when accelerators other than CUDA were supported."""
+"""The peak memory under its two names: the key was renamed when other accelerators than CUDA were supported."""
 MODEL = "llama-3.2-3B-"
-"""What the names of all experiments on text have in common."""
-LEAST_PAIRS = 3  # of a row in the table of repeats
+"""The common prefix of the names of all experiments on text."""
+LEAST_PAIRS = 3  # for a row in the table of repeats
 OUTCOMES = ("peft_version", "base_model_name_or_path", "rank_pattern")
 """Entries of a stored adapter configuration that the run wrote and its author did not choose (AdaLoRA's ranks)."""
 
 
 def git(checkout: Path, *words: str, stdin: bytes | None = None) -> bytes:
-    """The output of a git command. Raises CalledProcessError."""
+    """Return the output of a git command. Raises CalledProcessError."""
     return subprocess.run(["git", "-C", str(checkout), *words], input=stdin, capture_output=True, check=True).stdout
 
 
 def list_tasks(checkout: Path, revision: str) -> list[str]:
-    """Tasks whose ranking has a known metric, in the tree of a revision."""
+    """Return the tasks with a known metric in the tree of a revision."""
     names = git(checkout, "ls-tree", "-d", "--name-only", revision, "method_comparison/").decode().split()
     return [task for task in (Path(name).name for name in names) if task in QUALITY]
 
 
 def read_runs(checkout: Path, revision: str, task: str) -> tuple[pd.DataFrame, dict[str, str]]:
-    """Every version of the result files of a task, oldest first, one row a blob, and the commit that deleted a path.
+    """Return every version of the result files of a task, oldest first, one row for each blob, and the commits that
+    deleted paths.
 
     Columns: what identifies a run (experiment, created), where it is from (commit, path, blob), its software and GPU,
     its configuration as text, and its figures. `rewrite` marks a later blob of a run that is there already.
@@ -99,7 +100,7 @@ def read_runs(checkout: Path, revision: str, task: str) -> tuple[pd.DataFrame, d
 
 
 def split_batch(answers: bytes) -> Iterator[bytes]:
-    """The contents that `git cat-file --batch` wrote one after the other."""
+    """Yield the contents in an output of `git cat-file --batch`."""
     while answers:
         head, _, rest = answers.partition(b"\n")
         size = int(head.split()[2])
@@ -108,7 +109,7 @@ def split_batch(answers: bytes) -> Iterator[bytes]:
 
 
 def parse_run(task: str, result: dict) -> dict:
-    """The columns of one result file. Times in seconds, memory in bytes."""
+    """Return the columns of one result file. Times are in seconds, memory in bytes."""
     run, train, meta = result["run_info"], result["train_info"], result["meta_info"]
     rows = train["metrics"]
     adapter = {key: value for key, value in (run["peft_config"] or {}).items() if key not in OUTCOMES}
@@ -131,7 +132,7 @@ def parse_run(task: str, result: dict) -> dict:
 
 
 def pair_repeats(runs: pd.DataFrame, *, same_versions: bool) -> pd.DataFrame:
-    """Consecutive runs of one experiment with equal settings and GPU type, by whether their versions are equal too.
+    """Return consecutive runs of one experiment with equal settings and GPU type, whose versions are equal or not.
 
     Columns: experiment, commits, and the differences (quality) or logarithms of ratios (step_time, memory), later to
     earlier. A setting that one of the two files does not name was added by a version; it is no change.
@@ -151,7 +152,7 @@ def pair_repeats(runs: pd.DataFrame, *, same_versions: bool) -> pd.DataFrame:
 
 
 def changed_settings(old: str, new: str) -> list[str]:
-    """Names of settings that both have and that differ; lists of names in any order are equal."""
+    """Return the names of settings that both have and that differ; lists of names are equal in any order."""
 
     def flatten(value: object, name: str = "") -> Iterator[tuple[str, object]]:
         if isinstance(value, dict) and value:
@@ -165,7 +166,7 @@ def changed_settings(old: str, new: str) -> list[str]:
 
 
 def smallest_difference(differences: pd.Series) -> float:
-    """The difference between two runs that their own repeats show in 5 % of cases.
+    """Return the difference that two equal runs exceed in 5 % of cases, from their repeats.
 
     Differences d of n pairs with mean 0 have the variance sum(d²) / n with n degrees of freedom, so two runs differ by
     more than t(0.975, n) × that root with probability 0.05 if nothing differs. NaN without pairs.
@@ -177,7 +178,8 @@ def smallest_difference(differences: pd.Series) -> float:
 
 
 def limits(task: str, ranking: pd.DataFrame, runs: pd.DataFrame) -> dict[str, np.ndarray]:
-    """By kind of noise: the difference in quality that two experiments must exceed, (experiments, experiments)."""
+    """Return by kind of noise the difference in quality that two experiments must exceed, (experiments,
+    experiments)."""
     count = len(ranking)
     found = {
         "numerical": np.full((count, count), smallest_difference(pair_repeats(runs, same_versions=True).quality)),
@@ -191,7 +193,7 @@ def limits(task: str, ranking: pd.DataFrame, runs: pd.DataFrame) -> dict[str, np
 
 
 def rank(task: str, runs: pd.DataFrame, current: set[str]) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """The current results, best first, and the limits of each kind of noise.
+    """Return the current results, best first, and the limits of each kind of noise.
 
     Adds a column for each kind of noise, true if an experiment is separable from the next one, and `best` and `worst`,
     the possible ranks of an experiment under the largest noise, from how many are separably better and worse.
@@ -209,12 +211,13 @@ def rank(task: str, runs: pd.DataFrame, current: set[str]) -> tuple[pd.DataFrame
 
 
 def widest_limit(found: dict[str, np.ndarray]) -> np.ndarray:
-    """The largest of the kinds of noise that are known, by pair; NaN where none is."""
+    """Return the largest known limit of all kinds of noise for each pair; NaN without a known one."""
     return np.fmax.reduce(list(found.values()))
 
 
 def pareto(ranking: pd.DataFrame, runs: pd.DataFrame, limit: np.ndarray) -> pd.DataFrame:
-    """Members of the front (more quality, less memory), and how many experiments could dominate each (`rivals`).
+    """Return the members of the front (more quality, less memory) with the number of experiments that could dominate
+    each (`rivals`).
 
     An experiment is a rival if its quality is no lower by more than `limit` and its memory no higher by more than what
     repeats with equal versions differ by. A member with rivals is open.
@@ -230,7 +233,7 @@ def pareto(ranking: pd.DataFrame, runs: pd.DataFrame, limit: np.ndarray) -> pd.D
 
 
 def describe_repeats(task: str, runs: pd.DataFrame) -> Document:
-    """How much the same configuration differs between repeats, with equal and with other versions."""
+    """Describe how much repeats of one configuration differ, with equal and with other versions."""
     rows: list[Row] = []
     for title, same in (("equal", True), ("other", False)):
         for commits, found in pair_repeats(runs, same_versions=same).groupby("commits", sort=False):
@@ -255,7 +258,8 @@ def describe_repeats(task: str, runs: pd.DataFrame) -> Document:
 
 
 def describe_ranking(task: str, ranking: pd.DataFrame, found: dict[str, np.ndarray], runs: pd.DataFrame) -> Document:
-    """The ranking with the noises that separate neighbours, the front, the share of steps, the learning rates."""
+    """Describe the ranking with the noises that separate neighbours, the front, the share of steps, and the learning
+    rates."""
     known = {kind: limit for kind, limit in found.items() if not np.isnan(limit).any()}
     fronts = {kind: pareto(ranking, runs, limit) for kind, limit in known.items()}
     front = pareto(ranking, runs, widest_limit(found))
@@ -296,7 +300,7 @@ def describe_ranking(task: str, ranking: pd.DataFrame, found: dict[str, np.ndarr
 
 
 def summarise(task: str, ranking: pd.DataFrame, found: dict[str, np.ndarray], runs: pd.DataFrame) -> Line:
-    """How many neighbours are separable, how wide the ranks are, and how much of the front is open."""
+    """Summarise how many neighbours are separable, how wide the ranks are, and how much of the front is open."""
     counts = ", ".join(f"{ranking[kind].sum()} ({kind})" for kind, limit in found.items() if not np.isnan(limit).any())
     if not counts:
         return replace(say("nothing was run again, so no two experiments are known to differ", label=task), last=True)
@@ -309,7 +313,7 @@ def summarise(task: str, ranking: pd.DataFrame, found: dict[str, np.ndarray], ru
 
 
 def describe_changes(runs: pd.DataFrame, deleted: dict[str, str]) -> Iterator[str]:
-    """A line for each experiment whose settings changed, under its own name or when another replaced it."""
+    """Yield a line for each experiment whose settings changed, under its own name or when another replaced it."""
     for _, group in runs.sort_values("created").groupby("experiment", sort=False):
         for (_, old), (_, new) in itertools.pairwise(group.iterrows()):
             if names := changed_settings(old.settings, new.settings):
@@ -325,7 +329,7 @@ def describe_changes(runs: pd.DataFrame, deleted: dict[str, str]) -> Iterator[st
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """The report of one task, its summary and picture, its runs and its ranking."""
+    """The report of one task, its summary and chart, its runs and its ranking."""
 
     document: Document
     summary: Line
@@ -335,7 +339,7 @@ class Task:
 
 
 def describe_task(checkout: Path, revision: str, task: str) -> Task:
-    """Everything about one task; a picture only if something is known of its noise."""
+    """Describe one task; the chart needs some known noise."""
     blobs, deleted = read_runs(checkout, revision, task)
     runs = blobs[~blobs.rewrite]
     folder = f"method_comparison/{task}/results"

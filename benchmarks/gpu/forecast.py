@@ -1,4 +1,5 @@
-"""Simulates the calls of a campaign whose steps take 1.0 and 1.5 times the expected time: which claims each decides."""
+"""Simulates the calls of a campaign whose steps take 1.0 and 1.5 times the expected time, and the claims that each
+decides."""
 
 from __future__ import annotations
 
@@ -14,13 +15,13 @@ from benchmarks.gpu.steps import Step
 
 FACTORS = (1.0, 1.5)
 CALL_MINUTES = 9.5
-"""Of a call on a machine that allows ten minutes a command."""
+"""Minutes of a call on a machine that allows ten minutes for a command."""
 AGAIN_S = 30.0
-"""What a run that is resumed measures anew: the replicate in which it was stopped."""
+"""The repeated time of a resumed run: the replicate in which it was stopped."""
 
 
 class _Simulated(Journal):
-    """A journal that writes nothing."""
+    """A journal without files."""
 
     def __init__(self) -> None:
         self.entries = []
@@ -35,13 +36,13 @@ class Call:
 
     took_s: float
     done: tuple[str, ...]
-    """Steps that ended in it."""
+    """Steps that ended in the call."""
     decided: tuple[str, ...]
-    """Claims that could not be decided before."""
+    """Claims that this call decides first."""
 
 
 def simulate(steps: Sequence[Step], claims: Sequence[Claim], factor: float) -> Iterator[Call]:
-    """The calls of a campaign whose steps take `factor` times what is expected, up to the last step."""
+    """Yield the calls of a campaign whose steps take `factor` times the expected time."""
     journal, decided = _Simulated(), set[str]()
     whole_s = CALL_MINUTES * 60 - REPORT_S
     while any(is_left(step, journal) for step in steps):
@@ -70,7 +71,7 @@ def simulate(steps: Sequence[Step], claims: Sequence[Claim], factor: float) -> I
 
 
 def table(steps: Sequence[Step], claims: Sequence[Claim]) -> str:
-    """The calls at each factor, as a table of Markdown."""
+    """Return the calls at each factor as a Markdown table."""
     lines = [
         "| steps take | call | minutes | steps that end | claims that it decides |",
         "| --- | --- | --- | --- | --- |",

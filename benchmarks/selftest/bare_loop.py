@@ -28,11 +28,11 @@ from lorameter.trial.data.tokens import prepare
 from lorameter.trial.trial import Trial
 
 EXTRAS = ("", "scheduled", "freed")
-"""What a bare loop does in addition to forward, backward, clipping and update."""
+"""Additions of a bare loop to forward, backward, clipping and update."""
 
 
 def main(seed: int, turns: int) -> None:
-    """Build the default study's QLoRA variant, warm up, take turns."""
+    """Build the default study's QLoRA variant, warm up, and take turns."""
     study, machine = load_study("lora-or-qlora"), probe_machine()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -45,7 +45,7 @@ def main(seed: int, turns: int) -> None:
             ),
             SharedBase(),
         )  # fmt: skip
-        for command in ("build", "verify", "warm_up"):  # what the check leaves behind would show
+        for command in ("build", "verify", "warm_up"):  # leftovers of the check would be visible
             trial.run(command)
         trainee, stream = trial._built.trainee, trial._built.stream
     model, optimizer = trainee.model, trainee.optimizer

@@ -48,12 +48,12 @@ from lorameter.stats import Effect, Pairing, VerdictRule, compare_family, compar
 from lorameter.stats.effect import paired_effect
 
 WARM_UP, MIN_TIMED = 20, 10
-"""Steps that are dropped as warm-up where at least so many remain."""
+"""Number of warm-up steps that are dropped, and the least number of steps that must remain."""
 MIN_OCCUPANCY = 0.95
 RATIO = 1.05
 REPLICATES, TURNS = tuple(range(5, 13)), 10
 SD = 0.02
-"""Of the log time of a side in a replicate."""
+"""Standard deviation of a side's log time in a replicate."""
 CHUNK = 1000
 FAMILY = 10
 SIZES = (5, 8)
@@ -61,30 +61,31 @@ SIZES = (5, 8)
 
 Times = NDArray[np.float64]
 Noise = Callable[[np.random.Generator, int, int], tuple[Times, Times]]
-"""From a generator, draws and replicates to the log times of two identical sides, draws × replicates × turns."""
+"""A function of generator, draws and replicates that returns the log times of two identical sides, draws × replicates ×
+turns."""
 
 
 def gaussian(rng: np.random.Generator, draws: int, size: int) -> tuple[Times, Times]:
-    """Normal replicates, and ten times as much noise that both sides share."""
+    """Draw normal replicates with ten times as much shared noise."""
     shared = rng.normal(0.0, 10 * SD, (draws, size, 1))
     base, candidate = rng.normal(0.0, SD, (2, draws, size, 1))
     return shared + base, shared + candidate
 
 
 def unshared(rng: np.random.Generator, draws: int, size: int) -> tuple[Times, Times]:
-    """Normal replicates that share nothing."""
+    """Draw normal replicates without shared noise."""
     base, candidate = rng.normal(0.0, SD, (2, draws, size, 1))
     return base, candidate
 
 
 def heavy_tails(rng: np.random.Generator, draws: int, size: int) -> tuple[Times, Times]:
-    """Replicates from Student's t with three degrees of freedom, which has no fourth moment."""
+    """Draw replicates from Student's t with three degrees of freedom, which has no fourth moment."""
     base, candidate = SD * rng.standard_t(3, (2, draws, size, 1))
     return base, candidate
 
 
 def bursts(rng: np.random.Generator, draws: int, size: int) -> tuple[Times, Times]:
-    """Normal replicates; a lognormal slow-down hits one turn of a side in five."""
+    """Draw normal replicates; a lognormal slow-down hits one in five turns of a side."""
     hit = rng.random((2, draws, size, TURNS)) < 0.2
     burst = hit * rng.lognormal(math.log(0.2), 1.0, hit.shape)
     base, candidate = rng.normal(0.0, SD, (2, draws, size, 1)) + rng.normal(0.0, SD, hit.shape) + burst
@@ -92,7 +93,8 @@ def bursts(rng: np.random.Generator, draws: int, size: int) -> tuple[Times, Time
 
 
 def drift(rng: np.random.Generator, draws: int, size: int) -> tuple[Times, Times]:
-    """A machine that slows by half and wanders; the sides of a turn run one after the other in random order."""
+    """Draw times of a machine that slows by half and wanders; the sides of a turn run one after the other in random
+    order."""
     moments = size * TURNS * 2
     wander = signal.lfilter([1.0], [1.0, -0.95], rng.normal(0.0, SD, (draws, moments + 100)), axis=1)[:, 100:]
     course = (wander + np.linspace(0.0, math.log(1.5), moments)).reshape(draws, size, TURNS, 2)
@@ -109,17 +111,17 @@ NOISES: tuple[tuple[str, Noise, Pairing, float, float, float], ...] = (
     ("lognormal bursts, by turn", bursts, "turn", 0.93, 0.98, 0.25),
     ("linear and AR(1) drift, by turn", drift, "turn", 0.93, 0.98, 0.25),
 )
-"""Name, noise, pairing, least and most coverage, and the part of the draws."""
+"""Name, noise, pairing, least and most coverage, and the share of the draws."""
 
 
 def chunks(draws: int) -> Iterator[int]:
-    """Parts of the draws that fit into memory."""
+    """Yield parts of the draws that fit into memory."""
     for start in range(0, draws, CHUNK):
         yield min(CHUNK, draws - start)
 
 
 def coverage(draws: int) -> Iterator[Share]:
-    """How often the interval holds the true ratio, by noise and number of replicates."""
+    """Yield how often the interval covers the true ratio, by noise and number of replicates."""
     for name, simulate, pairing, least, most, part in NOISES:
         for size in REPLICATES:
             rng, inside, count = np.random.default_rng([2, size]), 0, math.ceil(part * draws)
@@ -132,7 +134,8 @@ def coverage(draws: int) -> Iterator[Share]:
 
 
 def families(draws: int) -> Iterator[Share]:
-    """How often any of ten comparisons of identical code is called different, with bases of their own and with one."""
+    """Yield how often any of ten comparisons of identical code is called different, with separate bases and with one
+    base."""
     for one_reference, name in ((False, "a base each"), (True, "one base")):
         for size in (5, 12):
             rng, alarms, count = np.random.default_rng([3, size]), 0, math.ceil(draws / 5)
@@ -158,11 +161,12 @@ SCATTERS: dict[str, Callable[[int], list[float]]] = {
     "t with 4 df": lambda arms: [1.0] * arms,
     "replicate shifted": lambda arms: [1.0] * arms,
 }
-"""The standard deviation of each arm in units of `SD`; the first two are the reference and its second measurement."""
+"""The standard deviation of each arm in units of `SD`; the first two arms are the reference and its second
+measurement."""
 
 
 def scatter(draws: int) -> Iterator[Share]:
-    """Coverage of the family, false alarms, and the width relative to that from own scatter."""
+    """Yield coverage of the family, false alarms, and the width relative to that from each comparison's own scatter."""
     for size in (3, 5, 8):
         for variants in (3, 5, 14):
             for name, of in SCATTERS.items():
@@ -216,7 +220,7 @@ class Recording:
 
     one_process: dict[str, Times]
     lockstep: dict[str, tuple[Times, Times]]
-    """By kind: base and candidate."""
+    """Base and candidate, by kind."""
     processes: dict[str, Times]
     occupancy: Times
     """CPU time over wall time of each process of identical code."""
@@ -239,7 +243,7 @@ def read(folder: Path) -> Recording:
 
 
 def _times(frame: pd.DataFrame, keys: list[str], step: str, value: str) -> dict[str, Times]:
-    """One array for each value of the first key, replicates × steps, without the warm-up."""
+    """Return an array for each value of the first key, replicates × steps, without the warm-up."""
     dropped = WARM_UP if frame[step].nunique() >= WARM_UP + MIN_TIMED else 0
     wide = frame[frame[step] >= dropped].pivot(index=keys, columns=step, values=value)
     if wide.isna().to_numpy().any():
@@ -248,12 +252,13 @@ def _times(frame: pd.DataFrame, keys: list[str], step: str, value: str) -> dict[
 
 
 def log_ratios(base: Times, candidate: Times) -> Times:
-    """One for each replicate: the median of the turns' log ratios."""
+    """Return for each replicate the median of the turns' log ratios."""
     return np.median(np.log(candidate) - np.log(base), axis=1)
 
 
 def simulate_turns(*sides: tuple[Times, Times]) -> tuple[float, Draw]:
-    """The standard deviation of a replicate's log ratio, pooled over pairs of arms, and a way to draw runs with it.
+    """Return the standard deviation of a replicate's log ratio, pooled over pairs of arms, and a function that draws
+    runs with it.
 
     A drawn replicate is normal, with the turns of a recorded one in either direction; slower code takes 5 % more.
     """
@@ -275,7 +280,7 @@ def simulate_turns(*sides: tuple[Times, Times]) -> tuple[float, Draw]:
 
 
 def designs(recording: Recording, least: int) -> Iterator[tuple[str, Pairing, Draw]]:
-    """Ways to measure, from the finest pairing to none. Files with fewer than `least` replicates are simulated."""
+    """Yield designs from the finest pairing to none. Files with fewer than `least` replicates are simulated."""
     arms, blocks = recording.one_process, recording.processes
     pairs = {
         "one process": ((arms["A1"], arms["A2"]), (arms["A1"], arms["B5"])),
@@ -293,12 +298,12 @@ def designs(recording: Recording, least: int) -> Iterator[tuple[str, Pairing, Dr
 
 
 def _choose(rng: np.random.Generator, draws: int, population: int, size: int) -> NDArray[np.intp]:
-    """Draws × size indexes, none twice in a draw."""
+    """Return draws × size indexes without repetition within a draw."""
     return rng.random((draws, population)).argsort(axis=1)[:, :size]
 
 
 def _draw_paired(arms: dict[str, Times]) -> Draw:
-    """Replicates as recorded. Which of the identical arms is the base is drawn, so that their true ratio is 1."""
+    """Draw recorded replicates. Either identical arm may be the base, so that their true ratio is 1."""
 
     def draw(rng: np.random.Generator, draws: int, size: int) -> Run:
         chosen = _choose(rng, draws, len(arms["A1"]), size)
@@ -310,7 +315,7 @@ def _draw_paired(arms: dict[str, Times]) -> Draw:
 
 
 def _draw_separate(arms: dict[str, Times]) -> Draw:
-    """Processes of either side from the whole recording, which share nothing."""
+    """Draw processes of each side from the whole recording; the sides share nothing."""
     identical = np.concatenate([arms["A1"], arms["A2"]])
 
     def draw(rng: np.random.Generator, draws: int, size: int) -> Run:
@@ -321,7 +326,7 @@ def _draw_separate(arms: dict[str, Times]) -> Draw:
 
 
 def facts(recording: Recording) -> Iterator[tuple[str, str]]:
-    """What docs/method.md says of the noise."""
+    """Yield the facts about the noise in docs/method.md."""
     arms, single = recording.one_process, recording.processes
     times = np.log(np.concatenate([single["A1"], single["A2"]]))
     within = float(times.var(axis=1, ddof=1).mean())
@@ -345,7 +350,7 @@ def facts(recording: Recording) -> Iterator[tuple[str, str]]:
 
 
 def recorded_noise(draws: int) -> Iterator[Share]:
-    """Verdicts on identical and on slower code, by design and number of replicates."""
+    """Yield verdicts on identical and on slower code, by design and number of replicates."""
     found = read(Path(os.environ["LORAMETER_NOISE"]))
     for name, value in facts(found):
         print(f"{name:36} {value}")
@@ -372,7 +377,7 @@ def recorded_noise(draws: int) -> Iterator[Share]:
 
 
 def other_rules(run: Run, size: int) -> Iterator[Share]:
-    """Rules that take steps for the sample, on identical code measured at different times."""
+    """Yield the results of rules that use steps as the sample, on identical code measured at different times."""
     base, same = (times.reshape(len(times), -1) for times in (run.base, run.same))
     t_test, u_test = stats.ttest_ind(same, base, axis=1), stats.mannwhitneyu(same, base, axis=1)
     rules = {
@@ -387,7 +392,7 @@ def other_rules(run: Run, size: int) -> Iterator[Share]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print each share; 1 where a bound does not hold."""
+    """Print each share; return 1 where a bound does not hold."""
     parts = {
         "coverage": lambda draws: coverage(draws),
         "families": lambda draws: families(draws),

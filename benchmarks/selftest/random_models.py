@@ -63,11 +63,11 @@ CANDIDATES: dict[str, tuple[Any, ...]] = {
     "compile.share": SHARES,
     "mode": ("train", "eval"),
 }
-"""What may be required of each path."""
+"""Candidate requirements of each path."""
 
 
 def require(truths: Mapping[str, Truth], draw: random.Random) -> dict[str, Any]:
-    """A requirement for each path whose truth is known; one that holds more often than not."""
+    """Return a requirement for each path with a known truth, more often one that holds."""
     required = {}
     for path, candidates in CANDIDATES.items():
         if path in truths:
@@ -77,7 +77,7 @@ def require(truths: Mapping[str, Truth], draw: random.Random) -> dict[str, Any]:
 
 
 def faults_of(truths: Mapping[str, Truth], required: Mapping[str, Any], checks: Iterable[Any]) -> Iterator[str]:
-    """Compare checks with what is true."""
+    """Compare checks with the truth and yield the faults."""
     judged = {check.path: check for check in checks}
     for path, value in required.items():
         truth, check = truths[path], judged.get(path)
@@ -92,8 +92,8 @@ def faults_of(truths: Mapping[str, Truth], required: Mapping[str, Any], checks: 
 
 
 def verify(run: DrawnRun, required: Mapping[str, Any]) -> Iterator[str]:
-    """Verify a run; the faults of the checks."""
-    objects = [id(one) for one in run.model.parameters() if one.requires_grad]  # DoRA's step itself replaces 4-bit ones
+    """Verify a run and yield the faults of the checks."""
+    objects = [id(one) for one in run.model.parameters() if one.requires_grad]  # DoRA replaces 4-bit parameters
     try:
         checks = kernels_check.verify(run.model, run.step, required)
         if run.batch is not None and required.get("packing.isolated") is True:
@@ -109,7 +109,7 @@ def verify(run: DrawnRun, required: Mapping[str, Any]) -> Iterator[str]:
 
 
 def examine(seed: int) -> tuple[list[str], list[str]]:
-    """Faults of the run of a seed, and what the run is about."""
+    """Return the faults of the run of a seed, and the properties of the run."""
     faults, ends, about = list[str](), list[Any](), list[str]()
     for verified in (False, True):
         run = DrawnRun(seed)
@@ -129,7 +129,7 @@ def examine(seed: int) -> tuple[list[str], list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Examine seeds and families, print the faults and what the runs were about; 1 where there is a fault."""
+    """Examine seeds and families, print the faults and the properties of the runs; return 1 if there is a fault."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--many", type=int, default=300, metavar="N", help="how many random runs")
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="the first seed")

@@ -1,4 +1,5 @@
-"""What the programs share: the line that names the machine, the verdict on the bounds, and a loaded machine."""
+"""Common functions of the programs: the line that names the machine, the verdict on the bounds, and a loaded
+machine."""
 
 from __future__ import annotations
 
@@ -21,14 +22,14 @@ def print_origin() -> None:
 
 
 def exit_code(broken: Iterable[str]) -> int:
-    """Print the bounds that do not hold; 1 where there are any."""
+    """Print the bounds that do not hold; return 1 if there are any."""
     reasons = list(broken)
     print("\n".join(f"does not hold: {reason}" for reason in reasons) or "holds: every bound", flush=True)
     return 1 if reasons else 0
 
 
 def command_output(words: list[str], **options: object) -> str:
-    """What `lorameter` with these words prints, whatever its exit code.
+    """Return what `lorameter` with these arguments prints, whatever its exit code.
 
     Raises:
         SystemExit: it prints nothing.
@@ -45,7 +46,7 @@ def command_output(words: list[str], **options: object) -> str:
 
 @dataclass(frozen=True)
 class Share:
-    """How many of the draws have some property, and the least and most of them that may."""
+    """The number of draws with a property, and its lower and upper bound."""
 
     what: str
     count: int
@@ -56,7 +57,7 @@ class Share:
     @property
     def holds(self) -> bool:
         """Whether an exact binomial test at 1 % accepts both bounds."""
-        from scipy import stats  # not at import: programs that measure memory fork this process
+        from scipy import stats  # imported late, since programs that measure memory fork this process
 
         return all(
             bound is None or stats.binomtest(self.count, self.draws, bound, side).pvalue > 0.01
@@ -72,7 +73,7 @@ class Share:
 
 @contextlib.contextmanager
 def busy_cpus() -> Iterator[None]:
-    """Run a process that only computes on each CPU."""
+    """Run a busy process on each CPU."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in os.sched_getaffinity(0)]
     try:
         yield

@@ -1,4 +1,4 @@
-"""`lorameter run ENGINE --command`: what it takes, what it refuses, and a whole run of two scripts."""
+"""Tests of `lorameter run ENGINE --command`: accepted and refused arguments, and a whole run of two scripts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ COMMAND = "python scripted.py {slow|plain}"
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_started(scripted, words, said, monkeypatch):
-    """With exit code 2, what is wrong and the remedy; on a machine without a GPU."""
+    """The command exits with 2, the fault and the remedy, on a machine without a GPU."""
     monkeypatch.setattr("lorameter.machine.provenance._torch_cuda", lambda: None)
     code, out, err = scripted("run", *words)
     assert (code, out) == (2, "")
@@ -45,7 +45,7 @@ def test_what_cannot_be_is_refused_before_anything_is_started(scripted, words, s
 
 
 def test_an_engine_of_the_workload_has_no_sides(scripted):
-    """An A/B measures one variant on one workload, twice."""
+    """An A/B measures one variant on one workload on two sides, which cannot show such an engine."""
     for words in (("ab", "packing", "--base", sys.executable, "--candidate", sys.executable), ("calibrate", "packing")):
         code, _, err = scripted(*words)
         assert (code, "Measure it with `lorameter run packing`" in err) == (2, True)
@@ -63,7 +63,7 @@ def test_the_plan_of_what_needs_a_gpu_is_shown(scripted, monkeypatch):
 
 
 def test_two_scripts_are_asked_what_a_study_claims(scripted, tmp_path):
-    """Two commands in lockstep; a ratio is measured, but no claim is judged without proof that the engine ran."""
+    """Two commands run in lockstep; a ratio is measured, but no claim is judged without proof that the engine ran."""
     words = ("--replicates", "1", "--steps", "4", "--interleave", "lockstep", "--allow-disturbed", "--json")
     code, out, _ = scripted("run", "compile", "--command", COMMAND, *words)
     run = json.loads(out)["run"]

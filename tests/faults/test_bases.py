@@ -1,4 +1,4 @@
-"""A base that does not fit on the disk: the refusal of the system is reported, and nothing of it is left."""
+"""Tests of a base that does not fit on the disk: the error is reported, and no part of the base is left."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorameter.studies.request import BaseRequest
 
 
 def test_a_base_that_does_not_fit_is_refused(small_study, tiny_disk, tmp_path, monkeypatch):
-    """The process is real and its disk full: the message has the remedy, and with room the base is made."""
+    """A real process meets a full disk: the message has the remedy, and with free space the base is made."""
     home = tmp_path / "bases"
     monkeypatch.setenv(bases.ENV_BASES, str(home))
     workload = dataclasses.replace(small_study.workload, data_seed=501)  # no other test has made its base

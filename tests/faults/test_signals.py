@@ -1,5 +1,5 @@
-"""Every way of telling a measurement to stop, at every place: a row for each trial, nothing finished is lost, nothing
-is left behind, the exit code is 4, and it can be resumed."""
+"""Tests of every signal at every point of a measurement: each trial has a record, finished results are kept, nothing is
+left over, the exit code is 4, and the run can be resumed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorameter.machine.processes import marked
 
 ASKED = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 ONE_OF_THEM = [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.faults) for number in ASKED if number != 15)]
-"""Where one place obeys all of them alike: the others in the long half."""
+"""One signal at points where all signals act alike; the others are in the long half."""
 
 
 PLACES = ["r0-a:prepare", "r1-a:turn", "r1-b:cold", "r2-b:save_adapter"]
@@ -24,12 +24,12 @@ TOLD = [
     for place in PLACES
     for number in ASKED
 ]
-"""Each place and each signal once, and all of them in the long half."""
+"""Each point and each signal once; all combinations are in the long half."""
 
 
 @pytest.mark.parametrize(("place", "number"), TOLD)
 def test_a_run_that_is_stopped(number, place, tmp_path, command, stopped, only_run, resumed, temporary):
-    """Before, in and after its turns, and in a cold start."""
+    """The signal comes before, during or after the turns, or in a cold start."""
     words = ["run", str(tmp_path / "small.toml"), "--phase", "train", "--phase", "cold", "--interleave", "lockstep"]
     with stopped(command(*words, stop=place)) as process:
         process.send_signal(number)
@@ -52,7 +52,7 @@ def test_a_run_that_is_stopped(number, place, tmp_path, command, stopped, only_r
 
 @pytest.mark.parametrize("number", ONE_OF_THEM)
 def test_a_run_that_is_stopped_before_it_has_begun_leaves_nothing(number, command, stopped, runs, temporary):
-    """While its workers start: no folder of a run, and no word of a defect."""
+    """A signal while the workers start leaves no run folder and no error message."""
     with stopped(command(stop=":start")) as process:
         process.send_signal(number)
         _, err = process.communicate()
@@ -63,7 +63,7 @@ def test_a_run_that_is_stopped_before_it_has_begun_leaves_nothing(number, comman
 
 
 def test_what_nohup_ignores_ends_nothing(command, stopped, only_run):
-    """HUP was ignored from the start, as under nohup: the run continues until another signal ends it."""
+    """With SIGHUP ignored, as under nohup, the run continues until another signal ends it."""
     ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
     with stopped(command(stop="r1-a:turn"), preexec_fn=ignore) as process:
         process.send_signal(signal.SIGHUP)
@@ -74,7 +74,7 @@ def test_what_nohup_ignores_ends_nothing(command, stopped, only_run):
 
 
 def test_a_killed_run_is_resumed(command, stopped, only_run, resumed):
-    """What was measured before KILL is there, the group under way is measured again, and the rest is measured."""
+    """Trials before SIGKILL are kept, the group under way is measured again, and the rest is measured."""
     with stopped(command(stop="r1-a:turn")) as process:
         process.kill()
         process.communicate()
@@ -86,7 +86,7 @@ def test_a_killed_run_is_resumed(command, stopped, only_run, resumed):
 
 
 def test_a_killed_run_leaves_a_folder_and_the_next_one_removes_it(command, stopped, temporary):
-    """KILL lets nothing be taken down; a folder of a live process, and one that is not ours, stay."""
+    """SIGKILL prevents the cleanup; folders of a live process and foreign folders stay."""
     foreign = temporary / "lorameter-foreign"
     foreign.mkdir()
     with stopped(command(stop="r1-a:turn")) as process:
@@ -102,7 +102,7 @@ def test_a_killed_run_leaves_a_folder_and_the_next_one_removes_it(command, stopp
 
 @pytest.mark.parametrize("number", ONE_OF_THEM)
 def test_a_session_of_pytest_that_is_stopped(number, tmp_path, session, stopped, only_run, temporary):
-    """The pytest plugin: its run is saved and marked as interrupted, and the session does not pass."""
+    """The run of the plugin is saved and marked as interrupted, and the session does not pass."""
     with stopped(session(stop="r1-a:turn"), cwd=tmp_path) as process:
         process.send_signal(number)
         out, _ = process.communicate()
@@ -118,7 +118,7 @@ def test_a_session_of_pytest_that_is_stopped(number, tmp_path, session, stopped,
 
 @pytest.mark.parametrize("number", ONE_OF_THEM)
 def test_an_ab_that_is_stopped_takes_its_sides_down(number, ab, repository, git, stopped, temporary, only_run):
-    """Two worktrees and all of its folders are gone, and what was measured is there."""
+    """The two worktrees and all folders are removed, and the earlier results are saved."""
     with stopped(ab(stop="r1-a-base:turn")) as process:
         assert len(git(repository, "worktree", "list")) == 3
         process.send_signal(number)
@@ -133,7 +133,7 @@ def test_an_ab_that_is_stopped_takes_its_sides_down(number, ab, repository, git,
 
 
 def test_an_ab_that_was_killed_is_taken_down_by_the_next(ab, repository, git, stopped, temporary):
-    """Its worktrees and no others: that of a user who keeps one, and those of an A/B under way."""
+    """The next A/B removes its worktrees but not a user's worktree or those of a running A/B."""
     git(repository, "worktree", "add", "--quiet", "--detach", str(temporary.parent / "mine"))
     with stopped(ab(stop="r1-a-base:turn")) as process:
         process.kill()
@@ -155,7 +155,7 @@ def test_an_ab_that_was_killed_is_taken_down_by_the_next(ab, repository, git, st
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_no_process_outlives_a_run(number, tmp_path, command, temporary, runs):
-    """Real ones, as soon as they are there: the zygote imports and the tokens are made."""
+    """The signal comes as soon as the real processes exist, while the zygote imports and the tokens are made."""
     words = [sys.executable, "-m", "lorameter.cli", *command()[4:]]
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         parent = psutil.Process(process.pid)
@@ -172,7 +172,7 @@ def test_no_process_outlives_a_run(number, tmp_path, command, temporary, runs):
 
 
 def test_a_second_run_on_the_device_is_refused_or_waits(command, stopped, tmp_path):
-    """As asked: exit 4 and nothing measured, or measured when the first has ended; a stop ends the waiting as well."""
+    """The second run exits with 4, or waits for the first as requested; a signal ends the waiting as well."""
     with stopped(command(stop="r1-a:turn")) as first:
         words = ["run", str(tmp_path / "small.toml"), "--phase", "train"]
         refused = subprocess.run(command(*words, "--if-busy", "refuse"), capture_output=True, text=True, check=False)
@@ -196,7 +196,7 @@ import os, subprocess, sys
 started = "import os, time; open(os.environ['STARTED'], 'w').write('up'); time.sleep(300)"
 subprocess.Popen([sys.executable, "-c", started], start_new_session=True).wait()
 """
-"""Starts another in a session of its own, as a launcher does, and waits for it."""
+"""Starts another process in its own session, as a launcher does, and waits for it."""
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def launcher(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [*ONE_OF_THEM, signal.SIGKILL])
 def test_a_run_of_commands_that_is_stopped_leaves_no_process(number, tmp_path, launcher, temporary):
-    """What a launcher has started elsewhere included; nothing was measured, so there is no verdict."""
+    """Processes that a launcher started are ended too; without results there is no verdict."""
     (tmp_path / "study.toml").write_text(
         f"[[variant]]\nname = 'a'\ncommand = '{sys.executable} launch.py'\ncwd = '{tmp_path}'\n"
         f"[[variant]]\nname = 'b'\ncommand = '{sys.executable} launch.py 2'\ncwd = '{tmp_path}'\n"

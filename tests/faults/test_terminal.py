@@ -1,4 +1,4 @@
-"""Ctrl-C pressed at a terminal: the trials under way are interrupted, and what was measured is reported."""
+"""Tests of Ctrl-C at a terminal: running trials are interrupted, and the earlier results are reported."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ STYLED = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def test_ctrl_c(command, stopped, only_run):
-    """The trials under way are interrupted, the grid was drawn, the run is reported, and the exit code says that it is
-    not complete."""
+    """Running trials are interrupted after the display was drawn, the run is reported, and the exit code says that it
+    is incomplete."""
     ours, theirs = pty.openpty()
     shown = []
 

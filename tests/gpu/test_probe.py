@@ -1,4 +1,4 @@
-"""The probe skips the facts that need a GPU, with the reason."""
+"""Tests that the probe skips the facts that need a GPU, with the reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.gpu.probe import FACTS, NEEDS_NO_GPU
 
 
 def test_every_fact_that_needs_a_gpu_is_skipped_with_the_reason(monkeypatch, capsys):
-    """Without one, and none of them is an error."""
+    """Without a GPU, skipped facts are not errors."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     needing = [name for look in FACTS if (name := look.__name__) not in NEEDS_NO_GPU]
     assert probe.main(needing) == 0

@@ -1,4 +1,4 @@
-"""Healthy training steps that could be mistaken for faulty ones: every requirement that holds is active.
+"""Tests of healthy training steps that could be mistaken for faulty ones: every requirement that holds is active.
 
 Each case returns a model, its step, and how its requirements differ from those of a plain LoRA run; None: not required.
 """
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def case(name):
-    """Add the decorated function to the table."""
+    """Register the decorated function in the table."""
     return lambda make: CASES.setdefault(name, make)
 
 
@@ -70,7 +70,7 @@ def adamw(model, **options):
 
 
 def step_of(model, optimizer, **inputs):
-    """Forward, backward, update."""
+    """Return a step with forward, backward and update."""
     inputs = inputs or {"input_ids": (ids := tokens()), "labels": ids}
 
     def step():
@@ -145,7 +145,7 @@ def vision_language():
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_healthy_step_meets_every_requirement(name):
-    """No path is missing, and each is active."""
+    """Every path has a check, and each is active."""
     model, step, changes = CASES[name]()
     required = {path: value for path, value in (PLAIN | changes).items() if value is not None}
     checks = kernels_check.verify(model, step, required)

@@ -1,4 +1,4 @@
-"""Dimensions of a model are read from config.json or a GGUF header without torch and without a network."""
+"""Tests of model dimensions, which are read from config.json or a GGUF header without torch and network."""
 
 import json
 
@@ -25,7 +25,7 @@ LLAMA = {
 
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path, monkeypatch):
-    """No test sees or touches the user's cache."""
+    """An empty cache, so that no test uses the user's cache."""
     cache = tmp_path / "cache"
     monkeypatch.setenv("LORAMETER_CACHE", str(cache))
     return cache
@@ -33,12 +33,12 @@ def empty_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def unreachable_hub(monkeypatch):
-    """The hub does not answer."""
+    """A hub that does not answer."""
     monkeypatch.setattr(catalogue, "hub_answers", lambda file: False)
 
 
 def directory_of(path, config):
-    """A model directory with that configuration and no weights."""
+    """Return a model directory with that configuration and without weights."""
     path.mkdir()
     (path / "config.json").write_text(json.dumps(config))
     return path
@@ -46,7 +46,7 @@ def directory_of(path, config):
 
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_every_entry_has_a_shape_without_network(name, unreachable_hub):
-    """`random:` of every catalogue entry has a shape from what ships, of widths that 4-bit blocks divide."""
+    """The packaged files give the shape of `random:` of every catalogue entry, and 4-bit blocks divide its widths."""
     source = catalogue.resolve(f"random:{name}")
     assert source.random
     shape = shapes.shape(source)
@@ -56,13 +56,13 @@ def test_every_entry_has_a_shape_without_network(name, unreachable_hub):
 
 
 def test_the_zygote_loads_the_families_of_the_catalogue(unreachable_hub):
-    """Each of them, and no other."""
+    """The preloaded families are exactly those of the catalogue."""
     met = {shapes.shape(catalogue.resolve(f"random:{name}")).architecture for name in CATALOGUE}
     assert met == {name for name, family in FAMILIES.items() if family.preloaded}
 
 
 def test_published_dimensions():
-    """The packaged configuration holds the published dimensions."""
+    """The packaged configuration has the published dimensions."""
     assert shapes.shape(catalogue.resolve("random:llama2-7b")) == ModelShape(
         hidden_size=4096, intermediate_size=11008, layers=32, heads=32, kv_heads=32, head_dim=128, vocab_size=32000,
         context=4096, tied=False, architecture="llama",
@@ -72,7 +72,7 @@ def test_published_dimensions():
 @pytest.mark.parametrize(
     ("name", "heads", "context", "tied"),
     [
-        # Query heads, key and value heads, and their size, as the models' own config.json publish them.
+        # Query heads, key and value heads, and head size, as published in the models' config.json.
         ("llama2-70b", (64, 8, 128), 4096, False),
         ("mistral-7b", (32, 8, 128), 32768, False),
         ("qwen2.5-0.5b", (14, 2, 64), 32768, True),
@@ -80,21 +80,21 @@ def test_published_dimensions():
     ],
 )
 def test_published_attention(name, heads, context, tied):
-    """Grouped, single and full key and value heads, head sizes that the width does not imply, and tied heads."""
+    """The models have grouped, single and full key/value heads, head sizes independent of the width, and tied heads."""
     shape = shapes.shape(catalogue.resolve(f"random:{name}"))
     assert (shape.heads, shape.kv_heads, shape.head_dim) == heads
     assert (shape.context, shape.tied) == (context, tied)
 
 
 def test_unreachable_hub_is_a_usage_error(unreachable_hub, tmp_path, monkeypatch):
-    """A hub model whose configuration cannot be had names the cause and the ways out."""
+    """The error gives the cause and the alternatives."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UsageError, match=r"hub cannot be reached.*HF_HUB_OFFLINE.*random:"):
         shapes.shape(catalogue.resolve("someone/absent-model-of-no-cache"))
 
 
 def test_the_shape_of_a_directory(tmp_path):
-    """Head size and ties are filled in as transformers does."""
+    """Missing head size and ties are filled in as in transformers."""
     source = catalogue.resolve(str(directory_of(tmp_path / "model", LLAMA)))
     assert source.kind == "directory"
     assert shapes.shape(source) == ModelShape(
@@ -104,7 +104,7 @@ def test_the_shape_of_a_directory(tmp_path):
 
 
 def test_the_keys_of_gpt2_are_understood(tmp_path):
-    """GPT-2 has other keys, and no feed-forward width; whether its head is tied is unknown."""
+    """GPT-2 has other keys and no feed-forward width; whether its head is tied is unknown."""
     config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": 320}
     shape = shapes.shape(catalogue.resolve(str(directory_of(tmp_path / "gpt2", config))))
     assert (shape.intermediate_size, shape.kv_heads, shape.head_dim, shape.tied) == (256, 4, 16, None)
@@ -112,7 +112,7 @@ def test_the_keys_of_gpt2_are_understood(tmp_path):
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_ties_agree_with_transformers(tmp_path, model_type):
-    """Where config.json does not say, the head is tied exactly where the class in transformers ties it."""
+    """Without an entry in config.json, the head is tied exactly if transformers' class ties it."""
     transformers = pytest.importorskip("transformers")
     config = {**LLAMA, "model_type": model_type}
     shape = shapes.shape(catalogue.resolve(str(directory_of(tmp_path / model_type, config))))
@@ -141,6 +141,6 @@ def test_configurations_of_no_decoder_are_refused(tmp_path, config, words):
 
 @pytest.mark.parametrize("name", ["~no-such-user/x", "x" * 5000, "a\x00b/c"])
 def test_a_name_that_no_file_can_have_is_refused(name):
-    """Like any other unknown name."""
+    """Such a name is refused like any other unknown name."""
     with pytest.raises(UsageError, match="model"):
         catalogue.resolve(name)

@@ -1,4 +1,4 @@
-"""The judgement of parity, from constructed facts."""
+"""Tests of the judgement of parity, from constructed facts."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ WITHOUT = "no adapter, nf4"
 
 
 def served(parity, way):
-    """What was observed of a way."""
+    """Return the observations of a serving mode."""
     return next(one for one in parity.served if one.way == way)
 
 
 def text(parity, width=80):
-    """The report as a terminal shows it."""
+    """Return the report as a terminal shows it."""
     return text_of(describe_parity(parity, judge_parity(parity)), width=width, coloured=False)
 
 
 def test_no_difference_is_said_with_what_it_leaves_open(make_parity):
-    """The same answers, and how many of so few could still differ; logits are reported separately."""
+    """The report says that all answers are equal, and how many could still differ; logits are reported separately."""
     parity = make_parity()
     judgement = judge_parity(parity)
     assert judgement.whole
@@ -44,7 +44,8 @@ def test_no_difference_is_said_with_what_it_leaves_open(make_parity):
 
 
 def test_answers_that_differ_are_counted_and_placed(make_parity):
-    """Three of eight, from the second and the fourth token on; the tokens of an answer count together."""
+    """Three of eight answers differ, from the second and the fourth token on; the tokens of an answer are one
+    cluster."""
     parity = make_parity()
     merged = served(parity, MERGED)
     others = ((7, 8, 9, 99), (7, 8, 9, 98), (7, 1, 1, 1), *merged.answers[3:])
@@ -59,7 +60,7 @@ def test_answers_that_differ_are_counted_and_placed(make_parity):
 
 
 def test_what_the_reference_does_to_itself_is_noise(make_parity):
-    """A way that differs no more than the reference from its own is within the floor, and one that does is not."""
+    """A mode that differs no more than the reference from its repetition is within the noise floor; another is not."""
     parity = make_parity()
     moved = ((7, 8, 9, 99), *served(parity, AGAIN).answers[1:])
     near = served(parity, MERGED).distances
@@ -74,7 +75,7 @@ def test_what_the_reference_does_to_itself_is_noise(make_parity):
 
 
 def test_an_adapter_that_changes_nothing_proves_nothing(make_parity):
-    """Else a merge that leaves it out would be called the same."""
+    """Otherwise a merge that drops the adapter would be called the same."""
     parity = make_parity()
     same = msgspec.structs.replace(served(parity, AGAIN), way=WITHOUT)
     judgement = judge_parity(make_parity(**{WITHOUT: same}))
@@ -85,7 +86,7 @@ def test_an_adapter_that_changes_nothing_proves_nothing(make_parity):
 
 @pytest.mark.parametrize("way", [AGAIN, WITHOUT, MERGED])
 def test_a_way_that_failed_is_a_row_with_its_reason(make_parity, way):
-    """And a control that failed leaves no verdict."""
+    """A failed control leaves no verdict."""
     lost = Served(way=way, failure=Failure(phase="parity", kind="OutOfMemoryError", message="it does not fit."))
     parity = make_parity(**{way: lost})
     judgement = judge_parity(parity)
@@ -98,7 +99,7 @@ def test_a_way_that_failed_is_a_row_with_its_reason(make_parity, way):
 
 
 def test_differing_answers_stand_beside_each_other_and_obey_nobody(make_parity):
-    """Three of each way at most; what a model writes is shown and not acted upon; controls are left out."""
+    """At most three of each mode are shown with escaped text; controls are left out."""
     parity = make_parity()
     merged = msgspec.structs.replace(served(parity, MERGED), answers=tuple((7, 8, 1, 1) for _ in range(8)))
     panels = show_differing(make_parity(**{MERGED: merged}), lambda tokens: f"\x1b[2J{list(tokens)} [/b]")

@@ -1,4 +1,4 @@
-"""Parity measured by real processes, through the command as a user types it; what cannot work is refused first."""
+"""Tests of parity measured by real processes through the command line, and of its refusals."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ quantization = "nf4"
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """A file of one variant, as small as it can be."""
+    """A study file with one minimal variant."""
     path = tmp_path_factory.mktemp("study") / "mine.toml"
     path.write_text(STUDY)
     return path
@@ -49,14 +49,14 @@ def study(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Where it is measured."""
+    """The folder of runs."""
     return tmp_path_factory.mktemp("runs")
 
 
 @pytest.mark.selftest
 def test_a_trained_adapter_is_served_in_every_way(study, runs, capsys):
-    """Training, every base in a process of its own, and one document: the reference repeats itself to the bit, the base
-    without the adapter does not, and a merge into 4 bits moves logits."""
+    """After training, each base is served in a separate process: the reference repeats itself bit for bit, the base
+    without the adapter differs, and a merge into 4 bits changes logits."""
     command = ["parity", str(study), "--prompts", "6", "--epochs", "1.5", "--json", "--runs-dir", str(runs)]
     assert main([*command, "--if-busy", "share"]) == 0
     said = capsys.readouterr()
@@ -82,7 +82,7 @@ def test_a_trained_adapter_is_served_in_every_way(study, runs, capsys):
 
 
 def test_an_adapter_that_does_not_fit_is_a_message(study, runs, tmp_path, capsys):
-    """The reference cannot be had, so there is nothing to say but why, and where the log is; exit code 4."""
+    """Without the reference the command prints only the reason and the log, and exits with 4."""
     from safetensors.torch import save_file
     from torch import zeros
 
@@ -101,7 +101,7 @@ def test_an_adapter_that_does_not_fit_is_a_message(study, runs, tmp_path, capsys
 
 
 def test_a_process_that_dies_is_a_row_for_each_of_its_ways():
-    """With its reason, so that the others count."""
+    """Each serving mode of the process has the reason, and the other modes count."""
     ways = serving_modes(LoraVariant(quantization="nf4"))[3]
     failure = Failure(phase="parity", kind="ProcessDied", message="killed")
     found = _read(PartialRecord().failed("crashed", failure), ways)
@@ -120,7 +120,7 @@ def test_a_process_that_dies_is_a_row_for_each_of_its_ways():
     ],
 )
 def test_bad_input_is_refused_before_anything_is_measured(study, tmp_path, capsys, options, words):
-    """With what is wrong, exit code 2, and no folder."""
+    """The command exits with 2 and the reason, and creates no folder."""
     assert main(["parity", str(study), *options, "--runs-dir", str(tmp_path)]) == 2
     assert words in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -131,7 +131,7 @@ def test_bad_input_is_refused_before_anything_is_measured(study, tmp_path, capsy
     [("{", "cannot be read"), ("[1]", "cannot be read"), ('{"peft_type": "IA3"}', "peft_type = 'IA3'")],
 )
 def test_a_folder_of_something_else_is_refused(study, tmp_path, capsys, config, words):
-    """What PEFT has not saved, or saved of another method."""
+    """A folder that PEFT did not save, or saved for another method, is refused."""
     (tmp_path / CONFIG).write_text(config)
     (tmp_path / WEIGHTS).write_bytes(b"")
     assert main(["parity", str(study), "--adapter", str(tmp_path), "--runs-dir", str(tmp_path / "runs")]) == 2

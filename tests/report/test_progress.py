@@ -1,4 +1,4 @@
-"""A run can be reported at any moment: its state comes first, and missing data causes no error."""
+"""Tests that a run can be reported at any moment: its state comes first, and missing data causes no error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS = {"plain": [0.1, 0.1, 0.1], "nf4": [0.2, 0.2, 0.2]}
 
 @pytest.fixture
 def broken_off(write_run, tmp_path):
-    """A function that writes a run of nine trials of which so many left records, the last one under way."""
+    """A function that writes a run of nine trials with the given number of records, the last one under way."""
 
     def make(records, status="running", **changes):
         path = write_run("run", STEPS, status=status)
@@ -41,14 +41,14 @@ def broken_off(write_run, tmp_path):
 
 
 def text_of(run):
-    """The report as printed."""
+    """Return the report as printed."""
     buffer = io.StringIO()
     show(describe_run(view_of(run)), Console(file=buffer, width=240))
     return buffer.getvalue()
 
 
 def test_a_killed_run_says_what_there_is_and_how_to_go_on(broken_off):
-    """Complete replicates are counted, the others not; the trial under way is named."""
+    """Only complete replicates count; the trial under way is named, and the command that resumes the run."""
     text = text_of(broken_off(5))
     assert "1 of 3 replicates complete" in text
     assert "status    its process was killed; 4 of 9 trials have ended" in text
@@ -61,14 +61,14 @@ def test_a_killed_run_says_what_there_is_and_how_to_go_on(broken_off):
 
 
 def test_a_run_under_way_is_not_taken_for_a_killed_one(broken_off):
-    """A process holds it: there is nothing to resume."""
+    """A process holds its lock, so that there is nothing to resume."""
     text = text_of(broken_off(5, live=True))
     assert "status    under way: a process is measuring it; 4 of 9 trials" in text
     assert "--resume" not in text
 
 
 def test_an_ab_that_broke_off_is_reported_too(write_run, tmp_path):
-    """With nothing at all measured, and with one side of it: verdicts that say invalid, and no crash."""
+    """With no trial, and with one side only, the verdicts are invalid and the report does not fail."""
     path = write_run("run", STEPS, status="running")
     run = store.read_run("run", tmp_path / "runs")
     sides = {side: {"label": side, "declared": [], "worker": None, "facts": None} for side in ("base", "candidate")}

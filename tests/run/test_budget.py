@@ -1,4 +1,4 @@
-"""The rule of the time limit: runs in simulated time keep to it."""
+"""Tests of the time limit: runs in simulated time keep it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ COSTS = {
     "build": 5.0, "verify": 5.0, "warm_up": 10.0, "turn": 10.0, "train": 10.0, "finish_training": 3.0, "request": 4.0,
     "begin_generate": 4.0, "cold": 4.0, "imports": 4.0,
 }  # fmt: skip
-"""Seconds; of a turn and of untimed training for two steps, of a warm-up that finds out its length by itself."""
+"""Costs in seconds; of a turn and of untimed training for two steps, and of a warm-up of unknown length."""
 TURNS, REQUESTS = 8, 6
 
 
 def test_the_notice_names_what_was_skipped_and_the_minutes_that_it_needs():
-    """None where nothing was, and three replicates fitted."""
+    """There is no notice if nothing was skipped and three replicates fitted."""
     assert skipped_notice((), 3, 12, 0.0) == ()
     (notice,) = skipped_notice({"cold", "merged"}, 4, 12, 1150.0)
     assert notice.code == "measurements-skipped"
@@ -40,7 +40,7 @@ def test_the_notice_names_what_was_skipped_and_the_minutes_that_it_needs():
 
 
 class Timed:
-    """Executor and worker in one: every command takes its cost of the simulated time."""
+    """Executor and worker in one; every command takes its cost in simulated time."""
 
     start_latency_s = 0.01
 
@@ -100,7 +100,7 @@ class Timed:
 
 @pytest.fixture
 def measured(small_study):
-    """A function that measures the small study in simulated time; returns the executor and what came of the plan."""
+    """A function that measures the small study in simulated time and returns the executor and the result."""
 
     def measure(limit_s, *, level="lockstep", costs=None, replicates=12, phases=PHASES, **protocol):
         changed = dataclasses.replace(
@@ -121,7 +121,7 @@ def measured(small_study):
 
 
 def rounds(executor, command):
-    """How often the trials that take turns were asked for it: by replicate, the set over its trials."""
+    """Return how often the trials that take turns got the command: by replicate, the set over its trials."""
     counts = Counter(trial for trial, asked in executor.asked if asked == command and "isolated" not in trial)
     found = {}
     for trial, count in counts.items():
@@ -130,17 +130,17 @@ def rounds(executor, command):
 
 
 def replicates_of(found):
-    """How many replicates left a record."""
+    """Return the number of replicates with a record."""
     return len({record.replicate for record in found.records})
 
 
 def measuring(found, name):
-    """The replicates with this kind of sample."""
+    """Return the replicates with this kind of sample."""
     return {record.replicate for record in found.records if name in record.samples}
 
 
 def test_without_a_limit_everything_is_measured(measured):
-    """All rounds of all trials, and every training to its planned end."""
+    """All trials have all rounds, and every training goes to its planned end."""
     executor, _ = measured(None, replicates=2, cold_replicates=2)
     assert rounds(executor, "turn") == {0: {TURNS}, 1: {TURNS}}
     assert set(executor.steps.values()) == {None}
@@ -150,7 +150,7 @@ def test_without_a_limit_everything_is_measured(measured):
 @pytest.mark.parametrize("level", ["lockstep", "replicates"])
 @pytest.mark.parametrize("limit_s", [420.0, 600.0, 900.0, 2000.0])
 def test_at_least_three_replicates_and_the_limit_is_kept(measured, limit_s, level):
-    """All trials of a replicate take the same rounds; what is measured at all is measured in every replicate."""
+    """All trials of a replicate have the same rounds, and every measured part is measured in every replicate."""
     executor, found = measured(limit_s, level=level)
     count = replicates_of(found)
     assert count >= 3
@@ -168,7 +168,7 @@ def test_at_least_three_replicates_and_the_limit_is_kept(measured, limit_s, leve
 
 
 def test_ample_time_raises_the_rounds(measured):
-    """Replicates after the first, whose cost was unknown, take all planned rounds; nothing is skipped."""
+    """After the first replicate, whose cost was unknown, replicates have all planned rounds, and nothing is skipped."""
     executor, found = measured(5000.0, replicates=4)
     assert rounds(executor, "turn") == {0: {LEAST_ROUNDS}, 1: {TURNS}, 2: {TURNS}, 3: {TURNS}}
     assert not executor.budget.skipped
@@ -176,7 +176,7 @@ def test_ample_time_raises_the_rounds(measured):
 
 
 def test_too_little_time_says_what_it_takes_and_goes_on(measured):
-    """Two replicates of training fit: nothing else is measured, and the minutes that three take are known."""
+    """Two replicates of training fit: nothing else is measured, and the time for three is reported."""
     executor, found = measured(330.0)
     assert replicates_of(found) == 2
     assert executor.budget.skipped >= {"requests", "cold"}
@@ -185,7 +185,7 @@ def test_too_little_time_says_what_it_takes_and_goes_on(measured):
 
 
 def test_a_limit_that_not_one_replicate_keeps_is_refused(measured):
-    """By the first steps, in one sentence and with the minutes that it takes."""
+    """After the first steps, the error gives the needed minutes in one sentence."""
     with pytest.raises(
         UsageError, match=r"max_minutes = 0\.5: .* takes 1 min 45 s .* not even one fits\. Give 2 minutes"
     ):
@@ -193,7 +193,7 @@ def test_a_limit_that_not_one_replicate_keeps_is_refused(measured):
 
 
 def test_a_replicate_that_turns_out_slower_ends_the_run(measured, monkeypatch):
-    """No further one starts for which the longest so far leaves no time."""
+    """No replicate starts if the longest one so far would exceed the limit."""
     asked = Timed.ask
 
     def slowing(self, command, trial, timeout_s, **arguments):

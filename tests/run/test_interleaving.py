@@ -1,4 +1,4 @@
-"""The finest interleaving that the variants and the memory allow."""
+"""Tests of the finest interleaving that the variants and the memory allow."""
 
 import dataclasses
 
@@ -20,12 +20,12 @@ GIB = 2**30
 
 
 def test_variants_that_differ_in_their_adapters_share_a_base():
-    """Whatever the memory: the base is loaded once."""
+    """The memory does not matter, since the base is loaded once."""
     assert choose_interleaving(SWEEP, together_bytes=900 * GIB, free_bytes=GIB)[0] == "shared-base"
 
 
 def test_other_variants_take_turns_in_processes_that_fit_together():
-    """The reason names what differs and both sizes."""
+    """The reason gives the difference and both sizes."""
     level, why = choose_interleaving(MIXED, together_bytes=3 * GIB, free_bytes=8 * GIB)
     assert level == "lockstep"
     assert "nf4 differs from r8 in quantization" in why
@@ -33,7 +33,7 @@ def test_other_variants_take_turns_in_processes_that_fit_together():
 
 
 def test_what_does_not_fit_together_runs_one_after_the_other():
-    """A machine that swaps measures nothing, so a forecast must leave room."""
+    """The forecast must leave memory free, since a swapping machine measures nothing."""
     free = 8 * GIB
     assert choose_interleaving(MIXED, together_bytes=int(MEMORY_SHARE * free), free_bytes=free)[0] == "lockstep"
     assert choose_interleaving(MIXED, together_bytes=int(MEMORY_SHARE * free) + 1, free_bytes=free)[0] == "replicates"
@@ -58,7 +58,7 @@ def test_what_does_not_fit_together_runs_one_after_the_other():
     ],
 )
 def test_what_touches_the_base_cannot_share_it(changes, word):
-    """Each exclusion is found and named, also where it is the only variant that has it."""
+    """Each exclusion is found and named, also if only one variant has it."""
     obstacle = shared_base_obstacle((R8, dataclasses.replace(R8, name="other", **changes)))
     assert obstacle is not None
     assert obstacle.startswith("other")
@@ -67,7 +67,7 @@ def test_what_touches_the_base_cannot_share_it(changes, word):
 
 @pytest.mark.parametrize(("device", "level"), [("cpu", "lockstep"), ("cuda", "shared-base")])
 def test_on_a_cpu_variants_on_one_base_have_a_heap_each(small_study, device, level):
-    """A plan knows what it is made for; on a GPU, whose allocator keeps its blocks, they are in one process."""
+    """On a CPU each variant has its own process; on a GPU, whose allocator keeps its blocks, they share one."""
     machine = dataclasses.replace(probe_machine(), device=device)
     study = dataclasses.replace(small_study, variants=tuple(
         dataclasses.replace(small_study.variants[0], name=f"r{r}", r=r) for r in (4, 8)
@@ -77,7 +77,7 @@ def test_on_a_cpu_variants_on_one_base_have_a_heap_each(small_study, device, lev
 
 
 def test_a_level_can_be_asked_for():
-    """A coarser one always, shared-base only where the variants allow it, an unknown word never."""
+    """A coarser level is always accepted, shared-base only if the variants allow it, an unknown word never."""
     assert choose_interleaving(SWEEP, together_bytes=0, free_bytes=None, requested="replicates") == (
         "replicates",
         "asked for",
@@ -89,7 +89,7 @@ def test_a_level_can_be_asked_for():
 
 
 def test_several_adapters_on_a_base_are_those_of_one_trial():
-    """A switch walks over all adapters of a base, so those of other trials would be in its time."""
+    """Switching iterates over all adapters of a base, so that other trials' adapters would add to its time."""
     sizes = {"together_bytes": 3 * GIB, "free_bytes": 8 * GIB, "adapters": 4}
     assert choose_interleaving(SWEEP, **sizes)[0] == "lockstep"
     with pytest.raises(UsageError, match="requests have 4 adapters on a base"):

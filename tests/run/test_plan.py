@@ -1,4 +1,4 @@
-"""The plan: every variant once a replicate, shuffled by a recorded seed, with the control."""
+"""Tests of the plan: every variant once in each replicate, shuffled by a recorded seed, with the control."""
 
 import dataclasses
 from collections import Counter
@@ -10,7 +10,7 @@ from lorameter.run.plan import arms_of, make_plan
 
 
 def test_every_replicate_holds_every_variant_and_the_control_once(small_study):
-    """Replicates are complete blocks, so that drift falls on all variants alike."""
+    """Replicates are complete blocks, so that drift affects all variants alike."""
     plan = make_plan(small_study)
     for replicate in range(small_study.protocol.replicates):
         members = Counter((s.variant.name, s.role) for s in plan.slots if s.replicate == replicate)
@@ -19,13 +19,13 @@ def test_every_replicate_holds_every_variant_and_the_control_once(small_study):
 
 
 def test_selecting_never_drops_the_reference_or_the_control(small_study):
-    """A ratio needs its denominator, and a run its control."""
+    """A ratio needs the reference, and a run needs the control."""
     assert [one.name for one in arms_of(small_study, ["nf4"])] == ["plain", "nf4", "plain-control"]
     assert [one.name for one in arms_of(small_study, ["plain"])] == ["plain", "plain-control"]
 
 
 def test_the_seed_fixes_the_order_and_another_seed_changes_it(small_study):
-    """The order can be had again from the manifest."""
+    """The manifest reproduces the order."""
 
     def order(seed):
         protocol = dataclasses.replace(small_study.protocol, seed=seed, replicates=8)
@@ -36,7 +36,7 @@ def test_the_seed_fixes_the_order_and_another_seed_changes_it(small_study):
 
 
 def test_trials_of_a_replicate_share_their_seed(small_study):
-    """Paired trials differ in the variant only."""
+    """Paired trials differ only in the variant."""
     plan = make_plan(small_study)
     seeds = {slot.replicate: set() for slot in plan.slots}
     for slot in plan.slots:
@@ -46,14 +46,15 @@ def test_trials_of_a_replicate_share_their_seed(small_study):
 
 
 def test_a_phase_that_is_not_known_is_refused(small_study):
-    """By its name."""
+    """The error names the phase."""
     with pytest.raises(UsageError, match="training"):
         make_plan(small_study, phases=["training"])
 
 
 @pytest.mark.parametrize(("level", "processes"), [("shared-base", 1), ("lockstep", 3)])
 def test_trials_that_take_turns_stand_in_one_group(small_study, level, processes):
-    """All variants and the control, in one process or one each, in an order that is shuffled anew every round."""
+    """The group has all variants and the control, in one process or one process each, with a new order in every
+    round."""
     protocol = dataclasses.replace(small_study.protocol, turns=30)
     plan = make_plan(dataclasses.replace(small_study, protocol=protocol), interleaving=level, phases=["train"])
     groups = [group for group in plan.groups if group.replicate == 0 and group.turns]
@@ -65,7 +66,7 @@ def test_trials_that_take_turns_stand_in_one_group(small_study, level, processes
 
 
 def test_no_metric_is_measured_by_two_kinds_of_trials(small_study):
-    """Trials in turns and isolated trials measure disjoint metrics, and together all of them."""
+    """Trials in turns and isolated trials measure disjoint sets of metrics, and together all metrics."""
     phases = ["train", "generate", "cold"]
     everything = set(make_plan(small_study, phases=phases).slots[0].measures)
     for level in ("shared-base", "lockstep"):
@@ -76,7 +77,7 @@ def test_no_metric_is_measured_by_two_kinds_of_trials(small_study):
 
 
 def test_whole_answers_are_measured_where_the_workload_has_them(small_study):
-    """Without a limit on their tokens there are none; merged requests go where the protocol wants none."""
+    """A workload without a token limit for them has none; a protocol without merged requests has none."""
     workload = dataclasses.replace(small_study.workload, open_ended_tokens=8)
     study = dataclasses.replace(small_study, workload=workload)
     assert all("open_ended" in slot.measures for slot in make_plan(study).slots)

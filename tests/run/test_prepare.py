@@ -1,4 +1,4 @@
-"""What a worker must be able to do before anything is measured by it."""
+"""Tests of what a worker must be able to do before it measures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LACKS = "bitsandbytes has loaded its library for CPUs"
 
 @pytest.fixture
 def worker(machine):
-    """A function that makes the executor of a worker that says this of itself."""
+    """A function that makes the executor of a worker with the given description."""
 
     def make(**fields):
         hello = WorkerInfo(**{"harness": "1.0", "import_time_s": 1.0, "device": "cpu", "torch": "0"} | fields)
@@ -30,7 +30,7 @@ def worker(machine):
     "changes", [{"quantization": "nf4"}, {"quantization": "int8"}, {"optimizer": "paged_adamw_32bit"}]
 )
 def test_a_variant_that_needs_bitsandbytes_is_refused_where_it_has_no_device(worker, changes):
-    """By name, before its first trial; variants that do not need it are measured."""
+    """The error names the variant before its first trial; variants without bitsandbytes are measured."""
     needing = LoraVariant(name="needing", **changes)
     with pytest.raises(InvalidRunError, match=f"needing cannot be measured here: {LACKS}"):
         greet(worker(lacks=LACKS), [PLAIN, needing])
@@ -39,6 +39,6 @@ def test_a_variant_that_needs_bitsandbytes_is_refused_where_it_has_no_device(wor
 
 
 def test_a_worker_on_another_device_is_refused(worker):
-    """The plan was made for this one."""
+    """The plan was made for one device."""
     with pytest.raises(InvalidRunError, match="'cuda' and the plan was made for 'cpu'"):
         greet(worker(device="cuda"), [PLAIN])

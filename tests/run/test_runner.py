@@ -1,4 +1,4 @@
-"""The parent's loop, with a fake executor at the one seam: exact numbers, no clock, no process."""
+"""Tests of the parent's loop with a fake executor: exact numbers, no clock, no process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COMMANDS = [*TRAINING, *SERVING]
 
 
 class FakeWorker:
-    """Answers from a script: (trial, command) to a Fragment or an exception."""
+    """A worker whose script maps (trial, command) to a fragment or an exception."""
 
     start_latency_s = 0.01
 
@@ -54,7 +54,7 @@ class FakeWorker:
 
 
 class FakeExecutor:
-    """Launches fake workers; remembers what was asked in which order, and which trials have a folder."""
+    """Launches fake workers; records all commands in order and the trials that have a folder."""
 
     def __init__(self, script=None, command_s=0.0):
         self.script = script or {}
@@ -85,7 +85,7 @@ class FakeExecutor:
 
 @pytest.fixture
 def small_study(small_study):
-    """As in a user's study, disturbances make a trial invalid. Here they are given, not measured."""
+    """The small study with disturbances making a trial invalid, as in a user's study; they are injected."""
     protocol = dataclasses.replace(small_study.protocol, allow_disturbed=False)
     return dataclasses.replace(small_study, protocol=protocol)
 
@@ -106,7 +106,7 @@ def lost(status="crashed"):
 
 @pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
 def test_a_lost_worker_is_a_row_and_the_sweep_goes_on(small_study, command):
-    """Whatever phase it dies in, its trial keeps what was measured and the others are measured."""
+    """In any phase, its trial keeps the earlier results, and the other trials are measured."""
     plan = make_plan(small_study)
     victim = plan.slots[1].trial
     _, records = conduct(plan, {(victim, command): lost("timeout")})
@@ -116,7 +116,7 @@ def test_a_lost_worker_is_a_row_and_the_sweep_goes_on(small_study, command):
 
 
 def test_the_death_of_a_shared_process_is_a_row_for_each_of_its_trials(small_study):
-    """Two trials in one process: both are crashed, with what each had."""
+    """Both trials of the process are crashed, with their earlier results."""
     plan = make_plan(small_study)
     slots = plan.slots[:2]
     group = Group(replicate=0, launches=(slots,), turns=((slots[0].trial, slots[1].trial),) * 2)
@@ -129,8 +129,7 @@ def test_the_death_of_a_shared_process_is_a_row_for_each_of_its_trials(small_stu
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_while_a_group_is_saved_loses_none_of_it(small_study, number):
-    """Sent by the process to itself at each record of a group in turn: all of the group is saved as it was measured,
-    and the next one does not begin."""
+    """A signal at any record of a group lets the whole group be saved, and the next group does not start."""
     plan = make_plan(small_study, interleaving="lockstep", phases=("train",))
     together = [slot.trial for slot in plan.groups[0].slots]
     for sent_at in together:
@@ -150,7 +149,7 @@ def test_a_stop_while_a_group_is_saved_loses_none_of_it(small_study, number):
 
 
 def test_another_cold_answer_is_invalid(small_study):
-    """The same adapter and prompt must give the same tokens, or what was loaded is not what was trained."""
+    """The same adapter and prompt must give the same tokens; otherwise the loaded adapter is not the trained one."""
     plan = make_plan(small_study)
     victim, other = plan.slots[0].trial, plan.slots[1].trial
     script = {
@@ -173,7 +172,7 @@ def test_another_cold_answer_is_invalid(small_study):
     ids=["no number", "a check of nothing"],
 )
 def test_what_could_not_be_read_again_is_invalid(small_study, fragment, tmp_path):
-    """It costs its trial, by name; one such record would cost the whole run, as no reader takes it."""
+    """An unreadable record makes its trial invalid by name; saved as it is, it would make the whole run unreadable."""
     plan = make_plan(small_study)
     victim = plan.slots[1].trial
     _, records = conduct(plan, {(victim, "finish_training"): fragment})
@@ -185,7 +184,7 @@ def test_what_could_not_be_read_again_is_invalid(small_study, fragment, tmp_path
 
 
 def test_a_defect_of_the_parent_costs_no_record(small_study):
-    """An exception that is no lost worker: what was measured is saved, the rest is not_run, and the error is raised."""
+    """After an unexpected exception, measured trials are saved, the others are not_run, and the exception is raised."""
     plan = make_plan(small_study)
     executor, saved = FakeExecutor({(plan.slots[1].trial, "turn"): ZeroDivisionError("oops")}), []
     with pytest.raises(ZeroDivisionError):
@@ -194,11 +193,12 @@ def test_a_defect_of_the_parent_costs_no_record(small_study):
     assert "oops" in saved[1].failure.message
 
 
-# --- a long group, and a run that is resumed ---------------------------------------------------------------------
+# --- long groups and resumed runs ----------------------------------------------------------------------------------
 
 
 def go_on(plan, earlier=(), *, script=None, command_s=0.0):
-    """Conduct in simulated time; returns the executor, the records, and each saved one with what had been asked."""
+    """Run the plan in simulated time; return the executor, the records, and each saved record with the commands before
+    it."""
     executor, saved = FakeExecutor(script, command_s), []
     measured = run_plan(
         plan, {"": executor}, SITE, listener=Quiet(), budget=Budget(clock=lambda: executor.now),
@@ -209,7 +209,8 @@ def go_on(plan, earlier=(), *, script=None, command_s=0.0):
 
 @pytest.mark.parametrize("level", ["shared-base", "lockstep"])
 def test_a_long_group_is_saved_while_it_is_under_way(small_study, level):
-    """All samples so far, as `interrupted`; never within a round; and its end is the last word on each trial."""
+    """Saved records have all samples so far with the status `interrupted`, never within a round; the final record
+    replaces them."""
     check = {"path": "base.bits", "required": 4, "observed": 4, "status": "active", "reason": "seen"}
     plan = make_plan(small_study, interleaving=level, phases=("train", "generate"))
     script = {(slot.trial, "verify"): PartialRecord(checks=(check,)) for slot in plan.slots}
@@ -228,12 +229,13 @@ def test_a_long_group_is_saved_while_it_is_under_way(small_study, level):
     assert {record.status for record in records} == {"ok"}
     assert all(record.checks for record in records)
     starts = {(record.trial, record.started_unix_s) for record, _ in saved}
-    assert len(starts) == len(records)  # one start a trial, however often it was saved
+    assert len(starts) == len(records)  # one start for each trial, however often it was saved
 
 
 @pytest.mark.parametrize("level", ["shared-base", "lockstep", "replicates"])
 def test_a_run_is_resumed_from_wherever_it_was_killed(small_study, level):
-    """Whatever had reached the disk: groups that it settles are kept, the others measured whole, and all are ok."""
+    """For any saved prefix, complete groups are kept, the other groups are measured as a whole, and all trials are
+    ok."""
     plan = make_plan(small_study, interleaving=level)
     _, whole, saved = go_on(plan, command_s=20.0)
     written = [record for record, _ in saved]
@@ -250,7 +252,7 @@ def test_a_run_is_resumed_from_wherever_it_was_killed(small_study, level):
 
 
 def test_trials_that_failed_are_not_measured_again(small_study):
-    """Out of memory is a fact; what was interrupted or not run is not."""
+    """An OOM is a result; an interrupted or skipped trial is not."""
     plan = make_plan(small_study)
     first, second, *others = plan.slots
     earlier = [
@@ -265,13 +267,13 @@ def test_trials_that_failed_are_not_measured_again(small_study):
     }
 
 
-# --- trials whose surroundings were past a limit ----------------------------------------------------------------------
+# --- disturbed trials -------------------------------------------------------------------------------------------------
 
 THROTTLED = {"device_samples_train": 10.0, "device_throttled_samples_train": 9.0}
 
 
 class Recovering(FakeExecutor):
-    """The surroundings of some trials are past a limit for so many of their measurements."""
+    """An executor with trials that are disturbed in their first measurements."""
 
     def __init__(self, disturbed):
         super().__init__()
@@ -293,7 +295,7 @@ class Recovering(FakeExecutor):
 
 
 def retried(plan, disturbed, *, earlier=()):
-    """Run on a throttled GPU; returns the executor, the result and all that was saved."""
+    """Run on a throttled GPU; return the executor, the result and all saved records."""
     executor, saved, listener = Recovering(disturbed), [], Quiet()
     measured = run_plan(
         plan, {"": executor}, SITE, listener=listener, save=saved.append, earlier=earlier,
@@ -308,7 +310,7 @@ def builds(executor, trial):
 
 @pytest.mark.parametrize("level", ["shared-base", "lockstep", "replicates"])
 def test_a_disturbed_trial_is_measured_again_with_those_it_took_turns_with(small_study, level):
-    """At the end of its replicate, once; all records stay on disk, and the last ones count."""
+    """Its group is repeated once at the end of its replicate; all records stay on disk, and the last ones count."""
     plan = make_plan(small_study, interleaving=level)
     victim = plan.groups[0].slots[0].trial
     executor, measured, saved = retried(plan, {victim: 1})
@@ -328,7 +330,7 @@ def test_a_disturbed_trial_is_measured_again_with_those_it_took_turns_with(small
 
 
 def test_a_trial_that_stays_disturbed_is_invalid_after_the_last_try(small_study):
-    """Two further tries and no more; the other trials of the run count."""
+    """Two retries are made; the other trials of the run count."""
     plan = make_plan(small_study)
     victim = plan.slots[0].trial
     executor, measured, saved = retried(plan, {victim: 9})

@@ -1,4 +1,4 @@
-"""compare_bytes: maximum against maximum, no test."""
+"""Tests of compare_bytes: it compares maxima, without a test."""
 
 import math
 
@@ -20,7 +20,7 @@ GIB = 2**30
     ],
 )
 def test_largest_peaks_are_compared(candidate, verdict):
-    """Only the largest peak of either side counts, against the tolerance."""
+    """Only the largest peak of each side counts, against the tolerance."""
     result = compare_bytes([GIB // 4, GIB, GIB // 2], candidate, tolerance=0.01)
     assert result.verdict == verdict
     assert result.ratio == result.low == result.high == max(candidate) / GIB
@@ -33,7 +33,7 @@ def test_zero_tolerance_is_exact():
 
 
 def test_zero_base():
-    """Nothing against nothing is equal; something against nothing is worse, with no ratio."""
+    """Two peaks of zero are equal; any growth from zero is worse, without a ratio."""
     assert compare_bytes([0], [0], tolerance=0.1).ratio == 1.0
     grown = compare_bytes([0], [5], tolerance=0.1)
     assert (grown.verdict, grown.ratio, grown.low, grown.high) == ("regressed", None, None, None)
@@ -51,6 +51,6 @@ def test_zero_base():
     ],
 )
 def test_bad_input_is_an_error(base, candidate, tolerance, message):
-    """Bad input raises with the offender's name."""
+    """Bad input raises an error that names the offending value."""
     with pytest.raises(ValueError, match=message):
         compare_bytes(base, candidate, tolerance=tolerance)

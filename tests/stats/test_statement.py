@@ -1,4 +1,4 @@
-"""What replicates say of a statement, from contrasts of known truth."""
+"""Tests of the verdicts on a statement from replicates, with contrasts of known truth."""
 
 import math
 
@@ -15,7 +15,7 @@ MARGIN = math.log1p(0.05)
 
 
 def around(*means, sd=0.003, replicates=6, seed=0):
-    """Contrasts of these means whose scatter is `sd` exactly: replicates × means."""
+    """Return contrasts, replicates × means, with these means and exactly the scatter `sd`."""
     rng = np.random.default_rng(seed)
     noise = rng.normal(0, 1, (replicates, len(means)))
     noise = (noise - noise.mean(axis=0)) / noise.std(axis=0, ddof=1)
@@ -40,7 +40,7 @@ def both(statement, contrasts, limit, **level):
     ],
 )
 def test_beyond(means, expected):
-    """All above the limit supports, one shown to lie below it refutes, one at the limit leaves it open."""
+    """All contrasts above the limit support, one shown below it refutes, and one at the limit is inconclusive."""
     assert both(beyond, around(*means), TOLERANCE) == expected
 
 
@@ -58,12 +58,12 @@ def test_beyond(means, expected):
     ],
 )
 def test_within(means, expected):
-    """All inside the limit supports, one shown to lie outside on either side refutes, one near it leaves it open."""
+    """All contrasts inside the limit support, one shown outside refutes, and one near the limit is inconclusive."""
     assert both(within, around(*means), MARGIN) == expected
 
 
 def test_no_difference_refutes_beyond_without_correction():
-    """Contrasts that are all equal within the limit refute it even where the corrected interval still reaches it."""
+    """Contrasts that are equal within the limit refute it even if the corrected interval still reaches it."""
     contrasts = around(0.0, 0.0, 0.0, sd=0.03)
     assert both(beyond, contrasts, MARGIN, family=20) == ("refuted", "equality")
     assert beyond(contrasts, MARGIN, family=20).level == pytest.approx(0.9)
@@ -71,13 +71,13 @@ def test_no_difference_refutes_beyond_without_correction():
 
 @pytest.mark.parametrize("mean", [0.0, 1e-17, -1e-17])
 def test_rounding_decides_nothing(mean):
-    """At a limit of zero, equal values are neither above nor below each other."""
+    """At a limit of zero, equal values are neither above nor below it."""
     contrasts = np.full((6, 2), mean)
     assert beyond(contrasts, 0.0).status == within(contrasts, 0.0).status == "inconclusive"
 
 
 def test_a_family_widens_what_a_difference_needs():
-    """The interval that decides is that of alpha over the family; the one that is shown stays that of 95 %."""
+    """The deciding interval is that of alpha over the family; the shown interval stays the 95 % one."""
     contrasts = around(0.02, sd=0.006)
     assert both(beyond, contrasts, TOLERANCE) == ("supported", "difference")
     found = beyond(contrasts, TOLERANCE, family=20)
@@ -88,7 +88,7 @@ def test_a_family_widens_what_a_difference_needs():
 
 
 def test_refuting_by_the_worst_of_many_is_corrected():
-    """One of ten contrasts outside the limit must be so at a tenth of the rate; to support, none is corrected."""
+    """One of ten contrasts refutes only at a tenth of the error rate; support needs no correction."""
     one = around(0.068, sd=0.01)
     assert within(one, MARGIN).status == "refuted"
     many = np.hstack([one, around(*[0.0] * 9, seed=1)])
@@ -99,7 +99,7 @@ def test_refuting_by_the_worst_of_many_is_corrected():
 
 @given(st.lists(st.floats(-0.2, 0.2), min_size=2, max_size=8), st.floats(0.001, 0.1), st.integers(1, 30))
 def test_never_both_above_and_within(values, limit, family):
-    """With one limit, what is supported as larger than it is never supported as within it."""
+    """With one limit, no contrast is supported both as larger and as within."""
     contrasts = np.array(values)
     up, down, equal = beyond(contrasts, limit, family=family), beyond(-contrasts, limit), within(contrasts, limit)
     assert [up.status, down.status, equal.status].count("supported") <= 1
@@ -113,7 +113,7 @@ def test_never_both_above_and_within(values, limit, family):
      (within, TOLERANCE, "refuted")],
 )  # fmt: skip
 def test_false_statements_at_the_limit_keep_their_rate(statement, mean, false):
-    """Where the truth lies exactly at the limit, each assertion is made in at most its 5 % of runs."""
+    """With the truth exactly at the limit, each assertion is made in at most 5 % of runs."""
     rng = np.random.default_rng(3)
     runs = 2000
     said = sum(statement(rng.normal(mean, 0.005, (6, 1)), TOLERANCE).status == false for _ in range(runs))
@@ -126,7 +126,7 @@ def test_false_statements_at_the_limit_keep_their_rate(statement, mean, false):
     [(np.zeros((1, 2)), "one replicate"), (np.zeros((3, 0)), "shape"), (np.array([[1.0], [math.nan]]), "finite")],
 )
 def test_what_cannot_be_judged_is_refused(contrasts, words):
-    """One replicate, no contrast, and a value that is no number."""
+    """One replicate, no contrast and a value that is not a number are refused."""
     with pytest.raises(ValueError, match=words):
         beyond(contrasts, MARGIN)
 
@@ -141,7 +141,7 @@ def test_what_cannot_be_judged_is_refused(contrasts, words):
     ],
 )
 def test_an_open_statement_says_how_many_replicates_would_decide_it(statement, mean, limit, decided):
-    """With 80 % power or somewhat more, on simulated replicates of the same effect and scatter."""
+    """The stated number has a power of 80 % or slightly more on simulated replicates of the same effect and scatter."""
     found = statement(around(mean, sd=0.02), limit)
     assert found.status == "inconclusive"
     assert found.replicates_needed > found.replicates
@@ -151,7 +151,7 @@ def test_an_open_statement_says_how_many_replicates_would_decide_it(statement, m
 
 
 def test_what_is_decided_or_lies_on_the_limit_needs_no_number():
-    """More replicates are no answer to either."""
+    """More replicates change neither."""
     assert beyond(around(0.3), TOLERANCE).replicates_needed is None
     assert within(around(0.0), MARGIN).replicates_needed is None
     assert beyond(np.array([[0.5], [-0.5]]), 0.0).replicates_needed is None

@@ -1,4 +1,4 @@
-"""Studies are read strictly: whatever cannot be is refused with file, key, value and remedy."""
+"""Tests that studies are read strictly: an invalid study is refused with file, key, value and remedy."""
 
 import dataclasses
 import re
@@ -28,7 +28,7 @@ def write(tmp_path, text):
 
 
 def test_axes_make_every_combination(tmp_path):
-    """Two axes of two values are four variants with names that say their values."""
+    """Two axes with two values give four variants whose names contain the values."""
     study = load_study(write(tmp_path, GOOD))
     assert [variant.name for variant in study.variants] == [
         "r=8-lora_dropout=0.0", "r=8-lora_dropout=0.1", "r=16-lora_dropout=0.0", "r=16-lora_dropout=0.1",
@@ -61,7 +61,7 @@ def test_axes_make_every_combination(tmp_path):
     ],
 )
 def test_bad_studies_are_refused(tmp_path, text, words):
-    """Each with what is wrong, where, and what to do."""
+    """The error has the fault, its place and the remedy."""
     with pytest.raises(UsageError) as caught:
         load_study(write(tmp_path, text))
     for word in words:
@@ -69,14 +69,14 @@ def test_bad_studies_are_refused(tmp_path, text, words):
 
 
 def test_an_unknown_study_names_the_nearest():
-    """A typo gets the name that was meant."""
+    """The error suggests the nearest name."""
     with pytest.raises(UsageError, match="lora-or-qlora"):
         load_study("lora-or-qora")
 
 
 @pytest.mark.parametrize("name", list(builtin_studies()))
 def test_built_in_studies_load(name):
-    """What ships is valid."""
+    """Every built-in study is valid."""
     assert load_study(name).variants
 
 
@@ -103,7 +103,7 @@ batch_size = 9
 
 
 def test_sweeps_change_one_field_at_a_time(tmp_path):
-    """The setting that all sweeps go through is one variant, under the reference's name."""
+    """The common setting of all sweeps is one variant with the reference's name."""
     study = load_study(write(tmp_path, SWEPT))
     names = [variant.name for variant in study.variants]
     assert names == ["middle", "r=8", "r=32", "lora_dropout=0.0"]
@@ -132,7 +132,7 @@ workload = { model = "smollm2-135m" }
 
 
 def test_variants_may_be_measured_on_other_workloads(tmp_path):
-    """A field of the workload is an axis as one of the variants is; what differs in two is on neither."""
+    """A workload field is an axis like a variant field; a variant that differs in two fields is on neither axis."""
     study = load_study(write(tmp_path, SIZES))
     assert study.levels("workload.batch_size") == ((2.0, "two"), (4.0, "four"))
     assert study.levels("workload.model") == (("tiny-llama", "two"), ("smollm2-135m", "other"))
@@ -144,7 +144,7 @@ def test_variants_may_be_measured_on_other_workloads(tmp_path):
 
 @pytest.mark.parametrize("table", ["sweeps", "axes"])
 def test_a_sweep_may_be_of_the_workload(tmp_path, table):
-    """The value that the study's workload has is the reference's, and no other workload."""
+    """The value of the study's workload is the reference's and is not another workload."""
     text = f"[workload]\nbatch_size = 2\n[controls]\nr = 8\n[{table}]\nworkload.batch_size = [2, 4, 8]\n"
     study = load_study(write(tmp_path, text))
     assert [level for level, _ in study.levels("workload.batch_size")] == [2.0, 4.0, 8.0]
@@ -163,7 +163,7 @@ def test_a_sweep_may_be_of_the_workload(tmp_path, table):
     ],
 )  # fmt: skip
 def test_a_workload_that_no_variant_can_have_is_refused(tmp_path, line, said):
-    """By its name, before anything is measured."""
+    """The error names it before the measurement."""
     with pytest.raises(UsageError, match=re.escape(said)):
         load_study(write(tmp_path, SIZES.replace("workload.batch_size = 4", line, 1)))
 
@@ -187,7 +187,7 @@ TWO = '[[variant]]\nname = "a"\nr = 4\n[[variant]]\nname = "b"\nr = 8\n'
     ],
 )
 def test_a_workload_that_cannot_be_is_refused(tmp_path, line, said):
-    """By its name and with what to write, before anything is measured."""
+    """The error has the name and a valid replacement, before the measurement."""
     with pytest.raises(UsageError, match=re.escape(said)):
         load_study(write(tmp_path, f"[workload]\n{line}\n{TWO}"))
 
@@ -200,13 +200,13 @@ def test_a_workload_that_cannot_be_is_refused(tmp_path, line, said):
     ],
 )  # fmt: skip
 def test_a_profile_fits_the_study_to_the_machine(tmp_path, options, profile, batch):
-    """That of the device unless one is asked for; a device without one gets the study as written."""
+    """The device selects the profile unless an option does; a device without a profile gets the study unchanged."""
     study = load_study(write(tmp_path, SWEPT), **options)
     assert (study.profile, study.workload.batch_size) == (profile, batch)
 
 
 def test_every_deviation_is_named(tmp_path):
-    """What a profile and what an option replaced, with the value as written; what is unchanged is not in the list."""
+    """The list has each value that a profile or an option replaced, with the original value."""
     study = load_study(write(tmp_path, SWEPT), device="cpu").with_overrides(model="smollm2-135m", data="/a/b/c.jsonl")
     assert study.deviations == (
         "workload.batch_size = 1 in place of 4",
@@ -234,7 +234,7 @@ def test_every_deviation_is_named(tmp_path):
     ],
 )  # fmt: skip
 def test_bad_sweeps_profiles_and_claims_are_refused(tmp_path, text, words):
-    """Before anything runs, with what is known in their place."""
+    """The error lists the known names, before anything runs."""
     with pytest.raises(UsageError) as caught:
         load_study(write(tmp_path, text))
     for word in words:
@@ -242,7 +242,7 @@ def test_bad_sweeps_profiles_and_claims_are_refused(tmp_path, text, words):
 
 
 def test_a_variant_is_named_by_its_study_or_alone_in_it(tmp_path):
-    """STUDY:NAME, or a file with one variant; where there are several their names are listed."""
+    """A variant is STUDY:NAME, or a file with a single variant; a file with several gives the list of names."""
     study, variant = load_variant("lora-or-qlora:qlora-nf4-r16")
     assert (study.name, variant.quantization) == ("lora-or-qlora", "nf4")
     alone = write(tmp_path, "[[variant]]\nname = 'one'\nr = 4")

@@ -1,4 +1,4 @@
-"""A study that extends another with one line is that study with this line, whatever profile fits it to a machine."""
+"""Tests that a study which extends another with one line is that study with this line, for every machine profile."""
 
 import tomllib
 
@@ -18,7 +18,7 @@ def write(tmp_path, text, base=ORIGINAL):
 
 @pytest.mark.parametrize(("name", "model"), SAME_SWEEP.items())
 def test_no_profile_swaps_in_another_model(name, model):
-    """On any machine the study is about its own model, with random weights where the profile says so."""
+    """On any machine the study uses its own model, with random weights where the profile says so."""
     for profile in tomllib.loads(builtin_studies()[ORIGINAL].read_text())["profile"]:
         study = load_study(name, profile=profile)
         assert study.workload.model == (f"random:{model}" if profile == "random" else model)
@@ -28,7 +28,7 @@ def test_no_profile_swaps_in_another_model(name, model):
 
 
 def test_the_rest_of_a_profile_stays(tmp_path):
-    """Only what the extending study says itself wins over an inherited profile."""
+    """Only keys of the extending study override an inherited profile."""
     study = load_study(write(tmp_path, "[workload]\nbatch_size = 2\n[controls]\ntf32 = false\n"), device="cpu")
     assert study.workload.batch_size == 2
     assert (study.workload.model, study.workload.sequence_length) == ("smollm2-135m", 128)
@@ -38,7 +38,7 @@ def test_the_rest_of_a_profile_stays(tmp_path):
 
 
 def test_its_own_profile_wins_over_its_own_line(tmp_path):
-    """A profile of the extending study holds for its machine."""
+    """A profile of the extending study applies to its machine."""
     text = '[workload]\nmodel = "mistral-7b"\n[profile.cpu.workload]\nmodel = "tiny-llama"\n'
     assert load_study(write(tmp_path, text), device="cpu").workload.model == "tiny-llama"
     assert load_study(write(tmp_path, text), profile="a100").workload.model == "mistral-7b"

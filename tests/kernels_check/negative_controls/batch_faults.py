@@ -1,4 +1,4 @@
-"""Batches, and ways to pass one, that leak between records or are mostly padding."""
+"""Batches, and ways to pass them, that leak between records or are mostly padding."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from negative_controls.faults import pad
 from negative_controls.small_run import PAD_TOKEN, SmallRun
 
 _FOREIGN_PAD = 5
-"""A token that pads without being the configuration's."""
+"""A padding token other than the configuration's."""
 
 
 def pack(run: SmallRun, **more: Any) -> None:
-    """Two records a row, marked by positions that restart."""
+    """Pack two records into a row, marked by positions that restart."""
     import torch
 
     positions = torch.tensor([[*range(6), *range(10)], [*range(8), *range(8)]])
@@ -22,17 +22,17 @@ def pack(run: SmallRun, **more: Any) -> None:
 
 
 def pack_without_cache(run: SmallRun) -> None:
-    """As it must be: without a cache the mask follows from the positions."""
+    """Pack without a cache, so that the mask follows from the positions, as it should."""
     pack(run, use_cache=False)
 
 
 def then_pass_a_mask_of_ones(run: SmallRun) -> None:
-    """As a tokenizer returns it, which says nothing and takes the records' boundaries away."""
+    """Pass a mask of ones, as a tokenizer returns it, which removes the record boundaries."""
     run.inputs |= {"attention_mask": run.inputs["input_ids"].new_ones(run.inputs["input_ids"].shape)}
 
 
 def accumulate(**more: Any) -> Callable[[SmallRun], None]:
-    """Train on a batch before, passed in another way."""
+    """Accumulate over another batch that is passed in another way."""
 
     def change(run: SmallRun) -> None:
         run.accumulated = [run.inputs | more]
@@ -41,7 +41,7 @@ def accumulate(**more: Any) -> Callable[[SmallRun], None]:
 
 
 def mask_blocks(run: SmallRun, *, lost: int | None = None) -> None:
-    """Four records a row, marked by a mask of blocks.
+    """Pack four records into a row, marked by a block mask.
 
     Args:
         run: to be changed.
@@ -61,12 +61,12 @@ def mask_blocks(run: SmallRun, *, lost: int | None = None) -> None:
 
 
 def lose_a_boundary(run: SmallRun) -> None:
-    """The mask of blocks has one block of two records, and neither is the first."""
+    """Merge two records, neither of them the first, in the block mask."""
     mask_blocks(run, lost=3)
 
 
 def pad_most(run: SmallRun) -> None:
-    """One long record among short ones: all rows are padded but one."""
+    """Pad all rows but one, with one long record among short ones."""
     import torch
 
     ids = run.inputs["input_ids"]
@@ -75,13 +75,13 @@ def pad_most(run: SmallRun) -> None:
 
 
 def hide_in_ones(run: SmallRun) -> None:
-    """Most is padding, and the mask says that none is."""
+    """Pad most of the batch, with a mask that marks no padding."""
     pad_most(run)
     run.inputs["attention_mask"].fill_(1)
 
 
 def pad_with_another_token(run: SmallRun) -> None:
-    """The tokenizer's padding token is not the configuration's; only the labels know."""
+    """Pad with a token other than the configuration's, which only the labels show."""
     pad_most(run)
     hidden = run.inputs.pop("attention_mask").eq(0)
     ids = run.inputs["input_ids"].masked_fill(hidden, _FOREIGN_PAD)
@@ -89,7 +89,7 @@ def pad_with_another_token(run: SmallRun) -> None:
 
 
 def label_the_answer(run: SmallRun) -> None:
-    """Labels of -100 over a prompt, which is no padding."""
+    """Label a prompt with -100, which is not padding."""
     ids = run.inputs["input_ids"]
     labels = ids.clone()
     labels[:, :12] = -100
@@ -97,7 +97,7 @@ def label_the_answer(run: SmallRun) -> None:
 
 
 def fill_the_row_up(run: SmallRun) -> None:
-    """Two short records a row; the rest is padding that is called a third record."""
+    """Pack two short records into a row, with padding that is marked as a third record."""
     import torch
 
     ids = run.inputs["input_ids"].clone()

@@ -16,12 +16,12 @@ Change: TypeAlias = Callable[[SmallRun], object]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to build a run: made, then changed in order. Recipes with the same text are the same run."""
+    """Builds a run and then changes it in order. Recipes with the same text give the same run."""
 
     make: Build
     changes: tuple[Change, ...]
     text: str
-    """Identifies it: functions with their arguments."""
+    """The identity of the recipe: its functions with their arguments."""
 
     def __call__(self) -> SmallRun:
         run = self.make()
@@ -32,7 +32,7 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """A run with a fault, and a healthy one."""
+    """A faulty run and a healthy one."""
 
     name: str
     path: str
@@ -41,30 +41,30 @@ class Control:
     fault: Recipe
     healthy: Recipe
     words: tuple[str, ...]
-    """All of them are in the reason."""
+    """Words that the reason must contain."""
     not_words: tuple[str, ...] = ()
-    """None of them is."""
+    """Words that the reason must not contain."""
     caught_by: Literal["status", "reason", "unknown"] = "status"
-    """``reason``: what was required did run, and the reason warns of what comes with it or of what CUDA would do.
-    ``unknown``: the evidence contradicts itself, and the reason says where."""
+    """``reason``: the required path did run, and the reason warns of a side effect or of CUDA's behaviour. ``unknown``:
+    the evidence is contradictory, and the reason says where."""
     needs_cuda: str | None = None
-    """Why it takes a GPU to show."""
+    """Why the fault shows only on a GPU."""
 
 
 def control(name: str, path: str, required: Json, fault: Build, healthy: Build, *words: str, **options: Any) -> Control:
-    """A row of the catalogue."""
+    """Return a row of the catalogue."""
     return Control(
         name=name, path=path, required=required, fault=_recipe(fault), healthy=_recipe(healthy), words=words, **options
     )
 
 
 def small(*changes: Change, **options: Any) -> Recipe:
-    """A recipe: build a small run with ``options``, then apply the ``changes`` in order."""
+    """Return a recipe that builds a small run with ``options`` and applies the ``changes`` in order."""
     return changed(partial(build, **options), *changes)
 
 
 def changed(make: Build, *changes: Change) -> Recipe:
-    """A recipe: make a run, then apply the ``changes`` in order."""
+    """Return a recipe that makes a run and applies the ``changes`` in order."""
     return Recipe(make, changes, " then ".join(map(_text, (make, *changes))))
 
 
@@ -84,13 +84,13 @@ HEALTHY = small()
 
 @dataclass
 class Verifier:
-    """Verifies the runs of some controls; those that share a recipe share the verification."""
+    """Verifies the runs of controls; controls with the same recipe share the verification."""
 
     controls: tuple[Control, ...]
     _checks: dict[tuple[str, str, Json], Check] = field(default_factory=dict)
 
     def failures(self, control: Control) -> list[str]:
-        """Everything that the control requires and that does not hold."""
+        """Return everything that the control requires and that does not hold."""
         broken, sound = (self._check(recipe, control) for recipe in (control.fault, control.healthy))
         return find_failures(control, broken, sound)
 
@@ -110,7 +110,7 @@ class Verifier:
 
 
 def find_failures(control: Control, broken: Check, sound: Check) -> list[str]:
-    """Everything that a control requires and that these checks do not show."""
+    """Return everything that a control requires and that these checks do not show."""
     failures = []
     caught = {"status": broken.status in ("fallback", "absent"), "unknown": broken.status == "unknown"}
     if not caught.get(control.caught_by, broken.met):

@@ -1,4 +1,4 @@
-"""Attention is attributed to the layers of the judged model; every layer must have run the required backend."""
+"""Tests that attention is attributed to the layers of the judged model, each of which must run the required backend."""
 
 from types import SimpleNamespace
 
@@ -42,20 +42,20 @@ def without_a_mask(q, k, v):
 
 
 def by_exponential(q, k, v):
-    """Without a softmax or a product."""
+    """Compute attention without a softmax or a product."""
     q, k, v = split(q), split(k), split(v)
     weights = (q.unsqueeze(3) * k.unsqueeze(2)).sum(-1).exp().tril()
     return joined(((weights / weights.sum(-1, keepdim=True)).unsqueeze(-1) * v.unsqueeze(2)).sum(3))
 
 
 def by_hand(q, k, v):
-    """No operator shows that it is attention."""
+    """Compute attention that no operator shows."""
     weights = (q.unsqueeze(2) * k.unsqueeze(1)).sum(-1).exp()
     return (weights.unsqueeze(-1) * v.unsqueeze(1)).sum(2) / weights.sum(-1, keepdim=True)
 
 
 class Attention(nn.Module):
-    """One layer with a given computation."""
+    """One layer with the given computation."""
 
     def __init__(self, compute):
         super().__init__()
@@ -67,7 +67,7 @@ class Attention(nn.Module):
 
 
 class Other(Attention):
-    """Another class in the same place."""
+    """Another class in the same position."""
 
 
 class Feed(nn.Module):
@@ -82,7 +82,7 @@ class Feed(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, where there is any, and a feed-forward layer."""
+    """Optional attention and a feed-forward layer."""
 
     def __init__(self, attention):
         super().__init__()
@@ -93,7 +93,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Blocks one after the other."""
+    """Blocks in sequence."""
 
     def __init__(self, *blocks):
         super().__init__()
@@ -111,7 +111,7 @@ def stack(*computed):
 
 @pytest.fixture
 def verified():
-    """Checks of a model, by path; ``step`` takes the model and an input."""
+    """A function that returns the checks of a model by path; ``step`` takes the model and an input."""
 
     def verify(model, required="flash", step=None, path="attention.backend"):
         torch.manual_seed(0)
@@ -134,14 +134,14 @@ def verified():
 
 @pytest.mark.parametrize("other", [lambda: Block(Other(by_hand)), lambda: Block(None)])
 def test_another_class_in_the_place_of_attention_is_found(verified, other):
-    """A block without attention, in which nothing mixes tokens, is no fault."""
+    """A block without attention that mixes no tokens is not a fault."""
     block = other()
     check = verified(Model(Block(Attention(fused)), block))
     assert check.met is (block.attn is None)
 
 
 def test_a_flat_sequence_of_layers_is_no_alarm(verified):
-    """Feed-forward layers have the same kind of name as attention, and mix no tokens."""
+    """Feed-forward layers have names like those of attention but mix no tokens."""
     flat = nn.Sequential(Attention(fused), Feed(), Attention(fused), Feed())
     assert verified(flat).met
     assert not verified(nn.Sequential(Attention(fused), Feed(), Attention(by_hand), Feed())).met
@@ -159,14 +159,14 @@ def test_a_flat_sequence_of_layers_is_no_alarm(verified):
     ],
 )
 def test_each_way_of_writing_attention_is_recognised(verified, compute, backend, mask):
-    """And its mask, however that was laid over the scores."""
+    """Its mask is recognised as well, however it is applied to the scores."""
     assert verified(stack(compute, compute), backend).met
     assert verified(stack(compute, compute), mask, path="attention.mask").met
     assert verified(stack(compute, compute), "float32", path="attention.dtype").met
 
 
 def test_a_hybrid_by_its_configuration_is_no_alarm(verified):
-    """A layer that the configuration calls by another kind need not attend, whatever its class."""
+    """A layer with another kind in the configuration need not attend, whatever its class."""
 
     model = stack(fused, by_hand)
     assert not verified(model).met
@@ -175,7 +175,7 @@ def test_a_hybrid_by_its_configuration_is_no_alarm(verified):
 
 
 def test_a_router_softmax_is_not_attention(training):
-    """Experts are chosen by a softmax over fewer dimensions than attention scores have."""
+    """A router's softmax has fewer dimensions than attention scores."""
     run = training()
     for name, module in run.model.named_modules():
         if name.endswith("mlp"):

@@ -1,4 +1,4 @@
-"""Steps of two ranks over gloo under ``watch``, some of them sabotaged: each rank prints a line of JSON a case.
+"""Steps of two ranks over gloo under ``watch``, some of them faulty: each rank prints a line of JSON for each case.
 
 Run as a script, with the number of the rank and a file in which the two meet. One pair of processes takes all cases.
 """
@@ -41,7 +41,7 @@ def adapted(*, dropout=0.0, linear=nn.Linear):
 
 
 class Training:
-    """A loop of DDP, as a script has it; `skip` and `sync` say what a rank does in each step."""
+    """A DDP loop as in a script; `skip` and `sync` set what a rank does in each step."""
 
     def __init__(self, rank, *, clip=0.0, accumulate=1, **model):
         torch.manual_seed(7)
@@ -91,7 +91,7 @@ def sharded(rank):
 
 
 def flat(rank):
-    """FSDP1 lays all parameters of a module in one, of which each rank keeps a part."""
+    """FSDP1 flattens all parameters of a module into one, of which each rank holds a part."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     torch.manual_seed(7)
@@ -113,7 +113,7 @@ def scales_differ(rank):
 
 
 def exchanged_at_first_only(rank):
-    """With dropout, gradients stay where they are from the second step on; the first check saw nothing of it."""
+    """With dropout, gradients are not exchanged from the second step on, which the first check does not see."""
     training = Training(rank, dropout=0.5)
     first = training.checks()
     assert all(check.met for check in first if check.path in REQUIRED), first
@@ -121,7 +121,7 @@ def exchanged_at_first_only(rank):
 
 
 def left_out_later(rank):
-    """Rank 1 leaves out one update, before the step that is watched."""
+    """Rank 1 skips one update before the watched step."""
     training = Training(rank)
     for number in range(3):
         training.step(skip=rank == 1 and number == 1)
@@ -133,13 +133,13 @@ def never_steps(rank):
 
 
 def verified_without_updates(rank):
-    """`verify` takes as many steps on every rank, although one rank waits for an update up to the last."""
+    """`verify` takes the same number of steps on every rank, although one rank never updates."""
     training = Training(rank)
     return kernels_check.verify(training.model, lambda: training.step(skip=rank == 1), REQUIRED)
 
 
 def nothing_ran(rank):
-    """Rank 1 watches a model that another one is trained in place of."""
+    """Rank 1 watches a model that is not the trained one."""
     training, other = Training(rank), adapted()
     if rank:
         training.watched = kernels_check.watch(other, REQUIRED)

@@ -1,4 +1,4 @@
-"""One real executor for the tests of this folder and the tokens that it has made: their starts are what costs."""
+"""Fixtures of this folder: one real executor and its tokens, shared because of their start time."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from lorameter.run.workers.local import LocalExecutor
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """That of the runs of `executor`; their logs lie in it."""
+    """The folder of the runs and logs of `executor`."""
     return tmp_path_factory.mktemp("run")
 
 
 @pytest.fixture(scope="session")
 def executor(folder):
-    """Started once."""
+    """A real executor that is started once."""
     local = LocalExecutor()
     local.start(folder, 1)
     local.hello()
@@ -25,7 +25,7 @@ def executor(folder):
 
 @pytest.fixture(scope="session")
 def tokens_of(executor):
-    """A function that gives the tokens of a workload; for each they are made once, in a process of their own."""
+    """A function that returns the tokens of a workload, which are made once in a separate process."""
     prepared = {}
 
     def tokens(workload):

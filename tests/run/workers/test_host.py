@@ -1,4 +1,4 @@
-"""The interpreter of a measuring process, checked with real processes."""
+"""Tests of the interpreter of a measuring process, with real processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lorameter.run.workers.local import LocalExecutor
 
 @pytest.mark.parametrize("program", ["/bin/false", "/bin/echo", "/no/such/python"])
 def test_a_program_that_is_no_python_is_refused(program):
-    """Whether it fails, prints something else or does not exist: the error names it and its output."""
+    """The error names the program and its output, whether it fails, prints something else or does not exist."""
     with pytest.raises(UsageError, match=program):
         inspect(Host(python=program))
 
@@ -39,7 +39,7 @@ def test_a_package_installed_from_a_commit_is_identified_by_it(tmp_path):
 
 
 def copy_of_the_packages(folder):
-    """A copy of the packages, to be changed, as another revision would be."""
+    """Return a copy of the packages that can be changed like another revision."""
     for package in (lorameter, kernels_check):
         subprocess.run(["cp", "-r", str(Path(package.__file__).parent), str(folder)], check=True)
     return folder
@@ -47,7 +47,7 @@ def copy_of_the_packages(folder):
 
 @pytest.mark.faults
 def test_a_side_that_speaks_another_schema_is_refused_by_name(tmp_path):
-    """Its records could not be read, so it is an error before anything is measured."""
+    """The error comes before the measurement, since the records could not be read."""
     other = copy_of_the_packages(tmp_path)
     record = other / "lorameter" / "records" / "record.py"
     record.write_text(record.read_text().replace(f"\nSCHEMA = {SCHEMA}\n", f"\nSCHEMA = {SCHEMA + 1}\n"))

@@ -1,4 +1,5 @@
-"""The sides of an A/B: what a word names, and that it is what would be measured. Real git, real environments."""
+"""Tests of the sides of an A/B, with real git and real environments: what an argument names, and that it is what is
+measured."""
 
 from __future__ import annotations
 
@@ -25,11 +26,11 @@ from lorameter.run.workers.local import LocalExecutor
 from lorameter.run.workers.sides import DECLARED, OWN_PACKAGES, name_side, open_side
 
 OLD_PACKAGING = "packaging==24.2"
-"""Pure, small, and older than anything that depends on lorameter's own dependencies would bring."""
+"""A pure, small package that is older than any version that lorameter's dependencies need."""
 
 
 def silent(line):
-    """A report that is discarded."""
+    """Discard a line of a report."""
 
 
 def git(folder, *arguments):
@@ -39,7 +40,7 @@ def git(folder, *arguments):
 
 
 def run(host, code):
-    """What a process of this host prints."""
+    """Return what a process of this host prints."""
     command = [host.python, "-c", code]
     done = subprocess.run(
         command, env=host.variables({"PATH": "/usr/bin:/bin"}), cwd=host.cwd, check=True, capture_output=True, text=True
@@ -49,7 +50,7 @@ def run(host, code):
 
 @pytest.fixture
 def repository(tmp_path):
-    """Two commits of a package `gadget` that is not lorameter; the second is tagged and the tree is changed again."""
+    """Two commits of a package `gadget` other than lorameter; the second is tagged, and the tree has another change."""
     folder = tmp_path / "repository"
     (folder / "gadget").mkdir(parents=True)
     git(folder, "init", "--quiet", "--initial-branch=main")
@@ -64,7 +65,7 @@ def repository(tmp_path):
 
 @pytest.fixture
 def opened(repository, tmp_path):
-    """Opens sides of that repository."""
+    """A function that opens sides of that repository."""
 
     @contextlib.contextmanager
     def open_it(word, **changes):
@@ -78,7 +79,7 @@ def opened(repository, tmp_path):
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """One cache for the tests of this module that install."""
+    """One cache for all tests of this module that install."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -86,7 +87,8 @@ def cache(tmp_path_factory):
 
 
 def test_a_revision_is_checked_out_and_imported(opened, repository):
-    """Its own code, whatever the working tree says; its commit in the label; clean although bytecode was written."""
+    """The side imports the revision's code and not the working tree; its label has the commit, and bytecode does not
+    make it dirty."""
     with opened("HEAD~1") as side:
         assert (side.kind, side.declared) == ("revision", ("git",))
         commit = git(repository, "rev-parse", "HEAD~1")
@@ -99,7 +101,7 @@ def test_a_revision_is_checked_out_and_imported(opened, repository):
 
 
 def test_a_library_of_the_working_tree_is_not_a_revisions(opened, repository, monkeypatch):
-    """An editable install that points where the revision has nothing would be measured on both sides."""
+    """An editable install of a package that the revision does not have would be measured on both sides."""
     (repository / "new" / "peft").mkdir(parents=True)
     (repository / "new" / "peft" / "__init__.py").write_text("")
     monkeypatch.setenv("PYTHONPATH", str(repository / "new"))
@@ -108,7 +110,7 @@ def test_a_library_of_the_working_tree_is_not_a_revisions(opened, repository, mo
 
 
 def test_a_revision_without_a_package_is_refused(opened, repository):
-    """Nothing of it would be measured, and both sides would be the same."""
+    """Both sides would be the same."""
     git(repository, "rm", "--quiet", "--force", "-r", "gadget")
     (repository / "README").write_text("moved\n")
     git(repository, "add", ".")
@@ -130,7 +132,7 @@ class Finder:
 
 @pytest.fixture
 def editable(repository, tmp_path):
-    """Installs the repository in an environment in one of the ways of editable installs; returns its python."""
+    """A function that makes an editable install of the repository in an environment and returns its python."""
 
     def install(lines):
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
@@ -151,14 +153,14 @@ def editable(repository, tmp_path):
     ids=["path", "hook"],
 )
 def test_an_editable_install_does_not_win_over_the_worktree(opened, editable, monkeypatch, lines):
-    """The environment imports the working tree, the side the revision: for path lines and for appended hooks."""
+    """The environment imports the working tree but the side the revision, for path lines and for appended hooks."""
     monkeypatch.setattr(sys, "executable", editable(lines))
     with opened("HEAD~1") as side:
         assert run(side.host, "import gadget; print(gadget.VALUE)") == "1"
 
 
 def test_an_import_hook_that_does_win_is_refused(opened, editable, repository, monkeypatch):
-    """Some build backends put theirs in front of everything: an error, not a comparison of a thing with itself."""
+    """Some build backends insert their hook first, which would compare a revision with itself."""
     lines = "import sys, finder_of_gadget; sys.meta_path.insert(0, finder_of_gadget.Finder)\n"
     monkeypatch.setattr(sys, "executable", editable(lines))
     with pytest.raises(UsageError, match=r"gadget would not be measured: an import loads .*repository"), opened("HEAD"):
@@ -168,14 +170,15 @@ def test_an_import_hook_that_does_win_is_refused(opened, editable, repository, m
 
 @pytest.mark.selftest
 def test_a_revision_of_lorameter_is_measured_by_its_own_harness(tmp_path):
-    """lorameter is installed here, editable or not; the worker of its other revision imports that revision."""
+    """The worker of another revision of lorameter imports that revision, whether lorameter is installed editable or
+    not."""
     here = Path(lorameter.__file__).parents[2]
     if not (here / ".git").exists():
         pytest.skip("not a git checkout")
     clone = tmp_path / "clone"
     git(tmp_path, "clone", "--quiet", "--no-checkout", "--shared", str(here), str(clone))
     folders = ("harness", "kernels_check")
-    for folder in folders:  # the working tree as it is, so that the schema agrees
+    for folder in folders:  # the current working tree, so that the schema agrees
         subprocess.run(["cp", "-r", str(here / folder), str(clone)], check=True)
     with (clone / "harness" / "lorameter" / "__init__.py").open("a") as file:
         file.write("CHANGED = True\n")
@@ -203,7 +206,8 @@ def test_a_revision_of_lorameter_is_measured_by_its_own_harness(tmp_path):
 
 @pytest.fixture
 def environment(tmp_path):
-    """A bare environment; with `packages` also those of the present one, but not its editable installs."""
+    """A function that makes an empty environment; `packages` adds those of the current one, without editable
+    installs."""
 
     def make(*, packages):
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "other")], check=True)
@@ -216,7 +220,7 @@ def environment(tmp_path):
 
 
 def test_an_interpreter_is_given_the_present_harness(opened, environment):
-    """It has the libraries and no lorameter; links are kept, for a virtual environment is one."""
+    """The interpreter has the libraries but no lorameter; its symlink is kept, since it marks a virtual environment."""
     python = environment(packages=True)
     with opened(python) as side:
         assert (side.kind, side.declared, side.label) == (
@@ -235,7 +239,7 @@ def test_an_interpreter_is_given_the_present_harness(opened, environment):
 
 
 def test_an_interpreter_without_the_libraries_is_refused(opened, environment):
-    """All that is missing at once, and the command that installs it."""
+    """The error lists all missing libraries and the command that installs them."""
     python = environment(packages=False)
     remedy = rf"without torch, transformers, peft, bitsandbytes.*{python} -m pip install torch transformers peft bits"
     with pytest.raises(UsageError, match=remedy), opened(python):
@@ -243,7 +247,7 @@ def test_an_interpreter_without_the_libraries_is_refused(opened, environment):
 
 
 def test_a_name_is_a_python_on_path_unless_it_is_a_revision(repository, tmp_path, monkeypatch):
-    """python3.99 on PATH is an interpreter, a branch of that name goes before it, and a path before both."""
+    """python3.99 on PATH is an interpreter, a branch of that name takes precedence, and a path over both."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python3.99").symlink_to(sys.executable)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
@@ -273,14 +277,14 @@ def test_a_name_is_a_python_on_path_unless_it_is_a_revision(repository, tmp_path
     ],
 )
 def test_requirements_are_read_from_one_line(text, requirements):
-    """Spaces separate or surround; a bare name is a requirement only if it is known here."""
+    """Spaces separate or surround; a bare name is a requirement only if it is a known package."""
     found = parse_requirements(text)
     normal = found and tuple(each.replace("@ ", "@").replace(" @", "@") for each in found)
     assert normal == (requirements and tuple(each.replace("@ ", "@") for each in requirements))
 
 
 def test_requirements_win_over_what_is_installed(index, opened, cache):
-    """Metadata and module of the layer's version; all else is the present environment, which is left alone."""
+    """Metadata and module are those of the layer; everything else is the current environment, which is unchanged."""
     present = importlib.metadata.version("packaging")
     with opened(OLD_PACKAGING, cache=cache) as side:
         assert (side.kind, side.declared, side.label) == (
@@ -300,7 +304,7 @@ def test_requirements_win_over_what_is_installed(index, opened, cache):
 
 
 def test_requirements_of_a_resumed_ab_are_asked_for_without_their_credential():
-    """pip may know the user of a host; whatever else was left out is not recorded anywhere, and `***` is never sent."""
+    """pip may know the user of a host; other removed parts are not stored, and `***` is never sent."""
     kept = redact("peft @ https://me:hunter2@host/peft.whl")
     assert restore_requirements("run r, base", kept) == "peft @ https://host/peft.whl"
     for lost in ("https://host/peft.whl?sig=hunter2", f"https://host/hf_{'a' * 20}/peft.whl"):
@@ -309,7 +313,7 @@ def test_requirements_of_a_resumed_ab_are_asked_for_without_their_credential():
 
 
 def test_a_failed_install_is_an_error_and_leaves_nothing(opened, tmp_path):
-    """pip's last lines are in the message, and the next attempt begins anew."""
+    """The message has pip's last lines, and the next attempt starts from scratch."""
     with (
         pytest.raises(UsageError, match=r"packaging==0\.0\.0\.1.*No matching distribution"),
         opened("packaging==0.0.0.1"),
@@ -320,6 +324,6 @@ def test_a_failed_install_is_an_error_and_leaves_nothing(opened, tmp_path):
 
 @pytest.mark.parametrize("spec", ["no-such-branch", "/no/such/python", "  ", "--force"])
 def test_what_is_nothing_is_refused_with_all_that_was_tried(opened, spec):
-    """Interpreter, revision, requirements: each with its reason, and how to write one."""
+    """The error has the reason for each kind (interpreter, revision, requirements) and the valid forms."""
     with pytest.raises(UsageError, match=r"Name a git revision .* or requirements"), opened(spec):
         pass

@@ -1,4 +1,4 @@
-"""A prepared base equals, bit for bit and attribute for attribute, the one that a process would load itself."""
+"""Tests that a prepared base equals, in all bits and attributes, the base that a process would load itself."""
 
 import errno
 import json
@@ -55,33 +55,33 @@ def saved(tmp_path):
 
 
 def base_request(model, variant, seed=1):
-    """The request for a base."""
+    """Return the request for a base."""
     return BaseRequest(
         workload=Workload(model=model, data_seed=seed), variant=variant, device="cpu", threads=1, log_path=""
     )
 
 
 def load_directly(model, variant, seed=1):
-    """The base as a process loads it without the cache."""
+    """Load the base without the cache."""
     return base_model.load_base(catalogue.resolve(model), variant, device="cpu", seed=seed)
 
 
 def load_both_ways(model, variant):
-    """A base that is loaded directly, and one that is prepared and taken from the cache."""
+    """Return a base that is loaded directly, and one that is prepared and taken from the cache."""
     summary = base_cache.prepare(base_request(model, variant))
     taken = base_cache.take(Path(summary.path), variant, "cpu")
     return load_directly(model, variant), taken
 
 
 def tensors_of(model):
-    """All tensors of a model by name: parameters, buffers, constants of quantisation."""
+    """Return all tensors of a model by name: parameters, buffers, quantisation constants."""
     return base_cache._tensors(model) | {
         name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)
     }
 
 
 def plain_attributes(thing):
-    """Attributes of a module, a model or a weight that are neither tensors nor modules."""
+    """Return attributes of a module, a model or a weight that are neither tensors nor modules."""
     kept = (bool, int, float, str, torch.dtype, type)
     return {
         key: value
@@ -91,7 +91,7 @@ def plain_attributes(thing):
 
 
 def assert_equal(ours, theirs):
-    """Tensors bit for bit, and attributes of the model, its modules and its weights."""
+    """Assert that tensors are bit-equal, and that attributes of the model, its modules and its weights are equal."""
     left, right = tensors_of(ours), tensors_of(theirs)
     assert left.keys() == right.keys()
     for name, tensor in left.items():
@@ -117,18 +117,18 @@ def assert_equal(ours, theirs):
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_a_prepared_base_equals_one_that_is_loaded_from_its_files(saved, variant):
-    """For every quantisation, with and without double quantisation."""
+    """The test covers every quantisation, with and without double quantisation."""
     assert_equal(*load_both_ways(saved(), variant))
 
 
 def test_transposed_layers_and_gguf_files_are_prepared_alike(saved, gguf_file):
-    """GPT-2 stores its weights transposed; a GGUF file has to be dequantised first."""
+    """GPT-2 stores its weights transposed; a GGUF file is dequantised first."""
     for model in (saved(GPT2), str(gguf_file)):
         assert_equal(*load_both_ways(model, VARIANTS["nf4"]))
 
 
 def test_a_process_that_writes_to_a_weight_changes_its_own_copy(saved):
-    """Repacking and changes in place leave the file, and so other processes, alone."""
+    """Repacking and in-place changes affect neither the file nor other processes."""
     model, variant = saved(), VARIANTS["nf4"]
     folder = Path(base_cache.prepare(base_request(model, variant)).path)
     base = base_cache.take(folder, variant, "cpu")
@@ -140,13 +140,13 @@ def test_a_process_that_writes_to_a_weight_changes_its_own_copy(saved):
 
 
 def test_a_base_is_made_once(saved):
-    """Another type or quantisation, and of random weights another seed, is another base."""
+    """Another dtype or quantisation, and for random weights another seed, is another base."""
     model = saved()
     first, second = (base_cache.prepare(base_request(model, VARIANTS["nf4"])) for _ in range(2))
     assert (first.conversions, first.quantisations) == (1, 1)
     assert (second.conversions, second.quantisations) == (0, 0)
     assert (first.path, first.hash) == (second.path, second.hash)
-    assert base_cache.prepare(base_request(model, VARIANTS["nf4"], seed=2)).path == first.path  # nothing was drawn
+    assert base_cache.prepare(base_request(model, VARIANTS["nf4"], seed=2)).path == first.path  # no weights were drawn
     others = {
         base_cache.prepare(base_request(model, VARIANTS[name])).path for name in ("bfloat16", "float32", "nf4 single")
     }
@@ -156,7 +156,7 @@ def test_a_base_is_made_once(saved):
 
 
 def test_a_source_that_changed_is_another_base(saved):
-    """Even where its size and its time are what they were."""
+    """This holds even if size and time stamp are unchanged."""
     model = saved()
     before = base_cache.prepare(base_request(model, PLAIN))
     path = Path(model) / "model.safetensors"
@@ -170,7 +170,7 @@ def test_a_source_that_changed_is_another_base(saved):
 
 
 def trial_request(model, base):
-    """The request of a trial that takes this prepared base."""
+    """Return the request of a trial that takes this prepared base."""
     return TrialRequest(
         trial="t", variant=PLAIN, role="variant", replicate=0, seed=0, workload=Workload(model=model, data_seed=1),
         protocol=Protocol(), interleaving="replicates", measures=("steps",), device="cpu", threads=1, tokens_path="",
@@ -179,12 +179,12 @@ def trial_request(model, base):
 
 
 def test_a_trial_whose_base_is_missing_makes_its_own(saved):
-    """It reports the conversion; the model is the same."""
+    """The trial reports the conversion; the model is the same."""
     model = saved()
     summary = base_cache.prepare(base_request(model, PLAIN))
     taken, made = base_cache.base_of(trial_request(model, summary.path))
     assert not made
-    (Path(summary.path) / bases.TENSORS).unlink()  # what has it mapped keeps it
+    (Path(summary.path) / bases.TENSORS).unlink()  # mappings of the file stay valid
     (Path(summary.path) / bases.TENSORS).write_bytes(b"short")
     own, made = base_cache.base_of(trial_request(model, summary.path))
     assert made
@@ -193,7 +193,7 @@ def test_a_trial_whose_base_is_missing_makes_its_own(saved):
 
 
 def test_a_full_disk_is_reported_with_its_remedy(saved, home, monkeypatch):
-    """Nothing is left of the base."""
+    """No file of the base is left."""
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(base_cache, "_write_tensors", lambda *_: (_ for _ in ()).throw(full))
     with pytest.raises(OSError, match="No space") as refused:

@@ -1,4 +1,4 @@
-"""The injected slow-down is real work of known size, and changes no number but the time."""
+"""Tests that the injected slow-down is real work of known size and changes only the time."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ VARIANT = LoraVariant(name="plain", r=4, dtype="float32", lora_dropout=0.1, lear
 
 
 def train(tokens, rows):
-    """Losses of three steps with so many rows of extra work, the gradients of one more, and the FLOPs of its forward
-    and backward pass."""
+    """Return the losses of three steps with extra rows of work, the gradients of one more step, and the FLOPs of its
+    forward and backward pass."""
     torch.set_num_threads(1)
     request = TrialRequest(
         trial="t", variant=VARIANT, role="variant", replicate=0, seed=1, workload=WORKLOAD, protocol=Protocol(),
@@ -40,7 +40,7 @@ def train(tokens, rows):
 
 
 def test_each_adapted_layer_multiplies_once_more_and_nothing_else_changes(tmp_path):
-    """Losses and gradients are equal to the bit, dropout included."""
+    """Losses and gradients are bit-equal, including dropout."""
     tokens = prepare(WORKLOAD, tmp_path).path
     (losses, gradients, flops), (slowed, slowed_gradients, more) = train(tokens, 0), train(tokens, ROWS)
     assert more - flops == 4 * 7 * 2 * ROWS * WIDTH * WIDTH

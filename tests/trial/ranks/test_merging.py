@@ -1,4 +1,4 @@
-"""Values that the ranks of a trial measure on their GPUs are merged into those of one trial."""
+"""Tests of merging the values of the ranks of a trial into those of one trial."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SECOND = FIRST | {
 
 
 def test_energy_and_its_tokens_are_summed():
-    """Energy is left out where one rank has no counter; the number of steps is the same on each."""
+    """Energy is left out if one rank has no counter; the number of steps is the same on each rank."""
     merged = merge_values([FIRST, SECOND])
     assert (merged["device_energy_train_j"], merged["energy_tokens"], merged["energy_steps"]) == (2000.0, 640.0, 10.0)
     without = {key: value for key, value in SECOND.items() if "energy_train_j" not in key}

@@ -1,4 +1,4 @@
-"""Runs whose every number is known: an in-memory run of a small study with one axis of r and one of alpha."""
+"""Fixtures of in-memory runs with known values: a small study with one axis of r and one of alpha."""
 
 import dataclasses
 import math
