@@ -1,4 +1,4 @@
-"""Rules on imports: a lower layer never imports a higher one, and only the packages that measure load torch."""
+"""Tests of the rules on imports: a lower layer never imports a higher one, and only measuring packages import torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHECK_RANK = {layer: place for place, layer in enumerate(CHECK_ORDER)} | dict.fr
 )
 TORCH = ("trial", "attach")
 FOLDERS = {"lorameter": "harness/lorameter"}
-"""Folder of a package that has none at the top."""
+"""Folders of packages that are not in the root."""
 QUICK = "stats studies records verdicts results".split()
 """Folders of tests that need neither torch nor a process (`make test-quick`)."""
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets", "pandas"}
@@ -41,20 +41,20 @@ def modules(package: str) -> list[Path]:
 
 
 def parts_of(path: Path) -> tuple[str, ...]:
-    """The dotted name of a file, in parts."""
+    """Return the dotted name of a file, in parts."""
     source = ROOT / "harness"
     return path.relative_to(source if path.is_relative_to(source) else ROOT).with_suffix("").parts
 
 
 @functools.cache
 def parse(path: Path) -> ast.Module:
-    """The syntax tree of a file, read once for all tests."""
+    """Return the syntax tree of a file, read once for all tests."""
     return ast.parse(path.read_text())
 
 
 @functools.cache
 def imports(path: Path, *, at_import_only: bool = False) -> set[str]:
-    """Dotted names that a file imports, type-checking blocks left out."""
+    """Return the dotted names that a file imports, without type-checking blocks."""
     names: set[str] = set()
 
     def walk(node: ast.AST) -> None:
@@ -87,13 +87,13 @@ def module_of(path: Path) -> str:
 
 
 def import_graph(package: str) -> dict[str, set[str]]:
-    """Which modules of a package each of its modules imports, at any depth of the file."""
+    """Return for each module of a package the modules of it that it imports, at any depth of the file."""
     known = {module_of(path): path for path in modules(package)}
     return {name: (imports(path) & set(known)) - {name} for name, path in known.items()}
 
 
 def find_cycle(graph: dict[str, set[str]]) -> list[str]:
-    """One cycle of a graph, as the names along it; empty where there is none."""
+    """Return one cycle of a graph as the names along it, or an empty list."""
     try:
         tuple(graphlib.TopologicalSorter(graph).static_order())
     except graphlib.CycleError as error:
@@ -102,7 +102,7 @@ def find_cycle(graph: dict[str, set[str]]) -> list[str]:
 
 
 def test_every_test_says_its_behaviour():
-    """One docstring line each, so that a failure reads as a sentence."""
+    """Each test has a docstring, so that a failure reads as a sentence."""
     silent = [
         f"{path.name}::{node.name}"
         for folder in ("tests", "benchmarks")
@@ -115,7 +115,7 @@ def test_every_test_says_its_behaviour():
 
 @pytest.mark.parametrize(("package", "rank"), [("lorameter", HARNESS_RANK), ("kernels_check", CHECK_RANK)])
 def test_imports_point_down(package, rank):
-    """A module imports only from strictly lower layers; lazy imports included, no exceptions."""
+    """A module imports only from strictly lower layers, including lazy imports."""
     layers = {layer_of(path) for path in modules(package)} - {"__init__"}
     assert layers <= set(rank), f"no place in the order: {layers - set(rank)}"
     up = [
@@ -130,7 +130,7 @@ def test_imports_point_down(package, rank):
 
 @pytest.mark.parametrize("layer", ["verdicts", "attach"])
 def test_verdicts_and_the_meter_do_not_import_the_trial(layer):
-    """Verdicts are computed from records alone, and the meter runs in the user's process."""
+    """Verdicts are computed from records only, and the meter runs in the user's process."""
     assert not [
         f"{name} imports {other}"
         for name, others in import_graph("lorameter").items()
@@ -141,26 +141,27 @@ def test_verdicts_and_the_meter_do_not_import_the_trial(layer):
 
 @pytest.mark.parametrize("package", ["lorameter", "kernels_check"])
 def test_no_cycle(package):
-    """Modules import each other in one direction, inside a layer and at any depth of a file."""
+    """There is no import cycle, inside a layer and at any depth of a file."""
     assert not find_cycle(import_graph(package))
 
 
 def test_no_module_is_longer_than_500_lines():
-    """A longer one holds several ideas."""
+    """A longer module has several responsibilities."""
     paths = [path for package in ("lorameter", "kernels_check") for path in modules(package)]
     assert not [module_of(path) for path in paths if len(path.read_text().splitlines()) > 500]
 
 
 def test_packages_import_nothing():
-    """Their `__init__` is a docstring, or every command pays for what it imports; attach loads on access what scripts
-    import of it."""
+    """An `__init__` is only a docstring, so that commands do not pay for unused imports; attach loads its exports on
+    access."""
     for layer in set(ORDER) - {"errors", "stats", "wire", "attach"}:
         path = ROOT / "harness" / "lorameter" / layer / "__init__.py"
         assert [type(node).__name__ for node in parse(path).body] == ["Expr"], layer
 
 
 def test_only_packages_that_measure_import_torch():
-    """At import, torch, pandas and libraries as slow as these; the quick tests do not import torch either."""
+    """The rule is about imports at module level, also of pandas and other slow libraries; the quick tests do not import
+    torch either."""
     others = [path for path in modules("lorameter") if layer_of(path) not in TORCH]
     assert not [str(path) for folder in QUICK for path in modules(f"tests/{folder}") if "torch" in imports(path)]
     assert not [
@@ -169,7 +170,7 @@ def test_only_packages_that_measure_import_torch():
 
 
 def test_kernels_check_stands_alone():
-    """It imports nothing of the harness."""
+    """kernels_check imports nothing of lorameter."""
     assert not [
         module_of(path)
         for path in modules("kernels_check")
@@ -178,7 +179,7 @@ def test_kernels_check_stands_alone():
 
 
 def test_statistics_import_nothing_of_the_harness():
-    """lorameter.stats computes on numbers alone."""
+    """lorameter.stats computes on numbers only."""
     for path in modules("harness/lorameter/stats"):
         others = {
             name for name in imports(path) if name.startswith("lorameter.") and not name.startswith("lorameter.stats")
@@ -187,7 +188,7 @@ def test_statistics_import_nothing_of_the_harness():
 
 
 def test_text_from_processes_has_an_error_handler():
-    """A file name or a message may be in another encoding, and must not raise UnicodeDecodeError."""
+    """A file name or a message may have another encoding and must not raise UnicodeDecodeError."""
     offenders = []
     for path in modules("lorameter"):
         calls = [node for node in ast.walk(parse(path)) if isinstance(node, ast.Call)]

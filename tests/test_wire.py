@@ -1,4 +1,4 @@
-"""Messages between processes: garbage, and messages of another version, are refused without waiting."""
+"""Tests of messages between processes: invalid messages, and those of another version, are refused without waiting."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def ends():
 
 
 def test_a_record_arrives_as_it_was_sent(ends):
-    """Numbers that JSON has no name for among it."""
+    """The record has numbers that JSON cannot represent."""
     record = PartialRecord(
         samples={"step_time_s": (0.1, math.inf)},
         values={"loss": np.float64(2.0)},
@@ -41,20 +41,20 @@ def test_a_record_arrives_as_it_was_sent(ends):
 
 @pytest.mark.parametrize("data", [b'{"pid": 7, "schema": 5}\n', b"\0\0\0\4junk", b"\0\0\0\1\xc0"])
 def test_what_is_no_message_is_refused_at_once(ends, data):
-    """A line of the protocol of older versions, a text, and another value in MessagePack."""
+    """The test covers a line of an older protocol, a text, and another value in MessagePack."""
     os.write(ends[1].fileno(), data)
     with pytest.raises(wire.GarbledError):
         wire.receive(ends[0], wire.Hello, 5.0)
 
 
 def test_an_older_version_is_refused_with_one_sentence():
-    """Which names both versions and the remedy."""
+    """The error names both versions and the remedy."""
     with pytest.raises(InvalidRunError, match=rf"the worker speaks schema 1, this program {SCHEMA} .*\. Choose a rev"):
         wire.check_schema(wire.Hello(schema=1), "the worker")
 
 
 def test_an_answer_of_another_type_is_garbled_and_a_refusal_is_an_error(ends):
-    """With the message and the exit code of the other end."""
+    """The error has the message and the exit code of the other end."""
     wire.send(ends[1], wire.answer_with({"status": "fine"}))
     with pytest.raises(wire.GarbledError, match="not the answer that is expected"):
         wire.receive_answer(ends[0], PartialRecord)
@@ -67,7 +67,7 @@ def test_an_answer_of_another_type_is_garbled_and_a_refusal_is_an_error(ends):
     ("program", "code"), [("raise SystemExit(3)", 3), ("import os, time; os.fork() and os._exit(9); time.sleep(60)", 9)]
 )
 def test_a_process_that_ends_without_an_answer_is_not_waited_for(ends, program, code):
-    """Although a process that it has started holds the connection open."""
+    """The call returns although a child of the process keeps the connection open."""
     process = subprocess.Popen(
         [sys.executable, "-c", program], pass_fds=[ends[1].fileno()], start_new_session=True, stderr=subprocess.DEVNULL
     )

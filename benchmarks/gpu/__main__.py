@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu``: the campaign, wherever its libraries come from.
+"""``python -m benchmarks.gpu``: starts the campaign with installed or packed libraries.
 
 Libraries for a machine without a network are in a folder of the checkout (`benchmarks.gpu.pack`). It has to be
 on the path before anything of the harness is imported, here as in every process that is started from here.
@@ -18,8 +18,8 @@ PROJECT = "lorameter"
 
 
 def packed(site: Path = SITE, project: str = PROJECT) -> Path | None:
-    """The packed folder where it is needed. Where the project is installed, as on the machine that has packed it, its
-    libraries are installed too, and those of the folder are for another interpreter."""
+    """Return the packed folder if it is needed. An installed project, as on the packing machine, has installed
+    libraries, and the packed ones are for another interpreter."""
     try:
         distribution(project)
     except PackageNotFoundError:
@@ -28,7 +28,7 @@ def packed(site: Path = SITE, project: str = PROJECT) -> Path | None:
 
 
 def variables_of(environment: Mapping[str, str], site: Path | None) -> dict[str, str]:
-    """The variables of the steps' processes; with a packed folder nothing is looked for on a network."""
+    """Return the environment of the steps' processes, which is offline with a packed folder."""
     variables = {**environment, "PYTHONUNBUFFERED": "1"}
     paths = [str(ROOT / "harness"), str(ROOT)]
     if site is not None:

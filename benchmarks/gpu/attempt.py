@@ -1,4 +1,4 @@
-"""One attempt at a step: its process, what it wrote, and the clock that ends it.
+"""One attempt at a step: its process, its output, and its time limit.
 
 A process that is out of time gets SIGINT, upon which a run saves its trials and a pytest writes its results; one that
 ignores it is killed, with its child processes.
@@ -16,25 +16,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 GRACE_S = 25.0
-"""Time to save what was measured, and to end."""
+"""The time to save the results and exit."""
 MOST_CHARACTERS = 300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """How a process ended."""
+    """The end of a process."""
 
     code: int | None
-    """None where the clock ended it."""
+    """The exit code; None where the limit ended the process."""
     took_s: float
     last_line: str
-    """The last line of its standard error; of its output where it wrote none there."""
+    """The last line of its standard error, or of its output if standard error is empty."""
 
 
 def attempt(
     words: Sequence[str], *, limit_s: float, outputs: Path, name: str, folder: Path, variables: Mapping[str, str]
 ) -> Ended:
-    """Run a command to its end or to its limit; its output is written to NAME.out and NAME.err in `outputs`."""
+    """Run a command to its end or to its limit; its output goes to NAME.out and NAME.err in `outputs`."""
     outputs.mkdir(parents=True, exist_ok=True)
     written = {stream: outputs / f"{name}.{stream}" for stream in ("out", "err")}
     begun = time.monotonic()

@@ -31,20 +31,21 @@ ASSUMED = frozenset(
     "torch transformers accelerate safetensors tokenizers numpy scipy pandas pyarrow pytest pytest-benchmark "
     "pytest-timeout hypothesis psutil nvidia-ml-py filelock rich threadpoolctl packaging jinja2 pip".split()
 )
-"""Assumed in an image with torch, transformers, scikit-learn and pytest: these, and what they need."""
+"""Packages that an image with torch, transformers, scikit-learn and pytest is assumed to have, with their
+dependencies."""
 PLATFORMS = (
     *(f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17)),
     "manylinux2014_x86_64",
     "manylinux1_x86_64",
 )
 MOST_PACKED_BYTES = 8 * 2**20
-"""Of one file that comes back; tokens and long recordings are larger, and are made again."""
+"""The largest file in an archive; tokens and long recordings are larger and can be regenerated."""
 TAKEN = (".gpu/state/", "reports/", "docs/gpu.md")
-"""The paths that an archive may write in a checkout."""
+"""Paths in a checkout that an archive may write."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Pack, or take back."""
+    """Pack the libraries, or unpack results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python-version", default="3.12", metavar="V", help="of the other machine; default: 3.12")
     parser.add_argument("--cuda", default="130", metavar="V", help="that its torch is built for; default: 130")
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def pack(folder: Path, *, python_version: str, cuda: str) -> None:
-    """Fill `folder/site` anew. Raises CalledProcessError where pip cannot download a package."""
+    """Fill `folder/site` from scratch. Raises CalledProcessError where pip cannot download a package."""
     site = folder / "site"
     shutil.rmtree(site, ignore_errors=True)
     site.mkdir(parents=True)
@@ -78,7 +79,7 @@ def pack(folder: Path, *, python_version: str, cuda: str) -> None:
 
 
 def slim(site: Path, cuda: str) -> None:
-    """Leave out libraries for other versions of CUDA, and tests. Raises FileNotFoundError if that leaves none."""
+    """Remove libraries for other CUDA versions, and tests. Raises FileNotFoundError if no library is left."""
     wanted = f"libbitsandbytes_cuda{cuda}.so"
     if not (site / "bitsandbytes" / wanted).exists():
         raise FileNotFoundError(f"bitsandbytes has no {wanted}: give the CUDA of the other torch with --cuda")
@@ -90,7 +91,7 @@ def slim(site: Path, cuda: str) -> None:
 
 
 def describe(site: Path) -> None:
-    """The project's metadata and entry points, without its code: pytest finds its plugin by them."""
+    """Write the project's metadata and entry points without its code, so that pytest finds the plugin."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     folder = site / f"{project['name']}-{project['version']}.dist-info"
     folder.mkdir()
@@ -105,7 +106,7 @@ def describe(site: Path) -> None:
 
 
 def pack_results(out: Path, state: Path, reports: Path, page: Path) -> Path:
-    """Pack the results of a call, to resume and to keep; returns the archive."""
+    """Pack the results of a call, which resume the campaign and are kept; return the archive."""
     archive = out / "campaign.tar.gz"
     with tarfile.open(archive, "w:gz") as file:
         for path in _found((state, *reports.glob("*_gpu"), page)):
@@ -115,7 +116,8 @@ def pack_results(out: Path, state: Path, reports: Path, page: Path) -> Path:
 
 
 def take(archive: Path, root: Path) -> list[str]:
-    """Unpack an archive of `pack_results` into a checkout; returns the names. Raises ValueError for others."""
+    """Unpack an archive of `pack_results` into a checkout and return the names. Raises ValueError for other
+    archives."""
     with tarfile.open(archive) as file:
         members = [member for member in file.getmembers() if member.isfile()]
         strange = [
@@ -135,7 +137,7 @@ def _found(places: Iterable[Path]) -> Iterator[Path]:
 
 
 def _name_in_archive(path: Path, state: Path) -> str:
-    """The state gets its usual path, wherever its folder is."""
+    """Return the path in the archive; the state has its default path, wherever its folder is."""
     if path.is_relative_to(state):
         return str(Path(".gpu/state") / path.relative_to(state))
     return str(path.relative_to(ROOT))

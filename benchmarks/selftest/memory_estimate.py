@@ -58,17 +58,17 @@ PROTOCOL = Protocol(warmup_steps_min=2, generate_warmup=0)
 
 
 def main() -> int:
-    """Measure, compare, print; 1 where a bound does not hold."""
+    """Measure, compare and print; return 1 where a bound does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     model = parser.parse_args().model
-    import_libraries()  # a child must find what a trial finds
+    import_libraries()  # a child must have the same imports as a trial
     print_origin()
     return exit_code(compare_measured(model))
 
 
 def compare_measured(model: str) -> Iterator[str]:
-    """Print estimates next to the peaks of real trials; yield what is out of bounds."""
+    """Print estimates next to the peaks of real trials; yield the values out of bounds."""
     source = catalogue.resolve(model)
     shape, stored = shapes.shape(source), stored_dtype(source)
     print(f"{model}, CPU, one thread; MiB of the process's peak resident set; * constants were chosen on these")
@@ -87,7 +87,7 @@ def compare_measured(model: str) -> Iterator[str]:
 
 
 def in_child(variant: Variant, workload: Workload) -> Mapping[str, Any]:
-    """Run a trial in a forked process; the tokens are prepared in one of their own."""
+    """Run a trial in a forked process; another one prepares the tokens."""
     with tempfile.TemporaryDirectory() as folder:
         for work in (lambda: prepared(workload, folder), lambda: trial(variant, workload, folder)):
             pid = os.fork()
@@ -106,14 +106,14 @@ def in_child(variant: Variant, workload: Workload) -> Mapping[str, Any]:
 
 
 def prepared(workload: Workload, folder: str) -> str:
-    """Path of the token file."""
+    """Prepare the tokens and return the path of their file."""
     from lorameter.trial.data.tokens import prepare
 
     return str(prepare(workload, Path(folder)).path)
 
 
 def trial(variant: Variant, workload: Workload, folder: str) -> dict[str, Any]:
-    """Peaks as an isolated trial reports them, then one step and one request watched."""
+    """Return the peaks of an isolated trial, and the account of one step and one request."""
     from lorameter.trial.building.build import SharedBase
     from lorameter.trial.process import prepare_process
     from lorameter.trial.profiling.trial import ProfiledTrial

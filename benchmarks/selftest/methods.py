@@ -22,7 +22,7 @@ from lorameter.records import store
 from lorameter.studies.variant import PeftVariant
 
 GENERIC: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "num_virtual_tokens": 8, "total_step": 100}
-"""Arguments for every method whose configuration has them."""
+"""Arguments for every method whose configuration has these fields."""
 NEEDED: dict[str, dict[str, Any]] = {
     "ADALORA": {"tinit": 2, "tfinal": 2},
     "ADAPTION_PROMPT": {"target_modules": None, "adapter_layers": 2, "adapter_len": 4},
@@ -34,7 +34,8 @@ NEEDED: dict[str, dict[str, Any]] = {
     "VBLORA": {"num_vectors": 32, "vector_length": 32},
 }
 LEARNING_RATES = {"LN_TUNING": 1e-2}
-"""Other than 1e-3. Norms train in the type of the base, and next to 1 an update of 1e-3 rounds away in bfloat16."""
+"""Rates other than 1e-3. Norms train in the dtype of the base, and next to 1 an update of 1e-3 is rounded away in
+bfloat16."""
 STUDY = """
 [workload]
 model = "random:tiny-llama"
@@ -50,7 +51,7 @@ allow_disturbed = true
 
 
 def variants() -> list[PeftVariant]:
-    """One of each method and type of the base, with arguments that it needs."""
+    """Return a variant for each method and base dtype, with the needed arguments."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     found = []
@@ -67,7 +68,7 @@ def variants() -> list[PeftVariant]:
 
 
 def toml(value: Any) -> str:
-    """A value as TOML."""
+    """Return a value as TOML."""
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + " }"
     if isinstance(value, list):
@@ -76,7 +77,7 @@ def toml(value: Any) -> str:
 
 
 def main() -> int:
-    """Print a line a method; 1 where one neither trains with its checks nor is refused by PEFT."""
+    """Print a line for each method; return 1 if one neither trains with its checks nor is refused by PEFT."""
     print_origin()
     every = variants()
     facts = facts_of(every)

@@ -1,4 +1,4 @@
-"""A script comes to the same end whether it is measured or not: what it prints, what it writes, its exit code."""
+"""Tests that a script ends the same way whether it is measured or not: output, files, exit code."""
 
 import json
 import os
@@ -93,20 +93,20 @@ if __name__ == "__main__":
 
 
 def run(folder, *words, **variables):
-    """A command in a folder, without what this process was started with to measure it."""
+    """Run a command in a folder, without the environment that measures this process."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'harness'}:{ROOT}", "OMP_NUM_THREADS": "1"} | variables
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def wrap(folder, *words, **variables):
-    """The same under `lorameter wrap`."""
+    """Run a command under `lorameter wrap`."""
     ours = [sys.executable, "-m", "lorameter.cli", "wrap", "--no-report", "--runs-dir", "runs", "--"]
     return run(folder, *ours, *words, **variables)
 
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory):
-    """How the script ends alone, wrapped, and with a meter in it and nothing compiled: the process and its folder."""
+    """The finished process and folder of the script alone, wrapped, and with a meter and no compilation."""
     found = {}
     for how, start, variables in (
         ("alone", run, {}),
@@ -127,8 +127,8 @@ def record_of(folder):
 
 @pytest.mark.parametrize("how", ["wrapped", "metered"])
 def test_a_script_ends_as_it_does_alone(ends, how):
-    """Its losses are the same to the bit, with the same graphs of torch.compile for a smaller last batch too. Its model
-    can be saved, copied, scripted and sent to another process, and is freed with its optimizer and its open file."""
+    """Losses are bit-equal, with the same graphs of torch.compile, also for a smaller last batch. The model can be
+    saved, copied, scripted and sent to another process, and is freed with its optimizer and its open file."""
     (alone, there), (done, folder) = ends["alone"], ends[how]
     assert done.stdout == alone.stdout
     assert done.returncode == 3
@@ -139,7 +139,8 @@ def test_a_script_ends_as_it_does_alone(ends, how):
 
 @pytest.mark.parametrize("how", ["wrapped", "metered"])
 def test_such_a_script_is_measured_all_the_same(ends, how):
-    """The parts of its steps, their tokens and losses; and what a step ran, where the model is called uncompiled."""
+    """The record has the parts of its steps, their tokens and losses, and the checks of a step if the model is called
+    uncompiled."""
     done, folder = ends[how]
     samples = record_of(folder).samples
     losses = [float.fromhex(line) for line in done.stdout.splitlines() if line.startswith("0x")]
@@ -184,7 +185,7 @@ for rate in (0.1, 0.2, 0.3):
 
 
 def test_of_a_sweep_the_first_training_is_measured(tmp_path):
-    """The others are named in a notice. The output of each is complete, also what is flushed when the process ends."""
+    """A notice names the other trainings. The output of each is complete, also the part that is flushed at exit."""
     (tmp_path / "train.py").write_text(SWEEP)
     done = wrap(tmp_path, sys.executable, "train.py")
     assert (done.returncode, len(done.stdout.splitlines())) == (0, 3), done.stderr
@@ -230,7 +231,7 @@ train(True)
 
 @pytest.mark.faults
 def test_a_compiled_update_is_compiled_as_alone_and_not_measured(tmp_path):
-    """By itself or with the whole step; the reason that nothing was measured is printed."""
+    """The update is compiled alone or with the whole step; the script prints why nothing was measured."""
     (tmp_path / "train.py").write_text(COMPILED)
     alone, done = run(tmp_path, sys.executable, "train.py"), wrap(tmp_path, sys.executable, "train.py")
     assert done.stdout == alone.stdout
@@ -273,7 +274,7 @@ for kind in (Failing, Trainer):
 
 
 def test_a_trainer_is_freed_however_its_training_ends(tmp_path):
-    """An error that the script catches keeps nothing alive either, and its training has crashed."""
+    """An error that the script catches keeps no object alive, and its training is crashed."""
     (tmp_path / "train.py").write_text(TRAINER)
     done = wrap(tmp_path, sys.executable, "train.py")
     assert done.returncode == 0, done.stderr
@@ -306,7 +307,7 @@ for rows in Meter(model).steps(loader) if sys.argv[1:] else loader:
 
 @pytest.mark.parametrize("metered", [False, pytest.param(True, marks=pytest.mark.faults)])
 def test_a_training_that_is_killed_loses_its_last_second_at_most(tmp_path, metered):
-    """Its run has the steps until then: wrapped, or with a meter in it."""
+    """The run, wrapped or with a meter, has the steps before the last second."""
     (tmp_path / "train.py").write_text(KILLED)
     start, words = (run, ["metered"]) if metered else (wrap, [])
     done = start(tmp_path, sys.executable, "train.py", *words, LORAMETER_RUNS="runs")
@@ -338,7 +339,7 @@ sys.exit(7)
 
 @pytest.mark.faults
 def test_a_disk_that_is_full_at_the_end_leaves_the_commands_exit_code(tmp_path):
-    """The error of the write is printed."""
+    """The write error is printed."""
     (tmp_path / "train.py").write_text(FULL)
     done = wrap(tmp_path, sys.executable, "train.py")
     assert done.returncode == 7, done.stderr

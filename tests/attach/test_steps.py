@@ -1,4 +1,4 @@
-"""Steps of a training as its observer receives them."""
+"""Tests of the steps of a training as its observer receives them."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def training_of(model):
 
 
 class PatientObserver:
-    """An observer that may be informed late; it keeps what was reported and when."""
+    """An observer that accepts late reports; it records the reports and their times."""
 
     def __init__(self):
         self.readings, self.phases, self.errors = [], [], []
@@ -41,7 +41,7 @@ class PatientObserver:
 
 
 def test_steps_before_a_failure_of_the_meter_are_reported(model, capfd):
-    """Nothing that was measured is lost by an error of ours in a later step."""
+    """An error of the meter in a later step loses no earlier results."""
     observer = PatientObserver()
     training = training_of(model)
     steps = Steps(observer, training, torch.device("cpu"), ErrorGuard())
@@ -58,7 +58,7 @@ def test_steps_before_a_failure_of_the_meter_are_reported(model, capfd):
 
 
 def test_a_meter_requires_nothing_of_other_ranks():
-    """Its ranks need not watch the same step, and one that waited for the others would hang."""
+    """Other ranks may watch another step, and waiting for them would hang."""
     model = torch.nn.Linear(2, 2)
     with (watched := make_watch(model, {"ranks.base": True, "mode": "train"})):
         model(torch.ones(1, 2)).sum().backward()

@@ -1,4 +1,4 @@
-"""A script's training as a run on disk."""
+"""Tests of a script's training as a run on disk."""
 
 import dataclasses
 import sys
@@ -34,7 +34,7 @@ CHECKS = (
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """A function that reports a training to a writer, and returns the run, the writer and its answers."""
+    """A function that reports a training to a writer and returns the run, the writer and its replies."""
     names = iter(range(100))
 
     def report(readings, *, error=None, end=True, require=None, facts=None):
@@ -53,12 +53,12 @@ def write(tmp_path, monkeypatch):
 
 
 def steps(count, *, watched=CHECKS, **more):
-    """Steps of which the seventh is watched: one, a warm-up of five or six, the check, and the rest."""
+    """Return steps with the eighth one watched: one first step, a warm-up of six, the watched step, and timed steps."""
     return [reading(n, checks=watched if n == 8 else None, **more) for n in range(1, count + 1)]
 
 
 def test_steps_become_the_samples_of_a_trial(write):
-    """The first is a value, six are the warm-up, one is watched and has no time, the rest is timed."""
+    """The first step is a value, six are the warm-up, one is watched and has no time, and the others are timed."""
     run, _, answers = write(steps(20))
     (record,) = run.records
     assert (run.state, record.status, record.name, record.trial) == ("complete", "ok", "train", "r0-train")
@@ -78,7 +78,7 @@ def test_steps_become_the_samples_of_a_trial(write):
 
 
 def test_a_step_without_what_is_required_makes_the_trial_invalid(write):
-    """So does a step that was not watched: what was not seen is no pass."""
+    """A missing watched step makes the trial invalid as well."""
     lacking = (dataclasses.replace(CHECKS[0], observed=16, status="fallback", reason="16 bits"),)
     run, _, _ = write(steps(12, watched=lacking), require={"base.bits": 4})
     assert (run.records[0].status, run.records[0].failure.kind) == ("invalid", "RequiredPathNotActive")
@@ -87,7 +87,7 @@ def test_a_step_without_what_is_required_makes_the_trial_invalid(write):
 
 
 def test_what_the_script_itself_requires_makes_the_trial_invalid_as_well(write):
-    """The watched step must have it; a value that was required on the command line takes precedence."""
+    """The watched step must meet the script's requirements; a requirement on the command line takes precedence."""
     lacking = (dataclasses.replace(CHECKS[0], observed=16, status="fallback", reason="16 bits"),)
     run, _, answers = write(steps(12, watched=lacking), facts=training(required={"base.bits": 4}))
     assert (run.records[0].status, run.records[0].failure.kind) == ("invalid", "RequiredPathNotActive")
@@ -101,8 +101,8 @@ def test_what_the_script_itself_requires_makes_the_trial_invalid_as_well(write):
 @pytest.mark.parametrize("source", ["optimizer", "trainer"])
 @pytest.mark.parametrize("code", [0, 3])
 def test_an_unseen_end_rests_on_the_exit_code(write, source, code):
-    """A Trainer that did not come to its end is broken off whatever the code; a loop without a meter may have
-    been left as planned, unless the code says otherwise."""
+    """An unfinished Trainer is crashed for any exit code; a loop without a meter may have ended as planned, unless the
+    code says otherwise."""
     run, writer, _ = write(steps(12), end=False, facts=training(source=source))
     error = UnendedError("the process has ended before its training did") if source == "trainer" else None
     writer.end(error, seen=False)
@@ -119,7 +119,7 @@ def test_an_unseen_end_rests_on_the_exit_code(write, source, code):
 
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_seen_end_holds_whatever_the_exit_code(write, code):
-    """A code other than 0 is a notice."""
+    """An exit code other than 0 gives a notice."""
     run, _, _ = write(steps(12))
     assert not finalize_run(run.path, code, run.path.parent, required=False)
     (record,) = store.read_run(str(run.path), run.path.parent).records
@@ -137,7 +137,7 @@ def test_a_seen_end_holds_whatever_the_exit_code(write, code):
     ],
 )
 def test_an_error_ends_the_trial_with_what_was_measured(write, error, status, kind):
-    """Its steps are kept, and its traceback is in the log."""
+    """The steps are kept, and the traceback is in the log."""
     run, _, _ = write(steps(15), error=error)
     (record,) = run.records
     assert (record.status, record.failure.kind) == (status, kind)
@@ -145,7 +145,7 @@ def test_an_error_ends_the_trial_with_what_was_measured(write, error, status, ki
 
 
 def test_a_loss_that_is_no_number_makes_the_trial_invalid(write):
-    """With the step in which it was."""
+    """The message has the step."""
     readings = steps(15)
     readings[9] = dataclasses.replace(readings[9], loss=float("nan"))
     run, _, _ = write(readings)
@@ -155,7 +155,7 @@ def test_a_loss_that_is_no_number_makes_the_trial_invalid(write):
 
 
 def test_a_training_that_is_too_short_has_no_result(write):
-    """All of it was warm-up."""
+    """All its steps are warm-up."""
     run, _, _ = write(steps(4))
     assert (run.records[0].status, run.records[0].failure.kind) == ("invalid", "NothingTimed")
 
@@ -164,12 +164,12 @@ LARGE_BYTES = 64 << 20
 
 
 def take_memory():
-    """Touched, and given back at once: so much comes from the kernel and goes there."""
+    """Allocate and touch a block and free it at once, so that it goes back to the kernel."""
     assert len(b"x" * LARGE_BYTES) == LARGE_BYTES
 
 
 def test_phases_have_peaks_of_their_own(write, tmp_path, monkeypatch):
-    """Of training, evaluation and saving: the memory that one takes is in its own peak and in no other."""
+    """Memory of training, evaluation or saving counts only for its own phase."""
     path = tmp_path / "phases"
     monkeypatch.setenv(RUN, str(path))
     writer = Writer(require={})
@@ -190,7 +190,7 @@ def test_phases_have_peaks_of_their_own(write, tmp_path, monkeypatch):
 
 
 def test_a_second_process_of_a_command_is_not_followed(write, monkeypatch):
-    """The directory of the run is claimed by the first."""
+    """The first process claims the directory of the run."""
     run, _, _ = write(steps(12))
     monkeypatch.setenv(RUN, str(run.path))
     with pytest.raises(Exception, match="another process of this command is followed"):
@@ -198,7 +198,7 @@ def test_a_second_process_of_a_command_is_not_followed(write, monkeypatch):
 
 
 def test_a_command_that_no_study_could_hold_is_followed(tmp_path, monkeypatch):
-    """The run is named by its words, and what is written down of it is its program."""
+    """The run is named after the command, and the manifest stores only its program."""
     monkeypatch.delenv(RUN, raising=False)
     monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", ">", "it's"])
     writer = Writer(runs_dir=tmp_path, require={}, report=False)

@@ -1,4 +1,4 @@
-"""The commands and their options, as `--help` prints them."""
+"""Tests of the commands and options in `--help`."""
 
 import re
 
@@ -9,11 +9,11 @@ from tests.contract.doors import COMMANDS
 from tests.contract.expected import check_text
 
 NO_JSON = ("wrap", "model")
-"""wrap leaves standard output to the command; model has the commands below it."""
+"""wrap leaves standard output to the command, and model only has subcommands."""
 
 
 def test_the_commands(lorameter, monkeypatch):
-    """`lorameter --help` lists them, and no other."""
+    """`lorameter --help` lists exactly these commands."""
     monkeypatch.setenv("COLUMNS", "80")
     outcome = lorameter("--help")
     assert (outcome.code, outcome.err) == (0, "")
@@ -23,7 +23,7 @@ def test_the_commands(lorameter, monkeypatch):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_options_of_a_command(command, lorameter, monkeypatch):
-    """Help exits with 0, names every option, and all but two commands have --json and --runs-dir."""
+    """Help exits with 0 and names every option; all commands but two have --json and --runs-dir."""
     monkeypatch.setenv("COLUMNS", "80")
     outcome = lorameter(f"{command} --help")
     assert (outcome.code, outcome.err) == (0, "")
@@ -32,7 +32,7 @@ def test_the_options_of_a_command(command, lorameter, monkeypatch):
 
 
 def test_the_version(lorameter):
-    """One line with the name of the program."""
+    """The output is one line with the name of the program."""
     outcome = lorameter("--version")
     assert (outcome.code, outcome.err) == (0, "")
     assert re.fullmatch(r"lorameter \S+\n", outcome.out)
@@ -40,7 +40,7 @@ def test_the_version(lorameter):
 
 @pytest.mark.parametrize("command", ["", "run", "list"])
 def test_help_imports_nothing_heavy(command):
-    """By the console script, in an interpreter of its own."""
+    """The console script runs in a new interpreter."""
     outcome = doors.start("lorameter", *command.split(), "--help", PYTHONPROFILEIMPORTTIME="1")
     imported = {line.rpartition("|")[2].strip() for line in outcome.err.splitlines()}
     assert outcome.code == 0

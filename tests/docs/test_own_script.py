@@ -1,4 +1,4 @@
-"""The scripts of docs/own-script.md print the lines below them."""
+"""Tests that the scripts of docs/own-script.md print the lines below them."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ PAGE = ROOT / "docs" / "own-script.md"
 
 
 def blocks(kind):
-    """The text of each block of a kind."""
+    """Return the text of each block of a kind."""
     return [part.split("\n```", 1)[0] for part in PAGE.read_text(encoding="utf-8").split(f"```{kind}\n")[1:]]
 
 
@@ -20,7 +20,7 @@ def blocks(kind):
     "place", [pytest.param(0, id="trainer", marks=pytest.mark.selftest), pytest.param(1, id="loop")]
 )
 def test_a_script_prints_what_the_page_says(tmp_path, place):
-    """And leaves a run."""
+    """The script also leaves a run."""
     (tmp_path / "train.py").write_text(blocks("python")[place])
     environment = {
         **os.environ,

@@ -1,6 +1,6 @@
-"""What the system refuses wherever it may: each write on a disk that becomes full, little memory, a disk that is made
-read-only under way, temporary files without room, other documents than a run's. Nothing that was measured is lost, the
-message names what was refused, the exit code is 4, and with room the run is resumed."""
+"""Tests of errors of the system: a disk that becomes full at each write, too little memory, a disk that becomes
+read-only, temporary files without space, and other documents than a run's. Results are kept, the message names the
+error, the exit code is 4, and the run can be resumed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lorameter.records.os_errors import REFUSED
 
 
 def limited(**limits):
-    """To be run in the process between fork and exec: `limited(FSIZE=4096)`."""
+    """Return a function that sets resource limits between fork and exec: `limited(FSIZE=4096)`."""
 
     def limit():
         for name, most in limits.items():
@@ -27,7 +27,7 @@ def limited(**limits):
 
 
 def check_kept(run, code, err):
-    """A run that was refused something: whole lines, no defect, no verdict."""
+    """Assert that a run with an error of the system has complete lines, no internal error and no verdict."""
     assert code == 4, err
     assert "Traceback" not in err
     assert "defect" not in err
@@ -36,7 +36,7 @@ def check_kept(run, code, err):
 
 @pytest.fixture
 def begun(runs):
-    """A function that reads the run if there is one: a fault at its first write leaves none."""
+    """A function that reads the run if it exists; a fault at the first write leaves none."""
 
     def read():
         found = store.list_runs(runs)
@@ -46,7 +46,7 @@ def begun(runs):
 
 
 def whole_replicates(run):
-    """Records of replicates that came to their end; what took turns with a trial that did not is measured again."""
+    """Return the records of complete replicates; groups with an incomplete trial are measured again."""
     lacking = set(run.manifest.order) - {record.trial for record in run.records if record.settled}
     broken = {trial.partition("-")[0] for trial in lacking}
     return [record for record in run.records if f"r{record.replicate}" not in broken]
@@ -54,7 +54,7 @@ def whole_replicates(run):
 
 @pytest.mark.parametrize("free_kib", [4, 24])
 def test_a_disk_that_becomes_full_at_each_write(free_kib, command, runs, tiny_disk, begun, resumed):
-    """Wherever it does: what fitted is whole, and with room the rest is measured."""
+    """At any write, written records are complete, and with free space the rest is measured."""
     ballast = tiny_disk(runs, free_kib)
     done = subprocess.run(command(), capture_output=True, text=True, check=False)
     run = begun()
@@ -69,7 +69,7 @@ def test_a_disk_that_becomes_full_at_each_write(free_kib, command, runs, tiny_di
 
 
 def test_a_disk_that_is_made_read_only_under_way(command, runs, tiny_disk, stopped, only_run, resumed):
-    """By another user, or by a kernel that has seen it fail."""
+    """The disk may be remounted by another user, or by the kernel after an error."""
     tiny_disk(runs, 200).unlink()
     with stopped(command(stop="r1-a:turn")) as process:
         subprocess.run(["mount", "--bind", str(runs), str(runs)], check=True)
@@ -84,7 +84,7 @@ def test_a_disk_that_is_made_read_only_under_way(command, runs, tiny_disk, stopp
 
 
 def test_a_line_that_does_not_fit_leaves_no_part_of_itself(tmp_path):
-    """The system takes what fits and then refuses; the file ends with the line before."""
+    """The system writes a part and then fails; the file ends with the previous line."""
     code = (
         "import sys; from pathlib import Path; from lorameter.records import fileio\n"
         "path = Path(sys.argv[1])\nfileio.append(path, 'x' * 99 + '\\n')\n"
@@ -97,7 +97,7 @@ def test_a_line_that_does_not_fit_leaves_no_part_of_itself(tmp_path):
 
 
 def test_a_disk_that_cannot_be_written_from_the_start_is_a_refusal(command, runs, tiny_disk):
-    """Before anything was measured, so there is nothing to resume."""
+    """Nothing was measured, so that there is nothing to resume."""
     tiny_disk(runs, 200)
     subprocess.run(["mount", "-o", "remount,ro", str(runs)], check=True)
     done = subprocess.run(command(), capture_output=True, text=True, check=False)
@@ -111,8 +111,8 @@ def test_a_disk_that_cannot_be_written_from_the_start_is_a_refusal(command, runs
 
 @pytest.mark.parametrize("command_word", ["turn", "save_adapter"])
 def test_what_is_refused_to_a_trial_is_no_trials_fault(command_word, tmp_path, command, only_run, resumed):
-    """The next trial would meet it as well: the run ends there, with the trial and the remedy named, nothing is called
-    crashed, and with room it is whole."""
+    """The next trial would fail as well: the run ends with the trial and the remedy named, no trial is crashed, and
+    with free space the run can be completed."""
     words = ["run", str(tmp_path / "small.toml"), "--phase", "train", "--phase", "cold", "--interleave", "lockstep"]
     trial = "r1-a"
     done = subprocess.run(
@@ -133,7 +133,7 @@ def test_what_is_refused_to_a_trial_is_no_trials_fault(command_word, tmp_path, c
 
 
 def test_a_baseline_that_cannot_be_written_leaves_the_one_before(command, runs, only_run, tmp_path):
-    """`accept` under a limit that its document does not fit into: the accepted run is the one that it was."""
+    """If `accept` cannot write its document, the accepted run stays the previous one."""
     assert subprocess.run(command(), capture_output=True, check=False).returncode == 0
     words = [sys.executable, "-m", "lorameter.cli", "accept", only_run().manifest.run, "--runs-dir", str(runs)]
     assert subprocess.run(words, capture_output=True, check=False).returncode == 0
@@ -146,7 +146,7 @@ def test_a_baseline_that_cannot_be_written_leaves_the_one_before(command, runs, 
 
 
 def test_what_pytest_cannot_save_is_in_the_run(session, only_run, tmp_path):
-    """pytest-benchmark's own file does not fit: the session does not pass, and the run that it measured is whole."""
+    """If pytest-benchmark's file does not fit, the session does not pass, and the measured run is complete."""
     (tmp_path / "full.json").symlink_to("/dev/full")
     done = subprocess.run(
         session(f"--benchmark-json={tmp_path / 'full.json'}"), capture_output=True, text=True, check=False, cwd=tmp_path

@@ -1,4 +1,4 @@
-"""The commit and the dirty flag of a folder."""
+"""Tests of the commit and the dirty flag of a folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lorameter.machine.repository import git_state, run_git
 
 @pytest.fixture
 def repository(tmp_path):
-    """One commit of one file."""
+    """A repository with one commit of one file."""
     folder = tmp_path / "repository"
     folder.mkdir()
     (folder / "README").write_text("one")
@@ -22,7 +22,7 @@ def repository(tmp_path):
 
 
 def test_a_change_makes_it_dirty_and_bytecode_does_not(repository):
-    """A run that only compiled modules was of the commit."""
+    """A run that only compiled modules still belongs to the commit."""
     commit = run_git(repository, "rev-parse", "HEAD").stdout.strip()
     (repository / "__pycache__").mkdir()
     (repository / "__pycache__" / "a.pyc").write_text("")
@@ -32,7 +32,7 @@ def test_a_change_makes_it_dirty_and_bytecode_does_not(repository):
 
 
 def test_variables_of_a_git_hook_are_ignored(repository, tmp_path, monkeypatch):
-    """Git's hooks export GIT_DIR; the state is that of the named folder."""
+    """Git's hooks export GIT_DIR; the state is that of the given folder."""
     state = git_state(repository)
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "nowhere"))
     assert git_state(repository) == state

@@ -1,4 +1,4 @@
-"""Names of models are resolved without torch and without a network."""
+"""Tests that model names are resolved without torch and network."""
 
 import dataclasses
 import socket
@@ -13,14 +13,14 @@ from lorameter.models.catalogue import CATALOGUE
 
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path, monkeypatch):
-    """No test sees or touches the user's cache."""
+    """An empty cache, so that no test uses the user's cache."""
     cache = tmp_path / "cache"
     monkeypatch.setenv("LORAMETER_CACHE", str(cache))
     return cache
 
 
 def test_cache_directory_precedence(monkeypatch):
-    """LORAMETER_CACHE, then XDG_CACHE_HOME, then ~/.cache."""
+    """The order is LORAMETER_CACHE, XDG_CACHE_HOME, ~/.cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     monkeypatch.setenv("HOME", "/users/someone")
     monkeypatch.setenv("LORAMETER_CACHE", "/own")
@@ -32,7 +32,7 @@ def test_cache_directory_precedence(monkeypatch):
 
 
 def test_tiny_llama_is_random_and_has_the_byte_tokenizer():
-    """The default model needs neither the prefix nor any file but the packaged one."""
+    """The default model needs no prefix and only the packaged file."""
     source = catalogue.resolve("tiny-llama")
     assert (source.kind, source.random, source.tokenizer) == ("config", True, "byte")
     prefixed = catalogue.resolve("random:tiny-llama")
@@ -40,20 +40,20 @@ def test_tiny_llama_is_random_and_has_the_byte_tokenizer():
 
 
 def test_a_catalogue_name_stands_for_its_model_of_the_hub():
-    """`random:` keeps the id, for the tokenizer."""
+    """`random:` keeps the hub id, for the tokenizer."""
     source = catalogue.resolve("llama2-7b")
     assert (source.kind, source.location, source.random) == ("hub", "NousResearch/Llama-2-7b-hf", False)
     assert catalogue.resolve("random:llama2-7b").location == source.location
 
 
 def test_unfetched_model_says_how_to_fetch_it():
-    """A catalogue model that is not in the cache is refused with the command that puts it there."""
+    """The error for a catalogue model outside the cache has the command that fetches it."""
     with pytest.raises(UsageError, match="lorameter model fetch smollm2-135m"):
         catalogue.resolve("smollm2-135m")
 
 
 def test_fetched_model_is_a_directory(empty_cache):
-    """Once fetched, a model and its random twin both come from the cache."""
+    """A fetched model and its `random:` variant both come from the cache."""
     CATALOGUE["smollm2-135m"].directory.mkdir(parents=True)
     (CATALOGUE["smollm2-135m"].directory / catalogue.PROVENANCE_FILE).write_text("{}")
     for name, random in (("smollm2-135m", False), ("random:smollm2-135m", True)):
@@ -73,14 +73,14 @@ def test_fetched_model_is_a_directory(empty_cache):
     ],
 )
 def test_unknown_names_are_refused(name, expected):
-    """A name that stands for nothing is quoted, with near matches or what there is."""
+    """The error quotes the unknown name, with near matches or all names."""
     with pytest.raises(UsageError, match=expected) as caught:
         catalogue.resolve(name)
     assert repr(name) in str(caught.value)
 
 
 def test_a_silent_hub_costs_one_timeout(monkeypatch):
-    """A hub that accepts and never answers counts as unreachable, after one timeout and no retries."""
+    """A hub that accepts a connection but never answers is unreachable after one timeout without retries."""
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(catalogue, "HUB_TIMEOUT_S", 0.2)
@@ -95,6 +95,6 @@ def test_a_silent_hub_costs_one_timeout(monkeypatch):
 
 
 def test_a_directory_without_a_configuration_is_no_model(tmp_path):
-    """A directory must hold a config.json to be named as a model."""
+    """A model directory must have a config.json."""
     with pytest.raises(UsageError, match=r"no config\.json"):
         catalogue.resolve(str(tmp_path))

@@ -1,4 +1,4 @@
-"""A remedy is tried as a study of two variants, and judged as any other."""
+"""Tests that a remedy is measured as a study of two variants and judged like any other."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ PACKED = finding("padding", workload={"layout": "packed"})
 
 @pytest.fixture
 def padded(small_study):
-    """The small study with one record a row, which leaves a part of each empty."""
+    """The small study with one record in each row, so that a part of each row is padding."""
     return dataclasses.replace(
         small_study,
         workload=dataclasses.replace(small_study.workload, layout="padded", sequence_length=256, train_sequences=8),
@@ -34,7 +34,8 @@ def padded(small_study):
 
 
 def test_the_dearest_finding_that_can_be_tried_is_chosen():
-    """Without a name the first with a change; one that cannot be tried is refused, with why and with those that can."""
+    """Without a name the first finding with a change is chosen; another finding is refused with the reason and the
+    available ones."""
     found = (finding("data-wait", obstacle="it is the disk's"), PACKED, finding("dropout", lora_dropout=0.0))
     assert choose_finding(found, None).code == choose_finding(found, "padding").code == "padding"
     assert choose_finding(found, "dropout").code == "dropout"
@@ -50,7 +51,7 @@ def test_the_dearest_finding_that_can_be_tried_is_chosen():
 
 
 def test_the_present_variant_is_the_reference_of_two():
-    """They differ in what the remedy changes and in nothing else, on one workload; what falls back is measured."""
+    """The two variants differ only in the change of the remedy, on one workload; fallbacks are measured."""
     study, variant = load_variant("lora-or-qlora:qlora-nf4-r16")
     pair = make_pair(study, variant, finding("dequantisation", quantization="none"))
     present, suggested = pair.variants
@@ -62,7 +63,7 @@ def test_the_present_variant_is_the_reference_of_two():
 
 
 def test_a_remedy_of_the_workload_is_the_same_variant_on_its_own(padded, machine):
-    """In turns with the present one and never on one base; where the variant can be changed the workload stays."""
+    """It takes turns with the current variant and never shares its base; a change of the variant keeps the workload."""
     variant = padded.variants[0]
     epochs = dataclasses.replace(padded.protocol, epochs=3.0)
     study = dataclasses.replace(padded, protocol=epochs)
@@ -80,14 +81,14 @@ def test_a_remedy_of_the_workload_is_the_same_variant_on_its_own(padded, machine
 
 
 def judged(write_run, pair, code, present, suggested, **options):
-    """What is made of a constructed run with these step times, one a replicate."""
+    """Return the judgement of a constructed run with these step times, one for each replicate."""
     steps, own = {"plain": present, f"without-{code}": suggested}, pair.own_workloads
     path = write_run("run", steps, study=pair, own_workloads=own, **options)
     return judge_remedy(store.read_run(str(path), path.parent), finding(code, optimizer="adamw"))
 
 
 def test_a_gain_counts_where_the_control_is_no_difference(write_run, small_study):
-    """Constructed times: a fifth is gained; with a control that differs, or a failed trial, nothing counts."""
+    """A gain of a fifth is valid; with a control that differs, or a failed trial, it is invalid."""
     pair = make_pair(small_study, small_study.variants[0], finding(optimizer="adamw"))
     old, new = [0.100, 0.1001, 0.1002, 0.0999], [0.080, 0.0801, 0.0802, 0.0799]
     gained = judged(write_run, pair, "dropout", old, new)
@@ -109,7 +110,7 @@ def test_a_gain_counts_where_the_control_is_no_difference(write_run, small_study
 
 
 def test_a_remedy_of_requests_is_judged_by_what_its_cost_is_of(write_run, small_study, machine):
-    """Requests of one length are measured and nothing else of them; steps that grew slower say nothing against it."""
+    """Only requests of one length are measured, and slower steps do not count."""
     wait = dataclasses.replace(finding("weight-copied", copy_head_input=True), metric="first_token_time_s")
     workload = dataclasses.replace(small_study.workload, open_ended_tokens=4)
     protocol = dataclasses.replace(small_study.protocol, epochs=3.0)

@@ -1,4 +1,4 @@
-"""The codec is strict in both directions."""
+"""Tests that the codec is strict in both directions."""
 
 import math
 
@@ -11,7 +11,7 @@ from lorameter.studies.variant import AnyVariant
 
 
 def test_nan_is_named_not_written_as_json():
-    """JSON text never holds NaN, and a float field gets it back."""
+    """NaN is written as a string, and a float field reads it back."""
     text = codec.dumps(PartialRecord(values={"loss": math.nan}))
     assert "NaN" in text
     assert '"NaN"' in text
@@ -30,7 +30,7 @@ def test_nan_is_named_not_written_as_json():
     ],
 )
 def test_wrong_input_is_refused_by_name(data, words):
-    """Unknown keys and wrong types name the place, the key, the value and what to write instead."""
+    """For unknown keys and wrong types the error has the place, the key, the value and a valid replacement."""
     with pytest.raises(UsageError) as caught:
         codec.from_json(AnyVariant, data, "here", strict=True)
     for word in words:
@@ -38,6 +38,6 @@ def test_wrong_input_is_refused_by_name(data, words):
 
 
 def test_a_missing_key_is_named():
-    """A key without a default cannot be left out."""
+    """The error names the missing key, which has no default."""
     with pytest.raises(UsageError, match="here: remedy is missing"):
         codec.from_json(Notice, {"code": "a", "message": "b"}, "here")

@@ -1,4 +1,5 @@
-"""Evidence is stored once, before the record that names it, and a record is never read without its checks."""
+"""Tests that evidence is stored once, before the record that refers to it, and that no record is read without its
+checks."""
 
 from __future__ import annotations
 
@@ -53,7 +54,7 @@ def read(path):
 
 
 def test_evidence_stands_once_and_records_name_it(written):
-    """Three checks for six places, in the form that the store's words promise; a reader sees the checks."""
+    """Three stored checks serve six references; a reader gets the full checks."""
     evidence = [json.loads(line) for line in (written / CHECKS).read_text().splitlines()]
     assert [line["check"] for line in evidence] == [BITS, MASK, SHARE]
     first, second, third = (line["hash"] for line in evidence)
@@ -63,12 +64,12 @@ def test_evidence_stands_once_and_records_name_it(written):
 
 
 def test_a_crash_at_any_byte_leaves_records_with_their_checks(written, tmp_path, monkeypatch):
-    """Whatever part of what was written is on the disk, a record is whole or it is not there."""
+    """For any written prefix, a record is complete or missing."""
     evidence = (written / CHECKS).read_bytes().splitlines(keepends=True)
     records = (written / TRIALS).read_bytes().splitlines(keepends=True)
     steps = [(CHECKS, evidence[0] + evidence[1]), (TRIALS, records[0]), (TRIALS, records[1])]
     steps += [(CHECKS, evidence[2]), (TRIALS, records[2])]
-    monkeypatch.setattr(os, "fsync", lambda number: None)  # the crash is played, and a disk is slow
+    monkeypatch.setattr(os, "fsync", lambda number: None)  # the crash is simulated, and a disk is slow
     for whole, (name, text) in enumerate(steps):
         for cut in range(0, len(text), 19):
             path = tmp_path / f"cut-{whole}-{cut}"
@@ -90,7 +91,7 @@ def test_a_crash_at_any_byte_leaves_records_with_their_checks(written, tmp_path,
 
 
 def test_a_record_whose_evidence_is_lost_is_a_damaged_line(written):
-    """It is counted and left out, never read without its checks; the others are there."""
+    """It is counted and left out; the other records are read."""
     lines = (written / CHECKS).read_text().splitlines(keepends=True)
     (written / CHECKS).write_text(lines[0] + lines[1])
     run = read(written)
@@ -101,7 +102,7 @@ def test_a_record_whose_evidence_is_lost_is_a_damaged_line(written):
 
 
 def test_a_credential_in_a_reason_is_not_written(tmp_path):
-    """A reason may repeat what an error of a library says."""
+    """A reason may quote the error of a library."""
     reason = "OSError: 401 for https://me:hunter2@host/x, password=hunter2"
     writer = RunWriter(tmp_path, manifest())
     for number in range(2):

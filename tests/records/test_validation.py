@@ -1,4 +1,4 @@
-"""Damaged runs: each is refused by its name, and commands about other runs go on."""
+"""Tests of damaged runs: each is refused by name, and commands on other runs work."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ DAMAGES = {
 
 @pytest.fixture
 def path(write_run):
-    """A sound run."""
+    """A valid run."""
     return write_run("mine", {"plain": [1.0] * 5, "nf4": [1.1] * 5})
 
 
 @pytest.mark.parametrize("content", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_manifest_stops_nothing_else(content, path, write_run, machine, capsys, small_study):
-    """Neither the list of runs nor a forecast; the run itself is refused."""
+    """The list of runs and a forecast work; the run itself is refused."""
     write_run("other", {"plain": [1.0] * 5, "nf4": [1.1] * 5}, peak=2**20)
     (path / "manifest.json").write_text(content)
     with pytest.raises(UsageError, match=r"manifest\.json"):
@@ -50,7 +50,7 @@ def test_a_damaged_manifest_stops_nothing_else(content, path, write_run, machine
     ids=str,
 )
 def test_a_table_of_another_form_is_refused(place, value, path, capsys):
-    """With exit code 2 and the key."""
+    """The command exits with 2 and names the key."""
     document = json.loads((path / "manifest.json").read_text())
     table = document
     for key in place[:-1]:
@@ -62,7 +62,7 @@ def test_a_table_of_another_form_is_refused(place, value, path, capsys):
 
 
 def test_unknown_facts_of_a_machine_are_reported_as_unknown(path, capsys):
-    """A manifest without its provenance is read; what is missing is unknown."""
+    """A manifest without provenance is read, with its facts unknown."""
     document = json.loads((path / "manifest.json").read_text())
     document["provenance"] = {}
     (path / "manifest.json").write_text(json.dumps(document))
@@ -83,7 +83,7 @@ def test_unknown_facts_of_a_machine_are_reported_as_unknown(path, capsys):
     ids=str,
 )
 def test_a_record_that_no_trial_could_leave_is_refused(change, path):
-    """By its trial; or, where only a comparison shows it, as a run that is not valid. Never by a traceback."""
+    """The error names the trial, or the run is reported as invalid, without a traceback."""
     lines = [json.loads(line) for line in (path / "trials.jsonl").read_text().splitlines()]
     lines[0] |= change
     (path / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -1,4 +1,4 @@
-"""The reports that are committed are those of the runs next to them: `make reports` makes them anew."""
+"""Tests that the committed reports are those of the runs next to them; `make reports` updates them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REPORTS = sorted(path.parent.relative_to(ROOT) for path in (ROOT / "reports").gl
 
 @pytest.mark.parametrize("run", REPORTS, ids=lambda path: path.name)
 def test_a_committed_report_is_current(run, monkeypatch, tmp_path, capsys):
-    """As text, as a page and as Markdown, to the last character."""
+    """Text, page and Markdown are equal to the last character."""
     monkeypatch.chdir(ROOT)
     page = tmp_path / "report.html"
     assert main(["report", str(run), "--html", str(page)]) == 0

@@ -1,4 +1,4 @@
-"""A run that does not count says so first, in every format, and shows no verdict as if it counted."""
+"""Tests that every format of an invalid run begins with the reason and shows no valid verdict."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INVALID = {
 
 
 class Body(HTMLParser):
-    """The texts between the tags of a page's body, in their order."""
+    """The texts between the tags of a page's body, in order."""
 
     def __init__(self, text):
         super().__init__()
@@ -36,7 +36,7 @@ class Body(HTMLParser):
 
 @pytest.fixture
 def reported(tmp_path, capsys):
-    """A function that reports a run in each format; the lines of each, of the page its texts."""
+    """A function that reports a run in each format and returns the lines of each and the texts of the page."""
 
     def read(run, *options):
         page = tmp_path / "page.html"
@@ -55,14 +55,14 @@ def reported(tmp_path, capsys):
 
 
 def without_escapes(line):
-    """A line as it is read: without what Markdown and a workflow command escape."""
+    """Return a line without the escapes of Markdown and of a workflow command."""
     return re.sub(r"\\(.)", r"\1", line).replace("%2C", ",").replace("%3A", ":")
 
 
 @pytest.mark.parametrize("run", INVALID)
 def test_an_invalid_run_says_so_first_and_no_verdict_of_it_counts(run, reported, capsys):
-    """With the reason, in every format, and the terminal repeats it as the last line; each verdict in the headline, in
-    tables, in figures and in the document of --json is `invalid`."""
+    """Each format begins with the reason, which the terminal repeats as its last line, and each verdict in headline,
+    tables, figures and --json is `invalid`."""
     found = reported(run)
     for form in ("text", "markdown", "github", "page", "title"):
         first = without_escapes(found[form][0])
@@ -87,7 +87,7 @@ def test_an_invalid_run_says_so_first_and_no_verdict_of_it_counts(run, reported,
 
 
 def test_a_required_path_that_was_not_active_makes_the_run_invalid(write_run, reported):
-    """Whatever the status of its trial says."""
+    """The status of the trial does not matter."""
 
     def fell_back(record):
         check = {"path": "base.bits", "required": 4, "observed": 16, "status": "fallback", "reason": "seen"}

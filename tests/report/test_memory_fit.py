@@ -1,4 +1,5 @@
-"""Whether a variant fits comes first, with its range; then the basis, and what to change."""
+"""Tests of the report of whether a variant fits: first the finding with its range, then the basis and what to
+change."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from lorameter.report.terminal import text_of
 
 @pytest.fixture(scope="module")
 def said(every_report):
-    """The documents about what fits, each as one line of text."""
+    """The documents about the fit, each as one line of text."""
     return {
         name: " ".join(text_of(document, width=5000, coloured=False).split())
         for name, document in every_report.items()
@@ -22,7 +23,7 @@ def said(every_report):
     ("fit of nothing", "On 1GiB does not fit: needs"), ("fit here", "On Test [CPU] fits: needs"),
 ])  # fmt: skip
 def test_the_finding_comes_first_with_its_range(said, name, finding):
-    """And with how much is left or lacking at the end of the range that counts."""
+    """The finding also has the spare or missing memory at the end of the range that decides."""
     assert said[name].startswith(finding)
     assert ("or more are left" in said[name]) is ("does not" not in finding)
     assert ("or more are lacking" in said[name]) is ("does not" in finding)

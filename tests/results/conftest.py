@@ -1,4 +1,4 @@
-"""Runs of known content, each read back as a user's would be."""
+"""Fixtures of runs with known content, each read back like a user's."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def read():
 
 @pytest.fixture
 def sound(write_run):
-    """The directory of a run of two variants in five replicates, all of it in order."""
+    """The directory of a valid run of two variants in five replicates."""
     return write_run("sound", {"plain": [1.0, 1.1, 1.2, 1.3, 1.4], "nf4": [2.0, 2.2, 2.4, 2.6, 2.8]})

@@ -1,4 +1,4 @@
-"""DataFrames: typed, whole, and imported only by those who ask."""
+"""Tests of DataFrames: typed, complete, and imported only on use."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from tests.constructed import RUNS
 
 
 def test_settings_commit_and_versions_are_columns(write_run, small_study, tmp_path):
-    """Of trials and of estimates; double quantisation is read of a 4-bit base only."""
+    """Trials and estimates have these columns; double quantisation has a value only for a 4-bit base."""
     facts = {"git": {"commit": "a" * 40, "dirty": True}}
     write_run("set", {"plain": [1.0, 1.1], "nf4": [2.0, 2.1]}, study=small_study, facts=facts)
     frames = lorameter.load("set", tmp_path / "runs")
@@ -30,7 +30,7 @@ def test_settings_commit_and_versions_are_columns(write_run, small_study, tmp_pa
 
 
 def test_each_side_of_an_ab_has_its_own_versions():
-    """Those of its interpreter."""
+    """The versions are those of the side's interpreter."""
     estimates = lorameter.load("ab", RUNS).estimates
     assert {tuple(pair) for pair in estimates[["side", "peft"]].to_numpy()} == {
         ("base", "0.20.0"),
@@ -39,7 +39,8 @@ def test_each_side_of_an_ab_has_its_own_versions():
 
 
 def test_a_script_has_its_command_and_no_setting_that_only_it_knows(write_run, small_study, tmp_path):
-    """Its rank is not the default of a variant, and its versions are those that its processes tell."""
+    """Settings of a script are unknown and not a variant's defaults; its versions are those that its processes
+    report."""
     variants = tuple(ScriptVariant(name=name, command=f"python {name}.py") for name in ("plain", "nf4"))
     protocol = dataclasses.replace(small_study.protocol, phases=("train",))
     study = dataclasses.replace(small_study, workload=script_workload(), protocol=protocol, variants=variants)
@@ -52,7 +53,7 @@ def test_a_script_has_its_command_and_no_setting_that_only_it_knows(write_run, s
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path, monkeypatch):
-    """An empty table would say that there are no runs; one without runs is empty."""
+    """An empty table would say that there are no runs; an existing folder without runs gives one."""
     with pytest.raises(UsageError, match="/nope"):
         lorameter.load_all("/nope")
     monkeypatch.chdir(tmp_path)
@@ -62,7 +63,8 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path, monkeypatch):
 
 
 def test_validity_is_a_column_of_trials_and_estimates():
-    """All of a sound run, none of one whose control failed, and of one with failed trials the control alone."""
+    """All trials of a valid run are valid, none of a run with a failed control, and only the control of a run with
+    failed trials."""
     frames = {run: lorameter.load(run, RUNS) for run in ("sound", "failed", "control-failed")}
     for frame in (table for one in frames.values() for table in (one.trials, one.estimates)):
         assert (frame["valid"] == frame["invalid_reason"].isna()).all()

@@ -1,4 +1,4 @@
-"""A mistake in a study file is answered with the right key, and a missing file is called missing."""
+"""Tests of the errors for mistakes in a study file: they suggest the right key and report a missing file as such."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ IN_PEFT = 'a method of PEFT is named in peft. Write peft = { peft_type = "IA3" }
 
 @pytest.fixture
 def answer(tmp_path, capsys):
-    """What a dry run of a study file says, and its exit code."""
+    """A function that returns exit code and message of a dry run of a study file."""
 
     def ask(text):
         path = tmp_path / "mine.toml"
@@ -53,7 +53,7 @@ def answer(tmp_path, capsys):
     ],
 )
 def test_a_mistaken_key_is_answered_with_the_right_one(answer, text, said):
-    """In one line, without a list of all keys and without saying the place twice."""
+    """The error is one line, without a list of all keys and without repeating the place."""
     code, found = answer(text)
     assert code == 2
     assert said in found
@@ -63,7 +63,7 @@ def test_a_mistaken_key_is_answered_with_the_right_one(answer, text, said):
 
 @pytest.mark.parametrize("name", ["./missing.toml", "missing.toml", "folder/missing", "."])
 def test_a_path_that_is_no_file_is_no_unknown_study(tmp_path, monkeypatch, capsys, name):
-    """It says that the file is missing, and lists no built-in studies."""
+    """The error says that the file is missing, and lists no built-in studies."""
     monkeypatch.chdir(tmp_path)
     assert main(["run", name, "--dry-run"]) == 2
     said = capsys.readouterr().err
@@ -72,7 +72,7 @@ def test_a_path_that_is_no_file_is_no_unknown_study(tmp_path, monkeypatch, capsy
 
 
 def test_a_target_that_no_module_has_is_refused(answer):
-    """PEFT would refuse it in every trial; PEFT also takes modules that are no linear layers."""
+    """PEFT would refuse the target in every trial; it accepts modules other than linear layers."""
     code, said = answer(f"[controls]\ntarget_modules = ['nothing']\n{ONE}")
     assert code == 2
     assert "target_modules = ['nothing']: the model tiny-llama has no such module" in said

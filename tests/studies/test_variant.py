@@ -1,4 +1,4 @@
-"""Variants refuse what no machine could run and have a stable identity."""
+"""Tests that variants refuse impossible values and have a stable identity."""
 
 import dataclasses
 
@@ -53,5 +53,5 @@ def test_every_field_that_is_read_changes_the_identity():
 
 
 def test_fields_that_are_not_read_do_not_split_a_variant():
-    """Without 4 bits, the options of 4-bit quantisation mean nothing."""
+    """Without 4 bits, the options of 4-bit quantisation are ignored."""
     assert LoraVariant(double_quant=True).id == LoraVariant(double_quant=False).id

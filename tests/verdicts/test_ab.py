@@ -1,4 +1,4 @@
-"""The verdicts of an A/B run, from runs with exact numbers: by turn, by variant, by the control, and the exit code."""
+"""Tests of the verdicts of A/B runs with exact numbers: by turn, by variant, by the control, and the exit code."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def write_ab(tmp_path, small_study):
 
 @pytest.fixture
 def report(tmp_path, capsys):
-    """`lorameter report ab`: its exit code and output, a document with --json."""
+    """A function that runs `lorameter report ab` and returns its exit code and output, a document with --json."""
 
     def run(*options):
         code = main(["report", "ab", "--runs-dir", str(tmp_path / "runs"), *options])
@@ -111,7 +111,7 @@ def verdicts_of(report, metric="step_time_s"):
 
 
 def alternating(size, count=8):
-    """Ratios around 1, one a replicate, that scatter too much for a verdict."""
+    """Return ratios around 1, one for each replicate, with too much scatter for a verdict."""
     return [math.exp(size if index % 2 else -size) for index in range(count)]
 
 
@@ -119,7 +119,8 @@ def alternating(size, count=8):
 
 
 def test_a_slower_candidate_is_a_regression(write_ab, report):
-    """5 % are found although the machine moved by 30 % from turn to turn; the other variant is equal; exit 1."""
+    """A slow-down of 5 % is found although the machine varies by 30 % between turns; the other variant is equivalent;
+    the exit code is 1."""
     write_ab({"plain": 1.0, "nf4": 1.05})
     code, document = report("--json")
     assert code == document["exit"] == 1
@@ -132,7 +133,8 @@ def test_a_slower_candidate_is_a_regression(write_ab, report):
 
 
 def test_an_inconclusive_control_forbids_equivalent(write_ab, report):
-    """What was equivalent is open (3), and the reason names the control; peaks, which no clock decides, stay."""
+    """Equivalent verdicts become inconclusive (3), and the reason names the control; memory peaks keep their
+    verdicts."""
     run = write_ab({"plain": 1.0, "nf4": 1.0}, control=alternating(0.1))
     found = report_of(run)
     assert found.control["train"].verdict == "inconclusive"
@@ -145,7 +147,7 @@ def test_an_inconclusive_control_forbids_equivalent(write_ab, report):
 
 
 def test_a_base_that_differs_from_itself_makes_everything_invalid(write_ab, report):
-    """Whatever the candidate did: exit 4, and no ratio."""
+    """For any candidate the exit code is 4, and there is no ratio."""
     run = write_ab({"plain": 1.5, "nf4": 1.0}, control=1.1)
     found = report_of(run)
     assert compare_base_to_itself(run.records, run.manifest.phases)["train"].verdict == "regressed"
@@ -175,7 +177,7 @@ def fallback(record):
     ],
 )
 def test_a_faulty_trial_makes_its_variant_invalid_and_no_other(write_ab, report, side, fault, words):
-    """A trial that is not ok, or whose required path is not active; exit 4 although the other variant regressed."""
+    """A failed trial, or one with an inactive required path, exits with 4 although the other variant regressed."""
 
     def change(record):
         return fault(record) if record.trial == f"r2-nf4-{side}" else record
@@ -187,7 +189,7 @@ def test_a_faulty_trial_makes_its_variant_invalid_and_no_other(write_ab, report,
 
 
 def test_a_control_that_was_not_measured_or_died_makes_the_run_invalid(write_ab):
-    """Without it nothing says what no difference looks like."""
+    """Without a control, no run shows what no difference looks like."""
 
     def without(record):
         return None if record.role == "control" else record
@@ -202,7 +204,7 @@ def test_a_control_that_was_not_measured_or_died_makes_the_run_invalid(write_ab)
 
 
 def test_a_run_without_sides_is_refused(write_run, tmp_path):
-    """Two runs are compared by another command, which the message names."""
+    """The error names the command that compares two runs."""
     run = store.read_run(str(write_run("a", {"plain": [0.1, 0.1], "nf4": [0.2, 0.2]})), tmp_path / "runs")
     for read in (report_of, attribution_of):
         with pytest.raises(UsageError, match=r"run a: it has no sides.*lorameter compare"):
@@ -213,10 +215,12 @@ def test_a_run_without_sides_is_refused(write_run, tmp_path):
 
 
 def test_trials_are_paired_turn_by_turn(write_ab):
-    """Medians of a replicate differ threefold by chance, turns by 3 % always: the interval is that of the turns."""
+    """The medians of a replicate differ threefold by chance but the turns always by 3 %: the interval is that of the
+    turns."""
 
     def bimodal(record):
-        """5 of 11 turns three times as slow for all; one arm, another in every replicate, has a sixth of its own."""
+        """Make 5 of 11 turns three times as slow for all arms, and a sixth turn for one arm, another one in every
+        replicate."""
         if "step_time_s" not in record.samples:
             return record
         own = ("base", "candidate", "control")[record.replicate % 3]
@@ -224,7 +228,7 @@ def test_trials_are_paired_turn_by_turn(write_ab):
         if own == ("control" if record.role == "control" else record.side):
             steps[0] = 0.3
         factor = 1.03 if record.side == "candidate" else 1.0
-        # by a thousandth from replicate to replicate, so that there is some scatter
+        # replicates differ by a thousandth, so that there is some scatter
         times = tuple(step * factor * (1 + record.replicate / 1000) for step in steps)
         return record.replaced(samples=record.samples | {"step_time_s": times})
 
@@ -235,7 +239,7 @@ def test_trials_are_paired_turn_by_turn(write_ab):
 
 
 def test_every_phase_has_its_metric_and_its_control(write_ab):
-    """A control that fails in one phase makes the run invalid; its interval shares its error rate over the phases."""
+    """A control that fails in one phase makes the run invalid; its intervals share the error rate over the phases."""
     run = write_ab({"plain": 1.0}, phases=("train", "generate"))
     assert {row.metric for row in report_of(run).comparisons} == {
         "step_time_s", "request_time_s", "host_peak_train_bytes",
@@ -260,7 +264,7 @@ def test_every_phase_has_its_metric_and_its_control(write_ab):
 
 
 def test_attribution_shows_which_part_moved(write_ab):
-    """The first token takes longer and the rest does not: the ratio of each part is given with the request's."""
+    """If only the first token is slower, the ratio of each part is shown next to the request's."""
 
     def parts(record):
         if not record.samples:

@@ -1,4 +1,4 @@
-"""Recomputation, compilation and modes are seen in the step, not read from flags."""
+"""Tests that recomputation, compilation and modes are observed in the step and not read from flags."""
 
 from functools import partial
 
@@ -10,7 +10,8 @@ import kernels_check
 
 
 def test_tf32_cannot_run_without_cuda(training):
-    """False holds, true is absent, and the flag is quoted; old and new switches mixed do not break it."""
+    """False is met, true is absent, and the reason quotes the flag; mixing the old and the new switches is not an
+    error."""
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     run = training()
@@ -21,7 +22,7 @@ def test_tf32_cannot_run_without_cuda(training):
 
 
 def test_compiled_regions_are_counted_and_checks_stay_sound(training):
-    """In a compiled model, which calls no hook, the adapter is proved by gradients and nothing is recompiled."""
+    """In a compiled model, which calls no hook, gradients prove the adapter, and nothing is recompiled."""
     from torch._dynamo.utils import counters
 
     run = training(quant=None)
@@ -45,7 +46,7 @@ _compile = partial(torch.compile, backend="eager", dynamic=False)
 
 @pytest.fixture
 def compiled():
-    """Judge ``compile`` of a layer by its last step, after steps of as many rows as given."""
+    """A function that judges ``compile`` of a layer by its last step, after steps with the given numbers of rows."""
 
     def judge(layer, *rows, forward=None, required=True):
         forget_compilations()
@@ -67,7 +68,7 @@ def compiled():
 
 
 def test_a_compiled_model_that_runs_eagerly_in_part_is_caught(compiled):
-    """One function is given the length for which it was compiled, the other one beyond the limit."""
+    """One function gets the length of its compilation, the other exceeds the recompile limit."""
     layer = torch.nn.Linear(4, 4)
     doubled, shifted = _compile(lambda value: value * 2), _compile(lambda value: value + 1)
     with torch._dynamo.config.patch(recompile_limit=1):

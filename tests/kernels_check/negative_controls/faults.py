@@ -1,4 +1,4 @@
-"""Ways to break a run after it was built; each says what a user would have done to get there."""
+"""Faults of a run after it was built, as users cause them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from negative_controls.small_run import PAD_TOKEN, SmallRun, autocast, only_math
 
 
 def force_math(run: SmallRun) -> None:
-    """Leave ``sdpa_kernel(MATH)`` around the step, as after a numerical comparison."""
+    """Keep ``sdpa_kernel(MATH)`` around the step, as after a numerical comparison."""
     run.around = only_math
 
 
@@ -22,12 +22,12 @@ def use_autocast(run: SmallRun) -> None:
 
 
 def use_autocast_on_cuda(run: SmallRun) -> None:
-    """As ``use_autocast``."""
+    """Run every step under autocast to bfloat16 on CUDA."""
     run.around = partial(autocast, "cuda")
 
 
 def only_flash_and_efficient(run: SmallRun) -> None:
-    """Leave cuDNN out, which Hopper prefers and which takes what flash refuses."""
+    """Exclude cuDNN, which Hopper prefers and which accepts inputs that flash refuses."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     run.around = partial(sdpa_kernel, [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
@@ -39,7 +39,7 @@ def tf32_on(run: SmallRun) -> None:
 
 
 def tf32_off(run: SmallRun) -> None:
-    """Keep float32 products in float32: the default."""
+    """Keep float32 products in float32, the default."""
     run.around = partial(_precision, "ieee")
 
 
@@ -57,7 +57,7 @@ def _precision(wanted: str) -> Iterator[None]:
 
 
 def pad(run: SmallRun, *, real: int) -> None:
-    """Pad every row to the longest, of which ``real`` tokens are left, and pass the tokenizer's mask on."""
+    """Pad every row to the longest, with ``real`` tokens left, and pass the tokenizer's mask."""
     import torch
 
     ids = run.inputs["input_ids"]
@@ -67,12 +67,12 @@ def pad(run: SmallRun, *, real: int) -> None:
 
 
 def pad_one_token(run: SmallRun) -> None:
-    """A single padded token is enough for a mask."""
+    """Pad a single token, which is enough for a mask."""
     pad(run, real=run.inputs["input_ids"].shape[1] - 1)
 
 
 def checkpoint(run: SmallRun) -> None:
-    """Switch gradient checkpointing on, as a Trainer does."""
+    """Enable gradient checkpointing, as a Trainer does."""
     run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     run.model.enable_input_require_grads()
 
@@ -83,7 +83,7 @@ def eval_mode(run: SmallRun) -> None:
 
 
 def dropout_off(run: SmallRun) -> None:
-    """Put dropout to sleep for an evaluation and forget to wake it."""
+    """Leave dropout in eval mode after an evaluation."""
     from torch.nn import Dropout
 
     for module in run.model.modules():
@@ -92,20 +92,20 @@ def dropout_off(run: SmallRun) -> None:
 
 
 def _train_norms(run: SmallRun) -> None:
-    """Keep the loss differentiable where the adapter gives no gradient."""
+    """Train the norms, so that the loss stays differentiable where the adapter gives no gradient."""
     of_adapter = adapter_parameters(run.model)
     for name, value in run.model.named_parameters():
         value.requires_grad_(name in of_adapter or name.endswith("norm.weight"))
 
 
 def merge_adapter(run: SmallRun) -> None:
-    """Merge the adapter for inference and train on."""
+    """Merge the adapter for inference and continue training."""
     run.model.merge_adapter()
     _train_norms(run)
 
 
 def target_nothing(run: SmallRun) -> None:
-    """Name targets of another architecture, catch the library's error, and train on without an adapter."""
+    """Use the targets of another architecture, catch the library's error, and train without an adapter."""
     import peft
 
     base = run.model.unload()
@@ -118,7 +118,7 @@ def target_nothing(run: SmallRun) -> None:
 
 
 def target_what_never_runs(run: SmallRun) -> None:
-    """Adapt a module that exists and that no forward calls, such as a spare head."""
+    """Adapt a module that no forward calls, such as a spare head."""
     import peft
     import torch
 

@@ -1,4 +1,4 @@
-"""A file that cannot be judged says what was found and what to do; it never half-answers."""
+"""Tests of files that cannot be judged: the error says what was found and what to do, without a partial result."""
 
 import gzip
 import json
@@ -29,7 +29,7 @@ def refusal(path):
     with pytest.raises(TraceError) as refused:
         read_trace(path)
     message = str(refused.value)
-    assert message.startswith(f"{path}: ")  # where
+    assert message.startswith(f"{path}: ")  # the place
     return message
 
 
@@ -74,14 +74,14 @@ def test_other_files_are_refused(tmp_path, content, says):
     "odd", [{"name": 5}, {"cat": []}, {"args": 3}, {"ts": {}}, {"dur": "soon"}, {"args": {"correlation": 2**70}}]
 )
 def test_an_odd_value_in_an_event_does_no_harm(tmp_path, odd):
-    """The event is used as far as it can be, or left out, and the rest of the trace is judged."""
+    """The event is used as far as possible or left out, and the rest of the trace is judged."""
     path = tmp_path / "trace.json"
     path.write_text(json.dumps({"traceEvents": [EVENTS[0] | odd, *EVENTS]}))
     assert read_trace(path).categories["matmul"] == 1.0
 
 
 def test_a_path_that_cannot_be_read_is_refused(tmp_path):
-    """Missing, a directory, a pipe into which nothing is written, without permission."""
+    """The test covers a missing file, a directory, a pipe without a writer, and a file without permission."""
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "missing.json", tmp_path, tmp_path / "pipe"):
         assert "there is no such file" in refusal(path)
@@ -95,27 +95,27 @@ def test_a_path_that_cannot_be_read_is_refused(tmp_path):
 @settings(deadline=None, max_examples=30)
 @given(cut=st.integers(1, len(TRACE) - 1))
 def test_a_trace_cut_anywhere_is_refused(tmp_path_factory, cut):
-    """Even behind the last event: the missing part is unknown."""
+    """A cut after the last event is refused as well, since the missing part is unknown."""
     assert "nothing of a damaged file is reported" in refusal_of(tmp_path_factory.mktemp("cut"), TRACE[:cut])
 
 
 @settings(deadline=None, max_examples=30)
 @given(cut=st.integers(1, len(TABLE) - 2))
 def test_a_table_cut_anywhere_is_refused(tmp_path_factory, cut):
-    """A row breaks off, or the percentages do not add up to 100."""
+    """Either a row is incomplete, or the percentages do not add up to 100."""
     refusal_of(tmp_path_factory.mktemp("cut"), TABLE[:cut])
 
 
 @settings(deadline=None, max_examples=30)
 @given(content=st.binary(max_size=200))
 def test_no_file_raises_anything_else(tmp_path_factory, content):
-    """Whatever is in it, a file that is no recording is refused in words."""
+    """Any file that is not a recording is refused with a message."""
     refusal_of(tmp_path_factory.mktemp("noise"), content)
 
 
 @pytest.mark.parametrize("packed", [TRACE + 40_000_000 * b" ", TABLE + 40_000_000 * b" "], ids=["trace", "table"])
 def test_a_small_gzip_of_much_nothing_is_refused(tmp_path, monkeypatch, packed):
-    """It could unpack to gigabytes."""
+    """The file could unpack to gigabytes."""
     monkeypatch.setattr("kernels_check.trace.recording.UNPACKED_FREELY_BYTES", 32 << 20)
     message = refusal_of(tmp_path, gzip.compress(packed, compresslevel=1))
     assert "unpack to more than 33,554,432, over 100 times as many" in message
@@ -148,7 +148,8 @@ print(json.dumps([found.calls, found.busy_share, found.kernels_per_step.median, 
 
 
 def test_a_large_trace_takes_up_to_three_times_its_size_in_memory(tmp_path):
-    """Kernels run 5 ms after their launch, half of them in the next step; each counts for its own. torch stays out."""
+    """Kernels run 5 ms after their launch, half of them in the next step, and count for the launching step. torch is
+    not imported."""
     path, steps = tmp_path / "large.json", 60
     with path.open("w") as file:
         file.write('{"schemaVersion": 1,\n "traceEvents": [\n')

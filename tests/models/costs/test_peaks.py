@@ -1,4 +1,4 @@
-"""The vendors' figures: found by the exact name of a device, dense, each with its document."""
+"""Tests of the vendors' figures: found by the exact name of a device, dense, each with its source."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lorameter.models.costs.peaks import DEVICES, stated_peak
     ],
 )
 def test_figures_by_the_names_of_nvml(name, rate, per_s):
-    """Form factor and memory are part of the name, and of the figure."""
+    """Form factor and memory are part of the name and decide the figure."""
     peak = stated_peak(name, rate)
     assert (peak.device, peak.rate) == (name, rate)
     assert peak.per_s == pytest.approx(per_s)
@@ -32,7 +32,7 @@ def test_figures_by_the_names_of_nvml(name, rate, per_s):
     ],
 )  # fmt: skip
 def test_a_similar_name_has_no_figure(name):
-    """A relative, a partition or the laptop version of a listed device is another device."""
+    """A related device, a partition or a laptop version of a listed device is another device."""
     assert stated_peak(name, "memory") is None
 
 
@@ -43,7 +43,7 @@ def test_a_type_without_tensor_cores_has_no_figure(name, rate):
 
 
 def test_figures_are_dense_and_have_a_source():
-    """Half precision is twice TF32 where there is one, bfloat16 and float16 are equal, and names are unique."""
+    """Half precision is twice TF32 if both exist, bfloat16 equals float16, and names are unique."""
     for device in DEVICES:
         half, tf32 = device.teraflops["float16"], device.teraflops.get("tf32")
         assert device.source

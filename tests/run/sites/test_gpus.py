@@ -1,4 +1,4 @@
-"""The sites of this machine are its GPUs or shares of its CPUs, none of which two sites have in common."""
+"""Tests of the sites of this machine: its GPUs, or disjoint shares of its CPUs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lorameter.run.sites.gpus import local_shares
 
 @pytest.fixture(autouse=True)
 def four_cpus(monkeypatch):
-    """Each a core, whatever this machine has."""
+    """Replace the machine's CPUs by four, each a core."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5, 6, 7})
     monkeypatch.setattr(gpus, "cores_of", lambda cpus: [(cpu,) for cpu in sorted(cpus)])
 
 
 def show_gpus(monkeypatch, *names, limits=(700.0,) * 4, entries=range(4), boards=None):
-    """Those that are visible."""
+    """Replace the visible GPUs."""
     found = tuple(
         VisibleGpu(
             entry=entry, board=Reading(value=str(entry) if boards is None else boards[number]),
@@ -42,7 +42,7 @@ def show_gpus(monkeypatch, *names, limits=(700.0,) * 4, entries=range(4), boards
 
 @pytest.mark.parametrize("entries", [(2, 3), ("GPU-aaaa", "GPU-bbbb")])
 def test_sites_of_a_gpu_machine_are_its_visible_gpus(machine, monkeypatch, entries):
-    """By the numbers that CUDA gives them; each sees its own, by what the variable calls it."""
+    """Sites use CUDA's numbers; each site sees its own GPU, by its name in CUDA_VISIBLE_DEVICES."""
     show_gpus(monkeypatch, "H100", "H100", entries=entries)
     there = dataclasses.replace(machine, device="cuda")
     sites = local_shares(("0", "1"), there)
@@ -63,8 +63,7 @@ def test_sites_of_a_gpu_machine_are_its_visible_gpus(machine, monkeypatch, entri
     ],
 )
 def test_cards_that_are_not_there_or_unlike_are_refused(machine, monkeypatch, names, limits, words):
-    """Times of different GPUs are not those of one machine, nor are those of GPUs that may take unlike power; an
-    unknown limit equals no other."""
+    """Missing GPUs, different GPUs and GPUs with different or unknown power limits are refused."""
     show_gpus(monkeypatch, *names, limits=limits)
     with pytest.raises(UsageError, match=words):
         local_shares(("0", "2"), dataclasses.replace(machine, device="cuda"))
@@ -72,7 +71,8 @@ def test_cards_that_are_not_there_or_unlike_are_refused(machine, monkeypatch, na
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_sites_on_parts_of_one_card_are_refused(machine, monkeypatch, mixed):
-    """What is measured on one would be in the times of the other; parts of different GPUs are as good as GPUs."""
+    """Measurements on two MIG instances of one GPU would disturb each other; instances of different GPUs are
+    accepted."""
     show_gpus(monkeypatch, *["1g.10gb"] * 3, entries=("MIG-a", "MIG-b", "MIG-c"), boards=("one", "one", "two"))
     there = dataclasses.replace(machine, device="cuda")
     with pytest.raises(UsageError, match="MIG-a and MIG-b are parts of one GPU"):
@@ -82,7 +82,7 @@ def test_sites_on_parts_of_one_card_are_refused(machine, monkeypatch, mixed):
 
 
 def test_a_site_of_several_ranks_has_a_card_or_a_share_of_the_cpus_for_each(machine, monkeypatch):
-    """By what CUDA calls them; its device is held GPU by GPU."""
+    """The site lists its GPUs by CUDA's names and locks each of them."""
     (site,) = local_shares(("0+1",), machine)
     assert (site.name, site.host.environment) == ("cpus-0-1", {"LORAMETER_CPUS": "4,5,6,7"})
     show_gpus(monkeypatch, "H100", "H100", "H100", "H100", "A100", limits=(700.0,) * 5, entries=(1, 2, 3, 0, 4))

@@ -1,4 +1,4 @@
-"""Sites that are unlike: each has its part of the replicates and is judged by itself, and they are never pooled."""
+"""Tests of different sites: each has its share of the replicates, is judged alone, and is never pooled."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lorameter.verdicts.validity import run_validity
 SITES = ("--sites", "0,1", "--mixed")
 SIDES = ("--base", sys.executable, "--candidate", sys.executable, "--phase", "train", "--variant", "small")
 SECOND = "5"
-"""CPUs of the second site."""
+"""The CPUs of the second site."""
 
 
 @pytest.fixture
 def spread(placed, run, pretended):
-    """A function that measures eight replicates on two sites, the second of which is slow at some trials."""
+    """A function that measures eight replicates on two sites, the second of which is slow for some trials."""
 
     def measure(command, *words, slow=()):
         pretended(slow=slow)
@@ -29,13 +29,13 @@ def spread(placed, run, pretended):
 
 
 def document(output):
-    """The JSON document that a command has printed."""
+    """Return the JSON document that a command printed."""
     return json.JSONDecoder().raw_decode(output[output.index("{") :])[0]
 
 
 def test_ratios_are_those_of_each_site(spread, run, tmp_path):
-    """Each site has as many replicates however quick it is, and the mean of the ratios of both, here 1.22, would be of
-    neither. So what would take the sites together is refused, with each site and its machine."""
+    """Each site has the same number of replicates however fast it is. The mean of both ratios, 1.22 here, describes
+    neither site, so that commands which would pool sites refuse with each site and its machine."""
     _, last, _ = spread("run", slow=[(SECOND, "large", 1.5)])
     name = last.manifest.run
     assert {record.machine for record in last.records} == {"Test CPU"}
@@ -71,7 +71,7 @@ def test_ratios_are_those_of_each_site(spread, run, tmp_path):
 
 
 def test_a_control_that_fails_on_one_site_fails_the_run(spread):
-    """However good the other is."""
+    """The other site does not matter."""
     code, last, _ = spread("run", slow=[(SECOND, "control", 1.5)])
     stands = run_validity(last, read_study(last))
     assert code == 4
@@ -79,7 +79,7 @@ def test_a_control_that_fails_on_one_site_fails_the_run(spread):
 
 
 def test_a_gate_of_an_ab_fails_where_one_site_regresses(spread, run):
-    """By its name, in the stored run as well."""
+    """The verdict names the site, also in the stored run."""
     code, last, output = spread("ab", *SIDES, slow=[(SECOND, "candidate", 1.5)])
     assert code == 1, output
     rows = {row.site: row for row in report_of(last).comparisons if row.metric == "step_time_s"}

@@ -1,4 +1,4 @@
-"""On a real GPU: what was watched in a trial's process does not stay in the steps that are timed after it."""
+"""GPU tests that the check of a trial does not affect the steps that are timed after it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ STEPS = 60
 
 
 def test_a_step_is_as_fast_after_the_check_as_before(small_study, tmp_path):
-    """CUPTI is torn down with the profiler's session: medians of many launch-bound steps within 3 %, and what two
-    medians before it differ by."""
+    """CUPTI is torn down after the profiler's session: the medians of many launch-bound steps agree within 3 % plus the
+    difference of two medians before it."""
     executor = LocalExecutor()
     executor.start(tmp_path, 1)
     try:
@@ -35,7 +35,7 @@ def test_a_step_is_as_fast_after_the_check_as_before(small_study, tmp_path):
 
         ask("prepare", request=codec.to_json(request_of(plan, slot, site, executor.make_place(slot.trial, slot.trial))))
         ask("build")
-        ask("turn", steps=STEPS)  # launches, the allocator and the clocks settle
+        ask("turn", steps=STEPS)  # let launches, the allocator and the clocks settle
         first, before = (statistics.median(ask("turn", steps=STEPS).samples["step_time_s"]) for _ in range(2))
         ask("verify")
         after = statistics.median(ask("turn", steps=STEPS).samples["step_time_s"])

@@ -1,4 +1,4 @@
-"""Sizes are counted without weights, and equal those of a real step to the byte."""
+"""Tests that sizes are counted without weights and equal those of a real step to the byte."""
 
 import dataclasses
 import json
@@ -17,7 +17,8 @@ from lorameter.trial.memory import resident_bytes
 
 TINY = catalogue.resolve("tiny-llama")
 R33 = LoraVariant(r=33, target_modules=(), optimizer="adamw")
-"""At r 33 tiny-llama has tensors below 4096 elements, above, and of no whole number of blocks."""
+"""At r 33 tiny-llama has tensors below and above 4096 elements, and tensors that are not a multiple of the block
+size."""
 PREPARED = {"quantization": "nf4", "prepare_for_kbit": True, "autocast": "bfloat16"}
 QWEN = {
     "model_type": "qwen2", "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "vocab_size": 320,
@@ -26,7 +27,7 @@ QWEN = {
 
 
 def trained(variant, source):
-    """The model and its optimizer after one step, with the gradients of a second one."""
+    """Return the model and its optimizer after one step, with the gradients of a second one."""
     base = load_base(source, variant, device="cpu", seed=1)
     model = peft_methods.attach(base, variant).train()
     optimizer = peft_methods.make_optimizer(model, variant)
@@ -52,7 +53,8 @@ def trained(variant, source):
     ids=lambda changes: ",".join(f"{key}={value}" for key, value in changes.items()) or "adamw",
 )
 def test_bytes_are_those_of_a_real_step(changes, tmp_path):
-    """Adapter, gradients and optimizer state as resident after a step, and the file as saved, for each optimizer."""
+    """Adapter, gradients and optimizer state equal the resident bytes after a step, and the file the saved one, for
+    each optimizer."""
     variant = dataclasses.replace(R33, **changes)
     counted = sizes_of(variant, TINY)
     base = load_base(TINY, variant, device="cpu", seed=1)
@@ -72,7 +74,7 @@ def test_bytes_are_those_of_a_real_step(changes, tmp_path):
 
 
 def test_biases_that_train_are_counted(tmp_path):
-    """In their own type; those of a quantised base are refused."""
+    """Biases count in their own dtype; those of a quantised base are refused."""
     (tmp_path / "config.json").write_text(json.dumps(QWEN))
     source, variant = catalogue.resolve(f"random:{tmp_path}"), dataclasses.replace(R33, bias="all")
     counted, (model, optimizer) = sizes_of(variant, source), trained(variant, source)
@@ -83,7 +85,7 @@ def test_biases_that_train_are_counted(tmp_path):
 
 
 def test_sizes_on_llama2_7b():
-    """PEFT's count is r (4096 + 4096) for q and v of 32 layers; float32 adapter, and two float32 moments of it."""
+    """PEFT's count is r (4096 + 4096) for q and v of 32 layers; the adapter is float32, with two float32 moments."""
     (variant,) = (one for one in load_study("llama2-lora-parameters").variants if one.r == 512)
     counted = sizes_of(variant, catalogue.resolve("random:llama2-7b"))
     assert counted.trainable_parameters == 512 * 524_288
@@ -94,8 +96,8 @@ def test_sizes_on_llama2_7b():
 
 
 def test_grouped_heads_make_v_narrower_than_q():
-    """Layers × (q: width + query heads × head size, v: width + key and value heads × head size), for one of r; no
-    weight is looked for."""
+    """For each unit of r: layers × (q: width + query heads × head size, v: width + key/value heads × head size),
+    without weights."""
     variant = LoraVariant(name="v", r=8, target_modules=(), **PREPARED)
     counted = sizes_of(variant, catalogue.resolve("random:llama2-70b"))
     assert counted.trainable_parameters == 8 * 80 * ((8192 + 64 * 128) + (8192 + 8 * 128))

@@ -1,4 +1,4 @@
-"""Shared by the tests of data: tokenizers with and without a chat template, and files of every kind."""
+"""Fixtures of the tests of data: tokenizers with and without a chat template, and files of every kind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorameter.trial.data.tokens import load_tokenizer
 
 @pytest.fixture
 def tokenizer():
-    """The byte tokenizer, a new one each time."""
+    """A new byte tokenizer."""
     source = catalogue.resolve("tiny-llama")
     return load_tokenizer(source, vocab_size=shapes.shape(source).vocab_size)[0]
 
@@ -31,7 +31,7 @@ def chat():
 
 @pytest.fixture
 def write(tmp_path):
-    """A function that writes rows as a file of the kind that its name says, compressed if it ends in .gz."""
+    """A function that writes rows as a file of the kind in its name, compressed if it ends in .gz."""
 
     def write_file(name: str, rows: list[dict]) -> Path:
         path, table = tmp_path / name, pandas.DataFrame(rows)

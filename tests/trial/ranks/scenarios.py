@@ -1,4 +1,4 @@
-"""Trials of two ranks in processes of their own, most of them sabotaged: one JSON line each.
+"""Trials of two ranks in separate processes, most of them with an injected fault: one JSON line each.
 
 It imports as the zygote does and trains nothing, so that each scenario can be forked from it and fork its ranks.
 """
@@ -39,7 +39,7 @@ DROPOUT = {"lora_dropout": 0.1}
 
 
 def on_rank(number, change):
-    """Apply `change` to the trial of this rank when it is made."""
+    """Apply `change` to the trial of this rank after its construction."""
     from lorameter.trial.ranks import rank
 
     made = rank.RankTrial.__init__
@@ -53,7 +53,7 @@ def on_rank(number, change):
 
 
 def in_eval_mode():
-    """The model stays in eval mode, as `from_pretrained` returns it."""
+    """Keep the model in eval mode, as `from_pretrained` returns it."""
     from lorameter.trial.ranks import rank
 
     wrapped = rank.distribute
@@ -61,7 +61,7 @@ def in_eval_mode():
 
 
 def later(change_step):
-    """A sabotage that changes what rank 1 does from its first turn on."""
+    """Return a fault that changes rank 1 from its first turn on."""
 
     def sabotage():
         from lorameter.trial.trial import Trial
@@ -81,7 +81,7 @@ def later(change_step):
 
 
 def leave_out_one_update(trial):
-    """The next optimizer step of this rank does nothing."""
+    """Skip the next optimizer step of this rank."""
     optimizer = trial._built.trainee.optimizer
     update = optimizer.step
 
@@ -96,7 +96,7 @@ def out_of_memory():
 
 
 def one_rank_fails():
-    """The model does not fit the process that trains on one rank alone."""
+    """Fail in the process that trains on one rank, as if the model did not fit."""
     from lorameter.trial.ranks import trial
 
     trial._make_one = lambda request: out_of_memory()
@@ -135,7 +135,7 @@ SCENARIOS = {
 
 
 def run(name: str, tokens: str, folder: Path) -> dict:
-    """The record of one scenario, and its processes that are still running."""
+    """Return the record of one scenario, and its processes that are still running."""
     from lorameter.trial.process import prepare_process
     from lorameter.trial.ranks.trial import TrialOfRanks
 

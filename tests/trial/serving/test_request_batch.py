@@ -1,4 +1,4 @@
-"""A request of several prompts: its answers and its metrics."""
+"""Tests of a request of several prompts: its answers and its metrics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VARIANT = LoraVariant(name="plain", r=4, dtype="float32", target_modules=("q_pro
 
 
 def test_a_request_of_several_prompts(tmp_path):
-    """Each prompt has the answer that it has alone, in float32 and without padding; throughput counts the tokens of all
+    """In float32 and without padding, each prompt has the answer that it has alone; throughput counts the tokens of all
     prompts, latency is that of the request, and its attention is checked."""
     torch.set_num_threads(1)
     request = TrialRequest(
