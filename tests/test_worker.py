@@ -1,4 +1,4 @@
-"""The door of every measuring process: what comes through it ends with the process that started it."""
+"""Tests of the entry point of measuring processes, each of which ends with its parent."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ child = subprocess.Popen(
 print(child.pid, flush=True)
 child.wait()
 """
-"""Starts a measuring process as an executor does, and is there to be killed."""
+"""Starts a measuring process as an executor does, and is then killed by the test."""
 
 
 @pytest.mark.parametrize("what", ["zygote", "tokens"])
 def test_a_measuring_process_ends_with_its_parent(what):
-    """Killed without a word, while the child imports or waits; the connection stays open in this process, so its end
-    is not what the child sees."""
+    """The parent is killed while the child imports or waits; this process keeps the connection open, so that the child
+    cannot notice its end."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours:
         with theirs:
@@ -46,7 +46,7 @@ def test_a_measuring_process_ends_with_its_parent(what):
 
 
 def test_a_measuring_process_whose_parent_is_gone_does_not_begin():
-    """It died between the fork and the first instruction, when nothing was watched yet."""
+    """The parent died between the fork and the child's first instruction."""
     environment = worker_environment(1) | {"LORAMETER_PARENT": str(os.getppid())}
     words = [sys.executable, "-m", "lorameter.worker", "tokens", "0"]
     done = subprocess.run(words, env=environment, input=b"", capture_output=True, check=False)
@@ -54,7 +54,7 @@ def test_a_measuring_process_whose_parent_is_gone_does_not_begin():
 
 
 def test_an_interrupt_ends_a_process_as_any_signal_does():
-    """It raises nothing that a library could take for an error of its own."""
+    """SIGINT raises no exception that a library could catch."""
     ours, theirs = wire.pair()
     words = [sys.executable, "-m", "lorameter.worker", "tokens", str(theirs.fileno())]
     with (
@@ -63,7 +63,7 @@ def test_an_interrupt_ends_a_process_as_any_signal_does():
             words, env=worker_environment(1), pass_fds=[theirs.fileno()], stderr=subprocess.PIPE
         ) as process,
     ):
-        wire.receive(ours, wire.Hello, 60.0)  # it waits for its command now
+        wire.receive(ours, wire.Hello, 60.0)  # it now waits for its command
         process.send_signal(signal.SIGINT)
         _, output = process.communicate(timeout=60)
     assert (process.returncode, output) == (-signal.SIGINT, b"")
@@ -71,7 +71,7 @@ def test_an_interrupt_ends_a_process_as_any_signal_does():
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="on one CPU every process stays there")
 def test_a_measuring_process_stays_on_the_cpus_of_its_site():
-    """From its first instruction on; without the variable on all CPUs of its parent."""
+    """It is pinned from its first instruction on; without the variable it may use all CPUs of its parent."""
     lines = "import os\nfrom lorameter import worker\ntry: worker.main(['none'])\n"
     lines += "except IndexError: print(*sorted(os.sched_getaffinity(0)))"
     every = sorted(os.sched_getaffinity(0))

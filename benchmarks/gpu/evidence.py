@@ -40,7 +40,7 @@ class Evidence:
         self._journal = journal
 
     def fact(self, name: str) -> dict[str, Any]:
-        """One fact of the probe."""
+        """Return one fact of the probe."""
         found = self._facts.get(name)
         if found is None:
             raise NotSeenError(f"the probe has no fact {name} ({self._state_of('probe')})")
@@ -50,7 +50,7 @@ class Evidence:
         return found
 
     def tests(self, *names: str) -> dict[str, Tested]:
-        """Tests by `FILE::NAME`, with all cases of one that is parametrised."""
+        """Return tests by `FILE::NAME`, with all cases of a parametrised test."""
         found: dict[str, Tested] = {}
         for name in names:
             cases = {case: test for case, test in self._tests.items() if case == name or case.startswith(f"{name}[")}
@@ -60,7 +60,7 @@ class Evidence:
         return found
 
     def document(self, step: str) -> dict[str, Any]:
-        """The JSON document that a step printed."""
+        """Return the JSON document that a step printed."""
         text = self._text(step)
         try:
             found = json.loads(text)
@@ -71,7 +71,7 @@ class Evidence:
         return found
 
     def run(self, step: str) -> Run:
-        """The newest run of a step, which may have been stopped."""
+        """Return the newest run of a step, which may be incomplete."""
         run = newest_run(step, self._state)
         if run is None:
             raise NotSeenError(f"{step}: no run ({self._state_of(step)})")
@@ -113,14 +113,14 @@ class Evidence:
 
 
 def newest_run(step: str, state: Path) -> str | None:
-    """The id of the run that a step began last; None where it has none."""
+    """Return the id of a step's newest run, or None."""
     folder = runs_of(step, state)
     runs = sorted(path.parent.name for path in folder.glob(f"*/{store.MANIFEST}")) if folder.is_dir() else []
     return runs[-1] if runs else None
 
 
 def read_tests(path: Path) -> dict[str, Tested]:
-    """Tests by `FILE::NAME` of what pytest wrote; a test that broke in its fixture has failed."""
+    """Return pytest's results by `FILE::NAME`; a test whose fixture raised has failed."""
     found = {}
     for case in ElementTree.parse(path).iter("testcase"):
         file = str(case.get("classname", "")).replace(".", "/") + ".py"

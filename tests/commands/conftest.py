@@ -1,4 +1,4 @@
-"""The command line, in a folder that holds a script which has steps and no model."""
+"""A fixture that runs the command line in a folder with a script that has steps but no model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TESTS = Path(__file__).parents[1]
 
 @pytest.fixture
 def scripted(tmp_path, monkeypatch, capsys):
-    """A function that takes the words of a command; gives exit code, standard output and standard error."""
+    """A function that runs a command and returns exit code, standard output and standard error."""
     shutil.copy(TESTS / "run" / "scripted.py", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORAMETER_RUNS", str(tmp_path / "runs"))

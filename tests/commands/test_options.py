@@ -1,4 +1,4 @@
-"""Options that several commands have are the same in all of them."""
+"""Tests that an option of several commands is the same in all of them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lorameter.run.device_lock import IfBusy
 
 
 def test_what_can_be_done_while_another_measurement_runs():
-    """The words of the option are those that the lock knows."""
+    """The choices of the option are those of the lock."""
     assert SHARED["if-busy"]["choices"] == get_args(IfBusy)
 
 
 def test_the_words_of_the_command_line_are_those_of_what_it_calls():
-    """The parser names formats and tables without loading what knows them."""
+    """The parser lists formats and tables without importing the modules that define them."""
     commands = {command.name: {names[0]: settings for names, settings in command.arguments} for command in COMMANDS}
     export = commands["export"]
     assert export["--format"]["choices"] == ("json", *files.TABULAR, *files.OF_TRENDS)

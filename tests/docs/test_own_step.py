@@ -1,4 +1,4 @@
-"""The code of docs/own_step.md prints the lines that the page shows."""
+"""Tests that the code of docs/own_step.md prints the lines on the page."""
 
 import os
 import re
@@ -15,7 +15,7 @@ MARK = "-- the next block --"
 
 
 def blocks():
-    """Code, and the lines below it, which it prints; none if there are none."""
+    """Return each code block with the lines that it prints, if there are any."""
     found, lines = [], iter(PAGE.read_text(encoding="utf-8").splitlines())
     for line in lines:
         if line in ("```python", "```text"):
@@ -33,7 +33,7 @@ def blocks():
 
 @pytest.mark.selftest
 def test_the_page_prints_its_output():
-    """All of it in one process of its own, since Accelerate keeps the state of its process."""
+    """All code runs in one separate process, since Accelerate keeps a state for each process."""
     shown = blocks()
     assert sum(bool(printed) for _, printed in shown) >= 4
     script = f"\nprint({MARK!r})\n".join(code for code, _ in shown)
@@ -52,7 +52,8 @@ def test_the_page_prints_its_output():
 
 @pytest.mark.selftest
 def test_the_script_of_several_ranks_prints_its_output(tmp_path):
-    """By torchrun, as on the page: the check at the end finds what the check at the start could not see."""
+    """The script runs under torchrun as on the page: the check at the end finds a fault that the first check cannot
+    see."""
     page = PAGE.read_text(encoding="utf-8")
     assert "(examples/ddp.py)" in page
     (expected,) = re.findall(r"^```console\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)

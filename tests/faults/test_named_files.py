@@ -1,5 +1,5 @@
-"""A file that a user names, where the system refuses to write it: the previous file stays, nothing is left next to it,
-and the exit code is 4."""
+"""Tests of write errors for files that a user names: the previous file stays, no partial file is left, and the exit
+code is 4."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KIB = 1024
 
 @contextlib.contextmanager
 def limited(most=KIB):
-    """No file of this process may become larger."""
+    """Limit the file size of this process."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
     try:
@@ -35,7 +35,7 @@ def limited(most=KIB):
 
 @pytest.fixture
 def run():
-    """A run of some kilobytes."""
+    """A run of a few kilobytes."""
     return store.read_run("sound", RUNS)
 
 
@@ -49,7 +49,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("writer", ["csv", pytest.param("parquet", marks=pytest.mark.faults), "text", "page"])
 def test_a_file_that_does_not_fit_leaves_the_one_before(writer, run, tmp_path):
-    """The previous file is whole, with its permissions, and alone; with room it is replaced."""
+    """The previous file is complete, keeps its permissions and is the only file; with free space it is replaced."""
     path = tmp_path / "named"
     path.write_text("before")
     path.chmod(0o640)
@@ -74,7 +74,7 @@ def test_of_several_files_all_are_new_or_none_is(run, tmp_path):
 
 
 def test_a_pack_that_does_not_fit_is_not_there(tmp_path, monkeypatch):
-    """Nor any part of it; a file of that name stays, and a folder that is not there is the user's to name."""
+    """No partial file is left, an existing file stays, and a missing folder is an error of the user."""
 
     def write_half(target, folder):
         target.write_text(folder.name)
@@ -92,14 +92,14 @@ def test_a_pack_that_does_not_fit_is_not_there(tmp_path, monkeypatch):
 
 
 def test_no_room_to_unpack_is_no_fault_of_the_file(tmp_path):
-    """A packed run that is sound is not to be asked for again."""
+    """The error blames the disk and not the valid packed run."""
     path = pack("sound", RUNS, tmp_path / "x.zip")
     with limited(), pytest.raises(InvalidRunError, match=rf"x\.zip, unpacked into .*: {TOO_LARGE}name another folder"):
         store.read_run(str(path), tmp_path)
 
 
 def test_a_file_that_may_not_be_written_is_not_replaced(tmp_path, monkeypatch):
-    """To put another in its place takes the right to its folder only."""
+    """A replacement would only need the right to write to its folder."""
     (tmp_path / "named").write_text("before")
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(UsageError, match="named: cannot be written: Permission denied"):

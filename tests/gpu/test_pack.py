@@ -1,4 +1,5 @@
-"""The packed folder holds all that a machine without a network needs; results are unpacked into their places."""
+"""Tests that the packed folder has everything for a machine without a network, and that results are unpacked into their
+places."""
 
 from __future__ import annotations
 
@@ -24,14 +25,14 @@ def carried():
 
 
 def test_every_dependency_is_carried_or_there():
-    """A dependency that is added later cannot be forgotten, nor what the tests marked `gpu` import in addition."""
+    """Packed or assumed packages cover all dependencies and the additional imports of tests marked `gpu`."""
     needed = {name(one) for one in PROJECT["dependencies"]} | {"hypothesis", "pytest-timeout", "psutil", "gguf"}
     assert needed <= set(carried()) | pack.ASSUMED
     assert not set(carried()) & pack.ASSUMED
 
 
 def test_what_is_carried_is_pinned_within_what_the_project_allows():
-    """One version each, so that what was tried is what travels."""
+    """Each package has a single version, so that the packed versions are the tested ones."""
     allowed = {name(one): Requirement(one).specifier for one in PROJECT["dependencies"]}
     for one, requirement in carried().items():
         version = re.fullmatch(r"==([\w.]+)", str(requirement.specifier))
@@ -40,7 +41,7 @@ def test_what_is_carried_is_pinned_within_what_the_project_allows():
 
 
 def test_what_a_call_found_comes_back_to_where_the_next_looks(tmp_path, monkeypatch):
-    """The state in its place, reports and page; what is large stays behind."""
+    """State, reports and page are unpacked into their places; large files are left out."""
     there, here = tmp_path / "there", tmp_path / "here"
     monkeypatch.setattr(pack, "ROOT", there)
     monkeypatch.setattr(pack, "MOST_PACKED_BYTES", 10)

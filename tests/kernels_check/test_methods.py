@@ -1,4 +1,4 @@
-"""Methods of PEFT are judged as LoRA is: a healthy run is active, a weight that is left out is a fault.
+"""Tests that PEFT methods are judged as LoRA is: a healthy run is active, and an untrained weight is a fault.
 
 These hold their weights in different ways; `make proof` measures every type that PEFT has.
 """
@@ -26,13 +26,13 @@ METHODS = {
     "cartridge": lambda: peft.CartridgeConfig(num_virtual_tokens=3, num_frozen_tokens=1, **TASK),
 }
 KINDS = ("DoRA", "modules_to_save", "IA3", "VBLoRA", "adaption prompt", "prompt tuning")
-"""One of each way in which an adapter is held."""
+"""One method for each way of storing an adapter."""
 PATHS = ("peft.attached", "peft.learning", "peft.dtype", "base.frozen")
 
 
 @pytest.fixture
 def tuned(training):
-    """A small run of a method, on float weights."""
+    """A function that makes a small run of a method on float weights."""
 
     def made(method):
         heads = {"targets": ()} if method == "adaption prompt" else {}
@@ -46,7 +46,7 @@ def tuned(training):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_healthy_run_is_active(tuned, method):
-    """Attached, learning, in its dtype, on a base that is frozen, in the two calls that LoRA takes."""
+    """The adapter is attached, learning and in its dtype, on a frozen base, within the two steps that LoRA needs."""
     run = tuned(method)
     required = {"peft.attached": True, "peft.learning": True, "peft.dtype": "float32", "base.frozen": True}
     checks = {check.path: check for check in run.verify(required)}
@@ -59,7 +59,7 @@ def test_a_healthy_run_is_active(tuned, method):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", KINDS)
 def test_a_weight_that_no_optimizer_holds_is_named(tuned, method):
-    """Whatever the method calls it: half of what it trains is left out."""
+    """The optimizer holds half of the trained weights, whatever their names are."""
     run = tuned(method)
     trained = [value for value in run.model.parameters() if value.requires_grad]
     kept = trained[len(trained) // 2 + len(trained) % 2 :]
@@ -73,7 +73,7 @@ def test_a_weight_that_no_optimizer_holds_is_named(tuned, method):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", KINDS)
 def test_an_adapter_that_is_disabled_in_the_step_is_caught(tuned, method):
-    """For the time of the forward only, which no flag shows before or after."""
+    """The adapter is disabled during the forward only, which no flag shows before or after."""
     run = tuned(method)
     run.step()
     norm = next(value for name, value in run.model.named_parameters() if name.endswith("model.norm.weight"))
@@ -91,7 +91,7 @@ def test_an_adapter_that_is_disabled_in_the_step_is_caught(tuned, method):
 
 
 def test_tokens_that_no_batch_holds_are_unknown(training):
-    """Their zero gradient is no fault of the adapter, and no proof that it learns."""
+    """Their zero gradient is neither a fault of the adapter nor a proof that it learns."""
     adapter = peft.LoraConfig(r=4, trainable_token_indices={"embed_tokens": [90, 91]}, **TARGETS)
     run = training(quant=None, adapter=lambda: adapter)
     run.inputs["input_ids"] = torch.arange(1, 33).reshape(2, 16)
@@ -102,7 +102,7 @@ def test_tokens_that_no_batch_holds_are_unknown(training):
 
 @pytest.mark.parametrize(("attention", "status"), [("sdpa", "active"), ("eager", "fallback")])
 def test_attention_over_a_learned_prompt_is_not_the_models(tuned, attention, status):
-    """An adaption prompt attends to its prompt by a softmax of its own; the model's attention is judged by itself."""
+    """An adaption prompt has its own softmax; the model's attention is judged separately."""
     run = tuned("adaption prompt")
     run.model.set_attn_implementation(attention)
     check = run.check("attention.backend", "fused")

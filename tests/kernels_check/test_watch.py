@@ -1,4 +1,4 @@
-"""A watched step has the same result as an unwatched one, and its checks are reported, also when it fails."""
+"""Tests that a watched step has the same result as an unwatched one, and that checks are reported even if it fails."""
 
 import copy
 import gc
@@ -21,7 +21,7 @@ WANTED = {"attention.backend": "flash", "base.frozen": True, "mode": "train", "p
 
 
 def _traces(model):
-    """Whatever of a check could be left in the process or on the model."""
+    """Return everything that a check could leave in the process or on the model."""
     from torch.optim import optimizer
 
     hooks = [one for module in model.modules() for one in (module._forward_hooks, module._forward_pre_hooks)]
@@ -39,7 +39,7 @@ def _traces(model):
 
 
 def _state(run):
-    """What a step may change: weights, buffers, gradients, the optimizer's state, random numbers, losses."""
+    """Return what a step may change: weights, buffers, gradients, optimizer state, random state, losses."""
     model = run.model
     held = [*model.named_parameters(), *model.named_buffers()]
     return copy.deepcopy({
@@ -66,7 +66,7 @@ def _by_path(watched):
 
 
 def test_a_step_comes_out_as_if_never_watched(training):
-    """To the bit, dropout and random numbers included, over several steps; nothing is left in place."""
+    """Several steps are bit-equal, including dropout and random state, and no hook is left."""
     runs = [training(), training()]
     before = _traces(runs[0].model)
     for run in runs:
@@ -85,7 +85,7 @@ def test_a_step_comes_out_as_if_never_watched(training):
 
 
 def test_learning_is_unknown_after_one_step_and_known_after_two(training):
-    """The reason says what to do, and it is all that is missing."""
+    """After one step the reason says what to do, and nothing else is missing."""
     run = training()
     watched = kernels_check.watch(run.model, {"peft.learning": True})
     assert watched.checks == []
@@ -102,7 +102,7 @@ def test_learning_is_unknown_after_one_step_and_known_after_two(training):
 
 
 def test_an_error_of_the_step_goes_through(training):
-    """Everything is off, nothing passes, and the next step is watched as if it were the first."""
+    """All hooks are removed, nothing passes, and the next step is watched like a first one."""
     run = training()
     before = _traces(run.model)
     watched = kernels_check.watch(run.model, WANTED)
@@ -124,7 +124,7 @@ def test_an_error_of_the_step_goes_through(training):
 
 
 def test_a_model_is_copied_and_saved_while_it_is_watched(training):
-    """As for a checkpoint or an average; what a copy does later is nothing of the model's."""
+    """Copies, as for a checkpoint or a weight average, carry no hooks of the watch."""
     run = training(quant=None)
     before = _traces(run.model)
     with kernels_check.watch(run.model, WANTED) as watched:
@@ -141,7 +141,7 @@ def test_a_model_is_copied_and_saved_while_it_is_watched(training):
 
 
 def test_bad_requirements_are_refused_at_once(training):
-    """Before anything is hooked; and a watch cannot be opened twice."""
+    """The error comes before any hook; a watch cannot be opened twice."""
     run = training()
     with pytest.raises(ValueError, match=r"attention\.speed"):
         kernels_check.watch(run.model, {"attention.speed": "fast"})
@@ -151,7 +151,7 @@ def test_bad_requirements_are_refused_at_once(training):
 
 
 def test_a_block_in_which_nothing_ran_shows_nothing(training):
-    """It is no proof of an adapter that was not executed."""
+    """A block without a step proves nothing about an adapter."""
     run = training()
     with kernels_check.watch(run.model, WANTED) as watched:
         torch.ones(2).sum()
@@ -160,7 +160,7 @@ def test_a_block_in_which_nothing_ran_shows_nothing(training):
 
 
 def test_a_half_watched_accumulation_is_unknown(training):
-    """All that one update accumulates belongs into the block."""
+    """The block must contain all passes that one update accumulates."""
     run = training()
     run.accumulated = [dict(run.inputs), dict(run.inputs)]
     required = {"optimizer.class": "torch.optim.AdamW", "attention.backend": "flash", "peft.attached": True}
@@ -186,7 +186,8 @@ def _names(recorded):
 
 @pytest.mark.parametrize("outlasts", [False, True])
 def test_a_profiler_begun_in_the_watch_keeps_its_events(training, outlasts):
-    """What rests on our profile is unknown, wherever theirs ends; what rests on hooks is known."""
+    """Paths that need the watch's own profile are unknown, wherever the other profiler ends; paths that need hooks are
+    known."""
     run = training()
     before = _traces(run.model)
     own = _recorder()
@@ -210,7 +211,7 @@ def test_a_profiler_begun_in_the_watch_keeps_its_events(training, outlasts):
 
 
 def test_a_profiler_around_that_ends_in_the_watch_is_no_error(training):
-    """As where a schedule of the program ends in the step; paths that rest on the profile are unknown."""
+    """A profiler schedule of the program may end in the step; paths that need the profile are unknown."""
     run = training()
     own = _recorder()
     own.start()
@@ -226,7 +227,8 @@ def test_a_profiler_around_that_ends_in_the_watch_is_no_error(training):
 
 @pytest.mark.parametrize("place", ["whole", "layers"])
 def test_compiled_code_is_compiled_as_if_never_watched(place):
-    """No hook is in it, nothing is compiled or broken for a hook; the first step is unknown, the second is judged."""
+    """Compiled code contains no hook and no graph break or recompilation for one; the first step is unknown, the second
+    is judged."""
 
     def made():
         forget_compilations()
@@ -260,7 +262,7 @@ def test_compiled_code_is_compiled_as_if_never_watched(place):
 
 
 def test_a_hook_that_fails_is_no_error_of_the_step(training, monkeypatch):
-    """Nothing is known then, and the reason names the exception."""
+    """All checks are unknown, and the reason names the exception."""
 
     def broken(self, *_, **__):
         raise OSError("no more of it")
@@ -282,7 +284,7 @@ def test_a_hook_that_fails_is_no_error_of_the_step(training, monkeypatch):
     [({"use_cache": False}, "active"), ({"use_cache": True}, "fallback"), ({"use_cache": False, "mask": 1}, "unknown")],
 )
 def test_packed_records_are_judged_by_the_inputs_of_the_model(training, more, status):
-    """A mask made of positions isolates them; without one they see each other; a padding mask takes forwards."""
+    """A mask from positions isolates the records; without one they leak; a padding mask needs several forwards."""
     run = training()
     mask = torch.ones(2, 16, dtype=torch.long)
     mask[:, -1] = 0
@@ -294,7 +296,7 @@ def test_packed_records_are_judged_by_the_inputs_of_the_model(training, more, st
 
 
 def test_a_model_that_was_watched_can_go(training):
-    """A watch that has ended keeps neither the step's tensors nor the model alive."""
+    """A finished watch keeps neither the step's tensors nor the model alive."""
     run = training()
     inputs = {"input_ids": run.inputs["input_ids"].clone(), "use_cache": False}
     gone = []
@@ -313,7 +315,7 @@ def test_a_model_that_was_watched_can_go(training):
 
 
 def test_updates_watched_alone_let_the_next_step_be_judged_of_both(training):
-    """The verdicts are those of two watched steps, the training is the same to the bit, and no hook is left."""
+    """The verdicts are those of two watched steps, the training is bit-equal, and no hook is left."""
     runs = [training() for _ in range(3)]
     before = _traces(runs[0].model)
     watched = [kernels_check.watch(run.model, {**WANTED, "peft.learning": True})

@@ -1,4 +1,4 @@
-"""Energy is a difference of a counter, and only where that means something."""
+"""Tests of energy as a difference of a counter, where the difference is meaningful."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lorameter.machine.telemetry import energy_between
 
 
 def test_energy_is_the_difference():
-    """In joules."""
+    """The energy is in joules."""
     assert energy_between(Reading(value=1000.0), Reading(value=1900.5), 3.0) == Reading(value=900.5)
 
 
@@ -24,7 +24,7 @@ def test_energy_is_the_difference():
     ],
 )
 def test_what_is_no_energy_is_missing(first, last, seconds, words):
-    """A reset, a stretch of a few updates, a counter that does not count, a reading that is not there."""
+    """A reset, too few counter updates, a constant counter and a missing reading give no energy."""
     found = energy_between(first, last, seconds)
     assert found.value is None
     assert words in found.reason

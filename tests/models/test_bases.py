@@ -1,4 +1,4 @@
-"""Prepared bases on disk: complete or absent, and removed when they are unused."""
+"""Tests of prepared bases on disk: complete or absent, and removed when unused."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ def home(tmp_path, monkeypatch):
 
 
 def keep(name, content=b"weights", *, used_days_ago=0.0):
-    """Write a base that was last used so many days ago; returns its folder."""
+    """Write a base that was last used the given number of days ago and return its folder."""
     folder = bases.bases_dir() / name
     with bases.draft_of(folder) as draft:
         (draft / bases.TENSORS).write_bytes(content)
@@ -29,7 +29,7 @@ def keep(name, content=b"weights", *, used_days_ago=0.0):
 
 
 def test_an_incomplete_base_is_none():
-    """Or whose description cannot be read."""
+    """A base with an unreadable description does not count either."""
     folder = keep("one")
     assert bases.read_description(folder).bytes == 7
     (folder / bases.TENSORS).write_bytes(b"weight")
@@ -54,7 +54,8 @@ def test_a_write_that_fails_leaves_nothing(home):
 
 
 def test_unused_bases_are_removed(home):
-    """After a month, then the least recently used until the rest is small enough; none that was used within a day."""
+    """Bases are removed after a month, then the least recently used until the rest is small enough, but none that was
+    used within a day."""
     for name, days in (("old", 40), ("older", 3), ("newer", 2), ("newest", 0.5)):
         keep(name, b"w" * 10_000, used_days_ago=days)
     bases.prune()

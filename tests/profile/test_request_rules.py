@@ -1,4 +1,4 @@
-"""Every rule of requests on constructed evidence: a planted case that it finds, and healthy requests."""
+"""Tests of every rule of requests on constructed evidence: an injected case that it finds, and healthy requests."""
 
 import dataclasses
 
@@ -53,11 +53,11 @@ HEALTHY = RequestEvidence(
     adapter_dtype="bfloat16",
     bytes_per_s=1e12,
 )
-"""Constructed: a request of 0.4 s that a GPU is busy with, of an adapter that costs next to nothing."""
+"""Constructed: a request of 0.4 s with a busy GPU, and an adapter that costs almost nothing."""
 
 
 def changed(*, variant=None, prefill=None, decode=None, facts=None, **fields):
-    """The healthy evidence with other fields, of its parts as well."""
+    """Return the healthy evidence with changed fields, and with changed fields of its parts."""
     parts = {"variant": variant, "prefill": prefill, "decode": decode}
     fields |= {"facts": msgspec.structs.replace(FACTS, **facts)} if facts else {}
     own = {name: dataclasses.replace(getattr(HEALTHY, name), **given) for name, given in parts.items() if given}
@@ -82,7 +82,7 @@ PLANTED = {
         WHOLE, 0.002 + PASSES * 0.001, {"adapter_dtype": "bfloat16"},
     ),
 }  # fmt: skip
-"""Constructed: the evidence, what the cost is a part of, the cost in seconds, and what to change of the variant."""
+"""Constructed evidence, the metric of the cost, the cost in seconds, and the suggested changes of the variant."""
 
 
 def test_a_healthy_request_has_no_finding():
@@ -91,13 +91,13 @@ def test_a_healthy_request_has_no_finding():
 
 
 def test_every_rule_has_a_planted_case():
-    """A rule without one could never fire."""
+    """Each rule has an injected case that triggers it."""
     assert set(PLANTED) == set(REQUEST_RULES)
 
 
 @pytest.mark.parametrize("code", PLANTED)
 def test_a_planted_case_is_found_alone(code):
-    """With its cost and what to change; no other rule mistakes it for its own."""
+    """The finding has its cost and the suggested changes; no other rule reports the case."""
     evidence, metric, cost_s, changes = PLANTED[code]
     (finding,) = diagnose_requests(evidence)
     assert (finding.code, finding.metric, finding.changes) == (code, metric, changes)
@@ -138,7 +138,7 @@ LAYER_COPY = msgspec.structs.replace(HEAD_COPY, weight="model.layers.0.mlp.up_pr
     ],
 )
 def test_what_costs_nothing_or_cannot_be_changed(evidence, found):
-    """Each twin of a planted case has no finding, or one without a change of the variant."""
+    """A variation of each injected case has no finding, or one without a change of the variant."""
     findings = diagnose_requests(evidence)
     assert [finding.changes for finding in findings] == found
     for finding in findings:

@@ -1,4 +1,4 @@
-"""Journals, which only grow: how their lines are read, and the refusal of a file that is none."""
+"""Tests of journals, which only grow: reading of their lines, and the refusal of other files."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.constructed import RUNS
 
 @pytest.fixture
 def runs(tmp_path):
-    """A folder with a run in it."""
+    """A folder with one run."""
     shutil.copytree(RUNS / "sound", tmp_path / "it")
     return tmp_path
 
 
 def test_a_journal_that_is_no_plain_file_is_refused_by_its_name(runs, capsys):
-    """By commands that read the run; a list of runs shows it as damaged and has the others."""
+    """Commands that read the run refuse it; a list shows it as damaged and still has the other runs."""
     (runs / "it" / store.TRIALS).unlink()
     (runs / "it" / store.TRIALS).symlink_to("/dev/zero")
     with pytest.raises(UsageError, match=r"trials\.jsonl: cannot be read: .*Restore it, or remove it"):
@@ -33,7 +33,7 @@ def test_a_journal_that_is_no_plain_file_is_refused_by_its_name(runs, capsys):
 
 
 def test_lines_are_read_as_they_were_appended(tmp_path):
-    """With their line ends and without blank ones; bytes that are not UTF-8 are escaped."""
+    """Lines keep their line ends, blank lines are skipped, and bytes that are not UTF-8 are escaped."""
     fileio.append(tmp_path / "x", "one\n")
     fileio.append(tmp_path / "x", "two")
     with (tmp_path / "x").open("ab") as file:

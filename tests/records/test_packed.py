@@ -1,4 +1,4 @@
-"""A packed run that was damaged on its way, or was packed by another, is refused and ends nothing."""
+"""Tests of packed runs that were damaged or made by another program: they are refused with an error."""
 
 import random
 import shutil
@@ -14,7 +14,7 @@ RUN = RUNS / "sound"
 
 
 def test_damaged_bytes_are_refused(tmp_path):
-    """Wherever they are: in the names of the archive, in its sizes, or in what is compressed."""
+    """The damage may be in the archive's names, its sizes or the compressed data."""
     path = tmp_path / "run.lorameter.zip"
     write_packed(path, RUN)
     whole, chance, refused = path.read_bytes(), random.Random(1), 0
@@ -40,7 +40,7 @@ def test_damaged_bytes_are_refused(tmp_path):
     ids=["manifest", "record"],
 )
 def test_a_fault_inside_is_reported_with_the_file(tmp_path, member, text, said):
-    """The message names the file and not the folder that it was unpacked into; a run's directory is refused alike."""
+    """The message names the file and not the folder of its unpacked content; a run's directory gives the same error."""
     folder = shutil.copytree(RUN, tmp_path / "plain")
     (folder / member).write_text(text)
     write_packed(tmp_path / "run.lorameter.zip", folder)

@@ -1,4 +1,4 @@
-"""Lines, breaks and suspicions: what is reported of runs whose numbers are known."""
+"""Tests of the history of runs with known numbers: lines, breaks and suspected changes."""
 
 import dataclasses
 import math
@@ -18,7 +18,8 @@ DAY_S = 86400.0
 
 @pytest.fixture
 def nightly(write_run, small_study):
-    """A function that writes a run a night: `levels` are true step times, `facts` what differs from night to night."""
+    """A function that writes a run for each night: `levels` are true step times, `facts` the differences between
+    nights."""
     study = dataclasses.replace(small_study, name="training-step")
     rng = random.Random(4)
 
@@ -43,7 +44,7 @@ def torch(version):
 
 
 def test_a_slow_down_is_suspected_with_all_that_is_known_of_it(nightly):
-    """Before, after, interval, commits, and the command that would confirm it."""
+    """The suspicion has the runs before and after, the interval, the commits, and the command that would confirm it."""
     runs = nightly([1.0] * 14 + [1.1] * 6)
     (track,) = history_of(runs).tracks
     (line,) = track.lines
@@ -59,7 +60,8 @@ def test_a_slow_down_is_suspected_with_all_that_is_known_of_it(nightly):
 
 
 def test_a_change_of_fingerprint_is_a_known_break_and_no_change(nightly):
-    """A line for each, no ratio across, what differs, and the A/B of the versions that measures it."""
+    """Each fingerprint has its own line without a ratio across; the break has the differences and the A/B of the
+    versions that measures it."""
     runs = nightly([1.0] * 12 + [1.3] * 12, lambda night: torch("1.0" if night < 12 else "2.0+cpu"))
     (track,) = history_of(runs).tracks
     assert [len(line.moments) for line in track.lines] == [12, 12]
@@ -72,7 +74,7 @@ def test_a_change_of_fingerprint_is_a_known_break_and_no_change(nightly):
 
 
 def test_runs_that_do_not_count_are_gaps_with_their_reason(nightly):
-    """An interrupted run of twice the time is no change, whatever follows."""
+    """An interrupted run with twice the time is not a change."""
     runs = nightly([1.0] * 14)
     for night in (11, 12, 13):
         dated(runs / f"night{night:03d}", night, status="interrupted")
@@ -102,7 +104,7 @@ def test_runs_that_do_not_count_are_gaps_with_their_reason(nightly):
     ],
 )
 def test_the_command_that_would_confirm(before, after, words):
-    """Of versions where these differ, else of commits; none where a side could not be put up."""
+    """The command compares versions if they differ, else commits; there is none if a side cannot be reconstructed."""
     moment = Moment(
         run="r", folder="r", created_unix_s=0.0, value=1.0, low=None, high=None, replicates=1, commit=None,
         dirty=False, versions={}, why_not=None,
@@ -118,7 +120,7 @@ def said(history, width=200, **options):
 
 
 def test_the_report_draws_every_line_and_every_break(nightly):
-    """And with --runs a row a run, with its interval and its commit."""
+    """--runs adds a row for each run, with its interval and its commit."""
     runs = nightly([1.0] * 12 + [1.3] * 13, lambda night: torch("1.0" if night < 12 else "2.0"))
     text = said(history_of(runs), every_run=True)
     drawn = [line for line in text.splitlines() if set(line) & set("▁█") and "to 2026" in line]

@@ -1,4 +1,4 @@
-"""One measurement at a time on a device: the second one waits, is refused, or runs at the same time."""
+"""Tests of the lock of a device: a second measurement waits, is refused, or runs concurrently."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lorameter.run.device_lock import hold_device
 
 
 class OnDevice:
-    """An executor, as far as it is asked."""
+    """An executor with only a device id."""
 
     def __init__(self, device="cpu"):
         self.device = device
@@ -43,7 +43,7 @@ def holder(tmp_path, monkeypatch):
 
 
 def test_a_killed_one_holds_nothing(holder):
-    """The lock is the kernel's; the file that is left locks nothing."""
+    """The kernel holds the lock; the remaining file locks nothing."""
     holder.kill()
     holder.wait()
     with hold_device(OnDevice("GPU-1"), "refuse") as waited:
@@ -51,14 +51,14 @@ def test_a_killed_one_holds_nothing(holder):
 
 
 def test_another_device_is_free_and_sharing_takes_no_lock(holder):
-    """The lock is that of a device."""
+    """Each device has its own lock."""
     with hold_device(OnDevice("GPU-2"), "refuse") as waited, hold_device(OnDevice("GPU-1"), "share") as shared:
         assert not waited
         assert not shared
 
 
 def test_a_name_leads_to_a_file_in_the_folder_and_to_no_other(tmp_path, monkeypatch):
-    """Whatever the driver calls the GPU; a link in its place is not followed."""
+    """The file is in the folder for any GPU name, and a link in its place is not followed."""
     monkeypatch.setenv("LORAMETER_LOCKS", str(tmp_path))
     with hold_device(OnDevice("../../a GPU"), "refuse"):
         assert [path.name for path in tmp_path.iterdir()] == ["lorameter--a-GPU.lock"]

@@ -1,4 +1,4 @@
-"""A model whose layers are not known: nothing is refused on a guess, and what is unknown is reported as unknown."""
+"""Tests of a model with unknown layers: nothing is refused on a guess, and unknown values are reported as unknown."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ CONFIG = {
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
     "max_position_embeddings": 4096, "num_local_experts": 4, "num_experts_per_tok": 2,
 }  # fmt: skip
-"""A width that blocks of 64 do not divide, were it the width of a linear layer."""
+"""A width that is not a multiple of 64, as a linear layer in 4 bits would need."""
 SENTENCE = "the linear layers of model type 'mixtral' are not known"
 REMEDY = "add an entry for it to harness/lorameter/models/families.py"
 
 
 @pytest.fixture
 def model(tmp_path):
-    """What a study would call it."""
+    """The model's name in a study."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     return f"random:{tmp_path}"
 
 
 @pytest.fixture
 def study(small_study, model):
-    """A small study on it."""
+    """A small study on this model."""
     return dataclasses.replace(small_study, workload=dataclasses.replace(small_study.workload, model=model))
 
 
 def test_nothing_is_refused_on_a_guess(study, machine):
-    """Neither memory nor widths nor ranks; what is unknown is one notice with its remedy."""
+    """Memory, widths and ranks are not checked; one notice has what is unknown and the remedy."""
     tiny = dataclasses.replace(machine, memory_bytes=1)
     wide = dataclasses.replace(
         study, variants=(*study.variants, dataclasses.replace(study.variants[0], name="r", r=999))
@@ -55,7 +55,7 @@ def test_a_dry_run_gives_the_reason(model, capsys, tmp_path):
 
 
 def test_sizes_are_peft_s_and_say_it(tmp_path, capsys):
-    """A count needs no formula; below it stands that none was held against it."""
+    """Sizes are counted without a formula, and a note says that no formula confirmed them."""
     config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 320}
     (tmp_path / "config.json").write_text(json.dumps(config))
     line = ["list", "sizes", "llama2-lora-parameters", "--model", f"random:{tmp_path}"]

@@ -1,4 +1,4 @@
-"""The share of scatter that another quantity explains."""
+"""Tests of the share of scatter that another quantity explains."""
 
 import numpy as np
 import pytest
@@ -13,20 +13,20 @@ def blocks(noise, replicates=5, points=40):
 
 
 def test_a_line_explains_everything():
-    """Where time is proportional to tokens the share is one, and its interval does not leave [0, 1]."""
+    """If time is proportional to tokens the share is one, and its interval stays within [0, 1]."""
     share = explained_share(blocks(0.0))
     assert (share.value, share.low, share.high) == pytest.approx((1.0, 1.0, 1.0))
     assert (share.replicates, share.points) == (5, 200)
 
 
 def test_noise_is_not_explained():
-    """As much variance from elsewhere halves the share; the interval holds the true one."""
+    """Noise with equal variance halves the share; the interval covers the true share."""
     share = explained_share(blocks(0.02 * 13.0))
     assert 0 < share.low < 0.5 < share.high < 1
 
 
 def test_replicates_that_cannot_say_are_left_out():
-    """Two points, equal x and equal y say nothing; without any that does there is no share."""
+    """Two points, equal x and equal y give no share; without other replicates there is none."""
     silent = [([1, 2], [1, 2]), ([5, 5, 5], [1, 2, 3]), ([1, 2, 3], [4, 4, 4])]
     assert explained_share(silent) is None
     one = explained_share([*silent, ([1, 2, 3], [1, 3, 2])])

@@ -1,4 +1,4 @@
-"""Warm-up: when simulated step times are steady enough to stop discarding them."""
+"""Tests of the warm-up: when simulated step times are steady enough to stop discarding them."""
 
 import math
 
@@ -11,12 +11,12 @@ STEP = np.arange(60)
 
 
 def first_steady(series, window):
-    """After how many steps `is_steady` first says so."""
+    """Return the number of steps after which `is_steady` is true first."""
     return next((count for count in range(1, len(series) + 1) if is_steady(series[:count], window)), None)
 
 
 def stops(shape, sd, window, draws=150, seed=63):
-    """First steady counts over simulated series."""
+    """Return the first steady counts of simulated series."""
     rng = np.random.default_rng(seed)
     return [first_steady(np.exp(rng.normal(shape, sd)).tolist(), window) for _ in range(draws)]
 
@@ -29,13 +29,13 @@ def test_online_waits_for_two_windows():
 
 @pytest.mark.parametrize("sd", [0.003, 0.02, 0.1])
 def test_online_stops_soon_on_flat_noise(sd):
-    """Flat noise is steady within a window of the earliest moment in 95 % of runs."""
+    """In 95 % of runs, flat noise is steady within one window after the earliest possible step."""
     assert np.mean([stop is not None and stop <= 15 for stop in stops(np.zeros(60), sd, 5)]) >= 0.95
 
 
 @pytest.mark.parametrize("sd", [0.003, 0.02])
 def test_online_goes_on_while_it_decays(sd):
-    """A decaying warm-up is not left before its remaining excess is below a tenth, and is left in the end."""
+    """A decaying warm-up ends, and not before its remaining excess is below a tenth."""
     counts = stops(np.exp(-STEP / 5), sd, 5)
     assert None not in counts
     assert np.mean([math.exp(-(count - 1) / 5) < 0.1 for count in counts]) >= 0.95
@@ -49,7 +49,7 @@ def test_online_ignores_old_steps_and_one_hiccup():
 
 
 def test_online_tolerance_bounds_the_drop():
-    """A drop within the tolerance is steady, one beyond is not, and a rise is."""
+    """A drop within the tolerance is steady, a larger one is not, and a rise is."""
     assert is_steady([1.015] * 3 + [1.0] * 3, 3)
     assert not is_steady([1.025] * 3 + [1.0] * 3, 3)
     assert is_steady([1.025] * 3 + [1.0] * 3, 3, tolerance=0.03)
@@ -57,7 +57,7 @@ def test_online_tolerance_bounds_the_drop():
 
 
 def test_online_bad_input_is_an_error():
-    """An empty window and a sample that is no duration are refused, the sample by its place in the whole series."""
+    """An empty window and a sample that is not a duration are refused, the sample by its index in the whole series."""
     with pytest.raises(ValueError, match="window is 0"):
         is_steady([1.0, 1.0], 0)
     with pytest.raises(ValueError, match="samples sample 3 is nan"):

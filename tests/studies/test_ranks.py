@@ -1,4 +1,4 @@
-"""Several ranks in a study: refusals before anything starts, and defaults."""
+"""Tests of several ranks in a study: refusals before anything starts, and defaults."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def refusal(**changes):
     ],
 )
 def test_a_workload_that_ranks_cannot_share_is_refused(changes, words):
-    """With the key, its value and the remedy."""
+    """The error has the key, its value and the remedy."""
     assert words in refusal(**changes)
 
 
 def test_a_study_of_ranks_trains_and_need_not_say_so(tmp_path):
-    """Its phases are training alone, and asking for another is refused."""
+    """Its only phase is training, and any other phase is refused."""
     path = tmp_path / "two.toml"
     path.write_text('[workload]\nranks = 2\nstrategy = "ddp"\n[[variant]]\nname = "plain"\n')
     study = load_study(str(path))
@@ -68,13 +68,13 @@ def of_ranks(study, **changes):
     ],
 )
 def test_a_variant_that_ranks_cannot_train_is_refused(small_study, machine, changes, words):
-    """Before a model is loaded."""
+    """The error comes before a model is loaded."""
     with pytest.raises(UsageError, match=words):
         check_feasible(of_ranks(small_study, **changes), machine)
 
 
 def test_more_ranks_than_cards_are_refused(small_study, machine, monkeypatch):
-    """Two ranks on one GPU would measure each other."""
+    """Two ranks on one GPU would disturb each other."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(UsageError, match=r"ranks = 2: 1 GPU is available here"):
         check_feasible(of_ranks(small_study), dataclasses.replace(machine, device="cuda"))
@@ -84,7 +84,8 @@ def test_more_ranks_than_cards_are_refused(small_study, machine, monkeypatch):
     ("torch", "can"), [("2.11.0+cu130", False), ("2.12.0", True), ("2.13.0+cpu", True), ("3.0", True)]
 )
 def test_four_bits_need_a_torch_that_shards_integers(small_study, machine, torch, can, monkeypatch):
-    """Refused before a model is loaded, with what would do; float weights are sharded by every torch."""
+    """The error comes before a model is loaded and names the needed version; every torch version shards float
+    weights."""
     monkeypatch.setattr("lorameter.run.feasibility.library_version", {"torch": torch}.get)
     check_feasible(of_ranks(small_study), machine)
     with (

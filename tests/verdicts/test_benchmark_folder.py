@@ -1,4 +1,4 @@
-"""A folder of pytest-benchmark files: each file is a replicate of one side."""
+"""Tests of a folder of pytest-benchmark files: each file is a replicate of one side."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BENCHMARKS = {"tests/test_it.py::test_fast", "tests/test_it.py::test_slow"}
 
 @pytest.fixture
 def saved(tmp_path):
-    """A function that saves so many sessions of another project, a file each; its folder."""
+    """A function that saves sessions of another project, one file each, and returns their folder."""
 
     def save(name, scale=1.0, count=6, **machine):
         rng = random.Random(name)
@@ -39,7 +39,7 @@ def saved(tmp_path):
 
 @pytest.fixture
 def called(tmp_path, capsys):
-    """A command with --json: its exit code, and its document or its message."""
+    """A function that runs a command with --json and returns its exit code with its document or message."""
 
     def run(*words):
         code = main([*map(str, words), "--json", "--runs-dir", str(tmp_path / "runs")])
@@ -54,7 +54,8 @@ def called(tmp_path, capsys):
     ("scale", "code", "verdict"), [(1.5, 1, "regressed"), (0.5, 0, "improved"), (1.0, 3, "inconclusive")]
 )
 def test_folders_give_a_verdict_with_an_interval(saved, called, command, scale, code, verdict):
-    """As many replicates as files; the exit code is that of the verdict. Times of two sessions are never equivalent."""
+    """Each file is a replicate, and the exit code is that of the verdict. Times of two sessions are never
+    equivalent."""
     found, document = called(command, saved("before"), saved("after", scale))
     rows = [row["comparison"] | row if "comparison" in row else row for row in document["comparisons"]]
     assert {row["variant"]: row["verdict"] for row in rows} == dict.fromkeys(BENCHMARKS, verdict)
@@ -63,7 +64,7 @@ def test_folders_give_a_verdict_with_an_interval(saved, called, command, scale, 
 
 
 def test_files_are_named_by_a_pattern(saved, called):
-    """With one file a session, as pytest-benchmark stores them."""
+    """pytest-benchmark stores one file for each session."""
     base, candidate = (saved(name, scale, count=3) for name, scale in (("before", 1.0), ("after", 3.0)))
     code, document = called("compare", base / "*" / "*_x.json", candidate / "*" / "*_x.json")
     assert code == 1
@@ -72,7 +73,7 @@ def test_files_are_named_by_a_pattern(saved, called):
 
 @pytest.mark.parametrize("harm", ["another machine", "of lorameter", "no JSON", "no file"])
 def test_a_folder_that_is_not_one_side_is_refused(saved, called, harm):
-    """The message names the file; exit code 2."""
+    """The command exits with 2, and the message names the file."""
     base, folder = saved("before"), saved("after")
     last = sorted(folder.rglob("*.json"))[-1]
     if harm == "another machine":

@@ -1,4 +1,4 @@
-"""The gate: a policy decides, and nothing but a finding of "no worse" is a pass."""
+"""Tests of the gate: a policy decides, and only a finding of "no worse" passes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ SLOW = BASE | {"nf4": [time * 1.2 for time in BASE["nf4"]]}
 
 @pytest.fixture
 def gate(tmp_path, capsys, write_run, monkeypatch):
-    """The command on two runs, base `a` and candidate `b`, with a policy as text; its exit code and output."""
+    """A function that runs the gate on base `a` and candidate `b` with a policy as text and returns exit code and
+    output."""
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
 
     def run(candidate, policy=None, *options, **changes):
@@ -46,12 +47,12 @@ def gate(tmp_path, capsys, write_run, monkeypatch):
     ({"plain": BASE["plain"]}, "inconclusive = 'pass'", 5),
 ])  # fmt: skip
 def test_a_policy_decides(gate, candidate, policy, code):
-    """By verdict, by limits for a variant, by what is gated and by what is required."""
+    """The policy sets verdicts, limits for a variant, and gated and required metrics."""
     assert gate(candidate, policy)[0] == code
 
 
 def test_an_invalid_run_never_passes(gate):
-    """Whatever the policy lets pass, a control that failed is exit 4."""
+    """A failed control exits with 4, whatever the policy accepts."""
     assert gate(BASE, "inconclusive = 'pass'\ntolerance = 0.5", control=1.3)[0] == 4
 
 
@@ -68,14 +69,14 @@ def test_an_invalid_run_never_passes(gate):
     ("tolerance =", "not a TOML file"),
 ])  # fmt: skip
 def test_a_policy_that_cannot_be_is_refused(gate, policy, said):
-    """Exit 2 with the key, its value and the remedy."""
+    """The command exits with 2 and the key, its value and the remedy."""
     code, text = gate(BASE, policy)
     assert code == 2
     assert said in text
 
 
 def test_an_exception_inside_is_never_a_pass(gate, monkeypatch):
-    """70, even where everything would have passed."""
+    """The exit code is 70, even if all comparisons would pass."""
 
     def broken(*_, **__):
         raise ZeroDivisionError
@@ -85,7 +86,7 @@ def test_an_exception_inside_is_never_a_pass(gate, monkeypatch):
 
 
 def test_github_gets_annotations_and_a_summary(gate, monkeypatch, tmp_path):
-    """An error for what fails, worst first; the summary is appended to what other steps wrote."""
+    """Each failure is an error, the worst first; the summary is appended to that of other steps."""
     summary = tmp_path / "summary.md"
     summary.write_text("before\n")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
@@ -99,14 +100,14 @@ def test_github_gets_annotations_and_a_summary(gate, monkeypatch, tmp_path):
 
 
 def test_an_annotation_cannot_be_broken_out_of():
-    """Line ends, percent signs, and in the title colons and commas are escaped."""
+    """Line ends and percent signs are escaped, in the title also colons and commas."""
     assert annotation("error", "a:b,c%\n", "x\r\n::error::100%") == (
         "::error title=a%3Ab%2Cc%25%0A::x%0D%0A::error::100%25"
     )
 
 
 def test_limits_are_taken_key_by_key_from_the_last_that_matches():
-    """A later rule that names only a margin leaves the tolerance of an earlier one; computed bytes stay exact."""
+    """A later rule with only a margin keeps the tolerance of an earlier one; computed bytes stay exact."""
     policy = Policy(
         tolerance=0.02,
         limit=(LimitRule(variant="nf4*", tolerance=0.2), LimitRule(metric="cold_*", margin=0.5)),

@@ -1,4 +1,4 @@
-"""Ways to take several passes for one update, and to make a loss of them."""
+"""Faults and variations of the loss of several passes for one update."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from negative_controls.small_run import SmallRun
 
 _FIRST, _SECOND = 12, 4
-"""Tokens with a label in each row of the two passes."""
+"""Labelled tokens in each row of the two passes."""
 
 
 def accumulate(
@@ -20,7 +20,7 @@ def accumulate(
     even: bool = False,
     shifted: bool = True,
 ) -> None:
-    """Two passes before each update, of which the second has fewer tokens with a label.
+    """Take two passes before each update, the second with fewer labelled tokens.
 
     Args:
         run: to be changed.
@@ -51,7 +51,8 @@ def accumulate(
 
 
 def return_log_probs(run: SmallRun, *, counted: bool = True, weigh: Any = None) -> None:
-    """Let the model return log-probabilities of all tokens but one, and make the loss of them, as TRL's trainers do.
+    """Let the model return log-probabilities of all tokens but one, and compute the loss from them, as TRL's trainers
+    do.
 
     Args:
         run: of a PEFT model, after ``accumulate`` or ``pack``.
@@ -86,14 +87,14 @@ def _targets(labels: Any, *, shifted: bool) -> int:
 
 
 def prompt() -> Any:
-    """A learned prompt, after which the first token of each row is a target, too."""
+    """Return a learned prompt, after which the first token of each row is a target as well."""
     import peft
 
     return peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
 
 
 def search_along_a_line(run: SmallRun) -> None:
-    """Give the optimizer a closure, which it evaluates several times for one update."""
+    """Give the optimizer a closure that it evaluates several times for one update."""
     import torch
 
     parameters = [value for value in run.model.parameters() if value.requires_grad]

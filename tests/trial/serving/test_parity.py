@@ -1,4 +1,4 @@
-"""An adapter that changes its base, served in several ways: those that must agree do, and a fault does not."""
+"""Tests of an adapter with a large effect in several serving modes: equivalent modes agree, and a fault is found."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SOURCE = catalogue.resolve(WORKLOAD.model)
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """The folder of an adapter whose B is not zero: it moves logits by whole numbers."""
+    """The folder of an adapter with a non-zero B, which changes logits by whole numbers."""
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(0)
     model = peft_methods.attach(load_base(SOURCE, FULL, device="cpu", seed=WORKLOAD.data_seed), FULL)
@@ -45,7 +45,7 @@ def adapter(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def request_of(adapter, tmp_path_factory):
-    """The request for a variant's group of ways, after any reference that there is."""
+    """A function that returns the request for a group of serving modes of a variant, with an optional reference."""
     folder = tmp_path_factory.mktemp("served")
     tokens = prepare(WORKLOAD, folder)
 
@@ -66,7 +66,7 @@ def request_of(adapter, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served_of(request_of):
-    """All that a variant's ways give, by name."""
+    """A function that returns the results of all serving modes of a variant, by name."""
 
     def serve(variant):
         found = []
@@ -81,18 +81,18 @@ def served_of(request_of):
 
 @pytest.fixture(scope="module")
 def full(served_of):
-    """Of the float32 base."""
+    """The results on the float32 base."""
     return served_of(FULL)
 
 
 @pytest.fixture(scope="module")
 def nf4(served_of):
-    """Of the NF4 base that multiplies in float32."""
+    """The results on the NF4 base that multiplies in float32."""
     return served_of(NF4)
 
 
 def test_a_merge_in_float32_gives_the_same_answers(full):
-    """No token differs, and logits only by the rounding of the sum."""
+    """No token differs, and logits differ only by rounding of the sum."""
     found = compare_served(full["unmerged, float32"], full["merged into float32"])
     assert (found.answers.count, found.answers.of, found.tokens.count, found.tokens.of) == (0, 4, 0, 24)
     assert 0 < found.difference_max < 1e-4
@@ -109,18 +109,19 @@ def test_a_missing_adapter_is_found(nf4):
 
 
 def test_merging_into_nf4_loses_and_into_dequantised_weights_does_not(nf4):
-    """What is quantised again is measurably another; the sum in float32 is the same but for how a 4-bit layer
-    multiplies, which is in bfloat16 on CPUs where bitsandbytes repacks its weights."""
+    """A merge into NF4 differs measurably; a merge into dequantised weights differs only by the 4-bit product, which is
+    in bfloat16 on CPUs where bitsandbytes repacks weights."""
     reference = nf4["unmerged, nf4"]
     into, dequantised = (compare_served(reference, nf4[way]) for way in ("merged into nf4", "merged, nf4 dequantised"))
     assert dequantised.answers.count == 0
     assert dequantised.difference_max < 0.05 < into.difference_max
     assert into.kl_mean_nats.value > 100 * dequantised.kl_mean_nats.value
-    assert into.cosine_mean.value > 0.9  # and none of the garbage that a merge into repacked weights gives
+    assert into.cosine_mean.value > 0.9  # not garbage, as a merge into repacked weights would give
 
 
 def test_a_serving_mode_that_raises_fails_alone(request_of, full, monkeypatch):
-    """The others of its group are kept, and so is the reason. Nothing else is served after a reference that failed."""
+    """The other modes of its group are kept, with the reason of the failure. After a failed reference no other mode is
+    served."""
     monkeypatch.setattr(peft_methods, "merge", lambda model: (_ for _ in ()).throw(RuntimeError("no merge today")))
     fragment = parity.serve_adapter(request_of(FULL, 0, full["unmerged, float32"].answers))
     *others, merged = codec.from_json(tuple[Served, ...], fragment.tokens["served"], "served")

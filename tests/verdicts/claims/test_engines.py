@@ -1,4 +1,4 @@
-"""Promises of engines, judged from runs whose every number is known."""
+"""Tests of the claims of engines, judged from runs with known numbers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check(observed, path="compile", status="active"):
 
 
 def watched(ours=True, theirs=False, path="compile"):
-    """A change of records: what was seen with the engine and without."""
+    """Return a change of records that sets the observations with and without the engine."""
 
     def change(record):
         return record.replaced(checks=(check(ours if record.name == "r16" else theirs, path),))
@@ -31,7 +31,7 @@ def watched(ours=True, theirs=False, path="compile"):
 
 
 def peaks(kind, ours, theirs, twin=None):
-    """The same with a peak in each replicate, in MiB."""
+    """Return a change of records that also sets a peak in each replicate, in MiB."""
 
     def change(record):
         given = ours if record.name == "r16" else twin if record.role == "control" and twin is not None else theirs
@@ -45,7 +45,7 @@ def peaks(kind, ours, theirs, twin=None):
 
 @pytest.fixture
 def judged(make_run, claim):
-    """A function: the report on a run with one claim of one part."""
+    """A function that returns the report on a run with one claim of one part."""
 
     def judge(part, factors=(), *, engine=COMPILED, change=None, **given):
         return judge_claims(make_run([claim(part)], factors, engine=engine, change=change or watched(), **given))
@@ -68,12 +68,12 @@ def part_of(report):
 )  # fmt: skip
 @pytest.mark.parametrize("level", ["lockstep", "replicates"])
 def test_each_promise_finds_the_truth(judged, part, factor, verdict, level):
-    """Effects beyond what was promised, short of it, and at it, whichever way trials alternate."""
+    """Effects above, below and at the claimed size are judged right for each interleaving."""
     assert part_of(judged(part, {"r16": factor}, level=level)).verdict == verdict
 
 
 def test_a_speed_is_reported_as_it_was_promised(judged):
-    """Above one where it is faster, with its interval, what it is of, and what was promised."""
+    """The ratio is above one if faster, with its interval, its variants and the claimed size."""
     found = part_of(judged(FASTER, {"r16": 1 / 1.3}))
     assert found.ratio == pytest.approx(1.3, rel=0.01)
     assert found.low < 1.3 < found.high
@@ -86,7 +86,7 @@ def test_a_speed_is_reported_as_it_was_promised(judged):
 
 
 def test_one_replicate_is_not_judged(judged):
-    """Neither of times nor of peaks."""
+    """Neither times nor peaks of one replicate are judged."""
     assert part_of(judged(FASTER, {"r16": 0.5}, replicates=1)).verdict == "not judged"
     found = part_of(judged(PEAK, change=peaks(DEVICE, [50], [100])))
     assert (found.verdict, found.ratio) == ("not judged", None)
@@ -114,7 +114,7 @@ def test_one_replicate_is_not_judged(judged):
     ],
 )  # fmt: skip
 def test_nothing_is_judged_unless_the_engine_ran_there_alone(judged, proof, ours, theirs, verdict, words):
-    """By what was observed, whatever was asked for."""
+    """The observations count, not the requested settings."""
     engine, (path,) = dataclasses.replace(COMPILED, proof=proof), proof
     report = judged(FASTER, {"r16": 0.5}, engine=engine, change=watched(ours, theirs, path))
     assert part_of(report).verdict == verdict
@@ -124,7 +124,7 @@ def test_nothing_is_judged_unless_the_engine_ran_there_alone(judged, proof, ours
 
 
 def test_an_unwatched_step_is_unknown_and_no_proof(judged):
-    """A step that was not watched, and one whose check failed, with the reason of the check."""
+    """The test covers a step without a check, and one whose check failed, with its reason."""
     found = part_of(judged(FASTER, {"r16": 0.5}, change=lambda record: record))
     assert found.verdict == "not judged"
     assert "unknown by compile (r16: nothing that was observed shows it" in found.reason
@@ -139,7 +139,7 @@ def test_an_unwatched_step_is_unknown_and_no_proof(judged):
 
 
 def test_one_trial_of_many_that_fell_back_is_enough(judged):
-    """The engine must have run in each that was watched."""
+    """The engine must have run in each watched trial."""
 
     def once(record):
         return watched(ours=record.replicate != 3)(record)
@@ -149,7 +149,8 @@ def test_one_trial_of_many_that_fell_back_is_enough(judged):
 
 @pytest.mark.parametrize(("isolated", "verdict"), [(True, "supported"), (False, "not judged")])
 def test_what_is_not_won_fairly_is_not_judged(judged, isolated, verdict):
-    """Records that see each other; where that is unknown, the evidence reports it and the claim is judged."""
+    """Records that leak into each other prevent a judgement; if isolation is unknown, the evidence says so and the
+    claim is judged."""
     engine = dataclasses.replace(COMPILED, proof={"compile": True, "packing.isolated": "not false"})
 
     def change(record):
@@ -183,7 +184,8 @@ def test_what_is_not_won_fairly_is_not_judged(judged, isolated, verdict):
     ],
 )
 def test_peaks_are_judged_by_their_range(judged, kind, ours, theirs, twin, verdict, words):
-    """A device's either way, wider by what the reference differs from itself; a process's only where a saving shows."""
+    """A device's peak is judged in both directions with the range of the reference and its control; a process's peak
+    only if it shows a saving."""
     found = part_of(judged(PEAK, change=peaks(kind, ours, theirs, twin)))
     assert (found.verdict, found.metric) == (verdict, "peak_memory")
     assert words in found.reason
