@@ -98,8 +98,8 @@ def signals_reach_what_is_started():
 def nothing_imported_is_collected():
     """Exclude imported objects from garbage collection, as the zygote does.
 
-    The phases of a trial end with a full collection; in a process that has imported every library it takes 0.4 s and
-    was a third of the time of the tests that train.
+    The phases of a trial end with a full collection, which takes 0.4 s in a process that has imported every library;
+    that was a third of the time of the tests that train.
     """
     gc.freeze()
     yield
@@ -222,8 +222,8 @@ FACTS = {
 def write_run(tmp_path: Path, small_study: Study):
     """A function that writes a whole run with exact numbers, as the runner would, and returns its directory.
 
-    `steps` are the step times of each variant, one a replicate; the control repeats the reference's, times `control`.
-    `facts` replaces fields of the provenance, `change` any record on its way to the disk.
+    `steps` are the step times of each variant, one for each replicate; the control has the reference's, times
+    `control`. `facts` replaces fields of the provenance; `change` changes any record before it is written.
     """
     from lorameter.machine import provenance
     from lorameter.records.record import TrialRecord

@@ -1,9 +1,9 @@
 """Small runs with injected values, for tests of programs that read runs; they are written to a temporary folder on
 import.
 
-Manifests and the fields of a record that no test plants come from the two runs that are committed under reports/, so
-that the constructed ones have the form of measured ones. Their samples are drawn by seeded generators of the standard
-library and written with six digits. Nothing of `harness` is imported: what these files say must not follow it.
+Manifests and the fields of a record without an injected value come from the two runs that are committed under reports/,
+so that constructed runs have the form of measured ones. Their samples are drawn by seeded generators of the standard
+library and written with six digits. Nothing of `harness` is imported, so that these files do not change with it.
 
 RUNS        what a user may have in a runs directory, whole and broken off
 DAMAGED     runs that cannot be read, each for another reason

@@ -1,7 +1,7 @@
 """Tests of the pytest plugin: what pytest-benchmark saves, compares and refuses.
 
-The session is real; at the one seam stands a fake executor with exact numbers, so that no clock decides a test. That
-the real executor gives such records is shown by `run/workers/test_local.py` and by `contract/test_measured.py`.
+The session is real; a fake executor with exact numbers replaces the processes, so that no test depends on a clock.
+`run/workers/test_local.py` and `contract/test_measured.py` show that the real executor gives such records.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
     python benchmarks/evidence/peft_table.py CHECKOUT [--revision REVISION] [--out reports/peft-method-comparison]
 
-CHECKOUT is a clone of github.com/huggingface/peft with its history, as a work tree or a bare repository. It is read for
-every version of `method_comparison/*/results/*.json` in the first-parent history up to REVISION. A run is identified by
-its experiment and its time of creation, so a file that was only rewritten counts once. The folder of `--out` gets
-`report.txt`, `report.html`, `runs.csv` (every run with its commit) and `ranking.csv`. The numbers are the authors' of
-PEFT; nothing is measured here.
+CHECKOUT is a clone of github.com/huggingface/peft with its history, as a work tree or a bare repository. The program
+reads every version of `method_comparison/*/results/*.json` in the first-parent history up to REVISION. Experiment and
+creation time identify a run, so that a rewritten file counts once. The folder of `--out` gets `report.txt`,
+`report.html`, `runs.csv` (every run with its commit) and `ranking.csv`. The numbers are those of PEFT's authors;
+nothing is measured here.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def read_runs(checkout: Path, revision: str, task: str) -> tuple[pd.DataFrame, d
     """Return every version of the result files of a task, oldest first, one row for each blob, and the commits that
     deleted paths.
 
-    Columns: what identifies a run (experiment, created), where it is from (commit, path, blob), its software and GPU,
+    Columns: the identity of a run (experiment, created), its origin (commit, path, blob), its software and GPU, its
+        configuration as text, and its figures. `rewrite` marks a later blob of the same run.
     its configuration as text, and its figures. `rewrite` marks a later blob of a run that is there already.
     """
     folder = f"method_comparison/{task}/results"
@@ -135,6 +136,7 @@ def pair_repeats(runs: pd.DataFrame, *, same_versions: bool) -> pd.DataFrame:
     """Return consecutive runs of one experiment with equal settings and GPU type, whose versions are equal or not.
 
     Columns: experiment, commits, and the differences (quality) or logarithms of ratios (step_time, memory), later to
+        earlier. A setting that only one of the files has was added by a version and is not a change.
     earlier. A setting that one of the two files does not name was added by a version; it is no change.
     """
     pairs = []
@@ -168,8 +170,8 @@ def changed_settings(old: str, new: str) -> list[str]:
 def smallest_difference(differences: pd.Series) -> float:
     """Return the difference that two equal runs exceed in 5 % of cases, from their repeats.
 
-    Differences d of n pairs with mean 0 have the variance sum(d²) / n with n degrees of freedom, so two runs differ by
-    more than t(0.975, n) × that root with probability 0.05 if nothing differs. NaN without pairs.
+    Differences d of n pairs with mean 0 have the variance sum(d²) / n with n degrees of freedom, so that two equal runs
+    differ by more than t(0.975, n) × its root with probability 0.05. NaN without pairs.
     """
     values = differences.dropna()
     if values.empty:
@@ -196,7 +198,7 @@ def rank(task: str, runs: pd.DataFrame, current: set[str]) -> tuple[pd.DataFrame
     """Return the current results, best first, and the limits of each kind of noise.
 
     Adds a column for each kind of noise, true if an experiment is separable from the next one, and `best` and `worst`,
-    the possible ranks of an experiment under the largest noise, from how many are separably better and worse.
+    the possible ranks of an experiment under the largest noise.
     """
     ranking = runs[runs.path.isin(current)].drop_duplicates("path", keep="last")
     ranking = ranking.sort_values("quality", ascending=False, ignore_index=True)
@@ -219,8 +221,8 @@ def pareto(ranking: pd.DataFrame, runs: pd.DataFrame, limit: np.ndarray) -> pd.D
     """Return the members of the front (more quality, less memory) with the number of experiments that could dominate
     each (`rivals`).
 
-    An experiment is a rival if its quality is no lower by more than `limit` and its memory no higher by more than what
-    repeats with equal versions differ by. A member with rivals is open.
+    An experiment is a rival if its quality is lower by at most `limit` and its memory is higher by at most the
+    difference of repeats with equal versions. A member with rivals is open.
     """
     quality, memory = ranking.quality.to_numpy(), ranking.memory.to_numpy()
     tolerance = math.exp(smallest_difference(pair_repeats(runs, same_versions=True).memory))

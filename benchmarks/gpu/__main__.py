@@ -1,7 +1,7 @@
 """``python -m benchmarks.gpu``: starts the campaign with installed or packed libraries.
 
-Libraries for a machine without a network are in a folder of the checkout (`benchmarks.gpu.pack`). It has to be
-on the path before anything of the harness is imported, here as in every process that is started from here.
+Libraries for a machine without a network are in a folder of the checkout (`benchmarks.gpu.pack`), which must be on the
+path before any import of the harness, here and in every process that starts from here.
 """
 
 from __future__ import annotations

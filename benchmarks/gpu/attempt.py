@@ -1,7 +1,7 @@
 """One attempt at a step: its process, its output, and its time limit.
 
-A process that is out of time gets SIGINT, upon which a run saves its trials and a pytest writes its results; one that
-ignores it is killed, with its child processes.
+At its limit a process gets SIGINT, upon which a run saves its trials and pytest writes its results; a process that
+ignores it is killed with its children.
 """
 
 from __future__ import annotations

@@ -4,12 +4,12 @@
     make gpu GPU_OPTIONS='--minutes 9.5'      no longer than that, for machines that are lent by the call
     make gpu GPU_OPTIONS='--again study'      take a step again (`all` for every one)
 
-The journal and the outputs are in a folder (--state, default .gpu/state), the report under reports/ with the device in
-its name, and docs/gpu.md is renewed. If $OUT names a folder, all of it is also packed into OUT/campaign.tar.gz, for a
-machine that keeps no files; `python -m benchmarks.gpu.pack` packs what travels there.
+The journal and the outputs are in a folder (--state, default .gpu/state), the report is under reports/ with the device
+in its name, and docs/gpu.md is updated. If $OUT names a folder, all of it is also packed into OUT/campaign.tar.gz, for
+a machine that keeps no files; `python -m benchmarks.gpu.pack` packs the libraries for such a machine.
 
 Exit code 0: all steps are done and no claim is refuted (without a GPU: all were rehearsed) · 3: steps are left, call
-again · 4: a step failed or a claim is refuted · 2: the state is another device's.
+again · 4: a step failed or a claim is refuted · 2: the state belongs to another device.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def by_tests(*names: str, needed: int | None = None) -> Judge:
     """Return a judge: refuted by a failed test; confirmed if all tests that could run passed, and as many as needed.
 
     Args:
-        names: `FILE::NAME`, with all cases of one that is parametrised.
+        names: `FILE::NAME`, with all cases of a parametrised test.
         needed: how many must have passed; None for at least one of each name.
     """
 

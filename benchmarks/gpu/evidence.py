@@ -1,6 +1,6 @@
 """Reads the results of the steps for the judges: facts, test results, documents and runs.
 
-A result that a step did not write is missing, with the reason, and a claim that rests on it is not decided.
+A result that a step did not write is missing, with the reason, and a claim that needs it is not decided.
 """
 
 from __future__ import annotations

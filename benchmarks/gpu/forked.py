@@ -1,6 +1,6 @@
 """Describes a zygote as the harness makes it: its threads, whether it may fork, and what its child can do.
 
-A process of its own, since a process that already uses the device cannot show this. Prints one JSON document.
+It runs in a new process, since a process that already uses the device cannot show this, and prints one JSON document.
 
     python -m benchmarks.gpu.forked
 """

@@ -1,7 +1,7 @@
 """The journal of a campaign, written after each step, from which the next call resumes.
 
-A line is added when a step has ended, however it ended, and none is ever changed; of several of one step the last one
-counts. Calls on machines that are lent and taken back share nothing but this folder.
+Each ended step adds a line, which is never changed; the last line of a step counts. Calls on borrowed machines share
+only this folder.
 """
 
 from __future__ import annotations

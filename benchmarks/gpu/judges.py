@@ -1,6 +1,6 @@
 """The judges of the claims: the evidence that confirms a claim, and the evidence that refutes it.
 
-A limit is the one in the claim's sentence; otherwise it is defined here, with its reason.
+A limit is stated in the claim's sentence or defined here, with its reason.
 """
 
 from __future__ import annotations

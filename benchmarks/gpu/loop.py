@@ -46,10 +46,10 @@ def take_steps(
     """Take the remaining steps one after the other while there is time, and add each to the journal.
 
     Args:
-        steps: in their order.
-        journal: of the campaign.
-        left_s: gives the seconds that are left of the call.
-        run: takes one step within so many seconds.
+        steps: the steps, in order.
+        journal: the journal of the campaign.
+        left_s: returns the remaining seconds of the call.
+        run: takes one step within the given seconds.
     """
     tried: set[str] = set()
     while (step := next_step(steps, journal, left_s(), tried)) is not None:

@@ -3,12 +3,12 @@
     python -m benchmarks.gpu.pack                     fills .gpu/site; copy .gpu, with .gpu/state, to the GPU machine
     python -m benchmarks.gpu.pack --take FILE         unpacks the results of a call for the next call
 
-There, in the root of the checkout: `make gpu GPU_OPTIONS='--minutes 9.5'`, or where there is no make
+There, in the root of the checkout: `make gpu GPU_OPTIONS='--minutes 9.5'`, or without make
 `python3 -m benchmarks.gpu --minutes 9.5`.
 Here, after each call: `--take` its campaign.tar.gz, and call again until no step is left.
 
-Packages are those of `carried.txt`, as wheels of the other machine's Python; of bitsandbytes only the libraries for
-its CUDA and for CPUs. The project itself is the checkout, with metadata next to it, since nothing builds it there.
+The packages are those of `carried.txt`, as wheels for the other machine's Python; bitsandbytes has only the libraries
+for its CUDA and for CPUs. The project itself is the checkout, with metadata next to it, since nothing is built there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Measures the facts that the harness assumes about a GPU, and prints each as a line of JSON.
 
-A fact that cannot be measured is a line with its reason, and the others follow. Nothing is judged here:
-`benchmarks.gpu.claims` says what each fact decides.
+A fact that cannot be measured gives a line with the reason, and the next facts follow. Nothing is judged here:
+`benchmarks.gpu.claims` defines what each fact decides.
 
     python -m benchmarks.gpu.probe [FACT ...]
 """

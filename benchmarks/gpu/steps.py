@@ -1,10 +1,9 @@
 """The steps of the campaign: the question that each answers on a GPU, its command, and its time limit.
 
-They are ordered by how much they decide in a minute: facts and proofs of fast paths, Llama-2-7B on both bases, the
-claims of the study of LoRA parameters, an A/B with an injected slow-down, and then the rest. A step is a process of its
-own: one that hangs, or takes the GPU with it, costs its own time and nothing else. On a machine without a GPU each is
-rehearsed by what of it can run there: the same command where that says itself what it lacks, else the part of it that
-reads studies, options and files.
+The steps are ordered by how much they decide in a minute: facts and proofs of fast paths, Llama-2-7B on both bases, the
+claims of the study of LoRA parameters, an A/B with an injected slow-down, and then the rest. Each step is a separate
+process: a step that hangs or blocks the GPU costs only its own time. On a machine without a GPU each step is rehearsed:
+by the same command if that reports its own skips, else by the part that reads studies, options and files.
 """
 
 from __future__ import annotations
@@ -228,10 +227,10 @@ def command(
     Args:
         chosen: the step.
         python: the interpreter.
-        state: where the campaign keeps what it has.
+        state: the folder of the campaign's state.
         rehearsing: whether there is no GPU.
-        resumed_run: the id of the step's run that was stopped; None to begin anew.
-        newest: the id of the newest run of the sweep; None where there is none.
+        resumed_run: the id of the step's stopped run; None to start a new one.
+        newest: the id of the newest run of the sweep, or None.
     """
     words = chosen.rehearsal if rehearsing and chosen.rehearsal else chosen.words
     if resumed_run is not None:

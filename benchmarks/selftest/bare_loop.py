@@ -2,9 +2,9 @@
 
     python bare_loop.py SEED TURNS
 
-All use the same model, adapter, optimizer and stream of batches; the order is shuffled in each turn. The harness's turn
-is the trial's own, with telemetry and without, and its step alone. Prints JSON: the step times of each, the wall time
-of the whole turn, the bare loop, and bare loops with one thing more that a step has.
+All loops use the same model, adapter, optimizer and stream of batches; the order is shuffled in each turn. The harness
+takes the trial's own turn, with and without telemetry, and its step alone. Prints JSON: the step times of each, the
+wall time of the whole turn, the bare loop, and bare loops with one addition of a step.
 """
 
 from __future__ import annotations

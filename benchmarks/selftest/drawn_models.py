@@ -1,8 +1,8 @@
 """Random models for `random_models.py`: attention, storage and adapter, with the true value of each checked path.
 
-The truth is written down where a choice is made, never read off the model afterwards. What an attention is follows from
-how it is written: on a CPU torch's scaled dot product is its flash kernel, unless that is forbidden around the call or
-the weights are dropped out; a softmax between two products is eager; attention of elementwise operations has no name.
+The truth is recorded where a choice is made and never read from the model. The kind of an attention follows from its
+code: on a CPU torch's scaled dot product is its flash kernel, unless the context forbids it or the weights have
+dropout; a softmax between two products is eager; attention of elementwise operations has no name.
 """
 
 from __future__ import annotations

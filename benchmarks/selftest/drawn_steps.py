@@ -1,7 +1,7 @@
 """Random training steps around a drawn model for `random_models.py`, with the true value of each checked path.
 
-Inputs, precision, modes, recomputation, a copy of the model, the optimizer, compilation. Two runs of one seed are
-twins.
+The choices are inputs, precision, modes, recomputation, a copy of the model, the optimizer and compilation. Two runs
+with one seed are twins.
 """
 
 from __future__ import annotations

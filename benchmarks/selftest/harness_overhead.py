@@ -2,9 +2,9 @@
 
     python benchmarks/selftest/harness_overhead.py [--replicates N] [--turns N]
 
-In each fresh process the trial's own step and bare loops take turns (`bare_loop.py`). Bounds: the step as recorded
-takes at most 1.005 of a bare loop that also frees its graph within the step; the whole 95 % interval of the step with
-telemetry around it lies below 1.005 of the step without.
+In each fresh process the trial's own step and bare loops take turns (`bare_loop.py`). Bounds: the recorded step takes
+at most 1.005 times a bare loop that also frees its graph within the step; the 95 % interval of the step with telemetry
+is below 1.005 times the step without.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Estimates of memory against the peaks of real trials, and what an account of a peak leaves unexplained.
+"""Estimates of memory against the peaks of real trials, and the unexplained part of a peak.
 
     python benchmarks/selftest/memory_estimate.py [--model smollm2-135m]
 
-Each variant is a trial in a process forked from one that has only imported. Its peaks of training and of generation are
-the trial's own; the estimate knows the shape alone. One step and one request are accounted for. Constants of the
-estimate were chosen on the variants marked with *; the other six were not looked at before. Bounds: an estimate is
-within 10 % of the peak, and an account leaves at most 5 % of the peak unexplained.
+Each variant is a trial in a process forked from one that has only imported the libraries. Its peaks of training and of
+generation are the trial's own; the estimate uses only the shape. One step and one request are accounted for. Constants
+of the estimate were chosen on the variants marked with *; the other six were held out. Bounds: an estimate is within 10
+% of the peak, and an account leaves at most 5 % of the peak unexplained.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python meter_script.py MODEL STEPS OUTPUT
 
-It prints "ready" and reads a turn from standard input: whether the meter is on and its steps ("on 20", "off 20"). After
-the turn it prints how many steps the meter has seen, how many it has reported, the wall and CPU time that the reports
-took, and the wall and CPU time at the start of each step, on clocks that stop during a report.
+It prints "ready" and reads a turn from standard input: whether the meter is on, and the number of steps ("on 20", "off
+20"). After the turn it prints the number of steps that the meter has observed and reported, the wall and CPU time of
+the reports, and the wall and CPU time at the start of each step, on clocks that stop during a report.
 """
 
 import functools

@@ -2,9 +2,9 @@
 
     python benchmarks/selftest/methods.py
 
-A method holds where its trial is ok, which it is only with its required paths active, or where PEFT refuses it in its
-own words. Arguments that a method cannot be without are below; a method that is new there is tried with those that its
-configuration has of `GENERIC`.
+A method passes if its trial is ok, which requires its active paths, or if PEFT refuses it with its own message.
+`NEEDED` has the required arguments of methods; a new method is tried with the fields of `GENERIC` that its
+configuration has.
 """
 
 from __future__ import annotations

@@ -2,14 +2,14 @@
 
     python benchmarks/selftest/noise_coverage.py [--draws N] [--part coverage families scatter noise claims]
 
-- coverage: the 95 % interval holds the true ratio in 94 to 96 % of the runs under Gaussian noise; in 93 to 98 % under
-  heavy tails, bursts and drift, which break the assumption of Student's interval.
+- coverage: the 95 % interval covers the true ratio in 94 to 96 % of the runs under Gaussian noise; in 93 to 98 % under
+  heavy tails, bursts and drift, which violate the assumption of Student's interval.
 - families: of ten comparisons of identical code at tolerance 0, any is called different in at most 5 % of the runs.
 - scatter: variants of a run that share their scatter (`lorameter.stats.shared_scatter`), with 3, 5 and 8 replicates, 3,
-  5 and 14 variants, and arms that scatter alike, twice, three or five times as much, with heavy tails, or one replicate
-  shifted for all. All intervals of a run hold the truth in at least 94 % of the runs, in 95 % with equal scatter; any
-  identical variant is called slower or faster by more than the tolerance of 1 % in at most 5 %. The half-width is
-  printed as a share of what each comparison's own scatter gives.
+  5 and 14 variants, and arms with equal scatter, with two, three or five times the scatter, with heavy tails, or with
+  one replicate shifted for all. All intervals of a run cover the truth in at least 94 % of the runs, in 95 % with equal
+  scatter; any identical variant is called slower or faster by more than the tolerance of 1 % in at most 5 %. The
+  half-width is printed as a share of that from each comparison's own scatter.
 - noise: runs drawn from the recording in $LORAMETER_NOISE or simulated from its variance components. Identical code is
   called regressed in at most 2.5 % of the runs; with turns, 5 % slower code is found in 95 % of the runs with 8
   replicates; without any pairing identical code is never called equivalent. Other decision rules on the same draws are
@@ -19,10 +19,10 @@
 
 A bound holds unless an exact binomial test at 1 % rejects it.
 
-The recording has three files, one for each way to measure: `processes.csv.gz` has one process per arm and block,
+The recording has three files, one for each design: `processes.csv.gz` has one process per arm and block,
 `lockstep.csv.gz` two live processes in turns, `one_process.csv.gz` all arms of one process in turns. Arms A1 and A2 are
-identical code, B5 does 5 % more work. Two variance components of the log times matter (Kalibera & Jones 2013): between
-replicates, which more steps do not average away, and within one.
+identical code, B5 does 5 % more work. The log times have two variance components (Kalibera & Jones 2013): between
+replicates, which more steps do not reduce, and within one.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ def simulate_turns(*sides: tuple[Times, Times]) -> tuple[float, Draw]:
     """Return the standard deviation of a replicate's log ratio, pooled over pairs of arms, and a function that draws
     runs with it.
 
-    A drawn replicate is normal, with the turns of a recorded one in either direction; slower code takes 5 % more.
+    A drawn replicate is normal, with the turns of a recorded replicate in either direction; slower code takes 5 % more.
     """
     values = [log_ratios(base, candidate) for base, candidate in sides]
     squares = sum(float(((value - value.mean()) ** 2).sum()) for value in values)

@@ -1,15 +1,15 @@
 """The truth about a LoRA run of a small transformers family, found without the checks and compared with them.
 
 As in transformers' own dispatch tests, torch refuses a scaled dot product that its backends may not run: a step that
-succeeds under `sdpa_kernel(FLASH_ATTENTION)` alone runs on flash. A mode of torch's functions counts the attention
-calls, through the scaled dot product or written out. Then:
+succeeds under `sdpa_kernel(FLASH_ATTENTION)` runs on flash. A torch function mode counts the attention calls, both
+scaled dot products and attention written out. Then:
 
-- flash is active exactly if all attention is scaled dot products and the step succeeds on flash alone;
-- math, exactly if all of it is in a step to which only math is left;
-- eager, exactly if all attention is written out;
-- every other requirement of a healthy LoRA run is active: attached, exactly if PEFT adapts what it is asked to and a
-  step calls it; frozen, exactly if two steps leave the saved base as it is; learning, exactly if a step changes every
-  factor.
+- flash is active exactly if all attention is scaled dot products and the step succeeds on flash only;
+- math is active exactly if all attention is scaled dot products in a step with only the math backend;
+- eager is active exactly if all attention is written out;
+- every other requirement of a healthy LoRA run is active: attached, exactly if PEFT adapts the requested layers and a
+  step calls them; frozen, exactly if two steps leave the saved base unchanged; learning, exactly if a step changes
+  every factor.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def inputs_of(model: Any) -> dict[str, Tensor]:
     """Return a batch for the model, by the names of its forward's arguments.
 
     Raises:
-        UnfitError: its input is none that is known.
+        UnfitError: its main input is unknown.
     """
     torch.manual_seed(1)
     known: dict[str, Any] = {
@@ -363,7 +363,7 @@ def examine(family: Family) -> tuple[Found, list[str]]:
     """Return the truth about a family and the faults of the checks.
 
     Raises:
-        UnfitError: it is left out.
+        UnfitError: the family is skipped.
     """
     found = find(family)
     faults = [f"family {family.name}: {fault}" for fault in found.faults]

@@ -1,18 +1,19 @@
-"""Own scripts: `lorameter ab` on two of them, and the overhead of the meter in a training that is measured.
+"""Verdicts of `lorameter ab` on two scripts, and the overhead of the meter in a measured training.
 
     python benchmarks/selftest/own_scripts.py [--tries N] [--replicates N] [--model DIRECTORY]
 
 Verdicts, on `work_script.py`: a script against itself is called different in at most one of eight tries, and against
-one whose step has 104 products instead of 100 it is called slower in at least nine of ten. A comparison to a script
-without products measures how much of a step they are.
+one whose step has 104 products instead of 100 it is called slower in at least nine of ten. A comparison with a script
+without products measures their share of a step.
 
-Overhead, on `meter_script.py`: with the meter a step takes at most 0.5 % more, or 100 µs of a shorter step. The upper
-end of the 95 % interval is judged, of wall time and of CPU time, against the same process with the meter taken off (its
-callback, its hooks, the methods that it times) and against a process that was never wrapped. The processes take turns
-of a few steps, since other load comes and goes within a second. A step is timed from its start to the start of the next
-one; the first of a turn finds the caches as the other process has left them and is left out, unless a turn is one step.
-What the meter does for many steps at once is timed by itself and added to each by its share. A replicate is the median
-over rounds, whose order is shuffled, in new processes. A step takes about 10 ms, or that of the model in DIRECTORY.
+Overhead, on `meter_script.py`: with the meter a step takes at most 0.5 % more, or 100 µs of a shorter step. The bound
+applies to the upper end of the 95 % interval, of wall time and of CPU time, against the same process with the meter
+removed (its callback, its hooks, the methods that it times) and against a process that was never wrapped. The processes
+take turns of a few steps, since other load changes within a second. A step is timed from its start to the start of the
+next step; the first step of a turn, whose caches are those of the other process, is left out, unless a turn is one
+step. Work of the meter for many steps at once is timed separately and added to each step by its share. A replicate is
+the median over rounds, whose order is shuffled, in new processes. A step takes about 10 ms, or that of the model in
+DIRECTORY.
 """
 
 from __future__ import annotations

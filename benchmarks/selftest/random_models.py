@@ -1,17 +1,16 @@
-"""kernels_check on random models and on families of transformers: what a check says is compared with what is true.
+"""Tests of kernels_check on random models and on transformers families: each check is compared with the truth.
 
     python benchmarks/selftest/random_models.py [--many N] [--first S] [--seed S] [--families NAME ... | all | none]
 
-Models and steps are drawn at random, and what is true of each is known from how it was drawn (`drawn_models.py`,
-`drawn_steps.py`). Each is verified against requirements that are drawn too, true ones and others.
-Faults are:
+Models and steps are drawn at random, and their truth is known from the draw (`drawn_models.py`, `drawn_steps.py`). Each
+is verified against drawn requirements, true ones and others. Faults are:
 
 - wrong: a requirement that does not hold is active;
-- false alarm: one that holds is not active, or has no check;
+- false alarm: a requirement that holds is not active, or has no check;
 - raised: the check raised an exception;
-- restored: the state of the run afterwards, or its next losses, differ from those of a twin that was not verified.
+- restored: the state of the run afterwards, or its next losses, differ from those of an unverified twin.
 
-Families are verified against an oracle that knows nothing of the check (`oracle.py`).
+Families are verified against an independent oracle (`oracle.py`).
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/selftest/reading.py [--trials N]
 
-The runs are synthetic: checks, single values and manifest are those of a committed run, every sample is a random number
-with all its digits. Each command runs in a new process. Times are CPU time, which other load hardly changes. Memory is
-the growth of the peak resident set over the size of the files. A run of 100 variants is written as a page as well.
+The runs are synthetic: checks, single values and manifest are those of a committed run, and every sample is a random
+number with all digits. Each command runs in a new process. Times are CPU time, which other load hardly affects. Memory
+is the growth of the peak resident set over the size of the files. A run of 100 variants is also written as a page.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""Real models in the minutes that they are given: six variants of SmolLM2-135M in 8, of Gemma 3 270M in 15.
+"""Real models within a time limit: six variants of SmolLM2-135M in 8 minutes, of Gemma 3 270M in 15.
 
     python benchmarks/selftest/real_models.py [--only smollm2|gemma3]
 
-Ranks 8 and 64 and DoRA, on a base in 16 and in 4 bits, by `lorameter run --max-minutes`, on two idle cores. Fetch
-smollm2-135m first; $LORAMETER_GEMMA names a GGUF file of Gemma 3 270M, without which that model is skipped.
+The variants are ranks 8 and 64 and DoRA, on a 16-bit and a 4-bit base, by `lorameter run --max-minutes`, on two idle
+cores. Fetch smollm2-135m first; $LORAMETER_GEMMA names a GGUF file of Gemma 3 270M, without which that model is
+skipped.
 
-Bounds: the limit is exceeded by at most a tenth, or by one timed round of everything; five replicates; the 95 %
+Bounds: the limit is exceeded by at most a tenth, or by one timed round of all measurements; five replicates; the 95 %
+    interval of every training ratio is at most ± 5 %; 60 % of the time is measurement.
 interval of every ratio of training is at most ± 5 %; 60 % of the time is measurement.
 """
 

@@ -1,12 +1,12 @@
 """Verdicts on claims in simulated runs of the built-in study of LoRA parameters with a known truth.
 
-Three sets of runs: `null`, where no setting has an effect; `null, at the limit`, the same with every tolerance and
-margin at nearly zero, so that nothing but its interval protects a statement; `injected`, where step time rises by 4 %
+There are three sets of runs: `null`, where no setting has an effect; `null, at the limit`, the same with every
+tolerance and margin near zero, so that only the interval protects a statement; `injected`, where step time rises by 4 %
 from r 16 to 512, loss falls by 3 % from alpha 16 to 256 and parameters grow with alpha.
 
-The noise is that of a busy machine (docs/method.md), a part of its own each: a course that all settings of a replicate
-share and that moves from step to step; heavy tails and bursts of single steps; and a constant of each process, which
-only replicates average. Log ratios of single steps scatter by about 8 %, as in the recording.
+The noise is that of a busy machine (docs/method.md) with three parts: a course that all settings of a replicate share
+and that moves from step to step; heavy tails and bursts of single steps; and a constant of each process, which only
+replicates average. Log ratios of single steps scatter by about 8 %, as in the recording.
 """
 
 from __future__ import annotations

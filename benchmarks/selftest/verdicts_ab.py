@@ -6,10 +6,11 @@ levels.
 - identical: a commit against itself is never called slower.
 - injected: a commit against itself with about 5 % more work in the step is called slower in 90 % of the tries, and the
   interval covers the true size in 85 %. A rigorous run measures the true size first.
-- loaded: identical, while one process per CPU only computes: never called slower, and a notice names the contention.
-- levels: six variants and the A/A control for the same minutes at each interleaving level. In each round the levels run
-  in shuffled order, so that other load reaches all of them. At shared-base the turn phase takes at most 1.1 times its
-  timed steps, and a replicate loads the base once.
+- loaded: identical commits, with a busy process on each CPU, are never called slower, and a notice names the
+  contention.
+- levels: six variants and the A/A control run for the same minutes at each interleaving level. In each round the levels
+  run in shuffled order, so that other load affects all of them. At shared-base the turn phase takes at most 1.1 times
+  its timed steps, and a replicate loads the base once.
 
 An A/B takes at most 45 s on an idle machine. Run it from a git repository.
 """

@@ -1,9 +1,8 @@
-"""Contract tests: what users and other programs rely on, checked through public doors only.
+"""Contract tests: the behaviour that users and other programs rely on, tested through public interfaces only.
 
 They call the command line, pytest with the plugin, `python -m kernels_check`, the meter and the functions that load
-runs, and nothing behind them, so that what lies behind may be rewritten. Expected outputs are files under expected/:
-`LORAMETER_CONTRACT=write pytest tests/contract` renews them all. The two runs under runs/ were measured by
-make_runs.py.
+runs, so that all other code may be rewritten. Expected outputs are files under expected/: `LORAMETER_CONTRACT=write
+pytest tests/contract` updates them all. make_runs.py measured the two runs under runs/.
 """
 
 from __future__ import annotations

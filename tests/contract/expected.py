@@ -1,11 +1,10 @@
 """Comparison with the expected files, which `LORAMETER_CONTRACT=write pytest tests/contract` updates.
 
-Text is compared as it is; floats of a JSON document to ten significant digits, because the last ones depend on the CPU;
-of what depends on the machine or the clock only the shape: keys and types. An expected file that is missing is a
-failure.
+Text is compared exactly; floats of a JSON document to ten significant digits, because the last digits depend on the
+CPU; values that depend on the machine or the clock only by shape: keys and types. A missing expected file is a failure.
 
-The shape of a list is the merged shape of its elements: a key that not all of them have ends in "?", and types that
-differ are joined by "|".
+The shape of a list is the merged shape of its elements: an optional key ends in "?", and different types are joined by
+"|".
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Records the two stored runs again: `python tests/contract/make_runs.py`, about five minutes on two cores.
 
-Each is one real `lorameter run` of study.toml. Stored are the manifest, the records and the evidence of the checks, as
-the harness wrote them; only the run's id becomes "base" or "candidate", so that the expected files do not change with
-the date. Logs are left out. Afterwards renew the expected files: `LORAMETER_CONTRACT=write pytest tests/contract`.
+Each is one real `lorameter run` of study.toml. Manifest, records and the evidence of the checks are stored as the
+harness wrote them; only the run's id becomes "base" or "candidate", so that the expected files do not change with the
+date. Logs are left out. Afterwards update the expected files: `LORAMETER_CONTRACT=write pytest tests/contract`.
 """
 
 from __future__ import annotations

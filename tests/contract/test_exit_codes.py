@@ -1,7 +1,7 @@
 """Tests of exit codes: 0 pass, 1 regression, 2 usage, 3 inconclusive, 4 invalid, 5 not comparable, 70 internal error.
 
-A command that refuses prints nothing on standard output, and on standard error what it refuses. The codes of commands
-that measure are in the tests that measure with them.
+A command that refuses prints nothing on standard output and names the refused value on standard error. The exit codes
+of measuring commands are in the tests that measure with them.
 """
 
 import argparse

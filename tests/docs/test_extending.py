@@ -1,7 +1,7 @@
 """Executes docs/extending.md: applies each worked example to a scratch copy of the packages and runs its commands
 there.
 
-The page is written for people and read here by four forms:
+The test recognises four forms on the page:
 
     New file `PATH`:                        a fenced block follows, which becomes that file
     In `PATH`, after the line `TEXT`:       a fenced block follows, which is put behind the one line that reads so

@@ -3,8 +3,8 @@
     STOP_AT=r1-a:turn python pretended.py run study.toml ...
 
 All else is real: the command line, the loop, the files, the locks, the signals. $STOP_AT names a trial and a command.
-At that command a line is written to the descriptor that $STOPPED names, and the process waits for a signal; USR1 lets
-it continue. With "full" after another colon the trial fails instead, as one whose disk is full.
+At that command the process writes a line to the descriptor in $STOPPED and waits for a signal; SIGUSR1 lets it
+continue. With "full" after another colon the trial fails as on a full disk instead.
 """
 
 from __future__ import annotations

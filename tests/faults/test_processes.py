@@ -1,7 +1,7 @@
 """Tests of measuring processes that die: each death is recorded or reported with its reason, and all other results are
 kept.
 
-What becomes of a trial whose own process or whose zygote dies is in tests/run/workers/test_local.py.
+tests/run/workers/test_local.py has the trials whose own process or zygote dies.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def training() -> Callable[..., SmallRun]:
 def seen() -> Callable[..., Any]:
     """A function that builds observations from attention calls and named fields only.
 
-    Attention that is given no call of a module ran in the model itself.
+    Attention without a module call ran in the model itself.
     """
     from torch import nn
 

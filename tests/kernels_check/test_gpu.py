@@ -1,8 +1,8 @@
 """GPU tests of the kernel rules: each rule is compared with the real library.
 
-Every GPU test records what it runs with torch's profiler, exports the trace and judges that file; most also have the
-live step verified. ``EXPECTED`` says which rules each recording must show, and a rule that no recording would show
-fails on any machine. What a machine lacks is skipped with the words of the library that lacks it.
+Every GPU test records its call with torch's profiler, exports the trace and judges that file; most tests also verify
+the live step. ``EXPECTED`` lists the rules that each recording must show, and a rule without a recording fails on any
+machine. Missing hardware or packages skip a test with the library's own message.
 """
 
 from __future__ import annotations

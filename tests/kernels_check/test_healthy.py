@@ -1,6 +1,7 @@
 """Tests of healthy training steps that could be mistaken for faulty ones: every requirement that holds is active.
 
-Each case returns a model, its step, and how its requirements differ from those of a plain LoRA run; None: not required.
+Each case returns a model, its step, and the differences of its requirements from those of a plain LoRA run; None: not
+required.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tests that PEFT methods are judged as LoRA is: a healthy run is active, and an untrained weight is a fault.
 
-These hold their weights in different ways; `make proof` measures every type that PEFT has.
+These methods store their weights in different ways; `make proof` measures every type of PEFT.
 """
 
 import peft

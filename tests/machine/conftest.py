@@ -33,9 +33,9 @@ def libraries(tmp_path_factory):
 def nvml(libraries, tmp_path):
     """A function that runs Python lines against the fake library, and returns what they `report`.
 
-    `answers` are the lines of the stand-in's file (`{"0.power": 250000}`), `driver` chooses new or none, and
-    `variables` are those of the process. The dynamic loader looks into LD_LIBRARY_PATH first, and nvidia-ml-py opens
-    libnvidia-ml.so.1 by that name, so the code under test is the code that meets a real GPU.
+    `answers` are the lines of the fake's file (`{"0.power": 250000}`), `driver` selects new or none, and `variables` is
+    the environment of the process. The dynamic loader searches LD_LIBRARY_PATH first, and nvidia-ml-py opens
+    libnvidia-ml.so.1 by that name, so that the code under test is the code for a real GPU.
     """
 
     def run(lines, answers=None, *, driver="new", **variables):

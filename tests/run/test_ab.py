@@ -115,7 +115,7 @@ class FakeExecutor(fakes.FakeExecutor):
     """An executor whose step time is that of the host's checkout plus a share for each extra row; it records its
     commands.
 
-    `noise` makes all but the base slower and faster from replicate to replicate; `control` the control alone slower.
+    `noise` makes all sides but the base slower and faster between replicates; `control` makes only the control slower.
     """
 
     made: ClassVar[list[FakeExecutor]] = []

@@ -29,7 +29,7 @@ AB = (("base", "plain", "variant"), ("base", "plain", "control"), ("candidate", 
 def records(replicates, arms=SWEEP, *, loud=None, ratio=1.0, phases=("train",), failed=()):
     """Return trials with little scatter, except those of `loud` = (side, name, role, phase).
 
-    `ratio` is that of everything that is no base of a comparison; `failed` are (side, name, role, replicate).
+    `ratio` is that of everything but the bases of comparisons; `failed` are (side, name, role, replicate).
     """
     found = []
     for replicate in range(replicates):

@@ -149,8 +149,8 @@ def test_an_isolated_trial_has_peaks_and_first_times(trial):
 def test_a_loss_that_is_not_finite_is_invalid(trial):
     """A non-finite loss makes the trial invalid, and the message names the step and the learning rate.
 
-    The rate alone leaves it to the processor: where the adapter's output stays finite, the normalisation after it
-    makes a constant loss of it. Scaled by alpha / r it is infinite by plain arithmetic on any.
+    With a high learning rate alone the result depends on the processor: where the adapter's output stays finite, the
+    following normalisation makes the loss constant. Scaled by alpha / r the output is infinite on any processor.
     """
     diverging = trial("steps", variant=dataclasses.replace(VARIANT, learning_rate=1e30, lora_alpha=10**12))
     fragments = [diverging.run("build"), diverging.run("warm_up")]

@@ -27,10 +27,10 @@ ARMS = (("base", "variant"), ("candidate", "variant"), ("base", "control"))
 def write_ab(tmp_path, small_study):
     """A function that writes an A/B run as the runner would and reads it back.
 
-    In each replicate and turn the machine disturbs all arms alike, far more than `noise`, which is each arm's own.
-    `ratios` are the candidate's step times over the base's by variant; the first variant carries the control, whose
-    own ratio is `control`; each may be a list with one a replicate. `change` sees every record on its way to the disk
-    and drops it by returning None; such a trial was never planned.
+    In each replicate and turn the machine's noise affects all arms equally and is far larger than `noise`, each arm's
+    own. `ratios` are the candidate's step times over the base's by variant; the first variant has the control, whose
+    ratio is `control`; each may be a list with one value for each replicate. `change` changes each record before it is
+    written and drops it by returning None; such a trial was never planned.
     """
 
     def write(

@@ -24,8 +24,8 @@ TURNS = 9
 def ab_run(small_study):
     """A function that makes an A/B run of `plain` whose log ratios have mean log(`ratio`) and standard deviation `sd`.
 
-    Both hold exactly, over all replicates. The machine moves by 30 % from replicate to replicate, for all arms alike.
-    `change` sees every record, and drops it by returning None.
+    Both hold exactly, over all replicates. The machine varies by 30 % between replicates, for all arms equally.
+    `change` changes each record and drops it by returning None.
     """
 
     def make(*, ratio=1.05, sd=0.01, replicates=24, level="lockstep", change=lambda record: record):

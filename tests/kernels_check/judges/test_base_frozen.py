@@ -187,7 +187,7 @@ def test_a_sharded_base_is_read_and_compared(training, alone):
 def test_sharded_weights_of_which_only_the_state_was_repacked_are_found(training, alone):
     """FSDP2 gathers the old layout for each forward, but bitsandbytes has marked the state as repacked in place.
 
-    From the second forward on the losses are those of another model.
+    From the second forward on the losses are wrong.
     """
     runs = [training(dtype="float32", compute="float32", lora_dropout=0.0) for _ in range(2)]
     if not adapter_layers(runs[0].model)[0].base.support_avx512bf16_for_cpu:

@@ -45,7 +45,7 @@ def mask_blocks(run: SmallRun, *, lost: int | None = None) -> None:
 
     Args:
         run: to be changed.
-        lost: number of a record that sees the one before it.
+        lost: number of a record that attends to the previous one.
     """
     import torch
 

@@ -1,7 +1,7 @@
 """Faults that silently bypass an adapter: around the step, inside it, or between two steps.
 
-Each has a healthy control among these that does something like it and trains all the same: a reference inside the
-step, a projection after it, a warm-up, a closure.
+Each has a similar healthy control in this module: a reference inside the step, a projection after it, a warm-up, a
+closure.
 """
 
 from __future__ import annotations

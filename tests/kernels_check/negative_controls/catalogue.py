@@ -1,7 +1,7 @@
 """All negative controls: name, path, required value, a faulty run, a healthy run, and words of the reason.
 
-On a CPU the flash of SDPA takes masks, float32 and heads of any size, so that the verdict on the backend stays true
-there. Such controls are judged by the input that CUDA would refuse, and the reason says what CUDA would do.
+On a CPU the flash backend of SDPA takes masks, float32 and heads of any size, so that the backend is right there. Such
+controls are judged by the input that CUDA would refuse, and the reason says what CUDA would do.
 """
 
 from __future__ import annotations

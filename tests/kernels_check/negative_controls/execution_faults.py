@@ -116,7 +116,7 @@ def reach_recompile_limit(run: SmallRun) -> None:
 def half_paged(parameters: Any) -> Any:
     """Return an AdamW that marks half its state as paged, as bitsandbytes does.
 
-    It replaces a paged optimizer, which a CPU cannot run for want of managed memory.
+    It replaces a paged optimizer, which needs managed memory and cannot run on a CPU.
     """
     import torch
 

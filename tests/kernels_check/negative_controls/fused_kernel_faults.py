@@ -33,7 +33,7 @@ def bind_attention(run: SmallRun, *, library: str = "unsloth", home: str = "kern
 
     Args:
         run: to be changed.
-        library: whose forward it is, and whose projections.
+        library: the library of the forward and of its projections.
         home: module of the projections in that library.
     """
 

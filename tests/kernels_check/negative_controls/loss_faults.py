@@ -24,11 +24,11 @@ def accumulate(
 
     Args:
         run: to be changed.
-        counted: whether each forward is given the number of tokens of both.
-        weighed: whether each loss is multiplied by its share of them.
-        divided: whether each loss is divided by the number of passes, where it is neither counted nor weighed.
-        even: whether both have as many.
-        shifted: whether the first of each row is no target.
+        counted: whether each forward gets the number of tokens of both passes.
+        weighed: whether each loss is multiplied by its share of the tokens.
+        divided: whether each loss is divided by the number of passes, if it is neither counted nor weighed.
+        even: whether both passes have the same number of labelled tokens.
+        shifted: whether the first token of each row is not a target.
     """
     ids = run.inputs["input_ids"]
     batches = []
@@ -55,9 +55,9 @@ def return_log_probs(run: SmallRun, *, counted: bool = True, weigh: Any = None) 
     do.
 
     Args:
-        run: of a PEFT model, after ``accumulate`` or ``pack``.
-        counted: whether the loss is over the tokens of all passes, else a mean of each pass, and a mean of those.
-        weigh: from log-probabilities to their weights.
+        run: a run of a PEFT model, after ``accumulate`` or ``pack``.
+        counted: whether the loss is over the tokens of all passes; else it is the mean of the means of the passes.
+        weigh: a function from log-probabilities to their weights.
     """
     base = run.model.get_base_model()
 

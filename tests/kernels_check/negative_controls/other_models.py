@@ -60,8 +60,8 @@ def dense(*, layers: int = 2, of_experts: bool = False) -> SmallRun:
     """Return a DeepSeek-V3 of dense layers, followed by expert layers if there are fewer than two.
 
     Args:
-        layers: that are dense.
-        of_experts: whether it is adapted by a name of its dense layers, too, that PEFT takes for that of experts.
+        layers: the number of dense layers.
+        of_experts: whether the targets also include a name of its dense layers that PEFT takes for an expert's.
     """
     import torch
     from transformers import AutoModelForCausalLM, DeepseekV3Config

@@ -1,7 +1,7 @@
 """A real but tiny fine-tuning run: a Llama of two layers, quantised by bitsandbytes, with a PEFT adapter.
 
-Everything that is judged (operators, packed bytes, gradients, optimizer state) is that of the real libraries; only the
-sizes are small: hidden 128, 4 query heads, 2 key/value heads, 96 tokens of vocabulary, random weights of a fixed seed.
+All judged parts (operators, packed bytes, gradients, optimizer state) are those of the real libraries; only the sizes
+are small: hidden 128, 4 query heads, 2 key/value heads, 96 tokens of vocabulary, random weights with a fixed seed.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def build(
         quant: ``nf4``, ``fp4``, a function from a linear layer to its replacement, or None for float weights.
         compute: compute dtype of the 4-bit layers; None leaves it to bitsandbytes.
         prepare: call ``peft.prepare_model_for_kbit_training``, without checkpointing.
-        adapter: makes PEFT's configuration of another adapter; targets, rank and dropout do not count then.
-        tokens: in each of the two rows.
+        adapter: returns PEFT's configuration of another adapter; targets, rank and dropout are ignored then.
+        tokens: the number of tokens in each of the two rows.
     """
     import peft
     import torch

@@ -21,7 +21,7 @@ def train_the_embedding(run: SmallRun, *, masked: bool = False) -> None:
 
     Args:
         run: to be changed.
-        masked: whether a hook multiplies their gradients by zero, as a mask of tokens does that matches none.
+        masked: whether a hook multiplies their gradients by zero, as a token mask without a match does.
     """
     weights = [run.model.get_input_embeddings().weight, run.model.get_output_embeddings().weight]
     for weight in weights:
@@ -36,8 +36,8 @@ def train_norms(run: SmallRun, *, only: str = "norm.weight", forgotten: bool = F
 
     Args:
         run: to be changed.
-        only: ends of the names of those that train.
-        forgotten: whether the optimizer is left as it was.
+        only: suffix of the names of the trained norms.
+        forgotten: whether the optimizer is left unchanged.
         rate: their learning rate.
     """
     norms = [value for name, value in run.model.named_parameters() if name.endswith(only)]

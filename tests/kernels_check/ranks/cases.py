@@ -1,6 +1,6 @@
 """Steps of two ranks over gloo under ``watch``, some of them faulty: each rank prints a line of JSON for each case.
 
-Run as a script, with the number of the rank and a file in which the two meet. One pair of processes takes all cases.
+It runs as a script with the rank's number and a rendezvous file. One pair of processes takes all cases.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tests of real GPU recordings against an independent count of their sums.
 
-They are not part of the project: $LORAMETER_TRACES names their folder, or they lie in a folder `shared` next to the
-checkout. Of a recording that is not in the table only what holds of any is asked: nearly nothing is unclassified.
+The recordings are not part of the project: $LORAMETER_TRACES names their folder, or they are in a folder `shared` next
+to the checkout. Other recordings than those in the table must only have nearly no unclassified time.
 """
 
 import csv

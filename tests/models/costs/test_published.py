@@ -1,7 +1,7 @@
 """Tests that published peaks support the range of `estimate --gpu`.
 
-The range of peak over estimate is the central 95 % of the published peaks of batches of one length, rounded outwards to
-whole percent.
+The range of peak over estimate is the central 95 % of the published peaks of batches with one length, rounded outwards
+to whole per cent.
 """
 
 from __future__ import annotations

@@ -155,7 +155,8 @@ def test_a_dead_zygote_ends_the_run_and_costs_the_trial_under_way(measure, own_e
 def test_a_hanging_trial_is_killed_and_a_row(measure, executor, small_study, monkeypatch):
     """A stopped process is recorded as timeout after the limit and is killed.
 
-    The limit is the protocol's, and is short for the stopped process alone: no other must keep it on a busy machine.
+    The limit is the protocol's, shortened for the stopped process only, since no other process could keep it on a busy
+    machine.
     """
     ask, limits = ForkedWorker.ask, set()
 

@@ -1,6 +1,7 @@
 """Trials of two ranks in separate processes, most of them with an injected fault: one JSON line each.
 
-It imports as the zygote does and trains nothing, so that each scenario can be forked from it and fork its ranks.
+The process imports as the zygote does and trains nothing, so that each scenario can be forked from it and fork its
+ranks.
 """
 
 from __future__ import annotations

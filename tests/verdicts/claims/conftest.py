@@ -37,8 +37,8 @@ def claim():
 def make_run(small_study):
     """A function that makes a run as it would be read back.
 
-    `factors` multiply the times of a variant by name; each time is disturbed by what its turn shares, far more than by
-    `noise`, which a process has of its own. `control` multiplies the twin's. `change` sees each record and drops it by
+    `factors` multiply the times of a variant by name; the noise of a turn is shared by all variants and far larger than
+    `noise`, that of a process. `control` multiplies the control's times. `change` changes each record and drops it by
     returning None.
     """
 

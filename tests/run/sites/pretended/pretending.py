@@ -1,10 +1,10 @@
 """An executor whose workers do no work, so that commands that start jobs are tested in seconds.
 
-Jobs are processes of their own: what they are to do is in the variable `PRETENDED`, as JSON.
+Jobs are separate processes; the variable `PRETENDED` configures them, as JSON.
 
-slow    [[cpus, trial, factor], …]: how many times as long a step takes on these CPUs, of trials with this in the name
+slow    [[cpus, trial, factor], …]: the factor of a step on these CPUs, for trials with this text in their name
 lost    CPUs on which no process can be launched
-hangs   whether turns never end; turn_s how long one takes, in seconds
+hangs   whether turns never end; turn_s sets the time of a turn, in seconds
 peft    the version of peft, by CPUs
 """
 
