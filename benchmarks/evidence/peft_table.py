@@ -73,7 +73,7 @@ def read_runs(checkout: Path, revision: str, task: str) -> tuple[pd.DataFrame, d
     deleted paths.
 
     Columns: the identity of a run (experiment, created), its origin (commit, path, blob), its software and GPU, its
-        configuration as text, and its figures. `rewrite` marks a later blob of the same run.
+    configuration as text, and its figures. `rewrite` marks a later blob of the same run.
     its configuration as text, and its figures. `rewrite` marks a later blob of a run that is there already.
     """
     folder = f"method_comparison/{task}/results"
@@ -136,7 +136,7 @@ def pair_repeats(runs: pd.DataFrame, *, same_versions: bool) -> pd.DataFrame:
     """Return consecutive runs of one experiment with equal settings and GPU type, whose versions are equal or not.
 
     Columns: experiment, commits, and the differences (quality) or logarithms of ratios (step_time, memory), later to
-        earlier. A setting that only one of the files has was added by a version and is not a change.
+    earlier. A setting that only one of the files has was added by a version and is not a change.
     earlier. A setting that one of the two files does not name was added by a version; it is no change.
     """
     pairs = []
