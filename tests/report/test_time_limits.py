@@ -42,7 +42,7 @@ def test_a_run_whose_limit_left_out_all_requests_is_valid(reported):
 
 
 def test_requests_that_nothing_left_out_make_it_invalid(reported):
-    """A planned phase without its control makes the run invalid."""
+    """A planned phase that was not skipped needs its control."""
     code, text = reported()
     assert code == EXIT_INVALID
     assert text.startswith("INVALID: the control of phase 'generate' was not measured")

@@ -44,7 +44,8 @@ def torch(version):
 
 
 def test_a_slow_down_is_suspected_with_all_that_is_known_of_it(nightly):
-    """The suspicion has the runs before and after, the interval, the commits, and the command that would confirm it."""
+    """The suspected change has the runs before and after, the interval, the commits, and the command that would confirm
+    it."""
     runs = nightly([1.0] * 14 + [1.1] * 6)
     (track,) = history_of(runs).tracks
     (line,) = track.lines

@@ -1,4 +1,4 @@
-"""Tests of the sides of an A/B, with real git and real environments: what an argument names, and that it is what is
+"""Tests of the sides of an A/B with real git and environments: the meaning of an argument, and that the side is what is
 measured."""
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def test_a_library_of_the_working_tree_is_not_a_revisions(opened, repository, mo
 
 
 def test_a_revision_without_a_package_is_refused(opened, repository):
-    """Both sides would be the same."""
+    """A revision without a package would give two equal sides."""
     git(repository, "rm", "--quiet", "--force", "-r", "gadget")
     (repository / "README").write_text("moved\n")
     git(repository, "add", ".")
@@ -153,7 +153,8 @@ def editable(repository, tmp_path):
     ids=["path", "hook"],
 )
 def test_an_editable_install_does_not_win_over_the_worktree(opened, editable, monkeypatch, lines):
-    """The environment imports the working tree but the side the revision, for path lines and for appended hooks."""
+    """The side imports the revision although the environment imports the working tree, for path lines and for appended
+    hooks."""
     monkeypatch.setattr(sys, "executable", editable(lines))
     with opened("HEAD~1") as side:
         assert run(side.host, "import gadget; print(gadget.VALUE)") == "1"
@@ -247,7 +248,7 @@ def test_an_interpreter_without_the_libraries_is_refused(opened, environment):
 
 
 def test_a_name_is_a_python_on_path_unless_it_is_a_revision(repository, tmp_path, monkeypatch):
-    """python3.99 on PATH is an interpreter, a branch of that name takes precedence, and a path over both."""
+    """python3.99 on PATH is an interpreter; a branch of that name takes precedence over it, and a path over both."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python3.99").symlink_to(sys.executable)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
@@ -304,7 +305,8 @@ def test_requirements_win_over_what_is_installed(index, opened, cache):
 
 
 def test_requirements_of_a_resumed_ab_are_asked_for_without_their_credential():
-    """pip may know the user of a host; other removed parts are not stored, and `***` is never sent."""
+    """A removed user of a host is left to pip's settings; requirements with another removed part are refused, and `***`
+    is never sent."""
     kept = redact("peft @ https://me:hunter2@host/peft.whl")
     assert restore_requirements("run r, base", kept) == "peft @ https://host/peft.whl"
     for lost in ("https://host/peft.whl?sig=hunter2", f"https://host/hf_{'a' * 20}/peft.whl"):

@@ -120,7 +120,8 @@ def recorded(call):
 
 @pytest.mark.parametrize("rows", [10, 1])
 def test_a_copy_of_a_whole_weight_is_recognised_by_its_shape(rows):
-    """torch 2.13 copies a frozen 16-bit weight for one row of several where oneDNN supports the CPU."""
+    """For one row of several, torch 2.13 copies a frozen 16-bit weight where oneDNN supports 16 bits, and otherwise
+    does not."""
     weight = torch.randn(4096, 64, dtype=torch.bfloat16)
     hidden = torch.randn(1, rows, 64, dtype=torch.bfloat16)[:, -1:, :]
     events = recorded(lambda: functional.linear(hidden, weight))
