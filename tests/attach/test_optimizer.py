@@ -100,7 +100,8 @@ def test_of_two_trainings_the_first_is_followed(listener, model, source, how, ca
 
 @pytest.mark.usefixtures("source")
 def test_a_step_is_watched_where_a_part_of_the_model_is_called(listener):
-    """Lightning's loop, for example, calls a method of the outermost module."""
+    """The check also works if only a submodule is called, as by Lightning, whose loop calls a method of the outermost
+    module."""
 
     class Lit(torch.nn.Module):
         def __init__(self):

@@ -100,7 +100,7 @@ def test_a_training_is_the_same_with_and_without(listener, followed, make_model,
 
 @pytest.mark.usefixtures("unattached")
 def test_an_error_of_the_meter_is_printed_once_and_the_training_continues(listener_class, followed, capfd):
-    """The observer receives that the training was not observed to its end."""
+    """The observer is notified that it did not observe the training to its end."""
 
     class Failing(listener_class):
         def step(self, reading):

@@ -19,8 +19,8 @@ def test_the_time_of_another_machine_is_not_guessed(small_study, machine, tmp_pa
 
 
 def test_a_limit_gives_replicates_and_the_width_of_the_intervals(small_study, machine, tmp_path):
-    """A shorter limit gives fewer replicates or skips other measurements, and gives wider intervals; it is never
-    exceeded."""
+    """A shorter limit gives fewer replicates or skips other measurements, and gives wider intervals; the forecast never
+    exceeds the limit."""
 
     def predict(minutes):
         protocol = dataclasses.replace(small_study.protocol, max_minutes=minutes, replicates=12)

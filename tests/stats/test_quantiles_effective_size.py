@@ -25,7 +25,7 @@ def test_autoregressive_series_have_their_known_size(phi):
 
 
 def test_independent_samples_count_nearly_in_full():
-    """Independent samples lose almost nothing, and a million samples are fast."""
+    """Independent samples lose almost nothing, and the function is fast for a million samples."""
     rng = np.random.default_rng(73)
     assert np.median([effective_size(rng.normal(size=200)) for _ in range(200)]) > 180
     assert effective_size(rng.normal(size=10**6)) > 0.95e6

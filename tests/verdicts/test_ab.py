@@ -189,7 +189,7 @@ def test_a_faulty_trial_makes_its_variant_invalid_and_no_other(write_ab, report,
 
 
 def test_a_control_that_was_not_measured_or_died_makes_the_run_invalid(write_ab):
-    """Without a control, no run shows what no difference looks like."""
+    """Without a control the run does not show what "no difference" looks like."""
 
     def without(record):
         return None if record.role == "control" else record

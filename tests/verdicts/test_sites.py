@@ -74,7 +74,7 @@ def test_what_replicates_scatter_by_is_no_difference_of_sites():
 
 def test_intervals_of_absolute_values_cover_the_mean_of_such_sites():
     """In 2000 simulated studies of 8 replicates on four random sites, 94 to 96 % of the 95 % intervals cover the mean
-    speed; as eight independent replicates too few would."""
+    speed; intervals that ignore the sites cover it too rarely."""
     random, covered = np.random.default_rng(7), {True: 0, False: 0}
     sites = [f"GPU-{replicate % 4}" for replicate in range(8)]
     for _ in range(2000):

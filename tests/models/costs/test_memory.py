@@ -46,7 +46,7 @@ def test_weights_and_adapter_are_closed_forms():
     assert plain["embeddings_bfloat16"] == 2 * 2 * 32000 * 4096
     assert plain["norms_bfloat16"] == 2 * 65 * 4096
     assert packed["linear_weights"] == linear // 2
-    assert packed["quantization_state"] == linear // 64 * 4 + 7 * 32 * 64  # a scale for 64 weights, a table a layer
+    assert packed["quantization_state"] == linear // 64 * 4 + 7 * 32 * 64  # a scale per 64 weights, a table per layer
     assert packed["embeddings_float32"] == 2 * plain["embeddings_bfloat16"]
     assert plain["adapter"] == 4 * 8 * 524_288
     assert plain["optimizer_state"] == 2 * plain["adapter"] + 4 * 128
