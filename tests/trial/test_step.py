@@ -132,7 +132,7 @@ def test_every_kind_of_variant_takes_steps(tokens, changes):
 
 
 def test_generation_gives_the_requested_number_of_tokens(tokens):
-    """Generation ignores the EOS token; time to first token and decoding time add up to the total."""
+    """Generation ignores the EOS token; time to first token and decoding time together do not exceed the total."""
     trainee, stream, _ = setting(PLAIN, tokens)
     trainee.model.eval()
     first = generate(trainee.model, stream.prompts(0), 2).tokens[0]

@@ -76,8 +76,8 @@ def test_a_loss_on_answers_labels_their_tokens_alone(tmp_path, layout):
 
 
 def test_sequences_without_an_answer_are_left_out_and_counted(tmp_path):
-    """Sequences without an answer are dropped, since their mean loss is 0/0; data without any answer, and synthetic
-    records, which have no answers, are refused."""
+    """Sequences without an answer are dropped and counted, since their mean loss is 0/0; data whose sequences all end
+    before an answer is refused."""
     path = tmp_path / "mine.jsonl"
     rows = [{"prompt": "p" * length, "completion": "answer"} for length in (300, 5, 400, 10, 500, 20, 8, 9)]
     path.write_text("\n".join(map(json.dumps, rows)))
