@@ -54,10 +54,13 @@ def test_every_experiment_is_a_variant_with_its_own_parameters(folder):
     assert study.workloads == {"ia3--default": {"batch_size": 2}}
 
 
-def test_a_glob_selects_and_quality_trains_all_steps(folder):
+def test_globs_select_and_quality_trains_all_steps(folder):
     """Without `quality` the study times a few tens of steps."""
-    assert len(study_of_experiments(str(folder), "lora/*").variants) == 2
-    study = study_of_experiments(str(folder), "*/rank32", quality=True)
+    assert len(study_of_experiments(str(folder), ["lora/*"]).variants) == 2
+    every = study_of_experiments(str(folder)).variants
+    assert len(study_of_experiments(str(folder), ["!lora/*"]).variants) == len(every) - 2
+    assert len(study_of_experiments(str(folder), ["lora/*", "!*/rank32"]).variants) == 1
+    study = study_of_experiments(str(folder), ["*/rank32"], quality=True)
     assert study.protocol.all_steps(study.workload.train_sequences, study.workload.batch_size) == 50
     assert study_of_experiments(str(folder)).protocol.epochs == 0
 
@@ -67,6 +70,7 @@ def test_a_glob_selects_and_quality_trains_all_steps(folder):
     [
         ("lora/rnk32", {}, "Did you mean 'lora/rank32'?"),
         ("*", {"batchsize": 2}, "Did you mean 'batch_size'?"),
+        ("!*", {}, "nothing is left"),
         ("*", {"use_amp": True}, "gradients are not scaled here"),
     ],
 )
@@ -74,4 +78,4 @@ def test_what_cannot_be_is_refused_with_the_right_word(folder, select, params, s
     """An unknown name, an unknown key and an unsupported setting are refused."""
     (folder / "experiments/lora/rank32/training_params.json").write_text(json.dumps(params))
     with pytest.raises(UsageError, match=said.replace("?", r"\?")):
-        study_of_experiments(str(folder), select)
+        study_of_experiments(str(folder), [select])

@@ -58,7 +58,7 @@ def load_asked(options: argparse.Namespace, device: str = "") -> Study:
     if options.peft_experiments is not None:
         if options.study or options.script is not None:
             raise UsageError("--peft-experiments: it is a study of its own. Leave the study and --command out.")
-        return study_of_experiments(options.peft_experiments, options.select or "*", quality=options.quality)
+        return study_of_experiments(options.peft_experiments, options.select or (), quality=options.quality)
     _refuse_without("--peft-experiments", options, "select", "quality")
     if options.script is None:
         _refuse_without("--command", options, "cwd", "steps")

@@ -75,7 +75,12 @@ COMMANDS = (
             argument("--cwd", metavar="DIR", help=CWD),
             argument("--steps", type=int, metavar="N", help="timed steps of each process of the command"),
             argument("--peft-experiments", metavar="DIR", help="method_comparison/MetaMathQA of PEFT, as a study"),
-            argument("--select", metavar="GLOB", help="of these experiments, by METHOD/NAME; default: all"),
+            argument(
+                "--select",
+                metavar="GLOB",
+                action="append",
+                help="of these experiments, by METHOD/NAME; one that begins with ! excludes; repeatable; default: all",
+            ),
             argument(
                 "--quality", action="store_true", help="train these experiments for all their steps; default: some tens"
             ),

@@ -9,13 +9,13 @@ the workload does; keys of its evaluation have no meaning here, since no answers
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections import Counter
-from collections.abc import Mapping
-from fnmatch import fnmatch
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorameter.errors import UsageError, impossible, said_by
+from lorameter.errors import UsageError, impossible, require, said_by
 from lorameter.records import codec, fileio
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.study import Study, unknown
@@ -53,12 +53,12 @@ def read_config(where: str, path: str) -> dict[str, Any]:
     return {key: value for key, value in data.items() if key not in _OF_SAVING and value is not None}
 
 
-def study_of_experiments(folder: str, select: str = "*", *, quality: bool = False) -> Study:
+def study_of_experiments(folder: str, select: Sequence[str] = (), *, quality: bool = False) -> Study:
     """The study of the experiments in a folder.
 
     Args:
         folder: the one that holds `experiments` and the default parameters.
-        select: a glob over METHOD/NAME.
+        select: globs over METHOD/NAME; one that begins with "!" excludes. All, without any that includes.
         quality: train each for its number of steps, for the losses, with seeds as replicates; else some tens of steps,
             for the times.
 
@@ -70,10 +70,14 @@ def study_of_experiments(folder: str, select: str = "*", *, quality: bool = Fals
     if not paths:
         remedy = "Name method_comparison/MetaMathQA of a checkout of huggingface/peft."
         raise impossible("run", "--peft-experiments", folder, f"no experiments/METHOD/NAME/{CONFIG_NAME} in it", remedy)
-    chosen = [path for path in paths if fnmatch(f"{path.parent.name}/{path.name}", select)]
-    if not chosen:
-        names = [f"{path.parent.name}/{path.name}" for path in paths]
-        raise UsageError(f"run: --select = {select!r}: {unknown(select, names)}")
+    names = {path: f"{path.parent.name}/{path.name}" for path in paths}
+    for glob in select:
+        if not fnmatch.filter(names.values(), glob.removeprefix("!")):
+            raise UsageError(f"run: --select = {glob!r}: {unknown(glob, list(names.values()))}")
+    included = [glob for glob in select if not glob.startswith("!")] or ["*"]
+    excluded = [glob[1:] for glob in select if glob.startswith("!")]
+    chosen = [path for path, name in names.items() if _matches(name, included) and not _matches(name, excluded)]
+    require(chosen, f"run: --select = {' '.join(select)}: nothing is left. Exclude less.")
     default = _read(root / DEFAULTS)
     params = {path: default | (_read(path / PARAMS) if (path / PARAMS).is_file() else {}) for path in chosen}
     variants = {path: _variant(path, params[path], default) for path in chosen}
@@ -101,6 +105,10 @@ def study_of_experiments(folder: str, select: str = "*", *, quality: bool = Fals
         reference=variants[reference].name,
         notes=_NOTES,
     )
+
+
+def _matches(name: str, globs: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(name, glob) for glob in globs)
 
 
 def _is_experiment(path: Path) -> bool:
