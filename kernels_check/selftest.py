@@ -1,8 +1,8 @@
-"""`python -m kernels_check selftest`: are twelve faults found on this machine, and do their healthy controls pass?
+"""`python -m kernels_check selftest`: tests that twelve faults are found on this machine and that healthy runs pass.
 
-Each fault is one that training scripts have had, in a small LoRA run of real libraries (`small_run`). A control holds
-if the check of its path is `fallback` or `absent` in the run with the fault, and `active` in the healthy run. The full
-set of controls is in the tests (`tests/kernels_check/negative_controls`).
+Each fault has occurred in real training scripts and is reproduced in a small LoRA run with the real libraries
+(`small_run`). A control holds if the check of its path is `fallback` or `absent` in the faulty run, and `active` in the
+healthy run. The full set of controls is in the tests (`tests/kernels_check/negative_controls`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kernels_check.terminal import escape_control_chars
 SCHEMA = 1
 EXIT_FAILED = 4
 WIDTH = 160
-"""Of the table where there is no terminal."""
+"""Width of the table without a terminal."""
 _ADAMW = "torch.optim.AdamW"
 _VERDICTS = {True: "[green]holds[/]", False: "[red]FAILED[/]"}
 
@@ -44,7 +44,8 @@ def changed(change: Callable[[SmallRun], object], **options: Any) -> Build:
 
 
 def pack(run: SmallRun, *, cache: bool) -> None:
-    """Two records a row; with a cache transformers builds no mask from their positions, and they see each other."""
+    """Put two records in a row; with a cache, transformers builds no mask from their positions, and they attend to each
+    other."""
     import torch
 
     positions = torch.tensor([[*range(6), *range(10)], [*range(8), *range(8)]])
@@ -52,14 +53,14 @@ def pack(run: SmallRun, *, cache: bool) -> None:
 
 
 def train_norms(run: SmallRun) -> None:
-    """Train the norms, so that a step has gradients where the adapter gives none."""
+    """Train the norms, so that a step has gradients even if the adapter gives none."""
     for name, parameter in run.model.named_parameters():
         if name.endswith("norm.weight"):
             parameter.requires_grad_(True)
 
 
 def disable_adapter(run: SmallRun) -> None:
-    """Disable the adapter for a comparison, and leave it so."""
+    """Disable the adapter for a comparison, and leave it disabled."""
     run.model.base_model.disable_adapter_layers()
     train_norms(run)
 
@@ -157,7 +158,7 @@ class Outcome:
     required: Json
     held: bool
     failure: str | None
-    """What did not hold."""
+    """Why the control does not hold."""
     fault: Check | None = None
     healthy: Check | None = None
 
@@ -170,7 +171,7 @@ def run(arguments: argparse.Namespace) -> int:
     for control in CONTROLS:
         print(f"kernels_check selftest: {control.name}", file=sys.stderr)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # libraries warn of the faults
+            warnings.simplefilter("ignore")  # libraries warn about the faults
             outcomes.append(run_control(control))
     held = [outcome.held for outcome in outcomes]
     if arguments.json:
@@ -184,7 +185,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def run_control(control: Control) -> Outcome:
-    """Build and verify both runs; an exception is a control that does not hold."""
+    """Build and verify both runs; a control whose run raises does not hold."""
     outcome = partial(Outcome, control=control.name, path=control.path, required=control.required)
     try:
         fault, healthy = (make().check(control.path, control.required) for make in (control.fault, control.healthy))
@@ -196,7 +197,7 @@ def run_control(control: Control) -> Outcome:
 
 
 def _show(outcomes: Sequence[Outcome]) -> None:
-    """Print the table, then what failed and why."""
+    """Print the table, then each failure with its reason."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape

@@ -1,12 +1,12 @@
-"""Whether the adapter is there, runs and learns, in which dtype it is kept, and with which dropout it ran.
+"""Whether the adapter is present, runs and learns, with which dtype and which dropout.
 
-Every place where an adapter acts is judged, by every method of PEFT: those that the configuration names must be there,
-and each must have been called with its adapter active, enabled and unmerged in the watched call, which flags before or
-after it do not show.
+The judges cover every PEFT method and every module with an adapter. The modules that the configuration names must have
+one, and each module must have been called with its adapter active, enabled and unmerged. Flags read before or after the
+call do not prove that.
 
-While lora_B is zero the gradient of lora_A is exactly zero, and other methods begin at zeros of their own. So learning
-is judged over the watched calls together, and a gradient of zero counts against a parameter only if it arrived after an
-update that moved something.
+While lora_B is zero the gradient of lora_A is exactly zero, and other methods also start from zeros. So learning is
+judged over all watched calls together, and a zero gradient counts against a parameter only if it arrived after an
+update that changed some parameter.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _UNSEEN = "called, but the adapter is of bare parameters, which leave no trace w
 
 
 def judge_attached(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``peft.attached``: present, active, enabled, not merged, and executed, wherever it was configured."""
+    """Judge ``peft.attached``: every configured adapter is present, active, enabled, not merged, and executed."""
     layers = seen.adapter_layers
     if not layers:
         return PathObservation(observed=False, present=False, reason=NO_ADAPTER)
@@ -94,12 +94,12 @@ def _describe(layer: AdapterLayer, problem: str) -> str:
 
 
 def _states(layers: Sequence[AdapterLayer], seen: Observation) -> dict[str, set[str]]:
-    """Problems of each layer, by its name."""
+    """Problems of each layer, by layer name."""
     names = {id(value): name for name, value in seen.tree.parameters}
     called = {layer.name: calls_that_count(layer, seen) for layer in layers}
     weights = {layer.name: {id(value) for _, value in layer.weights()} for layer in layers}
     owners = Counter(key for held in weights.values() for key in held)
-    # What layers share proves nothing of one of them, unless a layer has nothing else and was called.
+    # A shared parameter proves nothing about one layer, unless the layer has no other parameter and was called.
     alone = {name: {key for key in held if owners[key] == 1} for name, held in weights.items()}
     reached = {
         name: any(
@@ -115,7 +115,8 @@ def _states(layers: Sequence[AdapterLayer], seen: Observation) -> dict[str, set[
         calls = called[layer.name]
         state = _problems(layer, calls)
         is_nested = any(layer.name.startswith(f"{other.name}.") for other in layers if other is not layer)
-        # A gradient may come from a penalty on the weights: where the parts of other layers ran, those of this must.
+        # A gradient may come from a penalty on the weights: if the parts of other layers ran, this layer's must run
+        # too.
         by_gradient = reached[layer.name] and (
             type(layer.module) not in kinds or (not calls and (compiled or is_nested))
         )
@@ -132,9 +133,9 @@ def _states(layers: Sequence[AdapterLayer], seen: Observation) -> dict[str, set[
 
 
 def calls_that_count(layer: AdapterLayer, seen: Observation) -> list[LayerCall]:
-    """Calls of a layer in training, with gradients where there are any: references and evaluations are left out.
+    """The calls that train a layer: those with gradients if there are any. References and evaluations are left out.
 
-    A step that trains nothing, such as an answer, has no others.
+    A step that trains nothing, such as answering a request, keeps all its calls.
     """
     everything = seen.adapter_calls.get(layer.name, [])
     trains = seen.optimizer_steps or seen.other_optimizers or _records_gradients(seen)
@@ -143,7 +144,7 @@ def calls_that_count(layer: AdapterLayer, seen: Observation) -> list[LayerCall]:
 
 
 def is_trained_by_hand(seen: Observation) -> bool:
-    """Whether an update took gradients that none of the forwards through the adapter can have given."""
+    """Whether an update used gradients that no forward pass through the adapter can have produced."""
     by_hand = any(not gradient.produced for gradient in seen.gradients.values())
     return bool(seen.optimizer_steps and by_hand and any(seen.adapter_calls.values())) and not _records_gradients(seen)
 
@@ -153,7 +154,7 @@ def _records_gradients(seen: Observation) -> bool:
 
 
 def _problems(layer: AdapterLayer, calls: Sequence[LayerCall]) -> set[str]:
-    """Why calls of a layer did not use the adapter; where no call was seen, why the layer would not."""
+    """Why the calls of a layer did not use the adapter; if no call was recorded, why the layer would not use it."""
     if any(call.adapted for call in calls):
         return set() if all(call.adapted for call in calls) else {_PARTLY}
     flags = {
@@ -170,9 +171,9 @@ def _parts_ran(layer: AdapterLayer, calls: Iterable[LayerCall]) -> bool:
 
 
 _LORA_FA = "peft.optimizers.lorafa.LoraFAOptimizer"
-"""Freezes lora_A and is given it all the same: the update of lora_B needs its value."""
+"""Freezes lora_A but still receives it as a parameter: the update of lora_B needs its value."""
 _COMPARABLE = 1e-3
-"""Share of the highest learning rate: below it, the rate and not a small gradient keeps a parameter in place."""
+"""Share of the highest learning rate. Below it, the low rate, not a small gradient, keeps a parameter unchanged."""
 _REPACKED = (
     "bitsandbytes repacked them for AVX512-BF16 in an evaluating forward, and a product with repacked weights has no "
     "backward pass: load the base again, and set support_avx512bf16_for_cpu=False on every Linear4bit before the first "
@@ -200,7 +201,7 @@ def judge_learning(seen: Observation, required: Json) -> PathObservation:
     cut = dict.fromkeys(calls.all[number].name for number in sorted(calls.relevant) if calls.all[number].cut)
     if cut:
         faults.insert(0, f"the gradient was lost in {len(cut)} 4-bit layers: {name_some(cut)}; {_REPACKED}")
-    if seen.after.packed and (seen.modules.unhooked or seen.profile.compiled_regions):  # compiled code calls no hook
+    if seen.after.packed and (seen.modules.unhooked or seen.profile.compiled_regions):  # compiled code calls no hooks
         doubts.append(f"4-bit weights are repacked, and whether a gradient passes through was not seen; {_REPACKED}")
     if not seen.optimizer_steps and not seen.other_optimizers:
         return _without_optimizer(judged, faults, seen)
@@ -323,7 +324,7 @@ def _count(judged: Mapping[str, Tensor], *groups: tuple[str, list[str]]) -> list
 
 
 def judge_dtype(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``peft.dtype``; copies of parts of the base that are trained with the adapter keep the base's."""
+    """Judge ``peft.dtype``; copies of base modules that train with the adapter keep the dtype of the base."""
     layers = seen.adapter_layers
     if not layers:
         return absent(NO_ADAPTER)
@@ -347,7 +348,7 @@ def _weights(layers: Iterable[AdapterLayer]) -> Iterable[Tensor]:
 
 
 def judge_dropout(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``peft.dropout``: the probability that was really applied, not the configured one."""
+    """Judge ``peft.dropout``: the probability that was applied, not the configured one."""
     layers = [layer for layer in seen.adapter_layers if not layer.copied]
     if not layers:
         return absent(NO_ADAPTER)

@@ -1,7 +1,7 @@
-"""Which attention really ran, in which precision, under which mask.
+"""Which attention backend ran, in which precision, and with which mask.
 
-``config._attn_implementation`` is a request. PyTorch's SDPA picks a backend per call from the tensors it is given and
-falls back in silence, so the verdict rests on the inner operators of the watched step, each attributed to the layer
+``config._attn_implementation`` is a request. PyTorch's SDPA picks a backend for each call from its input tensors and
+falls back silently, so the verdict is based on the inner operators of the watched step, each attributed to the layer
 that called it: every call of every attention layer must have run the required backend.
 """
 
@@ -36,14 +36,15 @@ if TYPE_CHECKING:
 FUSED_ATTENTION = frozenset(
     {"flash", "efficient", "cudnn", "flash_attention_2", "flash_attention_3", "flash_attention_4"}
 )
-"""Backends that never write the score matrix to memory; what the requirement ``fused`` accepts."""
+"""Backends that never write the score matrix to memory; the requirement ``fused`` accepts them."""
 LARGEST_FLASH_HEAD = 256
-"""Head size up to which CUDA's flash runs (``sdp_utils.cpp``, ``check_head_dim_size_flash``)."""
+"""Largest head size that CUDA's flash kernels support (``sdp_utils.cpp``, ``check_head_dim_size_flash``)."""
 _FLOAT32_REMEDY = (
     "run under torch.autocast, or keep norms and embeddings in bfloat16 (prepare_model_for_kbit_training casts them)"
 )
 _WITH_A_MASK = "cuDNN takes it on Hopper and B200, memory-efficient elsewhere"
-"""What torch 2.11 and later choose on CUDA where flash refuses a mask; cuDNN from 9.15.1 on (``sdp_utils.cpp``)."""
+"""The backend that torch 2.11 and later choose on CUDA if flash refuses a mask; cuDNN from 9.15.1 on
+(``sdp_utils.cpp``)."""
 _MASK_REMEDY = "pass no attention_mask where nothing is padded, and pack records with use_cache=False"
 KERNEL_BACKENDS = {
     "ATT-CUDNN": "cudnn",
@@ -132,7 +133,7 @@ def judge_mask(seen: Observation, required: Json) -> PathObservation:
 def _over_calls(
     layers: AttentionLayers, values: list[str], unclear: int, required: Json, reason: str
 ) -> PathObservation:
-    """One property over all calls: unknown where some call does not show it, unless another already differs."""
+    """One property over all calls: unknown if some call does not show it, unless another call already differs."""
     if unclear:
         reason += f"; unknown for {format_count(unclear, 'call')}"
     missing = _incomplete(layers, [call for call in layers.calls if not call.recomputed])
@@ -150,7 +151,7 @@ def _is_whole(layers: AttentionLayers, name: str, accepted: Collection[Json] | N
 
 
 def _layers(layers: AttentionLayers, good: list[str], required: Json) -> str:
-    """The number of layers as required, of those known by name."""
+    """The number of layers that meet the requirement, among the layers known by name."""
     total = len(layers.names)
     if not total:
         expected = "an unknown number of" if layers.expected is None else layers.expected
@@ -160,7 +161,7 @@ def _layers(layers: AttentionLayers, good: list[str], required: Json) -> str:
 
 
 def _incomplete(layers: AttentionLayers, first: list[AttentionCall]) -> str:
-    """Why the calls that are known cannot be all of the model's attention; empty where they are."""
+    """Why the known calls cannot be all of the model's attention; empty if they can."""
     if layers.unknown:
         return (
             f"{format_count(sum(layers.unknown.values()), 'call')} of {len(layers.unknown)} of {len(layers.names)} "
@@ -182,7 +183,7 @@ def _incomplete(layers: AttentionLayers, first: list[AttentionCall]) -> str:
 
 
 def _in_pieces(layers: AttentionLayers) -> bool:
-    """Whether the calls may be all there and are only not assigned: in regions between which a graph broke."""
+    """Whether all calls may be present but not assigned to layers, in regions separated by graph breaks."""
     whole = not layers.unknown and all(count == layers.expected for count in layers.entries)
     return (
         whole and bool(layers.expected) and bool(layers.regions) and sum(layers.regions) % (layers.expected or 1) == 0
@@ -190,7 +191,7 @@ def _in_pieces(layers: AttentionLayers) -> bool:
 
 
 def _aside(layers: AttentionLayers) -> str:
-    """Attention outside the model's training, which is not judged."""
+    """A description of attention that is not judged because it is outside the model's training."""
     parts = []
     if layers.aside:
         aside = count_values(call.backend for call in layers.aside)
@@ -204,7 +205,7 @@ def _aside(layers: AttentionLayers) -> str:
 
 
 def _nothing_of_the_model(layers: AttentionLayers) -> PathObservation | None:
-    """All attention of the step was another's: the model itself ran none."""
+    """The result if all attention of the step ran outside the model's training; None if no attention ran."""
     if not (layers.elsewhere or layers.aside or layers.failed):
         return None
     return PathObservation(
@@ -253,7 +254,7 @@ def judge_kernels(profile: StepProfile, required: Json) -> PathObservation:
 
 
 def likely_cause(model: nn.Module, wrong: list[AttentionCall]) -> str:
-    """Name the inputs for which SDPA leaves its fast backends (the refusals of torch 2.13)."""
+    """Name the inputs for which SDPA cannot use its fast backends (the conditions of torch 2.13)."""
     import torch
 
     config: Any = next((part.config for part in model.modules() if hasattr(part, "config")), None)
@@ -310,8 +311,8 @@ def judge_request(model: nn.Module, profile: StepProfile, required: Json) -> Pat
 
     Args:
         model: the model that answered; its configuration names the implementation that it was built with.
-        profile: of the request alone.
-        required: a value of ``attention.backend``, as for a training step; None where nothing is required.
+        profile: profile of the request alone.
+        required: a value of ``attention.backend``, as for a training step; None if nothing is required.
     """
     required = "fused" if required in FUSED_ATTENTION else required
     forward = [call for call in profile.attention if call.direction == "forward"]

@@ -1,11 +1,11 @@
-"""Which optimizer stepped, by which implementation, where its state lives, and whether embeddings and norms train.
+"""Which optimizer stepped, which implementation it used, where its state is, and whether embeddings and norms train.
 
-``is_paged`` on a bitsandbytes optimizer is a wish: tensors below 1e5 elements, and every tensor on a CPU, are not paged
-while the flag stays true. Only the state tensors themselves show it.
+``is_paged`` on a bitsandbytes optimizer is only a request: tensors below 1e5 elements, and all tensors on a CPU, are
+not paged although the flag stays true. Only the state tensors show what is paged.
 
-Some recipes need embeddings and norms to train, and others must not train them: a new token means nothing until the
-embedding trains; a base that several adapters are to share must keep its own. What is trained is what the steps have
-changed by a gradient.
+Some recipes need trained embeddings and norms, and others must leave them unchanged: a new token has no meaning until
+its embedding trains; a base that several adapters share must keep its own. A parameter counts as trained if a step
+changed it by a gradient.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def is_class(classes: tuple[str, ...], required: str) -> bool:
     """Decide whether an optimizer, given by the qualified names of its class and its bases, is the required one.
 
     The most derived class that comes from the required name's top-level package counts, and it must agree in the last
-    component: ``torch.optim.AdamW`` is met by ``torch.optim.adamw.AdamW`` and by a class of one's own derived from it.
-    Deeper bases do not count: torch derives AdamW from Adam, and an AdamW is no proof of an Adam.
+    component: ``torch.optim.adamw.AdamW`` and a user's class derived from it satisfy ``torch.optim.AdamW``. Deeper
+    bases do not count: torch derives AdamW from Adam, and an AdamW is no proof of an Adam.
     """
     package = required.partition(".")[0]
     own = next((name for name in classes if name.partition(".")[0] == package), None)
@@ -109,7 +109,7 @@ def _remedy(groups: Sequence[GroupSeen]) -> str:
 
 
 def _why_unseen(seen: Observation, total: int) -> str:
-    """Why no operator of an update was seen, although an optimizer stepped."""
+    """Why no operator of an update was recorded, although an optimizer stepped."""
     if not seen.updated:
         return "no optimizer stepped in the watched call"
     if not total:
@@ -154,13 +154,13 @@ def judge_paged_share(seen: Observation, required: Json) -> PathObservation:
 
 _ROUNDED = "what had a gradient and a rate and is unchanged was rounded away: keep it in float32"
 _MOVED = frozenset({"updated", "moved without a gradient", "undone after an update"})
-"""What becomes of a parameter that does not stay as it was."""
+"""Fates of a parameter whose value changed."""
 
 
 def judge_parts(seen: Observation, required: Json, *, what: str) -> PathObservation:
     """Judge ``embedding.trained``, of the input and the output embedding, or ``norms.trained``, of every norm.
 
-    Observed is True where all are updated, False where none is, else how many of how many.
+    ``observed`` is True if all are updated, False if none is, else the number updated and the total.
     """
     parts: Sequence[ParameterStatus] = getattr(seen, what)
     if not parts:
@@ -187,7 +187,7 @@ def judge_parts(seen: Observation, required: Json, *, what: str) -> PathObservat
 
 
 def _doubt(fates: Set[Fate], seen: Observation) -> str | None:
-    """Why the steps do not decide it."""
+    """Why the observed steps are not conclusive."""
     if fates <= {"updated", "frozen"}:
         return None
     if not seen.optimizer_steps:

@@ -1,9 +1,9 @@
-"""What a step gave its model, and over how many tokens its loss is, with the weight of each.
+"""Reads the inputs of a step's model calls, the number of tokens in the loss, and the weight of each token.
 
-The name of a loss function says nothing of what it does. The operator of a cross entropy that autograd recorded has
-kept the targets that it was given, and the gradient that reaches it is what everything after it makes of the weight
-of its tokens. A mean of means weighs a token of a short pass more than one of a long pass. Backward passes that add
-up for one update are recognised by the gradients that are there when a pass begins, and by whether an update took place
+The name of a loss function does not prove what it computes. The cross-entropy operator that autograd recorded has saved
+its targets, and the gradient that reaches it contains every later scaling of the loss, and so the weight of the tokens.
+A mean of means gives a token of a short pass more weight than a token of a long pass. Backward passes that accumulate
+for one update are recognised by the gradients that are present when a pass begins, and by whether an update took place
 between two passes.
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from kernels_check.observe.modules import backward_task, largest
 
 _WRAPS = ("module", "base_model", "model")
-"""Attributes under which a wrapper holds what it wraps: DistributedDataParallel, PEFT, models with a head."""
+"""Attributes under which a wrapper holds its wrapped module: DistributedDataParallel, PEFT, models with a head."""
 _POSITIONAL = ("input_ids", "attention_mask", "position_ids")
 _NO_TOKENS = ("labels", "token_type_ids", "seq_idx", "sequence_ids", "segment_ids", "document_ids")
 _COPIED_ELEMENTS = 2**24
@@ -32,44 +32,44 @@ _COPIED_ELEMENTS = 2**24
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ModelCall:
-    """One call of the model, outside which no other call of it was under way."""
+    """One outermost call of the model."""
 
     module: nn.Module
-    """The one that was called, which lies inside the model where a step goes round its wrapper."""
+    """The module that was called; it is inside the model if a step bypasses the model's wrapper."""
     arguments: Mapping[str, Any]
-    """By name; token tensors as they were then, since their memory may be used again."""
+    """Arguments by name; token tensors are copied, since their memory may be reused."""
     training: bool = True
     gradients: bool = True
-    """Whether autograd recorded it."""
+    """Whether autograd recorded the call."""
     autocast: tuple[tuple[str, torch.dtype], ...] = ()
-    """Kinds of devices under autocast, each with its dtype."""
+    """Device types under autocast, each with its dtype."""
     inside: list[ModelCall] = field(default_factory=list)
-    """Calls that it made of what the module wraps."""
+    """The calls that it made of wrapped modules."""
     loss_gradients: list[Tensor] = field(default_factory=list)
-    """What reached the loss that it returned, in each backward pass; of a call outside of all others."""
+    """The gradients that reached the returned loss, one for each backward pass; only for an outermost call."""
     parts: list[CrossEntropy] = field(default_factory=list)
-    """The cross entropies that the loss is made of; other terms, such as one that balances experts, are left out."""
+    """The cross entropies in the loss; other terms, such as a load-balancing loss of experts, are left out."""
     unread: list[str] = field(default_factory=list)
-    """Why some of them are not known."""
+    """Why some cross entropies could not be read."""
     number: int | None = None
-    """Of the call in the log of all calls, where there is one."""
+    """Number of the call in the log of all calls, if there is one."""
 
     def without(self, failed: Set[int]) -> ModelCall:
-        """The call without those inside it that came to nothing."""
+        """A copy of the call without failed inner calls."""
         return replace(self, inside=[one.without(failed) for one in self.inside if one.number not in failed])
 
     def matching(self, matches: Callable[[Mapping[str, Any]], bool]) -> list[ModelCall]:
-        """This call if its arguments match, else those inside that do: wrappers have names of their own."""
+        """This call if its arguments match, else the inner calls that match: wrappers may rename arguments."""
         return [self] if matches(self.arguments) else [one for call in self.inside for one in call.matching(matches)]
 
 
 def training_calls(calls: Sequence[ModelCall]) -> list[ModelCall]:
-    """Those that were trained on: an evaluation or a reference inside the step needs no gradients."""
+    """The calls that train: an evaluation or a reference inside the step needs no gradients."""
     return [call for call in calls if call.gradients] or list(calls)
 
 
 def names_tokens(arguments: Mapping[str, Any]) -> bool:
-    """Whether the tokens are called what transformers calls them."""
+    """Whether the tokens have the argument names of transformers."""
     return isinstance(arguments.get("input_ids"), Tensor) or isinstance(arguments.get("inputs_embeds"), Tensor)
 
 
@@ -79,7 +79,7 @@ def find_tokens(arguments: Mapping[str, Any]) -> tuple[str, Tensor] | None:
         value = arguments.get(name)
         if isinstance(value, Tensor) and value.dim() == dimensions:
             return name, value
-    for name, value in arguments.items():  # a model written by hand calls them as it likes
+    for name, value in arguments.items():  # a hand-written model may use any argument name
         numbers = isinstance(value, Tensor) and value.dim() == 2 and value.dtype in (torch.long, torch.int32)
         if numbers and name not in (*_NO_TOKENS, *_POSITIONAL):
             return name, value
@@ -87,7 +87,7 @@ def find_tokens(arguments: Mapping[str, Any]) -> tuple[str, Tensor] | None:
 
 
 def entry_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """The model and what its wrappers hold."""
+    """The model and the modules that its wrappers hold."""
     seen: set[int] = set()
     module: Any = model
     while isinstance(module, nn.Module) and id(module) not in seen:
@@ -98,7 +98,7 @@ def entry_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def describe_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> ModelCall:
-    """A call of one of ``entry_modules`` that begins."""
+    """The record of a beginning call of one of ``entry_modules``."""
     names = _positional_names(module) if args else ()
     arguments = dict(zip(names, args, strict=False)) | kwargs
     kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
@@ -113,7 +113,7 @@ def describe_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _positional_names(module: nn.Module) -> Sequence[str]:
-    """What the positional arguments are called, by the first that does not merely pass them on."""
+    """Names of the positional arguments, from the first module that does not merely pass them on."""
     for one in entry_modules(module):
         with suppress(TypeError, ValueError):
             parameters = inspect.signature(one.forward).parameters.values()
@@ -134,7 +134,7 @@ def _kept(value: Any) -> Any:
     if isinstance(value, Tensor):
         small = value.dim() <= 2 and value.numel() <= _COPIED_ELEMENTS and not value.requires_grad
         return value.detach().clone() if small else value
-    if hasattr(value, "get_seq_length"):  # a cache, which the call is about to fill
+    if hasattr(value, "get_seq_length"):  # a cache, which the call will fill
         with suppress(Exception):
             return copy.deepcopy(value)
     return value
@@ -143,7 +143,7 @@ def _kept(value: Any) -> Any:
 def special_tokens(
     configs: Iterable[Any], kinds: tuple[str, ...] = ("",), *, but: tuple[str, ...] = ()
 ) -> frozenset[int]:
-    """Ids that configurations name, of some kinds (``pad``, ``eos``) or of all but some."""
+    """Ids of special tokens in configurations, of some kinds (``pad``, ``eos``) or of all kinds except some."""
     found: set[int] = set()
     for config in configs:
         for name, value in vars(config).items():
@@ -154,7 +154,7 @@ def special_tokens(
 
 
 def configurations(model: nn.Module) -> Iterator[Any]:
-    """Of the model, of what it wraps, and of their parts, such as the text of a vision model."""
+    """Configurations of the model, of wrapped modules, and of their parts, such as the text part of a vision model."""
     seen: set[int] = set()
     waiting = [vars(module).get(name) for name in ("config", "generation_config") for module in model.modules()]
     while waiting:
@@ -170,23 +170,23 @@ class BackwardPass:
     """One run of the autograd engine."""
 
     task: int
-    """Its number, as the engine gives it."""
+    """Its number in the engine."""
     after_update: bool = False
-    """Whether an optimizer of the model's parameters has stepped since the pass before."""
+    """Whether an optimizer of the model's parameters has stepped since the previous pass."""
     in_update: bool = False
-    """Whether one is stepping, as where it is given a closure."""
+    """Whether it runs during an optimizer's step, as in a closure."""
     initial_sizes: Sequence[Tensor] = ()
-    """Largest magnitude of each gradient that was there when it began, left on its device."""
+    """Largest magnitude of each gradient that was present when the pass began, on its device."""
 
     @property
     def from_zero(self) -> bool:
-        """Whether it began with no gradient, or with zeros only."""
+        """Whether the pass began with no gradients, or only zeros."""
         return not any(float(size) != 0 for size in self.initial_sizes)
 
 
 @dataclass(slots=True)
 class BackwardPasses:
-    """Notes the passes of a step, which write gradients of ``model``."""
+    """Records the backward passes of a step that write gradients of ``model``."""
 
     model: nn.Module
     _trained: dict[int, Tensor] = field(init=False)
@@ -198,7 +198,7 @@ class BackwardPasses:
         self._trained = {id(value): value for value in self.model.parameters() if value.requires_grad}
 
     def current(self) -> BackwardPass:
-        """The pass that is under way; to be asked before it has written any gradient."""
+        """The current pass; must be called before the pass writes any gradient."""
         task = backward_task()
         if self._last is None or self._last.task != task:
             sizes = [largest(value.grad) for value in self._trained.values() if value.grad is not None]
@@ -212,26 +212,26 @@ class BackwardPasses:
         return self._last
 
     def update_begins(self) -> None:
-        """An optimizer of the model is about to step."""
+        """Record that an optimizer of the model is about to step."""
         self._updating += 1
 
     def update_ends(self) -> None:
-        """It has stepped."""
+        """Record that an optimizer of the model has stepped."""
         self._updating, self._updated = max(self._updating - 1, 0), True
 
 
 class _UnreadError(RuntimeError):
-    """Why it is unknown over which tokens a loss is."""
+    """Raised if the tokens of a loss cannot be determined; the message says why."""
 
 
 def _sums_of(passes: Mapping[BackwardPass, bool]) -> dict[BackwardPass, int]:
-    """Which passes add up: the number of the sum that each belongs to.
+    """Find out which passes accumulate: the number of the sum that each pass belongs to.
 
     Args:
-        passes: in the order in which they began, with whether each gave any gradient.
+        passes: passes in the order in which they began, and whether each produced a gradient.
 
     Raises:
-        _UnreadError: it is unknown.
+        _UnreadError: the sums cannot be determined.
     """
     sums: dict[BackwardPass, int] = {}
     number, given = 0, False
@@ -254,45 +254,46 @@ def _sums_of(passes: Mapping[BackwardPass, bool]) -> dict[BackwardPass, int]:
 
 _OPERATORS = ("NllLossBackward0", "NllLoss2DBackward0")
 _MEAN, _SUM = 1, 2
-"""How the operator spells them."""
+"""Reduction codes of the operator."""
 _SIGN, _WRAP = 2**63, 2**64
-"""Of the ignored target, which is kept as a number without a sign."""
+"""For the ignored target, which is saved as an unsigned integer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrival:
-    """A gradient that reached a cross entropy."""
+    """A gradient that reached a cross-entropy operator."""
 
     gradient: Tensor
-    """Of no dimension."""
+    """A scalar tensor."""
     during: BackwardPass
     spread: Tensor | None = None
-    """By how much it differs among the tokens; None where it is one for all."""
+    """Relative difference among the tokens; None if all tokens share one value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CrossEntropy:
-    """One operator."""
+    """One cross-entropy operator."""
 
     tokens: Tensor
-    """How many targets it is over, of no dimension; left on its device, so that nothing waits for it."""
+    """Number of its targets, a scalar tensor; it stays on its device to avoid a synchronisation."""
     mean: bool
-    """Whether it is their mean, else their sum."""
+    """Whether it computes the mean, else the sum."""
     arrivals: list[Arrival] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossReader:
-    """Finds the cross entropies of a step's losses, and keeps what reaches each until its hooks are taken off."""
+    """Finds the cross entropies of a step's losses, and records the gradients that reach each until the hooks are
+    removed."""
 
     passes: BackwardPasses
-    """That are under way when a gradient arrives."""
+    """The log of backward passes."""
     hooks: ExitStack
     guard: Callable[[Any], Any]
-    """What hooks are wrapped in."""
+    """Wraps each hook."""
 
     def read(self, call: ModelCall, output: Any) -> None:
-        """Read what a call of the model has returned."""
+        """Read the output of a call of the model."""
         loss = find_loss(output)
         if loss is not None and loss.requires_grad:
             self.hooks.push(loss.register_hook(self.guard(lambda one: call.loss_gradients.append(one.detach()))))
@@ -303,12 +304,12 @@ class LossReader:
                     self.hooks.push(operator.register_prehook(self.guard(partial(self._arrive, part))))
             except _UnreadError as error:
                 call.unread.append(str(error))
-            except Exception as error:  # an exception here would be the step's
+            except Exception as error:  # an exception here would end the step
                 call.unread.append(f"the loss could not be read: {type(error).__name__}: {error}")
         self._read_log_probs(call, output)
 
     def _read_log_probs(self, call: ModelCall, output: Any) -> None:
-        """Read log-probabilities of single tokens that a model returns for its caller to make a loss of.
+        """Read per-token log-probabilities that a model returns so that its caller can compute a loss.
 
         TRL's trainers do so from version 1.16 on: ``log_probs`` and ``label_mask``, both of [rows, tokens - 1].
         """
@@ -333,7 +334,7 @@ class LossReader:
 
 
 def _operators(root: Any) -> Iterator[Any]:
-    """Cross entropies that the loss depends on through scalars alone: the graph behind one belongs to the model."""
+    """Cross entropies that the loss depends on through scalars only: the graph behind them belongs to the model."""
     seen: set[Any] = set()
     waiting = [root]
     while waiting:
@@ -357,7 +358,7 @@ def _read(operator: Any) -> CrossEntropy:
     if operator._raw_saved_weight.data is not None:
         raise _UnreadError("the loss weighs each target by its class")
     kept = operator._raw_saved_target
-    if kept.unpack_hook is not None:  # to ask for it would compute again, or fetch, what the backward pass asks for
+    if kept.unpack_hook is not None:  # unpacking would recompute, or fetch, the tensors that the backward pass needs
         raise _UnreadError(
             "what the loss is over was put away until the backward pass, as by a checkpoint or by offloading"
         )
@@ -369,30 +370,30 @@ def _read(operator: Any) -> CrossEntropy:
 
 _EXACT = 1e-3
 _NARROW = 2e-2
-"""Relative difference that rounding explains, of a loss in float32 and in half precision."""
+"""Relative difference that rounding explains, between a loss in float32 and in half precision."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossPass:
-    """One forward pass that was trained on, as far as it feeds one sum of gradients."""
+    """One forward pass that trains, as far as it contributes to one sum of gradients."""
 
     tokens: int
-    """Those that the loss is over."""
+    """Tokens in the loss."""
     positions: int
-    """All of them, padding included."""
+    """All tokens, including padding."""
     weight: float
-    """Of each of these tokens in the gradient of the step."""
+    """Weight of each of these tokens in the gradient of the step."""
     tolerance: float
-    """Relative, of that weight."""
+    """Relative tolerance of the weight."""
     mean: bool = True
-    """Whether its loss is a mean, else a sum, which the program has divided."""
+    """Whether its loss is a mean; otherwise it is a sum that the program has divided."""
     sum: int = 0
-    """Number of the sum of gradients that it feeds: one for each update, or for each evaluation of a closure."""
+    """Number of the gradient sum to which it contributes: one for each update, or for each evaluation of a closure."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossSeen:
-    """The passes of a step, or why they are unknown."""
+    """The passes of a step, or why they could not be read."""
 
     passes: tuple[LossPass, ...] = ()
     unseen: str | None = None
@@ -426,7 +427,7 @@ def _passes(trained: Sequence[ModelCall]) -> list[LossPass]:
 
 
 def _refuse_unread(call: ModelCall) -> None:
-    """Raise _UnreadError where it is unknown over which tokens the loss of a call is."""
+    """Raise _UnreadError if it is unknown which tokens are in the loss of a call."""
     labels = [call.arguments.get(name) for name in ("shift_labels", "labels")]
     tokens = [one for one in labels if isinstance(one, Tensor) and not one.is_floating_point()]
     if not tokens:
@@ -448,7 +449,7 @@ def _refuse_unread(call: ModelCall) -> None:
 
 
 def _pass(call: ModelCall, number: int, sums: Mapping[BackwardPass, int]) -> LossPass | None:
-    """What a call gave to one sum of gradients; None where it gave nothing."""
+    """The contribution of a call to one sum of gradients; None if it has none."""
     arrived = [(part, [one for one in part.arrivals if sums[one.during] == number]) for part in call.parts]
     arrived = [(part, arrivals) for part, arrivals in arrived if arrivals]
     if not arrived:

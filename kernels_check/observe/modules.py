@@ -1,13 +1,13 @@
 """Reads, hooks and restores a model.
 
-Modules and parameters are asked for some fifty times in a check: at a moment when nothing else runs, they are read once
-for all (``ModelTree``). A transformer keeps its layers in a numbered list. A member of such a list that has more than
-one layer of weights is a block; lists inside a block (the experts of a mixture) belong to it. In a model without such a
-list every layer of weights is a block.
+A check needs the modules and parameters about fifty times, so they are read once and cached (``ModelTree``). A
+transformer keeps its layers in a numbered list. A member of such a list with more than one weight layer is a block;
+lists inside a block (the experts of a mixture) belong to it. In a model without such a list every weight layer is a
+block.
 
 Hooks change nothing in a step. An exception in a hook is recorded and does not reach the step. torch.compile does not
-trace hooks. A module that is copied or saved takes its hooks along: in the copy, and in the file, they do nothing and
-refer to nothing in this project.
+trace hooks. Copying or saving a module also copies its hooks; in the copy and in the file they do nothing and do not
+refer to this project.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelTree:
-    """A model at one moment, with a cache of everything that was read of it.
+    """A model at one moment, with a cache of everything read from it.
 
     It is valid as long as nothing adds a module or switches an adapter.
     """
@@ -40,18 +40,18 @@ class ModelTree:
     modules: tuple[tuple[str, nn.Module], ...]
     parameters: tuple[tuple[str, nn.Parameter], ...]
     readings: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    """By the name of the function, see ``reading``."""
+    """Cached results by the name of the function, see ``reading``."""
 
     @classmethod
     def of(cls, model: nn.Module | ModelTree) -> ModelTree:
-        """Read a model; one that has been read stays as it was."""
+        """Read a model; a ``ModelTree`` is returned unchanged."""
         if isinstance(model, ModelTree):
             return model
         return cls(model=model, modules=tuple(model.named_modules()), parameters=tuple(model.named_parameters()))
 
 
 def reading(read: Callable[[ModelTree], _T]) -> Callable[[nn.Module | ModelTree], _T]:
-    """Cache what a function reads of a model by its ``ModelTree``."""
+    """Cache the result of a function of a model in its ``ModelTree``."""
 
     @wraps(read)
     def kept(model: nn.Module | ModelTree) -> _T:
@@ -66,9 +66,9 @@ def reading(read: Callable[[ModelTree], _T]) -> Callable[[nn.Module | ModelTree]
 
 @reading
 def block_names(tree: ModelTree) -> tuple[str, ...]:
-    """Qualified names of the blocks, in the order in which the model holds them."""
+    """Qualified names of the blocks, in model order."""
     lists = list[dict[str, nn.Module]]()
-    """The outermost."""
+    """The outermost lists."""
     inside: tuple[str, ...] = ()
     for name, module in tree.modules:
         prefix = f"{name}." if name else ""
@@ -76,7 +76,7 @@ def block_names(tree: ModelTree) -> tuple[str, ...]:
         if items:
             lists.append(items)
             inside += (prefix,)
-    # A single layer of weights is no block; an adapter makes it no more than that.
+    # A single weight layer is no block, with or without an adapter.
     of_blocks = [
         items for items in lists if not all(not item._modules or hasattr(item, "base_layer") for item in items.values())
     ] or lists
@@ -86,14 +86,14 @@ def block_names(tree: ModelTree) -> tuple[str, ...]:
 
 
 def outermost(names: Iterable[str]) -> list[str]:
-    """Names of modules that are not inside another of them."""
+    """Names of modules that are not inside another of the named modules."""
     names = list(names)
     within = Below(names)
     return [name for name in names if not name or ("" not in names and not within[name.rpartition(".")[0]])]
 
 
 def block_of(name: str, blocks: frozenset[str]) -> str | None:
-    """The block that a module of this name is or lies in."""
+    """The block with this name or the block that contains the named module; None if there is none."""
     while name not in blocks:
         if not name:
             return None
@@ -102,7 +102,7 @@ def block_of(name: str, blocks: frozenset[str]) -> str | None:
 
 
 def _items(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
-    """Members of a list that have parameters, by name; empty where it is no list of blocks.
+    """Members of a module list that have parameters, by name; empty if the module is not a list of blocks.
 
     A sequence whose members are all of different classes holds the parts of a model, not its blocks.
     """
@@ -118,7 +118,7 @@ def _items(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
 
 
 def _kind(module: nn.Module) -> type[nn.Module]:
-    """The class of a block below what wraps it alone: a compiled, parallel or recomputing wrapper."""
+    """The class of a block inside its wrappers for compilation, parallelism or recomputation."""
     while True:
         children = list(module.children())
         if len(children) != 1 or module._parameters:
@@ -128,7 +128,7 @@ def _kind(module: nn.Module) -> type[nn.Module]:
 
 def is_checkpointing_enabled(module: Any) -> bool:
     """Whether a model of transformers has its flag for gradient checkpointing on."""
-    # transformers renamed the flag, and reading the old name warns.
+    # transformers renamed the flag, and reading the old name gives a warning.
     name = "is_activation_checkpointing"
     return bool(getattr(module, name if hasattr(module, name) else "is_gradient_checkpointing", False))
 
@@ -138,7 +138,7 @@ _SWITCH = "support_avx512bf16_for_cpu"
 
 @contextmanager
 def without_repacking(model: nn.Module) -> Iterator[None]:
-    """Keep the layout in which 4-bit weights are stored, whatever is called inside the block."""
+    """Keep the storage layout of 4-bit weights unchanged inside the block."""
     layers = [(module, getattr(module, _SWITCH)) for module in model.modules() if _SWITCH in vars(module)]
     try:
         for layer, _ in layers:
@@ -150,7 +150,7 @@ def without_repacking(model: nn.Module) -> Iterator[None]:
 
 
 def plain_parts(tensor: Tensor, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors without structure that one is made of, each with its name; a plain one is its own only part."""
+    """The plain tensors inside a tensor subclass, each with its name; a plain tensor yields itself."""
     if is_wrapper(tensor):
         for part, inner in _inner(tensor):
             yield from plain_parts(inner, f"{name}.{part}")
@@ -162,7 +162,7 @@ def plain_parts(tensor: Tensor, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def is_wrapper(tensor: Tensor) -> bool:
-    """Whether the tensor has no bytes of its own but other tensors inside."""
+    """Whether the tensor has no memory of its own, only inner tensors."""
     return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "__tensor_flatten__")
 
 
@@ -175,7 +175,7 @@ NO_MEMORY = "it has no memory: freed, or of a class whose parts cannot be read"
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether a tensor's elements lie in memory; reading one that was freed ends the process."""
+    """Whether a tensor's elements are in memory; reading a freed tensor crashes the process."""
     if not tensor.numel():
         return True
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -183,14 +183,14 @@ def has_memory(tensor: Tensor) -> bool:
     try:
         storage = tensor.untyped_storage()
         return bool(storage.data_ptr()) and storage.nbytes() >= end
-    except RuntimeError:  # a class without any
+    except RuntimeError:  # a class without storage
         return False
 
 
 def largest(gradient: Tensor) -> Tensor | None:
-    """Largest magnitude of the part of a gradient that is here, on its device; None where no part of it is here.
+    """Largest magnitude in this rank's part of a gradient, on its device; None if this rank has no part of it.
 
-    It is zero where all are, infinite or not a number where any is.
+    The result is zero if all elements are zero, and infinite or NaN if any element is.
     """
     with torch.no_grad():
         gradient = gradient.detach()
@@ -206,7 +206,7 @@ def largest(gradient: Tensor) -> Tensor | None:
 
 
 class Below(dict[str, bool]):
-    """Whether a qualified name is one of some paths or below one, each found out once.
+    """Whether a qualified name is one of some paths or below one; caches each answer.
 
     Args:
         paths: qualified names.
@@ -226,19 +226,19 @@ Hook: TypeAlias = Callable[..., Any]
 
 
 def backward_task() -> int:
-    """Number of the run of the autograd engine that this thread is in; -1 outside a backward pass."""
+    """Number of the autograd run that this thread executes; -1 outside a backward pass."""
     return torch._C._current_graph_task_id()
 
 
 class ModuleHook:
-    """A hook on one module that notes calls of that module only, and not those of its copies.
+    """A hook on one module that ignores calls of the module's copies.
 
-    A shallow copy shares the dictionary in which its hooks lie, a deep copy has one of its own with copies of them. The
-    replicas of ``DataParallel`` are the module itself: gradients come back from them to its parameters.
+    A shallow copy shares the module's dictionary of hooks, and a deep copy has a copy of it. The replicas of
+    ``DataParallel`` count as the module itself: their gradients flow to its parameters.
 
     Args:
-        module: that it is registered on.
-        hook: called with the arguments of a hook of torch.
+        module: the module on which it is registered.
+        hook: called with the arguments of a torch hook.
     """
 
     def __init__(self, module: nn.Module, hook: Hook) -> None:
@@ -246,24 +246,24 @@ class ModuleHook:
         _keep_from_compiler(ModuleHook.__call__.__code__)
 
     def __call__(self, module: nn.Module, *given: Any) -> Any:
-        """As torch calls a hook of a module."""
+        """Called by torch as a module hook."""
         if module is self._module or getattr(module, "_is_replica", False):
             return self._hook(module, *given)
         return None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """In a copy: a function that takes any arguments and does nothing."""
+        """Copy as a function that takes any arguments and does nothing."""
         return getattr, (nullcontext(), "__exit__")
 
 
 class HookGuard:
-    """Keeps the first fault of any of its hooks."""
+    """Keeps the first exception of its hooks."""
 
     def __init__(self) -> None:
         self.fault: str | None = None
 
     def __call__(self, hook: Hook) -> Hook:
-        """A hook that does the same and raises nothing; having failed, it changes nothing."""
+        """Wrap a hook so that it raises nothing; after a failure it does nothing."""
 
         def shielded(*args: Any, **kwargs: Any) -> Any:
             try:
@@ -302,7 +302,7 @@ class RandomState:
             torch.cuda.set_rng_state_all(self._cuda)
 
     def advanced(self) -> bool:
-        """Whether torch drew random numbers since."""
+        """Whether torch has drawn random numbers since the object was created."""
         moved = not torch.equal(self._torch, torch.get_rng_state())
         if self._cuda is None:
             return moved
@@ -317,20 +317,20 @@ class Modes:
         self._modes = [(module, module.training) for module in model.modules()]
 
     def restore(self) -> None:
-        """Set every module back, one by one: ``model.train()`` would lose a mixture."""
+        """Restore every module's mode one by one: ``model.train()`` would lose mixed modes."""
         for module, training in self._modes:
             module.training = training
 
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Restore a training at the end of the block, also when it raises.
+    """Restore the state of a training at the end of the block, also after an exception.
 
-    Restored are, to the bit: values of the parameters of ``model`` that require gradients, and of those that an
+    These are restored bit for bit: values of the parameters of ``model`` that require gradients, and of those that an
     optimizer updates in the block; gradients of all parameters of ``model``; state and parameter groups of every
-    ``torch.optim.Optimizer`` that steps in the block; the generators of Python, NumPy and torch; the train/eval mode
-    of every module. Nothing else is: neither buffers, frozen parameters and attributes of modules, nor schedulers,
-    gradient scalers, data iterators and what a step counts in objects of its own.
+    ``torch.optim.Optimizer`` that steps in the block; the generators of Python, NumPy and torch; the train/eval mode of
+    every module. Nothing else is restored: not buffers, frozen parameters or attributes of modules, and not schedulers,
+    gradient scalers, data iterators or counters in other objects.
     """
     synchronise()
     modes, numbers = Modes(model), RandomState()
@@ -338,7 +338,7 @@ def restored(model: nn.Module) -> Iterator[None]:
     values = {id(value): (value, value.detach().clone()) for value in model.parameters() if value.requires_grad}
     groups = dict[int, tuple[Optimizer, list[Any]]]()
     mappings = list[tuple[Any, dict[Any, Any], dict[Any, Tensor]]]()
-    """Of the optimizers' states and groups: each mapping, what it held, and copies of the tensors in it."""
+    """The optimizers' states and groups: each mapping, its contents, and copies of its tensors."""
 
     def before_update(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if id(optimizer) in groups:
@@ -379,6 +379,6 @@ def restored(model: nn.Module) -> Iterator[None]:
 
 
 def synchronise() -> None:
-    """Wait for the device, where one is in use; never initialises CUDA."""
+    """Wait for the device, if one is in use; never initialises CUDA."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()

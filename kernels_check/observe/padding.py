@@ -1,13 +1,13 @@
-"""Which record each token of a batch belongs to, and how much of the batch is padding, by what the model was given.
+"""Assigns each token of a batch to its record and counts padding, from the inputs of the model.
 
-There is no one way to name the records of a packed row: positions that restart, numbers of the sequence, cumulated
-lengths, a mask that counts the records, or a mask of blocks. A model that ignores them leaks, so the first of these
-that shows a boundary is believed.
+The records of a packed row can be given in several ways: positions that restart, sequence numbers, cumulative lengths,
+a mask with record numbers, or a block mask. The first of these that shows a boundary is used, because a model that
+ignores it leaks between records.
 
 None of the inputs alone shows padding: a mask of ones may lie over padded rows, and the token that pads need not be the
-one in the configuration. What a mask hides is padding. So is a run of one token at either end of a record, if labels
-of -100 all over it, positions that stay the same, or a configuration that names the token show it. Any other run may be
-text, and is counted separately.
+one in the configuration. Positions that a mask hides are padding. A run of one repeated token at either end of a record
+is padding if all its labels are -100, its positions do not advance, or a configuration names the token. Any other run
+may be text, and is counted separately.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ PADDING = -1
 NUMBERED = ("seq_idx", "sequence_ids", "segment_ids", "document_ids")
 CUMULATED = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens", "cu_seq_lens")
 _IGNORED = -100
-"""The label that no loss is computed for."""
+"""The label that the loss ignores."""
 PASSED_ON = "position_ids that restart at each record, seq_idx, cu_seq_lens_q, or an attention_mask of blocks"
 
 
 class LayoutError(ValueError):
-    """The input that gives the records does not fit the tokens."""
+    """Raised if the input that gives the records does not fit the tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,26 +50,26 @@ class Records:
     """The records of one batch."""
 
     numbers: Tensor
-    """[rows, tokens], from 0 in each row; ``PADDING`` where there is no record."""
+    """Record number of each token, [rows, tokens], from 0 in each row; ``PADDING`` for tokens outside all records."""
     by: str
-    """Name of the input that gave them."""
+    """Name of the input from which they were read."""
 
     @property
     def count(self) -> int:
-        """Of all rows together."""
+        """Number of records in all rows."""
         return int((self.numbers.amax(dim=1) + 1).sum())
 
     @property
     def packed(self) -> bool:
-        """Whether any row holds two."""
+        """Whether any row holds at least two records."""
         return bool(self.numbers.max() > 0)
 
 
 def find_records(arguments: Mapping[str, Any], rows: int, tokens: int) -> Records | None:
-    """Read the records of a batch; None where nothing in it gives them.
+    """Read the records of a batch; None if no input gives them.
 
     Raises:
-        LayoutError: names what does not fit, with both shapes.
+        LayoutError: an input does not fit the tokens; the message has both shapes.
     """
     first: Records | None = None
     for name in (*NUMBERED, *CUMULATED, "position_ids", "attention_mask"):
@@ -87,7 +87,7 @@ def find_records(arguments: Mapping[str, Any], rows: int, tokens: int) -> Record
 
 
 def _numbers(name: str, value: Tensor, arguments: Mapping[str, Any], rows: int, tokens: int) -> Tensor | None:
-    """Numbers of the records by one input, [rows, tokens]; None where it gives none."""
+    """Record numbers from one input, [rows, tokens]; None if it gives none."""
     if name in CUMULATED:
         return _cumulated(name, value, rows, tokens)
     if name == "attention_mask":
@@ -120,8 +120,8 @@ def _positioned(name: str, value: Tensor, rows: int, tokens: int, *, ids: Any) -
 def record_numbers(positions: Tensor, ids: Tensor | None = None) -> Tensor:
     """Number the records of each row from 0; a record starts wherever the position does not continue.
 
-    A position that is repeated over and over, as padding has it, is one filler and not a record a token; where tokens
-    are known, as long as they are repeated, too.
+    A run of one repeated position, as in padding, counts as a single filler, not as one record per token; if ``ids``
+    are given, the token must repeat as well.
 
     Args:
         positions: position ids, [rows, tokens].
@@ -139,7 +139,7 @@ def record_numbers(positions: Tensor, ids: Tensor | None = None) -> Tensor:
 
 
 def allowed(mask: Tensor) -> Tensor:
-    """A mask as a boolean of the same shape, True where attention is let through.
+    """Convert a mask to booleans of the same shape, True where attention is allowed.
 
     Args:
         mask: boolean, of ones and zeros, or additive, in which nothing is above zero.
@@ -152,7 +152,7 @@ def allowed(mask: Tensor) -> Tensor:
 
 
 def hidden_by(mask: Any, rows: int, length: int) -> Tensor | None:
-    """Positions that nothing attends to, [rows, tokens]; None where the mask does not fit."""
+    """Positions that no other position attends to, [rows, tokens]; None if the mask does not fit."""
     if not isinstance(mask, Tensor):
         return None
     if mask.shape == (rows, length):
@@ -161,9 +161,10 @@ def hidden_by(mask: Any, rows: int, length: int) -> Tensor | None:
         return None
     seen = allowed(mask) if mask.dim() == 3 else allowed(mask).any(dim=1)
     if seen.shape[1] == length:
-        # Rows that see nothing are opened to everything, or their softmax has no value: they hide no one else.
+        # Rows that attend to nothing are opened to everything, because their softmax is undefined; such rows hide no
+        # others.
         opened = seen.all(dim=2, keepdim=True) & ~seen.all(dim=2).all(dim=1)[:, None, None]
-        opened[:, -1] = False  # the last of a causal mask sees everything anyway
+        opened[:, -1] = False  # the last row of a causal mask attends to everything anyway
         seen = seen & ~opened
     return ~seen.any(dim=1).expand(rows, length)
 
@@ -184,7 +185,7 @@ def _masked(name: str, value: Tensor, rows: int, tokens: int) -> Tensor | None:
 
 
 def _rows(name: str, value: Tensor, rows: int, tokens: int) -> Tensor:
-    """One value a token, for each row, also where all rows share them."""
+    """One value per token, for each row, also if all rows share the values."""
     shared = value.unsqueeze(0) if value.dim() == 1 else value
     if shared.dim() != 2 or shared.shape[1] != tokens or shared.shape[0] not in (1, rows):
         raise LayoutError(f"{name} of {list(value.shape)} does not fit tokens of {[rows, tokens]}")
@@ -198,7 +199,7 @@ def _runs(values: Tensor) -> Tensor:
 
 
 def _without_padding(numbers: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-    """Take out what a mask of [rows, tokens] hides, and number the rest from 0 again."""
+    """Remove the positions that a mask of [rows, tokens] hides, and renumber the rest from 0."""
     mask = arguments.get("attention_mask")
     if isinstance(mask, Tensor) and mask.shape == numbers.shape:
         numbers = numbers.masked_fill(~allowed(mask), PADDING)
@@ -213,11 +214,11 @@ class PaddingSeen:
     """Padding in the inputs of the calls of one step."""
 
     by_call: list[tuple[int, int]] = field(default_factory=list)
-    """Padded positions, by all that is known, and all positions of each call."""
+    """Positions known to be padding, and all positions, of each call."""
     doubtful: int = 0
-    """Further positions at the end of a record, in runs of one token or of a token that pads, which may be text."""
+    """Further positions at the end of a record, in runs of one token or of a padding token, which may be text."""
     by: set[str] = field(default_factory=set)
-    """What in the inputs showed it."""
+    """The kinds of evidence in the inputs."""
     unseen: str | None = None
     """Why the tokens of a call could not be read."""
 
@@ -233,7 +234,7 @@ class PaddingSeen:
 
 
 def count_padding(tree: ModelTree, calls: Sequence[ModelCall]) -> PaddingSeen | None:
-    """Count padded positions over the calls that were trained on; None where no call was seen."""
+    """Count padded positions over the calls that train; None if no call was observed."""
     trained = training_calls(calls)
     if not trained:
         return None
@@ -254,15 +255,15 @@ def count_padding(tree: ModelTree, calls: Sequence[ModelCall]) -> PaddingSeen | 
         seen.by |= {"attention_mask"} if is_masked else set()
         if not tokens.is_floating_point():
             padded, doubtful = _add_runs(call, tokens.cpu(), padded, ends, others, seen.by)
-            seen.doubtful += 0 if is_masked else int((doubtful & ~padded).sum())  # then the mask was made for the rows
-        elif not is_masked:  # a mask of ones may lie over anything
+            seen.doubtful += 0 if is_masked else int((doubtful & ~padded).sum())  # the mask was made for the rows
+        elif not is_masked:  # a mask of ones proves nothing
             seen.unseen = f"{name} of {list(tokens.shape)} hides the tokens, and no attention_mask shows any padding"
         seen.by_call.append((int(padded.sum()), padded.numel()))
     return seen
 
 
 def _decoded(call: ModelCall) -> Iterator[ModelCall]:
-    """Tokens of the decoder of an encoder-decoder, which have padding of their own; without any, the labels."""
+    """Tokens of the decoder of an encoder-decoder, which have their own padding; if there are none, the labels."""
     labels, mask = (call.arguments.get(name) for name in ("labels", "decoder_attention_mask"))
     tokens = call.arguments.get("decoder_input_ids")
     if isinstance(tokens, Tensor) or isinstance(labels, Tensor):
@@ -273,18 +274,19 @@ def _decoded(call: ModelCall) -> Iterator[ModelCall]:
 def _add_runs(
     call: ModelCall, ids: Tensor, masked: Tensor, ends: Set[int], others: Set[int], signs: set[str]
 ) -> tuple[Tensor, Tensor]:
-    """Add the runs of one token at the ends of records that anything shows to be padding.
+    """Add the runs of one token at the ends of records for which there is evidence of padding.
 
     Args:
         call: the call.
-        ids: its tokens, [rows, tokens], on the CPU as all else here.
-        masked: what its mask hides.
+        ids: its tokens, [rows, tokens], on the CPU like all other tensors here.
+        masked: positions that its mask hides.
         ends: tokens that end texts, begin them, or pad.
-        others: tokens that the configuration names for anything but padding; some repeat, such as places of an image.
-        signs: takes what shows it.
+        others: tokens that the configuration names for other purposes than padding; some repeat, such as image
+            placeholders.
+        signs: the set to which the evidence is added.
 
     Returns:
-        What is padding, and what may be.
+        Positions that are padding, and positions that may be.
     """
     numbers = _records(call, ids).numbers.cpu()
     padded, doubtful = masked.clone(), torch.zeros_like(masked)
@@ -294,7 +296,7 @@ def _add_runs(
         token = int(ids[row, run.start])
         if token in others - ends:
             continue
-        doubtful[row, run if token in ends - others else inner] = True  # a token named for padding alone is no text
+        doubtful[row, run if token in ends - others else inner] = True  # a token used only for padding is no text
         if run.stop - run.start == 1:
             continue
         for sign, where, shown in (
@@ -308,7 +310,7 @@ def _add_runs(
 
 
 def _records(call: ModelCall, ids: Tensor) -> Records:
-    """The records, or each row as one where nothing gives them."""
+    """The records of a call; if no input gives them, each row is one record."""
     found = None
     with suppress(LayoutError):
         found = find_records(call.arguments, *ids.shape)
@@ -316,10 +318,10 @@ def _records(call: ModelCall, ids: Tensor) -> Records:
 
 
 def _end_runs(ids: Tensor, numbers: Tensor) -> Iterator[tuple[int, slice, slice]]:
-    """Each run of equal tokens at an end of a record: its row, its place, and its place without a token of the text.
+    """Each run of equal tokens at an end of a record: its row, its span, and its span without one token of the text.
 
-    Padding is often done with the token that ends a text, so the one next to the text is left out; of a record of one
-    token over and over the last, as if padding came before it.
+    Padding often uses the end-of-text token, so the token next to the text is left out. If a record consists of one
+    repeated token, its last token is left out, as with padding on the left.
     """
     for row, records in enumerate(numbers):
         lengths = records.unique_consecutive(return_counts=True)[1].tolist()
@@ -334,7 +336,7 @@ def _end_runs(ids: Tensor, numbers: Tensor) -> Iterator[tuple[int, slice, slice]
 
 
 def _unlabelled(call: ModelCall, ids: Tensor) -> Tensor:
-    """Tokens without a label, while others have one."""
+    """Tokens without a label, if other tokens have one."""
     labels = call.arguments.get("labels")
     if not isinstance(labels, Tensor) or labels.shape != ids.shape:
         return torch.zeros_like(ids, dtype=torch.bool)
@@ -343,7 +345,8 @@ def _unlabelled(call: ModelCall, ids: Tensor) -> Tensor:
 
 
 def _still(positions: Any, numbers: Tensor) -> Tensor:
-    """Where a position is that of the token before or after it in the same record: each record begins at the same."""
+    """Where a position equals that of an adjacent token in the same record, and all records begin at the same
+    position."""
     still = torch.zeros_like(numbers, dtype=torch.bool)
     if not isinstance(positions, Tensor) or positions.dim() not in (1, 2) or positions.shape[-1] != numbers.shape[1]:
         return still
@@ -362,16 +365,16 @@ _VERIFY = "whether it isolates them takes forwards, as probe_isolation makes the
 
 
 def report_leaks(leaks: Sequence[str]) -> PathObservation:
-    """The finding of ``packing.isolated`` for changes that reached other records, each as a phrase."""
+    """The finding of ``packing.isolated`` for changes that reached other records, each given as a phrase."""
     return failed("; ".join([*leaks, _LEAK]))
 
 
 def isolation_by_inputs(calls: Sequence[ModelCall], attention: Sequence[AttentionCall]) -> PathObservation:
-    """Judge packed calls by the mask, positions and lengths that the model was given, without a forward.
+    """Judge packed calls by the mask, positions and lengths that the model received, without a forward pass.
 
     Args:
-        calls: of the model in a step.
-        attention: every call of attention that the model made in its forward passes.
+        calls: calls of the model in a step.
+        attention: every attention call in the model's forward passes.
     """
     try:
         read = [(call, records_of(call.arguments)) for call in packed_or_all(calls)]
@@ -401,13 +404,13 @@ def isolation_by_inputs(calls: Sequence[ModelCall], attention: Sequence[Attentio
 
 
 def packed_or_all(calls: Sequence[ModelCall]) -> list[ModelCall]:
-    """The calls that were trained on: of each, the inner calls with packed records, or at least with tokens."""
+    """The calls that train: for each, the inner calls with packed records, or else those with tokens."""
     trained = training_calls(calls)
     return [one for call in trained for one in call.matching(packs) or call.matching(names_tokens) or [call]]
 
 
 def _caches(call: ModelCall) -> bool:
-    """Whether a call may build a cache: by its argument, else by the configuration; recomputation switches it off."""
+    """Whether a call may build a cache, by its argument or else the configuration; recomputation disables it."""
     asked = call.arguments.get("use_cache")
     if asked is not None:
         return bool(asked)
@@ -416,7 +419,7 @@ def _caches(call: ModelCall) -> bool:
 
 
 def packs(arguments: Mapping[str, Any]) -> bool:
-    """Whether the arguments of a call show two records in a row."""
+    """Whether the arguments of a call contain two records in a row."""
     try:
         records = records_of(arguments)
     except LayoutError:
@@ -425,10 +428,10 @@ def packs(arguments: Mapping[str, Any]) -> bool:
 
 
 def records_of(arguments: Mapping[str, Any]) -> Records | None:
-    """The records of one call; None where nothing in its arguments gives them.
+    """The records of one call; None if no argument gives them.
 
     Raises:
-        LayoutError: names what does not fit the tokens.
+        LayoutError: an argument does not fit the tokens.
     """
     tokens = find_tokens(arguments)
     return None if tokens is None else find_records(arguments, *tokens[1].shape[:2])

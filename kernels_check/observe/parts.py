@@ -1,12 +1,12 @@
-"""Parts of a model that a configuration asks for: whether each is there, and what became of embeddings and norms.
+"""The parts of a model that a configuration names: whether each is present, and the fate of embeddings and norms.
 
-PEFT refuses a list of targets if none matches. If one matches, PEFT takes it and is silent about the rest. Of models
-whose experts transformers 5 holds in one parameter, PEFT turns the names of their projections into names of that
+PEFT raises an error if none of the listed targets matches. If one matches, PEFT ignores the others silently. For models
+whose experts are one parameter in transformers 5, PEFT replaces the names of their projections by names of that
 parameter, in the configuration itself.
 
-A value that differs is no proof of training: weight decay moves what has a gradient of zero. So embeddings and norms
-need a gradient, and what is used in their place (a copy that PEFT trains, the factors of an adapter, single tokens)
-is judged.
+A changed value does not prove training: weight decay changes parameters with a zero gradient. So embeddings and norms
+also need a gradient, and the parameters used in their place (a copy that PEFT trains, adapter factors, single tokens)
+are judged.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
 
 
 _HEADS = frozenset({"classifier", "score", "qa_outputs"})
-"""Names that PEFT adds to ``modules_to_save`` by itself for a task; a model has one of them."""
+"""Names that PEFT itself adds to ``modules_to_save`` for a task; a model has one of them."""
 _TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 def unmatched_names(model: ModelTree) -> list[str]:
-    """Each name that was asked for an adapter in use and matched nothing, as ``target_modules 'qurey'``.
+    """Each name in the configuration of an active adapter that matched nothing, as ``target_modules 'qurey'``.
 
     Raises:
-        Exception: of PEFT, where its matching cannot be asked; nothing is known then.
+        Exception: raised by PEFT if its matching fails; the result is then unknown.
     """
     return list(dict.fromkeys(name for used in _in_use(model) for name in _unmatched(*used)))
 
 
 def _in_use(model: ModelTree) -> Iterator[tuple[Any, _Places]]:
-    """The configuration of each adapter in use, and where adapters are in the model that it was given to."""
+    """The configuration of each active adapter, and the positions of its layers in the wrapped model."""
     layers = adapter_layers(model)
     used = {adapter for layer in layers for adapter in layer.held}
     seen: set[int] = set()
@@ -55,7 +55,7 @@ def _in_use(model: ModelTree) -> Iterator[tuple[Any, _Places]]:
 
 
 class _Places:
-    """Where adapters are, by names as PEFT matches them: relative to the model that was wrapped."""
+    """Positions of adapters, by names as PEFT matches them: relative to the model that was wrapped."""
 
     def __init__(self, path: str, module: nn.Module, layers: Iterable[AdapterLayer]) -> None:
         inner = module._modules.get("model")
@@ -65,7 +65,7 @@ class _Places:
         near = [(layer, layer.name.removeprefix(prefix)) for layer in layers if layer.name.startswith(prefix)]
         paths = (name for name, _ in module.named_modules(prefix=path))
         self.modules = {_bare(name.removeprefix(prefix)) for name in paths if name.startswith(prefix)}
-        """All of the wrapped model, adapted or not."""
+        """All modules of the wrapped model, adapted or not."""
         self.copies = {_bare(name) for layer, name in near if layer.copied or name.endswith(".token_adapter")}
         self.parameters = {
             f"{_bare(name)}.{layer.module.parameter_name}"
@@ -76,7 +76,7 @@ class _Places:
         adapted = tuple(f"{layer.name}." for layer, _ in near)
         named = (name for name, _ in module.named_modules(prefix=path)) if self.of_experts else ()
         self.bare = [name for name in named if not f"{name}.".startswith(adapted)]
-        """Modules outside of every adapted one; listed only for models that may have experts."""
+        """Modules outside every adapted module; listed only for models that may have experts."""
 
 
 def _unmatched(configuration: Any, places: _Places) -> Iterator[str]:
@@ -93,12 +93,12 @@ def _unmatched(configuration: Any, places: _Places) -> Iterator[str]:
         ("trainable_token_indices", tokens if isinstance(tokens, dict) else ()),
     ):
         for name in names:
-            if not any(place.endswith(name) for place in places.copies):  # PEFT takes it in the middle of a word, too
+            if not any(place.endswith(name) for place in places.copies):  # PEFT also matches this inside a word
                 yield f"{field} {name!r}"
 
 
 def _unmatched_parameters(asked: Collection[str], places: _Places) -> Iterator[str]:
-    """Unmatched names of parameters, with the user's own names for those that PEFT has derived."""
+    """Unmatched parameter names; names that PEFT has derived are replaced by the user's."""
     words = {name.rpartition(".")[2] for name in places.bare}
     by_all_linear = bool(places.of_experts) and places.of_experts.keys() <= set(asked)
     for name in asked:
@@ -113,9 +113,9 @@ def _unmatched_parameters(asked: Collection[str], places: _Places) -> Iterator[s
 
 
 def _names_of_experts(model: Any) -> dict[str, frozenset[str]]:
-    """The parameters of experts in a type of models, with the names of layers that PEFT turns into them."""
+    """The expert parameters of a model type, each with the layer names that PEFT converts into it."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    with suppress(ImportError, AttributeError):  # of transformers 4, and of what PEFT does not call its interface
+    with suppress(ImportError, AttributeError):  # with transformers 4; the PEFT function is not public
         from peft.utils import transformers_weight_conversion as conversion
 
         pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(kind)
@@ -133,15 +133,15 @@ def _asked(configuration: Any, field: str) -> list[str]:
 
 
 def _by_default(configuration: Any, places: _Places) -> bool:
-    """Whether PEFT chose the targets by the model's type, and not the user by name."""
+    """Whether PEFT chose the targets by model type, instead of the user by name."""
     tables = getattr(places.tuner, "target_module_mapping", None) or {}
     asked = configuration.target_modules
     return not isinstance(asked, str) and any(set(asked) == set(table) for table in tables.values())
 
 
 def _matches(configuration: Any, name: str, modules: Iterable[str]) -> bool:
-    """Whether PEFT finds a module by a name; one that the configuration excludes again is there all the same."""
-    if name == "all-linear" or "dummy-target-modules" in name:  # the second is PEFT's word for an adapter without any
+    """Whether PEFT finds a module by this name, even if the configuration excludes the module again."""
+    if name == "all-linear" or "dummy-target-modules" in name:  # PEFT's name for an adapter without any
         return True
     if isinstance(configuration.target_modules, str):
         return any(re.fullmatch(name, module) for module in modules)
@@ -153,7 +153,7 @@ def _ends_with(place: str, name: str) -> bool:
 
 
 def _bare(name: str) -> str:
-    """The name as it was before anything was wrapped."""
+    """The name before anything was wrapped."""
     parts = [part for part in name.split(".") if part not in ("base_layer", "token_adapter", "_orig_mod")]
     return ".".join(part for part in parts if part != "_fsdp_wrapped_module")
 
@@ -181,16 +181,16 @@ class ParameterStatus:
     name: str
     fates: Mapping[str, Fate]
     tokens: tuple[int, int] | None = None
-    """How many tokens train alone, of how many; None where the whole vocabulary does."""
+    """Number of tokens that train and of all tokens; None if the whole vocabulary trains."""
 
     @property
     def updated(self) -> bool:
-        """Whether all of them were updated."""
+        """Whether all parameters were updated."""
         return all(fate == "updated" for fate in self.fates.values())
 
     @property
     def open(self) -> bool:
-        """Whether a further step may show more: a gradient is zero as long as the other factor is."""
+        """Whether a further step may be conclusive: one factor's gradient is zero while the other factor is zero."""
         return not _OPEN.isdisjoint(self.fates.values())
 
 
@@ -204,7 +204,7 @@ class TrainedModule:
 
 
 def embedding_modules(tree: ModelTree) -> dict[str, TrainedModule]:
-    """Parameters that train for the input and the output embedding, by the name of the module; tied ones once."""
+    """Parameters that train for the input and output embeddings, by module name; tied embeddings appear once."""
     found: set[int] = set()
     for _, module in tree.modules:
         for ask in ("get_input_embeddings", "get_output_embeddings"):
@@ -215,10 +215,10 @@ def embedding_modules(tree: ModelTree) -> dict[str, TrainedModule]:
 
 
 def norm_modules(tree: ModelTree) -> dict[str, TrainedModule]:
-    """Parameters that train for every norm that has parameters, by the name of the module.
+    """Parameters that train for every norm with parameters, by module name.
 
-    A norm is recognised by the names of its classes: those of libraries and of users derive from one that is called so.
-    A head that normalises its weight first is called so, too, and is a linear layer.
+    A norm is recognised by "norm" in the name of its class or a base class. An output head that normalises its weight
+    also has such a name, but is a linear layer.
     """
 
     def is_norm(module: nn.Module) -> bool:
@@ -229,7 +229,7 @@ def norm_modules(tree: ModelTree) -> dict[str, TrainedModule]:
 
 
 def fates_of(places: Mapping[str, TrainedModule], seen: Observation) -> list[ParameterStatus]:
-    """Fates of the parameters in some places, as ``embedding_modules`` or ``norm_modules`` give them."""
+    """Fates of the given parameters, as ``embedding_modules`` or ``norm_modules`` return them."""
     tree = seen.tree
     names = {id(value): name for name, value in tree.parameters}
     rates: dict[int, float] = {}
@@ -276,7 +276,7 @@ def _fate(name: str, seen: Observation, rate: float | None, rare: Set[str]) -> F
 
 
 def _places(tree: ModelTree, is_one: Callable[[nn.Module], bool]) -> dict[str, TrainedModule]:
-    """Parameters of the modules in question, each once, by the name of the place."""
+    """Parameters of the selected modules, each once, by module name."""
     layers = {layer.name: layer for layer in adapter_layers(tree)}
     own = adapters_of(tree)
     places_of: dict[str, tuple[list[AdapterLayer], nn.Module]] = {}
@@ -284,7 +284,7 @@ def _places(tree: ModelTree, is_one: Callable[[nn.Module], bool]) -> dict[str, T
         if not own[name] and is_one(module):
             place, acting = _acting(name, layers)
             places_of.setdefault(place, (acting, module))
-    # What a layer adds to may be the weights of another place, too.
+    # The layer to which an output is added may itself hold the weights of another place.
     bases = (layer.base for acting, _ in places_of.values() for layer in acting if isinstance(layer.base, nn.Module))
     seen = {id(value) for base in bases for value in base.parameters()}
     places: dict[str, TrainedModule] = {}
@@ -299,7 +299,7 @@ def _places(tree: ModelTree, is_one: Callable[[nn.Module], bool]) -> dict[str, T
 
 
 def _acting(name: str, layers: Mapping[str, AdapterLayer]) -> tuple[str, list[AdapterLayer]]:
-    """The name of a place, and the layers of an adapter that act there: one around the module, else those inside."""
+    """The module name, and the adapter layers that act on it: one around the module, else those inside."""
     wrappers = (name, name.removesuffix(".original_module"), name.removesuffix(".base_layer"))
     around = next((one for one in wrappers if one in layers), None)
     if around is not None:
@@ -308,7 +308,7 @@ def _acting(name: str, layers: Mapping[str, AdapterLayer]) -> tuple[str, list[Ad
 
 
 def _tokens(acting: list[AdapterLayer]) -> tuple[int, int] | None:
-    """The number of tokens that train and of all, where only some train."""
+    """The number of tokens that train and of all tokens, if only some train."""
     for layer in acting:
         indices: Any = getattr(layer.module, "token_indices", None)
         weight = getattr(layer.base, "weight", None)

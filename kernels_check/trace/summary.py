@@ -1,9 +1,9 @@
-"""Judges a recording made elsewhere: which kernels ran, and what they spent the time on.
+"""Judges an existing profiler recording: which kernels ran, and where the time went.
 
     python -m kernels_check trace FILE [--json]
 
-A trace without GPU kernels is judged by the operators of the host, and says so: names of operators prove the attention
-backend and the 4-bit path as well, only busy share and kernels a step have no meaning there.
+A trace without GPU kernels is judged by its CPU operators, and the summary says so. Operator names also prove the
+attention backend and the 4-bit path; only the busy share and the kernels per step are not available.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ SCHEMA = 1
 _AMD = re.compile(
     r"^(Custom_)?Cijk_A|ck_tile|\bck::|^_ZN(2ck|5aiter)\d|aotriton|\brocprim::|^__amd_rocclr_|^igemm_\w+_gtc|\bhip"
 )
-"""Names that only ROCm's libraries give."""
+"""Names that only ROCm libraries use."""
 _SHOWN = 40
-"""Characters of such a name that the notice has."""
+"""Maximum characters of such a name in the notice."""
 _MUCH = 0.03
-"""Share of the time in unknown kernels from which a notice warns of it."""
+"""Minimum share of the time in unknown kernels for a notice."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ class StepCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Use:
-    """How often something ran, and its part of the time."""
+    """How often a kernel or operator ran, and its share of the time."""
 
     calls: int
     time_share: float
@@ -71,17 +71,17 @@ class BackendUse(Use):
     forward_calls: int
     backward_calls: int
     dtypes: Mapping[str, int]
-    """Launches of each number format that their names prove."""
+    """Launches by number format, as far as kernel names prove it."""
     causal_calls: int
     not_causal_calls: int
-    """Of the launches whose template arguments say it; the others prove neither."""
+    """Launches whose template arguments say that they are not causal; the others are undetermined."""
     kernels: Mapping[str, int]
     """The evidence: launches of each full name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
-    """Attention backends by the names of ``attention.backend``."""
+    """Attention backends, by the values of ``attention.backend``."""
 
     backends: Mapping[str, BackendUse]
 
@@ -95,9 +95,9 @@ class Fourbit:
     blockwise 8-bit values, with 4-bit weights the constants of double quantisation; ``gemv``: older decoding kernel;
     ``packed_cpu``: the CPU's own layout."""
     quant_types: Mapping[str, Use]
-    """Only a kernel that dequantizes names it."""
+    """Only dequantisation kernels name the quantisation type."""
     dtypes: Mapping[str, int]
-    """Launches of each compute dtype, of the 4-bit paths without ``dequantize_8bit``."""
+    """Launches of each compute dtype on the 4-bit paths, except ``dequantize_8bit``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,9 +106,9 @@ class Unclassified:
 
     time_share: float
     names: tuple[str, ...]
-    """Largest first."""
+    """Names in order of time, the largest first."""
     kernels: Mapping[str, Use]
-    """The same."""
+    """The use of each kernel."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,18 +117,18 @@ class KernelSummary:
 
     source: Literal["kineto", "nsys"]
     device: Literal["gpu", "cpu"]
-    """``cpu``: no kernel was recorded, operators on the host are judged in their place."""
+    """``cpu``: no kernel was recorded, and CPU operators are judged instead."""
     calls: int
     time_ms: float
     attention: Attention
     fourbit: Fourbit
     matmul_dtypes: Mapping[str, Use]
-    """Matrix products by number format; ``unknown`` where the name does not say."""
+    """Matrix products by number format; ``unknown`` if the name does not show it."""
     categories: Mapping[str, float]
-    """Share of the time of each category; they add up to one."""
+    """Share of the time of each category; the shares add up to one."""
     category_time_ms: Mapping[str, float]
     busy_share: float | None
-    """Part of the recorded time in which a device worked; None where the recording has no intervals of kernels."""
+    """Part of the recorded time in which a device worked; None if the recording has no kernel intervals."""
     kernels_per_step: StepCounts | None
     unclassified: Unclassified
     notices: tuple[str, ...]
@@ -144,7 +144,7 @@ def read_trace(path: str | PathLike[str]) -> KernelSummary:
     A trace takes up to three times its size in memory.
 
     Raises:
-        TraceError: the file is missing, empty, damaged or cut off, no recording, or without anything that ran.
+        TraceError: the file is missing, empty, damaged, truncated or not a recording, or nothing ran in it.
     """
     path = Path(path)
     content = read_bytes(path)
@@ -183,7 +183,7 @@ def _event_notices(events: Events) -> Iterator[str]:
 
 
 def _name_notices(launches: Sequence[NameTotal], unknown: Sequence[NameTotal], unknown_share: float) -> Iterator[str]:
-    """Notices on names that do not identify the kernel: of AMD, unknown, cut down or mangled."""
+    """Notices about kernel names that are not conclusive: from AMD, unknown, truncated or mangled."""
     foreign = [one for one in launches if _AMD.search(one.name)]
     if foreign:
         yield (
@@ -206,8 +206,8 @@ def _name_notices(launches: Sequence[NameTotal], unknown: Sequence[NameTotal], u
 def _busy_share(events: Events) -> float | None:
     """Share of the time from the first start to the last end in which something ran, averaged over the devices.
 
-    All devices are compared with the same window, so one that finishes early is idle from then on. None where no event
-    has a time.
+    All devices use the same window, so a device that finishes early counts as idle afterwards. None if no event has a
+    time.
     """
     busy = busy_time_us(events)
     window = np.nanmax(events.start_us + events.duration_us) - np.nanmin(events.start_us) if busy else 0.0
@@ -215,10 +215,10 @@ def _busy_share(events: Events) -> float | None:
 
 
 def _count_kernels(trace: Kineto) -> StepCounts | None:
-    """Count the kernels of each ProfilerStep; None where no step is marked.
+    """Count the kernels of each ProfilerStep; None if no step is marked.
 
-    A kernel belongs to the step that launched it, which its correlation with the host's launch shows. Only where that
-    is missing does it belong to the step in which it ran.
+    A kernel belongs to the step that launched it, which its correlation with the host's launch shows. If the
+    correlation is missing, the kernel belongs to the step in which it ran.
     """
     on_host, on_gpu = trace.host_steps, trace.gpu_steps or trace.host_steps
     if not on_gpu:
@@ -246,13 +246,13 @@ def _count_kernels(trace: Kineto) -> StepCounts | None:
 def _summarise(
     path: Path, totals: Iterable[NameTotal], *, operators: Collection[str] = (), by_operators: bool = False
 ) -> KernelSummary:
-    """Sum up the totals of a recording, without what takes intervals.
+    """Sum up the totals of a recording, except the values that need intervals.
 
     Args:
-        path: of the recording, for messages.
-        totals: of each name.
-        operators: names of the host's operators, where recorded: they distinguish attention's math backend from eager.
-        by_operators: whether the names are of operators.
+        path: path of the recording, for messages.
+        totals: total of each name.
+        operators: names of the CPU operators, if recorded: they distinguish attention's math backend from eager.
+        by_operators: whether the totals are of operators instead of kernels.
     """
     describe = _describe_operator if by_operators else _describe_kernel
     ran = [describe(total) for total in totals if total.calls or total.time_ms > 0.0]
@@ -315,7 +315,7 @@ def _describe_operator(total: NameTotal) -> NameTotal:
 
 
 def _group(launches: Iterable[NameTotal], key: Callable[[NameTotal], str | None]) -> dict[str, list[NameTotal]]:
-    """Launches by a key, those without one left out; the group that takes most time first."""
+    """Launches grouped by a key, without those that have none; the group with the most time first."""
     groups: dict[str, list[NameTotal]] = {}
     for one in launches:
         name = key(one)
@@ -327,7 +327,7 @@ def _group(launches: Iterable[NameTotal], key: Callable[[NameTotal], str | None]
 def _backend(one: NameTotal, operators: Collection[str]) -> str:
     """Name the backend; a softmax kernel alone does not distinguish SDPA's math from attention written out.
 
-    The host's operators can: math calls ``_safe_softmax``, and eager attention never enters SDPA.
+    CPU operators distinguish them: math calls ``_safe_softmax``, and eager attention never enters SDPA.
     """
     assert one.rule is not None
     backend = one.rule.backend or one.rule.name
@@ -371,11 +371,11 @@ def _count_dtypes(some: Iterable[NameTotal]) -> dict[str, int]:
 
 EXIT_BAD_INPUT = 2
 _NAMES_SHOWN = 10
-"""Unclassified names in the table; the JSON document has all."""
+"""Unclassified names in the table; the JSON document has all of them."""
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """``trace FILE [--json]``."""
+    """Run ``trace FILE [--json]``."""
     try:
         summary = read_trace(arguments.file)
     except TraceError as error:
@@ -443,7 +443,7 @@ def _rows(uses: Mapping[str, Use]) -> list[tuple[str, ...]]:
 
 
 def _evidence(use: BackendUse) -> str:
-    """Facts that the names of the kernels prove."""
+    """Facts that the kernel names prove."""
     known = [f"{calls:,} {dtype}" for dtype, calls in use.dtypes.items()]
     if use.forward_calls or use.backward_calls:
         known.insert(0, f"{use.forward_calls:,} forward, {use.backward_calls:,} backward")

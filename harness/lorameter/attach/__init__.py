@@ -1,7 +1,7 @@
 """The meter inside a user's training process: it measures the steps and does not change them.
 
-`Meter` is what a script imports. It is loaded on first access, so that a process which only starts scripts loads
-neither torch nor transformers.
+A script imports `Meter`. It is loaded on first access, so that a process which only starts scripts loads neither torch
+nor transformers.
 """
 
 from typing import Any

@@ -1,23 +1,23 @@
-"""Turns the events of a training's source into readings of steps, which are reported to the observer.
+"""Turns the events of a training into readings of steps and reports them to the observer.
 
-The source calls a method for each event (a batch came, a part begins, the step is over). The clock of a step runs from
-the observer's return to the step's end on the device, which is waited for once. What the observer does at the end of a
-step, and evaluation and saving, are in no step's time.
+The source of the training (a Trainer callback, an optimizer) calls a method for each event: a batch was loaded, a part
+begins, the step has ended. A step is timed from the observer's return to the step's end on the device, with one
+synchronisation. Step times exclude the observer's work, evaluation and saving.
 
-Between two steps each line of Python costs ten times what it costs in a loop, since its code is in no cache. So a step
-that has ended is noted and no more: batches are copied, the loss is read, and all else is computed when the observer is
-informed, every second or as soon as anything else happens.
+Between two steps a line of Python takes ten times as long as in a loop, since its code is not in the CPU's caches. So
+the end of a step only copies batches, reads the loss and stores the values. Everything else is computed when the steps
+are reported to the observer, every second or at the next other event.
 
-Nothing is put on a model, an optimizer or a data loader, so that they can be pickled, scripted and freed as ever:
-functions of torch are replaced for the whole process while a training is followed. torch.compile sees the training as
-it is: where it traces a replaced function it finds the original call alone, and what the meter does around that call is
-never compiled. A backward pass is seen in `torch.autograd.backward`, through which a tensor's own `backward` goes; the
-forward pass before it began where the step, the wait for its data, or the pass or update before it had ended. The norm
-of the gradients is what `torch.nn.utils.clip_grad_norm_` returns, and a loss that a scaler multiplies is seen in its
-`scale`.
+Nothing is attached to the model, the optimizer or the data loader, so they can still be pickled, scripted and freed.
+Instead, functions of torch are replaced for the whole process while a training is measured. torch.compile traces the
+unchanged training: in a replaced function it finds only the original call, and the meter's code around that call is
+never compiled. Backward passes are observed in `torch.autograd.backward`, which `Tensor.backward` calls. The forward
+pass before it began at the start of the step, or at the end of the preceding data wait, backward pass or update. The
+gradient norm is the result of `torch.nn.utils.clip_grad_norm_`, and the loss under a gradient scaler is the argument of
+its `scale`.
 
-On a CPU a part's time is what the clock says. On a GPU the host runs ahead of the device, and waiting for it at each
-border would change the step; so events stamp the borders, and are read once the step has ended.
+On a CPU the time of a part is read from the host's clock. On a GPU the host runs ahead of the device, and synchronising
+at each border would change the step, so CUDA events mark the borders and are read after the step.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ from lorameter.records.units import format_count
 
 Part = Literal["data", "forward", "backward", "optimizer"]
 Border = tuple[Part | None, Literal["begin", "end", "backward"], float, Any]
-"""The part (None: the step itself), whether it begins or ends, the host's clock, and on a GPU an event. At a border of
-the kind "backward" a backward pass begins, and the time since the border before it was a forward pass."""
+"""The part (None: the step itself), whether it begins or ends, the host's clock, and on a GPU an event. At a "backward"
+border a backward pass begins, and the time since the previous border was a forward pass."""
 
 
 Before = Callable[[tuple[Any, ...]], None]
-"""Is given the positional arguments of a call before it."""
+"""Called before a call, with its positional arguments."""
 After = Callable[[tuple[Any, ...], Any, BaseException | None], None]
-"""Is given the positional arguments, and what was returned or raised."""
+"""Called after a call, with its positional arguments and its result or exception."""
 
 
 def _nothing(*args: Any) -> None:
-    """In place of a function that is not given."""
+    """Default for a callback that is not given."""
 
 
 class Patches:
@@ -71,14 +71,14 @@ class Patches:
         self._on = [True]
 
     def add(self, holder: Any, name: str, *, before: Before = _nothing, after: After = _nothing) -> None:
-        """Have a function of a module, or of a class, call these two around it."""
+        """Replace a function of a module or class so that it calls these two before and after."""
         original = vars(holder)[name]
         replacement = _around(original, before, after, self._on)
         self._replaced.append((holder, name, original, replacement))
         setattr(holder, name, replacement)
 
     def remove(self) -> None:
-        """Restore the originals. Where a replacement was replaced since, it stays and does nothing."""
+        """Restore the originals. A replacement that other code has since replaced stays and does nothing."""
         self._on[:] = []
         self._on = [True]
         while self._replaced:
@@ -88,24 +88,24 @@ class Patches:
 
 
 def uncompiled(call: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that torch.compile leaves alone, with everything that it calls. An optimizer has loaded Dynamo."""
+    """Exclude a function and all that it calls from torch.compile. Importing an optimizer has already loaded Dynamo."""
     wrapped: Callable[..., Any] = torch.compiler.disable(lambda *args: call(*args))
     return wrapped
 
 
 def compiles_here() -> bool:
-    """Whether this is called from a function that torch.compile was given, outside of its graphs."""
+    """Whether the caller runs in a function given to torch.compile, outside of its graphs."""
     return callable(get_eval_frame_callback())
 
 
 def _around(original: Any, before: Before, after: After, on: list[bool]) -> Callable[..., Any]:
     compiling = torch.compiler.is_compiling
     plain = before, after
-    disabled = uncompiled(before), uncompiled(after)  # which takes several times as long to call
+    disabled = uncompiled(before), uncompiled(after)  # a disabled function takes several times as long to call
 
     @functools.wraps(original)
     def replacement(*args: Any, **kwargs: Any) -> Any:
-        if compiling() or not on:  # Dynamo takes the first of them for true, and sees nothing else
+        if compiling() or not on:  # Dynamo takes the first for true, and traces nothing else
             return original(*args, **kwargs)
         call_before, call_after = disabled if compiles_here() else plain
         call_before(args)
@@ -121,7 +121,7 @@ def _around(original: Any, before: Before, after: After, on: list[bool]) -> Call
 
 
 class Steps:
-    """Informs one observer of one training. Every call is guarded: it raises no error of the meter's."""
+    """Reports one training to one observer. Every call is guarded: an error of the meter never reaches the training."""
 
     def __init__(
         self, observer: TrainingObserver, training: TrainingInfo, device: torch.device, guard: ErrorGuard
@@ -134,35 +134,35 @@ class Steps:
         self._number = 0
         self._next = ObserverReply()
         self._noted: list[tuple[Any, ...]] = []
-        """Arguments of `read_step` for steps that were not reported yet."""
+        """Arguments of `read_step` for steps that are not reported yet."""
         self._reported_s = -math.inf
         self._phase: Phase = "train"
         self._watch: Any = None
-        """The watch of the present step; consecutive steps share it."""
+        """The watch of the current step; consecutive steps share it."""
         self._open = False
         self.ended = False
         """Whether the training has ended."""
         self.within = True
-        """Whether what happens is part of a step."""
+        """Whether current events belong to a step."""
         self.passes_in_update = False
         """Whether a backward pass ran inside an update, as in the closure of LBFGS."""
         self._updating = False
         self._passes = 0
-        """Backward passes under way; one that checkpointing begins inside another is a part of that."""
+        """Depth of nested backward passes; checkpointing starts one inside another."""
         self._loaders = Loaders()
         self._patches = Patches()
         self._handles: list[Any] = []
         self._norm: torch.Tensor | None = None
-        """Norm of the gradients that the step updates by; no later step changes it."""
+        """Norm of the gradients of the current update; later steps do not change it."""
         self._start_step()
 
     @property
     def up(self) -> bool:
-        """Whether the training is followed: it has not ended, and the meter has not failed."""
+        """Whether the training is being measured: it has not ended, and the meter has not failed."""
         return self._guard.up and not self.ended
 
     def begin(self) -> None:
-        """The training is before its first step."""
+        """Begin to measure, before the first step."""
         self._guard.run(self._begin)
 
     def _begin(self) -> None:
@@ -171,12 +171,12 @@ class Steps:
         self._start_step()
 
     def add_hooks(self) -> None:
-        """See from here on what happens inside the steps."""
+        """Observe the parts of each step from now on."""
         add = self._patches.add
         add(torch.autograd, "backward", before=self._begin_backward, after=self._end_backward)
         add(torch.nn.utils, "clip_grad_norm_", after=self._keep_norm)
         add(torch.amp.GradScaler, "scale", after=self._keep_loss)
-        if self.training.source == "optimizer":  # which sees the updates, and not the batches
+        if self.training.source == "optimizer":  # an optimizer source observes updates, but no batches
             add(_BaseDataLoaderIter, "__next__", before=self._wait, after=self._load)
         else:
             self._handles = [
@@ -185,22 +185,22 @@ class Steps:
             ]
 
     def remove_hooks(self) -> None:
-        """Stop watching the training, and restore all that was replaced."""
+        """Remove all hooks and restore all replaced functions."""
         self._patches.remove()
         while self._handles:
             self._handles.pop().remove()
         self.break_off()
 
     def batch(self, batch: Any) -> None:
-        """The step computes this batch, before it is moved or changed."""
+        """Store the batch of the step, before it is moved or changed."""
         self._batches.append(self._guard.run(copy_batch, batch) or Copied())
 
     def begin_part(self, part: Part) -> None:
-        """A part of the step begins."""
+        """Mark the begin of a part of the step."""
         self._borders.append((part, "begin", time.perf_counter(), self._stamp()))
 
     def end_part(self, part: Part) -> None:
-        """A part of the step has ended, with all that is inside it; ignored where it did not begin."""
+        """Mark the end of a part of the step and of all parts inside it; ignored if the part did not begin."""
         self._borders.append((part, "end", time.perf_counter(), self._stamp()))
 
     @property
@@ -208,13 +208,13 @@ class Steps:
         return self.within and self.up
 
     def begin_update(self) -> None:
-        """An optimizer's update begins."""
+        """Mark the begin of an optimizer's update."""
         if self._active:
             self._updating = True
             self.begin_part("optimizer")
 
     def end_update(self) -> None:
-        """It has ended."""
+        """Mark the end of an optimizer's update."""
         if self._active:
             self._updating = False
             self.end_part("optimizer")
@@ -235,7 +235,7 @@ class Steps:
             self.end_part("backward")
 
     def _keep_norm(self, args: tuple[Any, ...], norm: Any, error: BaseException | None) -> None:
-        """A norm that lies on several ranks is left alone: reading it would have them wait for each other."""
+        """A norm that is sharded over ranks is not read: that would synchronise the ranks."""
         if type(norm) is torch.Tensor and self._active:
             self._norm = norm.detach()
 
@@ -245,7 +245,7 @@ class Steps:
 
     @property
     def _loads(self) -> bool:
-        """Whether a loaded batch may be for the training: not where gradients are off, as in an evaluation."""
+        """Whether a loaded batch may belong to the training: gradients are on, unlike in an evaluation."""
         return torch.is_grad_enabled() and self._active
 
     def _wait(self, args: tuple[Any, ...]) -> None:
@@ -262,16 +262,16 @@ class Steps:
             self._loaders.end(args[0])
 
     def _stamp(self) -> Any:
-        """An event of the device, here and now; None on a CPU."""
+        """A CUDA event recorded now; None on a CPU."""
         return None if self._cuda is None else self._guard.run(_record_event)
 
     @property
     def watch_is_due(self) -> bool:
-        """Whether a check was requested that has not begun."""
+        """Whether a requested check has not begun yet."""
         return self.up and self._next.watch is not None and not self._open
 
     def open_step(self) -> None:
-        """The step's work begins, its data is there; where a check was requested, it watches from here."""
+        """Begin the work of a step, after its data is loaded; a requested check watches from here."""
         if self.watch_is_due:
             self._guard.run(self._open_watch)
 
@@ -282,7 +282,7 @@ class Steps:
             self._watch.__enter__()
 
     def _close_watch(self) -> tuple[Any, ...] | None:
-        """The checks of this step; None where it was not watched."""
+        """The checks of this step; None if it was not watched."""
         if not self._open:
             self._watch = None
             return None
@@ -291,19 +291,19 @@ class Steps:
         return tuple(self._watch.checks)
 
     def break_off(self) -> None:
-        """The step under way will not be ended. No hook of a check stays on the model."""
+        """Abandon the current step, and remove the hooks of its check from the model."""
         if self._open:
             error = NotFollowedError("the step was broken off")
             watch, self._watch, self._open = self._watch, None, False
             self._guard.run(watch.__exit__, NotFollowedError, error, None)
 
     def restart(self) -> None:
-        """The time until now belongs to no step: the clock of the next one starts."""
+        """Exclude the time until now from all steps: the clock of the next step starts now."""
         self.break_off()
         self._start_step()
 
     def end_step(self) -> None:
-        """The step is over; this may wait as long as the observer does."""
+        """End the step; this waits until the observer returns."""
         if self.up:
             self._guard.run(self._end_step)
         else:
@@ -317,7 +317,7 @@ class Steps:
         self._batches += self._loaders.end_step()
         self._number += 1
         losses = self._scaled or self._roots
-        loss = sum(map(float, losses)) if losses else None  # read now: a script may add to the tensor later
+        loss = sum(map(float, losses)) if losses else None  # read now: a script may modify the tensor later
         dtype = losses[-1].dtype if losses else None
         wall_s = ended_s - self._begun_s
         self._noted.append((self._number, wall_s, cpu_s, self._borders, self._batches, loss, dtype, self._norm, checks))
@@ -334,16 +334,16 @@ class Steps:
     def _start_step(self) -> None:
         self._batches: list[Copied] = []
         self._roots: list[torch.Tensor] = []
-        """Losses that the backward passes of this step began with."""
+        """Losses from which the backward passes of this step started."""
         self._scaled: list[torch.Tensor] = []
-        """Losses that a scaler was given in this step."""
+        """Losses passed to a gradient scaler in this step."""
         self._norm = None
         self._begun_cpu_s = time.process_time()
         self._begun_s = time.perf_counter()
         self._borders: list[Border] = [(None, "begin", self._begun_s, self._stamp())]
 
     def phase(self, phase: Phase) -> None:
-        """From here on the training does this; when it trains again, the clock of the next step starts."""
+        """Enter a phase of the training; when it trains again, the clock of the next step starts."""
         if phase != self._phase and self.up:
             self._guard.run(self._enter, phase)
 
@@ -355,7 +355,7 @@ class Steps:
             self._start_step()
 
     def end(self, error: BaseException | None, *, seen: bool = True) -> None:
-        """The training has ended, as its source has `seen`, or its process has; later calls do nothing."""
+        """End the measurement because the source has `seen` the end of the training, or because its process ends."""
         if not self.ended:
             self.remove_hooks()
             self.ended = True
@@ -366,10 +366,10 @@ class Steps:
         self.observer.end(error, seen=seen)
 
     def _failed(self, error: Exception) -> None:
-        """The meter has failed: the observer learns that it saw no whole training, and the training continues."""
+        """Report to the observer that the meter failed before the training ended; the training continues."""
         with contextlib.suppress(Exception):
             self._close_watch()
-        with contextlib.suppress(Exception):  # it may be what has failed
+        with contextlib.suppress(Exception):  # the observer itself may have failed
             self._report()
         steps = format_count(self._number, "step")
         failure = NotFollowedError(f"the meter failed after {steps}: {type(error).__name__}: {error}")
@@ -382,7 +382,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _update_hook(call: Callable[[], None]) -> Callable[..., None]:
-    """A hook of torch's for all optimizers; in an update that is compiled it is nothing."""
+    """A hook on all optimizers; it does nothing inside a compiled update."""
     disabled, compiling = uncompiled(call), torch.compiler.is_compiling
 
     def hook(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -399,10 +399,10 @@ def _record_event() -> torch.cuda.Event:
 
 
 def make_watch(model: Any, requirements: Mapping[str, Any]) -> Any:
-    """A watch of kernels_check; None where there is no model.
+    """A watch of kernels_check; None if there is no model.
 
-    Paths about several ranks are left out, so that one that is required is not met: for them all ranks would have to
-    watch the same step, and the ranks of a script end their warm-up by themselves.
+    Paths about several ranks are left out, and count as not met if they are required: all ranks would have to watch the
+    same step, and the ranks of a script end their warm-up independently.
     """
     from kernels_check import watch
 
@@ -422,7 +422,7 @@ def read_step(
     gradient_norm: torch.Tensor | None,
     checks: tuple[Any, ...] | None,
 ) -> StepReading:
-    """What a step showed. Waits for the device."""
+    """The reading of a step. Waits for the device."""
     parts = sum_parts(borders)
     return StepReading(
         number=number,
@@ -441,11 +441,11 @@ def read_step(
 
 
 def sum_parts(borders: Iterable[Border]) -> dict[Part | None, float]:
-    """Seconds of each part that was seen, and of the rest of the step (None). The time of a part inside another is not
-    counted for the outer one. The device must have ended its work."""
+    """Seconds of each observed part, and of the rest of the step (None). The time of a nested part does not count for
+    the outer part. The device must have finished the step."""
     found: dict[Part | None, float] = {}
     under_way: list[Part | None] = []
-    """The innermost last."""
+    """Innermost part last."""
     since_s = 0.0
     since_event: Any = None
     for part, kind, at_s, event in borders:

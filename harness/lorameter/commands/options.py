@@ -1,4 +1,4 @@
-"""Options that several commands, or a command and the pytest plugin, have in common."""
+"""Options shared by several commands, or by a command and the pytest plugin."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 Argument: TypeAlias = tuple[tuple[str, ...], Mapping[str, Any]]
-"""Names and settings, as `add_argument` takes them."""
+"""Names and settings, as arguments of `add_argument`."""
 DEFAULT_STUDY = "lora-or-qlora"
-"""Of a session of pytest."""
+"""Default study of a pytest session."""
 CALIBRATED_STUDY = "training-step"
 CALIBRATION_REPLICATES = 24
-"""Enough for three gates of 8 that share nothing, and about 4 minutes of the default study on two cores."""
+"""Enough for three independent gates of 8, and about 4 minutes of the default study on two cores."""
 PYTEST_PREFIX = "--lorameter-"
 SHARED: Mapping[str, dict[str, Any]] = {
     "replicates": {"type": int, "metavar": "N", "help": "number of replicates, instead of {prefix}effort"},
@@ -57,7 +57,7 @@ SHARED: Mapping[str, dict[str, Any]] = {
     },
     "runs-dir": {"metavar": "DIR", "help": "default: $LORAMETER_RUNS or ./.lorameter/runs"},
 }
-"""Options that several commands have, by name."""
+"""Options shared by several commands, by name."""
 
 
 def argument(*names: str, **settings: Any) -> Argument:
@@ -66,7 +66,7 @@ def argument(*names: str, **settings: Any) -> Argument:
 
 
 def shared(*names: str, prefix: str = "--") -> tuple[Argument, ...]:
-    """Options that several commands have; pytest has them behind another prefix."""
+    """Options shared by several commands; pytest uses another prefix."""
     return tuple(((f"{prefix}{name}",), SHARED[name] | {"help": SHARED[name]["help"].format(prefix=prefix)})
                  for name in names)  # fmt: skip
 

@@ -39,9 +39,9 @@ from lorameter.verdicts.sites import is_mixed
 
 
 def run_report(options: argparse.Namespace) -> int:
-    """Print the report of a run, complete or not; of an A/B that of the gate, by the policy of the run."""
+    """Print the report of a run, complete or not. For an A/B run, print the gate's report under the run's policy."""
     run = _read_run(options.run, options)
-    gc.freeze()  # all of it is needed to the end, and a garbage collection over a large run takes seconds
+    gc.freeze()  # everything read is needed to the end, and garbage collection of a large run takes seconds
     if run.manifest.sides:
         return show_ab(run, options, keep=_filter_of(options, run))
     view = view_of(
@@ -83,7 +83,7 @@ def page_of_run(view: RunView) -> dict[str, Any]:
 def describe_with_claims(view: RunView) -> Document:
     """The report, with the verdicts on the claims of the study, if it has any."""
     report = describe_run(view)
-    if not view.study.claims or is_mixed(view.run):  # a claim is of one kind of machine
+    if not view.study.claims or is_mixed(view.run):  # a claim applies to one kind of machine
         return report
     if view.valid:
         return report + describe_verdicts(claims.judge_claims(view.run))
@@ -93,8 +93,8 @@ def describe_with_claims(view: RunView) -> Document:
 
 
 def _filter_of(options: argparse.Namespace, run: Run) -> Callable[[ComparisonRow], bool]:
-    """Which comparisons of an A/B are shown. Raises `UsageError` for a variant or phase that it does not have, and for
-    an order."""
+    """Build the filter of an A/B run's comparisons. Raises `UsageError` for an unknown variant or phase, or an
+    order."""
     names = [str(variant["name"]) for variant in run.manifest.study["variants"]]
     if options.sort != "study":
         raise UsageError(
@@ -110,8 +110,8 @@ def _filter_of(options: argparse.Namespace, run: Run) -> Callable[[ComparisonRow
 
 
 def show_ab(run: Run, options: argparse.Namespace, *, keep: Callable[[ComparisonRow], bool] = lambda row: True) -> int:
-    """Print an A/B run; the exit code is that of all its verdicts under the policy, which is the one that it was
-    measured for unless another is given.
+    """Print an A/B run; the exit code combines all its verdicts under the policy. The default policy is the one that
+    the run was measured for.
 
     Args:
         run: a run with two sides.
@@ -142,7 +142,7 @@ def show_ab(run: Run, options: argparse.Namespace, *, keep: Callable[[Comparison
 
 
 def run_compare(options: argparse.Namespace) -> int:
-    """Print the comparison; the exit code is that of its verdicts, which a policy gives limits alone."""
+    """Print the comparison. The exit code depends on its verdicts; a policy only sets the limits."""
     if options.metric and options.all_metrics:
         raise UsageError("--metric and --all-metrics both choose the metrics. Give one of them.")
     policy = load_policy(options.policy)
@@ -188,7 +188,7 @@ def _page_of_comparison(report: ComparisonReport) -> dict[str, Any]:
 
 
 def _show_both_sides(options: argparse.Namespace) -> int:
-    """The comparison that one run holds. Raises `UsageError` for a run that has one side."""
+    """The comparison of the two sides of one run. Raises `UsageError` for a run that has one side."""
     run = _read_run(options.base, options)
     name, given = run.manifest.run, vars(options)
     if not run.manifest.sides:
@@ -201,7 +201,7 @@ def _show_both_sides(options: argparse.Namespace) -> int:
 def _read_sides(options: argparse.Namespace) -> tuple[ComparisonInput, ComparisonInput]:
     runs = store.runs_dir(options.runs_dir)
     candidate = read_comparand(options.candidate, runs)
-    gc.freeze()  # all of it is needed to the end: reading the base must not scan it again and again
+    gc.freeze()  # everything read is needed to the end: reading the base must not scan it repeatedly
     base = read_base(options.base, runs, fingerprint=candidate.fingerprint, study=candidate.study)
     gc.freeze()
     return base, candidate
@@ -217,7 +217,7 @@ def run_accept(options: argparse.Namespace) -> int:
 
 
 def run_claims(options: argparse.Namespace) -> int:
-    """Print the verdicts; they are findings, not failures, so any of them is a pass."""
+    """Print the verdicts. They are findings, not failures, so every verdict passes."""
     report = claims.judge_claims(_read_run(options.run, options))
     show_result(
         options,

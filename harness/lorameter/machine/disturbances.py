@@ -1,11 +1,11 @@
 """Judges disturbances of a trial by clocks, heat, memory and the kernel's counters, never by the measured times.
 
-A rule that looks at the outcome selects it. Each disturbance gives the measured value and the limit. Most are notices:
-the statistics tolerate noise. Past a second limit the trial is invalid and is measured again (`lorameter.run.runner`).
-That limit is far out on purpose: a filter that rejects much leaves nothing to compare.
+A rule that depended on the measured times would bias them. Each disturbance states the measured value and the limit.
+Most are only notices, because the statistics tolerate noise. Past a second limit the trial is invalid and is measured
+again (`lorameter.run.runner`). That limit is lenient on purpose: a strict filter would leave too little to compare.
 
-Limits rest on one number: within the margin of 5 % two things count as equal, so what may have moved a time by more
-than that is invalid, and a fifth of it is worth a notice.
+The limits follow from the margin of 5 %, within which two values count as equal: a disturbance that may have changed a
+time by more than that makes the trial invalid, and a fifth of that gives a notice.
 """
 
 from __future__ import annotations
@@ -20,43 +20,43 @@ from lorameter.records.units import format_bytes, format_count
 
 CLOCK_MARGIN = 0.05
 NOTICED = 0.01
-"""Share of the timed stretches that is worth a notice: the tolerance, the smallest slow-down worth an alarm."""
+"""Share of the timed stretches from which a notice is given: the tolerance, the smallest slow-down worth an alarm."""
 THROTTLED_INVALID = 0.10
-"""Share with clocks held down by heat or supply. A GPU that protects itself runs at half its clock or less, so a tenth
-of the time costs half of that: the margin."""
+"""Share of time with clocks reduced by heat or power supply. A GPU that protects itself runs at half its clock or less,
+so a tenth of the time costs at least half of that: the margin."""
 HOT_MARGIN_C = 5.0
-"""Degrees left to the slow-down. A sensor of 1 °C and a fan that reacts late make less than that a matter of luck."""
+"""Degrees below the slow-down temperature. A sensor of 1 °C resolution and a slow fan make a smaller gap random."""
 CLOCK_MOVED = CLOCK_MARGIN
-"""Range of the SM clock over its maximum: a step that computes is as slow as its clock."""
+"""Range of the SM clock over its maximum: the time of a compute-bound step is inversely proportional to the clock."""
 CLOCK_INVALID = 0.25
 """nvbench discards samples whose clock is below 75 % of the default (its throttle threshold)."""
 SHARED_INVALID_BYTES = 2**30
-"""Held by other processes. A CUDA context takes 0.3 to 0.6 GiB: above this limit a process keeps data for work; below
-it may be an idle notebook."""
+"""Memory held by other processes. A CUDA context takes 0.3 to 0.6 GiB: above this limit another process holds data for
+work; below it, the process may be an idle notebook."""
 PAGE_TIME_S = 1e-4
-"""What it takes to bring back one page of 4 KiB from a solid-state disk."""
+"""Time to read one page of 4 KiB from a solid-state disk."""
 SWAP_INVALID_BYTES_PER_S = CLOCK_MARGIN / PAGE_TIME_S * 4096
-"""As many pages a second as take 5 % of it: about 2 MB/s."""
+"""Swap rate that takes 5 % of the time: about 2 MB/s."""
 CONTENDED = CLOCK_MARGIN
-"""Share of the time in which something that could run waited for a CPU; as for the occupancy, 5 %."""
+"""Share of the time in which runnable work waited for a CPU; 5 %, as for the occupancy."""
 OCCUPANCY_INVALID = 0.5
-"""CPU time over wall time of an isolated trial of one thread: it ran half of the time at most. Several threads wait for
-each other, so that theirs does not show other work."""
+"""CPU time over wall time of an isolated trial of one thread: at this limit it ran half of the time at most. Several
+threads wait for each other, so their occupancy does not show other work."""
 WITHHELD_INVALID = 0.25
-"""Share of the CPU time that was requested which a hypervisor or a quota kept. In bursts, which hit one step wholly and
-the next not at all, so the median tolerates more than the margin."""
+"""Share of the requested CPU time that a hypervisor or a quota withheld. It is withheld in bursts, which affect one
+step fully and the next not at all, so the median tolerates more than the margin."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Disturbance:
-    """One thing that casts doubt on a trial's numbers."""
+    """One condition that casts doubt on a trial's measurements."""
 
     code: str
     message: str
-    """What was found and the limit, both as numbers; without the trial, which the caller knows."""
+    """The finding and the limit, both as numbers; the caller adds the trial."""
     remedy: str
     weight: float
-    """The measured value over the limit for a notice: how bad the disturbance is, for sorting."""
+    """The measured value divided by the limit for a notice, to sort by severity."""
     invalid: bool = False
     """Whether the trial is invalid."""
 
@@ -69,16 +69,16 @@ def judge(
     in_turns: bool,
     occupancy: float | None = None,
 ) -> tuple[Disturbance, ...]:
-    """The disturbances of a trial in one phase, the worst first; a quantity that was not measured yields none.
+    """The disturbances of a trial in one phase, the worst first; a quantity that was not measured gives none.
 
     Args:
-        values: of the trial's record, as `lorameter.machine.telemetry` names them.
-        memory: of the record, as `lorameter.trial.memory` names it.
+        values: telemetry of the trial's record, by the names of `lorameter.machine.telemetry`.
+        memory: memory values of the record, by the names of `lorameter.trial.memory`.
         phase: "train" or "generate".
-        in_turns: whether others took turns with this trial. They shared what happened to the CPUs and their clocks, so
-            it does not make the trial invalid. Swapping hits the process whose pages went, and does.
+        in_turns: whether other trials took turns with this trial. CPU contention and clock changes then affect all of
+            them alike and do not make the trial invalid. Swapping affects only the process that lost pages, and does.
         occupancy: CPU time over wall time of the timed steps of one thread on a CPU; None for several threads, and on a
-            GPU, where the host rightly waits.
+            GPU, because the host waits for it.
     """
     phase_values = _PhaseValues(values, phase)
     found = [
@@ -97,7 +97,7 @@ def judge(
 
 @dataclass(frozen=True, slots=True)
 class _PhaseValues:
-    """Values of one phase by the names that the meters use; None for what was not measured."""
+    """Values of one phase by the names of their meters; None for values that were not measured."""
 
     values: Mapping[str, float]
     phase: str
@@ -114,12 +114,12 @@ class _PhaseValues:
         return part / whole if part is not None and whole else None
 
     def time_share(self, counter: str) -> tuple[float, str] | None:
-        """Share of the watched time by a time counter of the GPU, and both in words."""
+        """Share of the watched time according to a GPU time counter, and a description of both values."""
         part, whole = self.device(counter), self.host("watched_s")
         return None if part is None or not whole else (min(1.0, part / whole), f"{part:.2f} of {whole:.2f} s")
 
     def sample_share(self, counter: str) -> tuple[float, str] | None:
-        """Share of the samples at the ends of the stretches, and both in words."""
+        """Share of the samples at the ends of the stretches, and a description of both values."""
         part, whole = self.device(counter), self.device("samples")
         return None if part is None or not whole else (part / whole, f"{part:.0f} of {whole:.0f} samples")
 
@@ -213,7 +213,7 @@ def _swapped(values: _PhaseValues) -> Iterator[Disturbance]:
 
 
 def _retrying(memory: Mapping[str, int], phase: str) -> Iterator[Disturbance]:
-    """Not invalid however often: a variant that barely fits will retry again, and its times are what it costs."""
+    """Never invalid: a variant that barely fits will always retry, and its times include that cost."""
     retries, failures = (memory.get(f"device_{what}_{phase}", 0) for what in ("alloc_retries", "ooms"))
     if retries or failures:
         yield Disturbance(

@@ -1,8 +1,8 @@
-"""The GPUs of a machine: which ones a process may use, which are parts of one board, and who else uses them.
+"""The GPUs of a machine: which ones a process may use, which are parts of one board, and which processes use them.
 
-NVML lists processes by the PIDs of the machine. In a container with a PID namespace an older driver lists PIDs that
-mean nothing there, or none, so that an empty list does not mean an empty GPU. Memory still shows: the bytes in use
-beyond the sum of the listed processes.
+NVML lists processes by the PIDs of the host. In a container with a PID namespace, an older driver lists PIDs that are
+meaningless there, or none, so an empty list does not mean an idle GPU. Memory still reveals a hidden process: the bytes
+in use exceed the sum of the listed processes.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class VisibleGpu:
     """Its entry in CUDA_VISIBLE_DEVICES."""
     name: Reading[str]
     board: Reading[str]
-    """UUID of the GPU that it is, or is an instance of: instances of one board share its resources."""
+    """UUID of the GPU, or of the GPU that contains the instance: instances of one board share its resources."""
     power_limit_w: Reading[float]
-    """In force, of the board."""
+    """Power limit of the board that is in force."""
 
     @property
     def kind(self) -> str:
-        """Name and power limit in words: equal for two GPUs that measure alike."""
+        """Name and power limit as text: equal for two GPUs with the same performance."""
         limit_w = self.power_limit_w.value
         return f"{self.name.value}" + ("" if limit_w is None else f" at {limit_w:.0f} W")
 
@@ -48,12 +48,12 @@ def shared_boards(gpus: Iterable[VisibleGpu]) -> list[list[VisibleGpu]]:
 
 
 def say_entries(gpus: Iterable[VisibleGpu]) -> str:
-    """The devices in words, as entries of CUDA_VISIBLE_DEVICES."""
+    """The devices as text, by their entries in CUDA_VISIBLE_DEVICES."""
     return " and ".join(str(gpu.entry) for gpu in gpus)
 
 
 def visible_gpus(environment: Mapping[str, str] | None = None) -> Reading[tuple[VisibleGpu, ...]]:
-    """The GPUs that `environment` (None: this process's) lets CUDA see, in its order; all GPUs for an empty one."""
+    """The GPUs that `environment` (None: this process's) makes visible to CUDA, in its order; all for an empty one."""
     with nvml_session() as nvml:
         if nvml.value is None:
             return missing(nvml.reason)
@@ -82,12 +82,12 @@ def _describe(nvml: Any, entry: int | str) -> VisibleGpu:
 # parent (a trial is forked by a zygote, which the parent of the run started).
 
 UNEXPLAINED_LIMIT = 512 * 2**20
-"""Bytes in use without a listed process from which a hidden one is assumed. The context of a compute process takes 0.3
-to 0.6 GiB; a display server without one takes less."""
+"""Bytes in use without a listed process from which a hidden process is assumed. The context of a compute process takes
+0.3 to 0.6 GiB; a display server without a CUDA context takes less."""
 FIRST_PID_NAMESPACE = "pid:[4026531836]"
 """The machine's own PID namespace (PROC_PID_INIT_INO in the kernel's proc_ns.h)."""
 GENERATIONS = 2
-"""From a trial up to the parent of its run."""
+"""Process generations from a trial up to the parent of its run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,11 +99,11 @@ class Neighbours:
     used_bytes: Reading[int]
     """Memory of all processes and the display, listed or not."""
     others: Reading[tuple[int, ...]]
-    """PIDs that do not belong to this run."""
+    """PIDs of processes outside this run."""
     others_bytes: Reading[int]
-    """The sum over those."""
+    """Memory of `others`."""
     hidden_bytes: Reading[int]
-    """In use without a listed process."""
+    """Memory in use without a listed process."""
     statement: str
     """Why the list cannot be trusted; empty if it can."""
 
@@ -123,7 +123,7 @@ def neighbours_of(device: NvmlDevice, *, generations: int = GENERATIONS, proc: P
     own = [one for one in processes if one.pid == os.getpid()]
     others = [one for one in processes if parent not in _ancestors(one.pid, proc)]
     strangers = [one for one in processes if not (proc / str(one.pid)).exists()]
-    if strangers and not own:  # PIDs of another namespace, among which this process's own may be
+    if strangers and not own:  # PIDs of another namespace, which may include this process's own
         unclear = statement = (
             f"{len(strangers)} listed processes have numbers that mean nothing in this container, so none of them can "
             "be distinguished from this run's own"
@@ -156,7 +156,7 @@ def _say_hidden(hidden_bytes: int, proc: Path) -> str:
 
 
 def has_own_pids(proc: Path) -> bool:
-    """Whether this process is in a PID namespace of a container."""
+    """Whether this process is in a container's PID namespace."""
     try:
         return os.readlink(proc / "self/ns/pid") != FIRST_PID_NAMESPACE  # noqa: PTH115 a link to no path
     except OSError:
@@ -169,5 +169,5 @@ def _ancestors(pid: int, proc: Path) -> Iterator[int]:
         yield pid
         try:
             pid = int((proc / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError, IndexError):  # it has just ended, or belongs to another container
+        except (OSError, ValueError, IndexError):  # the process has just ended, or belongs to another container
             return

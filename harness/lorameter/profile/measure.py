@@ -1,13 +1,13 @@
 """Measures a profile: one isolated trial in its own process, whose steps or requests are divided into phases.
 
-It is the trial of any run, by the same worker and the same commands, up to the end of its training. Then pairs of plain
-and divided steps are timed, the peaks of the device are measured, and at last the profiler records some steps. Requests
-are profiled with the adapter unmerged and, in the same process, merged, so that what merging gains is measured; a cold
-start in a new interpreter comes last.
+Up to the end of its training, the trial is the same as in any run, with the same worker and commands. Then pairs of
+plain and divided steps are timed, the peak rates of the device are measured, and finally the profiler records some
+steps. Requests are profiled with the adapter unmerged and, in the same process, merged, so that what merging gains is
+measured; a cold start in a new interpreter comes last.
 
 A time limit acts in two ways. Timed pairs take at most half of the time that is left (but never less than
-`LEAST_STEP_PAIRS` pairs), and an optional part that does not begin before the limit is left out, which a notice says.
-The rest is the least that a profile is made of, and is measured whatever it takes.
+`LEAST_STEP_PAIRS` pairs), and an optional part that cannot begin before the limit is left out, with a notice. The
+required parts are measured however long they take.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 
 DOCUMENT, REQUESTS_DOCUMENT = "profile.json", "profile-requests.json"
-"""Files of a profile's folder with all facts; the others are logs and the profiler's own recordings."""
+"""Files in a profile's folder with all facts; the other files are logs and the profiler's recordings."""
 STEPS_S, REQUESTS_S = 30.0, 20.0
-"""Seconds for pairs of steps, and for pairs of requests, unmerged and merged each; a limit shortens them."""
+"""Seconds for pairs of steps, and for pairs of requests in each state (unmerged, merged); a limit shortens them."""
 
 
 @dataclass(slots=True, kw_only=True)
 class TrialSession:
-    """An isolated trial that is to be profiled, in a process of its own: command by command, within a time limit."""
+    """An isolated trial for a profile, in its own process; runs command by command within a time limit."""
 
     study: str
     request: TrialRequest
@@ -76,14 +76,14 @@ class TrialSession:
     worker: Worker
     machine: Machine
     memory_bytes: int
-    """What the device had free before, or has in all where that is not known."""
+    """Free memory of the device before the trial, or its total memory if that is unknown."""
     folder: Path
-    """Of the results."""
+    """Folder of the results."""
     scratch: Path
     label: str
     say: Callable[[str], None]
     begin_s: float
-    """When it began, and when it should end, on the monotonic clock."""
+    """When it began, on the monotonic clock; `ends_s` is when it should end."""
     ends_s: float
     skipped: list[str] = field(default_factory=list)
     """Commands that the time limit left out."""
@@ -95,25 +95,25 @@ class TrialSession:
         return time.monotonic() - self.begin_s
 
     def begin(self, *, profiled: bool = True) -> None:
-        """Build, check, warm up; `profiled` says whether its steps or requests will be profiled."""
+        """Build, check and warm up the trial; `profiled` says whether its steps or requests will be profiled."""
         self.ask("prepare", request=codec.to_json(self.request), profiled=profiled)
         for command in ("build", "verify", "warm_up"):
             self.ask(command)
 
     def ask(self, command: str, **arguments: Any) -> PartialRecord:
-        """Send a command; what the trial adds to its record. Raises `InvalidRunError` where it fails."""
+        """Send a command and return the addition to the trial's record. Raises `InvalidRunError` if it fails."""
         self.tell(command)
         trial, timeout_s = self.request.trial, self.request.protocol.step_timeout_s
         return self.take(command, answer_of(lambda: self.worker.ask(command, trial, timeout_s, **arguments)))
 
     def tell(self, command: str) -> None:
-        """Report the command, unless it is the last one again."""
+        """Print the command, unless it repeats the last one."""
         if command != self.last_command:
             self.say(COMMANDS[command].label)
         self.last_command = command
 
     def take(self, command: str, fragment: PartialRecord) -> PartialRecord:
-        """Add a fragment to the record. Raises `InvalidRunError` for one that reports a failure."""
+        """Add a fragment to the record. Raises `InvalidRunError` if the fragment reports a failure."""
         self.record = self.record.merged(fragment)
         if fragment.status != "ok":
             raise InvalidRunError(
@@ -123,11 +123,11 @@ class TrialSession:
         return fragment
 
     def pairs_s(self, usual_s: float) -> float:
-        """Seconds for timed pairs: half of what is left of the limit, and `usual_s` at most."""
+        """Seconds for timed pairs: half of the time left, and `usual_s` at most."""
         return max(0.0, min(usual_s, (self.ends_s - time.monotonic()) / 2))
 
     def has_time(self, command: str, needed_s: float = 0.0) -> bool:
-        """Whether an optional part that takes about `needed_s` begins within the limit; one that does not is noted."""
+        """Whether an optional part of about `needed_s` fits into the limit; if not, it is recorded as skipped."""
         begins = time.monotonic() + needed_s <= self.ends_s
         self.skipped += [] if begins else [command]
         return begins
@@ -138,7 +138,7 @@ class TrialSession:
             self.ask("peak", rates=list(self.rates.values()))
 
     def read(self, kind: Any, name: str) -> Any:
-        """What the trial left in its folder. Raises `InvalidRunError` where that cannot be read."""
+        """Read a result from the trial's folder. Raises `InvalidRunError` if it cannot be read."""
         try:
             data = fileio.read_json(self.executor.fetch(self.request.trial, name, self.scratch), fileio.MANIFEST_BYTES)
         except fileio.NotReadableError as error:
@@ -148,12 +148,12 @@ class TrialSession:
 
     @property
     def rates(self) -> dict[str, Rate]:
-        """The rates of which the peak is measured, by the resource."""
+        """The rates whose peak is measured, by resource."""
         return {"product": product_rate(self.request.variant), "memory": "memory"}
 
     def facts(self, activity: str) -> dict[str, Any]:
-        """The fields of `lorameter.profile.facts.TrialProfile`, once all is measured; `activity` is the file of what
-        ran."""
+        """The fields of `lorameter.profile.facts.TrialProfile`, after all measurements; `activity` is the file of the
+        recorded operators."""
         machine, request = self.machine, self.request
         by_rate = {} if "peak" in self.skipped else self.read(dict[str, Peak], PEAKS)
         measured = {name: by_rate[rate] for name, rate in self.rates.items() if rate in by_rate}
@@ -188,7 +188,7 @@ class TrialSession:
         return (Notice(code=SKIPPED, message=f"{'; '.join(parts_text)}.", remedy="Raise --max-minutes."),)
 
     def keep(self, document: str, found: object, traces: Sequence[str] = ()) -> None:
-        """Write the facts, and fetch the profiler's recordings. Raises `UsageError` where they cannot be written."""
+        """Write the facts, and copy the profiler's recordings. Raises `UsageError` if they cannot be written."""
         with translate_os_errors(lambda: (f"{self.label} {self.folder.name} could not be written", "measure anew")):
             for trace in traces:
                 self.executor.fetch(self.request.trial, trace, self.folder)
@@ -206,8 +206,8 @@ def open_trial(
     document: str,
     label: str = "profile",
 ) -> Iterator[TrialSession]:
-    """Start a variant's trial; the folder is removed where `document` has not been written into it by the end, and
-    `label` is its name.
+    """Start a variant's trial in a new folder. At the end, the folder is removed if `document` has not been written
+    into it; `label` is part of its name.
 
     Raises:
         UsageError: the profile cannot be taken on this machine.
@@ -267,15 +267,15 @@ def profile_variant(
     runs: Path,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[Profile, Path]:
-    """Measure one variant's profile; returns it and the folder in which it was written.
+    """Measure the profile of one variant; returns it and its folder.
 
-    A required path that is not active is a notice here and never a refusal: a profile helps to find out why.
+    A required path that is not active gives a notice here, not an error: a profile helps to find the cause.
 
     Args:
         study: the workload, and the protocol with the time limit.
-        variant: of the study.
-        executor: where; it is started and closed here.
-        runs: the folder is made in it, next to runs.
+        variant: variant of the study.
+        executor: where the trial runs; it is started and closed here.
+        runs: the folder of runs, in which the profile's folder is made.
         say: receives a line for each part that begins.
 
     Raises:
@@ -284,7 +284,7 @@ def profile_variant(
     """
     with open_trial(study, variant, executor, runs=runs, say=say, document=DOCUMENT) as trial:
         trial.begin()
-        trial.ask("finish_training", steps=0)  # peaks and bytes of plain steps, before anything is divided or recorded
+        trial.ask("finish_training", steps=0)  # peaks and bytes of plain steps, before steps are divided or recorded
         trial.ask("memory_breakdown", phase="train")
         trial.ask("profile", budget_s=trial.pairs_s(STEPS_S))
         trial.measure_peaks()
@@ -320,7 +320,7 @@ def profile_requests(
         trial.ask("memory_breakdown", phase="generate")
         trial.ask("request_activity", merged=False)
         merges = not variant.merge_adapter and trial.has_time("merge")
-        if merges:  # the profiler comes after what is timed of the same state, and the peaks of the device last
+        if merges:  # the profiler comes after the timing of the same state, and the peaks of the device last
             trial.ask("merge")
             trial.ask("profile_requests", merged=True, budget_s=trial.pairs_s(REQUESTS_S))
             trial.ask("request_activity", merged=True)
@@ -340,7 +340,7 @@ def profile_requests(
 
 
 def _estimates(variant: Variant, workload: Workload, device: str, process_bytes: int) -> dict[str, int]:
-    """Bytes of a step by kind as expected from the shape, and from what the process began with."""
+    """Expected bytes of a step by kind, from the shapes and the initial memory of the process."""
     try:
         source = catalogue.resolve(workload.model)
         shape, stored = shapes.shape(source), stored_dtype(source)
@@ -351,8 +351,8 @@ def _estimates(variant: Variant, workload: Workload, device: str, process_bytes:
 
 
 def _start_cold(trial: TrialSession, executor: Executor) -> None:
-    """A new interpreter, after the trial's own process has ended. A failure is a notice: what was measured before is
-    kept."""
+    """Measure a new interpreter after the trial's own process has ended. A failure gives a notice, and earlier
+    measurements are kept."""
     trial.tell("cold")
     fragment = answer_of(lambda: executor.cold_start(trial.request))
     if fragment.status == "ok":
@@ -367,7 +367,7 @@ def _start_cold(trial: TrialSession, executor: Executor) -> None:
 
 
 def answer_of(ask: Callable[[], PartialRecord]) -> PartialRecord:
-    """The answer of a process; a failed one where the process is lost."""
+    """The answer of a process; a failed record if the process is lost."""
     try:
         return ask()
     except WorkerLostError as lost:

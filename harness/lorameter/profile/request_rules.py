@@ -1,8 +1,8 @@
-"""Rules from the evidence of requests to findings.
+"""Rules that derive findings from the evidence of requests.
 
-A cost is a part of what a user waits for, the first token or each later one, and the best available forecast of the
-gain of the remedy: measured in the same process where that could be (merging), else the observed time of the cause,
-less what comes in its place where that can be counted.
+The cost of a finding is a part of the time to first token or of the time per token. It is the best available forecast
+of the gain of the remedy: the gain measured in the same process if possible (merging), else the observed time of the
+cause less the time of its replacement, if that can be estimated.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from lorameter.records.units import format_bytes, format_value
 FIRST, LATER, WHOLE = "first_token_time_s", "time_per_output_token_s", "request_time_s"
 TITLES: Mapping[str, str] = {FIRST: "the time to first token", LATER: "a later token", WHOLE: "a request"}
 LAID_OUT_ANEW = "hidden.clone(memory_format=torch.contiguous_format)"
-"""What lays out a row of hidden states anew, in torch's words."""
+"""The torch expression that copies hidden states into a contiguous layout."""
 MOVED = 0.5
-"""Share of the tokens at which a cache lies elsewhere; one that only ever grows does so at each."""
+"""Share of the tokens at which the cache was reallocated; a cache that grows by concatenation moves at every token."""
 LATE = 0.05
-"""Share of the time to first token; less is no plan being made."""
+"""Share of the time to first token; a smaller one does not indicate that a plan was made."""
 
 
 def diagnose_requests(evidence: RequestEvidence) -> tuple[Finding, ...]:
-    """All findings, the one that costs a request most first."""
+    """All findings, the most expensive for a request first."""
     found = [finding for rule in REQUEST_RULES.values() for finding in rule(evidence)]
     times = {FIRST: 1, LATER: evidence.passes, WHOLE: 1}
     return tuple(sorted(found, key=lambda finding: -(finding.cost_s or 0.0) * times[finding.metric]))
 
 
 def _weight_copied(evidence: RequestEvidence) -> Iterator[Finding]:
-    """By the shape of what is copied: the output head inside its product before the first token, as a rule."""
+    """Findings by the shape of the copied weight: usually the output head, in its product before the first token."""
     for metric, one, name in ((FIRST, evidence.prefill, "prefill"), (LATER, evidence.decode, "decode")):
         cost = sum(copy.time_s for copy in one.copies)
         if not one.copies or cost <= WORTH * _whole(evidence, metric):
@@ -52,7 +52,7 @@ def _weight_copied(evidence: RequestEvidence) -> Iterator[Finding]:
             )  # fmt: skip
             continue
         is_head = dearest.weight == evidence.facts.head != ""
-        if is_head and evidence.bytes_per_s:  # the product goes as well; what comes in its place reads the weight once
+        if is_head and evidence.bytes_per_s:  # the product disappears too; its replacement reads the weight once
             cost += max(0.0, one.head_s - cost - evidence.facts.size.head_bytes / evidence.bytes_per_s)
         folds = (
             f"a copy laid out anew, {LAID_OUT_ANEW}, which torch's linear folds; a clone that keeps the strides does "
@@ -204,11 +204,11 @@ REQUEST_RULES: Mapping[str, Callable[[RequestEvidence], Iterator[Finding]]] = {
     "new-length": _new_length,
     "mixed-types": _mixed_types,
 }
-"""The rules by the code of what they find."""
+"""The rules by the code of their findings."""
 OF_WHAT_RAN = frozenset(
     ("weight-copied", "dequantisation", "launch-bound", "cache-reallocated", "prompt-logits", "mixed-types")
 )
-"""Rules that judge what ran in a request, and find nothing where that is not known."""
+"""Rules that judge the recorded operators; they find nothing if no operators are known."""
 
 
 def _whole(evidence: RequestEvidence, metric: str) -> float:

@@ -39,7 +39,7 @@ from lorameter.records.worker_info import BaseSummary
 RunStatus = Literal["running", "complete", "interrupted", "failed"]
 MANIFEST = "manifest.json"
 RunState = Literal["running", "complete", "interrupted", "failed", "killed"]
-"""State of a run: its status, or "killed" if its process ended without writing one."""
+"""State of a run: its status, or "killed" if its process ended without writing a status."""
 ENV_RUNS = "LORAMETER_RUNS"
 
 
@@ -47,13 +47,13 @@ class TimeBreakdown(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Seconds of one invocation."""
 
     wall_s: float
-    """From its begin, the preparing of tokens and bases included, to its last trial."""
+    """From the start, including the preparation of tokens and bases, to the end of the last trial."""
     limit_s: float | None = None
     """Its time limit."""
     measured_s: dict[str, float] = msgspec.field(default_factory=dict)
-    """In which something timed was at work, and nothing else: steps, requests, open_ended, merged, cold."""
+    """Seconds in which only timed work ran, by its kind: steps, requests, open_ended, merged, cold."""
     turns: tuple[int, ...] = ()
-    """Turns of each trial of a replicate, by replicate, where time was limited."""
+    """Turns of each trial, by replicate, if time was limited."""
 
     @property
     def share(self) -> float:
@@ -62,43 +62,43 @@ class TimeBreakdown(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class Resumption(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One time that a run which had broken off was resumed."""
+    """One resumption of an interrupted run."""
 
     unix_s: float
     harness: str | None
-    """Version and content of the harness that went on (`provenance.harness_identity`)."""
+    """Version and content of the harness that resumed the run (`provenance.harness_identity`)."""
     commit: str | None
-    """That of the repository of the working folder."""
+    """Commit of the repository of the working folder."""
     max_minutes: float | None = None
-    """The limit of time from then on."""
+    """The time limit from then on."""
 
 
 class SiteFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a site is that replicates were measured on."""
+    """Facts about a site on which replicates were measured."""
 
     machine: dict[str, Any]
-    """Of the provenance what is the machine's (`provenance.Machine`)."""
+    """The part of the provenance that describes the machine (`provenance.Machine`)."""
     fingerprint: str
-    """What the run's would be if it had been measured there alone."""
+    """The fingerprint that the run would have if it had been measured only on this site."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What must be known to read the records of a run and to repeat it."""
+    """The data needed to read the records of a run and to repeat it."""
 
     schema: int = SCHEMA
     run: Line
     study: dict[str, Any]
     phases: tuple[str, ...]
-    sites: tuple[str, ...] = ()  # that may be unlike: each is judged by itself
+    sites: tuple[str, ...] = ()  # sites may differ: each is judged separately
     selection: tuple[str, ...] = ()
     """Names of the variants that are measured; empty for all of the study."""
     own_workloads: dict[str, Any] = msgspec.field(default_factory=dict)
-    """What variants are measured on that are not measured on the study's workload, by name."""
+    """Workloads of variants that are not measured on the study's workload, by variant name."""
     interleaving: str
     why: str = ""
-    """Why this interleaving."""
+    """The reason for this interleaving."""
     order: tuple[Line, ...]
-    """Trial ids in the order of the plan; those of replicates that turned out needless are taken off at the end."""
+    """Trial ids in the order of the plan; ids of replicates that were not needed are removed at the end."""
     seed: int
     created_unix_s: float
     provenance: dict[str, Any]
@@ -106,24 +106,24 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Hash of the provenance fields that must agree for two runs to be compared."""
     tokens: dict[str, Any] = msgspec.field(default_factory=dict)
     bases: tuple[BaseSummary, ...] = ()
-    """What the trials stand on, prepared once; of each time that the run was resumed."""
+    """The bases of the trials, prepared once for each invocation."""
     notices: tuple[Notice, ...] = ()
-    """What was known of the study before it ran."""
+    """Findings about the study before it ran."""
     sides: dict[str, Any] = msgspec.field(default_factory=dict)
-    """For an A/B: what either side is, and its versions."""
+    """For an A/B: each side and its versions."""
     policy: dict[str, Any] = msgspec.field(default_factory=dict)
-    """For an A/B: the policy that it was measured to be judged by; empty for the defaults."""
+    """For an A/B: the policy under which it was measured; empty for the defaults."""
     site_facts: dict[str, SiteFacts] = msgspec.field(default_factory=dict)
-    """Of a run that was spread: where each of its sites is; those of every time that it was resumed."""
+    """For a run on several sites: the facts about each site, of all invocations."""
     stopped: str | None = None
-    """Why the run ended before the replicates of its plan were used up."""
+    """Why the run ended before all replicates of its plan were measured."""
     resumed: tuple[Resumption, ...] = ()
     spending: TimeBreakdown | None = None
-    """What the time of its last invocation went to."""
+    """How the time of the last invocation was spent."""
     skipped: tuple[str, ...] = ()
-    """What was not measured because of the time limit: requests, open_ended, merged, cold."""
+    """Parts that the time limit left out: requests, open_ended, merged, cold."""
     status: RunStatus = "running"
-    """"running" also says a manifest whose process was killed; see `Run.live`."""
+    """The manifest of a killed process also says "running"; see `Run.live`."""
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -136,7 +136,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         data = fileio.read_json(source, fileio.MANIFEST_BYTES)
         require_readable(data, source)
-        codec.dumps(data).encode()  # what could not be written again would only fail later
+        codec.dumps(data).encode()  # a manifest that cannot be written again would only fail later
     except (fileio.NotReadableError, codec.NotJsonError, UnicodeError) as error:
         raise UsageError(f"{source}: cannot be read: {error}. Measure again, or restore the file.") from None
     manifest = codec.from_json(Manifest, data, source.name)
@@ -146,7 +146,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def runs_dir(given: str | None, *, make: bool = False) -> Path:
-    """`--runs-dir`, else $LORAMETER_RUNS, else ./.lorameter/runs; made if missing where something will be written."""
+    """`--runs-dir`, else $LORAMETER_RUNS, else ./.lorameter/runs; created if missing and `make` is set."""
     named = given or os.environ.get(ENV_RUNS)
     path = Path(named or Path(".lorameter") / "runs")
     if not make and (fileio.is_folder(path) or not fileio.is_there(path)):
@@ -159,21 +159,22 @@ def runs_dir(given: str | None, *, make: bool = False) -> Path:
 
 
 def _hide_from_git(folder: Path) -> None:
-    """Keeps runs inside a repository from making it dirty, and the next run from having "local changes"."""
+    """Keep runs inside a repository from making it dirty, so that the next run has no "local changes"."""
     ignored = folder / ".gitignore"
     if not ignored.exists() or not ignored.stat().st_size:
         write_whole(ignored, "# made by lorameter\n*\n")
 
 
 def new_run_id(name: str, folder: Path) -> str:
-    """Sortable by time and of nothing that is in the folder, whatever the clock says: 20260131-093000-study-a1b2."""
+    """A new id that sorts by time and is unique in the folder, even if the clock is wrong:
+    20260131-093000-study-a1b2."""
     while fileio.is_there(folder / (run := f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{secrets.token_hex(2)}")):
         pass
     return run
 
 
 class RunWriter:
-    """Appends to one run. Raises `InvalidRunError` if the disk refuses; what it took before stays as it is."""
+    """Appends to one run. Raises `InvalidRunError` if writing fails; what was written before stays intact."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.path = folder / manifest.run
@@ -185,17 +186,17 @@ class RunWriter:
         self._begun = True
 
     def append(self, record: TrialRecord) -> None:
-        """Write one record, its new evidence before it, and wait until the disk has it."""
+        """Write the new evidence and then the record, and wait until both are on disk."""
         with self.refusals():
             fileio.append(self.path / TRIALS, line_of(record, self._evidence.add(record.checks)))
 
     @property
     def has_records(self) -> bool:
-        """Whether anything was measured in this run, now or before."""
+        """Whether any record of this run has been written, in this or an earlier invocation."""
         return fileio.is_file(self.path / TRIALS)
 
     def finish_with(self, record: TrialRecord) -> None:
-        """Write the last record of a run of one trial, and state how the run ended."""
+        """Write the last record of a run with one trial, and write its status."""
         self.append(record)
         self.finish("complete" if record.settled else "interrupted")
 
@@ -210,9 +211,9 @@ class RunWriter:
         spending: TimeBreakdown | None = None,
         skipped: Sequence[str] = (),
     ) -> None:
-        """State how the run ended; `measured` are the trials that belong to it, where it ended before its cap,
-        `notices` what came up on the way, `came` sites that joined it, `spending` what its time went to, and `skipped`
-        what the time limit left out."""
+        """Write the final state: `measured` are the trials of a run that ended before all replicates, `notices` those
+        found during the run, `came` sites that joined it, `spending` how the time was spent, and `skipped` the parts
+        that the time limit left out."""
         self._manifest = msgspec.structs.replace(
             self._manifest,
             status=status,
@@ -232,25 +233,26 @@ class RunWriter:
             write_document(self.path / MANIFEST, self._manifest)
 
     def refusals(self) -> contextlib.AbstractContextManager[None]:
-        """Turns a refusal of the system into an `InvalidRunError` that says what it means for this run."""
+        """Convert an OSError into an `InvalidRunError` that explains the consequence for this run."""
         return translate_os_errors(lambda: refusal_of(self.path, begun=self._begun))
 
 
 CHECKPOINT_S = 30.0
-"""No more often than this."""
+"""Minimum seconds between two checkpoints."""
 CHECKPOINT_SHARE = 0.1
-"""And no more often than in this share of all the time: what they take on the disk grows with its logarithm."""
+"""Minimum time between two checkpoints as a share of all the time, so that their number, and their size on disk, grows
+with the logarithm of the time."""
 
 
 def checkpoint_is_due(now_s: float, *, begun_s: float, saved_s: float) -> bool:
-    """Whether to save at `now_s` what began at `begun_s`, is not whole yet, and was last saved at `saved_s`: a sync
-    costs milliseconds, and shorter stretches are repeated at little cost."""
+    """Whether to save now an incomplete result that began at `begun_s` and was last saved at `saved_s`. A sync takes
+    milliseconds, and repeating a shorter stretch costs little."""
     return now_s - saved_s >= max(CHECKPOINT_S, CHECKPOINT_SHARE * (now_s - begun_s))
 
 
 def refusal_of(path: Path, *, begun: bool = False) -> tuple[str, str]:
-    """What a refusal of the system means for the run of this directory, and what to do once its cause is gone; `begun`:
-    whether its manifest was there."""
+    """What a failed write means for the run of this directory, and what to do once its cause is removed; `begun`:
+    whether the manifest had been written."""
     there = (path / MANIFEST).is_file()
     if not there and not begun:
         return f"run {path.name} could not begin", ""
@@ -260,22 +262,22 @@ def refusal_of(path: Path, *, begun: bool = False) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A run as read back."""
+    """A run read from disk."""
 
     path: Path
     manifest: Manifest
     records: tuple[TrialRecord, ...]
     """The last record of each trial, in the order of the plan."""
     damaged_lines: int = 0
-    """Lines that a crash cut short, or whose evidence is lost; their trials count as not run."""
+    """Lines that a crash truncated or whose evidence is lost; their trials count as not run."""
     without_evidence: int = 0
-    """Those of them whose evidence is not in checks.jsonl."""
+    """Damaged lines whose evidence is not in checks.jsonl."""
     measured_again: int = 0
-    """Trials that were begun more than once, because the process that measured them ended too early."""
+    """Trials that were started more than once because the measuring process ended too early."""
     disturbed: tuple[TrialRecord, ...] = ()
-    """Earlier measurements of trials that were measured again because of their surroundings."""
+    """Earlier measurements of trials that were measured again because of a disturbance."""
     live: bool = False
-    """Whether a process is writing the run now."""
+    """Whether a process is writing the run at present."""
 
     @property
     def state(self) -> RunState:
@@ -287,8 +289,8 @@ def read_run(name: str, folder: Path) -> Run:
     """A run by id (in `folder`), by directory, or by a file that `lorameter pack` made.
 
     Args:
-        name: of the run.
-        folder: where ids are looked for.
+        name: id or path of the run.
+        folder: the folder in which ids are looked up.
 
     Raises:
         UsageError: no such run, or one written by another schema.
@@ -328,8 +330,8 @@ def _read(path: Path, name: str, folder: Path) -> Run:
 
 
 def _latest(records: Sequence[TrialRecord], manifest: Manifest) -> tuple[TrialRecord, ...]:
-    """The last record of each trial that ended, else its last of all; none of trials that turned out needless
-    after they had been given up."""
+    """The last record of each trial that ended, else its last record. Trials of unneeded replicates are left out if
+    they were given up."""
     planned = set(manifest.order)
     ended = {record.trial: record for record in records if record.settled}
     last = {
@@ -339,15 +341,15 @@ def _latest(records: Sequence[TrialRecord], manifest: Manifest) -> tuple[TrialRe
 
 
 def _measured_again(records: Sequence[TrialRecord]) -> int:
-    """Trials with records of more than one start of the same attempt; one start has several where it was written
-    while under way."""
+    """Trials with records from more than one start of the same attempt. One start can have several records, because a
+    trial is also saved while it is running."""
     starts = {(record.trial, record.attempt, record.started_unix_s) for record in records if record.status != "not_run"}
     counts = Counter((trial, attempt) for trial, attempt, _ in starts)
     return len({trial for (trial, _), count in counts.items() if count > 1})
 
 
 def is_live(path: Path, manifest: Manifest) -> bool:
-    """Whether a process is writing the run in this directory now."""
+    """Whether a process is writing the run in this directory at present."""
     return manifest.status == "running" and is_locked(path / TRIALS)
 
 
@@ -357,7 +359,7 @@ def writing(path: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def refusal_while_live(path: Path) -> str:
-    """The refusal of a second process that would write the run in this directory."""
+    """The error message for a second process that would write the run in this directory."""
     return (
         f"run {path.name}: another process is measuring it, and two would disturb each other and mix their records. "
         "Wait for it, or end it; then resume --resume."
@@ -365,22 +367,22 @@ def refusal_while_live(path: Path) -> str:
 
 
 def list_runs(folder: Path) -> list[Path]:
-    """Directories of runs, oldest first; one whose manifest is a link to nothing is among them on every Python."""
+    """Directories of runs, oldest first; on every Python version, they include runs whose manifest is a broken link."""
     found = folder.glob("*") if fileio.is_folder(folder) else ()
     return sorted(path for path in found if is_run(path))
 
 
 def is_run(path: Path) -> bool:
-    """Whether the directory of a run is there; another process may have removed it since it was listed."""
+    """Whether the directory contains a run; another process may have removed it since it was listed."""
     return os.path.lexists(path / MANIFEST)
 
 
 def measuring_time_s(records: Iterable[TrialRecord]) -> float:
-    """Seconds in which at least one of these trials was under way.
+    """Seconds in which at least one of these trials was running.
 
     Trials that took turns overlap and count once; time between trials (a pause before a run was resumed, a clock that
-    was set) does not count. Each trial's own length is by a monotonic clock, so a jump of the calendar can only part
-    what lay together: it adds one group's time at most, however far it jumped.
+    was set) does not count. The length of each trial is measured by a monotonic clock, so a jump of the wall clock can
+    only separate trials that overlapped: it adds at most the time of one group.
     """
     spans = sorted(
         (record.started_unix_s, record.started_unix_s + record.wall_time_s) for record in records if record.wall_time_s

@@ -1,4 +1,4 @@
-"""Facts that are known before anything is measured: of a worker, of the tokens of all trials, and of their bases.
+"""Facts that are known before the measurement: about a worker, the tokens of all trials, and their base models.
 
 A measuring process sends them to its parent; parts of them are in the manifest of a run.
 """
@@ -9,7 +9,7 @@ import msgspec
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a worker announces that it has imported what every trial needs."""
+    """A worker's first message, after it has imported the libraries that every trial needs."""
 
     harness: str
     """Version and content of the harness that it runs."""
@@ -22,20 +22,20 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Example(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A held-out record that is put to the model whole: its prompt, and what the record continues it with."""
+    """A held-out record that the model receives whole: its prompt and its reference answer."""
 
     prompt: str
     reference: str
 
 
 class TokenSummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Facts of the tokens of a plan; goes into every record."""
+    """Facts about a plan's tokens; part of every record."""
 
     path: str
-    """Absolute, on the machine that measures."""
+    """Absolute path on the machine that measures."""
     hash: str
     data: str
-    """Description of the records; "synthetic" where they are."""
+    """Description of the records; "synthetic" for generated ones."""
     synthetic: bool
     tokenizer_substituted: bool
     train_sequences: int
@@ -45,29 +45,29 @@ class TokenSummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Padding in one epoch of the training stream."""
     records: int
     loss_tokens: int | None = None
-    """Tokens that the loss is taken over in one epoch of the training stream; None is not counted."""
+    """Tokens in the loss, in one epoch of the training stream; None if they were not counted."""
     without_loss: int = 0
-    """Sequences that were left out because no token of an answer is in them."""
+    """Sequences that were left out because they contain no token of an answer."""
     examples: tuple[Example, ...] = ()
     """The whole prompts, in the order of their numbers."""
 
 
 class BaseSummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A base that was prepared for all processes of a run: read, converted and quantised once, if it was not kept."""
+    """A base that was prepared for all processes of a run: read, converted and quantised once, unless it was cached."""
 
     path: str
-    """Its folder, absolute, on the machine that measures."""
+    """Absolute path of its folder on the machine that measures."""
     hash: str
-    """SHA-256 of its file of tensors."""
+    """SHA-256 of its tensor file."""
     base: str
     """Description: model, type and quantisation."""
     bytes: int
-    """Size of that file."""
+    """Size of the tensor file."""
     conversions: int
-    """How often it was read from its source and converted, or drawn, for this run: once, or not where it was kept."""
+    """How often the base was read and converted, or generated, for this run: once, or 0 if it was cached."""
     quantisations: int
     """How often it was quantised for this run."""
     seconds: float
-    """Time to make it, or to find it complete."""
+    """Time to make the base, or to find a complete one in the cache."""
     load_s: float = 0.0
-    """Time to make it from its source, which a cold start must do again."""
+    """Time to make the base from its source; a cold start spends it again."""

@@ -1,8 +1,8 @@
-"""A run under way: how far each variant is, the ratios as they narrow, and the time left with its basis.
+"""Displays a run in progress: the progress of each variant, its ratio so far, and the estimated time left.
 
-Redrawn only between two commands of the parent, never while a step is timed: rich's refresh thread is off, because it
-would disturb the measurement. Without a terminal one line is printed for each trial, and one for a replicate that has
-been silent for long.
+The display is redrawn only between two commands of the parent, never during a timed step: rich's refresh thread is off,
+because it would disturb the measurement. Without a terminal, each trial prints one line, and so does a replicate that
+has been silent for long.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lorameter.verdicts.series import Series, compare_series, group_trials
 from lorameter.verdicts.validity import disturbances_of
 
 LEAST_BETWEEN_S = 0.1
-"""Seconds between two redrawings: a turn of a small model takes no longer."""
+"""Minimum seconds between two redraws, because a turn of a small model may be shorter."""
 SILENT_S = 60.0
 """Without a terminal, seconds after which the phase of a silent replicate is printed again."""
 Key = tuple[Side, str, Role]
@@ -50,11 +50,11 @@ class LiveDisplay(Display):
         self._rows: dict[Key, list[Slot]] = {}
         """The slots of each row, the control last."""
         self._phases: dict[str, str] = {}
-        """The phase of each trial that is under way."""
+        """The phase of each running trial."""
         self._records: dict[str, TrialRecord] = {}
         self._ratios: dict[Key, Comparison] = {}
         self._disturbed: Counter[str] = Counter()
-        """How many trials each kind of disturbance has met."""
+        """Number of trials affected by each kind of disturbance."""
         self._begin = self._drawn = self._printed_at = time.monotonic()
         self._now, self._phase = "", (-1, "")
 
@@ -71,7 +71,7 @@ class LiveDisplay(Display):
             self._live.stop()
 
     def starting(self, plan: Plan, run_id: str) -> None:
-        """Show the plan that begins."""
+        """Show the plan at the start of the run."""
         self._take(plan)
         self._begin = self._printed_at = time.monotonic()
         self._now = f"run {run_id}: starting the worker, preparing tokens"
@@ -98,7 +98,7 @@ class LiveDisplay(Display):
 
     def trial_phase(self, slot: Slot, phase: str) -> None:
         """Show the trial's new phase."""
-        words = COMMANDS[phase].label if phase in COMMANDS else phase  # it must not raise
+        words = COMMANDS[phase].label if phase in COMMANDS else phase  # must not raise
         self._phases[slot.trial] = words
         replicates = self._plan.study.protocol.replicates if self._plan else 0
         name = f"{slot.side} {slot.variant.name}".strip() + (" (control)" if slot.role == "control" else "")
@@ -109,9 +109,9 @@ class LiveDisplay(Display):
             self._line(f"{self._now}, after {format_duration(time.monotonic() - self._begin)}", self._left())
 
     def trial_ended(self, record: TrialRecord) -> None:
-        """Show the trial's value and how it ended, and the ratio of its variant anew."""
+        """Show the trial's value and status, and update its variant's ratio."""
         self._phases.pop(record.trial, None)
-        self._records[record.trial] = record  # one that is measured again ends twice
+        self._records[record.trial] = record  # a trial that is measured again ends twice
         on_cpu = not any(kind.startswith("device_") for kind in record.memory)
         self._disturbed.update({one.code for _, one in disturbances_of(record, on_cpu=on_cpu)})
         ended: Key = (record.side, record.name, record.role)
@@ -134,7 +134,7 @@ class LiveDisplay(Display):
             self._drawn = time.monotonic()
 
     def picture(self) -> Group:
-        """A row for each variant: trials that have ended, the last value, the ratio so far, and the phase under way."""
+        """A row for each variant: ended trials, last value, ratio so far, and current phase."""
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for head in ("", "trials", "last", "ratio so far", "now"):
             table.add_column(Text(head, style="dim"), no_wrap=True, overflow="ellipsis")
@@ -159,7 +159,7 @@ class LiveDisplay(Display):
         return Group(table, *below)
 
     def _base(self, key: Key) -> Key | None:
-        """The row that a row is compared with: the reference, or the base of an A/B, also for the control."""
+        """The row that a row is compared with: the reference, or the base of an A/B; a control has one too."""
         side, name, _ = key
         if self._plan is None or self._plan.study.protocol.mixed:
             return None
@@ -167,19 +167,19 @@ class LiveDisplay(Display):
         return None if against == key else against
 
     def _ratio(self, key: Key) -> Comparison | None:
-        """To its base, as far as both have been measured."""
+        """The comparison with its base, from the trials measured so far."""
         found = list[Series]()
         for row in (self._base(key), key):
             records = [one for one in self._records.values() if (one.side, one.name, one.role) == row]
             found += group_trials(records, row[0] if row else "").values()
         for metric in PRIMARY.values() if len(found) == 2 else ():
-            with contextlib.suppress(InvalidRunError):  # what cannot be compared yet is not shown
+            with contextlib.suppress(InvalidRunError):  # omit ratios that cannot be computed yet
                 if ratio := compare_series(found[0], found[1], metric):
                     return ratio
         return None
 
     def _left(self) -> str:
-        """The time left by the trials so far, at most what the limit of the run leaves."""
+        """The time left, estimated from the trials so far and capped by the run's time limit."""
         if self._plan is None:
             return ""
         spent, ended = time.monotonic() - self._begin, len(self._records)
@@ -196,12 +196,12 @@ class LiveDisplay(Display):
 
 
 def _join(*parts: str) -> str:
-    """The parts that are known."""
+    """Join the parts that are not empty."""
     return "; ".join(filter(None, parts))
 
 
 def _last_value(record: TrialRecord) -> str:
-    """The value shown for a trial: its step time, else a request, else its cold start; of a failed one its status."""
+    """The value shown for a trial: its step time, else a request time, else its cold start; its status if it failed."""
     if record.status != "ok":
         return record.status.replace("_", " ")
     for metric in PRIMARY.values():

@@ -1,11 +1,11 @@
-"""Reports on a terminal in colour, by rich; in a pipe as plain text.
+"""Prints reports on a terminal in colour with rich, and as plain text into a pipe.
 
-No text is read as markup, so a title such as `a [/b] c` is shown as it is, and none reaches the terminal with a
-control character in it. No word and no number is broken where there is room for the longest of them: tables give up
-columns, and prose wraps between words.
+No text is parsed as markup, so a title such as `a [/b] c` is shown unchanged, and no control character reaches the
+terminal. Words and numbers are not broken if there is room for the longest one: tables drop columns, and prose wraps
+between words.
 
-The colours for good and bad are blue and orange, which red-green colour-blind readers can distinguish, and none of
-them says what no word says.
+Good is blue and bad is orange, which red-green colour-blind readers can distinguish. A colour never carries information
+that the words do not.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ STYLES: dict[Tone, str] = {
     "command": "color(30)",
 }
 PIPED_WIDTH = 200
-"""Characters of a line where no terminal and no $COLUMNS limits it."""
+"""Characters in a line if neither a terminal nor $COLUMNS limits it."""
 VERBOSE_HINT = "--verbose shows full notices and statistics."
 _INDENT = "  "
 _CHART_WIDTH = 38
@@ -68,28 +68,28 @@ _GAP = 2
 _COMFORT = 16
 """Characters below which prose is hard to read."""
 _WHISKER_PRIORITY = 5
-"""When a narrow table drops the picture of a ratio, whose column says the same in numbers."""
+"""Priority of a ratio's picture when a narrow table drops columns; the ratio column has the same numbers."""
 _GLUE = "\ue000"
-"""Stands for a space at which no line may end, since rich breaks lines at every space of Unicode."""
+"""Replaces a space at which a line must not break, since rich breaks lines at every Unicode space."""
 _UNBREAKABLE = re.compile(
     r"(?<=\d) (?=%|(?:[mnµ]?s|min|h|[KMGT]?i?B|[kmµ]?J|W|°C)\b)|(?<=[±×]) (?=[\d.])|(?<=\w) (?=±)"
     r"|(?<=\d) (?=(?:of|to) \d)|(?<=\[)[^\[\]\n]*\d[^\[\]\n]*(?=\])"
 )
-"""Spaces of a number with its unit or with what belongs to it, and the inside of an interval."""
+"""Matches spaces between a number and its unit, and spaces inside an interval."""
 
 
 def draw_text(text: str, tone: Tone = "plain") -> Text:
-    """Outside text, shown as it is."""
+    """Text from outside the report, shown unchanged."""
     return Text(escape_control_chars(text), style=STYLES[tone])
 
 
 def _glued(text: str, tone: Tone = "plain") -> Text:
-    """The same, with no line end within a number with its unit or an interval once it is printed."""
+    """The text, with no line break between a number and its unit or inside an interval."""
     return draw_text(_UNBREAKABLE.sub(lambda found: found[0].replace(" ", _GLUE), text), tone)
 
 
 def _draw(block: Block, console: Console, *, verbose: bool) -> Iterator[RenderableType]:
-    """What to print for a block, from its first line to its last; `verbose` expands collapsed blocks."""
+    """The renderables of a block, in order; `verbose` expands collapsed blocks."""
     if isinstance(block, Line):
         yield from _paragraphs([block], console)
     elif isinstance(block, Section):
@@ -112,7 +112,7 @@ def _draw(block: Block, console: Console, *, verbose: bool) -> Iterator[Renderab
 
 
 def _paragraphs(lines: Sequence[Line], console: Console, *, cut: bool = False) -> Iterator[RenderableType]:
-    """Each wrapped between words, with a hanging indent after the labels; `cut`: each in one line of a terminal."""
+    """Each line wrapped between words, with a hanging indent after its label; with `cut`, cut to one terminal line."""
     widest = max((cell_len(escape_control_chars(line.label)) for line in lines), default=0)
     for line in lines:
         before = (len(_INDENT) if line.indented else 0) + (widest + len(_INDENT) if widest else 0)
@@ -131,7 +131,7 @@ def _paragraphs(lines: Sequence[Line], console: Console, *, cut: bool = False) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Column:
-    """A column as it is drawn: of a ratio once in numbers and once as whiskers."""
+    """A column as drawn; a ratio becomes two columns, one with numbers and one with whiskers."""
 
     head: ColumnHeader
     place: int
@@ -139,16 +139,16 @@ class _Column:
     texts: tuple[Text, ...]
     priority: int
     longest: int
-    """Characters of its longest word or number, its head included."""
+    """Characters of its longest word or number, including the header."""
     least: int
-    """Characters at which it is easy to read."""
+    """Minimum characters for easy reading."""
     natural: int
-    """Characters at which nothing wraps."""
+    """Characters needed to avoid wrapping."""
 
 
 def _table(table: Table, console: Console) -> Iterator[RenderableType]:
-    """With each row on a line where there is room for all columns, else with intervals below their values and without
-    the columns that do not fit."""
+    """A table with one line a row if all columns fit; otherwise intervals go below their values, and columns that do
+    not fit are dropped."""
     if table.title:
         yield _glued(table.title, "strong")
     columns = list(_columns(table, stacked=False))
@@ -190,7 +190,7 @@ def _columns(table: Table, *, stacked: bool) -> Iterator[_Column]:
 
 
 def _joined(table: Table, row: Row, place: int) -> Cell:
-    """The cell, with the verdict of the column that joins it."""
+    """The cell, followed by the verdict of the column that is joined to it."""
     cell, after = row.cells[place], place + 1
     if after == len(table.heads) or not table.heads[after].joins_left:
         return cell
@@ -198,7 +198,7 @@ def _joined(table: Table, row: Row, place: int) -> Cell:
 
 
 def _cell(cell: Cell, *, stacked: bool) -> Text:
-    """The parts on one line; stacked, the interval is on a line of its own below the verdict."""
+    """The parts of a cell on one line; if stacked, the interval is on its own line below the verdict."""
     interval: tuple[str, str, Tone] = ("\n" if stacked else " ", cell.interval, "faint")
     verdict: tuple[str, str, Tone] = (" ", cell.verdict_text or cell.verdict, tone_of(cell.verdict))
     others: tuple[tuple[str, str, Tone], ...] = ((" ", cell.detail, "faint"), (" ", cell.command, "command"))
@@ -216,7 +216,8 @@ def _cell(cell: Cell, *, stacked: bool) -> Text:
 
 
 def _grid(table: Table, columns: Sequence[_Column], console: Console) -> RichTable:
-    """The columns, each as wide as it must be; the rest is distributed over those that lack room, in proportion."""
+    """The table, with each column at its minimum width; the remaining width is divided among narrow columns in
+    proportion to what they lack."""
     roomy = _total(columns) <= console.width
     widths = [column.least if roomy else column.longest for column in columns]
     lacks = [column.natural - width for column, width in zip(columns, widths, strict=True)]
@@ -242,7 +243,7 @@ def _grid(table: Table, columns: Sequence[_Column], console: Console) -> RichTab
 
 
 def _records(table: Table, console: Console) -> Iterator[RenderableType]:
-    """The rows below each other, for a terminal that is narrower than the required columns."""
+    """The rows one below the other, for a terminal narrower than the required columns."""
     for row in table.rows:
         cells = zip(table.heads, row.cells, strict=True)
         yield from _paragraphs([say(cell.words, label=head.text) for head, cell in cells if cell.words], console)
@@ -250,12 +251,12 @@ def _records(table: Table, console: Console) -> Iterator[RenderableType]:
 
 
 def _tone(row: Row, place: int) -> Tone:
-    """That of the first verdict from the ratio on."""
+    """The tone of the first verdict at or after the ratio column."""
     return next((tone_of(cell.verdict) for cell in row.cells[place:] if cell.verdict), "plain")
 
 
 def _chart_group(group: ChartGroup, console: Console) -> Iterator[RenderableType]:
-    """Charts side by side, as many as there is room for."""
+    """Charts in rows, with as many side by side as fit."""
     yield draw_text(group.title, "strong")
     if not console.encoding.lower().startswith("utf"):
         yield from _paragraphs([say("charts are drawn where the terminal takes UTF-8")], console)
@@ -275,8 +276,7 @@ def _panel(panel: Panel) -> RichPanel:
 
 
 def console_for(file: object | None = None, *, stderr: bool = False) -> Console:
-    """A console that knows whether it is a terminal. Otherwise the text is plain, and as wide as $COLUMNS says, else
-    `PIPED_WIDTH`."""
+    """A console that detects a terminal. Otherwise its text is plain, as wide as $COLUMNS or else `PIPED_WIDTH`."""
     console = Console(file=file, stderr=stderr, highlight=False)  # type: ignore[arg-type]
     if not console.is_terminal:
         width = None if os.environ.get("COLUMNS", "").isdigit() else PIPED_WIDTH
@@ -313,7 +313,7 @@ def _begins_part(block: Block, before: Block) -> bool:
 
 
 def _last(document: Document) -> Iterator[Section]:
-    """The blocks that are repeated below a report, so that a reader of a long one need not scroll up."""
+    """The blocks repeated below a report, so that a reader of a long report need not scroll up."""
     for block in document:
         if isinstance(block, Section) and block.last:
             yield block
@@ -329,7 +329,7 @@ def _last(document: Document) -> Iterator[Section]:
 
 
 def text_of(document: Document, *, width: int, coloured: bool, verbose: bool = False) -> str:
-    """A report as the text that a terminal of that width would be sent."""
+    """A report as text for a terminal of the given width."""
     text = io.StringIO()
     colours: Literal["auto"] | None = "auto" if coloured else None
     console = Console(file=text, force_terminal=coloured, color_system=colours, width=width, highlight=False)

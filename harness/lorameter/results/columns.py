@@ -1,7 +1,7 @@
-"""The columns of the four tables of a run: name, type and meaning.
+"""The columns of a run's four tables: name, type and meaning.
 
-DataFrames and files have the same columns. Units are base units and part of the name; where a column holds several
-metrics, the column `unit` has the unit of each row (`s`, `byte`, `1/s`, `J`, `1`).
+DataFrames and files have the same columns. Units are base units and part of the name; if a column holds several
+metrics, the column `unit` gives the unit of each row (`s`, `byte`, `1/s`, `J`, `1`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lorameter.studies.workload import OF_VARIANTS, Workload
 Kind = Literal["text", "count", "number", "flag"]
 TableName = Literal["trials", "samples", "estimates", "comparisons"]
 DTYPES: Mapping[Kind, str] = {"text": "string", "count": "Int64", "number": "float64", "flag": "boolean"}
-"""The pandas dtype of each kind of column; a missing value is NA, that of a number NaN."""
+"""The pandas dtype of each kind of column; a missing value is NA, a missing number NaN."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +44,9 @@ _UNIT = _column("unit", "text", "unit of the values in this row")
 _INTERLEAVING = _column("interleaving", "text", "how the trials alternated with those that they are compared with")
 
 _KINDS: Mapping[Any, Kind] = {int: "count", float: "number", bool: "flag"}
-"""Kinds of fields by their types; all other fields are texts."""
+"""Kind of a field by its type; all other fields are text."""
 _NO_SETTINGS = ("name", "cwd", "env", "python", "method", "peft")
-"""Fields of a variant that are no columns: its label, the folder of its command, and contents of other columns."""
+"""Fields of a variant that have no column: its label, the folder of its command, and contents of other columns."""
 
 
 def _settings(cls: type, prefix: str, names: Iterable[str], description: str) -> tuple[FrameColumn, ...]:
@@ -79,8 +79,8 @@ SETTINGS = (
     _column("dirty", "flag", "whether the repository had changes that were not committed"),
     *(_column(name, "text", f"version of {name}; of an A/B the side's") for name in MAIN_LIBRARIES),
 )
-"""The last columns of `trials` and `estimates`. Settings that are not read, as `double_quant` without a 4-bit base or
-all of a variant that is a command, are missing."""
+"""The last columns of `trials` and `estimates`. A setting that has no effect is missing, such as `double_quant` without
+a 4-bit base, or all settings of a variant that is a command."""
 
 TABLES: Mapping[TableName, tuple[FrameColumn, ...]] = {
     "trials": (
@@ -167,7 +167,7 @@ TABLES: Mapping[TableName, tuple[FrameColumn, ...]] = {
         _INTERLEAVING,
     ),
 }  # fmt: skip
-"""The columns of each table, in their order."""
+"""The columns of each table, in order."""
 
 
 def names_of(table: TableName) -> tuple[str, ...]:

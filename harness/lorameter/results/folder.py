@@ -1,4 +1,4 @@
-"""Every run of a folder, one after the other, for `list runs`, `history` and `lorameter.load_all`."""
+"""Reads all runs of a folder one by one, for `list runs`, `history` and `lorameter.load_all`."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ T = TypeVar("T")
 
 
 def read_each(runs: Path, read: Callable[[Run], T]) -> Iterator[tuple[Path, T | None, str]]:
-    """Each run of a folder by name, then each packed one: its path, its content, and the error where it cannot be read.
+    """Read each run of a folder by name, then the packed runs; yields path, content, and the error for an unreadable
+    run.
 
-    A run that is removed meanwhile is left out.
+    A run that is removed during the reading is left out.
 
     Args:
         runs: the folder of runs.
-        read: what to take of a run. The run itself is not kept.
+        read: extracts the content of a run, which is then freed.
     """
     for path in (*store.list_runs(runs), *list_packed(runs)):
         content, error = None, ""
         try:
             content = read(store.read_run(str(path), path.parent))
-        except (LorameterError, UnicodeError) as unreadable:  # it must not hide the others
+        except (LorameterError, UnicodeError) as unreadable:  # one unreadable run must not hide the others
             error = str(unreadable)
         if fileio.is_file(path) or store.is_run(path):
             yield path, content, error
@@ -74,7 +75,7 @@ def _row_of(run: Run) -> dict[str, Any]:
 
 
 def _verdict_of(run: Run) -> str:
-    """valid or invalid; of an A/B its worst verdict."""
+    """ "valid" or "invalid"; for an A/B run, its worst verdict."""
     if not run.manifest.sides:
         return "valid" if run_validity(run, read_study(run)).valid else "invalid"
     verdicts = [compared.verdict for compared in report_of(run).comparisons]

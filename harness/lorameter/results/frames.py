@@ -1,6 +1,6 @@
 """Runs as pandas DataFrames: `lorameter.load(run)` of one, `lorameter.load_all(folder)` of all in a folder.
 
-Nothing is computed here: the rows are those of the reports, and an absent value is missing.
+This module computes nothing: the rows are those of the reports, and an absent value is missing.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ Tables: TypeAlias = dict[TableName, list[Row]]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Frames:
-    """The tables of one run, or of several below each other. docs/results.md says every column."""
+    """The tables of one run, or of several runs concatenated. docs/results.md describes every column."""
 
     trials: pd.DataFrame
-    """A row for each trial, whether it counts or not."""
+    """A row for each trial, including trials that do not count."""
     samples: pd.DataFrame
-    """A row for each raw value: long form."""
+    """A row for each raw value, in long form."""
     estimates: pd.DataFrame
     """A row for each metric of a variant, with its interval over replicates."""
     comparisons: pd.DataFrame
     """A row for each verdict, as in the report."""
     unreadable: Mapping[str, str] = field(default_factory=dict)
-    """Why runs are not in the tables, by the names of their folders."""
+    """Why a run is not in the tables, by folder name."""
 
     def __repr__(self) -> str:
-        """How many rows each table has."""
+        """The number of rows of each table."""
         sizes = [f"{name}: {len(getattr(self, name))}" for name in TABLES]
         skipped = [f"unreadable: {len(self.unreadable)}"] if self.unreadable else []
         return f"Frames({', '.join([*sizes, *skipped])})"
@@ -51,20 +51,20 @@ def load(run: str | Path, runs_dir: str | Path | None = None) -> Frames:
 
     Args:
         run: a run id, a run directory, or a file that `lorameter pack` made.
-        runs_dir: where ids are looked for; default: $LORAMETER_RUNS or ./.lorameter/runs.
+        runs_dir: the folder in which ids are looked up; default: $LORAMETER_RUNS or ./.lorameter/runs.
 
     Raises:
         lorameter.errors.UsageError: no such run, or one that cannot be read.
-        lorameter.errors.InvalidRunError: samples that have no number.
+        lorameter.errors.InvalidRunError: samples that are not numbers.
     """
     return _frames([_tables_of(store.read_run(str(run), _folder(runs_dir)))], {})
 
 
 def load_all(folder: str | Path | None = None) -> Frames:
-    """The tables of all runs in a folder, below each other, by the names of their folders; then those that are packed.
+    """The tables of all runs in a folder, concatenated in the order of the folder names; packed runs come last.
 
-    A run that cannot be read is left out, with a warning, and is listed with the reason in `unreadable`: it must not
-    hide the others.
+    An unreadable run is left out with a warning, so that it does not hide the others, and is listed with the reason in
+    `unreadable`.
 
     Args:
         folder: default: $LORAMETER_RUNS or ./.lorameter/runs.

@@ -23,11 +23,11 @@ from lorameter.verdicts.baselines import deciding, read_baselines
 _AGE = re.compile(r"(\d{1,6})([hdw])")
 _UNITS_S = {"h": 3600, "d": 86400, "w": 7 * 86400}
 _REMOVED = ".removed-"
-"""Begins the names of folders that hold a run while it is deleted. No command lists what is in them."""
+"""Prefix of folders that hold a run while it is deleted. No command lists their contents."""
 
 
 class PruneDecision(msgspec.Struct, frozen=True, kw_only=True):
-    """A run that is removed, or that is kept for a reason: `why`."""
+    """The decision to remove a run, or to keep it for a reason: `why`."""
 
     run: str
     path: str
@@ -38,7 +38,7 @@ class PruneDecision(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Pruned(NamedTuple):
-    """The runs that are removed, those that were selected or cannot be read but stay, and how many are kept."""
+    """The removed runs, the selected or unreadable runs that stay, and the number of runs kept."""
 
     removed: list[PruneDecision]
     staying: list[PruneDecision]
@@ -54,7 +54,7 @@ def parse_age(text: str) -> float:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of all files of a run; files that are removed meanwhile count as nothing."""
+    """Bytes of all files of a run; files that are removed during the count are ignored."""
     files = [Path(folder, name) for folder, _, names in os.walk(path) for name in names] if path.is_dir() else [path]
     total = 0
     for file in files:
@@ -70,7 +70,7 @@ def prune(
     older_s: float | None = None,
     dry_run: bool = False,
 ) -> Pruned:
-    """Remove runs of a folder, under the lock under which baselines are accepted.
+    """Remove runs of a folder, while holding the lock under which baselines are accepted.
 
     Args:
         runs: the folder of runs; packed runs in it are kept.
@@ -94,7 +94,7 @@ def prune(
             if not one.study or not (is_newest or one.created_unix_s >= begun_before):
                 selected.append(one)
         if not dry_run:
-            for left in runs.glob(f"{_REMOVED}*"):  # by a removal that was killed
+            for left in runs.glob(f"{_REMOVED}*"):  # from a removal that was killed
                 shutil.rmtree(left, ignore_errors=True)
         for one in reversed(selected):
             why = one.why or ("" if dry_run else _remove(Path(one.path)))
@@ -103,7 +103,7 @@ def prune(
 
 
 def _decide(runs: Path) -> Iterator[PruneDecision]:
-    """Each run of a folder, with the reason why it must stay; one that cannot be read is of no study."""
+    """Each run of a folder, with the reason why it must stay; an unreadable run belongs to no study."""
     accepted = {baseline.run for baseline in read_baselines(runs).baselines}
     for path in store.list_runs(runs):
         one = PruneDecision(run=path.name, path=str(path), size_bytes=size_of(path))
@@ -119,7 +119,7 @@ def _decide(runs: Path) -> Iterator[PruneDecision]:
 
 
 def _reason_to_keep(path: Path, manifest: Manifest, accepted: Collection[str]) -> str:
-    """Why a run may not be removed; empty where it may."""
+    """Why a run must not be removed; empty if it may be."""
     if path.name in accepted or manifest.run in accepted:
         return "it is an accepted baseline"
     if store.is_live(path, manifest):
@@ -128,8 +128,8 @@ def _reason_to_keep(path: Path, manifest: Manifest, accepted: Collection[str]) -
 
 
 def _remove(path: Path) -> str:
-    """Remove a run; why it could not be removed, else an empty text. It is renamed first, so that it is there
-    in whole or not at all."""
+    """Remove a run; returns why it could not be removed, else an empty text. The run is renamed first, so that it is
+    either complete or gone."""
     try:
         with store.writing(path):
             moved = Path(tempfile.mkdtemp(prefix=_REMOVED, dir=path.parent))

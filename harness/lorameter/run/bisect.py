@@ -1,10 +1,9 @@
-"""Finds the step that made a candidate slower, by bisection: each comparison with the good end halves the steps left.
+"""Finds the step that made a candidate slower by bisection: each comparison with the good end halves the open steps.
 
-A step lies on one side or the other of the middle of the whole effect, on the log scale: `slow` if the interval of its
-ratio to the good end lies above it, `fast` if below. So a step differs from its neighbours by half of what is sought,
-and small steps elsewhere do not mislead the search. An interval that contains the middle is inconclusive: the same
-comparison is measured again, in a run of its own, with more replicates. A candidate that stays inconclusive is named,
-and the search continues around it.
+A candidate is classified by half of the whole effect, on the log scale: `slow` if the interval of its ratio to the good
+end is above that value, `fast` if the interval is below. This threshold is far from both ends, so small steps elsewhere
+do not mislead the search. An interval that contains the threshold is inconclusive: the comparison is measured again in
+a new run with more replicates. A candidate that stays inconclusive is reported, and the search continues around it.
 
 With n steps and every answer clear, the bad end and the halving take 1 + log2(n) comparisons, rounded up.
 """
@@ -37,17 +36,17 @@ if TYPE_CHECKING:
 
 
 MOST_TIMES = 4
-"""At most so many times the replicates are spent on an inconclusive comparison."""
+"""Maximum factor by which an inconclusive comparison multiplies the replicates."""
 Side = Literal["slow", "fast", "open", "not measured"]
 Compare = Callable[[str, int], Comparison]
-"""The comparison of a candidate with the good end, in so many replicates."""
+"""Compares a candidate with the good end, using the given number of replicates."""
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One state of the code or of a library: a revision, or requirements."""
 
     spec: str
-    """The word for it on the command line of `lorameter ab`."""
+    """Its argument on the command line of `lorameter ab`."""
     label: str
 
 
@@ -55,7 +54,7 @@ class Look(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """One comparison of one candidate with the good end."""
 
     place: int
-    """Among the candidates; 0 is the good end."""
+    """Index among the candidates; 0 is the good end."""
     label: str
     side: Side
     comparison: Comparison
@@ -67,15 +66,15 @@ class Bisection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     looks: tuple[Look, ...]
     """Comparisons in their order."""
     before: Candidate | None = None
-    """The last candidate that is known to be fast; None where there is nothing to find."""
+    """The last candidate known to be fast; None if no step was searched for."""
     culprit: Candidate | None = None
-    """The first that is known to be slow."""
+    """The first candidate known to be slow."""
     between: tuple[Candidate, ...] = ()
-    """Candidates between them, which are inconclusive; empty where the step is found."""
+    """Inconclusive candidates between `before` and `culprit`; empty if the step is found."""
     ratio: float | None = None
-    """The culprit over the one before it."""
+    """Ratio of the culprit to the candidate before it."""
     low: float | None = None
-    """Lower end of its interval, of both comparisons together."""
+    """Lower end of the ratio's interval, from both comparisons."""
     high: float | None = None
     share: float | None = None
     """Share of the whole effect, on the log scale."""
@@ -83,17 +82,17 @@ class Bisection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     @property
     def found(self) -> bool:
-        """Whether it is one step."""
+        """Whether the slow-down is traced to a single step."""
         return self.culprit is not None and not self.between
 
 
 def bisect(candidates: Sequence[Candidate], compare: Compare, *, replicates: int) -> Bisection:
-    """Find the step that made it slower.
+    """Find the step that made the candidate slower.
 
     Args:
         candidates: in order, the good end first and the bad end last.
         compare: measures a candidate's spec against the good end.
-        replicates: of a comparison; up to `MOST_TIMES` as many where it is inconclusive.
+        replicates: number for one comparison; an inconclusive one gets up to `MOST_TIMES` times as many.
 
     Raises:
         ValueError: fewer than two candidates.
@@ -163,7 +162,7 @@ def _judge_end(comparison: Comparison) -> Side:
 
 
 def _judge_middle(comparison: Comparison, middle: float) -> Side:
-    """On which side of the middle of the effect, a log ratio, all of the interval is."""
+    """Whether the whole interval is above or below the middle of the effect, a log ratio."""
     if comparison.low is not None and comparison.low > 0 and math.log(comparison.low) > middle:
         return "slow"
     if comparison.high is not None and comparison.high > 0 and math.log(comparison.high) < middle:
@@ -172,7 +171,7 @@ def _judge_middle(comparison: Comparison, middle: float) -> Side:
 
 
 def _log_ratio(comparison: Comparison | None) -> tuple[float, float]:
-    """The logarithm of a ratio, and half its interval to the farther end; zeros for the good end itself (None)."""
+    """The logarithm of a ratio, and its distance to the farther end of the interval; zeros for the good end (None)."""
     if comparison is None or comparison.ratio is None:
         return 0.0, 0.0
     ratio, low, high = comparison.ratio, comparison.low, comparison.high
@@ -189,7 +188,7 @@ def list_steps(good: str, bad: str, repository: Path) -> tuple[Candidate, ...]:
 
     Args:
         good: a git revision, or requirements such as "peft==0.19.0".
-        bad: of the same kind, later.
+        bad: a later revision, or later requirements.
         repository: a folder in the repository of the revisions.
 
     Raises:
@@ -209,11 +208,11 @@ def list_steps(good: str, bad: str, repository: Path) -> tuple[Candidate, ...]:
 
 
 def find_measured(plan: Plan, runs: Path) -> Run | None:
-    """The newest A/B of this plan that is complete and of this machine; None if there is none.
+    """The newest complete A/B run of this plan on this machine; None if there is none.
 
     Args:
-        plan: as it would be measured now.
-        runs: the folder of runs; what cannot be read there is skipped.
+        plan: the plan to look for.
+        runs: the folder of runs; unreadable runs are skipped.
     """
     wanted = (codec.to_json(plan.study), plan.phases, tuple(variant.name for variant in variants_of(plan.arms)))
     device, sides = probe_machine().device_name, {name: side.to_json() for name, side in plan.sides.items()}
@@ -298,6 +297,6 @@ def _versions(name: str, first: Version, last: Version) -> list[Version]:
         raise UsageError(f"bisect: pip cannot list the releases of {name}: {reason}. Check the name and its index.")
     versions: list[Version] = []
     for word in listed[1].split(","):
-        with contextlib.suppress(InvalidVersion):  # from before PEP 440
+        with contextlib.suppress(InvalidVersion):  # releases from before PEP 440
             versions.append(Version(word.strip()))
     return sorted(versions)

@@ -1,9 +1,9 @@
-"""Signals that stop a run: INT (Ctrl-C), TERM (SLURM, `timeout`, `docker stop`) and HUP (a closed terminal) alike.
+"""Handles signals that stop a run: INT (Ctrl-C), TERM (SLURM, `timeout`, `docker stop`) and HUP (a closed terminal).
 
 A run that is stopped ends its trials, saves their records, cleans up and prints how to resume it. A second Ctrl-C
-during that would lose what the first one saves. So a signal raises only inside blocks that a process waits in
-(`interruptible`); between them it is stored, and the next such block does not begin. After it has been raised, later
-signals are ignored. KILL ends the run at once, and the next run removes what is left.
+during the cleanup would lose those records. So a signal raises an exception only inside `interruptible` blocks, in
+which the process waits; elsewhere it is stored, and the next `interruptible` block raises it at its start. After that,
+later signals are ignored. KILL ends the run at once, and the next run removes leftover files.
 
 A signal that was ignored from the start, as HUP under `nohup`, stays ignored.
 """
@@ -25,7 +25,7 @@ class StopRequested(KeyboardInterrupt):
 
 
 class InterruptHandler:
-    """Handles the signals inside a `with` block; one that no `interruptible` block has raised is raised at its end.
+    """Handles signals inside a `with` block; a signal that no `interruptible` block has raised is raised at its end.
 
     Python runs signal handlers in the main thread; in another thread this does nothing.
     """
@@ -54,7 +54,7 @@ class InterruptHandler:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """A block in which a signal raises `StopRequested` at once; one that came before it raises it at the start."""
+        """A block in which a signal raises `StopRequested` at once; an earlier signal raises it at the start."""
         if self._received is not None and not self._raised:
             self._raise()
         self._waiting = True

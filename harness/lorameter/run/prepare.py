@@ -1,9 +1,9 @@
-"""Prepares a run before anything is measured: tokens, workers, bases, and what the requests of its trials share.
+"""Prepares a run before the measurement: tokens, workers, bases, and the data shared by the requests of its trials.
 
-The order is that of cost: tokens are made while the workers import, and what cannot be measured is refused before a
-base is read. Each base is prepared once, for every process that will map it. A base that cannot be prepared does not
-end the run: its trials make theirs themselves, on both sides of an A/B alike. Bases that no run has used for a month
-are then removed from the disk, and those used longest ago where all together are too large.
+Cheap parts come first: tokens are made while the workers import, and variants that cannot be measured are refused
+before a base is read. Each base is prepared once, and every process that needs it maps it. A base that cannot be
+prepared does not end the run: each trial then makes its own, on both sides of an A/B alike. Finally, bases that no run
+has used for a month are removed from the disk, and the least recently used ones if the cache is too large.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lorameter.studies.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
-    """The parts that all requests of a run share; paths are those of the machine that measures."""
+    """The data that all requests of a run share; paths are on the machine that measures."""
 
     device: str
     threads: int
@@ -39,10 +39,10 @@ class RunContext:
     max_parallel: int = 1
     """Processes that may work at once while nothing is timed."""
     own: Mapping[Workload, RunContext] = field(default_factory=dict)
-    """The same for other workloads than the study's."""
+    """Contexts of workloads other than the study's."""
 
     def of(self, workload: Workload) -> RunContext:
-        """The context of the requests on this workload."""
+        """The context of requests on this workload."""
         return self.own.get(workload, self)
 
 
@@ -80,7 +80,7 @@ def request_of(plan: Plan, slot: Slot, context: RunContext, place: TrialFiles) -
 
 
 def script_request_of(plan: Plan, slot: Slot, context: RunContext, place: TrialFiles) -> ScriptRequest:
-    """The same of a script's trial."""
+    """The request with which a worker prepares a script's trial."""
     assert isinstance(slot.variant, ScriptVariant)
     return ScriptRequest(variant=slot.variant, **_common_request(plan, slot, context, place))
 
@@ -93,7 +93,7 @@ def _common_request(plan: Plan, slot: Slot, context: RunContext, place: TrialFil
         "replicate": slot.replicate,
         "seed": slot.seed,
         "workload": slot.workload,
-        "protocol": study.protocol.here(),  # a worker does not need where others run
+        "protocol": study.protocol.here(),  # a worker does not need the sites of others
         "interleaving": slot.interleaving,
         "measures": slot.measures,
         "slowdown_rows": slot.arm.slowdown_rows,
@@ -119,7 +119,7 @@ class Bases:
 
     @property
     def load_s(self) -> float:
-        """Mean seconds in which a process makes a base for itself."""
+        """Mean seconds that a process needs to make its own base."""
         return sum(one.load_s for one in self.summaries) / max(1, len(self.summaries))
 
 
@@ -127,7 +127,7 @@ def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, li
     """Have each executor of a plan prepare the bases of its trials.
 
     Raises:
-        SystemLimitError: the system refuses memory or disk for one.
+        SystemLimitError: there is not enough memory or disk space for a base.
         InvalidRunError: no process can be started.
     """
     if plan.study.of_scripts:
@@ -170,29 +170,29 @@ class Ready:
     """The answers of the executors of a plan."""
 
     hellos: dict[str, WorkerInfo]
-    """Hellos by executor, that of the tokens first."""
+    """First messages by executor; the executor that makes the tokens comes first."""
     tokens: dict[Workload, TokenSummary]
     bases: Bases
 
     @property
     def hello(self) -> WorkerInfo:
-        """The hello of the first executor."""
+        """The first message of the first executor."""
         return next(iter(self.hellos.values()))
 
 
 def prepare_run(plan: Plan, executors: Mapping[str, Executor], display: Display) -> tuple[Ready, RunContext]:
-    """Prepare everything that the trials of a plan need, with executors that are started; the first prepares all
-    tokens.
+    """Prepare everything that the trials of a plan need, with executors that are already started; the first one
+    prepares all tokens.
 
     Args:
-        plan: what will be measured.
+        plan: the plan of the run.
         executors: by name.
         display: receives a description of the user's data, and each base that is made.
 
     Raises:
-        UsageError: data that cannot be read.
-        InvalidRunError: a worker that cannot measure these variants.
-        SystemLimitError: the system refuses memory or disk for a base.
+        UsageError: the data cannot be read.
+        InvalidRunError: a worker cannot measure these variants.
+        SystemLimitError: there is not enough memory or disk space for a base.
     """
     first = next(iter(executors.values()))
     tokens = {workload: first.prepare_tokens(workload) for workload in plan.workloads}
@@ -214,7 +214,7 @@ def prepare_run(plan: Plan, executors: Mapping[str, Executor], display: Display)
 
 
 def max_parallel(plan: Plan, executors: Mapping[str, Executor]) -> int:
-    """The number of trials that may work at once while nothing is timed; each rank of a trial has its own threads."""
+    """The number of trials that may run at once while nothing is timed; each rank of a trial has its own threads."""
     threads = max(slot.workload.threads * slot.workload.ranks for slot in plan.slots)
     return min(executor.max_parallel(threads) for executor in executors.values())
 

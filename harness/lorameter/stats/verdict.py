@@ -1,8 +1,9 @@
-"""The verdict: what it can be, and the rule that gives it.
+"""The verdict of a comparison: its values, and the rule that decides it.
 
-`regressed` and `improved` ask for an interval wholly beyond the tolerance, not for a difference from zero: a real
+`regressed` and `improved` require an interval wholly beyond the tolerance, not just a difference from zero: a real
 slow-down of 0.2 % is not worth an alarm. `equivalent` is a finding of its own, by two one-sided tests (Schuirmann
-1987): the (1 - 2 alpha) interval lies inside the margin. What is left is `inconclusive`; silence is not equality.
+1987): the (1 - 2 alpha) interval lies inside the margin. Everything else is `inconclusive`: the absence of a detected
+difference does not prove equality.
 
 Both limits are ratios and symmetric on the log scale: a tolerance of 1 % means above 1.01 and below 1/1.01 (0.9901), a
 margin of 5 % means between 1/1.05 and 1.05. So a verdict does not depend on which side is called the base.
@@ -26,33 +27,33 @@ Verdict = Literal["improved", "regressed", "equivalent", "inconclusive", "invali
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """A candidate against a base. Nothing in it is NaN or infinite: what cannot be had is None; the reason says why."""
+    """A candidate compared with a base. No value is NaN or infinite: a missing value is None, and `reason` says why."""
 
     verdict: Verdict
     ratio: float | None
-    """Candidate over base: 1.0 = equal, above = worse. None only where the base is zero (bytes)."""
+    """Candidate over base: 1.0 = equal, above = worse. None only if the base is zero (bytes)."""
     low: float | None
     """Lower end of the (1 - alpha/family) interval of the ratio; None with one replicate."""
     high: float | None
-    """Upper end; None with one replicate, or where it is larger than a float holds."""
+    """Upper end; None with one replicate, or if it exceeds the range of a float."""
     reason: str
-    """One sentence for people: what decided, with the numbers."""
+    """One sentence for users that explains the verdict, with the numbers."""
     replicates: int
     """Pairs of trials, or the smaller number of trials where the sides are not paired."""
     replicates_needed: int | None
-    """Replicates in all (not further ones) for 80 % power at the scatter seen; None if no number would do."""
+    """Replicates in total (not additional ones) for 80 % power at the observed scatter; None if no number suffices."""
     mde80: float | None
     """Smallest slow-down (fraction) that this many replicates would have called `regressed` with 80 % power."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerdictRule:
-    """The limits of one comparison. Raises ValueError naming the limit that makes no sense."""
+    """The limits of one comparison. Raises ValueError that names an invalid limit."""
 
     tolerance: float = 0.01
     """Smallest slow-down worth an alarm, a fraction >= 0."""
     margin: float = 0.05
-    """Within it two things count as equal, a fraction > 0."""
+    """Two values within it count as equal, a fraction > 0."""
     alpha: float = 0.05
     """Two-sided error rate of the interval, before `family`; each of the two one-sided equivalence tests has it too."""
     family: int = 1
@@ -82,9 +83,10 @@ class VerdictRule:
         return math.log1p(self.margin)
 
     def judge(self, log_ratio: float, half_width: float, equivalence_half_width: float) -> Verdict:
-        """The verdict on a log ratio, from half its (1 - alpha/family) and half its (1 - 2 alpha) interval.
+        """The verdict on a log ratio, from the half-widths of its (1 - alpha/family) and (1 - 2 alpha) intervals.
 
-        `family` does not widen the second: calling too much equal is an error of each comparison, not of the family.
+        `family` does not widen the second interval: a false `equivalent` is an error of one comparison, not of the
+        family.
         """
         if log_ratio - half_width > self.log_tolerance:
             return "regressed"
@@ -100,6 +102,6 @@ def _is_count(value: object) -> bool:
 
 
 def checked_alpha(alpha: float) -> None:
-    """Raises ValueError unless 0 < alpha < 1."""
+    """Raise ValueError unless 0 < alpha < 1."""
     if checked_number("alpha", alpha, at_least=0, strictly=True) >= 1:
         raise ValueError(f"alpha is {alpha!r}: pass an error rate between 0 and 1, such as 0.05")

@@ -4,7 +4,7 @@ Importing torch, transformers, peft and bitsandbytes takes seconds and does not 
 once; every trial then starts in milliseconds in an interpreter that has run no model. The zygote must have one thread
 when it forks (a BLAS thread would leave the child with a locked mutex) and must never have used the device.
 
-Its commands are `fork`, which is followed by the descriptor of the new process's connection, and `reap`.
+Its commands are `fork`, followed by the file descriptor of the new process's connection, and `reap`.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ from lorameter.records.worker_info import WorkerInfo
 from lorameter.trial.serve import serve
 
 PRELOAD = ("torch", "transformers", "peft", "bitsandbytes", "lorameter.trial.trial")
-"""Modules of every trial."""
+"""Modules that every trial imports."""
 LAZY = (
     *(family.module for family in FAMILIES.values() if family.preloaded),
     "transformers.generation.utils",
 )
-"""Submodules that the libraries load at first use, in addition to PEFT's (`peft_methods.LAZY`). Otherwise their import
-would be in each trial's load or first step."""
+"""Submodules that the libraries load at first use, in addition to PEFT's (`peft_methods.LAZY`). Without this, each
+trial would import them during its load or first step."""
 
 
 def import_libraries() -> None:
-    """Import the modules of every trial. The collector is off meanwhile, since it would take a fifth of the time, and
-    ignores the imported objects afterwards."""
+    """Import the modules of every trial. Garbage collection is off during the imports, since it would take a fifth of
+    the time, and ignores the imported objects afterwards."""
     gc.disable()
     with _capability_from_nvml():
         for name in PRELOAD:
             importlib.import_module(name)
-    from lorameter.trial.building import peft_methods  # loads PEFT, so not before
+    from lorameter.trial.building import peft_methods  # imports PEFT, so not at module level
 
     for name in (*LAZY, *peft_methods.LAZY):
         with contextlib.suppress(ImportError):  # an optimisation: a library may rename its submodules
             importlib.import_module(name)
-    gc.freeze()  # the collector would otherwise write to shared pages in every child
+    gc.freeze()  # garbage collection would otherwise write to shared pages in every child
     gc.enable()
 
 
@@ -65,7 +65,7 @@ def zygote(control: Connection) -> None:
     import_libraries()
     worker = _describe(time.perf_counter() - begin)
     wire.send(control, wire.Hello(harness=worker.harness, worker=worker))
-    outlive_parent()  # a closed connection ends this process from now on, after its children
+    outlive_parent()  # from now on, a closed connection ends this process after its children
     children: set[int] = set()
     try:
         while True:
@@ -88,7 +88,7 @@ REAP_TIMEOUT_S = 20.0
 
 
 def _reap(pid: int) -> int | None:
-    """Exit status of a child that is ending; None if it does not end in time."""
+    """Exit status of a child that is ending; None if it does not end within the timeout."""
     ended = os.pidfd_open(pid)
     try:
         if not wait([ended], REAP_TIMEOUT_S):
@@ -100,8 +100,8 @@ def _reap(pid: int) -> int | None:
 
 @contextlib.contextmanager
 def _capability_from_nvml() -> Iterator[None]:
-    """Take the compute capability from NVML during the imports. bitsandbytes reads it at import, and torch would
-    initialise CUDA for it, after which no child could use the device."""
+    """Read the compute capability from NVML during the imports. bitsandbytes reads it at import, and torch would
+    initialise CUDA to get it, after which no child could use the device."""
     import torch
 
     if not torch.cuda.is_available():
@@ -127,19 +127,19 @@ _CUDA_NOT_INITIALISED = 3
 
 
 def _driver_started() -> bool:
-    """Whether anything in this process has called cuInit; torch only knows of its own calls."""
+    """Whether any code in this process has called cuInit; torch knows only its own calls."""
     try:
         driver = ctypes.CDLL("libcuda.so.1", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
-    except OSError:  # it is not loaded
+    except OSError:  # the driver is not loaded
         return False
     return int(driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int()))) != _CUDA_NOT_INITIALISED
 
 
 def other_threads() -> list[str]:
-    """The kernel's names of the other threads of this process; native code names its own."""
+    """Names of the other threads of this process, from the kernel; native code names its own."""
     own, names = threading.get_native_id(), []
     for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the thread has ended
             if int(task.name) != own:
                 names.append((task / "comm").read_text().strip())
     return sorted(names)
@@ -153,7 +153,7 @@ def _fork(descriptor: int, control: Connection, children: set[int]) -> wire.Answ
     except OSError as error:
         return wire.Refused(f"the zygote cannot fork: {error.strerror}; free memory or processes")
     finally:
-        os.close(descriptor)  # the child never comes here
+        os.close(descriptor)  # the child never reaches this line
     children.add(pid)
     return wire.answer_with(pid)
 
@@ -162,14 +162,14 @@ def _host_trials(descriptor: int, control: Connection) -> None:
     control.close()
     os.setsid()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # an ignored signal stays ignored
-        # As an exception it would close the connection first, and the parent would report that it killed the process.
+        # An exception would first close the connection, and the parent would report that it killed the process.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     with Connection(descriptor) as connection:
         serve(connection)
 
 
 def _cannot_fork() -> str | None:
-    """Why a fork would not be safe, None if it is."""
+    """Why a fork would be unsafe; None if it is safe."""
     import torch
 
     if others := other_threads():
@@ -191,7 +191,7 @@ def _cannot_fork() -> str | None:
 def _describe(import_time_s: float) -> WorkerInfo:
     """The device as torch sees it, without initialising CUDA (PYTORCH_NVML_BASED_CUDA_CHECK).
 
-    Where bitsandbytes does not find the device it loads its CPU library without an error, and later calls fail.
+    If bitsandbytes does not find the device, it loads its CPU library without an error, and later calls fail.
     """
     import torch
 

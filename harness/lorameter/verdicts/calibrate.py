@@ -1,10 +1,9 @@
 """Measures which slow-downs this machine can detect: the gate's rate of false alarms and its power.
 
-Both depend on the noise of the machine. One long A/B is measured: the base, the base once more (the A/A pair) and the
-base with real extra work of known cause. Every run that the gate could have made is a subset of its replicates, so
-drawing such subsets shows how often identical code would have been called slower, and how often the slow-down would
-have been found. The scatter of the A/A pair then says how many replicates it takes to see 1, 2 and 5 % (noncentral t),
-and their duration what that costs.
+Both depend on the noise of the machine. One long A/B is measured: the base, the base again (the A/A pair), and the base
+with injected extra work. Every run of the gate corresponds to a subset of these replicates, so drawing subsets shows
+how often the gate would have called identical code slower, and how often it would have found the slow-down. The scatter
+of the A/A pair gives the replicates needed to detect 1, 2 and 5 % (noncentral t), and their duration gives the cost.
 """
 
 from __future__ import annotations
@@ -24,23 +23,23 @@ from lorameter.studies.variant import AnyVariant
 from lorameter.verdicts.series import TOLERANCE, Pair, Series, compare_series, group_trials, pairs_of
 
 EFFECTS = (0.01, 0.02, 0.05)
-"""Slow-downs whose price is stated."""
+"""Slow-downs for which the cost of detection is reported."""
 INJECTED = 0.05
-"""Slow-down that the extra work aims at; its true size is measured."""
+"""Target slow-down of the extra work; its true size is measured."""
 GATE_SIZES = (5, 8, 12)
-"""Replicates of the gates whose rates are shown."""
+"""Replicates of the gates whose rates are reported."""
 LEAST_TO_CALIBRATE = min(GATE_SIZES) + 1
-"""With fewer every gate would be the whole run."""
+"""With fewer replicates, every gate would be the whole run."""
 DRAWS = 2000
 PILOT_ROWS = (64, 512)
-"""Rows of the two pilots; a line through both has the fixed cost of the extra calls in it."""
+"""Rows of the two pilots; the line through both includes the fixed cost of the extra calls."""
 MOST_ROWS = 10**6
-"""Rows beyond which a plan is noise: their factor alone is 256 MB."""
+"""Maximum rows; a plan beyond it is an artefact of noise, and its factor alone would take 256 MB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """How gates of one size would have judged, in shares of the subsets drawn."""
+    """The verdicts of gates of one size, as shares of the drawn subsets."""
 
     replicates: int
     false_alarms: float
@@ -57,13 +56,13 @@ class Price:
 
     effect: float
     tolerance: float
-    """Tolerance of the gate; below the effect, or the gate would not call it a regression."""
+    """Tolerance of the gate; it must be below the effect, or the gate would not call the effect a regression."""
     replicates: int | None
-    """At the estimated scatter; None where no practical number suffices."""
+    """Number at the estimated scatter; None if no practical number suffices."""
     replicates_low: int | None
-    """At the lower end of the scatter's interval."""
+    """Number at the lower end of the scatter's interval."""
     replicates_high: int | None
-    """At the upper end of the scatter's interval."""
+    """Number at the upper end of the scatter's interval."""
     minutes: float | None
 
 
@@ -77,9 +76,9 @@ class Calibration:
     replicates: int
     seconds_per_replicate: float
     identical: Comparison
-    """The base against itself, over all replicates."""
+    """Comparison of the base with itself, over all replicates."""
     injected: Comparison
-    """The slow-down against the base, over all replicates: its true size with its interval."""
+    """Comparison of the slow-down with the base, over all replicates: its true size with its interval."""
     sd: float
     """Standard deviation of the A/A log ratio of one replicate."""
     sd_low: float
@@ -105,7 +104,7 @@ def calibrate(run: Run, variant: AnyVariant) -> Calibration:
     same, other = _pairs(base, twin, metric, run), _pairs(base, slow, metric, run)
     both = min(len(same.base), len(other.base))
     identical, injected = compare_series(base, twin, metric), compare_series(base, slow, metric)
-    assert identical is not None and injected is not None  # noqa: PT018 - _pairs has looked
+    assert identical is not None and injected is not None  # noqa: PT018 - checked in _pairs
     sd = _sd(same)
     sd_low, sd_high = sd_interval(sd, len(same.base) - 1)
     seconds = measuring_time_s(run.records) / len({record.replicate for record in run.records})
@@ -126,10 +125,10 @@ def calibrate(run: Run, variant: AnyVariant) -> Calibration:
 
 
 def rows_for(injected: float, few: float, many: float) -> int:
-    """Rows that slow the step by `injected`, from the ratios that the two pilots gave: cost is linear in the rows.
+    """Rows that slow down the step by `injected`, from the ratios of the two pilots: the cost is linear in the rows.
 
     Raises:
-        InvalidRunError: more rows did not cost more, or fewer than one row would be too much already.
+        InvalidRunError: more rows did not take more time, or a single row would be too much.
     """
     low, high = PILOT_ROWS
     slope = (many - few) / (high - low)
@@ -154,7 +153,7 @@ def _pairs(base: Series, other: Series, metric: str, run: Run) -> Pair:
 
 
 def _rates(same: Pair, slow: Pair, size: int) -> Rates:
-    """Subsets of the replicates, without replacement: each is a run that the gate could have made."""
+    """Judge subsets of the replicates, drawn without replacement: each is a run that the gate could have made."""
     drawer = random.Random(size)
     verdicts: Counter[tuple[str, str]] = Counter()
     for _ in range(DRAWS):
@@ -185,12 +184,12 @@ def _price(effect: float, scatter: tuple[float, float, float], seconds: float) -
 
 def _sd(pairs: Pair) -> float:
     spread = pairs.effect.spread
-    assert spread is not None  # `_pairs` has seen to the replicates
+    assert spread is not None  # `_pairs` has checked the number of replicates
     return spread.sd
 
 
 def planned_effects(calibration: Calibration) -> Sequence[str]:
-    """The prices in words."""
+    """The prices as text."""
     lines = []
     for price in calibration.prices:
         size = f"{100 * price.effect:g} %"

@@ -1,7 +1,7 @@
-"""The software that scripts trained with, as their own processes report it.
+"""The software that scripts used for training, as reported by their own processes.
 
-A script has an interpreter of its own: that of its command, of a launcher in front of it, or of an environment that the
-command turns on. What lorameter found before the start is what the word python means, which may be another.
+A script has its own interpreter: that of its command, of a launcher in front of it, or of an environment that the
+command activates. Before the start, lorameter can only resolve the word `python`, which may be another interpreter.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from lorameter.machine.software import KERNELS, kernel_libraries, normal_name
 from lorameter.records.record import TrialRecord
 
 OURS = "lorameter"
-"""The package that measures, which is the same in every process whatever its interpreter has installed."""
+"""The measuring package; it is the same in every process, whatever the interpreter has installed."""
 BETWEEN = " or "
-"""Between versions of one package, where trials report several."""
+"""Separates versions of one package if trials report several."""
 REPORTED = ("python", "cuda", "libraries", KERNELS)
-"""Fields of a run's provenance that a script's own process reports when it has begun; before, they are a guess."""
+"""Fields of a run's provenance that a script's process reports when it starts; before, they are a guess."""
 NONE = "none"
-"""In place of the version of what is not installed."""
+"""Replaces the version of a package that is not installed."""
 
 
 def versions_by_name(records: Iterable[TrialRecord]) -> dict[str, str]:
-    """The versions of each package that the trials of a script report, each once; {} where none reports any."""
+    """The versions of each package that a script's trials report, without duplicates; {} if no trial reports any."""
     reported = [record.software for record in records if record.software]
     names = sorted({name for one in reported for name in one})
     return {name: BETWEEN.join(sorted({one.get(name, NONE) for one in reported})) for name in names}
 
 
 def versions_of(provenance: Mapping[str, Any], records: Iterable[TrialRecord]) -> dict[str, str | None]:
-    """Python, the libraries, and what an engine comes with: as the trials report it, and where they report nothing as
-    the provenance does. None for what is not installed; all versions where there are several."""
+    """Versions of Python, the libraries, and the packages of an engine: as reported by the trials, else from the
+    provenance. None for a package that is not installed; if there are several versions, the text has all of them."""
     stated = {"python": provenance.get("python"), **provenance.get("libraries", {}), **provenance.get("engine", {})}
     stated |= {"cuda": provenance["cuda"]} if provenance.get("cuda") else {}
     reported = versions_by_name(records)
@@ -44,8 +44,8 @@ def versions_of(provenance: Mapping[str, Any], records: Iterable[TrialRecord]) -
 
 
 def differing_versions(base: Iterable[TrialRecord], candidate: Iterable[TrialRecord]) -> Iterator[tuple[str, str, str]]:
-    """Each package of which not all trials of both report the same version, with the versions of either; nothing where
-    one of them reports none."""
+    """Each package whose version differs between trials, with the versions of both sides; nothing if a side reports
+    none."""
     ours, theirs = versions_by_name(base), versions_by_name(candidate)
     for name in sorted({*ours, *theirs} - {OURS}) if ours and theirs else ():
         base_version, candidate_version = ours.get(name, NONE), theirs.get(name, NONE)
@@ -54,7 +54,7 @@ def differing_versions(base: Iterable[TrialRecord], candidate: Iterable[TrialRec
 
 
 def facts_of(provenance: Mapping[str, Any], records: Iterable[TrialRecord]) -> dict[str, Any]:
-    """The provenance with what the trials report in place of what was found before the start."""
+    """The provenance, with the facts that the trials report in place of those found before the start."""
     records = list(records)
     reported = versions_by_name(records)
     if not reported:
@@ -68,7 +68,7 @@ def facts_of(provenance: Mapping[str, Any], records: Iterable[TrialRecord]) -> d
 
 
 def say_threads(provenance: Mapping[str, Any], records: Iterable[TrialRecord]) -> str:
-    """On how many threads a process computes, as the trials of scripts report it."""
+    """The number of threads of a process, as reported by the trials of scripts."""
     reported = sorted({record.values["threads"] for record in records if "threads" in record.values})
     counts = [f"{count:g}" for count in reported] or [str(provenance.get("threads", "unknown"))]
     return f"{BETWEEN.join(counts)} thread{'' if counts == ['1'] else 's'}"

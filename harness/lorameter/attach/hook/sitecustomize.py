@@ -1,8 +1,8 @@
-"""Attaches the meter to the first training of a process; every interpreter of a wrapped command imports this first.
+"""Attaches the meter to a process's first training; every interpreter of a wrapped command imports this module first.
 
-Nothing of lorameter is imported before there is a training: a Trainer that is built, or an optimizer that updates. So a
-launcher, a data worker or a script that does something else pays for a few lines. The user's own `sitecustomize`, which
-this one hides, is imported after it. Only the standard library is used, since the interpreter may be any.
+lorameter itself is imported only when a training starts: when a Trainer is built or an optimizer updates. So the hook
+costs a launcher, a data worker or an unrelated script next to nothing. The user's own `sitecustomize`, which this one
+hides, is imported after it. The module uses only the standard library, since it must work in any interpreter.
 """
 
 import functools
@@ -15,21 +15,21 @@ from typing import Any
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 HOME = os.path.dirname(os.path.dirname(os.path.dirname(HERE)))
-HOMES = (HOME, os.path.dirname(HOME))  # installed, both packages lie in the first; in a checkout one in each
+HOMES = (HOME, os.path.dirname(HOME))  # if installed, both packages are in the first; in a checkout each has one
 OWN = ("lorameter", "kernels_check")
 NEEDED = ("filelock", "msgspec")
 PYTHON = (3, 11)
 
 
 class Own:
-    """Finds the packages of lorameter, and nothing else in their folders."""
+    """Finds the packages of lorameter, but no other modules in their folders."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         return importlib.machinery.PathFinder.find_spec(name, HOMES) if name in OWN else None
 
 
 class After:
-    """Finds a module as all others are found, and calls functions with it when it has been imported."""
+    """Finds a module with the other finders, and calls functions with it after its import."""
 
     def __init__(self, wanted: Any) -> None:
         self.wanted = wanted
@@ -38,7 +38,7 @@ class After:
         calls = self.wanted.pop(name, None)
         if calls is None:
             return None
-        spec = importlib.util.find_spec(name)  # by the other finders: this one no longer looks for it
+        spec = importlib.util.find_spec(name)  # by the other finders: this finder no longer looks for it
         self.wanted[name] = calls
         if spec is not None and hasattr(spec.loader, "exec_module"):
             loader: Any = spec.loader
@@ -52,7 +52,7 @@ class After:
 
 
 def attempt(call: Any, *args: Any) -> Any:
-    """Call a function of lorameter's; its error is printed, and the script continues without it."""
+    """Call a function of lorameter; if it fails, print the error and let the script continue."""
     try:
         return call(*args)
     except Exception as error:
@@ -61,14 +61,14 @@ def attempt(call: Any, *args: Any) -> Any:
 
 
 def say(text: str) -> None:
-    """A line on the standard error that the process was started with."""
+    """Print a line on the standard error that the process was started with."""
     if sys.__stderr__ is not None:
         visible = "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in text)
         print("lorameter: " + visible, file=sys.__stderr__, flush=True)
 
 
 def ours(module: str, name: str) -> Any:
-    """A name in a module of lorameter's, whether or not this interpreter has it installed."""
+    """Import a name from a module of lorameter, whether or not this interpreter has it installed."""
     if not any(isinstance(finder, Own) for finder in sys.meta_path):
         sys.meta_path.insert(0, Own())
     return getattr(importlib.import_module("lorameter.attach." + module), name)
@@ -76,8 +76,8 @@ def ours(module: str, name: str) -> Any:
 
 @functools.lru_cache(maxsize=None)
 def lacks() -> bool:
-    """Whether this interpreter lacks what a training is measured with, which is then printed, and written into
-    the file that says that the hook was loaded."""
+    """Whether this interpreter lacks a package that the meter needs; if so, print that and write it into the file that
+    says that the hook was loaded."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if sys.version_info < PYTHON:
         text = "{} is older than Python {}.{}. Use a newer one".format(sys.executable, *PYTHON)
@@ -94,7 +94,7 @@ def lacks() -> bool:
 
 
 def attach_trainer(module: Any) -> None:
-    """Every Trainer that is built has a meter, unless the script has given it one."""
+    """Give every Trainer a meter when it is built, unless the script has given it one."""
     if lacks():
         return
     build = module.Trainer.__init__
@@ -107,10 +107,10 @@ def attach_trainer(module: Any) -> None:
 
 
 def attach_optimizers(module: Any) -> None:
-    """The time between two updates is a step, where no other source defines one.
+    """Measure the time between two updates as a step, if no other source defines steps.
 
-    torch has a function around the `step` of each class of optimizers, and this one goes around that. A hook of torch's
-    own would be called inside of it, where the end of a watched step could not remove the hooks of its check.
+    torch wraps the `step` of each optimizer class in a function, and this function wraps that one. A torch hook would
+    be called inside torch's wrapper, where the end of a watched step could not remove the hooks of its check.
     """
     if lacks():
         return
@@ -122,7 +122,7 @@ def attach_optimizers(module: Any) -> None:
 
         @functools.wraps(step)
         def update(*args: Any, **kwargs: Any) -> Any:
-            if compiling():  # Dynamo takes it for true, and sees nothing else of this function
+            if compiling():  # Dynamo takes it for true, and traces nothing else of this function
                 return step(*args, **kwargs)
             if source and source[0] is not None:
                 source[0].begin_update()
@@ -139,12 +139,12 @@ def attach_optimizers(module: Any) -> None:
 
 
 def without_side_effects(name: str) -> Any:
-    """A function that is called with an imported module, and has it save, report or publish nothing."""
+    """A function that takes an imported module and keeps it from saving, reporting or publishing anything."""
     return lambda module: ours("disable_side_effects", name)(module)
 
 
 def install() -> None:
-    """Wait for the modules that trainings are made of."""
+    """Wait for the imports of the modules that define trainers and optimizers."""
     hooked = os.environ.get("LORAMETER_HOOKED")
     if hooked:
         with open(hooked, "a"):
@@ -157,7 +157,7 @@ def install() -> None:
 
 
 def give_way() -> None:
-    """Import the user's own sitecustomize, and leave its name and the path to it."""
+    """Import the user's own sitecustomize under its usual name, and remove this module's folder from the path."""
     sys.path[:] = [place for place in sys.path if os.path.abspath(place) != HERE]
     spec = importlib.machinery.PathFinder.find_spec("sitecustomize")
     if spec is None or spec.loader is None:

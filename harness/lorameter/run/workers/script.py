@@ -1,10 +1,10 @@
 """Trials of scripts: each script is started with its command, waits before its first step, and then takes its turns.
 
-A launcher starts processes in sessions of their own, which are not in the group of the first process. Every process of
-the trial has the name of its socket in its environment, by which all of them are found and ended.
+A launcher starts processes in new sessions, outside the process group of the first process. Every process of the trial
+has the name of the trial's socket in its environment; the executor finds and kills all of them by that name.
 
-There is no zygote: a script does its own imports. The interpreter is that of the variant or of a side of an A/B, else
-the one that the command names in the current environment.
+There is no zygote: a script does its own imports. It runs with the interpreter of the variant or of a side of an A/B,
+or else with the one that the command names in the current environment.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ TOKENS = TokenSummary(
     padded_tokens=0,
     records=0,
 )
-"""The description of the tokens of scripts, which are not known before they run."""
+"""Placeholder tokens: the tokens of a script are not known before it runs."""
 
 
 PROCESS_COUNTERS = {"involuntary_switches"}
@@ -74,34 +74,34 @@ NEIGHBOUR_COUNTERS = {"others", "others_bytes", "hidden_bytes"}
 
 SAFE_PATH = "PYTHONSAFEPATH"
 """Keeps the current folder off the path while an interpreter is inspected. A script has its own folder first on its
-path, as when it is started by hand."""
+path, as when a user starts it."""
 
 
 def is_named(host: Host) -> bool:
-    """Whether a side names an interpreter, or requirements that became one, and no revision, which has its folder."""
+    """Whether a side names an interpreter or requirements, rather than a revision, which has a folder."""
     return host != Host() and host.cwd is None
 
 
 def python_of(host: Host) -> str:
-    """The interpreter that the word `python` names: that of a side, else the one on PATH, as in a shell; the present
-    one if that has no torch."""
+    """The interpreter that the word `python` stands for: the side's, else the one on PATH, as in a shell; the current
+    interpreter if that one has no torch."""
     if is_named(host):
         return host.python
     program = shutil.which("python") or shutil.which("python3")
-    if program is None or Path(program).absolute() == Path(sys.executable).absolute():  # their links may meet
+    if program is None or Path(program).absolute() == Path(sys.executable).absolute():  # may be links to one file
         return sys.executable
     try:
         return program if inspect(Host(python=program), ["torch"]).origins["torch"] else sys.executable
-    except UsageError:  # it does not answer
+    except UsageError:  # the interpreter cannot be run
         return sys.executable
 
 
 POLL_S = 0.05
 """Seconds between two looks at a process that has not connected yet."""
 END_TIMEOUT_S = 10.0
-"""A process whose connection has closed ends in this time, or is killed."""
+"""A process that does not end within this time after its connection has closed is killed."""
 MAX_OUTPUT = 8000
-"""Characters of what a script printed before it died that its record keeps; the log has all."""
+"""Maximum characters of a script's output before its death that its record keeps; the log has all."""
 
 
 def _user_of(connection: socket.socket) -> int:
@@ -111,18 +111,18 @@ def _user_of(connection: socket.socket) -> int:
 
 
 class ScriptProcess:
-    """One start of a script, which connects to a socket when its training begins."""
+    """A started script, which connects to a socket when its training begins."""
 
     def __init__(
         self, words: Sequence[str], variables: Mapping[str, str], *, folder: Path, log: Path, turns: str
     ) -> None:
-        """Start it, in a session of its own and until this process ends. Raises OSError where the system does not.
+        """Start the script in a new session; it ends with this process. Raises OSError if the system cannot start it.
 
         Args:
-            words: of its command, the program resolved.
-            variables: its environment; the socket's name is in it.
-            folder: it works in.
-            log: what it prints is appended to.
+            words: words of the command, with the program resolved.
+            variables: the environment, including the socket's name.
+            folder: the working folder.
+            log: the file to which its output is appended.
             turns: name of the socket (`lorameter.attach.launch.address`).
         """
         self._hooked = Path(variables[HOOKED]) if HOOKED in variables else None
@@ -130,7 +130,7 @@ class ScriptProcess:
         self._log, self._log_begin = log, log.stat().st_size if log.is_file() else 0
         parent = os.getpid()
         with contextlib.ExitStack() as stack:
-            with held_back(SIGNALS):  # signals wait until the process is known and can be ended
+            with held_back(SIGNALS):  # a signal waits until the process is registered and can be killed
                 self._listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
                 stack.callback(OrphanReaper(self._marker).close)
                 self._listener.bind(address(turns))
@@ -151,18 +151,18 @@ class ScriptProcess:
             self._started = stack.pop_all()
 
     def age_s(self) -> float:
-        """Seconds since it was started."""
+        """Seconds since the script was started."""
         return time.monotonic() - self._begun_s
 
     def connect(self, timeout_s: float) -> Connection:
-        """Wait until its training begins. Raises `WorkerLostError` where it ends before that, or does not begin."""
+        """Wait until its training begins. Raises `WorkerLostError` if the script ends or times out before that."""
         deadline = time.monotonic() + timeout_s
         self._listener.settimeout(POLL_S)
         while time.monotonic() < deadline:
             try:
                 connection, _ = self._listener.accept()
             except TimeoutError:
-                others = set(marked(self._marker)) - {self._process.pid}  # left behind by a launcher that has ended
+                others = set(marked(self._marker)) - {self._process.pid}  # left over from a launcher that has ended
                 if self._process.poll() is not None and not others:
                     break
                 continue
@@ -198,7 +198,7 @@ class ScriptProcess:
         return WorkerLostError(status, Failure(phase="build", kind=kind, message=message, traceback=output))
 
     def death(self, phase: str) -> WorkerLostError:
-        """The error for a script that ended after it had begun to train."""
+        """The error for a script that ended after its training had begun."""
         code = None
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self._process.wait(END_TIMEOUT_S)
@@ -210,21 +210,21 @@ class ScriptProcess:
         return WorkerLostError(status, Failure(phase=phase, kind="ProcessDied", message=message, traceback=output))
 
     def output(self) -> str:
-        """The end of what it has printed."""
+        """The end of its output."""
         with contextlib.suppress(OSError):
             printed = self._log.read_bytes()[self._log_begin :].decode(errors="replace")
             return redact(printed).strip()[-MAX_OUTPUT:]
         return ""
 
     def kill(self) -> None:
-        """End it and all processes that it has started."""
+        """Kill the script and all processes that it has started."""
         kill_group(self._process.pid)
         kill_marked(self._marker)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(END_TIMEOUT_S)
 
     def close(self) -> None:
-        """Kill it, and no longer listen for it."""
+        """Kill the script and close its listening socket."""
         self._started.close()
 
 
@@ -236,7 +236,7 @@ def _judge_output(output: str) -> tuple[Status, str]:
 
 
 class ScriptWorker(Worker):
-    """A process of one script, started when its trial is prepared; its training answers (`ScriptTrial`)."""
+    """The process of one script, started when its trial is prepared; inside it, `ScriptTrial` answers the commands."""
 
     start_latency_s = 0.0
     """The time to the first step is `ready_time_s` in the record."""
@@ -254,7 +254,7 @@ class ScriptWorker(Worker):
         if command == "prepare":
             return self._prepare(**arguments)
         process = self._process
-        assert process is not None  # a trial whose `prepare` fails gets no further command
+        assert process is not None  # a trial whose `prepare` fails gets no further commands
         try:
             if command == "build":
                 record = self._build(process, trial, timeout_s)
@@ -265,7 +265,7 @@ class ScriptWorker(Worker):
         except WorkerLostError:
             self.end()
             raise
-        if command == "finish_training" or record.status != "ok":  # the script must not go on after its last step
+        if command == "finish_training" or record.status != "ok":  # the script must not continue after its last step
             process.kill()
         return record
 
@@ -294,8 +294,8 @@ class ScriptWorker(Worker):
         return msgspec.structs.replace(record, values=record.values | ready)
 
     def _turn(self, trial: str, timeout_s: float, steps: int) -> PartialRecord:
-        """Timed steps, and what the machine did meanwhile. Counters of a process would be this one's, and what holds
-        memory on the GPU are other scripts, so neither is read."""
+        """Timed steps, and the state of the machine during them. Per-process counters would describe this process, and
+        the other processes on the GPU are other scripts, so neither is read."""
         if self._gpu is not None:
             self._gpu.begin(time.monotonic())
         self._host.begin()
@@ -307,39 +307,39 @@ class ScriptWorker(Worker):
         return msgspec.structs.replace(record, values=record.values | values)
 
     def death(self, phase: str) -> WorkerLostError:
-        """The error for a script that ended after it had begun to train."""
+        """The error for a script that ended after its training had begun."""
         assert self._process is not None
         return self._process.death(phase)
 
     def end(self) -> None:
-        """End all that was started."""
+        """End all processes that were started."""
         if self._process is not None:
             self._process.close()
         if self.pid:
             self.connection.close()
 
     def cpus(self) -> tuple[int, ...]:
-        """All that the training may compute on; none where more than one thread, rank or process is at work for it,
-        which would be in each other's way on one of them."""
+        """The CPUs that the training may use; empty if it uses several threads, ranks or processes, which would compete
+        for a single CPU."""
         return super().cpus() if self._may_pin else ()
 
 
 class ScriptExecutor(Executor):
-    """Implements `Executor`, but for bases and cold starts, which no plan of scripts has."""
+    """Implements `Executor`, except for bases and cold starts, which plans of scripts do not have."""
 
     def __init__(self, *, host: Host | None = None) -> None:
         self._side = host or Host()
         self._python: str | None = None
         self._snapshots: dict[Path, Path] = {}
         self._homes: dict[str, Path] = {}
-        """The folder that a trial's process has to itself."""
+        """The private folder of each trial's process."""
 
     def max_parallel(self, threads: int) -> int:
-        """One: it is unknown how many threads a script needs."""
+        """One, because the number of threads that a script needs is unknown."""
         return 1
 
     def hello(self) -> WorkerInfo:
-        """The facts that need no worker; a script reports its device when its training begins."""
+        """The facts that are known without a worker; a script reports its device when its training begins."""
         machine = self.machine()
         torch = provenance.library_version("torch")
         if self.host != Host():
@@ -362,18 +362,18 @@ class ScriptExecutor(Executor):
             shutil.rmtree(home, ignore_errors=True)
 
     def launch(self) -> Worker:
-        """A worker whose process is started when its trial is prepared."""
+        """Create a worker; it starts its process when its trial is prepared."""
         return ScriptWorker(self._start_trial)
 
     @property
     def host(self) -> Host:  # type: ignore[override]
-        """The host of the side, with the interpreter that the word `python` names."""
+        """The host of the side, with the interpreter that the word `python` stands for."""
         if self._python is None:
             self._python = python_of(self._side)
         return dataclasses.replace(self._side, python=self._python)
 
     def _snapshot(self, folder: Path) -> Path:
-        """The copy of a command's folder, made at the first request for it. Raises `UsageError`."""
+        """The copy of a command's folder, made at the first request. Raises `UsageError`."""
         if folder not in self._snapshots:
             into = self.scratch / f"snapshot-{len(self._snapshots)}"
             self._snapshots[folder] = take_snapshot(folder, into)
@@ -381,8 +381,8 @@ class ScriptExecutor(Executor):
 
     def _start_trial(self, request: ScriptRequest) -> ScriptProcess:
         variant, host = request.variant, self.host
-        # Random and of one length: the size of the environment shifts the stack and changes times, and names of trials
-        # would do so on one side in every replicate (Mytkowicz et al., ASPLOS 2009).
+        # Random and of fixed length: the size of the environment shifts the stack and changes times, and trial names
+        # would do so for one side in every replicate (Mytkowicz et al., ASPLOS 2009).
         home = self._homes[request.trial] = self.scratch / secrets.token_hex(4)
         origin = folder_of(variant, Path(host.cwd or Path.cwd()))
         folder = copy_snapshot(self._snapshot(origin), home / "work")
@@ -403,13 +403,13 @@ class ScriptExecutor(Executor):
 
 
 def _free_port() -> int:
-    """A TCP port that is free now."""
+    """A free TCP port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 def open_executor(*, host: Host | None = None, label: str = "") -> ScriptExecutor:
-    """Called by `lorameter.run.workers.open_executor`. No file of a script is named by its side, so the label is not
-    used."""
+    """Open the executor for `lorameter.run.workers.open_executor`. No file of a script has its side in the name, so
+    `label` is not used."""
     return ScriptExecutor(host=host)

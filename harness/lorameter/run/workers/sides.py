@@ -1,9 +1,9 @@
-"""The two sides of `lorameter ab`: each is given as one word, from which the host of its trials is made.
+"""Prepares the two sides of `lorameter ab`: each is given as one word, from which the host of its trials is made.
 
-A word names a revision of a repository, an interpreter, or requirements. The trials must import what was named, so each
-kind is checked at the end: the file that an import *would* load is in the worktree, or in the layer of the
-requirements. A side that fails the check is refused (an import hook of an editable install can win over the path),
-since a side that silently measured the code of the other one would be `equivalent`.
+A word names a revision of a repository, an interpreter, or requirements. The trials must import the named code, so each
+kind is checked at the end: the file that an import *would* load must be in the worktree, or in the layer of the
+requirements. A side that fails the check is refused (an import hook of an editable install can take precedence over the
+path): if it silently measured the code of the other side, the verdict would be `equivalent`.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ DECLARED: dict[SideKind, tuple[str, ...]] = {
     "interpreter": ("python", "libraries", "cuda", "kernels"),
     "requirements": ("libraries", "cuda", "kernels"),  # another torch may be built for another CUDA, with another cuDNN
 }
-"""Fields of the provenance in which a side of each kind is meant to differ from the other."""
+"""Fields of the provenance in which sides of each kind are expected to differ."""
 OLDEST_PYTHON = (3, 11)
-"""As requires-python in pyproject.toml: the harness runs in the interpreter of either side."""
+"""The oldest supported Python, as in requires-python of pyproject.toml: the harness runs in each side's interpreter."""
 NEEDED = {"torch": "torch", "transformers": "transformers", "peft": "peft", "bitsandbytes": "bitsandbytes"}
-"""Modules that the worker imports, and the distributions that bring them."""
+"""Modules that the worker imports, each with its distribution."""
 NEEDED_ON_A_GPU = {"pynvml": "nvidia-ml-py"}
 OWN_PACKAGES = ("lorameter", "kernels_check")
 
@@ -52,7 +52,7 @@ _REMEDY = (
 
 
 def name_sides(words: Mapping[Side, str], repository: Path, place: SiteSpec, *, slowdown_rows: int = 0) -> Sides:
-    """The sides that a user names; none is prepared.
+    """The sides that a user names; they are not prepared yet.
 
     Args:
         words: a revision, a Python executable, or requirements in one string, by side.
@@ -61,8 +61,7 @@ def name_sides(words: Mapping[Side, str], repository: Path, place: SiteSpec, *, 
         slowdown_rows: extra work of the candidate.
 
     Raises:
-        UsageError: a word that names nothing, an interpreter that cannot be measured, or a side that is another one
-            on another machine.
+        UsageError: a word names nothing, an interpreter cannot be measured, or a side would differ on another machine.
     """
     sides: dict[Side, SideSpec] = {}
     for name, word in words.items():
@@ -83,8 +82,8 @@ def name_sides(words: Mapping[Side, str], repository: Path, place: SiteSpec, *, 
 
 
 def _name_remote_side(word: str, repository: Path, where: str) -> SideSpec:
-    """A side on other machines, where worktrees that several nodes make in one repository look abandoned to each
-    other. An interpreter may exist there and not here."""
+    """A side on other machines. A revision is refused there: worktrees that several nodes make in one repository look
+    abandoned to each other. An interpreter may exist there but not here."""
     if word.startswith(os.sep) and parse_requirements(word) is None:
         return SideSpec(kind="interpreter", spec=word, label=word)
     side = name_side(word, repository)
@@ -101,7 +100,7 @@ def _name_remote_side(word: str, repository: Path, where: str) -> SideSpec:
 def name_side(word: str, repository: Path) -> SideSpec:
     """The side that a word names.
 
-    The first that exists: the path of an executable file, a revision, a Python on PATH, requirements.
+    The first of these that exists: the path of an executable file, a revision, a Python on PATH, requirements.
 
     Raises:
         UsageError: the word names nothing.
@@ -110,7 +109,7 @@ def name_side(word: str, repository: Path) -> SideSpec:
         raise impossible("ab", "side", word, "it names nothing", _REMEDY)
     if _is_executable_path(word):
         return SideSpec(kind="interpreter", spec=str(Path(word).absolute()), label=redact(word))
-    # No revision holds an address, and git need not see one, which may hold a credential.
+    # No revision contains an address, and git must not receive one, which may contain a credential.
     commit, refusal = (None, "no revision holds '://'") if "://" in word else find_commit(word, repository)
     if commit is not None:
         label = word if commit.startswith(word) else f"{word} ({commit[:9]})"
@@ -123,7 +122,7 @@ def name_side(word: str, repository: Path) -> SideSpec:
 
 
 def command_sides(base: str, candidate: str) -> Sides:
-    """The sides of an A/B of two commands: nothing else differs between them."""
+    """The sides of an A/B of two commands, which differ in nothing else."""
     return {
         "base": SideSpec(kind="command", spec=base, label=base),
         "candidate": SideSpec(kind="command", spec=candidate, label=candidate),
@@ -131,7 +130,7 @@ def command_sides(base: str, candidate: str) -> Sides:
 
 
 def present_sides(slowdown_rows: int) -> Sides:
-    """Both sides of a calibration: the present interpreter, and the same with extra work in the adapters."""
+    """Both sides of a calibration: the current interpreter, and the same with extra work in the adapters."""
     label = f"the same with {slowdown_rows} rows of extra work"
     return {
         "base": SideSpec(kind=PRESENT, label="the present interpreter"),
@@ -143,20 +142,20 @@ def present_sides(slowdown_rows: int) -> Sides:
 def open_side(
     side: SideSpec, *, repository: Path, cache: Path, report: Callable[[str], object] = print_stderr
 ) -> Iterator[Host]:
-    """Prepare one side, and remove at the end what was made for it.
+    """Prepare one side, and remove its temporary files at the end.
 
     Args:
-        side: what to prepare.
+        side: the side to prepare.
         repository: a folder in the repository whose revisions can be named.
         cache: lorameter's cache directory, for the environments of requirements.
-        report: gets a line for each thing that takes long; standard error if left out, as output may be a document.
+        report: receives a line for each slow operation; default: standard error, as standard output may be a document.
 
     Raises:
-        UsageError: it cannot be made, it lacks a library that a trial needs, or it would not be what runs.
+        UsageError: the side cannot be made, lacks a library that a trial needs, or would not be the code that runs.
     """
 
     def report_redacted(line: str) -> None:
-        report(redact(line))  # pip and git repeat the addresses that they were given
+        report(redact(line))  # pip and git print the addresses that they received
 
     with contextlib.ExitStack() as stack:
         if side.kind == "revision":
@@ -174,7 +173,7 @@ def _is_executable_path(spec: str) -> bool:
 
 
 def _unknown(spec: str, repository: Path, refusal: str) -> str:
-    """Everything that was tried, for the message."""
+    """All interpretations that were tried, for the message."""
     if os.sep in spec and fileio.is_there(spec):
         path = "it exists but is a folder" if fileio.is_folder(spec) else "the file is not executable"
     else:
@@ -189,7 +188,7 @@ def _unknown(spec: str, repository: Path, refusal: str) -> str:
 
 
 def find_commit(spec: str, repository: Path) -> tuple[str | None, str]:
-    """The commit that a revision names; else None and git's reason."""
+    """The commit of a revision; else None and git's reason."""
     done = run_git(repository, "rev-parse", "--verify", "--end-of-options", f"{spec}^{{commit}}")
     if done.returncode == 0:
         return done.stdout.strip(), ""
@@ -219,9 +218,9 @@ def _revision(side: SideSpec, repository: Path, stack: contextlib.ExitStack, rep
 
 @contextlib.contextmanager
 def _worktree(commit: str, repository: Path) -> Iterator[Path]:
-    """A checkout of a commit in a folder of its own. No hook of the repository runs; submodules stay empty."""
+    """Check out a commit into a temporary folder. No hooks of the repository run; submodules stay empty."""
     with scratch_folder() as folder:
-        run_git(repository, "worktree", "prune")  # those of killed A/Bs, whose folders were removed
+        run_git(repository, "worktree", "prune")  # remove the entries of killed A/Bs, whose folders are gone
         tree = folder / commit[:12]
         quiet = ("-c", f"core.hooksPath={os.devnull}", "-c", "advice.detachedHead=false")
         try:
@@ -231,14 +230,14 @@ def _worktree(commit: str, repository: Path) -> Iterator[Path]:
                 raise impossible("ab", "side", commit, why, "Check free disk space and `git worktree list`.")
             yield tree
         finally:
-            # Twice: of one that was killed while it was being made git thinks that it is still in use.
+            # Twice: git thinks that a worktree whose creation was killed is still in use.
             run_git(repository, "worktree", "remove", "--force", "--force", str(tree))
 
 
 def _roots(repository: Path, top: Path) -> list[Path]:
-    """Folders that may hold packages, relative to the top: there, in src, in the current folder, and editable installs.
+    """Folders that may hold packages, relative to the top: the top, src, the current folder, and editable installs.
 
-    The last are the folders of the repository that are on the present path.
+    Editable installs are the folders of the repository that are on the current path.
     """
     current = repository.relative_to(top) if repository.is_relative_to(top) else Path()
     usual = [Path(), Path("src"), current, current / "src"]
@@ -247,7 +246,7 @@ def _roots(repository: Path, top: Path) -> list[Path]:
 
 
 def _check_outside_working_tree(spec: str, origins: Mapping[str, str | None], top: Path, tree: Path) -> None:
-    """Raises `UsageError` where a module that a trial needs would come from the working tree, not from the revision."""
+    """Raise `UsageError` if a module that a trial needs would come from the working tree instead of the revision."""
     installed = [folder for folder in map(Path, sys.path) if folder.name in ("site-packages", "dist-packages")]
     for name, origin in origins.items():
         file = Path(origin or "").resolve()
@@ -262,16 +261,16 @@ def _check_outside_working_tree(spec: str, origins: Mapping[str, str | None], to
 
 
 def _interpreter(side: SideSpec, stack: contextlib.ExitStack) -> Host:
-    """Another Python with the present harness; all other packages are its own."""
+    """Another Python with the current harness; all other packages are its own."""
     host = _inspect_interpreter(side, stack)
     _compile(host, [str(Path(host.path[0]) / package) for package in OWN_PACKAGES])
     return host
 
 
 def _inspect_interpreter(side: SideSpec, stack: contextlib.ExitStack) -> Host:
-    """A host of this interpreter. Raises `UsageError` where it is too old or lacks what a trial needs.
+    """A host of this interpreter. Raises `UsageError` if it is too old or lacks a module that a trial needs.
 
-    PYTHONSAFEPATH keeps the current folder off its path: its own packages are what is compared.
+    PYTHONSAFEPATH keeps the current folder off its path, so that its own packages are compared.
     """
     safe = {"PYTHONSAFEPATH": "1"}
     facts = inspect(Host(python=side.spec, environment=safe))
@@ -280,7 +279,7 @@ def _inspect_interpreter(side: SideSpec, stack: contextlib.ExitStack) -> Host:
         needed = ".".join(map(str, OLDEST_PYTHON))
         why = f"it is Python {facts.python}, and the harness needs {needed}"
         raise impossible("ab", "side", side.label, why, "Name a newer interpreter.")
-    # What it calls itself: a launcher in front of it (pyenv's) would be part of every cold start.
+    # The interpreter's own path: a launcher in front of it (pyenv's) would be part of every cold start.
     host = Host(python=facts.executable, path=(_own_packages(stack),), environment=safe)
     needed_modules = NEEDED | (NEEDED_ON_A_GPU if Path("/dev/nvidiactl").exists() else {})
     origins = inspect(host, [*needed_modules]).origins
@@ -291,7 +290,7 @@ def _inspect_interpreter(side: SideSpec, stack: contextlib.ExitStack) -> Host:
 
 
 def _own_packages(stack: contextlib.ExitStack) -> str:
-    """A folder that holds the present harness and nothing else of the present environment."""
+    """A folder that holds only the current harness, and nothing else of the current environment."""
     folder = stack.enter_context(scratch_folder()) / "packages"
     folder.mkdir()
     for package in OWN_PACKAGES:
@@ -314,13 +313,13 @@ def _requirements(spec: str, cache: Path, stack: contextlib.ExitStack, report: C
     facts = inspect(host, [*names, *OWN_PACKAGES])
     if any(facts.origins[package] is None for package in OWN_PACKAGES):  # run from a checkout, not installed
         host = replace(host, path=(_own_packages(stack),))
-    _check_origins(spec, inspect(host, names).origins, layer)  # of the host as it is now
+    _check_origins(spec, inspect(host, names).origins, layer)  # of the host in its final state
     _check_versions(spec, requirements, facts.packages)
     return host
 
 
 def _check_versions(spec: str, requirements: tuple[str, ...], packages: dict[str, str]) -> None:
-    """Raises `UsageError` where the interpreter sees another version than was required."""
+    """Raise `UsageError` if the interpreter finds another version than the required one."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -335,7 +334,7 @@ def _check_versions(spec: str, requirements: tuple[str, ...], packages: dict[str
 
 
 def _modules(folder: Path) -> list[str]:
-    """Top-level modules and packages in a folder, those left out that only a build or a test would import."""
+    """Top-level modules and packages in a folder, except those that only a build or a test would import."""
     names = [path.parent.name for path in folder.glob("*/__init__.py")]
     names += [path.stem for path in folder.glob("*.py")]
     skipped = {"setup", "conftest", "tests", "test", "docs", "noxfile", *sys.stdlib_module_names}
@@ -343,13 +342,13 @@ def _modules(folder: Path) -> list[str]:
 
 
 def _compile(host: Host, folders: list[str]) -> None:
-    """Write bytecode once: the first process to import a fresh checkout would else pay for it, on one side only."""
+    """Write bytecode once: otherwise the first process to import a fresh checkout would compile it, on one side."""
     command = host.command("compileall", "-qq", *folders)
     subprocess.run(command, env=host.variables(os.environ), stdin=subprocess.DEVNULL, capture_output=True, check=False)
 
 
 def _check_origins(spec: str, origins: Mapping[str, str | None], root: Path) -> None:
-    """Raises `UsageError` where a module of a side would not be imported from `root`."""
+    """Raise `UsageError` if a module of a side would not be imported from `root`."""
     for name, origin in origins.items():
         if origin is None or not Path(origin).resolve().is_relative_to(root.resolve()):
             why = f"its module {name} would not be measured: an import loads {origin or 'nothing'} instead"

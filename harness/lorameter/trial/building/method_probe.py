@@ -1,6 +1,6 @@
-"""Tries what methods of PEFT can do, each on a tiny model: `python -m lorameter.trial.building.method_probe`.
+"""Tests on a tiny model what PEFT methods support: `python -m lorameter.trial.building.method_probe`.
 
-Reads variants as JSON from the standard input and prints what was found of each (`lorameter.models.methods`).
+Reads variants as JSON from standard input and prints the facts about each (`lorameter.models.methods`).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _ROWS, _LENGTH = 2, 16
 
 
 def probe(variant: Variant) -> MethodFacts:
-    """What a variant's method can do on the tiny model."""
+    """Find out what a variant's method supports, by trying it on the tiny model."""
     try:
         if not isinstance(variant, FullVariant):
             peft_methods.config_of(variant, steps=1000)
         return _try_method(variant)
     except UsageError as error:
         return MethodFacts(refused=str(error).removeprefix(f"variant {variant.name!r}: "))
-    except Exception as error:  # which exception depends on the method
+    except Exception as error:  # the exception's type depends on the method
         plain = dataclasses.replace(variant, quantization="none", prepare_for_kbit=False)
         if variant.quantization == "none" or not _can(lambda: _try_method(plain)):
             return MethodFacts()
@@ -77,7 +77,7 @@ def _try_method(variant: Variant) -> MethodFacts:
         torch.testing.assert_close(_logits(again, batch, variant), answers)
 
     def add() -> None:
-        """Several trials can take turns on one base where a switch changes nothing of what trains."""
+        """Several trials can share one base only if switching adapters does not change which parameters train."""
         before = _trained(model)
         peft_methods.attach_beside(model, variant, "second")
         peft_methods.activate(model, "second")
@@ -86,7 +86,7 @@ def _try_method(variant: Variant) -> MethodFacts:
             raise ValueError("another part of the adapter trains after a switch")
 
     def mix() -> None:
-        """A model may take the names and answer all rows by one adapter: then there is no mixing."""
+        """Some models accept adapter names but use one adapter for all rows: they cannot mix adapters."""
         peft_methods.activate(model, "second")
         others = _logits(model, batch, variant)
         peft_methods.activate(model, "default")
@@ -117,7 +117,7 @@ def _logits(model: Any, batch: dict[str, Any], variant: Variant) -> torch.Tensor
 
 
 def _can(action: Callable[[], object]) -> bool:
-    """Whether something that PEFT may refuse, with whichever exception, goes through."""
+    """Whether PEFT carries out the action; it may refuse it with any exception."""
     try:
         action()
     except Exception:
@@ -131,4 +131,4 @@ if __name__ == "__main__":
     except LorameterError as error:
         sys.exit(str(error))
     facts = [probe(one) for one in variants]
-    print("\n\n" + json.dumps(codec.to_json(facts)))  # after whatever libraries have printed
+    print("\n\n" + json.dumps(codec.to_json(facts)))  # after anything that libraries have printed

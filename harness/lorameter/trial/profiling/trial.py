@@ -1,6 +1,6 @@
 """A profiled trial: the commands of `lorameter profile`, in addition to those of any trial.
 
-Their results are written to files in the trial's folder: they are evidence of one process, and no comparison uses them.
+Their results are written to files in the trial's folder: they describe one process, and no comparison uses them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from lorameter.trial.profiling.phases import (
 from lorameter.trial.trial import Trial
 
 NEW_LENGTHS = 6
-"""Prompt lengths without an earlier request; the median of fewer times has no interval."""
+"""Number of new prompt lengths; the median of fewer times has no interval."""
 
 
 class ProfiledTrial(Trial):
@@ -66,10 +66,10 @@ class ProfiledTrial(Trial):
         self._birth = read_pages()
 
     def memory_breakdown(self, phase: MemoryPhase) -> PartialRecord:
-        """Break down the memory of a step or of a request, which is watched and not timed."""
+        """Break down the memory of a step or of a request, which is observed and not timed."""
         request, trainee = self._request, self._built.trainee
         call = self._built.step if phase == "train" else self._serving.request
-        release_unused(request.device)  # the check's records refer to each other, and would count as unexplained
+        release_unused(request.device)  # the check's records have reference cycles, and would count as unexplained
         account = measure_breakdown(
             trainee.model, trainee.optimizer, call, birth=self._birth, device=request.device, phase=phase,
             compiled=request.variant.compile,
@@ -90,8 +90,8 @@ class ProfiledTrial(Trial):
         return BorderedStep(self._built.trainee, self._built.stream, self._request)
 
     def _count(self) -> dict[str, float]:
-        """The products of a step, counted from the modules where there is no closed form. An additional step is watched
-        for it, unless steps are compiled: hooks would compile them anew."""
+        """The matrix products of a step, counted from the modules if there is no closed form. An additional step is
+        observed for that, unless steps are compiled: hooks would trigger recompilation."""
         variant, workload, model = self._request.variant, self._request.workload, self._built.trainee.model
         with contextlib.suppress(UsageError):
             training_flops(shapes.shape(catalogue.resolve(workload.model)), variant, computed_tokens(variant, workload))
@@ -105,7 +105,7 @@ class ProfiledTrial(Trial):
     def peak(self, rates: Sequence[Rate]) -> PartialRecord:
         """Measure the peak rates of the device; they fill caches and memory, so nothing is timed afterwards.
 
-        A rate is left out where the memory does not suffice for its large product or copy.
+        A rate is left out if the memory is too small for its large product or copy.
         """
         peaks: dict[Rate, Peak] = {}
         for rate in rates:
@@ -123,7 +123,7 @@ class ProfiledTrial(Trial):
         return self._write(ACTIVITY, activity)
 
     def profile_requests(self, *, merged: bool, budget_s: float) -> PartialRecord:
-        """Time the phases of a request with the unmerged adapter or, after `merge`, with the merged one."""
+        """Time the phases of a request, with the adapter unmerged or, after `merge`, merged."""
         series = pair_times(
             self._serving.ask, self._bordered_request(), self._request.device, what="request",
             samples_of=request_samples, budget_s=budget_s,
@@ -163,7 +163,7 @@ class ProfiledTrial(Trial):
         return self._write(name, activity)
 
     def _write(self, name: str, found: object) -> PartialRecord:
-        """Write a result to a file of the trial's folder, and not to the record."""
+        """Write a result to a file in the trial's folder instead of the record."""
         (Path(self._request.scratch) / name).write_text(codec.dumps(found), encoding="utf-8")
         return PartialRecord()
 
@@ -184,14 +184,15 @@ CALLS = 8
 def measure_peak(device: str, rate: Rate, *, tries: int = 5) -> Peak:
     """The peak rate of a device, as torch names it: the best of `tries` laps, with the threads of the process.
 
-    A vendor's figure is for a clock that a device may not hold, and a CPU has none. A measured peak is the rate of this
-    device with these threads and this library on the most favourable shape. Interference only slows a lap down, so the
-    best is a lower bound of the true peak, and a share of it an upper bound of the true share.
+    A vendor's figure assumes a clock that a device may not sustain, and for CPUs there is none. A measured peak is the
+    rate of this device with these threads and this library on the most favourable shape. Interference only slows a lap
+    down, so the best is a lower bound of the true peak, and a share of it an upper bound of the true share.
 
-    Of products it is FLOP/s of square ones of several sizes; "tf32" is float32 on tensor cores and CUDA only. Of memory
-    it is bytes/s of large copies and sums: a copy counts the bytes read and those written, as STREAM does (McCalpin
-    1995, "Memory Bandwidth and Machine Balance in Current High Performance Computers"). A CPU reads the target's lines
-    too before it writes them, so that a sum, which only reads, as decoding mostly does, can be the faster of the two.
+    For matrix products the rate is the FLOP/s of square products of several sizes; "tf32" is float32 on tensor cores,
+    on CUDA only. For memory it is the bytes/s of large copies and sums: a copy counts the bytes read and written, as
+    STREAM does (McCalpin 1995, "Memory Bandwidth and Machine Balance in Current High Performance Computers"). A CPU
+    also reads the target's cache lines before it writes them, so a sum, which only reads (as decoding mostly does), can
+    be faster.
 
     Raises:
         LorameterError: tf32 on a CPU.

@@ -1,11 +1,13 @@
 """The judgements of a study's claims: supported, refuted, inconclusive or not judged, each with its reason.
 
-A claim is the conjunction of its parts: supported if every part is, refuted if one is, not judged if one was not and
-none is refuted, else inconclusive. All parts of a run that assert a difference share one error rate of 5 % (Holm); that
-there is none is asserted at 5 % each, as everywhere (`lorameter.stats.statement`).
+A claim is the conjunction of its parts: supported if every part is supported, refuted if any part is, not judged if
+some part is not judged and none is refuted, else inconclusive. All parts of a run that assert a difference share one
+error rate of 5 % (Holm); each assertion of equality has an error rate of 5 %, as everywhere
+(`lorameter.stats.statement`).
 
-If the reference differs from itself in a metric, or in the primary one of its phase, nothing is asserted on it. If it
-is not equivalent to itself, no equality is. A run can be judged at any moment, by what it holds then.
+If the reference differs from itself in a metric, or in the primary metric of its phase, nothing is asserted about that
+metric. If it is not equivalent to itself, no equality is asserted. A run can be judged at any time, from its records so
+far.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from lorameter.verdicts.series import Groups, control_of, group_trials, is_diffe
 from lorameter.verdicts.sites import refuse_mixed
 
 Controls = Mapping[str, Comparison | None]
-"""By metric, the reference against itself; None where it was not measured."""
+"""The comparison of the reference with itself, by metric; None if it was not measured."""
 TOKENS, TIME = "open_ended_tokens", "open_ended_request_time_s"
 
 
@@ -52,9 +54,9 @@ class Answers:
     """Shares of the variance of request time that the number of tokens explains (R²), over replicates."""
 
     requests: ShareEstimate | None
-    """Between the requests of all variants; None where it was not measured or every answer had one length."""
+    """Between the requests of all variants; None if it was not measured or all answers had the same length."""
     variants: ShareEstimate | None
-    """Between the means of the variants; None as well with fewer than three of them."""
+    """Between the means of the variants; None also with fewer than three variants."""
 
 
 class ClaimResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -69,25 +71,25 @@ class ClaimResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class ClaimsReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The judgements of a run's claims, with what a reader must know of the run."""
+    """The judgements of a run's claims, with the facts about the run that a reader needs."""
 
     run: str
     title: str
     status: str
-    """Status of the run; one that is running or was interrupted is judged by its records so far."""
+    """Status of the run; a running or interrupted run is judged from its records so far."""
     claims: tuple[ClaimResult, ...]
     replicates: int
-    """Replicates that hold a trial that is ok."""
+    """Replicates with at least one ok trial."""
     trials: Mapping[str, int]
-    """Trials by status; "planned" are all of the plan."""
+    """Trials by status; "planned" counts all trials of the plan."""
     control: Controls
     deviations: tuple[str, ...]
     notes: tuple[str, ...]
     answers: Answers
     engine: EngineEvidence | None = None
-    """For a study about an engine: the evidence that belongs to published verdicts."""
+    """For a study about an engine: the evidence that is published with the verdicts."""
     invalid: str | None = None
-    """Why none of them counts: no trial is ok, or the reference differs from itself."""
+    """Why no verdict counts: no trial is ok, or the reference differs from itself."""
 
     @property
     def valid(self) -> bool:
@@ -99,7 +101,7 @@ def judge_claims(run: Run) -> ClaimsReport:
     """Judge the claims of the study that a run measured.
 
     Raises:
-        UsageError: a study without claims, or the run of an A/B, whose trials have sides.
+        UsageError: the study has no claims, or the run is an A/B run.
     """
     study = read_study(run)
     if not study.claims:
@@ -153,7 +155,7 @@ def judge_claims(run: Run) -> ClaimsReport:
 def _judge_parts(
     run: Run, study: Study, groups: Groups, controls: Controls, engine: EngineEvidence | None
 ) -> dict[tuple[str, int], PartResult]:
-    """The result of each part, by the id of its claim and its place in it."""
+    """The result of each part, by the claim's id and the index of the part."""
     planned = {trial.partition("-")[2].removesuffix("-isolated") for trial in run.manifest.order}
     random_weights = any(notice.code == "random-weights" for notice in run.manifest.notices)
     results: dict[tuple[str, int], PartResult] = {}
@@ -175,7 +177,8 @@ def _judge_parts(
             except NotJudgedError as error:
                 results[key] = result_of(part, "not judged", str(error))
     doubts = {key: doubted for key, question in questions.items() if (doubted := doubt(question.part, controls))}
-    # A part that cannot be asserted is not in the family of tests, so it costs the others no error rate.
+    # A part that cannot be asserted is not in the family of tests, so it does not reduce the error rate of the
+    # others.
     conclusions = step_down(
         (key for key in questions if key not in doubts),
         lambda key, left: questions[key].judge(left),
@@ -191,7 +194,7 @@ def _judge_parts(
 
 
 def _answer(question: Question, conclusion: Conclusion, doubted: str) -> PartResult:
-    """The result of a conclusion; inconclusive where there is a doubt."""
+    """The result of a conclusion; inconclusive if there is a doubt."""
     ratio, low, high = question.ratio(conclusion)
     reason = question.reason(conclusion)
     return result_of(
@@ -208,9 +211,9 @@ def _answer(question: Question, conclusion: Conclusion, doubted: str) -> PartRes
 
 
 def controls_of(groups: Groups, study: Study, phases: Sequence[str]) -> Controls:
-    """The primary metric of each phase as the report of the run has it, then every other metric that is claimed.
+    """Control comparisons: the primary metric of each phase, as in the run's report, then every other claimed metric.
 
-    Either group shares an error rate of 5 %, so identical code seldom fails.
+    Each group shares an error rate of 5 %, so identical code seldom fails.
     """
     primaries = [PRIMARY[phase] for phase in PHASES if phase in phases]
     claimed = dict.fromkeys(name for claim in study.claims for part in claim.parts for name in metrics_of(part))
@@ -220,13 +223,13 @@ def controls_of(groups: Groups, study: Study, phases: Sequence[str]) -> Controls
         for name in family:
             try:
                 found[name] = control_of(groups, study.reference, name, family=len(family))
-            except InvalidRunError:  # values without a logarithm have no ratio, and claims of them are not judged
+            except InvalidRunError:  # values without a logarithm have no ratio, and claims about them are not judged
                 found[name] = None
     return found
 
 
 def doubt(part: ClaimPart, controls: Controls) -> str:
-    """Why nothing may be asserted of a part, as its control or that of its phase differs; empty where it may."""
+    """Why nothing may be asserted about a part, because its control or its phase's control differs; empty if it may."""
     for metric in metrics_of(part):
         for name in (metric, PRIMARY[METRICS[metric].phase]):
             found = controls.get(name)
@@ -237,7 +240,7 @@ def doubt(part: ClaimPart, controls: Controls) -> str:
 
 
 def doubt_of_equality(part: ClaimPart, controls: Controls) -> str:
-    """Why no equality may be asserted of a part; empty where it may."""
+    """Why equality may not be asserted about a part; empty if it may."""
     for metric in metrics_of(part):
         found = controls.get(metric)
         if found is None or found.verdict != "equivalent":
@@ -246,13 +249,13 @@ def doubt_of_equality(part: ClaimPart, controls: Controls) -> str:
 
 
 def conjunction(verdicts: Sequence[Judgement]) -> Judgement:
-    """The verdict on a claim from those on its parts."""
+    """The verdict on a claim, from the verdicts on its parts."""
     strongest: tuple[Judgement, ...] = ("refuted", "not judged", "inconclusive")
     return next((verdict for verdict in strongest if verdict in verdicts), "supported")
 
 
 def answers_of(groups: Groups) -> Answers:
-    """The shares of a run, from its variants without the control, which is one of them measured twice."""
+    """The shares for a run, from its variants without the control, which repeats one of them."""
     blocks: dict[int, list[tuple[Samples, Samples]]] = {}
     for (_, role), series in groups.items():
         for record, times in series.measured(TIME) if role == "variant" else ():
