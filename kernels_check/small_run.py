@@ -1,6 +1,6 @@
-"""A small LoRA run of real libraries, by which faults and fast paths are tried on a machine.
+"""A small LoRA run with real libraries, for trying faults and fast paths on a machine.
 
-A Llama of two layers with random weights of a fixed seed, quantised by bitsandbytes, with an adapter of PEFT.
+The model is a two-layer Llama with random weights from a fixed seed, quantised by bitsandbytes, with a PEFT adapter.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class SmallRun:
     optimizer: Any
     inputs: dict[str, Any]
     around: Callable[[], AbstractContextManager[object]] = nullcontext
-    """What every step happens in, such as autocast."""
+    """Context in which every step runs, such as autocast."""
 
     def step(self) -> None:
-        """Forward, backward and an update."""
+        """Run a forward pass, a backward pass and an update."""
         with self.around():
             self.optimizer.zero_grad()
             self.model(**self.inputs, labels=self.inputs["input_ids"]).loss.backward()
@@ -49,17 +49,17 @@ def build(
     optimizer: Callable[..., Any] | None = None,
     device: str = "cpu",
 ) -> SmallRun:
-    """Build a run of a fixed seed.
+    """Build a run with a fixed seed.
 
     Args:
         quant: ``nf4``, ``fp4`` or ``int8``; None leaves linear layers as they are.
-        double: quantise the scales of 4-bit weights too.
+        double: also quantise the scales of 4-bit weights.
         compute: compute dtype of the 4-bit layers.
-        dtype: of the weights before quantisation.
+        dtype: dtype of the weights before quantisation.
         attention: the model's ``attn_implementation``.
-        skipped: ends of the names of linear layers that are not quantised.
-        rank: of the adapter.
-        optimizer: from the trainable parameters to the optimizer; AdamW where left out.
+        skipped: name suffixes of linear layers that are not quantised.
+        rank: rank of the adapter.
+        optimizer: makes the optimizer from the trainable parameters; default: AdamW.
         device: where it runs.
     """
     import peft
@@ -86,7 +86,7 @@ def build(
 
 
 def four_bit(linear: Any, quant_type: str, double: bool = True, compute: Any = None) -> Any:
-    """The 4-bit layer of a linear layer's weight; it quantises when it is moved to its device."""
+    """The 4-bit layer for a linear layer's weight; it quantises when it is moved to its device."""
     import bitsandbytes as bnb
 
     layer = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=compute)
@@ -97,7 +97,7 @@ def four_bit(linear: Any, quant_type: str, double: bool = True, compute: Any = N
 
 
 def eight_bit(linear: Any, threshold: float = 0.0) -> Any:
-    """The 8-bit layer of a linear layer's weight; from the threshold on, inputs are outliers and stay in 16 bits."""
+    """The 8-bit layer for a linear layer's weight; inputs above the threshold are outliers and stay in 16 bits."""
     import bitsandbytes as bnb
 
     layer = bnb.nn.Linear8bitLt(
@@ -108,11 +108,11 @@ def eight_bit(linear: Any, threshold: float = 0.0) -> Any:
 
 
 def compile_layers(run: SmallRun, count: int, *, backend: str = "eager") -> None:
-    """Compile the first ``count`` of the two decoder layers, and take a step in which they are compiled."""
+    """Compile the first ``count`` of the two decoder layers, and run a step that compiles them."""
     import torch
 
-    torch.compiler.reset()  # the code of these layers is shared by all models of the process
-    run.inputs["use_cache"] = False  # a cache that fills up is another graph in every layer
+    torch.compiler.reset()  # all models of the process share the code of these layers
+    run.inputs["use_cache"] = False  # a growing cache would need another graph in every layer
     run.model.enable_input_require_grads()
     for layer in run.model.base_model.model.model.layers[:count]:
         layer.forward = torch.compile(layer.forward, backend=backend, dynamic=False)

@@ -1,4 +1,4 @@
-"""Measures what a LoRA fine-tuning configuration costs, with the interval of each number."""
+"""Measures the cost of LoRA fine-tuning configurations, with an interval for each number."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MODULES = {"Meter": "lorameter.attach", "load": "lorameter.results.frames", "lo
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, imported on first use: every measuring process imports this package."""
+    """Import public names on first use, because every measuring process imports this package."""
     if name in _MODULES:
         return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

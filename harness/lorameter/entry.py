@@ -1,4 +1,4 @@
-"""Where the command `lorameter` begins: a Ctrl-C while it imports ends it in silence, as it ends any other tool."""
+"""Entry point of the command `lorameter`; Ctrl-C during its imports ends it without a traceback, as with any tool."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import signal
 
 
 def main() -> int:
-    """Entry point of the console script; what it returns is its exit code."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have had it ignored
+    """Run the console script; returns its exit code."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have set it to ignore
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from lorameter.cli import main as run
 

@@ -1,1 +1,1 @@
-"""What an observation says of a claim."""
+"""Judges what an observation proves about a requirement."""

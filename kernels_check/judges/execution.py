@@ -1,8 +1,8 @@
 """How the step was executed: recomputation, TF32, compilation, train or eval mode, fused kernels of other libraries.
 
 Each of these has a flag that may be wrong. Gradient checkpointing stays "on" in eval mode and recomputes nothing; a
-compiled model that hit its recompile limit runs eagerly without a warning; a switch for fused kernels that comes after
-the model was built, or does not know the architecture, binds them in 0 of 28 layers.
+compiled model that hit its recompile limit runs eagerly without a warning; fused kernels that are enabled after the
+model was built, or for an unsupported architecture, are bound in 0 of 28 layers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def judge_checkpointing(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``checkpointing``: every block that a gradient comes back to is computed again, at each of its calls."""
+    """Judge ``checkpointing``: every block that receives a gradient is recomputed, for each of its calls."""
     judged = _recomputed(seen)
     if isinstance(judged, PathObservation):
         return judged
@@ -47,7 +47,7 @@ def judge_checkpointing(seen: Observation, required: Json) -> PathObservation:
 
 
 def judge_checkpointed_layers(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``checkpointing.layers``, a minimum: the share of those blocks."""
+    """Judge ``checkpointing.layers``, a minimum: the share of recomputed blocks."""
     judged = _recomputed(seen)
     if isinstance(judged, PathObservation):
         return judged
@@ -88,7 +88,7 @@ def _recomputed(seen: Observation) -> PathObservation | tuple[float, bool, str]:
 
 
 def _unseen(seen: Observation, reason: str) -> PathObservation:
-    """No module of the model was seen: absent where the step left the model alone, as one of a copy does."""
+    """The result without a module call: absent if the step did not use the model (but, say, a copy), else unknown."""
     return absent(reason) if seen.untouched else undecided(reason, present=False)
 
 
@@ -99,7 +99,7 @@ def _missing(block: BlockRecomputed) -> str:
 
 
 def _compiled_again(seen: Observation) -> tuple[float | None, str]:
-    """Of blocks in compiled code, where no call is seen, how many times the attention ran again; None if unknown."""
+    """For blocks in compiled code, which calls no hooks: the share of attention that ran again; None if unknown."""
     calls = [call for call in seen.profile.attention if call.direction == "forward" and call.compiled]
     first = sum(not call.recomputed for call in calls)
     if not first:
@@ -135,12 +135,12 @@ def _tf32_flag() -> str:
 
     try:
         return f"torch.backends.cuda.matmul.fp32_precision={torch.backends.cuda.matmul.fp32_precision!r}"
-    except (AttributeError, RuntimeError) as error:  # old and new switches refuse to be mixed
+    except (AttributeError, RuntimeError) as error:  # torch raises if the old and new settings are mixed
         return f"flag unreadable: {error}"
 
 
 def judge_compile(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``compile``: all blocks in compiled code; breaks and recompiles are named and fail nothing."""
+    """Judge ``compile``: all blocks ran in compiled code; graph breaks and recompilations are only reported."""
     regions, past = seen.profile.compiled_regions, seen.compilations
     blocks = seen.compiled_blocks
     reason = _entered(seen)
@@ -181,18 +181,18 @@ def _entered(seen: Observation) -> str:
     reason += f"; eager in part: {name_some(blocks.partly)}" if blocks.partly else ""
     reason += f"; eager: {name_some(blocks.eager)}" if blocks.eager and (blocks.compiled or blocks.partly) else ""
     if blocks.helpers:
-        known = blocks.compiled or blocks.partly  # then these may be pieces of what holds the blocks
+        known = blocks.compiled or blocks.partly  # these regions may be parts of the module that holds the blocks
         reason += f"; {blocks.helpers} regions outside of its blocks{'' if known else ', as of a loss'}"
     return reason
 
 
 def _unreadable(seen: Observation) -> bool:
-    """Whether code was compiled and the compiler's record of it cannot be read."""
+    """Whether code was compiled but the compiler's record of it cannot be read."""
     return bool(seen.profile.compiled_regions) and seen.compilations.unreadable is not None
 
 
 def _eagerly(seen: Observation) -> str:
-    """Why code that torch.compile was called on ran eagerly; empty where none did."""
+    """Why code under torch.compile ran eagerly; empty if none did."""
     regions, lookups, past = seen.profile.compiled_regions, seen.profile.compiler_lookups, seen.compilations
     if not lookups or (regions and (lookups <= regions or not past.refused)):
         return ""
@@ -204,7 +204,7 @@ def _eagerly(seen: Observation) -> str:
 
 
 def judge_mode(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``mode`` as the modules had it while the step ran."""
+    """Judge ``mode``: the mode of the modules while the step ran."""
     names = {True: "train", False: "eval", None: "now train, now eval"}
     modes = [names[training] for training in seen.modes.values()]
     observed = modes[0] if len(set(modes)) == 1 and modes[0] in ("train", "eval") else "mixed"
@@ -216,12 +216,12 @@ def judge_mode(seen: Observation, required: Json) -> PathObservation:
 
 
 _RULES = {"liger_kernel": "LIGER", "unsloth": "UNSLOTH", "unsloth_zoo": "UNSLOTH"}
-"""The rule that knows the kernels of a library, see ``rules``."""
+"""The rule that recognises the kernels of a library, see ``rules``."""
 _NOTHING = "nothing of a library of fused kernels is bound: apply it before the model is built, or to the model itself"
 
 
 def judge_fused(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``fused.kernels``: kinds, joined by ``+``, each of which must have been called in all of its places."""
+    """Judge ``fused.kernels``: kinds joined by ``+``; each kind must have been called at all of its sites."""
     places = seen.fused_kernel_sites
     kinds = list(dict.fromkeys(place.kind for place in places))
     wanted = [kind.strip() for kind in required.split("+")] if isinstance(required, str) else []
@@ -253,13 +253,13 @@ def _ran(place: FusedKernelSite, seen: Observation) -> bool:
 
 
 def _launched(place: FusedKernelSite, seen: Observation) -> bool | None:
-    """Whether the profile has a kernel of the library; None where no kernel was recorded or no rule knows its own."""
+    """Whether the profile has a kernel of the library; None if no kernel was recorded or no rule recognises them."""
     rule = _RULES.get(place.library or "")
     return None if rule is None or not seen.profile.kernels else seen.profile.kernels.get(rule, 0) > 0
 
 
 def _counted(kind: str, places: Sequence[FusedKernelSite], seen: Observation) -> str:
-    """The number of places with a fused kernel, and of those that were called."""
+    """The number of sites with a fused kernel, and the number of those that were called."""
     bound = [place for place in places if place.library is not None]
     ran = sum(_ran(place, seen) for place in places)
     libraries = join_values(place.library for place in bound if place.library is not None)

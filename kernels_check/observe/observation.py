@@ -1,9 +1,9 @@
-"""Observes steps of one model as they take place, leaves nothing behind, and holds what was observed for the judges.
+"""Observes steps of one model, and holds the observations for the judges.
 
-Every hook is guarded and taken off again. Where code is compiled during a step, the hooks on modules are removed at
-once, since the compiled code would keep them; what they had recorded is half a step then, and not used. What takes
-several steps, such as whether an update is kept until the next, is judged over all that were observed one after the
-other, unless something has changed the adapter in between.
+Every hook is guarded and removed afterwards. If code is compiled during a step, the hooks on modules are removed at
+once, since the compiled code would keep them; their records then cover only a part of the step and are not used.
+Properties that need several steps, such as whether an update persists until the next step, are judged over all
+consecutive observed steps, unless something has changed the adapter in between.
 """
 
 from __future__ import annotations
@@ -67,86 +67,86 @@ from kernels_check.observe.ranks import RankEvidence
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """Everything seen over the watched calls of the step; each property reads the model at its first use, once."""
+    """Everything observed over the watched calls; each property reads the model at its first use and is cached."""
 
     model: nn.Module
     before: Digest
     """The base before the first call."""
     after: Digest
-    """The base after the last."""
+    """The base after the last call."""
     profile: StepProfile
     calls: int
     optimizer_steps: int
-    """By optimizers that hold parameters of the model."""
+    """Steps of optimizers that hold parameters of the model."""
     optimizers: tuple[OptimizerSeen, ...]
     gradients: Mapping[str, GradientSeen]
-    """Parameters that a gradient reached in the watched calls, by name; what lay there before does not count."""
+    """Parameters that a gradient reached in the watched calls, by name; earlier gradients do not count."""
     changed: frozenset[str]
-    """Trainable parameters that differ from before the first call."""
+    """Trainable parameters whose value differs from that before the first call."""
     modules: Calls
-    """Calls of the model's modules in the watched call; those of compiled code call no hook."""
+    """Calls of the model's modules in the watched call; compiled code calls no hooks."""
     modes: Mapping[str, bool | None]
-    """``training`` of every module while the step ran; None where it changed."""
+    """``training`` of every module while the step ran; None if it changed."""
     drew_random: bool
     reached: frozenset[str] = frozenset()
     """Parameters that a gradient reached in the call that counts."""
     updates: Mapping[str, ParameterUpdates] = field(default_factory=dict)
-    """What became of each parameter of the adapter that has to learn, by name."""
+    """The updates of each adapter parameter that must learn, by name."""
     adapter_calls: Mapping[str, Sequence[LayerCall]] = field(default_factory=dict)
     """Calls of the adapter's layers in the last call, by the layer's name; compiled layers record none."""
     model_calls: tuple[ModelCall, ...] = ()
-    """Calls of the model itself in the hooked call; none where it is compiled in place."""
+    """Calls of the model itself in the hooked call; empty if it is compiled in place."""
     compilations: Compilations = field(default_factory=Compilations)
-    """What torch.compile has on record after the last call."""
+    """The compiler's records after the last call."""
     final_tree: ModelTree | None = None
-    """The model as the last call left it."""
+    """The model after the last call."""
     updated: tuple[GroupSeen, ...] = ()
     """Groups of the optimizers that stepped in the watched call."""
     other_optimizers: tuple[str, ...] = ()
-    """Classes of optimizers that stepped in any of the calls and hold no parameter of the model: they are another
-    model's, or hold copies of this one's, as master weights are."""
+    """Classes of optimizers that stepped in any of the calls and hold no parameter of the model: they belong to another
+    model, or hold copies of this model's parameters, such as master weights."""
     ranks: tuple[RankEvidence, ...] = ()
-    """What every rank shows of the step, where several train and a requirement asks."""
+    """Evidence of every rank about the step, if several train and a requirement needs it."""
 
     @property
     def untouched(self) -> bool:
-        """Whether the step was seen to leave the model alone: it called none of its modules and changed nothing."""
+        """Whether the step did not use the model: it called none of its modules and changed nothing."""
         called = self.modules.all or self.modules.unhooked or self.profile.compiled_regions
         return not (called or self.reached or self.changed)
 
     @cached_property
     def optimized(self) -> frozenset[int]:
-        """Identities of the parameters that an optimizer which stepped was given."""
+        """Ids of the parameters of the optimizers that stepped."""
         return frozenset(identity for optimizer in self.optimizers for identity in optimizer.parameters)
 
     @property
     def checkpointing_enabled(self) -> bool:
-        """Whether the model's flag for gradient checkpointing is on, which proves nothing."""
+        """Whether the model's flag for gradient checkpointing is on, which alone proves nothing."""
         return is_checkpointing_enabled(self.model)
 
     @cached_property
     def compiled_blocks(self) -> CompiledBlocks:
-        """The blocks of the model by whether they ran in compiled code."""
+        """The blocks of the model, by whether they ran in compiled code."""
         return compiled_blocks(self.tree, self.modules, self.profile.entered, self.profile.eager, self.gradients)
 
     @cached_property
     def recomputed_blocks(self) -> tuple[BlockRecomputed, ...]:
-        """The blocks of the model that a gradient comes back to, with what was computed again."""
+        """The blocks of the model that receive a gradient, with their recomputed operations."""
         return recomputed_blocks(self.tree, self.modules)
 
     @cached_property
     def blocks_without_gradient(self) -> tuple[str, ...]:
-        """The blocks of the model that ran and that no gradient comes back to."""
+        """The blocks of the model that ran and receive no gradient."""
         return ran_without_gradient(self.tree, self.modules, self.recomputed_blocks)
 
     @cached_property
     def updated_by_kind(self) -> list[Counter[str]]:
-        """For each of the groups in ``updated``, how many parameters were updated by which kind of operator."""
+        """For each group in ``updated``, the number of parameters updated by each kind of operator."""
         return updated_by(self.updated, self.profile.writes)
 
     @cached_property
     def update_operators(self) -> list[str]:
-        """The operators that wrote any of those parameters."""
+        """The operators that wrote any of these parameters."""
         return operators_on(self.updated, self.profile.writes)
 
     @cached_property
@@ -156,39 +156,39 @@ class Observation:
 
     @cached_property
     def adapter_layers(self) -> list[AdapterLayer]:
-        """Places with an adapter that is in use."""
+        """Modules with an active adapter."""
         return adapter_layers(self.tree)
 
     @cached_property
     def trained_parameters(self) -> dict[str, Tensor]:
-        """Parameters of the adapter that have to learn, by name."""
+        """Parameters of the adapter that must learn, by name."""
         return trained_parameters(self.tree)
 
     @cached_property
     def token_parameters(self) -> frozenset[str]:
-        """Parameters of the adapter that only some tokens of the vocabulary use, by name."""
+        """Parameters of the adapter that only some vocabulary tokens use, by name."""
         return token_parameters(self.tree)
 
     @cached_property
     def unmatched_names(self) -> list[str]:
-        """Names that the adapter's configuration asks for and that matched nothing."""
+        """Names in the adapter's configuration that matched nothing."""
         return unmatched_names(self.tree)
 
     @cached_property
     def base_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters that are no adapter's, by name."""
+        """Parameters that belong to no adapter, by name."""
         return base_parameters(self.tree)
 
     @cached_property
     def attention_layers(self) -> AttentionLayers:
-        """The layers in which attention ran or should have."""
+        """The layers in which attention ran or should have run."""
         return attention_layers(
             self.model, self.modules, self.profile.attention, self.profile.mixing, self.profile.reductions
         )
 
     @cached_property
     def base_products(self) -> LayerProducts:
-        """The products of every base layer below an adapter, by the name of the layer that carries the adapter."""
+        """The products of every base layer with an adapter, by the name of the layer that carries the adapter."""
         wrapped = [layer.name for layer in self.adapter_layers if layer.base is not None]
         layers = {name: (f"{name}.base_layer",) for name in wrapped}
         ran = {name: own if self.modules.ran(own[0]) else (name,) for name, own in layers.items()}
@@ -196,83 +196,83 @@ class Observation:
 
     @cached_property
     def fourbit_products(self) -> LayerProducts:
-        """The 4-bit products of every linear layer of the model with a 4-bit weight, by its name."""
+        """The 4-bit products of every linear layer with a 4-bit weight, by layer name."""
         return products_of(fourbit_layers(self.tree), self.model, self.modules, self.profile.fourbit)
 
     @cached_property
     def storage(self) -> dict[str, Storage]:
-        """How the base layer below each adapter keeps its weight, by the layer's name."""
+        """The weight storage of the base layer under each adapter, by layer name."""
         wrapped = (layer for layer in self.adapter_layers if layer.base is not None)
         return {layer.name: wrapped_storage(self.tree, layer.module) for layer in wrapped}
 
     @cached_property
     def census(self) -> WeightBits:
-        """How many bytes of the whole base are kept in how many bits."""
+        """The bytes of the whole base, by number of bits."""
         return take_census(self.tree)
 
     @cached_property
     def biases_of_adapters(self) -> Mapping[str, str]:
-        """Biases of the base that train as a part of the adapter, by name, with the setting of PEFT."""
+        """Biases of the base that train as a part of the adapter, by name, with PEFT's setting."""
         return biases_of_adapters(self.tree)
 
     @cached_property
     def fused_kernel_sites(self) -> list[FusedKernelSite]:
-        """Modules where fused kernels of other libraries may be bound, with the library that is."""
+        """Modules where fused kernels of other libraries may be bound, each with the library that is bound."""
         return fused_kernel_sites(self.tree, self.modules, self.model_calls)
 
     @cached_property
     def loss(self) -> LossSeen:
-        """Over which tokens the loss is, and how much they weigh."""
+        """The tokens in the loss, and their weights."""
         return loss_of_step(self.model_calls)
 
     @cached_property
     def embeddings(self) -> list[ParameterStatus]:
-        """The input and output embedding, with what became of their parameters."""
+        """The input and output embedding, with the fates of their parameters."""
         return fates_of(embedding_modules(self.tree), self)
 
     @cached_property
     def norms(self) -> list[ParameterStatus]:
-        """Every norm with parameters, with what became of them."""
+        """Every norm with parameters, with the fates of its parameters."""
         return fates_of(norm_modules(self.tree), self)
 
     @cached_property
     def isolation(self) -> PathObservation:
-        """Whether packed records are isolated."""
+        """Whether packed records are isolated from each other."""
         return isolation_by_inputs(self.model_calls, self.attention_layers.calls)
 
     @cached_property
     def padding(self) -> PaddingSeen | None:
-        """Padding in the inputs of the model; None where no call of it was seen."""
+        """Padding in the inputs of the model; None if no call of the model was observed."""
         return count_padding(self.tree, self.model_calls)
 
 
 MOST_CALLS = 8
-"""Steps after which no other is waited for; a run whose optimizer steps in each takes two."""
+"""Maximum number of observed steps; a run whose optimizer steps every time takes two."""
 
 
 class StepObserver:
     """Observes the steps of one model, each inside ``step``.
 
     Args:
-        model: that the steps train; held weakly.
+        model: the trained model, referenced weakly.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._reference = weakref.ref(model, lambda _: self.forget())
         self._series: _Series | None = None
         self.seen: Observation | None = None
-        """What the last step has shown; to be taken away once it is judged."""
+        """The observation of the last step; the caller removes it after judging."""
         self.compiled = False
-        """Whether code was compiled in the last step, so that its modules were not observed to the end."""
+        """Whether code was compiled in the last step, so that its modules were not observed to its end."""
 
     @property
     def fault(self) -> str | None:
-        """The exception of a hook, after which nothing of the step is known."""
+        """The exception of a hook; after it nothing is known about the step."""
         return None if self._series is None else self._series.guard.fault
 
     @property
     def undecided(self) -> bool:
-        """Whether a further step may show more than these did."""
+        """Whether a further step may be conclusive."""
         series = self._series
         return series is not None and series.begun < MOST_CALLS and series.updates.pending()
 
@@ -281,7 +281,7 @@ class StepObserver:
         """Observe until the end of the block.
 
         Raises:
-            Exception: something of the model cannot be hooked or read; nothing is left in place then.
+            Exception: the model cannot be hooked or read; all hooks are removed then.
         """
         self.compiled, self.seen = False, None
         tree = self._read()
@@ -306,13 +306,13 @@ class StepObserver:
 
     @contextmanager
     def updates_only(self) -> Iterator[None]:
-        """Observe what the updates of a step do, and nothing else; see ``step``."""
+        """Observe only the updates of a step; see ``step``."""
         tree = self._read()
         with self._continued(tree).step(tree):
             yield
 
     def forget(self) -> None:
-        """Let the next step be the first."""
+        """Start a new series with the next step."""
         self._series = self.seen = None
 
     def _read(self) -> ModelTree:
@@ -322,24 +322,24 @@ class StepObserver:
         return ModelTree.of(model)
 
     def _continued(self, tree: ModelTree) -> _Series:
-        """The series that this step continues, or a new one where something else changed the adapter since."""
+        """The series that this step continues, or a new one if other code changed the adapter since."""
         series = self._series
         if series is None or series.guard.fault is not None or not series.updates.continues(tree):
             series = self._series = _Series(tree)
         return series
 
     def _on_compile(self, recorder: CallRecorder, started: object) -> None:
-        """Remove the hooks on modules where a compilation starts."""
+        """Remove the hooks on modules when a compilation starts."""
         if not self.compiled:
             self.compiled = True
             recorder.break_off()
 
 
 class _Series:
-    """Observations of consecutive steps of one model, and the state that the next is compared with.
+    """Observations of consecutive steps of one model, and the state with which the next step is compared.
 
     Args:
-        tree: of the model before the first.
+        tree: tree of the model before the first step.
     """
 
     def __init__(self, tree: ModelTree) -> None:
@@ -347,23 +347,23 @@ class _Series:
         self.gradients = Gradients(self.guard)
         self.updates = Updates(tree, self.gradients)
         self.begun = 0
-        """Steps so far."""
+        """Number of steps that have begun."""
         self._before = digest(tree)
         self._others: dict[str, None] = {}
-        """Classes of the optimizers that stepped and hold no parameter of the model."""
+        """Classes of optimizers that stepped and hold no parameter of the model."""
         self._stepped: list[GroupSeen] = []
         self._given: dict[int, frozenset[int]] = {}
-        """Parameters with a gradient before an optimizer's step that has not ended, by the optimizer."""
+        """Parameters that had a gradient before the current optimizer step, by optimizer."""
         self._modes: dict[str, bool] = {}
-        """When the first optimizer stepped, or at the end; for where no hook records them."""
+        """The modes at the first optimizer step, or at the end; used if no hook records them."""
 
     @contextmanager
     def step(self, tree: ModelTree, backwards: BackwardPasses | None = None) -> Iterator[None]:
-        """Hook parameters and optimizers until the end of a step; ``backwards`` takes note of the updates, too."""
+        """Hook parameters and optimizers until the end of a step; ``backwards`` also records the updates."""
         own = frozenset(id(parameter) for _, parameter in tree.parameters)
 
         def is_own(optimizer: Any) -> bool:
-            """Whether it holds a parameter of the model; torch calls the hooks for those of other models, too."""
+            """Whether the optimizer holds a parameter of the model; torch also calls the hooks for other optimizers."""
             held = {id(value) for group in optimizer.param_groups for value in group["params"]}
             return not held.isdisjoint(own) or not held.isdisjoint(map(id, tree.model.parameters()))
 
@@ -408,7 +408,7 @@ class _Series:
     def observe(
         self, model: nn.Module, recorder: CallRecorder, profile: StepProfile, *, drew_random: bool
     ) -> Observation:
-        """Everything that was observed, for the judges."""
+        """All observations, for the judges."""
         final, calls = ModelTree.of(model), recorder.calls()
         after, updates = digest(final), self.updates.by_name()
         before = {name: part.fingerprint for name, part in self._before.parts.items()}

@@ -1,11 +1,11 @@
-"""What one rank shows of a watched step, and what all of them show: the evidence of ``ranks.*`` under ``watch``.
+"""Gathers the evidence of all ranks about a watched step, for the ``ranks.*`` paths of ``watch``.
 
-A gradient before and after its exchange may be gigabytes, so both are compared by their product with a random vector of
-signs, the same on every rank: a sum or a mean of gradients is the same sum or mean of these numbers, so a wrong divisor
-or a missing exchange shows in them.
+A gradient may take gigabytes, so gradients before and after the exchange are compared by their dot product with a
+random vector of signs, which is the same on every rank. The product is linear, so the sum or mean over ranks carries
+over to it, and it shows a wrong divisor or a missing exchange.
 
-The ranks exchange their evidence when a watched step has ended, which is a collective: every rank has to watch the same
-step with the same requirements.
+The ranks exchange their evidence after a watched step in a collective operation, so every rank must watch the same step
+with the same requirements.
 """
 
 from __future__ import annotations
@@ -30,48 +30,48 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gradient:
-    """The gradient of one trained parameter in one step, as one rank has it."""
+    """The gradient of one trained parameter in one step, on one rank."""
 
     own: float
     """Its product with the vector of signs before the exchange."""
     exchanged: float
-    """The same at the update; of a shard the part that lies here."""
+    """The same product at the update; for a sharded parameter, of the local part."""
     sharded: bool
     size: float
     """The norm of the rank's own gradient."""
     coarse: bool
-    """Whether it is of 16 bits, so that a mean of it is rounded."""
+    """Whether it is a 16-bit gradient, so that its mean is rounded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankEvidence:
-    """Evidence of one rank from a watched step; every field is a JSON value."""
+    """One rank's evidence about a watched step; every field is a JSON value."""
 
     rank: int
     problem: str | None = None
-    """Why it could not look."""
+    """Why the rank could not observe the step."""
     flat: bool = False
-    """Whether its parameters lie in parts of which no name is known, so that only updates are counted."""
+    """Whether its parameters are flattened into parts without names, so that only updates can be counted."""
     undecided: bool = False
     """Whether its watch waits for a further step."""
     updates: int = 0
-    """By optimizers that hold parameters of the model, over the watched steps."""
+    """Updates by optimizers that hold parameters of the model, over the watched steps."""
     counted: int | None = None
-    """Updates since the training began, by the optimizer's own count; None where it keeps none."""
+    """Updates since the training began, by the optimizer's own counter; None if it has none."""
     base: Mapping[str, str] = field(default_factory=dict)
-    """A fingerprint of each part of the base that lies whole on this rank, scales of quantised weights included."""
+    """A hash of each part of the base that is unsharded on this rank, including the scales of quantised weights."""
     shards: int = 0
-    """Parts of the base that are sharded."""
+    """Number of base parameters that are sharded."""
     adapter: Mapping[str, str] = field(default_factory=dict)
-    """A fingerprint of each trained parameter after the step."""
+    """A hash of each trained parameter after the step."""
     gradients: Mapping[str, Gradient] = field(default_factory=dict)
 
 
 class RankObserver:
-    """Observes the gradients that a step of this rank gives its optimizer.
+    """Observes the gradients that the optimizer of this rank receives in a step.
 
     Args:
-        model: that is trained; held weakly.
+        model: the trained model, referenced weakly.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -79,14 +79,14 @@ class RankObserver:
         self._hooks = ExitStack()
         self._guard = HookGuard()
         self._own: dict[str, Tensor] = {}
-        """Of the gradients before their exchange, the product with the vector of signs and the square of the norm."""
+        """For each gradient before its exchange, its product with the vector of signs and its squared norm."""
         self._exchanged: dict[str, Gradient] = {}
         self._optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def begin(self) -> None:
         """Hook the trained parameters and the optimizers at the start of a step.
 
-        The parameters of a model that FSDP2 has sharded are others in a forward, so they are hooked when a module is
+        During a forward pass, FSDP2 replaces the parameters of a sharded model, so these are hooked when a module is
         called.
         """
         model = self._model
@@ -106,11 +106,11 @@ class RankObserver:
         self._hooks.close()
 
     def exchange(self, seen: Observation | None, problem: str | None, *, undecided: bool) -> tuple[RankEvidence, ...]:
-        """Exchange the evidence of all ranks, in their order; empty where one process trains.
+        """Exchange the evidence of all ranks, in rank order; empty if only one process trains.
 
         Args:
-            seen: of this rank's step.
-            problem: why there is none.
+            seen: observation of this rank's step.
+            problem: why there is no observation.
             undecided: whether this rank waits for a further step.
         """
         if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
@@ -158,7 +158,7 @@ class RankObserver:
         )
 
     def _before_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """Global optimizer hook: gradients have been exchanged."""
+        """Global optimizer hook; at this point the gradients have been exchanged."""
         held = {id(value) for group in optimizer.param_groups for value in group["params"]}
         for name, parameter in trained_parameters(self._model).items():
             if id(parameter) in held:
@@ -167,7 +167,7 @@ class RankObserver:
                     self._exchanged[name] = self._gradient(name, parameter)
 
     def _arrival(self, name: str) -> Callable[[Tensor], None]:
-        """A hook that sees a gradient before anything is added to it or exchanged."""
+        """A hook that reads a gradient before it is accumulated or exchanged."""
 
         def arrive(gradient: Tensor) -> None:
             exact = gradient.detach().double()
@@ -190,7 +190,7 @@ class RankObserver:
             holder
             for name, module in names.items()
             if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-            for holder in (name, name.rpartition(".")[0])  # a layer may use the weight of an inner module itself
+            for holder in (name, name.rpartition(".")[0])  # a layer may directly use the weight of an inner module
         }
         for holder in holders:
             called = self._guard(lambda module, _, prefix=holder: look(prefix, module))
@@ -215,7 +215,7 @@ class RankObserver:
 
 
 def gathered(data: Any) -> list[Any]:
-    """The data of every rank, in their order; a collective."""
+    """Gather the data of every rank, in rank order; a collective operation."""
     found: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(found, data)
     return found
@@ -227,7 +227,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def fingerprints(model: nn.Module) -> dict[str, str]:
-    """A fingerprint of each trained parameter; of a sharded one of its whole, which is a collective."""
+    """A hash of each trained parameter; sharded parameters are gathered, which is a collective operation."""
     take = Fingerprinter()
     with torch.no_grad():
         whole = {
@@ -238,18 +238,18 @@ def fingerprints(model: nn.Module) -> dict[str, str]:
 
 
 def counted_updates(optimizers: Any) -> int | None:
-    """The most updates that the state of any parameter counts; None where the optimizers keep no count."""
+    """The largest update count in the state of any parameter; None if the optimizers do not count."""
     states = [state for optimizer in optimizers for state in optimizer.state.values() if "step" in state]
     return max((int(state["step"]) for state in states), default=None)
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, of which this rank holds a part."""
+    """Whether the tensor is a DTensor, of which this rank holds a part."""
     return type(tensor).__name__ == "DTensor"
 
 
 def _signs(name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """The vector of signs of a parameter, the same on every rank; float64."""
+    """The vector of signs of a parameter in float64, the same on every rank."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
     generator = torch.Generator().manual_seed(seed)
     return (torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) * 2 - 1).to(device, torch.float64)

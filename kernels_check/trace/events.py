@@ -1,7 +1,7 @@
-"""Events of a profiler as columns: sums by name, the time in which a device was busy, and operators' own times.
+"""Stores profiler events as columns: totals by name, the busy time of a device, and operators' self times.
 
-A GPU runs several streams at once, so the sum of durations can exceed the time that passed; the busy time is the length
-of the *union* of the intervals of a device. An event that a tool wrote twice (merged files do that) counts once.
+A GPU runs several streams at once, so the sum of durations can exceed the elapsed time; the busy time is the length of
+the *union* of the intervals of a device. An event that a tool wrote twice (as in merged files) counts once.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Events:
     start_us: Floats
     """NaN for an event without a usable start and duration."""
     duration_us: Floats
-    """The same."""
+    """NaN for the same events."""
     correlation: Integers
     repeated: int
-    """How many were left out because another was the same in every column."""
+    """Number of events that were left out because another event was the same in every column."""
 
     def __len__(self) -> int:
         return len(self.name)
@@ -55,12 +55,12 @@ class NameTotal:
     calls: int
     time_ms: float
     rule: Rule | None = None
-    """The rule that it counts for."""
+    """The rule that the name matches."""
     facts: KernelNameFacts | None = None
 
 
 def make_events(rows: Iterable[Row]) -> Events:
-    """Columns of these events; their order does not matter."""
+    """Columns of these events, in any order."""
     columns: tuple[array[Any], ...] = (array("q"), array("q"), array("d"), array("d"), array("q"))
     names: dict[str, int] = {}
     lanes: dict[Lane, int] = {}
@@ -75,7 +75,7 @@ def make_events(rows: Iterable[Row]) -> Events:
     start[untimed] = duration[untimed] = np.nan
     order = np.lexsort(arrays)
     arrays = [column[order] for column in arrays]
-    # NaN equals nothing: without a time two events are two.
+    # NaN equals nothing: two events without a time are distinct.
     same = np.logical_and.reduce([column[1:] == column[:-1] for column in arrays])
     kept = np.concatenate(([True], ~same))[: len(order)]
     return Events(
@@ -91,7 +91,7 @@ def make_events(rows: Iterable[Row]) -> Events:
 
 
 def sum_by_name(events: Events) -> list[NameTotal]:
-    """Calls and time of each name; an event without a usable duration counts with no time."""
+    """Calls and time of each name; an event without a usable duration adds no time."""
     calls = np.bincount(events.name, minlength=len(events.names))
     time_us = np.bincount(events.name, weights=np.nan_to_num(events.duration_us), minlength=len(events.names))
     return [
@@ -101,7 +101,7 @@ def sum_by_name(events: Events) -> list[NameTotal]:
 
 
 def busy_time_us(events: Events) -> dict[str, float]:
-    """Microseconds in which anything ran, by device; empty where no event has a time."""
+    """Microseconds in which anything ran, by device; empty if no event has a time."""
     timed = np.isfinite(events.start_us)
     busy = {}
     for device in dict.fromkeys(device for device, _ in events.lanes):
@@ -115,7 +115,7 @@ def busy_time_us(events: Events) -> dict[str, float]:
 def union_length(start: Floats, duration: Floats) -> float:
     """Length of the union of intervals: each adds its part beyond all that began before it."""
     order = np.argsort(start, kind="stable")
-    start = start[order] - start.min()  # not times since 1970, whose last bits a sum would lose
+    start = start[order] - start.min()  # timestamps since 1970 would lose their last bits in a sum
     end = start + duration[order]
     reached = np.concatenate((start[:1], np.maximum.accumulate(end)[:-1]))
     return float(np.maximum(end - np.maximum(reached, start), 0.0).sum())
@@ -126,14 +126,14 @@ class _OpenOperator:
     end_us: float
     key: tuple[int, int]
     attention: int
-    """Index of the attention operator around it, itself included; -1 outside."""
+    """Index of the enclosing attention operator, or of the operator itself; -1 outside attention."""
 
 
 def operator_times(events: Events) -> list[NameTotal]:
-    """Own time and calls of each operator of the host; those inside attention have an entry of their own.
+    """Self time and calls of each CPU operator; operators inside attention have a separate entry.
 
-    A call inside a call of the same name (the dispatcher records operators written in Python twice), or inside
-    another attention operator, is no call of its own.
+    A call inside a call of the same name (the dispatcher records operators written in Python twice), or inside another
+    attention operator, does not count separately.
     """
     rules = [classify_operator(name) for name in events.names]
     time_us: defaultdict[tuple[int, int], float] = defaultdict(float)

@@ -1,12 +1,12 @@
-"""The observer that writes a script's training as a run of lorameter on disk.
+"""The observer that writes a script's training to disk as a run.
 
-It requests that one step is watched, the first after the warm-up, and the next one where that left something unknown.
-Its own work is done between steps, where no step's time is: reading the machine where a stretch of training begins and
-ends, and writing each step.
+It requests a check of the first step after the warm-up, and of the next step if the first left something unknown. It
+works only between steps, outside all step times: it reads the machine's state at the ends of each stretch of training,
+and writes each step.
 
-The run is claimed by making its directory, which one process can do; a second one is not followed. The record is
-written when the training begins and when it has ended, and each step as it comes, so that a process that is killed
-leaves what it had measured until then.
+A process claims the run by creating its directory, which succeeds in one process only; trainings of other processes are
+not measured. The record is written when the training begins and when it ends, and each step when it is reported, so a
+killed process leaves the steps measured until then.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ from lorameter.studies.script_study import study_of_command
 from lorameter.studies.study import Study
 
 PROTOCOL = Protocol(phases=("train",), replicates=1, turns=1, steps_per_turn=1, allow_disturbed=True)
-"""A training is measured as it comes; how many steps it has is known at its end."""
+"""A training is measured while it runs; its number of steps is known only at its end."""
 
 
 class RunFile:
-    """The run of one training that is being written. Holds its lock until it is finished."""
+    """The run file of one training. Holds the run's lock until the training is finished."""
 
     def __init__(self, path: Path, *, device: str, requirements: Mapping[str, Any], values: dict[str, float]) -> None:
         """Claim the directory, and write the manifest and the record with these values.
 
         Raises:
             NotFollowedError: another process has claimed it.
-            InvalidRunError: the disk refuses.
+            InvalidRunError: writing failed.
         """
         try:
             path.mkdir(parents=True)
@@ -89,7 +89,7 @@ class RunFile:
         RunWriter(path.parent, self._manifest).append(begun)
 
     def record(self, **measured: Any) -> TrialRecord:
-        """The record of the one trial with what was measured, `status` and `failure` included."""
+        """The record of the trial with the measured values, including `status` and `failure`."""
         (trial,) = self._manifest.order
         return TrialRecord(
             trial=trial,
@@ -107,11 +107,11 @@ class RunFile:
         )
 
     def add(self, step: Step) -> None:
-        """Write what a step adds to the record."""
+        """Append a step to the record."""
         self._steps.write(step_line_of(step))
 
     def finish(self, record: TrialRecord, notes: Sequence[str]) -> None:
-        """Write the last record, how many steps were timed, and what a reader must know of the numbers."""
+        """Write the last record, the number of timed steps, and notes on the numbers."""
         with contextlib.suppress(OSError):
             text = record.failure.traceback if record.failure is not None else ""
             log = text or "What the script printed went where it was started.\n"
@@ -128,8 +128,8 @@ class RunFile:
 
 
 def study_of(command: str, requirements: dict[str, object]) -> Study:
-    """The study of a command that runs already. A line that no study could hold (a program text behind `-c`) is written
-    as its program alone."""
+    """The study of a running command. A command line that no study can hold (a program text behind `-c`) is shortened
+    to its program."""
     options: dict[str, Any] = {"threads": torch.get_num_threads(), "protocol": PROTOCOL, "requirements": requirements}
     try:
         return study_of_command(command, **options)
@@ -138,7 +138,7 @@ def study_of(command: str, requirements: dict[str, object]) -> Study:
 
 
 def describe_place(study: Study, device: str) -> dict[str, Any]:
-    """The provenance of a training on this device (as torch names it)."""
+    """The provenance of a training on this device (a torch device type)."""
     machine = provenance.probe_machine()
     if device == "cpu":
         machine = dataclasses.replace(machine, device="cpu", device_name=machine.cpu_model, device_memory_bytes=None)
@@ -149,15 +149,15 @@ def describe_place(study: Study, device: str) -> dict[str, Any]:
 
 
 MOST_WATCHED = 2
-"""Steps that are watched: the effect of changed weights shows in the next step."""
+"""Maximum number of watched steps: the effect of changed weights shows in the next step."""
 REPORT_TIMEOUT_S = 120.0
 FLUSH_INTERVAL_S = 1.0
-"""A process that is killed loses at most this much of its training."""
+"""Maximum seconds of training that a killed process loses."""
 AT_ONCE = ObserverReply()
 
 
 class Writer:
-    """A `TrainingObserver` that writes a run. Without arguments the environment configures it."""
+    """A `TrainingObserver` that writes a run. Arguments default to the environment's configuration."""
 
     def __init__(
         self,
@@ -169,8 +169,8 @@ class Writer:
         """Nothing is written before the training begins.
 
         Args:
-            runs_dir: where the run is written; None: where the environment says.
-            require: paths of kernels_check that the watched step must have; None: what the environment says.
+            runs_dir: where the run is written; None: from the environment.
+            require: paths of kernels_check that the watched step must have; None: from the environment.
             report: whether the report is printed at the end; None: unless the process is wrapped.
         """
         self._named = os.environ.get(RUN)
@@ -180,17 +180,17 @@ class Writer:
         self._training: TrainingInfo | None = None
         self._file: RunFile | None = None
         self._last: TrialRecord | None = None
-        """The last record, once it is written."""
+        """The last record, after it has been written."""
         self._ranks: Ranks | None = None
         self._notices: list[Notice] = []
         self._checks: tuple[dict[str, Any], ...] | None = None
         self._watched = 0
         self._in_stretch = False
-        """Whether timed steps are under way, and the machine is watched."""
+        """Whether steps are being timed, and the machine's state is being recorded."""
         self._values: dict[str, float] = {}
 
     def begin(self, training: TrainingInfo) -> ObserverReply:
-        """Claim the run; a second training of the same process is noted and no more."""
+        """Claim the run; a second training in the same process is only noted."""
         if self._training is not None:
             message = (
                 f"a second training began in the same process (seen by its {training.source}); the first one is what "
@@ -202,7 +202,7 @@ class Writer:
                 self._file.write_last(self._last.replaced(notices=tuple(self._notices)))
             return AT_ONCE
         self._training = training
-        self._require = {**training.required, **self._require}  # who has started the command asks for more
+        self._require = {**training.required, **self._require}  # requirements of the command take precedence
         path = self._path()
         if training.ranks > 1:
             self._ranks = Ranks(path, training)
@@ -225,7 +225,7 @@ class Writer:
         return runs / store.new_run_id(name_of_words(shlex.split(read_command())), runs)
 
     def step(self, reading: StepReading) -> ObserverReply:
-        """One more step; the first after the warm-up is watched."""
+        """Add a step; request a check of the first step after the warm-up."""
         if self._ranks is not None:
             self._ranks.add(reading)
         if self._file is None:
@@ -247,7 +247,7 @@ class Writer:
         return ObserverReply(flush_interval_s=FLUSH_INTERVAL_S)
 
     def _watch_again(self, reading: StepReading) -> bool:
-        """Whether a second step in a row may show what the first did not."""
+        """Whether a check of the next step may decide what the first left unknown."""
         if reading.checks is None or self._watched >= MOST_WATCHED:
             return False
         from kernels_check.judges.paths import PATHS
@@ -256,7 +256,7 @@ class Writer:
         return any(PATHS[path].further_steps for path in unknown & PATHS.keys())
 
     def _so_far(self) -> dict[str, Any]:
-        """Values that are known next to the steps; those that take a system call once a second."""
+        """Values that are known between steps; those that need a system call are read once a second."""
         now = time.monotonic()
         if now - self._read_s < FLUSH_INTERVAL_S:
             return {"values": self._samples.values}
@@ -275,7 +275,7 @@ class Writer:
             self._values |= self._telemetry.end()
 
     def phase(self, phase: Phase) -> None:
-        """Peaks of memory are those of a phase; evaluation and saving are in no stretch of training."""
+        """Start a new memory peak for the phase; evaluation and saving end the stretch of training."""
         if self._file is None or self._last is not None:
             return
         if phase != "train":
@@ -312,14 +312,14 @@ class Writer:
             notices=tuple(self._notices),
         )
         self._file.finish(record, describe_measuring(self._training.source, record, self._samples, self._checks))
-        self._last = record  # if anything fails from here on, the run is whole
+        self._last = record  # from here on a failure leaves a complete run
         if self._report:
             print_report(self._file.path)
         else:
             say(f"run {self._file.path.name} is written")
 
     def _judge(self, error: BaseException | None) -> tuple[Status, Failure | None]:
-        """The status of a training that ended so, and the failure where it is not ok."""
+        """The status of a training that ended with this error, and the failure if it is not ok."""
         if error is not None:
             return describe_end(error, self._peaks.phase)
         failure = self._samples.not_finite
@@ -335,7 +335,7 @@ class Writer:
 
 
 def print_report(path: Path) -> None:
-    """Print the report of a run, by a process of its own."""
+    """Print the report of a run in a separate process."""
     folders = dict.fromkeys(str(Path(str(package.__file__)).parents[1]) for package in (lorameter, kernels_check))
     search = [*folders, *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(search)}
@@ -363,8 +363,8 @@ PHASES = {"train": "training", "evaluate": "evaluating", "save": "saving"}
 def describe_measuring(
     source: Source, record: TrialRecord, samples: StepSamples, checks: Sequence[Mapping[str, Any]] | None
 ) -> list[str]:
-    """Notes on how the numbers were measured: where steps lie, how tokens count, what a watched step ran, and the peak
-    memory of each phase where there is more than training."""
+    """Notes on the measurement: how steps are delimited, how tokens are counted, the checks of the watched step, and
+    the peak memory of each phase if there are several."""
     notes = [SEEN_BY[source]]
     notes += [FORWARD] if "forward_time_s" in record.samples else []
     notes += [NO_TOKENS[source]] if record.samples and "turn_tokens" not in record.samples else []

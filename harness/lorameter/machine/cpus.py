@@ -1,9 +1,9 @@
 """Pins processes to CPUs, and groups CPUs by core.
 
-CPUs of one machine are not alike at every moment: another thread of the same core, of this machine or of another guest
-on the same host, takes from what runs there, and no counter of a virtual machine shows it. A process tends to stay
-where it last ran, so that it would be slow as a whole and another, on the next CPU, would not. Processes whose times
-are compared compute on the same one.
+CPUs of one machine differ in speed at any moment: another thread on the same core, of this machine or of another guest
+on the host, slows a CPU down, and no counter of a virtual machine shows it. A process tends to stay on its CPU, so one
+process would be slow throughout, while another on the next CPU would not. So processes whose times are compared run on
+the same CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NAMES = ("core_cpus_list", "thread_siblings_list")
 
 
 def cpus_of(pid: int) -> tuple[int, ...]:
-    """The CPUs that a process may run on, in order; none where it has ended."""
+    """The CPUs on which a process may run, in order; empty if it has ended."""
     try:
         return tuple(sorted(os.sched_getaffinity(pid)))
     except OSError:
@@ -28,8 +28,8 @@ def cpus_of(pid: int) -> tuple[int, ...]:
 
 
 def pin_to_cpus(pid: int, cpus: Collection[int]) -> None:
-    """Have all threads of a process run on these CPUs only (sched_setaffinity(2)). Of one that has ended, or that this
-    user may not move, nothing happens."""
+    """Restrict all threads of a process to these CPUs (sched_setaffinity(2)). Does nothing if the process has ended or
+    this user may not change it."""
     with contextlib.suppress(OSError):
         for thread in list(Path(f"/proc/{pid}/task").iterdir()):
             with contextlib.suppress(OSError):  # a thread that has just ended
@@ -37,7 +37,7 @@ def pin_to_cpus(pid: int, cpus: Collection[int]) -> None:
 
 
 def has_children(pid: int) -> bool:
-    """Whether a process has running children; true if that is unknown."""
+    """Whether a process has running children; True if unknown."""
     try:
         return any((thread / "children").read_text().strip() for thread in Path(f"/proc/{pid}/task").iterdir())
     except OSError:
@@ -45,8 +45,7 @@ def has_children(pid: int) -> bool:
 
 
 def cores_of(cpus: Iterable[int], root: Path = ROOT) -> list[tuple[int, ...]]:
-    """CPUs by core, each core once, in the order of its first. A CPU whose core the kernel does not report is the only
-    one of its core."""
+    """CPUs grouped by core, in the order of each core's first CPU. A CPU whose core is unknown forms its own group."""
     found: dict[str, list[int]] = {}
     for cpu in sorted(cpus):
         found.setdefault(_core_of(cpu, root), []).append(cpu)
@@ -54,7 +53,7 @@ def cores_of(cpus: Iterable[int], root: Path = ROOT) -> list[tuple[int, ...]]:
 
 
 def _core_of(cpu: int, root: Path) -> str:
-    """The list of its threads, which is the same for all of them."""
+    """The kernel's list of the threads of its core, which is the same for all of them."""
     for name in NAMES:
         with contextlib.suppress(OSError, ValueError):
             listed = (root / f"cpu{cpu}" / "topology" / name).read_text().strip()
@@ -64,7 +63,7 @@ def _core_of(cpu: int, root: Path) -> str:
 
 
 def holds_any(listed: str, cpus: Collection[int]) -> bool:
-    """Whether a list such as 0-3,8 (cpuset(7)) holds one of these CPUs. Raises `ValueError` for what is none."""
+    """Whether a list such as 0-3,8 (cpuset(7)) contains one of these CPUs. Raises `ValueError` for an invalid list."""
     parts = (part.partition("-") for part in listed.strip().split(",") if part)
     spans = [range(int(first), int(last or first) + 1) for first, _, last in parts]
     return any(cpu in span for cpu in cpus for span in spans)

@@ -1,7 +1,7 @@
-"""What a machine can run and measure, and what would disturb a measurement, judged by a survey of it.
+"""Judges from a survey what a machine can run and measure, and what would disturb a measurement.
 
-Most disturbances cost precision only: trials take turns, and intervals include the noise. A machine is unfit if no
-trial could run, or if numbers would be wrong: another process's work, a GPU that protects itself, faulty memory.
+Most disturbances only reduce precision: trials take turns, and intervals include the noise. A machine is unfit if no
+trial can run, or if numbers would be wrong because of other processes, a GPU that throttles itself, or faulty memory.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 
 About = Literal["runs", "measures", "spoils"]
-"""What can run · what can be measured · what would disturb it."""
+"""What can run · what can be measured · what would disturb a measurement."""
 Grade = Literal["good", "note", "bad", "unfit"]
-"""Nothing to do · for information · costs precision, and can be remedied · do not measure here."""
+"""Nothing to do · for information · reduces precision and can be fixed · do not measure here."""
 MPS_PIPES, MPS_DEFAULT = "CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"
-"""Where the control daemon of NVIDIA's Multi-Process Service listens (docs.nvidia.com, MPS, environment variables)."""
+"""The socket folder of NVIDIA's Multi-Process Service daemon (docs.nvidia.com, MPS, environment variables)."""
 BUSY = 0.25
-"""Load per CPU, before this process does anything, from which other work is assumed."""
+"""Load per CPU, before this process computes anything, above which other work is assumed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +64,12 @@ def examine(found: Survey) -> tuple[DoctorCheck, ...]:
 
 
 def is_fit(checks: tuple[DoctorCheck, ...]) -> bool:
-    """Whether something may be measured here."""
+    """Whether measurements are possible on this machine."""
     return all(check.grade != "unfit" for check in checks)
 
 
 def _check(about: About, name: str, found: str, grade: Grade = "good", remedy: str = "") -> DoctorCheck:
-    """A finding with its remedy, where there is something to mend."""
+    """A finding with its remedy, if something needs fixing."""
     return DoctorCheck(about=about, name=name, grade=grade, found=found, remedy="" if grade == "good" else remedy)
 
 
@@ -83,7 +83,7 @@ def _value(
     grade: Grade = "bad",
     remedy: str,
 ) -> DoctorCheck:
-    """A value with `grade` and its remedy if it is wrong; a missing one is a note without."""
+    """A value with `grade` and its remedy if it is wrong; a missing value gives a note without a remedy."""
     if reading.value is None:
         return _check(about, name, unavailable(reading.reason), "note")
     return _check(about, name, words(reading.value), grade if wrong(reading.value) else "good", remedy)
@@ -106,7 +106,7 @@ def packages(found: Survey) -> list[DoctorCheck]:
 
 
 def device(found: Survey) -> DoctorCheck:
-    """Where trials run, and why not on the GPU."""
+    """The device on which trials run, and why it is not the GPU."""
     machine, gpu, remedy = found.machine, found.gpu.value, ""
     grade: Grade = "good"
     if machine.device == "cuda":
@@ -133,7 +133,7 @@ def device(found: Survey) -> DoctorCheck:
 
 
 def device_order(found: Survey) -> list[DoctorCheck]:
-    """Whether CUDA counts different GPUs as trials do."""
+    """Whether CUDA counts different GPUs in the same order as trials do."""
     names = [str(gpu.name.value) for gpu in found.gpus.value or ()]
     if len(set(names)) <= 1 or found.environment.get(ORDER_VARIABLE) == BUS_ORDER:
         return []
@@ -143,7 +143,7 @@ def device_order(found: Survey) -> list[DoctorCheck]:
 
 
 def memory(found: Survey) -> DoctorCheck:
-    """Whether one trial's process would fit."""
+    """Whether the process of one trial would fit into memory."""
     free, least = found.system["memory_available_bytes"], bare_process_bytes(found.machine.cuda)
     return _value(
         "memory",
@@ -157,7 +157,7 @@ def memory(found: Survey) -> DoctorCheck:
 
 
 def models(found: Survey) -> list[DoctorCheck]:
-    """Models of the catalogue that fit into the free memory, by `lorameter.models.costs.memory`."""
+    """Models of the catalogue that fit into the free memory, according to `lorameter.models.costs.memory`."""
     gpu, workload, where = found.gpu.value, Workload(), "cpu"
     free = found.system["memory_available_bytes"].value
     if gpu is not None and found.machine.device == "cuda":
@@ -188,7 +188,7 @@ def models(found: Survey) -> list[DoctorCheck]:
 
 
 def runs_folder(found: Survey) -> DoctorCheck:
-    """Locks keep two runs in one folder from mixing."""
+    """Whether locks work in the folder of runs; they keep two runs from mixing."""
     without = found.locks.reason or "locks have no effect: two runs would not see each other"
     words = f"{found.runs}: {'locks work' if found.locks.value else without}"
     remedy = "Use a folder on a disk of this machine: --runs-dir, or LORAMETER_RUNS."
@@ -199,7 +199,7 @@ def runs_folder(found: Survey) -> DoctorCheck:
 
 
 def meters(found: Survey) -> list[DoctorCheck]:
-    """Counters that the kernel and the GPU offer."""
+    """Counters that the kernel and the GPU provide."""
     counters = [
         ("pressure", found.host_missing.get("cpu_stall_s"), "Start the kernel with psi=1."),
         ("steal", found.host_missing.get("steal_s"), "Measure where /proc/stat can be read."),
@@ -234,9 +234,9 @@ def meters(found: Survey) -> list[DoctorCheck]:
 
 
 def load(found: Survey) -> DoctorCheck:
-    """Other work on the machine now."""
+    """Other work on the machine at this moment."""
     value, cpus, stalled = found.system["load"].value or 0.0, found.cpus, found.host.get("cpu_stall_s")
-    waits = stalled is None or stalled / found.host["watched_s"] > CONTENDED  # a load lags a minute behind
+    waits = stalled is None or stalled / found.host["watched_s"] > CONTENDED  # the load average lags a minute behind
     return _value(
         "load",
         found.system["load"],
@@ -250,7 +250,7 @@ def load(found: Survey) -> DoctorCheck:
 
 
 def waits(found: Survey) -> list[DoctorCheck]:
-    """Work that waited while this process computed, and CPU time that was requested and not given."""
+    """Work that waited while this process computed, and requested CPU time that was withheld."""
     checks, watched = [], found.host["watched_s"]
     for name, counter, limit, what, remedy in (
         ("waiting", "cpu_stall_s", CONTENDED, "work waited for a CPU", "Stop other work on this machine."),
@@ -276,7 +276,7 @@ def waits(found: Survey) -> list[DoctorCheck]:
 
 
 def settings(found: Survey) -> list[DoctorCheck]:
-    """Settings that change times by themselves."""
+    """Settings that affect times."""
     system = found.system
     used = system["swap_used_bytes"].value or 0
     return [
@@ -407,7 +407,7 @@ def gpu_settings(found: Survey) -> list[DoctorCheck]:
 
 
 def other_processes(neighbours: Neighbours) -> DoctorCheck:
-    """This process holds nothing on the device, so all that is in use belongs to others."""
+    """This process holds nothing on the device, so all used memory belongs to others."""
     others, held, used = neighbours.others.value, neighbours.others_bytes.value, neighbours.used_bytes.value
     limit = f"above {format_bytes(SHARED_INVALID_BYTES)} they are at work"
     if others:
@@ -425,7 +425,7 @@ def other_processes(neighbours: Neighbours) -> DoctorCheck:
 
 
 def shared_gpus(found: Survey) -> list[DoctorCheck]:
-    """Ranks on parts of one GPU, and NVIDIA's Multi-Process Service, by which processes share a context."""
+    """Ranks on parts of one GPU, and NVIDIA's Multi-Process Service, with which processes share a context."""
     checks = []
     if parts := "; ".join(map(say_entries, shared_boards(found.visible.value or ()))):
         words = f"{parts} are parts of one GPU: ranks, or sites, on them would disturb each other"

@@ -1,4 +1,4 @@
-"""What was observed of one adapter served in several ways, as it is stored; conclusions are computed on demand."""
+"""The observations of one adapter served in several ways, as stored on disk; conclusions are computed on demand."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from lorameter.studies.workload import Workload
 
 SCHEMA = 1
 DOCUMENT = "parity.json"
-"""The file of a folder that is not a log."""
+"""The file with the facts in a folder of logs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parity:
-    """All facts; nothing is an estimate.
+    """All facts, without estimates.
 
     Attributes:
         schema: version of the file.
-        study: name.
-        variant: whose adapter it is.
-        workload: of the prompts.
+        study: name of the study.
+        variant: variant of the adapter.
+        workload: workload of the prompts.
         device: "cpu" or "cuda".
-        device_name: as its vendor calls it.
-        adapter: folder of the adapter that was given; empty where it was trained here.
-        record: the training of the adapter, with its checks; None of one that was given.
-        ways: in the order in which they were served; the first is the reference.
-        served: what was observed, a way each.
-        prompts: tokens of each.
-        notices: of the machine and the study, where there is no record.
+        device_name: the vendor's name of the device.
+        adapter: folder of a given adapter; empty if it was trained here.
+        record: the training of the adapter, with its checks; None for a given adapter.
+        ways: ways in the order of serving; the first is the reference.
+        served: the observations for each way.
+        prompts: number of tokens of each prompt.
+        notices: notices about the machine and the study, if there is no record.
     """
 
     schema: int = SCHEMA
@@ -49,5 +49,5 @@ class Parity:
 
     @property
     def reference(self) -> Served:
-        """The adapter next to the base that it was trained on."""
+        """The observations of the reference: the adapter unmerged, on the base on which it was trained."""
         return self.served[0]

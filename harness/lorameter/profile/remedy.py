@@ -1,9 +1,9 @@
-"""A finding's remedy, tried: the present variant against the suggested one, measured like any two variants.
+"""Tries the remedy of a finding: compares the suggested variant with the current one.
 
-A rule counts what a cause costs; only a comparison with the replacement shows what is won. So the remedy is a variant,
-the present one is the reference, and the control, the verdict and the interval are those of every study. A remedy of
-the workload is the same variant on a workload of its own: the two are compared by the time of a real token, since a
-step of either is another number of them, and not by their losses.
+A rule estimates the cost of a cause; only a comparison with the replacement shows the gain. So the remedy becomes a
+variant with the current variant as its reference, and control, verdict and interval are those of any study. A remedy
+that changes the workload is the same variant on another workload: the two are compared by the time per real token,
+since their steps hold different numbers of tokens, and not by their losses.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from lorameter.verdicts.series import control_of, group_trials, is_difference, r
 from lorameter.verdicts.validity import phases_of, run_validity
 
 LEAST_TURNS = 2
-"""Of training, where requests are at issue: trials that take turns have some."""
+"""Minimum turns of training if the finding is about requests: trials that take turns need some."""
 LEAST_REQUESTS = 12
-"""Of each trial, where requests are at issue."""
+"""Minimum requests of each trial if the finding is about requests."""
 
 
 def choose_finding(findings: Sequence[Finding], code: str | None) -> Finding:
-    """The finding to try: the one named, or the most expensive that can be tried.
+    """The finding to try: the one with this code, or the most expensive one that can be tried.
 
     Raises:
-        UsageError: no such finding here, or nothing of it can be tried.
+        UsageError: there is no such finding, or its remedy cannot be tried.
     """
     possible = [finding for finding in findings if finding.suggestion]
     known = ", ".join(finding.code for finding in possible) or "none"
@@ -52,18 +52,18 @@ def choose_finding(findings: Sequence[Finding], code: str | None) -> Finding:
 
 
 def make_pair(study: Study, variant: Variant, finding: Finding) -> Study:
-    """A study of the present variant, the reference, and the suggested one, on its own workload if that changes.
+    """A study of the current variant (the reference) and the suggested one, which has its own workload if that changes.
 
-    As in a profile, a path that is not active is a notice: the present variant may be slow for want of it. What the
-    study requires in addition is left out, since the remedy may change it.
+    As in a profile, an inactive path gives a notice: its absence may be why the current variant is slow. The study's
+    own requirements are left out, since the remedy may change them.
 
     Raises:
-        UsageError: the change makes no variant or workload that could run.
+        UsageError: the changed variant or workload cannot run.
     """
     name = f"without-{finding.code}"
     protocol, workload = study.protocol, study.workload
     notes: tuple[str, ...] = ()
-    if phase_of(finding) != "train":  # requests of one length are at issue, and nothing else needs to be measured
+    if phase_of(finding) != "train":  # about requests of one length: nothing else needs to be measured
         protocol = dataclasses.replace(
             protocol, epochs=0.0, merged=False, turns=min(protocol.turns, LEAST_TURNS),
             generate_requests=max(protocol.generate_requests, LEAST_REQUESTS),
@@ -72,7 +72,7 @@ def make_pair(study: Study, variant: Variant, finding: Finding) -> Study:
     own = {} if finding.changes else {name: dict(finding.workload_changes)}
     if own:
         notes = (f"{variant.name} and {name} train on different workloads; their losses are not compared.",)
-        protocol = dataclasses.replace(protocol, epochs=0.0)  # they are for the losses
+        protocol = dataclasses.replace(protocol, epochs=0.0)  # further epochs serve only the losses
     changes = ", ".join(f"{key} = {value}" for key, value in finding.suggestion.items())
     return Study(
         name=f"try-{finding.code}",
@@ -88,7 +88,7 @@ def make_pair(study: Study, variant: Variant, finding: Finding) -> Study:
 
 
 def phase_of(finding: Finding) -> Phase:
-    """In which phase the cost of a finding shows, and a remedy is measured."""
+    """The phase in which a finding's cost occurs and its remedy is measured."""
     return METRICS[finding.metric].phase
 
 
@@ -97,15 +97,15 @@ class RemedyResult:
     """The outcome of a remedy.
 
     Attributes:
-        finding: whose remedy it is.
-        run: that measured both variants.
-        interleaving: of that run.
-        metric: by which the two are compared.
-        comparison: the suggested variant over the present one, below 1 is a gain; None where either failed.
-        control: the present variant against itself.
+        finding: the finding whose remedy was tried.
+        run: the run that measured both variants.
+        interleaving: interleaving of the run.
+        metric: the metric by which the two are compared.
+        comparison: the suggested variant over the current one, a gain below 1; None if either failed.
+        control: the current variant compared with itself.
         failures: trials without a result.
-        notices: notices of the run that were not known before it was measured.
-        valid: whether the comparison counts: every trial ok, and the control no difference.
+        notices: notices that arose during the run.
+        valid: whether the comparison counts: every trial is ok, and the control shows no difference.
     """
 
     finding: Finding
@@ -120,12 +120,12 @@ class RemedyResult:
 
 
 def judge_remedy(run: Run, finding: Finding) -> RemedyResult:
-    """Judge the run of such a study."""
+    """Judge a run of the study that `make_pair` returns."""
     study = read_study(run)
     validity, known = run_validity(run, study), run.manifest.notices
     groups, phase = group_trials(run.records), phases_of(run)[0]
     metric, control = validity.primary[phase], validity.controls[phase]
-    if phase_of(finding) != "train":  # of a request the part that the finding is about
+    if phase_of(finding) != "train":  # the part of a request that the finding is about
         metric = finding.metric
         control = control_of(groups, study.reference, metric, family=1)
     comparison = next(iter(ratios_of(groups, study, metric, control).values()), None)

@@ -1,7 +1,7 @@
-"""The metrics: what each is called, its unit, its phase, which way is worse, and how it follows from a record.
+"""The metrics: name, unit, phase, direction, and how to derive each from a record.
 
 A metric is one entry of the table below. Its samples, its column in a report, its row in a comparison and whether it is
-read as a loss follow from that entry, so a new one is written here and nowhere else.
+a loss follow from that entry, so a new metric is added only here.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ Phase = Literal["train", "generate", "cold"]
 PHASES: tuple[Phase, ...] = ("train", "generate", "cold")
 Samples = tuple[float, ...]
 Column = Literal["", "always", "one workload", "own workloads"]
-"""Whether a metric is a column of its phase's table, in addition to the one that variants are compared by: never ·
-always · where all variants share a workload · where some have one of their own. Losses of different tokens are not set
-side by side, and tokens a second of the timed steps depend on whose records these held."""
+"""Whether a metric is a column of its phase's table, in addition to the primary metric: never · always · if all
+variants share a workload · if some have their own. Losses over different tokens are not shown together, and the tokens
+a second of the timed steps depend on the records in them."""
 LOSSES = ("warmup_loss", "timed_loss", "remaining_loss")
 """Samples that hold the loss of each step, in the order of the steps."""
 SCRIPT_TOKENS = ("warmup_tokens", "step_tokens", "remaining_tokens")
-"""The same for the real tokens of each step of a script."""
+"""Samples that hold the real tokens of each step of a script."""
 SCRIPT_ONLY_METRICS = ("data_time_s", "forward_time_s", "backward_time_s", "optimizer_time_s")
-"""Parts of a step that are timed separately in a user's script, and not in the harness's own trials."""
+"""Parts of a step that are timed separately in a user's script, but not in the harness's own trials."""
 FINAL_SHARE = 4
 """The final train loss is that of the last quarter of all steps; their number is the same for every trial."""
 
@@ -41,23 +41,23 @@ class Metric:
     unit: Unit
     phase: Phase
     higher_is_better: bool = False
-    """Orients ratios: above 1 is always worse."""
+    """Orients ratios so that above 1 is always worse."""
     derive: Callable[[TrialRecord], Samples] | None = None
-    """How its samples follow from a record, () where they do not; None where a record holds them under its name."""
+    """Derives its samples from a record, () if it has none; None if a record stores them under the metric's name."""
     is_loss: bool = False
-    """Whether it depends on the number of steps that were trained."""
+    """Whether it depends on the number of training steps."""
     column: Column = ""
     of_trial: Literal["median", "mean"] = "median"
-    """How a trial's one value follows from its steps: a rate is the total of all steps over their total time."""
+    """How a trial's value is derived from its steps: a rate is the total of all steps over their total time."""
     per_token: bool = False
-    """Whether it compares steps that hold different numbers of real tokens."""
+    """Whether it compares steps with different numbers of real tokens."""
 
     def samples_of(self, record: TrialRecord) -> Samples:
-        """Samples of one trial; empty where it has none. Raises `InvalidRunError` for a record of none."""
+        """Samples of one trial; empty if it has none. Raises `InvalidRunError` for an impossible record."""
         if self.derive is not None:
             try:
                 return self.derive(record)
-            except (ArithmeticError, LookupError, ValueError) as error:  # of a record that no trial can have left
+            except (ArithmeticError, LookupError, ValueError) as error:  # no trial writes such a record
                 raise InvalidRunError(
                     f"trial {record.trial}: {self.name} cannot be computed from its record: {error}. Restore "
                     "trials.jsonl, or measure again."
@@ -68,32 +68,32 @@ class Metric:
 
 
 def _rate(record: TrialRecord, counted: str) -> Samples:
-    """The count of all turns over the time of their steps; () where it was not counted, as in some scripts."""
+    """The count of all turns over the time of their steps; () if it was not counted, as in some scripts."""
     seconds, counts = sum(record.samples.get("step_time_s", ())), record.samples.get(counted, ())
     return (sum(counts) / seconds,) if seconds and counts else ()
 
 
 def _padded_tokens_per_s(record: TrialRecord) -> Samples:
-    """Rate of all positions, padding included; () where there is no padding and the rate is the same."""
+    """Rate of all positions, including padding; () if there is no padding and the rate is the same."""
     padding = _rate(record, "turn_padded_tokens")
     return (padding[0] + _rate(record, "turn_tokens")[0],) if padding and padding[0] else ()
 
 
 def _mfu(record: TrialRecord) -> Samples:
-    """FLOPs that a step needs over its time and what the device could do at best, where both are known."""
+    """FLOPs that a step needs, over its time and the device's peak, if both are known."""
     needs, best = record.values.get("model_flops_per_step"), record.values.get("peak_flops_per_s")
     times = record.samples.get("step_time_s", ())
     return tuple(needs / (time_s * best) for time_s in times) if needs and best else ()
 
 
 def _time_per_real_token_s(record: TrialRecord) -> Samples:
-    """The time of each step over the real tokens that a step holds in the mean of an epoch.
+    """The time of each step, divided by the mean real tokens of a step in an epoch.
 
-    A step takes as long for padding as for tokens. So dividing by the real tokens of the timed steps would put the
-    lengths of a few records into the number, and those of others in a trial whose warm-up was longer.
+    A step takes as long for padding as for tokens. So dividing by the real tokens of the timed steps would make the
+    metric depend on the lengths of a few records, and on different ones in a trial with a longer warm-up.
     """
     times = record.samples.get("step_time_s", ())
-    if counts := real_tokens_of_steps(record):  # of a script, whose epoch is not known: the mean of all its steps
+    if counts := real_tokens_of_steps(record):  # of a script, whose epoch is unknown: the mean of all its steps
         return tuple(seconds * len(counts) / sum(counts) for seconds in times) if sum(counts) else ()
     real, padded = record.tokens.get("real_tokens", 0), record.tokens.get("padded_tokens", 0)
     positions = sum(sum(record.samples.get(name, ())) for name in ("turn_tokens", "turn_padded_tokens"))
@@ -104,30 +104,30 @@ def _time_per_real_token_s(record: TrialRecord) -> Samples:
 
 
 def _scaling_efficiency(record: TrialRecord) -> Samples:
-    """The step of one rank over that of several and their number, turn by turn; 1 is the most they can be."""
+    """The step time of one rank over that of several ranks times their number, turn by turn; 1 is ideal."""
     ranks, one = record.values.get("ranks", 0.0), record.samples.get("one_rank_step_time_s", ())
     pairs = zip(one, record.samples.get("step_time_s", ()), strict=False)
     return tuple(alone / (ranks * together) for alone, together in pairs) if ranks else ()
 
 
 def real_tokens_of_steps(record: TrialRecord) -> Samples:
-    """Real tokens in each step that a script took, in their order; () where they were not seen."""
+    """Real tokens in each step of a script, in order; () if they were not counted."""
     return tuple(count for name in SCRIPT_TOKENS for count in record.samples.get(name, ()))
 
 
 def losses_of_steps(record: PartialRecord) -> Samples:
-    """The loss of each step, in their order; () where no loss was measured."""
+    """The loss of each step, in order; () if no loss was measured."""
     return tuple(loss for name in LOSSES for loss in record.samples.get(name, ()))
 
 
 def _output_tokens_per_s(record: TrialRecord) -> Samples:
-    """Rate over all answers of a request; a record without a number of prompts has one."""
+    """Rate over all answers of a request; a record without a number of prompts has one prompt."""
     tokens = record.values.get("new_tokens", 0.0) * record.values.get("request_batch", 1.0)
     return tuple(tokens / seconds for seconds in record.samples.get("request_time_s", ()))
 
 
 def _over_request(*names: str) -> Callable[[TrialRecord], Samples]:
-    """The sum of these times over that of a request with the same prompts, one adapter and no switch."""
+    """The sum of these times over the time of a request with the same prompts, one adapter and no switch."""
 
     def derive(record: TrialRecord) -> Samples:
         parts = zip(*(record.samples.get(name, ()) for name in (*names, "request_time_s")), strict=False)
@@ -144,14 +144,14 @@ def _open_ended_time_per_token_s(record: TrialRecord) -> Samples:
 
 
 def _final_loss(record: TrialRecord) -> Samples:
-    if "timed_loss" not in record.samples:  # a trial that is not there to be timed ends its training early
+    if "timed_loss" not in record.samples:  # a trial that is not timed ends its training early
         return ()
     losses = losses_of_steps(record)
     return losses[-max(1, len(losses) // FINAL_SHARE) :]
 
 
 def _energy_per(count: str) -> Callable[[TrialRecord], Samples]:
-    """The device's energy over how many steps or tokens it was spent on; nothing where either was not measured."""
+    """The device's energy per step or token; empty if either was not measured."""
 
     def derive(record: TrialRecord) -> Samples:
         energy, counted = record.values.get("device_energy_train_j"), record.values.get(count)
@@ -165,7 +165,7 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric(name="step_time_s", title="step time", unit="s", phase="train", column="own workloads"),
         Metric(name="step_cpu_time_s", title="step CPU time", unit="s", phase="train"),
-        # Parts of a script's step, where its source sees them.
+        # Parts of a script's step, if its source observes them.
         Metric(name="data_time_s", title="wait for data", unit="s", phase="train", column="always"),
         Metric(name="forward_time_s", title="forward", unit="s", phase="train", column="always"),
         Metric(name="backward_time_s", title="backward", unit="s", phase="train", column="always"),
@@ -216,7 +216,7 @@ METRICS: dict[str, Metric] = {
             derive=functools.partial(_rate, counted="turn_sequences"),
             of_trial="mean",
         ),
-        # Of several ranks: compared with one rank on the same batches, and of profiled steps.
+        # With several ranks: compared with one rank on the same batches, and from profiled steps.
         Metric(
             name="scaling_efficiency",
             title="scaling efficiency",
@@ -287,7 +287,7 @@ METRICS: dict[str, Metric] = {
         Metric(name="merged_request_time_s", title="request, merged", unit="s", phase="generate", column="always"),
         Metric(name="merged_first_token_time_s", title="first token, merged", unit="s", phase="generate"),
         Metric(name="merged_time_per_output_token_s", title="per token, merged", unit="s", phase="generate"),
-        # Of several adapters on one base, compared with requests of one of them; a factor of 1 is no cost.
+        # With several adapters on one base, compared with requests of one of them; a factor of 1 means no cost.
         Metric(name="switch_time_s", title="switch of adapters", unit="s", phase="generate", column="always"),
         Metric(name="switched_request_time_s", title="request after a switch", unit="s", phase="generate"),
         Metric(
@@ -316,7 +316,7 @@ METRICS: dict[str, Metric] = {
         Metric(name="cold_completion_time_s", title="first completion", unit="s", phase="cold", column="always"),
     )
 }
-"""By name, in the order in which they are shown."""
+"""By name, in display order."""
 
 PHASE_TITLES: dict[Phase, str] = {
     "train": "Training",
@@ -328,25 +328,25 @@ PEAKS: dict[Phase, tuple[str, ...]] = {
     "generate": ("device_peak_allocated_generate_bytes", "host_peak_generate_bytes"),
     "cold": (),
 }
-"""Kinds of memory whose peaks represent a phase; the first that was measured is shown."""
+"""Kinds of memory whose peaks represent a phase; the first measured kind is shown."""
 RSS_AT_START = "host_rss_at_start_bytes"
-"""The kind of memory that a process held at its start, which is a part of a host's peak."""
+"""The kind of memory that a process held at its start; it is a part of a host's peak."""
 PRIMARY: dict[Phase, str] = {"train": "step_time_s", "generate": "request_time_s", "cold": "cold_start_time_s"}
 """The metric that represents a phase in pytest-benchmark and in the ratio column."""
 
 
 def primary_metric(phase: Phase, *, own_workloads: bool) -> str:
-    """The metric that variants are compared by in a phase. Steps of different workloads hold different numbers of
-    tokens, so their times cannot be compared; the time of a real token can."""
+    """The metric by which variants are compared in a phase. Steps of different workloads hold different numbers of
+    tokens, so their times cannot be compared; the time per real token can."""
     return "time_per_real_token_s" if phase == "train" and own_workloads else PRIMARY[phase]
 
 
 def samples_of(record: TrialRecord, metric: str) -> Samples:
-    """Samples of one trial; empty where it has none. Raises KeyError for a metric that does not exist."""
-    return METRICS[metric].samples_of(record)  # an unknown name must not read as "not measured"
+    """Samples of one trial; empty if it has none. Raises KeyError for an unknown metric."""
+    return METRICS[metric].samples_of(record)  # an unknown name must not look like "not measured"
 
 
 def columns_of(phase: Phase, *, own_workloads: bool) -> tuple[str, ...]:
-    """Metrics that are columns of a phase's table; `own_workloads`: whether variants are measured on different ones."""
+    """Metrics that are columns of a phase's table; `own_workloads`: whether variants have different workloads."""
     shown = ("always", "own workloads" if own_workloads else "one workload")
     return tuple(metric.name for metric in METRICS.values() if metric.phase == phase and metric.column in shown)

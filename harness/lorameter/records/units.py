@@ -1,4 +1,4 @@
-"""How values are written: with a unit, in the scale that reads best, and only the digits that the interval supports.
+"""Formats values: with a unit, in a readable scale, and with only the digits that the interval supports.
 
 Values are in base units everywhere (seconds, bytes, tokens a second); scaling happens here.
 """
@@ -24,7 +24,7 @@ _SCALES: dict[Unit, tuple[tuple[float, str], ...]] = {
 
 
 def scale_of(value: float, unit: Unit) -> tuple[float, str]:
-    """The factor and the symbol in which `value` reads best; the largest not above the value."""
+    """The factor and the symbol in which `value` is readable: the largest unit not above the value."""
     for factor, symbol in _SCALES[unit]:
         if abs(value) >= factor:
             return factor, symbol
@@ -32,18 +32,19 @@ def scale_of(value: float, unit: Unit) -> tuple[float, str]:
 
 
 def three_digits(value: float) -> str:
-    """Three digits, or all that are before the point where there are more: never a power of ten of what is large."""
+    """Format with three significant digits, or with all integer digits if there are more; never in scientific notation
+    for large values."""
     return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def format_percent(fraction: float) -> str:
-    """A fraction in per cent: two digits, or all that are before the point."""
+    """Format a fraction in per cent: two significant digits, or all integer digits."""
     percent = 100 * fraction
     return f"{percent:.0f} %" if percent >= 9.95 else f"{percent:.2g} %"
 
 
 def decimals(spread: float) -> int:
-    """Decimals that a half-width of `spread` supports: its two leading digits and no more."""
+    """Decimals that a half-width of `spread` supports: up to its two leading digits."""
     if spread <= 0 or not math.isfinite(spread):
         return 3
     return max(0, 1 - math.floor(math.log10(spread)))
@@ -68,24 +69,24 @@ def format_interval(value: float, low: float | None, high: float | None, unit: U
 
 
 def format_value(value: float, unit: Unit) -> str:
-    """Three digits in the scale that reads best: for what is computed, or is part of something with an interval."""
+    """Format with three digits in a readable scale: for computed values, or for parts of a value with an interval."""
     factor, symbol = scale_of(value, unit)
     return f"{three_digits(value / factor)}{symbol if symbol.startswith('/') else f' {symbol}'.rstrip()}"
 
 
 def format_ratio(ratio: float | None, low: float | None, high: float | None) -> str:
-    """A ratio with its interval; a dash where there is none."""
+    """A ratio with its interval; a dash if there is none."""
     return "–" if ratio is None else format_interval(ratio, low, high, "1")
 
 
 def format_bytes(value: float) -> str:
-    """Bytes in the binary unit that reads best, three digits, or four between 1000 and 1024 of it."""
+    """Bytes in a readable binary unit, with three digits, or four between 1000 and 1024."""
     factor, symbol = scale_of(value, "byte")
     return f"{three_digits(value / factor)} {symbol}"
 
 
 def format_duration(seconds: float) -> str:
-    """A wall-clock duration for people: 42 s, 3 min 05 s, 1 h 12 min."""
+    """A wall-clock duration: 42 s, 3 min 05 s, 1 h 12 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -95,6 +96,6 @@ def format_duration(seconds: float) -> str:
 
 
 def first_few(words: Sequence[str], most: int, between: str = ", ") -> str:
-    """The first few words, and how many more there are."""
+    """The first few words, and the number of the others."""
     more = f"{between.rstrip(', ')} and {len(words) - most} more" if len(words) > most else ""
     return between.join(words[:most]) + more

@@ -1,7 +1,7 @@
-"""Annotations of a GitHub job, as workflow commands: of a gate, and of a run by itself.
+"""Annotations of a GitHub job, as workflow commands, for a gate or a single run.
 
-Worst verdict first, since GitHub shows ten annotations of a level and step; each verdict that does not pass has its
-reason.
+The worst verdict comes first, since GitHub shows only ten annotations per level and step; each verdict that does not
+pass has its reason.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def gate_annotations(result: GateResult) -> str:
-    """The gate as workflow commands: an error for each verdict that fails, a warning where the policy accepts it."""
+    """Annotations of a gate: an error for each verdict that fails, a warning if the policy accepts the verdict."""
     level = "notice" if result.passed else "error"
     message = f"{_invalid(result.report.why_invalid)}{outcome_of(result)}: {title_of_report(result.report)}"
     whole = annotation(level, "lorameter gate", message)
@@ -31,7 +31,7 @@ def gate_annotations(result: GateResult) -> str:
 
 
 def comparison_annotations(report: ComparisonReport) -> str:
-    """A comparison without a policy: an error for each verdict that does not pass."""
+    """Annotations of a comparison without a policy: an error for each verdict that does not pass."""
     whole = annotation("notice", "lorameter compare", f"{_invalid(report.why_invalid)}{title_of_report(report)}")
     return "\n".join([whole, *_verdicts(report, lenient=False), *_differing(report)]) + "\n"
 
@@ -41,7 +41,7 @@ def _invalid(reasons: str | None) -> str:
 
 
 def _verdicts(report: ComparisonReport, *, lenient: bool) -> list[str]:
-    """The worst verdict first; with `lenient` an inconclusive one is a warning."""
+    """The worst verdict first; with `lenient`, an inconclusive verdict is a warning."""
     lines = []
     for one in sorted(report.comparisons, key=lambda one: PRECEDENCE.index(EXIT_OF[one.verdict])):
         if EXIT_OF[one.verdict]:
@@ -57,7 +57,7 @@ def _differing(report: ComparisonReport) -> list[str]:
 
 
 def annotation(level: str, title: str, message: str) -> str:
-    """One workflow command; characters that would end its title or its line are escaped."""
+    """One workflow command; characters that would end its title or line are escaped."""
     for character, escaped in (("%", "%25"), ("\r", "%0D"), ("\n", "%0A")):
         title, message = title.replace(character, escaped), message.replace(character, escaped)
     title = title.replace(":", "%3A").replace(",", "%2C")
@@ -65,7 +65,8 @@ def annotation(level: str, title: str, message: str) -> str:
 
 
 def run_annotations(view: RunView) -> str:
-    """A run: an error for each trial without a result and for an invalid run, a warning for each notice."""
+    """Annotations of a run: an error for each trial without a result or for an invalid run, a warning for each
+    notice."""
     counted = ", ".join(f"{count} {status}" for status, count in view.counts.items()) or "none yet"
     state = "valid" if view.valid else "invalid"
     message = f"{_invalid(view.validity.invalid)}{view.run.manifest.run} is {state}: {counted}"
@@ -76,7 +77,7 @@ def run_annotations(view: RunView) -> str:
 
 
 def claims_annotations(report: ClaimsReport) -> str:
-    """Claims: a warning for each that is refuted, a notice for each other; claims are findings, not failures."""
+    """Annotations of claims: a warning for each refuted claim, else a notice; claims are findings, not failures."""
     lines = [annotation("notice" if report.valid else "error", "lorameter claims", f"{report.title}: run {report.run}")]
     for claim in sorted(report.claims, key=lambda one: one.verdict != "refuted"):
         level = "warning" if claim.verdict == "refuted" else "notice"

@@ -1,6 +1,7 @@
-"""A comparison of two sides as a document, and what rests on one: the gate, an A/B and a bisection.
+"""Describes a comparison of two sides, and reports based on one: the gate, an A/B and a bisection.
 
-An inconclusive verdict is a sentence, an invalid one its reason; the statistics of all verdicts are collapsed.
+An inconclusive verdict is shown as a sentence, an invalid one with its reason; the statistics of all verdicts are
+collapsed.
 """
 
 from __future__ import annotations
@@ -49,17 +50,16 @@ if TYPE_CHECKING:
     from lorameter.verdicts.gate import GateResult
 
 NAMED = 3
-"""Comparisons that are named where several have one reason."""
+"""Maximum comparisons that are named if several have the same reason."""
 MOST_FINDINGS = 6
-"""Findings that are not collapsed; the table has them all."""
+"""Maximum findings that are not collapsed; the table has them all."""
 MOST_PACKAGES = 12
-"""Packages that are listed; an interpreter of its own differs in hundreds."""
+"""Maximum packages that are listed; a separate interpreter can differ in hundreds."""
 _RATIO = ColumnHeader(text="candidate / base", right=True, ratio=True)
 
 
 def describe_comparison(report: ComparisonReport, *, ab: bool = False) -> Document:
-    """The findings, the table with the controls, and other differences; `ab`: whether both sides were measured in one
-    job."""
+    """The findings, the table with the controls, and other differences; `ab`: whether one run measured both sides."""
     lines = tuple(_findings(report, ab=ab))
     more = lines[MOST_FINDINGS:]
     collapsed = Collapsible(summary=say(Span(text=f"and {len(more)} more findings", tone="faint")), lines=more)
@@ -85,7 +85,7 @@ def list_differences(report: ComparisonReport) -> tuple[str, ...]:
 
 
 def _findings(report: ComparisonReport, *, ab: bool) -> Iterator[Line]:
-    """The verdicts that are not "equivalent", the worst first, each reason once."""
+    """The verdicts other than "equivalent", the worst first, without repeated reasons."""
     rows = [one for one in report.comparisons if one.verdict != "equivalent"]
     rows.sort(key=lambda one: PRECEDENCE.index(EXIT_OF[one.verdict]))
     grouped: dict[tuple[str, str], list[str]] = {}
@@ -131,7 +131,7 @@ def _tabulate(report: ComparisonReport) -> Table:
 
 
 def write_compared(row: ComparisonRow) -> Cell:
-    """The ratio; of peaks without a bracket, since the largest against the largest has no interval."""
+    """The ratio; for peaks without an interval, since the ratio of two maxima has none."""
     if is_memory(row.metric) and row.ratio is not None:
         return write_number(row.ratio, ".4g")
     return write_ratio(row)
@@ -178,7 +178,7 @@ def _sides(attribution: Attribution, run: Run) -> Iterator[tuple[str, str]]:
 
 
 def describe_gate(result: GateResult, *, ab: bool = False) -> Document:
-    """Whether the gate is passed and why, then the comparison; `ab`: whether both sides were measured in one job."""
+    """Whether the gate passes and why, then the comparison; `ab`: whether one run measured both sides."""
     first = say_invalid(result.report.why_invalid)
     outcome = Section(
         title=outcome_of(result),
@@ -190,7 +190,7 @@ def describe_gate(result: GateResult, *, ab: bool = False) -> Document:
 
 
 def outcome_of(result: GateResult) -> str:
-    """Whether the gate is passed, with which exit code, and how many verdicts of each kind there are."""
+    """Whether the gate passes, with its exit code and the number of verdicts of each kind."""
     counts = Counter(row.verdict for row in result.report.comparisons)
     counted = ", ".join(f"{count} {verdict.replace('_', ' ')}" for verdict, count in counts.items())
     passed = "passed" if result.passed else "failed"
@@ -198,7 +198,7 @@ def outcome_of(result: GateResult) -> str:
 
 
 def figures_of_comparison(report: ComparisonReport) -> tuple[Figure, ...]:
-    """A figure for each phase; ratios that could not be computed are in none."""
+    """A figure for each phase; ratios that could not be computed are left out."""
     by_phase: dict[str, list[Mark]] = {}
     for one in report.comparisons:
         if one.ratio is not None:
@@ -216,7 +216,7 @@ def figures_of_comparison(report: ComparisonReport) -> tuple[Figure, ...]:
 
 
 def describe_bisection(bisection: Bisection, of: str) -> Document:
-    """The conclusion, and a row for each comparison with the good end; `of` names what was measured."""
+    """The conclusion, and a row for each comparison with the good end; `of` names the measured quantity."""
     return (*_conclusion(bisection, of), Table(
         heads=name_columns("compared with the good end", "ratio", "replicates", "is"),
         rows=tuple(map(_look, bisection.looks)),

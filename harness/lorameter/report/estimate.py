@@ -1,4 +1,4 @@
-"""Estimates before a measurement: a plan with its time, memory by kind, whether it fits, counted sizes."""
+"""Describes estimates before a measurement: a plan with its time, memory by kind, whether it fits, counted sizes."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def describe_estimate(
     *,
     elsewhere: bool = False,
 ) -> Document:
-    """A row for each kind, a column for each phase; `measured` are peaks in bytes by phase, where a run has them.
+    """A row for each kind, a column for each phase; `measured` contains peaks in bytes by phase, if a run has them.
 
-    Without estimates, as of a model whose layers are not known, there are the measured peaks alone. With `elsewhere`
-    the device is not this machine, and `describe_fit` reports whether it fits there.
+    Without estimates (the model's layers are unknown), only the measured peaks are shown. With `elsewhere`, the device
+    is not on this machine, and `describe_fit` reports whether the workload fits there.
     """
     where = "device memory" if machine.device == "cuda" else "host memory"
     lines = [
@@ -113,9 +113,9 @@ def _mib(size: int) -> Cell:
 
 
 def describe_fit(advice: Advice, workload: Workload, profile: str | None) -> Document:
-    """The finding with its range, what it assumes, the most that fits with --max-batch, and the options.
+    """The finding with its range, its assumptions, the largest batch that fits (with --max-batch), and the options.
 
-    `profile` is that of the study which the device takes, as a run there would.
+    `profile` is the study's profile for the device, as in a run there.
     """
     return tuple(_fit_blocks(advice, workload, profile))
 
@@ -167,7 +167,7 @@ def _range(needs: Needs) -> Cell:
 
 
 def describe_basis(device: str) -> str:
-    """The comparison of peaks and estimates that supports the range for a "cpu" or for "cuda"."""
+    """The comparison of peaks and estimates that supports the range, for "cpu" or "cuda"."""
     if device == "cuda":
         return (
             f"{PUBLISHED_WITHIN} of {PUBLISHED_PEAKS} published peaks of GPUs lie within it; all are of batches of one "
@@ -201,7 +201,7 @@ def _first(advice: Advice) -> Line:
 
 
 def describe_sizes(model: str, sizes: Sequence[Sizes], *, unknown: str | None = None) -> Document:
-    """One row for each variant; counts are exact, so without intervals. `unknown`: why no formula checks them."""
+    """One row for each variant; counts are exact and have no intervals. `unknown`: why no formula checks them."""
     lines = [f"{model}: {sizes[0].base_parameters:,} parameters in the base; counted, nothing was loaded"]
     lines += [f"counted by PEFT alone; other memory of the training is unknown: {unknown}"] if unknown else []
     rows = []
@@ -220,7 +220,8 @@ def describe_sizes(model: str, sizes: Sequence[Sizes], *, unknown: str | None = 
 def describe_plan(
     plan: Plan, expected: Forecast, machine: Machine, notices: Sequence[Notice], data: str | None = None
 ) -> Document:
-    """The first replicate's order, the level and why, estimates of time, width, memory and disk, and the data."""
+    """The first replicate's order, the interleaving and its reason, estimates of time, interval width, memory and disk,
+    and the data."""
     size = f": {format_count(len(plan.slots), 'trial')} on {machine.device_name}"
     return (
         say(Span(text=plan.study.title, tone="strong"), size, indented=False),
@@ -231,7 +232,7 @@ def describe_plan(
 
 
 _SHOWN_TRIALS = 20
-"""Trials of a replicate whose order fits into a few lines."""
+"""Maximum trials of a replicate whose order fits into a few lines."""
 
 
 def _plan_lines(plan: Plan, expected: Forecast) -> Iterator[str]:
@@ -252,7 +253,7 @@ def _plan_lines(plan: Plan, expected: Forecast) -> Iterator[str]:
 
 
 def _time_lines(time: TimeForecast, protocol: Protocol) -> Iterator[str]:
-    """Time, replicates, and the width of the intervals."""
+    """Time, replicates, and interval width."""
     took = "unknown" if time.time_s is None else f"estimate: {format_duration(time.time_s)}"
     yield f"time    {took} ({time.basis})"
     replicates = format_count(protocol.replicates, "replicate")

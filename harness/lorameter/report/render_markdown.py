@@ -1,8 +1,8 @@
-"""Blocks as GitHub's Markdown: tables as tables, collapsed blocks as details.
+"""Renders blocks as GitHub Markdown: tables as tables, collapsed blocks as `details`.
 
-Text from outside is text there too: it starts no markup, no link, no mention and no mathematics. GitHub takes 1 MiB a
-summary of a step and 65,536 characters a comment, and shows nothing of what is longer. So a report that does not fit
-loses its details, then its end, and says so.
+Text from outside is escaped: it cannot start markup, a link, a mention or mathematics. GitHub accepts 1 MiB for the
+summary of a step and 65,536 characters for a comment, and shows nothing of a longer text. So a report that does not fit
+loses its details, then its end, with a note.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from lorameter.report.blocks import Block, ChartGroup, Collapsible, Document, Li
 from lorameter.report.terminal import text_of
 
 SUMMARY_BYTES = 2**20
-"""Of a step's summary."""
+"""Limit of a step's summary."""
 COMMENT_CHARACTERS = 65_536
-"""Of a comment, and of the body of an issue."""
+"""Limit of a comment, and of the body of an issue."""
 _CHART_WIDTH = 80
 _SUMMARY = 120
-"""Characters of a summary; the full text follows below it."""
+"""Maximum characters of a summary; the full text follows below it."""
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~$!])")
 _LIST = re.compile(r"^(\d*)([.)+-])(?=\s|$)|^()([-=]+)$")
 _ADDRESS = re.compile(r"\b(https?|ftp)(:)//|\b(www)(\.)", re.IGNORECASE)
 _CUT = "\nThe rest is left out, as this would be too long.\n"
 _BREAK = "<!-- -->"
-"""Invisible, and splits what would be read as a mention or a link."""
+"""An invisible comment that splits text which would become a mention or a link."""
 
 
 def markdown_of(document: Document, *, most: int = COMMENT_CHARACTERS) -> str:
-    """A document in at most so many characters, and at most four times as many bytes."""
+    """Render a document in at most `most` characters, and at most four times as many bytes."""
     text = _text(document)
     if len(text) > most:
         text = _text([block for block in document if not isinstance(block, (Collapsible, ChartGroup, Panel))]) + _CUT
@@ -44,7 +44,7 @@ def markdown_of(document: Document, *, most: int = COMMENT_CHARACTERS) -> str:
 
 
 def escape(text: str) -> str:
-    """Outside text as text: on one line, starting nothing."""
+    """Escape outside text, on one line, so that it starts no markup."""
     text = _MARKUP.sub(r"\\\1", escape_control_chars(" ".join(text.split())).replace("&", "&amp;"))
     text = _LIST.sub(lambda found: f"{found[1] or ''}\\{found[2] or found[4]}", text)
     text = _ADDRESS.sub(lambda found: f"{found[1] or found[3]}{_BREAK}{found[0][len(found[1] or found[3]) :]}", text)
@@ -95,12 +95,12 @@ def _table(table: Table) -> str:
 
 
 def _details(summary: str, body: str) -> str:
-    """A `details` element; its summary is HTML, in which nothing is Markdown."""
+    """A `details` element; its summary is HTML, without Markdown."""
     text = html.escape(shorten(escape_control_chars(" ".join(summary.split())), _SUMMARY), quote=False)
     return f"<details><summary>{text.replace('@', f'@{_BREAK}')}</summary>\n\n{body}\n\n</details>"
 
 
 def _fenced(text: str) -> str:
-    """Text as it is, in a fence longer than any run of its own."""
+    """The unchanged text, in a fence longer than any fence inside it."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}"

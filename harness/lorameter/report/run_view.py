@@ -1,6 +1,7 @@
-"""The numbers of a run's report, computed once: a table for each phase or metric, validity and notices.
+"""The content of a run's report, computed once: a table for each phase or metric, validity and notices.
 
-No number is without its interval. A trial that is not ok is named with its status and reason, and is in no estimate.
+Every number has its interval. A trial that is not ok is listed with its status and reason, and excluded from all
+estimates.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ from lorameter.verdicts.sites import is_mixed, join_notices, runs_of_sites
 from lorameter.verdicts.validity import RunValidity, discounted, is_single_script_run, run_validity
 
 Sort = Literal["study", "name", "ratio", "value", "memory"]
-"""The order of the variants: that of the study, by name, by ratio to the reference, by estimate, by peak."""
+"""The order of the variants: as in the study, or by name, ratio to the reference, estimate, or peak memory."""
 TAIL = 0.95
-"""The high percentile of warm requests that is shown where the samples support it."""
+"""The high percentile of warm requests that is shown if there are enough samples."""
 PEAK = "peak_memory_bytes"
 CPU_TIME = "step_cpu_time_s"
 ALL_ACTIVE = "all active"
@@ -50,10 +51,10 @@ ALL_ACTIVE = "all active"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportFilter:
-    """What a report of a run shows; everything by default."""
+    """The selection that a report shows; everything by default."""
 
     metrics: tuple[str, ...] = ()
-    """Names or patterns: a table of each of these in place of those of the phases."""
+    """Names or patterns: one table for each matching metric instead of the tables of the phases."""
     variants: tuple[str, ...] = ()
     """Names or patterns of variants, in addition to the reference."""
     phases: tuple[str, ...] = ()
@@ -67,29 +68,29 @@ EVERYTHING = ReportFilter()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseTable:
-    """One phase, or one metric: a row for each variant, with its ratio to the reference, and the control."""
+    """One phase or metric: a row for each variant with its ratio to the reference, and the control."""
 
     phase: Phase
     metric: str
     """The metric by which variants are compared."""
     table: Table
     ratios: Mapping[str, Comparison]
-    """Of each variant that is shown and is not the reference, in the order of the rows."""
+    """The ratio of each shown variant except the reference, in row order."""
     checks: Mapping[str, str]
-    """Whether the required paths of each shown variant were active; empty in the table of a metric."""
+    """For each shown variant, whether its required paths were active; empty in the table of a metric."""
     control: Comparison | None
-    """The reference against itself measured twice."""
+    """The reference compared with its second measurement."""
     interleaving: Interleaving | None
-    """How the trials alternated that measured the metric."""
+    """Interleaving of the trials that measured the metric."""
     note: str
     """A note on the peaks; may be empty."""
     site: str = ""
-    """The site, where sites have different hardware; the title names it as well."""
+    """The site, if sites have different hardware; the title also names it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunView:
-    """A run with all that its report computes."""
+    """A run with all computed content of its report."""
 
     run: Run
     study: Study
@@ -97,11 +98,11 @@ class RunView:
     notices: tuple[Notice, ...]
     tables: tuple[PhaseTable, ...]
     outcomes: tuple[PhaseTable, ...]
-    """Peak memory and loss of the variants, each with its verdicts; empty where single metrics were selected."""
+    """Tables of peak memory and loss with their verdicts; empty if single metrics were selected."""
     variants: tuple[str, ...]
     """Names of the shown variants, in the order of the study."""
     phases: tuple[Phase, ...]
-    """The phases that are shown whole: none where single metrics were selected."""
+    """The phases that are shown completely; empty if single metrics were selected."""
 
     @property
     def valid(self) -> bool:
@@ -110,12 +111,12 @@ class RunView:
 
     @property
     def alone(self) -> bool:
-        """Whether it is of one training, which is compared with nothing."""
+        """Whether the run contains a single training without a comparison."""
         return is_single_script_run(self.run, self.study)
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many trials ended how."""
+        """The number of trials by status."""
         return dict(Counter(record.status for record in self.run.records))
 
 
@@ -140,7 +141,7 @@ class _Source:
 
 
 def view_of(run: Run, selection: ReportFilter = EVERYTHING) -> RunView:
-    """The view of a run, whatever trials are missing.
+    """The view of a run; trials may be missing.
 
     Raises:
         UsageError: a variant, metric or phase is selected that the run does not have.
@@ -172,14 +173,15 @@ def view_of(run: Run, selection: ReportFilter = EVERYTHING) -> RunView:
 
 
 def _names(study: Study, selection: ReportFilter) -> tuple[str, ...]:
-    """The variants that are shown; the reference always."""
+    """The names of the shown variants; the reference is always included."""
     names = [variant.name for variant in study.variants]
     chosen = match_variants(names, selection.variants)
     return tuple(name for name in names if name in chosen or name == study.reference)
 
 
 def match_variants(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """The names that a pattern matches; all without patterns. Raises `UsageError` for a pattern without a match."""
+    """The names that match a pattern; all names if there are no patterns. Raises `UsageError` for a pattern without a
+    match."""
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise UsageError(f"variant {pattern!r}: {unknown(pattern, names)}")
@@ -223,7 +225,7 @@ def phase_of(metric: str) -> Phase:
 
 
 def _outcomes(source: _Source) -> Iterator[PhaseTable]:
-    """The peak memory of the first phase, and the last loss that was measured, as tables of one metric."""
+    """Tables for the peak memory of the first phase and for the last measured loss."""
     reference = source.groups.get((source.study.reference, "variant"))
     if (
         source.selection.metrics
@@ -247,7 +249,7 @@ def _tabulate_metric(source: _Source, phase: Phase, metric: str) -> PhaseTable:
 
 
 def _tabulate(source: _Source, phase: Phase, metric: str, control: Comparison | None, *, whole: bool) -> PhaseTable:
-    """A phase by its primary metric, with every other metric that is a column of it, or (not `whole`) one metric."""
+    """A table of a phase: its primary metric and (with `whole`) all other metrics that are columns of it."""
     reference, shown = source.study.reference, source.shown
     ratios = _ratios(source, metric, control)
     columns = list(_columns(source, phase, metric, ratios, whole=whole))
@@ -275,7 +277,7 @@ _Column: TypeAlias = tuple[ColumnHeader, list[Cell]]
 def _columns(
     source: _Source, phase: Phase, metric: str, ratios: Mapping[str, Comparison], *, whole: bool
 ) -> Iterator[_Column]:
-    """The columns in their order: the most important is on the left."""
+    """The columns in order, the most important one on the left."""
     shown, reference = source.shown, source.study.reference
     yield ColumnHeader(text="variant", key="name"), [Cell(text=series.name) for series in shown]
     if not is_single_script_run(source.run, source.study):
@@ -308,7 +310,7 @@ def _columns(
 
 
 def _other_metrics(source: _Source, phase: Phase) -> Iterator[str]:
-    """The metrics of a phase that a variant has, in addition to the primary one."""
+    """The metrics of a phase that at least one variant has, except the primary one."""
     names = columns_of(phase, own_workloads=bool(source.run.manifest.own_workloads))
     sides = sides_of_run(source.run, source.study) if source.study.of_scripts else {}
     if any(side.tokens_differ for side in sides.values()):
@@ -333,7 +335,7 @@ def _estimate_cell(found: Estimate | QuantileEstimate | None, metric: str, *, ab
 
 
 def _peak_column(shown: Sequence[Series], phase: Phase) -> _Column:
-    """The largest peak of each variant; the head names the memory, or each cell does where they differ."""
+    """The largest peak of each variant; the header names the kind of memory, or each cell does if the kinds differ."""
     kinds = [_peak_kind(series, phase) for series in shown]
     places = {kind: "GPU" if kind.startswith("device") else "host" for kind in kinds if kind}
     where = set(places.values())
@@ -346,7 +348,7 @@ def _peak_column(shown: Sequence[Series], phase: Phase) -> _Column:
 
 
 def _peak_kind(series: Series, phase: Phase) -> str:
-    """The kind of memory whose peaks a phase shows; empty where none was measured."""
+    """The kind of memory whose peaks a phase shows; empty if none was measured."""
     return next((kind for kind in PEAKS[phase] if _sizes(series, kind)), "")
 
 
@@ -360,7 +362,7 @@ def _size_cell(sizes: Sequence[int], where: str = "") -> Cell:
 
 
 def _baseline_note(shown: Sequence[Series], phase: Phase) -> str:
-    """Memory of each process at its start, which host peaks include: a fork maps the imports of its parent."""
+    """Memory of each process at its start, which host peaks include: a forked process maps its parent's imports."""
     on_host = [series for series in shown if _peak_kind(series, phase).startswith("host")]
     baselines = [size for series in on_host for size in _sizes(series, RSS_AT_START)]
     if not baselines:
@@ -370,7 +372,7 @@ def _baseline_note(shown: Sequence[Series], phase: Phase) -> str:
 
 
 def _checks(series: Series) -> str:
-    """Required paths that were not active, in words; or that all were."""
+    """The required paths that were not active, as text, or a statement that all were active."""
     checks = [check for record in series.records for check in record.checks]
     required = [check for check in checks if check["required"] is not None]
     if not required:
@@ -386,13 +388,13 @@ def _margin(source: _Source, name: str, metric: str) -> float:
 
 
 def _ratios(source: _Source, metric: str, control: Comparison | None) -> dict[str, Comparison]:
-    """Each variant against the reference; in an invalid run without a verdict."""
+    """Each variant compared with the reference; without verdicts if the run is invalid."""
     comparisons = ratios_of(source.groups, source.study, metric, control, source.selection.limits_of)
     return {name: discounted(one, source.validity.invalid) for name, one in comparisons.items()}
 
 
 def _sort(rows: list[Row], heads: Sequence[ColumnHeader], key: str) -> list[Row]:
-    """The rows by the column of that key; those without a value are last."""
+    """Sort the rows by the column with this key; rows without a value come last."""
     place = next((place for place, head in enumerate(heads) if head.key == key), None)
     if place is None:
         return rows

@@ -9,10 +9,10 @@ from lorameter.report.blocks import Cell, Document, Row, Section, Table, name_co
 
 
 def describe_runs(rows: Sequence[Mapping[str, Any]]) -> Document:
-    """A row for each run; below them why any cannot be read.
+    """A row for each run, and below the table the reasons for unreadable runs.
 
     Args:
-        rows: as `lorameter list runs --json` has them.
+        rows: the rows of `lorameter list runs --json`.
     """
     damaged = say_each(f"{row['run']}: {row['title']}" for row in rows if row["status"] == "damaged")
     table = Table(heads=name_columns("run", "study", "state", "verdict", "size", left=4), rows=tuple(map(_row, rows)))

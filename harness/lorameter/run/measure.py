@@ -1,7 +1,7 @@
-"""From a study to a run on disk: what the command line and the pytest plugin both call.
+"""Measures a study into a run on disk; used by the command line and the pytest plugin.
 
-The order is that of cost: everything that can be refused is refused first, then the worker starts, then tokens are
-prepared, and only then is anything measured.
+Cheap steps come first: all refusals, then the start of the worker, then the preparation of tokens, and only then the
+measurement.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from lorameter.studies.workload import Workload
 
 
 def describe_tokens(plan: Plan, prepared: Mapping[Workload, TokenSummary]) -> dict[str, Any]:
-    """The tokens of a run for its manifest: those of the study's workload and, in `own`, those of variants with a
-    workload of their own."""
+    """The tokens of a run for its manifest: those of the study's workload and, under `own`, those of other workloads of
+    variants."""
     described = {
         workload: {key: value for key, value in codec.to_json(tokens).items() if key != "path"}
         for workload, tokens in prepared.items()
@@ -62,22 +62,21 @@ def measure(
     policy: Mapping[str, Any] | None = None,
     placement: Placement | None = None,
 ) -> Run:
-    """Measure a plan into a run directory and read it back. The first arm prepares the tokens of all.
+    """Measure a plan into a run directory and read it back. The first side prepares the tokens of all sides.
 
     Args:
-        plan: what to measure; of an A/B with its sides, which are made ready here and removed at the end.
+        plan: the plan to measure; the sides of an A/B are prepared here and removed at the end.
         runs: where the run is written.
         display: shows the progress.
-        notices: known before the start.
+        notices: notices known before the start.
         resume: id of a run of this plan (`lorameter.run.resume`) to resume; None for a new one.
-        policy: that of the gate which will judge the run, as JSON data for the manifest.
-        placement: where; in jobs if it has several sites.
+        policy: policy of the gate that will judge the run, as JSON data for the manifest.
+        placement: where to measure; with several sites, the measurement runs in jobs.
 
     Raises:
-        UsageError: data that cannot be read, a side that cannot be made ready or is another than that of the run to
-            resume, a run that another process writes or whose tokens differ, or a limit of time that not one replicate
-            keeps.
-        InvalidRunError: no worker could be started, or it sees another device than the plan was made for.
+        UsageError: the data cannot be read, a side cannot be prepared or differs from that of the run to resume,
+            another process writes the run or its tokens differ, or the time limit is too short for one replicate.
+        InvalidRunError: no worker could be started, or its device differs from that of the plan.
     """
     placement = placement or Placement()
     run_id = resume or store.new_run_id(plan.study.name, runs)
@@ -86,7 +85,7 @@ def measure(
         stack.enter_context(translate_os_errors(lambda: store.refusal_of(folder)))
         stack.enter_context(leaving_nothing(folder, unless=store.MANIFEST))
         stack.enter_context(store.writing(folder))
-        earlier = store.read_run(str(folder), runs) if resume else None  # only now does no other process write it
+        earlier = store.read_run(str(folder), runs) if resume else None  # read only now: no other process writes it
         groups = find_unfinished(plan, earlier.records if earlier else (), whole=placement.is_spread)
         if earlier is not None and not groups:
             return earlier if is_finished(earlier) else mend(earlier)
@@ -105,7 +104,7 @@ def _measure_here(
     plan: Plan, groups: Sequence[Group], folder: Path, earlier: Run | None, shown: Display, stops: InterruptHandler,
     stack: contextlib.ExitStack, notices: tuple[Notice, ...], policy: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    """Measure what is left of a plan on this machine: prepare everything, then replicate after replicate."""
+    """Measure the rest of a plan on this machine: prepare everything, then measure replicate by replicate."""
     rest, known = dataclasses.replace(plan, groups=tuple(groups)), earlier.records if earlier else ()
     executors = _open_executors(plan, earlier, stack, stops)
     threads = {executor_of(arm, plan.arms): arm.workload.threads for arm in plan.arms}
@@ -145,8 +144,8 @@ def _measure_here(
 def _open_executors(
     plan: Plan, earlier: Run | None, stack: contextlib.ExitStack, stops: InterruptHandler
 ) -> dict[str, Executor]:
-    """The executors of a plan by name, not started yet; those of an A/B in the hosts of its sides, which `stack`
-    removes. Raises `UsageError` where a side is another than that of the `earlier` run."""
+    """The executors of a plan by name, not yet started. For an A/B they are in the hosts of its sides, which `stack`
+    removes. Raises `UsageError` if a side differs from that of the `earlier` run."""
     hosts: dict[Side, Host] = {}
     for name, side in plan.sides.items():
         with stops.interruptible():
@@ -160,7 +159,7 @@ def _open_executors(
 
 
 def _facts(plan: Plan, executors: Mapping[str, Executor]) -> dict[str, MachineFacts]:
-    """Facts of the machine, in an A/B of each side."""
+    """Facts about the machine; for an A/B, of each side."""
     names: Iterable[str] = plan.sides or list(executors)[:1]
     return {name: executors[name].facts() for name in names}
 
@@ -214,11 +213,11 @@ def _provenance(plan: Plan, ready: Ready, facts: Mapping[str, MachineFacts]) -> 
 
 @contextlib.contextmanager
 def _finishing_after_errors(writer: RunWriter) -> Iterator[None]:
-    """State in the manifest how a run ended that an error ends; of one for which there was no time nothing is left."""
+    """If an error ends the run, write its status into the manifest. A run that has measured nothing is removed."""
     try:
         yield
     except BaseException as error:
-        with contextlib.suppress(InvalidRunError, OSError):  # what ended the run is what is to be reported
+        with contextlib.suppress(InvalidRunError, OSError):  # report the first error, not one of the cleanup
             if isinstance(error, TimeLimitTooShortError) and not writer.has_records:
                 (writer.path / store.MANIFEST).unlink()
             else:

@@ -1,9 +1,9 @@
-"""By how much groups differ, beyond the scatter of what is measured in each: a variance component.
+"""Estimates how much groups differ beyond the scatter within each group: a variance component.
 
-The mean of a group scatters though all groups were the same, so what the means differ by is taken less what chance
-makes of it (one-way random effects; for groups of unlike size by the harmonic mean of the sizes, Thomas & Hultquist
-1978). The interval is that of Williams (1962, "A confidence interval for variance components"), which holds the true
-value in at least (1 - alpha) of all cases for normal values.
+Group means scatter even if all groups are equal, so the expected chance variance is subtracted from the variance of the
+means (one-way random effects; for unequal group sizes with their harmonic mean, Thomas & Hultquist 1978). The interval
+is that of Williams (1962, "A confidence interval for variance components"), which covers the true value in at least (1
+- alpha) of all cases for normal values.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ class Between:
     low: float
     high: float
     alone: bool
-    """Whether it is theirs alone; with one value a group the scatter within them is in it, and it is unknown how
-    much."""
+    """Whether the scatter within groups is excluded; with one value a group, it is included by an unknown amount."""
 
 
 def sd_between(groups: Sequence[Sequence[float]], *, alpha: float = 0.05) -> Between:
-    """The standard deviation between groups, from the values that were measured in each.
+    """The standard deviation between groups, from the values measured in each.
 
-    Raises ValueError for fewer than two groups, and for one without a value.
+    Raises ValueError for fewer than two groups, and for an empty group.
     """
     if len(groups) < 2 or not all(groups):
         raise ValueError("two groups or more are needed, each with a value")

@@ -1,16 +1,16 @@
-"""Where a number that is measured again and again takes another level, and what would not have been seen.
+"""Finds level changes in a series of repeated measurements, and the smallest change that would have been found.
 
-The values are logs, one a run. Between changes they scatter around a level with one standard deviation, and the best
-division into levels is the one with the least sum of squares plus a penalty for each change: optimal partitioning
-(Jackson et al. 2005), whose exact solution PELT finds faster where changes are many (Killick, Fearnhead & Eckley 2012).
-Lines of nightly runs are short and their changes few, so all divisions are weighed, a vector at a time.
+The values are logarithms, one per run. Between changes they scatter around a level with a constant standard deviation.
+The best segmentation minimises the sum of squares plus a penalty for each change: optimal partitioning (Jackson et al.
+2005). PELT finds the same exact solution faster if there are many changes (Killick, Fearnhead & Eckley 2012). Series of
+nightly runs are short with few changes, so all segmentations are evaluated, with vectorised operations.
 
-The penalty is in squared standard deviations, and these are not known. A first guess from successive differences, which
-a change hardly touches, gives a first division; the scatter around its levels, which is the better estimate and knows
-no change, gives the last. That the scatter of few values is itself uncertain is paid for by `OF_FEW`.
+The penalty is in units of the variance, which must be estimated. A first estimate from successive differences, which a
+change hardly affects, gives a first segmentation. The scatter around its levels is a better estimate, free of the
+changes, and gives the final segmentation. `OF_FEW` accounts for the uncertain scatter of few values.
 
-No verdict follows from a level: runs of different times share nothing but the machine, and two levels that look alike
-are never called equivalent.
+Levels give no verdict: runs at different times have only the machine in common, and two similar levels are never called
+equivalent.
 """
 
 from __future__ import annotations
@@ -29,24 +29,25 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LEAST_POINTS = 10
-"""Fewer say nothing of their own scatter."""
+"""With fewer values, the scatter cannot be estimated."""
 LEAST_SEGMENT = 3
-"""A level is one from so many values on."""
+"""Minimum values of a level."""
 WINDOW, FARTHEST = 5, 3.0
-"""A value farther from the median of so many neighbours, itself among them, than so many standard deviations counts as
-one that lies there: a night with other load must not make a level, and three nights of a new one are a majority."""
+"""A value is an outlier if it is farther than `FARTHEST` standard deviations from the median of `WINDOW` neighbours
+(including itself), and is moved to that distance: one night with other load must not make a level, but three nights of
+a new level are a majority."""
 PENALTY, OF_FEW = 9.0, 110.0
-"""A change must gain `PENALTY` squared standard deviations, and `OF_FEW` more, divided by the number of values, whose
-scatter few values put too low. With these, 4 % at most of simulated lines of 10 to 90 values without a change show
-one."""
+"""A change must reduce the sum of squares by `PENALTY` variances, plus `OF_FEW` divided by the number of values,
+because few values underestimate the scatter. With these, at most 4 % of simulated series of 10 to 90 values without a
+change show one."""
 ALPHA = 0.05
 POWER_Z = 0.8416
-"""Standard deviations above a limit at which it is passed with 80 % power."""
+"""Distance from a limit, in standard deviations, at which the limit is exceeded with 80 % power."""
 _NORMAL_QUARTILE = 0.6745
 _ROUNDING = 1e-9
-"""A change that gains less than this part of all squares is none."""
+"""A change that reduces the total sum of squares by less than this share is ignored."""
 _TRIMMED, _OF_TRIMMED = 0.1, 1.13
-"""Share of the largest squared differences that are left out, and what that takes from the rest of normal ones."""
+"""Share of the largest squared differences that are left out, and the correction of the rest for normal values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,44 +55,44 @@ class Level:
     """Values between two changes."""
 
     first: int
-    """Place of its first value."""
+    """Index of its first value."""
     end: int
-    """Place after its last value."""
+    """Index after its last value."""
     mean: float
-    """Of the logs."""
+    """Mean of the logs."""
     low: float | None
-    """Lower end of the 95 % interval of the mean; None without a scatter."""
+    """Lower end of the mean's 95 % interval; None without a scatter."""
     high: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LevelShift:
-    """From one level to the next."""
+    """The change from one level to the next."""
 
     first: int
-    """Place of the first value of the new level."""
+    """Index of the first value of the new level."""
     log_ratio: float
-    """The new level over the one before."""
+    """The new level over the previous one."""
     low: float
-    """Lower end of its 95 % interval, as if the place had been known before: looking for it makes it look larger."""
+    """Lower end of its 95 % interval, as if the position had been known: the search makes a change look larger."""
     high: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Course:
-    """The levels of a line of values."""
+    """The levels of a series of values."""
 
     levels: tuple[Level, ...]
-    """In their order; one where no change was found, none of no values."""
+    """In order; one level if no change was found, none without values."""
     changes: tuple[LevelShift, ...]
     scatter: float | None
-    """Standard deviation of the logs around their levels; None of fewer than `LEAST_POINTS`."""
+    """Standard deviation of the logs around their levels; None with fewer than `LEAST_POINTS` values."""
     detectable: float | None
-    """The smallest change of the last level, as a log ratio, that three values more would show with 80 % power."""
+    """The smallest change of the last level, as a log ratio, that three more values would show with 80 % power."""
 
 
 def find_changes(logs: Sequence[float]) -> Course:
-    """The levels of values in the order measured, given as logs. Raises ValueError for what is not finite."""
+    """The levels of log values in the order of measurement. Raises ValueError for values that are not finite."""
     import numpy as np
 
     values = np.asarray(logs, dtype=float)
@@ -118,19 +119,20 @@ def find_changes(logs: Sequence[float]) -> Course:
 
 
 def divide(values: NDArray[float64], penalty: float, least: int = LEAST_SEGMENT) -> tuple[int, ...]:
-    """The ends of the levels with the least sum of squares plus `penalty` a change, none shorter than `least`.
+    """The ends of the levels that minimise the sum of squares plus `penalty` a change; a level has at least `least`
+    values.
 
-    The last end is the number of values. Where there is no scatter at all, only what rounding does is no change.
+    The last end is the number of values. Without any scatter, every difference above the rounding error is a change.
     """
     import numpy as np
 
     count = values.size
-    centred = values - values.mean()  # squares of what lies far off would round the small differences away
+    centred = values - values.mean()  # avoids rounding errors in the squares of values far from zero
     sums = np.concatenate([[0.0], np.cumsum(centred)])
     squares = np.concatenate([[0.0], np.cumsum(centred**2)])
     penalty = max(penalty, _ROUNDING * float(squares[-1]))
-    lengths = np.arange(count, -1, -1.0)  # of what begins at each place, to the last of all
-    before = np.full(count + 1, np.inf)  # the least cost of what ends at a place, less the squares up to there
+    lengths = np.arange(count, -1, -1.0)  # from each start to the last value
+    before = np.full(count + 1, np.inf)  # the least cost up to each end, less the squares up to there
     before[0] = -penalty
     came_from = np.zeros(count + 1, dtype=int)
     for end in range(least, count + 1):
@@ -148,8 +150,8 @@ def divide(values: NDArray[float64], penalty: float, least: int = LEAST_SEGMENT)
 
 
 def _guess_scatter(values: NDArray[float64]) -> float:
-    """The standard deviation by successive differences: the larger of the estimates by their median, and by the root
-    mean square of all but the largest."""
+    """The standard deviation from successive differences: the larger of two estimates, by their median and by the root
+    mean square of all but the largest ones."""
     import numpy as np
 
     differences = np.sort(np.abs(np.diff(values)))
@@ -168,7 +170,7 @@ def _without_outliers(values: NDArray[float64], scatter: float) -> NDArray[float
 
 
 def _scatter_around(values: NDArray[float64], ends: Sequence[int]) -> float:
-    """The standard deviation around the levels; a level and the place of its change are taken from the data."""
+    """The standard deviation around the levels; its degrees of freedom account for the levels and change positions."""
     squares = sum(
         float(((values[first:end] - values[first:end].mean()) ** 2).sum())
         for first, end in zip((0, *ends[:-1]), ends, strict=True)

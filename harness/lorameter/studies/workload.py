@@ -1,7 +1,7 @@
-"""A workload: model, data, batch and sequence length — where variants meet.
+"""A workload: model, data, batch size and sequence length.
 
-Every variant of a study trains on the identical token stream, so whatever belongs to the stream belongs here. Only
-where the workload itself is in question has a variant one of its own (`lorameter.run.plan`).
+Every variant of a study trains on the identical token stream, so everything that defines the stream belongs here. A
+variant has its own workload only if the workload itself is compared (`lorameter.run.plan`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lorameter.studies.data_source import SYNTHETIC
 Layout = Literal["packed", "padded", "joined", "bucketed"]
 Loss = Literal["all", "answer"]
 LOSSES: dict[Loss, str] = {"all": "loss on all tokens", "answer": "loss on the answers alone"}
-"""In words."""
+"""Descriptions of the losses."""
 PromptFormat = Literal["answer-instruction", "write-instruction"]
 Strategy = Literal["", "ddp", "fsdp2"]
 Repair = Literal["", "quant_state"]
@@ -28,14 +28,14 @@ OF_VARIANTS = (
     "model", "sequence_length", "batch_size", "layout", "loss", "prompt_format", "train_sequences", "prompt_tokens",
     "new_tokens", "request_batch", "adapters", "threads",
 )  # fmt: skip
-"""Fields that variants of one study may have a value of their own for: the same records, in another form."""
+"""Fields for which variants of one study may have their own value: the same records in another form."""
 OF_TOKENS = ("model", "prompt_format", "loss", "sequence_length", "layout")
-"""Those that say over which tokens a loss is, so many sequences of another length holding others of the records: losses
-that differ in one of them are not compared."""
+"""Fields that determine the tokens in the loss (sequences of another length contain other records): losses that differ
+in one of them are not compared."""
 LEAST_LENGTH = 8
-"""Tokens of a sequence, at least."""
+"""Minimum tokens of a sequence."""
 MOST_BATCH = 2**20
-"""Sequences of a step, at most, when the largest batch that fits is searched for."""
+"""Maximum sequences of a step in the search for the largest batch that fits."""
 _LEAST = {
     "sequence_length": LEAST_LENGTH, "batch_size": 1, "train_sequences": 1, "held_out_records": 1,
     "held_out_sequences": 1, "data_seed": 0, "prompt_tokens": 1, "new_tokens": 2, "request_batch": 1, "adapters": 1,
@@ -49,14 +49,14 @@ FAMILIES: tuple[tuple[str, ...], ...] = (
     ("messages",),
     ("text",),
 )
-"""The combinations of parts that make a record."""
+"""The combinations of parts that form a record."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataColumns:
     """The column of each part; None for a part whose column has the same name, or that is absent.
 
-    Raises `UsageError` for parts that make no record together.
+    Raises `UsageError` for parts that do not form a record.
     """
 
     instruction: str | None = None
@@ -66,13 +66,13 @@ class DataColumns:
     response: str | None = None
     """The answer to be learned."""
     prompt: str | None = None
-    """The request, of a record of two parts."""
+    """The request, in a record with two parts."""
     completion: str | None = None
-    """The answer to be learned, of a record of two parts."""
+    """The answer to be learned, in a record with two parts."""
     messages: str | None = None
     """A list of messages: role and content, or from and value."""
     text: str | None = None
-    """The whole record, where it has no parts."""
+    """The whole record, if it has no parts."""
 
     def __post_init__(self) -> None:
         parts = ", ".join(f"{part} = {shorten(repr(name), 60)}" for part, name in self.given.items())
@@ -82,13 +82,13 @@ class DataColumns:
 
     @property
     def given(self) -> dict[str, str]:
-        """The parts that are named, with their columns."""
+        """The parts whose columns are given, with their columns."""
         parts = ((one.name, getattr(self, one.name)) for one in dataclasses.fields(self))
         return {part: name for part, name in parts if name is not None}
 
     @property
     def family(self) -> tuple[str, ...] | None:
-        """The parts of the records that these columns make; None where none is named, or they make none."""
+        """The parts of the records that these columns form; None if no column is given, or they do not form records."""
         given = set(self.given)
         return next((family for family in FAMILIES if given and given <= set(family)), None)
 
@@ -97,38 +97,38 @@ class DataColumns:
 class Workload:
     """Model, data, batch and lengths of a training and its requests. Lengths are in tokens, sizes in sequences.
 
-    Raises `UsageError` for a value that no model could take.
+    Raises `UsageError` for a value that no model supports.
     """
 
     model: str = "tiny-llama"
     """Catalogue name, hub id, directory, GGUF file, or "random:" followed by any of these."""
     data: str = SYNTHETIC
-    """"synthetic", a file, a folder, or a hub id such as databricks/databricks-dolly-15k; docs/data.md lists what
-    can be read, and how a configuration and a split are named."""
+    """"synthetic", a file, a folder, or a hub id such as databricks/databricks-dolly-15k; docs/data.md lists the
+    supported formats, and how to name a configuration and a split."""
     columns: DataColumns = field(default=DataColumns())
-    """Columns of the data that have other names than those that are recognised."""
+    """Columns of the data whose names are not recognised automatically."""
     loss: Loss = "all"
-    """"all" takes the loss over all tokens of a record but the first; "answer" over what the model is to answer, with
-    the token that ends it, and nothing of the prompt; sequences without a token of an answer are left out."""
+    """"all" computes the loss over all tokens of a record but the first; "answer" only over the answer and the token
+    that ends it, without the prompt; sequences without a token of an answer are left out."""
     prompt_format: PromptFormat = "answer-instruction"
-    """Words around an instruction in records that are no chat."""
+    """Words around the instruction in records that are not chats."""
     sequence_length: int = 128
     """Tokens of a sequence."""
     batch_size: int = 4
     """Sequences of a step."""
     layout: Layout = "packed"
-    """"packed" fills sequences with whole records one after the other, isolated; "padded" is one record a sequence;
-    "joined" fills sequences with records that see each other, as in pretraining, so that attention is plainly causal
-    and is given no mask; "bucketed" is "padded" with records of like length in a batch, which is as long as its
-    longest."""
+    """"packed" fills sequences with whole records, isolated from each other; "padded" is one record a sequence;
+    "joined" fills sequences with records that attend to each other, as in pretraining, with plain causal attention and
+    no mask; "bucketed" is "padded" with records of similar length in a batch, which is as long as its longest
+    record."""
     train_sequences: int = 256
     """Sequences in one epoch; the stream starts again when they are used up."""
     held_out_records: int = 16
-    """Records that are not trained on, of which prompts and the held-out loss are made."""
+    """Records that are not used for training; prompts and the held-out loss use them."""
     held_out_sequences: int = 8
-    """Sequences of the held-out loss, at most."""
+    """Maximum number of sequences for the held-out loss."""
     data_seed: int = 20
-    """Seeds synthetic records, and which records are held out."""
+    """Seed for synthetic records, and for the choice of held-out records."""
     prompt_tokens: int = 32
     """Length of the inference prompt, cut from held-out records."""
     new_tokens: int = 32
@@ -136,29 +136,29 @@ class Workload:
     has this length."""
     request_batch: int = 1
     """Prompts of a request, all different and of `prompt_tokens` each, that are answered together. Times are those of
-    the whole batch, and output tokens a second count all of its answers."""
+    the whole batch, and output tokens a second count all its answers."""
     adapters: int = 1
-    """Adapters on the base while requests are answered: the trained one, and others of its size with random weights of
-    their own. With more than one, switching is measured next to requests of the trained adapter and, from two prompts a
-    request on, batches whose prompts name different adapters (PEFT's `adapter_names`)."""
+    """Adapters on the base while requests are answered: the trained one, and others of the same size with random
+    weights. With more than one, adapter switching is measured in addition to requests of the trained adapter and, with
+    at least two prompts a request, batches whose prompts name different adapters (PEFT's `adapter_names`)."""
     open_ended_tokens: int = 0
-    """Most tokens of a request that ends where the model ends it; 0 makes no such requests. They are of one prompt,
-    whatever `request_batch` is: answers that end at lengths of their own would be padded to the longest."""
+    """Maximum tokens of a request until EOS; 0 makes no such requests. They have one prompt, whatever `request_batch`
+    is: answers of different lengths would be padded to the longest."""
     open_ended_prompt_tokens: int = 128
-    """Such requests are put whole: held-out records with longer prompts are left out."""
+    """Requests until EOS use whole prompts: held-out records with longer prompts are left out."""
     threads: int = 1
-    """CPU threads of a trial, of each of its ranks. Two on two cores collapse under contention, so one unless the study
-    is about threads."""
+    """CPU threads of a trial, for each of its ranks. Two threads on two cores become very slow under contention, so use
+    one unless the study is about threads."""
     ranks: int = 1
-    """Processes that train together in one trial, each on its part of every batch: `batch_size` is that of all."""
+    """Processes that train together in one trial, each on its part of every batch: `batch_size` is the total."""
     strategy: Strategy = ""
     """How ranks train together: "ddp", each with the whole model, or "fsdp2", which shards it."""
     repair: Repair = ""
-    """Repairs in the libraries that it needs. "quant_state": 4-bit weights that FSDP2 has sharded keep their
-    quantisation state (`lorameter.trial.ranks.rank`), without which they are refused as wrong."""
+    """A workaround that the libraries need. "quant_state": 4-bit weights sharded by FSDP2 keep their quantisation state
+    (`lorameter.trial.ranks.rank`); without it such a training is refused as wrong."""
     scaling: bool = True
-    """Whether one rank alone takes turns with the ranks of a trial, on the same batches: what scaling efficiency and
-    losses are measured against. It needs a device that holds the whole model."""
+    """Whether a single rank takes turns with the ranks of a trial, on the same batches, as the baseline of scaling
+    efficiency and losses. It needs a device that holds the whole model."""
 
     def __post_init__(self) -> None:
         limits.check_least("workload", self, _LEAST)
@@ -201,5 +201,5 @@ class Workload:
 
 
 def identify(variant_id: str, own: Workload | None) -> str:
-    """The id of a variant that is measured on a workload of its own; that of its content where it has none."""
+    """The id of a variant on its own workload; the variant's content id if it has none."""
     return variant_id if own is None else hashlib.sha256(f"{variant_id} {codec.dumps(own)}".encode()).hexdigest()[:12]

@@ -16,7 +16,7 @@ import torch
 from lorameter.studies.request import TrialRequest
 
 INT8_LOGGER = "bitsandbytes.autograd._functions"
-"""Warns of a cast in every forward of every int8 layer, which would be inside the timed window."""
+"""Logs a cast in every forward of every int8 layer, which would be inside the timed window."""
 
 
 def synchronize(device: str) -> None:
@@ -26,8 +26,8 @@ def synchronize(device: str) -> None:
 
 
 def start_device(device: str) -> dict[str, float]:
-    """Start the device before anything on it is timed, and return the seconds: CUDA creates its context, which would
-    otherwise be in the load time. A CPU needs no start and has no such value."""
+    """Start the device before anything on it is timed, and return the seconds. CUDA creates its context here, which
+    would otherwise be in the load time. A CPU needs no start and has no such value."""
     if not device.startswith("cuda"):
         return {}
     begin = time.perf_counter()
@@ -38,8 +38,8 @@ def start_device(device: str) -> dict[str, float]:
 def release_unused(device: str) -> None:
     """Release unreferenced memory, so that it is neither in the next phase's peak nor freed in its timed steps.
 
-    The profiler's events refer to each other in cycles, which only the collector frees; the C library then keeps the
-    freed heap, and torch's allocator its blocks.
+    The profiler's events form reference cycles, which only garbage collection frees; afterwards the C library keeps the
+    freed heap, and torch's allocator keeps its blocks.
     """
     gc.collect()
     if device.startswith("cuda"):
@@ -48,7 +48,7 @@ def release_unused(device: str) -> None:
 
 
 def prepare_process(request: TrialRequest) -> None:
-    """Apply the request's limits to this process, and silence what would log inside the timed window."""
+    """Apply the request's limits to this process, and silence loggers that would write inside the timed window."""
     logging.getLogger(INT8_LOGGER).setLevel(logging.ERROR)
     limit_threads(request.device, request.threads)
     limit = request.protocol.memory_limit_bytes
@@ -63,7 +63,7 @@ def limit_threads(device: str, threads: int) -> None:
 
 
 def give_back_free() -> None:
-    """Return free pages of the heap to the system, where the C library has glibc's malloc_trim(3)."""
+    """Return free pages of the heap to the system, if the C library has glibc's malloc_trim(3)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -77,19 +77,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Lap:
-    """Time of one call, in seconds: on the device (or the wall, on a CPU), and of the process on all its CPUs."""
+    """Time of one call in seconds: on the device (or wall time on a CPU), and CPU time of the process."""
 
     time_s: float
     cpu_time_s: float
 
 
 class Stopwatch:
-    """Times calls on one device by one instrument, with one synchronisation a call. Not shared between threads.
+    """Times calls on one device with one method, with one synchronisation a call. Not thread-safe.
 
-    On CUDA a call is timed with a pair of device events. Work of the host after its last launch is not in the number;
-    where launches are slower than the device, the device's waiting for them is. On a CPU it is timed with
-    `perf_counter` and the process's CPU time: their ratio, the occupancy, distinguishes an undisturbed step from a
-    contended one without looking at the outcome (measured in docs/method.md).
+    On CUDA a call is timed with a pair of device events. The time excludes the host's work after its last launch, and
+    includes the device's waiting if launches are slower than the device. On a CPU it is timed with `perf_counter` and
+    the process's CPU time: their ratio, the occupancy, distinguishes an undisturbed step from a contended one
+    independently of its time (measured in docs/method.md).
     """
 
     def __init__(self, device: str) -> None:
@@ -98,8 +98,8 @@ class Stopwatch:
     def __call__(self, call: Callable[[], T], meanwhile: Callable[[], object] | None = None) -> tuple[T, Lap]:
         """The result of `call()` and its lap; on CUDA the lap ends when the device has finished.
 
-        `meanwhile` is called on CUDA after all launches, while the host would wait for the device; its time is in
-        neither number. On a CPU it is not called.
+        `meanwhile` is called on CUDA after all launches, while the host would wait for the device; neither time
+        includes it. On a CPU it is not called.
         """
         if not self._cuda:
             cpu, wall = time.process_time(), time.perf_counter()

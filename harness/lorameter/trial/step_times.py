@@ -1,6 +1,6 @@
-"""Estimates the times of a step and of a request from a model with two of its decoder layers.
+"""Estimates the times of a step and of a request, using a model with only two of its decoder layers.
 
-The timed step has both layers, embedding, head, loss and optimizer. The other layers are counted as the second one,
+The timed step has both layers, embedding, head, loss and optimizer. The remaining layers count like the second one,
 since nothing before the first one needs a gradient. Weights and tokens are random.
 """
 
@@ -31,11 +31,11 @@ LAYERS = 2
 
 
 def time_parts(request: TrialRequest) -> PartialRecord:
-    """Seconds of the whole model, as values: `load` (it is made with its adapter), `step`, `evaluate` (a batch without
+    """Seconds of the whole model, as values: `load` (building it with its adapter), `step`, `evaluate` (a batch without
     gradients) and `request`.
 
     Args:
-        request: variant, workload and device; its scratch folder gets the shortened configuration.
+        request: variant, workload and device; the shortened configuration is written to its scratch folder.
 
     Raises:
         UsageError: the model cannot be built, or has no list of decoder layers.
@@ -47,7 +47,7 @@ def time_parts(request: TrialRequest) -> PartialRecord:
     folder = Path(request.scratch)
     (folder / "config.json").write_text(json.dumps(config))
     workload = dataclasses.replace(request.workload, model=f"{catalogue.RANDOM_PREFIX}{folder}")
-    variant = dataclasses.replace(request.variant, compile=False)  # compiling would take longer than all else
+    variant = dataclasses.replace(request.variant, compile=False)  # compiling would take longer than all the rest
     request = dataclasses.replace(request, workload=workload, variant=variant, base="")
 
     begin = time.perf_counter()
@@ -62,7 +62,8 @@ def time_parts(request: TrialRequest) -> PartialRecord:
     step = TrainStep(trainee, batches, variant, request.device)  # type: ignore[arg-type]  # it has the methods that a step calls
 
     def seconds(act: Callable[[], object]) -> float:
-        """Of a call in the whole model: the shorter of two, since the first one allocates what later ones reuse."""
+        """Seconds of a call in the whole model: the faster of two calls, since the first one allocates memory that
+        later ones reuse."""
         return min(clock.time(act, layers - LAYERS) for _ in range(2))
 
     step_s, evaluate_s = seconds(step), seconds(step.held_out_loss)
@@ -79,7 +80,7 @@ def time_parts(request: TrialRequest) -> PartialRecord:
 
 
 def shorten_config(config: dict[str, Any], layers: int) -> dict[str, Any]:
-    """A model's configuration with two of its `layers`; its lists by layer are cut."""
+    """A model's configuration reduced to two of its `layers`, including its per-layer lists."""
     nested = config.get("text_config")
     text = nested if isinstance(nested, dict) and nested else config
     short = {
@@ -91,7 +92,7 @@ def shorten_config(config: dict[str, Any], layers: int) -> dict[str, Any]:
 
 
 class _LayerClock:
-    """Adds up the seconds in which a module computes, forward and backward."""
+    """Adds up the seconds of a module's forward and backward passes."""
 
     def __init__(self, layer: torch.nn.Module, device: str) -> None:
         self._device = device
@@ -102,7 +103,7 @@ class _LayerClock:
         layer.register_full_backward_hook(self._end)
 
     def time(self, act: Callable[[], object], more: int) -> float:
-        """Seconds of a call, with `more` further copies of the layer."""
+        """Seconds of a call, plus `more` times the seconds of the layer."""
         self._seconds = 0.0
         begin = self._now()
         act()

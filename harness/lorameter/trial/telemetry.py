@@ -1,9 +1,9 @@
-"""Reads the state of machine and GPU around the timed commands of a trial.
+"""Reads the state of the machine and the GPU around the timed commands of a trial.
 
 Readings are taken before and after each timed command, outside its stopwatch; `look` reads the GPU's clocks while a
-step still runs on it. Energy is measured in isolated trials only: where trials take turns, the GPU's counter includes
-the energy of the others. An isolated trial that times no steps takes some for its energy, after its peaks have been
-read, for as long as the resolution of the counter requires; all ranks end these steps together.
+step still runs on it. Energy is measured in isolated trials only: if trials take turns, the GPU's counter includes the
+energy of the others. An isolated trial that times no steps runs some for its energy after its peaks have been read, for
+as long as the resolution of the counter requires; all ranks end these steps together.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from lorameter.records.record import PartialRecord
 from lorameter.studies.request import COMMANDS, ROUNDS, Command, TrialRequest
 
 ENERGY_STRETCH_S = 1.5 * LEAST_S
-"""Seconds for which an isolated trial takes steps for its energy: above the least of `Telemetry`, even if the last step
-ends early."""
+"""Seconds for which an isolated trial runs steps for its energy: above the minimum of `Telemetry`, even if the last
+step ends early."""
 
 
 class TrialTelemetry:
     """The telemetry of one trial, by phase.
 
     Args:
-        request: of the trial.
-        step: takes a training step.
+        request: request of the trial.
+        step: runs a training step.
         real_tokens: returns the number of tokens that this process has trained.
-        agree: returns the decision of all ranks, given that of this one.
-        generations: from this process up to the parent of the run.
+        agree: returns the joint decision of all ranks, given that of this one.
+        generations: process generations from this one up to the parent of the run.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class TrialTelemetry:
         self._real_tokens = real_tokens
         self._agree = agree
         workload = request.workload
-        # A process that trains on one rank alone takes turns with all ranks, on the device of the first.
+        # A process that trains as the single rank takes turns with all ranks, on the device of the first rank.
         alone = "peaks" in request.measures and not (
             workload.ranks > 1 and workload.scaling and "steps" in request.measures
         )
@@ -61,7 +61,7 @@ class TrialTelemetry:
         self._tokens = 0.0
 
     def around(self, command: Command, call: Callable[[], PartialRecord]) -> PartialRecord:
-        """The fragment of `call`, with the readings around it."""
+        """The fragment of `call`, with the readings before and after it."""
         fragment = (
             call()
             if command.telemetry_phase is None
@@ -90,7 +90,7 @@ class TrialTelemetry:
         return msgspec.structs.replace(fragment, values=fragment.values | values)
 
     def _measure_energy(self, fragment: PartialRecord) -> PartialRecord:
-        """Take steps for the energy of a training that has ended."""
+        """Run steps for the energy of a training that has ended."""
         watch, tokens, steps = self._watches["train"], self._real_tokens(), 0
         watch.begin()
         begin = time.monotonic()

@@ -1,16 +1,15 @@
-"""From records to samples, from samples to pairs of sides, and from pairs to verdicts.
+"""Turns records into samples, samples into pairs of sides, and pairs into verdicts.
 
-Whatever is compared is a `Pair`: the samples of one metric on two sides, with what trial i of either side have in
-common. Two runs, two sides of an A/B, a variant and the reference of its run, and a reference and its second
-measurement differ in how the sides are paired, and are judged by one function (`judge`).
+Every comparison is a `Pair`: the samples of one metric on two sides, and how trial i of one side is related to trial i
+of the other. The sides may be two runs, the sides of an A/B, a variant and its reference, or a reference and its
+control. They differ in the pairing, and one function (`judge`) judges them all.
 
-A variant may have several trials in a replicate: one that took turns with the others, and an isolated one for what
-needs a process of its own. Each metric is measured by one kind of them only, so a metric's trials are those that
-have it, and its pairing follows from how those alternated.
+A variant may have several trials in a replicate: one that took turns with the others, and an isolated one for metrics
+that need a separate process. Each metric is measured by only one of these kinds, so a metric's trials are those that
+have it, and its pairing follows from their interleaving.
 
-The table of metrics alone defines how samples follow from a record, so that a report, a saved benchmark and a
-comparison cannot disagree. Only trials that are ok have a series: an invalid trial is shown as such and never
-ranked.
+Only the table of metrics defines how samples are derived from a record, so a report, a saved benchmark and a comparison
+cannot disagree. A series uses only ok trials: an invalid trial is reported and never ranked.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ TOLERANCE, MARGIN = 0.01, 0.05
 
 
 def is_memory(metric: str) -> bool:
-    """Whether it is a kind of memory, of which a trial has one value in bytes."""
+    """Whether the name is a kind of memory; a trial has one value of it, in bytes."""
     return metric.endswith("_bytes")
 
 
@@ -69,16 +68,16 @@ class Series:
     role: Role
     records: tuple[TrialRecord, ...]
     _known: dict[str, tuple[Trial, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """Cache of `measured`, which every table calls several times; records do not change."""
+    """Cache of `measured`, which every table calls several times; records are immutable."""
 
     @property
     def ok(self) -> tuple[TrialRecord, ...]:
-        """Trials whose numbers count."""
+        """Trials whose values count."""
         return tuple(record for record in self.records if record.status == "ok")
 
     def measured(self, metric: str) -> tuple[Trial, ...]:
-        """Trials that are ok and have the metric, or the kind of memory; of losses only those after the most common
-        number of steps, since others are of another training."""
+        """The ok trials that have the metric or kind of memory. Losses count only after the most common number of
+        steps, since other losses belong to a different training."""
         if metric not in self._known:
             trials = [trial for record in self.ok if (trial := (record, _samples(record, metric)))[1]]
             if metric in METRICS and METRICS[metric].is_loss:
@@ -90,7 +89,7 @@ class Series:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The metrics, and then the kinds of memory, that any of these trials has."""
+        """The metrics, followed by the kinds of memory, that at least one of these trials has."""
         ok = self.ok
         held = set[str]().union(*(record.samples for record in ok), *(record.values for record in ok))
         likely = (metric for metric in METRICS.values() if metric.derive is not None or metric.name in held)
@@ -98,32 +97,32 @@ class Series:
         return (*(metric.name for metric in likely if any(map(metric.samples_of, ok))), *kinds)
 
     def measuring(self, metric: str) -> tuple[TrialRecord, ...]:
-        """The records of these trials."""
+        """The records of the trials that measured the metric."""
         return tuple(record for record, _ in self.measured(metric))
 
     def trials(self, metric: str) -> Trials:
-        """The samples of these trials."""
+        """The samples of the trials that measured the metric."""
         return [samples for _, samples in self.measured(metric)]
 
     def interleaving(self, metric: str) -> Interleaving | None:
-        """How the trials that measured the metric alternated with those of other variants; None without any. A cold
-        start is alone in its turn, whatever its trial was in, and so is what measures peaks of memory."""
+        """How the trials that measured the metric were interleaved with those of other variants; None if there are
+        none. Cold starts and memory peaks are always measured in isolation."""
         found = next((record.interleaving for record, _ in self.measured(metric)), None)
         alone = is_memory(metric) or METRICS[metric].phase == "cold"
         return "replicates" if found is not None and alone else found
 
     def estimate(self, metric: str) -> Estimate | None:
-        """The metric's estimate over replicates; None where nothing was measured.
+        """The metric's estimate over replicates; None if nothing was measured.
 
-        Where these were measured on several sites its interval is over the sites, which differ by more than what
-        replicates of one scatter by.
+        If the replicates ran on several sites, the interval is over the sites, which differ by more than the replicates
+        of one site.
         """
         trials, sites = self.trials(metric), [record.site for record in self.measuring(metric)]
         with _named(self.name, metric):
             return estimate_trials(trials, blocks=sites) if trials else None
 
     def percentile(self, metric: str, q: float) -> QuantileEstimate | None:
-        """The quantile `q` of a metric's samples, if their effective number supports it; None without samples."""
+        """The quantile `q` of a metric's samples, if their effective number suffices; None without samples."""
         trials = self.trials(metric)
         if not trials:
             return None
@@ -144,7 +143,7 @@ def _steps(record: TrialRecord) -> float:
 
 @contextlib.contextmanager
 def _named(name: str, metric: str) -> Iterator[None]:
-    """Turns a refusal of the statistics into an `InvalidRunError` that names the variant and the metric."""
+    """Convert an error of the statistics into an `InvalidRunError` that names the variant and the metric."""
     try:
         yield
     except ValueError as error:
@@ -156,9 +155,9 @@ Groups = Mapping[tuple[str, Role], Series]
 
 
 def group_trials(records: Sequence[TrialRecord], side: Side = "") -> dict[tuple[str, Role], Series]:
-    """Records of one side grouped by variant and role, each in order of replicates, groups in order of appearance.
+    """Group records of one side by variant and role, each in order of replicates, groups in order of appearance.
 
-    Raises `UsageError` for records of sites that may be unlike, so that they are not combined by accident
+    Raises `UsageError` for records of several sites that may differ, so that they are not combined by accident
     (`lorameter.verdicts.sites`).
     """
     if any(record.machine for record in records):
@@ -179,15 +178,15 @@ def group_trials(records: Sequence[TrialRecord], side: Side = "") -> dict[tuple[
 # --- pairs ------------------------------------------------------------------------------------------------------------
 
 OCCUPANCY_FLOOR = 0.95
-"""CPU time over wall time below which a CPU trial was disturbed. On a noisy machine keeping only what lies above cut
-the spread between processes from 29 % to 7 % (docs/method.md)."""
+"""CPU time over wall time below which a CPU trial was disturbed. On a noisy machine, dropping the trials below it
+reduced the spread between processes from 29 % to 7 % (docs/method.md)."""
 LEAST_UNDISTURBED = 5
-"""Where fewer undisturbed pairs would remain, all are kept."""
+"""If fewer undisturbed pairs would remain, all pairs are kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """Samples of one metric on two sides, a list a trial; pairs of disturbed trials are left out."""
+    """Samples of one metric on two sides, one list per trial; pairs of disturbed trials are left out."""
 
     metric: str
     base: Trials
@@ -195,26 +194,26 @@ class Pair:
     pairing: Pairing = "none"
     """How trial i of the base and trial i of the candidate are related."""
     drops: KeptPairs | None = None
-    """Which pairs were kept; None where none could be dropped."""
+    """Which pairs were kept; None if no pair could be dropped."""
     no_interval: str = ""
-    """Why these samples give a ratio and no more."""
+    """Why these samples give only a ratio."""
     shared: Effect | None = None
-    """The effect with the scatter that it shares with others; None where it shares none."""
+    """The effect with the scatter that it shares with others; None if it shares none."""
 
     @property
     def effect(self) -> Effect:
-        """The effect of the candidate. Raises ValueError as `stats.effect_of`."""
+        """The effect of the candidate. Raises ValueError as `stats.effect_of` does."""
         if self.shared is not None:
             return self.shared
         base, candidate = (_as_worse_is_higher(trials, self.metric) for trials in (self.base, self.candidate))
         return effect_of(base, candidate, self.pairing)
 
     def compare(self, rule: VerdictRule) -> Comparison:
-        """The verdict by a rule."""
+        """The verdict under a rule."""
         return self.with_drops(decide(self.effect, rule))
 
     def with_drops(self, comparison: Comparison) -> Comparison:
-        """The comparison with what was dropped in its reason; the counts belong to the verdict."""
+        """Add the dropped pairs to the reason of a comparison."""
         drops = self.drops
         if drops is None or not (drops.base_flagged or drops.candidate_flagged):
             return comparison
@@ -222,18 +221,18 @@ class Pair:
 
 
 def pairing_of(series: Series, metric: str) -> Pairing:
-    """Trials that took turns are paired turn by turn, others of one run by replicate; peaks are not paired."""
+    """Trials that took turns are paired turn by turn, other trials of one run by replicate; peaks are not paired."""
     if is_memory(metric):
         return "none"
     return "turn" if series.interleaving(metric) in ("shared-base", "lockstep") else "replicate"
 
 
 def pairs_of(base: Series, candidate: Series, metric: str) -> Pair:
-    """Two series of one run as a pair in one metric; empty where they share no replicate.
+    """Pair two series of one run in one metric; the pair is empty if they share no replicate.
 
-    Turns are paired with turns of the same attempt only: an interrupted run while the second was being written holds
-    both. Of losses only those after the same training are paired. Pairs of disturbed trials are left out
-    (`_undisturbed`), unless one side is disturbed more often than the other.
+    Turns are paired only with turns of the same attempt, because a run that was interrupted while writing may hold two
+    attempts. Losses are paired only after the same training. Pairs of disturbed trials are left out (`_undisturbed`),
+    unless one side is disturbed more often than the other.
     """
     pairing = pairing_of(base, metric)
     if pairing == "none":
@@ -257,15 +256,15 @@ def pairs_of(base: Series, candidate: Series, metric: str) -> Pair:
 
 
 def _trained_alike(base: TrialRecord, candidate: TrialRecord) -> bool:
-    """Whether both came to the end of their plan, or to the same step before it."""
+    """Whether both trials completed their plan, or stopped at the same earlier step."""
     cut = any("training_steps_planned" in record.values for record in (base, candidate))
     return not cut or _steps(base) == _steps(candidate)
 
 
 def _undisturbed(pairs: Sequence[tuple[TrialRecord, TrialRecord]], metric: str, pairing: Pairing) -> KeptPairs | None:
-    """Which pairs of trials to compare, by a flag that does not look at their times; None where none can be dropped.
+    """Which pairs of trials to compare, by a criterion that ignores their times; None if none can be dropped.
 
-    Trials that took turns shared every disturbance, and on a GPU the host may rightly wait: nothing is dropped there.
+    Nothing is dropped for trials that took turns, which share every disturbance, or on a GPU, where the host may wait.
     """
     if not pairs or pairing == "turn" or METRICS[metric].unit not in ("s", "1/s"):
         return None
@@ -280,23 +279,23 @@ def _undisturbed(pairs: Sequence[tuple[TrialRecord, TrialRecord]], metric: str, 
 def occupancy(record: TrialRecord) -> float | None:
     """CPU time over wall time of the timed steps.
 
-    None where either is missing, and for a trial of several threads: these wait for each other and for what only one of
-    them does, so they leave CPUs idle even if nothing else runs.
+    None if either is missing, and for a trial with several threads: threads wait for each other and for serial work, so
+    CPUs are idle even if nothing else runs.
     """
     wall, cpu = sum(record.samples.get("step_time_s", ())), record.samples.get("step_cpu_time_s", ())
     return sum(cpu) / wall if wall and cpu and record.values.get("threads", 1.0) == 1 else None
 
 
 def occupancies(records: Iterable[TrialRecord]) -> tuple[list[float], list[float]]:
-    """The occupancies of trials of one thread, and those of them that say that other work took their CPU."""
+    """The occupancies of single-threaded trials, and those below the limit, for which other work took their CPU."""
     shares = [share for record in records if (share := occupancy(record)) is not None]
     return shares, [share for share in shares if share < OCCUPANCY_FLOOR]
 
 
 def _as_worse_is_higher(trials: Trials, metric: str) -> Trials:
-    """Samples of which more is worse: of a metric of which more is better the inverse, so that above 1 is always worse.
+    """Invert the samples of a metric for which higher is better, so that a ratio above 1 is always worse.
 
-    Zero stays zero, which has no ratio and is refused as such. A metric of another project is a time.
+    Zero stays zero and is refused later, because it has no ratio. An unknown metric counts as a time.
     """
     if metric not in METRICS or not METRICS[metric].higher_is_better:
         return trials
@@ -304,14 +303,14 @@ def _as_worse_is_higher(trials: Trials, metric: str) -> Trials:
 
 
 def share_effects(pairs: Mapping[K, Pair], replicates: int) -> dict[K, Pair]:
-    """Pairs with one base, with the scatter that they share; those of another number of replicates keep their own."""
+    """Give pairs with a common base their shared scatter; pairs with another number of replicates keep their own."""
     effects = {key: pair.effect for key, pair in pairs.items()}
     effects |= share_scatter({key: effect for key, effect in effects.items() if effect.replicates == replicates})
     return {key: dataclasses.replace(pair, shared=effects[key]) for key, pair in pairs.items()}
 
 
 def pairs_against(groups: Groups, reference: str, metric: str) -> dict[tuple[str, Role], Pair]:
-    """Every other series of a run against its reference, by variant and role, with the scatter that they share."""
+    """Every other series of a run paired with its reference, by variant and role, with their shared scatter."""
     base = groups[reference, "variant"]
     pairs = {key: pairs_of(base, series, metric) for key, series in groups.items() if series is not base}
     pairs = {key: pair for key, pair in pairs.items() if pair.base and pair.candidate}
@@ -319,7 +318,7 @@ def pairs_against(groups: Groups, reference: str, metric: str) -> dict[tuple[str
         return pairs
     for (name, _), pair in pairs.items():
         with _named(name, metric):
-            pair.effect  # noqa: B018 - samples that have no effect are named
+            pair.effect  # noqa: B018 - to name a variant whose samples have no effect
     return share_effects(pairs, len(base.measured(metric)))
 
 
@@ -333,7 +332,7 @@ class ComparisonLimits:
     tolerance: float = TOLERANCE
     """Smallest slow-down, or growth of a peak, worth an alarm."""
     margin: float = MARGIN
-    """Within it two things count as equal."""
+    """Two values within it count as equal."""
 
 
 LimitsOf = Callable[[str, str], ComparisonLimits]
@@ -347,9 +346,9 @@ def default_limits(variant: str, metric: str) -> ComparisonLimits:
 
 
 def judge(pairs: Mapping[Key, Pair], limits_of: LimitsOf = default_limits) -> dict[Key, Comparison]:
-    """The verdict on each pair: memory by its maximum, times as one family that shares the error rate (Holm).
+    """The verdict on each pair. Memory is compared by its maximum; times form one family that shares the error rate.
 
-    What cannot be computed is invalid, with the reason.
+    A pair that cannot be compared is invalid, with the reason.
     """
     found: dict[Key, Comparison] = {}
     effects: dict[Key, Effect] = {}
@@ -375,14 +374,14 @@ def judge(pairs: Mapping[Key, Pair], limits_of: LimitsOf = default_limits) -> di
 
 
 def compare_series(base: Series, candidate: Series, metric: str, *, family: int = 1) -> Comparison | None:
-    """The comparison over the replicates that both have, paired as they alternated; None where there is none."""
+    """The comparison over the common replicates, paired by their interleaving; None if there are none."""
     pair = pairs_of(base, candidate, metric)
     with _named(candidate.name, metric):
         return pair.compare(VerdictRule(family=family)) if pair.base else None
 
 
 def compare_base_to_itself(records: Sequence[TrialRecord], phases: Sequence[Phase]) -> dict[Phase, Comparison | None]:
-    """The base of an A/B against itself, by phase; None where it was not measured."""
+    """The base of an A/B compared with itself, by phase; None if it was not measured."""
     groups = group_trials(records, "base")
     twin = next((name for name, role in groups if role == "control"), "")
     base, again = groups.get((twin, "variant")), groups.get((twin, "control"))
@@ -392,7 +391,7 @@ def compare_base_to_itself(records: Sequence[TrialRecord], phases: Sequence[Phas
 
 
 def control_of(groups: Groups, name: str, metric: str, *, family: int) -> Comparison | None:
-    """The reference, by its name, against its second measurement; None where either has no trial."""
+    """The reference compared with its second measurement; None if either has no trial."""
     pairs = pairs_against(groups, name, metric) if (name, "variant") in groups else {}
     pair = pairs.get((name, "control"))
     if pair is None or is_memory(metric):
@@ -403,8 +402,8 @@ def control_of(groups: Groups, name: str, metric: str, *, family: int) -> Compar
 def ratios_of(
     groups: Groups, study: Study, metric: str, control: Comparison | None, limits_of: LimitsOf = default_limits
 ) -> dict[str, Comparison]:
-    """Every other variant against the reference, by name, with one error rate for all of them; no time is equivalent
-    where the control is not."""
+    """Every other variant compared with the reference, by name, under one common error rate. No time is equivalent
+    unless the control is equivalent."""
     pairs = pairs_against(groups, study.reference, metric) if (study.reference, "variant") in groups else {}
     names = [variant.name for variant in study.variants if (variant.name, "variant") in pairs]
     found = judge({(name, metric): pairs[name, "variant"] for name in names}, limits_of)
@@ -414,12 +413,12 @@ def ratios_of(
 
 
 def is_difference(comparison: Comparison) -> bool:
-    """Whether the sides differ, either way; of a control it says that no number of the run can be believed."""
+    """Whether the sides differ in either direction; a control that differs means that the run is not reliable."""
     return comparison.verdict in ("improved", "regressed")
 
 
 def verdict_only(verdict: Verdict, reason: str, *, ratio: float | None = None, replicates: int = 0) -> Comparison:
-    """A verdict where there is no interval, or where the numbers must not be believed."""
+    """A verdict without an interval, or for numbers that are not reliable."""
     return Comparison(
         verdict=verdict,
         ratio=ratio,
@@ -433,12 +432,12 @@ def verdict_only(verdict: Verdict, reason: str, *, ratio: float | None = None, r
 
 
 def without_equality(found: Mapping[Key, Comparison], reason: str, *, appended: bool = False) -> dict[Key, Comparison]:
-    """Comparisons of which none may claim equality, because a control does not support it, or the sides differ in more
-    than the times; the reason replaces that of each, or is `appended` to it."""
+    """Replace equality verdicts, because the control does not support them or because the sides differ in more than
+    their times. The reason replaces that of each comparison, or is `appended` to it."""
 
     def downgrade(one: Comparison) -> Comparison:
         combined = f"{one.reason}; {reason}" if appended else reason
-        # No number of replicates of this pair leads to "equivalent": it is the control that must be measured better.
+        # More replicates of this pair cannot lead to "equivalent": the control must be measured better.
         return dataclasses.replace(one, verdict="inconclusive", reason=combined, replicates_needed=None)
 
     return {key: downgrade(one) if one.verdict == "equivalent" else one for key, one in found.items()}

@@ -1,12 +1,12 @@
 """Utilisation of a device by a training step: MFU and hardware utilisation.
 
-The same step has different figures by different formulas: 6 N is half as much again as LoRA computes, and a count that
-includes recomputation is more than the model needs. So every figure has its formula and its peak:
+Different formulas give different figures for the same step: 6 N is 1.5 times the FLOPs of LoRA, and a count with
+recomputation is more than the model needs. So every figure states its formula and its peak:
 
-- MFU (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): FLOPs that the model needs, over time and peak. Padding,
-  recomputation and masked pairs count for nothing, so it shows how well a variant uses the device for training.
-- Hardware utilisation (same place): all FLOPs that the operators were given. It shows how busy the products kept the
-  device, and bounds the gain of a faster schedule.
+- MFU (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): FLOPs that the model needs, divided by time and peak.
+  Padding, recomputation and masked pairs do not count, so it shows how well a variant uses the device for training.
+- Hardware utilisation (same source): all FLOPs that the operators execute. It shows how busy the matrix products keep
+  the device, and bounds the gain of a faster schedule.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lorameter.studies.variant import Variant
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeSpan:
-    """A time in seconds with the ends of its interval, None where it has none."""
+    """A time in seconds with its interval; the ends are None if it has none."""
 
     value: float
     low: float | None
@@ -31,13 +31,13 @@ class TimeSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Utilisation:
-    """A share of a peak, with the formula and the peak."""
+    """A share of a peak, with its formula and the peak."""
 
     name: str
     value: float
     """A fraction of the peak."""
     low: float | None
-    """From the upper end of the time's interval; None where it has none. The peak is treated as exact."""
+    """From the upper end of the time's interval; None if it has none. The peak is treated as exact."""
     high: float | None
     formula: str
     """The formula as text, with its numbers."""
@@ -57,16 +57,16 @@ class Utilisation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ceiling:
-    """The utilisation by a training step."""
+    """The utilisations of a training step."""
 
     mfu: Utilisation
     hfu: Utilisation
     six_n: Utilisation
-    """By the formula for training all weights, which LoRA does not do: for comparison with published figures."""
+    """By the formula for training all weights, which LoRA does not do; for comparison with published figures."""
 
 
 def utilisation(name: str, work: int, time_s: TimeSpan, peak: Peak, formula: str) -> Utilisation:
-    """`work` (FLOPs, or bytes for a peak of memory) in a time, as a share of the peak.
+    """`work` (FLOPs, or bytes for a memory peak) divided by the time, as a share of the peak.
 
     `formula` describes `work`; the time and the division are added.
     """
@@ -97,16 +97,16 @@ def ceiling_of(
     """MFU and hardware utilisation of a variant's training step, with the interval of its step time.
 
     Args:
-        shape: of the model.
-        variant: as trained.
-        step_time_s: of one optimizer step, all its micro-batches included.
-        peak: of products in the type that the step multiplies in (`product_rate`), stated or measured.
+        shape: shape of the model.
+        variant: the trained variant.
+        step_time_s: time of one optimizer step, including all its micro-batches.
+        peak: peak of matrix products in the step's dtype (`product_rate`), stated or measured.
         useful: tokens and pairs that a step needs.
-        computed: tokens and pairs of its operators; all pairs of a row (`computed_tokens`) overestimate the utilisation
-            of kernels that skip masked ones.
+        computed: tokens and pairs that its operators compute; all pairs of a row (`computed_tokens`) overestimate the
+            utilisation of kernels that skip masked pairs.
 
     Raises:
-        UsageError: a model type or a target whose layers are unknown.
+        UsageError: the layers of the model type or of a target are unknown.
     """
     needs, does = training_flops(shape, variant, useful).model, training_flops(shape, variant, computed).hardware
     return _ceiling((needs, does, six_n(shape, useful)), step_time_s, peak, useful, computed)
@@ -121,7 +121,7 @@ def ceiling_of_products(
     useful: StepTokens,
     computed: StepTokens,
 ) -> Ceiling:
-    """The utilisation for a model of an unknown family, by the products of its modules."""
+    """The utilisation for a model of an unknown family, from the matrix products of its modules."""
     checkpointing, fused = variant.gradient_checkpointing, variant.attention != "eager"
     does = products.flops(computed, checkpointing=checkpointing, fused=fused).hardware
     work = products.flops(useful).model, does, products.six_n(useful)
@@ -137,7 +137,7 @@ def _ceiling(
     *,
     counted: str = "",
 ) -> Ceiling:
-    """`work` is the FLOPs that the step needs, those that it computes, and those of training all weights."""
+    """`work` contains the FLOPs that the step needs, those that it computes, and those of training all weights."""
     needs, does, full = work
     return Ceiling(
         mfu=utilisation(
@@ -157,11 +157,11 @@ def _ceiling(
 
 
 def product_rate(variant: Variant) -> Rate:
-    """The type in which most of a step's products run: that of the frozen layers.
+    """The dtype of most of a step's matrix products: that of the frozen layers.
 
-    An adapter that PEFT keeps in float32 multiplies in float32, at a lower peak of its own, unless under autocast: a
-    step with a large rank cannot reach this one. int8 has no single peak (8 bits forward, 16 backward); it counts by
-    its 16-bit type.
+    An adapter that PEFT keeps in float32 computes in float32, which has a lower peak, unless autocast is on: a step
+    with a large rank cannot reach the peak of this dtype. int8 has no single peak (8 bits forward, 16 backward); its
+    16-bit dtype is used.
     """
     dtype = variant.compute_dtype if variant.is_4bit else variant.autocast or variant.dtype
     return "tf32" if dtype == "float32" and variant.tf32 else dtype

@@ -1,11 +1,9 @@
-"""The folder of a job: the order that it carries out, its state, and the run that it measures.
+"""The folder of a job: its order, its state, and the run that it measures.
 
-FOLDER/order.json   what to measure; written before the job is started
-FOLDER/state.json   where the job runs, how it ended
-FOLDER/RUN/         an ordinary run, of the replicates of the order
-FOLDER/job.log      what the job printed
+FOLDER/order.json   what to measure; written before the job is started FOLDER/state.json   where the job runs, how it
+ended FOLDER/RUN/         an ordinary run, of the replicates of the order FOLDER/job.log      what the job printed
 
-A job runs what its order names, so its folder is made for its user alone.
+A job executes the commands in its order, so only its user may access the folder.
 """
 
 from __future__ import annotations
@@ -37,12 +35,12 @@ class JobOrder:
     """Name of the site; empty: the node's name."""
     cwd: str
     if_busy: IfBusy | None = None
-    """The action if the device is in use; None: the process that started the job holds the device."""
+    """The action if the device is in use; None if the process that started the job already holds the device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobState:
-    """The state of a job, which it writes itself."""
+    """The state of a job, written by the job."""
 
     site: str = ""
     machine: str = ""
@@ -50,12 +48,12 @@ class JobState:
     facts: MachineFacts | None = None
     """The machine and what is installed there; only of a job without a plan."""
     free_bytes: int | None = None
-    """Free memory of the device; only of a job without a plan, None if unknown."""
+    """The machine and its installed software; only for a job without a plan."""
     ended: bool = False
     error: str = ""
-    """Why it ended early."""
+    """Why the job ended early."""
     usage: bool = False
-    """Whether the error is the user's to fix (`UsageError`)."""
+    """Whether the user can fix the error (`UsageError`)."""
 
 
 def command(python: str, folder: Path) -> list[str]:
@@ -79,7 +77,7 @@ def write_state(folder: Path, state: JobState) -> None:
 
 
 def read_state(folder: Path) -> JobState:
-    """The state of a job; an empty one before it has started."""
+    """The state of a job; empty before the job has started."""
     try:
         text = (folder / _STATE).read_text()
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""A script that any Python can run: what is installed here, and which file an import would load.
+"""A script for any Python: lists the installed packages, and the files that imports would load.
 
-It is passed to an interpreter as text (`python -c`), because that interpreter may have no lorameter, or an older
-one. So it imports the standard library only, and none of the modules that it looks for.
+It is passed to an interpreter as text (`python -c`), because that interpreter may have no lorameter, or an older one.
+So it imports only the standard library, and not the modules that it looks for.
 """
 
 import importlib.metadata
@@ -13,14 +13,14 @@ import sys
 
 
 def packages() -> "dict[str, str]":
-    """Normalised name to version of each distribution, the first on the path where there are several.
+    """Version of each distribution by its normalised name; if there are several, the first on the path.
 
-    A distribution that was installed from a repository has its commit added: the version alone does not
-    distinguish two commits.
+    The version of a distribution installed from a repository includes the commit, because two commits may have one
+    version.
     """
     versions: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
-        metadata = distribution.metadata  # once: each look at it reads and parses the file anew
+        metadata = distribution.metadata  # once: each access reads and parses the file again
         name = metadata["Name"]
         if name:  # a half-removed distribution has no name
             versions.setdefault(re.sub(r"[-_.]+", "-", name).lower(), str(metadata["Version"]) + _commit(distribution))
@@ -31,21 +31,21 @@ def _commit(distribution: importlib.metadata.Distribution) -> str:
     try:
         source = json.loads(distribution.read_text("direct_url.json") or "{}")
         return " (commit {})".format(source["vcs_info"]["commit_id"][:12])
-    except (ValueError, KeyError, TypeError):  # whatever was written there
+    except (ValueError, KeyError, TypeError):  # invalid content of the file
         return ""
 
 
 def origin(module: str) -> "str | None":
-    """The file that `import module` would load, None if there is none. `module` has no dots, so nothing is imported."""
+    """The file that `import module` would load, or None. `module` has no dots, so nothing is imported."""
     try:
         spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):  # ValueError: a module without a spec is loaded already
+    except (ImportError, ValueError):  # ValueError: a module without a spec is already loaded
         return None
     return None if spec is None else spec.origin
 
 
 if __name__ == "__main__":
-    print(  # on a line of its own, whatever was printed before
+    print(  # on a separate line, after any earlier output
         "\n"
         + json.dumps(
             {

@@ -1,6 +1,6 @@
-"""Trials on this machine, in one interpreter: the zygote is started once, each launch is a fork of it.
+"""Runs trials on this machine in one interpreter: the zygote is started once, and each worker is a fork of it.
 
-The interpreter is the present one, or that of a `Host`: then two executors side by side are the two sides of an A/B.
+The interpreter is the current one, or that of a `Host`: two executors can be the two sides of an A/B.
 """
 
 from __future__ import annotations
@@ -30,38 +30,39 @@ from lorameter.studies.workload import Workload
 
 T = TypeVar("T")
 START_TIMEOUT_S = 180.0
-"""Importing takes 3 to 5 s on a quiet machine; a cold disk and a busy one can make it a minute."""
+"""Imports take 3 to 5 s on a quiet machine, and up to a minute with a cold disk and other load."""
 END_TIMEOUT_S = 10.0
-"""A zygote that was greeted ends as soon as its parent closes the connection, once it has reaped its children."""
+"""A zygote that has sent its first message ends as soon as its parent closes the connection and it has reaped its
+children."""
 TOKENS_TIMEOUT_S = 3600.0
-"""A data set, or a model, is downloaded in this time or not at all."""
+"""Maximum time to download a data set or a model."""
 MAX_OUTPUT = 8000
-"""Characters of what a cold interpreter printed before it died that its record keeps; the log has all."""
+"""Maximum characters of a cold interpreter's output before its death that its record keeps; the log has all."""
 
 ARROW = "JE_ARROW_MALLOC_CONF"
-"""The variable that the jemalloc inside pyarrow reads when it is loaded."""
+"""The variable that pyarrow's jemalloc reads when it is loaded."""
 
 
 def worker_environment(threads: int, host: Host | None = None) -> dict[str, str]:
     """The environment of every measuring process of a host.
 
-    One BLAS thread in the zygote keeps forking safe, and none of pyarrow's allocator, which scikit-learn brings in
-    through pandas wherever a library imports it; one OpenMP thread on a CPU because two collapse under contention; no
-    tokenizer threads; CUDA counted through NVML, which does not initialise the device. No training in it is followed,
-    though lorameter itself may be wrapped.
+    Forking is safe with one BLAS thread in the zygote and without the threads of pyarrow's allocator, which
+    scikit-learn loads through pandas if a library imports it. There is one OpenMP thread on a CPU, because two become
+    very slow under contention, and no tokenizer threads. NVML counts the CUDA devices without initialising them.
+    Trainings in these processes are not measured by the meter, even if lorameter itself is wrapped.
     """
     inherited = (host or Host()).variables(os.environ)
-    arrow = filter(None, [inherited.get(ARROW), "background_thread:false"])  # of two the last counts
+    arrow = filter(None, [inherited.get(ARROW), "background_thread:false"])  # the last of two wins
     fixed = {
         ARROW: ",".join(arrow),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as NVML counts
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the order of NVML
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         "KINETO_LOG_LEVEL": "99",
-        "TEARDOWN_CUPTI": "1",  # else the profiler of the check slows down later launches, which are timed
+        "TEARDOWN_CUPTI": "1",  # otherwise the profiler of the check slows down later launches, which are timed
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         PARENT: str(os.getpid()),
@@ -71,11 +72,11 @@ def worker_environment(threads: int, host: Host | None = None) -> dict[str, str]
 
 
 class LocalExecutor(Executor):
-    """Implements `Executor` with a zygote: a process that has imported, of which each worker is a fork. If it dies
-    the run ends, and can be resumed.
+    """Implements `Executor` with a zygote: a process that has imported the libraries and forks each worker. If it dies,
+    the run ends and can be resumed.
 
-    `label` names the side of an A/B, in the messages and in the names of the logs (`zygote-base.log`), so that two
-    executors can share a folder.
+    `label` names the side of an A/B in messages and log names (`zygote-base.log`), so that two executors can share a
+    folder.
     """
 
     def __init__(self, *, host: Host | None = None, label: str = "") -> None:
@@ -85,18 +86,18 @@ class LocalExecutor(Executor):
         self._zygote: subprocess.Popen[bytes] | None = None
         self._control: Connection
         self._silent = True
-        """Whether the zygote may not see that the connection is closed: it still imports, or gave no answer."""
+        """Whether the zygote may not notice a closed connection: it is still importing, or it does not answer."""
 
     def max_parallel(self, threads: int) -> int:
-        """The cores over the threads; one on a GPU. One as well on a share of a machine (`CPUS`): other sites are
-        timed meanwhile, and several busy processes would disturb them more than one."""
+        """The number of cores divided by the threads; one on a GPU. Also one on a share of a machine (`CPUS`): other
+        sites are timed at the same time, and several busy processes would disturb them more than one."""
         machine = self.machine()
         if machine.device != "cpu" or CPUS in self.host.variables(os.environ):
             return 1
         return max(1, machine.cpus // threads)
 
     def start(self, folder: Path, threads: int) -> None:
-        """Start the zygote, which begins to import."""
+        """Start the zygote, which begins its imports."""
         super().start(folder, threads)
         self._control, theirs = wire.pair()
         with theirs, contextlib.ExitStack() as stack:
@@ -107,7 +108,7 @@ class LocalExecutor(Executor):
     def _spawn(self, what: str, descriptor: int, log: Path, *, threads: int = 0) -> subprocess.Popen[bytes]:
         """Start a measuring process of the host, which answers on a descriptor and prints into a log.
 
-        It has a session of its own: what a terminal sends to all of its processes is heard by the parent alone.
+        It has its own session: signals that a terminal sends to all of its processes reach only the parent.
         """
         with log.open("ab") as file:
             return subprocess.Popen(
@@ -126,13 +127,13 @@ class LocalExecutor(Executor):
         return self.logs / f"zygote{self._suffix}.log"
 
     def hello(self) -> WorkerInfo:
-        """Wait until the zygote has imported. Raises `InvalidRunError`, also when it speaks another schema."""
+        """Wait until the zygote has imported. Raises `InvalidRunError`, also if it uses another schema."""
         try:
             hello = wire.receive(self._control, wire.Hello, START_TIMEOUT_S)
         except wire.GarbledError:
-            hello = wire.Hello(schema=0)  # of a revision that spoke another protocol
+            hello = wire.Hello(schema=0)  # of a revision with another protocol
         except (TimeoutError, wire.ClosedError):
-            ended = self._last_words()  # before its log is read, which is whole only then
+            ended = self._last_words()  # before its log is read, which is complete only then
             last = _last_line(self._zygote_log) or f"it printed nothing; {ended}"
             raise InvalidRunError(
                 f"{self._whose} did not start: {last}. Its log is {self._zygote_log}. "
@@ -144,8 +145,8 @@ class LocalExecutor(Executor):
         return hello.worker
 
     def launch(self) -> Worker:
-        """Fork a worker from the zygote. Raises `InvalidRunError` if that has ended, and `WorkerLostError` if it
-        refuses or the process ends before it greets."""
+        """Fork a worker from the zygote. Raises `InvalidRunError` if the zygote has ended, and `WorkerLostError` if it
+        refuses or the process ends before its first message."""
         ours, theirs = wire.pair()
         begin = time.monotonic()
         try:
@@ -155,23 +156,23 @@ class LocalExecutor(Executor):
             ours.close()
             if not isinstance(error, LorameterError) or isinstance(error, InvalidRunError):
                 raise
-            # No trial is to blame, and none has begun.
+            # No trial caused this, and none has begun.
             raise WorkerLostError("not_run", Failure(phase="start", kind="CannotFork", message=str(error))) from None
         worker = ForkedWorker(pid, ours, self)
         worker.greet(begin)
         return worker
 
     def kill(self, pid: int) -> int | None:
-        """Kill a child of the zygote, with what it has started; its exit status where it can be known."""
+        """Kill a child of the zygote and all processes that it started; returns its exit status if it can be known."""
         if self._zygote is None or self._zygote.poll() is not None:
-            return None  # its children have died with it, and their numbers may be others'
+            return None  # its children have died with it, and their PIDs may be reused
         kill_group(pid)
         with contextlib.suppress(InvalidRunError):
             return self._ask_zygote(wire.Command("reap", arguments={"pid": pid}), Any)  # type: ignore[no-any-return]
         return None
 
     def _ask_zygote(self, command: wire.Command, kind: Any, attached: Connection | None = None) -> Any:
-        """Its answer. Raises `InvalidRunError` where it is dead or silent."""
+        """The zygote's answer. Raises `InvalidRunError` if the zygote is dead or does not answer."""
         assert self._zygote is not None  # it was started
         try:
             wire.send(self._control, command)
@@ -181,23 +182,23 @@ class LocalExecutor(Executor):
         except (OSError, wire.ClosedError):  # TimeoutError is an OSError
             self._silent = True
         except wire.GarbledError:
-            self._zygote.kill()  # what it sends next may belong to another command
+            self._zygote.kill()  # its next message may belong to another command
         raise InvalidRunError(f"{self._whose}: {self._last_words()}. Its log is {self._zygote_log}.")
 
     def _last_words(self) -> str:
-        """The exit status of the zygote, or that it gave no answer."""
+        """The exit status of the zygote, or a statement that it gave no answer."""
         assert self._zygote is not None
-        with contextlib.suppress(subprocess.TimeoutExpired):  # the connection closes a moment before the process ends
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the connection closes shortly before the process ends
             return f"the zygote ended with {exit_words(self._zygote.wait(0.5))}"
         return f"the zygote gave no answer within {START_TIMEOUT_S:g} s"
 
     def cold_start(self, request: TrialRequest) -> PartialRecord:
-        """A new interpreter that loads the saved adapter; its output goes to the trial's log."""
+        """Start a new interpreter that loads the saved adapter; its output goes to the trial's log."""
         arguments = {"request": codec.to_json(request)}
         return self._ask_interpreter("cold", arguments, Path(request.log_path), request.protocol.step_timeout_s)
 
     def time_imports(self, log_path: str, timeout_s: float) -> PartialRecord:
-        """A new interpreter that imports; its output goes to this log."""
+        """Start a new interpreter that imports the libraries; its output goes to this log."""
         return self._ask_interpreter("imports", {}, Path(log_path), timeout_s)
 
     def _ask_interpreter(self, what: str, arguments: dict[str, Any], log: Path, timeout_s: float) -> PartialRecord:
@@ -219,7 +220,7 @@ class LocalExecutor(Executor):
         return answer
 
     def prepare_tokens(self, workload: Workload, *, keep: bool = True) -> TokenSummary:
-        """Tokenise in a process of its own."""
+        """Tokenise in a separate process."""
         arguments = {"workload": codec.to_json(workload), "folder": str(self.folder if keep else self.scratch)}
         log = self.logs / f"tokens{self._suffix}.log"
         try:
@@ -241,7 +242,7 @@ class LocalExecutor(Executor):
     def _ask_process(
         self, what: str, arguments: dict[str, Any], kind: type[T], log: Path, timeout_s: float, *, threads: int = 0
     ) -> tuple[T | None, int]:
-        """The answer of a process that is started for one command, and its exit code; raises as `wire.ask_process`."""
+        """The answer of a process started for one command, and its exit code; raises as `wire.ask_process` does."""
         ours, theirs = wire.pair()
         with ours:
             with theirs:
@@ -270,7 +271,7 @@ class LocalExecutor(Executor):
         return summary
 
     def close(self) -> None:
-        """End the zygote; its children die with it. One that still imports, or gives no answer, is killed."""
+        """End the zygote; its children die with it. A zygote that is still importing, or does not answer, is killed."""
         if self._zygote is not None:
             self._control.close()
             if self._silent:
@@ -303,13 +304,13 @@ class ForkedWorker(Worker):
         self._code: int | None = None
 
     def greet(self, asked_monotonic_s: float) -> None:
-        """Wait until it says when it began. Raises `WorkerLostError`."""
+        """Wait for its first message, which says when it began. Raises `WorkerLostError`."""
         with self.losses("start", START_TIMEOUT_S):
             hello = wire.receive(self.connection, wire.Hello, START_TIMEOUT_S)
         self.start_latency_s = hello.started_monotonic_s - asked_monotonic_s
 
     def end(self) -> int | None:
-        """Close the connection, and kill the process and what it has started."""
+        """Close the connection, and kill the process and all processes that it started."""
         self.connection.close()
         if not self._ended:
             self._ended, self._code = True, self._executor.kill(self.pid)

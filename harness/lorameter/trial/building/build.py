@@ -1,7 +1,7 @@
 """Builds the trainable model of a variant: base with adapter, optimizer, schedule.
 
-Everything is PEFT's, bitsandbytes' and torch's own; this module translates names. Seeds are set here alone: before the
-adapter is attached (its A matrices are random) and before the first step (dropout).
+The module only translates names for PEFT, bitsandbytes and torch. Seeds are set only here: before the adapter is
+attached (its A matrices are random) and before the first step (dropout).
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class TrainableModel:
     optimizer: torch.optim.Optimizer
     schedule: Any
     adapter: str
-    """Name of the adapter that trains; the model may hold others, of other trials."""
+    """Name of the adapter that trains; the model may also hold adapters of other trials."""
     after_update: Callable[[int], None] | None = None
-    """Called after each update with the number of the step, from 1; None where the method needs nothing."""
+    """Called after each update with the number of the step, from 1; None if the method needs no call."""
 
     @property
     def parameters(self) -> tuple[torch.nn.Parameter, ...]:
@@ -63,9 +63,9 @@ class TrainableModel:
 
 
 DATA_BATCHES = 8
-"""Batches of an initialisation that depends on data."""
+"""Batches for a data-dependent initialisation."""
 _SEED_STRIDE = 1_000_003
-"""Distance between the seeds of two ranks; more than the replicates of any run."""
+"""Difference between the seeds of two ranks; larger than the replicates of any run."""
 
 
 def seed_everything(seed: int) -> None:
@@ -83,14 +83,14 @@ def build(
     distribute: Callable[[Any], Any] | None = None,
     rank: int = 0,
 ) -> TrainableModel:
-    """Load the base if this process has none yet, attach the adapter, make the optimizer.
+    """Load the base if this process has none yet, attach the adapter, and make the optimizer.
 
     Args:
         request: variant, workload, device and seed.
-        steps: optimizer steps that the schedule must span.
+        steps: optimizer steps of the learning-rate schedule.
         shared: the base of this process, which may have adapters of other trials.
         distribute: wraps the model for training on several ranks; returns the callable of its forward pass.
-        rank: of this process; each rank draws its own dropout.
+        rank: rank of this process; each rank draws its own dropout.
     """
     variant = request.variant
     set_precision(variant)
@@ -99,7 +99,7 @@ def build(
         base, made = base_of(request)
         shared.loads, shared.conversions = 1, int(made)
         if variant.liger_kernel:
-            apply_liger_kernel(base, None)  # before the adapter: it swaps the forwards of the model's own classes
+            apply_liger_kernel(base, None)  # before the adapter: it patches the forwards of the model's own classes
         seed_everything(request.seed)
         model = shared.model = attach(base, variant, adapter, batches=_batches(request), steps=steps)
     else:
@@ -116,7 +116,7 @@ def build(
     if request.slowdown_rows:
         inject_work(model, request.slowdown_rows)
     model.train()
-    forward = model if distribute is None else distribute(model)  # before the optimizer: a shard is another parameter
+    forward = model if distribute is None else distribute(model)  # before the optimizer: shards are other parameters
     optimizer = make_optimizer(model, variant)
     schedule = get_scheduler(
         variant.schedule, optimizer, num_warmup_steps=round(variant.warmup_ratio * steps), num_training_steps=steps
@@ -129,7 +129,7 @@ def build(
 
 
 def _batches(request: TrialRequest) -> list[Batch]:
-    """The inputs of the first steps, for an initialisation that depends on data; else none."""
+    """The inputs of the first steps, for a data-dependent initialisation; otherwise empty."""
     if not reads_data(request.variant):
         return []
     stream = TokenStream(Path(request.tokens_path), request.workload, request.variant, request.device)
@@ -138,12 +138,12 @@ def _batches(request: TrialRequest) -> list[Batch]:
 
 
 def set_precision(variant: Variant) -> None:
-    """Whether float32 products may run on TF32 tensor cores."""
+    """Allow or forbid TF32 tensor cores for float32 products."""
     torch.backends.cuda.matmul.fp32_precision = "tf32" if variant.tf32 else "ieee"
 
 
 def _own_caches(scratch: Path) -> None:
-    """Give this trial compile caches of its own: one that an earlier trial filled would make this one look faster."""
+    """Give this trial its own compile caches: a cache filled by an earlier trial would make this one look faster."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(scratch / "triton")
 
@@ -155,23 +155,24 @@ T = TypeVar("T")
 
 
 class SharedBase:
-    """The base of one process, loaded by the first trial that is built. Several trials have their adapters on it.
+    """The base of one process, loaded by the first trial that is built. Several trials attach their adapters to it.
 
     The base is frozen, so trials can share it: each has its own adapter, optimizer and random state, and is active
-    during its turns only. To be bit-equal to an isolated trial, an adapter is attached under its own seed, and the
-    random state of a trial is restored at its next turn. Adapters are switched outside every timed window.
+    during its turns only. To make results bit-equal to those of an isolated trial, an adapter is attached under its own
+    seed, and the random state of a trial is restored at its next turn. Adapters are switched outside every timed
+    window.
 
-    Not for adapters that change the base (see `lorameter.run.interleaving`): the digest of the base must be the same at
-    the end.
+    Adapters that change the base cannot share it (see `lorameter.run.interleaving`): the digest of the base must be the
+    same at the end.
     """
 
     def __init__(self) -> None:
         self.model: Any = None
-        """PEFT's, with the adapters of all trials; None before the first one is built."""
+        """The PEFT model with the adapters of all trials; None before the first trial is built."""
         self.loads = 0
-        """How often a base was loaded in this process."""
+        """Number of times that a base was loaded in this process."""
         self.conversions = 0
-        """How often it was loaded from its source for that: read, converted, quantised."""
+        """Number of these loads from the source: read, converted, quantised."""
         self._adapters = 0
         self._digest = ""
         self._found: dict[str, Any] = {}
@@ -182,22 +183,22 @@ class SharedBase:
         return f"adapter{self._adapters - 1}" if self._adapters > 1 else "default"
 
     def once(self, name: str, find: Callable[[], T]) -> T:
-        """The result of `find` for the first trial that calls this: a property of the base, which all trials share."""
+        """The result of `find`, computed by the first trial that calls this: a property of the shared base."""
         if name not in self._found:
             self._found[name] = find()
         return cast(T, self._found[name])
 
     def remember(self) -> None:
-        """Compute the digest of the base, which must not change from now on; only the first call has an effect."""
+        """Compute the digest of the base, which must not change from now on; later calls do nothing."""
         self._digest = self._digest or base_digest(self.model)
 
     def unchanged(self) -> bool:
-        """Whether the base is as it was at `remember`; computed once, when all trials have ended."""
+        """Whether the base still has the digest of `remember`; computed once, after all trials have ended."""
         return self.once("unchanged", lambda: self._digest == base_digest(self.model))
 
 
 def base_digest(model: Any) -> str:
-    """A fingerprint of all bytes of every parameter that no adapter owns; 4-bit weights must be in their stored layout.
+    """Hash all bytes of every parameter that belongs to no adapter; 4-bit weights must be in their stored layout.
     Parameters on a GPU are read there."""
     own, take = peft_methods.own_parameters(model), Fingerprinter()
     return " ".join(take(parameter.data) for name, parameter in model.named_parameters() if name not in own)
@@ -207,16 +208,16 @@ def base_digest(model: Any) -> str:
 
 
 WIDTH = 64
-"""Inner size of the product: 16 KiB in float32, which stays in the first cache."""
+"""Inner size of the product: 16 KiB in float32, which stays in the L1 cache."""
 
 
 def inject_work(model: torch.nn.Module, rows: int) -> None:
     """Add a product of (rows, 64) and (64, 64), on the model's device, to every adapted layer's forward pass: a
     slow-down of known cause, which a protocol should detect.
 
-    The result of the float32 product is discarded, so losses do not change. As in a real regression a layer's forward
-    pass has one more kernel, which a `sleep` would not show. The factors are narrow: one as wide as the layer would be
-    read from memory each time, and a small slow-down could not be injected.
+    The result of the float32 product is discarded, so losses do not change. As in a real regression, a layer's forward
+    pass runs one more kernel, unlike with a `sleep`. The factors are narrow: one as wide as the layer would be read
+    from memory each time, so small slow-downs would be impossible.
     """
     device = next(model.parameters()).device
     factors = torch.ones(rows, WIDTH, device=device), torch.ones(WIDTH, WIDTH, device=device)
@@ -233,7 +234,7 @@ def inject_work(model: torch.nn.Module, rows: int) -> None:
 
 
 def judge_checks(fragment: PartialRecord, checks: Sequence[Check], request: TrialRequest) -> PartialRecord:
-    """The fragment with these checks added; invalid where a required path is not active."""
+    """Add checks to a fragment; it becomes invalid if a required path is not active."""
     added = msgspec.structs.replace(fragment, checks=(*fragment.checks, *map(codec.to_json, checks)))
     required: dict[str, Any] = {check.path: check.required for check in checks if check.required is not None}
     return judge_required(added, required, name=request.variant.name, allow_fallback=request.allow_fallback)
@@ -253,12 +254,12 @@ LIGER_KINDS = "rms_norm+mlp+loss"
 
 
 def attention_of(variant: Variant, own: Mapping[str, Any]) -> Any:
-    """The attention backend that a variant requires; `own` are the requirements of the study."""
+    """The attention backend that a variant requires; `own` contains the study's requirements."""
     return own.get("attention.backend", _BACKEND[variant.attention])
 
 
 def _optimizer_class(name: str) -> str:
-    """The class of a variant's optimizer of torch or bitsandbytes; "" for one of PEFT's, whose class is another."""
+    """The class of a variant's optimizer in torch or bitsandbytes; "" for a PEFT optimizer, whose class differs."""
     if name.startswith("bitsandbytes."):
         return name.replace("bitsandbytes.", "bitsandbytes.optim.", 1)
     return _OPTIMIZER.get(name) or (f"torch.optim.{name}" if name[:1].isupper() else "")
@@ -267,21 +268,21 @@ def _optimizer_class(name: str) -> str:
 def requirements_of(
     variant: Variant, trained_shapes: tuple[int, ...], *, packed: bool, on_linear: bool = True
 ) -> dict[str, Any]:
-    """Requirements for kernels_check that follow from a variant, by path: one with quantization = "nf4" requires nf4. A
-    study can add more.
+    """Requirements for kernels_check that follow from a variant, by path: quantization = "nf4" requires nf4. A study
+    can add more.
 
     Args:
-        variant: as it is described in the study.
-        trained_shapes: elements of each trained tensor; decides which share of paged state bitsandbytes would page.
-        packed: whether the workload packs records, which must then be isolated.
-        on_linear: whether linear layers have the adapter, whose storage is then checked; else that of the whole
-            base.
+        variant: the variant as in the study.
+        trained_shapes: elements of each trained tensor; they decide which share of the state bitsandbytes pages.
+        packed: whether the workload packs records, which must then be isolated from each other.
+        on_linear: whether linear layers have the adapter; their storage is then checked, else that of the whole base.
     """
     bits = {"none": 32 if variant.dtype == "float32" else 16, "int8": 8}.get(variant.quantization, 4)
     full, optimizer = isinstance(variant, FullVariant), _optimizer_class(variant.optimizer)
     required: dict[str, Any] = {
         "attention.backend": _BACKEND[variant.attention],
-        # PEFT's preparation casts the norms to float32, and queries and keys follow unless autocast brings them back.
+        # PEFT's preparation casts the norms to float32, which makes queries and keys float32 unless autocast converts
+        # them.
         "attention.dtype": variant.autocast or ("float32" if variant.prepare_for_kbit else variant.dtype),
         **({"base.bits": bits, "base.quant_type": variant.quantization} if on_linear else {}),
         **({"base.learning": True} if full else {"peft.attached": True, "peft.learning": True}),
@@ -295,7 +296,7 @@ def requirements_of(
     elif variant.is_4bit:
         required["base.double_quant"] = variant.double_quant
         required["base.compute_dtype"] = variant.compute_dtype
-    if not variant.trains_base:  # otherwise biases of the base train on purpose
+    if not variant.trains_base:  # otherwise biases of the base are meant to train
         required["base.frozen"] = True
     if variant.adapter_dtype is not None:
         required["peft.dtype"] = variant.adapter_dtype
@@ -304,7 +305,7 @@ def requirements_of(
     if variant.optimizer in PAGED:
         paged = paged_state_bytes(variant.optimizer, trained_shapes)
         share = paged / optimizer_state_bytes(variant.optimizer, [(elements, 4) for elements in trained_shapes])
-        if share:  # tensors that are all too small for bitsandbytes to page are a notice (`lorameter.run.feasibility`)
+        if share:  # if all tensors are too small to be paged, a notice is given (`lorameter.run.feasibility`)
             required["optimizer.paged_share"] = max(0.01, share - 0.02)
     if variant.tf32 and variant.multiplies_float32:
         required["tf32"] = True

@@ -1,7 +1,7 @@
-"""Counts what a variant adds to a base: parameters and the bytes of adapter, gradients and optimizer state.
+"""Counts the parameters that a variant adds to a base, and the bytes of adapter, gradients and optimizer state.
 
-They do not depend on the values of weights, so PEFT attaches the adapter to a base on torch's meta device: shapes and
-types are the real ones, for a model of any size on any machine, and of any type that PEFT can adapt. Bytes are those of
+Sizes do not depend on weight values, so PEFT attaches the adapter to a base on torch's meta device: shapes and dtypes
+are exact, for a model of any size on any machine, and of any type that PEFT can adapt. Bytes are those of
 `lorameter.trial.memory.resident_bytes` after a step, without the rounding of an allocator or a pager.
 """
 
@@ -35,13 +35,13 @@ class Sizes:
     trainable_parameters: int
     """PEFT's own count."""
     base_parameters: int
-    """Of the model without the adapter, tied ones once, quantised ones as if they were not."""
+    """Parameters of the model without the adapter; tied ones count once, quantised ones as if unquantised."""
     adapter_bytes: int
-    """All parameters that train, in their own types."""
+    """Bytes of all parameters that train, in their own dtypes."""
     gradient_bytes: int
     optimizer_state_bytes: int
     saved_bytes: int
-    """Of the file adapter_model.safetensors."""
+    """Size of the file adapter_model.safetensors."""
 
     @property
     def share(self) -> float:
@@ -50,11 +50,11 @@ class Sizes:
 
 
 def sizes_of_study(study: Study) -> tuple[Sizes, ...]:
-    """The sizes of each variant of a study on its model's true shape; the weights are not needed.
+    """The sizes of each variant of a study for its model's true shape; the weights are not needed.
 
     Raises:
-        UsageError: an unknown model, a configuration that cannot be loaded, no layer that PEFT adapts, or biases of a
-            quantised base that would train.
+        UsageError: the model is unknown, its configuration cannot be loaded, PEFT can adapt no layer, or biases of a
+            quantised base would train.
     """
     model = study.workload.model.removeprefix(catalogue.RANDOM_PREFIX)
     source = catalogue.resolve(f"{catalogue.RANDOM_PREFIX}{model}")
@@ -62,7 +62,7 @@ def sizes_of_study(study: Study) -> tuple[Sizes, ...]:
 
 
 def sizes_of(variant: Variant, source: ModelSource) -> Sizes:
-    """The sizes of one variant on a model's true shape. Raises as `sizes_of_study` does."""
+    """The sizes of one variant for a model's true shape. Raises as `sizes_of_study` does."""
     if variant.optimizer not in (*ADAMW, *PAGED) or variant.optimizer_args:
         why = "no formula is known for the size of its state"
         raise impossible(f"sizes: variant {variant.name!r}", "optimizer", variant.optimizer, why, "Measure it.")
@@ -76,7 +76,7 @@ def sizes_of(variant: Variant, source: ModelSource) -> Sizes:
             "bitsandbytes casts a bias to the type of its input in the first step, so its bytes are not known before",
             'Use bias = "none", or quantization = "none".',
         )  # fmt: skip
-    # PEFT saves the initial adapter with one that rewrote the base: twice the rank.
+    # PEFT also saves the initial adapter if it changed the base: twice the rank.
     saved = model
     if isinstance(variant, LoraVariant) and variant.rewrites_base:
         saved = _attached(dataclasses.replace(variant, r=2 * variant.r), source)
@@ -86,7 +86,7 @@ def sizes_of(variant: Variant, source: ModelSource) -> Sizes:
         trainable_parameters=trainable,
         base_parameters=everything - adapter,
         adapter_bytes=size,
-        gradient_bytes=size,  # a gradient has the type of its parameter
+        gradient_bytes=size,  # a gradient has the dtype of its parameter
         optimizer_state_bytes=optimizer_state_bytes(
             variant.optimizer, [(parameter.numel(), parameter.element_size()) for parameter in trained]
         ),
@@ -95,7 +95,7 @@ def sizes_of(variant: Variant, source: ModelSource) -> Sizes:
 
 
 def _attached(variant: Variant, source: ModelSource) -> Any:
-    """The PEFT model of a variant without storage, and without the options that change no size."""
+    """The PEFT model of a variant without storage, and without options that do not affect sizes."""
     plain = dataclasses.replace(variant, prepare_for_kbit=False, gradient_checkpointing=False)
     if isinstance(plain, LoraVariant):
         plain = dataclasses.replace(plain, init_lora_weights="default")
@@ -111,10 +111,10 @@ def _attached(variant: Variant, source: ModelSource) -> Any:
 
 
 def _file_bytes(state: Mapping[str, torch.Tensor]) -> int:
-    """Size of a safetensors file: a length of 8 bytes, a JSON header filled up to a multiple of 8, the data.
+    """Size of a safetensors file: a length of 8 bytes, a JSON header padded to a multiple of 8, the data.
 
-    Tensors come in the order that the library writes: wide types first, then by name (format of safetensors, version
-    1; the order decides how many digits the offsets have).
+    Tensors are in the library's order: wide dtypes first, then by name (format of safetensors, version 1; the order
+    decides how many digits the offsets have).
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0

@@ -1,8 +1,8 @@
-"""Serves a saved adapter in several modes, and measures the distances of their answers and logits.
+"""Serves a saved adapter in several modes, and measures the distances between their answers and logits.
 
 Every mode loads the saved adapter with PEFT, as a user does, in eval mode, with greedy decoding and the same seed. The
-logits of the reference are written into the trial's folder, a file for each answer, for modes that are served in other
-processes: one that runs out of memory must not lose the results of the others.
+logits of the reference are written into the trial's folder, one file per answer, for modes served in other processes: a
+mode that runs out of memory must not lose the results of the others.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from lorameter.trial.serving.generate import generate
 from lorameter.trial.step import model_inputs
 
 ROWS = 16
-"""Positions that are compared at a time: 16 of 262,144 words are 34 MB in float64."""
+"""Positions that are compared at a time: 16 positions of 262,144 vocabulary entries take 34 MB in float64."""
 
 
 def serve_adapter(request: ServingRequest) -> PartialRecord:
-    """The results of each mode of a group. An exception is the failure of its mode alone."""
+    """The results of each mode of a group. An exception fails only its own mode."""
     trial = request.trial
     prepare_process(trial)
     set_precision(trial.variant)
@@ -51,7 +51,7 @@ def serve_adapter(request: ServingRequest) -> PartialRecord:
             result = observe(prepare_mode(model, mode), mode, stream, request, answers)
         except Exception as error:
             failed = failed_record(error, "parity")
-            if failed.status == "interrupted":  # the disk is full, for the next mode as well
+            if failed.status == "interrupted":  # the disk is full, also for the next mode
                 return failed
             result = Served(way=mode.name, failure=failed.failure)
         served.append(result)
@@ -76,7 +76,7 @@ def load_served(request: ServingRequest, mode: ServingMode) -> Any:
 
 
 def prepare_mode(model: Any, mode: ServingMode) -> Any:
-    """The model of a mode, merged where the mode says so; a merge cannot be undone."""
+    """The model of a mode, merged if the mode requires it; a merge cannot be undone."""
     if mode.merged:
         peft_methods.merge(model)
     elif peft_methods.is_merged(model):
@@ -87,8 +87,8 @@ def prepare_mode(model: Any, mode: ServingMode) -> Any:
 def observe(
     model: Any, mode: ServingMode, stream: TokenStream, request: ServingRequest, reference: Sequence[Sequence[int]]
 ) -> Served:
-    """Answers, distances of the logits over the reference's answers, and held-out losses. Without a `reference` the
-    logits over its own answers are saved as the reference."""
+    """Answers, distances of the logits over the reference's answers, and held-out losses. Without a `reference`, the
+    logits over the mode's own answers are saved as the reference."""
     workload = request.trial.workload
     new_tokens, until_end = workload.open_ended_tokens or workload.new_tokens, workload.open_ended_tokens > 0
     seed_everything(request.trial.seed)
@@ -113,15 +113,15 @@ def observe(
 
 
 def _prompts(stream: TokenStream, request: ServingRequest) -> list[torch.Tensor]:
-    """Whole prompts where the workload has requests until EOS, else prompts of a fixed length."""
+    """Whole prompts if the workload has requests until EOS, else prompts of a fixed length."""
     if request.trial.workload.open_ended_tokens:
         return [stream.open_ended_prompt(index) for index in range(stream.open_ended_prompt_count)]
     return [stream.prompt(index) for index in range(stream.prompt_count)]
 
 
 def answer_logits(model: Any, prompt: torch.Tensor, answer: Sequence[int]) -> torch.Tensor:
-    """The logits from which each token of an answer is chosen, given all tokens before it; shape (tokens,
-    vocabulary), in the model's type. One pass over prompt (shape (1, length)) and answer, without a cache."""
+    """The logits from which each token of an answer is chosen, given all tokens before it; shape (tokens, vocabulary),
+    in the model's dtype. Computed in one pass over prompt (shape (1, length)) and answer, without a cache."""
     tokens = torch.tensor([list(answer)], dtype=prompt.dtype, device=prompt.device)
     whole = torch.cat([prompt, tokens], dim=1)
     logits: torch.Tensor = model(input_ids=whole, attention_mask=torch.ones_like(whole), use_cache=False).logits
@@ -146,7 +146,7 @@ def measure_distance(reference: torch.Tensor, other: torch.Tensor) -> LogitDista
     for rows, others in zip(reference.split(ROWS), other.split(ROWS), strict=True):
         ours, theirs = rows.double(), others.double()
         log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)  # which rounding can make negative
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)  # rounding can make it negative
         difference = (ours - theirs).abs()
         cosine = torch.cosine_similarity(ours, theirs, dim=-1)
         chunks.append((ours.argmax(-1) != theirs.argmax(-1), kl, difference.mean(-1), difference.amax(-1), cosine))
@@ -164,12 +164,14 @@ def measure_distance(reference: torch.Tensor, other: torch.Tensor) -> LogitDista
 
 
 def sequence_losses(logits: torch.Tensor, labels: torch.Tensor, length: int) -> list[float]:
-    """Mean loss over the labelled tokens of each sequence of `length` tokens that has one, in nats.
+    """Mean loss in nats over the labelled tokens of each sequence of `length` tokens that has a label.
 
     Args:
         logits: shape (rows, tokens, vocabulary); a row may hold several sequences one after the other.
-        labels: shape (rows, tokens), as transformers takes them: a token's label is at its own position, -100 is none.
-        length: tokens of a sequence. The first token of each has no label: the sequence before it must not predict it.
+        labels: shape (rows, tokens), in the convention of transformers: a token's label is at its own position, -100
+            means none.
+        length: tokens of a sequence. The first token of each sequence has no label: the previous sequence must not
+            predict it.
     """
     losses: list[float] = []
     for row, expected in zip(logits, labels, strict=True):
