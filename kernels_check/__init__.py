@@ -1,14 +1,14 @@
-"""Checks whether the fast paths that a fine-tuning configuration requires are the ones that ran.
+"""Checks whether the fast paths that a fine-tuning configuration requires actually ran.
 
 A flag shows what was requested; only the operators, tensors and gradients of the measured process show what happened.
-The package is independent: nothing of ``lorameter`` is imported, and importing it loads neither torch nor numpy.
+The package is independent: it does not import ``lorameter``, and importing it loads neither torch nor numpy.
 
-How a call of ``watch`` becomes a verdict, by module: ``step_watch`` opens the watch and calls the judges;
+The modules that turn a call of ``watch`` into a verdict: ``step_watch`` opens the watch and calls the judges;
 ``judges.paths`` lists the judge of each path; ``check`` turns its finding into a verdict; ``observe.observation``
 observes the step. The evidence of the paths comes from ``profile``, ``operators`` and ``layers`` for attention and
 products; ``calls`` and ``execution`` for recomputation and compilation; ``learning`` and ``adapter`` for the adapter
 and the optimizer; ``base`` and ``digest`` for the base; ``calls``, ``loss`` and ``padding`` for the inputs; ``parts``
-for embeddings, norms and names of targets. All of them use ``modules``.
+for embeddings, norms and target names. All of them use ``modules``.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Whether records packed into one row see each other: change every second one, and compare the others.
+"""Tests whether records packed into one row affect each other: changes every second record, and compares the others.
 
 Packing relies on ``position_ids`` that restart at each record, and on a mask that the model derives from them only if
-it is given no attention mask and builds no cache. When that fails nothing crashes; the benchmark even gets faster,
+it is given no attention mask and builds no cache. If that fails, nothing crashes; the benchmark even gets faster,
 because attention over the whole row is cheaper to dispatch than a block mask.
 
-Two forwards decide: in one the even records are changed and the odd ones compared with those of a plain forward, in
-the other the reverse. Equality is exact: a masked position contributes an exact zero, and each row of a matrix
-product depends on its own input only. Every forward draws the same random numbers.
+Two forward passes decide: one changes the even records and compares the odd ones with those of an unchanged forward
+pass, the other does the reverse. Equality is exact: a masked position contributes an exact zero, and each row of a
+matrix product depends on its own input only. Every forward pass uses the same random numbers.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ _LEFT_OUT = ("num_items_in_batch", "logits_to_keep")
 
 
 class _UnclearError(RuntimeError):
-    """The forwards do not show whether records are isolated; the message says why."""
+    """Raised if the forward passes do not show whether records are isolated; the message says why."""
 
 
 def probe_isolation(model: nn.Module, batch: Mapping[str, Any]) -> Check:
     """Check that the records packed in ``batch`` are isolated, in training and in evaluation.
 
     Args:
-        model: called as ``model(**batch)``, three times a mode.
-        batch: ``input_ids`` of [rows, tokens], and ``position_ids`` that restart at each record, or another
-            input that marks records (see ``records_of``); further entries (such as ``use_cache``) are passed on, labels
-            only where the model does not run without.
+        model: called as ``model(**batch)``, three times in each mode.
+        batch: ``input_ids`` of [rows, tokens], and ``position_ids`` that restart at each record, or another input that
+            marks records (see ``records_of``); further entries (such as ``use_cache``) are passed on, labels only if
+            the model requires them.
 
     Returns:
-        The check of ``packing.isolated`` against True. Parameters, modes and random numbers are left as found.
+        The check of ``packing.isolated`` against True. Parameters, modes and random numbers are left unchanged.
     """
     calls = [ModelCall(module=model, arguments=batch, training=mode, gradients=mode) for mode in (True, False)]
     return judge_safely("packing.isolated", True, lambda: _probe(model, calls))
 
 
 def judge_calls(seen: Observation) -> PathObservation:
-    """Judge ``packing.isolated`` by forwards of the step's own packed calls, unless what the model was given shows a
-    leak: a model may ignore what it is given."""
+    """Judge ``packing.isolated`` by forward passes of the step's own packed calls, unless the model's inputs already
+    show a leak: a model may ignore its inputs."""
     by_inputs = seen.isolation
     calls = [call for call in packed_or_all(seen.model_calls) if packs(call.arguments)]
     return _probe(seen.model, calls) if calls and by_inputs.observed is not False else by_inputs
@@ -102,7 +102,7 @@ def _leaks(model: nn.Module, batch: Mapping[str, Any], records: Records) -> Iter
     """Describe each change that reached other records.
 
     Raises:
-        _UnclearError: a difference, or none, proves nothing here.
+        _UnclearError: neither a difference nor its absence is conclusive.
     """
     found = find_tokens(batch)
     if found is None:
@@ -146,13 +146,14 @@ def _leaks(model: nn.Module, batch: Mapping[str, Any], records: Records) -> Iter
 
 
 def _other_tokens(tokens: Tensor, model: nn.Module) -> Tensor:
-    """Another token of the batch in the place of each; special ones stay, since some mean more than their embedding."""
+    """Replace each token by another token of the batch; special tokens stay, since some have effects beyond their
+    embedding."""
     if tokens.is_floating_point():
         return tokens.roll(1, -1)
     special = torch.tensor(sorted(special_tokens(configurations(model))), dtype=tokens.dtype, device=tokens.device)
     kept = torch.isin(tokens, special)
     known = tokens[~kept].unique()
-    if known.numel() < 2:  # one token over and over: its neighbour must do
+    if known.numel() < 2:  # only one distinct token: use the adjacent id
         return torch.where(kept, tokens, torch.where(tokens > 0, tokens - 1, tokens + 1))
     following = torch.searchsorted(known, tokens.contiguous(), right=True) % known.numel()
     return torch.where(kept, tokens, known[following])
@@ -162,15 +163,15 @@ def _logits(model: nn.Module, batch: Mapping[str, Any], shape: Sequence[int]) ->
     """Logits of each token, [rows, tokens, features].
 
     Raises:
-        _UnclearError: the model raised, or returned nothing of that shape.
+        _UnclearError: the model raised an exception, or returned no tensor of that shape.
     """
     while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        model = model.module  # calling the wrapper would advance its state of synchronisation
+        model = model.module  # calling the wrapper would change its synchronisation state
     whole = {key: value for key, value in batch.items() if key not in _LEFT_OUT}
     plain = {key: value for key, value in whole.items() if key != "labels"}
     problem = ""
-    for arguments in (plain, whole):  # some models return logits only without labels, others do not run without
-        # What fills up as it is read, such as a cache, is used once.
+    for arguments in (plain, whole):  # some models return logits only without labels, others require labels
+        # Inputs that are consumed when read, such as a cache, are used once.
         given = {key: copy.deepcopy(one) if hasattr(one, "get_seq_length") else one for key, one in arguments.items()}
         try:
             found = _per_token(model(**given), shape)
@@ -203,7 +204,7 @@ def _per_token(output: Any, shape: Sequence[int]) -> Tensor | None:
 
 @contextmanager
 def _by_row(model: nn.Module, training: bool) -> Iterator[None]:
-    """Switch off what lets a token depend on other rows, where there is a switch; the caller restores the modes."""
+    """Switch off features that make a token depend on other rows, where possible; the caller restores the modes."""
     model.train(training)
     states = []
     for module in model.modules():
@@ -223,7 +224,7 @@ def _by_row(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def _refuse_unfit(model: nn.Module) -> None:
-    """Raise for a model that this process cannot judge by forwards of its own."""
+    """Raise for a model that this process cannot judge by its own forward passes."""
     if any(getattr(getattr(one, "config", None), "is_encoder_decoder", False) is True for one in model.modules()):
         raise LayoutError("the inputs of an encoder-decoder show no records, so that packing is not judged")
     sharded = any(type(one).__name__ == "FullyShardedDataParallel" for one in model.modules())

@@ -1,4 +1,4 @@
-"""`python -m lorameter`: the command, where its script is not on the path."""
+"""`python -m lorameter`: runs the command if its script is not on the path."""
 
 import sys
 

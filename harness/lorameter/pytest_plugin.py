@@ -1,14 +1,13 @@
-"""`pytest benchmarks/ --benchmark-save=NAME`: the main entry point.
+"""The pytest plugin: `pytest benchmarks/ --benchmark-save=NAME`.
 
-A benchmark suite asks for it with three lines in its conftest (`attach`); in every other project this plugin adds its
-options and does nothing. The whole selected plan is measured once, interleaved, after collection; each test then
-hands its own recorded samples to pytest-benchmark by replaying them through a clock, to the bit. So saving, comparing
-and histograms are pytest-benchmark's own, and no test measures anything while pytest runs it.
+A benchmark suite activates it with three lines in its conftest (`attach`); in every other project the plugin only adds
+its options. The whole selected plan is measured once, interleaved, after collection; each test then passes its recorded
+samples to pytest-benchmark by replaying them exactly through a clock. So pytest-benchmark does the saving, comparing
+and histograms, and no test measures anything while pytest runs it.
 
-A test asks for a phase with a marker and gets its variants from the study:
+A marker selects the phase of a test, and the study defines its variants:
 
-    @pytest.mark.lorameter("train")
-    def test_train_step(replay):
+    @pytest.mark.lorameter("train") def test_train_step(replay):
         replay()
 """
 
@@ -46,7 +45,7 @@ OPTIONS = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The options, in the words of the command line."""
+    """Add the options, with the names of the command line."""
     add_arguments(parser.getgroup("lorameter", "measuring LoRA variants").addoption, OPTIONS)
 
 
@@ -57,7 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Where a test is marked as ours and its suite was not attached, say what is missing next to pytest's own words."""
+    """If a test has our marker but its suite is not attached, add the missing step to pytest's error message."""
     report = yield
     if report.failed and item.get_closest_marker("lorameter") and not item.config.pluginmanager.has_plugin(PLUGIN):
         missing = (f"fixture '{name}' not found" for name in ("replay", "variant_name"))
@@ -67,7 +66,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 def attach(config: pytest.Config) -> None:
-    """Turn the suite of the calling conftest into a lorameter suite; call it from `pytest_configure`."""
+    """Turn the calling conftest's suite into a lorameter suite; call it from `pytest_configure`."""
     if config.pluginmanager.has_plugin(PLUGIN):
         return
     if config.getoption("benchmark_cprofile", None):

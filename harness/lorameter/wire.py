@@ -1,11 +1,11 @@
 """Messages between processes: tagged structs in MessagePack, over a connection of `multiprocessing`.
 
-Every process that measures speaks this protocol and no other: the zygote, the processes that it forks, the ranks of a
-trial, processes that answer once, and scripts. It greets with a `Hello`; then each `Command` that it receives is
-answered by one `Answer`, or by one `Refused`, until the other end closes the connection.
+All measuring processes use this protocol: the zygote, the processes that it forks, the ranks of a trial, processes that
+answer once, and scripts. A process first sends a `Hello`; then it answers each `Command` with one `Answer` or one
+`Refused`, until the other end closes the connection.
 
-What arrives may come from another version of lorameter, or from a library that writes into a descriptor that is not
-its own. So a message has a maximum size, and its content is checked against the type that is expected.
+The received bytes may come from another version of lorameter, or from a library that writes to the wrong descriptor. So
+a message has a maximum size, and its content is validated against the expected type.
 """
 
 from __future__ import annotations
@@ -29,28 +29,29 @@ from lorameter.records.worker_info import WorkerInfo
 
 T = TypeVar("T")
 MAX_MESSAGE_BYTES = 256 << 20
-"""The largest message of a trial, an account of its memory, has a few MiB."""
+"""The largest message of a trial, a memory breakdown, has a few MiB."""
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """The first message of a process."""
 
     schema: int = SCHEMA
-    """Version of the messages and of the records in them."""
+    """Schema version of the messages and of their records."""
     harness: str = "unknown"
     """Its version of lorameter."""
     pid: int = 0
-    """The process that trains, which a launcher may have started; only of a script."""
+    """PID of the training process, which a launcher may have started; only for a script."""
     device: str = ""
-    """"cuda" or "cpu"; only of a script."""
+    """"cuda" or "cpu"; only for a script."""
     started_monotonic_s: float = 0.0
-    """When it ran its first own instruction; only of a process that hosts trials."""
+    """When it executed its first instruction; only for a process that hosts trials."""
     worker: WorkerInfo | None = None
-    """Libraries and device; only of the zygote."""
+    """Libraries and device; only for the zygote."""
 
 
 class Command(msgspec.Struct, tag=True, frozen=True):
-    """A command to a process; `arguments` are plain data, named as the parameters of the function that does it."""
+    """A command to a process; `arguments` are plain data, with the names of the parameters of the function that
+    executes it."""
 
     name: str
     trial: str = ""
@@ -58,12 +59,12 @@ class Command(msgspec.Struct, tag=True, frozen=True):
 
 
 class Answer(msgspec.Struct, tag=True, frozen=True):
-    """The result of a command, of the type that the command has."""
+    """The result of a command."""
 
     value: msgspec.Raw
 
     def read(self, kind: type[T]) -> T:
-        """The value. Raises `GarbledError` where it is of another type."""
+        """The value as this type. Raises `GarbledError` if it has another type."""
         try:
             return msgspec.msgpack.decode(self.value, type=kind)
         except (msgspec.MsgspecError, LorameterError) as error:
@@ -71,26 +72,26 @@ class Answer(msgspec.Struct, tag=True, frozen=True):
 
 
 class Refused(msgspec.Struct, tag=True, frozen=True):
-    """A command that cannot be carried out, for a reason that a user can read."""
+    """The refusal of a command, with a reason for the user."""
 
     message: str
     exit_code: int = EXIT_INVALID
 
     def error(self) -> LorameterError:
-        """The same as an exception of this process."""
+        """The refusal as an exception of this process."""
         return InvalidRunError(self.message) if self.exit_code == EXIT_INVALID else UsageError(self.message)
 
 
 class GarbledError(Exception):
-    """The bytes that arrived are no message of this protocol; later ones cannot be trusted either."""
+    """The received bytes are not a message of this protocol; later messages cannot be trusted either."""
 
 
 class ClosedError(Exception):
-    """The process at the other end is gone."""
+    """The process at the other end has ended."""
 
 
 def answer_with(value: object) -> Answer:
-    """A value as an answer."""
+    """Wrap a value in an answer."""
     return Answer(msgspec.Raw(_encode(value)))
 
 
@@ -107,12 +108,12 @@ def send(connection: Connection, message: Hello | Command | Answer | Refused) ->
 
 
 def receive(connection: Connection, kind: type[T], timeout_s: float | None = None) -> T:
-    """The next message, which must be of this kind (a struct, or a union of structs).
+    """Receive the next message, which must be of this kind (a struct, or a union of structs).
 
     Raises:
-        TimeoutError: nothing arrived within `timeout_s`.
-        ClosedError: the other end is gone.
-        GarbledError: what arrived is no message, or one of another kind.
+        TimeoutError: no message arrived within `timeout_s`.
+        ClosedError: the other end has ended.
+        GarbledError: the received bytes are not a message, or it is of another kind.
     """
     try:
         if timeout_s is not None and not connection.poll(max(0.0, timeout_s)):
@@ -131,7 +132,7 @@ def receive(connection: Connection, kind: type[T], timeout_s: float | None = Non
 
 
 def check_schema(hello: Hello, whose: str) -> None:
-    """Raises `InvalidRunError` for a process whose messages are of another version."""
+    """Raise `InvalidRunError` for a process with another schema version."""
     if hello.schema != SCHEMA:
         raise InvalidRunError(
             f"{whose} speaks schema {hello.schema}, this program {SCHEMA} (its harness: {hello.harness}). Choose a "
@@ -153,17 +154,17 @@ def call(connection: Connection, command: Command, kind: type[T], timeout_s: flo
     """Send a command and wait for its result.
 
     Raises:
-        TimeoutError: there is none within `timeout_s`.
-        ClosedError: the other end is gone.
-        GarbledError: what arrived is no answer of this type.
-        LorameterError: it was refused, with the message of the other end.
+        TimeoutError: no result arrived within `timeout_s`.
+        ClosedError: the other end has ended.
+        GarbledError: the received message is not an answer of this type.
+        LorameterError: the other end refused the command; the message is its reason.
     """
     send(connection, command)
     return receive_answer(connection, kind, timeout_s)
 
 
 def receive_answer(connection: Connection, kind: type[T], timeout_s: float | None = None) -> T:
-    """The result of the command that was sent last; raises as `call`."""
+    """The result of the last command; raises as `call` does."""
     reply: Answer | Refused = receive(connection, _REPLY, timeout_s)
     if isinstance(reply, Refused):
         raise reply.error()
@@ -171,7 +172,8 @@ def receive_answer(connection: Connection, kind: type[T], timeout_s: float | Non
 
 
 def serve(connection: Connection, carry_out: Callable[[Command], object]) -> None:
-    """Greet, then carry out each command until the other end closes the connection; a `LorameterError` refuses it."""
+    """Send a `Hello`, then execute each command until the other end closes the connection; a `LorameterError` becomes a
+    refusal."""
     with contextlib.suppress(ClosedError):
         send(connection, Hello(started_monotonic_s=time.monotonic()))
         while True:
@@ -189,12 +191,12 @@ def ask_process(
     """Send a command to a process that was started for it. The process and its group have ended on return.
 
     Returns:
-        The result; None where the process ended without one (see `process.returncode`).
+        The result; None if the process ended without one (see `process.returncode`).
 
     Raises:
-        TimeoutError: it has not answered in this time.
+        TimeoutError: it did not answer in time.
         GarbledError: its answer cannot be read.
-        LorameterError: it refuses, with its own message.
+        LorameterError: it refused the command, with this message.
     """
     deadline = time.monotonic() + timeout_s
     with contextlib.ExitStack() as stack:
@@ -204,7 +206,7 @@ def ask_process(
         stack.callback(os.close, ended)
 
         def arrives() -> bool:
-            # What the process has started may hold the connection open longer than the process lives.
+            # Processes started by this one may keep the connection open after its end.
             ready = wait([connection, ended], max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise TimeoutError

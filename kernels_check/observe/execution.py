@@ -1,20 +1,20 @@
 """How the modules of a model were executed: in compiled code, again in the backward pass, or by fused kernels.
 
-Compiled code calls no hook, and its regions are entered in some call of a module, or outside all of them. A block
-whose hooks were called ran eagerly, unless a region was entered in it: then what counts is whether any layer of
-weights, product or attention in it ran outside. A block that called no hook ran in compiled code if a region was
-entered where it is called from, and it ran at all. The record of breaks and recompilations is that of the process and
-not of one model; a place counts once.
+Compiled code calls no hooks, and its regions are entered inside a module call or outside all of them. A block whose
+hooks were called ran eagerly, unless a region was entered inside it: then the block counts as compiled if no weight
+layer, product or attention ran outside of regions. A block that called no hook ran in compiled code if a region was
+entered in its caller, and if it ran at all. The record of graph breaks and recompilations covers the process, not one
+model; each place counts once.
 
-A module that is called while the autograd engine runs is being recomputed. Each call of a block to which a gradient
-comes back has to be matched.
+A module call during an autograd run is a recomputation. Every call of a block that receives a gradient must have a
+matching recomputation.
 
-Libraries of fused kernels swap classes, bind other forwards to modules, or put other functions into the module of a
-model's code. All of that is read from the current bindings: the class and the forward of each module, and the function
-that the forward's own globals name. Patching that came too late, or for another architecture, silently leaves the
-model's own functions. The library of an attention's forward does not show which parts are fused, so rotary embeddings
-and projections are recognised by the functions that the forward calls. A fused loss runs only where the forward is
-given labels, and is trained on only where a gradient reaches the returned loss.
+Libraries of fused kernels replace classes, the forwards of modules, or functions in the Python module of a model. All
+of these are read from the current bindings: the class and the forward of each module, and the functions in the
+forward's globals. Patching too late, or for another architecture, silently keeps the model's own functions. The library
+of an attention's forward does not show which parts are fused, so rotary embeddings and projections are recognised by
+the functions that the forward calls. A fused loss runs only if the forward receives labels, and trains only if a
+gradient reaches the returned loss.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from kernels_check.observe.modules import ModelTree, block_names, block_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compilations:
-    """The record of this process; every entry is a phrase that names what, where and why."""
+    """The compiler's record in this process; every entry is a phrase that says what, where and why."""
 
     breaks: tuple[str, ...] = ()
     """Places in the user's code where a graph ended early."""
     recompiles: tuple[str, ...] = ()
-    """Functions that were compiled again, each time with the guard that failed."""
+    """Functions that were recompiled, each time with the guard that failed."""
     refused: tuple[str, ...] = ()
-    """Recompilations that failed, such as those beyond the limit: what they were for runs eagerly."""
+    """Recompilations that failed, for example beyond the limit: such code runs eagerly."""
     unreadable: str | None = None
-    """Why this version of torch cannot be read."""
+    """Why the record of this torch version cannot be read."""
 
     @property
     def empty(self) -> bool:
-        """Whether nothing is on record."""
+        """Whether the record is empty."""
         return self == Compilations()
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ class Compilations:
 
 
 def read_compilations() -> Compilations:
-    """Read the record; empty where nothing has loaded the compiler."""
+    """Read the record; it is empty if the compiler is not loaded."""
     dynamo: Any = sys.modules.get("torch._dynamo.utils")
     if dynamo is None:
         return Compilations()
@@ -90,7 +90,7 @@ def read_compilations() -> Compilations:
 
 
 def _place(reason: str, stack: Sequence[FrameSummary]) -> str:
-    """The innermost frame; a break before the first line of a function has none."""
+    """The innermost frame; a graph break before a function's first line has none."""
     if not stack:
         return _title(reason)
     code = f" `{stack[-1].line}`" if stack[-1].line else ""
@@ -98,7 +98,7 @@ def _place(reason: str, stack: Sequence[FrameSummary]) -> str:
 
 
 def _guard(compilation: Any) -> str:
-    """The guard that failed, without the number of the compilation before it (``0/1: ``) and the source line behind."""
+    """The failed guard, without the number of the compilation before it (``0/1: ``) and the source line after it."""
     return _title(str(compilation.recompile_reason).partition(": ")[2]).partition("  # ")[0].rstrip()
 
 
@@ -116,42 +116,42 @@ def _counted(phrases: tuple[str, ...], what: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompiledBlocks:
-    """The blocks that ran, sorted."""
+    """The blocks that ran, by how they ran."""
 
     compiled: tuple[str, ...] = ()
-    """All of it ran in compiled code."""
+    """Blocks that ran entirely in compiled code."""
     partly: tuple[str, ...] = ()
-    """Some of it did."""
+    """Blocks that ran partly in compiled code."""
     eager: tuple[str, ...] = ()
     regions: int = 0
     """Compiled regions of the model."""
     helpers: int = 0
-    """Regions in which none of its blocks or other modules ran, as of a loss."""
+    """Regions in which no block or other module of the model ran, such as a loss."""
 
     @property
     def ran(self) -> int:
-        """How many blocks ran."""
+        """The number of blocks that ran."""
         return len(self.compiled) + len(self.partly) + len(self.eager)
 
 
 def compiled_blocks(
     tree: ModelTree, calls: Calls, regions: Iterable[int | None], eager: Collection[int], gradients: Collection[str]
 ) -> CompiledBlocks:
-    """Sort the blocks that ran in the forward pass.
+    """Classify the blocks that ran in the forward pass.
 
     Args:
         tree: the model.
-        calls: of its modules, as far as they call hooks.
-        regions: for each compiled region that was entered in the forward pass, the call that it was entered in.
-        eager: calls in which products or attention ran outside of any region.
-        gradients: names of the parameters that a gradient reached.
+        calls: calls of its modules, as far as they call hooks.
+        regions: for each compiled region entered in the forward pass, the call in which it was entered.
+        eager: calls in which products or attention ran outside all regions.
+        gradients: names of the parameters that received a gradient.
     """
     entered = [one for one in regions if one is None or one in calls.relevant]
     covered = calls.around(entered)
     callers = {calls.all[number].caller for number in calls.forward}
 
     def is_eager(number: int) -> bool:
-        """Whether a layer of weights, a product or attention ran in this call itself outside of any region."""
+        """Whether a weight layer, a product or attention ran directly in this call, outside all regions."""
         if number in covered or number in callers:
             return number in eager
         return number in eager or bool(tree.model.get_submodule(calls.all[number].name)._parameters)
@@ -181,13 +181,13 @@ def compiled_blocks(
 
 
 def _locate(names: Sequence[str], blocks: frozenset[str]) -> tuple[str | None, str]:
-    """The block that a module of these names lies in, and its name there."""
+    """The block that contains the module with these names, and the module's name inside it."""
     found = ((block_of(name, blocks), name) for name in names)
     return next((one for one in found if one[0] is not None), (None, names[0]))
 
 
 def _is_around(block: str, regions: Collection[int | None], calls: Calls) -> bool:
-    """Whether a region was entered directly in the innermost call that a silent block can have been called from."""
+    """Whether a region was entered directly in the innermost call that may have called a block without hooks."""
     name = block
     while name:
         name = _parent(name)
@@ -198,7 +198,7 @@ def _is_around(block: str, regions: Collection[int | None], calls: Calls) -> boo
 
 
 def _is_ours(region: int | None, blocks: frozenset[str], calls: Calls) -> bool:
-    """Whether a region is of the model; what holds the blocks may call helpers, such as a loss."""
+    """Whether a region belongs to the model; the module that holds the blocks may call helpers, such as a loss."""
     if region is None:
         return False
     names = calls.all[region].names
@@ -212,36 +212,36 @@ def _parent(name: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockRecomputed:
-    """One block to which gradients came back."""
+    """One block that received gradients."""
 
     name: str
     calls: int
-    """Calls of the forward pass that a gradient comes back to."""
+    """Forward calls that received a gradient."""
     again: int
-    """How many of them were computed again."""
+    """Number of calls that were recomputed."""
     modules: int
-    """Modules inside the block that ran in them; itself where there are none."""
+    """Modules inside the block that ran in these calls; the block itself if there are none."""
     repeated: int
-    """How many of those were called again."""
+    """Number of these modules that were called again."""
     kept: tuple[str, ...] = ()
-    """Parts of the block that were not computed again where others were: their activations were kept."""
+    """Parts of the block that were not recomputed although others were: their activations were kept."""
 
     @property
     def whole(self) -> bool:
-        """Whether all of it was computed again, at each of its calls."""
+        """Whether the whole block was recomputed, for each of its calls."""
         return self.again >= self.calls and not self.kept
 
 
 def recomputed_blocks(tree: ModelTree, calls: Calls) -> tuple[BlockRecomputed, ...]:
-    """Every block that was called and to which a gradient comes back."""
+    """Every block that was called and received a gradient."""
     names = block_names(tree)
     blocks = frozenset(names)
     around: dict[int | None, int] = {}
-    """The call of a block that each call lies in; where the block itself calls no hook, each counts as one."""
+    """For each call, the block call that contains it; if the block calls no hooks, each call counts as one."""
     forward: dict[str, dict[str, list[int]]] = {}
-    """By block and module, the calls of the block that its calls of the forward pass lie in."""
+    """By block and module: the block calls that contain the module's forward calls."""
     again: dict[str, Counter[str]] = {}
-    """By block and module, its calls in the backward pass."""
+    """By block and module: the module's calls in the backward pass."""
     for number in sorted(calls.relevant):
         call = calls.all[number]
         block, name = _locate(call.names, blocks)
@@ -282,9 +282,9 @@ def _recomputed(
 
 
 def ran_without_gradient(tree: ModelTree, calls: Calls, judged: Iterable[BlockRecomputed]) -> tuple[str, ...]:
-    """Blocks that ran and are none of ``recomputed_blocks``: there is nothing to recompute in them.
+    """Blocks that ran but are not in ``recomputed_blocks``: they have nothing to recompute.
 
-    A block whose ``forward`` is called directly, as in SqueezeBERT, calls no hook: the calls of its modules show that
+    A block whose ``forward`` is called directly, as in SqueezeBERT, calls no hooks; the calls of its modules show that
     it ran.
     """
     known = {block.name for block in judged}
@@ -294,15 +294,15 @@ def ran_without_gradient(tree: ModelTree, calls: Calls, judged: Iterable[BlockRe
 
 
 def _kept(block: str, matrices: Sequence[str], repeated: frozenset[str]) -> tuple[str, ...]:
-    """The outermost parts of a block in which nothing was computed again.
+    """The outermost parts of a block that were not recomputed at all.
 
     Args:
         block: the block.
-        matrices: its modules with a matrix of their own, in the order in which they were called.
-        repeated: what was computed again at each of its calls.
+        matrices: its modules that have a weight matrix, in call order.
+        repeated: modules that were recomputed for each of their calls.
     """
     left = [name for name in matrices if block_of(name, repeated) is None]
-    if len(matrices) > 1 and left == list(matrices[-1:]):  # it saves nothing, so that the recomputation ended before it
+    if len(matrices) > 1 and left == list(matrices[-1:]):  # it saves nothing, so the recomputation ended before it
         return ()
     begun = {".".join(parts[:end]) for parts in (name.split(".") for name in repeated) for end in range(len(parts) + 1)}
     outermost = dict[str, None]()
@@ -314,39 +314,39 @@ def _kept(block: str, matrices: Sequence[str], repeated: frozenset[str]) -> tupl
 
 
 Kind = Literal["rms_norm", "rope", "mlp", "loss", "qkv", "o"]
-"""Norms · rotary embeddings, in each attention · gated feed-forward parts · the loss, fused with the head · the
-projections of attention with their adapters, into it and out of it."""
+"""Norms · rotary embeddings, in each attention · gated feed-forward parts · the loss, fused with the head · input and
+output projections of attention, with their adapters."""
 
 _LIBRARIES = ("liger_kernel", "unsloth", "unsloth_zoo", "axolotl", "apex", "flash_attn")
 _HUB = "kernels-community"
 _GATED = ("gate_proj", "up_proj", "down_proj")
 _ROTARY = ("rotary", "rope")
-"""What the name of a function of rotary embeddings holds."""
+"""Substrings in the names of rotary-embedding functions."""
 _LABELS = ("labels", "shift_labels")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FusedKernelSite:
-    """One place of a model where a fused kernel of some kind may be bound."""
+    """One place in a model where a fused kernel of some kind may be bound."""
 
     kind: Kind
     name: str
-    """Of the module."""
+    """Name of the module."""
     library: str | None
-    """Whose code is bound there; None where it is none of those that are known."""
+    """The library of the bound code; None if it is not a known one."""
     called: bool
     """Whether the module was called in the forward pass."""
     hidden: bool
-    """Whether a call of it would not have been seen."""
+    """Whether a call of the module could not have been observed."""
 
 
 def fused_kernel_sites(tree: ModelTree, calls: Calls, inputs: Sequence[ModelCall]) -> list[FusedKernelSite]:
-    """Every place of every kind, in the order of the modules.
+    """Every place of every kind, in module order.
 
     Args:
         tree: the model.
-        calls: of its modules.
-        inputs: calls of the model itself; none where those could not be seen.
+        calls: calls of its modules.
+        inputs: calls of the model itself; empty if they could not be observed.
     """
     unseen = tuple(f"{name}." if name else "" for name in calls.unhooked)
     returned = _trains_on_what_it_returns(inputs)
@@ -364,14 +364,14 @@ def fused_kernel_sites(tree: ModelTree, calls: Calls, inputs: Sequence[ModelCall
 
 
 def _trains_on_what_it_returns(inputs: Sequence[ModelCall]) -> bool:
-    """Whether every call that was trained on was given labels, and a gradient reached the loss that it returned."""
+    """Whether every training call received labels, and its returned loss received a gradient."""
     trained = [call for call in training_calls(inputs) if call.gradients]
     given = all(any(call.arguments.get(name) is not None for name in _LABELS) for call in trained)
     return bool(trained) and given and all(call.loss_gradients for call in trained)
 
 
 def _kinds(module: nn.Module) -> Iterator[tuple[Kind, str | None]]:
-    """Which kinds a module is a place of, with the library whose code is bound there."""
+    """The kinds of fused kernels for which a module is a place, with the library whose code is bound there."""
     children = module._modules
     forward = _plain(module.forward)
     if any("rmsnorm" in kind.__name__.lower().replace("_", "") for kind in type(module).__mro__):
@@ -387,16 +387,17 @@ def _kinds(module: nn.Module) -> Iterator[tuple[Kind, str | None]]:
 
 
 def _rotary(forward: Any) -> str | None:
-    """The library of the function of rotary embeddings that a forward calls."""
+    """The library of the rotary-embedding function that a forward calls."""
     known = getattr(forward, "__globals__", {})
     called = (name for name in _named(forward) if any(word in name.lower() for word in _ROTARY))
     return next((library for name in called if (library := _library(known.get(name)))), None)
 
 
 def _projection(module: nn.Module, forward: Any, name: str) -> str | None:
-    """The library whose fused projections an attention calls by a name that the library has bound to it.
+    """The library of the fused projections that an attention calls through a name bound by the library.
 
-    Unsloth and Axolotl bind the plain ones under the same name where they cannot fuse: theirs lie outside ``kernels``.
+    If Unsloth or Axolotl cannot fuse, they bind plain projections under the same name, which are defined outside
+    ``kernels``.
     """
     bound = getattr(module, name, None)
     library = _library(bound)
@@ -405,19 +406,19 @@ def _projection(module: nn.Module, forward: Any, name: str) -> str | None:
 
 
 def _named(forward: Any) -> tuple[str, ...]:
-    """Names in the code of a function: attributes, globals, and strings as for ``getattr``."""
+    """Names in a function's code: attributes, globals, and strings as for ``getattr``."""
     code = getattr(forward, "__code__", None)
     texts = (one for one in getattr(code, "co_consts", ()) if isinstance(one, str))
     return (*getattr(code, "co_names", ()), *texts)
 
 
 def _plain(function: Any) -> Any:
-    """The function below what binds or wraps it."""
+    """The function without bound methods and wrappers."""
     return inspect.unwrap(getattr(function, "__func__", function))
 
 
 def _library(function: Any) -> str | None:
-    """The library of a function: by its module, and by its file where it was loaded from the hub."""
+    """The library of a function: by its module, or by its file if it was loaded from the hub."""
     function = _plain(function) if function is not None else None
     root = str(getattr(function, "__module__", "")).partition(".")[0]
     if root in _LIBRARIES:

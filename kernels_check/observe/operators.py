@@ -1,14 +1,13 @@
-"""Operators of a step as the profiler recorded them, and the products and the attention among them.
+"""Reads the operators of a step from the profiler, and finds the matrix products and the attention among them.
 
-An operator's ancestors say when it ran: everything below ``autograd::engine::evaluate_function`` runs in the backward
-pass, so a *forward* operator found there is a recomputation (gradient checkpointing). The call of a module that it
-carries says where.
+An operator's ancestors show when it ran: everything below ``autograd::engine::evaluate_function`` runs in the backward
+pass, so a *forward* operator found there is a recomputation (gradient checkpointing). The module call stored with an
+operator shows where it ran.
 
-A fused implementation of attention is an operator of its own. Attention written out is none; it is known by its
-softmax: over scores of four dimensions, or of any from three on that come from one batched product and go into
-another. An exponential over four dimensions is a softmax, too, where the same call divides by a number for each of its
-rows. Under autocast only the operator inside ``aten::scaled_dot_product_attention`` is read, since the outer one still
-sees float.
+A fused implementation of attention is a single operator. Eager attention is recognised by its softmax: over scores with
+four dimensions, or with three or more that come from one batched product and go into another. An exponential over four
+dimensions also counts as a softmax if the same call divides by one number per row. Under autocast only the operator
+inside ``aten::scaled_dot_product_attention`` is read, since the outer one still receives float32.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ PRODUCTS = frozenset({
     *("aten::mm", "aten::addmm", "aten::_addmm_activation", "aten::bmm", "aten::baddbmm", "aten::_int_mm"),
     *("aten::_scaled_mm", "aten::convolution", "aten::mv", "aten::addmv", "aten::dot", "aten::linear"),
 })  # fmt: skip
-"""Matrix products; ``aten::linear`` is the outer name of one, where autocast has not cast its inputs yet."""
+"""Matrix products; ``aten::linear`` is the outer operator of one, before autocast casts its inputs."""
 BATCHED_PRODUCTS = ("aten::bmm", "aten::baddbmm")
 FOURBIT = frozenset({"bitsandbytes::gemm_4bit", "bitsandbytes::gemv_4bit"})
 MASKING = frozenset({
@@ -41,7 +40,7 @@ MASKING = frozenset({
     *("aten::masked_fill", "aten::masked_fill_", "aten::minimum", "aten::baddbmm", "aten::tril", "aten::triu"),
     *("aten::index_put_", "aten::_index_put_impl_"),
 })  # fmt: skip
-"""What a mask is laid over the scores by, where attention is written out."""
+"""Operators that apply a mask to the scores in eager attention."""
 _EXPONENTIALS = frozenset({"aten::exp", "aten::exp2"})
 _DIVISIONS = frozenset({"aten::div", "aten::div_"})
 REDUCTIONS = _EXPONENTIALS | {"aten::sum", "aten::cumsum", "aten::logsumexp"}
@@ -58,18 +57,18 @@ _READ = (
 
 @dataclass
 class Operator:
-    """One call on the host, as the profiler recorded it."""
+    """One operator call on the CPU, as the profiler recorded it."""
 
     name: str
     event: Any
-    """Its node in the profiler's tree, whose inputs take long to read: few are asked for."""
+    """Its node in the profiler's tree. Reading its inputs is slow, so only few are read."""
     parent: Operator | None = None
     call: int | None = None
-    """Number of the call of a module of the model in which it ran; None outside the model."""
+    """Number of the module call in which it ran; None outside the model."""
     in_backward: bool = False
     """Whether it ran in the backward pass."""
     region: int | None = None
-    """Identity of the entry into compiled code that it ran in; None for what ran eagerly."""
+    """Id of the entry into compiled code in which it ran; None for eager code."""
 
     def __post_init__(self) -> None:
         if self.parent is not None:
@@ -79,40 +78,40 @@ class Operator:
 
     @cached_property
     def inputs(self) -> Sequence[Any]:
-        """Its arguments: of tensors their metadata, of all others the value."""
+        """Its arguments: metadata for tensors, values for others."""
         return getattr(self.event.extra_fields, "inputs", ())
 
     def shape(self, index: int) -> tuple[int, ...]:
-        """Shape of an input; empty where it is not a tensor."""
+        """Shape of an input; empty if it is not a tensor."""
         return tuple(getattr(self.inputs[index], "sizes", ())) if index < len(self.inputs) else ()
 
     def dtype(self, index: int) -> str | None:
-        """Dtype of an input; None where it is not a tensor."""
+        """Dtype of an input; None if it is not a tensor."""
         found = getattr(self.inputs[index], "dtype", None) if 0 <= index < len(self.inputs) else None
         return None if found is None else str(found).removeprefix("torch.")
 
     def value(self, index: int | None) -> Any:
-        """An input that is no tensor; None where it is not known."""
+        """A non-tensor input; None if it is unknown."""
         known = index is not None and 0 <= index < len(self.inputs) and not hasattr(self.inputs[index], "sizes")
         return self.inputs[index] if known and index is not None else None
 
 
 @cache
 def matters(name: str) -> bool:
-    """Whether anything here reads an event of this name: a few hundred of the tens of thousands of a step."""
+    """Whether this module uses an event of this name: a few hundred of the tens of thousands in a step."""
     prefixes = (BACKWARD_ROOT, OPTIMIZER_ROOT, COMPILED_REGION)
     return name in _READ or name.startswith(prefixes) or attention_backend(name) is not None
 
 
 def ancestors(operator: Operator) -> Iterator[Operator]:
-    """Operators around one, the innermost first."""
+    """The operators around one, innermost first."""
     while operator.parent is not None:
         operator = operator.parent
         yield operator
 
 
 def around(operators: Iterable[Operator], names: Collection[str]) -> set[int]:
-    """Identities of the operators inside which any of some names was called."""
+    """Ids of the operators inside which an operator with one of these names was called."""
     return {id(parent) for one in operators if one.name in names for parent in ancestors(one)}
 
 
@@ -121,20 +120,20 @@ Path = Literal["dequantize", "fused", "packed_cpu", "unknown"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Product:
-    """One product of the forward pass."""
+    """One matrix product of the forward pass."""
 
     dtype: str | None
-    """In which it was computed, after any autocast."""
+    """Dtype of the computation, after any autocast."""
     path: Path | None = None
-    """How a product with a 4-bit weight was computed; None for any other."""
+    """How a product with a 4-bit weight was computed; None for other products."""
     call: int | None = None
-    """Number of the call of a module of the model in which it ran; None outside the model."""
+    """Number of the module call in which it ran; None outside the model."""
     compiled: bool = False
-    """Whether it ran inside code of torch.compile, where no module is known."""
+    """Whether it ran inside torch.compile code, where the module is unknown."""
 
 
 def fourbit_products(host: Sequence[Operator], *, on_cuda: bool) -> Iterator[Product]:
-    """Find the path of each 4-bit product by what the operator calls inside.
+    """Find the path of each 4-bit product from the operators that it calls.
 
     The operator is ``gemm_4bit`` on every path; dequantising ends in an ordinary ``aten::linear``, the fused CUDA
     kernel in none (bitsandbytes 0.50 ``backends/cuda/ops.py``). Packed weights of AVX512 use ``gemv_4bit``.
@@ -146,13 +145,13 @@ def fourbit_products(host: Sequence[Operator], *, on_cuda: bool) -> Iterator[Pro
         path: Path = "fused" if on_cuda else "packed_cpu"
         if event.name == "bitsandbytes::gemm_4bit":
             path = "dequantize" if id(event) in dequantising else "fused" if on_cuda else "unknown"
-        # The packed kernel computes in bfloat16 whatever it is given.
+        # The packed kernel computes in bfloat16 for every input dtype.
         dtype = "bfloat16" if path == "packed_cpu" else event.dtype(0)
         yield _product(event, dtype, path)
 
 
 def plain_products(host: Sequence[Operator]) -> Iterator[Product]:
-    """Every other product of the forward pass; the innermost where one is recorded inside another."""
+    """Every other product of the forward pass; of nested ones only the innermost."""
     outer = around(host, PRODUCTS)
     for event in host:
         if event.name not in PRODUCTS or id(event) in outer:
@@ -170,44 +169,44 @@ Direction = Literal["forward", "backward"]
 _PROJECTIONS = {"aten::linear": 0, "aten::mm": 0, "aten::addmm": 1, "aten::_addmm_activation": 1} | dict.fromkeys(
     FOURBIT, 0
 )
-"""Products of a layer of weights, with the place of the argument that has its inputs."""
+"""Products of a weight layer, with the index of the argument that holds its inputs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionCall:
-    """One call of an attention implementation; None where its operator does not say."""
+    """One call of an attention implementation; a value is None if its operator does not show it."""
 
     op: str
     backend: str
     direction: Direction
     recomputed: bool = False
-    """A forward call inside the backward pass."""
+    """Whether it is a forward call inside the backward pass."""
     call: int | None = None
-    """Number of the call of a module of the model in which it ran; None outside the model."""
+    """Number of the module call in which it ran; None outside the model."""
     region: int | None = None
-    """Identity of the entry into compiled code that it ran in, where no module is known; None for what ran eagerly."""
+    """Id of the entry into compiled code in which it ran, where the module is unknown; None for eager code."""
     dtype: str | None = None
     mask: bool | None = None
     causal: bool | None = None
     dropout: float | None = None
     grouped: bool | None = None
-    """Fewer key and value heads than query heads."""
+    """Whether there are fewer key and value heads than query heads."""
     head_size: int | None = None
     heads: int | None = None
-    """Query heads."""
+    """Number of query heads."""
     width: int | None = None
-    """Features that it returns for each token, those of all its heads."""
+    """Features that it returns for each token, over all heads."""
     taken: int | None = None
-    """Features of each token that the next layer of weights takes, which is the output projection as a rule."""
+    """Features of each token that the next weight layer takes, usually the output projection."""
 
     @property
     def compiled(self) -> bool:
-        """Whether it ran inside code of torch.compile."""
+        """Whether it ran inside torch.compile code."""
         return self.region is not None
 
 
 def attention_calls(host: Sequence[Operator]) -> Iterator[AttentionCall]:
-    """All calls, those of fused implementations first."""
+    """All attention calls, those of fused implementations first."""
     taken = _taken_after(host)
     for event in host:
         backend = attention_backend(event.name)
@@ -217,7 +216,7 @@ def attention_calls(host: Sequence[Operator]) -> Iterator[AttentionCall]:
 
 
 def _taken_after(host: Sequence[Operator]) -> dict[int, int]:
-    """The inputs of the first projection after each operator of attention, by the operator's identity."""
+    """The input features of the first projection after each attention operator, by the operator's id."""
     found: dict[int, int] = {}
     width = None
     for event in reversed(host):
@@ -230,7 +229,8 @@ def _taken_after(host: Sequence[Operator]) -> dict[int, int]:
 
 
 def _is_softmax(event: Operator) -> bool:
-    """A softmax over three dimensions or more, outside any fused operator; the loss uses ``_log_softmax``."""
+    """Whether it is a softmax over at least three dimensions, outside any fused operator; the loss uses
+    ``_log_softmax``."""
     if event.name not in SOFTMAX or len(event.shape(0)) < 3:
         return False
     return not any(
@@ -241,7 +241,7 @@ def _is_softmax(event: Operator) -> bool:
 
 def _written_out(host: Sequence[Operator], taken: Mapping[int, int]) -> Iterator[AttentionCall]:
     places: dict[tuple[int | None, bool], list[Operator]] = {}
-    """By the call of a module and the pass in which they ran."""
+    """By module call and pass."""
     for operator in host:
         places.setdefault((operator.call, operator.in_backward), []).append(operator)
     scores = {
@@ -277,7 +277,8 @@ def _written_out(host: Sequence[Operator], taken: Mapping[int, int]) -> Iterator
 
 
 def _end_of_softmax(events: Sequence[Operator], index: int, scores: Collection[tuple[int, ...]]) -> int | None:
-    """Where a softmax of attention ends that begins here: here, or where an exponential is divided by its sums."""
+    """The index at which an attention softmax that begins here ends: here, or at the division of an exponential by its
+    sums."""
     event = events[index]
     if _is_softmax(event):
         backward = event.name.endswith("_backward_data")
@@ -290,7 +291,7 @@ def _end_of_softmax(events: Sequence[Operator], index: int, scores: Collection[t
 
 
 def _is_over_scores(events: Sequence[Operator], index: int) -> bool:
-    """Whether a softmax is attention's: a router of experts takes one over fewer dimensions, between no products."""
+    """Whether the softmax is attention's: a router of experts has fewer dimensions, and no products around it."""
     event = events[index]
     if event.name.endswith("_backward_data"):
         return len(event.shape(0)) == 4
@@ -300,7 +301,7 @@ def _is_over_scores(events: Sequence[Operator], index: int) -> bool:
 
 
 def _product_before(events: Sequence[Operator], index: int) -> Operator | None:
-    """The product that made the scores: ``[batch, queries, size] x [batch, size, keys]``."""
+    """The product that computed the scores: ``[batch, queries, size] x [batch, size, keys]``."""
     batch, queries, keys = _flattened(events[index].shape(0))
     for event in reversed(events[:index]):
         if event.name in BATCHED_PRODUCTS:
@@ -311,7 +312,7 @@ def _product_before(events: Sequence[Operator], index: int) -> Operator | None:
 
 
 def _product_after(events: Sequence[Operator], index: int) -> Operator | None:
-    """The product that the weights of attention go into."""
+    """The product that uses the attention weights."""
     flattened = _flattened(events[index].shape(0))
     for event in events[index + 1 :]:
         if event.name in BATCHED_PRODUCTS and event.shape(_operands(event)[0]) == flattened:
@@ -320,7 +321,7 @@ def _product_after(events: Sequence[Operator], index: int) -> Operator | None:
 
 
 def _width(events: Sequence[Operator], index: int) -> int | None:
-    """Features that attention of scores by heads returns for each token."""
+    """Features that an attention with separate heads returns for each token."""
     scores, product = events[index].shape(0), _product_after(events, index)
     if len(scores) != 4 or product is None:
         return None
@@ -333,18 +334,18 @@ def _operands(product: Operator) -> tuple[int, int]:
 
 
 def _flattened(scores: tuple[int, ...]) -> tuple[int, int, int]:
-    """Batch, queries and keys, as a batched product has them."""
+    """Batch, queries and keys, in the shape of a batched product."""
     return math.prod(scores[:-2]), scores[-2], scores[-1]
 
 
 def _precision(events: Sequence[Operator], index: int) -> str | None:
-    """Dtype of the products; None where they are written out, too."""
+    """Dtype of the products; None if they are also written out."""
     product = _product_before(events, index) or _product_after(events, index)
     return None if product is None else product.dtype(_operands(product)[0])
 
 
 def _masks(event: Operator, scores: tuple[int, ...]) -> bool:
-    """Whether an operator lays another tensor, one that differs from key to key, over the scores."""
+    """Whether an operator applies another tensor, which differs between keys, to the scores."""
     if event.name not in MASKING:
         return False
     shapes = [event.shape(index) for index in range(len(event.inputs))]
@@ -366,7 +367,7 @@ def _named(event: Operator, backend: str) -> AttentionCall:
     backward = re.search(r"backward|bwd", event.name, re.IGNORECASE) is not None
     if backward:
         return AttentionCall(op=event.name, backend=backend, direction="backward", dtype=event.dtype(0))
-    if event.name == "aten::_safe_softmax":  # all that is left of a call of SDPA that nothing else saw
+    if event.name == "aten::_safe_softmax":  # the only trace of an SDPA call that was not recorded otherwise
         return AttentionCall(
             op=event.name,
             backend=backend,
@@ -400,7 +401,8 @@ def _named(event: Operator, backend: str) -> AttentionCall:
 
 @cache
 def _argument(op: str, names: tuple[str, ...]) -> int | None:
-    """Position of an argument in the operator's schema: -1 where it takes none, None where no schema is known."""
+    """Position of an argument in the operator's schema; -1 if it has no such argument, None if the schema is
+    unknown."""
     namespace, _, name = op.partition("::")
     packet = getattr(getattr(torch.ops, namespace, None), name, None) if name else None
     if packet is None:

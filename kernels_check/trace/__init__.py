@@ -1,1 +1,1 @@
-"""Recordings of others, read and summed up."""
+"""Reads recordings of other tools and sums them up."""

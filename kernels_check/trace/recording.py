@@ -1,7 +1,7 @@
-"""Reads recordings made elsewhere: a trace of torch.profiler (Kineto, Chrome), or a table of kernels of nsys.
+"""Reads recordings of other tools: a trace of torch.profiler (Kineto, Chrome), or a kernel table of nsys.
 
-A trace is held in memory once, and fields of events that are not needed are not decoded. A damaged file is refused as
-a whole, since nothing is known of the missing part.
+A trace is in memory only once, and unneeded fields of events are not decoded. A damaged file is refused, since nothing
+is known about the missing part.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from kernels_check.trace.events import Events, NameTotal, Row, make_events
 EXPECTED = "a Kineto/Chrome trace (.json, .json.gz) or an nsys cuda_gpu_kern_sum table (.csv, .csv.gz)"
 UNPACKED_FREELY_BYTES = 256 << 20
 MOST_EXPANSION = 100
-"""Traces unpack to some twenty times their size; other gzip files may reach a thousand times."""
+"""Maximum ratio of unpacked to packed size: traces reach about twenty; other gzip files may reach a thousand."""
 _TRACE = re.compile(rb"\s*(\{|\[\s*(\{|\]|$))")
-"""How JSON begins; nsys begins with its progress, such as ``[3/8] Executing``."""
+"""Start of a JSON document; nsys output starts with its progress, such as ``[3/8] Executing``."""
 NO_CORRELATION = -1
 
 
 class TraceError(ValueError):
-    """The file cannot be judged; the message says what was found and what to do."""
+    """Raised for a file that cannot be judged; the message says why and what to do."""
 
 
 def read_bytes(path: Path) -> bytes:
     """The content of the file, unpacked and without a byte order mark.
 
     Raises:
-        TraceError: the file is missing, empty or damaged, or unpacks to more than any recording does.
+        TraceError: the file is missing, empty or damaged, or its unpacked size is too large for a recording.
     """
     if not path.is_file():  # a pipe may never end
         raise TraceError(f"{path}: there is no such file; expected {EXPECTED}")
@@ -68,7 +68,7 @@ def _unpack(path: Path, packed: bytes) -> bytes:
 
 
 def is_trace(content: bytes) -> bool:
-    """Whether it is JSON; anything else is read as a table."""
+    """Whether the content is JSON; other content is read as a table."""
     return _TRACE.match(content) is not None
 
 
@@ -82,7 +82,7 @@ Interval = tuple[float, float]
 
 
 class _Event(msgspec.Struct):
-    """Any value may be in any field: tools rewrite traces."""
+    """One event. Fields accept any value, because tools rewrite traces."""
 
     name: Any = None
     cat: Any = None
@@ -95,7 +95,7 @@ class _Event(msgspec.Struct):
 
 
 class _Document(msgspec.Struct):
-    traceEvents: list[msgspec.Raw] = []  # noqa: N815 the recorder's name
+    traceEvents: list[msgspec.Raw] = []  # noqa: N815 name used by the recorder
 
 
 _decode_document = msgspec.json.Decoder(_Document | list[msgspec.Raw]).decode
@@ -104,25 +104,25 @@ _decode_event = msgspec.json.Decoder(_Event).decode
 
 @dataclass(frozen=True, kw_only=True)
 class Kineto:
-    """The events of one trace that are judged; times in microseconds."""
+    """The events of a trace that are judged; times in microseconds."""
 
     gpu: Events
     """Kernels, copies and fills on devices; never annotations."""
     operators: Events
-    """Operators on the host."""
+    """Operators on the CPU."""
     launches: dict[int, float]
-    """When the host launched what carries this correlation on the GPU."""
+    """Time of the launch on the CPU, by correlation id."""
     host_steps: dict[int, Interval]
     """Start and end of each ProfilerStep on the host."""
     gpu_steps: dict[int, Interval]
-    """The same on the GPU, where Kineto recorded annotations there."""
+    """Start and end of each ProfilerStep on the GPU, if Kineto recorded annotations there."""
 
 
 def read_kineto(path: Path, content: bytes) -> Kineto:
     """Read every complete event of the trace.
 
     Raises:
-        TraceError: it is no JSON, ends early, or has no events of a GPU or of operators.
+        TraceError: the file is not JSON, is truncated, or has no GPU or operator events.
     """
     gpu: list[Row] = []
     operators: list[Row] = []
@@ -189,16 +189,16 @@ def _number(value: Any) -> float:
 _TOTAL = re.compile(r"Total Time \((ns|us|μs|µs|ms|s|sec)\)")
 _UNITS_MS = {"ns": 1e-6, "us": 1e-3, "μs": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3, "sec": 1e3}
 _ROUNDING_PERCENT = 0.05
-"""Largest error of one entry of the column ``Time (%)``, which has one decimal."""
+"""Maximum rounding error of an entry in the column ``Time (%)``, which has one decimal."""
 _TABLES = {"kernels": ("Instances", "Name"), "memory operations": ("Count", "Operation")}
-"""The headings of the number of calls and of the name, in each table that is read."""
+"""The column headings of the count and the name, for each table that is read."""
 
 
 def read_nsys(path: Path, content: bytes) -> list[NameTotal]:
-    """Rows of the first table of kernels, and of the first one of memory operations where there is one.
+    """Rows of the first kernel table, and of the first table of memory operations if there is one.
 
     Raises:
-        TraceError: there is no table of kernels, a row is damaged, or rows are missing.
+        TraceError: there is no kernel table, a row is damaged, or rows are missing.
     """
     found: dict[str, list[NameTotal]] = {}
     heading: list[str] = []

@@ -1,4 +1,4 @@
-"""The parser of the command line. The module of a command is imported when it is chosen: `--help` answers at once."""
+"""Builds the parser of the command line. A command's module is imported when it is chosen, so `--help` is fast."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class RedactingParser(SafeParser):
-    """A parser whose refusals name the nearest command, option or choice, and repeat no credential.
+    """A parser whose errors suggest the nearest command, option or choice, and never print a credential.
 
     argparse itself suggests names from Python 3.14 on.
     """
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, but an option that this command does not have is refused at once."""
+        """Parse as argparse does, but refuse an unknown option of the command at once."""
         found, rest = super().parse_known_args(args, namespace)
         for word in rest:
             option = word.partition("=")[0]
@@ -66,12 +66,12 @@ class RedactingParser(SafeParser):
         return f"Did you mean {prefix}{near[0]}?" if near else f"`{self.prog} --help` lists them."
 
     def error(self, message: str) -> NoReturn:
-        """Print the usage and the message, and end with exit code 2."""
+        """Print the usage and the message, and exit with code 2."""
         super().error(redact(message))
 
 
 class _Version(argparse.Action):
-    """Prints the version of the distribution, looked up only for --version."""
+    """Prints the version of the distribution, which is looked up only for --version."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import PackageNotFoundError, version

@@ -1,7 +1,7 @@
-"""docs/reference.md from the code: every key of studies and policies, every column of tables (`lorameter list keys`).
+"""Writes docs/reference.md: every key of studies and policies, every column of tables (`lorameter list keys`).
 
-Names, types and defaults are those of the fields of the dataclasses that read the files, and the text of each is
-the line below it in the code. So the page cannot differ from what is read.
+Names, types and defaults come from the dataclasses that read the files, and the description of a field is the docstring
+below it in the code. So the page always agrees with the code.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def write_reference() -> str:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of Markdown; its last column has no head."""
+    """A Markdown table; its last column has no header."""
     lines = [f"| {' | '.join(heads)} | |", f"|{'---|' * (len(heads) + 1)}"]
     for row in rows:
         cells = " | ".join(cell.replace("|", "\\|") for cell in row)
@@ -108,7 +108,7 @@ def _example_of(module: types.ModuleType) -> str:
 
 
 def _keys_of(cls: type) -> str:
-    """The table of a class: each key with its values, its default and its text."""
+    """The table of a class: each key with its values, its default and its description."""
     texts, hints = documents_of(cls), typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     names: Iterable[str] = fields
@@ -122,13 +122,13 @@ def _keys_of(cls: type) -> str:
 
 
 def documents_of(cls: type) -> dict[str, str]:
-    """The text below each field of a dataclass, and of those of its bases."""
+    """The docstring below each field of a dataclass, including inherited fields."""
     bases = [base for base in reversed(cls.__mro__) if base.__module__.startswith("lorameter")]
     return {name: text for base in bases for name, text in texts_below(inspect.getsource(base)).items()}
 
 
 def texts_below(source: str) -> dict[str, str]:
-    """The texts below the names that a module, or the one class in it, defines."""
+    """The docstrings below the names that a module, or the only class in it, defines."""
     body = ast.parse(textwrap.dedent(source)).body
     body = body[0].body if isinstance(body[0], ast.ClassDef) else body
     texts = {}
@@ -140,7 +140,7 @@ def texts_below(source: str) -> dict[str, str]:
 
 
 def _kind(hint: Any) -> str:
-    """The possible values of a key, in words."""
+    """The possible values of a key, as text."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return ", ".join(f"`{_toml(one)}`" for one in args)

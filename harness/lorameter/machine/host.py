@@ -1,15 +1,17 @@
-"""Disturbances of a timed stretch by the machine, as differences of the kernel's counters.
+"""Measures disturbances of a timed stretch by the machine, as differences of kernel counters.
 
 Pressure stall information counts the time in which runnable work waited for a CPU, for memory or for a disk
 (Documentation/accounting/psi.rst of the kernel); steal is CPU time that a hypervisor gave to other guests; a quota
-withholds CPU time from a container; an involuntary switch takes the CPU from a thread. All are cumulative: two readings
-cover the time between them, and nothing runs during the timed code. Pressure and swapping are the whole machine's.
+withholds CPU time from a container; an involuntary switch takes the CPU from a thread. All counters are cumulative: two
+readings cover the time between them, and no code runs during the timed stretch. Pressure and swapping are those of the
+whole machine.
 
-Pressure is a share of the time that was watched. Steal and quota are CPU time, summed over CPUs, and a share of the CPU
-time that was requested, given or withheld: as a share of wall time 0.5 % of 64 CPUs would read as 32 %.
+Pressure is a share of the watched time. Steal and quota are CPU time summed over CPUs, and are shares of the requested
+CPU time (given plus withheld): as a share of wall time, 0.5 % on 64 CPUs would appear as 32 %.
 
-A quota does not slow a CPU down: the scheduler lets every thread run until the period's share is used and then stops
-all of them for the rest of it (Documentation/scheduler/sched-bwc.rst): a step is fast or 0.1 s late.
+A quota does not slow a CPU down: the scheduler lets every thread run until the share of the period is used, and then
+stops all threads for the rest of the period (Documentation/scheduler/sched-bwc.rst), so a step is either fast or 0.1 s
+late.
 """
 
 from __future__ import annotations
@@ -26,27 +28,27 @@ NO_PRESSURE = "the kernel keeps no pressure stall information (CONFIG_PSI, or ps
 NO_FREQUENCY = "the kernel does not know the CPU's clock (no cpufreq), as is usual in a virtual machine"
 NO_QUOTA = "no cgroup of this process counts what a quota withheld"
 GIVEN = {"steal_s": "busy_s", "quota_stall_s": "quota_used_s"}
-"""Withheld CPU time, and that given on the same CPUs, by the names of `HostTelemetry`."""
+"""Withheld CPU time and the CPU time given on the same CPUs, by the names of `HostTelemetry`."""
 LEAST_ASKED_S = 1.0
-"""CPU time of which a share is given. The kernel counts steal in ticks of 10 ms, and of less than this a single one
-would be more than the 1 % from which a share is worth a notice."""
+"""Minimum CPU time for which a share is computed. The kernel counts steal in ticks of 10 ms; with less CPU time, a
+single tick would exceed the 1 % at which a share gives a notice."""
 
 
 def withheld_share(withheld_s: float | None, given_s: float | None) -> float | None:
-    """The withheld part of the CPU time that was requested; None if either is unknown or both are too short."""
+    """The withheld part of the requested CPU time; None if either is unknown or both are too short."""
     if withheld_s is None or given_s is None or withheld_s + given_s < LEAST_ASKED_S:
         return None
     return withheld_s / (withheld_s + given_s)
 
 
 def host_counters(root: Path = ROOT) -> dict[str, Reading[float]]:
-    """All counters by name; a file or field that is absent makes its counter missing. Steal and busy time are sums over
-    the CPUs that this process may use, switches those of all its threads, a quota is that of the tightest cgroup."""
+    """All counters by name; without its file or field, a counter is missing. Steal and busy time are sums over the CPUs
+    that this process may use, switches are those of all its threads, a quota is that of the tightest cgroup."""
     cpus = os.sched_getaffinity(0)
     swapped = read_file(root / "proc/vmstat", _swapped_bytes, "there is no /proc/vmstat")
     times = read_file(root / "proc/stat", lambda text: _cpu_times(text, cpus), "there is no /proc/stat")
     quota = _quota_times(root)
-    used = resource.getrusage(resource.RUSAGE_SELF)  # /proc/self/status counts the switches of one thread only
+    used = resource.getrusage(resource.RUSAGE_SELF)  # /proc/self/status counts the switches of only one thread
     return {
         "cpu_stall_s": read_file(root / "proc/pressure/cpu", _some_s, NO_PRESSURE),
         "memory_stall_s": read_file(root / "proc/pressure/memory", _some_s, NO_PRESSURE),
@@ -66,7 +68,7 @@ def load_average(root: Path) -> Reading[float]:
 
 
 class HostTelemetry:
-    """Counters of the machine over the stretches between `begin` and `end`, summed.
+    """Counters of the machine, summed over the stretches between `begin` and `end`.
 
     Both take a fraction of a millisecond and belong outside the timed stretch. Not thread-safe.
     """
@@ -76,15 +78,15 @@ class HostTelemetry:
         self._begun: tuple[float, dict[str, Reading[float]]] | None = None
         self._sums = {"watched_s": 0.0}
         self.missing: dict[str, str] = {}
-        """Names of counters that this machine does not offer, with the reason."""
+        """Names of counters that this machine does not provide, with the reason."""
 
     def begin(self) -> None:
-        """Marks the begin of a timed stretch."""
+        """Mark the begin of a timed stretch."""
         self._begun = time.monotonic(), host_counters(self._root)
 
     def end(self) -> dict[str, float]:
-        """Marks its end and returns seconds, bytes and counts so far, by the names of `host_counters`, and `watched_s`.
-        Raises RuntimeError without `begin`."""
+        """Mark the end of the stretch and return the seconds, bytes and counts so far, by the names of `host_counters`,
+        and `watched_s`. Raises RuntimeError without `begin`."""
         if self._begun is None:
             raise RuntimeError("end() without begin(): nothing is being watched")
         (begun_s, first), self._begun = self._begun, None
@@ -94,7 +96,7 @@ class HostTelemetry:
             before, after = first[name].value, reading.value
             if before is None or after is None:
                 self.missing[name] = first[name].reason or reading.reason
-            elif after < before:  # steal is known to, when a guest moves to another machine
+            elif after < before:  # steal can decrease when a guest moves to another machine
                 self.missing[name] = f"the counter went back from {before:g} to {after:g}"
             else:
                 self._sums[name] = self._sums.get(name, 0.0) + after - before
@@ -102,14 +104,14 @@ class HostTelemetry:
 
 
 def _some_s(text: str) -> float:
-    """Seconds since the start of the machine in which some work waited."""
+    """Seconds since boot in which some work waited."""
     return int(text.split("some", 1)[1].split("total=", 1)[1].split()[0]) / 1e6
 
 
 def _cpu_times(text: str, cpus: set[int]) -> tuple[float, float]:
-    """Seconds for which these CPUs were busy, and that were stolen from them (proc_stat(5), in ticks).
+    """Seconds for which these CPUs were busy, and seconds stolen from them (proc_stat(5), in ticks).
 
-    Busy is user, nice, system, irq and softirq; guests are in user already.
+    Busy is user, nice, system, irq and softirq; user already includes guests.
     """
     ours = {f"cpu{cpu}" for cpu in cpus}
     lines = [line.split() for line in text.partition("\nintr")[0].splitlines()]
@@ -122,7 +124,7 @@ def _cpu_times(text: str, cpus: set[int]) -> tuple[float, float]:
 
 
 def _swapped_bytes(text: str) -> tuple[float, float]:
-    """Bytes that came in and went out; the file counts pages."""
+    """Bytes swapped in and out; the file counts pages."""
     pages = dict(line.split() for line in text.splitlines())
     page = os.sysconf("SC_PAGE_SIZE")
     return float(int(pages["pswpin"]) * page), float(int(pages["pswpout"]) * page)
@@ -133,19 +135,19 @@ def _swapped_bytes(text: str) -> tuple[float, float]:
 
 
 def cpu_quota(root: Path) -> Reading[float]:
-    """CPUs that the tightest limit allows, in CPU seconds per second; missing without a limit."""
+    """CPUs that the tightest limit allows, in CPU seconds per second; missing if there is no limit."""
     limits = [limit for folder in _cgroups(root) if (limit := _quota_of(folder)) is not None]
     return Reading(value=min(limits)) if limits else missing("no cgroup limits the CPU time of this process")
 
 
 def memory_limit(root: Path) -> Reading[int]:
-    """Bytes that the tightest limit allows; missing without a limit."""
+    """Bytes that the tightest limit allows; missing if there is no limit."""
     limits = [limit for folder in _cgroups(root) if (limit := _number(folder / "memory.max")) is not None]
     return Reading(value=min(limits)) if limits else missing("no cgroup limits the memory of this process")
 
 
 def memory_left(root: Path) -> Reading[int]:
-    """Bytes left below the tightest limit; file pages that can be dropped count as free."""
+    """Bytes left below the tightest limit; reclaimable file pages count as free."""
     left: list[int] = []
     for folder in _cgroups(root):
         limit, used = _number(folder / "memory.max"), _number(folder / "memory.current")
@@ -156,7 +158,7 @@ def memory_left(root: Path) -> Reading[int]:
 
 
 def _quota_times(root: Path) -> Reading[tuple[float, float]]:
-    """Seconds of CPU time that the tightest quota withheld, and that its cgroup used, since the cgroup was made."""
+    """Seconds of CPU time that the tightest quota withheld, and that its cgroup used, since the cgroup was created."""
     counting = [folder for folder in _cgroups(root) if (folder / "cpu.stat").is_file()]
     if not counting:
         return missing(NO_QUOTA)
@@ -168,8 +170,8 @@ def _quota_times(root: Path) -> Reading[tuple[float, float]]:
 
 
 def _cgroups(root: Path) -> list[Path]:
-    """This process's cgroup and those above it. A container sees its own as the root, under a name that may not exist
-    in its file system; the root is last."""
+    """This process's cgroup and its ancestors, the root last. A container sees its own cgroup as the root, under a name
+    that may not exist in its file system."""
     top = root / "sys/fs/cgroup"
     lines = (read_file(root / "proc/self/cgroup", str, "").value or "").splitlines()
     name = next((line.removeprefix("0::").strip("/") for line in lines if line.startswith("0::")), None)
@@ -180,7 +182,7 @@ def _cgroups(root: Path) -> list[Path]:
 
 
 def _quota_of(folder: Path) -> float | None:
-    """None without a limit: "max" is no number."""
+    """The quota; None for "max", which means no limit."""
 
     def quota(text: str) -> float:
         share, period = text.split()
@@ -190,7 +192,7 @@ def _quota_of(folder: Path) -> float | None:
 
 
 def _number(path: Path) -> int | None:
-    """None without the file, and for "max"."""
+    """The number; None without the file, and for "max"."""
     return read_file(path, int, "no limit").value
 
 

@@ -1,7 +1,7 @@
-"""A value that may be unavailable: the value, or the reason why there is none.
+"""A value that may be unavailable, with the reason if it is.
 
-Counters differ between GPUs and containers. A zero for "unknown" would be shown as a measurement, and an exception
-would end one. So meters return a `Reading`, which gives a missing value its reason.
+Available counters differ between GPUs and containers. A zero for "unknown" would be reported as a measurement, and an
+exception would end the measurement. So meters return a `Reading`, which holds the reason for a missing value.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ W = TypeVar("W")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading(Generic[V_co]):
-    """One value of a meter, or None with the reason; exactly one of them is given."""
+    """One value of a meter, or None with a reason; exactly one of the two is set."""
 
     value: V_co | None = None
     reason: str = ""
@@ -29,28 +29,28 @@ class Reading(Generic[V_co]):
         return self.value is not None
 
     def then(self, convert: Callable[[V_co], W]) -> Reading[W]:
-        """The converted value; a missing one stays missing for its reason."""
+        """Convert the value; a missing value stays missing for the same reason."""
         return Reading(reason=self.reason) if self.value is None else Reading(value=convert(self.value))
 
     def value_or_reason(self) -> V_co | str:
-        """For a document: the value, or that there is none and why."""
+        """For documents: the value, or a text that it is unavailable and why."""
         return unavailable(self.reason) if self.value is None else self.value
 
 
 def unavailable(reason: str) -> str:
-    """The text in place of a missing value, everywhere."""
+    """The text that replaces a missing value in all documents."""
     return f"not available: {reason}"
 
 
 def missing(reason: str) -> Reading[V]:
-    """No value, and why."""
+    """A reading without a value, for this reason."""
     return Reading(reason=reason)
 
 
 def read_file(path: Path, convert: Callable[[str], V], absent: str) -> Reading[V]:
-    """A value from a file of the kernel's; `absent` says what it means that there is no such file.
+    """A value from a file of the kernel; `absent` is the reason if the file does not exist.
 
-    A file with an unexpected content is missing too, with what it says.
+    A file with unexpected content also gives a missing value, with the content in the reason.
     """
     try:
         text = path.read_text(errors="replace")

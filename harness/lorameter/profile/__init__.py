@@ -1,1 +1,1 @@
-"""Where time and memory go, and what would help."""
+"""Profiles: the distribution of time and memory, and remedies."""

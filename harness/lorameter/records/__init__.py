@@ -1,1 +1,1 @@
-"""Records of trials and how they are stored; metrics and units."""
+"""Records of trials, their storage, metrics and units."""

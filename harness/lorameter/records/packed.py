@@ -1,8 +1,7 @@
-"""A run in one file, as `lorameter pack` makes it: what a run's folder holds of it, in a zip archive.
+"""Reads and writes packed runs: a zip archive of the files in a run's folder, made by `lorameter pack`.
 
-A reader gets a folder for the time of reading, so that there is one way to read a run. Nothing but the
-files of a run is taken out, under names of our own, and no more of them than a run can hold: a file from another user
-may be anything.
+A reader gets a temporary folder, so that all runs are read in the same way. Only the known files of a run are
+extracted, under fixed names and up to a maximum size, because a file from another user may contain anything.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from lorameter.records.tempdirs import scratch_folder
 
 SUFFIX = ".lorameter.zip"
 MEMBERS = ("manifest.json", "trials.jsonl", "checks.jsonl")
-"""The files of a run that say what was measured; the first is in every run."""
+"""The measurement files of a run; every run has the first one."""
 MOST_BYTES = 4 << 30
-"""Limit of their total size: three times that of a run of a hundred thousand trials."""
+"""Limit of their total size: three times that of a run with a hundred thousand trials."""
 _REMEDY = "Ask for the file again, or for the run's directory."
 
 
 def is_packed(path: Path) -> bool:
-    """Whether a file with an archive in it is there."""
+    """Whether a file exists and contains an archive."""
     if not fileio.is_file(path):
         return False
     with contextlib.suppress(OSError):
@@ -38,7 +37,7 @@ def is_packed(path: Path) -> bool:
 
 
 def list_packed(folder: Path) -> list[Path]:
-    """The packed runs that lie in a folder, by name."""
+    """The packed runs in a folder, by name."""
     if not fileio.is_folder(folder):
         return []
     return sorted(path for path in folder.glob(f"*{SUFFIX}") if is_packed(path))
@@ -46,21 +45,21 @@ def list_packed(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def unpacked(path: Path) -> Iterator[Path]:
-    """A folder with the run of a packed file, removed at the end.
+    """Unpack a packed run into a temporary folder, which is removed at the end.
 
-    Meanwhile a refusal of what is in the folder names the file in its place, which is all that the reader knows of.
+    Inside the block, errors about the folder name the packed file instead, because the user knows only the file.
 
     Raises:
-        UsageError: a file that holds no run, is damaged, or holds more than a run does.
-        InvalidRunError: there is no room to unpack it.
+        UsageError: the file contains no run, is damaged, or is too large for a run.
+        InvalidRunError: there is no disk space to unpack it.
     """
     with scratch_folder() as folder:
         with translate_write_errors(f"{path}, unpacked into {folder.parent}", "Name another folder with TMPDIR."):
             try:
                 with zipfile.ZipFile(path) as archive:
                     _extract(archive, path, folder)
-            # zipfile raises RuntimeError for an encrypted member, and NotImplementedError, which is one, for a
-            # compression or a version that it does not know.
+            # zipfile raises RuntimeError for an encrypted member, and its subclass NotImplementedError for an unknown
+            # compression or version.
             except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError) as error:
                 if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
                     raise
@@ -88,15 +87,15 @@ def _extract(archive: zipfile.ZipFile, path: Path, folder: Path) -> None:
 
 
 def write_packed(target: Path, folder: Path) -> None:
-    """Write the run in a folder as one file; equal runs become equal files.
+    """Write the run in a folder as one file; equal runs give identical files.
 
     Raises:
-        OSError: the place cannot be written.
+        OSError: the file cannot be written.
     """
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
         for name in MEMBERS:
             if (folder / name).is_file():
-                info = zipfile.ZipInfo(name)  # its default time, 1980, says nothing of who packed it when
+                info = zipfile.ZipInfo(name)  # the default time, 1980, does not reveal when it was packed
                 info.compress_type = zipfile.ZIP_DEFLATED
                 with (folder / name).open("rb") as source, archive.open(info, "w", force_zip64=True) as member:
                     shutil.copyfileobj(source, member)

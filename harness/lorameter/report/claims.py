@@ -1,4 +1,4 @@
-"""The claims of a study and their verdicts, with the deviations from the original and the contents of the run."""
+"""Describes the claims of a study and their verdicts, the deviations from the original, and the contents of the run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def describe_claims(report: ClaimsReport) -> Document:
 
 
 def describe_verdicts(report: ClaimsReport) -> Document:
-    """The claims with their reasons, without the facts that a run's report has."""
+    """The claims with their reasons, without the facts that the run's report already contains."""
     rows = tuple(row for claim in report.claims for row in _rows(claim))
     table = Table(title="Claims", heads=_HEADS, rows=rows, notes=(say(Span(text=_LEGEND, tone="faint")),))
     controls = [f"{METRICS[name].title}: {''.join(say_ratio(one, name))}" for name, one in report.control.items()]
@@ -79,7 +79,7 @@ def describe_verdicts(report: ClaimsReport) -> Document:
 
 
 def _rows(claim: ClaimResult) -> Iterator[Row]:
-    """A row of the claim; where it has several parts, a row of each below it."""
+    """A row for the claim and, if it has several parts, a row for each part below it."""
     head, verdict, several = Cell(name=claim.id, text=claim.says), Cell(verdict=claim.verdict), len(claim.parts) > 1
     about, ratio = ("", "") if several else (claim.parts[0].about, _ratio(claim.parts[0]))
     yield write_row(head, about, ratio, verdict, claim.original, ends_group=not several)
@@ -101,7 +101,7 @@ def _reasons(report: ClaimsReport) -> Iterator[Line]:
 
 
 def _answers(report: ClaimsReport) -> Iterator[str]:
-    """The shares, in words; nothing where no answers were measured."""
+    """The shares as text; nothing if no answers were measured."""
     for share, of in ((report.answers.requests, "requests"), (report.answers.variants, "variants' means")):
         if share is not None:
             low, high = (None if end is None else 100 * end for end in (share.low, share.high))
@@ -113,7 +113,7 @@ def _answers(report: ClaimsReport) -> Iterator[str]:
 
 
 def _sources(report: ClaimsReport) -> Iterator[str]:
-    """Each page once, with the claims that it makes."""
+    """Each source page once, with its claims."""
     pages: dict[str, list[str]] = {}
     for claim in report.claims:
         if claim.source:
@@ -122,7 +122,7 @@ def _sources(report: ClaimsReport) -> Iterator[str]:
 
 
 def _place(report: ClaimsReport) -> Iterator[str]:
-    """Where an engine was tried, and with what; a run's own report says so at its head."""
+    """The machine and the versions with which an engine was tested; a run's own report has them at its top."""
     if report.engine is not None:
         yield report.engine.machine
         yield ", ".join(f"{name} {version}" for name, version in report.engine.versions.items() if version)

@@ -1,6 +1,6 @@
-"""Notices, each with its remedy: at the end of a report, or before what they warn of is measured.
+"""Describes notices with their remedies, at the end of a report or before a measurement.
 
-Those of one kind are one line, which unfolds.
+Notices of the same kind form one line, which expands.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from lorameter.report.blocks import Collapsible, Document, Line, Section, Span, 
 
 
 def describe_notices(notices: Sequence[Notice]) -> Document:
-    """A line for each kind of them, in the order in which they come; nothing where there are none."""
+    """A line for each kind of notice, in order; empty without notices."""
     kinds: dict[str, list[Notice]] = {}
     for notice in notices:
         kinds.setdefault(notice.code, []).append(notice)
@@ -24,7 +24,7 @@ def describe_notices(notices: Sequence[Notice]) -> Document:
 
 
 def warn_before_run(notices: Sequence[Notice]) -> Document:
-    """All of each: before anything is measured, when there is still something to be done about them."""
+    """All notices in full, before the measurement, when the user can still act on them."""
     return (Section(title="Notices", lines=tuple(map(_line, notices))),) if notices else ()
 
 

@@ -1,1 +1,1 @@
-"""From a study to its records."""
+"""Runs a study: from the study to its records."""

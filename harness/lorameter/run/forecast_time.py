@@ -1,9 +1,9 @@
-"""Predicts how long a plan takes and how wide its intervals will be: the plan is measured in simulated time.
+"""Predicts the time of a plan and the width of its intervals, by running the plan in simulated time.
 
-The simulation is the run itself (`lorameter.run.runner`, `lorameter.run.budget`) with workers that only advance a
-clock. Their times are those of a step and a request of each variant, which are timed on two layers of its model
-(`lorameter.trial.step_times`). The scatter comes from the latest run on this machine at the same level of interleaving,
-else it is assumed.
+The simulation uses the code of a real run (`lorameter.run.runner`, `lorameter.run.budget`) with workers that only
+advance a clock. Their step and request times are timed for each variant on two layers of its model
+(`lorameter.trial.step_times`). The scatter comes from the latest run on this machine with the same interleaving, else
+it is assumed.
 """
 
 from __future__ import annotations
@@ -41,17 +41,18 @@ from lorameter.studies.variant import Variant
 from lorameter.verdicts.series import group_trials, pairs_against
 
 LATEST_RUNS = 20
-"""Runs that are searched for measured times and peaks."""
+"""Maximum runs that are searched for measured times and peaks."""
 SOUGHT_WIDTH = 0.03
-"""Half-width for which the minutes are predicted."""
+"""Half-width for which the required time is predicted."""
 MOST_REPLICATES = 200
 TIMING_LIMIT_S = 60.0
-"""For the steps of all variants; where it does not suffice, as of a 7B model on a CPU, the time is unknown."""
+"""Time limit for timing the steps of all variants; if it does not suffice, as for a 7B model on a CPU, the time is
+unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeForecast:
-    """Expected time of a plan and width of its intervals; each is None where it would be a guess."""
+    """Expected time of a plan and width of its intervals; a value that would be a guess is None."""
 
     time_s: float | None
     basis: str
@@ -59,13 +60,13 @@ class TimeForecast:
     replicates: int | None = None
     """The expected number of replicates."""
     skipped: tuple[str, ...] = ()
-    """Parts that the time limit will drop."""
+    """Parts that the time limit is expected to skip."""
     half_width: float | None = None
     """Half the interval of a training ratio, as a fraction."""
     noise: str = ""
     """The source of the half-width."""
     sought_width_s: float | None = None
-    """Seconds that a half-width of 3 % takes."""
+    """Seconds needed for a half-width of 3 %."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,28 +74,28 @@ class TrialTimes:
     """Seconds of the parts of a variant's trial."""
 
     load_s: float
-    """To make its model, which is made once and mapped."""
+    """Time to prepare its model, which is prepared once and then mapped."""
     step_s: float
     evaluate_s: float
-    """The loss of all held-out records."""
+    """Time for the loss of all held-out records."""
     request_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanTimes:
-    """The times on which a simulation rests."""
+    """The input times of a simulation."""
 
     import_s: float
     trials: Mapping[str, TrialTimes]
     """Times by the name of the variant."""
     parallel: int
-    """Processes that work at once while nothing is timed."""
+    """Processes that run at once while nothing is timed."""
     basis: str
 
 
 def forecast_time(plan: Plan, machine: Machine, runs: Path, executor: Executor | None = None) -> TimeForecast:
-    """Expected time of a plan and width of its intervals. `executor` times steps and is not started yet; None if
-    they cannot be timed."""
+    """Predict the time of a plan and the width of its intervals. `executor` times steps and is not started yet; None if
+    steps cannot be timed."""
     protocol = plan.study.protocol
     limit_s = None if protocol.max_minutes is None else 60 * protocol.max_minutes
     sd, noise = _scatter(plan, machine, runs)
@@ -123,8 +124,8 @@ def forecast_time(plan: Plan, machine: Machine, runs: Path, executor: Executor |
 
 
 def half_width(sd: float, replicates: int, plan: Plan) -> float | None:
-    """Half the interval of a ratio as a fraction, where the log ratio of one replicate has the standard deviation `sd`
-    and all comparisons of the plan share their scatter; None of one replicate."""
+    """Half the interval of a ratio as a fraction, if the log ratio of one replicate has the standard deviation `sd` and
+    all comparisons of the plan share their scatter; None for one replicate."""
     if replicates < 2:
         return None
     sided = any(arm.side for arm in plan.arms)
@@ -134,7 +135,7 @@ def half_width(sd: float, replicates: int, plan: Plan) -> float | None:
         standard_error=sd / math.sqrt(replicates), df=replicates - 1 + prior, sd=sd, df_per_replicate=1.0,
         prior_df=prior, shared_by=comparisons if prior else 0,
     )  # fmt: skip
-    family = max(1, comparisons - 1)  # the control is a family of its own
+    family = max(1, comparisons - 1)  # the control is a separate family
     return math.expm1(spread.half_width(VerdictRule(family=family).tail(spread)))
 
 
@@ -142,10 +143,10 @@ def half_width(sd: float, replicates: int, plan: Plan) -> float | None:
 
 
 def simulate(plan: Plan, times: PlanTimes) -> tuple[list[float], tuple[str, ...]]:
-    """When each replicate of a plan ends, in seconds from its start, and which parts are skipped.
+    """The end time of each replicate of a plan, in seconds from its start, and the skipped parts.
 
     Raises:
-        TimeLimitTooShortError: not one fits into the plan's minutes.
+        TimeLimitTooShortError: not one replicate fits into the time limit.
     """
     protocol = dataclasses.replace(plan.study.protocol, precision=None)  # the scatter is not simulated
     plan = dataclasses.replace(plan, study=dataclasses.replace(plan.study, protocol=protocol))
@@ -174,7 +175,7 @@ def simulate(plan: Plan, times: PlanTimes) -> tuple[list[float], tuple[str, ...]
 
 
 class _SimulatedExecutor(Executor):
-    """Carries out commands by advancing a clock of its own."""
+    """Executes commands by advancing its own clock."""
 
     def __init__(self, plan: Plan, times: PlanTimes) -> None:
         self.now_s = 0.0
@@ -183,29 +184,29 @@ class _SimulatedExecutor(Executor):
         self.protocol = plan.study.protocol
 
     def make_place(self, trial: str, log: str) -> TrialFiles:
-        """No files."""
+        """Return empty paths."""
         return TrialFiles(scratch="", log_path="")
 
     def clear_place(self, trial: str) -> None:
-        """Nothing is there."""
+        """Do nothing."""
 
     def launch(self) -> _SimulatedWorker:
-        """Takes no time."""
+        """Launch a worker in no time."""
         return _SimulatedWorker(self)
 
     def cold_start(self, request: TrialRequest) -> PartialRecord:
-        """The imports and the rest of a cold start."""
+        """Advance by the imports and the rest of a cold start."""
         imports, rest = self.time_imports("", 0.0), self.launch().ask("cold", request.trial, 0.0)
         return PartialRecord(values={"cold_start_time_s": sum([*imports.values.values(), *rest.values.values()])})
 
     def time_imports(self, log_path: str, timeout_s: float) -> PartialRecord:
-        """Imports of a new interpreter."""
+        """Advance by the imports of a new interpreter."""
         self.now_s += self.times.import_s
         return PartialRecord(values={"cold_import_time_s": self.times.import_s})
 
 
 class _SimulatedWorker(Worker):
-    """Works from the moment a command is sent; others may work at the same time."""
+    """Works from the moment a command is sent; other workers may work at the same time."""
 
     start_latency_s = 0.0
 
@@ -215,12 +216,12 @@ class _SimulatedWorker(Worker):
         self._answer = PartialRecord()
 
     def send(self, command: str, trial: str, **arguments: Any) -> None:
-        """Begin to work."""
+        """Begin the work of a command."""
         slot, protocol = self._executor.slots[trial], self._executor.protocol
         times, workload = self._executor.times.trials[slot.variant.name], slot.workload
         steps = arguments.get("steps", protocol.warmup_steps_min)
         evaluate_s = times.evaluate_s if "steps" in slot.measures else 0.0
-        requests = 3 if workload.adapters > 1 else 1  # of one adapter, after a switch, mixed
+        requests = 3 if workload.adapters > 1 else 1  # with one adapter, after a switch, mixed
         open_ended_s = times.request_s * workload.open_ended_tokens / workload.new_tokens
         seconds = {
             "build": times.step_s + (0.0 if slot.replicate else evaluate_s),
@@ -245,19 +246,19 @@ class _SimulatedWorker(Worker):
         }.get(command, PartialRecord())
 
     def receive(self, command: str, timeout_s: float) -> PartialRecord:
-        """The answer, when it is due."""
+        """The answer, at the time when it is due."""
         self._executor.now_s = max(self._executor.now_s, self._ready_s)
         return self._answer
 
     def end(self) -> None:
-        """There is no process."""
+        """Do nothing: there is no process."""
 
 
 # --- the times it uses ------------------------------------------------------------------------------------------------
 
 
 def time_steps(plan: Plan, executor: Executor | None) -> PlanTimes | str:
-    """Times of each variant by two layers of its model, in a process of its own; or why there are none."""
+    """Time each variant on two layers of its model, in a separate process; or return why this failed."""
     if plan.study.of_scripts:
         return "steps of scripts are not timed in advance"
     if executor is None:
@@ -304,7 +305,7 @@ def _time_variant(plan: Plan, slot: Slot, executor: Executor, device: str, end: 
 
 
 def _scatter(plan: Plan, machine: Machine, runs: Path) -> tuple[float, str]:
-    """The standard deviation of a replicate's log ratio, and what it rests on."""
+    """The standard deviation of a replicate's log ratio, and its source."""
     for run in latest_runs(machine, runs):
         if run.manifest.interleaving == plan.interleaving and not run.manifest.sides and not run.manifest.sites:
             groups = group_trials(run.records)
@@ -325,7 +326,7 @@ def _scatter(plan: Plan, machine: Machine, runs: Path) -> tuple[float, str]:
 
 
 def latest_runs(machine: Machine, runs: Path) -> Iterator[Run]:
-    """The latest runs on this machine that can be read, the newest first."""
+    """The latest readable runs on this machine, newest first."""
     for path in reversed(store.list_runs(runs)[-LATEST_RUNS:]):
         with contextlib.suppress(LorameterError):
             if store.read_manifest(path).provenance.get("device_name") == machine.device_name:

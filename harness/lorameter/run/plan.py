@@ -1,14 +1,15 @@
-"""The plan: every trial of a run in the order in which it will be measured, made before anything runs.
+"""The plan of a run: every trial in the order of measurement, made before anything runs.
 
-An `Arm` is what is compared: a variant on a workload, as itself or as its own control, and in an A/B on a side. Drift
-of a machine (heat, other work) is slower than a replicate and faster than a run. So each replicate holds all arms once,
-in an order shuffled by a recorded seed: drift falls on all of them alike, and the trials of a replicate are paired. The
-reference is measured twice under two names (the A/A control), which shows what no difference looks like.
+An `Arm` is one unit of a comparison: a variant on a workload, as itself or as the control, and in an A/B on one side.
+The drift of a machine (heat, other work) is slower than a replicate and faster than a run. So each replicate contains
+all arms once, in an order shuffled by a recorded seed: drift affects all arms alike, and the trials of a replicate are
+paired. The reference is measured twice under two names (the A/A control), which shows the result of comparing identical
+code.
 
-A `Group` is what is live together. At `replicates` that is one process with one trial; at `lockstep` a process for
-each trial and at `shared-base` one process for all of them, and their steps take turns. What needs a process that is
-alone (peaks of memory, a merged adapter on a base that others share) is measured by isolated trials of the same
-replicate.
+A `Group` contains the trials that are live at the same time. With `replicates` it is one process with one trial; with
+`lockstep` it has a process for each trial and with `shared-base` one process for all trials, and their steps take
+turns. Measurements that need a separate process (memory peaks, a merged adapter on a shared base) are made by isolated
+trials of the same replicate.
 """
 
 from __future__ import annotations
@@ -33,27 +34,27 @@ from lorameter.studies.workload import Workload
 T = TypeVar("T")
 CONTROL_SUFFIX = "control"
 AB_PHASES = ("train", "generate")
-"""The phases of an A/B by default: a cold start is mostly the imports of either side and takes seconds a trial."""
+"""The default phases of an A/B: a cold start consists mostly of imports, and takes seconds a trial."""
 SIDES: tuple[Side, ...] = ("base", "candidate")
 SideKind = Literal["revision", "interpreter", "requirements", "command", "present"]
 PRESENT: SideKind = "present"
-"""The interpreter that measures, as both sides of a calibration."""
+"""The interpreter that runs the harness, as both sides of a calibration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SideSpec:
-    """One side of an A/B, by a word that means the same in every job."""
+    """One side of an A/B, given by a word that has the same meaning in every job."""
 
     kind: SideKind
     spec: str = ""
     """A commit, the path of an interpreter, requirements, or a command."""
     label: str
-    """For tables and messages."""
+    """Label for tables and messages."""
     slowdown_rows: int = 0
     """Extra work of the candidate (`Arm.slowdown_rows`)."""
 
     def to_json(self) -> dict[str, Any]:
-        """For the manifest: without what may be a credential."""
+        """The side for the manifest, without possible credentials."""
         return dataclasses.asdict(self) | {"spec": redact(self.spec), "label": redact(self.label)}
 
 
@@ -62,7 +63,7 @@ Sides = Mapping[Side, SideSpec]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """A variant on a workload and a side, which has one trial in each replicate."""
+    """A variant on a workload and a side; it has one trial in each replicate."""
 
     variant: AnyVariant
     side: Side = ""
@@ -73,19 +74,19 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """Unique in its run: the variant, its side, and whether it is the control."""
+        """A name that is unique in its run: the variant, its side, and whether it is the control."""
         parts = (self.variant.name, self.side, CONTROL_SUFFIX if self.role == "control" else "")
         return "-".join(part for part in parts if part)
 
     @property
     def built(self) -> Variant:
-        """The variant, where lorameter builds it."""
+        """The variant, if lorameter builds it."""
         assert isinstance(self.variant, Variant)
         return self.variant
 
     def rounds_after_turns(self, protocol: Protocol) -> int:
-        """Untimed rounds, as long as turns, for what these leave of the epochs; fewer are needed where the data has
-        fewer sequences than are asked for."""
+        """Untimed rounds, each as long as a turn, for the rest of the epochs after the turns; fewer if the data has
+        fewer sequences than requested."""
         if not protocol.epochs:
             return 0
         per_step = self.workload.batch_size * self.built.gradient_accumulation
@@ -94,14 +95,14 @@ class Arm:
 
 
 def arms_of(study: Study, select: Sequence[str] = ()) -> tuple[Arm, ...]:
-    """The variants to measure and the control; the reference stays in whatever is selected.
+    """The variants to measure and the control; the reference is always included.
 
     Args:
-        study: its variants, and the workload of each.
-        select: names of variants; empty for all.
+        study: the study with its variants and their workloads.
+        select: variant names; empty for all variants.
 
     Raises:
-        UsageError: an unknown variant, or two variants that are the same.
+        UsageError: a variant is unknown, or two variants are the same.
     """
     own = study.own_workloads
     study.check_distinct()
@@ -116,7 +117,7 @@ def arms_of(study: Study, select: Sequence[str] = ()) -> tuple[Arm, ...]:
 
 
 def arms_on_sides(study: Study, select: Sequence[str], sides: Sides) -> tuple[Arm, ...]:
-    """Each variant on both sides of an A/B, and the reference, or the first that is selected, on the base once more.
+    """Each variant on both sides of an A/B, and the reference, or the first selected variant, once more on the base.
     Raises `UsageError` for an unknown variant."""
     variants = [study.variant(name) for name in dict.fromkeys(select)] or list(study.variants)
     controlled = next((variant for variant in variants if variant.name == study.reference), variants[0])
@@ -135,17 +136,17 @@ def arms_on_sides(study: Study, select: Sequence[str], sides: Sides) -> tuple[Ar
 
 
 def variants_of(arms: Iterable[Arm]) -> tuple[AnyVariant, ...]:
-    """The variants that are compared, each once."""
+    """The variants that are compared, without repetition."""
     return tuple({arm.variant.name: arm.variant for arm in arms}.values())
 
 
 def workloads_of(study: Study, arms: Iterable[Arm]) -> tuple[Workload, ...]:
-    """The workloads of arms, each once, the study's first."""
+    """The workloads of arms without repetition, the study's first."""
     return tuple(dict.fromkeys((study.workload, *(arm.workload for arm in arms))))
 
 
 def check_phases(phases: Sequence[str]) -> tuple[str, ...]:
-    """The phases in their order. Raises `UsageError` for an unknown one."""
+    """The phases in order. Raises `UsageError` for an unknown one."""
     for phase in phases:
         if phase not in PHASES:
             raise UsageError(f"phase = {phase!r}: not known. Known: {', '.join(PHASES)}.")
@@ -170,7 +171,7 @@ class Slot:
     interleaving: Interleaving
     measures: tuple[Measure, ...]
     executor: str = ""
-    """Which of the run's executors hosts the trial; a run without sides has one, unless its variants differ in
+    """Name of the executor that hosts the trial; a run without sides has one executor, unless its variants differ in
     threads."""
 
     @property
@@ -180,7 +181,7 @@ class Slot:
 
     @property
     def role(self) -> Role:
-        """Whether it is a trial of the control."""
+        """Whether the trial belongs to the control."""
         return self.arm.role
 
     @property
@@ -196,9 +197,9 @@ class Slot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Processes that are live together: `launches` are the processes, each with its trials.
+    """Processes that are live at the same time: `launches` are the processes, each with its trials.
 
-    `turns`, `requests` and `open_ended` are the orders of turns in training and in either kind of request: each
+    `turns`, `requests` and `open_ended` are the orders of turns in training and in the two kinds of requests: each
     entry is one round over all trials of the group, by trial id.
     """
 
@@ -223,29 +224,29 @@ class Plan:
     phases: tuple[str, ...]
     interleaving: Interleaving
     why: str
-    """Why this interleaving."""
+    """The reason for this interleaving."""
     groups: tuple[Group, ...]
     provisional: bool = False
-    """Whether its level is still to be settled by a rehearsal of its scripts (`lorameter.run.memory_probe`)."""
+    """Whether a rehearsal of its scripts still has to determine the interleaving (`lorameter.run.memory_probe`)."""
     failed: Mapping[str, TrialRecord] = field(default_factory=dict)
-    """Records of the rehearsals that failed, by arm: their trials are not started."""
+    """Records of failed rehearsals, by arm: the trials of these arms are not started."""
     sides: Sides = field(default_factory=dict)
     """Base and candidate of an A/B."""
 
     @property
     def workloads(self) -> tuple[Workload, ...]:
-        """The workloads, each once, the study's first."""
+        """The workloads without repetition, the study's first."""
         return workloads_of(self.study, self.arms)
 
     @property
     def own_workloads(self) -> dict[str, Workload]:
-        """Workloads of variants that are not measured on the study's, by name."""
+        """Workloads of variants that do not use the study's, by name."""
         workloads = {arm.variant.name: arm.workload for arm in self.arms}
         return {name: workload for name, workload in workloads.items() if workload != self.study.workload}
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        """All trials in their order."""
+        """All trials in order."""
         return tuple(slot for group in self.groups for slot in group.slots)
 
 
@@ -259,20 +260,20 @@ def make_plan(
     provisional: bool = False,
     sides: Sides | None = None,
 ) -> Plan:
-    """Replicates × arms, shuffled inside each replicate by `protocol.seed`.
+    """Make a plan of replicates × arms, shuffled inside each replicate by `protocol.seed`.
 
     Args:
-        study: what to measure.
-        arms: all variants of the study and its control if left out. Those of an A/B (`arms_on_sides`) are
-            compared side by side, and so each variant for itself.
+        study: the study to measure.
+        arms: default: all variants of the study and its control. In an A/B (`arms_on_sides`) the sides of each variant
+            are compared with each other.
         phases: "train", "generate", "cold"; training always runs, since the others need its adapter.
-        interleaving: the level of alternation (`lorameter.run.interleaving` picks one).
-        why: the reason for that level, for the report.
-        provisional: whether a rehearsal settles the level.
-        sides: of an A/B to which the arms belong.
+        interleaving: the level of interleaving, chosen by `lorameter.run.interleaving`.
+        why: the reason for the level, for the report.
+        provisional: whether a rehearsal determines the level.
+        sides: sides of the A/B to which the arms belong.
 
     Raises:
-        UsageError: an unknown phase.
+        UsageError: a phase is unknown.
     """
     arms = tuple(arms) or arms_of(study)
     checked = check_phases(phases)
@@ -332,7 +333,7 @@ def make_plan(
 
 
 def _check_size(study: Study, arms: int) -> None:
-    """Raises `UsageError` for a plan that would take minutes to make and to read."""
+    """Raise `UsageError` for a plan that would take minutes to make and to read."""
     protocol = study.protocol
     rounds = protocol.turns + protocol.generate_requests + protocol.open_ended_requests
     total = arms * protocol.replicates * rounds
@@ -346,8 +347,8 @@ def _check_size(study: Study, arms: int) -> None:
 def measures_of(
     study: Study, interleaving: Interleaving, phases: Sequence[str]
 ) -> tuple[tuple[Measure, ...], tuple[Measure, ...]]:
-    """Measures of the trials that take turns (a cold start when they have ended), and of isolated trials."""
-    if study.of_scripts:  # each has a process and an allocator of its own, whatever else is live
+    """Measures of the trials that take turns (including a cold start after they have ended), and of isolated trials."""
+    if study.of_scripts:  # each script has its own process and allocator, whatever else is live
         return ("steps", "peaks"), ()
     unwanted = {"merged"} if not study.protocol.merged else set()
     unwanted |= {"open_ended"} if not study.workload.open_ended_tokens else set()
@@ -382,8 +383,8 @@ def _shuffle(items: Sequence[T], shuffler: random.Random) -> list[T]:
 
 
 def _group_slots(slots: Sequence[Slot], study: Study, shuffler: random.Random) -> list[Group]:
-    """The groups of trials that are compared with each other, by the level that they carry. The order of
-    turns is shuffled for each round."""
+    """The groups of trials that are compared with each other, by their level of interleaving. The order of turns is
+    shuffled for each round."""
     protocol, measures = study.protocol, slots[0].measures
     live: list[list[tuple[Slot, ...]]] = [[(slot,)] for slot in slots]
     if slots[0].interleaving == "shared-base":
@@ -411,11 +412,12 @@ def _group_slots(slots: Sequence[Slot], study: Study, shuffler: random.Random) -
 
 
 def executor_of(arm: Arm, arms: Sequence[Arm]) -> str:
-    """The executor of a trial: one for all, unless arms are on sides or differ in threads, which are set where a
-    process begins. Then each of those that are compared has its own, the control too.
+    """The executor of a trial: one for all, unless arms are on sides or differ in threads, which are set at the start
+    of a process. Then each compared arm has its own executor, also the control.
 
-    Processes of one zygote share its pages, and each finds them warm in the caches when the other has just run: with
-    base and control from one zygote, the candidate, from another, was measured 0.5 % slower on identical code.
+    Processes of one zygote share its pages, which are warm in the caches after another of them has run: with base and
+    control from the same zygote, and the candidate from another, the candidate was measured 0.5 % slower on identical
+    code.
     """
     if arm.side:
         return CONTROL_SUFFIX if arm.role == "control" else arm.side
@@ -423,11 +425,11 @@ def executor_of(arm: Arm, arms: Sequence[Arm]) -> str:
 
 
 def measured_groups(plan: Plan, groups: Sequence[Group], skipped: Iterable[str], *, on_cpu: bool) -> tuple[Group, ...]:
-    """The groups of a replicate under a time limit: without the skipped measures, and with peaks once a
+    """The groups of a replicate under a time limit: without the skipped measures, and with peaks measured once per
     variant unless a claim is about them.
 
-    Isolated trials measure peaks, in the first replicate. On a CPU the peak of a process is the same whatever else is
-    live, so there the trials that take turns measure it: those of the second replicate, since the first is profiled.
+    Isolated trials of the first replicate measure peaks. On a CPU the peak of a process does not depend on other
+    processes, so the trials that take turns measure it there, in the second replicate, since the first is profiled.
     """
     once, without = not plan.study.claims_peaks, set(skipped)
     live = once and on_cpu and plan.interleaving == "lockstep" and plan.study.protocol.replicates > 1

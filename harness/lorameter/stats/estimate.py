@@ -1,14 +1,14 @@
-"""A value with its interval over replicates: what a report prints for one variant and one metric.
+"""Estimates a value with its interval over replicates, for one variant and one metric.
 
-One value a trial (the median of its samples) and Student's t over trials, because the process and not the sample is
-the unit (Kalibera & Jones 2013). On the log scale, since times and sizes scatter by factors: the centre is the
-geometric mean of the medians, and the interval cannot reach below zero.
+Each trial gives one value, the median of its samples, and the interval is Student's t over trials, because the process
+and not the sample is the independent unit (Kalibera & Jones 2013). Both are on the log scale, since times and sizes
+scatter by factors: the centre is the geometric mean of the medians, and the interval cannot reach below zero.
 
-Measuring may stop when the intervals are narrow enough, never when they are significant. Looking after every replicate
-and stopping at the first alarm raised the false alarms on identical code from 4.6 to 20.7 %. The width of an interval
-says nothing about where its centre lies, so stopping on it leaves the error rate nearly as it is (Stein 1945; Kelley,
-Maxwell & Rausch 2003 call it accuracy in parameter estimation), if a few replicates are taken in any case: the first
-two or three can agree by luck.
+A measurement may stop when the intervals are narrow enough, but never because of a significant result. Testing after
+every replicate and stopping at the first alarm raised the false alarms on identical code from 4.6 to 20.7 %. The width
+of an interval says nothing about where its centre lies, so stopping on it leaves the error rate nearly as it is (Stein
+1945; Kelley, Maxwell & Rausch 2003 call it accuracy in parameter estimation), if there is a minimum number of
+replicates: the first two or three can agree by chance.
 """
 
 from __future__ import annotations
@@ -36,33 +36,33 @@ class Estimate:
     """A value, in the unit of the samples, with its (1 - alpha) interval over replicates."""
 
     value: float
-    """Geometric mean of the trials' medians, of each block first; the plain mean where a median is zero or negative."""
+    """Geometric mean of the trials' medians (with blocks, of the block values); the arithmetic mean if a median is zero
+    or negative."""
     low: float | None
-    """Lower end; None with one replicate, from which an interval cannot be had."""
+    """Lower end; None with one replicate, which gives no interval."""
     high: float | None
-    """Upper end; None with one replicate, or where it is larger than a float holds."""
+    """Upper end; None with one replicate, or if it exceeds the range of a float."""
     replicates: int
-    """Trials."""
+    """Number of trials."""
     samples: int
-    """Samples of all trials together; they do not narrow the interval."""
+    """Number of samples of all trials; more samples do not narrow the interval."""
 
 
 def estimate_trials(
     trials: Sequence[Sequence[float]], *, alpha: float = 0.05, blocks: Sequence[str] | None = None
 ) -> Estimate:
-    """The estimate from one list of samples a trial.
+    """The estimate from a list of samples for each trial.
 
-    `blocks` names for each trial what it has in common with others, such as a machine: trials of one block are not
-    independent of each other, so what counts is one value a block, the mean of its trials', where there are two or
-    more. Eight trials of four machines, taken for eight, gave 95 % intervals that held the mean of such machines in
-    81 of 100 simulated runs whose machines differ by three times what trials scatter by.
+    `blocks` names the block of each trial, such as its machine. Trials of one block are not independent, so with two or
+    more blocks each block counts as one value, the mean of its trials. Treating eight trials on four machines as
+    independent gave 95 % intervals that covered the true mean in only 81 of 100 simulated runs, with a scatter between
+    machines of three times that between trials.
 
-    With one replicate `low` and `high` are None: an interval cannot be had from one replicate, however many samples it
-    has. If any trial's median is zero or negative (a loss can be), logs are impossible and both the centre and the
-    interval are taken on the linear scale.
+    With one replicate `low` and `high` are None, however many samples it has. If any trial's median is zero or negative
+    (a loss can be), the centre and the interval are computed on the linear scale.
 
     Raises ValueError, naming the trial and sample, for an empty list or trial and for NaN or infinite samples; for
-    values so large that their mean is no number; and for other than one block a trial.
+    values whose mean overflows; and if `blocks` does not have one entry for each trial.
     """
     import numpy as np
 
@@ -101,10 +101,9 @@ def _estimate(arrays: Sequence[NDArray[float64]], alpha: float, blocks: Sequence
 def is_precise(comparisons: Iterable[Comparison], *, half_width: float, least_replicates: int = 5) -> bool:
     """Whether every comparison has its replicates and an interval no wider than ± `half_width` (a fraction).
 
-    Pass comparisons whose intervals are all of one level (`compare_trials` with a fixed `family`): Holm's narrow with
-    every comparison that is decided, and would let significance in again. False of no comparison, and where an interval
-    has no end: nothing was measured that could be precise.
-    Raises ValueError for half_width <= 0 and for least_replicates < 2.
+    Pass comparisons whose intervals have one fixed level (`compare_trials` with a fixed `family`): Holm's intervals
+    narrow with every decided comparison, so that stopping would depend on significance again. Returns False without
+    comparisons, and if an interval has no end. Raises ValueError for half_width <= 0 and for least_replicates < 2.
     """
     limit = checked_number("half_width", half_width, at_least=0, strictly=True)
     checked_number("least_replicates", least_replicates, at_least=2, strictly=False)
@@ -115,7 +114,7 @@ def is_precise(comparisons: Iterable[Comparison], *, half_width: float, least_re
 def relative_half_width(comparison: Comparison) -> float | None:
     """Half the interval of the log ratio, as a fraction: 0.02 if it reaches from ratio/1.02 to ratio*1.02.
 
-    None where an end is missing or zero, which is infinitely far off on the log scale.
+    None if an end is missing or zero, which is infinitely far away on the log scale.
     """
     if not comparison.low or comparison.high is None:
         return None

@@ -1,15 +1,14 @@
 """An engine: a third-party feature that promises faster or smaller training, which a study judges.
 
-title = "Liger Kernel"            # what it is called
-variant = "liger"                 # the variant that has it; the reference is the one without
-needs = "cuda"                    # a device without which there is nothing to measure; left out where there is none
-package = "liger-kernel"          # the distribution whose version belongs to a result
-flag = "{--use_liger_kernel}"     # what a training script is often given for it, in braces, for messages
+title = "Liger Kernel"            # what it is called variant = "liger"                 # the variant that has it; the
+reference is the one without needs = "cuda"                    # a device without which there is nothing to measure;
+left out where there is none package = "liger-kernel"          # the distribution whose version belongs to a result flag
+= "{--use_liger_kernel}"     # what a training script is often given for it, in braces, for messages
 
 [engine.proof]                    # paths of kernels_check, and what each must show where the engine runs
 
-A promise is judged only where the engine was seen to run in the one variant and not in the other: a flag that a script
-ignores would otherwise refute a promise that was not tried.
+A claim is judged only if the engine demonstrably ran in its variant and not in the reference: otherwise a flag that a
+script ignores would refute a claim that was never tested.
 """
 
 from __future__ import annotations
@@ -21,28 +20,28 @@ from lorameter.errors import require, shorten
 from lorameter.studies import limits
 
 ANY = "any"
-"""Proof of a path that says what there is of a thing: some of it with the engine, none without."""
+"""Required value of a path that reports how much of a feature is present: some with the engine, none without."""
 LESS = "less"
-"""Proof of a share: below half of what it is without the engine."""
+"""Required value of a share: with the engine, less than half of its value without."""
 SAFE = "not false"
-"""Proof that nothing is won unfairly: refuted where the path is seen to be false, and no obstacle where it could not
-see it."""
+"""Required value of a path that must not be false, so that a gain is not unfair; a path that could not be observed is
+accepted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """An engine whose promises a study judges. Raises `UsageError` for invalid fields."""
+    """An engine whose claims a study judges. Raises `UsageError` for invalid fields."""
 
     title: str
     """Its name."""
     variant: str
-    """The variant that has it."""
+    """The variant that uses it."""
     proof: dict[str, Any]
-    """Path of kernels_check to what it must show: true, a word, or one of "any", "less" and "not false"."""
+    """Paths of kernels_check with their required values: true, a word, or one of "any", "less" and "not false"."""
     needs: Literal["", "cuda"] = ""
-    """A device without which there is nothing to measure."""
+    """The device that it needs; other devices have nothing to measure."""
     package: str = ""
-    """Distribution whose version belongs to a result."""
+    """The distribution whose version is part of a result."""
     flag: str = ""
     """The usual option of a training script for it, in braces, for messages."""
 
@@ -64,11 +63,11 @@ class Engine:
 
     @property
     def example(self) -> str:
-        """A script with it and without it, as one would ask for it."""
+        """A script with and without the engine, in words, for messages."""
         return f"'python train.py {self.flag or '{--flag}'}'"
 
     def obstacle(self, device: str) -> str:
-        """Why there is nothing to measure on a device ("cpu" or "cuda"); empty where there is."""
+        """Why nothing can be measured on a device ("cpu" or "cuda"); empty if it can."""
         if not self.needs or device == self.needs:
             return ""
         return f"{self.title} runs on a GPU only and this machine measures on the CPU; measure it on a machine with one"

@@ -1,4 +1,4 @@
-"""The study of a stored run, and the workloads of variants that have their own: how every reader of a run gets them."""
+"""Reads the study of a stored run, and the workloads of variants that have their own."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from lorameter.studies.workload import Workload
 
 
 def read_study(run: Run) -> Study:
-    """The study that a run measured. Raises `UsageError` if the manifest holds no valid study."""
+    """The study that a run measured. Raises `UsageError` if the manifest contains no valid study."""
     return codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
 
 
 def read_own_workloads(run: Run) -> dict[str, Workload]:
-    """The workloads of variants that were not measured on the study's, by name. Raises `UsageError` likewise."""
+    """The workloads of variants that do not use the study's, by name. Raises `UsageError` as `read_study` does."""
     return codec.from_json(dict[str, Workload], run.manifest.own_workloads, f"run {run.manifest.run}")
 
 
 def read_workload_of(run: Run, name: str) -> Workload:
-    """The workload that one variant was measured on. Raises `UsageError` likewise."""
+    """The workload of one variant. Raises `UsageError` as `read_study` does."""
     return read_own_workloads(run).get(name) or read_study(run).workload

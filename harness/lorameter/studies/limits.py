@@ -9,19 +9,21 @@ from lorameter.errors import UsageError, impossible, shorten
 
 MOST_VARIANTS = 1_000
 MOST_ROUNDS = 2_000_000
-"""Turns and requests of a whole plan, of all its trials."""
+"""Maximum turns and requests of all trials of a plan."""
 MOST_TOKENS = 2**28
-"""Tokens of an epoch, with padding; they are prepared in memory and written to a file of 32 bytes a token."""
+"""Maximum tokens of an epoch, including padding; they are prepared in memory and written to a file of 32 bytes a
+token."""
 NAME_BYTES = 120
-"""Bytes of a part of a file name, to which a side, a replicate and a suffix are added; file systems allow 255."""
+"""Maximum bytes of a part of a file name, to which a side, a replicate and a suffix are added; file systems allow
+255."""
 MOST_FRACTION = 0.5
-"""Largest tolerance, margin or precision. A larger value is a percentage by mistake."""
+"""Largest tolerance, margin or precision. A larger value is probably a percentage."""
 TEXT_CHARACTERS = 4096
-"""Length of a path or the name of a model; the kernel accepts no longer path."""
+"""Maximum length of a path or a model name; the kernel accepts no longer path."""
 
 
 def check_least(where: str, owner: object, least: Mapping[str, float], *, positive: Collection[str] = ()) -> None:
-    """Raises `UsageError` for a field below its least value, or not above zero; None is a field left out."""
+    """Raise `UsageError` for a field below its minimum, or not above zero; None is a field that is not given."""
     for key, bound in least.items():
         value = getattr(owner, key)
         if value is not None and not bound <= value < float("inf"):
@@ -34,7 +36,7 @@ def check_least(where: str, owner: object, least: Mapping[str, float], *, positi
 
 
 def check_fraction(where: str, key: str, value: float | None, *, zero: bool = False) -> None:
-    """Raises `UsageError` for a tolerance, margin or precision that is not a fraction up to 0.5; `zero` allows 0."""
+    """Raise `UsageError` for a tolerance, margin or precision that is not a fraction up to 0.5; `zero` allows 0."""
     if value is None or 0 < value <= MOST_FRACTION or (zero and value == 0):
         return
     remedy = f"Use a fraction {'of 0 or more' if zero else 'above 0'}, up to {MOST_FRACTION}; 0.05 is 5 %."
@@ -42,7 +44,7 @@ def check_fraction(where: str, key: str, value: float | None, *, zero: bool = Fa
 
 
 def check_name(what: str, name: str, forbidden: str = "/") -> None:
-    """Raises `UsageError` for a name that could not become part of a file's."""
+    """Raise `UsageError` for a name that cannot be a part of a file name."""
     size = len(name.encode("utf-8", errors="replace"))
     if size > NAME_BYTES:
         raise UsageError(f"{what} {shorten(name, 60)!r}: {size} bytes long, and it becomes part of the names of files. "
@@ -54,8 +56,8 @@ def check_name(what: str, name: str, forbidden: str = "/") -> None:
 
 
 def check_word(where: str, key: str, text: str, *, lines: bool = False) -> None:
-    """Raises `UsageError` for a text that is not UTF-8 (bytes of a command line), too long, or has control characters;
-    `lines` allows line ends and tabs."""
+    """Raise `UsageError` for a text that is not UTF-8 (bytes of a command line), too long, or has control characters;
+    `lines` allows line breaks and tabs."""
     control = "[\0\ud800-\udfff]" if lines else "[\0-\x1f\x7f-\x9f\ud800-\udfff]"
     if len(text) > TEXT_CHARACTERS or re.search(control, text):
         raise UsageError(

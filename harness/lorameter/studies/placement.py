@@ -1,7 +1,6 @@
-"""Where replicates are measured: the options `on` and `sites` of a study or a command line.
+"""The options `on` and `sites` of a study or a command line: where replicates are measured.
 
-They are parsed and checked here, on any machine. Whether the GPU, cluster or queue exists is checked where it is opened
-(`lorameter.run.sites`).
+They are parsed and validated here, on any machine. `lorameter.run.sites` checks that the GPU, cluster or queue exists.
 """
 
 from __future__ import annotations
@@ -22,24 +21,24 @@ SLURM_OPTIONS: Mapping[str, type] = {
     "exclude": str, "gres": str, "gpus_per_node": int, "cpus_per_task": int, "mem": str, "time": int, "comment": str,
     "exclusive": str,
 }  # fmt: skip
-"""Options that are passed to sbatch, by its names."""
+"""Options that are passed to sbatch, by sbatch's names."""
 OWN_OPTIONS: Mapping[str, type] = {"sites": int}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlurmRequest:
-    """The jobs that an `on` of SLURM requests."""
+    """The SLURM jobs that a value of `on` requests."""
 
     on: str
     sites: int = 1
-    """How many jobs are in the queue at a time."""
+    """Number of jobs in the queue at a time."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    """Passed on to sbatch."""
+    """Options passed on to sbatch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteSpec:
-    """The options as given. Raises `UsageError` for invalid ones."""
+    """The options as given. Raises `UsageError` for invalid options."""
 
     on: str = HERE
     sites: tuple[str, ...] = ()
@@ -81,14 +80,13 @@ class SiteSpec:
 
     @property
     def said(self) -> str:
-        """The option that chooses the place, for messages."""
+        """The option that selects the place, for messages."""
         return say_sites(self.sites) if self.on == HERE else say_on(self.on)
 
     def with_options(self, *, on: str | None = None, sites: str | None = None, mixed: bool = False) -> SiteSpec:
-        """This place with the options of a command line; None and False leave an option as it is.
+        """The options with those of a command line added; None and False leave an option unchanged.
 
-        `sites` are names with commas between them. They and `mixed` belong to one place, so another `on` clears
-        them.
+        `sites` are comma-separated names. They and `mixed` belong to one value of `on`, so another `on` clears them.
         """
         of_place = (self.on, self.sites, self.mixed) if on is None else (on, (), False)
         named = of_place[1] if sites is None else tuple(part.strip() for part in sites.split(","))
@@ -96,36 +94,36 @@ class SiteSpec:
 
 
 _NUMBERS = re.compile(r"[0-9]{1,4}(\+[0-9]{1,4})*")
-"""A site of this machine: a GPU, or those of a trial of several ranks."""
+"""Name of a site on this machine: a GPU, or the GPUs of a trial with several ranks."""
 
 
 def numbers_of(name: str) -> tuple[int, ...]:
-    """The GPUs of this machine, or shares of its CPUs, that are one site: "0", or "0+1"."""
+    """The GPU numbers of this machine, or CPU shares, that form one site: "0", or "0+1"."""
     return tuple(map(int, name.split("+")))
 
 
 def say_sites(sites: Sequence[str]) -> str:
-    """For messages."""
+    """The sites as text, for messages."""
     return f"sites = {','.join(sites)!r}"
 
 
 def say_on(on: str) -> str:
-    """For messages."""
+    """The value of `on` as text, for messages."""
     return f"on = {on!r}"
 
 
 def is_slurm(on: str) -> bool:
-    """Whether it names jobs of SLURM."""
+    """Whether a value of `on` names SLURM jobs."""
     return on.partition(":")[0] == SLURM
 
 
 def read_slurm(on: str) -> SlurmRequest:
     """The jobs requested by a text such as "slurm:sites=4,partition=gpu,gres=gpu:1,time=60".
 
-    A value may hold commas: what has no "=" after one belongs to the value before it.
+    A value may contain commas: a part without "=" belongs to the value before it.
 
     Raises:
-        UsageError: an unknown key, or an invalid value.
+        UsageError: a key is unknown, or a value is invalid.
     """
     listed = on.partition(":")[2]
     known = {**OWN_OPTIONS, **SLURM_OPTIONS}

@@ -1,4 +1,4 @@
-"""Carries out the commands of a measuring process, which hosts trials or is started for a single command.
+"""Executes the commands of a measuring process, which hosts trials or is started for a single command.
 
 Heavy libraries are imported after the command has arrived: a cold start measures its own imports. Standard output and
 error of a process that hosts trials go to the trial's log.
@@ -22,8 +22,8 @@ from lorameter.studies.workload import Workload
 
 
 def serve(connection: Connection) -> None:
-    """The loop of a process that hosts trials: one answer for each command, until the parent closes the connection. An
-    exception becomes a fragment with its status."""
+    """Serve a process that hosts trials: answer each command until the parent closes the connection. An exception
+    becomes a fragment with its status."""
     trials: dict[str, Any] = {}
 
     def answer(command: wire.Command) -> PartialRecord:
@@ -53,14 +53,14 @@ def _prepare_trial(trials: dict[str, Any], request: dict[str, Any], profiled: bo
 
         return TrialOfRanks(decoded)
     shared = next((other.shared for other in trials.values()), None) or SharedBase()
-    if profiled:  # other trials do not import it
+    if profiled:  # other trials need not import it
         from lorameter.trial.profiling.trial import ProfiledTrial
 
         return ProfiledTrial(decoded, shared)
     return Trial(decoded, shared)
 
 
-# Each of these runs in a process of its own, which then ends.
+# Each of these runs in a separate process, which then ends.
 
 
 def _prepare_base(request: dict[str, Any]) -> PartialRecord:
@@ -117,12 +117,12 @@ def _log_to(log: str) -> None:
 
 
 def serve_once(connection: Connection) -> None:
-    """The loop of an interpreter that is started for one command, until the parent closes the connection."""
+    """Serve an interpreter that is started for one command, until the parent closes the connection."""
     wire.serve(connection, lambda command: COMMANDS[command.name](**command.arguments))
 
 
 def _start_cold(spawned_monotonic_s: float, request: dict[str, Any] | None = None) -> PartialRecord:
-    """A cold start, or without a request its imports alone."""
+    """Time a cold start, or without a request only its imports."""
     from lorameter.trial.serving.cold import start_cold, time_imports
 
     try:

@@ -1,7 +1,7 @@
-"""The report of an A/B run: candidate against base, paired turn by turn, and what the effect can be attributed to.
+"""The report of an A/B run: candidate against base, paired turn by turn, and the attribution of the effect.
 
-The base against itself, measured in the same turns, is the control: if it differs, nothing of the run counts; if it
-leaves the question open, nothing is called equivalent.
+The control compares the base with itself, in the same turns: if it differs, the run does not count; if it is
+inconclusive, nothing is called equivalent.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from lorameter.verdicts.validity import run_validity
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseEffect(Comparison):
-    """One metric of the training, generation or start of a variant, to see where an effect comes from."""
+    """One metric of a variant's training, generation or start, which shows where an effect comes from."""
 
     variant: str
     metric: str
@@ -55,11 +55,11 @@ class PhaseEffect(Comparison):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attribution:
-    """Differences between the sides, and where the time went. Not corrected for multiple comparisons, so without
-    verdicts."""
+    """Differences between the sides, and the distribution of the time. Not corrected for multiple comparisons, so
+    without verdicts."""
 
     packages: dict[str, tuple[str | None, str | None]]
-    """Distributions whose versions differ: base, candidate; None where it is not installed."""
+    """Distributions whose versions differ: base, candidate; None if not installed."""
     differing: tuple[Difference, ...]
     """Other facts of the two sides."""
     parts: tuple[PhaseEffect, ...]
@@ -68,16 +68,16 @@ class Attribution:
 def report_of(
     run: Run, *, metrics: Sequence[str] = (), limits_of: LimitsOf = default_limits, losses: bool = False
 ) -> ComparisonReport:
-    """The verdicts of an A/B run; of one whose sites are unlike those of each site.
+    """The verdicts of an A/B run; if its sites differ, the verdicts of each site.
 
     Args:
         run: a run with two sides.
         metrics: names or patterns to judge; empty for the primary metric of each phase and the peaks of memory.
         limits_of: tolerance and margin by variant and metric.
-        losses: whether those of both sides are to be compared; those of scripts always are.
+        losses: whether to compare the losses of both sides; the losses of scripts are always compared.
 
     Raises:
-        UsageError: a run without sides.
+        UsageError: the run has no sides.
     """
     study = _study(run)
     validity = run_validity(run, study)
@@ -120,8 +120,8 @@ def report_of(
 
 
 def _report_of_sites(run: Run, broken: str | None, by_site: Mapping[str, ComparisonReport]) -> ComparisonReport:
-    """The report of each site in one: a gate lets pass what all of them let pass. Without a site there is no row,
-    which is no pass either."""
+    """Combine the reports of all sites: the gate passes only if every site passes. If there is no site, the report has
+    no row and does not pass."""
     invalid = fields_of(verdict_only("invalid", broken)) if broken else {}
     return ComparisonReport(
         base=str(run.manifest.sides["base"]["label"]),
@@ -144,8 +144,8 @@ def _report_of_sites(run: Run, broken: str | None, by_site: Mapping[str, Compari
 def _choose_metrics(
     run: Run, sides: Sequence[Series], patterns: Sequence[str], *, broken: bool, per_token: bool
 ) -> list[str]:
-    """The metrics to judge; where a step of one side holds more tokens than one of the other, the time per real token
-    is one of them."""
+    """The metrics to judge; if steps of the sides hold different numbers of tokens, they include the time per real
+    token."""
     measured = {metric for side in sides for metric in side.metrics}
     known = [*(metric for metric in METRICS if metric in measured), *sorted(filter(is_memory, measured))]
     extra = ["time_per_real_token_s"] if per_token and "time_per_real_token_s" in known else []
@@ -155,12 +155,12 @@ def _choose_metrics(
     if found or (sides and not broken):
         return found
     primary = default_metrics(run.manifest.phases, ())
-    return matching(primary, patterns) or primary[:1]  # nothing was measured; an empty report would hide the failure
+    return matching(primary, patterns) or primary[:1]  # if nothing was measured, an empty report would hide the failure
 
 
 def _pair(base: Series, candidate: Series, control: Series | None, metric: str) -> Pair:
-    """Both sides with the trials of the replicates that both have undisturbed, and with the scatter that they share
-    with the control."""
+    """Pair both sides by the replicates that are undisturbed on both, with the scatter that they share with the
+    control."""
     pair = pairs_of(base, candidate, metric)
     again = pairs_of(base, control, metric) if control is not None else None
     if again is None or not again.base or not pair.base or is_memory(metric):
@@ -172,8 +172,8 @@ def _pair(base: Series, candidate: Series, control: Series | None, metric: str) 
 
 
 def attribution_of(run: Run) -> Attribution:
-    """Differences between the sides, and the ratio of every metric that both have; on each of several unlike sites."""
-    _study(run)  # which has sides
+    """Differences between the sides, and the ratio of every common metric, for each site if sites differ."""
+    _study(run)  # raises if the run has no sides
     facts = [_facts(run, side) for side in ("base", "candidate")]
     if is_mixed(run):
         sites = runs_of_sites(run).items()
@@ -202,13 +202,13 @@ def _list_effects(run: Run) -> Iterator[PhaseEffect]:
         if ours is None or theirs is None:
             continue
         for metric in METRICS:
-            with contextlib.suppress(InvalidRunError):  # samples without a ratio, as a loss of zero, cost no verdict
+            with contextlib.suppress(InvalidRunError):  # samples without a ratio (a loss of zero) affect no verdict
                 if (found := compare_series(ours, theirs, metric)) is not None:
                     yield PhaseEffect(variant=name, metric=metric, **fields_of(found))
 
 
 def _facts(run: Run, side: str) -> dict[str, Any]:
-    """The installed packages of a side, as its scripts report them, else its interpreter."""
+    """The installed packages of a side, as its scripts report them, else those of its interpreter."""
     stated: dict[str, Any] = run.manifest.sides[side].get("facts") or {"packages": {}}
     versions = _reported_versions(run, side)
     if not versions:
@@ -242,9 +242,9 @@ def _notices(run: Run, study: Study, control: Mapping[str, Comparison | None]) -
 
 
 def _alike(run: Run) -> bool:
-    """Whether nothing is known to differ: a mistyped side would come out as `equivalent`."""
+    """Whether no difference is known: a mistyped side would otherwise be `equivalent`."""
     base, candidate = (run.manifest.sides[side] for side in ("base", "candidate"))
-    if base.get("kind") == SIDE:  # all else is equal on purpose
+    if base.get("kind") == SIDE:  # everything else is equal on purpose
         return bool(base.get("spec") == candidate.get("spec"))
     versions = [_reported_versions(run, side) for side in ("base", "candidate")]
     if versions[0] and versions[0] == versions[1] and base.get("kind") != "revision":

@@ -1,9 +1,10 @@
-"""Whether two scripts do the same: a ratio of times means nothing where one of them trains less.
+"""Checks whether two scripts do the same training: a ratio of times is meaningless if one of them trains less.
 
-What a step holds and what it trains is counted, so it is compared exactly, or within the tolerance where it is a mean.
-Losses are compared where both see the same tokens: in the first step, in which both have the same model, and then over
-all steps, a replicate's value being the median of its paired log ratios, with an interval over replicates. They are
-called the same only where that interval says so; what could not be seen is unknown, with the reason.
+The contents of a step and its trained parameters are counted, so they are compared exactly, or within a tolerance if
+they are means. Losses are compared if both scripts see the same tokens: in the first step, in which both have the same
+model, and then over all steps. A replicate's value is the median of its paired log ratios, and the interval is over
+replicates. Losses are the same only if the interval supports it; a fact that was not observed is unknown, with the
+reason.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from lorameter.verdicts.series import Series, group_trials, is_difference
 from lorameter.verdicts.software import differing_versions
 
 TOLERANCE = 0.01
-"""Smallest difference of a mean number of tokens, or of a loss, that is reported."""
+"""Smallest difference of a mean token count, or of a loss, that is reported."""
 MARGIN = 0.02
-"""Within it losses are the same: kernels that compute the same in another order move a loss of 16 bits by less."""
+"""Losses within it are the same: kernels that only change the order of operations change a 16-bit loss by less."""
 ROUNDING = 2.0**-8
-"""Rounding error of bfloat16; losses on the same batches may differ by as much."""
+"""Rounding error of bfloat16; losses on the same batches may differ by this much."""
 FEWEST_STEPS = 16
-"""With fewer, whether losses follow each other is not judged."""
+"""With fewer steps, agreement of the losses over all steps is not judged."""
 OTHER_PARAMETERS, LOSS_DIFFERS = "trains-other-parameters", "loss-differs"
-"""Codes of notices that say that two scripts are not the same training."""
+"""Codes of notices for scripts that are not the same training."""
 SOFTWARE_DIFFERS = "software-differs"
 MOST_NAMED = 6
-"""Packages that a notice names; another interpreter may have hundreds of others."""
+"""Maximum packages that a notice names; another interpreter may differ in hundreds."""
 Found = Literal["agree", "differ", "unknown"]
 
 
@@ -50,33 +51,33 @@ class LossAgreement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScriptPair:
-    """Two scripts with the trials that both have of a replicate."""
+    """Two scripts with the trials of their common replicates."""
 
     names: tuple[str, str]
     pairs: tuple[tuple[TrialRecord, TrialRecord], ...]
 
     @property
     def skipped(self) -> tuple[int, int]:
-        """How many steps of each side come before the first that the other shows as well: a loop without a Trainer or
-        meter is seen from its second step on (`lorameter.attach.sources`)."""
+        """How many steps of each side precede the first step that the other side also recorded: a loop without a
+        Trainer or meter is measured from its second step on (`lorameter.attach.sources`)."""
         base, candidate = (self.pairs[0][side].tokens.get("source") == "optimizer" for side in (0, 1))
         return int(candidate and not base), int(base and not candidate)
 
     def steps(self, values_of: Callable[[TrialRecord], tuple[float, ...]]) -> list[list[tuple[float, ...]]]:
-        """A value of each step, by trial, of either side, from the first step that both show."""
+        """A value of each step, by trial, for both sides, from the first step that both recorded."""
         if not self.pairs:
             return [[], []]
         return [[values_of(pair[side])[skip:] for pair in self.pairs] for side, skip in enumerate(self.skipped)]
 
     @property
     def tokens(self) -> list[list[tuple[float, ...]]] | None:
-        """Real tokens of each step, by trial, of both; None where they were not seen."""
+        """Real tokens of each step, by trial, for both sides; None if they were not counted."""
         found = self.steps(real_tokens_of_steps)
         return found if self.pairs and all(map(all, found)) else None
 
     @property
     def tokens_a_step(self) -> tuple[float, float] | None:
-        """The means of both; None where they were not seen."""
+        """The mean tokens of a step on both sides; None if they were not counted."""
         seen = self.tokens
         if seen is None:
             return None
@@ -85,13 +86,13 @@ class ScriptPair:
 
     @property
     def tokens_differ(self) -> bool:
-        """Whether a step of the one holds more than a step of the other, as far as that is known."""
+        """Whether a step of one side has more tokens than a step of the other, as far as known."""
         means = self.tokens_a_step
         return means is not None and (min(means) <= 0 or abs(math.log(means[1] / means[0])) > TOLERANCE)
 
     @property
     def same_tokens(self) -> bool | None:
-        """Whether each step of the one holds as many tokens as that of the other; None where they were not seen."""
+        """Whether each step has the same number of tokens on both sides; None if they were not counted."""
         seen = self.tokens
         if seen is None:
             return None
@@ -99,7 +100,7 @@ class ScriptPair:
 
 
 def sides_of_run(run: Run, study: Study) -> dict[str, ScriptPair]:
-    """The pairs of scripts to compare, by variant: in an A/B the candidate with the base, else each with the
+    """The pairs of scripts to compare, by variant: in an A/B the candidate and the base, else each variant and the
     reference."""
     names = [variant.name for variant in study.variants]
     if run.manifest.sides:
@@ -126,7 +127,7 @@ def _pair_trials(base: Series, candidate: Series) -> Iterator[tuple[TrialRecord,
 
 
 def compare_losses(sides: ScriptPair) -> LossAgreement:
-    """Whether two scripts have the same losses on the same tokens."""
+    """Decide whether two scripts have the same losses on the same tokens."""
     if sides.same_tokens is False:
         return LossAgreement(
             found="unknown", reason="they see different tokens, so their losses have nothing in common"
@@ -167,9 +168,9 @@ OTHER_BATCHES = "losses of the same step are no closer to each other than losses
 
 
 def _follow_each_other(base: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]]) -> bool:
-    """Whether losses may be of the same batches in the same order, by how far each is from the mean of its neighbours.
-    Of the same batches those of the same step are the closest; of other batches half of them are closer to those of a
-    neighbouring step. The limit is halfway between."""
+    """Whether losses may be of the same batches in the same order, by the distance of each from the mean of its
+    neighbours. On the same batches, the losses of the same step are the closest; on other batches, half of the losses
+    are closer to those of a neighbouring step. The limit is halfway between."""
     aligned: list[float] = []
     closer: list[bool] = []
     for ours, theirs in zip(map(_scatter, base), map(_scatter, candidate), strict=True):
@@ -184,13 +185,13 @@ def _follow_each_other(base: Sequence[Sequence[float]], candidate: Sequence[Sequ
 
 
 def _scatter(losses: Sequence[float]) -> list[float]:
-    """Log ratios of each loss to its neighbours, in which no trend is."""
+    """Log ratios of each loss to its neighbours, which removes the trend."""
     logs = [math.log(loss) for loss in losses]
     return [logs[place] - (logs[place - 1] + logs[place + 1]) / 2 for place in range(1, len(logs) - 1)]
 
 
 def sameness_notices(run: Run, study: Study) -> Iterator[Notice]:
-    """Notices of what differs between scripts of a run; that sides have different software is intended."""
+    """Notices about differences between scripts of a run; different software of the sides is intended."""
     if not study.of_scripts:
         return
     on_purpose = any(side.get("kind") != SIDE for side in run.manifest.sides.values())
@@ -200,12 +201,12 @@ def sameness_notices(run: Run, study: Study) -> Iterator[Notice]:
 
 
 def notices_of_sides(name: str, sides: ScriptPair) -> Iterator[Notice]:
-    """Notices of what differs between two scripts, with both values."""
+    """Notices about differences between two scripts, with both values."""
     if not sides.pairs:
         return
     yield from _tokens(name, sides)
     for code, key, words, remedy in FACTS:
-        # All trials of one script say the same.
+        # All trials of one script have the same facts.
         known = [{**record.tokens, **record.values}.get(key) for record in sides.pairs[0]]
         if None not in known and known[0] != known[1]:
             ours, theirs = (words.format(value) for value in known)
@@ -242,7 +243,7 @@ FACTS: tuple[tuple[str, str, str, str], ...] = (
     ("loss-dtype-differs", "loss_dtype", "the loss is {}", "the same precision"),
     ("threads-differ", "threads", "torch computes on {:g} threads", "as many"),
 )
-"""Facts that two scripts must share: the notice's code, the key in a record, the words, and what to give both."""
+"""Facts that two scripts must share: the notice's code, the key in a record, the text, and the remedy."""
 
 
 def _differ(name: str, sides: ScriptPair, ours: str, theirs: str, remedy: str, *, code: str) -> Notice:
@@ -254,7 +255,7 @@ def _differ(name: str, sides: ScriptPair, ours: str, theirs: str, remedy: str, *
 
 
 def _tokens(name: str, sides: ScriptPair) -> Iterator[Notice]:
-    """Notices of a step's contents: real tokens, sequences and passes."""
+    """Notices about a step's contents: real tokens, sequences and passes."""
     means, batches = sides.tokens_a_step, [_batch(record) for record in sides.pairs[0]]
     known = all(batches)
     if means is not None and sides.tokens_differ:
@@ -272,7 +273,7 @@ def _tokens(name: str, sides: ScriptPair) -> Iterator[Notice]:
 
 
 def _batch(record: TrialRecord) -> str:
-    """Sequences of a step, and its passes where they are known, in words; empty where sequences were not seen."""
+    """Sequences of a step, and its passes if known, as text; empty if sequences were not counted."""
     steps, sequences = len(record.samples.get("step_time_s", ())), sum(record.samples.get("turn_sequences", ()))
     passes = record.values.get("accumulation")
     if not steps or not sequences:

@@ -346,7 +346,7 @@ def default_limits(variant: str, metric: str) -> ComparisonLimits:
 
 
 def judge(pairs: Mapping[Key, Pair], limits_of: LimitsOf = default_limits) -> dict[Key, Comparison]:
-    """The verdict on each pair. Memory is compared by its maximum; times form one family that shares the error rate.
+    """The verdict on each pair. Memory is compared by its maximum; times share one error rate (Holm).
 
     A pair that cannot be compared is invalid, with the reason.
     """

@@ -1,12 +1,13 @@
 """Bytes that autograd saves for the backward pass, in closed form.
 
-Korthikanti et al. (2022, arXiv 2205.05198, section 4.1) count 34 bytes a token, layer and hidden unit for a dense
-16-bit transformer. LoRA training differs: no frozen weight has a gradient, so the input of a frozen layer is not saved
-for it; but each adapter saves its own input, which PEFT casts to the adapter's type, and its r columns. The rest is as
-in transformers' Llama: a norm saves its input in float32 and one number a token, an attention its operands, its output
-and a logarithm for each row, the gated activation its three factors. A tensor that two operators save counts once.
+Korthikanti et al. (2022, arXiv 2205.05198, section 4.1) count 34 bytes per token, layer and hidden unit for a dense
+16-bit transformer. LoRA training differs: frozen weights have no gradient, so the input of a frozen layer is not saved;
+but each adapter saves its own input, which PEFT casts to the adapter's dtype, and its r columns. The rest is as in
+transformers' Llama: a norm saves its input in float32 and one number per token; attention saves its operands, its
+output and a logarithm per row; the gated activation saves its three factors. A tensor that two operators save counts
+once.
 
-Under checkpointing a block saves its input alone; the last norm is as without.
+With checkpointing, a block saves only its input; the last norm is unaffected.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from lorameter.studies.workload import Workload
 
 
 class Activations:
-    """Bytes that are saved for one micro-batch. `device` is "cpu" or "cuda": they differ in the mask of a dropout.
+    """Bytes that are saved for one micro-batch. `device` is "cpu" or "cuda", which differ in the dropout mask.
 
-    Raises `UnknownLayersError` where the model's layers are not known.
+    Raises `UnknownLayersError` if the model's layers are unknown.
     """
 
     def __init__(self, variant: Variant, workload: Workload, shape: ModelShape, device: str) -> None:
@@ -38,30 +39,30 @@ class Activations:
         cast = variant.autocast
         self._product = self._adapter if cast is None else width(cast)
         self._attention = self._stream if cast is None else width(cast)
-        # The output of a quantised layer has the type of its input, also under autocast.
+        # The output of a quantised layer has the dtype of its input, also under autocast.
         self._gated = self._stream if cast is None or variant.quantization != "none" else width(cast)
         self._casts = cast is not None and width(cast) != self._stream
         self._mask = self._adapter if device == "cpu" else 1
-        """Bytes of an element of dropout's mask, which on a CPU is a factor in the type of the input."""
+        """Bytes of an element of the dropout mask, which on a CPU is a factor in the dtype of the input."""
         self._cast_adapter = 0 if cast is None or self._product == self._adapter else self._product
-        """Bytes of an element of an adapter's weight in autocast's type, 0 where it is not cast."""
+        """Bytes of an element of an adapter's weight in the autocast dtype, 0 if it is not cast."""
         self._shared = self._product == self._adapter == self._stream
-        """Whether adapters share their input; else each has a copy in its own type."""
+        """Whether adapters share their input; otherwise each has a copy in its own dtype."""
 
     def sum_kept(self) -> int:
-        """Of the whole model, without the logits."""
+        """Bytes for the whole model, without the logits."""
         shape = self._shape
         outside = self._norm() + (shape.vocab_size * shape.hidden_size * self._attention if self._casts else 0)
-        if self._variant.gradient_checkpointing:  # which needs the gradient of the embeddings
+        if self._variant.gradient_checkpointing:  # checkpointing needs the gradient of the embeddings
             return shape.layers * self._tokens * shape.hidden_size * self._stream + outside
         return shape.layers * self.block() + self._rotary() - self._not_first() + outside
 
     def block(self) -> int:
-        """Of one block at the beginning of its backward pass."""
+        """Bytes for one block at the beginning of its backward pass."""
         gated = 3 * self._tokens * self._shape.intermediate_size * self._gated
         total = self._family.norms * self._norm() + self._adapters() + self._attended() + gated
         if self._casts and self._variant.quantization == "none":
-            # Autocast casts frozen weights in each product, and their backward pass needs the copies.
+            # Autocast casts frozen weights in each product, and the backward pass needs the copies.
             total += sum(inputs * outputs for inputs, outputs in linear_widths(self._shape).values()) * self._attention
         return total
 
@@ -69,11 +70,11 @@ class Activations:
         return self._normed(self._tokens, self._shape.hidden_size)
 
     def _normed(self, rows: int, wide: int) -> int:
-        """Of one norm over rows of this width."""
+        """Bytes for one norm over rows of this width."""
         return rows * (4 * wide + 4) + (4 * wide if self._family.shifted_norms else 0)
 
     def _rotary(self) -> int:
-        """Cosine and sine, once for all blocks with the same rotary embedding."""
+        """Bytes for cosine and sine, once for all blocks with the same rotary embedding."""
         kinds = 2 if 0 < self._family.global_every <= self._shape.layers else 1
         return kinds * 2 * self._tokens * self._shape.head_dim * self._stream
 
@@ -83,7 +84,7 @@ class Activations:
         unwanted = self._norm() + sum(self._variant.r * inputs for inputs, _ in entering) * self._cast_adapter
         if self._variant.lora_dropout:
             unwanted += self._tokens * self._mask * sum(inputs for inputs, _ in entering)
-        if not entering:  # nothing before the attention needs a gradient through it
+        if not entering:  # nothing before the attention needs a gradient
             unwanted += self._attended() + (0 if self._stages["attended"] else self._norm())
         return unwanted
 
@@ -93,7 +94,7 @@ class Activations:
         for stage, group in self._stages.items():
             inputs = [names[name][0] for name in group]
             if self._shared:
-                # The adapter of the output projection shares the saved output of the attention, unless it is copied.
+                # The adapter of the output projection shares the saved attention output, unless that is copied.
                 same = stage == "attended" and self._variant.attention != "eager" and not self._variant.lora_dropout
                 total += 0 if same else self._tokens * size * max(inputs, default=0)
             else:
@@ -105,13 +106,13 @@ class Activations:
         return total + sum(r * (inputs + outputs) for inputs, outputs in names.values()) * self._cast_adapter
 
     def _dropped(self, inputs: list[int]) -> int:
-        """Masks, and the inputs of adapters, which can no longer share one."""
+        """Bytes for the masks, and for the adapters' inputs, which can no longer be shared."""
         copies = self._tokens * self._product * (sum(inputs) - max(inputs, default=0)) if self._shared else 0
         return self._tokens * self._mask * sum(inputs) + copies
 
     def _dora(self) -> int:
-        """PEFT computes the norm through the product of an identity matrix, which A saves. With dropout it multiplies
-        by the frozen weight a second time, in the adapter's type."""
+        """PEFT computes the norm through the product with an identity matrix, which A saves. With dropout it multiplies
+        by the frozen weight a second time, in the adapter's dtype."""
         total, dropped = 0, self._variant.lora_dropout > 0
         for inputs, outputs in self._adapted.values():
             total += self._adapter * (inputs * inputs + inputs * self._variant.r) + 12 * outputs
@@ -120,7 +121,7 @@ class Activations:
         return total
 
     def _attended(self) -> int:
-        """Of the attention, with the norms of each head's query and key in families that have them."""
+        """Bytes for the attention, with the query and key norms of each head in families that have them."""
         shape, size = self._shape, self._attention
         heads = (shape.heads, shape.kv_heads) if self._family.normed_heads else ()
         return self._scored(shape, size) + sum(self._normed(self._tokens * count, shape.head_dim) for count in heads)
@@ -129,10 +130,10 @@ class Activations:
         query = self._tokens * shape.heads * shape.head_dim * size
         key = self._tokens * shape.kv_heads * shape.head_dim * size
         pairs = self._rows * self._length**2
-        if self._variant.attention == "eager":  # scores in float32, and again in the type of the values
+        if self._variant.attention == "eager":  # scores in float32, and again in the dtype of the values
             return 3 * query + pairs * shape.heads * (4 + (size if size < 4 else 0))
         logarithms = self._tokens * shape.heads * 4
         if self._variant.attention == "sdpa":  # packed or padded: a mask, and keys repeated for each query head
-            repeats = shape.kv_heads > 1 or self._casts  # of a single one they are views
+            repeats = shape.kv_heads > 1 or self._casts  # with a single key/value head they are views
             return 2 * query + 2 * (query if repeats else key) + logarithms + pairs * size
         return 2 * query + 2 * key + logarithms

@@ -1,4 +1,4 @@
-"""Estimates the memory of a variant, by the kinds of `lorameter.records.memory_account`, from the model's shape.
+"""Estimates the memory of a variant from the model's shape, by the kinds of `lorameter.records.memory_account`.
 
 Most kinds are exact counts: weights at their stored size, constants of quantisation (Dettmers et al. 2023, arXiv
 2305.14314, section 3: a scale for 64 weights, itself quantised in blocks of 256), adapter, optimizer state, saved
@@ -6,8 +6,8 @@ tensors of the forward pass (`lorameter.models.costs.activations`), logits. The 
 moments: the gradient of the loss (activations, and logits in float32 three times: log-probabilities and two gradients),
 under checkpointing a recomputed block, or the update of the optimizer with all gradients.
 
-The memory of a process on a CPU besides its tensors has no formula. Its constants were measured, as documented with
-each, for one thread and glibc. The memory at the start of a process depends on the build of torch (`birth_bytes`).
+The CPU memory of a process other than its tensors has no formula. Its constants were measured, as documented for each,
+with one thread and glibc. The memory at the start of a process depends on the build of torch (`birth_bytes`).
 """
 
 from __future__ import annotations
@@ -34,39 +34,41 @@ from lorameter.studies.workload import Workload
 MIB = 2**20
 BIRTHS = {"cpu": 337 * MIB, "cuda": 520 * MIB}
 """Bytes of a forked trial before it loads its model, by the build of torch, with or without a GPU. Measured with the
-build for CPUs, and with the one for CUDA 13 where transformers 5.17 imports scikit-learn, pandas and pyarrow."""
+CPU build, and with the CUDA 13 build and a transformers 5.17 that imports scikit-learn, pandas and pyarrow."""
 COPIED_SHARE = 0.25
-"""Share of these bytes that a forked trial does not share: pages in which reference counts change. Trials of tiny-llama
-had 102 to 122 MiB of private memory, 17 to 33 MiB of them new."""
+"""Share of these bytes that a forked trial does not share with its parent: pages in which reference counts change.
+Trials of tiny-llama had 102 to 122 MiB of private memory, of which 17 to 33 MiB were new."""
 AT_WORK = {"library_code": 48 * MIB, "library_heap": 13 * MIB, "interpreter": 15 * MIB}
-"""Bytes that libraries add during a trial; measured over variants of smollm2-135m with the build for CPUs, where they
-vary by some MiB. A memory breakdown does not count the last two: they are in its unexplained remainder."""
+"""Bytes that libraries add during a trial; measured over variants of smollm2-135m with the CPU build, where they vary
+by some MiB. In a memory breakdown the last two are part of the unexplained remainder."""
 CUDA_CONTEXT_BYTES = 600 * MIB
-"""Device memory of a process's CUDA context and libraries, which no allocator counts; 0.4 to 0.6 GiB is usual."""
+"""Device memory of a process's CUDA context and libraries, which is outside every allocator; 0.4 to 0.6 GiB is
+usual."""
 HEAP_SLACK = 0.25
-"""Share by which the heap of malloc exceeds the allocations of a step; measured 0.13 to 0.3 on smollm2-135m, and up to
-0.7 in a trial whose check was the full profile."""
+"""Share by which malloc's heap exceeds the allocations of a step; measured 0.13 to 0.3 on smollm2-135m, and up to 0.7
+in a trial whose check recorded the full profile."""
 IDLE_HEAP_BYTES = 25 * MIB
 """Bytes that malloc keeps in a request after training, after malloc_trim(3); measured 10 to 44 MiB."""
 MAPPED_FROM_BYTES = 32 * MIB
-"""glibc maps larger blocks separately and returns them whole (M_MMAP_THRESHOLD's dynamic maximum, mallopt(3))."""
+"""glibc maps larger blocks separately and returns them completely (M_MMAP_THRESHOLD's dynamic maximum, mallopt(3))."""
 PEAK_RANGES = {"cpu": (0.90, 1.10), "cuda": (0.89, 1.34)}
-"""The least and the greatest expected peak, divided by the estimate. On a CPU it is wider than the measured range
-(`MEASURED_ERRORS`). On a GPU it is the range of published peaks, of torch's allocator or as nvidia-smi shows, which
-tests/models/costs/test_published.py derives."""
+"""The least and the greatest expected peak, divided by the estimate. On a CPU the range is wider than the measured one
+(`MEASURED_ERRORS`). On a GPU it is the range of published peaks (of torch's allocator or from nvidia-smi), derived by
+tests/models/costs/test_published.py."""
 PUBLISHED_WITHIN, PUBLISHED_PEAKS = 101, 105
-"""Published peaks within that range, and all of them; each is a row of tests/models/costs/published_peaks.toml."""
+"""Number of published peaks within that range, and of all published peaks; each is a row of
+tests/models/costs/published_peaks.toml."""
 MEASURED_ERRORS = (-0.069, 0.026)
-"""Estimate over measured peak, less 1: the least and the greatest of `MEASURED_ON` that `make proof-memory_estimate`
-prints."""
+"""Estimate over measured peak, minus 1: the minimum and the maximum over `MEASURED_ON`, as printed by `make
+proof-memory_estimate`."""
 MEASURED_ON = "18 peaks of smollm2-135m on a CPU"
 LOGIT_COPIES = 3 * 4
-"""Bytes for each logit when the loss's gradient is taken: log-probabilities, their gradient, the logits' gradient."""
+"""Bytes for each logit when the loss gradient is computed: log-probabilities, their gradient, the logits' gradient."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryEstimate:
-    """Expected bytes at the peak of one phase, on the device that measures."""
+    """Expected bytes at the peak of one phase, on the measuring device."""
 
     phase: MemoryPhase
     kinds: dict[str, int]
@@ -85,16 +87,16 @@ class MemoryEstimate:
 
 
 def peak_range(needed_bytes: int, device: str) -> tuple[int, int]:
-    """The least and the greatest bytes that a device may need, given the estimate."""
+    """The minimum and maximum bytes that a device may need, given the estimate."""
     low, high = PEAK_RANGES[device]
     return int(low * needed_bytes), int(high * needed_bytes)
 
 
 def birth_bytes(cuda: str | None) -> int:
-    """Host memory of a trial's process at its start, where it was not measured.
+    """Host memory of a trial's process at its start, if it was not measured.
 
     Args:
-        cuda: the version of CUDA that torch is built for; None for a build for CPUs.
+        cuda: the CUDA version of the torch build; None for a CPU build.
     """
     return BIRTHS["cpu" if cuda is None else "cuda"]
 
@@ -115,24 +117,24 @@ def estimate_memory(
     repacks: bool = False,
     process_bytes: int | None = None,
 ) -> MemoryEstimate:
-    """The peak of a phase by kind.
+    """Estimate the peak of a phase by kind.
 
     Args:
-        variant: of the training, or of the requests after it.
+        variant: variant of the training, or of the requests after it.
         workload: batches and lengths; a request has its prompts and their new tokens.
-        shape: of the model.
+        shape: shape of the model.
         phase: "train" for a step, "generate" for a request.
         device: "cpu" or "cuda".
-        stored: type of a checkpoint that the trial itself maps (`stored_dtype`). None where it maps a prepared base, as
+        stored: dtype of a checkpoint that the trial itself maps (`stored_dtype`). None if it maps a prepared base, as
             in a run, or initialises its weights in memory.
         repacks: whether the CPU has AVX512-BF16 and the base is a prepared one. bitsandbytes then replaces the 4-bit
             weights by a repacked copy at the first forward pass in eval mode (`Linear4bit.forward` of bitsandbytes
             0.50), while the file with the originals stays mapped for the embeddings and norms.
-        process_bytes: memory of a trial's process at its start: as measured with the libraries of this machine, else
-            `birth_bytes` of its torch; None for that of a build for CPUs.
+        process_bytes: memory of a trial's process at its start, measured with the libraries of this machine or else
+            `birth_bytes` of its torch; None for the value of a CPU build.
 
     Raises:
-        UnknownLayersError: of a model type whose layers are not known.
+        UnknownLayersError: the layers of the model type are unknown.
     """
     kinds = _resident(variant, shape)
     if phase == "train":
@@ -150,7 +152,7 @@ def estimate_memory(
         )
     kinds |= {"process": birth_bytes(None) if process_bytes is None else process_bytes, **AT_WORK}
     if stored == variant.dtype and not variant.prepare_for_kbit and variant.quantization != "none":
-        # Embeddings and norms are still pages of the file, and keep all of it in memory.
+        # Embeddings and norms are still pages of the file, which keeps all of it in memory.
         kinds["checkpoint_pages"] = _linear(shape) * width(variant.dtype)
     if repacks and phase == "generate" and variant.is_4bit:
         kinds["checkpoint_pages"] = kinds["linear_weights"] + kinds["quantization_state"]
@@ -166,7 +168,8 @@ def estimate_phases(variant: Variant, workload: Workload, shape: ModelShape, **m
 def estimate_peak(
     variant: Variant, workload: Workload, shape: ModelShape, *, answers: bool = True, **more: Any
 ) -> MemoryEstimate:
-    """The phase with the largest peak; arguments as for `estimate_memory`, and whether the trial `answers` requests.
+    """The estimate of the phase with the largest peak; arguments as for `estimate_memory`, and whether the trial
+    `answers` requests.
 
     It is usually training. Requests of many prompts, or of one that is much longer than a training sequence, need more.
     """
@@ -184,15 +187,15 @@ def bound_bytes(variant: Variant, workload: Workload, shape: ModelShape, device:
 
 
 def lora_like(variant: Variant) -> LoraVariant:
-    """LoRA on all linear layers, with AdamW and the fields that a variant of any method has."""
+    """LoRA on all linear layers, with AdamW and the fields common to all methods."""
     common = {key: getattr(variant, key) for key in form_keys(LoraVariant) if hasattr(variant, key)}
     return LoraVariant(**(common | {"optimizer": "adamw_fused", "optimizer_args": {}}))
 
 
 def passing_bytes(variant: Variant, workload: Workload, shape: ModelShape) -> int:
     """Bytes of a trial's peak on a CPU that a process returns between its commands: the logits of a step and their
-    copies in the loss. 0 where malloc may keep their blocks, or where they are not part of the peak: of a step whose
-    peak is at another moment, or where requests need as much."""
+    copies in the loss. 0 if malloc may keep their blocks, or if they are not part of the peak, because the peak is at
+    another moment of the step or requests need as much."""
     step, request = estimate_phases(variant, workload, shape)
     logits = step.kinds.get("logits", 0)
     if logits < LOGIT_COPIES // 4 * MAPPED_FROM_BYTES:
@@ -201,7 +204,7 @@ def passing_bytes(variant: Variant, workload: Workload, shape: ModelShape) -> in
 
 
 def stored_dtype(source: ModelSource) -> str | None:
-    """Type of the checkpoint's weights in its configuration; None where they are not mapped from a file."""
+    """Dtype of the checkpoint's weights in its configuration; None if they are not mapped from a file."""
     if source.random or source.kind not in ("directory", "hub"):
         return None
     config = read_config(source)
@@ -228,14 +231,14 @@ def _resident(variant: Variant, shape: ModelShape) -> dict[str, int]:
 
 
 def _constants(variant: Variant, shape: ModelShape, *, repacked: bool = False) -> int:
-    """Bytes of the constants of quantisation, in all linear layers."""
+    """Bytes of the quantisation constants in all linear layers."""
     return shape.layers * sum(
         constant_bytes(*sizes, variant, repacked=repacked) for sizes in linear_widths(shape).values()
     )
 
 
 def mapped_bytes(variant: Variant, shape: ModelShape) -> int:
-    """Bytes that processes share on one prepared base: all of it except the parts that each casts to float32."""
+    """Bytes of one prepared base that processes share: all except the parts that each process casts to float32."""
     kinds = _resident(variant, shape)
     if variant.prepare_for_kbit:
         return kinds["linear_weights"] + kinds["quantization_state"]
@@ -247,7 +250,7 @@ def _adapter_width(variant: Variant) -> int:
 
 
 def _trained(variant: Variant, shape: ModelShape) -> dict[str, int]:
-    """Optimizer state, its paged part separately."""
+    """Bytes of the optimizer state, with its paged part separately."""
     tensors, size = adapter_tensors(variant, shape), _adapter_width(variant)
     paged = paged_state_bytes(variant.optimizer, tensors)
     state = optimizer_state_bytes(variant.optimizer, [(elements, size) for elements in tensors])
@@ -277,9 +280,10 @@ def _step(variant: Variant, workload: Workload, shape: ModelShape, device: str) 
 
 
 def mapped_from_tokens(variant: Variant, shape: ModelShape) -> int:
-    """The least tokens of a step whose activations are mapped separately on a CPU, so that malloc keeps none of them.
+    """The minimum tokens of a step for which activations are mapped separately on a CPU, so that malloc does not keep
+    them.
 
-    Only at this number does an estimate fall with more tokens.
+    Only at this number can an estimate decrease with more tokens.
     """
     return -(-MAPPED_FROM_BYTES // (shape.intermediate_size * width(variant.dtype)))
 
@@ -290,14 +294,14 @@ def _foreach(variant: Variant, device: str) -> int:
 
 
 def _dequantised(variant: Variant, shape: ModelShape) -> int:
-    """Bytes of the largest layer in the type in which it multiplies."""
+    """Bytes of the largest layer in its compute dtype."""
     largest = max(inputs * outputs for inputs, outputs in linear_widths(shape).values())
     return largest * width(variant.compute_dtype) if variant.is_4bit else 0
 
 
 def _request(variant: Variant, workload: Workload, shape: ModelShape, device: str) -> dict[str, int]:
     """Bytes that a request adds for each of its prompts: keys and values of the context, temporaries of one block, the
-    logits of the last token; and the adapters, all of which are in memory."""
+    logits of the last token; and the adapters, which are all in memory."""
     size, prompts = 4 if variant.prepare_for_kbit else width(variant.dtype), workload.request_batch
     context = workload.prompt_tokens + workload.new_tokens
     kinds = {
@@ -308,13 +312,13 @@ def _request(variant: Variant, workload: Workload, shape: ModelShape, device: st
         "operator_scratch": _dequantised(variant, shape),
     }
     if device == "cpu":
-        # oneDNN packs a 16-bit weight in each product; the largest is the head.
+        # oneDNN packs a 16-bit weight for each product; the largest is the output head.
         head = shape.vocab_size * shape.hidden_size * size if size == 2 else 0
         kinds |= {"operator_scratch": max(head, kinds["operator_scratch"]), "heap_slack": IDLE_HEAP_BYTES}
     return kinds
 
 
 def memory_bytes(variant: Variant, workload: Workload, shape: ModelShape, device: str = "cpu") -> int:
-    """Expected peak of training beyond the bare process (`lorameter.models.costs.memory`)."""
+    """Expected training peak beyond the bare process (`lorameter.models.costs.memory`)."""
     expected = estimate_memory(variant, workload, shape, device=device)
     return expected.total_bytes - (bare_process_bytes(None) if device == "cpu" else 0)

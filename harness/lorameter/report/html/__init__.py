@@ -1,1 +1,1 @@
-"""Reports as one file that a browser shows."""
+"""Reports as a single HTML file."""

@@ -1,7 +1,7 @@
 """A job: `python -m lorameter.run.sites.job FOLDER` measures the replicates of an order into its folder.
 
-The same command runs on a share of this machine, as a task of Ray and in a job of SLURM. A job is an ordinary run of
-some replicates, in a folder of its own; the process that started it merges the records into the run.
+The same command runs on a share of this machine, as a Ray task and in a SLURM job. A job is an ordinary run of some
+replicates in its own folder; the process that started it merges the records into the run.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from lorameter.run.workers.environment import Host
 
 
 def run_job(folder: Path) -> None:
-    """Carry out the order in a folder, and write the outcome into its state."""
+    """Execute the order in a folder, and write the outcome into its state."""
     order = read_order(folder)
     state = JobState(site=order.site or _name_site())
     try:
-        with contextlib.suppress(OSError):  # the nodes of a Ray cluster may not have it
+        with contextlib.suppress(OSError):  # nodes of a Ray cluster may not have the folder
             os.chdir(order.cwd)
         executor = open_executor()
         state = dataclasses.replace(state, machine=executor.machine().hardware)
@@ -52,7 +52,7 @@ def run_job(folder: Path) -> None:
 
 
 def _measure(folder: Path, plan: Plan, if_busy: IfBusy | None) -> None:
-    """Raises `KeyboardInterrupt` where the run was cancelled."""
+    """Measure the plan of the order. Raises `KeyboardInterrupt` if the run was cancelled."""
     with contextlib.ExitStack() as stack:
         if if_busy is not None:
             devices = executors_of_ranks(Host(), plan.study.workload.ranks)
@@ -63,7 +63,7 @@ def _measure(folder: Path, plan: Plan, if_busy: IfBusy | None) -> None:
 
 
 def _name_site() -> str:
-    """The node's name, with the GPUs of a SLURM job if it has any."""
+    """The node's name, with the GPUs of its SLURM job if it has any."""
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     gpus = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS") or ""
     return f"{node}-gpu-{gpus.replace(',', '-')}" if gpus else node

@@ -1,8 +1,8 @@
-"""Jobs on a Ray cluster: each is a task that runs the command of a job on a node and returns its files.
+"""Runs jobs on a Ray cluster: each is a task that runs the job's command on a node and returns its files.
 
-A task reserves its site: all CPUs of a node, or a GPU with its part of the CPUs, so that Ray starts nothing next to a
-measurement. It is bound to its node. Nodes share no folder: the order travels with the task, and the records come back
-when the task has ended.
+A task reserves its site: all CPUs of a node, or a GPU with its share of the CPUs, so that Ray runs no other task during
+a measurement. It is bound to its node. Nodes share no folder: the task carries the order, and returns the records when
+it ends.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class NodeShare:
 
     site: str
     node: str
-    """Ray's id of it."""
+    """Ray's id of the node."""
     cpus: float
     gpus: int = 0
     share: int = 0
@@ -48,11 +48,11 @@ def shares_of(nodes: Sequence[dict[str, Any]], wanted: Sequence[str] = (), *, ra
 
     Args:
         nodes: as `ray.nodes()` lists them.
-        wanted: names of nodes; empty for all.
-        ranks: of a trial, each of which has a GPU of its own where the cluster has any.
+        wanted: node names; empty for all nodes.
+        ranks: ranks of a trial; each has its own GPU if the cluster has GPUs.
 
     Raises:
-        UsageError: no node of such a name, or none that could measure.
+        UsageError: no node has such a name, or no node can measure.
     """
     alive = [node for node in nodes if node.get("Alive")]
     names = _names(alive)
@@ -83,7 +83,7 @@ def shares_of(nodes: Sequence[dict[str, Any]], wanted: Sequence[str] = (), *, ra
 
 
 def _names(nodes: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """A name for each node, by its id: its own, else its host's, with a part of the id if two are the same."""
+    """A unique name for each node, by its id: the node's name or its host's, with a part of the id if two are equal."""
     own = {
         node["NodeID"]: name if (name := node.get("NodeName")) and name != node.get("NodeManagerAddress") else host
         for node in nodes
@@ -100,10 +100,9 @@ class RayJobs:
         """Connect to a cluster.
 
         Args:
-            address: "ray" for the cluster that this machine is part of, "ray://HOST:PORT" for the one behind a client
-                port.
+            address: "ray" for the cluster of this machine, "ray://HOST:PORT" for a cluster with a client port.
             wanted: names of nodes; empty for all.
-            ranks: of a trial, each of which has a GPU of its own if the cluster has any.
+            ranks: ranks of a trial; each has its own GPU if the cluster has GPUs.
 
         Raises:
             UsageError: Ray is not installed, the cluster does not answer or has no such nodes.
@@ -136,13 +135,13 @@ class RayJobs:
         self._tasks[folder] = task.remote(read_order(folder), share.share, share.shares)
 
     def running(self) -> set[Path]:
-        """Folders of the jobs whose tasks have not ended; those that have are filled."""
+        """Folders of the jobs whose tasks have not ended; the folders of ended tasks are filled."""
         for folder, task in list(self._tasks.items()):
             if self._ray.wait([task], timeout=0)[0]:
                 del self._tasks[folder]
                 try:
                     files = self._ray.get(task)
-                except Exception as error:  # a node that is gone, a task that was cancelled: Ray has a class for each
+                except Exception as error:  # a lost node, a cancelled task: Ray has a class for each
                     self._why[folder] = said_by(error)
                     continue
                 for name, content in files.items():
@@ -151,13 +150,13 @@ class RayJobs:
         return set(self._tasks)
 
     def why(self, folder: Path) -> str:
-        """The reason why a job left no result."""
+        """The reason why a job returned no result."""
         return self._why.get(folder, "its process ended without a result")
 
     def cancel(self) -> None:
         """Ask all tasks to end."""
         for task in self._tasks.values():
-            with contextlib.suppress(Exception):  # it may have ended
+            with contextlib.suppress(Exception):  # the task may have ended
                 self._ray.cancel(task)
 
     def close(self) -> None:
@@ -167,7 +166,7 @@ class RayJobs:
 
 
 def run_on_node(order: Any, share: int, shares: int) -> dict[str, bytes]:
-    """Carry out an order on this node; returns the files of the job's folder, by their relative paths."""
+    """Execute an order on this node; returns the files of the job's folder by their relative paths."""
     with scratch_folder() as folder:
         write_order(folder, order)
         variables = {**os.environ, PARENT: str(os.getpid())}
@@ -194,7 +193,7 @@ def _connect(ray: Any, address: str) -> None:
         ray.init(
             address=address if address.startswith(CLIENT) else "auto", log_to_driver=False, logging_level=logging.ERROR
         )
-    except Exception as error:  # of a version, a port, a library that is missing: Ray has a class for each
+    except Exception as error:  # wrong version, wrong port, missing library: Ray has a class for each
         raise UsageError(
             f"{say_on(address)}: no Ray cluster answers: {said_by(error).rstrip('.')}. Start it, name it as "
             "ray://HOST:PORT, or set RAY_ADDRESS to the HOST:PORT of its head."

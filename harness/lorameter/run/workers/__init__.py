@@ -1,10 +1,10 @@
 """The processes of trials. `Executor` is the only interface between the runner and processes.
 
 An executor starts workers. A worker hosts one or more trials and answers one command at a time. The parent blocks on
-the answer: nothing of the harness runs while a step is timed.
+the answer: the harness does not run while a step is timed.
 
-The facts of the machine, its free memory and the places of a trial's files come from the executor as well. To add one:
-a module with a function `open_executor`, and a line in `EXECUTORS`.
+The executor also provides the facts about the machine, its free memory and the paths of a trial's files. To add an
+executor, write a module with a function `open_executor` and add a line to `EXECUTORS`.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from lorameter.studies.request import BaseRequest, TrialRequest
 from lorameter.studies.workload import Workload
 
 EXECUTORS = {"local": "lorameter.run.workers.local", "script": "lorameter.run.workers.script"}
-"""The module of each executor, by its name."""
+"""The module of each executor, by name."""
 SCRIPTS = "script"
 """The executor of variants that are commands."""
 ENV_EXECUTOR = "LORAMETER_EXECUTOR"
 
 
 class WorkerLostError(Exception):
-    """A worker died or did not answer; `status` and `failure` go into the records of its trials."""
+    """Raised if a worker died or did not answer; `status` and `failure` go into the records of its trials."""
 
     def __init__(self, status: Status, failure: Failure) -> None:
         super().__init__(failure.message)
@@ -53,7 +53,7 @@ class WorkerLostError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialFiles:
-    """Paths of a trial's files, absolute, on the machine that measures it."""
+    """Absolute paths of a trial's files, on the machine that measures it."""
 
     scratch: str
     """Its folder: saved adapter, compile caches."""
@@ -62,27 +62,27 @@ class TrialFiles:
 
 
 class Worker(abc.ABC):
-    """One live process that hosts trials, reached over a connection; a subclass starts the process and ends it."""
+    """One live process that hosts trials, connected to the parent; subclasses start and end the process."""
 
     start_latency_s = float("nan")
-    """From the request for the process to its first own instruction."""
+    """Seconds from the request for the process to its first instruction."""
     pid = 0
     connection: Connection
     _sent_s = 0.0
     _cpus: tuple[int, ...] = ()
-    """CPUs that it may run on, once they have been read."""
+    """CPUs on which it may run, after they have been read."""
 
     @abc.abstractmethod
     def end(self) -> int | None:
-        """Close the connection and kill the process; its exit status where it is known."""
+        """Close the connection and kill the process; returns its exit status if known."""
 
     def ask(self, command: str, trial: str, timeout_s: float, **arguments: Any) -> PartialRecord:
-        """Carry out a command. Raises `WorkerLostError` if the process dies or gives no answer within `timeout_s`."""
+        """Execute a command. Raises `WorkerLostError` if the process dies or does not answer within `timeout_s`."""
         self.send(command, trial, **arguments)
         return self.receive(command, timeout_s)
 
     def send(self, command: str, trial: str, **arguments: Any) -> None:
-        """Send a command without waiting for its answer; `receive` raises for a process that has ended."""
+        """Send a command without waiting for its answer; if the process has ended, `receive` raises."""
         self._sent_s = time.monotonic()
         with contextlib.suppress(wire.ClosedError):
             wire.send(self.connection, wire.Command(command, trial, arguments))
@@ -95,7 +95,7 @@ class Worker(abc.ABC):
 
     @contextlib.contextmanager
     def losses(self, phase: str, timeout_s: float) -> Iterator[None]:
-        """Raise `WorkerLostError` with the reason where the block receives no message, and end the process."""
+        """If the block receives no message, end the process and raise `WorkerLostError` with the reason."""
         try:
             yield
         except TimeoutError:
@@ -117,16 +117,16 @@ class Worker(abc.ABC):
         return WorkerLostError("crashed", Failure(phase=phase, kind="ProcessDied", message=message))
 
     def close(self) -> None:
-        """End the process; one that has ended is no error."""
+        """End the process; does nothing if it has already ended."""
         self.end()
 
     def cpus(self) -> tuple[int, ...]:
-        """CPUs that it may run on unless it is pinned; none if it has ended."""
+        """CPUs on which it may run if it is not pinned; empty if it has ended."""
         self._cpus = self._cpus or cpus_of(self.pid)
         return self._cpus
 
     def pin(self, cpus: Collection[int]) -> None:
-        """Run on these of them only."""
+        """Restrict the process to these CPUs."""
         pin_to_cpus(self.pid, cpus)
 
 
@@ -137,12 +137,12 @@ def silence(phase: str, timeout_s: float) -> Failure:
 
 
 class Executor(abc.ABC):
-    """Starts workers in one interpreter on this machine. Before `start` it answers for the machine only.
+    """Starts workers in one interpreter on this machine. Before `start`, it only answers questions about the machine.
 
-    It knows where the files of a run are by absolute paths, since a host may run in another folder.
+    It uses absolute paths for the files of a run, since a host may run in another folder.
 
-    A method that raises `NotImplementedError` is an operation that not every executor has: scripts have no bases and no
-    cold starts, a simulation has no tokens. No plan asks for what its executor does not have.
+    Methods that raise `NotImplementedError` are optional: scripts have no bases and no cold starts, a simulation has no
+    tokens. A plan never uses an operation that its executor lacks.
     """
 
     host: Host
@@ -151,42 +151,42 @@ class Executor(abc.ABC):
     """The folder of the run."""
     logs: Path
     scratch: Path
-    """For temporary files."""
+    """Folder for temporary files."""
     threads: int
     """CPU threads of each measuring process."""
     _stack: contextlib.ExitStack | None = None
 
     def machine(self) -> Machine:
-        """The machine as far as it can be known without touching its device, with the GPU that the host's processes see
-        first."""
+        """The machine, as far as it can be described without using its device, with the first GPU that the host's
+        processes see."""
         return provenance.probe_machine(self.host.variables(os.environ))
 
     def free_bytes(self) -> int | None:
-        """Memory that processes could take on that GPU, or in this container, now; None where it cannot be known."""
+        """Memory available now to processes on that GPU, or in this container; None if unknown."""
         return provenance.free_bytes(self.machine(), self.host.variables(os.environ))
 
     def device_id(self) -> str:
-        """The CPU, all of it, or the GPU that the host's processes see first, by its own number: equal for two
-        executors whose measurements would disturb each other."""
+        """Id of the CPU (as a whole), or of the first GPU that the host's processes see: equal for two executors whose
+        measurements would disturb each other."""
         return provenance.device_id(self.host.variables(os.environ))
 
     def facts(self) -> MachineFacts:
-        """The provenance of the machine and of the packages in the host. Raises `UsageError` if
-        the host does not answer."""
+        """The provenance of the machine and of the packages in the host. Raises `UsageError` if the host does not
+        answer."""
         host = None if self.host == Host() else describe(self.host)
         return provenance.read_facts(self.machine(), host, self.host.variables(os.environ))
 
     def max_parallel(self, threads: int) -> int:
-        """The number of its workers, with so many threads each, that may work at once while nothing is timed."""
+        """The number of workers, with this many threads each, that may run at once while nothing is timed."""
         raise NotImplementedError
 
     def start(self, folder: Path, threads: int) -> None:
-        """Begin to get ready for a run; returns at once.
+        """Begin to prepare for a run; returns at once.
 
         Args:
-            folder: of the run, on the parent's disk. When the executor is closed, it holds the tokens that are to be
-                kept, and the logs of the trials in `logs`.
-            threads: of each measuring process.
+            folder: folder of the run, on the parent's disk. When the executor is closed, it contains the kept tokens,
+                and the logs of the trials in `logs`.
+            threads: CPU threads of each measuring process.
         """
         self.folder, self.threads = folder.resolve(), threads
         self.logs = self.folder / "logs"
@@ -195,33 +195,35 @@ class Executor(abc.ABC):
         self.scratch = self._stack.enter_context(scratch_folder())
 
     def hello(self) -> WorkerInfo:
-        """Wait until ready; returns what the worker says of itself. Raises `InvalidRunError` if it does not start."""
+        """Wait until ready; returns the worker's description of itself. Raises `InvalidRunError` if it does not
+        start."""
         raise NotImplementedError
 
     def prepare_tokens(self, workload: Workload, *, keep: bool = True) -> TokenSummary:
-        """Make the token file of a workload; `keep` it with the run or let it go with the executor.
+        """Make the token file of a workload; with `keep` it stays with the run, else it is removed with the executor.
 
-        Raises `UsageError` for data that cannot be read, `InvalidRunError` if it cannot be done.
+        Raises `UsageError` if the data cannot be read, `InvalidRunError` for any other failure.
         """
         raise NotImplementedError
 
     def prepare_base(self, request: BaseRequest) -> BaseSummary:
-        """Make or find the base that the trials of this executor will map. It stays in the cache for other runs.
+        """Make the base that the trials of this executor will map, or find it in the cache. It stays in the cache for
+        other runs.
 
-        Raises `WorkerLostError` where it cannot be made (each trial then makes its own), `SystemLimitError` where the
-        system refuses memory or disk for it, `InvalidRunError` if no process can be started.
+        Raises `WorkerLostError` if it cannot be made (each trial then makes its own), `SystemLimitError` if there is
+        not enough memory or disk space for it, `InvalidRunError` if no process can be started.
         """
         raise NotImplementedError
 
     def make_place(self, trial: str, log: str) -> TrialFiles:
-        """Make a trial's temporary folder; its log lies with the run. Trials of one process share one `log`."""
+        """Make a trial's temporary folder; its log is in the run's folder. Trials of one process share one `log`."""
         scratch = self.scratch / trial
         scratch.mkdir(parents=True, exist_ok=True)
         return TrialFiles(scratch=str(scratch), log_path=str(self.logs / f"{log}.log"))
 
     def fetch(self, trial: str, name: str, folder: Path) -> Path:
-        """Move a file of a trial's folder into another; returns its path there. Where it does not fit, no part of it is
-        left."""
+        """Move a file from a trial's folder into another folder; returns its new path. If it does not fit, nothing
+        remains there."""
         try:
             return Path(shutil.move(self.scratch / trial / name, folder / name))
         except OSError:
@@ -234,18 +236,18 @@ class Executor(abc.ABC):
 
     @abc.abstractmethod
     def launch(self) -> Worker:
-        """Start a process; it hosts the trials that it is asked to `prepare`. Raises `WorkerLostError`."""
+        """Start a process; it hosts the trials that it receives by `prepare`. Raises `WorkerLostError`."""
 
     def cold_start(self, request: TrialRequest) -> PartialRecord:
         """Load the trial's saved adapter in a new interpreter and make a request. Raises `WorkerLostError`."""
         raise NotImplementedError
 
     def time_imports(self, log_path: str, timeout_s: float) -> PartialRecord:
-        """Time a new interpreter that imports what a cold start does. Raises `WorkerLostError`."""
+        """Time the imports of a cold start in a new interpreter. Raises `WorkerLostError`."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """End everything that was started, remove temporary files, and redact the logs."""
+        """End all processes that were started, remove temporary files, and redact the logs."""
         if self._stack is not None:
             self._stack.close()
             self._stack = None
@@ -253,9 +255,9 @@ class Executor(abc.ABC):
 
 
 def _redact_logs(folder: Path) -> None:
-    """Leave credentials out of logs. Processes write their logs themselves, so this is done when they have ended.
+    """Remove credentials from logs. Processes write their logs themselves, so this happens after they have ended.
 
-    A file is changed in place: a process of another executor may still have it open, and appends to it.
+    Files are changed in place, because a process of another executor may still append to an open one.
     """
     for path in sorted(folder.glob("*.log")):
         with contextlib.suppress(OSError), path.open("r+b") as file:
@@ -267,15 +269,15 @@ def _redact_logs(folder: Path) -> None:
 
 
 def open_executor(name: str | None = None, *, host: Host | None = None, label: str = "") -> Executor:
-    """An executor by its name; nothing is started yet.
+    """Open an executor by its name; nothing is started yet.
 
     Args:
-        name: one of `EXECUTORS`; None for the one that the environment names ($LORAMETER_EXECUTOR), else "local".
-        host: the interpreter that trials run in; None for the one that the executor's machine has for it.
-        label: names the side of an A/B in messages and in the names of logs.
+        name: one of `EXECUTORS`; None for the value of $LORAMETER_EXECUTOR, else "local".
+        host: the interpreter of the trials; None for the default one of the executor's machine.
+        label: names the side of an A/B in messages and log names.
 
     Raises:
-        UsageError: no executor of that name.
+        UsageError: there is no executor of that name.
     """
     name = name or os.environ.get(ENV_EXECUTOR) or "local"
     if name not in EXECUTORS:

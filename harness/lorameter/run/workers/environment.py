@@ -1,14 +1,13 @@
-"""The interpreter and environment that a measuring process runs in: where it is, what it has installed, and
-environments made for requirements.
+"""The interpreter and environment of a measuring process, its installed packages, and environments for requirements.
 
-The two sides of an A/B differ in their host and in nothing else: the same command lines are started in both. What a
-host has installed is read by a process of its own, which runs a script of the standard library only
-(`describe_env.py`), so that it works in an interpreter without lorameter and nothing imports torch.
+The two sides of an A/B differ only in their host: both start the same command lines. A separate process reads the
+packages of a host with a script that uses only the standard library (`describe_env.py`), so that it works in an
+interpreter without lorameter and does not import torch.
 
-A side of an A/B that is another version of a library must not change what is installed. So its requirements go into a
-virtual environment whose path continues into the present environment: the requirements, and what pip installs with
-them, come first, and everything else (torch is gigabytes) is shared. The layer is made once for the same requirements
-on the same present environment; like the models in the cache it is whole or absent.
+A side of an A/B with another version of a library must not change the current environment. So its requirements are
+installed into a virtual environment whose path continues into the current environment: the requirements and their
+dependencies come first, and everything else (torch is gigabytes) is shared. Such a layer is made once for the same
+requirements on the same environment; like the models in the cache, it is complete or absent.
 """
 
 from __future__ import annotations
@@ -41,19 +40,19 @@ from lorameter.records.locks import locked
 from lorameter.records.os_errors import refusal_said
 
 ANSWER_TIMEOUT_S = 120.0
-"""Reading the metadata of 100 distributions takes 0.1 s; a cold network disk can make it a minute."""
+"""Reading the metadata of 100 distributions takes 0.1 s, and up to a minute from a cold network disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
-    """The interpreter of a zygote, a cold start and a token process. The default is the present one."""
+    """The interpreter of a zygote, a cold start and a token process. The default is the current one."""
 
     python: str = field(default_factory=lambda: sys.executable)
-    """Absolute path of the executable, links kept: a virtual environment's python is a link."""
+    """Absolute path of the executable, without resolving links: the python of a virtual environment is a link."""
     path: tuple[str, ...] = ()
-    """Folders in front on PYTHONPATH, so in front of everything installed, editable installs included."""
+    """Folders at the front of PYTHONPATH, so before everything installed, including editable installs."""
     cwd: str | None = None
-    """Folder that the processes run in, and which `python -m` puts first on the path; None: that of the parent."""
+    """Working folder of the processes, which `python -m` puts first on the path; None: that of the parent."""
     environment: dict[str, str] = field(default_factory=dict)
     """Variables in addition to those of the parent."""
 
@@ -69,7 +68,7 @@ class Host:
 
 
 class InterpreterFacts(msgspec.Struct, frozen=True):
-    """Installed packages of an interpreter, as `describe_env.py` prints them."""
+    """Installed packages of an interpreter, as printed by `describe_env.py`."""
 
     python: Annotated[str, msgspec.Meta(pattern=r"^\d+\.\d+")]
     executable: str
@@ -80,10 +79,10 @@ class InterpreterFacts(msgspec.Struct, frozen=True):
 
 
 def inspect(host: Host, modules: Sequence[str] = ()) -> InterpreterFacts:
-    """The packages of an interpreter, and the files from which it would import some modules. None is imported.
+    """The packages of an interpreter, and the files from which it would import some modules, without importing them.
 
     Raises:
-        UsageError: the program cannot be started, or is no Python that can run this.
+        UsageError: the program cannot be started, or is not a suitable Python.
     """
     script = Path(__file__).with_name("describe_env.py").read_text(encoding="utf-8")
     try:
@@ -138,15 +137,15 @@ _REMEDY = "Name the executable of a Python 3.11 or later, for example ENVIRONMEN
 
 _LAYER_FILE = "_lorameter_layer.pth"
 _PIP_DESTINATIONS = ("PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_ROOT", "PYTHONPATH", "PYTHONHOME")
-"""Variables that would have pip install, or look, somewhere else than in the layer."""
+"""Variables that would make pip install or search elsewhere than in the layer."""
 
 
 def parse_requirements(text: str) -> tuple[str, ...] | None:
-    """The requirements of one line in PEP 508's form, sorted; None if it is no such line.
+    """Parse requirements on one line in the form of PEP 508, sorted; None if the text is no such line.
 
-    Spaces separate requirements, and may stand around a comparison and an `@`. A name alone counts only if it is a
-    library that lorameter knows or that is installed: any mistyped word has the form of a name, and installing a
-    stranger's package for it would be worse than refusing.
+    Spaces separate requirements, and are allowed around a comparison and an `@`. A name alone is accepted only if
+    lorameter knows the library or it is installed: every mistyped word looks like a name, and installing an unrelated
+    package for it would be worse than refusing.
     """
     from packaging.requirements import InvalidRequirement, Requirement
 
@@ -164,15 +163,15 @@ def parse_requirements(text: str) -> tuple[str, ...] | None:
 
 
 def restore_requirements(whose: str, requirements: str) -> str:
-    """Requirements of a run that is resumed, whose record leaves credentials out: an address without its user, which
-    pip may know from ~/.netrc, a keyring or an index of the same host.
+    """The requirements of a run to resume. Its record omits credentials: an address has no user, which pip may know
+    from ~/.netrc, a keyring or an index of the same host.
 
     Args:
-        whose: names them in a refusal.
-        requirements: as they were recorded.
+        whose: names the requirements in an error message.
+        requirements: the recorded requirements.
 
     Raises:
-        UsageError: something else than a user was left out.
+        UsageError: the record omits something other than a user.
     """
     restored = requirements.replace(f"://{HIDDEN}@", "://")
     if HIDDEN in restored:
@@ -184,18 +183,18 @@ def restore_requirements(whose: str, requirements: str) -> str:
 
 
 def layered_environment(requirements: Sequence[str], cache: Path, *, report: Callable[[str], object]) -> Path:
-    """The interpreter of an environment with these requirements on top of the present one; made if it is not there.
+    """The interpreter of an environment with these requirements on top of the current one, which is made if needed.
 
-    pip's own configuration and PIP_* variables apply. Processes that ask at the same time wait for one another.
+    pip's own configuration and PIP_* variables apply. Concurrent calls in several processes wait for each other.
 
     Args:
-        requirements: as from `parse_requirements`.
+        requirements: the result of `parse_requirements`.
         cache: lorameter's cache directory; the layer is `environments/KEY` in it.
-        report: gets a line for each step, and pip's own lines.
+        report: receives a line for each step, and the output of pip.
 
     Raises:
-        UsageError: the environment cannot be made, or pip fails; with pip's last lines.
-        InvalidRunError: because of what the system refuses, as where the disk is full.
+        UsageError: the environment cannot be made, or pip fails; the message has pip's last lines.
+        InvalidRunError: a system limit is reached, for example the disk is full.
     """
     target = (cache / "environments" / _key(requirements)).absolute()
     with locked(target, "waiting for another process that is making the same environment", report):
@@ -217,31 +216,31 @@ def site_packages(python: Path) -> Path:
 
 
 def _key(requirements: Sequence[str]) -> str:
-    """A hash of what the layer depends on: the requirements, the interpreter, and what is installed beneath."""
+    """Hash everything that determines the layer: the requirements, the interpreter, and the packages beneath."""
     present = sorted(f"{each.metadata['Name']}=={each.version}" for each in importlib.metadata.distributions())
     parts = [sorted(requirements), sys.version, sys.executable, present, _present_folders()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def _present_folders() -> list[str]:
-    """The present environment's folders of installed packages, in the order of its path."""
+    """The folders of installed packages in the current environment, in path order."""
     known = {*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])}
     return [folder for folder in sys.path if folder in known]
 
 
 def _build(requirements: Sequence[str], out: Path, report: Callable[[str], object]) -> None:
-    """Make the environment in `out`. It is run by its path only, so renaming it afterwards does no harm."""
+    """Make the environment in `out`. It is only used through its path, so renaming it afterwards is safe."""
     report(f"making an environment with {' '.join(requirements)}")
-    # Asked of the path alone: the finder that setuptools installs takes a question about pip for an import of pip, and
-    # withdraws its distutils from this process for good. An import of setuptools then fails.
+    # Looked up by path only: the finder of setuptools mistakes a query about pip for an import of pip, and permanently
+    # removes its distutils from this process. A later import of setuptools then fails.
     shared_pip = ["--without-pip"] if PathFinder.find_spec("pip", _present_folders()) else []
     _run([sys.executable, "-m", "venv", *shared_pip, str(out)], requirements, lambda line: None)
     python = out / "bin" / "python"
-    # addsitedir, unlike a line with a path, processes the .pth files there: editable installs go on working.
+    # Unlike a line with a path, addsitedir processes the .pth files there, so editable installs keep working.
     lines = [f"import site; site.addsitedir({folder!r})\n" for folder in _present_folders()]
     (site_packages(python) / _LAYER_FILE).write_text("".join(lines), encoding="utf-8")
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
-    # In a file that no other user can read, and not on the command line: addresses may hold credentials.
+    # In a private file and not on the command line: addresses may contain credentials.
     listed = out / "requirements.txt"
     listed.touch(mode=0o600)
     listed.write_text("".join(f"{each}\n" for each in requirements), encoding="utf-8")
@@ -250,7 +249,7 @@ def _build(requirements: Sequence[str], out: Path, report: Callable[[str], objec
 
 
 def _run(command: Sequence[str], requirements: Sequence[str], report: Callable[[str], object]) -> None:
-    """Run venv or pip and hand on its lines; it is killed when this process is interrupted."""
+    """Run venv or pip and report its output; it is killed when this process is interrupted."""
     last: collections.deque[str] = collections.deque(maxlen=4)
     environment = {name: value for name, value in os.environ.items() if name not in _PIP_DESTINATIONS}
     with subprocess.Popen(
@@ -264,7 +263,7 @@ def _run(command: Sequence[str], requirements: Sequence[str], report: Callable[[
                     last.append(line)
                     report(line)
         except BaseException:
-            kill_group(process.pid)  # with what builds a package for it
+            kill_group(process.pid)  # including processes that build a package for it
             raise
     if not process.returncode:
         return

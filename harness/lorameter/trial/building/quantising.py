@@ -1,7 +1,7 @@
-"""Replaces linear layers by those of bitsandbytes, as transformers does and with every attribute that it sets.
+"""Replaces linear layers by bitsandbytes layers, as transformers does and with every attribute that it sets.
 
-A layer is made from weights, which are quantised, or without storage (`empty_layer`) for weights that were quantised
-before.
+A layer is made from weights, which are then quantised, or without storage (`empty_layer`) for weights that are already
+quantised.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from lorameter.studies.variant import Variant
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """torch's type by its name in a variant."""
+    """The torch dtype with this name in a variant."""
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 
 def bnb_config(variant: Variant) -> transformers.BitsAndBytesConfig | None:
-    """The quantisation of a variant as transformers takes it; None for quantization "none"."""
+    """The quantisation configuration of a variant for transformers; None for quantization "none"."""
     if variant.quantization == "none":
         return None
     if variant.quantization == "int8":
@@ -45,9 +45,9 @@ def bnb_config(variant: Variant) -> transformers.BitsAndBytesConfig | None:
 def quantize_linears(model: transformers.PreTrainedModel, variant: Variant, device: str) -> None:
     """Quantise a materialised model in place, layer by layer, and move it to `device`.
 
-    The same layers as transformers: every linear layer but the output head and those that the architecture keeps in
-    float32.
-    The model arrives on `device` in its quantised size; with quantization "none" it is only moved.
+    The layers are the same as in transformers: every linear layer except the output head and those that the
+    architecture keeps in float32. The model arrives on `device` in its quantised size; with quantization "none" it is
+    only moved.
     """
     config = bnb_config(variant)
     if config is not None:
@@ -69,7 +69,7 @@ def quantised_names(model: transformers.PreTrainedModel) -> list[str]:
 
 
 def empty_layer(module: Any, config: transformers.BitsAndBytesConfig) -> Any:
-    """The bitsandbytes layer of a linear layer, with its weight on the meta device and the bias that it had."""
+    """The bitsandbytes layer for a linear layer, with its weight on the meta device and the original bias."""
     shape = module.weight.shape
     out_features, in_features = reversed(shape) if isinstance(module, Conv1D) else shape  # GPT-2 stores (in, out)
     layer: Any
@@ -95,7 +95,7 @@ def empty_layer(module: Any, config: transformers.BitsAndBytesConfig) -> Any:
         )
     if module.bias is not None:
         layer.bias = nn.Parameter(module.bias.data, requires_grad=False)
-    layer.source_cls = type(module)  # transformers reads it when it dequantises
+    layer.source_cls = type(module)  # transformers reads it for dequantisation
     return layer
 
 
@@ -116,7 +116,7 @@ def quantised(module: Any, config: transformers.BitsAndBytesConfig, device: str)
 
 
 def constants_of(weight: Any) -> dict[str, torch.Tensor]:
-    """The constants of a quantised weight, by the names under which bitsandbytes itself keeps it.
+    """The constants of a quantised weight, by the names of bitsandbytes.
 
     A 4-bit weight must be in its stored layout (`lorameter.trial.building.quantising`).
     """
@@ -128,7 +128,7 @@ def constants_of(weight: Any) -> dict[str, torch.Tensor]:
 
 
 def fill_layer(layer: Any, weight: torch.Tensor, constants: dict[str, torch.Tensor]) -> None:
-    """Give an `empty_layer` a weight that was quantised before, with its constants; neither is copied."""
+    """Give an `empty_layer` an already quantised weight with its constants, without copying them."""
     if isinstance(layer, bnb.nn.Linear4bit):
         layer.weight = bnb.nn.Params4bit.from_prequantized(
             weight, constants, requires_grad=False, device=weight.device, module=layer
@@ -140,7 +140,8 @@ def fill_layer(layer: Any, weight: torch.Tensor, constants: dict[str, torch.Tens
 
 
 def mark_quantised(model: transformers.PreTrainedModel, config: transformers.BitsAndBytesConfig) -> None:
-    """Set the attributes of `from_pretrained`, by which PEFT chooses its layers and `save_pretrained` its format."""
+    """Set the attributes that `from_pretrained` sets; PEFT chooses its layers and `save_pretrained` its format by
+    them."""
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
     quantizer.modules_to_not_convert = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     model.is_quantized = True
@@ -150,8 +151,8 @@ def mark_quantised(model: transformers.PreTrainedModel, config: transformers.Bit
 
 
 # --- layout of 4-bit weights ------------------------------------------------------------------------------------------
-# At the first evaluating forward on a CPU with AVX512-BF16 bitsandbytes repacks 4-bit weights in place and rounds their
-# scales to bfloat16. After that a backward pass loses its gradient without an error, and merging gives garbage
+# At the first forward pass in eval mode on a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights in place and
+# rounds their scales to bfloat16. After that, backward passes silently lose gradients, and merging gives wrong weights
 # (docs/troubleshooting.md).
 
 
@@ -161,13 +162,13 @@ def linear4bit_layers(model: Any) -> list[Any]:
 
 
 def is_packed(model: Any) -> bool:
-    """Whether 4-bit layers run in bitsandbytes' CPU packing."""
+    """Whether 4-bit layers use bitsandbytes' packed CPU layout."""
     states = (getattr(parameter, "quant_state", None) for parameter in model.parameters())
     return any(getattr(state, "packing_format_for_cpu", False) for state in states if state is not None)
 
 
 def unpack_4bit(model: Any) -> None:
-    """Bring 4-bit layers back to their stored layout after inference on a CPU; their scales stay rounded to bfloat16.
+    """Convert 4-bit layers back to their stored layout after inference on a CPU; their scales stay rounded to bfloat16.
 
     `state_dict()` restores the weights. Without double quantisation it leaves the scales transposed
     (`_convert_weight_packed_for_cpu_inverse` in bitsandbytes 0.50.2).
@@ -185,7 +186,7 @@ def evaluating(model: Any) -> Iterator[None]:
     """Evaluate between training steps: every module in eval mode, without gradients and without repacking. Modes are
     restored afterwards.
 
-    Every dropout must be off, or the losses of a sweep over dropout are biased.
+    All dropout must be off; otherwise the losses of a sweep over dropout would be biased.
     """
     modes = Modes(model)
     model.eval()

@@ -1,12 +1,12 @@
-"""Greedy generation with time stamps for every token, through transformers' own `generate`.
+"""Greedy generation with a time stamp for every token, through transformers' own `generate`.
 
-A streamer receives each token when it is chosen, which gives the time to the first token (prefill) and the time per
-output token (decode) of the call that a user makes. Either the number of new tokens is fixed and the end-of-sequence
-token ignored, so that the cost of a token is comparable; or the model ends its answer itself, as for a user, and the
-number of tokens is part of the result.
+A streamer receives each token as it is chosen, which gives the time to first token (prefill) and the time per output
+token (decode) of an ordinary call. Either the number of new tokens is fixed and the end-of-sequence token ignored, so
+that the cost of a token is comparable; or the model ends its answer itself, as for a user, and the number of tokens is
+part of the result.
 
-A request may have several prompts of one length, so that there is no padding and attention is that of a single prompt.
-All of them get their tokens in the same forward passes, so that the times of the request are those of each prompt.
+A request may have several prompts of the same length, so there is no padding and attention is as for a single prompt.
+All prompts get their tokens in the same forward passes, so the times of the request are those of each prompt.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class Request:
     request_time_s: float
     first_token_time_s: float
     time_per_output_token_s: float
-    """Mean over the tokens after the first; 0 where there is only one."""
+    """Mean over the tokens after the first; 0 if there is only one."""
     answers: tuple[tuple[int, ...], ...]
-    """The tokens of each prompt, in their order."""
+    """The tokens of each answer, in prompt order."""
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """The tokens of all answers, one after the other."""
+        """The tokens of all answers, concatenated."""
         return tuple(token for answer in self.answers for token in answer)
 
 
@@ -59,13 +59,14 @@ class _Stamps(BaseStreamer):
         self.tokens.append(value.flatten().tolist())
 
     def end(self) -> None:
-        """Nothing is buffered."""
+        """Required by the interface; nothing is buffered."""
 
 
 @contextlib.contextmanager
 def _without_end(model: Any) -> Iterator[None]:
-    """Ignore the end-of-sequence token. None in a request would be replaced by the model's default, so the default is
-    changed during the request; forbidding the token (`min_new_tokens`) would add work and change the text."""
+    """Ignore the end-of-sequence token. A value of None in the request would be replaced by the model's default, so the
+    default is changed during the request; forbidding the token (`min_new_tokens`) would add work and change the
+    text."""
     eos = model.generation_config.eos_token_id
     model.generation_config.eos_token_id = None
     try:
@@ -76,7 +77,7 @@ def _without_end(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _copied_head_input(model: Any) -> Iterator[None]:
-    """Give the output head a contiguous copy of its input. A clone with the same strides would not do: torch's linear
+    """Give the output head a contiguous copy of its input. A clone with the same strides would not help: torch's linear
     does not fold them."""
 
     def copy(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -99,15 +100,15 @@ def generate(
     variant: Variant | None = None,
     adapters: Sequence[str] = (),
 ) -> Request:
-    """One greedy request for `prompt`, shape (prompts, length), of exactly `new_tokens` tokens for each.
+    """Make one greedy request for `prompt`, shape (prompts, length), with exactly `new_tokens` tokens for each.
 
-    With `until_end`, for one prompt, the model's end-of-sequence token ends it (and is its last token), after at most
-    `new_tokens`. `variant` sets options (`kv_cache`, `copy_head_input`), by default those of transformers. `adapters`
-    names the adapter of each prompt, by default the active one.
+    With `until_end`, for one prompt, the answer ends with the model's end-of-sequence token, after at most
+    `new_tokens`. `variant` sets options (`kv_cache`, `copy_head_input`); by default they are those of transformers.
+    `adapters` names the adapter of each prompt, by default the active one.
 
     Raises:
-        RuntimeError: the model produced another number of tokens (a stop criterion outside our control), or not as
-            many as there are prompts in a step.
+        RuntimeError: the model produced another number of tokens (because of a stop criterion), or a step did not
+            produce one token for each prompt.
     """
     stamps = _Stamps()
     config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, num_beams=1, pad_token_id=0, use_cache=True)

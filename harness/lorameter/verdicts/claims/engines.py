@@ -1,6 +1,6 @@
-"""The evidence for a verdict on an engine: the machine, the versions, and the proof that the engine ran.
+"""Collects the evidence for a verdict on an engine: the machine, the versions, and the proof that the engine ran.
 
-There is a verdict only where the engine ran in its variant and not in the reference, and both did the same work.
+A verdict requires that the engine ran in its variant and not in the reference, and that both did the same work.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from lorameter.verdicts.software import say_threads, versions_of
 
 _UNSEEN = "how many tokens a step holds was not seen, so whether both do the same work is not known"
 LEAST_FALL = 0.5
-"""With the engine a share must be below this fraction of its value without: single steps are watched, and their batches
-differ by chance."""
+"""With the engine, a share must be below this fraction of its value without it: single steps are watched, and their
+batches differ by chance."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PathEvidence:
-    """Evidence of the engine in one path of kernels_check."""
+    """Evidence about the engine from one path of kernels_check."""
 
     path: str
     wanted: Any
-    """The value that it must have (`lorameter.studies.engine`)."""
+    """The required value (`lorameter.studies.engine`)."""
     found: Literal["active", "absent", "unknown"]
-    """active: as wanted, with the engine and not without it · absent: not so · unknown: it could not be seen."""
+    """active: as required, with and without the engine · absent: not as required · unknown: not observable."""
     with_engine: Any
-    """The observed value in the variant with the engine; None for none."""
+    """The observed value in the variant with the engine; None if there is none."""
     without: Any
     """The observed value in the reference."""
     reason: str
@@ -44,7 +44,7 @@ class PathEvidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineEvidence:
-    """An engine whose claims were judged, the machine and the versions, and what kernels_check observed."""
+    """An engine whose claims are judged, the machine and versions, and the observations of kernels_check."""
 
     title: str
     variant: str
@@ -53,14 +53,14 @@ class EngineEvidence:
     """The command of each variant, for scripts."""
     machine: str
     versions: Mapping[str, str | None]
-    """Versions of packages, as the processes of scripts report them; None where not installed."""
+    """Versions of packages, as reported by the scripts' processes; None if not installed."""
     proof: tuple[PathEvidence, ...]
     differs: tuple[str, ...]
-    """Differences between two scripts in addition to the engine."""
+    """Differences between the two scripts other than the engine."""
 
 
 def collect_evidence(run: Run, study: Study, groups: Groups) -> EngineEvidence | None:
-    """The evidence on a run's engine; None for a study that is about none."""
+    """The evidence about a run's engine; None for a study without an engine."""
     engine, provenance = study.engine, run.manifest.provenance
     if engine is None:
         return None
@@ -90,11 +90,11 @@ def collect_evidence(run: Run, study: Study, groups: Groups) -> EngineEvidence |
 
 
 def check_comparable(part: ClaimPart, run: Run, study: Study, engine: EngineEvidence) -> None:
-    """Raises `NotJudgedError` where a part says nothing of the engine: it did not run in the one variant alone, or a
-    step of the two does not hold the same."""
+    """Raise `NotJudgedError` if a part proves nothing about the engine: the engine did not run only in its variant, or
+    steps of the two variants have different contents."""
     for evidence in engine.proof:
         _check_path(evidence, engine)
-    known = METRICS.get(part.metric)  # a peak of memory is none of them
+    known = METRICS.get(part.metric)  # memory peaks are not in METRICS
     per_token, title = (known.per_token, known.title) if known else (False, "peak memory")
     other_tokens = NotJudgedError(
         f"a step of {engine.variant} holds another number of tokens than one of {engine.reference}, so their {title} "
@@ -120,7 +120,7 @@ def check_comparable(part: ClaimPart, run: Run, study: Study, engine: EngineEvid
 
 
 def _sides(run: Run, study: Study) -> ScriptPair | None:
-    """Two scripts, as far as both were measured; None where the variants are none."""
+    """The two scripts, as far as both were measured; None if the variants are not scripts."""
     if not study.of_scripts or study.engine is None:
         return None
     found = sides_of_run(run, study).get(study.engine.variant)
@@ -130,7 +130,7 @@ def _sides(run: Run, study: Study) -> ScriptPair | None:
 def _judge_path(
     path: str, wanted: Any, names: Sequence[str], checks: Sequence[Sequence[Mapping[str, Any]]]
 ) -> PathEvidence:
-    """The evidence of one path from the checks of all watched trials, with the engine and without it."""
+    """The evidence of one path from the checks of all watched trials, with and without the engine."""
     unclear: list[str] = []
     seen: list[list[Any]] = []
     for name, found in zip(names, checks, strict=True):
@@ -155,7 +155,7 @@ def _judge_path(
 
 
 def _join(values: list[Any]) -> Any:
-    """The one value that was seen, all where there were several, None for nothing."""
+    """The observed value, all values if there were several, None if there was none."""
     return values[0] if len(set(map(repr, values))) == 1 else (values or None)
 
 
@@ -168,7 +168,7 @@ def _holds(wanted: Any, ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
         shares = [value for value in (*ours, *theirs) if isinstance(value, int | float) and not isinstance(value, bool)]
         return len(shares) == len(ours) + len(theirs) and max(ours) < LEAST_FALL * min(theirs)
     named = (str(one).split("+") for one in theirs)
-    ran = all(type(one) is type(wanted) and one == wanted for one in ours)  # a share of 1.0 is not yes
+    ran = all(type(one) is type(wanted) and one == wanted for one in ours)  # 1.0 is not True
     return ran and not any(str(wanted) in words for words in named)
 
 
@@ -179,7 +179,7 @@ def _word(value: Any) -> str:
 
 
 def _check_path(evidence: PathEvidence, engine: EngineEvidence) -> None:
-    """Raises `NotJudgedError` where a path says that no promise of the engine can be judged."""
+    """Raise `NotJudgedError` if a path shows that no claim about the engine can be judged."""
     safe = evidence.wanted == SAFE
     if evidence.found == "active" or (safe and evidence.found == "unknown"):
         return
