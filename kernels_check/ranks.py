@@ -1,11 +1,11 @@
 """Observes a few steps of a distributed trial on each rank, and judges the ranks together: data, shards, losses, times.
 
-All ranks observe at the same time, since their steps are collective. What a watched step of any training shows of its
-ranks is judged elsewhere (``judges.ranks``).
+All ranks observe at the same time, since their steps are collective. ``judges.ranks`` judges the ranks of a watched
+step in any training.
 
-Ranks wait for each other inside their exchanges, so the times of their steps are alike whichever is slow. What
-distinguishes them is the time outside of exchanges: it is a rank's own. An exchange during which the rank computes
-costs it nothing, so only the exposed part is subtracted.
+Ranks wait for each other in communication, so their step times are similar even if one of them is slow. A rank's own
+time is the time outside of communication. Communication that overlaps with computation costs nothing, so only the
+exposed part is subtracted.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ from kernels_check.observe.modules import RandomState, restored
 from kernels_check.observe.ranks import is_sharded, trained_parameters
 
 REPEATS = 4
-"""How often the same batch goes through forward and backward: weights gathered wrongly are right at first."""
+"""Number of forward and backward passes of the same batch: wrongly gathered weights are correct at first."""
 EXCHANGES = ("gloo:", "nccl:", "ncclDevKernel", "ncclKernel", "mpi:", "ucc:", "xccl:")
-"""Beginnings of the names of exchanges: the ranges of torch's process groups, and NCCL's kernels."""
+"""Name prefixes of communication: the ranges of torch's process groups, and NCCL's kernels."""
 OPERATORS = "aten::"
 _STEP = "kernels_check.ranks step"
 STEPS = 3
-"""Profiled steps: whatever else the machine does adds to a rank's time in one of them, and seldom in all."""
+"""Number of profiled steps: other load on the machine delays a rank in one of them, but seldom in all."""
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankTime:
-    """The time of some steps on one rank, in seconds a step."""
+    """Times of some steps on one rank, in seconds a step."""
 
     step_s: float
     exchange_s: float
-    """While anything was exchanged or waited for."""
+    """Time during which communication ran or was waited for."""
     exposed_s: float
-    """The part of it in which nothing was computed."""
+    """The part of it without computation."""
     own_s: float
-    """What the rank takes if it waits for no other: the least of the steps."""
+    """The time of the rank without waiting for others: the minimum over the steps."""
 
 
 def profile_steps(step: Callable[[], object], barrier: Callable[[], object]) -> RankTime | None:
-    """Take some steps under the profiler; None where CUDA is in use and no kernel was recorded, as can happen right
-    after another session. It is not tried again, which all ranks would have to agree on.
+    """Run some steps under the profiler. Returns None if CUDA is in use and no kernel was recorded, which can happen
+    right after another session; it is not retried, because all ranks would have to agree.
 
     Args:
         step: one step, together with all other ranks.
@@ -74,8 +74,8 @@ def profile_steps(step: Callable[[], object], barrier: Callable[[], object]) -> 
 
 
 def read_times(events: Sequence[Any], *, on_device: bool) -> RankTime | None:
-    """What the profiler's events say of the steps in them, `on_device` by the kernels of a GPU, else by the operators
-    of the thread that takes them; None without any of the GPU. What is marked there, as a step is, is no work."""
+    """Read the times of the steps from the profiler's events: `on_device` from GPU kernels, else from the operators of
+    the training thread; None if there are no GPU events. Annotations (such as step marks) do not count as work."""
     on_gpu = ["CUDA" in str(event.device_type) for event in events]
     steps = [event for event, is_gpu in zip(events, on_gpu, strict=True) if event.name == _STEP and not is_gpu]
     if on_device and not any(on_gpu):
@@ -87,12 +87,12 @@ def read_times(events: Sequence[Any], *, on_device: bool) -> RankTime | None:
         elif on_device and is_gpu and not event.is_user_annotation:
             computed.append(_interval(event))
         elif not on_device and event.thread == steps[0].thread and event.name.startswith(OPERATORS):
-            computed.append(_interval(event))  # gloo's own threads call operators as well
+            computed.append(_interval(event))  # threads of gloo also call operators
     wholes = [_interval(step) for step in steps]
     lasted = [end - begin for begin, end in wholes]
     exchanges = [_covered(exchanged, whole) for whole in wholes]
     exposed = [
-        max(0.0, min(exchange, _covered(exchanged + computed, whole) - _covered(computed, whole)))  # but for rounding
+        max(0.0, min(exchange, _covered(exchanged + computed, whole) - _covered(computed, whole)))  # rounding
         for whole, exchange in zip(wholes, exchanges, strict=True)
     ]
     return RankTime(
@@ -108,7 +108,7 @@ def _interval(event: Any) -> Interval:
 
 
 def _covered(intervals: Iterable[Interval], within: Interval) -> float:
-    """Length of the part of an interval that others cover; overlaps count once."""
+    """Length of the part of an interval that is covered by other intervals; overlaps count once."""
     total, reached = 0.0, within[0]
     for begin, end in sorted(intervals):
         first, last = max(begin, reached), min(end, within[1])
@@ -120,24 +120,25 @@ def _covered(intervals: Iterable[Interval], within: Interval) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankFacts:
-    """Facts of one rank; every field is a JSON value."""
+    """Facts about one rank; every field is a JSON value."""
 
     rank: int
     ranks: int
     rows: tuple[str, ...] = ()
-    """Fingerprints of the sequences that its model was given in a step."""
+    """Hashes of the sequences that its model received in a step."""
     whole: tuple[str, ...] = ()
-    """Fingerprints of those that all ranks together were to be given."""
+    """Hashes of the sequences for all ranks together."""
     base: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Of each frozen parameter the bytes that lie here, and those of the whole."""
+    """For each frozen parameter, the bytes on this rank and the bytes of the whole."""
     four_bit: dict[str, int] = field(default_factory=dict)
-    """Of each 4-bit weight how many weights it has: its whole must take half a byte for each."""
+    """Number of weights in each 4-bit weight tensor, which must take half a byte for each in total."""
     repeated: tuple[float, ...] = ()
-    """Losses of the same batch with the same random numbers, between which nothing is updated."""
+    """Losses of the same batch with the same random numbers and without updates in between."""
     base_losses: tuple[float, ...] = ()
-    """Of one batch by the base alone: before the ranks shared it, as it is found, and after each of some steps."""
+    """Losses of one batch with the base only: before the base was shared among ranks, at the start, and after each
+    step."""
     activity: RankTime | None = None
-    """How a profiled step was spent."""
+    """Time breakdown of the profiled steps."""
 
 
 def observe_rank(
@@ -153,23 +154,23 @@ def observe_rank(
     rank: int,
     ranks: int,
 ) -> RankFacts:
-    """Take steps with all other ranks, and restore everything but the position in the stream of data.
+    """Run steps with all other ranks, and restore everything except the position in the data stream.
 
     Args:
-        model: that is trained, as PEFT returned it; it may be wrapped or sharded.
-        gradients: does the forward and backward passes of a step, and returns this rank's part of the loss.
+        model: the trained model, as PEFT returned it; it may be wrapped or sharded.
+        gradients: runs the forward and backward passes of a step, and returns this rank's part of the loss.
         update: clips, lets the optimizer step, and drops the gradients.
-        rewind: has the next call of `gradients` take the batch that the first one takes.
+        rewind: makes the next call of `gradients` use the same batch as the first call.
         barrier: waits for all ranks.
-        base_loss: the loss of a batch that is always the same, without the adapter and without a gradient; None where
-            parts of the base train.
-        before: the same before the model was shared among ranks, as it was loaded.
+        base_loss: the loss of a fixed batch, without the adapter and without gradients; None if parts of the base
+            train.
+        before: the same loss right after loading, before the model was shared among ranks.
         whole: the token ids of each sequence of that batch on all ranks together, shape (tokens,).
-        rank: of this process.
-        ranks: how many there are.
+        rank: rank of this process.
+        ranks: number of ranks.
 
     Raises:
-        Exception: whatever a step raises, after everything has been restored.
+        Exception: any exception of a step, after everything has been restored.
     """
     expected = tuple(Fingerprinter()(row) for row in whole)
 
@@ -210,7 +211,7 @@ def observe_rank(
 
 @contextmanager
 def _fed(model: nn.Module) -> Iterator[list[str]]:
-    """Fingerprints of the sequences that the model is given as token ids, in their order."""
+    """Hashes of the sequences that the model receives as token ids, in order."""
     rows: list[str] = []
 
     def look(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -231,7 +232,8 @@ def _bytes(parameter: Tensor) -> tuple[int, int]:
 
 
 def _four_bit(model: nn.Module) -> dict[str, int]:
-    """How many weights each 4-bit weight has, by its name; of one that FSDP2 has sharded the layer knows it."""
+    """The number of weights in each 4-bit weight tensor, by name; for weights sharded by FSDP2 it comes from the
+    layer."""
     found = {}
     for name, module in model.named_modules():
         weight = getattr(module, "_parameters", {}).get("weight")
@@ -246,10 +248,10 @@ def _four_bit(model: nn.Module) -> dict[str, int]:
 Strategy = Literal["ddp", "fsdp2"]
 PATHS = ("ranks.data", "ranks.sharded", "ranks.steady")
 WHOLE_SHARE = 0.02
-"""Share of the base that may lie whole on every rank: norms and biases that are left out cost nothing."""
+"""Maximum share of the base that may be replicated on every rank: small norms and biases may be left unsharded."""
 STEADY = 1e-4
-"""Relative difference of two losses of the same batch by the same weights: a device may add in any order.
-The fault that this is there for moves them by 3e-4 and more."""
+"""Allowed relative difference of two losses with the same batch and weights, since a device may add in any order. The
+fault for which this limit exists changes losses by at least 3e-4."""
 
 NF4_BY_FSDP2 = (
     "FSDP2 gathers 4-bit weights anew for each forward, and bitsandbytes registers them anew inside it "
@@ -258,11 +260,11 @@ NF4_BY_FSDP2 = (
     'Write repair = "quant_state" in [workload], which sets the quantisation state on the weight that is there, or '
     'use strategy = "ddp"'
 )
-"""What is known of losses that move under a base in 4 bits that FSDP2 has sharded."""
+"""Explanation of changing losses with a 4-bit base sharded by FSDP2."""
 
 
 def judge_ranks(facts: Sequence[RankFacts], strategy: Strategy) -> list[Check]:
-    """Judge a training of several ranks by the facts of each, in the order of the ranks; one check a path."""
+    """Judge a training on several ranks by the facts of each, in rank order; one check per path."""
     judges: dict[str, Callable[[Sequence[RankFacts]], PathObservation]] = {
         "ranks.data": judge_data,
         "ranks.steady": judge_steady,
@@ -273,7 +275,7 @@ def judge_ranks(facts: Sequence[RankFacts], strategy: Strategy) -> list[Check]:
 
 
 def judge_data(facts: Sequence[RankFacts]) -> PathObservation:
-    """Whether the ranks together train on each sequence of a step once, and each on those of the same step."""
+    """Judge whether the ranks together train on each sequence of a step once, and all on sequences of the same step."""
     strangers = [one.rank for one in facts if one.whole != facts[0].whole]
     if strangers:
         return failed(f"{_named(strangers)} trains on other data than rank 0: the sequences of a step are not the same")
@@ -301,7 +303,7 @@ def judge_data(facts: Sequence[RankFacts]) -> PathObservation:
 
 
 def judge_sharded(facts: Sequence[RankFacts]) -> PathObservation:
-    """Whether each rank holds its part of the base, and 4-bit weights are still in 4 bits."""
+    """Judge whether each rank holds its part of the base, and 4-bit weights still have 4 bits."""
     ranks, total = len(facts), sum(whole for _, whole in facts[0].base.values())
     whole = [name for name in facts[0].base if all(one.base.get(name, (0, 0))[0] == one.base[name][1] for one in facts)]
     left = sum(facts[0].base[name][1] for name in whole)
@@ -325,8 +327,8 @@ def judge_sharded(facts: Sequence[RankFacts]) -> PathObservation:
 
 
 def judge_steady(facts: Sequence[RankFacts]) -> PathObservation:
-    """Whether weights that are not updated go on computing what they computed before ranks shared them: the base alone
-    over some steps, and all of the model over forwards and backwards of one batch."""
+    """Judge whether frozen weights still compute the same results as before the model was shared among ranks: the base
+    alone over some steps, and the whole model over repeated passes of one batch."""
     for one in facts:
         sharded = any(here < size for here, size in one.base.values())
         why = f". {NF4_BY_FSDP2}" if one.four_bit and sharded else ""
@@ -351,8 +353,8 @@ def _named(ranks: Sequence[int]) -> str:
 
 
 def merge_checks(by_rank: Sequence[Sequence[Check]]) -> list[Check]:
-    """The checks of all ranks as those of one training: of each path that of the rank that fares worst, and where ranks
-    differ in a path that is required, who found what."""
+    """Merge the checks of all ranks: each path gets the worst result of any rank and, if ranks differ in a required
+    path, the result of each rank."""
     found: list[Check] = []
     paths = dict.fromkeys(check.path for checks in by_rank for check in checks)
     tables: list[Mapping[str, Check]] = [{check.path: check for check in checks} for checks in by_rank]
@@ -372,4 +374,4 @@ def merge_checks(by_rank: Sequence[Sequence[Check]]) -> list[Check]:
 
 
 _WORSE = ("not_applicable", "active", "unknown", "absent", "fallback")
-"""From the best to the worst; a path that does not apply on one rank applies on the one where it does."""
+"""From best to worst; a path that applies on any rank applies."""

@@ -1,6 +1,6 @@
-"""Watch a fine-tuning step as it takes place, or a request: judge what ran, and change nothing.
+"""Watches a fine-tuning step or a request as it runs, and judges what ran, without changing anything.
 
-What one step does not show is unknown, with what to do about it.
+A property that one step does not show is unknown, with a remedy.
 """
 
 from __future__ import annotations
@@ -39,49 +39,49 @@ NOTHING_RAN = "the model was not called while it was watched, and no gradient re
 
 
 def watch(model: nn.Module, requirements: Mapping[str, Json] | None = None) -> Watch:
-    """Watch a step that takes place by itself: ``with watch(model, requirements) as watched: step()``.
+    """Watch a step while it runs: ``with watch(model, requirements) as watched: step()``.
 
     Args:
-        model: the model that is trained, as PEFT returned it; held weakly.
-        requirements: path to expected value, see ``REQUIREMENTS``. Other paths are reported too.
+        model: the trained model, as PEFT returned it; referenced weakly.
+        requirements: expected values by path, see ``REQUIREMENTS``. Other paths are also reported.
 
     Returns:
-        A context manager, which can be entered again for the next step. ``checks`` holds what was found.
+        A context manager, which can be entered again for the next step. ``checks`` holds the results.
 
     Raises:
-        ValueError: unknown path, or a value of the wrong kind.
+        ValueError: a path is unknown, or a value has the wrong type.
     """
     return Watch(model, requirements or {})
 
 
 def verify(model: nn.Module, step: Callable[[], object], requirements: Mapping[str, Json]) -> list[Check]:
-    """Judge what really runs in ``step`` against ``requirements``.
+    """Judge what actually runs in ``step`` against ``requirements``.
 
     Args:
         model: the model that ``step`` trains, as PEFT returned it.
-        step: does one forward, backward and optimizer step; called twice, and up to eight times where its optimizer
-            steps in some calls only or begins at a learning rate of zero.
-        requirements: path to expected value, see ``REQUIREMENTS``. Other paths are reported, too.
+        step: runs one forward, backward and optimizer step; called twice, and up to eight times if its optimizer steps
+            only in some calls or starts with a learning rate of zero.
+        requirements: expected values by path, see ``REQUIREMENTS``. Other paths are also reported.
 
     Returns:
-        One check per path, in the order of ``REQUIREMENTS``. A requirement is met only by status ``active``.
-        ``packing.isolated``, where it is required, is judged by forwards of the step's own packed calls, too. What the
-        profiler records is ``unknown``, with the reason, where the program runs a profiler around this call or inside
-        ``step``, which is left undisturbed.
+        One check per path, in the order of ``REQUIREMENTS``. A requirement is met only by status ``active``. If
+        ``packing.isolated`` is required, it is also judged by forward passes of the step's own packed calls. If the
+        program runs a profiler around this call or inside ``step``, that profiler is left undisturbed, and paths that
+        need profiler data are ``unknown``, with the reason.
 
-    Restored afterwards, also if ``step`` raises, are to the bit: the parameters of ``model`` that require gradients and
+    These are restored bit for bit, also if ``step`` raises: the parameters of ``model`` that require gradients and
     those that an optimizer updates in ``step``; the gradients of all parameters of ``model``; state and groups of the
-    optimizers that step; the random numbers of Python, NumPy and torch; train/eval modes. Not restored is everything
-    else: buffers, frozen parameters that the step changes, gradients of other models, learning-rate schedulers,
-    gradient scalers, running averages, data iterators, and what the step counts in objects of its own.
+    optimizers that step; the random states of Python, NumPy and torch; train/eval modes. Everything else is not
+    restored: buffers, frozen parameters that the step changes, gradients of other models, learning-rate schedulers,
+    gradient scalers, running averages, data iterators, and counters in the step's own objects.
 
     Raises:
-        ValueError: unknown path or a value of the wrong kind; ``step`` has not been called then.
-        Exception: whatever ``step`` raises.
+        ValueError: a path is unknown, or a value has the wrong type; ``step`` is not called.
+        Exception: any exception of ``step``.
     """
     watched = Watch(model, requirements, own_step=True)
     with restored(model):
-        with watched.updates_only():  # compiles, and moves lora_B off zero
+        with watched.updates_only():  # compiles, and makes lora_B nonzero
             step()
         for _ in range(MOST_CALLS - 1):
             with watched:
@@ -92,20 +92,20 @@ def verify(model: nn.Module, step: Callable[[], object], requirements: Mapping[s
 
 
 def watch_request(model: nn.Module, request: Callable[[], object], required: Json = None) -> Check:
-    """Judge the attention of one request, of its first token and of those after it.
+    """Judge the attention of one request, for its first token and for the later ones.
 
     Args:
         model: the model that answers, as PEFT returned it.
-        request: takes one request.
+        request: runs one request.
         required: a value of ``attention.backend``, as for a training step; a fused backend accepts any fused one.
 
     Returns:
-        A check of the path ``request.attention``; ``unknown`` under a profiler of the program, around this call or in
+        A check of the path ``request.attention``; ``unknown`` if the program runs a profiler around this call or in
         ``request``.
 
     Raises:
-        ValueError: a value of the wrong kind.
-        Exception: whatever ``request`` raises.
+        ValueError: the value has the wrong type.
+        Exception: any exception of ``request``.
     """
     if required is not None:
         validate({"attention.backend": required})
@@ -123,23 +123,23 @@ def watch_request(model: nn.Module, request: Callable[[], object], required: Jso
 class Watch:
     """Judges the step inside its block; see ``watch``.
 
-    The block takes one step: all forward and backward passes that one update accumulates, and the update. It can be
-    opened in one place and closed in another, as the callbacks of a Trainer do by an ``ExitStack``. What fails of the
-    check itself raises nothing and is ``unknown``. An error of the step goes through.
+    The block contains one step: all forward and backward passes that one update accumulates, and the update. It can be
+    opened in one place and closed in another, as Trainer callbacks do with an ``ExitStack``. A failure of the check
+    itself raises nothing and gives ``unknown``. Exceptions of the step propagate.
     """
 
     def __init__(self, model: nn.Module, requirements: Mapping[str, Json], *, own_step: bool = False) -> None:
         validate(requirements)
         self._requirements = dict(requirements)
         self._own_step = own_step
-        """Whether the step trains this model for certain: where it leaves no trace, the adapter was not executed."""
+        """Whether the step certainly trains this model: if it leaves no trace, the adapter was not executed."""
         self._steps = StepObserver(model)
         self._is_open = False
         self._open = ExitStack()
         self._unopened: str | None = None
-        """Why nothing could be watched."""
+        """Why the step could not be watched."""
         self.checks: list[Check] = []
-        """One check per path of the last step that ended, in the order of ``REQUIREMENTS``."""
+        """One check per path for the last completed step, in the order of ``REQUIREMENTS``."""
         about_ranks = any(path.startswith("ranks.") for path in requirements)
         self._ranks = RankObserver(model) if about_ranks else None
         self._others_wait = False
@@ -147,31 +147,31 @@ class Watch:
 
     @contextmanager
     def updates_only(self) -> Iterator[None]:
-        """Watch what the update of a step does, and nothing else, which costs next to nothing: the step that is watched
-        after it is judged of both where it takes two, as whether an update is kept.
+        """Watch only the update of a step, which costs next to nothing. Paths that need two steps, such as whether an
+        update is kept, are then judged over this step and the next watched one.
 
         Raises:
-            RuntimeError: the watch is open already.
+            RuntimeError: the watch is already open.
         """
         if self._is_open:
             raise RuntimeError(_OPEN)
         with ExitStack() as stack:
             try:
                 stack.enter_context(self._steps.updates_only())
-            except Exception:  # the next step is the first then
+            except Exception:  # then the next step is the first
                 self._steps.forget()
             yield
 
     @property
     def undecided(self) -> bool:
-        """Whether a further step may show what these did not, on any rank."""
+        """Whether a further step may be conclusive on any rank."""
         return self._others_wait or self._steps.compiled or self._steps.undecided
 
     def __enter__(self) -> Watch:
-        """Watch from here.
+        """Begin to watch.
 
         Raises:
-            RuntimeError: it is open already.
+            RuntimeError: the watch is already open.
         """
         if self._is_open:
             raise RuntimeError(_OPEN)
@@ -191,7 +191,7 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove everything, and judge."""
+        """Remove all hooks, and judge."""
         self._is_open = False
         problem = self._unopened
         try:
@@ -218,7 +218,7 @@ class Watch:
             self.checks = self._unknown(f"what was seen could not be read: {_describe_error(failed)}")
 
     def _why_unseen(self, seen: Observation | None) -> str | None:
-        """Why nothing is known of the step that has ended; None where it can be judged."""
+        """Why nothing is known about the last step; None if it can be judged."""
         if self._steps.fault is not None:
             return f"a hook failed: {self._steps.fault}"
         if seen is None or self._own_step:
@@ -227,7 +227,7 @@ class Watch:
         return None if any(traces) else NOTHING_RAN
 
     def _exchanged(self, seen: Observation | None, problem: str | None) -> tuple[RankEvidence, ...]:
-        """The evidence of all ranks, where a requirement is about them; every rank takes part, also after a problem."""
+        """The evidence of all ranks, if a requirement needs it; every rank takes part, also after a problem."""
         if self._ranks is None:
             return ()
         undecided = self._steps.compiled or self._steps.undecided
@@ -236,13 +236,13 @@ class Watch:
         return ranks
 
     def _decided(self, check: Check, seen: Observation) -> Check:
-        """The check, or why one step of this kind does not decide it."""
+        """The check, or why one step of this kind is not conclusive for it."""
         why, judged = None, PATHS[check.path]
         if check.path == "packing.isolated" and self._own_step:
             check = judge_safely(check.path, check.required, partial(judge_calls, seen))
         if self._steps.compiled and judged.by_modules:
             return replace(check, observed=None, status="unknown", reason=COMPILED_MEANWHILE)
-        # A fault that an earlier step has shown remains one.
+        # A fault in an earlier step remains a fault.
         is_settled = check.path == "peft.learning" and check.observed is not True and not self._steps.undecided
         # An optimizer that stepped in an earlier block did not step in this one.
         if judged.takes_update and not is_settled and not seen.updated and seen.calls < MOST_CALLS:
@@ -271,7 +271,7 @@ class Watch:
 
 
 def judge_all(seen: Observation, requirements: Mapping[str, Json]) -> Iterator[Check]:
-    """Judge every path that the step shows, in their order."""
+    """Judge every path of the step, in order."""
     for path, judged in PATHS.items():
         required = requirements.get(path)
         if judged.on_request and path not in requirements:

@@ -7,7 +7,8 @@ and histograms, and no test measures anything while pytest runs it.
 
 A marker selects the phase of a test, and the study defines its variants:
 
-    @pytest.mark.lorameter("train") def test_train_step(replay):
+    @pytest.mark.lorameter("train")
+    def test_train_step(replay):
         replay()
 """
 

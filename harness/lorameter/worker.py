@@ -1,7 +1,7 @@
-"""The entry of every measuring process: `python -m lorameter.worker zygote|cold|imports|tokens FD`.
+"""The entry point of every measuring process: `python -m lorameter.worker zygote|cold|imports|tokens FD`.
 
-An executor starts these by name in the host of either side of an A/B, whose harness may be of another revision. The
-process speaks `lorameter.wire` on the descriptor; what it prints goes to the log that it is started with.
+An executor starts these by name in the host of each side of an A/B, whose harness may have another revision. The
+process uses `lorameter.wire` on the descriptor; its output goes to a log.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from lorameter.machine.processes import CPUS, PARENT, end_with_parent, leave
 
 
 def main(arguments: list[str]) -> int:
-    """Become the process that is named. It ends with the process that started it, and not only when its imports, its
-    downloads or its answer are done."""
+    """Run the named process. It ends with the process that started it, even during imports, downloads or an answer."""
     if parent := os.environ.get(PARENT):
         end_with_parent(int(parent))
     if cpus := os.environ.get(CPUS):
@@ -30,8 +29,8 @@ def main(arguments: list[str]) -> int:
             zygote(connection)
             return 0
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            # It ends the process as other signals do: transformers makes of an exception that meets one of its imports
-            # an error of its own, which names no signal.
+            # End the process as other signals do: transformers would convert an exception during its imports into an
+            # error that does not name the signal.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         from lorameter.trial.serve import serve_once
 

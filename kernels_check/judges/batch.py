@@ -1,6 +1,6 @@
-"""What is fed to the model: whether packed records see each other, how much is padding, and what the loss is over.
+"""Judges the inputs of the model: isolation of packed records, the share of padding, and the tokens in the loss.
 
-Every token that a step trains on must weigh the same, however the batch was cut into passes.
+Every training token must have the same weight, however the batch is split into passes.
 """
 
 from __future__ import annotations
@@ -51,10 +51,11 @@ _NO_TOKENS = "a mean over no tokens is not a number: leave such rows out"
 
 
 def judge_tokens(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``loss.tokens``: the tokens of all passes that feed one update weigh the same, and are no sum of means.
+    """Judge ``loss.tokens``: the tokens of all passes of one update have the same weight, and the loss is not a sum of
+    means.
 
-    The sum of their weights is reported and not judged, unless it is the number of passes, each a mean: a loss may be
-    scaled, as by a GradScaler, which hides a missing division.
+    The sum of the weights is only reported, unless it equals the number of passes, each of which is a mean: a loss may
+    be scaled, for example by a GradScaler, which hides a missing division.
     """
     loss = seen.loss
     if loss.unseen is not None:
@@ -72,7 +73,7 @@ def judge_tokens(seen: Observation, required: Json) -> PathObservation:
 
 
 def _describe_weights(sums: Sequence[Sequence[LossPass]]) -> str:
-    """How the weights of a correct loss add up."""
+    """A description of the weights of a correct loss."""
     if all(len(together) == 1 for together in sums):
         return "in one pass" if len(sums) == 1 else "each in one pass"
     totals = dict.fromkeys(f"{_total(together):.3g}" for together in sums)
@@ -84,7 +85,7 @@ def _total(passes: Sequence[LossPass]) -> float:
 
 
 def _faults(passes: Sequence[LossPass]) -> list[str]:
-    """Faults of the passes that feed one update."""
+    """Faults of the passes of one update."""
     empty = [one for one in passes if not one.tokens and one.mean]
     if empty:
         return [f"{len(empty)} of {len(passes)} passes have none: {_NO_TOKENS}"]
@@ -102,7 +103,7 @@ def _faults(passes: Sequence[LossPass]) -> list[str]:
 
 
 def _describe(padding: PaddingSeen) -> str:
-    """Padded and all positions, the evidence, and the counts by call where they differ."""
+    """Padded and all positions, the evidence, and the counts by call if they differ."""
     share = padding.padded / padding.tokens if padding.tokens else 0.0
     by = f", shown by {' and '.join(sorted(padding.by))}" if padding.by else ""
     text = f"{padding.padded} of {padding.tokens} positions ({share:.0%}) are padding{by}"

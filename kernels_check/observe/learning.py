@@ -1,13 +1,12 @@
-"""The gradients that reached a model's parameters, and what each update made of the adapter.
+"""Observes the gradients of a model's parameters, and the effect of each update on the adapter.
 
-``parameter.grad`` does not say when it was written, so each parameter carries a hook while it is watched, which sees
-a gradient as it arrives. A sharded parameter of FSDP2 is the exception: its gradient is put together outside of
-autograd.
+``parameter.grad`` does not show when it was written, so each watched parameter has a hook that records a gradient when
+it arrives. Sharded parameters of FSDP2 are the exception: their gradient is assembled outside of autograd.
 
-That a parameter differs after training says little: a state that is reloaded in every step differs as well. So its
-value is compared before and after each update, and again at the next one and at the end; an update counts as learning
-only where it moved the parameter and was given a gradient that the step produced. Weight decay moves parameters
-without one, and bfloat16 may swallow an update whole. With a closure the gradients are complete when the closure
+A changed parameter does not prove learning: a state that is reloaded in every step also differs. So the value is
+compared before and after each update, at the next update, and at the end. An update counts as learning only if it
+changed the parameter and used a gradient that the step produced. Weight decay changes parameters without a gradient,
+and in bfloat16 rounding may lose an update entirely. With a closure the gradients are complete when the closure
 returns.
 """
 
@@ -35,18 +34,18 @@ from kernels_check.observe.profile import OptimizerSeen, describe, rate_of
 
 @dataclass(slots=True)
 class GradientSeen:
-    """Gradients that reached one parameter over the watched calls."""
+    """Gradients that one parameter received over the watched calls."""
 
     sizes: list[Tensor] = field(default_factory=list)
-    """Largest magnitude of each gradient, left on its device so that nothing waits for it in the backward pass."""
+    """Largest magnitude of each gradient; it stays on its device to avoid a synchronisation in the backward pass."""
     produced: bool = True
-    """Whether it was seen to arrive; else its origin is unknown, as of one put there by hand."""
+    """Whether a hook saw it arrive; otherwise its origin is unknown, for example assigned by the script."""
     after_updates: int = 0
-    """Updates that had moved something of the adapter when the last one arrived."""
+    """Number of updates that had changed the adapter when the last gradient arrived."""
 
     @property
     def nonzero(self) -> bool:
-        """Whether any gradient had an element that is not zero."""
+        """Whether any gradient had a nonzero element."""
         return any(float(size) != 0 for size in self.sizes)
 
     @property
@@ -56,27 +55,28 @@ class GradientSeen:
 
 
 class Gradients:
-    """Hooks on the parameters of a model, and the gradients that they saw.
+    """Hooks on the parameters of a model, and the gradients that they recorded.
 
     Args:
-        guard: what hooks are wrapped in.
+        guard: wraps each hook.
     """
 
     def __init__(self, guard: HookGuard) -> None:
         self._guard = guard
         self.moved = 0
-        """Updates that have moved something of the adapter; kept by who watches those."""
+        """Number of updates that changed the adapter; written by ``Updates``."""
         self.arrived: set[int] = set()
-        """Parameters that a gradient reached since this was last cleared."""
+        """Parameters that received a gradient since this set was last cleared."""
         self.waiting: set[int] = set()
-        """Parameters that a gradient reached and that no update has taken since; kept by who watches those."""
+        """Parameters that received a gradient which no update has used yet; written by ``Updates``."""
         self._seen: dict[int, GradientSeen] = {}
         self._at_first: dict[int, tuple[Tensor, Tensor | None]] = {}
-        """The parameters of the model, with what lay there when the call began."""
+        """The parameters of the model, with their gradients at the start of the call."""
 
     @contextmanager
     def watched(self, tree: ModelTree) -> Iterator[None]:
-        """Hook every parameter that trains or is an adapter's; all hooks are off afterwards, whatever raised."""
+        """Hook every parameter that trains or belongs to an adapter; all hooks are removed afterwards, also after an
+        exception."""
         own = adapter_parameters(tree)
         with ExitStack() as hooks:
             for name, parameter in tree.parameters:
@@ -87,20 +87,20 @@ class Gradients:
             yield
 
     def begin_call(self, tree: ModelTree) -> None:
-        """Remember the gradients before a call."""
+        """Store the gradients before a call."""
         self._at_first = {id(parameter): (parameter, parameter.grad) for _, parameter in tree.parameters}
         self.arrived.clear()
 
     def end_call(self, model: nn.Module) -> None:
-        """Notice gradients that were put there by hand, and hold on to none that lay there before."""
+        """Record gradients that the script assigned, and release the stored earlier gradients."""
         self.note_by_hand(model.parameters())
         self._at_first = {}
 
     def note_by_hand(self, parameters: Iterable[Tensor] | None = None) -> None:
-        """Count a gradient that no hook saw and that is another than before the call.
+        """Record a gradient that no hook saw and that differs from the one before the call.
 
         Args:
-            parameters: to look at; those of the model as the call began where none are given.
+            parameters: parameters to inspect; default: those of the model at the start of the call.
         """
         for parameter in [one for one, _ in self._at_first.values()] if parameters is None else parameters:
             key, gradient = id(parameter), parameter.grad
@@ -109,16 +109,16 @@ class Gradients:
             self._note(parameter, gradient, produced=False)
 
     def reached(self, tree: ModelTree) -> frozenset[str]:
-        """Names of the parameters that a gradient reached in the last call."""
+        """Names of the parameters that received a gradient in the last call."""
         return frozenset(name for name, value in tree.parameters if id(value) in self.arrived)
 
     def seen(self, tree: ModelTree) -> Mapping[str, GradientSeen]:
-        """The gradients of each parameter that any reached, by name."""
+        """The gradients of each parameter that received any, by name."""
         found = {name: self._seen.get(id(parameter)) for name, parameter in tree.parameters}
         return {name: one for name, one in found.items() if one is not None and one.sizes}
 
     def _arrive(self, parameter: Tensor, gradient: Tensor | None) -> None:
-        if gradient is not None:  # autograd calls hooks for undefined gradients, too, as behind repacked 4-bit weights
+        if gradient is not None:  # autograd also calls hooks for undefined gradients, as behind repacked 4-bit weights
             self.arrived.add(id(parameter))
             self._note(parameter, gradient)
 
@@ -138,9 +138,9 @@ class Gradients:
 
 
 def _hook(hooks: ExitStack, parameter: Tensor, noted: Any) -> None:
-    """Hook a parameter, also one that trains only later in the step."""
+    """Hook a parameter, including one that starts to train later in the step."""
     trains = parameter.requires_grad
-    with suppress(RuntimeError):  # what cannot train cannot be hooked
+    with suppress(RuntimeError):  # a parameter that cannot train cannot be hooked
         try:
             hooks.push(parameter.requires_grad_(True).register_hook(noted))
         finally:
@@ -148,65 +148,65 @@ def _hook(hooks: ExitStack, parameter: Tensor, noted: Any) -> None:
 
 
 STUCK_SHARE = 0.9
-"""Share of the elements with a gradient that an update must leave as they are to count as lost to rounding."""
+"""Share of the elements with a gradient that an update must leave unchanged to count as lost to rounding."""
 LEAST_UPDATES = 2
-"""Wanted in any case: only the value at the next shows that an update was kept."""
+"""Minimum number of updates: only the value at the next update shows that an update was kept."""
 LEAST_AFTER_LOSS = 4
-"""Updates after which a first one that was undone counts as the only one."""
+"""Number of updates after which an undone first update counts as an exception."""
 LEAST_RESTING = 3
-"""Updates with a learning rate of zero after which no other is waited for: a warm-up from zero rests once."""
+"""Number of updates with a learning rate of zero after which no further one is awaited: a warm-up from zero has one."""
 _NARROW = (torch.bfloat16, torch.float16)
 
 
 @dataclass(slots=True, kw_only=True)
 class ParameterUpdates:
-    """One parameter of the adapter, its last known value, and what became of it over the watched updates.
+    """One parameter of the adapter, its last known value, and the outcomes of the watched updates.
 
-    Of a sharded parameter the value is that of the part that is here.
+    For a sharded parameter, the value is the local part.
     """
 
     name: str
     tensor: Tensor
     by_method: bool
-    """Whether its method writes to it between updates."""
+    """Whether its PEFT method writes to it between updates."""
     is_fed: bool = False
-    """Whether its gradient was there, and not zero, when an update could take it."""
+    """Whether it had a nonzero gradient when an update could use it."""
     updates: int = 0
-    """By an optimizer that was given it."""
+    """Updates by an optimizer that holds it."""
     fed: int = 0
-    """With a gradient that was produced for it and was not zero when it was taken."""
+    """Updates with a nonzero gradient that was produced for it."""
     moved: int = 0
     learnt: int = 0
-    """Those that were fed and moved it."""
+    """Fed updates that changed it."""
     stuck: int = 0
-    """Those that were fed, with a learning rate, and left nearly every element as it was."""
+    """Fed updates with a nonzero learning rate that left nearly every element unchanged."""
     faint: int = 0
-    """Those that were fed and changed nothing, since the gradient is so small: its partner has just left zero."""
+    """Fed updates that changed nothing because the gradient is very small: the other factor has just left zero."""
     idle: int = 0
-    """Of the stuck ones those that moved no parameter at all, although float32 shows such a move."""
+    """Stuck updates that changed no parameter at all, although float32 could represent the change."""
     losses: list[int] = field(default_factory=list)
-    """Which updates nothing was left of at the next or at the end, the first being 1."""
+    """Numbers (from 1) of the updates that were undone by the next update or by the end."""
     written: int = 0
-    """Times that something other than an update wrote to it."""
+    """Number of writes by something other than an update."""
     unreadable: str | None = None
     """Why its value could not be compared."""
     rate: float = 0.0
-    """Largest learning rate that it was given."""
+    """Largest learning rate for it."""
     _value: list[Tensor] = field(default_factory=list)
     _before: list[Tensor] = field(default_factory=list)
-    """The value from which the last update started; none once something else wrote to it."""
+    """The value before the last update; empty after another write."""
 
     def __post_init__(self) -> None:
         self._keep(_parts(self.tensor), [])
 
     @property
     def lost(self) -> bool:
-        """Whether updates are undone, and not just the first: a projection may move the weights far once."""
+        """Whether updates are undone, not counting the first: a projection may change the weights strongly once."""
         return bool(self.losses) and (self.losses[-1] > 1 or self.updates < LEAST_AFTER_LOSS)
 
     @property
     def idling(self) -> bool:
-        """Whether it was never moved, and nothing else by the same updates."""
+        """Whether no update changed it, or anything else."""
         return self.idle > 0 and not self.moved and self.idle == self.stuck
 
     @property
@@ -216,17 +216,18 @@ class ParameterUpdates:
 
     @property
     def is_narrow(self) -> bool:
-        """Whether its dtype may swallow an update."""
+        """Whether rounding in its dtype may lose an update."""
         return self.tensor.dtype in _NARROW
 
     def is_kept(self) -> bool:
-        """Whether it has the last known value."""
+        """Whether its value is the last known one."""
         return all(_is_same(now, then) for now, then in zip(_parts(self.tensor), self._value, strict=True))
 
     def compare(self, *, stepping: bool) -> None:
-        """Count what something other than an update wrote, unless its optimizer is stepping: SAM goes back then.
+        """Count writes by something other than an update, except while its optimizer is stepping, because SAM restores
+        the weights.
 
-        What projects the weights after an update (a clamp, a norm) moves few of them, or all of them by less.
+        A projection after an update (a clamp, a norm) changes few weights, or all of them by less than the update.
         """
         try:
             if self.is_kept():
@@ -234,7 +235,7 @@ class ParameterUpdates:
             value = _parts(self.tensor)
             undone = bool(self._before) and self._undoes(value)
             self._keep(value, [])
-        except Exception as error:  # no fault of the step, which continues
+        except Exception as error:  # not an error of the step, which continues
             self.unreadable = f"{type(error).__name__}: {error}"
             return
         if not self.by_method and not stepping:
@@ -242,7 +243,7 @@ class ParameterUpdates:
             self.losses += [self.updates] if undone else []
 
     def settle(self, rate: float) -> tuple[bool, bool]:
-        """Count what an update wrote; whether it moved anything, and whether it left what it should have moved."""
+        """Record an update; returns whether it changed the value, and whether it failed to make an expected change."""
         try:
             moved = not self.is_kept()
             if moved:
@@ -263,7 +264,7 @@ class ParameterUpdates:
         self._before = before
 
     def _is_faint(self, rate: float) -> bool:
-        """Whether an update in proportion to the gradient is too small for float32 to show."""
+        """Whether an update proportional to the gradient is too small to change a float32 value."""
         gradient = self.tensor.grad
         size = None if gradient is None or self.is_narrow else largest(gradient)
         if size is None:
@@ -272,7 +273,7 @@ class ParameterUpdates:
         return rate * float(size) < torch.finfo(self.tensor.dtype).eps * greatest
 
     def _is_rounded_away(self) -> bool:
-        """Whether the last update left nearly all elements with a gradient unchanged, as a narrow dtype may."""
+        """Whether the last update left nearly all elements with a gradient unchanged, because of a narrow dtype."""
         gradient = self.tensor.grad
         if not self.is_narrow or gradient is None or gradient.layout != torch.strided:
             return False
@@ -281,11 +282,11 @@ class ParameterUpdates:
         return sum(int((has & ~moved).sum()) for has, moved in pairs) > STUCK_SHARE * given
 
     def _moved(self) -> list[Tensor]:
-        """Which elements the last update moved."""
+        """The elements that the last update changed."""
         return [now != then for now, then in zip(self._value, self._before, strict=True)]
 
     def _undoes(self, value: list[Tensor]) -> bool:
-        """Whether a value is as far from the last known one as the update had moved that, and in other places."""
+        """Whether a change is at least as large as the last update and reverts most of the updated elements."""
         if not _distance(self._value, self._before) <= _distance(value, self._value) * (1 + 1e-6):
             return False
         moved = self._moved()
@@ -307,16 +308,16 @@ def _is_same(now: Tensor, then: Tensor) -> bool:
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors that one is made of, as far as they are here."""
+    """The local plain tensors of a tensor."""
     return [part for _, part in plain_parts(tensor.detach())]
 
 
 class Updates:
-    """Watches every optimizer that steps, by hooks that torch calls for all of them.
+    """Watches every optimizer that steps, with torch's global optimizer hooks.
 
     Args:
-        tree: the model as it is before the first update.
-        gradients: that reach its parameters.
+        tree: the model before the first update.
+        gradients: gradients of its parameters.
     """
 
     def __init__(self, tree: ModelTree, gradients: Gradients) -> None:
@@ -330,16 +331,17 @@ class Updates:
             if not tensor.is_meta
         }
         self._stepping = 0
-        """Optimizers that are stepping: one may hold another, and what it writes before that steps is its own."""
+        """Number of optimizers that are stepping: one may contain another, and its writes before the inner step are its
+        own."""
         self._before_call = (0, 0)
-        """Updates, and parameters that had learnt, before the last call."""
+        """Number of updates, and of parameters that had learnt, before the last call."""
 
     def by_name(self) -> dict[str, ParameterUpdates]:
         """The updates of each parameter, by name."""
         return {one.name: one for one in self._parameters.values()}
 
     def continues(self, tree: ModelTree) -> bool:
-        """Whether the model still holds the same parameters with the values that the last call left."""
+        """Whether the model still has the same parameters with the values after the last call."""
         here = {id(tensor): name for name, tensor in trained_parameters(tree).items() if not tensor.is_meta}
         known = self._parameters
         return here == {key: one.name for key, one in known.items()} and all(
@@ -347,16 +349,16 @@ class Updates:
         )
 
     def begin_call(self) -> None:
-        """Remember the counts before a call."""
+        """Store the counts before a call."""
         self._before_call, self._stepping = (self.steps, self._learnt()), 0
 
     def end_call(self) -> None:
-        """Compare values with those after the last update."""
+        """Compare the values with those after the last update."""
         for one in self._parameters.values():
             one.compare(stepping=self._stepping > 0)
 
     def before(self, optimizer: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """Global optimizer hook: nothing has moved and, without a closure, the gradients are complete."""
+        """Global optimizer hook: no parameter has changed yet and, without a closure, the gradients are complete."""
         self._take(optimizer)
         self._stepping += 1
         closure = next((value for value in (*args[1:2], kwargs.get("closure")) if callable(value)), None)
@@ -364,7 +366,7 @@ class Updates:
             return None
 
         def watched(*given: Any, **named: Any) -> Any:
-            self._settle(optimizer)  # some optimizers call it again from where they have moved
+            self._settle(optimizer)  # some optimizers call the closure again after changing parameters
             result = closure(*given, **named)
             self._take(optimizer)
             return result
@@ -388,8 +390,8 @@ class Updates:
         self.steps += 1
 
     def pending(self) -> bool:
-        """Whether another call may show more than these did."""
-        if not self.steps:  # something that is no optimizer of torch writes, or none has stepped yet
+        """Whether another call may be conclusive."""
+        if not self.steps:  # no torch optimizer has stepped: another writer, or no update yet
             return not any(one.written for one in self._parameters.values())
         seen = [one for one in self._parameters.values() if one.updates]
         if not seen:
@@ -398,7 +400,7 @@ class Updates:
             return True
         if all(one.learnt or one.faint for one in seen):
             return False
-        if any(one.idling for one in seen):  # a warm-up may move nothing for some updates
+        if any(one.idling for one in seen):  # a warm-up may change nothing for some updates
             return True
         steps, learnt = self._before_call
         warming = any(one.resting and one.updates < LEAST_RESTING for one in seen)
@@ -413,7 +415,7 @@ class Updates:
         return [(self._parameters[key], rate) for key, rate in rates.items() if key in self._parameters]
 
     def _take(self, optimizer: Any) -> None:
-        """Look at the values, and at the gradients that the update is about to take."""
+        """Read the values, and the gradients that the update will use."""
         self.gradients.note_by_hand()
         for one, _ in self._given(optimizer):
             one.compare(stepping=self._stepping > 0)
@@ -422,7 +424,7 @@ class Updates:
             one.is_fed = gradient is not None and (size is None or float(size) != 0)
 
     def _settle(self, optimizer: Any) -> None:
-        """Count what an update has changed since the values were looked at."""
+        """Record the changes of an update since the values were read."""
         found = [(one, *one.settle(rate)) for one, rate in self._given(optimizer)]
         any_moved = any(moved for _, moved, _ in found)
         self.gradients.moved += any_moved

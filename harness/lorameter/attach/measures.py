@@ -1,8 +1,8 @@
-"""Measurements of a training: samples of its steps, peaks of memory, the energy of a GPU, the FLOPs of a step.
+"""Measures a training: samples of its steps, peaks of memory, the energy of a GPU, the FLOPs of a step.
 
-Steps count as in any trial: the first is reported separately, the warm-up ends when the steps are steady, a step that
-kernels_check watched has no time, and the rest is timed. A quantity that one of them lacks is left out for all. Of
-several ranks rank 0 writes the run, and of each step the slowest rank counts.
+Steps count as in any trial: the first is reported separately, the warm-up ends when the step times are steady, a step
+watched by kernels_check has no time, and the rest is timed. A quantity that one step lacks is left out for all steps.
+With several ranks, rank 0 writes the run, and the slowest rank determines the time of each step.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from lorameter.studies.protocol import Protocol
 from lorameter.studies.variant import LoraVariant
 
 Columns = dict[str, list[float | None]]
-"""Samples by their names in a record; None where a step did not show one."""
+"""Samples by their names in a record; None for a step without a value."""
 _TIMED = {
     "step_time_s": "step_time_s",
     "step_cpu_time_s": "cpu_time_s",
@@ -51,18 +51,18 @@ _TIMED = {
     "timed_loss": "loss",
     "step_tokens": "real_tokens",
 }
-"""Samples of timed steps by the field of a reading that they hold."""
+"""Fields of a reading, by the name of their samples of timed steps."""
 _COUNTED = {
     "turn_sequences": "sequences",
     "turn_tokens": "real_tokens",
     "turn_loss_tokens": "loss_tokens",
     "turn_padded_tokens": "padding_tokens",
 }
-"""Samples of turns by the field of a reading that they sum."""
+"""Fields of a reading that are summed, by the name of their samples of turns."""
 
 
 def turn_columns(turn: Sequence[StepReading]) -> Columns:
-    """Samples of the timed steps of one turn, one a step, and what the turn held."""
+    """Samples of the timed steps of one turn, one value per step, and the sums of the turn."""
     columns: Columns = {name: [getattr(one, field) for one in turn] for name, field in _TIMED.items()}
     for name, field in _COUNTED.items():
         columns[name] = [sum_known([getattr(one, field) for one in turn])]
@@ -78,7 +78,7 @@ def untimed_columns(phase: str, readings: Sequence[StepReading]) -> Columns:
 
 
 def whole_columns(columns: Columns) -> dict[str, tuple[float, ...]]:
-    """The samples that every step has shown."""
+    """The samples for which every step has a value."""
     return {
         name: tuple(float(value) for value in found if value is not None)
         for name, found in columns.items()
@@ -87,32 +87,32 @@ def whole_columns(columns: Columns) -> dict[str, tuple[float, ...]]:
 
 
 MOST_TIMED = 10_000
-"""Timed steps that are kept: a record is read whole, and the later steps of a long training say no more."""
+"""Maximum timed steps that are kept: a record is read completely, and later steps of a long training add little."""
 
 
 class StepSamples:
     """The steps of one training."""
 
     def __init__(self, planned_steps: int | None) -> None:
-        """`planned_steps`: of the training; a warm-up takes no more than a third of them."""
+        """`planned_steps` is the length of the training; the warm-up takes at most a third of it."""
         protocol = Protocol()
         self._least, self._most = protocol.warmup_steps_min, protocol.warmup_steps_max
         if planned_steps is not None:
             self._most = max(self._least, min(self._most, planned_steps // 3))
         self._columns: Columns = {}
         self.values = {"training_steps": 0.0}
-        """As of a trial's record."""
+        """Values as in a trial's record."""
         self.warm = False
         """Whether the warm-up is over."""
         self.timed: list[int] = []
         """The numbers of the timed steps."""
         self.conventions: dict[str, None] = {}
-        """How tokens were counted, in words."""
+        """Descriptions of how tokens were counted."""
         self.not_finite: Failure | None = None
-        """That of the first step whose loss is no number."""
+        """The failure of the first step whose loss is not finite."""
 
     def add(self, reading: StepReading) -> dict[str, float | None]:
-        """One more step; what it adds to the samples, each timed step a turn of its own."""
+        """Add a step; returns its values for the samples. Each timed step is its own turn."""
         self.values["training_steps"] = float(reading.number)
         self.conventions |= dict.fromkeys(reading.conventions)
         self.not_finite = self.not_finite or loss_not_finite([reading])
@@ -134,14 +134,14 @@ class StepSamples:
         return {name: value for name, (value,) in columns.items()}
 
     def samples(self) -> dict[str, tuple[float, ...]]:
-        """As of a trial's record."""
+        """Samples as in a trial's record."""
         return whole_columns(self._columns)
 
 
 WAIT_S = 10.0
-"""How long rank 0 waits for the files of the others, which end at the same time."""
+"""Maximum time for which rank 0 waits for the files of the other ranks, which end at the same time."""
 MOST_KEPT = 2 * MOST_TIMED
-"""Steps that a rank keeps: the timed ones are among the first (`MOST_TIMED`)."""
+"""Maximum steps that a rank keeps: the timed steps are among the first (`MOST_TIMED`)."""
 RankStep = tuple[float, int | None, int | None, int | None]
 """The time of a step on one rank in seconds, and its sequences, real tokens and padding."""
 
@@ -149,9 +149,9 @@ RankStep = tuple[float, int | None, int | None, int | None]
 class Ranks:
     """The steps of one rank, and for rank 0 those of the others.
 
-    Ranks wait for each other inside a step, so their times are close; a collective of the meter's would make them wait
-    once more and could hang where theirs does. So each rank writes its steps to a file when it ends, and rank 0 reads
-    them. The folder is found without a message between the ranks: they are children of one launcher.
+    Ranks wait for each other inside a step, so their times are close; a collective operation of the meter would add
+    another wait and could hang. So each rank writes its steps to a file when it ends, and rank 0 reads the files. The
+    ranks find the common folder without communication: they are children of one launcher.
     """
 
     def __init__(self, run: Path, training: TrainingInfo) -> None:
@@ -163,21 +163,21 @@ class Ranks:
         self._steps: list[RankStep] = []
 
     def add(self, reading: StepReading) -> None:
-        """One more step."""
+        """Add a step."""
         if len(self._steps) < MOST_KEPT:
             step = reading.step_time_s, reading.sequences, reading.real_tokens, reading.padding_tokens
             self._steps.append(step)
 
     def write(self) -> None:
-        """Write the steps for rank 0: the training has ended, or is no longer followed."""
+        """Write the steps for rank 0, when the training has ended or is no longer measured."""
         write_whole(self._folder / f"{self._rank}.json", msgspec.json.encode(self._steps).decode())
 
     def merge(
         self, samples: Mapping[str, tuple[float, ...]], timed: Iterable[int], notices: list[Notice]
     ) -> dict[str, tuple[float, ...]]:
-        """The samples of rank 0 with each timed step as long as on its slowest rank, and the tokens of all ranks.
+        """The samples of rank 0, with the time of each timed step from its slowest rank, and the tokens of all ranks.
 
-        Ranks that left no file, or one of fewer steps, are named in a notice; the tokens of all are then not known.
+        A notice names ranks without a file, or with fewer steps; the tokens of all ranks are then unknown.
         """
         others = self._read()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -200,7 +200,7 @@ class Ranks:
         return {name: one for name, one in samples.items() if name not in of_rank_0} | whole_columns(columns)
 
     def _read(self) -> list[list[RankStep]]:
-        """The steps of the others that have seen as many; waits for the files that are not there yet."""
+        """The steps of the other ranks with the same number of steps; waits for missing files."""
         deadline = time.monotonic() + WAIT_S
         paths = [self._folder / f"{rank}.json" for rank in range(1, self._ranks)]
         while not all(path.is_file() for path in paths) and time.monotonic() < deadline:
@@ -210,7 +210,7 @@ class Ranks:
 
 
 def loss_not_finite(readings: Sequence[StepReading]) -> Failure | None:
-    """The failure of a training in which the loss of a step is no number; None where all are."""
+    """The failure of a training in which the loss of a step is not finite; None if all are finite."""
     for reading in readings:
         if reading.loss is not None and not math.isfinite(reading.loss):
             message = (
@@ -222,7 +222,7 @@ def loss_not_finite(readings: Sequence[StepReading]) -> Failure | None:
 
 
 def describe_end(error: BaseException, phase: str) -> tuple[Status, Failure]:
-    """The status and the failure of a training that an exception ended, or that was not followed to its end."""
+    """The status and the failure of a training that an exception ended, or that was not measured to its end."""
     status, failure = describe_error(error, phase)
     if type(error) is NotFollowedError:
         return "invalid", Failure(phase=phase, kind="NotFollowed", message=str(error), traceback=failure.traceback)
@@ -235,31 +235,31 @@ class Peaks:
     """The peak memory of each phase so far, in this process."""
 
     def __init__(self, device: str) -> None:
-        """Nothing is measured before `begin`; the first phase is training."""
+        """Measures nothing before `begin`; the first phase is training."""
         self._gauge = PeakMemoryTracker(device)
         self._found: dict[str, int] = {}
         self.phase: Phase = "train"
-        """The phase under way."""
+        """The current phase."""
 
     def begin(self) -> None:
         """Start measuring peaks."""
         self._gauge.begin()
 
     def enter(self, phase: Phase) -> None:
-        """The phase under way has ended, and this one begins."""
+        """End the current phase, and begin this one."""
         self.so_far()
         self.phase = phase
         self._gauge.begin()
 
     def so_far(self) -> dict[str, int]:
-        """Bytes by their names in a record, that of the phase under way among them."""
+        """Bytes by their names in a record, including those of the current phase."""
         for name, size in self._gauge.peaks(self.phase).items():
             self._found[name] = max(size, self._found.get(name, 0))
         return dict(self._found)
 
 
 class Energy:
-    """Joules of one GPU over the stretches in which it only trains, with their steps and tokens; on a CPU nothing."""
+    """Joules of one GPU over the stretches that only train, with their steps and tokens; empty on a CPU."""
 
     def __init__(self, device: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._device = device
@@ -267,13 +267,13 @@ class Energy:
         self._gpu: NvmlDevice | None = None
         self._begun: tuple[float, Reading[float]] | None = None
         self._before: Counter[str] = Counter()
-        """Counts of the stretches before this one."""
+        """Counts of the earlier stretches."""
         self._stretch: Counter[str] = Counter()
         self._uncounted = False
-        """Whether a step's tokens are not known."""
+        """Whether the tokens of a step are unknown."""
 
     def begin(self) -> None:
-        """A stretch of training begins."""
+        """Begin a stretch of training."""
         if self._device.startswith("cuda"):
             self._gpu = self._gpu or open_torch_gpu(self._device).value
         if self._gpu is not None:
@@ -281,12 +281,12 @@ class Energy:
             self._stretch = Counter()
 
     def step(self, reading: StepReading) -> None:
-        """A step of it."""
+        """Add a step to the stretch."""
         self._stretch.update(energy_steps=1, energy_tokens=reading.real_tokens or 0)
         self._uncounted = self._uncounted or reading.real_tokens is None
 
     def end(self) -> None:
-        """The stretch has ended."""
+        """End the stretch."""
         self._before, self._begun = self._so_far(), None
 
     def _so_far(self) -> Counter[str]:
@@ -298,7 +298,7 @@ class Energy:
         return self._before if spent is None else self._before + self._stretch + Counter(device_energy_train_j=spent)
 
     def values(self) -> dict[str, float]:
-        """As of a trial's record; empty where no stretch was long enough."""
+        """Values as in a trial's record; empty if no stretch was long enough."""
         found = dict(self._so_far())
         if self._uncounted:
             found.pop("energy_tokens", None)
@@ -306,20 +306,21 @@ class Energy:
 
 
 # --- FLOPs ------------------------------------------------------------------------------------------------------------
-# The counts are those of a variant (`lorameter.models.costs.flops`), taken from the model at hand: its configuration
-# gives the shape, its adapter the ranks and targets. A model without an adapter trains all its weights, which is 6 N.
-# A family whose layers are not known is counted from its modules (`lorameter.models.costs.modules`). Pairs of a query
-# and a key are those of rows of the mean real length, so a few too few where lengths differ.
+# The counts are those of a variant (`lorameter.models.costs.flops`), taken from the actual model: its configuration
+# gives the shape, its adapter the ranks and targets. A model without an adapter trains all its weights, which is 6 N. A
+# family with unknown layers is counted from its modules (`lorameter.models.costs.modules`). Pairs of a query and a key
+# are those of rows with the mean real length, so slightly too few if lengths differ.
 
 RATES: dict[str, Rate] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 
 
 class Work:
-    """The FLOPs of a training, of the model as it is before the first step. It keeps no reference to the model."""
+    """The FLOPs of a training step, computed from the model before the first step. It keeps no reference to the
+    model."""
 
     def __init__(self, training: TrainingInfo) -> None:
-        """Reads the model of a training; where it cannot be counted nothing is known."""
-        model = getattr(training.module, "module", training.module)  # inside what distributes it
+        """Reads the model of a training; if it cannot be counted, nothing is known."""
+        model = getattr(training.module, "module", training.module)  # inside a distributed wrapper
         self._passes = training.accumulation or 1
         self._flops: Callable[[StepTokens], int] | None = None
         self._rate: Rate = "float32"
@@ -331,7 +332,7 @@ class Work:
     def values(self, samples: Mapping[str, tuple[float, ...]], device_name: str) -> dict[str, float]:
         """`model_flops_per_step`, the mean over the timed steps, and `peak_flops_per_s` of a device that is listed.
 
-        Empty where the model, its adapter or its tokens are not known.
+        Empty if the model, its adapter or its tokens are unknown.
         """
         real, rows = samples.get("turn_tokens"), samples.get("turn_sequences")
         if not real or not rows or self._flops is None:
@@ -347,12 +348,12 @@ class Work:
 
 
 def _flops_of(model: Any) -> Callable[[StepTokens], int]:
-    """In closed form where the layers of the model are known, else counted from its modules."""
+    """In closed form if the layers of the model are known, else counted from its modules."""
     config = model.config
     try:
         shape = shape_of_config(config.to_dict(), getattr(config, "name_or_path", "") or "the model")
         known = _closed_form(shape, model)
-        known(StepTokens(positions=1, pairs=1, passes=1))  # raises for layers that are not known
+        known(StepTokens(positions=1, pairs=1, passes=1))  # raises for unknown layers
         return known
     except UsageError:
         products = count_products(model)
@@ -371,7 +372,7 @@ def _closed_form(shape: ModelShape, model: Any) -> Callable[[StepTokens], int]:
 
 
 def _rate_of(model: Any) -> Rate:
-    """The type that most products run in: the compute type of a 4-bit base, else that of the weights."""
+    """The dtype of most matrix products: the compute dtype of a 4-bit base, else that of the weights."""
     computes = getattr(getattr(model.config, "quantization_config", None), "bnb_4bit_compute_dtype", None)
     named = str(computes or getattr(model, "dtype", "float32")).removeprefix("torch.")
     return RATES.get(named, "float32")

@@ -1,1 +1,1 @@
-"""Commands of the command line: one module a command."""
+"""Commands of the command line, one module each."""

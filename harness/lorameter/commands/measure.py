@@ -1,6 +1,4 @@
-"""Steps that commands and the pytest plugin share: a study with the options' changes is planned,
-foreseen or measured, and an interrupted run is resumed.
-"""
+"""Functions shared by commands and the pytest plugin: plan, forecast or measure a study, resume an interrupted run."""
 
 from __future__ import annotations
 
@@ -42,16 +40,16 @@ from lorameter.studies.workload import LOSSES
 ON_RESUME = frozenset(
     "calls study resume runs_dir json max_minutes sites on if_busy dry_run verbose policy format markdown html".split()
 )
-"""Options that may go with --resume; all others would change the study or the plan."""
+"""Options that are allowed with --resume; all others would change the study or the plan."""
 
 
 def override(
     study: Study, options: argparse.Namespace, *, effort: str | None = None, replicates: int | None = None
 ) -> Study:
-    """The study with the options' changes; `effort` or `replicates` where they set no precision.
+    """The study with the options' changes; `effort` or `replicates` apply if the options set no precision.
 
     Raises:
-        UsageError: both replicates and an effort, or a value that cannot be.
+        UsageError: both replicates and an effort are given, or a value is invalid.
     """
     given = vars(options)
     if options.effort and options.replicates is not None:
@@ -66,14 +64,15 @@ def override(
         precision=given.get("precision"),
         max_minutes=options.max_minutes,
         allow_disturbed=options.allow_disturbed,
-        on=given.get("on", HERE),  # what has no such option measures here
+        on=given.get("on", HERE),  # commands without this option measure here
         sites=given.get("sites"),
         mixed=given.get("mixed", False),
     )
 
 
 def plan_study(study: Study, placement: Placement, runs: Path, **planned: Any) -> tuple[Plan, tuple[Notice, ...]]:
-    """The plan of a study in a place, by further arguments of `build_plan`, and the notices before it starts."""
+    """Plan a study in a place, with further arguments of `build_plan`; returns the plan and the notices before it
+    starts."""
     return build_plan(study, placement.machine, free_bytes=placement.free_bytes, runs=runs, **planned)
 
 
@@ -89,11 +88,11 @@ def measure_study(
     """Plan a study and measure it, or with `--dry-run` show the plan.
 
     Args:
-        study: with the changes of the options.
+        study: the study with the options' changes.
         placement: where it is measured.
-        options: of the command.
-        policy: of an A/B, kept with the run.
-        console: where progress is shown; None for standard error.
+        options: options of the command.
+        policy: policy of an A/B, stored with the run.
+        console: console for the progress; None for standard error.
         planned: arguments of `build_plan`.
 
     Returns:
@@ -117,12 +116,12 @@ def measure_study(
 def foresee(
     plan: Plan, notices: tuple[Notice, ...], placement: Placement, runs: Path
 ) -> tuple[Document, dict[str, Any]]:
-    """A plan with its expected time, memory and disk, as a report and as JSON."""
+    """Forecast the time, memory and disk space of a plan, as a report and as JSON."""
     from lorameter.trial.data.records import describe_data
 
     elsewhere = any(notice.code == NOT_HERE for notice in notices)
     expected = forecast(plan, placement.machine, runs, None if elsewhere else placement.timing_executor())
-    if elsewhere:  # its time and memory on another machine are unknown
+    if elsewhere:  # time and memory on another machine are unknown
         why = "it cannot be measured on this machine"
         took = TimeForecast(time_s=None, basis=why)
         expected = Forecast(time=took, memory_bytes=None, disk_bytes=expected.disk_bytes, unknown=why)
@@ -149,10 +148,10 @@ def foresee(
 
 
 def find_interrupted(options: argparse.Namespace, *, prefix: str = "--") -> Run:
-    """The run that `resume` of the options names.
+    """The interrupted run that the option `resume` names.
 
     Raises:
-        UsageError, InvalidRunError: no such run, one that cannot be resumed, or options that would change its plan.
+        UsageError, InvalidRunError: the run does not exist or cannot be resumed, or options would change its plan.
     """
     given = {
         f"{prefix}{'command' if name == 'script' else name.replace('_', '-')}": value
@@ -165,13 +164,13 @@ def find_interrupted(options: argparse.Namespace, *, prefix: str = "--") -> Run:
 
 
 def resume(run: Run, options: argparse.Namespace, *, console: Console | None = None) -> Run | None:
-    """Measure the rest of a run, where it was measured or where `--on` and `--sites` say.
+    """Measure the rest of a run, at its original place or at that of `--on` and `--sites`.
 
     Returns:
-        The run as it is then, also one of which nothing was left; None with `--dry-run`, which shows what is left.
+        The run afterwards, also if nothing was left to measure; None with `--dry-run`, which shows the rest.
 
     Raises:
-        UsageError, InvalidRunError: it cannot be resumed here.
+        UsageError, InvalidRunError: the run cannot be resumed here.
     """
     name, study, console = run.manifest.run, study_of(run), console or console_for(stderr=True)
     if is_finished(run):

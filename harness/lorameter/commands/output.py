@@ -1,6 +1,6 @@
-"""Output of the commands: a result as text, Markdown, annotations of a GitHub job or JSON, and its page.
+"""Output of the commands: a result as text, Markdown, annotations of a GitHub job or JSON, and its HTML page.
 
-The format is checked before a command does anything, so that hours of measuring do not end in a refusal.
+The format is validated before a command starts, so that hours of measurement do not end with an error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SCHEMA = 2
 
 
 def format_of(options: argparse.Namespace) -> str:
-    """text, json, markdown or github. Raises `UsageError` where two options choose another one each."""
+    """text, json, markdown or github. Raises `UsageError` if two options select different formats."""
     given = vars(options)
     formats = {
         "--json": "json" if given.get("json") else None,
@@ -42,14 +42,14 @@ def format_of(options: argparse.Namespace) -> str:
 
 
 def check_output(options: argparse.Namespace) -> None:
-    """Raises `UsageError` for two formats, and for a page that could not be written."""
-    if "markdown" in vars(options):  # the --format of an export is that of its file
+    """Raise `UsageError` for two formats, and for a page that cannot be written."""
+    if "markdown" in vars(options):  # the --format of an export refers to its file
         format_of(options)
     check_page(vars(options).get("html"))
 
 
 def check_page(path: str | None, option: str = "--html") -> None:
-    """Raises `UsageError`, by the option that named it, for a page that could not be written."""
+    """Raise `UsageError`, with the name of the option, for a page that cannot be written."""
     if path is None:
         return
     folder = Path(path).absolute().parent
@@ -66,13 +66,13 @@ def show_result(
     annotations: Callable[[], str] = str,
     page: Callable[[], dict[str, Any]] = dict,
 ) -> None:
-    """Print a result in the format of the options, and write its page where one is named.
+    """Print a result in the format of the options, and write its HTML page if one is given.
 
     Args:
-        options: of the command.
-        document: the report for people.
+        options: options of the command.
+        document: the report for users.
         data: makes the JSON document, without its schema.
-        annotations: makes the lines that a GitHub job shows next to the summary.
+        annotations: makes the annotations of a GitHub job.
         page: makes the arguments of `write_html` for the page.
     """
     form = format_of(options)
@@ -90,18 +90,18 @@ def show_result(
 
 
 def save_page(path: str | None, document: Document, page: Callable[[], dict[str, Any]]) -> None:
-    """Write the page of a report to a file, if one is named; print its path."""
+    """Write the page of a report to a file, if one is given, and print its path."""
     if path is not None:
         check_page(path)
         print_stderr(f"page: {save_html(write_html(document, **page()), path)}")
 
 
 def _add_to_summary(document: Document) -> None:
-    """Append the report to the summary of a GitHub job. A reader of the summary alone would see no failure, so losing
-    it is an error."""
+    """Append the report to the summary of a GitHub job. Failing to do so is an error, since a reader of the summary
+    would otherwise not see a failure."""
     if not (summary := os.environ.get(ENV_SUMMARY)):
         return
-    # A pipe without a reader is refused: to wait for one could take forever.
+    # A pipe without a reader is refused: waiting for a reader could take forever.
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
     with (
         translate_write_errors(f"${ENV_SUMMARY} = {summary}", "Name a file, or unset it."),
@@ -116,7 +116,7 @@ def print_json(document: dict[str, Any]) -> None:
 
 
 def print_result(options: argparse.Namespace, text: str, data: dict[str, Any]) -> None:
-    """Print a result that is a line or a few of plain text, or its JSON document."""
+    """Print a result of a few lines of plain text, or its JSON document."""
     if options.json:
         print_json(data)
     else:
@@ -124,5 +124,5 @@ def print_result(options: argparse.Namespace, text: str, data: dict[str, Any]) -
 
 
 def say_progress(text: str) -> None:
-    """A faint line on standard error."""
+    """Print a faint line on standard error."""
     show((say(Span(text=text, tone="faint"), indented=False),), console_for(stderr=True))

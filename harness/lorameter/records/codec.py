@@ -1,7 +1,7 @@
-"""JSON of records, studies and messages: msgspec converts it, and an error names file, key, value and remedy.
+"""Reads and writes JSON of records, studies and messages with msgspec; an error names file, key, value and remedy.
 
-An unknown or missing key and a value of the wrong type are errors: a reader that ignored them would let two sides of a
-comparison disagree silently.
+Unknown or missing keys and values of the wrong type are errors: if they were ignored, two sides of a comparison could
+differ silently.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ _WORDS = {"object": ("a table", "Write it as { key = value }."), "array": ("a li
 
 
 class NotJsonError(ValueError):
-    """A text that is not JSON, or that is nested too deeply to be read."""
+    """Raised for a text that is not JSON, or that is nested too deeply."""
 
 
 def parse(text: str | bytes) -> Any:
-    """Plain data of JSON text. Raises `NotJsonError`."""
+    """Parse JSON text into plain data. Raises `NotJsonError`."""
     try:
         return json.loads(text)
     except RecursionError:
         raise NotJsonError("it is nested too deeply") from None
-    except ValueError as error:  # of a text cut short, of bytes that are no text, of thousands of digits
+    except ValueError as error:  # truncated text, binary data, numbers with thousands of digits
         raise NotJsonError(str(error).partition(";")[0]) from None
 
 
 def to_json(value: Any) -> Any:
-    """Plain data of a Struct, a dataclass or a collection of them.
+    """Convert a Struct, a dataclass or a collection of them to plain data.
 
     JSON has no NaN or infinity, and a loss that diverged must not make a record unreadable: they become the strings
     "NaN", "Infinity" and "-Infinity", which `from_json` turns back into floats where a float is expected.
@@ -48,7 +48,7 @@ def to_json(value: Any) -> Any:
 
 
 def to_plain(value: object) -> object:
-    """A value of a subclass (numpy's floats, torch's version, a read-only mapping) as one of the plain type."""
+    """Convert a value of a subclass (numpy's floats, torch's version, a read-only mapping) to the plain type."""
     kinds: tuple[tuple[type, Any], ...] = ((str, str), (int, int), (float, float), (Mapping, dict), (Sequence, list))
     for kind, plain in kinds:
         if isinstance(value, kind):
@@ -68,8 +68,8 @@ def _name_floats(value: Any) -> Any:
 
 
 def dumps(value: Any, *, indent: int | None = None) -> str:
-    """Canonical JSON text: sorted keys, so that equal content has an equal hash. Raises `NotJsonError` for a value that
-    is nested too deeply."""
+    """Write canonical JSON text: sorted keys, so that equal content has an equal hash. Raises `NotJsonError` for a
+    value that is nested too deeply."""
     try:
         return json.dumps(to_json(value), sort_keys=True, indent=indent, allow_nan=False, ensure_ascii=False)
     except RecursionError:
@@ -82,11 +82,11 @@ def from_json(cls: type[T], data: Any, where: str, *, strict: bool = False) -> T
     Args:
         cls: a Struct, a dataclass, or a type made of them.
         data: plain data of JSON or TOML.
-        where: names the file or the message in errors.
-        strict: whether text is refused where a number is expected. In JSON "NaN" is a number.
+        where: name of the file or message, for errors.
+        strict: refuse text in place of numbers. In JSON, "NaN" counts as a number.
 
     Raises:
-        UsageError: an unknown key (with the nearest known one), a missing key, or a value of the wrong type.
+        UsageError: a key is unknown (the message suggests the nearest one) or missing, or a value has the wrong type.
     """
 
     def decode(kind: type, item: Any) -> Any:
@@ -103,22 +103,22 @@ def from_json(cls: type[T], data: Any, where: str, *, strict: bool = False) -> T
         raise _refusal(str(error), cls, data, where, strict=strict) from None
     except RecursionError:
         raise UsageError(f"{where}: it is nested too deeply. Write it as a table of keys.") from None
-    except UsageError as error:  # a class knows its own limits, this place knows the file
+    except UsageError as error:  # a class knows its own limits, this function knows the file
         message = str(error)
         if message.startswith(where):
             raise
-        named = where.rpartition(", ")[2].strip("[]")  # a message may begin with a part of the file
+        named = where.rpartition(", ")[2].strip("[]")  # the message may already begin with a part of the file
         raise UsageError(f"{where}: {message.removeprefix(f'{named}: ')}") from None
 
 
 @functools.cache
 def _fields_of(cls: Any) -> dict[str, Any]:
-    """The type of each field of a Struct or a dataclass; {} of any other type."""
+    """The type of each field of a Struct or a dataclass; {} for any other type."""
     return typing.get_type_hints(cls, include_extras=True) if hasattr(cls, "__match_args__") else {}
 
 
 def _form(cls: Any, data: Any) -> Any:
-    """The class of an object that has several forms (`class_for` of its base); any other class itself."""
+    """The class for an object that has several forms (`class_for` of its base); any other class unchanged."""
     if not hasattr(cls, "class_for") or hasattr(cls, "__dataclass_fields__"):
         return cls
     if not isinstance(data, Mapping):
@@ -138,7 +138,7 @@ def _inner(hint: Any) -> list[Any]:
 
 
 def _unknown_keys(hint: Any, data: Any, path: str) -> Iterator[tuple[str, str, Any, list[str]]]:
-    """Keys of tables that their class has no field for: path, key, value, and the fields of the class."""
+    """Keys of tables that are not fields of their class: path, key, value, and the fields of the class."""
     hint = _form(_inner(hint)[0], data)
     fields, origin = _fields_of(hint), typing.get_origin(hint)
     if fields and isinstance(data, Mapping):
@@ -156,7 +156,8 @@ def _unknown_keys(hint: Any, data: Any, path: str) -> Iterator[tuple[str, str, A
 
 
 def _refusal(message: str, hint: Any, data: Any, where: str, *, strict: bool) -> UsageError:
-    """The refusal of a value, from msgspec's message ("Expected `int`, got `str` - at `$.a[0]`"), with a remedy."""
+    """The error for an invalid value, from msgspec's message ("Expected `int`, got `str` - at `$.a[0]`"), with a
+    remedy."""
     what, _, place = message.partition(" - at `")
     place, path = place.removeprefix("key` in `").rstrip("`"), ""
     for name, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", place):
@@ -183,7 +184,7 @@ def _refusal(message: str, hint: Any, data: Any, where: str, *, strict: bool) ->
 
 
 def _first_wrong(hint: Any, data: Mapping[str, Any], *, strict: bool) -> str:
-    """The key of the first value that does not convert: msgspec does not name it."""
+    """The key of the first value that does not convert, which msgspec does not name."""
     for key, value in data.items():
         try:
             msgspec.convert(value, hint, strict=strict, str_keys=True)

@@ -1,8 +1,8 @@
-"""Blocks of a report: lines, sections, tables, charts and figures, typed, and written for no renderer.
+"""Blocks of a report: typed lines, sections, tables, charts and figures, independent of the renderer.
 
-Every report is a document: a sequence of these blocks. It decides what is shown, in which order, with how many digits,
-and what may be left out where there is no room; colours, widths, borders and escapes are the renderer's. So a new
-renderer is one module that takes a document, and every renderer draws a new report.
+Every report is a document: a sequence of these blocks. The document decides the content, its order, the digits, and
+which parts may be dropped if there is too little room; the renderer decides colours, widths, borders and escapes. So a
+new renderer is one module that takes a document, and every renderer can draw a new report.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 Tone: TypeAlias = Literal["plain", "strong", "faint", "good", "note", "warning", "bad", "alarm", "odd", "command"]
-"""The role of a piece of text; `odd` is neither good nor bad, a `command` is to be typed."""
+"""The role of a piece of text; `odd` is neither good nor bad, a `command` is for the user to type."""
 
 _TONES: Mapping[str, Tone] = {
     "regressed": "bad",
@@ -51,7 +51,7 @@ class Line:
 
     spans: tuple[Span, ...]
     label: str = ""
-    """The subject of the paragraph, in a word; the labels of a section are aligned."""
+    """A one-word subject of the paragraph; the labels of a section are aligned."""
     indented: bool = True
     """Whether it belongs to the line above it."""
     last: bool = False
@@ -59,7 +59,7 @@ class Line:
 
     @property
     def text(self) -> str:
-        """All of it but its label, without its tones."""
+        """The text without its label and tones."""
         return "".join(span.text for span in self.spans)
 
 
@@ -76,40 +76,40 @@ class Section:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColumnHeader:
-    """What a column holds."""
+    """The header of a column, with its layout rules."""
 
     text: str
     key: str = ""
-    """The name of its numbers in a JSON document; empty where they are in none."""
+    """The name of its numbers in a JSON document; empty if they are not in one."""
     right: bool = False
-    """Whether its cells are aligned at their right ends, as numbers are."""
+    """Whether its cells are right-aligned, like numbers."""
     drop_priority: int = 0
-    """The higher, the sooner it may be left out where there is no room; 0 is never left out."""
+    """Columns with a higher value are dropped first if there is too little room; 0 is never dropped."""
     collapse_if_constant: bool = False
-    """Whether a note below the table replaces the column where all of its cells are equal."""
+    """Whether a note below the table replaces the column if all of its cells are equal."""
     ratio: bool = False
     """Whether its values are ratios, which a renderer draws around 1."""
     joins_left: bool = False
-    """Whether a narrow table shows its cells in the column on its left, behind the value."""
+    """Whether a narrow table shows its cells after the value in the column on its left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One fact, in the parts that it has. A renderer lays out the parts; it rounds nothing and parses nothing."""
+    """One fact in separate parts. A renderer lays out the parts without rounding or parsing."""
 
     name: str = ""
-    """The subject of the text, in a word."""
+    """A one-word subject of the text."""
     text: str = ""
-    """Words, or the value with its unit."""
+    """Text, or the value with its unit."""
     interval: str = ""
     """The interval of the value, in brackets."""
     detail: str = ""
     command: str = ""
     """A command to type."""
     verdict: str = ""
-    """The verdict as programs know it; it decides the tone."""
+    """The machine-readable verdict; it decides the tone."""
     verdict_text: str = ""
-    """The verdict for people; empty where it is the same word."""
+    """The verdict as shown to users; empty if it is the same word."""
     value: float | None = None
     """The number behind the text, in its base unit."""
     low: float | None = None
@@ -118,19 +118,19 @@ class Cell:
 
     @property
     def line(self) -> str:
-        """All parts on one line, in the words that programs know."""
+        """All parts on one line, with the machine-readable verdict."""
         parts = (self.name, self.text, self.interval, self.detail, self.command, self.verdict)
         return " ".join(part for part in parts if part)
 
     @property
     def words(self) -> str:
-        """All parts on one line, in the words for people."""
+        """All parts on one line, with the verdict as shown to users."""
         return dataclasses.replace(self, verdict=self.verdict_text or self.verdict).line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """The cells of one row, in the order of the heads."""
+    """The cells of one row, in column order."""
 
     cells: tuple[Cell, ...]
     strong: bool = False
@@ -140,7 +140,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """Rows under heads."""
+    """Rows under headers."""
 
     heads: tuple[ColumnHeader, ...]
     rows: tuple[Row, ...]
@@ -151,7 +151,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collapsible:
-    """A summary of one line, and all lines on request."""
+    """A one-line summary that expands to all lines on request."""
 
     summary: Line
     lines: tuple[Line, ...]
@@ -159,7 +159,7 @@ class Collapsible:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """Text from outside in passages that belong together, each with its author."""
+    """Groups of text passages from outside, each with its author."""
 
     title: str
     passages: tuple[tuple[str, str], ...]
@@ -167,22 +167,22 @@ class Panel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
-    """What a direction of a chart measures."""
+    """The quantity on one axis of a chart."""
 
     title: str
     unit: Unit = "1"
     line_at: float | None = None
-    """A value that all others are read against, as 1 is of ratios."""
+    """A reference value at which a line is drawn, such as 1 for ratios."""
     named: tuple[tuple[float, str], ...] = ()
-    """Ticks with their names; () leaves them to the renderer."""
+    """Ticks with their names; () lets the renderer choose."""
     log: bool = False
     span: tuple[float, float] | None = None
-    """Its ends; None: the renderer chooses them by the values."""
+    """Its ends; None: the renderer chooses them from the values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """A place in a chart, with an interval in each direction that has one."""
+    """A point in a chart, with optional intervals in both directions."""
 
     x: float
     y: float
@@ -191,7 +191,7 @@ class Point:
 
     @property
     def place(self) -> tuple[float, float]:
-        """Without its intervals."""
+        """The point without its intervals."""
         return self.x, self.y
 
 
@@ -202,12 +202,12 @@ class Curve:
     name: str
     points: tuple[Point, ...]
     hollow: bool = False
-    """Whether another variant is better in both directions."""
+    """Whether another variant is better in both directions (dominates it)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """A place at which the values of a curve change, with its size and what changed."""
+    """A change in the values of a curve, with its size and cause."""
 
     at: float
     text: str
@@ -216,7 +216,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
-    """Curves over one axis: joined with a band around them, as dots with their intervals, or as specks."""
+    """Curves over one axis: joined lines with a band, dots with intervals, or single specks."""
 
     across: Axis
     up: Axis
@@ -229,18 +229,18 @@ class Chart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChartGroup:
-    """Charts side by side, each named by the title of its horizontal axis."""
+    """Charts side by side, each with the title of its horizontal axis."""
 
     title: str
     charts: tuple[Chart, ...]
     notes: tuple[Line, ...] = ()
     on_page: bool = True
-    """Whether a page shows them; some have a figure there instead."""
+    """Whether an HTML page shows them; some have a figure there instead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """One value of a variant, with its interval where it has one."""
+    """One value of a variant, with its interval if it has one."""
 
     name: str
     value: float
@@ -259,7 +259,7 @@ class Intervals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bars:
-    """A bar for each variant, of segments that follow each other; segments of one kind have one colour."""
+    """A stacked bar for each variant; segments of one kind have one colour."""
 
     axis: Axis
     bars: Mapping[str, Mapping[str, float]]
@@ -268,7 +268,7 @@ class Bars:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """The status of a check in a variant, and the evidence for it."""
+    """The status of a check in a variant, and its evidence."""
 
     text: str
     tone: Tone
@@ -277,7 +277,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matrix:
-    """The finding of each path in each variant; it is its own table."""
+    """The finding of each path in each variant; the block is its own table."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Finding | None, ...]], ...]
@@ -285,7 +285,7 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """A picture of a page, its caption, and the table of its numbers."""
+    """A picture on an HTML page, its caption, and the table of its numbers."""
 
     title: str
     caption: str
@@ -298,13 +298,13 @@ Document: TypeAlias = tuple[Block, ...]
 
 
 def say(*parts: str | Span, label: str = "", indented: bool = True) -> Line:
-    """One line of plain text and of spans."""
+    """Make one line from plain text and spans."""
     spans = tuple(part if isinstance(part, Span) else Span(text=part) for part in parts)
     return Line(spans=spans, label=label, indented=indented)
 
 
 def say_invalid(reasons: str | None) -> tuple[Line, ...]:
-    """The first line of the report of an invalid run; none for a valid one."""
+    """The first line of an invalid run's report; empty for a valid run."""
     if reasons is None:
         return ()
     return (Line(spans=(Span(text=f"{_INVALID}{reasons}", tone="alarm"),), indented=False, last=True),)
@@ -316,31 +316,31 @@ def says_invalid(block: Block) -> bool:
 
 
 def say_each(texts: Iterable[str]) -> tuple[Line, ...]:
-    """A plain line of each text."""
+    """A plain line for each text."""
     return tuple(say(text) for text in texts)
 
 
 def list_sections(lists: Mapping[str, Sequence[str]]) -> Iterator[Section]:
-    """A section of each list that is not empty, by its title."""
+    """A section for each non-empty list, by its title."""
     for title, texts in lists.items():
         if texts:
             yield Section(title=title, lines=say_each(texts))
 
 
 def name_columns(*texts: str, left: int = 1) -> tuple[ColumnHeader, ...]:
-    """Heads, the first so many of words and the others of numbers."""
+    """Headers: the first `left` are for text, the others for numbers."""
     return tuple(ColumnHeader(text=text, right=place >= left) for place, text in enumerate(texts))
 
 
 def write_row(*cells: str | Cell, strong: bool = False, ends_group: bool = False) -> Row:
-    """A row of words and of cells."""
+    """A row of texts and cells."""
     written = tuple(cell if isinstance(cell, Cell) else Cell(text=cell) for cell in cells)
     return Row(cells=written, strong=strong, ends_group=ends_group)
 
 
 def value_cell(value: float, low: float | None, high: float | None, unit: Unit, *, detail: str = "") -> Cell:
-    """A value with its interval, with as many digits as that supports; of bytes both in one unit, where they have one,
-    and no interval where its ends read the same."""
+    """A value with its interval, with as many digits as the interval supports. For bytes, both use one unit if
+    possible, and the interval is omitted if its ends look the same."""
     text, interval = split_interval(value, low, high, unit)
     if unit == "byte" and low is not None and high is not None:
         text, ends = format_bytes(value), [format_bytes(end) for end in (low, high)]
@@ -360,7 +360,7 @@ def write_bytes(size: float) -> Cell:
 
 
 def write_number(value: float | None, form: str = "g") -> Cell:
-    """A plain number in a format of Python's; a dash where there is none."""
+    """A plain number in a Python format; a dash for None."""
     return Cell(text="–") if value is None else Cell(text=f"{value:{form}}", value=value, unit="1")
 
 
@@ -370,14 +370,14 @@ def write_share(share: float | None) -> Cell:
 
 
 def write_ratio(comparison: Comparison, *, verdict: str = "") -> Cell:
-    """A ratio with its interval, and the verdict on it where one is given; a dash where there is no ratio."""
+    """A ratio with its interval, and optionally its verdict; a dash if there is no ratio."""
     if comparison.ratio is None:
         return Cell(text="–", verdict=verdict)
     return dataclasses.replace(value_cell(comparison.ratio, comparison.low, comparison.high, "1"), verdict=verdict)
 
 
 def collapse_constant_columns(table: Table) -> Table:
-    """The table with a note for each column that may collapse and whose cells are equal."""
+    """Replace each constant column that may collapse by a note."""
     kept, notes = [], []
     for place, head in enumerate(table.heads):
         cells = [row.cells[place] for row in table.rows]
@@ -394,5 +394,5 @@ def collapse_constant_columns(table: Table) -> Table:
 
 
 def tone_of(verdict: str) -> Tone:
-    """The tone of a verdict's word; of one that is neither good nor bad, `odd`."""
+    """The tone of a verdict; `odd` if it is neither good nor bad."""
     return _TONES.get(verdict, "odd")

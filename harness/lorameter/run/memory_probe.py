@@ -1,8 +1,8 @@
 """Measures the memory of scripts in a short rehearsal, to decide whether all of them can be live together.
 
-The memory of a variant that lorameter builds is estimated before it runs. A script's model is not known, so each script
-is started once, alone, takes two steps and is stopped. The rehearsal also shows whether the script trains and can be
-stopped. A script that fails is not started again: its trials get the same failure.
+The memory of a variant that lorameter builds is estimated before it runs. A script's model is unknown, so each script
+is started once in isolation, runs two steps and is stopped. The rehearsal also shows whether the script trains and can
+be stopped. A script that fails is not started again: its trials get the same failure.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from lorameter.run.prepare import RunContext, begin_record, script_request_of
 from lorameter.run.workers import Executor, WorkerLostError
 
 REHEARSED = "a rehearsal of the scripts settles it"
-"""Why a plan has a level that is not settled."""
+"""The reason for a level that is not yet determined."""
 
 
 def probe_memory(
     plan: Plan, executors: Mapping[str, Executor], context: RunContext, listener: Display
 ) -> tuple[Plan, tuple[Notice, ...]]:
-    """The plan at the level that its scripts allow, with notices to show before the start."""
+    """Determine the level of interleaving that the scripts of a plan allow; returns the plan, and notices to show
+    first."""
     free = next(iter(executors.values())).free_bytes()
     records: dict[str, TrialRecord] = {}
     for slot in plan.slots:
@@ -41,7 +42,7 @@ def probe_memory(
 
 
 def _key(arm: Arm) -> str:
-    """Equal for an arm and its control, which are one script."""
+    """A key that is equal for an arm and its control, which run the same script."""
     return f"{arm.side} {arm.variant.id}"
 
 
@@ -72,7 +73,7 @@ def _rehearse(plan: Plan, slot: Slot, executor: Executor, context: RunContext) -
 
 
 def _needed_bytes(record: TrialRecord) -> int | None:
-    """Peak memory of a script on its device, or on the host; None if it took no step."""
+    """Peak memory of a script on its device, or on the host; None if it ran no step."""
     reserved = record.memory.get("device_peak_reserved_train_bytes")
     if reserved is not None:
         return reserved + CUDA_CONTEXT_BYTES
@@ -91,7 +92,7 @@ def _choose_level(records: Sequence[TrialRecord], free: int | None) -> tuple[Int
 
 
 def _failure_notice(record: TrialRecord) -> Notice:
-    assert record.failure is not None  # which each that is not ok has
+    assert record.failure is not None  # set in every failed record
     name, failure = record.trial.removeprefix("rehearsal-"), record.failure
     return Notice(
         code="rehearsal-failed",

@@ -1,15 +1,16 @@
-"""Shares the scatter of the arms that were measured together, so that few replicates give narrower intervals.
+"""Shares the scatter of arms that were measured together, so that few replicates give narrower intervals.
 
-With three replicates a comparison knows its own variance by two degrees of freedom, and Student's t at 99 % is then 9.9
-standard errors. Arms of one run are measured on one machine in the same turns, so the variance of each arm says much
-about the variance of the others. The variance of an arm is taken from the two-way layout of replicates and arms (Grubbs
-1948, J. Am. Stat. Assoc. 43), in which what a replicate does to all arms cancels. It is moved towards the mean variance
-of the arms, as if that mean were known by `PRIOR_DF` degrees of freedom (moderated t: Smyth 2004, doi
-10.2202/1544-6115.1027). It is never moved below its own estimate: an arm that scatters more keeps its own variance. The
-comparisons share the reference, so their family has Dunnett's critical value (Dunnett 1955, J. Am. Stat. Assoc. 50).
+With three replicates a comparison estimates its own variance with two degrees of freedom, and the 99 % quantile of
+Student's t is then 9.9 standard errors. Arms of one run are measured on one machine in the same turns, so the variance
+of each arm is informative about the others. The variance of an arm is estimated from the two-way layout of replicates
+and arms (Grubbs 1948, J. Am. Stat. Assoc. 43), in which effects of a replicate on all arms cancel. It is shrunk towards
+the mean variance of the arms, as if that mean were known with `PRIOR_DF` degrees of freedom (moderated t: Smyth 2004,
+doi 10.2202/1544-6115.1027). It is never reduced below its own estimate: an arm that scatters more keeps its own
+variance. The comparisons share the reference, so their family uses Dunnett's critical value (Dunnett 1955, J. Am. Stat.
+Assoc. 50).
 
-Smyth estimates the prior degrees of freedom from thousands of variances. From three to fifteen variances that estimate
-is too large: simulated family coverage fell to 81 to 92 % (docs/method.md). So the prior is fixed, and small.
+Smyth estimates the prior degrees of freedom from thousands of variances. With three to fifteen variances that estimate
+is too large: simulated family coverage fell to 81 to 92 % (docs/method.md). So the prior is a small constant.
 """
 
 from __future__ import annotations
@@ -28,17 +29,18 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PRIOR_DF = 3
-"""Degrees of freedom of the mean variance as a prior. The largest whole number with which the simulated family coverage
-stays at 94 % (93.9 % in the worst cell) where one arm scatters five times as much as the others."""
+"""Degrees of freedom of the mean variance as a prior: the largest integer for which the simulated family coverage stays
+at 94 % (93.9 % in the worst case) if one arm scatters five times as much as the others."""
 
 K = TypeVar("K", bound=Hashable)
 
 
 def share_scatter(effects: Mapping[K, Effect]) -> dict[K, Effect]:
-    """Effects against one reference with the scatter that they share; one alone, or of one replicate, as it is.
+    """Give effects with a common reference their shared scatter; a single effect, or one with one replicate, is
+    unchanged.
 
-    Each effect must have its log ratios (`Effect.log_ratios`), of the same replicates in the same order.
-    Raises ValueError for effects with different numbers of log ratios.
+    Each effect must have its log ratios (`Effect.log_ratios`), with the same replicates in the same order. Raises
+    ValueError for effects with different numbers of log ratios.
     """
     import numpy as np
 
@@ -69,7 +71,7 @@ def _spread(variance: float, replicates: int, prior_df: float, comparisons: int)
 
 
 def _comparison_variances(log_ratios: NDArray[float64]) -> tuple[NDArray[float64], float]:
-    """The variance of each column's log ratio in one replicate, and the prior degrees of freedom.
+    """The per-replicate variance of each column's log ratio, and the prior degrees of freedom.
 
     `log_ratios` is replicates × comparisons, each against the same reference, which is the first arm of the layout.
     """
@@ -90,16 +92,16 @@ def _comparison_variances(log_ratios: NDArray[float64]) -> tuple[NDArray[float64
 
 @lru_cache(maxsize=4096)
 def dunnett_tail(df: float, alpha: float, family: int) -> float:
-    """The error rate on either side of one interval, where `family` comparisons share a reference and the rate `alpha`.
+    """The one-sided error rate of an interval if `family` comparisons share a reference and the error rate `alpha`.
 
-    It is what Student's t with `df` degrees of freedom leaves beyond Dunnett's two-sided critical value for arms of
-    equal size, whose comparisons have the correlation 1/2.
+    It is the tail probability of Student's t with `df` degrees of freedom beyond Dunnett's two-sided critical value for
+    arms of equal size, whose comparisons have the correlation 1/2.
     """
     from scipy.special import stdtr
 
     if family == 1:
         return alpha / 2
-    low, high = quantile(df, alpha / 2), quantile(df, alpha / family / 2)  # one comparison, and Bonferroni's bound
+    low, high = quantile(df, alpha / 2), quantile(df, alpha / family / 2)  # a single comparison, and Bonferroni's bound
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if _inside(middle, df, family) < 1 - alpha else (low, middle)

@@ -8,7 +8,7 @@ parts = [{ rule = "trend-down", axis = "lora_alpha", metric = "request_time_s" }
 
 A claim is the conjunction of its parts: supported if every part is, refuted if one part is. `lorameter.verdicts.claims`
 judges. The axis `engine` has two levels, the reference and the variant that has the study's engine
-(`lorameter.studies.engine`); of any other field three rules take the pair of levels that they are about:
+(`lorameter.studies.engine`); for any other field, three rules take a pair of levels:
 
 [[claim]]
 id = "nf4"
@@ -32,10 +32,10 @@ from lorameter.studies import limits
 ENGINE = "engine"
 """The axis of a study's engine."""
 PEAK = "peak_memory"
-"""The peak of memory in training: of the device's allocator, or of a process on a CPU; for "lowers" and
-"costs-at-most", which take a kind of memory by its name as well (`device_peak_allocated_generate_bytes`)."""
+"""Peak memory in training: of the device's allocator, or of the process on a CPU. For "lowers" and "costs-at-most",
+which also accept the name of a kind of memory (`device_peak_allocated_generate_bytes`)."""
 Level = float | bool | str
-"""A value of an axis; of what is no number in the words of the study."""
+"""A value of an axis; a non-numeric value is written as in the study."""
 UNSET = "not set"
 """The level of a field without a value."""
 
@@ -48,14 +48,15 @@ last, by a straight line through all levels · no-trend: that line changes by no
 lie within the margin of each other · differs: the two `levels` differ by more than the tolerance · highest, lowest: the
 one level of `levels` is above (below) every other by more than the tolerance · best: the one level of `levels` has the
 lowest weighted sum of log `metrics` of all levels · largest-effect: the line changes more along `axis` than along each
-axis of `against`, in either direction · rises: a counted quantity (parameters, bytes) is larger at every level than at
-the one before, exactly · faster: with the engine, or from the first to the second of `levels`, as much is done in less
-time, more than 1 + `by` times as fast · lowers: the metric falls by more than the share `by` · costs-at-most: the
-metric rises by no more than the share `by`.
+axis of `against`, in either direction · rises: a counted quantity (parameters, bytes) is exactly larger at every level
+than at the previous one · faster: with the engine, or at the second of `levels` compared with the first, the same work
+takes less time, by a factor of more than 1 + `by` · lowers: the metric falls by more than the share `by` ·
+costs-at-most: the metric rises by no more than the share `by`.
 
-A rule has one limit, the tolerance of an effect, the margin of an equality or what was promised, and its negation is
-what lies on the limit's other side. So "differs" is refuted where two levels are within the tolerance, not within the
-margin: a real difference of 3 % would else be refuted by few replicates and supported by many."""
+A rule has one limit (the tolerance of an effect, the margin of an equality, or the claimed amount), and its negation is
+the other side of this limit. So "differs" is refuted if two levels are within the tolerance, not within the margin:
+otherwise few replicates would refute a real difference of 3 % and many would support it.
+"""
 
 _LEVELS: dict[Rule, int] = {"differs": 2, "highest": 1, "lowest": 1, "best": 1}
 _LIMITED: dict[Rule, Literal["tolerance", "margin", "by"]] = {
@@ -71,42 +72,42 @@ _LIMITED: dict[Rule, Literal["tolerance", "margin", "by"]] = {
     "costs-at-most": "by",
 }
 OF_PAIRS: tuple[Rule, ...] = ("faster", "lowers", "costs-at-most")
-"""Rules that compare two levels: the variant with the engine with the reference, or the second of `levels` with the
-first."""
+"""Rules that compare two levels: the variant with the engine and the reference, or the second and the first of
+`levels`."""
 RULES: tuple[Rule, ...] = get_args(Rule)
 LINEAR: tuple[Rule, ...] = ("trend-up", "trend-down", "no-trend", "equal", "largest-effect")
-"""Rules that lay a line through the levels ("equal" for its estimate), and so use the scale."""
+"""Rules that fit a line through the levels ("equal" for its estimate), and so use the scale."""
 COUNTED = ("trainable_parameters", "adapter_bytes", "optimizer_state_bytes")
-"""Quantities that are counted, not sampled."""
+"""Quantities that are counted instead of sampled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimPart:
-    """One testable statement. Raises `UsageError` where the rule and the rest do not go together."""
+    """One testable statement. Raises `UsageError` if the rule and the other fields do not match."""
 
     rule: Rule
     """The statement, see below."""
     axis: str
-    """Field of Variant, of any kind, a field of the workload as in "workload.batch_size" or "workload.model", or
-    "engine"; its levels are the variants that differ from the reference in this field only."""
+    """A field of any kind of variant, a field of the workload such as "workload.batch_size" or "workload.model", or
+    "engine"; its levels are the variants that differ from the reference only in this field."""
     metric: str = ""
-    """Name of what is measured; of a quantity that is counted for "rises"."""
+    """Name of the measured metric; for "rises", of a counted quantity."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """For "best": weight of each metric; 1 and 1 say that one per cent of either counts the same."""
+    """For "best": weight of each metric; weights of 1 and 1 treat one per cent of each metric alike."""
     levels: tuple[Level, ...] = ()
-    """Values of the axis that the rule is about."""
+    """Values of the axis to which the rule applies."""
     against: tuple[str, ...] = ()
     """For "largest-effect": the other axes."""
     scale: Literal["log", "linear"] = "log"
-    """How far apart levels are: by their logarithm or by their value. The axes of `against` go by their logarithm where
-    all their levels are above zero."""
+    """Distance between levels: by logarithm or by value. The axes of `against` use the logarithm if all their levels
+    are above zero."""
     tolerance: float = 0.01
-    """Smallest effect worth the word, a fraction; of "trend-up", "trend-down", "differs", "highest" and "lowest"."""
+    """Smallest effect that counts, a fraction; for "trend-up", "trend-down", "differs", "highest" and "lowest"."""
     margin: float = 0.05
-    """Within it two things count as equal, a fraction; of "no-trend" and "equal"."""
+    """Two values within it count as equal, a fraction; for "no-trend" and "equal"."""
     by: float = 0.01
-    """The promise of an engine or a pair, a fraction: 0.2 is 1.2 times as fast, a metric that falls to 0.8, or one
-    that rises to 1.2 at most. A promise without a figure takes what is worth the word, 1 %."""
+    """The claimed effect of an engine or a pair, a fraction: 0.2 means 1.2 times as fast, a metric that falls to 0.8,
+    or one that rises to at most 1.2. A claim without a figure uses the smallest effect that counts, 1 %."""
 
     def __post_init__(self) -> None:
         where = f"claim part {self.rule!r} on {self.axis!r}"
@@ -148,19 +149,19 @@ class ClaimPart:
 
     @property
     def of_memory(self) -> bool:
-        """Whether it is about bytes, which are judged by their maximum and not by a test."""
+        """Whether it is about bytes, which are compared by their maximum instead of a test."""
         return self.metric == PEAK or (self.rule in OF_PAIRS and self.metric.endswith("_bytes"))
 
     @property
     def limit(self) -> tuple[str, float]:
-        """Name and value of the rule's limit, a fraction; "" and 0 for rules without one."""
+        """Name and value of the rule's limit, a fraction; "" and 0 for rules without a limit."""
         name = _LIMITED.get(self.rule)
         return (name, float(getattr(self, name))) if name else ("", 0.0)
 
 
 def check_limits(part: Mapping[str, Any], where: str) -> None:
-    """Raises `UsageError` for a limit that is written of a part and is not its rule's: it would decide nothing, however
-    strict it reads. A record of a study has all of them, with their defaults."""
+    """Raise `UsageError` if a part sets a limit that its rule does not use, since it would have no effect. A study in a
+    record has all limits, with their defaults."""
     rule = part.get("rule")
     own = _LIMITED.get(rule) if rule in RULES else None
     for name in dict.fromkeys(_LIMITED.values()) if rule in RULES else ():
@@ -172,20 +173,20 @@ def check_limits(part: Mapping[str, Any], where: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """A sentence and the parts that it consists of."""
+    """A sentence and its testable parts."""
 
     id: str
     """Its name in the report."""
     says: str
     """The sentence."""
     parts: tuple[ClaimPart, ...]
-    """All of them must hold."""
+    """The parts, which must all hold."""
     original: str = ""
-    """The figures that the source published."""
+    """The figures published by the source."""
     pretrained: bool = False
-    """Whether it needs a pretrained model, as a loss does."""
+    """Whether it needs a pretrained model, for example because it is about losses."""
     source: str = ""
-    """The page that says so, and the day on which it was read."""
+    """The page with the claim, and the date on which it was read."""
 
     def __post_init__(self) -> None:
         complete = self.id and self.says and self.parts
@@ -193,7 +194,7 @@ class Claim:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """Every axis that the claim speaks of."""
+        """Every axis of the claim."""
         return tuple(dict.fromkeys(axis for part in self.parts for axis in (part.axis, *part.against)))
 
 
@@ -205,5 +206,5 @@ def say_level(level: Level) -> str:
 
 
 def is_number(level: Level) -> bool:
-    """Whether levels of its kind lie along a line."""
+    """Whether levels of this kind are numeric."""
     return not isinstance(level, (bool, str))

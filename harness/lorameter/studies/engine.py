@@ -1,9 +1,10 @@
 """An engine: a third-party feature that promises faster or smaller training, which a study judges.
 
-title = "Liger Kernel"            # what it is called variant = "liger"                 # the variant that has it; the
-reference is the one without needs = "cuda"                    # a device without which there is nothing to measure;
-left out where there is none package = "liger-kernel"          # the distribution whose version belongs to a result flag
-= "{--use_liger_kernel}"     # what a training script is often given for it, in braces, for messages
+title = "Liger Kernel"            # what it is called
+variant = "liger"                 # the variant that has it; the reference is the one without
+needs = "cuda"                    # a device without which there is nothing to measure; left out where there is none
+package = "liger-kernel"          # the distribution whose version belongs to a result
+flag = "{--use_liger_kernel}"     # what a training script is often given for it, in braces, for messages
 
 [engine.proof]                    # paths of kernels_check, and what each must show where the engine runs
 

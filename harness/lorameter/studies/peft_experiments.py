@@ -1,9 +1,9 @@
-"""Files of PEFT: saved configurations, and its own experiments as a study.
+"""Reads files of PEFT: saved configurations, and PEFT's own experiments as a study.
 
-Experiments are folders of huggingface/peft's `method_comparison/MetaMathQA`, unchanged:
-`experiments/METHOD/NAME/adapter_config.json` is the configuration of PEFT, and full fine-tuning without one;
-`training_params.json` there is over `default_training_params.json`. What their `run.py` does with a key, a variant or
-the workload does; keys of its evaluation have no meaning here, since no answers are generated.
+Experiments are unchanged folders of huggingface/peft's `method_comparison/MetaMathQA`:
+`experiments/METHOD/NAME/adapter_config.json` is the PEFT configuration (without it, the experiment is full
+fine-tuning); `training_params.json` there overrides `default_training_params.json`. Each key has the same effect on a
+variant or the workload as in their `run.py`; keys of its evaluation are ignored, since no answers are generated.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from lorameter.studies.workload import DataColumns, Workload
 
 CONFIG_NAME = "adapter_config.json"
 _OF_SAVING = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision")
-"""Keys of a saved configuration that say how it was saved, and nothing of the method."""
+"""Keys of a saved configuration that describe the saving, not the method."""
 DEFAULTS, PARAMS = "default_training_params.json", "training_params.json"
 DATA = "meta-math/MetaMathQA"
 WARMUP_RATIO = 0.1
-"""Their WARMUP_STEP_RATIO."""
+"""WARMUP_STEP_RATIO of the experiments."""
 _STORED: Mapping[str, dict[str, Any]] = {
     "int8": {"dtype": "float32", "quantization": "int8"},
     "int4": {"dtype": "float32", "quantization": "fp4", "double_quant": False, "compute_dtype": "float32"},
 }
-"""Their words for what transformers quantises with its defaults."""
+"""The experiments' names for quantisation with transformers' defaults."""
 _NOTES = (
     "Variants are experiments of PEFT's method_comparison; the words around a question are those of prompt_format.",
 )
 
 
 def read_config(where: str, path: str) -> dict[str, Any]:
-    """The configuration in a file that PEFT's `save_pretrained` wrote, or in its folder; a key that is null has
-    its default. Raises `UsageError`."""
+    """Read the configuration in a file written by PEFT's `save_pretrained`, or in its folder; a null key has its
+    default. Raises `UsageError`."""
     file = Path(path) / CONFIG_NAME if Path(path).is_dir() else Path(path)
     try:
         data = fileio.read_json(file, fileio.MANIFEST_BYTES)
@@ -57,13 +57,13 @@ def study_of_experiments(folder: str, select: Sequence[str] = (), *, quality: bo
     """The study of the experiments in a folder.
 
     Args:
-        folder: the one that holds `experiments` and the default parameters.
-        select: globs over METHOD/NAME; one that begins with "!" excludes. All, without any that includes.
-        quality: train each for its number of steps, for the losses, with seeds as replicates; else some tens of steps,
-            for the times.
+        folder: the folder that contains `experiments` and the default parameters.
+        select: globs over METHOD/NAME; a glob that begins with "!" excludes. Without an including glob, all are selected.
+        quality: train each experiment for its number of steps, for the losses, with seeds as replicates; else for tens
+            of steps, for the times.
 
     Raises:
-        UsageError: no such folder, no experiment of such a name, or a key that cannot be.
+        UsageError: there is no such folder or experiment, or a key is invalid.
     """
     root = Path(folder)
     paths = [path for path in sorted((root / "experiments").glob("*/*")) if _is_experiment(path)]

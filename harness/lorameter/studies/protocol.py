@@ -1,8 +1,8 @@
-"""A protocol: how often and how long things are measured. Nothing about what is measured.
+"""A protocol: how often and how long variants are measured, independent of the variants.
 
 The replicate (fresh processes) is the unit of inference; steps inside a process are sub-samples. Kalibera & Jones
 (2013, "Rigorous benchmarking in reasonable time") show why: processes differ more from each other than steps do, so
-repeating steps in one process buys little. One dial, `effort`, sets the number of replicates.
+repeating steps in one process gains little. One setting, `effort`, sets the number of replicates.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from lorameter.studies import limits
 from lorameter.studies.placement import HERE, SiteSpec
 
 PRECISION_REPLICATES = 40
-"""Default cap of the replicates where a precision is given."""
+"""Default maximum of the replicates if a precision is given."""
 LIMITED_REPLICATES = 12
-"""Default cap of the replicates where a limit of minutes is given."""
+"""Default maximum of the replicates if a time limit is given."""
 EFFORT_REPLICATES: dict[str, int] = {"quick": 3, "standard": 8, "rigorous": 12}
 
 _LEAST = {
@@ -32,67 +32,67 @@ STEPS_PER_TURN = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Protocol:
-    """Replicates, warm-up, timed turns and limits. Raises `UsageError` for values that measure nothing."""
+    """Replicates, warm-up, timed turns and limits. Raises `UsageError` for values that would measure nothing."""
 
     replicates: int = EFFORT_REPLICATES["quick"]
     """Passes over all variants in fresh processes: the unit of every interval."""
     warmup_steps_min: int = 3
-    """Discarded steps at least."""
+    """Minimum number of discarded steps."""
     warmup_steps_max: int = 12
-    """Discarded steps at most; warming up ends when the steps are steady."""
+    """Maximum number of discarded steps; the warm-up ends when the step times are steady."""
     turns: int = 8
     """Timed turns of a trial in the training phase."""
     steps_per_turn: int = STEPS_PER_TURN
     """Timed steps of a turn."""
     epochs: float = 0.0
-    """Train every trial for at least so many epochs: what the timed turns leave of them follows untimed, for the
-    losses. 0 ends the training with the timed turns."""
+    """Train every trial for at least this many epochs: steps beyond the timed turns follow untimed, for the losses. 0
+    ends the training with the timed turns."""
     phases: tuple[Phase, ...] = PHASES
     """Phases that are measured by default."""
     merged: bool = True
-    """Measure requests with the adapter merged, too."""
+    """Also measure requests with the adapter merged."""
     peak_replicates: int = 3
-    """Peaks take few values and are compared by their maximum, so a few isolated trials are enough. 0: no peaks."""
+    """Number of isolated trials that measure memory peaks. Peaks take few values and are compared by their maximum, so
+    a few trials suffice. 0: no peaks."""
     cold_replicates: int | None = None
     """Replicates that measure cold starts, each of which reads, converts and quantises the base from its own files.
-    None: all."""
+    None: all replicates."""
     generate_warmup: int = 1
     """Discarded requests between the first call and the warm ones."""
     generate_requests: int = 6
     """Warm requests per trial and adapter state (unmerged, merged)."""
     open_ended_requests: int = 6
-    """Requests that the model ends itself, where the workload has such."""
+    """Requests that end at EOS, if the workload has such requests."""
     seed: int = 0
-    """Seeds the order of the plan and, with the replicate's number, the training."""
+    """Seed for the order of the plan and, with the replicate's number, for the training."""
     step_timeout_s: float = 600.0
-    """Longest silence of a worker during one command; a worker that is silent for longer is killed."""
+    """Maximum time without an answer of a worker to one command; the worker is killed after it."""
     memory_limit_bytes: int | None = None
     """Address-space limit of a trial's process on a CPU; reaching it makes the trial `oom` instead of the machine."""
     retries: int = 2
-    """Times that a trial is measured again whose surroundings were past a limit (`lorameter.machine.disturbances`),
-    with all that took turns with it, at the end of its replicate. Still past it, it stays invalid."""
+    """How often a trial is measured again because a disturbance exceeded a limit (`lorameter.machine.disturbances`),
+    together with all trials that took turns with it, at the end of its replicate. After that it stays invalid."""
     allow_disturbed: bool = False
-    """Let such trials count, with a notice: for a machine that one cannot have to oneself."""
+    """Accept such trials, with a notice, for a machine that is shared with others."""
     precision: float | None = None
     """Stop as soon as every compared interval is at most this far from its centre (a fraction: 0.05 is 5 %; the
-    tolerance of 0.01 is a sound choice), but not before 5 replicates; `replicates` is the cap. None measures all
+    tolerance of 0.01 is a good choice), but not before 5 replicates; `replicates` is the maximum. None measures all
     replicates."""
     max_minutes: float | None = None
-    """Minutes that a run may take from its start, the preparing of tokens and bases included; counted anew when a run
-    is resumed. Rounds, replicates, cold starts and requests are dropped to keep it, for all variants alike, by the rule
-    in docs/method.md. None sets no limit."""
+    """Time limit of a run in minutes from its start, including the preparation of tokens and bases; a resumed run has
+    the limit again. Rounds, replicates, cold starts and requests are dropped to meet it, for all variants alike, by the
+    rule in docs/method.md. None sets no limit."""
     on: str = HERE
-    """Where replicates are measured by `run`, `ab`, `calibrate` and pytest, as `--on` has it: `here`, `ray`,
-    `ray://HOST:PORT` or `slurm:KEY=VALUE,…`. Not in a profile, which is chosen by the
-    device that is there."""
+    """Where `run`, `ab`, `calibrate` and pytest measure replicates, as with `--on`: `here`, `ray`, `ray://HOST:PORT` or
+    `slurm:KEY=VALUE,…`. Not allowed in a profile, which is chosen by the current device."""
     sites: tuple[str, ...] = ()
-    """On which of them at once, as `--sites` has it: GPUs of this machine, or shares of its CPUs, as `["0", "1"]`, or
-    `["0+1", "2+3"]` for trials of two ranks; names of nodes on Ray; never with SLURM, whose `on` says how many. Empty:
-    one device here, all nodes of a cluster. Not in a profile."""
+    """The sites of `on` that are used at once, as with `--sites`: GPUs of this machine, or shares of its CPUs, as
+    `["0", "1"]`, or `["0+1", "2+3"]` for trials with two ranks; node names on Ray; not with SLURM, whose `on` gives
+    their number. Empty: one device here, all nodes of a cluster. Not allowed in a profile."""
     mixed: bool = False
-    """Let sites be unlike, other GPUs or CPUs, as `--mixed` has it: on sites of this machine replicates are divided
-    evenly, and every ratio is of one site, with its own interval; nothing is taken over all of them. Not with a
-    precision; not in a profile."""
+    """Allow sites with different GPUs or CPUs, as with `--mixed`: on sites of this machine replicates are divided
+    evenly, and every ratio belongs to one site, with its own interval; no value combines several sites. Not allowed
+    with a precision or in a profile."""
 
     def __post_init__(self) -> None:
         limits.check_least("protocol", self, _LEAST, positive=("max_minutes", "step_timeout_s"))
@@ -108,7 +108,7 @@ class Protocol:
             f"protocol: precision = {self.precision}: it is of one interval, and with mixed each site has its own. "
             "Leave one of the two out, and give replicates.",
         )
-        self.place  # noqa: B018  # what can be no place is refused
+        self.place  # noqa: B018 # raises for an invalid place
 
     @property
     def place(self) -> SiteSpec:
@@ -117,15 +117,16 @@ class Protocol:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of a trial, however long its warm-up was: the first, the warm-up at most, the timed ones."""
+        """Optimizer steps of a trial, independent of its warm-up length: the first, the maximum warm-up, the timed
+        ones."""
         return 1 + self.warmup_steps_max + self.turns * self.steps_per_turn
 
     def all_steps(self, sequences: int, sequences_per_step: int) -> int:
-        """The larger of those steps and the steps of the requested epochs, of `sequences` each."""
+        """The larger of `total_steps` and the steps of the requested epochs, of `sequences` each."""
         return max(self.total_steps, math.ceil(self.epochs * sequences / sequences_per_step))
 
     def with_effort(self, effort: str) -> Protocol:
-        """The same protocol at another effort: quick 3, standard 8, rigorous 12 replicates."""
+        """The same protocol with another effort: quick 3, standard 8, rigorous 12 replicates."""
         known = ", ".join(EFFORT_REPLICATES)
         require(effort in EFFORT_REPLICATES, f"effort = {effort!r}: unknown. Use one of {known}.")
         return dataclasses.replace(self, replicates=EFFORT_REPLICATES[effort])
@@ -135,7 +136,7 @@ class Protocol:
         return dataclasses.replace(self, on=HERE, sites=(), mixed=False)
 
     def least(self) -> Protocol:
-        """The least that still runs every phase once; nothing measured with it is reported."""
+        """The smallest protocol that runs every phase once; its measurements are not reported."""
         return dataclasses.replace(
             self,
             replicates=1,

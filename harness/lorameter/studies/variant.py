@@ -1,12 +1,12 @@
-"""A variant: one configuration to be measured, and nothing about how it is measured.
+"""A variant: one configuration to be measured, independent of how it is measured.
 
-It is a fine-tuning that lorameter builds, with LoRA in short form (`LoraVariant`), with any method of PEFT
-(`PeftVariant`) or of all weights (`FullVariant`), or a command that trains (`ScriptVariant`).
+It is a fine-tuning that lorameter builds (`LoraVariant` for LoRA in short form, `PeftVariant` for any PEFT method,
+`FullVariant` for all weights), or a command that trains (`ScriptVariant`).
 
-The fields carry the names that PEFT, transformers and bitsandbytes give them, so that a variant reads like the
-code that it describes. What can be judged from the values alone is refused here; what depends on the model or the
-machine is judged in `feasibility`. Defaults are those of the QLoRA paper's recipe (Dettmers et al. 2023, arXiv
-2305.14314) where PEFT itself has no opinion.
+The fields have the names of PEFT, transformers and bitsandbytes, so that a variant reads like the code that it
+describes. Values that are invalid in themselves are refused here; `feasibility` checks values that depend on the model
+or the machine. Where PEFT has no default, the defaults are those of the QLoRA paper (Dettmers et al. 2023, arXiv
+2305.14314).
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ KeyValueCache = Literal["dynamic", "static"]
 Init = Literal["default", "gaussian", "olora", "pissa", "orthogonal"]
 
 ALL_LINEAR = "all-linear"
-"""PEFT's word for every linear layer but the output head."""
+"""PEFT's name for all linear layers except the output head."""
 
 ADAPTER_FIELDS = frozenset(
     ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "init_lora_weights")
 )
-"""Fields in which variants on one base may differ: they belong to the adapter, and the base never learns of them."""
+"""Fields in which variants on one base may differ: they affect only the adapter, not the base."""
 OF_4BIT = ("double_quant", "compute_dtype")
-"""Fields that are read only where the base is stored in 4 bits."""
+"""Fields that only have an effect if the base is stored in 4 bits."""
 ADAMW = ("adamw", "adamw_fused")
 PAGED = ("paged_adamw_32bit", "paged_adamw_8bit")
-"""Optimizers that have a short name; every other one is named by its class or by PEFT."""
+"""Optimizers with a short name; all others are named by their class or by PEFT."""
 
 
 class AnyVariant(abc.ABC):
     """One configuration to be measured; the group key of every result.
 
-    `name` is a label and no part of the identity: two variants that differ in name only are the same variant.
+    `name` is a label and not a part of the identity: two variants that differ only in name are the same variant.
     """
 
     __slots__ = ()
@@ -56,11 +56,11 @@ class AnyVariant(abc.ABC):
     @property
     @abc.abstractmethod
     def method_name(self) -> str:
-        """The method, by PEFT's name where it has one."""
+        """The method, by PEFT's name if it has one."""
 
     @staticmethod
     def class_for(table: Mapping[str, Any]) -> type[AnyVariant]:
-        """The class of the variant that a table of a study, a record or a message describes."""
+        """The class of the variant in a table of a study, a record or a message."""
         if table.get("command"):
             return ScriptVariant
         if "peft" in table:
@@ -69,17 +69,17 @@ class AnyVariant(abc.ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that two variants may differ in, by name; the keys of a PEFT configuration are `peft.KEY`."""
+        """The settings in which two variants may differ, by name; the keys of a PEFT configuration are `peft.KEY`."""
         own = {key: getattr(self, key) for key in form_keys(type(self)) if key != "name"}
         return own | {f"peft.{key}": value for key, value in own.pop("peft", {}).items()}
 
     def setting(self, key: str) -> Any:
-        """The value of one of the settings, or of "method"; None where this form has none."""
+        """The value of one of the settings, or of "method"; None if this form does not have it."""
         return self.method_name if key == "method" else self.settings.get(key)
 
     @property
     def id(self) -> str:
-        """Short content id: equal for equal configurations, on any machine, in any order of keys."""
+        """Short content id: equal for equal configurations, on any machine, with keys in any order."""
         content = {
             key: value for key, value in codec.to_json(self).items() if key != "name" and key not in self._unread
         }
@@ -87,11 +87,11 @@ class AnyVariant(abc.ABC):
 
     @property
     def _unread(self) -> tuple[str, ...]:
-        """Fields that have no effect, which must not distinguish two variants."""
+        """Fields without an effect, which must not distinguish two variants."""
         return ()
 
     def differences(self, other: AnyVariant) -> tuple[str, ...]:
-        """Names of the settings in which two variants differ; of two methods "method", and what both have."""
+        """Names of the settings in which two variants differ; for two methods, "method" and the common settings."""
         ours, theirs = self.settings, other.settings
         if type(self) is not type(other):
             own = tuple(key for key in ours if key in theirs and ours[key] != theirs[key])
@@ -102,7 +102,7 @@ class AnyVariant(abc.ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScriptVariant(AnyVariant):
-    """A training script, as one would start it, but without a shell: `python train.py --r 64`.
+    """A training script with its command line, started without a shell: `python train.py --r 64`.
 
     Raises `UsageError` for a command that cannot be started.
     """
@@ -112,11 +112,11 @@ class ScriptVariant(AnyVariant):
     command: str
     """The command line."""
     cwd: str = ""
-    """Folder that the command is run in; the working folder if left out."""
+    """Working folder of the command; default: the current folder."""
     env: dict[str, str] = field(default_factory=dict, hash=False)
-    """Variables of the command in addition to those of the environment. They are written into the run."""
+    """Environment variables of the command in addition to the inherited ones. They are stored in the run."""
     python: str = ""
-    """Interpreter in place of the command's `python`; its folder comes first on the command's PATH."""
+    """Interpreter that replaces the command's `python`; its folder comes first on the command's PATH."""
 
     def __post_init__(self) -> None:
         script.check_script(_label(self.name), self)
@@ -124,67 +124,68 @@ class ScriptVariant(AnyVariant):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant(AnyVariant):
-    """A fine-tuning that lorameter builds: quantisation, attention, optimizer, and what all methods have.
+    """A fine-tuning that lorameter builds: quantisation, attention, optimizer, and the fields of all methods.
 
-    Raises `UsageError` for a value that no machine could run, naming the key, the value and the remedy.
+    Raises `UsageError` for an invalid value, with the key, the value and a remedy.
     """
 
     name: str = field(default="", compare=False)
 
     dtype: DType = "bfloat16"
-    """Type of the base weights that are not quantised."""
+    """Dtype of the base weights that are not quantised."""
     quantization: Quantization = "none"
-    """How the weights of the base are stored, by bitsandbytes; "none" leaves them in `dtype`."""
+    """Storage format of the base weights in bitsandbytes; "none" leaves them in `dtype`."""
     double_quant: bool = True
-    """Quantise the quantisation constants too; read only for nf4 and fp4."""
+    """Also quantise the quantisation constants; only used for nf4 and fp4."""
     compute_dtype: DType = "bfloat16"
-    """Type in which a 4-bit layer multiplies; read only for nf4 and fp4. bitsandbytes' own default is float32."""
+    """Compute dtype of 4-bit layers; only used for nf4 and fp4. bitsandbytes' own default is float32."""
     prepare_for_kbit: bool = False
-    """peft.prepare_model_for_kbit_training: casts what is not quantised to float32 (norms, embeddings, head)."""
+    """Call peft.prepare_model_for_kbit_training, which casts unquantised weights to float32 (norms, embeddings,
+    head)."""
     adapter_dtype: DType | None = None
-    """Type of the adapter weights; None leaves it to PEFT, which casts them to float32."""
+    """Dtype of the adapter weights; None uses PEFT's default, which casts them to float32."""
 
     attention: Attention = "sdpa"
-    """Implementation of attention, as transformers names it."""
+    """Attention implementation, by its name in transformers."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     autocast: DType | None = None
-    """Autocast type of the forward pass; None runs without autocast."""
+    """Autocast dtype of the forward pass; None runs without autocast."""
     tf32: bool = False
-    """Let products of float32 run in TF32 on a GPU."""
+    """Allow TF32 for float32 matrix products on a GPU."""
     compile: bool = False
-    """Compile the model with torch.compile, in caches of the trial's own."""
+    """Compile the model with torch.compile, with separate caches for each trial."""
     liger_kernel: bool = False
-    """Patch the base with the Triton kernels of liger-kernel, all that it has for the architecture (Hsu et al. 2024,
-    arXiv 2410.10989)."""
+    """Patch the base with all Triton kernels that liger-kernel has for the architecture (Hsu et al. 2024, arXiv
+    2410.10989)."""
 
     optimizer: str = "adamw_fused"
-    """AdamW of torch, fused or not ("adamw_fused", "adamw"), or of bitsandbytes with paged state ("paged_adamw_32bit",
-    "paged_adamw_8bit"); else a class of torch.optim ("Adafactor") or of bitsandbytes.optim ("bitsandbytes.Lion8bit"),
-    or one of PEFT's ("lora+", "lora-fa", "riemannian")."""
+    """torch's AdamW, fused or not ("adamw_fused", "adamw"), bitsandbytes' AdamW with paged state ("paged_adamw_32bit",
+    "paged_adamw_8bit"), a class of torch.optim ("Adafactor") or bitsandbytes.optim ("bitsandbytes.Lion8bit"), or an
+    optimizer of PEFT ("lora+", "lora-fa", "riemannian")."""
     optimizer_args: dict[str, Any] = field(default_factory=dict, hash=False)
-    """Further arguments of the optimizer, by their names there: { loraplus_lr_ratio = 16 }."""
+    """Further arguments of the optimizer, by its own names: { loraplus_lr_ratio = 16 }."""
     learning_rate: float = 2e-4
     """Highest learning rate of the schedule."""
     schedule: Schedule = "constant"
-    """How the learning rate goes after its rise."""
+    """Course of the learning rate after the warm-up."""
     warmup_ratio: float = 0.0
-    """Share of the steps in which the learning rate rises from zero; not the harness's warm-up."""
+    """Share of the steps in which the learning rate rises from zero; unrelated to the harness's warm-up."""
     weight_decay: float = 0.0
     """Weight decay of AdamW, on the adapter alone."""
     max_grad_norm: float = 1.0
-    """Gradient norm above which gradients are scaled down; 0 leaves them alone."""
+    """Gradient norm above which gradients are scaled down; 0 disables clipping."""
     gradient_accumulation: int = 1
-    """Batches of one update of the optimizer."""
+    """Batches per optimizer update."""
 
     merge_adapter: bool = False
-    """Answer requests with the adapter merged into the base, which changes nothing of the training before."""
+    """Answer requests with the adapter merged into the base; training is not affected."""
     kv_cache: KeyValueCache = "dynamic"
-    """Cache of a request's keys and values: "dynamic" is made anew for each token, one longer, and what it held is
-    copied; "static" is made once, of the whole length."""
+    """Key/value cache of a request: "dynamic" is reallocated and copied for each token; "static" is allocated once with
+    the full length."""
     copy_head_input: bool = False
-    """Hand the output head a copy of what it takes in a request. The hidden states of the last token are a view with
-    the strides of the whole prompt, which torch's linear does not fold; on a CPU it then copies the head's weight."""
+    """Give the output head a copy of its input in a request. The hidden states of the last token are a view with the
+    strides of the whole prompt, which torch's linear does not fold; on a CPU it then copies the head's weight."""
 
     LEAST: ClassVar[Mapping[str, float]] = {
         "warmup_ratio": 0, "weight_decay": 0, "max_grad_norm": 0, "gradient_accumulation": 1,
@@ -234,7 +235,7 @@ class Variant(AnyVariant):
 
     @property
     def trains_base(self) -> bool:
-        """Whether weights of the base train too."""
+        """Whether weights of the base also train."""
         return False
 
     @property
@@ -244,10 +245,10 @@ class Variant(AnyVariant):
 
     @property
     def multiplies_float32(self) -> bool:
-        """Whether a step has matrix products of float32, to which `tf32` could apply.
+        """Whether a step has float32 matrix products, to which `tf32` could apply.
 
-        None under an autocast to 16 bits; else those of the base, of an adapter that PEFT keeps in float32, or of the
-        head that preparation casts.
+        With autocast to 16 bits there are none; otherwise those of the base, of an adapter that PEFT keeps in float32,
+        or of the head that `prepare_for_kbit` casts.
         """
         if self.autocast not in (None, "float32"):
             return False
@@ -256,7 +257,7 @@ class Variant(AnyVariant):
 
     @property
     def needs_bitsandbytes(self) -> bool:
-        """Whether bitsandbytes runs a part of it."""
+        """Whether a part of it runs in bitsandbytes."""
         return self.quantization != "none" or self.optimizer.startswith(("paged", "bitsandbytes."))
 
 
@@ -270,17 +271,17 @@ class LoraVariant(Variant):
     lora_alpha: float = 16.0
     """Numerator of the scaling alpha / r (alpha / sqrt(r) with `use_rslora`)."""
     lora_dropout: float = 0.0
-    """Probability with which an input of the adapter is zeroed in training."""
+    """Probability with which each input of the adapter is zeroed in training."""
     target_modules: tuple[str, ...] = (ALL_LINEAR,)
-    """Suffixes of module names; ("all-linear",) is every linear layer but the head; () is PEFT's own default."""
+    """Suffixes of module names; ("all-linear",) means all linear layers except the head; () uses PEFT's default."""
     bias: Bias = "none"
-    """Biases that train with the adapter, as PEFT names them."""
+    """Biases that train with the adapter, by PEFT's names."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732)."""
     use_dora: bool = False
     """Train magnitude and direction separately (Liu et al. 2024, arXiv 2402.09353)."""
     init_lora_weights: Init = "default"
-    """How the adapter begins, as PEFT names it."""
+    """Initialisation of the adapter, by PEFT's names."""
 
     def __post_init__(self) -> None:
         label = _label(self.name)
@@ -315,20 +316,20 @@ class LoraVariant(Variant):
 
     @property
     def trains_base(self) -> bool:
-        """Whether biases of the base train too."""
+        """Whether biases of the base also train."""
         return self.bias != "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeftVariant(Variant):
-    """Any method of PEFT, with its configuration as `save_pretrained` writes it."""
+    """Any PEFT method, with its configuration as `save_pretrained` writes it."""
 
     peft: dict[str, Any] = field(hash=False)
-    """Configuration of PEFT: `{ peft_type = "VERA", r = 256 }`, or the path of an adapter_config.json or of its folder,
-    which is read when the study is. What its class in PEFT takes can be set; what is left out has PEFT's default."""
+    """PEFT configuration: `{ peft_type = "VERA", r = 256 }`, or the path of an adapter_config.json or of its folder,
+    which is read with the study. All arguments of its PEFT class can be set; others have PEFT's defaults."""
 
     prefix_text: str = ""
-    """Text whose keys and values a prefix begins with (PEFT's `initialize_kv_prefix_from_text`)."""
+    """Text that initialises the keys and values of a prefix (PEFT's `initialize_kv_prefix_from_text`)."""
 
     def __post_init__(self) -> None:
         label = _label(self.name)
@@ -338,22 +339,22 @@ class PeftVariant(Variant):
 
     @property
     def method_name(self) -> str:
-        """PEFT's name for what trains."""
+        """PEFT's name of the method."""
         return str(self.peft["peft_type"])
 
     @property
     def trains_base(self) -> bool:
-        """Whether biases of the base train too."""
+        """Whether biases of the base also train."""
         return bool(self.peft.get("bias", "none") != "none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FullVariant(Variant):
-    """Full fine-tuning: all weights of the model train, in the type that they are stored in."""
+    """Full fine-tuning: all weights of the model train, in their stored dtype."""
 
     method_name: ClassVar[str] = "full fine-tuning"
     method: Literal["full"]
-    """"full" trains all weights; a method of PEFT is named in `peft`."""
+    """"full" trains all weights; for a PEFT method use `peft`."""
 
     def __post_init__(self) -> None:
         Variant.__post_init__(self)
@@ -373,7 +374,7 @@ class FullVariant(Variant):
 
     @property
     def trains_base(self) -> bool:
-        """All of it."""
+        """Always true."""
         return True
 
 
@@ -382,11 +383,11 @@ if TYPE_CHECKING:
     BuiltVariant = Variant
 else:
     BuiltVariant = AnyVariant
-"""A `Variant` as a field of a message or a document: it is decoded by its form (`AnyVariant.class_for`)."""
+"""A `Variant` as a field of a message or a document; its form determines the class (`AnyVariant.class_for`)."""
 
 
 def form_keys(form: type[AnyVariant]) -> tuple[str, ...]:
-    """Keys of a variant of one form: its name, what this form alone has, and what it has from `Variant`."""
+    """Keys of a variant of one form: its name, the fields of this form only, and those of `Variant`."""
     every = [one.name for one in dataclasses.fields(form)]  # type: ignore[arg-type]
     return tuple(sorted(every, key=lambda key: (key != "name", key not in form.__annotations__)))
 
@@ -400,7 +401,8 @@ def _label(name: str) -> str:
 
 
 def _check(label: str, variant: AnyVariant, *checks: tuple[bool, str, str, str]) -> None:
-    """Raises `UsageError` for the first check that does not hold: whether it holds, the key, why not, and a remedy."""
+    """Raise `UsageError` for the first check that does not hold; a check has a condition, the key, the reason, and a
+    remedy."""
     for holds, key, why, remedy in checks:
         if not holds:
             raise UsageError(f"{label}: {key} = {getattr(variant, key)!r}: {why}. {remedy}")

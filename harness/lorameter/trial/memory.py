@@ -8,12 +8,12 @@ import torch
 
 
 def resident_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Exact bytes that are resident between steps, by kind; tied tensors count once, and of sharded ones the part on
-    this rank.
+    """Exact bytes that are resident between steps, by kind; tied tensors count once, sharded ones with the part on this
+    rank.
 
     `base_weight_bytes` and `quantization_state_bytes` (constants of 4-bit and 8-bit layers) are the frozen base,
-    `adapter_bytes` everything that trains, `gradient_bytes` the gradients present now, `optimizer_state_bytes` all
-    state of the optimizer and `paged_optimizer_state_bytes` the part of it in managed memory.
+    `adapter_bytes` all parameters that train, `gradient_bytes` the current gradients, `optimizer_state_bytes` all state
+    of the optimizer, and `paged_optimizer_state_bytes` the part of that state in managed memory.
     """
     sizes = {kind: sum(one.nbytes for one in tensors) for kind, tensors in resident_tensors(model, optimizer).items()}
     trained, paged, gradients, state, quantization = (
@@ -34,7 +34,7 @@ def resident_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer | 
     """Tensors that are resident between steps, by kind (`lorameter.records.memory_account.MEMORY_KINDS`); each storage
     counts once.
 
-    Embeddings with the output head, norms and buffers that do not train are distinguished by type.
+    Embeddings (with the output head), norms and frozen buffers are distinguished by type.
     """
     seen: set[int] = set()
     kinds: dict[str, list[torch.Tensor]] = {"linear_weights": []}
@@ -58,21 +58,21 @@ def resident_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer | 
 
 
 def storage_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor's storage; for a view of a larger tensor more than its own size."""
+    """Bytes of a tensor's storage; for a view this is the storage of the larger tensor."""
     return int(tensor.untyped_storage().nbytes())
 
 
 def output_head(model: torch.nn.Module) -> torch.nn.Module | None:
-    """The base's output head, also where an adapter is on it; None where the model has none."""
+    """The base's output head, also if an adapter is on it; None if the model has none."""
     getter = getattr(model, "get_output_embeddings", None)  # transformers' and PEFT's models have it
     head = None if getter is None else getter()
-    return getattr(head, "base_layer", head)  # PEFT's layer replaces it
+    return getattr(head, "base_layer", head)  # PEFT's layer wraps it
 
 
 def _kind(module: torch.nn.Module, parameter: torch.Tensor, head: torch.nn.Module | None) -> str:
     if module is head or isinstance(module, torch.nn.Embedding):
         return f"embeddings_{_name(parameter)}"
-    if isinstance(module, torch.nn.Linear) or parameter.dim() > 1:  # Conv1D, GPT-2's linear layer, is no Linear
+    if isinstance(module, torch.nn.Linear) or parameter.dim() > 1:  # Conv1D, GPT-2's linear layer, is not a Linear
         return "linear_weights"
     return f"norms_{_name(parameter)}"
 
@@ -88,8 +88,8 @@ def _quantization_state(model: torch.nn.Module) -> Iterator[torch.Tensor]:
         for holder in (getattr(module, "weight", None), getattr(module, "state", None))
     ]
     states = [getattr(parameter, "quant_state", None) for parameter in model.parameters()]
-    states += [vars(module).get("quant_state") for module in model.modules()]  # of a weight that is sharded
-    states += [getattr(state, "state2", None) for state in states]  # one that was repacked for a CPU has none
+    states += [vars(module).get("quant_state") for module in model.modules()]  # for sharded weights
+    states += [getattr(state, "state2", None) for state in states]  # a state repacked for a CPU has none
     for holder in (*holders, *states):
         for name in ("SCB", "absmax", "code", "offset"):
             tensor = vars(holder).get(name) if hasattr(holder, "__dict__") else None
@@ -106,5 +106,5 @@ def _fresh(tensors: Iterable[torch.Tensor], seen: set[int]) -> Iterator[torch.Te
 
 
 def _here(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a sharded tensor on this rank; any other tensor itself."""
+    """The local part of a sharded tensor; any other tensor unchanged."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

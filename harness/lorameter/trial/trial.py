@@ -1,11 +1,10 @@
-"""One trial in its process: the commands of training and of the requests that follow it, each a method that returns a
-`PartialRecord`.
+"""A trial in its process: the commands of training and requests, each a method that returns a `PartialRecord`.
 
 Order: build and first step, verify, warm up, timed turns, held-out loss and memory; then requests. The measures of a
 command depend on the request: a trial that takes turns with others has no first times, and an isolated trial has no
-turns and times its adapter merged. The check watches the first step and the first one of the warm-up. Where steps are
-compiled, or taken by several ranks, it takes additional steps after the first one and restores adapter, optimizer and
-RNG. Its cost is in no number.
+turns and times its adapter merged. The check watches the first step and the first warm-up step. If steps are compiled,
+or run on several ranks, it runs additional steps after the first one and restores adapter, optimizer and random state.
+No metric includes its cost.
 """
 
 from __future__ import annotations
@@ -52,15 +51,15 @@ class _Built:
     step: TrainStep
     stream: TokenStream
     packed: Batch | None
-    """A row of packed records, for the check of their isolation in evaluation; None where nothing is packed."""
+    """A row of packed records, to check their isolation in evaluation; None if nothing is packed."""
 
 
 class Trial:
-    """State of one trial between commands; the worker reports exceptions of the libraries.
+    """State of one trial between commands. Exceptions propagate to the worker, which reports them.
 
-    `shared` is the base model of the process, on which other trials may have their adapters; each command runs with
-    this trial's adapter active and with its own random state. `generations` is from this process up to the parent of
-    its run.
+    `shared` is the base model of the process, on which other trials may also have adapters; each command runs with this
+    trial's adapter active and with its own random state. `generations` counts the process generations up to the parent
+    of its run.
     """
 
     COMMANDS: ClassVar[tuple[str, ...]] = commands_by("trial")
@@ -68,13 +67,13 @@ class Trial:
     def __init__(self, request: TrialRequest, shared: SharedBase, *, generations: int = GENERATIONS) -> None:
         self._request = request
         self.shared = shared
-        """The base of the process, for later trials."""
+        """The base of the process, also for later trials."""
         self._timed = "steps" in request.measures
         self._sees_peaks = "peaks" in request.measures
         self._alone = self._sees_peaks and request.interleaving != "lockstep"
-        """Whether no other trial runs, so that first times are its own."""
+        """Whether no other trial runs in its process, so that it measures its own first times."""
         self._initial = Path(request.scratch) / "initial" if request.variant.rewrites_base else None
-        """The folder of the untrained adapter to which the trained one is relative."""
+        """The folder of the untrained adapter, to which the trained adapter is relative."""
         self._watch = Stopwatch(request.device)
         self._gauge = PeakMemoryTracker(request.device)
         self._telemetry = TrialTelemetry(
@@ -86,15 +85,15 @@ class Trial:
         )
         self._parts: _Built | None = None
         self._random: RandomState | None = None
-        """The state of its random numbers; None before its first step."""
+        """Its random state; None before its first step."""
         self._server: Server | None = None
         self._steps_taken = 0
         self._total_steps = 0
         self._watched: kernels_check.Watch | None = None
-        """Watches its first two steps; None afterwards, and where the check takes additional steps."""
+        """Watches its first two steps; None afterwards, and if the check runs additional steps."""
 
     def run(self, command: str, **arguments: Any) -> PartialRecord:
-        """Carry out a command with this trial's adapter. Raises ValueError for a command that does not exist."""
+        """Execute a command with this trial's adapter. Raises ValueError for an unknown command."""
         if command not in self.COMMANDS:
             raise ValueError(f"unknown command {command!r}")
         method: Callable[..., PartialRecord] = getattr(self, command)
@@ -115,7 +114,7 @@ class Trial:
             self._random = RandomState()
 
     def build(self) -> PartialRecord:
-        """Load, attach, take the first step."""
+        """Load the base, attach the adapter, and run the first step."""
         request, shared = self._request, self.shared
         baseline, started = host_bytes("VmRSS"), start_device(request.device)
         if self._alone:
@@ -159,18 +158,18 @@ class Trial:
         return TrainStep(trainee, stream, self._request.variant, self._request.device)
 
     def _initial_loss(self) -> dict[str, float]:
-        """The loss of the base on held-out records, once a run; empty where the base has changed or trains."""
+        """The loss of the base on held-out records, once per run; empty if the base has changed or trains."""
         request = self._request
         own = request.variant.rewrites_base or request.variant.trains_base
         if not self._timed or request.replicate or own:
             return {}
-        with peft_methods.without_adapter(self._built.trainee.model):  # as before its first step
+        with peft_methods.without_adapter(self._built.trainee.model):  # as before the first step
             return {"held_out_loss_initial": self.shared.once("held_out_loss", self._built.step.held_out_loss)}
 
     # --- checks -------------------------------------------------------------------------------------------------------
 
     def verify(self) -> PartialRecord:
-        """Watch a step and check the variant's requirements; one that is not met makes the trial invalid."""
+        """Check a step for the variant's requirements; an unmet requirement makes the trial invalid."""
         if self._watched is None:
             return self._check_in_own_steps()
         watched = self._watch_step(self._watched)
@@ -192,16 +191,16 @@ class Trial:
         return own | request.requirements
 
     def _watch_step(self, watch: kernels_check.Watch) -> PartialRecord:
-        """Watch the first step of the warm-up. The record has no checks where a required one is unknown: no second step
-        shows that both factors learn where the learning rate begins at zero."""
+        """Watch the first step of the warm-up. If a required check is unknown, the record has no checks: with an
+        initial learning rate of zero, no second step shows that both factors learn."""
         begin = time.perf_counter()
         with watch:
             loss, lap = self._take_step()
         checks, self._watched = list(watch.checks), None
         del watch
-        gc.collect()  # the notes refer to each other; the next step reuses their heap
+        gc.collect()  # the notes form reference cycles; the next step reuses their heap
         values = {"verify_time_s": time.perf_counter() - begin}
-        # Later replicates call the model in the same way; their step suffices if it shows two records.
+        # Later replicates call the model in the same way, so their step suffices if it contains two records.
         shown = any(check.path == ISOLATED and check.status != "unknown" for check in checks)
         if self._built.packed is not None and (not shown or (self._timed and not self._request.replicate)):
             checks = self._probe_isolation(checks)
@@ -226,12 +225,12 @@ class Trial:
         return self._judged(judge_checks(PartialRecord(values=values), checks, self._request), list(map(float, losses)))
 
     def _check(self, step: Callable[[], None], required: Mapping[str, Any]) -> tuple[list[Check], dict[str, float]]:
-        """The checks of a step whose changes are undone, and values for the record."""
+        """The checks of a step whose changes are reverted, and values for the record."""
         return self._probe_isolation(kernels_check.verify(self._built.trainee.model, step, required)), {}
 
     def _probe_isolation(self, checks: Sequence[Check]) -> list[Check]:
-        """The checks of a step, with the isolation of packed records probed by forward passes, since each row of the
-        step may hold one record; a fault that the step shows is kept."""
+        """The checks of a step; forward passes probe the isolation of packed records, since each row of the step may
+        hold only one record. A fault in the step itself is kept."""
         if self._built.packed is None:
             return list(checks)
         probed = kernels_check.probe_isolation(self._built.trainee.model, model_inputs(self._built.packed))
@@ -242,14 +241,15 @@ class Trial:
     # --- steps --------------------------------------------------------------------------------------------------------
 
     def warm_up(self, steps: int | None = None) -> PartialRecord:
-        """Take steps until their times are steady, up to the maximum, or exactly `steps`; none is timed for the result.
+        """Run steps until their times are steady, up to the maximum, or exactly `steps`; none is timed for the result.
 
-        A trial that times no steps takes the minimum, which settles the allocator before its peaks are measured.
+        A trial that times no steps runs the minimum, so that the allocator is in a steady state before its peaks are
+        measured.
         """
         protocol = self._request.protocol
         most = protocol.warmup_steps_max if self._timed else protocol.warmup_steps_min
         if self._sees_peaks:
-            self._gauge.begin()  # the training phase begins here, so that the check's memory is not in its peak
+            self._gauge.begin()  # the training phase begins here, so that its peak excludes the check
         times: list[float] = []
         losses: list[float] = []
         watched = self._steps_taken - 1  # one may have been watched
@@ -264,11 +264,11 @@ class Trial:
         return self._judged(PartialRecord(samples=samples, values=values), losses)
 
     def turn(self, steps: int) -> PartialRecord:
-        """`steps` timed steps, at least one."""
+        """Run `steps` timed steps, at least one."""
         stream = self._built.stream
         real, padded = stream.real_tokens, stream.padded_tokens
         accumulated = self._request.variant.gradient_accumulation
-        # One reading a turn, in its last step, so that no timed step follows it.
+        # One reading per turn, in its last step, so that no timed step follows it.
         laps = [*(self._take_step() for _ in range(steps - 1)), self._take_step(self._telemetry.look)]
         losses = [loss for loss, _ in laps]
         samples = {
@@ -282,16 +282,16 @@ class Trial:
         return self._judged(PartialRecord(samples=samples), losses)
 
     def train(self, steps: int) -> PartialRecord:
-        """`steps` untimed steps of the planned epochs, or the remaining ones."""
+        """Run `steps` untimed steps of the planned epochs, or the remaining ones."""
         losses = [self._take_step()[0] for _ in range(min(steps, self._total_steps - self._steps_taken))]
         return self._judged(PartialRecord(samples={"remaining_loss": tuple(losses)}), losses)
 
     def finish_training(self, steps: int | None = None) -> PartialRecord:
-        """Peaks of training, the remaining steps, exact bytes by kind, held-out loss.
+        """Measure peaks of training, run the remaining steps, and measure exact bytes by kind and the held-out loss.
 
         The length of a warm-up depends on noise. Losses are compared between variants, so every trial ends after the
         same number of steps on the same tokens: those of the longest warm-up, or of the planned epochs; or after
-        `steps`, where the time limit ends the training earlier.
+        `steps`, if the time limit ends the training earlier.
         """
         trainee, step = self._built.trainee, self._built.step
         memory = self._gauge.peaks("train") if self._sees_peaks else {}
@@ -300,7 +300,7 @@ class Trial:
         losses = list(left.samples.get("remaining_loss", ()))
         values = {"trainable_parameters": float(sum(p.numel() for p in trainee.parameters))}
         if self._alone:
-            # Gradients exist only between backward and the optimizer, so they are computed once more to be counted.
+            # Gradients exist only between the backward pass and the update, so they are recomputed for counting.
             step.loss(self._built.stream.take()).backward()
         if self._sees_peaks:
             memory |= resident_bytes(trainee.model, trainee.optimizer)
@@ -316,17 +316,17 @@ class Trial:
     # --- requests -----------------------------------------------------------------------------------------------------
 
     def save_adapter(self) -> PartialRecord:
-        """Write the trained adapter where a new interpreter will load it from."""
+        """Save the trained adapter for a new interpreter."""
         peft_methods.save(self._built.trainee.model, Path(self._request.scratch) / "adapter", initial=self._initial)
         return PartialRecord()
 
     def begin_generate(self) -> PartialRecord:
-        """The first request and the discarded ones after it. The state of the optimizer is released."""
+        """Run the first request and the discarded ones after it. The optimizer's state is released."""
         trainee, protocol = self._built.trainee, self._request.protocol
         trainee.model.eval()
         if self._request.variant.merge_adapter:
             peft_methods.merge(trainee.model)
-        trainee.optimizer.state.clear()  # a server has none, so it must not be in the peak
+        trainee.optimizer.state.clear()  # a server has no optimizer state, so the peak must exclude it
         release_unused(self._request.device)
         if self._sees_peaks:
             self._gauge.begin()
@@ -346,11 +346,11 @@ class Trial:
         return check_adapters(fragment, self._server, self._request)
 
     def request(self) -> PartialRecord:
-        """One warm request, with the unmerged adapter or, after `merge`, the merged one."""
+        """Run one warm request, with the unmerged adapter or, after `merge`, the merged one."""
         return PartialRecord(samples=self._serving.request())
 
     def open_ended(self) -> PartialRecord:
-        """One request until EOS; its answer goes into the record."""
+        """Run one request until EOS; its answer goes into the record."""
         index, request = self._serving.open_ended()
         samples: dict[str, tuple[float, ...]] = {
             "open_ended_request_time_s": (request.request_time_s,),
@@ -360,7 +360,7 @@ class Trial:
         return PartialRecord(samples=samples, tokens={f"answer_{index}": list(request.tokens)})
 
     def base_answers(self) -> PartialRecord:
-        """The answers of the base without an adapter to the prompts that were answered."""
+        """The answers of the base without an adapter to the same prompts."""
         if self._request.variant.rewrites_base or self._request.variant.merge_adapter:
             return PartialRecord()
 
@@ -372,10 +372,10 @@ class Trial:
         return PartialRecord(tokens=self.shared.once("answers", answers))
 
     def end_generate(self) -> PartialRecord:
-        """Peaks of generation."""
+        """Measure the peaks of generation."""
         if not self._sees_peaks:
             return PartialRecord()
-        fragment = PartialRecord(memory=self._gauge.peaks("generate"))  # before the check, which has a peak of its own
+        fragment = PartialRecord(memory=self._gauge.peaks("generate"))  # before the check, which has its own peak
         return check_attention(fragment, self._built.trainee.model, self._serving, self._request)
 
     def merge(self) -> PartialRecord:
@@ -384,7 +384,7 @@ class Trial:
         return PartialRecord()
 
     def close(self) -> PartialRecord:
-        """End a trial on a shared base, which must not have changed."""
+        """End a trial on a shared base, and verify that the base has not changed."""
         unpack_4bit(self._built.trainee.model)
         if self.shared.unchanged():
             return PartialRecord()
@@ -400,7 +400,7 @@ class Trial:
     # --- state --------------------------------------------------------------------------------------------------------
 
     def _agree(self, decision: bool) -> bool:
-        """The common decision of all processes of the trial."""
+        """The joint decision of all processes of the trial."""
         return decision
 
     @property
@@ -415,7 +415,7 @@ class Trial:
         return float(loss), lap
 
     def _judged(self, fragment: PartialRecord, losses: Sequence[float]) -> PartialRecord:
-        """The fragment, invalid where one of the losses of the last steps is not finite."""
+        """The fragment; invalid if one of the losses of the last steps is not finite."""
         for offset, loss in enumerate(losses):
             if not math.isfinite(loss):
                 step = self._steps_taken - len(losses) + offset + 1

@@ -1,13 +1,13 @@
-"""pytest-benchmark files as a side of a comparison, those of other projects included.
+"""Reads pytest-benchmark files as sides of a comparison, including files of other projects.
 
-A file of ours keeps the boundaries between trials with the raw samples, so it says as much as the run itself. Any
-other file holds the rounds of one process. However many they are, they are one replicate: most of the scatter of a
-duration lies between processes (Kalibera & Jones 2013), so one file gives a ratio and no interval. Several files
+A lorameter file stores the boundaries between trials with the raw samples, so it is equivalent to the run itself. Any
+other file holds the rounds of one process, which form a single replicate however many there are: most of the scatter of
+a duration is between processes (Kalibera & Jones 2013), so one file gives a ratio without an interval. Several files
 are replicates and give an interval.
 
-The format of pytest-benchmark lacks fields that a comparison needs, so our files add them: trial boundaries make the
-raw samples replicates again, and the control and the failures are written down too, because a file in which a failed
-variant is merely absent would hide it.
+The format of pytest-benchmark lacks fields that a comparison needs, so lorameter's files add them: trial boundaries
+split the raw samples into replicates, and the control and the failures are recorded, because a file without a failed
+variant would hide the failure.
 """
 
 from __future__ import annotations
@@ -48,33 +48,33 @@ ONE_PROCESS = (
     "on each side, with --benchmark-save=NAME --benchmark-save-data, and compare '.benchmarks/*/*_NAME.json'"
 )
 FOREIGN = "pytest-benchmark alone"
-"""The writer of a file that is not ours."""
+"""The writer of a file that is not lorameter's."""
 
 
 class SavedTrial(msgspec.Struct):
-    """A trial in the `extra_info` of one of our tests."""
+    """A trial in the `extra_info` of a lorameter test."""
 
     samples: int
     """Number of its samples in `stats.data`."""
 
 
 class ExtraInfo(msgspec.Struct, kw_only=True):
-    """Facts that one of our tests adds to its samples (`extra_info`)."""
+    """Facts that a lorameter test adds to its samples (`extra_info`)."""
 
     name: str = ""
-    """Name of the variant; the test's parameter where it is left out."""
+    """Name of the variant; default: the test's parameter."""
     variant: str | None = None
-    """Its content id."""
+    """Content id of the variant."""
     metric: str
     trials: tuple[SavedTrial, ...]
     medians: dict[str, tuple[float, ...]] = {}
-    """Medians of other metrics, one a trial."""
+    """Medians of other metrics, one per trial."""
     memory: dict[str, float] = {}
     """The largest peak by kind."""
 
 
 class SavedStats(msgspec.Struct):
-    """Rounds of a test as pytest-benchmark saves them."""
+    """Rounds of a test as saved by pytest-benchmark."""
 
     data: tuple[float, ...] | None = None
     """Time of each round; None without --benchmark-save-data."""
@@ -82,7 +82,7 @@ class SavedStats(msgspec.Struct):
 
 
 class SavedTest(msgspec.Struct, kw_only=True):
-    """A test in a file of pytest-benchmark."""
+    """A test in a pytest-benchmark file."""
 
     fullname: str = ""
     name: str = ""
@@ -92,7 +92,7 @@ class SavedTest(msgspec.Struct, kw_only=True):
 
 
 class AboutRun(msgspec.Struct, frozen=True, kw_only=True):
-    """Facts of the run in one of our files (`about_run`)."""
+    """Facts about the run in a lorameter file (`about_run`)."""
 
     fingerprint: str | None = None
     study: str | None = None
@@ -100,11 +100,11 @@ class AboutRun(msgspec.Struct, frozen=True, kw_only=True):
     control: dict[str, Comparison | None] | None = None
     invalid: str | None = None
     failed: dict[str, str] = {}
-    """Why no number of a variant counts."""
+    """Why no number of a variant counts, by variant."""
 
 
 class SavedFile(msgspec.Struct, kw_only=True):
-    """A file of pytest-benchmark."""
+    """A pytest-benchmark file."""
 
     benchmarks: tuple[SavedTest, ...]
     machine_info: dict[str, Any] = {}
@@ -112,10 +112,11 @@ class SavedFile(msgspec.Struct, kw_only=True):
 
 
 def read_benchmark_json(path: Path) -> ComparisonInput:
-    """A file that pytest-benchmark wrote.
+    """Read a file that pytest-benchmark wrote.
 
     Raises:
-        UsageError: not JSON, or not of pytest-benchmark's shape; file, key and value are named.
+        UsageError: the file is not JSON, or not in the format of pytest-benchmark; the message names file, key and
+            value.
     """
     try:
         data = fileio.read_json(path, fileio.BENCHMARK_BYTES)
@@ -127,7 +128,7 @@ def read_benchmark_json(path: Path) -> ComparisonInput:
 
 
 def read_saved(data: Any, where: str) -> ComparisonInput:
-    """The content of such a file; `where` names it in errors. Raises `UsageError`."""
+    """Read the content of such a file; `where` names it in errors. Raises `UsageError`."""
     try:
         saved = codec.from_json(SavedFile, data, where, strict=True)
     except UsageError as error:
@@ -139,18 +140,18 @@ def read_saved(data: Any, where: str) -> ComparisonInput:
 
 
 def list_benchmarks(name: str) -> list[Path]:
-    """The files that a pattern names, or those of a folder and of the folders in it, of which pytest-benchmark has one
-    for each machine; empty for anything else."""
+    """The files that match a pattern, or those in a folder and its subfolders (pytest-benchmark makes one for each
+    machine); empty if `name` is neither."""
     if glob.has_magic(name):
         return sorted(map(Path, glob.glob(name)))  # noqa: PTH207 - the pattern may be absolute
     return sorted(Path(name).rglob("*.json"))
 
 
 def read_benchmarks(name: str) -> ComparisonInput:
-    """All files of a folder or pattern as replicates of one side.
+    """Read all files of a folder or pattern as replicates of one side.
 
     Raises:
-        UsageError: a file that cannot be read, that lorameter wrote, or that is of another machine than the first.
+        UsageError: a file cannot be read, was written by lorameter, or is from another machine than the first one.
     """
     sides = [read_benchmark_json(path) for path in list_benchmarks(name)]
     trials: dict[str, Trials] = {}
@@ -215,7 +216,7 @@ def _read_ours(where: str, saved: SavedFile) -> ComparisonInput:
     known = {variant.name: variant for variant in about.variants}
     phases: dict[str, None] = {}
     for index, test in enumerate(saved.benchmarks):
-        if "trials" not in test.extra_info:  # another benchmark of the same session, none of ours
+        if "trials" not in test.extra_info:  # an unrelated benchmark of the same session
             continue
         place = f"{where}: benchmarks[{index}]"
         info = codec.from_json(ExtraInfo, test.extra_info, f"{place}.extra_info", strict=True)
@@ -244,7 +245,7 @@ def _read_ours(where: str, saved: SavedFile) -> ComparisonInput:
 
 
 def _measured(place: str, data: tuple[float, ...], info: ExtraInfo, side: Measurements) -> Measurements:
-    """The side with what one test measured, split where the trials end."""
+    """Add the measurements of one test to a side, split at the trial boundaries."""
     counts, broken = [trial.samples for trial in info.trials], None
     samples: dict[str, Trials] = {}
     if min(counts, default=0) < 1 or sum(counts) != len(data):
@@ -252,7 +253,7 @@ def _measured(place: str, data: tuple[float, ...], info: ExtraInfo, side: Measur
     else:
         ends = list(itertools.accumulate(counts))
         samples[info.metric] = [data[end - count : end] for end, count in zip(ends, counts, strict=True)]
-    # One median a trial is all that an unpaired comparison takes of a metric.
+    # An unpaired comparison uses only one median of each trial.
     known = {name: values for name, values in info.medians.items() if name in METRICS}
     for name, values in known.items():
         samples.setdefault(name, [(value,) for value in values])
@@ -262,7 +263,7 @@ def _measured(place: str, data: tuple[float, ...], info: ExtraInfo, side: Measur
 
 
 def _unite(first: Measurements | None, second: Measurements) -> Measurements:
-    """The measurements of one variant, which has an entry for each phase."""
+    """Merge the measurements of one variant, which has an entry for each phase."""
     if first is None:
         return second
     broken = [reason for reason in (first.broken, second.broken) if reason]
@@ -308,13 +309,13 @@ def unlike(study: Study, ours: dict[str, Any], saved: dict[str, Any], where: str
     """The differences between this session and a saved file that make the two not comparable.
 
     Args:
-        study: of this session.
-        ours: what must agree of this session (`provenance.fingerprint_fields`).
+        study: study of this session.
+        ours: facts of this session that must agree (`provenance.fingerprint_fields`).
         saved: the content of the file.
         where: names the file in errors.
 
     Raises:
-        UsageError: it was not written by lorameter, or has not the shape of what was.
+        UsageError: the file was not written by lorameter, or its content is damaged.
     """
     side, session = read_saved(saved, where), planned_side(study, ours)
     if side.facts is None or side.facts.get("written_by") == FOREIGN:
@@ -326,7 +327,7 @@ def unlike(study: Study, ours: dict[str, Any], saved: dict[str, Any], where: str
 
 
 def about_run(run: Run) -> dict[str, Any]:
-    """Facts that a file holds once: the run, its fingerprint and variants, its control, and reasons for invalidity."""
+    """Facts about the whole file: the run, its fingerprint and variants, its control, and reasons for invalidity."""
     side = comparison_input(run)
     return {
         "schema": run.manifest.schema,

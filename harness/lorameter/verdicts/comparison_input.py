@@ -1,10 +1,10 @@
-"""One side of a comparison, read from a run: the trials of each variant and metric, and why numbers do not count.
+"""Reads one side of a comparison from a run: the trials of each variant and metric, and why numbers do not count.
 
-A comparison never looks at a run or a file itself. What it needs of a side is here, with the facts that must agree
-before any ratio is taken, so that a run directory and a saved benchmark file cannot be judged by different rules.
+A comparison never reads a run or a file itself. This module holds the data of a side, with the facts that must agree
+before any ratio is computed, so that run directories and saved benchmark files are judged by the same rules.
 
-Another GPU, another torch or another batch size moves a step time by more than most changes that one looks for, so a
-ratio across them answers no question. A refusal names each field that differs, with both values.
+Another GPU, another torch or another batch size changes a step time by more than most effects of interest, so a ratio
+across them is meaningless. A refusal names each field that differs, with both values.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lorameter.verdicts.validity import run_validity
 
 
 class Difference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A field that should agree and does not."""
+    """A field that should agree between two sides but differs."""
 
     field: str
     base: Any
@@ -43,26 +43,26 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurements:
-    """One variant as one side measured it."""
+    """The measurements of one variant on one side."""
 
     name: str
     id: str | None = None
-    """Content id of the variant; None where the file does not know it."""
+    """Content id of the variant; None if the file does not contain it."""
     variant: AnyVariant | None = None
     samples: Mapping[str, Trials] = field(default_factory=dict)
-    """One list of samples a trial, by metric or kind of memory."""
+    """A list of samples for each trial, by metric or kind of memory."""
     broken: str | None = None
     """Why no number of this variant counts."""
     no_interval: str | None = None
-    """Why these samples give a ratio and no more."""
+    """Why these samples give only a ratio."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The metrics and kinds of memory that there are."""
+        """The measured metrics and kinds of memory."""
         return tuple(self.samples)
 
     def trials(self, metric: str) -> Trials:
-        """The samples of one of them, a list a trial; [] where it was not measured."""
+        """The samples of a metric, a list for each trial; [] if it was not measured."""
         return self.samples.get(metric, [])
 
 
@@ -74,27 +74,27 @@ class ComparisonInput:
     variants: Mapping[str, Measurements] = field(default_factory=dict)
     """Measurements by the name of the variant."""
     facts: Mapping[str, Any] | None = None
-    """Facts that must agree with the other side; None where none is known."""
+    """Facts that must agree with the other side; None if no fact is known."""
     fingerprint: str | None = None
     study: str | None = None
     phases: tuple[str, ...] = ()
     control: Mapping[str, Comparison | None] = field(default_factory=dict)
-    """By phase; None: it should have been measured and was not."""
+    """Control comparisons by phase; None if a control should have been measured but was not."""
     broken: str | None = None
     """Why no number of this side counts."""
     absent: str | None = None
-    """Why there is no such side: no baseline was accepted."""
+    """Why the side does not exist: no baseline was accepted."""
 
     def without(self, names: frozenset[str]) -> ComparisonInput:
-        """This side with some variants left out on purpose."""
+        """This side without the variants that are left out on purpose."""
         return dataclasses.replace(
             self, variants={name: one for name, one in self.variants.items() if name not in names}
         )
 
 
 def comparison_input(run: Run) -> ComparisonInput:
-    """A run of ours as a side of a comparison. Raises `UsageError` for an A/B run, which has two sides, and for one
-    whose sites are unlike."""
+    """A lorameter run as a side of a comparison. Raises `UsageError` for an A/B run, which has two sides, and for a run
+    whose sites differ."""
     if run.manifest.sides:
         raise UsageError(
             f"run {run.manifest.run}: an A/B run holds both of its sides and its own comparison. Read it with "
@@ -134,7 +134,7 @@ def planned_side(study: Study, facts: Mapping[str, Any]) -> ComparisonInput:
 
 
 def machine_differences(base: ComparisonInput, candidate: ComparisonInput) -> list[Difference]:
-    """Facts of machine, libraries and workload that must agree and do not; unknown facts agree with nothing."""
+    """Facts about machine, libraries and workload that must agree but differ; an unknown fact never agrees."""
     if base.absent is not None:
         return []
     ours, theirs = base.facts, candidate.facts
@@ -145,7 +145,7 @@ def machine_differences(base: ComparisonInput, candidate: ComparisonInput) -> li
 
 
 def variant_differences(name: str, base: ComparisonInput, candidate: ComparisonInput) -> list[Difference]:
-    """How a variant changed under its name."""
+    """Changes of a variant that kept its name."""
     ours, theirs = base.variants.get(name), candidate.variants.get(name)
     if ours is None or theirs is None or ours.id == theirs.id or None in (ours.id, theirs.id):
         return []
@@ -162,7 +162,7 @@ def variant_differences(name: str, base: ComparisonInput, candidate: ComparisonI
 
 
 def differences(base: Mapping[str, Any], candidate: Mapping[str, Any], prefix: str = "") -> list[Difference]:
-    """Fields of two tables that differ, by dotted name; what one lacks is None there."""
+    """Fields of two tables that differ, by dotted name; a missing field is None."""
     found: list[Difference] = []
     for key in dict.fromkeys((*base, *candidate)):
         ours, theirs = base.get(key), candidate.get(key)
@@ -174,6 +174,6 @@ def differences(base: Mapping[str, Any], candidate: Mapping[str, Any], prefix: s
 
 
 def disagreement(found: Sequence[Difference], *, force: bool = True) -> str:
-    """The reason of the verdict `not_comparable`; `force`: whether that option is there to be named."""
+    """The reason of the verdict `not_comparable`; `force`: whether to mention that option."""
     remedy = "Measure the base again under the same conditions" + (", or see a ratio with --force" if force else "")
     return f"{'; '.join(map(str, found))}. {remedy}"

@@ -1,17 +1,17 @@
-"""FLOPs of a training step of a model whose family has no closed form, counted from its modules.
+"""Counts the FLOPs of a training step from the modules of a model, for families without a closed form.
 
-The rule is that of `lorameter.models.costs.flops`: two FLOPs for each weight and position forward, the same for the
-gradient of the layer's input, and the same again where the weight trains. The weights are those of the model's modules:
-linear layers, quantised or not, and experts, a few of which are chosen for each position.
+The rule is that of `lorameter.models.costs.flops`: two FLOPs for each weight and position in the forward pass, the same
+for the gradient of the layer's input, and the same again if the weight trains. The weights are those of the model's
+modules: linear layers, quantised or not, and experts, a few of which are active for each position.
 
-A watched step shows which modules it uses, and which inputs need a gradient: the tower for pictures is not used in a
-model of text, nor the attention to an encoder that does not exist. Without a watched step all modules count, in the
-order of their definition, and every input after the first weight that trains has a gradient. That is too many within
-the first block, where several layers have the same input, and little of a model with many blocks.
+A watched step shows which modules it uses, and which inputs need a gradient: text training does not use a vision tower,
+or the cross-attention to an absent encoder. Without a watched step all modules count, in the order of their definition,
+and every input after the first trained weight counts as having a gradient. That overestimates the first block, where
+several layers have the same input, by little in a model with many blocks.
 
-Attention counts by heads and their width, as for known families, and over all pairs, also where a layer attends to a
-window. Other operations (a scan, a convolution, the router of experts) are not counted. Modules are recognised by their
-attributes and not by their class, so that nothing here needs torch.
+Attention counts by heads and their width, as for known families, and over all pairs, also for sliding-window layers.
+Other operations (a scan, a convolution, the router of experts) are not counted. Modules are recognised by their
+attributes instead of their class, so that this module does not need torch.
 """
 
 from __future__ import annotations
@@ -26,40 +26,40 @@ from lorameter.models.costs.flops import StepTokens, TrainingFlops
 PREFIX = "products_"
 """Prefix of the values in a record."""
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "top_k")
-"""Keys of the number of experts for each position in configurations."""
+"""Configuration keys for the number of active experts per position."""
 _HOLDERS = ("ModuleList", "ModuleDict")
-"""Modules that contain others and are never called."""
+"""Modules that only contain others and are never called."""
 
 
 class UncountedError(LorameterError):
-    """The modules of a model do not show the products of a step."""
+    """Raised if the modules of a model do not show the products of a step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepProducts:
-    """Weights by which each position of a step is multiplied, in elements. An expert counts with the share of the
-    positions for which it is chosen, so these are no integers."""
+    """Number of weights by which each position of a step is multiplied. An expert counts with its share of the
+    positions, so these are not integers."""
 
     forward: float
-    """Those of the base's linear layers without the output head, and of the adapter."""
+    """Weights of the base's linear layers without the output head, and of the adapter."""
     head: float
     inputs: float
-    """The part of them whose input has a gradient."""
+    """The part whose input has a gradient."""
     weights: float
-    """The part of them that trains."""
+    """The part that trains."""
     plain: float
-    """Those of the base's linear layers alone, without the output head."""
+    """Weights of the base's linear layers only, without the output head."""
     passes: float
-    """Products that are computed once in each pass for any number of tokens, in pairs of factors: BA for DoRA's norm,
-    and for experts that are stored as one tensor, to which PEFT adds it."""
+    """Products that are computed once per pass for any number of tokens, in pairs of factors: BA for DoRA's norm, and
+    for experts that are stored as one tensor, to which PEFT adds BA."""
     attention: float
-    """Heads times their width, summed over the layers that attend; the mean where scores and values differ in width."""
+    """Heads times head width, summed over the attention layers; the mean width if scores and values differ."""
 
     def flops(self, tokens: StepTokens, *, checkpointing: bool = False, fused: bool = True) -> TrainingFlops:
         """FLOPs of one optimizer step.
 
-        `extra` has all of a block's forward pass under `checkpointing`, with its last product, which torch leaves out,
-        and the scores that a `fused` backward of attention recomputes.
+        `extra` includes a block's whole forward pass with `checkpointing` (including its last product, which torch
+        omits), and the scores that a `fused` attention backward recomputes.
         """
         twice, product = 2 * tokens.positions, 2 * tokens.pairs * self.attention
         model = twice * (self.forward + self.head + self.inputs + self.weights) + 2 * tokens.passes * self.passes
@@ -75,14 +75,13 @@ def count_products(model: Any, watched: Mapping[str, bool | None] | None = None)
     """The products of a step of this model with its current trainable parameters and active adapter.
 
     Args:
-        model: of transformers or PEFT.
-        watched: whether the input of each module that a step has called needs a gradient, by the names of transformers'
-            model; None where that is unknown and follows from the order of the modules, as for all modules where no
+        model: a model of transformers or PEFT.
+        watched: for each module that a step called, whether its input needs a gradient, by the names of transformers'
+            model; None if that is unknown and follows from the order of the modules. None in place of the mapping if no
             step was watched.
 
     Raises:
-        UncountedError: no linear layer is among its modules, or the number of chosen experts or of attention heads is
-            unknown.
+        UncountedError: there is no linear layer, or the number of active experts or of attention heads is unknown.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     products = dict.fromkeys(StepProducts.__slots__, 0.0)
@@ -110,8 +109,8 @@ def count_products(model: Any, watched: Mapping[str, bool | None] | None = None)
 
 
 def _is_used(name: str, known: Mapping[str, Any], seen: Mapping[str, object]) -> bool:
-    """Whether a step has used a module: it was called, or the module that contains it, which may use its weights
-    directly. Experts are contained in the module that chooses among them; attention was used if any part of it was.
+    """Whether a step has used a module: it was called, or its parent was, which may use the weights directly. For
+    experts the parent is the module that selects them; an attention was used if any part of it was.
     """
     path = name.split(".")
     if "experts" in path:
@@ -138,12 +137,12 @@ def from_values(values: Mapping[str, float]) -> StepProducts | None:
 
 
 def _is_adapted(module: Any) -> bool:
-    """Whether a module is a layer of PEFT that wraps one of the base."""
+    """Whether a module is a PEFT layer that wraps a base layer."""
     return hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names")
 
 
 def _adapter_parts(base: Any) -> dict[int, bool]:
-    """The modules that PEFT has added, by their identity, and whether positions pass through them."""
+    """The modules that PEFT has added, by id, and whether positions pass through them."""
     parts_of_adapters = dict[int, bool]()
     for layer in filter(_is_adapted, base.modules()):
         owners: list[Any] = [getattr(layer, part, None) for part in layer.adapter_layer_names]
@@ -153,7 +152,7 @@ def _adapter_parts(base: Any) -> dict[int, bool]:
 
 
 def _elements(module: Any) -> float:
-    """Weights of a linear layer, or of experts that are stored as one tensor; 0 of anything else."""
+    """Weights of a linear layer, or of experts that are stored as one tensor; 0 for any other module."""
     if _is_adapted(module):
         return 0.0
     for names in (("in_features", "out_features"), ("nx", "nf")):  # torch's, and GPT-2's Conv1D
@@ -169,14 +168,14 @@ def _are_experts(module: Any) -> bool:
 
 
 def _unwrapped(module: Any) -> Any:
-    """The base's own layer inside one or several layers of PEFT."""
+    """The base's own layer inside one or more PEFT layers."""
     while _is_adapted(module):
         module = module.base_layer
     return module
 
 
 def _trained(module: Any, stacked: frozenset[int]) -> float:
-    """Share of a layer's weights whose gradient is computed: those that train, and those of experts to which PEFT adds
+    """Share of a layer's weights whose gradient is computed: trained weights, and weights of experts to which PEFT adds
     an update."""
     weight = getattr(module, "weight", None)
     if weight is not None:
@@ -187,14 +186,14 @@ def _trained(module: Any, stacked: frozenset[int]) -> float:
 
 
 def _stacked_weights(base: Any) -> frozenset[int]:
-    """Weights of experts to which an adapter that trains is added, by their identity."""
+    """Weights of experts to which a trained adapter is added, by id."""
     layers = [layer for layer in base.modules() if _is_adapted(layer) and _is_stacked(layer)]
     training = [one for one in layers if any(down.weight.requires_grad for down in one.lora_A.values())]
     return frozenset(id(getattr(_unwrapped(one), one.parameter_name)) for one in training)
 
 
 def _share(name: str, known: Mapping[str, Any], base: Any) -> float:
-    """Share of the positions that pass through a module: all, or those for which its expert is chosen."""
+    """Share of the positions that pass through a module: all, or those routed to its expert."""
     path = name.split(".")
     if _are_experts(known[name]):
         experts = known[name]
@@ -212,15 +211,15 @@ def _share(name: str, known: Mapping[str, Any], base: Any) -> float:
 
 
 def _config_value(base: Any, names: tuple[str, ...]) -> int | None:
-    """The integer under one of these keys in the configuration of the text model."""
+    """The integer under the first of these keys in the configuration of the text model."""
     config: Any = getattr(base, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return next((value for name in names if type(value := getattr(text, name, None)) is int), None)
 
 
 def _products_a_pass(module: Any) -> float:
-    """Factors in the products BA that one of PEFT's layers computes as a whole, over its adapters that train. DoRA's
-    norm has no gradient; an update that is added to a weight has those of A and of B."""
+    """Factors in the products BA that a PEFT layer computes as a whole, over its trained adapters. DoRA's norm has no
+    gradient; an update that is added to a weight has gradients for A and B."""
     if not _is_adapted(module):
         return 0.0
     factors = 0.0
@@ -236,7 +235,7 @@ def _products_a_pass(module: Any) -> float:
 
 
 def _is_stacked(layer: Any) -> bool:
-    """Whether PEFT adapts a parameter of a module and not the module itself, and adds BA to it in each pass."""
+    """Whether PEFT adapts a parameter of a module instead of the module itself, and adds BA to it in each pass."""
     return hasattr(layer, "parameter_name")
 
 
@@ -262,6 +261,6 @@ def _attribute(module: Any, names: tuple[str, ...]) -> int | None:
 
 
 def _linear_children(module: Any) -> Iterator[bool]:
-    """For each child whether it is a linear layer, wrapped by PEFT or not, or has such a name."""
+    """For each child, whether it is a linear layer (wrapped by PEFT or not), or has such a name."""
     for child in module.children():
         yield bool(_elements(_unwrapped(child))) or "Linear" in type(child).__name__

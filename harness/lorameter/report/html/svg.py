@@ -1,4 +1,4 @@
-"""The geometry of a page's pictures: scales, ticks, paths, keys and colours in pixels; `charts.svg.jinja` draws them.
+"""Computes the geometry of a page's pictures (scales, ticks, paths, keys, colours); `charts.svg.jinja` draws them.
 
 Colours and fonts are classes of the page's style sheet (a variant is `s0` to `s15`), so one picture serves light, dark
 and paper.
@@ -15,20 +15,20 @@ from lorameter.records.units import format_interval, scale_of
 from lorameter.report.blocks import Axis, Bars, Chart, Curve, Intervals
 
 WIDTH, MARGIN, ROW, NAMES = 520, 14, 26, 190
-"""Of every picture in its own pixels, which the page stretches; the height of a row, and the room for its name."""
+"""Size of every picture in its own pixels, which the page scales; the height of a row, and the width for its name."""
 LEFT, TOP, HEIGHT = 64, 30, 210
-"""The left border, the upper border and the height of a plane without a key."""
+"""The left border, the upper border and the height of a plot area without a key."""
 COLOURS = 16
-"""Colours that can be distinguished. With more variants, those that vary the same field share one."""
+"""Number of distinguishable colours. With more variants, those that vary the same field share a colour."""
 KEY_ROW, MOST_KEYS, MOST_CHANGES = 18, 24, 6
-"""Lines above a picture: names, with more of which pointing at a mark shows whose it is, and changes."""
+"""Lines above a picture: names (with more than this, pointing at a mark shows its name), and changes."""
 MOST_ROWS, MOST_TICKS, TICKS = 120, 12, 5
-"""Rows and named ticks at most; round numbers at an axis, about."""
+"""Maximum rows and named ticks; approximate number of round values on an axis."""
 
 
 def number_variants(names: Sequence[str]) -> dict[str, int]:
-    """The number of each variant, by which it has its colour: its own, or with more variants than colours that of its
-    group, which is the name up to its first `=` or digit."""
+    """The number of each variant, which determines its colour: its own, or, with more variants than colours, that of
+    its group, which is the name up to the first `=` or digit."""
     if len(names) <= COLOURS:
         return {name: number for number, name in enumerate(names)}
     groups = {name: re.split(r"[=\d]", name, maxsplit=1)[0] for name in names}
@@ -38,7 +38,7 @@ def number_variants(names: Sequence[str]) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """A map of values to pixels, straight or by the logarithm."""
+    """A linear or logarithmic map from values to pixels."""
 
     low: float
     high: float
@@ -47,14 +47,14 @@ class Scale:
     axis: Axis
 
     def place(self, value: float) -> float:
-        """The pixel of a value; one outside of the scale is drawn at the border."""
+        """The pixel of a value; a value outside of the scale is clipped to the border."""
         ends = self.low, self.high, min(max(value, self.low), self.high)
         low, high, at = map(math.log, ends) if self.axis.log else ends
         return self.begin + (at - low) / (high - low) * (self.end - self.begin)
 
     def ticks(self) -> list[tuple[float, str]]:
-        """Values within the scale, each with how it is written: those that have names, else round ones, all in one unit
-        and with as many decimals."""
+        """Values within the scale, each with its label: the named ones if there are any, else round values, all in one
+        unit and with the same decimals."""
         if self.axis.named:
             return list(self.axis.named[:MOST_TICKS])
         factor, symbol = scale_of(max(abs(self.low), abs(self.high)), self.axis.unit)
@@ -69,18 +69,18 @@ class Scale:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Where the parts of a picture are, in its pixels."""
+    """Positions of the parts of a picture, in its pixels."""
 
     across: Scale
     up: Scale | None = None
     top: float
     bottom: float
     key: tuple[str, ...] = ()
-    """Names above the picture, each with its colour."""
+    """Names above the picture, each in its colour."""
 
     @property
     def key_columns(self) -> int:
-        """As many as have room for the longest name."""
+        """Number of columns that have room for the longest name."""
         return _key_columns(self.key)
 
 
@@ -101,7 +101,7 @@ def lay_out(drawing: Intervals | Bars | Chart) -> Layout:
 
 
 def _lay_out_chart(chart: Chart) -> Layout:
-    """A plane with a key above where it has several curves, and changes below the key."""
+    """A plot area with a key above it if there are several curves, and changes below the key."""
     names = tuple(dict.fromkeys(curve.name for curve in chart.curves))
     key = names if len(names) > 1 else ()
     top = TOP + _key_height(key) + KEY_ROW * len(chart.changes[:MOST_CHANGES])
@@ -113,7 +113,7 @@ def _lay_out_chart(chart: Chart) -> Layout:
 
 
 def _scale(axis: Axis, values: Iterable[float | None], begin: float, end: float) -> Scale:
-    """A scale that holds all values and the axis' line, with a little room around them."""
+    """A scale that includes all values and the axis' line, with some margin."""
     found = [one for one in (*values, axis.line_at) if one is not None and math.isfinite(one)]
     low, high = axis.span or ((min(found), max(found)) if found else (0.0, 1.0))
     if axis.log:
@@ -133,24 +133,24 @@ def _key_height(names: Sequence[str]) -> float:
 
 
 def ratio_scale(bound: float) -> Scale:
-    """The scale of a ratio's picture in a table's cell; `bound` is the logarithm at its ends."""
+    """The scale of a ratio's picture in a table cell; `bound` is the logarithm at its ends."""
     return Scale(low=math.exp(-bound), high=math.exp(bound), begin=3.6, end=116.4, axis=Axis(title="", log=True))
 
 
 def path_of(points: Iterable[tuple[float, float]], layout: Layout) -> str:
-    """The points of a polyline or polygon."""
+    """The points of a polyline or polygon, as an SVG path."""
     assert layout.up is not None
     return " ".join(f"{layout.across.place(x):.1f},{layout.up.place(y):.1f}" for x, y in points)
 
 
 def band_of(curve: Curve) -> list[tuple[float, float]]:
-    """The polygon around the intervals of a curve; a point that has none is its own end."""
+    """The polygon around the intervals of a curve; a point without an interval has zero width."""
     ends = [(point.x, *(point.y_interval or (point.y, point.y))) for point in curve.points]
     return [(x, high) for x, _, high in ends] + [(x, low) for x, low, _ in reversed(ends)]
 
 
 def specks_of(curve: Curve, layout: Layout) -> str:
-    """The path that draws each point once, to a pixel."""
+    """The path that draws each point once, rounded to pixels."""
     assert layout.up is not None
     across, up = layout.across.place, layout.up.place
     places = dict.fromkeys((round(across(point.x)), round(up(point.y))) for point in curve.points)
@@ -158,7 +158,7 @@ def specks_of(curve: Curve, layout: Layout) -> str:
 
 
 def describe_point(curve: Curve, chart: Chart) -> str:
-    """The name of a curve of one point, and its numbers."""
+    """The name and the numbers of a curve with a single point."""
     (point,) = curve.points
     (x_low, x_high), (y_low, y_high) = (ends or (None, None) for ends in (point.x_interval, point.y_interval))
     x = format_interval(point.x, x_low, x_high, chart.across.unit)

@@ -1,7 +1,9 @@
 """The folder of a job: its order, its state, and the run that it measures.
 
-FOLDER/order.json   what to measure; written before the job is started FOLDER/state.json   where the job runs, how it
-ended FOLDER/RUN/         an ordinary run, of the replicates of the order FOLDER/job.log      what the job printed
+FOLDER/order.json   what to measure; written before the job is started
+FOLDER/state.json   where the job runs, how it ended
+FOLDER/RUN/         an ordinary run, of the replicates of the order
+FOLDER/job.log      what the job printed
 
 A job executes the commands in its order, so only its user may access the folder.
 """
@@ -46,9 +48,9 @@ class JobState:
     machine: str = ""
     """A description of its hardware."""
     facts: MachineFacts | None = None
-    """The machine and what is installed there; only of a job without a plan."""
-    free_bytes: int | None = None
     """The machine and its installed software; only for a job without a plan."""
+    free_bytes: int | None = None
+    """Free memory of the device, None if unknown; only for a job without a plan."""
     ended: bool = False
     error: str = ""
     """Why the job ended early."""

@@ -200,7 +200,7 @@ def layered_environment(requirements: Sequence[str], cache: Path, *, report: Cal
     with locked(target, "waiting for another process that is making the same environment", report):
         if not target.is_dir():
             partial = target.with_name(f"{target.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)  # what a killed install left; the lock says that none is running
+            shutil.rmtree(partial, ignore_errors=True)  # left over from a killed install; the lock shows that none runs
             try:
                 _build(requirements, partial, report)
                 partial.rename(target)

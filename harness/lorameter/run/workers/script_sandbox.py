@@ -1,13 +1,13 @@
-"""The working directory and environment of a measured script: a copy of its folder, and trackers turned off.
+"""The working directory and environment of a measured script: a copy of its folder, with experiment trackers off.
 
-Several processes of one script are live at a time, each is started anew in every replicate, and each is killed before
-its end. In the current folder they would overwrite the output of each other and of earlier trainings. So the folder is
-copied once when the run begins, and each process works in a copy of that copy, which is removed when its trial has
-ended. All processes of a run thus have the same files, whatever is edited meanwhile.
+Several processes of one script are live at a time, each is restarted in every replicate, and each is killed before its
+end. In the current folder they would overwrite the output of each other and of earlier trainings. So the folder is
+copied once when the run begins, and each process works in a copy of that copy, which is removed after its trial. All
+processes of a run therefore have the same files, even if the user edits them during the run.
 
-Large files, environments and repositories are linked and not copied; a notice names the large files. Caches of tools
-are left out, and so are temporary folders of lorameter, which TMPDIR may put here. A script can still write to an
-absolute path; a notice before the start names such a path if the command shows it.
+Large files, environments and repositories are linked instead of copied; a notice names the large files. Tool caches and
+lorameter's temporary folders (TMPDIR may be inside the folder) are left out. A script can still write to an absolute
+path; a notice before the start names such a path if it is in the command.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from lorameter.studies.script import PYTHON, split_command
 from lorameter.studies.variant import ScriptVariant
 
 LARGE_BYTES = 64 * 2**20
-"""A larger file is data or weights, which are read; it is linked."""
+"""A larger file is probably read-only data or weights; it is linked."""
 MAX_BYTES = 2**30
-"""Copied for each process. A larger folder holds data."""
+"""Maximum bytes that are copied for each process; a larger folder probably contains data."""
 MAX_FILES = 50_000
 LINKED = (".git", ".hg", ".svn", "node_modules", ".venv", "venv")
-"""Folders that a script reads at most."""
+"""Folders that a script only reads."""
 LEFT_OUT = ("__pycache__", ".lorameter", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".ipynb_checkpoints", "wandb")
 FOLLOWER = "lorameter.attach.script_trial:ScriptTrial"
 
@@ -50,11 +50,11 @@ _QUIET: Mapping[str, str] = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "DO_NOT_TRACK": "1",
-    "PYTHONDONTWRITEBYTECODE": "1",  # a script that is named by an absolute path imports from its own folder
+    "PYTHONDONTWRITEBYTECODE": "1",  # a script given by an absolute path imports from its own folder
 }
-"""Variables that turn trackers off; those that Trainer calls are turned off in its arguments as well."""
+"""Variables that turn trackers off; trackers that Trainer calls are also turned off in its arguments."""
 UNVERSIONED = ("python", "python3")
-"""Words that mean the interpreter of the current environment, or of a side; python3.12 is that one and no other."""
+"""Words for the interpreter of the current environment, or of a side; `python3.12` always means that version."""
 _LONGEST_LINE = 4096
 _PORTS = ("MASTER_PORT", "PET_MASTER_PORT")
 _WRITING = re.compile(r"[-+]{0,2}([\w.-]*\.)?(out|save|log|checkpoint|ckpt|export|result|run)[\w.-]*|-o")
@@ -64,14 +64,14 @@ def take_snapshot(folder: Path, into: Path) -> Path:
     """Copy a folder by the rules above; returns the copy.
 
     Raises:
-        UsageError: it holds more than can be copied for each process, or what cannot be read.
+        UsageError: the folder is too large to be copied for each process, or cannot be read.
     """
-    entries = list(copied_files(folder))  # refuses a folder that is too large, before anything is copied
+    entries = list(copied_files(folder))  # raises for a folder that is too large, before anything is copied
     into.mkdir(parents=True)
     for entry in entries:
         copy = into / entry.relative_to(folder)
         if _is_linked(entry):
-            target = Path(os.path.realpath(entry))  # of links in a circle it is one of them
+            target = Path(os.path.realpath(entry))  # for circular links it is one of them
             inside = entry.is_symlink() and not _leads_out(entry, folder)
             copy.symlink_to(os.path.relpath(target, os.path.realpath(entry.parent)) if inside else target)
         elif entry.is_dir():
@@ -82,10 +82,10 @@ def take_snapshot(folder: Path, into: Path) -> Path:
 
 
 def copied_files(folder: Path) -> Iterator[Path]:
-    """The folders and files of a folder that are copied, and the entries that are linked, parents first.
+    """The subfolders and files that are copied, and the entries that are linked, parents first.
 
     Raises:
-        UsageError: it holds more than can be copied, or what cannot be read.
+        UsageError: the folder is too large to be copied, or cannot be read.
     """
 
     def refuse(error: OSError) -> NoReturn:
@@ -109,7 +109,7 @@ def copied_files(folder: Path) -> Iterator[Path]:
 
 
 def _is_left_out(entry: Path) -> bool:
-    """Whether an entry is neither copied nor linked: what tools keep for themselves, pipes, and temporary folders."""
+    """Whether an entry is neither copied nor linked: tool caches, pipes, and temporary folders."""
     special = not (entry.is_symlink() or entry.is_dir() or entry.is_file())
     return entry.name in LEFT_OUT or special or (not entry.is_symlink() and is_scratch(entry))
 
@@ -122,18 +122,18 @@ def _is_linked(entry: Path) -> bool:
 
 
 def _leads_out(link: Path, folder: Path) -> bool:
-    """Whether what a link leads to is not in the copy of this folder."""
+    """Whether the target of a link is outside the copy of this folder."""
     target, root = Path(os.path.realpath(link)), Path(os.path.realpath(folder))
     return not target.is_relative_to(root) or bool(set(LEFT_OUT) & set(target.relative_to(root).parts))
 
 
 def copy_snapshot(snapshot: Path, into: Path) -> Path:
-    """A process's own copy; returns its folder."""
+    """Make the copy for one process; returns its folder."""
     return Path(shutil.copytree(snapshot, into, symlinks=True, dirs_exist_ok=True))
 
 
 def folder_of(variant: ScriptVariant, current: Path) -> Path:
-    """The folder of a variant's command. Raises `UsageError` where there is none."""
+    """The folder of a variant's command. Raises `UsageError` if it does not exist."""
     folder = current / variant.cwd
     if not fileio.is_folder(folder):
         value = shorten(repr(variant.cwd))
@@ -151,15 +151,15 @@ def variables_of(
     socket: str,
     side: str = "",
 ) -> dict[str, str]:
-    """The environment of a script's process: the inherited one, without trackers, with caches and a port of its own.
+    """The environment of a script's process: the inherited one, without trackers, with its own caches and port.
 
     Args:
-        variant: its `env` overrides all variables but those that the harness needs.
-        inherited: variables of the side that it runs on.
-        scratch: its folder, for caches.
-        threads: of the CPU, unless the user's environment or the variant says otherwise.
-        port: a free one, at which its ranks connect.
-        socket: name of the socket that it gets its turns from.
+        variant: its `env` overrides all variables except those that the harness needs.
+        inherited: variables of its side.
+        scratch: its folder for caches.
+        threads: CPU threads, unless the user's environment or the variant sets them.
+        port: a free port, at which its ranks connect.
+        socket: name of the socket from which it gets its turns.
         side: the interpreter that a side of an A/B names; "" for none.
     """
     own = {
@@ -184,18 +184,18 @@ def variables_of(
 def words_of(
     variant: ScriptVariant, python: str, variables: Mapping[str, str], folder: Path, *, origin: Path, side: str = ""
 ) -> list[str]:
-    """The command's words with its program resolved.
+    """The command's words with the program resolved.
 
     Args:
-        variant: has the command.
-        python: what the word python means.
+        variant: the variant with the command.
+        python: the interpreter for the word python.
         variables: its environment.
         folder: where it is started.
-        origin: the folder that this one is a copy of; words that lead out of it are paths from that one.
-        side: the interpreter that a side of an A/B names, in which a launcher runs that another environment has.
+        origin: the folder from which this one was copied; paths that lead out of it are relative to it.
+        side: the interpreter that a side of an A/B names; a launcher from another environment runs in it.
 
     Raises:
-        UsageError: no such program, or no such script.
+        UsageError: the program or the script does not exist.
     """
     where = f"variant {variant.name!r}: command = {shorten(repr(variant.command))}"
     words = _resolve_words(split_command(f"variant {variant.name!r}", variant.command), origin)
@@ -219,8 +219,8 @@ def words_of(
 
 
 def _resolve_words(words: Sequence[str], origin: Path) -> list[str]:
-    """The words; a relative path to something outside of the folder becomes absolute, since it does not exist next to
-    the copy. An output path stays relative, so that it is next to the copy."""
+    """The words; a relative path to something outside of the folder becomes absolute, since it would be invalid in the
+    copy. An output path stays relative, so that the output is written near the copy."""
     resolved = []
     for before, word in zip(["", *words[:-1]], words, strict=True):
         option, equals, value = word.rpartition("=")
@@ -231,8 +231,8 @@ def _resolve_words(words: Sequence[str], origin: Path) -> list[str]:
 
 
 def _is_of_another(program: str, side: str) -> bool:
-    """Whether a program is a script of Python that another environment has installed: its first line would start that
-    one's interpreter. pip writes it in two lines of a shell where the path is long or has blanks."""
+    """Whether a program is a Python script installed by another environment: its first line would start that
+    environment's interpreter. pip writes it as two shell lines if the path is long or has blanks."""
     if PurePath(program).parent == PurePath(side).parent:
         return False
     try:
@@ -244,8 +244,8 @@ def _is_of_another(program: str, side: str) -> bool:
 
 
 def check_side(variant: ScriptVariant) -> None:
-    """Raises `UsageError` for a command that brings an interpreter of its own: a side of an A/B could put no other in
-    its place, and both sides would be the same."""
+    """Raise `UsageError` for a command that brings its own interpreter: a side of an A/B could not replace it, and both
+    sides would be the same."""
     program = split_command(f"variant {variant.name!r}", variant.command)[0]
     if variant.python or (program not in UNVERSIONED and PYTHON.fullmatch(PurePath(program).name)):
         raise UsageError(
@@ -262,10 +262,10 @@ def _which(word: str, variables: Mapping[str, str], folder: Path) -> str | None:
 
 
 def shared_notices(variant: ScriptVariant, current: Path) -> Iterator[Notice]:
-    """Notices on files that the processes of this script share, as far as its folder and its command show them.
+    """Notices about files that the processes of this script share, as far as its folder and its command show.
 
     Raises:
-        UsageError: no such folder, program or script, or a folder that holds too much.
+        UsageError: the folder, program or script does not exist, or the folder is too large.
     """
     folder = folder_of(variant, current)
     words = words_of(variant, "python", os.environ, folder, origin=folder)
@@ -294,7 +294,7 @@ def shared_notices(variant: ScriptVariant, current: Path) -> Iterator[Notice]:
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     for word, following in zip(words, [*words[1:], ""], strict=True):
         option, equals, value = word.partition("=")
-        if option.startswith("-") or equals:  # options of Hydra have no dashes
+        if option.startswith("-") or equals:  # Hydra options have no dashes
             yield option, value if equals else following
 
 

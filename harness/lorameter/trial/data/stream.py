@@ -1,10 +1,11 @@
-"""Batches of a prepared token file, in one fixed order: every variant trains on the same stream.
+"""Batches from a prepared token file, in a fixed order: every variant trains on the same stream.
 
 The file is mapped once; a batch is a view of it. With flash-attn the rows of a packed batch are joined into one, since
-its variable-length kernel takes one row of any number of isolated records (transformers detects it by the positions).
+its variable-length kernel takes a single row with any number of isolated records (transformers detects them by the
+positions).
 
 Ranks that train together read the same file, and each takes its own rows of every batch. So together they train on the
-stream of one rank, and each computes its share of a batch's loss without communication.
+same stream as a single rank, and each knows its share of a batch's loss without communication.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ _KEYS: dict[Layout, tuple[str, ...]] = {
 
 
 class TokenStream:
-    """Endless training batches, held-out batches and prompts of one token file; of training batches the rows of one
-    rank of several (`rank` of `ranks`)."""
+    """Endless training batches, held-out batches and prompts of one token file; training batches contain the rows of
+    one rank (`rank` of `ranks`)."""
 
     def __init__(
         self, path: Path, workload: Workload, variant: Variant, device: str, *, rank: int = 0, ranks: int = 1
@@ -51,7 +52,7 @@ class TokenStream:
         self.open_ended_prompt_count = len(self._tensors.get("open_ended.length", ()))
         """Number of whole prompts."""
         self.real_tokens = 0
-        """Real tokens taken for training so far."""
+        """Real tokens used for training so far."""
         self.padded_tokens = 0
 
     def take(self) -> Batch:
@@ -92,7 +93,7 @@ class TokenStream:
         return self._next, self.real_tokens, self.padded_tokens
 
     def restore(self, position: tuple[int, int, int]) -> None:
-        """Return to an earlier `position`, so that batches which a check has taken are trained on."""
+        """Return to an earlier `position`, so that batches used by a check are also trained on."""
         self._next, self.real_tokens, self.padded_tokens = position
 
     def held_out(self) -> Iterator[Batch]:
@@ -102,8 +103,8 @@ class TokenStream:
             yield self._batch("held_out", list(range(start, min(start + size, count))))
 
     def packed_batch(self, rows: int | None = None) -> Batch | None:
-        """A training batch whose first row has at least two records, for the isolation probe; None if there is none. By
-        default it has as many rows as a step."""
+        """A training batch whose first row has at least two records, for the isolation probe; None if there is none.
+        Its default number of rows is that of a step."""
         starts = (self._tensors["train.position_ids"] == 0).sum(dim=1)
         most = self._workload.batch_size // self._ranks if rows is None else rows
         chosen = [int(row) for row in starts.argsort(descending=True)[:most]]
@@ -112,7 +113,7 @@ class TokenStream:
         return self._batch("train", chosen)
 
     def prompts(self, index: int) -> torch.Tensor:
-        """The prompts of request `index`, shape (request_batch, prompt_tokens): requests take them in turn."""
+        """The prompts of request `index`, shape (request_batch, prompt_tokens); requests use the prompts in turn."""
         batch = self._workload.request_batch
         return torch.cat([self.prompt(index * batch + place) for place in range(batch)])
 
@@ -128,7 +129,7 @@ class TokenStream:
         return row[: int(self._tensors["open_ended.length"][number])].unsqueeze(0).to(self._device)
 
     def _length(self, split: str, rows: list[int]) -> int | None:
-        """The length to which these rows are cut: that of the longest in the bucketed layout, else None."""
+        """The length to which these rows are truncated: that of the longest in the bucketed layout, else None."""
         if self._workload.layout != "bucketed":
             return None
         return int(self._tensors[f"{split}.attention_mask"][rows].sum(dim=1).max())

@@ -1,11 +1,11 @@
-"""Cold start: the time in which a new interpreter imports, loads a trained adapter and answers one request.
+"""Cold start: the time in which a new interpreter imports the libraries, loads a trained adapter and answers a request.
 
 Imports depend on the environment and not on the variant. So they are timed in a new interpreter, and the part that
-depends on the variant (load, first token, first completion) in a fresh child of a process that has imported; a cold
-start is the sum. `start_cold` measures the whole in one new interpreter, which checks the sum.
+depends on the variant (load, first token, first completion) in a fresh child of a process that has already imported; a
+cold start is the sum. `start_cold` measures everything in one new interpreter, to check the sum.
 
-CLOCK_MONOTONIC is one clock for all processes of a machine, so the start of the interpreter, from the parent's spawn,
-is in the number. The base is read, converted and quantised from its own files, as for a user, and not taken from the
+CLOCK_MONOTONIC is common to all processes of a machine, so the time includes the start of the interpreter, from the
+parent's spawn. The base is read, converted and quantised from its own files, as for a user, instead of using the
 prepared base of the run. The page cache is warm; interpreter, libraries, allocator and device context are cold.
 """
 
@@ -21,7 +21,7 @@ from lorameter.studies.request import TrialRequest
 
 
 def time_imports(spawned_monotonic_s: float) -> PartialRecord:
-    """Seconds from the parent's spawn until all modules of a cold start are imported."""
+    """Time from the parent's spawn until all modules of a cold start are imported."""
     import lorameter.trial.building.base_model
     import lorameter.trial.building.build
     import lorameter.trial.data.stream
@@ -31,7 +31,7 @@ def time_imports(spawned_monotonic_s: float) -> PartialRecord:
 
 
 def start_cold(request: TrialRequest, spawned_monotonic_s: float) -> PartialRecord:
-    """Import, load and answer in this new interpreter; times of the parts and of the whole."""
+    """Import, load and answer in this new interpreter; returns the times of the parts and of the whole."""
     imported = time_imports(spawned_monotonic_s)
     fragment = load_and_answer(request)
     values = {**fragment.values, **imported.values, "cold_start_time_s": time.monotonic() - spawned_monotonic_s}
@@ -40,7 +40,7 @@ def start_cold(request: TrialRequest, spawned_monotonic_s: float) -> PartialReco
 
 
 def load_and_answer(request: TrialRequest) -> PartialRecord:
-    """The part of a cold start that depends on the variant: load the saved adapter on its base, and answer once."""
+    """Run the part of a cold start that depends on the variant: load the saved adapter on its base, and answer once."""
     from lorameter.models import catalogue
     from lorameter.trial.building import peft_methods
     from lorameter.trial.building.base_model import load_base

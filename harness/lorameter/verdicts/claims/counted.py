@@ -1,11 +1,11 @@
-"""Parts of claims that need no test: counted quantities, which are exact, and peaks of training memory.
+"""Judges parts of claims that need no test: counted quantities, which are exact, and peaks of training memory.
 
-A peak takes one of a few values (`lorameter.stats.memory`), so there is no test on it: the ratios of the replicates
-have a range, and a promise holds if all of it lies below what was promised, and fails if none does.
+A peak takes one of a few values (`lorameter.stats.memory`), so it is not tested: the ratios of the replicates have a
+range, and a claim holds if the whole range is below the claimed ratio, and fails if none of it is.
 
-On a CPU the peak is the resident memory of the process, with the interpreter and the libraries that it begins with.
-They are on both sides and dilute whatever is saved: a saving that shows in spite of them is one, and one that does not
-show says nothing. So there a promise is supported or not judged, and never refuted.
+On a CPU the peak is the resident memory of the process, including the interpreter and the libraries. These are part of
+both sides and dilute a saving: an observed saving is real, but its absence proves nothing. So on a CPU a claim is
+supported or not judged, and never refuted.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _DEVICE, _HOST = PEAKS["train"]
 
 
 def judge_counts(part: ClaimPart, groups: Groups, study: Study, planned: Collection[str]) -> PartResult:
-    """Whether the smallest value of each level is above the largest of the one before.
+    """Judge whether the smallest value of each level is above the largest value of the previous level.
 
-    Counts of memory come from trials that were alone, of which a run may have few; it is the run that must have two
-    replicates. Raises `NotJudgedError` for levels or a quantity that were not measured.
+    Memory counts come from isolated trials, of which a run may have few; the requirement of two replicates applies to
+    the run. Raises `NotJudgedError` if levels or the quantity were not measured.
     """
     axis, quantity, levels = part.axis, part.metric, study.levels(part.axis)
     check_selected(axis, levels, groups, planned)
@@ -59,10 +59,10 @@ def judge_counts(part: ClaimPart, groups: Groups, study: Study, planned: Collect
 
 
 def judge_peaks(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
-    """The result of a part about memory, whose rule is "lowers" or "costs-at-most".
+    """Judge a part about memory, whose rule is "lowers" or "costs-at-most".
 
-    Raises `NotJudgedError` without peaks of two replicates of both, and on a CPU where the resident memory of the
-    process may hide a saving or a cost.
+    Raises `NotJudgedError` unless both variants have peaks of two replicates, and on a CPU if the resident memory of
+    the process may hide a saving or a cost.
     """
 
     def records_of(name: str, role: str = "variant") -> tuple[TrialRecord, ...]:
@@ -82,7 +82,7 @@ def judge_peaks(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
             "--replicates 5."
         )
     control, reference = _peaks(records_of(study.reference, "control"), kind), _peaks(records_of(study.reference), kind)
-    # By how much the reference differs from itself widens the range: both trials are watched by one instrument.
+    # The difference of the reference from itself widens the range, because all trials are observed in the same way.
     twins = [control[one] / reference[one] for one in control.keys() & reference.keys()]
     distance = max([1.0, *twins, *(1 / one for one in twins)])
     ratios = [ours[one] / theirs[one] for one in both]
@@ -116,7 +116,7 @@ def judge_peaks(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
 
 
 def _decide(part: ClaimPart, low: float, high: float) -> tuple[Judgement, str]:
-    """By the range of the ratios: all of it on one side of what was promised, or open."""
+    """Decide by the range of the ratios: completely on one side of the claimed ratio, or inconclusive."""
     share, lowers = f"{100 * part.by:.3g} %", part.rule == "lowers"
     limit = 1 - part.by if lowers else 1 + part.by
     promised = f"a fall of more than {share}" if lowers else f"a rise of {share} at most"
@@ -128,7 +128,7 @@ def _decide(part: ClaimPart, low: float, high: float) -> tuple[Judgement, str]:
 
 
 def _peaks(records: Iterable[TrialRecord], kind: str) -> dict[int, int]:
-    """The peak of each replicate that measured one."""
+    """The peak of each replicate, if measured."""
     return {record.replicate: record.memory[kind] for record in records if record.memory.get(kind)}
 
 
