@@ -1,8 +1,8 @@
-"""``python -m kernels_check``: each subcommand is one function in a module of its own, imported only when it runs.
+"""``python -m kernels_check``: each subcommand is a function in its own module, which is imported only when it runs.
 
-Exit codes are those of the lorameter commands: 0 done, 2 usage or bad input, 4 a check that failed, 70 unexpected, 141
-where the reader of the result has gone away.
-Standard output carries the result (with ``--json`` exactly one document), standard error everything else.
+Exit codes are those of the lorameter commands: 0 done, 2 usage or bad input, 4 a failed check, 70 unexpected error, 141
+if the reader of the output has gone away. Standard output carries the result (with ``--json`` exactly one document),
+standard error everything else.
 """
 
 from __future__ import annotations

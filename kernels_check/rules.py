@@ -1,9 +1,9 @@
-"""Which code a CUDA kernel name, or the name of an operator on the host, belongs to, and what the name proves.
+"""Classifies CUDA kernel names and CPU operator names by their code, and reads what a name proves.
 
 Kernel names are the only evidence that survives CUDA-graph replay, and they change without notice: a tool that
-hard-coded ``ncclKernel`` reported no communication at all after NCCL renamed it (HolisticTraceAnalysis issue 122).
-So the rules are data, stamped with the versions they were checked against, and a name that none of them knows stays
-visible as unclassified. Order matters: cuDNN's attention kernels carry the word "flash".
+hard-coded ``ncclKernel`` reported no communication at all after NCCL renamed it (HolisticTraceAnalysis issue 122). So
+the rules are data with the versions against which they were checked, and a name that matches no rule is reported as
+unclassified. Order matters: the names of cuDNN's attention kernels contain "flash".
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ GRADES = {
     "I": "issue",
     "D": "derived",
 }
-"""How a rule is known."""
+"""Kinds of evidence for a rule."""
 
 UNDECIDED = "math_or_eager"
-"""Backend of a rule for softmax: SDPA's math, a model that writes attention out, or no attention at all."""
+"""Backend of a softmax rule: SDPA's math, eager attention, or no attention at all."""
 
-# `(int)128`, `(unsigned long)4096` and `(bool)1`: only a cast comes directly before a number.
+# `(int)128`, `(unsigned long)4096` and `(bool)1`: only a cast directly precedes a number.
 _C_CAST = re.compile(r"\((?:(?:unsigned|signed|long) )*[\w:<>]+\)(?=-?\d)")
 
 
@@ -47,31 +47,31 @@ class Rule:
     meaning: str
     category: Category
     evidence: str
-    """Letters of ``GRADES``."""
+    """Keys of ``GRADES``."""
     gpu_only: bool
-    """Whether nothing that a CPU runs can match, so that only a GPU can confirm the rule."""
+    """Whether no name from a CPU can match, so that only a GPU can confirm the rule."""
     library: str | None
-    """Whose version in ``validated_against`` counts; None where only published traces were at hand."""
+    """The library whose version in ``validated_against`` counts; None if only published traces were available."""
     backend: str | None = None
-    """Attention implementation, in the words of the requirement ``attention.backend``."""
+    """Attention implementation, by the values of the requirement ``attention.backend``."""
     path: str | None = None
-    """4-bit path, in the words of the requirement ``base.gemm_path`` where it has one."""
+    """4-bit path, by the values of the requirement ``base.gemm_path`` if there is one."""
     quant_type: str | None = None
     dtype: str | None = None
-    """What the name alone says of the number format."""
+    """The number format, as far as the name alone shows it."""
     finer: Mapping[Category, str] = field(default_factory=dict, hash=False)
-    """Patterns of those matching names that spend their time on another category than ``category``."""
+    """Patterns for matching names that belong to another category than ``category``."""
 
     def category_of(self, name: str) -> Category:
-        """The category of a kernel that this rule matches, which may be finer than the rule's."""
+        """The category of a kernel that matches this rule, which may be finer than the rule's."""
         return next((finer for finer, pattern in self.finer.items() if re.search(pattern, name)), self.category)
 
 
 def normalise(kernel: str) -> str:
-    """Spell a demangled name as Kineto does.
+    """Normalise a demangled name to Kineto's spelling.
 
     nsys and ncu print C casts (``(int)128``) and ``<unnamed>``; Kineto prints ``128`` and ``(anonymous namespace)``,
-    and a leading ``void``, which says nothing. Recorders of AMD add the ending of a kernel descriptor, ``.kd``.
+    and a redundant leading ``void``. AMD recorders add the suffix of a kernel descriptor, ``.kd``.
     """
     bare = kernel.strip().removeprefix("void ").removesuffix(".kd")
     return _C_CAST.sub("", bare).replace("<unnamed>", "(anonymous namespace)")
@@ -79,32 +79,32 @@ def normalise(kernel: str) -> str:
 
 @cache
 def load_rules(table: Literal["rules", "operators"]) -> tuple[Rule, ...]:
-    """The ``rules`` for kernels, or those for ``operators`` on the host, in matching order."""
+    """The ``rules`` for kernels or for CPU ``operators``, in matching order."""
     document = json.loads((files(__package__) / "kernel_rules.json").read_text(encoding="utf-8"))
     return tuple(Rule(**entry) for entry in document[table])
 
 
 @cache
 def classify(kernel: str) -> Rule | None:
-    """Find the rule of a kernel name; None where no rule knows it."""
+    """Find the rule for a kernel name; None if no rule matches."""
     name = normalise(kernel)
     return next((rule for rule in load_rules("rules") if re.search(rule.pattern, name)), None)
 
 
 @cache
 def classify_operator(operator: str) -> Rule | None:
-    """Find the rule of an operator's name, such as ``aten::mm``; None where no rule knows it."""
+    """Find the rule for an operator's name, such as ``aten::mm``; None if no rule matches."""
     return next((rule for rule in load_rules("operators") if re.search(rule.pattern, operator)), None)
 
 
 @cache
 def attention_backend(operator: str) -> str | None:
-    """Name the attention implementation an operator belongs to; None for any other, and for a softmax by itself."""
+    """The attention implementation to which an operator belongs; None for other operators, and for a softmax alone."""
     rule = classify_operator(operator)
     return None if rule is None or rule.backend == UNDECIDED else rule.backend
 
 
-# Position of Is_causal after the template's name; the kernel traits come first in flash-attn 2.
+# Index of Is_causal among the template arguments; in flash-attn 2 the kernel traits come first.
 _IS_CAUSAL = (
     ("flash_fwd_kernel", 2),
     ("flash_fwd_splitkv_kernel", 1),
@@ -125,7 +125,7 @@ _BACKWARD = re.compile(
 )
 _FORWARD = re.compile(r"fwd|fprop|forward|fmha_cutlassF_|decoding|splitkv|lean_reduction|^fmhaSm\d+", re.IGNORECASE)
 _OPERANDS = re.compile(r"cublasGemvTensor\w*<(?:const )?([\w:]+)")
-"""Of cuBLAS' small products, whose first template argument is what they add up in."""
+"""For cuBLAS' small products, whose first template argument is the accumulator type."""
 _TENSILE = re.compile(r"Cijk_A[a-z]+_B[a-z]+_(F8|B8|[BHSD])(?!\d)")
 _TENSILE_DTYPES = {"F8": "float8", "B8": "float8", "B": "bfloat16", "H": "float16", "S": "float32", "D": "float64"}
 _CAUSAL_WORD = re.compile(r"^fmhaSm\d+\w*?(Causal|Dense)")
@@ -136,7 +136,7 @@ class KernelNameFacts:
     """Facts that one kernel's name proves."""
 
     dtype: str | None
-    """What it computes in; None where the name does not say."""
+    """Compute dtype; None if the name does not show it."""
     causal: bool | None
     direction: Literal["forward", "backward"] | None
 
@@ -154,9 +154,9 @@ def read_facts(kernel: str, rule: Rule) -> KernelNameFacts:
 
 
 def template_arguments(name: str, template: str) -> list[str]:
-    """Arguments of the first ``template<...>`` in a name, outermost commas only; empty where it has none.
+    """Arguments of the first ``template<...>`` in a name, split at outermost commas; empty if there is none.
 
-    A name that was cut off in the middle gives the arguments that are complete.
+    A truncated name gives the complete arguments.
     """
     found = re.search(rf"\b{re.escape(template)}<", name)
     if found is None:
@@ -190,12 +190,12 @@ def _dtype(name: str, rule: Rule) -> str | None:
     if rule.dtype is not None:
         return rule.dtype
     if rule.backend == "cudnn" or rule.category not in ("attention", "dequantize", "matmul"):
-        return None  # cuDNN writes f16 for bfloat16 as well
+        return None  # cuDNN also writes f16 for bfloat16
     if rule.name.startswith("ATT-FA3"):
         for mainloop in ("CollectiveMainloopFwdSm90", "CollectiveMainloopBwdSm90"):
             elements = [dtype for argument in template_arguments(name, mainloop)[4:7] if (dtype := _named(argument))]
             if elements:
-                return elements[0]  # the element type comes before the accumulator's
+                return elements[0]  # the element type precedes the accumulator's type
     if rule.name == "GEMM-AMD":
         letters = _TENSILE.search(name)
         return None if letters is None else _TENSILE_DTYPES[letters.group(1)]
@@ -205,7 +205,7 @@ def _dtype(name: str, rule: Rule) -> str | None:
     if rule.name.startswith(("BNB-", "ATT-SOFTMAX")):
         return _named(_first_argument(name))
     named = _named(name)
-    # Every flash kernel refuses float32, so the word can only come from its parameters.
+    # Every flash kernel refuses float32, so the word must come from its parameters.
     return None if named == "float32" and (rule.backend or "").startswith("flash") else named
 
 

@@ -1,4 +1,4 @@
-"""The command `lorameter`. Imports nothing heavy until a command needs it: `--help` answers at once."""
+"""The command `lorameter`. Heavy imports happen only when a command needs them, so `--help` is fast."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from lorameter.run.interrupts import InterruptHandler
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code of the contract (0, 1, 2, 3, 4, 5, 70), or 141 where the reader has left."""
+    """Run the command; returns its documented exit code (0, 1, 2, 3, 4, 5, 70), or 141 if the reader of the output has
+    gone away."""
     return with_streams("lorameter", lambda: _run(arguments))
 
 

@@ -1,8 +1,8 @@
-"""Every path that can be required, joined from the judges that export them.
+"""The table of all paths that can be required, combined from the judges.
 
-To add one is an entry in the ``PATHS`` of its judge. Neither torch nor numpy is loaded by this table, so that a study
-can be refused for an unknown requirement before anything heavy is imported: a judge names the types of what
-was observed, and leaves reading it to the observation.
+To add a path, add an entry to the ``PATHS`` of its judge. This table imports neither torch nor numpy, so that a study
+with an unknown requirement is refused before heavy imports: a judge only names the types of its evidence, and the
+observation reads it.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ PATHS: Mapping[str, JudgedPath] = {
     **execution.PATHS,
     **ranks.PATHS,
 }
-"""Every path, in the order in which checks are reported."""
+"""Every path, in the order of the report."""
 
 REQUIREMENTS: Mapping[str, Requirement] = {path: judged.requirement for path, judged in PATHS.items()}
-"""What each path accepts, in the same order."""
+"""The accepted values of each path, in the same order."""
 
 
 def validate(requirements: Mapping[str, object]) -> None:
-    """Refuse an unknown path or a value of the wrong kind.
+    """Refuse an unknown path or a value of the wrong type.
 
     Raises:
-        ValueError: names the path and what it accepts.
+        ValueError: the message names the path and its accepted values.
     """
     for path, value in requirements.items():
         requirement = REQUIREMENTS.get(path)

@@ -1,4 +1,4 @@
-"""Whether the ranks of a distributed training train one model: the same base, adapter, gradients and updates."""
+"""Judges whether the ranks of a distributed training train one model: same base, adapter, gradients and updates."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from kernels_check.observe.ranks import Gradient, RankEvidence
 
 EXACT, ROUNDED = 1e-3, 3e-2
-"""How far a mean may be from that of the ranks' own gradients, over their norm: in float32, and in 16 bits, whose sums
-are rounded twice. A rank left out of two is off by half of it."""
+"""Allowed distance of the exchanged gradient from the mean of the ranks' own gradients, relative to their norm: in
+float32, and in 16 bits, where sums are rounded twice. If one of two ranks is left out, the distance is half of the
+norm."""
 
 
 def judge_base(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``ranks.base``: every part that ranks hold whole is the same on all."""
+    """Judge ``ranks.base``: every unsharded part of the base is the same on all ranks."""
     if (why := _unseen(seen, tensors=True)) is not None:
         return why
     first, ranks = seen.ranks[0], len(seen.ranks)
@@ -39,8 +40,8 @@ def judge_adapters(seen: Observation, required: Json) -> PathObservation:
 
 
 def compare_adapters(ranks: Sequence[RankEvidence], *, steps: int | None = None) -> PathObservation:
-    """Whether trained parameters are the same on all ranks and, where it is known how many steps were taken, whether
-    the optimizer of each has made as many updates."""
+    """Judge whether trained parameters are the same on all ranks and, if the number of steps is known, whether each
+    optimizer made that many updates."""
     first = ranks[0].adapter
     if not first:
         return undecided("nothing trains")
@@ -78,8 +79,8 @@ def judge_steps(seen: Observation, required: Json) -> PathObservation:
 
 
 def judge_gradients(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``ranks.gradients``: what the optimizers were given is the mean of the ranks' own gradients, but for one
-    factor that clipping or a gradient scaler has multiplied all of them with."""
+    """Judge ``ranks.gradients``: the optimizers received the mean of the ranks' own gradients, up to one common factor
+    from clipping or a gradient scaler."""
     if (why := _unseen(seen, tensors=True)) is not None:
         return why
     ranks, names = len(seen.ranks), list(seen.ranks[0].gradients)
@@ -121,7 +122,7 @@ def judge_gradients(seen: Observation, required: Json) -> PathObservation:
 
 
 def _unseen(seen: Observation, *, tensors: bool = False) -> PathObservation | None:
-    """Why there is nothing to compare."""
+    """Why there is nothing to compare; None if there is."""
     if not seen.ranks:
         return absent("one process trains: no process group has others")
     if problems := [f"rank {one.rank}: {one.problem}" for one in seen.ranks if one.problem]:
@@ -143,20 +144,20 @@ def _mean(every: Sequence[Gradient]) -> float:
 
 
 def _exchanged(every: Sequence[Gradient]) -> list[float]:
-    """The exchanged gradient on each rank; the parts of a sharded one are summed up."""
+    """The exchanged gradient on each rank; the parts of a sharded gradient are summed up."""
     if every[0].sharded:
         return [sum(one.exchanged for one in every)]
     return [one.exchanged for one in every]
 
 
 def _factor(pairs: Sequence[tuple[float, float]]) -> float:
-    """The factor from the first to the second of each pair, by least squares; 0 where nothing fits."""
+    """The least-squares factor from the first to the second of each pair; 0 if there is none."""
     below = sum(before**2 for before, _ in pairs)
     return sum(before * after for before, after in pairs) / below if below else 0.0
 
 
 def _fits(every: Sequence[Gradient], factor: float) -> bool:
-    """Whether each rank's exchanged gradient is the mean of all, times the factor; one that is not finite fails."""
+    """Whether each rank's exchanged gradient is the mean of all times the factor; false if a value is not finite."""
     size = math.sqrt(sum(one.size**2 for one in every) / len(every))
     expected, most = factor * _mean(every), factor * _tolerance(every) * size
     return factor > 0 and all(abs(found - expected) <= most for found in _exchanged(every))
@@ -167,7 +168,7 @@ def _tolerance(every: Sequence[Gradient]) -> float:
 
 
 def _is_unexchanged(reached: Mapping[str, Sequence[Gradient]]) -> bool:
-    """Whether each rank's optimizer was given the rank's own gradient, times a factor for each rank."""
+    """Whether each rank's optimizer received the rank's own gradient, up to a factor for each rank."""
     for rank in range(len(next(iter(reached.values())))):
         own = [every[rank] for every in reached.values()]
         factor = _factor([(one.own, one.exchanged) for one in own])

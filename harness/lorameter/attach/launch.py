@@ -1,13 +1,12 @@
-"""Runs a command unchanged with the hook in it, and completes its run when the command has ended.
+"""Runs an unchanged command with the hook in its processes, and completes the command's run after its end.
 
-No file of the user's is changed and nothing is installed. A folder in front on PYTHONPATH holds a module that every
-interpreter imports when it starts (`hook/sitecustomize.py`); launchers pass the environment on to what they start, so
-that the hook is in each of their processes, and it only does something in one that trains.
+No user file is changed and nothing is installed. The first folder on PYTHONPATH contains a module that every
+interpreter imports at its start (`hook/sitecustomize.py`). Launchers pass the environment on to their processes, so the
+hook is in each of them, but it acts only in a process that trains.
 
-The observer in the training process writes the run. What it cannot write is how that process ended where it was killed
-or left without a message; the process that started it sees that, and writes it then. `lorameter wrap` makes a temporary
-folder, which is removed when the command has ended. It holds the command as it was typed, a file that the hook makes,
-and the times of the ranks.
+The observer in the training process writes the run. If that process is killed or exits without a message, the process
+that started it writes how it ended. `lorameter wrap` makes a temporary folder, which is removed when the command has
+ended. It contains the command line, a file written by the hook, and the times of the ranks.
 """
 
 from __future__ import annotations
@@ -34,36 +33,36 @@ from lorameter.records.store import RunWriter
 from lorameter.studies.script import hide_credentials
 
 ENV_FOLLOWER = "LORAMETER_FOLLOWER"
-"""What makes the observer of the first training of the process: `package.module:callable`. The hook repeats this name
+"""Factory of the observer for the first training of the process: `package.module:callable`. The hook repeats this name
 and the next two, because it imports nothing before a training."""
 DEFAULT_FOLLOWER = "lorameter.attach.writer:Writer"
-"""Writes a run."""
+"""The observer that writes a run."""
 MEASURED = "LORAMETER_MEASURED"
-"""Is set where the script is started to be measured, without side effects (`lorameter.attach.disable_side_effects`)."""
+"""Set if the script is started to be measured, without side effects (`lorameter.attach.disable_side_effects`)."""
 HOOKED = "LORAMETER_HOOKED"
-"""A file that the hook makes when an interpreter has loaded it; it holds what an interpreter lacks to be measured."""
+"""A file that the hook writes when an interpreter has loaded it; it lists the packages that the interpreter lacks."""
 RUN = "LORAMETER_RUN"
-"""The directory of the run that the first training of the command is written to."""
+"""The directory of the run for the command's first training."""
 WRAP = "LORAMETER_WRAP"
 """The temporary folder of the program that wraps the command."""
 REQUIRE = "LORAMETER_REQUIRE"
-"""JSON of the paths of kernels_check that a step must have."""
+"""JSON of the kernels_check paths that a step must have."""
 SOCKET = "LORAMETER_TURN_SOCKET"
-"""The variable that holds the name of the parent's socket: an abstract one of Linux, since a path might be too long."""
+"""The variable with the name of the parent's socket, an abstract one of Linux, since a path might be too long."""
 HOOK = Path(__file__).with_name("hook")
-"""The folder that goes in front on the path."""
+"""The folder that is put first on the path."""
 HOOKED_FILE = "hooked"
 NOT_HOOKED = (
     "no Python of the command has loaded the hook. It must start a Python that reads PYTHONPATH (not -I, -E or -S, and "
     "not in a container of its own)"
 )
 UNSEEN_END = "ended_unseen"
-"""Key in the values of a record: no source saw the training end, and its process has ended."""
+"""Key in the values of a record: no source observed the end of the training, and its process has ended."""
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that end a program."""
 FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
-"""Signals that a terminal sends to all of its processes, the command included."""
+"""Signals that a terminal sends to all of its processes, including the command."""
 PASSED_ON = (*STOPPING, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
 
 
@@ -75,14 +74,15 @@ def child_environment(
     hooked: Path | None = None,
     variables: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """The variables of a process whose first training is followed.
+    """The environment variables of a process whose first training is measured.
 
     Args:
-        inherited: what it would have.
-        follower: what follows, as `package.module:callable`; it is called without arguments when the training begins.
+        inherited: variables that it would have otherwise.
+        follower: factory of the observer, as `package.module:callable`; it is called without arguments when the
+            training begins.
         measured: whether the script is started to be measured, and saves, reports and publishes nothing.
-        hooked: a file that the hook makes when an interpreter has loaded it.
-        variables: further ones.
+        hooked: a file that the hook writes when an interpreter has loaded it.
+        variables: further variables.
     """
     path = os.pathsep.join(filter(None, [str(HOOK), inherited.get("PYTHONPATH", "")]))
     own = {"PYTHONPATH": path, ENV_FOLLOWER: follower}
@@ -92,23 +92,23 @@ def child_environment(
 
 
 def address(name: str) -> str:
-    """The address of a socket by its name, of Linux's abstract ones, which begin with a byte that no variable holds."""
+    """The address of a Linux abstract socket, which begins with a byte that no variable can contain."""
     return "\0" + name.removeprefix("@")
 
 
 def read_missing_packages(hooked: Path) -> str:
-    """What an interpreter that has loaded the hook lacks to be measured, in words; empty where none does."""
+    """The packages that an interpreter with the hook lacks, as text; empty if none is missing."""
     return hooked.read_text(encoding="utf-8", errors="replace") if hooked.is_file() else ""
 
 
 def write_command(words: Sequence[str]) -> str:
-    """The words as one line, without credentials: the value of an option or a name that sounds like one is left out.
-    Bytes that are no text are question marks."""
+    """The words as one line, without credentials: values of options or names that look like credentials are omitted.
+    Bytes that are not text become question marks."""
     return shlex.join(map(redact, hide_credentials(words))).encode(errors="replace").decode()
 
 
 def read_command() -> str:
-    """The command that is wrapped, from its file, since a variable holds 128 KiB; else that of this process."""
+    """The wrapped command, from its file (a variable is limited to 128 KiB); else the command of this process."""
     if folder := os.environ.get(WRAP):
         return os.fsdecode((Path(folder) / "command").read_bytes())
     program, *words = sys.orig_argv or [sys.executable]
@@ -119,13 +119,13 @@ def run_command(words: Sequence[str], path: Path, require: Mapping[str, Any], fo
     """Run a command with the hook in it, and wait for its end.
 
     Args:
-        words: program and arguments; they are started as they are.
-        path: of the run that its training is written to; not made here.
-        require: paths of kernels_check that its watched step must have.
-        folder: a temporary one for the processes of the command.
+        words: program and arguments, started unchanged.
+        path: directory of the run for its training; not created here.
+        require: kernels_check paths that its watched step must have.
+        folder: temporary folder for the processes of the command.
 
     Returns:
-        Its exit code; 128 and the number of the signal that ended it.
+        Its exit code, or 128 plus the number of the signal that ended it.
 
     Raises:
         UsageError: there is no such program.
@@ -147,7 +147,7 @@ def run_command(words: Sequence[str], path: Path, require: Mapping[str, Any], fo
 
 @contextlib.contextmanager
 def forward_signals(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Forward signals to a command while the block runs, but for those that a terminal has sent to it already."""
+    """Forward signals to a command while the block runs, except those that a terminal has already sent to it."""
 
     def forward(number: int, frame: object) -> None:
         if number not in FROM_TERMINAL or not _in_terminal():
@@ -165,23 +165,23 @@ def forward_signals(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 def _in_terminal() -> bool:
-    """Whether this process is in the foreground of a terminal, which then informs the command by itself."""
-    with contextlib.suppress(OSError), open("/dev/tty", "rb", buffering=0) as terminal:  # noqa: PTH123 no path of a user's
+    """Whether this process is in the foreground of a terminal, which then signals the command itself."""
+    with contextlib.suppress(OSError), open("/dev/tty", "rb", buffering=0) as terminal:  # noqa: PTH123 not a user path
         return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
     return False
 
 
 def finalize_run(path: Path, code: int, folder: Path, *, required: bool) -> bool:
-    """Write what the training process could not, and report what is missing.
+    """Write the end of a run that the training process could not write, and report what is missing.
 
     Args:
-        path: of the run.
-        code: how the command ended.
-        folder: that of `run_command`.
-        required: whether something was required of it.
+        path: directory of the run.
+        code: exit code of the command.
+        folder: the folder of `run_command`.
+        required: whether the command had requirements.
 
     Returns:
-        Whether there is no valid trial.
+        True if there is no valid trial.
     """
     if not (path / store.MANIFEST).is_file():
         shutil.rmtree(path, ignore_errors=True)
@@ -202,7 +202,7 @@ def finalize_run(path: Path, code: int, folder: Path, *, required: bool) -> bool
 
 
 def tokens_in(samples: Mapping[str, tuple[float, ...]]) -> dict[str, Any]:
-    """The tokens of a trial's record: real ones and padding, of all timed steps."""
+    """The tokens in a trial's record: real tokens and padding of all timed steps."""
     counts = {"real_tokens": samples.get("turn_tokens", ()), "padded_tokens": samples.get("turn_padded_tokens", ())}
     return {name: int(sum(found)) for name, found in counts.items() if found}
 
@@ -222,7 +222,7 @@ def _exit_words(code: int) -> str:
 
 
 def _judge_end(record: TrialRecord, code: int) -> TrialRecord:
-    """The record of a training whose command ended with this code; the same where there is nothing to add."""
+    """The record of a training whose command ended with this code; unchanged if there is nothing to add."""
     ended = f"the command ended with {_exit_words(code)}"
     if record.under_way:
         message = f"{ended} before its training did"

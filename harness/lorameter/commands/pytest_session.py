@@ -61,7 +61,7 @@ NOTHING_MEASURED = "--benchmark-disable: nothing was measured, so nothing was st
 
 @contextlib.contextmanager
 def usage_errors() -> Iterator[None]:
-    """Turn our errors into pytest's usage errors, which print one line and exit with 4."""
+    """Convert lorameter's errors into pytest's usage errors, which print one line and exit with 4."""
     try:
         yield
     except LorameterError as error:
@@ -69,7 +69,7 @@ def usage_errors() -> Iterator[None]:
 
 
 def options_of(config: pytest.Config) -> argparse.Namespace:
-    """The options of a session, as those of `lorameter run`."""
+    """The options of a session, in the form of those of `lorameter run`."""
     options = build_parser().parse_args(["run"])
     for name, value in vars(config.option).items():
         if name.startswith("lorameter_"):
@@ -89,13 +89,14 @@ class Session:
         self._interrupted: Run | None = None
         self._run: Run | None = None
         self._judged: GateResult | str | None = None
-        """The result of the gate, or why there is none."""
+        """The result of the gate, or why there is no result."""
         self._planned: Document | None = None
         with usage_errors():
             self._load()
 
     def _load(self) -> None:
-        """Read what the options name. Raises `UsageError` for what cannot be measured, resumed or judged."""
+        """Read the study or run that the options name. Raises `UsageError` if it cannot be measured, resumed or
+        judged."""
         options = self._options
         check_page(options.html, "--lorameter-html")
         if options.resume:
@@ -107,7 +108,7 @@ class Session:
                 raise UsageError(f"--lorameter-resume: run {name} is an A/B. Resume: lorameter run --resume {name}")
         options.study = options.study or DEFAULT_STUDY
         self._study = self._load_study("")
-        if self._study.protocol.on == HERE:  # otherwise the machine there decides the profile
+        if self._study.protocol.on == HERE:  # otherwise the remote machine determines the profile
             self._study = self._load_study(open_executor().machine().kind)
         if self._study.protocol.mixed:
             raise UsageError(
@@ -129,14 +130,14 @@ class Session:
         return override(load_asked(options, device), options)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """A test for each variant of the study, or of the run that is resumed."""
+        """Generate a test for each variant of the study, or of the resumed run."""
         if metafunc.definition.get_closest_marker("lorameter") and "variant_name" in metafunc.fixturenames:
             names = [variant.name for variant in self._study.variants]
             selected = self._interrupted.manifest.selection if self._interrupted is not None else ()
             metafunc.parametrize("variant_name", [name for name in names if not selected or name in selected])
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """No test of a phase that a resumed run, a script or several ranks do not have."""
+        """Deselect tests of phases that a resumed run, a script or a multi-rank trial does not have."""
         if self._interrupted is not None:
             phases = self._interrupted.manifest.phases
         elif self._study.trains_only:
@@ -149,8 +150,8 @@ class Session:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> None:
-        """Measure what the selected tests need, once, before the first of them runs; with --benchmark-disable only see
-        whether it could be."""
+        """Measure everything that the selected tests need, once, before the first test; with --benchmark-disable only
+        check whether it could be measured."""
         items = [(item, phase) for item in session.items if (phase := _phase_of(item))]
         if not items or self._skipped or self._config.option.collectonly or session.testsfailed:
             return
@@ -164,9 +165,9 @@ class Session:
                 self._run = resume(self._interrupted, self._options, console=console)
 
     def _measure(self, names: list[str], phases: set[str]) -> None:
-        """Measure the plan of the selected tests, or only make it."""
+        """Measure the plan of the selected tests, or only build it."""
         study, options = self._study, self._options
-        if self._disabled and study.protocol.on != HERE:  # a cluster is not queried where nothing is measured
+        if self._disabled and study.protocol.on != HERE:  # do not query a cluster if nothing is measured
             check_spreadable(study, study.protocol.place)
             return
         planned = {"select": names, "phases": sorted(phases), "interleaving": options.interleave}
@@ -184,12 +185,12 @@ class Session:
             self._run = measure_study(study, placement, options, console=console, **planned)
 
     def _prepare_gate(self, provenance: Mapping[str, Any]) -> None:
-        """Read the base and check it against the plan: otherwise hours could end in "not comparable".
-        Facts that a script's process reports are known and judged at the end.
+        """Read the base and compare it with the plan, because otherwise hours of measurement could end as "not
+        comparable". Facts reported by a script's process are judged at the end.
 
         Raises:
-            UsageError: it cannot be read, is invalid, or does not agree. A baseline that is not accepted yet is none
-                of these: how else would the first one be measured? It ends as `no_baseline`.
+            UsageError: the base cannot be read, is invalid, or does not agree. A baseline that is not accepted yet is
+                allowed, so that the first one can be measured; the session then ends as `no_baseline`.
         """
         if not self._gate:
             return
@@ -212,7 +213,7 @@ class Session:
 
     @pytest.fixture
     def replay(self, request: pytest.FixtureRequest, variant_name: str) -> Callable[[], None]:
-        """Hand this test's recorded samples to pytest-benchmark; fails where a trial has no result."""
+        """Replay this test's recorded samples in pytest-benchmark; fails if a trial has no result."""
 
         def replayed() -> None:
             if self._options.dry_run:
@@ -230,7 +231,7 @@ class Session:
             if not series.measuring(metric):
                 pytest.fail(f"no trial of {variant_name} measured {metric}, although all are ok", pytrace=False)
             durations = [sample for trial in series.trials(metric) for sample in trial]
-            # Each pair of readings is 0 and the next duration, so that their difference is the recorded float.
+            # Each pair of readings is 0 and the next duration, so that their difference is exactly the recorded float.
             clock = itertools.chain.from_iterable((0.0, duration) for duration in durations).__next__
             request.node.add_marker(pytest.mark.benchmark(timer=clock, group=phase, warmup=False))
             benchmark = request.getfixturevalue("benchmark")
@@ -241,7 +242,7 @@ class Session:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """An invalid run, or one that fails its gate, fails the session although each test passes."""
+        """Fail the session if the run is invalid or fails its gate, although each test passes."""
         passed = self._run is None or run_validity(self._run, self._study).valid
         if self._gate and not self._config.option.collectonly:
             self._judged = self._judge()
@@ -250,16 +251,16 @@ class Session:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def _judge(self) -> GateResult | str:
-        """The gate's result, or why there is none; no exception on the way is a pass."""
+        """The gate's result, or why there is none; an exception never counts as a pass."""
         if self._run is None:
             return "Gate failed: nothing was measured, so there was nothing to judge.\n"
         try:
             base, candidate = self._base, comparison_input(self._run)
-            if base is None or self._gate == WORD:  # the run's fingerprint is the one that was measured
+            if base is None or self._gate == WORD:  # the run has the fingerprint that was measured
                 runs = store.runs_dir(self._options.runs_dir)
                 base = read_base(self._gate, runs, fingerprint=candidate.fingerprint, study=candidate.study)
             studied = frozenset(variant["name"] for variant in self._run.manifest.study["variants"])
-            base = base.without(studied - candidate.variants.keys())  # variants that were not selected
+            base = base.without(studied - candidate.variants.keys())  # remove variants that were not selected
             report = compare(base, candidate, metrics=self._policy.metrics, limits_of=self._policy.limits_of)
             return judge(report, self._policy)
         except Exception:
@@ -268,7 +269,8 @@ class Session:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """The report; before pytest-benchmark's own table, which may end in an exception (--benchmark-compare-fail)."""
+        """Print the report before pytest-benchmark's own table, which may raise an exception
+        (--benchmark-compare-fail)."""
         if isinstance(self._judged, str):
             terminalreporter.section("lorameter gate")
             terminalreporter.write(self._judged, flush=True)
@@ -287,7 +289,7 @@ class Session:
             _show(terminalreporter, "lorameter gate", describe_gate(self._judged))
 
     def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
-        """Device, libraries and workload, as far as two runs must agree on them to be compared."""
+        """Add device, libraries and workload, as far as two runs must agree on them to be compared."""
         if self._run is not None:
             provenance = self._run.manifest.provenance
         else:
@@ -297,7 +299,7 @@ class Session:
     def pytest_benchmark_compare_machine_info(
         self, machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
     ) -> None:
-        """Refuse to compare unlike machines, libraries or workloads, and name what differs."""
+        """Refuse to compare different machines, libraries or workloads, and name the differences."""
         option = "--benchmark-compare"
         with usage_errors():
             if different := unlike(self._study, machine_info["lorameter"], compared_benchmark, option):
@@ -305,7 +307,7 @@ class Session:
                 raise UsageError(f"{why} Measure the base again on this machine.")
 
     def pytest_benchmark_update_json(self, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
-        """`--benchmark-save` alone drops the durations; raw samples are always kept."""
+        """Keep raw samples, which `--benchmark-save` alone would drop."""
         data = {bench.fullname: bench.stats.data for bench in benchmarks}
         for entry in output_json["benchmarks"]:
             if entry["fullname"] in data:
@@ -329,7 +331,7 @@ def _describe_failure(record: TrialRecord, run: Run) -> str:
 
 
 def _show(reporter: pytest.TerminalReporter, title: str, document: Document) -> None:
-    """A section of the summary, as wide and as coloured as pytest's own."""
+    """A section of the summary, with the width and colours of pytest."""
     screen = reporter._tw
     width = screen.fullwidth if screen.hasmarkup else PIPED_WIDTH
     verbose = reporter.config.option.verbose > 0
@@ -338,14 +340,14 @@ def _show(reporter: pytest.TerminalReporter, title: str, document: Document) -> 
 
 
 def _nothing() -> None:
-    """The call of a replayed round; its work was done when it was measured."""
+    """The call of a replayed round; the actual work was measured before."""
 
 
 class Output:
-    """Takes the place of the stream that pytest's reporter writes on, so that a session whose reader goes away
-    (`pytest | head -1`) measures to its end; the exit code then says that output was lost.
+    """Replaces the output stream of pytest's reporter, so that a session whose reader goes away (`pytest | head -1`)
+    still completes its measurement; the exit code then says that output was lost.
 
-    pytest would end there with exit code 1, which means a regression.
+    Otherwise pytest would exit with code 1, which means a regression.
     """
 
     def __init__(self) -> None:
@@ -354,7 +356,7 @@ class Output:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self, session: pytest.Session) -> None:
-        """Before the first line is written."""
+        """Replace the stream before the first line is written."""
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
         screen = getattr(reporter, "_tw", None)
         if screen is not None and hasattr(screen, "_file"):
@@ -363,7 +365,7 @@ class Output:
 
     @pytest.hookimpl(trylast=True)
     def pytest_unconfigure(self) -> None:
-        """After the last one: pytest returns what the session holds now."""
+        """Restore the stream after the last line, and set the exit code that pytest returns."""
         if self._session is None or self._stream is None:
             return
         self._stream.flush()

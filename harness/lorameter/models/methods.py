@@ -1,8 +1,8 @@
-"""What the installed PEFT can do with a variant's method, found out by trying it and kept on disk.
+"""Finds out what the installed PEFT supports for a variant's method, by trying it, and caches the result on disk.
 
-A process of its own attaches the method to a tiny model, trains it for two steps and tries what a run may ask for
-(`lorameter.trial.building.method_probe`). So nothing is typed in of any method, and the process that asks never loads
-torch. What was found is kept with the versions that it holds for.
+A separate process attaches the method to a tiny model, trains it for two steps and tries the operations of a run
+(`lorameter.trial.building.method_probe`). So no facts about methods are hard-coded, and the calling process never loads
+torch. Results are stored with the versions for which they are valid.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ _MOST_BYTES = 2**20
 
 
 class MethodFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What a method can do. None where it could not be tried, for instance since the tiny model is too small for it."""
+    """The operations that a method supports. A value is None if it could not be tried, for example because the tiny
+    model is too small."""
 
     refused: str | None = None
-    """Why it can be on no model like this: key, value, the reason, mostly in PEFT's words, and a remedy."""
+    """Why it cannot be used with such a model: key, value, the reason (mostly PEFT's message), and a remedy."""
     keeps_base: bool | None = None
-    """Whether weights of the base are what they were after it was attached and trained for a step."""
+    """Whether the base weights are unchanged after attaching the adapter and a training step."""
     several: bool | None = None
     """Whether a second adapter of the same configuration can be added."""
     mixes: bool | None = None
@@ -41,23 +42,23 @@ class MethodFacts(msgspec.Struct, frozen=True, kw_only=True):
     merges: bool | None = None
     """Whether it can be merged into the base."""
     reloads: bool | None = None
-    """Whether what is saved and loaded again on the base gives the same answers."""
+    """Whether a saved adapter, loaded again on the base, gives the same answers."""
 
 
 LORA = MethodFacts(keeps_base=True, several=True, mixes=True, merges=True, reloads=True)
-"""Of LoRA in its short form, whose exceptions are fields that are judged by themselves."""
+"""The facts about LoRA in its short form; fields that are exceptions are checked separately."""
 
 
 def is_plain(variant: Variant) -> bool:
-    """Whether all about a variant is known without trying: LoRA in its short form with an optimizer that has one."""
+    """Whether a variant needs no probe: LoRA in its short form with a short-named optimizer."""
     return isinstance(variant, LoraVariant) and variant.optimizer in (*ADAMW, *PAGED) and not variant.optimizer_args
 
 
 def facts_of(variants: Sequence[Variant]) -> dict[str, MethodFacts]:
-    """What each variant's method can do, by the variant's name; what is not known yet is tried now.
+    """What each variant's method supports, by the variant's name; unknown methods are probed now.
 
     Raises:
-        InvalidRunError: the process that tries ends without an answer.
+        InvalidRunError: the probing process ends without an answer.
     """
     found = {one.name: LORA for one in variants if is_plain(one)}
     places = {one.name: _place(one) for one in variants if one.name not in found}
@@ -72,7 +73,7 @@ def facts_of(variants: Sequence[Variant]) -> dict[str, MethodFacts]:
 
 
 def check_methods(where: str, variants: Sequence[Variant]) -> None:
-    """Raises `UsageError` for a variant that PEFT or its optimizer refuses on any model."""
+    """Raise `UsageError` for a variant that PEFT or its optimizer refuses for every model."""
     for name, facts in facts_of(variants).items():
         if facts.refused:
             raise UsageError(f"{where}: variant {name!r}: {facts.refused}")
@@ -94,7 +95,7 @@ def _version(package: str) -> str:
 def _read(place: Path) -> MethodFacts | None:
     try:
         return codec.from_json(MethodFacts, fileio.read_json(place, _MOST_BYTES), "facts of a method")
-    except (OSError, ValueError, LorameterError):  # not there, or of another lorameter
+    except (OSError, ValueError, LorameterError):  # missing, or from another lorameter
         return None
 
 

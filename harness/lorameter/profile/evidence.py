@@ -1,4 +1,4 @@
-"""The evidence that `lorameter.profile.rules` and `request_rules` judge, extracted from a profile."""
+"""Extracts from a profile the evidence that `lorameter.profile.rules` and `request_rules` judge."""
 
 from __future__ import annotations
 
@@ -43,28 +43,28 @@ from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 
 SPARE_SHARE = 0.9
-"""Share of the memory that a remedy may be expected to fill: its bytes are estimated, within a tenth at best."""
+"""Share of the memory that a remedy may use: its bytes are estimates, accurate to a tenth at best."""
 DROPOUT_KERNELS = ("dropout", "bernoulli")
-"""Parts of the names of kernels that draw a mask; the fused one applies it as well."""
+"""Parts of the names of kernels that draw a mask; the fused kernel also applies it."""
 UNPACKING = ("MatMul4Bit", "MatMul4BitBackward", "bitsandbytes::gemm_4bit")
-"""bitsandbytes' functions that have a weight unpacked, by operators of that category, and then multiply it."""
+"""bitsandbytes' functions that unpack a weight, by operators of that category, and then multiply by it."""
 DROPPED = (DROPOUT, "dropout_backward_s")
-"""The names under which the records of dropout in a phase are counted."""
+"""The names under which the dropout records in a phase are counted."""
 _WITHOUT: Mapping[str, dict[str, Any]] = {
     "quantization": {"quantization": "none", "prepare_for_kbit": False},
     "gradient_checkpointing": {"gradient_checkpointing": False},
 }
-"""Fields of a variant where a saving of memory is left out."""
+"""Fields of a variant without a memory saving."""
 
 
 def changes_without(variant: Variant, saving: str) -> dict[str, Any]:
-    """The changes that turn a saving of memory off; empty where it is off already."""
+    """The changes that turn a memory saving off; empty if it is already off."""
     return {name: value for name, value in _WITHOUT[saving].items() if getattr(variant, name) != value}
 
 
 def extra_bytes(profile: TrialProfile, shape: ModelShape | None) -> dict[str, int]:
-    """Estimated bytes that turning each saving of memory off would add; empty for a model whose layers are not known,
-    so that nothing is expected to fit."""
+    """Estimated bytes that turning off each memory saving would add; empty for a model with unknown layers, so that
+    nothing is expected to fit."""
     found: dict[str, int] = {}
     if shape is None:
         return found
@@ -80,37 +80,38 @@ def extra_bytes(profile: TrialProfile, shape: ModelShape | None) -> dict[str, in
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileEvidence:
-    """The evidence that the rules judge. Shares are of a step; None where a value was not observed or has no meaning.
+    """The evidence that the rules judge. Shares are of a step; a value is None if it was not observed or has no
+    meaning.
 
     Attributes:
-        variant: as profiled.
-        workload: as profiled.
-        device: of the trial.
+        variant: the profiled variant.
+        workload: the profiled workload.
+        device: device of the trial.
         step_s: time of a plain step.
         phases_s: seconds of its phases.
-        categories: shares of what ran, by kernels_check's categories; the rest of the step is `idle`.
+        categories: shares of the operators, by kernels_check's categories; the rest of the step is `idle`.
         idle: on a GPU the device waits, on a CPU the interpreter is between operators.
         calls: kernels launched, or operators called, in a step.
-        casts: share of copies from one type to another, and of sums of two types.
-        wide_products: share of products of numbers of 32 bits.
-        logits_bytes: logits, their gradients and the loss's copies of them, where the memory was highest.
+        casts: share of copies from one dtype to another, and of sums of two dtypes.
+        wide_products: share of 32-bit matrix products.
+        logits_bytes: logits, their gradients and the loss's copies of them, at the memory peak.
         liger: whether the package liger-kernel is installed.
-        unpacking: share of what makes 16-bit weights of packed ones.
-        dropout: share of what draws masks and, where that can be distinguished from other products, applies them.
-        padded: share of the positions.
-        recomputed: share of all FLOPs that go with checkpointing.
-        masked_pairs: share of the pairs given to attention that its mask hides.
-        attention_backend: as observed.
-        attention_mask: "explicit" where attention was given a mask to read.
-        adapter_dtype: as observed.
+        unpacking: share of operators that unpack weights to 16 bits.
+        dropout: share of operators that draw masks and, if they can be distinguished from other products, apply them.
+        padded: share of padded positions.
+        recomputed: share of all FLOPs that are due to checkpointing.
+        masked_pairs: share of the attention pairs that the mask hides.
+        attention_backend: the observed backend.
+        attention_mask: "explicit" if attention received a mask tensor.
+        adapter_dtype: the observed dtype.
         flash_attn: whether the package flash-attn is installed.
         wide_registers: whether this CPU multiplies 16-bit numbers faster than 32-bit ones; a GPU does.
-        peak_bytes: of training, on the device.
-        memory_bytes: what the device had free before.
-        extra_bytes: what leaving a saving out would add, where known: "quantization", "gradient_checkpointing",
+        peak_bytes: peak memory of training on the device.
+        memory_bytes: free memory of the device before the trial.
+        extra_bytes: bytes that turning off a saving would add, if known: "quantization", "gradient_checkpointing",
             "optimizer".
-        reserved_bytes: what CUDA's allocator held at its peak, of which `peak_bytes` were in use.
-        alloc_retries: how often the allocator gave its cache back.
+        reserved_bytes: memory reserved by CUDA's allocator at its peak, of which `peak_bytes` were in use.
+        alloc_retries: how often the allocator released its cache.
     """
 
     variant: Variant
@@ -142,7 +143,7 @@ class ProfileEvidence:
     alloc_retries: int = 0
 
     def fits(self, key: str) -> bool:
-        """Whether the memory takes what leaving this out would add; where that is not known it does not."""
+        """Whether the bytes that turning off this saving would add fit into memory; False if unknown."""
         return key in self.extra_bytes and self.peak_bytes + self.extra_bytes[key] <= SPARE_SHARE * self.memory_bytes
 
 
@@ -184,9 +185,9 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
 
 
 def _recomputed_share(profile: Profile, found: Ceilings | str) -> float:
-    """Share of a step's FLOPs that go with its checkpointing; 0 where the check observed no recomputation.
+    """Share of a step's FLOPs that are due to checkpointing; 0 if the check observed no recomputation.
 
-    Not all that is computed twice: a fused backward repeats the scores with checkpointing and without.
+    This excludes the scores, which a fused backward pass recomputes also without checkpointing.
     """
     if isinstance(found, str) or find_observed(profile, "checkpointing") is not True:
         return 0.0
@@ -195,21 +196,22 @@ def _recomputed_share(profile: Profile, found: Ceilings | str) -> float:
 
 
 def unpacking_s(phase: PhaseActivity) -> float:
-    """Seconds of a phase that unpack weights; on a CPU with the functions around it.
+    """Seconds of a phase spent on unpacking weights; on a CPU including the calling functions.
 
-    Where nothing is unpacked, those functions multiply packed weights as they are.
+    If nothing is unpacked, those functions multiply by packed weights directly.
     """
     unpacked = phase.categories_s.get("dequantize", 0.0)
     return unpacked and unpacked + sum(one.time_s for one in phase.operators if one.name in UNPACKING)
 
 
 def recorded(*names: str) -> Callable[[PhaseActivity], float]:
-    """How many records of the profiler lie in the parts of a phase that have these names."""
+    """The number of profiler records in the parts of a phase with these names."""
     return lambda phase: sum(phase.records.get(name, 0.0) for name in names)
 
 
 def dropout_s(phase: PhaseActivity) -> float:
-    """Seconds of a phase that draw masks and, where that can be distinguished from other products, apply them."""
+    """Seconds of a phase spent on drawing masks and, if that can be distinguished from other products, on applying
+    them."""
     drawn = (one.time_s for one in phase.operators if any(word in one.name for word in DROPOUT_KERNELS))
     forward = phase.totals_s.get(DROPOUT_OPERATOR, 0.0) if phase.totals_s else sum(drawn)
     return forward + phase.dropout_backward_s
@@ -222,7 +224,7 @@ def observed_word(profile: TrialProfile, path: str) -> str | None:
 
 
 def _unpaged_bytes(profile: Profile) -> int:
-    """The bytes that an optimizer without paging and 8-bit state would add, as counted."""
+    """The bytes that an optimizer without paging and 8-bit state would add."""
     memory = profile.record.memory
     resident = memory["optimizer_state_bytes"] - memory["paged_optimizer_state_bytes"]
     return max(0, 8 * round(profile.record.values["trainable_parameters"]) - resident)
@@ -230,10 +232,10 @@ def _unpaged_bytes(profile: Profile) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassEvidence:
-    """One kind of forward pass, in seconds of a plain one.
+    """One kind of forward pass, in seconds of an unprofiled one.
 
     `idle_s`: the device waits, or the interpreter is between operators. `casts_s`: copies from one type to another.
-    `cache_s`: adding to the cache. `copies`: whole weights that are copied in it.
+    `cache_s`: adding to the cache. `copies`: copies of whole weights in it.
     """
 
     time_s: float
@@ -248,25 +250,25 @@ class PassEvidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestEvidence:
-    """The evidence that the rules for requests judge; None where a value was not observed or has no meaning.
+    """The evidence that the rules for requests judge; a value is None if it was not observed or has no meaning.
 
     Attributes:
-        variant: as profiled.
-        device: of the trial.
+        variant: the profiled variant.
+        device: device of the trial.
         request: time of a request.
-        first_token: time to it.
+        first_token: time to first token.
         token: time of each later one.
-        passes: over one token each.
+        passes: number of single-token passes.
         prefill: the pass over the prompts.
         decode: a pass over one token.
-        choose_s: between two passes: choosing a token, handing it over, preparing the next.
-        facts: what one request found.
-        merged: a request with the adapter merged.
-        merged_calls: of a pass over one token then.
-        new_length: by how much the first token comes later at a prompt length that had no earlier request.
-        adapter_dtype: as observed.
-        bytes_per_s: the memory's at best.
-        unquantised_bytes: what the base would take more without quantisation, where the memory has it; else None.
+        choose_s: time between two passes: choosing a token, returning it, preparing the next.
+        facts: observations of one request.
+        merged: time of a request with the adapter merged.
+        merged_calls: calls in a single-token pass with the adapter merged.
+        new_length: delay of the first token at a prompt length without earlier requests.
+        adapter_dtype: the observed dtype.
+        bytes_per_s: peak memory bandwidth.
+        unquantised_bytes: additional bytes of the base without quantisation, if they fit into memory; else None.
     """
 
     variant: Variant
@@ -315,10 +317,10 @@ def evidence_of_requests(
 
 
 def _pass_evidence(profile: RequestProfile, account: RequestAccount, phase: str, count: int) -> PassEvidence:
-    """A phase of `count` passes, by one of them."""
+    """A phase with `count` passes, as one mean pass."""
     whole = account.whole
     ran = next((one for one in profile.activity.phases if one.phase == phase), None)
-    if ran is None or profile.activity.missing:  # what ran is not known
+    if ran is None or profile.activity.missing:  # the operators are unknown
         return PassEvidence(time_s=whole.phases[phase].value / count)
 
     def plain(seconds: Callable[[PhaseActivity], float], *names: str) -> float:

@@ -1,9 +1,8 @@
-"""Profiles: what was observed of one trial's steps or requests. Conclusions are computed from these facts on demand.
+"""Profiles: the observations of one trial's steps or requests. Conclusions are computed from them on demand.
 
-A step is observed in two ways that exclude each other. Timed between the borders of its phases, these have true times
-and it is unknown what ran in them. Under the profiler everything that ran is known, and its times are those of a
-slower step. So each is a record of its own, and shares of the one are never mixed with seconds of the other without
-a word.
+A step is observed in two ways that exclude each other. Timing between the borders of its phases gives their true times,
+but not the operators in them. The profiler records all operators, but slows the step down. So each observation is a
+separate record, and shares of one are never silently combined with seconds of the other.
 """
 
 from __future__ import annotations
@@ -28,25 +27,25 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialProfile:
-    """What a profile of steps and one of requests have in common; nothing is an estimate.
+    """The common part of profiles of steps and of requests; it contains no estimates.
 
     Attributes:
         schema: version of the file.
-        study: name.
-        variant: as profiled.
-        workload: as profiled.
+        study: name of the study.
+        variant: the profiled variant.
+        workload: the profiled workload.
         device: "cpu" or "cuda".
-        device_name: as its vendor calls it.
-        threads: of the trial.
-        cpus: that the process may run on.
+        device_name: the vendor's name of the device.
+        threads: threads of the trial.
+        cpus: CPUs on which the process may run.
         wide_registers: whether a CPU multiplies 16-bit numbers faster than 32-bit ones (AVX512-BF16); not read on a
             GPU.
-        memory_bytes: what the device had free before the trial, or has in all where that is not known.
+        memory_bytes: free memory of the device before the trial, or its total memory if that is unknown.
         record: raw times and bytes of the trial, its checks and notices.
-        activity: what ran under the profiler.
-        peaks: what the device does at best, by "product" and "memory"; stated by the vendor, or measured after the
-            trial. One is missing where the vendor states none and there was no memory or time to measure it.
-        measured_peaks: the same as measured after the trial, also where the vendor states it.
+        activity: the operators recorded by the profiler.
+        peaks: peak rates of the device, for "product" and "memory"; stated by the vendor, or measured after the trial.
+            A rate is missing if the vendor states none and there was no memory or time to measure it.
+        measured_peaks: the rates measured after the trial, also if the vendor states them.
     """
 
     schema: int = SCHEMA
@@ -67,8 +66,8 @@ class TrialProfile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile(TrialProfile):
-    """All that was observed of one variant's steps: `memory` at the peak of one, and `estimates` of its bytes by kind
-    from the shape alone (`lorameter.models.costs.memory`), empty where the model's layers are not known."""
+    """The observations of one variant's steps: `memory` at the peak of a step, and `estimates` of its bytes by kind
+    from the shape (`lorameter.models.costs.memory`), empty if the model's layers are unknown."""
 
     memory: MemoryAccount
     estimates: dict[str, int] = field(default_factory=dict)
@@ -82,16 +81,16 @@ COLD_PARTS: Mapping[str, str] = {
     "cold_first_token_time_s": "first token",
     "cold_rest_s": "all other tokens",
 }
-"""Parts of a cold start in their order; consecutive, so that they add up to it."""
+"""Parts of a cold start in order; they are consecutive, so they add up to it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestProfile(TrialProfile):
-    """All that was observed of one variant's requests; times with the adapter merged begin with "merged_". What ran is
-    that of the adapter as the variant serves it.
+    """The observations of one variant's requests; names of times with the adapter merged begin with "merged_". The
+    recorded operators are those of the adapter as the variant serves it.
 
-    `merged_activity` is what ran with the adapter merged, None where the variant serves it so; `memory` that at the
-    peak of a request; `shape` that of the model, None where its files do not say.
+    `merged_activity` contains the operators with the adapter merged, None if the variant itself serves it merged;
+    `memory` is the memory at the peak of a request; `shape` is the model's shape, None if its files do not contain it.
     """
 
     facts: RequestFacts
@@ -108,7 +107,7 @@ class RequestProfile(TrialProfile):
 
     @property
     def cold_parts_s(self) -> dict[str, float]:
-        """Seconds of each part of a cold start; nothing where its parts were not timed."""
+        """Seconds of each part of a cold start; empty if its parts were not timed."""
         values = self.record.values
         if "cold_base_time_s" not in values:
             return {}
@@ -117,7 +116,7 @@ class RequestProfile(TrialProfile):
 
 
 def find_shape(model: str) -> ModelShape | None:
-    """The shape of a model by its name; None of a type whose layers are not known."""
+    """The shape of a model by its name; None for a model type with unknown layers."""
     try:
         return shapes.shape(catalogue.resolve(model))
     except UsageError:

@@ -1,8 +1,8 @@
-"""Refusals of the operating system (a full disk, no more descriptors) as messages with a remedy; and an
-exception as the failure of a trial.
+"""Turns operating-system errors (full disk, no file descriptors) into messages with remedies, and exceptions into
+failures.
 
-It is no defect of lorameter and no fault of a trial. A run ends with it as on a machine that cannot measure, and what
-was measured before is kept.
+Such an error is neither a defect of lorameter nor a fault of a trial. It ends a run as on a machine that cannot
+measure, and earlier measurements are kept.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ REMEDIES = {
     errno.ENAMETOOLONG: "Choose a shorter path",
     errno.ENOENT: "Restore what was there, and leave it alone while something is measured",
 }
-"""Remedies, by the error's number."""
+"""Remedies by error number."""
 OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE)
-"""Errors that are no fault of a trial, and that the next trial would meet as well."""
+"""Errors that are not a fault of a trial, and that would also affect the next trial."""
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "OutOfMemoryError", "MemoryError", "std::bad_alloc")
 REFUSED = "Refused"
-"""Kind of the failure of a trial that one of them interrupted."""
+"""Kind of the failure of a trial that such an error interrupted."""
 
 
 class SystemLimitError(Exception):
-    """The system has refused something to a measuring process; the message says what, and what to do about it."""
+    """Raised if a system limit stopped a measuring process; the message says which one, and what to do."""
 
 
 def format_os_error(error: OSError) -> str:
-    """The refusal and its remedy."""
+    """The error message with its remedy."""
     what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
     return f"{what}. {REMEDIES.get(error.errno or 0, 'Check the disk')}"
 
 
 def find_system_error(error: BaseException | None) -> str | None:
-    """The words of a refusal that is no fault of the trial that met it; None for any other error.
+    """The message of a system error that is not a fault of the trial; None for any other error.
 
-    Libraries wrap what the system says: in an exception that was raised from it, or in one of their own that repeats
-    its words (safetensors: "I/O error: No space left on device (os error 28)").
+    Libraries wrap system errors: in an exception that was raised from it, or in their own exception that repeats its
+    message (safetensors: "I/O error: No space left on device (os error 28)").
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
@@ -69,8 +69,8 @@ def find_system_error(error: BaseException | None) -> str | None:
 
 
 def refusal_said(text: str) -> str | None:
-    """The words of a refusal that a library or another program repeats in its own, as Rust or Python say it; None if
-    the text holds none."""
+    """The system error message that a library or another program repeats, in the form of Rust or Python; None if there
+    is none."""
     for one in OF_THE_MACHINE:
         words = os.strerror(one)
         if f"{words} (os error {one})" in text or f"[Errno {one}] {words}" in text:
@@ -79,20 +79,20 @@ def refusal_said(text: str) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, of the device or of the machine."""
+    """Whether an exception says that the memory of the device or the machine ran out."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and says_out_of_memory(str(error))  # as torch's allocator for the CPU raises
+    return isinstance(error, RuntimeError) and says_out_of_memory(str(error))  # raised by torch's CPU allocator
 
 
 def says_out_of_memory(text: str) -> bool:
-    """Whether the last words of a program say so."""
+    """Whether the last output of a program says that memory ran out."""
     return any(words in text for words in _OUT_OF_MEMORY)
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Adds the path to a system error of a library that writes the file, since libraries leave it out."""
+    """Add the path to a system error of a library that writes the file, since libraries omit it."""
     try:
         yield
     except Exception as error:
@@ -105,13 +105,13 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def translate_write_errors(where: str, remedy: str, *, done: str = "written") -> Iterator[None]:
-    """Turns a refusal to write what a user has named into an `InvalidRunError` where the machine refuses, as on a full
-    disk, else into a `UsageError`.
+    """Convert an error while writing a user's file into an `InvalidRunError` if the machine is the cause (a full disk),
+    else into a `UsageError`.
 
     Args:
-        where: the option or the variable, and what it names.
-        remedy: a sentence: what to name in its place.
-        done: what could not be done to it.
+        where: the option or the variable, and its value.
+        remedy: a sentence that says what to use instead.
+        done: the participle of the failed operation.
     """
     try:
         yield
@@ -125,8 +125,8 @@ def translate_write_errors(where: str, remedy: str, *, done: str = "written") ->
 
 @contextlib.contextmanager
 def translate_os_errors(describe: Callable[[], tuple[str, str]]) -> Iterator[None]:
-    """Within the block, a refusal of the system becomes an `InvalidRunError`. `describe` returns what it ended, and
-    what to do once its cause is gone ("" for nothing)."""
+    """Convert a system error inside the block into an `InvalidRunError`. `describe` returns the consequence, and what
+    to do after its cause is removed ("" for nothing)."""
     try:
         yield
     except (OSError, MemoryError, SystemLimitError) as error:
@@ -143,13 +143,14 @@ def translate_os_errors(describe: Callable[[], tuple[str, str]]) -> Iterator[Non
 # --- failures of trials -----------------------------------------------------------------------------------------------
 
 MAX_LINE, MAX_TRACEBACK = 2000, 16_000
-"""Characters that a record keeps; the trial's log has all. Texts are cut before they are redacted, which takes long for
-very long ones: lines at their ends and tracebacks between lines, so that no secret is parted from its name."""
+"""Maximum characters in a record; the trial's log has the full text. Texts are cut before they are redacted, which is
+slow for very long ones: lines at their ends and tracebacks between lines, so that a secret is never separated from its
+name."""
 
 
 def describe_error(error: BaseException, phase: str) -> tuple[Status, Failure]:
-    """The status and the failure of a trial that an exception ended, with its traceback: `oom` where memory ran out,
-    `interrupted` where the system refused what it would refuse to any trial (a full disk), else `crashed`."""
+    """The status and the failure of a trial that an exception ended, with its traceback: `oom` if memory ran out,
+    `interrupted` for a system error that would affect any trial (a full disk), else `crashed`."""
     text = _cut("".join(traceback.format_exception(error)))
     if refusal := find_system_error(error):
         return "interrupted", Failure(phase=phase, kind=REFUSED, message=refusal, traceback=text)
@@ -160,8 +161,8 @@ def describe_error(error: BaseException, phase: str) -> tuple[Status, Failure]:
 
 
 def failed_record(error: BaseException, phase: str) -> PartialRecord:
-    """The answer of a measuring process to a command that raised; its traceback goes to the log too, where that can be
-    written."""
+    """The answer of a measuring process to a command that raised an exception; its traceback also goes to the log, if
+    that can be written."""
     status, failure = describe_error(error, phase)
     with contextlib.suppress(OSError):
         sys.stderr.write(failure.traceback)

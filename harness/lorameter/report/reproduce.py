@@ -1,4 +1,4 @@
-"""Commands that measure a run again: versions, command, study and seed."""
+"""The commands that reproduce a run: versions, command, study and seed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OVERRIDES = {
 
 
 def reproduction_steps(run: Run) -> str:
-    """The commands to type, with comments; unknown facts of the run are named."""
+    """The commands to type, with comments, which name unknown facts of the run."""
     return "\n".join(_lines(run))
 
 
@@ -50,12 +50,12 @@ def _lines(run: Run) -> Iterator[str]:
 
 
 def _comment(text: str) -> str:
-    """A comment of a shell. Texts of a run may have line ends, and the next line would be a command."""
+    """A shell comment. Line breaks in texts of a run are escaped, because the next line would be a command."""
     return f"# {' '.join(text.splitlines())}"
 
 
 def _of_one(run: Run) -> Iterator[str]:
-    """A run that compares variants."""
+    """The commands for a run that compares variants."""
     named, given = _study(run)
     if named.endswith(FILE):
         yield NOT_BUILT_IN
@@ -65,7 +65,7 @@ def _of_one(run: Run) -> Iterator[str]:
 
 
 def _of_sides(run: Run) -> Iterator[str]:
-    """An A/B, with the words that name both sides again."""
+    """The commands for an A/B, with the words that name both sides."""
     manifest = run.manifest
     sides = {name: manifest.sides.get(name) or {} for name in ("base", "candidate")}
     for name, side in sides.items():
@@ -80,7 +80,7 @@ def _of_sides(run: Run) -> Iterator[str]:
     suffix = "-command" if of_commands(manifest) else ""
     sided = [word for name, spec in specs.items() for word in (f"--{name}{suffix}", spec)]
     command = str(manifest.study["variants"][0].get("command") or "")
-    if suffix or (command and named.endswith(FILE)):  # a command is a study by itself
+    if suffix or (command and named.endswith(FILE)):  # a command is itself the study
         words = ["ab", *([] if suffix else ["--command", command]), *sided, *_of_script(run)]
         words += _selected(run, variants=False)
     else:
@@ -94,14 +94,14 @@ def _of_sides(run: Run) -> Iterator[str]:
 
 
 def _spec(side: Mapping[str, Any]) -> str:
-    """The words that name a side again: a branch may have moved since, its commit has not."""
+    """The words that name a side again: a commit instead of a branch, which may have moved."""
     if side.get("kind") == "revision":
         return str(((side.get("facts") or {}).get("git") or {}).get("commit") or side.get("spec") or "")
     return str(side.get("spec") or (side.get("kind") == PRESENT and PRESENT) or "")
 
 
 def _of_script(run: Run) -> list[str]:
-    """Where a command is run, and how many of its steps are timed."""
+    """The folder of a command, and the number of its timed steps."""
     protocol, variant = run.manifest.study.get("protocol", {}), run.manifest.study["variants"][0]
     steps = int(protocol.get("turns", 0)) * int(protocol.get("steps_per_turn", 0))
     where = ["--cwd", str(variant["cwd"])] if variant.get("cwd") else []
@@ -117,14 +117,14 @@ def _selected(run: Run, *, variants: bool = True, phases: bool = True) -> list[s
 
 
 def _study(run: Run) -> tuple[str, list[str]]:
-    """The word that names the study, and the options that replaced values of it."""
+    """The word that names the study, and the options that replaced its values."""
     stored, words = run.manifest.study, list[str]()
     name = str(stored.get("name", ""))
     if name not in builtin_studies():
         return f"{name}{FILE}", words
     try:
         written = codec.to_json(load_study(name, profile=stored.get("profile") or None))
-    except UsageError:  # a profile that this version has no more
+    except UsageError:  # a profile that no longer exists in this version
         return name, words
     for table, keys in OVERRIDES.items():
         for key, option in keys.items():

@@ -1,7 +1,7 @@
-"""The report of a run: validity and verdicts, how it was measured, a table for each phase, failures and notices.
+"""The report of a run: validity and verdicts, the measurement, a table for each phase, failures and notices.
 
-Facts that all variants share are written once; the statistics behind the verdicts are below the tables.
-`encode_run` is the same as the JSON document that programs read.
+Facts common to all variants are written once; the statistics behind the verdicts are below the tables. `encode_run`
+gives the same content as a JSON document.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ ESTIMATORS = {
     "estimates": "geometric mean over trials of each trial's median (tokens/s, energy: mean; cold starts: median of "
     "the processes), with 95 % intervals",
 }
-"""How the numbers of a report follow from the trials."""
+"""How the numbers of a report are computed from the trials."""
 MOST_NAMED = 5
-"""Variants that are named of one kind; the table has them all."""
+"""Maximum variants of one kind that are named; the table has all of them."""
 PARTS_OF_TIME = {
     "steps": "timed steps", "requests": "requests", "open_ended": "requests to their end", "merged": "merged requests",
     "cold": "cold starts",
@@ -82,7 +82,7 @@ _STATES = {
 
 
 def describe_run(view: RunView) -> Document:
-    """All of a run's report."""
+    """The whole report of a run."""
     return tuple(_blocks(view))
 
 
@@ -109,8 +109,8 @@ def _blocks(view: RunView) -> Iterator[Block]:
 
 
 def _summary(view: RunView) -> Iterator[Line]:
-    """The summary: whether the run is valid, the verdicts on time, memory and loss, and whether
-    the required paths were active. A terminal repeats it below the report."""
+    """The summary: whether the run is valid, the verdicts on time, memory and loss, and whether the required paths were
+    active. A terminal repeats it below the report."""
     lines = [line for table in (*view.tables, *view.outcomes) for line in _verdicts(table)]
     if view.valid:
         lines = [_validity(view), *lines, *_paths(view)]
@@ -125,7 +125,7 @@ def _validity(view: RunView) -> Line:
 
 
 def _verdicts(table: PhaseTable) -> Iterator[Line]:
-    """The verdicts of a table in a line: which variants differ and by how much, which are equivalent, and which are
+    """The verdicts of a table in one line: which variants differ and by how much, and which are equivalent,
     inconclusive or invalid."""
     differing = [(name, ratio) for name, ratio in table.ratios.items() if is_difference(ratio)]
     if len(differing) > MOST_NAMED:
@@ -147,7 +147,7 @@ def _verdicts(table: PhaseTable) -> Iterator[Line]:
 
 
 def _paths(view: RunView) -> Iterator[Line]:
-    """Whether the required paths were active, of a run that has checks."""
+    """Whether the required paths were active, if the run has checks."""
     statuses = [(name, text) for table in view.tables for name, text in table.checks.items()]
     missed = dict.fromkeys(f"{name}: {text}" for name, text in statuses if text != ALL_ACTIVE)
     if missed:
@@ -167,7 +167,7 @@ def _label(table: PhaseTable) -> str:
 
 
 def _notes(table: PhaseTable, *, alone: bool) -> Iterator[Line]:
-    """The control, and a line of each variant whose required paths are not as those of the others."""
+    """The control, and a line for each variant whose required paths differ from those of the others."""
     if not alone:
         ratio, verdict = say_ratio(table.control, table.metric, 0.01 if is_memory(table.metric) else MARGIN)
         yield say(f"A/A control: {ratio}", *([Span(text=verdict, tone="strong")] if verdict else []))
@@ -190,7 +190,7 @@ def _statistics(view: RunView) -> Iterator[Block]:
 
 
 def _inconclusive(table: PhaseTable) -> Iterator[Line]:
-    """The advice on each inconclusive variant; an inconclusive control has a notice."""
+    """The advice for each inconclusive variant; an inconclusive control has a notice."""
     for name, ratio in table.ratios.items():
         if ratio.verdict == "inconclusive":
             about = Span(text=f"{name}, {title_of_ratio(table.metric)}", tone="warning")
@@ -209,7 +209,7 @@ def _estimators(tables: Sequence[PhaseTable]) -> Iterator[Line]:
 
 
 def _reasons(tables: Sequence[PhaseTable]) -> Iterator[Line]:
-    """The reason of each verdict; a basis that several share is written once, before them."""
+    """The reason of each verdict; a basis that several verdicts share is written once before them."""
     shared: dict[str, list[str]] = {}
     lines = []
     for table in tables:
@@ -227,7 +227,7 @@ def _reasons(tables: Sequence[PhaseTable]) -> Iterator[Line]:
 
 
 def _time(spending: TimeBreakdown | None) -> Iterator[Section]:
-    """What the time of a run went to; nothing of a run that has not recorded it."""
+    """The time spent on each part of a run; empty if the run has not recorded it."""
     if spending is None:
         return
     of_limit = "" if spending.limit_s is None else f" of {format_duration(spending.limit_s)}"
@@ -305,7 +305,7 @@ def _tokens(tokens: Mapping[str, Any]) -> str:
 
 
 def _replicates(run: Run) -> str:
-    """The replicates of a run; of an incomplete run those whose trials have all ended."""
+    """The replicates of a run; for an incomplete run, those whose trials have all ended."""
     planned: dict[str, set[str]] = defaultdict(set)
     for trial in run.manifest.order or (record.trial for record in run.records):
         planned[trial.partition("-")[0]].add(trial)
@@ -317,7 +317,8 @@ def _replicates(run: Run) -> str:
 
 
 def _commands(run: Run, study: Study) -> Iterator[str]:
-    """Each command, of an A/B of commands on each side: its folder, how its steps were recognised, and their number."""
+    """Each command (in an A/B of commands, on each side): its folder, how its steps were recognised, and their
+    number."""
     sides = {name: side for name, side in run.manifest.sides.items() if side.get("kind") == SIDE}
     for variant in study.scripts:
         for side in sides or {"": {}}:
@@ -339,7 +340,7 @@ def _place(variant: ScriptVariant) -> str:
 
 
 def encode_run(view: RunView) -> dict[str, Any]:
-    """The view as JSON data, without its `schema`."""
+    """The report as JSON data, without its `schema`."""
     return {
         "run": view.run.manifest.run,
         "valid": view.valid,
@@ -360,7 +361,7 @@ def encode_run(view: RunView) -> dict[str, Any]:
 
 
 def encode_spending(spending: TimeBreakdown | None) -> dict[str, Any]:
-    """What the time of a run went to, as `time`; nothing of a run that has not recorded it."""
+    """The time spent on each part of a run, under `time`; empty if the run has not recorded it."""
     if spending is None:
         return {}
     return {
@@ -375,7 +376,7 @@ def encode_spending(spending: TimeBreakdown | None) -> dict[str, Any]:
 
 
 def _encode_table(table: PhaseTable) -> dict[str, Any]:
-    """A table, each cell as a line of text and, where it is a number, as numbers in base units."""
+    """A table as JSON: each cell as a line of text and, if it is a number, also as numbers in base units."""
     heads = table.table.heads
     rows = []
     for row in table.table.rows:

@@ -1,7 +1,7 @@
-"""A run as one file to send: every sample, every check and every verdict.
+"""Packs a run into one file to send: every sample, every check and every verdict.
 
-Logs and credentials are never packed, and texts of records (the examples of the data, and the answers of a model to
-them) only with `texts`. Paths and names of machines stay, since they are a part of what was measured.
+Logs and credentials are never packed, and texts of records (examples from the data, and the model's answers to them)
+only with `texts`. Paths and machine names stay, since they are part of the measurement.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from lorameter.records.tempdirs import scratch_folder
 from lorameter.records.trials import EvidenceFile, line_of, read_trials
 
 DAMAGED = '{"damaged\n'
-"""Replaces a line that was damaged: it must stay one, or a run that has lost a trial would read as whole."""
+"""Replaces a damaged line, which must stay damaged: otherwise a run with a lost trial would look complete."""
 _TEXTS = re.compile(r"(?:base_)?answer_\d+|(?:cold_)?completion|examples")
-"""Keys of texts of records."""
+"""Keys whose values are texts of records."""
 
 
 def pack(name: str, runs: Path, output: Path | None = None, *, texts: bool = False) -> Path:
-    """Write a run as one file, which every command reads in place of a run; the file.
+    """Write a run as one file, which every command accepts in place of a run; returns the file.
 
     Args:
         name: a run id or a run directory.
-        runs: where ids are looked for.
+        runs: the folder in which ids are looked up.
         output: the file; None for the run's name with `.lorameter.zip` in the working folder.
-        texts: whether texts of records go in.
+        texts: whether to include texts of records.
 
     Raises:
-        UsageError, InvalidRunError: no such run, one that is being measured, or a place that cannot be written.
+        UsageError, InvalidRunError: the run does not exist or is being measured, or the file cannot be written.
     """
     path = Path(name) if fileio.is_file(Path(name) / MANIFEST) else runs / name
     if is_packed(Path(name)) or is_packed(path):
         raise UsageError(f"run {name!r}: it is packed already. Send that file.")
     if not fileio.is_file(path / MANIFEST):
-        store.read_run(name, runs)  # raises with the runs that exist
+        store.read_run(name, runs)  # raises an error that lists the existing runs
     manifest = store.read_manifest(path)
     if store.is_live(path, manifest):
         raise UsageError(f"run {manifest.run}: it is being measured. Wait for its end, and pack it then.")
@@ -52,9 +52,9 @@ def pack(name: str, runs: Path, output: Path | None = None, *, texts: bool = Fal
         raise UsageError(f"{target}: there is a file of that name. Remove it, or give another --output.")
     with scratch_folder() as folder:
         write_document(folder / MANIFEST, _clean(codec.to_json(manifest), texts=texts))
-        evidence = EvidenceFile(folder)  # anew, since the names of checks are hashes of what they say
+        evidence = EvidenceFile(folder)  # a new file, since checks are named by hashes of their content
         with (folder / TRIALS).open("w", encoding="utf-8", errors="replace") as file:
-            for record in read_trials(path, path.name):  # earlier attempts included
+            for record in read_trials(path, path.name):  # including earlier attempts
                 if not isinstance(record, TrialRecord):
                     file.write(DAMAGED)
                     continue

@@ -1,13 +1,13 @@
-"""Fits a run into the minutes that it may take, by one rule.
+"""Fits a run into its time limit by one rule.
 
-A replicate takes two rounds of what is measured, after the watched warm-up step and one more. After each replicate
-another one starts as long as the longest so far still fits, up to the number planned; what time is left after the last
-raises the rounds of all alike, if three replicates fit. Before replicate 1, when the cost of a replicate is known, cold
-starts, merged requests and requests are dropped, in this order, until three replicates fit. Peaks are measured once a
-variant. If three training replicates do not fit, the run reports the minutes that it needs, and continues.
+A replicate has two rounds of each measurement, after the watched warm-up step and one more. After each replicate
+another one starts if the longest so far still fits, up to the planned number. Time left after the last replicate raises
+the rounds of all replicates alike, if three replicates fit. Before replicate 1, when the cost of a replicate is known,
+cold starts, merged requests and requests are dropped, in this order, until three replicates fit. Peaks are measured
+once per variant. If three training replicates do not fit, the run reports the minutes that it needs, and continues.
 
-What would be dropped after the first replicate is not measured in it either: one replicate gives no interval. So each
-part is judged just before the first replicate comes to it, by what one request or one load has taken.
+A part that would be dropped after the first replicate is not measured in it either, since one replicate gives no
+interval. So each part is judged just before it starts in the first replicate, by the time of one request or one load.
 """
 
 from __future__ import annotations
@@ -25,42 +25,42 @@ from lorameter.records.units import format_count, format_duration
 from lorameter.run.plan import Group, Plan, measured_groups
 
 LEAST_ROUNDS = 2
-"""Rounds of a replicate whatever the time: one has no spread."""
+"""Minimum rounds of a replicate: a single round has no spread."""
 SOUGHT_REPLICATES = 3
-"""Other measurements are dropped until so many replicates of training fit: fewer give intervals that are too wide."""
+"""Other measurements are dropped until this many training replicates fit: fewer give too wide intervals."""
 
 SKIPPED = "measurements-skipped"
-"""Code of the notice of what a limit has dropped."""
+"""Code of the notice about parts dropped because of a limit."""
 Part = Literal["training", "requests", "open_ended", "merged", "cold"]
-"""The parts of a replicate; all but the training can be dropped."""
+"""The parts of a replicate; all except training can be dropped."""
 DROPPABLE: dict[Part, str] = {
     "requests": "requests",
     "open_ended": "requests until EOS",
     "merged": "requests with the adapter merged",
     "cold": "cold starts",
 }
-"""The parts that can be dropped with their names in a notice, in the order in which a replicate measures them. The last
-is dropped first."""
+"""The parts that can be dropped, with their names in a notice, in the order of measurement. The last is dropped
+first."""
 
 
 class TimeLimitTooShortError(UsageError):
-    """Not one replicate fits into the limit."""
+    """Raised if not one replicate fits into the limit."""
 
 
 @dataclass(slots=True)
 class Cost:
-    """Seconds of one part of a replicate, for all of its trials together."""
+    """Seconds of one part of a replicate, summed over its trials."""
 
     fixed_s: float = 0.0
-    """Whatever the number of rounds: building, checking, first requests, held-out loss."""
+    """Independent of the number of rounds: building, checking, first requests, held-out loss."""
     round_s: float = 0.0
-    """One round: a turn, or a request, of every trial."""
+    """One round: a turn or a request of every trial."""
 
 
 class Budget:
-    """The clock of one invocation, what its replicates have cost, and what fits into the rest of its limit.
+    """The clock of one invocation, the costs of its replicates, and the remaining time.
 
-    Time is booked by laps: `lap` assigns what has passed since the last one to a part of the replicate under way.
+    Time is booked by laps: `lap` assigns the time since the last lap to a part of the current replicate.
     """
 
     def __init__(
@@ -71,29 +71,29 @@ class Budget:
         skipped: Iterable[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`limit_s` None: no limit, everything is measured. `replicates` are planned, the parts in `skipped` have been
-        dropped by an earlier invocation, and of `clock` only differences count."""
+        """`limit_s` None means no limit: everything is measured. `replicates` is the planned number, the parts in
+        `skipped` were dropped by an earlier invocation, and only differences of `clock` count."""
         self.clock = clock
         self.limit_s = limit_s
         self.replicates = replicates
         self.import_s = self.load_s = 0.0
-        """Seconds in which a cold start imports, and loads a base, as far as they are known."""
+        """Seconds in which a cold start imports the libraries and loads a base, as far as known."""
         self.skipped: set[Part] = {part for part in DROPPABLE if part in skipped}
         """Parts that are not measured."""
         self.needed_s = 0.0
-        """Seconds that the sought replicates would take with everything that is planned, where they do not fit."""
+        """Seconds of the required replicates with all planned parts, if they do not fit."""
         self.training_s = 0.0
-        """Seconds that they would take of training alone, where not even that fits."""
+        """Seconds of the required replicates with training only, if not even that fits."""
         self._begin = self._lap = self._entered = self.clock()
         self._once_s = self._dropped_s = 0.0
         self._admitted: set[Part] = set()
         self._trials = self._begun = 1
         self._costs: dict[Part, Cost] = {}
         self._past: list[dict[Part, Cost]] = []
-        """The costs of the replicates that have ended."""
+        """The costs of the completed replicates."""
         self._rounds = LEAST_ROUNDS
         self._turns: dict[int, int] = {}
-        """Turns by replicate; the fewest of several groups."""
+        """Turns by replicate; the minimum of several groups."""
         self._measured_s: dict[str, float] = {}
 
     @property
@@ -108,17 +108,17 @@ class Budget:
 
     @property
     def left_s(self) -> float:
-        """Seconds that are left of the limit; infinite without one."""
+        """Seconds left of the limit; infinite without a limit."""
         return math.inf if self.limit_s is None else self.limit_s - self.spent_s
 
     @property
     def longest_s(self) -> float | None:
-        """The least that another replicate takes, by the longest so far; None before one has ended."""
+        """The minimum time of another replicate, from the longest so far; None before one has ended."""
         return max(map(self._replicate_s, self._past), default=None)
 
     @property
     def is_judging(self) -> bool:
-        """Whether the first replicate is under way, in which the budget decides what is measured."""
+        """Whether the first replicate is running, in which the budget decides which parts are measured."""
         return self.is_limited and not self._past
 
     @property
@@ -126,13 +126,13 @@ class Budget:
         return min(SOUGHT_REPLICATES, self.replicates)
 
     def _replicate_s(self, costs: Mapping[Part, Cost], rounds: int = LEAST_ROUNDS) -> float:
-        """Seconds of a replicate with so many rounds of each part that is measured."""
+        """Seconds of a replicate with this many rounds of each measured part."""
         return sum(cost.fixed_s + rounds * cost.round_s for part, cost in costs.items() if part not in self.skipped)
 
     # --- a replicate --------------------------------------------------------------------------------------------------
 
     def open_replicate(self, plan: Plan, groups: Sequence[Group], *, on_cpu: bool) -> tuple[Group, ...]:
-        """A replicate of these groups begins. Returns what is measured of them."""
+        """Begin a replicate of these groups; returns the groups with the parts that are measured."""
         self._costs, self._entered, self._lap, self._once_s = {}, self.clock(), self.clock(), 0.0
         self._trials = sum(len(group.slots) for group in groups if group.turns) or 1
         self._begun = 0
@@ -143,8 +143,9 @@ class Budget:
         return measured_groups(plan, groups, self.skipped, on_cpu=on_cpu)
 
     def _raise_rounds(self) -> None:
-        """Spend what time is left after the last replicate on rounds, of all replicates after the first alike, so that
-        their trainings are equally long. Where fewer replicates fit than are sought, it is kept for a further one."""
+        """Use the time left after the last replicate for more rounds, equally in all replicates after the first, so
+        that their trainings are equally long. If fewer replicates fit than required, the time is kept for another
+        replicate."""
         (first,) = self._past
         each = self._replicate_s(first)
         fitting = min(max(1, self.replicates - 1), int(self.left_s / each)) if each else 0
@@ -153,13 +154,13 @@ class Budget:
             self._rounds = LEAST_ROUNDS + int((self.left_s / fitting - each) / round_s)
 
     def enter(self, group: Group) -> None:
-        """A group of the replicate begins."""
+        """Begin a group of the replicate."""
         self._begun += len(group.slots) if group.turns else 0
         self._lap = self.clock()
 
     def lap(self, part: Part | None, *, rounds: int = 0, once_s: float = 0.0) -> None:
-        """Book the time since the last lap to a part of the replicate: to so many rounds of it if there were any, else
-        to the fixed part. Later replicates do without `once_s` of it; None: without all of it."""
+        """Book the time since the last lap to a part of the replicate: to `rounds` rounds if there were any, else to
+        the fixed part. Later replicates do not need `once_s` of it, or any of it if that is None."""
         now = self.clock()
         seconds, self._lap = now - self._lap, now
         once_s = seconds if part is None else min(once_s, seconds)
@@ -176,16 +177,17 @@ class Budget:
             self._measured_s[kind] = self._measured_s.get(kind, 0.0) + seconds
 
     def rounds(self, planned: int) -> int:
-        """The number of planned rounds that the current replicate takes."""
+        """The number of planned rounds that the current replicate runs."""
         return planned if self.limit_s is None else min(planned, self._rounds)
 
     def note_turns(self, group: Group, turns: int) -> None:
-        """So many turns were taken by all trials of a group."""
+        """Record the turns of all trials of a group."""
         self._turns[group.replicate] = min(turns, self._turns.get(group.replicate, turns))
 
     def admits(self, part: Part, seconds: float, *, once_s: float = 0.0) -> bool:
-        """Whether a part is measured. In the first replicate it is if three replicates with it fit, which is decided
-        once; `seconds` is what it takes of all trials of the group under way, `once_s` in the first replicate alone."""
+        """Whether a part is measured. In the first replicate it is measured if three replicates with it fit, which is
+        decided once; `seconds` is its time for all trials of the current group, `once_s` its additional time in the
+        first replicate."""
         if self.limit_s is None or part in self._admitted:
             return True
         if part in self.skipped or self._past:
@@ -201,10 +203,10 @@ class Budget:
         return True
 
     def require_one(self, ahead_s: float) -> None:
-        """Refuse a limit into which not one replicate fits, where `ahead_s` is what the first group still takes.
+        """Refuse a limit into which not one replicate fits; `ahead_s` is the remaining time of the first group.
 
         Raises:
-            TimeLimitTooShortError: with the minutes that it takes.
+            TimeLimitTooShortError: the message has the minutes that are needed.
         """
         if not self.is_judging or self.limit_s is None:
             return
@@ -217,9 +219,9 @@ class Budget:
             )
 
     def close_replicate(self) -> None:
-        """All groups of the replicate have been measured. After the first one parts are dropped until three fit."""
+        """End a replicate after all its groups. After the first one, parts are dropped until three replicates fit."""
         self._past.append(self._costs)
-        self._costs = {}  # a group that is measured again is no part of a replicate
+        self._costs = {}  # a group that is measured again is not part of a replicate
         if self.limit_s is None or len(self._past) > 1:
             return
         (first,), later = self._past, self._sought - 1
@@ -238,7 +240,7 @@ class Budget:
     # --- what is reported ---------------------------------------------------------------------------------------------
 
     def breakdown(self) -> TimeBreakdown:
-        """The time spent so far, by parts."""
+        """The time spent so far, by part."""
         return TimeBreakdown(
             limit_s=self.limit_s,
             wall_s=self.spent_s,
@@ -250,9 +252,9 @@ class Budget:
 def skipped_notice(
     skipped: Iterable[str], replicates: int, planned: int, needed_s: float, training_s: float = 0.0
 ) -> tuple[Notice, ...]:
-    """The notice of what a limit has dropped, and of fewer replicates than give a useful interval; none where neither
-    is so. `needed_s` is what the sought replicates take with everything that is planned, `training_s` what they take
-    of training alone; 0 where that is not known."""
+    """The notice about parts dropped because of a limit, and about too few replicates for a useful interval; None if
+    neither applies. `needed_s` is the time of the required replicates with all planned parts, `training_s` with
+    training only; 0 if unknown."""
     dropped = [DROPPABLE[part] for part in DROPPABLE if part in set(skipped)]
     sought = min(SOUGHT_REPLICATES, planned)
     few = replicates < sought

@@ -34,21 +34,21 @@ def build_plan(
     sides: Sides | None = None,
     shown_only: bool = False,
 ) -> tuple[Plan, tuple[Notice, ...]]:
-    """The plan of a study on this machine, with notices.
+    """Build the plan of a study on this machine; returns it with notices.
 
     Args:
-        study: what to measure.
-        machine: where.
-        free_bytes: memory that is free there now; None where it cannot be known.
+        study: the study to measure.
+        machine: the machine that measures.
+        free_bytes: memory that is free there now; None if unknown.
         select: names of variants; empty for all.
-        phases: what to measure of them.
-        interleaving: a level to use instead of the finest that is possible.
-        runs: folder of earlier runs, whose measured peaks say what fits together.
-        sides: of an A/B: what each variant is compared on.
-        shown_only: whether the plan is only looked at: that an engine needs another device is then a notice.
+        phases: phases to measure.
+        interleaving: a level to use instead of the finest possible one.
+        runs: folder of earlier runs, whose measured peaks show what fits into memory together.
+        sides: sides of an A/B.
+        shown_only: whether the plan is only displayed: if an engine needs another device, that is then only a notice.
 
     Raises:
-        UsageError: anything that cannot work.
+        UsageError: the plan cannot be measured.
     """
     if sides:
         study = _check_sides(study, sides)
@@ -77,7 +77,8 @@ def build_plan(
 
 
 def _together_bytes(study: Study, arms: Sequence[Arm], machine: Machine, runs: Path | None) -> int | None:
-    """Memory of the processes that are live together: those of all variants, in an A/B the three of one variant."""
+    """Memory of the processes that are live at the same time: those of all variants, in an A/B the three of one
+    variant."""
     if arms[0].side:
         variants = {arm.variant.id: arm.variant for arm in arms}.values()
         return largest_known(
@@ -90,8 +91,8 @@ def _together_bytes(study: Study, arms: Sequence[Arm], machine: Machine, runs: P
 
 
 def _check_sides(study: Study, sides: Sides) -> Study:
-    """Refuses what an A/B cannot compare. Returns the study with absolute paths: a relative one would be another in the
-    worktree that a revision runs in."""
+    """Refuse a study that an A/B cannot compare. Returns the study with absolute paths, because a relative path would
+    differ in the worktree of a revision."""
     if sides["candidate"].slowdown_rows and study.of_scripts:
         raise UsageError(
             f"study {study.name}: extra work goes into adapters of lorameter's own, and a script has none of them."

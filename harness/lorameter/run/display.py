@@ -1,4 +1,4 @@
-"""The interface of displays of a running measurement, and the wrapper that keeps their errors from the run."""
+"""The interface for displays of a running measurement, and a wrapper that keeps their errors out of the run."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from lorameter.run.plan import Plan, Slot
 
 
 class Display:
-    """Shows a run under way between its turns, so it must return quickly; this one shows nothing."""
+    """Shows a running measurement between its turns, so its methods must return quickly; this base class shows
+    nothing."""
 
     def trial_phase(self, slot: Slot, phase: str) -> None:
         """A trial enters a phase."""
 
     def trial_ended(self, record: TrialRecord) -> None:
-        """A trial has its record."""
+        """A trial has ended with this record."""
 
     def starting(self, plan: Plan, run_id: str) -> None:
-        """The worker is being started."""
+        """The worker is starting."""
 
     def tokens_prepared(self, data: str) -> None:
-        """The user's data has been read; `data` describes it."""
+        """The user's data has been read; `data` is its description."""
 
     def rehearsed(self, plan: Plan, notices: Sequence[Notice]) -> None:
-        """The scripts have been rehearsed: the plan at the level that fits, and notices."""
+        """The scripts have been rehearsed; the plan has the level that fits, and there may be notices."""
 
 
 def shield(display: Display) -> Display:
-    """The display; its first error is printed and ends the display, and the run continues."""
+    """Wrap a display: its first error is printed and turns it off, and the run continues."""
     return cast(Display, _Shield(display))
 
 
@@ -50,9 +51,9 @@ class _Shield:
             return
         try:
             getattr(self._display, event)(*arguments)
-        except MemoryError:  # the run reports it itself
+        except MemoryError:  # the run itself reports it
             self._display = None
-        except (Exception, SystemExit):  # rich exits where its output is closed
+        except (Exception, SystemExit):  # rich exits if its output is closed
             self._display = None
             with contextlib.suppress(OSError, ValueError):
                 print_stderr(redact(traceback.format_exc().rstrip("\n")))

@@ -1,10 +1,10 @@
-"""Which interleaving: the finest that the variants and the memory allow.
+"""Chooses the interleaving: the finest level that the variants and the memory allow.
 
-How finely variants alternate matters more than which test is used. Measured on a noisy machine, the standard deviation
-of the log ratio of two identical builds is 27 % when their processes alternate, 2.2 % when two live processes take
-turns step by step, and 1.9 % when all take turns inside one process. So the level is chosen from what differs between
-the variants and from what fits into memory, and the reason is part of every result. On a CPU one process is no finer
-than several: variants have one heap in it (`ONE_HEAP`).
+The granularity of interleaving matters more than the choice of the test. On a noisy machine, the measured standard
+deviation of the log ratio of two identical builds is 27 % if their processes alternate, 2.2 % if two live processes
+take turns step by step, and 1.9 % if all variants take turns inside one process. So the level depends on the
+differences between the variants and on the memory, and every result contains the reason. On a CPU one process is no
+better than several, because its variants share a heap (`ONE_HEAP`).
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from lorameter.studies.variant import ADAPTER_FIELDS, AnyVariant, LoraVariant, V
 
 LEVELS: tuple[Interleaving, ...] = ("shared-base", "lockstep", "replicates")
 SCATTER: dict[Interleaving, float] = {"shared-base": 0.019, "lockstep": 0.022, "replicates": 0.27}
-"""These standard deviations, which are assumed on a machine without runs."""
+"""These standard deviations, which are assumed on a machine without earlier runs."""
 MEMORY_SHARE = 0.8
-"""Share of the free memory that live processes may be expected to take: a forecast errs, and a machine that swaps
-measures nothing."""
+"""Share of the free memory that live processes are expected to use at most: estimates have errors, and measurements on
+a swapping machine are useless."""
 ONE_HEAP = "variants in one process would be served from each other's memory"
-"""Why variants that could share a base do not, on a CPU. What the C library keeps of a variant that needs much serves
-the next one, which waits for fewer new pages than by itself. Measured on a tiny model (page faults of a step, and its
-time): r 16 alone 1,250 and 53.3 ms, with DoRA in its process 0 and 47.0 ms, while DoRA took 76 ms either way."""
+"""Why variants on a CPU do not share a base in one process. Memory that the C library keeps from a memory-intensive
+variant serves the next variant, which then waits for fewer new pages than in its own process. Measured on a tiny model
+(page faults of a step, and its time): r 16 alone 1,250 and 53.3 ms, with DoRA in its process 0 and 47.0 ms, while DoRA
+took 76 ms in both cases."""
 
 
 def choose_interleaving(
@@ -41,26 +42,25 @@ def choose_interleaving(
     sided: bool = False,
     one_heap: bool = False,
 ) -> tuple[Interleaving, str]:
-    """The level and the reason for it.
+    """The level and its reason.
 
     Args:
-        variants: what will be compared.
-        together_bytes: expected memory of all trials of a replicate when each has a live process of its own; None where
-            it cannot be known.
-        free_bytes: memory that is free on the device now; None where it cannot be known.
-        requested: the level that the user names; None to choose.
-        workloads: on how many different workloads they are measured.
-        ranks: processes of a trial.
-        adapters: those that a trial's requests have on its base, at most.
-        sided: whether they are on the sides of an A/B.
-        one_heap: whether variants in one process take their memory from one heap, as on a CPU, and are faster there
-            than by themselves: each then has a process of its own where memory allows for that.
+        variants: the variants to compare.
+        together_bytes: expected memory of all trials of a replicate if each has its own live process; None if unknown.
+        free_bytes: memory that is free on the device now; None if unknown.
+        requested: the level that the user requests; None to choose one.
+        workloads: number of different workloads.
+        ranks: ranks of a trial.
+        adapters: maximum number of adapters on the base during a trial's requests.
+        sided: whether the variants are on the sides of an A/B.
+        one_heap: whether variants in one process share a heap, as on a CPU, and are faster there than alone: each then
+            has its own process if memory allows.
 
     Raises:
         UsageError: the requested level is unknown, or not possible for these variants.
     """
     obstacle = shared_base_obstacle(variants)
-    if workloads > 1:  # what trials on one base find out once for all, such as its held-out loss, is of one workload
+    if workloads > 1:  # trials on one base share values, such as its held-out loss, that depend on the workload
         obstacle = f"the variants are measured on {workloads} workloads"
     if ranks > 1:
         obstacle = f"a trial has {ranks} ranks, which are processes of its own"
@@ -90,12 +90,12 @@ def choose_interleaving(
 
 
 def fits(needed_bytes: int, free_bytes: int) -> bool:
-    """Whether processes that need so much may be live together."""
+    """Whether processes with this memory can be live at the same time."""
     return needed_bytes <= int(MEMORY_SHARE * free_bytes)
 
 
 def shared_base_obstacle(variants: Sequence[AnyVariant]) -> str | None:
-    """Why these variants cannot share one base model, naming the variant; None if they can."""
+    """Why these variants cannot share one base model, with the variant's name; None if they can."""
     first = variants[0]
     for variant in variants:
         label = variant.name or variant.id

@@ -1,9 +1,9 @@
-"""Whether a variant will fit on a device, and the most of it that does.
+"""Predicts whether a variant will fit on a device, and the largest batch and length that fit.
 
-An estimate (`lorameter.models.costs.memory`) has a range in which the peak is expected. Only what fits at its upper end
-is reported as fitting; what fits at the lower end alone may not. The most that fits is found by halving, since an
-estimate grows with batch and length; but on a CPU it falls once, where malloc no longer keeps what a step gives back,
-and either side of that is searched by itself.
+An estimate (`lorameter.models.costs.memory`) has a range in which the peak is expected. A variant is reported as
+fitting only if the upper end fits; if only the lower end fits, it may not fit. The largest size is found by bisection,
+since an estimate grows with batch and length. On a CPU the estimate decreases once, at the size from which malloc no
+longer keeps the memory that a step frees, so the sizes below and above are searched separately.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lorameter.studies.workload import LEAST_LENGTH, MOST_BATCH, Workload
 
 FitStatus = Literal["fits", "may-not-fit", "does-not-fit"]
 Bound = Literal["memory", "context", "study"]
-"""The limit of a size: the device's memory, the model's context, or the limits of studies."""
+"""The limit of a size: the device's memory, the model's context, or the limits of a study."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,16 +43,16 @@ class MemoryDevice:
 
     name: str
     machine: Machine
-    """This machine, with that device."""
+    """This machine with that device."""
     total_bytes: int
     usable_bytes: int
     """The part that processes can allocate."""
     source: str
-    """The source of the total."""
+    """The source of `total_bytes`."""
     is_here: bool
-    """Whether it is in this machine, so that `usable_bytes` is what is free now."""
+    """Whether it is in this machine, so that `usable_bytes` is its free memory now."""
     assumed: tuple[str, ...] = ()
-    """Assumptions of the estimate that were not measured."""
+    """Assumptions of the estimate, which were not measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +65,12 @@ class Needs:
 
     @classmethod
     def of(cls, expected_bytes: int, device: str) -> Needs:
-        """Around an estimate, as wide as the errors of estimates for a "cpu" or for "cuda"."""
+        """The range around an estimate, as wide as the errors of estimates for "cpu" or "cuda"."""
         low, high = peak_range(expected_bytes, device)
         return cls(expected_bytes=expected_bytes, low_bytes=low, high_bytes=high)
 
     def status_in(self, usable_bytes: int) -> FitStatus:
-        """Whether all of the range, a part of it, or nothing is within these bytes."""
+        """Whether the whole range, a part of it, or none of it fits into these bytes."""
         if self.high_bytes <= usable_bytes:
             return "fits"
         return "may-not-fit" if self.low_bytes <= usable_bytes else "does-not-fit"
@@ -78,11 +78,12 @@ class Needs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Largest:
-    """The most of one size of the workload with which it and all that is smaller fits, the other size as it is."""
+    """The largest value of one size of the workload for which it and all smaller values fit; the other size is
+    unchanged."""
 
     key: Literal["batch_size", "sequence_length"]
     value: int | None
-    """None where not even `least` fits."""
+    """The largest value; None if not even `least` fits."""
     least: int
     bound: Bound
 
@@ -96,7 +97,7 @@ _GPU_ASSUMPTIONS = (
 
 
 def on_gpu(machine: Machine, gpu: GpuSpec) -> MemoryDevice:
-    """A listed GPU, as if it were in this machine."""
+    """A listed GPU, treated as if it were in this machine."""
     with_gpu = dataclasses.replace(
         machine, device="cuda", device_name=gpu.device_name, device_memory_bytes=gpu.total_bytes
     )
@@ -108,10 +109,10 @@ def on_gpu(machine: Machine, gpu: GpuSpec) -> MemoryDevice:
 
 
 def on_machine(machine: Machine, free_bytes: int | None) -> MemoryDevice:
-    """The device of this machine, with what is free of it now.
+    """The device of this machine, with its free memory.
 
     Raises:
-        UsageError: a GPU whose memory NVML does not report.
+        UsageError: NVML does not report the GPU's memory.
     """
     total = machine.device_memory_bytes if machine.device == "cuda" else machine.memory_bytes
     if total is None:
@@ -132,7 +133,7 @@ class Fitter:
     process_bytes: int | None
 
     def needs(self, variant: Variant, workload: Workload) -> Needs:
-        """The memory of the phase that needs most. Raises `UnknownLayersError`."""
+        """The memory of the phase with the largest peak. Raises `UnknownLayersError`."""
         expected = estimate_peak(
             variant, workload, self.shape, device=self.device.machine.device,
             repacks=self.device.machine.avx512_bf16, process_bytes=self.process_bytes,
@@ -140,14 +141,14 @@ class Fitter:
         return Needs.of(expected.needed_bytes, self.device.machine.device)
 
     def status(self, needs: Needs) -> FitStatus:
-        """Whether that fits."""
+        """Whether the memory fits on the device."""
         return needs.status_in(self.device.usable_bytes)
 
     def _fits(self, variant: Variant, workload: Workload) -> bool:
         return self.status(self.needs(variant, workload)) == "fits"
 
     def largest_batch(self, variant: Variant, workload: Workload) -> Largest:
-        """The largest `batch_size` at the workload's length, such that it fits and each smaller one does."""
+        """The largest `batch_size` at the workload's length for which it and all smaller ones fit."""
         value = self._largest(
             lambda rows: self._fits(variant, dataclasses.replace(workload, batch_size=rows)),
             range(1, MOST_BATCH + 1),
@@ -157,7 +158,7 @@ class Fitter:
         return Largest(key="batch_size", value=value, least=1, bound=bound)
 
     def largest_length(self, variant: Variant, workload: Workload) -> Largest:
-        """The largest `sequence_length` at the workload's batch; the model's context bounds it, and so does the number
+        """The largest `sequence_length` at the workload's batch size, limited by the model's context and by the number
         of tokens that a study may prepare."""
         sequences = max(workload.train_sequences, workload.held_out_sequences)
         most = min(self.shape.context, limits.MOST_TOKENS // sequences)
@@ -170,7 +171,7 @@ class Fitter:
         return Largest(key="sequence_length", value=value, least=LEAST_LENGTH, bound=bound)
 
     def _largest(self, fits: Callable[[int], bool], sizes: range, *, falls_at: int) -> int | None:
-        """The last of sizes up to which all fit. An estimate grows with the size, but on a CPU falls once."""
+        """The last size up to which all sizes fit. An estimate grows with the size, but on a CPU decreases once."""
         pieces = [sizes]
         if self.device.machine.device == "cpu" and falls_at in sizes:
             pieces = [range(sizes.start, falls_at), range(falls_at, sizes.stop)]
@@ -184,7 +185,7 @@ class Fitter:
 
 
 def _last(fits: Callable[[int], bool], sizes: range) -> int | None:
-    """The last size that fits, where none does after one that does not; None where the first does not."""
+    """The last size that fits, by bisection; None if the first does not fit."""
     if not fits(sizes[0]):
         return None
     low, high = 0, len(sizes)
@@ -199,18 +200,18 @@ class MemoryOption:
     """A change that frees memory."""
 
     writes: str
-    """The line of a study that makes it."""
+    """The line of a study that makes the change."""
     table: Literal["variant", "workload"]
     """The table of the study that has the line."""
     needs: Needs
-    """With this change alone."""
+    """The memory with only this change."""
     freed_bytes: int
     status: FitStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SkippedOption:
-    """A change that this variant or device cannot have, or that frees nothing."""
+    """A change that this variant or device does not support, or that frees no memory."""
 
     writes: str
     why: str
@@ -218,33 +219,33 @@ class SkippedOption:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
-    """The memory that a variant needs, the changes that free some, and those that make it fit."""
+    """The memory that a variant needs, the changes that free memory, and those that make it fit."""
 
     device: MemoryDevice
     needs: Needs
-    """Without changes, in the phase that needs most."""
+    """The memory without changes, in the phase with the largest peak."""
     status: FitStatus
     options: tuple[MemoryOption, ...]
-    """Changes that it does not have yet, the one that frees most first."""
+    """Possible changes, the one that frees most memory first."""
     skipped: tuple[SkippedOption, ...]
     turn: tuple[str, ...] | None
-    """The fewest lines with which it fits; none where it does as it is, None where all of them are not enough."""
+    """The smallest set of lines with which it fits; empty if it fits unchanged, None if all of them do not suffice."""
     largest: tuple[Largest, ...] = ()
-    """Batch and length, if requested."""
+    """The largest batch and length, if requested."""
 
 
 def advise(fitter: Fitter, variant: Variant, workload: Workload, *, with_largest: bool = False) -> Advice:
     """The memory that each change of a variant frees, and the fewest changes that make it fit.
 
     Args:
-        fitter: of the model on the device.
-        variant: as it is.
-        workload: as it is.
+        fitter: estimates of the model on the device.
+        variant: the variant without changes.
+        workload: the workload without changes.
         with_largest: whether to search for the largest batch and length that fit.
 
     Raises:
-        UsageError: a trial of several ranks, whose memory is not estimated.
-        UnknownLayersError: of a model type whose layers are not known.
+        UsageError: the trial has several ranks, for which memory is not estimated.
+        UnknownLayersError: the layers of the model type are unknown.
     """
     if workload.ranks > 1:
         raise UsageError(
@@ -293,7 +294,7 @@ class _Change:
 
     @property
     def writes(self) -> str:
-        """The line, in TOML."""
+        """The line of TOML."""
         return f"{self.key} = {json.dumps(self.value)}"
 
     @property
@@ -302,7 +303,7 @@ class _Change:
         return "workload" if self.key == "batch_size" else "variant"
 
     def apply(self, variant: Variant, workload: Workload) -> tuple[Variant, Workload]:
-        """Both with the change. Raises `UsageError` where the variant cannot have it."""
+        """The variant and the workload with the change. Raises `UsageError` if the variant does not support it."""
         field: dict[str, Any] = {self.key: self.value}
         if self.table == "workload":
             return variant, dataclasses.replace(workload, **field)
@@ -310,7 +311,7 @@ class _Change:
 
 
 def _changes(variant: Variant) -> Iterator[_Change]:
-    """Changes of the variant that it does not have yet."""
+    """Possible changes of the variant."""
     if not variant.gradient_checkpointing:
         yield _Change("gradient_checkpointing", True)
     if not variant.is_4bit:
@@ -324,7 +325,7 @@ def _changes(variant: Variant) -> Iterator[_Change]:
 
 
 def _smaller_batch(fitter: Fitter, variant: Variant, workload: Workload) -> Iterator[_Change]:
-    """The largest smaller batch that fits; half of it where it fits as it is; one where none does."""
+    """The largest smaller batch that fits; half the batch if the workload fits unchanged; one if no batch fits."""
     if workload.batch_size > 1:
         most = fitter.largest_batch(variant, workload).value or 1
         yield _Change("batch_size", most if most < workload.batch_size else workload.batch_size // 2)
@@ -333,7 +334,8 @@ def _smaller_batch(fitter: Fitter, variant: Variant, workload: Workload) -> Iter
 def _find_fewest(
     fitter: Fitter, variant: Variant, workload: Workload, changes: Sequence[_Change]
 ) -> tuple[str, ...] | None:
-    """The smallest set with which it fits; of two of one size one that leaves the batch alone, then what frees most."""
+    """The smallest set of changes with which it fits; among sets of the same size, one without a smaller batch, then
+    the one that frees most."""
     for size in range(1, len(changes) + 1):
         sets = itertools.combinations(changes, size)
         for chosen in sorted(sets, key=lambda some: any(one.table == "workload" for one in some)):
@@ -341,11 +343,11 @@ def _find_fewest(
             try:
                 for one in chosen:
                     changed, smaller = one.apply(changed, smaller)
-            except UsageError:  # two that exclude each other
+            except UsageError:  # two changes that exclude each other
                 continue
             if fitter.status(fitter.needs(changed, smaller)) != "fits":
                 continue
-            most = fitter.largest_batch(changed, workload).value or 1  # with other changes it need not be as small
+            most = fitter.largest_batch(changed, workload).value or 1  # with other changes the batch can be larger
             rows = f"batch_size = {min(most, workload.batch_size - 1)}"
             return tuple(rows if one.table == "workload" else one.writes for one in chosen)
     return None

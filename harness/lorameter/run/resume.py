@@ -1,9 +1,9 @@
-"""Resumes an interrupted run: its own plan, on the same machine, and only what is missing is measured.
+"""Resumes an interrupted run with its own plan, on the same machine, and measures only missing trials.
 
-The plan follows from the study, the selection, the phases, the level and the seed, all of which the manifest holds, so
-it is made again, here or in a job on another machine; it must name the same trials. Machine, libraries, workload and
-tokens must be the same too, because trials of one run are compared. Another version of the harness is only reported: a
-run of days must survive a correction elsewhere.
+The manifest contains everything that determines the plan (the study, the selection, the phases, the level and the
+seed), so the plan is made again, here or in a job on another machine; it must have the same trials. Machine, libraries,
+workload and tokens must also be the same, because trials of one run are compared. Another version of the harness is
+only reported: a run of several days must survive an unrelated fix.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSpec:
-    """The data from which a plan is made again."""
+    """The data from which a plan can be made again."""
 
     study: dict[str, Any]
     phases: tuple[str, ...]
@@ -59,12 +59,12 @@ class PlanSpec:
     order: tuple[str, ...]
     """All trials of the whole plan."""
     trials: tuple[str, ...]
-    """Trials that are left to be measured."""
+    """Trials that remain to be measured."""
     sides: dict[Side, SideSpec] = field(default_factory=dict)
 
 
 def write_plan(plan: Plan, whole: Plan) -> PlanSpec:
-    """A plan, or what is left of the `whole` one."""
+    """Describe a plan, or the rest of the `whole` plan."""
     return PlanSpec(
         study=codec.to_json(whole.study),
         phases=whole.phases,
@@ -78,7 +78,7 @@ def write_plan(plan: Plan, whole: Plan) -> PlanSpec:
 
 
 def read_plan(written: PlanSpec) -> Plan:
-    """The plan, with the groups that are to be measured. Raises `UsageError` where this version plans other trials."""
+    """The plan, with the groups that remain to be measured. Raises `UsageError` if this version plans other trials."""
     study = restore_numbers(codec.from_json(Study, written.study, "study of the plan"), written.study)
     if written.sides:
         arms = arms_on_sides(study, written.selection, written.sides)
@@ -89,7 +89,7 @@ def read_plan(written: PlanSpec) -> Plan:
         sides=written.sides,
     )  # fmt: skip
     order, wanted = set(written.order), set(written.trials)
-    # Of a run that is resumed, replicates that turned out needless are no more part of the plan:
+    # In a resumed run, replicates that were not needed are no longer part of the plan:
     plan = dataclasses.replace(plan, groups=tuple(group for group in plan.groups if order >= _trials(group)))
     if tuple(slot.trial for slot in plan.slots) != written.order:
         raise UsageError(
@@ -104,9 +104,9 @@ def _trials(group: Group) -> set[str]:
 
 
 def restore_numbers(study: Study, written: Mapping[str, Any]) -> Study:
-    """The study with the ids that its variants had when it was written.
+    """The study, with the original ids of its variants.
 
-    An id is of a variant as it is written, and a whole number in place of a fraction is written otherwise.
+    An id depends on the written form of a variant, and an integer in place of a float is written differently.
     """
     variants = []
     for variant, fields in zip(study.variants, written.get("variants", ()), strict=True):
@@ -116,15 +116,15 @@ def restore_numbers(study: Study, written: Mapping[str, Any]) -> Study:
 
 
 SIDE_FIELDS = ("python", "libraries", "cuda", "packages")
-"""Provenance of a side in which its parts, measured at two times or places, must be equal."""
+"""Provenance of a side that must be equal for all its parts, measured at different times or places."""
 INJECTED = "slowdown_rows"
-"""Key of a side in the manifest: its extra work (`Arm.slowdown_rows`)."""
+"""Key of a side in the manifest: its injected extra work (`Arm.slowdown_rows`)."""
 
 
 def refuse_settled(resume: str, options: Mapping[str, Any]) -> None:
-    """Raises `UsageError`, by the name of the option that resumes, for options that the run has settled.
+    """Raise `UsageError`, with the name of the option that resumes, for options that the run has already fixed.
 
-    `options` are those of the entry point by name, with the value given for each; None, False, 0 and [] mean not given.
+    `options` contains the entry point's options by name, with their values; None, False, 0 and [] mean not given.
     """
     given = [name for name, value in options.items() if value not in (None, False, [])]
     if given:
@@ -135,15 +135,15 @@ def refuse_settled(resume: str, options: Mapping[str, Any]) -> None:
 
 
 def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
-    """The run to resume, by id or directory; also a run that is complete (`is_finished`).
+    """The run to resume, by id or directory; it may also be complete (`is_finished`).
 
     Args:
         name: a run id, or a run directory.
         runs: the folder of runs.
-        study: name of the study that the user expects; None: any.
+        study: expected name of the study; None for any.
 
     Raises:
-        UsageError, InvalidRunError: no such run, one of another study, or one that cannot be resumed.
+        UsageError, InvalidRunError: the run does not exist, is of another study, or cannot be resumed.
     """
     run = store.read_run(name, runs)
     manifest = run.manifest
@@ -169,7 +169,7 @@ def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
 
 
 def is_calibration(manifest: Manifest) -> bool:
-    """Whether a run is an A/B of the interpreter that measured it with itself."""
+    """Whether a run is an A/B of the measuring interpreter with itself."""
     return {side["kind"] for side in manifest.sides.values()} == {PRESENT}
 
 
@@ -179,19 +179,19 @@ def of_commands(manifest: Manifest) -> bool:
 
 
 def is_finished(run: Run) -> bool:
-    """Whether no trial of a run is left to be measured: each has ended by itself, none was disturbed, and no line of
+    """Whether no trial of a run remains to be measured: each has ended regularly, none was disturbed, and no line of
     the file is damaged."""
     settled = {record.trial for record in run.records if record.settled and not record.disturbed}
     return run.manifest.status == "complete" and not run.damaged_lines and settled >= set(run.manifest.order)
 
 
 def study_of(run: Run) -> Study:
-    """The study as the run's manifest holds it, its variants with the ids that they had."""
+    """The study in the run's manifest, with the original ids of its variants."""
     return restore_numbers(read_study(run), run.manifest.study)
 
 
 def check_same(run: Run, facts: Mapping[str, MachineFacts]) -> None:
-    """Raises `UsageError` where the machine, or a side of an A/B, is not what it was; `facts` are of the sides."""
+    """Raise `UsageError` if the machine, or a side of an A/B, has changed; `facts` are by side."""
     for name, side in run.manifest.sides.items():
         if side["kind"] not in (PRESENT, SIDE):
             fields = (*SIDE_FIELDS, *(("git",) if side["kind"] == "revision" else ()))
@@ -211,10 +211,10 @@ def _other_kind(run: Run, what: str, was: Mapping[str, Any], now: Mapping[str, A
 
 
 def check_place(run: Run, facts: MachineFacts) -> None:
-    """Raises `UsageError` if the machine or the libraries are not those of the run.
+    """Raise `UsageError` if the machine or the libraries differ from those of the run.
 
-    `facts` are those of the present one; of the base for an A/B, whose declared fields may be what they are. Of a run
-    on unlike sites any of them may come first.
+    `facts` are the current ones; for an A/B those of the base, whose declared fields may differ. If the run has
+    different sites, any of them is accepted.
     """
     manifest, study = run.manifest, study_of(run)
     here = provenance.collect(study, facts, study.workload.threads, own_workloads=read_own_workloads(run))
@@ -228,11 +228,11 @@ def check_place(run: Run, facts: MachineFacts) -> None:
 
 
 def plan_rest(run: Run, placement: Placement, *, max_minutes: float | None = None) -> Plan:
-    """The plan of a run as it was made; `max_minutes` is a limit in place of the study's, and either counts from now.
+    """The original plan of a run; `max_minutes` replaces the study's limit, and the limit counts from now.
 
     Raises:
-        UsageError: a run of another machine, as far as that is known before the sides of an A/B are made ready, or a
-            plan that is another one in this version.
+        UsageError: the run is of another machine, as far as known before the sides of an A/B are prepared, or this
+            version makes another plan.
     """
     manifest = run.manifest
     if not manifest.sides:
@@ -258,7 +258,7 @@ def plan_rest(run: Run, placement: Placement, *, max_minutes: float | None = Non
 
 
 def _recorded_sides(run: Run) -> dict[Side, SideSpec]:
-    """The sides of a run. Raises `UsageError` for one that cannot be named without a credential."""
+    """The sides of a run. Raises `UsageError` for a side that cannot be named without a credential."""
     sides: dict[Side, SideSpec] = {}
     for name in SIDES if run.manifest.sides else ():
         side = run.manifest.sides[name]
@@ -270,14 +270,14 @@ def _recorded_sides(run: Run) -> dict[Side, SideSpec]:
 
 
 def _hashes(tokens: Mapping[str, Any]) -> dict[str, str]:
-    """The hash of a run's tokens, and of those of each variant with a workload of its own, by a name for messages."""
+    """The hash of a run's tokens, and of the tokens of variants with their own workload, by a name for messages."""
     own = {f"the tokens of {name}": str(one.get("hash")) for name, one in tokens.get("own", {}).items()}
     return {"the tokens": str(tokens.get("hash")), **own}
 
 
 def mend(run: Run) -> Run:
-    """Mark a run as complete whose trials are all recorded: a damaged line repeated others, or its process was killed
-    after the last one."""
+    """Mark a run as complete if all its trials are recorded: a damaged line repeated other lines, or its process was
+    killed after the last trial."""
     again = Resumption(
         unix_s=time.time(), harness=provenance.harness_identity(), commit=git_state(Path.cwd())["commit"]
     )
@@ -289,16 +289,16 @@ def mend(run: Run) -> Run:
 def continue_manifest(
     manifest: Manifest, facts: Mapping[str, Any], tokens: Mapping[str, Any], max_minutes: float | None
 ) -> Manifest:
-    """The manifest of a run from here on: under way again, with the time and the code that resumed it.
+    """The manifest of a resumed run: running again, with the current time and harness version.
 
     Args:
-        manifest: as it was when the run was interrupted.
-        facts: provenance of now.
-        tokens: the description of the tokens that were prepared now.
-        max_minutes: the limit from now on.
+        manifest: the manifest of the interrupted run.
+        facts: current provenance.
+        tokens: the description of the newly prepared tokens.
+        max_minutes: the time limit from now on.
 
     Raises:
-        UsageError: the tokens are not those that the run began with.
+        UsageError: the tokens differ from those at the start of the run.
     """
     now = _hashes(tokens)
     for which, before in _hashes(manifest.tokens).items():

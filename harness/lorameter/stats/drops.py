@@ -1,10 +1,10 @@
-"""Which pairs stay when some trials were disturbed, decided without a look at their times.
+"""Selects the pairs to keep if some trials were disturbed, independently of their times.
 
-Dropping slow trials makes any code look fast. A flag that does not know the outcome (another process on the device, a
-clock that was throttled, less CPU time than wall time) may drop a trial; it then drops the whole pair, or the pairing
-is lost. The flags themselves can still be an effect of the candidate, which may heat the GPU more: so the exact test
-of McNemar (1947) asks whether one side is flagged more often where the two differ. And where too little would be left,
-nothing is dropped: a filter must not end in an empty result.
+Dropping slow trials makes any code look fast. A flag that is independent of the outcome (another process on the device,
+a throttled clock, less CPU time than wall time) may drop a trial; it then drops the whole pair, to keep the pairing.
+The flags can still be an effect of the candidate, which may heat the GPU more, so the exact test of McNemar (1947)
+checks whether one side is flagged more often than the other. If too few pairs would remain, nothing is dropped: a
+filter must not give an empty result.
 """
 
 from __future__ import annotations
@@ -22,31 +22,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptPairs:
-    """The pairs to compare, and how the others were lost."""
+    """The pairs to compare, and why the others were dropped."""
 
     kept: tuple[int, ...]
     """Indexes of the pairs, in order."""
     base_flagged: int
-    """Pairs whose base trial is flagged; a pair may count here and below."""
+    """Pairs whose base trial is flagged; a pair may count here and in `candidate_flagged`."""
     candidate_flagged: int
     """Pairs whose candidate trial is flagged."""
     balanced: bool
-    """False: one side is flagged more often than chance allows, so dropping may favour it."""
+    """False if one side is flagged more often than chance allows, so that dropping may favour it."""
     refused: bool
-    """True: too few pairs would have remained, and none was dropped."""
+    """True if too few pairs would have remained, and none was dropped."""
     reason: str
-    """One sentence for people: what was dropped, or why nothing was."""
+    """One sentence for users: which pairs were dropped, or why none were."""
 
 
 def kept_pairs(
     base_flags: Sequence[bool], candidate_flags: Sequence[bool], *, least: int, alpha: float = 0.05
 ) -> KeptPairs:
-    """The pairs of which neither side is flagged; all of them, `refused`, where fewer than `least` would remain.
+    """The pairs without a flag on either side; all pairs, with `refused` set, if fewer than `least` would remain.
 
-    Flags must not depend on what is compared. `balanced` is the exact two-sided test of McNemar at `alpha` on the pairs
-    with one flag; below 6 such pairs it cannot say no at 5 %.
-    Raises ValueError for sides of unequal length, for flags that are not True or False, for least < 1 and for alpha out
-    of range.
+    Flags must not depend on the compared values. `balanced` is the result of McNemar's exact two-sided test at `alpha`
+    on the pairs with one flag; with fewer than 6 such pairs it is always true at 5 %. Raises ValueError for sides of
+    unequal length, for flags that are not True or False, for least < 1 and for alpha out of range.
     """
     checked_number("least", least, at_least=1, strictly=False)
     checked_alpha(alpha)
@@ -83,7 +82,7 @@ def kept_pairs(
 
 
 def _checked_flags(side: str, flags: Sequence[bool]) -> list[bool]:
-    """Plain bools. Raises ValueError, naming side and index, for anything that is not a truth value."""
+    """Convert to plain bools. Raises ValueError, with side and index, for anything that is not a truth value."""
     import numpy as np
 
     for index, flag in enumerate(flags):

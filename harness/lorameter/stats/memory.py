@@ -1,8 +1,8 @@
-"""Peaks of memory are compared by their maximum, with a tolerance and no test.
+"""Compares memory peaks by their maximum, with a tolerance and without a test.
 
-A peak is a discrete number: an allocator takes one of a few paths, and often always the same. A t-test on it either
-divides by a variance of zero or reads two modes as noise (executorch saw 4 values in 22 runs, in a band of 160 MB).
-What a user needs to know is whether it still fits: the largest peak seen.
+A peak is a discrete number: an allocator takes one of a few paths, and often always the same one. A t-test on it either
+divides by a variance of zero or treats two modes as noise (executorch observed 4 values in 22 runs, in a band of 160
+MB). A user needs to know whether the program still fits, which depends on the largest observed peak.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def compare_bytes(base: Sequence[float], candidate: Sequence[float], *, tolerance: float) -> Comparison:
-    """The verdict on two lists of peaks in bytes, one a trial: max against max, equal within `tolerance` (a fraction).
+    """The verdict on two lists of peaks in bytes, one per trial: the maxima are equal if they agree within `tolerance`.
 
-    Computed bytes, which must agree exactly, take `tolerance=0`. The interval is the ratio itself; there is no power
-    and no number of replicates to plan. Lists may differ in length. Raises ValueError for an empty list, for peaks
-    that are negative or not finite, and for a tolerance below 0.
+    `tolerance` is a fraction; use 0 for computed bytes, which must agree exactly. The interval is the ratio itself;
+    there is no power and no number of replicates to plan. Lists may differ in length. Raises ValueError for an empty
+    list, for peaks that are negative or not finite, and for a tolerance below 0.
     """
     tolerance = checked_number("tolerance", tolerance, at_least=0, strictly=False)
     peak_base, peak_candidate = _peak("base", base), _peak("candidate", candidate)

@@ -1,9 +1,9 @@
-"""The smallest difference that a comparison could detect, and the replicates that the next one needs.
+"""Computes the smallest detectable difference of a comparison, and the replicates that the next one needs.
 
-"No difference found" says nothing without the difference that would have been found. Both numbers follow from the
-scatter just seen and the noncentral t (Cohen 1988); they plan the next run and judge nothing in this one. The power of
-two one-sided tests at a true ratio of 1 is that of Phillips (1990) in its usual approximation: both tests pass if
-neither fails, so each gets half of the permitted misses.
+"No difference found" is meaningless without the smallest detectable difference. Both numbers follow from the observed
+scatter and the noncentral t (Cohen 1988); they plan the next run and do not affect the verdicts of this one. The power
+of two one-sided tests at a true ratio of 1 is the usual approximation of Phillips (1990): both tests must pass, so each
+gets half of the permitted misses.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ if TYPE_CHECKING:
 
 POWER = 0.8
 MOST_ADVISED = 50
-"""No advice exceeds this number of replicates: what needs more is measured in another way, or on a quieter machine."""
-# A plan beyond this is no plan.
+"""Maximum number of replicates that is advised: beyond it, another method or a quieter machine is needed."""
+# Maximum number of replicates that is computed.
 _MOST_REPLICATES = 10**9
 
 
 def detectable_log_effect(spread: Spread, rule: VerdictRule) -> float:
-    """The smallest log ratio that is called `regressed` with 80 % power: the tolerance, plus what the scatter hides."""
+    """The smallest log ratio that is called `regressed` with 80 % power: the tolerance plus a term for the scatter."""
     if spread.standard_error == 0:
         return rule.log_tolerance
     return rule.log_tolerance + noncentrality(spread.df, rule.tail(spread), POWER) * spread.standard_error
 
 
 def replicates_needed(spread: Spread, rule: VerdictRule, *, may_be_equivalent: bool) -> int | None:
-    """Replicates (a side) for a verdict with 80 % power, whichever is true: a slow-down of `margin`, or none.
+    """Replicates (per side) for a verdict with 80 % power, both for a slow-down of `margin` and for no slow-down.
 
-    A slow-down of the margin must be called `regressed`; no slow-down must be called `equivalent`, where that verdict
-    can be had. A margin within the tolerance asks for no alarm, and only the second counts. None if nothing is left to
-    ask for, or if no practical number would do.
+    A slow-down of the margin must be called `regressed`; no slow-down must be called `equivalent`, if that verdict is
+    possible. If the margin is within the tolerance, only the second goal counts. None if there is no goal, or if no
+    practical number suffices.
     """
     sought = rule.log_margin - rule.log_tolerance
-    goals: list[tuple[float, float, float]] = []  # what to tell from zero, its tail, its power
+    goals: list[tuple[float, float, float]] = []  # what to distinguish from zero, its tail, its power
     if sought > 0:
         goals.append((sought, rule.tail(spread), POWER))
     if may_be_equivalent:
@@ -63,9 +63,9 @@ def replicates_needed(spread: Spread, rule: VerdictRule, *, may_be_equivalent: b
 def replicates_to_see(effect: float, sd: float, *, tolerance: float, alpha: float = 0.05) -> int | None:
     """Paired replicates after which a slow-down of `effect` (a fraction) is called `regressed` with 80 % power.
 
-    `sd` is that of one replicate's log ratio. None where the effect is within the tolerance, which no number of
-    replicates turns into an alarm, and where no practical number would do.
-    Raises ValueError for an effect or sd that is negative or not finite.
+    `sd` is the standard deviation of one replicate's log ratio. None if the effect is within the tolerance, so that it
+    is never an alarm, and if no practical number suffices. Raises ValueError for an effect or sd that is negative or
+    not finite.
     """
     checked_number("effect", effect, at_least=0, strictly=True)
     checked_number("sd", sd, at_least=0, strictly=False)
@@ -79,11 +79,11 @@ def replicates_to_clear(distance: float, sd: float, tail: float) -> int | None:
     """Paired replicates after which an effect's interval clears a limit with 80 % power.
 
     Args:
-        distance: from the effect to the limit, on the log scale, above 0.
-        sd: of one replicate's log ratio.
-        tail: what the interval leaves out on either side.
+        distance: distance from the effect to the limit, on the log scale, above 0.
+        sd: standard deviation of one replicate's log ratio.
+        tail: error rate on each side of the interval.
 
-    None where no practical number would do.
+    None if no practical number suffices.
     """
     return _smallest(lambda count: distance * math.sqrt(count) >= noncentrality(count - 1, tail, POWER) * sd)
 
@@ -91,7 +91,7 @@ def replicates_to_clear(distance: float, sd: float, tail: float) -> int | None:
 def sd_interval(sd: float, df: float, *, alpha: float = 0.05) -> tuple[float, float]:
     """The (1 - alpha) interval of a standard deviation of normal values with `df` degrees of freedom (chi-square).
 
-    Raises ValueError for an sd below 0 or not finite, and for df not above 0.
+    Raises ValueError for an sd that is negative or not finite, and for df <= 0.
     """
     from scipy.special import chdtri
 
@@ -104,7 +104,7 @@ def sd_interval(sd: float, df: float, *, alpha: float = 0.05) -> tuple[float, fl
 
 
 def _smallest(enough: Callable[[int], bool]) -> int | None:
-    """The smallest count from 2 on that is enough, where every larger one is too; None if no practical one is."""
+    """The smallest count from 2 on that is enough, if every larger one is enough too; None if no practical count is."""
     high = 2
     while not enough(high):
         high *= 2

@@ -1,15 +1,17 @@
-"""Quantiles with the interval that their order statistics give, and none where the samples do not reach it.
+"""Quantiles with intervals from order statistics, and without intervals if there are too few samples.
 
-A cold start has one value a process and no shape that one could assume, and a tail has no mean to take a t interval of.
-The number of samples below the true quantile is binomial whatever the distribution, so two order statistics bracket it
-with a known probability (Thompson 1936; Conover, "Practical Nonparametric Statistics", 1999, section 3.2; the same as
-the interval of `scipy.stats.quantile_test`). It follows what cannot be said: five values never bracket a median with 95
-%, and the largest of n samples bounds the quantile q with a confidence of only 1 - q^n, so that a p99 needs 299.
+A cold start has one value per process and an unknown distribution, and a tail quantile is not a mean, so t intervals do
+not apply. The number of samples below the true quantile is binomial for every distribution, so two order statistics
+bracket it with a known probability (Thompson 1936; Conover, "Practical Nonparametric Statistics", 1999, section 3.2;
+the same as the interval of `scipy.stats.quantile_test`). This limits what few samples can show: five values never
+bracket a median with 95 %, and the largest of n samples bounds the quantile q with a confidence of only 1 - q^n, so a
+p99 needs 299 samples.
 
-Steps come in bursts: on a noisy machine 31 % of the processes had a lag-1 autocorrelation above 0.26, and one in ten
-had no more than 13 independent steps among its 60. What is said of a tail from such a series counts those
-(`effective_size`). The sum of the autocorrelations is cut off by Geyer's initial monotone sequence ("Practical Markov
-chain Monte Carlo", 1992, section 3.3): sums of neighbouring lags, while they are positive and not above the one before.
+Step times are autocorrelated: on a noisy machine 31 % of the processes had a lag-1 autocorrelation above 0.26, and one
+in ten had at most 13 independent steps among its 60. Tail quantiles of such a series use the number of independent
+steps (`effective_size`). The sum of the autocorrelations is truncated by Geyer's initial monotone sequence ("Practical
+Markov chain Monte Carlo", 1992, section 3.3): sums of neighbouring lags, while they are positive and not above the one
+before.
 """
 
 from __future__ import annotations
@@ -34,25 +36,25 @@ class QuantileEstimate:
     """A quantile, in the unit of the samples, with the order statistics that bracket it."""
 
     value: float | None
-    """None only where the samples do not support the quantile."""
+    """The quantile; None only if there are too few samples."""
     low: float | None
     high: float | None
     samples: int
     reason: str | None
-    """Why something is None, with the number of samples it would take; None where nothing is."""
+    """Why a value is None, with the number of samples needed; None if all values are given."""
 
 
-# What differs by less than this part is equal but for rounding: probabilities, and deviations from a mean, whose
-# correlation then says nothing.
+# Smaller relative differences are rounding errors: in probabilities, and in deviations from a mean, whose correlation
+# would be meaningless.
 _ROUNDING = 1e-12
 
 
 def median_interval(values: Sequence[float], *, alpha: float = 0.05) -> QuantileEstimate:
     """The median of independent values (one a process) with its two-sided (1 - alpha) interval.
 
-    The median itself is always there; `low` and `high` are None where even the smallest and the largest value do not
-    bracket it with that confidence (95 % takes 6 values).
-    Raises ValueError for no values, for values that are not finite, and for alpha out of range.
+    The median itself is always given; `low` and `high` are None if even the smallest and the largest value do not
+    bracket it with that confidence (95 % needs 6 values). Raises ValueError without values, for values that are not
+    finite, and for alpha out of range.
     """
     import numpy as np
 
@@ -79,10 +81,10 @@ def percentile(
 ) -> QuantileEstimate:
     """The quantile `q` (a fraction: 0.99 for p99) with a lower and an upper bound, each of this one-sided confidence.
 
-    `effective_size` is the number of independent samples that these are worth (`lorameter.stats.effective_size`); it
-    decides what is supported and how wide the bounds are, and counts at most as the number of samples. Where it does
-    not support the quantile (95 %: p90 takes 29, p95 59, p99 299) all three numbers are None.
-    Raises ValueError for no samples, for samples that are not finite, and for q, confidence or size out of range.
+    `effective_size` is the equivalent number of independent samples (`lorameter.stats.effective_size`), at most the
+    number of samples; it determines the width of the bounds. If it is too small for the quantile (with 95 %, p90 needs
+    29, p95 59, p99 299), all three numbers are None. Raises ValueError without samples, for samples that are not
+    finite, and for q, confidence or size out of range.
     """
     import numpy as np
 
@@ -105,7 +107,7 @@ def percentile(
             f"a confidence of {100 * confidence:.4g} % takes {needed}",
         )
     low, high = _ranks(size, q, 1 - confidence)
-    # The ranks hold among `size` independent samples; outwards to the ranks of all samples.
+    # The ranks are for `size` independent samples; they are rounded outwards to ranks among all samples.
     every = ordered.size
     return QuantileEstimate(
         value=float(np.quantile(ordered, q)),
@@ -117,43 +119,44 @@ def percentile(
 
 
 def _least_samples(q: float, tail: float) -> int:
-    """The smallest n whose extremes bound the quantile on both sides: max(q, 1 - q)^n <= tail."""
+    """The smallest n for which the extremes bound the quantile on both sides: max(q, 1 - q)^n <= tail."""
     exact = math.log(tail) / math.log(max(q, 1 - q))
     return max(math.ceil(exact - 1e-9), 1)
 
 
 def _ranks(size: int, q: float, tail: float) -> tuple[int, int]:
-    """Ranks (from 1) of the order statistics that the quantile is below, and above, with probability at most `tail`.
+    """Ranks (from 1) of the order statistics for which the quantile lies below, or above, with probability at most
+    `tail`.
 
-    From `scipy.special`, because importing `scipy.stats` takes half a second.
+    Uses `scipy.special`, because importing `scipy.stats` takes half a second.
     """
     from scipy.special import bdtr, bdtrc
 
-    counts = range(size + 1)  # how many of the samples lie below the quantile
+    counts = range(size + 1)  # number of samples below the quantile
     reached = tail * (1 + _ROUNDING)
-    # A count whose probability just reaches the tail may be missed as well, so the first one beyond it is taken.
+    # A count whose probability just equals the tail is also allowed, so the first count beyond it is used.
     low = bisect.bisect_right(counts, reached, key=lambda count: float(bdtr(count, size, q)))
     high = bisect.bisect_left(counts, -reached, key=lambda count: -float(bdtrc(count, size, q)))
     return max(low, 1), min(high + 1, size)
 
 
 def _midpoint(low: float, high: float) -> float:
-    """Between two values, without the overflow of their sum."""
+    """The midpoint of two values, without overflow of their sum."""
     return float(low / 2 + high / 2) if low != high else float(low)
 
 
 def effective_size(samples: Sequence[float]) -> float:
     """The number of independent samples with the same error of the mean, between 1 and the number of samples.
 
-    Series of one value throughout, and of fewer than 4 samples, from which no correlation can be estimated, count in
-    full; so do series that alternate, whose mean is better than that of independent samples: no bonus is given.
-    Raises ValueError for no samples and for samples that are not finite.
+    Constant series and series with fewer than 4 samples, for which no correlation can be estimated, count in full. So
+    do alternating series, although their mean is more precise than that of independent samples. Raises ValueError
+    without samples, and for samples that are not finite.
     """
     import numpy as np
 
     values = checked_samples("samples", samples, positive=False)
     largest = float(np.abs(values).max())
-    deviations = values / largest if largest > 0 else values  # so that no square overflows
+    deviations = values / largest if largest > 0 else values  # prevents overflow of squares
     deviations = deviations - deviations.mean()
     if values.size < 4 or np.abs(deviations).max() <= _ROUNDING:
         return float(values.size)
@@ -167,7 +170,7 @@ def effective_size(samples: Sequence[float]) -> float:
 
 
 def _autocorrelations(deviations: NDArray[float64]) -> NDArray[float64]:
-    """At lags 0 to n - 1, each divided by n: the biased estimate, which decays; O(n log n)."""
+    """Autocorrelations at lags 0 to n - 1, each divided by n: the biased estimate, which decays; O(n log n)."""
     import numpy as np
     from scipy import fft
 

@@ -1,8 +1,8 @@
-"""Checks of samples, and the wording of refusals.
+"""Validates samples, with precise error messages.
 
-A comparer that swallows bad input turns it into a verdict: pyperf prints "Significant" for any exception inside its
-t-test (seen: two identical constant memory series). Here bad input never reaches the arithmetic. Every refusal names
-the side, the trial, the sample, the value and the remedy.
+A comparison that ignores invalid input turns it into a verdict: pyperf prints "Significant" for any exception inside
+its t-test (observed with two identical constant memory series). Here invalid input never reaches the arithmetic. Every
+error names the side, the trial, the sample, the value and the remedy.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def checked_trials(side: str, trials: Sequence[Sequence[float]], *, positive: bool) -> list[NDArray[float64]]:
-    """One float array a trial, in order.
+    """One float array per trial, in order.
 
-    `side` is what messages call the argument; `positive` also refuses zero and negative values.
-    Raises ValueError for no trial at all, and for whatever `checked_samples` refuses.
+    `side` is the argument's name in messages; `positive` also refuses zero and negative values. Raises ValueError
+    without trials, and in the cases of `checked_samples`.
     """
     listed: object = trials
     if isinstance(listed, str | bytes) or not isinstance(listed, Sized):
@@ -67,7 +67,8 @@ def checked_samples(where: str, samples: Sequence[float], *, positive: bool) -> 
 
 
 def _single_values(trials: Sequence[Sequence[float]], *, positive: bool) -> list[NDArray[float64]] | None:
-    """Trials of one good sample each, as peaks of memory are, all at once and in a tenth of the time; else None."""
+    """Convert trials with one valid sample each, such as memory peaks, all at once in a tenth of the time; else
+    None."""
     import numpy as np
 
     if not all(type(trial) in (list, tuple) and len(trial) == 1 and type(trial[0]) is float for trial in trials):
@@ -79,7 +80,8 @@ def _single_values(trials: Sequence[Sequence[float]], *, positive: bool) -> list
 
 
 def medians_of(trials: Sequence[NDArray[float64]]) -> NDArray[float64]:
-    """One median a trial, of one trial or more; all at once where they are of one length, in a tenth of the time."""
+    """One median per trial, for at least one trial; trials of the same length are processed at once in a tenth of the
+    time."""
     import numpy as np
 
     if len({trial.size for trial in trials}) == 1:
@@ -88,7 +90,7 @@ def medians_of(trials: Sequence[NDArray[float64]]) -> NDArray[float64]:
 
 
 def checked_number(name: str, value: object, *, at_least: float, strictly: bool) -> float:
-    """`value` as a float. Raises ValueError, with its name, unless finite and >= (`strictly`: >) `at_least`."""
+    """`value` as a float. Raises ValueError with its name unless it is finite and >= (`strictly`: >) `at_least`."""
     relation = "above" if strictly else "at least"
     number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
     if not math.isfinite(number) or number < at_least or (strictly and number == at_least):
@@ -97,7 +99,7 @@ def checked_number(name: str, value: object, *, at_least: float, strictly: bool)
 
 
 def _converted(where: str, samples: list[object]) -> NDArray[float64]:
-    """The slow road for lists that numpy does not read as numbers: finds the one that is not, by name."""
+    """The slow path for lists that numpy does not read as numbers: finds the invalid value, to name it."""
     import numpy as np
 
     values = np.empty(len(samples))

@@ -1,16 +1,16 @@
-"""Does the data support a statement, refute it, or leave it open?
+"""Tests whether the data support a statement, refute it, or are inconclusive.
 
-A statement has one limit and two sides: `beyond` says that something is larger than the limit, `within` that it is not,
-in either direction. Support asserts one side, refutation the other, so no more data can turn a true refutation into
-support; a limit for "different" and a wider one for "equal" would leave a gap in which both hold.
+A statement has one limit and two sides: `beyond` says that a contrast is larger than the limit, `within` that it is
+not, in either direction. Support asserts one side and refutation the other, so more data cannot turn a true refutation
+into support; with one limit for "different" and a wider one for "equal", both could hold between the limits.
 
-Two kinds of assertion, as in `lorameter.stats.verdict`. That there *is* a difference needs the (1 - alpha/family)
-interval, which the statements of a run share (`lorameter.stats.step_down`). That there is *none* needs two tests, each
-on one side (Schuirmann 1987), at alpha: calling too much equal is an error of each statement.
+There are two kinds of assertions, as in `lorameter.stats.verdict`. A difference is asserted by the (1 - alpha/family)
+interval, whose error rate the statements of a run share (`lorameter.stats.step_down`). Equality is asserted by two
+one-sided tests (Schuirmann 1987) at alpha: a false equality is an error of one statement.
 
-A statement may be about several contrasts. It holds if it does for all of them, and then testing each at the full rate
-is enough, since the one that is false decides (intersection-union, Berger 1982). To refute it by the one that looks
-worst, that one must pass at the rate divided by their number.
+A statement may be about several contrasts. It holds if it holds for all of them, and then each is tested at the full
+rate, since a single false contrast decides (intersection-union, Berger 1982). To refute it by the worst contrast, that
+contrast must pass at the rate divided by their number.
 """
 
 from __future__ import annotations
@@ -38,30 +38,30 @@ class Conclusion:
 
     status: Support
     by: By
-    """What was asserted; empty where nothing was."""
+    """The assertion that decided; empty if inconclusive."""
     contrast: int
-    """Index of the contrast that decided, or that is undecided."""
+    """Index of the contrast that decided, or that is inconclusive."""
     estimate: float
-    """Mean of that contrast over replicates."""
+    """Mean of this contrast over replicates."""
     low: float
-    """Lower end of its 95 % interval, which is corrected for nothing."""
+    """Lower end of its uncorrected 95 % interval."""
     high: float
     """Upper end."""
     decided_low: float
-    """Lower end of the interval that decided, or that failed to."""
+    """Lower end of the interval that decided, or failed to decide."""
     decided_high: float
     """Upper end."""
     level: float
     """Coverage of that interval."""
     replicates: int
     replicates_needed: int | None = None
-    """Of an open statement: how many would decide it with 80 % power if the undecided contrast is what it
-    looks like; None where no practical number would, and of one that is decided."""
+    """For an inconclusive statement: replicates that would decide it with 80 % power if the undecided contrast has its
+    estimated value; None if no practical number suffices, and for a decided statement."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Contrast:
-    """One contrast over replicates, and its index."""
+    """One contrast over replicates, with its index."""
 
     index: int
     mean: float
@@ -75,20 +75,21 @@ class _Contrast:
         return self.mean + self.spread.half_width(tail)
 
     def nearest(self, tail: float) -> float:
-        """The least distance from zero that the interval leaves; negative where it holds zero."""
+        """The smallest distance from zero within the interval; negative if the interval contains zero."""
         return abs(self.mean) - self.spread.half_width(tail)
 
     def furthest(self, tail: float) -> float:
-        """The greatest distance from zero that the interval leaves."""
+        """The largest distance from zero within the interval."""
         return abs(self.mean) + self.spread.half_width(tail)
 
 
 def beyond(contrasts: NDArray[float64], limit: float, *, alpha: float = 0.05, family: int = 1) -> Conclusion:
-    """The statement that every contrast is above `limit` (a log ratio >= 0); `contrasts` is replicates × contrasts.
+    """Test the statement that every contrast is above `limit` (a log ratio >= 0); `contrasts` is replicates ×
+    contrasts.
 
-    supported: the corrected interval of each lies above the limit · refuted: that of one, corrected for their number
-    too, lies below it, or all are equal within the limit · else inconclusive.
-    Raises ValueError for fewer than two replicates and for values that are not finite.
+    supported: the corrected interval of each contrast is above the limit · refuted: the interval of one contrast, also
+    corrected for their number, is below it, or all are equal within the limit · else inconclusive. Raises ValueError
+    for fewer than two replicates and for values that are not finite.
     """
     found = _checked(contrasts)
     tail = alpha / family / 2
@@ -106,10 +107,10 @@ def beyond(contrasts: NDArray[float64], limit: float, *, alpha: float = 0.05, fa
 
 
 def within(contrasts: NDArray[float64], limit: float, *, alpha: float = 0.05, family: int = 1) -> Conclusion:
-    """The statement that every contrast is at most `limit` (a log ratio) from zero, in either direction.
+    """Test the statement that every contrast is at most `limit` (a log ratio) from zero, in either direction.
 
-    supported: the (1 - 2 alpha) interval of each lies inside · refuted: the corrected interval of one, corrected for
-    their number too, lies outside · else inconclusive. Raises ValueError as `beyond` does.
+    supported: the (1 - 2 alpha) interval of each contrast is inside · refuted: the corrected interval of one contrast,
+    also corrected for their number, is outside · else inconclusive. Raises ValueError as `beyond` does.
     """
     found = _checked(contrasts)
     widest = max(found, key=lambda one: one.furthest(alpha))
@@ -130,8 +131,8 @@ def opposite(conclusion: Conclusion) -> Conclusion:
 
 
 def _open(contrast: _Contrast, tail: float, distance: float, decisive: float) -> Conclusion:
-    """An open statement: `distance` is from the contrast to the limit, `decisive` the tail of the interval that would
-    clear it on the side on which it lies."""
+    """An inconclusive statement: `distance` is from the contrast to the limit, `decisive` the tail of the interval that
+    would clear the limit on the contrast's side."""
     needed = replicates_to_clear(abs(distance), contrast.spread.sd, decisive) if distance else None
     return dataclasses.replace(_conclude("inconclusive", "", contrast, tail), replicates_needed=needed)
 

@@ -1,13 +1,12 @@
-"""Contrasts over the ordered levels of an axis: one number a replicate for what a claim is about.
+"""Contrasts over the ordered levels of an axis: one number per replicate for the statement of a claim.
 
-Replicates are blocks: each holds every level, so what its levels shared (the seed, the machine's mood) cancels in a
-contrast, whose weights sum to zero. Contrasts are taken within each replicate and only then spread over replicates, so
-nothing is assumed of how the levels' noise is correlated, nor that it is equal. Logs go in, so a contrast is the log of
-a ratio.
+Replicates are blocks: each contains every level, so common effects (the seed, the state of the machine) cancel in a
+contrast, whose weights sum to zero. Contrasts are computed within each replicate before the scatter over replicates, so
+no assumption is made about the correlation or the equality of the levels' noise. The inputs are logs, so a contrast is
+the log of a ratio.
 
-How much of the scatter of one quantity another accounts for is the squared correlation within a replicate: the share of
-the variance of y that a straight line in x takes away. Its interval is Student's t over replicates, clipped to [0, 1],
-which a share cannot leave.
+The share of the scatter of one quantity that another explains is the squared correlation within a replicate: the share
+of the variance of y that a straight line in x explains. Its interval is Student's t over replicates, clipped to [0, 1].
 """
 
 from __future__ import annotations
@@ -28,9 +27,10 @@ Scale = Literal["log", "linear"]
 
 
 def scores(levels: Sequence[float], scale: Scale) -> tuple[float, ...]:
-    """How far apart levels are: their values, or the logarithms to base 2 of these.
+    """The positions of the levels: their values, or the base-2 logarithms of the values.
 
-    Raises ValueError for fewer than two levels, for two that are equal, and for a logarithm of a level not above zero.
+    Raises ValueError for fewer than two levels, for equal levels, and for a logarithm of a level that is not above
+    zero.
     """
     if len(set(levels)) < max(2, len(levels)):
         raise ValueError(f"levels are {list(levels)}: pass two or more, each once")
@@ -42,11 +42,10 @@ def scores(levels: Sequence[float], scale: Scale) -> tuple[float, ...]:
 
 
 def line_change(logs: NDArray[float64], positions: Sequence[float]) -> NDArray[float64]:
-    """What the least-squares line through each replicate's levels gains from the first level to the last.
+    """The change of the least-squares line through each replicate's levels, from the first level to the last.
 
-    `logs` is replicates × levels, `positions` what `scores` gives. With two levels it is their difference. A line uses
-    every level, and a value that only rises can be distinguished from one that scatters; what bends is not seen as
-    such.
+    `logs` is replicates × levels, `positions` the result of `scores`. With two levels it is their difference. A line
+    uses every level, so a rising value can be distinguished from one that scatters; a curvature is not detected.
     """
     import numpy as np
 
@@ -56,9 +55,9 @@ def line_change(logs: NDArray[float64], positions: Sequence[float]) -> NDArray[f
 
 
 def sizes(changes: NDArray[float64]) -> NDArray[float64]:
-    """Changes without their direction: each replicate's, in the direction of their mean.
+    """Magnitudes of changes: each replicate's change in the direction of the mean change.
 
-    Absolute values would turn the scatter of a change that is zero into a size.
+    Absolute values would turn the scatter around a zero change into a magnitude.
     """
     import numpy as np
 
@@ -66,7 +65,7 @@ def sizes(changes: NDArray[float64]) -> NDArray[float64]:
 
 
 LEAST_POINTS = 3
-"""Any line goes through two."""
+"""Every line fits two points."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,18 +74,18 @@ class ShareEstimate:
 
     value: float
     low: float | None
-    """None with one replicate."""
+    """Lower end; None with one replicate."""
     high: float | None
     replicates: int
     points: int
-    """Points (x, y) of all replicates together."""
+    """Number of points (x, y) of all replicates together."""
 
 
 def explained_share(blocks: Sequence[tuple[Sequence[float], Sequence[float]]]) -> ShareEstimate | None:
-    """R² of y on x, from one (x, y) a replicate; None where none can say.
+    """R² of y on x, from one pair (x, y) per replicate; None if no replicate is informative.
 
-    A replicate says nothing with fewer than three points, or where x or y is the same at all of them.
-    Raises ValueError for x and y of unequal length.
+    A replicate is not informative with fewer than three points, or if x or y is constant. Raises ValueError for x and y
+    of unequal length.
     """
     import numpy as np
 

@@ -1,7 +1,7 @@
-"""Whether to go on warming up: compiled kernels, filled caches, a settled clock.
+"""Decides when a warm-up ends: kernels are compiled, caches filled, and the clock is stable.
 
-A fixed number of discarded steps is either too short for a compiled model or wasteful for an eager one, so the
-question is answered after each step, and must be cheap.
+A fixed number of discarded steps is either too small for a compiled model or wasteful for an eager one, so the test
+runs after each step and must be cheap.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 
 WINDOW = 3
-"""Steps that must show no more downward trend before a warm-up ends."""
+"""Number of steps without a downward trend that ends a warm-up."""
 
 
 def is_steady(samples: Sequence[float], window: int = WINDOW, *, tolerance: float = 0.02) -> bool:
-    """Whether to stop warming up: the last `window` steps are no longer faster than the `window` before them.
+    """Whether step times are steady: the last `window` steps are no longer faster than the `window` steps before them.
 
     True when the median log time of the last `window` steps is at most `tolerance` (a fraction) below that of the
-    preceding window; False while there are fewer than two windows. Getting slower is no reason to go on. Medians let a
-    single slow step pass. Costs O(window), so it may be asked after each step. No allowance is made for noise: it
-    delays the answer by a few steps, and lets a decay pass that is smaller than the noise of a window's median.
+    preceding window; False while there are fewer than two windows. An upward trend does not prolong the warm-up.
+    Medians ignore a single slow step. The cost is O(window), so the test may run after each step. Noise is not
+    modelled: it delays the end by a few steps, and hides a decay that is smaller than the noise of a window's median.
 
     Raises ValueError for window < 1, and for samples in the two windows that are not finite and above zero.
     """
@@ -40,12 +40,12 @@ def is_steady(samples: Sequence[float], window: int = WINDOW, *, tolerance: floa
 
 
 def is_warm(samples: Sequence[float], least: int, most: int) -> bool:
-    """Whether a warm-up is over: its steps are steady and at least `least`, or there were `most` of them."""
+    """Whether a warm-up has ended: it has at least `least` steps and is steady, or it has `most` steps."""
     return len(samples) >= most or (len(samples) >= least and is_steady(samples))
 
 
 def _level(samples: Sequence[float], first: int, window: int) -> float:
-    """The median log time of so many steps from `first` on."""
+    """The median log time of `window` steps from `first` on."""
     taken = enumerate(samples[first : first + window], first)
     checked = (checked_number(f"samples sample {index}", one, at_least=0, strictly=True) for index, one in taken)
     return statistics.median(math.log(one) for one in checked)

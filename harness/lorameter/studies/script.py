@@ -1,8 +1,8 @@
 """Variants that are commands: a command line that starts the user's own training script.
 
-Such a variant names no LoRA parameter, no optimizer and no dtype: the script has them, and such fields could
-contradict it. The words go to the system as they are, without a shell, so that what is measured is one program and what
-it starts, and so that a signal reaches it.
+Such a variant has no fields for LoRA parameters, optimizer or dtype, which could contradict the script. The words are
+executed without a shell, so that the measurement covers one program and its child processes, and so that signals reach
+the program.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     from lorameter.studies.variant import ScriptVariant
 
 SIDE = "command"
-"""Kind of a side of an A/B that is a command of its own: the two differ in nothing else."""
+"""Kind of a side of an A/B that is a separate command; the sides do not differ otherwise."""
 OWN = "script"
-"""Model and data of a workload that its scripts bring themselves."""
+"""Model and data of a workload that the scripts define themselves."""
 
 _SHELL = ("&&", "||", "|", ";", "&", ">", ">>", "<", "2>", "2>&1")
 _SHELL_OPTION = re.compile(r"-[a-z]*c")
-"""The word after it is a command line, as in `sh -c` and `bash -lc`."""
+"""An option before a command line, as in `sh -c` and `bash -lc`."""
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 PYTHON = re.compile(r"python(\d+(\.\d+)?t?)?")
-"""Names of an interpreter."""
+"""Names of Python interpreters."""
 
 
 def check_script(label: str, variant: ScriptVariant) -> None:
-    """Raises `UsageError` for a command that is invalid or holds a credential."""
+    """Raise `UsageError` for a command that is invalid or contains a credential."""
     refuse_credentials(label, split_command(label, variant.command))
     for key in ("cwd", "python"):
         limits.check_word(label, key, getattr(variant, key))
@@ -55,13 +55,13 @@ def check_script(label: str, variant: ScriptVariant) -> None:
 
 
 def script_workload(threads: int = 1) -> Workload:
-    """The workload of scripts, which choose model, data and batch themselves; CPU threads are set when a process
-    starts."""
+    """The workload of scripts, which choose model, data and batch themselves; CPU threads are set at the start of a
+    process."""
     return Workload(model=OWN, data=OWN, threads=threads)
 
 
 def check_scripts(study: Study) -> None:
-    """Raises `UsageError` for a study of commands with a setting that only a script can have."""
+    """Raise `UsageError` for a study of commands with a setting that only the script itself can have."""
     where = f"study {study.name}"
     plain = script_workload(study.workload.threads)
     for field in dataclasses.fields(plain):
@@ -84,10 +84,10 @@ def check_scripts(study: Study) -> None:
 
 
 def time_steps(protocol: Protocol, steps: int) -> Protocol:
-    """The protocol with so many timed steps of each process, in turns as long as they are by default.
+    """The protocol with this many timed steps in each process, in turns of the default length.
 
     Raises:
-        UsageError: no whole number of turns.
+        UsageError: the steps do not form a whole number of turns.
     """
     require(
         steps > 0 and steps % STEPS_PER_TURN == 0,
@@ -98,10 +98,10 @@ def time_steps(protocol: Protocol, steps: int) -> Protocol:
 
 
 def split_command(label: str, command: str) -> list[str]:
-    """The words of a command line, quotes taken off; `label` names whose it is.
+    """The words of a command line, without quotes; `label` names the command in errors.
 
     Raises:
-        UsageError: it is empty, has an open quote, or needs a shell, which is not used.
+        UsageError: the command is empty, has an open quote, or needs a shell.
     """
     limits.check_word(label, "command", command, lines=True)
     named = f"{label}: command = {shorten(repr(' '.join(hide_credentials(command.split()))), 80)}"
@@ -126,13 +126,13 @@ def split_command(label: str, command: str) -> list[str]:
 
 
 def name_of_command(command: str) -> str:
-    """A name for what a command runs: the script's without its ending, a module's, or the program's."""
+    """A name for the program of a command: the script's name without suffix, a module's, or the program's."""
     return name_of_words(split_command("command", command))
 
 
 def name_of_words(words: Sequence[str]) -> str:
-    """The same for words that are already split. A run's folder is named by it, so it holds no more of a line for a
-    shell than the script, and no credential."""
+    """The name for words that are already split. It becomes part of the run's folder name, so it contains only the
+    script of a shell line, and no credential."""
     words = hide_credentials(words)
     parts: list[str] = []
     for before, word in zip(["", *words], words, strict=False):
@@ -152,10 +152,10 @@ _FIELD = re.compile(r"[-+.\w]+")
 
 
 def hide_credentials(words: Sequence[str]) -> list[str]:
-    """The words of a command with `***` in the place of what may be a credential; those without one as they are.
+    """Replace possible credentials in the words of a command by `***`; other words are unchanged.
 
-    A command is written into the run that measures it, and runs are sent around. Within a word the rule is that of any
-    text (`lorameter.errors.redact`); here is what the limits of words add to it.
+    A command is stored in its run, and runs are shared. Within a word the rule is that of any text
+    (`lorameter.errors.redact`); this function adds rules for word boundaries.
     """
     shown: list[str] = []
     secret = False
@@ -166,7 +166,7 @@ def hide_credentials(words: Sequence[str]) -> list[str]:
 
 
 def refuse_credentials(label: str, words: Sequence[str]) -> None:
-    """Raises `UsageError` for words with a credential in them; `label` names whose they are."""
+    """Raise `UsageError` for words that contain a credential; `label` names the command."""
     for word, before, shown in zip(words, ["", *words], hide_credentials(words), strict=False):
         if shown != word:
             place = before if shown == HIDDEN else shown
@@ -177,8 +177,8 @@ def refuse_credentials(label: str, words: Sequence[str]) -> None:
 
 
 def _hide_word(word: str) -> str:
-    """The value of a field, an option or a variable extends to the end of the word, unless the word is a command
-    line."""
+    """Redact one word: the value of a field, an option or a variable extends to the end of the word, unless the word is
+    a command line."""
     name, equals, value = word.partition("=")
     whole = name.startswith("-") or len(word.split()) == 1
     if equals and whole and _FIELD.fullmatch(name) and sounds_secret(name) and is_credential(value, apart=False):

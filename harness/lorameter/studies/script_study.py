@@ -1,12 +1,12 @@
-"""Studies of commands: of one script, and of a script with an engine and without it.
+"""Studies of commands: of one script, and of a script with and without an engine.
 
-A script with an engine and without it is one line, in which the text in braces is the difference:
+One line describes a script with and without an engine; the text in braces is the difference:
 
     python train.py --r 64 {--use_liger_kernel}              without it, and with it
     python train.py --optim {adamw_torch|adamw_torch_fused}  one, and the other
     python train.py --set {{a}} {--flag}                     the script's own braces are doubled
 
-Several braces are switched together. The result is two commands like any other two.
+Several braces are switched together. The result is two ordinary commands.
 """
 
 from __future__ import annotations
@@ -34,19 +34,18 @@ def study_of_command(
     protocol: Protocol | None = None,
     requirements: Mapping[str, Any] | None = None,
 ) -> Study:
-    """A study with one variant, which is the command.
+    """Make a study with the command as its only variant.
 
     Args:
-        command: as one would type it (`shlex.join` of its words).
-        name: of the variant and of the study; that of the script if left out.
-        cwd: folder that it is run in; "" for the working folder.
-        threads: of each process on the CPU.
-        protocol: how it is measured; of a run that measured one script from its beginning to its end: one replicate,
-            and in `turns` its timed steps, one a turn.
-        requirements: paths of kernels_check that its step must have.
+        command: the command line (`shlex.join` of its words).
+        name: name of the variant and of the study; default: that of the script.
+        cwd: folder in which it runs; "" for the working folder.
+        threads: CPU threads of each process.
+        protocol: the protocol; for a run that measured a whole script: one replicate, with one timed step per turn.
+        requirements: kernels_check paths that its step must have.
 
     Raises:
-        UsageError: no command, or one that takes a shell.
+        UsageError: the command is empty, or needs a shell.
     """
     name = name or name_of_command(command)
     variant = ScriptVariant(name=name, command=command, cwd=cwd)
@@ -66,10 +65,10 @@ _BRACES = re.compile(r"\{\{|\}\}|\{(?P<group>(?:[^{}]|\{\{|\}\})*)\}|[{}]")
 
 
 def split_braces(command: str, example: str = "'python train.py {--flag}'") -> tuple[str, str]:
-    """The command without the text in braces, and with it; each a line of words. `example` is for error messages.
+    """The command without and with the text in braces; each is a line of words. `example` is for error messages.
 
     Raises:
-        UsageError: no braces, unbalanced, empty or nested ones, or no program.
+        UsageError: the braces are missing, unbalanced, empty or nested, or there is no program.
     """
 
     def choose(found: re.Match[str], with_it: bool) -> str:
@@ -101,7 +100,7 @@ def _refused(command: str, why: str, remedy: str) -> UsageError:
 
 
 def engine_of(study: Study) -> Engine:
-    """The engine that a study is about. Raises `UsageError` for one that is about none."""
+    """The engine of a study. Raises `UsageError` for a study without an engine."""
     if study.engine is None or not study.claims:
         raise UsageError(
             f"study {study.name}: it claims nothing of an engine, so there is nothing to judge a script by. Name one "
@@ -112,15 +111,15 @@ def engine_of(study: Study) -> Engine:
 
 
 def study_of_engine(study: Study, command: str, *, cwd: str = "") -> Study:
-    """A study's claims about an engine, to be judged by the user's own script.
+    """Make a study of an engine's claims with the user's own script.
 
     Args:
-        study: of the engine, as written.
-        command: the script, with what turns the engine on in braces.
-        cwd: folder that it is run in; "" for the working folder.
+        study: the study of the engine.
+        command: the script, with the text that turns the engine on in braces.
+        cwd: folder in which it runs; "" for the working folder.
 
     Raises:
-        UsageError: a study of no engine, or a command that cannot be two.
+        UsageError: the study has no engine, or the command cannot be split into two.
     """
     engine = engine_of(study)
     off, on = split_braces(command, engine.example)

@@ -1,13 +1,14 @@
-"""Peak rates of devices: the vendor's own figures, each with its document.
+"""Peak rates of devices: the vendors' figures, each with its source.
 
 A peak is dense: figures "with sparsity" are twice as high, and a LoRA step has no sparse product. Tensor cores
 accumulate in float32, as torch's products of half-precision numbers do, which on GeForce GPUs is half the rate that is
-advertised. All are at the boost clock of the datasheet, which a device under load may not hold, and a GeForce GPU may
-exceed. A device that is not listed by its exact name has no peak here; measure one (`lorameter.trial.profiling.trial`).
+advertised. All figures are for the boost clock of the datasheet, which a device under load may not sustain, and which a
+GeForce GPU may exceed. A device that is not listed by its exact name has no peak here; measure one
+(`lorameter.trial.profiling.trial`).
 
-The memory of each GPU is listed as its driver shows it, and not as it is sold: where ECC uses a part of GDDR6, as on an
-L4, a GPU that is sold with 24 GB shows 22.5 GiB. The driver reserves a part of it, and CUDA's context and libraries
-another part. The last two were not measured by this project; they are called assumptions wherever they are counted.
+The memory of each GPU is the amount that its driver shows, not the amount in the product's name: if ECC uses a part of
+GDDR6, as on an L4, a GPU with nominally 24 GB shows 22.5 GiB. The driver reserves a part of it, and CUDA's context and
+libraries another part. This project did not measure the last two; they are called assumptions wherever they are used.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Literal
 from lorameter.errors import UsageError, shorten
 
 Rate = Literal["float32", "tf32", "float16", "bfloat16", "memory"]
-"""Products in a type, in FLOP/s, or memory traffic, in bytes/s."""
+"""Dtype of matrix products (in FLOP/s), or memory traffic (in bytes/s)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +33,7 @@ class Peak:
     per_s: float
     """FLOP/s, or bytes/s for "memory"."""
     source: str
-    """The vendor's document, or how it was measured."""
+    """The vendor's document, or the method of measurement."""
 
     def __str__(self) -> str:
         figure = f"{self.per_s / 1e9:.4g} GB/s" if self.rate == "memory" else _flops_per_s(self.per_s, self.rate)
@@ -45,27 +46,27 @@ def _flops_per_s(per_s: float, rate: Rate) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DevicePeaks:
-    """A vendor's figures for one device; types without tensor cores are missing."""
+    """A vendor's figures for one device; dtypes without tensor cores are missing."""
 
     names: tuple[str, ...]
-    """As NVML gives them, without "NVIDIA" or "Tesla" in front."""
+    """Names from NVML, without the prefix "NVIDIA" or "Tesla"."""
     teraflops: Mapping[Rate, float]
     gigabytes_per_s: float
     source: str
     sold_gb: int
     """Memory in the product's name."""
     memory_mib: int
-    """All memory that NVML shows, with the driver's own part (`MEMORY_SOURCE`)."""
+    """Total memory shown by NVML, including the driver's own part (`MEMORY_SOURCE`)."""
 
     @property
     def label(self) -> str:
-        """The common name with its memory, without the form factor."""
+        """The common name with the memory, without the form factor."""
         words = self.names[0].removeprefix("GeForce ").replace("-", " ").split()
         return f"{' '.join(words[: 2 if words[0] == 'RTX' else 1])} {self.sold_gb}GB"
 
     @property
     def memory_bytes(self) -> int:
-        """All memory that NVML shows."""
+        """Total memory shown by NVML."""
         return self.memory_mib * 2**20
 
 
@@ -75,9 +76,9 @@ def _dense(half: float, tf32: float | None, float32: float, *, bfloat16: bool = 
 
 
 MEMORY_SOURCE = "the total that nvidia-smi shows of such GPUs"
-"""Of an H100, A100, A10, L40S, L4 and T4 as Modal listed them for its users (modal-labs/modal-client, pull request
-2797); of the others as listings of nvidia-smi in public issues show them. Drivers before 510 showed some hundred MiB
-less, those that they keep; of the V100 with 16 GB that lesser figure is the one that was found."""
+"""For H100, A100, A10, L40S, L4 and T4, from a list that Modal published for its users (modal-labs/modal-client, pull
+request 2797); for the others, from nvidia-smi listings in public issues. Drivers before 510 showed some hundred MiB
+less, which they reserve; for the V100 with 16 GB only that smaller figure was found."""
 _A100 = "NVIDIA A100 Tensor Core GPU datasheet"
 _H100 = "NVIDIA H100 Tensor Core GPU Architecture whitepaper, table 3; bandwidth: NVIDIA H100 datasheet"
 _V100 = "NVIDIA V100 Tensor Core GPU datasheet"
@@ -156,9 +157,9 @@ DEVICES: tuple[DevicePeaks, ...] = (
 
 
 def stated_peak(device_name: str, rate: Rate) -> Peak | None:
-    """The vendor's figure for a device by its NVML name; None for a device or a type that is not listed.
+    """The vendor's figure for a device by its NVML name; None for a device or a dtype that is not listed.
 
-    Names must match whole: an A10G is no A10, a slice of a partitioned GPU is not the GPU.
+    Names must match completely: an A10G is not an A10, and a MIG slice is not the whole GPU.
     """
     short = device_name.removeprefix("NVIDIA ").removeprefix("Tesla ")
     for device in DEVICES:
@@ -173,9 +174,9 @@ def stated_peak(device_name: str, rate: Rate) -> Peak | None:
 
 
 DRIVER_SHARE = 0.02
-"""Share of the memory that nvidia-smi shows which no process can allocate. Out-of-memory messages of torch state a
-total of 23.52 to 23.68 GiB for an RTX 4090 (23.99 shown), 31.36 for an RTX 5090 (31.84), 44.42 for an L40S (44.99): 1.3
-to 2.0 % less (issues of Soul-AILab/SoulX-FlashTalk, zai-org/CogVideo, TrajectoryCrafter/TrajectoryCrafter and
+"""Share of the memory shown by nvidia-smi that no process can allocate. torch's out-of-memory messages state a total of
+23.52 to 23.68 GiB for an RTX 4090 (23.99 shown), 31.36 for an RTX 5090 (31.84), 44.42 for an L40S (44.99): 1.3 to 2.0 %
+less (issues of Soul-AILab/SoulX-FlashTalk, zai-org/CogVideo, TrajectoryCrafter/TrajectoryCrafter and
 stepfun-ai/Step-Video-T2V)."""
 DRIVER_SOURCE = "torch's messages of an out-of-memory show 1.3 to 2.0 % less than nvidia-smi"
 UNITS = {
@@ -188,16 +189,16 @@ _REMEDY = "Give a size with its unit, as 24GiB or 24GB (of 10^9 bytes)"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuSpec:
-    """A GPU to estimate for."""
+    """A GPU for a memory estimate."""
 
     name: str
     """The requested size, or the common name."""
     device_name: str
-    """As NVML gives it; "" where only a size is known."""
+    """The name in NVML; "" if only a size is known."""
     total_bytes: int
-    """All that nvidia-smi shows, or would."""
+    """Total memory that nvidia-smi shows."""
     source: str
-    """Where that is from."""
+    """The source of `total_bytes`."""
 
     @property
     def usable_bytes(self) -> int:
@@ -208,11 +209,11 @@ class GpuSpec:
 def find_card(text: str) -> GpuSpec:
     """The GPU of `--gpu`: a size with its unit, or a name of `lorameter.models.costs.peaks.DEVICES`.
 
-    A name matches by its words: "H100", "RTX 4090", "4090", "A100 80GB", or whole, as nvidia-smi prints it. A relative
-    of a listed GPU (an A10G, a laptop's RTX 4090) is another GPU.
+    A name matches by its words ("H100", "RTX 4090", "4090", "A100 80GB") or as the full name in nvidia-smi. A similarly
+    named GPU (an A10G, a laptop's RTX 4090) does not match.
 
     Raises:
-        UsageError: neither a size nor a name, or a name that GPUs of different memory share.
+        UsageError: the text is neither a size nor a name, or GPUs of this name differ in memory.
     """
     size = _SIZE.fullmatch(text.strip())
     if size is not None and size[2].lower() in UNITS:
@@ -243,7 +244,7 @@ def _list(devices: Iterable[DevicePeaks]) -> str:
 
 
 def _is_called(device: DevicePeaks, text: str) -> bool:
-    """Whether all words of the text are among those of one of its names; its memory alone names no GPU."""
+    """Whether all words of the text are in one of the device's names; a memory size alone names no GPU."""
     words = _words(text)
     memory = {f"{device.sold_gb}{unit}" for unit in ("", "gb", "gib")}
     if all(_MEMORY.fullmatch(word) for word in words):

@@ -1,7 +1,7 @@
-"""A report as one HTML file: complete without scripts, offline, and without external resources.
+"""Writes a report as one HTML file: complete without scripts, offline, and without external resources.
 
-The page's own policy allows its one style sheet, its one script and pictures inside it, by their hashes. Every text is
-escaped by the template engine, and control characters are written out before.
+The page's content security policy allows only its own style sheet, script and inline pictures, by their hashes. The
+template engine escapes every text, and control characters are made visible before.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def write_html(
     """The page of a report.
 
     Args:
-        document: the same as on the terminal.
-        title: of the page.
-        names: the variants in their order, by which they have their colours and are hidden.
-        figures: pictures that follow the text, each with its table.
-        again: the commands that measure this again; empty without them.
+        document: the document, as for the terminal.
+        title: title of the page.
+        names: the variants in order, which determines their colours; the page can hide each of them.
+        figures: pictures after the text, each with its table.
+        again: commands that reproduce the run; may be empty.
     """
     numbers = svg.number_variants(names)
     named = [(escape_control_chars(name), _colour(numbers, name)) for name in numbers]
@@ -68,12 +68,12 @@ def write_html(
 
 
 def _colour(numbers: Mapping[str, int], name: str) -> str:
-    """The classes of a variant; of any other name those of the first."""
+    """The CSS classes of a variant; for an unknown name those of the first variant."""
     return f"s s{numbers.get(name, 0) % svg.COLOURS}"
 
 
 def save_html(page: str, path: str | Path) -> Path:
-    """Write a page whole or not at all. Raises `UsageError` or `InvalidRunError` where it cannot be written."""
+    """Write the complete page or nothing. Raises `UsageError` or `InvalidRunError` if it cannot be written."""
     target = Path(path)
     with (
         translate_write_errors(f"--html {target}", "Name a file in a folder that is there."),
@@ -93,7 +93,7 @@ def numbers_of(chart: Chart) -> Table:
 
 
 def _scales(table: Table) -> list[svg.Scale | None]:
-    """The scale of each column of ratios, and None for each other column."""
+    """The scale of each column of ratios, and None for all other columns."""
     return [
         svg.ratio_scale(scale_of(row.cells[place] for row in table.rows)) if head.ratio else None
         for place, head in enumerate(table.heads)
@@ -117,7 +117,7 @@ def _px(value: float) -> str:
 
 
 def _shorten(text: str, most: int = 22) -> str:
-    """A text for a picture, shortened; the table below it has all of it."""
+    """A shortened text for a picture; the table below it has the full text."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
@@ -126,7 +126,7 @@ def _kind(block: Block) -> str:
 
 
 def _finalize(value: Any) -> Any:
-    """Text from outside with its control characters visible; markup and other values as they are."""
+    """Outside text with its control characters made visible; markup and other values unchanged."""
     return escape_control_chars(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 

@@ -1,7 +1,7 @@
-"""The place of a run: one device of this machine, or jobs on several sites of it, of Ray or of SLURM.
+"""The place of a run: one device of this machine, or jobs on several sites of this machine, Ray or SLURM.
 
 The study or the command line names the place (`lorameter.studies.placement`). A plan depends on the machine, so on a
-cluster a job describes a node first.
+cluster a first job describes a node.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lorameter.studies.study import Study
 
 @dataclass(slots=True, kw_only=True)
 class Placement:
-    """One device of this machine unless it has a launcher of jobs."""
+    """One device of this machine, or the sites of a job launcher."""
 
     launcher: Launcher | None = None
     shares: tuple[Share, ...] = ()
@@ -37,7 +37,7 @@ class Placement:
     described: JobState | None = None
     """The state of a job that described a node of the cluster, if the jobs run on one."""
     ranks: int = 1
-    """Ranks of a trial; each of several has a device of its own."""
+    """Ranks of a trial; if there are several, each has its own device."""
     if_busy: IfBusy = "wait"
     """The action of a job on a cluster if its device is in use."""
 
@@ -53,32 +53,32 @@ class Placement:
 
     @property
     def machine(self) -> Machine:
-        """The machine that a plan is made for."""
+        """The machine for which a plan is made."""
         return self.facts.machine if self.is_remote else open_executor().machine()
 
     @property
     def facts(self) -> MachineFacts:
-        """The machine and what is installed there."""
+        """The machine and its installed software."""
         facts = None if self.described is None else self.described.facts
         return facts or open_executor().facts()
 
     @property
     def free_bytes(self) -> int | None:
-        """Memory that a site may take; None if it cannot be known."""
+        """Memory available to one site; None if unknown."""
         if self.described is not None:
             return self.described.free_bytes
         free = open_executor().free_bytes()
-        shared = len(self.shares) if self.shares and self.machine.device == "cpu" else 1  # a GPU has its own memory
+        shared = len(self.shares) if self.shares and self.machine.device == "cpu" else 1  # each GPU has its own memory
         return None if free is None else free // shared
 
     def timing_executor(self) -> Executor | None:
-        """An executor of this machine that can time steps for a forecast; None where trials run on other machines."""
+        """An executor of this machine that can time steps for a forecast; None if trials run on other machines."""
         return None if self.is_remote else open_executor()
 
     @contextlib.contextmanager
     def hold(self, if_busy: IfBusy) -> Iterator[bool]:
-        """Lock the devices of this machine inside the block; yields whether another run was waited for. Each job on a
-        cluster locks its own."""
+        """Lock the devices of this machine inside the block; yields whether it waited for another run. Each job on a
+        cluster locks its own device."""
         self.if_busy = if_busy
         hosts = [] if self.is_remote else [share.host for share in self.shares] or [Host()]
         with hold_devices([one for host in hosts for one in executors_of_ranks(host, self.ranks)], if_busy) as waited:
@@ -90,11 +90,11 @@ def open_placement(study: Study, runs_dir: str | None) -> Iterator[Placement]:
     """The place that a study's protocol names.
 
     Args:
-        study: whose replicates are to be measured there.
-        runs_dir: where the user has runs; a job that describes its node leaves its files there.
+        study: the study whose replicates are measured there.
+        runs_dir: the user's folder of runs; a job that describes its node writes its files there.
 
     Raises:
-        UsageError: a study that cannot be spread, no such GPU or cluster, or no such node.
+        UsageError: the study cannot be spread, or the GPU, cluster or node does not exist.
         InvalidRunError: no node answers.
     """
     place, ranks = study.protocol.place, study.workload.ranks

@@ -1,6 +1,6 @@
-"""Jobs of SLURM: each is submitted by sbatch, and squeue says which have not ended.
+"""Runs SLURM jobs: sbatch submits each job, and squeue lists the jobs that have not ended.
 
-A job takes its node alone unless it is given GPUs. All nodes must mount the file system of the runs.
+A job reserves its whole node unless it requests GPUs. All nodes must mount the file system of the runs.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from lorameter.run.sites.folder import LOG, command
 from lorameter.studies.placement import SlurmRequest, say_on
 
 TIME_MINUTES = 60
-"""Time limit of a job if `time` is not given."""
+"""Default time limit of a job."""
 QUEUE_POLL_S = 10.0
 """Seconds between two calls of squeue."""
 SETTLE_S = 60.0
-"""A job may have ended this long before its last file is visible on NFS (nfs(5), acdirmax)."""
+"""Maximum seconds between the end of a job and the visibility of its last file on NFS (nfs(5), acdirmax)."""
 TIMEOUT_S = 30.0
 _ID_FILE = "slurm-id"
 _ID = re.compile(r"[0-9]+")
 
 
 class SlurmJobs:
-    """Implements `Launcher` by sbatch."""
+    """Implements `Launcher` with sbatch."""
 
     def __init__(self, request: SlurmRequest) -> None:
-        """Raises `UsageError` where this machine submits no jobs."""
+        """Raises `UsageError` if this machine cannot submit jobs."""
         if not all(map(shutil.which, ("sbatch", "squeue", "scancel"))):
             raise UsageError(
                 f"{say_on(request.on)}: this machine has no sbatch. Start it on one that submits jobs to SLURM."
@@ -44,11 +44,11 @@ class SlurmJobs:
         self.slots = ("",) * request.sites
         self._ids: dict[Path, str] = {}
         self._queued_s: dict[Path, float] = {}
-        """When each job was last in the queue, by `time.monotonic`."""
+        """When squeue last listed each job, by `time.monotonic`."""
         self._polled_s = 0.0
 
     def start(self, folder: Path, slot: str) -> None:
-        """Submit a job. Raises `UsageError` with the message of sbatch where it refuses."""
+        """Submit a job. Raises `UsageError` with sbatch's message if it refuses."""
         words = [
             "sbatch",
             "--parsable",
@@ -78,7 +78,7 @@ class SlurmJobs:
         return {folder for folder, last_s in self._queued_s.items() if now - last_s < SETTLE_S}
 
     def why(self, folder: Path) -> str:
-        """The state in which a job ended, by sacct."""
+        """The state in which a job ended, from sacct."""
         job = self._ids[folder]
         done = _run(["sacct", "--noheader", "--parsable2", "--allocations", "--format=State", f"--jobs={job}"])
         return f"its job {job} ended{f': {state}' if (state := done.stdout.strip()) else ' without a result'}"
@@ -89,22 +89,22 @@ class SlurmJobs:
             _run(["scancel", *self._ids.values()])
 
     def close(self) -> None:
-        """Cancel what has not ended."""
+        """Cancel all jobs that have not ended."""
         self.cancel()
 
 
 def cancel_job(folder: Path) -> bool:
-    """Cancel the SLURM job of a folder; returns whether the folder is that of a SLURM job."""
+    """Cancel the SLURM job of a folder; returns whether the folder belongs to a SLURM job."""
     if not (folder / _ID_FILE).is_file():
         return False
     job = (folder / _ID_FILE).read_text()
-    if _ID.fullmatch(job):  # it becomes an argument
+    if _ID.fullmatch(job):  # it becomes a command-line argument
         _run(["scancel", job])
     return True
 
 
 def sbatch_options(passed: Mapping[str, Any]) -> list[str]:
-    """The options of sbatch for one task on one node, with those that the user gave."""
+    """The options of sbatch for one task on one node, and those of the user."""
     given = {"time": TIME_MINUTES, **passed}
     exclusive = given.pop("exclusive", "no" if {"gres", "gpus_per_node"} & given.keys() else "yes")
     alone = {"no": [], "yes": ["--exclusive"]}.get(exclusive, [f"--exclusive={exclusive}"])
@@ -113,7 +113,7 @@ def sbatch_options(passed: Mapping[str, Any]) -> list[str]:
 
 
 def _run(words: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
-    """Run a command of SLURM; one that cannot be run, or hangs, has the return code 1."""
+    """Run a SLURM command; the return code is 1 if the command cannot be run or hangs."""
     try:
         return subprocess.run(
             words, input=text, capture_output=True, text=True, errors="replace", check=False, timeout=TIMEOUT_S

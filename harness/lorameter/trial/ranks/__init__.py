@@ -1,1 +1,1 @@
-"""Trials of several ranks, which train one model together."""
+"""Trials with several ranks, which train one model together."""

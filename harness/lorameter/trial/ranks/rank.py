@@ -1,7 +1,7 @@
-"""One rank of a trial: the commands of any trial, with each step between barriers.
+"""One rank of a trial: the commands of any trial, with barriers around each step.
 
-After each step, outside its time, the ranks exchange their times and their parts of the loss. So all of them take the
-same decisions (when a warm-up has ended), and a step's time is that of the slowest.
+After each step, outside its time, the ranks exchange their times and their parts of the loss. So all of them make the
+same decisions (when a warm-up has ended), and a step's time is that of the slowest rank.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from lorameter.trial.trial import ISOLATED, Trial
 
 _TRAINED = "ranks.trained"
 PATIENCE = 0.4
-"""The timeout of an exchange, as a share of a command's time limit and less than the share of the ranks: ranks that
-wait report it, which identifies the one that hangs."""
+"""Timeout of a collective operation, as a share of a command's time limit and less than the share of the ranks: the
+ranks that wait report it, which identifies the rank that hangs."""
 
 
 class ProcessGroup:
-    """The process group of a trial's ranks, for exchanges outside of timed steps."""
+    """The process group of a trial's ranks, for communication outside of timed steps."""
 
     def __init__(self, rank: int, ranks: int, folder: Path, device: str, timeout_s: float) -> None:
-        """Join the others through a file in this folder; NCCL on a GPU, gloo on a CPU.
+        """Join the other ranks through a file in this folder; NCCL on a GPU, gloo on a CPU.
 
-        Ranks of one trial are on one machine, so gloo is kept off the network unless the user names an interface.
+        Ranks of one trial are on one machine, so gloo does not use the network unless the user names an interface.
         """
         self.rank, self.ranks = rank, ranks
         self._device = device
@@ -66,20 +66,20 @@ class ProcessGroup:
         return self._device.startswith("cuda")
 
     def barrier(self) -> None:
-        """Wait until all ranks are here, and on a GPU until its queue is empty."""
+        """Wait until all ranks have reached the barrier, and on a GPU until its queue is empty."""
         distributed.barrier()
         if self._cuda:
             torch.cuda.synchronize()
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
-        """The values of every rank, in their order; each rank passes the same number."""
+        """The values of every rank, in rank order; each rank passes the same number of values."""
         own = torch.tensor(list(values), dtype=torch.float64, device=self._device)
         gathered = [torch.empty_like(own) for _ in range(self.ranks)]
         distributed.all_gather(gathered, own)
         return [one.tolist() for one in gathered]
 
     def gather_data(self, data: Any) -> list[Any]:
-        """The data of every rank, in their order."""
+        """The data of every rank, in rank order."""
         gathered: list[Any] = [None] * self.ranks
         distributed.all_gather_object(gathered, data)
         return gathered
@@ -94,7 +94,7 @@ class RankStep(TrainStep):
 
     @contextlib.contextmanager
     def without_clipping(self) -> Iterator[None]:
-        """Take steps without clipping, so that the optimizer gets the exchanged gradients."""
+        """Run steps without clipping, so that the optimizer receives the exchanged gradients."""
         clip, self._clip = self._clip, 0.0
         try:
             yield
@@ -102,13 +102,13 @@ class RankStep(TrainStep):
             self._clip = clip
 
     def gradients(self) -> torch.Tensor:
-        """Forward and backward over this rank's part of the accumulated batches."""
+        """Run forward and backward passes over this rank's part of the accumulated batches."""
         total = torch.zeros((), device=self._device)
         for left in reversed(range(self._accumulate)):
             batch, share = self._stream.take_share()
             with exchanging(self._trainee.forward, now=not left):
                 part = self.loss(batch) * (share / self._accumulate)
-                (part * self._ranks).backward()  # gradients are averaged over ranks, and the parts add up
+                (part * self._ranks).backward()  # gradients are averaged over ranks, while the parts add up
             total += part.detach()
         return total
 
@@ -122,16 +122,16 @@ class RankTrial(Trial):
         self._isolation: list[Check] = []
         self._base_loss_whole = float("nan")
         self._laps: list[list[float]] = []
-        """The times of every rank in each step since the last turn began, in seconds."""
+        """The times of every rank in each step since the start of the last turn, in seconds."""
 
     def build(self) -> PartialRecord:
-        """Load, attach, distribute, take the first step."""
+        """Load the base, attach the adapter, distribute the model, and run the first step."""
         fragment, ranks = super().build(), self._group.ranks
         threads = float(ranks * self._request.threads)  # waiting ranks must not count as other work
         return msgspec.structs.replace(fragment, values=fragment.values | {"ranks": float(ranks), "threads": threads})
 
     def turn(self, steps: int) -> PartialRecord:
-        """`steps` timed steps; tokens are those of all ranks."""
+        """Run `steps` timed steps; tokens are those of all ranks."""
         self._laps.clear()
         fragment = super().turn(steps)
         tokens = self._group.gather([fragment.samples[key][0] for key in ("turn_tokens", "turn_padded_tokens")])
@@ -141,7 +141,7 @@ class RankTrial(Trial):
         return msgspec.structs.replace(fragment, samples=samples)
 
     def finish_training(self, steps: int | None = None) -> PartialRecord:
-        """As in any trial, with the check that the ranks have trained one adapter up to the last step."""
+        """Finish as in any trial, and check that the ranks have trained the same adapter up to the last step."""
         fragment = super().finish_training(steps)
         if fragment.status != "ok":
             return fragment
@@ -156,7 +156,7 @@ class RankTrial(Trial):
         return judge_checks(fragment, [check], self._request)
 
     def _agree(self, decision: bool) -> bool:
-        """The decision of the first rank: clocks differ, and all ranks must take the same steps."""
+        """Return the decision of the first rank: clocks differ, and all ranks must run the same steps."""
         return bool(self._group.gather([float(decision)])[0][0])
 
     def _take_step(self, meanwhile: Callable[[], object] | None = None) -> tuple[float, Lap]:
@@ -188,7 +188,7 @@ class RankTrial(Trial):
         def wrap(model: Any) -> Any:
             self._base_loss_whole = self._base_loss(model, model, stream)
             packed = stream.packed_batch()  # a rank's own rows of a step may have one record each
-            if packed is not None:  # once it is sharded, no rank can run a forward pass alone
+            if packed is not None:  # a sharded model cannot run a forward pass on a single rank
                 self._isolation = [kernels_check.probe_isolation(model, model_inputs(packed))]
             return distribute(model, self._strategy, device=request.device, repair=request.workload.repair)
 
@@ -199,7 +199,7 @@ class RankTrial(Trial):
         return RankStep(trainee, stream, self._request)
 
     def _check(self, step: Callable[[], None], required: Mapping[str, Any]) -> tuple[list[Check], dict[str, float]]:
-        """The checks of a step merged over the ranks, and those that compare ranks; the same on all of them."""
+        """The checks of a step merged over the ranks, and the checks that compare ranks; equal on all ranks."""
         model = self._built.trainee.model
         others = {path: value for path, value in required.items() if path != ISOLATED}
         shard_again(model)
@@ -214,10 +214,10 @@ class RankTrial(Trial):
         return [*merged, *judge_ranks(facts_of_all, self._strategy)], _activity(facts_of_all)
 
     def _observe(self) -> RankFacts:
-        """The caller restores the stream."""
+        """Observe the facts about this rank; the caller restores the stream."""
         trainee, stream, step = self._built.trainee, self._built.stream, self._built.step
         position = stream.position()
-        frozen = not self._request.variant.trains_base  # else biases of the base train, and its loss changes with them
+        frozen = not self._request.variant.trains_base  # otherwise biases of the base train, and its loss changes
         return observe_rank(
             trainee.model,
             step.gradients,
@@ -237,7 +237,7 @@ class RankTrial(Trial):
 
 
 def _activity(facts: Sequence[RankFacts]) -> dict[str, float]:
-    """Shares of the profiled steps: communication and waiting, the part of it that overlaps with computation, and the
+    """Shares of the profiled steps: communication and waiting, the part that overlaps with computation, and the
     imbalance of the ranks' own times."""
     shares = [one.activity for one in facts if one.activity is not None and one.activity.step_s]
     if len(shares) < len(facts):
@@ -257,14 +257,14 @@ def _activity(facts: Sequence[RankFacts]) -> dict[str, float]:
 
 def distribute(model: Any, strategy: Strategy, *, device: str, repair: Repair) -> Any:
     """Wrap `model` for training on several ranks by torch's DistributedDataParallel or FSDP2; returns the callable of
-    its forward pass. With FSDP2 each block of the model is sharded by itself and then the rest, as in its documentation
-    and in accelerate.
+    its forward pass. With FSDP2 each block of the model is sharded separately and then the rest, as in its
+    documentation and in accelerate.
 
     Args:
-        model: PEFT's, not sharded, on this rank's device, with its adapter.
+        model: the unsharded PEFT model with its adapter, on this rank's device.
         strategy: "ddp" or "fsdp2".
-        device: of this rank.
-        repair: "quant_state" sets the quantisation state of a 4-bit layer on its gathered weight, where bitsandbytes
+        device: device of this rank.
+        repair: "quant_state" sets the quantisation state of a 4-bit layer on its gathered weight, since bitsandbytes
             registers a new weight inside each forward pass.
     """
     if strategy == "ddp":
@@ -281,17 +281,17 @@ def distribute(model: Any, strategy: Strategy, *, device: str, repair: Repair) -
 
 
 def blocks_of(model: Any) -> list[Any]:
-    """The modules that the architecture does not split: its decoder layers."""
+    """The modules that the architecture does not split, which are its decoder layers."""
     kinds = set(getattr(model.get_base_model(), "_no_split_modules", None) or ())
     return [module for module in model.modules() if type(module).__name__ in kinds]
 
 
 def keep_quantisation_states() -> None:
-    """Repair bitsandbytes for FSDP2, in this process.
+    """Repair bitsandbytes for FSDP2 in this process.
 
     `fix_4bit_weight_quant_state_from_module` registers a new parameter made from the one that FSDP2 has gathered for a
-    forward pass, and changes of it are lost at the next gathering. A state that is set on the gathered parameter itself
-    is kept.
+    forward pass, and changes to the new one are lost at the next gathering. A state set on the gathered parameter
+    itself persists.
     """
     import bitsandbytes.nn.modules as modules
 
@@ -304,7 +304,7 @@ def keep_quantisation_states() -> None:
 
 @contextlib.contextmanager
 def exchanging(forward: Any, *, now: bool) -> Iterator[None]:
-    """Run a backward pass after which gradients are exchanged, or only accumulated if another one follows."""
+    """Run a backward pass that exchanges gradients at its end, or only accumulates them if another pass follows."""
     if isinstance(forward, torch.nn.parallel.DistributedDataParallel):
         with contextlib.nullcontext() if now else forward.no_sync():
             yield
@@ -314,7 +314,7 @@ def exchanging(forward: Any, *, now: bool) -> Iterator[None]:
 
 
 def shard_again(model: Any) -> None:
-    """Free parameters that a forward pass without a backward pass has left gathered."""
+    """Reshard parameters that a forward pass without a backward pass has left gathered."""
     for module in model.modules():
-        if hasattr(module, "set_requires_gradient_sync"):  # a method of modules that FSDP2 shards
+        if hasattr(module, "set_requires_gradient_sync"):  # a method of modules sharded by FSDP2
             module.reshard()

@@ -1,9 +1,9 @@
-"""Turns a part of a claim into a statistical test, and the result of the test into a sentence.
+"""Turns a part of a claim into a statistical test, and the test's result into a sentence.
 
 A metric along an axis is a table of logs, replicates × levels. Every level is divided by the study's reference, which
-lies on every axis: paired turn by turn where they took turns, else by replicate. A replicate counts only if every level
-of the axis has a trial that is ok, so that all levels are judged by the same replicates. Values are those measured,
-also where more is better: a claim says "rises" of the quantity that it names.
+lies on every axis: paired turn by turn if the trials took turns, else by replicate. A replicate counts only if every
+level of the axis has an ok trial, so that all levels are judged by the same replicates. Values are not inverted, even
+if higher is better: "rises" in a claim refers to the quantity that it names.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ if TYPE_CHECKING:
 
 Judgement = Literal["supported", "refuted", "inconclusive", "not judged"]
 LEAST_SHARED = 2
-"""Replicates, at least, that a claim is judged by."""
+"""Minimum number of replicates for judging a claim."""
 _TURNED: tuple[Rule, ...] = ("trend-down", "lowest", "best", "lowers")
-"""Rules that ask whether a ratio is small: its inverse is judged."""
+"""Rules about a small ratio: its inverse is judged."""
 _OF_EQUALITY: tuple[Rule, ...] = ("no-trend", "equal", "differs")
 _NEGATED: tuple[Rule, ...] = ("differs", "costs-at-most")
-"""Rules that state the opposite of what is tested: not within the limit, not beyond it."""
+"""Rules that state the opposite of the tested statement: not within the limit, not beyond it."""
 _SHOWN_TAIL = 0.025
 
 
 class NotJudgedError(Exception):
-    """Why a part of a claim cannot be judged, with what to do about it."""
+    """Raised if a part of a claim cannot be judged; the message has the reason and a remedy."""
 
 
 class PartResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -54,21 +54,21 @@ class PartResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     axis: str
     metric: str
     about: str = ""
-    """The ratio in words: "256 / 16"; empty where there is none."""
+    """The ratio in words, such as "256 / 16"; empty if there is none."""
     verdict: Judgement
     ratio: float | None = None
-    """With its 95 % interval, which is corrected for nothing; the verdict may rest on a wider or narrower one."""
+    """The ratio with its uncorrected 95 % interval; the verdict may use a wider or narrower one."""
     low: float | None = None
     high: float | None = None
     tolerance: float | None = None
-    """None where the rule has none."""
+    """The tolerance; None if the rule has none."""
     margin: float | None = None
     by: float | None = None
-    """The promised share."""
+    """The claimed share."""
     replicates: int = 0
-    """With every level; 0 where the part was not judged."""
+    """Replicates with every level; 0 if the part was not judged."""
     skipped: int = 0
-    """Replicates in which a level is missing."""
+    """Replicates without some level."""
     reason: str
 
 
@@ -81,61 +81,61 @@ def result_of(part: ClaimPart, verdict: Judgement, reason: str, **found: Any) ->
 
 
 def metrics_of(part: ClaimPart) -> tuple[str, ...]:
-    """The metrics that a part is about."""
+    """The metrics of a part."""
     return tuple(part.metrics) or (part.metric,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AxisTable:
-    """Logs of one metric over the reference's, replicates × levels."""
+    """Logs of one metric relative to the reference, replicates × levels."""
 
     axis: str
     title: str
-    """The metric in a sentence."""
+    """The metric as text in a sentence."""
     levels: tuple[Level, ...]
     replicates: tuple[int, ...]
     skipped: int
-    """Replicates in which some level was measured and another was not."""
+    """Replicates in which some levels were measured and others were not."""
     logs: NDArray[float64]
 
     @property
     def names(self) -> list[str]:
-        """The levels in words."""
+        """The levels as text."""
         return [say_level(level) for level in self.levels]
 
     @property
     def is_numeric(self) -> bool:
-        """Whether the levels lie along a line."""
+        """Whether the levels are numeric."""
         return all(map(is_number, self.levels))
 
     @property
     def along(self) -> str:
-        """The beginning of a sentence on the change from the first level to the last."""
+        """The beginning of a sentence about the change from the first level to the last."""
         return f"from {self.axis} {self.names[0]} to {self.names[-1]} {self.title} changes by"
 
     def keep(self, replicates: Sequence[int]) -> AxisTable:
-        """The table of these replicates only."""
+        """The table with only these replicates."""
         logs = self.logs[[self.replicates.index(replicate) for replicate in replicates]]
         skipped = self.skipped + len(self.replicates) - len(replicates)
         return dataclasses.replace(self, replicates=tuple(replicates), skipped=skipped, logs=logs)
 
     def line(self, scale: Scale) -> NDArray[float64]:
-        """The change of a straight line through the levels from the first to the last, one a replicate."""
+        """The change of a straight line through the levels, from the first to the last, for each replicate."""
         return line_change(self.logs, scores([float(level) for level in self.levels], scale))
 
     def change(self, low: int, high: int) -> NDArray[float64]:
-        """The log ratio of two levels, by their places, a replicate each."""
+        """The log ratio of two levels, given by index, for each replicate."""
         return self.logs[:, high] - self.logs[:, low]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contrast:
-    """A ratio that a part of a claim is about."""
+    """A ratio to which a part of a claim refers."""
 
     about: str
-    """Which ratio it is: "256 / 16"."""
+    """The ratio in words, such as "256 / 16"."""
     says: str
-    """The beginning of the sentence that gives it."""
+    """The beginning of the sentence about it."""
     logs: NDArray[float64]
     """Its logarithm in each replicate."""
 
@@ -148,15 +148,16 @@ class Question:
     contrasts: tuple[Contrast, ...]
     skipped: int
     context: tuple[tuple[str, NDArray[float64]], ...]
-    """Changes that the sentence begins with and that decide nothing: words, and log ratios one a replicate."""
+    """Changes at the beginning of the sentence, which do not affect the decision: a text and one log ratio per
+    replicate."""
 
     @property
     def sign(self) -> int:
-        """-1 where the inverse of each ratio is judged."""
+        """-1 if the inverse of each ratio is judged."""
         return -1 if self.part.rule in _TURNED else 1
 
     def judge(self, family: int) -> Conclusion:
-        """The conclusion, as one of so many statements that share the error rate."""
+        """The conclusion, as one of `family` statements that share the error rate."""
         import numpy as np
 
         rule, by = self.part.rule, self.part.by
@@ -166,11 +167,11 @@ class Question:
         return opposite(found) if rule in _NEGATED else found
 
     def ratio(self, conclusion: Conclusion) -> tuple[float, float | None, float | None]:
-        """The ratio that decided, with its 95 % interval; None where an end is larger than a float holds."""
+        """The ratio that decided, with its 95 % interval; None for an end beyond the range of a float."""
         return math.exp(self.sign * conclusion.estimate), *self._ends(conclusion.low, conclusion.high)
 
     def reason(self, conclusion: Conclusion) -> str:
-        """The sentence; for an open question it names the contrast that is undecided."""
+        """The sentence; if inconclusive, it names the undecided contrast."""
         begin = [f"{words} ×{_centre(values)}" for words, values in self.context]
         ratio = format_ratio(*self.ratio(conclusion))
         begin.append(f"{self.contrasts[conclusion.contrast].says} ×{ratio}")
@@ -192,10 +193,10 @@ class Question:
 
 
 def ask(part: ClaimPart, groups: Groups, study: Study, planned: Collection[str]) -> Question:
-    """The question of a part, any rule but "rises"; `planned` are the variants of the run's plan.
+    """The question of a part, for any rule except "rises"; `planned` are the variants of the run's plan.
 
-    Raises `NotJudgedError` for a loss of other tokens, for levels or a metric that were not measured, for fewer than
-    two replicates in which every level is ok, and for values that have no logarithm.
+    Raises `NotJudgedError` for losses over different tokens, for levels or a metric that were not measured, for fewer
+    than two replicates in which every level is ok, and for values without a logarithm.
     """
     axes = (part.axis, *part.against)
     tables = [_tabulate(groups, study, axis, metric, planned) for axis in axes for metric in metrics_of(part)]
@@ -212,14 +213,14 @@ def ask(part: ClaimPart, groups: Groups, study: Study, planned: Collection[str])
 
 
 def _lines(part: ClaimPart, tables: Sequence[AxisTable]) -> list[NDArray[float64]]:
-    """The line through each table; axes other than the part's own are laid out by logarithms where they have them."""
+    """The line through each table; axes other than the part's own use logarithms of their levels if possible."""
     own, *others = tables
     scales: list[Scale] = ["log" if min(map(float, table.levels)) > 0 else "linear" for table in others]
     return [own.line(part.scale), *(table.line(scale) for table, scale in zip(others, scales, strict=True))]
 
 
 def _list_contrasts(part: ClaimPart, tables: Sequence[AxisTable], study: Study) -> Iterator[Contrast]:
-    """The ratios that a part is about; where there are several, all of them must hold."""
+    """The ratios to which a part refers; if there are several, all of them must hold."""
     table, names = tables[0], tables[0].names
     places = [table.levels.index(level) for level in part.levels]
     if part.rule in ("trend-up", "trend-down", "no-trend"):
@@ -256,7 +257,7 @@ def _list_contrasts(part: ClaimPart, tables: Sequence[AxisTable], study: Study) 
 
 
 def _add_up(part: ClaimPart, tables: Sequence[AxisTable]) -> AxisTable:
-    """The weighted sum of logs, which is itself the log of a product of powers and compared as any metric."""
+    """The weighted sum of logs, which is the log of a product of powers and is compared like any metric."""
     import numpy as np
 
     weights = list(part.metrics.values())
@@ -273,7 +274,7 @@ def spoken(metric: str) -> str:
 
 
 def pair_of(part: ClaimPart, study: Study) -> tuple[str, str]:
-    """The two variants that a rule for pairs compares: the base of the ratio, and the one that the promise is about."""
+    """The two variants that a rule for pairs compares: the base of the ratio, and the variant of the claim."""
     levels = dict(study.levels(part.axis))
     before, after = part.levels or tuple(levels)
     return levels[before], levels[after]
@@ -313,12 +314,12 @@ def _tabulate(groups: Groups, study: Study, axis: str, metric: str, planned: Col
 
 
 def _is_whole(trials: Sequence[Samples], pairing: Pairing) -> bool:
-    """Whether every level was measured in a replicate; turns are paired one by one, so they must also be as many."""
+    """Whether every level was measured in a replicate; turns are paired one by one, so their numbers must be equal."""
     return all(trials) and (pairing != "turn" or len(set(map(len, trials))) == 1)
 
 
 def check_selected(axis: str, levels: Sequence[tuple[Level, str]], groups: Groups, planned: Collection[str]) -> None:
-    """Raises `NotJudgedError` for levels without a trial."""
+    """Raise `NotJudgedError` for levels without a trial."""
     absent = [(level, name) for level, name in levels if (name, "variant") not in groups]
     if not absent:
         return
@@ -329,7 +330,7 @@ def check_selected(axis: str, levels: Sequence[tuple[Level, str]], groups: Group
 
 
 def check_count(count: int, axis: str, levels: Sequence[tuple[Level, str]], groups: Groups) -> None:
-    """Raises `NotJudgedError` where fewer than two replicates have every level."""
+    """Raise `NotJudgedError` if fewer than two replicates have every level."""
     if count >= LEAST_SHARED:
         return
     for level, name in levels:
@@ -365,7 +366,7 @@ def _centre(values: NDArray[float64]) -> str:
 
 
 def _needed(conclusion: Conclusion) -> str:
-    """The replicates that would decide an inconclusive part, in words."""
+    """The replicates that would decide an inconclusive part, as text."""
     if conclusion.status != "inconclusive":
         return ""
     count = conclusion.replicates_needed
@@ -440,4 +441,5 @@ _WORDS: dict[Rule, tuple[str, str, str, str]] = {
         "open whether it is larger than along every other axis",
     ),
 }
-"""A conclusion in words: supported, refuted, decided by equality (whichever way), open; `{limit}` is the rule's."""
+"""Sentences for a conclusion: supported, refuted, decided by equality (in either sense), inconclusive; `{limit}` is the
+rule's limit."""
