@@ -1,11 +1,10 @@
-"""Standard streams whose other end can go away, for every program of this distribution.
+"""Standard streams whose reader may go away, for all programs of this distribution.
 
-Standard error carries notices. A reader that is gone (a closed terminal, a full disk, a suspended pager) must neither
-end nor hold up the measurement, which may have run for hours: what cannot be written there is dropped.
+Standard error carries notices. If its reader is gone (a closed terminal, a full disk, a suspended pager), the
+measurement, which may have run for hours, must neither end nor wait: text that cannot be written is dropped.
 
-Standard output carries the result. Where its reader has seen enough (`| head -1`), the program ends at once, without a
-message, with the exit code that a shell gives to a process that SIGPIPE killed. Any other reason why the result cannot
-be written is reported.
+Standard output carries the result. If its reader closes the pipe (`| head -1`), the program ends at once, without a
+message, with the exit code of a process killed by SIGPIPE. Any other write error is reported.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from typing import Any
 EXIT_CLOSED_PIPE = 141
 """128 + SIGPIPE: the exit code of `git log` in `git log | head -1`."""
 EXIT_UNWRITABLE = 4
-"""The exit code of what could not be done on this machine."""
+"""The exit code for an operation that is not possible on this machine."""
 
 
 class BrokenOutputError(BaseException):
-    """Nothing more can be written to standard output; a BaseException, since it is no defect of the program."""
+    """Standard output cannot be written; a BaseException, since it is not a defect of the program."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(error.strerror)
@@ -34,7 +33,7 @@ class BrokenOutputError(BaseException):
 
 
 class CapturedStdout:
-    """A text stream that drops what cannot be written and remembers why, so that the measurement comes to its end."""
+    """A text stream that drops text that cannot be written and stores the error, so that the measurement completes."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -44,22 +43,22 @@ class CapturedStdout:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write all of the text; characters that the encoding lacks as escape sequences."""
+        """Write the whole text; unencodable characters become escape sequences."""
         self._try(self._write, text)
         return len(text)
 
     def writelines(self, lines: list[str]) -> None:
-        """Write one after the other."""
+        """Write lines one after the other."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """Write out the buffer."""
+        """Flush the buffer."""
         self._try(self._stream.flush)
 
     def drain(self) -> None:
-        """Discard the buffer: the interpreter would write it out at its end, and exit with 120."""
-        with contextlib.suppress(OSError, ValueError):  # no file behind it
+        """Discard the buffer: otherwise the interpreter would write it at exit, and exit with 120."""
+        with contextlib.suppress(OSError, ValueError):  # no underlying file
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
@@ -79,7 +78,7 @@ class CapturedStdout:
 
 
 class Result(CapturedStdout):
-    """A stream that must be written. Raises `BrokenOutputError` where it cannot."""
+    """A stream that must be written. Raises `BrokenOutputError` if it cannot."""
 
     def _try(self, action: Callable[..., object], *given: str) -> None:
         super()._try(action, *given)
@@ -88,11 +87,11 @@ class Result(CapturedStdout):
 
 
 PATIENCE_S = 10.0
-"""How long the reader of notices may pause before it counts as gone."""
+"""Seconds for which the reader of notices may pause before it counts as gone."""
 
 
 class BestEffortStderr(CapturedStdout):
-    """A stream that also drops what its reader leaves in a full pipe for longer than ``PATIENCE_S``."""
+    """A stream that also drops text if its reader leaves the pipe full for longer than ``PATIENCE_S``."""
 
     def _try(self, action: Callable[..., object], *given: str) -> None:
         if self._is_read():
@@ -101,7 +100,7 @@ class BestEffortStderr(CapturedStdout):
             self.drain()
 
     def _is_read(self) -> bool:
-        """Whether there is room for more, now or soon. A stream without a file always has."""
+        """Whether the stream accepts text now or soon. A stream without a file always does."""
         try:
             number = self._stream.fileno()
         except (OSError, ValueError, AttributeError):
@@ -112,10 +111,10 @@ class BestEffortStderr(CapturedStdout):
 
 
 def with_streams(name: str, program: Callable[[], int]) -> int:
-    """Run a program on the standard streams of this process, and return its exit code or that of a lost output.
+    """Run a program on the standard streams of this process; returns its exit code, or the code for lost output.
 
     Args:
-        name: of the program, for its message.
+        name: name of the program, for messages.
         program: returns its exit code.
     """
     _open_closed()
@@ -137,15 +136,15 @@ def with_streams(name: str, program: Callable[[], int]) -> int:
 
 
 def _open_closed() -> None:
-    """Open streams that were closed from the start (`>&-`) on the null device: the next file to be opened would take
-    their number, and a library would print into it."""
+    """Open streams that were closed at the start (`>&-`) on the null device: otherwise the next opened file would get
+    their number, and libraries would print into it."""
     if None not in (sys.stdin, sys.stdout, sys.stderr):
         return
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor
     for stream, number in (("stdout", 1), ("stderr", 2)):
         if getattr(sys, stream) is None:
             setattr(sys, stream, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115

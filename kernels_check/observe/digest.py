@@ -1,7 +1,7 @@
-"""Whether a base has changed, by fingerprints of all that it holds, and in how many bits its bytes are kept.
+"""Detects changes of a base by fingerprints of all its tensors, and counts its bytes by number of bits.
 
-The fingerprint of a tensor is taken where it lies, and is the same on each device: its 64-bit words are mixed,
-multiplied with odd random numbers that belong to their place in a row, and summed by row; the sums are hashed.
+The fingerprint of a tensor is computed on its device, and is the same on all devices: its 64-bit words are mixed,
+multiplied by odd random numbers that depend on the position in a row, and summed by row; the sums are hashed.
 """
 
 from __future__ import annotations
@@ -32,36 +32,36 @@ from kernels_check.observe.base import (
 from kernels_check.observe.modules import NO_MEMORY, ModelTree, has_memory
 
 _WORDS = 1024
-"""In a row."""
+"""Words in a row."""
 _ROW_BYTES = _WORDS * 8
 _ROWS = 1024
-"""In a block, which is small enough for the caches of a CPU."""
+"""Rows in a block, which is small enough for CPU caches."""
 _SHIFT = 29
-"""Brings down the highest bits, pairs of which would cancel in a sum of products. It is no distance of two lanes of a
-word, such as 8, 16 or 32, at which all elements may have been changed alike, as by a negation."""
+"""Moves the highest bits down, pairs of which would cancel in a sum of products. It is not a distance between lanes of
+a word, such as 8, 16 or 32, at which an operation such as a negation changes all elements alike."""
 _SEED = 20_240_229
 
 
 class Fingerprinter:
-    """Takes fingerprints, and each tensor's only once, however many names it has."""
+    """Computes fingerprints, for each tensor only once, however many names it has."""
 
     def __init__(self) -> None:
         self._weights: dict[torch.device, Tensor] = {}
         self._taken: dict[object, tuple[Tensor, str]] = {}
         self.bytes = 0
-        """Of all memory that was read."""
+        """Total bytes of memory read."""
 
     def __call__(self, tensor: Tensor) -> str:
-        """Fingerprint type, shape and bytes of a dense tensor, in the order of its elements.
+        """Fingerprint dtype, shape and bytes of a dense tensor, in the order of its elements.
 
         Raises:
-            Exception: it cannot be read.
+            Exception: the tensor cannot be read.
         """
         if not has_memory(tensor):
             raise ValueError(NO_MEMORY)
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if place not in self._taken:
-            self._taken[place] = (tensor, self._take(tensor))  # kept alive, so that nothing else comes to lie there
+            self._taken[place] = (tensor, self._take(tensor))  # kept alive, so that its memory is not reused
             self.bytes += tensor.numel() * tensor.element_size()
         return self._taken[place][1]
 
@@ -74,7 +74,7 @@ class Fingerprinter:
         return blake2b(f"{tensor.dtype} {tuple(tensor.shape)} {sums}".encode()).hexdigest()
 
     def _sum(self, rows: Tensor) -> Tensor:
-        """For each row, the sum of its mixed words, each times an odd random number that belongs to its place."""
+        """For each row, the sum of its mixed words, each times the odd random number of its position."""
         words = (rows if rows.storage_offset() % 8 == 0 else rows.clone()).view(torch.int64)
         mixed = words >> _SHIFT
         mixed &= (1 << 64 - _SHIFT) - 1
@@ -90,7 +90,8 @@ class Fingerprinter:
 
 
 ROUNDINGS = 4
-"""Units in the last place of the largest weight that a few merges and their undoing leave at most; one in the mean."""
+"""Maximum difference that a few merges and unmerges leave, in units in the last place of the largest weight; one unit
+in the mean."""
 _SHARDED = "DTensor"
 
 
@@ -101,9 +102,9 @@ class Hashed:
     fingerprint: str
     kind: Kind = "parameter"
     owner: str = ""
-    """Name of the tensor that it is a part of."""
+    """Name of the tensor of which it is a part."""
     tensor: Tensor | None = field(default=None, compare=False, repr=False)
-    """The tensor itself: a cast replaces it by another, and writing in place changes it."""
+    """The tensor itself: a cast replaces it by another, and an in-place write changes it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,32 +112,32 @@ class DigestDifference:
     """Names of the parts of a base that differ between two digests."""
 
     changed: tuple[str, ...] = ()
-    """Parts that training on this base later depends on."""
+    """Parts whose change affects later training on this base."""
     cast: tuple[str, ...] = ()
-    """The same values in another type."""
+    """Parts with the same values in another dtype."""
     rounded: tuple[str, ...] = ()
-    """Weights that PEFT merged the adapter into and out of again, as far as rounding explains the difference."""
+    """Weights that PEFT merged and unmerged, if rounding explains the difference."""
     caches: tuple[str, ...] = ()
     """Buffers that are not saved with the model."""
     incomparable: tuple[str, ...] = ()
-    """Parts of tensors that were sharded in one and whole in the other."""
+    """Parts of tensors that were sharded in one digest and unsharded in the other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Digest:
-    """Fingerprints of a base, every byte of it."""
+    """Fingerprints of every byte of a base."""
 
     parts: Mapping[str, Hashed]
     total_bytes: int
-    """Of all memory that was read; what several layers share counts once."""
+    """Bytes of all memory read; memory shared by several layers counts once."""
     unseen: Mapping[str, str]
     """Parts whose bytes could not be read, with the reason."""
     sharded: frozenset[str]
-    """Tensors that are sharded: this process holds a part."""
+    """Names of sharded tensors, of which this process holds a part."""
     packed: bool
-    """Whether a 4-bit weight was in the layout that bitsandbytes makes for a CPU."""
+    """Whether a 4-bit weight was in bitsandbytes' CPU layout."""
     mismatched: Mapping[str, str] = field(default_factory=dict)
-    """4-bit layers whose weight has another layout than its quantisation state describes, with the reason."""
+    """4-bit layers whose weight layout differs from that of the quantisation state, with the reason."""
 
     def since(self, before: Digest) -> DigestDifference:
         """The difference from an earlier digest of the same model."""
@@ -176,7 +177,7 @@ def digest(tree: ModelTree) -> Digest:
                 raise ValueError("it lies on the meta device")
             tensor = part.value.detach()
             parts[part.name] = Hashed(fingerprint=take(tensor), kind=part.kind, owner=part.owner, tensor=tensor)
-        except Exception as error:  # of an unknown kind: it is unseen, and nothing else is lost
+        except Exception as error:  # an unexpected error makes only this part unseen
             if part.kind != "cache":
                 unseen[part.name] = str(error) or type(error).__name__
     states = list(_states(tree))
@@ -199,20 +200,20 @@ def _states(tree: ModelTree) -> Iterator[tuple[str, nn.Module, Any, Any]]:
 
 
 def _difference(old: Hashed | None, new: Hashed | None) -> str:
-    """Distinguish training from what a forward does to a part: a cast, and rounding where PEFT merges."""
+    """Distinguish training from changes in a forward pass: a cast, and rounding by PEFT's merging."""
     if old is None or new is None or old.tensor is None or new.tensor is None:
         return "changed"
     take = Fingerprinter()
     one, other = old.tensor, new.tensor
     if not has_memory(one) or one.data_ptr() == other.data_ptr() or take(one) != old.fingerprint:
-        return "changed"  # written to, whatever else
+        return "changed"  # written to
     if one.dtype != other.dtype:
         return "cast" if take(one.to(other.dtype)) == new.fingerprint else "changed"
     return "rounded" if old.kind == "merged" and _is_rounded(one, other) else "changed"
 
 
 def _is_rounded(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors differ by no more than the rounding of some sums and differences."""
+    """Whether two tensors differ by at most the rounding of a few sums and differences."""
     if one.shape != other.shape or not one.is_floating_point() or not one.numel():
         return False
     exact, eps = one.double(), torch.finfo(one.dtype).eps
@@ -222,29 +223,29 @@ def _is_rounded(one: Tensor, other: Tensor) -> bool:
 
 
 _PLACE = re.compile(r"\.\d+(?=\.)")
-"""The number of a layer or of an expert."""
+"""The number of a layer or an expert."""
 
 
 @dataclass(slots=True)
 class WeightBits:
-    """The bytes of a base as they are stored here, scales included; memory that several layers share counts once."""
+    """The bytes of a base as stored here, including scales; memory shared by several layers counts once."""
 
     bytes_of: Counter[int | None] = field(default_factory=Counter)
-    """By bits of the weights they keep; None where they are unknown."""
+    """Bytes by the number of bits of the weights; None if unknown."""
     largest: Counter[tuple[int | None, str]] = field(default_factory=Counter)
-    """Bytes by bits and a name in which the numbers of layers are left out, with the type."""
+    """Bytes by bits and by a name without layer numbers, with the dtype."""
 
     def share(self, bits: int | None) -> float:
         """Share of all bytes."""
         return self.bytes_of[bits] / (self.bytes_of.total() or 1)
 
     def others(self, bits: int | None) -> list[tuple[str, int]]:
-        """Parts that are stored in other bits, the largest first, with their bytes."""
+        """Parts with another number of bits, the largest first, with their bytes."""
         return [(name, size) for (found, name), size in self.largest.most_common() if found != bits]
 
 
 def take_census(tree: ModelTree) -> WeightBits:
-    """Count the bytes of everything that the base saves, by the layer that holds it."""
+    """Count the bytes of everything that the base saves, by layer."""
     census, seen = WeightBits(), set[object]()
     parts = [part for part in base_state(tree) if part.kind != "cache"]
     packing = {id(part.layer) for part in parts if part.kind == "quantisation" or _key(part) in PACKED}
@@ -265,7 +266,7 @@ def take_census(tree: ModelTree) -> WeightBits:
 
 
 def _bits_of(part: BaseTensor, tree: ModelTree, *, packed: bool) -> int | None:
-    """In how many bits a part is kept: that of a layer that packs its weight as the weight is, scales included."""
+    """The number of bits of a part; scales count as the weight of a layer that packs it."""
     key, value = _key(part), part.value
     if packed and key != "bias":
         weight = next((name for name in WEIGHTS if name in part.layer._parameters), "weight")

@@ -1,11 +1,12 @@
-"""Records a step by torch's profiler and reduces it to what the judges need, such as what its optimizers wrote.
+"""Records a step with torch's profiler and extracts what the judges need, such as the writes of its optimizers.
 
-``profile.events()`` makes an object of some forty attributes of every record, which takes longer than the steps of a
-small model. So the profiler's own tree is read. Fewer than a tenth of its records matter, so names come first.
+``profile.events()`` makes an object with about forty attributes for every record, which takes longer than the steps of
+a small model. So the profiler's own tree is read. Less than a tenth of its records matter, so they are first filtered
+by name.
 
-Each operator that writes inside an optimizer's step is kept with the tensors that it wrote, and each parameter that
-had a gradient is asked which of them wrote it. What clips gradients or counts steps writes no parameter. The backward
-pass of a closure is left out.
+Each operator that writes inside an optimizer's step is kept with the tensors that it wrote, and is then matched with
+the parameters that had a gradient. Operators that clip gradients or count steps write no parameters. The backward pass
+of a closure is left out.
 """
 
 from __future__ import annotations
@@ -51,26 +52,26 @@ from kernels_check.rules import attention_backend, classify
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerSeen:
-    """One optimizer that stepped, as it was after its last watched step."""
+    """One optimizer that stepped, in its state after its last watched step."""
 
     classes: tuple[str, ...]
     """Qualified names of its class and every base class, the class first."""
     learning_rates: tuple[float, ...]
     parameters: frozenset[int]
-    """Identities of the parameters it updates."""
+    """Ids of the parameters that it updates."""
     state_bytes: int
     paged_bytes: int
-    """Bytes of the state tensors that really live in paged (managed) memory."""
+    """Bytes of the state tensors that are actually in paged (managed) memory."""
     claims_paged: bool
-    """The optimizer's own flag, which stays true where nothing is paged."""
+    """The optimizer's own flag, which is true even if nothing is paged."""
     fused_requested: bool | None
     on_cpu: bool
 
 
 def describe(optimizer: Any) -> OptimizerSeen:
-    """Read an optimizer as it is now."""
+    """Read the current state of an optimizer."""
     parameters = [value for group in optimizer.param_groups for value in group["params"]]
-    # Quantisation maps are shared between the states of many parameters: count each tensor once.
+    # Parameters share quantisation maps: count each tensor once.
     tensors = {id(value): value for state in optimizer.state.values() for value in _tensors(state)}.values()
     size = {id(value): value.numel() * value.element_size() for value in tensors}
     return OptimizerSeen(
@@ -91,7 +92,7 @@ def class_names(optimizer: Any) -> tuple[str, ...]:
 
 
 def rate_of(group: Any) -> float:
-    """Learning rate of one group; 1 for an optimizer that has none since it adapts the rate itself."""
+    """Learning rate of one group; 1 for an optimizer without a rate, which adapts it itself."""
     try:
         return abs(float(group.get("lr", 1.0)))
     except (TypeError, ValueError, RuntimeError):
@@ -107,10 +108,10 @@ LIBRARY_UPDATE = "bitsandbytes::optimizer"
 KINDS = (("aten::_fused_", "fused"), ("aten::_foreach_", "foreach"), (LIBRARY_UPDATE, "bitsandbytes"))
 UNSEEN = "unseen"
 _PRECEDENCE = ("fused", "bitsandbytes", "foreach", "loop")
-"""Of a parameter that several kinds have written."""
+"""Precedence of the kinds if several have written one parameter."""
 
 Identity = tuple[int, int]
-"""Addresses of a tensor and of its storage; 0 for what has none."""
+"""Addresses of a tensor and of its storage; 0 for a missing one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,22 +130,22 @@ class GroupSeen:
     """Class of the optimizer, by its short name."""
     index: int
     has_fused: bool
-    """Whether its class takes a switch ``fused`` at all."""
+    """Whether its class has an argument ``fused``."""
     built_with: bool
-    """Whether it was built with that switch on, whatever the group says now."""
+    """Whether it was built with ``fused``, regardless of the group's current value."""
     parameters: tuple[Identity, ...]
-    """Those that had a gradient."""
+    """Parameters that had a gradient."""
 
 
 def writes(name: str) -> bool:
-    """Whether an operator of this name writes its first argument, or is a library's update."""
+    """Whether an operator of this name writes its first argument, or is an update of a library."""
     return (name.startswith("aten::") and name.endswith("_")) or name.startswith(LIBRARY_UPDATE)
 
 
 def identity(tensor: Tensor) -> Identity:
     """Identity of a tensor in this process."""
     storage = 0
-    with suppress(RuntimeError):  # a sparse or opaque tensor has no storage; it is known by its address alone
+    with suppress(RuntimeError):  # a sparse or opaque tensor has no storage and is identified by its address only
         storage = tensor.untyped_storage().data_ptr()
     return int(tensor._cdata), storage
 
@@ -153,8 +154,8 @@ def groups_of(optimizer: Any, before: Collection[int] = ()) -> tuple[GroupSeen, 
     """The groups of an optimizer, right after its step.
 
     Args:
-        optimizer: it.
-        before: identities of the parameters that had a gradient before the step.
+        optimizer: the optimizer.
+        before: ids of the parameters that had a gradient before the step.
     """
     return tuple(
         GroupSeen(
@@ -171,16 +172,17 @@ def groups_of(optimizer: Any, before: Collection[int] = ()) -> tuple[GroupSeen, 
 
 
 def updated_by(groups: Sequence[GroupSeen], written: Iterable[Write]) -> list[Counter[str]]:
-    """For each group, how many of its parameters were updated by each kind; ``unseen`` where none is known."""
+    """For each group, the number of its parameters updated by each kind of operator; ``unseen`` if the operator is
+    unknown."""
     kinds: dict[int, str] = {}
-    """By address, and by that of the storage with the other sign."""
+    """By address, and by the negative address of the storage."""
     for one in written:
         kind = next((kind for prefix, kind in KINDS if one.op.startswith(prefix)), "loop")
         for key in {key for address, storage in one.tensors for key in (address, -storage)}:
             kinds[key] = min(kind, kinds.get(key, kind), key=_PRECEDENCE.index)
     alone = Counter(storage for _, storage in {one for group in groups for one in group.parameters})
     counts, counted = [], set[Identity]()
-    for group in groups:  # an optimizer that wraps another has the same parameters
+    for group in groups:  # an optimizer that wraps another one has the same parameters
         own = [one for one in group.parameters if one not in counted]
         by_storage = (kinds.get(-storage, UNSEEN) if storage and alone[storage] == 1 else UNSEEN for _, storage in own)
         counts.append(Counter(kinds.get(address, other) for (address, _), other in zip(own, by_storage, strict=True)))
@@ -202,25 +204,25 @@ class StepProfile:
     fourbit: tuple[Product, ...] = ()
     """Products with a 4-bit weight, in the forward pass or recomputed for the backward pass."""
     products: tuple[Product, ...] = ()
-    """All others of the forward pass."""
+    """All other products of the forward pass."""
     mixing: frozenset[int] = frozenset()
     """Numbers of the module calls of the forward pass with a batched product, or a softmax of at least 3 dimensions."""
     reductions: frozenset[int] = frozenset()
-    """The same with a sum or an exponential, from which attention could be written out element by element."""
+    """The same for module calls with a sum or an exponential, from which attention could be written out elementwise."""
     writes: tuple[Write, ...] = ()
-    """What wrote tensors inside the steps of optimizers."""
+    """Operators that wrote tensors inside optimizer steps."""
     kernels: Mapping[str, int] = field(default_factory=dict)
     """Launches of each kernel rule (see ``rules``); empty without CUDA."""
     compiled_regions: int = 0
     """Regions of torch.compile that were entered in either pass."""
     compiler_lookups: int = 0
-    """Look-ups in the compiler's cache; without a compiled region they mean that the code ran eagerly after all."""
+    """Look-ups in the compiler's cache; without a compiled region they mean that the code ran eagerly."""
     entered: tuple[int | None, ...] = ()
-    """For each region of the forward pass the module call that it was entered in; None outside the model."""
+    """For each region of the forward pass, the module call in which it was entered; None outside the model."""
     eager: frozenset[int] = frozenset()
-    """Numbers of the module calls in which products or attention of the forward pass ran outside of any region."""
+    """Numbers of the module calls in which products or attention of the forward pass ran outside all regions."""
     missing: str | None = None
-    """Why nothing was recorded, so that whatever rests on operators is unknown."""
+    """Why nothing was recorded, so that all properties based on operators are unknown."""
 
 
 AROUND = "a profiler of the program runs around this check, which another would end"
@@ -228,7 +230,7 @@ INSIDE = "the step runs a profiler of its own, which ends any other"
 
 
 class ProfilerRecording:
-    """A profile between two moments of a program, such as those around a call; of all threads, with shapes."""
+    """A profile between two moments of a program, such as around a call; of all threads, with shapes."""
 
     def __init__(self) -> None:
         _let_forks_end()
@@ -239,13 +241,13 @@ class ProfilerRecording:
         self._profile = profile(activities=activities, record_shapes=True, **everywhere)
         self._another = False
         self.lasted = False
-        """Whether it recorded to its end, and no other profiler was started since."""
+        """Whether it recorded to its end, and no other profiler was started since then."""
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Record until the end of the block; a profiler that the program starts meanwhile ends this one and continues.
+        """Record until the end of the block; a profiler that the program starts during it ends this one and continues.
 
-        Stopping this one then would end that of the program and take what it has recorded, so that it is let be.
+        Stopping this recording would then end the program's profiler and take its records, so it is not stopped.
         """
         profiler: Any = torch.autograd.profiler
         enable = profiler._enable_profiler
@@ -268,7 +270,7 @@ class ProfilerRecording:
                         self._profile.stop()
 
     def profile(self) -> StepProfile:
-        """The recorded step, where recording ``lasted`` to its end."""
+        """The recorded step, if the recording ``lasted`` to its end."""
         results: Any = self._profile.profiler
         recorded = results.kineto_results
         operators, written = read_events(recorded.experimental_event_tree())
@@ -282,7 +284,7 @@ class ProfilerRecording:
             products=tuple(plain_products(operators)),
             mixing=frozenset(
                 call
-                for call, one in forward  # a router or a projection takes its softmax over fewer dimensions
+                for call, one in forward  # a router or a projection has a softmax over fewer dimensions
                 if one.name in BATCHED_PRODUCTS or (one.name in SOFTMAX and len(one.shape(0)) >= 3)
             ),
             reductions=frozenset(call for call, one in forward if one.name in REDUCTIONS),
@@ -302,10 +304,10 @@ class ProfilerRecording:
 
 @cache
 def _let_forks_end() -> None:
-    """Let processes that are forked from here end.
+    """Let processes that are forked from now on terminate.
 
-    The profiler leaves a thread behind, which a fork does not have, and the clean-up of the C++ libraries at its end
-    would wait for that thread for ever: ``_exit`` with the same status comes before it.
+    The profiler leaves a thread behind, which a fork does not have, and the clean-up of the C++ libraries at the fork's
+    end would wait for that thread forever, so ``_exit`` with the same status is called before it.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "on_exit"):  # glibc
@@ -313,7 +315,7 @@ def _let_forks_end() -> None:
 
 
 def is_recording() -> bool:
-    """Whether a profiler runs already, which another would end."""
+    """Whether a profiler is already running, which another one would end."""
     return bool(torch.autograd.profiler._is_profiler_enabled) or torch._C._autograd._profiler_enabled()
 
 
@@ -332,17 +334,17 @@ def quiet_kineto() -> Iterator[None]:
 
 
 def read_events(roots: Iterable[Any]) -> tuple[list[Operator], list[Write]]:
-    """Operators that matter, in the order in which they began, and the writes inside the steps of optimizers.
+    """Relevant operators in the order of their begin, and the writes inside optimizer steps.
 
-    Each operator is linked to the innermost one around it, and to the innermost call of a module. One that is written
-    in Python, or that autocast calls anew with other inputs, is recorded twice, one record inside the other: the outer
-    is kept, with the inputs of the inner.
+    Each operator is linked to the innermost operator around it, and to the innermost module call. An operator that is
+    written in Python, or that autocast calls again with other inputs, is recorded twice, one record inside the other:
+    the outer one is kept, with the inputs of the inner one.
 
     Args:
-        roots: of the profiler's tree of events.
+        roots: roots of the profiler's event tree.
     """
     operators, written = list[Operator](), list[Write]()
-    # With each record: whether only ranges of the program lie around it, and whether one is an optimizer's step.
+    # With each record: whether only user ranges are around it, and whether one of them is an optimizer's step.
     in_order = sorted(roots, key=lambda event: (event.start_tid, event.start_time_ns), reverse=True)
     waiting: list[tuple[Any, Operator | None, int | None, str]]
     waiting = [(event, None, None, "range") for event in in_order]
@@ -364,7 +366,7 @@ def read_events(roots: Iterable[Any]) -> tuple[list[Operator], list[Write]]:
             if place == "update" and writes(name):
                 given = event.extra_fields.inputs[: None if name.startswith(LIBRARY_UPDATE) else 1]
                 written.append(Write(op=name, tensors=tuple(_recorded(given))))
-                continue  # what it calls inside is nothing of the model's
+                continue  # inner calls do not belong to the model
             place = "elsewhere"
         children = event.children
         if children:
@@ -373,7 +375,7 @@ def read_events(roots: Iterable[Any]) -> tuple[list[Operator], list[Write]]:
 
 
 def _is_range(event: Any) -> bool:
-    """Whether it is a range that a program opened, and not an operator, a backward pass or the call of a module."""
+    """Whether it is a range opened by the program, instead of an operator, a backward pass or a module call."""
     if event.name.startswith((MARK, BACKWARD_ROOT, "aten::")):
         return False
     return getattr(getattr(event.extra_fields, "scope", None), "name", "") == "USER_SCOPE"
@@ -388,6 +390,6 @@ def _recorded(inputs: Iterable[Any]) -> Iterator[Identity]:
 
 
 def _is_kernel(event: Any) -> bool:
-    """Whether it ran on the device, and is neither a user's annotation nor a record of memory."""
+    """Whether it ran on the device and is neither a user annotation nor a memory record."""
     marked = event.is_user_annotation() or event.is_hidden_event() or event.name().startswith("[")
     return event.device_type() == DeviceType.CUDA and not marked

@@ -1,14 +1,14 @@
-"""The meter that a script imports: a callback of transformers' Trainer, and the same for any loop.
+"""The meter that a script imports: a callback for transformers' Trainer, and an equivalent for any loop.
 
     trainer = Trainer(..., callbacks=[Meter()])                  for batch in Meter(model).steps(loader):
 
-What it measures becomes a run on disk, as `lorameter run` leaves one, and its report is printed at the end. A training
-that is wrapped (`lorameter wrap`), or that takes turns with others, is reported to those instead.
+It writes its measurements as a run, like `lorameter run`, and prints the report at the end. A training that is wrapped
+(`lorameter wrap`), or that takes turns with others, is reported to the parent process instead.
 
-Callbacks of transformers' Trainer mark where a step begins and ends, and what else the Trainer does. The Trainer
-fetches the batches of a step before it reports that the step begins, so its `get_batch_samples` is timed, on this one
-trainer, from the beginning of its training to its end. It logs, evaluates and saves after it has reported the end of a
-step: evaluation and saving are phases of their own.
+Callbacks of transformers' Trainer mark the begin and end of steps and the other work of the Trainer. The Trainer
+fetches the batches of a step before it reports the begin of the step, so the meter also times its `get_batch_samples`,
+on this trainer only, from the begin of its training to its end. The Trainer logs, evaluates and saves after it has
+reported the end of a step: evaluation and saving are separate phases.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lorameter.attach.steps import Steps
 from lorameter.records.store import ENV_RUNS
 
 BATCHES = "get_batch_samples"
-"""The method of a Trainer that fetches the batches of a step; without it the wait for data and tokens are unknown."""
+"""The Trainer method that fetches the batches of a step; without it, the wait for data and the tokens are unknown."""
 
 
 Batch = TypeVar("Batch")
@@ -41,8 +41,8 @@ _END = object()
 
 
 class Meter(TrainerCallback):
-    """Follows one training of this process, the first that begins: a Trainer's, by whose events it is called, or a
-    loop's. It changes nothing of it, and an error of the meter does not end it."""
+    """Measures one training of this process, the first that begins: a Trainer's, as its callback, or a loop's. It does
+    not change the training, and an error of the meter does not end it."""
 
     def __init__(
         self,
@@ -52,16 +52,16 @@ class Meter(TrainerCallback):
         require: Mapping[str, Any] | None = None,
         report: bool = True,
     ) -> None:
-        """Nothing is measured before the training begins.
+        """Measures nothing before the training begins.
 
         Args:
-            model: of a loop: the module that is called; without it the model is not seen (a Trainer gives its own).
+            model: for a loop: the module that is called; without it the model is unknown (a Trainer provides its own).
             runs_dir: where the run is written; None: $LORAMETER_RUNS, else ./.lorameter/runs.
-            require: paths of kernels_check that a step must have, which is checked after the warm-up.
+            require: kernels_check paths that a step must have, checked after the warm-up.
             report: whether the report is printed when the training has ended.
         """
         named = runs_dir or os.environ.get(ENV_RUNS)
-        self._runs_dir = None if named is None else Path(named).absolute()  # a script may change its folder
+        self._runs_dir = None if named is None else Path(named).absolute()  # a script may change its working folder
         self._report = report
         self._required = dict(require or {})
         self._model = weakly(model)
@@ -83,7 +83,7 @@ class Meter(TrainerCallback):
     # --- a Trainer ----------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Everything is set up, and no batch has been fetched."""
+        """Called after the setup, before the first batch is fetched."""
         self.detach()
         self._steps = ErrorGuard().run(self._begin, args, state, kwargs.get("model"))
 
@@ -114,47 +114,47 @@ class Meter(TrainerCallback):
             self._steps.phase(phase)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The batches of a step are there."""
+        """Called when the batches of a step are loaded."""
         if self._steps is not None:
             self._steps.phase("train")
             self._steps.open_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A step is over. The flow of the Trainer has decided by now what it does next."""
+        """Called at the end of a step. By now the Trainer has decided what it does next."""
         if self._steps is not None:
             self._steps.end_step()
             self.on_epoch_end(args, state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An epoch is over, after which the Trainer may evaluate or save."""
+        """Called at the end of an epoch, after which the Trainer may evaluate or save."""
         if control.should_evaluate or control.should_save:
             self._enter("evaluate" if control.should_evaluate else "save")
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A batch of an evaluation is done; the evaluation may not have been announced."""
+        """Called after a batch of an evaluation, whose begin may not have been reported."""
         self._enter("evaluate")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An evaluation is over; whether its result is worth saving is decided after this."""
+        """Called after an evaluation; the Trainer decides after this whether to save."""
         saves = control.should_save or getattr(args.save_strategy, "value", args.save_strategy) == "best"
         self._enter("save" if saves else "train")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Saving is over."""
+        """Called after saving."""
         self._enter("train")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Training has ended."""
+        """Called at the end of training."""
         self.detach()
         self.end()
 
     # --- a loop -------------------------------------------------------------------------------------------------------
 
     def steps(self, batches: Iterable[Batch], *, accumulation: int = 1) -> Iterator[Batch]:
-        """The batches of a loader, for a loop that updates once every `accumulation` of them: each such group is a
-        step, and an incomplete one at the end is none.
+        """Iterate over the batches of a loader, for a loop that updates once every `accumulation` batches: each such
+        group is a step, and an incomplete group at the end is not a step.
 
-        The wait for a batch is measured separately. It may be called again, as once an epoch.
+        The wait for a batch is measured separately. Call it again for every epoch.
         """
         if not self._begun:
             self._begun = True
@@ -185,11 +185,11 @@ class Meter(TrainerCallback):
             steps.break_off()
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """The block evaluates: it is in no step's time, and its peak of memory is one of its own."""
+        """Mark the block as evaluation: no step's time includes it, and it has its own memory peak."""
         return self._during("evaluate")
 
     def saving(self) -> AbstractContextManager[None]:
-        """The block saves: as `evaluating`."""
+        """Mark the block as saving, like `evaluating`."""
         return self._during("save")
 
     @contextlib.contextmanager
@@ -201,7 +201,7 @@ class Meter(TrainerCallback):
             self._enter("train")
 
     def end(self, error: BaseException | None = None) -> None:
-        """The training has ended; else it ends with the process."""
+        """End the training; without this call it ends with the process."""
         if self._steps is not None:
             self._steps.end(error)
 
@@ -215,7 +215,7 @@ class Meter(TrainerCallback):
 
 
 def _fetch_batches(steps: Steps, fetch: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The batches of a step, with the wait for them."""
+    """Fetch the batches of a step, and time the wait for them."""
     steps.phase("train")
     steps.begin_part("data")
     found = fetch(*args, **kwargs)
@@ -226,10 +226,10 @@ def _fetch_batches(steps: Steps, fetch: Callable[..., Any], *args: Any, **kwargs
 
 
 def find_trainer(state: Any) -> Any:
-    """The Trainer whose callback is being called; None where there is none.
+    """The Trainer whose callback is being called; None if there is none.
 
-    A callback is given the arguments, the state and the model, and not the Trainer. The Trainer is the `self` of a
-    frame that called, and its state is this one.
+    A callback receives the arguments, the state and the model, but not the Trainer. The Trainer is the `self` of a
+    calling frame with this state.
     """
     frame: Any = sys._getframe()
     while frame is not None:
@@ -241,6 +241,6 @@ def find_trainer(state: Any) -> Any:
 
 
 def add_meter(trainer: Any) -> None:
-    """Add a meter, unless the script has given it one."""
+    """Add a meter to a Trainer, unless the script has added one."""
     if not any(isinstance(callback, Meter) for callback in trainer.callback_handler.callbacks):
         trainer.add_callback(Meter())

@@ -1,14 +1,14 @@
-"""The interface of a training's observer, which receives each step and replies with a request; and the error guard.
+"""The interface of a training's observer, which receives each step and replies with requests, and the error guard.
 
-Steps come from different sources: the callbacks of a Trainer, a loop that names its steps, or the time between two
-updates of an optimizer. Observers differ as well: one writes a run, one waits for its turn among other scripts. A
-step's time begins when the observer returns and ends when the step has ended on the device, so whatever an observer
-does, or waits for, is in no step's time.
+Steps come from different sources: the callbacks of a Trainer, a loop that marks its steps, or the time between two
+updates of an optimizer. There are different observers: one writes a run, another waits for its turn among other
+scripts. A step's time begins when the observer returns and ends when the step has ended on the device, so it excludes
+the work and waits of the observer.
 
-The meter can do no harm to the user's training. Its first error is printed once, on the standard error that the process
-was started with, and from then on nothing of the meter is called. The training continues, and the observer learns that
-it was not followed to its end, so that its run is no pass. An exception that is no `Exception`, such as `SystemExit`,
-is passed on.
+An error of the meter never stops the user's training. Its first error is printed once, on the original standard error
+of the process, and from then on the meter is not called. The training continues, and the observer is informed that it
+was not measured to its end, so that its run does not pass. Exceptions that are not an `Exception`, such as
+`SystemExit`, propagate.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from kernels_check.terminal import escape_control_chars
 from lorameter.errors import redact, said_by
 
 Source = Literal["trainer", "loop", "optimizer"]
-"""Where steps are seen: transformers' Trainer · a loop that names its steps · between two updates of an optimizer."""
+"""Source of the steps: transformers' Trainer · a loop that marks its steps · the time between two optimizer updates."""
 Phase = Literal["train", "evaluate", "save"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingInfo:
-    """Facts of a training before its first step. It holds a weak reference to the model only."""
+    """Facts about a training before its first step. It holds only a weak reference to the model."""
 
     source: Source
     model: weakref.ref[Any] | None = None
-    """To an ``nn.Module``; None where the source does not see it."""
+    """Reference to an ``nn.Module``; None if the source does not know it."""
     planned_steps: int | None = None
     trainable_parameters: int | None = None
     total_parameters: int | None = None
@@ -44,22 +44,22 @@ class TrainingInfo:
     rank: int = 0
     ranks: int = 1
     required: Mapping[str, Any] = field(default_factory=dict)
-    """Paths of kernels_check that the script itself requires of a step."""
+    """kernels_check paths that the script itself requires of a step."""
 
     @property
     def module(self) -> Any:
-        """The model; None if there is none, or no longer."""
+        """The model; None if there is none, or if it no longer exists."""
         return None if self.model is None else self.model()
 
     @property
     def counts(self) -> dict[str, float]:
-        """Parameters, accumulation and ranks as values of a record, as far as they are known."""
+        """Parameters, accumulation and ranks as values of a record, as far as known."""
         names = ("trainable_parameters", "total_parameters", "accumulation", "ranks")
         return {name: float(count) for name in names if (count := getattr(self, name)) is not None}
 
 
 def weakly(model: Any) -> weakref.ref[Any] | None:
-    """A weak reference to a model, as a `TrainingInfo` holds it; None for anything that cannot be referenced so."""
+    """A weak reference to a model for a `TrainingInfo`; None for an object that cannot be referenced weakly."""
     try:
         return weakref.ref(model)
     except TypeError:
@@ -68,12 +68,12 @@ def weakly(model: Any) -> weakref.ref[Any] | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReading:
-    """What one step showed; None for what this source cannot see."""
+    """The measurements of one step; a value is None if this source cannot observe it."""
 
     number: int
-    """From 1."""
+    """Number of the step, from 1."""
     step_time_s: float
-    """From the observer's return to the step's end on the device; the wait for data is in it."""
+    """Time from the observer's return to the step's end on the device, including the wait for data."""
     cpu_time_s: float
     """CPU time of all threads of the process in this time."""
     data_time_s: float | None = None
@@ -82,18 +82,18 @@ class StepReading:
     optimizer_time_s: float | None = None
     sequences: int | None = None
     real_tokens: int | None = None
-    """Tokens that are no padding."""
+    """Tokens that are not padding."""
     padded_tokens: int | None = None
-    """All positions, padding included."""
+    """All positions, including padding."""
     loss_tokens: int | None = None
     loss: float | None = None
     loss_dtype: str | None = None
-    """As torch names it, without `torch.`: of the loss that the backward pass began with."""
+    """Dtype of the loss from which the backward pass started, torch's name without `torch.`."""
     gradient_norm: float | None = None
     conventions: tuple[str, ...] = ()
-    """How its tokens were counted, in words."""
+    """Descriptions of how its tokens were counted."""
     checks: tuple[Any, ...] | None = None
-    """What ``kernels_check`` found; None unless it watched this step."""
+    """Checks of ``kernels_check``; None unless it watched this step."""
 
     @property
     def padding_tokens(self) -> int | None:
@@ -104,29 +104,30 @@ class StepReading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObserverReply:
-    """What an observer requests of the next step."""
+    """Requests of an observer for the next step."""
 
     watch: Mapping[str, Any] | None = None
-    """What ``kernels_check`` is to require of it; None: not watched, and ``{}``: watched, nothing required."""
+    """Requirements for ``kernels_check``; None: do not watch the step; ``{}``: watch it without requirements."""
     flush_interval_s: float = 0.0
-    """Seconds that steps may wait before they are reported. Reporting many steps at once costs each of them a part of
-    what it costs alone, and a process that is killed takes them along."""
+    """Maximum seconds before steps are reported. Reporting many steps at once is cheaper per step, but a killed process
+    loses unreported steps."""
 
 
 class TrainingObserver(Protocol):
-    """Follows one training; it may block in ``begin`` and ``step``, which is in no step's time."""
+    """Observes one training; ``begin`` and ``step`` may block, which no step's time includes."""
 
     def begin(self, training: TrainingInfo) -> ObserverReply:
-        """The training is before its first step."""
+        """Called before the first step of the training."""
 
     def step(self, reading: StepReading) -> ObserverReply:
-        """A step has ended, as long ago at most as its `flush_interval_s` allows."""
+        """Called after a step, delayed by at most the `flush_interval_s`."""
 
     def phase(self, phase: Phase) -> None:
-        """From here on the training does this."""
+        """Called when the training enters a phase."""
 
     def end(self, error: BaseException | None, *, seen: bool = True) -> None:
-        """The training has ended, by itself or by an error; unless it was `seen`, only the process has."""
+        """Called when the training has ended, regularly or by an error; if the end was not `seen`, only the process has
+        ended."""
 
 
 P = ParamSpec("P")
@@ -134,24 +135,24 @@ T = TypeVar("T")
 
 
 class NotFollowedError(Exception):
-    """The training was not followed to its end, for a reason of the meter's own."""
+    """The training was not measured to its end, for a reason of the meter's own."""
 
 
 class ErrorGuard:
-    """Calls functions of the meter, in the process that made it and until the first error. Not thread-safe."""
+    """Calls functions of the meter, in the process that created it and until the first error. Not thread-safe."""
 
     def __init__(self) -> None:
         self.up = True
-        """Whether functions are still called: not after an error, and not in a fork of the process."""
+        """Whether functions are still called: false after an error, and in a fork of the process."""
         self.on_error: Callable[[Exception], object] = lambda error: None
-        """Is called once, after the error was printed."""
+        """Called once, after the error was printed."""
         os.register_at_fork(after_in_child=self._stop)
 
     def _stop(self) -> None:
         self.up = False
 
     def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """What the call returns; None where it is not called any more, or fails."""
+        """The result of the call; None if calls have stopped, or if it fails."""
         if not self.up:
             return None
         try:
@@ -166,7 +167,7 @@ class ErrorGuard:
 
 
 def say(text: str) -> None:
-    """A line on the standard error that the process was started with, whatever the script has put in its place."""
+    """Print a line on the original standard error of the process, even if the script has replaced it."""
     with contextlib.suppress(Exception):
         if sys.__stderr__ is not None:
             print(escape_control_chars(f"lorameter: {redact(text)}"), file=sys.__stderr__, flush=True)

@@ -1,9 +1,9 @@
-"""The trial of a script: it holds the script's training until its parent requests steps, and measures those.
+"""The trial of a script: it suspends the script's training until its parent requests steps, and measures those.
 
-Other scripts of the same replicate are held meanwhile, so that one computes at a time and whatever slows the machine
-slows all of them alike. It answers the commands of every measuring process (`lorameter.wire`), with these differences:
-the process greets when its training is before its first step, and the connection is found by the name of a socket
-in the environment, which goes through every launcher, as an open descriptor would not.
+Other scripts of the same replicate are suspended at the same time, so that only one computes and a slow-down of the
+machine affects all of them alike. The process answers the commands of every measuring process (`lorameter.wire`), with
+these differences: it sends its first message before the first step of its training, and it finds the connection by the
+name of a socket in the environment, which every launcher passes on, unlike an open descriptor.
 
 build             facts of the training before its first step
 verify            the first step, and one that kernels_check watches where a study or the first replicate requires it
@@ -11,8 +11,8 @@ warm_up           steps until their times are steady
 turn              timed steps
 finish_training   steps up to the number that all trials of the study take, and peaks
 
-A training is held after its last step, and when it has ended: what the script would do next (evaluate, save, publish)
-is not measured. It waits until it is killed, and ends at once where its parent is gone.
+A training is suspended after its last step, and at its end: the script's next actions (evaluate, save, publish) are not
+measured. It waits until it is killed, and ends at once if its parent has ended.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ from lorameter.stats import is_steady, is_warm
 from lorameter.studies.request import ScriptRequest
 
 EXIT_ORPHAN = 75
-"""Exit code of a process whose parent is gone."""
+"""Exit code of a process whose parent has ended."""
 BEFORE_WARMUP = 2
-"""The first step, and the one that may be watched."""
+"""The first step, and the step that may be watched."""
 
 Command = Generator[ObserverReply, StepReading, PartialRecord]
-"""Yields once for each step that it needs, and is sent what that step showed."""
+"""Yields once for each step that it needs, and receives the reading of that step."""
 
 
 class TrainingOverError(Exception):
-    """No further step will come, for this reason."""
+    """Raised if no further step will come; it holds the reason."""
 
     def __init__(self, status: Status, failure: Failure) -> None:
         super().__init__(failure.message)
@@ -66,7 +66,7 @@ class TrainingOverError(Exception):
 
 
 class ScriptTrial:
-    """Implements `TrainingObserver` in a script's process; a fork of that process is not followed."""
+    """Implements `TrainingObserver` in a script's process; a fork of that process is not measured."""
 
     def __init__(self) -> None:
         self._pid = os.getpid()
@@ -91,19 +91,19 @@ class ScriptTrial:
         return next(self._program)
 
     def step(self, reading: StepReading) -> ObserverReply:
-        """Take what a step showed, and wait where the command that needed it is done."""
+        """Pass the reading of a step to the current command, and wait if that command is done."""
         if os.getpid() != self._pid or self._program is None:
             return ObserverReply()
         self._steps += 1
         return self._program.send(reading)
 
     def phase(self, phase: Phase) -> None:
-        """Evaluation and saving are in no step, and have peaks of memory of their own."""
+        """Track memory peaks of evaluation and saving, which are outside all steps."""
         if os.getpid() == self._pid and self._program is not None:
             self._peaks.enter(phase)
 
     def end(self, error: BaseException | None, *, seen: bool = True) -> None:
-        """Answer with how the training has ended, and never return."""
+        """Answer with the end of the training, and never return."""
         if os.getpid() != self._pid or self._program is None:
             return
         if error is None:
@@ -118,9 +118,9 @@ class ScriptTrial:
         self._stop(status, failure.kind, message, failure.traceback)
 
     def _stop(self, status: Status, kind: str, message: str, traceback: str = "") -> NoReturn:
-        """Nothing of the script runs any more; every further command fails for this reason."""
+        """Stop the script; every further command fails for this reason."""
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):  # whatever the script has put in its place
+            with contextlib.suppress(Exception):  # the script may have replaced the stream
                 stream.flush()
         failure = Failure(phase=self._phase, kind=kind[:120], message=message, traceback=traceback)
         assert self._program is not None
@@ -128,7 +128,7 @@ class ScriptTrial:
             self._program.throw(TrainingOverError(status, failure))
 
     def _run(self) -> Generator[ObserverReply, StepReading, NoReturn]:
-        """Greet, and carry out one command after the other; a yield lets the training take a step."""
+        """Send the first message, and execute one command after the other; a yield lets the training run a step."""
         device = device_in_use()
         self._peaks = Peaks(device)
         commands: dict[str, Callable[..., Command | PartialRecord]] = {
@@ -266,8 +266,8 @@ def _connect() -> Connection:
     cpus = os.sched_getaffinity(0)
 
     def leave() -> None:
-        connection.close()  # a fork that lives on would hide that this process is gone
-        with contextlib.suppress(OSError):  # such as a worker that loads data, which may use every CPU
+        connection.close()  # a surviving fork would hide the end of this process
+        with contextlib.suppress(OSError):  # such as a data-loading worker, which may use every CPU
             os.sched_setaffinity(0, cpus)
 
     os.register_at_fork(after_in_child=leave)

@@ -1,4 +1,4 @@
-"""The command that estimates the memory of a variant, and whether it fits on a GPU: `estimate`."""
+"""The command `estimate`: estimates the memory of a variant, and whether it fits on a GPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lorameter.studies.workload import Workload
 
 
 def run_estimate(options: argparse.Namespace) -> int:
-    """Print the estimate, what an earlier run measured, and whether it fits; or why there is none."""
+    """Print the estimate, the peaks of earlier runs, and whether it fits; or why there is no estimate."""
     card = None if options.gpu is None else find_card(options.gpu)
     executor, runs = open_executor(), store.runs_dir(options.runs_dir)
     here = executor.machine()
@@ -53,7 +53,7 @@ def run_estimate(options: argparse.Namespace) -> int:
     if estimates and card is None:
         most = max(estimates.values(), key=lambda one: one.needed_bytes)
         notices += memory_notices(variant, most, machine, executor.free_bytes())
-    # Peaks of this machine's runs are of its own device: those of a CPU say nothing of a GPU.
+    # Peaks of this machine's runs are those of its own device: CPU peaks say nothing about a GPU.
     measured = _measured(variant, workload, here, runs) if machine.device == here.device else {}
     profile, elsewhere = study.profile or None, card is not None
     document = describe_estimate(variant, workload, machine, tuple(estimates.values()), measured, elsewhere=elsewhere)

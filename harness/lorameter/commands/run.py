@@ -30,7 +30,7 @@ from lorameter.verdicts.gate import load_policy
 
 
 def run_study(options: argparse.Namespace) -> int:
-    """Measure a study, or what is left of a run, and print its report; the exit code says whether the run is valid."""
+    """Measure a study, or the rest of a run, and print its report; the exit code says whether the run is valid."""
     if options.resume:
         return _show(resume(find_interrupted(options), options), options)
     if not options.study and options.peft_experiments is None:
@@ -50,10 +50,10 @@ def run_study(options: argparse.Namespace) -> int:
 
 
 def load_asked(options: argparse.Namespace, device: str = "") -> Study:
-    """The study that the options name, of its own variants or of a script; `device` chooses its profile.
+    """The study that the options name, from its own variants or from a script; `device` selects its profile.
 
     Raises:
-        UsageError: no such study, or options that exclude each other.
+        UsageError: the study does not exist, or options exclude each other.
     """
     if options.peft_experiments is not None:
         if options.study or options.script is not None:
@@ -74,14 +74,14 @@ def load_asked(options: argparse.Namespace, device: str = "") -> Study:
 
 
 def _refuse_without(needed: str, options: argparse.Namespace, *names: str) -> None:
-    """Raises `UsageError` for options that are given and that mean nothing without another one."""
+    """Raise `UsageError` for options that have no meaning without another option."""
     for name in names:
         if getattr(options, name) not in (None, False):
             raise UsageError(f"--{name}: it belongs to {needed}. Leave it out.")
 
 
 def _show(run: Run | None, options: argparse.Namespace) -> int:
-    """Print the report of a run, if one was measured, as its command does."""
+    """Print the report of a run, if one was measured, in the same way as its command."""
     if run is None:
         return EXIT_PASS
     if run.manifest.sides:
@@ -106,10 +106,10 @@ def _encode(view: RunView) -> dict[str, Any]:
 
 
 def run_ab(options: argparse.Namespace) -> int:
-    """Measure, print, and end with the exit code of the verdicts under the policy."""
+    """Measure an A/B, print it, and return the exit code of the verdicts under the policy."""
     if not 0 <= options.inject_rows <= MOST_ROWS:
         raise UsageError(f"--inject-rows = {options.inject_rows}: no amount of work. Use 0 to {MOST_ROWS}.")
-    policy = load_policy(options.policy)  # before anything is measured
+    policy = load_policy(options.policy)  # before the measurement
     if options.resume:
         interrupted = find_interrupted(options)
         if not interrupted.manifest.sides:
@@ -124,7 +124,7 @@ def run_ab(options: argparse.Namespace) -> int:
         if getattr(options, name) is None:
             raise UsageError(f"ab: --{name} SIDE is missing. Give it, or resume an interrupted A/B by --resume RUN.")
     study = override(of_commands or load_study(options.study), options, effort="standard")
-    if needs_sides:  # before anything waits in a queue
+    if needs_sides:  # before a job waits in a queue
         words = {"base": options.base, "candidate": options.candidate}
         sides = name_sides(words, Path.cwd(), study.protocol.place, slowdown_rows=options.inject_rows)  # type: ignore[arg-type]
     else:
@@ -145,10 +145,10 @@ def run_ab(options: argparse.Namespace) -> int:
 
 
 def study_of_commands(options: argparse.Namespace) -> Study | None:
-    """The study of the command, or of the two commands, that an A/B is of; None without any.
+    """The study of the command, or of the two commands, of an A/B; None without commands.
 
     Raises:
-        UsageError: an option is missing, or two contradict each other.
+        UsageError: an option is missing, or two options contradict each other.
     """
     base, candidate, one = options.base_command, options.candidate_command, options.script
     if base is candidate is one is None:

@@ -1,4 +1,4 @@
-"""The commands on the runs of a folder: `export`, `history`, `prune` and `pack`."""
+"""Commands about the runs of a folder: `export`, `history`, `prune` and `pack`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorameter.results.prune import parse_age, prune
 
 
 def run_export(options: argparse.Namespace) -> int:
-    """Write the run; print the paths of the files, one a line."""
+    """Write the tables of a run; print the paths of the files, one per line."""
     form = options.format or "json"
     if options.json and not options.output and form != "json":
         raise UsageError(f"--json and --format {form} both choose what is printed. Give one of them, or an --output.")
@@ -42,7 +42,7 @@ def run_export(options: argparse.Namespace) -> int:
 
 
 def run_history(options: argparse.Namespace) -> int:
-    """Print the history; a suspicion is no verdict, so the exit code is that of a pass."""
+    """Print the history; a suspicion is not a verdict, so the exit code is that of a pass."""
     runs = store.runs_dir(options.runs_dir)
     history = history_of(runs, options.metric or DEFAULT_METRIC, study=options.study, variant=options.variant)
     show_result(
@@ -55,7 +55,7 @@ def run_history(options: argparse.Namespace) -> int:
 
 
 def run_prune(options: argparse.Namespace) -> int:
-    """Remove runs; print those that were removed and those that were kept for a reason."""
+    """Remove runs; print the removed runs and those kept for a reason."""
     if options.keep is None and options.older is None:
         raise UsageError("prune: nothing says what goes. Give --keep N, --older D, or both.")
     if options.keep is not None and options.keep < 0:
@@ -75,7 +75,7 @@ def run_prune(options: argparse.Namespace) -> int:
 
 
 def run_pack(options: argparse.Namespace) -> int:
-    """Write the file; print its path and what it leaves out."""
+    """Write the packed file; print its path and what it omits."""
     output = Path(options.output) if options.output else None
     target = pack(options.run, store.runs_dir(options.runs_dir), output, texts=options.texts)
     skipped = ["logs"] if options.texts else ["texts", "logs"]

@@ -1,4 +1,4 @@
-"""The commands as a table: what each one calls, its help and its options."""
+"""The table of commands: the function, the help and the options of each."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ SIDES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """One command; a name of two words belongs to the command of the first."""
+    """One command; a name of two words is a subcommand of the first."""
 
     name: str
     calls: str = ""
-    """MODULE:FUNCTION of `lorameter.commands`; empty of a command that has others below it."""
+    """MODULE:FUNCTION in `lorameter.commands`; empty for a command with subcommands."""
     help: str
     description: str | None = None
     example: str
-    """The end of its help; runs are named as they are listed."""
+    """An example at the end of its help."""
     arguments: tuple[Argument, ...] = ()
     has_json: bool = True
 

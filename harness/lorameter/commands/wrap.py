@@ -1,4 +1,4 @@
-"""The command that runs a training script as it is, and stores its measurements as a run."""
+"""The command `wrap`: runs an unchanged training script, and stores its measurements as a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lorameter.studies.script import name_of_words
 
 
 def run_wrap(options: argparse.Namespace) -> int:
-    """Run the command; the exit code is its own, 128 and the number of the signal that ended it, or 4."""
+    """Run the command; returns its exit code, 128 plus the number of the signal that ended it, or 4."""
     words = options.words[1:] if options.words[:1] == ["--"] else options.words
     if not words:
         raise UsageError("wrap: no command. Write it behind --, as in `lorameter wrap -- python train.py`.")
@@ -32,14 +32,14 @@ def run_wrap(options: argparse.Namespace) -> int:
         with _report_errors():
             invalid = finalize_run(path, code, folder, required=bool(require))
     if not options.no_report and (path / store.MANIFEST).is_file():
-        with _report_errors():  # on standard error: standard output is the command's
+        with _report_errors():  # on standard error: standard output belongs to the command
             show(describe_run(view_of(store.read_run(str(path), runs))), console_for(stderr=True))
     return code or (EXIT_INVALID if invalid and require else code)
 
 
 @contextlib.contextmanager
 def _report_errors() -> Iterator[None]:
-    """Report an error in the body, such as a full disk, and continue: the exit code is the command's."""
+    """Report an error in the block, such as a full disk, and continue: the exit code is that of the command."""
     try:
         yield
     except Exception as error:
@@ -47,10 +47,10 @@ def _report_errors() -> Iterator[None]:
 
 
 def read_requirements(given: list[str]) -> dict[str, Any]:
-    """The paths of kernels_check and their values; a value is JSON where it reads as such, else a text.
+    """Requirements by kernels_check path; a value is parsed as JSON if possible, else it is a text.
 
     Raises:
-        UsageError: no path=value, an unknown path, or a value that it does not take.
+        UsageError: the argument is not path=value, the path is unknown, or it does not accept the value.
     """
     requirements: dict[str, Any] = {}
     for entry in given:

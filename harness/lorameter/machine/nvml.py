@@ -1,14 +1,14 @@
-"""NVIDIA GPUs through NVML (nvidia-ml-py), which creates no CUDA context: the parent and a process that will fork can
-use it.
+"""Reads NVIDIA GPUs through NVML (nvidia-ml-py), which creates no CUDA context, so that the parent and a process that
+will fork can use it.
 
-Everything is a `Reading`: GPUs, drivers and containers differ in the counters that they offer, and a missing counter
+All values are a `Reading`: GPUs, drivers and containers differ in the counters that they provide, and a missing counter
 must neither end a measurement nor count as zero. Units are base units: NVML's milliwatts, millijoules, megahertz and
 nanoseconds are converted here.
 
-NVML knows the whole machine and not CUDA_VISIBLE_DEVICES, whose rules are in the CUDA programming guide, appendix "CUDA
-environment variables": unset, every GPU; empty, none; else a list of indices or UUIDs (or unambiguous beginnings of
-UUIDs), cut at the first invalid entry. Measuring processes are started with CUDA_DEVICE_ORDER=PCI_BUS_ID
-(`lorameter.run.workers.local`), so that CUDA counts along the bus, as NVML does.
+NVML shows the whole machine and ignores CUDA_VISIBLE_DEVICES, whose rules are in the CUDA programming guide, appendix
+"CUDA environment variables": unset means every GPU; empty means none; else it is a list of indices or UUIDs (or
+unambiguous UUID prefixes), truncated at the first invalid entry. Measuring processes are started with
+CUDA_DEVICE_ORDER=PCI_BUS_ID (`lorameter.run.workers.local`), so that CUDA numbers GPUs by bus, as NVML does.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _UUID = re.compile(r"(GPU|MIG)-[0-9A-Za-z]")
 
 
 def visible_devices(environment: Mapping[str, str]) -> tuple[int | str, ...] | None:
-    """The entries that CUDA would accept, in its order: an index along the bus, or (the beginning of) a UUID.
+    """The entries that CUDA would accept, in its order: a bus index, or a UUID (prefix).
 
-    None if the variable is not set, which hides nothing; an empty tuple if it hides every GPU.
+    None if the variable is not set; an empty tuple if it hides every GPU.
     """
     listed = environment.get(VARIABLE)
     if listed is None:
@@ -44,9 +44,9 @@ def visible_devices(environment: Mapping[str, str]) -> tuple[int | str, ...] | N
             entries.append(int(entry))
         elif _UUID.match(entry):
             entries.append(entry)
-        else:  # "-1", for example: it hides itself and all that follow
+        else:  # "-1", for example, hides itself and all later entries
             break
-    return tuple(entries) if len(set(entries)) == len(entries) else ()  # an entry given twice makes the list invalid
+    return tuple(entries) if len(set(entries)) == len(entries) else ()  # a repeated entry makes the list invalid
 
 
 # --- calls ------------------------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def _same(value: Any) -> Any:
 @contextlib.contextmanager
 def nvml_session() -> Iterator[Reading[Any]]:
     """nvidia-ml-py, initialised; missing with the reason if it is not installed or finds no driver. NVML counts its
-    initialisations: sessions can overlap."""
+    initialisations, so sessions can overlap."""
     nvml = _initialise()
     try:
         yield nvml
@@ -84,14 +84,14 @@ def nvml_session() -> Iterator[Reading[Any]]:
 def _initialise() -> Reading[Any]:
     try:
         import pynvml
-    except Exception as error:  # not installed, a broken installation, or another package of this name
+    except Exception as error:  # not installed, a broken installation, or another package with this name
         return missing(f"nvidia-ml-py cannot be imported: {type(error).__name__}: {error}")
     return ask(pynvml, "nvmlInit").then(lambda _: pynvml)
 
 
 def ask(nvml: Any, function: str, *arguments: Any, convert: Callable[[Any], Any] = _same) -> Reading[Any]:
-    """One call of NVML, True where it returns nothing; an error makes the value missing. Arguments that are texts with
-    the beginning NVML_ are constants of the binding.
+    """Call an NVML function; returns True if it returns nothing, and a missing value for an error. Text arguments with
+    the prefix NVML_ are constants of the binding.
 
     Besides NVML's errors the binding raises its own: for a name that is not UTF-8, an unexpected structure, a function
     or a constant that a version added or removed.
@@ -108,7 +108,7 @@ def ask(nvml: Any, function: str, *arguments: Any, convert: Callable[[Any], Any]
 
 
 def by_uuid(nvml: Any, uuid: str) -> Reading[Any]:
-    """The device with this UUID, or the only one whose UUID begins with it."""
+    """The device with this UUID, or the only device with this UUID prefix."""
     whole = ask(nvml, "nvmlDeviceGetHandleByUUID", uuid)
     if whole.known:
         return whole
@@ -124,12 +124,12 @@ def uuid_of(nvml: Any, handle: Any) -> Reading[str]:
 
 
 def handle_of(nvml: Any, entry: int | str) -> Reading[Any]:
-    """The device of an entry of CUDA_VISIBLE_DEVICES: a number along the bus, or a UUID."""
+    """The device of an entry of CUDA_VISIBLE_DEVICES: a bus index, or a UUID."""
     return by_uuid(nvml, entry) if isinstance(entry, str) else ask(nvml, "nvmlDeviceGetHandleByIndex", entry)
 
 
 def handles_of(nvml: Any) -> list[Any]:
-    """All GPUs that can be opened, in the order of NVML."""
+    """All GPUs that can be opened, in NVML's order."""
     found = [handle_of(nvml, index).value for index in range(ask(nvml, "nvmlDeviceGetCount").value or 0)]
     return [one for one in found if one is not None]
 
@@ -152,17 +152,17 @@ REASONS: dict[int, str] = {
     0x80: "hw_power_brake_slowdown",
     0x100: "display_clock_setting",
 }
-"""Bits of nvmlClocksEventReason* (nvml.h), by the names that nvidia-smi prints."""
+"""Bits of nvmlClocksEventReason* (nvml.h), with the names in nvidia-smi."""
 IDLE = "gpu_idle"
-"""Nothing runs, so the clocks are not those of a step."""
+"""The GPU is idle, so the clocks are not those of a step."""
 POWER_CAPPED = frozenset({"sw_power_cap"})
-"""The normal state of a GPU under heavy load, and the same for every trial: no reason to reject one."""
+"""The normal state of a GPU under heavy load, and the same for every trial, so no trial is rejected for it."""
 PROTECTING = frozenset({"hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown"})
-"""The GPU protects itself from heat or from its power supply: that comes and goes, and differs between GPUs."""
+"""The GPU protects itself against heat or power-supply problems, which vary over time and between GPUs."""
 
 
 def reasons_in(mask: int) -> tuple[str, ...]:
-    """The reasons in a mask, in the order of their bits."""
+    """The reasons in a mask, in bit order."""
     return tuple(name for bit, name in REASONS.items() if mask & bit)
 
 
@@ -172,26 +172,27 @@ SLICED = "the counter is the whole GPU's, and other MIG instances share the GPU"
 
 
 class NvmlDevice:
-    """An open GPU, or MIG instance of a GPU. Made by `open_device`."""
+    """An open GPU, or MIG instance of a GPU; created by `open_device`."""
 
     def __init__(self, nvml: Any, handle: Any) -> None:
         self._nvml = nvml
         self._handle = handle
         board = board_of(nvml, handle)
-        self._board = handle if board.value is None else board.value  # clocks, power and heat belong to the GPU
+        self._board = handle if board.value is None else board.value  # clocks, power and heat are the whole GPU's
         self._mig = self._of_board("nvmlDeviceGetMigMode", convert=_current)
         self._slowdown_c = self._of_board(
             "nvmlDeviceGetTemperatureThreshold", "NVML_TEMPERATURE_THRESHOLD_SLOWDOWN", convert=float
         )
         self.sliced = board.known or self._mig.value is True
-        """Whether this is a part of a GPU, so that the GPU's power and energy are shared."""
+        """Whether this is a part of a GPU, so that power and energy are shared."""
 
     def close(self) -> None:
-        """Closes the device; other open devices are not affected."""
+        """Close the device; other open devices are not affected."""
         ask(self._nvml, "nvmlShutdown")
 
     def memory(self) -> Reading[Any]:
-        """Bytes in `total`, `free` and `used`: that of processes and the display, without what the driver reserves."""
+        """Bytes `total`, `free` and `used`, which is the memory of processes and the display, without the driver's
+        reserve."""
         return self._of_device("nvmlDeviceGetMemoryInfo", self._nvml.nvmlMemory_v2)
 
     def occupants(self) -> Reading[list[Any]]:
@@ -200,18 +201,18 @@ class NvmlDevice:
         return self._of_device("nvmlDeviceGetComputeRunningProcesses")
 
     def energy_j(self) -> Reading[float]:
-        """The energy counter: joules since the driver was loaded."""
+        """The energy counter, in joules since the driver was loaded."""
         if self.sliced:
             return missing(SLICED)
         return self._of_board("nvmlDeviceGetTotalEnergyConsumption", convert=_thousandth)
 
     def sample(self) -> dict[str, Reading[Any]]:
-        """Momentary readings, and counters since the driver was loaded. Energy is read first, closest to the end of
-        what was timed.
+        """Momentary readings, and counters since the driver was loaded. Energy is read first, closest to the end of the
+        timed work.
 
-        `power_w` is as the driver averages it (over a second from Ampere on, GA100 excepted), `temperature_margin_c`
-        degrees below the slow-down, `thermal_slowdown_s` and `power_slowdown_s` the time in which heat or the power
-        limit lowered the clocks, cumulative.
+        `power_w` is averaged by the driver (over a second from Ampere on, except GA100), `temperature_margin_c` are
+        degrees below the slow-down temperature, and `thermal_slowdown_s` and `power_slowdown_s` are the cumulative time
+        in which heat or the power limit reduced the clocks.
         """
         energy = self.energy_j()
         temperature = self._of_board("nvmlDeviceGetTemperature", "NVML_TEMPERATURE_GPU", convert=float)
@@ -228,15 +229,16 @@ class NvmlDevice:
         }
 
     def clocks(self) -> dict[str, Reading[Any]]:
-        """The present clock, and as `events` its reasons (`REASONS`): two calls, for use while work is queued."""
+        """The current clock, and as `events` the reasons for it (`REASONS`): two calls, for use while work is
+        queued."""
         return {
             "sm_clock_hz": self._clock("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
             "events": self._of_board("nvmlDeviceGetCurrentClocksEventReasons", convert=reasons_in),
         }
 
     def facts(self) -> dict[str, Reading[Any]]:
-        """Properties and settings. `power_limit_w` is in force; `corrected_errors` and `uncorrected_errors` are those
-        of ECC since the driver was loaded; `clocks_need_root`: whether only root may set the clocks."""
+        """Properties and settings. `power_limit_w` is the limit in force; `corrected_errors` and `uncorrected_errors`
+        count ECC errors since the driver was loaded; `clocks_need_root` says whether only root may set the clocks."""
         board = self._of_board
         return {
             "name": self._of_device("nvmlDeviceGetName"),
@@ -258,7 +260,7 @@ class NvmlDevice:
         }
 
     def _margin(self, temperature: Reading[float]) -> Reading[float]:
-        """From the threshold; from Ada on NVML reports the distance instead."""
+        """Computed from the threshold; from Ada on NVML reports the distance instead."""
         threshold = self._slowdown_c
         if threshold.value is not None and temperature.value is not None:
             return Reading(value=threshold.value - temperature.value)
@@ -284,9 +286,9 @@ def open_device(uuid: str | None = None, environment: Mapping[str, str] | None =
     """The device that CUDA numbers 0, to be closed after use; missing with the reason if there is none.
 
     Args:
-        uuid: of the device, if the process knows it (from torch, once CUDA is initialised). It takes precedence over
-            the environment, whose numbers have another meaning if CUDA sorts its devices by speed.
-        environment: CUDA_VISIBLE_DEVICES; None for this process's.
+        uuid: UUID of the device, if known (from torch, after CUDA is initialised). It takes precedence over the
+            environment, whose numbers differ if CUDA sorts its devices by speed.
+        environment: contains CUDA_VISIBLE_DEVICES; None for this process's.
     """
     nvml = _initialise()
     if nvml.value is None:
@@ -315,7 +317,7 @@ def device_session(environment: Mapping[str, str] | None = None) -> Iterator[Rea
 
 
 def compute_capability(index: int) -> Reading[tuple[int, int]]:
-    """Major and minor number of the GPU with this number in NVML."""
+    """Major and minor compute capability of the GPU with this NVML index."""
     with nvml_session() as nvml:
         if nvml.value is None:
             return missing(nvml.reason)

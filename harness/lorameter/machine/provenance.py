@@ -1,7 +1,7 @@
-"""The machine and the software of a run: enough to repeat it, and the part that must agree to compare two runs.
+"""The machine and the software of a run: the data to repeat it, and the part that two comparable runs must share.
 
-Nothing here imports torch: the parent stays light, and what torch itself sees comes from the worker's greeting. A
-library, counter or permission that is missing makes a value None, never an exception.
+This module does not import torch, so that the parent stays light; facts from torch come with the worker's first
+message. A missing library, counter or permission makes a value None and never raises an exception.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ LIBRARIES = (
 FINGERPRINT = ("device", "device_name", "driver", "cuda", "cpu_model", "threads", "python", "libraries", "workload")
 """Fields of the provenance that must agree for two runs to be compared."""
 POWER_LIMIT = "power_limit_w"
-"""A further field, of runs on a GPU: its power limit in force, in whole watts, if known."""
+"""A further field for runs on a GPU: the power limit in force, in whole watts, if known."""
 OF_A_KIND = ("device_name", "driver", "cpu_model", POWER_LIMIT)
-"""Fields of the fingerprint in which machines that have the same installed are of different kinds."""
+"""Fields of the fingerprint in which machines with the same software may differ."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """The machine as far as it can be known without touching its device."""
+    """The machine, as far as it can be described without using its device."""
 
     device: str
     """"cuda" if torch is a CUDA build and NVML shows a device, else "cpu"."""
@@ -71,25 +71,25 @@ class Machine:
     cpu_model: str
     cpus: int
     memory_bytes: int
-    """Of the machine, or the limit of a container where that is less."""
+    """Memory of the machine, or the limit of a container if that is lower."""
     avx512_bf16: bool
-    """On such CPUs bitsandbytes repacks 4-bit weights and needs widths that its blocks divide."""
+    """On such CPUs bitsandbytes repacks 4-bit weights, and requires widths divisible by its blocks."""
     kernel: str
     python: str
 
     @property
     def kind(self) -> str:
-        """The key that chooses the profile of a study: "cpu", or the name of the GPU."""
+        """The key that selects the profile of a study: "cpu", or the name of the GPU."""
         return "cpu" if self.device == "cpu" else self.device_name
 
     @property
     def hardware(self) -> str:
-        """For a reader: its CPU, or its GPU and CPU."""
+        """Its CPU, or its GPU and CPU, as text for users."""
         return self.cpu_model if self.device == "cpu" else f"{self.device_name} and {self.cpu_model}"
 
 
 def probe_machine(environment: Mapping[str, str] | None = None) -> Machine:
-    """Read /proc, NVML and the installed torch's version file; `environment` as that of `device_id`."""
+    """Read /proc, NVML and the installed torch's version file; `environment` as for `device_id`."""
     cpu = _cpu_fields()
     cuda = _torch_cuda()
     name = cpu.get("model name", platform.processor() or platform.machine())
@@ -110,7 +110,7 @@ def probe_machine(environment: Mapping[str, str] | None = None) -> Machine:
 
 
 def origin_of(folder: Path) -> str:
-    """Machine, libraries and the commit of a folder in a line, for the head of figures that are printed."""
+    """Machine, libraries and the commit of a folder on one line, as a header for printed figures."""
     machine, git = probe_machine(), git_state(folder)
     versions = ", ".join(f"{name} {library_version(name) or 'not installed'}" for name in MAIN_LIBRARIES)
     changes = " with local changes" if git["dirty"] else ""
@@ -122,15 +122,14 @@ def origin_of(folder: Path) -> str:
 
 
 def device_id(environment: Mapping[str, str] | None = None) -> str:
-    """What a worker measures on here: "cpu", or the UUID of its GPU; its name if that is unknown. `environment`
+    """The device on which a worker measures: "cpu", or the UUID of its GPU (its name if that is unknown). `environment`
     is that of the worker; None for this process's."""
     facts, _ = _describe_gpu(environment)
     return str(facts["uuid"].value or facts["name"].value or "gpu") if facts else "cpu"
 
 
 def _describe_gpu(environment: Mapping[str, str] | None) -> tuple[dict[str, Reading[Any]], Any]:
-    """Facts and memory of the device that a worker will use; empty and None where torch is a CPU build, or NVML finds
-    no device."""
+    """Facts and memory of a worker's device; empty and None if torch is a CPU build, or NVML finds no device."""
     if not _torch_cuda():
         return {}, None
     with device_session(environment) as gpu:
@@ -139,28 +138,28 @@ def _describe_gpu(environment: Mapping[str, str] | None) -> tuple[dict[str, Read
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineFacts:
-    """The place where trials run: the machine, its settings and its installed packages."""
+    """The place in which trials run: the machine, its settings and its installed packages."""
 
     machine: Machine
     settings: dict[str, Any]
-    """As of `lorameter.machine.system.settings`."""
+    """Result of `lorameter.machine.system.settings`."""
     libraries: dict[str, str | None]
     git: dict[str, Any]
-    """Commit and dirty flag of the repository that the trials run in."""
+    """Commit and dirty flag of the repository in which the trials run."""
     host: dict[str, Any] | None = None
-    """Description of the interpreter that trials run in (`lorameter.run.workers.environment.describe`), where it is not
-    the present one; its values replace those here."""
+    """Description of the trials' interpreter (`lorameter.run.workers.environment.describe`), if it is not the current
+    one; its values replace those here."""
     packages: dict[str, str] = field(default_factory=dict)
-    """All distributions of the present interpreter, with their versions."""
+    """All distributions of the current interpreter, with their versions."""
     switches: dict[str, str] = field(default_factory=dict)
-    """Variables of the present environment that steer the choice of kernels."""
+    """Variables of the current environment that affect the choice of kernels."""
 
 
 def read_facts(
     machine: Machine, host: dict[str, Any] | None = None, environment: Mapping[str, str] | None = None
 ) -> MachineFacts:
-    """The facts of this machine; `host` describes the interpreter that trials run in, None for the present one, and
-    `environment` says which GPU they see first."""
+    """The facts of this machine; `host` describes the trials' interpreter (None for the current one), and `environment`
+    defines the GPU that they see first."""
     return MachineFacts(
         machine=machine,
         settings=settings(gpu=machine.device == "cuda", environment=environment),
@@ -179,9 +178,9 @@ def collect(
     hello: WorkerInfo | None = None,
     own_workloads: Mapping[str, Workload] | None = None,
 ) -> dict[str, Any]:
-    """The provenance of a run: machine and its settings, threads, library versions, workload, git state, and what the
-    worker reported, if one was started. `facts` are those of where the trials run, `own_workloads` those of variants
-    that are not measured on the study's, by name."""
+    """The provenance of a run: machine and its settings, threads, library versions, workload, git state, and the
+    worker's report, if one was started. `facts` are those of the trials' place; `own_workloads` those of variants that
+    do not use the study's workload, by name."""
     return {
         "threads": threads,
         "workload": _content_of_workloads(study.workload, own_workloads or {}),
@@ -208,7 +207,7 @@ def place_of(facts: MachineFacts) -> dict[str, Any]:
 
 
 def _engine(study: Study, facts: MachineFacts) -> dict[str, Any]:
-    """The version of what a study's engine comes with, where no other field has it."""
+    """The version of the package of a study's engine, if no other field contains it."""
     package = "" if study.engine is None else study.engine.package
     if not package or package in LIBRARIES:
         return {}
@@ -217,9 +216,9 @@ def _engine(study: Study, facts: MachineFacts) -> dict[str, Any]:
 
 
 def harness_identity() -> str:
-    """Version and content of the harness that runs this: the two sides of an A/B may run different code.
+    """Version and content of the running harness: the two sides of an A/B may run different code.
 
-    The content is a hash of the package's sources and data by their names inside it, so it does not depend on the
+    The content is a hash of the package's sources and data with their relative names, so it does not depend on the
     folder of the package.
     """
     root = Path(__file__).parents[1]  # the whole package
@@ -237,7 +236,8 @@ def harness_identity() -> str:
 def differing_packages(
     base: Mapping[str, Any], candidate: Mapping[str, Any]
 ) -> dict[str, tuple[str | None, str | None]]:
-    """The distributions whose versions differ, to which an effect can be attributed, with both (None: not installed).
+    """The distributions whose versions differ, to which an effect can be attributed, with both versions (None: not
+    installed).
 
     `base` and `candidate` are descriptions of two hosts (`lorameter.run.workers.environment.describe`).
     """
@@ -250,19 +250,19 @@ def differing_packages(
 
 
 def _content_of_workloads(common: Workload, own: Mapping[str, Workload]) -> dict[str, Any]:
-    """The study's workload, and under `own` what variants are measured on instead."""
+    """The study's workload, and under `own` the workloads of variants that use another one."""
     data = {"data": _content_of(common.data)}
     others = {name: codec.to_json(workload) | data for name, workload in own.items()}
     return {**codec.to_json(common), **data, **({"own": others} if others else {})}
 
 
 def _content_of(data: str) -> str:
-    """The identity of the data without its path: the hash of a file or of a folder's files; else the name."""
+    """The identity of the data, independent of its path: the hash of a file or of a folder's files; else the name."""
     if data == OWN:
         return data
     try:
         source = data_source.resolve(data)
-    except UsageError:  # which the reader of the data reports
+    except UsageError:  # the reader of the data reports it
         return data
     if not source.files:
         return data
@@ -278,7 +278,8 @@ def _digest_of(path: Path) -> str:
 
 
 def fingerprint_fields(provenance: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
-    """The fields that must agree for two runs to be compared; `without` are those that an A/B declares."""
+    """The fields that must agree for two runs to be compared; `without` are the fields in which an A/B declares a
+    difference."""
     fields = {key: provenance.get(key) for key in FINGERPRINT}
     of_gpu = {POWER_LIMIT: power_limit_w(provenance), KERNELS: provenance.get(KERNELS)}
     known = fields | {key: value for key, value in of_gpu.items() if value is not None}
@@ -286,15 +287,16 @@ def fingerprint_fields(provenance: Mapping[str, Any], without: Sequence[str] = (
 
 
 def fingerprint(provenance: Mapping[str, Any], without: Sequence[str] = ()) -> str:
-    """Hash of the fields that must agree for two runs to be compared; `without` are those that an A/B declares."""
+    """Hash of the fields that must agree for two runs to be compared; `without` are the fields in which an A/B declares
+    a difference."""
     compared = codec.dumps(fingerprint_fields(provenance, without))
     return hashlib.sha256(compared.encode(errors="backslashreplace")).hexdigest()[:12]
 
 
 def power_limit_w(provenance: Mapping[str, Any], which: str = "power_limit_w") -> int | None:
-    """The GPU's power limit in force in whole watts, or that by default (`default_power_limit_w`).
+    """The GPU's power limit in force in whole watts, or the default limit (`default_power_limit_w`).
 
-    None on a CPU, and where the GPU does not report it.
+    None on a CPU, and if the GPU does not report it.
     """
     gpu = provenance.get("settings", {}).get("gpu")
     limit = gpu.get(which) if isinstance(gpu, Mapping) else None
@@ -319,15 +321,15 @@ def _cpu_fields() -> dict[str, str]:
 
 
 def _torch_cuda() -> str | None:
-    """The CUDA version that the installed torch was built for, read from its version file."""
+    """The CUDA version for which the installed torch was built, read from its version file."""
     spec = importlib.util.find_spec("torch")
     return None if spec is None or spec.origin is None else cuda_of(Path(spec.origin).parent)
 
 
 def free_bytes(machine: Machine, environment: Mapping[str, str] | None = None) -> int | None:
-    """Memory that processes could take on the measuring device now, or in a container with a limit what that leaves.
+    """Memory available now to processes on the measuring device, or below the limit of a container.
 
-    None where NVML or the kernel does not say.
+    None if NVML or the kernel does not report it.
     """
     if machine.device != "cuda":
         return memory_available_bytes().value

@@ -1,7 +1,7 @@
-"""Facts about a machine before anything is measured on it; `lorameter.machine.doctor` judges them.
+"""Collects facts about a machine before a measurement; `lorameter.machine.doctor` judges them.
 
-For a second the survey computes and watches the kernel's counters: steal and quotas show only on a CPU that is in use.
-Everything else is read once. Neither torch nor a CUDA context is loaded.
+The survey computes for a second and watches the kernel's counters, because steal and quotas have an effect only on a
+busy CPU. Everything else is read once. Neither torch nor a CUDA context is loaded.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from lorameter.machine.reading import Reading, missing
 from lorameter.machine.system import system_facts
 
 LOOK_S = 1.1 * LEAST_ASKED_S
-"""How long the machine is watched at work: a little more than the CPU time of which a share is given."""
+"""Seconds of computation: a little more than the minimum CPU time for a share."""
 REQUIRED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
-"""Distributions without which no trial starts."""
+"""Distributions that every trial needs."""
 OPTIONAL = {"flash-attn": "variants with attention = flash_attention_2", "gguf": "models in GGUF files"}
-"""Distributions that some studies need, and for what."""
+"""Distributions that only some studies need, and their purpose."""
 CUDA_DRIVER = "libcuda.so.1"
-"""What CUDA programs go through. NVML is another library of the driver, and can be there without it."""
+"""The driver library of CUDA programs. NVML is another library of the driver, and may be present without it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +46,12 @@ class GpuSurvey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
-    """All facts."""
+    """All facts of a survey."""
 
     machine: Machine
     system: Mapping[str, Reading[Any]]
     packages: Mapping[str, str | None]
-    """Versions of distributions; None for one that is not installed."""
+    """Versions of distributions; None if not installed."""
     host: Mapping[str, float]
     """Counters of the kernel while this process computed (`lorameter.machine.host`)."""
     host_missing: Mapping[str, str]
@@ -61,11 +61,11 @@ class Survey:
     gpus: Reading[tuple[VisibleGpu, ...]]
     """All GPUs of the machine."""
     visible: Reading[tuple[VisibleGpu, ...]]
-    """GPUs that may be used."""
+    """GPUs that this process may use."""
     runs: Path
-    """Folder where runs would be written, or the nearest one above it that exists."""
+    """Folder for runs, or its nearest existing ancestor."""
     locks: Reading[bool]
-    """Whether locks (flock) work there."""
+    """Whether file locks (flock) work there."""
     environment: Mapping[str, str]
     root: bool
     """Whether the user may change the GPU's settings."""
@@ -74,13 +74,13 @@ class Survey:
 
     @property
     def cpus(self) -> int:
-        """CPUs that this process may run on."""
+        """CPUs on which this process may run."""
         return int(self.system["cpus"].value or 1)
 
 
 def survey(runs: Path, look_s: float = LOOK_S) -> Survey:
-    """Surveys this machine and the folder for `runs`; keeps one CPU busy for `look_s` seconds."""
-    system = system_facts()  # before the computation, which adds to the load
+    """Survey this machine and the folder for `runs`; keeps one CPU busy for `look_s` seconds."""
+    system = system_facts()  # before the computation, which increases the load
     watch = HostTelemetry()
     watch.begin()
     end = time.monotonic() + look_s
@@ -135,7 +135,7 @@ def _try_lock(folder: Path) -> Reading[bool]:
 
 
 def cannot_load(library: str) -> str | None:
-    """The loader's error, None if it loads. No device is initialised."""
+    """The loader's error; None if the library loads. No device is initialised."""
     try:
         ctypes.CDLL(library)
     except OSError as error:

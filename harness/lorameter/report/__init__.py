@@ -1,1 +1,1 @@
-"""From records to what people read: every report is a document of typed blocks, and a renderer draws any of them."""
+"""Reports: every report is a document of typed blocks, which any renderer can draw."""

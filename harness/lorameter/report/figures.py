@@ -1,7 +1,7 @@
-"""The figures of a run's page, and the charts of a phase, which the terminal draws too.
+"""The figures of a run's HTML page, and the charts of a phase, which the terminal also draws.
 
-A figure is left out where a run holds nothing for it. Every number of a figure is one of the terminal's report or of
-the records; nothing is smoothed.
+A figure is omitted if a run has no data for it. Every number in a figure comes from the terminal's report or from the
+records; nothing is smoothed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from lorameter.verdicts.series import Series, group_trials
 from lorameter.verdicts.sites import runs_of_sites
 
 Shown = Mapping[str, Series]
-"""The trials of each variant, in the order of the study."""
+"""The trials of each variant, in study order."""
 HELD = {
     "base_weight_bytes": "base weights",
     "quantization_state_bytes": "quantisation constants",
@@ -60,11 +60,11 @@ HELD = {
     "gradient_bytes": "gradients",
     "optimizer_state_bytes": "optimizer state",
 }
-"""Kinds of memory that a step keeps, which do not overlap, with their names."""
+"""Kinds of memory that persist during a step, which do not overlap, with their names."""
 MOST_NAMED = 3
-"""Of variants that a figure leaves out."""
+"""Maximum names of variants that a figure leaves out."""
 COMPARED_LOSSES = ("held_out_loss", "timed_loss")
-"""Losses of a variant; the first one that was measured is drawn."""
+"""Losses of a variant; the first measured one is drawn."""
 COLD = {
     "cold_import_time_s": "import",
     "cold_load_time_s": "load",
@@ -72,10 +72,10 @@ COLD = {
     "cold_completion_time_s": "the other tokens",
 }
 LEAST_LEVELS = 3
-"""Two points are no curve: a table shows them."""
+"""Minimum levels of a curve: two points are shown in a table."""
 LEAST_STEPS = 6
 MOST_CURVES = 8
-"""Curves of losses that are shown; a study of fifty variants would fill the screen with them."""
+"""Maximum loss curves; a study with fifty variants would fill the screen."""
 LATENCY, THROUGHPUT = "time_per_output_token_s", "output_tokens_per_s"
 SERVING = "Throughput against latency"
 _TONES: Mapping[Status, Tone] = {
@@ -89,8 +89,8 @@ _TONES: Mapping[Status, Tone] = {
 
 
 def figures_of_run(run: Run, view: RunView) -> tuple[Figure, ...]:
-    """All figures for which the run has data, in the order of the page: ratios of the view, then the phases that it
-    shows whole."""
+    """All figures for which the run has data, in page order: ratios of the view, then the phases that it shows
+    completely."""
     shown = _shown(run, view)
     whole = {table.phase: table.metric for table in view.tables if table.phase in view.phases}
     figures = [_ratios(table, view.study.reference) for table in (*view.tables, *view.outcomes)]
@@ -107,7 +107,7 @@ def figures_of_run(run: Run, view: RunView) -> tuple[Figure, ...]:
 
 
 def _of_other_tokens(run: Run) -> set[str]:
-    """Variants that train on other tokens than the study, so that their losses cannot be compared."""
+    """Variants that train on other tokens than the study, so that their losses are not comparable."""
     own = read_own_workloads(run)
     common = read_study(run).workload if own else None
     return {name for name, one in own.items() if any(getattr(one, key) != getattr(common, key) for key in OF_TOKENS)}
@@ -163,7 +163,7 @@ def _memory(shown: Shown) -> Figure | None:
 
 
 def _held(series: Series) -> dict[str, float]:
-    """The median size of each kind of memory, and the rest of the peak; empty where no kind or no peak is known."""
+    """The median size of each kind of memory, and the rest of the peak; empty if no kind or no peak is known."""
 
     def median(kind: str) -> float:
         return statistics.median([record.memory[kind] for record in series.ok if kind in record.memory] or [0])
@@ -182,7 +182,7 @@ def _cold(shown: Shown) -> Figure | None:
     for name, series in shown.items():
         found = {kind: [one for trial in series.trials(metric) for one in trial] for metric, kind in COLD.items()}
         medians = {kind: statistics.median(samples) for kind, samples in found.items() if samples}
-        if "first token" in medians and "the other tokens" in medians:  # a completion holds its first token
+        if "first token" in medians and "the other tokens" in medians:  # a completion includes its first token
             medians["the other tokens"] = max(medians["the other tokens"] - medians["first token"], 0.0)
         if medians:
             bars[name] = medians
@@ -203,7 +203,7 @@ def _bars(title: str, caption: str, axis: Axis, bars: Mapping[str, Mapping[str, 
 
 
 def _front(shown: Shown, cost: str, of_other_tokens: set[str]) -> Figure | None:
-    """Loss against the metric of training, of the variants whose loss is that of the same tokens."""
+    """Loss against the metric of training, for variants whose loss is over the same tokens."""
     loss = next((metric for metric in COMPARED_LOSSES if any(one.trials(metric) for one in shown.values())), None)
     if loss is None:
         return None
@@ -258,7 +258,7 @@ def _checks(shown: Shown) -> Figure | None:
 
 
 def _finding(series: Series, path: str) -> Finding | None:
-    """The worst status of a path in a variant's trials, with the reasons of all."""
+    """The worst status of a path in a variant's trials, with the reasons from all trials."""
     found = [check for record in series.records for check in record.checks if check["path"] == path]
     if not found:
         return None
@@ -274,13 +274,13 @@ def _finding(series: Series, path: str) -> Finding | None:
 
 
 def _severity(status: str) -> int:
-    """The place of a status, the worst first; an unrecognised one counts as `unknown`."""
+    """The rank of a status, the worst first; an unknown status counts as `unknown`."""
     order = list(_TONES)
     return order.index(status if status in order else "unknown")
 
 
 def describe_charts(view: RunView, table: PhaseTable) -> Iterator[Block]:
-    """The charts and further tables of a phase that is shown whole."""
+    """The charts and further tables of a phase that is shown completely."""
     shown = _shown(runs_of_sites(view.run)[table.site] if table.site else view.run, view)
     if table.phase == "generate" and (serving := _draw_serving(shown)) and serving.table:
         note = "on the front: no other has more output tokens/s and less time per token"
@@ -296,7 +296,7 @@ def _shown(run: Run, view: RunView) -> Shown:
 
 
 def _sweeps(study: Study, shown: Shown, table: PhaseTable) -> Iterator[ChartGroup]:
-    """The ratio, and of training the held-out loss, along each field that has enough levels that are numbers."""
+    """The ratio, and for training the held-out loss, along each field with enough numeric levels."""
     swept = {axis: [(float(level), name) for level, name in study.levels(axis) if is_number(level)]
              for axis in study.axes}  # fmt: skip
     points: dict[str, _Value] = {
@@ -317,7 +317,7 @@ _Value = tuple[float, float | None, float | None]
 
 
 def _estimates(shown: Shown, metric: str) -> dict[str, _Value]:
-    """The estimate of each variant that has one, with the ends of its interval."""
+    """The estimate of each variant that has one, with its interval."""
     found = {name: series.estimate(metric) for name, series in shown.items()}
     return {
         name: (one.value, one.low, one.high) for name, one in found.items() if one is not None and one.value is not None
@@ -338,7 +338,7 @@ def _interval(low: float | None, high: float | None) -> tuple[float, float] | No
 
 
 def _gallery(title: str, charts: Sequence[Chart]) -> Iterator[ChartGroup]:
-    """The charts with enough points, on one scale, so that small effects look small."""
+    """The charts with enough points, on a common scale, so that small effects look small."""
     curves = [chart for chart in charts if len(chart.curves[0].points) >= LEAST_LEVELS]
     if not curves:
         return
@@ -350,7 +350,7 @@ def _gallery(title: str, charts: Sequence[Chart]) -> Iterator[ChartGroup]:
 
 
 def _loss_charts(shown: Shown) -> Iterator[ChartGroup]:
-    """The median of the replicates at each step."""
+    """The median over replicates at each step."""
     found = {name: _losses_by_step(series) for name, series in shown.items()}
     curves = {name: losses for name, losses in found.items() if len(losses) >= LEAST_STEPS}
     charts = []
@@ -364,8 +364,8 @@ def _loss_charts(shown: Shown) -> Iterator[ChartGroup]:
 
 
 def _losses_by_step(series: Series) -> list[tuple[float, ...]]:
-    """The losses at each step, of the trials that trained all steps: isolated trials and trainings that were cut short
-    end earlier and are left out."""
+    """The losses at each step, for trials that trained all steps: isolated trials and truncated trainings end earlier
+    and are left out."""
     records = series.measuring("timed_loss")
     curves = [losses_of_steps(record) for record in records]
     most = max(map(len, curves), default=0)
@@ -373,7 +373,7 @@ def _losses_by_step(series: Series) -> list[tuple[float, ...]]:
 
 
 def _draw_front(shown: Shown, across: str, up: str, title: str, caption: str) -> Figure | None:
-    """The variants that have both metrics, with the Pareto front joined; None with fewer than two."""
+    """The variants that have both metrics, with the Pareto front joined; None with fewer than two variants."""
     xs, ys = _estimates(shown, across), _estimates(shown, up)
     names = [name for name in xs if name in ys]
     if len(names) < 2:
@@ -402,7 +402,8 @@ def _draw_front(shown: Shown, across: str, up: str, title: str, caption: str) ->
 
 
 def _draw_serving(shown: Shown) -> Figure | None:
-    """Throughput and latency of variants whose requests have different numbers of prompts; None where all have one."""
+    """Throughput and latency of variants whose requests have different numbers of prompts; None if all have one
+    prompt."""
     batches = {name: max(one.values.get("request_batch", 1.0) for one in series.measuring(LATENCY))
                for name, series in shown.items() if series.measuring(LATENCY)}  # fmt: skip
     caption = (

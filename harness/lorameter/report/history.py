@@ -1,4 +1,4 @@
-"""A history as a document: each line as a sparkline, its levels in a table, its breaks and changes."""
+"""Describes a history: each line as a sparkline, its levels in a table, its breaks and level changes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from lorameter.verdicts.comparison_input import Difference
 
 STEPS = "▁▂▃▄▅▆▇█"
 WIDEST = 60
-"""Characters of a drawn line; of more runs several share one."""
+"""Maximum characters of a sparkline; with more runs, several share one character."""
 LEVELS = (*name_columns("from", "to", "runs", "level", left=2), ColumnHeader(text="with"))
 _RUNS = (
     *name_columns("when", "run", "value", left=2),
@@ -51,7 +51,7 @@ _RUNS = (
 )
 COMMIT = "git.commit"
 SHOWN, REASONS = 4, 2
-"""Differences that are spelt out, and reasons why runs are left out."""
+"""Maximum differences that are listed, and reasons for runs that are left out."""
 
 
 def describe_history(history: History, *, every_run: bool = False) -> Document:
@@ -82,14 +82,14 @@ def _track(track: Track, *, every_run: bool) -> Iterator[Block]:
 
 
 def table_of_runs(track: Track) -> Table:
-    """A row for each run; below it the reasons why runs do not count."""
+    """A row for each run, and below it the reasons why runs do not count."""
     rows = tuple(_run(one, line, track) for line in track.lines for one in line.moments)
     moments = [one for line in track.lines for one in line.moments if one.why_not is not None]
     return Table(heads=_RUNS, rows=rows, notes=say_each(f"{one.run} does not count: {one.why_not}" for one in moments))
 
 
 def _drawn(track: Track) -> Iterator[Line]:
-    """A line for each fingerprint, all on one logarithmic scale; a run that does not count is a gap."""
+    """A sparkline for each fingerprint, all on one logarithmic scale; a run that does not count is a gap."""
     values = [math.log(moment.value) for line in track.lines for moment in line.counting]
     if not values:
         yield say("no run counts")
@@ -103,7 +103,7 @@ def _drawn(track: Track) -> Iterator[Line]:
 
 
 def draw(moments: Sequence[Moment], low: float, high: float) -> str:
-    """Runs in their order as blocks of a height between two logs, several in one where there are many."""
+    """Runs in order as block characters, with heights between two logs; many runs are merged."""
     per_block = max(1, math.ceil(len(moments) / WIDEST))
     drawn = ""
     for first in range(0, len(moments), per_block):
@@ -158,7 +158,7 @@ def _suspicion(suspicion: Suspicion, track: Track) -> Iterator[Line]:
 
 
 def _conclusion(line: HistorySeries) -> Line:
-    """How many changes were found, and how small a change would be found: "no change" is meaningless without it."""
+    """The number of changes found, and the smallest detectable change: "no change" is meaningless without it."""
     counting, left_out = len(line.counting), [one.why_not for one in line.moments if one.why_not is not None]
     reasons = first_few(list(dict.fromkeys(left_out)), REASONS, "; ")
     gaps = f"; {format_count(len(left_out), 'run')} left out ({reasons})" if left_out else ""
@@ -188,7 +188,7 @@ def _run(moment: Moment, line: HistorySeries, track: Track) -> Row:
 
 
 def write_time(moment: Moment) -> str:
-    """When a run began, in local time, to the minute."""
+    """The start of a run in local time, to the minute."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment.created_unix_s))
 
 
@@ -197,7 +197,7 @@ def _differences(differing: Sequence[Difference]) -> str:
 
 
 def _list_differences(differing: Sequence[Difference]) -> list[str]:
-    """The differences, commits first and as a range."""
+    """The differences, with commits first and as a range."""
     commits = [f"commits {str(one.base)[:10]}..{str(one.candidate)[:10]}" for one in differing if one.field == COMMIT]
     others = [one for one in differing if one.field != COMMIT]
     return commits + [f"{one.field.removeprefix('libraries.')} {one.base} → {one.candidate}" for one in others]
@@ -217,7 +217,7 @@ def _day(moment: Moment) -> str:
 
 
 def unit_of(track: Track) -> Unit:
-    """The unit of its values; "1" for an unknown one."""
+    """The unit of its values; "1" if unknown."""
     return cast(Unit, track.unit if track.unit in get_args(Unit) else "1")
 
 
@@ -227,7 +227,7 @@ def figures_of_history(history: History) -> tuple[Figure, ...]:
 
 
 def names_of(history: History) -> tuple[str, ...]:
-    """The names of the curves, in their order."""
+    """The names of the curves, in order."""
     return tuple(dict.fromkeys(_curve_name(line) for track in history.tracks for line in track.lines))
 
 

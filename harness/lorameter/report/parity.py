@@ -1,4 +1,4 @@
-"""Parity: a verdict for each way of serving an adapter first, then the numbers behind it."""
+"""Describes parity: first a verdict for each way of serving an adapter, then the numbers behind it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lorameter.report.notices import describe_notices
 from lorameter.stats import Proportion
 
 SHOWN = 3
-"""Answers of each way that are shown next to the reference's."""
+"""Maximum answers of each way that are shown with the reference's."""
 
 
 def describe_parity(parity: Parity, judgement: Judgement) -> Document:
@@ -84,7 +84,7 @@ _VERDICT_TEXTS: Mapping[Verdict, tuple[str, Tone]] = {
 
 
 def say_answers(one: Likeness) -> str:
-    """How many of its answers differ, and how far its logits are from the reference's."""
+    """The number of its answers that differ, and the distance of its logits from the reference's."""
     first = "" if one.first_difference is None else f", first at token {one.first_difference:g} (median)"
     logits = f"logits differ by {three_digits(one.difference_max)} at most"
     if one.difference_max == 0:
@@ -152,7 +152,7 @@ def _largest(value: float) -> Cell:
 
 
 def _mean(mean: Mean, sign: str = "") -> Cell:
-    """In powers of ten where it is small: a unit prefix would hide how small."""
+    """A mean in powers of ten if it is small: a unit prefix would hide its size."""
     form = f"{sign}.3g"
     interval = "[no interval]" if mean.low is None or mean.high is None else f"[{mean.low:{form}}, {mean.high:{form}}]"
     return Cell(
@@ -161,7 +161,7 @@ def _mean(mean: Mean, sign: str = "") -> Cell:
 
 
 def _cosine(value: float) -> str:
-    """With as many digits as distinguish it from 1, six at most."""
+    """With as many digits as needed to distinguish it from 1, at most six."""
     return "1" if value > 1 - 5e-7 else f"{value:.6f}"
 
 
@@ -182,7 +182,7 @@ def _losses(rows: Sequence[Likeness], parity: Parity) -> Table:
 
 
 def show_differing(parity: Parity, decode: Callable[[Sequence[int]], str]) -> Document:
-    """The first different answers of each way, next to the reference's."""
+    """The first different answers of each way, with the reference's answers."""
     controls = {way.name for way in parity.ways if way.is_control}
     panels: list[Panel] = []
     for one in parity.served[1:]:

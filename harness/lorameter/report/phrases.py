@@ -1,8 +1,8 @@
-"""The words of verdicts for people; programs get those of the contract.
+"""Phrases for verdicts in reports; programs get the documented machine-readable words.
 
 Variants are slower or faster than each other, larger or smaller, higher or lower; a candidate has regressed or improved
-on its base. An inconclusive verdict is a sentence: the range of the effect, the smallest detectable difference, and
-what to do, which is never "measure hundreds of replicates".
+compared with its base. An inconclusive verdict is a sentence with the range of the effect, the smallest detectable
+difference, and advice, which never asks for hundreds of replicates.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lorameter.studies.workload import Workload
 
 Between = Literal["variants", "sides"]
-"""Whether variants of a study are compared, or a candidate with its base."""
+"""Whether variants of a study are compared, or a candidate and its base."""
 
 _BASIS = re.compile(r" \((\d[^()]*replicate[^()]*)\)")
 _KIND = re.compile(r"(host|device)_(peak|peak_allocated|peak_reserved)_(train|generate|cold)_bytes")
@@ -29,7 +29,7 @@ PHASE_WORDS = {"train": "training", "generate": "generation", "cold": "cold star
 
 
 def _ways(metric: str) -> tuple[str, str]:
-    """The words for a metric that is worse and better; a metric of another project is a time."""
+    """The words for a worse and a better metric; an unknown metric counts as a time."""
     if metric.endswith("_bytes"):
         return "larger", "smaller"
     if metric not in METRICS or METRICS[metric].unit in ("s", "1/s"):
@@ -38,7 +38,7 @@ def _ways(metric: str) -> tuple[str, str]:
 
 
 def title_of(metric: str) -> str:
-    """The title of a metric or of a kind of memory; of an unknown one its name."""
+    """The title of a metric or of a kind of memory; for an unknown one its name."""
     if metric in METRICS:
         return METRICS[metric].title
     if found := _KIND.fullmatch(metric):
@@ -47,24 +47,24 @@ def title_of(metric: str) -> str:
 
 
 def title_of_ratio(metric: str) -> str:
-    """The title of its ratio: that of a rate is inverted, so that above 1 is a slow-down."""
+    """The title of a metric's ratio; for a rate the ratio is inverted, so that above 1 is a slow-down."""
     turned = metric in METRICS and METRICS[metric].higher_is_better
     return f"{title_of(metric)}, slow-down" if turned else title_of(metric)
 
 
 def say_request(workload: Workload) -> str:
-    """Tokens of a request: of its prompt and new ones, each as often as it has prompts."""
+    """Tokens of a request: of its prompt and new ones, times the number of prompts."""
     tokens = f"{workload.prompt_tokens} + {workload.new_tokens}"
     return tokens if workload.request_batch == 1 else f"{workload.request_batch} × ({tokens})"
 
 
 def say_adapters(workload: Workload) -> str:
-    """How many adapters a base has while it answers; empty where it is the trained one alone."""
+    """The number of adapters on a base during requests; empty if there is only the trained one."""
     return "" if workload.adapters == 1 else f" by {workload.adapters} adapters on one base"
 
 
 def verdict_cell(comparison: Comparison, metric: str, margin: float, between: Between) -> Cell:
-    """The verdict in a word; equivalence with its margin."""
+    """The verdict as one word; equivalence with its margin."""
     words = {
         "equivalent": f"equivalent ±{format_percent(margin)}" if margin else "equal",
         "no_baseline": "no baseline",
@@ -76,7 +76,7 @@ def verdict_cell(comparison: Comparison, metric: str, margin: float, between: Be
 
 
 def say_ratio(comparison: Comparison | None, metric: str = "", margin: float = MARGIN) -> tuple[str, str]:
-    """A ratio between variants with its interval, and its verdict; without a ratio the reason."""
+    """A ratio between variants with its interval, and its verdict; the reason if there is no ratio."""
     if comparison is None or comparison.ratio is None:
         return "not measured" if comparison is None else f"not measured: {comparison.reason}", ""
     cell = verdict_cell(comparison, metric, margin, "variants")
@@ -84,7 +84,7 @@ def say_ratio(comparison: Comparison | None, metric: str = "", margin: float = M
 
 
 def say_inconclusive(comparison: Comparison, metric: str, interleaving: Interleaving, *, ab: bool = False) -> str:
-    """The range of an inconclusive effect, the smallest detectable difference, and what to do."""
+    """The range of an inconclusive effect, the smallest detectable difference, and advice."""
     if comparison.low is None or comparison.high is None:
         return "one replicate gives no interval. Measure 5."
     detectable = (
@@ -108,14 +108,14 @@ def _advice(comparison: Comparison, metric: str, interleaving: Interleaving, *, 
 
 def split_basis(reason: str) -> tuple[str, str]:
     """A verdict's reason without its basis ("3 replicates, paired turn by turn"), and the basis, which several verdicts
-    share."""
+    may share."""
     found = _BASIS.search(reason)
     return (reason, "") if found is None else (reason[: found.start()] + reason[found.end() :], found[1])
 
 
 def format_effect(comparison: Comparison, metric: str) -> tuple[str, str]:
-    """The effect in per cent, and its interval: "3.9 % slower", " [+3.7 %, +4.2 %]". Empty without a ratio; without the
-    interval where both ends read the same, as those of computed bytes do."""
+    """The effect in per cent, and its interval: "3.9 % slower", " [+3.7 %, +4.2 %]". Empty without a ratio; the
+    interval is omitted if both ends look the same, as for computed bytes."""
     if comparison.ratio is None:
         return "", ""
     ends = [_signed(end) for end in (comparison.low, comparison.high) if end is not None]

@@ -1,8 +1,8 @@
-"""Charts as characters: curves by plotext, a ratio with its interval in a line of characters.
+"""Draws charts with characters: curves with plotext, and a ratio with its interval in one line.
 
-plotext gets numbers alone, and ticks that are written here. What it draws has no colour: a chart is read by its shape.
-All ratios of a column share one scale, by logarithms, so that half and twice are equally far from 1; an interval that
-reaches beyond the scale ends in an arrow.
+plotext receives only numbers, and ticks that are formatted here. Charts have no colour: they are read by shape. All
+ratios of a column share one logarithmic scale, so that half and twice are equally far from 1; an interval that extends
+beyond the scale ends in an arrow.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections.abc import Iterable, Sequence
 from lorameter.report.blocks import Axis, Cell, Chart
 
 HEIGHT = 8
-"""Lines of a chart, its ticks included."""
+"""Lines of a chart, including its ticks."""
 MOST_TICKS = 5
-"""Named places along x; more would run into each other."""
+"""Maximum ticks along x; more would overlap."""
 
 
 def plot(chart: Chart, width: int) -> list[str]:
-    """The lines of a chart, each of at most that many characters."""
+    """The lines of a chart, with at most `width` characters each."""
     import plotext
 
     across, points = chart.across, [point for curve in chart.curves for point in curve.points]
@@ -54,7 +54,7 @@ def _place(x: float, across: Axis) -> float:
 
 
 def _thinned(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
-    """The ticks, or as many of them as have room, the first and the last among them."""
+    """The ticks, or as many as fit, always including the first and the last."""
     if len(ticks) <= MOST_TICKS:
         return list(ticks)
     steps = [round(place * (len(ticks) - 1) / (MOST_TICKS - 1)) for place in range(MOST_TICKS)]
@@ -62,20 +62,20 @@ def _thinned(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
 
 
 def _labels(marks: Sequence[float]) -> list[str]:
-    """With as many digits as distinguish them."""
+    """Labels with as many digits as needed to distinguish them."""
     spread = (marks[-1] - marks[0]) / 2 or abs(marks[0])
     places = max(0, 1 - math.floor(math.log10(spread))) if spread else 2
     return [f"{mark:.{min(places, 6)}f}" for mark in marks]
 
 
 LEAST_WIDTH, MOST_WIDTH = 11, 33
-"""Odd, so that 1 has a character of its own."""
+"""Odd, so that 1 has its own character."""
 _LEAST_BOUND = math.log(1.05)
 
 
 def scale_of(cells: Iterable[Cell]) -> float:
-    """How far from 1 the scale reaches that shows these ratios, as a logarithm. Wide intervals do not shrink the rest:
-    it reaches at most twice as far as the values."""
+    """The distance from 1, as a logarithm, to which the scale of these ratios extends. Wide intervals do not shrink the
+    rest: it extends at most twice as far as the values."""
     values, ends = [0.0], [_LEAST_BOUND]
     for cell in cells:
         values += [abs(math.log(one)) for one in (cell.value,) if one]
@@ -84,14 +84,14 @@ def scale_of(cells: Iterable[Cell]) -> float:
 
 
 def draw_scale(bound: float, width: int) -> str:
-    """What the ends of a scale and its middle are."""
+    """The values at the ends and the middle of a scale."""
     left, right = f"{math.exp(-bound):.2g}", f"{math.exp(bound):.2g}"
     centre = width // 2
     return f"{left:<{centre}}1{right:>{width - centre - 1}}"
 
 
 def draw_whisker(cell: Cell, bound: float, width: int) -> str:
-    """The ratio of a cell in so many characters; of a cell without one the middle alone."""
+    """The ratio of a cell in `width` characters; only the middle for a cell without a ratio."""
     centre = width // 2
     drawn = [" "] * width
     if cell.value:

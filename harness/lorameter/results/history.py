@@ -1,9 +1,9 @@
-"""The history of a metric over runs: a line for each fingerprint, its changes of level, and what differs between runs.
+"""The history of a metric over runs: a line per fingerprint, its level changes, and the differences between runs.
 
-A line holds runs that can be compared: one fingerprint, one content of the variant. Another line begins at a known
-break, without a ratio across it. A change of level inside a line (`lorameter.stats.changes`) is a suspicion: the runs
-share only the machine, so an A/B of the two revisions confirms it. Runs of different times are never called equivalent;
-a line without a change gives the smallest change that it would have shown.
+A line contains comparable runs, with the same fingerprint and variant content. A new line begins at a known break,
+without a ratio across it. A level change inside a line (`lorameter.stats.changes`) is only a suspicion, because the
+runs have only the machine in common; an A/B of the two revisions can confirm it. Runs at different times are never
+called equivalent; a line without a change reports the smallest change that it would have shown.
 """
 
 from __future__ import annotations
@@ -34,12 +34,11 @@ from lorameter.verdicts.software import facts_of
 DEFAULT_METRIC = PRIMARY["train"]
 Direction = Literal["slower", "faster", "worse", "better"]
 _LEFT_OUT = ("worker", "packages")
-"""Fields of the provenance that are large and no cause of a change."""
+"""Fields of the provenance that are large and cannot cause a change."""
 
 
 class Moment(msgspec.Struct, frozen=True, kw_only=True):
-    """One run's number, with its time and software; `why_not` is why it does not count, None where it
-    does."""
+    """One run's value, with its time and software; `why_not` is the reason why it does not count, else None."""
 
     run: str
     folder: str
@@ -55,11 +54,11 @@ class Moment(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Suspicion(msgspec.Struct, frozen=True, kw_only=True):
-    """A change of level inside a line, between the last run of one level and the first of the next.
+    """A level change inside a line, between the last run of one level and the first run of the next.
 
-    `ratio` is the new level over the one before, above 1 is worse, for rates too; `low` and `high` are its 95 %
-    interval, as if the run of the change had been known before. `differing` are the known differences between the two
-    runs, and `confirm` the command that would confirm it, empty where nothing known differs.
+    `ratio` is the new level over the previous one; above 1 is worse, also for rates. `low` and `high` are its 95 %
+    interval, as if the position of the change had been known. `differing` are the known differences between the two
+    runs, and `confirm` is the command that would confirm the change, empty if no difference is known.
     """
 
     before: Moment
@@ -86,10 +85,10 @@ class Plateau(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HistorySeries(msgspec.Struct, frozen=True, kw_only=True):
-    """Runs of one fingerprint and one content of the variant, those that do not count included.
+    """Runs with one fingerprint and one variant content, including those that do not count.
 
-    `scatter` is the standard deviation from run to run around the levels, as a fraction, None of fewer than 10 that
-    count; `detectable` the smallest change, as a fraction, that three runs more would show with 80 % power.
+    `scatter` is the standard deviation between runs around the levels, as a fraction, None if fewer than 10 runs count;
+    `detectable` is the smallest change, as a fraction, that three more runs would show with 80 % power.
     """
 
     fingerprint: str
@@ -107,8 +106,8 @@ class HistorySeries(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Break(msgspec.Struct, frozen=True, kw_only=True):
-    """The start of a line that cannot be compared with the one before; `confirm` is the command that measures the
-    effect of the difference, empty where none can."""
+    """The start of a line that is not comparable with the previous one; `confirm` is the command that measures the
+    effect of the difference, empty if there is none."""
 
     before: Moment
     after: Moment
@@ -131,7 +130,7 @@ class Track(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class History(msgspec.Struct, frozen=True, kw_only=True):
-    """A metric over the runs of a folder; `unreadable` is why runs could not be read, by the names of their folders."""
+    """A metric over the runs of a folder; `unreadable` has the reasons for unreadable runs, by folder name."""
 
     metric: str
     tracks: tuple[Track, ...]
@@ -139,7 +138,7 @@ class History(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Measured(NamedTuple):
-    """One estimate of one run: its row of the table of estimates, with the facts of the run."""
+    """An estimate of a run: its row of the table of estimates, with the facts of the run."""
 
     moment: Moment
     row: Row
@@ -147,7 +146,7 @@ class Measured(NamedTuple):
 
     @property
     def key(self) -> tuple[str, str]:
-        """What agrees in one line: fingerprint and content of the variant."""
+        """The key of a line: fingerprint and content of the variant."""
         return self.row["fingerprint"], self.row["variant_id"]
 
 
@@ -157,7 +156,7 @@ def history_of(
     """The history of a metric, or of a kind of memory, in the selected studies and variants.
 
     Raises:
-        UsageError: a metric, study or variant of which there is no run, with those that there are.
+        UsageError: there is no run with the metric, study or variant; the message lists the existing ones.
     """
     measured, unreadable = read_estimates(runs, metric)
     tracks: dict[tuple[str, str], list[Measured]] = {}
@@ -177,8 +176,8 @@ def history_of(
 
 
 def read_estimates(runs: Path, metric: str | None) -> tuple[list[Measured], dict[str, str]]:
-    """The estimates of a metric (None: of all) in the runs of a folder, oldest first; and why others cannot be read, by
-    the names of their folders. An A/B and a run of unlike sites have none."""
+    """The estimates of a metric (None: of all metrics) in the runs of a folder, oldest first; and the reasons for
+    unreadable runs, by folder name. An A/B and a run with different sites have no estimates."""
     measured: list[Measured] = []
     unreadable = {}
     for path, content, error in read_each(runs, lambda run: list(_measured(run, metric))):
@@ -275,7 +274,7 @@ def _suspicion(change: LevelShift, old: Level, new: Level, counting: Sequence[Me
 
 
 def _break(before: Measured, after: Measured) -> Break:
-    """Between the last run before and the first of another fingerprint or variant."""
+    """The break between the last run of a line and the first run with another fingerprint or variant."""
     (was, old), (now, new) = before.key, after.key
     differing = differences(before.facts, after.facts)
     if old != new:
@@ -291,9 +290,9 @@ def _break(before: Measured, after: Measured) -> Break:
 
 
 def confirming(before: Measured, after: Measured) -> str:
-    """The A/B that would confirm a change between two runs: of their versions if these differ, else of their commits.
+    """The A/B that would confirm a change between two runs: of their versions if they differ, else of their commits.
 
-    Empty where nothing that can be named differs, or where a run was made with changes that no commit holds.
+    Empty if no nameable difference exists, or if a run was made with uncommitted changes.
     """
     moments, study = (before.moment, after.moment), after.row["study"]
     changed = [name for name in MAIN_LIBRARIES if len({moment.versions.get(name) for moment in moments}) > 1]

@@ -1,7 +1,7 @@
-"""The rows of the four tables of a run, in plain Python, for DataFrames, files and histories.
+"""Makes the rows of a run's four tables, in plain Python, for DataFrames, files and histories.
 
-Estimates and comparisons are computed by the functions of the reports. A row is a table of its columns; a column that
-has no value there is missing.
+Estimates and comparisons are computed by the functions of the reports. A row is a mapping from column names to values;
+a column without a value is missing.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from lorameter.verdicts.validity import Fault, InvalidReason, RunValidity, disco
 
 Row: TypeAlias = dict[str, Any]
 _UNITS: Mapping[str, str] = {"_per_s": "1/s", "_bytes": "byte", "_s": "s", "_j": "J", "_w": "W"}
-"""Units by the end of a name, the longer one first; other names have no unit."""
+"""Units by name suffix, longer suffixes first; other names have no unit."""
 _SIDES: tuple[Side, ...] = ("base", "candidate")
 OF_STEPS = ("step_time_s", "step_cpu_time_s", "timed_loss")
-"""Samples of which each timed step has one."""
+"""Samples with one value for each timed step."""
 MEAN, RANGE = "95 % of the mean", "range"
 
 
 def table_of(run: Run, table: TableName) -> Iterator[Row]:
-    """One table of a run, row by row, since there may be millions of samples."""
+    """The rows of one table of a run, as an iterator, since there may be millions of samples."""
     return _MAKERS[table](run, read_study(run))
 
 
 def about_metric(metric: str) -> Row:
-    """Its phase, name and unit: of a metric, of a single value or of a kind of memory; no phase where it belongs to
+    """Phase, name and unit of a metric, of a single value or of a kind of memory; without a phase if it belongs to
     none, or to several."""
     known = METRICS.get(metric)
     if known is not None:
@@ -55,7 +55,7 @@ def about_metric(metric: str) -> Row:
 
 
 class Settings:
-    """Columns that the rows of trials and estimates share: run, variant, validity, settings and software."""
+    """Columns common to the rows of trials and estimates: run, variant, validity, settings and software."""
 
     def __init__(self, run: Run, study: Study) -> None:
         self._run, self._study = run, study
@@ -64,11 +64,11 @@ class Settings:
         self._faults: Sequence[Fault]
         try:
             self._faults = run_validity(run, study).faults
-        except InvalidRunError as error:  # samples from which no control can be computed
+        except InvalidRunError as error:  # the samples give no control
             self._faults = (Fault(reason=InvalidReason.CONTROL_NOT_MEASURED, message=str(error)),)
 
     def of(self, records: Sequence[TrialRecord]) -> Row:
-        """The columns that trials of one variant, role and side have in common."""
+        """The common columns of trials of one variant, role and side."""
         record, manifest = records[0], self._run.manifest
         return {
             "run": manifest.run,
@@ -113,7 +113,7 @@ class Settings:
     def _of_software(self, records: Sequence[TrialRecord]) -> Row:
         manifest = self._run.manifest
         provenance: Mapping[str, Any] = manifest.provenance
-        if own := manifest.sides.get(records[0].side, {}).get("facts"):  # an A/B of environments or revisions
+        if own := manifest.sides.get(records[0].side, {}).get("facts"):  # in an A/B of environments or revisions
             libraries = {package: own["packages"].get(normal_name(package)) for package in MAIN_LIBRARIES}
             provenance = {**provenance, "libraries": libraries, "git": own.get("git", {})}
         facts = facts_of(provenance, records)
@@ -123,7 +123,7 @@ class Settings:
 
 
 def _plain(value: Any, column: FrameColumn) -> Any:
-    """A setting as a value of its column."""
+    """Convert a setting to a value of its column."""
     if isinstance(value, tuple):
         return ",".join(value)
     if isinstance(value, dict):
@@ -141,7 +141,7 @@ def trial_rows(run: Run, study: Study) -> Iterator[Row]:
     attempts = [*((record, False) for record in run.disturbed), *((record, True) for record in run.records)]
     for record, counts in sorted(attempts, key=lambda one: (one[0].position, one[0].attempt)):
         key, failure = (record.name, record.role, record.side), record.failure
-        if key not in known or record.software:  # of a script each process has its own
+        if key not in known or record.software:  # each process of a script reports its own
             known[key] = settings.of([record])
         yield {
             **known[key],
@@ -162,7 +162,7 @@ def trial_rows(run: Run, study: Study) -> Iterator[Row]:
 
 
 def sample_rows(run: Run, _: Study) -> Iterator[Row]:
-    """A row for each raw value of the trials that count, good or bad: samples in their order, single values, memory."""
+    """A row for each raw value of the trials that count, good or bad: samples in order, single values, memory."""
     for record in run.records:
         head = {"run": run.manifest.run, "trial": record.trial, "replicate": record.replicate, **_about_variant(record)}
         turns = [turn for turn, length in enumerate(record.turn_lengths) for _ in range(length)]
@@ -176,7 +176,7 @@ def sample_rows(run: Run, _: Study) -> Iterator[Row]:
 
 
 def estimate_rows(run: Run, study: Study, metric: str | None = None) -> Iterator[Row]:
-    """A row for each metric and kind of memory that a variant has; only for `metric` where that is given."""
+    """A row for each metric and kind of memory of a variant, or only for `metric` if given."""
     settings = Settings(run, study)
     for side in _SIDES if run.manifest.sides else ("",):
         for series in group_trials(run.records, side).values():
@@ -223,7 +223,7 @@ def _peak(series: Series, kind: str) -> Row:
 
 def comparison_rows(run: Run, study: Study) -> Iterator[Row]:
     """A row for each verdict: a variant against the reference, the candidate of an A/B against its base, and the
-    controls. In an invalid run each verdict is `invalid`, with the reason; in an A/B those of the variants that are."""
+    controls. In an invalid run each verdict is `invalid`, with the reason; in an A/B only those of invalid variants."""
     validity, about = run_validity(run, study), {"run": run.manifest.run}
     if run.manifest.sides:
         yield from (about | row for row in _rows_of_ab(run, validity))

@@ -1,8 +1,8 @@
-"""One measurement at a time on a device: two would disturb each other.
+"""Locks a device for one measurement at a time, because two would disturb each other.
 
-The lock is the kernel's (flock) on a file that is named after the device. So it ends with the process that held it, and
-waiting for it takes no CPU time. The file is in a folder that all users share, and is never removed: two processes
-could otherwise lock two files of one name.
+The lock is a kernel lock (flock) on a file named after the device. So it ends with the process that holds it, and
+waiting for it takes no CPU time. The file is in a folder shared by all users, and is never removed: otherwise two
+processes could lock two files of the same name.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ IfBusy = Literal["wait", "refuse", "share"]
 """The action if the device is in use: wait for the end of the other measurement · exit · measure at the same time."""
 ENV_LOCKS = "LORAMETER_LOCKS"
 SHARED_FOLDER = Path("/tmp")
-"""The same for all users and jobs, whatever their TMPDIR is."""
+"""The same folder for all users and jobs, whatever their TMPDIR is."""
 
 
 @contextlib.contextmanager
 def hold_device(executor: Executor, if_busy: IfBusy) -> Iterator[bool]:
-    """Lock the executor's device inside the block. Yields whether another measurement was waited for: free memory may
-    have changed since. Without a file system with locks nothing is locked.
+    """Lock the executor's device inside the block. Yields whether it waited for another measurement, since free memory
+    may have changed. On a file system without locks, nothing is locked.
 
     Args:
-        executor: of the device.
+        executor: executor of the device.
         if_busy: what to do if the device is in use; "share" takes no lock.
 
     Raises:
@@ -60,8 +60,8 @@ def hold_device(executor: Executor, if_busy: IfBusy) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def hold_devices(executors: Sequence[Executor], if_busy: IfBusy) -> Iterator[bool]:
-    """`hold_device` for several, each device once and always in the same order, so that two processes never
-    wait for each other."""
+    """`hold_device` for several executors, each device once and always in the same order, so that two processes cannot
+    deadlock."""
     devices = {executor.device_id(): executor for executor in executors}
     with contextlib.ExitStack() as stack:
         waited = [stack.enter_context(hold_device(devices[name], if_busy)) for name in sorted(devices)]
@@ -69,18 +69,18 @@ def hold_devices(executors: Sequence[Executor], if_busy: IfBusy) -> Iterator[boo
 
 
 def _open(device: str) -> int | None:
-    """The lock file of a device, which may belong to another user; None where it cannot be made."""
+    """The lock file of a device, which may belong to another user; None if it cannot be made."""
     name = f"lorameter-{re.sub(r'[^A-Za-z0-9-]+', '-', device)}.lock"
     path = Path(os.environ.get(ENV_LOCKS) or SHARED_FOLDER) / name
     never_waiting = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe would block until something writes into it
-    for flags in (os.O_RDONLY, os.O_RDONLY | os.O_CREAT | os.O_EXCL, os.O_RDONLY):  # others may make it meanwhile
+    for flags in (os.O_RDONLY, os.O_RDONLY | os.O_CREAT | os.O_EXCL, os.O_RDONLY):  # another process may create it
         with contextlib.suppress(OSError):
             return os.open(path, flags | never_waiting, 0o644)
     return None
 
 
 def _lock(file: int, *, wait: bool) -> bool:
-    """Whether the lock was taken; a file system without locks keeps no measurement waiting."""
+    """Whether the lock was taken; a file system without locks delays no measurement."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -91,7 +91,7 @@ def _lock(file: int, *, wait: bool) -> bool:
 
 
 def _holder(file: int) -> str:
-    """The process that holds the lock, from the kernel's list; another container's process has no number here."""
+    """The process that holds the lock, from the kernel's list; a process of another container has no PID here."""
     inode = os.fstat(file).st_ino
     with contextlib.suppress(OSError):
         for line in Path("/proc/locks").read_text().splitlines():

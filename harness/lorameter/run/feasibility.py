@@ -1,8 +1,8 @@
-"""Refuses studies that cannot work before any model is loaded; what is only unexpected becomes a notice.
+"""Refuses studies that cannot work before any model is loaded; merely unexpected facts give a notice.
 
-`Variant` and `Workload` refuse what no machine could run. This module knows the model's shape and the machine: it
-refuses widths that this CPU's 4-bit kernels do not take, attention that this device does not have, and more tokens than
-the model's context. Nothing is refused on a guess: if a model's layers are not known, a notice says so.
+`Variant` and `Workload` refuse values that no machine can run. This module uses the model's shape and the machine: it
+refuses widths that this CPU's 4-bit kernels do not support, attention that this device does not have, and more tokens
+than the model's context. It refuses nothing on a guess: if a model's layers are unknown, it gives a notice.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lorameter.studies.workload import Workload
 from lorameter.trial.data.records import describe_data
 
 NOT_HERE = "needs-gpu"
-"""Code of the notice of a plan that is only shown: its engine needs another device than there is."""
+"""Code of the notice about a displayed plan whose engine needs another device."""
 NF4_BLOCK = 64
 """Elements per quantisation block, bitsandbytes' default."""
 
@@ -49,18 +49,18 @@ def check_feasible(
     """Refuse a study that this model or machine cannot run.
 
     Args:
-        study: what is to be measured.
-        machine: where.
-        arms: those selected; all if left out.
-        free_bytes: memory that is free there now; None where it is not known.
-        phases: what is measured of them; the study's if left out.
-        shown_only: whether the plan is only looked at: that an engine needs another device is then a notice.
+        study: the study to measure.
+        machine: the machine that measures.
+        arms: selected arms; default: all.
+        free_bytes: memory that is free there now; None if unknown.
+        phases: phases to measure; default: those of the study.
+        shown_only: whether the plan is only displayed: if an engine needs another device, that is then only a notice.
 
     Returns:
-        Notices for what runs but should be known.
+        Notices about facts that do not prevent the run.
 
     Raises:
-        UsageError: naming study, variant, key, value and remedy.
+        UsageError: the message names study, variant, key, value and remedy.
     """
     elsewhere = _check_engine(study, machine, shown_only)
     if study.of_scripts:
@@ -99,7 +99,7 @@ def check_feasible(
             continue
         variant = lora_of(variant, shape)
         notices += _target_notices(where, variant, workload.model, shape)
-        if workload.strategy == "fsdp2":  # what one rank holds of it is a part that no formula here knows
+        if workload.strategy == "fsdp2":  # no formula here gives the part of one rank
             continue
         expected = estimate_peak(
             variant,
@@ -127,7 +127,7 @@ def check_feasible(
 
 
 def _check_engine(study: Study, machine: Machine, shown_only: bool) -> tuple[Notice, ...]:
-    """Refuses a study of an engine that needs another device; where the plan is only shown, a notice says so."""
+    """Refuse a study of an engine that needs another device; if the plan is only displayed, give a notice."""
     obstacle = "" if study.engine is None else study.engine.obstacle(machine.device)
     if obstacle and not shown_only:
         raise UsageError(f"study {study.name}: {obstacle}.")
@@ -162,7 +162,7 @@ def _check_lengths(study: str, workload: Workload, shape: ModelShape) -> None:
 
 
 def _check_requirements(study: Study) -> None:
-    """Refuses paths that kernels_check does not know, and requirements that it would refuse in every trial."""
+    """Refuse paths that kernels_check does not know, and requirements that it would refuse in every trial."""
     from kernels_check.judges.paths import PATHS, validate
 
     try:
@@ -193,7 +193,7 @@ def type_notices(variant: Variant, machine: Machine) -> Iterator[Notice]:
 
 
 def memory_notices(variant: Variant, expected: MemoryEstimate, machine: Machine, free: int | None) -> Iterator[Notice]:
-    """Notices on a variant that may not fit into the memory of this machine, or into the `free` bytes of it."""
+    """Notices about a variant that may not fit into the memory of this machine, or into its `free` bytes."""
     has, (_, high) = _memory(machine), peak_range(expected.needed_bytes, machine.device)
     about = f"{variant.name}: needs about {format_bytes(expected.needed_bytes)}, or up to {format_bytes(high)}"
     if has is not None and high > has:
@@ -220,23 +220,23 @@ def _check_memory(where: str, expected: MemoryEstimate, machine: Machine) -> Non
 
 
 def _memory(machine: Machine) -> int | None:
-    """Total memory of the device that measures."""
+    """Total memory of the measuring device."""
     return machine.device_memory_bytes if machine.device == "cuda" else machine.memory_bytes
 
 
 def _less_memory(expected: MemoryEstimate) -> str:
-    """How to need less memory in the phase that needs most."""
+    """A remedy that reduces memory in the phase with the largest peak."""
     if expected.phase == "generate":
         return 'Use a smaller request_batch, fewer prompt_tokens, quantization = "nf4", or a smaller model.'
     return 'Use quantization = "nf4", gradient_checkpointing = true, a smaller batch_size, or a smaller model.'
 
 
 Refusal = tuple[bool, str, str, str]
-"""Whether it applies, what is refused, why, and what to do."""
+"""Whether the refusal applies, what is refused, why, and the remedy."""
 
 
 def _refuse(where: str, refusals: Iterable[Refusal]) -> None:
-    """Raises `UsageError` for the first that applies."""
+    """Raise `UsageError` for the first refusal that applies."""
     for applies, what, why, remedy in refusals:
         if applies:
             raise UsageError(f"{where}: {what}: {why}. {remedy}")
@@ -265,7 +265,7 @@ def _check_kernels(where: str, variant: Variant, machine: Machine) -> None:
 
 
 def check_widths(where: str, variant: Variant, shape: ModelShape, machine: Machine) -> None:
-    """Raises `UsageError` for 4-bit layers of a width that bitsandbytes cannot run on this CPU."""
+    """Raise `UsageError` for 4-bit layers of a width that bitsandbytes cannot run on this CPU."""
     if not (variant.is_4bit and machine.device == "cpu" and machine.avx512_bf16):
         return
     taken = {layer.inputs for layer in linear_layers(shape).values()}
@@ -284,7 +284,8 @@ def check_widths(where: str, variant: Variant, shape: ModelShape, machine: Machi
 
 
 def _target_notices(where: str, variant: LoraVariant, model: str, shape: ModelShape) -> Iterator[Notice]:
-    """A notice on target modules that the model lacks. Raises `UsageError` if it lacks all: PEFT would refuse them."""
+    """A notice about target modules that the model lacks. Raises `UsageError` if it lacks all of them: PEFT would
+    refuse."""
     missing, layers = unknown_targets(variant, shape), ", ".join(linear_layers(shape))
     if missing and len(missing) == len(variant.target_modules):
         raise UsageError(
@@ -311,28 +312,29 @@ def _paged_notices(variant: Variant, machine: Machine) -> Iterator[Notice]:
 
 
 SHARDS_INTEGERS = "2.12"
-"""FSDP2 of an earlier torch gives every shard a gradient, which integers cannot have: pytorch/pytorch#177844."""
+"""In earlier versions of torch, FSDP2 gives every shard a gradient, which integers cannot have:
+pytorch/pytorch#177844."""
 
 
 def shards_4bit(torch: str | None) -> bool:
-    """Whether FSDP2 of this version of torch shards 4-bit weights, which are stored as integers."""
+    """Whether FSDP2 in this version of torch can shard 4-bit weights, which are stored as integers."""
     from packaging.version import Version
 
     return torch is None or Version(torch).release >= Version(SHARDS_INTEGERS).release
 
 
 def processes_on_device(workload: Workload, device: str) -> int:
-    """The number of processes of one trial that share the memory of a device: each rank has a GPU of its own, and the
-    process that takes turns with all ranks shares that of the first."""
+    """The number of processes of one trial that share the memory of a device: each rank has its own GPU, and the
+    process that takes turns with all ranks shares the GPU of the first."""
     if workload.ranks == 1:
         return 1
     return (1 if device == "cuda" else workload.ranks) + workload.scaling
 
 
 def check_ranks(where: str, variant: Variant, workload: Workload, machine: Machine, *, here: bool = True) -> None:
-    """Refuse what several ranks cannot do. Raises `UsageError`, naming key, value and remedy.
+    """Refuse features that several ranks do not support. Raises `UsageError` with key, value and remedy.
 
-    `here`: whether they take the first GPUs that this process sees; else the sites that are given count them.
+    `here`: whether the ranks use the first GPUs that this process sees; otherwise the given sites define them.
     """
     if workload.ranks == 1:
         return
@@ -360,7 +362,7 @@ def check_ranks(where: str, variant: Variant, workload: Workload, machine: Machi
 
 
 def rank_notices(variant: Variant, workload: Workload) -> Iterator[Notice]:
-    """Notices on 4-bit weights under FSDP2."""
+    """Notices about 4-bit weights with FSDP2."""
     if workload.ranks == 1 or workload.strategy != "fsdp2" or not variant.is_4bit:
         return
     if workload.repair:
@@ -380,7 +382,7 @@ def rank_notices(variant: Variant, workload: Workload) -> Iterator[Notice]:
 
 
 def _check_gpus(where: str, workload: Workload) -> None:
-    """The ranks take the first of the GPUs that are visible, one each (`lorameter.trial.ranks.trial`)."""
+    """Check the visible GPUs: the ranks use the first of them, one each (`lorameter.trial.ranks.trial`)."""
     known, listed = visible_gpus().value, visible_devices(os.environ)
     ranks = workload.ranks
     if known is None and listed is None:
@@ -399,8 +401,8 @@ def _check_gpus(where: str, workload: Workload) -> None:
 
 
 def check_adapters(where: str, variant: Variant, workload: Workload) -> None:
-    """Refuse adapters that PEFT cannot have several of on one base, or in one batch (PEFT 0.21: any quantisation
-    of bitsandbytes is taken). Raises `UsageError`, naming key, value and remedy."""
+    """Refuse adapters that PEFT does not support several times on one base, or in one batch (PEFT 0.21: any
+    bitsandbytes quantisation is supported). Raises `UsageError` with key, value and remedy."""
     if workload.adapters == 1:
         return
     adapters, init = f"with adapters = {workload.adapters}", getattr(variant, "init_lora_weights", None)

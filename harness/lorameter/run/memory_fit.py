@@ -318,7 +318,7 @@ def _changes(variant: Variant) -> Iterator[_Change]:
         yield _Change("quantization", "nf4")
     if variant.dtype == "float32":
         yield _Change("dtype", "bfloat16")
-    if variant.prepare_for_kbit and width(variant.dtype) == 2:  # it casts the head, the embeddings and the norms
+    if variant.prepare_for_kbit and width(variant.dtype) == 2:  # this casts head, embeddings and norms
         yield _Change("prepare_for_kbit", False)
     if variant.optimizer != "paged_adamw_8bit":
         yield _Change("optimizer", "paged_adamw_8bit")

@@ -1,13 +1,13 @@
-"""Measures a plan group by group, keeps the records, and decides when the run has what it needs.
+"""Measures a plan group by group, stores the records, and decides when the run is complete.
 
-Each trial ends as a record whatever happens to it: a lost worker, an exception in the child, Ctrl-C. The run continues
-after a failed trial, and an interrupted run is resumed by leaving out what its records settle. A trial whose
-surroundings were past a limit is measured again, with all that took turns with it, once the others of its replicate
-have been: near enough for its pairs to have met the same machine, and late enough for the disturbance to have ended.
+Each trial ends with a record in every case: a lost worker, an exception in the child, Ctrl-C. The run continues after a
+failed trial, and resuming an interrupted run skips trials whose records are final. A trial with a disturbance beyond a
+limit is measured again, together with all trials that took turns with it, after the others of its replicate: soon
+enough that its pairs see the same state of the machine, and late enough that the disturbance may have ended.
 
-A run stops by precision or by time, never by significance: looking after every replicate whether the difference is
-significant raises the rate of false alarms from 5 % to 21 % over 20 looks. The width of the interval says nothing of
-the direction, so a run may stop as soon as it is narrow enough.
+A run stops by precision or by time, never by significance: testing for significance after every replicate raises the
+rate of false alarms from 5 % to 21 % over 20 tests. The width of the interval is independent of the direction, so a run
+may stop as soon as the interval is narrow enough.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from lorameter.verdicts.series import compare_series, group_trials, pairs_agains
 from lorameter.verdicts.validity import mark_disturbed
 
 LEAST_TO_STOP = 5
-"""Fewer give a standard deviation that is itself too uncertain to stop on."""
+"""With fewer replicates, the standard deviation is too uncertain to stop."""
 
 
 def find_stop(plan: Plan, budget: Budget, records: Sequence[TrialRecord]) -> str | None:
-    """The reason to measure no further replicate after these records, by the protocol's rule; None to go on."""
+    """The reason to measure no further replicate after these records, by the protocol's rule; None to continue."""
     protocol = plan.study.protocol
     if protocol.precision is not None:
         comparisons = _compare_all(plan, records)
@@ -51,7 +51,7 @@ def find_stop(plan: Plan, budget: Budget, records: Sequence[TrialRecord]) -> str
 
 
 def _compare_all(plan: Plan, records: Sequence[TrialRecord]) -> list[Comparison]:
-    """Every series against the reference, the control included, in the primary metric of each phase."""
+    """Every series compared with the reference, including the control, in the primary metric of each phase."""
     reference, own = plan.study.reference, bool(plan.own_workloads)
     metrics = [primary_metric(phase, own_workloads=own) for phase in plan.phases]  # type: ignore[arg-type]
     if not any(record.side for record in records):
@@ -94,12 +94,12 @@ def run_plan(
 ) -> Measured:
     """Measure every trial of the plan; each record is saved as soon as its trial has ended.
 
-    On KeyboardInterrupt the trials under way are recorded as `interrupted`, those that never began as `not_run`;
-    `stops` raises it while a group is measured, and not while its records are saved. Of a limit that turns out to be
-    too short for one replicate there are no records.
+    On KeyboardInterrupt the running trials are recorded as `interrupted`, those that never began as `not_run`; `stops`
+    raises it while a group is measured, but not while its records are saved. If the time limit is too short for one
+    replicate, there are no records.
 
-    Replicates that `find_stop` makes needless leave no record. `earlier` are the records of a run that is resumed: what
-    they settle is not measured again.
+    Replicates that are unnecessary according to `find_stop` leave no record. `earlier` are the records of a resumed
+    run: trials with a final record are not measured again.
     """
     budget = budget or Budget()
     parts = RunParts(plan=plan, executors=executors, context=context, save=save, display=listener, budget=budget)
@@ -123,7 +123,7 @@ def run_plan(
 
 
 class _PlanRun:
-    """The groups of a plan that are left, and the records of all trials that have ended."""
+    """The remaining groups of a plan, and the records of all trials that have ended."""
 
     def __init__(self, parts: RunParts, earlier: Sequence[TrialRecord], stops: InterruptHandler) -> None:
         self.left = list(find_unfinished(parts.plan, earlier))
@@ -134,11 +134,11 @@ class _PlanRun:
         self._took_s: dict[Group, float] = {}
 
     def records(self) -> tuple[TrialRecord, ...]:
-        """Records in the order of the plan, by which a run is resumed."""
+        """Records in plan order, which resuming requires."""
         return tuple(self._ended[slot.trial] for slot in self._parts.plan.slots if slot.trial in self._ended)
 
     def measure_replicate(self) -> None:
-        """Measure the groups of the next replicate, then those once more that were disturbed."""
+        """Measure the groups of the next replicate, then repeat the disturbed groups once."""
         plan, budget = self._parts.plan, self._parts.budget
         planned = [group for group in self.left if group.replicate == self.left[0].replicate]
         groups = budget.open_replicate(plan, planned, on_cpu=self._on_cpu)
@@ -151,8 +151,8 @@ class _PlanRun:
             ]
 
     def _measure(self, group: Group, again: int = 0) -> bool:
-        """Measure a group and keep its records; whether one of its trials was disturbed. What ends it early is raised
-        when its records name it."""
+        """Measure a group and save its records; returns whether one of its trials was disturbed. An exception that ends
+        it early is raised after its records have been saved."""
         budget = self._parts.budget
         ended_by: BaseException | None = None
         budget.enter(group)
@@ -166,11 +166,11 @@ class _PlanRun:
         except KeyboardInterrupt as interrupt:
             runner.interrupt()
             ended_by = interrupt
-        except Exception as defect:  # a defect of the harness must not lose what was measured
+        except Exception as defect:  # a defect of the harness must not lose measurements
             runner.abandon(defect)
             ended_by = defect
         for record in runner.records():
-            if record.settled or record.trial not in self._ended:  # an interrupted second attempt keeps the first
+            if record.settled or record.trial not in self._ended:  # an interrupted second attempt keeps the first one
                 self._keep(record)
         self._took_s[group] = budget.clock() - begin
         if ended_by is not None:
@@ -182,14 +182,14 @@ class _PlanRun:
             record = mark_disturbed(record, on_cpu=self._on_cpu)
         try:
             self._parts.save(record)
-        except BaseException:  # nothing more can be saved
+        except BaseException:  # no further record can be saved
             self.left.clear()
             raise
         self._ended[record.trial] = record
         self._parts.display.trial_ended(record)
 
     def give_up(self) -> None:
-        """A record for each trial that is left: what it had when the run was interrupted, else `not_run`."""
+        """Save a record for each remaining trial: its state when the run was interrupted, else `not_run`."""
         for slot in (slot for group in self.left for slot in group.slots if slot.trial not in self._ended):
             if slot.trial in self._untouched:
                 self._ended[slot.trial] = self._untouched[slot.trial]
@@ -198,17 +198,18 @@ class _PlanRun:
 
 
 def _attempt(group: Group, earlier: Collection[TrialRecord]) -> int:
-    """The number of the next measurement of a group: the interrupted one, or the one after those that ended."""
+    """The attempt number of the next measurement of a group: that of the interrupted one, or one more than the last
+    completed one."""
     records = [record for record in earlier if record.trial in {slot.trial for slot in group.slots}]
     last = max((record.attempt for record in records), default=0)
     return last + any(record.disturbed and record.attempt == last for record in records)
 
 
 def find_unfinished(plan: Plan, earlier: Collection[TrialRecord], *, whole: bool = False) -> tuple[Group, ...]:
-    """The groups that are to be measured, for the first time or again: those with a trial that has not ended, or that
-    was disturbed, however often. Trials of one group took turns and are paired, so they are measured again
-    together, and count only if they are of one attempt. Replicates on several sites are paired within a site: all
-    groups of one that was spread, or will be (`whole`), are measured again. What there was no time for is left out."""
+    """The groups to be measured for the first time or again: groups with a trial that has not ended, or that was
+    disturbed. Trials of one group took turns and are paired, so they are measured again together, and count only if
+    they are of the same attempt. Replicates on several sites are paired within a site: if a replicate was or will be
+    spread (`whole`), all its groups are measured again. Groups skipped because of the time limit are left out."""
     settled = {
         record.trial: (record.attempt, record.site) for record in earlier if record.settled and not record.disturbed
     }
@@ -225,8 +226,8 @@ def find_unfinished(plan: Plan, earlier: Collection[TrialRecord], *, whole: bool
 
 
 def _skipped_groups(plan: Plan, earlier: Collection[TrialRecord]) -> list[Group]:
-    """Isolated trials that the time limit has dropped: they have no record, and later groups have. Where some
-    were left out, those of the interrupted replicate are as well."""
+    """Isolated trials that the time limit has dropped: they have no record, although later groups have. If some were
+    dropped, those of the interrupted replicate are dropped as well."""
     recorded, begun = {record.trial for record in earlier}, {record.replicate for record in earlier}
     groups = [] if plan.study.protocol.max_minutes is None else plan.groups
     known = [any(slot.trial in recorded for slot in group.slots) for group in groups]
@@ -237,7 +238,8 @@ def _skipped_groups(plan: Plan, earlier: Collection[TrialRecord]) -> list[Group]
 
 
 def _replicates_of_two_sites(records: Collection[TrialRecord]) -> set[int]:
-    """Replicates with trials of more than one site: the first was lost, and the run ended before the other's end."""
+    """Replicates with trials on more than one site: the first site was lost, and the run ended before the second
+    finished."""
     sites: dict[int, set[str]] = {}
     for record in records:
         sites.setdefault(record.replicate, set()).add(record.site)
@@ -245,6 +247,6 @@ def _replicates_of_two_sites(records: Collection[TrialRecord]) -> set[int]:
 
 
 def records_outside(groups: Iterable[Group], earlier: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """The records of trials that are in none of the groups to be measured."""
+    """The records of trials outside the groups to be measured."""
     pending = {slot.trial for group in groups for slot in group.slots}
     return [record for record in earlier if record.trial not in pending]

@@ -1,12 +1,12 @@
-"""Numbers in, verdicts out: the statistics of lorameter, pure functions that know nothing of disks or devices.
+"""The statistics of lorameter: pure functions from numbers to verdicts, independent of disks and devices.
 
-The replicate is the unit (Kalibera & Jones 2013): samples of one process are sub-samples, reduced to one value before
-any interval is taken. A comparison has a verdict for "equal" and another for "inconclusive". Times go through
-`compare_trials` (several at once: `compare_family`), peaks of memory through `compare_bytes`; statements about several
-levels are judged by `lorameter.stats.statement` from the contrasts of `lorameter.stats.trend`.
+The replicate is the unit of inference (Kalibera & Jones 2013): samples of one process are sub-samples, reduced to one
+value before any interval is computed. A comparison distinguishes "equal" from "inconclusive". Use `compare_trials` for
+times (several at once: `compare_family`) and `compare_bytes` for memory peaks; `lorameter.stats.statement` judges
+statements about several levels from the contrasts of `lorameter.stats.trend`.
 
-Importing this package loads neither numpy nor scipy: every function that needs them imports them when it is called, so
-that command lines and type annotations pay nothing.
+Importing this package loads neither numpy nor scipy: functions that need them import them when called, so that the
+command line and type annotations stay fast.
 """
 
 from __future__ import annotations

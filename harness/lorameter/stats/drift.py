@@ -1,10 +1,10 @@
-"""Whether timed steps change their level: a clock that throttles, a leak, a neighbour that came or went.
+"""Detects level changes in timed steps: a throttled clock, a memory leak, or other work that started or ended.
 
 The steady state of a series is found as in Barrett et al. (2017, "Virtual machine warmup blows hot and cold"), from
-change points in the log step times: the level of the last segment, if enough of the series is at it. The change points
-come from binary segmentation (Scott & Knott 1974) on shifts of the mean, with a penalty of three log n a change, as a
-BIC-type criterion asks (Yao 1988, made stricter, because step times are not quite independent). The unit of cost is the
-noise between neighbours, so a slow drift or a step cannot hide itself by inflating the variance.
+change points in the log step times: it is the level of the last segment, if enough of the series is at this level. The
+change points come from binary segmentation (Scott & Knott 1974) on shifts of the mean, with a penalty of three log n
+per change, a BIC-type criterion (Yao 1988, made stricter because step times are not quite independent). The unit of
+cost is the noise between neighbours, so that a drift or a shift does not inflate it.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ if TYPE_CHECKING:
 
 _LEAST_SEGMENT = 3
 _PENALTY_PER_LOG_N = 3.0
-# Steps are not distinguished below a thousandth: clocks that tick coarsely make most differences exactly zero.
+# Minimum noise of a thousandth, because with coarse clocks most differences are exactly zero.
 _NOISE_FLOOR = 1e-3
-# From the median absolute difference of neighbours to their standard deviation, if normal: 1.4826, and two steps
-# differ.
+# Converts the median absolute difference of neighbours to a standard deviation of normal values: 1.4826, and a factor
+# for the difference of two steps.
 _MAD_TO_SD = 1.4826 / math.sqrt(2)
-# Barrett et al. ask the last quarter of a series to be steady; and what follows its start must be mostly at its level.
+# Barrett et al. require the last quarter of a series to be steady; and most steps after its start must be at its level.
 _LEAST_STEADY_SHARE = 0.25
 _LEAST_SHARE_AT_LEVEL = 0.75
 _AT_ONCE = 1000
-"""Series that are looked at together: as many as a run of 200 steps each holds in a few megabytes."""
+"""Number of series that are processed together: a run of this many series with 200 steps takes a few megabytes."""
 
 
 def drifting(trials: Sequence[Sequence[float]], *, tolerance: float) -> list[bool]:
-    """Of each series of step times whether it gets slower, or finds no steady level.
+    """For each series of step times, whether it becomes slower, or has no steady level.
 
-    Levels differ if they do by more than `tolerance` (a fraction) and by more than the noise. There is no steady level
-    if the last one covers less than a quarter of the steps, or if more than a quarter of those after its start are at
-    another. Steps that are slower at first, a passing burst and a lone slow step are no drift; fewer than six steps
-    show none. On flat noise it finds one in about one series of 25 at the most.
+    Levels differ if the difference exceeds `tolerance` (a fraction) and the noise. There is no steady level if the last
+    one covers less than a quarter of the steps, or if more than a quarter of the steps after its start are at another
+    level. Slower first steps, a temporary burst and a single slow step do not count as drift; with fewer than six steps
+    there is none. The false-positive rate on stationary noise is about one in 25 series at most.
 
-    Raises ValueError for no samples, for samples not finite and above zero, and for tolerance < 0.
+    Raises ValueError without samples, for samples that are not finite and above zero, and for tolerance < 0.
     """
     import numpy as np
 
@@ -64,7 +64,8 @@ def drifting(trials: Sequence[Sequence[float]], *, tolerance: float) -> list[boo
 
 
 def _drifting(log_times: NDArray[float64], allowed: float) -> list[bool]:
-    """Of series of one length, a row each. Most are at one level, which is seen of all of them at once."""
+    """The drift of series of one length, one per row. Most have a single level, which is tested for all of them at
+    once."""
     import numpy as np
 
     noise = np.maximum(np.median(np.abs(np.diff(log_times, axis=1)), axis=1) * _MAD_TO_SD, _NOISE_FLOOR)
@@ -78,12 +79,12 @@ def _drifting(log_times: NDArray[float64], allowed: float) -> list[bool]:
 
 
 def _finds_no_level(despiked: NDArray[float64], noise: float, allowed: float, penalty: float) -> bool:
-    """Whether a series that changes its level gets slower by it, or has no steady one."""
+    """Whether a series with level changes becomes slower, or has no steady level."""
     count = despiked.size
     starts = _segment_starts(despiked / noise, penalty)
     segments = [despiked[start:end] for start, end in itertools.pairwise([*starts, count])]
     levels, last = [float(segment.mean()) for segment in segments], segments[-1]
-    # Segments that do not touch are distinguished by the criterion that parts neighbours, and only beyond the
+    # Segments that are not adjacent are compared by the same criterion as neighbours, and must differ by more than the
     # tolerance.
     steady = [
         abs(level - levels[-1]) <= max(allowed, noise * math.sqrt(penalty * (1 / segment.size + 1 / last.size)))
@@ -97,7 +98,8 @@ def _finds_no_level(despiked: NDArray[float64], noise: float, allowed: float, pe
 
 
 def _without_hiccups(log_times: NDArray[float64]) -> NDArray[float64]:
-    """A running median of three: lone slow steps go, shifts keep their place, the first step (compilation) stays."""
+    """A running median of three: it removes single slow steps, preserves the positions of shifts, and keeps the first
+    step (compilation)."""
     import numpy as np
 
     despiked = log_times.copy()
@@ -108,7 +110,7 @@ def _without_hiccups(log_times: NDArray[float64]) -> NDArray[float64]:
 
 
 def _segment_starts(values: NDArray[float64], penalty: float) -> list[int]:
-    """Starts of the segments of constant mean, in order and with the first 0; `values` in units of the noise."""
+    """Start indices of the segments of constant mean, in order, beginning with 0; `values` is in units of the noise."""
     starts = [0]
     pending = [(0, values.size)]
     while pending:
@@ -124,13 +126,13 @@ def _segment_starts(values: NDArray[float64], penalty: float) -> list[int]:
 
 
 def _best_splits(values: NDArray[float64]) -> tuple[NDArray[intp], NDArray[float64]]:
-    """Of each row, where a change of the mean saves most squared error, and how much it saves."""
+    """For each row, the split that reduces the squared error most, and the reduction."""
     import numpy as np
 
     count = values.shape[1]
     sums = np.cumsum(values - values.mean(axis=1, keepdims=True), axis=1)
     splits = np.arange(_LEAST_SEGMENT, count - _LEAST_SEGMENT + 1)
-    # With the total at zero, the gain of a split after k of n is S_k^2 n / (k (n - k)).
+    # With a total of zero, the gain of a split after k of n values is S_k^2 n / (k (n - k)).
     gains = sums[:, splits - 1] ** 2 * count / (splits * (count - splits))
     best = gains.argmax(axis=1)
     return splits[best], np.take_along_axis(gains, best[:, None], axis=1)[:, 0]

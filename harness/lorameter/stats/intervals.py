@@ -1,13 +1,13 @@
-"""Student's t and its noncentral companion: the two quantiles that every interval and every power statement rests on.
+"""Quantiles of Student's t and of the noncentral t, on which all intervals and power statements are based.
 
-Student (1908) for the interval; for power the noncentral t, as in Cohen (1988, chapter 2): a test whose statistic has
-the noncentrality `effect / standard error` clears its critical value with a probability that grows with it. Between
-replicates no bootstrap is used: at 3 to 5 of them its percentile interval raised 6 to 11 % false alarms where 2.5 % are
-promised.
+Intervals use Student (1908); power uses the noncentral t, as in Cohen (1988, chapter 2): a test statistic with the
+noncentrality `effect / standard error` exceeds its critical value with a probability that grows with it. There is no
+bootstrap over replicates: with 3 to 5 replicates its percentile interval gave 6 to 11 % false alarms instead of the
+nominal 2.5 %.
 
-The sign test (Dixon & Mood 1946) asks whether a coin is fair that came up heads that often. The bootstrap resamples the
-turns for the interval of a quantity that several medians of the same turns make up: order statistics give the interval
-of one median, and none of a difference of medians whose samples belong together (Efron 1979).
+The sign test (Dixon & Mood 1946) tests whether a coin is fair, given its number of heads. The bootstrap resamples turns
+for the interval of a quantity computed from several medians of the same turns: order statistics give the interval of a
+single median, but not of a difference of medians of paired samples (Efron 1979).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
-# Beyond this t is the normal distribution to six digits, and scipy's noncentral t is spared sizes at which it loses
-# digits.
+# Beyond this, t is the normal distribution to six digits, and scipy's noncentral t would lose digits.
 _NORMAL_DF = 1e6
 # Beyond this critical value (one or two degrees of freedom, a tiny tail) scipy's inverse loses digits and then hangs.
-# There the scatter of the mean is negligible against that of its standard error, and the chi distribution decides.
+# There the scatter of the mean is negligible compared with that of its standard error, and the chi distribution is
+# used.
 _LARGE_T = 1000.0
-# Calibration and families ask the same few questions thousands of times.
+# Calibration and families repeat the same few calls thousands of times.
 _REMEMBERED = 4096
 
 
@@ -32,13 +32,13 @@ def quantile(df: float, tail: float) -> float:
     """The t value that is exceeded with probability `tail` (0 < tail < 1) at `df` degrees of freedom."""
     from scipy.special import stdtrit
 
-    # By symmetry, from the lower tail: `1 - tail` would round a small one away.
+    # By symmetry from the lower tail, because `1 - tail` would lose a small tail to rounding.
     return -float(stdtrit(min(df, _NORMAL_DF), tail))
 
 
 @lru_cache(maxsize=_REMEMBERED)
 def noncentrality(df: float, tail: float, power: float) -> float:
-    """How many standard errors an effect must measure for `T > quantile(df, tail)` to hold with probability `power`."""
+    """The effect, in standard errors, for which `T > quantile(df, tail)` holds with probability `power`."""
     from scipy.special import chdtri, nctdtrinc
 
     df = min(df, _NORMAL_DF)
@@ -49,9 +49,9 @@ def noncentrality(df: float, tail: float, power: float) -> float:
 
 
 def sign_test(heads: int, tosses: int) -> float:
-    """The exact two-sided p-value of `heads` in `tosses`; 1 of none.
+    """The exact two-sided p-value of `heads` in `tosses`; 1 for no tosses.
 
-    From `scipy.special`, because importing `scipy.stats` for one binomial sum takes half a second.
+    Uses `scipy.special`, because importing `scipy.stats` for one binomial sum takes half a second.
     """
     from scipy.special import bdtr
 
@@ -61,10 +61,10 @@ def sign_test(heads: int, tosses: int) -> float:
 
 
 def mean_interval(values: Sequence[float], *, alpha: float = 0.05) -> tuple[float, float | None, float | None]:
-    """The mean of independent values, on their own scale, with both ends of Student's (1 - alpha) interval; None of a
-    single value. What is negative or zero may be among them: differences of pairs are.
+    """The mean of independent values on the linear scale, with both ends of Student's (1 - alpha) interval, which are
+    None for a single value. Negative values and zeros are allowed, such as differences of pairs.
 
-    Raises ValueError for no value.
+    Raises ValueError without values.
     """
     if not values:
         raise ValueError("no value: pass one at least")
@@ -82,11 +82,11 @@ RESAMPLES = 2000
 def bootstrap_interval(
     columns: Sequence[Sequence[float]], statistic: Callable[..., Any], *, alpha: float = 0.05
 ) -> tuple[float | None, float | None]:
-    """Both ends of the two-sided (1 - alpha) interval of `statistic(*columns)`; None where fewer than 6 rows are there.
+    """Both ends of the two-sided (1 - alpha) interval of `statistic(*columns)`; None if there are fewer than 6 rows.
 
     Args:
-        columns: as long as each other; values at the same place belong together and are resampled together.
-        statistic: of arrays, along their `axis`, which it takes as a keyword.
+        columns: arrays of the same length; values at the same index are resampled together.
+        statistic: function of arrays with the keyword argument `axis`.
         alpha: error rate.
 
     Raises ValueError for columns of different lengths.

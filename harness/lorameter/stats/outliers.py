@@ -1,8 +1,7 @@
-"""Outliers are counted and shown, never dropped.
+"""Counts outliers, which are reported but never dropped.
 
-A slow step is a fact about the machine or the program; deleting it by its value makes the noise look smaller than it
-is, and medians do not need the deletion. The fences are Tukey's (1977), 1.5 interquartile ranges from the
-quartiles.
+A slow step is a fact about the machine or the program; removing it by its value would underestimate the noise, and
+medians do not need the removal. The fences are Tukey's (1977), 1.5 interquartile ranges from the quartiles.
 """
 
 from __future__ import annotations
@@ -22,11 +21,10 @@ _FENCE_IQR = 1.5
 
 
 def count_outliers(trials: Sequence[Sequence[float]]) -> int:
-    """How many samples of many trials are outliers of their own trial: beyond 1.5 interquartile ranges
-    from its quartiles.
+    """The number of samples that are outliers of their own trial: beyond 1.5 interquartile ranges from its quartiles.
 
-    Trials of one length are taken together: numpy's quantiles cost as much for one trial as for hundreds. Raises
-    ValueError for NaN or infinite samples.
+    Trials of the same length are processed together: numpy's quantiles take as long for one trial as for hundreds.
+    Raises ValueError for NaN or infinite samples.
     """
     import numpy as np
 
@@ -39,7 +37,7 @@ def count_outliers(trials: Sequence[Sequence[float]]) -> int:
 
 
 def _beyond_quartiles(values: NDArray[float64]) -> tuple[NDArray[float64], NDArray[float64]]:
-    """Of values along the last axis: how far each lies outside its quartiles, and the range between these."""
+    """For values along the last axis: their distance outside the quartiles, and the interquartile range."""
     import numpy as np
 
     first_quartile, third_quartile = np.quantile(values, [0.25, 0.75], axis=-1, keepdims=True)

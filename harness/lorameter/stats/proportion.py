@@ -1,11 +1,11 @@
-"""A part of a whole that was counted, with its interval: how many of so many answers differ.
+"""Estimates a proportion with its interval, such as the share of answers that differ.
 
-Clopper & Pearson (1934) invert the binomial test itself, so that the interval holds its promise at none of few, where
-the normal approximation says "0 % [0 %, 0 %]". What is counted in clusters (the tokens of one answer, which are wrong
-together) is worth fewer independent looks than there are; Korn & Graubard (1998, "Confidence intervals for proportions
-with small expected number of positive counts estimated from survey data", Survey Methodology 24, 193–201) put that
-smaller number into the same formula. Where nothing, or everything, was counted the clusters tell no variance, and a
-cluster counts as one look: less than it may be worth, and never more.
+Clopper & Pearson (1934) invert the binomial test, so the interval keeps its coverage even for zero out of few, for
+which the normal approximation gives "0 % [0 %, 0 %]". Clustered counts (the tokens of one answer, which are wrong
+together) correspond to fewer independent trials; Korn & Graubard (1998, "Confidence intervals for proportions with
+small expected number of positive counts estimated from survey data", Survey Methodology 24, 193–201) use that smaller
+number in the same formula. If the count is zero or the total, the clusters show no variance, and each cluster counts as
+one trial, which is conservative.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Proportion:
 
 
 def proportion(count: int, of: int, *, alpha: float = 0.05) -> Proportion:
-    """Of independent looks: Clopper & Pearson's interval at the level 1 - alpha.
+    """The proportion of independent trials: Clopper & Pearson's interval at the level 1 - alpha.
 
-    Raises ValueError for a whole of none, and for a part that is none of it.
+    Raises ValueError for a total of zero, and for a count outside 0 to the total.
     """
     _check(count, of)
     low, high = _interval(count, of, alpha)
@@ -42,14 +42,14 @@ def proportion(count: int, of: int, *, alpha: float = 0.05) -> Proportion:
 
 
 def clustered_proportion(counts: Sequence[int], of: Sequence[int], *, alpha: float = 0.05) -> Proportion:
-    """Of looks that belong together: Korn & Graubard's interval at the level 1 - alpha.
+    """The proportion of clustered trials: Korn & Graubard's interval at the level 1 - alpha.
 
     Args:
-        counts: what was counted, a cluster each.
-        of: looks in each of the clusters, at least one.
+        counts: count in each cluster.
+        of: trials in each cluster, at least one.
         alpha: error rate.
 
-    Raises ValueError for no cluster, for lists of different lengths, and for what `proportion` refuses.
+    Raises ValueError without clusters, for lists of different lengths, and in the cases of `proportion`.
     """
     if len(counts) != len(of):
         raise ValueError(f"{len(counts)} counts of {len(of)} clusters: pass as many of both")
@@ -63,8 +63,8 @@ def clustered_proportion(counts: Sequence[int], of: Sequence[int], *, alpha: flo
 
 
 def _effective(counts: Sequence[int], of: Sequence[int], alpha: float) -> float:
-    """How many independent looks the clusters are worth: the binomial variance over the one that is seen between
-    clusters, with the penalty for estimating that from so few."""
+    """The equivalent number of independent trials: the binomial variance over the observed variance between clusters,
+    with a penalty for estimating the latter from few clusters."""
     clusters, whole = len(of), sum(of)
     share = sum(counts) / whole
     if clusters == 1 or share in (0, 1):

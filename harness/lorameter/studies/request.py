@@ -1,14 +1,14 @@
-"""Requests to workers: of trials and of bases, the commands of a trial, and the modes of serving an adapter.
+"""Requests to workers (for trials and bases), the commands of a trial, and the modes of serving an adapter.
 
-The parent sends the names in `COMMANDS`, and the trial's process refuses any other. Which telemetry is read around a
-command follows from its row.
+The parent sends the names in `COMMANDS`, and the trial's process refuses all others. The row of a command defines the
+telemetry that is read around it.
 
-The reference mode of serving a trained adapter is the unmerged adapter on the base that it was trained on. The other
+The reference mode of serving a trained adapter is the unmerged adapter on the base on which it was trained. The other
 modes merge it, put it on the 16-bit weights, or quantise the base. A 4-bit base allows two merges, and both are
-measured: PEFT adds the update to the dequantised weights and quantises the sum again, which loses what is smaller than
-a step of the 4-bit grid; or the weights are dequantised for good and the sum stays in the base's type. Two modes are
-controls. The reference is run once more in another process, which shows the noise. And the base is run without the
-adapter: if that makes no difference, no merge can.
+measured: PEFT adds the update to the dequantised weights and quantises the sum again, which loses changes smaller than
+a step of the 4-bit grid; or the weights are dequantised permanently and the sum stays in the base's dtype. Two modes
+are controls: the reference is served again in another process, which shows the noise, and the base is served without
+the adapter, because if the adapter has no effect, a merge proves nothing.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from lorameter.studies.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """Fields that the trials of all variants need; paths are absolute and local to the machine that measures."""
+    """Fields of requests for all kinds of trials; paths are absolute and local to the measuring machine."""
 
     schema: int = SCHEMA
     trial: str
-    """Unique within the run, readable: `r1-nf4-r16`."""
+    """Unique in the run, and readable: `r1-nf4-r16`."""
     role: Role
     replicate: int
     seed: int
-    """Seeds adapter initialisation, dropout and optimizer; equal for all variants of a replicate."""
+    """Seed for adapter initialisation, dropout and optimizer; equal for all variants of a replicate."""
     workload: Workload
     protocol: Protocol
     interleaving: Interleaving
@@ -43,47 +43,48 @@ class Request:
     threads: int
     tokens_path: str
     scratch: str
-    """Folder of this trial: saved adapter, compile caches."""
+    """Folder of this trial, for the saved adapter and compile caches."""
     log_path: str
     allow_fallback: bool = False
     requirements: dict[str, Any] = field(default_factory=dict)
-    """Requirements of the study, in addition to those that follow from the variant; paths as in kernels_check."""
+    """Requirements of the study, in addition to those of the variant; by kernels_check path."""
     slowdown_rows: int = 0
-    """Rows of an extra matrix product in every adapted layer's forward: a real slow-down of known cause, which shows
-    what a protocol can see. 0 in every measurement of a variant."""
+    """Rows of an extra matrix product in every adapted layer's forward pass: a slow-down of known cause, which tests
+    the power of a protocol. 0 in real measurements."""
     base: str = ""
-    """Folder of the prepared base, to be mapped; without one the process reads, converts and quantises it itself."""
+    """Folder of the prepared base, which is mapped; if empty, the process reads, converts and quantises the base
+    itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialRequest(Request):
-    """All that a worker needs to measure one trial of a variant that lorameter builds."""
+    """The data that a worker needs to measure one trial of a variant that lorameter builds."""
 
     variant: BuiltVariant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScriptRequest(Request):
-    """All that a worker needs to measure one trial of a script."""
+    """The data that a worker needs to measure one trial of a script."""
 
     variant: ScriptVariant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseRequest:
-    """All that a worker needs to prepare a base."""
+    """The data that a worker needs to prepare a base."""
 
     workload: Workload
     """Defines the model, and the seed of random weights."""
     variant: BuiltVariant
-    """Defines the type and quantisation; any variant on the base."""
+    """Defines dtype and quantisation; any variant on the base."""
     device: str
     threads: int
     log_path: str
 
     @property
     def key(self) -> BaseKey:
-        """Equal for requests of one base."""
+        """A key that is equal for requests of the same base."""
         return base_key(self.variant, self.workload)
 
 
@@ -91,14 +92,14 @@ BaseKey = tuple[str, int, str, str, bool]
 
 
 def base_key(variant: Variant, workload: Workload) -> BaseKey:
-    """Equal for trials on one base: model and seed of its random weights, type, quantisation, and whether its constants
-    are quantised too. The type that a 4-bit layer multiplies in is no part of what it stores."""
+    """A key that is equal for trials on the same base: model, seed of random weights, dtype, quantisation, and double
+    quantisation. The compute dtype of a 4-bit layer does not affect the stored base."""
     nested = variant.is_4bit and variant.double_quant
     return workload.model, workload.data_seed, variant.dtype, variant.quantization, nested
 
 
 def base_words(variant: Variant, workload: Workload) -> str:
-    """The base in words."""
+    """A description of the base."""
     quantised = "" if variant.quantization == "none" else f", {variant.quantization}"
     nested = " with double quantisation" if variant.is_4bit and variant.double_quant else ""
     return f"{workload.model}, {variant.dtype}{quantised}{nested}"
@@ -107,8 +108,8 @@ def base_words(variant: Variant, workload: Workload) -> str:
 # --- commands of a trial ----------------------------------------------------------------------------------------------
 
 Doer = Literal["process", "trial", "profiled trial", "interpreter"]
-"""Where a command is carried out: in the process before it has a trial · in the trial · in a profiled trial, which
-takes the trial's commands too · in a new interpreter, which the executor starts."""
+"""Where a command is executed: in the process before it has a trial · in the trial · in a profiled trial, which also
+executes the trial's commands · in a new interpreter, which the executor starts."""
 RoundKind = Literal["steps", "epochs", "requests", "open_ended", "merged"]
 
 
@@ -117,20 +118,20 @@ class Command:
     """One command; it may take as long as the protocol's `step_timeout_s`."""
 
     name: str
-    """Its name in messages and failures, and that of the method that carries it out."""
+    """Its name in messages and failures, and of the method that executes it."""
     label: str
     """Its text in a progress display."""
     by: Doer = "trial"
     phase: Phase = "train"
-    """It is sent only where the plan has this phase; training is in every plan."""
+    """The command is sent only if the plan has this phase; training is in every plan."""
     measure: Measure | None = None
-    """It is sent to trials that measure this; None: to all."""
+    """The command is sent to trials that measure this; None: to all trials."""
     timed: bool = False
-    """Whether its samples are timed, so that nothing else may run meanwhile."""
+    """Whether its samples are timed, so that nothing else may run at the same time."""
     telemetry_phase: Phase | None = None
     """The phase whose telemetry of machine and GPU is read around it; None for no telemetry."""
     ends: Phase | None = None
-    """The phase that ends with it, upon which a notice names the telemetry that could not be read."""
+    """The phase that ends with it; a notice then names the telemetry that could not be read."""
 
 
 _ROWS = (
@@ -169,7 +170,7 @@ _ROWS = (
     Command(name="request_activity", label="recording what runs in a request", by="profiled trial"),
 )
 COMMANDS = {command.name: command for command in _ROWS}
-"""By name; those of a trial in the order in which they are sent."""
+"""By name; commands of a trial are in the order in which they are sent."""
 
 ROUNDS: dict[RoundKind, Command] = {
     "steps": COMMANDS["turn"],
@@ -178,13 +179,12 @@ ROUNDS: dict[RoundKind, Command] = {
     "open_ended": COMMANDS["open_ended"],
     "merged": COMMANDS["request"],
 }
-"""The command that a round of each kind sends to every trial in it, in the order of a group's rounds: timed turns,
-untimed turns for the rest of the epochs, requests of a fixed length, those that the model ends, those with the adapter
-merged."""
+"""The command that a round of each kind sends to its trials, in the order of a group's rounds: timed turns, untimed
+turns for the rest of the epochs, requests of a fixed length, requests until EOS, requests with the adapter merged."""
 
 
 def commands_by(doer: Doer) -> tuple[str, ...]:
-    """The names of the commands that are carried out there."""
+    """The names of the commands that are executed there."""
     return tuple(word for word, command in COMMANDS.items() if command.by == doer)
 
 
@@ -199,25 +199,25 @@ class ServingMode:
     """One mode of serving an adapter."""
 
     name: str
-    """In words; unique among the modes of a variant."""
+    """Description; unique among the modes of a variant."""
     variant: BuiltVariant
-    """Defines the base: its type, quantisation and attention."""
+    """Defines the base: its dtype, quantisation and attention."""
     merged: bool = False
     adapter: bool = True
     """Whether the adapter is active."""
     dequantised: bool = False
-    """Whether the base's quantised weights are turned back into its type before anything else."""
+    """Whether the base's quantised weights are first dequantised to its dtype."""
 
     @property
     def is_control(self) -> bool:
-        """Whether it is a control, which the others are judged by."""
+        """Whether it is a control for the other modes."""
         return not self.adapter or self.name.endswith(AGAIN)
 
 
 def serving_modes(variant: Variant) -> tuple[tuple[ServingMode, ...], ...]:
-    """All modes that apply, grouped by the loaded base that one process serves them from; the first is the reference.
+    """All modes that apply, grouped by the loaded base from which one process serves them; the first is the reference.
 
-    Within a group a merge comes last: it changes the base.
+    Within a group a merge comes last, because it changes the base.
     """
     own = dataclasses.replace(variant, merge_adapter=False)
     if isinstance(own, LoraVariant):
@@ -241,8 +241,8 @@ def serving_modes(variant: Variant) -> tuple[tuple[ServingMode, ...], ...]:
 
 
 def _other_bases(own: Variant) -> list[Variant]:
-    """The 16-bit base and the 4-bit one, as far as they are not the variant's own. The 16-bit type is the variant's,
-    where it has one; the 4-bit one is NF4, with the other settings of the variant."""
+    """The 16-bit base and the 4-bit one, except the variant's own. The 16-bit dtype is the variant's if it has one; the
+    4-bit base is NF4, with the other settings of the variant."""
     sixteen = own.dtype if own.dtype != "float32" else "bfloat16"
     plain = dataclasses.replace(own, quantization="none", prepare_for_kbit=False)
     wanted = [dataclasses.replace(plain, dtype=sixteen)]
@@ -252,7 +252,7 @@ def _other_bases(own: Variant) -> list[Variant]:
 
 
 def _stored(variant: Variant) -> str:
-    """How the base stores its linear layers, in a word."""
+    """The storage format of the base's linear layers, in one word."""
     return variant.dtype if variant.quantization == "none" else variant.quantization
 
 
@@ -263,7 +263,7 @@ class ServingRequest:
     trial: TrialRequest
     """Defines the workload, the prompts, the device and the folder of the reference's logits."""
     adapter: str
-    """Folder of the adapter, as PEFT saves it."""
+    """Folder of the adapter, as saved by PEFT."""
     ways: tuple[ServingMode, ...]
     reference: tuple[tuple[int, ...], ...] = ()
-    """The reference's answers, over which logits are compared; empty where the first way is the reference."""
+    """The reference's answers, over which logits are compared; empty if the first mode is the reference."""

@@ -1,4 +1,4 @@
-"""Studies read from TOML, strictly: unknown keys and impossible values are refused with file, key, value and remedy.
+"""Reads studies from TOML: unknown keys and impossible values are refused with file, key, value and remedy.
 
 title = "..."
 extends = "..."                 # a built-in study; what this file says replaces what that one and its profiles say
@@ -59,7 +59,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "protocol": tuple(field.name for field in dataclasses.fields(Protocol)),
     "controls": VARIANT_KEYS,
 }
-"""Keys of each table; those of the controls are those of a variant."""
+"""Keys of each table; the controls have those of a variant."""
 _CALLED = {"workload": "[workload]", "protocol": "[protocol]", "controls": "[controls] and [[variant]]"}
 OTHER_NAMES: Mapping[str, str] = {
     "lr": "learning_rate",
@@ -89,9 +89,9 @@ OTHER_NAMES: Mapping[str, str] = {
     "max_steps": "turns",
     "steps": "turns",
 }
-"""Keys of a study by their names in PEFT, transformers and TRL."""
+"""Keys of a study by other names in PEFT, transformers and TRL."""
 _METHODS = ("peft_type", "peft_method", "use_vera", "use_adalora", "use_loha", "use_lokr", "use_ia3", "use_oft")
-"""Keys that choose another method than LoRA."""
+"""Keys that select another method than LoRA."""
 _SECTIONS = ("workload", "protocol", "controls", "requirements")
 _LISTS = ("axes", "sweeps", "variant")
 _OF_VARIANTS = (*_LISTS, "claim", "engine", "reference")
@@ -102,7 +102,7 @@ Table = dict[str, Any]
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A table `[profile.NAME]`: what of the study is another value on one kind of machine."""
+    """A table `[profile.NAME]`: the fields of the study that have other values on one kind of machine."""
 
     devices: tuple[str, ...] = ()
     allow_fallback: bool = False
@@ -114,7 +114,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class StudyFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A study file with what it extends filled in."""
+    """A study file, merged with the study that it extends."""
 
     title: str = ""
     reference: str = ""
@@ -133,22 +133,22 @@ class StudyFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 def builtin_studies() -> dict[str, Path]:
-    """Names and files of the studies that ship with the package."""
+    """Names and files of the studies in the package."""
     folder = Path(str(resources.files("lorameter") / "studies"))
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def load_study(name_or_path: str, *, profile: str | None = None, device: str = "") -> Study:
-    """A built-in study by name, or any TOML file.
+    """Load a built-in study by name, or any TOML file.
 
     Args:
-        name_or_path: of the study.
-        profile: the profile to take; None for that of the device, or for the study as written where none fits.
-        device: "cpu", or the name of the GPU, to choose the profile by; "" for the study as written.
+        name_or_path: name or path of the study.
+        profile: the profile to use; None for that of the device, or for the study without a profile if none fits.
+        device: "cpu", or the name of the GPU, which selects the profile; "" for the study without a profile.
 
     Raises:
-        UsageError: no such study or profile, not TOML, or anything in it that cannot be: file, key, value and remedy
-            are named.
+        UsageError: the study or profile does not exist, is not TOML, or has an invalid value; the message names file,
+            key, value and remedy.
     """
     path, data = _read(name_or_path, ())
     where, file = path.name, codec.from_json(StudyFile, data, path.name, strict=True)
@@ -179,14 +179,15 @@ def load_study(name_or_path: str, *, profile: str | None = None, device: str = "
 
 
 def load_variant(spec: str, *, profile: str | None = None, device: str = "") -> tuple[Study, Variant]:
-    """One variant, and the study that says on which workload: "STUDY:NAME", or a study of one variant alone.
+    """Load one variant, and the study with its workload: "STUDY:NAME", or a study with a single variant.
 
     STUDY is a built-in name or a TOML file; `profile` and `device` choose its profile, as in `load_study`.
 
     Raises:
-        UsageError: no such study or variant, a study of several and none named, or one of commands.
+        UsageError: the study or variant does not exist, the study has several variants and none is named, or its
+            variants are commands.
     """
-    named = ":" in spec and not fileio.is_file(spec)  # a file may have a colon in its name
+    named = ":" in spec and not fileio.is_file(spec)  # a file name may contain a colon
     study_name, _, name = spec.rpartition(":") if named else (spec, "", "")
     study = load_study(study_name, profile=profile, device=device)
     variant = study.variant(name) if named else study.variants[0]
@@ -203,7 +204,7 @@ def load_variant(spec: str, *, profile: str | None = None, device: str = "") -> 
 
 
 def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[Path, Table]:
-    """The file and its content, with what it extends filled in."""
+    """The file and its content, merged with the study that it extends."""
     known = builtin_studies()
     path = known.get(name_or_path, Path(name_or_path))
     if not fileio.is_file(path):
@@ -232,7 +233,7 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[Path, Table]:
 
 
 def _without(table: Table, over: Table) -> Table:
-    """A profile of an extended study without what `over`, the study that extends it, says itself.
+    """A profile of an extended study, without the fields that `over`, the extending study, sets itself.
 
     A profile of the extended study must not silently replace what the extending study sets.
     """
@@ -245,7 +246,7 @@ def _without(table: Table, over: Table) -> Table:
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
-    """`base` with what `over` says in its place, table by table."""
+    """`base` with the values of `over` in place of its own, table by table."""
     result = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
@@ -258,7 +259,7 @@ def _fits(devices: Sequence[str], device: str) -> bool:
 
 
 def _replaced(written: Study, fitted: Study) -> Table:
-    """Fields that the profile changes, with their values as written."""
+    """Fields that the profile changes, with their original values."""
     pairs = (
         ("workload", written.workload, fitted.workload),
         ("controls", written.variant(written.reference), fitted.variant(fitted.reference)),
@@ -279,8 +280,8 @@ def _parse(path: Path, data: Table) -> Study:
     file = codec.from_json(StudyFile, data, where, strict=True)
     rows = rows_of(where, file)
     variants = tuple(_variant(where, index, file.controls, row) for index, row in enumerate(rows))
-    # What a study need not say: model and data of commands are their scripts'; and of commands, of several ranks and
-    # of other methods than LoRA in its short form, training is all that is measured.
+    # Defaults: scripts define their own model and data; and for commands, several ranks and methods other than
+    # short-form LoRA, only training is measured.
     scripts = bool(variants) and isinstance(variants[0], ScriptVariant)
     trained_only = file.workload.get("ranks", 1) != 1 or not all(isinstance(one, LoraVariant) for one in variants)
     own_workload = {"model": OWN, "data": OWN} if scripts else {}
@@ -291,7 +292,7 @@ def _parse(path: Path, data: Table) -> Study:
         if isinstance(value, list) and key in OF_VARIANTS:
             why = "one value is expected"
             raise impossible(f"{where}, [workload]", key, value, why, f"Write workload.{key} = [ ... ] in [axes].")
-    title = " ".join((file.title or path.stem).split())  # one line, as it heads every report
+    title = " ".join((file.title or path.stem).split())  # one line, because it is the header of every report
     claims = [_claim(f"{where}, claim number {index + 1}", claim) for index, claim in enumerate(file.claim)]
     engine = None if file.engine is None else codec.from_json(Engine, file.engine, f"{where}, [engine]", strict=True)
     try:
@@ -329,7 +330,7 @@ def _claim(where: str, written: Table) -> Claim:
 
 
 def rows_of(where: str, file: StudyFile) -> list[Table]:
-    """What each variant differs in from the controls, and its name: as listed, combined by [axes], or one field at a
+    """The differences of each variant from the controls, and its name: as listed, combined by [axes], or one field at a
     time by [sweeps]. A field of the workload is written `workload.FIELD`."""
     axes, sweeps = _flat(file.axes), _flat(file.sweeps)
     tables = {"[axes]": axes, "[sweeps]": sweeps, "[[variant]]": file.variant}
@@ -357,7 +358,7 @@ def rows_of(where: str, file: StudyFile) -> list[Table]:
 
 
 def _flat(table: Table) -> Table:
-    """A table in which `workload.batch_size` is a key, as it is the name of an axis."""
+    """A table in which `workload.batch_size` is a key, like the name of an axis."""
     own = table.get("workload")
     if not isinstance(own, Mapping):
         return table
@@ -366,7 +367,8 @@ def _flat(table: Table) -> Table:
 
 
 def _sweep(where: str, held: Table, sweeps: Table, centre: str) -> Iterator[Table]:
-    """The controls under the name `centre`, and each value of each field in turn; a value of the controls is them."""
+    """The controls under the name `centre`, and each value of each field in turn; values of the controls give no new
+    row."""
     yield {"name": centre}
     for key, values in sweeps.items():
         if held.get(key) not in values:
@@ -377,18 +379,18 @@ def _sweep(where: str, held: Table, sweeps: Table, centre: str) -> Iterator[Tabl
 
 
 def _label(axis: str, value: Any) -> str:
-    """A place on an axis as part of a name: the items of a list joined."""
+    """A value on an axis as part of a name; the items of a list are joined."""
     text = "+".join(map(str, value)) or "default" if isinstance(value, list) else str(value)
     return f"{axis}={text}"
 
 
 def _written(workload: Workload) -> Table:
-    """All fields of a workload, also those that no record holds while they have their default."""
+    """All fields of a workload, including those that records omit while they have their default."""
     return {one.name: codec.to_json(getattr(workload, one.name)) for one in dataclasses.fields(workload)}
 
 
 def _own_workloads(rows: Sequence[Table], workload: Workload) -> dict[str, Table]:
-    """The fields of the workload in which a variant differs from the study's, by the variant's name."""
+    """The workload fields in which a variant differs from the study, by the variant's name."""
     common, found = _written(workload), dict[str, Table]()
     for row in rows:
         own = {key.removeprefix(OF_WORKLOAD): value for key, value in row.items() if key.startswith(OF_WORKLOAD)}
@@ -399,7 +401,7 @@ def _own_workloads(rows: Sequence[Table], workload: Workload) -> dict[str, Table
 
 
 def _variant(where: str, index: int, controls: Table, row: Table) -> AnyVariant:
-    """The variant of a row over the controls, of the form that its keys imply."""
+    """The variant of a row over the controls; its keys determine its form."""
     where = f"{where}, variant {row.get('name', f'number {index + 1}')!r}"
     require(isinstance(row.get("name"), str) and row["name"], f'{where}: name is missing. Add name = "...".')
     check_axes(where, row)
@@ -430,14 +432,14 @@ def _variant(where: str, index: int, controls: Table, row: Table) -> AnyVariant:
 
 
 def check_keys(where: str, table: str, content: Mapping[str, Any]) -> None:
-    """Raises `UsageError` for a key that a table of a study file does not have; `where` names both."""
+    """Raise `UsageError` for a key that a table of a study file does not have; `where` names both."""
     for key, value in content.items():
         if key not in KEYS[table]:
             raise unknown_key(where, key, value, KEYS[table])
 
 
 def check_axes(where: str, content: Mapping[str, Any]) -> None:
-    """Raises `UsageError` for a key of [axes], [sweeps] or a variant that neither a variant nor its workload has."""
+    """Raise `UsageError` for a key of [axes], [sweeps] or a variant that neither variants nor workloads have."""
     for key, value in content.items():
         name = key.removeprefix(OF_WORKLOAD)
         if name == key:
@@ -449,10 +451,10 @@ def check_axes(where: str, content: Mapping[str, Any]) -> None:
 
 
 def unknown_key(where: str, key: str, value: Any, known: Sequence[str], *, shown: str = "") -> UsageError:
-    """The refusal of an unknown key; `shown` is the key as it was written.
+    """The error for an unknown key; `shown` is the key as it was written.
 
-    Other tools call the same things by other names, and put all of them into one table. So a key is looked for under
-    its other names and in the other tables before the nearest spelling is.
+    Other tools use other names for the same settings, and put all of them into one table. So a key is looked up under
+    other names and in other tables before the nearest spelling is suggested.
     """
     shown, meant = shown or key, OTHER_NAMES.get(key, key)
     if key in _METHODS:

@@ -1,6 +1,6 @@
-"""Notices: facts that a reader of a run must know in addition to its numbers, each with a remedy.
+"""Notices: facts that a reader of a run needs in addition to its numbers, each with a remedy.
 
-A notice never changes a number. Those that cast doubt on one (contention, a control that failed) say how much.
+A notice never changes a number. Notices that cast doubt on a number (contention, a failed control) quantify the doubt.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from lorameter.verdicts.sites import site_notices
 from lorameter.verdicts.validity import disturbance_notices
 
 DRIFT = 0.05
-"""Smallest change of level that is reported, a fraction."""
+"""Smallest level change that is reported, a fraction."""
 LEAST_STEPS_FOR_DRIFT = 12
-"""With fewer steps no change of level shows above the noise."""
+"""With fewer steps, no level change is detectable above the noise."""
 
 
 def notices_of(run: Run, study: Study, controls: Mapping[Phase, Comparison | None]) -> tuple[Notice, ...]:
-    """All notices of a run, each once: those of its plan, of its trials, and what its records give reason for."""
+    """All notices of a run without repetition: those of its plan, of its trials, and those derived from its records."""
     titled = {PHASE_TITLES[phase]: control for phase, control in controls.items() if control is not None}
     found = [*run.manifest.notices, *(notice for record in run.records for notice in record.notices)]
     return tuple(dict.fromkeys((*found, *run_notices(run, study, titled))))
@@ -70,9 +70,9 @@ def _data(run: Run, study: Study) -> Iterator[Notice]:
 
 
 def _cpu(ok: list[TrialRecord]) -> Iterator[Notice]:
-    """Notices of CPU runs: trials of one thread that did not have theirs (those of several are judged by the
-    pressure around them; on a GPU the host may rightly wait), and variants that share one heap (torch's allocator on a
-    GPU keeps its blocks, whichever variant they were of)."""
+    """Notices about CPU runs: single-threaded trials that lost CPU time (multi-threaded trials are judged by CPU
+    pressure; on a GPU the host may wait), and variants that share a heap (on a GPU, torch's allocator keeps its blocks
+    for any variant)."""
     shares, disturbed = occupancies(ok)
     if disturbed:
         yield Notice(
@@ -94,8 +94,8 @@ def _cpu(ok: list[TrialRecord]) -> Iterator[Notice]:
 
 
 def _steps(ok: list[TrialRecord]) -> Iterator[Notice]:
-    """Timed steps that are outliers, warm-ups that were too short, and trials whose steps change their level: a clock
-    that throttles, a leak, a neighbour that came or went."""
+    """Notices about timed steps: outliers, too short warm-ups, and level changes (a throttled clock, a memory leak,
+    other work that started or ended)."""
     steps = [record.samples["step_time_s"] for record in ok if record.samples.get("step_time_s")]
     if count := count_outliers(steps):
         yield Notice(
@@ -104,7 +104,7 @@ def _steps(ok: list[TrialRecord]) -> Iterator[Notice]:
             "each trial counts by its median.",
             remedy="If they cluster in one variant, look at its step_time_s in trials.jsonl.",
         )
-    warmed = [record for record in ok if "warmup_steady" in record.values]  # isolated trials time no step
+    warmed = [record for record in ok if "warmup_steady" in record.values]  # isolated trials time no steps
     if unsteady := [record.trial for record in warmed if record.values["warmup_steady"] == 0.0]:
         yield Notice(
             code="warmup-incomplete",
@@ -125,14 +125,14 @@ def _steps(ok: list[TrialRecord]) -> Iterator[Notice]:
 
 
 LEAST_STEPS_FOR_A_CONSTANT = 3
-"""Losses that must be alike: fewer can be alike by chance where there are few numbers, as in 16 bits."""
+"""Minimum number of equal losses: fewer can be equal by chance if there are few distinct values, as in 16 bits."""
 
 
 def _constant_loss(ok: list[TrialRecord]) -> Iterator[Notice]:
-    """Trials whose loss is the same to the last bit in every step after the first, though the batches differ.
+    """Trials whose loss is bit-equal in every step after the first, although the batches differ.
 
-    A rate so high that the first step drives the layers into saturation looks like this where what they saturate to is
-    a number, and is a diverged run as much as one whose loss is none.
+    This happens if a very high learning rate saturates the layers in the first step at a finite loss; such a run has
+    diverged as much as one with a NaN loss.
     """
     stuck: list[TrialRecord] = []
     for record in ok:
@@ -150,7 +150,7 @@ def _constant_loss(ok: list[TrialRecord]) -> Iterator[Notice]:
 
 
 def _cold_starts(ok: list[TrialRecord]) -> Iterator[Notice]:
-    """Variants whose whole cold start is not what the sums of its parts let expect of another one."""
+    """Variants whose whole cold start is not in the range predicted from the sums of its parts."""
     margin, tail = VerdictRule().log_margin, 0.005
     sums: dict[tuple[str, str], list[float]] = {}
     wholes: dict[tuple[str, str], float] = {}
@@ -193,8 +193,8 @@ def _damaged(run: Run) -> Iterator[Notice]:
 
 
 def _disturbed(run: Run) -> Iterator[Notice]:
-    """Trials that were measured again after an interruption or because of their surroundings, and those that still were
-    past a limit at last."""
+    """Trials that were measured again after an interruption or a disturbance, and trials that still exceeded a limit in
+    the end."""
     if run.measured_again:
         yield Notice(
             code="measured-again",

@@ -1,12 +1,12 @@
-"""Runs of several sites: a run whose sites are unlike machines is read site by site; sites of one kind are a block.
+"""Runs with several sites: different machines are judged site by site; sites of one kind form blocks.
 
-Ratios of other GPUs are other ratios: a variant that is bound by memory on one is bound by arithmetic on the next. A
-mean over them would describe no real machine, so each site is judged by itself, and code that combines their records is
-refused (`lorameter.verdicts.series.group_trials`).
+Ratios differ between GPUs: a variant that is memory-bound on one GPU is compute-bound on another. A mean over them
+would describe no real machine, so each site is judged separately, and code that combines their records is refused
+(`lorameter.verdicts.series.group_trials`).
 
-On sites of one kind a replicate is measured on one site, so a ratio is within a site, and a slow site slows both of its
-sides. Absolute values are another matter: GPUs of one model differ by 8 % in the mean and by half for outliers in the
-clusters of a survey (Sinha et al., "Not All GPUs Are Created Equal", 2022, arXiv 2208.11035).
+On sites of one kind a replicate is measured on one site, so a ratio is within a site, and a slow site slows both sides
+of the ratio. Absolute values do differ: in a survey of clusters, GPUs of one model differed by 8 % on average, and
+outliers by half (Sinha et al., "Not All GPUs Are Created Equal", 2022, arXiv 2208.11035).
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MIXED = "mixed"
-"""The field of the protocol."""
+"""The field of the protocol that allows different sites."""
 
 UNLIKE = 0.10
-"""Distance from the median step time of all sites from which a site is reported."""
+"""Distance from the median step time of all sites at which a site is reported."""
 
 
 def is_mixed(run: Run) -> bool:
-    """Whether its sites may be unlike: by its study, or by any of its records."""
+    """Whether its sites may differ, according to its study or any of its records."""
     return bool(run.manifest.study.get("protocol", {}).get(MIXED)) or any(record.machine for record in run.records)
 
 
 def runs_of_sites(run: Run) -> dict[str, Run]:
-    """The run as it would be if each site had one of its own, by site; trials of no site are in none."""
+    """One run per site, with the trials of that site; trials without a site are left out."""
     return {site: _run_of(run, site) for site in sorted({record.site for record in run.records if record.site})}
 
 
@@ -63,7 +63,7 @@ def _run_of(run: Run, site: str) -> Run:
 
 
 def unmeasured_sites(run: Run) -> Iterator[str]:
-    """Sentences on the sites that have measured nothing."""
+    """Sentences about the sites that have measured nothing."""
     measured = {record.site for record in run.records if record.status == "ok"}
     for site in run.manifest.sites:
         if site not in measured:
@@ -89,7 +89,7 @@ def mixed_notice(run: Run) -> Notice:
 
 
 def join_notices(run: Run, by_site: Mapping[str, Sequence[Notice]]) -> tuple[Notice, ...]:
-    """The notices of all sites: that of the run, those that all sites share, and the others with their site."""
+    """The notices of all sites: those of the run, those common to all sites, and the others with their site."""
     ways = [dict.fromkeys(notices) for notices in by_site.values()]
     common = [notice for notice in next(iter(ways), {}) if all(notice in others for others in ways)]
     own = [
@@ -102,7 +102,7 @@ def join_notices(run: Run, by_site: Mapping[str, Sequence[Notice]]) -> tuple[Not
 
 
 def refuse_mixed(run: Run, what: str) -> None:
-    """Raises `UsageError` for a run whose sites are different machines, for which `what` is not defined."""
+    """Raise `UsageError` for a run whose sites are different machines, for which `what` is not defined."""
     if is_mixed(run):
         raise UsageError(
             f"run {run.manifest.run}: its sites are different machines ({say_machines(run.records)}), and {what} is of "
@@ -112,7 +112,8 @@ def refuse_mixed(run: Run, what: str) -> None:
 
 
 def _step_times(records: Sequence[TrialRecord]) -> pd.DataFrame:
-    """Logarithms of median step times, a row a site and replicate, a column a variant of those that every site has."""
+    """Logarithms of median step times, with a row for each site and replicate, and a column for each variant that every
+    site has."""
     import pandas as pd
 
     steps = ((record, samples_of(record, PRIMARY["train"])) for record in records if record.status == "ok")
@@ -127,10 +128,10 @@ def _step_times(records: Sequence[TrialRecord]) -> pd.DataFrame:
 
 
 def site_notices(records: Sequence[TrialRecord]) -> Iterator[Notice]:
-    """Notices of a run that was measured on several sites: by how much they differ, and which is unlike the rest.
+    """Notices about a run on several sites: how much they differ, and which site is an outlier.
 
-    A site is slower by the mean over variants of the logarithms of their step times, less that of all sites. The spread
-    is taken from replicates that have all variants, as variants of one share what it met.
+    The slow-down of a site is the mean over variants of their log step times, minus that of all sites. The spread is
+    computed from replicates with all variants, because the variants of a replicate share its disturbances.
     """
     sites = {record.site for record in records if record.site}
     if len(sites) < 2:
@@ -156,7 +157,7 @@ def site_notices(records: Sequence[TrialRecord]) -> Iterator[Notice]:
         "is over them, not over replicates.",
         remedy="Measure on one site where absolute values matter.",
     )
-    for site, log in logs.items() if len(logs) > 2 else ():  # of two sites, neither is the unlike one
+    for site, log in logs.items() if len(logs) > 2 else ():  # with two sites, neither is an outlier
         away = math.expm1(log - logs.median())
         if abs(away) > UNLIKE:
             yield Notice(

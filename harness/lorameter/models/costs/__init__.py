@@ -1,1 +1,1 @@
-"""Closed forms of parameters, bytes and FLOPs of a model's shape."""
+"""Closed forms for parameters, bytes and FLOPs from a model's shape."""

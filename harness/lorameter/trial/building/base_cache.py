@@ -1,17 +1,17 @@
 """Prepares the base of a run once, in a file that every process of the run maps.
 
-The cache holds the tensors of the model that `load_base` made: parameters, buffers, and the constants that
-bitsandbytes stores with each quantised weight. `take` builds the architecture without storage and puts these tensors
-into it. On a CPU they are not copied: the file is mapped privately (safetensors), so that all processes share its pages
-and one that writes to a weight gets a copy of its own. A base from the cache is equal, to the bit, to one that was
-loaded; tests check it.
+The cache holds the tensors of the model that `load_base` made: parameters, buffers, and the constants that bitsandbytes
+stores with each quantised weight. `take` builds the architecture without storage and inserts these tensors. On a CPU
+they are not copied: the file is mapped privately (safetensors), so that all processes share its pages, and a process
+that writes to a weight gets its own copy. A base from the cache is bit-equal to a loaded one; tests verify this.
 
 4-bit weights are saved in their stored layout. On CPUs with AVX512-BF16 bitsandbytes repacks them at the first forward
-pass in eval mode, in each process anew; none has run when they are saved.
+pass in eval mode, separately in each process; no such pass has run when they are saved.
 
-The file is one of safetensors, written here because of its order: tensors of a multiple of 64 bytes come first, after a
-header of such a size, so that mapped weights are aligned as malloc aligns them. The library aligns to 8 bytes, and a
-product with a weight of that alignment takes up to 8 % longer for one row, 0 to 4 % for 128 (AVX-512, one thread).
+The file is a safetensors file, but this module writes it to control the order: tensors whose size is a multiple of 64
+bytes come first, after a header of such a size, so that mapped weights have the same alignment as with malloc. The
+library aligns to 8 bytes, and a product with such a weight takes up to 8 % longer for one row, 0 to 4 % for 128
+(AVX-512, one thread).
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ from lorameter.trial.building.quantising import (
 ALIGNMENT = 64
 """Bytes of a cache line, and of the widest register that reads weights."""
 LIBRARIES = ("transformers", "bitsandbytes")
-"""Libraries that affect the content of a base, in addition to torch."""
+"""Libraries other than torch that affect the content of a base."""
 _MARK = "|"
-"""Separates a weight's name from that of one of its constants; no module's name contains it."""
+"""Separates a weight's name from the name of one of its constants; module names never contain it."""
 _TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -64,8 +64,8 @@ _TYPES = {
 
 
 def base_of(request: TrialRequest) -> tuple[transformers.PreTrainedModel, bool]:
-    """The base of a trial, and whether this process made it from its source: if none was prepared, or if the prepared
-    one was removed or has another size."""
+    """The base of a trial, and whether this process made it from its source, because no base was prepared, or because
+    the prepared one was removed or has another size."""
     variant = request.variant
     if request.base:
         model = take(Path(request.base), variant, request.device)
@@ -80,7 +80,7 @@ def prepare(request: BaseRequest) -> BaseSummary:
 
     Raises:
         UsageError: the model cannot be loaded (`load_base`).
-        OSError: the disk refuses.
+        OSError: writing failed.
     """
     begin = time.perf_counter()
     source = catalogue.resolve(request.workload.model)
@@ -106,16 +106,16 @@ def prepare(request: BaseRequest) -> BaseSummary:
 
 
 def take(folder: Path, variant: Variant, device: str) -> transformers.PreTrainedModel | None:
-    """The base in a folder, mapped, on `device`; None if its file has not the size that was written."""
+    """The base in a folder, mapped, on `device`; None if its file does not have its original size."""
     description = bases.read_description(folder)
     if description is None:
         return None
     config = transformers.AutoConfig.from_pretrained(folder)
-    if hasattr(config, "quantization_config"):  # of quantised layers, which are inserted below
+    if hasattr(config, "quantization_config"):  # quantised layers are inserted below
         del config.quantization_config
     config.name_or_path = description.name_or_path
     quantization = bnb_config(variant)
-    with no_init_weights():  # drawing numbers for tensors that have none takes longer than all else here
+    with no_init_weights():  # random initialisation without storage would take longer than everything else here
         model = skeleton(config, variant)
         for name in quantised_names(model) if quantization is not None else ():
             model.set_submodule(name, empty_layer(model.get_submodule(name), quantization))
@@ -153,7 +153,7 @@ def _write(model: Any, folder: Path, load_s: float) -> BaseDescription:
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """All tensors of a model by name; tied parameters once."""
+    """All tensors of a model by name; tied parameters appear once."""
     tensors: dict[str, torch.Tensor] = dict(model.named_buffers())
     for name, parameter in model.named_parameters():
         tensors[name] = parameter.data
@@ -182,8 +182,8 @@ def _fill(model: Any, tensors: Mapping[str, torch.Tensor], frozen: frozenset[str
 
 
 def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> tuple[str, int]:
-    """Write a file of safetensors (its format, version 1: length of the header, header, data without gaps); its
-    digest and its size."""
+    """Write a safetensors file (format version 1: length of the header, header, data without gaps); returns its digest
+    and its size."""
     order = sorted(tensors, key=lambda name: (tensors[name].nbytes % ALIGNMENT != 0, -tensors[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -217,7 +217,7 @@ def _facts_of(source: ModelSource, request: BaseRequest) -> dict[str, Any]:
         "dtype": variant.dtype,
         "quantization": variant.quantization,
         "double_quant": variant.double_quant if variant.is_4bit else None,
-        # Other kernels draw, and may round, other numbers.
+        # Other kernels may generate and round numbers differently.
         "device": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
         "libraries": {"torch": f"{torch.__version__} {torch.version.git_version}"}
         | {name: _installed(name) for name in LIBRARIES},
@@ -225,8 +225,8 @@ def _facts_of(source: ModelSource, request: BaseRequest) -> dict[str, Any]:
 
 
 def _identity(source: ModelSource) -> Any:
-    """Identifies the weights of a source, or the shape of a random one. Files are identified by their state on disk,
-    which every change alters: hashing 14 GB would take as long as loading them."""
+    """An identifier of the weights of a source, or of the shape of a random model. Files are identified by their state
+    on disk, which every change alters: hashing 14 GB would take as long as loading them."""
     if source.kind == "gguf":
         return [_stamp(Path(source.location))]
     if source.random:
@@ -246,7 +246,7 @@ def _stamp(path: Path) -> list[Any]:
 
 
 def _installed(name: str) -> str:
-    """Identifies a library's code, which may differ between the sides of an A/B under the same version."""
+    """An identifier of a library's code, which may differ between the sides of an A/B under the same version."""
     folder = Path(str(importlib.import_module(name).__file__)).parent
     files = sorted(path for ending in ("py", "so") for path in folder.rglob(f"*.{ending}"))
     states = [(str(path.relative_to(folder)), path.stat()) for path in files]

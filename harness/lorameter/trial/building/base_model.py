@@ -1,13 +1,13 @@
-"""Loads base models, quantised as the variant says, from files or with random weights of the exact architecture.
+"""Loads base models, quantised as required by the variant, from files or with random weights of the exact architecture.
 
 Random weights are initialised and quantised one module at a time, so that a 7B model in NF4 never needs the 13.5 GB of
 its 16-bit form: the peak is the quantised model plus one layer. The architecture's own `_init_weights` initialises each
-module from a seed of its own (run seed and module name), in float32, and the result is cast. So the weights depend on
-the seed and the name alone: two builds are bit-equal, a variant in NF4 quantises the weights of its unquantised twin,
-and float32 and bfloat16 differ by rounding only. CPU and CUDA draw different numbers.
+module in float32 from a separate seed (run seed and module name), and the result is cast. So the weights depend only on
+the seed and the name: two builds are bit-equal, an NF4 variant quantises the same weights as an unquantised variant
+has, and float32 and bfloat16 differ only by rounding. CPU and CUDA generate different numbers.
 
-A random model has every attribute that `from_pretrained` sets on a quantised one, because PEFT and transformers choose
-their code by these attributes.
+A random model has every attribute that `from_pretrained` sets on a quantised model, because PEFT and transformers
+choose their code paths by these attributes.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from lorameter.trial.data.tokens import gguf_tokenizer
 
 
 def load_base(source: ModelSource, variant: Variant, *, device: str, seed: int) -> transformers.PreTrainedModel:
-    """The base model on `device`, in eval mode as `from_pretrained` returns it, without an adapter.
+    """The base model on `device`, in eval mode like a model from `from_pretrained`, without an adapter.
 
     Args:
-        source: from `catalogue.resolve`.
-        variant: read for dtype, quantization, double_quant, compute_dtype and attention.
-        device: as torch names it ("cpu", "cuda", "cuda:1").
-        seed: of random weights; otherwise unused. The global random state is not changed.
+        source: result of `catalogue.resolve`.
+        variant: its dtype, quantization, double_quant, compute_dtype and attention are used.
+        device: torch device ("cpu", "cuda", "cuda:1").
+        seed: seed of random weights; otherwise unused. The global random state is not changed.
 
     Raises:
-        UsageError: the files cannot be loaded, lack weights, or hold a checkpoint that is quantised already.
+        UsageError: the files cannot be loaded, lack weights, or contain an already quantised checkpoint.
     """
     if source.random:
         return _random_model(source, variant, device, seed)
@@ -62,17 +62,17 @@ def load_base(source: ModelSource, variant: Variant, *, device: str, seed: int) 
 
 
 def empty_model(source: ModelSource, variant: Variant) -> transformers.PreTrainedModel:
-    """The architecture on the meta device, unquantised: every shape and type of the base, and no storage.
+    """The unquantised architecture on the meta device: every shape and dtype of the base, without storage.
 
     Raises:
-        UsageError: its configuration cannot be loaded, or transformers builds no model from it.
+        UsageError: its configuration cannot be loaded, or transformers cannot build a model from it.
     """
     try:
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(architecture(source), dtype=dtype_of(variant.dtype))
     except LorameterError:
         raise
-    except Exception as error:  # the exception depends on the value that its class does not accept
+    except Exception as error:  # the exception's type depends on the invalid value
         why = f"transformers makes no model of its configuration ({said_by(error)})"
         raise impossible("models", "model", source.label, why, "Mend its config.json, or name another model.") from None
 
@@ -88,7 +88,7 @@ def skeleton(config: transformers.PretrainedConfig, variant: Variant) -> transfo
 def convert_gguf(gguf_path: Path, out_dir: Path) -> None:
     """Dequantise a GGUF file into a bfloat16 safetensors directory with its tokenizer.
 
-    The original checkpoints are published in bfloat16, so that loading costs the same; its rounding (2^-9) is far below
+    The original checkpoints are published in bfloat16, so loading takes the same time; the rounding (2^-9) is far below
     that of the 4-bit source.
     """
     model = _from_gguf(str(gguf_path), "sdpa", torch.bfloat16)
@@ -118,7 +118,8 @@ def _from_files(source: ModelSource, variant: Variant, device: str) -> transform
 
 
 def _load_whole(label: str, location: str | Path, **options: Any) -> transformers.PreTrainedModel:
-    """A model from files. Raises `UsageError` for a missing weight, which transformers would initialise at random."""
+    """Load a model from files. Raises `UsageError` for a missing weight, which transformers would initialise at
+    random."""
     model, found = transformers.AutoModelForCausalLM.from_pretrained(location, output_loading_info=True, **options)
     if lacking := sorted(found["missing_keys"]):
         why = f"its files lack {len(lacking)} of its weights, {shorten(lacking[0], 60)} among them"
@@ -129,10 +130,10 @@ def _load_whole(label: str, location: str | Path, **options: Any) -> transformer
 
 @contextmanager
 def _refusals(label: str, hub: ModelSource | None = None) -> Iterator[None]:
-    """Turns exceptions of the libraries into a `UsageError`, except out of memory."""
+    """Convert exceptions of the libraries into a `UsageError`, except out of memory."""
     try:
         yield
-    except Exception as error:  # the exception depends on the fault of the files
+    except Exception as error:  # the exception's type depends on the fault in the files
         if isinstance(error, LorameterError) or is_out_of_memory(error):
             raise
         if hub is not None and isinstance(error, OSError):
@@ -145,10 +146,10 @@ _REMEDY = "Save the model again."
 
 
 def _from_gguf(location: str, attention: str, dtype: torch.dtype) -> transformers.PreTrainedModel:
-    """A plain model on the CPU, without the attributes of a quantised one that the GGUF loader sets."""
+    """Load a plain model on the CPU, without the quantisation attributes that the GGUF loader sets."""
     path = Path(location)
     options: dict[str, Any] = {}
-    if hasattr(transformers, "GgufConfig"):  # else packed blocks run in special kernels where those are installed
+    if hasattr(transformers, "GgufConfig"):  # otherwise packed blocks run in special kernels, if installed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _refusals(location):
         model = _load_whole(
@@ -180,20 +181,21 @@ def _random_model(source: ModelSource, variant: Variant, device: str, seed: int)
 
 
 def architecture(source: ModelSource) -> transformers.PretrainedConfig:
-    """The configuration of a model whose weights are not read."""
+    """The configuration of a model whose weights are not loaded."""
     if source.kind == "gguf":
         path = Path(source.location)
         return transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     config = transformers.AutoConfig.from_pretrained(catalogue.config_file(source))
-    if hasattr(config, "quantization_config"):  # of the weights, which are not used
+    if hasattr(config, "quantization_config"):  # it describes weights that are not used
         del config.quantization_config
     return config
 
 
 def _materialise(model: transformers.PreTrainedModel, name: str, module: nn.Module, device: str) -> None:
-    """Give the module's own parameters storage on `device` and random values; buffers are only moved.
+    """Give the module's own parameters storage on `device` with random values; buffers are only moved.
 
-    A tied parameter stays on meta, for `tie_weights` to replace. NaN marks what the architecture does not initialise.
+    A tied parameter stays on meta, and `tie_weights` replaces it. NaN marks values that the architecture does not
+    initialise.
     """
     tied = model.all_tied_weights_keys
     own = {
@@ -216,5 +218,5 @@ def _materialise(model: transformers.PreTrainedModel, name: str, module: nn.Modu
         module._buffers[key] = buffer.to(device)
 
 
-if __name__ == "__main__":  # `lorameter.models.fetch` converts in a process of its own
+if __name__ == "__main__":  # `lorameter.models.fetch` runs the conversion in a separate process
     convert_gguf(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,13 +1,13 @@
-"""Conversations (role and content, or from and value as in ShareGPT), rendered with the tokenizer's chat template, and
-the character ranges of the assistant's answers.
+"""Renders conversations with the tokenizer's chat template, and locates the character ranges of the assistant's
+answers. Messages have role and content, or from and value as in ShareGPT.
 
 If the template marks answers (`{% generation %}`), the marks are used. Otherwise each answer is located by rendering
-the conversation up to its end twice, once as it is and once with a placeholder as its content: the text around the
-placeholder is the template's. The rendering must be a prefix of the whole text. A template that renders a turn
+the conversation up to its end twice, once unchanged and once with a placeholder as its content: the text around the
+placeholder comes from the template. The rendering must be a prefix of the whole text. A template that renders a turn
 differently when others follow (one that drops earlier reasoning, for example) is refused, since the answer's tokens
 cannot be located.
 
-A template may write today's date. Runs of different days would then have different tokens, so the date is fixed.
+A template may insert the current date. Runs on different days would then have different tokens, so the date is fixed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lorameter.models.catalogue import ModelSource
 from lorameter.records import fileio
 
 Message = dict[str, str]
-"""A message: `role` and `content`, as templates take it."""
+"""A message with `role` and `content`, as templates expect it."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ASSISTANT = "assistant"
 _SPEAKERS = {"human": "user", "gpt": ASSISTANT}
@@ -48,7 +48,7 @@ def read_conversation(value: Any, place: str, column: str) -> Conversation:
     """The conversation in a cell.
 
     Raises:
-        UsageError: the cell has another type, a text or the answer is missing, or a part is no text.
+        UsageError: the cell has another type, a text or the answer is missing, or a part is not text.
     """
     if not isinstance(value, list) or not value:
         shown = "null" if value is None else shorten(repr(value), 60)
@@ -86,7 +86,7 @@ def check_text(value: Any, place: str) -> str:
 
 
 def _answers(messages: Sequence[Message]) -> list[int]:
-    """Numbers of the assistant's messages, from 0."""
+    """Indices of the assistant's messages."""
     return [number for number, message in enumerate(messages) if message["role"] == ASSISTANT]
 
 
@@ -99,7 +99,7 @@ _PLACEHOLDER = "\ue000answer\ue000"
 _CODES = ("%a", "%A", "%d", "%-d", "%e", "%b", "%B", "%m", "%-m", "%y", "%Y", "%H", "%I", "%M", "%S", "%p", "%j", "%Z")
 _DAY = datetime.datetime(2026, 1, 1)
 _CLOCK = "strftime_now"
-"""The function by which templates read the date; an argument cannot replace it, but a macro can."""
+"""The function with which templates read the date; an argument cannot replace it, but a macro can."""
 _FIXED_CLOCK = (
     f"{{% macro {_CLOCK}(format) %}}{{{{ format"
     + "".join(f" | replace({code!r}, {_DAY.strftime(code)!r})" for code in _CODES)
@@ -108,7 +108,7 @@ _FIXED_CLOCK = (
 
 
 class ChatTemplate:
-    """The template of one tokenizer. Raises `UsageError` where it has none, and where it does not accept a record."""
+    """The template of one tokenizer. Raises `UsageError` if it has none, or if it does not accept a record."""
 
     def __init__(self, tokenizer: Any, model: str) -> None:
         self._tokenizer = tokenizer
@@ -121,7 +121,7 @@ class ChatTemplate:
         self._template = f"{_FIXED_CLOCK}{template}" if _CLOCK in template else template
 
     def text(self, conversation: Conversation) -> str:
-        """The whole conversation. Raises `UsageError` where the template leaves a message out."""
+        """The text of the whole conversation. Raises `UsageError` if the template omits a message."""
         text: str = self._render(conversation, conversation.messages, tokenize=False)
         missing = _find_missing(text, conversation.messages)
         if missing is not None:
@@ -145,7 +145,7 @@ class ChatTemplate:
         return text, conversation.messages[last]["content"]
 
     def answers(self, conversation: Conversation, text: str) -> list[Span]:
-        """The ranges of the assistant's answers in the text, each with the end of its turn. Raises `UsageError` where
+        """The ranges of the assistant's answers in the text, each including the end of its turn. Raises `UsageError` if
         one cannot be located."""
         if self._marked:
             return self._find_marked(conversation, text)
@@ -219,13 +219,13 @@ _GGUF_KEY = "tokenizer.chat_template"
 
 
 def has_chat_template(source: ModelSource) -> bool | None:
-    """Whether conversations can be written as this model reads them; None where only the loaded tokenizer shows it.
+    """Whether conversations can be rendered in this model's format; None if only the loaded tokenizer shows it.
 
-    The byte tokenizer has a template of its own. Files that cannot be read are reported when they are loaded.
+    The byte tokenizer has its own template. Unreadable files are reported when they are loaded.
     """
     if source.tokenizer == "byte":
         return True
-    if source.random:  # where its tokenizer cannot be loaded, bytes replace it
+    if source.random:  # the byte tokenizer may replace one that cannot be loaded
         return None
     if source.kind == "gguf":
         return _GGUF_KEY in shapes.gguf_of(Path(source.location)).values

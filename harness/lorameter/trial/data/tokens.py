@@ -1,13 +1,13 @@
-"""Prepares the token file of a plan once, in its own process, for all variants.
+"""Prepares the token file of a plan once, in a separate process, for all variants.
 
-`datasets` starts threads and loads pyarrow, which neither the parent (which must start fast) nor the zygote (which must
-fork with one thread) can do. So tokens are written here, to a safetensors file that every trial maps. The file's hash
-is part of each record: two trials trained on the same data if and only if their hashes agree.
+`datasets` starts threads and loads pyarrow, so it can run neither in the parent (which must start fast) nor in the
+zygote (which must fork with one thread). So a separate process writes the tokens to a safetensors file that every trial
+maps. The file's hash is part of each record: two trials used the same data if and only if their hashes agree.
 
-Packing fills rows of `sequence_length` with whole records one after the other. Isolation needs two things (see
-docs/method.md): positions that restart at 0 with each record, so that the model builds a block-diagonal mask, and the
-label −100 on each record's first token, so that no record predicts the next. Joined rows are filled in the same way
-without isolation, for attention without a mask.
+Packing fills rows of `sequence_length` with whole records one after the other. Isolation requires (see docs/method.md)
+positions that restart at 0 with each record, so that the model builds a block-diagonal mask, and the label −100 on each
+record's first token, so that no record predicts the next. Joined rows are filled in the same way without isolation, for
+attention without a mask.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from lorameter.trial.data.chat import ChatTemplate, Conversation, Span
 from lorameter.trial.data.records import AnyRecord, Record, read_records
 
 IGNORED = -100
-"""The label that torch.nn.functional.cross_entropy leaves out."""
+"""The label that torch.nn.functional.cross_entropy ignores."""
 BUCKET_BATCHES = 20
-"""Batches of a bucket; their BUCKET_FACTOR."""
+"""Batches of a bucket, as BUCKET_FACTOR in PEFT's experiments."""
 MOST_SKIPPED = 10
-"""The number of sequences without a label that are skipped for each requested one, 1000 in total at least: synthetic
-records are endless, and all of them may be too long."""
+"""Maximum number of sequences without a label that are skipped for each requested one (at least 1000 in total):
+synthetic records are endless, and all of them may be too long."""
 
 
 def prepare(workload: Workload, folder: Path) -> TokenSummary:
@@ -52,7 +52,7 @@ def prepare(workload: Workload, folder: Path) -> TokenSummary:
     requests until EOS, `open_ended.input_ids`, int64 of shape (requests, longest), and `open_ended.length`.
 
     Raises:
-        UsageError: data that cannot be read, or too little of it to fill a sequence or a prompt.
+        UsageError: the data cannot be read, or is too short to fill a sequence or a prompt.
     """
     from safetensors.numpy import save_file
 
@@ -120,8 +120,8 @@ Row = dict[str, list[int]]
 def _sequences(
     records: Iterator[AnyRecord], tokens: Encoder, workload: Workload, wanted: int, *, partial: bool = False
 ) -> tuple[list[Row], int]:
-    """Up to `wanted` sequences, and the number of sequences that were skipped because they have no label: the mean loss
-    of a batch of them would be 0/0."""
+    """Up to `wanted` sequences, and the number of sequences skipped because they have no label: the mean loss of a
+    batch of such sequences would be 0/0."""
     rows = _rows(records, tokens, workload, partial=partial)
     taken: list[Row] = []
     skipped = 0
@@ -137,7 +137,8 @@ def _sequences(
 
 
 def _rows(records: Iterable[AnyRecord], tokens: Encoder, workload: Workload, *, partial: bool) -> Iterator[Row]:
-    """Rows of `sequence_length`: one record each, or filled with records; with `partial` the last may be padded."""
+    """Rows of `sequence_length`: one record each, or filled with records; with `partial`, the last row may be
+    padded."""
     length, packed = workload.sequence_length, workload.layout == "packed"
     row: Row = {"input_ids": [], "position_ids": [], "labels": []}
     for record in records:
@@ -150,7 +151,7 @@ def _rows(records: Iterable[AnyRecord], tokens: Encoder, workload: Workload, *, 
         while ids:
             used = len(row["input_ids"])
             room = length - used
-            begins = packed or not used  # of a record that is isolated, or of a row
+            begins = packed or not used  # an isolated record, or a row, begins
             row["input_ids"] += ids[:room]
             row["position_ids"] += range(len(ids[:room])) if packed else range(used, used + len(ids[:room]))
             row["labels"] += [IGNORED, *labels[1:room]] if begins else labels[:room]
@@ -188,10 +189,10 @@ def _stack(split: str, rows: list[Row]) -> dict[str, NDArray[np.int64]]:
 
 
 def _prompts(records: list[AnyRecord], tokens: Encoder, workload: Workload) -> NDArray[np.int64]:
-    """Fixed-length prompts: the beginnings of held-out records that are long enough, else of all of them joined.
+    """Fixed-length prompts: the beginnings of held-out records that are long enough, else of all records joined.
 
-    The prompts of a request differ. Where there are too few beginnings, pieces at even distances in the joined records
-    are added; they may overlap.
+    The prompts of a request are all different. If there are too few beginnings, evenly spaced pieces of the joined
+    records are added, which may overlap.
     """
     length, batch = workload.prompt_tokens, workload.request_batch
     encoded = [tokens.whole(record) for record in records]
@@ -216,7 +217,7 @@ def _prompts(records: list[AnyRecord], tokens: Encoder, workload: Workload) -> N
 
 
 def _distinct(prompts: list[list[int]], joined: list[int], length: int, wanted: int) -> list[list[int]]:
-    """Different prompts: the given ones, and further pieces of the joined records up to `wanted`."""
+    """Distinct prompts: the given ones, and further pieces of the joined records, up to `wanted`."""
     distinct = dict.fromkeys(map(tuple, prompts))
     places = max(0, len(joined) - length) + 1
     for step in dict.fromkeys((max(1, places // wanted), 1)):  # at large distances, then at every position
@@ -228,7 +229,7 @@ def _distinct(prompts: list[list[int]], joined: list[int], length: int, wanted: 
 
 
 WHOLE_PROMPTS = 32
-"""The most whole prompts in a token file; no protocol has more requests until EOS."""
+"""Maximum number of whole prompts in a token file; no protocol has more requests until EOS."""
 
 
 def _whole_prompts(
@@ -252,13 +253,14 @@ def _whole_prompts(
 
 
 class Encoder:
-    """Records of one workload to tokens; counts the records used.
+    """Encodes the records of one workload; counts the records used.
 
-    Raises `UsageError` for a record that the chat template does not take, and if the answer's tokens cannot be located.
+    Raises `UsageError` for a record that the chat template does not accept, and if the answer's tokens cannot be
+    located.
     """
 
     def __init__(self, tokenizer: Any, workload: Workload) -> None:
-        if workload.loss == "answer" and not getattr(tokenizer, "is_fast", False):  # MistralCommonBackend has none
+        if workload.loss == "answer" and not getattr(tokenizer, "is_fast", False):  # MistralCommonBackend is not fast
             raise UsageError(
                 f"workload: loss = 'answer': the tokenizer of {workload.model} does not report which characters a "
                 'token holds. Use loss = "all", or save a tokenizer.json next to it.'
@@ -272,17 +274,17 @@ class Encoder:
         """The tokens of a record, and their labels."""
         self.records += 1
         ids, labels = self._encode(record)
-        if isinstance(record, Conversation):  # its template writes the tokens that begin and end it
+        if isinstance(record, Conversation):  # the chat template writes begin and end tokens
             return ids, labels
         end = int(self._tokenizer.eos_token_id)
         return [*ids, end], [*labels, end]
 
     def whole(self, record: AnyRecord) -> list[int]:
-        """The tokens of a record without the one that ends it."""
+        """The tokens of a record without its end token."""
         return self._encode(record)[0]
 
     def example(self, record: AnyRecord) -> tuple[list[int], Example]:
-        """The prompt alone, as ids, and its text with the reference."""
+        """The token ids of the prompt, and the texts of prompt and reference answer."""
         if isinstance(record, Conversation):
             prompt, target = self._chat.prompt(record)
         else:
@@ -304,7 +306,7 @@ class Encoder:
         return self._tokenize(prompt + target, [span] if answers else None, begins=True)
 
     def _tokenize(self, text: str, spans: list[Span] | None, *, begins: bool) -> tuple[list[int], list[int]]:
-        """The ids of a text, and its labels: all of them, or those of tokens that overlap the spans. Where the text
+        """The token ids of a text, and its labels: all of them, or those of tokens that overlap the spans. If the text
         `begins` a record, the tokenizer's BOS token precedes it."""
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=spans is not None)
         ids: list[int] = encoded["input_ids"]
@@ -317,7 +319,7 @@ class Encoder:
 
 
 def mark_tokens(offsets: Iterable[Span], spans: list[Span]) -> list[bool]:
-    """Whether each token overlaps one of the spans; both are in order."""
+    """Whether each token overlaps one of the spans; both are sorted."""
     marked, left = [], [span for span in reversed(spans) if span[0] < span[1]]
     for begin, end in offsets:
         while left and begin >= left[-1][1]:
@@ -343,27 +345,27 @@ def prompt_and_target(record: Record, prompt_format: PromptFormat) -> tuple[str,
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
-# The tokenising process starts in every run and needs no model, so this module imports neither peft, bitsandbytes nor
-# accelerate, nor `lorameter.trial.building.base_model`, which does.
+# The tokenising process starts in every run and needs no model, so this module must not import peft, bitsandbytes,
+# accelerate or `lorameter.trial.building.base_model`.
 
 
 BYTE_TOKENS = 256
 BYTE_VOCABULARY = BYTE_TOKENS + 3
-"""The bytes, then begin, end and padding."""
+"""The bytes, plus begin, end and padding."""
 BYTE_CHAT = (
     "{{ bos_token }}{% for message in messages %}### {{ message.role | capitalize }}\n"
     "{% if message.role == 'assistant' %}{% generation %}{{ message.content + eos_token }}{% endgeneration %}"
     "{% else %}{{ message.content }}{% endif %}\n\n{% endfor %}"
     "{% if add_generation_prompt %}### Assistant\n{% endif %}"
 )
-"""How conversations are written in bytes."""
+"""The chat template of the byte tokenizer."""
 
 
 def load_tokenizer(source: ModelSource, *, vocab_size: int) -> tuple[transformers.PreTrainedTokenizerBase, bool]:
     """The model's tokenizer, and whether the byte tokenizer replaces it.
 
-    It does so only where the weights are random and the real tokenizer cannot be loaded: only the number of tokens
-    matters then. Padding is some valid id, often that of EOS, so mask by length.
+    The byte tokenizer is used only if the weights are random and the real tokenizer cannot be loaded: then only the
+    number of tokens matters. The padding id is some valid id, often that of EOS, so mask by length.
 
     Raises:
         UsageError: a real model's tokenizer cannot be loaded, or has more tokens than the model.
@@ -373,7 +375,7 @@ def load_tokenizer(source: ModelSource, *, vocab_size: int) -> tuple[transformer
     try:
         tokenizer = _tokenizer_of_files(source)
         _try_out(tokenizer)
-    except Exception as error:  # the exception depends on the fault of its files
+    except Exception as error:  # the exception's type depends on the fault in the files
         if source.random:
             return _byte_tokenizer(source, vocab_size), True
         if source.kind == "hub":
@@ -399,7 +401,7 @@ def load_tokenizer(source: ModelSource, *, vocab_size: int) -> tuple[transformer
 
 
 def _try_out(tokenizer: Any) -> None:
-    """Call everything that is used of a tokenizer: damaged files raise any exception here, or ValueError."""
+    """Call every function of a tokenizer that is used: damaged files can raise any exception here."""
     ids = [*tokenizer("A b.", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     ids += [one for one in (tokenizer.bos_token_id, tokenizer.pad_token_id) if one is not None]
     if not all(type(one) is int for one in ids):
@@ -407,7 +409,7 @@ def _try_out(tokenizer: Any) -> None:
 
 
 def gguf_tokenizer(path: Path) -> transformers.PreTrainedTokenizerBase:
-    """The file's tokenizer with the file's special tokens: transformers 5.17 takes BOS for EOS and drops PAD."""
+    """The file's tokenizer with the file's special tokens: transformers 5.17 mistakes BOS for EOS and drops PAD."""
     values = shapes.gguf_of(path).values  # first: the library does not return for other files
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
@@ -424,13 +426,16 @@ def _tokenizer_of_files(source: ModelSource) -> transformers.PreTrainedTokenizer
         raise OSError("a packaged configuration has no tokenizer")
     offline = source.kind != "hub" or not catalogue.hub_has(source)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, local_files_only=offline)
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers returns it for some families without files
+    if len(tokenizer) <= len(
+        tokenizer.all_special_tokens
+    ):  # transformers returns such a one for families without files
         raise OSError("no vocabulary is there")
     return tokenizer
 
 
 def _byte_tokenizer(source: ModelSource, vocab_size: int) -> transformers.PreTrainedTokenizerBase:
-    """Ids 0 to 255 are the bytes of UTF-8; 256, 257 and 258 are begin, end and padding, which are never added."""
+    """A tokenizer whose ids 0 to 255 are UTF-8 bytes; 256, 257 and 258 are begin, end and padding, which are never
+    added."""
     if vocab_size < BYTE_VOCABULARY:
         raise impossible(
             "models",

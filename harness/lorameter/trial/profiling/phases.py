@@ -1,12 +1,12 @@
-"""Times the phases of a step, or of a request, and profiles what runs in them.
+"""Times the phases of a step or a request, and profiles their operators.
 
 On CUDA a border between two phases is an event, for which the host does not wait; a phase's time is then the device's
-own, including its waiting for launches. On a CPU it is a reading of a clock. Under the profiler it is a mark in the
-records, which assign a kernel to a phase by the host's clock, so the device is synchronised with each phase.
+own, including its waiting for launches. On a CPU a border is a clock reading. Under the profiler it is a mark in the
+records. The records assign a kernel to a phase by the host's clock, so the device is synchronised at each phase.
 
 Borders take time, so plain and bordered steps alternate: both run under the same conditions, and the difference of a
-pair is the cost of the borders. The profiler runs last, after the requests, in steps of its own: it slows down
-everything, and its memory stays in the process.
+pair is the cost of the borders. The profiler runs last, after the requests, in separate steps, because it slows down
+everything and its memory stays in the process.
 """
 
 from __future__ import annotations
@@ -48,30 +48,30 @@ from lorameter.trial.step import TrainStep
 MOST_PAIRS = 128
 LEAST_PROFILED, MOST_PROFILED = 3, 12
 PROFILED_BUDGET_S = 3.0
-"""Steps are profiled for so long, within these numbers: the records of a step take megabytes."""
+"""Seconds of profiled steps, within these numbers of steps: the records of a step take megabytes."""
 
 
 class Phases:
     """Times phases, which need not be adjacent."""
 
     def __init__(self, names: Sequence[str], device: str) -> None:
-        """`names` are those of all phases; `device` is as torch names it."""
+        """`names` are those of all phases; `device` is a torch device type."""
         self._device = device
         self._names = tuple(names)
         self._borders: list[tuple[str, Any]] = []
-        """The phase that begins at each border, and its stamp: an event, or a time in seconds."""
+        """The phase that begins at each border, and its timestamp: an event, or a time in seconds."""
         self._mark: Any = None
         self.marked = False
-        """Whether phases are marked for the profiler, and not timed."""
+        """Whether phases are only marked for the profiler instead of timed."""
 
     def begin(self, *, marked: bool = False) -> None:
-        """Start from zero, in no phase."""
+        """Reset all times, outside of any phase."""
         self._leave()
         self.marked, self._borders = marked, []
         synchronize(self._device)
 
     def turn(self, phase: str) -> None:
-        """End the current phase, and begin this one; "" begins none."""
+        """End the current phase, and begin this one; "" begins no phase."""
         if not self.marked:
             self._borders.append((phase, self._stamp()))
             return
@@ -84,8 +84,8 @@ class Phases:
 
     @contextlib.contextmanager
     def within(self, phase: str) -> Iterator[None]:
-        """Begin this phase, and end the current one at exit. After an exception the device, which may hang, is not
-        used."""
+        """Begin this phase, and end the current one at exit. After an exception the device is not used, because it may
+        hang."""
         self.turn(phase)
         try:
             yield
@@ -127,28 +127,28 @@ class BorderedStep(TrainStep):
         self.phases = Phases(STEP_PHASES, request.device)
 
     def take(self) -> Batch:
-        """The next batch, on the device."""
+        """Load the next batch to the device."""
         with self.phases.within("data"):
             return super().take()
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """The forward pass."""
+        """Run the forward pass."""
         with self.phases.within("forward"):
             return super().loss(batch)
 
     def backward(self, loss: torch.Tensor) -> torch.Tensor:
-        """The backward pass."""
+        """Run the backward pass."""
         with self.phases.within("backward"):
             return super().backward(loss)
 
     def update(self) -> None:
-        """Clipping and the optimizer."""
+        """Run clipping and the optimizer."""
         with self.phases.within("update"):
             super().update()
 
 
 class Bordered(Protocol):
-    """A callable in phases: a step, or a request."""
+    """A callable that runs in phases: a step, or a request."""
 
     phases: Phases
 
@@ -165,15 +165,15 @@ def pair_times(
     samples_of: Callable[[Any, bool], Mapping[str, float]],
     budget_s: float,
 ) -> dict[str, tuple[float, ...]]:
-    """Times of pairs of a plain and a bordered call, each first in every other pair.
+    """Times of pairs of a plain and a bordered call; each kind comes first in every other pair.
 
     Args:
-        plain: the call as it is.
-        bordered: the same with the times of its phases.
-        device: as torch names it.
-        what: the name of a call in those of the samples ("step").
-        samples_of: returns samples, given a call's result and whether it was a plain one.
-        budget_s: time for pairs; at least `LEAST_STEP_PAIRS` are taken.
+        plain: the unmodified call.
+        bordered: the same call with the times of its phases.
+        device: torch device type.
+        what: the call's name in the names of the samples ("step").
+        samples_of: returns samples, given a call's result and whether it was a plain call.
+        budget_s: time for pairs; at least `LEAST_STEP_PAIRS` pairs are run.
 
     Returns:
         Samples in seconds, one a pair: `plain_WHAT_time_s` with `plain_WHAT_cpu_time_s`, `bordered_WHAT_time_s`,
@@ -211,13 +211,13 @@ def profiled(
     phase_names: Sequence[str] = STEP_PHASES,
     weights: Mapping[tuple[int, int], str] | None = None,
 ) -> Activity:
-    """Operators and kernels of several steps, or requests, under the profiler; their trace is written to `folder`.
+    """Record operators and kernels of several steps or requests under the profiler; their trace is written to `folder`.
 
-    A plain step before them determines how many fit into the budget and allocates the state of the optimizer. The first
-    one under the profiler is not recorded, since the profiler starts in it; it belongs to the same session, since two
-    sessions in quick succession can collide in CUPTI. A session without a kernel of the GPU is repeated once.
+    A plain step before them determines how many steps fit into the budget, and allocates the optimizer's state. The
+    first step under the profiler is not recorded, since the profiler starts in it; it belongs to the same session,
+    since two sessions in quick succession can collide in CUPTI. A session without GPU kernels is repeated once.
 
-    `phase_names` and `weights` are those of `lorameter.trial.profiling.activity.activity_of`.
+    `phase_names` and `weights` are arguments of `lorameter.trial.profiling.activity.activity_of`.
     """
 
     def session() -> Activity:
@@ -229,7 +229,7 @@ def profiled(
 
 
 def _record(bordered: Bordered, device: str, trace: Path) -> tuple[tuple[float, ...], Any]:
-    """Times of the recorded calls, and the records, with the shapes that identify copies."""
+    """Times of the recorded calls, and the records with the shapes that identify copies."""
     cuda = [ProfilerActivity.CUDA] if device.startswith("cuda") else []
     watch = Stopwatch(device)
     times: list[float] = []
@@ -249,16 +249,16 @@ def _record(bordered: Bordered, device: str, trace: Path) -> tuple[tuple[float, 
 
 
 def useful_tokens(stream: TokenStream, rows: int) -> dict[str, float]:
-    """Mean real tokens of a step of `rows` sequences, and the pairs of a query and a key that its attention needs."""
+    """Mean real tokens of a step with `rows` sequences, and the query-key pairs that its attention needs."""
     lengths, part = stream.record_lengths(), rows / stream.sequences
     pairs = sum(length * (length + 1) // 2 for length in lengths)
     return {"useful_positions": part * sum(lengths), "useful_pairs": part * pairs}
 
 
 def watch_gradients(model: torch.nn.Module, step: Callable[[], object]) -> dict[str, bool | None]:
-    """Takes the step and returns the modules that it calls, by their names in transformers' model, with whether
-    autograd computes the gradient of their first input (of the first block the layers that take the embeddings have
-    none); None if that is no tensor."""
+    """Run the step and return the modules that it calls, by their names in transformers' model, and whether autograd
+    computes the gradient of their first input (layers of the first block that take the embeddings have none); None if
+    that input is not a tensor."""
     gradients: dict[str, bool | None] = {}
     with contextlib.ExitStack() as hooks:
         for name, part in peft_methods.wrapped(model).named_modules():
@@ -280,21 +280,21 @@ Ask = Callable[[], Request]
 
 
 class BorderedRequest:
-    """A request, the same call that a user makes, with the time of each of its phases.
+    """A request, as a user would make it, with the time of each of its phases.
 
-    transformers' `generate` is one call from prompt to last token. Hooks at the forward passes of the model divide it:
-    the part before the first pass, the pass over the prompt (prefill), the passes over one token each (decode), and the
-    part between passes, on the host: choosing a token, passing it on, preparing the next inputs.
+    transformers' `generate` is one call from prompt to last token. Hooks on the model's forward passes divide it into
+    the part before the first pass, the pass over the prompt (prefill), the single-token passes (decode), and the parts
+    between passes on the host (choosing a token, returning it, preparing the next inputs).
     """
 
     def __init__(self, model: Any, ask: Ask, device: str) -> None:
-        """`model` is PEFT's; `ask` makes a request of it."""
+        """`model` is a PEFT model; `ask` makes a request of it."""
         self._model = peft_methods.wrapped(model)
         self._ask = ask
         self.phases = Phases(REQUEST_PHASES, device)
 
     def __call__(self) -> Request:
-        """The request, with a border at each end of each forward pass."""
+        """Make the request, with a border at each end of each forward pass."""
         passes = 0
 
         def enter(module: Any, args: Any, given: dict[str, Any]) -> None:
@@ -375,7 +375,7 @@ def observe_request(model: Any, ask: Ask) -> RequestFacts:
 
 
 def _cache_of(given: Mapping[str, Any]) -> Any:
-    """The cache in the arguments or the output of a forward pass; its name changed within transformers 5."""
+    """The cache in the arguments or the output of a forward pass; its name changed during transformers 5."""
     return next((found for name in ("cache", "past_key_values") if (found := given.get(name)) is not None), None)
 
 
@@ -385,7 +385,7 @@ def _cached(cache: Any) -> list[torch.Tensor]:
 
 
 def size_of(model: Any) -> ModelSize:
-    """The weights that a forward pass multiplies with and reads, counted from the modules of any model."""
+    """The weights that a forward pass multiplies by and reads, counted from the modules of any model."""
     base = peft_methods.wrapped(model)
     own = list(peft_methods.own_parameters(model).values())
     head: Any = output_head(base)
@@ -403,8 +403,8 @@ def size_of(model: Any) -> ModelSize:
 
 
 def weights_by_shape(model: Any) -> dict[tuple[int, int], str]:
-    """Names of the weights of a forward pass by their outputs and inputs; of several with one shape the first and the
-    number of the others."""
+    """Names of the weights of a forward pass by output and input sizes; for several weights of one shape, the first
+    name and the number of the others."""
     known = {module: name for name, module in peft_methods.wrapped(model).named_modules()}
     names: dict[tuple[int, int], list[str]] = {}
     for module, sizes in _linears(model):
@@ -416,13 +416,13 @@ def weights_by_shape(model: Any) -> dict[tuple[int, int], str]:
 
 
 def _linears(model: Any) -> Iterator[tuple[torch.nn.Module, tuple[int, int]]]:
-    """The linear layers of the base with their outputs and inputs, quantised or not."""
+    """The linear layers of the base with their output and input sizes, quantised or not."""
     own = {id(parameter) for parameter in peft_methods.own_parameters(model).values()}
     layers = {id(layer) for layer in peft_methods.adapted_layers(model).values()}
     for module in peft_methods.wrapped(model).modules():
         weight = getattr(module, "weight", None)
         if id(module) in layers or not isinstance(weight, torch.nn.Parameter) or id(weight) in own:
-            continue  # PEFT's layers have the weight of the layer that they wrap
+            continue  # PEFT's layers expose the weight of the wrapped layer
         if isinstance(module, torch.nn.Linear):
             yield module, (module.out_features, module.in_features)
         elif isinstance(module, Conv1D):

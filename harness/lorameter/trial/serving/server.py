@@ -1,13 +1,13 @@
-"""Requests to a trained model, one at a time, so that several variants can take turns between them.
+"""Sends requests to a trained model one at a time, so that several variants can take turns between them.
 
-Each has as many prompts as the workload says; a request that the model ends itself has one.
+Each request has the number of prompts of the workload; a request until EOS has one.
 
-A server of several adapters on one base has two modes. It switches: one adapter is active, and PEFT's `set_adapter`
-visits all layers to activate another. Or it mixes: each row of a batch names its adapter (`adapter_names`). Where the
-workload has several adapters, a request to the trained one is compared with one after a switch to another adapter and
-with one whose prompts name different adapters. All have the same prompts, in an order that is drawn anew each time. A
-short request to the trained adapter precedes each of them, so that only the second one follows a switch. The other
-adapters have random weights.
+A server with several adapters on one base has two modes. In the switching mode one adapter is active, and PEFT's
+`set_adapter` visits all layers to activate another. In the mixed mode each row of a batch names its adapter
+(`adapter_names`). If the workload has several adapters, a request to the trained one is compared with a request after a
+switch to another adapter, and with a request whose prompts name different adapters. All have the same prompts, in a
+random order each time. A short request to the trained adapter precedes each of them, so that only the second one
+follows a switch. The other adapters have random weights.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ from lorameter.trial.serving.generate import Request, generate
 
 NAMES = ("request_time_s", "first_token_time_s", "time_per_output_token_s")
 ROUNDING = 0.1
-"""The effect of rounding on the logits of a token, as a share of the effect of another adapter. In models of 4 and 30
+"""The effect of rounding on a token's logits, as a share of the effect of another adapter. In models with 4 and 30
 layers with random weights, in bfloat16 and NF4, it was at most 0.011."""
 SEED_DISTANCE = 1_009
-"""Distance between the seeds of two replicates, whose adapters differ: more than the adapters of a base."""
+"""Difference between the adapter seeds of two replicates: larger than the number of adapters on a base."""
 
 
 class Server:
     """Answers prompts by number, with the adapter unmerged or merged into the base."""
 
     def __init__(self, model: Any, adapter: str, stream: TokenStream, request: TrialRequest) -> None:
-        """`adapter` is the trained one. The seed of the request determines the weights of the others and all orders."""
+        """`adapter` is the trained adapter. The seed of the request determines the weights of the others and all
+        orders."""
         self._model = model
         self._adapters = [adapter]
-        """The trained one first."""
+        """Adapter names; the trained adapter comes first."""
         self._seed = request.seed
         self._random = random.Random(request.seed)
         self._stream = stream
@@ -55,26 +56,26 @@ class Server:
         self._prefix = ""
 
     def warm_up(self, count: int) -> Request:
-        """Answer `count` requests that are not timed for the result, at least one; returns the first."""
+        """Answer `count` (at least one) untimed requests; returns the first."""
         requests = [self._generate(self._stream.prompts(index)) for index in range(count)]
         return requests[0]
 
     def ask_at(self, length: int, new_tokens: int) -> Request:
-        """A request of the first `length` tokens of the prompts; it counts for no metric."""
+        """Make a request with the first `length` tokens of the prompts; no metric includes it."""
         return generate(self._model, self._stream.prompts(0)[:, :length], new_tokens, variant=self._variant)
 
     def ask_shortly(self) -> Request:
-        """A request of two tokens, which has a prefill and one step of decoding; it counts for no metric."""
+        """Make a request for two tokens, which has a prefill and one decoding step; no metric includes it."""
         return self.ask_at(self._workload.prompt_tokens, 2)
 
     def ask(self) -> Request:
-        """The next request."""
+        """Make the next request."""
         request = self._generate(self._stream.prompts(self._served))
         self._served += 1
         return request
 
     def request(self) -> dict[str, tuple[float, ...]]:
-        """Times of the next request, in seconds by metric, and of the requests that are compared with it."""
+        """Times of the next request and of the requests that are compared with it, in seconds by metric."""
         if len(self._adapters) == 1:
             return _times(self._prefix, self.ask())
         number, times = self._served, dict[str, tuple[float, ...]]()
@@ -95,15 +96,15 @@ class Server:
     def visit(self, count: int) -> None:
         """Answer the first `count` whole prompts once, untimed.
 
-        cuDNN's attention, which torch prefers on Hopper, plans a kernel for each length of the keys when it occurs
-        first, which takes tens of milliseconds of the host. Otherwise variants with answers of different lengths would
-        differ by it.
+        cuDNN's attention, which torch prefers on Hopper, plans a kernel at the first occurrence of each key length,
+        which takes tens of milliseconds on the host. Without this warm-up, that time would distort comparisons of
+        variants with different answer lengths.
         """
         for index in range(min(count, self._stream.open_ended_prompt_count)):
             self.answer(index)
 
     def open_ended(self) -> tuple[int, Request]:
-        """The number of the next whole prompt, and its request until EOS."""
+        """Make the next request until EOS; returns the number of its whole prompt, and the request."""
         index = self._answered % self._stream.open_ended_prompt_count
         self._answered += 1
         return index, self.answer(index)
@@ -115,34 +116,34 @@ class Server:
 
     @property
     def answered(self) -> range:
-        """Numbers of the whole prompts that were answered."""
+        """Numbers of the answered whole prompts."""
         return range(min(self._answered, self._stream.open_ended_prompt_count))
 
     # --- several adapters ---------------------------------------------------------------------------------------------
 
     def attach_adapters(self) -> None:
-        """Attach the other adapters, and send one request after a switch. Raises PEFT's exception if it fails."""
+        """Attach the other adapters, and make one request after a switch. Raises PEFT's exception if it fails."""
         for number in range(1, self._workload.adapters):
             name = f"{self._adapters[0]}-other{number}"
             peft_methods.attach_drawn(self._model, self._variant, name, self._seed * SEED_DISTANCE + number)
             self._adapters.append(name)
-        self._model.eval()  # dropout that PEFT adds is in train mode
+        self._model.eval()  # dropout modules added by PEFT are in train mode
         self._switch(0)
         self._generate(self._stream.prompts(0))
         self._activate(0)
 
     def name_rows(self, number: int) -> list[str]:
-        """The adapter of each row in request `number`: in turn, beginning with another one in each request, so that a
-        batch has as many different ones as possible."""
+        """The adapter of each row in request `number`: in turn, starting with another one in each request, so that a
+        batch contains as many different adapters as possible."""
         return [self._adapters[(number + row) % len(self._adapters)] for row in range(self._workload.request_batch)]
 
     def judge_mixed_rows(self) -> tuple[list[int], int]:
-        """Rows of a mixed batch that are not answered by the adapters that they name, and the number of decisive rows:
-        those whose answer no other adapter of the batch gives.
+        """Rows of a mixed batch that were not answered by the adapter that they name, and the number of decisive rows,
+        whose answer differs from those of all other adapters in the batch.
 
-        A row must have the answer that its adapter gives alone. In 16 bits it may differ where two tokens are almost
-        equally likely, since PEFT rounds differently in a mixed batch. So an answer may differ if the logits of its
-        tokens are below the largest ones by little compared with the effect of another adapter.
+        A row must have the answer that its adapter gives alone. In 16 bits it may differ if two tokens are almost
+        equally likely, since PEFT rounds differently in a mixed batch. So a different answer is accepted if the logits
+        of its tokens are below the largest ones by an amount that is small compared with the effect of another adapter.
         """
         names, prompts = self.name_rows(0), self._stream.prompts(0)
         mixed = self._generate(prompts, names).answers
@@ -169,7 +170,7 @@ class Server:
         """The logits from which the tokens of the answers are chosen; shape (prompts, tokens, vocabulary)."""
         tokens, count = torch.cat([prompts, answers], dim=1), answers.shape[1] + 1
         forward = inspect.signature(peft_methods.wrapped(self._model).forward).parameters
-        # The logits of all tokens may not fit.
+        # The logits of all tokens may not fit into memory.
         options = {"logits_to_keep": count} if "logits_to_keep" in forward else {}
         with torch.no_grad():
             mask = torch.ones_like(tokens)
@@ -191,7 +192,7 @@ class Server:
         peft_methods.activate(self._model, self._adapters[number])
 
     def _switch(self, number: int) -> float:
-        """Activate one of the other adapters, in turn. Returns the seconds, which are spent on the host."""
+        """Activate one of the other adapters, in turn. Returns the seconds spent on the host."""
         name = self._adapters[1 + number % (len(self._adapters) - 1)]
         begin = time.perf_counter()
         self._model.set_adapter(name)
@@ -210,15 +211,15 @@ def _times(prefix: str, request: Request) -> dict[str, tuple[float, ...]]:
 
 
 def check_attention(fragment: PartialRecord, model: Any, server: Server, request: TrialRequest) -> PartialRecord:
-    """The fragment with the check of the attention of a request, which is watched in an additional request, since no
+    """The fragment with the check of a request's attention, which is observed in an additional request, since no
     training step shows it; it can make its trial invalid."""
     required = attention_of(request.variant, request.requirements)
     return judge_checks(fragment, [kernels_check.watch_request(model, server.ask_shortly, required)], request)
 
 
 def check_adapters(fragment: PartialRecord, server: Server, request: TrialRequest) -> PartialRecord:
-    """Attach the adapters of the workload; the fragment is invalid where a row of a mixed batch is answered by another
-    adapter than the one that it names, or where no row would show it."""
+    """Attach the adapters of the workload; the fragment is invalid if a row of a mixed batch is answered by another
+    adapter than the one that it names, or if no row is decisive."""
     adapters, rows = request.workload.adapters, request.workload.request_batch
     if adapters == 1 or fragment.status != "ok":
         return fragment
