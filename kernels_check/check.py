@@ -1,6 +1,6 @@
-"""What can be required of a configuration, and the check that answers it.
+"""Requirements for a configuration, and the checks that answer them.
 
-A requirement is met only by the status ``active``: evidence that is missing, ambiguous or broken never passes.
+Only the status ``active`` meets a requirement: missing, ambiguous or broken evidence never passes.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ Json: TypeAlias = bool | int | float | str | None
 Status: TypeAlias = Literal["active", "fallback", "absent", "unknown", "not_applicable"]
 
 STATUSES: tuple[Status, ...] = get_args(Status)
-"""``active``: observed, as required. ``fallback``: something else ran in its place. ``absent``: it is not there at all.
-``unknown``: the evidence does not decide. ``not_applicable``: the path has no meaning here."""
+"""``active``: observed, as required. ``fallback``: another implementation ran instead. ``absent``: not present at all.
+``unknown``: the evidence is not conclusive. ``not_applicable``: the path has no meaning here."""
 
 NAMES_SHOWN = 4
-"""How many offenders a reason names before it only counts them."""
+"""Maximum offenders that a reason names before it only counts them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One requirement, what was observed of it, and the verdict with its reason; every field is a JSON value."""
+    """One requirement, its observed value, and the verdict with its reason; every field is a JSON value."""
 
     path: str
     required: Json
@@ -46,7 +46,7 @@ class Requirement:
     """Accepted values of a ``choice`` or of ``bits``."""
 
     def problem(self, value: object) -> str | None:
-        """What is wrong with ``value``; None where it is acceptable."""
+        """What is wrong with ``value``; None if it is acceptable."""
         if self.kind == "flag":
             return None if isinstance(value, bool) else "must be true or false"
         if self.kind == "share":
@@ -76,17 +76,17 @@ class PathObservation:
     observed: Json
     reason: str
     status: Status | None = None
-    """Set where comparing ``observed`` with ``required`` cannot decide."""
+    """Set if comparing ``observed`` with ``required`` is not conclusive."""
     present: bool = True
-    """Whether the thing was there at all: decides the status of a path that was not required."""
+    """Whether the feature was present at all: decides the status of a path that was not required."""
     satisfies: bool | None = None
-    """Set where meeting the requirement is not plain equality."""
+    """Set if meeting the requirement is not plain equality."""
 
     def against(self, path: str, required: Json) -> Check:
-        """Turn the finding into a check of ``path``."""
+        """Convert the observation into a check of ``path``."""
         status = self.status
         if required is None:
-            # An exception or an ambiguity stays unknown; nothing fails where nothing is required.
+            # An exception or an ambiguity stays unknown; a path that is not required never fails.
             status = status if status == "unknown" else "active" if self.present else "not_applicable"
         elif status is None:
             met = self.satisfies if self.satisfies is not None else self.observed == required
@@ -95,27 +95,27 @@ class PathObservation:
 
 
 def passed(reason: str) -> PathObservation:
-    """The path was observed as required: True."""
+    """The path is active as required: True."""
     return PathObservation(observed=True, reason=reason)
 
 
 def failed(reason: str) -> PathObservation:
-    """The path is there, and not as required: False."""
+    """The path is present, but not as required: False."""
     return PathObservation(observed=False, reason=reason)
 
 
 def undecided(reason: str, *, present: bool = True) -> PathObservation:
-    """The evidence does not decide."""
+    """The evidence is not conclusive."""
     return PathObservation(observed=None, status="unknown", reason=reason, present=present)
 
 
 def absent(reason: str) -> PathObservation:
-    """The path is not there at all."""
+    """The path is not present at all."""
     return PathObservation(observed=None, reason=reason, present=False)
 
 
 def at_least(share: float, required: Json, reason: str, *, perhaps: float = 0.0) -> PathObservation:
-    """A share with a required minimum; ``perhaps`` is the largest that it can be, where a part of it is unknown."""
+    """A share with a required minimum; ``perhaps`` is its largest possible value, if a part of it is unknown."""
     minimum = float(required) if isinstance(required, int | float) else 0.0
     return PathObservation(
         observed=round(share, 6),
@@ -132,21 +132,21 @@ class JudgedPath:
 
     requirement: Requirement
     judge: Callable[[Any, Json], PathObservation]
-    """From the ``Observation`` and what was required (None where nothing was) to the finding."""
+    """Function from the ``Observation`` and the required value (None if there is none) to the finding."""
     by_operators: bool = False
-    """Whether it rests on what the profiler recorded, so that it is unknown where nothing was."""
+    """Whether it is based on profiler records, so that it is unknown without them."""
     on_request: bool = False
-    """Whether it is judged only where it is required: it is about packed records, or about several ranks."""
+    """Whether it is judged only if it is required: it concerns packed records, or several ranks."""
     by_modules: bool = True
-    """Whether it rests on calls of modules, so that it cannot be judged where those could not be watched."""
+    """Whether it is based on module calls, so that it cannot be judged if those could not be observed."""
     takes_update: bool = False
-    """Whether a step without an update does not decide it."""
+    """Whether a step without an update is not conclusive for it."""
     further_steps: str | None = None
-    """Why one step may not decide it although another may show more, and what to do."""
+    """Why one step may not be conclusive although another may be, and what to do."""
 
 
 def judge_safely(path: str, required: Json, judge: Callable[[], PathObservation]) -> Check:
-    """Turn a judge's finding into a check; a judge that raises never passes, and spoils only its own path."""
+    """Convert a judge's finding into a check; a judge that raises never passes, and affects only its own path."""
     try:
         return judge().against(path, required)
     except Exception as error:
@@ -169,11 +169,11 @@ def name_some(names: Iterable[str], separator: str = ", ") -> str:
 
 
 def join_values(values: Iterable[str]) -> str | None:
-    """Join a set of observed values: the value where there is one, ``a+b`` for a mix, None for nothing."""
+    """Join a set of observed values: the only value, ``a+b`` for a mix, None for none."""
     distinct = sorted(set(values))
     return "+".join(distinct) if distinct else None
 
 
 def count_values(values: Iterable[str]) -> str:
-    """List how often each value was seen, most frequent first."""
+    """List the number of occurrences of each value, most frequent first."""
     return ", ".join(f"{count} {value}" for value, count in Counter(values).most_common())

@@ -1,7 +1,7 @@
-"""``python -m kernels_check probe``: which fast paths this machine runs, and why the others do not run.
+"""``python -m kernels_check probe``: tests which fast paths this machine runs, and why the others do not run.
 
-Each path is tried in a training step of a small real model, and judged by the check of that path: a library that
-accepts a setting without an error may still run something else.
+Each path is tried in a training step of a small real model, and judged by the check of that path: a library may accept
+a setting without an error but run another implementation.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ SCHEMA = 1
 EXIT_FAILED = 4
 _LIBRARIES = ("torch", "transformers", "bitsandbytes", "triton", "flash-attn", "flash-attn-4", "liger-kernel")
 _CHARACTERS_SHOWN = 240
-"""Length of the evidence, or of the reason, in the table."""
+"""Maximum characters of the evidence, or of the reason, in the table."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FastPath:
-    """A fast path, a run that asks for it, and the requirement that shows whether it ran."""
+    """A fast path, a run that uses it, and the requirement that shows whether it ran."""
 
     name: str
     path: str
     required: Json
     make: Callable[[str], SmallRun]
-    """From the device to a run."""
+    """Makes the run for a device."""
     needs_gpu: bool = False
-    """Whether a CPU has nothing of the kind."""
+    """Whether the path exists only on GPUs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,14 +58,14 @@ class Attempt:
     path: str
     required: Json
     status: Literal["ran", "claimed", "unavailable"]
-    """``claimed``: accepted in silence, and did not run, which misleads a user. ``unavailable``: refused."""
+    """``claimed``: silently accepted but not run, which misleads a user. ``unavailable``: refused."""
     reason: str
-    """The evidence of the check, or why the path was refused, in the words of the library that raised."""
+    """The evidence of the check, or why the path was refused, in the message of the library."""
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Probe, print the table or one JSON document, and return 4 if a path was claimed to run and did not."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers would look for attention kernels on the hub
+    """Probe, print the table or one JSON document, and return 4 if a path was claimed but did not run."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers would search the hub for attention kernels
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = []
     for path in PATHS:
@@ -124,11 +124,11 @@ def _show(found: Sequence[Attempt], machine: Mapping[str, Any], claimed: Sequenc
 
 
 def _sdpa(device: str, *, backend: SDPBackend) -> SmallRun:
-    """Attention with the one backend that SDPA may use."""
+    """A run in which SDPA may use only one backend."""
     run = build(quant=None, device=device)
     run.around = partial(sdpa_kernel, backend)
     if backend is SDPBackend.EFFICIENT_ATTENTION:
-        # It refuses grouped heads, which transformers repeats where there is a mask.
+        # The backend refuses grouped heads, which transformers repeats if there is a mask.
         mask = torch.ones_like(run.inputs["input_ids"])
         mask[0, -1] = 0
         run.inputs["attention_mask"] = mask

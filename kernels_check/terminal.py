@@ -1,8 +1,8 @@
-"""Text from outside made safe for a terminal: in one place, for everything that prints.
+"""Makes outside text safe for a terminal, for everything that prints.
 
-Names, messages and answers come from files, models and other programs. An escape sequence among them could retitle the
-window or hide a verdict, a mark that reorders letters could show another name than is there, and half a character
-cannot be written at all.
+Names, messages and answers come from files, models and other programs. An escape sequence in them could rename the
+window or hide a verdict, a bidirectional mark could make a name look different, and a lone surrogate cannot be written
+at all.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import unicodedata
 from typing import NoReturn
 
 _REORDERING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Marks that reorder the letters around them, so that a reader sees another text."""
+"""Bidirectional marks, which reorder the letters around them."""
 _ACTING = frozenset(("Cc", "Cs", "Zl", "Zp"))
-"""Control characters, halves of characters, and ends of lines and paragraphs that are not written as such."""
+"""Categories of control characters, surrogates, and line and paragraph separators."""
 
 
 def escape_control_chars(text: str) -> str:
-    """The text with control characters but line ends and tabs written as escape sequences."""
+    """Replace control characters, except line ends and tabs, by escape sequences."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(_write_out(character) if _acts(character) else character for character in text)
@@ -31,10 +31,10 @@ def print_stderr(text: str) -> None:
 
 
 class SafeParser(argparse.ArgumentParser):
-    """A parser of command lines whose errors show control characters in what was typed."""
+    """A command-line parser whose errors make control characters in arguments visible."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the usage and the message, and end with exit code 2."""
+        """Print the usage and the message, and exit with code 2."""
         super().error(escape_control_chars(message))
 
 

@@ -1,9 +1,9 @@
-"""How the frozen base weights are really stored, multiplied and left alone.
+"""Judges how the frozen base weights are stored, multiplied and kept unchanged.
 
-The storage of a 4-bit weight can be proved from its bytes. N x K weights take ceil(NK/2) bytes; each block of 64 adds
-a float32 scale (4.500 bits a weight), which double quantisation turns into a byte and a float32 per 256 blocks (4.127).
-A module class or a configuration proves nothing: a skipped layer keeps its float weight under the same model, and
-autocast decides over the dtype of a product. So each product is attributed to the layer that called it.
+The storage of a 4-bit weight can be proved from its bytes. N x K weights take ceil(NK/2) bytes; each block of 64 adds a
+float32 scale (4.500 bits a weight), which double quantisation turns into a byte and a float32 per 256 blocks (4.127). A
+module class or a configuration proves nothing: a skipped layer keeps its float weight in the same model, and autocast
+determines the dtype of a product. So each product is attributed to the layer that called it.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ _MISMATCHED_REMEDY = (
     "no forward in eval mode on this CPU where weights are gathered anew for each forward, as by FSDP2: call "
     "model.train(), or set support_avx512bf16_for_cpu=False on every Linear4bit before the first forward"
 )
-# bitsandbytes casts a bias to the compute dtype in the first forward: not trained, but not silent either.
+# bitsandbytes casts a bias to the compute dtype in the first forward pass: not training, but reported.
 _CAST = "but for what was cast once by the forward"
 _CACHE = "but for what was made anew by the forward, and not saved with the model"
 _ROUNDED = "but for rounding, since PEFT merges the adapter into nn.MultiheadAttention for each forward and out again"
 
 
 def judge_bits(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``base.bits`` over every layer that carries an adapter."""
+    """Judge ``base.bits`` over every layer with an adapter."""
     stored = seen.storage
     density = [item.bits_per_weight for item in stored.values() if item.bits_per_weight is not None]
     reason = f"{sum(density) / len(density):.3f} bits a weight with scales in {len(density)} layers" if density else ""
@@ -77,7 +77,7 @@ def judge_bits(seen: Observation, required: Json) -> PathObservation:
 def judge_bytes_in_4bit(seen: Observation, required: Json) -> PathObservation:
     """Judge ``base.bytes_in_4bit``, a minimum: the share of all bytes of the base, as stored, that are 4-bit weights.
 
-    Scales count as bytes of their weights. What cannot be read may be either.
+    Scales count as bytes of their weights. Unreadable parts may be 4-bit or not.
     """
     census = seen.census
     total, share, unread = census.bytes_of.total(), census.share(4), census.share(None)
@@ -91,7 +91,7 @@ def judge_bytes_in_4bit(seen: Observation, required: Json) -> PathObservation:
 
 
 def _largest(others: list[tuple[str, int]]) -> str:
-    """Name the two largest."""
+    """Name the two largest parts."""
     rest = f" and {len(others) - 2} more" if len(others) > 2 else ""
     return ", ".join(f"{name} {_size(size)}" for name, size in others[:2]) + rest
 
@@ -107,9 +107,9 @@ def judge_format(
     """Judge ``base.quant_type`` or ``base.double_quant``.
 
     Args:
-        seen: the step.
-        required: the value.
-        name: of the path, below ``base``.
+        seen: observation of the step.
+        required: the required value.
+        name: name of the path, below ``base``.
         setting: the argument of ``BitsAndBytesConfig``.
     """
     stored, default = seen.storage, "'fp4'" if name == "quant_type" else "False"
@@ -118,7 +118,7 @@ def judge_format(
 
 
 def judge_frozen(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``base.frozen``: no part of the base changes, receives a gradient, or would move with one."""
+    """Judge ``base.frozen``: no part of the base changes, receives a gradient, or would change with one."""
     digest, change = seen.after, seen.after.since(seen.before)
     if not digest.parts and not seen.before.parts and not digest.unseen:
         return absent(_NO_BASE)
@@ -159,9 +159,9 @@ def judge_frozen(seen: Observation, required: Json) -> PathObservation:
 
 
 def judge_learning(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``base.learning``, of full fine-tuning: gradients reach all of the base and an update moves it.
+    """Judge ``base.learning``, for full fine-tuning: gradients reach all of the base and an update changes it.
 
-    A weight in 16 bits need not move at every step: updates below its precision round away.
+    A 16-bit weight need not change at every step: updates below its precision are lost to rounding.
     """
     if seen.adapter_layers:
         return PathObservation(observed=False, present=False, reason="an adapter trains in place of the base")
@@ -197,7 +197,7 @@ def _unread(seen: Observation, change: DigestDifference) -> list[str]:
 
 
 def _trained(seen: Observation) -> tuple[list[str], list[str]]:
-    """Faults of base parameters that train or would, and notes on those that an optimizer holds and skips."""
+    """Faults of base parameters that train or would train, and notes about those that an optimizer holds but skips."""
     base = seen.base_parameters
     given = {name for name, value in base.items() if id(value) in seen.optimized}
     reached = [name for name in base if name in seen.gradients]
@@ -217,7 +217,7 @@ def _trained(seen: Observation) -> tuple[list[str], list[str]]:
 
 
 def _unused(seen: Observation) -> list[str]:
-    """Base parameters that require gradients, received none, and are in no optimizer that stepped."""
+    """Base parameters that require gradients, received none, and belong to no optimizer that stepped."""
     return [
         name
         for name, value in seen.base_parameters.items()
@@ -254,7 +254,7 @@ _QUANT_TYPE = Requirement(kind="choice", choices=("nf4", "fp4", "int8", "none"))
 
 
 def judge_compute_dtype(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``base.compute_dtype`` over every layer that carries an adapter, by its products."""
+    """Judge ``base.compute_dtype`` over every layer with an adapter, by its products."""
     stored, ran = seen.storage, seen.base_products
     values = {name: join_values(ran.dtypes(name)) for name in stored}
     claims = {item.compute_dtype for name, item in stored.items() if item.compute_dtype not in (None, values[name])}
@@ -271,7 +271,7 @@ def judge_gemm_path(seen: Observation, required: Json) -> PathObservation:
     layers = seen.fourbit_products
     calls = layers.all
     if not calls:
-        if layers.names or seen.census.bytes_of[4]:  # compiled layers call no hook, and have no name
+        if layers.names or seen.census.bytes_of[4]:  # compiled layers call no hooks, and have no name
             reason = "4-bit weights but no known 4-bit operator ran"
             return absent(reason) if seen.untouched else undecided(reason)
         return PathObservation(observed=None, status="not_applicable", present=False, reason="the base is not 4-bit")

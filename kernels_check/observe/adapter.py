@@ -1,11 +1,11 @@
-"""Which parts of a model are an adapter's, read from the modules that hold them and never from names.
+"""Finds the parts of a model that belong to an adapter, from the modules that hold them and never from names.
 
-PEFT wraps each target in its own class per method and quantisation backend, and says in ``adapter_layer_names`` which
-of its attributes hold what an adapter trains and in ``other_param_names`` what else is the adapter's; copies that are
-trained (``modules_to_save``, trainable tokens) say so in the same way. PEFT is asked only if it is loaded. A class of
-one's own is an adapter's layer if it keeps the wrapped layer as ``base_layer`` next to ``lora_A`` and ``lora_B``.
+PEFT wraps each target in a class for the method and quantisation backend. The class lists in ``adapter_layer_names``
+the attributes with trained parameters and in ``other_param_names`` other attributes of the adapter; trained copies
+(``modules_to_save``, trainable tokens) do the same. PEFT is used only if it is loaded. A user-defined class is an
+adapter layer if it has the wrapped layer as ``base_layer`` together with ``lora_A`` and ``lora_B``.
 
-Biases of the base belong to the adapter where ``bias`` of its configuration asks for them: they have to learn.
+Biases of the base belong to the adapter if ``bias`` in its configuration selects them: they must learn.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from kernels_check.observe.modules import (
 )
 
 _PREFIX = "lora_"
-"""Of the attributes of a class of one's own."""
+"""Prefix of the attributes of a user-defined class."""
 _FACTORS = ("lora_A", "lora_embedding_A")
 _DRAWN_INSIDE = ("rank_dropout", "module_dropout")
-"""Probabilities that the methods of LyCORIS keep as numbers and draw by inside the product."""
+"""Probabilities that LyCORIS methods store as numbers and apply inside the product."""
 _DROPOUTS = (
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
     nn.Identity,
@@ -39,28 +39,29 @@ _DROPOUTS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterLayer:
-    """One place at which an adapter acts: a wrapped layer, a copy trained in its place, or a prompt's encoder."""
+    """One place where an adapter acts: a wrapped layer, a trained copy, or a prompt encoder."""
 
     name: str
     module: nn.Module
     held: tuple[str, ...]
-    """Adapters that are in use and that this layer has weights for; one without a name is ``""``."""
+    """Active adapters for which this layer has weights; an unnamed one is ``""``."""
     trains: tuple[str, ...]
     """Attributes that hold trained parameters."""
     others: tuple[str, ...] = ()
-    """Attributes that hold what else is the adapter's."""
+    """Attributes that hold other parts of the adapter."""
     base: Any = None
-    """The wrapped layer, where the method wraps one and adds to it."""
+    """The wrapped layer, if the method wraps a layer and adds to it."""
     copied: bool = False
     """Whether it trains a copy of a part of the base."""
     partly: bool = False
-    """Whether the method trains only a part of what it lists, and says which only by ``requires_grad``."""
+    """Whether the method trains only a part of the listed parameters, and marks it only by ``requires_grad``."""
     shelved: bool = False
-    """Whether the method has taken it out of the model, as adaption prompts are when they are disabled."""
+    """Whether the method has removed it from the model, as with disabled adaption prompts."""
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Those of ``held`` that are active now; a class of one's own that does not say uses all that it holds."""
+        """The adapters in ``held`` that are active now; a user-defined class without this information uses all of
+        them."""
         if "model" in roles_of(self.module):
             active: Any = vars(self.module).get("active_adapter")
         else:
@@ -72,32 +73,32 @@ class AdapterLayer:
 
     @property
     def disabled(self) -> bool:
-        """Whether the layer skips its adapters now; of a model with a prompt, whether the model does."""
+        """Whether the layer skips its adapters now; for a model with a prompt, whether the model does."""
         name = "_adapters_disabled" if "model" in roles_of(self.module) else "disable_adapters"
         return self.shelved or bool(getattr(self.module, name, False))
 
     @property
     def merged(self) -> tuple[str, ...]:
-        """Adapters whose product is folded into the base weight."""
+        """Adapters that are merged into the base weight."""
         return tuple(getattr(self.module, "merged_adapters", ()))
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
-        """Qualified name and module of everything of the adapter that is called, dropouts included."""
+        """Qualified name and module of every called part of the adapter, including dropouts."""
         for _, name, part, _ in self._entries(*self.trains, *self.others):
             if isinstance(part, nn.Module):
                 yield name, part
 
     def factors(self) -> Iterator[tuple[str, nn.Module]]:
-        """Those parts that hold trained parameters."""
+        """The parts that hold trained parameters."""
         for _, name, part, _ in self._entries(*self.trains):
             if isinstance(part, nn.Module) and any(True for _ in part.parameters()):
                 yield name, part
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Name, as from this layer, and tensor of every parameter that the method trains; what it freezes is left out.
+        """Name (relative to this layer) and tensor of every parameter that the method trains, without frozen ones.
 
-        Some methods freeze weights of theirs by design and list them (``frozen_peft_weight_names``); a prompt's encoder
-        may hold frozen tables, too.
+        Some methods freeze some of their weights by design and list them (``frozen_peft_weight_names``); a prompt
+        encoder may also hold frozen tables.
         """
         listed = list(self._listed())
         trained = [(name, value) for name, value in listed if value.requires_grad]
@@ -114,21 +115,21 @@ class AdapterLayer:
                 yield name, part
 
     def dropouts(self) -> Iterator[tuple[str, nn.Module]]:
-        """Qualified name and module of every dropout of the adapter's; one that is off is an ``Identity``."""
+        """Qualified name and module of every dropout of the adapter; a disabled one is an ``Identity``."""
         for name, part in self.parts():
-            # A method may have a class of its own: a probability, and nothing that is trained.
+            # A method may have its own dropout class, with a probability and no trained parameters.
             is_own = isinstance(getattr(part, "p", None), float) and not any(True for _ in part.parameters())
             if isinstance(part, _DROPOUTS) or is_own:
                 yield name, part
 
     def unseen_dropouts(self) -> Iterator[tuple[str, float]]:
-        """Name and probability of dropouts that are no modules and leave no trace when they are drawn."""
+        """Name and probability of dropouts that are not modules and leave no trace when they are applied."""
         for _, name, part, _ in self._entries(*(name for name in _DRAWN_INSIDE if name in self.others)):
             if isinstance(part, int | float) and part:
                 yield name, float(part)
 
     def _entries(self, *holders: str) -> Iterator[tuple[str, str, Any, str]]:
-        """Attribute, name, object and adapter of what some attributes hold, for the adapters in use."""
+        """Attribute, name, object and adapter of the contents of some attributes, for the adapters in use."""
         for holder in holders:
             held: Any = self.module
             for part in holder.split("."):
@@ -141,13 +142,13 @@ class AdapterLayer:
 
 
 def layers_at(name: str, module: nn.Module) -> Iterator[AdapterLayer]:
-    """The places that a module is or holds, with all adapters that are there."""
+    """The places that a module is or contains, with all adapters there."""
     roles, attributes = roles_of(module), vars(module)
     if not roles and "base_layer" not in module._modules:
         return
     trains: tuple[str, ...] = tuple(getattr(module, "adapter_layer_names", ())) if "layer" in roles else ()
     if trains:
-        if not any("." in holder for holder in trains):  # else it points into a layer that counts by itself
+        if not any("." in holder for holder in trains):  # otherwise it points into a layer that counts separately
             copied = "copy" in roles
             others = tuple(getattr(module, "other_param_names", ()))
             base = module._modules.get("base_layer")
@@ -165,7 +166,7 @@ def layers_at(name: str, module: nn.Module) -> Iterator[AdapterLayer]:
         held = tuple(attributes["_modules"]["prompt_encoder"])
         yield AdapterLayer(name=name, module=module, held=held, trains=("prompt_encoder",), partly=True)
     elif "tuner" in roles:
-        for adapter, shelved in attributes.get("_cached_adapters", {}).items():  # of adaption prompts
+        for adapter, shelved in attributes.get("_cached_adapters", {}).items():  # adaption prompts
             for place, one in enumerate(shelved):
                 path = f"{name}._cached_adapters.{adapter}.{place}"
                 trains = tuple(one._parameters)
@@ -173,10 +174,10 @@ def layers_at(name: str, module: nn.Module) -> Iterator[AdapterLayer]:
 
 
 def in_use(tree: ModelTree, found: Iterable[AdapterLayer]) -> frozenset[str]:
-    """Adapters in use at the places found in a model.
+    """Adapters in use at the given places of a model.
 
-    They are those that the tuner calls active as far as a layer agrees, else those that are active in any layer, else
-    all.
+    These are the adapters that the tuner calls active, if at least one layer agrees, else those active in any layer,
+    else all.
     """
     found = list(found)
     calls = (getattr(module, "active_adapters", ()) for _, module in tree.modules if is_tuner(module))
@@ -186,25 +187,25 @@ def in_use(tree: ModelTree, found: Iterable[AdapterLayer]) -> frozenset[str]:
 
 
 def holders_in(module: nn.Module) -> Iterator[str]:
-    """Attributes of one module that are an adapter's."""
+    """Attributes of one module that belong to an adapter."""
     roles = roles_of(module)
     if "layer" in roles:
         yield from getattr(module, "adapter_layer_names", ())
         yield from getattr(module, "other_param_names", ())
     elif "tuner" in roles:
-        # X-LoRA holds a tuner of LoRA, and the model in it.
+        # X-LoRA holds a LoRA tuner, and the model in it.
         own = (name for name, held in module._modules.items() if name != "model" and not is_tuner(held))
         yield from (*own, *module._parameters)
     elif "attention" in roles:
         yield from module._parameters
     elif "model" in roles:
         yield "prompt_encoder"
-    if _is_own_lora(module):  # also where a class of one's own lists nothing
+    if _is_own_lora(module):  # also if a user-defined class lists nothing
         yield from _own_holders(module)
 
 
 def is_tuner(module: object) -> bool:
-    """Whether a module is one that PEFT wraps a model in."""
+    """Whether a module is one in which PEFT wraps a model."""
     return "tuner" in roles_of(module)
 
 
@@ -241,7 +242,7 @@ def _roles(of: Any) -> frozenset[str]:
 
 
 def is_a(module: object, home: str, name: str) -> bool:
-    """Whether an object is of a class of a module that may not be loaded."""
+    """Whether an object is an instance of a class in a module that may not be loaded."""
     return isinstance(module, _class_of(home, name))
 
 
@@ -262,19 +263,19 @@ def _adapters_of(module: nn.Module, holders: tuple[str, ...]) -> tuple[str, ...]
 
 
 def _is_keyed(held: Any) -> bool:
-    """Whether there is an entry per adapter: a dictionary of PyTorch, PEFT's of buffers, or a plain one."""
+    """Whether there is an entry per adapter: in a dictionary of PyTorch, PEFT's buffer dictionary, or a plain one."""
     return hasattr(held, "keys") and hasattr(held, "__getitem__")
 
 
 @reading
 def biases_of_adapters(tree: ModelTree) -> dict[str, str]:
-    """Biases of the base that an adapter in use trains: by qualified name, with the setting, as ``bias='all'``.
+    """Biases of the base that an active adapter trains: by qualified name, with the setting, as ``bias='all'``.
 
-    A tensor that several modules share has a name for each.
+    A tensor shared by several modules has one name for each.
     """
     used = {adapter for layer in adapter_layers(tree) for adapter in layer.held}
     asked: dict[int, str] = {}
-    for _, holder in tree.modules:  # a tuner, or a model in which PEFT has left only its layers
+    for _, holder in tree.modules:  # a tuner, or a model that contains only PEFT's layers
         configurations = vars(holder).get("peft_config")
         for adapter, configuration in configurations.items() if isinstance(configurations, dict) else ():
             setting = str(getattr(configuration, "bias", "none"))
@@ -283,7 +284,7 @@ def biases_of_adapters(tree: ModelTree) -> dict[str, str]:
     return {
         f"{name}.{key}" if name else key: asked[id(value)]
         for name, module in tree.modules
-        for key, value in (*module._parameters.items(), *module._buffers.items())  # GPTQ keeps a bias as a buffer
+        for key, value in (*module._parameters.items(), *module._buffers.items())  # GPTQ stores a bias as a buffer
         if id(value) in asked
     }
 
@@ -303,17 +304,17 @@ def _biases_of(holder: nn.Module, setting: str) -> Iterator[Tensor]:
 
 
 def _held_by_adapters(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[str]:
-    """Qualified names of the attributes that are an adapter's."""
+    """Qualified names of the attributes that belong to an adapter."""
     for name, module in modules:
         yield from (f"{name}.{holder}" if name else holder for holder in holders_in(module))
 
 
 @reading
 def adapter_layers(tree: ModelTree) -> list[AdapterLayer]:
-    """Every place at which an adapter that is in use (``in_use``) acts.
+    """Every place where an active adapter (``in_use``) acts.
 
-    A layer that holds one of them belongs here also if it is inactive in that layer: a layer that was left out is a
-    fault. Where no adapter is active at all, every layer counts with everything it holds.
+    A layer that holds an active adapter is included even if the adapter is inactive in that layer, which is a fault. If
+    no adapter is active at all, every layer counts with all its adapters.
     """
     found = _every_layer(tree)
     wanted = in_use(tree, found)
@@ -323,16 +324,16 @@ def adapter_layers(tree: ModelTree) -> list[AdapterLayer]:
 
 @reading
 def _every_layer(tree: ModelTree) -> list[AdapterLayer]:
-    """Also those of adapters that are not in use."""
+    """All layers, including those of inactive adapters."""
     return [layer for name, module in tree.modules for layer in layers_at(name, module)]
 
 
 @reading
 def trained_parameters(tree: ModelTree) -> dict[str, Tensor]:
-    """Parameters that have to learn, by their name in the model, each once: layers may share one.
+    """Parameters that must learn, by their name in the model, each once, since layers may share a parameter.
 
-    Those that the methods in use train, biases of the base that they were asked for, and whatever else of the adapter
-    requires a gradient.
+    These are the parameters that the active methods train, the selected biases of the base, and all other parameters of
+    the adapter that require a gradient.
     """
     layers = adapter_layers(tree)
     names = {id(value): name for name, value in tree.parameters}
@@ -348,7 +349,7 @@ def trained_parameters(tree: ModelTree) -> dict[str, Tensor]:
     for name, value in tree.parameters:
         if name in own and value.requires_grad and id(value) not in resting:
             trained.setdefault(name, value)
-    # Of a sharded parameter no part may be on this rank.
+    # This rank may hold no part of a sharded parameter.
     return {
         name: value
         for name, value in trained.items()
@@ -358,7 +359,7 @@ def trained_parameters(tree: ModelTree) -> dict[str, Tensor]:
 
 @reading
 def token_parameters(tree: ModelTree) -> frozenset[str]:
-    """Names of parameters that act on a few tokens only: a batch without these tokens gives them no gradient."""
+    """Names of parameters that affect only a few tokens: a batch without these tokens gives them no gradient."""
     held = {
         id(value) for layer in adapter_layers(tree) if "token_indices" in layer.others for _, value in layer.weights()
     }
@@ -366,7 +367,7 @@ def token_parameters(tree: ModelTree) -> frozenset[str]:
 
 
 def written_by_method(tree: ModelTree) -> frozenset[int]:
-    """Parameters that a method itself writes to between updates: AdaLoRA sets the ranks that it takes away to zero."""
+    """Parameters to which a method itself writes between updates: AdaLoRA sets removed ranks to zero."""
     written: set[int] = set()
     for module in tree.model.modules():
         if "rankallocator" in vars(module) and is_tuner(module):
@@ -384,14 +385,14 @@ def adapters_of(tree: ModelTree) -> Below:
 
 @reading
 def adapter_parameters(tree: ModelTree) -> frozenset[str]:
-    """Names of the parameters that are an adapter's, by any method of PEFT, and of those that train with it."""
+    """Names of the parameters of adapters, for any PEFT method, and of those that train with them."""
     own = adapters_of(tree)
     return frozenset(name for name, _ in tree.parameters if own[name])
 
 
 @reading
 def base_parameters(tree: ModelTree) -> dict[str, nn.Parameter]:
-    """Every other parameter, by name."""
+    """All other parameters, by name."""
     adapter = adapter_parameters(tree)
     return {name: value for name, value in tree.parameters if name not in adapter}
 

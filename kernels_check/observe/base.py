@@ -1,9 +1,8 @@
-"""What a base holds, and in how many bits: parameters, buffers, and what a quantised layer keeps of its weight.
+"""Reads the parts of a base and their number of bits: parameters, buffers, and the state of quantised weights.
 
-The same thing has the same name wherever it is kept, since libraries move it: bitsandbytes hands the scales of
-LLM.int8 from the weight to the layer in the first forward. What a layer or a tensor says of itself proves nothing: a
-quantised tensor of torchao calls itself bfloat16. So bits are counted from the bytes that are there. Whatever cannot
-be read is unknown, with the reason.
+A part keeps its name wherever it is stored, since libraries move parts: bitsandbytes moves the scales of LLM.int8 from
+the weight to the layer in the first forward pass. Attributes of a layer or tensor prove nothing: a quantised torchao
+tensor has the dtype bfloat16. So bits are counted from the actual bytes. Unreadable parts are unknown, with the reason.
 """
 
 from __future__ import annotations
@@ -23,35 +22,35 @@ from kernels_check.observe.adapter import adapters_of
 from kernels_check.observe.modules import NO_MEMORY, ModelTree, has_memory, is_wrapper, plain_parts
 
 Kind: TypeAlias = Literal["parameter", "merged", "buffer", "cache", "quantisation"]
-"""``merged``: a parameter that PEFT merges the adapter into and out of in each forward. ``cache``: a buffer that is not
-saved with the model, since a forward makes it anew. ``quantisation``: kept in attributes of a quantised weight or
-layer."""
+"""``merged``: a parameter with which PEFT merges and unmerges the adapter in each forward pass. ``cache``: a buffer
+that is not saved with the model, since a forward pass recomputes it. ``quantisation``: stored in attributes of a
+quantised weight or layer."""
 
 WEIGHTS = ("weight", "original")
-"""Names of the weight of a layer; the second in a parametrisation, which unpacks it at each access."""
+"""Names of a layer's weight; the second is used in a parametrisation, which unpacks the weight at each access."""
 PACKED = ("qweight", "W_q", "weight_packed")
-"""Names that other libraries give to a packed weight: GPTQ and AWQ, HQQ, compressed-tensors."""
+"""Names of packed weights in other libraries: GPTQ and AWQ, HQQ, compressed-tensors."""
 _STATE = ("absmax", "code", "offset", "shape", "dtype", "blocksize", "quant_type", "nested")
-"""What bitsandbytes keeps of a 4-bit weight; ``state2`` is the same for the scales."""
+"""Attributes of bitsandbytes' state of a 4-bit weight; ``state2`` has the same for the scales."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseTensor:
-    """One tensor without structure, or one fact, that belongs to the base."""
+    """One plain tensor, or one fact, that belongs to the base."""
 
     name: str
     owner: str
-    """Name of the tensor that it is a part of: its own where that has no structure."""
+    """Name of the tensor of which it is a part; its own name for a plain tensor."""
     wrapper: str | None
-    """Class of that tensor where it is made of others."""
+    """Class of that tensor if it contains other tensors."""
     kind: Kind
     layer: nn.Module
     value: Tensor | str | Exception
-    """An exception where the parts of the tensor cannot be read."""
+    """An exception if the parts of the tensor cannot be read."""
 
 
 def base_state(tree: ModelTree) -> Iterator[BaseTensor]:
-    """Every part of the base; a tensor that several layers share comes once for each."""
+    """Every part of the base; a tensor shared by several layers appears once for each."""
     adapter, modules = adapters_of(tree), tree.modules
     merged = {id(layer) for _, module in modules for layer in _merged_layers(module)}
     shards = {place: shard for _, module in modules for place, shard in _shards(module)}
@@ -64,7 +63,7 @@ def base_state(tree: ModelTree) -> Iterator[BaseTensor]:
                 kind: Kind = "merged" if id(module) in merged and key.endswith("weight") else "parameter"
                 here = shards.get(
                     (id(module), key), getattr(parameter, "ds_tensor", parameter)
-                )  # of DeepSpeed's ZeRO-3
+                )  # placeholder of DeepSpeed's ZeRO-3
                 yield from _tensor(prefix + key, kind, module, here)
         for key, buffer in module._buffers.items():
             if buffer is not None and not adapter[prefix + key]:
@@ -78,13 +77,13 @@ def base_state(tree: ModelTree) -> Iterator[BaseTensor]:
 
 
 def _shards(module: Any) -> Iterator[tuple[tuple[int, str], Tensor]]:
-    """Shards of FSDP2 by the place of their parameter: the whole parameter exists during a forward only.
+    """Shards of FSDP2 by the location of their parameter: the unsharded parameter exists only during a forward pass.
 
-    A whole that an evaluation has left is of no account: the next step shards first, and trains what was sharded.
+    An unsharded parameter left by an evaluation is ignored: the next step first reshards, and trains the shards.
     """
-    if not hasattr(type(module), "_get_fsdp_state"):  # asked of a module, it takes as long as all the rest
+    if not hasattr(type(module), "_get_fsdp_state"):  # looked up on the module, it takes as long as everything else
         return
-    with suppress(AttributeError):  # torch calls none of this its interface
+    with suppress(AttributeError):  # not a public interface of torch
         state = module._get_fsdp_state()
         groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
         for kept in (one for group in groups if group is not None for one in group.fsdp_params):
@@ -95,7 +94,7 @@ def _shards(module: Any) -> Iterator[tuple[tuple[int, str], Tensor]]:
 
 
 def _merged_layers(module: Any) -> tuple[Any, ...]:
-    """Layers whose products PEFT cannot reach: ``nn.MultiheadAttention``, whose forward calls no layer."""
+    """Layers whose products PEFT cannot intercept: ``nn.MultiheadAttention``, whose forward calls no layer."""
     base = vars(module).get("_modules", {}).get("base_layer")
     if not isinstance(base, nn.MultiheadAttention):
         return ()
@@ -104,7 +103,7 @@ def _merged_layers(module: Any) -> tuple[Any, ...]:
 
 
 def quant_state(layer: Any, weight: Any) -> Any:
-    """The quantisation state of a 4-bit weight of bitsandbytes: on the weight, else on its layer or parametrisation."""
+    """The quantisation state of a 4-bit bitsandbytes weight: on the weight, else on its layer or parametrisation."""
     for holder in (weight, layer, *(layer if isinstance(layer, ParametrizationList) else ())):
         state = getattr(holder, "quant_state", None)
         if hasattr(state, "absmax"):
@@ -113,7 +112,7 @@ def quant_state(layer: Any, weight: Any) -> Any:
 
 
 def base_weight(layer: Any) -> Any:
-    """The weight of a layer, None where it has none of the usual names; asks no property, which may unpack it."""
+    """The weight of a layer, None if it has none of the usual names; avoids properties, which may unpack it."""
     held = getattr(layer, "_parameters", {})
     return next((held[name] for name in WEIGHTS if held.get(name) is not None), None)
 
@@ -130,7 +129,7 @@ def _tensor(name: str, kind: Kind, layer: nn.Module, tensor: Tensor) -> Iterator
     wrapper = type(tensor).__name__ if is_wrapper(tensor) else None
     try:
         parts = list(plain_parts(tensor, name))
-    except Exception as error:  # a class of tensors outside torch
+    except Exception as error:  # a tensor class from outside torch
         yield _part(name, kind, layer, error)
         return
     for part, plain in parts:
@@ -142,7 +141,7 @@ def _part(name: str, kind: Kind, layer: nn.Module, value: str | Exception) -> Ba
 
 
 def quantisation_parts(layer: Any) -> Iterator[tuple[str, Any]]:
-    """State of a quantised weight outside parameters and buffers: tensors, and facts."""
+    """State of a quantised weight outside parameters and buffers: tensors and facts."""
     weight = base_weight(layer)
     state = quant_state(layer, weight)
     if state is not None:
@@ -178,10 +177,11 @@ _NESTED_BLOCK = 256
 
 
 def layout_problem(layer: Any, weight: Tensor, state: Any) -> str | None:
-    """Why the layout of a weight is not that of its state, so that every product with it is wrong; None if it is.
+    """Why the layout of a weight differs from that of its state, so that every product with it is wrong; None if it
+    agrees.
 
-    bitsandbytes lays a weight out anew for a CPU in a forward in eval mode, and marks the state in place. Where the
-    weight is gathered anew for each forward, as by FSDP2, it is the old layout that comes back, to the new state.
+    bitsandbytes repacks a weight for a CPU in a forward pass in eval mode, and marks the state in place. If the weight
+    is gathered again for each forward pass, as with FSDP2, it returns in the old layout, with the new state.
     """
     if len(state.shape) != 2 or state.shape[1] <= 2:
         return None
@@ -209,7 +209,7 @@ def _four_bit_problems(layer: Any, weight: Tensor, state: Any) -> Iterator[str]:
         expected += math.ceil(blocks / _NESTED_BLOCK) * 4
     if scales != expected or (state.nested and state.absmax.dtype != torch.uint8):
         yield f"{scales} bytes of {_short(state.absmax.dtype)} scales, expected {expected}"
-    other = getattr(layer, "quant_state", state)  # the layer's counts where the weight is registered anew
+    other = getattr(layer, "quant_state", state)  # the layer's state counts if the weight is registered again
     one, another = state.absmax, getattr(other, "absmax", state.absmax)
     if one is not another and (one.shape != another.shape or not torch.equal(one.cpu(), another.cpu())):
         yield "the weight and its layer hold different scales"
@@ -227,17 +227,17 @@ _SAYS_BITS = ("bits", "w_bit", "nbits")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Storage:
-    """How one base layer keeps its weight."""
+    """The storage of one base layer's weight."""
 
     bits: int | None
     quant_type: str | None = None
     double_quant: bool | None = None
     compute_dtype: str | None = None
     bits_per_weight: float | None = None
-    """Stored bits divided by weights, scales included."""
+    """Stored bits divided by the number of weights, including scales."""
     packed_for_cpu: bool = False
     problem: str | None = None
-    """Why the bytes do not prove what the layer claims."""
+    """Why the bytes do not prove the layer's attributes."""
     note: str | None = None
 
 
@@ -255,29 +255,29 @@ def storage_in(tree: ModelTree, layer: nn.Module, parameter: str = "weight") -> 
 
 
 def wrapped_storage(tree: ModelTree, wrapper: Any) -> Storage:
-    """The storage of the layer, or of the one parameter, that a layer of PEFT wraps."""
+    """The storage of the layer, or of the single parameter, that a PEFT layer wraps."""
     layer = wrapper
-    while hasattr(layer, "base_layer"):  # one that wraps a parameter may be wrapped for the next
+    while hasattr(layer, "base_layer"):  # a layer that wraps a parameter may be wrapped for the next one
         layer = layer.base_layer
     return storage_in(tree, layer, getattr(wrapper, "parameter_name", None) or "weight")
 
 
 def _read(layer: Any, parameter: str) -> Storage:
     unpacks = getattr(layer, "parametrizations", {})
-    if parameter in unpacks:  # asking for the parameter itself would unpack it
+    if parameter in unpacks:  # accessing the parameter itself would unpack it
         return _read(unpacks[parameter], "original")
     weight = getattr(layer, "_parameters", {}).get(parameter)
     weight = getattr(layer, "_buffers", {}).get(parameter) if weight is None else weight
     if weight is None and parameter == "weight" and isinstance(layer, nn.MultiheadAttention):
         return _attention(layer)
     if weight is None and parameter in WEIGHTS:
-        weight = vars(layer).get(parameter)  # such as one that PEFT put there for the time of a forward
+        weight = vars(layer).get(parameter)  # such as one that PEFT put there during a forward pass
     if not isinstance(weight, Tensor):
         return _named_otherwise(layer, parameter)
     if is_lazy(weight):
         return _unknown(f"{type(layer).__name__}.{parameter} has no shape yet: call the model once before")
     state = quant_state(layer, weight) if parameter in WEIGHTS else None
-    if state is not None and not (weight.is_floating_point() and weight.shape == state.shape):  # else it is unpacked
+    if state is not None and not (weight.is_floating_point() and weight.shape == state.shape):  # otherwise unpacked
         return _four_bit(layer, weight, state)
     if type(weight).__name__ == "Params4bit":
         return _unknown("Params4bit without quant_state: not quantised")
@@ -289,7 +289,7 @@ def _read(layer: Any, parameter: str) -> Storage:
 
 
 def _int8(layer: Any, weight: Tensor) -> Storage:
-    """LLM.int8 of bitsandbytes: a scale a row, which the first forward hands from the weight to the layer."""
+    """LLM.int8 of bitsandbytes: a scale per row, which the first forward pass moves from the weight to the layer."""
     if weight.dtype != torch.int8:
         return _of_tensor(weight, f"Int8Params of {_short(weight.dtype)} are not known")
     scales = next((part for key, part in quantisation_parts(layer) if key == "SCB"), None)
@@ -300,7 +300,7 @@ def _int8(layer: Any, weight: Tensor) -> Storage:
 
 
 def _attention(layer: nn.MultiheadAttention) -> Storage:
-    """Its projections of queries, keys and values, which are parameters without layers."""
+    """Its query, key and value projections, which are parameters without layers."""
     names = [name for name in ("in_proj_weight", "q_proj_weight") if layer._parameters.get(name) is not None]
     if names:
         return _read(layer, names[0])
@@ -311,7 +311,7 @@ def _attention(layer: nn.MultiheadAttention) -> Storage:
 
 
 def _named_otherwise(layer: Any, parameter: str) -> Storage:
-    """A layer of another library that packs its weight in integers."""
+    """A layer of another library that packs its weight into integers."""
     held = {**getattr(layer, "_parameters", {}), **getattr(layer, "_buffers", {})}
     name = next((name for name in PACKED if held.get(name) is not None), None)
     if name is None:
@@ -333,7 +333,7 @@ def _named_otherwise(layer: Any, parameter: str) -> Storage:
 
 
 def _of_tensor(weight: Tensor, otherwise: str) -> Storage:
-    """A plain tensor, a shard of one, or one made of a packed tensor and its scales."""
+    """A plain tensor, a shard of one, or a tensor that contains a packed tensor and its scales."""
     while type(weight).__name__ == "DTensor":
         weight = weight.to_local()  # type: ignore[attr-defined]
     if is_wrapper(weight):

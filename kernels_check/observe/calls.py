@@ -1,16 +1,15 @@
-"""Records each call of a module of the model in a step, with the call that it came from: where whatever ran was run.
+"""Records each call of a module of the model in a step, with its calling module, to locate every operator.
 
-A count of operators does not say where they ran: one layer that is called twice hides another that never ran. So every
-module carries one pair of hooks while a step is watched, and each operator carries the number of the call in which it
-ran. What carries none ran outside the model: in another model, in a copy, or in code that torch.compile made, which
-calls no hook.
+A count of operators does not show where they ran: one layer that is called twice hides another that never ran. So every
+module has one pair of hooks while a step is watched, and each operator has the number of the call in which it ran.
+Operators without a number ran outside the model: in another model, in a copy, or in compiled code, which calls no
+hooks.
 
-Three things are recorded. All calls (``Calls``). Those of the model itself, with their arguments (``ModelCall``). Those
-of an adapter's layers (``LayerCall``): flags that are read before or after a step do not show what a call ran, since
-``disable_adapter()`` around the forward switches back before.
+The recorder stores all calls (``Calls``), calls of the model itself with their arguments (``ModelCall``), and calls of
+adapter layers (``LayerCall``): flags read before or after a step do not show what a call ran, because
+``disable_adapter()`` around the forward pass restores them.
 
-A pass that runs out of memory is taken again by a program that catches the error: what it called is not part of the
-step.
+A program may catch an out-of-memory error and repeat the pass: the calls of the failed pass are not part of the step.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from kernels_check.observe.loss import (
 from kernels_check.observe.modules import HookGuard, ModelTree, ModuleHook, backward_task
 
 MARK = "lorameter.call#"
-"""How the profiler's record of a module's call begins; the number of the call follows."""
+"""Prefix of the profiler's record of a module call; the number of the call follows."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,25 +46,25 @@ class ModuleCall:
     """One call of a module of the model."""
 
     names: tuple[str, ...]
-    """Qualified names; several where the module is held in several places. ``""`` is the model itself."""
+    """Qualified names; several if the module is held in several places. ``""`` is the model itself."""
     caller: int | None
     """Number of the enclosing call; None for an entry into the model."""
     with_grad: bool
-    """Whether gradients were being recorded, by autograd or by the autograd function that it ran in: a checkpoint of
-    the reentrant kind switches them off and computes the module again."""
+    """Whether gradients were recorded, by autograd or by the autograd function in which the call ran: a reentrant
+    checkpoint switches them off and recomputes the module."""
     in_backward: bool
-    """Whether the autograd engine was running: the module is computed again for it (gradient checkpointing)."""
+    """Whether the autograd engine was running: the module is recomputed for it (gradient checkpointing)."""
     differentiable: bool = False
-    """Whether a gradient can come back to what it returned."""
+    """Whether its output can receive a gradient."""
     cut: bool = False
-    """Whether a gradient was lost in it: in a 4-bit layer whose input requires one and whose weight lay as bitsandbytes
-    repacks it for inference, where its product has no backward pass."""
+    """Whether a gradient was lost in it: in a 4-bit layer whose input requires a gradient, if bitsandbytes has repacked
+    the weight for inference, so that the product has no backward pass."""
     raised: bool = False
-    """Whether it is an entry into the model that raised in the forward pass."""
+    """Whether it is an entry into the model that raised an exception in the forward pass."""
     modes: Mapping[str, bool] | None = None
-    """``training`` of every module at that moment, for an entry into the model."""
+    """``training`` of every module at the time of the call, for an entry into the model."""
     layers: Sequence[LayerCall] = ()
-    """Of an adapter, where the module is one; a prompt's model may be several."""
+    """The adapter layer calls, if the module is an adapter layer; a prompt's model may be several."""
 
     @property
     def name(self) -> str:
@@ -79,20 +78,20 @@ class Calls:
 
     all: tuple[ModuleCall, ...] = ()
     unhooked: frozenset[str] = frozenset()
-    """Modules without a hook of their own: compiled in place, or of a kind that takes none."""
+    """Modules without hooks: compiled in place, or of a kind that does not accept hooks."""
 
     @cached_property
     def failed(self) -> frozenset[int]:
-        """Numbers of the entries that raised and of all calls inside them, whose results were discarded."""
+        """Numbers of the entries that raised, and of all calls inside them, whose results were discarded."""
         return frozenset(number for number in range(len(self.all)) if self.all[self._root(number)].raised)
 
     @cached_property
     def relevant(self) -> frozenset[int]:
-        """Numbers of the calls that a claim about training is about.
+        """Numbers of the calls that count for training.
 
-        A reference, an evaluation or a generation inside the step enters the model with gradients off; those calls are
-        left out where any other entry records gradients, and so is what ``failed``. A step that records none at all is
-        judged whole.
+        A reference, an evaluation or a generation inside the step enters the model with gradients off; these calls are
+        left out if any other entry records gradients, and so are ``failed`` calls. If no entry records gradients, all
+        calls count.
         """
         roots = [self._root(number) for number in range(len(self.all))]
         trains = {root for root in set(roots) if self.all[root].with_grad or self.all[root].in_backward}
@@ -101,12 +100,12 @@ class Calls:
 
     @cached_property
     def forward(self) -> tuple[int, ...]:
-        """Numbers of the relevant calls of the forward pass: those that are no recomputation."""
+        """Numbers of the relevant calls of the forward pass, without recomputations."""
         return tuple(number for number in sorted(self.relevant) if not self.all[number].in_backward)
 
     @cached_property
     def by_name(self) -> dict[str, list[int]]:
-        """Numbers of the relevant calls in either pass, by each of the module's names."""
+        """Numbers of the relevant calls in both passes, by each of the module's names."""
         found: dict[str, list[int]] = {}
         for number in sorted(self.relevant):
             for name in self.all[number].names:
@@ -122,17 +121,17 @@ class Calls:
         return bool(self.called(name))
 
     def enclosing(self, number: int | None) -> Iterator[int]:
-        """A call and those around it, the innermost first."""
+        """A call and its enclosing calls, innermost first."""
         while number is not None:
             yield number
             number = self.all[number].caller
 
     def around(self, numbers: Iterable[int | None]) -> set[int]:
-        """Some calls and all those around them."""
+        """Some calls and all their enclosing calls."""
         return {outer for number in numbers for outer in self.enclosing(number)}
 
     def training(self) -> dict[str, bool | None]:
-        """The mode of every module at the relevant entries into the model; None where it changed."""
+        """The mode of every module at the relevant entries into the model; None if it changed."""
         seen: dict[str, set[bool]] = {}
         for number in self.relevant:
             for name, mode in (self.all[number].modes or {}).items():
@@ -146,34 +145,34 @@ class Calls:
 
 @dataclass(slots=True, kw_only=True)
 class LayerCall:
-    """One call of one layer of an adapter."""
+    """One call of one adapter layer."""
 
     layer: str
-    """Its name."""
+    """Name of the layer."""
     active: tuple[str, ...]
     disabled: bool
     merged: bool
     with_gradients: bool
     aside: bool = False
-    """Whether the whole entry into the model records no gradients, as an evaluation or a reference does."""
+    """Whether the whole entry into the model records no gradients, like an evaluation or a reference."""
     ran: dict[str, float] = field(default_factory=dict)
-    """Parts that ran in it, by name; of a dropout the probability by which it dropped, which is 0 in evaluation."""
+    """Parts that ran in it, by name, with the dropout probability that was applied (0 in evaluation)."""
 
     @property
     def adapted(self) -> bool:
-        """Whether the layer was to use its adapter."""
+        """Whether the layer was set to use its adapter."""
         return bool(self.active) and not self.disabled and not self.merged
 
 
 @dataclass(slots=True)
 class _OpenCall:
-    """A call that is under way."""
+    """A call in progress."""
 
     number: int
     module: nn.Module
     mark: Any
     handled: BaseException | None
-    """The exception that was being handled when it began."""
+    """The exception that was being handled when the call began."""
     model_call: ModelCall | None
 
 
@@ -181,8 +180,8 @@ class CallRecorder:
     """Records the calls of one step.
 
     Args:
-        tree: the model as it is.
-        guard: what hooks are wrapped in.
+        tree: the current model.
+        guard: wraps each hook.
         marked: whether each call is also marked in the profiler's records.
     """
 
@@ -191,13 +190,13 @@ class CallRecorder:
         self.backwards = BackwardPasses(tree.model)
         self.model_calls: list[ModelCall] = []
         self.layer_calls: dict[str, list[LayerCall]] = {}
-        """Calls of each layer of an adapter, by its name."""
+        """Calls of each adapter layer, by layer name."""
         self._log: list[ModuleCall] = []
         self._unhooked: set[str] = set()
         self._entries = set(map(id, entry_modules(tree.model)))
         self._layers: dict[int, list[AdapterLayer]] = {}
         self._parts: dict[int, dict[str, str]] = {}
-        """By module, the names of the layers that it is a part of, with its name as such."""
+        """For each module, the names of the layers of which it is a part, each with the name of the part."""
         for layer in adapter_layers(tree):
             self._layers.setdefault(id(layer.module), []).append(layer)
             for name, part in layer.parts():
@@ -210,7 +209,7 @@ class CallRecorder:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Hook every module; all hooks are taken off, also if setting one or taking one off fails."""
+        """Hook every module; all hooks are removed, even if adding or removing one fails."""
         names: dict[int, list[str]] = {}
         modules: dict[int, nn.Module] = {}
         for name, module in self._tree.model.named_modules(remove_duplicate=False):
@@ -222,7 +221,7 @@ class CallRecorder:
             yield
 
     def calls(self) -> Calls:
-        """The calls of all modules; failed calls are dropped from those of the model and of adapters."""
+        """The calls of all modules; failed calls are removed from those of the model and of adapters."""
         calls = Calls(all=tuple(self._log), unhooked=frozenset(self._unhooked))
         for layer in (
             one for number, call in enumerate(self._log) if number not in calls.failed for one in call.layers
@@ -232,7 +231,7 @@ class CallRecorder:
         return calls
 
     def break_off(self) -> None:
-        """Take the hooks off within a step, and close the calls of this thread that are under way."""
+        """Remove the hooks within a step, and close the open calls of this thread."""
         stack = self._stack()
         while stack:
             _end_mark(stack.pop())
@@ -241,14 +240,14 @@ class CallRecorder:
     def _hook(self, module: nn.Module, names: tuple[str, ...], hooks: ExitStack) -> None:
         if getattr(module.forward, "__func__", None) is nn.Module.forward:
             return  # a container, which cannot be called: half of the modules that LoRA adds
-        if module._compiled_call_impl is not None:  # it would be compiled again with a hook
+        if module._compiled_call_impl is not None:  # a hook would cause recompilation
             self._unhooked.update(names)
             return
         try:
             begun = ModuleHook(module, self._guard(partial(self._enter, names)))
             hooks.push(module.register_forward_pre_hook(begun, with_kwargs=True))
             hooks.push(module.register_forward_hook(ModuleHook(module, self._guard(self._leave)), always_call=True))
-        except (RuntimeError, AttributeError, TypeError):  # modules of TorchScript take no such hook
+        except (RuntimeError, AttributeError, TypeError):  # TorchScript modules do not accept such hooks
             self._unhooked.update(names)
 
     def _enter(self, names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -266,7 +265,7 @@ class CallRecorder:
             in_backward=in_backward,
             differentiable=context is not None and any(context.needs_input_grad),
         )
-        with self._lock:  # two threads may call the model at once
+        with self._lock:  # two threads may call the model at the same time
             number = len(self._log)
             self._log.append(call)
         if not stack and not in_backward:
@@ -288,7 +287,7 @@ class CallRecorder:
         model_call = None
         if id(module) in self._entries:
             model_call = describe_call(module, args, kwargs, number)
-            if not in_backward:  # else it is a recomputation
+            if not in_backward:  # otherwise it is a recomputation
                 (self._open_model_calls[-1].inside if self._open_model_calls else self.model_calls).append(model_call)
             self._open_model_calls.append(model_call)
         mark: Any = None
@@ -298,7 +297,7 @@ class CallRecorder:
         stack.append(_OpenCall(number, module, mark, sys.exc_info()[1], model_call))
 
     def _note_part(self, part: nn.Module, stack: list[_OpenCall]) -> None:
-        """Count a part of an adapter for the layer in whose call it runs, since layers may share one."""
+        """Count a part of an adapter for the layer in whose call it runs, since layers may share a part."""
         names = self._parts.get(id(part))
         if names is None:
             return
@@ -310,7 +309,7 @@ class CallRecorder:
                 return
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook: close the call, and those inside it at whose end no hook was called."""
+        """Forward hook: close the call, and inner calls whose end called no hook."""
         stack = self._stack()
         if not any(entry.module is module for entry in stack):
             return
@@ -342,7 +341,7 @@ def _end_mark(closed: _OpenCall) -> None:
 
 
 def _requires_grad(output: Any) -> bool:
-    """Whether a gradient can come back to anything that a module returned."""
+    """Whether any output of a module can receive a gradient."""
     if isinstance(output, Tensor):
         return output.requires_grad
     if isinstance(output, Mapping):
@@ -353,7 +352,7 @@ def _requires_grad(output: Any) -> bool:
 
 
 def _function_context() -> Any:
-    """The context of the autograd function whose forward is running in this thread, if one is."""
+    """The context of the autograd function whose forward runs in this thread, if there is one."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code

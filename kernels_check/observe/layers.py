@@ -1,10 +1,10 @@
-"""The attention and the products of a step by the layers of the model that called them.
+"""Attributes the attention and the matrix products of a step to the layers of the model that called them.
 
-Which modules are attention layers is read off the step: a module that ran an implementation in it is one, and so is
-what has the same place in the other blocks of the model, or is of its class. Of those every call must have run an
-implementation that is known. A block of another kind (a recurrent or convolutional layer of a hybrid, a feed-forward
-layer in a flat sequence) is recognised by the model's own configuration, by its library, or by the operators that it
-ran; what none of them shows is unknown.
+Attention layers are found from the step: a module that ran an attention implementation is an attention layer, and so
+are modules in the same position of other blocks, or of the same class. Every call of these must have run a known
+implementation. A block of another kind (a recurrent or convolutional layer of a hybrid, a feed-forward layer in a flat
+sequence) is recognised by the model's configuration, its library, or the operators that it ran; otherwise it is
+unknown.
 """
 
 from __future__ import annotations
@@ -23,41 +23,41 @@ from kernels_check.observe.operators import AttentionCall, Product
 _ATTENTION_KINDS = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid")
 _LIBRARY = "transformers."
 _ADAPTERS = "peft."
-"""Modules of this library compute adapters; attention over a learned prompt in them is not the model's."""
+"""Modules of this library compute adapters; attention over a learned prompt in them is not the model's own."""
 _HEADS = ("num_heads", "num_attention_heads", "attention_heads", "n_heads", "n_head", "heads")
-"""What modules call the number of their heads."""
+"""Attribute names for the number of heads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionLayers:
-    """The attention of a model over the calls that a claim is about (``Calls.relevant``)."""
+    """The attention of a model over the calls that count (``Calls.relevant``)."""
 
     forward: Mapping[str, tuple[AttentionCall, ...]]
-    """Calls of known implementations in the forward pass, recomputed ones included, by the layer's name."""
+    """Calls of known implementations in the forward pass, including recomputed ones, by layer name."""
     unknown: Mapping[str, int]
-    """Calls of layers in which no known implementation ran, by the layer's name."""
+    """Calls of layers in which no known implementation ran, by layer name."""
     doubtful: bool = False
     """Whether none of these is known to be attention: each may be a block of another kind."""
     compiled: tuple[AttentionCall, ...]
-    """Calls in the forward pass inside code that was compiled for many layers at once: the layer is unknown."""
+    """Calls in the forward pass in code compiled for many layers at once: the layer is unknown."""
     elsewhere: tuple[AttentionCall, ...]
-    """Calls in the forward pass outside the model: in another model, in a copy, in a function of one's own."""
+    """Calls in the forward pass outside the model: in another model, in a copy, in a user-defined function."""
     aside: tuple[AttentionCall, ...]
-    """Calls of the model that train nothing: of a reference, an evaluation or a generation inside the step."""
+    """Calls of the model that train nothing: for a reference, an evaluation or a generation inside the step."""
     partial: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Of layers in which known implementations ran for some heads only: their features, of how many, by name."""
+    """Layers in which known implementations ran for some heads only: their features and all features, by layer name."""
     failed: tuple[AttentionCall, ...] = ()
-    """Calls of the model that raised and came to nothing, or that lie in one."""
+    """Calls of the model that raised, and calls inside them."""
     expected: int | None = None
-    """Attention layers that the configuration announces, for such code."""
+    """Number of attention layers in the configuration, for compiled code."""
     entries: tuple[int, ...] = ()
-    """First calls of an implementation in each call of a module that is such code."""
+    """Number of first calls of an implementation in each call of a compiled module."""
     regions: tuple[int, ...] = ()
-    """The same by compiled region, for code that no module of the model was called for."""
+    """The same by compiled region, for code outside all module calls of the model."""
 
     @property
     def calls(self) -> list[AttentionCall]:
-        """All calls of known implementations that are the model's."""
+        """All calls of known implementations that belong to the model."""
         return [*(call for calls in self.forward.values() for call in calls), *self.compiled]
 
     @property
@@ -77,10 +77,10 @@ def attention_layers(
 
     Args:
         model: the model.
-        calls: of its modules.
+        calls: calls of its modules.
         attention: all calls of the step.
-        mixing: numbers of the module calls that did what attention is written out with (``StepProfile.mixing``).
-        reductions: those that did what attention could be written out with by single elements.
+        mixing: numbers of the module calls with the operators of eager attention (``StepProfile.mixing``).
+        reductions: numbers of the module calls with operators from which attention could be written out elementwise.
     """
     forward = [call for call in attention if call.direction == "forward"]
     inside = [call for call in forward if call.call is not None and call.call in calls.relevant]
@@ -116,10 +116,10 @@ def attention_layers(
 
 
 def _part(module: nn.Module, found: Sequence[AttentionCall]) -> tuple[int, int] | None:
-    """How many features attention gave in a call of a layer, and how many were taken, where those are more.
+    """The features that attention returned in a call of a layer, and the features taken next, if those are more.
 
-    The next layer of weights may take more than attention gives, as where it takes the feed-forward layer's, too: so
-    nothing is missing where there are as many heads as the layer says that it has.
+    The next weight layer may take more features than attention returns, for example also those of the feed-forward
+    layer, so nothing is missing if the number of heads agrees with the layer's attribute.
     """
     by_call: dict[int | None, list[AttentionCall]] = {}
     for one in found:
@@ -136,7 +136,7 @@ def _part(module: nn.Module, found: Sequence[AttentionCall]) -> tuple[int, int] 
 
 
 def _announced_blocks(model: nn.Module) -> str | None:
-    """Name of the list of as many modules as the configuration announces layers, the largest of them."""
+    """Name of the largest module list whose length is the number of layers in the configuration."""
     count = getattr(_text_config(model), "num_hidden_layers", None)
     lists = {
         name: sum(parameter.numel() for parameter in module.parameters())
@@ -147,7 +147,7 @@ def _announced_blocks(model: nn.Module) -> str | None:
 
 
 def _holds(name: str, blocks: str | None) -> bool:
-    """Whether a module holds all the blocks; unless they are known, the model itself does."""
+    """Whether a module holds all the blocks; unless they are known, this is the model itself."""
     return not name or (blocks is not None and f"{blocks}.".startswith(f"{name}."))
 
 
@@ -158,7 +158,7 @@ def _entries(calls: Calls, whole: Sequence[AttentionCall]) -> tuple[int, ...]:
 
 
 def announced_layers(model: nn.Module) -> int | None:
-    """Number of softmax-attention layers the model's configuration announces; None where it has none."""
+    """Number of softmax-attention layers in the model's configuration; None if it has none."""
     config = _text_config(model)
     kinds = _kinds(config)
     if kinds:
@@ -182,14 +182,14 @@ def _kinds(config: Any) -> list[str]:
 
 
 class _AttentionSearch:
-    """Looks for calls in which attention should have run and no known implementation did.
+    """Finds calls in which attention should have run but no known implementation did.
 
     Args:
         model: the model.
-        calls: of its modules.
+        calls: calls of its modules.
         ran: calls of known implementations by the name of the layer; at least one.
-        mixing: numbers of the module calls that did what attention is written out with.
-        announced: name of the list of blocks that the configuration announces.
+        mixing: numbers of the module calls with the operators of eager attention.
+        announced: name of the list of blocks in the configuration.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class _AttentionSearch:
             self._like.setdefault(_pattern(name), []).append(name)
 
     def missing(self) -> dict[str, tuple[int, bool]]:
-        """Number of such calls by the name of the layer, and whether it is sure to be attention."""
+        """Number of such calls by layer name, and whether the layer is certainly attention."""
         found: dict[str, tuple[int, bool]] = {}
         for name, sure in self._candidates():
             count = sum(number not in self._covered for number in self._calls.called(name))
@@ -220,7 +220,7 @@ class _AttentionSearch:
         return found
 
     def _candidates(self) -> Iterator[tuple[str, bool]]:
-        """Modules in which attention should have run, and whether it is sure of them; else only if they mix tokens."""
+        """Modules in which attention should have run, and whether that is certain; else only if they mix tokens."""
         yield from ((layer, True) for layer in self._layers)
         slots = {_pattern(layer) for layer in self._layers}
         kinds = {self._kind(layer) for layer in self._layers if layer}
@@ -244,10 +244,10 @@ class _AttentionSearch:
                     yield name, passes_by or self._mixes_tokens(name)
 
     def _of_the_announced(self) -> Iterator[tuple[str, bool]]:
-        """Blocks that the configuration announces, where attention ran outside of them all.
+        """Blocks in the configuration, if attention ran outside all of them.
 
-        It ran in a head, or in the tower of another modality. But where a model holds the parts of its blocks in lists
-        of their own, as XLM does, these may be the other part.
+        It then ran in a head, or in the tower of another modality. But if a model holds the parts of its blocks in
+        separate lists, as XLM does, these may be the other part.
         """
         if not self._announced or any(layer.startswith(f"{self._announced}.") for layer in self._layers):
             return
@@ -264,7 +264,7 @@ class _AttentionSearch:
                 yield name, not parted or self._mixes_tokens(name)
 
     def _blocks(self) -> Iterator[tuple[str, str]]:
-        """Each numbered block around a layer, and the layer's path within; one of each pattern."""
+        """Each numbered block around a layer, and the layer's path inside it; one of each pattern."""
         found: dict[tuple[str, str], tuple[str, str]] = {}
         for layer in sorted(self._layers):
             parts = layer.split(".")
@@ -275,15 +275,15 @@ class _AttentionSearch:
         yield from found.values()
 
     def _may_have_to_attend(self, name: str, block: str, inside: str) -> bool:
-        """Whether a block in the same list as one with attention may have had to attend, too."""
+        """Whether a block in the same list as a block with attention may also have needed attention."""
         if any(layer.startswith(f"{name}.") for layer in self._layers):
             return False
         if self._is_of_another_kind(name, [self._kind(block)]):
             return False
-        return not self._calls.ran(f"{name}.{inside}")  # what ran in the place of attention is judged by itself
+        return not self._calls.ran(f"{name}.{inside}")  # the module that ran instead of attention is judged separately
 
     def _is_of_another_kind(self, name: str, siblings: Sequence[type]) -> bool:
-        """Whether the configuration or the library says that this is no attention."""
+        """Whether the configuration or the library shows that this is not attention."""
         parts = name.split(".")
         for place, part in enumerate(parts):
             holder = self._modules.get(".".join(parts[:place]))
@@ -301,39 +301,39 @@ class _AttentionSearch:
         return type(self._modules[name])
 
     def _mixes_tokens(self, name: str) -> bool:
-        """Whether a block did what attention is written out with."""
+        """Whether a block ran the operators of eager attention."""
         return not self._mixed.isdisjoint(self._calls.called(name))
 
 
 def _pattern(name: str) -> str:
-    """A name with its numbers left out, equal for the same place of another block."""
+    """A name without its numbers, equal for the same position in other blocks."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerProducts:
-    """Products of the forward pass, recomputed ones included, by the layer that called them."""
+    """Products of the forward pass, including recomputed ones, by the layer that called them."""
 
     by_layer: Mapping[str, tuple[Product, ...]]
     compiled: tuple[Product, ...]
-    """Those inside compiled code: the layer is unknown."""
+    """Products inside compiled code: the layer is unknown."""
     without: tuple[str, ...] = ()
-    """Layers with a call that had no product."""
+    """Layers with a call without a product."""
     passed_by: tuple[str, ...] = ()
-    """Layers that were not called where what holds them was, and their like in other blocks were."""
+    """Layers that were not called although their parents were, and their counterparts in other blocks were."""
 
     @property
     def names(self) -> list[str]:
-        """All layers that are known by name."""
+        """All layers known by name."""
         return list(dict.fromkeys([*self.by_layer, *self.without, *self.passed_by]))
 
     @property
     def all(self) -> list[Product]:
-        """Every product that is the model's."""
+        """All products that belong to the model."""
         return [*(product for products in self.by_layer.values() for product in products), *self.compiled]
 
     def dtypes(self, layer: str) -> list[str]:
-        """In which a layer computed; where it called nothing itself, what all compiled code agrees on."""
+        """Dtypes in which a layer computed; if it called nothing itself, the common dtype of all compiled code."""
         if layer in self.by_layer:
             return [product.dtype or "unknown" for product in self.by_layer[layer]]
         agreed = {product.dtype or "unknown" for product in self.compiled}
@@ -349,15 +349,15 @@ def products_of(
     """Attribute the products of one step.
 
     Args:
-        layers: by name of the layer, the modules whose calls are its own.
+        layers: by layer name, the modules whose calls count for the layer.
         model: the model.
-        calls: of its modules.
-        products: all of the step.
+        calls: calls of its modules.
+        products: all products of the step.
     """
     products = list(products)
     within: dict[int, list[Product]] = {}
     for product in products:
-        for number in calls.enclosing(product.call):  # irrelevant calls drop out below: by_name leaves them out
+        for number in calls.enclosing(product.call):  # by_name below omits irrelevant calls
             within.setdefault(number, []).append(product)
     by_layer: dict[str, tuple[Product, ...]] = {}
     without, idle = [], []
@@ -379,7 +379,7 @@ def products_of(
 
 
 def fourbit_layers(tree: ModelTree) -> dict[str, tuple[str, ...]]:
-    """Linear layers of the model whose own weight is a 4-bit one, each by its name."""
+    """Linear layers of the model whose own weight is 4-bit, each by its name."""
     return {
         name: (name,)
         for name, module in tree.modules

@@ -1,7 +1,7 @@
-"""The batches of a step: which of those that were loaded it has used, and how many tokens they hold.
+"""Determines which of the loaded batches a step has used, and counts their tokens.
 
-There are several counts of tokens. A row is as long as its longest neighbour, a mask hides some of it, a packed row has
-a tail, and the loss is taken over a part again. So each count goes with its convention, which is printed.
+Tokens can be counted in several ways: rows are padded to the longest row, a mask hides some positions, a packed row has
+an unused tail, and the loss covers only a part of the rest. So each count has a convention, which is printed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 IGNORED = -100
-"""The label that torch's cross entropy leaves out by default, and every trainer with it."""
+"""The label that torch's cross entropy ignores by default, and which all trainers use."""
 BY_MASK = "real tokens are the positions that the attention mask keeps"
 BY_POSITIONS = "no attention mask: real tokens are all positions but the last of a row with position id 0 and no label"
 BY_ALL = "neither attention mask nor position ids: every position counts as real"
@@ -23,20 +23,20 @@ AS_GIVEN = "the loss is over the labels that are not -100"
 
 
 class Copied(NamedTuple):
-    """The parts of a batch that tokens are counted from. A tuple is faster to make than a dataclass."""
+    """The parts of a batch from which tokens are counted. A tuple is faster to make than a dataclass."""
 
     sequences: int | None = None
     shape: torch.Size | None = None
-    """Rows and positions; None where it is no text."""
+    """Rows and positions; None if the batch is not text."""
     mask: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     labels: torch.Tensor | None = None
     shifted: torch.Tensor | None = None
-    """Labels that were shifted before."""
+    """Labels that are already shifted."""
 
 
 class Tokens(NamedTuple):
-    """Token counts of one step, by the field names of `StepReading`; None where not seen."""
+    """Token counts of one step, by the field names of `StepReading`; None if not observed."""
 
     sequences: int | None = None
     padded_tokens: int | None = None
@@ -46,12 +46,12 @@ class Tokens(NamedTuple):
 
 
 def copy_batch(batch: Any) -> Copied:
-    """Copy the parts of a batch that tokens are counted from, on its own device and without synchronisation.
+    """Copy the parts of a batch from which tokens are counted, on its own device and without synchronisation.
 
     Args:
-        batch: a mapping with `input_ids` (rows, positions) or `inputs_embeds` (rows, positions, width) and, where there
-            are such, `attention_mask`, `position_ids`, `labels`, `shift_labels`; or a sequence whose first item is a
-            tensor of whole numbers (rows, positions). Of anything else no tokens are counted.
+        batch: a mapping with `input_ids` (rows, positions) or `inputs_embeds` (rows, positions, width) and optionally
+            `attention_mask`, `position_ids`, `labels`, `shift_labels`; or a sequence whose first item is an integer
+            tensor (rows, positions). For any other object, no tokens are counted.
     """
     if isinstance(batch, (tuple, list)) and batch:
         batch = batch[0]
@@ -71,7 +71,7 @@ def copy_batch(batch: Any) -> Copied:
 
 
 def _copy_of(value: Any, shape: torch.Size | None = None) -> torch.Tensor | None:
-    """A copy of a plain tensor of this `shape` (None: of any); None for anything else, such as a subclass."""
+    """A copy of a plain tensor of this `shape` (None: of any shape); None for any other object, such as a subclass."""
     return value.clone() if type(value) is torch.Tensor and (shape is None or value.shape == shape) else None
 
 
@@ -97,7 +97,7 @@ def count_tokens(copied: Copied) -> Tokens:
 
 
 def total_tokens(batches: Sequence[Copied]) -> Tokens:
-    """The tokens of all batches of a step; a count that one of them does not show is None."""
+    """The tokens of all batches of a step; a count that one of them lacks is None."""
     found = [count_tokens(batch) for batch in batches]
     if not found:
         return Tokens()
@@ -111,13 +111,13 @@ def total_tokens(batches: Sequence[Copied]) -> Tokens:
 
 
 def sum_known(counts: Sequence[int | None]) -> int | None:
-    """The sum of counts; None where one of them is not known."""
+    """The sum of counts; None if one of them is unknown."""
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
 
 
 MOST_AHEAD = 64
-"""Batches of one loader that no backward pass has used yet; of more the oldest are forgotten."""
+"""Maximum batches of one loader that no backward pass has used yet; if there are more, the oldest are dropped."""
 
 
 @dataclass(slots=True)
@@ -125,26 +125,26 @@ class _Loader:
     """An iterator of a DataLoader."""
 
     ahead: deque[Copied]
-    """Batches that no pass has used yet."""
+    """Batches that no backward pass has used yet."""
     early: bool
-    """Whether it had loaded batches before it was seen."""
+    """Whether it had loaded batches before it was observed."""
     loaded: int = 0
-    """Batches that it has loaded in this step."""
+    """Number of batches that it has loaded in this step."""
     trains: bool = False
-    """Whether any was used."""
+    """Whether any batch was used."""
     ended: bool = False
 
 
 class Loaders:
-    """Which of the loaded batches a step has used. A loader may be ahead of the training by a batch or more, so each
-    backward pass uses the oldest batch of each loader."""
+    """Tracks which of the loaded batches a step has used. A loader may be ahead of the training by one or more batches,
+    so each backward pass uses the oldest batch of each loader."""
 
     def __init__(self) -> None:
         self._loaders: dict[int, _Loader] = {}
-        """By the identity of their iterators."""
+        """By the id of their iterators."""
 
     def put(self, iterator: Any, batch: Copied) -> None:
-        """The iterator has loaded a batch."""
+        """Record that the iterator has loaded a batch."""
         key, loaded = id(iterator), getattr(iterator, "_num_yielded", 1)
         if loaded <= 1 or key not in self._loaders:
             self._loaders[key] = _Loader(deque([Copied()] * (loaded - 1), maxlen=MOST_AHEAD), early=loaded > 1)
@@ -152,7 +152,8 @@ class Loaders:
         self._loaders[key].loaded += 1
 
     def end(self, iterator: Any) -> None:
-        """The iterator is exhausted. One of which no pass has used a batch belongs to an evaluation."""
+        """Record that the iterator is exhausted. If no pass has used any of its batches, it belongs to an
+        evaluation."""
         loader = self._loaders.get(id(iterator))
         if loader is not None and loader.trains:
             loader.ended = True
@@ -160,7 +161,7 @@ class Loaders:
             self._loaders.pop(id(iterator), None)
 
     def take(self) -> list[Copied]:
-        """The batches that a backward pass uses, as far as they are known yet."""
+        """The batches that a backward pass uses, as far as known."""
         ready = [loader for loader in self._loaders.values() if loader.ahead]
         for loader in ready:
             loader.trains = True
@@ -168,7 +169,7 @@ class Loaders:
 
     def end_step(self) -> list[Copied]:
         """The other batches that the step has used: all but the newest batch of each loader, which may be loaded ahead.
-        The first step that is seen has used as many as it has loaded, and so had the one before it, which was not."""
+        The first observed step, like the unobserved one before it, has used as many batches as it has loaded."""
         found = []
         for loader in self._loaders.values():
             if loader.early and loader.trains:

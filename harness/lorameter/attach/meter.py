@@ -5,9 +5,9 @@
 It writes its measurements as a run, like `lorameter run`, and prints the report at the end. A training that is wrapped
 (`lorameter wrap`), or that takes turns with others, is reported to the parent process instead.
 
-Callbacks of transformers' Trainer mark the begin and end of steps and the other work of the Trainer. The Trainer
-fetches the batches of a step before it reports the begin of the step, so the meter also times its `get_batch_samples`,
-on this trainer only, from the begin of its training to its end. The Trainer logs, evaluates and saves after it has
+Callbacks of transformers' Trainer mark the start and end of steps and the other work of the Trainer. The Trainer
+fetches the batches of a step before it reports the start of the step, so the meter also times its `get_batch_samples`,
+on this trainer only, from the start of its training to its end. The Trainer logs, evaluates and saves after it has
 reported the end of a step: evaluation and saving are separate phases.
 """
 

@@ -1,14 +1,14 @@
-"""Where steps are seen without a Trainer, and which training of a process is followed: the first, until it ends.
+"""Sources of steps other than a Trainer, and the choice of the measured training: the first of the process.
 
-A script may build two trainers, carry a meter of its own while it is wrapped, or fork. Every source of steps registers
-its training here. A fork of the process is not followed, and of two processes of one script one is (each observer
-ensures that where it writes).
+A script may build two trainers, contain its own meter while it is wrapped, or fork. Every source of steps registers its
+training here. A fork of the process is not measured, and of two processes of one script only one is measured (the
+observer ensures this when it writes).
 
-The steps of a loop are those that it names (`for batch in steps(loader)`), else the stretches between two updates of an
-optimizer. There the training is known once the first update is done, so the first step is not seen. The optimizer that
-did it marks the steps from then on; another one that updates within them, as in adversarial training or inside an
-optimizer that wraps it, is part of the step. The training has ended when its optimizer has been freed, or updates no
-more while another one does.
+The steps of a loop are those that it marks (`for batch in steps(loader)`), else the stretches between two updates of an
+optimizer. In that case the training is detected at the first update, so the first step is not measured. The optimizer
+of that update delimits the steps from then on; another optimizer that updates within them, as in adversarial training
+or inside a wrapping optimizer, is part of the step. The training has ended when its optimizer has been freed, or no
+longer updates while another one does.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ MakeObserver = Callable[[], TrainingObserver]
 
 
 class UnendedError(NotFollowedError):
-    """A training has not come to its end."""
+    """A training has not ended."""
 
 
 class Attachment:
-    """The training of one process that is followed. Not thread-safe."""
+    """The measured training of one process. Not thread-safe."""
 
     def __init__(self) -> None:
         self._pid: int | None = None
@@ -57,7 +57,7 @@ class Attachment:
 
     @property
     def occupied(self) -> bool:
-        """Whether no new training is followed: one is under way, or this is a fork."""
+        """Whether no new training can be measured: one is running, or this is a fork."""
         return self._pid is not None and not (self.steps is not None and self.steps.ended and self._pid == os.getpid())
 
     def begin(
@@ -70,18 +70,18 @@ class Attachment:
         parameters: Sequence[torch.nn.Parameter] = (),
         **facts: Any,
     ) -> Steps | None:
-        """Follow a training from here on.
+        """Begin to measure a training.
 
         Args:
-            source: who sees its steps; of one that has begun and not ended it is the same training.
-            kind: of source.
-            model: that trains; None where it is not seen.
-            make: makes the observer; None: the one that the environment names.
-            parameters: that train, where the model is not seen.
+            source: the source of its steps; if its training has begun and not ended, this is the same training.
+            kind: kind of the source.
+            model: the trained model; None if unknown.
+            make: makes the observer; None for the one named in the environment.
+            parameters: trained parameters, if the model is unknown.
             facts: further fields of the training (`TrainingInfo`).
 
         Returns:
-            What the source informs of the steps; None where another training is followed, or was.
+            The object to which the source reports its steps; None if another training is or was measured.
         """
         if self._pid == os.getpid() and self._source is source and self.steps is not None and self.steps.up:
             self.steps.restart()
@@ -92,7 +92,7 @@ class Attachment:
         writes = os.environ.get(ENV_FOLLOWER, DEFAULT_FOLLOWER) == DEFAULT_FOLLOWER
         rank, ranks = rank_of()
         if rank and not writes:
-            return None  # it follows what rank 0 shows
+            return None  # the observer uses the steps of rank 0
         self._pid, self._source, guard = os.getpid(), source, ErrorGuard()
         observer = guard.run(make or named_observer)
         if observer is None:
@@ -111,12 +111,12 @@ class Attachment:
         self.steps = Steps(observer, training, device_of(known), guard)
         atexit.register(self._end_with_process)
         if writes:
-            self._end_before_exit()  # the parent of trainings in turns sees by itself that a process is gone
+            self._end_before_exit()  # the parent of trainings that take turns detects the end of a process itself
         self.steps.begin()
         return self.steps
 
     def report_another(self, source: Source) -> None:
-        """Another training has begun. It is not followed: the observer learns of it once, and the first has ended."""
+        """Report another training once to the observer; it is not measured, and the first training has ended."""
         if self._reported or self.steps is None or self._pid != os.getpid():
             return
         self._reported = True
@@ -125,14 +125,15 @@ class Attachment:
         self.steps.end(_unended(self.steps), seen=False)
 
     def _end_with_process(self) -> None:
-        """The process ends and the training has not: by an error, or because the script has let it go."""
+        """End the measurement because the process ends before the training, by an error or because the script abandoned
+        it."""
         if self.steps is not None and self._pid == os.getpid():
-            error = getattr(sys, "last_value", None)  # what the interpreter has just printed
+            error = getattr(sys, "last_value", None)  # the exception that the interpreter has just printed
             self.steps.end(error if isinstance(error, BaseException) else _unended(self.steps), seen=False)
 
     def _end_before_exit(self) -> None:
-        """`os._exit` leaves out what is registered for the end of a process. Scripts call it where a library would
-        abort there, and their training is as whole as any."""
+        """End the measurement at `os._exit`, which skips exit handlers. Scripts call it because a library would abort
+        at exit; their training is complete."""
         module: Any = os
         leave = module._exit
 
@@ -147,23 +148,23 @@ class Attachment:
 
 
 def _unended(steps: Steps) -> BaseException | None:
-    """The error of a Trainer that did not come to its end; a loop may have come to its own."""
+    """The error for a Trainer that did not reach its end; a loop may have reached its own."""
     by_trainer = steps.training.source == "trainer"
     return UnendedError("the Trainer did not come to the end of its training") if by_trainer else None
 
 
-@functools.cache  # of the process: what it follows is one thing, however many modules ask
+@functools.cache  # one per process, however many modules call this
 def this_process() -> Attachment:
-    """The attachment of this process; a fork has that of the process it was forked from, and is not followed."""
+    """The attachment of this process; a fork has that of its parent process, and is not measured."""
     return Attachment()
 
 
 def named_observer() -> TrainingObserver:
-    """The observer that the environment names as `package.module:callable`; else a run is written.
+    """The observer named in the environment as `package.module:callable`; else an observer that writes a run.
 
     Raises:
-        ImportError: there is no such module.
-        AttributeError: it has no such name.
+        ImportError: the module does not exist.
+        AttributeError: the module has no such name.
     """
     module, _, name = os.environ.get(ENV_FOLLOWER, DEFAULT_FOLLOWER).partition(":")
     make: MakeObserver = getattr(importlib.import_module(module), name)
@@ -171,18 +172,18 @@ def named_observer() -> TrainingObserver:
 
 
 def device_of(parameters: Sequence[torch.nn.Parameter]) -> torch.device:
-    """The device of the first parameter that trains, else of the first; the CPU where there is none."""
+    """The device of the first trainable parameter, else of the first parameter; the CPU if there is none."""
     first = next((one for one in parameters if one.requires_grad), next(iter(parameters), None))
     return torch.device("cpu") if first is None else first.device
 
 
 def device_in_use() -> str:
-    """Where a training whose model is not seen computes: on the GPU if the process has initialised CUDA."""
+    """The device of a training whose model is unknown: the GPU if the process has initialised CUDA."""
     return "cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu"
 
 
 def rank_of() -> tuple[int, int]:
-    """This process's rank and how many there are, from torch.distributed, else as a launcher left them."""
+    """This process's rank and the number of ranks, from torch.distributed, else from the launcher's environment."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
@@ -190,10 +191,10 @@ def rank_of() -> tuple[int, int]:
 
 
 def count_parameters(model: Any) -> tuple[int | None, int | None]:
-    """Parameters that train, and all; a packed 4-bit weight counts as the elements that it holds. None for anything but
-    a model.
+    """The numbers of trainable and of all parameters; a packed 4-bit weight counts with its unpacked elements. None if
+    the object is not a model.
 
-    PEFT and transformers count their own, since a packed weight has half as many elements as the weight it holds.
+    PEFT and transformers have their own counts, since a packed weight has half as many elements as the unpacked weight.
     """
     if not isinstance(model, torch.nn.Module):
         return None, None
@@ -208,30 +209,30 @@ def count_parameters(model: Any) -> tuple[int | None, int | None]:
 
 
 MOST_OTHERS = 100
-"""Updates of another optimizer without one of the first, after which the first training is over: no step of several
-optimizers has so many of one."""
+"""Number of updates by another optimizer without one of the first, after which the first training has ended: no step
+with several optimizers has so many updates of one."""
 
 
 class OptimizerSource:
-    """Sees the steps of the first optimizer that updates, and holds nothing of its training. The hook of a process
-    (`hook/sitecustomize.py`) calls it before and after the update of every optimizer."""
+    """Observes the steps of the first optimizer that updates, without keeping references to its training. The hook of a
+    process (`hook/sitecustomize.py`) calls it before and after the update of every optimizer."""
 
     def __init__(self, make: MakeObserver | None = None) -> None:
         self._make = make
         self._steps: Steps | None = None
         self._optimizer: Callable[[], Any] = lambda: None
         self._calls = Patches()
-        """The call of a module, until one of the model is called in a step that is to be watched."""
+        """The patched module call, until a module of the model is called in a step that must be watched."""
         self._others: Counter[int] = Counter()
-        """Updates of each other optimizer since the last one of the first."""
+        """Updates of each other optimizer since the last update of the first."""
         self._over = compiles_here()
-        """Whether nothing is followed: no training was begun, or it has ended."""
+        """Whether nothing is measured: no training was begun, or it has ended."""
         if self._over:
             say("this training is not followed: torch.compile compiles its whole step, with the optimizer's update")
         self.begin_update = uncompiled(self._begin_update)
-        """An update begins."""
+        """Called before an update."""
         self.end_update = uncompiled(self._end_update)
-        """An update of this optimizer has ended."""
+        """Called after an update of this optimizer."""
 
     def _begin_update(self) -> None:
         if self._steps is not None:
@@ -264,7 +265,7 @@ class OptimizerSource:
             self._over = True
             return
         self._optimizer = weakref.ref(optimizer)
-        weakref.finalize(optimizer, self._remove_hooks).atexit = False  # while the interpreter ends, modules are gone
+        weakref.finalize(optimizer, self._remove_hooks).atexit = False  # at interpreter shutdown, modules are gone
         self._steps.restart()
         self._watch_next(self._steps)
 
@@ -273,8 +274,8 @@ class OptimizerSource:
         return this_process().begin(self, "optimizer", find_root(parameters), self._make, parameters=parameters)
 
     def _watch_next(self, steps: Steps) -> None:
-        """A step that is to be watched is opened when a module of the model is called: after the last step none is.
-        Where the closure of an update calls the model, the step is opened before the update."""
+        """Open a step that must be watched when a module of the model is called, since there is no such call after the
+        last step. If the closure of an update calls the model, the step is opened before the update."""
         model = steps.training.module
         if model is None or steps.passes_in_update or not steps.watch_is_due:
             return
@@ -289,14 +290,14 @@ class OptimizerSource:
         self._calls.add(torch.nn.Module, "__call__", before=call)
 
     def _remove_hooks(self) -> None:
-        """Stop watching the training. Its steps are written later, by the next update or at the end of the process:
-        this may be called anywhere, as by the garbage collector."""
+        """Stop watching the training. Its steps are written later, at the next update or at the end of the process,
+        because this may be called anywhere, for example by the garbage collector."""
         self._calls.remove()
         if self._steps is not None:
             self._steps.remove_hooks()
 
     def end(self, *, seen: bool = True) -> None:
-        """Stop following the training."""
+        """Stop measuring the training."""
         self._over = True
         self._remove_hooks()
         if self._steps is not None:
@@ -304,10 +305,10 @@ class OptimizerSource:
 
 
 def find_root(parameters: Iterable[torch.nn.Parameter]) -> torch.nn.Module | None:
-    """The outermost module that holds the first parameter that trains; None where none is found.
+    """The outermost module that holds the first trainable parameter; None if there is none.
 
-    All objects that the collector knows are searched, once: some tenths of a second before the first timed step.
-    Only their type is read, since some are proxies that act on any access.
+    Searches all objects of the garbage collector once, which takes some tenths of a second before the first timed step.
+    Only their type is read, since some are proxies with side effects on access.
     """
     trained = next((one for one in parameters if one.requires_grad), None)
     if trained is None:

@@ -196,7 +196,7 @@ class Steps:
         self._batches.append(self._guard.run(copy_batch, batch) or Copied())
 
     def begin_part(self, part: Part) -> None:
-        """Mark the begin of a part of the step."""
+        """Mark the start of a part of the step."""
         self._borders.append((part, "begin", time.perf_counter(), self._stamp()))
 
     def end_part(self, part: Part) -> None:
@@ -208,7 +208,7 @@ class Steps:
         return self.within and self.up
 
     def begin_update(self) -> None:
-        """Mark the begin of an optimizer's update."""
+        """Mark the start of an optimizer's update."""
         if self._active:
             self._updating = True
             self.begin_part("optimizer")

@@ -1,4 +1,4 @@
-"""The commands that measure what this machine can detect and where a slow-down began: `calibrate` and `bisect`."""
+"""The commands `calibrate` and `bisect`: what this machine can detect, and where a slow-down began."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ from lorameter.verdicts.series import compare_series, group_trials, is_differenc
 
 
 def run_calibrate(options: argparse.Namespace) -> int:
-    """Size the slow-down by a pilot, measure, and print the rates of the gate on this machine."""
+    """Determine the size of the injected slow-down with a pilot, measure, and print the rates of the gate on this
+    machine."""
     if options.resume:
         return _resume_calibration(options)
     rows = options.inject_rows
@@ -49,7 +50,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
 
 
 def _load_calibrated(options: argparse.Namespace) -> tuple[Study, str]:
-    """The study to calibrate by and its variant. Raises `UsageError` where it cannot be calibrated."""
+    """The study for the calibration and its variant. Raises `UsageError` if it is not suitable."""
     if len(options.variant) > 1:
         raise UsageError(
             f"--variant: {', '.join(options.variant)}: a calibration measures one variant. Give one of them."
@@ -69,7 +70,7 @@ def _load_calibrated(options: argparse.Namespace) -> tuple[Study, str]:
             f"more. Raise --replicates; {CALIBRATION_REPLICATES} is the default."
         )
     variant = study.variant(options.variant[0] if options.variant else study.reference)
-    # Every replicate is wanted: a run that stopped at its precision would have too few to draw from.
+    # All replicates are needed: a run that stopped at its precision would have too few for subsets.
     return _with_protocol(study, precision=None), variant.name
 
 
@@ -78,21 +79,21 @@ def _with_protocol(study: Study, **changes: Any) -> Study:
 
 
 def _measure_injected(study: Study, variant: str, rows: int, placement: Placement, options: argparse.Namespace) -> Run:
-    """An A/B of the present interpreter with itself, the candidate with extra work; training only."""
+    """Measure an A/B of the current interpreter with itself, with extra work in the candidate; training only."""
     run = measure_study(study, placement, options, select=[variant], phases=("train",), sides=present_sides(rows))
-    assert run is not None  # that is the answer to --dry-run, which there is none of here
+    assert run is not None  # None only with --dry-run, which this command does not have
     return run
 
 
 def _measure_pilot(study: Study, variant: str, rows: int, placement: Placement, options: argparse.Namespace) -> float:
-    """The slow-down that so many rows cause. Raises `InvalidRunError` where the pilot did not complete."""
+    """The slow-down caused by this many rows. Raises `InvalidRunError` if the pilot did not complete."""
     run = _measure_injected(study, variant, rows, placement, options)
     _require_whole(run, "it sizes the slow-down of a calibration. Calibrate anew")
     return calibration_ratio(run, variant)
 
 
 def calibration_ratio(run: Run, variant: str) -> float:
-    """The candidate's step time over the base's in a pilot. Raises `InvalidRunError` where it was not measured."""
+    """The candidate's step time over the base's in a pilot. Raises `InvalidRunError` if it was not measured."""
     base, candidate = (group_trials(run.records, side).get((variant, "variant")) for side in SIDES)
     comparison = compare_series(base, candidate, PRIMARY["train"]) if base and candidate else None
     if comparison is None or comparison.ratio is None:
@@ -108,27 +109,27 @@ def _resume_calibration(options: argparse.Namespace) -> int:
     if study_of(run).protocol.replicates < LEAST_TO_CALIBRATE:
         raise UsageError(f"run {name} sized the slow-down of a calibration, and is none itself. Calibrate anew.")
     whole = resume(find_interrupted(options), options)
-    assert whole is not None  # that is the answer to --dry-run, which there is none of here
+    assert whole is not None  # None only with --dry-run, which this command does not have
     return _show_calibration(whole, options)
 
 
 def _require_whole(run: Run, then: str) -> None:
-    """Raises `InvalidRunError` where a run was stopped, so that no further one begins."""
+    """Raise `InvalidRunError` if a run was stopped, so that no further run begins."""
     if run.manifest.status != "complete":
         raise InvalidRunError(f"run {run.manifest.run} was stopped, and what it had measured is kept: {then}.")
 
 
 def _show_calibration(run: Run, options: argparse.Namespace) -> int:
-    """Print the rates of the gate by this run; the exit code says whether identical code was measured as equal."""
+    """Print the rates of the gate from this run; the exit code says whether identical code was measured as equal."""
     _require_whole(run, f"resume: lorameter calibrate --resume {run.manifest.run}")
     result = calibrate(run, study_of(run).variant(run.manifest.selection[0]))
     rows = run.manifest.sides["candidate"][INJECTED]
     show_result(options, describe_calibration(result, rows), lambda: {"calibration": result, "inject_rows": rows})
-    return EXIT_INVALID if is_difference(result.identical) else EXIT_PASS  # of identical code
+    return EXIT_INVALID if is_difference(result.identical) else EXIT_PASS  # identical code
 
 
 def run_bisect(options: argparse.Namespace) -> int:
-    """Search and print; a step that is found is a pass, anything else is inconclusive."""
+    """Search and print; finding the step is a pass, any other result is inconclusive."""
     if options.metric not in METRICS:
         raise UsageError(f"--metric {options.metric}: no metric with an interval. Use one of {', '.join(METRICS)}.")
     study = load_study(options.study, device=open_executor().machine().kind)
@@ -164,7 +165,7 @@ def run_bisect(options: argparse.Namespace) -> int:
 
 
 def _measure_sides(study: Study, variant: str, sides: tuple[str, str], options: argparse.Namespace) -> Run:
-    """One A/B of two candidates; with --resume an earlier one of the same plan."""
+    """Measure one A/B of two candidates; with --resume, reuse an earlier one with the same plan."""
     placement, runs = Placement(), store.runs_dir(options.runs_dir, make=True)
     planned: dict[str, Any] = {
         "select": [variant],
@@ -176,5 +177,5 @@ def _measure_sides(study: Study, variant: str, sides: tuple[str, str], options: 
         if (earlier := find_measured(plan, runs)) is not None:
             return earlier
     run = measure_study(study, placement, options, **planned)
-    assert run is not None  # a dry run ends before
+    assert run is not None  # a dry run ends before this
     return run

@@ -64,7 +64,7 @@ def _list_sizes(options: argparse.Namespace) -> int:
     study = _load_named(options).with_overrides(model=options.model)
     if study.of_scripts:
         raise UsageError(f"list sizes: the variants of {study.name} are commands, whose models are their scripts'.")
-    from lorameter.trial.building.sizes import sizes_of_study  # loads torch, so only for a study that can be read
+    from lorameter.trial.building.sizes import sizes_of_study  # loads torch, so only for a readable study
 
     model, sizes = study.workload.model, sizes_of_study(study)
     source = catalogue.resolve(f"{catalogue.RANDOM_PREFIX}{model.removeprefix(catalogue.RANDOM_PREFIX)}")

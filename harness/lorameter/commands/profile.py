@@ -1,4 +1,4 @@
-"""The command that profiles the time and memory of a step or of a request: `profile`."""
+"""The command `profile`: profiles the time and memory of a step or of a request."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def run_profile(options: argparse.Namespace) -> int:
     try:
         if options.attempt is not None:
             tried = _try(study, variant, choose_finding(findings, options.attempt or None), options)
-    finally:  # a remedy that cannot be tried must not cost the profile
+    finally:  # a failing remedy must not lose the profile
         if options.json:
             print_json({"path": str(folder), **document, "tried": tried})
     if tried is None:
@@ -65,9 +65,9 @@ def run_profile(options: argparse.Namespace) -> int:
 
 
 def _try(study: Study, variant: Variant, finding: Finding, options: argparse.Namespace) -> RemedyResult:
-    """Measure the present variant and the suggested one, as any two."""
+    """Measure the current variant and the suggested one, like any two variants."""
     run = measure_study(make_pair(study, variant, finding), Placement(), options, phases=(phase_of(finding),))
-    assert run is not None  # that is the answer to --dry-run, which there is none of here
+    assert run is not None  # None only with --dry-run, which this command does not have
     return judge_remedy(run, finding)
 
 

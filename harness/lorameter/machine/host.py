@@ -81,7 +81,7 @@ class HostTelemetry:
         """Names of counters that this machine does not provide, with the reason."""
 
     def begin(self) -> None:
-        """Mark the begin of a timed stretch."""
+        """Mark the start of a timed stretch."""
         self._begun = time.monotonic(), host_counters(self._root)
 
     def end(self) -> dict[str, float]:

@@ -1,7 +1,7 @@
-"""Calls of git, and the state of a repository.
+"""Runs git commands, and reads the state of a repository.
 
-Git's hooks export variables that direct every git command to the repository of the hook, whichever folder it is started
-in. They are removed here, so that a run that a hook starts reads the repository that was named.
+Git hooks export variables that direct every git command to the hook's repository, regardless of the working folder.
+They are removed here, so that a run started by a hook reads the intended repository.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 
 _POINTERS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY")
 STATE_TIMEOUT_S = 10.0
-"""A repository on a network disk that does not answer must not hold up a run for the sake of its commit."""
+"""A repository on an unresponsive network disk must not delay a run just to read its commit."""
 
 
 def run_git(folder: Path, *arguments: str, timeout_s: float | None = None) -> subprocess.CompletedProcess[str]:
-    """The result of a git command in a folder. Code 127 and the reason where it cannot be run or does not end within
+    """Run a git command in a folder. The result has code 127 and the reason if git cannot be run or does not end within
     `timeout_s`.
 
-    A Ctrl-C in the terminal is for its parent, which may need git to take down what git put up. A read-only call takes
-    no lock: git would otherwise rewrite the index, and one that is killed there, or whose disk is full, leaves a lock
-    behind that stops every later commit of the user's.
+    Ctrl-C in the terminal reaches only the parent, which may need git for the cleanup. A read-only call takes no lock:
+    git would otherwise rewrite the index, and if it is killed then, or the disk is full, it leaves a lock that blocks
+    the user's later commits.
     """
     environment = {name: value for name, value in os.environ.items() if name not in _POINTERS}
     command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
@@ -44,7 +44,8 @@ def run_git(folder: Path, *arguments: str, timeout_s: float | None = None) -> su
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """Commit and dirty flag of the repository around `folder`; None where there is none. Bytecode is no change."""
+    """Commit and dirty flag of the repository around `folder`; None if there is none. Bytecode does not count as a
+    change."""
     commit = run_git(folder, "rev-parse", "HEAD", timeout_s=STATE_TIMEOUT_S)
     if commit.returncode:
         return {"commit": None, "dirty": None}

@@ -1,12 +1,12 @@
-"""How the machine is set up: what does not change while something is measured, and decides what can be measured.
+"""Reads the settings of the machine, which do not change during a measurement and determine what can be measured.
 
-Each setting here is known to move times by itself: a governor that lets the clock fall between two turns, turbo that
-lasts as long as the heat allows, huge pages that come and go with fragmentation, a process spread over memory nodes, a
-container with a quota that stops every thread for the rest of a period.
+Each of these settings is known to affect times: a governor that reduces the clock between two turns, turbo that lasts
+as long as the heat allows, huge pages that depend on fragmentation, a process spread over memory nodes, a container
+whose quota stops every thread for the rest of a period.
 
-A run writes them down once, with those of the GPU, as one document (`settings`), each with why it is not known: a
-limit of 400 W on a GPU of 700, an ECC mode or a governor is not in any other log. What changes from moment to moment
-(load, free memory, heat) is read around the timed stretches.
+A run records them once, with those of the GPU, as one document (`settings`), in which an unknown value has a reason: no
+other log contains a limit of 400 W on a 700 W GPU, an ECC mode or a governor. Values that change from moment to moment
+(load, free memory, heat) are read around the timed stretches.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from lorameter.machine.reading import Reading, missing, read_file, unavailable
 _CPU = "sys/devices/system/cpu"
 _CONTAINERS = ("docker", "kubepods", "containerd", "libpod", "lxc", "crio")
 MOMENTARY = ("load", "memory_available_bytes", "swap_used_bytes")
-"""Facts of the system that are no settings."""
+"""Facts about the system that are not settings."""
 
 
 def system_facts(root: Path = ROOT) -> dict[str, Reading[Any]]:
-    """Settings of the machine and limits of this process; an absent one is missing with its reason.
+    """Settings of the machine and limits of this process; an unavailable one is missing, with a reason.
 
-    `cpus` are those that this process may run on, `quota_cpus` CPUs' worth of time that the tightest cgroup grants,
-    `huge_pages` always, madvise or never, `numa_nodes` memory nodes with CPUs that this process may use, `container`
-    how one was recognised.
+    `cpus` are the CPUs on which this process may run, `quota_cpus` is the CPU time that the tightest cgroup grants (in
+    CPUs), `huge_pages` is always, madvise or never, `numa_nodes` are memory nodes with CPUs that this process may use,
+    `container` says how a container was recognised.
     """
     cpus = os.sched_getaffinity(0)
     return {
@@ -65,17 +65,18 @@ def system_facts(root: Path = ROOT) -> dict[str, Reading[Any]]:
 
 
 def memory_bytes(root: Path = ROOT) -> Reading[int]:
-    """The most memory that this process can have: the machine's, or a cgroup's limit where that is less."""
+    """The maximum memory of this process: the machine's, or a cgroup's limit if that is lower."""
     return _least(_meminfo(root, lambda fields: fields["MemTotal"]), memory_limit(root))
 
 
 def memory_available_bytes(root: Path = ROOT) -> Reading[int]:
-    """Memory that is available now without swapping: the machine's, or what a cgroup's limit leaves if that is less."""
+    """Memory that is available without swapping: the machine's, or what is left below a cgroup's limit if that is
+    lower."""
     return _least(_meminfo(root, lambda fields: fields["MemAvailable"]), memory_left(root))
 
 
 def _turbo(root: Path) -> Reading[bool]:
-    """Intel's driver says whether turbo is off, every other one whether boost is on."""
+    """Whether turbo is on: Intel's driver reports whether it is off, all other drivers whether boost is on."""
     intel = read_file(root / f"{_CPU}/intel_pstate/no_turbo", lambda text: text.strip() == "0", NO_FREQUENCY)
     other = read_file(root / f"{_CPU}/cpufreq/boost", lambda text: text.strip() == "1", NO_FREQUENCY)
     return intel if intel.known else other
@@ -88,7 +89,7 @@ def _nodes(root: Path, cpus: set[int]) -> Reading[int]:
 
 
 def _meminfo(root: Path, pick: Callable[[dict[str, int]], int]) -> Reading[int]:
-    """Bytes out of /proc/meminfo, which counts in units of 1024 that it calls kB."""
+    """Bytes from /proc/meminfo, which counts in units of 1024 that it calls kB."""
 
     def picked(text: str) -> int:
         fields = (line.partition(":") for line in text.splitlines())
@@ -115,14 +116,15 @@ def _container(root: Path) -> Reading[str]:
 
 
 def settings(*, gpu: bool, environment: Mapping[str, str] | None = None, root: Path = ROOT) -> dict[str, Any]:
-    """Of the machine (`system`), of its `gpu`, and which `host_counters_missing` there are, with the reason.
+    """Settings of the machine (`system`) and of its `gpu`, and the missing host counters (`host_counters_missing`) with
+    the reasons.
 
     Values are those of `system_facts` and `NvmlDevice.facts`, or "not available: REASON".
 
     Args:
-        gpu: whether trials run on a GPU; if not, none is read.
-        environment: of the trials, which says what GPU that is; None for this process's.
-        root: where the files of the kernel are.
+        gpu: whether trials run on a GPU; if not, no GPU is read.
+        environment: environment of the trials, which determines their GPU; None for this process's.
+        root: root folder of the kernel's files.
     """
     system = {name: one for name, one in system_facts(root).items() if name not in MOMENTARY}
     return {
@@ -138,5 +140,5 @@ def _gpu(environment: Mapping[str, str] | None) -> dict[str, Any] | str:
 
 
 def plain_facts(facts: Mapping[str, Reading[Any]]) -> dict[str, Any]:
-    """Facts as a document: the value of each, or why there is none."""
+    """Facts as a document: the value of each, or why it is unavailable."""
     return {name: one.value_or_reason() for name, one in facts.items()}

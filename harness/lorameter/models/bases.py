@@ -1,8 +1,8 @@
-"""Prepared bases on disk.
+"""Manages prepared bases on disk.
 
-A base is read, converted and quantised once, and every process of every run then maps the result. It is a folder named
+A base is read, converted and quantised once, and every process of every run then maps the result. It is a folder, named
 by a hash of everything that determines its content, with tensors, configuration and a description. A folder is complete
-or absent: it is written under another name, under a lock, synced and renamed.
+or absent: it is written under another name, under a lock, then synced and renamed.
 
 A base can be made again, so old ones are removed: those that no run has used for a month, and the least recently used
 beyond a total size.
@@ -27,11 +27,11 @@ from lorameter.records.fileio import write_document
 
 ENV_BASES = "LORAMETER_BASES"
 DESCRIPTION = "lorameter.json"
-"""Written last; its modification time is the last use."""
+"""Written last; its modification time is the time of the last use."""
 TENSORS = "base.safetensors"
 UNUSED_DAYS = 30
 MOST_BYTES = 64 * 2**30
-"""The largest size of all bases together."""
+"""Maximum total size of all bases."""
 DAY_S = 24 * 3600.0
 _DRAFT = ".partial"
 
@@ -41,21 +41,21 @@ class BaseDescription:
     """A prepared base."""
 
     digest: str
-    """XXH3 of the file of tensors; SHA-256 would take half a minute for 14 GB."""
+    """XXH3 of the tensor file; SHA-256 would take half a minute for 14 GB."""
     bytes: int
-    """Size of that file."""
+    """Size of the tensor file."""
     name_or_path: str
     """`name_or_path` of the model's configuration."""
     frozen: tuple[str, ...] = ()
-    """Parameters that require no gradient after loading."""
+    """Names of parameters that require no gradient after loading."""
     device_map: dict[str, str] | None = None
-    """The attribute `hf_device_map` of the model; None where it has none."""
+    """The attribute `hf_device_map` of the model; None if it has none."""
     marks: dict[str, bool] = field(default_factory=dict)
     """Other boolean attributes that transformers sets on a loaded model."""
     generation: dict[str, Any] = field(default_factory=dict)
-    """The model's settings for generation."""
+    """The model's generation settings."""
     load_s: float = 0.0
-    """Seconds of reading, converting and quantising when it was made."""
+    """Seconds spent on reading, converting and quantising."""
 
 
 def bases_dir() -> Path:
@@ -65,57 +65,57 @@ def bases_dir() -> Path:
 
 
 def folder_of(facts: Mapping[str, Any]) -> Path:
-    """The folder of the base whose content is determined by these facts."""
+    """The folder of the base determined by these facts."""
     content = codec.dumps(codec.to_json(facts))
     return bases_dir() / hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def read_description(folder: Path) -> BaseDescription | None:
-    """The description of the base in a folder; None if there is none, or its file of tensors has another size."""
+    """The description of the base in a folder; None if there is none, or if its tensor file has another size."""
     try:
         data = fileio.read_json(folder / DESCRIPTION, fileio.MANIFEST_BYTES)
         description = codec.from_json(BaseDescription, data, "description of a base")
         return description if (folder / TENSORS).stat().st_size == description.bytes else None
-    except (OSError, ValueError, LorameterError):  # missing or damaged
+    except (OSError, ValueError, LorameterError):  # the file is missing or damaged
         return None
 
 
 def write_description(folder: Path, description: BaseDescription) -> None:
-    """Writes the description, which completes the base."""
+    """Write the description, which completes the base."""
     write_document(folder / DESCRIPTION, description)
 
 
 def touch(folder: Path) -> None:
-    """Marks a base as used now."""
+    """Mark a base as used now."""
     with contextlib.suppress(OSError):  # a read-only cache
         (folder / DESCRIPTION).touch()
 
 
 @contextlib.contextmanager
 def draft_of(folder: Path) -> Iterator[Path]:
-    """A folder to be filled, which replaces `folder` at the end; an exception leaves nothing. The caller holds the lock
-    of `folder`.
+    """Make a folder to be filled, which replaces `folder` at the end; after an exception nothing remains. The caller
+    holds the lock of `folder`.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: writing failed.
     """
     draft = folder.with_name(f"{folder.name}{_DRAFT}")
-    shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(draft, ignore_errors=True)  # left over from a killed process
     try:
         draft.mkdir(parents=True)
         yield draft
-        shutil.rmtree(folder, ignore_errors=True)  # incomplete
+        shutil.rmtree(folder, ignore_errors=True)  # an incomplete folder
         draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
 def prune(*, most_bytes: int = MOST_BYTES) -> None:
-    """Removes bases that were not used for a month, and the least recently used until the rest has at most
-    `most_bytes`; bases of running measurements, which were used within a day, are kept."""
+    """Remove bases that were not used for a month, and the least recently used ones until the rest has at most
+    `most_bytes`. Bases of running measurements, which were used within a day, are kept."""
     bases: list[tuple[float, Path]] = []
     for folder in bases_dir().glob("*/"):
-        with contextlib.suppress(OSError):  # another process removes it as well
+        with contextlib.suppress(OSError):  # another process may also be removing it
             used = folder if folder.name.endswith(_DRAFT) else folder / DESCRIPTION
             bases.append((time.time() - used.stat().st_mtime, folder))
     total = sum(file.stat().st_size for _, folder in bases for file in folder.iterdir())

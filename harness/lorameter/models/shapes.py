@@ -1,8 +1,8 @@
 """Reads a model's dimensions from its config.json or GGUF header.
 
 Plans, feasibility and forecasts need only a model's widths and depth, and run in processes that must start fast: this
-module parses headers and JSON and never imports torch. Families have different names for the same dimension, and leave
-out dimensions that follow from others; both are resolved here.
+module parses headers and JSON and never imports torch. Families use different names for the same dimension, and omit
+dimensions that follow from others; this module resolves both.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class ModelShape:
     tied: bool | None
     """Whether the output head is the input embedding; None if unknown."""
     architecture: str
-    """The model type, as transformers and GGUF call it ("llama")."""
+    """The model type in transformers and GGUF ("llama")."""
 
 
 def shape(source: ModelSource) -> ModelShape:
     """The model's dimensions, from its config.json or its GGUF header.
 
     Raises:
-        UsageError: the file cannot be loaded or read, or describes no decoder-only model.
+        UsageError: the file cannot be loaded or read, or does not describe a decoder-only model.
     """
     if source.kind == "gguf":
         return _gguf_shape(source)
@@ -51,10 +51,10 @@ def shape(source: ModelSource) -> ModelShape:
 
 
 def shape_of_config(config: Mapping[str, Any], label: str) -> ModelShape:
-    """The dimensions in a configuration, as of a loaded model; `label` names it in errors.
+    """The dimensions in a configuration, such as that of a loaded model; `label` names it in errors.
 
     Raises:
-        UsageError: it describes no decoder-only model.
+        UsageError: it does not describe a decoder-only model.
     """
     text = config.get("text_config")
     config = text if isinstance(text, Mapping) and text else config
@@ -69,7 +69,7 @@ def shape_of_config(config: Mapping[str, Any], label: str) -> ModelShape:
 
 
 def read_config(source: ModelSource) -> dict[str, Any]:
-    """The content of a model's config.json. Raises `UsageError` where it cannot be loaded or read."""
+    """The content of a model's config.json. Raises `UsageError` if it cannot be loaded or read."""
     path = config_file(source)
     try:
         config = fileio.read_json(path, fileio.CONFIG_BYTES)
@@ -92,7 +92,7 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
     "vocab_size": ("vocab_size",),
     "context": ("max_position_embeddings", "n_positions", "n_ctx"),
 }
-"""Keys of each dimension in config.json: today's first, then GPT-2's, then OPT's."""
+"""Keys of each dimension in config.json: current ones first, then GPT-2's, then OPT's."""
 
 _GGUF_KEYS: dict[str, tuple[str, ...]] = {
     "hidden_size": ("embedding_length",),
@@ -108,7 +108,7 @@ _GGUF_KEYS: dict[str, tuple[str, ...]] = {
 
 
 _CONFIG_TYPES = {"gemma3": "gemma3_text"}
-"""Model types of transformers by their names in GGUF, where these differ."""
+"""Model types in transformers for GGUF names, if they differ."""
 
 
 def _gguf_shape(source: ModelSource) -> ModelShape:
@@ -129,7 +129,7 @@ def _first(mapping: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
 
 
 def _complete(values: dict[str, int | None], *, tied: bool | None, architecture: str, label: str) -> ModelShape:
-    """Add dimensions that a configuration may leave out because they follow from others."""
+    """Add dimensions that a configuration may omit because they follow from others."""
     hidden, heads = values["hidden_size"], values["heads"]
     if hidden and heads:
         values["kv_heads"] = values["kv_heads"] or heads
@@ -146,7 +146,7 @@ def gguf_of(path: Path) -> Header:
     """The header of a GGUF file.
 
     Raises:
-        UsageError: the package gguf is missing, or the file is no GGUF file.
+        UsageError: the package gguf is missing, or the file is not a GGUF file.
     """
     if importlib.util.find_spec("gguf") is None:
         raise impossible(
@@ -161,7 +161,7 @@ def gguf_of(path: Path) -> Header:
 
 
 class UnknownLayersError(UsageError):
-    """A number depends on layers that are not known."""
+    """Raised for a number that depends on unknown layers."""
 
 
 def family_of(shape: ModelShape) -> Family:
@@ -182,12 +182,12 @@ def unknown_layers(shape: ModelShape) -> str | None:
 
 
 def linear_layers(shape: ModelShape) -> Layers:
-    """The linear layers of one block, by the name that target_modules would use. Raises as `family_of` does."""
+    """The linear layers of one block, by their names in target_modules. Raises as `family_of` does."""
     return family_of(shape).layers(shape)
 
 
 def linear_widths(shape: ModelShape) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of these layers. Raises as `family_of` does."""
+    """Input and output widths of these layers. Raises as `family_of` does."""
     return {name: (layer.inputs, layer.outputs) for name, layer in linear_layers(shape).items()}
 
 
@@ -204,25 +204,25 @@ class Header:
     values: Mapping[str, Value]
     """Values by name, without lists."""
     tensors: Mapping[str, tuple[int, ...]]
-    """Dimensions of each tensor by name, the fastest-varying one first."""
+    """Dimensions of each tensor by name, the fastest-varying dimension first."""
 
 
 @functools.lru_cache(maxsize=8)
 def _read_header(path: Path, size: int, mtime_ns: int) -> Header:
-    """The header of a complete file of this size and time, read by the library gguf; cached, since a forecast needs the
-    shape hundreds of times.
+    """The header of a complete file with this size and modification time, read with the gguf library; cached, since a
+    forecast needs the shape hundreds of times.
 
     Its `GGUFReader` makes a numpy array of every item of every list: 7.5 s of CPU time for a vocabulary of 151,000
     tokens, in every dry run. A plan needs a dozen numbers, so lists are skipped.
 
     Raises:
-        NotReadableError: no GGUF file of a known version, or a truncated one.
+        NotReadableError: it is not a GGUF file of a known version, or is truncated.
         OSError: the file does not exist, or cannot be opened.
     """
     with fileio.open_plain(path) as file:
         try:
             reader = _make_reader(file)
-        except (ValueError, IndexError, KeyError, struct.error) as error:  # of numpy, where the file ends too early
+        except (ValueError, IndexError, KeyError, struct.error) as error:  # raised by numpy if the file is truncated
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise fileio.NotReadableError(f"it is no GGUF file, or truncated: {why}") from None
     fields = {name: field for name, field in reader.fields.items() if field.parts and not name.startswith("GGUF.")}
@@ -242,7 +242,7 @@ def _make_reader(file: Any) -> Any:
             return self._skip(memoryview(self.data), orig_offs) - orig_offs, [], [], [kinds.ARRAY]
 
         def _skip(self, content: memoryview, offset: int) -> int:
-            """The end of the list that begins here."""
+            """The end of the list that begins at this offset."""
             kind, count = struct.unpack_from("<IQ", content, offset)
             offset += 12
             if kind not in (kinds.STRING, kinds.ARRAY):

@@ -1,8 +1,8 @@
-"""Files read within size limits, written as a whole, or appended to line by line.
+"""Reads files within size limits, writes them atomically, and appends to journals line by line.
 
-What is read may be anything: a device without an end, or a terabyte. So the size of what is read is bounded here. What
-is written is on the disk, whole, when a function returns: a reader or a crash never finds half of a document, and a
-crash spoils one line of a journal at most.
+An input may be an endless device, or a terabyte. So this module limits the size of all inputs. When a function returns,
+its output is completely on disk: neither a reader nor a crash leaves half of a document, and a crash damages at most
+one line of a journal.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ from lorameter.records.codec import NotJsonError
 from lorameter.records.os_errors import translate_write_errors
 
 STUDY_BYTES = 1 << 20
-"""Limit of what people write by hand: a study, a policy."""
+"""Limit of hand-written files: a study, a policy."""
 CONFIG_BYTES = 16 << 20
-"""Limit of what describes a model, a layer of a cache, the accepted runs."""
+"""Limit of files that describe a model, a layer of the cache, or accepted runs."""
 MANIFEST_BYTES = 64 << 20
-"""Limit of a run's manifest, in which every planned trial is named."""
+"""Limit of a run's manifest, which names every planned trial."""
 BENCHMARK_BYTES = 128 << 20
-"""Limit of a file of pytest-benchmark, with all samples of all benchmarks in it."""
+"""Limit of a pytest-benchmark file, including all samples of all benchmarks."""
 LINE_BYTES = 256 << 20
-"""Limit of a line of a journal: the record of a trial with all of its samples, or a check."""
+"""Limit of a journal line: the record of a trial with all its samples, or a check."""
 _DRAFT_LETTERS = 40
-"""Characters of a file's name that its draft's name keeps: no name may be longer than 255 bytes."""
+"""Maximum characters of a file's name in its draft's name, because names are limited to 255 bytes."""
 
 
 class NotReadableError(ValueError):
-    """A file that cannot be used; the message says why, and the caller knows what it should have been."""
+    """A file that cannot be used; the message says why, and the caller adds the expected content."""
 
 
 def is_file(path: Path | str) -> bool:
-    """Whether a plain file is there; a name that no file can have, or that may not be looked at, names none."""
-    return os.path.isfile(path)  # noqa: PTH113 that of a Path raises for a name that is too long
+    """Whether a regular file exists; False for an invalid or inaccessible name."""
+    return os.path.isfile(path)  # noqa: PTH113 Path's method raises for a name that is too long
 
 
 def is_folder(path: Path | str) -> bool:
-    """Whether a folder is there, as `is_file`."""
-    return os.path.isdir(path)  # noqa: PTH112 as above
+    """Whether a folder exists; otherwise like `is_file`."""
+    return os.path.isdir(path)  # noqa: PTH112 see above
 
 
 def is_there(path: Path | str) -> bool:
-    """Whether anything is there, as `is_file`."""
-    return os.path.exists(path)  # noqa: PTH110 as above
+    """Whether anything exists there; otherwise like `is_file`."""
+    return os.path.exists(path)  # noqa: PTH110 see above
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -62,11 +62,11 @@ def is_there(path: Path | str) -> bool:
 
 @contextlib.contextmanager
 def open_plain(path: Path) -> Iterator[BinaryIO]:
-    """A plain file, open for reading; a pipe or a device may never end, or never begin.
+    """Open a regular file for reading; a pipe or a device may never end, or never begin.
 
     Raises:
-        NotReadableError: it is no plain file.
-        OSError: there is none, or it may not be read.
+        NotReadableError: it is not a regular file.
+        OSError: it does not exist, or must not be read.
     """
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123 a descriptor
         mode = os.fstat(file.fileno()).st_mode
@@ -76,7 +76,7 @@ def open_plain(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_text(path: Path, max_bytes: int) -> str:
-    """The text of a file. Raises `NotReadableError` where there is none, or more than `max_bytes` of it."""
+    """The text of a file. Raises `NotReadableError` if it does not exist, or is larger than `max_bytes`."""
     try:
         with open_plain(path) as file:
             content = file.read(max_bytes + 1)
@@ -85,12 +85,12 @@ def read_text(path: Path, max_bytes: int) -> str:
         return content.decode("utf-8")
     except OSError as error:
         raise NotReadableError(error.strerror or str(error)) from None
-    except ValueError as error:  # of a name that no file can have, of bytes that are no text
+    except ValueError as error:  # an invalid file name, or bytes that are not text
         raise NotReadableError(str(error)) from None
 
 
 def read_json(path: Path, max_bytes: int) -> Any:
-    """Plain data of a JSON file. Raises `NotReadableError`."""
+    """Plain data from a JSON file. Raises `NotReadableError`."""
     try:
         return codec.parse(read_text(path, max_bytes))
     except NotJsonError as error:
@@ -98,7 +98,7 @@ def read_json(path: Path, max_bytes: int) -> Any:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Plain data of a TOML file that a person wrote. Raises `NotReadableError` with the remedy."""
+    """Plain data from a hand-written TOML file. Raises `NotReadableError` with the remedy."""
     try:
         text = read_text(path, STUDY_BYTES)
     except NotReadableError as error:
@@ -108,7 +108,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         json.dumps(data)
     except RecursionError:
         raise NotReadableError("lists and tables are nested too deeply. Write fewer.") from None
-    except ValueError as error:  # of text that is no TOML, of a number of thousands of digits
+    except ValueError as error:  # not TOML, or a number with thousands of digits
         raise NotReadableError(f"not a TOML file: {str(error).partition(';')[0]}. Mend the line named.") from None
     except TypeError:
         raise NotReadableError("a value is a date, and no key takes one. Write it in quotes.") from None
@@ -116,7 +116,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def read_lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a journal from the file's position on, each with what ends it. Raises `NotReadableError` for a line
+    """The lines of a journal from the file's position on, each with its line end. Raises `NotReadableError` for a line
     that is longer than `LINE_BYTES`."""
     while line := file.readline(LINE_BYTES + 1):
         if len(line) > LINE_BYTES:
@@ -125,13 +125,13 @@ def read_lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def journal_lines(path: Path) -> Iterator[str]:
-    """The lines of a journal that are not blank, none where there is no file.
+    """The lines of a journal that are not blank; none if there is no file.
 
-    Bytes that are no text read as "\\xff", which no JSON holds: the line is damaged, and must not be read with
-    something else in their place.
+    Bytes that are not text are read as "\\xff", which is never valid JSON: the line is damaged, and must not be read
+    with a substitute.
 
     Raises:
-        UsageError: the file is there and cannot be read: it is no plain one, or a line of it has no end.
+        UsageError: the file exists but cannot be read: it is not a regular file, or a line never ends.
     """
     if not is_there(path):
         return
@@ -143,8 +143,7 @@ def journal_lines(path: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def explain_unreadable(path: Path) -> Iterator[None]:
-    """Turns a refusal of the disk to read `path`, or what is there instead of it, into a `UsageError` with its
-    remedy."""
+    """Convert an error while reading `path` into a `UsageError` with its remedy."""
     try:
         yield
     except NotReadableError as error:
@@ -157,13 +156,13 @@ def explain_unreadable(path: Path) -> Iterator[None]:
 
 
 def append(path: Path, text: str) -> None:
-    """Add whole lines to a journal and wait until the disk has them; a line that a crash cut short before them stays a
-    line of its own.
+    """Append whole lines to a journal and wait until they are on disk; an earlier line that a crash truncated stays a
+    separate line.
 
-    A character that UTF-8 cannot hold (half a surrogate pair, as in the name of a file that is no text) becomes "?".
+    A character that UTF-8 cannot encode (a lone surrogate, as in a file name that is not text) becomes "?".
 
     Raises:
-        OSError: the disk refuses; the file is as it was.
+        OSError: writing failed; the file is unchanged.
     """
     with path.open("a+b", buffering=0) as file:
         begun = file.seek(0, os.SEEK_END)
@@ -173,7 +172,7 @@ def append(path: Path, text: str) -> None:
             if file.read(1) != b"\n":
                 data = b"\n" + data
         try:
-            while data:  # of what does not fit any more a part may be taken
+            while data:  # if the disk is full, a part may be written
                 data = data[file.write(data) :]
             os.fsync(file.fileno())
         except OSError as error:
@@ -186,10 +185,10 @@ def append(path: Path, text: str) -> None:
 
 
 def check_appendable(path: Path) -> None:
-    """Refuse what is there and is no file that lines can be added to; where nothing is there, one can be made.
+    """Refuse an existing path to which lines cannot be appended; a missing file can be created.
 
     Raises:
-        UsageError, InvalidRunError: a link that leads nowhere, a folder, a pipe, or what may not be written.
+        UsageError, InvalidRunError: the path is a broken link, a folder, a pipe, or not writable.
     """
     if not os.path.lexists(path):
         return
@@ -208,12 +207,12 @@ def write_document(path: Path, value: Any) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text, have it on the disk, and put it in the place of what was there.
+    """Write a text to disk, and atomically replace the old file.
 
-    A character that UTF-8 cannot hold becomes "?", as in a journal.
+    A character that UTF-8 cannot encode becomes "?", as in a journal.
 
     Raises:
-        OSError: the disk refuses; what was there is there.
+        OSError: writing failed; the old file is unchanged.
     """
     with replacing(path) as draft:
         draft.write_text(text, encoding="utf-8", errors="replace")
@@ -221,23 +220,23 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replacing(target: Path, *, anew: bool = False) -> Iterator[Path]:
-    """A path next to `target`, to be written to; at the end that file replaces what was there.
+    """A path next to `target` for writing; at the end this file replaces the old one.
 
-    After an error the old file is unchanged, and no draft is left. A link stays one, and what it leads to is
-    replaced. What is there and is no plain file, such as a pipe, is written to as it is.
+    After an error the old file is unchanged, and no draft is left. For a link, its target is replaced. An existing path
+    that is not a regular file, such as a pipe, is written to directly.
 
     Args:
-        target: may have an earlier file of that name, which is worth more than half of a new one.
-        anew: whether to refuse to replace what is there.
+        target: the file to write; an existing file stays until the new one is complete.
+        anew: whether to refuse to replace an existing file.
 
     Raises:
-        OSError: the disk refuses; FileExistsError for what is there and is not to be replaced.
+        OSError: writing failed; FileExistsError if an existing file must not be replaced.
     """
     if is_there(target) and not is_file(target):
         yield target
         return
     place = Path(os.path.realpath(target))
-    if is_file(place) and not os.access(place, os.W_OK):  # to put another in its place takes no such right
+    if is_file(place) and not os.access(place, os.W_OK):  # replacing it would not need this permission
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
     draft = place.with_name(f".{place.name[:_DRAFT_LETTERS]}.{secrets.token_hex(4)}.tmp")
     try:
@@ -259,7 +258,7 @@ def replacing(target: Path, *, anew: bool = False) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have a folder on the disk: a new file is there after a crash only then. Not every file system can be asked."""
+    """Sync a folder to disk, so that a new file survives a crash. Not every file system supports this."""
     with contextlib.suppress(OSError):
         number = os.open(folder, os.O_RDONLY)
         try:

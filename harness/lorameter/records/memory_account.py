@@ -1,7 +1,7 @@
-"""Where a trial's memory goes: kinds, the measured peak, and what no kind explains.
+"""The memory breakdown of a trial: kinds, the measured peak, and the unexplained remainder.
 
-A sum of parts is worth something only if it can fail to meet the whole. So each kind is measured by itself, the peak by
-another instrument, and what is left between them is a line of its own, which may be negative.
+A sum of parts is informative only if it is independent of the total. So each kind is measured separately, the peak is
+measured in another way, and the remainder is a separate line, which may be negative.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ MEMORY_KINDS: Mapping[str, str] = {
     "heap_slack": "free, and kept by malloc",
     "heap_growth": "grown when less was alive",
 }
-"""Kinds in the order in which they are shown, with their titles. Embeddings, norms and buffers are distinguished by
-type: their kind is followed by the name of the type ("norms_float32")."""
+"""Kinds in display order, with their titles. Embeddings, norms and buffers are distinguished by dtype: their kind is
+followed by the name of the dtype ("norms_float32")."""
 BY_TYPE = ("embeddings", "norms", "buffers")
 
 
@@ -52,7 +52,7 @@ def title_of(kind: str) -> str:
 
 
 def in_order(kinds: Mapping[str, int], *, named: Collection[str] = ()) -> dict[str, int]:
-    """The kinds that take anything, and those of `named` in any case, in the order in which they are shown."""
+    """The kinds with nonzero sizes, and those in `named` in any case, in display order."""
     order = {stem: place for place, stem in enumerate(MEMORY_KINDS)}
 
     def place(kind: str) -> int:
@@ -66,15 +66,15 @@ def in_order(kinds: Mapping[str, int], *, named: Collection[str] = ()) -> dict[s
 class MemoryAccount(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Resident memory at the peak of one phase, in bytes by kind, and the measured peak.
 
-    On CUDA it is device memory and the peak the allocator's; else the peak resident set of the process.
+    On CUDA it is device memory, and the peak is the allocator's; else it is the peak resident set of the process.
     """
 
     phase: MemoryPhase
     kinds: dict[str, int]
-    """Bytes by kind (`MEMORY_KINDS`), each measured by itself."""
+    """Bytes by kind (`MEMORY_KINDS`), each measured separately."""
     peak_bytes: int
     outside_allocator: dict[str, int] = msgspec.field(default_factory=dict)
-    """Bytes that are not in CUDA's allocated peak: `fragmentation`, which is reserved and not allocated, and
+    """Bytes that are not in CUDA's allocated peak: `fragmentation`, which is reserved but not allocated, and
     `paged_optimizer_state`, which is managed memory. Empty on a CPU."""
 
     @property
@@ -84,7 +84,7 @@ class MemoryAccount(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     @property
     def unexplained_bytes(self) -> int:
-        """The part of the peak that no kind explains; negative where the kinds exceed it."""
+        """The part of the peak that no kind explains; negative if the kinds exceed the peak."""
         return self.peak_bytes - self.explained_bytes
 
     @property

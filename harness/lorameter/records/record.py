@@ -1,7 +1,7 @@
-"""The record of a trial, and the fragments that it is merged from.
+"""The record of a trial, and the fragments from which it is merged.
 
-Failure is data: whatever happens to a trial becomes a record with a status, and a sweep goes on. Facts only: samples
-and single values as measured; estimates are computed on demand from these and never stored.
+Failures are data: every outcome of a trial becomes a record with a status, and a sweep continues. Records contain only
+facts: samples and single values as measured; estimates are computed from these on demand and never stored.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import msgspec
 from lorameter.errors import UsageError, redact
 
 SCHEMA = 5
-"""Version of the files of a run. There is one: a reader refuses any other."""
+"""Version of the files of a run. A reader refuses all other versions."""
 
 Line = Annotated[str, msgspec.Meta(pattern=r"^[^\n\r\v\f\x1c-\x1e\x85\u2028\u2029]*\Z")]
-"""A name of one line. Runners of CI read an output line by line, and would take a second line for one of ours."""
+"""A name on one line. CI runners read output line by line, and would interpret a second line as a command."""
 
 
 def require_readable(data: Any, source: Path) -> None:
-    """Raises `UsageError` for what was read from a file of a run and is not of this schema."""
+    """Raise `UsageError` for data from a file of a run that does not follow this schema."""
     if not isinstance(data, dict):
         raise UsageError(f"{source}: {reprlib.repr(data)}: a table is expected. Measure again, or restore the file.")
     if data.get("schema") != SCHEMA:
@@ -35,19 +35,19 @@ def require_readable(data: Any, source: Path) -> None:
 
 Status = Literal["ok", "invalid", "oom", "timeout", "crashed", "interrupted", "not_run"]
 FINAL_STATUSES: tuple[Status, ...] = ("ok", "invalid", "oom", "timeout", "crashed")
-"""How a trial can end by itself. The others mean that it was ended from outside, or never began."""
+"""Final statuses of a trial. The others mean that it was ended from outside, or never began."""
 Role = Literal["variant", "control"]
 Interleaving = Literal["shared-base", "lockstep", "replicates", "separate"]
 Side = Literal["", "base", "candidate"]
-"""The side of an A/B that a trial belongs to; empty where there are no sides."""
+"""The side of an A/B to which a trial belongs; empty without sides."""
 Measure = Literal["steps", "requests", "open_ended", "merged", "peaks", "cold"]
 """Measurements of a trial: timed training steps with their losses · warm requests of a fixed number of tokens ·
-requests that end where the model ends them, with their answers · warm requests with the adapter merged · peaks of
-memory, load and first calls, which need an isolated process · the cold start of its saved adapter."""
+requests until EOS, with their answers · warm requests with the adapter merged · memory peaks, load and first calls,
+which need an isolated process · the cold start of its saved adapter."""
 
 
 class Notice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A message for readers of the numbers, with a remedy. Its texts are redacted."""
+    """A message for readers of the results, with a remedy. Its texts are redacted."""
 
     code: str
     message: str
@@ -58,8 +58,8 @@ class Notice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Why a trial is not ok: the phase it happened in, the kind, the message, the child's own traceback. Its texts are
-    redacted, as libraries repeat what they were given."""
+    """Why a trial is not ok: the phase, the kind, the message, and the traceback in the child. Its texts are redacted,
+    because libraries repeat their inputs."""
 
     phase: str
     kind: str
@@ -76,16 +76,17 @@ def _redact(instance: Notice | Failure, *names: str) -> None:
 
 
 UNDER_WAY = "UnderWay"
-"""Kind of the failure in a record that was written before its trial had ended."""
+"""Kind of the failure in a record that was written before the end of its trial."""
 DISTURBED = "Disturbed"
-"""Kind of the failure of a trial that ended in surroundings in which its numbers say nothing of it."""
+"""Kind of the failure of a trial that was disturbed so much that its numbers do not count."""
 
 
 class PartialRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The results that one command adds to a trial; the parent merges fragments, so a death later loses nothing.
+    """The results that one command adds to a trial; the parent merges fragments, so a later death of the process loses
+    nothing.
 
-    `samples` are raw values in the order measured, `values` single ones (seconds, tokens a second, loss), `memory`
-    bytes by kind, `checks` the evidence of kernels_check.
+    `samples` are raw values in the order of measurement, `values` are single values (seconds, tokens a second, loss),
+    `memory` contains bytes by kind, `checks` the evidence of kernels_check.
     """
 
     samples: dict[str, tuple[float, ...]] = msgspec.field(default_factory=dict)
@@ -95,13 +96,13 @@ class PartialRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     notices: tuple[Notice, ...] = ()
     tokens: dict[str, Any] = msgspec.field(default_factory=dict)
     software: dict[str, str] = msgspec.field(default_factory=dict)
-    """Versions of packages, and of `python` and `cuda`, as a script's own process reports them; empty for any other
-    trial, whose versions are in the run's provenance."""
+    """Versions of packages, and of `python` and `cuda`, as reported by a script's own process; empty for other trials,
+    whose versions are in the run's provenance."""
     failure: Failure | None = None
     status: Status = "ok"
 
     def failed(self, status: Status, failure: Failure) -> PartialRecord:
-        """This fragment as that of a trial that is not ok."""
+        """This fragment with a status and failure."""
         return msgspec.structs.replace(self, status=status, failure=failure)
 
     def with_notice(self, notice: Notice) -> PartialRecord:
@@ -121,16 +122,16 @@ class TrialRecord(PartialRecord, frozen=True, kw_only=True, forbid_unknown_field
     role: Role
     replicate: int
     position: int
-    """Place in the order of the run, from 0."""
+    """Index in the order of the run, from 0."""
     attempt: int = 0
-    """How often the trial had been measured before in surroundings that made it invalid."""
+    """Number of earlier measurements of the trial that a disturbance made invalid."""
     interleaving: Interleaving
-    """How this trial alternated with those that it is compared with; "replicates" where it was alone in its turn."""
+    """Interleaving with the trials that it is compared with; "replicates" if it was alone in its turn."""
     side: Side = ""
     site: str = ""
-    """On which of several sites it was measured, with all that it is paired with; empty where there is one."""
+    """The site on which it was measured, together with all trials paired with it; empty if there is only one site."""
     machine: str = ""
-    """Kind of machine of the site, in a run whose sites may be different machines, which are never combined."""
+    """Kind of the site's machine, in a run whose sites may be different machines, which are never combined."""
     seed: int
     started_unix_s: float
     wall_time_s: float
@@ -141,25 +142,25 @@ class TrialRecord(PartialRecord, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def settled(self) -> bool:
-        """Whether the trial came to its own end, good or bad."""
+        """Whether the trial ended by itself, with or without success."""
         return self.status in FINAL_STATUSES
 
     @property
     def under_way(self) -> bool:
-        """Whether it was written before its trial had ended."""
+        """Whether it was written before the end of its trial."""
         return self.failure is not None and self.failure.kind == UNDER_WAY
 
     @property
     def disturbed(self) -> bool:
-        """Whether the trial is invalid because of its surroundings, and for no fault of its own."""
+        """Whether the trial is invalid because of a disturbance, not because of itself."""
         return self.failure is not None and self.failure.kind == DISTURBED
 
     def replaced(self, **changes: Any) -> TrialRecord:
-        """This record with other values in some fields."""
+        """This record with some fields replaced."""
         return msgspec.structs.replace(self, **changes)
 
     def merged(self, fragment: PartialRecord) -> TrialRecord:
-        """This record with a fragment added: samples are appended, the rest is united, a bad status stays."""
+        """This record merged with a fragment: samples are appended, other fields are united, and a bad status stays."""
         samples = dict(self.samples)
         for name, values in fragment.samples.items():
             samples[name] = samples.get(name, ()) + values
@@ -178,10 +179,11 @@ class TrialRecord(PartialRecord, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def find_unmet(checks: Iterable[Mapping[str, Any]], required: Mapping[str, Any]) -> Failure | None:
-    """The failure of a step that lacks a required path; a path that was not watched is no pass. None where it has all.
+    """The failure of a step without a required path; a path that was not watched does not pass. None if it has all
+    paths.
 
     Args:
-        checks: as data, of the paths that were judged.
+        checks: checks of the judged paths, as plain data.
         required: values by path.
     """
     seen = {str(check["path"]): check for check in checks}
@@ -202,8 +204,7 @@ def find_unmet(checks: Iterable[Mapping[str, Any]], required: Mapping[str, Any])
 def judge_required(
     fragment: PartialRecord, required: Mapping[str, Any], *, name: str, allow_fallback: bool
 ) -> PartialRecord:
-    """The fragment of a verified trial: invalid where it lacks what is required, or with a notice where that is
-    allowed."""
+    """The fragment of a verified trial: invalid if a required path is missing, or with a notice if that is allowed."""
     failure = find_unmet(fragment.checks, required)
     if failure is None:
         return fragment

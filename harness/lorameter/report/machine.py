@@ -1,4 +1,4 @@
-"""What a machine can run and measure: the doctor's checks, and the rates of a calibration."""
+"""Describes what a machine can run and measure: the doctor's checks, and the rates of a calibration."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _blocks(checks: Sequence[DoctorCheck], *, fit: bool) -> Iterator[Block]:
 
 
 def describe_calibration(result: Calibration, rows: int) -> Document:
-    """The scatter, both comparisons, the rates of resampled gates, and the replicates that smaller effects take."""
+    """The scatter, both comparisons, the rates of resampled gates, and the replicates needed for smaller effects."""
     from lorameter.verdicts.calibrate import DRAWS, planned_effects
 
     identical, injected = (

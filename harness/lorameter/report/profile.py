@@ -1,4 +1,4 @@
-"""A profile of steps or of requests: time, operators, memory, ceilings, findings and a tried remedy."""
+"""Describes a profile of steps or requests: time, operators, memory, ceilings, findings and a tried remedy."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from lorameter.verdicts.series import is_difference
 from lorameter.verdicts.validity import disturbance_notices
 
 TOP = 8
-"""Operators that are shown by name."""
+"""Number of operators that are shown by name."""
 NAME_WIDTH = 80
 _MERGED = ", with the adapter merged"
 
@@ -84,14 +84,13 @@ def _heading(profile: TrialProfile, more: str = "") -> Line:
 
 
 def _notices(profile: TrialProfile) -> Document:
-    """Those of the trial, and the disturbances that it met."""
+    """Notices of the trial, and its disturbances."""
     disturbances = disturbance_notices([profile.record], on_cpu=profile.device == "cpu")
     return describe_notices((*profile.record.notices, *disturbances))
 
 
 def _memory(profile: Profile) -> Table:
-    """Kinds of a step, each next to its estimate from the shape alone; what no kind explains is a line of
-    its own."""
+    """Kinds of memory of a step, each with its estimate from the shape, and the unexplained remainder."""
     measured, guess = profile.memory, profile.estimates
     rows = []
     for kind in in_order(dict.fromkeys((*measured.kinds, *guess), 1)):
@@ -104,7 +103,7 @@ def _memory(profile: Profile) -> Table:
 
 
 def _guess(size: int, error: str = "") -> Cell:
-    """As a size, but fainter than measured values."""
+    """A size in a fainter tone than measured values."""
     return Cell(detail=f"{format_bytes(size)}{error}", value=size, unit="byte")
 
 
@@ -117,7 +116,7 @@ def _tabulate_memory(
     peak: tuple[Cell, ...] = (),
     notes: tuple[Line, ...] = (),
 ) -> Table:
-    """Kinds of memory, the rest that no kind explains, the peak, and memory outside of it; `peak` are the cells of the
+    """Kinds of memory, the unexplained remainder, the peak, and memory outside of it; `peak` contains the cells of the
     peak in the columns after the size."""
     empty = [""] * len(peak)
     rest = f"{format_bytes(account.unexplained_bytes)} ({account.share:.1%})"
@@ -160,7 +159,7 @@ class Words:
     what: str
     titles: Mapping[str, str]
     aside: str
-    """The work between two of them."""
+    """Work between two steps or requests."""
 
 
 OF_STEPS = Words(
@@ -186,8 +185,8 @@ OF_REQUESTS = Words(
 
 
 def _tabulate_phases(profile: TrialProfile, step: StepAccount, words: Words = OF_STEPS, *, suffix: str = "") -> Table:
-    """A row for each phase, the remainder that no phase explains, and the step; notes on the pairs are below it.
-    `suffix` is added to the title."""
+    """A row for each phase, the unexplained remainder, and the step; notes about the pairs are below it. `suffix` is
+    added to the title."""
     waits = "device waits" if profile.device == "cuda" else "between operators"
     known = not profile.activity.missing
     calls = "launches" if profile.device == "cuda" else "operators"
@@ -214,7 +213,7 @@ def _time(span: TimeSpan) -> Cell:
 
 
 def _shares(span: TimeSpan, whole: float) -> Cell:
-    """A part of a whole in percent, with its interval where it has one."""
+    """A part of a whole in percent, with its interval if it has one."""
     share = write_share(span.value / whole)
     if span.low is None or span.high is None:
         return share
@@ -286,7 +285,7 @@ def _operators(profile: TrialProfile, step: StepAccount, words: Words) -> Iterat
 
 
 def _tabulate_findings(findings: Sequence[Finding], codes: Iterable[str], not_observable: Collection[str]) -> Table:
-    """A row for each finding; below it the codes that were not found, and those that could not be judged."""
+    """A row for each finding; below it the codes without findings, and those that could not be judged."""
     rows = [write_row(one.code, one.message, _cost(one), _what_to_try(one)) for one in findings]
     rest = [code for code in codes if code not in {finding.code for finding in findings}]
     unseen = [code for code in rest if code in not_observable]
@@ -346,7 +345,7 @@ def _remedy_lines(tried: RemedyResult) -> Iterator[Line]:
 
 
 def _invalid(tried: RemedyResult) -> str | None:
-    """Why the comparison does not count; None where it does."""
+    """Why the comparison does not count; None if it counts."""
     if tried.valid:
         return None
     if tried.failures:
@@ -357,7 +356,7 @@ def _invalid(tried: RemedyResult) -> str | None:
 
 
 def _gain(ratio: float, low: float | None, high: float | None) -> str:
-    """The time that a ratio of times saves, in percent; the ends of the interval change places."""
+    """The time that a ratio of times saves, in percent; the ends of the interval are swapped."""
     ends = [None if end is None else 100 * (1 - end) for end in (high, low)]
     return f"{format_interval(100 * (1 - ratio), ends[0], ends[1], '1')} %"
 

@@ -1,8 +1,7 @@
-"""What a trained adapter writes: the answers of a run next to the records' own, before and after training, one panel a
-prompt.
+"""Describes the answers of a trained adapter: the reference, and answers before and after training, one panel a prompt.
 
-The answers were generated, timed and kept while the run was measured (requests that the model ends itself); here they
-are only decoded, by the tokenizer of the run's model.
+The run generated, timed and stored the answers (requests until EOS); this module only decodes them with the tokenizer
+of the run's model.
 """
 
 from __future__ import annotations
@@ -39,31 +38,32 @@ def _passages(sample: Sample) -> tuple[tuple[str, str], ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One prompt and what followed it."""
+    """One prompt and its continuations."""
 
     prompt: str
     reference: str
-    """How the held-out record goes on."""
+    """The continuation in the held-out record."""
     base_answer: str | None
-    """The base model's answer; None where it was not generated."""
+    """The base model's answer; None if it was not generated."""
     trained: str
     tokens: int
-    """Tokens of the trained answer, the one that ends it included."""
+    """Tokens of the trained model's answer, including the final one."""
     ended: bool
-    """Whether the model ended the answer itself; otherwise it was cut at the workload's limit."""
+    """Whether the model ended the answer itself; otherwise it was truncated at the workload's limit."""
 
 
 def read_samples(run: Run, variant: str, *, replicate: int = 0, count: int | None = None) -> tuple[Sample, ...]:
-    """The answers of one variant in one replicate, in the order of the prompts.
+    """The answers of one variant in one replicate, in prompt order.
 
     Args:
         run: a run whose workload has `open_ended_tokens`.
         variant: its name in the study.
-        replicate: which of the trained adapters, from 0.
-        count: as many at most; None for all.
+        replicate: number of the replicate, and so of the trained adapter, from 0.
+        count: maximum number of answers; None for all.
 
     Raises:
-        UsageError: no such variant or replicate, or no answers in the run, with what there is.
+        UsageError: the variant or replicate does not exist, or the run has no answers; the message lists the existing
+            ones.
     """
     answered = [one for one in run.records if one.role == "variant" and _prompts(one)]
     records = {one.replicate: one for one in answered if one.name == variant}
@@ -90,7 +90,7 @@ def read_samples(run: Run, variant: str, *, replicate: int = 0, count: int | Non
 
 
 def _prompts(record: TrialRecord) -> list[int]:
-    """The prompts that a trial has answered, in their order."""
+    """The prompts that a trial has answered, in order."""
     found = (re.fullmatch(r"answer_(\d+)", key) for key in record.tokens)
     return sorted(int(match[1]) for match in found if match)
 

@@ -1,10 +1,11 @@
-"""A run written for other programs: as tables (`csv`, `parquet`), as one JSON document, or for a page of trends.
+"""Writes a run for other programs: as tables (`csv`, `parquet`), as a JSON document, or for a trend dashboard.
 
 - github-action-benchmark, `tool: customSmallerIsBetter`: a list of `{name, unit, value, range, extra}`. One file has
-  one direction, so what is better when higher is left out.
-- Bencher Metric Format (bencher.dev/docs/reference/bencher-metric-format): benchmark → measure → value with its ends.
+  one direction, so metrics for which higher is better are omitted.
+- Bencher Metric Format (bencher.dev/docs/reference/bencher-metric-format): benchmark → measure → value with its
+  interval.
 
-Such a page keeps every number and knows no verdict, so a run that is not valid is refused.
+A dashboard keeps every number and has no verdicts, so an invalid run is refused.
 """
 
 from __future__ import annotations
@@ -34,23 +35,23 @@ from lorameter.verdicts.validity import run_validity
 SCHEMA = 1
 """Version of the JSON document. 1: first form."""
 GROUP_ROWS = 100_000
-"""Rows of a parquet file that are in memory at once."""
+"""Rows of a parquet file that are in memory at the same time."""
 TABULAR = ("csv", "parquet")
 OF_TRENDS = ("github-action-benchmark", "bencher")
 
 
 def text_of(run: Run, form: str, *, table: TableName | None = None, metrics: Sequence[str] = ()) -> Iterator[str]:
-    """A run as text in one of the formats, in parts: a table of samples may be larger than the memory.
+    """A run as text in one of the formats, in parts: a table of samples may be larger than memory.
 
     Args:
-        run: what was measured.
+        run: the run.
         form: json, csv or one of `OF_TRENDS`.
-        table: which table, for csv.
-        metrics: which metrics go to a page of trends; see `trend_rows`.
+        table: the table to write, for csv.
+        metrics: metrics for a dashboard; see `trend_rows`.
 
     Raises:
-        UsageError: a table file that holds no text, or none named.
-        InvalidRunError: a run that is not valid, for a page of trends.
+        UsageError: the table format is not text, or no table is named.
+        InvalidRunError: the run is invalid, for a dashboard.
     """
     if form == "csv" and table is not None:
         return csv_of(table, table_of(run, table))
@@ -64,10 +65,10 @@ def text_of(run: Run, form: str, *, table: TableName | None = None, metrics: Seq
 
 
 def write_tables(run: Run, form: str, output: Path, table: TableName | None = None) -> list[Path]:
-    """Write one table to a file, or without a name all of them into a folder; the files.
+    """Write one table to a file, or, without a name, all tables into a folder; returns the files.
 
     Raises:
-        UsageError, InvalidRunError: the place cannot be written; all files that were there are there.
+        UsageError, InvalidRunError: the output cannot be written; existing files are unchanged.
     """
     names: Sequence[TableName] = get_args(TableName) if table is None else (table,)
     targets = {name: output / f"{name}.{form}" if table is None else output for name in names}
@@ -84,8 +85,7 @@ def write_tables(run: Run, form: str, output: Path, table: TableName | None = No
 
 
 def write_text(text: Iterable[str], output: Path) -> list[Path]:
-    """Write the parts of a document to a file. Raises `UsageError` or `InvalidRunError` where the place cannot be
-    written."""
+    """Write the parts of a document to a file. Raises `UsageError` or `InvalidRunError` if it cannot be written."""
     with _refusals(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         with replacing(output) as draft, draft.open("w", encoding="utf-8", errors="replace") as file:
@@ -94,14 +94,14 @@ def write_text(text: Iterable[str], output: Path) -> list[Path]:
 
 
 class _Echo:
-    """A file for `csv.DictWriter`, whose `writerow` returns what `write` does."""
+    """A file object for `csv.DictWriter`, whose `writerow` returns the result of `write`."""
 
     def write(self, line: str) -> str:
         return line
 
 
 def csv_of(table: TableName, rows: Iterable[Row]) -> Iterator[str]:
-    """The lines of a table with its heads; a missing value is empty, and no number is rounded."""
+    """The lines of a table with its header; a missing value is empty, and no number is rounded."""
     writer = csv.DictWriter(_Echo(), names_of(table), extrasaction="ignore", lineterminator="\n")
     yield writer.writeheader()
     for row in rows:
@@ -109,7 +109,7 @@ def csv_of(table: TableName, rows: Iterable[Row]) -> Iterator[str]:
 
 
 def _write_parquet(table: TableName, rows: Iterable[Row], target: Path) -> None:
-    """Write a table, a group of rows at a time."""
+    """Write a table, one group of rows at a time."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -137,15 +137,15 @@ def _refusals(output: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def trend_rows(run: Run, metrics: Sequence[str] = ()) -> list[Row]:
-    """The estimates of a run that go to a page of trends.
+    """The estimates of a run for a dashboard.
 
     Args:
-        run: a run that is valid as a whole.
-        metrics: names or patterns of metrics and kinds of memory; empty for what two runs are compared by.
+        run: a completely valid run.
+        metrics: names or patterns of metrics and kinds of memory; empty for the default metrics of a comparison.
 
     Raises:
         InvalidRunError: the run is not valid.
-        UsageError: a pattern that matches nothing.
+        UsageError: a pattern matches nothing.
     """
     study, name = read_study(run), run.manifest.run
     if invalid := run_validity(run, study).invalid:
@@ -164,7 +164,7 @@ def trend_rows(run: Run, metrics: Sequence[str] = ()) -> list[Row]:
 
 
 def encode_action(run: Run, metrics: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Entries for github-action-benchmark's `customSmallerIsBetter`. Raises as `trend_rows`."""
+    """Entries for github-action-benchmark's `customSmallerIsBetter`. Raises as `trend_rows` does."""
     return [
         {
             "name": f"{_name(row)}, {row['metric']}",
@@ -181,7 +181,7 @@ def encode_action(run: Run, metrics: Sequence[str] = ()) -> list[dict[str, Any]]
 
 
 def encode_bencher(run: Run, metrics: Sequence[str] = ()) -> dict[str, dict[str, dict[str, float]]]:
-    """Bencher Metric Format. Raises as `trend_rows`."""
+    """Estimates in the Bencher Metric Format. Raises as `trend_rows` does."""
     metrics_of: dict[str, dict[str, dict[str, float]]] = {}
     for row in trend_rows(run, metrics):
         has_interval = None not in (row["low"], row["high"]) and row["interval"] != RANGE

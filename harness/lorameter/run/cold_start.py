@@ -1,7 +1,7 @@
-"""A cold start as the sum of two parts: the imports of a new interpreter, and the load of a model and its first answer.
+"""Measures a cold start as the sum of two parts: imports of a new interpreter, and loading plus the first answer.
 
-The imports depend on the environment and not on the variant, so they are timed once a replicate and side. The rest is
-timed in a fresh child of a process that has imported.
+The imports depend on the environment and not on the variant, so they are timed once per replicate and side. The rest is
+timed in a fresh child of a process that has already imported the libraries.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Imports = MutableMapping[tuple[int, str], PartialRecord]
 
 
 def measure_cold(executor: Executor, request: TrialRequest, imports: Imports, side: str) -> PartialRecord:
-    """The sum with its parts, of a trial whose process has ended; imports that are missing are timed and added. Raises
-    `WorkerLostError`."""
+    """The sum with its parts, for a trial whose process has ended; missing import times are measured and added to
+    `imports`. Raises `WorkerLostError`."""
     key, timeout_s = (request.replicate, side), request.protocol.step_timeout_s
     if key not in imports:
         imports[key] = executor.time_imports(request.log_path, timeout_s)
@@ -40,7 +40,7 @@ def measure_cold(executor: Executor, request: TrialRequest, imports: Imports, si
 
 
 def measure_whole(executor: Executor, request: TrialRequest) -> PartialRecord:
-    """A cold start in one new interpreter, with which the sum can be compared. Raises `WorkerLostError`."""
+    """Measure a cold start in one new interpreter, to compare it with the sum. Raises `WorkerLostError`."""
     whole = executor.cold_start(request)
     if whole.status != "ok":
         return whole

@@ -1,6 +1,6 @@
-"""Predicts time, memory and disk of a plan before it runs, each with what it rests on.
+"""Predicts time, memory and disk space of a plan before it runs, each with its source.
 
-Memory is that of an earlier run, or counted (`lorameter.models.costs.memory`).
+The memory comes from an earlier run, or is estimated (`lorameter.models.costs.memory`).
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ OF_SCRIPTS = "it is the scripts' own"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """Expected cost of a plan; each is None where it would be a guess."""
+    """Expected cost of a plan; a value that would be a guess is None."""
 
     time: TimeForecast
     memory_bytes: int | None
     disk_bytes: int | None
     unknown: str | None = None
-    """Why memory or disk are not known."""
+    """Why memory or disk space is unknown."""
 
 
 def forecast(plan: Plan, machine: Machine, runs: Path, executor: Executor | None = None) -> Forecast:
-    """Expected time, largest memory of processes that are live together, and disk of a run. Its steps are timed by the
-    `executor`, if there is one."""
+    """Predict the time, the largest memory of processes that are live at the same time, and the disk space of a run.
+    The `executor`, if given, times its steps."""
     time = forecast_time(plan, machine, runs, executor)
     if plan.study.of_scripts:
         return Forecast(time=time, memory_bytes=None, disk_bytes=None, unknown=OF_SCRIPTS)
@@ -72,15 +72,15 @@ def forecast(plan: Plan, machine: Machine, runs: Path, executor: Executor | None
 
 
 def _group_bytes(group: Group, needs: Mapping[str, int | None], machine: Machine, *, forked: bool) -> int | None:
-    """Memory of the processes of a group: each counts with the largest of its trials, and shared memory once."""
+    """Memory of the processes of a group: each counts with its largest trial, and shared memory counts once."""
     total = sum_known(largest_known(needs[slot.variant.name] for slot in launch) for launch in group.launches)
     first = [launch[0] for launch in group.launches]
     return total and total - _shared_bytes([(slot.arm.built, slot.workload) for slot in first], machine, forked=forked)
 
 
 def _shared_bytes(processes: Sequence[tuple[Variant, Workload]], machine: Machine, *, forked: bool) -> int:
-    """Bytes by which the peaks of these processes add up to more than they take together on a CPU; `forked` if one
-    process that has imported the libraries is the parent of all."""
+    """Bytes by which the sum of these processes' peaks exceeds their total memory on a CPU; `forked` if one process
+    that has imported the libraries is the parent of all."""
     if machine.device != "cpu":
         return 0
     imported = (len(processes) - 1) * int((1 - COPIED_SHARE) * birth_bytes(machine.cuda)) if forked else 0
@@ -88,8 +88,8 @@ def _shared_bytes(processes: Sequence[tuple[Variant, Workload]], machine: Machin
 
 
 def _idle_logit_bytes(processes: Iterable[tuple[Variant, Workload]], machine: Machine) -> int:
-    """Logits in the estimated peaks of processes that wait. A process holds them only while it computes, and no more
-    processes compute at once than there are CPUs: the largest count."""
+    """Logits in the estimated peaks of waiting processes. A process holds logits only while it computes, and at most as
+    many processes compute at once as there are CPUs: those with the largest logits."""
     sizes = []
     for variant, workload in processes:
         shape = shapes.shape(catalogue.resolve(workload.model))
@@ -99,8 +99,8 @@ def _idle_logit_bytes(processes: Iterable[tuple[Variant, Workload]], machine: Ma
 
 
 def _shared_base_bytes(processes: Iterable[tuple[Variant, Workload]], machine: Machine) -> int:
-    """Bytes of bases that several of these processes map from one file, beyond the first of them. A base that the
-    adapter's initialisation rewrites, or whose biases train, is not shared."""
+    """Bytes of bases that several of these processes map from one file, not counting the first process. A base that the
+    adapter's initialisation changes, or whose biases train, is not shared."""
     mapped: set[BaseKey] = set()
     repeated = 0
     for variant, workload in processes:
@@ -114,13 +114,13 @@ def _shared_base_bytes(processes: Iterable[tuple[Variant, Workload]], machine: M
 
 
 def largest_known(sizes: Iterable[int | None]) -> int | None:
-    """The largest; None where one is not known."""
+    """The largest size; None if one is unknown."""
     known = list(sizes)
     return None if None in known else max(filter(None, known), default=0)
 
 
 def sum_known(sizes: Iterable[int | None]) -> int | None:
-    """The sum; None where one is not known."""
+    """The sum; None if one is unknown."""
     known = list(sizes)
     return None if None in known else sum(filter(None, known))
 
@@ -128,8 +128,8 @@ def sum_known(sizes: Iterable[int | None]) -> int | None:
 def together_bytes(
     members: Sequence[AnyVariant], workload: Workload, machine: Machine, runs: Path | None, *, forked: bool
 ) -> int | None:
-    """Expected memory of one live process for each member, with shared memory counted once; None where that of one is
-    not known. `forked` as for a plan without sides: one process is the parent of all."""
+    """Expected memory of one live process for each member, with shared memory counted once; None if one is unknown.
+    `forked` as for a plan without sides: one process is the parent of all."""
     needs = needed_bytes(members, workload, machine, runs)
     total = sum_known(needs[variant.name] for variant in members)
     if total is None or workload.model == OWN:
@@ -141,8 +141,8 @@ def together_bytes(
 def needed_bytes(
     variants: Iterable[AnyVariant], workload: Workload, machine: Machine, runs: Path | None
 ) -> dict[str, int | None]:
-    """Expected memory of a trial's processes on a device, of each variant by name: the peak of an earlier run where
-    there is one, else the estimate, None where the model's layers are not known; on a GPU device memory."""
+    """Expected memory of a trial's processes on a device, by variant name: the peak of an earlier run if there is one,
+    else the estimate; None if the model's layers are unknown. On a GPU it is device memory."""
     shape = None if workload.model == OWN else shapes.shape(catalogue.resolve(workload.model))
     device, birth = machine.device, birth_bytes(machine.cuda)
     kind, extra = "host_peak_train_bytes", 0
@@ -155,14 +155,14 @@ def needed_bytes(
         peak = measured[variant.id] + extra if variant.id in measured else None
         if shape is None or not isinstance(variant, Variant) or unknown_layers(shape):
             return None if peak is None else processes * peak
-        if uncounted(variant, shape):  # no formula is known for its method
+        if uncounted(variant, shape):  # there is no formula for its method
             return processes * (peak or bound_bytes(variant, workload, shape, device, birth))
         expected = estimate_peak(
             variant, workload, shape, device=device, repacks=machine.avx512_bf16, process_bytes=birth
         )
         if peak is None:
             return processes * expected.needed_bytes
-        # A measured peak is that of training, and requests may take more.
+        # A measured peak is that of training; requests may need more.
         return processes * max(peak, expected.needed_bytes if expected.phase == "generate" else 0)
 
     return {variant.name: need(variant) for variant in variants}
@@ -170,7 +170,7 @@ def needed_bytes(
 
 def measured_peaks(workload: Workload, machine: Machine, runs: Path, kind: str) -> dict[str, int]:
     """Largest peak of each variant, by its id, measured on this workload in the latest runs on this machine; `kind` is
-    the name under which records hold it."""
+    its name in records."""
     peaks, wanted = dict[str, int](), codec.to_json(workload)
     for run in latest_runs(machine, runs):
         for record in run.records:

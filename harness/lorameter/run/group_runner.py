@@ -1,9 +1,9 @@
-"""Measures one group of a plan: its processes are live together and take the turns that the plan says.
+"""Measures one group of a plan: its processes are live at the same time and take the turns of the plan.
 
-What is timed is alone: the parent sends one command and blocks on the answer. Building, checking, warming up and first
-requests are in no number, so as many processes at once do these as there are cores for them; when the last has
-answered, no process is busy. What a process answers goes into the record of its trial; its death
-into that of each trial that it hosted.
+Timed work runs alone: the parent sends one command and blocks on the answer. Building, checking, warming up and first
+requests are not timed, so as many processes do these in parallel as there are cores; after the last answer, no process
+is busy. The answer of a process goes into the record of its trial; its death goes into the record of each trial that it
+hosted.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class RunParts:
 
 
 class GroupRecords:
-    """One record a trial of a group under way. Those of a long group are saved between its commands as well, so that
-    killing the parent never costs all of its time."""
+    """One record for each trial of a running group. For a long group they are also saved between its commands, so that
+    killing the parent never loses all of its time."""
 
     def __init__(self, group: Group, run: RunParts, attempt: int) -> None:
         self.slots = {slot.trial: slot for slot in group.slots}
@@ -56,18 +56,18 @@ class GroupRecords:
         self.ended: set[str] = set()
         """Trials that are complete."""
         self.saving_s = 0.0
-        """Seconds that checkpoints have taken."""
+        """Seconds spent on checkpoints."""
         self._run = run
         self._entered = self._saved = run.budget.clock()
         self._begun: dict[str, tuple[float, float]] = {}
-        """When the process of each trial was started: Unix time and monotonic clock."""
+        """The start of each trial's process: Unix time and monotonic clock."""
 
     def begin(self, launch: Iterable[Slot], begun: tuple[float, float]) -> None:
-        """Their process was started at this Unix time and monotonic clock."""
+        """Record the start of their process, as Unix time and monotonic clock."""
         self._begun |= {slot.trial: begun for slot in launch}
 
     def is_ok(self, trial: str) -> bool:
-        """Whether it has not failed so far."""
+        """Whether the trial has not failed so far."""
         return self.records[trial].status == "ok"
 
     def live(self, measure: Measure | None = None) -> list[str]:
@@ -79,40 +79,40 @@ class GroupRecords:
         ]
 
     def values(self, name: str) -> list[float]:
-        """A value of the live trials that have it."""
+        """A value of the live trials, as far as they have it."""
         records = (self.records[trial] for trial in self.live())
         return [record.values[name] for record in records if name in record.values]
 
     def add(self, trial: str, fragment: PartialRecord, **changes: Any) -> None:
-        """Add what a command has answered, and `changes` of fields of the record."""
+        """Add the answer of a command, and `changes` of fields of the record."""
         record = self.records[trial].merged(fragment)
         changes["tokens"] = record.tokens | self._run.context.of(self.slots[trial].workload).tokens
         if trial in self._begun:
             started_unix_s, begin = self._begun[trial]
             changes |= {"started_unix_s": started_unix_s, "wall_time_s": time.monotonic() - begin}
         record = record.replaced(**changes)
-        if flaw := find_fault(record):  # no reader would take it, and with it the whole run
+        if flaw := find_fault(record):  # an invalid record would make the whole run unreadable
             failure = Failure(phase="record", kind="Unreadable", message=flaw)
             record = self.records[trial].merged(PartialRecord().failed("invalid", failure))
         self.records[trial] = record
 
     def add_loss(self, trials: Iterable[str], lost: WorkerLostError) -> None:
-        """Record the death of their process; trials that had failed before keep their failure."""
+        """Record the death of their process; trials that had already failed keep their failure."""
         for trial in trials:
             if self.is_ok(trial):
                 self.add(trial, PartialRecord().failed(lost.status, lost.failure))
 
     def break_off(self, kind: str, message: str) -> None:
-        """Mark what has not ended as interrupted, or as not run if it had not begun."""
+        """Mark trials that have not ended as interrupted, or as not run if they had not begun."""
         for trial in self.live():
             if trial not in self.ended:
                 status: Status = "interrupted" if trial in self._begun else "not_run"
                 self.add(trial, PartialRecord().failed(status, Failure(phase="run", kind=kind, message=message)))
 
     def checkpoint(self, command: str) -> None:
-        """Save what every trial has so far, if that is due; nothing is timed between two rounds.
+        """Save the records of all trials so far, if that is due; nothing is timed between two rounds.
 
-        The evidence of the checks is left out: it is half of a record, and the record at the end has it.
+        The evidence of the checks is omitted: it is half of a record, and the final record contains it.
         """
         now = self._run.budget.clock()
         if not checkpoint_is_due(now, begun_s=self._entered, saved_s=self._saved):
@@ -128,7 +128,7 @@ class GroupRecords:
 
 
 class GroupRunner:
-    """Measures all phases of all trials of one group; a trial that fails takes no further part."""
+    """Measures all phases of all trials of one group; after a failure, a trial gets no further commands."""
 
     def __init__(self, run: RunParts, group: Group, attempt: int = 0) -> None:
         self._run, self._group, self._budget = run, group, run.budget
@@ -160,21 +160,21 @@ class GroupRunner:
             self._run.executors[slot.executor].clear_place(slot.trial)
 
     def interrupt(self) -> None:
-        """Mark what was under way as interrupted by the user."""
+        """Mark running trials as interrupted by the user."""
         self._records.break_off("Interrupted", "stopped by the user")
 
     def abandon(self, error: Exception) -> None:
-        """Mark what was under way when the parent itself failed, for which no trial is to blame."""
+        """Mark running trials after a failure of the parent itself, which no trial caused."""
         self._records.break_off(type(error).__name__, f"the parent failed: {error}")
 
     def records(self) -> Iterable[TrialRecord]:
-        """The group's records in the order of the plan."""
+        """The group's records in plan order."""
         return self._records.records.values()
 
     # --- the parts of a trial -----------------------------------------------------------------------------------------
 
     def _launch(self, launch: tuple[Slot, ...]) -> None:
-        """Start a process and have it prepare its trials, which print into one log."""
+        """Start a process and let it prepare its trials, which print into one log."""
         records, first = self._records, launch[0]
         if failed := self._run.plan.failed.get(first.arm.name):  # in a rehearsal of scripts
             records.add(first.trial, PartialRecord(status=failed.status, failure=failed.failure), log=failed.log)
@@ -187,7 +187,7 @@ class GroupRunner:
             records.add_loss([slot.trial for slot in launch], lost)
             return
         records.begin(launch, begun)
-        for slot in launch:  # all of them before the first command: if the process dies then, each has a record
+        for slot in launch:  # all of them before the first command, so that each has a record if the process dies
             self._workers[slot.trial] = worker
             started = PartialRecord(values={"start_latency_s": worker.start_latency_s})
             records.add(slot.trial, started, log=f"logs/{first.trial}.log")
@@ -201,7 +201,7 @@ class GroupRunner:
                 self._ask(slot.trial, "prepare", request=codec.to_json(request))
 
     def _prepare(self) -> None:
-        """From the first step of each trial to where only timed turns are left."""
+        """Run each trial from its first step to the point where only timed turns are left."""
         budget, protocol = self._budget, self._run.plan.study.protocol
         self._each("build")
         if self._group.turns:
@@ -212,7 +212,7 @@ class GroupRunner:
         budget.lap(self._rest, once_s=sum(self._records.values("isolation_probe_time_s")))
 
     def _train(self) -> None:
-        """The timed turns, and the untimed steps of the epochs asked for."""
+        """Run the timed turns, and the untimed steps of the requested epochs."""
         protocol, records, turns = self._run.plan.study.protocol, self._records, self._group.turns
         begin, saving_s = time.monotonic(), records.saving_s
         taken = self._take_rounds("steps", turns, steps=protocol.steps_per_turn)
@@ -223,7 +223,7 @@ class GroupRunner:
         if timed and turns:
             self._budget.note_turns(self._group, taken)
         epochs = max((records.slots[trial].arm.rounds_after_turns(protocol) for trial in timed), default=0)
-        # In rounds as well: a command that trains for hours looks like one that hangs.
+        # In rounds, because a command that trains for hours looks like one that hangs.
         self._take_rounds("epochs", tuple(turns[number % len(turns)] for number in range(epochs)),
                           steps=protocol.steps_per_turn)  # fmt: skip
         arguments = {}
@@ -232,14 +232,14 @@ class GroupRunner:
             arguments["steps"] = 1 + longest + taken * protocol.steps_per_turn
         finish_s = self._each("finish_training", arguments=arguments)
         if turns and records.values("held_out_loss_initial"):
-            self._budget.lap("training", once_s=finish_s)  # in place of the same loss before training, which came once
+            self._budget.lap("training", once_s=finish_s)  # like the same loss before training, which occurs once
 
     def _generate(self) -> None:
         wanted = {"requests", "open_ended", "merged", "cold"} & {
             one for slot in self._group.slots for one in slot.measures
         }
         if self._group.turns and not (wanted and self._begin_requests()):
-            for part in ("open_ended", "merged"):  # which need requests, and are counted in what is missing
+            for part in ("open_ended", "merged"):  # both need requests, and their rounds are counted as missing
                 self._admits(part)
             return
         if not self._group.turns:
@@ -258,8 +258,8 @@ class GroupRunner:
             self._take_rounds("merged", self._group.requests)
 
     def _begin_requests(self) -> bool:
-        """The first requests of all trials that take turns. Where time is limited those of one trial come first, and
-        say whether there is time for more."""
+        """Run the first requests of all trials that take turns. With a time limit, those of one trial come first, to
+        find out whether there is time for more."""
         if not self._due(COMMANDS["begin_generate"]):
             return True
         one = self._records.live()[:1] if self._budget.is_judging else []
@@ -273,8 +273,8 @@ class GroupRunner:
         return True
 
     def _start_cold(self) -> None:
-        """Cold starts, when all processes have ended, so that nothing shares the device with them. In the first
-        replicate a whole one of each variant checks the sum."""
+        """Measure cold starts after all processes have ended, so that nothing shares the device with them. In the first
+        replicate, a whole cold start of each variant checks the sum."""
         records, budget = self._records, self._budget
         trials = records.live("cold") if self._admits("cold") else []
         records.ended |= set(records.records) - set(trials)
@@ -317,7 +317,7 @@ class GroupRunner:
             sides = len({slot.side for slot in self._group.slots})
             seconds = measuring * load_s + sides * budget.import_s
             once_s = measuring * (budget.import_s + load_s)  # whole cold starts, which check the sum
-        elif part == "open_ended":  # complete answers are requested before training as well
+        elif part == "open_ended":  # complete answers are also requested before training
             answer_s = self._request_s * workload.open_ended_tokens / workload.new_tokens
             seconds = measuring * 2 * LEAST_ROUNDS * answer_s
         else:
@@ -330,8 +330,8 @@ class GroupRunner:
 
     @property
     def _rest(self) -> Part | None:
-        """The part to which other time is booked; that of isolated trials comes once if they measure peaks
-        alone."""
+        """The part to which other time is booked; for isolated trials it is needed only once if they only measure
+        peaks."""
         return "training" if self._group.turns else "merged" if self._records.live("merged") else None
 
     def _lap_requests(self) -> None:
@@ -344,7 +344,7 @@ class GroupRunner:
         return command.phase == "train" or command.phase in self._run.plan.phases
 
     def _ask(self, trial: str, command: str, **arguments: Any) -> None:
-        """Have one trial carry out a command, while nothing else is at work."""
+        """Let one trial execute a command while nothing else runs."""
         if self._records.is_ok(trial):
             self._show(trial, command)
             worker = self._workers[trial]
@@ -353,8 +353,8 @@ class GroupRunner:
     def _each(
         self, word: str, *, trials: Sequence[str] | None = None, arguments: Mapping[str, Any] | None = None
     ) -> float:
-        """Have all trials, or some, carry out a command that is not timed, as many at once as there are cores for them.
-        Returns the seconds that it took."""
+        """Let all or some trials execute an untimed command, in parallel on the available cores. Returns its
+        seconds."""
         command, begin, arguments = COMMANDS[word], self._budget.clock(), arguments or {}
         if not self._due(command):
             return 0.0
@@ -370,12 +370,12 @@ class GroupRunner:
                 self._workers[trial].send(word, trial, **arguments)
             for trial in batch:
                 worker = self._workers[trial]
-                self._take(trial, word, lambda: worker.receive(word, self._timeout_s))  # noqa: B023  # called at once
+                self._take(trial, word, lambda: worker.receive(word, self._timeout_s))  # noqa: B023 # called at once
         self._records.checkpoint(word)
         return self._budget.clock() - begin
 
     def _take_rounds(self, kind: RoundKind, orders: Sequence[Sequence[str]], **arguments: Any) -> int:
-        """Take the rounds that the budget admits, each of all trials that measure this; returns their number."""
+        """Run the rounds that the budget admits, over all trials that measure this part; returns their number."""
         command = ROUNDS[kind]
         measuring = set(self._records.live("steps" if kind == "epochs" else kind))
         if not (self._due(command) and orders and measuring):
@@ -410,8 +410,8 @@ class GroupRunner:
 
     @contextmanager
     def _pinned(self, command: Command) -> Iterator[None]:
-        """Pins all processes to one CPU while they are timed, if each computes in one thread there: what is slow about
-        a CPU is then slow for all of them. It is another CPU in each replicate."""
+        """Pin all processes to one CPU while they are timed, if each computes in a single thread: a slow CPU then
+        affects all of them alike. Each replicate uses another CPU."""
         context, workers = self._run.context, set(self._workers.values())
         single = context.threads == 1 == max(slot.workload.ranks for slot in self._group.slots)
         cpus: set[int] = set()
@@ -430,7 +430,6 @@ class GroupRunner:
 
 
 def raise_refused(trial: str, fragment: PartialRecord) -> None:
-    """Raise `SystemLimitError` for what the system refuses to this trial: it would refuse it to the next ones too, and
-    none of them is to blame."""
+    """Raise `SystemLimitError` for a system error that would also affect the next trials, and that no trial caused."""
     if fragment.failure is not None and fragment.failure.kind == REFUSED:
         raise SystemLimitError(f"{trial} in {fragment.failure.phase}: {fragment.failure.message}")

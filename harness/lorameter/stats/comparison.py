@@ -1,12 +1,12 @@
-"""Is the candidate slower? One comparison of two sides that were measured in several replicates.
+"""Compares two sides that were measured in several replicates: is the candidate slower?
 
-The unit is the replicate, never the sample: samples of one process share its luck (measured: 62 % of the variance of a
-step time lies between processes), and every rule that counts them as independent raises 9 to 39 % false alarms on
+The unit is the replicate, never the sample: samples of one process share effects of the process (measured: 62 % of the
+variance of a step time is between processes), and rules that treat them as independent give 9 to 39 % false alarms on
 identical code.
 
-Several comparisons have one false-alarm rate (Holm's step-down, 1979). Twenty gated numbers at 2.5 % each raise a false
-alarm in 40 % of the runs on identical code. Bonferroni cures that; Holm cures it too and is never weaker: once k
-comparisons are decided, the others share the whole rate among themselves.
+Several comparisons share one false-alarm rate (Holm's step-down, 1979). Twenty gated numbers at 2.5 % each give a false
+alarm in 40 % of the runs on identical code. Bonferroni's correction prevents that; Holm's also does and is never
+weaker: once k comparisons are decided, the others share the whole rate.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def compare_trials(
     alpha: float = 0.05,
     family: int = 1,
 ) -> Comparison:
-    """The verdict on two lists of trials, each a list of samples in seconds (or any positive unit that both share).
+    """The verdict on two lists of trials, each a list of samples in seconds (or any other positive unit).
 
-    `pairing` says what trial i of either side have in common: "turn" (samples alternate: a replicate's value is the
-    median of its log ratios, sample by sample), "replicate" (log ratio of medians), "none" (Welch; never `equivalent`,
-    because what differed between the two times of measuring is in the ratio). `tolerance` and `margin` are fractions,
-    see `lorameter.stats.verdict`. The interval is that of alpha/family.
+    `pairing` says how trial i of one side is related to trial i of the other: "turn" (samples alternate: a replicate's
+    value is the median of its log ratios, sample by sample), "replicate" (log ratio of medians), "none" (Welch; never
+    `equivalent`, because the ratio includes changes between the two measurements). `tolerance` and `margin` are
+    fractions, see `lorameter.stats.verdict`. The interval is that of alpha/family.
 
     Raises ValueError, naming the side, trial and sample, for an empty list or trial, for samples that are not
     finite and above zero, for paired sides of unequal size, and for limits out of range.
@@ -54,7 +54,7 @@ def compare_trials(
 
 
 def effect_of(base: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]], pairing: Pairing) -> Effect:
-    """The effect of checked input. Raises ValueError as `compare_trials` does."""
+    """The effect of validated input. Raises ValueError as `compare_trials` does."""
     checked_pairing(pairing)
     effect = measure_effect(
         checked_trials("base", base, positive=True), checked_trials("candidate", candidate, positive=True), pairing
@@ -67,7 +67,7 @@ def effect_of(base: Sequence[Sequence[float]], candidate: Sequence[Sequence[floa
 
 
 def decide(effect: Effect, rule: VerdictRule) -> Comparison:
-    """The verdict on an effect by a rule."""
+    """The verdict on an effect under a rule."""
     spread = effect.spread
     if spread is None:
         return Comparison(
@@ -89,7 +89,7 @@ def decide(effect: Effect, rule: VerdictRule) -> Comparison:
     detectable = from_log(detectable_log_effect(spread, rule))
     needed = replicates_needed(spread, rule, may_be_equivalent=may_be_equivalent)
     if verdict == "inconclusive" and needed is not None:
-        # Power is an average over runs; that this one did not settle it is the better evidence.
+        # Power is an average over runs; the inconclusive result of this run is the better evidence.
         needed = max(needed, effect.replicates + 1)
     if verdict != judged:
         needed = None  # no number of unpaired replicates leads to `equivalent`
@@ -168,11 +168,12 @@ def compare_family(
     margin: float | Mapping[str, float] = 0.05,
     alpha: float = 0.05,
 ) -> dict[str, Comparison]:
-    """`compare_trials` of every named (base, candidate), with a family-wise error rate of `alpha`; {} of none.
+    """`compare_trials` for every named (base, candidate), with a family-wise error rate of `alpha`; {} without
+    comparisons.
 
-    Pairing, tolerance and margin are those of all, or maps from the names to those of each. Each interval shown is the
-    one at the level at which Holm decided or gave up on that comparison.
-    Raises ValueError as `compare_trials` does, with the name of the comparison in front.
+    Pairing, tolerance and margin apply to all, or are maps by name. Each interval is at the level at which Holm's
+    procedure decided or stopped for that comparison. Raises ValueError as `compare_trials` does, with the name of the
+    comparison first.
     """
     effects = {}
     for name, (base, candidate) in pairs.items():
@@ -190,7 +191,7 @@ def decide_family(
     margin: float | Mapping[K, float],
     alpha: float = 0.05,
 ) -> dict[K, Comparison]:
-    """As `compare_family`, from effects that are computed already."""
+    """Like `compare_family`, from already computed effects."""
 
     def judge(name: K, left: int) -> Comparison:
         rule = VerdictRule(tolerance=_of(tolerance, name), margin=_of(margin, name), alpha=alpha, family=left)
@@ -200,11 +201,11 @@ def decide_family(
 
 
 def step_down(names: Iterable[K], judge: Callable[[K, int], R], *, is_decided: Callable[[R], bool]) -> dict[K, R]:
-    """Holm's procedure: what was judged of each name, in their order.
+    """Holm's procedure: the result for each name, in order.
 
-    `judge` judges a name as one of so many that share the rate; what `is_decided` leaves the family, and the others are
-    judged again at the level of those left. Deciding everything that passes at a level, before the level is raised,
-    ends where Holm's sorted p-values end.
+    `judge` judges a name as one of a number of names that share the rate; decided names (`is_decided`) leave the
+    family, and the others are judged again with the smaller number. Deciding all names that pass at one level before
+    raising the level gives the same result as Holm's sorted p-values.
     """
     order = list(names)
     decided: dict[K, R] = {}
@@ -219,5 +220,5 @@ def step_down(names: Iterable[K], judge: Callable[[K, int], R], *, is_decided: C
 
 
 def _of(value: T | Mapping[K, T], name: K) -> T:
-    """The value of a name, from a map or for all."""
+    """The value for a name, from a map or common to all."""
     return value[name] if isinstance(value, Mapping) else value

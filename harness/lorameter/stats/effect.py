@@ -1,11 +1,11 @@
-"""The effect of a candidate: one log ratio a replicate, and how far these scatter.
+"""Measures the effect of a candidate: one log ratio per replicate, and their scatter.
 
-Times are compared as ratios, so the arithmetic is done on logs: the interval of a ratio comes out right (Kalibera &
-Jones 2013), and base and candidate may change places. Pairing takes out what both sides of a replicate shared.
-Measured on a noisy machine, the standard deviation of the log ratio of two identical builds falls from 37 % unpaired
-to 27 % paired by process and to 2 % paired turn by turn.
+Times are compared as ratios, so the arithmetic is done on logs: this gives a correct interval for the ratio (Kalibera &
+Jones 2013), and base and candidate are interchangeable. Pairing removes effects common to both sides of a replicate.
+Measured on a noisy machine, the standard deviation of the log ratio of two identical builds falls from 37 % unpaired to
+27 % paired by process and to 2 % paired turn by turn.
 
-Unpaired sides get Welch's interval (Welch 1947): unequal variances, with the degrees of freedom that go with them.
+Unpaired sides use Welch's interval (Welch 1947), with unequal variances and the corresponding degrees of freedom.
 """
 
 from __future__ import annotations
@@ -26,30 +26,31 @@ if TYPE_CHECKING:
 
 Pairing = Literal["none", "replicate", "turn"]
 
-# Logs of durations carry about 1e-15 of rounding; a scatter below this is a constant.
+# Logs of durations have a rounding error of about 1e-15; a smaller scatter counts as zero.
 ROUNDING = 1e-12
 _LOG_LARGEST = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-    """How log ratios scatter over replicates: all that an interval, or a plan for the next run, needs."""
+    """The scatter of log ratios over replicates, as needed for an interval or for a plan of the next run."""
 
     standard_error: float
-    """Of the mean log ratio; 0 where the replicates do not differ."""
+    """Standard error of the mean log ratio; 0 if the replicates do not differ."""
     df: float
     """Degrees of freedom of `standard_error`."""
     sd: float
-    """Of one replicate's log ratio: with n replicates (a side) the standard error is `sd / sqrt(n)`."""
+    """Standard deviation of one replicate's log ratio: with n replicates (per side) the standard error is `sd /
+    sqrt(n)`."""
     df_per_replicate: float
-    """Degrees of freedom gained by one more replicate (a side): 1 paired, between 1 and 2 unpaired."""
+    """Degrees of freedom gained by one more replicate (per side): 1 if paired, between 1 and 2 if unpaired."""
     prior_df: float = 0.0
-    """Degrees of freedom that come from the other comparisons of the run (`lorameter.stats.shared_scatter`)."""
+    """Degrees of freedom from the other comparisons of the run (`lorameter.stats.shared_scatter`)."""
     shared_by: int = 0
-    """Comparisons that share this scatter; 0 where it is the comparison's own."""
+    """Number of comparisons that share this scatter; 0 if it is the comparison's own."""
 
     def half_width(self, tail: float) -> float:
-        """Half the interval that leaves `tail` out on either side, on the log scale."""
+        """Half the interval with error rate `tail` on each side, on the log scale."""
         return max(quantile(self.df, tail), 0.0) * self.standard_error
 
 
@@ -59,27 +60,27 @@ class Effect:
 
     log_ratio: float
     replicates: int
-    """Pairs, or the smaller number of trials where the sides are not paired."""
+    """Number of pairs, or the smaller number of trials if the sides are not paired."""
     spread: Spread | None
-    """None with one replicate: nothing is known about the scatter then."""
+    """None with one replicate, which gives no information about the scatter."""
     pairing: Pairing
     log_ratios: tuple[float, ...] = ()
-    """The value of each replicate; empty where the sides are not paired."""
+    """The value of each replicate; empty if the sides are not paired."""
 
 
 def from_log(value: float) -> float | None:
-    """exp, or None where the result is larger than a float holds (JSON has no infinity)."""
+    """The exponential, or None if it exceeds the range of a float (JSON has no infinity)."""
     return math.exp(value) if value < _LOG_LARGEST else None
 
 
 def checked_pairing(pairing: str) -> None:
-    """Raises ValueError unless `pairing` is one of the three words."""
+    """Raise ValueError unless `pairing` is one of the three words."""
     if pairing not in get_args(Pairing):
         raise ValueError(f"pairing is {pairing!r}: pass one of {', '.join(map(repr, get_args(Pairing)))}")
 
 
 def measure_effect(base: Sequence[NDArray[float64]], candidate: Sequence[NDArray[float64]], pairing: Pairing) -> Effect:
-    """The effect, from one array of positive samples a trial.
+    """The effect, from an array of positive samples for each trial.
 
     Raises ValueError if paired sides have different numbers of trials or, paired by turn, of samples in a pair.
     """
@@ -91,9 +92,9 @@ def measure_effect(base: Sequence[NDArray[float64]], candidate: Sequence[NDArray
 def log_ratios(
     base: Sequence[NDArray[float64]], candidate: Sequence[NDArray[float64]], pairing: Pairing
 ) -> NDArray[float64]:
-    """The log ratio of candidate to base in each replicate, of sides that are paired.
+    """The log ratio of candidate to base in each replicate, for paired sides.
 
-    Raises ValueError for sides that are not, and as `measure_effect` does.
+    Raises ValueError for unpaired sides, and as `measure_effect` does.
     """
     if pairing == "none":
         raise ValueError("pairing is 'none': sides that are not paired have no ratio in a replicate")
@@ -114,7 +115,7 @@ def _log_medians(trials: Sequence[NDArray[float64]]) -> NDArray[float64]:
 
 
 def _log_ratios_by_turn(base: Sequence[NDArray[float64]], candidate: Sequence[NDArray[float64]]) -> NDArray[float64]:
-    """A replicate's value is the median of its log ratios, sample by sample."""
+    """The value of each replicate: the median of its log ratios, sample by sample."""
     import numpy as np
 
     ratios = []
@@ -129,7 +130,7 @@ def _log_ratios_by_turn(base: Sequence[NDArray[float64]], candidate: Sequence[ND
 
 
 def paired_effect(values: NDArray[float64], pairing: Pairing) -> Effect:
-    """The effect over replicates of one log ratio, or any contrast of logs, a replicate."""
+    """The effect over replicates, from one log ratio (or any contrast of logs) per replicate."""
     spread = None
     if values.size > 1:
         sd = _sd(values)
@@ -161,7 +162,7 @@ def _welch(variance_base: float, count_base: int, variance_candidate: float, cou
     error, variance = error_base + error_candidate, variance_base + variance_candidate
     if error == 0:
         return Spread(standard_error=0.0, df=count_base + count_candidate - 2, sd=0.0, df_per_replicate=2.0)
-    # Shares, not squared variances: those underflow for very quiet trials.
+    # Shares instead of squared variances, which underflow for very stable trials.
     df = 1 / ((error_base / error) ** 2 / (count_base - 1) + (error_candidate / error) ** 2 / (count_candidate - 1))
     gain = 1 / ((variance_base / variance) ** 2 + (variance_candidate / variance) ** 2)
     return Spread(standard_error=math.sqrt(error), df=df, sd=math.sqrt(variance), df_per_replicate=gain)

@@ -1,13 +1,13 @@
-"""Did the machine change between two runs? Then every benchmark moves, the same way and by about as much.
+"""Detects a change of the machine between two runs: all benchmarks then change by about the same factor.
 
-Runs of different times are compared unpaired, and what happened to the machine in between (another clock, another
-driver, a neighbour) is in every ratio. Drift is one-directional, while a change of the code moves what it touches. The
-sign test (Dixon & Mood 1946) asks whether nearly all comparisons lie beyond the tolerance on one side; the median
-absolute deviation (Hampel 1974) asks whether one factor explains them.
+Runs at different times are compared unpaired, so every ratio includes changes of the machine in between (another clock,
+another driver, other work). Such a change has one direction for all benchmarks, while a change of the code affects only
+some. The sign test (Dixon & Mood 1946) tests whether nearly all comparisons are beyond the tolerance on one side; the
+median absolute deviation (Hampel 1974) tests whether one factor explains them.
 
-For unpaired comparisons only. A change that slows every variant alike looks exactly like a slower machine: only pairs,
-which share the machine, can distinguish the two. In a paired run this test would hide that regression, so do not ask it
-there; after a yes, measure both sides in one run.
+Use it for unpaired comparisons only. A code change that slows down every variant alike looks exactly like a slower
+machine: only pairs, which share the machine, can distinguish the two. In a paired run this test would hide the
+regression, so do not use it there; after a positive result, measure both sides in one run.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from lorameter.stats.verdict import checked_alpha
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# From the median absolute deviation to the standard deviation, if normal.
+# Converts a median absolute deviation to a standard deviation of normal values.
 _MAD_TO_SD = 1.4826
-# One factor explains the movement where what is left of it scatters by less than half of the factor.
+# One factor explains the changes if the remaining scatter is less than half of the factor.
 _LARGEST_SCATTER = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunWideShift:
-    """Whether two runs differ by one factor throughout."""
+    """Whether two runs differ by one common factor."""
 
     shifted: bool
-    """True: the comparisons say nothing about the code, and the run is to be called `invalid`."""
+    """True if the comparisons prove nothing about the code, so that the run is `invalid`."""
     ratio: float | None
-    """Median of the ratios, candidate over base; None of no comparison."""
+    """Median of the ratios, candidate over base; None without comparisons."""
     comparisons: int
     reason: str
-    """One sentence for people: what decided, with the numbers."""
+    """One sentence for users: the reason, with the numbers."""
 
 
 def run_wide_shift(log_ratios: Mapping[str, float], *, tolerance: float = 0.01, alpha: float = 0.05) -> RunWideShift:
-    """Whether nearly all of these unpaired comparisons moved to one side by about the same factor.
+    """Whether nearly all of these unpaired comparisons shifted to one side by about the same factor.
 
-    `log_ratios` maps a comparison's name to the log of candidate over base. Yes takes all three: a count beyond the
-    tolerance on one side that chance gives with a probability of at most `alpha` (sign test, two-sided: 6 of 6, 8 of 9,
-    9 of 10), a median that is therefore beyond it too, and a scatter of the log ratios of at most half that median.
-    One or a few regressed benchmarks, or many that moved each by its own amount, are a no.
-    Raises ValueError, naming the comparison, for log ratios that are not finite, and for limits out of range.
+    `log_ratios` maps a comparison's name to the log of candidate over base. A shift requires three conditions: the
+    number of comparisons beyond the tolerance on one side has a probability of at most `alpha` (sign test, two-sided: 6
+    of 6, 8 of 9, 9 of 10), the median is therefore also beyond it, and the scatter of the log ratios is at most half
+    the median. A few regressed benchmarks, or many that changed by different amounts, are not a shift. Raises
+    ValueError, naming the comparison, for log ratios that are not finite, and for limits out of range.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""Data of a workload by name: synthetic records, a file, a folder, or a data set of the hub.
+"""Resolves the data of a workload by name: synthetic records, a file, a folder, or a hub data set.
 
     synthetic
     FILE                              .jsonl, .json, .csv, .parquet or .txt, each also with .gz appended
@@ -31,7 +31,7 @@ REMEDY = (
 )
 DEFAULT_SPLIT = "train"
 _SPLIT_WORDS = ("train", "test", "validation", "valid", "val", "dev", "eval")
-"""Words of a file name that name its split, as `datasets` reads them."""
+"""Words in a file name that name its split, as in `datasets`."""
 _NO_DATA = ("dataset_info.json", "dataset_infos.json")
 """Files that `datasets` writes next to data."""
 _SPLIT = re.compile(r"(?P<name>.+)\[(?P<split>[\w.-]+)\]")
@@ -42,30 +42,30 @@ Kind = Literal["synthetic", "file", "folder", "saved", "hub"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSource:
-    """Where records come from."""
+    """The source of a workload's records."""
 
     kind: Kind
-    """"saved" is a folder that `datasets` saved, "folder" one with files of records in it."""
+    """"saved" is a folder saved by `datasets`, "folder" one with files of records."""
     name: str
-    """Path, or id on the hub."""
+    """Path, or hub id."""
     config: str = ""
     split: str = ""
-    """"" where there is only one."""
+    """Name of the split; "" if there is only one."""
     files: tuple[Path, ...] = ()
-    """The files that hold the data, in order; none of a data set of the hub."""
+    """The data files in order; empty for a hub data set."""
 
     @property
     def label(self) -> str:
-        """Its name, without the folder that it is in."""
+        """Its name, without the path of its folder."""
         name = self.name if self.kind in ("hub", "synthetic") else Path(os.path.abspath(self.name)).name  # noqa: PTH100 unresolved
         return f"{name}{f':{self.config}' if self.config else ''}{f'[{self.split}]' if self.split else ''}"
 
 
 def resolve(data: str) -> DataSource:
-    """The source that the text names. An existing file or folder takes precedence over a data set of the hub.
+    """Resolve the name of a data source. An existing file or folder takes precedence over a hub data set.
 
     Raises:
-        UsageError: no such data, a file of an unknown kind, a folder without data, or a split that does not exist.
+        UsageError: the data or the split does not exist, the file type is unknown, or the folder contains no data.
     """
     where = f"data {shorten(repr(data))}"
     if data == SYNTHETIC:

@@ -1,4 +1,4 @@
-"""A study: a named set of variants, what is held constant, how it is measured, and what it claims.
+"""A study: a named set of variants, their common settings, the protocol of the measurement, and the claims.
 
 `lorameter.studies.study_file` reads it from TOML.
 """
@@ -25,13 +25,13 @@ from lorameter.studies.variant import AnyVariant, LoraVariant, ScriptVariant, Va
 from lorameter.studies.workload import OF_TOKENS, OF_VARIANTS, Workload
 
 OF_WORKLOAD = "workload."
-"""Begins the name of an axis that is a field of the workload: `workload.batch_size`."""
+"""Prefix of an axis that is a field of the workload: `workload.batch_size`."""
 RESERVED = {"-control": "the A/A control", "-isolated": "isolated trials"}
-"""Endings that distinguish the trials of one variant in a run; two trials of one name would overwrite each other."""
+"""Suffixes that distinguish the trials of one variant in a run; trials of the same name would overwrite each other."""
 
 
 def is_of_tokens(axis: str) -> bool:
-    """Whether a loss is over other tokens at each level of this axis."""
+    """Whether the levels of this axis have losses over different tokens."""
     return axis.startswith(OF_WORKLOAD) and axis.removeprefix(OF_WORKLOAD) in OF_TOKENS
 
 
@@ -51,13 +51,13 @@ class Study:
     notes: tuple[str, ...] = ()
     """Further facts for readers of the results."""
     profile: str = ""
-    """Name of the profile that fitted the study to a machine."""
+    """Name of the profile that adapted the study to a machine."""
     replaced: dict[str, Any] = field(default_factory=dict)
-    """Values of the study as written that a profile or an option has replaced, by field: `workload.batch_size`."""
+    """Original values of the study that a profile or an option has replaced, by field: `workload.batch_size`."""
     engine: Engine | None = None
-    """The engine whose promises it is about, if any."""
+    """The engine whose claims it tests, if any."""
     workloads: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Fields of the workload that variants have a value of their own for, by the variant's name."""
+    """Fields of the workload for which variants have their own value, by variant name."""
 
     def __post_init__(self) -> None:
         limits.check_name("study", self.name)
@@ -92,28 +92,28 @@ class Study:
 
     @property
     def of_scripts(self) -> bool:
-        """Whether its variants are commands, which bring model, data and training themselves."""
+        """Whether its variants are commands, which define model, data and training themselves."""
         return isinstance(self.variants[0], ScriptVariant)
 
     @property
     def scripts(self) -> tuple[ScriptVariant, ...]:
-        """Its commands; empty where lorameter builds the variants."""
+        """Its commands; empty if lorameter builds the variants."""
         return tuple(variant for variant in self.variants if isinstance(variant, ScriptVariant))
 
     @property
     def built(self) -> tuple[Variant, ...]:
-        """The variants that lorameter builds; empty where they are commands."""
+        """The variants that lorameter builds; empty if they are commands."""
         return tuple(variant for variant in self.variants if isinstance(variant, Variant))
 
     @property
     def trains_only(self) -> bool:
-        """Whether training is all that is measured of its variants: of commands, of several ranks, and of methods other
-        than LoRA in its short form."""
+        """Whether only training is measured: for commands, for several ranks, and for methods other than short-form
+        LoRA."""
         return self.workload.ranks > 1 or not all(isinstance(variant, LoraVariant) for variant in self.variants)
 
     @property
     def own_workloads(self) -> dict[str, Workload]:
-        """Workloads of variants that are not measured on the study's, by name."""
+        """Workloads of variants that do not use the study's, by name."""
         common, where = codec.to_json(self.workload), f"study {self.name}, workload of"
         return {
             name: codec.from_json(Workload, {**common, **fields}, f"{where} {name!r}", strict=True)
@@ -121,7 +121,7 @@ class Study:
         }
 
     def check_distinct(self) -> None:
-        """Raises `UsageError` where two variants are the same configuration on the same workload."""
+        """Raise `UsageError` if two variants are the same configuration on the same workload."""
         own = self.own_workloads
         by_content = dict[tuple[str, Workload], str]()
         for variant in self.variants:
@@ -148,7 +148,7 @@ class Study:
             )
             for key in fields:
                 require_known(f"{where}: {key}: equal for all variants, or", key, OF_VARIANTS)
-        self.own_workloads  # noqa: B018  # what cannot be a workload is refused
+        self.own_workloads  # noqa: B018 # raises for an invalid workload
 
     def _check_engine(self) -> None:
         if self.engine is None:
@@ -195,9 +195,9 @@ class Study:
                     )
 
     def levels(self, axis: str) -> tuple[tuple[Level, str], ...]:
-        """The values of one field of the variants or, as `workload.batch_size`, of what they are measured on, with the
-        variant that has each and else equals the reference: numbers ascending, others as the study has them, the
-        reference's first; of the engine 0 and 1."""
+        """The values of one field of the variants (or of their workload, as `workload.batch_size`), each with the
+        variant that has this value and otherwise equals the reference. Numbers are ascending, other values in study
+        order with the reference's first; the engine has the values 0 and 1."""
         if axis == ENGINE:
             return () if self.engine is None else ((0.0, self.reference), (1.0, self.engine.variant))
         centre, own = self.variant(self.reference), self.own_workloads
@@ -221,12 +221,12 @@ class Study:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The axes in which variants differ from the reference, in the order of the variants that first do."""
+        """The axes in which variants differ from the reference, in the order of their first occurrence."""
         own = self.own_workloads
         return tuple(dict.fromkeys(axis for variant in self.variants for axis in self._differences(variant, own)))
 
     def _differences(self, variant: AnyVariant, workloads: Mapping[str, Workload]) -> tuple[str, ...]:
-        """The fields of its own, and of what it is measured on, in which a variant differs from the reference."""
+        """The fields in which a variant, or its workload, differs from the reference."""
         own = workloads.get(variant.name, self.workload)
         others = (
             f"{OF_WORKLOAD}{one.name}"
@@ -237,7 +237,7 @@ class Study:
 
     @property
     def deviations(self) -> tuple[str, ...]:
-        """The differences from the study as written, a line each."""
+        """The differences from the original study, one line each."""
         lines = []
         for key, was in self.replaced.items():
             owner, name = self._place_of(key) or (self, key)
@@ -247,7 +247,8 @@ class Study:
         return tuple(lines)
 
     def _place_of(self, key: str) -> tuple[Any, str] | None:
-        """The part of the study and its field that a key such as `workload.batch_size` means; None for any other."""
+        """The part of the study and its field to which a key such as `workload.batch_size` refers; None for any other
+        key."""
         section, _, name = key.partition(".")
         owners: dict[str, Any] = {
             "workload": self.workload,
@@ -258,7 +259,7 @@ class Study:
         return (owner, name) if owner is not None and name in {one.name for one in dataclasses.fields(owner)} else None
 
     def variant(self, name: str) -> AnyVariant:
-        """The variant of that name; `UsageError` with the nearest names otherwise."""
+        """The variant with that name. Raises `UsageError` with the nearest names if there is none."""
         found = next((variant for variant in self.variants if variant.name == name), None)
         if found is None:
             names = [variant.name for variant in self.variants]
@@ -279,11 +280,11 @@ class Study:
         sites: str | None = None,
         mixed: bool = False,
     ) -> Study:
-        """The same study on another model or data, at another effort, with limits or in another place; what is None
-        stays.
+        """The same study on another model or data, with another effort, other limits or another place; None leaves a
+        value unchanged.
 
-        With a precision or minutes, and no number of replicates, their cap is raised, so that the precision can be
-        reached and the minutes be used.
+        With a precision or a time limit, and no number of replicates, the maximum of the replicates is raised, so that
+        the precision can be reached or the time be used.
         """
         workload, replaced = self.workload, dict(self.replaced)
         for key, value in (("model", model), ("data", data)):
@@ -323,17 +324,17 @@ def _level(value: Any) -> Level:
 
 
 def _shown(value: Any) -> str:
-    """A value as text; of a file its name, since its folder says something of one machine only."""
+    """A value as text; for a file its name, since its folder is specific to one machine."""
     return repr(PurePath(value).name) if isinstance(value, str) and PurePath(value).is_absolute() else repr(value)
 
 
 def require_known(where: str, name: str, known: Sequence[str]) -> None:
-    """Raises `UsageError` with the nearest known name for one that is not known."""
+    """Raise `UsageError`, with the nearest known name, for an unknown name."""
     if name not in known:
         raise UsageError(f"{where}: {unknown(name, known)}")
 
 
 def unknown(word: str, known: Sequence[str]) -> str:
-    """The message on an unknown word, with the nearest known one."""
+    """The message about an unknown word, with the nearest known one."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"not known. Did you mean {near[0]!r}?" if near else f"not known. Known: {', '.join(known)}."

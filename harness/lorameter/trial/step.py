@@ -1,8 +1,8 @@
-"""One training step as in a plain loop, and the held-out loss.
+"""One training step as in a plain training loop, and the held-out loss.
 
-The step contains no work of the harness; a proof program compares its time with that of a plain loop. `use_cache=False`
-is passed to every forward pass, in training and evaluation: with a cache transformers skips the detection of packed
-records, and their isolation is silently lost (about 29 logits leak; kernels_check probes it).
+The step contains no work of the harness; a self-test compares its time with that of a plain loop. `use_cache=False` is
+passed to every forward pass, in training and evaluation: with a cache, transformers skips the detection of packed
+records, and their isolation is silently lost (about 29 logits leak; kernels_check tests this).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _FORWARD: dict[str, Any] = {"use_cache": False}
 
 
 def loss_of(forward: Any, batch: Batch, *, device: str, autocast: str | None = None) -> torch.Tensor:
-    """Mean loss over the labelled tokens of a batch by `forward`, as in a training step; `autocast` names the type to
-    cast to, if any."""
+    """Mean loss over the labelled tokens of a batch, computed by `forward` as in a training step; `autocast` is the
+    autocast dtype, if any."""
     context: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if autocast:
         context = torch.autocast(device.split(":")[0], dtype=getattr(torch, autocast))
@@ -32,12 +32,12 @@ def loss_of(forward: Any, batch: Batch, *, device: str, autocast: str | None = N
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:
-    """The arguments of the forward pass for a batch, without labels; for probes of the logits."""
+    """The arguments of the forward pass for a batch, without labels; to probe the logits."""
     return {key: value for key, value in batch.items() if key != "labels"} | _FORWARD
 
 
 class TrainStep:
-    """A callable that takes one optimizer step on the next batches and returns its mean loss, still on the device."""
+    """A callable that runs one optimizer step on the next batches and returns its mean loss, still on the device."""
 
     def __init__(self, trainee: TrainableModel, stream: TokenStream, variant: Variant, device: str) -> None:
         self._trainee = trainee
@@ -50,13 +50,13 @@ class TrainStep:
         self._autocast = variant.autocast
 
     def __call__(self) -> torch.Tensor:
-        """Forward and backward over the accumulated batches, clip, step, schedule."""
+        """Run forward and backward passes over the accumulated batches, clip, step and schedule."""
         total = self.gradients()
         self.update()
         return total
 
     def gradients(self) -> torch.Tensor:
-        """Forward and backward over the accumulated batches; returns their mean loss."""
+        """Run forward and backward passes over the accumulated batches; returns their mean loss."""
         total = self.backward(self.loss(self.take())).float()
         for _ in range(1, self._accumulate):
             total += self.backward(self.loss(self.take()))
@@ -89,7 +89,8 @@ class TrainStep:
         trainee.optimizer.zero_grad(set_to_none=True)
 
     def held_out_loss(self) -> float:
-        """Mean loss over all labelled held-out tokens, without dropout; model, optimizer and RNG do not change."""
+        """Mean loss over all labelled held-out tokens, without dropout; model, optimizer and random state do not
+        change."""
         total, count = 0.0, 0
         with evaluating(self._trainee.model):
             for batch in self._stream.held_out():

@@ -1,7 +1,7 @@
-"""The baseline: the run that was accepted, for one fingerprint and one study.
+"""Manages the baseline: the accepted run for a fingerprint and a study.
 
-Never the newest and never by itself: the newest run may be the slow one, and a baseline that follows every run hides a
-slow-down that comes in small steps. Accepting is a decision, and a run that is not valid cannot be accepted.
+A run never becomes the baseline automatically: the newest run may be the slow one, and a baseline that follows every
+run hides a slow-down in small steps. A user must accept a run, and an invalid run cannot be accepted.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Baseline:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Baselines:
-    """The file: one baseline for each fingerprint and study."""
+    """The content of the file: one baseline for each fingerprint and study."""
 
     schema: int = 1
     baselines: tuple[Baseline, ...] = ()
@@ -52,7 +52,7 @@ class Baselines:
 
 
 def read_baselines(runs: Path) -> Baselines:
-    """The accepted runs of this runs directory. Raises `UsageError` for a damaged file."""
+    """Read the accepted runs of this runs directory. Raises `UsageError` for a damaged file."""
     path = runs / FILE
     if not fileio.is_there(path):
         return Baselines()
@@ -76,11 +76,11 @@ def deciding(runs: Path) -> Iterator[None]:
 
 
 def accept(name: str, runs: Path) -> tuple[Baseline, Baseline | None]:
-    """Make a run the baseline of its fingerprint and study; the new baseline and the one it replaces.
+    """Make a run the baseline of its fingerprint and study; returns the new baseline and the one that it replaces.
 
     Raises:
-        UsageError: no such run, or one that is not in this runs directory.
-        InvalidRunError: a run that is not valid as a whole.
+        UsageError: the run does not exist, or is not in this runs directory.
+        InvalidRunError: the run is not completely valid.
     """
     run = store.read_run(name, runs)
     if run.path.resolve().parent != runs.resolve():
@@ -113,9 +113,9 @@ def accept(name: str, runs: Path) -> tuple[Baseline, Baseline | None]:
 
 
 def read_base(name: str, runs: Path, *, fingerprint: str | None, study: str | None) -> ComparisonInput:
-    """A base by name, or the accepted one for this fingerprint and study if the name is `baseline`.
+    """Read a base by name, or the accepted run for this fingerprint and study if the name is `baseline`.
 
-    Where none was accepted, a side that is absent: everything compared with it has the verdict `no_baseline`.
+    If no run was accepted, the side is absent, and every comparison with it has the verdict `no_baseline`.
     """
     if name != WORD:
         return read_comparand(name, runs)
@@ -132,10 +132,10 @@ def read_base(name: str, runs: Path, *, fingerprint: str | None, study: str | No
 
 
 def read_comparand(name: str, runs: Path) -> ComparisonInput:
-    """A run by id, directory or packed file, a pytest-benchmark file, or several by a folder or a pattern.
+    """Read a run by id, directory or packed file, a pytest-benchmark file, or several such files by folder or pattern.
 
     Raises:
-        UsageError: none of these, or one that cannot be read.
+        UsageError: the name is none of these, or cannot be read.
     """
     if fileio.is_file(name) and not is_packed(Path(name)):
         from lorameter.verdicts.benchmark_files import read_benchmark_json

@@ -1,14 +1,14 @@
-"""Two sides compared: the rows, their limits and exit codes, whatever the sides are; and two runs or files.
+"""Compares two sides of any kind, such as two runs or files: the rows, their limits and the exit codes.
 
-One family, one set of limits and one kind of row, so that `compare`, `gate`, `ab` and the pytest plugin print the same
-verdicts and end with the same exit code. What is not a finding of "no worse" is no pass: nothing compared, a missing
-baseline and an open question included.
+There is one family, one set of limits and one kind of row, so that `compare`, `gate`, `ab` and the pytest plugin print
+the same verdicts and end with the same exit code. Only a finding of "no worse" passes: an empty comparison, a missing
+baseline and an inconclusive verdict do not pass.
 
-Two runs that were not measured together share nothing but the machine, so their trials are not paired (Welch on the
-logs of medians), and times are never called equivalent: what the machine did between the two measurements is in the
-ratio. The standard deviation of the log ratio of two identical builds was 37 % that way and 2 % with turns in one run
-(docs/method.md). Where anything that must agree does not, there is no ratio at all; `force` shows one all the same and
-takes nothing it says for equality.
+Two runs that were not measured together have only the machine in common, so their trials are not paired (Welch on the
+logs of medians), and times are never called equivalent: the ratio includes changes of the machine between the two
+measurements. The standard deviation of the log ratio of two identical builds was 37 % in this case and 2 % with turns
+in one run (docs/method.md). If facts that must agree differ, there is no ratio; `force` shows one anyway, but never
+calls it equivalent.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from lorameter.verdicts.series import (
 )
 
 MOST_REASONS = 3
-"""Reasons of invalid verdicts that are spelt out."""
+"""Maximum reasons of invalid verdicts that are listed."""
 
 PRECEDENCE = (
     EXIT_UNEXPECTED,
@@ -71,7 +71,7 @@ PRECEDENCE = (
     EXIT_INCONCLUSIVE,
     EXIT_PASS,
 )
-"""Where several exit codes apply, the first of these wins."""
+"""If several exit codes apply, the first of these wins."""
 
 EXIT_OF: dict[Verdict, int] = {
     "improved": EXIT_PASS,
@@ -86,20 +86,20 @@ EXIT_OF: dict[Verdict, int] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComparisonRow(Comparison):
-    """One metric of one variant, candidate against base, with the limits it was judged by."""
+    """One metric of one variant, candidate against base, with the limits by which it was judged."""
 
     variant: str
     metric: str
     tolerance: float
     margin: float
     interleaving: Interleaving
-    """shared-base, lockstep, replicates, or separate: two runs of different times."""
+    """shared-base, lockstep, replicates, or separate: two runs at different times."""
     site: str = ""
-    """On which of several sites that are unlike; empty where nothing hangs on it."""
+    """The site, if sites differ; empty if the site does not matter."""
 
     @property
     def name(self) -> str:
-        """The variant, and the site where there are several."""
+        """The variant, and the site if there are several."""
         return f"{self.variant} on {self.site}" if self.site else self.variant
 
 
@@ -111,21 +111,21 @@ class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     candidate: str
     comparisons: tuple[ComparisonRow, ...]
     control: dict[str, Comparison | None] = {}
-    """By phase, the candidate's reference against itself; empty where no control is known."""
+    """The candidate's reference compared with itself, by phase; empty if no control is known."""
     differing: tuple[Difference, ...] = ()
     notices: tuple[Notice, ...] = ()
     losses: dict[str, LossAgreement] = {}
-    """Whether the losses of both sides agree, by variant; empty where it was not examined."""
+    """Whether the losses of both sides agree, by variant; empty if this was not tested."""
 
     @property
     def why_invalid(self) -> str | None:
-        """Why verdicts do not count: the first few reasons; None where all of them do."""
+        """The first few reasons why verdicts do not count; None if all of them count."""
         reasons = dict.fromkeys(one.reason for one in self.comparisons if one.verdict == "invalid")
         return first_few(list(reasons), MOST_REASONS, "; ") if reasons else None
 
 
 def fields_of(found: Comparison) -> dict[str, Any]:
-    """The fields of a comparison, for what has others in addition."""
+    """The fields of a comparison, to be extended by further fields."""
     return {field.name: getattr(found, field.name) for field in dataclasses.fields(Comparison)}
 
 
@@ -145,27 +145,27 @@ def row_of(
 
 
 def worst(codes: Iterable[int]) -> int:
-    """The exit code that wins; a code that is not of the contract counts as an unexpected error."""
+    """The exit code that takes precedence; an unknown code counts as an unexpected error."""
     ranks = [PRECEDENCE.index(code) if code in PRECEDENCE else 0 for code in codes]
     return PRECEDENCE[min(ranks)] if ranks else EXIT_NOT_COMPARABLE
 
 
 def exit_code(comparisons: Iterable[ComparisonRow], *, inconclusive: int = EXIT_INCONCLUSIVE) -> int:
-    """The exit code of all verdicts together; nothing compared is "not comparable", never a pass.
+    """The combined exit code of all verdicts; an empty comparison is "not comparable" and never passes.
 
-    `inconclusive` is what that verdict counts as: a policy may let it pass.
+    `inconclusive` is the exit code of an inconclusive verdict: a policy may let it pass.
     """
     codes = EXIT_OF | {"inconclusive": inconclusive}
     return worst(codes[compared.verdict] for compared in comparisons)
 
 
 def document(report: ComparisonReport) -> dict[str, Any]:
-    """The report as JSON data of the contract, without its `schema`."""
+    """The report as JSON data in the documented format, without its `schema`."""
     return {"invalid": report.why_invalid, **codec.to_json(report)}
 
 
 def default_metrics(phases: Collection[str], known: Collection[str]) -> list[str]:
-    """The metrics that are judged by default: of each phase the primary one, and its peak if known."""
+    """The metrics that are judged by default: for each phase the primary metric, and its peak if known."""
     wanted: list[str] = []
     for phase in PHASES:
         if phase in phases:
@@ -174,7 +174,7 @@ def default_metrics(phases: Collection[str], known: Collection[str]) -> list[str
 
 
 def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """The names that one of the patterns matches, in their order."""
+    """The names that match one of the patterns, in order."""
     return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
@@ -187,20 +187,20 @@ def compare(
     limits_of: LimitsOf = default_limits,
     force: bool = False,
 ) -> ComparisonReport:
-    """Every metric of every variant, candidate against base.
+    """Compare every metric of every variant, candidate against base.
 
     Args:
-        base: the side that is trusted.
-        candidate: the side that is judged.
+        base: the trusted side.
+        candidate: the judged side.
         metrics: names or glob patterns of metrics and kinds of memory; empty for the primary metric of each phase that
             both sides have, and the peaks of memory.
-        all_metrics: everything that either side measured, instead.
+        all_metrics: compare all metrics that either side measured, instead.
         limits_of: tolerance and margin by variant and metric.
-        force: compare what is not comparable; then nothing is called equivalent.
+        force: also compare sides that are not comparable; then nothing is called equivalent.
 
     Raises:
-        UsageError: a metric that neither exists nor was measured.
-        InvalidRunError: no variant on either side, because a run was interrupted.
+        UsageError: a metric neither exists nor was measured.
+        InvalidRunError: neither side has a variant, because a run was interrupted.
     """
     broken = base.broken or candidate.broken
     if broken and not base.variants and not candidate.variants:
@@ -236,7 +236,7 @@ def compare(
 def _choose_metrics(
     base: ComparisonInput, candidate: ComparisonInput, patterns: Sequence[str], *, all_metrics: bool
 ) -> tuple[str, ...]:
-    """Names of metrics and kinds of memory, in the order of the phases."""
+    """Names of metrics and kinds of memory, in phase order."""
     variants = (*base.variants.values(), *candidate.variants.values())
     measured = dict.fromkeys(metric for one in variants for metric in one.metrics)
     known = tuple(dict.fromkeys([*(name for name in METRICS if name in measured), *measured]))
@@ -250,13 +250,13 @@ def _choose_metrics(
                 raise UsageError(f"metric {pattern!r}: neither known nor measured on either side. {hint}")
         return tuple(matching(known, patterns))
     phases = [phase for phase in candidate.phases if base.absent is not None or phase in base.phases]
-    # What another project's file measured has no phase.
+    # Metrics of another project's file have no phase.
     foreign = [metric for metric in known if metric not in METRICS and not is_memory(metric)]
     return (*default_metrics(phases, known), *foreign)
 
 
 def _metrics_of(wanted: Sequence[str], base: ComparisonInput, candidate: ComparisonInput, name: str) -> list[str]:
-    """The wanted metrics that either side measured of a variant; all times where a failure left none."""
+    """The wanted metrics that either side measured for a variant; all times if a failure left no measurements."""
     sides = [side for side in (base.variants.get(name), candidate.variants.get(name)) if side is not None]
     found = [metric for metric in wanted if any(side.trials(metric) for side in sides)]
     if found or not any(side.broken or not side.metrics for side in sides):
@@ -267,8 +267,8 @@ def _metrics_of(wanted: Sequence[str], base: ComparisonInput, candidate: Compari
 def _refuse(
     base: ComparisonInput, candidate: ComparisonInput, name: str, metric: str, unlike: Sequence[Difference]
 ) -> Comparison | None:
-    """The verdict where the numbers do not count, are not there, or are of unlike sides; None where they can be
-    compared."""
+    """The verdict if the numbers do not count, are missing, or come from sides that are not comparable; None if they
+    can be compared."""
     ours, theirs = base.variants.get(name), candidate.variants.get(name)
     faults = [base.broken, candidate.broken, *(side.broken for side in (ours, theirs) if side is not None)]
     if any(faults):
@@ -287,7 +287,7 @@ def _refuse(
 
 
 def _pair(base: ComparisonInput, candidate: ComparisonInput, name: str, metric: str) -> Pair:
-    """One metric of one variant, unpaired."""
+    """One metric of one variant as an unpaired pair."""
     sides = base.variants[name], candidate.variants[name]
     reasons = dict.fromkeys(side.no_interval for side in sides if side.no_interval)
     ours, theirs = (side.trials(metric) for side in sides)
@@ -295,7 +295,8 @@ def _pair(base: ComparisonInput, candidate: ComparisonInput, name: str, metric: 
 
 
 def _shifted(found: Mapping[Key, Comparison]) -> dict[Key, Comparison]:
-    """All times as invalid if nearly all of them shifted alike, which is an effect of the machine; else {}.
+    """All times as invalid if nearly all of them shifted by the same factor, which is an effect of the machine; else
+    {}.
 
     One ratio of each variant and phase is used, since metrics that derive from each other would count a shift twice.
     """

@@ -12,8 +12,8 @@ variant = "nf4-*"
 metric = "cold_*"
 tolerance = 0.10
 
-A gate that passes in silence is worse than none. So an unknown key is refused, a required variant that is not there
-fails, a gated metric that nothing measured fails, and an open question fails unless the policy says that it may pass.
+A gate that passes silently is worse than none. So an unknown key is refused, a missing required variant fails, a gated
+metric without measurements fails, and an inconclusive verdict fails unless the policy lets it pass.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ def _checked(tolerance: float | None, margin: float | None, where: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitRule:
-    """Limits for what two glob patterns match; what is None stays as it was."""
+    """Limits for variants and metrics that match two glob patterns; None leaves a limit unchanged."""
 
     variant: str = "*"
-    """Pattern of names of variants."""
+    """Pattern of variant names."""
     metric: str = "*"
     """Pattern of metrics and kinds of memory."""
     tolerance: float | None = None
     """Smallest slow-down, or growth of a peak, worth an alarm; a fraction: 0.05 is 5 %."""
     margin: float | None = None
-    """Within it two things count as equal; a fraction."""
+    """Two values within it count as equal; a fraction."""
 
     def __post_init__(self) -> None:
         _checked(self.tolerance, self.margin, f"limit of {self.variant!r}, {self.metric!r}")
@@ -65,17 +65,17 @@ class Policy:
     inconclusive: Literal["fail", "pass"] = "fail"
     """Whether an inconclusive comparison passes or fails."""
     tolerance: float | None = None
-    """Smallest slow-down, or growth of a peak, worth an alarm; a fraction, 0.01 (1 %) if left out."""
+    """Smallest slow-down, or growth of a peak, worth an alarm; a fraction; default 0.01 (1 %)."""
     margin: float | None = None
-    """Within it two things count as equal; a fraction, 0.05 (5 %) if left out."""
+    """Two values within it count as equal; a fraction; default 0.05 (5 %)."""
     metrics: tuple[str, ...] = ()
-    """Names or patterns of the gated metrics; the primary metric of each phase and the peaks if left out."""
+    """Names or patterns of the gated metrics; default: the primary metric of each phase and the peaks."""
     required: tuple[str, ...] = ()
     """Patterns of variants, at least one of which must have been compared."""
     losses: Literal["any", "agree"] = "any"
     """Whether the losses of both sides of an A/B must agree."""
     limit: tuple[LimitRule, ...] = ()
-    """Limits of their own for some variants and metrics."""
+    """Separate limits for some variants and metrics."""
 
     def __post_init__(self) -> None:
         _checked(self.tolerance, self.margin, "policy")
@@ -83,7 +83,7 @@ class Policy:
     def limits_of(self, variant: str, metric: str) -> ComparisonLimits:
         """Tolerance and margin of one comparison."""
         limits = default_limits(variant, metric)
-        exact = limits.tolerance == 0  # computed bytes stay so unless a limit names them
+        exact = limits.tolerance == 0  # computed bytes stay exact unless a limit names them
         general = LimitRule(tolerance=None if exact else self.tolerance, margin=self.margin)
         for rule in (general, *self.limit):
             if rule.matches(variant, metric):
@@ -106,15 +106,16 @@ class GateResult:
 
     @property
     def passed(self) -> bool:
-        """Whether the gate is open; nothing but exit code 0 is a pass."""
+        """Whether the gate passes; only exit code 0 is a pass."""
         return self.exit_code == EXIT_PASS
 
 
 def load_policy(path: str | None) -> Policy:
-    """A policy file; the defaults without one.
+    """Read a policy file; without one, use the defaults.
 
     Raises:
-        UsageError: no such file, not TOML, or anything in it that cannot be: file, key, value and remedy are named.
+        UsageError: the file does not exist, is not TOML, or has an invalid value; the message names file, key, value
+            and remedy.
     """
     if path is None:
         return Policy()
@@ -126,7 +127,7 @@ def load_policy(path: str | None) -> Policy:
 
 
 def stored_policy(run: Run) -> Policy:
-    """The policy that an A/B run was measured to be judged by; the defaults where it says none."""
+    """The policy under which an A/B run was measured; the defaults if it has none."""
     return codec.from_json(Policy, run.manifest.policy, f"run {run.manifest.run}: policy")
 
 
@@ -162,7 +163,7 @@ def _unmet(report: ComparisonReport, policy: Policy) -> Iterator[str]:
 
 
 def gate_document(result: GateResult) -> dict[str, Any]:
-    """The comparison's JSON document with what the gate made of it, without its `schema`."""
+    """The comparison's JSON document with the result of the gate, without its `schema`."""
     return {
         **document(result.report),
         "exit": result.exit_code,

@@ -1,7 +1,7 @@
-"""The validity of a run: for which reasons it, or one of its variants, does not count.
+"""Decides whether a run, or one of its variants, counts, and for which reasons it does not.
 
-It is decided here and nowhere else. A report, a comparison, the gate, a baseline, an export and the pytest session ask
-`run_validity`; the runner asks `mark_disturbed` of each trial that has ended.
+This module is the only place of that decision. Reports, comparisons, the gate, baselines, exports and the pytest
+session call `run_validity`; the runner calls `mark_disturbed` for each trial that has ended.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from lorameter.verdicts.series import compare_base_to_itself, control_of, group_
 from lorameter.verdicts.sites import is_mixed, runs_of_sites, unmeasured_sites
 
 PHASE_OF_PART: dict[str, Phase] = {"requests": "generate", "cold": "cold"}
-"""Parts of a replicate that a time limit can leave out, each with the phase that needs it."""
+"""Parts of a replicate that a time limit can drop, each with the phase that needs it."""
 MOST_FAULTS = 3
-"""Faults that are spelt out; a crash at the start of every trial has as many as there are trials."""
+"""Maximum faults that are listed; a crash at the start of every trial gives one fault per trial."""
 WATCHED: dict[str, str] = {"train": "training", "generate": "generating"}
-"""The phases whose surroundings are watched, as words."""
+"""The phases whose disturbances are monitored, as words."""
 
 
 class InvalidReason(enum.StrEnum):
     """Why a run, or one of its variants, does not count."""
 
     INCOMPLETE = "incomplete"
-    """The run was killed, interrupted or failed, or is under way."""
+    """The run was killed, interrupted or failed, or is still running."""
     DAMAGED_LINES = "damaged-lines"
     NO_RECORD = "no-record"
     """A planned trial left no record."""
@@ -43,20 +43,20 @@ class InvalidReason(enum.StrEnum):
     CONTROL_DIFFERS = "control-differs"
     """The reference differs from itself."""
     SITE_NOT_MEASURED = "site-not-measured"
-    """A site has measured nothing: the others do not speak for it."""
+    """A site has measured nothing, and the others cannot stand in for it."""
     TRIAL_FAILED = "trial-failed"
     """A trial crashed, ran out of memory or time, or ended invalid."""
     DISTURBED = "disturbed"
-    """The surroundings of a trial were past a limit."""
+    """A disturbance of a trial exceeded a limit."""
     PATH_INACTIVE = "path-inactive"
     """A required path was not active."""
     VARIANT_CHANGED = "variant-changed"
-    """Trials of one name are of different variants."""
+    """Trials with one name belong to different variants."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One reason, in words."""
+    """One reason, as text."""
 
     reason: InvalidReason
     message: str
@@ -64,54 +64,56 @@ class Fault:
     """The variant whose numbers do not count; empty: all variants."""
     side: Side = ""
     site: str = ""
-    """The site that it is limited to, where sites are different machines."""
+    """The site to which it is limited, if sites are different machines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunValidity:
-    """Whether a run counts, by its records and controls."""
+    """Whether a run counts, according to its records and controls."""
 
     run: str
     primary: Mapping[Phase, str]
-    """The metric that variants are compared by, of each phase that was measured."""
+    """The metric by which variants are compared, for each measured phase."""
     controls: Mapping[Phase, Comparison | None]
-    """The reference against itself measured twice, by phase; None: it should have been measured and was not."""
+    """The reference compared with its second measurement, by phase; None if it should have been measured but was
+    not."""
     faults: tuple[Fault, ...]
-    """Those of the whole run first."""
+    """Faults, those of the whole run first."""
     failures: tuple[str, ...]
     """Trials without a result, each with its reason and log, and trials that left no record."""
 
     @property
     def valid(self) -> bool:
-        """Whether every trial is ok, no line is lost, every required path was active, and every control is there and
+        """Whether every trial is ok, no line is lost, every required path was active, and every control exists and
         shows no difference."""
         return not self.faults
 
     @property
     def invalid(self) -> str | None:
-        """The first few reasons why the run is invalid and none of its verdicts counts; None where it is valid."""
+        """The first few reasons why the run is invalid and none of its verdicts counts; None if it is valid."""
         return say_faults(self.faults) if self.faults else None
 
     @property
     def broken(self) -> str | None:
-        """Why no number of the run counts; None where they do."""
+        """Why no number of the run counts; None if they count."""
         return self.broken_variant("")
 
     def broken_variant(self, name: str, side: Side = "") -> str | None:
-        """Why no number of a variant counts, in addition to `broken`; None where they do."""
+        """Why no number of a variant counts, in addition to `broken`; None if they count."""
         message = say_faults([one for one in self.faults if (one.variant, one.side, one.site) == (name, side, "")])
         return f"run {self.run}: {message}" if message else None
 
 
 def say_faults(faults: Sequence[Fault]) -> str:
-    """The first few faults, and how many more there are; empty where there is none."""
+    """The first few faults, and the number of the others; empty if there are none."""
     return first_few([fault.message for fault in faults], MOST_FAULTS, "; ") if faults else ""
 
 
 def run_validity(run: Run, study: Study) -> RunValidity:
-    """The validity of a run; one whose sites are unlike is valid if each of them is, and its controls are in these.
+    """The validity of a run. If its sites differ, it is valid if each of them is, and the controls are those of the
+    sites.
 
-    Raises nothing for missing trials: they are faults.
+    Missing trials raise no exception: they are faults.
     """
     primary: Mapping[Phase, str] = {
         phase: primary_metric(phase, own_workloads=bool(run.manifest.own_workloads)) for phase in phases_of(run)
@@ -145,20 +147,18 @@ def run_validity(run: Run, study: Study) -> RunValidity:
 
 
 def is_single_script_run(run: Run, study: Study) -> bool:
-    """Whether it is the run of one training that was followed in place, which has no control."""
+    """Whether it is the run of a single training measured in place, which has no control."""
     return study.of_scripts and len(run.manifest.order) == 1 and not run.manifest.sides
 
 
 def phases_of(run: Run) -> tuple[Phase, ...]:
-    """The phases that a run measured, in the order in which they are shown, without those that the time limit
-    dropped."""
+    """The phases that a run measured, in display order, without those that the time limit dropped."""
     skipped = {phase for part, phase in PHASE_OF_PART.items() if part in run.manifest.skipped}
     return tuple(phase for phase in PHASES if phase in run.manifest.phases and phase not in skipped)
 
 
 def control_faults(controls: Iterable[tuple[str, Comparison | None]]) -> Iterator[Fault]:
-    """The faults that the A/A controls reveal, which concern all numbers; each control comes with its phase or
-    metric."""
+    """The faults shown by the A/A controls, which concern all numbers; each control comes with its phase or metric."""
     for phase, control in controls:
         if control is None:
             yield Fault(
@@ -170,7 +170,7 @@ def control_faults(controls: Iterable[tuple[str, Comparison | None]]) -> Iterato
 
 
 def discounted(found: Comparison, invalid: str | None) -> Comparison:
-    """A comparison as it counts in its run: in one that is invalid its numbers stay, and its verdict is `invalid`."""
+    """A comparison as it counts in its run: in an invalid run its numbers stay, and its verdict is `invalid`."""
     if invalid is None:
         return found
     return dataclasses.replace(found, verdict="invalid", reason=f"the run is invalid: {invalid}")
@@ -200,7 +200,7 @@ def _run_faults(run: Run) -> Iterator[Fault]:
 
 
 def _variant_faults(run: Run, study: Study) -> Iterator[Fault]:
-    """Trials that did not end well, or without a path that is required; those of the control are faults of the run."""
+    """Trials that failed, or lack a required path; those of the control are faults of the run."""
     identities: dict[tuple[str, Side], set[str]] = {}
     for record in run.records:
         identities.setdefault((record.name, record.side), set()).add(record.variant)
@@ -242,9 +242,9 @@ def _ending(record: TrialRecord) -> str:
 def disturbances_of(record: TrialRecord, *, on_cpu: bool) -> Iterator[tuple[str, Disturbance]]:
     """The disturbances of a trial by its surroundings (other jobs, heat, swapping), each with its phase.
 
-    Only the surroundings are judged: a rule that looked at the times would select them. A CPU of which a training
-    trial of one thread had too little is left to the notice on occupancy, which counts for every such trial, unless
-    the trial is to be measured again for it.
+    Only external conditions are judged, never the times: such a rule would bias them. Too little CPU time of a
+    single-threaded training trial is left to the notice on occupancy, which covers all such trials, unless the trial
+    must be measured again because of it.
     """
     in_turns = record.interleaving in ("shared-base", "lockstep")
     for phase in WATCHED:
@@ -255,7 +255,7 @@ def disturbances_of(record: TrialRecord, *, on_cpu: bool) -> Iterator[tuple[str,
 
 
 def mark_disturbed(record: TrialRecord, *, on_cpu: bool) -> TrialRecord:
-    """The record itself, or as invalid where its surroundings were past a limit; the samples stay in it."""
+    """The record, unchanged or marked as invalid if a disturbance exceeded a limit; the samples stay in it."""
     past = [(phase, one) for phase, one in disturbances_of(record, on_cpu=on_cpu) if one.invalid]
     if record.status != "ok" or not past:
         return record
@@ -264,7 +264,7 @@ def mark_disturbed(record: TrialRecord, *, on_cpu: bool) -> TrialRecord:
 
 
 def disturbance_notices(records: Sequence[TrialRecord], *, on_cpu: bool) -> Iterator[Notice]:
-    """A notice for each kind of disturbance, those past a limit first."""
+    """A notice for each kind of disturbance, those beyond a limit first."""
     found = [(record, phase, one) for record in records for phase, one in disturbances_of(record, on_cpu=on_cpu)]
     found.sort(key=lambda one: (not one[2].invalid, -one[2].weight))
     for code in dict.fromkeys(disturbance.code for _, _, disturbance in found):

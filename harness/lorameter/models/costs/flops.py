@@ -1,21 +1,21 @@
-"""FLOPs of LoRA training, in closed form and without torch.
+"""Computes the FLOPs of LoRA training, in closed form and without torch.
 
 A product of an (m, k) by a (k, n) matrix is 2 m k n FLOPs. Only matrix products count, as in torch's FlopCounterMode:
 norms, activations, rotary embedding, softmax, loss and optimizer touch each element a fixed number of times.
 
-A frozen linear layer takes 2 FLOPs for each weight and position forward, and 2 backward for the gradient of its input.
-The last third of the 6 N of full training (Kaplan et al. 2020, arXiv 2001.08361, section 2.1), the gradient of the
-weights, is missing: LoRA training is about 4 N, plus the adapter's share. No gradient is computed before the first
-layer that trains: the inputs of the first block need none.
+A frozen linear layer needs 2 FLOPs per weight and position in the forward pass, and 2 in the backward pass for the
+gradient of its input. The last third of the 6 N of full training (Kaplan et al. 2020, arXiv 2001.08361, section 2.1),
+the weight gradient, is not needed: LoRA training is about 4 N, plus the adapter's share. No gradient is computed before
+the first trained layer: the inputs of the first block need none.
 
-Attention is counted for each pair of a query and a key: 2 products forward (scores, values), and backward one for the
-gradient of each of its operands (Chowdhery et al. 2022, arXiv 2204.02311, appendix B, where all pairs of a row count).
-The caller gives the number of pairs (`StepTokens`): all pairs of an operator, or only those that the mask lets
+Attention is counted per query-key pair: 2 products in the forward pass (scores, values), and in the backward pass one
+for the gradient of each of its operands (Chowdhery et al. 2022, arXiv 2204.02311, appendix B, where all pairs of a row
+count). The caller gives the number of pairs (`StepTokens`): all pairs of an operator, or only those that the mask lets
 through.
 
-Further computation, which no perfect implementation would need, is counted separately: products that are repeated (by
-checkpointing, and the scores that a fused backward recomputes; Dao 2023, arXiv 2307.08691, section 3.1), and gradients
-that nothing uses.
+Additional computation, which an ideal implementation would not need, is counted separately: products that are repeated
+(by checkpointing, and the scores that a fused backward recomputes; Dao 2023, arXiv 2307.08691, section 3.1), and
+gradients that nothing uses.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from lorameter.studies.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTokens:
-    """Tokens and pairs of one optimizer step, all its micro-batches together."""
+    """Tokens and pairs of one optimizer step, including all its micro-batches."""
 
     positions: int
     """Tokens: rows of every linear product."""
     pairs: int
-    """Pairs of a query and a key, for one head of one layer."""
+    """Query-key pairs, for one head of one layer."""
     passes: int = 1
-    """Forward passes; work that does not depend on tokens (DoRA's norm) is done once in each."""
+    """Number of forward passes; work that does not depend on tokens (DoRA's norm) runs once in each."""
 
 
 def computed_tokens(variant: Variant, workload: Workload) -> StepTokens:
-    """Tokens and pairs of the operators of a step: padding included, and every pair of a row, masked or not.
+    """Tokens and pairs that the operators of a step compute, including padding, and every pair of a row, masked or not.
 
     FlopCounterMode counts them, and a kernel with an explicit mask computes them. A kernel that skips masked pairs
     (flash attention, causal or of variable length) computes fewer, down to the pairs within each record.
@@ -53,8 +53,8 @@ def computed_tokens(variant: Variant, workload: Workload) -> StepTokens:
 
 
 def row_tokens(variant: Variant, workload: Workload) -> StepTokens:
-    """What a step needs, if each row is one causal sequence without padding: n (n + 1) / 2 pairs for n tokens. Packed
-    rows need fewer pairs, since their records do not see each other."""
+    """Tokens and pairs that a step needs if each row is one causal sequence without padding: n (n + 1) / 2 pairs for n
+    tokens. Packed rows need fewer pairs, since their records do not attend to each other."""
     rows, length = _rows(variant, workload), workload.sequence_length
     pairs = rows * length * (length + 1) // 2
     return StepTokens(positions=rows * length, pairs=pairs, passes=variant.gradient_accumulation)
@@ -71,33 +71,33 @@ class TrainingFlops:
     model: int
     """FLOPs that any implementation of the step needs: the numerator of MFU."""
     extra: int
-    """Repeated: the forward pass of each block under checkpointing, and the scores in a fused backward. Unused:
-    gradients of the embeddings under checkpointing, those of operands that a fused backward always computes, and the
-    product with an identity matrix in PEFT's DoRA."""
+    """FLOPs that are repeated (the forward pass of each block with checkpointing, and the scores in a fused backward)
+    or unused (gradients of the embeddings with checkpointing, gradients of operands that a fused backward always
+    computes, and the product with an identity matrix in PEFT's DoRA)."""
 
     @property
     def hardware(self) -> int:
-        """All FLOPs of the device: the numerator of hardware utilisation."""
+        """All FLOPs that the device executes: the numerator of hardware utilisation."""
         return self.model + self.extra
 
 
 def training_flops(shape: ModelShape, variant: Variant, tokens: StepTokens) -> TrainingFlops:
     """FLOPs of one optimizer step.
 
-    rsLoRA and dropout add no product. A quantised layer multiplies as any other, since dequantising is no product;
-    LLM.int8's second product for outlier columns, which depends on the data, is left out. Checkpointing is torch's
-    without re-entry, which stops a block's second forward pass at the last tensor that its backward needs, so that the
-    block's last product is not repeated.
+    rsLoRA and dropout add no product. A quantised layer counts like any other, since dequantisation is not a product;
+    LLM.int8's second product for outlier columns, which depends on the data, is omitted. Checkpointing is torch's
+    non-reentrant variant, which stops a block's second forward pass at the last tensor that its backward pass needs, so
+    the block's last product is not repeated.
 
     Raises:
-        UsageError: a model type or a target whose layers are unknown.
+        UsageError: the layers of the model type or of a target are unknown.
     """
     block = _Block(shape, variant, tokens)
     first, first_extra = block.backward(entering=False)
     other, other_extra = block.backward(entering=True)
     head = 2 * 2 * tokens.positions * shape.vocab_size * shape.hidden_size
     extra = shape.layers * block.identity + first_extra + (shape.layers - 1) * other_extra
-    if variant.gradient_checkpointing:  # which needs the gradient of the embeddings
+    if variant.gradient_checkpointing:  # checkpointing needs the gradient of the embeddings
         extra += shape.layers * (block.forward + block.identity - block.tail())
         extra += other + other_extra - first - first_extra
     return TrainingFlops(
@@ -117,7 +117,7 @@ class _Block:
         self._training = self._adapted | biased
         self._fused = variant.attention != "eager"
         self._dora = variant.use_dora
-        self._twice = variant.use_dora and variant.lora_dropout > 0  # PEFT multiplies by the frozen weights once more
+        self._twice = variant.use_dora and variant.lora_dropout > 0  # PEFT multiplies by the frozen weights again
         rows, r = 2 * tokens.positions, variant.r
         self._through = {name: rows * inputs * outputs for name, (inputs, outputs) in widths.items()}
         self._a = {name: rows * widths[name][0] * r for name in self._adapted}
@@ -126,7 +126,7 @@ class _Block:
         self.forward = sum(self._through.values()) + sum(self._a.values()) + sum(self._b.values()) + 2 * self._pairs
         """FLOPs that a forward pass needs."""
         self.identity = 0
-        """The norm of W + BA needs BA: PEFT runs an identity matrix through A and then B."""
+        """FLOPs for the norm of W + BA, which needs BA: PEFT passes an identity matrix through A and then B."""
         if self._twice:
             self.forward += sum(self._through[name] for name in self._adapted)
         if self._dora:
@@ -136,11 +136,11 @@ class _Block:
 
     def backward(self, *, entering: bool) -> tuple[int, int]:
         """FLOPs that a backward pass needs, and those that a fused attention computes in addition. `entering`: whether
-        the gradient of the block's input is needed. DoRA's norm is held constant (Liu et al. 2024, arXiv 2402.09353,
-        section 4.3) and has none."""
+        the gradient of the block's input is needed. DoRA's norm is treated as constant (Liu et al. 2024, arXiv
+        2402.09353, section 4.3) and has no gradient."""
         places = {name: STAGES.index(layer.stage) for name, layer in self._layers.items()}
         first = min((places[name] for name in self._training), default=len(STAGES))
-        # The gradient of a layer's input is needed where a layer before it trains.
+        # The gradient of a layer's input is needed if an earlier layer trains.
         needing = [name for name, place in places.items() if entering or first < place]
         needed = sum(self._through[name] for name in needing)
         for name in self._adapted:
@@ -154,7 +154,7 @@ class _Block:
         return needed + operands * self._pairs, again * self._pairs
 
     def tail(self) -> int:
-        """FLOPs after the last saved tensor, which a block's second forward pass under checkpointing leaves out."""
+        """FLOPs after the last saved tensor, which a block's second forward pass with checkpointing omits."""
         last = [name for name, layer in self._layers.items() if layer.stage == STAGES[-1]]
         plain = sum(self._through[name] for name in last if name not in self._adapted)
         return plain + (0 if self._dora else sum(self._b[name] for name in last if name in self._adapted))
@@ -164,7 +164,7 @@ def adapted_layers(shape: ModelShape, variant: Variant) -> frozenset[str]:
     """Names of the linear layers of a block that have an adapter.
 
     Raises:
-        UsageError: a target that is none of them, such as the head, or layers of some blocks only.
+        UsageError: a target is not one of them, such as the head, or selects layers of some blocks only.
     """
     variant = lora_of(variant, shape)
     widths, parents_known = linear_widths(shape), family_of(shape).parents
@@ -184,7 +184,7 @@ def product_weights(shape: ModelShape) -> int:
     """N: weights by which every position is multiplied, with the head and without the embedding (a table look-up).
 
     Raises:
-        UsageError: a model type whose layers are not known here.
+        UsageError: the layers of the model type are unknown.
     """
     linear = shape.layers * sum(inputs * outputs for inputs, outputs in linear_widths(shape).values())
     return linear + shape.vocab_size * shape.hidden_size
@@ -193,13 +193,13 @@ def product_weights(shape: ModelShape) -> int:
 def six_n(shape: ModelShape, tokens: StepTokens) -> int:
     """6 N for each position, without attention: the FLOPs of training all weights, for comparison only.
 
-    Published figures for LoRA are often computed with it, and are half as high again as the true count.
+    Published figures for LoRA often use it, and are 1.5 times the true count.
     """
     return 6 * product_weights(shape) * tokens.positions
 
 
 def mean_context(workload: Workload) -> int:
-    """Mean number of tokens, itself included, to which a token after the first one of a request attends.
+    """Mean number of tokens, including itself, to which a token after the first one of a request attends.
 
     With p prompt tokens and n new ones, the forward passes after the first attend to p + 1 ... p + n - 1 tokens.
     """

@@ -1,8 +1,8 @@
-"""An adapter in numbers: its linear layers, its parameters, and the state of its optimizer.
+"""Sizes of an adapter: its linear layers, its parameters, and its optimizer state.
 
-LoRA adds two matrices to a frozen layer, r by inputs and outputs by r (Hu et al. 2021, arXiv 2106.09685, section
-4.1); DoRA adds a magnitude for each output (Liu et al. 2024, arXiv 2402.09353). Nothing here depends on a weight's
-value, and nothing needs torch. Functions of a model raise `UnknownLayersError` where its type is not among
+LoRA adds two matrices to a frozen layer, r by inputs and outputs by r (Hu et al. 2021, arXiv 2106.09685, section 4.1);
+DoRA adds a magnitude for each output (Liu et al. 2024, arXiv 2402.09353). Sizes do not depend on weight values, and
+this module does not need torch. Functions of a model raise `UnknownLayersError` if its type is not in
 `lorameter.models.families`.
 """
 
@@ -19,18 +19,18 @@ PAGED_FROM_ELEMENTS = 100_000
 EIGHT_BIT_FROM_ELEMENTS = 4096
 """Smaller tensors keep float32 state in an 8-bit optimizer (its `min_8bit_size`)."""
 STEP_BYTES = 4
-"""torch counts the steps of each tensor in a float32 (`torch.optim.adam`, `_get_scalar_dtype`); bitsandbytes in a
+"""torch stores the step count of each tensor as a float32 (`torch.optim.adam`, `_get_scalar_dtype`); bitsandbytes as a
 Python number."""
 BLOCK = 256
 """Elements that share a float32 scale in an 8-bit moment (`Optimizer2State.init_state` of bitsandbytes)."""
 EMBEDDINGS = ("embed_tokens", "lm_head")
 """Modules outside the blocks that PEFT can adapt, by their names in all known families."""
 MOMENT_TABLE_BYTES = 256 * 4
-"""The values that an 8-bit moment can take; one table for each of the two moments, shared by all tensors."""
+"""The values that an 8-bit moment can have; one table for each of the two moments, shared by all tensors."""
 
 
 def uncounted(variant: Variant, shape: ModelShape) -> str | None:
-    """Why there is no formula for memory and FLOPs of a variant on a model, and the remedy; None where there is one."""
+    """Why there is no formula for memory and FLOPs of a variant on a model, and the remedy; None if there is one."""
     if not isinstance(variant, LoraVariant):
         return f"no formula is known for the method {variant.method_name}; measure it"
     if variant.optimizer not in (*ADAMW, *PAGED) or variant.optimizer_args:
@@ -39,7 +39,7 @@ def uncounted(variant: Variant, shape: ModelShape) -> str | None:
 
 
 def lora_of(variant: Variant, shape: ModelShape) -> LoraVariant:
-    """The variant as LoRA. Raises `UnknownLayersError` where there is no formula for its memory and FLOPs."""
+    """The variant as LoRA. Raises `UnknownLayersError` if there is no formula for its memory and FLOPs."""
     if why := uncounted(variant, shape):
         raise UnknownLayersError(why)
     assert isinstance(variant, LoraVariant)
@@ -47,10 +47,10 @@ def lora_of(variant: Variant, shape: ModelShape) -> LoraVariant:
 
 
 def targets_of(variant: LoraVariant, shape: ModelShape) -> tuple[str, ...]:
-    """The target modules of a variant, by default those of PEFT.
+    """The target modules of a variant, by default PEFT's.
 
     Raises:
-        UsageError: neither names any, which PEFT would refuse.
+        UsageError: there are none, which PEFT would refuse.
     """
     targets = variant.target_modules or family_of(shape).targets
     if not targets:
@@ -62,14 +62,13 @@ def targets_of(variant: LoraVariant, shape: ModelShape) -> tuple[str, ...]:
 
 
 def unknown_targets(variant: LoraVariant, shape: ModelShape) -> tuple[str, ...]:
-    """The target modules of a variant that name neither a linear layer of the model nor its embedding or head."""
+    """The target modules of a variant that are neither a linear layer of the model nor its embedding or head."""
     known = {ALL_LINEAR, *linear_widths(shape), *EMBEDDINGS}
     return tuple(target for target in variant.target_modules if target.rpartition(".")[2] not in known)
 
 
 def adapted_widths(variant: Variant, shape: ModelShape) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of the layers of a block that have an adapter; targets that are no linear layers of a block
-    are left out."""
+    """Input and output widths of the layers of a block that have an adapter; other targets are left out."""
     targets = targets_of(lora_of(variant, shape), shape)
     names = {target.rpartition(".")[2] for target in targets}
     return {name: width for name, width in linear_widths(shape).items() if ALL_LINEAR in targets or name in names}
@@ -84,20 +83,20 @@ def adapter_tensors(variant: Variant, shape: ModelShape) -> list[int]:
 
 
 def adapter_parameters(variant: Variant, shape: ModelShape) -> int:
-    """Parameters that the adapter adds: r (in + out) for each target, with DoRA a magnitude for each output too. Biases
-    of the base that train are not the adapter's."""
+    """Parameters that the adapter adds: r (in + out) for each target, with DoRA also a magnitude for each output.
+    Trained biases of the base are not part of the adapter."""
     return sum(adapter_tensors(variant, shape))
 
 
 def optimizer_state_bytes(optimizer: str, trained: Iterable[tuple[int, int]]) -> int:
-    """All state after a first step, by the rules of torch 2.13 and bitsandbytes 0.50.
+    """Bytes of all state after a first step, by the rules of torch 2.13 and bitsandbytes 0.50.
 
-    torch's AdamW keeps two moments in the type of the parameter and a step count. bitsandbytes keeps them in float32;
-    in 8 bits with a scale for each block of 256 elements, but in float32 for a tensor of less than 4096 elements.
+    torch's AdamW stores two moments in the parameter's dtype and a step count. bitsandbytes stores moments in float32,
+    or in 8 bits with a scale for each block of 256 elements, but in float32 for tensors with less than 4096 elements.
 
     Args:
-        optimizer: the variant's.
-        trained: elements of each tensor that trains, and bytes of one element.
+        optimizer: the variant's optimizer.
+        trained: for each trained tensor, its elements and the bytes of one element.
     """
     tensors = list(trained)
     if optimizer in ("adamw", "adamw_fused"):
@@ -108,7 +107,7 @@ def optimizer_state_bytes(optimizer: str, trained: Iterable[tuple[int, int]]) ->
 
 def paged_state_bytes(optimizer: str, elements: Iterable[int]) -> int:
     """The part of bitsandbytes' state that is paged on a GPU: the moments of large tensors, without the scales of 8-bit
-    ones."""
+    moments."""
     if not optimizer.startswith("paged"):
         return 0
     size = 2 if _eight_bit(optimizer) else 8
@@ -133,9 +132,9 @@ QUANTIZATION_BLOCK = 64
 NESTED_BLOCK = 256
 """Scales that share a float32 scale under double quantisation (same section)."""
 CODEBOOK_BYTES = 16 * 4
-"""The table of the values of 4 bits, one for each layer."""
+"""The table of the 4-bit values, one for each layer."""
 NESTED_BYTES = 256 * 4 + 4
-"""Under double quantisation: the table of the values of 8-bit scales, and the mean of the scales."""
+"""With double quantisation: the table of the 8-bit scale values, and the mean of the scales."""
 
 
 def width(dtype: str) -> int:
@@ -144,7 +143,7 @@ def width(dtype: str) -> int:
 
 
 def weight_bytes(inputs: int, outputs: int, variant: Variant) -> int:
-    """Bytes of the weights, without constants of quantisation."""
+    """Bytes of the weights, without quantisation constants."""
     weights = inputs * outputs
     if variant.quantization == "none":
         return weights * width(variant.dtype)
@@ -152,8 +151,7 @@ def weight_bytes(inputs: int, outputs: int, variant: Variant) -> int:
 
 
 def constant_bytes(inputs: int, outputs: int, variant: Variant, *, repacked: bool = False) -> int:
-    """Bytes of the constants of quantisation: a float32 for each output in 8 bits; in 4 bits a table, and a scale for
-    each block.
+    """Bytes of the quantisation constants: for 8 bits a float32 per output; for 4 bits a table, and a scale per block.
 
     `repacked` is bitsandbytes' CPU layout of 4-bit weights, with one bfloat16 scale a block and no double quantisation
     (`_convert_weight_packed_for_cpu` of bitsandbytes 0.50).

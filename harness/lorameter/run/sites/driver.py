@@ -1,8 +1,8 @@
 """Measures a plan in jobs: several at a time, each an ordinary run of some replicates, merged into one run.
 
-Replicates are distributed whole: their variants take turns in one job, so every ratio is within a site. A job writes
-into a folder below the run's (`lorameter.run.sites.folder`), and only this process writes the run. A job that is
-lost loses the replicate that it was measuring, which another job measures from its start.
+Only whole replicates are distributed: their variants take turns in one job, so every ratio is within a site. A job
+writes into a folder below the run's (`lorameter.run.sites.folder`), and only this process writes the run. If a job is
+lost, another job measures its current replicate from the beginning.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ from lorameter.run.sites.slurm import cancel_job
 from lorameter.verdicts.comparison_input import Difference, differences
 
 POLL_S = 1.0
-"""Seconds between two looks at the state files of the jobs, which have a few lines."""
+"""Seconds between two reads of the jobs' state files, which have a few lines."""
 END_TIMEOUT_S = 30.0
-"""A job that is asked to end saves its records and kills its processes."""
+"""Seconds for a job that is asked to end, in which it saves its records and kills its processes."""
 MOST_LOSSES = 3
-"""A site that loses so many jobs in a row is given no further one."""
+"""A site that loses this many jobs in a row gets no further job."""
 
 
 class Launcher(Protocol):
-    """Starts jobs: on this machine, on a Ray cluster or by SLURM."""
+    """Starts jobs: on this machine, on a Ray cluster or with SLURM."""
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """One for each job that can run at a time: the name of its site, empty where the job finds it."""
+        """One site name for each job that can run at a time; empty if the job finds its site itself."""
 
     def start(self, folder: Path, slot: str) -> None:
         """Start the job of a folder. Raises `UsageError` if it cannot be started."""
 
     def running(self) -> set[Path]:
-        """Folders of the jobs that wait or run."""
+        """Folders of the jobs that are queued or running."""
 
     def why(self, folder: Path) -> str:
-        """The reason why a job left no result."""
+        """The reason why a job returned no result."""
 
     def cancel(self) -> None:
         """Ask all jobs to end; they save their records."""
@@ -69,8 +69,8 @@ class Launcher(Protocol):
 
 
 class MergedRun:
-    """The run that the records of jobs are merged into. It begins with the manifest of the first job; every other job
-    must be like that one."""
+    """The run into which the records of jobs are merged. It begins with the manifest of the first job; every other job
+    must agree with that one."""
 
     def __init__(
         self,
@@ -101,8 +101,9 @@ class MergedRun:
         self._mixed, self._saved = mixed, saved
 
     def take(self, folder: Path, state: JobState, *, everything: bool = False) -> set[int]:
-        """Save the records of a job; returns their replicates. The unfinished one of a lost job is left out unless
-        `everything` is true. Raises `InvalidRunError`, and saves nothing, for a job that is unlike the run."""
+        """Save the records of a job; returns their replicates. The unfinished replicate of a lost job is left out
+        unless `everything` is true. Raises `InvalidRunError`, and saves nothing, for a job that does not agree with the
+        run."""
         if not (runs := store.list_runs(folder)):
             return set()
         self._join(store.read_manifest(runs[0]), state.site)
@@ -120,7 +121,7 @@ class MergedRun:
         return {record.replicate for record in records}
 
     def _join(self, manifest: Manifest, site: str) -> None:
-        """Check that a job is like the first one, with which the run begins."""
+        """Check that a job agrees with the first one, with which the run begins."""
         first = self._first
         again = first is not None and self.writer is None
         if first is not None and (unlike := find_unlike(first, manifest, mixed=self._mixed, again=again)):
@@ -140,16 +141,16 @@ class MergedRun:
         """Copy the logs and notices of a job that has ended."""
         for path in store.list_runs(folder):
             manifest = store.read_manifest(path)
-            self.notices += [notice for notice in manifest.notices if notice.code != SKIPPED]  # of its part alone
+            self.notices += [notice for notice in manifest.notices if notice.code != SKIPPED]  # of this job only
             self.stopped = self.stopped or manifest.stopped
             self.skipped |= set(manifest.skipped)
         copy_logs(folder, self._path)
 
 
 def find_unlike(first: Manifest, other: Manifest, *, mixed: bool, again: bool) -> list[Difference]:
-    """The differences to the first job that make a comparison impossible: machine, libraries, tokens or sides.
+    """Differences from the first job that make a comparison impossible: machine, libraries, tokens or sides.
 
-    `mixed`: whether the kinds of machines may differ; `again`: whether the version of lorameter may.
+    `mixed`: whether the kinds of machines may differ; `again`: whether the version of lorameter may differ.
     """
     declared = [name for side in other.sides.values() for name in side["declared"]]
     without = (*declared, *(OF_A_KIND if mixed else ()))
@@ -176,14 +177,14 @@ def copy_logs(folder: Path, path: Path) -> None:
     logs.mkdir(exist_ok=True)
     for log in folder.glob("*/logs/*"):
         shutil.copyfile(log, logs / log.name)
-    with contextlib.suppress(OSError):  # of a job that was not started
+    with contextlib.suppress(OSError):  # the job was not started
         if text := (folder / LOG).read_text(errors="replace"):
             (logs / f"job-{folder.name}.log").write_text(redact(text))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A job under way."""
+    """A running job."""
 
     folder: Path
     slot: str
@@ -195,24 +196,24 @@ def measure_in_jobs(
     stops: InterruptHandler, *, local: bool, if_busy: IfBusy | None, notices: tuple[Notice, ...],
     policy: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    """Measure what is left of a plan into the folder of its run, which this process has locked.
+    """Measure the rest of a plan into the folder of its run, which this process has locked.
 
     Args:
         plan: the whole plan.
-        groups: what is left of it.
-        launcher: of the jobs.
+        groups: the remaining groups.
+        launcher: launcher of the jobs.
         path: folder of the run.
-        earlier: the run as it was, if it is resumed.
-        shown: shows the progress.
+        earlier: the interrupted run, if it is resumed.
+        shown: display of the progress.
         stops: handles signals.
-        local: whether the sites are of this machine.
-        if_busy: what a job does if its device is in use; None: this process holds the devices.
-        notices: for the manifest, in addition to those of the jobs.
-        policy: for the manifest.
+        local: whether the sites are on this machine.
+        if_busy: the action of a job if its device is in use; None if this process holds the devices.
+        notices: notices for the manifest, in addition to those of the jobs.
+        policy: policy for the manifest.
 
     Raises:
-        UsageError: what the study asks for cannot be done.
-        InvalidRunError: sites are unlike each other, or all of them have lost their jobs.
+        UsageError: the study cannot be measured.
+        InvalidRunError: the sites differ, or all of them have lost their jobs.
     """
     minutes, mixed = plan.study.protocol.max_minutes, plan.study.protocol.mixed
 
@@ -248,7 +249,7 @@ def measure_in_jobs(
         jobs.end(everything=error is not None)
         interrupted = isinstance(error, KeyboardInterrupt)
         if merged.writer is not None:
-            with contextlib.suppress(*((InvalidRunError, OSError) if error else ())):  # `error` is to be reported
+            with contextlib.suppress(*((InvalidRunError, OSError) if error else ())):  # report `error` instead
                 status: store.RunStatus = "interrupted" if interrupted else "failed" if error else "complete"
                 _finish(plan, merged, status, stopped)
     if error is not None and not (interrupted and merged.writer is not None):
@@ -256,8 +257,8 @@ def measure_in_jobs(
 
 
 def _finish(plan: Plan, merged: MergedRun, status: store.RunStatus, stopped: str | None) -> None:
-    """End a run, with a record for each trial of a plan that was broken off."""
-    assert merged.writer is not None  # a job that measured nothing ended in an error
+    """End a run, with a record for each unmeasured trial."""
+    assert merged.writer is not None  # a job that measured nothing ended with an error
     writer, protocol = merged.writer, plan.study.protocol
     records = [merged.records[slot.trial] for slot in plan.slots if slot.trial in merged.records]
     notices = merged.notices
@@ -280,14 +281,14 @@ def _finish(plan: Plan, merged: MergedRun, status: store.RunStatus, stopped: str
 
 
 class _Jobs:
-    """The jobs of one run: starts one wherever a site is free, and starts those again that are lost."""
+    """The jobs of one run: starts a job when a site is free, and restarts lost jobs."""
 
     def __init__(
         self, plan: Plan, groups: Sequence[Group], launcher: Launcher, path: Path, merged: MergedRun, *,
         if_busy: IfBusy | None,
     ) -> None:  # fmt: skip
-        """A job measures one replicate, so that one that waits in a queue holds up no other; under a time limit, and on
-        unlike sites, the part of a site."""
+        """A job measures one replicate, so that a queued job delays no other; with a time limit, or if sites differ, it
+        measures all replicates of a site."""
         self._plan, self._groups, self._launcher, self._merged = plan, groups, launcher, merged
         self._folder, self._if_busy = path / JOBS, if_busy
         self._free = deque(launcher.slots)
@@ -295,7 +296,7 @@ class _Jobs:
         self._jobs: list[Job] = []
         left = sorted({group.replicate for group in groups})
         self._each = math.ceil(len(left) / len(self._free))
-        """Replicates of a site."""
+        """Replicates of each site."""
         parts = [[replicate] for replicate in left]
         if plan.study.protocol.mixed or plan.study.protocol.max_minutes is not None:
             parts = [left[first :: len(self._free)] for first in range(len(self._free))]
@@ -303,7 +304,7 @@ class _Jobs:
 
     def run(self, stops: InterruptHandler) -> str | None:
         """Measure all replicates; returns the reason if it stopped early."""
-        unlimited = Budget()  # the time limit is kept by each job for itself
+        unlimited = Budget()  # each job enforces the time limit itself
         while self._waiting or self._jobs:
             with stops.interruptible():
                 while self._waiting and self._free:
@@ -321,7 +322,8 @@ class _Jobs:
         return None
 
     def _ended(self, running: Container[Path]) -> list[Job]:
-        """Remove the jobs that have ended from those under way and return them, their logs and notices copied."""
+        """Remove the jobs that have ended from the running ones and return them, after copying their logs and
+        notices."""
         ended = [one for one in self._jobs if one.folder not in running or read_state(one.folder).ended]
         self._jobs = [job for job in self._jobs if job not in ended]
         for job in ended:
@@ -329,13 +331,14 @@ class _Jobs:
         return ended
 
     def end(self, *, everything: bool) -> None:
-        """Cancel the jobs that are left, wait for them, and save what they have finished, or `everything`."""
-        with contextlib.suppress(Exception):  # nothing may keep the records from being saved
+        """Cancel the remaining jobs, wait for them, and save the replicates that they have finished, or
+        `everything`."""
+        with contextlib.suppress(Exception):  # no error may prevent saving the records
             self._launcher.cancel()
             deadline = time.monotonic() + END_TIMEOUT_S
             while self._jobs and time.monotonic() < deadline:
                 for job in self._ended(self._launcher.running()):
-                    with contextlib.suppress(InvalidRunError):  # unlike the others
+                    with contextlib.suppress(InvalidRunError):  # the job does not agree with the others
                         self._merged.take(job.folder, read_state(job.folder))
                 time.sleep(POLL_S / 10)
         for folder in sorted(self._folder.glob("*")) if everything else ():
@@ -350,7 +353,7 @@ class _Jobs:
         folder = self._folder / f"{len(list(self._folder.iterdir())):04}"
         folder.mkdir()
         study = self._plan.study
-        if (minutes := study.protocol.max_minutes) is not None:  # less for what a lost job has left
+        if (minutes := study.protocol.max_minutes) is not None:  # less for the rest of a lost job
             limit = minutes * min(1, len(replicates) / self._each)
             study = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, max_minutes=limit))
         whole = dataclasses.replace(self._plan, study=study)
@@ -367,7 +370,7 @@ class _Jobs:
         """
         if state.usage:
             raise UsageError(state.error)
-        if state.ended and not state.error:  # a replicate that is missing had no time
+        if state.ended and not state.error:  # a missing replicate had no time
             self._losses[job.slot] = 0
             self._free.append(job.slot)
             return
@@ -392,7 +395,7 @@ class _Jobs:
 
 
 def read_broken_off_with_jobs(name: str, runs: Path, *, study: str | None = None) -> Run:
-    """`lorameter.run.resume.read_broken_off`, after the records that jobs of a killed process left are merged."""
+    """Like `lorameter.run.resume.read_broken_off`, after merging the records left by jobs of a killed process."""
     for path in (Path(name), runs / name):
         if (path / JOBS).is_dir():
             merge_left(path)
@@ -400,10 +403,10 @@ def read_broken_off_with_jobs(name: str, runs: Path, *, study: str | None = None
 
 
 def merge_left(path: Path) -> None:
-    """Merge the records that jobs of a killed process left into their run, and remove the jobs. A run without a
-    manifest begins with that of the first job.
+    """Merge the records left by jobs of a killed process into their run, and remove the jobs. A run without a manifest
+    begins with that of the first job.
 
-    Jobs of SLURM that still run are cancelled first; others ended with the process.
+    Running SLURM jobs are cancelled first; other jobs ended with the process.
     """
     with store.writing(path):
         manifest = store.read_manifest(path) if store.is_run(path) else None
@@ -421,7 +424,7 @@ def merge_left(path: Path) -> None:
         for folder in folders:
             while cancel_job(folder) and not read_state(folder).ended and time.monotonic() < deadline:
                 time.sleep(POLL_S)
-            with contextlib.suppress(InvalidRunError):  # unlike the run
+            with contextlib.suppress(InvalidRunError):  # the job does not agree with the run
                 merged.take(folder, read_state(folder), everything=True)
             copy_logs(folder, path)
         shutil.rmtree(path / JOBS, ignore_errors=True)

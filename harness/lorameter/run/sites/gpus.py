@@ -1,7 +1,7 @@
 """The sites of this machine: its GPUs, or shares of its CPUs.
 
-A trial that is measured next to others on one machine shares its memory bus and its power with them, but neither its
-GPU nor its cores: each site has CPUs of its own, and its processes stay on them.
+Trials that are measured concurrently on one machine share its memory bus and its power, but neither GPUs nor cores:
+each site has its own CPUs, to which its processes are pinned.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from lorameter.studies.study import Study
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """One site of this machine: a name for the records, and how its processes are started."""
+    """One site of this machine: its name in records, and the environment of its processes."""
 
     name: str
     host: Host
 
 
 def local_shares(listed: Sequence[str], machine: Machine, *, mixed: bool = False) -> tuple[Share, ...]:
-    """The sites that a user lists, such as 0, 1, 2, 3: on a GPU machine GPUs, in the order in which CUDA numbers those
-    that are visible; on a CPU as many equal shares of its cores. A site of several ranks (0+1) has one for each.
+    """The sites that a user lists, such as 0, 1, 2, 3: on a GPU machine, GPUs in CUDA's order of the visible ones; on a
+    CPU machine, equal shares of its cores. A site for several ranks (0+1) has one GPU or share for each rank.
 
     Raises:
-        UsageError: a GPU that does not exist, GPUs of different kinds that are not to be `mixed`, or fewer cores than
+        UsageError: a GPU does not exist, GPUs are of different kinds and not `mixed`, or there are fewer cores than
             sites.
     """
     groups = [numbers_of(name) for name in listed]
@@ -66,8 +66,8 @@ def local_shares(listed: Sequence[str], machine: Machine, *, mixed: bool = False
 
 
 def check_spreadable(study: Study, place: SiteSpec) -> None:
-    """Raises `UsageError` for a study whose trials choose their devices themselves, and for sites of this machine that
-    are not of as many GPUs as a trial has ranks."""
+    """Raise `UsageError` for a study whose trials choose their devices themselves, and for sites of this machine whose
+    number of GPUs differs from the ranks of a trial."""
     ranks = study.workload.ranks
     if study.of_scripts:
         raise UsageError(
@@ -88,8 +88,8 @@ def _share(what: str, numbers: Sequence[int], cpus: Sequence[int], gpus: Sequenc
 
 
 def share_cpus(cpus: Iterable[int], sites: int, option: str) -> list[Sequence[int]]:
-    """Equal parts of the cores, one for each site, by their CPUs: two threads of one core are never of two sites.
-    Raises `UsageError`, which begins with the `option`, for too many sites."""
+    """Equal parts of the cores, one for each site, as CPU numbers: two threads of one core are never on two sites.
+    Raises `UsageError`, beginning with the `option`, for too many sites."""
     cores = cores_of(cpus)
     each = len(cores) // sites
     if not each:
@@ -103,7 +103,7 @@ def share_cpus(cpus: Iterable[int], sites: int, option: str) -> list[Sequence[in
 
 
 def _find_gpus(numbers: Sequence[int], listed: Sequence[str], *, mixed: bool) -> list[VisibleGpu]:
-    """GPUs by their numbers among those that are visible."""
+    """GPUs by their numbers among the visible ones."""
     option, visible = say_sites(listed), visible_gpus().value
     if visible is None:
         raise UsageError(f"{option}: which GPUs there are cannot be known here. Leave it out.")
@@ -131,8 +131,8 @@ def _find_gpus(numbers: Sequence[int], listed: Sequence[str], *, mixed: bool) ->
 
 
 def executors_of_ranks(host: Host, ranks: int) -> list[Executor]:
-    """An executor for each GPU that the ranks of a trial use in a host, the first visible ones; one for the device of
-    the host if there is one rank, or if no GPU is known. Nothing is started."""
+    """An executor for each GPU that the ranks of a trial use in a host (the first visible ones); one for the host's
+    device if there is one rank, or if no GPU is known. Nothing is started."""
     gpus = visible_gpus(host.variables(os.environ)).value or () if ranks > 1 else ()
     variables = [{VARIABLE: str(gpu.entry)} for gpu in gpus[:ranks]] or [{}]
     return [open_executor(host=dataclasses.replace(host, environment=host.environment | one)) for one in variables]
@@ -160,7 +160,7 @@ class LocalJobs:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # a Ctrl-C at the terminal is this process's to handle
+                start_new_session=True,  # this process handles Ctrl-C at the terminal
             )
 
     def running(self) -> set[Path]:

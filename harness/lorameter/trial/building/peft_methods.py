@@ -1,10 +1,10 @@
-"""PEFT's methods: the configuration of a variant, how its adapter comes on a base and off again, its type, its files.
+"""PEFT's methods: the configuration of a variant, attaching and removing its adapter, its dtype, and its files.
 
-The one module that calls PEFT. Methods, their fields and their optimizers are read from PEFT's registry, so that one
-that a later PEFT adds needs no code here. Parameters of an adapter are never recognised by name: PEFT's layers list the
-parts that they have added, and names of a base are arbitrary.
+This is the only module that calls PEFT. Methods, their fields and their optimizers are read from PEFT's registry, so
+that a method of a later PEFT version needs no code here. Adapter parameters are never recognised by name: PEFT's layers
+list the parts that they have added, and names in a base are arbitrary.
 
-Full fine-tuning has no adapter: its model is the base, and what concerns an adapter does nothing.
+Full fine-tuning has no adapter: its model is the base, and functions about adapters do nothing.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from lorameter.trial.building.quantising import unpack_4bit
 from lorameter.trial.data.tokens import load_tokenizer
 
 LAZY = ("peft.tuners.lora.bnb",)
-"""What PEFT imports when it first meets a quantised layer."""
+"""Modules that PEFT imports at its first quantised layer."""
 _PAGED = dict(zip(PAGED, ("PagedAdamW32bit", "PagedAdamW8bit"), strict=True))
 _BITSANDBYTES = "bitsandbytes."
-"""Begins the name of an optimizer of bitsandbytes."""
+"""Prefix of the names of bitsandbytes optimizers."""
 
 
 def config_of(variant: Variant, *, steps: int | None = None) -> PeftConfig:
-    """PEFT's configuration of a variant; `steps` are those of its training, for methods that plan with them.
+    """The PEFT configuration of a variant; `steps` is the length of its training, for methods that need it.
 
     Raises:
-        UsageError: no such method or field, or a value that PEFT refuses, in its words.
+        UsageError: the method or field does not exist, or PEFT refuses a value; the message is PEFT's.
     """
     if isinstance(variant, LoraVariant):
         return _lora_config(variant)
@@ -59,32 +59,32 @@ def config_of(variant: Variant, *, steps: int | None = None) -> PeftConfig:
         raise impossible(where, "peft.peft_type", given["peft_type"], why, _did_you_mean(name, known))
     fields = {one.name for one in dataclasses.fields(known[name]) if one.init}
     off = [key for key, value in given.items() if key not in fields and value in (None, False, {}, [])]
-    for key in off:  # files of another version have it, and what is off there changes nothing
+    for key in off:  # files of another version have these keys, which have no effect if off
         del given[key]
     for key, value in given.items():
         if key not in fields:
             why = f"{known[name].__name__} of PEFT {peft.__version__} has no such field"
             raise impossible(where, f"peft.{key}", value, why, _did_you_mean(key, fields))
-    given |= {"peft_type": name, "inference_mode": False}  # a saved configuration is one for inference
+    given |= {"peft_type": name, "inference_mode": False}  # a saved configuration is in inference mode
     given["task_type"] = given.get("task_type") or "CAUSAL_LM"
     if "total_step" in fields and given.get("total_step") is None and steps is not None:
         given["total_step"] = steps
     try:
         return known[name](**given)
-    except Exception as error:  # which exception depends on the value that PEFT could not take
+    except Exception as error:  # the exception's type depends on the value that PEFT refused
         raise UsageError(f"{where}: peft: {known[name].__name__} refuses it: {said_by(error).rstrip('.')}.") from None
 
 
 def attach(
     base: Any, variant: Variant, adapter: str = "default", *, batches: Iterable[Any] = (), steps: int | None = None
 ) -> Any:
-    """The base with a fresh adapter, as PEFT makes it; for full fine-tuning the base, all of which trains.
+    """The base with a fresh adapter, as PEFT makes it; for full fine-tuning, the base with all weights trainable.
 
     Args:
-        base: frozen or not; of it nothing trains afterwards but what the method asks for.
-        variant: what trains.
+        base: frozen or not; afterwards only the weights that the method requires are trainable.
+        variant: the variant to train.
         adapter: name of the adapter.
-        batches: inputs of the model, for initialisations that look at data (EVA, CorDA).
+        batches: inputs of the model, for data-dependent initialisations (EVA, CorDA).
         steps: optimizer steps of the training.
     """
     base = _prepare(base, variant)
@@ -106,25 +106,25 @@ def attach(
 
 
 def reads_data(variant: Variant) -> bool:
-    """Whether the initialisation of the adapter looks at data."""
+    """Whether the initialisation of the adapter depends on data."""
     return isinstance(variant, PeftVariant) and variant.peft.get("init_lora_weights") in ("corda", "eva")
 
 
 def attach_beside(model: Any, variant: Variant, adapter: str) -> None:
-    """Give a model that has adapters another one, which is not active yet."""
+    """Add another adapter to a model that has adapters; it is not active yet."""
     model.add_adapter(adapter, config_of(variant), autocast_adapter_dtype=_upcasts(variant))
     _cast(model, variant)
 
 
 def attach_drawn(model: Any, variant: Variant, adapter: str, seed: int) -> None:
-    """Give the model an adapter as `attach_beside` does, with random weights as large as a base's: those of a trained
-    one do not affect times, but answers like those of the base could not be distinguished from it.
+    """Add an adapter like `attach_beside`, with large random weights: the values do not affect times, but an adapter
+    with small weights would give the same answers as the base.
 
-    An entry of A has the variance 1 / inputs and one of B 1 / r over the square of the scaling, so that what both do
-    together leaves the size of what comes in as it is, whatever r and alpha are.
+    An entry of A has the variance 1 / inputs, and an entry of B the variance 1 / r over the square of the scaling, so
+    that their product preserves the magnitude of the input for every r and alpha.
     """
     attach_beside(model, variant, adapter)
-    generator = torch.Generator().manual_seed(seed)  # of the host, so that every device has the same
+    generator = torch.Generator().manual_seed(seed)  # on the host, so that every device gets the same values
     for layer in adapted_layers(model).values():
         for part in layer.adapter_layer_names:
             held = getattr(layer, part)
@@ -136,35 +136,36 @@ def attach_drawn(model: Any, variant: Variant, adapter: str, seed: int) -> None:
 
 
 def start_prefix(model: Any, name: str, text: str) -> None:
-    """Have a prefix begin with the keys and values of a text; `name` is the model's, whose tokenizer reads it."""
+    """Initialise a prefix with the keys and values of a text, tokenised with the tokenizer of the model `name`."""
     source = catalogue.resolve(name)
     tokenizer, _ = load_tokenizer(source, vocab_size=shapes.shape(source).vocab_size)
     peft.initialize_kv_prefix_from_text(model, tokenizer, text=text)
 
 
 def updater(model: Any) -> Callable[[int], None] | None:
-    """What a method does after each update, given the number of the step from 1: AdaLoRA moves ranks between layers.
-    None for a method that does nothing."""
+    """A function that a method calls after each update with the number of the step, from 1: AdaLoRA moves ranks between
+    layers. None for a method without one."""
     tuner = getattr(model, "base_model", None)
     found: Callable[[int], None] | None = getattr(type(tuner), "update_and_allocate", None)
     return None if found is None else cast("Callable[[int], None]", tuner.update_and_allocate)  # type: ignore[union-attr]
 
 
 def unmixable_layers(model: torch.nn.Module) -> tuple[str, ...]:
-    """Names of the layers that cannot take rows for different adapters: PEFT refuses that where it wraps a parameter of
-    a layer in place of the layer (experts that are stored as one tensor) or torch's own attention."""
+    """Names of the layers that cannot process rows for different adapters: PEFT refuses this if it wraps a parameter of
+    a layer instead of the layer (experts that are stored as one tensor), or torch's own attention."""
     refusing = (ParamWrapper, MultiheadAttention)
     return tuple(name for name, layer in adapted_layers(model).items() if isinstance(layer, refusing))
 
 
 def activate(model: Any, adapter: str) -> None:
-    """Have this adapter, and no other, take part and train."""
+    """Activate this adapter only, and make it trainable."""
     if isinstance(model, PeftModel) and model.active_adapter != adapter:
         model.set_adapter(adapter)
 
 
 def wrapped(model: Any) -> Any:
-    """transformers' own model inside of PEFT's, its layers replaced; the model itself where PEFT has wrapped none."""
+    """transformers' own model inside the PEFT model, with its layers replaced; the model itself if PEFT has not wrapped
+    it."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -175,8 +176,8 @@ def is_merged(model: Any) -> bool:
 
 @contextmanager
 def without_adapter(model: Any) -> Iterator[None]:
-    """Meanwhile the model is its base. What trains is afterwards what it was: PEFT would have all of the adapter train,
-    of which LoRA-FA keeps one factor frozen."""
+    """Disable the adapter inside the block. Afterwards the same parameters train as before: PEFT would make all of the
+    adapter trainable, of which LoRA-FA keeps one factor frozen."""
     if not isinstance(model, PeftModel):
         yield
         return
@@ -188,8 +189,8 @@ def without_adapter(model: Any) -> Iterator[None]:
 
 
 def merge(model: Any) -> None:
-    """Merge the active adapter into the base, whose 4-bit weights must lie in their stored layout for it; nothing where
-    it is merged."""
+    """Merge the active adapter into the base, whose 4-bit weights must be in their stored layout; does nothing if it is
+    already merged."""
     if is_merged(model):
         return
     unpack_4bit(model)
@@ -197,7 +198,7 @@ def merge(model: Any) -> None:
 
 
 def adapted_layers(model: torch.nn.Module) -> dict[str, Any]:
-    """The layers that PEFT has put in place of a base's, by name."""
+    """The PEFT layers that replace layers of the base, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
@@ -208,7 +209,8 @@ def is_on_linear(model: torch.nn.Module) -> bool:
 
 
 def own_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """What adapters have added to a model, all of them together, by name; what they wrap is the base's."""
+    """Parameters that adapters have added to a model, of all adapters together, by name; wrapped parameters belong to
+    the base."""
     held = (
         f"{name}.{holder}".removeprefix(".") for name, module in model.named_modules() for holder in holders_in(module)
     )
@@ -217,16 +219,16 @@ def own_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def save(model: Any, folder: Path, *, initial: Path | None = None) -> None:
-    """Write the trained adapter; `initial` is what `save_initial` wrote, where the initialisation rewrote the base."""
+    """Write the trained adapter; `initial` is the folder of `save_initial`, if the initialisation changed the base."""
     before = None if initial is None else str(initial)
     model.save_pretrained(str(folder), path_initial_model_for_weight_conversion=before)
 
 
 def save_initial(model: Any, folder: Path) -> None:
-    """Save the untrained adapter of an initialisation that rewrote the base (OLoRA, PiSSA).
+    """Save the untrained adapter of an initialisation that changed the base (OLoRA, PiSSA).
 
-    The trained adapter is relative to the rewritten base; PEFT turns it into one for the original base, of twice the
-    rank, by subtracting what it began with.
+    The trained adapter is relative to the changed base; PEFT converts it into one for the original base, with twice the
+    rank, by subtracting the initial adapter.
     """
     config = model.peft_config["default"]
     kept, config.init_lora_weights = config.init_lora_weights, True
@@ -235,14 +237,14 @@ def save_initial(model: Any, folder: Path) -> None:
 
 
 def saved_tensors(model: Any) -> Mapping[str, torch.Tensor]:
-    """What the file of the adapter holds, by the names in it; of full fine-tuning the model's."""
+    """The tensors of the adapter file, by their names in it; for full fine-tuning, the tensors of the model."""
     if not isinstance(model, PeftModel):
         return cast("Mapping[str, torch.Tensor]", model.state_dict())
     return cast("Mapping[str, torch.Tensor]", get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
 def load(base: Any, variant: Variant, folder: Path) -> Any:
-    """The base with the adapter that `save` wrote, as one loads it to use it."""
+    """Load the adapter written by `save` onto a base, for inference."""
     base = _prepare(base, variant)
     model: Any = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=_upcasts(variant))
     _cast(model, variant)
@@ -250,10 +252,10 @@ def load(base: Any, variant: Variant, folder: Path) -> Any:
 
 
 def make_optimizer(model: Any, variant: Variant) -> torch.optim.Optimizer:
-    """The variant's optimizer over what trains.
+    """The variant's optimizer over the trainable parameters.
 
     Raises:
-        UsageError: no such optimizer, or an argument that it does not take.
+        UsageError: the optimizer does not exist, or does not accept an argument.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     options: dict[str, Any] = {"lr": variant.learning_rate, "weight_decay": variant.weight_decay}
@@ -264,7 +266,7 @@ def make_optimizer(model: Any, variant: Variant) -> torch.optim.Optimizer:
     if "model" not in takes:
         options = {key: value for key, value in options.items() if key in takes}
         arguments: tuple[Any, ...] = (parameters,)
-    else:  # one of PEFT's, which may want the adapter's rank and the class of the optimizer that it builds on
+    else:  # a PEFT optimizer, which may need the adapter's rank and a base optimizer class
         adapter = model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else None
         given = {key: getattr(adapter, key) for key in ("r", "lora_alpha") if key in takes and hasattr(adapter, key)}
         base = {"optimizer_cls": torch.optim.AdamW} if "optimizer_cls" in takes else {}
@@ -283,7 +285,7 @@ def make_optimizer(model: Any, variant: Variant) -> torch.optim.Optimizer:
 
 
 def find_optimizer(variant: Variant) -> Callable[..., Any]:
-    """The class of an optimizer, or PEFT's function that makes it. Raises `UsageError` with the nearest name."""
+    """The class of an optimizer, or the PEFT function that makes it. Raises `UsageError` with the nearest name."""
     import bitsandbytes
 
     known: dict[str, Callable[..., Any]] = {}
@@ -295,7 +297,7 @@ def find_optimizer(variant: Variant) -> Callable[..., Any]:
     for name in peft.optimizers.__all__:
         known[name.removeprefix("create_").removesuffix("_optimizer")] = getattr(peft.optimizers, name)
     name = variant.optimizer
-    plain = name.replace("+", "plus").replace("-", "")  # as PEFT's own experiments spell LoRA+ and LoRA-FA
+    plain = name.replace("+", "plus").replace("-", "")  # the spelling of LoRA+ and LoRA-FA in PEFT's experiments
     found = known.get(name) or known.get(plain)
     if found is None:
         why = f"neither torch, bitsandbytes nor PEFT {peft.__version__} has such an optimizer"
@@ -311,19 +313,19 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def _prepare(base: Any, variant: Variant) -> Any:
-    """The base with what is not quantised cast to float32, where the variant asks for PEFT's preparation."""
+    """The base with unquantised weights cast to float32, if the variant uses PEFT's preparation."""
     if not variant.prepare_for_kbit:
         return base
     return peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
 
 
 def _upcasts(variant: Variant) -> bool:
-    """Whether PEFT may cast the adapter to float32, which it does by default."""
+    """Whether PEFT may cast the adapter to float32, its default."""
     return variant.adapter_dtype in (None, "float32")
 
 
 def _cast(model: Any, variant: Variant) -> None:
-    """Cast the adapter to the variant's type, where it names one."""
+    """Cast the adapter to the variant's dtype, if it has one."""
     if variant.adapter_dtype is not None:
         for parameter in own_parameters(model).values():
             parameter.data = parameter.data.to(getattr(torch, variant.adapter_dtype))

@@ -1,8 +1,8 @@
-"""Reads the records of a workload from data files and data sets, recognises their columns, and checks every record.
+"""Reads the records of a workload from data files and data sets, recognises their columns, and validates every record.
 
-JSON and CSV are read by the standard library: `datasets` guesses types (it makes a date of the answer "2024-01-01", a
-number of "3" and None of "null") and does not report lines. Parquet is read by pyarrow, folders of `save_to_disk` and
-data sets of the hub by `datasets`.
+JSON and CSV are read with the standard library: `datasets` infers types (the answer "2024-01-01" becomes a date, "3" a
+number and "null" None) and does not report line numbers. Parquet is read with pyarrow, folders of `save_to_disk` and
+hub data sets with `datasets`.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Record = dict[str, str]
 AnyRecord = Record | Conversation
 
 PREVIEW_CHARACTERS = 32 << 20
-"""Characters of records that are checked before a run; more would take seconds."""
+"""Maximum characters of records that are validated before a run; more would take seconds."""
 MOST_CHARACTERS = 4 << 30
-"""Characters of all records, which are shuffled in memory."""
+"""Maximum characters of all records, which are shuffled in memory."""
 CELL_CHARACTERS = 1 << 30
-"""Characters of one cell of a CSV file."""
+"""Maximum characters of one CSV cell."""
 BATCH_ROWS = 256
 
 OPTIONAL = "context"
@@ -45,7 +45,7 @@ _KNOWN: tuple[dict[str, str], ...] = (
     {"messages": "conversations"},
     {"text": "text"},
 )
-"""Column of each part: databricks-dolly-15k's, Alpaca's, prompts with completions, chats, ShareGPT's, plain text."""
+"""Column of each part: databricks-dolly-15k, Alpaca, prompts with completions, chats, ShareGPT, plain text."""
 _KNOWN_WORDS = "; ".join(", ".join(columns.values()) for columns in _KNOWN)
 _MAP_THEM = 'Map them in the study: [workload] columns = { instruction = "question", response = "answer" }.'
 _REPAIR = "Correct it, or take the record out."
@@ -58,8 +58,8 @@ def read_records(workload: Workload) -> tuple[Iterator[AnyRecord], str]:
     """The records of a workload in an order fixed by `data_seed`, and a description of them.
 
     Raises:
-        UsageError: data that cannot be read, is empty, or has a record that lacks a text or does not suit the
-            workload; file and row are named.
+        UsageError: the data cannot be read or is empty, or a record lacks a text or does not suit the workload; the
+            message names file and row.
     """
     source = resolve(workload.data)
     if source.kind == "synthetic":
@@ -76,11 +76,10 @@ def read_records(workload: Workload) -> tuple[Iterator[AnyRecord], str]:
 
 
 def describe_data(workload: Workload) -> str:
-    """A description of the data from its first records; a data set of the hub, which may have to be downloaded, is only
-    named.
+    """A description of the data from its first records; a hub data set, which may have to be downloaded, is only named.
 
     Raises:
-        UsageError: data that `read_records` would refuse, as far as it is read.
+        UsageError: `read_records` would refuse the data, as far as it is read here.
     """
     source = resolve(workload.data)
     if source.kind == "synthetic":
@@ -137,13 +136,13 @@ class RecordForm:
 
     @property
     def title(self) -> str:
-        """The columns as text, with their parts where the names differ."""
+        """The columns as text, with their parts if the names differ."""
         if self.columns in [{part: one[part] for part in self.columns if part in one} for one in _KNOWN]:
             return "/".join(self.columns.values())
         return ", ".join(f"{column} as {part}" for part, column in self.columns.items())
 
     def read(self, row: Any, place: str) -> AnyRecord:
-        """The record in a row. Raises `UsageError`, naming the place, for a row that does not have this form."""
+        """The record in a row. Raises `UsageError` with the place for a row that does not have this form."""
         names = _columns_of(row, place)
         for column in self.columns.values():
             if column not in names:
@@ -166,10 +165,10 @@ def _columns_of(row: Any, place: str) -> Sequence[str]:
 
 
 def recognise(names: Sequence[str], columns: DataColumns, place: str) -> RecordForm:
-    """The form of the records of a table with columns of these names.
+    """The form of the records in a table with these column names.
 
     Raises:
-        UsageError: a column that is needed is missing, no known form fits, or several do.
+        UsageError: a required column is missing, no known form fits, or several forms fit.
     """
     there = f"There are {shorten(', '.join(map(repr, names)), 200) or 'none'}."
     remedy = _MAP_THEM
@@ -179,7 +178,7 @@ def recognise(names: Sequence[str], columns: DataColumns, place: str) -> RecordF
         remedy = "Correct [workload] columns."
     else:
         fitting = [one for one in _KNOWN if all(name in names for part, name in one.items() if part != OPTIONAL)]
-        fitting = [one for one in fitting if "text" not in one] or fitting  # a text among other columns repeats them
+        fitting = [one for one in fitting if "text" not in one] or fitting  # a text column repeats the others
         if len(fitting) > 1:
             kinds = " and as ".join("/".join(column for column in one.values() if column in names) for one in fitting)
             raise UsageError(f"{place}: its columns can be read as {kinds}. {_MAP_THEM}")
@@ -199,7 +198,7 @@ def _quote(name: str) -> str:
 
 
 def _check_use(form: RecordForm, workload: Workload) -> None:
-    """Raises `UsageError` for records that do not suit the workload."""
+    """Raise `UsageError` for records that do not suit the workload."""
     if "text" in form.columns and workload.loss == "answer":
         raise UsageError(f"workload: loss = 'answer': {form.title} has no separate answer. Use loss = \"all\".")
     if "text" in form.columns and workload.open_ended_tokens:
@@ -220,7 +219,7 @@ def _check_use(form: RecordForm, workload: Workload) -> None:
 
 
 def _tables(source: DataSource, where: str) -> Iterator[tuple[str, Iterator[PlacedRow]]]:
-    """Each file, or the data set, as text, with its rows."""
+    """Each file, or the data set, by name, with its rows."""
     if source.kind in ("hub", "saved"):
         yield where, _place_rows(where, "row", 1, _read_data_set(source, where))
     for path in source.files if source.kind in ("file", "folder") else ():
@@ -230,7 +229,7 @@ def _tables(source: DataSource, where: str) -> Iterator[tuple[str, Iterator[Plac
 
 
 def _place_rows(where: str, unit: str, first: int, rows: Iterator[Any]) -> Iterator[PlacedRow]:
-    """Each row with its place. An exception of the reader is reported with the row at which it failed."""
+    """Each row with its place. An exception of the reader is reported with the row at which it occurred."""
     for number in itertools.count(first):
         place = f"{where}, {unit} {number}"
         try:
@@ -239,7 +238,7 @@ def _place_rows(where: str, unit: str, first: int, rows: Iterator[Any]) -> Itera
             return
         except UsageError:
             raise
-        except Exception as error:  # the exception depends on the library
+        except Exception as error:  # the exception's type depends on the library
             raise UsageError(f"{place}: cannot be read: {_first_line(error)}. Correct or restore it.") from None
         if row is not _BLANK:
             yield place, row
@@ -269,7 +268,7 @@ def _read_text(path: Path) -> Iterator[Any]:
 
 
 def _read_json(path: Path) -> Iterator[Any]:
-    """The records of a list, or a record a line if the file does not begin with a bracket."""
+    """The records of a list, or one record per line if the file does not begin with a bracket."""
     with _open(path) as file:
         is_list = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
         file.seek(0)
@@ -277,7 +276,7 @@ def _read_json(path: Path) -> Iterator[Any]:
 
 
 def _read_csv(path: Path) -> Iterator[Any]:
-    """Rows as dicts; an empty cell is None, since CSV does not distinguish the two."""
+    """Rows as dicts; an empty cell becomes None, since CSV does not distinguish them."""
     csv.field_size_limit(CELL_CHARACTERS)
     with _open(path) as file:
         rows = csv.reader((line.decode("utf-8-sig") for line in file), strict=True)
@@ -305,11 +304,11 @@ _READERS: dict[str, tuple[str, int, Callable[[Path], Iterator[Any]]]] = {
     ".txt": ("line", 1, _read_text),
     ".parquet": ("row", 1, _read_parquet),
 }
-"""By the suffix of a file: the name of a row, the number of the first one, and the function that reads them."""
+"""By file suffix: the name of a row, the number of the first row, and the function that reads rows."""
 
 
 def _read_data_set(source: DataSource, where: str) -> Iterator[Any]:
-    """A folder of `save_to_disk`, or a split of a data set of the hub, which is downloaded into its cache."""
+    """Read a folder of `save_to_disk`, or a split of a hub data set, which is downloaded into its cache."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -319,16 +318,16 @@ def _read_data_set(source: DataSource, where: str) -> Iterator[Any]:
         else:
             with _offline_unless_hub_answers(source):
                 data = datasets.load_dataset(source.name, source.config or None, split=source.split)
-    except Exception as error:  # as above
+    except Exception as error:  # see above
         remedy = REMEDY if source.kind == "hub" else "Save it again."
         raise UsageError(f"{where}: cannot be read: {type(error).__name__}: {_first_line(error)}. {remedy}") from None
-    for batch in data.with_format("arrow").iter(batch_size=BATCH_ROWS):  # which decodes no images
+    for batch in data.with_format("arrow").iter(batch_size=BATCH_ROWS):  # the Arrow format does not decode images
         yield from batch.to_pylist()
 
 
 @contextlib.contextmanager
 def _offline_unless_hub_answers(source: DataSource) -> Iterator[None]:
-    """Makes `datasets` use only its cache if the hub does not answer; it would try for six minutes."""
+    """Make `datasets` use only its cache if the hub does not answer; otherwise it would retry for six minutes."""
     import datasets
 
     before = datasets.config.HF_HUB_OFFLINE
@@ -342,8 +341,8 @@ def _offline_unless_hub_answers(source: DataSource) -> Iterator[None]:
 
 
 # --- synthetic records ------------------------------------------------------------------------------------------------
-# A model of a few million parameters can learn from these tasks. Their lengths are log-normal like those of real
-# records, because the costs of packing and padding depend on lengths.
+# A model of a few million parameters can learn these tasks. Their lengths are log-normal like those of real records,
+# because the costs of packing and padding depend on lengths.
 
 _NOUNS = tuple(
     "river harbour lantern orchard violin glacier market bridge garden engine library meadow kettle island compass "

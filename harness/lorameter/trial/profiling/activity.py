@@ -2,7 +2,7 @@
 
 Phases are marked on the host. On a GPU the device is synchronised at every boundary, so that a kernel runs inside the
 window of the phase that launched it; on a CPU operators nest, and the time of an operator excludes those that it calls.
-Categories of names are those of kernels_check.
+The categories of names are those of kernels_check.
 
 Four kinds of work are identified in the records:
 
@@ -40,18 +40,18 @@ from lorameter.records.activity import (
 )
 
 MARK = "lorameter."
-"""Prefix of phases in the profiler's annotations."""
+"""Prefix of phase names in the profiler's annotations."""
 PART = "lorameter.part."
-"""Prefix of the parts of a phase."""
+"""Prefix of the names of a phase's parts."""
 _RUNTIME = ("cuda", "cu")
-"""How calls of the CUDA runtime and driver begin, which the profiler keeps among the records of the host."""
+"""Prefixes of CUDA runtime and driver calls, which the profiler stores among the host's records."""
 NO_KERNELS = (
     "the profiler recorded no kernel: CUPTI is missing, or the driver keeps it from this user "
     "(NVreg_RestrictProfilingToAdminUsers; in a container --cap-add=SYS_ADMIN lifts that)"
 )
 Seconds = Callable[[int, int], float]
-"""Returns the seconds between two times of the host, in nanoseconds: the difference, or on a GPU the time of the
-kernels that were launched between them."""
+"""Seconds between two host times in nanoseconds: the difference, or on a GPU the time of the kernels launched between
+them."""
 
 
 class Window(NamedTuple):
@@ -70,14 +70,14 @@ def activity_of(
     phase_names: Sequence[str] = STEP_PHASES,
     weights: Mapping[tuple[int, int], str] | None = None,
 ) -> Activity:
-    """The mean of several steps, or requests, that were profiled with their phases marked.
+    """The mean of several steps or requests that were profiled with marked phases.
 
     Args:
         events: the profiler's records (`_KinetoEvent`); those outside of all phases are ignored.
-        step_times_s: of each of the steps, under the profiler.
-        device: where they ran, as torch names it.
-        phase_names: the phases, in their order.
-        weights: names of the model's weights by their outputs and inputs.
+        step_times_s: time of each step under the profiler.
+        device: torch device type on which they ran.
+        phase_names: the phases in order.
+        weights: names of the model's weights by output and input size.
 
     Raises:
         ValueError: no phase is marked.
@@ -91,7 +91,7 @@ def activity_of(
     moments = sorted(one.start_ns() for one in host)
 
     def count_records(operators: Sequence[Any]) -> float:
-        """Records of the host that begin during these operators, in the mean step."""
+        """Number of host records that begin during these operators, in the mean step."""
         return (
             sum(bisect_right(moments, one.end_ns()) - bisect_left(moments, one.start_ns()) for one in operators) / steps
         )
@@ -132,7 +132,7 @@ def activity_of(
 
 
 def _group(windows: Sequence[Window], found: Iterable[Any], moment: Callable[[Any], int]) -> dict[str, list[Any]]:
-    """Records by the phase in which they begin, without those that begin between phases."""
+    """Records grouped by the phase in which they begin, without those that begin between phases."""
     starts = [one.start for one in windows]
     groups: dict[str, list[Any]] = {}
     for one in found:
@@ -143,7 +143,7 @@ def _group(windows: Sequence[Window], found: Iterable[Any], moment: Callable[[An
 
 
 def _sort_events(events: Iterable[Any]) -> tuple[list[Window], list[Window], list[Any], list[Any]]:
-    """Windows of the phases in order, windows of parts, operators of the host, kernels of the device."""
+    """Windows of the phases in order, windows of parts, CPU operators, and GPU kernels."""
     windows: list[Window] = []
     parts: list[Window] = []
     host: list[Any] = []
@@ -163,18 +163,18 @@ def _sort_events(events: Iterable[Any]) -> tuple[list[Window], list[Window], lis
 
 
 def _is_runtime(name: str) -> bool:
-    """Whether a record is a call of CUDA such as `cudaLaunchKernel`; names of operators have a namespace or are those
-    of classes."""
+    """Whether a record is a CUDA call such as `cudaLaunchKernel`; operator names have a namespace or are class
+    names."""
     return (name.startswith(_RUNTIME) and "::" not in name) or name.startswith("[")
 
 
 def _sum_uses(
     ran: Sequence[Any], origin: int, steps: int, *, nested: bool
 ) -> tuple[tuple[OperatorUse, ...], dict[str, float], float]:
-    """Of a mean step: kernels, or operators without those that they call; seconds of operators including those that
-    they call, by name; and the length of the union of all, in seconds."""
+    """For a mean step: kernels, or operators without those that they call; seconds of operators by name, including
+    those that they call; and the length of the union of all, in seconds."""
     rows = []
-    for number, one in enumerate(ran):  # two calls with the same times are two calls
+    for number, one in enumerate(ran):  # two calls with the same times remain two calls
         lane = (str(one.device_index()), str(one.start_thread_id() or one.device_resource_id()))
         start_us, duration_us = (one.start_ns() - origin) / 1e3, (one.end_ns() - one.start_ns()) / 1e3
         rows.append((one.name(), lane, start_us, duration_us, number))
@@ -207,12 +207,12 @@ def _wall_seconds(start_ns: int, end_ns: int) -> float:
 
 
 def _kernel_seconds(kernels: Sequence[Any], host: Sequence[Any]) -> Seconds:
-    """Seconds of all kernels that operators of the host launch in a window, by the profiler's own links."""
+    """Seconds of all kernels launched in a window, by the profiler's links to CPU operators."""
     by_operator: dict[int, float] = {}
     for kernel in kernels:
         link = kernel.linked_correlation_id()
         by_operator[link] = by_operator.get(link, 0.0) + _wall_seconds(kernel.start_ns(), kernel.end_ns())
-    by_operator.pop(0, None)  # of no operator
+    by_operator.pop(0, None)  # kernels without an operator
     launches = sorted(
         (one.start_ns(), by_operator[one.correlation_id()]) for one in host if one.correlation_id() in by_operator
     )
@@ -232,25 +232,25 @@ def _spent(operator: Any, seconds: Seconds) -> float:
 # --- copies, casts and products of 32 bits ----------------------------------------------------------------------------
 
 _COPYING = ("aten::contiguous", "aten::clone", "aten::_to_copy", "aten::copy_")
-"""Operators that copy their input; of those that call each other the outermost counts."""
+"""Operators that copy their input; of nested ones the outermost counts."""
 _CASTING = (
     "aten::to", "aten::_to_copy", "aten::copy_",
     "aten::add", "aten::add_", "aten::sub", "aten::sub_", "aten::mul", "aten::mul_", "aten::div", "aten::div_",
 )  # fmt: skip
-"""Operators that copy from one type to another, and those of two tensors, which cast where the types differ."""
+"""Operators that copy from one dtype to another, and operators on two tensors, which cast if the dtypes differ."""
 _COMPUTED = frozenset(("float", "c10::BFloat16", "c10::Half"))
-"""Types in which models compute, as the profiler names them; a Python number is a double."""
+"""Dtypes in which models compute, by the profiler's names; a Python number is a double."""
 _LEAST = 2**16
-"""Elements of the smallest weight whose copies are reported."""
+"""Minimum elements of a weight whose copies are reported."""
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmv", "aten::mv")
-"""Operators that multiply matrices; none of them calls another."""
+"""Matrix-product operators; none of them calls another."""
 
 
 def _copies(host: Sequence[Any], weights: Mapping[tuple[int, int], str], seconds: Seconds) -> list[WeightCopy]:
     """Each copy of a whole weight.
 
-    It is recognised inside a linear product by the weight's two widths, in either order, and elsewhere by exactly the
-    weight's shape.
+    Inside a linear product a copy is recognised by the weight's two widths, in any order, and elsewhere by the exact
+    shape of the weight.
     """
     products = sorted((one for one in host if one.name() == "aten::linear"), key=lambda one: one.start_ns())
     copies = []
@@ -276,7 +276,7 @@ def _copies(host: Sequence[Any], weights: Mapping[tuple[int, int], str], seconds
 
 
 def _sum_copies(copies: Sequence[WeightCopy], steps: int) -> tuple[WeightCopy, ...]:
-    """Copies of one weight and shape as one, in the mean step, the slowest first."""
+    """Merge the copies of one weight and shape, for the mean step, the slowest first."""
     groups: dict[tuple[str, tuple[int, ...], bool], list[WeightCopy]] = {}
     for copy in copies:
         groups.setdefault((copy.weight, copy.shape, copy.in_product), []).append(copy)
@@ -291,16 +291,16 @@ def _sum_copies(copies: Sequence[WeightCopy], steps: int) -> tuple[WeightCopy, .
 
 
 def _casts(host: Sequence[Any]) -> list[Any]:
-    """Operators that cast: every copy between two types with the operator that calls it.
+    """Operators that cast: every copy between two dtypes, with the operator that calls it.
 
-    On a CPU they include sums and products of tensors of two types, one of which is copied first; between equal types
+    On a CPU they include sums and products of tensors of two dtypes, one of which is copied first; with equal dtypes
     these take a small part of the time. A GPU converts while it reads.
     """
     return [calls[0] for calls in _outermost(host, _CASTING) if any(map(_is_cast, calls))]
 
 
 def _is_cast(operator: Any) -> bool:
-    """Whether an operator copies between two types in which models compute; scalars are ignored."""
+    """Whether an operator copies between two dtypes in which models compute; scalars are ignored."""
     if operator.name() != "aten::copy_" or not next(iter(operator.shapes()), []):
         return False
     types = set(operator.dtypes()[:2])
@@ -308,14 +308,14 @@ def _is_cast(operator: Any) -> bool:
 
 
 def _is_wide_product(operator: Any) -> bool:
-    """Whether an operator is a product of 32-bit factors."""
+    """Whether an operator is a 32-bit matrix product."""
     return operator.name() in _PRODUCTS and {kind for kind in operator.dtypes() if kind not in ("", "Scalar")} == {
         "float"
     }
 
 
 def _outermost(host: Sequence[Any], names: Sequence[str]) -> list[list[Any]]:
-    """Calls of these operators that none of them has made, by thread; each with the calls of them that it makes."""
+    """Outermost calls of these operators, by thread; each with its inner calls of these operators."""
     calls: list[list[Any]] = []
     last: dict[int, list[Any]] = {}
     for one in sorted((one for one in host if one.name() in names), key=lambda one: (one.start_ns(), -one.end_ns())):
@@ -330,9 +330,9 @@ def _outermost(host: Sequence[Any], names: Sequence[str]) -> list[list[Any]]:
 # --- backward pass of an operator -------------------------------------------------------------------------------------
 
 _CALL = "autograd::engine::evaluate_function: "
-"""Before the name of a node, where the engine calls it with all that belongs to it."""
+"""Prefix of a node's name in the record of the engine's call of the node."""
 Node = tuple[int, int]
-"""A node of autograd's graph: the thread that made it, and its number there."""
+"""A node of autograd's graph: the thread that created it, and its number there."""
 
 
 def _is_backward_of(operator: Any, made: set[Node]) -> bool:
@@ -341,9 +341,9 @@ def _is_backward_of(operator: Any, made: set[Node]) -> bool:
 
 
 def _nodes_made_by(host: Sequence[Any], maker: str) -> set[Node]:
-    """Nodes of the graph that were made inside operators of this name.
+    """Nodes of the graph that were created inside operators of this name.
 
-    Operators that make no node have the number of the next one as well: the last operator with a number has made it.
+    Operators that create no node also have the number of the next node: the last operator with a number has created it.
     Calls of nodes also have the thread of the forward pass, which operators of that pass lack.
     """
     ends: dict[int, int] = {}

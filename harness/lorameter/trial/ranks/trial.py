@@ -1,9 +1,9 @@
-"""A trial of several ranks, with the interface of any other trial.
+"""A trial with several ranks, with the interface of any other trial.
 
-Its process trains nothing: it forks the ranks, passes each command on to all of them, and merges their answers into
-one. So it finds out which rank died or hangs, and ends the others, which would wait for ever. It can fork one more rank
-that trains alone on the same batches and takes turns with all of them: the scaling efficiency is measured against it,
-and losses are compared with its losses.
+Its process does not train: it forks the ranks, passes each command to all of them, and merges their answers. So it can
+identify a rank that died or hangs, and end the others, which would wait forever. It can fork a further process that
+trains on a single rank with the same batches and takes turns with the ranks: it is the baseline of the scaling
+efficiency and of the losses.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ from lorameter.studies.variant import LoraVariant, Variant
 from lorameter.trial.building.build import SharedBase, judge_checks
 
 OF_RANKS, OF_ONE = 0.5, 0.4
-"""Shares of a command's time limit for the ranks together and for one rank alone; the rest is for reporting which of
-them gave no answer."""
+"""Shares of a command's time limit for all ranks and for the single rank; the rest is for reporting which of them did
+not answer."""
 GRACE_S = 5.0
 """Seconds for the other ranks after one has failed: a rank that waits for it fails at once, or never."""
 _WAITING = re.compile(r"gloo|nccl|process ?group|timed? ?out|connection (closed|reset)|broken pipe", re.IGNORECASE)
-"""Matches the error of a rank that waited for another one in vain."""
+"""Matches the error of a rank that waited in vain for another one."""
 IMBALANCED = 1.4
-"""The least ratio of the slowest rank's own time to the mean of all for which the imbalance is reported."""
+"""Minimum ratio of the slowest rank's own time to the mean of all for which the imbalance is reported."""
 SUMMED = ("device_energy_train_j", "energy_tokens")
-"""Values that are those of all ranks together."""
+"""Values that are summed over all ranks."""
 ONE_RANK = ("build", "warm_up", "turn")
-"""Commands of the process that trains on one rank alone."""
+"""Commands of the single-rank process."""
 
 
 class TrialOfRanks:
-    """Has the interface of `Trial` for `serve`, with the merged answers of its ranks."""
+    """Implements the interface of `Trial` for `serve`, with the merged answers of its ranks."""
 
     shared: SharedBase | None = None
-    """No other trial shares its base."""
+    """None: no other trial shares its base."""
 
     def __init__(self, request: TrialRequest) -> None:
         self._request = request
@@ -69,8 +69,8 @@ class TrialOfRanks:
             self._one = RankProcess("one rank alone", functools.partial(_make_one, request), self._ranks)
 
     def run(self, command: str, **arguments: Any) -> PartialRecord:
-        """Carry out a command on all ranks; a failure of one ends them all."""
-        one_first = command == "turn" and self._turns % 2 == 1  # so that both find the caches of the other
+        """Execute a command on all ranks; a failure of one ends them all."""
+        one_first = command == "turn" and self._turns % 2 == 1  # so that each finds the caches of the other
         self._turns += command == "turn"
         alone = self._ask_one(command, arguments) if one_first else PartialRecord()
         fragment = self._ask(self._ranks, command, arguments, OF_RANKS)
@@ -86,13 +86,13 @@ class TrialOfRanks:
     def _ask(
         self, members: Sequence[RankProcess], command: str, arguments: dict[str, Any], share: float
     ) -> PartialRecord:
-        """The merged answer of these processes, which have a share of a command's time limit."""
+        """The merged answer of these processes, within a share of a command's time limit."""
         timeout_s = share * self._request.protocol.step_timeout_s
         answers = _collect(members, command, arguments, timeout_s)
         return _failure(members, answers, command, timeout_s) or _merge([answers[member] for member in members])
 
     def _ask_one(self, command: str, arguments: dict[str, Any]) -> PartialRecord:
-        """What the rank that trains alone adds; where it fails it is left out, and the trial continues without it."""
+        """The addition of the single rank; if it fails it is dropped, and the trial continues without it."""
         if self._one is None or command not in ONE_RANK:
             return PartialRecord()
         fragment = self._ask([self._one], command, arguments, OF_ONE)
@@ -112,7 +112,7 @@ class TrialOfRanks:
         return PartialRecord(samples={"one_rank_step_time_s": times} if times else {})
 
     def _compare(self, fragment: PartialRecord) -> PartialRecord:
-        """The fragment with the comparison of losses, where one rank alone has trained on the same batches."""
+        """Add the comparison of losses to the fragment, if a single rank has trained on the same batches."""
         if self._one is None:
             return fragment
         variant, ranks = self._request.variant, self._request.workload.ranks
@@ -152,14 +152,14 @@ def _take_gpu(device: str, rank: int) -> None:
 def _collect(
     members: Sequence[RankProcess], command: str, arguments: dict[str, Any], timeout_s: float
 ) -> dict[RankProcess, PartialRecord]:
-    """The answers of the processes, in the order of their arrival, without those that died or gave none in time. Once
-    one has failed the others have `GRACE_S` left."""
+    """The answers of the processes in the order of arrival, without those that died or did not answer in time. After a
+    failure, the others have `GRACE_S` left."""
     for member in members:
         member.send(command, arguments)
     answers: dict[RankProcess, PartialRecord] = {}
     waiting, deadline = list(members), time.monotonic() + timeout_s
     while waiting and (left := deadline - time.monotonic()) > 0:
-        ready: list[Any] = wait(waiting, left)  # type: ignore[arg-type]  # it accepts objects with fileno
+        ready: list[Any] = wait(waiting, left)  # type: ignore[arg-type]  # accepts objects with fileno
         for member in ready:
             waiting.remove(member)
             answer = member.receive()
@@ -209,8 +209,8 @@ def _failure(
 
 
 def _merge(answers: Sequence[PartialRecord]) -> PartialRecord:
-    """The merged answer of all ranks: that of the first, with the largest memory and that of each rank by its number,
-    and merged values; a single answer is returned as it is."""
+    """Merge the answers of all ranks: the first rank's answer, with the largest memory (and that of each rank by its
+    number) and merged values; a single answer is returned unchanged."""
     if len(answers) == 1:
         return answers[0]
     memory = dict[str, int]()
@@ -223,10 +223,10 @@ def _merge(answers: Sequence[PartialRecord]) -> PartialRecord:
 
 
 def merge_values(every: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Values of all ranks as those of one trial: energy and its tokens are summed, of other readings of GPUs the worst
-    rank counts, and the rest is that of the first.
+    """Merge the values of all ranks: energy and its tokens are summed, other GPU readings are those of the worst rank,
+    and the rest are those of the first rank.
 
-    Energy is left out where a rank has none, since it would not be that of all tokens.
+    Energy is omitted if a rank has none, since it would not cover all tokens.
     """
     merged: dict[str, float] = {}
     for key in dict.fromkeys(key for values in every for key in values):
@@ -242,7 +242,7 @@ def merge_values(every: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _imbalance(values: Mapping[str, float]) -> list[Notice]:
-    """That one rank has the others wait, by what each takes of its own in a profiled step."""
+    """A notice if one rank makes the others wait, judged by the own time of each rank in a profiled step."""
     own = [values[key] for rank in range(len(values)) if (key := f"rank{rank}_own_step_time_s") in values]
     if values.get("rank_imbalance", 1.0) < IMBALANCED:
         return []
@@ -261,17 +261,18 @@ def _imbalance(values: Mapping[str, float]) -> list[Notice]:
 
 
 class RankProcess:
-    """One forked process that answers commands as a trial does; `name` says which in messages.
+    """One forked process that answers commands like a trial; `name` identifies it in messages.
 
     It is forked like a trial: from a process that has imported everything, has run nothing and has one thread. It ends
-    by `os._exit`, since the threads of its exchanges abort a plain exit of the interpreter now and then.
+    with `os._exit`, since its communication threads sometimes abort a regular exit of the interpreter.
     """
 
     def __init__(self, name: str, make: Callable[[], Any], others: Sequence[RankProcess]) -> None:
-        """Fork; in the child `make` makes the trial, at its first command, and the connections of `others` close."""
+        """Fork; in the child, `make` creates the trial at its first command, and the connections of `others` are
+        closed."""
         self.name = name
         self.code: int | None = None
-        """Its exit status, once it has ended and been reaped."""
+        """Its exit status, after it has ended and been reaped."""
         self._connection, theirs = wire.pair()
         self.pid = fork_process(lambda: _serve(theirs, make, [self, *others]))
         theirs.close()
@@ -282,16 +283,16 @@ class RankProcess:
         self._connection.close()
 
     def fileno(self) -> int:
-        """Of its connection, for `multiprocessing.connection.wait`."""
+        """Descriptor of its connection, for `multiprocessing.connection.wait`."""
         return self._connection.fileno()
 
     def send(self, command: str, arguments: dict[str, Any]) -> None:
-        """Send a command; a process that has ended is found when its answer is received."""
+        """Send a command; if the process has ended, `receive` detects it."""
         with contextlib.suppress(wire.ClosedError):
             wire.send(self._connection, wire.Command(command, arguments=arguments))
 
     def receive(self) -> PartialRecord | None:
-        """Its answer; None where it has ended, and is reaped."""
+        """Its answer; None if it has ended, and it is then reaped."""
         try:
             return wire.receive_answer(self._connection, PartialRecord)
         except wire.ClosedError:
@@ -299,7 +300,7 @@ class RankProcess:
             return None
 
     def end(self) -> None:
-        """Kill it if it still runs, and reap it."""
+        """Kill it if it is still running, and reap it."""
         if self.code is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
@@ -331,9 +332,10 @@ def _serve(connection: Connection, make: Callable[[], Any], others: Sequence[Ran
 
 
 FEWEST = 3
-"""The fewest steps that are compared: known faults begin in the second one."""
+"""Minimum steps that are compared: known faults begin in the second step."""
 EXACT, ROUNDED = 1e-4, 3e-3
-"""The largest relative difference from the loss of one rank for models that compute in float32, and in 16 bits."""
+"""The largest relative difference from the loss of a single rank, for models that compute in float32, and in 16
+bits."""
 
 
 def tolerance_of(variant: Variant) -> float:
@@ -343,12 +345,12 @@ def tolerance_of(variant: Variant) -> float:
 
 
 def compare_losses(several: Sequence[float], one: Sequence[float], variant: Variant, ranks: int) -> Check:
-    """The check that the losses of several ranks equal those of one on the same batches.
+    """The check that the losses of several ranks equal those of a single rank on the same batches.
 
-    They cannot be equal to the bit. A mean over ranks adds in another order, and Adam's first updates have the size of
-    the learning rate for any gradient, so that an element whose gradient is rounding alone may change in the other
-    direction. Healthy runs differed over 6 to 9 steps by 2e-7 in float32 and 1.2e-4 in bfloat16; NF4 that FSDP2 gathers
-    wrongly by 1.7e-2 in the second step (docs/machines.md).
+    They cannot be bit-equal. A mean over ranks adds in another order, and Adam's first updates have the size of the
+    learning rate for any gradient, so an element whose gradient is only rounding error may change in the opposite
+    direction. Healthy runs differed over 6 to 9 steps by 2e-7 in float32 and 1.2e-4 in bfloat16; NF4 weights gathered
+    wrongly by FSDP2 differed by 1.7e-2 in the second step (docs/machines.md).
     """
     pairs = list(zip(several, one, strict=False))
     check = functools.partial(Check, path="ranks.losses")
