@@ -334,7 +334,7 @@ def quiet_kineto() -> Iterator[None]:
 
 
 def read_events(roots: Iterable[Any]) -> tuple[list[Operator], list[Write]]:
-    """Relevant operators in the order of their begin, and the writes inside optimizer steps.
+    """Relevant operators in the order of their start, and the writes inside optimizer steps.
 
     Each operator is linked to the innermost operator around it, and to the innermost module call. An operator that is
     written in Python, or that autocast calls again with other inputs, is recorded twice, one record inside the other:

@@ -131,7 +131,7 @@ class Meter(TrainerCallback):
             self._enter("evaluate" if control.should_evaluate else "save")
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called after a batch of an evaluation, whose begin may not have been reported."""
+        """Called after a batch of an evaluation, whose start may not have been reported."""
         self._enter("evaluate")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

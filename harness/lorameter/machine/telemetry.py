@@ -65,7 +65,7 @@ _COMBINED: dict[str, tuple[str, Callable[[list[float]], float]]] = {
 class GpuTelemetry:
     """The telemetry of a GPU over all stretches between `begin` and `end`.
 
-    Energy is the difference from the first begin to the last end, so it includes the time between stretches: a
+    Energy is the difference from the first start to the last end, so it includes the time between stretches: a
     millisecond between turns of 50 ms or more. Request it only if no other trial takes turns.
     """
 

@@ -58,7 +58,7 @@ def study_of_experiments(folder: str, select: Sequence[str] = (), *, quality: bo
 
     Args:
         folder: the folder that contains `experiments` and the default parameters.
-        select: globs over METHOD/NAME; a glob that begins with "!" excludes. Without an including glob, all are selected.
+        select: globs over METHOD/NAME; a glob that begins with "!" excludes. Default: all experiments.
         quality: train each experiment for its number of steps, for the losses, with seeds as replicates; else for tens
             of steps, for the times.
 
