@@ -307,7 +307,7 @@ PATHS: Mapping[str, JudgedPath] = {
 
 
 def judge_request(model: nn.Module, profile: StepProfile, required: Json) -> PathObservation:
-    """Judge the attention of one request by its operators, or by its kernels where it called none.
+    """Judge the attention of one request by its operators, or by its kernels if it called none.
 
     Args:
         model: the model that answered; its configuration names the implementation that it was built with.

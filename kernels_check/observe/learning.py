@@ -206,7 +206,7 @@ class ParameterUpdates:
 
     @property
     def idling(self) -> bool:
-        """Whether no update changed it, or anything else."""
+        """Whether no update changed this or any other parameter."""
         return self.idle > 0 and not self.moved and self.idle == self.stuck
 
     @property

@@ -98,7 +98,7 @@ def entry_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def describe_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> ModelCall:
-    """The record of a beginning call of one of ``entry_modules``."""
+    """The record of a call of one of ``entry_modules``, made when the call begins."""
     names = _positional_names(module) if args else ()
     arguments = dict(zip(names, args, strict=False)) | kwargs
     kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]

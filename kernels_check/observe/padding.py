@@ -4,7 +4,7 @@ The records of a packed row can be given in several ways: positions that restart
 a mask with record numbers, or a block mask. The first of these that shows a boundary is used, because a model that
 ignores it leaks between records.
 
-None of the inputs alone shows padding: a mask of ones may lie over padded rows, and the token that pads need not be the
+None of the inputs alone shows padding: a mask of ones may cover padded rows, and the padding token need not be the
 one in the configuration. Positions that a mask hides are padding. A run of one repeated token at either end of a record
 is padding if all its labels are -100, its positions do not advance, or a configuration names the token. Any other run
 may be text, and is counted separately.

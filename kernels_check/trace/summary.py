@@ -325,7 +325,7 @@ def _group(launches: Iterable[NameTotal], key: Callable[[NameTotal], str | None]
 
 
 def _backend(one: NameTotal, operators: Collection[str]) -> str:
-    """Name the backend; a softmax kernel alone does not distinguish SDPA's math from attention written out.
+    """Name the backend; a softmax kernel alone does not distinguish SDPA's math from eager attention.
 
     CPU operators distinguish them: math calls ``_safe_softmax``, and eager attention never enters SDPA.
     """

@@ -175,7 +175,7 @@ def _read_line(line: str, where: str, source: Path) -> StoredRecord:
         record = _RECORD.decode(line)
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
         data = codec.parse(line)
-        if not isinstance(data, dict):  # "5}" has lost its beginning, and so may "5" have
+        if not isinstance(data, dict):  # a truncated line such as "5" can still be valid JSON
             raise codec.NotJsonError("it is no table") from None
         require_readable(data, source)
         record = codec.from_json(StoredRecord, data, where)

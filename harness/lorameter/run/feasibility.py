@@ -99,7 +99,7 @@ def check_feasible(
             continue
         variant = lora_of(variant, shape)
         notices += _target_notices(where, variant, workload.model, shape)
-        if workload.strategy == "fsdp2":  # no formula here gives the part of one rank
+        if workload.strategy == "fsdp2":  # no formula gives the memory of one rank
             continue
         expected = estimate_peak(
             variant,

@@ -19,7 +19,7 @@ from lorameter.studies.variant import ADAPTER_FIELDS, AnyVariant, LoraVariant, V
 
 LEVELS: tuple[Interleaving, ...] = ("shared-base", "lockstep", "replicates")
 SCATTER: dict[Interleaving, float] = {"shared-base": 0.019, "lockstep": 0.022, "replicates": 0.27}
-"""These standard deviations, which are assumed on a machine without earlier runs."""
+"""Standard deviations of a ratio, assumed on a machine without earlier runs."""
 MEMORY_SHARE = 0.8
 """Share of the free memory that live processes are expected to use at most: estimates have errors, and measurements on
 a swapping machine are useless."""

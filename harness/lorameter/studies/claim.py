@@ -7,7 +7,7 @@ original = "3.48 s at alpha 16, 2.56 s at alpha 256"        # what the source pu
 parts = [{ rule = "trend-down", axis = "lora_alpha", metric = "request_time_s" }]
 
 A claim is the conjunction of its parts: supported if every part is, refuted if one part is. `lorameter.verdicts.claims`
-judges. The axis `engine` has two levels, the reference and the variant that has the study's engine
+judges claims. The axis `engine` has two levels, the reference and the variant that has the study's engine
 (`lorameter.studies.engine`); for any other field, three rules take a pair of levels:
 
 [[claim]]
@@ -48,7 +48,7 @@ last, by a straight line through all levels · no-trend: that line changes by no
 lie within the margin of each other · differs: the two `levels` differ by more than the tolerance · highest, lowest: the
 one level of `levels` is above (below) every other by more than the tolerance · best: the one level of `levels` has the
 lowest weighted sum of log `metrics` of all levels · largest-effect: the line changes more along `axis` than along each
-axis of `against`, in either direction · rises: a counted quantity (parameters, bytes) is exactly larger at every level
+axis of `against`, in either direction · rises: a counted quantity (parameters, bytes) is strictly larger at every level
 than at the previous one · faster: with the engine, or at the second of `levels` compared with the first, the same work
 takes less time, by a factor of more than 1 + `by` · lowers: the metric falls by more than the share `by` ·
 costs-at-most: the metric rises by no more than the share `by`.

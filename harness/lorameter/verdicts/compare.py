@@ -295,8 +295,9 @@ def _pair(base: ComparisonInput, candidate: ComparisonInput, name: str, metric: 
 
 
 def _shifted(found: Mapping[Key, Comparison]) -> dict[Key, Comparison]:
-    """All times as invalid if nearly all of them shifted by the same factor, which is an effect of the machine; else
-    {}.
+    """Mark all times as invalid if nearly all of them shifted by the same factor, which is an effect of the machine.
+
+    Returns {} otherwise.
 
     One ratio of each variant and phase is used, since metrics that derive from each other would count a shift twice.
     """

@@ -1,4 +1,4 @@
-"""A comparison turned into pass or fail by a policy that a team keeps with its code.
+"""Turns a comparison into pass or fail by a policy, which a team stores with its code.
 
 inconclusive = "fail"            # or "pass"
 tolerance = 0.01                 # a fraction of times and of peaks: 0.01 is 1 %

@@ -6,8 +6,8 @@ modules: linear layers, quantised or not, and experts, a few of which are active
 
 A watched step shows which modules it uses, and which inputs need a gradient: text training does not use a vision tower,
 or the cross-attention to an absent encoder. Without a watched step all modules count, in the order of their definition,
-and every input after the first trained weight counts as having a gradient. That overestimates the first block, where
-several layers have the same input, by little in a model with many blocks.
+and every input after the first trained weight counts as having a gradient. This overestimates the first block, where
+several layers have the same input; the error is small in a model with many blocks.
 
 Attention counts by heads and their width, as for known families, and over all pairs, also for sliding-window layers.
 Other operations (a scan, a convolution, the router of experts) are not counted. Modules are recognised by their

@@ -21,7 +21,7 @@ LEFT, TOP, HEIGHT = 64, 30, 210
 COLOURS = 16
 """Number of distinguishable colours. With more variants, those that vary the same field share a colour."""
 KEY_ROW, MOST_KEYS, MOST_CHANGES = 18, 24, 6
-"""Lines above a picture: names (with more than this, pointing at a mark shows its name), and changes."""
+"""Height of a line; maximum names (with more, pointing at a mark shows its name) and changes above a picture."""
 MOST_ROWS, MOST_TICKS, TICKS = 120, 12, 5
 """Maximum rows and named ticks; approximate number of round values on an axis."""
 

@@ -426,9 +426,7 @@ def _tokenizer_of_files(source: ModelSource) -> transformers.PreTrainedTokenizer
         raise OSError("a packaged configuration has no tokenizer")
     offline = source.kind != "hub" or not catalogue.hub_has(source)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, local_files_only=offline)
-    if len(tokenizer) <= len(
-        tokenizer.all_special_tokens
-    ):  # transformers returns such a one for families without files
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers returns it for some families without files
         raise OSError("no vocabulary is there")
     return tokenizer
 
