@@ -26,7 +26,7 @@ from lorameter.studies.workload import Workload
 About = Literal["runs", "measures", "spoils"]
 """What can run · what can be measured · what would disturb a measurement."""
 Grade = Literal["good", "note", "bad", "unfit"]
-"""Nothing to do · for information · reduces precision and can be fixed · do not measure here."""
+"""No problem · for information · reduces precision and can be fixed · no measurement is possible here."""
 MPS_PIPES, MPS_DEFAULT = "CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"
 """The socket folder of NVIDIA's Multi-Process Service daemon (docs.nvidia.com, MPS, environment variables)."""
 BUSY = 0.25

@@ -1,10 +1,10 @@
 """The packages installed for this process, and the packages that determine a GPU's kernels.
 
 Versions are read without importing modules. torch chooses among the algorithms of cuDNN and cuBLAS, which are separate
-packages that can be replaced independently, and both read the environment: `TORCH_CUDNN_SDPA_DEPRIORITIZED` takes
-attention away from cuDNN, `NVIDIA_TF32_OVERRIDE` overrides the format of all float32 products, and `PYTORCH_ALLOC_CONF`
-(formerly `PYTORCH_CUDA_ALLOC_CONF` and `PYTORCH_HIP_ALLOC_CONF`) controls how the allocator reserves memory. Two runs
-that differ in any of these are different measurements.
+packages that can be replaced independently, and both read the environment: `TORCH_CUDNN_SDPA_DEPRIORITIZED` makes
+torch prefer other attention kernels, `NVIDIA_TF32_OVERRIDE` overrides the format of all float32 products, and
+`PYTORCH_ALLOC_CONF` (formerly `PYTORCH_CUDA_ALLOC_CONF` and `PYTORCH_HIP_ALLOC_CONF`) controls how the allocator
+reserves memory. Two runs that differ in any of these are different measurements.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def is_plain(variant: Variant) -> bool:
 
 
 def facts_of(variants: Sequence[Variant]) -> dict[str, MethodFacts]:
-    """What each variant's method supports, by the variant's name; unknown methods are probed now.
+    """The facts about each variant's method, by the variant's name; unknown methods are probed now.
 
     Raises:
         InvalidRunError: the probing process ends without an answer.

@@ -57,7 +57,7 @@ def is_locked(target: Path) -> bool:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         return True
-    except OSError:  # nobody writes a read-only copy
+    except OSError:  # a read-only copy has no writer
         return False
     lock.release()
     return False

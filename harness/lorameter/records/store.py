@@ -1,12 +1,12 @@
-"""Where runs live: one directory a run, records appended and synced one by one, nothing ever rewritten but the status.
+"""Stores runs: one directory per run. Records are appended and synced one by one; only the manifest is rewritten.
 
-RUN/manifest.json    what was planned, on which machine, with which versions; written before the first trial
-RUN/trials.jsonl     one TrialRecord a line, fsynced after each; of several of one trial the last one counts. Its
-                     `checks` are hashes of lines of checks.jsonl
-RUN/checks.jsonl     what the checks of all trials found, each thing once, with its hash; fsynced before the record
-RUN/trials.jsonl.lock      held by the process that writes; one that was killed holds it no more
-RUN/steps.jsonl      what steps of a training script add to its record; removed when the run has ended
-RUN/logs/            what each trial printed
+RUN/manifest.json    the plan, the machine and the versions; written before the first trial, updated at the end
+RUN/trials.jsonl     one TrialRecord per line, fsynced after each; the last record of a trial counts. Its `checks`
+                     are hashes of lines of checks.jsonl
+RUN/checks.jsonl     the results of all checks, each result once, with its hash; fsynced before the record
+RUN/trials.jsonl.lock      held by the process that writes; released if the process is killed
+RUN/steps.jsonl      the steps of a training script, which are added to its record; removed when the run has ended
+RUN/logs/            the output of each trial
 RUN/tokens-*.safetensors   the token stream that all trials trained on
 """
 
@@ -354,7 +354,7 @@ def is_live(path: Path, manifest: Manifest) -> bool:
 
 
 def writing(path: Path) -> contextlib.AbstractContextManager[None]:
-    """Hold the run in this directory for writing. Raises `UsageError` where another process has it."""
+    """Hold the run in this directory for writing. Raises `UsageError` if another process holds it."""
     return alone(path / TRIALS, refusal_while_live(path))
 
 

@@ -114,7 +114,7 @@ class EvidenceFile:
 
 
 def check_findings(checks: Iterable[Mapping[str, Any]], where: str) -> None:
-    """Raise `UsageError` for a finding that does not say what was checked and what was found."""
+    """Raise `UsageError` for a finding without a path, a status or a requirement."""
     for check in checks:
         for key in ("path", "status", "required"):
             if key not in check or (key != "required" and not isinstance(check[key], str)):

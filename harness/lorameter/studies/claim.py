@@ -3,7 +3,7 @@
 [[claim]]
 id = "3"
 says = "inference gets faster as alpha rises"
-original = "3.48 s at alpha 16, 2.56 s at alpha 256"        # what the source published, for the report
+original = "3.48 s at alpha 16, 2.56 s at alpha 256"        # the published numbers, for the report
 parts = [{ rule = "trend-down", axis = "lora_alpha", metric = "request_time_s" }]
 
 A claim is the conjunction of its parts: supported if every part is, refuted if one part is. `lorameter.verdicts.claims`

@@ -1,12 +1,12 @@
 """An engine: a third-party feature that promises faster or smaller training, which a study judges.
 
-title = "Liger Kernel"            # what it is called
-variant = "liger"                 # the variant that has it; the reference is the one without
-needs = "cuda"                    # a device without which there is nothing to measure; left out where there is none
-package = "liger-kernel"          # the distribution whose version belongs to a result
-flag = "{--use_liger_kernel}"     # what a training script is often given for it, in braces, for messages
+title = "Liger Kernel"            # the name in reports
+variant = "liger"                 # the variant with the engine; the reference is the variant without it
+needs = "cuda"                    # the required device; omit it if any device will do
+package = "liger-kernel"          # the distribution whose version is stored with results
+flag = "{--use_liger_kernel}"     # a typical flag of a training script, in braces, for messages
 
-[engine.proof]                    # paths of kernels_check, and what each must show where the engine runs
+[engine.proof]                    # kernels_check paths, each with its value if the engine runs
 
 A claim is judged only if the engine demonstrably ran in its variant and not in the reference: otherwise a flag that a
 script ignores would refute a claim that was never tested.

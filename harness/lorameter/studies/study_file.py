@@ -1,24 +1,24 @@
 """Reads studies from TOML: unknown keys and impossible values are refused with file, key, value and remedy.
 
 title = "..."
-extends = "..."                 # a built-in study; what this file says replaces what that one and its profiles say
-reference = "lora-r16"          # the variant that ratios are taken against; the first one if left out
-allow_fallback = false          # true: a required path that did not run is a notice, and the trial counts
-notes = ["..."]                 # what a reader of the results must know and no field says
+extends = "..."                 # a built-in study; values of this file replace those of that study and its profiles
+reference = "lora-r16"          # the variant that is the denominator of ratios; default: the first
+allow_fallback = false          # true: a required path that did not run gives a notice, and the trial is valid
+notes = ["..."]                 # facts for readers of the results that no field contains
 
 [workload]                      # fields of Workload
 [protocol]                      # fields of Protocol
 [controls]                      # fields of Variant, equal for all
 [axes]                          # field = [values]: every combination is a variant
-[sweeps]                        # field = [values]: one field at a time, all else as in the controls
-[[variant]]                     # or variants one by one: name and what differs from the controls; or name and command
-workload.batch_size = 8         # a field of the workload, also of [axes] and [sweeps]: what this variant is measured on
-[requirements]                  # paths of kernels_check that the study demands in addition to what the variants imply
+[sweeps]                        # field = [values]: one field varies at a time, the others are as in the controls
+[[variant]]                     # or single variants: a name, and the fields that differ from the controls or a command
+workload.batch_size = 8         # a field of the workload for this variant only; also allowed in [axes] and [sweeps]
+[requirements]                  # kernels_check paths with required values, in addition to those that variants imply
 [[claim]]                       # see lorameter.studies.claim
-[engine]                        # whose promises the claims are, see lorameter.studies.engine
-[profile.NAME]                  # any of the above but the variants, for one kind of machine
-devices = ["A100"]              # a device whose name holds one of these takes this profile; "cpu" is any CPU
-workload.model = "random:"      # the study's own model, whichever that is, with random weights
+[engine]                        # the feature that the claims are about, see lorameter.studies.engine
+[profile.NAME]                  # all of the above except variants, for one kind of machine
+devices = ["A100"]              # parts of the names of devices that use this profile; "cpu" is any CPU
+workload.model = "random:"      # the model of the study with random weights
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Turns a comparison into pass or fail by a policy, which a team stores with its code.
 
 inconclusive = "fail"            # or "pass"
-tolerance = 0.01                 # a fraction of times and of peaks: 0.01 is 1 %
+tolerance = 0.01                 # of times and of peaks, as a fraction: 0.01 is 1 %
 margin = 0.05                    # a fraction
-metrics = ["step_time_s", "*peak*"]   # gated; the primary metric of each phase and the peaks if left out
+metrics = ["step_time_s", "*peak*"]   # gated metrics; default: the primary metric of each phase and the peaks
 required = ["nf4-*"]             # variants that must have been compared
-losses = "agree"                 # those of both sides of an A/B must; "any" if left out
+losses = "agree"                 # losses of both sides of an A/B must agree; default: "any"
 
-[[limit]]                        # the last one that matches wins, key by key
+[[limit]]                        # for each key, the last matching limit counts
 variant = "nf4-*"
 metric = "cold_*"
 tolerance = 0.10

@@ -1,9 +1,9 @@
 """The folder of a job: its order, its state, and the run that it measures.
 
-FOLDER/order.json   what to measure; written before the job is started
-FOLDER/state.json   where the job runs, how it ended
-FOLDER/RUN/         an ordinary run, of the replicates of the order
-FOLDER/job.log      what the job printed
+FOLDER/order.json   the order; written before the job is started
+FOLDER/state.json   the machine of the job, and its outcome
+FOLDER/RUN/         an ordinary run with the replicates of the order
+FOLDER/job.log      the output of the job
 
 A job executes the commands in its order, so only its user may access the folder.
 """
