@@ -51,6 +51,6 @@ def block_hub_writes(module: ModuleType) -> None:
         )
 
     for name in dir(module.HfApi):
-        if name.partition("_")[0] in PUBLISHING and name != "run_as_future":  # it only runs another method elsewhere
+        if name.partition("_")[0] in PUBLISHING and name != "run_as_future":  # runs another method
             setattr(module.HfApi, name, refuse)
             setattr(module, name, functools.partial(refuse, None))  # bound methods of the module's own client

@@ -79,9 +79,9 @@ class Protocol:
     tolerance of 0.01 is a good choice), but not before 5 replicates; `replicates` is the maximum. None measures all
     replicates."""
     max_minutes: float | None = None
-    """Time limit of a run in minutes from its start, including the preparation of tokens and bases; a resumed run has
-    the limit again. Rounds, replicates, cold starts and requests are dropped to meet it, for all variants alike, by the
-    rule in docs/method.md. None sets no limit."""
+    """Time limit of a run in minutes from its start, including the preparation of tokens and bases. A resumed
+    run starts with the full limit. Turns, replicates, cold starts and requests are dropped to meet the limit, for all
+    variants alike, by the rule in docs/method.md. None sets no limit."""
     on: str = HERE
     """Where `run`, `ab`, `calibrate` and pytest measure replicates, as with `--on`: `here`, `ray`, `ray://HOST:PORT` or
     `slurm:KEY=VALUE,…`. Not allowed in a profile, which is chosen by the current device."""

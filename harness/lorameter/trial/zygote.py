@@ -84,7 +84,7 @@ def zygote(control: Connection) -> None:
 
 
 REAP_TIMEOUT_S = 20.0
-"""A process that the kernel cannot end (a hanging driver) must not block the zygote forever."""
+"""Maximum wait for the end of a child, since the kernel may be unable to end it (a hanging driver)."""
 
 
 def _reap(pid: int) -> int | None:

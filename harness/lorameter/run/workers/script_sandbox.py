@@ -71,7 +71,7 @@ def take_snapshot(folder: Path, into: Path) -> Path:
     for entry in entries:
         copy = into / entry.relative_to(folder)
         if _is_linked(entry):
-            target = Path(os.path.realpath(entry))  # for circular links it is one of them
+            target = Path(os.path.realpath(entry))  # of circular links, one of the links
             inside = entry.is_symlink() and not _leads_out(entry, folder)
             copy.symlink_to(os.path.relpath(target, os.path.realpath(entry.parent)) if inside else target)
         elif entry.is_dir():
