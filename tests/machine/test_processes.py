@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from lorameter.machine.processes import held_back
+from lorameter.machine.processes import delay_signals
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_a_signal_waits_for_the_end_of_the_block(met, threads):
         other.start()
 
     def fail():
-        with held_back([signal.SIGUSR1]):
+        with delay_signals([signal.SIGUSR1]):
             os.kill(os.getpid(), signal.SIGUSR1)
             over.wait(0.05)
             raise ZeroDivisionError(f"so far {met}")
@@ -47,7 +47,7 @@ def test_a_signal_waits_for_the_end_of_the_block(met, threads):
 def test_a_signal_that_is_ignored_stays_ignored(met):
     """An ignored signal stays ignored, as SIGHUP under nohup, so that child processes inherit it unchanged."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    with held_back([signal.SIGUSR1]):
+    with delay_signals([signal.SIGUSR1]):
         assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
         os.kill(os.getpid(), signal.SIGUSR1)
     assert met == []

@@ -80,7 +80,7 @@ def outlive_parent() -> None:
 
 
 @contextlib.contextmanager
-def held_back(signals: Iterable[signal.Signals]) -> Iterator[None]:
+def delay_signals(signals: Iterable[signal.Signals]) -> Iterator[None]:
     """Delay these signals until the block has ended.
 
     An exception that a signal handler raises while Python forks is lost: it occurs in a function that runs after a
@@ -88,21 +88,21 @@ def held_back(signals: Iterable[signal.Signals]) -> Iterator[None]:
     starts some), another thread receives them, and the handlers still run in the main thread. So the signals
     temporarily get another handler.
     """
-    came: list[int] = []
+    received: list[int] = []
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in signals:
             found = signal.getsignal(number)
             if found not in (signal.SIG_IGN, None):  # None: not set by Python, which cannot restore it
                 before[number] = found
-                signal.signal(number, lambda number, frame: came.append(number))
+                signal.signal(number, lambda number, frame: received.append(number))
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         with contextlib.ExitStack() as stack:  # an exception of one handler must not skip the others
-            for arrived in reversed(came):
+            for arrived in reversed(received):
                 stack.callback(signal.raise_signal, arrived)
 
 

@@ -35,9 +35,9 @@ from lorameter.machine.host import HostTelemetry
 from lorameter.machine.nvml import open_device
 from lorameter.machine.processes import (
     OrphanReaper,
+    delay_signals,
     end_with_parent,
     exit_words,
-    held_back,
     kill_group,
     kill_marked,
     marked,
@@ -130,7 +130,7 @@ class ScriptProcess:
         self._log, self._log_begin = log, log.stat().st_size if log.is_file() else 0
         parent = os.getpid()
         with contextlib.ExitStack() as stack:
-            with held_back(SIGNALS):  # a signal waits until the process is registered and can be killed
+            with delay_signals(SIGNALS):  # a signal waits until the process is registered and can be killed
                 self._listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
                 stack.callback(OrphanReaper(self._marker).close)
                 self._listener.bind(address(turns))
