@@ -18,7 +18,7 @@ import msgspec
 from lorameter.errors import UsageError
 from lorameter.records import fileio, store
 from lorameter.records.store import Manifest
-from lorameter.verdicts.baselines import deciding, read_baselines
+from lorameter.verdicts.baselines import lock_baselines, read_baselines
 
 _AGE = re.compile(r"(\d{1,6})([hdw])")
 _UNITS_S = {"h": 3600, "d": 86400, "w": 7 * 86400}
@@ -86,7 +86,7 @@ def prune(
     begun_before = time.time() - (older_s or 0.0)
     counts: Counter[str] = Counter()
     selected, removed, staying = list[PruneDecision](), list[PruneDecision](), list[PruneDecision]()
-    with contextlib.nullcontext() if dry_run else deciding(runs):
+    with contextlib.nullcontext() if dry_run else lock_baselines(runs):
         known = sorted(_decide(runs), key=lambda one: -one.created_unix_s)
         for one in known:
             counts[one.study] += 1

@@ -67,7 +67,7 @@ def read_baselines(runs: Path) -> Baselines:
 
 
 @contextlib.contextmanager
-def deciding(runs: Path) -> Iterator[None]:
+def lock_baselines(runs: Path) -> Iterator[None]:
     """Hold the lock under which runs of this directory are accepted or removed, so that no baseline is removed."""
     import filelock
 
@@ -102,7 +102,7 @@ def accept(name: str, runs: Path) -> tuple[Baseline, Baseline | None]:
         run=run.path.name,
         accepted_unix_s=time.time(),
     )
-    with deciding(runs):
+    with lock_baselines(runs):
         if not fileio.is_there(run.path):
             raise UsageError(f"run {run.path.name}: it was removed while it was read. Accept another run.")
         known = read_baselines(runs)
