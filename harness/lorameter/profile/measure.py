@@ -48,7 +48,7 @@ from lorameter.records.metrics import RSS_AT_START
 from lorameter.records.os_errors import translate_os_errors
 from lorameter.records.record import Failure, Notice, PartialRecord, TrialRecord
 from lorameter.records.store import new_run_id
-from lorameter.records.tempdirs import leaving_nothing, scratch_folder
+from lorameter.records.tempdirs import remove_on_failure, scratch_folder
 from lorameter.run.budget import SKIPPED
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.plan import Arm, make_plan
@@ -228,7 +228,7 @@ def open_trial(
     folder = runs / new_run_id(f"{label}-{variant.name}", runs)
     folder.mkdir(parents=True)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(leaving_nothing(folder, unless=document))
+        stack.enter_context(remove_on_failure(folder, unless=document))
         stack.callback(executor.close)
         executor.start(folder, study.workload.threads)
         say("preparing tokens")

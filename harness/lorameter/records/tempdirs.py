@@ -73,7 +73,7 @@ def remove_abandoned() -> None:
 
 
 @contextlib.contextmanager
-def leaving_nothing(folder: Path, *, unless: str) -> Iterator[None]:
+def remove_on_failure(folder: Path, *, unless: str) -> Iterator[None]:
     """Remove a folder after a stop or an error, unless the file `unless` shows that the work in it has begun. After an
     error, a folder with logs stays, because they contain the reason."""
     try:

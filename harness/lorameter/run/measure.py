@@ -23,7 +23,7 @@ from lorameter.records import codec, store
 from lorameter.records.os_errors import translate_os_errors
 from lorameter.records.record import Notice, Side
 from lorameter.records.store import Manifest, Run, RunWriter
-from lorameter.records.tempdirs import leaving_nothing
+from lorameter.records.tempdirs import remove_on_failure
 from lorameter.records.worker_info import TokenSummary
 from lorameter.run.budget import Budget, TimeLimitTooShortError, skipped_notice
 from lorameter.run.display import Display, shield
@@ -83,7 +83,7 @@ def measure(
     folder, shown = runs / run_id, shield(display)
     with InterruptHandler() as stops, contextlib.ExitStack() as stack:
         stack.enter_context(translate_os_errors(lambda: store.refusal_of(folder)))
-        stack.enter_context(leaving_nothing(folder, unless=store.MANIFEST))
+        stack.enter_context(remove_on_failure(folder, unless=store.MANIFEST))
         stack.enter_context(store.writing(folder))
         earlier = store.read_run(str(folder), runs) if resume else None  # read only now: no other process writes it
         groups = find_unfinished(plan, earlier.records if earlier else (), whole=placement.is_spread)
