@@ -36,9 +36,9 @@ from lorameter.verdicts.claims.parts import (
     NotJudgedError,
     Question,
     ask,
+    metric_phrase,
     metrics_of,
     result_of,
-    spoken,
 )
 from lorameter.verdicts.claims.parts import PartResult as PartResult
 from lorameter.verdicts.series import Groups, control_of, group_trials, is_difference
@@ -118,7 +118,9 @@ def judge_claims(run: Run) -> ClaimsReport:
     results = _judge_parts(run, study, groups, controls, engine)
     replicates = {record.replicate for record in run.records if record.status == "ok"}
     statuses = [record.status for record in run.records]
-    differing = [spoken(name) for name, control in controls.items() if control is not None and is_difference(control)]
+    differing = [
+        metric_phrase(name) for name, control in controls.items() if control is not None and is_difference(control)
+    ]
     invalid = f"the reference differs from itself: its control in {', '.join(differing)}" if differing else None
     if not replicates:
         invalid = "no trial of the run is ok, so there is nothing to judge by. See the report of the run"
@@ -235,7 +237,7 @@ def doubt(part: ClaimPart, controls: Controls) -> str:
             found = controls.get(name)
             if found is not None and is_difference(found):
                 ratio = format_ratio(found.ratio, found.low, found.high)
-                return f"the control differs from itself in {spoken(name)}, ×{ratio}, so the claim is not judged"
+                return f"the control differs from itself in {metric_phrase(name)}, ×{ratio}, so the claim is not judged"
     return ""
 
 
@@ -244,7 +246,7 @@ def doubt_of_equality(part: ClaimPart, controls: Controls) -> str:
     for metric in metrics_of(part):
         found = controls.get(metric)
         if found is None or found.verdict != "equivalent":
-            return f"the control is not equivalent to itself in {spoken(metric)}, so nothing is called equal"
+            return f"the control is not equivalent to itself in {metric_phrase(metric)}, so nothing is called equal"
     return ""
 
 

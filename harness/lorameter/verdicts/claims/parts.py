@@ -267,7 +267,7 @@ def _add_up(part: ClaimPart, tables: Sequence[AxisTable]) -> AxisTable:
     return dataclasses.replace(tables[0], title=f"the score ({', '.join(terms)})", logs=logs)
 
 
-def spoken(metric: str) -> str:
+def metric_phrase(metric: str) -> str:
     """The name of a metric in a sentence: "request" in a table is "time of request"."""
     known = METRICS[metric]
     return f"time of {known.title}" if known.unit == "s" and "time" not in known.title else known.title
@@ -305,7 +305,7 @@ def _tabulate(groups: Groups, study: Study, axis: str, metric: str, planned: Col
         raise NotJudgedError(f"{known.title}: {error}.") from None
     return AxisTable(
         axis=axis,
-        title=spoken(metric),
+        title=metric_phrase(metric),
         levels=tuple(level for level, _ in levels),
         replicates=tuple(whole),
         skipped=len(seen) - len(whole),
