@@ -26,7 +26,7 @@ from lorameter.run.plan import Group, Plan, measured_groups
 
 LEAST_ROUNDS = 2
 """Minimum rounds of a replicate: a single round has no spread."""
-SOUGHT_REPLICATES = 3
+TARGET_REPLICATES = 3
 """Other measurements are dropped until this many training replicates fit: fewer give too wide intervals."""
 
 SKIPPED = "measurements-skipped"
@@ -123,7 +123,7 @@ class Budget:
 
     @property
     def _sought(self) -> int:
-        return min(SOUGHT_REPLICATES, self.replicates)
+        return min(TARGET_REPLICATES, self.replicates)
 
     def _replicate_s(self, costs: Mapping[Part, Cost], rounds: int = LEAST_ROUNDS) -> float:
         """Seconds of a replicate with this many rounds of each measured part."""
@@ -256,7 +256,7 @@ def skipped_notice(
     neither applies. `needed_s` is the time of the required replicates with all planned parts, `training_s` with
     training only; 0 if unknown."""
     dropped = [DROPPABLE[part] for part in DROPPABLE if part in set(skipped)]
-    sought = min(SOUGHT_REPLICATES, planned)
+    sought = min(TARGET_REPLICATES, planned)
     few = replicates < sought
     if not dropped and not few:
         return ()

@@ -25,7 +25,7 @@ from lorameter.records.record import PartialRecord, TrialRecord
 from lorameter.records.store import Run
 from lorameter.records.tempdirs import scratch_folder
 from lorameter.records.units import format_duration, format_percent
-from lorameter.run.budget import SOUGHT_REPLICATES, Budget, TimeLimitTooShortError
+from lorameter.run.budget import TARGET_REPLICATES, Budget, TimeLimitTooShortError
 from lorameter.run.device_lock import hold_device
 from lorameter.run.display import Display
 from lorameter.run.interleaving import SCATTER
@@ -42,7 +42,7 @@ from lorameter.verdicts.series import group_trials, pairs_against
 
 LATEST_RUNS = 20
 """Maximum runs that are searched for measured times and peaks."""
-SOUGHT_WIDTH = 0.03
+TARGET_HALF_WIDTH = 0.03
 """Half-width for which the required time is predicted."""
 MOST_REPLICATES = 200
 TIMING_LIMIT_S = 60.0
@@ -111,7 +111,7 @@ def forecast_time(plan: Plan, machine: Machine, runs: Path, executor: Executor |
     except TimeLimitTooShortError as error:
         return TimeForecast(time_s=None, basis=f"{times.basis}: {str(error).rstrip('.')}", replicates=0)
     each = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else ends[0]
-    wanted = next((n for n in range(2, MOST_REPLICATES) if (half_width(sd, n, plan) or 1.0) <= SOUGHT_WIDTH), None)
+    wanted = next((n for n in range(2, MOST_REPLICATES) if (half_width(sd, n, plan) or 1.0) <= TARGET_HALF_WIDTH), None)
     return TimeForecast(
         time_s=ends[-1],
         basis=times.basis,
@@ -316,7 +316,7 @@ def _scatter(plan: Plan, machine: Machine, runs: Path) -> tuple[float, str]:
             deviations = [
                 effect.spread.sd
                 for effect in effects
-                if effect.spread is not None and effect.replicates >= SOUGHT_REPLICATES
+                if effect.spread is not None and effect.replicates >= TARGET_REPLICATES
             ]
             if deviations:
                 sd = statistics.median(deviations)
