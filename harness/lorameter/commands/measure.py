@@ -102,7 +102,7 @@ def measure_study(
     runs, console = store.runs_dir(options.runs_dir, make=not dry), console or console_for(stderr=True)
     plan, notices = plan_study(study, placement, runs, **planned)
     if dry:
-        document, data = foresee(plan, notices, placement, runs)
+        document, data = forecast_plan(plan, notices, placement, runs)
         show_result(options, document, lambda: data)
         return None
     with placement.hold(options.if_busy) as waited:
@@ -113,7 +113,7 @@ def measure_study(
             return measure(plan, runs=runs, display=display, notices=notices, policy=policy or {}, placement=placement)
 
 
-def foresee(
+def forecast_plan(
     plan: Plan, notices: tuple[Notice, ...], placement: Placement, runs: Path
 ) -> tuple[Document, dict[str, Any]]:
     """Forecast the time, memory and disk space of a plan, as a report and as JSON."""

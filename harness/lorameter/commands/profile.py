@@ -71,11 +71,11 @@ def _try(study: Study, variant: Variant, finding: Finding, options: argparse.Nam
     return judge_remedy(run, finding)
 
 
-_Taken = tuple[Path, dict[str, Any], Document, Sequence[Finding]]
+_ProfileResult = tuple[Path, dict[str, Any], Document, Sequence[Finding]]
 """Folder, JSON document, report and findings of a profile."""
 
 
-def _profile_step(*trial: Any, **where: Any) -> _Taken:
+def _profile_step(*trial: Any, **where: Any) -> _ProfileResult:
     profile, folder = profile_variant(*trial, **where)
     step = accounting.step_account(profile)
     tokens, ceilings = accounting.token_shares(profile), accounting.ceilings(profile, step.step)
@@ -91,7 +91,7 @@ def _profile_step(*trial: Any, **where: Any) -> _Taken:
     return folder, document, describe_profile(profile, step, tokens, ceilings, findings), findings
 
 
-def _profile_requests(*trial: Any, **where: Any) -> _Taken:
+def _profile_requests(*trial: Any, **where: Any) -> _ProfileResult:
     profile, folder = profile_requests(*trial, **where)
     served, merged = accounting.request_accounts(profile)
     findings = diagnose_requests(evidence_of_requests(profile, served, merged))

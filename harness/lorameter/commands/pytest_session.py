@@ -15,12 +15,12 @@ import pytest
 
 from kernels_check.pipes import EXIT_CLOSED_PIPE, EXIT_UNWRITABLE, BestEffortStderr, CapturedStdout
 from kernels_check.terminal import escape_control_chars
-from lorameter.commands.measure import find_interrupted, foresee, measure_study, override, plan_study, resume
+from lorameter.commands.measure import find_interrupted, forecast_plan, measure_study, override, plan_study, resume
 from lorameter.commands.options import DEFAULT_STUDY, PYTEST_PREFIX
 from lorameter.commands.output import check_page, save_page
 from lorameter.commands.parser import build_parser
 from lorameter.commands.report import page_of_run
-from lorameter.commands.run import load_asked
+from lorameter.commands.run import load_requested_study
 from lorameter.errors import LorameterError, UsageError, redact
 from lorameter.machine.provenance import collect, fingerprint, fingerprint_fields
 from lorameter.records import store
@@ -127,7 +127,7 @@ class Session:
         options = self._options
         if self._interrupted is not None:
             return study_of(self._interrupted).with_overrides(on=options.on, sites=options.sites)
-        return override(load_asked(options, device), options)
+        return override(load_requested_study(options, device), options)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Generate a test for each variant of the study, or of the resumed run."""
@@ -178,7 +178,7 @@ class Session:
                 runs = store.runs_dir(options.runs_dir)
                 plan, notices = plan_study(study, placement, runs, **planned)
                 if options.dry_run:
-                    self._planned, _ = foresee(plan, notices, placement, runs)
+                    self._planned, _ = forecast_plan(plan, notices, placement, runs)
                 return
             self._prepare_gate(collect(study, placement.facts, study.workload.threads))
             console = console_for(BestEffortStderr(sys.stderr))

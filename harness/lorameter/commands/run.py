@@ -35,8 +35,8 @@ def run_study(options: argparse.Namespace) -> int:
         return _show(resume(find_interrupted(options), options), options)
     if not options.study and options.peft_experiments is None:
         raise UsageError("run: no study named. Give one, as in `lorameter run lora-or-qlora`, or --resume RUN.")
-    with open_placement(override(load_asked(options), options), options.runs_dir) as placement:
-        study = override(load_asked(options, placement.machine.kind), options)
+    with open_placement(override(load_requested_study(options), options), options.runs_dir) as placement:
+        study = override(load_requested_study(options, placement.machine.kind), options)
         run = measure_study(
             study,
             placement,
@@ -49,7 +49,7 @@ def run_study(options: argparse.Namespace) -> int:
     return _show(run, options)
 
 
-def load_asked(options: argparse.Namespace, device: str = "") -> Study:
+def load_requested_study(options: argparse.Namespace, device: str = "") -> Study:
     """The study that the options name, from its own variants or from a script; `device` selects its profile.
 
     Raises:
