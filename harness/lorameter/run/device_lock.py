@@ -72,10 +72,10 @@ def _open(device: str) -> int | None:
     """The lock file of a device, which may belong to another user; None if it cannot be made."""
     name = f"lorameter-{re.sub(r'[^A-Za-z0-9-]+', '-', device)}.lock"
     path = Path(os.environ.get(ENV_LOCKS) or SHARED_FOLDER) / name
-    never_waiting = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe would block until something writes into it
+    common_flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe would block until something writes into it
     for flags in (os.O_RDONLY, os.O_RDONLY | os.O_CREAT | os.O_EXCL, os.O_RDONLY):  # another process may create it
         with contextlib.suppress(OSError):
-            return os.open(path, flags | never_waiting, 0o644)
+            return os.open(path, flags | common_flags, 0o644)
     return None
 
 
