@@ -156,7 +156,7 @@ def install() -> None:
     sys.meta_path.insert(0, After(wanted))
 
 
-def give_way() -> None:
+def import_shadowed_sitecustomize() -> None:
     """Import the user's own sitecustomize under its usual name, and remove this module's folder from the path."""
     sys.path[:] = [place for place in sys.path if os.path.abspath(place) != HERE]
     spec = importlib.machinery.PathFinder.find_spec("sitecustomize")
@@ -169,4 +169,4 @@ def give_way() -> None:
 
 if os.environ.get("LORAMETER_FOLLOWER"):
     attempt(install)
-give_way()
+import_shadowed_sitecustomize()
