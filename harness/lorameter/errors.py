@@ -163,7 +163,7 @@ def _without_named(text: str) -> str:
     return "".join([*parts, text[at:]])
 
 
-def said_by(error: BaseException, most: int = 300) -> str:
+def format_error(error: BaseException, most: int = 300) -> str:
     """The error message of a library on one line, with the type of the exception if it has fewer than two words."""
     line = redact(next(iter(str(error).strip().splitlines()), ""))
     return shorten(f"{type(error).__name__}: {line}" if len(line.split()) < 2 else line, most)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
 from kernels_check.terminal import escape_control_chars
-from lorameter.errors import redact, said_by
+from lorameter.errors import format_error, redact
 
 Source = Literal["trainer", "loop", "optimizer"]
 """Source of the steps: transformers' Trainer · a loop that marks its steps · the time between two optimizer updates."""
@@ -160,7 +160,9 @@ class ErrorGuard:
         except Exception as error:
             self.up = False
             what = "the measurement failed and has stopped; the training continues without it"
-            say(f"{'this training is not followed' if isinstance(error, NotFollowedError) else what}: {said_by(error)}")
+            if isinstance(error, NotFollowedError):
+                what = "this training is not followed"
+            say(f"{what}: {format_error(error)}")
             with contextlib.suppress(Exception):
                 self.on_error(error)
             return None

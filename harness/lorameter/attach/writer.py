@@ -32,7 +32,7 @@ from lorameter.attach.launch import REQUIRE, RUN, UNSEEN_END, read_command, toke
 from lorameter.attach.measures import MOST_TIMED, Energy, Peaks, Ranks, StepSamples, Work, describe_end
 from lorameter.attach.observer import NotFollowedError, ObserverReply, Phase, Source, StepReading, TrainingInfo, say
 from lorameter.attach.sources import device_in_use, device_of
-from lorameter.errors import UsageError, said_by
+from lorameter.errors import UsageError, format_error
 from lorameter.machine import provenance
 from lorameter.machine.telemetry import Telemetry
 from lorameter.records import codec, store
@@ -343,7 +343,7 @@ def print_report(path: Path) -> None:
     try:
         subprocess.run(command, env=variables, check=False, timeout=REPORT_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
-        say(f"run {path.name} is written, and its report was not printed: {said_by(error)}")
+        say(f"run {path.name} is written, and its report was not printed: {format_error(error)}")
 
 
 SEEN_BY: Mapping[Source, str] = {

@@ -10,7 +10,7 @@ from typing import Any
 from kernels_check import REQUIREMENTS
 from kernels_check.terminal import print_stderr
 from lorameter.attach.launch import finalize_run, run_command
-from lorameter.errors import EXIT_INVALID, UsageError, said_by, shorten
+from lorameter.errors import EXIT_INVALID, UsageError, format_error, shorten
 from lorameter.records import codec, store
 from lorameter.records.tempdirs import scratch_folder
 from lorameter.report.run import describe_run
@@ -43,7 +43,7 @@ def _report_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        print_stderr(f"lorameter: {said_by(error)}")
+        print_stderr(f"lorameter: {format_error(error)}")
 
 
 def read_requirements(given: list[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorameter.errors import InvalidRunError, UsageError, impossible, said_by
+from lorameter.errors import InvalidRunError, UsageError, format_error, impossible
 from lorameter.parity.facts import DOCUMENT, Parity
 from lorameter.profile.measure import TrialSession, answer_of, describe_failure, format_failure, open_trial
 from lorameter.records import codec, fileio
@@ -41,7 +41,7 @@ def check_adapter(folder: str) -> Path:
     try:
         kind = codec.from_json(dict[str, Any], fileio.read_json(path / CONFIG, fileio.MANIFEST_BYTES), CONFIG)
     except (fileio.NotReadableError, UsageError) as error:
-        why = f"its {CONFIG} cannot be read ({said_by(error)})"
+        why = f"its {CONFIG} cannot be read ({format_error(error)})"
         raise impossible("parity", "adapter", folder, why, remedy) from None
     if kind.get("peft_type") != "LORA":
         why = f"its {CONFIG} says peft_type = {kind.get('peft_type')!r}, and LoRA adapters are merged"

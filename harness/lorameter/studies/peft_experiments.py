@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorameter.errors import UsageError, impossible, require, said_by
+from lorameter.errors import UsageError, format_error, impossible, require
 from lorameter.records import codec, fileio
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.study import Study, unknown
@@ -46,7 +46,7 @@ def read_config(where: str, path: str) -> dict[str, Any]:
     try:
         data = fileio.read_json(file, fileio.MANIFEST_BYTES)
     except (OSError, ValueError) as error:
-        why = f"it cannot be read ({said_by(error)})"
+        why = f"it cannot be read ({format_error(error)})"
         raise impossible(where, "peft", path, why, f"Name an {CONFIG_NAME} or its folder.") from None
     if not isinstance(data, dict):
         raise impossible(where, "peft", path, "no configuration of PEFT", f"Name an {CONFIG_NAME} or its folder.")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorameter.errors import UsageError, said_by
+from lorameter.errors import UsageError, format_error
 from lorameter.machine.processes import CPUS, PARENT
 from lorameter.records.tempdirs import scratch_folder
 from lorameter.run.sites.folder import LOG, command, read_order, write_order
@@ -142,7 +142,7 @@ class RayJobs:
                 try:
                     files = self._ray.get(task)
                 except Exception as error:  # a lost node, a cancelled task: Ray has a class for each
-                    self._why[folder] = said_by(error)
+                    self._why[folder] = format_error(error)
                     continue
                 for name, content in files.items():
                     (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -195,6 +195,6 @@ def _connect(ray: Any, address: str) -> None:
         )
     except Exception as error:  # wrong version, wrong port, missing library: Ray has a class for each
         raise UsageError(
-            f"{say_on(address)}: no Ray cluster answers: {said_by(error).rstrip('.')}. Start it, name it as "
+            f"{say_on(address)}: no Ray cluster answers: {format_error(error).rstrip('.')}. Start it, name it as "
             "ray://HOST:PORT, or set RAY_ADDRESS to the HOST:PORT of its head."
         ) from None

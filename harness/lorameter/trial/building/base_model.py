@@ -24,7 +24,7 @@ import torch
 import transformers
 from torch import nn
 
-from lorameter.errors import LorameterError, impossible, said_by, shorten
+from lorameter.errors import LorameterError, format_error, impossible, shorten
 from lorameter.models import catalogue
 from lorameter.models.catalogue import ModelSource
 from lorameter.records.os_errors import is_out_of_memory
@@ -73,7 +73,7 @@ def empty_model(source: ModelSource, variant: Variant) -> transformers.PreTraine
     except LorameterError:
         raise
     except Exception as error:  # the exception's type depends on the invalid value
-        why = f"transformers makes no model of its configuration ({said_by(error)})"
+        why = f"transformers makes no model of its configuration ({format_error(error)})"
         raise impossible("models", "model", source.label, why, "Mend its config.json, or name another model.") from None
 
 
@@ -138,7 +138,7 @@ def _refusals(label: str, hub: ModelSource | None = None) -> Iterator[None]:
             raise
         if hub is not None and isinstance(error, OSError):
             raise catalogue.hub_failure(hub, error) from None
-        why = f"its files cannot be loaded ({said_by(error)})"
+        why = f"its files cannot be loaded ({format_error(error)})"
         raise impossible("models", "model", label, why, _REMEDY) from None
 
 

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kernels_check.observe.adapter import holders_in
 from kernels_check.observe.modules import Below
-from lorameter.errors import UsageError, impossible, said_by
+from lorameter.errors import UsageError, format_error, impossible
 from lorameter.models import catalogue, shapes
 from lorameter.studies.variant import ADAMW, ALL_LINEAR, PAGED, FullVariant, LoraVariant, PeftVariant, Variant
 from lorameter.trial.building.quantising import unpack_4bit
@@ -72,7 +72,9 @@ def config_of(variant: Variant, *, steps: int | None = None) -> PeftConfig:
     try:
         return known[name](**given)
     except Exception as error:  # the exception's type depends on the value that PEFT refused
-        raise UsageError(f"{where}: peft: {known[name].__name__} refuses it: {said_by(error).rstrip('.')}.") from None
+        raise UsageError(
+            f"{where}: peft: {known[name].__name__} refuses it: {format_error(error).rstrip('.')}."
+        ) from None
 
 
 def attach(
@@ -280,7 +282,7 @@ def make_optimizer(model: Any, variant: Variant) -> torch.optim.Optimizer:
         return cast(torch.optim.Optimizer, found(*arguments, **{**options, **variant.optimizer_args}))
     except (TypeError, ValueError) as error:
         raise UsageError(
-            f"{where}: optimizer = {variant.optimizer!r}: it refuses its arguments: {said_by(error).rstrip('.')}."
+            f"{where}: optimizer = {variant.optimizer!r}: it refuses its arguments: {format_error(error).rstrip('.')}."
         ) from None
 
 

@@ -24,7 +24,7 @@ import tokenizers
 import transformers
 from numpy.typing import NDArray
 
-from lorameter.errors import UsageError, impossible, said_by
+from lorameter.errors import UsageError, format_error, impossible
 from lorameter.models import catalogue, shapes
 from lorameter.models.catalogue import ModelSource
 from lorameter.records.os_errors import naming
@@ -384,7 +384,7 @@ def load_tokenizer(source: ModelSource, *, vocab_size: int) -> tuple[transformer
             "models",
             "model",
             source.label,
-            f"its tokenizer cannot be loaded ({said_by(error)})",
+            f"its tokenizer cannot be loaded ({format_error(error)})",
             "Save one next to the weights.",
         ) from None
     if tokenizer.vocab_size > vocab_size:
