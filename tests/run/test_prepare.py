@@ -8,7 +8,7 @@ import pytest
 
 from lorameter.errors import InvalidRunError
 from lorameter.records.worker_info import WorkerInfo
-from lorameter.run.prepare import greet
+from lorameter.run.prepare import validate_worker
 from lorameter.studies.variant import LoraVariant
 
 PLAIN = LoraVariant(name="plain")
@@ -33,12 +33,12 @@ def test_a_variant_that_needs_bitsandbytes_is_refused_where_it_has_no_device(wor
     """The error names the variant before its first trial; variants without bitsandbytes are measured."""
     needing = LoraVariant(name="needing", **changes)
     with pytest.raises(InvalidRunError, match=f"needing cannot be measured here: {LACKS}"):
-        greet(worker(lacks=LACKS), [PLAIN, needing])
-    assert greet(worker(lacks=LACKS), [PLAIN]).lacks == LACKS
-    assert greet(worker(), [PLAIN, needing]).lacks is None
+        validate_worker(worker(lacks=LACKS), [PLAIN, needing])
+    assert validate_worker(worker(lacks=LACKS), [PLAIN]).lacks == LACKS
+    assert validate_worker(worker(), [PLAIN, needing]).lacks is None
 
 
 def test_a_worker_on_another_device_is_refused(worker):
     """The plan was made for one device."""
     with pytest.raises(InvalidRunError, match="'cuda' and the plan was made for 'cpu'"):
-        greet(worker(device="cuda"), [PLAIN])
+        validate_worker(worker(device="cuda"), [PLAIN])

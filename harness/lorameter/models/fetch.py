@@ -20,7 +20,7 @@ from lorameter.errors import InvalidRunError, UsageError, impossible
 from lorameter.models.catalogue import CATALOGUE, PROVENANCE_FILE, Package, unknown_name
 from lorameter.records import fileio
 from lorameter.records.locks import locked
-from lorameter.records.os_errors import refusal_said
+from lorameter.records.os_errors import extract_os_error
 
 
 def fetch(name: str, *, report: Callable[[str], object] = lambda text: None) -> Path:
@@ -110,7 +110,7 @@ def _run(what: str, command: list[str], folder: Path, remedy: str, *, cwd: Path 
         check=False,
         cwd=cwd,
     )
-    if done.returncode and (refusal := refusal_said(done.stderr)):
+    if done.returncode and (refusal := extract_os_error(done.stderr)):
         raise InvalidRunError(
             f"model fetch: {what} into {folder} failed: {refusal}, or where temporary files are made (TMPDIR). "
             "Nothing was kept."

@@ -52,7 +52,7 @@ from lorameter.records.tempdirs import remove_on_failure, scratch_folder
 from lorameter.run.budget import SKIPPED
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.plan import Arm, make_plan
-from lorameter.run.prepare import begin_record, context_of, greet, request_of
+from lorameter.run.prepare import begin_record, context_of, request_of, validate_worker
 from lorameter.run.workers import Executor, Worker, WorkerLostError
 from lorameter.studies.request import COMMANDS, TrialRequest
 from lorameter.studies.study import Study
@@ -235,7 +235,7 @@ def open_trial(
         tokens = executor.prepare_tokens(study.workload, keep=False)
         if not tokens.synthetic:
             say(f"data {tokens.data}")
-        context = context_of(study.workload, tokens, greet(executor, [variant]).device)
+        context = context_of(study.workload, tokens, validate_worker(executor, [variant]).device)
         try:
             worker = executor.launch()
         except WorkerLostError as lost:

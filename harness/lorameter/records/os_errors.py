@@ -62,13 +62,13 @@ def find_system_error(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
             return format_os_error(error)
-        if refusal := refusal_said(str(error)):
+        if refusal := extract_os_error(str(error)):
             return refusal
         error = error.__cause__ or error.__context__
     return None
 
 
-def refusal_said(text: str) -> str | None:
+def extract_os_error(text: str) -> str | None:
     """The system error message that a library or another program repeats, in the form of Rust or Python; None if there
     is none."""
     for one in OF_THE_MACHINE:

@@ -31,7 +31,7 @@ from lorameter.run.interrupts import InterruptHandler
 from lorameter.run.memory_probe import probe_memory
 from lorameter.run.plan import Group, Plan, executor_of, variants_of
 from lorameter.run.prepare import Ready, prepare_run
-from lorameter.run.resume import check_same, continue_manifest, is_finished, mend
+from lorameter.run.resume import check_same, continue_manifest, is_finished, mark_complete
 from lorameter.run.runner import Measured, find_unfinished, run_plan
 from lorameter.run.sites.driver import measure_in_jobs
 from lorameter.run.sites.placement import Placement
@@ -88,7 +88,7 @@ def measure(
         earlier = store.read_run(str(folder), runs) if resume else None  # read only now: no other process writes it
         groups = find_unfinished(plan, earlier.records if earlier else (), whole=placement.is_spread)
         if earlier is not None and not groups:
-            return earlier if is_finished(earlier) else mend(earlier)
+            return earlier if is_finished(earlier) else mark_complete(earlier)
         if placement.launcher is None:
             _measure_here(plan, groups, folder, earlier, shown, stops, stack, notices, policy or {})
         else:

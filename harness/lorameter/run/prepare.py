@@ -200,7 +200,7 @@ def prepare_run(plan: Plan, executors: Mapping[str, Executor], display: Display)
     if not (summary.synthetic or plan.study.of_scripts):
         display.tokens_prepared(summary.data)
     variants = [slot.variant for slot in plan.slots]
-    hellos = {name: greet(executor, variants) for name, executor in executors.items()}
+    hellos = {name: validate_worker(executor, variants) for name, executor in executors.items()}
     device = next(iter(hellos.values())).device
     bases = prepare_bases(plan, executors, device, display)
     contexts = {workload: context_of(workload, found, device) for workload, found in tokens.items()}
@@ -219,7 +219,7 @@ def max_parallel(plan: Plan, executors: Mapping[str, Executor]) -> int:
     return min(executor.max_parallel(threads) for executor in executors.values())
 
 
-def greet(executor: Executor, variants: Iterable[AnyVariant]) -> WorkerInfo:
+def validate_worker(executor: Executor, variants: Iterable[AnyVariant]) -> WorkerInfo:
     """The worker's description of itself. Raises `InvalidRunError` if it cannot measure these variants."""
     hello, machine = executor.hello(), executor.machine()
     if hello.device != machine.device:

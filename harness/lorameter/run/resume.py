@@ -275,7 +275,7 @@ def _hashes(tokens: Mapping[str, Any]) -> dict[str, str]:
     return {"the tokens": str(tokens.get("hash")), **own}
 
 
-def mend(run: Run) -> Run:
+def mark_complete(run: Run) -> Run:
     """Mark a run as complete if all its trials are recorded: a damaged line repeated other lines, or its process was
     killed after the last trial."""
     again = Resumption(

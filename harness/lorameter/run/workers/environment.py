@@ -37,7 +37,7 @@ from lorameter.machine.provenance import LIBRARIES, library_version
 from lorameter.machine.repository import git_state
 from lorameter.machine.software import cuda_of, switches_of
 from lorameter.records.locks import locked
-from lorameter.records.os_errors import refusal_said
+from lorameter.records.os_errors import extract_os_error
 
 ANSWER_TIMEOUT_S = 120.0
 """Reading the metadata of 100 distributions takes 0.1 s, and up to a minute from a cold network disk."""
@@ -268,7 +268,7 @@ def _run(command: Sequence[str], requirements: Sequence[str], report: Callable[[
     if not process.returncode:
         return
     failed = f"ab: an environment with {' '.join(requirements)} could not be made"
-    if refusal := refusal_said("\n".join(last)):
+    if refusal := extract_os_error("\n".join(last)):
         raise InvalidRunError(f"{failed}: {refusal}, or where temporary files are made (TMPDIR). Nothing was kept.")
     raise UsageError(
         f"{failed}: {' / '.join(last) or 'no message'}. Nothing was kept; check the names and versions, the connection "
