@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lorameter.attach.measures import StepSamples, Work
-from lorameter.attach.observer import StepReading, TrainingInfo, weakly
+from lorameter.attach.observer import StepReading, TrainingInfo, weak_reference
 from lorameter.models.costs.flops import StepTokens, training_flops
 from lorameter.models.shapes import shape_of_config
 from lorameter.studies.variant import LoraVariant
@@ -25,7 +25,7 @@ def gathered():
 
 def work(model):
     return Work(TrainingInfo(
-        source="trainer", model=weakly(model), planned_steps=None, trainable_parameters=1, total_parameters=1,
+        source="trainer", model=weak_reference(model), planned_steps=None, trainable_parameters=1, total_parameters=1,
         accumulation=1,
     ))  # fmt: skip
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from lorameter import wire
-from lorameter.attach.observer import ObserverReply, StepReading, TrainingInfo, weakly
+from lorameter.attach.observer import ObserverReply, StepReading, TrainingInfo, weak_reference
 from lorameter.attach.script_trial import SOCKET, ScriptTrial, address
 from lorameter.machine.cpus import pin_to_cpus
 from lorameter.records import codec
@@ -88,7 +88,7 @@ def test_a_script_says_what_it_trains_and_is_watched_for_what_it_requires(parent
 
     def script():
         trial = ScriptTrial()
-        replies.append(trial.begin(training(model=weakly(model), required={"base.bits": 4})))
+        replies.append(trial.begin(training(model=weak_reference(model), required={"base.bits": 4})))
         replies.append(trial.step(reading(1)))
         trial.step(reading(2, checks=()))
 

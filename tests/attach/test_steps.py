@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorameter.attach.observer import ErrorGuard, ObserverReply, TrainingInfo, weakly
+from lorameter.attach.observer import ErrorGuard, ObserverReply, TrainingInfo, weak_reference
 from lorameter.attach.steps import Steps, make_watch
 
 
@@ -15,7 +15,7 @@ def model():
 
 def training_of(model):
     return TrainingInfo(
-        source="loop", model=weakly(model), planned_steps=None, trainable_parameters=1, total_parameters=1,
+        source="loop", model=weak_reference(model), planned_steps=None, trainable_parameters=1, total_parameters=1,
         accumulation=1,
     )  # fmt: skip
 

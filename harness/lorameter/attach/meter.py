@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 from transformers import TrainerCallback
 
 from lorameter.attach.launch import ENV_FOLLOWER
-from lorameter.attach.observer import ErrorGuard, Phase, Source, TrainingObserver, weakly
+from lorameter.attach.observer import ErrorGuard, Phase, Source, TrainingObserver, weak_reference
 from lorameter.attach.sources import named_observer, this_process
 from lorameter.attach.steps import Steps
 from lorameter.records.store import ENV_RUNS
@@ -64,7 +64,7 @@ class Meter(TrainerCallback):
         self._runs_dir = None if named is None else Path(named).absolute()  # a script may change its working folder
         self._report = report
         self._required = dict(require or {})
-        self._model = weakly(model)
+        self._model = weak_reference(model)
         self._steps: Steps | None = None
         self._begun = False
         """Whether the training of a loop has begun."""

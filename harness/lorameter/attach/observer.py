@@ -58,7 +58,7 @@ class TrainingInfo:
         return {name: float(count) for name in names if (count := getattr(self, name)) is not None}
 
 
-def weakly(model: Any) -> weakref.ref[Any] | None:
+def weak_reference(model: Any) -> weakref.ref[Any] | None:
     """A weak reference to a model for a `TrainingInfo`; None for an object that cannot be referenced weakly."""
     try:
         return weakref.ref(model)

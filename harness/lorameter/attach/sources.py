@@ -34,7 +34,7 @@ from lorameter.attach.observer import (
     TrainingInfo,
     TrainingObserver,
     say,
-    weakly,
+    weak_reference,
 )
 from lorameter.attach.steps import Patches, Steps, compiles_here, uncompiled
 
@@ -101,7 +101,7 @@ class Attachment:
         known = [*model.parameters()] if isinstance(model, torch.nn.Module) else [*parameters]
         training = TrainingInfo(
             source=kind,
-            model=weakly(model),
+            model=weak_reference(model),
             trainable_parameters=sum(one.numel() for one in parameters) if model is None and parameters else trainable,
             total_parameters=total,
             rank=rank,

@@ -67,7 +67,7 @@ def say(text: str) -> None:
         print("lorameter: " + visible, file=sys.__stderr__, flush=True)
 
 
-def ours(module: str, name: str) -> Any:
+def import_own(module: str, name: str) -> Any:
     """Import a name from a module of lorameter, whether or not this interpreter has it installed."""
     if not any(isinstance(finder, Own) for finder in sys.meta_path):
         sys.meta_path.insert(0, Own())
@@ -101,7 +101,7 @@ def attach_trainer(module: Any) -> None:
 
     def built(self: Any, *args: Any, **kwargs: Any) -> None:
         build(self, *args, **kwargs)
-        attempt(lambda: ours("meter", "add_meter")(self))
+        attempt(lambda: import_own("meter", "add_meter")(self))
 
     module.Trainer.__init__ = functools.wraps(build)(built)
 
@@ -128,7 +128,7 @@ def attach_optimizers(module: Any) -> None:
                 source[0].begin_update()
             result = step(*args, **kwargs)
             if not source:
-                source.append(attempt(lambda: ours("sources", "OptimizerSource")()))
+                source.append(attempt(lambda: import_own("sources", "OptimizerSource")()))
             if source[0] is not None:
                 source[0].end_update(args[0])
             return result
@@ -140,7 +140,7 @@ def attach_optimizers(module: Any) -> None:
 
 def without_side_effects(name: str) -> Any:
     """A function that takes an imported module and keeps it from saving, reporting or publishing anything."""
-    return lambda module: ours("disable_side_effects", name)(module)
+    return lambda module: import_own("disable_side_effects", name)(module)
 
 
 def install() -> None:
