@@ -16,7 +16,7 @@ from lorameter.results.prune import size_of
 from lorameter.studies.from_run import read_study
 from lorameter.verdicts.ab import report_of
 from lorameter.verdicts.baselines import read_baselines
-from lorameter.verdicts.compare import EXIT_OF, worst
+from lorameter.verdicts.compare import EXIT_OF, worst_exit_code
 from lorameter.verdicts.validity import run_validity
 
 T = TypeVar("T")
@@ -79,5 +79,5 @@ def _verdict_of(run: Run) -> str:
     if not run.manifest.sides:
         return "valid" if run_validity(run, read_study(run)).valid else "invalid"
     verdicts = [compared.verdict for compared in report_of(run).comparisons]
-    decided = worst(EXIT_OF[verdict] for verdict in verdicts)
+    decided = worst_exit_code(EXIT_OF[verdict] for verdict in verdicts)
     return next((verdict for verdict in verdicts if EXIT_OF[verdict] == decided), "invalid")

@@ -144,7 +144,7 @@ def row_of(
     )
 
 
-def worst(codes: Iterable[int]) -> int:
+def worst_exit_code(codes: Iterable[int]) -> int:
     """The exit code that takes precedence; an unknown code counts as an unexpected error."""
     ranks = [PRECEDENCE.index(code) if code in PRECEDENCE else 0 for code in codes]
     return PRECEDENCE[min(ranks)] if ranks else EXIT_NOT_COMPARABLE
@@ -156,7 +156,7 @@ def exit_code(comparisons: Iterable[ComparisonRow], *, inconclusive: int = EXIT_
     `inconclusive` is the exit code of an inconclusive verdict: a policy may let it pass.
     """
     codes = EXIT_OF | {"inconclusive": inconclusive}
-    return worst(codes[compared.verdict] for compared in comparisons)
+    return worst_exit_code(codes[compared.verdict] for compared in comparisons)
 
 
 def document(report: ComparisonReport) -> dict[str, Any]:

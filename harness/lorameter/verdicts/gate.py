@@ -28,7 +28,7 @@ from lorameter.errors import EXIT_INCONCLUSIVE, EXIT_NOT_COMPARABLE, EXIT_PASS, 
 from lorameter.records import codec, fileio
 from lorameter.records.store import Run
 from lorameter.studies.limits import check_fraction
-from lorameter.verdicts.compare import ComparisonReport, document, exit_code, worst
+from lorameter.verdicts.compare import ComparisonReport, document, exit_code, worst_exit_code
 from lorameter.verdicts.series import ComparisonLimits, default_limits
 
 
@@ -141,7 +141,7 @@ def judge(report: ComparisonReport, policy: Policy) -> GateResult:
         report=report,
         policy=policy,
         unmet=unmet,
-        exit_code=worst([verdicts, *([EXIT_NOT_COMPARABLE] if unmet else [])]),
+        exit_code=worst_exit_code([verdicts, *([EXIT_NOT_COMPARABLE] if unmet else [])]),
     )
 
 
