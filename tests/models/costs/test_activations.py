@@ -76,7 +76,7 @@ def assert_counted_to_the_byte(source, variant):
     model = peft_methods.attach(load_base(source, variant, device="cpu", seed=1), variant).train()
     optimizer = peft_methods.make_optimizer(model, variant)
     addresses = {t.untyped_storage().data_ptr() for found in resident_tensors(model, optimizer).values() for t in found}
-    live = LiveTensors(resident=addresses, vocabulary=VOCABULARY, device="cpu", looked=lambda kinds: None)
+    live = LiveTensors(resident=addresses, vocabulary=VOCABULARY, device="cpu", on_change=lambda kinds: None)
     tokens = torch.arange(ROWS * LENGTH).reshape(ROWS, LENGTH)
     positions = torch.cat([torch.arange(10), torch.arange(LENGTH - 10)]).repeat(ROWS, 1)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

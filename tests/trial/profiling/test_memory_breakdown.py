@@ -43,7 +43,7 @@ def test_activations_are_what_is_saved_for_the_backward_pass(checkpointed, kept)
     optimizer = torch.optim.SGD([net.adapter.weight])
     addresses = {t.untyped_storage().data_ptr() for found in resident_tensors(net, optimizer).values() for t in found}
     seen: list[dict[str, int]] = []
-    live = LiveTensors(resident=addresses, vocabulary=0, device="cpu", looked=lambda kinds: seen.append(dict(kinds)))
+    live = LiveTensors(resident=addresses, vocabulary=0, device="cpu", on_change=lambda kinds: seen.append(dict(kinds)))
     tokens = torch.arange(ROWS)
     with live.watching([net.adapter.weight]):
         loss = net(tokens)

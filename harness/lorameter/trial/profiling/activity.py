@@ -96,19 +96,19 @@ def activity_of(
             sum(bisect_right(moments, one.end_ns()) - bisect_left(moments, one.start_ns()) for one in operators) / steps
         )
 
-    hosted = _group(windows, host, lambda one: one.start_ns())
-    launched = _group(windows, kernels, lambda one: one.start_ns())
-    parted = _group(windows, parts, lambda one: one.start)
+    operators_by_phase = _group(windows, host, lambda one: one.start_ns())
+    kernels_by_phase = _group(windows, kernels, lambda one: one.start_ns())
+    parts_by_phase = _group(windows, parts, lambda one: one.start)
     phases = []
     for phase in phase_names:
-        operators, marked = hosted.get(phase, []), parted.get(phase, [])
+        operators, marked = operators_by_phase.get(phase, []), parts_by_phase.get(phase, [])
         separate = {
             "casts_s": _casts(operators),
             "wide_products_s": [one for one in operators if _is_wide_product(one)],
             "dropout_backward_s": [one for one in operators if _is_backward_of(one, dropout_nodes)],
         }
         dropouts = [one for one in operators if one.name() == DROPOUT_OPERATOR]
-        ran = launched.get(phase, []) if cuda else operators
+        ran = kernels_by_phase.get(phase, []) if cuda else operators
         uses, totals_s, busy_s = _sum_uses(ran, windows[0].start, steps, nested=not cuda)
         counted = {name: count_records(found) for name, found in {**separate, DROPOUT: dropouts}.items()}
         phases.append(

@@ -77,21 +77,21 @@ class LiveTensors(TorchDispatchMode):
     operators."""
 
     def __init__(
-        self, *, resident: Collection[int], vocabulary: int, device: str, looked: Callable[[dict[str, int]], None]
+        self, *, resident: Collection[int], vocabulary: int, device: str, on_change: Callable[[dict[str, int]], None]
     ) -> None:
-        """Count tensors, and call `looked` with the counts.
+        """Count tensors, and call `on_change` with the counts.
 
         Args:
             resident: addresses of storages that are counted elsewhere.
             vocabulary: a tensor with this last dimension counts as logits.
             device: tensors on other devices are not counted.
-            looked: called with the bytes by kind after each operator; it must not change them.
+            on_change: called with the bytes by kind after each operator; it must not change them.
         """
         super().__init__()
         self._resident = resident
         self._vocabulary = vocabulary
         self._device = torch.device(device).type
-        self._looked = looked
+        self._on_change = on_change
         self._alive: dict[int, tuple[weakref.ref[Any], str, int]] = {}
         self.bytes: dict[str, int] = dict.fromkeys(RANK, 0)
         """Bytes that are currently alive."""
@@ -133,7 +133,7 @@ class LiveTensors(TorchDispatchMode):
 
     def _saved(self, tensor: torch.Tensor) -> torch.Tensor:
         self.note(tensor, "activations")
-        self._looked(self.bytes)
+        self._on_change(self.bytes)
         return tensor.detach()  # the tensor itself would form a reference cycle, which only garbage collection frees
 
     def _accumulated(self, parameter: torch.Tensor) -> None:
@@ -146,7 +146,7 @@ class LiveTensors(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self.note(leaf, "temporaries")
-        self._looked(self.bytes)
+        self._on_change(self.bytes)
         return result
 
 
@@ -187,15 +187,15 @@ def measure_breakdown(
     cuda, tensors = device.startswith("cuda"), resident_tensors(model, optimizer)
     kinds = {kind: sum(map(storage_bytes, found)) for kind, found in tensors.items()}
     resident = [tensor for found in tensors.values() for tensor in found]
-    crest, gauge = _PeakTracker(cuda=cuda), PeakMemoryTracker(device)
+    tracker, gauge = _PeakTracker(cuda=cuda), PeakMemoryTracker(device)
     vocabulary = model.get_input_embeddings().weight.shape[0] if hasattr(model, "get_input_embeddings") else 0
     live = LiveTensors(
         resident={tensor.untyped_storage().data_ptr() for tensor in resident}, vocabulary=int(vocabulary),
-        device=device, looked=crest.look,
+        device=device, on_change=tracker.look,
     )  # fmt: skip
     give_back_free()  # otherwise this step would reuse the heap of earlier ones, and its own peak would be hidden
     gauge.begin()
-    crest.look(live.bytes)  # the peak before the first operator
+    tracker.look(live.bytes)  # the peak before the first operator
     with contextlib.ExitStack() as stack:
         for hook in watch_cache(model, live):
             stack.callback(hook.remove)
@@ -203,7 +203,7 @@ def measure_breakdown(
         stack.enter_context(live.watching(trained, compiled=compiled))
         call()
     peaks = gauge.peaks(phase)
-    kinds |= {kind: kinds.get(kind, 0) + size for kind, size in crest.kinds.items()}
+    kinds |= {kind: kinds.get(kind, 0) + size for kind, size in tracker.kinds.items()}
     outside_allocator: dict[str, int] = {}
     if cuda:
         peak = peaks[f"device_peak_allocated_{phase}_bytes"]
@@ -212,7 +212,7 @@ def measure_breakdown(
         outside_allocator["paged_optimizer_state"] = kinds.pop("paged_optimizer_state", 0)
     else:
         peak = peaks[f"host_peak_{phase}_bytes"]
-        kinds |= _file_bytes(birth, resident) | {"heap_growth": max(0, peak - crest.peak)}
+        kinds |= _file_bytes(birth, resident) | {"heap_growth": max(0, peak - tracker.peak)}
     return MemoryAccount(
         phase=phase, kinds=in_order(kinds, named=WATCHED[phase]), peak_bytes=peak, outside_allocator=outside_allocator
     )
