@@ -42,11 +42,11 @@ def sd_between(groups: Sequence[Sequence[float]], *, alpha: float = 0.05) -> Bet
     from scipy.special import chdtri, fdtri
 
     within = sum((len(values) - 1) * statistics.variance(values) for values in groups if len(values) > 1) / of_values
-    by_chance = within / statistics.harmonic_mean([len(values) for values in groups])
+    sampling_variance = within / statistics.harmonic_mean([len(values) for values in groups])
 
     def end(tail: float) -> float:
-        above = seen - by_chance * float(fdtri(of_groups, of_values, 1 - tail))
+        above = seen - sampling_variance * float(fdtri(of_groups, of_values, 1 - tail))
         return math.sqrt(max(0.0, of_groups * above / float(chdtri(of_groups, tail))))
 
-    sd = math.sqrt(max(0.0, seen - by_chance))
+    sd = math.sqrt(max(0.0, seen - sampling_variance))
     return Between(sd=sd, low=end(alpha / 2), high=end(1 - alpha / 2), alone=True)

@@ -134,17 +134,17 @@ def divide(values: NDArray[float64], penalty: float, least: int = LEAST_SEGMENT)
     lengths = np.arange(count, -1, -1.0)  # from each start to the last value
     before = np.full(count + 1, np.inf)  # the least cost up to each end, less the squares up to there
     before[0] = -penalty
-    came_from = np.zeros(count + 1, dtype=int)
+    previous_start = np.zeros(count + 1, dtype=int)
     for end in range(least, count + 1):
         begins = end - least + 1
-        gained = sums[end] - sums[:begins]
-        gained *= gained
-        gained /= lengths[count - end : count - end + begins]
-        costs = before[:begins] - gained
-        came_from[end] = found = int(costs.argmin())
+        reductions = sums[end] - sums[:begins]
+        reductions *= reductions
+        reductions /= lengths[count - end : count - end + begins]
+        costs = before[:begins] - reductions
+        previous_start[end] = found = int(costs.argmin())
         before[end] = costs[found] + penalty
     ends = [count]
-    while (begin := int(came_from[ends[-1]])) > 0:
+    while (begin := int(previous_start[ends[-1]])) > 0:
         ends.append(begin)
     return tuple(reversed(ends))
 

@@ -69,7 +69,7 @@ def _drifting(log_times: NDArray[float64], allowed: float) -> list[bool]:
     import numpy as np
 
     noise = np.maximum(np.median(np.abs(np.diff(log_times, axis=1)), axis=1) * _MAD_TO_SD, _NOISE_FLOOR)
-    despiked = _without_hiccups(log_times)
+    despiked = _median_filter(log_times)
     penalty = _PENALTY_PER_LOG_N * math.log(log_times.shape[1])
     _, gains = _best_splits(despiked / noise[:, None])
     return [
@@ -97,7 +97,7 @@ def _finds_no_level(despiked: NDArray[float64], noise: float, allowed: float, pe
     return any(level < levels[-1] for level in levels[:first])
 
 
-def _without_hiccups(log_times: NDArray[float64]) -> NDArray[float64]:
+def _median_filter(log_times: NDArray[float64]) -> NDArray[float64]:
     """A running median of three: it removes single slow steps, preserves the positions of shifts, and keeps the first
     step (compilation)."""
     import numpy as np

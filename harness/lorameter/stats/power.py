@@ -41,10 +41,10 @@ def replicates_needed(spread: Spread, rule: VerdictRule, *, may_be_equivalent: b
     possible. If the margin is within the tolerance, only the second goal counts. None if there is no goal, or if no
     practical number suffices.
     """
-    sought = rule.log_margin - rule.log_tolerance
+    gap = rule.log_margin - rule.log_tolerance
     goals: list[tuple[float, float, float]] = []  # what to distinguish from zero, its tail, its power
-    if sought > 0:
-        goals.append((sought, rule.tail(spread), POWER))
+    if gap > 0:
+        goals.append((gap, rule.tail(spread), POWER))
     if may_be_equivalent:
         goals.append((rule.log_margin, rule.alpha, (1 + POWER) / 2))
     if not goals:

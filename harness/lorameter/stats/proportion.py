@@ -57,8 +57,8 @@ def clustered_proportion(counts: Sequence[int], of: Sequence[int], *, alpha: flo
         _check(*pair)
     count, whole = sum(counts), sum(of)
     _check(count, whole)
-    looks = _effective(counts, of, alpha)
-    low, high = _interval(count / whole * looks, looks, alpha)
+    effective_trials = _effective(counts, of, alpha)
+    low, high = _interval(count / whole * effective_trials, effective_trials, alpha)
     return Proportion(count=count, of=whole, low=low, high=high)
 
 

@@ -90,10 +90,10 @@ def explained_share(blocks: Sequence[tuple[Sequence[float], Sequence[float]]]) -
     import numpy as np
 
     pairs = [(np.asarray(x, dtype=float), np.asarray(y, dtype=float)) for x, y in blocks]
-    telling = [(x, y) for x, y in pairs if _tells(x, y)]
-    if not telling:
+    informative = [(x, y) for x, y in pairs if _is_informative(x, y)]
+    if not informative:
         return None
-    shares = np.array([np.corrcoef(x, y)[0, 1] ** 2 for x, y in telling])
+    shares = np.array([np.corrcoef(x, y)[0, 1] ** 2 for x, y in informative])
     mean = float(shares.mean())
     half = None
     if shares.size > 1:
@@ -103,11 +103,11 @@ def explained_share(blocks: Sequence[tuple[Sequence[float], Sequence[float]]]) -
         low=None if half is None else max(0.0, mean - half),
         high=None if half is None else min(1.0, mean + half),
         replicates=shares.size,
-        points=sum(x.size for x, _ in telling),
+        points=sum(x.size for x, _ in informative),
     )
 
 
-def _tells(x: NDArray[float64], y: NDArray[float64]) -> bool:
+def _is_informative(x: NDArray[float64], y: NDArray[float64]) -> bool:
     if x.size != y.size:
         raise ValueError(f"x has {x.size} points and y {y.size}: pass one pair a point")
     return bool(x.size >= LEAST_POINTS and x.max() > x.min() and y.max() > y.min())
