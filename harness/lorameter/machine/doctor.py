@@ -347,7 +347,7 @@ def gpu_settings(found: Survey) -> list[DoctorCheck]:
     facts, default = gpu.facts, gpu.facts["default_power_limit_w"].value
     broken, corrected = facts["uncorrected_errors"].value or 0, facts["corrected_errors"].value or 0
     counts = f"; {broken} uncorrected and {corrected} corrected errors since the driver was loaded"
-    mend = "Reset the GPU (nvidia-smi -r) and look at its remapped rows (nvidia-smi -q)."
+    reset_advice = "Reset the GPU (nvidia-smi -r) and look at its remapped rows (nvidia-smi -q)."
     sliced = "the device is a part of a GPU: others share its power, its heat and some of its bandwidth"
     return [
         _value(
@@ -400,7 +400,7 @@ def gpu_settings(found: Survey) -> list[DoctorCheck]:
             ),
             wrong=lambda on: bool(broken) or not on,
             grade="unfit" if broken else "note",
-            remedy=mend if broken else "sudo nvidia-smi -e 1",
+            remedy=reset_advice if broken else "sudo nvidia-smi -e 1",
         ),
         other_processes(gpu.neighbours),
     ]
@@ -420,8 +420,8 @@ def other_processes(neighbours: Neighbours) -> DoctorCheck:
         remedy = "Look at nvidia-smi outside the container, or give it the machine's process numbers (--pid=host)."
     else:
         return _check("spoils", "other processes", "none on the device")
-    at_work = max(held or 0, used or 0) > SHARED_INVALID_BYTES
-    return _check("spoils", "other processes", words, "unfit" if at_work else "bad", remedy)
+    is_busy = max(held or 0, used or 0) > SHARED_INVALID_BYTES
+    return _check("spoils", "other processes", words, "unfit" if is_busy else "bad", remedy)
 
 
 def shared_gpus(found: Survey) -> list[DoctorCheck]:

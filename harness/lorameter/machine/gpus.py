@@ -122,10 +122,10 @@ def neighbours_of(device: NvmlDevice, *, generations: int = GENERATIONS, proc: P
     parent = list(itertools.islice(_ancestors(os.getpid(), proc), generations + 1))[-1]
     own = [one for one in processes if one.pid == os.getpid()]
     others = [one for one in processes if parent not in _ancestors(one.pid, proc)]
-    strangers = [one for one in processes if not (proc / str(one.pid)).exists()]
-    if strangers and not own:  # PIDs of another namespace, which may include this process's own
+    unmapped = [one for one in processes if not (proc / str(one.pid)).exists()]
+    if unmapped and not own:  # PIDs of another namespace, which may include this process's own
         unclear = statement = (
-            f"{len(strangers)} listed processes have numbers that mean nothing in this container, so none of them can "
+            f"{len(unmapped)} listed processes have numbers that mean nothing in this container, so none of them can "
             "be distinguished from this run's own"
         )
     total: Reading[int] = missing(listed.reason) if listed.value is None else _sum(processes)

@@ -193,9 +193,9 @@ def collect(
 def place_of(facts: MachineFacts) -> dict[str, Any]:
     """The part of the provenance that does not depend on a study."""
     host = dict(facts.host or {})
-    steering = {"packages": facts.packages, "cuda": facts.machine.cuda, "switches": facts.switches} | host
+    kernel_facts = {"packages": facts.packages, "cuda": facts.machine.cuda, "switches": facts.switches} | host
     host.pop("switches", None)
-    kernels = {KERNELS: kernel_libraries(steering["packages"], steering["cuda"], steering["switches"])}
+    kernels = {KERNELS: kernel_libraries(kernel_facts["packages"], kernel_facts["cuda"], kernel_facts["switches"])}
     return {
         **codec.to_json(facts.machine),
         "settings": facts.settings,

@@ -75,7 +75,7 @@ class GpuTelemetry:
         self._generations = generations
         self._first: tuple[float, Reading[float]] | None = None
         self._before: dict[str, Reading[Any]] | None = None
-        self._looked = False
+        self._clock_sampled = False
         self._found: dict[str, list[float]] = {}
         self.missing: dict[str, str] = {}
         """Names of values that this GPU does not provide, with the reason."""
@@ -84,7 +84,7 @@ class GpuTelemetry:
         """Read before a timed stretch; `now_s` is on the same clock as in `end`."""
         self._before = self._device.sample()
         self._keep_events(self._before)
-        self._looked = False
+        self._clock_sampled = False
         self._first = self._first or (now_s, self._before["energy_j"])
 
     def look(self) -> None:
@@ -93,7 +93,7 @@ class GpuTelemetry:
         if IDLE not in (seen["events"].value or ()):
             self._keep_events(seen)
             self._keep("sm_clock_hz", seen["sm_clock_hz"])
-            self._looked = self._looked or seen["sm_clock_hz"].known
+            self._clock_sampled = self._clock_sampled or seen["sm_clock_hz"].known
 
     def end(self, now_s: float) -> dict[str, float]:
         """Read after a timed stretch; returns the values so far. Raises RuntimeError without `begin`."""
@@ -101,7 +101,7 @@ class GpuTelemetry:
             raise RuntimeError("end() without begin(): nothing is being watched")
         (before, self._before), last = (self._before, None), self._device.sample()
         self._keep_events(last)
-        if not self._looked and IDLE not in (last["events"].value or ()):
+        if not self._clock_sampled and IDLE not in (last["events"].value or ()):
             self._keep("sm_clock_hz", last["sm_clock_hz"])
         for name in ("power_w", "temperature_c", "temperature_margin_c"):
             self._keep(name, last[name])

@@ -243,10 +243,10 @@ def unknown_name(name: str, path: Path) -> tuple[str, str]:
     if path.suffix == ".gguf" or name.startswith(("/", "./", "../", "~")):
         return f"{path} does not exist", "Check the path."
     near = difflib.get_close_matches(name.lower(), CATALOGUE, n=3, cutoff=0.5)
-    guess = f"Did you mean {' or '.join(near)}? " if near else ""
+    suggestion = f"Did you mean {' or '.join(near)}? " if near else ""
     return (
         "no catalogue name, hub id (owner/name), directory or GGUF file",
-        f"{guess}The catalogue has {', '.join(CATALOGUE)} (lorameter list models).",
+        f"{suggestion}The catalogue has {', '.join(CATALOGUE)} (lorameter list models).",
     )
 
 

@@ -164,9 +164,9 @@ def stated_peak(device_name: str, rate: Rate) -> Peak | None:
     short = device_name.removeprefix("NVIDIA ").removeprefix("Tesla ")
     for device in DEVICES:
         if short in device.names:
-            tera = device.gigabytes_per_s / 1e3 if rate == "memory" else device.teraflops.get(rate)
-            if tera is not None:
-                return Peak(device=device_name, rate=rate, per_s=tera * 1e12, source=device.source)
+            tera_per_s = device.gigabytes_per_s / 1e3 if rate == "memory" else device.teraflops.get(rate)
+            if tera_per_s is not None:
+                return Peak(device=device_name, rate=rate, per_s=tera_per_s * 1e12, source=device.source)
     return None
 
 
