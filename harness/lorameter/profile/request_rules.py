@@ -37,13 +37,13 @@ def _weight_copied(evidence: RequestEvidence) -> Iterator[Finding]:
         cost = sum(copy.time_s for copy in one.copies)
         if not one.copies or cost <= WORTH * _whole(evidence, metric):
             continue
-        dearest = one.copies[0]
-        shape = " × ".join(map(str, dearest.shape))
+        costliest = one.copies[0]
+        shape = " × ".join(map(str, costliest.shape))
         copies = (
-            f"{name} copies the whole of {dearest.weight or 'a weight'} ({dearest.operator} of {shape}, "
-            f"{dearest.calls:.3g} times a pass)"
+            f"{name} copies the whole of {costliest.weight or 'a weight'} ({costliest.operator} of {shape}, "
+            f"{costliest.calls:.3g} times a pass)"
         )
-        if not dearest.in_product:
+        if not costliest.in_product:
             yield _make_finding(
                 "weight-copied", evidence, metric, cost,
                 f"{copies}, outside of any product: it is cast, or made anew, for each pass",
@@ -51,10 +51,10 @@ def _weight_copied(evidence: RequestEvidence) -> Iterator[Finding]:
                 obstacle="no field changes who copies that weight",
             )  # fmt: skip
             continue
-        is_head = dearest.weight == evidence.facts.head != ""
+        is_head = costliest.weight == evidence.facts.head != ""
         if is_head and evidence.bytes_per_s:  # the product disappears too; its replacement reads the weight once
             cost += max(0.0, one.head_s - cost - evidence.facts.size.head_bytes / evidence.bytes_per_s)
-        folds = (
+        foldable = (
             f"a copy laid out anew, {LAID_OUT_ANEW}, which torch's linear folds; a clone that keeps the strides does "
             "not help, nor does contiguous() of a single row, and leaving requires_grad on for the weight does."
         )
@@ -62,7 +62,7 @@ def _weight_copied(evidence: RequestEvidence) -> Iterator[Finding]:
             "weight-copied", evidence, metric, cost,
             f"{copies}: torch's linear does not fold its input and calls a batched product, which needs the "
             "weight laid out anew",
-            f"copy_head_input = true hands the head {folds}" if is_head else f"That layer must be handed {folds}",
+            f"copy_head_input = true hands the head {foldable}" if is_head else f"That layer must be handed {foldable}",
             changes={"copy_head_input": True} if is_head and not evidence.variant.copy_head_input else {},
             obstacle="" if is_head and not evidence.variant.copy_head_input else "no field changes that layer's input",
         )  # fmt: skip

@@ -243,9 +243,9 @@ def serving_modes(variant: Variant) -> tuple[tuple[ServingMode, ...], ...]:
 def _other_bases(own: Variant) -> list[Variant]:
     """The 16-bit base and the 4-bit one, except the variant's own. The 16-bit dtype is the variant's if it has one; the
     4-bit base is NF4, with the other settings of the variant."""
-    sixteen = own.dtype if own.dtype != "float32" else "bfloat16"
+    half_dtype = own.dtype if own.dtype != "float32" else "bfloat16"
     plain = dataclasses.replace(own, quantization="none", prepare_for_kbit=False)
-    wanted = [dataclasses.replace(plain, dtype=sixteen)]
+    wanted = [dataclasses.replace(plain, dtype=half_dtype)]
     if not own.is_4bit:
         wanted.append(dataclasses.replace(plain, quantization="nf4"))
     return [other for other in wanted if _stored(other) != _stored(own)]

@@ -154,11 +154,11 @@ def _pairs(base: Series, other: Series, metric: str, run: Run) -> Pair:
 
 def _rates(same: Pair, slow: Pair, size: int) -> Rates:
     """Judge subsets of the replicates, drawn without replacement: each is a run that the gate could have made."""
-    drawer = random.Random(size)
+    rng = random.Random(size)
     verdicts: Counter[tuple[str, str]] = Counter()
     for _ in range(DRAWS):
         for name, pairs in (("same", same), ("slow", slow)):
-            chosen = drawer.sample(range(len(pairs.base)), size)
+            chosen = rng.sample(range(len(pairs.base)), size)
             left, right = [pairs.base[index] for index in chosen], [pairs.candidate[index] for index in chosen]
             verdicts[name, compare_trials(left, right, pairing=pairs.pairing).verdict] += 1
     return Rates(

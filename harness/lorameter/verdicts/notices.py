@@ -134,16 +134,16 @@ def _constant_loss(ok: list[TrialRecord]) -> Iterator[Notice]:
     This happens if a very high learning rate saturates the layers in the first step at a finite loss; such a run has
     diverged as much as one with a NaN loss.
     """
-    stuck: list[TrialRecord] = []
+    flat: list[TrialRecord] = []
     for record in ok:
         losses = losses_of_steps(record)[1:]
         if len(losses) >= LEAST_STEPS_FOR_A_CONSTANT and len(set(losses)) == 1:
-            stuck.append(record)
-    if stuck:
-        names = ", ".join(dict.fromkeys(record.name for record in stuck))
+            flat.append(record)
+    if flat:
+        names = ", ".join(dict.fromkeys(record.name for record in flat))
         yield Notice(
             code="loss-constant",
-            message=f"the loss of {len(stuck)} of {len(ok)} trials ({names}) is the same to the last bit in every step "
+            message=f"the loss of {len(flat)} of {len(ok)} trials ({names}) is the same to the last bit in every step "
             "after the first, on batches that differ: they learned nothing.",
             remedy="Lower learning_rate or lora_alpha, or set max_grad_norm; believe their times, and no loss.",
         )
@@ -153,13 +153,13 @@ def _cold_starts(ok: list[TrialRecord]) -> Iterator[Notice]:
     """Variants whose whole cold start is not in the range predicted from the sums of its parts."""
     margin, tail = VerdictRule().log_margin, 0.005
     sums: dict[tuple[str, str], list[float]] = {}
-    wholes: dict[tuple[str, str], float] = {}
+    whole_times: dict[tuple[str, str], float] = {}
     for record in ok:
         if "cold_start_time_s" in record.samples and record.role == "variant":
             sums.setdefault((record.side, record.name), []).append(math.log(record.samples["cold_start_time_s"][0]))
         if "cold_whole_time_s" in record.values:
-            wholes[record.side, record.name] = record.values["cold_whole_time_s"]
-    for (side, name), whole_s in wholes.items():
+            whole_times[record.side, record.name] = record.values["cold_whole_time_s"]
+    for (side, name), whole_s in whole_times.items():
         logs = sums.get((side, name), [])
         if len(logs) < 2:
             continue

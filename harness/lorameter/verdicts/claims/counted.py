@@ -83,8 +83,8 @@ def judge_peaks(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
         )
     control, reference = _peaks(records_of(study.reference, "control"), kind), _peaks(records_of(study.reference), kind)
     # The difference of the reference from itself widens the range, because all trials are observed in the same way.
-    twins = [control[one] / reference[one] for one in control.keys() & reference.keys()]
-    distance = max([1.0, *twins, *(1 / one for one in twins)])
+    control_ratios = [control[one] / reference[one] for one in control.keys() & reference.keys()]
+    distance = max([1.0, *control_ratios, *(1 / one for one in control_ratios)])
     ratios = [ours[one] / theirs[one] for one in both]
     low, high = min(ratios) / distance, max(ratios) * distance
     ratio = max(ours[one] for one in both) / max(theirs[one] for one in both)
@@ -100,16 +100,16 @@ def judge_peaks(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
         )
     verdict, words = _decide(part, low, high)
     if resident:
-        births = [record.memory[RSS_AT_START] for record in sides[0] if RSS_AT_START in record.memory]
-        born = f", {format_bytes(max(births))} of which it begins with" if births else ""
+        start_sizes = [record.memory[RSS_AT_START] for record in sides[0] if RSS_AT_START in record.memory]
+        start_note = f", {format_bytes(max(start_sizes))} of which it begins with" if start_sizes else ""
         saving = part.rule == "lowers"
         if verdict != ("supported" if saving else "refuted"):
             lost = "a saving can be lost, so it refutes" if saving else "a cost can be lost, so it supports"
             raise NotJudgedError(
-                f"{sentence}: on a CPU the peak is the resident memory of the process{born}, in which {lost} nothing. "
-                "Measure on a GPU."
+                f"{sentence}: on a CPU the peak is the resident memory of the process{start_note}, in which {lost} "
+                "nothing. Measure on a GPU."
             )
-        words += f", although the process holds more (on a CPU the peak is its resident memory{born})"
+        words += f", although the process holds more (on a CPU the peak is its resident memory{start_note})"
     about = f"{name} / {without}"
     found = {"ratio": ratio, "low": low, "high": high, "replicates": len(both)}
     return result_of(part, verdict, f"{sentence}: {words}", about=about, **found)
@@ -119,9 +119,9 @@ def _decide(part: ClaimPart, low: float, high: float) -> tuple[Judgement, str]:
     """Decide by the range of the ratios: completely on one side of the claimed ratio, or inconclusive."""
     share, lowers = f"{100 * part.by:.3g} %", part.rule == "lowers"
     limit = 1 - part.by if lowers else 1 + part.by
-    promised = f"a fall of more than {share}" if lowers else f"a rise of {share} at most"
+    expected_change = f"a fall of more than {share}" if lowers else f"a rise of {share} at most"
     if high < limit or (high == limit and not lowers):
-        return "supported", promised
+        return "supported", expected_change
     if low > limit or (low == limit and lowers):
         return "refuted", f"no fall of more than {share}" if lowers else f"a rise of more than {share}"
     return "inconclusive", f"open whether that is a {'fall' if lowers else 'rise'} of more than {share}"

@@ -205,8 +205,10 @@ def ask(part: ClaimPart, groups: Groups, study: Study, planned: Collection[str])
         raise NotJudgedError(_too_few(len(shared)))
     tables = [table.keep(shared) for table in tables]
     first = tables[0]
-    lined = part.rule == "largest-effect" or (part.rule == "equal" and len(first.levels) > 2 and first.is_numeric)
-    context = [(table.along, line) for table, line in zip(tables, _lines(part, tables), strict=True)] if lined else []
+    has_lines = part.rule == "largest-effect" or (part.rule == "equal" and len(first.levels) > 2 and first.is_numeric)
+    context = (
+        [(table.along, line) for table, line in zip(tables, _lines(part, tables), strict=True)] if has_lines else []
+    )
     skipped = max(table.skipped for table in tables)
     contrasts = tuple(_list_contrasts(part, tables, study))
     return Question(part=part, contrasts=contrasts, skipped=skipped, context=tuple(context))
@@ -261,8 +263,8 @@ def _add_up(part: ClaimPart, tables: Sequence[AxisTable]) -> AxisTable:
     import numpy as np
 
     weights = list(part.metrics.values())
-    weighed = zip(weights, tables, strict=True)
-    terms = (table.title if weight == 1 else f"{weight:g} × {table.title}" for weight, table in weighed)
+    weighted_tables = zip(weights, tables, strict=True)
+    terms = (table.title if weight == 1 else f"{weight:g} × {table.title}" for weight, table in weighted_tables)
     logs = np.tensordot(weights, np.stack([table.logs for table in tables]), axes=1)
     return dataclasses.replace(tables[0], title=f"the score ({', '.join(terms)})", logs=logs)
 
