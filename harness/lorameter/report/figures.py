@@ -136,11 +136,11 @@ def _losses(shown: Shown) -> Figure | None:
         steps = _losses_by_step(series)
         if len(steps) > 1:
             ends = [(min(found), max(found)) if len(found) > 1 else None for found in steps]
-            middles = [statistics.median(found) for found in steps]
+            step_medians = [statistics.median(found) for found in steps]
             points = tuple(Point(x=step, y=y, y_interval=end)
-                           for step, (y, end) in enumerate(zip(middles, ends, strict=True), start=1))  # fmt: skip
+                           for step, (y, end) in enumerate(zip(step_medians, ends, strict=True), start=1))  # fmt: skip
             curves.append(Curve(name=name, points=points))
-            outer = (write_number(middles[place], ".4g") for place in (0, -1))
+            outer = (write_number(step_medians[place], ".4g") for place in (0, -1))
             rows.append(write_row(name, str(len(steps[0])), str(len(steps)), *outer))
     if not curves:
         return None
@@ -297,18 +297,19 @@ def _shown(run: Run, view: RunView) -> Shown:
 
 def _sweeps(study: Study, shown: Shown, table: PhaseTable) -> Iterator[ChartGroup]:
     """The ratio, and for training the held-out loss, along each field with enough numeric levels."""
-    swept = {axis: [(float(level), name) for level, name in study.levels(axis) if is_number(level)]
-             for axis in study.axes}  # fmt: skip
+    levels_by_axis = {
+        axis: [(float(level), name) for level, name in study.levels(axis) if is_number(level)] for axis in study.axes
+    }
     points: dict[str, _Value] = {
         name: (one.ratio, one.low, one.high) for name, one in table.ratios.items() if one.ratio is not None
     }
     if study.reference in shown:
         points[study.reference] = (1.0, None, None)
     title = f"{title_of(table.metric)} × {study.reference}, along each field"
-    yield from _gallery(title, [_sweep(axis, levels, points) for axis, levels in swept.items()])
+    yield from _gallery(title, [_sweep(axis, levels, points) for axis, levels in levels_by_axis.items()])
     if table.phase == "train":
         losses = _estimates(shown, "held_out_loss")
-        comparable = {axis: levels for axis, levels in swept.items() if not is_of_tokens(axis)}
+        comparable = {axis: levels for axis, levels in levels_by_axis.items() if not is_of_tokens(axis)}
         charts = [_sweep(axis, levels, losses) for axis, levels in comparable.items()]
         yield from _gallery(f"{title_of('held_out_loss')}, along each field", charts)
 
@@ -383,20 +384,20 @@ def _draw_front(shown: Shown, across: str, up: str, title: str, caption: str) ->
     curves, rows = [], []
     for name in names:
         x, y = costs[name]
-        beaten = any(other[0] <= x and other[1] <= y and other != (x, y) for other in costs.values())
+        dominated = any(other[0] <= x and other[1] <= y and other != (x, y) for other in costs.values())
         (x, *x_ends), (y, *y_ends) = xs[name], ys[name]
         point = Point(x=x, y=y, x_interval=_interval(*x_ends), y_interval=_interval(*y_ends))
-        curves.append(Curve(name=name, points=(point,), hollow=beaten))
+        curves.append(Curve(name=name, points=(point,), hollow=dominated))
         cells = (value_cell(*found[name], METRICS[metric].unit) for found, metric in ((xs, across), (ys, up)))
-        rows.append(write_row(name, *cells, "no" if beaten else "yes"))
+        rows.append(write_row(name, *cells, "no" if dominated else "yes"))
     best = sorted((curve.points[0].x, curve.points[0].y) for curve in curves if not curve.hollow)
-    stair = [corner for (x, y), (right, _) in pairwise(best) for corner in ((x, y), (right, y))]
+    corners = [corner for (x, y), (right, _) in pairwise(best) for corner in ((x, y), (right, y))]
     axes = [Axis(title=METRICS[metric].title, unit=METRICS[metric].unit) for metric in (across, up)]
     return Figure(
         title=title,
         caption=f"{caption} The dashed line joins the variants that no other beats in both by its estimate; "
         "where intervals overlap the order is open.",
-        drawing=Chart(across=axes[0], up=axes[1], curves=tuple(curves), style="dots", front=(*stair, *best[-1:])),
+        drawing=Chart(across=axes[0], up=axes[1], curves=tuple(curves), style="dots", front=(*corners, *best[-1:])),
         table=Table(heads=name_columns("variant", *(axis.title for axis in axes), "on the front"), rows=tuple(rows)),
     )
 

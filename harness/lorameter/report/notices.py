@@ -16,11 +16,11 @@ def describe_notices(notices: Sequence[Notice]) -> Document:
     kinds: dict[str, list[Notice]] = {}
     for notice in notices:
         kinds.setdefault(notice.code, []).append(notice)
-    folds = []
+    collapsibles = []
     for alike in kinds.values():
         first, more = alike[0], f" (and {len(alike) - 1} more)" if len(alike) > 1 else ""
-        folds.append(Collapsible(summary=_line(first, more), lines=tuple(map(_line, alike))))
-    return (Section(title="Notices"), *folds) if folds else ()
+        collapsibles.append(Collapsible(summary=_line(first, more), lines=tuple(map(_line, alike))))
+    return (Section(title="Notices"), *collapsibles) if collapsibles else ()
 
 
 def warn_before_run(notices: Sequence[Notice]) -> Document:

@@ -287,8 +287,8 @@ def _facts(run: Run, study: Study) -> Iterator[tuple[str, str]]:
 def _workload(workload: Workload, data: str) -> str:
     ranks = ""
     if workload.ranks > 1:
-        mended = f", bitsandbytes mended: {workload.repair}" if workload.repair else ""
-        ranks = f", by {workload.ranks} ranks ({workload.strategy}{mended})"
+        repair_note = f", bitsandbytes mended: {workload.repair}" if workload.repair else ""
+        ranks = f", by {workload.ranks} ranks ({workload.strategy}{repair_note})"
     loss = "" if workload.loss == "all" else f", {LOSSES[workload.loss]}"
     return (
         f"{workload.model}; {data}; {workload.batch_size} × {workload.sequence_length} tokens a batch, "

@@ -218,8 +218,8 @@ def _cell(cell: Cell, *, stacked: bool) -> Text:
 def _grid(table: Table, columns: Sequence[_Column], console: Console) -> RichTable:
     """The table, with each column at its minimum width; the remaining width is divided among narrow columns in
     proportion to what they lack."""
-    roomy = _total(columns) <= console.width
-    widths = [column.least if roomy else column.longest for column in columns]
+    has_room = _total(columns) <= console.width
+    widths = [column.least if has_room else column.longest for column in columns]
     lacks = [column.natural - width for column, width in zip(columns, widths, strict=True)]
     left = console.width - sum(widths) - _GAP * (len(columns) - 1)
     left, lacking = max(0, min(left, sum(lacks))), sum(lacks)
