@@ -122,7 +122,7 @@ class Budget:
         return self.is_limited and not self._past
 
     @property
-    def _sought(self) -> int:
+    def _target_replicates(self) -> int:
         return min(TARGET_REPLICATES, self.replicates)
 
     def _replicate_s(self, costs: Mapping[Part, Cost], rounds: int = LEAST_ROUNDS) -> float:
@@ -150,7 +150,7 @@ class Budget:
         each = self._replicate_s(first)
         fitting = min(max(1, self.replicates - 1), int(self.left_s / each)) if each else 0
         round_s = self._replicate_s(first, LEAST_ROUNDS + 1) - each
-        if fitting and round_s and 1 + fitting >= self._sought:
+        if fitting and round_s and 1 + fitting >= self._target_replicates:
             self._rounds = LEAST_ROUNDS + int((self.left_s / fitting - each) / round_s)
 
     def enter(self, group: Group) -> None:
@@ -194,7 +194,7 @@ class Budget:
             return part not in self.skipped
         share = self._begun / self._trials
         each = (self._replicate_s(self._costs) + seconds + self._dropped_s) / share
-        needed_s = self._entered - self._begin + self._once_s + once_s + self._sought * each
+        needed_s = self._entered - self._begin + self._once_s + once_s + self._target_replicates * each
         if self._dropped_s or needed_s > self.limit_s:
             self._dropped_s += seconds
             self._skip(part, needed_s)
@@ -224,7 +224,7 @@ class Budget:
         self._costs = {}  # a group that is measured again is not part of a replicate
         if self.limit_s is None or len(self._past) > 1:
             return
-        (first,), later = self._past, self._sought - 1
+        (first,), later = self._past, self._target_replicates - 1
         needed_s = self.spent_s + later * self._replicate_s(first)
         for part in reversed(DROPPABLE):
             if part in first and later * self._replicate_s(first) > self.left_s:
@@ -256,13 +256,13 @@ def skipped_notice(
     neither applies. `needed_s` is the time of the required replicates with all planned parts, `training_s` with
     training only; 0 if unknown."""
     dropped = [DROPPABLE[part] for part in DROPPABLE if part in set(skipped)]
-    sought = min(TARGET_REPLICATES, planned)
-    few = replicates < sought
+    target = min(TARGET_REPLICATES, planned)
+    few = replicates < target
     if not dropped and not few:
         return ()
 
     def minutes(seconds: float, words: str) -> str:
-        return f" ({sought} replicates{words} take about {math.ceil(seconds / 60)} min)" if seconds else ""
+        return f" ({target} replicates{words} take about {math.ceil(seconds / 60)} min)" if seconds else ""
 
     parts = [f"skipped {', '.join(dropped)}{minutes(needed_s, ' with them')}"] if dropped else []
     parts += [f"{format_count(replicates, 'replicate')} of training{minutes(training_s, '')}"] if few else []

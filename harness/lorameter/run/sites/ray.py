@@ -89,8 +89,8 @@ def _names(nodes: Sequence[dict[str, Any]]) -> dict[str, str]:
         for node in nodes
         for host in [node.get("NodeManagerHostname") or node["NodeID"][:8]]
     }
-    often = Counter(own.values())
-    return {key: name if often[name] == 1 else f"{name}-{key[:6]}" for key, name in own.items()}
+    occurrences = Counter(own.values())
+    return {key: name if occurrences[name] == 1 else f"{name}-{key[:6]}" for key, name in own.items()}
 
 
 class RayJobs:

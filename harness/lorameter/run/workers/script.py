@@ -375,8 +375,8 @@ class ScriptExecutor(Executor):
     def _snapshot(self, folder: Path) -> Path:
         """The copy of a command's folder, made at the first request. Raises `UsageError`."""
         if folder not in self._snapshots:
-            into = self.scratch / f"snapshot-{len(self._snapshots)}"
-            self._snapshots[folder] = take_snapshot(folder, into)
+            destination = self.scratch / f"snapshot-{len(self._snapshots)}"
+            self._snapshots[folder] = take_snapshot(folder, destination)
         return self._snapshots[folder]
 
     def _start_trial(self, request: ScriptRequest) -> ScriptProcess:

@@ -271,8 +271,8 @@ def shared_notices(variant: ScriptVariant, current: Path) -> Iterator[Notice]:
     words = words_of(variant, "python", os.environ, folder, origin=folder)
     entries = list(copied_files(folder))
     large = [entry for entry in entries if not entry.is_symlink() and entry.is_file() and _is_linked(entry)]
-    leading_out = [one for one in entries if one.is_symlink() and _leads_out(one, folder)]
-    if shared := sorted(str(entry.relative_to(folder)) for entry in (*large, *leading_out)):
+    escaping_links = [one for one in entries if one.is_symlink() and _leads_out(one, folder)]
+    if shared := sorted(str(entry.relative_to(folder)) for entry in (*large, *escaping_links)):
         yield Notice(
             code="files-shared",
             message=f"{variant.name}: {first_few(shared, 3)} are not copied: they are larger than "
