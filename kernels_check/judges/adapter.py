@@ -215,10 +215,10 @@ def judge_learning(seen: Observation, required: Json) -> PathObservation:
         return undecided("; ".join(doubts) + note)
     count = f"{len(judged)} of {len(everything)} trainable parameters"
     reason = f"gradients reached {count} and updates moved all of them, in {seen.optimizer_steps} updates"
-    faint = [name for name in judged if not seen.updates[name].learnt]
-    if faint:
+    not_learnt = [name for name in judged if not seen.updates[name].learnt]
+    if not_learnt:
         reason += (
-            f"; {len(faint)} of {len(judged)} by less than float32 shows, next to a factor that has just left zero"
+            f"; {len(not_learnt)} of {len(judged)} by less than float32 shows, next to a factor that has just left zero"
         )
     return passed(reason + note)
 
@@ -268,34 +268,39 @@ def _without_optimizer(judged: Mapping[str, Tensor], faults: list[str], seen: Ob
 def _update_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[list[str], list[str]]:
     """Faults and doubts about the updates of parameters that a gradient reached."""
     live = [name for name, value in judged.items() if value.requires_grad]
-    fed = [name for name in live if name in seen.gradients and seen.gradients[name].nonzero]
+    with_gradient = [name for name in live if name in seen.gradients and seen.gradients[name].nonzero]
     known: dict[str, ParameterUpdates] = {name: seen.updates[name] for name in live if name in seen.updates}
     missing = [name for name in live if id(judged[name]) not in seen.optimized]
     elsewhere = [name for name in missing if name in known and known[name].written and name in seen.changed]
     unreadable = [name for name in live if name in known and known[name].unreadable]
-    taken = [name for name in fed if name not in missing and name in known and name not in unreadable]
-    resting = [name for name in live if name not in missing and name in known and known[name].resting]
-    all_rest = bool(resting) and all(rate == 0 for one in seen.optimizers for rate in one.learning_rates)
+    taken = [name for name in with_gradient if name not in missing and name in known and name not in unreadable]
+    zero_rate = [name for name in live if name not in missing and name in known and known[name].has_zero_rate]
+    all_rates_zero = bool(zero_rate) and all(rate == 0 for one in seen.optimizers for rate in one.learning_rates)
     idling = [name for name in taken if known[name].idling]
-    moving = [name for name in taken if name not in (*resting, *idling)]
+    moving = [name for name in taken if name not in (*zero_rate, *idling)]
     highest = max((one.rate for one in known.values()), default=0.0)
-    faint = [name for name in moving if known[name].faint and known[name].rate >= highest * _COMPARABLE]
-    still = [name for name in moving if not known[name].moved and name not in faint]
-    rounded = [name for name in moving if known[name].stuck and not known[name].learnt and name not in faint]
-    starved = [name for name in moving if not known[name].fed]
-    decayed = [name for name in starved if known[name].moved]
+    underflowed = [name for name in moving if known[name].underflowed and known[name].rate >= highest * _COMPARABLE]
+    unmoved = [name for name in moving if not known[name].moved and name not in underflowed]
+    rounded = [
+        name for name in moving if known[name].ineffective and not known[name].learnt and name not in underflowed
+    ]
+    without_gradient = [name for name in moving if not known[name].updates_with_gradient]
+    decayed = [name for name in without_gradient if known[name].moved]
     faults = _count(
         judged,
         ("not given to the optimizer", [name for name in missing if name not in elsewhere]),
-        ("learning rate 0", [] if all_rest else resting),
+        ("learning rate 0", [] if all_rates_zero else zero_rate),
         (
             "unchanged, or nearly, by updates that had a gradient and a learning rate: they round away in "
             f"{join_values(_dtypes(judged[name] for name in rounded))}, keep the adapter in float32",
             rounded,
         ),
-        ("unchanged by updates", [name for name in still if name not in rounded and name not in starved]),
+        ("unchanged by updates", [name for name in unmoved if name not in rounded and name not in without_gradient]),
         ("moved only by weight decay or momentum, their gradient was gone or zero when it was to be used", decayed),
-        ("gradient gone or zero when the update was to use it", [name for name in starved if name not in decayed]),
+        (
+            "gradient gone or zero when the update was to use it",
+            [name for name in without_gradient if name not in decayed],
+        ),
         (
             "lost what an update had written before the next (reloaded, set to zero or written over)",
             [name for name in live if name in known and known[name].lost],
@@ -312,9 +317,9 @@ def _update_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[lis
         ("not there when the step began", [name for name in live if name not in known]),
         ("not comparable with what they were before", unreadable),
     )
-    if all_rest:
+    if all_rates_zero:
         doubts.append(
-            f"the learning rate is 0 for {len(resting)} of {len(judged)} parameters, so that they cannot move"
+            f"the learning rate is 0 for {len(zero_rate)} of {len(judged)} parameters, so that they cannot move"
         )
     return faults, doubts
 

@@ -147,13 +147,13 @@ def _hook(hooks: ExitStack, parameter: Tensor, noted: Any) -> None:
             parameter.requires_grad_(trains)
 
 
-STUCK_SHARE = 0.9
+UNCHANGED_SHARE = 0.9
 """Share of the elements with a gradient that an update must leave unchanged to count as lost to rounding."""
 LEAST_UPDATES = 2
 """Minimum number of updates: only the value at the next update shows that an update was kept."""
 LEAST_AFTER_LOSS = 4
 """Number of updates after which an undone first update counts as an exception."""
-LEAST_RESTING = 3
+LEAST_ZERO_RATE_UPDATES = 3
 """Number of updates with a learning rate of zero after which no further one is awaited: a warm-up from zero has one."""
 _NARROW = (torch.bfloat16, torch.float16)
 
@@ -169,21 +169,21 @@ class ParameterUpdates:
     tensor: Tensor
     by_method: bool
     """Whether its PEFT method writes to it between updates."""
-    is_fed: bool = False
+    has_gradient: bool = False
     """Whether it had a nonzero gradient when an update could use it."""
     updates: int = 0
     """Updates by an optimizer that holds it."""
-    fed: int = 0
+    updates_with_gradient: int = 0
     """Updates with a nonzero gradient that was produced for it."""
     moved: int = 0
     learnt: int = 0
-    """Fed updates that changed it."""
-    stuck: int = 0
-    """Fed updates with a nonzero learning rate that left nearly every element unchanged."""
-    faint: int = 0
-    """Fed updates that changed nothing because the gradient is very small: the other factor has just left zero."""
+    """Updates with a gradient that changed it."""
+    ineffective: int = 0
+    """Updates with a gradient and a nonzero learning rate that left nearly every element unchanged."""
+    underflowed: int = 0
+    """Updates that changed nothing because their gradient is very small: the other factor has just left zero."""
     idle: int = 0
-    """Stuck updates that changed no parameter at all, although float32 could represent the change."""
+    """Ineffective updates that changed no parameter at all, although float32 could represent the change."""
     losses: list[int] = field(default_factory=list)
     """Numbers (from 1) of the updates that were undone by the next update or by the end."""
     written: int = 0
@@ -207,10 +207,10 @@ class ParameterUpdates:
     @property
     def idling(self) -> bool:
         """Whether no update changed this or any other parameter."""
-        return self.idle > 0 and not self.moved and self.idle == self.stuck
+        return self.idle > 0 and not self.moved and self.idle == self.ineffective
 
     @property
-    def resting(self) -> bool:
+    def has_zero_rate(self) -> bool:
         """Whether every learning rate was zero."""
         return self.updates > 0 and self.rate == 0.0
 
@@ -248,29 +248,29 @@ class ParameterUpdates:
             moved = not self.is_kept()
             if moved:
                 self._keep(_parts(self.tensor), self._value)
-            faint = self.is_fed and bool(rate) and not moved and self._is_faint(rate)
-            stuck = self.is_fed and (self._is_rounded_away() if moved else bool(rate) and not faint)
+            underflowed = self.has_gradient and bool(rate) and not moved and self._underflows(rate)
+            ineffective = self.has_gradient and (self._is_rounded_away() if moved else bool(rate) and not underflowed)
         except Exception as error:
             self.unreadable = f"{type(error).__name__}: {error}"
             return False, False
         self.moved += moved
-        self.faint += faint
-        self.stuck += stuck
-        self.learnt += moved and self.is_fed and not stuck
-        return moved, stuck
+        self.underflowed += underflowed
+        self.ineffective += ineffective
+        self.learnt += moved and self.has_gradient and not ineffective
+        return moved, ineffective
 
     def _keep(self, value: list[Tensor], before: list[Tensor]) -> None:
         self._value = [part.clone() for part in value]
         self._before = before
 
-    def _is_faint(self, rate: float) -> bool:
+    def _underflows(self, rate: float) -> bool:
         """Whether an update proportional to the gradient is too small to change a float32 value."""
         gradient = self.tensor.grad
         size = None if gradient is None or self.is_narrow else largest(gradient)
         if size is None:
             return False
-        greatest = max((float(part.abs().max()) for part in self._value if part.numel()), default=0.0)
-        return rate * float(size) < torch.finfo(self.tensor.dtype).eps * greatest
+        largest_value = max((float(part.abs().max()) for part in self._value if part.numel()), default=0.0)
+        return rate * float(size) < torch.finfo(self.tensor.dtype).eps * largest_value
 
     def _is_rounded_away(self) -> bool:
         """Whether the last update left nearly all elements with a gradient unchanged, because of a narrow dtype."""
@@ -279,7 +279,7 @@ class ParameterUpdates:
             return False
         pairs = [(one != 0, moved) for one, moved in zip(_parts(gradient), self._moved(), strict=True)]
         given = sum(int(has.sum()) for has, _ in pairs)
-        return sum(int((has & ~moved).sum()) for has, moved in pairs) > STUCK_SHARE * given
+        return sum(int((has & ~moved).sum()) for has, moved in pairs) > UNCHANGED_SHARE * given
 
     def _moved(self) -> list[Tensor]:
         """The elements that the last update changed."""
@@ -382,9 +382,9 @@ class Updates:
         self._settle(optimizer)
         for one, rate in self._given(optimizer):
             one.updates += 1
-            one.fed += one.is_fed
+            one.updates_with_gradient += one.has_gradient
             one.rate = max(one.rate, rate)
-            one.is_fed = False
+            one.has_gradient = False
             self.gradients.waiting.discard(id(one.tensor))
         self.optimizers[id(optimizer)] = describe(optimizer)
         self.steps += 1
@@ -398,12 +398,12 @@ class Updates:
             return self.steps < LEAST_UPDATES
         if any(one.updates < LEAST_UPDATES or (one.lost and one.losses == [1]) for one in seen):
             return True
-        if all(one.learnt or one.faint for one in seen):
+        if all(one.learnt or one.underflowed for one in seen):
             return False
         if any(one.idling for one in seen):  # a warm-up may change nothing for some updates
             return True
         steps, learnt = self._before_call
-        warming = any(one.resting and one.updates < LEAST_RESTING for one in seen)
+        warming = any(one.has_zero_rate and one.updates < LEAST_ZERO_RATE_UPDATES for one in seen)
         return self.steps == steps or self._learnt() > learnt or warming
 
     def _learnt(self) -> int:
@@ -421,12 +421,12 @@ class Updates:
             one.compare(stepping=self._stepping > 0)
             gradient = one.tensor.grad if id(one.tensor) in self.gradients.waiting else None
             size = None if gradient is None else largest(gradient)
-            one.is_fed = gradient is not None and (size is None or float(size) != 0)
+            one.has_gradient = gradient is not None and (size is None or float(size) != 0)
 
     def _settle(self, optimizer: Any) -> None:
         """Record the changes of an update since the values were read."""
         found = [(one, *one.settle(rate)) for one, rate in self._given(optimizer)]
         any_moved = any(moved for _, moved, _ in found)
         self.gradients.moved += any_moved
-        for one, _, stuck in found:
-            one.idle += stuck and not any_moved and not one.is_narrow
+        for one, _, ineffective in found:
+            one.idle += ineffective and not any_moved and not one.is_narrow

@@ -48,7 +48,13 @@ from kernels_check.observe.learning import Gradients, GradientSeen, ParameterUpd
 from kernels_check.observe.loss import BackwardPasses, LossSeen, ModelCall, loss_of_step
 from kernels_check.observe.modules import HookGuard, ModelTree, RandomState, is_checkpointing_enabled
 from kernels_check.observe.padding import PaddingSeen, count_padding, isolation_by_inputs
-from kernels_check.observe.parts import ParameterStatus, embedding_modules, fates_of, norm_modules, unmatched_names
+from kernels_check.observe.parts import (
+    ParameterStatus,
+    embedding_modules,
+    norm_modules,
+    parameter_statuses,
+    unmatched_names,
+)
 from kernels_check.observe.profile import (
     AROUND,
     INSIDE,
@@ -228,12 +234,12 @@ class Observation:
     @cached_property
     def embeddings(self) -> list[ParameterStatus]:
         """The input and output embedding, with the fates of their parameters."""
-        return fates_of(embedding_modules(self.tree), self)
+        return parameter_statuses(embedding_modules(self.tree), self)
 
     @cached_property
     def norms(self) -> list[ParameterStatus]:
         """Every norm with parameters, with the fates of its parameters."""
-        return fates_of(norm_modules(self.tree), self)
+        return parameter_statuses(norm_modules(self.tree), self)
 
     @cached_property
     def isolation(self) -> PathObservation:

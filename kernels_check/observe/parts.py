@@ -228,7 +228,7 @@ def norm_modules(tree: ModelTree) -> dict[str, TrainedModule]:
     return _places(tree, is_norm)
 
 
-def fates_of(places: Mapping[str, TrainedModule], seen: Observation) -> list[ParameterStatus]:
+def parameter_statuses(places: Mapping[str, TrainedModule], seen: Observation) -> list[ParameterStatus]:
     """Fates of the given parameters, as ``embedding_modules`` or ``norm_modules`` return them."""
     tree = seen.tree
     names = {id(value): name for name, value in tree.parameters}
@@ -262,11 +262,11 @@ def _fate(name: str, seen: Observation, rate: float | None, rare: Set[str]) -> F
     if known is not None and known.updates and known.unreadable is None:
         if known.lost:
             return "undone after an update"
-        if known.rate and not known.fed:
+        if known.rate and not known.updates_with_gradient:
             return "moved without a gradient" if known.moved else "gradient zero"
-        if known.learnt or known.faint:
+        if known.learnt or known.underflowed:
             return "updated"
-        if known.stuck:
+        if known.ineffective:
             return "unchanged"
     if changed:
         return "updated"
