@@ -278,15 +278,15 @@ def judge_gemm_path(seen: Observation, required: Json) -> PathObservation:
     paths = [str(call.path) for call in calls]
     kernels = {rule: count for rule, count in seen.profile.kernels.items() if rule.startswith(("BNB-GEMM", "BNB-DEQ"))}
     reason = f"forward 4-bit products: {count_values(paths)}" + (f"; kernels {kernels}" if kernels else "")
-    passed_by = [*layers.without, *layers.passed_by]
-    if passed_by:
+    bypassed = [*layers.without, *layers.bypassed]
+    if bypassed:
         total = len(layers.names)
-        reason += f"; {total - len(passed_by)} of {total} 4-bit layers, without one ran: {name_some(passed_by)}"
+        reason += f"; {total - len(bypassed)} of {total} 4-bit layers, without one ran: {name_some(bypassed)}"
     wrong = required is not None and any(path not in (required, "unknown") for path in paths)
     return PathObservation(
-        observed=join_values([*paths, *(["bypassed"] if passed_by else [])]),
+        observed=join_values([*paths, *(["bypassed"] if bypassed else [])]),
         reason=reason,
-        status="unknown" if "unknown" in paths and not wrong and not passed_by else None,
+        status="unknown" if "unknown" in paths and not wrong and not bypassed else None,
     )
 
 

@@ -55,7 +55,7 @@ class AdapterLayer:
     """Whether it trains a copy of a part of the base."""
     partly: bool = False
     """Whether the method trains only a part of the listed parameters, and marks it only by ``requires_grad``."""
-    shelved: bool = False
+    detached: bool = False
     """Whether the method has removed it from the model, as with disabled adaption prompts."""
 
     @property
@@ -75,7 +75,7 @@ class AdapterLayer:
     def disabled(self) -> bool:
         """Whether the layer skips its adapters now; for a model with a prompt, whether the model does."""
         name = "_adapters_disabled" if "model" in roles_of(self.module) else "disable_adapters"
-        return self.shelved or bool(getattr(self.module, name, False))
+        return self.detached or bool(getattr(self.module, name, False))
 
     @property
     def merged(self) -> tuple[str, ...]:
@@ -166,11 +166,11 @@ def layers_at(name: str, module: nn.Module) -> Iterator[AdapterLayer]:
         held = tuple(attributes["_modules"]["prompt_encoder"])
         yield AdapterLayer(name=name, module=module, held=held, trains=("prompt_encoder",), partly=True)
     elif "tuner" in roles:
-        for adapter, shelved in attributes.get("_cached_adapters", {}).items():  # adaption prompts
-            for place, one in enumerate(shelved):
+        for adapter, cached in attributes.get("_cached_adapters", {}).items():  # adaption prompts
+            for place, one in enumerate(cached):
                 path = f"{name}._cached_adapters.{adapter}.{place}"
                 trains = tuple(one._parameters)
-                yield AdapterLayer(name=path, module=one, held=("",), trains=trains, shelved=True)
+                yield AdapterLayer(name=path, module=one, held=("",), trains=trains, detached=True)
 
 
 def in_use(tree: ModelTree, found: Iterable[AdapterLayer]) -> frozenset[str]:
@@ -345,9 +345,9 @@ def trained_parameters(tree: ModelTree) -> dict[str, Tensor]:
     own = adapter_parameters(tree)
     used = {layer.name: set(layer.held) for layer in layers}
     unused = (_restrict(one, set(one.held) - used.get(one.name, set())) for one in _every_layer(tree))
-    resting = {id(value) for layer in unused for _, value in layer.weights()}
+    unused_parameters = {id(value) for layer in unused for _, value in layer.weights()}
     for name, value in tree.parameters:
-        if name in own and value.requires_grad and id(value) not in resting:
+        if name in own and value.requires_grad and id(value) not in unused_parameters:
             trained.setdefault(name, value)
     # This rank may hold no part of a sharded parameter.
     return {

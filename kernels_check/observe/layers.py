@@ -93,15 +93,15 @@ def attention_layers(
         if call not in whole and not type(model.get_submodule(name)).__module__.startswith(_ADAPTERS):
             ran.setdefault(name, []).append(call)
     missing = _AttentionSearch(model, calls, ran, mixing, blocks).missing() if ran else {}
-    sure = {name: count for name, (count, is_sure) in missing.items() if is_sure}
+    certain = {name: count for name, (count, is_sure) in missing.items() if is_sure}
     reduced = calls.around(reductions)
-    unsure = {name: count for name, (count, _) in missing.items() if not reduced.isdisjoint(calls.called(name))}
-    found = unsure | sure
+    uncertain = {name: count for name, (count, _) in missing.items() if not reduced.isdisjoint(calls.called(name))}
+    found = uncertain | certain
     unknown = {name: found[name] for name in outermost(found)}
     return AttentionLayers(
         forward={name: tuple(found) for name, found in ran.items()},
         unknown=unknown,
-        doubtful=bool(unknown) and sure.keys().isdisjoint(unknown),
+        doubtful=bool(unknown) and certain.keys().isdisjoint(unknown),
         partial={name: part for name, found in ran.items() if (part := _part(model.get_submodule(name), found))},
         compiled=tuple(whole),
         elsewhere=tuple(call for call in forward if call.call is None and not call.compiled),
@@ -319,13 +319,13 @@ class LayerProducts:
     """Products inside compiled code: the layer is unknown."""
     without: tuple[str, ...] = ()
     """Layers with a call without a product."""
-    passed_by: tuple[str, ...] = ()
+    bypassed: tuple[str, ...] = ()
     """Layers that were not called although their parents were, and their counterparts in other blocks were."""
 
     @property
     def names(self) -> list[str]:
         """All layers known by name."""
-        return list(dict.fromkeys([*self.by_layer, *self.without, *self.passed_by]))
+        return list(dict.fromkeys([*self.by_layer, *self.without, *self.bypassed]))
 
     @property
     def all(self) -> list[Product]:
@@ -337,7 +337,7 @@ class LayerProducts:
         if layer in self.by_layer:
             return [product.dtype or "unknown" for product in self.by_layer[layer]]
         agreed = {product.dtype or "unknown" for product in self.compiled}
-        return [] if layer in self.without or layer in self.passed_by or len(agreed) != 1 else list(agreed)
+        return [] if layer in self.without or layer in self.bypassed or len(agreed) != 1 else list(agreed)
 
 
 def products_of(
@@ -374,7 +374,7 @@ def products_of(
         by_layer={layer: found for layer, found in by_layer.items() if found},
         compiled=tuple(product for product in products if product.call is None and product.compiled),
         without=tuple(without),
-        passed_by=tuple(layer for layer in idle if _pattern(layer) in like and calls.ran(layer.rpartition(".")[0])),
+        bypassed=tuple(layer for layer in idle if _pattern(layer) in like and calls.ran(layer.rpartition(".")[0])),
     )
 
 
