@@ -162,9 +162,9 @@ def format_count(count: int, noun: str) -> str:
 
 def name_some(names: Iterable[str], separator: str = ", ") -> str:
     """Name the first few offenders and count the rest."""
-    everyone = list(names)
-    shown = separator.join(everyone[:NAMES_SHOWN])
-    hidden = len(everyone) - NAMES_SHOWN
+    all_names = list(names)
+    shown = separator.join(all_names[:NAMES_SHOWN])
+    hidden = len(all_names) - NAMES_SHOWN
     return f"{shown} and {hidden} more" if hidden > 0 else shown
 
 

@@ -59,9 +59,9 @@ class CapturedStdout:
     def drain(self) -> None:
         """Discard the buffer: otherwise the interpreter would write it at exit, and exit with 120."""
         with contextlib.suppress(OSError, ValueError):  # no underlying file
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+            null_device = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null_device, self._stream.fileno())
+            os.close(null_device)
 
     def _write(self, text: str) -> None:
         try:

@@ -88,12 +88,12 @@ def read_times(events: Sequence[Any], *, on_device: bool) -> RankTime | None:
             computed.append(_interval(event))
         elif not on_device and event.thread == steps[0].thread and event.name.startswith(OPERATORS):
             computed.append(_interval(event))  # threads of gloo also call operators
-    wholes = [_interval(step) for step in steps]
-    lasted = [end - begin for begin, end in wholes]
-    exchanges = [_covered(exchanged, whole) for whole in wholes]
+    step_intervals = [_interval(step) for step in steps]
+    lasted = [end - begin for begin, end in step_intervals]
+    exchanges = [_covered(exchanged, whole) for whole in step_intervals]
     exposed = [
         max(0.0, min(exchange, _covered(exchanged + computed, whole) - _covered(computed, whole)))  # rounding
-        for whole, exchange in zip(wholes, exchanges, strict=True)
+        for whole, exchange in zip(step_intervals, exchanges, strict=True)
     ]
     return RankTime(
         step_s=sum(lasted) / len(steps),
@@ -276,9 +276,9 @@ def judge_ranks(facts: Sequence[RankFacts], strategy: Strategy) -> list[Check]:
 
 def judge_data(facts: Sequence[RankFacts]) -> PathObservation:
     """Judge whether the ranks together train on each sequence of a step once, and all on sequences of the same step."""
-    strangers = [one.rank for one in facts if one.whole != facts[0].whole]
-    if strangers:
-        return failed(f"{_named(strangers)} trains on other data than rank 0: the sequences of a step are not the same")
+    deviating = [one.rank for one in facts if one.whole != facts[0].whole]
+    if deviating:
+        return failed(f"{_named(deviating)} trains on other data than rank 0: the sequences of a step are not the same")
     wanted = Counter(facts[0].whole)
     for one in facts:
         foreign = [row for row in one.rows if row not in wanted]
@@ -315,11 +315,11 @@ def judge_sharded(facts: Sequence[RankFacts]) -> PathObservation:
     for name, (_, size) in facts[0].base.items():
         if name not in whole and sum(one.base[name][0] for one in facts) != size:
             return failed(f"the parts of {name} on {ranks} ranks are not its whole")
-    swollen = [name for name, weights in facts[0].four_bit.items() if 2 * facts[0].base[name][1] > weights + 1]
-    if swollen:
+    enlarged = [name for name, weights in facts[0].four_bit.items() if 2 * facts[0].base[name][1] > weights + 1]
+    if enlarged:
         return failed(
-            f"{len(swollen)} of {len(facts[0].four_bit)} weights in 4 bits take more since they are sharded: "
-            f"{name_some(swollen)}"
+            f"{len(enlarged)} of {len(facts[0].four_bit)} weights in 4 bits take more since they are sharded: "
+            f"{name_some(enlarged)}"
         )
     most = max(sum(here for here, _ in one.base.values()) for one in facts)
     kept = f", {len(facts[0].four_bit)} weights still in 4 bits" if facts[0].four_bit else ""

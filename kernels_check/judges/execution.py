@@ -35,15 +35,17 @@ def judge_checkpointing(seen: Observation, required: Json) -> PathObservation:
     judged = _recomputed(seen)
     if isinstance(judged, PathObservation):
         return judged
-    share, happened, reason = judged
-    if required is True and share < 1.0 and (happened or seen.checkpointing_enabled):
+    share, is_recomputed, reason = judged
+    if required is True and share < 1.0 and (is_recomputed or seen.checkpointing_enabled):
         modes = "eval" if not any(seen.modes.values()) else "train"
-        if happened:
+        if is_recomputed:
             cause = "only part of the layers recompute: look for a layer whose gradient_checkpointing is off"
         else:
             cause = f"the flag is on but nothing recomputes in {modes} mode; transformers does so in train mode only"
-        return PathObservation(observed=happened, status="fallback", reason=f"{reason}; {cause}", present=happened)
-    return PathObservation(observed=happened, reason=reason, present=happened)
+        return PathObservation(
+            observed=is_recomputed, status="fallback", reason=f"{reason}; {cause}", present=is_recomputed
+        )
+    return PathObservation(observed=is_recomputed, reason=reason, present=is_recomputed)
 
 
 def judge_checkpointed_layers(seen: Observation, required: Json) -> PathObservation:
@@ -72,10 +74,10 @@ def _recomputed(seen: Observation) -> PathObservation | tuple[float, bool, str]:
     whole = [block for block in by_calls if block.whole]
     total = len(by_calls) + hidden
     share = (len(whole) + hidden * (again or 0.0)) / total
-    happened = any(block.again for block in by_calls) or bool(hidden and again)
+    is_recomputed = any(block.again for block in by_calls) or bool(hidden and again)
     reason = f"{len(whole)} of {len(by_calls)} blocks computed again in the backward pass"
     missing = [_missing(block) for block in by_calls if not block.whole]
-    reason += f", without {name_some(missing)}" if missing and happened else ""
+    reason += f", without {name_some(missing)}" if missing and is_recomputed else ""
     partly = [block for block in whole if block.repeated < block.modules]
     if partly:
         reason += "; called again: " + name_some(
@@ -84,7 +86,7 @@ def _recomputed(seen: Observation) -> PathObservation | tuple[float, bool, str]:
     idle = seen.blocks_without_gradient
     reason += f"; {len(idle)} further blocks take no gradient, so that nothing is kept for them" if idle else ""
     reason += f"; {shown}" if hidden else ""
-    return share, happened, reason
+    return share, is_recomputed, reason
 
 
 def _unseen(seen: Observation, reason: str) -> PathObservation:

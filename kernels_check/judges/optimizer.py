@@ -77,9 +77,9 @@ def judge_fused(seen: Observation, required: Json) -> PathObservation:
     total, fused, unseen = kinds.total(), kinds["fused"], kinds[_UNSEEN]
     operators = Counter(seen.update_operators)
     counts = ", ".join(f"{count} {name}" for name, count in sorted(operators.items())) or "no update operator"
-    wished = join_values(str(optimizer.fused_requested) for optimizer in seen.optimizers)
+    requested = join_values(str(optimizer.fused_requested) for optimizer in seen.optimizers)
     reason = f"{fused} of {total} parameters updated by fused kernels; {counts} in one step; "
-    reason += f"optimizers were built with fused={wished}"
+    reason += f"optimizers were built with fused={requested}"
     if not total or unseen == total:
         return undecided(f"{reason}; {_why_unseen(seen, total)}")
     observed = join_values(kind for kind in kinds if kind != _UNSEEN)

@@ -151,7 +151,7 @@ def allowed(mask: Tensor) -> Tensor:
     return mask != 0
 
 
-def hidden_by(mask: Any, rows: int, length: int) -> Tensor | None:
+def masked_positions(mask: Any, rows: int, length: int) -> Tensor | None:
     """Positions that no other position attends to, [rows, tokens]; None if the mask does not fit."""
     if not isinstance(mask, Tensor):
         return None
@@ -179,7 +179,7 @@ def _masked(name: str, value: Tensor, rows: int, tokens: int) -> Tensor | None:
     begins = torch.ones(blocks.shape[:2], dtype=torch.bool, device=value.device)
     begins[:, 1:] = ~seen_before
     numbers = begins.cumsum(dim=1) - 1
-    hidden = hidden_by(value, rows, tokens)
+    hidden = masked_positions(value, rows, tokens)
     unseen = ~blocks.diagonal(dim1=1, dim2=2).expand(rows, tokens)
     return _rows(name, numbers, rows, tokens).masked_fill(unseen if hidden is None else unseen | hidden, PADDING)
 
@@ -249,7 +249,7 @@ def count_padding(tree: ModelTree, calls: Sequence[ModelCall]) -> PaddingSeen | 
             seen.unseen = f"a call of {type(call.module).__name__} was given no tokens of [rows, tokens]"
             continue
         name, tokens = found
-        hidden = hidden_by(call.arguments.get("attention_mask"), *tokens.shape[:2])
+        hidden = masked_positions(call.arguments.get("attention_mask"), *tokens.shape[:2])
         padded = torch.zeros(tokens.shape[:2], dtype=torch.bool) if hidden is None else hidden.cpu()
         is_masked = bool(padded.any())
         seen.by |= {"attention_mask"} if is_masked else set()
@@ -291,7 +291,7 @@ def _add_runs(
     numbers = _records(call, ids).numbers.cpu()
     padded, doubtful = masked.clone(), torch.zeros_like(masked)
     unlabelled, still = _unlabelled(call, ids), _still(call.arguments.get("position_ids"), numbers)
-    fillers = {*ends, *ids[masked].tolist()}
+    filler_tokens = {*ends, *ids[masked].tolist()}
     for row, run, inner in _end_runs(ids, numbers):
         token = int(ids[row, run.start])
         if token in others - ends:
@@ -302,7 +302,7 @@ def _add_runs(
         for sign, where, shown in (
             ("labels of -100", inner, unlabelled[row, inner]),
             ("positions that do not change", run, still[row, run]),
-            (f"runs of token {token} at the ends of the records", inner, masked.new_tensor(token in fillers)),
+            (f"runs of token {token} at the ends of the records", inner, masked.new_tensor(token in filler_tokens)),
         ):
             signs |= {sign} if bool((shown & ~masked[row, where]).any()) else set()
             padded[row, where] |= shown

@@ -116,14 +116,14 @@ class RankObserver:
         if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
             return ()
         rank, problem = distributed.get_rank(), problem or self._guard.fault
-        if any(gathered(problem)):
+        if any(gather(problem)):
             own = RankEvidence(rank=rank, problem=problem, undecided=undecided)
         else:
             try:
                 own = self._evidence(rank, seen, undecided=undecided)
             except Exception as error:
                 own = RankEvidence(rank=rank, problem=f"{type(error).__name__}: {error}", undecided=undecided)
-        return tuple(gathered(own))
+        return tuple(gather(own))
 
     @property
     def _model(self) -> nn.Module:
@@ -214,7 +214,7 @@ class RankObserver:
         )
 
 
-def gathered(data: Any) -> list[Any]:
+def gather(data: Any) -> list[Any]:
     """Gather the data of every rank, in rank order; a collective operation."""
     found: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(found, data)
