@@ -49,7 +49,7 @@ _REMEDIES = {
     _MERGED: "call unmerge_adapter()",
 }
 _IDLE = "adapter not executed"
-_ASIDE = "adapter executed in an evaluation only, which trains nothing,"
+_EVALUATED = "adapter executed in an evaluation only, which trains nothing,"
 _BY_HAND = "adapter executed without gradients, and the update took some that were put there by hand,"
 BY_HAND = (
     "no forward of the model recorded gradients, and the update took some that were put there by hand: whether those "
@@ -67,7 +67,7 @@ def judge_attached(seen: Observation, required: Json) -> PathObservation:
     states = _states(layers, seen)
     faults: list[str] = []
     doubts: list[str] = []
-    for problem in (_INACTIVE, _DISABLED, _MERGED, _IDLE, _ASIDE, _BY_HAND, _PARTLY, _UNSEEN):
+    for problem in (_INACTIVE, _DISABLED, _MERGED, _IDLE, _EVALUATED, _BY_HAND, _PARTLY, _UNSEEN):
         names = [_describe(layer, problem) for layer in layers if problem in states[layer.name]]
         if names:
             remedy = f" ({_REMEDIES[problem]})" if problem in _REMEDIES else ""
@@ -125,9 +125,11 @@ def _states(layers: Sequence[AdapterLayer], seen: Observation) -> dict[str, set[
         elif not ran[layer.name] and not by_gradient:
             bare = bool(calls) and not any(True for _ in layer.factors())
             trains = any(value.requires_grad for _, value in layer.weights())
-            aside = _parts_ran(layer, seen.adapter_calls.get(layer.name, ()))
+            ran_parts = _parts_ran(layer, seen.adapter_calls.get(layer.name, ()))
             unseen = bare and not (trains and seen.reached)
-            state |= {_UNSEEN if unseen else _IDLE if not aside else _BY_HAND if is_trained_by_hand(seen) else _ASIDE}
+            state |= {
+                _UNSEEN if unseen else _IDLE if not ran_parts else _BY_HAND if is_trained_by_hand(seen) else _EVALUATED
+            }
         states[layer.name] = state
     return states
 
@@ -139,7 +141,7 @@ def calls_that_count(layer: AdapterLayer, seen: Observation) -> list[LayerCall]:
     """
     everything = seen.adapter_calls.get(layer.name, [])
     trains = seen.optimizer_steps or seen.other_optimizers or _records_gradients(seen)
-    counted = [call for call in everything if not (trains and call.aside)]
+    counted = [call for call in everything if not (trains and call.without_training)]
     return [call for call in counted if call.with_gradients] or counted
 
 
@@ -150,7 +152,7 @@ def is_trained_by_hand(seen: Observation) -> bool:
 
 
 def _records_gradients(seen: Observation) -> bool:
-    return any(not call.aside for calls in seen.adapter_calls.values() for call in calls)
+    return any(not call.without_training for calls in seen.adapter_calls.values() for call in calls)
 
 
 def _problems(layer: AdapterLayer, calls: Sequence[LayerCall]) -> set[str]:

@@ -82,7 +82,7 @@ def judge_backend(seen: Observation, required: Json) -> PathObservation:
         reason += f"; not as required in {where}" if where else ""
         reason += f"; likely cause: {likely_cause(seen.model, wrong)}"
     reason += f"; {incomplete}" if incomplete else ""
-    reason += _aside(layers)
+    reason += _describe_unjudged(layers)
     if _cpu_flash(forward) and any(call.mask for call in forward):
         reason += f"; on CUDA flash would refuse the explicit mask: {_WITH_A_MASK}"
     largest = max((call.head_size or 0 for call in forward), default=0)
@@ -140,7 +140,7 @@ def _over_calls(
     reason += f"; {missing}" if missing else ""
     differs = required is not None and any(value not in (required, "unknown") for value in values)
     status: Status | None = "unknown" if (unclear or missing) and not differs else None
-    return PathObservation(observed=join_values(values), status=status, reason=reason + _aside(layers))
+    return PathObservation(observed=join_values(values), status=status, reason=reason + _describe_unjudged(layers))
 
 
 def _is_whole(layers: AttentionLayers, name: str, accepted: Collection[Json] | None) -> bool:
@@ -190,12 +190,12 @@ def _in_pieces(layers: AttentionLayers) -> bool:
     )
 
 
-def _aside(layers: AttentionLayers) -> str:
+def _describe_unjudged(layers: AttentionLayers) -> str:
     """A description of attention that is not judged because it is outside the model's training."""
     parts = []
-    if layers.aside:
-        aside = count_values(call.backend for call in layers.aside)
-        parts.append(f"{format_count(len(layers.aside), 'call')} without gradients ({aside})")
+    if layers.without_training:
+        backends = count_values(call.backend for call in layers.without_training)
+        parts.append(f"{format_count(len(layers.without_training), 'call')} without gradients ({backends})")
     if layers.failed:
         parts.append(f"{len(layers.failed)} in passes that failed ({count_values(c.backend for c in layers.failed)})")
     if layers.elsewhere:
@@ -206,10 +206,10 @@ def _aside(layers: AttentionLayers) -> str:
 
 def _nothing_of_the_model(layers: AttentionLayers) -> PathObservation | None:
     """The result if all attention of the step ran outside the model's training; None if no attention ran."""
-    if not (layers.elsewhere or layers.aside or layers.failed):
+    if not (layers.elsewhere or layers.without_training or layers.failed):
         return None
     return PathObservation(
-        observed=None, present=False, reason=f"no attention of the model itself was seen{_aside(layers)}"
+        observed=None, present=False, reason=f"no attention of the model itself was seen{_describe_unjudged(layers)}"
     )
 
 

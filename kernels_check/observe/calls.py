@@ -153,7 +153,7 @@ class LayerCall:
     disabled: bool
     merged: bool
     with_gradients: bool
-    aside: bool = False
+    without_training: bool = False
     """Whether the whole entry into the model records no gradients, like an evaluation or a reference."""
     ran: dict[str, float] = field(default_factory=dict)
     """Parts that ran in it, by name, with the dropout probability that was applied (0 in evaluation)."""
@@ -271,7 +271,7 @@ class CallRecorder:
         if not stack and not in_backward:
             call.modes = {name: one.training for name, one in self._tree.modules}
         entry = self._log[stack[0].number] if stack else call
-        aside = not (entry.with_grad or entry.in_backward)
+        without_training = not (entry.with_grad or entry.in_backward)
         call.layers = [
             LayerCall(
                 layer=layer.name,
@@ -279,7 +279,7 @@ class CallRecorder:
                 disabled=layer.disabled,
                 merged=bool(layer.merged),
                 with_gradients=with_grad,
-                aside=aside,
+                without_training=without_training,
             )
             for layer in self._layers.get(id(module), ())
         ]

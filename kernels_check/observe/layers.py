@@ -42,7 +42,7 @@ class AttentionLayers:
     """Calls in the forward pass in code compiled for many layers at once: the layer is unknown."""
     elsewhere: tuple[AttentionCall, ...]
     """Calls in the forward pass outside the model: in another model, in a copy, in a user-defined function."""
-    aside: tuple[AttentionCall, ...]
+    without_training: tuple[AttentionCall, ...]
     """Calls of the model that train nothing: for a reference, an evaluation or a generation inside the step."""
     partial: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Layers in which known implementations ran for some heads only: their features and all features, by layer name."""
@@ -105,7 +105,7 @@ def attention_layers(
         partial={name: part for name, found in ran.items() if (part := _part(model.get_submodule(name), found))},
         compiled=tuple(whole),
         elsewhere=tuple(call for call in forward if call.call is None and not call.compiled),
-        aside=tuple(
+        without_training=tuple(
             call for call in forward if call.call is not None and call.call not in calls.relevant | calls.failed
         ),
         failed=tuple(call for call in forward if call.call in calls.failed),
