@@ -178,7 +178,7 @@ def _judge_parts(
                     questions[key] = ask(part, groups, study, planned)
             except NotJudgedError as error:
                 results[key] = result_of(part, "not judged", str(error))
-    doubts = {key: doubted for key, question in questions.items() if (doubted := doubt(question.part, controls))}
+    doubts = {key: doubt for key, question in questions.items() if (doubt := find_doubt(question.part, controls))}
     # A part that cannot be asserted is not in the family of tests, so it does not reduce the error rate of the
     # others.
     conclusions = step_down(
@@ -188,21 +188,21 @@ def _judge_parts(
     )
     for key, question in questions.items():
         conclusion = conclusions.get(key) or question.judge(1)
-        doubted = doubts.get(key, "")
+        doubt = doubts.get(key, "")
         if conclusion.by == "equality":
-            doubted = doubted or doubt_of_equality(question.part, controls)
-        results[key] = _answer(question, conclusion, doubted)
+            doubt = doubt or doubt_of_equality(question.part, controls)
+        results[key] = _answer(question, conclusion, doubt)
     return results
 
 
-def _answer(question: Question, conclusion: Conclusion, doubted: str) -> PartResult:
+def _answer(question: Question, conclusion: Conclusion, doubt: str) -> PartResult:
     """The result of a conclusion; inconclusive if there is a doubt."""
     ratio, low, high = question.ratio(conclusion)
     reason = question.reason(conclusion)
     return result_of(
         question.part,
-        "inconclusive" if doubted else conclusion.status,
-        f"{doubted}; {reason}" if doubted else reason,
+        "inconclusive" if doubt else conclusion.status,
+        f"{doubt}; {reason}" if doubt else reason,
         about=question.contrasts[conclusion.contrast].about,
         ratio=ratio,
         low=low,
@@ -230,7 +230,7 @@ def controls_of(groups: Groups, study: Study, phases: Sequence[str]) -> Controls
     return found
 
 
-def doubt(part: ClaimPart, controls: Controls) -> str:
+def find_doubt(part: ClaimPart, controls: Controls) -> str:
     """Why nothing may be asserted about a part, because its control or its phase's control differs; empty if it may."""
     for metric in metrics_of(part):
         for name in (metric, PRIMARY[METRICS[metric].phase]):
