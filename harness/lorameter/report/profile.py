@@ -158,7 +158,7 @@ class Words:
 
     what: str
     titles: Mapping[str, str]
-    aside: str
+    between: str
     """Work between two steps or requests."""
 
 
@@ -170,7 +170,7 @@ OF_STEPS = Words(
         "backward": "backward",
         "update": "clipping and optimizer",
     },
-    aside="the loss read and the times kept",
+    between="the loss read and the times kept",
 )
 OF_REQUESTS = Words(
     what="request",
@@ -180,7 +180,7 @@ OF_REQUESTS = Words(
         "decode": "decode: passes over one token",
         "choose": "between passes and after the last",
     },
-    aside="its times kept",
+    between="its times kept",
 )
 
 
@@ -231,7 +231,7 @@ def _step_lines(step: StepAccount, words: Words) -> Iterator[str]:
         f"borders between phases cost {format_interval(borders.value, borders.low, borders.high, 's')} a {what}; in "
         f"such a {what} the phases cover {_shares(step.covered, 1.0).line} of it"
     )
-    yield f"between {what}s, {words.aside}: {format_interval(between.value, between.low, between.high, 's')}"
+    yield f"between {what}s, {words.between}: {format_interval(between.value, between.low, between.high, 's')}"
     if step.occupancy is not None:
         yield f"occupancy {step.occupancy:.0%}: CPU time over wall time of all these {what}s"
     limit = f"{REMAINDER_LIMIT:.0%} of the {what}"
