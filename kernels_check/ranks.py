@@ -188,7 +188,7 @@ def observe_rank(
             for parameter in trained_parameters(model).values():
                 parameter.grad = None
         rewind()
-        with _fed(model) as rows:
+        with _record_inputs(model) as rows:
             gradients()
         base = {name: _bytes(parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad}
         four_bit = _four_bit(model)
@@ -210,7 +210,7 @@ def observe_rank(
 
 
 @contextmanager
-def _fed(model: nn.Module) -> Iterator[list[str]]:
+def _record_inputs(model: nn.Module) -> Iterator[list[str]]:
     """Hashes of the sequences that the model receives as token ids, in order."""
     rows: list[str] = []
 

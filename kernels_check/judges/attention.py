@@ -94,7 +94,7 @@ def judge_backend(seen: Observation, required: Json) -> PathObservation:
     return PathObservation(
         observed=observed,
         reason=reason,
-        status="unknown" if incomplete and not wrong and (layers.doubtful or _in_pieces(layers)) else None,
+        status="unknown" if incomplete and not wrong and (layers.doubtful or _has_unassigned_calls(layers)) else None,
         satisfies=not wrong and not incomplete,
     )
 
@@ -182,7 +182,7 @@ def _incomplete(layers: AttentionLayers, first: list[AttentionCall]) -> str:
     return ""
 
 
-def _in_pieces(layers: AttentionLayers) -> bool:
+def _has_unassigned_calls(layers: AttentionLayers) -> bool:
     """Whether all calls may be present but not assigned to layers, in regions separated by graph breaks."""
     whole = not layers.unknown and all(count == layers.expected for count in layers.entries)
     return (

@@ -150,7 +150,7 @@ def judge_compile(seen: Observation, required: Json) -> PathObservation:
         return undecided(f"{reason}; {past}")
     whole = bool(blocks.compiled) and not blocks.partly and not blocks.eager
     observed: Json = whole or ("in part" if blocks.compiled or blocks.partly else False)
-    eagerly = "" if whole else _eagerly(seen)
+    eagerly = "" if whole else _why_eager(seen)
     present = whole or bool(blocks.regions or eagerly)
     reason += eagerly
     if regions or not past.empty:
@@ -170,7 +170,7 @@ def judge_compiled_share(seen: Observation, required: Json) -> PathObservation:
     if not blocks.ran:
         return _unseen(seen, f"{reason}; no block of the model was seen to run")
     share = len(blocks.compiled) / blocks.ran
-    return at_least(share, required, reason + (_eagerly(seen) if share < 1.0 else ""))
+    return at_least(share, required, reason + (_why_eager(seen) if share < 1.0 else ""))
 
 
 def _entered(seen: Observation) -> str:
@@ -193,7 +193,7 @@ def _unreadable(seen: Observation) -> bool:
     return bool(seen.profile.compiled_regions) and seen.compilations.unreadable is not None
 
 
-def _eagerly(seen: Observation) -> str:
+def _why_eager(seen: Observation) -> str:
     """Why code under torch.compile ran eagerly; empty if none did."""
     regions, lookups, past = seen.profile.compiled_regions, seen.profile.compiler_lookups, seen.compilations
     if not lookups or (regions and (lookups <= regions or not past.refused)):

@@ -177,7 +177,7 @@ def judge_parts(seen: Observation, required: Json, *, what: str) -> PathObservat
     reason += f"; not updated: {name_some(others)}" if others else ""
     if "unchanged" in fates.values():
         reason += f"; {_ROUNDED}"
-    why = _doubt(set(fates.values()), seen)
+    why = _why_inconclusive(set(fates.values()), seen)
     if why is not None:
         return PathObservation(observed=None, status="unknown", present=partly, reason=f"{reason}; {why}")
     whole = len(updated) == len(parts)
@@ -186,7 +186,7 @@ def judge_parts(seen: Observation, required: Json, *, what: str) -> PathObservat
     return PathObservation(observed=observed, reason=reason, present=partly, satisfies=whole if required else kept)
 
 
-def _doubt(fates: Set[Fate], seen: Observation) -> str | None:
+def _why_inconclusive(fates: Set[Fate], seen: Observation) -> str | None:
     """Why the observed steps are not conclusive."""
     if fates <= {"updated", "frozen"}:
         return None

@@ -273,7 +273,7 @@ def _read(layer: Any, parameter: str) -> Storage:
     if weight is None and parameter in WEIGHTS:
         weight = vars(layer).get(parameter)  # such as one that PEFT put there during a forward pass
     if not isinstance(weight, Tensor):
-        return _named_otherwise(layer, parameter)
+        return _storage_of_packed_layer(layer, parameter)
     if is_lazy(weight):
         return _unknown(f"{type(layer).__name__}.{parameter} has no shape yet: call the model once before")
     state = quant_state(layer, weight) if parameter in WEIGHTS else None
@@ -310,7 +310,7 @@ def _attention(layer: nn.MultiheadAttention) -> Storage:
     return _unknown("MultiheadAttention without projections")
 
 
-def _named_otherwise(layer: Any, parameter: str) -> Storage:
+def _storage_of_packed_layer(layer: Any, parameter: str) -> Storage:
     """A layer of another library that packs its weight into integers."""
     held = {**getattr(layer, "_parameters", {}), **getattr(layer, "_buffers", {})}
     name = next((name for name in PACKED if held.get(name) is not None), None)
@@ -337,7 +337,7 @@ def _of_tensor(weight: Tensor, otherwise: str) -> Storage:
     while type(weight).__name__ == "DTensor":
         weight = weight.to_local()  # type: ignore[attr-defined]
     if is_wrapper(weight):
-        return _made_of_others(weight)
+        return _storage_of_subclass(weight)
     if not has_memory(weight):
         return _unknown(f"{type(weight).__qualname__}: {NO_MEMORY}")
     bits = weight.element_size() * 8
@@ -348,7 +348,7 @@ def _of_tensor(weight: Tensor, otherwise: str) -> Storage:
     return _unknown(otherwise)
 
 
-def _made_of_others(weight: Tensor) -> Storage:
+def _storage_of_subclass(weight: Tensor) -> Storage:
     """A tensor such as torchao's, whose ``dtype`` is that of the unpacked values."""
     parts = [part for _, part in plain_parts(weight)]
     kind = f"{type(weight).__module__}.{type(weight).__qualname__}"

@@ -207,7 +207,7 @@ class AttentionCall:
 
 def attention_calls(host: Sequence[Operator]) -> Iterator[AttentionCall]:
     """All attention calls, those of fused implementations first."""
-    taken = _taken_after(host)
+    taken = _projection_inputs(host)
     for event in host:
         backend = attention_backend(event.name)
         if backend is not None and not any(attention_backend(parent.name) for parent in ancestors(event)):
@@ -215,7 +215,7 @@ def attention_calls(host: Sequence[Operator]) -> Iterator[AttentionCall]:
     yield from _written_out(host, taken)
 
 
-def _taken_after(host: Sequence[Operator]) -> dict[int, int]:
+def _projection_inputs(host: Sequence[Operator]) -> dict[int, int]:
     """The input features of the first projection after each attention operator, by the operator's id."""
     found: dict[int, int] = {}
     width = None

@@ -290,7 +290,7 @@ def _add_runs(
     """
     numbers = _records(call, ids).numbers.cpu()
     padded, doubtful = masked.clone(), torch.zeros_like(masked)
-    unlabelled, still = _unlabelled(call, ids), _still(call.arguments.get("position_ids"), numbers)
+    unlabelled, unchanging = _unlabelled(call, ids), _unchanging_positions(call.arguments.get("position_ids"), numbers)
     filler_tokens = {*ends, *ids[masked].tolist()}
     for row, run, inner in _end_runs(ids, numbers):
         token = int(ids[row, run.start])
@@ -301,7 +301,7 @@ def _add_runs(
             continue
         for sign, where, shown in (
             ("labels of -100", inner, unlabelled[row, inner]),
-            ("positions that do not change", run, still[row, run]),
+            ("positions that do not change", run, unchanging[row, run]),
             (f"runs of token {token} at the ends of the records", inner, masked.new_tensor(token in filler_tokens)),
         ):
             signs |= {sign} if bool((shown & ~masked[row, where]).any()) else set()
@@ -344,17 +344,17 @@ def _unlabelled(call: ModelCall, ids: Tensor) -> Tensor:
     return ignored & ~ignored.all()
 
 
-def _still(positions: Any, numbers: Tensor) -> Tensor:
+def _unchanging_positions(positions: Any, numbers: Tensor) -> Tensor:
     """Where a position equals that of an adjacent token in the same record, and all records begin at the same
     position."""
-    still = torch.zeros_like(numbers, dtype=torch.bool)
+    unchanging = torch.zeros_like(numbers, dtype=torch.bool)
     if not isinstance(positions, Tensor) or positions.dim() not in (1, 2) or positions.shape[-1] != numbers.shape[1]:
-        return still
+        return unchanging
     rows = (positions.unsqueeze(0) if positions.dim() == 1 else positions).expand_as(numbers).to(numbers.device)
     equal = (rows[:, 1:] == rows[:, :-1]) & (numbers[:, 1:] == numbers[:, :-1])
-    still[:, 1:] |= equal
-    still[:, :-1] |= equal
-    return still
+    unchanging[:, 1:] |= equal
+    unchanging[:, :-1] |= equal
+    return unchanging
 
 
 _LEAK = (
