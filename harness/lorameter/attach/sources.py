@@ -122,14 +122,14 @@ class Attachment:
         self._reported = True
         say(f"another training of this script (seen by its {source}) is not followed: the first one is")
         ErrorGuard().run(self.steps.observer.begin, TrainingInfo(source=source))
-        self.steps.end(_unended(self.steps), seen=False)
+        self.steps.end(_unended_error(self.steps), seen=False)
 
     def _end_with_process(self) -> None:
         """End the measurement because the process ends before the training, by an error or because the script abandoned
         it."""
         if self.steps is not None and self._pid == os.getpid():
             error = getattr(sys, "last_value", None)  # the exception that the interpreter has just printed
-            self.steps.end(error if isinstance(error, BaseException) else _unended(self.steps), seen=False)
+            self.steps.end(error if isinstance(error, BaseException) else _unended_error(self.steps), seen=False)
 
     def _end_before_exit(self) -> None:
         """End the measurement at `os._exit`, which skips exit handlers. Scripts call it because a library would abort
@@ -147,7 +147,7 @@ class Attachment:
         module._exit = end_and_leave
 
 
-def _unended(steps: Steps) -> BaseException | None:
+def _unended_error(steps: Steps) -> BaseException | None:
     """The error for a Trainer that did not reach its end; a loop may have reached its own."""
     by_trainer = steps.training.source == "trainer"
     return UnendedError("the Trainer did not come to the end of its training") if by_trainer else None

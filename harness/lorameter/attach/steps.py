@@ -58,7 +58,7 @@ After = Callable[[tuple[Any, ...], Any, BaseException | None], None]
 """Called after a call, with its positional arguments and its result or exception."""
 
 
-def _nothing(*args: Any) -> None:
+def _ignore(*args: Any) -> None:
     """Default for a callback that is not given."""
 
 
@@ -70,7 +70,7 @@ class Patches:
         """The holder, the name, the original and its replacement."""
         self._on = [True]
 
-    def add(self, holder: Any, name: str, *, before: Before = _nothing, after: After = _nothing) -> None:
+    def add(self, holder: Any, name: str, *, before: Before = _ignore, after: After = _ignore) -> None:
         """Replace a function of a module or class so that it calls these two before and after."""
         original = vars(holder)[name]
         replacement = _around(original, before, after, self._on)

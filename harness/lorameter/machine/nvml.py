@@ -224,8 +224,8 @@ class NvmlDevice:
             **self.clocks(),
             "temperature_c": temperature,
             "temperature_margin_c": self._margin(temperature),
-            "thermal_slowdown_s": self._slowed("NVML_PERF_POLICY_THERMAL"),
-            "power_slowdown_s": self._slowed("NVML_PERF_POLICY_POWER"),
+            "thermal_slowdown_s": self._slowdown_s("NVML_PERF_POLICY_THERMAL"),
+            "power_slowdown_s": self._slowdown_s("NVML_PERF_POLICY_POWER"),
         }
 
     def clocks(self) -> dict[str, Reading[Any]]:
@@ -269,7 +269,7 @@ class NvmlDevice:
     def _clock(self, function: str, clock: str) -> Reading[float]:
         return self._of_board(function, clock, convert=lambda megahertz: megahertz * 1e6)
 
-    def _slowed(self, policy: str) -> Reading[float]:
+    def _slowdown_s(self, policy: str) -> Reading[float]:
         return self._of_board("nvmlDeviceGetViolationStatus", policy, convert=lambda status: status.violationTime / 1e9)
 
     def _ecc_errors(self, kind: str) -> Reading[int]:

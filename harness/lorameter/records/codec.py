@@ -166,7 +166,7 @@ def _refusal(message: str, hint: Any, data: Any, where: str, *, strict: bool) ->
             hint, key = _fields_of(inner)[name], name
         else:
             hint = typing.get_args(inner)[-1 if typing.get_origin(inner) is dict else 0]
-            key = int(index) if index != "..." else _first_wrong(hint, data, strict=strict)
+            key = int(index) if index != "..." else _first_invalid_key(hint, data, strict=strict)
         data, path = data[key], f"{path}[{key}]" if isinstance(key, int) else f"{path}.{key}".lstrip(".")
     if missing := re.search(r"missing required field `(\w+)`", what):
         return UsageError(f"{where}: {f'{path}.{missing[1]}'.lstrip('.')} is missing. Add it.")
@@ -183,7 +183,7 @@ def _refusal(message: str, hint: Any, data: Any, where: str, *, strict: bool) ->
     return impossible(where, path, data, f"{word} is expected", remedy)
 
 
-def _first_wrong(hint: Any, data: Mapping[str, Any], *, strict: bool) -> str:
+def _first_invalid_key(hint: Any, data: Mapping[str, Any], *, strict: bool) -> str:
     """The key of the first value that does not convert, which msgspec does not name."""
     for key, value in data.items():
         try:

@@ -28,7 +28,7 @@ _KIND = re.compile(r"(host|device)_(peak|peak_allocated|peak_reserved)_(train|ge
 PHASE_WORDS = {"train": "training", "generate": "generation", "cold": "cold start"}
 
 
-def _ways(metric: str) -> tuple[str, str]:
+def _direction_words(metric: str) -> tuple[str, str]:
     """The words for a worse and a better metric; an unknown metric counts as a time."""
     if metric.endswith("_bytes"):
         return "larger", "smaller"
@@ -71,7 +71,7 @@ def verdict_cell(comparison: Comparison, metric: str, margin: float, between: Be
         "not_comparable": "not comparable",
     }
     if between == "variants":
-        words["regressed"], words["improved"] = _ways(metric)
+        words["regressed"], words["improved"] = _direction_words(metric)
     return Cell(verdict=comparison.verdict, verdict_text=words.get(comparison.verdict, ""))
 
 
@@ -124,7 +124,7 @@ def format_effect(comparison: Comparison, metric: str) -> tuple[str, str]:
 
 
 def _effect(ratio: float, metric: str) -> str:
-    worse, better = _ways(metric)
+    worse, better = _direction_words(metric)
     return f"{format_percent(abs(ratio - 1))} {worse if ratio >= 1 else better}"
 
 

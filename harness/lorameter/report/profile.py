@@ -286,7 +286,7 @@ def _operators(profile: TrialProfile, step: StepAccount, words: Words) -> Iterat
 
 def _tabulate_findings(findings: Sequence[Finding], codes: Iterable[str], not_observable: Collection[str]) -> Table:
     """A row for each finding; below it the codes without findings, and those that could not be judged."""
-    rows = [write_row(one.code, one.message, _cost(one), _what_to_try(one)) for one in findings]
+    rows = [write_row(one.code, one.message, _cost(one), _remedy_cell(one)) for one in findings]
     rest = [code for code in codes if code not in {finding.code for finding in findings}]
     unseen = [code for code in rest if code in not_observable]
     notes = [f"looked for and not found: {', '.join(code for code in rest if code not in unseen)}"]
@@ -309,7 +309,7 @@ def _cost(finding: Finding) -> Cell:
     return Cell(text=cost + held, value=finding.cost_s, unit="s")
 
 
-def _what_to_try(finding: Finding) -> Cell:
+def _remedy_cell(finding: Finding) -> Cell:
     if not finding.suggestion:
         return Cell(text=finding.remedy, detail=f"Cannot be tried here: {finding.obstacle}.")
     return Cell(text=finding.remedy, command=f"--try {finding.code}")

@@ -147,11 +147,11 @@ class GroupRunner:
                 self._launch(launch)
             self._prepare()
             self._train()
-            self._each("save_adapter")
+            self._run_untimed("save_adapter")
             self._budget.lap(self._rest)
             self._generate()
             if any(len(launch) > 1 for launch in self._group.launches):
-                self._each("close")
+                self._run_untimed("close")
         finally:
             for worker in set(self._workers.values()):
                 worker.close()
@@ -203,12 +203,12 @@ class GroupRunner:
     def _prepare(self) -> None:
         """Run each trial from its first step to the point where only timed turns are left."""
         budget, protocol = self._budget, self._run.plan.study.protocol
-        self._each("build")
+        self._run_untimed("build")
         if self._group.turns:
             steps = 2 + LEAST_ROUNDS * protocol.steps_per_turn
             budget.require_one(steps * sum(self._records.values("build_step_time_s")))
-        self._each("verify")
-        self._each("warm_up", arguments={"steps": 1} if budget.is_limited else {})
+        self._run_untimed("verify")
+        self._run_untimed("warm_up", arguments={"steps": 1} if budget.is_limited else {})
         budget.lap(self._rest, once_s=sum(self._records.values("isolation_probe_time_s")))
 
     def _train(self) -> None:
@@ -230,7 +230,7 @@ class GroupRunner:
         if timed and self._budget.is_limited and not epochs:  # all end after the longest warm-up and the timed steps
             longest = max(len(records.records[trial].samples.get(WARM, ())) for trial in timed)
             arguments["steps"] = 1 + longest + taken * protocol.steps_per_turn
-        finish_s = self._each("finish_training", arguments=arguments)
+        finish_s = self._run_untimed("finish_training", arguments=arguments)
         if turns and records.values("held_out_loss_initial"):
             self._budget.lap("training", once_s=finish_s)  # like the same loss before training, which occurs once
 
@@ -243,17 +243,17 @@ class GroupRunner:
                 self._admits(part)
             return
         if not self._group.turns:
-            self._each("begin_generate")
+            self._run_untimed("begin_generate")
         if self._admits("requests"):
             self._take_rounds("requests", self._group.requests)
         if self._admits("open_ended"):
             self._take_rounds("open_ended", self._group.open_ended)
-            self._each("base_answers")
+            self._run_untimed("base_answers")
             self._budget.lap("open_ended")
-        self._each("end_generate")
+        self._run_untimed("end_generate")
         self._lap_requests()
         if self._admits("merged"):
-            self._each("merge")
+            self._run_untimed("merge")
             self._budget.lap("merged")
             self._take_rounds("merged", self._group.requests)
 
@@ -263,12 +263,12 @@ class GroupRunner:
         if not self._due(COMMANDS["begin_generate"]):
             return True
         one = self._records.live()[:1] if self._budget.is_judging else []
-        seconds = self._each("begin_generate", trials=one)
+        seconds = self._run_untimed("begin_generate", trials=one)
         self._request_s = seconds / self._first_requests
         if one and not self._admits("requests"):
             self._budget.lap(None)
             return False
-        self._each("begin_generate", trials=[trial for trial in self._records.live() if trial not in one])
+        self._run_untimed("begin_generate", trials=[trial for trial in self._records.live() if trial not in one])
         self._lap_requests()
         return True
 
@@ -350,7 +350,7 @@ class GroupRunner:
             worker = self._workers[trial]
             self._take(trial, command, lambda: worker.ask(command, trial, self._timeout_s, **arguments))
 
-    def _each(
+    def _run_untimed(
         self, word: str, *, trials: Sequence[str] | None = None, arguments: Mapping[str, Any] | None = None
     ) -> float:
         """Let all or some trials execute an untimed command, in parallel on the available cores. Returns its

@@ -178,7 +178,7 @@ def compare_family(
     effects = {}
     for name, (base, candidate) in pairs.items():
         try:
-            effects[name] = effect_of(base, candidate, _of(pairing, name))
+            effects[name] = effect_of(base, candidate, _value_for(pairing, name))
         except ValueError as error:
             raise ValueError(f"comparison {name!r}: {error}") from error
     return decide_family(effects, tolerance=tolerance, margin=margin, alpha=alpha)
@@ -194,7 +194,9 @@ def decide_family(
     """Like `compare_family`, from already computed effects."""
 
     def judge(name: K, left: int) -> Comparison:
-        rule = VerdictRule(tolerance=_of(tolerance, name), margin=_of(margin, name), alpha=alpha, family=left)
+        rule = VerdictRule(
+            tolerance=_value_for(tolerance, name), margin=_value_for(margin, name), alpha=alpha, family=left
+        )
         return decide(effects[name], rule)
 
     return step_down(effects, judge, is_decided=lambda result: result.verdict in ("regressed", "improved"))
@@ -219,6 +221,6 @@ def step_down(names: Iterable[K], judge: Callable[[K, int], R], *, is_decided: C
         decided |= found
 
 
-def _of(value: T | Mapping[K, T], name: K) -> T:
+def _value_for(value: T | Mapping[K, T], name: K) -> T:
     """The value for a name, from a map or common to all."""
     return value[name] if isinstance(value, Mapping) else value

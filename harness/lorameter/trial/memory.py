@@ -43,15 +43,15 @@ def resident_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer | 
         for parameter in module.parameters(recurse=False):
             if not parameter.requires_grad:
                 kind = _kind(module, parameter, head)
-                kinds.setdefault(kind, []).extend(_fresh((parameter,), seen))
-    kinds["adapter"] = list(_fresh((p for p in model.parameters() if p.requires_grad), seen))
-    for buffer in _fresh(model.buffers(), seen):
+                kinds.setdefault(kind, []).extend(_not_yet_seen((parameter,), seen))
+    kinds["adapter"] = list(_not_yet_seen((p for p in model.parameters() if p.requires_grad), seen))
+    for buffer in _not_yet_seen(model.buffers(), seen):
         kinds.setdefault(f"buffers_{_name(buffer)}", []).append(buffer)
-    kinds["quantization_state"] = list(_fresh(_quantization_state(model), seen))
-    kinds["gradients"] = [_here(p.grad) for p in model.parameters() if p.grad is not None]
+    kinds["quantization_state"] = list(_not_yet_seen(_quantization_state(model), seen))
+    kinds["gradients"] = [_local_part(p.grad) for p in model.parameters() if p.grad is not None]
     states = () if optimizer is None else optimizer.state.values()
     entries = (item for values in states for item in values.values())
-    state = list(_fresh((item for item in entries if isinstance(item, torch.Tensor)), seen))  # tables are shared
+    state = list(_not_yet_seen((item for item in entries if isinstance(item, torch.Tensor)), seen))  # tables are shared
     kinds["paged_optimizer_state"] = [item for item in state if getattr(item, "is_paged", False)]
     kinds["optimizer_state"] = [item for item in state if not getattr(item, "is_paged", False)]
     return kinds
@@ -97,14 +97,14 @@ def _quantization_state(model: torch.nn.Module) -> Iterator[torch.Tensor]:
                 yield tensor
 
 
-def _fresh(tensors: Iterable[torch.Tensor], seen: set[int]) -> Iterator[torch.Tensor]:
-    for tensor in map(_here, tensors):
+def _not_yet_seen(tensors: Iterable[torch.Tensor], seen: set[int]) -> Iterator[torch.Tensor]:
+    for tensor in map(_local_part, tensors):
         key = tensor.untyped_storage().data_ptr()
         if key not in seen:
             seen.add(key)
             yield tensor
 
 
-def _here(tensor: torch.Tensor) -> torch.Tensor:
+def _local_part(tensor: torch.Tensor) -> torch.Tensor:
     """The local part of a sharded tensor; any other tensor unchanged."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

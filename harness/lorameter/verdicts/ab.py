@@ -229,7 +229,7 @@ def _study(run: Run) -> Study:
 
 def _notices(run: Run, study: Study, control: Mapping[str, Comparison | None]) -> Iterator[Notice]:
     yield from run.manifest.notices
-    if _alike(run):
+    if _has_no_known_difference(run):
         yield Notice(
             code="sides-identical",
             message="both sides have the same packages, the same harness and the same commit: nothing that lorameter "
@@ -241,7 +241,7 @@ def _notices(run: Run, study: Study, control: Mapping[str, Comparison | None]) -
     yield from run_notices(run, study, {phase: result for phase, result in control.items() if result is not None})
 
 
-def _alike(run: Run) -> bool:
+def _has_no_known_difference(run: Run) -> bool:
     """Whether no difference is known: a mistyped side would otherwise be `equivalent`."""
     base, candidate = (run.manifest.sides[side] for side in ("base", "candidate"))
     if base.get("kind") == SIDE:  # everything else is equal on purpose

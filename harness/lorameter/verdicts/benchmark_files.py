@@ -227,7 +227,7 @@ def _read_ours(where: str, saved: SavedFile) -> ComparisonInput:
             raise impossible(place, "extra_info.metric", info.metric, "not a metric", "Save it again.")
         phases[METRICS[info.metric].phase] = None
         side = _measured(place, test.stats.data or (), info, Measurements(name=name, variant=known.get(name)))
-        variants[name] = _unite(variants.get(name), side)
+        variants[name] = _merge_measurements(variants.get(name), side)
     control = about.control or {}
     invalid = about.invalid or say_faults(tuple(control_faults(control.items())))
     if about.control is None:
@@ -262,7 +262,7 @@ def _measured(place: str, data: tuple[float, ...], info: ExtraInfo, side: Measur
     return dataclasses.replace(side, id=info.variant, samples=samples, broken=broken)
 
 
-def _unite(first: Measurements | None, second: Measurements) -> Measurements:
+def _merge_measurements(first: Measurements | None, second: Measurements) -> Measurements:
     """Merge the measurements of one variant, which has an entry for each phase."""
     if first is None:
         return second

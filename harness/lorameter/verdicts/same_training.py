@@ -157,7 +157,7 @@ def compare_losses(sides: ScriptPair) -> LossAgreement:
     unknown = "" if sides.same_tokens else "; whether both see the same tokens is not known"
     if is_difference(first) or is_difference(trend):
         return LossAgreement(found="differ", reason=values + unknown)
-    if not _follow_each_other(base, candidate):
+    if not _have_same_order(base, candidate):
         return LossAgreement(found="unknown", reason=f"{OTHER_BATCHES}: {values}")
     if trend.verdict == "equivalent":
         return LossAgreement(found="unknown" if unknown else "agree", reason=values + unknown)
@@ -167,7 +167,7 @@ def compare_losses(sides: ScriptPair) -> LossAgreement:
 OTHER_BATCHES = "losses of the same step are no closer to each other than losses of neighbouring steps"
 
 
-def _follow_each_other(base: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]]) -> bool:
+def _have_same_order(base: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]]) -> bool:
     """Whether losses may be of the same batches in the same order, by the distance of each from the mean of its
     neighbours. On the same batches, the losses of the same step are the closest; on other batches, half of the losses
     are closer to those of a neighbouring step. The limit is halfway between."""

@@ -374,7 +374,7 @@ def load_tokenizer(source: ModelSource, *, vocab_size: int) -> tuple[transformer
         return _byte_tokenizer(source, vocab_size), False
     try:
         tokenizer = _tokenizer_of_files(source)
-        _try_out(tokenizer)
+        _check_tokenizer(tokenizer)
     except Exception as error:  # the exception's type depends on the fault in the files
         if source.random:
             return _byte_tokenizer(source, vocab_size), True
@@ -400,7 +400,7 @@ def load_tokenizer(source: ModelSource, *, vocab_size: int) -> tuple[transformer
     return tokenizer, False
 
 
-def _try_out(tokenizer: Any) -> None:
+def _check_tokenizer(tokenizer: Any) -> None:
     """Call every function of a tokenizer that is used: damaged files can raise any exception here."""
     ids = [*tokenizer("A b.", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     ids += [one for one in (tokenizer.bos_token_id, tokenizer.pad_token_id) if one is not None]
