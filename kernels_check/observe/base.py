@@ -113,8 +113,8 @@ def quant_state(layer: Any, weight: Any) -> Any:
 
 def base_weight(layer: Any) -> Any:
     """The weight of a layer, None if it has none of the usual names; avoids properties, which may unpack it."""
-    held = getattr(layer, "_parameters", {})
-    return next((held[name] for name in WEIGHTS if held.get(name) is not None), None)
+    parameters = getattr(layer, "_parameters", {})
+    return next((parameters[name] for name in WEIGHTS if parameters.get(name) is not None), None)
 
 
 def is_packed(state: Any) -> bool:
@@ -154,7 +154,7 @@ def quantisation_parts(layer: Any) -> Iterator[tuple[str, Any]]:
             )
             if found is not None:
                 yield key, found
-    elif any(name in held for held in (layer._parameters, layer._buffers) for name in PACKED):
+    elif any(name in tensors for tensors in (layer._parameters, layer._buffers) for name in PACKED):
         for key, value in vars(layer).items():
             if isinstance(value, Tensor):
                 yield key, value
@@ -312,11 +312,11 @@ def _attention(layer: nn.MultiheadAttention) -> Storage:
 
 def _storage_of_packed_layer(layer: Any, parameter: str) -> Storage:
     """A layer of another library that packs its weight into integers."""
-    held = {**getattr(layer, "_parameters", {}), **getattr(layer, "_buffers", {})}
-    name = next((name for name in PACKED if held.get(name) is not None), None)
+    tensors = {**getattr(layer, "_parameters", {}), **getattr(layer, "_buffers", {})}
+    name = next((name for name in PACKED if tensors.get(name) is not None), None)
     if name is None:
         return _unknown(f"{type(layer).__name__} has no tensor {parameter!r}: how it keeps its weight is not known")
-    packed = held[name]
+    packed = tensors[name]
     facts = vars(layer) | (layer.meta if isinstance(getattr(layer, "meta", None), dict) else {})
     bits = next((int(facts[key]) for key in _SAYS_BITS if isinstance(facts.get(key), int)), None)
     inputs = facts.get("in_features", facts.get("infeatures"))

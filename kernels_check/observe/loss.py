@@ -93,8 +93,8 @@ def entry_modules(model: nn.Module) -> Iterator[nn.Module]:
     while isinstance(module, nn.Module) and id(module) not in seen:
         seen.add(id(module))
         yield module
-        held = (getattr(module, name, None) for name in _WRAPS)
-        module = next((one for one in held if isinstance(one, nn.Module) and id(one) not in seen), None)
+        wrapped = (getattr(module, name, None) for name in _WRAPS)
+        module = next((one for one in wrapped if isinstance(one, nn.Module) and id(one) not in seen), None)
 
 
 def describe_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> ModelCall:

@@ -370,15 +370,15 @@ class _Series:
 
         def is_own(optimizer: Any) -> bool:
             """Whether the optimizer holds a parameter of the model; torch also calls the hooks for other optimizers."""
-            held = {id(value) for group in optimizer.param_groups for value in group["params"]}
-            return not held.isdisjoint(own) or not held.isdisjoint(map(id, tree.model.parameters()))
+            optimized = {id(value) for group in optimizer.param_groups for value in group["params"]}
+            return not optimized.isdisjoint(own) or not optimized.isdisjoint(map(id, tree.model.parameters()))
 
         def begins(optimizer: Any, args: Any, kwargs: Any) -> Any:
             if not is_own(optimizer):
                 return None
             self._modes = self._modes or _modes(tree)
-            held = (value for group in optimizer.param_groups for value in group["params"])
-            self._given[id(optimizer)] = frozenset(id(value) for value in held if value.grad is not None)
+            parameters = (value for group in optimizer.param_groups for value in group["params"])
+            self._given[id(optimizer)] = frozenset(id(value) for value in parameters if value.grad is not None)
             if backwards is not None:
                 backwards.update_begins()
             return self.updates.before(optimizer, args, kwargs)

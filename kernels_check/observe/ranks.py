@@ -159,9 +159,9 @@ class RankObserver:
 
     def _before_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Global optimizer hook; at this point the gradients have been exchanged."""
-        held = {id(value) for group in optimizer.param_groups for value in group["params"]}
+        optimized = {id(value) for group in optimizer.param_groups for value in group["params"]}
         for name, parameter in trained_parameters(self._model).items():
-            if id(parameter) in held:
+            if id(parameter) in optimized:
                 self._optimizers.add(optimizer)
                 if name not in self._exchanged:
                     self._exchanged[name] = self._gradient(name, parameter)

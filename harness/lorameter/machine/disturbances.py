@@ -175,16 +175,16 @@ def _clocks(values: _PhaseValues, *, in_turns: bool) -> Iterator[Disturbance]:
 
 
 def _shared(values: _PhaseValues) -> Iterator[Disturbance]:
-    others, held, hidden = values.device("others"), values.device("others_bytes"), values.device("hidden_bytes")
+    others, others_bytes, hidden = values.device("others"), values.device("others_bytes"), values.device("hidden_bytes")
     if others:
-        size = "memory of unknown size" if held is None else format_bytes(held)
+        size = "memory of unknown size" if others_bytes is None else format_bytes(others_bytes)
         yield Disturbance(
             code="gpu-shared",
             message=f"{others:.0f} other process{'es' * (others != 1)} held {size} of the device (from 1 process it "
             f"is a notice, above {format_bytes(SHARED_INVALID_BYTES)} the trial is invalid)",
             remedy="End them, or measure on a GPU that is free (nvidia-smi lists them).",
-            weight=1 + (held or 0.0) / SHARED_INVALID_BYTES,
-            invalid=held is not None and held > SHARED_INVALID_BYTES,
+            weight=1 + (others_bytes or 0.0) / SHARED_INVALID_BYTES,
+            invalid=others_bytes is not None and others_bytes > SHARED_INVALID_BYTES,
         )
     elif hidden is not None and hidden > UNEXPLAINED_LIMIT:
         yield Disturbance(

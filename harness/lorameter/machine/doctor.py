@@ -408,10 +408,10 @@ def gpu_settings(found: Survey) -> list[DoctorCheck]:
 
 def other_processes(neighbours: Neighbours) -> DoctorCheck:
     """This process holds nothing on the device, so all used memory belongs to others."""
-    others, held, used = neighbours.others.value, neighbours.others_bytes.value, neighbours.used_bytes.value
+    others, others_bytes, used = neighbours.others.value, neighbours.others_bytes.value, neighbours.used_bytes.value
     limit = f"above {format_bytes(SHARED_INVALID_BYTES)} they are at work"
     if others:
-        size = "memory of unknown size" if held is None else format_bytes(held)
+        size = "memory of unknown size" if others_bytes is None else format_bytes(others_bytes)
         words = f"{len(others)} on the device ({', '.join(map(str, others))}) hold {size}; {limit}"
         remedy = "End them, or choose a free GPU with CUDA_VISIBLE_DEVICES."
     elif neighbours.statement:
@@ -420,7 +420,7 @@ def other_processes(neighbours: Neighbours) -> DoctorCheck:
         remedy = "Look at nvidia-smi outside the container, or give it the machine's process numbers (--pid=host)."
     else:
         return _check("spoils", "other processes", "none on the device")
-    is_busy = max(held or 0, used or 0) > SHARED_INVALID_BYTES
+    is_busy = max(others_bytes or 0, used or 0) > SHARED_INVALID_BYTES
     return _check("spoils", "other processes", words, "unfit" if is_busy else "bad", remedy)
 
 

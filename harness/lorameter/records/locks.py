@@ -20,11 +20,11 @@ def locked(target: Path, waiting: str, report: Callable[[str], object]) -> Itera
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(lock_of(target))
     try:
-        held = lock.acquire(timeout=0)
+        acquired = lock.acquire(timeout=0)
     except filelock.Timeout:
         report(waiting)
-        held = lock.acquire()
-    with held:
+        acquired = lock.acquire()
+    with acquired:
         yield
 
 
@@ -39,10 +39,10 @@ def alone(target: Path, refusal: str) -> Iterator[None]:
 
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        held = filelock.FileLock(lock_of(target)).acquire(timeout=ASKING_S)
+        acquired = filelock.FileLock(lock_of(target)).acquire(timeout=ASKING_S)
     except filelock.Timeout:
         raise UsageError(refusal) from None
-    with held:
+    with acquired:
         yield
 
 

@@ -72,17 +72,17 @@ def unpacked(path: Path) -> Iterator[Path]:
 
 
 def _extract(archive: zipfile.ZipFile, path: Path, folder: Path) -> None:
-    held = {info.filename: info for info in archive.infolist()}
-    if MEMBERS[0] not in held:
+    entries = {info.filename: info for info in archive.infolist()}
+    if MEMBERS[0] not in entries:
         raise UsageError(f"{path}: an archive without {MEMBERS[0]} is no packed run. {_REMEDY}")
     left = MOST_BYTES
     for name in MEMBERS:
-        if name not in held:
+        if name not in entries:
             continue
-        if held[name].file_size > left:  # reading stops at the stated size, whatever follows
+        if entries[name].file_size > left:  # reading stops at the stated size, whatever follows
             raise UsageError(f"{path}: it holds more than the {MOST_BYTES >> 30} GiB that are read. {_REMEDY}")
-        left -= held[name].file_size
-        with archive.open(held[name]) as source, (folder / name).open("wb") as target:
+        left -= entries[name].file_size
+        with archive.open(entries[name]) as source, (folder / name).open("wb") as target:
             shutil.copyfileobj(source, target)
 
 

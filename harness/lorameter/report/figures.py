@@ -53,7 +53,7 @@ from lorameter.verdicts.sites import runs_of_sites
 
 Shown = Mapping[str, Series]
 """The trials of each variant, in study order."""
-HELD = {
+PERSISTENT_MEMORY = {
     "base_weight_bytes": "base weights",
     "quantization_state_bytes": "quantisation constants",
     "adapter_bytes": "adapter",
@@ -158,23 +158,23 @@ def _memory(shown: Shown) -> Figure | None:
         "What a step keeps, by kind, and what else its peak held (activations, work space, the process baseline); the "
         "median over replicates."
     )
-    bars = {name: held for name, series in shown.items() if (held := _held(series))}
+    bars = {name: kind_bytes for name, series in shown.items() if (kind_bytes := _memory_by_kind(series))}
     return _bars("Memory of training", caption, Axis(title="memory", unit="byte"), bars)
 
 
-def _held(series: Series) -> dict[str, float]:
+def _memory_by_kind(series: Series) -> dict[str, float]:
     """The median size of each kind of memory, and the rest of the peak; empty if no kind or no peak is known."""
 
     def median(kind: str) -> float:
         return statistics.median([record.memory[kind] for record in series.ok if kind in record.memory] or [0])
 
     peak = next((kind for kind in PEAKS["train"] if median(kind)), None)
-    held = {word: median(kind) for kind, word in HELD.items() if median(kind)}
-    if peak is None or not held:
+    kind_bytes = {word: median(kind) for kind, word in PERSISTENT_MEMORY.items() if median(kind)}
+    if peak is None or not kind_bytes:
         return {}
     if peak.startswith("host") and median(RSS_AT_START):
-        held = {"process baseline": median(RSS_AT_START), **held}
-    return held | {"rest of the peak": max(median(peak) - sum(held.values()), 0.0)}
+        kind_bytes = {"process baseline": median(RSS_AT_START), **kind_bytes}
+    return kind_bytes | {"rest of the peak": max(median(peak) - sum(kind_bytes.values()), 0.0)}
 
 
 def _cold(shown: Shown) -> Figure | None:
@@ -193,11 +193,11 @@ def _cold(shown: Shown) -> Figure | None:
 def _bars(title: str, caption: str, axis: Axis, bars: Mapping[str, Mapping[str, float]]) -> Figure | None:
     """Bars as a picture and as a table; None without any."""
     write = write_bytes if axis.unit == "byte" else write_seconds
-    kinds = list(dict.fromkeys(kind for held in bars.values() for kind in held))
+    kinds = list(dict.fromkeys(kind for kind_bytes in bars.values() for kind in kind_bytes))
     rows = []
-    for name, held in bars.items():
-        cells = (write(held[kind]) if kind in held else "–" for kind in kinds)
-        rows.append(write_row(name, *cells, write(sum(held.values()))))
+    for name, kind_bytes in bars.items():
+        cells = (write(kind_bytes[kind]) if kind in kind_bytes else "–" for kind in kinds)
+        rows.append(write_row(name, *cells, write(sum(kind_bytes.values()))))
     table = Table(heads=name_columns("variant", *kinds, "together"), rows=tuple(rows))
     return Figure(title=title, caption=caption, drawing=Bars(axis=axis, bars=bars), table=table) if bars else None
 

@@ -305,8 +305,8 @@ def _cost(finding: Finding) -> Cell:
         return write_bytes(finding.cost_bytes or 0)
     of = "" if finding.metric == "step_time_s" else f" of {METRICS[finding.metric].title}"
     cost = f"{format_value(finding.cost_s, 's')}\n{finding.cost_share:.1%}{of}"
-    held = "" if finding.cost_bytes is None else f"\n{format_bytes(finding.cost_bytes)}"
-    return Cell(text=cost + held, value=finding.cost_s, unit="s")
+    memory = "" if finding.cost_bytes is None else f"\n{format_bytes(finding.cost_bytes)}"
+    return Cell(text=cost + memory, value=finding.cost_s, unit="s")
 
 
 def _remedy_cell(finding: Finding) -> Cell:

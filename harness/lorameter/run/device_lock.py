@@ -95,7 +95,7 @@ def _holder(file: int) -> str:
     inode = os.fstat(file).st_ino
     with contextlib.suppress(OSError):
         for line in Path("/proc/locks").read_text().splitlines():
-            held = re.match(rf"\d+: FLOCK +ADVISORY +WRITE +(\d+) [0-9a-f]+:[0-9a-f]+:{inode} ", line)
-            if held and held[1] != "0":
-                return f"process {held[1]}"
+            match = re.match(rf"\d+: FLOCK +ADVISORY +WRITE +(\d+) [0-9a-f]+:[0-9a-f]+:{inode} ", line)
+            if match and match[1] != "0":
+                return f"process {match[1]}"
     return "another process"

@@ -346,8 +346,8 @@ def rows_of(where: str, file: StudyFile) -> list[Table]:
                 )
     if sweeps:
         common = _written(Workload()) | file.workload
-        held = {**file.controls, **{f"{OF_WORKLOAD}{key}": value for key, value in common.items()}}
-        return list(_sweep(f"{where}, [sweeps]", held, sweeps, file.reference or "centre"))
+        controls = {**file.controls, **{f"{OF_WORKLOAD}{key}": value for key, value in common.items()}}
+        return list(_sweep(f"{where}, [sweeps]", controls, sweeps, file.reference or "centre"))
     if not axes:
         return [_flat(row) for row in file.variant]
     count = math.prod(map(len, axes.values()))
@@ -366,16 +366,16 @@ def _flat(table: Table) -> Table:
     return others | {f"{OF_WORKLOAD}{key}": value for key, value in own.items()}
 
 
-def _sweep(where: str, held: Table, sweeps: Table, centre: str) -> Iterator[Table]:
+def _sweep(where: str, controls: Table, sweeps: Table, centre: str) -> Iterator[Table]:
     """The controls under the name `centre`, and each value of each field in turn; values of the controls give no new
     row."""
     yield {"name": centre}
     for key, values in sweeps.items():
-        if held.get(key) not in values:
-            why = f"the controls' {key} = {held.get(key)!r} is not among them"
+        if controls.get(key) not in values:
+            why = f"the controls' {key} = {controls.get(key)!r} is not among them"
             remedy = "Every sweep goes through the controls: add the value to one of the two."
             raise impossible(where, key, values, why, remedy)
-        yield from ({"name": _label(key, value), key: value} for value in values if value != held[key])
+        yield from ({"name": _label(key, value), key: value} for value in values if value != controls[key])
 
 
 def _label(axis: str, value: Any) -> str:

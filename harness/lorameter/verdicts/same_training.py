@@ -259,11 +259,11 @@ def _tokens(name: str, sides: ScriptPair) -> Iterator[Notice]:
     means, batches = sides.tokens_a_step, [_batch(record) for record in sides.pairs[0]]
     known = all(batches)
     if means is not None and sides.tokens_differ:
-        held = "; ".join(f"{one} {words}" for one, words in zip(sides.names, batches, strict=True)) if known else ""
+        listed = "; ".join(f"{one} {words}" for one, words in zip(sides.names, batches, strict=True)) if known else ""
         yield Notice(
             code="tokens-differ",
             message=f"{name}: a step holds {means[0]:.1f} real tokens in {sides.names[0]} and {means[1]:.1f} in "
-            f"{sides.names[1]}{f' ({held})' if held else ''}, so step times are not comparable.",
+            f"{sides.names[1]}{f' ({listed})' if listed else ''}, so step times are not comparable.",
             remedy="Read the time per real token, which is given as well, or give both the same batch.",
         )
     elif known and batches[0] != batches[1]:

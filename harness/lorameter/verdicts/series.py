@@ -91,8 +91,8 @@ class Series:
     def metrics(self) -> tuple[str, ...]:
         """The metrics, followed by the kinds of memory, that at least one of these trials has."""
         ok = self.ok
-        held = set[str]().union(*(record.samples for record in ok), *(record.values for record in ok))
-        likely = (metric for metric in METRICS.values() if metric.derive is not None or metric.name in held)
+        measured_names = set[str]().union(*(record.samples for record in ok), *(record.values for record in ok))
+        likely = (metric for metric in METRICS.values() if metric.derive is not None or metric.name in measured_names)
         kinds = dict.fromkeys(kind for record in ok for kind in record.memory if is_memory(kind))
         return (*(metric.name for metric in likely if any(map(metric.samples_of, ok))), *kinds)
 

@@ -129,10 +129,10 @@ def attach_drawn(model: Any, variant: Variant, adapter: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)  # on the host, so that every device gets the same values
     for layer in adapted_layers(model).values():
         for part in layer.adapter_layer_names:
-            held = getattr(layer, part)
-            if adapter not in held:
+            weights = getattr(layer, part)
+            if adapter not in weights:
                 continue
-            weight = held[adapter] if isinstance(held[adapter], torch.nn.Parameter) else held[adapter].weight
+            weight = weights[adapter] if isinstance(weights[adapter], torch.nn.Parameter) else weights[adapter].weight
             drawn = torch.randn(weight.shape, generator=generator) * (weight[0].numel() ** -0.5)
             weight.data.copy_(drawn / layer.scaling[adapter] if part.endswith("_B") else drawn)
 
@@ -213,10 +213,10 @@ def is_on_linear(model: torch.nn.Module) -> bool:
 def own_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Parameters that adapters have added to a model, of all adapters together, by name; wrapped parameters belong to
     the base."""
-    held = (
+    adapter_holders = (
         f"{name}.{holder}".removeprefix(".") for name, module in model.named_modules() for holder in holders_in(module)
     )
-    own = Below(list(held))
+    own = Below(list(adapter_holders))
     return {name: parameter for name, parameter in model.named_parameters() if own[name]}
 
 
