@@ -101,7 +101,7 @@ def find_cycle(graph: dict[str, set[str]]) -> list[str]:
     return []
 
 
-def test_every_test_says_its_behaviour():
+def test_every_test_has_a_docstring():
     """Each test has a docstring, so that a failure reads as a sentence."""
     silent = [
         f"{path.name}::{node.name}"
@@ -169,7 +169,7 @@ def test_only_packages_that_measure_import_torch():
     ]
 
 
-def test_kernels_check_stands_alone():
+def test_kernels_check_does_not_import_lorameter():
     """kernels_check imports nothing of lorameter."""
     assert not [
         module_of(path)

@@ -16,7 +16,7 @@ from lorameter.commands.parser import build_parser
 from lorameter.commands.table import COMMANDS
 
 
-def test_errors_and_lists_act_on_no_terminal(capsys, tmp_path):
+def test_errors_and_lists_escape_control_sequences(capsys, tmp_path):
     """A name with an escape sequence, or with half a character, is escaped."""
     assert main(["report", "\x1b[2J\udcff", "--runs-dir", str(tmp_path)]) == 2
     assert "\\x1b[2J\\udcff" in capsys.readouterr().err
@@ -46,7 +46,7 @@ def test_errors_and_lists_act_on_no_terminal(capsys, tmp_path):
         (["profile", "lora-or-qlora:lora-r16", "--try", "nonsense"], "no such finding"),
     ],
 )
-def test_what_no_machine_could_do_is_refused_at_once(capsys, tmp_path, monkeypatch, arguments, word):
+def test_unbounded_values_are_refused_at_once(capsys, tmp_path, monkeypatch, arguments, word):
     """Unbounded numbers, names and files are refused before anything is profiled, planned or created."""
     monkeypatch.setattr("lorameter.commands.profile.profile_variant", lambda *_, **__: pytest.fail("profiled"))
     runs = tmp_path / "runs"
@@ -59,7 +59,7 @@ def test_what_no_machine_could_do_is_refused_at_once(capsys, tmp_path, monkeypat
     [["calibrate", "--effort", "quick"], ["run", "x", "--replicates", "1e20"],
      ["run", "x", "--replicates", "9" * 5000]],
 )  # fmt: skip
-def test_what_the_parser_could_not_keep_is_refused(capsys, arguments):
+def test_calibration_efforts_and_numbers_have_bounds(capsys, arguments):
     """A calibration has no effort that is too small for it, and numbers have bounds."""
     with pytest.raises(SystemExit) as ended:
         main(arguments)
@@ -67,7 +67,7 @@ def test_what_the_parser_could_not_keep_is_refused(capsys, arguments):
     assert "error: argument" in capsys.readouterr().err
 
 
-def test_words_of_another_program_are_its_own(tmp_path, capfd):
+def test_arguments_after_a_double_dash_are_not_checked(tmp_path, capfd):
     """Arguments after `--` are not checked by lorameter."""
     assert main(["wrap", "--runs-dir", str(tmp_path), "--", "echo", "--sep=--", "--", "-x=--"]) == 0
     assert capfd.readouterr().out == "--sep=-- -- -x=--\n"
@@ -116,7 +116,7 @@ sys.exit(main())
 
 
 @pytest.mark.parametrize(("ignored", "code"), [(False, -signal.SIGINT), (True, 0)])
-def test_an_interrupt_while_it_imports_ends_it_in_silence(ignored, code):
+def test_an_interrupt_during_imports_ends_without_a_traceback(ignored, code):
     """The command ends like other tools, without a traceback; a process that ignores SIGINT continues."""
     done = subprocess.run(
         [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=False,

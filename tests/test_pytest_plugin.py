@@ -193,7 +193,7 @@ def test_comparing_two_runs_works_as_pytest_benchmark_documents(suite, base, mon
     assert slower.ret != 0
 
 
-def test_unlike_runs_are_not_compared(suite, base):
+def test_runs_of_different_workloads_are_not_compared(suite, base):
     """A run of another workload is refused, and the error names the difference."""
     (suite.path / "small.toml").write_text(STUDY.replace("batch_size = 2", "batch_size = 1"))
     result = suite("--benchmark-compare")
@@ -282,7 +282,7 @@ def test_a_base_gates_the_session(suite, base, monkeypatch):
     slower.stdout.fnmatch_lines(["Gate failed (exit 1)*2 regressed*", "*nf4*step time*regressed*"])
 
 
-def test_the_word_baseline_is_the_accepted_run(suite, base):
+def test_baseline_is_the_accepted_run(suite, base):
     """Without an accepted run every verdict is no_baseline and the session fails; afterwards the session is compared
     with the accepted run."""
     none = suite("--lorameter-base=baseline", "--lorameter-policy=open.toml")
@@ -308,7 +308,7 @@ def test_a_bad_base_is_refused_before_anything_is_measured(suite, base, options,
     assert not suite.measured()
 
 
-def test_an_unlike_base_is_refused_before_anything_is_measured(suite, base):
+def test_a_base_of_a_different_study_is_refused_before_measuring(suite, base):
     """The study alone shows the difference, before any measurement."""
     (suite.path / "small.toml").write_text(STUDY.replace("r = 4", "r = 8"))
     result = suite(f"--lorameter-base={base}")
@@ -335,7 +335,7 @@ def test_an_exception_in_the_gate_is_no_pass(suite, base):
     result.stdout.fnmatch_lines(["*the comparison ended in an error*", "*TypeError*", "*Training*"])
 
 
-def test_a_run_that_broke_off_is_gone_on_with_and_replayed(suite, base):
+def test_an_interrupted_session_is_resumed_and_replayed(suite, base):
     """A resumed session measures the missing trials, and its tests replay and save the whole run."""
     lines = (base / "trials.jsonl").read_text().splitlines(keepends=True)
     (base / "trials.jsonl").write_text("".join(lines[:4]))
@@ -359,7 +359,7 @@ def test_a_project_that_does_not_attach_is_left_alone(pytester):
     assert "lorameter" not in json.loads((pytester.path / "out.json").read_text())["machine_info"]
 
 
-def test_a_suite_that_forgot_to_attach_is_told_how(pytester):
+def test_a_missing_fixture_of_lorameter_gets_a_hint(pytester):
     """A missing fixture of lorameter gets a hint next to pytest's own message; another project's missing fixture gets
     none."""
     pytester.makeini("[pytest]\nmarkers = lorameter(phase): a phase")
@@ -383,7 +383,7 @@ def test_a_dry_run_shows_the_plan_and_measures_nothing(suite):
 
 
 @pytest.mark.selftest
-def test_commands_are_benchmarks_like_any_other(suite, monkeypatch):
+def test_commands_are_saved_and_gated_as_benchmarks(suite, monkeypatch):
     """Commands run in real processes that take turns and are saved; a slower script fails the session by name."""
     monkeypatch.setenv("REAL", "1")
     monkeypatch.setenv("MARK", str(suite.path / "mark"))

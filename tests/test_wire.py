@@ -40,7 +40,7 @@ def test_a_record_arrives_as_it_was_sent(ends):
 
 
 @pytest.mark.parametrize("data", [b'{"pid": 7, "schema": 5}\n', b"\0\0\0\4junk", b"\0\0\0\1\xc0"])
-def test_what_is_no_message_is_refused_at_once(ends, data):
+def test_an_invalid_message_is_refused_at_once(ends, data):
     """The test covers a line of an older protocol, a text, and another value in MessagePack."""
     os.write(ends[1].fileno(), data)
     with pytest.raises(wire.GarbledError):

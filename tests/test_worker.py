@@ -45,7 +45,7 @@ def test_a_measuring_process_ends_with_its_parent(what):
         assert not alive
 
 
-def test_a_measuring_process_whose_parent_is_gone_does_not_begin():
+def test_a_process_whose_parent_died_before_its_start_exits():
     """The parent died between the fork and the child's first instruction."""
     environment = worker_environment(1) | {"LORAMETER_PARENT": str(os.getppid())}
     words = [sys.executable, "-m", "lorameter.worker", "tokens", "0"]

@@ -76,7 +76,7 @@ def test_a_workflow_never_runs_with_the_rights_of_the_base(path):
 
 
 @pytest.mark.parametrize("job", jobs())
-def test_code_of_a_fork_never_reaches_a_runner_of_ours(job):
+def test_code_of_a_fork_never_runs_on_a_self_hosted_runner(job):
     """A job on a self-hosted runner, and a call of the gate, depend on the decision about forks; the history measures
     no pull request."""
     if "uses" in job:
@@ -143,7 +143,7 @@ def test_the_required_check_always_runs():
     assert verdict["needs"] == ["decide", "measure"]
 
 
-def test_the_run_is_kept_whatever_happened():
+def test_the_run_is_uploaded_after_a_failure_too():
     """The artifact is the folder of runs, and it is uploaded after a failure too."""
     steps = read(FOLDER / "gate.yml")["jobs"]["measure"]["steps"]
     measure, keep = steps[-2:]
@@ -151,7 +151,7 @@ def test_the_run_is_kept_whatever_happened():
     assert keep["with"]["path"] == measure["env"]["LORAMETER_RUNS"]
 
 
-def test_each_exit_code_has_a_word():
+def test_each_exit_code_has_a_verdict():
     """The output `verdict` and the table of the guide have every exit code."""
     value = read(FOLDER / "gate.yml")["on"]["workflow_call"]["outputs"]["verdict"]["value"]
     words = json.loads(re.search(r"fromJSON\('(.*?)'\)", value)[1])

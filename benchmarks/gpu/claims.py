@@ -86,9 +86,9 @@ CLAIMS: tuple[Claim, ...] = (
             "peaks of memory": (
                 "the allocator's peaks are those of the phase, and NVML sees what the allocator takes",
                 by_tests(
-                    f"{METERS}::test_nvml_sees_what_the_allocator_takes",
+                    f"{METERS}::test_nvml_measures_an_allocation_of_the_process",
                     f"{METERS}::test_the_allocator_has_not_retried_where_memory_is_plenty",
-                    f"{METERS}::test_the_allocator_counts_what_it_could_not_have",
+                    f"{METERS}::test_the_allocator_counts_retries_and_failed_allocations",
                 ),
             ),
         },

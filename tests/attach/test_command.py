@@ -64,7 +64,7 @@ def test_a_credential_is_not_written_and_no_study_takes_it(words):
         ["--run_name", "sk-baseline-lora-r16-alpha32"],
     ],
 )
-def test_what_is_no_credential_is_taken(words):
+def test_arguments_without_a_credential_are_accepted(words):
     """Host and port, a query, an SSH key file, a variable name, a switch and a vocabulary token are accepted."""
     assert ScriptVariant(name="a", command=shlex.join(["python", "train.py", *words])).command
 
@@ -77,7 +77,7 @@ def test_a_variable_of_a_study_is_read_by_the_same_rule(value):
     assert "hunter2" not in str(refused.value)
 
 
-def test_what_cannot_be_a_command_is_refused_without_its_credential():
+def test_an_invalid_command_is_refused_without_showing_its_credential():
     """The error repeats the command without the credential."""
     for line in ("HF_TOKEN=hunter2 python t.py", "python t.py --hub_token hunter2 | tee", "a 'b --auth=hunter2"):
         with pytest.raises(UsageError) as refused:

@@ -43,7 +43,7 @@ def hub(monkeypatch):
     return module
 
 
-def test_the_hubs_real_client_refuses_all_that_changes_something(hub):
+def test_every_writing_method_of_the_hub_client_is_refused(hub):
     """Each client method either reads, according to its first word, or refuses; so does the module function of the same
     name."""
     names = {name for name, one in vars(hub.HfApi).items() if callable(one) and not name.startswith("_")}

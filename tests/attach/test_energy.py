@@ -42,7 +42,7 @@ def train(energy, clock, seconds, steps=2, tokens=10):
     clock[0] += seconds
 
 
-def test_stretches_add_up_and_what_lies_between_them_is_in_none(gpu, clock):
+def test_periods_add_up_without_the_time_between_them(gpu, clock):
     """Energy, steps and tokens of the periods add up without the time between them; reading a current period does not
     change it."""
     energy = Energy("cuda:0", lambda: clock[0])

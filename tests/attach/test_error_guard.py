@@ -30,7 +30,7 @@ def test_an_error_is_printed_once(capfd, error, expected, never):
     assert not guard.up
 
 
-def test_a_wish_to_end_the_process_goes_through():
+def test_exit_and_interrupt_are_raised_through_the_guard():
     """SystemExit and KeyboardInterrupt are raised and are not errors of the meter."""
     guard = ErrorGuard()
     for wish in (SystemExit(0), KeyboardInterrupt()):

@@ -44,7 +44,7 @@ def test_an_adapter_is_counted_as_that_of_a_variant(make_model, gathered):
     assert work(model.to(torch.bfloat16)).values(gathered, H100)["peak_flops_per_s"] == pytest.approx(989.4e12)
 
 
-def test_what_is_not_known_is_left_out(make_model, gathered):
+def test_unknown_peaks_and_flops_are_left_out(make_model, gathered):
     """An unlisted device has no peak; a model without a configuration and steps with unknown tokens have no FLOPs."""
     assert "peak_flops_per_s" not in work(make_model()).values(gathered, "Test CPU")
     assert work(torch.nn.Linear(2, 2)).values(gathered, H100) == {}

@@ -138,7 +138,7 @@ def test_a_script_ends_as_it_does_alone(ends, how):
 
 
 @pytest.mark.parametrize("how", ["wrapped", "metered"])
-def test_such_a_script_is_measured_all_the_same(ends, how):
+def test_unusual_scripts_are_measured(ends, how):
     """The record has the parts of its steps, their tokens and losses, and the checks of a step if the model is called
     uncompiled."""
     done, folder = ends[how]
@@ -184,7 +184,7 @@ for rate in (0.1, 0.2, 0.3):
 """
 
 
-def test_of_a_sweep_the_first_training_is_measured(tmp_path):
+def test_only_the_first_training_of_a_sweep_is_measured(tmp_path):
     """A notice names the other trainings. The output of each is complete, also the part that is flushed at exit."""
     (tmp_path / "train.py").write_text(SWEEP)
     done = wrap(tmp_path, sys.executable, "train.py")
@@ -273,7 +273,7 @@ for kind in (Failing, Trainer):
 '''
 
 
-def test_a_trainer_is_freed_however_its_training_ends(tmp_path):
+def test_a_trainer_is_freed_after_an_error_of_its_training(tmp_path):
     """An error that the script catches keeps no object alive, and its training is crashed."""
     (tmp_path / "train.py").write_text(TRAINER)
     done = wrap(tmp_path, sys.executable, "train.py")

@@ -65,7 +65,7 @@ def test_data_workers_and_forks_are_not_followed(wrapped, script):
 
 
 @pytest.mark.faults
-def test_what_forks_after_a_watched_step_comes_to_its_end(wrapped, script):
+def test_children_forked_after_a_watched_step_exit(wrapped, script):
     """After a watched step, forked data workers and a forked child exit and do not wait for a thread of the
     profiler."""
     text = """

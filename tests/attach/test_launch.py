@@ -47,7 +47,7 @@ def wrap(tmp_path, monkeypatch):
     return run
 
 
-def test_a_command_is_as_it_is_and_its_training_a_run(wrap, capfd, tmp_path):
+def test_a_wrapped_command_keeps_its_output_and_leaves_a_run(wrap, capfd, tmp_path):
     """The output is the command's own, the report goes to stderr, and only the run is written."""
     code, run = wrap(LOOP, "--require", "base.frozen=false", "mode=train")
     (record,) = run.records
@@ -89,7 +89,7 @@ def test_a_training_by_closures_is_checked(wrap):
     assert [record.status for record in run.records] == ["ok"]
 
 
-def test_a_signal_passes_on_and_what_was_measured_is_kept(wrap):
+def test_a_signal_reaches_the_command_and_the_measured_steps_are_kept(wrap):
     """The signal ends the command, and the run records it."""
     text = LOOP + "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)\n"
     code, run = wrap(text, "--no-report")
@@ -113,7 +113,7 @@ def test_a_signal_passes_on_and_what_was_measured_is_kept(wrap):
     ],
     ids=["crash", "exit", "kill", "segfault", "ctrl-c", "memory", "nan"],
 )
-def test_however_a_training_ends_it_is_a_row(wrap, end, code, status, expected):
+def test_a_training_that_ends_early_has_a_record_with_the_reason(wrap, end, code, status, expected):
     """The record has the reason, the command's own exit code, and the steps before the end."""
     found, run = wrap(LOOP + end + "\n", "--no-report")
     (record,) = run.records
@@ -133,7 +133,7 @@ def test_a_crash_before_training_leaves_no_run(wrap, capfd):
     assert "nothing was measured: the command has ended, and no Trainer" in printed.err
 
 
-def test_a_python_that_reads_no_path_is_reported(wrap, capfd):
+def test_an_isolated_interpreter_is_reported(wrap, capfd):
     """An isolated interpreter (-I) does not load the hook, and a message says so."""
     assert wrap("print('alone')", python=(sys.executable, "-I")) == (0, None)
     assert "no Python of the command has loaded the hook" in capfd.readouterr().err
@@ -148,7 +148,7 @@ dist.init_process_group("gloo")
 
 
 @pytest.mark.faults
-def test_of_ranks_under_torchrun_the_slowest_counts(wrap):
+def test_step_times_under_torchrun_are_those_of_the_slowest_rank(wrap):
     """Rank 1 needs 50 ms more for each step and rank 0 waits only at the end; step times are rank 1's, and tokens are
     those of both."""
     text = RANKS + LOOP.replace("batch_size=2):\n", "batch_size=2):\n        time.sleep(PAUSE_S)\n")
@@ -194,7 +194,7 @@ def test_a_console_script_of_trl_is_followed(tmp_path, monkeypatch, sft_command,
         ("base.bits=NaN", "must be one of"),
     ],
 )
-def test_a_requirement_that_cannot_be_is_refused(given, expected):
+def test_an_invalid_requirement_is_refused(given, expected):
     """An invalid requirement is refused before anything is started."""
     with pytest.raises(UsageError, match=expected):
         read_requirements([given])
@@ -203,7 +203,7 @@ def test_a_requirement_that_cannot_be_is_refused(given, expected):
     }  # fmt: skip
 
 
-def test_a_command_that_there_is_not_is_refused(tmp_path, capsys):
+def test_unknown_and_missing_commands_are_refused(tmp_path, capsys):
     """An unknown command and a missing command are refused."""
     assert main(["wrap", "--runs-dir", str(tmp_path), "--", "no-such-program"]) == 2
     assert main(["wrap", "--runs-dir", str(tmp_path)]) == 2

@@ -81,7 +81,7 @@ def test_a_scalers_update_is_a_step_unless_it_is_skipped(listener, model):
 
 
 @pytest.mark.parametrize("how", ["freed", "kept"])
-def test_of_two_trainings_the_first_is_followed(listener, model, source, how, capfd):
+def test_only_the_first_of_two_trainings_is_followed(listener, model, source, how, capfd):
     """A training ends when its optimizer is freed or has not updated during many updates of another; the second
     training is reported once and counts in no step."""
     first, second = sgd(model), sgd(model)

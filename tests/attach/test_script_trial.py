@@ -82,7 +82,7 @@ def reading(number, **fields):
     return StepReading(number=number, step_time_s=0.1, cpu_time_s=0.1, loss=2.0, **fields)
 
 
-def test_a_script_says_what_it_trains_and_is_watched_for_what_it_requires(parent):
+def test_a_script_describes_its_training_and_its_requirements_are_checked(parent):
     """The trial describes the training before its first step and checks the required paths in its second."""
     model, replies = torch.nn.Linear(2, 2), []
 
@@ -103,7 +103,7 @@ def test_a_script_says_what_it_trains_and_is_watched_for_what_it_requires(parent
     trial_parent.join()
 
 
-def test_what_a_script_dies_of_is_short_and_holds_no_credential(parent):
+def test_the_recorded_error_is_short_and_holds_no_credential(parent):
     """The recorded error is shortened and holds no credentials; the steps before it are kept, and the script does not
     continue after its training."""
     continued = []
@@ -147,7 +147,7 @@ print(len(os.sched_getaffinity(0)), flush=True)
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
-def test_what_a_script_forks_is_not_pinned_with_it(listener):
+def test_forked_data_workers_are_not_pinned(listener):
     """A data worker that is forked during the timed steps may use all CPUs, as without lorameter."""
     script = subprocess.Popen([sys.executable, "-c", FORKING], stdout=subprocess.PIPE, text=True)
     with script, Connection(listener.accept()[0].detach()) as connection:

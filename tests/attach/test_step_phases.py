@@ -33,7 +33,7 @@ def borders(*events, event_of=lambda at_s: None):
     ],
     ids=["in turn", "twice", "passes", "a closure", "in itself", "an end left out", "an end too many", "none"],
 )  # fmt: skip
-def test_each_moment_is_that_of_the_innermost_part(events, found):
+def test_time_of_nested_parts_counts_for_the_innermost(events, found):
     """With any nesting and any missing end, no time is counted twice."""
     parts = sum_parts(borders(*events))
     parts.pop(None)

@@ -57,7 +57,7 @@ def test_steps_before_a_failure_of_the_meter_are_reported(model, capfd):
     assert "has stopped" in capfd.readouterr().err
 
 
-def test_a_meter_requires_nothing_of_other_ranks():
+def test_a_meter_does_not_wait_for_other_ranks():
     """Other ranks may watch another step, and waiting for them would hang."""
     model = torch.nn.Linear(2, 2)
     with (watched := make_watch(model, {"ranks.base": True, "mode": "train"})):

@@ -20,7 +20,7 @@ MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
 LABELS = torch.tensor([[5, 5, 5, 5, 5, 5], [-100, 5, 5, -100, -100, -100]])
 
 
-def test_a_mask_says_what_is_real():
+def test_masks_and_labels_give_the_real_and_loss_tokens():
     """Labels give the loss tokens; the first of each row is not predicted."""
     assert counts({"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}) == (2, 12, 9, 7)
     assert tokens_of({"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}).conventions == (BY_MASK, SHIFTED)
@@ -35,14 +35,14 @@ def test_a_packed_row_ends_where_its_records_do():
     assert tokens_of(batch).conventions == (BY_POSITIONS, SHIFTED)
 
 
-def test_without_either_all_is_real():
+def test_all_tokens_are_real_without_a_mask_or_labels():
     """This is the case of a loop over raw blocks; the first integer tensor of a tuple holds the tokens."""
     assert counts({"input_ids": IDS}) == (2, 12, 12, None)
     assert counts((IDS, IDS)) == (2, 12, 12, None)
     assert tokens_of((IDS,)).conventions == (BY_ALL,)
 
 
-def test_labels_of_another_shape_are_counted_as_they_are():
+def test_labels_of_another_shape_are_counted_unshifted():
     """Labels of a classification and pre-shifted labels are counted unshifted."""
     assert counts({"input_ids": IDS, "labels": torch.tensor([1, -100])})[3] == 1
     shifted = {"input_ids": IDS, "labels": LABELS, "shift_labels": LABELS}
@@ -50,7 +50,7 @@ def test_labels_of_another_shape_are_counted_as_they_are():
     assert AS_GIVEN in tokens_of(shifted).conventions
 
 
-def test_embeddings_stand_for_tokens():
+def test_embedding_vectors_count_as_tokens():
     """For a model with embedding inputs, each vector counts as a token."""
     assert counts({"inputs_embeds": torch.zeros(2, 6, 8), "attention_mask": MASK}) == (2, 12, 9, None)
 
@@ -58,13 +58,13 @@ def test_embeddings_stand_for_tokens():
 @pytest.mark.parametrize(
     "batch", [None, 3, {}, "text", {"pixels": "none"}, (torch.zeros(2, 3),), [{}], {"input_ids": torch.ones(2, 3, 4)}]
 )
-def test_of_anything_else_nothing_is_counted(batch):
+def test_other_batches_have_no_counts(batch):
     """Other batches have no counts."""
     found = tokens_of(batch)
     assert found[1:] == (None, None, None, ())
 
 
-def test_a_batch_is_counted_as_it_was():
+def test_a_batch_is_counted_before_its_tensors_are_reused():
     """A script may reuse the same tensors for its next batch."""
     batch = {"input_ids": IDS.clone(), "attention_mask": MASK.clone(), "labels": LABELS.clone()}
     copied = copy_batch(batch)

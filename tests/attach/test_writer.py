@@ -77,7 +77,7 @@ def test_steps_become_the_samples_of_a_trial(write):
     assert run.manifest.study["protocol"]["turns"] == 12
 
 
-def test_a_step_without_what_is_required_makes_the_trial_invalid(write):
+def test_an_unmet_requirement_makes_the_trial_invalid(write):
     """A missing watched step makes the trial invalid as well."""
     lacking = (dataclasses.replace(CHECKS[0], observed=16, status="fallback", reason="16 bits"),)
     run, _, _ = write(steps(12, watched=lacking), require={"base.bits": 4})
@@ -86,7 +86,7 @@ def test_a_step_without_what_is_required_makes_the_trial_invalid(write):
     assert (run.records[0].status, run.records[0].failure.kind) == ("invalid", "RequiredPathNotSeen")
 
 
-def test_what_the_script_itself_requires_makes_the_trial_invalid_as_well(write):
+def test_an_unmet_requirement_of_the_script_makes_the_trial_invalid(write):
     """The watched step must meet the script's requirements; a requirement on the command line takes precedence."""
     lacking = (dataclasses.replace(CHECKS[0], observed=16, status="fallback", reason="16 bits"),)
     run, _, answers = write(steps(12, watched=lacking), facts=training(required={"base.bits": 4}))
@@ -118,7 +118,7 @@ def test_an_unseen_end_rests_on_the_exit_code(write, source, code):
 
 
 @pytest.mark.parametrize("code", [0, 3])
-def test_a_seen_end_holds_whatever_the_exit_code(write, code):
+def test_an_observed_end_counts_with_any_exit_code(write, code):
     """An exit code other than 0 gives a notice."""
     run, _, _ = write(steps(12))
     assert not finalize_run(run.path, code, run.path.parent, required=False)
@@ -136,7 +136,7 @@ def test_a_seen_end_holds_whatever_the_exit_code(write, code):
         (OSError(28, "No space left on device"), "interrupted", "Refused"),
     ],
 )
-def test_an_error_ends_the_trial_with_what_was_measured(write, error, status, kind):
+def test_an_error_ends_the_trial_and_keeps_its_steps(write, error, status, kind):
     """The steps are kept, and the traceback is in the log."""
     run, _, _ = write(steps(15), error=error)
     (record,) = run.records
@@ -197,7 +197,7 @@ def test_a_second_process_of_a_command_is_not_followed(write, monkeypatch):
         Writer(require={}).begin(training())
 
 
-def test_a_command_that_no_study_could_hold_is_followed(tmp_path, monkeypatch):
+def test_a_command_that_is_invalid_in_a_study_is_followed(tmp_path, monkeypatch):
     """The run is named after the command, and the manifest stores only its program."""
     monkeypatch.delenv(RUN, raising=False)
     monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", ">", "it's"])

@@ -36,7 +36,7 @@ FAST, SLOW = "python scripted.py plain", "python scripted.py slow"
         (["lora-or-qlora", "--base", "HEAD", "--candidate", "HEAD", "--cwd", "."], "--cwd: it belongs to"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_started(scripted, words, said):
+def test_invalid_options_are_refused_before_anything_is_started(scripted, words, said):
     """The command exits with 2 and names the option and the remedy."""
     code, out, err = scripted("ab", *words)
     assert (code, out) == (2, "")
@@ -72,7 +72,7 @@ def test_one_command_on_two_sides(scripted, tmp_path):
     assert "time per real token" in shown
 
 
-def test_what_cannot_be_kept_apart_is_said_in_the_plan(scripted):
+def test_the_plan_warns_of_shared_output_folders(scripted):
     """The plan warns of an output folder outside the script's folder, before anything is started."""
     Path("apart.toml").write_text(
         '[[variant]]\nname = "plain"\ncommand = "python scripted.py plain --output_dir /elsewhere"\n'

@@ -26,7 +26,7 @@ class Document(dict):
     __getattr__ = dict.get
 
 
-def test_an_earlier_run_stands_beside_with_the_error(capsys, small_study, write_run, tmp_path, monkeypatch, machine):
+def test_the_estimate_is_compared_with_an_earlier_run(capsys, small_study, write_run, tmp_path, monkeypatch, machine):
     """The measured value is the largest peak of that variant and workload on this machine."""
     monkeypatch.setattr(provenance, "probe_machine", lambda environment=None: machine)
     monkeypatch.setattr(
@@ -44,7 +44,7 @@ def test_an_earlier_run_stands_beside_with_the_error(capsys, small_study, write_
     assert f"{told['error']:+.1%}" in shown
 
 
-def test_what_clearly_does_not_fit_is_refused_and_what_may_not_is_said(machine):
+def test_clear_misfits_are_refused_and_doubtful_ones_get_a_warning(machine):
     """The estimate refuses or warns before the run, with the memory that other processes leave free."""
     study = load_study("lora-or-qlora").with_overrides(model="random:llama2-7b")
     variant = study.variants[0]
@@ -100,7 +100,7 @@ def estimated(capsys, tmp_path, monkeypatch, machine):
     return run
 
 
-def test_what_does_not_fit_on_32_gib_fits_in_4_bits_with_checkpointing(estimated):
+def test_a_4_bit_base_with_checkpointing_fits_on_32_gib(estimated):
     """On a machine without a GPU the estimates are for a GPU and contain no host process."""
     lora, qlora = estimated("lora", "--gpu", "32GiB"), estimated("qlora", "--gpu", "32GiB")
     assert (lora.device, lora.fit.status, qlora.fit.status) == ("cuda", "does-not-fit", "fits")
@@ -112,7 +112,7 @@ def test_what_does_not_fit_on_32_gib_fits_in_4_bits_with_checkpointing(estimated
     assert fit.spare_bytes == fit.device.usable_bytes - fit.needs.high_bytes >= 0
 
 
-def test_a_model_whose_layers_are_not_known_fits_nobody_knows_where(estimated, tmp_path):
+def test_a_model_with_unknown_layers_has_no_fit_estimate(estimated, tmp_path):
     """A model with unknown layers has no estimate of its fit, and a notice gives the reason."""
     config = json.loads((ROOT / "harness" / "lorameter" / "models" / "llama2-7b.json").read_text())
     config = config.get("config", config) | {"model_type": "unheard-of"}
@@ -123,7 +123,7 @@ def test_a_model_whose_layers_are_not_known_fits_nobody_knows_where(estimated, t
 
 
 @pytest.mark.parametrize("text", ["A100", "nonsense", "24", "0GiB", "-1GiB", "1e30GiB", "9" * 5000 + "GiB", ""])
-def test_what_is_no_card_is_refused_before_anything_is_looked_at(text, capsys, monkeypatch):
+def test_an_invalid_gpu_is_refused_before_the_study_is_read(text, capsys, monkeypatch):
     """An invalid --gpu is refused before the study is read and the machine is probed."""
     monkeypatch.setattr(provenance, "probe_machine", lambda environment=None: pytest.fail("asked"))
     assert main(["estimate", "no-such-study", f"--gpu={text}"]) == 2

@@ -63,7 +63,7 @@ def test_all_tables_into_a_folder(called, tmp_path):
         (("--format", "csv", "--output", "runs/sound/manifest.json/x"), "cannot be written"),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_remedy(called, words, said):
+def test_an_impossible_export_is_refused_with_the_remedy(called, words, said):
     """An impossible export exits with 2, names the remedy, and prints nothing on standard output."""
     code, out, err = called(*words)
     assert (code, out) == (2, "")

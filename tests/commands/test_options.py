@@ -11,12 +11,12 @@ from lorameter.results import columns, files
 from lorameter.run.device_lock import IfBusy
 
 
-def test_what_can_be_done_while_another_measurement_runs():
+def test_option_choices_are_those_of_the_device_lock():
     """The choices of the option are those of the lock."""
     assert SHARED["if-busy"]["choices"] == get_args(IfBusy)
 
 
-def test_the_words_of_the_command_line_are_those_of_what_it_calls():
+def test_parser_choices_match_the_modules_that_define_them():
     """The parser lists formats and tables without importing the modules that define them."""
     commands = {command.name: {names[0]: settings for names, settings in command.arguments} for command in COMMANDS}
     export = commands["export"]

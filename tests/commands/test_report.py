@@ -47,7 +47,7 @@ def test_one_metric_has_a_table_of_its_own(told):
     assert "tokens/s (without padding)" not in text
 
 
-def test_variants_stand_in_the_order_asked_for(told):
+def test_variants_are_sorted_as_requested(told):
     """Variants are sorted by name, by ratio with the reference as 1, by estimate or by peak."""
     orders = {sort: rows(told("report", "swept", "--sort", sort, "--phase", "train", "--json")[1]) for sort in
               ("study", "name", "ratio", "value", "memory")}  # fmt: skip
@@ -68,7 +68,7 @@ def test_variants_stand_in_the_order_asked_for(told):
         (["--markdown", "--format", "github"], "both choose the format"),
     ],
 )
-def test_what_there_is_not_is_refused(told, options, words):
+def test_unknown_choices_are_refused(told, options, words):
     """The error names the available choices."""
     code, text = told("report", "sound", *options)
     assert code == 2
@@ -111,7 +111,7 @@ def test_an_ab_is_shown_by_the_policy_it_was_judged_by(told, kept):
         assert told(command, str(kept), "--policy", str(strict), "--json")[0] == 1, command
 
 
-def test_the_verdict_of_an_ab_stands_first(told):
+def test_the_verdict_of_an_ab_comes_first(told):
     """The verdict comes before the differences of the sides and the time breakdown."""
     _, text = told("report", "ab-unsure")
     lines = text.splitlines()

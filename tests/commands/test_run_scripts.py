@@ -36,7 +36,7 @@ COMMAND = "python scripted.py {slow|plain}"
         (["flash-attention"], "FlashAttention runs on a GPU only"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_started(scripted, words, said, monkeypatch):
+def test_invalid_options_are_refused_before_anything_is_started(scripted, words, said, monkeypatch):
     """The command exits with 2, the fault and the remedy, on a machine without a GPU."""
     monkeypatch.setattr("lorameter.machine.provenance._torch_cuda", lambda: None)
     code, out, err = scripted("run", *words)
@@ -51,7 +51,7 @@ def test_an_engine_of_the_workload_has_no_sides(scripted):
         assert (code, "Measure it with `lorameter run packing`" in err) == (2, True)
 
 
-def test_the_plan_of_what_needs_a_gpu_is_shown(scripted, monkeypatch):
+def test_the_plan_of_a_gpu_study_is_shown_without_a_gpu(scripted, monkeypatch):
     """Its time and memory are unknown on this machine."""
     monkeypatch.setattr("lorameter.machine.provenance._torch_cuda", lambda: None)
     code, out, _ = scripted("run", "liger-kernel", "--command", COMMAND, "--dry-run")
@@ -62,7 +62,7 @@ def test_the_plan_of_what_needs_a_gpu_is_shown(scripted, monkeypatch):
     assert (code, json.loads(out)["time_s"], json.loads(out)["memory_bytes"]) == (0, None, None)
 
 
-def test_two_scripts_are_asked_what_a_study_claims(scripted, tmp_path):
+def test_a_claim_about_two_scripts_is_not_judged_without_proof(scripted, tmp_path):
     """Two commands run in lockstep; a ratio is measured, but no claim is judged without proof that the engine ran."""
     words = ("--replicates", "1", "--steps", "4", "--interleave", "lockstep", "--allow-disturbed", "--json")
     code, out, _ = scripted("run", "compile", "--command", COMMAND, *words)

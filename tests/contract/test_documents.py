@@ -94,7 +94,7 @@ def test_a_suite_is_written_once(lorameter, own_folder):
     assert (own_folder / "suite" / "conftest.py").read_text(encoding="utf-8") == "# mine\n"
 
 
-def test_pruning_prints_what_it_removed(lorameter, own_folder):
+def test_pruning_prints_the_removed_run(lorameter, own_folder):
     """The removed run's folder does not exist any more."""
     assert lorameter("accept base --json").code == 0
     document = document_of(lorameter("prune --keep 1 --json"))
@@ -113,7 +113,7 @@ def test_a_packed_run_is_read_like_a_run(lorameter, own_folder):
     assert shown["tables"] == whole["tables"]
 
 
-def test_what_a_bisection_would_try(lorameter, own_folder):
+def test_a_dry_bisection_lists_its_commits(lorameter, own_folder):
     """The dry run lists the commits between both ends in the current repository."""
     git = ("git", "-c", "user.name=a", "-c", "user.email=a@example.org")
     subprocess.run(["git", "init", "--quiet"], check=True)

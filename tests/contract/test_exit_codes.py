@@ -88,7 +88,7 @@ def of(codes):
 
 
 @pytest.mark.parametrize(("line", "code"), of(CODES))
-def test_a_command_that_answers(line, code, lorameter):
+def test_exit_code_and_output_of_a_verdict(line, code, lorameter):
     """The exit code gives the verdict, and standard output has the answer."""
     outcome = lorameter(line)
     assert outcome.code == code, outcome.err
@@ -113,7 +113,7 @@ def test_a_refusal_is_no_document(line, lorameter):
     assert (outcome.code, outcome.out) == (2, "")
 
 
-def test_accepting_a_run_and_the_word_baseline(lorameter, own_folder):
+def test_baseline_is_the_accepted_run(lorameter, own_folder):
     """`baseline` is the accepted run of the same fingerprint and study."""
     derived = "--runs-dir derived"
     assert lorameter(f"accept steady {derived}").code == 0

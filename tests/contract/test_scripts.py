@@ -26,7 +26,7 @@ def wrapped(filled, tmp_path_factory):
     return outcome, only_run(runs)
 
 
-def test_a_wrapped_command_is_left_alone(wrapped):
+def test_a_wrapped_command_keeps_its_output_and_exit_code(wrapped):
     """Standard output and exit code are the command's own; the report goes to standard error."""
     outcome, run = wrapped
     assert outcome.code == 0

@@ -122,7 +122,7 @@ def test_an_example_is_measured_wrapped_and_with_a_meter_in_two_lines(wrap, tmp_
         ("torch_loop.py", "--width 64", "--width 256", {"trains-other-parameters"}),
     ],
 )
-def test_two_of_an_example_take_turns(tmp_path, name, base, candidate, differ):
+def test_two_commands_of_an_example_take_turns(tmp_path, name, base, candidate, differ):
     """They run in lockstep to the end of their steps; differences are notices."""
     shutil.copy(EXAMPLES / name, tmp_path)
     commands = [f"python {name} --steps 400 {options}".strip() for options in (base, candidate)]

@@ -114,7 +114,7 @@ def param(example):
 
 
 @pytest.mark.parametrize("example", [*map(param, examples())])
-def test_an_example_does_what_it_says(example, extended):
+def test_the_commands_of_an_example_print_the_shown_output(example, extended):
     """The commands of an example print what the page shows."""
     assert example.commands
     environment = {

@@ -19,7 +19,7 @@ def blocks(kind):
 @pytest.mark.parametrize(
     "place", [pytest.param(0, id="trainer", marks=pytest.mark.selftest), pytest.param(1, id="loop")]
 )
-def test_a_script_prints_what_the_page_says(tmp_path, place):
+def test_a_script_prints_the_output_on_the_page(tmp_path, place):
     """The script also leaves a run."""
     (tmp_path / "train.py").write_text(blocks("python")[place])
     environment = {

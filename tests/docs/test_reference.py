@@ -36,7 +36,7 @@ def test_the_page_is_current(capsys):
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
-def test_every_key_is_on_the_page_with_what_it_means(page, cls):
+def test_every_key_is_documented_on_the_page(page, cls):
     """Each key has its name and a sentence, except the name of a variant."""
     meanings = documents_of(cls)
     for field in dataclasses.fields(cls):

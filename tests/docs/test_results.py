@@ -36,7 +36,7 @@ def executed(tmp_path, monkeypatch):
     return kept, fresh
 
 
-def test_the_notebook_shows_what_its_cells_make(executed):
+def test_the_notebook_holds_the_output_of_its_cells(executed):
     """Every cell runs, and its output is the stored one; LORAMETER_CONTRACT=write updates it."""
     kept, fresh = executed
     nbformat.validate(fresh)

@@ -94,7 +94,7 @@ def test_noise_is_that_of_the_repeats(report):
     assert "seed noise: unknown, because every run has seed 0" in printed
 
 
-def test_the_ranking_says_what_is_separable(report):
+def test_the_ranking_shows_separable_results(report):
     """0.51 and 0.50 are not separable by any noise, 0.50 and 0.41 are; the test items are judged by their binomial
     variance."""
     out, printed = report

@@ -48,7 +48,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("writer", ["csv", pytest.param("parquet", marks=pytest.mark.faults), "text", "page"])
-def test_a_file_that_does_not_fit_leaves_the_one_before(writer, run, tmp_path):
+def test_a_file_that_does_not_fit_keeps_the_previous_one(writer, run, tmp_path):
     """The previous file is complete, keeps its permissions and is the only file; with free space it is replaced."""
     path = tmp_path / "named"
     path.write_text("before")
@@ -62,7 +62,7 @@ def test_a_file_that_does_not_fit_leaves_the_one_before(writer, run, tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
-def test_of_several_files_all_are_new_or_none_is(run, tmp_path):
+def test_several_files_are_replaced_all_or_none(run, tmp_path):
     """The first tables fit and another does not."""
     for name in write_tables(run, "csv", tmp_path / "out"):
         name.write_text("before")
@@ -73,7 +73,7 @@ def test_of_several_files_all_are_new_or_none_is(run, tmp_path):
     assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == dict.fromkeys(sizes, "before")
 
 
-def test_a_pack_that_does_not_fit_is_not_there(tmp_path, monkeypatch):
+def test_a_pack_that_does_not_fit_leaves_no_partial_file(tmp_path, monkeypatch):
     """No partial file is left, an existing file stays, and a missing folder is an error of the user."""
 
     def write_half(target, folder):

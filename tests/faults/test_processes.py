@@ -83,7 +83,7 @@ def test_a_token_process_that_is_killed_ends_the_run_before_it_begins(executor, 
         executor.prepare_tokens(small_study.workload)
 
 
-def test_a_token_process_that_dies_of_what_it_reads_blames_that(executor, doomed, small_study):
+def test_a_crash_while_reading_tokens_is_reported_as_bad_input(executor, doomed, small_study):
     """A segmentation fault, as on a damaged file, is reported as bad input with the log."""
     doomed("tokens", signal.SIGSEGV)
     with pytest.raises(UsageError, match=r"SIGSEGV.*as on a damaged file.*tokens\.log"):

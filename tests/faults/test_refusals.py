@@ -83,7 +83,7 @@ def test_a_disk_that_is_made_read_only_under_way(command, runs, tiny_disk, stopp
     assert resumed().state == "complete"
 
 
-def test_a_line_that_does_not_fit_leaves_no_part_of_itself(tmp_path):
+def test_a_line_that_does_not_fit_is_removed_entirely(tmp_path):
     """The system writes a part and then fails; the file ends with the previous line."""
     code = (
         "import sys; from pathlib import Path; from lorameter.records import fileio\n"
@@ -110,7 +110,7 @@ def test_a_disk_that_cannot_be_written_from_the_start_is_a_refusal(command, runs
 
 
 @pytest.mark.parametrize("command_word", ["turn", "save_adapter"])
-def test_what_is_refused_to_a_trial_is_no_trials_fault(command_word, tmp_path, command, only_run, resumed):
+def test_a_full_disk_during_a_trial_ends_the_run(command_word, tmp_path, command, only_run, resumed):
     """The next trial would fail as well: the run ends with the trial and the remedy named, no trial is crashed, and
     with free space the run can be completed."""
     words = ["run", str(tmp_path / "small.toml"), "--phase", "train", "--phase", "cold", "--interleave", "lockstep"]
@@ -132,7 +132,7 @@ def test_what_is_refused_to_a_trial_is_no_trials_fault(command_word, tmp_path, c
 # --- other documents --------------------------------------------------------------------------------------------------
 
 
-def test_a_baseline_that_cannot_be_written_leaves_the_one_before(command, runs, only_run, tmp_path):
+def test_a_baseline_that_cannot_be_written_keeps_the_previous_one(command, runs, only_run, tmp_path):
     """If `accept` cannot write its document, the accepted run stays the previous one."""
     assert subprocess.run(command(), capture_output=True, check=False).returncode == 0
     words = [sys.executable, "-m", "lorameter.cli", "accept", only_run().manifest.run, "--runs-dir", str(runs)]
@@ -145,7 +145,7 @@ def test_a_baseline_that_cannot_be_written_leaves_the_one_before(command, runs, 
     assert not list(runs.glob("*.tmp"))
 
 
-def test_what_pytest_cannot_save_is_in_the_run(session, only_run, tmp_path):
+def test_a_run_is_complete_if_pytest_cannot_save_its_file(session, only_run, tmp_path):
     """If pytest-benchmark's file does not fit, the session does not pass, and the measured run is complete."""
     (tmp_path / "full.json").symlink_to("/dev/full")
     done = subprocess.run(

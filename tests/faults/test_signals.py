@@ -51,7 +51,7 @@ def test_a_run_that_is_stopped(number, place, tmp_path, command, stopped, only_r
 
 
 @pytest.mark.parametrize("number", ONE_OF_THEM)
-def test_a_run_that_is_stopped_before_it_has_begun_leaves_nothing(number, command, stopped, runs, temporary):
+def test_a_run_stopped_while_workers_start_leaves_nothing(number, command, stopped, runs, temporary):
     """A signal while the workers start leaves no run folder and no error message."""
     with stopped(command(stop=":start")) as process:
         process.send_signal(number)
@@ -62,7 +62,7 @@ def test_a_run_that_is_stopped_before_it_has_begun_leaves_nothing(number, comman
     assert not list(temporary.iterdir())
 
 
-def test_what_nohup_ignores_ends_nothing(command, stopped, only_run):
+def test_an_ignored_sighup_does_not_end_the_run(command, stopped, only_run):
     """With SIGHUP ignored, as under nohup, the run continues until another signal ends it."""
     ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
     with stopped(command(stop="r1-a:turn"), preexec_fn=ignore) as process:
@@ -117,7 +117,7 @@ def test_a_session_of_pytest_that_is_stopped(number, tmp_path, session, stopped,
 
 
 @pytest.mark.parametrize("number", ONE_OF_THEM)
-def test_an_ab_that_is_stopped_takes_its_sides_down(number, ab, repository, git, stopped, temporary, only_run):
+def test_a_stopped_ab_removes_its_worktrees(number, ab, repository, git, stopped, temporary, only_run):
     """The two worktrees and all folders are removed, and the earlier results are saved."""
     with stopped(ab(stop="r1-a-base:turn")) as process:
         assert len(git(repository, "worktree", "list")) == 3
@@ -132,7 +132,7 @@ def test_an_ab_that_is_stopped_takes_its_sides_down(number, ab, repository, git,
     assert next(record.status for record in records if record.trial == "r1-a-base") == "interrupted"
 
 
-def test_an_ab_that_was_killed_is_taken_down_by_the_next(ab, repository, git, stopped, temporary):
+def test_the_next_ab_removes_worktrees_of_a_killed_one(ab, repository, git, stopped, temporary):
     """The next A/B removes its worktrees but not a user's worktree or those of a running A/B."""
     git(repository, "worktree", "add", "--quiet", "--detach", str(temporary.parent / "mine"))
     with stopped(ab(stop="r1-a-base:turn")) as process:

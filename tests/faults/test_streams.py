@@ -28,7 +28,7 @@ def closed_pipe():
     "line",
     ["list models --json", "report sound", "gate sound slower", "gate sound slower --format github"],
 )
-def test_a_reader_that_has_seen_enough_ends_a_command_as_it_ends_others(line, closed_pipe, monkeypatch, capsys):
+def test_a_closed_reader_ends_a_command_with_sigpipes_exit_code(line, closed_pipe, monkeypatch, capsys):
     """A closed reader ends the command with the exit code of SIGPIPE, whatever the verdict is, and without a
     message."""
     words = line.split()
@@ -40,14 +40,14 @@ def test_a_reader_that_has_seen_enough_ends_a_command_as_it_ends_others(line, cl
 
 
 @pytest.mark.parametrize("program", [["lorameter.cli", "list", "models"], ["kernels_check", "--help"]])
-def test_the_end_of_the_process_adds_nothing(program, closed_pipe):
+def test_buffered_output_at_exit_causes_no_error(program, closed_pipe):
     """Output that is still buffered at exit does not cause the interpreter's error message and exit code 120."""
     done = subprocess.run([sys.executable, "-m", *program], stdout=closed_pipe, stderr=subprocess.PIPE, check=False)
     assert (done.returncode, done.stderr) == (EXIT_CLOSED_PIPE, b"")
 
 
 @pytest.mark.parametrize("program", [["lorameter.cli", "list", "models"], ["kernels_check", "--help"]])
-def test_a_full_disk_behind_the_output_is_reported(program):
+def test_a_full_disk_for_the_output_is_reported(program):
     """A full disk gives one line and the exit code of a machine fault, not of a defect or a verdict."""
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
@@ -59,7 +59,7 @@ def test_a_full_disk_behind_the_output_is_reported(program):
 
 
 @pytest.mark.parametrize("closing", [">&-", "<&- >&- 2>&-"])
-def test_streams_that_are_closed_from_the_start_lead_nowhere(closing, tmp_path, command, only_run):
+def test_no_file_takes_the_number_of_a_closed_stream(closing, tmp_path, command, only_run):
     """No file is opened under the number of a closed stream, so that nothing is printed into the run."""
     line = " ".join(f"'{word}'" for word in command())
     done = subprocess.run(f"{line} {closing}", shell=True, check=False, cwd=tmp_path)
@@ -69,7 +69,7 @@ def test_streams_that_are_closed_from_the_start_lead_nowhere(closing, tmp_path, 
 
 
 @pytest.mark.parametrize("ends", ["stderr", "both"])
-def test_a_measurement_whose_reader_has_gone_goes_on(ends, command, closed_pipe, only_run):
+def test_a_measurement_continues_after_its_reader_closes(ends, command, closed_pipe, only_run):
     """Every trial is measured and saved; a closed stderr does not change the exit code, and a closed stdout gives that
     of SIGPIPE."""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -81,7 +81,7 @@ def test_a_measurement_whose_reader_has_gone_goes_on(ends, command, closed_pipe,
     assert len(run.records) == len(run.manifest.order)
 
 
-def test_a_session_of_pytest_whose_reader_has_gone_goes_on(session, closed_pipe, only_run, tmp_path):
+def test_a_pytest_session_continues_after_its_reader_closes(session, closed_pipe, only_run, tmp_path):
     """Every trial is measured and saved, and the exit code is 141, not pytest's 1, which means a regression."""
     done = subprocess.run(session(), stdout=closed_pipe, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False)
     assert done.returncode == EXIT_CLOSED_PIPE, done.stderr

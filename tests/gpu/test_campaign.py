@@ -58,7 +58,7 @@ class Call:
         return [name for name, _ in self.ran]
 
 
-def test_a_call_begins_only_what_fits_and_the_next_continues(kept, tmp_path):
+def test_a_call_starts_only_steps_that_fit_in_its_time(kept, tmp_path):
     """A step that does not fit in the remaining time waits for the next call, and a shorter later step runs first."""
     steps = [step("a"), step("b"), step("long", 300), step("c", 50)]
     first = Call(steps, kept, 350, {"a": 90, "b": 100})
@@ -80,7 +80,7 @@ def test_a_run_that_can_be_resumed_takes_the_rest_of_each_call(kept):
     assert Call([sweep], kept, 1000, {}).ran == []
 
 
-def test_a_step_that_cannot_be_resumed_is_begun_twice_and_a_failed_one_once(kept):
+def test_a_timed_out_step_starts_twice_and_a_failed_step_once(kept):
     """A step that reached its limit twice is not started again, and a failed step is repeated only by hand."""
     slow, broken = step("slow"), step("broken")
     kept.add(entry("broken", "failed"))

@@ -145,7 +145,7 @@ def test_evidence_as_expected_confirms(found, name):
         ("mask on Hopper", "attention", {"capability": "8.0"}),
     ],
 )  # fmt: skip
-def test_another_fact_refutes(found, name, of, change):
+def test_a_differing_fact_refutes_the_claim(found, name, of, change):
     """A differing fact refutes the claim."""
     found.facts[of] |= change
     decision = found.decide(name)
@@ -163,7 +163,7 @@ def test_another_fact_refutes(found, name, of, change):
         ("A/B", "twins", {"comparisons": [SLOWER | {"verdict": "inconclusive"}]}),
     ],
 )  # fmt: skip
-def test_another_document_refutes(found, name, step, change):
+def test_a_document_outside_the_limits_refutes_the_claim(found, name, step, change):
     """A document whose values are outside the limits of the claim refutes it."""
     found.documents[step] |= change
     assert found.decide(name).verdict == "refuted"
@@ -205,7 +205,7 @@ def test_missing_evidence_decides_nothing(found, name, spoil):
     assert decision.evidence
 
 
-def test_tests_decide_by_what_became_of_them(found):
+def test_a_failed_test_refutes_and_a_skipped_test_leaves_undecided(found):
     """One failed test refutes a claim, and one skipped test leaves it undecided, whatever the other tests' results
     are."""
     case = '<testcase classname="tests.machine.test_gpu" name="test_device_events_agree_with_the_wall"'

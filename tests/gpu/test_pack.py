@@ -31,7 +31,7 @@ def test_every_dependency_is_carried_or_there():
     assert not set(carried()) & pack.ASSUMED
 
 
-def test_what_is_carried_is_pinned_within_what_the_project_allows():
+def test_packed_packages_are_pinned_within_the_allowed_versions():
     """Each package has a single version, so that the packed versions are the tested ones."""
     allowed = {name(one): Requirement(one).specifier for one in PROJECT["dependencies"]}
     for one, requirement in carried().items():
@@ -40,7 +40,7 @@ def test_what_is_carried_is_pinned_within_what_the_project_allows():
         assert version[1] in allowed.get(one, requirement.specifier), one
 
 
-def test_what_a_call_found_comes_back_to_where_the_next_looks(tmp_path, monkeypatch):
+def test_results_of_a_call_are_unpacked_into_their_places(tmp_path, monkeypatch):
     """State, reports and page are unpacked into their places; large files are left out."""
     there, here = tmp_path / "there", tmp_path / "here"
     monkeypatch.setattr(pack, "ROOT", there)

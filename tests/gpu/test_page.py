@@ -37,7 +37,7 @@ def campaign(tmp_path, machine):
     return make
 
 
-def test_the_page_is_what_follows_from_the_reports():
+def test_the_page_is_generated_from_the_reports():
     """The committed page equals the output of `python -m benchmarks.gpu`."""
     text = page.PAGE.read_text(encoding="utf-8")
     assert page.rewritten(text, CLAIMS, page.campaigns(page.REPORTS)) == text

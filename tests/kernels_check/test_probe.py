@@ -55,7 +55,7 @@ def test_a_real_path_runs(name, evidence):
         ("tf32", "takes a GPU"),
     ],
 )
-def test_what_a_cpu_cannot_run_is_explained(name, words):
+def test_paths_that_a_cpu_cannot_run_are_explained(name, words):
     """The reason is the message of the library that refuses the path, if there is one."""
     found = attempt(BY_NAME[name], "cpu")
     assert found.status == "unavailable"

@@ -151,7 +151,7 @@ def _facts(kernel):
     return read_facts(kernel, rule)
 
 
-def test_both_spellings_prove_the_same():
+def test_both_spellings_give_the_same_properties():
     """Number format, causality and direction do not depend on the tool that printed the name."""
     assert [kernel for kernel, _ in KERNELS if _facts(kernel) != _facts(nsys(kernel))] == []
 
@@ -161,7 +161,7 @@ def _named(rule, *parts):
 
 
 @pytest.mark.parametrize("rule", ["ATT-SDPA-FLASH", "ATT-FA2", "ATT-FA2-VENDORED"])
-def test_flash_kernels_prove_dtype_and_causality(rule):
+def test_flash_kernel_names_show_dtype_and_causality(rule):
     """Is_causal is the second argument after the traits and the first in split-KV; combining and converting kernels
     lack it."""
     causal = _facts(_named(rule, "flash_fwd_kernel", "bfloat16_t"))
@@ -236,6 +236,6 @@ def test_names_show_the_direction(rule, part, direction):
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_names_prove_the_compute_dtype(kernel, dtype):
+def test_kernel_names_show_the_compute_dtype(kernel, dtype):
     """The template's type counts, not a parameter's; cuDNN writes f16 for bfloat16 too, which proves nothing."""
     assert _facts(kernel).dtype == dtype

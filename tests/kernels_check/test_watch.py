@@ -101,7 +101,7 @@ def test_learning_is_unknown_after_one_step_and_known_after_two(training):
     assert {path: (check.status, check.observed) for path, check in _by_path(watched).items()} == verified
 
 
-def test_an_error_of_the_step_goes_through(training):
+def test_an_error_of_the_step_is_raised_and_hooks_are_removed(training):
     """All hooks are removed, nothing passes, and the next step is watched like a first one."""
     run = training()
     before = _traces(run.model)
@@ -185,7 +185,7 @@ def _names(recorded):
 
 
 @pytest.mark.parametrize("outlasts", [False, True])
-def test_a_profiler_begun_in_the_watch_keeps_its_events(training, outlasts):
+def test_a_profiler_started_in_the_watch_keeps_its_events(training, outlasts):
     """Paths that need the watch's own profile are unknown, wherever the other profiler ends; paths that need hooks are
     known."""
     run = training()
@@ -295,7 +295,7 @@ def test_packed_records_are_judged_by_the_inputs_of_the_model(training, more, st
     assert _by_path(watched)["packing.isolated"].status == status, watched.checks
 
 
-def test_a_model_that_was_watched_can_go(training):
+def test_a_watched_model_can_be_freed(training):
     """A finished watch keeps neither the step's tensors nor the model alive."""
     run = training()
     inputs = {"input_ids": run.inputs["input_ids"].clone(), "use_cache": False}
@@ -314,7 +314,7 @@ def test_a_model_that_was_watched_can_go(training):
     assert watched.checks
 
 
-def test_updates_watched_alone_let_the_next_step_be_judged_of_both(training):
+def test_updates_watched_alone_count_for_the_next_watched_step(training):
     """The verdicts are those of two watched steps, the training is bit-equal, and no hook is left."""
     runs = [training() for _ in range(3)]
     before = _traces(runs[0].model)

@@ -81,7 +81,7 @@ def by_name(found):
     return {check.name: check for check in examine(found)}
 
 
-def test_a_quiet_machine_is_fit_and_nothing_is_to_be_done(found):
+def test_a_quiet_machine_is_fit_and_has_no_remedies(found):
     """A quiet machine is fit and has no remedies, with and without a GPU."""
     for one in (found, on_gpu(found)):
         checks = examine(one)

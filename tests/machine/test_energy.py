@@ -23,7 +23,7 @@ def test_energy_is_the_difference():
         (Reading(value=1.0), missing("GPU lost"), 3.0, "GPU lost"),
     ],
 )
-def test_what_is_no_energy_is_missing(first, last, seconds, words):
+def test_unusable_energy_readings_give_no_energy(first, last, seconds, words):
     """A reset, too few counter updates, a constant counter and a missing reading give no energy."""
     found = energy_between(first, last, seconds)
     assert found.value is None

@@ -85,7 +85,7 @@ def test_the_energy_counter_agrees_with_integrated_power(gpu, work):
     assert energy == pytest.approx(mean * seconds, rel=0.05)
 
 
-def test_nvml_sees_what_the_allocator_takes(gpu):
+def test_nvml_measures_an_allocation_of_the_process(gpu):
     """An allocation of 1 GiB increases the process's memory by 1 GiB, which consists of allocator and context."""
     torch.cuda.empty_cache()
     before = neighbours_of(gpu)
@@ -111,7 +111,7 @@ def test_the_allocator_has_not_retried_where_memory_is_plenty():
     assert 2**20 <= allocated <= active <= reserved
 
 
-def test_the_allocator_counts_what_it_could_not_have():
+def test_the_allocator_counts_retries_and_failed_allocations():
     """An allocation beyond the GPU's memory fails after the cache was emptied, and both are counted."""
     gauge = PeakMemoryTracker("cuda")
     gauge.begin()

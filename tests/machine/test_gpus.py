@@ -50,7 +50,7 @@ SITES = """
 """
 
 
-def test_sites_of_unlike_gpus_are_refused(nvml):
+def test_sites_of_different_gpus_are_refused(nvml):
     """The error has name and power limit; where mixing is allowed each site knows its own GPU."""
     uuids = {"CUDA_VISIBLE_DEVICES": "GPU-aaaa2,GPU-aaaa1"}
     answers = {**TWO, "1.limit": 400000}

@@ -43,7 +43,7 @@ def files(*, stall_us=0, steal=0, busy=0, swapped=0, withheld_us=0, used_us=5):
     }  # fmt: skip
 
 
-def test_a_watch_tells_what_happened_between(root):
+def test_counters_add_up_over_two_periods(root):
     """Seconds, bytes and counts add up over two periods, without the events between them."""
     cpus = len(os.sched_getaffinity(0))
     place = root(files())
@@ -64,7 +64,7 @@ def test_a_watch_tells_what_happened_between(root):
     assert not watch.missing
 
 
-def test_a_machine_that_tells_nothing_gives_reasons_and_no_zeros(root):
+def test_unreadable_machine_counters_have_reasons_and_are_not_zero(root):
     """Only the process's own counters remain."""
     watch = HostTelemetry(root({}))
     watch.begin()
@@ -98,7 +98,7 @@ def test_the_tightest_quota_counts(root, described, cpus):
     assert cpu_quota(root(described)).value == cpus
 
 
-def test_memory_is_the_least_of_what_the_machine_has_and_a_container_may_use(root):
+def test_usable_memory_is_the_least_of_machine_and_container_limit(root):
     """A limit above the machine's memory changes nothing."""
     where = "sys/fs/cgroup/a"
     described = {

@@ -87,7 +87,7 @@ def test_the_energy_of_a_shared_gpu_is_missing(nvml, visible):
     assert found["name"][0] == ("Second MIG 1g.10gb" if visible.startswith("MIG") else "Second")
 
 
-def test_a_machine_without_a_driver_says_so(nvml):
+def test_a_missing_driver_is_reported(nvml):
     """A missing driver and a driver that is not loaded give different messages."""
     assert "no NVIDIA driver is installed" in nvml(NAME, driver="none")
     assert "not loaded" in nvml(NAME, {"rc.nvmlInitWithFlags": 9})

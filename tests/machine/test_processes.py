@@ -54,7 +54,7 @@ def test_a_signal_that_is_ignored_stays_ignored(met):
 
 
 @pytest.mark.parametrize("code", [0, 3])
-def test_a_process_leaves_with_its_code_and_its_words(code):
+def test_a_process_exits_with_its_code_and_flushed_output(code):
     """Exit handlers run, output is flushed, and threads are not joined."""
     program = (
         "import atexit, threading, time\n"

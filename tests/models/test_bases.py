@@ -28,7 +28,7 @@ def keep(name, content=b"weights", *, used_days_ago=0.0):
     return folder
 
 
-def test_an_incomplete_base_is_none():
+def test_an_incomplete_base_does_not_count():
     """A base with an unreadable description does not count either."""
     folder = keep("one")
     assert bases.read_description(folder).bytes == 7

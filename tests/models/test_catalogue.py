@@ -39,14 +39,14 @@ def test_tiny_llama_is_random_and_has_the_byte_tokenizer():
     assert dataclasses.replace(prefixed, label=source.label) == source
 
 
-def test_a_catalogue_name_stands_for_its_model_of_the_hub():
+def test_a_catalogue_name_is_resolved_to_its_hub_model():
     """`random:` keeps the hub id, for the tokenizer."""
     source = catalogue.resolve("llama2-7b")
     assert (source.kind, source.location, source.random) == ("hub", "NousResearch/Llama-2-7b-hf", False)
     assert catalogue.resolve("random:llama2-7b").location == source.location
 
 
-def test_unfetched_model_says_how_to_fetch_it():
+def test_the_error_for_an_unfetched_model_has_the_fetch_command():
     """The error for a catalogue model outside the cache has the command that fetches it."""
     with pytest.raises(UsageError, match="lorameter model fetch smollm2-135m"):
         catalogue.resolve("smollm2-135m")

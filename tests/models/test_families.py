@@ -53,7 +53,7 @@ def shape_of(source_of):
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_a_family_is_what_transformers_and_peft_build(family, source_of, shape_of):
+def test_a_family_agrees_with_transformers_and_peft(family, source_of, shape_of):
     """Names, parents, widths and biases of a block's linear layers, its module, PEFT's default targets, and the
     parameters of LoRA on one layer and DoRA on all agree."""
     source = source_of(family.model_type)

@@ -63,7 +63,7 @@ def test_a_header_and_the_shape_that_it_describes(tmp_path):
         gguf_of(path)
 
 
-def test_without_the_package_the_message_says_how_to_install_it(tmp_path, monkeypatch):
+def test_a_missing_gguf_package_is_reported_with_the_install_command(tmp_path, monkeypatch):
     """The error comes before any process starts that would load the file."""
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -28,7 +28,7 @@ def text(parity, width=80):
     return text_of(describe_parity(parity, judge_parity(parity)), width=width, coloured=False)
 
 
-def test_no_difference_is_said_with_what_it_leaves_open(make_parity):
+def test_equal_answers_are_reported_with_the_possible_difference(make_parity):
     """The report says that all answers are equal, and how many could still differ; logits are reported separately."""
     parity = make_parity()
     judgement = judge_parity(parity)
@@ -43,7 +43,7 @@ def test_no_difference_is_said_with_what_it_leaves_open(make_parity):
     assert "identical" not in text(parity, 200)
 
 
-def test_answers_that_differ_are_counted_and_placed(make_parity):
+def test_differing_answers_and_their_tokens_are_counted(make_parity):
     """Three of eight answers differ, from the second and the fourth token on; the tokens of an answer are one
     cluster."""
     parity = make_parity()
@@ -59,7 +59,7 @@ def test_answers_that_differ_are_counted_and_placed(make_parity):
     assert "answers differ: 3 of 8 differ [8.5 %, 76 %], first at token 4 (median)" in said
 
 
-def test_what_the_reference_does_to_itself_is_noise(make_parity):
+def test_differences_as_large_as_the_references_own_are_noise(make_parity):
     """A mode that differs no more than the reference from its repetition is within the noise floor; another is not."""
     parity = make_parity()
     moved = ((7, 8, 9, 99), *served(parity, AGAIN).answers[1:])
@@ -85,7 +85,7 @@ def test_an_adapter_that_changes_nothing_proves_nothing(make_parity):
 
 
 @pytest.mark.parametrize("way", [AGAIN, WITHOUT, MERGED])
-def test_a_way_that_failed_is_a_row_with_its_reason(make_parity, way):
+def test_a_failed_serving_mode_is_a_row_with_its_reason(make_parity, way):
     """A failed control leaves no verdict."""
     lost = Served(way=way, failure=Failure(phase="parity", kind="OutOfMemoryError", message="it does not fit."))
     parity = make_parity(**{way: lost})
@@ -98,7 +98,7 @@ def test_a_way_that_failed_is_a_row_with_its_reason(make_parity, way):
     assert {row["way"]: row["verdict"] for row in rows}[way] == "failed"
 
 
-def test_differing_answers_stand_beside_each_other_and_obey_nobody(make_parity):
+def test_differing_answers_are_shown_side_by_side_with_escaped_text(make_parity):
     """At most three of each mode are shown with escaped text; controls are left out."""
     parity = make_parity()
     merged = msgspec.structs.replace(served(parity, MERGED), answers=tuple((7, 8, 1, 1) for _ in range(8)))

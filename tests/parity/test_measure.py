@@ -54,7 +54,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.selftest
-def test_a_trained_adapter_is_served_in_every_way(study, runs, capsys):
+def test_a_trained_adapter_is_served_in_every_mode(study, runs, capsys):
     """After training, each base is served in a separate process: the reference repeats itself bit for bit, the base
     without the adapter differs, and a merge into 4 bits changes logits."""
     command = ["parity", str(study), "--prompts", "6", "--epochs", "1.5", "--json", "--runs-dir", str(runs)]
@@ -100,7 +100,7 @@ def test_an_adapter_that_does_not_fit_is_a_message(study, runs, tmp_path, capsys
     assert not (left / DOCUMENT).exists()
 
 
-def test_a_process_that_dies_is_a_row_for_each_of_its_ways():
+def test_a_crashed_process_is_a_row_for_each_of_its_serving_modes():
     """Each serving mode of the process has the reason, and the other modes count."""
     ways = serving_modes(LoraVariant(quantization="nf4"))[3]
     failure = Failure(phase="parity", kind="ProcessDied", message="killed")

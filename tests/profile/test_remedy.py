@@ -33,7 +33,7 @@ def padded(small_study):
     )
 
 
-def test_the_dearest_finding_that_can_be_tried_is_chosen():
+def test_the_most_costly_finding_with_a_change_is_chosen():
     """Without a name the first finding with a change is chosen; another finding is refused with the reason and the
     available ones."""
     found = (finding("data-wait", obstacle="it is the disk's"), PACKED, finding("dropout", lora_dropout=0.0))
@@ -109,7 +109,7 @@ def test_a_gain_counts_where_the_control_is_no_difference(write_run, small_study
     assert "r1-without-dropout: oom in build: it is full" in failed.failures[0]
 
 
-def test_a_remedy_of_requests_is_judged_by_what_its_cost_is_of(write_run, small_study, machine):
+def test_a_remedy_of_requests_is_judged_by_requests_only(write_run, small_study, machine):
     """Only requests of one length are measured, and slower steps do not count."""
     wait = dataclasses.replace(finding("weight-copied", copy_head_input=True), metric="first_token_time_s")
     workload = dataclasses.replace(small_study.workload, open_ended_tokens=4)

@@ -137,7 +137,7 @@ LAYER_COPY = msgspec.structs.replace(HEAD_COPY, weight="model.layers.0.mlp.up_pr
         (changed(device="cpu", decode={"idle_s": 0.0015}, choose_s=0.0015), []),
     ],
 )
-def test_what_costs_nothing_or_cannot_be_changed(evidence, found):
+def test_harmless_and_unchangeable_cases_have_no_change(evidence, found):
     """A variation of each injected case has no finding, or one without a change of the variant."""
     findings = diagnose_requests(evidence)
     assert [finding.changes for finding in findings] == found

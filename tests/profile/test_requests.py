@@ -35,7 +35,7 @@ def taken(small_study, tmp_path_factory):
 
 
 @pytest.mark.selftest
-def test_prefill_and_decode_are_apart(taken):
+def test_prefill_and_decode_are_separate(taken):
     """Unmerged and merged requests have phases, operators, multiplied and read weights, and shares of the peaks."""
     profile, _ = taken
     for account in request_accounts(profile):
@@ -52,7 +52,7 @@ def test_prefill_and_decode_are_apart(taken):
 
 
 @pytest.mark.selftest
-def test_it_is_judged_and_shown_from_its_file(taken, capsys):
+def test_a_stored_profile_gives_the_same_findings(taken, capsys):
     """The stored file gives the same findings; both traces are in the same folder."""
     profile, folder = taken
     again = codec.from_json(

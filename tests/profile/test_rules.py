@@ -132,7 +132,7 @@ def test_an_adapter_in_32_bits_has_casts_and_products(changes, variant, share):
         (changed(device="cpu", attention_backend="math"), [{}]),
     ],
 )
-def test_a_remedy_that_is_not_there_is_not_offered(evidence, found):
+def test_an_unavailable_remedy_is_not_suggested(evidence, found):
     """A change that memory, machine or packages do not allow is not suggested; the finding has none or is left out."""
     findings = diagnose(evidence)
     assert [finding.changes for finding in findings] == found
@@ -141,7 +141,7 @@ def test_a_remedy_that_is_not_there_is_not_offered(evidence, found):
         assert bool(finding.suggestion) != bool(finding.obstacle)
 
 
-def test_the_dearest_finding_comes_first():
+def test_the_most_costly_finding_comes_first():
     """Findings are sorted by cost, and those of memory are last."""
     evidence = changed({"lora_dropout": 0.1}, dropout=0.05, padded=0.3, reserved_bytes=15 * GIB)
     assert [finding.code for finding in diagnose(evidence)] == ["padding", "dropout", "fragmentation"]

@@ -9,7 +9,7 @@ import pytest
 from lorameter.records.fileio import write_document
 
 
-def test_it_replaces_what_was_there_and_leaves_no_draft(tmp_path):
+def test_a_write_replaces_the_document_and_leaves_no_temporary_file(tmp_path):
     """Only one file remains, with the last document."""
     path = tmp_path / "a.json"
     for value in ({"a": 1}, {"a": 2}):
@@ -18,7 +18,7 @@ def test_it_replaces_what_was_there_and_leaves_no_draft(tmp_path):
     assert [one.name for one in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_what_cannot_be_written_leaves_what_was_there(tmp_path):
+def test_a_failed_write_keeps_the_previous_document(tmp_path):
     """A failed write leaves the previous document unchanged."""
     path = tmp_path / "a.json"
     write_document(path, {"a": 1})

@@ -47,7 +47,7 @@ def test_toml_beyond_the_bounds_is_refused(tmp_path, content, words):
 
 
 @pytest.mark.parametrize("name", ["missing", "folder", "pipe", "x" * 300, "a\0b"])
-def test_what_is_no_plain_file_is_not_waited_for(tmp_path, name):
+def test_paths_that_are_not_regular_files_are_refused_at_once(tmp_path, name):
     """A pipe without a writer, a folder and an impossible name are refused at once, with a reason."""
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")

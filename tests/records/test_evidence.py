@@ -53,7 +53,7 @@ def read(path):
     return store.read_run(str(path), path.parent)
 
 
-def test_evidence_stands_once_and_records_name_it(written):
+def test_evidence_is_stored_once_and_records_refer_to_it(written):
     """Three stored checks serve six references; a reader gets the full checks."""
     evidence = [json.loads(line) for line in (written / CHECKS).read_text().splitlines()]
     assert [line["check"] for line in evidence] == [BITS, MASK, SHARE]

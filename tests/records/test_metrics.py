@@ -18,7 +18,7 @@ def record(**fields):
     )  # fmt: skip
 
 
-def test_derived_metrics_are_what_their_names_say():
+def test_derived_metrics_have_the_expected_values():
     """The values are tokens and sequences over the timed seconds, output tokens over each request, and the last quarter
     of the losses."""
     one = record()

@@ -25,7 +25,7 @@ def test_an_unmet_requirement_has_its_kind_and_reason(checks, kind, said):
     assert said in found.message
 
 
-def test_nothing_is_lacking_where_all_is_active():
+def test_requirements_are_met_if_all_are_active():
     """Other checks do not matter."""
     assert find_unmet([check("mode"), check("base.bits", "fallback")], {"mode": "train"}) is None
     assert find_unmet([], {}) is None

@@ -39,7 +39,7 @@ def test_a_run_is_read_back_as_written(tmp_path):
         assert run.damaged_lines == 0
 
 
-def test_runs_are_no_change_of_the_repository_that_they_lie_in(tmp_path, monkeypatch):
+def test_run_folders_do_not_change_their_repository(tmp_path, monkeypatch):
     """The default folder ignores itself in git; a .gitignore of the user is kept."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(store.ENV_RUNS, raising=False)
@@ -70,7 +70,7 @@ def test_the_last_record_of_a_trial_counts(tmp_path):
     assert run.measured_again == 1  # r0-c; the trial without an interruption was measured once
 
 
-def test_writing_goes_on_after_a_line_that_was_cut_short(tmp_path):
+def test_writing_continues_after_a_truncated_line(tmp_path):
     """The record after a truncated line is whole; the damage is reported until all planned trials are measured."""
     begun = msgspec.structs.replace(manifest(), order=("r0-a", "r0-b"))
     writer = RunWriter(tmp_path, begun)
@@ -102,7 +102,7 @@ def test_one_process_writes_a_run(tmp_path):
         assert not store.read_run(path.name, tmp_path).live
 
 
-def test_the_last_end_of_a_trial_counts_and_what_was_disturbed_is_kept_apart(tmp_path):
+def test_the_last_end_of_a_trial_counts_and_disturbed_attempts_are_kept(tmp_path):
     """A completed second attempt replaces a disturbed first one, which is kept separately; an interrupted attempt does
     not replace it."""
     disturbed = record().replaced(

@@ -28,7 +28,7 @@ def test_a_value_carries_its_interval(arguments, text):
     assert format_interval(*arguments) == text
 
 
-def test_bytes_and_durations_read_well():
+def test_bytes_and_durations_have_readable_units():
     """Bytes use binary units, and long durations are in minutes."""
     assert format_bytes(637 * 2**20) == "637 MiB"
     assert format_bytes(1010 * 2**20) == "1010 MiB"

@@ -18,7 +18,7 @@ ODD = (
 
 @pytest.mark.parametrize("run", ODD)
 @pytest.mark.parametrize("options", ["--json", "--markdown --verbose"])
-def test_a_run_is_reported_whatever_became_of_it(run, options, capsys):
+def test_a_run_in_any_state_is_reported(run, options, capsys):
     """Each format reports the whole run; the exit code gives its state, and standard error stays empty."""
     code = main(["report", run, "--runs-dir", str(RUNS), *options.split()])
     out, err = capsys.readouterr()
@@ -29,7 +29,7 @@ def test_a_run_is_reported_whatever_became_of_it(run, options, capsys):
         assert json.loads(out)["schema"] == 2
 
 
-def test_a_line_cut_short_costs_its_trial_and_is_said(tmp_path, capsys):
+def test_a_truncated_line_loses_its_trial_and_is_reported(tmp_path, capsys):
     """When the process was killed during a write, every format reports the complete records and the damage."""
     path = tmp_path / "cut"
     shutil.copytree(RUNS / "sound", path)

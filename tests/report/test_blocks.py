@@ -23,7 +23,7 @@ from kernels_check.terminal import escape_control_chars
         ("half \udcff", "half \\udcff"),
     ],
 )
-def test_what_would_act_on_a_terminal_is_written_out(text, shown):
+def test_terminal_control_characters_are_escaped(text, shown):
     """Escape sequences, bells, erasing, reordering and unencodable characters are escaped; letters of all scripts
     stay."""
     assert escape_control_chars(text) == shown

@@ -51,7 +51,7 @@ def page(browser, file):
 
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_opens_without_a_word_or_a_request(browser, file, width, scheme):
+def test_the_page_opens_without_console_messages_or_requests(browser, file, width, scheme):
     """The page opens from a file without console messages, requests, horizontal scrolling or axe findings."""
     opened, said, asked = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme), [], []
     opened.on("console", lambda message: said.append(message.text))

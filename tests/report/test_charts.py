@@ -12,7 +12,7 @@ from lorameter.report.run_view import view_of
 
 
 @pytest.mark.parametrize(("field", "kept"), [("batch_size", True), ("sequence_length", False)])
-def test_losses_of_other_tokens_are_in_no_picture_that_compares_them(field, kept, write_run, small_study):
+def test_losses_of_other_workloads_are_in_no_comparing_chart(field, kept, write_run, small_study):
     """Losses of other workloads are drawn neither along the changed field nor against cost; times are."""
     value = getattr(small_study.workload, field)
     names = {"plain": value, "double": 2 * value, "triple": 3 * value}
@@ -37,7 +37,7 @@ def test_losses_of_other_tokens_are_in_no_picture_that_compares_them(field, kept
     assert ("Loss against cost" in [figure.title for figure in figures_of_run(run, view)]) == kept
 
 
-def test_a_training_that_was_cut_short_is_in_no_median_of_a_step(write_run):
+def test_a_truncated_training_is_in_no_median_of_a_step(write_run):
     """The median of a step uses the trials with the most steps; shorter trainings are left out."""
 
     def learnt(record):

@@ -85,7 +85,7 @@ def test_the_policy_allows_the_page_and_nothing_else(committed):
     assert not re.search("unsafe|http", policy)
 
 
-def test_texts_from_outside_are_texts():
+def test_foreign_text_is_neither_markup_nor_executed():
     """Foreign text in titles, cells, variant names, figures and the final command is neither markup nor executed."""
     mark = Mark(name=HOSTILE, value=1.0, low=0.9, high=1.1, verdict="equivalent")
     axis = Axis(title=HOSTILE, line_at=1.0)
@@ -107,7 +107,7 @@ def test_texts_from_outside_are_texts():
 # --- its figures ------------------------------------------------------------------------------------------------------
 
 
-def test_variants_that_were_not_asked_for_are_nowhere_on_a_page(tmp_path):
+def test_charts_and_tables_show_only_the_selected_variants(tmp_path):
     """Charts and tables show the selected variants only; claims and reproduction steps name all."""
     (path,) = [path for path in COMMITTED if path.name.endswith("lora-or-qlora")]
     assert main(["report", str(path), "--variant", "qlora-nf4-r16", "--html", str(tmp_path / "page.html")]) == 0

@@ -60,7 +60,7 @@ def without_escapes(line):
 
 
 @pytest.mark.parametrize("run", INVALID)
-def test_an_invalid_run_says_so_first_and_no_verdict_of_it_counts(run, reported, capsys):
+def test_an_invalid_run_is_reported_first_and_has_no_valid_verdict(run, reported, capsys):
     """Each format begins with the reason, which the terminal repeats as its last line, and each verdict in headline,
     tables, figures and --json is `invalid`."""
     found = reported(run)

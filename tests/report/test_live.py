@@ -49,7 +49,7 @@ def screen(display):
     return out.file.getvalue().splitlines()
 
 
-def test_a_row_a_variant_has_its_trials_value_ratio_and_phase(plan):
+def test_each_variant_has_a_row_of_trials_value_ratio_and_phase(plan):
     """The control has a row, and a failed trial shows its status."""
     display = LiveDisplay(Console(file=io.StringIO(), width=100))
     display.starting(plan, "run-1")
@@ -71,7 +71,7 @@ def test_a_row_a_variant_has_its_trials_value_ratio_and_phase(plan):
     assert all(cell_len(line) <= 100 for line in screen(display))
 
 
-def test_the_time_left_says_what_it_rests_on(plan, monkeypatch):
+def test_the_remaining_time_is_shown_with_its_basis(plan, monkeypatch):
     """The estimate is based on the completed trials and is missing before the first one."""
     clock = [1000.0]
     monkeypatch.setattr(live.time, "monotonic", lambda: clock[0])

@@ -48,7 +48,7 @@ def test_a_credential_in_an_address_is_left_out(url):
         assert SECRET not in str(kind(f"side {url!r}: no"))
 
 
-def test_what_is_no_address_stays():
+def test_text_without_a_credential_is_unchanged():
     """A requirement, a decorated name, an address without a user, a revision after a path, a digest and a document are
     unchanged."""
     for text in (
@@ -69,7 +69,7 @@ def test_what_is_no_address_stays():
         [URLS[0]],
     ],
 )
-def test_what_the_parser_refuses_is_repeated_without_a_credential(line, capsys):
+def test_the_parser_repeats_no_credential_in_its_errors(line, capsys):
     """The parser refuses unknown options, values out of range and unknown commands without repeating a credential."""
     with pytest.raises(SystemExit):
         main(line)

@@ -158,7 +158,7 @@ def shown(tried):
     return text.getvalue()
 
 
-def test_a_gain_is_shown_with_its_interval_and_what_casts_doubt_on_it():
+def test_a_gain_is_shown_with_its_interval_and_the_notices():
     """The gain is of a step, or of the time per real token where the workload changed; the run's notices follow."""
     text = shown(outcome())
     assert "x by lora_dropout = 0.0 (lockstep)" in text
@@ -179,7 +179,7 @@ def test_a_gain_is_shown_with_its_interval_and_what_casts_doubt_on_it():
         (outcome(valid=False), 4),
     ],
 )
-def test_the_exit_code_says_whether_the_remedy_has_a_verdict(profile, monkeypatch, capsys, tmp_path, tried, code):
+def test_the_exit_code_shows_whether_the_remedy_has_a_verdict(profile, monkeypatch, capsys, tmp_path, tried, code):
     """The code is 0 for any verdict, also a loss, 3 if inconclusive and 4 if invalid."""
     monkeypatch.setattr(commands_profile, "profile_variant", lambda *args, **options: (profile, tmp_path))
     monkeypatch.setattr(commands_profile, "_try", lambda *args: tried)
@@ -189,7 +189,7 @@ def test_the_exit_code_says_whether_the_remedy_has_a_verdict(profile, monkeypatc
     assert document["tried"]["notices"][0]["code"] == "cpu-contention"
 
 
-def test_what_cannot_be_tried_costs_no_profile(profile, monkeypatch, capsys, tmp_path):
+def test_an_untestable_remedy_still_prints_the_profile(profile, monkeypatch, capsys, tmp_path):
     """The document is still printed, the error is on stderr, and the exit code is that of bad input."""
     slow = profile.record.samples | {"phase_data_s": (0.02,) * 8}
     seen = dataclasses.replace(profile, record=profile.record.replaced(samples=slow))

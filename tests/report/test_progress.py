@@ -47,7 +47,7 @@ def text_of(run):
     return buffer.getvalue()
 
 
-def test_a_killed_run_says_what_there_is_and_how_to_go_on(broken_off):
+def test_a_killed_run_shows_its_progress_and_the_resume_command(broken_off):
     """Only complete replicates count; the trial under way is named, and the command that resumes the run."""
     text = text_of(broken_off(5))
     assert "1 of 3 replicates complete" in text

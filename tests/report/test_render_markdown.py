@@ -64,7 +64,7 @@ def everywhere(text):
     )
 
 
-def test_text_from_outside_starts_nothing():
+def test_foreign_text_creates_no_markup():
     """Foreign text in any field creates no link, picture, code, emphasis, tag or mention, and is displayed as
     written."""
     text = markdown_of(everywhere(HOSTILE))
@@ -99,7 +99,7 @@ def test_an_escaped_text_is_read_as_itself(text):
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Zs", "Zl", "Zp", "Cf", "Cs")), min_size=1))
-def test_whatever_the_text_it_is_one_paragraph(text):
+def test_any_escaped_text_is_one_paragraph(text):
     """No character of an escaped text is markup."""
     shown = set(kinds(f"x {escape(text)}"))
     assert shown <= {"paragraph_open", "inline", "paragraph_close", "text", "html_inline", "text_special"}
@@ -118,7 +118,7 @@ def test_every_report_is_markdown(every_report):
 
 
 @pytest.mark.parametrize("most", [2_000, COMMENT_CHARACTERS])
-def test_what_is_too_long_loses_details_and_its_end_and_says_so(most):
+def test_a_long_report_drops_details_and_then_rows_with_a_notice(most):
     """A long report drops details first and then whole rows at its end; the first section and the first rows always
     stay."""
     rows = tuple(write_row(f"variant-{place}", "x" * 40) for place in range(3_000))

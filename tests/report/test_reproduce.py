@@ -69,7 +69,7 @@ def test_an_ab_is_repeated_as_an_ab(ab):
 
 
 @pytest.mark.parametrize("sided", [False, True])
-def test_what_a_foreign_run_says_of_itself_runs_no_command(sided, write_run, tmp_path):
+def test_fields_of_a_foreign_run_cannot_run_a_command(sided, write_run, tmp_path):
     """The steps can be pasted into a shell: a field of the run with a line end stays a comment or a quoted argument."""
     evil = f"1\ntouch {tmp_path}/made; $(touch {tmp_path}/made) `touch {tmp_path}/made` ' \""
     facts = {

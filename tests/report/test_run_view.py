@@ -97,7 +97,7 @@ def report_of(path, capsys, code=0):
     return told[0], json.loads(told[1])
 
 
-def test_a_training_that_was_followed_has_nothing_to_be_compared_with(write_run, capsys):
+def test_a_wrapped_run_is_valid_without_ratios_and_control(write_run, capsys):
     """A run of `lorameter wrap` has no column of ratios and no control, and is valid without them."""
     study = study_of_command("python train.py")
     text, data = report_of(write_run("followed", {"train": [0.1]}, study=study, control=None), capsys)

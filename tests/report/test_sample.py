@@ -33,7 +33,7 @@ def run(write_run, small_study, tmp_path):
     return store.read_run(str(path), tmp_path / "runs")
 
 
-def test_answers_stand_beside_prompt_and_reference(run):
+def test_answers_are_shown_with_prompt_and_reference(run):
     """Answers are in the order of the prompts and marked as complete or not; an answer that was not generated before
     training is None."""
     first, second = read_samples(run, "plain", replicate=1)
@@ -49,7 +49,7 @@ def test_answers_stand_beside_prompt_and_reference(run):
 
 
 @pytest.mark.parametrize("variant", ["plain", "nf4"])
-def test_a_run_without_answers_says_how_to_get_some(write_run, capsys, variant):
+def test_a_run_without_answers_is_refused_with_the_remedy(write_run, capsys, variant):
     """The error has the study key that keeps answers and the command, and does not list variants as "none"."""
     path = write_run("bare", {"plain": [1.0, 1.0], "nf4": [1.0, 1.0]})
     assert main(["sample", str(path), variant]) == 2

@@ -76,7 +76,7 @@ def test_every_report_fits_80_columns_and_keeps_a_number_with_its_unit(every_rep
             assert not re.match(r"\s*(%|[mµ]?s\b|[KMG]iB)", line), (name, line)
 
 
-def test_a_terminal_without_colour_says_the_same(every_report, monkeypatch):
+def test_a_terminal_without_colour_shows_the_same_words(every_report, monkeypatch):
     """NO_COLOR removes the colours but no word; every finding has its own word."""
     coloured = text_of(every_report["run"], width=120, coloured=True)
     monkeypatch.setenv("NO_COLOR", "1")

@@ -41,7 +41,7 @@ def test_a_run_whose_limit_left_out_all_requests_is_valid(reported):
     assert "generation" not in text
 
 
-def test_requests_that_nothing_left_out_make_it_invalid(reported):
+def test_missing_requests_that_were_not_skipped_make_a_run_invalid(reported):
     """A planned phase that was not skipped needs its control."""
     code, text = reported()
     assert code == EXIT_INVALID

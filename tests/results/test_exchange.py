@@ -43,7 +43,7 @@ def test_bencher_metric_format(run):
 
 @pytest.mark.parametrize("name", ["failed", "killed", "control-failed", "diverged"])
 @pytest.mark.parametrize("encode", [encode_action, encode_bencher])
-def test_what_is_invalid_goes_to_no_page_of_trends(name, encode, read):
+def test_invalid_runs_are_not_exported_to_trend_pages(name, encode, read):
     """An invalid run would appear as a valid value in a trend."""
     with pytest.raises(InvalidRunError, match=name):
         encode(read(name))

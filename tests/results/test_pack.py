@@ -23,7 +23,7 @@ def content(path):
 
 
 @pytest.mark.parametrize("name", ["sound", "ab", "failed", "killed"])
-def test_a_packed_run_says_what_the_run_says(name, tmp_path):
+def test_a_packed_run_equals_its_run(name, tmp_path):
     """All rows of all tables, the state of the run and the number of damaged lines are equal."""
     there, here = store.read_run(name, RUNS), store.read_run(str(pack(name, RUNS, tmp_path / "x.zip")), RUNS)
     before, after = ({name: list(table_of(run, name)) for name in TABLES} for run in (there, here))
@@ -56,7 +56,7 @@ def mine(write_run, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("texts", [False, True])
-def test_credentials_are_never_in_it_and_texts_if_asked_for(mine, texts):
+def test_a_pack_has_no_credentials_and_texts_only_on_request(mine, texts):
     """Everything else is packed."""
     found = "".join(content(pack("mine", mine.parent, texts=texts)).values())
     assert "hunter2" not in found
@@ -84,7 +84,7 @@ def test_a_run_under_way_and_a_place_that_is_taken_are_refused(mine, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["cut", "empty", "no manifest", "too large", "another file"])
-def test_what_somebody_sent_may_be_anything(change, tmp_path, monkeypatch):
+def test_a_bad_packed_file_is_refused_and_nothing_is_written(change, tmp_path, monkeypatch):
     """A bad file is refused by name, and nothing is written outside the program's own folder."""
     path = pack("sound", RUNS, tmp_path / "x.zip")
     if change == "cut":
@@ -103,7 +103,7 @@ def test_what_somebody_sent_may_be_anything(change, tmp_path, monkeypatch):
     assert not list(tmp_path.parent.glob("manifest.json"))
 
 
-def test_a_packed_run_is_not_gone_on_with(mine, capsys):
+def test_a_packed_run_cannot_be_resumed(mine, capsys):
     """A packed run cannot be resumed, since it has no folder to write to."""
     pack("mine", mine.parent)
     assert cli.main(["run", "--resume", "mine.lorameter.zip"]) == 2

@@ -40,7 +40,7 @@ def names(candidates):
     return [one.run for one in candidates]
 
 
-def test_the_newest_of_each_study_stay(runs):
+def test_the_newest_runs_of_each_study_are_kept(runs):
     """Runs are ordered by their start, not by their names; an age limits the removal to older runs."""
     found = prune(runs, keep=2, older_s=6.5 * DAY_S, dry_run=True)
     assert names(found.removed) == ["run0", "run1", "run2"]
@@ -49,7 +49,7 @@ def test_the_newest_of_each_study_stay(runs):
     assert names(prune(runs, keep=0, dry_run=True).removed) == ["run0", "other", "run1", "run2", "run3", "run4"]
 
 
-def test_an_accepted_baseline_never_goes(runs):
+def test_an_accepted_baseline_is_never_pruned(runs):
     """An accepted baseline is kept, with the reason."""
     accept("run0", runs)
     found = prune(runs, keep=1)
@@ -61,7 +61,7 @@ def test_an_accepted_baseline_never_goes(runs):
         prune(runs, keep=1)
 
 
-def test_a_run_under_way_never_goes(runs):
+def test_a_run_under_way_is_never_pruned(runs):
     """A run that is being measured is kept, whether it began before or after the selection."""
     rewritten(runs / "run0", status="running")
     for run, keep in (("run0", 4), ("run1", 3)):  # the second is being resumed, which its manifest does not record yet
@@ -71,7 +71,7 @@ def test_a_run_under_way_never_goes(runs):
         (runs / run).rename(runs.parent / run)
 
 
-def test_an_unreadable_run_stays(runs):
+def test_an_unreadable_run_is_kept(runs):
     """A run that cannot be read is kept, since its content is unknown."""
     (runs / "run1" / "manifest.json").write_text("{")
     (kept,) = prune(runs, keep=0).staying
@@ -79,7 +79,7 @@ def test_an_unreadable_run_stays(runs):
     assert "cannot be read" in kept.why
 
 
-def test_what_goes_is_gone_and_nothing_else(runs):
+def test_pruning_removes_only_the_selected_runs(runs):
     """Only the selected runs are removed; the reported size is that of their files."""
     size = sum(file.stat().st_size for file in (runs / "run0").rglob("*") if file.is_file())
     found = prune(runs, keep=3)
@@ -102,7 +102,7 @@ def called(runs, capsys):
 
 
 @pytest.mark.parametrize("words", [(), ("--keep", "-1"), ("--older", "soon")])
-def test_what_says_nothing_removes_nothing(words, called, runs):
+def test_pruning_without_a_selection_is_refused(words, called, runs):
     """A call without a selection exits with 2 and removes nothing."""
     code, out, err = called(*words)
     assert (code, out) == (2, "")
@@ -110,7 +110,7 @@ def test_what_says_nothing_removes_nothing(words, called, runs):
     assert len(store.list_runs(runs)) == 6
 
 
-def test_what_a_killed_removal_leaves_is_removed_by_the_next(runs, called):
+def test_the_next_prune_deletes_leftovers_of_a_killed_one(runs, called):
     """The leftover of a killed removal is not listed by any command, and the next prune deletes it."""
     code = "import os, shutil, sys; from lorameter import cli; shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), 9)"
     command = [sys.executable, "-c", f"{code}; cli.main(sys.argv[1:])", "prune", "--keep", "0", "--runs-dir", str(runs)]

@@ -17,7 +17,7 @@ def tables(run):
 
 
 @pytest.mark.parametrize("name", CONSTRUCTED)
-def test_every_run_has_rows_of_the_kinds_that_its_columns_say(name, read):
+def test_every_run_has_rows_of_the_column_types(name, read):
     """This includes runs with failures, missing metrics, one replicate, no reference and old schemas."""
     kinds = {"text": str, "count": int, "number": float, "flag": bool}
     for table, rows in tables(read(name)).items():

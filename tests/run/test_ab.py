@@ -62,7 +62,7 @@ def test_every_replicate_holds_both_sides_and_the_base_once_more(plan):
     assert max(Counter(slot.trial for slot in made.slots).values()) == 1
 
 
-def test_what_does_not_fit_together_takes_no_turns(plan):
+def test_processes_that_do_not_fit_run_one_at_a_time(plan):
     """If three processes do not fit, they run one at a time and each measures everything."""
     made = plan(free=3 * GIB)
     assert made.interleaving == "replicates"
@@ -257,7 +257,7 @@ def test_too_few_replicates_are_inconclusive(fake, repository, study_file, loram
     (["--variant", "nf5"], "nf5"),
     (["--candidate", "no-such-branch"], "no-such-branch"),
 ])  # fmt: skip
-def test_what_cannot_be_is_refused_before_anything_is_measured(
+def test_invalid_options_are_refused_before_anything_is_measured(
     fake, repository, study_file, lorameter, options, message
 ):
     """The command exits with 2, names the wrong word and makes no executor."""
@@ -327,7 +327,7 @@ def test_an_ab_that_broke_off_is_resumed(broken_off, fake, repository, lorameter
     assert len(git(repository, "worktree", "list").splitlines()) == 1
 
 
-def test_sides_that_are_others_now_are_refused(broken_off, fake, lorameter, tmp_path):
+def test_sides_that_changed_are_refused(broken_off, fake, lorameter, tmp_path):
     """A package whose version changed is refused with its name and both versions, and nothing is measured."""
     before = broken_off()
     source = Path(before["path"]) / "manifest.json"
@@ -373,9 +373,7 @@ def test_a_calibration_that_broke_off_is_resumed(calibration, fake, lorameter):
     (["--inject-rows", "50"], "resume: lorameter calibrate --resume"),
     ([], "it sizes the slow-down of a calibration. Calibrate anew"),
 ])  # fmt: skip
-def test_a_calibration_that_is_stopped_reports_what_is_kept(
-    fake, repository, study_file, lorameter, monkeypatch, rows, message
-):
+def test_a_stopped_calibration_names_the_kept_run(fake, repository, study_file, lorameter, monkeypatch, rows, message):
     """The message names the kept run or the kept run of a pilot; nothing else starts."""
     ask = FakeExecutor.ask
 

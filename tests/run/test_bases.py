@@ -66,7 +66,7 @@ def crash(request):
         raise WorkerLostError("oom", Failure(phase="base", kind="MemoryError", message="no memory."))
 
 
-def test_trials_make_what_could_not_be_prepared(study):
+def test_trials_make_the_bases_that_could_not_be_prepared(study):
     """The run continues, with one notice for each base, and each trial makes its own."""
     bases = prepare_bases(make_plan(study), {"": Preparing(refuse=crash)}, "cpu", Watching())
     assert [key[1][3] for key in bases.folders] == ["none"]
@@ -75,7 +75,7 @@ def test_trials_make_what_could_not_be_prepared(study):
     assert "oom: no memory), so each process" in bases.notices[0].message
 
 
-def test_both_sides_stand_on_their_bases_alike(study):
+def test_both_sides_map_their_bases_or_neither_does(study):
     """If one side cannot prepare a base, neither side maps one, so that both are measured under the same conditions."""
     plan = make_plan(study, arms=arms_on_sides(study, [one.name for one in study.variants[:2]], present_sides(0)))
     arms = {slot.executor for slot in plan.slots}
@@ -86,7 +86,7 @@ def test_both_sides_stand_on_their_bases_alike(study):
     assert len(bases.notices) == 1
 
 
-def test_what_the_system_refuses_ends_the_run(study):
+def test_a_full_disk_ends_the_run(study):
     """A full disk ends the run, since it would stop the next base as well."""
 
     def refuse(request):

@@ -47,7 +47,7 @@ def test_one_commit_of_ten_percent_among_sixteen_takes_five_comparisons(culprit)
     assert found.share == pytest.approx(1.0, abs=0.3)
 
 
-def test_what_stays_open_is_named_and_the_search_goes_on_around_it():
+def test_an_inconclusive_commit_is_named_and_the_search_continues():
     """A commit with half the effect is on neither side, whatever the number of replicates."""
     truth = [1.0, 1.0, 1.0, 1.0, math.sqrt(1.1), 1.1, 1.1, 1.1, 1.1]
     asked = Constructed(truth, spread=0.02)
@@ -60,7 +60,7 @@ def test_what_stays_open_is_named_and_the_search_goes_on_around_it():
     assert {replicates for _, replicates in asked.asked[4:]} == {4}, "only the open one is repeated"
 
 
-def test_a_commit_that_cannot_be_measured_is_gone_around():
+def test_a_commit_that_cannot_be_measured_is_skipped():
     """It is tried twice and then skipped; the neighbouring culprit is still found, or both are named."""
     truth = [1.0 if place < 6 else 1.1 for place in range(9)]
     found = bisect(candidates(8), Constructed(truth, broken=[4]), replicates=8)
@@ -80,7 +80,7 @@ def test_a_bad_end_that_is_not_slower_ends_the_search_at_once():
     assert "improved" in faster.conclusion
 
 
-def test_the_report_says_what_was_found_first():
+def test_the_report_begins_with_the_culprit():
     """Each comparison follows with its ratio, its replicates and its side."""
     truth = [1.0 if place < 6 else 1.1 for place in range(9)]
     found = bisect(candidates(8), Constructed(truth, broken=[4]), replicates=8)

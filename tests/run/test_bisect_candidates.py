@@ -48,7 +48,7 @@ def test_commits_are_the_states_that_the_branch_was_in(repository):
     assert found[0].label.startswith("HEAD~4 (")
 
 
-def test_ends_that_are_in_no_order_are_refused(repository):
+def test_ends_out_of_order_are_refused(repository):
     """Equal ends, reversed ends and ends on two branches are refused."""
     folder, _ = repository
     with pytest.raises(UsageError, match="same commit"):
@@ -116,7 +116,7 @@ def test_the_command_lists_without_measuring(repository, monkeypatch, capsys):
     assert cli.main([*words[:-1], "HEAD~4"]) == 2
 
 
-def test_a_comparison_that_was_measured_is_taken_again_and_no_other(write_run, small_study, machine):
+def test_a_measured_comparison_of_the_same_sides_is_reused(write_run, small_study, machine):
     """The newest complete run of the same study, variant, phase, sides and machine is reused."""
     sides = command_sides("a", "b")
     plan, _ = build_plan(small_study, machine, free_bytes=None, select=["plain"], phases=("train",))

@@ -25,7 +25,7 @@ COSTS = {
 TURNS, REQUESTS = 8, 6
 
 
-def test_the_notice_names_what_was_skipped_and_the_minutes_that_it_needs():
+def test_the_notice_names_skipped_parts_and_the_minutes_they_need():
     """There is no notice if nothing was skipped and three replicates fitted."""
     assert skipped_notice((), 3, 12, 0.0) == ()
     (notice,) = skipped_notice({"cold", "merged"}, 4, 12, 1150.0)
@@ -175,7 +175,7 @@ def test_ample_time_raises_the_rounds(measured):
     assert found.stopped is None
 
 
-def test_too_little_time_says_what_it_takes_and_goes_on(measured):
+def test_too_little_time_is_reported_and_training_is_still_measured(measured):
     """Two replicates of training fit: nothing else is measured, and the time for three is reported."""
     executor, found = measured(330.0)
     assert replicates_of(found) == 2

@@ -42,7 +42,7 @@ def holder(tmp_path, monkeypatch):
         process.kill()
 
 
-def test_a_killed_one_holds_nothing(holder):
+def test_a_killed_process_holds_no_lock(holder):
     """The kernel holds the lock; the remaining file locks nothing."""
     holder.kill()
     holder.wait()
@@ -57,7 +57,7 @@ def test_another_device_is_free_and_sharing_takes_no_lock(holder):
         assert not shared
 
 
-def test_a_name_leads_to_a_file_in_the_folder_and_to_no_other(tmp_path, monkeypatch):
+def test_a_lock_file_is_in_the_folder_for_any_device_name(tmp_path, monkeypatch):
     """The file is in the folder for any GPU name, and a link in its place is not followed."""
     monkeypatch.setenv("LORAMETER_LOCKS", str(tmp_path))
     with hold_device(OnDevice("../../a GPU"), "refuse"):

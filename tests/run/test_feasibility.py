@@ -78,14 +78,14 @@ def test_an_unknown_model_is_refused(small_study, machine):
         check_feasible(with_workload(small_study, model="tiny-lama"), machine)
 
 
-def test_what_merely_surprises_is_a_notice(small_study, machine):
+def test_unusual_settings_give_a_notice(small_study, machine):
     """A paged optimizer on a CPU and random weights give notices."""
     codes = {n.code for n in check_feasible(with_variant(small_study, r=300, optimizer="paged_adamw_32bit"), machine)}
     assert codes == {"paged-on-cpu", "random-weights"}
     assert {n.code for n in check_feasible(small_study, machine)} == {"random-weights"}
 
 
-def test_a_proof_that_nothing_tells_is_refused(small_study, machine):
+def test_an_unknown_path_in_a_proof_is_refused(small_study, machine):
     """An unknown path in a proof is refused with the known ones before the measurement."""
     engine = Engine(title="packing", variant="nf4", proof={"padding.shar": "less"})
     with pytest.raises(UsageError, match=r"padding.shar: no path of kernels_check.*padding.share"):

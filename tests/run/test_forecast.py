@@ -10,7 +10,7 @@ from lorameter.run.forecast_time import half_width
 from lorameter.run.plan import make_plan
 
 
-def test_the_time_of_another_machine_is_not_guessed(small_study, machine, tmp_path):
+def test_the_time_on_another_machine_is_unknown(small_study, machine, tmp_path):
     """The time is unknown; memory and disk are still forecast."""
     expected = forecast(make_plan(small_study), dataclasses.replace(machine, device="cuda"), tmp_path)
     assert expected.time.time_s is None

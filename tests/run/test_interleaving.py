@@ -32,7 +32,7 @@ def test_other_variants_take_turns_in_processes_that_fit_together():
     assert "3 GiB of 8 GiB" in why
 
 
-def test_what_does_not_fit_together_runs_one_after_the_other():
+def test_variants_that_do_not_fit_together_run_one_after_the_other():
     """The forecast must leave memory free, since a swapping machine measures nothing."""
     free = 8 * GIB
     assert choose_interleaving(MIXED, together_bytes=int(MEMORY_SHARE * free), free_bytes=free)[0] == "lockstep"
@@ -57,7 +57,7 @@ def test_what_does_not_fit_together_runs_one_after_the_other():
         ({"gradient_checkpointing": True}, "gradient_checkpointing"),
     ],
 )
-def test_what_touches_the_base_cannot_share_it(changes, word):
+def test_variants_that_change_the_base_cannot_share_it(changes, word):
     """Each exclusion is found and named, also if only one variant has it."""
     obstacle = shared_base_obstacle((R8, dataclasses.replace(R8, name="other", **changes)))
     assert obstacle is not None

@@ -27,7 +27,7 @@ def send(number=signal.SIGTERM):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_where_a_process_waits_a_stop_is_taken_at_once(number):
+def test_a_stop_interrupts_an_interruptible_block_at_once(number):
     """Each signal raises KeyboardInterrupt inside an interruptible block, whose rest is not executed."""
     done = []
 
@@ -41,7 +41,7 @@ def test_where_a_process_waits_a_stop_is_taken_at_once(number):
     assert not done
 
 
-def test_elsewhere_a_stop_is_remembered_and_the_next_block_does_not_begin():
+def test_a_stop_outside_a_block_prevents_the_next_block():
     """A signal outside of an interruptible block lets the saving complete and prevents the next block."""
     saved = []
 
@@ -58,13 +58,13 @@ def test_elsewhere_a_stop_is_remembered_and_the_next_block_does_not_begin():
     assert saved == [0, 1, 2]
 
 
-def test_a_stop_that_no_block_took_is_raised_at_the_end():
+def test_a_pending_stop_is_raised_at_the_end():
     """A pending stop is raised at the end, so that no later code runs."""
     with pytest.raises(StopRequested), InterruptHandler():
         send()
 
 
-def test_once_taken_nothing_interrupts_what_it_sets_off():
+def test_further_signals_do_not_interrupt_the_cleanup():
     """Further signals do not interrupt the saving and cleanup after the first one."""
     done = []
     with InterruptHandler() as stops:

@@ -42,7 +42,7 @@ def fitter(machine):
     ("mistral-7b", "24GiB", LORA, "does-not-fit"), ("mistral-7b", "24GiB", QLORA, "fits"),
     ("qwen2.5-7b", "24GiB", LORA, "does-not-fit"), ("gemma-7b", "24GiB", LORA, "does-not-fit"),
 ])  # fmt: skip
-def test_what_fits_on_a_card_that_is_not_here(fitter, model, card, variant, status):
+def test_memory_fit_on_an_absent_gpu(fitter, model, card, variant, status):
     """For real shapes and six sequences of 1024 tokens, LoRA saves all activations and checkpointed NF4 nearly none."""
     one = fitter(model, card)
     assert one.device.machine.device == "cuda"
@@ -71,7 +71,7 @@ def test_the_largest_fits_and_one_more_does_not(fitter, model, card, variant, ke
         assert found.value in (one.shape.context, MOST_BATCH)
 
 
-def test_of_this_machine_counts_what_is_free(machine):
+def test_only_free_memory_of_this_machine_counts(machine):
     """The free memory counts, up to the total; assumptions about GPUs are left out."""
     device = on_machine(machine, 3 * GIB)
     assert (device.usable_bytes, device.total_bytes, device.assumed) == (3 * GIB, machine.memory_bytes, ())

@@ -97,7 +97,7 @@ def test_methods_train_with_their_checks(tmp_path, capsys):
         ('optimizer = "lora+"\noptimizer_args = { lr_ratio = 16 }', "loraplus_lr_ratio"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_runs(tmp_path, capsys, monkeypatch, variant, message):
+def test_invalid_methods_are_refused_before_anything_runs(tmp_path, capsys, monkeypatch, variant, message):
     """The error is one sentence with the closest valid word. Methods are probed in this process, which has imported
     PEFT."""
     monkeypatch.setattr(methods, "_probe", lambda variants: tuple(map(method_probe.probe, variants)))

@@ -52,7 +52,7 @@ def test_a_phase_that_is_not_known_is_refused(small_study):
 
 
 @pytest.mark.parametrize(("level", "processes"), [("shared-base", 1), ("lockstep", 3)])
-def test_trials_that_take_turns_stand_in_one_group(small_study, level, processes):
+def test_trials_that_take_turns_are_in_one_group(small_study, level, processes):
     """The group has all variants and the control, in one process or one process each, with a new order in every
     round."""
     protocol = dataclasses.replace(small_study.protocol, turns=30)
@@ -76,7 +76,7 @@ def test_no_metric_is_measured_by_two_kinds_of_trials(small_study):
         assert set(first) | set(second) == everything
 
 
-def test_whole_answers_are_measured_where_the_workload_has_them(small_study):
+def test_whole_answers_are_measured_if_the_workload_limits_their_tokens(small_study):
     """A workload without a token limit for them has none; a protocol without merged requests has none."""
     workload = dataclasses.replace(small_study.workload, open_ended_tokens=8)
     study = dataclasses.replace(small_study, workload=workload)

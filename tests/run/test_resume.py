@@ -74,7 +74,7 @@ def resume(path, *options):
     return main(["run", "--resume", path.name, "--runs-dir", str(path.parent), *options])
 
 
-def test_what_is_missing_is_measured_and_nothing_else(broken_off, capsys):
+def test_resuming_measures_only_the_missing_trials(broken_off, capsys):
     """Records are appended, complete groups are not measured again, and the run is complete and valid."""
     path = broken_off(6)  # the four trials of the first turns, and two isolated ones
     before = (path / "trials.jsonl").read_bytes()
@@ -118,7 +118,7 @@ def test_selection_level_and_phases_are_those_of_the_run(broken_off):
     assert run.manifest.interleaving == "lockstep"
 
 
-def test_a_line_cut_short_by_the_crash_does_no_harm(broken_off):
+def test_the_trial_of_a_truncated_line_is_measured_again(broken_off):
     """The next record is whole, and the trial of the truncated line is measured again."""
     path = broken_off(7)
     with (path / "trials.jsonl").open("a") as file:
@@ -141,7 +141,7 @@ def test_a_run_that_is_complete_is_shown(broken_off, capsys):
     assert (path / "trials.jsonl").read_bytes() == written
 
 
-def test_a_limit_may_be_given_anew(broken_off):
+def test_a_resumed_run_may_have_a_new_limit(broken_off):
     """A new limit applies from the resumption, and the manifest holds it next to the study's own."""
     path = broken_off(7)
     assert resume(path, "--max-minutes", "30") == 0
@@ -150,7 +150,7 @@ def test_a_limit_may_be_given_anew(broken_off):
     assert manifest.study["protocol"]["max_minutes"] is None
 
 
-def test_a_dry_run_says_what_is_left(broken_off, capsys):
+def test_a_dry_run_shows_the_remaining_trials(broken_off, capsys):
     """The dry run measures nothing."""
     path = broken_off(7)
     assert resume(path, "--dry-run", "--json") == 0
@@ -169,7 +169,7 @@ def test_a_dry_run_says_what_is_left(broken_off, capsys):
         (["lora-or-qlora"], "is of study 'small', not 'lora-or-qlora'"),
     ],
 )
-def test_what_would_change_the_plan_is_refused(broken_off, capsys, options, message):
+def test_options_that_would_change_the_plan_are_refused(broken_off, capsys, options, message):
     """The error names the option, and nothing is measured."""
     assert resume(broken_off(), *options) == 2
     assert message in capsys.readouterr().err

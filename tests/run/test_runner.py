@@ -105,7 +105,7 @@ def lost(status="crashed"):
 
 
 @pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
-def test_a_lost_worker_is_a_row_and_the_sweep_goes_on(small_study, command):
+def test_a_lost_worker_is_a_row_and_the_sweep_continues(small_study, command):
     """In any phase, its trial keeps the earlier results, and the other trials are measured."""
     plan = make_plan(small_study)
     victim = plan.slots[1].trial
@@ -148,7 +148,7 @@ def test_a_stop_while_a_group_is_saved_loses_none_of_it(small_study, number):
         assert {trial for trial, _ in executor.asked} == set(together)
 
 
-def test_another_cold_answer_is_invalid(small_study):
+def test_a_differing_cold_answer_is_invalid(small_study):
     """The same adapter and prompt must give the same tokens; otherwise the loaded adapter is not the trained one."""
     plan = make_plan(small_study)
     victim, other = plan.slots[0].trial, plan.slots[1].trial
@@ -171,7 +171,7 @@ def test_another_cold_answer_is_invalid(small_study):
     ],
     ids=["no number", "a check of nothing"],
 )
-def test_what_could_not_be_read_again_is_invalid(small_study, fragment, tmp_path):
+def test_an_unreadable_record_makes_its_trial_invalid(small_study, fragment, tmp_path):
     """An unreadable record makes its trial invalid by name; saved as it is, it would make the whole run unreadable."""
     plan = make_plan(small_study)
     victim = plan.slots[1].trial
@@ -233,7 +233,7 @@ def test_a_long_group_is_saved_while_it_is_under_way(small_study, level):
 
 
 @pytest.mark.parametrize("level", ["shared-base", "lockstep", "replicates"])
-def test_a_run_is_resumed_from_wherever_it_was_killed(small_study, level):
+def test_a_run_killed_at_any_point_is_resumed(small_study, level):
     """For any saved prefix, complete groups are kept, the other groups are measured as a whole, and all trials are
     ok."""
     plan = make_plan(small_study, interleaving=level)

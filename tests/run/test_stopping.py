@@ -125,7 +125,7 @@ def measured(small_study, machine, tmp_path, monkeypatch):
     return run
 
 
-def test_a_run_that_stopped_is_whole_and_says_why(measured, tmp_path):
+def test_a_run_that_stopped_early_is_complete_and_has_the_reason(measured, tmp_path):
     """The manifest has the reason and the measured trials; the run counts like any other."""
     run = measured(replicates=9, precision=0.01)
     assert run.manifest.status == "complete"

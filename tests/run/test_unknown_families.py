@@ -33,7 +33,7 @@ def study(small_study, model):
     return dataclasses.replace(small_study, workload=dataclasses.replace(small_study.workload, model=model))
 
 
-def test_nothing_is_refused_on_a_guess(study, machine):
+def test_unknown_families_are_not_refused(study, machine):
     """Memory, widths and ranks are not checked; one notice has what is unknown and the remedy."""
     tiny = dataclasses.replace(machine, memory_bytes=1)
     wide = dataclasses.replace(
@@ -54,7 +54,7 @@ def test_a_dry_run_gives_the_reason(model, capsys, tmp_path):
     assert SENTENCE in document["unknown"]
 
 
-def test_sizes_are_peft_s_and_say_it(tmp_path, capsys):
+def test_sizes_are_counted_by_peft_and_noted_as_unconfirmed(tmp_path, capsys):
     """Sizes are counted without a formula, and a note says that no formula confirmed them."""
     config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 320}
     (tmp_path / "config.json").write_text(json.dumps(config))

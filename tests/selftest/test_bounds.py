@@ -110,7 +110,7 @@ def test_large_runs_are_read_within_their_bounds(program, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize(("late_s", "broken"), [(40.0, 0), (60.0, 1)])
-def test_a_real_model_is_judged_by_what_its_run_says(program, write_run, late_s, broken, capsys):
+def test_a_real_model_is_judged_by_its_run(program, write_run, late_s, broken, capsys):
     """A run is judged by its time, replicates, share of measuring time and intervals; 60 s past the limit breaks a
     bound."""
     import dataclasses

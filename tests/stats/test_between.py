@@ -24,14 +24,14 @@ def test_the_interval_holds_the_planted_deviation(sizes, between):
     assert held / 800 >= 0.935
 
 
-def test_of_one_value_each_it_is_what_is_seen():
+def test_groups_of_one_value_have_a_chi_square_interval():
     """The interval is a chi-square interval; the unknown scatter within the groups is included."""
     found = sd_between([[1.0], [2.0], [4.0]])
     assert not found.alone
     assert (found.low, found.high) == pytest.approx(sd_interval(found.sd, 2))
 
 
-def test_values_that_do_not_scatter_leave_all_of_it():
+def test_nothing_is_subtracted_without_scatter():
     """Without scatter nothing is subtracted."""
     found = sd_between([[1.0, 1.0], [3.0, 3.0]])
     assert (found.sd, *sd_interval(found.sd, 1)) == pytest.approx((found.sd, found.low, found.high))

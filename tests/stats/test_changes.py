@@ -14,7 +14,7 @@ def noise(count, *, sd=0.02, seed=0):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_the_division_is_the_one_that_pelt_finds(seed):
+def test_change_points_equal_those_of_pelt(seed):
     """The reference is ruptures with the same least-squares cost, penalty and shortest segment, on random levels and
     noise."""
     rng = np.random.default_rng(seed)
@@ -39,7 +39,7 @@ def test_a_change_is_found_with_its_size_and_place():
     assert course.scatter == pytest.approx(0.02, rel=0.3)
 
 
-def test_fewer_than_ten_say_nothing():
+def test_fewer_than_ten_points_have_no_change():
     """Fewer than ten points have no change, whatever their values, and one level without an interval."""
     values = noise(LEAST_POINTS - 1)
     values[5:] += 1.0
@@ -50,7 +50,7 @@ def test_fewer_than_ten_say_nothing():
 
 
 @pytest.mark.parametrize("place", [0, 7, 20, 38, 39])
-def test_a_night_that_lies_far_off_is_no_change(place):
+def test_a_single_outlier_is_not_a_change(place):
     """A single outlier is not a change, whatever its size and place; the level hardly moves."""
     values = noise(40, seed=8)
     level = find_changes(values).levels[0].mean
@@ -60,7 +60,7 @@ def test_a_night_that_lies_far_off_is_no_change(place):
     assert course.levels[0].mean == pytest.approx(level, abs=0.01)
 
 
-def test_values_that_are_all_alike_are_one_level():
+def test_constant_values_are_one_level():
     """Constant values have no scatter, and no change is found."""
     course = find_changes([1.5] * 20)
     assert (course.changes, course.scatter) == ((), 0.0)
@@ -82,7 +82,7 @@ def test_noise_without_a_change_gives_few_false_ones():
     assert false <= 10
 
 
-def test_what_would_be_seen_is_seen():
+def test_changes_of_the_detectable_size_are_found():
     """A change of the stated detectable size is found within three nights in about four of five lines."""
     found = 0
     for seed in range(80):
@@ -94,7 +94,7 @@ def test_what_would_be_seen_is_seen():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_refused(bad):
+def test_values_that_are_not_finite_are_refused(bad):
     """A value that is not finite has no level."""
     values = [random.random() for _ in range(12)]
     with pytest.raises(ValueError, match="not finite"):

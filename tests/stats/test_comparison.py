@@ -83,7 +83,7 @@ def test_unpaired_is_never_equivalent():
     assert unpaired.replicates_needed is None
 
 
-def test_inconclusive_says_what_would_have_been_seen():
+def test_an_inconclusive_result_has_the_detectable_effect():
     """An inconclusive result has the detectable effect and a plan, in fields and in words; a plan of hundreds is not
     advised."""
     base, candidate = [[1.0], [1.0], [1.0]], [[0.8], [1.3], [1.05]]

@@ -40,18 +40,18 @@ def test_a_change_of_level_is_found(shape):
     [np.exp(-STEP / 5), 4.0 * (STEP < 1), 0.3 * (STEP < 10), 0.3 * ((STEP >= 20) & (STEP < 30))],
     ids=["decaying", "compiling first step", "leading plateau", "passing burst"],
 )
-def test_slower_at_first_and_a_passing_burst_are_none(shape):
+def test_a_slow_start_and_a_passing_burst_are_not_drift(shape):
     """The later level is steady and the faster one."""
     assert share(shape, 0.02) <= 0.08
 
 
 @pytest.mark.parametrize("where", [1, 2, 30, 58, 59])
-def test_a_lone_hiccup_is_none(where):
+def test_a_single_slow_step_is_not_drift(where):
     """A single slow step is not a drift, at any position."""
     assert share(2.0 * (where == STEP), 0.02) <= 0.08
 
 
-def test_the_tolerance_bounds_what_is_found():
+def test_the_tolerance_decides_whether_a_rise_is_drift():
     """A rise by 1.5 % is within a tolerance of 2 % but not within one of 0.5 %."""
     rise = 0.015 * (STEP >= 30)
     assert share(rise, 0.003) <= 0.04

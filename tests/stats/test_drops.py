@@ -11,7 +11,7 @@ from lorameter.stats import kept_pairs
 flags = st.lists(st.tuples(st.booleans(), st.booleans()), max_size=30)
 
 
-def test_a_pair_goes_as_a_whole():
+def test_a_flag_on_either_side_drops_the_pair():
     """A flag on either side drops the pair, and the flags of both sides are counted."""
     result = kept_pairs([False, True, False, True, False], [False, False, True, True, False], least=2)
     assert result.kept == (0, 4)

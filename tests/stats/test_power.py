@@ -62,7 +62,7 @@ def test_no_scatter_needs_two():
     assert detectable_log_effect(paired(0.0, 3), rule()) == rule().log_tolerance
 
 
-def test_the_interval_of_a_scatter_holds_it_as_often_as_it_says():
+def test_the_interval_of_a_deviation_has_its_nominal_coverage():
     """Over simulated runs of 24 replicates the 95 % interval covers the true standard deviation in 95 %."""
     sds = np.random.default_rng(8).normal(0, 0.02, (4000, 24)).std(axis=1, ddof=1)
     ends = [sd_interval(float(sd), 23) for sd in sds]

@@ -19,13 +19,13 @@ def test_it_is_the_exact_interval(of):
 
 
 @pytest.mark.parametrize(("count", "of"), [(-1, 3), (4, 3), (0, 0)])
-def test_what_is_no_part_is_refused(count, of):
+def test_counts_that_are_not_a_share_are_refused(count, of):
     """The error has both numbers."""
     with pytest.raises(ValueError, match=f"{count} of {of}"):
         proportion(count, of)
 
 
-def test_clusters_that_say_nothing_of_their_scatter_count_as_one_look_each():
+def test_clusters_without_known_scatter_count_as_one_sample_each():
     """Zero in 20 answers of 32 tokens is not zero in 640 tokens; one answer gives almost no information."""
     assert clustered_proportion([0] * 20, [32] * 20).high == proportion(0, 20).high
     assert clustered_proportion([32] * 20, [32] * 20).low == proportion(20, 20).low
@@ -34,7 +34,7 @@ def test_clusters_that_say_nothing_of_their_scatter_count_as_one_look_each():
     assert high > 0.9
 
 
-def test_the_clustered_interval_holds_what_it_promises():
+def test_the_clustered_interval_has_its_nominal_coverage():
     """For answers with correlated tokens, the interval covers the true share in at least 95 % of cases."""
     rng = np.random.default_rng(5)
     inside = 0

@@ -51,7 +51,7 @@ def test_all_intervals_of_a_run_hold_the_truth_in_94_percent_of_the_runs(name, r
     assert held / STUDIES >= 0.94 - 2.6 * error  # a true coverage of 94 % fails in 0.5 % of the tests
 
 
-def test_what_a_replicate_does_to_all_arms_cancels():
+def test_an_effect_of_a_replicate_on_all_arms_cancels():
     """A replicate in which every arm is slower by half does not change the shared scatter."""
     (logs,) = simulated([1.0] * 5, 4, studies=1)
     moved = logs + np.array([0.0, 0.5, 0.0, 0.0])

@@ -15,7 +15,7 @@ def named(values):
 
 
 @pytest.mark.parametrize("factor", [1.05, 1.4, 1 / 1.2])
-def test_all_by_one_factor_is_the_machine(factor):
+def test_a_common_factor_is_a_change_of_the_machine(factor):
     """Ten benchmarks that all change by about one factor, slower or faster, are reported as a change of the machine."""
     values = np.random.default_rng(81).normal(math.log(factor), 0.01, 10)
     shift = run_wide_shift(named(values))
@@ -25,7 +25,7 @@ def test_all_by_one_factor_is_the_machine(factor):
     assert "measure both sides in one run" in shift.reason
 
 
-def test_one_regression_is_not_the_machine():
+def test_one_regression_is_not_a_change_of_the_machine():
     """A single benchmark that regressed, however much, leaves the run valid."""
     values = [*np.random.default_rng(82).normal(0.0, 0.004, 9), math.log(2.0)]
     shift = run_wide_shift(named(values))
@@ -33,14 +33,14 @@ def test_one_regression_is_not_the_machine():
     assert shift.reason.endswith("not a movement of all")
 
 
-def test_each_by_its_own_amount_is_not_the_machine():
+def test_different_slow_downs_are_not_a_change_of_the_machine():
     """Benchmarks that are slower by 2 to 80 % have no common factor and are not reported as a shift."""
     shift = run_wide_shift(named(np.log([1.02, 1.04, 1.1, 1.2, 1.3, 1.45, 1.6, 1.8])))
     assert not shift.shifted
     assert "each moved by its own amount" in shift.reason
 
 
-def test_five_cannot_tell_and_six_can():
+def test_five_of_one_sign_are_not_a_shift_and_six_are():
     """Five benchmarks of one sign occur too often by chance; six of one sign are a shift."""
     assert not run_wide_shift(named([0.2] * 5)).shifted
     assert run_wide_shift(named([0.2] * 6)).shifted

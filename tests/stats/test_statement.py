@@ -76,7 +76,7 @@ def test_rounding_decides_nothing(mean):
     assert beyond(contrasts, 0.0).status == within(contrasts, 0.0).status == "inconclusive"
 
 
-def test_a_family_widens_what_a_difference_needs():
+def test_a_family_widens_the_deciding_interval():
     """The deciding interval is that of alpha over the family; the shown interval stays the 95 % one."""
     contrasts = around(0.02, sd=0.006)
     assert both(beyond, contrasts, TOLERANCE) == ("supported", "difference")
@@ -125,7 +125,7 @@ def test_false_statements_at_the_limit_keep_their_rate(statement, mean, false):
     ("contrasts", "words"),
     [(np.zeros((1, 2)), "one replicate"), (np.zeros((3, 0)), "shape"), (np.array([[1.0], [math.nan]]), "finite")],
 )
-def test_what_cannot_be_judged_is_refused(contrasts, words):
+def test_invalid_contrasts_are_refused(contrasts, words):
     """One replicate, no contrast and a value that is not a number are refused."""
     with pytest.raises(ValueError, match=words):
         beyond(contrasts, MARGIN)
@@ -140,7 +140,7 @@ def test_what_cannot_be_judged_is_refused(contrasts, words):
         (within, 0.060, MARGIN, "refuted"),
     ],
 )
-def test_an_open_statement_says_how_many_replicates_would_decide_it(statement, mean, limit, decided):
+def test_an_undecided_statement_has_the_replicates_it_needs(statement, mean, limit, decided):
     """The stated number has a power of 80 % or slightly more on simulated replicates of the same effect and scatter."""
     found = statement(around(mean, sd=0.02), limit)
     assert found.status == "inconclusive"
@@ -150,7 +150,7 @@ def test_an_open_statement_says_how_many_replicates_would_decide_it(statement, m
     assert 0.72 < draws.count(decided) / 300 < 0.95
 
 
-def test_what_is_decided_or_lies_on_the_limit_needs_no_number():
+def test_decided_statements_and_those_at_the_limit_have_no_number():
     """More replicates change neither."""
     assert beyond(around(0.3), TOLERANCE).replicates_needed is None
     assert within(around(0.0), MARGIN).replicates_needed is None

@@ -25,7 +25,7 @@ def test_noise_is_not_explained():
     assert 0 < share.low < 0.5 < share.high < 1
 
 
-def test_replicates_that_cannot_say_are_left_out():
+def test_replicates_without_a_share_are_left_out():
     """Two points, equal x and equal y give no share; without other replicates there is none."""
     silent = [([1, 2], [1, 2]), ([5, 5, 5], [1, 2, 3]), ([1, 2, 3], [4, 4, 4])]
     assert explained_share(silent) is None

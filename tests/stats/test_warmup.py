@@ -34,7 +34,7 @@ def test_online_stops_soon_on_flat_noise(sd):
 
 
 @pytest.mark.parametrize("sd", [0.003, 0.02])
-def test_online_goes_on_while_it_decays(sd):
+def test_online_continues_while_the_warm_up_decays(sd):
     """A decaying warm-up ends, and not before its remaining excess is below a tenth."""
     counts = stops(np.exp(-STEP / 5), sd, 5)
     assert None not in counts

@@ -67,7 +67,7 @@ def test_a_part_that_makes_no_statement_is_refused(parts_of, part, words):
 @pytest.mark.parametrize(("rule", "own"), [
     ("trend-up", "tolerance"), ("no-trend", "margin"), ("faster", "by"), ("largest-effect", ""),
 ])  # fmt: skip
-def test_a_limit_that_is_not_the_rules_is_refused(parts_of, rule, own, name):
+def test_a_limit_of_another_rule_is_refused(parts_of, rule, own, name):
     """A limit of another rule would have no effect. The error names it and the rule's own limit, which is accepted."""
     rest = {"largest-effect": ', against = ["lora_dropout"], scale = "linear"'}.get(rule, "")
     part = f'rule = "{rule}", axis = "{"engine" if own == "by" else "r"}", metric = "step_time_s"{rest}, {name} = 0.2'

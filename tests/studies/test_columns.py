@@ -34,7 +34,7 @@ def test_a_study_names_columns_and_the_loss(tmp_path):
     assert len({workload, codec.from_json(Workload, data, "here"), Workload()}) == 2
 
 
-def test_the_loss_and_the_columns_are_part_of_what_is_compared(small_study):
+def test_labels_are_part_of_the_workload_fingerprint(small_study):
     """Runs with other labels have other workload fingerprints."""
 
     def fingerprint(**changes):
@@ -63,7 +63,7 @@ def test_columns_that_make_no_record_are_refused(columns, words):
         codec.from_json(Workload, {"columns": columns}, "here")
 
 
-def test_a_folder_is_what_its_files_hold(tmp_path):
+def test_the_hash_of_a_folder_depends_on_its_contents(tmp_path):
     """The hash of a data folder depends on the split and its bytes, not on the path."""
     contents = {}
     for name, train in (("a", "x"), ("b", "x"), ("c", "y")):

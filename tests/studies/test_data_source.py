@@ -41,7 +41,7 @@ def test_a_hub_id_may_have_a_configuration_and_a_split(data, name, config, split
         ("", "no id of the hub"),
     ],
 )
-def test_a_name_of_nothing_is_refused(data, words, tmp_path, monkeypatch):
+def test_a_data_source_that_does_not_exist_is_refused(data, words, tmp_path, monkeypatch):
     """The error lists the accepted forms."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=words) as caught:
@@ -49,7 +49,7 @@ def test_a_name_of_nothing_is_refused(data, words, tmp_path, monkeypatch):
     assert "owner/name:config[split]" in str(caught.value)
 
 
-def test_what_is_there_goes_before_the_hub(tmp_path, monkeypatch):
+def test_existing_files_take_precedence_over_the_hub(tmp_path, monkeypatch):
     """Existing files precede the hub, also a file whose name ends in brackets; a pipe is not a file, and a file has no
     splits."""
     monkeypatch.chdir(tmp_path)
@@ -86,7 +86,7 @@ def test_what_is_there_goes_before_the_hub(tmp_path, monkeypatch):
         ("train.jsonl test.csv", "", "train.jsonl"),
     ],
 )  # fmt: skip
-def test_files_say_their_split_in_their_names(names, split, taken, tmp_path):
+def test_the_split_is_a_word_of_the_file_name(names, split, taken, tmp_path):
     """The split is a word of the file name; "train" is the default where it exists."""
     for name in names.split():
         (tmp_path / name).touch()

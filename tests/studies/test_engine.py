@@ -56,7 +56,7 @@ def read(tmp_path):
         ("python {train|faster}.py", "python train.py", "python faster.py"),
     ],
 )
-def test_braces_are_the_difference(command, without, with_it):
+def test_braces_give_the_difference_of_two_commands(command, without, with_it):
     """The test covers several braces, two alternatives, quoted words, and braces of the script itself."""
     assert split_braces(command) == (without, with_it)
 
@@ -83,7 +83,7 @@ def test_braces_are_the_difference(command, without, with_it):
         ("", ["nothing differs"]),
     ],
 )
-def test_what_makes_no_two_commands_is_refused(command, words):
+def test_an_invalid_pair_of_commands_is_refused(command, words):
     """The error has the command and a correct form."""
     with pytest.raises(UsageError) as caught:
         split_braces(command)
@@ -126,7 +126,7 @@ def test_a_study_without_an_engine_has_nothing_to_ask_a_script():
         ({"text": TOML[TOML.index("[[variant]]") :]}, ["axis = 'engine'", "Add [engine]"]),
     ],
 )
-def test_an_engine_that_cannot_be_is_refused(read, given, words):
+def test_an_invalid_engine_is_refused(read, given, words):
     """The error has the file, the fault and a correct form."""
     with pytest.raises(UsageError) as caught:
         read(**given)
@@ -135,7 +135,7 @@ def test_an_engine_that_cannot_be_is_refused(read, given, words):
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_a_ready_study_has_its_promises_from_a_page(name):
+def test_claims_of_a_built_in_study_have_an_address_and_a_date(name):
     """Every claim has an address and the date of reading, and is about the engine only."""
     study = load_study(name)
     assert study.engine is not None

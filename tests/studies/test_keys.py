@@ -52,7 +52,7 @@ def answer(tmp_path, capsys):
         (f"[protocol]\nreplicates = 0\n{ONE}", "mine.toml, [protocol]: replicates = 0: too small"),
     ],
 )
-def test_a_mistaken_key_is_answered_with_the_right_one(answer, text, said):
+def test_an_unknown_key_is_refused_with_the_closest_one(answer, text, said):
     """The error is one line, without a list of all keys and without repeating the place."""
     code, found = answer(text)
     assert code == 2
@@ -62,7 +62,7 @@ def test_a_mistaken_key_is_answered_with_the_right_one(answer, text, said):
 
 
 @pytest.mark.parametrize("name", ["./missing.toml", "missing.toml", "folder/missing", "."])
-def test_a_path_that_is_no_file_is_no_unknown_study(tmp_path, monkeypatch, capsys, name):
+def test_a_missing_study_file_is_reported_as_missing(tmp_path, monkeypatch, capsys, name):
     """The error says that the file is missing, and lists no built-in studies."""
     monkeypatch.chdir(tmp_path)
     assert main(["run", name, "--dry-run"]) == 2

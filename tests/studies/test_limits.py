@@ -68,7 +68,7 @@ def test_an_impossible_value_is_refused(tmp_path, section, key, value):
     ],
     ids=lambda value: value[:24],
 )
-def test_what_would_break_later_is_refused_when_it_is_read(tmp_path, text, words):
+def test_invalid_names_and_values_are_refused_on_reading(tmp_path, text, words):
     """Names that are invalid for files, too many variants, values in place of tables and a date are refused."""
     assert words in refused(tmp_path, text)
 

@@ -74,7 +74,7 @@ def test_globs_select_and_quality_trains_all_steps(folder):
         ("*", {"use_amp": True}, "gradients are not scaled here"),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_right_word(folder, select, params, said):
+def test_unknown_names_and_settings_are_refused(folder, select, params, said):
     """An unknown name, an unknown key and an unsupported setting are refused."""
     (folder / "experiments/lora/rank32/training_params.json").write_text(json.dumps(params))
     with pytest.raises(UsageError, match=said.replace("?", r"\?")):

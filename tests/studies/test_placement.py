@@ -40,14 +40,14 @@ def written(tmp_path, protocol, more=""):
         ('sites = ["0+1", "1+2"]', r"sites = '0\+1,1\+2': one is named twice"),
     ],
 )
-def test_what_means_nothing_is_refused_when_the_study_is_read(tmp_path, protocol, words):
+def test_invalid_places_are_refused_on_reading(tmp_path, protocol, words):
     """The error names file, key, value and remedy before anything is started."""
     with pytest.raises(UsageError, match=words):
         load_study(written(tmp_path, protocol))
 
 
 @pytest.mark.parametrize("line", ['protocol.on = "ray"', 'protocol.sites = ["0"]'])
-def test_a_profile_says_of_no_place(tmp_path, line):
+def test_a_profile_cannot_set_the_place(tmp_path, line):
     """A profile cannot set the place, because the device that is found selects the profile."""
     with pytest.raises(UsageError, match=r"\[profile.cpu\]: protocol.(on|sites) = .*Write it in \[protocol\]"):
         load_study(written(tmp_path, "", f'[profile.cpu]\ndevices = ["cpu"]\n{line}\n'))
@@ -92,7 +92,7 @@ def test_options_of_slurm_are_keys_and_values():
         ("slurm:time=nan", "a positive number"),
     ],
 )
-def test_what_is_no_key_or_no_value_is_refused(on, words):
+def test_invalid_keys_and_values_are_refused(on, words):
     """The error lists the known keys."""
     with pytest.raises(UsageError, match=words):
         read_slurm(on)

@@ -38,7 +38,7 @@ def test_a_workload_that_ranks_cannot_share_is_refused(changes, words):
     assert words in refusal(**changes)
 
 
-def test_a_study_of_ranks_trains_and_need_not_say_so(tmp_path):
+def test_training_is_the_only_phase_of_a_study_of_ranks(tmp_path):
     """Its only phase is training, and any other phase is refused."""
     path = tmp_path / "two.toml"
     path.write_text('[workload]\nranks = 2\nstrategy = "ddp"\n[[variant]]\nname = "plain"\n')
@@ -73,7 +73,7 @@ def test_a_variant_that_ranks_cannot_train_is_refused(small_study, machine, chan
         check_feasible(of_ranks(small_study, **changes), machine)
 
 
-def test_more_ranks_than_cards_are_refused(small_study, machine, monkeypatch):
+def test_more_ranks_than_gpus_are_refused(small_study, machine, monkeypatch):
     """Two ranks on one GPU would disturb each other."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(UsageError, match=r"ranks = 2: 1 GPU is available here"):

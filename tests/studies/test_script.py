@@ -71,7 +71,7 @@ def test_every_field_of_a_command_is_part_of_its_identity():
         ({"command": "python t.py", "env": {"A": "\udcff"}}, "no UTF-8"),
     ],
 )
-def test_a_command_that_cannot_be_is_refused(fields, said):
+def test_an_invalid_command_is_refused(fields, said):
     """Each error has the key and the remedy, before anything is started."""
     with pytest.raises(UsageError) as refused:
         ScriptVariant(name="one", **fields)
@@ -90,7 +90,7 @@ def test_a_command_that_cannot_be_is_refused(fields, said):
         ('[[variant]]\nname = "one"\ncwd = "/x"\n', "cwd = '/x': only a variant that is a command has it"),
     ],
 )
-def test_a_study_of_commands_refuses_what_only_its_scripts_could_do(tmp_path, text, said):
+def test_a_study_of_commands_refuses_settings_of_the_scripts(tmp_path, text, said):
     """The error names file and key."""
     with pytest.raises(UsageError, match=r"scripts\.toml") as refused:
         load_study(write(tmp_path, text))

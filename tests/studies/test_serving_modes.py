@@ -26,7 +26,7 @@ FOUR = ["unmerged, nf4", "merged into nf4"]
         ({"dtype": "float32"}, [*(name.replace("nf4", "float32") for name in NF4[:4]), *NF4[5:], *FOUR]),
     ],
 )
-def test_every_way_that_applies_and_no_other(fields, names):
+def test_a_variant_is_served_in_each_applicable_mode_once(fields, names):
     """A variant is served on its own base, in 16 bits and in 4 bits, once each, with two merges of a quantised base and
     the controls."""
     ways = [way for group in serving_modes(LoraVariant(**fields)) for way in group]

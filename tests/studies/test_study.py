@@ -186,7 +186,7 @@ TWO = '[[variant]]\nname = "a"\nr = 4\n[[variant]]\nname = "b"\nr = 8\n'
         ('data = ["a"]', "data = ['a']: str is expected"),
     ],
 )
-def test_a_workload_that_cannot_be_is_refused(tmp_path, line, said):
+def test_an_invalid_workload_is_refused(tmp_path, line, said):
     """The error has the name and a valid replacement, before the measurement."""
     with pytest.raises(UsageError, match=re.escape(said)):
         load_study(write(tmp_path, f"[workload]\n{line}\n{TWO}"))

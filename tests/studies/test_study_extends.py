@@ -17,7 +17,7 @@ def write(tmp_path, text, base=ORIGINAL):
 
 
 @pytest.mark.parametrize(("name", "model"), SAME_SWEEP.items())
-def test_no_profile_swaps_in_another_model(name, model):
+def test_a_profile_does_not_replace_the_studys_model(name, model):
     """On any machine the study uses its own model, with random weights where the profile says so."""
     for profile in tomllib.loads(builtin_studies()[ORIGINAL].read_text())["profile"]:
         study = load_study(name, profile=profile)
@@ -27,7 +27,7 @@ def test_no_profile_swaps_in_another_model(name, model):
     assert load_study(ORIGINAL, device="cpu").workload.model == "smollm2-135m"
 
 
-def test_the_rest_of_a_profile_stays(tmp_path):
+def test_other_keys_of_an_inherited_profile_still_apply(tmp_path):
     """Only keys of the extending study override an inherited profile."""
     study = load_study(write(tmp_path, "[workload]\nbatch_size = 2\n[controls]\ntf32 = false\n"), device="cpu")
     assert study.workload.batch_size == 2
@@ -37,7 +37,7 @@ def test_the_rest_of_a_profile_stays(tmp_path):
     }
 
 
-def test_its_own_profile_wins_over_its_own_line(tmp_path):
+def test_its_own_profile_takes_precedence_over_its_own_key(tmp_path):
     """A profile of the extending study applies to its machine."""
     text = '[workload]\nmodel = "mistral-7b"\n[profile.cpu.workload]\nmodel = "tiny-llama"\n'
     assert load_study(write(tmp_path, text), device="cpu").workload.model == "tiny-llama"

@@ -185,7 +185,7 @@ def test_a_failed_check_makes_the_trial_invalid(trial):
     assert (fragment.status, fragment.failure.kind) == ("invalid", "RequiredPathNotActive")
 
 
-def test_what_two_steps_do_not_show_is_checked_in_further_steps(trial):
+def test_learning_not_shown_by_two_steps_is_checked_in_more(trial):
     """With a learning rate that starts at zero, two steps show only one factor learning, so that the check takes
     further steps and restores the state afterwards."""
     variant = dataclasses.replace(VARIANT, schedule="linear", warmup_ratio=0.1)

@@ -43,7 +43,7 @@ def test_the_accepted_run_is_the_base(write_run, lorameter):
     assert lorameter("compare", "baseline", "a")[1]["base"] == "b"
 
 
-def test_fingerprints_and_studies_have_their_own(write_run, lorameter, small_study, tmp_path):
+def test_each_fingerprint_and_study_has_its_own_baseline(write_run, lorameter, small_study, tmp_path):
     """A run of another machine or study neither replaces a baseline nor is compared with it."""
     write_run("a", BASE)
     write_run("b", BASE, facts={"device_name": "Other CPU"})
@@ -86,7 +86,7 @@ def test_an_invalid_run_is_not_accepted(write_run, lorameter, tmp_path, options,
     assert [baseline.run for baseline in read_baselines(tmp_path / "runs").baselines] == ["a"]
 
 
-def test_a_run_that_lies_elsewhere_is_refused(write_run, lorameter, tmp_path):
+def test_a_run_in_another_folder_is_refused(write_run, lorameter, tmp_path):
     """A run in another folder is refused, since its baseline would not be found there; the remedy names the folder."""
     elsewhere = tmp_path / "elsewhere" / "a"
     elsewhere.parent.mkdir()

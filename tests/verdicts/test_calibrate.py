@@ -74,7 +74,7 @@ def plain(small_study):
     return small_study.variant("plain")
 
 
-def test_a_quiet_machine_finds_the_slow_down_and_cries_no_wolf(ab_run, plain):
+def test_a_slow_down_is_found_without_false_alarms(ab_run, plain):
     """A slow-down of 5 % at a standard deviation of 1 % is found by nearly every gate, and identical code is
     equivalent."""
     result = calibrate(ab_run(), plain)

@@ -105,7 +105,7 @@ def test_a_larger_peak_is_a_regression(write_run, compare):
      "libraries.torch: '1.0' in the base, '2.0' in the candidate"),
     ({"workload": {"model": "tiny-llama", "batch_size": 4}}, "workload.batch_size: 2 in the base, 4 in the candidate"),
 ])  # fmt: skip
-def test_unlike_fingerprints_are_not_comparable(write_run, compare, facts, said):
+def test_different_fingerprints_are_not_comparable(write_run, compare, facts, said):
     """Every comparison exits with 5, although one is 20 % slower, and names the field and both values."""
     code, document = compare(write_run("a", BASE), write_run("b", slower(1.2, "nf4"), facts=facts))
     assert code == 5
@@ -196,7 +196,7 @@ def test_a_damaged_or_incomplete_record_file_is_invalid(write_run, compare):
     assert compare("bad", "bad")[0] == 4
 
 
-def test_an_ab_run_is_no_side(write_run, compare):
+def test_an_ab_run_cannot_be_compared_with_another_run(write_run, compare):
     """An A/B run holds both sides and cannot be compared with another run."""
     manifest = write_run("b", BASE) / "manifest.json"
     sides = {side: {"label": "x", "worker": "y"} for side in ("base", "candidate")}
@@ -223,7 +223,7 @@ def many(count):
     return variants, steps
 
 
-def test_a_shift_of_all_variants_is_the_machines(write_run, compare, small_study):
+def test_a_shift_of_all_variants_is_a_change_of_the_machine(write_run, compare, small_study):
     """Six of six variants slower by a fifth are invalid (4), with their ratios; memory peaks keep their verdicts."""
     variants, steps = many(6)
     study = dataclasses.replace(small_study, variants=variants, reference="r1")
@@ -252,7 +252,7 @@ def test_metrics_that_follow_from_each_other_are_no_shift(write_run, compare):
 
 
 @pytest.mark.parametrize(("count", "moving"), [(5, 5), (6, 5), (6, 1)])
-def test_a_few_that_moved_are_not_the_machine(write_run, compare, small_study, count, moving):
+def test_a_shift_of_a_few_variants_is_not_a_change_of_the_machine(write_run, compare, small_study, count, moving):
     """Five of five can be chance, and an unchanged variant contradicts a machine change: regressed (1)."""
     variants, steps = many(count)
     study = dataclasses.replace(small_study, variants=variants, reference="r1")
@@ -298,7 +298,7 @@ def saved(tmp_path):
 FACTS = {"device": "cpu", "libraries": {"torch": "1.0"}}
 
 
-def test_files_of_ours_are_compared_by_their_trials(saved, compare):
+def test_files_of_lorameter_are_compared_by_their_trials(saved, compare):
     """Raw samples are split at the trial boundaries; other metrics are compared by the medians of the trials."""
     code, document = compare(saved("a"), saved("b", step=0.2))
     row = document["comparisons"][0]
@@ -321,7 +321,7 @@ def test_files_of_ours_are_compared_by_their_trials(saved, compare):
     ({"ids": ("i", "j")}, 4, "two variants, i and j"),
     ({"ids": ("j",)}, 5, "variant plain: 'i' in the base, 'j' in the candidate"),
 ])  # fmt: skip
-def test_a_file_of_ours_that_does_not_hold_or_agree(saved, compare, changes, code, said):
+def test_an_invalid_or_different_file_of_lorameter_is_judged_as_a_run(saved, compare, changes, code, said):
     """Reasons and exit codes are the same as for a run."""
     found, document = compare(saved("a"), saved("b", **changes))
     assert found == code
@@ -380,7 +380,7 @@ def test_a_foreign_file_is_one_replicate(foreign, compare):
     }  # fmt: skip
 
 
-def test_foreign_files_are_comparable_with_their_like_alone(foreign, write_run, compare):
+def test_foreign_files_are_comparable_only_with_similar_ones(foreign, write_run, compare):
     """Processor and Python version must agree, and a run does not have them in this form."""
     code, document = compare(foreign("a"), foreign("b", python="2.7"))
     assert code == 5

@@ -68,7 +68,7 @@ def test_an_invalid_run_never_passes(gate):
     ("metrics = ['step_tme_s']", "Did you mean 'step_time_s'"),
     ("tolerance =", "not a TOML file"),
 ])  # fmt: skip
-def test_a_policy_that_cannot_be_is_refused(gate, policy, said):
+def test_an_invalid_policy_is_refused(gate, policy, said):
     """The command exits with 2 and the key, its value and the remedy."""
     code, text = gate(BASE, policy)
     assert code == 2

@@ -51,7 +51,7 @@ def test_disturbed_trials_are_a_notice_with_the_reason(notices):
     assert not {"disturbed", "still-disturbed"} & set(notices())
 
 
-def test_a_line_cut_short_and_lost_evidence_have_their_own_notices(notices):
+def test_truncated_lines_and_lost_evidence_have_their_own_notices(notices):
     """Both count as damaged lines but have separate notices."""
     found = notices(damaged_lines=3, without_evidence=2)
     assert found["damaged-lines"].message.startswith("1 line of trials.jsonl cut short")

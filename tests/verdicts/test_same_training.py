@@ -114,7 +114,7 @@ def test_losses_on_other_tokens_are_not_compared():
     assert "loss-differs" not in notices({}, {"tokens": other, "losses": (9.0,) * 6})
 
 
-def test_what_was_not_seen_is_unknown():
+def test_missing_losses_are_unknown():
     """Missing losses, one replicate and a loss without a ratio are unknown; without tokens the reason says so."""
     assert losses({"losses": ()}, {"losses": ()}).found == "unknown"
     assert losses({}, {}, replicates=1).found == "unknown"

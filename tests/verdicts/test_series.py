@@ -92,7 +92,7 @@ def test_turns_are_paired_within_one_attempt(level, pairs):
     assert compare_series(series("a", (0, 1, 0)), series("b", (0, 0, 0)), "step_time_s").replicates == pairs
 
 
-def test_of_losses_only_those_after_the_most_steps_count():
+def test_only_losses_after_the_most_steps_count():
     """A shorter training has no comparable loss."""
     records = [record("a", replicate) for replicate in range(3)]
     for one, steps in zip(records, (12.0, 8.0, 12.0), strict=True):

@@ -34,7 +34,7 @@ def run_of(speeds):
     ]
 
 
-def test_a_run_of_several_sites_says_how_they_differ():
+def test_a_run_of_several_sites_has_a_notice_of_their_difference():
     """The notice has each site and the standard deviation; a run on one site has no notice."""
     (notice,) = site_notices(run_of(SPEEDS))
     assert notice.code == "sites"
@@ -44,7 +44,7 @@ def test_a_run_of_several_sites_says_how_they_differ():
     assert list(site_notices([record("plain", 0, "", 1.0)])) == []
 
 
-def test_a_site_that_differs_from_its_like_is_named():
+def test_a_site_that_differs_from_the_median_is_named():
     """The notice names a site that is at least 10 % from the median; with two sites it names none."""
     notices = {notice.code: notice.message for notice in site_notices(run_of((1.0, 1.01, 1.5, 0.99)))}
     assert notices["node-mismatch"] == "site GPU-2 is 49% slower than the median of its like."
@@ -60,7 +60,7 @@ def scattered(*sites):
     ]
 
 
-def test_what_replicates_scatter_by_is_no_difference_of_sites():
+def test_scatter_of_replicates_is_not_a_difference_of_sites():
     """The scatter of the replicates is subtracted from the difference of sites; with one replicate on each it is
     unknown and stays in."""
     for sites, said in (

@@ -37,7 +37,7 @@ def test_a_whole_run_is_valid(write_run):
         ({"status": "running"}, "incomplete", "its status is 'running', not 'complete'"),
     ],
 )
-def test_what_is_wrong_with_a_run_makes_all_of_it_invalid(write_run, options, reason, words):
+def test_a_fault_of_a_run_makes_all_of_it_invalid(write_run, options, reason, words):
     """The report and a comparison give the same reason."""
     found = validity_of(write_run("a", TIMES, **options))
     assert not found.valid
@@ -45,7 +45,7 @@ def test_what_is_wrong_with_a_run_makes_all_of_it_invalid(write_run, options, re
     assert found.broken == f"run a: {words}"
 
 
-def test_a_trial_that_failed_is_its_own_variants_only(write_run):
+def test_a_failed_trial_affects_only_its_own_variant(write_run):
     """The run is invalid, but the other variants can be compared."""
 
     def fails(record):

@@ -84,7 +84,7 @@ def evaluate(run):
 
 
 @pytest.mark.filterwarnings("ignore:.*autograd kernel was not registered")
-def test_a_gradient_that_repacked_weights_let_through_no_more_is_missed(training):
+def test_a_gradient_missing_behind_repacked_weights_is_found(training):
     """Each parameter has a gradient, but only through the adapters; the part through the base is missing."""
     run = training(targets="all-linear")
     layers = linear4bit_layers(run)

@@ -63,6 +63,6 @@ def test_a_profile_without_its_kernels_contradicts(seen):
         ([], "rms_norm", "absent"),
     ],
 )
-def test_places_decide(seen, places, required, status):
+def test_all_places_of_each_required_kind_must_be_fused(seen, places, required, status):
     """All places of each required kind must be fused, and no place meets a misspelt kind."""
     assert _judge(seen, required, *places).status == status

@@ -37,14 +37,14 @@ def _passes(*counts, weights=None, tolerance=1e-3, mean=True, sums=None):
         (_passes(20, 20, 20, weights=[1 / 20, 1 / 40, 1 / 40], sums=[0, 1, 1]), True, "all together 1"),
     ],
 )
-def test_weights_of_passes_decide(seen, observed, words):
+def test_losses_are_judged_by_the_weights_of_their_passes(seen, observed, words):
     """Equal weights are right whatever factor a scaler applies; a mean over no tokens is undefined."""
     finding = judge_tokens(seen, True)
     assert finding.observed is observed
     assert words in finding.reason
 
 
-def test_a_loss_that_is_made_elsewhere_is_unknown(training):
+def test_a_loss_computed_outside_the_model_is_unknown(training):
     """A loss computed from logits without labels, and a custom loss in place of the model's, are unknown."""
     run = training()
 

@@ -53,7 +53,7 @@ def test_no_optimizer_is_absent(training):
     assert "current_gradient_accumulation_steps" in check.reason
 
 
-def test_a_loop_of_plain_sgd_is_recognised_by_what_it_writes(training):
+def test_plain_sgd_is_recognised_by_the_parameters_it_writes(training):
     """Plain SGD has no operator of its own and is recognised by the parameters that it writes."""
     run = training(quant=None, make_optimizer=lambda given: torch.optim.SGD(given, lr=1e-3))
     check = run.check("optimizer.fused", False)

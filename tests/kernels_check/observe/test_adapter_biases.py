@@ -29,7 +29,7 @@ def _learning(model, optimizer):
     return next(check for check in checks if check.path == "peft.learning")
 
 
-def test_they_have_to_learn_with_the_adapter():
+def test_biases_must_train_with_the_adapter():
     """All biases count; a frozen bias and one that the optimizer does not hold are found."""
     model, count = peft.get_peft_model(_base(), _config("lora_only")).train(), 2
     trained = [value for value in model.parameters() if value.requires_grad]

@@ -92,7 +92,7 @@ HEALTHY = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", HEALTHY)
-def test_everyday_code_learns(training, name):
+def test_usual_training_code_is_active(training, name):
     """Usual training code is active, not a fallback and not unknown."""
     run = training(lora_dropout=0.0)
     check = judged(run, HEALTHY[name](run))

@@ -140,7 +140,7 @@ def test_another_class_in_the_place_of_attention_is_found(verified, other):
     assert check.met is (block.attn is None)
 
 
-def test_a_flat_sequence_of_layers_is_no_alarm(verified):
+def test_feed_forward_layers_are_not_taken_for_attention(verified):
     """Feed-forward layers have names like those of attention but mix no tokens."""
     flat = nn.Sequential(Attention(fused), Feed(), Attention(fused), Feed())
     assert verified(flat).met
@@ -165,7 +165,7 @@ def test_each_way_of_writing_attention_is_recognised(verified, compute, backend,
     assert verified(stack(compute, compute), "float32", path="attention.dtype").met
 
 
-def test_a_hybrid_by_its_configuration_is_no_alarm(verified):
+def test_layers_of_another_configured_kind_need_no_attention(verified):
     """A layer with another kind in the configuration need not attend, whatever its class."""
 
     model = stack(fused, by_hand)

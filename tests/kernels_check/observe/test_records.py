@@ -10,7 +10,7 @@ POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0]])
 NUMBERS = [[0, 0, 0, 1, 1, 2]]
 
 
-def test_a_position_over_and_over_is_one_filler():
+def test_a_repeated_position_is_one_filler():
     """A repeated position, as in padding, counts as one filler at either end."""
     positions = torch.tensor([[0, 1, 0, 1, 1, 1, 1], [1, 1, 1, 0, 1, 2, 0]])
     assert record_numbers(positions).tolist() == [[0, 0, 1, 1, 2, 2, 2], [0, 0, 0, 1, 1, 1, 2]]
@@ -52,7 +52,7 @@ def test_each_input_that_marks_records(name, value):
     assert (found.numbers.tolist(), found.by, found.count, found.packed) == (NUMBERS, name, 3, True)
 
 
-def test_the_first_that_shows_a_boundary_is_believed():
+def test_the_first_input_that_shows_a_boundary_counts():
     """Positions without a restart do not hide the boundaries of a mask, and a mask of ones does not hide those of
     positions."""
     going_on = {"position_ids": torch.arange(6), "attention_mask": _blocks(NUMBERS)}

@@ -125,7 +125,7 @@ def test_annotations_and_host_events_are_no_gpu_time(judge):
     assert summary.unclassified.names == ()
 
 
-def test_an_event_that_stands_twice_counts_once(judge):
+def test_a_repeated_event_counts_once(judge):
     """Merged files repeat events; a notice gives the number."""
     once = [kernel(GEMM, 0, 10, correlation=1), kernel(ADD, 10, 10, correlation=2)]
     summary = judge(once + once[:1])

@@ -73,7 +73,7 @@ def test_other_files_are_refused(tmp_path, content, says):
 @pytest.mark.parametrize(
     "odd", [{"name": 5}, {"cat": []}, {"args": 3}, {"ts": {}}, {"dur": "soon"}, {"args": {"correlation": 2**70}}]
 )
-def test_an_odd_value_in_an_event_does_no_harm(tmp_path, odd):
+def test_an_invalid_value_in_an_event_does_not_stop_the_judgement(tmp_path, odd):
     """The event is used as far as possible or left out, and the rest of the trace is judged."""
     path = tmp_path / "trace.json"
     path.write_text(json.dumps({"traceEvents": [EVENTS[0] | odd, *EVENTS]}))
@@ -108,13 +108,13 @@ def test_a_table_cut_anywhere_is_refused(tmp_path_factory, cut):
 
 @settings(deadline=None, max_examples=30)
 @given(content=st.binary(max_size=200))
-def test_no_file_raises_anything_else(tmp_path_factory, content):
+def test_any_other_file_is_refused_with_a_message(tmp_path_factory, content):
     """Any file that is not a recording is refused with a message."""
     refusal_of(tmp_path_factory.mktemp("noise"), content)
 
 
 @pytest.mark.parametrize("packed", [TRACE + 40_000_000 * b" ", TABLE + 40_000_000 * b" "], ids=["trace", "table"])
-def test_a_small_gzip_of_much_nothing_is_refused(tmp_path, monkeypatch, packed):
+def test_a_small_gzip_of_gigabytes_is_refused(tmp_path, monkeypatch, packed):
     """The file could unpack to gigabytes."""
     monkeypatch.setattr("kernels_check.trace.recording.UNPACKED_FREELY_BYTES", 32 << 20)
     message = refusal_of(tmp_path, gzip.compress(packed, compresslevel=1))

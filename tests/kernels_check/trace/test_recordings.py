@@ -86,7 +86,7 @@ def counted(times):
 
 
 @pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.name)
-def test_a_recording_is_judged_as_its_own_sums_say(path):
+def test_the_judgement_of_a_recording_agrees_with_its_sums(path):
     """All time is counted, nearly all of it has a category, and each share is within 2 points of the count by words."""
     summary, times = read_trace(path), times_of(path)
     assert summary.time_ms == pytest.approx(sum(times.values()) / 1e3, rel=1e-6)
@@ -104,7 +104,7 @@ def test_a_recording_is_judged_as_its_own_sums_say(path):
 
 
 @pytest.mark.skipif(not (FOLDER / "h100-cudnn-gqa-backward.csv").is_file(), reason=f"it is not in {FOLDER}")
-def test_attention_of_cudnn_is_all_of_its_own():
+def test_all_kernels_of_cudnn_attention_count_as_cudnn():
     """With grouped heads a quarter of the backward time is in kernels next to the fused one."""
     use = read_trace(FOLDER / "h100-cudnn-gqa-backward.csv").attention.backends
     assert set(use) == {"cudnn"}

@@ -13,7 +13,7 @@ GIB = 2**30
 @pytest.mark.parametrize(("text", "size"), [
     (" 24 gib ", 24 * GIB), ("24GB", 24 * 10**9), ("40536MiB", 40536 * 2**20), ("0.5TiB", 512 * GIB),
 ])  # fmt: skip
-def test_a_size_is_taken_as_it_is_given(text, size):
+def test_a_memory_size_is_accepted_as_a_gpu(text, size):
     """A GiB is 2^30 bytes, a GB is 10^9 bytes, and the device has no name."""
     card = find_card(text)
     assert (card.total_bytes, card.device_name, card.source) == (size, "", "as given")
@@ -25,14 +25,14 @@ def test_a_size_is_taken_as_it_is_given(text, size):
     ("NVIDIA GeForce RTX 5090", "RTX 5090 32GB", 32607), ("Tesla T4", "T4 16GB", 15360),
     ("rtx4090", "RTX 4090 24GB", 24564), ("4090", "RTX 4090 24GB", 24564),
 ])  # fmt: skip
-def test_a_name_is_found_by_its_words(text, label, mib):
+def test_a_gpu_name_is_found_without_its_optional_words(text, label, mib):
     """Maker, form factor and memory are optional in a name, and the spelling of nvidia-smi is accepted."""
     card = find_card(text)
     assert (card.name, card.total_bytes) == (label, mib * 2**20)
     assert "nvidia-smi" in card.source
 
 
-def test_every_card_is_found_by_what_it_is_called():
+def test_every_gpu_is_found_by_each_of_its_names():
     """Each GPU of the table is found by each of its names and by its label."""
     for device in DEVICES:
         for name in (*device.names, device.label):
@@ -42,7 +42,7 @@ def test_every_card_is_found_by_what_it_is_called():
 @pytest.mark.parametrize(("text", "choices"), [
     ("A100", ("A100 40GB", "A100 80GB")), ("V100", ("V100 16GB", "V100 32GB")), ("RTX", ("RTX 3090", "RTX 5090")),
 ])  # fmt: skip
-def test_a_name_of_cards_of_different_memory_is_refused_with_the_choices(text, choices):
+def test_a_name_of_gpus_of_different_memory_is_refused_with_the_choices(text, choices):
     """Each choice in the error is a valid argument."""
     with pytest.raises(UsageError, match="several, of different memory") as refused:
         find_card(text)

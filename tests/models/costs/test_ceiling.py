@@ -73,7 +73,7 @@ def test_the_type_that_a_step_multiplies_in(options, rate):
 
 
 @pytest.mark.parametrize(("rate", "words"), [("memory", "data in a cache"), ("bfloat16", "which is no bound here")])
-def test_a_share_above_the_peak_says_why_it_is_no_bound(rate, words):
+def test_a_share_above_the_peak_is_explained(rate, words):
     """The text says so, also for a share without an interval."""
     peak = Peak(device="Test CPU", rate=rate, per_s=100.0, source="measured")
     text = str(utilisation("use", 100, TimeSpan(value=0.5, low=None, high=None), peak, "work"))

@@ -88,7 +88,7 @@ def test_tokens_of_a_step():
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("all-linear",), ("mlp.down_proj",), ()])
-def test_what_a_step_needs_does_not_depend_on_how_it_is_done(targets):
+def test_model_flops_do_not_depend_on_the_implementation(targets):
     """Checkpointing, attention and quantisation change the computed FLOPs but not the model's FLOPs."""
     variant = LoraVariant(r=4, target_modules=targets)
     others = (

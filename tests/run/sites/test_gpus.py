@@ -62,7 +62,7 @@ def test_sites_of_a_gpu_machine_are_its_visible_gpus(machine, monkeypatch, entri
         (("H100", "H100", None), (700.0, 700.0, 700.0), r"what GPU 2 is cannot be known: it is gone"),
     ],
 )
-def test_cards_that_are_not_there_or_unlike_are_refused(machine, monkeypatch, names, limits, words):
+def test_missing_and_different_gpus_are_refused(machine, monkeypatch, names, limits, words):
     """Missing GPUs, different GPUs and GPUs with different or unknown power limits are refused."""
     show_gpus(monkeypatch, *names, limits=limits)
     with pytest.raises(UsageError, match=words):
@@ -70,7 +70,7 @@ def test_cards_that_are_not_there_or_unlike_are_refused(machine, monkeypatch, na
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_sites_on_parts_of_one_card_are_refused(machine, monkeypatch, mixed):
+def test_sites_on_two_mig_instances_of_one_gpu_are_refused(machine, monkeypatch, mixed):
     """Measurements on two MIG instances of one GPU would disturb each other; instances of different GPUs are
     accepted."""
     show_gpus(monkeypatch, *["1g.10gb"] * 3, entries=("MIG-a", "MIG-b", "MIG-c"), boards=("one", "one", "two"))
@@ -81,7 +81,7 @@ def test_sites_on_parts_of_one_card_are_refused(machine, monkeypatch, mixed):
     assert [site.host.environment["CUDA_VISIBLE_DEVICES"] for site in sites] == ["MIG-a", "MIG-c"]
 
 
-def test_a_site_of_several_ranks_has_a_card_or_a_share_of_the_cpus_for_each(machine, monkeypatch):
+def test_each_rank_of_a_site_has_a_gpu_or_a_share_of_the_cpus(machine, monkeypatch):
     """The site lists its GPUs by CUDA's names and locks each of them."""
     (site,) = local_shares(("0+1",), machine)
     assert (site.name, site.host.environment) == ("cpus-0-1", {"LORAMETER_CPUS": "4,5,6,7"})

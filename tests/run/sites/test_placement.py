@@ -43,7 +43,7 @@ def test_a_study_names_its_sites_and_a_run_is_resumed_there(placed, run):
     assert sites_of_whole(again) == {"cpus-0", "cpus-1"}
 
 
-def test_a_site_that_is_unlike_its_like_is_named_in_the_report(placed, run, pretended, monkeypatch):
+def test_a_slower_site_is_named_in_the_report(placed, run, pretended, monkeypatch):
     """The third of three sites is slower by half."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5, 6})
     pretended(slow=[("6", "", 1.5)])
@@ -56,7 +56,7 @@ def test_a_site_that_is_unlike_its_like_is_named_in_the_report(placed, run, pret
     ) == 1
 
 
-def test_a_place_that_is_none_is_refused_before_anything_is_opened(placed, run):
+def test_an_invalid_place_is_refused_before_anything_is_created(placed, run):
     """The error names file and key, or the option, and nothing is created."""
     code, last, output = run("run", placed('on = "slurm:nodes=2"'))
     assert (code, last) == (2, None)
@@ -96,7 +96,7 @@ def test_both_sides_of_an_ab_are_measured_on_each_site(placed, run):
     assert sites_of_whole(again) == {"cpus-0", "cpus-1"}
 
 
-def test_a_calibration_takes_no_cluster(placed, run):
+def test_a_calibration_on_a_cluster_is_refused(placed, run):
     """A calibration is of the machine on which it starts."""
     code, _, output = run("calibrate", placed('on = "slurm"'), "--replicates", "6", "--inject-rows", "8")
     assert code == 2
@@ -136,7 +136,7 @@ def test_a_stop_ends_the_trials_under_way_on_all_sites(placed, run, pretended, t
     assert not (last.path / "jobs").exists()
 
 
-def test_a_site_that_is_unlike_the_first_ends_the_run(placed, run, pretended):
+def test_a_site_that_differs_from_the_first_ends_the_run(placed, run, pretended):
     """The error names the site and the difference; the run keeps none of its records, also when it is resumed."""
     pretended(peft={"5": "0.0.1"}, turn_s=1.0)
     code, last, output = run("run", placed('sites = ["0", "1"]'))
@@ -148,7 +148,7 @@ def test_a_site_that_is_unlike_the_first_ends_the_run(placed, run, pretended):
     assert unlike not in {record.site for record in last.records}
 
 
-def test_what_jobs_of_a_killed_process_measured_is_kept(placed, pretended, run, tmp_path, monkeypatch):
+def test_results_of_a_killed_processs_jobs_are_kept(placed, pretended, run, tmp_path, monkeypatch):
     """Resuming the run merges the results of the jobs and measures the rest."""
     pretended(turn_s=0.5)
     study = placed('sites = ["0", "1"]', replicates=6)
@@ -172,7 +172,7 @@ def test_what_jobs_of_a_killed_process_measured_is_kept(placed, pretended, run, 
     assert not (path / "jobs").exists()
 
 
-def test_a_site_of_two_ranks_is_measured_on(placed, run):
+def test_a_site_of_two_ranks_uses_the_cpus_of_both_shares(placed, run):
     """Such a site uses the CPUs of both shares; a site with a single share is refused before anything is started."""
     study = placed("")
     study.write_text(study.read_text().replace("[workload]", '[workload]\nranks = 2\nstrategy = "ddp"'))

@@ -37,7 +37,7 @@ def test_a_site_is_a_node_with_cpus_and_all_of_them_are_reserved():
     assert [(one.site, one.cpus, one.gpus) for one in shares_of(nodes)] == [("a", 8.0, 0), ("b", 4.0, 0)]
 
 
-def test_a_site_is_a_card_where_the_cluster_has_any():
+def test_each_gpu_of_a_cluster_is_a_site():
     """Each GPU is a site with its share of the node's CPUs; a head without a GPU is not a site."""
     shares = shares_of([node("head", 1, CPU=4.0), node("a", 2, CPU=9.0, GPU=2.0)])
     assert [(one.site, one.cpus, one.gpus, one.share, one.shares) for one in shares] == [
@@ -46,7 +46,7 @@ def test_a_site_is_a_card_where_the_cluster_has_any():
     ]
 
 
-def test_a_site_of_several_ranks_has_a_card_for_each():
+def test_a_site_of_several_ranks_has_a_gpu_for_each():
     """The GPUs of a site are on one node; a node with fewer is not a site, and a cluster without a large enough node is
     refused."""
     shares = shares_of([node("small", 1, CPU=4.0, GPU=1.0), node("a", 2, CPU=9.0, GPU=5.0)], ranks=2)
@@ -72,7 +72,7 @@ def test_nodes_are_chosen_by_name_and_one_that_is_not_there_is_refused():
 @pytest.mark.parametrize(
     ("on", "words"), [("kubernetes", "not known. Use here, ray, ray://HOST:PORT"), ("ray", r"Install lorameter\[ray\]")]
 )
-def test_what_cannot_be_measured_on_is_refused(on, words, capsys, monkeypatch):
+def test_an_unusable_place_is_refused_with_the_remedy(on, words, capsys, monkeypatch):
     """The error names the option and the remedy, before anything else is read."""
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main(["run", "training-step", "--on", on]) == 2

@@ -136,7 +136,7 @@ def test_without_sbatch_it_is_refused_before_anything_is_made(capsys, tmp_path, 
         ("peft @ https://me:secret@host/peft.whl", "what may be a credential"),
     ],
 )
-def test_a_side_that_is_not_the_same_on_another_machine_is_refused(placed, run, queue, tmp_path, base, words):
+def test_a_side_that_depends_on_the_machine_is_refused(placed, run, queue, tmp_path, base, words):
     """The error comes before a job is submitted."""
     for git in (["init", "-q"], ["-c", "user.name=n", "-c", "user.email=e@e", "commit", "-q", "--allow-empty", "-mx"]):
         subprocess.run(["git", *git], cwd=tmp_path, check=True)

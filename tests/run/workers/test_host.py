@@ -46,7 +46,7 @@ def copy_of_the_packages(folder):
 
 
 @pytest.mark.faults
-def test_a_side_that_speaks_another_schema_is_refused_by_name(tmp_path):
+def test_a_side_with_another_schema_is_refused_by_name(tmp_path):
     """The error comes before the measurement, since the records could not be read."""
     other = copy_of_the_packages(tmp_path)
     record = other / "lorameter" / "records" / "record.py"

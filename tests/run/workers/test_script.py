@@ -109,7 +109,7 @@ def records(run):
 
 
 @pytest.mark.parametrize("how", FAULTS)
-def test_each_ends_as_a_row_with_its_reason(records, how):
+def test_each_failed_script_is_a_row_with_its_reason(records, how):
     """Each failed script has a record with its reason, and the other scripts of its group continue."""
     status, message = FAULTS[how]
     record = records[how]
@@ -118,7 +118,7 @@ def test_each_ends_as_a_row_with_its_reason(records, how):
     assert (record.failure is None) == (status == "ok")
 
 
-def test_what_is_measured_is_what_any_trial_measures(records):
+def test_scripts_record_the_same_metrics_as_other_trials(records):
     """Scripts have steps in turns after a warm-up to a common last step, and record tokens, losses, peaks and
     parameters."""
     record = records["plain"]
@@ -140,7 +140,7 @@ def test_a_variant_has_its_own_folder_environment_and_interpreter(records):
     assert set(records["elsewhere"].samples["step_time_s"]) == {4e-3}
 
 
-def test_nothing_follows_the_training(run, records):
+def test_code_after_the_training_is_not_run(run, records):
     """The script is ended after its last step, so that its later code does not run, and its copy is removed."""
     folder = run.path.parents[1]
     assert not (folder / "mark").exists()
@@ -148,7 +148,7 @@ def test_nothing_follows_the_training(run, records):
     assert sorted(path.name for path in folder.iterdir()) == ["runs", "scripted.py"]
 
 
-def test_one_that_ends_after_its_turns_counts_with_a_notice(records):
+def test_a_script_that_ends_after_its_turns_counts_with_a_notice(records):
     """All timed steps are recorded; the last steps for the losses are missing."""
     (notice,) = records["late"].notices
     assert (notice.code, records["late"].values["training_steps"]) == ("training-ended-early", ALL_STEPS - 1)
@@ -161,7 +161,7 @@ def test_no_process_is_left(run):
     assert [one.info["cmdline"] for one in processes if (one.info["cwd"] or "").startswith(folder)] == []
 
 
-def test_one_that_hangs_is_killed(tmp_path):
+def test_a_script_that_hangs_is_killed(tmp_path):
     """A script that hangs before or during its training is killed after the protocol's time without a message."""
     protocol = dataclasses.replace(PROTOCOL, step_timeout_s=2.0)
     run = measured(
@@ -172,7 +172,7 @@ def test_one_that_hangs_is_killed(tmp_path):
     assert all("was killed" in record.failure.message for record in hung)
 
 
-def test_a_rehearsal_settles_the_level(tmp_path):
+def test_a_rehearsal_decides_the_level(tmp_path):
     """The memory of each script alone decides whether all fit; failures are reported before the start."""
     study = study_of({"plain": "python scripted.py plain", "crash": "python scripted.py crash-before"})
     display = Watching()

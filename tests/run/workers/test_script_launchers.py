@@ -65,7 +65,7 @@ def left_of(folder):
 
 
 @pytest.mark.faults
-def test_a_launcher_is_no_training_and_what_it_starts_takes_turns(tmp_path, monkeypatch):
+def test_launched_trainings_take_turns_and_the_launcher_does_not(tmp_path, monkeypatch):
     """`accelerate launch` and torchrun with two ranks, of which the first reports, take turns with a plain script and a
     second group; no process is left."""
     (tmp_path / "train.py").write_text(EXAMPLE.read_text(encoding="utf-8"))

@@ -57,7 +57,7 @@ def test_a_python_without_the_hook_differs_from_one_that_never_trains(tmp_path, 
     assert (caught.value.status, caught.value.failure.kind) == ("invalid", kind)
 
 
-def test_another_users_connection_is_refused_and_the_next_is_heard(start, monkeypatch):
+def test_another_users_connection_is_closed_and_the_next_accepted(start, monkeypatch):
     """A socket in the abstract namespace accepts every user, so that the connection of another user is closed."""
     users = iter([os.geteuid() + 1, os.geteuid()])
     monkeypatch.setattr(script, "_user_of", lambda connection: next(users))

@@ -54,7 +54,7 @@ def test_each_process_has_a_copy_of_its_own(project, tmp_path):
     assert (first / "link").read_text() == "data/rows.jsonl"
 
 
-def test_what_is_only_read_is_linked_and_what_tools_keep_is_left_out(project, tmp_path):
+def test_repositories_and_environments_are_linked_and_not_copied(project, tmp_path):
     """Repositories and environments are linked and not copied."""
     copy = take_snapshot(project, tmp_path / "copy")
     assert (copy / ".git").is_symlink()
@@ -62,7 +62,7 @@ def test_what_is_only_read_is_linked_and_what_tools_keep_is_left_out(project, tm
     assert sorted(path.name for path in copy.iterdir()) == [".git", "data", "env", "link", "out", "train.py"]
 
 
-def test_a_copy_is_no_part_of_what_is_copied(project, monkeypatch):
+def test_a_copy_does_not_include_temporary_folders_of_runs(project, monkeypatch):
     """If TMPDIR is in the folder, no run's temporary folder is copied into the copy."""
     monkeypatch.setattr("tempfile.tempdir", str(project))
     with scratch_folder() as other, scratch_folder() as scratch:
@@ -153,7 +153,7 @@ def test_the_environment_publishes_nothing_and_shares_no_cache(tmp_path):
     assert "HF_DATASETS_CACHE" not in found
 
 
-def test_the_word_python_is_the_interpreter_that_is_meant(project):
+def test_python_is_the_interpreter_of_the_side_or_variant(project):
     """The interpreter is that of the side or of the variant; a missing program or file is refused."""
     plain = ScriptVariant(name="a", command="python train.py --r 8")
     assert words_of(plain, "/side/python", {}, project, origin=project) == ["/side/python", "train.py", "--r", "8"]
@@ -196,7 +196,7 @@ def test_a_launcher_of_another_environment_runs_in_the_interpreter_of_the_side(t
     assert words_of(variant, side, found, tmp_path, origin=tmp_path, side=side) == [str(own), "train.py"]
 
 
-def test_a_command_that_brings_its_own_interpreter_leaves_a_side_no_room(project):
+def test_a_command_with_its_own_interpreter_is_refused_for_a_side(project):
     """Both sides would be equal; the word python means the interpreter of the side."""
     own = {"command": "env/bin/python3 train.py"}, {"command": "python t.py", "python": "/p/python"}
     for fields in own:

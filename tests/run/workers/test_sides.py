@@ -100,7 +100,7 @@ def test_a_revision_is_checked_out_and_imported(opened, repository):
         assert run(side.host, "import gadget; print(gadget.VALUE)") == "2"
 
 
-def test_a_library_of_the_working_tree_is_not_a_revisions(opened, repository, monkeypatch):
+def test_a_working_tree_library_missing_in_the_revision_is_refused(opened, repository, monkeypatch):
     """An editable install of a package that the revision does not have would be measured on both sides."""
     (repository / "new" / "peft").mkdir(parents=True)
     (repository / "new" / "peft" / "__init__.py").write_text("")
@@ -152,7 +152,7 @@ def editable(repository, tmp_path):
     ["{repository}\n", "import sys, finder_of_gadget; sys.meta_path.append(finder_of_gadget.Finder)\n"],
     ids=["path", "hook"],
 )
-def test_an_editable_install_does_not_win_over_the_worktree(opened, editable, monkeypatch, lines):
+def test_an_editable_install_does_not_override_the_worktree(opened, editable, monkeypatch, lines):
     """The side imports the revision although the environment imports the working tree, for path lines and for appended
     hooks."""
     monkeypatch.setattr(sys, "executable", editable(lines))
@@ -160,7 +160,7 @@ def test_an_editable_install_does_not_win_over_the_worktree(opened, editable, mo
         assert run(side.host, "import gadget; print(gadget.VALUE)") == "1"
 
 
-def test_an_import_hook_that_does_win_is_refused(opened, editable, repository, monkeypatch):
+def test_an_import_hook_that_takes_precedence_is_refused(opened, editable, repository, monkeypatch):
     """Some build backends insert their hook first, which would compare a revision with itself."""
     lines = "import sys, finder_of_gadget; sys.meta_path.insert(0, finder_of_gadget.Finder)\n"
     monkeypatch.setattr(sys, "executable", editable(lines))
@@ -284,7 +284,7 @@ def test_requirements_are_read_from_one_line(text, requirements):
     assert normal == (requirements and tuple(each.replace("@ ", "@") for each in requirements))
 
 
-def test_requirements_win_over_what_is_installed(index, opened, cache):
+def test_requirements_take_precedence_over_installed_packages(index, opened, cache):
     """Metadata and module are those of the layer; everything else is the current environment, which is unchanged."""
     present = importlib.metadata.version("packaging")
     with opened(OLD_PACKAGING, cache=cache) as side:
@@ -325,7 +325,7 @@ def test_a_failed_install_is_an_error_and_leaves_nothing(opened, tmp_path):
 
 
 @pytest.mark.parametrize("spec", ["no-such-branch", "/no/such/python", "  ", "--force"])
-def test_what_is_nothing_is_refused_with_all_that_was_tried(opened, spec):
+def test_an_unknown_side_is_refused_with_the_reason_for_each_kind(opened, spec):
     """The error has the reason for each kind (interpreter, revision, requirements) and the valid forms."""
     with pytest.raises(UsageError, match=r"Name a git revision .* or requirements"), opened(spec):
         pass

@@ -121,7 +121,7 @@ def test_a_prepared_base_equals_one_that_is_loaded_from_its_files(saved, variant
     assert_equal(*load_both_ways(saved(), variant))
 
 
-def test_transposed_layers_and_gguf_files_are_prepared_alike(saved, gguf_file):
+def test_transposed_layers_and_gguf_files_are_prepared(saved, gguf_file):
     """GPT-2 stores its weights transposed; a GGUF file is dequantised first."""
     for model in (saved(GPT2), str(gguf_file)):
         assert_equal(*load_both_ways(model, VARIANTS["nf4"]))

@@ -95,7 +95,7 @@ def test_float32_and_bfloat16_differ_by_rounding_only(directory):
     [(LLAMA, "nf4"), (LLAMA, "int8"), (GPT2, "fp4"), (GPT2, "int8")],
     ids=["llama-nf4", "llama-int8", "gpt2-fp4", "gpt2-int8"],
 )
-def test_a_random_build_equals_what_transformers_loads(directory, tmp_path, config, quantization):
+def test_a_random_build_equals_the_model_loaded_by_transformers(directory, tmp_path, config, quantization):
     """Saving the unquantised model and loading it with transformers' quantiser gives the same model, bit by bit."""
     name, variant = directory(config), LoraVariant(quantization=quantization)
     load(name, LoraVariant()).save_pretrained(tmp_path / "saved")

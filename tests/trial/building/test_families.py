@@ -72,7 +72,7 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_family_trains_and_answers(run, name):
+def test_a_family_trains_and_generates(run, name):
     """With NF4 and PEFT's default targets all checks are active, packed records are isolated, and greedy generation
     works."""
     command, shape = run(small(name))

@@ -35,7 +35,7 @@ def test_trained_parameters_are_the_adapter_s_own():
     assert not [name for name in peft_methods.own_parameters(model) if "bias" in name]
 
 
-def test_a_base_may_call_its_weights_what_it_likes():
+def test_base_weights_with_names_like_pefts_are_still_the_bases():
     """A base module with a name like PEFT's is still the base's: it is not cast and is in the digest."""
     base = load_base(TINY, VARIANT, device="cpu", seed=1)
     base.model.lora_gate = torch.nn.Linear(2, 2)
@@ -54,7 +54,7 @@ def test_a_base_may_call_its_weights_what_it_likes():
     assert base_digest(model) != before
 
 
-def test_several_adapters_are_all_their_own():
+def test_parameters_of_all_adapters_count_and_only_the_active_one_trains():
     """Parameters of waiting adapters count as well; only the active adapter trains."""
     model, variant = attached()
     alone = len(peft_methods.own_parameters(model))
@@ -67,7 +67,7 @@ def test_several_adapters_are_all_their_own():
     }
 
 
-def test_what_trains_is_the_same_after_the_base_has_answered():
+def test_the_same_parameters_train_after_use_without_the_adapter():
     """LoRA-FA keeps one factor frozen, which PEFT would unfreeze."""
     variant = dataclasses.replace(VARIANT, optimizer="lorafa")
     model = peft_methods.attach(load_base(TINY, variant, device="cpu", seed=1), variant)

@@ -6,7 +6,7 @@ from lorameter.studies.variant import LoraVariant
 from lorameter.trial.building.build import requirements_of
 
 
-def test_a_variant_requires_what_it_says():
+def test_each_setting_of_a_variant_becomes_a_requirement():
     """NF4 with double quantisation, bf16, dropout, fused AdamW and Liger kernels each become a requirement."""
     variant = LoraVariant(quantization="nf4", lora_dropout=0.1, liger_kernel=True)
     expected = {
@@ -18,7 +18,7 @@ def test_a_variant_requires_what_it_says():
     assert expected == {path: required[path] for path in expected}
 
 
-def test_what_a_variant_lacks_is_not_required():
+def test_absent_features_of_a_variant_are_not_required():
     """An unquantised base has no quantisation constants, and padded data has no records to isolate."""
     required = requirements_of(LoraVariant(optimizer="adamw"), (1000,), packed=False)
     absent = {"base.double_quant", "base.compute_dtype", "fused.kernels", "optimizer.fused", "packing.isolated"}

@@ -98,7 +98,7 @@ def read_turns(*messages):
     return read_conversation(list(messages), "line 3", "messages")
 
 
-def test_both_spellings_are_one():
+def test_both_spellings_of_message_keys_are_equivalent():
     """The keys role/content and from/value are equivalent, also with the nulls of a table."""
     expected = (ASK, ANSWER)
     shared = {"from": "gpt", "value": "b", "role": None, "content": None}

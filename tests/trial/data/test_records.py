@@ -72,7 +72,7 @@ GOOD = {"instruction": "say it", "context": "", "response": "it"}
     ],
     ids=lambda value: str(value)[-30:],
 )
-def test_a_record_that_cannot_serve_is_named(tmp_path, lines, words):
+def test_an_unusable_record_is_refused_by_name(tmp_path, lines, words):
     """An empty file, a cell without text and a line that is not a record are refused, by `describe_data` before a
     run."""
     path = tmp_path / "mine.jsonl"

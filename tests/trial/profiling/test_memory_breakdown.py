@@ -36,7 +36,7 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize(("checkpointed", "kept"), [(False, 3), (True, 1)])
-def test_activations_are_what_is_saved_for_the_backward_pass(checkpointed, kept):
+def test_activations_are_the_tensors_saved_for_the_backward_pass(checkpointed, kept):
     """Activations are the adapter's input, the exponential and its argument; with checkpointing only the input of the
     block."""
     net = Net(checkpointed=checkpointed)

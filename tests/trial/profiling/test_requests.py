@@ -95,7 +95,7 @@ def test_a_profiled_request(serving, tmp_path):
     assert ran["decode"].casts_s > 0  # casts of an adapter in float32
 
 
-def test_options_of_serving_change_no_token(serving):
+def test_serving_options_do_not_change_the_answer(serving):
     """Copied head input, static cache and merged adapter each take effect without changing the answer."""
     plain = serving(dtype="float32")._serving.ask().tokens
     for fields in ({"copy_head_input": True}, {"kv_cache": "static"}, {"merge_adapter": True}):

@@ -70,7 +70,7 @@ def assert_ranks_agree(record, *more):
     assert all(check["status"] == "active" for check in judged.values()), judged
 
 
-def test_two_ranks_train_what_one_rank_trains(ddp):
+def test_two_ranks_train_the_same_as_one_rank(ddp):
     """Checks are active, a step takes as long as its slowest rank, tokens and peaks are of all ranks, and scaling is
     measured against one rank in the same turns."""
     assert_ranks_agree(ddp)
@@ -87,7 +87,7 @@ def test_two_ranks_train_what_one_rank_trains(ddp):
     assert ddp.memory["host_peak_train_bytes"] == max(peaks)
 
 
-def test_sharded_and_quantised_bases_train_what_one_rank_trains(ddp, healthy):
+def test_sharded_and_quantised_bases_train_the_same_as_one_rank(ddp, healthy):
     """FSDP2 halves the bytes of the base on each rank, also in 4 bits."""
     for name, record in healthy.items():
         assert_ranks_agree(record, *(["sharded"] if name.startswith("fsdp2") else []))

@@ -113,7 +113,7 @@ def test_one_prompt_measures_switching_alone(begin):
     assert (record.status, len(record.samples["merged_request_time_s"])) == ("ok", 1)
 
 
-def test_a_row_that_another_adapter_answers_is_reported(begin, monkeypatch):
+def test_a_row_computed_with_another_adapter_is_reported(begin, monkeypatch):
     """The fault swaps adapters between rows during decoding only, where rows are one token long."""
     honest = Linear._mixed_batch_forward
 

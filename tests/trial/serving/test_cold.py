@@ -25,7 +25,7 @@ WORKLOAD = Workload(
 )
 
 
-def test_a_cold_start_answers_as_a_model_that_was_loaded_here(tmp_path):
+def test_a_cold_start_gives_the_same_answer_as_a_loaded_model(tmp_path):
     """It loads the saved adapter and ignores the request's prepared base, which does not exist."""
     base = load_base(catalogue.resolve(WORKLOAD.model), VARIANT, device="cpu", seed=WORKLOAD.data_seed)
     model = peft_methods.attach(base, VARIANT).eval()

@@ -31,7 +31,7 @@ def test_length_explains_everything_at_one_speed(answers):
     assert (found.requests.replicates, found.requests.points, found.variants.points) == (6, 6 * 5 * 6, 6 * 5)
 
 
-def test_what_length_does_not_explain_is_left(answers):
+def test_length_explains_only_a_part_of_mixed_speeds(answers):
     """With a higher time per token in every other request, the length explains only a part."""
     found = answers(lambda name, index, role: 5 + index, lambda name, index: 0.02 * (1 + index % 2))
     assert 0 < found.requests.value < 0.9

@@ -136,7 +136,7 @@ def test_a_claim_on_a_pretrained_model_needs_one(make_run, claim):
          "held-out loss: reference trial 0 sample 0 is -1.0"),
     ],
 )  # fmt: skip
-def test_what_is_missing_is_named_with_the_remedy(make_run, claim, part, options, words):
+def test_missing_inputs_are_named_with_the_remedy(make_run, claim, part, options, words):
     """A skipped phase, a workload without such requests, a level not selected and a value without a logarithm are
     named."""
     found = part_of(make_run([claim({"rule": "trend-up"} | part)], RISE, **options))
@@ -159,7 +159,7 @@ def test_a_replicate_counts_only_with_every_level(make_run, claim):
 # --- the control ------------------------------------------------------------------------------------------------------
 
 
-def test_a_failed_control_silences_its_phase(make_run, claim):
+def test_a_failed_control_leaves_its_phase_unjudged(make_run, claim):
     """A metric whose control differs supports and refutes no claim; a count is still judged, and the run is invalid."""
     claims = [
         dataclasses.replace(claim(part), id=str(index))

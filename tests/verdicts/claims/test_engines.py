@@ -138,7 +138,7 @@ def test_an_unwatched_step_is_unknown_and_no_proof(judged):
     assert "r16: as made up" in part_of(report).reason
 
 
-def test_one_trial_of_many_that_fell_back_is_enough(judged):
+def test_one_trial_that_fell_back_prevents_a_judgement(judged):
     """The engine must have run in each watched trial."""
 
     def once(record):
@@ -148,7 +148,7 @@ def test_one_trial_of_many_that_fell_back_is_enough(judged):
 
 
 @pytest.mark.parametrize(("isolated", "verdict"), [(True, "supported"), (False, "not judged")])
-def test_what_is_not_won_fairly_is_not_judged(judged, isolated, verdict):
+def test_leaking_records_prevent_a_judgement(judged, isolated, verdict):
     """Records that leak into each other prevent a judgement; if isolation is unknown, the evidence says so and the
     claim is judged."""
     engine = dataclasses.replace(COMPILED, proof={"compile": True, "packing.isolated": "not false"})

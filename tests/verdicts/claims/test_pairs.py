@@ -88,7 +88,7 @@ def test_resident_memory_supports_no_limit_of_a_cost(judged):
         ('{ rule = "differs", axis = "quantization", metric = "x_bytes", levels = ["none", "nf4"] }', ["not known"]),
     ],
 )  # fmt: skip
-def test_what_cannot_be_asked_is_refused(tmp_path, claim, words):
+def test_an_invalid_claim_is_refused(tmp_path, claim, words):
     """The error has the file, the fault and the known values."""
     path = tmp_path / "mine.toml"
     path.write_text(
