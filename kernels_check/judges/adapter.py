@@ -281,10 +281,10 @@ def _update_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[lis
     idling = [name for name in taken if known[name].idling]
     moving = [name for name in taken if name not in (*zero_rate, *idling)]
     highest = max((one.rate for one in known.values()), default=0.0)
-    underflowed = [name for name in moving if known[name].underflowed and known[name].rate >= highest * _COMPARABLE]
-    unmoved = [name for name in moving if not known[name].moved and name not in underflowed]
+    rounded_away = [name for name in moving if known[name].rounded_away and known[name].rate >= highest * _COMPARABLE]
+    unmoved = [name for name in moving if not known[name].moved and name not in rounded_away]
     rounded = [
-        name for name in moving if known[name].ineffective and not known[name].learnt and name not in underflowed
+        name for name in moving if known[name].ineffective and not known[name].learnt and name not in rounded_away
     ]
     without_gradient = [name for name in moving if not known[name].updates_with_gradient]
     decayed = [name for name in without_gradient if known[name].moved]

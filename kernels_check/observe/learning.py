@@ -180,7 +180,7 @@ class ParameterUpdates:
     """Updates with a gradient that changed it."""
     ineffective: int = 0
     """Updates with a gradient and a nonzero learning rate that left nearly every element unchanged."""
-    underflowed: int = 0
+    rounded_away: int = 0
     """Updates that changed nothing because their gradient is very small: the other factor has just left zero."""
     idle: int = 0
     """Ineffective updates that changed no parameter at all, although float32 could represent the change."""
@@ -248,13 +248,13 @@ class ParameterUpdates:
             moved = not self.is_kept()
             if moved:
                 self._keep(_parts(self.tensor), self._value)
-            underflowed = self.has_gradient and bool(rate) and not moved and self._underflows(rate)
-            ineffective = self.has_gradient and (self._is_rounded_away() if moved else bool(rate) and not underflowed)
+            rounded_away = self.has_gradient and bool(rate) and not moved and self._rounds_away(rate)
+            ineffective = self.has_gradient and (self._is_rounded_away() if moved else bool(rate) and not rounded_away)
         except Exception as error:
             self.unreadable = f"{type(error).__name__}: {error}"
             return False, False
         self.moved += moved
-        self.underflowed += underflowed
+        self.rounded_away += rounded_away
         self.ineffective += ineffective
         self.learnt += moved and self.has_gradient and not ineffective
         return moved, ineffective
@@ -263,7 +263,7 @@ class ParameterUpdates:
         self._value = [part.clone() for part in value]
         self._before = before
 
-    def _underflows(self, rate: float) -> bool:
+    def _rounds_away(self, rate: float) -> bool:
         """Whether an update proportional to the gradient is too small to change a float32 value."""
         gradient = self.tensor.grad
         size = None if gradient is None or self.is_narrow else largest(gradient)
@@ -398,7 +398,7 @@ class Updates:
             return self.steps < LEAST_UPDATES
         if any(one.updates < LEAST_UPDATES or (one.lost and one.losses == [1]) for one in seen):
             return True
-        if all(one.learnt or one.underflowed for one in seen):
+        if all(one.learnt or one.rounded_away for one in seen):
             return False
         if any(one.idling for one in seen):  # a warm-up may change nothing for some updates
             return True

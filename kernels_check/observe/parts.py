@@ -264,7 +264,7 @@ def _fate(name: str, seen: Observation, rate: float | None, rare: Set[str]) -> F
             return "undone after an update"
         if known.rate and not known.updates_with_gradient:
             return "moved without a gradient" if known.moved else "gradient zero"
-        if known.learnt or known.underflowed:
+        if known.learnt or known.rounded_away:
             return "updated"
         if known.ineffective:
             return "unchanged"
