@@ -34,14 +34,14 @@ def test_the_estimate_is_compared_with_an_earlier_run(capsys, small_study, write
     )
     write_run("earlier", {"plain": [1.0, 1.0]}, peak=10**9)
     assert main(["estimate", "small:plain", "--runs-dir", str(tmp_path / "runs"), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)["train"]
-    assert told["measured_bytes"] == 10**9
-    assert told["error"] == pytest.approx(told["total_bytes"] / 10**9 - 1)
+    document = json.loads(capsys.readouterr().out)["train"]
+    assert document["measured_bytes"] == 10**9
+    assert document["error"] == pytest.approx(document["total_bytes"] / 10**9 - 1)
     assert main(["estimate", "small:plain", "--runs-dir", str(tmp_path / "runs")]) == 0
     shown = capsys.readouterr().out
     assert "measured peak" in shown
     assert "953.7" in shown  # MiB
-    assert f"{told['error']:+.1%}" in shown
+    assert f"{document['error']:+.1%}" in shown
 
 
 def test_clear_misfits_are_refused_and_doubtful_ones_get_a_warning(machine):
@@ -117,9 +117,9 @@ def test_a_model_with_unknown_layers_has_no_fit_estimate(estimated, tmp_path):
     config = json.loads((ROOT / "harness" / "lorameter" / "models" / "llama2-7b.json").read_text())
     config = config.get("config", config) | {"model_type": "unheard-of"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    told = estimated("lora", "--model", f"random:{tmp_path}", "--gpu", "24GiB", "--max-batch")
-    assert told.fit is None
-    assert "unknown" in told.notices[0]
+    estimate = estimated("lora", "--model", f"random:{tmp_path}", "--gpu", "24GiB", "--max-batch")
+    assert estimate.fit is None
+    assert "unknown" in estimate.notices[0]
 
 
 @pytest.mark.parametrize("text", ["A100", "nonsense", "24", "0GiB", "-1GiB", "1e30GiB", "9" * 5000 + "GiB", ""])

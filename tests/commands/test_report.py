@@ -15,7 +15,7 @@ from tests.constructed import RUNS
 
 
 @pytest.fixture
-def told(capsys):
+def run_command(capsys):
     """A function that runs a command and returns its exit code and output, which is a document with --json."""
 
     def run(*words):
@@ -31,25 +31,27 @@ def rows(document, table=0):
     return [row["name"] for row in document["tables"][table]["rows"]]
 
 
-def test_one_metric_has_a_table_of_its_own(told):
+def test_one_metric_has_a_table_of_its_own(run_command):
     """The table has ratios, control and verdicts; bytes use the unit of the largest value, and a loss is higher or
     lower."""
-    code, document = told("report", "swept", "--metric", "held_out_loss", "--metric", "host_peak_train_bytes", "--json")
+    code, document = run_command(
+        "report", "swept", "--metric", "held_out_loss", "--metric", "host_peak_train_bytes", "--json"
+    )
     assert code == 0
     assert [table["metric"] for table in document["tables"]] == ["held_out_loss", "host_peak_train_bytes"]
     loss = {row["name"]: row for row in document["tables"][0]["rows"]}
     assert loss["lora_alpha=256"]["ratio"]["verdict"] == "improved"
     assert loss["lora_alpha=256"]["values"]["held_out_loss"]["value"] == pytest.approx(3.2624, abs=1e-4)
     assert document["tables"][0]["control"]["verdict"] == "equivalent"
-    _, text = told("report", "swept", "--metric", "held_out_loss")
+    _, text = run_command("report", "swept", "--metric", "held_out_loss")
     assert "lora_alpha=256 18 % lower" in text
     assert "Training: held-out loss" in text
     assert "tokens/s (without padding)" not in text
 
 
-def test_variants_are_sorted_as_requested(told):
+def test_variants_are_sorted_as_requested(run_command):
     """Variants are sorted by name, by ratio with the reference as 1, by estimate or by peak."""
-    orders = {sort: rows(told("report", "swept", "--sort", sort, "--phase", "train", "--json")[1]) for sort in
+    orders = {sort: rows(run_command("report", "swept", "--sort", sort, "--phase", "train", "--json")[1]) for sort in
               ("study", "name", "ratio", "value", "memory")}  # fmt: skip
     assert orders["study"][0] == "r64-a16-d0.1"
     assert orders["name"] == sorted(orders["name"])
@@ -68,21 +70,21 @@ def test_variants_are_sorted_as_requested(told):
         (["--markdown", "--format", "github"], "both choose the format"),
     ],
 )
-def test_unknown_choices_are_refused(told, options, words):
+def test_unknown_choices_are_refused(run_command, options, words):
     """The error names the available choices."""
-    code, text = told("report", "sound", *options)
+    code, text = run_command("report", "sound", *options)
     assert code == 2
     assert words in text
 
 
-def test_a_policy_gives_the_limits(told, tmp_path):
+def test_a_policy_gives_the_limits(run_command, tmp_path):
     """The policy sets limits by variant and metric, and the report shows the margin of an equivalence."""
     policy = tmp_path / "policy.toml"
     policy.write_text('margin = 0.2\n[[limit]]\nvariant = "qlora-nf4-r16"\ntolerance = 0.15\n')
-    before = told("report", "sound", "--json")[1]["tables"][0]["rows"][1]["ratio"]["verdict"]
-    code, document = told("report", "sound", "--policy", str(policy), "--json")
+    before = run_command("report", "sound", "--json")[1]["tables"][0]["rows"][1]["ratio"]["verdict"]
+    code, document = run_command("report", "sound", "--policy", str(policy), "--json")
     assert (before, document["tables"][0]["rows"][1]["ratio"]["verdict"]) == ("regressed", "equivalent")
-    assert "equivalent ±20 %" in told("report", "sound", "--policy", str(policy))[1]
+    assert "equivalent ±20 %" in run_command("report", "sound", "--policy", str(policy))[1]
     assert code == 0
 
 
@@ -97,23 +99,23 @@ def kept(tmp_path):
     return path
 
 
-def test_an_ab_is_shown_by_the_policy_it_was_judged_by(told, kept):
+def test_an_ab_is_shown_by_the_policy_it_was_judged_by(run_command, kept):
     """All commands use the stored policy unless another is given; the default policy reports a regression that the
     stored one accepts."""
-    assert told("report", "ab", "--json")[1]["exit"] == 1
+    assert run_command("report", "ab", "--json")[1]["exit"] == 1
     strict = kept.parent / "strict.toml"
     strict.write_text("tolerance = 0.01\n")
     for command in ("report", "compare", "gate"):
-        code, document = told(command, str(kept), "--json")
+        code, document = run_command(command, str(kept), "--json")
         assert code == document["exit"] == 0, command
         assert document["policy"]["tolerance"] == 0.5
         assert {row["metric"] for row in document["comparisons"]} == {"step_time_s"}
-        assert told(command, str(kept), "--policy", str(strict), "--json")[0] == 1, command
+        assert run_command(command, str(kept), "--policy", str(strict), "--json")[0] == 1, command
 
 
-def test_the_verdict_of_an_ab_comes_first(told):
+def test_the_verdict_of_an_ab_comes_first(run_command):
     """The verdict comes before the differences of the sides and the time breakdown."""
-    _, text = told("report", "ab-unsure")
+    _, text = run_command("report", "ab-unsure")
     lines = text.splitlines()
     assert lines[0] == "Gate failed (exit 3): 1 inconclusive, 1 equivalent"
     assert "inconclusive: between" in lines[3]

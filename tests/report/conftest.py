@@ -210,10 +210,10 @@ def checks() -> tuple[DoctorCheck, ...]:
 
 def samples() -> tuple[Sample, ...]:
     """Return a complete and a truncated answer with text that looks like markup."""
-    told = {"prompt": "Input: [/b] 4\n", "reference": "four", "trained": "[red]4[/red]\n\nsurely", "tokens": 5}
+    fields = {"prompt": "Input: [/b] 4\n", "reference": "four", "trained": "[red]4[/red]\n\nsurely", "tokens": 5}
     return (
-        Sample(**told, base_answer=None, ended=True),
-        Sample(**told | {"trained": " "}, base_answer="5", ended=False),
+        Sample(**fields, base_answer=None, ended=True),
+        Sample(**fields | {"trained": " "}, base_answer="5", ended=False),
     )
 
 

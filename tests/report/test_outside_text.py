@@ -85,8 +85,8 @@ def test_a_side_holds_no_credential(url, write_run, capsys):
     assert SECRET not in str(side)
     path = write_run("ab", {"plain": [1.0] * 5, "nf4": [1.0] * 5})
     manifest = read_manifest(path)
-    told = side | {"worker": "1", "facts": {"packages": {}}}
-    document = codec.to_json(manifest) | {"sides": {"base": told, "candidate": told}}
+    described = side | {"worker": "1", "facts": {"packages": {}}}
+    document = codec.to_json(manifest) | {"sides": {"base": described, "candidate": described}}
     (path / "manifest.json").write_text(json.dumps(document))
     assert main(["report", str(path)]) in (0, 4, 5)
     for form in (["--json"], ["--markdown"], ["--format", "github"], ["--html", str(path / "page.html")]):

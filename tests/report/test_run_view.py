@@ -90,11 +90,11 @@ def test_a_trial_that_gets_slower_is_named(small_study, tmp_path):
 
 def report_of(path, capsys, code=0):
     """Return the run as the command prints it and as its JSON document."""
-    told = []
+    outputs = []
     for options in ([], ["--json"]):
         assert main(["report", str(path), *options]) == code
-        told.append(capsys.readouterr().out)
-    return told[0], json.loads(told[1])
+        outputs.append(capsys.readouterr().out)
+    return outputs[0], json.loads(outputs[1])
 
 
 def test_a_wrapped_run_is_valid_without_ratios_and_control(write_run, capsys):

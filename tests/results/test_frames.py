@@ -44,8 +44,8 @@ def test_a_script_has_its_command_and_no_setting_that_only_it_knows(write_run, s
     variants = tuple(ScriptVariant(name=name, command=f"python {name}.py") for name in ("plain", "nf4"))
     protocol = dataclasses.replace(small_study.protocol, phases=("train",))
     study = dataclasses.replace(small_study, workload=script_workload(), protocol=protocol, variants=variants)
-    told = {"torch": "9.9", "python": "3.12.0"}
-    write_run("scripts", {"plain": [1.0]}, study=study, change=lambda record: record.replaced(software=told))
+    software = {"torch": "9.9", "python": "3.12.0"}
+    write_run("scripts", {"plain": [1.0]}, study=study, change=lambda record: record.replaced(software=software))
     trials = lorameter.load("scripts", tmp_path / "runs").trials
     assert set(trials["command"]) == {"python plain.py"}
     assert trials[["r", "quantization", "dtype", "workload_model"]].isna().all(axis=None)

@@ -58,8 +58,7 @@ def unpacked(path: Path) -> Iterator[Path]:
             try:
                 with zipfile.ZipFile(path) as archive:
                     _extract(archive, path, folder)
-            # zipfile raises RuntimeError for an encrypted member, and its subclass NotImplementedError for an unknown
-            # compression or version.
+            # zipfile raises RuntimeError for an encrypted member, and a subclass of it for an unknown compression.
             except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError) as error:
                 if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
                     raise

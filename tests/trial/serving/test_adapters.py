@@ -5,49 +5,27 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import torch
 from peft.tuners.lora.layer import Linear
 
 from lorameter.records.metrics import samples_of
-from lorameter.records.record import TrialRecord
-from lorameter.studies.protocol import Protocol
-from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building import peft_methods
-from lorameter.trial.building.build import SharedBase
-from lorameter.trial.data.tokens import prepare
 from lorameter.trial.serving.generate import generate
-from lorameter.trial.trial import Trial
 
 WORKLOAD = Workload(
     sequence_length=32, batch_size=1, train_sequences=8, held_out_records=6, held_out_sequences=1, prompt_tokens=8,
     new_tokens=4, request_batch=5, adapters=3,
 )  # fmt: skip
-PROTOCOL = Protocol(warmup_steps_min=1, warmup_steps_max=1, turns=2, steps_per_turn=1, generate_warmup=0)
 VARIANT = LoraVariant(name="plain", r=4, dtype="float32", target_modules=("q_proj", "v_proj"))
 
 
 @pytest.fixture
-def begin(tmp_path):
-    """A function that runs a trial up to its first request and returns the trial and its record."""
-    torch.set_num_threads(1)
+def begin(begin_requests):
+    """A function that runs a trial of three adapters up to its first request and returns the trial and its record."""
 
     def make(variant=VARIANT, **changes):
-        workload = dataclasses.replace(WORKLOAD, **changes)
-        request = TrialRequest(
-            trial="r0-plain", variant=variant, role="variant", replicate=0, seed=1, workload=workload,
-            protocol=PROTOCOL, interleaving="replicates", measures=("steps", "requests", "peaks"),
-            device="cpu", threads=1, tokens_path=prepare(workload, tmp_path).path, scratch=str(tmp_path), log_path="",
-        )  # fmt: skip
-        running = Trial(request, SharedBase())
-        record = TrialRecord(
-            trial="r0-plain", status="ok", name="plain", variant=variant.id, role="variant", replicate=0, position=0,
-            interleaving="replicates", seed=1, started_unix_s=0.0, wall_time_s=0.0,
-        )  # fmt: skip
-        for command in ("build", "warm_up", "finish_training", "begin_generate"):
-            record = record.merged(running.run(command))
-        return running, record
+        return begin_requests(dataclasses.replace(WORKLOAD, **changes), variant)
 
     return make
 

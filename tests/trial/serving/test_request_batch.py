@@ -3,43 +3,23 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from lorameter.records.metrics import samples_of
-from lorameter.records.record import TrialRecord
-from lorameter.studies.protocol import Protocol
-from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
-from lorameter.trial.building.build import SharedBase
-from lorameter.trial.data.tokens import prepare
 from lorameter.trial.serving.generate import generate
-from lorameter.trial.trial import Trial
 
 WORKLOAD = Workload(
     sequence_length=32, batch_size=1, train_sequences=8, held_out_records=6, held_out_sequences=1, prompt_tokens=8,
     new_tokens=3, request_batch=4,
 )  # fmt: skip
-PROTOCOL = Protocol(warmup_steps_min=1, warmup_steps_max=1, turns=2, steps_per_turn=1, generate_warmup=0)
 VARIANT = LoraVariant(name="plain", r=4, dtype="float32", target_modules=("q_proj", "v_proj"))
 
 
-def test_a_request_of_several_prompts(tmp_path):
+def test_a_request_of_several_prompts(begin_requests):
     """In float32 and without padding, each prompt has the answer that it has alone; throughput counts the tokens of all
     prompts, latency is that of the request, and its attention is checked."""
-    torch.set_num_threads(1)
-    request = TrialRequest(
-        trial="r0-plain", variant=VARIANT, role="variant", replicate=0, seed=1, workload=WORKLOAD, protocol=PROTOCOL,
-        interleaving="replicates", measures=("steps", "requests", "peaks"), device="cpu", threads=1,
-        tokens_path=prepare(WORKLOAD, tmp_path).path, scratch=str(tmp_path), log_path="",
-    )  # fmt: skip
-    trial = Trial(request, SharedBase())
-    record = TrialRecord(
-        trial="r0-plain", status="ok", name="plain", variant=VARIANT.id, role="variant", replicate=0, position=0,
-        interleaving="replicates", seed=1, started_unix_s=0.0, wall_time_s=0.0,
-    )  # fmt: skip
-    for command in ("build", "warm_up", "finish_training", "begin_generate"):
-        record = record.merged(trial.run(command))
+    trial, record = begin_requests(WORKLOAD, VARIANT)
     model, prompts = trial._built.trainee.model, trial._built.stream.prompts(0)
     assert prompts.shape == (4, 8)
     together = generate(model, prompts, 3)
