@@ -27,12 +27,6 @@ from pathlib import Path, PurePosixPath
 ROOT = Path(__file__).parents[2]
 PACKED = ROOT / ".gpu"
 CARRIED = Path(__file__).with_name("carried.txt")
-ASSUMED = frozenset(
-    "torch transformers accelerate safetensors tokenizers numpy scipy pandas pyarrow pytest pytest-benchmark "
-    "pytest-timeout hypothesis psutil nvidia-ml-py filelock rich threadpoolctl packaging jinja2 pip".split()
-)
-"""Packages that an image with torch, transformers, scikit-learn and pytest is assumed to have, with their
-dependencies."""
 PLATFORMS = (
     *(f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17)),
     "manylinux2014_x86_64",
