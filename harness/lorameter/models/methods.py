@@ -22,7 +22,7 @@ from lorameter.models import catalogue
 from lorameter.records import codec, fileio
 from lorameter.studies.variant import ADAMW, PAGED, LoraVariant, Variant
 
-LIBRARIES = ("peft", "torch", "transformers", "bitsandbytes")
+LIBRARIES = ("peft", "torch", "transformers", "bitsandbytes", "lorameter")
 PROBE = "lorameter.trial.building.method_probe"
 _MOST_BYTES = 2**20
 
