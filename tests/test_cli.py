@@ -1,19 +1,34 @@
-"""Tests of the command line: its output, its imports and its exit codes."""
+"""Tests of the command line: its output, its imports and its exit codes.
+
+Tests of the entry point of measuring processes, each of which ends with its parent.
+
+Tests of messages between processes: invalid messages, and those of another version, are refused without waiting.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 
+import msgspec
+import numpy as np
+import psutil
 import pytest
 
+from lorameter import wire
 from lorameter.cli import main
 from lorameter.commands.parser import build_parser
 from lorameter.commands.table import COMMANDS
+from lorameter.errors import InvalidRunError, UsageError
+from lorameter.machine.processes import CPUS
+from lorameter.records.record import SCHEMA, Failure, PartialRecord
+from lorameter.run.workers.local import worker_environment
 
 
 def test_errors_and_lists_escape_control_sequences(capsys, tmp_path):
@@ -151,3 +166,130 @@ def test_a_mistyped_command_or_option_gets_the_nearest(capsys, words, said):
     *_, last = capsys.readouterr().err.splitlines()
     assert said in last
     assert "bisect" not in last
+
+
+STARTER = """
+import os, subprocess, sys
+from lorameter.run.workers.local import worker_environment
+what, descriptor = sys.argv[1], int(sys.argv[2])
+child = subprocess.Popen(
+    [sys.executable, "-m", "lorameter.worker", what, str(descriptor)],
+    pass_fds=[descriptor], stdin=descriptor, env=worker_environment(1), start_new_session=True,
+)
+print(child.pid, flush=True)
+child.wait()
+"""
+"""Starts a measuring process as an executor does, and is then killed by the test."""
+
+
+@pytest.mark.parametrize("what", ["zygote", "tokens"])
+def test_a_measuring_process_ends_with_its_parent(what):
+    """The parent is killed while the child imports or waits; this process keeps the connection open, so that the child
+    cannot notice its end."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours:
+        with theirs:
+            command = [sys.executable, "-c", STARTER, what, str(theirs.fileno())]
+            starter = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, text=True)
+        with starter:
+            child = psutil.Process(int(starter.stdout.readline()))
+            starter.kill()
+        _, alive = psutil.wait_procs([child], timeout=60)
+        assert not alive
+
+
+def test_a_process_whose_parent_died_before_its_start_exits():
+    """The parent died between the fork and the child's first instruction."""
+    environment = worker_environment(1) | {"LORAMETER_PARENT": str(os.getppid())}
+    words = [sys.executable, "-m", "lorameter.worker", "tokens", "0"]
+    done = subprocess.run(words, env=environment, input=b"", capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")
+
+
+def test_an_interrupt_ends_a_process_as_any_signal_does():
+    """SIGINT raises no exception that a library could catch."""
+    ours, theirs = wire.pair()
+    words = [sys.executable, "-m", "lorameter.worker", "tokens", str(theirs.fileno())]
+    with (
+        ours,
+        subprocess.Popen(
+            words, env=worker_environment(1), pass_fds=[theirs.fileno()], stderr=subprocess.PIPE
+        ) as process,
+    ):
+        wire.receive(ours, wire.Hello, 60.0)  # it now waits for its command
+        process.send_signal(signal.SIGINT)
+        _, output = process.communicate(timeout=60)
+    assert (process.returncode, output) == (-signal.SIGINT, b"")
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="on one CPU every process stays there")
+def test_a_measuring_process_stays_on_the_cpus_of_its_site():
+    """It is pinned from its first instruction on; without the variable it may use all CPUs of its parent."""
+    lines = "import os\nfrom lorameter import worker\ntry: worker.main(['none'])\n"
+    lines += "except IndexError: print(*sorted(os.sched_getaffinity(0)))"
+    every = sorted(os.sched_getaffinity(0))
+    for cpus, expected in (({CPUS: str(every[-1])}, every[-1:]), ({}, every)):
+        environment = worker_environment(1) | cpus
+        done = subprocess.run(
+            [sys.executable, "-c", lines], env=environment, capture_output=True, text=True, check=True
+        )
+        assert [int(cpu) for cpu in done.stdout.split()] == expected
+
+
+@pytest.fixture
+def ends():
+    """Both ends of a connection."""
+    ours, theirs = wire.pair()
+    with ours, theirs:
+        yield ours, theirs
+
+
+def test_a_record_arrives_as_it_was_sent(ends):
+    """The record has numbers that JSON cannot represent."""
+    record = PartialRecord(
+        samples={"step_time_s": (0.1, math.inf)},
+        values={"loss": np.float64(2.0)},
+        checks=({"path": "loss", "observed": None},),
+        failure=Failure(phase="turn", kind="LossNotFinite", message="the loss is nan"),
+        status="invalid",
+    )
+    wire.send(ends[1], wire.answer_with(record))
+    assert wire.receive_answer(ends[0], PartialRecord) == record
+    wire.send(ends[1], wire.answer_with(msgspec.structs.replace(record, values={"loss": math.nan})))
+    assert math.isnan(wire.receive_answer(ends[0], PartialRecord).values["loss"])
+
+
+@pytest.mark.parametrize("data", [b'{"pid": 7, "schema": 5}\n', b"\0\0\0\4junk", b"\0\0\0\1\xc0"])
+def test_an_invalid_message_is_refused_at_once(ends, data):
+    """The test covers a line of an older protocol, a text, and another value in MessagePack."""
+    os.write(ends[1].fileno(), data)
+    with pytest.raises(wire.GarbledError):
+        wire.receive(ends[0], wire.Hello, 5.0)
+
+
+def test_an_older_version_is_refused_with_one_sentence():
+    """The error names both versions and the remedy."""
+    with pytest.raises(InvalidRunError, match=rf"the worker speaks schema 1, this program {SCHEMA} .*\. Choose a rev"):
+        wire.check_schema(wire.Hello(schema=1), "the worker")
+
+
+def test_an_answer_of_another_type_is_garbled_and_a_refusal_is_an_error(ends):
+    """The error has the message and the exit code of the other end."""
+    wire.send(ends[1], wire.answer_with({"status": "fine"}))
+    with pytest.raises(wire.GarbledError, match="not the answer that is expected"):
+        wire.receive_answer(ends[0], PartialRecord)
+    wire.send(ends[1], wire.Refused("no such file. Mend the path.", UsageError.exit_code))
+    with pytest.raises(UsageError, match="no such file"):
+        wire.receive_answer(ends[0], PartialRecord)
+
+
+@pytest.mark.parametrize(
+    ("program", "code"), [("raise SystemExit(3)", 3), ("import os, time; os.fork() and os._exit(9); time.sleep(60)", 9)]
+)
+def test_a_process_that_ends_without_an_answer_is_not_waited_for(ends, program, code):
+    """The call returns although a child of the process keeps the connection open."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], pass_fds=[ends[1].fileno()], start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    assert wire.ask_process(process, ends[0], wire.Command("look"), int, 60.0) is None
+    assert process.returncode == code

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lorameter.cli import main
-from lorameter.machine.cpus import cores_of
+from lorameter.machine.processes import cores_of
 
 LEAN = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-p", "no:anyio")
 """Options of every session here: the plugins of Hypothesis and anyio are no part of it, and take most of its start."""
@@ -23,7 +23,7 @@ import os
 from pathlib import Path
 import lorameter.run.workers.local
 from lorameter.pytest_plugin import attach
-from lorameter.records.worker_info import BaseSummary, WorkerInfo, TokenSummary
+from lorameter.records.record import BaseSummary, WorkerInfo, TokenSummary
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.run.workers import TrialFiles
 from lorameter.run.workers.local import LocalExecutor

@@ -31,7 +31,7 @@ from lorameter.models import catalogue, shapes
 from lorameter.models.costs.memory import estimate_memory, stored_dtype
 from lorameter.records import codec
 from lorameter.records.activity import ACCOUNTS
-from lorameter.records.memory_account import MemoryAccount
+from lorameter.records.record import MemoryAccount
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import LoraVariant, Variant

@@ -38,7 +38,7 @@ from typing import Any
 from shared import command_output, exit_code, print_origin
 
 from lorameter.attach.launch import RUN, child_environment
-from lorameter.machine.cpus import cpus_of, pin_to_cpus
+from lorameter.machine.processes import cpus_of, pin_to_cpus
 from lorameter.records.units import format_ratio
 from lorameter.stats import mean_interval
 

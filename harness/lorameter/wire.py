@@ -24,8 +24,7 @@ import msgspec
 from lorameter.errors import EXIT_INVALID, InvalidRunError, LorameterError, UsageError, shorten
 from lorameter.machine.processes import kill_group
 from lorameter.records import codec
-from lorameter.records.record import SCHEMA
-from lorameter.records.worker_info import WorkerInfo
+from lorameter.records.record import SCHEMA, WorkerInfo
 
 T = TypeVar("T")
 MAX_MESSAGE_BYTES = 256 << 20

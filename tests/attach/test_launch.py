@@ -1,18 +1,28 @@
-"""Tests of `lorameter wrap`: the command is unchanged, and its training is recorded however it ends."""
+"""Tests of `lorameter wrap`: the command is unchanged, and its training is recorded however it ends.
+
+Tests of the stored command: anything that looks like a credential is removed, and nothing else.
+
+Tests of the hook in a child process: it attaches to a process that trains and to no other.
+"""
 
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
 from lorameter.attach import launch
+from lorameter.attach.launch import write_command
 from lorameter.cli import main
-from lorameter.commands.wrap import read_requirements
+from lorameter.commands.run import read_requirements
 from lorameter.errors import UsageError
 from lorameter.records import store
+from lorameter.studies.script import split_command
+from lorameter.studies.variant import ScriptVariant
 
 LOOP = """
 import os, signal, sys, time
@@ -226,3 +236,204 @@ def test_signals_of_a_terminal_are_not_sent_twice(monkeypatch):
             for number in (signal.SIGINT, signal.SIGUSR1):
                 os.kill(os.getpid(), number)
     assert sent == [signal.SIGUSR1, signal.SIGINT, signal.SIGUSR1]
+
+
+WORDS = [
+    ["--hub_token", "hunter2"],
+    ["hub_token=hunter2"],
+    ["env", "HF_TOKEN=hunter2", "python"],
+    ["--wandb-api-key", "hunter2"],
+    ["https://user:hunter2@host/x"],
+    ["https://host/x?rev=1&X-Amz-Signature=hunter2"],
+    ["git+ssh://git:p%40hunter2@host/x"],
+    ["sh", "-c", "python t.py --hub_token hunter2 && ls"],
+    ["sh", "-c", "HF_TOKEN=$'hunter2' python t.py"],
+    ["sh", "-c", 'curl -d "{\\"token\\": \\"hunter2\\"}" host'],
+    ["sh", "-c", "python t.py --hub_token \\\n  hunter2"],
+    ["--header", "Authorization: AWS4-HMAC-SHA256 Credential=x/y, Signature=hunter2"],
+    ["--config", '{"hub": {"token": "hunter2", "push": true}}'],
+    ["--config", "{token: hunter2}"],
+    ["-c", "login(token=f'hunter2')"],
+    ["-c", 'os.environ["HF_TOKEN"]="hunter2"'],
+    ["hf_hunter2hunter2hunter2"],
+    ["eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.hunter2hunter2"],
+    ["--password=a;b|c,hunter2"],
+    ["env", "DB_PASS=hunter2"],
+]
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_a_credential_is_not_written_and_no_study_takes_it(words):
+    """Credentials are recognised in options, Hydra fields, variables, addresses, shell lines, headers, JSON, programs,
+    and by their own format. A study's command would be stored in each run."""
+    line = ["python", "train.py", *words]
+    written = write_command(line)
+    assert "hunter2" not in written
+    with pytest.raises(UsageError, match="inherit the credentials of your environment") as refused:
+        ScriptVariant(name="a", command=shlex.join(line))
+    assert "hunter2" not in str(refused.value)
+    assert ScriptVariant(name="a", command=written).command == written
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model", "https://host:8080/x?revision=2"],
+        ["git+ssh://git@github.com/x/y"],
+        ["sh", "-c", "python t.py --hub_token $HF_TOKEN"],
+        ["--use_auth_token", "True", "--no-auth", "x"],
+        ["--hub_token=None"],
+        ["--config", '{"push_token": null, "tokenizer": "x", "pad_token": "</s>"}'],
+        ["--author", "me", "--max_tokens", "5"],
+        ["-c", "token = os.environ['HF_TOKEN']"],
+        ["-c", "os.environ['HF_TOKEN'] = os.environ['OTHER']"],
+        ["--hub_token", "--push"],
+        ["--forward_pass", "3", "--pwd", "/work", "--bypass=1"],
+        ["--run_name", "sk-baseline-lora-r16-alpha32"],
+    ],
+)
+def test_arguments_without_a_credential_are_accepted(words):
+    """Host and port, a query, an SSH key file, a variable name, a switch and a vocabulary token are accepted."""
+    assert ScriptVariant(name="a", command=shlex.join(["python", "train.py", *words])).command
+
+
+@pytest.mark.parametrize("value", ["http://user:hunter2@proxy:3128", '{"token": "hunter2"}'])
+def test_a_variable_of_a_study_is_read_by_the_same_rule(value):
+    """The variables in `env` are stored in the run as well."""
+    with pytest.raises(UsageError, match=r"env\.SOME: ") as refused:
+        ScriptVariant(name="a", command="python train.py", env={"SOME": value})
+    assert "hunter2" not in str(refused.value)
+
+
+def test_an_invalid_command_is_refused_without_showing_its_credential():
+    """The error repeats the command without the credential."""
+    for line in ("HF_TOKEN=hunter2 python t.py", "python t.py --hub_token hunter2 | tee", "a 'b --auth=hunter2"):
+        with pytest.raises(UsageError) as refused:
+            split_command("variant", line)
+        assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize("option", ["--base-command", "--candidate-command", "--command"])
+def test_no_option_takes_a_command_with_a_credential(option, tmp_path, capsys):
+    """Commands of either side of an A/B, or of both, are refused before anything is started or written."""
+    words = {"--base-command": "true", "--candidate-command": "true"} if option != "--command" else {}
+    words |= {option: "python t.py https://user:hunter2@host/x"}
+    sides = ["--base", "HEAD", "--candidate", "HEAD"] if option == "--command" else []
+    flat = [word for pair in words.items() for word in pair]
+    assert main(["ab", *sides, *flat, "--json", "--runs-dir", str(tmp_path / "runs")]) == 2
+    printed = "".join(capsys.readouterr())
+    assert "reads like a credential" in printed
+    assert "hunter2" not in printed
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+ROOT = Path(__file__).parents[2]
+
+LOOP_HOOK = """
+    import torch
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(32, 8), torch.nn.Linear(8, 32))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    def train(steps):
+        for ids in torch.utils.data.DataLoader(torch.randint(0, 32, (2 * steps, 6)), batch_size=2):
+            loss = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.item()
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """A function that writes a script and returns its name."""
+
+    def write(text, name="train.py", loop=LOOP_HOOK):
+        (tmp_path / name).write_text(textwrap.dedent(loop) + textwrap.dedent(text))
+        return name
+
+    return write
+
+
+@pytest.mark.faults
+def test_data_workers_and_forks_are_not_followed(wrapped, script):
+    """Spawned and forked data workers, and a forked child that trains itself, send no events."""
+    text = """
+        import os
+        class Rows(torch.utils.data.Dataset):
+            def __len__(self): return 8
+            def __getitem__(self, place): return torch.tensor([place])
+        if __name__ == "__main__":
+            for context in ("spawn", "fork"):
+                loader = torch.utils.data.DataLoader(Rows(), num_workers=1, multiprocessing_context=context)
+                assert len(list(loader)) == 8
+            train(3)
+            child = os.fork()
+            if not child:
+                train(5)
+                raise SystemExit(0)
+            assert os.waitpid(child, 0)[1] == 0
+            train(1)
+    """
+    done, events = wrapped("python", script(text))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [one["what"] for one in events] == ["begin", "step", "step", "step", "end"]
+    assert len({one["pid"] for one in events}) == 1
+
+
+@pytest.mark.faults
+def test_children_forked_after_a_watched_step_exit(wrapped, script):
+    """After a watched step, forked data workers and a forked child exit and do not wait for a thread of the
+    profiler."""
+    text = """
+        import os
+        class Rows(torch.utils.data.Dataset):
+            def __len__(self): return 4
+            def __getitem__(self, place): return torch.tensor([place])
+        train(5)
+        loader = torch.utils.data.DataLoader(Rows(), num_workers=1, multiprocessing_context="fork")
+        print(sum(int(rows.sum()) for rows in loader))
+        child = os.fork()
+        if not child:
+            raise SystemExit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        train(2)
+    """
+    done, events = wrapped("python", script(text), WATCH_AFTER="2", timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "6\n", "")
+    steps = [one["checks"] for one in events if one["what"] == "step"]
+    assert steps[2] > 10
+    assert steps[:2] + steps[3:] == [None] * 5
+
+
+def test_a_script_that_never_trains_is_unchanged(wrapped, script, tmp_path):
+    """A script without a training imports nothing of lorameter, has no hook folder on its path, and imports the user's
+    own sitecustomize under its name."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "sitecustomize.py").write_text("import builtins; builtins.MINE = True\n")
+    text = """
+        import sys, sitecustomize, transformers
+        assert transformers.__version__
+        print(MINE, sitecustomize.__file__, [p for p in sys.path if 'attach' in p])
+        print([name for name in sys.modules if 'lorameter' in name])
+    """
+    done, events = wrapped("python", script(text, loop=""), python_path=str(tmp_path / "mine"))
+    expected = ["True", str(tmp_path / "mine" / "sitecustomize.py"), "[]", "[]"]
+    assert (done.stdout.split(), events) == (expected, []), done.stderr
+
+
+def test_an_interpreter_without_the_needed_packages_is_not_measured(script, tmp_path):
+    """Its training runs unchanged, and the wrapping command names the missing package and how to install it."""
+    without = "import sys\nsys.modules['msgspec'] = None  # as if it were not installed\n" + textwrap.dedent(LOOP_HOOK)
+    words = [sys.executable, "-m", "lorameter.cli", "wrap", "--no-report", "--runs-dir", "runs", "--", sys.executable]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'harness'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*words, script("print('loss', train(20))", loop=without)], cwd=tmp_path, env=environment, capture_output=True,
+        text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout[:5]) == (0, "loss "), done.stderr
+    assert not store.list_runs(tmp_path / "runs")
+    assert f"a training in this process is not measured: {sys.executable} lacks msgspec" in done.stderr
+    assert "nothing was measured: " in done.stderr
+    assert f"{sys.executable} -m pip install msgspec" in done.stderr
+    assert "no optimizer" not in done.stderr

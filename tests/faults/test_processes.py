@@ -2,6 +2,9 @@
 kept.
 
 tests/run/workers/test_local.py has the trials whose own process or zygote dies.
+
+Tests of every signal at every point of a measurement: each trial has a record, finished results are kept, nothing is
+left over, the exit code is 4, and the run can be resumed.
 """
 
 from __future__ import annotations
@@ -9,11 +12,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 
 import psutil
 import pytest
 
 from lorameter.errors import InvalidRunError, UsageError
+from lorameter.machine.processes import marked
 from lorameter.run.plan import make_plan
 from lorameter.run.prepare import RunContext, request_of
 from lorameter.run.workers import Executor, WorkerLostError
@@ -100,3 +106,221 @@ def test_a_zygote_that_is_killed_while_it_imports_ends_the_run_before_it_begins(
             local.hello()
     finally:
         local.close()
+
+
+ASKED = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+ONE_OF_THEM = [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.faults) for number in ASKED if number != 15)]
+"""One signal at points where all signals act alike; the others are in the long half."""
+
+
+PLACES = ["r0-a:prepare", "r1-a:turn", "r1-b:cold", "r2-b:save_adapter"]
+TOLD = [
+    pytest.param(place, number, marks=() if PLACES.index(place) % 3 == ASKED.index(number) else pytest.mark.faults)
+    for place in PLACES
+    for number in ASKED
+]
+"""Each point and each signal once; all combinations are in the long half."""
+
+
+@pytest.mark.parametrize(("place", "number"), TOLD)
+def test_a_run_that_is_stopped(number, place, tmp_path, command, stopped, only_run, resumed, temporary):
+    """The signal comes before, during or after the turns, or in a cold start."""
+    words = ["run", str(tmp_path / "small.toml"), "--phase", "train", "--phase", "cold", "--interleave", "lockstep"]
+    with stopped(command(*words, stop=place)) as process:
+        process.send_signal(number)
+        out, err = process.communicate()
+    assert process.returncode == 4
+    assert "This run is not complete (interrupted)" in out
+    assert "Traceback" not in err
+    run = only_run()
+    statuses = {record.trial: record.status for record in run.records}
+    assert list(statuses) == list(run.manifest.order)
+    assert statuses[place.partition(":")[0]] == "interrupted"
+    assert {record.status for record in run.records} <= {"ok", "interrupted", "not_run"}
+    earlier = [record for record in run.records if record.replicate < int(place[1])]
+    assert {record.status for record in earlier} <= {"ok"}
+    assert not list(temporary.iterdir())
+    whole = resumed()
+    assert {record.status for record in whole.records} == {"ok"}
+    assert whole.records[: len(earlier)] == tuple(earlier)
+
+
+@pytest.mark.parametrize("number", ONE_OF_THEM)
+def test_a_run_stopped_while_workers_start_leaves_nothing(number, command, stopped, runs, temporary):
+    """A signal while the workers start leaves no run folder and no error message."""
+    with stopped(command(stop=":start")) as process:
+        process.send_signal(number)
+        _, err = process.communicate()
+    assert process.returncode == 4
+    assert err.endswith("lorameter: stopped\n")
+    assert not list(runs.iterdir())
+    assert not list(temporary.iterdir())
+
+
+def test_an_ignored_sighup_does_not_end_the_run(command, stopped, only_run):
+    """With SIGHUP ignored, as under nohup, the run continues until another signal ends it."""
+    ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
+    with stopped(command(stop="r1-a:turn"), preexec_fn=ignore) as process:
+        process.send_signal(signal.SIGHUP)
+        assert "r1-a" not in {record.trial for record in only_run().records}
+        process.terminate()
+        process.communicate()
+    assert process.returncode == 4
+
+
+def test_a_killed_run_is_resumed(command, stopped, only_run, resumed):
+    """Trials before SIGKILL are kept, the group under way is measured again, and the rest is measured."""
+    with stopped(command(stop="r1-a:turn")) as process:
+        process.kill()
+        process.communicate()
+    killed = only_run()
+    assert (killed.state, {record.replicate for record in killed.records}) == ("killed", {0})
+    whole = resumed()
+    assert (whole.state, len(whole.records)) == ("complete", len(whole.manifest.order))
+    assert whole.records[: len(killed.records)] == killed.records
+
+
+def test_a_killed_run_leaves_a_folder_and_the_next_one_removes_it(command, stopped, temporary):
+    """SIGKILL prevents the cleanup; folders of a live process and foreign folders stay."""
+    foreign = temporary / "lorameter-foreign"
+    foreign.mkdir()
+    with stopped(command(stop="r1-a:turn")) as process:
+        (left,) = set(temporary.iterdir()) - {foreign}
+        subprocess.run([*command(), "--if-busy", "share"], check=True, capture_output=True)
+        assert left.is_dir(), "its process lives"
+        process.kill()
+        process.communicate()
+    assert left.is_dir()
+    subprocess.run(command(), check=True, capture_output=True)
+    assert list(temporary.iterdir()) == [foreign]
+
+
+@pytest.mark.parametrize("number", ONE_OF_THEM)
+def test_a_session_of_pytest_that_is_stopped(number, tmp_path, session, stopped, only_run, temporary):
+    """The run of the plugin is saved and marked as interrupted, and the session does not pass."""
+    with stopped(session(stop="r1-a:turn"), cwd=tmp_path) as process:
+        process.send_signal(number)
+        out, _ = process.communicate()
+    assert process.returncode == 1, out
+    assert "This run is not complete (interrupted)" in out
+    statuses = {record.trial: record.status for record in only_run().records}
+    assert (statuses["r0-a"], statuses["r1-a"], statuses["r2-a"]) == ("ok", "interrupted", "not_run")
+    assert not list(temporary.iterdir())
+
+
+# --- an A/B -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", ONE_OF_THEM)
+def test_a_stopped_ab_removes_its_worktrees(number, ab, repository, git, stopped, temporary, only_run):
+    """The two worktrees and all folders are removed, and the earlier results are saved."""
+    with stopped(ab(stop="r1-a-base:turn")) as process:
+        assert len(git(repository, "worktree", "list")) == 3
+        process.send_signal(number)
+        process.send_signal(signal.SIGINT)  # a second signal changes nothing
+        process.communicate()
+    assert process.returncode == 4
+    assert len(git(repository, "worktree", "list")) == 1
+    assert not list(temporary.iterdir())
+    records = only_run().records
+    assert {record.status for record in records if record.replicate == 0} == {"ok"}
+    assert next(record.status for record in records if record.trial == "r1-a-base") == "interrupted"
+
+
+def test_the_next_ab_removes_worktrees_of_a_killed_one(ab, repository, git, stopped, temporary):
+    """The next A/B removes its worktrees but not a user's worktree or those of a running A/B."""
+    git(repository, "worktree", "add", "--quiet", "--detach", str(temporary.parent / "mine"))
+    with stopped(ab(stop="r1-a-base:turn")) as process:
+        process.kill()
+        process.communicate()
+    assert len(git(repository, "worktree", "list")) == 4
+    with stopped(ab(stop="r1-a-base:turn")) as process:
+        assert len(git(repository, "worktree", "list")) == 4
+        done = subprocess.run([*ab(), "--if-busy", "share"], check=False, capture_output=True)
+        assert done.returncode in (0, 3)
+        assert len(git(repository, "worktree", "list")) == 4
+        process.terminate()
+        process.communicate()
+    assert len(git(repository, "worktree", "list")) == 2
+    assert not list(temporary.iterdir())
+
+
+# --- real processes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_a_run(number, tmp_path, command, temporary, runs):
+    """The signal comes as soon as the real processes exist, while the zygote imports and the tokens are made."""
+    words = [sys.executable, "-m", "lorameter.cli", *command()[4:]]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        parent = psutil.Process(process.pid)
+        while len(children := parent.children(recursive=True)) < 2:
+            assert process.poll() is None
+        process.send_signal(number)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 4)
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+    assert (number == signal.SIGKILL) is bool(list(temporary.iterdir()))
+
+
+# --- two at once ------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_on_the_device_is_refused_or_waits(command, stopped, tmp_path):
+    """The second run exits with 4, or waits for the first as requested; a signal ends the waiting as well."""
+    with stopped(command(stop="r1-a:turn")) as first:
+        words = ["run", str(tmp_path / "small.toml"), "--phase", "train"]
+        refused = subprocess.run(command(*words, "--if-busy", "refuse"), capture_output=True, text=True, check=False)
+        assert refused.returncode == 4
+        assert f"process {first.pid} measures on this device (cpu)" in refused.stderr
+        concurrent = subprocess.run(command(*words, "--if-busy", "share"), capture_output=True, check=False)
+        assert concurrent.returncode == 0
+        for stopping in (True, False):
+            with subprocess.Popen(
+                command(*words), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            ) as second:
+                while "waiting for its end" not in (line := second.stderr.readline()):
+                    assert line, "it has not waited"
+                (second if stopping else first).terminate()
+                second.communicate()
+            assert second.returncode == (4 if stopping else 0)
+
+
+SCRIPT = """
+import os, subprocess, sys
+started = "import os, time; open(os.environ['STARTED'], 'w').write('up'); time.sleep(300)"
+subprocess.Popen([sys.executable, "-c", started], start_new_session=True).wait()
+"""
+"""Starts another process in its own session, as a launcher does, and waits for it."""
+
+
+@pytest.fixture
+def launcher(tmp_path, monkeypatch):
+    """A script that reports when its second process runs, and a function that finds both processes."""
+    (tmp_path / "launch.py").write_text(SCRIPT)
+    started = tmp_path / "started"
+    os.mkfifo(started)
+    monkeypatch.setenv("STARTED", str(started))
+    return started, lambda: [psutil.Process(pid) for pid in marked(f"STARTED={started}".encode())]
+
+
+@pytest.mark.parametrize("number", [*ONE_OF_THEM, signal.SIGKILL])
+def test_a_run_of_commands_that_is_stopped_leaves_no_process(number, tmp_path, launcher, temporary):
+    """Processes that a launcher started are ended too; without results there is no verdict."""
+    (tmp_path / "study.toml").write_text(
+        f"[[variant]]\nname = 'a'\ncommand = '{sys.executable} launch.py'\ncwd = '{tmp_path}'\n"
+        f"[[variant]]\nname = 'b'\ncommand = '{sys.executable} launch.py 2'\ncwd = '{tmp_path}'\n"
+    )
+    words = ["run", str(tmp_path / "study.toml"), "--runs-dir", str(tmp_path / "runs"), "--interleave", "replicates"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "lorameter.cli", *words], stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert launcher[0].read_text() == "up"
+        of_it = launcher[1]()
+        process.send_signal(number)
+        _, err = process.communicate(timeout=120)
+    assert "Traceback" not in err
+    assert process.returncode == (4 if number in ASKED else -number), err
+    _, alive = psutil.wait_procs(of_it, timeout=60)
+    assert not alive
+    assert number == signal.SIGKILL or not list(temporary.iterdir())

@@ -1,12 +1,18 @@
-"""Tests of `kernels_check selftest`: twelve faults are found on this machine, and a missed fault fails the command."""
+"""Tests of `kernels_check selftest`: twelve faults are found on this machine, and a missed fault fails the command.
+
+Tests of the probe: a path counts as run only by the check of a real step, and the exit code reports false claims.
+"""
 
 import dataclasses
 import json
 
 import pytest
+import torch
 
-from kernels_check import selftest
+from kernels_check import probe, selftest
 from kernels_check.__main__ import main
+from kernels_check.probe import PATHS, attempt
+from kernels_check.small_run import build
 
 EAGER = selftest.CONTROLS[0]
 MISSED = dataclasses.replace(EAGER, name="missed", fault=EAGER.healthy)
@@ -53,3 +59,54 @@ def test_json_is_one_document_with_both_checks(only, capsys):
     assert (first["control"], first["path"]) == (EAGER.name, "attention.backend")
     assert (first["fault"]["status"], first["healthy"]["status"]) == ("fallback", "active")
     assert EAGER.name in captured.err
+
+
+BY_NAME = {path.name: path for path in PATHS}
+ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU answers")
+
+
+def test_the_exit_code_is_that_of_a_silent_claim(monkeypatch, capsys):
+    """A path that is accepted but does not run fails the command; a refused path does not."""
+    claimed = dataclasses.replace(BY_NAME["NF4"], name="claimed", make=lambda device: build(quant="fp4"))
+    refused = dataclasses.replace(BY_NAME["SDPA math"], name="refused", make=lambda device: build(attention="none"))
+    monkeypatch.setattr(probe, "PATHS", (BY_NAME["SDPA math"], claimed, refused))
+    assert main(["--json"]) == 4
+    document = json.loads(capsys.readouterr().out)
+    assert [path["status"] for path in document["paths"]] == ["ran", "claimed", "unavailable"]
+    assert document["failed"] == ["claimed"]
+    assert "fp4" in document["paths"][1]["reason"]
+    assert document["paths"][2]["reason"].startswith("ValueError")
+    monkeypatch.setattr(probe, "PATHS", (BY_NAME["SDPA math"], refused))
+    assert main([]) == 0
+    captured = capsys.readouterr()
+    assert "cannot run" in captured.out
+    assert captured.out.rstrip().endswith("1 of 2 paths ran")
+    assert captured.err.splitlines() == ["kernels_check probe: SDPA math", "kernels_check probe: refused"]
+
+
+@pytest.mark.parametrize(
+    ("name", "evidence"),
+    [("SDPA math", "math"), ("FP4", "fp4"), ("int8", "8"), ("fused optimizer", "aten::_fused_adamw_")],
+)  # fmt: skip
+def test_a_real_path_runs(name, evidence):
+    """The path runs on any device, shown by the operators or stored bytes that the check names."""
+    found = attempt(BY_NAME[name], "cpu")
+    assert found.status == "ran", found
+    assert evidence in found.reason
+
+
+@ON_CPU
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("SDPA cuDNN", "No viable backend"),
+        ("flash-attn 2 package", "FlashAttention2"),
+        ("paged optimizer", "takes a GPU"),
+        ("tf32", "takes a GPU"),
+    ],
+)
+def test_paths_that_a_cpu_cannot_run_are_explained(name, words):
+    """The reason is the message of the library that refuses the path, if there is one."""
+    found = attempt(BY_NAME[name], "cpu")
+    assert found.status == "unavailable"
+    assert words in found.reason

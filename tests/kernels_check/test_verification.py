@@ -1,14 +1,23 @@
-"""Tests of verify() end to end: exactly the requirements that hold are active."""
+"""Tests of verify() end to end: exactly the requirements that hold are active.
 
+Tests of the validation of requirements and of the rule that makes checks of findings.
+
+Tests that each fault is found for the right reason and that the healthy control passes.
+"""
+
+import dataclasses
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from negative_controls.catalogue import CONTROLS
+from negative_controls.faults import Verifier
 
 import kernels_check
-from kernels_check.judges.paths import PATHS
+from kernels_check.check import PathObservation
+from kernels_check.judges.paths import PATHS, validate
 
 COMMON = {
     "attention.backend": "flash",
@@ -97,3 +106,90 @@ def test_the_profile_writes_nothing_to_stderr(training, capfd, monkeypatch):
     run.verify({})
     assert "USDT" not in capfd.readouterr().err
     assert "KINETO_LOG_LEVEL" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("attention.backend", "fast"),
+        ("attention.backend", True),
+        ("attention.dtype", "torch.bfloat16"),
+        ("base.bits", True),
+        ("base.bits", 3),
+        ("base.bits", 4.0),
+        ("base.frozen", "yes"),
+        ("base.frozen", 1),
+        ("peft.dropout", 1.5),
+        ("peft.dropout", False),
+        ("optimizer.paged_share", "half"),
+        ("optimizer.class", ""),
+        ("optimizer.class", "AdamW"),
+        ("mode", None),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_by_name(path, value):
+    """The error names the path and the value."""
+    with pytest.raises(ValueError, match=path) as caught:
+        validate({path: value})
+    assert repr(value) in str(caught.value)
+
+
+def test_a_class_without_its_package_is_refused_with_the_qualified_name():
+    """A bare AdamW is refused, since torch and bitsandbytes each have one; the qualified name is accepted."""
+    with pytest.raises(ValueError, match=r"as in 'torch\.optim\.AdamW' or 'bitsandbytes\.optim\.AdamW'"):
+        validate({"optimizer.class": "AdamW"})
+    validate({"optimizer.class": "torch.optim.AdamW"})
+
+
+def test_an_unknown_path_is_refused_with_the_known_ones():
+    """A misspelt path is an error and not an empty requirement."""
+    with pytest.raises(ValueError, match=r"attention\.backened.*attention\.backend"):
+        validate({"attention.backened": "flash"})
+
+
+@pytest.mark.parametrize(
+    ("finding", "required", "status"),
+    [
+        (PathObservation(observed="flash", reason=""), "flash", "active"),
+        (PathObservation(observed="math", reason=""), "flash", "fallback"),
+        (PathObservation(observed=None, reason="", present=False), "flash", "absent"),
+        (PathObservation(observed=False, reason="", present=False), False, "active"),
+        (PathObservation(observed="math", reason=""), None, "active"),
+        (PathObservation(observed=None, reason="", present=False), None, "not_applicable"),
+        (PathObservation(observed=None, reason="", status="unknown"), None, "unknown"),
+        (PathObservation(observed=None, reason="", status="unknown"), "flash", "unknown"),
+        (PathObservation(observed=0.75, reason="", satisfies=True), 0.5, "active"),
+    ],
+)
+def test_status_follows_from_observation_and_requirement(finding, required, status):
+    """Only a satisfied requirement is active; a path without a requirement reports what was observed."""
+    assert finding.against("attention.backend", required).status == status
+
+
+HERE = tuple(control for control in CONTROLS if control.needs_cuda is None)
+ON_CUDA = tuple(control for control in CONTROLS if control.needs_cuda is not None)
+SHARED = Verifier(CONTROLS)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("control", HERE, ids=lambda control: control.name)
+def test_control(control):
+    """The fault is found with its reason; the healthy control passes."""
+    assert SHARED.failures(control) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("control", ON_CUDA, ids=lambda control: control.name)
+def test_control_on_cuda(control):
+    """On a GPU the controls are judged by kernels; a CPU can judge some only by their inputs."""
+    assert SHARED.failures(control) == []
+
+
+def test_a_control_fails_without_its_fault():
+    """A control fails if its faulty run is healthy, its reason lacks the words, or its healthy run fails."""
+    sound = next(control for control in CONTROLS if control.name == "eager attention")
+    passed = " ".join(SHARED.failures(dataclasses.replace(sound, fault=sound.healthy)))
+    assert "the faulty run is active" in passed
+    assert "its reason lacks 'forward: 2 eager" in passed
+    assert "the healthy run is fallback" in " ".join(SHARED.failures(dataclasses.replace(sound, healthy=sound.fault)))

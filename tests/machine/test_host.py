@@ -1,12 +1,25 @@
-"""Tests of the kernel's counters as differences, on a machine described by files and on the real one."""
+"""Tests of the kernel's counters as differences, on a machine described by files and on the real one.
+
+Tests of signals that wait for the end of a block, and of the description of how a process ended.
+
+Tests of the disturbances of a trial: value, limit and remedy; only a value past its limit makes the trial
+invalid.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import signal
+import subprocess
+import sys
+import threading
 
 import pytest
 
+from lorameter.machine.disturbances import judge
 from lorameter.machine.host import HostTelemetry, cpu_quota, host_counters
+from lorameter.machine.processes import delay_signals
 from lorameter.machine.system import memory_available_bytes, memory_bytes, system_facts
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -132,3 +145,147 @@ def test_settings_are_read_where_the_kernel_keeps_them(root):
     assert not facts["quota_cpus"].known
     (root({}) / f"{cpu}/intel_pstate/no_turbo").unlink()
     assert system_facts(root({f"{cpu}/cpufreq/boost": "0\n"}))["turbo"].value is False
+
+
+@pytest.fixture
+def met():
+    """The signals that a handler of SIGUSR1 received."""
+    received = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: received.append(number))
+    yield received
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_signal_waits_for_the_end_of_the_block(met, threads):
+    """The signal waits whatever the number of threads, and also where the block fails."""
+    over = threading.Event()
+    others = [threading.Thread(target=over.wait) for _ in range(threads)]
+    for other in others:
+        other.start()
+
+    def fail():
+        with delay_signals([signal.SIGUSR1]):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            over.wait(0.05)
+            raise ZeroDivisionError(f"so far {met}")
+
+    try:
+        with pytest.raises(ZeroDivisionError, match=r"so far \[\]"):
+            fail()
+    finally:
+        over.set()
+        for other in others:
+            other.join()
+    assert met == [signal.SIGUSR1]
+
+
+def test_a_signal_that_is_ignored_stays_ignored(met):
+    """An ignored signal stays ignored, as SIGHUP under nohup, so that child processes inherit it unchanged."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    with delay_signals([signal.SIGUSR1]):
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert met == []
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_process_exits_with_its_code_and_flushed_output(code):
+    """Exit handlers run, output is flushed, and threads are not joined."""
+    program = (
+        "import atexit, threading, time\n"
+        "from lorameter.machine.processes import leave\n"
+        "threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "atexit.register(print, 'at the end')\n"
+        "print('before', end=' ')\n"
+        f"leave({code})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "before at the end\n", "")
+
+
+QUIET = {
+    "host_watched_train_s": 100.0, "host_cpu_stall_train_s": 0.5, "host_steal_train_s": 0.1,
+    "host_busy_train_s": 100.0, "host_quota_used_train_s": 100.0,
+    "host_swap_in_train_bytes": 0.0, "host_swap_out_train_bytes": 0.0, "host_quota_stall_train_s": 0.0,
+    "host_involuntary_switches_train": 3.0, "device_samples_train": 40.0, "device_throttled_samples_train": 0.0,
+    "device_power_capped_samples_train": 0.0, "device_thermal_slowdown_train_s": 0.0,
+    "device_sm_clock_min_train_hz": 1.95e9, "device_sm_clock_max_train_hz": 1.98e9, "device_temperature_train_c": 60.0,
+    "device_temperature_margin_train_c": 27.0, "device_others_train": 0.0,
+    "device_others_train_bytes": 0.0, "device_hidden_train_bytes": 0.0,
+}  # fmt: skip
+GIB = 2**30
+
+
+def found(changes=None, memory=None, *, in_turns=False, occupancy=None, phase="train"):
+    return judge(QUIET | (changes or {}), memory or {}, phase, in_turns=in_turns, occupancy=occupancy)
+
+
+def test_a_quiet_trial_has_no_disturbances():
+    """A trial without measured values has none either."""
+    assert found() == ()
+    assert judge({}, {}, "train", in_turns=False) == ()
+    assert found(occupancy=0.99) == ()
+
+
+@pytest.mark.parametrize(
+    ("code", "noticed", "past"),
+    [
+        ("throttled", {"device_thermal_slowdown_train_s": 2.0}, {"device_thermal_slowdown_train_s": 11.0}),
+        ("throttled", {"device_throttled_samples_train": 4.0}, {"device_throttled_samples_train": 5.0}),
+        ("clocks-moving", {"device_sm_clock_min_train_hz": 1.8e9}, {"device_sm_clock_min_train_hz": 1.4e9}),
+        ("gpu-shared", {"device_others_train": 1.0, "device_others_train_bytes": 5e8},
+         {"device_others_train": 1.0, "device_others_train_bytes": 2.0 * GIB}),
+        ("swapped", {"host_swap_in_train_bytes": 4096.0}, {"host_swap_in_train_bytes": 3e8}),
+        ("stolen", {"host_steal_train_s": 2.0}, {"host_steal_train_s": 36.0}),
+        ("quota", {"host_quota_stall_train_s": 2.0}, {"host_quota_stall_train_s": 36.0}),
+    ],
+)  # fmt: skip
+def test_a_disturbance_is_a_notice_and_past_its_limit_invalid(code, noticed, past):
+    """Each message has the value and the limit, and a remedy."""
+    for changes, invalid in ((noticed, False), (past, True)):
+        (one,) = found(changes)
+        assert (one.code, one.invalid) == (code, invalid)
+        assert len(re.findall(r"\d", one.message)) >= 2
+        assert one.remedy.endswith((".", ")"))
+        assert one.weight > 0
+
+
+@pytest.mark.parametrize(
+    ("code", "changes"),
+    [
+        ("power-capped", {"device_power_capped_samples_train": 40.0}),
+        ("gpu-near-thermal-limit", {"device_temperature_margin_train_c": 1.0}),
+        ("unaccounted-gpu-memory", {"device_hidden_train_bytes": 60.0 * GIB}),
+        ("cpu-contention", {"host_cpu_stall_train_s": 90.0}),
+    ],
+)
+def test_some_disturbances_never_make_a_trial_invalid(code, changes):
+    """Measuring again would find the same value, or the value is weak evidence."""
+    (one,) = found(changes)
+    assert (one.code, one.invalid) == (code, False)
+
+
+def test_too_little_of_a_cpu_is_invalid_only_in_an_isolated_trial():
+    """Trials that take turns are compared turn by turn."""
+    (alone,) = found(occupancy=0.4)
+    assert alone.invalid
+    (together,) = found(occupancy=0.4, in_turns=True)
+    assert (together.code, together.invalid) == ("cpu-contention", False)
+    assert "one thread had a CPU for 40%" in together.message
+    assert "isolated trial is invalid" in together.message
+
+
+@pytest.mark.parametrize(
+    ("withheld", "given"),
+    [("host_steal_train_s", "host_busy_train_s"), ("host_quota_stall_train_s", "host_quota_used_train_s")],
+)
+def test_withheld_time_is_a_share_of_the_requested_cpu_time(withheld, given):
+    """On 64 CPUs, 0.5 % of the CPU time is a third of the wall time but not a disturbance; without the granted time
+    there is no share."""
+    assert found({withheld: 32.0, given: 6368.0}) == ()
+    (one,) = found({withheld: 100.0, given: 100.0})
+    assert one.invalid
+    assert "50% of the CPU time that was requested" in one.message
+    unknown = {name: value for name, value in QUIET.items() if name != given} | {withheld: 99.0}
+    assert judge(unknown, {}, "train", in_turns=False) == ()

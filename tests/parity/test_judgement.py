@@ -5,10 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from lorameter.commands.parity import encode_parity
+from lorameter.commands.profile import encode_parity
 from lorameter.parity.judgement import judge_parity
-from lorameter.records.parity import Served
-from lorameter.records.record import Failure
+from lorameter.records.record import Failure, Served
 from lorameter.report.parity import describe_parity, show_differing
 from lorameter.report.terminal import text_of
 from lorameter.stats import proportion

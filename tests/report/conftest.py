@@ -26,9 +26,7 @@ from lorameter.profile.request_rules import diagnose_requests
 from lorameter.profile.rules import Finding, diagnose
 from lorameter.records import codec, store
 from lorameter.records.activity import Activity, ModelSize, OperatorUse, PhaseActivity, RequestFacts, WeightCopy
-from lorameter.records.memory_account import MemoryAccount
-from lorameter.records.parity import LogitDistance, Served
-from lorameter.records.record import Failure, Notice, TrialRecord
+from lorameter.records.record import Failure, LogitDistance, MemoryAccount, Notice, Served, TrialRecord
 from lorameter.report.blocks import Document
 from lorameter.report.claims import describe_claims
 from lorameter.report.comparison import (
@@ -37,16 +35,20 @@ from lorameter.report.comparison import (
     describe_comparison,
     describe_gate,
 )
-from lorameter.report.estimate import describe_estimate, describe_fit, describe_plan, describe_sizes
-from lorameter.report.history import describe_history
-from lorameter.report.machine import describe_calibration, describe_checks
-from lorameter.report.notices import describe_notices, warn_before_run
-from lorameter.report.parity import describe_parity, show_differing
+from lorameter.report.estimate import (
+    describe_calibration,
+    describe_checks,
+    describe_estimate,
+    describe_fit,
+    describe_plan,
+    describe_sizes,
+)
+from lorameter.report.history import describe_history, describe_runs
+from lorameter.report.parity import Sample, describe_parity, describe_samples, show_differing
+from lorameter.report.phrases import describe_notices, warn_before_run
 from lorameter.report.profile import describe_profile, describe_remedy, describe_requests
 from lorameter.report.run import describe_run
 from lorameter.report.run_view import ReportFilter, view_of
-from lorameter.report.runs import describe_runs
-from lorameter.report.sample import Sample, describe_samples
 from lorameter.results.history import History, history_of
 from lorameter.run.bisect import Bisection, Candidate, bisect
 from lorameter.run.forecast import Forecast
@@ -58,11 +60,10 @@ from lorameter.studies.request import serving_modes
 from lorameter.studies.variant import LoraVariant, Variant
 from lorameter.studies.workload import Workload
 from lorameter.verdicts.ab import attribution_of, report_of
-from lorameter.verdicts.baselines import read_comparand
 from lorameter.verdicts.calibrate import Calibration, Price, Rates
 from lorameter.verdicts.claims import judge_claims
 from lorameter.verdicts.compare import compare
-from lorameter.verdicts.gate import judge, load_policy
+from lorameter.verdicts.gate import judge, load_policy, read_comparand
 from lorameter.verdicts.series import verdict_only
 from tests.constructed import PROFILES, RUNS
 
@@ -219,7 +220,7 @@ def samples() -> tuple[Sample, ...]:
 
 def sizes() -> tuple[Any, ...]:
     """Return the sizes of two variants of one base."""
-    from lorameter.trial.building.sizes import Sizes  # imports torch, which no other report needs
+    from lorameter.trial.building.build import Sizes  # imports torch, which no other report needs
 
     counts = {"base_parameters": 3_115_264, "adapter_bytes": 2**22, "gradient_bytes": 2**22}
     counts |= {"optimizer_state_bytes": 2**23, "saved_bytes": 2**21}

@@ -1,4 +1,12 @@
-"""Tests of the report of a constructed profile: its accounts add up, and terminal and file have all of it."""
+"""Tests of the report of a constructed profile: its accounts add up, and terminal and file have all of it.
+
+Tests of `lorameter sample`: the decoded answers of a run, next to the record's own text.
+
+Tests of the report of whether a variant fits: first the finding with its range, then the basis and what to
+change.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 import io
@@ -8,6 +16,7 @@ import msgspec
 import pytest
 
 from lorameter import cli
+from lorameter.cli import main
 from lorameter.commands import profile as commands_profile
 from lorameter.models.costs.peaks import Peak
 from lorameter.profile.accounting import (
@@ -22,11 +31,12 @@ from lorameter.profile.accounting import (
 from lorameter.profile.facts import Profile
 from lorameter.profile.remedy import RemedyResult
 from lorameter.profile.rules import Finding
+from lorameter.records import store
 from lorameter.records.activity import Activity, OperatorUse, PhaseActivity
-from lorameter.records.memory_account import MemoryAccount
-from lorameter.records.record import Notice, TrialRecord
+from lorameter.records.record import MemoryAccount, Notice, TrialRecord
+from lorameter.report.parity import read_samples
 from lorameter.report.profile import describe_profile, describe_remedy
-from lorameter.report.terminal import console_for, show
+from lorameter.report.terminal import console_for, show, text_of
 from lorameter.stats import compare_trials
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
@@ -207,3 +217,74 @@ def test_an_untestable_remedy_still_prints_the_profile(profile, monkeypatch, cap
         assert word in text
     assert "--try data-wait" not in text
     assert "--try padding" in text
+
+
+EXAMPLES = [{"prompt": "Input: 4\n", "reference": "What is 2 + 2?"}, {"prompt": "Input: sky\n", "reference": "Blue?"}]
+END = 257
+
+
+@pytest.fixture
+def run(write_run, small_study, tmp_path):
+    """A run of tiny-llama (a token is a byte) in which `plain` has one complete and one truncated answer."""
+    workload = dataclasses.replace(small_study.workload, open_ended_tokens=5)
+
+    def answered(record):
+        answers = {"answer_0": [*b"Two?", END], "answer_1": [*b"Colou"], "base_answer_0": [*b"0"]}
+        plain = record.name == "plain" and record.role == "variant"
+        return record.replaced(tokens=answers) if plain else record
+
+    study = dataclasses.replace(small_study, workload=workload)
+    path = write_run("a", {"plain": [1.0, 1.0], "nf4": [1.0, 1.0]}, study=study, change=answered)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["tokens"] = {"examples": EXAMPLES}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return store.read_run(str(path), tmp_path / "runs")
+
+
+def test_answers_are_shown_with_prompt_and_reference(run):
+    """Answers are in the order of the prompts and marked as complete or not; an answer that was not generated before
+    training is None."""
+    first, second = read_samples(run, "plain", replicate=1)
+    assert (first.prompt, first.reference, first.base_answer, first.trained) == (
+        "Input: 4\n",
+        "What is 2 + 2?",
+        "0",
+        "Two?",
+    )
+    assert (first.tokens, first.ended) == (5, True)
+    assert (second.base_answer, second.trained, second.ended) == (None, "Colou", False)
+    assert read_samples(run, "plain", count=1) == (first,)
+
+
+@pytest.mark.parametrize("variant", ["plain", "nf4"])
+def test_a_run_without_answers_is_refused_with_the_remedy(write_run, capsys, variant):
+    """The error has the study key that keeps answers and the command, and does not list variants as "none"."""
+    path = write_run("bare", {"plain": [1.0, 1.0], "nf4": [1.0, 1.0]})
+    assert main(["sample", str(path), variant]) == 2
+    said = capsys.readouterr().err
+    assert "run bare kept no answers" in said
+    assert (
+        "Write open_ended_tokens = 64 in [workload] of the study and measure it again with the phase generate" in said
+    )
+    assert "none" not in said
+
+
+@pytest.fixture(scope="module")
+def said(every_report):
+    """The documents about the fit, each as one line of text."""
+    return {
+        name: " ".join(text_of(document, width=5000, coloured=False).split())
+        for name, document in every_report.items()
+        if name.startswith("fit")
+    }
+
+
+@pytest.mark.parametrize(("name", "finding"), [
+    ("fit", "On H200 141GB fits: needs"), ("fit that is none", "On RTX 5090 32GB does not fit: needs"),
+    ("fit of nothing", "On 1GiB does not fit: needs"), ("fit here", "On Test [CPU] fits: needs"),
+])  # fmt: skip
+def test_the_finding_comes_first_with_its_range(said, name, finding):
+    """The finding also has the spare or missing memory at the end of the range that decides."""
+    assert said[name].startswith(finding)
+    assert ("or more are left" in said[name]) is ("does not" not in finding)
+    assert ("or more are lacking" in said[name]) is ("does not" in finding)

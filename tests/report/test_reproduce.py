@@ -1,4 +1,7 @@
-"""Tests of the reproduction steps of a run: the versions that trained, and a valid command with the same meaning."""
+"""Tests of the reproduction steps of a run: the versions that trained, and a valid command with the same meaning.
+
+Tests that the committed reports are those of the runs next to them; `make reports` updates them.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lorameter.cli import main
 from lorameter.commands.parser import build_parser
 from lorameter.records import codec, store
 from lorameter.records.fileio import write_document
@@ -88,3 +92,19 @@ def test_fields_of_a_foreign_run_cannot_run_a_command(sided, write_run, tmp_path
     done = subprocess.run(["bash", "-c", script], check=False, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert not (tmp_path / "made").exists()
+
+
+REPORTS = sorted(path.parent.relative_to(ROOT) for path in (ROOT / "reports").glob("2*/manifest.json"))
+
+
+@pytest.mark.parametrize("run", REPORTS, ids=lambda path: path.name)
+def test_a_committed_report_is_current(run, monkeypatch, tmp_path, capsys):
+    """Text, page and Markdown are equal to the last character."""
+    monkeypatch.chdir(ROOT)
+    page = tmp_path / "report.html"
+    assert main(["report", str(run), "--html", str(page)]) == 0
+    text = capsys.readouterr().out
+    assert main(["report", str(run), "--markdown"]) == 0
+    made = {"txt": text, "md": capsys.readouterr().out, "html": page.read_text(encoding="utf-8")}
+    for ending, found in made.items():
+        assert (run / f"report.{ending}").read_text(encoding="utf-8") == found, ending

@@ -1,16 +1,43 @@
-"""Tests of the view of a run: verdicts, trials without a result, and notices."""
+"""Tests of the view of a run: verdicts, trials without a result, and notices.
+
+Tests that any run gives any report: failures, missing metrics, one replicate, no reference, truncated lines.
+
+Tests of the matrix of checks on the page: the colour of each status, and the status shown for several trials.
+
+Tests that every format of an invalid run begins with the reason and shows no valid verdict.
+
+Tests of the report of a run whose time limit skipped a part.
+
+Tests of the report of a constructed request profile: its lines add up, and terminal, document and file have all of
+it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
+from html import unescape
+from html.parser import HTMLParser
 
+import msgspec
+import pytest
+
+import lorameter
+from lorameter import cli
 from lorameter.cli import main
+from lorameter.commands import profile as commands_profile
+from lorameter.errors import EXIT_INVALID, EXIT_PASS
+from lorameter.profile.accounting import request_accounts
+from lorameter.profile.evidence import evidence_of_requests
+from lorameter.profile.request_rules import diagnose_requests
 from lorameter.records import codec
 from lorameter.records.record import Failure, TrialRecord
 from lorameter.records.store import Manifest, Run
 from lorameter.report.run_view import view_of
 from lorameter.studies.script_study import study_of_command
+from tests.constructed import RUNS
 
 
 def run_of(study, tmp_path, *, steps, control=None, statuses=None):
@@ -108,3 +135,249 @@ def test_a_wrapped_run_is_valid_without_ratios_and_control(write_run, capsys):
     assert "control" not in text
     assert "×" not in text
     assert "This run" not in text
+
+
+ODD = (
+    "failed one-replicate without-reference killed given-up noisy fewer-variants fallback cold resumed ab-failed "
+    "swept-in-part"
+).split()
+
+
+@pytest.mark.parametrize("run", ODD)
+@pytest.mark.parametrize("options", ["--json", "--markdown --verbose"])
+def test_a_run_in_any_state_is_reported(run, options, capsys):
+    """Each format reports the whole run; the exit code gives its state, and standard error stays empty."""
+    code = main(["report", run, "--runs-dir", str(RUNS), *options.split()])
+    out, err = capsys.readouterr()
+    assert code in (0, 1, 3, 4, 5)
+    assert out.strip()
+    assert not err
+    if options == "--json":
+        assert json.loads(out)["schema"] == 2
+
+
+def test_a_truncated_line_loses_its_trial_and_is_reported(tmp_path, capsys):
+    """When the process was killed during a write, every format reports the complete records and the damage."""
+    path = tmp_path / "cut"
+    shutil.copytree(RUNS / "sound", path)
+    lines = (path / "trials.jsonl").read_text().splitlines(keepends=True)
+    (path / "trials.jsonl").write_text("".join(lines[:-1]) + lines[-1][: len(lines[-1]) // 2])
+    for options in ([], ["--markdown"], ["--json"]):
+        assert main(["report", str(path), *options]) == 4
+        assert "damaged-lines" in capsys.readouterr().out
+
+
+TONES = {"fallback": "bad", "absent": "bad", "unknown": "warning", "active": "good", "not_applicable": "warning"}
+
+
+@pytest.fixture
+def matrix(write_run, tmp_path, capsys):
+    """A function that writes a run whose `nf4` trials have these statuses, and returns class and text of its cell."""
+
+    def shown(*statuses, required=4):
+        def checked(record):
+            if record.name != "nf4":
+                return record
+            status = statuses[record.replicate % len(statuses)]
+            check = {"path": "base.bits", "required": required, "observed": 16, "status": status, "reason": "seen"}
+            return record.replaced(checks=(check,))
+
+        page = tmp_path / "page.html"
+        path = write_run("checked", {"plain": [1.0, 1.1, 1.2], "nf4": [1.0, 1.1, 1.2]}, change=checked)
+        assert main(["report", str(path), "--html", str(page)]) in (EXIT_PASS, EXIT_INVALID)
+        capsys.readouterr()
+        cell = r'<td (?:data-variant="nf4" data-head="nf4"|colspan="2" data-head="all")>'
+        found = re.findall(cell + r'<details><summary class="(\w+)">(\w+)', page.read_text("utf-8"))
+        return found[0]
+
+    return shown
+
+
+@pytest.mark.parametrize(
+    ("statuses", "worst"),
+    [
+        (("active", "unknown", "fallback"), "fallback"),
+        (("unknown", "absent", "active"), "absent"),
+        (("active", "active", "unknown"), "unknown"),
+        (("not_applicable", "active", "active"), "not_applicable"),
+    ],
+)
+def test_the_worst_status_of_the_trials_is_shown(matrix, statuses, worst):
+    """A fallback in one trial is shown although the path is unknown in another."""
+    assert matrix(*statuses) == (TONES[worst], worst)
+
+
+COUNTED = re.compile(r"slower|faster|equivalent|inconclusive|regressed|improved|cannot tell", re.IGNORECASE)
+INVALID = {
+    "control-failed": "its control regressed in phase 'train': the reference differs from itself",
+    "failed": "trial r0-qlora-nf4-r64-a256-isolated is oom in build: tried to allocate 2.00 GiB",
+    "killed": "its status is 'running', not 'complete'",
+    "swept-in-part": "3 planned trials without a record, r0-r=32 among them",
+}
+
+
+class Body(HTMLParser):
+    """The texts between the tags of a page's body, in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.words = []
+        self.feed(text.partition("<body>")[2])
+
+    def handle_data(self, data):
+        self.words += [data.strip()] if data.strip() else []
+
+
+@pytest.fixture
+def reported(tmp_path, capsys):
+    """A function that reports a run in each format and returns the lines of each and the texts of the page."""
+
+    def read(run, *options):
+        page = tmp_path / "page.html"
+        words = ["report", str(run), "--runs-dir", str(RUNS), *options]
+        found = {}
+        for form in ("text", "markdown", "github"):
+            main([*words, "--format", form, "--html", str(page)])
+            found[form] = capsys.readouterr().out.splitlines()
+        text = page.read_text("utf-8")
+        found["page"] = Body(text).words
+        found["verdicts"] = re.findall(r'<span class="verdict [^"]*">(.*?)</span>', text)
+        found["title"] = [unescape(re.search("<title>(.*?)</title>", text)[1])]
+        return found
+
+    return read
+
+
+def without_escapes(line):
+    """Return a line without the escapes of Markdown and of a workflow command."""
+    return re.sub(r"\\(.)", r"\1", line).replace("%2C", ",").replace("%3A", ":")
+
+
+@pytest.mark.parametrize("run", INVALID)
+def test_an_invalid_run_is_reported_first_and_has_no_valid_verdict(run, reported, capsys):
+    """Each format begins with the reason, which the terminal repeats as its last line, and each verdict in headline,
+    tables, figures and --json is `invalid`."""
+    found = reported(run)
+    for form in ("text", "markdown", "github", "page", "title"):
+        first = without_escapes(found[form][0])
+        assert "INVALID: " in first, form
+        assert INVALID[run] in first, form
+    last = max(number for number, line in enumerate(found["text"]) if line.startswith("INVALID: "))
+    assert last > 20
+    assert found["text"][last:] == found["text"][: len(found["text"]) - last]
+    main(["report", run, "--runs-dir", str(RUNS), "--json"])
+    document = json.loads(capsys.readouterr().out)
+    ratios = [row["ratio"] for table in document["tables"] for row in table["rows"] if row["ratio"]]
+    assert {ratio["verdict"] for ratio in ratios} <= {"invalid"}
+    assert all(ratio["reason"].startswith("the run is invalid: ") for ratio in ratios)
+    names = {row["name"] for table in document["tables"] for row in table["rows"]}
+    for form in ("text", "markdown"):
+        for line in found[form]:
+            named = re.match(r"\W*(training|generation|cold start|\S+) ", line)
+            if named and without_escapes(named[1]) in {"training", "generation", "cold start", *names}:
+                assert not COUNTED.search(line), (form, line)
+    assert set(found["verdicts"]) <= {"invalid"}
+    assert bool(found["verdicts"]) == bool(ratios)
+
+
+def test_a_required_path_that_was_not_active_makes_the_run_invalid(write_run, reported):
+    """The status of the trial does not matter."""
+
+    def fell_back(record):
+        check = {"path": "base.bits", "required": 4, "observed": 16, "status": "fallback", "reason": "seen"}
+        return record.replaced(checks=(check,)) if record.trial == "r1-nf4" else record
+
+    path = write_run("fell", {"plain": [1.0, 1.1, 1.2], "nf4": [2.0, 2.2, 2.4]}, change=fell_back)
+    line = reported(path)["text"][0]
+    assert line == "INVALID: trial r1-nf4: required path base.bits is fallback, not active"
+    assert set(lorameter.load(path).comparisons["verdict"]) == {"invalid"}
+
+
+STEPS = {"plain": [1.0, 1.1, 1.2], "nf4": [2.0, 2.2, 2.4]}
+
+
+@pytest.fixture
+def reported_time_limits(write_run, small_study, capsys):
+    """A function that writes a run without requests and with a limit of three minutes, and returns exit code and text
+    of its report."""
+    protocol = dataclasses.replace(small_study.protocol, max_minutes=3.0)
+    study = dataclasses.replace(small_study, protocol=protocol)
+
+    def without_requests(record):
+        kept = {name: samples for name, samples in record.samples.items() if name != "request_time_s"}
+        return record.replaced(samples=kept)
+
+    def read(**changes):
+        path = write_run(
+            "limited", STEPS, study=study, phases=("train", "generate"), change=without_requests, **changes
+        )
+        code = main(["report", str(path)])
+        return code, " ".join(capsys.readouterr().out.split())
+
+    return read
+
+
+def test_a_run_whose_limit_left_out_all_requests_is_valid(reported_time_limits):
+    """The report shows the measured phases; a skipped phase has no table and no control."""
+    code, text = reported_time_limits(skipped=("cold", "merged", "requests"))
+    assert code == EXIT_PASS
+    assert "training" in text
+    assert "generation" not in text
+
+
+def test_missing_requests_that_were_not_skipped_make_a_run_invalid(reported_time_limits):
+    """A planned phase that was not skipped needs its control."""
+    code, text = reported_time_limits()
+    assert code == EXIT_INVALID
+    assert text.startswith("INVALID: the control of phase 'generate' was not measured")
+
+
+LINE = "profile lora-or-qlora:lora-r16 --phase generate"
+
+
+@pytest.fixture
+def profile(requests_profile):
+    return requests_profile
+
+
+def findings_of(profile):
+    served, merged = request_accounts(profile)
+    return served, merged, diagnose_requests(evidence_of_requests(profile, served, merged))
+
+
+def test_the_lines_of_a_request_add_up(profile):
+    """Phases and remainder add up to the request; a pass over one token has its share of the decode time."""
+    served, merged = request_accounts(profile)
+    assert sum(span.value for span in served.whole.phases.values()) == pytest.approx(served.whole.step.value - 0.001)
+    assert served.whole.remainder.value == pytest.approx(0.001)
+    assert served.decode.time.value == pytest.approx(0.01)
+    assert (served.decode.calls, merged.decode.calls) == (20.0, 10.0)
+
+
+def test_the_copied_head_and_the_adapter_are_found(profile):
+    """The costs are half of the profiled time and the gain of merging."""
+    *_, findings = findings_of(profile)
+    assert [finding.code for finding in findings] == ["weight-copied", "adapter-unmerged"]
+    assert findings[0].cost_s == pytest.approx(0.31 / 2 - 524_288 / 1e10)
+    assert findings[1].cost_s == pytest.approx(0.045)
+    head = dataclasses.replace(profile, facts=msgspec.structs.replace(profile.facts, head=""))
+    assert not findings_of(head)[2][0].suggestion
+
+
+def test_the_command_prints_one_document(profile, monkeypatch, capsys, tmp_path):
+    """With --json stdout has one document only; --try measures the suggested change for the phase of the finding."""
+    monkeypatch.setattr(commands_profile, "profile_requests", lambda *args, **options: (profile, tmp_path))
+    assert cli.main([*LINE.split(), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [finding["metric"] for finding in document["findings"]] == ["first_token_time_s", "request_time_s"]
+    assert set(document["requests"]) == {"served", "merged"}
+    assert document["requests"]["served"]["decode"]["time"]["value"] == pytest.approx(0.01)
+    assert sum(document["cold_parts_s"].values()) == pytest.approx(6.2)
+    asked = []
+    monkeypatch.setattr(commands_profile, "_try", lambda *given: asked.append(given[2]))
+    cli.main([*LINE.split(), "--try", "--json"])
+    cli.main([*LINE.split(), "--try", "adapter-unmerged", "--json"])
+    assert [dict(finding.changes) for finding in asked] == [{"copy_head_input": True}, {"merge_adapter": True}]
+    capsys.readouterr()
+    assert cli.main([*LINE.split(), "--try", "padding"]) == 2
+    assert "no such finding" in capsys.readouterr().err

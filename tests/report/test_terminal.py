@@ -1,12 +1,24 @@
-"""Tests of the terminal renderer: it prints what the document says, whatever the text contains."""
+"""Tests of the terminal renderer: it prints what the document says, whatever the text contains.
+
+Tests that foreign text has no effect on a terminal and that its credentials are never repeated, in every command and
+rendering.
+"""
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
 
+from kernels_check.terminal import escape_control_chars
+from lorameter.cli import main
+from lorameter.errors import InvalidRunError, UsageError, redact
+from lorameter.records import codec
+from lorameter.records.record import Notice
+from lorameter.records.store import read_manifest
 from lorameter.report.blocks import (
     Cell,
     Collapsible,
@@ -21,6 +33,7 @@ from lorameter.report.blocks import (
     write_row,
 )
 from lorameter.report.terminal import text_of
+from lorameter.run.workers import sides
 
 HOSTILE = "a [/b] [red]c :smile: \x1b]0;title\x07\x9b2J \udc80 end"
 SHOWN = "a [/b] [red]c :smile: \\x1b]0;title\\x07\\x9b2J \\udc80 end"
@@ -84,3 +97,189 @@ def test_a_terminal_without_colour_shows_the_same_words(every_report, monkeypatc
     assert re.search(r"\x1b\[[\d;]*3[0-8]", coloured)
     assert not re.search(r"\x1b\[[\d;]*3[0-8]", plain)
     assert STYLED.sub("", plain) == STYLED.sub("", coloured)
+
+
+ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp"
+SECRET = "hunter2"
+URLS = (
+    f"https://user:{SECRET}@example.org/peft-1.0-py3-none-any.whl",
+    f"git+https://{SECRET}@example.org/peft.git",
+    f"git+ssh://git:{SECRET}@example.org/peft.git@v1",
+    f"https://user:p@{SECRET}@example.org/peft.whl",
+    f"https://example.org/peft.whl?sig={SECRET}&t=1",
+    f"http://{SECRET}:{SECRET}@proxy:3128",
+    f"https://user:p'{SECRET}@example.org/peft.whl",
+    f"https://example.org/peft.whl?a='&sig='{SECRET}",
+    f"https://user:p#{SECRET}@example.org/peft.whl",
+    f"https://user:p/{SECRET}@example.org/peft.whl",
+    f"//user:{SECRET}@example.org/peft.whl",
+    f"user:{SECRET}@example.org:peft.git",
+    f"https:user:{SECRET}@example.org/peft.whl",
+)
+
+
+def acts(text: str) -> bool:
+    return escape_control_chars(text) != text
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_a_credential_in_an_address_is_left_out(url):
+    """Users, passwords, tokens and queries are removed; host and path stay, so that the address is recognisable."""
+    assert SECRET not in redact(f"could not reach {url}: refused")
+    assert redact(url).split("@")[-1].split("?")[0] == url.split("@")[-1].split("?")[0] or "ssh" in url
+    for kind in (UsageError, InvalidRunError):
+        assert SECRET not in str(kind(f"side {url!r}: no"))
+
+
+def test_text_without_a_credential_is_unchanged():
+    """A requirement, a decorated name, an address without a user, a revision after a path, a digest and a document are
+    unchanged."""
+    for text in (
+        "peft==0.20.0 torch>=2", "a@b.c", "https://example.org/x#egg=peft", "peft @ file:///tmp/peft.whl",
+        "peft @ git+https://example.org/peft.git@v1", "https://example.org:8443/peft.git@v1", "http://[::1]:80/x@y",
+        "image:tag@sha256:ab", '{"a":"b@c"}', "said at 12:30 @ noon: a @ b",
+    ):  # fmt: skip
+        assert redact(text) == text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["report", "--sort", URLS[0], "x"],
+        ["run", "lora-or-qlora", f"--nope={URLS[0]}"],
+        ["run", "lora-or-qlora", f"--replicates={URLS[1]}"],
+        ["list", URLS[0]],
+        [URLS[0]],
+    ],
+)
+def test_the_parser_repeats_no_credential_in_its_errors(line, capsys):
+    """The parser refuses unknown options, values out of range and unknown commands without repeating a credential."""
+    with pytest.raises(SystemExit):
+        main(line)
+    said = capsys.readouterr().err
+    assert "example.org" in said or "unknown option --nope." in said  # the value of an unknown option is not repeated
+    assert SECRET not in said
+
+
+@pytest.mark.parametrize("url", URLS[:1])
+def test_a_side_holds_no_credential(url, write_run, capsys):
+    """Neither the manifest nor its renderings (text, document, Markdown, annotations) hold a credential."""
+    side = sides.name_side(f"peft @ {url}", Path()).to_json()
+    assert SECRET not in str(side)
+    path = write_run("ab", {"plain": [1.0] * 5, "nf4": [1.0] * 5})
+    manifest = read_manifest(path)
+    described = side | {"worker": "1", "facts": {"packages": {}}}
+    document = codec.to_json(manifest) | {"sides": {"base": described, "candidate": described}}
+    (path / "manifest.json").write_text(json.dumps(document))
+    assert main(["report", str(path)]) in (0, 4, 5)
+    for form in (["--json"], ["--markdown"], ["--format", "github"], ["--html", str(path / "page.html")]):
+        assert main(["report", str(path), *form]) in (0, 4, 5)
+    assert SECRET not in (path / "page.html").read_text()
+    assert SECRET not in "".join(capsys.readouterr()) + (path / "manifest.json").read_text()
+
+
+def test_pip_gets_a_credential_that_nothing_prints(tmp_path, monkeypatch, capsys):
+    """pip reads the full address from a file that only its owner can read; its command line, which every user can see,
+    its progress and its errors hold no credential."""
+    requirement = f"peft@ {URLS[0]}"
+    seen: list[list[str]] = []
+    read: list[tuple[str, int]] = []
+
+    def run(command, requirements, report):
+        seen.append(list(command))
+        report(f"Collecting {requirement}")
+        if "venv" in command:
+            Path(command[-1]).mkdir(parents=True)
+        else:
+            listed = Path(command[command.index("--requirement") + 1])
+            read.append((listed.read_text(), listed.stat().st_mode & 0o777))
+            raise UsageError(f"ab: an environment with {requirement} could not be made")
+
+    monkeypatch.setattr("lorameter.run.workers.environment._run", run)
+    monkeypatch.setattr("lorameter.run.workers.environment.site_packages", lambda python: tmp_path)
+    with (
+        pytest.raises(UsageError) as caught,
+        sides.open_side(sides.name_side(f"peft @ {URLS[0]}", tmp_path), repository=tmp_path, cache=tmp_path / "cache"),
+    ):
+        pass
+    ((text, mode),) = read
+    assert text.endswith(f"@ {URLS[0]}\n")
+    assert mode == 0o600
+    assert len(seen) == 2
+    assert SECRET not in str(seen)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and SECRET in path.read_text()]
+    shown = "".join(capsys.readouterr())
+    assert "example.org" in shown
+    assert SECRET not in shown + str(caught.value)
+
+
+# --- terminals --------------------------------------------------------------------------------------------------------
+
+
+def hostile_run(write_run, *, sides_too=False):
+    """Write a run with an escape sequence in every foreign text."""
+    path = write_run(
+        "hostile",
+        {"plain": [1.0] * 5, "nf4": [1.1] * 5},
+        change=lambda record: record.replaced(
+            notices=(Notice(code=f"n{ESCAPE}", message=f"m{ESCAPE}", remedy=f"r{ESCAPE}"),),
+            log=f"logs/{ESCAPE}",
+        ),
+    )
+    document = codec.to_json(read_manifest(path))
+    document["study"] |= {"title": f"a [/b] c {ESCAPE}", "notes": [f"note {ESCAPE}"]}
+    document |= {"run": f"hostile{ESCAPE}", "stopped": f"why {ESCAPE}", "why": ESCAPE}
+    document["provenance"] |= {"device_name": f"GPU [/x] {ESCAPE}"}
+    document["tokens"] = {"data": f"file{ESCAPE}.jsonl"}
+    if sides_too:
+        side = {"label": f"[/b]{ESCAPE}", "worker": ESCAPE, "facts": {"packages": {f"p{ESCAPE}": "1"}}}
+        document["sides"] = {"base": side, "candidate": side | {"facts": {"packages": {}}}}
+    (path / "manifest.json").write_text(json.dumps(document))
+    return path
+
+
+@pytest.mark.parametrize("line", ["report {}", "gate {} {}", "list runs"])
+@pytest.mark.parametrize("form", [" --verbose", " --format github"])
+def test_no_command_shows_it_raw(line, form, write_run, capsys):
+    """Titles, notices, notes and names of runs, devices and files are escaped, on standard output and on standard
+    error."""
+    path = hostile_run(write_run)
+    form = form if line != "list runs" else ""
+    words = [word.replace("{}", str(path)) for word in (line + form).split()]
+    assert main([*words, "--runs-dir", str(path.parent)]) in (0, 1, 2, 3, 4, 5)
+    out, errors = capsys.readouterr()
+    assert not acts(out)
+    assert not acts(errors)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [["report", ESCAPE], [ESCAPE], ["run", f"--{ESCAPE}"], ["run", ESCAPE], ["list", ESCAPE], ["report", "x", ESCAPE],
+     ["run", "lora-or-qlora", "--model", ESCAPE], ["model", "fetch", ESCAPE],
+     ["run", "x", "--runs-dir", f"/dev/null/{ESCAPE}"]],
+)  # fmt: skip
+def test_no_refusal_shows_it_raw(line, capsys, tmp_path, monkeypatch):
+    """lorameter's and argparse's errors, which repeat arguments, are escaped, since scripts pass names of files."""
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(line)
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    errors = capsys.readouterr().err
+    assert errors
+    assert not acts(errors)
+
+
+def test_an_unexpected_error_is_shown_visibly(monkeypatch, capsys):
+    """The traceback of an unexpected error is escaped."""
+
+    def broken(*_, **__):
+        raise RuntimeError(f"constructed {ESCAPE} {URLS[0]}")
+
+    monkeypatch.setattr("lorameter.records.store.list_runs", broken)
+    assert main(["list", "runs"]) == 70
+    shown = capsys.readouterr().err
+    assert "constructed" in shown
+    assert not acts(shown)
+    assert SECRET not in shown

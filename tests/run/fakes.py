@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lorameter.records.record import PartialRecord
-from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
+from lorameter.records.record import BaseSummary, PartialRecord, TokenSummary, WorkerInfo
 from lorameter.run.display import Display
 from lorameter.run.workers import TrialFiles
 from lorameter.run.workers.local import LocalExecutor

@@ -1,15 +1,25 @@
-"""Tests of the memory fit: a workload fits if the upper end of its range does, and the largest that fits is maximal."""
+"""Tests of the memory fit: a workload fits if the upper end of its range does, and the largest that fits is maximal.
+
+Tests of the advice on memory: which study keys to change, ordered by how much each lowers the estimate.
+
+Tests of the forecast, which uses two timed layers, formulas and earlier runs, and names its basis.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import tomllib
 
 import pytest
 
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.peaks import find_card
-from lorameter.run.memory_fit import Fitter, on_gpu, on_machine
+from lorameter.run.forecast import forecast, measured_peaks, together_bytes
+from lorameter.run.forecast_time import half_width
+from lorameter.run.memory_fit import Fitter, advise, on_gpu, on_machine
+from lorameter.run.plan import make_plan
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import MOST_BATCH, Workload
 
@@ -80,3 +90,167 @@ def test_only_free_memory_of_this_machine_counts(machine):
     assert on_machine(card, None).usable_bytes == 24 * GIB
     with pytest.raises(UsageError, match=r"not known.*--gpu"):
         on_machine(dataclasses.replace(card, device_memory_bytes=None), None)
+
+
+@pytest.fixture
+def advice(machine):
+    """A function that advises on a variant of a model on a GPU or on this machine."""
+
+    def make(variant, workload=WIDE, *, model="llama2-7b", card="24GiB", **asked):
+        device = on_machine(machine, None) if card is None else on_gpu(machine, find_card(card))
+        shape = shapes.shape(catalogue.resolve(f"random:{model}"))
+        return advise(
+            Fitter(device=device, shape=shape, process_bytes=None), variant, workload, **asked
+        )  # fmt: skip
+
+    return make
+
+
+def turned(variant, workload, lines):
+    """Return variant and workload with these study lines applied."""
+    for key, value in tomllib.loads("\n".join(lines)).items():
+        owner = workload if key == "batch_size" else variant
+        changed = dataclasses.replace(owner, **{key: value})
+        variant, workload = (variant, changed) if key == "batch_size" else (changed, workload)
+    return variant, workload
+
+
+CASES = [
+    (LORA, "llama2-7b", "24GiB"), (LORA, "llama2-70b", "H100"), (LORA, "gemma-7b", "RTX 4090"),
+    (LoraVariant(r=512, dtype="float32"), "mistral-7b", "24GiB"), (LoraVariant(r=64), "qwen2.5-7b", "T4"),
+    (LoraVariant(quantization="nf4", prepare_for_kbit=True, autocast="bfloat16"), "llama2-13b", "24GiB"),
+    (LoraVariant(quantization="int8", r=256), "llama2-13b", "A100 40GB"), (LORA, "llama2-7b", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("variant", "model", "card"), CASES)
+def test_each_change_makes_a_variant_with_the_stated_estimate(advice, variant, model, card):
+    """Each line is valid in a study, frees as much as the estimate falls, and the largest change is first."""
+    found = advice(variant, model=model, card=card)
+    assert found.options
+    for option in found.options:
+        alone = advice(*turned(variant, WIDE, [option.writes]), model=model, card=card)
+        assert alone.needs == option.needs
+        assert alone.status == option.status
+        assert option.freed_bytes == found.needs.expected_bytes - option.needs.expected_bytes > 0
+        assert (option.table == "workload") is option.writes.startswith("batch_size")
+    freed = [option.freed_bytes for option in found.options]
+    assert freed == sorted(freed, reverse=True)
+
+
+@pytest.mark.parametrize(("variant", "model", "card"), CASES)
+def test_the_fewest_make_it_fit_and_fewer_do_not(advice, variant, model, card):
+    """Every change of a suggested set is needed, and no single change is enough where several are suggested."""
+    found = advice(variant, model=model, card=card)
+    assert found.status != "fits"
+    if found.turn is None:
+        everything = turned(variant, dataclasses.replace(WIDE, batch_size=1), [
+            option.writes for option in found.options if option.table == "variant"
+        ])  # fmt: skip
+        assert advice(*everything, model=model, card=card).status != "fits"
+        return
+    assert advice(*turned(variant, WIDE, found.turn), model=model, card=card).status == "fits"
+    for left in found.turn:
+        fewer = [line for line in found.turn if line != left]
+        assert advice(*turned(variant, WIDE, fewer), model=model, card=card).status != "fits"
+    if len(found.turn) > 1:
+        assert all(option.status != "fits" for option in found.options)
+
+
+def test_several_ranks_are_refused(advice):
+    """The memory of each rank of a sharded model is not estimated."""
+    with pytest.raises(UsageError, match="ranks = 2"):
+        advice(LORA, Workload(ranks=2, strategy="ddp", batch_size=4))
+
+
+def test_the_time_on_another_machine_is_unknown(small_study, machine, tmp_path):
+    """The time is unknown; memory and disk are still forecast."""
+    expected = forecast(make_plan(small_study), dataclasses.replace(machine, device="cuda"), tmp_path)
+    assert expected.time.time_s is None
+    assert "not timed on other machines" in expected.time.basis
+    assert expected.memory_bytes > 0 < expected.disk_bytes
+
+
+def test_a_limit_gives_replicates_and_the_width_of_the_intervals(small_study, machine, tmp_path):
+    """A shorter limit gives fewer replicates or skips other measurements, and gives wider intervals; the forecast never
+    exceeds the limit."""
+
+    def predict(minutes):
+        protocol = dataclasses.replace(small_study.protocol, max_minutes=minutes, replicates=12)
+        study = dataclasses.replace(small_study, protocol=protocol)
+        return forecast(make_plan(study, interleaving="lockstep"), machine, tmp_path, object()).time
+
+    ample, some, few, none = (predict(minutes) for minutes in (1000.0, 1.0, 0.6, 0.1))
+    assert (ample.replicates, ample.skipped) == (12, ())
+    assert 1 < few.replicates <= some.replicates < 12
+    assert some.half_width > ample.half_width > 0
+    assert set(few.skipped) >= set(some.skipped)
+    assert some.time_s <= 60
+    assert few.time_s <= 36
+    assert "assumed scatter" in ample.noise
+    assert ample.sought_width_s > 0
+    assert (none.replicates, none.time_s) == (0, None)
+    assert "not even one fits" in none.basis
+
+
+def test_half_widths_are_those_of_shared_scatter(small_study):
+    """For a scatter of 2 %, 5 replicates, one variant and the control, the widths equal tabulated t and Dunnett
+    values."""
+    plan = make_plan(small_study)
+    assert half_width(0.02, 1, plan) is None
+    # Two comparisons share 4 + 3 degrees of freedom; t at 97.5 % is 2.365.
+    assert math.log1p(half_width(0.02, 5, plan)) == pytest.approx(2.365 * 0.02 / math.sqrt(5), rel=1e-3)
+
+
+def test_more_replicates_take_longer(small_study, machine, tmp_path):
+    """The time scales with the trials, and quantisation lowers the memory."""
+    longer = small_study.with_overrides(replicates=8)
+    short, long = (
+        forecast(make_plan(s, phases=("train", "generate")), machine, tmp_path, object()) for s in (small_study, longer)
+    )
+    assert long.time.time_s > 2 * short.time.time_s
+    plain_cpu = dataclasses.replace(machine, avx512_bf16=False)  # 4-bit weights are not repacked on this CPU
+    big = dataclasses.replace(small_study, workload=dataclasses.replace(small_study.workload, model="random:llama2-7b"))
+    plain, nf4 = (
+        forecast(make_plan(dataclasses.replace(big, variants=(v,), reference=v.name)), plain_cpu, tmp_path).memory_bytes
+        for v in big.variants
+    )
+    assert nf4 < plain / 2
+
+
+def test_live_processes_count_a_base_that_they_map_once(small_study, machine):
+    """On a CPU a mapped base counts once, plus each process's casts; a GPU, or a process that rewrites the base, has a
+    copy for each."""
+    workload = dataclasses.replace(small_study.workload, model="random:llama2-7b")
+    base = 6_738_415_616 * 2
+
+    def together(variant, machine=machine):
+        one, six = (together_bytes([variant] * count, workload, machine, None, forked=False) for count in (1, 6))
+        return 6 * one - six
+
+    plain, nf4 = small_study.variants
+    assert together(plain) == 5 * base
+    assert together(plain, dataclasses.replace(machine, device="cuda")) == 0
+    assert together(dataclasses.replace(plain, init_lora_weights="olora")) == 0
+    embeddings = 2 * (2 * 32_000 + 65) * 4096  # embeddings and norms
+    assert together(nf4) - together(dataclasses.replace(nf4, prepare_for_kbit=True)) == 5 * embeddings
+    half = dataclasses.replace(plain, dtype="float16")
+    several = together_bytes([plain, half, plain], workload, machine, None, forked=False)
+    singly = sum(together_bytes([variant], workload, machine, None, forked=False) for variant in (plain, half, plain))
+    assert singly - several == base
+
+
+def test_peaks_of_another_workload_are_not_this_one_s(small_study, machine, tmp_path, write_run):
+    """A peak of a variant with its own workload is not used for the study's workload."""
+    same = dataclasses.replace(small_study.variants[0], name="larger")
+    own = {"larger": dataclasses.replace(small_study.workload, batch_size=64)}
+    study = dataclasses.replace(small_study, variants=(small_study.variants[0], same))
+
+    def larger(record):
+        return record.replaced(memory={"host_peak_train_bytes": 9 * 2**30}) if record.name == "larger" else record
+
+    write_run("run", {"plain": [0.1], "larger": [0.2]}, study=study, own_workloads=own, change=larger)
+    peaks = measured_peaks(small_study.workload, machine, tmp_path / "runs", "host_peak_train_bytes")
+    assert peaks == {same.id: 2**20}
+    peaks = measured_peaks(own["larger"], machine, tmp_path / "runs", "host_peak_train_bytes")
+    assert peaks == {same.id: 9 * 2**30}

@@ -1,4 +1,14 @@
-"""Tests of compare_trials: error rates and power by simulation, symmetries by property, edge cases by hand."""
+"""Tests of compare_trials: error rates and power by simulation, symmetries by property, edge cases by hand.
+
+Tests of Holm's procedure over several comparisons.
+
+Tests of the verdict rule: beyond the tolerance, within the margin, or neither.
+
+Tests of run_wide_shift: a shift of all benchmarks is a change of the machine, a shift of some is a change of the
+code.
+
+Tests of kept_pairs: it drops whole pairs by their flags only, and never too many.
+"""
 
 import json
 import math
@@ -8,8 +18,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
-from lorameter.stats import MOST_ADVISED, compare_trials
+from lorameter.stats import MOST_ADVISED, compare_family, compare_trials, kept_pairs, run_wide_shift
+from lorameter.stats.effect import Spread
+from lorameter.stats.verdict import VerdictRule
 
 durations = st.floats(min_value=1e-6, max_value=1e6)
 sides = st.integers(1, 5).flatmap(
@@ -167,3 +180,248 @@ def test_swapping_sides_inverts(pair, pairing):
     assert one.ratio * other.ratio == pytest.approx(1.0, rel=1e-9)
     assert other.verdict == {"regressed": "improved", "improved": "regressed"}.get(one.verdict, one.verdict)
     assert other.mde80 == (None if one.mde80 is None else pytest.approx(one.mde80, rel=1e-6))
+
+
+def simulated(rng, effects, replicates=6, sd=0.02):
+    """Return named pairs with these log effects."""
+    return {
+        f"metric {index}": ([[1.0]] * replicates, np.exp(rng.normal(effect, sd, (replicates, 1))))
+        for index, effect in enumerate(effects)
+    }
+
+
+def holm(p_values, alpha):
+    """Apply Holm's published procedure: compare each sorted p-value with alpha over the remaining number, until one
+    fails."""
+    rejected = [False] * len(p_values)
+    for rank, index in enumerate(np.argsort(p_values)):
+        if p_values[index] > alpha / (len(p_values) - rank):
+            break
+        rejected[index] = True
+    return rejected
+
+
+def test_decides_as_holms_sorted_p_values():
+    """Over many simulated families, the decided comparisons are those that Holm's procedure rejects."""
+    rng = np.random.default_rng(31)
+    stepped = 0
+    for _ in range(60):
+        pairs = simulated(rng, [0.0, 0.0, 0.02, 0.025, 0.03, 0.05])
+        p_values = [stats.ttest_1samp(np.log(np.ravel(candidate)), 0.0).pvalue for _, candidate in pairs.values()]
+        found = compare_family(pairs, pairing="turn", tolerance=0.0)
+        decided = [one.verdict in ("regressed", "improved") for one in found.values()]
+        assert decided == holm(p_values, 0.05)
+        stepped += decided != [p <= 0.05 / 6 for p in p_values]
+    assert stepped > 0  # Bonferroni alone would not have passed
+
+
+def test_family_of_identical_code_raises_few_alarms():
+    """Ten A/A comparisons raise an alarm in about 5 % of runs; at 5 % each it would be 40 %."""
+    rng = np.random.default_rng(32)
+    alarms = 0
+    for _ in range(400):
+        found = compare_family(simulated(rng, [0.0] * 10), pairing="turn", tolerance=0.0)
+        alarms += any(one.verdict in ("regressed", "improved") for one in found.values())
+    assert 0.025 <= alarms / 400 <= 0.08
+
+
+def test_error_names_the_comparison():
+    """Bad input in one member is refused with the member's name."""
+    with pytest.raises(ValueError, match="comparison 'r512': base trial 0 has no samples"):
+        compare_family({"r8": ([[1.0]], [[1.0]]), "r512": ([[]], [[1.0]])}, pairing="turn")
+
+
+def test_each_comparison_can_have_its_own_pairing_and_limits():
+    """The comparisons share only the error rate: each equals a plain comparison with that family size."""
+    rng = np.random.default_rng(5)
+    base = [list(trial) for trial in np.exp(rng.normal(0, 0.3, (6, 1)) + rng.normal(0, 0.1, (6, 9)))]
+    turns = [[0.99 * sample for sample in trial] for trial in base]
+    blocks = [[1.3 * sample for sample in reversed(trial)] for trial in base]
+    found = compare_family(
+        {"a": (base, turns), "b": (base, blocks)},
+        pairing={"a": "turn", "b": "replicate"},
+        tolerance={"a": 0.02, "b": 0.5},
+        margin={"a": 0.03, "b": 0.6},
+    )
+    assert found["a"] == compare_trials(base, turns, pairing="turn", tolerance=0.02, margin=0.03, family=2)
+    assert found["b"] == compare_trials(base, blocks, pairing="replicate", tolerance=0.5, margin=0.6, family=2)
+    assert [one.verdict for one in found.values()] == ["equivalent", "equivalent"]
+
+
+def rule(**changes):
+    """Return the default rule with changes."""
+    return VerdictRule(**{"tolerance": 0.01, "margin": 0.05, "alpha": 0.05, "family": 1} | changes)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "half", "verdict"),
+    [
+        (1.05, 0.03, "regressed"),
+        (1.05, 0.05, "inconclusive"),
+        (1.02, 0.02, "equivalent"),
+        (1.0, 0.04, "equivalent"),
+        (1.0, 0.06, "inconclusive"),
+        (0.95, 0.03, "improved"),
+        (0.98, 0.02, "equivalent"),
+        (0.95, 0.05, "inconclusive"),
+        (1.0101, 0.0, "regressed"),
+        (1.0099, 0.0, "equivalent"),
+        (0.9900, 0.0, "improved"),
+        (0.9902, 0.0, "equivalent"),
+    ],
+)
+def test_verdict_follows_from_the_intervals(ratio, half, verdict):
+    """An interval beyond the tolerance decides first, then one within the margin; the limits are symmetric on the log
+    scale."""
+    assert rule().judge(math.log(ratio), half, half) == verdict
+
+
+def test_family_narrows_the_tail():
+    """With Bonferroni each comparison of a family has its share of alpha, half on either side."""
+    own = Spread(standard_error=1.0, df=4, sd=1.0, df_per_replicate=1.0)
+    assert rule(family=10).tail(own) == pytest.approx(0.0025)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tolerance", -0.01),
+        ("tolerance", math.nan),
+        ("margin", 0.0),
+        ("margin", math.inf),
+        ("alpha", 0.0),
+        ("alpha", 1.0),
+        ("alpha", 5),
+        ("alpha", math.nan),
+        ("family", 0),
+        ("family", 1.5),
+        ("family", True),
+    ],
+)
+def test_limits_out_of_range_are_refused_by_name(name, value):
+    """An invalid limit is an error with its name and value."""
+    with pytest.raises(ValueError, match=rf"^{name} is {value!r}: pass"):
+        rule(**{name: value})
+
+
+def named(values):
+    """Return the log ratios keyed by benchmark."""
+    return {f"benchmark {index}": value for index, value in enumerate(values)}
+
+
+@pytest.mark.parametrize("factor", [1.05, 1.4, 1 / 1.2])
+def test_a_common_factor_is_a_change_of_the_machine(factor):
+    """Ten benchmarks that all change by about one factor, slower or faster, are reported as a change of the machine."""
+    values = np.random.default_rng(81).normal(math.log(factor), 0.01, 10)
+    shift = run_wide_shift(named(values))
+    assert shift.shifted
+    assert shift.ratio == pytest.approx(factor, rel=0.02)
+    assert "10 of 10 comparisons" in shift.reason
+    assert "measure both sides in one run" in shift.reason
+
+
+def test_one_regression_is_not_a_change_of_the_machine():
+    """A single benchmark that regressed, however much, leaves the run valid."""
+    values = [*np.random.default_rng(82).normal(0.0, 0.004, 9), math.log(2.0)]
+    shift = run_wide_shift(named(values))
+    assert not shift.shifted
+    assert shift.reason.endswith("not a movement of all")
+
+
+def test_different_slow_downs_are_not_a_change_of_the_machine():
+    """Benchmarks that are slower by 2 to 80 % have no common factor and are not reported as a shift."""
+    shift = run_wide_shift(named(np.log([1.02, 1.04, 1.1, 1.2, 1.3, 1.45, 1.6, 1.8])))
+    assert not shift.shifted
+    assert "each moved by its own amount" in shift.reason
+
+
+def test_five_of_one_sign_are_not_a_shift_and_six_are():
+    """Five benchmarks of one sign occur too often by chance; six of one sign are a shift."""
+    assert not run_wide_shift(named([0.2] * 5)).shifted
+    assert run_wide_shift(named([0.2] * 6)).shifted
+
+
+def test_identical_machines_are_rarely_called_shifted():
+    """With independent noise and no tolerance, at most 5 % of the runs are called shifted, the level of the sign
+    test."""
+    rng = np.random.default_rng(83)
+    found = [run_wide_shift(named(rng.normal(0, 0.02, 10)), tolerance=0).shifted for _ in range(600)]
+    assert np.mean(found) <= 0.05
+
+
+@pytest.mark.parametrize(
+    ("values", "limits", "message"),
+    [
+        ({"step": math.nan}, {}, "comparison 'step' sample 0 is nan"),
+        ({"step": 1e4}, {}, "comparison 'step' has the log ratio 10000, .*check the units"),
+        ({"step": -1e4}, {}, "comparison 'step' has the log ratio -10000"),
+        ({"step": 0.1}, {"tolerance": -1}, "tolerance is -1"),
+        ({"step": 0.1}, {"alpha": 0}, "alpha is 0"),
+    ],
+)
+def test_bad_input_of_a_shift_is_an_error(values, limits, message):
+    """Bad input raises an error that names the offending value."""
+    with pytest.raises(ValueError, match=message):
+        run_wide_shift(values, **limits)
+
+
+flags = st.lists(st.tuples(st.booleans(), st.booleans()), max_size=30)
+
+
+def test_a_flag_on_either_side_drops_the_pair():
+    """A flag on either side drops the pair, and the flags of both sides are counted."""
+    result = kept_pairs([False, True, False, True, False], [False, False, True, True, False], least=2)
+    assert result.kept == (0, 4)
+    assert (result.base_flagged, result.candidate_flagged, result.refused, result.balanced) == (2, 2, False, True)
+    assert result.reason == "dropped 3 of 5 pairs: base flagged in 2, candidate in 2"
+
+
+def test_refuses_to_leave_too_little():
+    """All pairs are kept if fewer than the minimum would remain, and the reason has both numbers."""
+    result = kept_pairs([True, False, True, False], [False] * 4, least=3)
+    assert (result.kept, result.refused) == ((0, 1, 2, 3), True)
+    assert result.reason == "dropping the 2 flagged of 4 pairs would leave 2, below 3: kept all"
+
+
+@pytest.mark.parametrize(("one_sided", "balanced"), [(5, True), (6, False)])
+def test_one_sided_flags_are_not_balanced(one_sided, balanced):
+    """Six flags on one side are significant at 5 %; five are not."""
+    result = kept_pairs([False] * 20, [True] * one_sided + [False] * (20 - one_sided), least=5)
+    assert result.balanced == balanced
+    assert ("not balanced" in result.reason) == (not balanced)
+
+
+def test_balance_is_rarely_denied_to_equal_sides():
+    """Sides with equal flag rates are called unbalanced in at most 5 % of runs."""
+    rng = np.random.default_rng(95)
+    denied = [not kept_pairs(*(rng.random((2, 40)) < 0.3), least=2).balanced for _ in range(600)]
+    assert np.mean(denied) <= 0.05
+
+
+@settings(max_examples=100, deadline=None)
+@given(flags, st.integers(1, 10))
+def test_every_pair_is_kept_or_flagged(pairs, least):
+    """The kept pairs are the clean ones in order, or all; the result is symmetric in the sides."""
+    base, candidate = [a for a, _ in pairs], [b for _, b in pairs]
+    one, other = kept_pairs(base, candidate, least=least), kept_pairs(candidate, base, least=least)
+    clean = tuple(index for index, pair in enumerate(pairs) if pair == (False, False))
+    assert one.kept == (tuple(range(len(pairs))) if one.refused else clean)
+    assert one.refused or len(one.kept) >= min(least, len(pairs))
+    assert (one.kept, one.balanced, one.base_flagged) == (other.kept, other.balanced, other.candidate_flagged)
+    discordant = [a for a, b in pairs if a != b]
+    assert one.balanced == (not discordant or stats.binomtest(sum(discordant), len(discordant), 0.5).pvalue > 0.05)
+
+
+@pytest.mark.parametrize(
+    ("base", "candidate", "least", "message"),
+    [
+        ([True], [True, False], 1, "base has 1 flags and candidate 2"),
+        ([True], [1], 1, "candidate flag 0 is 1: "),
+        ([None], [True], 1, "base flag 0 is None"),
+        ([True], [True], 0, "least is 0"),
+    ],
+)
+def test_bad_input_of_drops_is_an_error(base, candidate, least, message):
+    """Bad input raises an error that names the offending value."""
+    with pytest.raises(ValueError, match=message):
+        kept_pairs(base, candidate, least=least)

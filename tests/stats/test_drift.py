@@ -1,9 +1,24 @@
-"""Tests of drift: which changes of level are found in simulated step times, and which are not."""
+"""Tests of drift: which changes of level are found in simulated step times, and which are not.
+
+Tests of the warm-up: when simulated step times are steady enough to stop discarding them.
+
+Tests that outliers are counted by Tukey's fences, each in its own trial.
+
+Tests that refusals name the side, the trial, the sample, the value and the remedy.
+
+Tests of `import lorameter.stats`: its exports and its cost.
+"""
+
+import math
+import subprocess
+import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from lorameter.stats import drifting
+from lorameter.stats import count_outliers, drifting, is_steady
+from lorameter.stats.samples import checked_number, checked_trials, medians_of
 
 STEP = np.arange(60)
 
@@ -81,3 +96,128 @@ def test_many_series_are_judged_as_each_alone():
     assert found == [drifts(one, tolerance=0.02) for one in series]
     assert 0 < sum(found) < len(found)
     assert drifting([], tolerance=0.02) == []
+
+
+def first_steady(series, window):
+    """Return the number of steps after which `is_steady` is true first."""
+    return next((count for count in range(1, len(series) + 1) if is_steady(series[:count], window)), None)
+
+
+def stops(shape, sd, window, draws=150, seed=63):
+    """Return the first steady counts of simulated series."""
+    rng = np.random.default_rng(seed)
+    return [first_steady(np.exp(rng.normal(shape, sd)).tolist(), window) for _ in range(draws)]
+
+
+def test_online_waits_for_two_windows():
+    """Fewer than two windows are never steady; two flat ones are."""
+    assert not is_steady([1.0] * 9, 5)
+    assert is_steady([1.0] * 10, 5)
+
+
+@pytest.mark.parametrize("sd", [0.003, 0.02, 0.1])
+def test_online_stops_soon_on_flat_noise(sd):
+    """In 95 % of runs, flat noise is steady within one window after the earliest possible step."""
+    assert np.mean([stop is not None and stop <= 15 for stop in stops(np.zeros(60), sd, 5)]) >= 0.95
+
+
+@pytest.mark.parametrize("sd", [0.003, 0.02])
+def test_online_continues_while_the_warm_up_decays(sd):
+    """A decaying warm-up ends, and not before its remaining excess is below a tenth."""
+    counts = stops(np.exp(-STEP / 5), sd, 5)
+    assert None not in counts
+    assert np.mean([math.exp(-(count - 1) / 5) < 0.1 for count in counts]) >= 0.95
+
+
+def test_online_ignores_old_steps_and_one_hiccup():
+    """Only the last two windows count, and one slow step in either does not decide."""
+    assert is_steady([99.0] * 5 + [1.0] * 10, 5)
+    assert is_steady([1.0, 1.0, 9.0, 1.0, 1.0] + [1.0] * 5, 5)
+    assert is_steady([1.0] * 5 + [1.0, 0.1, 1.0, 1.0, 1.0], 5)
+
+
+def test_online_tolerance_bounds_the_drop():
+    """A drop within the tolerance is steady, a larger one is not, and a rise is."""
+    assert is_steady([1.015] * 3 + [1.0] * 3, 3)
+    assert not is_steady([1.025] * 3 + [1.0] * 3, 3)
+    assert is_steady([1.025] * 3 + [1.0] * 3, 3, tolerance=0.03)
+    assert is_steady([1.0] * 3 + [1.5] * 3, 3)
+
+
+def test_online_bad_input_is_an_error():
+    """An empty window and a sample that is not a duration are refused, the sample by its index in the whole series."""
+    with pytest.raises(ValueError, match="window is 0"):
+        is_steady([1.0, 1.0], 0)
+    with pytest.raises(ValueError, match="samples sample 3 is nan"):
+        is_steady([1.0, 1.0, 1.0, math.nan], 2)
+
+
+# Quartiles 25 and 75 by linear interpolation: the fences are at -50 and 150.
+EVEN = [float(value) for value in range(101)]
+
+
+@pytest.mark.parametrize(
+    ("extremes", "count"), [((50, 148, -48), 0), ((152, 148), 1), ((-52, 152, 230), 3)], ids=["inside", "one", "three"]
+)
+def test_values_beyond_the_fences_are_counted(extremes, count):
+    """Outliers on both sides among many regular values hardly move the quartiles."""
+    assert count_outliers([[*EVEN * 40, *extremes]]) == count
+
+
+def test_normal_noise_has_the_known_share():
+    """The known share is 0.7 %."""
+    assert 0.005 < count_outliers([np.random.default_rng(51).normal(size=20_000).tolist()]) / 20_000 < 0.009
+
+
+def test_nan_is_refused():
+    """The error has the index of the NaN sample."""
+    with pytest.raises(ValueError, match="samples sample 1 is nan"):
+        count_outliers([[1.0, math.nan]])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 0.0, -0.5])
+def test_sample_that_is_no_duration_is_named(bad):
+    """A sample that is not finite and positive is refused by side, trial, index and value."""
+    with pytest.raises(ValueError, match=rf"base trial 1 sample 2 is {bad!s}: .*leave it out"):
+        checked_trials("base", [[1.0, 2.0], [1.0, 2.0, bad]], positive=True)
+
+
+@pytest.mark.parametrize("nested", [[[1.0, 2.0]], [1.0, [2.0]], 1.0])
+def test_wrong_depth_is_refused(nested):
+    """A trial that is not a flat list is refused with the expected form."""
+    with pytest.raises(ValueError, match=r"candidate trial 0 is .*one flat list of numbers"):
+        checked_trials("candidate", [nested], positive=True)
+
+
+def test_accepts_lists_arrays_and_exact_numbers():
+    """Lists of ints or fractions, tuples and arrays become the same floats, and the input is unchanged."""
+    given = np.array([1.0, 2.0])
+    arrays = checked_trials("base", [[1, 2], (Fraction(1), Fraction(2)), given], positive=True)
+    assert [array.tolist() for array in arrays] == [[1.0, 2.0]] * 3
+    arrays[2][0] = 9
+    assert given[0] == 1.0
+
+
+@pytest.mark.parametrize("bad", [-0.1, math.nan, math.inf, "1", None, True])
+def test_limit_out_of_range_is_named(bad):
+    """A limit that is not a finite number in range is refused by name and value."""
+    with pytest.raises(ValueError, match=r"tolerance is .*at least 0"):
+        checked_number("tolerance", bad, at_least=0, strictly=False)
+
+
+def test_medians_are_those_of_each_trial():
+    """Medians are bit-equal, whether computed at once or one by one for trials of different lengths."""
+    rng = np.random.default_rng(7)
+    for sizes in ([6] * 4, [5] * 4, [1, 2, 3], [8]):
+        trials = [rng.lognormal(0, 3, size) for size in sizes]
+        assert medians_of(trials).tolist() == [float(np.median(trial)) for trial in trials]
+
+
+def test_import_is_cheap():
+    """Importing the package with all its exports loads neither numpy nor scipy."""
+    program = (
+        "import sys; import lorameter.stats as stats; [getattr(stats, name) for name in stats.__all__]; "
+        "print(sorted({name.split('.')[0] for name in sys.modules} & {'numpy', 'scipy', 'torch', 'pandas'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

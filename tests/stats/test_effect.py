@@ -1,4 +1,7 @@
-"""Tests of effects against scipy.stats and of the two pairings."""
+"""Tests of effects against scipy.stats and of the two pairings.
+
+Tests of planning numbers by simulating the planned runs.
+"""
 
 import math
 
@@ -6,7 +9,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lorameter.stats.effect import log_ratios, measure_effect, paired_effect
+from lorameter.stats import compare_trials
+from lorameter.stats.effect import Spread, log_ratios, measure_effect, paired_effect
+from lorameter.stats.power import detectable_log_effect, replicates_needed, sd_interval
+from lorameter.stats.verdict import VerdictRule
 
 
 def arrays(*trials):
@@ -67,3 +73,63 @@ def test_log_ratios_are_those_of_the_effect():
         assert measure_effect(base, candidate, pairing) == paired_effect(values, pairing)
     with pytest.raises(ValueError, match="not paired have no ratio"):
         log_ratios(base, candidate, "none")
+
+
+def rule(**changes):
+    """Return the default rule with changes."""
+    return VerdictRule(**{"tolerance": 0.01, "margin": 0.05, "alpha": 0.05, "family": 1} | changes)
+
+
+def paired(sd, replicates):
+    """Return the spread of paired replicates with this sd."""
+    return Spread(standard_error=sd / math.sqrt(replicates), df=replicates - 1, sd=sd, df_per_replicate=1.0)
+
+
+def share(verdict, log_effect, sd, replicates, draws, seed, **limits):
+    """Return how often `compare_trials` gives the verdict for a true log effect and a true sd."""
+    rng = np.random.default_rng(seed)
+    base = [[1.0]] * replicates
+    candidates = np.exp(rng.normal(log_effect, sd, (draws, replicates, 1)))
+    return np.mean([compare_trials(base, one, pairing="turn", **limits).verdict == verdict for one in candidates])
+
+
+@pytest.mark.parametrize(("replicates", "family"), [(3, 1), (5, 1), (8, 10)])
+def test_mde80_is_seen_with_80_percent_power(replicates, family):
+    """An injected slow-down of the stated size is called regressed in 80 % of simulated runs."""
+    effect = detectable_log_effect(paired(0.02, replicates), rule(family=family))
+    seen = share("regressed", effect, 0.02, replicates, draws=1000, seed=11, family=family)
+    assert seen == pytest.approx(0.8, abs=0.04)
+
+
+def test_replicates_needed_sees_the_margin_and_no_fewer_do():
+    """With the stated number a slow-down of the margin is called regressed in 80 % of runs; with one fewer it is
+    not."""
+    needed = replicates_needed(paired(0.03, 5), rule(), may_be_equivalent=True)
+    enough = share("regressed", math.log(1.05), 0.03, needed, draws=1500, seed=12)
+    fewer = share("regressed", math.log(1.05), 0.03, needed - 1, draws=1500, seed=13)
+    assert fewer < 0.77
+    assert enough > 0.79
+
+
+def test_replicates_needed_concludes_equivalence():
+    """The stated number concludes equivalence in 80 % of A/A runs; one fewer does not."""
+    limits = {"tolerance": 0.05, "margin": 0.05}
+    needed = replicates_needed(paired(0.04, 5), rule(**limits), may_be_equivalent=True)
+    enough = share("equivalent", 0.0, 0.04, needed, draws=1500, seed=14, **limits)
+    fewer = share("equivalent", 0.0, 0.04, needed - 1, draws=1500, seed=15, **limits)
+    assert fewer < 0.8 <= enough
+
+
+def test_no_scatter_needs_two():
+    """Without scatter two replicates are enough, and any slow-down beyond the tolerance is detectable."""
+    assert replicates_needed(paired(0.0, 3), rule(), may_be_equivalent=True) == 2
+    assert detectable_log_effect(paired(0.0, 3), rule()) == rule().log_tolerance
+
+
+def test_the_interval_of_a_deviation_has_its_nominal_coverage():
+    """Over simulated runs of 24 replicates the 95 % interval covers the true standard deviation in 95 %."""
+    sds = np.random.default_rng(8).normal(0, 0.02, (4000, 24)).std(axis=1, ddof=1)
+    ends = [sd_interval(float(sd), 23) for sd in sds]
+    assert 0.94 <= np.mean([low <= 0.02 <= high for low, high in ends]) <= 0.96
+    with pytest.raises(ValueError, match="df"):
+        sd_interval(0.02, 0)

@@ -1,4 +1,11 @@
-"""Tests of the verdicts on a statement from replicates, with contrasts of known truth."""
+"""Tests of the verdicts on a statement from replicates, with contrasts of known truth.
+
+Tests of contrasts over the levels of an axis.
+
+Tests of the share of scatter that another quantity explains.
+
+Tests of compare_bytes: it compares maxima, without a test.
+"""
 
 import math
 
@@ -8,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lorameter.stats.statement import beyond, within
+from lorameter.stats import compare_bytes, explained_share
+from lorameter.stats.trend import beyond, line_change, scores, sizes, within
 
 TOLERANCE = math.log1p(0.01)
 MARGIN = math.log1p(0.05)
@@ -155,3 +163,114 @@ def test_decided_statements_and_those_at_the_limit_have_no_number():
     assert beyond(around(0.3), TOLERANCE).replicates_needed is None
     assert within(around(0.0), MARGIN).replicates_needed is None
     assert beyond(np.array([[0.5], [-0.5]]), 0.0).replicates_needed is None
+
+
+ALPHAS = (16.0, 32.0, 64.0, 128.0, 256.0)
+
+
+def test_a_line_is_recovered():
+    """A quantity that grows by 1 % with each doubling changes by four times that from 16 to 256."""
+    logs = np.log([1.01**step for step in range(5)]) + np.array([[0.0], [0.3], [-2.0]])
+    assert line_change(logs, scores(ALPHAS, "log")) == pytest.approx([np.log(1.01**4)] * 3)
+
+
+def test_the_line_is_that_of_least_squares():
+    """The change is the slope of numpy's fit times the distance between the first and the last level."""
+    rng = np.random.default_rng(1)
+    logs, positions = rng.normal(0, 1, (4, 6)), scores([0.0, 0.1, 0.2, 0.3, 0.4, 0.5], "linear")
+    slopes = [np.polyfit(positions, row, 1)[0] for row in logs]
+    assert line_change(logs, positions) == pytest.approx(np.array(slopes) * 0.5)
+
+
+@pytest.mark.parametrize(
+    ("levels", "scale", "words"),
+    [([0.0, 0.1], "log", "0 has no logarithm"), ([16.0], "log", "two or more"), ([1.0, 1.0], "linear", "each once")],
+)
+def test_levels_that_make_no_axis_are_refused(levels, scale, words):
+    """A level without a logarithm, a single level and a repeated level are refused."""
+    with pytest.raises(ValueError, match=words):
+        scores(levels, scale)
+
+
+def test_the_size_of_scatter_around_zero_is_small():
+    """A change without a direction has a size near zero; a decrease has the same size as an increase."""
+    scatter = np.random.default_rng(2).normal(0, 1, 1000)
+    assert abs(sizes(scatter).mean()) < 0.1 < np.abs(scatter).mean()
+    assert sizes(np.array([-0.3, -0.1])).tolist() == [0.3, 0.1]
+
+
+def blocks(noise, replicates=5, points=40):
+    rng = np.random.default_rng(4)
+    tokens = rng.integers(5, 50, (replicates, points)).astype(float)
+    return list(zip(tokens, 0.02 * tokens + rng.normal(0, noise, tokens.shape), strict=True))
+
+
+def test_a_line_explains_everything():
+    """If time is proportional to tokens the share is one, and its interval stays within [0, 1]."""
+    share = explained_share(blocks(0.0))
+    assert (share.value, share.low, share.high) == pytest.approx((1.0, 1.0, 1.0))
+    assert (share.replicates, share.points) == (5, 200)
+
+
+def test_noise_is_not_explained():
+    """Noise with equal variance halves the share; the interval covers the true share."""
+    share = explained_share(blocks(0.02 * 13.0))
+    assert 0 < share.low < 0.5 < share.high < 1
+
+
+def test_replicates_without_a_share_are_left_out():
+    """Two points, equal x and equal y give no share; without other replicates there is none."""
+    silent = [([1, 2], [1, 2]), ([5, 5, 5], [1, 2, 3]), ([1, 2, 3], [4, 4, 4])]
+    assert explained_share(silent) is None
+    one = explained_share([*silent, ([1, 2, 3], [1, 3, 2])])
+    assert (one.value, one.low, one.high, one.replicates) == (pytest.approx(0.25), None, None, 1)
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("candidate", "verdict"),
+    [
+        ([GIB, GIB], "equivalent"),
+        ([GIB * 101 // 100], "equivalent"),
+        ([GIB * 995 // 1000], "equivalent"),
+        ([GIB * 102 // 100, GIB // 2], "regressed"),
+        ([GIB * 98 // 100] * 5, "improved"),
+    ],
+)
+def test_largest_peaks_are_compared(candidate, verdict):
+    """Only the largest peak of each side counts, against the tolerance."""
+    result = compare_bytes([GIB // 4, GIB, GIB // 2], candidate, tolerance=0.01)
+    assert result.verdict == verdict
+    assert result.ratio == result.low == result.high == max(candidate) / GIB
+
+
+def test_zero_tolerance_is_exact():
+    """Without tolerance one byte in a tebibyte decides, in both directions."""
+    assert compare_bytes([2**40], [2**40 + 1], tolerance=0).verdict == "regressed"
+    assert compare_bytes([2**40 + 1], [2**40], tolerance=0).verdict == "improved"
+
+
+def test_zero_base():
+    """Two peaks of zero are equal; any growth from zero is worse, without a ratio."""
+    assert compare_bytes([0], [0], tolerance=0.1).ratio == 1.0
+    grown = compare_bytes([0], [5], tolerance=0.1)
+    assert (grown.verdict, grown.ratio, grown.low, grown.high) == ("regressed", None, None, None)
+    assert compare_bytes([5], [0], tolerance=0.1).verdict == "improved"
+
+
+@pytest.mark.parametrize(
+    ("base", "candidate", "tolerance", "message"),
+    [
+        ([], [1], 0.1, "base has no samples"),
+        ([1], [1, -2], 0.1, "candidate sample 1 is -2 bytes"),
+        ([1, math.nan], [1], 0.1, "base sample 1 is nan"),
+        ([[1]], [1], 0.1, "base is .*flat list"),
+        ([1], [1], -0.1, "tolerance is -0.1"),
+    ],
+)
+def test_bad_input_is_an_error(base, candidate, tolerance, message):
+    """Bad input raises an error that names the offending value."""
+    with pytest.raises(ValueError, match=message):
+        compare_bytes(base, candidate, tolerance=tolerance)

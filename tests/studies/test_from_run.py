@@ -9,7 +9,7 @@ import pytest
 
 from lorameter.errors import UsageError
 from lorameter.records import store
-from lorameter.studies.from_run import read_study
+from lorameter.studies.study_file import read_study
 from tests.constructed import RUNS
 
 

@@ -1,13 +1,23 @@
-"""Tests of training steps and evaluations of real quantised models."""
+"""Tests of training steps and evaluations of real quantised models.
+
+Tests of step and request times of a whole model, estimated from two of its layers.
+
+Tests of the stopwatch and of the resident bytes of a step.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from lorameter.machine.host import PeakMemoryTracker, host_bytes
+from lorameter.models import catalogue
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import LoraVariant
@@ -16,8 +26,11 @@ from lorameter.trial.building.build import SharedBase, build
 from lorameter.trial.building.quantising import evaluating, unpack_4bit
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.data.tokens import prepare
-from lorameter.trial.serving.generate import generate
+from lorameter.trial.memory import resident_bytes
+from lorameter.trial.process import Stopwatch
+from lorameter.trial.serving.server import generate
 from lorameter.trial.step import TrainStep
+from lorameter.trial.step_times import LAYERS, shorten_config, time_parts
 
 WORKLOAD = Workload(
     sequence_length=64, batch_size=2, train_sequences=16, held_out_records=8, held_out_sequences=4, prompt_tokens=8
@@ -145,3 +158,88 @@ def test_generation_gives_the_requested_number_of_tokens(tokens):
     assert 0 < request.first_token_time_s < request.request_time_s
     decode = request.time_per_output_token_s * 4
     assert request.first_token_time_s + decode <= request.request_time_s
+
+
+def measure(folder, layers):
+    """Return the times of a variant on the small model with the given number of layers."""
+    config = json.loads(catalogue.CATALOGUE["tiny-llama"].config.read_text()) | {"num_hidden_layers": layers}
+    for name in ("model", "scratch"):
+        (folder / name).mkdir(exist_ok=True)
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    workload = Workload(model=f"random:{folder / 'model'}", sequence_length=32, batch_size=2, new_tokens=4)
+    request = TrialRequest(
+        trial="t", variant=LoraVariant(name="one", r=4, quantization="nf4", gradient_checkpointing=True),
+        role="variant", replicate=0, seed=1, workload=workload, protocol=Protocol(), interleaving="replicates",
+        measures=("steps",), device="cpu", threads=1, tokens_path="", scratch=str(folder / "scratch"), log_path="",
+    )  # fmt: skip
+    return time_parts(request).values
+
+
+def test_times_grow_with_the_number_of_layers(tmp_path):
+    """Step, evaluation and request of 60 layers take several times as long as with two."""
+    few, many = (measure(tmp_path, layers) for layers in (LAYERS, 60))
+    assert few.keys() == many.keys() == {"load", "step", "evaluate", "request"}
+    for part in ("step", "evaluate", "request"):
+        assert many[part] > 4 * few[part] > 0, part
+
+
+def test_a_shortened_configuration_lists_two_layers():
+    """Lists of layers are shortened under any key, nested or not; other lists stay."""
+    config = {"n_layer": 4, "layer_types": ["a", "b", "a", "b"], "architectures": ["Some"], "vocab_size": 7}
+    short = {"n_layer": 2, "layer_types": ["a", "b"], "architectures": ["Some"], "vocab_size": 7}
+    assert shorten_config(config, 4) == short
+    assert shorten_config({"text_config": config, "kept": 1}, 4) == {"text_config": short, "kept": 1}
+
+
+def test_a_lap_has_wall_and_cpu_time():
+    """Sleeping takes wall time but no CPU time."""
+    result, lap = Stopwatch("cpu")(lambda: time.sleep(0.05) or 7)
+    assert result == 7
+    assert lap.time_s >= 0.05 > lap.cpu_time_s
+
+
+def test_the_host_peak_is_that_of_its_phase():
+    """Freed memory counts for its own phase and not for the next one."""
+    gauge = PeakMemoryTracker("cpu")
+    gauge.begin()
+    before = host_bytes("VmRSS")
+    block = torch.ones(64 * 2**20 // 4)
+    del block
+    peak = gauge.peaks("load")["host_peak_load_bytes"]
+    assert peak >= before + 60 * 2**20
+    gauge.begin()
+    assert gauge.peaks("train")["host_peak_train_bytes"] < peak - 30 * 2**20
+
+
+def test_resident_bytes_are_exact_by_kind():
+    """Frozen base, adapter, gradients and two Adam moments are exact to the byte; tied tensors count once."""
+    model = nn.ModuleDict({"base": nn.Linear(8, 4, bias=False), "adapter": nn.Linear(4, 2, bias=False)})
+    model["twin"] = nn.Linear(8, 4, bias=False)
+    model["twin"].weight = model["base"].weight
+    model["base"].weight.requires_grad_(False)
+    optimizer = torch.optim.AdamW([model["adapter"].weight])
+    model["adapter"](torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert resident_bytes(model, optimizer) == {
+        "base_weight_bytes": 8 * 4 * 4,
+        "quantization_state_bytes": 0,
+        "adapter_bytes": 4 * 2 * 4,
+        "gradient_bytes": 4 * 2 * 4,
+        "optimizer_state_bytes": 2 * 4 * 2 * 4 + 4,  # plus the step counter
+        "paged_optimizer_state_bytes": 0,
+    }
+
+
+def test_the_scales_of_int8_layers_are_counted_after_a_forward():
+    """bitsandbytes moves the scales, one float32 for each row, from the weight to the layer's state."""
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False)
+    layer.weight = bnb.nn.Int8Params(torch.randn(32, 64), requires_grad=False, has_fp16_weights=False)
+    layer = layer.to("cpu")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    before = resident_bytes(layer, optimizer)
+    layer(torch.randn(2, 64))
+    after = resident_bytes(layer, optimizer)
+    assert before["quantization_state_bytes"] == after["quantization_state_bytes"] == 32 * 4
+    assert before["base_weight_bytes"] == after["base_weight_bytes"] == 32 * 64

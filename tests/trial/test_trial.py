@@ -1,20 +1,34 @@
-"""Tests of the commands of a trial: each records what the request measures."""
+"""Tests of the commands of a trial: each records what the request measures.
+
+Tests that the zygote refuses a fork that could not use the device.
+
+Tests of the telemetry around the commands of a trial.
+
+Tests of the setup of a measuring process.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
+import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lorameter.records.metrics import METRICS, samples_of
-from lorameter.records.record import TrialRecord
+from lorameter.records.os_errors import failed_record
+from lorameter.records.record import PartialRecord, TrialRecord
 from lorameter.studies.protocol import Protocol
-from lorameter.studies.request import TrialRequest
+from lorameter.studies.request import COMMANDS, TrialRequest
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
+from lorameter.trial import process, zygote
 from lorameter.trial.building.build import SharedBase
 from lorameter.trial.data.tokens import prepare
+from lorameter.trial.process import TrialTelemetry, prepare_process
 from lorameter.trial.trial import Trial
 
 WORKLOAD = Workload(
@@ -195,3 +209,134 @@ def test_learning_not_shown_by_two_steps_is_checked_in_more(trial):
     assert fragment.status == "ok", fragment.failure
     assert len(fragment.samples["warmup_loss"]) == 1
     assert {check["path"]: check["status"] for check in fragment.checks}["peft.learning"] == "active"
+
+
+class FakeDriver:
+    """libcuda with one function."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def cuDeviceGetCount(self, count):  # noqa: N802 the driver's own name
+        return self.answer
+
+
+@pytest.mark.parametrize(("answer", "started"), [(3, False), (0, True), (100, True)])
+def test_a_started_cuda_driver_forbids_a_fork(monkeypatch, answer, started):
+    """Any result of the driver but CUDA_ERROR_NOT_INITIALIZED means that it has started."""
+    monkeypatch.setattr(zygote.ctypes, "CDLL", lambda name, mode: FakeDriver(answer))
+    monkeypatch.setattr(zygote, "other_threads", list)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    refusal = zygote._cannot_fork()
+    assert (refusal is not None and "started the CUDA driver" in refusal) is started
+
+
+@pytest.mark.parametrize(
+    ("device", "built", "lacks"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_bitsandbytes_without_its_cuda_library_is_reported(monkeypatch, device, built, lacks):
+    """The case that torch sees a device and bitsandbytes does not is reported before a trial fails."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
+    library = SimpleNamespace(lib=SimpleNamespace(compiled_with_cuda=built))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.cextension", library)
+    assert ("its library for CPUs" in (zygote._describe(1.0).lacks or "")) is lacks
+
+
+class FakeTelemetry:
+    """A `Telemetry` that reports an energy if configured."""
+
+    def __init__(self, phase, device, *, energy, generations):
+        self.values = {f"device_energy_{phase}_j": 900.0} if energy else {f"host_load_{phase}": 1.0}
+
+    def begin(self):
+        pass
+
+    def end(self):
+        return self.values
+
+    def notice(self):
+        return None
+
+
+@pytest.fixture
+def make_telemetry(monkeypatch):
+    """A function that makes the telemetry of a trial on a device; each of its steps trains 10 tokens."""
+    monkeypatch.setattr("lorameter.trial.process.Telemetry", FakeTelemetry)
+    monkeypatch.setattr("lorameter.trial.process.ENERGY_STRETCH_S", 0.02)
+
+    def make(*measures, device="cuda", **ranks):
+        request = TrialRequest(
+            trial="r0-a", variant=LoraVariant(name="a"), role="variant", replicate=0, seed=0, workload=Workload(),
+            protocol=Protocol(), interleaving="lockstep", measures=measures, device=device, threads=1, tokens_path="",
+            scratch="", log_path="",
+        )  # fmt: skip
+        steps = []
+
+        return TrialTelemetry(request, lambda: steps.append(1), lambda: 10 * len(steps), **ranks), steps
+
+    return make
+
+
+@pytest.mark.parametrize(("measures", "device"), [(("steps", "requests"), "cuda"), (("peaks",), "cpu")])
+def test_without_an_energy_counter_of_its_own_a_trial_takes_no_steps(make_telemetry, measures, device):
+    """With turns, the GPU's counter would include the energy of other trials; a CPU has no counter."""
+    telemetry, steps = make_telemetry(*measures, device=device)
+    assert "energy_steps" not in telemetry.around(COMMANDS["turn"], PartialRecord).values
+    telemetry.around(COMMANDS["finish_training"], PartialRecord)
+    assert steps == []
+
+
+def test_an_isolated_trial_takes_steps_for_its_energy(make_telemetry):
+    """The steps follow the command, and the counts are those of the steps between the readings."""
+    telemetry, steps = make_telemetry("peaks", "merged")
+    fragment = telemetry.around(COMMANDS["finish_training"], lambda: PartialRecord(memory={"adapter_bytes": 1}))
+    assert len(steps) >= 1
+    assert fragment.values["energy_steps"] == len(steps)
+    assert fragment.values["energy_tokens"] == 10 * len(steps)
+    assert fragment.memory == {"adapter_bytes": 1}
+
+
+def test_all_ranks_take_the_same_steps_for_energy(make_telemetry):
+    """The first rank decides on the number of steps."""
+    decisions = iter([True, True, True, False])
+    telemetry, steps = make_telemetry("peaks", agree=lambda own: next(decisions))
+    assert telemetry.around(COMMANDS["finish_training"], PartialRecord).values["energy_steps"] == len(steps) == 3
+
+
+def test_int8_layers_do_not_log_inside_the_timed_window(monkeypatch, tmp_path):
+    """The warning of each int8 layer in each forward is disabled; errors still reach the log."""
+    logger, threads = logging.getLogger("bitsandbytes.autograd._functions"), torch.get_num_threads()
+    monkeypatch.setattr(logger, "level", logging.NOTSET)
+    prepare_process(
+        TrialRequest(
+            trial="r1-plain", variant=LoraVariant(), role="variant", replicate=1, seed=0, workload=Workload(),
+            protocol=Protocol(), interleaving="replicates", measures=("steps",), device="cpu", threads=1,
+            tokens_path="", scratch=str(tmp_path), log_path="",
+        )
+    )  # fmt: skip
+    torch.set_num_threads(threads)
+    assert logger.level == logging.ERROR
+
+
+def test_the_start_of_a_device_is_timed(monkeypatch):
+    """The start of a GPU is timed; a CPU has no start."""
+    monkeypatch.setattr(process, "synchronize", lambda device: time.sleep(0.02))
+    assert process.start_device("cuda:0")["device_start_time_s"] >= 0.02
+    assert process.start_device("cpu") == {}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (MemoryError(), "oom"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"), "oom"),
+        (RuntimeError("CUDA error: out of memory"), "oom"),
+        (ValueError("can't allocate memory"), "crashed"),
+    ],
+)
+def test_running_out_of_memory_is_distinguished_from_a_crash(error, status):
+    """The record has the command, the exception type and the message."""
+    fragment = failed_record(error, "build")
+    assert fragment.status == status
+    assert (fragment.failure.phase, fragment.failure.kind) == ("build", type(error).__name__)
+    assert fragment.failure.message == (str(error) or type(error).__name__)

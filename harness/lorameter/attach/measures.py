@@ -23,7 +23,7 @@ from lorameter.attach.batches import sum_known
 from lorameter.attach.launch import WRAP
 from lorameter.attach.observer import NotFollowedError, Phase, StepReading, TrainingInfo
 from lorameter.errors import LorameterError, UsageError
-from lorameter.machine.memory import PeakMemoryTracker
+from lorameter.machine.host import PeakMemoryTracker
 from lorameter.machine.nvml import NvmlDevice
 from lorameter.machine.reading import Reading
 from lorameter.machine.telemetry import energy_between, open_torch_gpu

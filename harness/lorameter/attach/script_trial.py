@@ -38,8 +38,8 @@ from lorameter.attach.measures import (
 )
 from lorameter.attach.observer import ObserverReply, Phase, StepReading, TrainingInfo
 from lorameter.attach.sources import device_in_use
-from lorameter.machine.memory import host_bytes
-from lorameter.machine.software import own_software
+from lorameter.machine.host import host_bytes
+from lorameter.machine.provenance import own_software
 from lorameter.records import codec
 from lorameter.records.os_errors import describe_error
 from lorameter.records.record import Failure, Notice, PartialRecord, Status, judge_required

@@ -36,11 +36,10 @@ from lorameter.errors import UsageError, format_error
 from lorameter.machine import provenance
 from lorameter.machine.telemetry import Telemetry
 from lorameter.records import codec, store
-from lorameter.records.record import UNDER_WAY, Failure, Notice, Status, TrialRecord, find_unmet
+from lorameter.records.record import UNDER_WAY, Failure, Notice, Status, TrialRecord, WorkerInfo, find_unmet
 from lorameter.records.store import Manifest, RunWriter
 from lorameter.records.trials import STEPS, Step, step_line_of
 from lorameter.records.units import format_bytes, format_count
-from lorameter.records.worker_info import WorkerInfo
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import name_of_words
 from lorameter.studies.script_study import study_of_command

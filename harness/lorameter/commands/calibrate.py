@@ -15,7 +15,7 @@ from lorameter.records import codec, store
 from lorameter.records.metrics import METRICS, PRIMARY
 from lorameter.records.store import Run
 from lorameter.report.comparison import describe_bisection
-from lorameter.report.machine import describe_calibration
+from lorameter.report.estimate import describe_calibration
 from lorameter.run.bisect import bisect, find_measured, list_steps
 from lorameter.run.plan import SIDES
 from lorameter.run.resume import INJECTED, is_calibration, study_of
@@ -23,7 +23,7 @@ from lorameter.run.sites.placement import Placement, open_placement
 from lorameter.run.workers import open_executor
 from lorameter.run.workers.sides import name_side, present_sides
 from lorameter.stats import Comparison
-from lorameter.studies.placement import HERE, say_on
+from lorameter.studies.protocol import HERE, say_on
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import load_study
 from lorameter.verdicts.ab import report_of

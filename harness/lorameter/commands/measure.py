@@ -18,7 +18,7 @@ from lorameter.records.store import Run
 from lorameter.report.blocks import Document, say
 from lorameter.report.estimate import describe_plan
 from lorameter.report.live import LiveDisplay
-from lorameter.report.notices import warn_before_run
+from lorameter.report.phrases import warn_before_run
 from lorameter.report.terminal import console_for, show
 from lorameter.run.build_plan import build_plan
 from lorameter.run.feasibility import NOT_HERE
@@ -30,12 +30,11 @@ from lorameter.run.resume import is_finished, plan_rest, refuse_settled, study_o
 from lorameter.run.runner import find_unfinished
 from lorameter.run.sites.driver import read_broken_off_with_jobs
 from lorameter.run.sites.placement import Placement, open_placement
-from lorameter.studies.data_source import SYNTHETIC
-from lorameter.studies.placement import HERE
+from lorameter.studies.protocol import HERE
 from lorameter.studies.script import OWN
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import load_study
-from lorameter.studies.workload import LOSSES
+from lorameter.studies.workload import LOSSES, SYNTHETIC
 
 ON_RESUME = frozenset(
     "calls study resume runs_dir json max_minutes sites on if_busy dry_run verbose policy format markdown html".split()

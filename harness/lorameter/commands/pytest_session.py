@@ -36,9 +36,8 @@ from lorameter.run.resume import study_of
 from lorameter.run.sites.gpus import check_spreadable
 from lorameter.run.sites.placement import open_placement
 from lorameter.run.workers import open_executor
-from lorameter.studies.placement import HERE
+from lorameter.studies.protocol import HERE
 from lorameter.studies.study import Study
-from lorameter.verdicts.baselines import WORD, read_base
 from lorameter.verdicts.benchmark_files import about_run, extra_info, unlike
 from lorameter.verdicts.compare import compare
 from lorameter.verdicts.comparison_input import (
@@ -49,9 +48,9 @@ from lorameter.verdicts.comparison_input import (
     planned_side,
     variant_differences,
 )
-from lorameter.verdicts.gate import GateResult, judge, load_policy
+from lorameter.verdicts.gate import WORD, GateResult, judge, load_policy, read_base
+from lorameter.verdicts.same_training import REPORTED
 from lorameter.verdicts.series import group_trials
-from lorameter.verdicts.software import REPORTED
 from lorameter.verdicts.validity import run_validity
 
 DRY = "--lorameter-dry-run: the plan is shown at the end, and nothing was measured"

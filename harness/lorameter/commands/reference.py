@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kernels_check import REQUIREMENTS
-from lorameter.results.columns import DTYPES, SETTINGS, TABLES, FrameColumn
+from lorameter.results.rows import DTYPES, SETTINGS, TABLES, FrameColumn
 from lorameter.studies import claim, study_file
 from lorameter.studies.claim import Claim, ClaimPart
 from lorameter.studies.engine import Engine

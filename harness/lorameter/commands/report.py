@@ -25,16 +25,15 @@ from lorameter.report.comparison import (
     title_of_report,
 )
 from lorameter.report.figures import figures_of_run
+from lorameter.report.parity import describe_samples, read_samples
 from lorameter.report.reproduce import reproduction_steps
 from lorameter.report.run import describe_run, encode_run
 from lorameter.report.run_view import ReportFilter, RunView, match_variants, phase_of, view_of
-from lorameter.report.sample import describe_samples, read_samples
 from lorameter.verdicts import claims
 from lorameter.verdicts.ab import attribution_of, report_of
-from lorameter.verdicts.baselines import accept, read_base, read_comparand
 from lorameter.verdicts.compare import ComparisonReport, ComparisonRow, compare, document, exit_code
 from lorameter.verdicts.comparison_input import ComparisonInput
-from lorameter.verdicts.gate import gate_document, judge, load_policy, stored_policy
+from lorameter.verdicts.gate import accept, gate_document, judge, load_policy, read_base, read_comparand, stored_policy
 from lorameter.verdicts.sites import is_mixed
 
 

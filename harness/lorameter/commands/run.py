@@ -1,19 +1,28 @@
-"""The commands that measure a study or two sides of one: `run` and `ab`."""
+"""The commands that measure a study or two sides of one: `run` and `ab`.
+
+The command `wrap`: runs an unchanged training script, and stores its measurements as a run.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kernels_check import REQUIREMENTS
+from kernels_check.terminal import print_stderr
+from lorameter.attach.launch import finalize_run, run_command
 from lorameter.commands.measure import find_interrupted, measure_study, override, resume
 from lorameter.commands.report import show_ab, show_run
-from lorameter.errors import EXIT_PASS, UsageError
-from lorameter.records import codec
+from lorameter.errors import EXIT_INVALID, EXIT_PASS, UsageError, format_error, shorten
+from lorameter.records import codec, store
+from lorameter.records.fileio import scratch_folder
 from lorameter.records.store import Run
-from lorameter.report.notices import warn_before_run
-from lorameter.report.run import encode_spending
+from lorameter.report.phrases import warn_before_run
+from lorameter.report.run import describe_run, encode_spending
 from lorameter.report.run_view import RunView, view_of
 from lorameter.report.terminal import console_for, show
 from lorameter.run.plan import AB_PHASES
@@ -21,7 +30,7 @@ from lorameter.run.sites.placement import open_placement
 from lorameter.run.workers.sides import command_sides, name_sides
 from lorameter.studies.peft_experiments import study_of_experiments
 from lorameter.studies.protocol import Protocol
-from lorameter.studies.script import name_of_command, split_command, time_steps
+from lorameter.studies.script import name_of_command, name_of_words, split_command, time_steps
 from lorameter.studies.script_study import study_of_command, study_of_engine
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import load_study
@@ -180,3 +189,55 @@ def study_of_commands(options: argparse.Namespace) -> Study | None:
         return study
     split_command("--candidate-command", candidate)
     return dataclasses.replace(study, title=f"{base} against {candidate}")
+
+
+def run_wrap(options: argparse.Namespace) -> int:
+    """Run the command; returns its exit code, 128 plus the number of the signal that ended it, or 4."""
+    words = options.words[1:] if options.words[:1] == ["--"] else options.words
+    if not words:
+        raise UsageError("wrap: no command. Write it behind --, as in `lorameter wrap -- python train.py`.")
+    require = read_requirements(options.require)
+    runs = store.runs_dir(options.runs_dir, make=True).absolute()
+    path, invalid = runs / store.new_run_id(name_of_words(words), runs), True
+    with scratch_folder() as folder:
+        code = run_command(words, path, require, folder)
+        with _report_errors():
+            invalid = finalize_run(path, code, folder, required=bool(require))
+    if not options.no_report and (path / store.MANIFEST).is_file():
+        with _report_errors():  # on standard error: standard output belongs to the command
+            show(describe_run(view_of(store.read_run(str(path), runs))), console_for(stderr=True))
+    return code or (EXIT_INVALID if invalid and require else code)
+
+
+@contextlib.contextmanager
+def _report_errors() -> Iterator[None]:
+    """Report an error in the block, such as a full disk, and continue: the exit code is that of the command."""
+    try:
+        yield
+    except Exception as error:
+        print_stderr(f"lorameter: {format_error(error)}")
+
+
+def read_requirements(given: list[str]) -> dict[str, Any]:
+    """Requirements by kernels_check path; a value is parsed as JSON if possible, else it is a text.
+
+    Raises:
+        UsageError: the argument is not path=value, the path is unknown, or it does not accept the value.
+    """
+    requirements: dict[str, Any] = {}
+    for entry in given:
+        path, equals, value = entry.partition("=")
+        if not equals:
+            raise UsageError(
+                f"wrap: --require {shorten(entry, 60)}: PATH=VALUE is expected, and -- in front of the command. "
+                "Write it as in `lorameter wrap --require base.bits=4 -- python train.py`."
+            )
+        known = REQUIREMENTS.get(path)
+        if known is None:
+            raise UsageError(f"wrap: --require {shorten(path, 60)}: not known. Known: {', '.join(REQUIREMENTS)}.")
+        requirements[path] = value
+        with contextlib.suppress(codec.NotJsonError):
+            requirements[path] = codec.parse({"True": "true", "False": "false"}.get(value, value))
+        if problem := known.problem(requirements[path]):
+            raise UsageError(f"wrap: --require {path}={shorten(value, 60)}: {problem}. Mend the value.")
+    return requirements

@@ -2,6 +2,19 @@
 
 This module does not import torch, so that the parent stays light; facts from torch come with the worker's first
 message. A missing library, counter or permission makes a value None and never raises an exception.
+
+Runs git commands, and reads the state of a repository.
+
+Git hooks export variables that direct every git command to the hook's repository, regardless of the working folder.
+They are removed here, so that a run started by a hook reads the intended repository.
+
+The packages installed for this process, and the packages that determine a GPU's kernels.
+
+Versions are read without importing modules. torch chooses among the algorithms of cuDNN and cuBLAS, which are separate
+packages that can be replaced independently, and both read the environment: `TORCH_CUDNN_SDPA_DEPRIORITIZED` makes
+torch prefer other attention kernels, `NVIDIA_TF32_OVERRIDE` overrides the format of all float32 products, and
+`PYTORCH_ALLOC_CONF` (formerly `PYTORCH_CUDA_ALLOC_CONF` and `PYTORCH_HIP_ALLOC_CONF`) controls how the allocator
+reserves memory. Two runs that differ in any of these are different measurements.
 """
 
 from __future__ import annotations
@@ -13,6 +26,8 @@ import importlib.util
 import math
 import os
 import platform
+import re
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,20 +36,10 @@ from typing import Any
 from lorameter.errors import UsageError
 from lorameter.machine.nvml import device_session
 from lorameter.machine.reading import Reading
-from lorameter.machine.repository import git_state
-from lorameter.machine.software import (
-    KERNELS,
-    MAIN_LIBRARIES,
-    cuda_of,
-    installed_packages,
-    kernel_libraries,
-    normal_name,
-    switches_of,
-)
 from lorameter.machine.system import memory_available_bytes, memory_bytes, settings
 from lorameter.records import codec
-from lorameter.records.worker_info import WorkerInfo
-from lorameter.studies import data_source
+from lorameter.records.record import WorkerInfo
+from lorameter.studies import workload
 from lorameter.studies.script import OWN
 from lorameter.studies.study import Study
 from lorameter.studies.workload import Workload
@@ -261,7 +266,7 @@ def _content_of(data: str) -> str:
     if data == OWN:
         return data
     try:
-        source = data_source.resolve(data)
+        source = workload.resolve(data)
     except UsageError:  # the reader of the data reports it
         return data
     if not source.files:
@@ -335,3 +340,103 @@ def free_bytes(machine: Machine, environment: Mapping[str, str] | None = None) -
         return memory_available_bytes().value
     _, memory = _describe_gpu(environment)
     return None if memory is None else int(memory.free)
+
+
+_POINTERS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY")
+STATE_TIMEOUT_S = 10.0
+"""A repository on an unresponsive network disk must not delay a run just to read its commit."""
+
+
+def run_git(folder: Path, *arguments: str, timeout_s: float | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a git command in a folder. The result has code 127 and the reason if git cannot be run or does not end within
+    `timeout_s`.
+
+    Ctrl-C in the terminal reaches only the parent, which may need git for the cleanup. A read-only call takes no lock:
+    git would otherwise rewrite the index, and if it is killed then, or the disk is full, it leaves a lock that blocks
+    the user's later commits.
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in _POINTERS}
+    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+    try:
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=environment,
+            timeout=timeout_s,
+            check=False,
+            start_new_session=True,
+        )
+    except OSError as error:
+        return subprocess.CompletedProcess(command, 127, "", f"git cannot be run: {error.strerror}")
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 127, "", f"git did not answer within {timeout_s:g} s")
+
+
+def git_state(folder: Path) -> dict[str, Any]:
+    """Commit and dirty flag of the repository around `folder`; None if there is none. Bytecode does not count as a
+    change."""
+    commit = run_git(folder, "rev-parse", "HEAD", timeout_s=STATE_TIMEOUT_S)
+    if commit.returncode:
+        return {"commit": None, "dirty": None}
+    bytecode = ":(top,exclude,glob)**/__pycache__/**"
+    changes = run_git(folder, "status", "--porcelain", "--", ":/", bytecode, timeout_s=STATE_TIMEOUT_S)
+    return {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}
+
+
+KERNELS = "kernels"
+"""Key of `kernel_libraries` in the provenance of a run on a GPU."""
+MAIN_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+"""Libraries whose versions are shown with each run, and are columns of its tables."""
+SWITCHES = re.compile(r"TORCH_CUDNN_SDPA_\w+|PYTORCH_(\w+_)?ALLOC_CONF|NVIDIA_TF32_OVERRIDE", re.ASCII)
+
+
+def normal_name(distribution: str) -> str:
+    """A distribution's normalised name (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def installed_packages() -> dict[str, str]:
+    """Version of each distribution by its normalised name; if there are several, the first on the path, which an import
+    would load."""
+    found: dict[str, str] = {}
+    for one in importlib.metadata.distributions():
+        metadata = one.metadata  # once: each access, also through `name` and `version`, reads and parses the file again
+        if name := metadata["Name"]:  # a half-removed distribution has no name
+            found.setdefault(normal_name(name), metadata["Version"])
+    return dict(sorted(found.items()))
+
+
+def own_software(cuda: str | None) -> dict[str, str]:
+    """The packages and the `python` of this process; `cuda` is the CUDA version of its torch, or None."""
+    return installed_packages() | {"python": platform.python_version()} | ({"cuda": cuda} if cuda else {})
+
+
+def cuda_of(torch: Path) -> str | None:
+    """The CUDA version for which the torch in this folder was built, None for a CPU build."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^cuda.*'(.+)'", (torch / "version.py").read_text(), re.MULTILINE)
+        return found and found[1]
+    return None
+
+
+def switches_of(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment variables that affect the choice of kernels, by name."""
+    return {name: environment[name] for name in sorted(environment) if SWITCHES.fullmatch(name)}
+
+
+def kernel_libraries(packages: Mapping[str, str], cuda: str | None, switches: Mapping[str, str]) -> dict[str, Any]:
+    """Versions of the libraries that provide torch's kernels, None if unknown, and the switches.
+
+    Args:
+        packages: versions of distributions by their normalised names.
+        cuda: the CUDA version of torch; distributions for several versions may be installed.
+        switches: the result of `switches_of`.
+    """
+    of = f"-cu{cuda.partition('.')[0]}" if cuda else ""
+    versions = {
+        library: packages.get(f"nvidia-{library}{of}", packages.get(f"nvidia-{library}"))
+        for library in ("cudnn", "cublas")
+    }
+    return {**versions, "switches": dict(switches)}

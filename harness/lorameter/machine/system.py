@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorameter.machine.cpus import holds_any
 from lorameter.machine.gpus import has_own_pids
 from lorameter.machine.host import (
     NO_FREQUENCY,
@@ -28,6 +27,7 @@ from lorameter.machine.host import (
     memory_limit,
 )
 from lorameter.machine.nvml import device_session
+from lorameter.machine.processes import holds_any
 from lorameter.machine.reading import Reading, missing, read_file, unavailable
 
 _CPU = "sys/devices/system/cpu"

@@ -3,7 +3,7 @@
 A study names its model by a catalogue name, a hub id, a directory, a GGUF file, or `random:` and any of these. Costs do
 not depend on weight values, so `random:` measures the exact architecture without the weights; it cannot measure loss.
 Commands also resolve names, so this module never imports torch, and it uses the hub only for facts that are not in
-local files; `lorameter.models.shapes` reads dimensions, `lorameter.models.fetch` fills the cache.
+local files; `lorameter.models.shapes` reads dimensions, `lorameter.models.bases` fills the cache.
 
 The catalogue is data: to add a model, add an `Entry` below and its config.json to the others in
 `harness/lorameter/models/`.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorameter.records.parity import Served
-from lorameter.records.record import Notice, TrialRecord
+from lorameter.records.record import Notice, Served, TrialRecord
 from lorameter.studies.request import ServingMode
 from lorameter.studies.variant import BuiltVariant
 from lorameter.studies.workload import Workload

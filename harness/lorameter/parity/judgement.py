@@ -18,7 +18,7 @@ from typing import Literal
 
 from lorameter.parity.facts import Parity
 from lorameter.profile.measure import format_failure
-from lorameter.records.parity import Served
+from lorameter.records.record import Served
 from lorameter.stats import Proportion, clustered_proportion, mean_interval, proportion
 from lorameter.studies.request import AGAIN, WITHOUT
 

@@ -16,8 +16,7 @@ from lorameter.errors import InvalidRunError, UsageError, format_error, impossib
 from lorameter.parity.facts import DOCUMENT, Parity
 from lorameter.profile.measure import TrialSession, answer_of, describe_failure, format_failure, open_trial
 from lorameter.records import codec, fileio
-from lorameter.records.parity import PROMPTS, SERVED, Served
-from lorameter.records.record import Failure, PartialRecord
+from lorameter.records.record import PROMPTS, SERVED, Failure, PartialRecord, Served
 from lorameter.run.workers import Executor
 from lorameter.studies.request import ServingMode, ServingRequest, serving_modes
 from lorameter.studies.study import Study

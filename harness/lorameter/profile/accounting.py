@@ -20,7 +20,6 @@ from typing import Any
 
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
-from lorameter.models.costs.ceiling import Ceiling, TimeSpan, Utilisation, ceiling_of, ceiling_of_products, utilisation
 from lorameter.models.costs.flops import (
     StepTokens,
     TrainingFlops,
@@ -30,6 +29,7 @@ from lorameter.models.costs.flops import (
     training_flops,
 )
 from lorameter.models.costs.modules import from_values
+from lorameter.models.costs.peaks import Ceiling, TimeSpan, Utilisation, ceiling_of, ceiling_of_products, utilisation
 from lorameter.profile.facts import Profile, RequestProfile, TrialProfile
 from lorameter.records.activity import LEAST_STEP_PAIRS, REQUEST_PHASES, STEP_PHASES, WHOLE, PhaseActivity
 from lorameter.stats import bootstrap_interval, median_interval

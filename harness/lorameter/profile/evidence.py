@@ -12,9 +12,9 @@ from typing import Any, Literal
 import msgspec
 
 from lorameter.errors import UsageError
-from lorameter.models.costs.ceiling import TimeSpan
 from lorameter.models.costs.flops import computed_tokens
 from lorameter.models.costs.memory import memory_bytes
+from lorameter.models.costs.peaks import TimeSpan
 from lorameter.models.shapes import ModelShape
 from lorameter.profile.accounting import (
     IDLE,

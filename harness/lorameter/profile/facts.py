@@ -17,8 +17,7 @@ from lorameter.models import catalogue, shapes
 from lorameter.models.costs.peaks import Peak
 from lorameter.models.shapes import ModelShape
 from lorameter.records.activity import Activity, RequestFacts
-from lorameter.records.memory_account import MemoryAccount
-from lorameter.records.record import TrialRecord
+from lorameter.records.record import MemoryAccount, TrialRecord
 from lorameter.studies.variant import BuiltVariant
 from lorameter.studies.workload import Workload
 

@@ -24,9 +24,8 @@ from typing import Any
 from lorameter.errors import InvalidRunError, UsageError
 from lorameter.machine.provenance import Machine
 from lorameter.models import catalogue, shapes
-from lorameter.models.costs.ceiling import product_rate
 from lorameter.models.costs.memory import birth_bytes, estimate_phases, stored_dtype
-from lorameter.models.costs.peaks import Peak, Rate, stated_peak
+from lorameter.models.costs.peaks import Peak, Rate, product_rate, stated_peak
 from lorameter.profile.facts import Profile, RequestProfile, find_shape
 from lorameter.records import codec, fileio
 from lorameter.records.activity import (
@@ -42,13 +41,11 @@ from lorameter.records.activity import (
     Activity,
     RequestFacts,
 )
-from lorameter.records.fileio import write_document
-from lorameter.records.memory_account import MemoryAccount
+from lorameter.records.fileio import remove_on_failure, scratch_folder, write_document
 from lorameter.records.metrics import RSS_AT_START
 from lorameter.records.os_errors import translate_os_errors
-from lorameter.records.record import Failure, Notice, PartialRecord, TrialRecord
+from lorameter.records.record import Failure, MemoryAccount, Notice, PartialRecord, TrialRecord
 from lorameter.records.store import new_run_id
-from lorameter.records.tempdirs import remove_on_failure, scratch_folder
 from lorameter.run.budget import SKIPPED
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.plan import Arm, make_plan

@@ -17,8 +17,8 @@ from lorameter.records.metrics import METRICS, Phase
 from lorameter.records.record import Notice
 from lorameter.records.store import Run
 from lorameter.stats import Comparison
-from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study
+from lorameter.studies.study_file import read_study
 from lorameter.studies.variant import Variant
 from lorameter.verdicts.notices import notices_of
 from lorameter.verdicts.series import control_of, group_trials, is_difference, ratios_of

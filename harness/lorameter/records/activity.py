@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from lorameter.records.memory_account import MemoryPhase
+from lorameter.records.record import MemoryPhase
 
 ACTIVITY, TRACE, PEAKS = "activity.json", "trace.json.gz", "peaks.json"
 ACCOUNTS: dict[MemoryPhase, str] = {"train": "memory-train.json", "generate": "memory-generate.json"}

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from lorameter.errors import UsageError
 from lorameter.records import fileio
+from lorameter.records.fileio import scratch_folder
 from lorameter.records.os_errors import OF_THE_MACHINE, translate_write_errors
-from lorameter.records.tempdirs import scratch_folder
 
 SUFFIX = ".lorameter.zip"
 MEMBERS = ("manifest.json", "trials.jsonl", "checks.jsonl")

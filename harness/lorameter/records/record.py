@@ -2,12 +2,23 @@
 
 Failures are data: every outcome of a trial becomes a record with a status, and a sweep continues. Records contain only
 facts: samples and single values as measured; estimates are computed from these on demand and never stored.
+
+Facts that are known before the measurement: about a worker, the tokens of all trials, and their base models.
+
+A measuring process sends them to its parent; parts of them are in the manifest of a run.
+
+Observations of one adapter served in several modes: answers, losses and distances, without judgements.
+
+The memory breakdown of a trial: kinds, the measured peak, and the unexplained remainder.
+
+A sum of parts is informative only if it is independent of the total. So each kind is measured separately, the peak is
+measured in another way, and the remainder is a separate line, which may be negative.
 """
 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -217,3 +228,190 @@ def judge_required(
             remedy="Rank it under what really ran, or set allow_fallback = false in the study.",
         )
     )
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A worker's first message, after it has imported the libraries that every trial needs."""
+
+    harness: str
+    """Version and content of the harness that it runs."""
+    import_time_s: float
+    device: str
+    """"cuda" or "cpu", as torch sees it."""
+    torch: str
+    lacks: str | None = None
+    """Why bitsandbytes could not run on that device; None if it can."""
+
+
+class Example(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A held-out record that the model receives whole: its prompt and its reference answer."""
+
+    prompt: str
+    reference: str
+
+
+class TokenSummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Facts about a plan's tokens; part of every record."""
+
+    path: str
+    """Absolute path on the machine that measures."""
+    hash: str
+    data: str
+    """Description of the records; "synthetic" for generated ones."""
+    synthetic: bool
+    tokenizer_substituted: bool
+    train_sequences: int
+    real_tokens: int
+    """Tokens of records in one epoch of the training stream."""
+    padded_tokens: int
+    """Padding in one epoch of the training stream."""
+    records: int
+    loss_tokens: int | None = None
+    """Tokens in the loss, in one epoch of the training stream; None if they were not counted."""
+    without_loss: int = 0
+    """Sequences that were left out because they contain no token of an answer."""
+    examples: tuple[Example, ...] = ()
+    """The whole prompts, in the order of their numbers."""
+
+
+class BaseSummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A base that was prepared for all processes of a run: read, converted and quantised once, unless it was cached."""
+
+    path: str
+    """Absolute path of its folder on the machine that measures."""
+    hash: str
+    """SHA-256 of its tensor file."""
+    base: str
+    """Description: model, type and quantisation."""
+    bytes: int
+    """Size of the tensor file."""
+    conversions: int
+    """How often the base was read and converted, or generated, for this run: once, or 0 if it was cached."""
+    quantisations: int
+    """How often it was quantised for this run."""
+    seconds: float
+    """Time to make the base, or to find a complete one in the cache."""
+    load_s: float = 0.0
+    """Time to make the base from its source; a cold start spends it again."""
+
+
+SERVED = "served"
+"""Key in a fragment: the observations of a process for its modes."""
+PROMPTS = "prompts"
+"""Key in a fragment: the tokens of the prompts."""
+
+
+class LogitDistance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Distance between the logits of one answer and the reference's, at the positions of the reference's answer, so
+    that both have the same input tokens. Computed in float64."""
+
+    positions: int
+    argmax_differs: int
+    """Positions at which the most likely token differs."""
+    kl_mean_nats: float
+    """Mean over positions of the divergence of the next-token distribution from the reference's, KL(reference ‖
+    other)."""
+    kl_max_nats: float
+    difference_mean: float
+    """Mean absolute difference, over positions and vocabulary."""
+    difference_max: float
+    """Largest absolute difference."""
+    cosine_mean: float
+    """Mean over positions of the cosine similarity between the two rows of logits."""
+    cosine_min: float
+
+
+class Served(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One adapter, served in one way."""
+
+    way: str
+    answers: tuple[tuple[int, ...], ...] = ()
+    """Tokens of each greedy answer, in the order of the prompts."""
+    distances: tuple[LogitDistance, ...] = ()
+    """Distances from the reference, one per answer; empty for the reference itself."""
+    losses: tuple[float, ...] = ()
+    """Mean loss over the labelled tokens of each held-out sequence that has any, in nats."""
+    failure: Failure | None = None
+    """Why there are no observations."""
+
+
+MemoryPhase = Literal["train", "generate"]
+MEMORY_PHASES: tuple[MemoryPhase, ...] = ("train", "generate")
+
+MEMORY_KINDS: Mapping[str, str] = {
+    "process": "process baseline",
+    "library_code": "library code paged in since",
+    "generated_code": "code that libraries generate",
+    "library_heap": "kept by libraries on the heap",
+    "interpreter": "arenas of the interpreter",
+    "checkpoint_pages": "mapped checkpoint beyond its tensors",
+    "linear_weights": "linear layers of the base",
+    "quantization_state": "constants of quantisation",
+    "embeddings": "embeddings and head",
+    "norms": "norms",
+    "buffers": "buffers",
+    "adapter": "adapter",
+    "gradients": "gradients",
+    "optimizer_state": "optimizer state",
+    "paged_optimizer_state": "optimizer state, paged",
+    "activations": "activations kept for backward",
+    "logits": "logits, and the loss's copies of them",
+    "temporaries": "other temporary tensors",
+    "operator_scratch": "inside the operator at the peak",
+    "kv_cache": "keys and values of the context",
+    "blas_workspace": "workspace of cuBLAS",
+    "rounding": "rounded up by the allocator",
+    "heap_slack": "free, and kept by malloc",
+    "heap_growth": "grown when less was alive",
+}
+"""Kinds in display order, with their titles. Embeddings, norms and buffers are distinguished by dtype: their kind is
+followed by the name of the dtype ("norms_float32")."""
+BY_TYPE = ("embeddings", "norms", "buffers")
+
+
+def title_of(kind: str) -> str:
+    """The title of a kind in a table."""
+    stem, _, dtype = kind.partition("_")
+    return f"{MEMORY_KINDS[stem]}, {dtype}" if stem in BY_TYPE else MEMORY_KINDS[kind]
+
+
+def in_order(kinds: Mapping[str, int], *, named: Collection[str] = ()) -> dict[str, int]:
+    """The kinds with nonzero sizes, and those in `named` in any case, in display order."""
+    order = {stem: place for place, stem in enumerate(MEMORY_KINDS)}
+
+    def place(kind: str) -> int:
+        stem = kind.partition("_")[0]
+        return order[stem if stem in BY_TYPE else kind]
+
+    every = dict.fromkeys(named, 0) | dict(kinds)
+    return {kind: every[kind] for kind in sorted(every, key=place) if every[kind] or kind in named}
+
+
+class MemoryAccount(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Resident memory at the peak of one phase, in bytes by kind, and the measured peak.
+
+    On CUDA it is device memory, and the peak is the allocator's; else it is the peak resident set of the process.
+    """
+
+    phase: MemoryPhase
+    kinds: dict[str, int]
+    """Bytes by kind (`MEMORY_KINDS`), each measured separately."""
+    peak_bytes: int
+    outside_allocator: dict[str, int] = msgspec.field(default_factory=dict)
+    """Bytes that are not in CUDA's allocated peak: `fragmentation`, which is reserved but not allocated, and
+    `paged_optimizer_state`, which is managed memory. Empty on a CPU."""
+
+    @property
+    def explained_bytes(self) -> int:
+        """The sum of all kinds."""
+        return sum(self.kinds.values())
+
+    @property
+    def unexplained_bytes(self) -> int:
+        """The part of the peak that no kind explains; negative if the kinds exceed the peak."""
+        return self.peak_bytes - self.explained_bytes
+
+    @property
+    def share(self) -> float:
+        """The unexplained part of the peak."""
+        return self.unexplained_bytes / self.peak_bytes

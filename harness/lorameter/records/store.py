@@ -27,14 +27,12 @@ import msgspec
 
 from lorameter.errors import UsageError
 from lorameter.records import codec, fileio
-from lorameter.records.fileio import write_document, write_whole
-from lorameter.records.locks import alone, is_locked
+from lorameter.records.fileio import alone, is_locked, write_document, write_whole
 from lorameter.records.os_errors import translate_os_errors, translate_write_errors
 from lorameter.records.packed import is_packed, unpacked
-from lorameter.records.record import SCHEMA, Line, Notice, TrialRecord, require_readable
+from lorameter.records.record import SCHEMA, BaseSummary, Line, Notice, TrialRecord, require_readable
 from lorameter.records.trials import TRIALS as TRIALS
 from lorameter.records.trials import EvidenceFile, LostEvidenceError, line_of, read_trials, remove_steps, with_steps
-from lorameter.records.worker_info import BaseSummary
 
 RunStatus = Literal["running", "complete", "interrupted", "failed"]
 MANIFEST = "manifest.json"

@@ -38,8 +38,15 @@ from lorameter.report.blocks import (
     write_row,
 )
 from lorameter.report.figures import draw_intervals
-from lorameter.report.notices import describe_notices
-from lorameter.report.phrases import format_effect, say_inconclusive, say_ratio, title_of, title_of_ratio, verdict_cell
+from lorameter.report.phrases import (
+    describe_notices,
+    format_effect,
+    say_inconclusive,
+    say_ratio,
+    title_of,
+    title_of_ratio,
+    verdict_cell,
+)
 from lorameter.run.bisect import Bisection, Look
 from lorameter.verdicts.compare import EXIT_OF, PRECEDENCE, ComparisonReport, ComparisonRow
 from lorameter.verdicts.series import is_memory

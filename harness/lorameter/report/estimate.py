@@ -1,10 +1,15 @@
-"""Describes estimates before a measurement: a plan with its time, memory by kind, whether it fits, counted sizes."""
+"""Describes estimates before a measurement: a plan with its time, memory by kind, whether it fits, counted sizes.
+
+Describes what a machine can run and measure: the doctor's checks, and the rates of a calibration.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
+from lorameter.machine.doctor import About, DoctorCheck, Grade
 from lorameter.machine.provenance import Machine
 from lorameter.models.costs.memory import (
     MEASURED_ERRORS,
@@ -13,8 +18,7 @@ from lorameter.models.costs.memory import (
     PUBLISHED_PEAKS,
     PUBLISHED_WITHIN,
 )
-from lorameter.records.memory_account import in_order, title_of
-from lorameter.records.record import Notice
+from lorameter.records.record import Notice, in_order, title_of
 from lorameter.records.units import format_bytes, format_count, format_duration, format_percent
 from lorameter.report.blocks import (
     Block,
@@ -32,10 +36,10 @@ from lorameter.report.blocks import (
     value_cell,
     write_bytes,
     write_number,
+    write_ratio,
     write_row,
 )
-from lorameter.report.notices import warn_before_run
-from lorameter.report.phrases import say_request
+from lorameter.report.phrases import say_request, warn_before_run
 from lorameter.run.budget import DROPPABLE
 from lorameter.run.forecast import Forecast
 from lorameter.run.forecast_time import TimeForecast
@@ -47,7 +51,9 @@ if TYPE_CHECKING:
     from lorameter.run.memory_fit import Advice, FitStatus, Largest, Needs
     from lorameter.studies.variant import Variant
     from lorameter.studies.workload import Workload
-    from lorameter.trial.building.sizes import Sizes
+    from lorameter.trial.building.build import Sizes
+    from lorameter.verdicts.calibrate import Calibration
+
 
 MIB = 2**20
 _OUTSIDE = {"context": "outside: CUDA's context", "paged_optimizer_state": "outside: paged optimizer state"}
@@ -269,3 +275,77 @@ def _time_lines(time: TimeForecast, protocol: Protocol) -> Iterator[str]:
         width = "no interval from one replicate" if half is None else interval
         takes = f"± 3 % takes about {format_duration(sought_s or 0)}"
         yield f"width   {width}; {'the time for ± 3 % is unknown' if sought_s is None else takes}"
+
+
+TITLES: dict[About, str] = {
+    "runs": "What this machine can run",
+    "measures": "What it can measure",
+    "spoils": "What would disturb a measurement here",
+}
+
+
+def describe_checks(checks: Sequence[DoctorCheck], *, fit: bool) -> Document:
+    """A table for each of the three questions, and the answer in one line."""
+    return tuple(_blocks(checks, fit=fit))
+
+
+def _blocks(checks: Sequence[DoctorCheck], *, fit: bool) -> Iterator[Block]:
+    for about, title in TITLES.items():
+        selected = (check for check in checks if check.about == about)
+        rows = tuple(
+            write_row(check.name, Cell(verdict=check.grade), check.found, Cell(detail=check.remedy))
+            for check in selected
+        )
+        yield Table(title=title, heads=name_columns("", "", "found", "remedy", left=4), rows=rows)
+    counts = Counter(check.grade for check in checks)
+    grades = ", ".join(f"{counts[grade]} {grade}" for grade in get_args(Grade) if counts[grade])
+    if not fit:
+        answer, rest = Span(text="unfit", tone="alarm"), ": what it measured would not count"
+    elif counts["bad"]:
+        answer, rest = Span(text="fit to measure, with less precision", tone="warning"), ": mend what is bad first"
+    else:
+        answer, rest = Span(text="fit to measure", tone="good"), ""
+    yield say("This machine is ", answer, f"{rest}. Checks: {grades}.", indented=False)
+
+
+def describe_calibration(result: Calibration, rows: int) -> Document:
+    """The scatter, both comparisons, the rates of resampled gates, and the replicates needed for smaller effects."""
+    from lorameter.verdicts.calibrate import DRAWS, planned_effects
+
+    identical, injected = (
+        write_ratio(found, verdict=found.verdict).line for found in (result.identical, result.injected)
+    )
+    replicates = f"{result.replicates} replicates of"
+    rates = Table(
+        title=f"Gates drawn from these replicates, {DRAWS} a row, default limits",
+        heads=name_columns(
+            "replicates", "identical: regressed", "identical: equivalent", "slow-down: regressed", left=0
+        ),
+        rows=tuple(
+            write_row(str(rate.replicates), *map(_share, (rate.false_alarms, rate.equivalent, rate.found)))
+            for rate in result.rates
+        ),
+        notes=say_each([f"All draws are from {replicates} one run: they hold for this run, not for another hour."]),
+    )
+    return (
+        say(
+            Span(text="What this machine can see", tone="strong"),
+            f": {result.device}, {result.interleaving}",
+            indented=False,
+        ),
+        say(
+            f"{replicates} {result.seconds_per_replicate:.1f} s; standard deviation of one replicate's log ratio on "
+            f"identical code {100 * result.sd:.2f} % [{100 * result.sd_low:.2f}, {100 * result.sd_high:.2f}]"
+        ),
+        say(f"identical code   {identical}"),
+        say(f"injected slow-down {injected} ({rows} rows in each adapted layer)"),
+        rates,
+        Section(
+            title="To see a slow-down in 80 % of the runs",
+            lines=say_each(planned_effects(result)),
+        ),
+    )
+
+
+def _share(share: float) -> Cell:
+    return Cell(text=f"{100 * share:.1f} %", value=share, unit="1")

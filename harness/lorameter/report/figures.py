@@ -45,8 +45,8 @@ from lorameter.report.blocks import (
 from lorameter.report.phrases import title_of, title_of_ratio
 from lorameter.report.run_view import PhaseTable, RunView
 from lorameter.studies.claim import is_number
-from lorameter.studies.from_run import read_own_workloads, read_study
 from lorameter.studies.study import Study, is_of_tokens
+from lorameter.studies.study_file import read_own_workloads, read_study
 from lorameter.studies.workload import OF_TOKENS
 from lorameter.verdicts.series import Series, group_trials
 from lorameter.verdicts.sites import runs_of_sites

@@ -1,14 +1,17 @@
-"""Describes a history: each line as a sparkline, its levels in a table, its breaks and level changes."""
+"""Describes a history: each line as a sparkline, its levels in a table, its breaks and level changes.
+
+The runs of a folder as a document: the state, verdict and size of each.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
-from typing import cast, get_args
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast, get_args
 
-from lorameter.machine.software import MAIN_LIBRARIES
+from lorameter.machine.provenance import MAIN_LIBRARIES
 from lorameter.records.units import Unit, first_few, format_count, format_percent, format_value
 from lorameter.report.blocks import (
     Axis,
@@ -30,6 +33,7 @@ from lorameter.report.blocks import (
     say,
     say_each,
     value_cell,
+    write_bytes,
     write_number,
     write_row,
 )
@@ -270,3 +274,24 @@ def _figure(track: Track) -> Figure:
         ),
         table=table_of_runs(track),
     )
+
+
+def describe_runs(rows: Sequence[Mapping[str, Any]]) -> Document:
+    """A row for each run, and below the table the reasons for unreadable runs.
+
+    Args:
+        rows: the rows of `lorameter list runs --json`.
+    """
+    damaged = say_each(f"{row['run']}: {row['title']}" for row in rows if row["status"] == "damaged")
+    table = Table(heads=name_columns("run", "study", "state", "verdict", "size", left=4), rows=tuple(map(_row, rows)))
+    return (table, Section(title="Not read", lines=damaged)) if damaged else (table,)
+
+
+def _row(row: Mapping[str, Any]) -> Row:
+    size = write_bytes(row["size_bytes"])
+    if row["status"] == "damaged":
+        return write_row(row["run"], "", "damaged", "", size)
+    ok, planned = row["trials"].get("ok", 0), sum(row["trials"].values())
+    short = "" if ok == planned else f", {ok or 'none'} of {planned} trials ok"
+    verdict = Cell(verdict=row["verdict"], detail="baseline" if row["baseline"] else "")
+    return write_row(row["run"], row["study"], f"{row['status']}{short}", verdict, size)

@@ -3,22 +3,28 @@
 Variants are slower or faster than each other, larger or smaller, higher or lower; a candidate has regressed or improved
 compared with its base. An inconclusive verdict is a sentence with the range of the effect, the smallest detectable
 difference, and advice, which never asks for hundreds of replicates.
+
+Describes notices with their remedies, at the end of a report or before a measurement.
+
+Notices of the same kind form one line, which expands.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from lorameter.records.metrics import METRICS
-from lorameter.records.record import Interleaving
+from lorameter.records.record import Interleaving, Notice
 from lorameter.records.units import format_percent
-from lorameter.report.blocks import Cell, write_ratio
+from lorameter.report.blocks import Cell, Collapsible, Document, Line, Section, Span, say, write_ratio
 from lorameter.stats import MOST_ADVISED, Comparison
 from lorameter.verdicts.series import MARGIN
 
 if TYPE_CHECKING:
     from lorameter.studies.workload import Workload
+
 
 Between = Literal["variants", "sides"]
 """Whether variants of a study are compared, or a candidate and its base."""
@@ -130,3 +136,25 @@ def _effect(ratio: float, metric: str) -> str:
 
 def _signed(ratio: float) -> str:
     return f"{'+' if ratio >= 1 else '−'}{format_percent(abs(ratio - 1))}"
+
+
+def describe_notices(notices: Sequence[Notice]) -> Document:
+    """A line for each kind of notice, in order; empty without notices."""
+    kinds: dict[str, list[Notice]] = {}
+    for notice in notices:
+        kinds.setdefault(notice.code, []).append(notice)
+    collapsibles = []
+    for alike in kinds.values():
+        first, more = alike[0], f" (and {len(alike) - 1} more)" if len(alike) > 1 else ""
+        collapsibles.append(Collapsible(summary=_line(first, more), lines=tuple(map(_line, alike))))
+    return (Section(title="Notices"), *collapsibles) if collapsibles else ()
+
+
+def warn_before_run(notices: Sequence[Notice]) -> Document:
+    """All notices in full, before the measurement, when the user can still act on them."""
+    return (Section(title="Notices", lines=tuple(map(_line, notices))),) if notices else ()
+
+
+def _line(notice: Notice, more: str = "") -> Line:
+    code, remedy = Span(text=f"{notice.code}{more}", tone="warning"), Span(text=notice.remedy, tone="faint")
+    return say(code, f"  {notice.message} ", remedy)

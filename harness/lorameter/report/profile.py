@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from lorameter.models.costs.ceiling import TimeSpan
+from lorameter.models.costs.peaks import TimeSpan
 from lorameter.profile.accounting import (
     IDLE,
     REMAINDER_LIMIT,
@@ -23,8 +23,8 @@ from lorameter.profile.remedy import RemedyResult
 from lorameter.profile.request_rules import OF_WHAT_RAN as REQUESTS_OF_WHAT_RAN
 from lorameter.profile.request_rules import REQUEST_RULES
 from lorameter.profile.rules import OF_WHAT_RAN, RULES, Finding
-from lorameter.records.memory_account import MemoryAccount, in_order, title_of
 from lorameter.records.metrics import METRICS
+from lorameter.records.record import MemoryAccount, in_order, title_of
 from lorameter.records.units import format_bytes, format_count, format_interval, format_ratio, format_value
 from lorameter.report.blocks import (
     Cell,
@@ -46,8 +46,7 @@ from lorameter.report.blocks import (
     write_seconds,
     write_share,
 )
-from lorameter.report.notices import describe_notices
-from lorameter.report.phrases import say_ratio
+from lorameter.report.phrases import describe_notices, say_ratio
 from lorameter.verdicts.series import is_difference
 from lorameter.verdicts.validity import disturbance_notices
 

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lorameter.errors import UsageError
-from lorameter.machine.software import MAIN_LIBRARIES
+from lorameter.machine.provenance import MAIN_LIBRARIES
 from lorameter.records import codec
 from lorameter.records.store import Run
 from lorameter.run.plan import PRESENT
 from lorameter.run.resume import INJECTED, of_commands
 from lorameter.studies.study_file import builtin_studies, load_study
-from lorameter.verdicts.software import BETWEEN, facts_of
+from lorameter.verdicts.same_training import BETWEEN, facts_of
 
 FILE = ".toml"
 NOT_BUILT_IN = "# the study is no built-in one: write it from the values below, or from `study` in the run's manifest"

@@ -13,8 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lorameter.machine.provenance import power_limit_w
-from lorameter.machine.software import MAIN_LIBRARIES
+from lorameter.machine.provenance import MAIN_LIBRARIES, power_limit_w
 from lorameter.records import codec
 from lorameter.records.metrics import METRICS, PHASE_TITLES
 from lorameter.records.store import Run, TimeBreakdown
@@ -34,9 +33,9 @@ from lorameter.report.blocks import (
     tone_of,
 )
 from lorameter.report.figures import describe_charts
-from lorameter.report.notices import describe_notices
 from lorameter.report.phrases import (
     PHASE_WORDS,
+    describe_notices,
     format_effect,
     say_adapters,
     say_inconclusive,
@@ -48,14 +47,14 @@ from lorameter.report.phrases import (
 )
 from lorameter.report.run_view import ALL_ACTIVE, PEAK, PhaseTable, RunView
 from lorameter.stats import Comparison
-from lorameter.studies.from_run import read_own_workloads
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
+from lorameter.studies.study_file import read_own_workloads
 from lorameter.studies.variant import ScriptVariant
 from lorameter.studies.workload import LOSSES, Workload
+from lorameter.verdicts.same_training import say_threads, versions_of
 from lorameter.verdicts.series import MARGIN, is_difference, is_memory
 from lorameter.verdicts.sites import is_mixed, say_machines
-from lorameter.verdicts.software import say_threads, versions_of
 from lorameter.verdicts.validity import is_single_script_run
 
 ESTIMATORS = {

@@ -21,8 +21,8 @@ from lorameter.records.units import format_bytes
 from lorameter.report.blocks import Cell, ColumnHeader, Row, Table, value_cell, write_ratio
 from lorameter.report.phrases import title_of, verdict_cell
 from lorameter.stats import Comparison, Estimate, QuantileEstimate
-from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study, unknown
+from lorameter.studies.study_file import read_study
 from lorameter.verdicts.compare import matching
 from lorameter.verdicts.notices import notices_of
 from lorameter.verdicts.same_training import sides_of_run

@@ -25,10 +25,9 @@ from lorameter.records.fileio import replacing
 from lorameter.records.os_errors import translate_write_errors
 from lorameter.records.store import Run
 from lorameter.records.units import format_count
-from lorameter.results.columns import TABLES, TableName, names_of
 from lorameter.results.frames import frame_of
-from lorameter.results.rows import RANGE, Row, estimate_rows, table_of
-from lorameter.studies.from_run import read_study
+from lorameter.results.rows import RANGE, TABLES, Row, TableName, estimate_rows, names_of, table_of
+from lorameter.studies.study_file import read_study
 from lorameter.verdicts.compare import default_metrics, matching
 from lorameter.verdicts.validity import run_validity
 

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, TypeAlias
 from lorameter.errors import UsageError
 from lorameter.records import fileio, store
 from lorameter.records.store import Run
-from lorameter.results.columns import DTYPES, TABLES, TableName
-from lorameter.results.folder import read_each
-from lorameter.results.rows import Row, table_of
+from lorameter.results.history import read_each
+from lorameter.results.rows import DTYPES, TABLES, Row, TableName, table_of
 
 if TYPE_CHECKING:
     import pandas as pd

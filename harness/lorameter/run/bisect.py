@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from lorameter.errors import UsageError, redact
-from lorameter.machine.provenance import probe_machine
-from lorameter.machine.repository import run_git
+from lorameter.machine.provenance import probe_machine, run_git
 from lorameter.records import codec, store
 from lorameter.records.store import Run
 from lorameter.run.plan import Plan, variants_of

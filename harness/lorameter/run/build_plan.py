@@ -18,8 +18,8 @@ from lorameter.run.interleaving import choose_interleaving
 from lorameter.run.memory_probe import REHEARSED
 from lorameter.run.plan import Arm, Plan, Sides, arms_of, arms_on_sides, make_plan, variants_of, workloads_of
 from lorameter.run.workers.script_sandbox import check_side
-from lorameter.studies.data_source import make_absolute
 from lorameter.studies.study import Study
+from lorameter.studies.workload import make_absolute
 
 
 def build_plan(

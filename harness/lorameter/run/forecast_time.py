@@ -21,9 +21,9 @@ from typing import Any
 from lorameter.errors import LorameterError
 from lorameter.machine.provenance import Machine
 from lorameter.records import codec, store
+from lorameter.records.fileio import scratch_folder
 from lorameter.records.record import PartialRecord, TrialRecord
 from lorameter.records.store import Run
-from lorameter.records.tempdirs import scratch_folder
 from lorameter.records.units import format_duration, format_percent
 from lorameter.run.budget import TARGET_REPLICATES, Budget, TimeLimitTooShortError
 from lorameter.run.device_lock import hold_device
@@ -35,7 +35,7 @@ from lorameter.run.runner import run_plan
 from lorameter.run.workers import Executor, TrialFiles, Worker, WorkerLostError
 from lorameter.stats import VerdictRule
 from lorameter.stats.effect import Spread
-from lorameter.stats.shared_scatter import PRIOR_DF
+from lorameter.stats.estimate import PRIOR_DF
 from lorameter.studies.request import TrialRequest, base_key
 from lorameter.studies.variant import Variant
 from lorameter.verdicts.series import group_trials, pairs_against

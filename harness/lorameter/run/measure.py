@@ -20,11 +20,10 @@ from lorameter.machine import provenance
 from lorameter.machine.provenance import MachineFacts
 from lorameter.models.catalogue import cache_dir
 from lorameter.records import codec, store
+from lorameter.records.fileio import remove_on_failure
 from lorameter.records.os_errors import translate_os_errors
-from lorameter.records.record import Notice, Side
+from lorameter.records.record import Notice, Side, TokenSummary
 from lorameter.records.store import Manifest, Run, RunWriter
-from lorameter.records.tempdirs import remove_on_failure
-from lorameter.records.worker_info import TokenSummary
 from lorameter.run.budget import Budget, TimeLimitTooShortError, skipped_notice
 from lorameter.run.display import Display, shield
 from lorameter.run.interrupts import InterruptHandler

@@ -28,7 +28,7 @@ from lorameter.models.costs.peaks import DRIVER_SHARE, DRIVER_SOURCE, GpuSpec
 from lorameter.models.shapes import ModelShape
 from lorameter.records.units import format_bytes, format_percent
 from lorameter.run.feasibility import check_widths
-from lorameter.studies import limits
+from lorameter.studies import protocol
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import LEAST_LENGTH, MOST_BATCH, Workload
 
@@ -161,7 +161,7 @@ class Fitter:
         """The largest `sequence_length` at the workload's batch size, limited by the model's context and by the number
         of tokens that a study may prepare."""
         sequences = max(workload.train_sequences, workload.held_out_sequences)
-        most = min(self.shape.context, limits.MOST_TOKENS // sequences)
+        most = min(self.shape.context, protocol.MOST_TOKENS // sequences)
         value = self._largest(
             lambda length: self._fits(variant, dataclasses.replace(workload, sequence_length=length)),
             range(LEAST_LENGTH, most + 1),

@@ -25,8 +25,7 @@ from typing import Any, Literal, TypeVar
 from lorameter.errors import UsageError, redact
 from lorameter.records.metrics import PHASES
 from lorameter.records.record import Interleaving, Measure, Role, Side, TrialRecord
-from lorameter.studies import limits
-from lorameter.studies.protocol import Protocol
+from lorameter.studies.protocol import MOST_ROUNDS, Protocol
 from lorameter.studies.study import Study
 from lorameter.studies.variant import AnyVariant, ScriptVariant, Variant
 from lorameter.studies.workload import Workload
@@ -337,10 +336,10 @@ def _check_size(study: Study, arms: int) -> None:
     protocol = study.protocol
     rounds = protocol.turns + protocol.generate_requests + protocol.open_ended_requests
     total = arms * protocol.replicates * rounds
-    if total > limits.MOST_ROUNDS:
+    if total > MOST_ROUNDS:
         raise UsageError(
             f"study {study.name}: {protocol.replicates} replicates of {arms} trials with {rounds} turns and "
-            f"requests each are {total} in all, and a plan holds {limits.MOST_ROUNDS}. Use fewer of any of them."
+            f"requests each are {total} in all, and a plan holds {MOST_ROUNDS}. Use fewer of any of them."
         )
 
 

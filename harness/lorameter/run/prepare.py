@@ -15,8 +15,7 @@ from typing import Any
 
 from lorameter.errors import InvalidRunError
 from lorameter.models.bases import prune
-from lorameter.records.record import Notice, Status, TrialRecord
-from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
+from lorameter.records.record import BaseSummary, Notice, Status, TokenSummary, TrialRecord, WorkerInfo
 from lorameter.run.display import Display
 from lorameter.run.plan import Plan, Slot
 from lorameter.run.workers import Executor, TrialFiles, WorkerLostError

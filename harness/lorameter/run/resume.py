@@ -19,8 +19,7 @@ import msgspec
 
 from lorameter.errors import UsageError
 from lorameter.machine import provenance
-from lorameter.machine.provenance import OF_A_KIND, MachineFacts
-from lorameter.machine.repository import git_state
+from lorameter.machine.provenance import OF_A_KIND, MachineFacts, git_state
 from lorameter.records import codec, fileio, store, trials
 from lorameter.records.packed import is_packed
 from lorameter.records.record import Interleaving, Notice, Side
@@ -37,9 +36,9 @@ from lorameter.run.plan import (
     variants_of,
 )
 from lorameter.run.workers.environment import restore_requirements
-from lorameter.studies.from_run import read_own_workloads, read_study
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
+from lorameter.studies.study_file import read_own_workloads, read_study
 from lorameter.verdicts.comparison_input import differences
 from lorameter.verdicts.validity import is_single_script_run
 

@@ -2,7 +2,7 @@
 
 The replicate is the unit of inference (Kalibera & Jones 2013): samples of one process are sub-samples, reduced to one
 value before any interval is computed. A comparison distinguishes "equal" from "inconclusive". Use `compare_trials` for
-times (several at once: `compare_family`) and `compare_bytes` for memory peaks; `lorameter.stats.statement` judges
+times (several at once: `compare_family`) and `compare_bytes` for memory peaks; `lorameter.stats.trend` judges
 statements about several levels from the contrasts of `lorameter.stats.trend`.
 
 Importing this package loads neither numpy nor scipy: functions that need them import them when called, so that the
@@ -11,23 +11,37 @@ command line and type annotations stay fast.
 
 from __future__ import annotations
 
-from lorameter.stats.between import Between, sd_between
-from lorameter.stats.comparison import compare_family, compare_trials, decide, decide_family, effect_of, step_down
-from lorameter.stats.drift import drifting
-from lorameter.stats.drops import KeptPairs, kept_pairs
+from lorameter.stats.comparison import (
+    KeptPairs,
+    RunWideShift,
+    compare_family,
+    compare_trials,
+    decide,
+    decide_family,
+    effect_of,
+    kept_pairs,
+    run_wide_shift,
+    step_down,
+)
+from lorameter.stats.drift import drifting, is_steady, is_warm
 from lorameter.stats.effect import Effect, Pairing
-from lorameter.stats.estimate import Estimate, estimate_trials, is_precise, relative_half_width
+from lorameter.stats.estimate import (
+    Between,
+    Estimate,
+    estimate_trials,
+    is_precise,
+    relative_half_width,
+    sd_between,
+    share_scatter,
+)
 from lorameter.stats.intervals import bootstrap_interval, mean_interval
 from lorameter.stats.memory import compare_bytes
-from lorameter.stats.outliers import count_outliers
 from lorameter.stats.power import MOST_ADVISED, replicates_to_see, sd_interval
 from lorameter.stats.proportion import Proportion, clustered_proportion, proportion
 from lorameter.stats.quantiles import QuantileEstimate, effective_size, median_interval, percentile
-from lorameter.stats.shared_scatter import share_scatter
-from lorameter.stats.shift import RunWideShift, run_wide_shift
+from lorameter.stats.samples import count_outliers
 from lorameter.stats.trend import ShareEstimate, explained_share
 from lorameter.stats.verdict import Comparison, Verdict, VerdictRule
-from lorameter.stats.warmup import is_steady, is_warm
 
 __all__ = [
     "MOST_ADVISED",

@@ -7,21 +7,42 @@ identical code.
 Several comparisons share one false-alarm rate (Holm's step-down, 1979). Twenty gated numbers at 2.5 % each give a false
 alarm in 40 % of the runs on identical code. Bonferroni's correction prevents that; Holm's also does and is never
 weaker: once k comparisons are decided, the others share the whole rate.
+
+Detects a change of the machine between two runs: all benchmarks then change by about the same factor.
+
+Runs at different times are compared unpaired, so every ratio includes changes of the machine in between (another clock,
+another driver, other work). Such a change has one direction for all benchmarks, while a change of the code affects only
+some. The sign test (Dixon & Mood 1946) tests whether nearly all comparisons are beyond the tolerance on one side; the
+median absolute deviation (Hampel 1974) tests whether one factor explains them.
+
+Use it for unpaired comparisons only. A code change that slows down every variant alike looks exactly like a slower
+machine: only pairs, which share the machine, can distinguish the two. In a paired run this test would hide the
+regression, so do not use it there; after a positive result, measure both sides in one run.
+
+Selects the pairs to keep if some trials were disturbed, independently of their times.
+
+Dropping slow trials makes any code look fast. A flag that is independent of the outcome (another process on the device,
+a throttled clock, less CPU time than wall time) may drop a trial; it then drops the whole pair, to keep the pairing.
+The flags can still be an effect of the candidate, which may heat the GPU more, so the exact test of McNemar (1947)
+checks whether one side is flagged more often than the other. If too few pairs would remain, nothing is dropped: a
+filter must not give an empty result.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from lorameter.stats.effect import Effect, Pairing, Spread, checked_pairing, from_log, measure_effect
+from lorameter.stats.intervals import sign_test
 from lorameter.stats.power import MOST_ADVISED, detectable_log_effect, replicates_needed
-from lorameter.stats.samples import checked_trials
+from lorameter.stats.samples import checked_alpha, checked_number, checked_samples, checked_trials
 from lorameter.stats.verdict import Comparison, Verdict, VerdictRule
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 
 __all__ = ["Pairing", "compare_family", "compare_trials", "decide", "decide_family", "effect_of", "step_down"]
@@ -224,3 +245,135 @@ def step_down(names: Iterable[K], judge: Callable[[K, int], R], *, is_decided: C
 def _value_for(value: T | Mapping[K, T], name: K) -> T:
     """The value for a name, from a map or common to all."""
     return value[name] if isinstance(value, Mapping) else value
+
+
+# Converts a median absolute deviation to a standard deviation of normal values.
+_MAD_TO_SD = 1.4826
+# One factor explains the changes if the remaining scatter is less than half of the factor.
+_LARGEST_SCATTER = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunWideShift:
+    """Whether two runs differ by one common factor."""
+
+    shifted: bool
+    """True if the comparisons prove nothing about the code, so that the run is `invalid`."""
+    ratio: float | None
+    """Median of the ratios, candidate over base; None without comparisons."""
+    comparisons: int
+    reason: str
+    """One sentence for users: the reason, with the numbers."""
+
+
+def run_wide_shift(log_ratios: Mapping[str, float], *, tolerance: float = 0.01, alpha: float = 0.05) -> RunWideShift:
+    """Whether nearly all of these unpaired comparisons shifted to one side by about the same factor.
+
+    `log_ratios` maps a comparison's name to the log of candidate over base. A shift requires three conditions: the
+    number of comparisons beyond the tolerance on one side has a probability of at most `alpha` (sign test, two-sided: 6
+    of 6, 8 of 9, 9 of 10), the median is therefore also beyond it, and the scatter of the log ratios is at most half
+    the median. A few regressed benchmarks, or many that changed by different amounts, are not a shift. Raises
+    ValueError, naming the comparison, for log ratios that are not finite, and for limits out of range.
+    """
+    import numpy as np
+
+    allowed = math.log1p(checked_number("tolerance", tolerance, at_least=0, strictly=False))
+    checked_alpha(alpha)
+    if not log_ratios:
+        return RunWideShift(shifted=False, ratio=None, comparisons=0, reason="there is no comparison")
+    for name, value in log_ratios.items():
+        checked_samples(f"comparison {name!r}", [value], positive=False)
+        if not from_log(value) or from_log(-value) is None:
+            raise ValueError(
+                f"comparison {name!r} has the log ratio {value:g}, more than a number holds: check the units"
+            )
+    values = np.array([float(value) for value in log_ratios.values()])
+    median = float(np.median(values))
+    scatter = _MAD_TO_SD * float(np.median(np.abs(values - median)))
+    beyond = int((math.copysign(1.0, median) * values > allowed).sum())
+    count = values.size
+    chance = sign_test(beyond, count) if 2 * beyond > count else 1.0
+    one_sided = chance <= alpha
+    alike = scatter <= _LARGEST_SCATTER * abs(median)
+    seen = (
+        f"{beyond} of {count} comparisons lie beyond the tolerance of {100 * tolerance:.3g} % on one side "
+        f"(sign test p = {chance:.2g}), median ratio {math.exp(median):.4g}, scatter {100 * scatter:.3g} %"
+    )
+    if one_sided and alike:
+        reason = f"{seen}: the machine changed, not the code; measure both sides in one run"
+    elif one_sided:
+        reason = f"{seen}: each moved by its own amount, which is not one change of the machine"
+    else:
+        reason = f"{seen}: not a movement of all"
+    return RunWideShift(shifted=one_sided and alike, ratio=math.exp(median), comparisons=count, reason=reason)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptPairs:
+    """The pairs to compare, and why the others were dropped."""
+
+    kept: tuple[int, ...]
+    """Indexes of the pairs, in order."""
+    base_flagged: int
+    """Pairs whose base trial is flagged; a pair may count here and in `candidate_flagged`."""
+    candidate_flagged: int
+    """Pairs whose candidate trial is flagged."""
+    balanced: bool
+    """False if one side is flagged more often than chance allows, so that dropping may favour it."""
+    refused: bool
+    """True if too few pairs would have remained, and none was dropped."""
+    reason: str
+    """One sentence for users: which pairs were dropped, or why none were."""
+
+
+def kept_pairs(
+    base_flags: Sequence[bool], candidate_flags: Sequence[bool], *, least: int, alpha: float = 0.05
+) -> KeptPairs:
+    """The pairs without a flag on either side; all pairs, with `refused` set, if fewer than `least` would remain.
+
+    Flags must not depend on the compared values. `balanced` is the result of McNemar's exact two-sided test at `alpha`
+    on the pairs with one flag; with fewer than 6 such pairs it is always true at 5 %. Raises ValueError for sides of
+    unequal length, for flags that are not True or False, for least < 1 and for alpha out of range.
+    """
+    checked_number("least", least, at_least=1, strictly=False)
+    checked_alpha(alpha)
+    base, candidate = _checked_flags("base", base_flags), _checked_flags("candidate", candidate_flags)
+    if len(base) != len(candidate):
+        raise ValueError(f"base has {len(base)} flags and candidate {len(candidate)}: pass one of each a replicate")
+    pairs = list(zip(base, candidate, strict=True))
+    clean = tuple(index for index, pair in enumerate(pairs) if not any(pair))
+    only_base, only_candidate = pairs.count((True, False)), pairs.count((False, True))
+    discordant = only_base + only_candidate
+    balanced = sign_test(only_base, discordant) > alpha
+    refused = len(clean) < min(least, len(pairs))
+    dropped = len(pairs) - len(clean)
+    if refused:
+        reason = (
+            f"dropping the {dropped} flagged of {len(pairs)} pairs would leave {len(clean)}, below {least}: kept all"
+        )
+    elif dropped:
+        reason = f"dropped {dropped} of {len(pairs)} pairs: base flagged in {sum(base)}, candidate in {sum(candidate)}"
+    else:
+        reason = f"no pair of {len(pairs)} is flagged"
+    if not balanced:
+        reason += (
+            f"; flagged on one side only: {only_base} times base and {only_candidate} times candidate, not balanced"
+        )
+    return KeptPairs(
+        kept=tuple(range(len(pairs))) if refused else clean,
+        base_flagged=sum(base),
+        candidate_flagged=sum(candidate),
+        balanced=balanced,
+        refused=refused,
+        reason=reason,
+    )
+
+
+def _checked_flags(side: str, flags: Sequence[bool]) -> list[bool]:
+    """Convert to plain bools. Raises ValueError, with side and index, for anything that is not a truth value."""
+    import numpy as np
+
+    for index, flag in enumerate(flags):
+        if not isinstance(flag, bool | np.bool_):
+            raise ValueError(f"{side} flag {index} is {flag!r}: pass True where the trial is flagged, else False")
+    return [bool(flag) for flag in flags]

@@ -45,7 +45,7 @@ class Spread:
     df_per_replicate: float
     """Degrees of freedom gained by one more replicate (per side): 1 if paired, between 1 and 2 if unpaired."""
     prior_df: float = 0.0
-    """Degrees of freedom from the other comparisons of the run (`lorameter.stats.shared_scatter`)."""
+    """Degrees of freedom from the other comparisons of the run (`lorameter.stats.estimate`)."""
     shared_by: int = 0
     """Number of comparisons that share this scatter; 0 if it is the comparison's own."""
 

@@ -9,18 +9,43 @@ every replicate and stopping at the first alarm raised the false alarms on ident
 of an interval says nothing about where its centre lies, so stopping on it leaves the error rate nearly as it is (Stein
 1945; Kelley, Maxwell & Rausch 2003 call it accuracy in parameter estimation), if there is a minimum number of
 replicates: the first two or three can agree by chance.
+
+Estimates how much groups differ beyond the scatter within each group: a variance component.
+
+Group means scatter even if all groups are equal, so the expected chance variance is subtracted from the variance of the
+means (one-way random effects; for unequal group sizes with their harmonic mean, Thomas & Hultquist 1978). The interval
+is that of Williams (1962, "A confidence interval for variance components"), which covers the true value in at least (1
+- alpha) of all cases for normal values.
+
+Shares the scatter of arms that were measured together, so that few replicates give narrower intervals.
+
+With three replicates a comparison estimates its own variance with two degrees of freedom, and the 99 % quantile of
+Student's t is then 9.9 standard errors. Arms of one run are measured on one machine in the same turns, so the variance
+of each arm is informative about the others. The variance of an arm is estimated from the two-way layout of replicates
+and arms (Grubbs 1948, J. Am. Stat. Assoc. 43), in which effects of a replicate on all arms cancel. It is shrunk towards
+the mean variance of the arms, as if that mean were known with `PRIOR_DF` degrees of freedom (moderated t: Smyth 2004,
+doi 10.2202/1544-6115.1027). It is never reduced below its own estimate: an arm that scatters more keeps its own
+variance. The comparisons share the reference, so their family uses Dunnett's critical value (Dunnett 1955, J. Am. Stat.
+Assoc. 50).
+
+Smyth estimates the prior degrees of freedom from thousands of variances. With three to fifteen variances that estimate
+is too large: simulated family coverage fell to 81 to 92 % (docs/method.md). So the prior is a small constant.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import statistics
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, TypeVar
 
-from lorameter.stats.effect import from_log
+from lorameter.stats.effect import ROUNDING, Effect, Spread, from_log
 from lorameter.stats.intervals import quantile
-from lorameter.stats.samples import checked_number, checked_trials, medians_of
-from lorameter.stats.verdict import checked_alpha
+from lorameter.stats.power import sd_interval
+from lorameter.stats.samples import checked_alpha, checked_number, checked_trials, medians_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -120,3 +145,131 @@ def relative_half_width(comparison: Comparison) -> float | None:
         return None
     half = (math.log(comparison.high) - math.log(comparison.low)) / 2
     return math.expm1(half)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Between:
+    """A standard deviation between groups, in the unit of the values, with its (1 - alpha) interval."""
+
+    sd: float
+    low: float
+    high: float
+    alone: bool
+    """Whether the scatter within groups is excluded; with one value a group, it is included by an unknown amount."""
+
+
+def sd_between(groups: Sequence[Sequence[float]], *, alpha: float = 0.05) -> Between:
+    """The standard deviation between groups, from the values measured in each.
+
+    Raises ValueError for fewer than two groups, and for an empty group.
+    """
+    if len(groups) < 2 or not all(groups):
+        raise ValueError("two groups or more are needed, each with a value")
+    seen = statistics.variance(statistics.fmean(values) for values in groups)
+    of_groups, of_values = len(groups) - 1, sum(len(values) - 1 for values in groups)
+    if not of_values:
+        low, high = sd_interval(math.sqrt(seen), of_groups, alpha=alpha)
+        return Between(sd=math.sqrt(seen), low=low, high=high, alone=False)
+    from scipy.special import chdtri, fdtri
+
+    within = sum((len(values) - 1) * statistics.variance(values) for values in groups if len(values) > 1) / of_values
+    sampling_variance = within / statistics.harmonic_mean([len(values) for values in groups])
+
+    def end(tail: float) -> float:
+        above = seen - sampling_variance * float(fdtri(of_groups, of_values, 1 - tail))
+        return math.sqrt(max(0.0, of_groups * above / float(chdtri(of_groups, tail))))
+
+    sd = math.sqrt(max(0.0, seen - sampling_variance))
+    return Between(sd=sd, low=end(alpha / 2), high=end(1 - alpha / 2), alone=True)
+
+
+PRIOR_DF = 3
+"""Degrees of freedom of the mean variance as a prior: the largest integer for which the simulated family coverage stays
+at 94 % (93.9 % in the worst case) if one arm scatters five times as much as the others."""
+
+K = TypeVar("K", bound=Hashable)
+
+
+def share_scatter(effects: Mapping[K, Effect]) -> dict[K, Effect]:
+    """Give effects with a common reference their shared scatter; a single effect, or one with one replicate, is
+    unchanged.
+
+    Each effect must have its log ratios (`Effect.log_ratios`), with the same replicates in the same order. Raises
+    ValueError for effects with different numbers of log ratios.
+    """
+    import numpy as np
+
+    counts = {len(effect.log_ratios) for effect in effects.values()}
+    if len(counts) > 1:
+        raise ValueError(f"comparisons with {sorted(counts)} log ratios share no scatter: pass the same replicates")
+    if len(effects) < 2 or counts <= {0, 1}:
+        return dict(effects)
+    columns = np.column_stack([effect.log_ratios for effect in effects.values()])
+    variances, prior_df = _comparison_variances(columns)
+    return {
+        name: dataclasses.replace(effect, spread=_spread(float(variance), columns.shape[0], prior_df, len(effects)))
+        for (name, effect), variance in zip(effects.items(), variances, strict=True)
+    }
+
+
+def _spread(variance: float, replicates: int, prior_df: float, comparisons: int) -> Spread:
+    sd = math.sqrt(variance)
+    sd = sd if sd > ROUNDING else 0.0
+    return Spread(
+        standard_error=sd / math.sqrt(replicates),
+        df=replicates - 1 + prior_df,
+        sd=sd,
+        df_per_replicate=1.0,
+        prior_df=prior_df,
+        shared_by=comparisons,
+    )
+
+
+def _comparison_variances(log_ratios: NDArray[float64]) -> tuple[NDArray[float64], float]:
+    """The per-replicate variance of each column's log ratio, and the prior degrees of freedom.
+
+    `log_ratios` is replicates × comparisons, each against the same reference, which is the first arm of the layout.
+    """
+    import numpy as np
+
+    replicates, comparisons = log_ratios.shape
+    arms = comparisons + 1
+    values = np.column_stack([np.zeros(replicates), log_ratios])
+    residuals = values - values.mean(axis=0) - values.mean(axis=1, keepdims=True) + values.mean()
+    squares = (residuals**2).sum(axis=0) / (replicates - 1)
+    mean = squares.sum() / (arms - 1)
+    own = np.maximum((squares - mean / arms) * arms / (arms - 2), 0.0)
+    prior_df = min(PRIOR_DF, (arms - 2) * (replicates - 1))
+    moved = (prior_df * mean + (replicates - 1) * own) / (prior_df + replicates - 1)
+    variances = np.maximum(moved, own)
+    return variances[1:] + variances[0], float(prior_df)
+
+
+@lru_cache(maxsize=4096)
+def dunnett_tail(df: float, alpha: float, family: int) -> float:
+    """The one-sided error rate of an interval if `family` comparisons share a reference and the error rate `alpha`.
+
+    It is the tail probability of Student's t with `df` degrees of freedom beyond Dunnett's two-sided critical value for
+    arms of equal size, whose comparisons have the correlation 1/2.
+    """
+    from scipy.special import stdtr
+
+    if family == 1:
+        return alpha / 2
+    low, high = quantile(df, alpha / 2), quantile(df, alpha / family / 2)  # a single comparison, and Bonferroni's bound
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _inside(middle, df, family) < 1 - alpha else (low, middle)
+    return float(stdtr(df, -high))
+
+
+def _inside(critical: float, df: float, family: int) -> float:
+    """The probability that no |T| of `family` comparisons with a shared reference exceeds `critical`."""
+    import numpy as np
+    from scipy.special import chdtri, ndtr
+
+    points, weights = np.polynomial.hermite_e.hermegauss(60)
+    scales = np.sqrt(chdtri(df, (np.arange(200) + 0.5) / 200) / df)[:, None]
+    reach = math.sqrt(2) * critical * scales
+    inside = (ndtr(points + reach) - ndtr(points - reach)) ** family
+    return float((inside * weights).sum(axis=1).mean() / math.sqrt(2 * math.pi))

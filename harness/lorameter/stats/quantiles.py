@@ -21,8 +21,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorameter.stats.samples import checked_number, checked_samples
-from lorameter.stats.verdict import checked_alpha
+from lorameter.stats.samples import checked_alpha, checked_number, checked_samples
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

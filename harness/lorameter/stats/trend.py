@@ -7,16 +7,33 @@ the log of a ratio.
 
 The share of the scatter of one quantity that another explains is the squared correlation within a replicate: the share
 of the variance of y that a straight line in x explains. Its interval is Student's t over replicates, clipped to [0, 1].
+
+Tests whether the data support a statement, refute it, or are inconclusive.
+
+A statement has one limit and two sides: `beyond` says that a contrast is larger than the limit, `within` that it is
+not, in either direction. Support asserts one side and refutation the other, so more data cannot turn a true refutation
+into support; with one limit for "different" and a wider one for "equal", both could hold between the limits.
+
+There are two kinds of assertions, as in `lorameter.stats.verdict`. A difference is asserted by the (1 - alpha/family)
+interval, whose error rate the statements of a run share (`lorameter.stats.step_down`). Equality is asserted by two
+one-sided tests (Schuirmann 1987) at alpha: a false equality is an error of one statement.
+
+A statement may be about several contrasts. It holds if it holds for all of them, and then each is tested at the full
+rate, since a single false contrast decides (intersection-union, Berger 1982). To refute it by the worst contrast, that
+contrast must pass at the rate divided by their number.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from lorameter.stats.effect import ROUNDING, Spread, paired_effect
 from lorameter.stats.intervals import quantile
+from lorameter.stats.power import replicates_to_clear
 
 if TYPE_CHECKING:
     from numpy import float64
@@ -111,3 +128,146 @@ def _is_informative(x: NDArray[float64], y: NDArray[float64]) -> bool:
     if x.size != y.size:
         raise ValueError(f"x has {x.size} points and y {y.size}: pass one pair a point")
     return bool(x.size >= LEAST_POINTS and x.max() > x.min() and y.max() > y.min())
+
+
+Support = Literal["supported", "refuted", "inconclusive"]
+By = Literal["difference", "equality", ""]
+
+_SHOWN_TAIL = 0.025
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conclusion:
+    """The conclusion on a statement, with the contrast that decided; all numbers are logs of ratios."""
+
+    status: Support
+    by: By
+    """The assertion that decided; empty if inconclusive."""
+    contrast: int
+    """Index of the contrast that decided, or that is inconclusive."""
+    estimate: float
+    """Mean of this contrast over replicates."""
+    low: float
+    """Lower end of its uncorrected 95 % interval."""
+    high: float
+    """Upper end."""
+    decided_low: float
+    """Lower end of the interval that decided, or failed to decide."""
+    decided_high: float
+    """Upper end."""
+    level: float
+    """Coverage of that interval."""
+    replicates: int
+    replicates_needed: int | None = None
+    """For an inconclusive statement: replicates that would decide it with 80 % power if the undecided contrast has its
+    estimated value; None if no practical number suffices, and for a decided statement."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Contrast:
+    """One contrast over replicates, with its index."""
+
+    index: int
+    mean: float
+    spread: Spread
+    replicates: int
+
+    def low(self, tail: float) -> float:
+        return self.mean - self.spread.half_width(tail)
+
+    def high(self, tail: float) -> float:
+        return self.mean + self.spread.half_width(tail)
+
+    def nearest(self, tail: float) -> float:
+        """The smallest distance from zero within the interval; negative if the interval contains zero."""
+        return abs(self.mean) - self.spread.half_width(tail)
+
+    def furthest(self, tail: float) -> float:
+        """The largest distance from zero within the interval."""
+        return abs(self.mean) + self.spread.half_width(tail)
+
+
+def beyond(contrasts: NDArray[float64], limit: float, *, alpha: float = 0.05, family: int = 1) -> Conclusion:
+    """Test the statement that every contrast is above `limit` (a log ratio >= 0); `contrasts` is replicates ×
+    contrasts.
+
+    supported: the corrected interval of each contrast is above the limit · refuted: the interval of one contrast, also
+    corrected for their number, is below it, or all are equal within the limit · else inconclusive. Raises ValueError
+    for fewer than two replicates and for values that are not finite.
+    """
+    found = _checked(contrasts)
+    tail = alpha / family / 2
+    weakest = min(found, key=lambda one: one.low(tail))
+    if weakest.low(tail) > limit + ROUNDING:
+        return _conclude("supported", "difference", weakest, tail)
+    shared = tail / len(found)
+    below = min(found, key=lambda one: one.high(shared))
+    if below.high(shared) < limit - ROUNDING:
+        return _conclude("refuted", "difference", below, shared)
+    widest = max(found, key=lambda one: one.furthest(alpha))
+    if widest.furthest(alpha) < limit:
+        return _conclude("refuted", "equality", widest, alpha)
+    return _open(weakest, tail, weakest.mean - limit, tail if weakest.mean > limit else shared)
+
+
+def within(contrasts: NDArray[float64], limit: float, *, alpha: float = 0.05, family: int = 1) -> Conclusion:
+    """Test the statement that every contrast is at most `limit` (a log ratio) from zero, in either direction.
+
+    supported: the (1 - 2 alpha) interval of each contrast is inside · refuted: the corrected interval of one contrast,
+    also corrected for their number, is outside · else inconclusive. Raises ValueError as `beyond` does.
+    """
+    found = _checked(contrasts)
+    widest = max(found, key=lambda one: one.furthest(alpha))
+    if widest.furthest(alpha) < limit:
+        return _conclude("supported", "equality", widest, alpha)
+    shared = alpha / family / 2 / len(found)
+    outside = max(found, key=lambda one: one.nearest(shared))
+    if outside.nearest(shared) > limit + ROUNDING:
+        return _conclude("refuted", "difference", outside, shared)
+    short = limit - abs(widest.mean)
+    return _open(widest, alpha, short, alpha if short > 0 else shared)
+
+
+def opposite(conclusion: Conclusion) -> Conclusion:
+    """The conclusion on the statement's negation."""
+    swapped: dict[Support, Support] = {"supported": "refuted", "refuted": "supported", "inconclusive": "inconclusive"}
+    return dataclasses.replace(conclusion, status=swapped[conclusion.status])
+
+
+def _open(contrast: _Contrast, tail: float, distance: float, decisive: float) -> Conclusion:
+    """An inconclusive statement: `distance` is from the contrast to the limit, `decisive` the tail of the interval that
+    would clear the limit on the contrast's side."""
+    needed = replicates_to_clear(abs(distance), contrast.spread.sd, decisive) if distance else None
+    return dataclasses.replace(_conclude("inconclusive", "", contrast, tail), replicates_needed=needed)
+
+
+def _checked(contrasts: NDArray[float64]) -> list[_Contrast]:
+    import numpy as np
+
+    columns = np.asarray(contrasts, dtype=float)
+    columns = columns[:, None] if columns.ndim == 1 else columns
+    if columns.ndim != 2 or not columns.size or not np.isfinite(columns).all():
+        raise ValueError(f"contrasts have shape {columns.shape}: pass finite numbers, replicates × contrasts")
+    return [_contrast(index, column) for index, column in enumerate(columns.T)]
+
+
+def _contrast(index: int, values: NDArray[float64]) -> _Contrast:
+    effect = paired_effect(values, "replicate")
+    if effect.spread is None:
+        raise ValueError("one replicate has no scatter to judge by: measure 2 or more")
+    return _Contrast(index=index, mean=effect.log_ratio, spread=effect.spread, replicates=effect.replicates)
+
+
+def _conclude(status: Support, by: By, contrast: _Contrast, tail: float) -> Conclusion:
+    return Conclusion(
+        status=status,
+        by=by,
+        contrast=contrast.index,
+        estimate=contrast.mean,
+        low=contrast.low(_SHOWN_TAIL),
+        high=contrast.high(_SHOWN_TAIL),
+        decided_low=contrast.low(tail),
+        decided_high=contrast.high(tail),
+        level=1 - 2 * tail,
+        replicates=contrast.replicates,
+    )

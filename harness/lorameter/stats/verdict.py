@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Literal
 
-from lorameter.stats.samples import checked_number
-from lorameter.stats.shared_scatter import dunnett_tail
+from lorameter.stats.estimate import dunnett_tail
+from lorameter.stats.samples import checked_alpha, checked_number
 
 if TYPE_CHECKING:
     from lorameter.stats.effect import Spread
@@ -99,9 +99,3 @@ class VerdictRule:
 
 def _is_count(value: object) -> bool:
     return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= 1
-
-
-def checked_alpha(alpha: float) -> None:
-    """Raise ValueError unless 0 < alpha < 1."""
-    if checked_number("alpha", alpha, at_least=0, strictly=True) >= 1:
-        raise ValueError(f"alpha is {alpha!r}: pass an error rate between 0 and 1, such as 0.05")

@@ -27,7 +27,7 @@ from typing import Any, Literal, get_args
 
 from lorameter.errors import impossible, require
 from lorameter.records.metrics import METRICS
-from lorameter.studies import limits
+from lorameter.studies import protocol
 
 ENGINE = "engine"
 """The axis of a study's engine."""
@@ -136,7 +136,7 @@ class ClaimPart:
             )
         name, limit = self.limit
         if name in ("tolerance", "margin"):
-            limits.check_fraction(where, name, limit, zero=True)
+            protocol.check_fraction(where, name, limit, zero=True)
         if name == "by":
             known_metric = METRICS.get(self.metric)
             is_time = known_metric and known_metric.unit == "s" and not known_metric.higher_is_better

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorameter.errors import require, shorten
-from lorameter.studies import limits
+from lorameter.studies import protocol
 
 ANY = "any"
 """Required value of a path that reports how much of a feature is present: some with the engine, none without."""
@@ -49,7 +49,7 @@ class Engine:
     def __post_init__(self) -> None:
         require(self.title and self.variant, "[engine]: title and variant are needed. Add them.")
         for key in ("title", "package", "flag"):
-            limits.check_word("[engine]", key, getattr(self, key))
+            protocol.check_word("[engine]", key, getattr(self, key))
         require(
             any(value != SAFE for value in self.proof.values()),
             "[engine.proof]: nothing would show that the engine runs. Name a path of kernels_check, as in "

@@ -3,18 +3,26 @@
 The replicate (fresh processes) is the unit of inference; steps inside a process are sub-samples. Kalibera & Jones
 (2013, "Rigorous benchmarking in reasonable time") show why: processes differ more from each other than steps do, so
 repeating steps in one process gains little. One setting, `effort`, sets the number of replicates.
+
+The options `on` and `sites` of a study or a command line: where replicates are measured.
+
+They are parsed and validated here, on any machine. `lorameter.run.sites` checks that the GPU, cluster or queue exists.
+
+Bounds of the values in a study.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from lorameter.errors import require
+from lorameter.errors import UsageError, impossible, require, shorten
 from lorameter.records.metrics import PHASES, Phase
-from lorameter.studies import limits
-from lorameter.studies.placement import HERE, SiteSpec
 
 PRECISION_REPLICATES = 40
 """Default maximum of the replicates if a precision is given."""
@@ -28,6 +36,8 @@ _LEAST = {
     "seed": 0, "memory_limit_bytes": 1, "epochs": 0,
 }  # fmt: skip
 STEPS_PER_TURN = 2
+HERE, RAY, SLURM = "here", "ray", "slurm"
+"""Places of a run: this machine, a Ray cluster, SLURM."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +105,8 @@ class Protocol:
     with a precision or in a profile."""
 
     def __post_init__(self) -> None:
-        limits.check_least("protocol", self, _LEAST, positive=("max_minutes", "step_timeout_s"))
-        limits.check_fraction("protocol", "precision", self.precision)
+        check_least("protocol", self, _LEAST, positive=("max_minutes", "step_timeout_s"))
+        check_fraction("protocol", "precision", self.precision)
         require(
             self.warmup_steps_max >= self.warmup_steps_min,
             f"protocol: warmup_steps_max = {self.warmup_steps_max}: below warmup_steps_min = {self.warmup_steps_min}. "
@@ -154,4 +164,197 @@ class Protocol:
             allow_disturbed=True,
             precision=None,
             max_minutes=None,
+        )
+
+
+SLURM_OPTIONS: Mapping[str, type] = {
+    "partition": str, "account": str, "qos": str, "reservation": str, "constraint": str, "nodelist": str,
+    "exclude": str, "gres": str, "gpus_per_node": int, "cpus_per_task": int, "mem": str, "time": int, "comment": str,
+    "exclusive": str,
+}  # fmt: skip
+"""Options that are passed to sbatch, by sbatch's names."""
+OWN_OPTIONS: Mapping[str, type] = {"sites": int}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlurmRequest:
+    """The SLURM jobs that a value of `on` requests."""
+
+    on: str
+    sites: int = 1
+    """Number of jobs in the queue at a time."""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """Options passed on to sbatch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteSpec:
+    """The options as given. Raises `UsageError` for invalid options."""
+
+    on: str = HERE
+    sites: tuple[str, ...] = ()
+    mixed: bool = False
+    """Whether sites may be different machines."""
+
+    def __post_init__(self) -> None:
+        if is_slurm(self.on):
+            read_slurm(self.on)
+            require(
+                not self.sites, f"{say_on(self.on)}: its jobs are the sites. Write sites=N in it, and leave sites out."
+            )
+        elif self.on == HERE:
+            require(
+                all(map(_NUMBERS.fullmatch, self.sites)),
+                f"{say_sites(self.sites)}: numbers with commas between them are expected. Write 0,1 for two sites, or "
+                'sites = ["0", "1"] in [protocol]; 0+1,2+3 for two of two GPUs each, where trials have two ranks.',
+            )
+            require(
+                not self.mixed or len(self.sites) > 1,
+                "mixed: there is one site here, which is like itself. Name several by sites, or take it out.",
+            )
+        else:
+            require(
+                self.on == RAY or self.on.startswith(f"{RAY}://"),
+                f"{say_on(self.on)}: not known. Use {HERE}, {RAY}, {RAY}://HOST:PORT of a cluster's client port, or "
+                f"{SLURM}:KEY=VALUE,….",
+            )
+        named = [number for name in self.sites for number in numbers_of(name)] if self.on == HERE else self.sites
+        require(
+            all(self.sites) and len(set(named)) == len(named),
+            f"{say_sites(self.sites)}: one is named twice, or has no name, and would disturb itself. Name each once.",
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether neither option is given: one device of this machine, or all CPUs."""
+        return self.on == HERE and not self.sites
+
+    @property
+    def said(self) -> str:
+        """The option that selects the place, for messages."""
+        return say_sites(self.sites) if self.on == HERE else say_on(self.on)
+
+    def with_options(self, *, on: str | None = None, sites: str | None = None, mixed: bool = False) -> SiteSpec:
+        """The options with those of a command line added; None and False leave an option unchanged.
+
+        `sites` are comma-separated names. They and `mixed` belong to one value of `on`, so another `on` clears them.
+        """
+        of_place = (self.on, self.sites, self.mixed) if on is None else (on, (), False)
+        named = of_place[1] if sites is None else tuple(part.strip() for part in sites.split(","))
+        return SiteSpec(on=of_place[0], sites=named, mixed=of_place[2] or mixed)
+
+
+_NUMBERS = re.compile(r"[0-9]{1,4}(\+[0-9]{1,4})*")
+"""Name of a site on this machine: a GPU, or the GPUs of a trial with several ranks."""
+
+
+def numbers_of(name: str) -> tuple[int, ...]:
+    """The GPU numbers of this machine, or CPU shares, that form one site: "0", or "0+1"."""
+    return tuple(map(int, name.split("+")))
+
+
+def say_sites(sites: Sequence[str]) -> str:
+    """The sites as text, for messages."""
+    return f"sites = {','.join(sites)!r}"
+
+
+def say_on(on: str) -> str:
+    """The value of `on` as text, for messages."""
+    return f"on = {on!r}"
+
+
+def is_slurm(on: str) -> bool:
+    """Whether a value of `on` names SLURM jobs."""
+    return on.partition(":")[0] == SLURM
+
+
+def read_slurm(on: str) -> SlurmRequest:
+    """The jobs requested by a text such as "slurm:sites=4,partition=gpu,gres=gpu:1,time=60".
+
+    A value may contain commas: a part without "=" belongs to the value before it.
+
+    Raises:
+        UsageError: a key is unknown, or a value is invalid.
+    """
+    listed = on.partition(":")[2]
+    known = {**OWN_OPTIONS, **SLURM_OPTIONS}
+    found: dict[str, Any] = {}
+    for part in re.split(r",(?=[^,=]*=)", listed) if listed else ():
+        key, equals, text = part.partition("=")
+        expected = f"Use KEY=VALUE of {', '.join(known)}."
+        require(key in known and equals, f"{say_on(on)}: {key!r} is not known. {expected}")
+        require(key not in found, f"{say_on(on)}: {key} is given twice. Give it once.")
+        found[key] = _read(on, key, text, known[key])
+    sites = found.pop("sites", 1)
+    require(0 < sites < 1000, f"{say_on(on)}: sites={sites}: 1 to 999 are possible.")
+    return SlurmRequest(on=on, sites=sites, parameters=found)
+
+
+def _read(on: str, key: str, text: str, kind: type) -> Any:
+    if kind is str and text and text.isprintable():
+        return text
+    if kind is not str and text.isascii():
+        with contextlib.suppress(ValueError, OverflowError):
+            value = kind(text)
+            if 0 < value < 1e6:
+                return value
+    raise UsageError(f"{say_on(on)}: {key}={text!r}: a {'text' if kind is str else 'positive number'} is expected.")
+
+
+MOST_VARIANTS = 1_000
+MOST_ROUNDS = 2_000_000
+"""Maximum turns and requests of all trials of a plan."""
+MOST_TOKENS = 2**28
+"""Maximum tokens of an epoch, including padding; they are prepared in memory and written to a file of 32 bytes a
+token."""
+NAME_BYTES = 120
+"""Maximum bytes of a part of a file name, to which a side, a replicate and a suffix are added; file systems allow
+255."""
+MOST_FRACTION = 0.5
+"""Largest tolerance, margin or precision. A larger value is probably a percentage."""
+TEXT_CHARACTERS = 4096
+"""Maximum length of a path or a model name; the kernel accepts no longer path."""
+
+
+def check_least(where: str, owner: object, least: Mapping[str, float], *, positive: Collection[str] = ()) -> None:
+    """Raise `UsageError` for a field below its minimum, or not above zero; None is a field that is not given."""
+    for key, bound in least.items():
+        value = getattr(owner, key)
+        if value is not None and not bound <= value < float("inf"):
+            why = "too small" if value < bound else "not a finite number"
+            raise UsageError(f"{where}: {key} = {value!r}: {why}. Use {bound:g} or more.")
+    for key in positive:
+        value = getattr(owner, key)
+        if value is not None and not 0 < value < float("inf"):
+            raise UsageError(f"{where}: {key} = {value!r}: must be positive and finite. Use a number above 0.")
+
+
+def check_fraction(where: str, key: str, value: float | None, *, zero: bool = False) -> None:
+    """Raise `UsageError` for a tolerance, margin or precision that is not a fraction up to 0.5; `zero` allows 0."""
+    if value is None or 0 < value <= MOST_FRACTION or (zero and value == 0):
+        return
+    remedy = f"Use a fraction {'of 0 or more' if zero else 'above 0'}, up to {MOST_FRACTION}; 0.05 is 5 %."
+    raise impossible(where, key, value, "not a fraction that two results can be judged by", remedy)
+
+
+def check_name(what: str, name: str, forbidden: str = "/") -> None:
+    """Raise `UsageError` for a name that cannot be a part of a file name."""
+    size = len(name.encode("utf-8", errors="replace"))
+    if size > NAME_BYTES:
+        raise UsageError(f"{what} {shorten(name, 60)!r}: {size} bytes long, and it becomes part of the names of files. "
+                         f"Use {NAME_BYTES} or fewer.")  # fmt: skip
+    if not name or not name.isprintable() or any(character in forbidden for character in name):
+        raise UsageError(
+            f"{what} {name!r}: a name is part of test ids and file names. Use letters, digits, '-', '_', '.', '='."
+        )
+
+
+def check_word(where: str, key: str, text: str, *, lines: bool = False) -> None:
+    """Raise `UsageError` for a text that is not UTF-8 (bytes of a command line), too long, or has control characters;
+    `lines` allows line breaks and tabs."""
+    control = "[\0\ud800-\udfff]" if lines else "[\0-\x1f\x7f-\x9f\ud800-\udfff]"
+    if len(text) > TEXT_CHARACTERS or re.search(control, text):
+        raise UsageError(
+            f"{where}: {key} = {shorten(ascii(text), 80)}: too long, no UTF-8, or with control characters in it. "
+            "Correct it."
         )

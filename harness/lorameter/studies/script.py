@@ -15,7 +15,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from lorameter.errors import HIDDEN, UsageError, is_credential, redact, require, shorten, sounds_secret
-from lorameter.studies import limits
+from lorameter.studies import protocol
 from lorameter.studies.protocol import STEPS_PER_TURN, Protocol
 from lorameter.studies.workload import Workload
 
@@ -41,11 +41,11 @@ def check_script(label: str, variant: ScriptVariant) -> None:
     """Raise `UsageError` for a command that is invalid or contains a credential."""
     refuse_credentials(label, split_command(label, variant.command))
     for key in ("cwd", "python"):
-        limits.check_word(label, key, getattr(variant, key))
+        protocol.check_word(label, key, getattr(variant, key))
         refuse_credentials(f"{label}: {key}", [getattr(variant, key)])
     for name, value in variant.env.items():
         require(_VARIABLE.fullmatch(name), f"{label}: env.{shorten(name, 60)}: no name of a variable. Correct it.")
-        limits.check_word(label, f"env.{name}", value, lines=True)
+        protocol.check_word(label, f"env.{name}", value, lines=True)
         require(
             not sounds_secret(name),
             f"{label}: env.{name} is a credential, and it is written into the run. Set it where lorameter is started: "
@@ -103,7 +103,7 @@ def split_command(label: str, command: str) -> list[str]:
     Raises:
         UsageError: the command is empty, has an open quote, or needs a shell.
     """
-    limits.check_word(label, "command", command, lines=True)
+    protocol.check_word(label, "command", command, lines=True)
     named = f"{label}: command = {shorten(repr(' '.join(hide_credentials(command.split()))), 80)}"
     try:
         words = shlex.split(command)
@@ -143,7 +143,7 @@ def name_of_words(words: Sequence[str]) -> str:
         named = [parts[parts.index("-m") + 1]]
     program = next((word for word in words if not PYTHON.fullmatch(PurePath(word).name)), words[0])
     name = re.sub(r"[^A-Za-z0-9._=-]+", "-", named[0] if named else PurePath(program).name).strip("-")
-    return name[: limits.NAME_BYTES] or "command"
+    return name[: protocol.NAME_BYTES] or "command"
 
 
 # --- credentials ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 from lorameter.errors import UsageError, require
 from lorameter.records import codec
 from lorameter.records.record import Line
-from lorameter.studies import limits
+from lorameter.studies import protocol
 from lorameter.studies.claim import ENGINE, LINEAR, UNSET, Claim, Level, is_number, say_level
 from lorameter.studies.engine import Engine
 from lorameter.studies.protocol import LIMITED_REPLICATES, PRECISION_REPLICATES, Protocol
@@ -60,16 +60,16 @@ class Study:
     """Fields of the workload for which variants have their own value, by variant name."""
 
     def __post_init__(self) -> None:
-        limits.check_name("study", self.name)
+        protocol.check_name("study", self.name)
         where, names = f"study {self.name}", [variant.name for variant in self.variants]
-        most = f"{len(names)} variants. Use {limits.MOST_VARIANTS} or fewer."
-        require(len(names) <= limits.MOST_VARIANTS, f"{where}: {most}")
+        most = f"{len(names)} variants. Use {protocol.MOST_VARIANTS} or fewer."
+        require(len(names) <= protocol.MOST_VARIANTS, f"{where}: {most}")
         require(names, f"{where}: no variants. Add [axes] or [[variant]].")
         for name in names:
             for ending, named in RESERVED.items():
                 remedy = f"{ending} is reserved for {named}. Choose another ending."
                 require(not name.endswith(ending), f"{where}: variant name {name!r}: {remedy}")
-            limits.check_name(f"{where}: variant name", name, " /\\[]:")
+            protocol.check_name(f"{where}: variant name", name, " /\\[]:")
             require(names.count(name) == 1, f"{where}: variant name {name!r} is used twice. Rename one.")
         require_known(f"{where}: reference = {self.reference!r}", self.reference, names)
         for key in self.replaced:

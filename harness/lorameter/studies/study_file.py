@@ -19,6 +19,8 @@ workload.batch_size = 8         # a field of the workload for this variant only;
 [profile.NAME]                  # all of the above except variants, for one kind of machine
 devices = ["A100"]              # parts of the names of devices that use this profile; "cpu" is any CPU
 workload.model = "random:"      # the model of the study with random weights
+
+Reads the study of a stored run, and the workloads of variants that have their own.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ import msgspec
 
 from lorameter.errors import UsageError, impossible, redact, require
 from lorameter.records import codec, fileio
-from lorameter.studies import limits
+from lorameter.records.store import Run
+from lorameter.studies import protocol
 from lorameter.studies.claim import Claim, check_limits
 from lorameter.studies.engine import Engine
 from lorameter.studies.peft_experiments import read_config
@@ -351,8 +354,8 @@ def rows_of(where: str, file: StudyFile) -> list[Table]:
     if not axes:
         return [_flat(row) for row in file.variant]
     count = math.prod(map(len, axes.values()))
-    most = f"Use {limits.MOST_VARIANTS} variants or fewer."
-    require(count <= limits.MOST_VARIANTS, f"{where}, [axes]: {count} combinations. {most}")
+    most = f"Use {protocol.MOST_VARIANTS} variants or fewer."
+    require(count <= protocol.MOST_VARIANTS, f"{where}, [axes]: {count} combinations. {most}")
     rows = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     return [{"name": "-".join(_label(axis, value) for axis, value in row.items()), **row} for row in rows]
 
@@ -465,3 +468,18 @@ def unknown_key(where: str, key: str, value: Any, known: Sequence[str], *, shown
     near = [meant] if meant in known else difflib.get_close_matches(key, known, n=1)
     remedy = f"Did you mean {near[0]}?" if near else "`lorameter list keys` prints all keys."
     return impossible(where, shown, value, "unknown key", remedy)
+
+
+def read_study(run: Run) -> Study:
+    """The study that a run measured. Raises `UsageError` if the manifest contains no valid study."""
+    return codec.from_json(Study, run.manifest.study, f"run {run.manifest.run}")
+
+
+def read_own_workloads(run: Run) -> dict[str, Workload]:
+    """The workloads of variants that do not use the study's, by name. Raises `UsageError` as `read_study` does."""
+    return codec.from_json(dict[str, Workload], run.manifest.own_workloads, f"run {run.manifest.run}")
+
+
+def read_workload_of(run: Run, name: str) -> Workload:
+    """The workload of one variant. Raises `UsageError` as `read_study` does."""
+    return read_own_workloads(run).get(name) or read_study(run).workload

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lorameter.errors import UsageError, shorten
 from lorameter.records import codec
-from lorameter.studies import limits, script
+from lorameter.studies import protocol, script
 
 DType = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8", "nf4", "fp4"]
@@ -193,7 +193,7 @@ class Variant(AnyVariant):
 
     def __post_init__(self) -> None:
         label = _label(self.name)
-        limits.check_least(label, self, self.LEAST, positive=("learning_rate",))
+        protocol.check_least(label, self, self.LEAST, positive=("learning_rate",))
         _check(
             label,
             self,
@@ -285,7 +285,7 @@ class LoraVariant(Variant):
 
     def __post_init__(self) -> None:
         label = _label(self.name)
-        limits.check_least(label, self, {"r": 1, "lora_dropout": 0}, positive=("lora_alpha",))
+        protocol.check_least(label, self, {"r": 1, "lora_dropout": 0}, positive=("lora_alpha",))
         _check(
             label,
             self,
@@ -305,7 +305,7 @@ class LoraVariant(Variant):
         )
         Variant.__post_init__(self)
         for module in self.target_modules:
-            limits.check_word(label, "target_modules", module)
+            protocol.check_word(label, "target_modules", module)
             if not module:
                 raise UsageError(f"{label}: target_modules = {list(self.target_modules)}: an empty name. Remove it.")
 

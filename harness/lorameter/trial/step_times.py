@@ -24,7 +24,7 @@ from lorameter.trial.building.build import SharedBase, build
 from lorameter.trial.building.quantising import evaluating
 from lorameter.trial.data.stream import Batch
 from lorameter.trial.process import prepare_process, synchronize
-from lorameter.trial.serving.generate import generate
+from lorameter.trial.serving.server import generate
 from lorameter.trial.step import TrainStep
 
 LAYERS = 2

@@ -26,7 +26,7 @@ from kernels_check.check import Check
 from kernels_check.observe.modules import RandomState
 from lorameter.errors import LorameterError
 from lorameter.machine.gpus import GENERATIONS
-from lorameter.machine.memory import PeakMemoryTracker, host_bytes
+from lorameter.machine.host import PeakMemoryTracker, host_bytes
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.stats import is_steady
 from lorameter.studies.request import COMMANDS, TrialRequest, commands_by
@@ -35,10 +35,9 @@ from lorameter.trial.building.build import SharedBase, TrainableModel, build, ju
 from lorameter.trial.building.quantising import is_packed, unpack_4bit
 from lorameter.trial.data.stream import Batch, TokenStream
 from lorameter.trial.memory import resident_bytes
-from lorameter.trial.process import Lap, Stopwatch, release_unused, start_device
+from lorameter.trial.process import Lap, Stopwatch, TrialTelemetry, release_unused, start_device
 from lorameter.trial.serving.server import Server, check_adapters, check_attention
 from lorameter.trial.step import TrainStep, model_inputs
-from lorameter.trial.telemetry import TrialTelemetry
 
 ISOLATED = "packing.isolated"
 

@@ -29,8 +29,8 @@ from lorameter.errors import InvalidRunError
 from lorameter.machine.nvml import compute_capability
 from lorameter.machine.processes import fork_process, kill_group, outlive_parent
 from lorameter.machine.provenance import harness_identity
-from lorameter.models.families import FAMILIES
-from lorameter.records.worker_info import WorkerInfo
+from lorameter.models.shapes import FAMILIES
+from lorameter.records.record import WorkerInfo
 from lorameter.trial.serve import serve
 
 PRELOAD = ("torch", "transformers", "peft", "bitsandbytes", "lorameter.trial.trial")

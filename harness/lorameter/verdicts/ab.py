@@ -18,13 +18,13 @@ from lorameter.records.metrics import METRICS
 from lorameter.records.record import Interleaving, Notice
 from lorameter.records.store import Run
 from lorameter.stats import Comparison
-from lorameter.studies.from_run import read_study
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
+from lorameter.studies.study_file import read_study
 from lorameter.verdicts.compare import ComparisonReport, default_metrics, fields_of, matching, row_of
 from lorameter.verdicts.comparison_input import Difference
 from lorameter.verdicts.notices import run_notices
-from lorameter.verdicts.same_training import compare_losses, sides_of_run
+from lorameter.verdicts.same_training import compare_losses, sides_of_run, versions_by_name
 from lorameter.verdicts.series import (
     Key,
     LimitsOf,
@@ -41,7 +41,6 @@ from lorameter.verdicts.series import (
     without_equality,
 )
 from lorameter.verdicts.sites import is_mixed, join_notices, runs_of_sites
-from lorameter.verdicts.software import versions_by_name
 from lorameter.verdicts.validity import run_validity
 
 

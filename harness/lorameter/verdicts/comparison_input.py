@@ -21,12 +21,12 @@ from lorameter.machine import provenance
 from lorameter.records import codec
 from lorameter.records.store import Run
 from lorameter.stats import Comparison
-from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study
+from lorameter.studies.study_file import read_study
 from lorameter.studies.variant import AnyVariant
+from lorameter.verdicts.same_training import facts_of
 from lorameter.verdicts.series import Trials, group_trials
 from lorameter.verdicts.sites import refuse_mixed
-from lorameter.verdicts.software import facts_of
 from lorameter.verdicts.validity import run_validity
 
 

@@ -1,5 +1,10 @@
 """Tests of the frozen base: no step may change it; changes that only look like training are named and are not a
-fault."""
+fault.
+
+Tests that the tensors of the base prove its storage, its precision and that it is frozen.
+
+Tests that the bits of a base follow from its bytes, in the formats of several libraries.
+"""
 
 import peft
 import pytest
@@ -8,6 +13,7 @@ import torch.distributed as dist
 from negative_controls.small_run import SmallRun
 from torch import nn
 
+import kernels_check
 from kernels_check import verify
 from kernels_check.observe.adapter import adapter_layers
 from lorameter.run.feasibility import SHARDS_INTEGERS, shards_4bit
@@ -226,3 +232,94 @@ def test_full_fine_tuning_moves_the_base(spoil, status, words):
     check = _judged(model, optimizer, path="base.learning")
     assert check.status == status, check.reason
     assert words in check.reason
+
+
+def _bases(run):
+    return [layer.base for layer in adapter_layers(run.model)]
+
+
+def test_an_unset_compute_dtype_is_read_after_the_first_forward(training):
+    """bitsandbytes sets an unset compute dtype from its first input."""
+    assert training(compute=None, dtype="bfloat16").check("base.compute_dtype", "bfloat16").met
+
+
+def test_a_bias_cast_by_the_forward_is_no_training(training):
+    """bitsandbytes casts a float32 bias to the compute dtype in the first forward; the reason says so."""
+    run = training()
+    base = _bases(run)[0]
+    base.bias = torch.nn.Parameter(torch.full((128,), 0.1), requires_grad=False)
+    check = run.check("base.frozen", True)
+    assert check.met
+    assert "cast once by the forward" in check.reason
+    assert "q_proj.base_layer.bias" in check.reason
+
+
+def test_a_step_in_eval_mode_that_repacks_the_base_is_seen(training):
+    """A base whose bytes change during the step is not called frozen or double quantised."""
+    run = training()
+    if not _bases(run)[0].support_avx512bf16_for_cpu:
+        pytest.skip("this CPU has no AVX512_BF16, so bitsandbytes does not repack")
+    run.model.eval()
+    check = run.check("base.frozen", True)
+    assert check.status == "unknown"
+    assert "repacked Linear4bit weights in place" in check.reason
+    assert "packed_cpu" in run.check("base.gemm_path", "dequantize").observed
+    assert run.check("base.double_quant", True).status != "active"
+
+
+def test_the_gemm_path_of_a_float_base_is_not_applicable(training):
+    """A float base has no 4-bit product."""
+    assert training(quant=None).check("base.gemm_path", "dequantize").status == "not_applicable"
+
+
+class Adapted(nn.Module):
+    """An adapter on a base layer of another library, without the base's product."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer, self.lora_A, self.lora_B = base, nn.Linear(64, 2), nn.Linear(2, 32)
+
+    def forward(self, x):
+        return self.lora_B(self.lora_A(x))
+
+
+def packed(name, shape, dtype=torch.int32, **attributes):
+    """Return a layer that stores integers in a buffer and describes them in attributes."""
+    layer = nn.Module()
+    layer.register_buffer(name, torch.zeros(shape, dtype=dtype))
+    vars(layer).update(attributes)
+    return layer
+
+
+def plain(dtype):
+    """Return a linear layer of a floating point type."""
+    return nn.Linear(64, 32, bias=False).to(dtype).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("base", "bits"),
+    [
+        (packed("qweight", (64 // 8, 32), bits=4, in_features=64, out_features=32), 4),
+        (packed("qweight", (64, 32 // 8), w_bit=4, in_features=64, out_features=32), 4),
+        (packed("W_q", (64 * 32 // 2, 1), torch.uint8, meta={"nbits": 4, "shape": (32, 64)}), 4),
+        (plain(torch.bfloat16), 16),
+        (plain(torch.float8_e4m3fn), 8),
+        (packed("qweight", (64 // 8, 32), bits=8, in_features=64, out_features=32), None),
+        (packed("qweight", (64 // 8, 32)), None),
+    ],
+    ids=["GPTQ", "AWQ", "HQQ", "bfloat16", "float8", "a false claim", "no claim"],
+)
+def test_the_bits_of_a_base_are_those_of_its_bytes(base, bits):
+    """An attribute that contradicts the bytes, and integers without an attribute, are unknown."""
+    model = nn.Sequential(Adapted(base))
+    optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.1)
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.ones(2, 64)).sum().backward()
+        optimizer.step()
+
+    checks = kernels_check.verify(model, step, {"base.bits": bits or 4})
+    check = next(check for check in checks if check.path == "base.bits")
+    assert check.status == ("unknown" if bits is None else "active"), check.reason
+    assert check.observed == bits

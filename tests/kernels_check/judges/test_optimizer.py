@@ -1,10 +1,32 @@
-"""Tests that the optimizer is judged by its class, its operators and the device of its state."""
+"""Tests that the optimizer is judged by its class, its operators and the device of its state.
+
+Tests of trained embeddings and norms: they count if an optimizer changed them or PEFT's replacements of them.
+
+Tests that the gradient of each loss decides whether all tokens of a step have the same weight.
+
+Tests that the attention of a request is judged by its own operators, in the terms of the step's requirement.
+"""
+
+import dataclasses
+from functools import partial
+from types import SimpleNamespace
 
 import bitsandbytes as bnb
+import peft
 import pytest
 import torch
+from negative_controls.adapter_faults import return_log_probs, with_embeddings
+from negative_controls.small_run import SmallRun
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import kernels_check
+from kernels_check.judges.attention import judge_request
+from kernels_check.judges.batch import judge_tokens
 from kernels_check.judges.optimizer import is_class
+from kernels_check.observe.loss import LossPass, LossSeen
+from kernels_check.observe.operators import AttentionCall
+from kernels_check.observe.profile import StepProfile
+from kernels_check.step_watch import REQUEST
 
 ADAMW = ("torch.optim.adamw.AdamW", "torch.optim.adam.Adam", "torch.optim.optimizer.Optimizer", "builtins.object")
 
@@ -92,3 +114,265 @@ def test_an_update_by_kernels_of_a_library_is_unknown(training):
     check = run.check("optimizer.fused", False)
     assert (check.status, check.observed) == ("unknown", None)
     assert "Foreign wrote no parameter by an operator" in check.reason
+
+
+def _whole(*, tied, rate=1e-3):
+    """Return a run that trains all parameters of a model without an adapter, with tied or untied embeddings."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=tied))
+    inputs = {"input_ids": torch.randint(1, 48, (2, 8))}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    return SmallRun(model=model, optimizer=optimizer, inputs=inputs)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_that_share_a_weight_count_once(tied):
+    """Tied embeddings count as one, also without an adapter."""
+    check = _whole(tied=tied).check("embedding.trained", True)
+    assert check.met
+    assert check.reason.startswith("1 of 1" if tied else "2 of 2")
+
+
+def test_frozen_parts_are_not_trained(training):
+    """LoRA trains neither embeddings nor norms; that meets a requirement of false and is not applicable without a
+    requirement."""
+    run = training()
+    checks = {check.path: check for check in run.verify({"embedding.trained": False})}
+    assert checks["embedding.trained"].met
+    assert (checks["norms.trained"].status, checks["norms.trained"].observed) == ("not_applicable", False)
+    assert "0 of 5 norms updated" in checks["norms.trained"].reason
+
+
+def test_copies_that_train_count_for_the_modules_they_replace(training):
+    """The replaced originals stay frozen by design."""
+    run = training(adapter=with_embeddings)
+    check = run.check("embedding.trained", True)
+    assert check.met
+    assert check.reason.startswith("2 of 2 embeddings updated")
+    tuning = peft.LNTuningConfig(target_modules=["input_layernorm"], task_type="CAUSAL_LM")
+    norms = training(quant=None, dtype="float32", adapter=lambda: tuning)
+    assert norms.check("norms.trained").observed == "2 of 5"
+
+
+def test_factors_next_to_an_embedding_take_two_watched_steps(training):
+    """One LoRA factor has no gradient until the other has left zero, so that two steps are needed; frozen embeddings
+    need one."""
+    lora = peft.LoraConfig(target_modules=["embed_tokens", "lm_head"], task_type="CAUSAL_LM")
+    adamw = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.01)
+    run = training(quant=None, dtype="float32", adapter=lambda: lora, make_optimizer=adamw)
+    watched = kernels_check.watch(run.model, {"embedding.trained": True})
+    found = []
+    for _ in range(2):
+        with watched:
+            run.step()
+        checks = {check.path: check for check in watched.checks}
+        found.append(checks["embedding.trained"].status)
+        assert checks["norms.trained"].observed is False
+    assert found == ["unknown", "active"]
+
+
+def test_a_rate_of_zero_is_unknown():
+    """A learning rate of zero and a step without an optimizer are unknown."""
+    check = _whole(tied=True, rate=0.0).check("embedding.trained", True)
+    assert (check.status, check.observed) == ("unknown", None)
+    assert "the learning rate is 0" in check.reason
+    run = _whole(tied=True)
+    run.optimizer.step = lambda: None
+    assert "no torch.optim.Optimizer stepped" in run.check("embedding.trained", False).reason
+
+
+def test_embeddings_that_cannot_be_read_are_unknown(monkeypatch):
+    """An exception of the model does not mean that it has no embedding; one readable embedding proves nothing."""
+
+    def fail(model):
+        raise RuntimeError("not now")
+
+    run = _whole(tied=False)
+    monkeypatch.setattr(type(run.model), "get_output_embeddings", fail)
+    check = run.check("embedding.trained", True)
+    assert (check.status, check.reason) == ("unknown", "RuntimeError: not now")
+    monkeypatch.setattr(type(run.model), "get_output_embeddings", lambda model: model.get_decoder().embed_tokens)
+    assert run.check("embedding.trained", True).met
+
+
+def _passes(*counts, weights=None, tolerance=1e-3, mean=True, sums=None):
+    weights = weights or [1 / sum(counts)] * len(counts)
+    made = zip(counts, weights, sums or [0] * len(counts), strict=True)
+    passes = (LossPass(tokens=n, positions=64, weight=w, tolerance=tolerance, mean=mean, sum=s) for n, w, s in made)
+    return SimpleNamespace(loss=LossSeen(passes=tuple(passes)))
+
+
+@pytest.mark.parametrize(
+    ("seen", "observed", "words"),
+    [
+        (_passes(30), True, "the loss is over 30 of 64 tokens; in one pass"),
+        (_passes(30, 10), True, "in 2 passes of 30, 10; each weighs the same"),
+        (_passes(30, 10, weights=[0.5 / 30, 0.5 / 10]), False, "3 times as much"),
+        (_passes(30, 10, weights=[0.025, 0.0251]), False, "1 times as much"),
+        (_passes(30, 10, weights=[0.025, 0.0251], tolerance=2e-2), True, "each weighs the same"),
+        (_passes(20, 20, weights=[1 / 20, 1 / 20]), False, "add up to 2"),
+        (_passes(20, 20, weights=[1 / 20, 1 / 20], mean=False), True, "all together 2"),
+        (_passes(20, 20, weights=[1024 / 40, 1024 / 40]), True, "each weighs the same"),
+        (_passes(30, 0, weights=[1 / 30, 0.0]), False, "1 of 2 passes have none"),
+        (_passes(30, 10, weights=[0.0, 0.1]), False, "0.1, others 0"),
+        (_passes(20, 20, weights=[1 / 20 * 1.0011] * 2), True, "each weighs the same, and all together 2"),
+        (_passes(20, 20, weights=[1 / 20 * 1.0009] * 2), False, "add up to 2"),
+        (_passes(30, 10, weights=[1 / 30, 1 / 10], sums=[0, 1]), True, "each in one pass"),
+        (_passes(30, 10, 30, weights=[0.5 / 30, 0.5 / 10, 1 / 30], sums=[0, 0, 1]), False, "3 times as much"),
+        (_passes(20, 20, 20, weights=[1 / 20, 1 / 40, 1 / 40], sums=[0, 1, 1]), True, "all together 1"),
+    ],
+)
+def test_losses_are_judged_by_the_weights_of_their_passes(seen, observed, words):
+    """Equal weights are right whatever factor a scaler applies; a mean over no tokens is undefined."""
+    finding = judge_tokens(seen, True)
+    assert finding.observed is observed
+    assert words in finding.reason
+
+
+def test_a_loss_computed_outside_the_model_is_unknown(training):
+    """A loss computed from logits without labels, and a custom loss in place of the model's, are unknown."""
+    run = training()
+
+    def from_logits(run):
+        logits = run.model(input_ids=run.inputs["input_ids"]).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), run.inputs["input_ids"][:, 1:].flatten()
+        )
+        loss.backward()
+        return loss
+
+    run.passes = from_logits
+    assert "its loss is made elsewhere" in run.check("loss.tokens", True).reason
+
+    def own_loss(run):
+        loss = run.model(**run.inputs, labels=run.inputs["input_ids"]).logits.float().square().mean()
+        loss.backward()
+        return loss
+
+    run.passes = own_loss
+    check = run.check("loss.tokens", True)
+    assert check.status == "unknown"
+    assert "nothing went back through the loss" in check.reason
+    assert run.check("loss.tokens").status == "not_applicable"
+
+
+def test_a_pass_whose_gradients_are_cleared_leaves_the_next_in_doubt(training):
+    """The cleared pass may have had another purpose, or its gradients may be stored elsewhere until the update."""
+    run = training()
+
+    def passes(run):
+        for _ in range(2):
+            run.optimizer.zero_grad(set_to_none=False)
+            loss = run.model(**run.inputs, labels=run.inputs["input_ids"]).loss
+            loss.backward()
+        return loss
+
+    run.passes = passes
+    check = run.check("loss.tokens", True)
+    assert check.status == "unknown"
+    assert "gone before the next" in check.reason
+
+
+def test_two_losses_that_go_back_at_once_are_two_passes_of_one_sum(training):
+    """This holds for any order of autograd."""
+    run = training()
+
+    def passes(run):
+        losses = [run.model(**run.inputs, labels=run.inputs["input_ids"]).loss for _ in range(2)]
+        loss = sum(losses) / 2
+        loss.backward()
+        return loss
+
+    run.passes = passes
+    check = run.check("loss.tokens", True)
+    assert check.reason.endswith("in 2 passes of 30, 30; each weighs the same, and all together 1")
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "words"),
+    [
+        ({}, "active", "the loss is over 44 of 64 tokens, in 2 passes of 30, 14; each weighs the same, and all"),
+        ({"counted": False}, "fallback", "a mean of means"),
+        ({"weigh": lambda scores: scores.exp().detach()}, "unknown", "the loss weighs each token by itself"),
+    ],
+)
+def test_a_loss_of_log_probabilities_is_judged_by_their_gradients(training, options, status, words):
+    """In TRL's SFTTrainer the model returns one token less and no loss for training."""
+    run = training()
+    ids = run.inputs["input_ids"]
+    run.accumulated = [dict(run.inputs)]
+    run.inputs = {"input_ids": ids, "labels": ids.masked_fill(torch.arange(16) < 9, -100)}
+    return_log_probs(run, **options)
+    check = run.check("loss.tokens", True)
+    assert check.status == status, check.reason
+    assert words in check.reason
+
+
+FLASH = AttentionCall(op="aten::_scaled_dot_product_flash_attention", backend="flash", direction="forward", mask=False)
+CUDNN = dataclasses.replace(FLASH, op="aten::_scaled_dot_product_cudnn_attention", backend="cudnn")
+MATH = dataclasses.replace(FLASH, op="aten::_scaled_dot_product_attention_math", backend="math")
+BACKWARD = dataclasses.replace(MATH, direction="backward")
+
+
+@pytest.fixture
+def judge():
+    """A function that judges the calls or the kernels of a request."""
+
+    def judged(required, *calls, kernels=None):
+        seen = StepProfile(attention=calls, fourbit=(), kernels=kernels or {})
+        return judge_request(torch.nn.Identity(), seen, required).against(REQUEST, required)
+
+    return judged
+
+
+@pytest.mark.parametrize(
+    ("required", "calls", "status", "observed"),
+    [
+        ("fused", (FLASH, FLASH), "active", "flash"),
+        ("fused", (CUDNN, FLASH), "active", "cudnn+flash"),
+        ("flash", (CUDNN,), "active", "cudnn"),
+        ("fused", (FLASH, MATH), "fallback", "flash+math"),
+        ("flash_attention_2", (MATH,), "fallback", "math"),
+        ("eager", (FLASH,), "fallback", "flash"),
+        (None, (MATH, FLASH), "active", "flash+math"),
+        ("fused", (FLASH, BACKWARD), "active", "flash"),
+    ],
+)  # fmt: skip
+def test_a_request_is_fused_where_a_step_must_be(judge, required, calls, status, observed):
+    """Any fused backend is accepted, also one other than the step's; every call of the request counts, and no other."""
+    check = judge(required, *calls)
+    assert (check.path, check.status, check.observed) == ("request.attention", status, observed)
+
+
+def test_the_reason_counts_calls_and_masks(judge):
+    """The reason also says what prevents a fused backend, where one is required."""
+    masked = dataclasses.replace(MATH, mask=True)
+    check = judge("fused", FLASH, FLASH, masked)
+    assert check.reason.startswith("forward: 2 flash, 1 math; 1 with an explicit mask; likely cause: an explicit mask")
+    assert judge("fused", FLASH).reason == "forward: 1 flash"
+    assert judge(None, masked).reason == "forward: 1 math; 1 with an explicit mask"
+    assert judge("fused", dataclasses.replace(FLASH, mask=None)).reason == "forward: 1 flash"
+
+
+@pytest.mark.parametrize(("attention", "observed"), [("sdpa", "flash"), ("eager", "eager")])
+def test_a_real_request_is_watched(training, attention, observed):
+    """Prefill and one decoding step each have one call in each layer."""
+    run = training(attention=attention, quant=None)
+    run.model.eval()
+    asked = []
+
+    @torch.no_grad()
+    def request():
+        asked.append(1)
+        prompt = run.inputs["input_ids"][:1, :6]
+        run.model.generate(input_ids=prompt, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+
+    check = kernels_check.watch_request(run.model, request, observed)
+    assert check.met, check.reason
+    layers = run.model.config.num_hidden_layers
+    assert check.reason.startswith(f"forward: {2 * layers} {observed}")
+    assert len(asked) == 1
+    other = "eager" if observed == "flash" else "fused"
+    check = kernels_check.watch_request(run.model, request, other)
+    assert (check.status, check.observed) == ("fallback", observed)

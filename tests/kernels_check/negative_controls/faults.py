@@ -1,14 +1,19 @@
-"""Faults of a run after it was built, as users cause them."""
+"""Faults of a run after it was built, as users cause them.
+
+A negative control, and whether it holds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
+from kernels_check.check import Check, Json
 from kernels_check.observe.adapter import adapter_parameters
-from negative_controls.small_run import PAD_TOKEN, SmallRun, autocast, only_math
+from negative_controls.small_run import PAD_TOKEN, SmallRun, autocast, build, forget_compilations, only_math
 
 
 def force_math(run: SmallRun) -> None:
@@ -133,3 +138,119 @@ def _new_optimizer(run: SmallRun) -> None:
     import torch
 
     run.optimizer = torch.optim.AdamW([value for value in run.model.parameters() if value.requires_grad], lr=1e-3)
+
+
+Build: TypeAlias = Callable[[], SmallRun]
+Change: TypeAlias = Callable[[SmallRun], object]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Builds a run and then changes it in order. Recipes with the same text give the same run."""
+
+    make: Build
+    changes: tuple[Change, ...]
+    text: str
+    """The identity of the recipe: its functions with their arguments."""
+
+    def __call__(self) -> SmallRun:
+        run = self.make()
+        for change in self.changes:
+            change(run)
+        return run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """A faulty run and a healthy one."""
+
+    name: str
+    path: str
+    """The path whose check must find the fault."""
+    required: Json
+    fault: Recipe
+    healthy: Recipe
+    words: tuple[str, ...]
+    """Words that the reason must contain."""
+    not_words: tuple[str, ...] = ()
+    """Words that the reason must not contain."""
+    caught_by: Literal["status", "reason", "unknown"] = "status"
+    """``reason``: the required path did run, and the reason warns of a side effect or of CUDA's behaviour. ``unknown``:
+    the evidence is contradictory, and the reason says where."""
+    needs_cuda: str | None = None
+    """Why the fault shows only on a GPU."""
+
+
+def control(name: str, path: str, required: Json, fault: Build, healthy: Build, *words: str, **options: Any) -> Control:
+    """Return a row of the catalogue."""
+    return Control(
+        name=name, path=path, required=required, fault=_recipe(fault), healthy=_recipe(healthy), words=words, **options
+    )
+
+
+def small(*changes: Change, **options: Any) -> Recipe:
+    """Return a recipe that builds a small run with ``options`` and applies the ``changes`` in order."""
+    return changed(partial(build, **options), *changes)
+
+
+def changed(make: Build, *changes: Change) -> Recipe:
+    """Return a recipe that makes a run and applies the ``changes`` in order."""
+    return Recipe(make, changes, " then ".join(map(_text, (make, *changes))))
+
+
+def _recipe(make: Build) -> Recipe:
+    return make if isinstance(make, Recipe) else changed(make)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, partial):
+        given = [*map(_text, value.args), *(f"{name}={_text(one)}" for name, one in value.keywords.items())]
+        return f"{_text(value.func)}({', '.join(given)})"
+    return repr(value)
+
+
+HEALTHY = small()
+
+
+@dataclass
+class Verifier:
+    """Verifies the runs of controls; controls with the same recipe share the verification."""
+
+    controls: tuple[Control, ...]
+    _checks: dict[tuple[str, str, Json], Check] = field(default_factory=dict)
+
+    def failures(self, control: Control) -> list[str]:
+        """Return everything that the control requires and that does not hold."""
+        broken, sound = (self._check(recipe, control) for recipe in (control.fault, control.healthy))
+        return find_failures(control, broken, sound)
+
+    def _check(self, recipe: Recipe, control: Control) -> Check:
+        key = recipe.text, control.path, control.required
+        if key not in self._checks:
+            required = {control.path: control.required}
+            for other in self.controls:
+                if recipe.text in (other.fault.text, other.healthy.text):
+                    required.setdefault(other.path, other.required)
+            try:
+                checks = recipe().verify(required)
+            finally:
+                forget_compilations()
+            self._checks |= {(recipe.text, one.path, one.required): one for one in checks}
+        return self._checks[key]
+
+
+def find_failures(control: Control, broken: Check, sound: Check) -> list[str]:
+    """Return everything that a control requires and that these checks do not show."""
+    failures = []
+    caught = {"status": broken.status in ("fallback", "absent"), "unknown": broken.status == "unknown"}
+    if not caught.get(control.caught_by, broken.met):
+        failures.append(f"the faulty run is {broken.status}")
+    missing = [word for word in control.words if word not in broken.reason]
+    failures += [f"its reason lacks {', '.join(map(repr, missing))}: {broken.reason}"] if missing else []
+    present = [word for word in control.not_words if word in broken.reason]
+    failures += [f"its reason has {', '.join(map(repr, present))}: {broken.reason}"] if present else []
+    if not sound.met:
+        failures.append(f"the healthy run is {sound.status}: {sound.reason}")
+    if control.caught_by == "reason" and all(word in sound.reason for word in control.words):
+        failures.append(f"the healthy run is given the same warning: {sound.reason}")
+    return failures

@@ -1,9 +1,21 @@
-"""Tests that usual training code counts as adapter learning, and that code which undoes the update does not."""
+"""Tests that usual training code counts as adapter learning, and that code which undoes the update does not.
+
+Tests that adapters are separated from their base by the layers that hold them, and that only the active adapter is
+judged.
+
+Tests that biases of the base belong to the adapter exactly if PEFT trains them with the active adapter.
+"""
 
 import peft
 import pytest
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+
+from kernels_check import verify
+from kernels_check.observe.adapter import (
+    adapter_layers,
+)
 
 BOTH = ("peft.attached", "peft.learning")
 
@@ -152,3 +164,103 @@ def test_ranks_that_adalora_takes_away_are_no_loss(training):
 
     check = judged(run, step)
     assert check.met, check.reason
+
+
+ADAPTERS = {
+    "default": {"r": 4, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]},
+    "wide": {"r": 16, "lora_dropout": 0.2, "target_modules": "all-linear"},
+    "narrow": {"r": 2, "lora_dropout": 0.0, "target_modules": ["down_proj"]},
+}
+LAYERS = {"default": 4, "wide": 14, "narrow": 2}
+
+
+@pytest.fixture
+def shared(training):
+    """One base with three adapters that have each taken an optimizer step; returns activate(name) -> run."""
+    run = training()
+    for name in list(ADAPTERS)[1:]:
+        run.model.add_adapter(name, peft.LoraConfig(task_type="CAUSAL_LM", **ADAPTERS[name]))
+    run.optimizers = {}
+
+    def activate(name):
+        run.model.set_adapter(name)
+        if name not in run.optimizers:
+            trained = [value for value in run.model.parameters() if value.requires_grad]
+            run.optimizers[name] = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+        run.optimizer = run.optimizers[name]
+        return run
+
+    for name in ADAPTERS:
+        activate(name).step()
+    return activate
+
+
+def _requirements(name):
+    return {
+        **{"attention.backend": "fused", "base.bits": 4, "base.quant_type": "nf4", "base.frozen": True},
+        **{"peft.attached": True, "peft.learning": True, "peft.dropout": ADAPTERS[name]["lora_dropout"]},
+        **{"peft.dtype": "float32", "optimizer.class": "torch.optim.AdamW", "optimizer.fused": True, "mode": "train"},
+    }
+
+
+@pytest.mark.parametrize("name", ["default", "wide"])
+def test_each_adapter_in_turn_is_active_throughout(shared, name):
+    """Rank, dropout and targets are those of the active adapter; inactive adapters are not a fault."""
+    run = shared(name)
+    assert len(adapter_layers(run.model)) == LAYERS[name]
+    checks = {check.path: check for check in run.verify(_requirements(name))}
+    failed = [(path, checks[path].reason) for path in _requirements(name) if not checks[path].met]
+    assert failed == []
+    assert f"adapter {name} enabled, unmerged and executed in {LAYERS[name]} layers" in checks["peft.attached"].reason
+    assert f"{2 * LAYERS[name]} of {2 * LAYERS[name]} trainable parameters" in checks["peft.learning"].reason
+
+
+def test_a_frozen_adapter_is_caught_among_several(shared):
+    """A frozen active adapter is reported as not learning although an inactive one is trainable."""
+    name = "narrow"
+    run = shared(name)
+    other = next(key for key in ADAPTERS if key != name)
+    for parameter, value in run.model.named_parameters():
+        value.requires_grad_(f".{other}." in parameter or parameter.endswith("norm.weight"))
+    check = run.check("peft.learning", True)
+    assert (check.status, check.observed) == ("fallback", False)
+    assert f"{2 * LAYERS[name]} of {2 * LAYERS[name]} parameters frozen" in check.reason
+
+
+def _base():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 2))
+
+
+def _config(bias="none", **options):
+    return peft.LoraConfig(r=2, bias=bias, **({"target_modules": ["0", "2"]} | options))
+
+
+def _learning(model, optimizer):
+    inputs = torch.randn(4, 8)
+
+    def step():
+        optimizer.zero_grad()
+        model(inputs).pow(2).mean().backward()
+        optimizer.step()
+
+    checks = verify(model, step, {"peft.learning": True, "peft.attached": True})
+    assert next(check for check in checks if check.path == "peft.attached").met
+    return next(check for check in checks if check.path == "peft.learning")
+
+
+def test_biases_must_train_with_the_adapter():
+    """All biases count; a frozen bias and one that the optimizer does not hold are found."""
+    model, count = peft.get_peft_model(_base(), _config("lora_only")).train(), 2
+    trained = [value for value in model.parameters() if value.requires_grad]
+    found = _learning(model, torch.optim.AdamW(trained, lr=1e-2))
+    assert found.met, found.reason
+    assert f"{4 + count} of {4 + count} trainable parameters" in found.reason
+    factors = [value for name, value in model.named_parameters() if "lora_" in name]
+    found = _learning(model, torch.optim.AdamW(factors, lr=1e-2))
+    assert found.status == "fallback"
+    assert f"{count} of {4 + count} parameters not given to the optimizer" in found.reason
+    model.base_model.model[0].base_layer.bias.requires_grad_(False)
+    found = _learning(model, torch.optim.AdamW(trained, lr=1e-2))
+    assert found.status == "fallback"
+    assert f"1 of {4 + count} parameters frozen: base_model.model.0.base_layer.bias" in found.reason

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.flops import StepTokens, computed_tokens, training_flops
 from lorameter.models.costs.modules import UncountedError, count_products, from_values, to_values
-from lorameter.models.families import FAMILIES
+from lorameter.models.shapes import FAMILIES
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import LoraVariant

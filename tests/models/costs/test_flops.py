@@ -1,12 +1,24 @@
-"""Tests of the FLOPs of a step: by hand for a small model, and against published figures of a large one."""
+"""Tests of the FLOPs of a step: by hand for a small model, and against published figures of a large one.
+
+Tests that published peaks support the range of `estimate --gpu`.
+
+The range of peak over estimate is the central 95 % of the published peaks of batches with one length, rounded outwards
+to whole per cent.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+import tomllib
+from pathlib import Path
 
 import pytest
 
+from lorameter.cli import main
 from lorameter.errors import UsageError
+from lorameter.machine import provenance
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.flops import (
     StepTokens,
@@ -16,7 +28,15 @@ from lorameter.models.costs.flops import (
     six_n,
     training_flops,
 )
-from lorameter.models.shapes import ModelShape
+from lorameter.models.costs.lora import width
+from lorameter.models.costs.memory import (
+    CUDA_CONTEXT_BYTES,
+    PEAK_RANGES,
+    PUBLISHED_PEAKS,
+    PUBLISHED_WITHIN,
+    estimate_memory,
+)
+from lorameter.models.shapes import ModelShape, linear_layers
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 
@@ -114,3 +134,58 @@ def test_targets_that_are_not_counted(target):
     """The head, single blocks and layers of other families are refused."""
     with pytest.raises(UsageError, match=r"target_modules.*of every block"):
         training_flops(SMALL, LoraVariant(target_modules=(target,)), THREE)
+
+
+TABLE = tomllib.loads(Path(__file__).with_name("published_peaks.toml").read_text(encoding="utf-8"))
+SHAPES = {name: ModelShape(**{"tied": False, "context": 2**20, **values}) for name, values in TABLE["models"].items()}
+WORKLOAD_KEYS = {field.name for field in dataclasses.fields(Workload)}
+
+
+def ratio_of(source, row):
+    """Return the published peak of a row over its estimate."""
+    own = {name: value for name, value in row.items() if name not in ("model", "peak")}
+    changes = source["variant"] | {name: value for name, value in own.items() if name not in WORKLOAD_KEYS}
+    if "target_modules" in changes:
+        changes["target_modules"] = tuple(changes["target_modules"])
+    variant = LoraVariant(name=row["model"], **changes)
+    workload = Workload(**source["workload"] | {name: value for name, value in own.items() if name in WORKLOAD_KEYS})
+    shape = SHAPES.get(row["model"]) or shapes.shape(catalogue.resolve(f"random:{row['model']}"))
+    estimate = estimate_memory(variant, workload, shape, phase=source["phase"], device="cuda").total_bytes
+    if source["measured"] == "device":
+        estimate += CUDA_CONTEXT_BYTES
+    if source.get("keeps_4bit_inputs") and variant.is_4bit and not variant.gradient_checkpointing:
+        # bitsandbytes before 0.43.2 (its pull request 1270) saved the input of each 4-bit layer.
+        inputs = {layer.stage: layer.inputs for layer in linear_layers(shape).values() if layer.stage != "attended"}
+        tokens = workload.batch_size * workload.sequence_length
+        estimate += shape.layers * tokens * sum(inputs.values()) * width(variant.dtype)
+    return row["peak"] * source["unit"] / estimate
+
+
+def test_the_range_is_derived_from_the_published_peaks():
+    """The program's constants follow from the table, and at least 95 % of the peaks are within the range."""
+    sources = [source for source in TABLE["source"] if source.get("one_length", True)]
+    ratios = sorted(ratio_of(source, row) for source in sources for row in source["rows"])
+    outside = math.floor(0.025 * len(ratios))  # at each end
+    low, high = math.floor(100 * ratios[outside]) / 100, math.ceil(100 * ratios[-1 - outside]) / 100
+    assert (low, high) == PEAK_RANGES["cuda"]
+    within = sum(low <= ratio <= high for ratio in ratios)
+    assert (within, len(ratios)) == (PUBLISHED_WITHIN, PUBLISHED_PEAKS)
+    assert within >= 0.95 * len(ratios)
+
+
+def test_the_command_s_range_covers_a_published_peak(capsys, tmp_path, monkeypatch, machine):
+    """A peak of Llama-2-7B by litgpt is in the range of the command for the same settings."""
+    monkeypatch.setattr(provenance, "probe_machine", lambda environment=None: machine)
+    study = tmp_path / "study.toml"
+    study.write_text(
+        'title = "t"\n[workload]\nmodel = "random:llama2-7b"\nbatch_size = 2\nsequence_length = 1304\n'
+        '[[variant]]\nname = "lora"\nr = 8\ntarget_modules = ["q_proj", "v_proj"]\nlora_dropout = 0.05\n'
+        'adapter_dtype = "bfloat16"\nattention = "flash_attention_2"\noptimizer = "adamw"\n'
+    )
+    assert main(["estimate", f"{study}:lora", "--gpu", "40GiB", "--json", "--runs-dir", str(tmp_path)]) == 0
+    document = json.loads(capsys.readouterr().out)
+    peak = 29.07e9 + document["train"]["outside_allocator"]["context"]
+    needs, error = document["fit"]["needs"], document["fit"]["error"]
+    assert needs["low_bytes"] <= peak <= needs["high_bytes"]
+    assert needs["high_bytes"] == int(needs["expected_bytes"] * (1 + error["high"]))
+    assert f"{PUBLISHED_WITHIN} of {PUBLISHED_PEAKS} published peaks" in error["basis"]

@@ -1,10 +1,32 @@
-"""Tests of the vendors' figures: found by the exact name of a device, dense, each with its source."""
+"""Tests of the vendors' figures: found by the exact name of a device, dense, each with its source.
+
+Tests of shares of a peak: arithmetic, interval, formula and source.
+
+Tests of `--gpu`: it takes the name of a GPU or a memory size, and refuses anything else with the choices.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
-from lorameter.models.costs.peaks import DEVICES, stated_peak
+from lorameter.errors import UsageError
+from lorameter.models.costs.flops import computed_tokens, row_tokens, six_n, training_flops
+from lorameter.models.costs.peaks import (
+    DEVICES,
+    DRIVER_SHARE,
+    Peak,
+    TimeSpan,
+    ceiling_of,
+    find_card,
+    product_rate,
+    stated_peak,
+    utilisation,
+)
+from lorameter.models.shapes import ModelShape
+from lorameter.studies.variant import LoraVariant
+from lorameter.studies.workload import Workload
 
 
 @pytest.mark.parametrize(
@@ -51,3 +73,126 @@ def test_figures_are_dense_and_have_a_source():
         assert tf32 is None or half / tf32 == pytest.approx(2, rel=0.02)
     names = [name for device in DEVICES for name in device.names]
     assert len(names) == len(set(names))
+
+
+SHAPE = ModelShape(
+    hidden_size=64, intermediate_size=128, layers=2, heads=2, kv_heads=1, head_dim=32, vocab_size=100, context=64,
+    tied=False, architecture="llama",
+)  # fmt: skip
+VARIANT = LoraVariant(r=4, target_modules=("q_proj", "v_proj"), gradient_checkpointing=True)
+WORKLOAD = Workload(sequence_length=32, batch_size=2)
+USEFUL, COMPUTED = row_tokens(VARIANT, WORKLOAD), computed_tokens(VARIANT, WORKLOAD)
+PEAK = Peak(device="Test GPU", rate="bfloat16", per_s=1e10, source="Test GPU datasheet")
+STEP = TimeSpan(value=0.01, low=0.008, high=0.0125)
+
+
+def test_a_share_with_its_interval():
+    """The upper end of the time gives the lower end of the share."""
+    found = utilisation("MFU", 50_000_000, STEP, PEAK, "products")
+    assert found.value == pytest.approx(0.5)
+    assert (found.low, found.high) == (pytest.approx(0.4), pytest.approx(0.625))
+    assert str(found) == (
+        "MFU 50.0% [40.0%, 62.5%] = products (5e+07 FLOP) / (0.01 s × peak), "
+        "peak 10 bfloat16 GFLOP/s of Test GPU (Test GPU datasheet)"
+    )
+
+
+def test_three_figures_of_one_step():
+    """MFU counts the FLOPs that the model needs, HFU the computed ones, and 6N those of training all weights."""
+    ceiling = ceiling_of(SHAPE, VARIANT, STEP, PEAK, useful=USEFUL, computed=COMPUTED)
+    assert ceiling.mfu.value == pytest.approx(training_flops(SHAPE, VARIANT, USEFUL).model / 1e8)
+    assert ceiling.hfu.value == pytest.approx(training_flops(SHAPE, VARIANT, COMPUTED).hardware / 1e8)
+    assert ceiling.six_n.value == pytest.approx(six_n(SHAPE, USEFUL) / 1e8)
+    assert ceiling.mfu.low < ceiling.mfu.value < ceiling.mfu.high
+    assert "which LoRA does not compute" in str(ceiling.six_n)
+
+
+def test_recomputation_does_not_count_for_mfu():
+    """Recomputation counts for HFU only."""
+    plain = dataclasses.replace(VARIANT, gradient_checkpointing=False)
+    with_it, without = (
+        ceiling_of(SHAPE, variant, STEP, PEAK, useful=USEFUL, computed=COMPUTED) for variant in (VARIANT, plain)
+    )
+    assert with_it.mfu == without.mfu
+    assert with_it.hfu.value > without.hfu.value
+
+
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [
+        ({}, "bfloat16"),
+        ({"dtype": "float32"}, "float32"),
+        ({"dtype": "float32", "tf32": True}, "tf32"),
+        ({"dtype": "float32", "autocast": "float16"}, "float16"),
+        ({"quantization": "nf4", "compute_dtype": "float16"}, "float16"),
+        ({"quantization": "nf4", "compute_dtype": "float32", "tf32": True}, "tf32"),
+    ],
+)
+def test_the_type_that_a_step_multiplies_in(options, rate):
+    """The rate is that of the frozen layers: the compute dtype of 4-bit layers, autocast's dtype, or the weights'
+    dtype."""
+    assert product_rate(LoraVariant(**options)) == rate
+
+
+@pytest.mark.parametrize(("rate", "words"), [("memory", "data in a cache"), ("bfloat16", "which is no bound here")])
+def test_a_share_above_the_peak_is_explained(rate, words):
+    """The text says so, also for a share without an interval."""
+    peak = Peak(device="Test CPU", rate=rate, per_s=100.0, source="measured")
+    text = str(utilisation("use", 100, TimeSpan(value=0.5, low=None, high=None), peak, "work"))
+    assert "200.0% [no interval]" in text
+    assert "above 100 %" in text
+    assert words in text
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(("text", "size"), [
+    (" 24 gib ", 24 * GIB), ("24GB", 24 * 10**9), ("40536MiB", 40536 * 2**20), ("0.5TiB", 512 * GIB),
+])  # fmt: skip
+def test_a_memory_size_is_accepted_as_a_gpu(text, size):
+    """A GiB is 2^30 bytes, a GB is 10^9 bytes, and the device has no name."""
+    card = find_card(text)
+    assert (card.total_bytes, card.device_name, card.source) == (size, "", "as given")
+    assert card.usable_bytes == int(size * (1 - DRIVER_SHARE)) < size
+
+
+@pytest.mark.parametrize(("text", "label", "mib"), [
+    ("H100", "H100 80GB", 81559), ("h100 pcie", "H100 80GB", 81559), ("A100 80", "A100 80GB", 81920),
+    ("NVIDIA GeForce RTX 5090", "RTX 5090 32GB", 32607), ("Tesla T4", "T4 16GB", 15360),
+    ("rtx4090", "RTX 4090 24GB", 24564), ("4090", "RTX 4090 24GB", 24564),
+])  # fmt: skip
+def test_a_gpu_name_is_found_without_its_optional_words(text, label, mib):
+    """Maker, form factor and memory are optional in a name, and the spelling of nvidia-smi is accepted."""
+    card = find_card(text)
+    assert (card.name, card.total_bytes) == (label, mib * 2**20)
+    assert "nvidia-smi" in card.source
+
+
+def test_every_gpu_is_found_by_each_of_its_names():
+    """Each GPU of the table is found by each of its names and by its label."""
+    for device in DEVICES:
+        for name in (*device.names, device.label):
+            assert find_card(name).total_bytes == device.memory_bytes, name
+
+
+@pytest.mark.parametrize(("text", "choices"), [
+    ("A100", ("A100 40GB", "A100 80GB")), ("V100", ("V100 16GB", "V100 32GB")), ("RTX", ("RTX 3090", "RTX 5090")),
+])  # fmt: skip
+def test_a_name_of_gpus_of_different_memory_is_refused_with_the_choices(text, choices):
+    """Each choice in the error is a valid argument."""
+    with pytest.raises(UsageError, match="several, of different memory") as refused:
+        find_card(text)
+    for choice in choices:
+        assert choice in str(refused.value)
+        assert find_card(choice)
+
+
+@pytest.mark.parametrize("text", ["L40", "A10G", "RTX 4090 Laptop GPU", "MI300X", "", "GB", "24", "24XB", "x" * 5000])
+def test_an_unknown_name_is_refused_with_the_known_ones(text):
+    """A similar name is not accepted; the short error says that a memory size can be given instead."""
+    with pytest.raises(UsageError) as refused:
+        find_card(text)
+    assert "Known: A100 40GB" in str(refused.value)
+    assert "24GiB" in str(refused.value)
+    assert len(str(refused.value)) < 500

@@ -1,4 +1,7 @@
-"""Fixtures of tests on clusters: a study that takes a second, and the time-independent parts of a record."""
+"""Fixtures of tests on clusters: a study that takes a second, and the time-independent parts of a record.
+
+Checks that a run on several sites is complete.
+"""
 
 from __future__ import annotations
 
@@ -96,3 +99,14 @@ def run(pretended, capsys, tmp_path):
         return code, last, " ".join((captured.out + captured.err).split())
 
     return command
+
+
+def sites_of_whole(run):
+    """Assert that all trials of a run are ok and each replicate is on one site, and return the sites."""
+    assert {record.status for record in run.records} == {"ok"}
+    assert [record.trial for record in run.records] == list(run.manifest.order)
+    sites = {}
+    for record in run.records:
+        sites.setdefault(record.replicate, set()).add(record.site)
+    assert all(len(of_one) == 1 for of_one in sites.values())
+    return set.union(*sites.values())

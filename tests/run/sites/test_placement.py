@@ -1,7 +1,13 @@
-"""Tests that commands measure at the place of the study or the command line, with a fake executor."""
+"""Tests that commands measure at the place of the study or the command line, with a fake executor.
+
+Tests of the sites of this machine: its GPUs, or disjoint shares of its CPUs.
+
+Tests of different sites: each has its share of the replicates, is judged alone, and is never pooled.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,8 +18,16 @@ import time
 
 import pytest
 
+from lorameter.errors import UsageError
+from lorameter.machine.gpus import VisibleGpu
+from lorameter.machine.reading import Reading, missing
 from lorameter.records import store
-from tests.run.sites.wholeness import sites_of_whole
+from lorameter.run.sites import gpus
+from lorameter.run.sites.gpus import local_shares
+from lorameter.studies.study_file import read_study
+from lorameter.verdicts.ab import attribution_of, report_of
+from lorameter.verdicts.validity import run_validity
+from tests.run.sites.conftest import sites_of_whole
 
 
 def sites_of(run):
@@ -182,3 +196,165 @@ def test_a_site_of_two_ranks_uses_the_cpus_of_both_shares(placed, run):
     code, last, output = run("run", study, "--sites", "0+1")
     assert {record.status for record in last.records} == {"ok"}, output
     assert (last.path / last.records[0].log).read_text().strip() == "4,5"
+
+
+@pytest.fixture(autouse=True)
+def four_cpus(monkeypatch):
+    """Replace the machine's CPUs by four, each a core."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5, 6, 7})
+    monkeypatch.setattr(gpus, "cores_of", lambda cpus: [(cpu,) for cpu in sorted(cpus)])
+
+
+def show_gpus(monkeypatch, *names, limits=(700.0,) * 4, entries=range(4), boards=None):
+    """Replace the visible GPUs."""
+    found = tuple(
+        VisibleGpu(
+            entry=entry, board=Reading(value=str(entry) if boards is None else boards[number]),
+            name=missing("it is gone") if name is None else Reading(value=name),
+            power_limit_w=missing("not reported") if limit is None else Reading(value=limit),
+        )
+        for number, (entry, name, limit) in enumerate(zip(entries, names, limits, strict=False))
+    )  # fmt: skip
+
+    def visible(environment=None):
+        named = (environment or {}).get("CUDA_VISIBLE_DEVICES")
+        by_entry = {str(card.entry): card for card in found}
+        return Reading(value=found if named is None else tuple(by_entry[entry] for entry in named.split(",")))
+
+    monkeypatch.setattr(gpus, "visible_gpus", visible)
+
+
+@pytest.mark.parametrize("entries", [(2, 3), ("GPU-aaaa", "GPU-bbbb")])
+def test_sites_of_a_gpu_machine_are_its_visible_gpus(machine, monkeypatch, entries):
+    """Sites use CUDA's numbers; each site sees its own GPU, by its name in CUDA_VISIBLE_DEVICES."""
+    show_gpus(monkeypatch, "H100", "H100", entries=entries)
+    there = dataclasses.replace(machine, device="cuda")
+    sites = local_shares(("0", "1"), there)
+    assert [site.name for site in sites] == ["gpu-0", "gpu-1"]
+    assert [site.host.environment["CUDA_VISIBLE_DEVICES"] for site in sites] == [str(entry) for entry in entries]
+    (site,) = local_shares(("1",), there)
+    assert site.name == "gpu-1"
+
+
+@pytest.mark.parametrize(
+    ("names", "limits", "words"),
+    [
+        (("H100", "H100"), (700.0, 700.0), r"GPU 2: 2 are visible"),
+        (("H100", "H100", "A100"), (700.0, 700.0, 400.0), r"different kinds \(A100 at 400 W, H100 at 700 W\)"),
+        (("H100", "H100", "H100"), (700.0, 700.0, 400.0), r"different kinds \(H100 at 400 W, H100 at 700 W\)"),
+        (("H100", "H100", "H100"), (700.0, 700.0, None), r"different kinds \(H100, H100 at 700 W\)"),
+        (("H100", "H100", None), (700.0, 700.0, 700.0), r"what GPU 2 is cannot be known: it is gone"),
+    ],
+)
+def test_missing_and_different_gpus_are_refused(machine, monkeypatch, names, limits, words):
+    """Missing GPUs, different GPUs and GPUs with different or unknown power limits are refused."""
+    show_gpus(monkeypatch, *names, limits=limits)
+    with pytest.raises(UsageError, match=words):
+        local_shares(("0", "2"), dataclasses.replace(machine, device="cuda"))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_sites_on_two_mig_instances_of_one_gpu_are_refused(machine, monkeypatch, mixed):
+    """Measurements on two MIG instances of one GPU would disturb each other; instances of different GPUs are
+    accepted."""
+    show_gpus(monkeypatch, *["1g.10gb"] * 3, entries=("MIG-a", "MIG-b", "MIG-c"), boards=("one", "one", "two"))
+    there = dataclasses.replace(machine, device="cuda")
+    with pytest.raises(UsageError, match="MIG-a and MIG-b are parts of one GPU"):
+        local_shares(("0", "1", "2"), there, mixed=mixed)
+    sites = local_shares(("0", "2"), there)
+    assert [site.host.environment["CUDA_VISIBLE_DEVICES"] for site in sites] == ["MIG-a", "MIG-c"]
+
+
+def test_each_rank_of_a_site_has_a_gpu_or_a_share_of_the_cpus(machine, monkeypatch):
+    """The site lists its GPUs by CUDA's names and locks each of them."""
+    (site,) = local_shares(("0+1",), machine)
+    assert (site.name, site.host.environment) == ("cpus-0-1", {"LORAMETER_CPUS": "4,5,6,7"})
+    show_gpus(monkeypatch, "H100", "H100", "H100", "H100", "A100", limits=(700.0,) * 5, entries=(1, 2, 3, 0, 4))
+    there = dataclasses.replace(machine, device="cuda")
+    sites = local_shares(("0+1", "2+3"), there)
+    assert [site.name for site in sites] == ["gpu-0-1", "gpu-2-3"]
+    assert [site.host.environment for site in sites] == [
+        {"CUDA_VISIBLE_DEVICES": "1,2", "LORAMETER_CPUS": "4,5"},
+        {"CUDA_VISIBLE_DEVICES": "3,0", "LORAMETER_CPUS": "6,7"},
+    ]
+    monkeypatch.setattr(gpus, "open_executor", lambda name=None, *, host: host.environment["CUDA_VISIBLE_DEVICES"])
+    taken = [gpus.executors_of_ranks(site.host, 2) for site in sites]
+    assert taken == [["1", "2"], ["3", "0"]]
+    with pytest.raises(
+        UsageError, match=r"ranks of one trial would be on GPUs of different kinds \(A100 at 700 W, H100"
+    ):
+        local_shares(("3+4",), there, mixed=True)
+
+
+SITES = ("--sites", "0,1", "--mixed")
+SIDES = ("--base", sys.executable, "--candidate", sys.executable, "--phase", "train", "--variant", "small")
+SECOND = "5"
+"""The CPUs of the second site."""
+
+
+@pytest.fixture
+def spread(placed, run, pretended):
+    """A function that measures eight replicates on two sites, the second of which is slow for some trials."""
+
+    def measure(command, *words, slow=()):
+        pretended(slow=slow)
+        return run(command, placed("", replicates=8), *SITES, *words)
+
+    return measure
+
+
+def test_ratios_are_those_of_each_site(spread, run, tmp_path):
+    """Each site has the same number of replicates however fast it is. The mean of both ratios, 1.22 here, describes
+    neither site, so that commands which would pool sites refuse with each site and its machine."""
+    _, last, _ = spread("run", slow=[(SECOND, "large", 1.5)])
+    name = last.manifest.run
+    assert {record.machine for record in last.records} == {"Test CPU"}
+    assert last.manifest.sites == ("cpus-0", "cpus-1")
+    code, _, output = run("report", name, "--json")
+    tables = document(output)["tables"]
+    assert code == 0
+    assert [(table["site"], table["title"]) for table in tables] == [
+        ("cpus-0", "Training on cpus-0"), ("cpus-1", "Training on cpus-1"),
+    ]  # fmt: skip
+    ratios = [{row["name"]: row["ratio"] for row in table["rows"]}["large"] for table in tables]
+    assert [one["ratio"] for one in ratios] == pytest.approx([1.0, 1.5])
+    assert [one["replicates"] for one in ratios] == [4, 4]
+    assert "the sites are different machines (cpus-0: Test CPU; cpus-1: Test CPU)" in run("report", name)[2]
+    for words in (
+        ("compare", name, name), ("gate", name, name), ("accept", name), ("claims", name), ("export", name),
+        ("report", name, "--html", tmp_path / "page.html"),
+    ):  # fmt: skip
+        code, _, output = run(*words)
+        assert code == 2, words
+        assert "different machines" in output or "claims nothing" in output
+
+    lines = (last.path / "trials.jsonl").read_text().splitlines(keepends=True)
+    (last.path / "trials.jsonl").write_text(lines[0])
+    for words, refusal in (
+        (("--on", "here"), "mixed: there is one site here"), (("--mixed",), "--mixed would change the study"),
+    ):  # fmt: skip
+        code, _, output = run("run", "--resume", name, *words)
+        assert (code, refusal in output) == (2, True), output
+    code, again, _ = run("run", "--resume", name)
+    assert {record.machine for record in again.records} == {"Test CPU"}
+    assert {record.status for record in again.records} == {"ok"}
+
+
+def test_a_control_that_fails_on_one_site_fails_the_run(spread):
+    """The other site does not matter."""
+    code, last, _ = spread("run", slow=[(SECOND, "control", 1.5)])
+    stands = run_validity(last, read_study(last))
+    assert code == 4
+    assert any("regressed in phase 'train on cpus-1'" in fault.message for fault in stands.faults)
+
+
+def test_a_gate_of_an_ab_fails_where_one_site_regresses(spread, run):
+    """The verdict names the site, also in the stored run."""
+    code, last, output = spread("ab", *SIDES, slow=[(SECOND, "candidate", 1.5)])
+    assert code == 1, output
+    rows = {row.site: row for row in report_of(last).comparisons if row.metric == "step_time_s"}
+    assert {site: row.verdict for site, row in rows.items()} == {"cpus-0": "equivalent", "cpus-1": "regressed"}
+    assert {part.variant for part in attribution_of(last).parts} == {"small on cpus-0", "small on cpus-1"}
+    code, _, output = run("gate", last.manifest.run)
+    assert code == 1
+    assert "small on cpus-1" in output

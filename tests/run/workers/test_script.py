@@ -1,24 +1,40 @@
-"""Tests of scripts in lockstep: real processes that take turns, and every way in which one of them can end."""
+"""Tests of scripts in lockstep: real processes that take turns, and every way in which one of them can end.
+
+Tests of the process and the socket of a script: allowed users, and signals.
+
+Tests of live processes that take turns: exactly one computes, and a shared base is loaded once.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import secrets
 import shlex
 import shutil
 import sys
+from multiprocessing.connection import Client
 from pathlib import Path
 
 import psutil
 import pytest
 
+from lorameter import wire
+from lorameter.attach.script_trial import SOCKET, address
 from lorameter.machine.provenance import probe_machine
+from lorameter.records import codec
 from lorameter.run.build_plan import build_plan
 from lorameter.run.measure import measure
-from lorameter.run.workers.script import ScriptExecutor
+from lorameter.run.plan import make_plan
+from lorameter.run.prepare import context_of, request_of
+from lorameter.run.runner import run_plan
+from lorameter.run.workers import WorkerLostError, script
+from lorameter.run.workers.script import ScriptExecutor, ScriptProcess
+from lorameter.run.workers.script_sandbox import variables_of
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import script_workload
 from lorameter.studies.study import Study
-from lorameter.studies.variant import ScriptVariant
+from lorameter.studies.variant import LoraVariant, ScriptVariant
 from tests.run.fakes import Quiet
 
 SCRIPT = Path(__file__).parents[1] / "scripted.py"
@@ -189,3 +205,97 @@ def test_without_memory_they_are_measured_one_after_the_other(tmp_path, monkeypa
     monkeypatch.setattr(ScriptExecutor, "free_bytes", lambda self: 2**20)
     run = measured(study_of({"plain": "python scripted.py plain"}), tmp_path, interleaving=None)
     assert (run.manifest.interleaving, [one.status for one in run.records]) == ("replicates", ["ok", "ok"])
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A function that starts a command that connects to a socket of the given name."""
+    started = []
+
+    def started_with(*words, turns=""):
+        turns = turns or f"@lorameter-test-{secrets.token_hex(8)}"
+        variables = {**os.environ, SOCKET: turns}
+        started.append(ScriptProcess(words, variables, folder=tmp_path, log=tmp_path / "log", turns=turns))
+        return started[-1]
+
+    yield started_with
+    for one in started:
+        one.close()
+
+
+def greet(turns, harness):
+    """Connect as the training of a script does."""
+    connection = Client(address(turns), "AF_UNIX")
+    wire.send(connection, wire.Hello(harness=harness))
+    return connection
+
+
+@pytest.mark.parametrize(("option", "kind"), [("-I", "NotHooked"), ("-u", "NeverTrained")])
+def test_a_python_without_the_hook_differs_from_one_that_never_trains(tmp_path, option, kind):
+    """A Python without the hook and a script without a training are reported as different failures."""
+    turns = f"@lorameter-test-{secrets.token_hex(8)}"
+    variables = variables_of(
+        ScriptVariant(name="a", command="python t.py"), os.environ, scratch=tmp_path, threads=1, port=5, socket=turns
+    )
+    words = (sys.executable, option, "-c", "print('alone')")
+    process = ScriptProcess(words, variables, folder=tmp_path, log=tmp_path / "log", turns=turns)
+    try:
+        with pytest.raises(WorkerLostError) as caught:
+            process.connect(60.0)
+    finally:
+        process.close()
+    assert (caught.value.status, caught.value.failure.kind) == ("invalid", kind)
+
+
+def test_another_users_connection_is_closed_and_the_next_accepted(start, monkeypatch):
+    """A socket in the abstract namespace accepts every user, so that the connection of another user is closed."""
+    users = iter([os.geteuid() + 1, os.geteuid()])
+    monkeypatch.setattr(script, "_user_of", lambda connection: next(users))
+    turns = "@lorameter-test-" + secrets.token_hex(8)
+    process = start("sleep", "60", turns=turns)
+    with greet(turns, "theirs") as theirs, greet(turns, "ours"), process.connect(30) as ours:
+        assert wire.receive(ours, wire.Hello).harness == "ours"
+        with pytest.raises(wire.ClosedError):
+            wire.receive(theirs, wire.Hello)
+
+
+RANKS = (LoraVariant(name="r4", r=4, quantization="nf4"), LoraVariant(name="r8", r=8, quantization="nf4"))
+
+
+def test_a_waiting_process_uses_no_cpu(small_study, executor, tokens_of):
+    """While one process of a lockstep trains, the other blocks on its socket."""
+    site = context_of(small_study.workload, tokens_of(small_study.workload), "cpu")
+    plan = make_plan(small_study, interleaving="lockstep", phases=["train"])
+    workers = {}
+    for slot in plan.groups[0].slots[:2]:
+        workers[slot.trial] = executor.launch()
+        request = codec.to_json(request_of(plan, slot, site, executor.make_place(slot.trial, slot.trial)))
+        workers[slot.trial].ask("prepare", slot.trial, 60, request=request)
+        assert workers[slot.trial].ask("build", slot.trial, 60).status == "ok"
+    (busy, computing), (idle, waiting) = workers.items()
+    used = {name: sum(psutil.Process(worker.pid).cpu_times()[:2]) for name, worker in workers.items()}
+    computing.ask("turn", busy, 60, steps=30)
+    spent = {name: sum(psutil.Process(worker.pid).cpu_times()[:2]) - used[name] for name, worker in workers.items()}
+    for worker in (computing, waiting):
+        worker.close()
+    assert spent[busy] >= 0.2
+    assert spent[idle] <= 0.01  # one tick of the kernel's clock
+
+
+def test_a_trial_that_fails_leaves_its_neighbours_on_the_base_alone(small_study, executor, tokens_of):
+    """A diverging adapter is recorded as invalid; the other trials on the base are bit-equal to a run without it."""
+    wild = dataclasses.replace(RANKS[1], name="wild", learning_rate=1e30, lora_alpha=10**12, max_grad_norm=0)
+    losses = {}
+    protocol = dataclasses.replace(small_study.protocol, replicates=1)
+    for name, variants in (("with", (RANKS[0], wild)), ("without", RANKS)):
+        study = dataclasses.replace(small_study, variants=variants, reference="r4", protocol=protocol)
+        plan = make_plan(study, interleaving="shared-base", phases=["train"])
+        site = context_of(study.workload, tokens_of(study.workload), "cpu")
+        records = run_plan(plan, {"": executor}, site, save=lambda record: None, listener=Quiet()).records
+        by_name = {record.name: record for record in records}
+        assert by_name["r4"].status == "ok"
+        if name == "with":
+            assert (by_name["wild"].status, by_name["wild"].failure.kind) == ("invalid", "LossNotFinite")
+            assert "learning_rate" in by_name["wild"].failure.message
+        losses[name] = [record.samples["timed_loss"] for record in records if record.trial == "r0-r4"]
+    assert losses["with"] == losses["without"]

@@ -1,8 +1,12 @@
-"""Tests of scripts behind a launcher: variants whose command is a launcher take turns in lockstep."""
+"""Tests of scripts behind a launcher: variants whose command is a launcher take turns in lockstep.
+
+Tests of unmodified user scripts in lockstep: transformers' Trainer with LoRA, and a plain torch loop.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import textwrap
@@ -119,3 +123,76 @@ def test_data_workers_take_no_turns(tmp_path, monkeypatch):
     assert len(losses) == 1
     assert all(record.turn_lengths == (2, 2) for record in run.records)
     assert left_of(tmp_path) == []
+
+
+TRAINER = """
+    import sys, torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+    from peft import LoraConfig, get_peft_model
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=64,
+    ))
+    model = get_peft_model(model, LoraConfig(r=int(sys.argv[1]), target_modules="all-linear", task_type="CAUSAL_LM"))
+    rows = torch.randint(0, 64, (600, 16), generator=torch.Generator().manual_seed(1))
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    arguments = TrainingArguments(
+        "out", per_device_train_batch_size=2, max_steps=300, save_strategy="steps", save_steps=2, push_to_hub=True,
+        report_to=["tensorboard"], logging_steps=1, use_cpu=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=data)
+    trainer.train()
+    trainer.save_model("OUT")
+    open("MARK", "w").write("saved")
+"""
+LOOP = """
+    import torch
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(64, 32), torch.nn.Linear(32, 64))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for number in range(300):
+        ids = torch.randint(0, 64, (2, 16))
+        loss = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    open("MARK", "w").write("after")
+"""
+
+
+@pytest.mark.selftest
+def test_unmodified_scripts_are_measured_step_by_step(tmp_path, monkeypatch):
+    """The scripts take turns of two steps and report losses and tokens; the control's losses are bit-equal to the
+    reference's, and the scripts write no checkpoint, tracker log or later output."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    for name, text in (("trainer.py", TRAINER), ("loop.py", LOOP)):
+        out = {"OUT": str(folder / "model"), "MARK": str(folder / "mark")}
+        text = textwrap.dedent(text)
+        for word, path in out.items():
+            text = text.replace(word, path)
+        (folder / name).write_text(text)
+    commands = {"r4": "python trainer.py 4", "loop": "python loop.py"}
+    variants = tuple(ScriptVariant(name=name, command=command) for name, command in commands.items())
+    protocol = Protocol(phases=("train",), replicates=1, warmup_steps_max=4, turns=3, retries=0, allow_disturbed=True)
+    study = Study(
+        name="real", title="real", workload=script_workload(), protocol=protocol, variants=variants, reference="r4"
+    )
+    monkeypatch.chdir(folder)
+    plan, notices = build_plan(study, probe_machine(), free_bytes=2**40, phases=("train",), interleaving="lockstep")
+    run = measure(plan, runs=folder / "runs", display=Mock(), notices=notices)
+    assert {record.trial: record.failure for record in run.records} == {
+        "r0-r4": None, "r0-r4-control": None, "r0-loop": None,
+    }  # fmt: skip
+    by_name = {record.trial: record for record in run.records}
+    for record in run.records:
+        assert record.turn_lengths == (2, 2, 2)
+        assert record.values["training_steps"] == 2 + 4 + 6
+        assert all(math.isfinite(loss) for loss in record.samples["timed_loss"])
+    ours, twin, loop = (by_name[name] for name in ("r0-r4", "r0-r4-control", "r0-loop"))
+    assert (ours.tokens["source"], loop.tokens["source"]) == ("trainer", "optimizer")
+    assert ours.samples["turn_tokens"] == (2 * 2 * 16.0,) * 3
+    assert ours.samples["warmup_loss"] == twin.samples["warmup_loss"]
+    assert ours.samples["timed_loss"] == twin.samples["timed_loss"]
+    assert sorted(path.name for path in folder.iterdir()) == ["loop.py", "runs", "trainer.py"]

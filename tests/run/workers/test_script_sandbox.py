@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from lorameter.errors import UsageError
-from lorameter.records.tempdirs import scratch_folder
+from lorameter.records.fileio import scratch_folder
 from lorameter.run.workers import script_sandbox
 from lorameter.run.workers.script_sandbox import (
     check_side,

@@ -1,9 +1,17 @@
-"""Tests of token files: isolated records, token counts, and one hash for all variants."""
+"""Tests of token files: isolated records, token counts, and one hash for all variants.
+
+Tests of tokenizers: the model's own, or UTF-8 bytes for random weights without a tokenizer.
+
+Tests of records as tokens and labels: the tokens do not depend on the loss setting.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +20,7 @@ from safetensors.numpy import load_file
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.studies.workload import Workload
-from lorameter.trial.data.tokens import IGNORED, hash_tensors, load_tokenizer, prepare
+from lorameter.trial.data.tokens import IGNORED, Encoder, hash_tensors, load_tokenizer, mark_tokens, prepare
 
 SMALL = Workload(sequence_length=64, train_sequences=12, held_out_records=6, held_out_sequences=4, prompt_tokens=8)
 
@@ -120,3 +128,93 @@ def test_too_few_held_out_tokens_for_a_request_are_refused(tmp_path):
     """The error gives the number of available tokens and the settings to change."""
     with pytest.raises(UsageError, match=r"request_batch = 4096, prompt_tokens = 8: the held-out records hold \d+ tok"):
         prepare(dataclasses.replace(SMALL, request_batch=4096, held_out_records=1), tmp_path)
+
+
+def test_the_tokenising_process_loads_no_model_library():
+    """The tokenising process does not import the libraries of a model."""
+    code = (
+        "import sys, lorameter.trial.data.tokens\n"
+        "loaded = {'peft', 'bitsandbytes', 'accelerate', 'lorameter.trial.building.base_model'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    root = Path(catalogue.__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
+def test_the_byte_tokenizer_encodes_utf8():
+    """Ids are the UTF-8 bytes of the text without additions, and decoding restores the text."""
+    tokenizer, substituted = load_tokenizer(catalogue.resolve("tiny-llama"), vocab_size=320)
+    text = "né  日本\n\t'x' " + "".join(map(chr, range(1, 300)))
+    ids = tokenizer(text).input_ids
+    assert (ids, substituted) == (list(text.encode()), False)
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (256, 257, 258)
+
+
+def test_bytes_replace_the_tokenizer_of_a_random_model_alone(monkeypatch, tmp_path):
+    """A random model whose tokenizer cannot be loaded gets the byte tokenizer, which is reported; for real weights this
+    is an error."""
+    monkeypatch.setattr(catalogue, "hub_answers", lambda file: False)
+    tokenizer, substituted = load_tokenizer(catalogue.resolve("random:someone/absent-model"), vocab_size=32000)
+    assert (tokenizer("a").input_ids, substituted) == ([97], True)
+    with pytest.raises(UsageError, match="hub cannot be reached"):
+        load_tokenizer(catalogue.resolve("someone/absent-model"), vocab_size=32000)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 320}))
+    with pytest.raises(UsageError, match="tokenizer cannot be loaded"):
+        load_tokenizer(catalogue.resolve(str(tmp_path)), vocab_size=320)
+
+
+def test_vocabularies_must_fit(converted, words):
+    """A tokenizer with more tokens than the model is refused, both the model's own and the byte tokenizer."""
+    with pytest.raises(UsageError, match=f"has {len(words)} tokens and the model 100"):
+        load_tokenizer(catalogue.resolve(str(converted)), vocab_size=100)
+    with pytest.raises(UsageError, match="cannot hold the 259 tokens"):
+        load_tokenizer(catalogue.resolve("tiny-llama"), vocab_size=258)
+
+
+RECORDS = {
+    "dolly": ({"instruction": "ask", "context": "ctx", "response": "it is é so"}, "it is é so"),
+    "completion": ({"prompt": "What is", "completion": " it now"}, " it now"),
+    "joined": ({"prompt": "pre", "completion": "fix"}, "fix"),
+    "empty": ({"prompt": "a", "completion": ""}, ""),
+}
+
+
+def encode(tokenizer, record, **changes):
+    return Encoder(tokenizer, Workload(**changes)).labelled(record)
+
+
+def labelled_tokens(labels):
+    return [label for label in labels if label != IGNORED]
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_the_answer_has_labels_and_the_prompt_has_none(tokenizer, name):
+    """The labels include the EOS token; with a loss on all text every token but the first has a label."""
+    record, answer = RECORDS[name]
+    ids, labels = encode(tokenizer, record, loss="answer")
+    assert tokenizer.decode(labelled_tokens(labels)) == f"{answer}</s>"
+    assert labels[-len(labelled_tokens(labels)) :] == labelled_tokens(labels)
+    every, shifted = encode(tokenizer, record)
+    assert every == ids == [ids[0], *shifted[1:]]
+    assert Encoder(tokenizer, Workload()).whole(record) == ids[:-1]
+
+
+def test_conversations_have_the_tokens_of_their_template(tokenizer, chat):
+    """No token is added before or after the rendered text."""
+    conversation = chat(("user", "a"), ("assistant", "bcd"), ("user", "e"), ("assistant", "f"))
+    ids, labels = encode(tokenizer, conversation, loss="answer")
+    rendered = tokenizer.apply_chat_template(list(conversation.messages), return_dict=False)
+    assert ids == encode(tokenizer, conversation)[0] == rendered
+    assert tokenizer.decode(labelled_tokens(labels)) == "bcd</s>f</s>"
+    prompt, example = Encoder(tokenizer, Workload()).example(conversation)
+    assert ids[: len(prompt)] == prompt
+    assert (example.reference, tokenizer.decode(prompt)) == ("f", example.prompt)
+
+
+def test_tokens_that_overlap_the_answer_are_marked():
+    """A token that begins in the prompt, and each of several tokens of one character, are marked."""
+    offsets = [(0, 0), (0, 2), (2, 5), (5, 6), (5, 6), (6, 8), (8, 9), (9, 9)]
+    assert mark_tokens(offsets, [(3, 6), (8, 9)]) == [False, False, True, True, True, False, True, False]
+    assert mark_tokens(offsets, []) == [False] * 8
+    assert mark_tokens(offsets, [(4, 4)]) == [False] * 8

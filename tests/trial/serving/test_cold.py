@@ -1,13 +1,18 @@
-"""Tests that a cold start loads the model's own files, as a user's does, and not the prepared base of the run."""
+"""Tests that a cold start loads the model's own files, as a user's does, and not the prepared base of the run.
+
+Tests of a request of several prompts: its answers and its metrics.
+"""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from lorameter.models import catalogue
+from lorameter.records.metrics import samples_of
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import LoraVariant
@@ -17,7 +22,7 @@ from lorameter.trial.building.base_model import load_base
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.serving import cold
-from lorameter.trial.serving.generate import generate
+from lorameter.trial.serving.server import generate
 
 VARIANT = LoraVariant(name="v", r=2, quantization="nf4", dtype="float32", compute_dtype="float32")
 WORKLOAD = Workload(
@@ -45,3 +50,32 @@ def test_a_cold_start_gives_the_same_answer_as_a_loaded_model(tmp_path):
     assert found.tokens["cold_completion"] == expected
     assert found.values["cold_base_conversions"] == 1
     assert found.values["cold_start_time_s"] > found.values["cold_load_time_s"] > 0
+
+
+WORKLOAD_REQUEST_BATCH = Workload(
+    sequence_length=32, batch_size=1, train_sequences=8, held_out_records=6, held_out_sequences=1, prompt_tokens=8,
+    new_tokens=3, request_batch=4,
+)  # fmt: skip
+VARIANT_REQUEST_BATCH = LoraVariant(name="plain", r=4, dtype="float32", target_modules=("q_proj", "v_proj"))
+
+
+def test_a_request_of_several_prompts(begin_requests):
+    """In float32 and without padding, each prompt has the answer that it has alone; throughput counts the tokens of all
+    prompts, latency is that of the request, and its attention is checked."""
+    trial, record = begin_requests(WORKLOAD_REQUEST_BATCH, VARIANT_REQUEST_BATCH)
+    model, prompts = trial._built.trainee.model, trial._built.stream.prompts(0)
+    assert prompts.shape == (4, 8)
+    together = generate(model, prompts, 3)
+    alone = [generate(model, prompts[row : row + 1], 3).answers[0] for row in range(4)]
+    assert list(together.answers) == alone
+    assert len(set(alone)) > 1
+    assert record.tokens["completion"] == list(together.tokens) == [token for answer in alone for token in answer]
+
+    for command in ("request", "request", "end_generate"):
+        record = record.merged(trial.run(command))
+    times = record.samples["request_time_s"]
+    assert (record.status, record.values["request_batch"], record.values["new_tokens"]) == ("ok", 4, 3)
+    assert samples_of(record, "output_tokens_per_s") == pytest.approx([4 * 3 / seconds for seconds in times])
+    assert all(first < whole for first, whole in zip(record.samples["first_token_time_s"], times, strict=True))
+    (check,) = (one for one in record.checks if one["path"] == "request.attention")
+    assert (check["observed"], check["status"]) == ("flash", "active")

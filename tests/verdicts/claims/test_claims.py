@@ -1,11 +1,27 @@
-"""Tests of claims judged from runs with a known truth."""
+"""Tests of claims judged from runs with a known truth.
+
+Tests of the share of the time of requests until EOS that the answer length explains.
+
+Tests of claims about any field and metric: levels that are words, pairs of levels, bytes and energy, alone or
+combined.
+
+Tests of claims along a workload field: other batches and other models.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 import random
 
 import pytest
 
-from lorameter.verdicts.claims import conjunction, judge_claims
+from lorameter.errors import UsageError
+from lorameter.records import store
+from lorameter.studies.claim import Claim, ClaimPart
+from lorameter.studies.study_file import load_study
+from lorameter.studies.variant import LoraVariant
+from lorameter.verdicts.claims import answers_of, conjunction, judge_claims
+from lorameter.verdicts.series import group_trials
 
 RISE = {"r4": 1.0, "centre": 1.03, "r16": 1.06}
 """Every doubling of r costs 3 %."""
@@ -237,3 +253,205 @@ def test_without_a_trial_that_is_ok_nothing_is_valid(make_run, claim):
     report = judge_claims(make_run([claim(rule="equal")], change=lambda record: record.replaced(status="crashed")))
     assert (report.claims[0].verdict, report.valid, report.replicates) == ("not judged", False, 0)
     assert report.trials == {"planned": 36, "crashed": 36}
+
+
+@pytest.fixture
+def answers(make_run):
+    """A function that returns the answers of a run whose requests take `per_token` seconds a token, by variant and
+    request."""
+
+    def make(tokens_of, per_token=lambda name, index: 0.02):
+        def answered(record):
+            tokens = [float(tokens_of(record.name, index, record.role)) for index in range(6)]
+            times = [per_token(record.name, index) * count for index, count in enumerate(tokens)]
+            samples = {"open_ended_tokens": tuple(tokens), "open_ended_request_time_s": tuple(times)}
+            return record.replaced(samples=record.samples | samples)
+
+        return answers_of(group_trials(make_run([], change=answered).records))
+
+    return make
+
+
+def test_length_explains_everything_at_one_speed(answers):
+    """With a constant time per token the length explains everything; requests of the control do not count."""
+    found = answers(lambda name, index, role: 5 + index + len(name) + 1000 * (role == "control"))
+    assert found.requests.value == pytest.approx(1.0)
+    assert found.variants.value == pytest.approx(1.0)
+    assert (found.requests.replicates, found.requests.points, found.variants.points) == (6, 6 * 5 * 6, 6 * 5)
+
+
+def test_length_explains_only_a_part_of_mixed_speeds(answers):
+    """With a higher time per token in every other request, the length explains only a part."""
+    found = answers(lambda name, index, role: 5 + index, lambda name, index: 0.02 * (1 + index % 2))
+    assert 0 < found.requests.value < 0.9
+    assert found.variants is None  # all variants gave the same answers
+
+
+PAIR = ("none", "nf4")
+STEPS = {"plain": [1.0, 1.02, 0.99, 1.01], "nf4": [1.05, 1.07, 1.04, 1.06], "dora": [1.5, 1.53, 1.48, 1.51]}
+BYTES = {"plain": 1000, "nf4": 600, "dora": 1010}
+
+
+def part(rule, metric, axis="quantization", levels=PAIR, **more):
+    return ClaimPart(rule=rule, axis=axis, metric=metric, levels=levels, **more)
+
+
+@pytest.fixture
+def judged(write_run, small_study, tmp_path):
+    """A function that returns the verdicts on parts, each as its own claim, of a run of bf16, nf4 and DoRA on a GPU."""
+
+    def judge(*parts, together=False, kind="device_peak_allocated_train_bytes"):
+        variants = (
+            LoraVariant(name="plain"),
+            LoraVariant(name="nf4", quantization="nf4"),
+            LoraVariant(name="dora", use_dora=True),
+        )
+        claims = [Claim(id=str(place), says="s", parts=(one,)) for place, one in enumerate(parts)]
+        claims = [Claim(id="0", says="s", parts=parts)] if together else claims
+        study = dataclasses.replace(small_study, variants=variants, reference="plain", claims=tuple(claims))
+
+        def change(record):
+            size = BYTES[record.name] * 2**20 + record.replicate
+            return record.replaced(
+                memory={kind: size},
+                values={"device_energy_train_j": 10.0 * BYTES[record.name] / 1000 + record.replicate / 100,
+                        "energy_steps": 10.0},
+            )  # fmt: skip
+
+        write_run("mine", STEPS, study=study, change=change)
+        report = judge_claims(store.read_run("mine", tmp_path / "runs"))
+        return report.claims[0] if together else [claim.parts[0] for claim in report.claims]
+
+    return judge
+
+
+def test_less_memory_and_hardly_slower_is_one_claim_of_a_pair(judged):
+    """Both parts must hold."""
+    less = part("lowers", "peak_memory", by=0.3)
+    at_most = part("costs-at-most", "step_time_s", by=0.1)
+    claim = judged(less, at_most, together=True)
+    assert claim.verdict == "supported"
+    assert [one.verdict for one in claim.parts] == ["supported", "supported"]
+    assert claim.parts[0].ratio == pytest.approx(0.6)
+    assert claim.parts[1].about == "nf4 / plain"
+    too_much = judged(less, part("costs-at-most", "step_time_s", by=0.02), together=True)
+    assert too_much.verdict == "refuted"
+
+
+def test_resident_memory_supports_no_limit_of_a_cost(judged):
+    """Resident memory on a CPU dilutes differences: a visible saving or cost is judged, and a small cost is not."""
+    saving, cost, bound = judged(
+        part("lowers", "peak_memory", by=0.3),
+        part("costs-at-most", "peak_memory", levels=("nf4", "none"), by=0.05),
+        part("costs-at-most", "peak_memory", axis="use_dora", levels=(False, True), by=0.05),
+        kind="host_peak_train_bytes",
+    )
+    assert (saving.verdict, cost.verdict, bound.verdict) == ("supported", "refuted", "not judged")
+    assert "a cost can be lost, so it supports nothing" in bound.reason
+
+
+@pytest.mark.parametrize(
+    ("claim", "words"),
+    [
+        ('{ rule = "trend-up", axis = "quantization", metric = "step_time_s" }', ["no numbers", "lays a line"]),
+        ('{ rule = "lowers", axis = "quantization", metric = "peak_memory" }', ["about a pair", "two levels"]),
+        ('{ rule = "lowers", axis = "quantization", metric = "peak_memory", levels = ["none", "fp4"] }',
+         ["level fp4", "none, nf4"]),
+        ('{ rule = "lowers", axis = "no_field", metric = "peak_memory", levels = ["a", "b"] }', ["fewer than two"]),
+        ('{ rule = "differs", axis = "quantization", metric = "x_bytes", levels = ["none", "nf4"] }', ["not known"]),
+    ],
+)  # fmt: skip
+def test_an_invalid_claim_is_refused(tmp_path, claim, words):
+    """The error has the file, the fault and the known values."""
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        '[[variant]]\nname = "a"\n[[variant]]\nname = "b"\nquantization = "nf4"\n'
+        f'[[claim]]\nid = "1"\nsays = "s"\nparts = [{claim}]\n'
+    )
+    with pytest.raises(UsageError) as caught:
+        load_study(str(path))
+    for word in ["mine.toml", *words]:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("axis", "levels", "changed"),
+    [
+        ("attention", ("sdpa", "eager"), {"attention": "eager"}),
+        ("optimizer", ("adamw_fused", "paged_adamw_32bit"), {"optimizer": "paged_adamw_32bit"}),
+    ],
+)
+def test_a_pair_may_be_of_any_field_and_of_losses(write_run, small_study, tmp_path, axis, levels, changed):
+    """The claims compare two attentions in time and loss, and two optimizers."""
+    variants = (LoraVariant(name="plain"), dataclasses.replace(LoraVariant(name="other"), **changed))
+    parts = (
+        part("costs-at-most", "step_time_s", axis=axis, levels=levels, by=0.3),
+        part("faster", "step_time_s", axis=axis, levels=levels, by=0.1),
+        part("equal", "held_out_loss", axis=axis, levels=()),
+        part("differs", "timed_loss", axis=axis, levels=levels),
+    )
+    claims = tuple(Claim(id=str(place), says="s", parts=(one,)) for place, one in enumerate(parts))
+    study = dataclasses.replace(small_study, variants=variants, reference="plain", claims=claims)
+
+    def change(record):
+        worse = 1.2 if record.name == "other" else 1.0
+        at_last, held_out = worse * (2.0 + record.replicate / 1000), 2.0 + record.replicate / 1000
+        return record.replaced(
+            samples=record.samples | {"timed_loss": (at_last,) * 3},
+            values=record.values | {"held_out_loss": held_out},
+        )
+
+    times = {"plain": [1.0, 1.02, 0.99, 1.01], "other": [1.2, 1.22, 1.19, 1.21]}
+    write_run("mine", times, study=study, change=change)
+    report = judge_claims(store.read_run("mine", tmp_path / "runs"))
+    verdicts = [claim.parts[0].verdict for claim in report.claims]
+    assert verdicts == ["supported", "refuted", "supported", "supported"]
+
+
+SIZES = {"b4": {"batch_size": 4}, "other": {"model": "random:smollm2-135m"}}
+
+
+@pytest.mark.parametrize(
+    ("part", "factors", "verdict"),
+    [
+        ({"rule": "trend-up", "axis": "workload.batch_size"}, {"b4": 1.8}, "supported"),
+        ({"rule": "trend-up", "axis": "workload.batch_size"}, {}, "refuted"),
+        ({"rule": "lowest", "axis": "workload.model", "levels": ("tiny-llama",)}, {"other": 2.0}, "supported"),
+        (
+            {"rule": "costs-at-most", "axis": "workload.batch_size", "levels": (2.0, 4.0), "by": 0.5},
+            {"b4": 1.8},
+            "refuted",
+        ),
+    ],
+)
+def test_a_field_of_the_workload_is_an_axis(make_run, claim, small_study, part, factors, verdict):
+    """The claim is judged by the variants that differ from the reference in this field only."""
+    sizes = SIZES | {"b4": {"batch_size": 2 * small_study.workload.batch_size}}
+    names = {2.0: float(small_study.workload.batch_size), 4.0: 2.0 * small_study.workload.batch_size}
+    if part["axis"] == "workload.batch_size" and "levels" in part:
+        part = part | {"levels": tuple(names[level] for level in part["levels"])}
+    if part["axis"] == "workload.model":
+        part = part | {"levels": (small_study.workload.model,)}
+    assert part_of(make_run([claim(part)], factors, workloads=sizes)).verdict == verdict
+
+
+@pytest.mark.parametrize("metric", ["held_out_loss", "timed_loss"])
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"model": "random:smollm2-135m"},
+        {"prompt_format": "write-instruction"},
+        {"loss": "answer"},
+        {"sequence_length": 64},
+        {"layout": "padded"},
+    ],
+)
+def test_losses_of_other_tokens_are_not_compared(make_run, claim, small_study, own, metric):
+    """The claim is not judged, also where the same number of sequences holds more or fewer records."""
+    ((key, value),) = own.items()
+    assert getattr(small_study.workload, key) != value
+    level = float(value) if isinstance(value, int) else value
+    part = claim(rule="lowest", axis=f"workload.{key}", levels=(level,), metric=metric)
+    found = part_of(make_run([part], {"other": 0.5}, workloads={"other": own}))
+    assert found.verdict == "not judged"
+    assert "other tokens" in found.reason

@@ -24,8 +24,7 @@ from dataclasses import dataclass
 
 from lorameter.errors import impossible
 from lorameter.models.costs.lora import lora_of, targets_of
-from lorameter.models.families import STAGES
-from lorameter.models.shapes import ModelShape, family_of, linear_layers, linear_widths
+from lorameter.models.shapes import STAGES, ModelShape, family_of, linear_layers, linear_widths
 from lorameter.studies.variant import ALL_LINEAR, Variant
 from lorameter.studies.workload import Workload
 

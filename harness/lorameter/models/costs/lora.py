@@ -3,7 +3,7 @@
 LoRA adds two matrices to a frozen layer, r by inputs and outputs by r (Hu et al. 2021, arXiv 2106.09685, section 4.1);
 DoRA adds a magnitude for each output (Liu et al. 2024, arXiv 2402.09353). Sizes do not depend on weight values, and
 this module does not need torch. Functions of a model raise `UnknownLayersError` if its type is not in
-`lorameter.models.families`.
+`lorameter.models.shapes`.
 """
 
 from __future__ import annotations

@@ -16,16 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorameter.errors import UsageError
-from lorameter.machine.cpus import cores_of
 from lorameter.machine.gpus import VisibleGpu, say_entries, shared_boards, visible_gpus
 from lorameter.machine.nvml import VARIABLE
-from lorameter.machine.processes import CPUS, PARENT, exit_words
+from lorameter.machine.processes import CPUS, PARENT, cores_of, exit_words
 from lorameter.machine.provenance import Machine
 from lorameter.records.units import format_count
 from lorameter.run.sites.folder import LOG, command
 from lorameter.run.workers import Executor, open_executor
 from lorameter.run.workers.environment import Host
-from lorameter.studies.placement import HERE, SiteSpec, numbers_of, say_sites
+from lorameter.studies.protocol import HERE, SiteSpec, numbers_of, say_sites
 from lorameter.studies.study import Study
 
 

@@ -1,6 +1,6 @@
 """The place of a run: one device of this machine, or jobs on several sites of this machine, Ray or SLURM.
 
-The study or the command line names the place (`lorameter.studies.placement`). A plan depends on the machine, so on a
+The study or the command line names the place (`lorameter.studies.protocol`). A plan depends on the machine, so on a
 cluster a first job describes a node.
 """
 
@@ -23,7 +23,7 @@ from lorameter.run.sites.folder import JobOrder, JobState, read_state, write_ord
 from lorameter.run.sites.gpus import LocalJobs, Share, check_spreadable, executors_of_ranks, local_shares
 from lorameter.run.workers import Executor, open_executor
 from lorameter.run.workers.environment import Host
-from lorameter.studies.placement import HERE, SiteSpec, is_slurm, read_slurm
+from lorameter.studies.protocol import HERE, SiteSpec, is_slurm, read_slurm
 from lorameter.studies.study import Study
 
 
@@ -118,7 +118,7 @@ def _open_cluster(place: SiteSpec, ranks: int) -> Launcher:
         from lorameter.run.sites.slurm import SlurmJobs
 
         return SlurmJobs(read_slurm(place.on))
-    from lorameter.run.sites.ray import RayJobs
+    from lorameter.run.sites.slurm import RayJobs
 
     return RayJobs(place.on, place.sites, ranks=ranks)
 

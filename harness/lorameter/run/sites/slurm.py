@@ -1,24 +1,38 @@
 """Runs SLURM jobs: sbatch submits each job, and squeue lists the jobs that have not ended.
 
 A job reserves its whole node unless it requests GPUs. All nodes must mount the file system of the runs.
+
+Runs jobs on a Ray cluster: each is a task that runs the job's command on a node and returns its files.
+
+A task reserves its site: all CPUs of a node, or a GPU with its share of the CPUs, so that Ray runs no other task during
+a measurement. It is bound to its node. Nodes share no folder: the task carries the order, and returns the records when
+it ends.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kernels_check.terminal import print_stderr
-from lorameter.errors import UsageError, shorten
-from lorameter.run.sites.folder import LOG, command
-from lorameter.studies.placement import SlurmRequest, say_on
+from lorameter.errors import UsageError, format_error, shorten
+from lorameter.machine.processes import CPUS, PARENT
+from lorameter.records.fileio import scratch_folder
+from lorameter.run.sites.folder import LOG, command, read_order, write_order
+from lorameter.run.sites.gpus import share_cpus
+from lorameter.studies.protocol import SlurmRequest, say_on, say_sites
 
 TIME_MINUTES = 60
 """Default time limit of a job."""
@@ -120,3 +134,178 @@ def _run(words: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return subprocess.CompletedProcess(words, 1, "", str(error))
+
+
+CLIENT = "ray://"
+RETURNED = (".json", ".jsonl", ".log")
+"""Files of a job that are returned, by suffix."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeShare:
+    """The node of a task, and the CPUs and GPUs that it reserves."""
+
+    site: str
+    node: str
+    """Ray's id of the node."""
+    cpus: float
+    gpus: int = 0
+    share: int = 0
+    shares: int = 1
+
+
+def shares_of(nodes: Sequence[dict[str, Any]], wanted: Sequence[str] = (), *, ranks: int = 1) -> tuple[NodeShare, ...]:
+    """The sites of a cluster: its GPUs if it has any, else its nodes with CPUs.
+
+    Args:
+        nodes: as `ray.nodes()` lists them.
+        wanted: node names; empty for all nodes.
+        ranks: ranks of a trial; each has its own GPU if the cluster has GPUs.
+
+    Raises:
+        UsageError: no node has such a name, or no node can measure.
+    """
+    alive = [node for node in nodes if node.get("Alive")]
+    names = _names(alive)
+    for name in wanted:
+        if name not in names.values():
+            known = ", ".join(sorted(names.values()))
+            raise UsageError(f"{say_sites(wanted)}: the cluster has no node {name!r}. It has {known}.")
+    alive = [node for node in alive if not wanted or names[node["NodeID"]] in wanted]
+    resources = {node["NodeID"]: node.get("Resources", {}) for node in alive}
+    with_gpus = any(one.get("GPU", 0) >= 1 for one in resources.values())
+    sites: list[NodeShare] = []
+    for node in sorted(alive, key=lambda one: names[one["NodeID"]]):
+        key, has = node["NodeID"], resources[node["NodeID"]]
+        cpus, gpus = float(has.get("CPU", 0)), int(has.get("GPU", 0))
+        if with_gpus:
+            shares = gpus // ranks
+            for share in range(shares):
+                numbers = "-".join(str(gpu) for gpu in range(share * ranks, (share + 1) * ranks))
+                site, part = f"{names[key]}-gpu-{numbers}", cpus // shares
+                sites.append(NodeShare(site=site, node=key, cpus=part, gpus=ranks, share=share, shares=shares))
+        elif cpus >= 1:
+            sites.append(NodeShare(site=names[key], node=key, cpus=cpus))
+    if not sites and with_gpus and ranks > 1:
+        raise UsageError(f"ranks = {ranks}: no node of the Ray cluster has so many GPUs. Use fewer ranks.")
+    if not sites:
+        raise UsageError("the Ray cluster has no node with a CPU or a GPU to measure on. See `ray status`.")
+    return tuple(sites)
+
+
+def _names(nodes: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """A unique name for each node, by its id: the node's name or its host's, with a part of the id if two are equal."""
+    own = {
+        node["NodeID"]: name if (name := node.get("NodeName")) and name != node.get("NodeManagerAddress") else host
+        for node in nodes
+        for host in [node.get("NodeManagerHostname") or node["NodeID"][:8]]
+    }
+    occurrences = Counter(own.values())
+    return {key: name if occurrences[name] == 1 else f"{name}-{key[:6]}" for key, name in own.items()}
+
+
+class RayJobs:
+    """Implements `Launcher` by tasks; a job's folder is filled when its task has ended."""
+
+    def __init__(self, address: str, wanted: Sequence[str] = (), *, ranks: int = 1) -> None:
+        """Connect to a cluster.
+
+        Args:
+            address: "ray" for the cluster of this machine, "ray://HOST:PORT" for a cluster with a client port.
+            wanted: names of nodes; empty for all.
+            ranks: ranks of a trial; each has its own GPU if the cluster has GPUs.
+
+        Raises:
+            UsageError: Ray is not installed, the cluster does not answer or has no such nodes.
+        """
+        try:
+            import ray
+        except ImportError as error:
+            raise UsageError(
+                f"{say_on(address)}: Ray cannot be imported: {error}. Install lorameter[ray], in the cluster's version."
+            ) from None
+        self._ray: Any = ray
+        _connect(ray, address)
+        self._shares = {share.site: share for share in shares_of(ray.nodes(), wanted, ranks=ranks)}
+        self._tasks: dict[Path, Any] = {}
+        self._why: dict[Path, str] = {}
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of the sites."""
+        return tuple(self._shares)
+
+    def start(self, folder: Path, slot: str) -> None:
+        """Submit a task."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        share = self._shares[slot]
+        there = NodeAffinitySchedulingStrategy(share.node, soft=False)
+        options = {"num_cpus": share.cpus, "num_gpus": share.gpus, "scheduling_strategy": there, "max_retries": 0}
+        task = self._ray.remote(run_on_node).options(**options)
+        self._tasks[folder] = task.remote(read_order(folder), share.share, share.shares)
+
+    def running(self) -> set[Path]:
+        """Folders of the jobs whose tasks have not ended; the folders of ended tasks are filled."""
+        for folder, task in list(self._tasks.items()):
+            if self._ray.wait([task], timeout=0)[0]:
+                del self._tasks[folder]
+                try:
+                    files = self._ray.get(task)
+                except Exception as error:  # a lost node, a cancelled task: Ray has a class for each
+                    self._why[folder] = format_error(error)
+                    continue
+                for name, content in files.items():
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    (folder / name).write_bytes(content)
+        return set(self._tasks)
+
+    def why(self, folder: Path) -> str:
+        """The reason why a job returned no result."""
+        return self._why.get(folder, "its process ended without a result")
+
+    def cancel(self) -> None:
+        """Ask all tasks to end."""
+        for task in self._tasks.values():
+            with contextlib.suppress(Exception):  # the task may have ended
+                self._ray.cancel(task)
+
+    def close(self) -> None:
+        """End all tasks, and leave the cluster."""
+        self.cancel()
+        self._ray.shutdown()
+
+
+def run_on_node(order: Any, share: int, shares: int) -> dict[str, bytes]:
+    """Execute an order on this node; returns the files of the job's folder by their relative paths."""
+    with scratch_folder() as folder:
+        write_order(folder, order)
+        variables = {**os.environ, PARENT: str(os.getpid())}
+        if shares > 1:
+            cpus = share_cpus(os.sched_getaffinity(0), shares, f"site {order.site}")[share]
+            variables[CPUS] = ",".join(map(str, cpus))
+        with (folder / LOG).open("wb") as log:
+            process = subprocess.Popen(
+                command(sys.executable, folder), env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+            try:
+                process.wait()
+            finally:
+                process.terminate()
+                process.wait()
+        return {
+            str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.suffix in RETURNED
+        }
+
+
+def _connect(ray: Any, address: str) -> None:
+    """Connect to the cluster. Raises `UsageError` if none answers."""
+    try:
+        ray.init(
+            address=address if address.startswith(CLIENT) else "auto", log_to_driver=False, logging_level=logging.ERROR
+        )
+    except Exception as error:  # wrong version, wrong port, missing library: Ray has a class for each
+        raise UsageError(
+            f"{say_on(address)}: no Ray cluster answers: {format_error(error).rstrip('.')}. Start it, name it as "
+            "ray://HOST:PORT, or set RAY_ADDRESS to the HOST:PORT of its head."
+        ) from None

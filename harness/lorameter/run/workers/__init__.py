@@ -25,12 +25,10 @@ from typing import Any
 from lorameter import wire
 from lorameter.errors import LorameterError, UsageError, redact
 from lorameter.machine import provenance
-from lorameter.machine.cpus import cpus_of, pin_to_cpus
-from lorameter.machine.processes import exit_words
+from lorameter.machine.processes import cpus_of, exit_words, pin_to_cpus
 from lorameter.machine.provenance import Machine, MachineFacts
-from lorameter.records.record import Failure, PartialRecord, Status
-from lorameter.records.tempdirs import scratch_folder
-from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
+from lorameter.records.fileio import scratch_folder
+from lorameter.records.record import BaseSummary, Failure, PartialRecord, Status, TokenSummary, WorkerInfo
 from lorameter.run.workers.environment import Host, describe
 from lorameter.studies.request import BaseRequest, TrialRequest
 from lorameter.studies.workload import Workload

@@ -33,10 +33,8 @@ import msgspec
 
 from lorameter.errors import HIDDEN, InvalidRunError, UsageError, impossible, shorten
 from lorameter.machine.processes import kill_group
-from lorameter.machine.provenance import LIBRARIES, library_version
-from lorameter.machine.repository import git_state
-from lorameter.machine.software import cuda_of, switches_of
-from lorameter.records.locks import locked
+from lorameter.machine.provenance import LIBRARIES, cuda_of, git_state, library_version, switches_of
+from lorameter.records.fileio import locked
 from lorameter.records.os_errors import extract_os_error
 
 ANSWER_TIMEOUT_S = 120.0

@@ -21,8 +21,7 @@ from lorameter.errors import InvalidRunError, LorameterError, UsageError, redact
 from lorameter.machine.processes import CPUS, FAULTS, PARENT, exit_words, kill_group
 from lorameter.records import codec
 from lorameter.records.os_errors import REFUSED, SystemLimitError
-from lorameter.records.record import Failure, PartialRecord
-from lorameter.records.worker_info import BaseSummary, TokenSummary, WorkerInfo
+from lorameter.records.record import BaseSummary, Failure, PartialRecord, TokenSummary, WorkerInfo
 from lorameter.run.workers import Executor, Worker, WorkerLostError, silence
 from lorameter.run.workers.environment import Host
 from lorameter.studies.request import BaseRequest, TrialRequest, base_words

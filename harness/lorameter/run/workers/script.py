@@ -30,7 +30,6 @@ from lorameter import wire
 from lorameter.attach.launch import HOOKED, NOT_HOOKED, SOCKET, address, read_missing_packages
 from lorameter.errors import UsageError, redact
 from lorameter.machine import provenance
-from lorameter.machine.cpus import has_children
 from lorameter.machine.host import HostTelemetry
 from lorameter.machine.nvml import open_device
 from lorameter.machine.processes import (
@@ -38,6 +37,7 @@ from lorameter.machine.processes import (
     delay_signals,
     end_with_parent,
     exit_words,
+    has_children,
     kill_group,
     kill_marked,
     marked,
@@ -45,8 +45,7 @@ from lorameter.machine.processes import (
 from lorameter.machine.telemetry import GpuTelemetry, telemetry_key
 from lorameter.records import codec
 from lorameter.records.os_errors import says_out_of_memory
-from lorameter.records.record import Failure, PartialRecord, Status
-from lorameter.records.worker_info import TokenSummary, WorkerInfo
+from lorameter.records.record import Failure, PartialRecord, Status, TokenSummary, WorkerInfo
 from lorameter.run.interrupts import SIGNALS
 from lorameter.run.workers import Executor, Worker, WorkerLostError
 from lorameter.run.workers.environment import Host, describe, inspect

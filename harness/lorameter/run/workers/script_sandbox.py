@@ -22,8 +22,8 @@ from typing import NoReturn
 from lorameter.attach.launch import SOCKET, child_environment
 from lorameter.errors import UsageError, shorten
 from lorameter.records import fileio
+from lorameter.records.fileio import is_scratch
 from lorameter.records.record import Notice
-from lorameter.records.tempdirs import is_scratch
 from lorameter.records.units import first_few, format_bytes
 from lorameter.studies.script import PYTHON, split_command
 from lorameter.studies.variant import ScriptVariant

@@ -21,13 +21,13 @@ from pathlib import Path
 
 from kernels_check.terminal import print_stderr
 from lorameter.errors import UsageError, impossible, redact
-from lorameter.machine.repository import run_git
+from lorameter.machine.provenance import run_git
 from lorameter.records import fileio
+from lorameter.records.fileio import scratch_folder
 from lorameter.records.record import Side
-from lorameter.records.tempdirs import scratch_folder
 from lorameter.run.plan import PRESENT, SideKind, Sides, SideSpec
 from lorameter.run.workers.environment import Host, inspect, layered_environment, parse_requirements, site_packages
-from lorameter.studies.placement import HERE, SiteSpec
+from lorameter.studies.protocol import HERE, SiteSpec
 
 DECLARED: dict[SideKind, tuple[str, ...]] = {
     "command": (),

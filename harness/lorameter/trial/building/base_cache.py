@@ -36,8 +36,8 @@ from lorameter.errors import impossible
 from lorameter.models import bases, catalogue
 from lorameter.models.bases import BaseDescription
 from lorameter.models.catalogue import ModelSource
-from lorameter.records.locks import locked
-from lorameter.records.worker_info import BaseSummary
+from lorameter.records.fileio import locked
+from lorameter.records.record import BaseSummary
 from lorameter.studies.request import BaseRequest, TrialRequest, base_words
 from lorameter.studies.variant import Variant
 from lorameter.trial.building import base_model, quantising

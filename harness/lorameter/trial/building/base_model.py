@@ -218,5 +218,5 @@ def _materialise(model: transformers.PreTrainedModel, name: str, module: nn.Modu
         module._buffers[key] = buffer.to(device)
 
 
-if __name__ == "__main__":  # `lorameter.models.fetch` runs the conversion in a separate process
+if __name__ == "__main__":  # `lorameter.models.bases` runs the conversion in a separate process
     convert_gguf(Path(sys.argv[1]), Path(sys.argv[2]))

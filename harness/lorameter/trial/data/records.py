@@ -20,8 +20,7 @@ from typing import Any, BinaryIO, cast
 
 from lorameter.errors import UsageError, shorten
 from lorameter.models import catalogue
-from lorameter.studies.data_source import PACKED, REMEDY, DataSource, resolve
-from lorameter.studies.workload import DataColumns, Workload
+from lorameter.studies.workload import PACKED, REMEDY, DataColumns, DataSource, Workload, resolve
 from lorameter.trial.data.chat import Conversation, check_text, has_chat_template, no_chat_template, read_conversation
 
 Record = dict[str, str]

@@ -28,10 +28,9 @@ from lorameter.errors import UsageError, format_error, impossible
 from lorameter.models import catalogue, shapes
 from lorameter.models.catalogue import ModelSource
 from lorameter.records.os_errors import naming
+from lorameter.records.record import Example, TokenSummary
 from lorameter.records.units import format_count
-from lorameter.records.worker_info import Example, TokenSummary
-from lorameter.studies.data_source import SYNTHETIC
-from lorameter.studies.workload import PromptFormat, Workload
+from lorameter.studies.workload import SYNTHETIC, PromptFormat, Workload
 from lorameter.trial.data.chat import ChatTemplate, Conversation, Span
 from lorameter.trial.data.records import AnyRecord, Record, read_records
 

@@ -42,7 +42,7 @@ from lorameter.trial.data.stream import Batch, TokenStream
 from lorameter.trial.memory import output_head, resident_tensors, storage_bytes
 from lorameter.trial.process import Stopwatch, synchronize
 from lorameter.trial.profiling.activity import MARK, PART, activity_of
-from lorameter.trial.serving.generate import Request
+from lorameter.trial.serving.server import Request
 from lorameter.trial.step import TrainStep
 
 MOST_PAIRS = 128

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from lorameter.errors import LorameterError, UsageError
-from lorameter.machine.memory import PeakMemoryTracker
+from lorameter.machine.host import PeakMemoryTracker
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.flops import computed_tokens, training_flops
 from lorameter.models.costs.modules import UncountedError, count_products, to_values
@@ -31,14 +31,13 @@ from lorameter.records.activity import (
     REQUEST_PHASES,
     REQUEST_TRACE,
 )
-from lorameter.records.memory_account import MemoryPhase
-from lorameter.records.record import PartialRecord
+from lorameter.records.record import MemoryPhase, PartialRecord
 from lorameter.records.units import format_count
 from lorameter.studies.request import TrialRequest, commands_by
 from lorameter.trial.building.build import SharedBase
 from lorameter.trial.building.quantising import unpack_4bit
+from lorameter.trial.memory import measure_breakdown, read_pages
 from lorameter.trial.process import Stopwatch, give_back_free, release_unused
-from lorameter.trial.profiling.memory import measure_breakdown, read_pages
 from lorameter.trial.profiling.phases import (
     BorderedRequest,
     BorderedStep,

@@ -25,7 +25,7 @@ def time_imports(spawned_monotonic_s: float) -> PartialRecord:
     import lorameter.trial.building.base_model
     import lorameter.trial.building.build
     import lorameter.trial.data.stream
-    import lorameter.trial.serving.generate  # noqa: F401
+    import lorameter.trial.serving.server  # noqa: F401
 
     return PartialRecord(values={"cold_import_time_s": time.monotonic() - spawned_monotonic_s})
 
@@ -47,7 +47,7 @@ def load_and_answer(request: TrialRequest) -> PartialRecord:
     from lorameter.trial.building.build import set_precision
     from lorameter.trial.data.stream import TokenStream
     from lorameter.trial.process import prepare_process, synchronize
-    from lorameter.trial.serving.generate import generate
+    from lorameter.trial.serving.server import generate
 
     entered = time.monotonic()
     prepare_process(request)

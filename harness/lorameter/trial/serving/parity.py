@@ -20,8 +20,7 @@ from lorameter.errors import LorameterError
 from lorameter.models import catalogue
 from lorameter.records import codec
 from lorameter.records.os_errors import failed_record
-from lorameter.records.parity import PROMPTS, SERVED, LogitDistance, Served
-from lorameter.records.record import PartialRecord
+from lorameter.records.record import PROMPTS, SERVED, LogitDistance, PartialRecord, Served
 from lorameter.studies.request import ServingMode, ServingRequest
 from lorameter.trial.building import peft_methods
 from lorameter.trial.building.base_model import load_base
@@ -29,7 +28,7 @@ from lorameter.trial.building.build import seed_everything, set_precision
 from lorameter.trial.building.quantising import dtype_of, unpack_4bit
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.process import prepare_process
-from lorameter.trial.serving.generate import generate
+from lorameter.trial.serving.server import generate
 from lorameter.trial.step import model_inputs
 
 ROWS = 16

@@ -3,7 +3,7 @@
 A claim is the conjunction of its parts: supported if every part is supported, refuted if any part is, not judged if
 some part is not judged and none is refuted, else inconclusive. All parts of a run that assert a difference share one
 error rate of 5 % (Holm); each assertion of equality has an error rate of 5 %, as everywhere
-(`lorameter.stats.statement`).
+(`lorameter.stats.trend`).
 
 If the reference differs from itself in a metric, or in the primary metric of its phase, nothing is asserted about that
 metric. If it is not equivalent to itself, no equality is asserted. A run can be judged at any time, from its records so
@@ -25,10 +25,10 @@ from lorameter.records.metrics import METRICS, PHASES, PRIMARY, Samples, samples
 from lorameter.records.store import Run
 from lorameter.records.units import format_ratio
 from lorameter.stats import Comparison, ShareEstimate, explained_share, step_down
-from lorameter.stats.statement import Conclusion
+from lorameter.stats.trend import Conclusion
 from lorameter.studies.claim import ENGINE, ClaimPart
-from lorameter.studies.from_run import read_study
 from lorameter.studies.study import Study
+from lorameter.studies.study_file import read_study
 from lorameter.verdicts.claims.counted import judge_counts, judge_peaks
 from lorameter.verdicts.claims.engines import EngineEvidence, check_comparable, collect_evidence
 from lorameter.verdicts.claims.parts import (

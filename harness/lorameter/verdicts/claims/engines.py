@@ -16,9 +16,16 @@ from lorameter.studies.engine import ANY, LESS, SAFE
 from lorameter.studies.study import Study
 from lorameter.studies.variant import ScriptVariant
 from lorameter.verdicts.claims.parts import NotJudgedError
-from lorameter.verdicts.same_training import LOSS_DIFFERS, OTHER_PARAMETERS, ScriptPair, notices_of_sides, sides_of_run
+from lorameter.verdicts.same_training import (
+    LOSS_DIFFERS,
+    OTHER_PARAMETERS,
+    ScriptPair,
+    notices_of_sides,
+    say_threads,
+    sides_of_run,
+    versions_of,
+)
 from lorameter.verdicts.series import Groups
-from lorameter.verdicts.software import say_threads, versions_of
 
 _UNSEEN = "how many tokens a step holds was not seen, so whether both do the same work is not known"
 LEAST_FALL = 0.5

@@ -22,8 +22,7 @@ from lorameter.records.units import decimals, format_count, format_ratio
 from lorameter.stats import MOST_ADVISED, Pairing
 from lorameter.stats.effect import from_log, log_ratios, paired_effect
 from lorameter.stats.samples import checked_trials
-from lorameter.stats.statement import Conclusion, beyond, opposite, within
-from lorameter.stats.trend import Scale, line_change, scores, sizes
+from lorameter.stats.trend import Conclusion, Scale, beyond, line_change, opposite, scores, sizes, within
 from lorameter.studies.claim import ENGINE, OF_PAIRS, ClaimPart, Level, Rule, is_number, say_level
 from lorameter.studies.study import Study, is_of_tokens
 from lorameter.verdicts.series import Groups, pairing_of
