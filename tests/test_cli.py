@@ -8,6 +8,7 @@ Tests of messages between processes: invalid messages, and those of another vers
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import os
 import shlex
@@ -104,15 +105,17 @@ def test_reading_makes_no_folder(write_run, tmp_path, monkeypatch, capsys):
     assert "cannot be made" in capsys.readouterr().err
 
 
-def test_every_command_ends_its_help_with_an_example_that_it_takes(monkeypatch, capsys):
-    """Each example is valid as printed."""
+def test_every_command_is_a_function_and_ends_its_help_with_an_example_that_it_takes(monkeypatch, capsys):
+    """Each example is valid as printed, and its command exists."""
     monkeypatch.setenv("COLUMNS", "80")
     for command in COMMANDS:
         assert command.example.startswith(f"lorameter {command.name}")
         with contextlib.suppress(SystemExit):
             main([*command.name.split(), "--help"])
         assert f"\nexample: {command.example}\n" in capsys.readouterr().out, "on one line, as it is copied"
-        build_parser().parse_args(shlex.split(command.example.partition(" > ")[0])[1:])
+        options = build_parser().parse_args(shlex.split(command.example.partition(" > ")[0])[1:])
+        module, _, name = options.calls.partition(":")
+        assert callable(getattr(importlib.import_module(f"lorameter.commands.{module}"), name))
 
 
 INTERRUPTED = """

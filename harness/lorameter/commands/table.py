@@ -181,7 +181,7 @@ COMMANDS = (
     ),
     Command(
         name="wrap",
-        calls="wrap:run_wrap",
+        calls="run:run_wrap",
         help="measure a training script while it runs",
         description="Run a command as it is and measure the training in it: `lorameter wrap -- python train.py`. Its "
         "output, its exit code and signals to it pass through; the run is stored in the runs directory; the report "
@@ -214,7 +214,7 @@ COMMANDS = (
     ),
     Command(
         name="estimate",
-        calls="estimate:run_estimate",
+        calls="setup:run_estimate",
         help="estimate a variant's peak memory without loading it; whether it fits on a GPU",
         description="Estimate the peak memory of a variant's training and generation, by kind, on this machine or on "
         "another GPU.",
@@ -276,7 +276,7 @@ COMMANDS = (
     ),
     Command(
         name="parity",
-        calls="parity:run_parity",
+        calls="profile:run_parity",
         help="whether an adapter gives the same answers merged, in 4 bits and in 16",
         description="Serve a trained adapter unmerged and merged, on its own base, in 16 bits and in 4, and compare "
         "answers, logits and held-out loss with those of the adapter as it was trained.",
@@ -316,7 +316,7 @@ COMMANDS = (
     ),
     Command(
         name="list",
-        calls="list_cmd:run_list",
+        calls="runs:run_list",
         help="list studies, variants, model sizes, models, runs, keys of files",
         example="lorameter list runs",
         arguments=(
@@ -328,7 +328,7 @@ COMMANDS = (
     Command(name="model", help="fetch a model", example="lorameter model fetch smollm2-135m", has_json=False),
     Command(
         name="model fetch",
-        calls="list_cmd:run_fetch",
+        calls="runs:run_fetch",
         help="download a catalogue model, convert it once, verify it",
         example="lorameter model fetch smollm2-135m",
         arguments=(argument("name", metavar="NAME"),),
