@@ -68,8 +68,8 @@ test-lower-bound: $(STAMP)
 	$(BIN)/python -m uv pip install --quiet --python $(LOWER) -e '.[dev]' torch==2.11.0 'transformers==5.17.*' \
 	scikit-learn pandas pyarrow
 	$(LOWER)/bin/pytest tests/models/costs tests/kernels_check/judges/test_execution.py \
-	tests/kernels_check/trace/test_report.py tests/kernels_check/test_probe.py tests/trial/test_zygote.py \
-	tests/run/workers/test_local.py tests/profile/test_measure.py tests/machine tests/gpu
+	tests/kernels_check/trace/test_recording.py tests/kernels_check/test_selftest.py tests/trial/test_trial.py \
+	tests/run/workers/test_local.py tests/profile tests/machine tests/gpu
 
 # All claims about GPUs, in steps that are resumed where they were stopped; writes a report under reports/, with the
 # device in its name, and docs/gpu.md. Without a GPU all steps are rehearsed. GPU_OPTIONS: --minutes, --only, --again,

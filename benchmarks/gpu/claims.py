@@ -9,8 +9,7 @@ from benchmarks.gpu.claim import Claim, Judge, by_tests
 from benchmarks.gpu.steps import BASES
 
 METERS, KERNELS = "tests/machine/test_gpu.py", "tests/kernels_check/test_gpu.py"
-PEAKS = "tests/trial/profiling/test_peak.py"
-MEMORY = "tests/trial/profiling/test_memory_breakdown.py"
+MEASURED = "tests/trial/profiling/test_trial.py"
 
 
 def _claims(steps: tuple[str, ...], of: Mapping[str, tuple[str, Judge]]) -> tuple[Claim, ...]:
@@ -146,7 +145,7 @@ CLAIMS: tuple[Claim, ...] = (
         {
             "faults": (
                 "faults that only a GPU shows are found, their healthy controls pass",
-                by_tests("tests/kernels_check/test_negative_controls.py::test_control_on_cuda"),
+                by_tests("tests/kernels_check/test_verification.py::test_control_on_cuda"),
             ),
         },
     ),
@@ -159,11 +158,11 @@ CLAIMS: tuple[Claim, ...] = (
             ),
             "stated peaks": (
                 "products and copies reach a fair share of the vendor's figures and never more",
-                by_tests(f"{PEAKS}::test_products_on_a_known_gpu", f"{PEAKS}::test_copies_on_a_known_gpu"),
+                by_tests(f"{MEASURED}::test_products_on_a_known_gpu", f"{MEASURED}::test_copies_on_a_known_gpu"),
             ),
             "account of memory": (
                 "an account of memory explains a step's peak within 2 %",
-                by_tests(f"{MEMORY}::test_a_step_on_a_gpu_is_explained_within_two_percent"),
+                by_tests(f"{MEASURED}::test_a_step_on_a_gpu_is_explained_within_two_percent"),
             ),
         },
     ),

@@ -183,15 +183,14 @@ STEPS: tuple[Step, ...] = (
     tests(
         "controls",
         "are faults that only a GPU shows found, and do their healthy controls pass",
-        "tests/kernels_check/test_negative_controls.py",
+        "tests/kernels_check/test_verification.py",
         expected_s=90,
     ),
     tests(
         "trial",
         "a step after the check, measured peaks, an account of memory",
         "tests/run/workers/test_gpu.py",
-        "tests/trial/profiling/test_peak.py",
-        "tests/trial/profiling/test_memory_breakdown.py",
+        "tests/trial/profiling/test_trial.py",
         expected_s=75,
     ),
     *(

@@ -175,7 +175,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def test_every_example_is_current():
-    """`LORAMETER_CONTRACT=write pytest tests/docs/test_json.py` updates them."""
+    """`LORAMETER_CONTRACT=write pytest tests/docs/test_pages.py` updates them."""
     page, block = PAGE.read_text(encoding="utf-8"), re.compile(r"```json (?P<name>[\w-]+)\n.*?```\n", re.DOTALL)
     assert {found["name"] for found in block.finditer(page)} == SHOWN
     current = block.sub(example_of, page)

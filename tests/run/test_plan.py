@@ -462,7 +462,7 @@ CONFIG = {
 }  # fmt: skip
 """A width that is not a multiple of 64, as a linear layer in 4 bits would need."""
 SENTENCE = "the linear layers of model type 'mixtral' are not known"
-REMEDY = "add an entry for it to harness/lorameter/models/families.py"
+REMEDY = "add an entry for it to harness/lorameter/models/shapes.py"
 
 
 @pytest.fixture

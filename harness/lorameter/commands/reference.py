@@ -30,7 +30,7 @@ from lorameter.verdicts.gate import LimitRule, Policy
 INTRODUCTION = """\
 # Reference: keys of studies and policies, columns of tables
 
-Made by `lorameter list keys` from the code that reads them; `pytest tests/docs/test_reference.py` fails where it is not
+Made by `lorameter list keys` from the code that reads them; `pytest tests/docs/test_pages.py` fails where it is not
 current. A key that is not here is refused, with the nearest one that is. Times are in seconds, sizes in bytes, shares
 are fractions: 0.05 is 5 %.
 """

@@ -186,7 +186,7 @@ def unknown_layers(shape: ModelShape) -> str | None:
         return None
     return (
         f"the linear layers of model type {shorten(shape.architecture, 60)!r} are not known, only those of "
-        f"{', '.join(sorted(FAMILIES))}; add an entry for it to harness/lorameter/models/families.py"
+        f"{', '.join(sorted(FAMILIES))}; add an entry for it to harness/lorameter/models/shapes.py"
     )
 
 

@@ -66,7 +66,7 @@ MAPPED_FROM_BYTES = 32 * MIB
 PEAK_RANGES = {"cpu": (0.90, 1.10), "cuda": (0.89, 1.34)}
 """The least and the greatest expected peak, divided by the estimate. On a CPU the range is wider than the measured one
 (`MEASURED_ERRORS`). On a GPU it is the range of published peaks (of torch's allocator or from nvidia-smi), derived by
-tests/models/costs/test_published.py."""
+tests/models/costs/test_flops.py."""
 PUBLISHED_WITHIN, PUBLISHED_PEAKS = 101, 105
 """Number of published peaks within that range, and of all published peaks; each is a row of
 tests/models/costs/published_peaks.toml."""
