@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lorameter import cli
-from lorameter.results import rows
+from lorameter.results.rows import TABLES, names_of
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_csv_of_one_table(called):
     code, out, _ = called("--format", "csv", "--table", "estimates")
     rows = list(csv.DictReader(io.StringIO(out)))
     assert code == 0
-    assert tuple(rows[0]) == rows.names_of("estimates")
+    assert tuple(rows[0]) == names_of("estimates")
     value = next(row["value"] for row in rows if (row["variant"], row["metric"]) == ("plain", "step_time_s"))
     document = json.loads(called()[1])
     assert float(value) in [row["value"] for row in document["estimates"]]
@@ -43,9 +43,9 @@ def test_all_tables_into_a_folder(called, tmp_path):
     for form in ("csv", "parquet"):
         code, out, _ = called("--format", form, "--output", "out")
         assert code == 0
-        assert out.split() == [f"out/{name}.{form}" for name in rows.TABLES]
+        assert out.split() == [f"out/{name}.{form}" for name in TABLES]
     frame = pd.read_parquet(tmp_path / "out" / "trials.parquet")
-    assert list(frame.columns) == list(rows.names_of("trials"))
+    assert list(frame.columns) == list(names_of("trials"))
     assert str(frame["replicate"].dtype) == "Int64"
     text = pd.read_csv(tmp_path / "out" / "trials.csv")
     assert list(text["trial"]) == list(frame["trial"])
