@@ -220,23 +220,25 @@ def _samples(of: Sequence[TrialRecord]) -> Figure | None:
     if not records:
         return None
     begin = min(record.started_unix_s for record in records)
-    curves, rows = [], []
+    points: dict[str, list[Point]] = {}
+    rows = []
     for record in records:
         timed = record.samples["step_time_s"]
         steps = (*record.samples.get("warmup_step_time_s", ()), *timed)
         began, pace = record.started_unix_s - begin, record.wall_time_s / len(steps)
-        points = tuple(Point(x=began + pace * (place + 0.5), y=step) for place, step in enumerate(steps))
-        curves.append(Curve(name=record.name, points=points))
+        dots = (Point(x=began + pace * (place + 0.5), y=step) for place, step in enumerate(steps))
+        points.setdefault(record.name, []).extend(dots)
         cuts = statistics.quantiles(timed, n=4, method="inclusive") if len(timed) > 1 else [timed[0]] * 3
         cells = map(write_seconds, (min(timed), *cuts, max(timed)))
         rows.append(write_row(record.trial, record.name, str(len(timed)), *cells))
     heads = name_columns("trial", "variant", "steps", "least", "quartile", "median", "quartile", "most", left=2)
     across, up = Axis(title="since the first trial", unit="s"), Axis(title="step time", unit="s")
+    curves = tuple(Curve(name=name, points=tuple(own)) for name, own in points.items())
     return Figure(
         title="Every step by time",
         caption="Each dot is one step, warm-ups included, which shows drift and warm-up. Steps are spread evenly over "
         "the time of their trial: interleaved trials are above each other.",
-        drawing=Chart(across=across, up=up, curves=tuple(curves), style="specks"),
+        drawing=Chart(across=across, up=up, curves=curves, style="specks"),
         table=Table(heads=heads, rows=tuple(rows)),
     )
 

@@ -6,6 +6,7 @@ and paper.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -150,11 +151,11 @@ def band_of(curve: Curve) -> list[tuple[float, float]]:
 
 
 def specks_of(curve: Curve, layout: Layout) -> str:
-    """The path that draws each point once, rounded to pixels."""
+    """The path that draws each point once, rounded to pixels; relative moves between sorted points keep it short."""
     assert layout.up is not None
     across, up = layout.across.place, layout.up.place
-    places = dict.fromkeys((round(across(point.x)), round(up(point.y))) for point in curve.points)
-    return "".join(f"M{x} {y}h0" for x, y in places)
+    places = sorted({(round(across(point.x)), round(up(point.y))) for point in curve.points})
+    return "".join(f"m{x - left} {y - above}h0" for (left, above), (x, y) in itertools.pairwise([(0, 0), *places]))
 
 
 def describe_point(curve: Curve, chart: Chart) -> str:
