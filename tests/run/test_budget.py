@@ -175,13 +175,22 @@ def test_ample_time_raises_the_rounds(measured):
     assert found.stopped is None
 
 
+def test_turns_are_shortened_to_fit_three_replicates(measured):
+    """After the first replicate each turn takes one step, if three replicates of training with two do not fit."""
+    executor, found = measured(330.0)
+    lengths = [{record.turn_lengths[:1] for record in found.records if record.replicate == one} for one in range(3)]
+    assert lengths == [{(2,)}, {(1,)}, {(1,)}]
+    assert not executor.budget.training_s
+    assert executor.now <= 1.1 * 330.0
+
+
 def test_too_little_time_is_reported_and_training_is_still_measured(measured):
     """Two replicates of training fit: nothing else is measured, and the time for three is reported."""
-    executor, found = measured(330.0)
+    executor, found = measured(250.0)
     assert replicates_of(found) == 2
     assert executor.budget.skipped >= {"requests", "cold"}
-    assert executor.budget.needed_s > executor.budget.training_s > 330.0
-    assert executor.now <= 1.1 * 330.0
+    assert executor.budget.needed_s > executor.budget.training_s > 250.0
+    assert executor.now <= 1.1 * 250.0
 
 
 def test_a_limit_that_not_one_replicate_keeps_is_refused(measured):

@@ -3,8 +3,9 @@
 A replicate has two rounds of each measurement, after the watched warm-up step and one more. After each replicate
 another one starts if the longest so far still fits, up to the planned number. Time left after the last replicate raises
 the rounds of all replicates alike, if three replicates fit. Before replicate 1, when the cost of a replicate is known,
-cold starts, merged requests and requests are dropped, in this order, until three replicates fit. Peaks are measured
-once per variant. If three training replicates do not fit, the run reports the minutes that it needs, and continues.
+cold starts, merged requests and requests are dropped, in this order, until three replicates fit; if training alone does
+not fit, its turns take one step each from then on. Peaks are measured once per variant. If three training replicates do
+not fit even so, the run reports the minutes that it needs, and continues.
 
 A part that would be dropped after the first replicate is not measured in it either, since one replicate gives no
 interval. So each part is judged just before it starts in the first replicate, by the time of one request or one load.
@@ -92,6 +93,8 @@ class Budget:
         self._past: list[dict[Part, Cost]] = []
         """The costs of the completed replicates."""
         self._rounds = LEAST_ROUNDS
+        self._steps: int | None = None
+        """Maximum steps of a turn."""
         self._turns: dict[int, int] = {}
         """Turns by replicate; the minimum of several groups."""
         self._measured_s: dict[str, float] = {}
@@ -180,6 +183,10 @@ class Budget:
         """The number of planned rounds that the current replicate runs."""
         return planned if self.limit_s is None else min(planned, self._rounds)
 
+    def steps(self, planned: int) -> int:
+        """The number of planned steps that each turn of the current replicate takes."""
+        return planned if self._steps is None else self._steps
+
     def note_turns(self, group: Group, turns: int) -> None:
         """Record the turns of all trials of a group."""
         self._turns[group.replicate] = min(turns, self._turns.get(group.replicate, turns))
@@ -218,8 +225,9 @@ class Budget:
                 f"fits. Give {math.ceil(needed_s / 60)} minutes or more, fewer variants (--variant) or a smaller model."
             )
 
-    def close_replicate(self) -> None:
-        """End a replicate after all its groups. After the first one, parts are dropped until three replicates fit."""
+    def close_replicate(self, steps_per_turn: int) -> None:
+        """End a replicate after all its groups, whose turns were planned with `steps_per_turn`. After the first one,
+        parts are dropped, and steps of turns, until three replicates fit."""
         self._past.append(self._costs)
         self._costs = {}  # a group that is measured again is not part of a replicate
         if self.limit_s is None or len(self._past) > 1:
@@ -229,6 +237,9 @@ class Budget:
         for part in reversed(DROPPABLE):
             if part in first and later * self._replicate_s(first) > self.left_s:
                 self._skip(part, needed_s)
+        if "training" in first and later * self._replicate_s(first) > self.left_s:
+            self._steps = 1
+            first["training"].round_s /= steps_per_turn
         training_s = later * self._replicate_s(first)
         if training_s > self.left_s:
             self.training_s = self.spent_s + training_s

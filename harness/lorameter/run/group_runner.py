@@ -209,13 +209,14 @@ class GroupRunner:
             budget.require_one(steps * sum(self._records.values("build_step_time_s")))
         self._run_untimed("verify")
         self._run_untimed("warm_up", arguments={"steps": 1} if budget.is_limited else {})
-        budget.lap(self._rest, once_s=sum(self._records.values("isolation_probe_time_s")))
+        budget.lap(self._rest, once_s=sum(self._records.values("isolation_probe_time_s")) / self._parallel)
 
     def _train(self) -> None:
         """Run the timed turns, and the untimed steps of the requested epochs."""
         protocol, records, turns = self._run.plan.study.protocol, self._records, self._group.turns
         begin, saving_s = time.monotonic(), records.saving_s
-        taken = self._take_rounds("steps", turns, steps=protocol.steps_per_turn)
+        steps = self._budget.steps(protocol.steps_per_turn)
+        taken = self._take_rounds("steps", turns, steps=steps)
         wall_time_s = time.monotonic() - begin - (records.saving_s - saving_s)
         timed = records.live("steps")
         for trial in timed:
@@ -229,7 +230,7 @@ class GroupRunner:
         arguments = {}
         if timed and self._budget.is_limited and not epochs:  # all end after the longest warm-up and the timed steps
             longest = max(len(records.records[trial].samples.get(WARM, ())) for trial in timed)
-            arguments["steps"] = 1 + longest + taken * protocol.steps_per_turn
+            arguments["steps"] = 1 + longest + taken * steps
         finish_s = self._run_untimed("finish_training", arguments=arguments)
         if turns and records.values("held_out_loss_initial"):
             self._budget.lap("training", once_s=finish_s)  # like the same loss before training, which occurs once
@@ -350,6 +351,12 @@ class GroupRunner:
             worker = self._workers[trial]
             self._take(trial, command, lambda: worker.ask(command, trial, self._timeout_s, **arguments))
 
+    @property
+    def _parallel(self) -> int:
+        """The number of trials that execute an untimed command at once."""
+        alone = len(set(self._workers.values())) == len(self._workers)
+        return self._run.context.max_parallel if alone else 1
+
     def _run_untimed(
         self, word: str, *, trials: Sequence[str] | None = None, arguments: Mapping[str, Any] | None = None
     ) -> float:
@@ -359,8 +366,7 @@ class GroupRunner:
         if not self._due(command):
             return 0.0
         live = [trial for trial in self._records.live(command.measure) if trials is None or trial in trials]
-        alone = len(set(self._workers.values())) == len(self._workers)
-        size = self._run.context.max_parallel if alone else 1
+        size = self._parallel
         for batch in (live[start : start + size] for start in range(0, len(live), size)):
             if len(batch) == 1:
                 self._ask(batch[0], word, **arguments)

@@ -144,7 +144,7 @@ class _PlanRun:
         groups = budget.open_replicate(plan, planned, on_cpu=self._on_cpu)
         self.left[: len(planned)] = groups
         disturbed = [group for group in groups if self._measure(self.left.pop(0))]
-        budget.close_replicate()
+        budget.close_replicate(plan.study.protocol.steps_per_turn)
         for again in range(1, plan.study.protocol.retries + 1):
             disturbed = [
                 group for group in disturbed if self._took_s[group] <= budget.left_s and self._measure(group, again)
