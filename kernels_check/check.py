@@ -168,6 +168,11 @@ def name_some(names: Iterable[str], separator: str = ", ") -> str:
     return f"{shown} and {hidden} more" if hidden > 0 else shown
 
 
+def join_clauses(*clauses: str | None) -> str:
+    """Join the clauses of a reason; empty ones are left out."""
+    return "; ".join(filter(None, clauses))
+
+
 def join_values(values: Iterable[str]) -> str | None:
     """Join a set of observed values: the only value, ``a+b`` for a mix, None for none."""
     distinct = sorted(set(values))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -26,16 +27,15 @@ from kernels_check.observe.base import quant_state
 from kernels_check.observe.digest import Fingerprinter
 from kernels_check.observe.modules import RandomState, restored
 from kernels_check.observe.ranks import is_sharded, trained_parameters
+from kernels_check.trace.events import Floats, union_length
 
 REPEATS = 4
 """Number of forward and backward passes of the same batch: wrongly gathered weights are correct at first."""
-EXCHANGES = ("gloo:", "nccl:", "ncclDevKernel", "ncclKernel", "mpi:", "ucc:", "xccl:")
+_EXCHANGES = ("gloo:", "nccl:", "ncclDevKernel", "ncclKernel", "mpi:", "ucc:", "xccl:")
 """Name prefixes of communication: the ranges of torch's process groups, and NCCL's kernels."""
-OPERATORS = "aten::"
 _STEP = "kernels_check.ranks step"
 STEPS = 3
 """Number of profiled steps: other load on the machine delays a rank in one of them, but seldom in all."""
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,45 +77,37 @@ def read_times(events: Sequence[Any], *, on_device: bool) -> RankTime | None:
     """Read the times of the steps from the profiler's events: `on_device` from GPU kernels, else from the operators of
     the training thread; None if there are no GPU events. Annotations (such as step marks) do not count as work."""
     on_gpu = ["CUDA" in str(event.device_type) for event in events]
-    steps = [event for event, is_gpu in zip(events, on_gpu, strict=True) if event.name == _STEP and not is_gpu]
     if on_device and not any(on_gpu):
         return None
+    steps = [event for event, is_gpu in zip(events, on_gpu, strict=True) if event.name == _STEP and not is_gpu]
     exchanged, computed = [], []
     for event, is_gpu in zip(events, on_gpu, strict=True):
-        if event.name.startswith(EXCHANGES):
-            exchanged.append(_interval(event))
+        if event.name.startswith(_EXCHANGES):
+            exchanged.append(event)
         elif on_device and is_gpu and not event.is_user_annotation:
-            computed.append(_interval(event))
-        elif not on_device and event.thread == steps[0].thread and event.name.startswith(OPERATORS):
-            computed.append(_interval(event))  # threads of gloo also call operators
-    step_intervals = [_interval(step) for step in steps]
-    lasted = [end - begin for begin, end in step_intervals]
-    exchanges = [_covered(exchanged, whole) for whole in step_intervals]
-    exposed = [
-        max(0.0, min(exchange, _covered(exchanged + computed, whole) - _covered(computed, whole)))  # rounding
-        for whole, exchange in zip(step_intervals, exchanges, strict=True)
-    ]
+            computed.append(event)
+        elif not on_device and event.thread == steps[0].thread and event.name.startswith("aten::"):
+            computed.append(event)  # threads of gloo also call operators
+    lasted = _covered(steps, steps)
+    exchange = _covered(exchanged, steps)
+    exposed = _covered([*exchanged, *computed], steps) - _covered(computed, steps)
+    exposed = np.clip(exposed, 0.0, exchange)  # rounding
     return RankTime(
-        step_s=sum(lasted) / len(steps),
-        exchange_s=sum(exchanges) / len(steps),
-        exposed_s=sum(exposed) / len(steps),
-        own_s=min(whole_s - exposed_s for whole_s, exposed_s in zip(lasted, exposed, strict=True)),
+        step_s=float(lasted.mean()),
+        exchange_s=float(exchange.mean()),
+        exposed_s=float(exposed.mean()),
+        own_s=float((lasted - exposed).min()),
     )
 
 
-def _interval(event: Any) -> Interval:
-    return event.time_range.start * 1e-6, event.time_range.end * 1e-6
-
-
-def _covered(intervals: Iterable[Interval], within: Interval) -> float:
-    """Length of the part of an interval that is covered by other intervals; overlaps count once."""
-    total, reached = 0.0, within[0]
-    for begin, end in sorted(intervals):
-        first, last = max(begin, reached), min(end, within[1])
-        if last > first:
-            total += last - first
-            reached = last
-    return total
+def _covered(events: Sequence[Any], steps: Sequence[Any]) -> Floats:
+    """Seconds of each step in which any of the events ran; overlaps count once."""
+    begin, end = (np.array([getattr(event.time_range, edge) for event in events]) for edge in ("start", "end"))
+    covered = []
+    for step in steps:
+        first, last = (np.clip(times, step.time_range.start, step.time_range.end) for times in (begin, end))
+        covered.append(union_length(first, last - first) * 1e-6)
+    return np.array(covered)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +115,6 @@ class RankFacts:
     """Facts about one rank; every field is a JSON value."""
 
     rank: int
-    ranks: int
     rows: tuple[str, ...] = ()
     """Hashes of the sequences that its model received in a step."""
     whole: tuple[str, ...] = ()
@@ -152,7 +143,6 @@ def observe_rank(
     before: float,
     whole: Iterable[Tensor],
     rank: int,
-    ranks: int,
 ) -> RankFacts:
     """Run steps with all other ranks, and restore everything except the position in the data stream.
 
@@ -167,7 +157,6 @@ def observe_rank(
         before: the same loss right after loading, before the model was shared among ranks.
         whole: the token ids of each sequence of that batch on all ranks together, shape (tokens,).
         rank: rank of this process.
-        ranks: number of ranks.
 
     Raises:
         Exception: any exception of a step, after everything has been restored.
@@ -198,7 +187,6 @@ def observe_rank(
         base_losses += [] if base_loss is None else [base_loss()]
     return RankFacts(
         rank=rank,
-        ranks=ranks,
         rows=tuple(rows),
         whole=expected,
         base=base,
@@ -246,7 +234,6 @@ def _four_bit(model: nn.Module) -> dict[str, int]:
 # --- judging the facts of all ranks ----------------------------------------------------------------------------------
 
 Strategy = Literal["ddp", "fsdp2"]
-PATHS = ("ranks.data", "ranks.sharded", "ranks.steady")
 WHOLE_SHARE = 0.02
 """Maximum share of the base that may be replicated on every rank: small norms and biases may be left unsharded."""
 STEADY = 1e-4
@@ -265,13 +252,10 @@ NF4_BY_FSDP2 = (
 
 def judge_ranks(facts: Sequence[RankFacts], strategy: Strategy) -> list[Check]:
     """Judge a training on several ranks by the facts of each, in rank order; one check per path."""
-    judges: dict[str, Callable[[Sequence[RankFacts]], PathObservation]] = {
-        "ranks.data": judge_data,
-        "ranks.steady": judge_steady,
-    }
-    if strategy == "fsdp2":
-        judges["ranks.sharded"] = judge_sharded
-    return [judge_safely(path, True, partial(judges[path], facts)) for path in PATHS if path in judges]
+    judges = {"ranks.data": judge_data, "ranks.sharded": judge_sharded, "ranks.steady": judge_steady}
+    if strategy == "ddp":
+        del judges["ranks.sharded"]
+    return [judge_safely(path, True, partial(judge, facts)) for path, judge in judges.items()]
 
 
 def judge_data(facts: Sequence[RankFacts]) -> PathObservation:
@@ -304,25 +288,26 @@ def judge_data(facts: Sequence[RankFacts]) -> PathObservation:
 
 def judge_sharded(facts: Sequence[RankFacts]) -> PathObservation:
     """Judge whether each rank holds its part of the base, and 4-bit weights still have 4 bits."""
-    ranks, total = len(facts), sum(whole for _, whole in facts[0].base.values())
-    whole = [name for name in facts[0].base if all(one.base.get(name, (0, 0))[0] == one.base[name][1] for one in facts)]
-    left = sum(facts[0].base[name][1] for name in whole)
+    base, four_bit = facts[0].base, facts[0].four_bit
+    ranks, total = len(facts), sum(whole for _, whole in base.values())
+    whole = [name for name in base if all(one.base.get(name, (0, 0))[0] == one.base[name][1] for one in facts)]
+    left = sum(base[name][1] for name in whole)
     if left > WHOLE_SHARE * total:
         return failed(
-            f"{len(whole)} of {len(facts[0].base)} parameters of the base lie whole on every rank, {left / total:.0%} "
+            f"{len(whole)} of {len(base)} parameters of the base lie whole on every rank, {left / total:.0%} "
             f"of its bytes: {name_some(whole)}"
         )
-    for name, (_, size) in facts[0].base.items():
+    for name, (_, size) in base.items():
         if name not in whole and sum(one.base[name][0] for one in facts) != size:
             return failed(f"the parts of {name} on {ranks} ranks are not its whole")
-    enlarged = [name for name, weights in facts[0].four_bit.items() if 2 * facts[0].base[name][1] > weights + 1]
+    enlarged = [name for name, weights in four_bit.items() if 2 * base[name][1] > weights + 1]
     if enlarged:
         return failed(
-            f"{len(enlarged)} of {len(facts[0].four_bit)} weights in 4 bits take more since they are sharded: "
+            f"{len(enlarged)} of {len(four_bit)} weights in 4 bits take more since they are sharded: "
             f"{name_some(enlarged)}"
         )
     most = max(sum(here for here, _ in one.base.values()) for one in facts)
-    kept = f", {len(facts[0].four_bit)} weights still in 4 bits" if facts[0].four_bit else ""
+    kept = f", {len(four_bit)} weights still in 4 bits" if four_bit else ""
     return passed(f"each of {ranks} ranks holds {most / total:.0%} of the base's bytes or less{kept}")
 
 
@@ -355,22 +340,24 @@ def _named(ranks: Sequence[int]) -> str:
 def merge_checks(by_rank: Sequence[Sequence[Check]]) -> list[Check]:
     """Merge the checks of all ranks: each path gets the worst result of any rank and, if ranks differ in a required
     path, the result of each rank."""
-    found: list[Check] = []
-    paths = dict.fromkeys(check.path for checks in by_rank for check in checks)
-    tables: list[Mapping[str, Check]] = [{check.path: check for check in checks} for checks in by_rank]
-    for path in paths:
-        known = [(rank, table[path]) for rank, table in enumerate(tables) if path in table]
-        worst = max(known, key=lambda pair: _WORSE.index(pair[1].status))[1]
-        lacking = [str(rank) for rank, table in enumerate(tables) if path not in table]
-        differing = {(check.observed, check.status) for _, check in known}
-        if lacking and worst.required is not None:
-            reason = f"no row of rank {', '.join(lacking)} is about it; {worst.reason}"
-            worst = replace(worst, observed=None, status="unknown", reason=reason)
-        elif len(differing) > 1 and worst.required is not None and not worst.met:
-            listed = "; ".join(f"rank {rank}: {check.observed} ({check.status})" for rank, check in known)
-            worst = replace(worst, reason=f"the ranks differ: {listed}. {worst.reason}")
-        found.append(worst)
-    return found
+    by_path: dict[str, dict[int, Check]] = {}
+    for rank, checks in enumerate(by_rank):
+        for check in checks:
+            by_path.setdefault(check.path, {})[rank] = check
+    return [_merge(found, len(by_rank)) for found in by_path.values()]
+
+
+def _merge(found: Mapping[int, Check], ranks: int) -> Check:
+    worst = max(found.values(), key=lambda check: _WORSE.index(check.status))
+    if worst.required is None:
+        return worst
+    if lacking := [str(rank) for rank in range(ranks) if rank not in found]:
+        reason = f"no row of rank {', '.join(lacking)} is about it; {worst.reason}"
+        return replace(worst, observed=None, status="unknown", reason=reason)
+    if not worst.met and len({(check.observed, check.status) for check in found.values()}) > 1:
+        listed = "; ".join(f"rank {rank}: {check.observed} ({check.status})" for rank, check in found.items())
+        return replace(worst, reason=f"the ranks differ: {listed}. {worst.reason}")
+    return worst
 
 
 _WORSE = ("not_applicable", "active", "unknown", "absent", "fallback")

@@ -26,6 +26,7 @@ from kernels_check.check import (
     count_values,
     failed,
     format_count,
+    join_clauses,
     join_values,
     name_some,
     passed,
@@ -77,15 +78,13 @@ def judge_attached(seen: Observation, required: Json) -> PathObservation:
         doubts.append(BY_HAND)
     if len(faults) == 1 and faults[0].startswith(_IDLE):
         faults.append("the step never calls these modules with it: choose target_modules that it does")
-    missing = seen.unmatched_names
-    if missing:
+    if missing := seen.unmatched_names:
         faults.append(f"asked for and matched nothing: {name_some(missing)} (mend the name, or leave it out)")
-    adapters = join_values(name for layer in layers for name in layer.held if name)
-    executed = f"executed in {format_count(len(layers), 'layer')}"
-    good = f"adapter {adapters or 'of a class of its own'} enabled, unmerged and {executed}"
     if doubts and not faults:
-        return undecided("; ".join(doubts))
-    return PathObservation(observed=not faults, reason="; ".join([*faults, *doubts]) or good)
+        return undecided(join_clauses(*doubts))
+    adapters = join_values(name for layer in layers for name in layer.held if name) or "of a class of its own"
+    good = f"adapter {adapters} enabled, unmerged and executed in {format_count(len(layers), 'layer')}"
+    return PathObservation(observed=not faults, reason=join_clauses(*faults, *doubts) or good)
 
 
 def _describe(layer: AdapterLayer, problem: str) -> str:
@@ -207,22 +206,22 @@ def judge_learning(seen: Observation, required: Json) -> PathObservation:
         doubts.append(f"4-bit weights are repacked, and whether a gradient passes through was not seen; {_REPACKED}")
     if not seen.optimizer_steps and not seen.other_optimizers:
         return _without_optimizer(judged, faults, seen)
-    more = _update_faults(judged, seen)
-    faults, doubts = [*faults, *more[0]], [*doubts, *more[1]]
+    update_faults, update_doubts = _update_faults(judged, seen)
+    faults += update_faults
+    doubts += update_doubts
     if faults:
         if any(not value.requires_grad for value in judged.values()):
             doubts.append("remedy: load the adapter with is_trainable=True, and freeze the base before it is attached")
-        return failed("; ".join([*faults, *doubts]) + note)
+        return failed(join_clauses(*faults, *doubts) + note)
     if doubts:
-        return undecided("; ".join(doubts) + note)
-    count = f"{len(judged)} of {len(everything)} trainable parameters"
-    reason = f"gradients reached {count} and updates moved all of them, in {seen.optimizer_steps} updates"
+        return undecided(join_clauses(*doubts) + note)
     not_learnt = [name for name in judged if not seen.updates[name].learnt]
-    if not_learnt:
-        reason += (
-            f"; {len(not_learnt)} of {len(judged)} by less than float32 shows, next to a factor that has just left zero"
-        )
-    return passed(reason + note)
+    hidden = f"{len(not_learnt)} of {len(judged)} by less than float32 shows, next to a factor that has just left zero"
+    reason = (
+        f"gradients reached {len(judged)} of {len(everything)} trainable parameters and updates moved all of them, in "
+        f"{seen.optimizer_steps} updates"
+    )
+    return passed(join_clauses(reason, hidden if not_learnt else "") + note)
 
 
 def _gradient_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[list[str], list[str]]:
@@ -257,13 +256,12 @@ def _without_optimizer(judged: Mapping[str, Tensor], faults: list[str], seen: Ob
     changed = [name for name in judged if name in seen.changed]
     reason = f"no torch.optim.Optimizer stepped in {format_count(seen.calls, 'call')}"
     if faults:
-        return failed("; ".join([*faults, reason]))
+        return failed(join_clauses(*faults, reason))
     if changed:
-        reason += (
-            f", although {len(changed)} of {len(judged)} parameters changed: an optimizer of another kind, whose "
-            "updates cannot be distinguished from other writing"
+        return undecided(
+            f"{reason}, although {len(changed)} of {len(judged)} parameters changed: an optimizer of another kind, "
+            "whose updates cannot be distinguished from other writing"
         )
-        return undecided(reason)
     return undecided(f"{reason}: {_NO_STEP}")
 
 
@@ -282,22 +280,22 @@ def _update_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[lis
     moving = [name for name in taken if name not in (*zero_rate, *idling)]
     highest = max((one.rate for one in known.values()), default=0.0)
     rounded_away = [name for name in moving if known[name].rounded_away and known[name].rate >= highest * _COMPARABLE]
-    unmoved = [name for name in moving if not known[name].moved and name not in rounded_away]
     rounded = [
         name for name in moving if known[name].ineffective and not known[name].learnt and name not in rounded_away
     ]
     without_gradient = [name for name in moving if not known[name].updates_with_gradient]
     decayed = [name for name in without_gradient if known[name].moved]
+    excused = {*rounded_away, *rounded, *without_gradient}
     faults = _count(
         judged,
         ("not given to the optimizer", [name for name in missing if name not in elsewhere]),
         ("learning rate 0", [] if all_rates_zero else zero_rate),
         (
             "unchanged, or nearly, by updates that had a gradient and a learning rate: they round away in "
-            f"{join_values(_dtypes(judged[name] for name in rounded))}, keep the adapter in float32",
+            f"{join_values(_dtype(judged[name]) for name in rounded)}, keep the adapter in float32",
             rounded,
         ),
-        ("unchanged by updates", [name for name in unmoved if name not in rounded and name not in without_gradient]),
+        ("unchanged by updates", [name for name in moving if not known[name].moved and name not in excused]),
         ("moved only by weight decay or momentum, their gradient was gone or zero when it was to be used", decayed),
         (
             "gradient gone or zero when the update was to use it",
@@ -335,23 +333,24 @@ def judge_dtype(seen: Observation, required: Json) -> PathObservation:
     layers = seen.adapter_layers
     if not layers:
         return absent(NO_ADAPTER)
-    copies = [layer for layer in layers if layer.copied]
-    own = [layer for layer in layers if not layer.copied] or copies
-    dtypes = _dtypes(_weights(own))
+    copies = _dtypes(layer for layer in layers if layer.copied)
+    own = [layer for layer in layers if not layer.copied]
+    dtypes = _dtypes(own) if own else copies
     if not dtypes:
         return absent("no adapter is active")
     reason = f"adapter weights: {count_values(dtypes)}"
-    if copies and own is not copies:
-        reason += f"; copies trained with it: {count_values(_dtypes(_weights(copies)))}"
+    reason += f"; copies trained with it: {count_values(copies)}" if own and copies else ""
     return PathObservation(observed=join_values(dtypes), reason=reason)
 
 
-def _dtypes(weights: Iterable[Tensor]) -> list[str]:
-    return [str(value.dtype).removeprefix("torch.") for value in weights]
+def _dtypes(layers: Iterable[AdapterLayer]) -> list[str]:
+    """The dtype of each weight of these layers; a shared weight counts once."""
+    weights = {id(value): value for layer in layers for _, value in layer.weights()}
+    return [_dtype(value) for value in weights.values()]
 
 
-def _weights(layers: Iterable[AdapterLayer]) -> Iterable[Tensor]:
-    return {id(value): value for layer in layers for _, value in layer.weights()}.values()
+def _dtype(weight: Tensor) -> str:
+    return str(weight.dtype).removeprefix("torch.")
 
 
 def judge_dropout(seen: Observation, required: Json) -> PathObservation:
@@ -363,26 +362,22 @@ def judge_dropout(seen: Observation, required: Json) -> PathObservation:
         return undecided(BY_HAND)
     unseen = [f"{name}={probability}" for layer in layers for name, probability in layer.unseen_dropouts()]
     if unseen:
-        reason = f"drawn inside the method's product, where nothing shows it: {name_some(unseen)}"
-        return undecided(reason)
-    applied: dict[str, float] = {}
-    notes: dict[str, str] = {}
-    for layer in layers:
-        for name, dropout in layer.dropouts():
-            applied[name], notes[name] = _applied(name, dropout, layer, seen)
+        return undecided(f"drawn inside the method's product, where nothing shows it: {name_some(unseen)}")
+    applied = {name: _applied(name, dropout, layer, seen) for layer in layers for name, dropout in layer.dropouts()}
     if not applied:
         kinds = join_values({type(layer.module).__name__ for layer in layers})
         reason = f"{len(layers)} of {len(layers)} layers have no dropout: {kinds}"
         return PathObservation(observed=0.0, present=False, reason=reason, satisfies=required in (None, 0))
-    values = set(applied.values())
+    values = {value for value, _ in applied.values()}
+    notes = {note for _, note in applied.values()}
     expected = float(required) if isinstance(required, int | float) else max(values)
-    odd = [f"{name} ({notes[name]})" for name, value in applied.items() if value != expected]
-    observed: Json = values.pop() if len(values) == 1 else join_values(str(value) for value in values)
+    odd = [f"{name} ({note})" for name, (value, note) in applied.items() if value != expected]
     reason = f"{len(applied) - len(odd)} of {len(applied)} layers apply dropout {expected}"
-    reason += f"; exceptions: {name_some(odd)}" if odd else f" ({join_values(notes.values())})"
-    if any("eval mode" in notes[name] for name in applied):
-        reason += "; call model.train() before the step"
-    return PathObservation(observed=observed, reason=reason, satisfies=not odd)
+    reason += f"; exceptions: {name_some(odd)}" if odd else f" ({join_values(notes)})"
+    reason += "; call model.train() before the step" if any("eval mode" in note for note in notes) else ""
+    return PathObservation(
+        observed=max(values) if len(values) == 1 else join_values(map(str, values)), reason=reason, satisfies=not odd
+    )
 
 
 def _applied(name: str, part: Any, layer: AdapterLayer, seen: Observation) -> tuple[float, str]:

@@ -17,11 +17,13 @@ from kernels_check.check import (
     JudgedPath,
     PathObservation,
     Requirement,
-    Status,
+    absent,
     count_values,
     format_count,
+    join_clauses,
     join_values,
     name_some,
+    undecided,
 )
 
 if TYPE_CHECKING:
@@ -58,42 +60,51 @@ KERNEL_BACKENDS = {
 }
 
 
+def _accepted(required: Json) -> Collection[Json]:
+    """The backends that meet a requirement."""
+    return FUSED_ATTENTION if required == "fused" else {required}
+
+
 def judge_backend(seen: Observation, required: Json) -> PathObservation:
     """Judge ``attention.backend``."""
     layers = seen.attention_layers
     forward = layers.calls
     if not forward:
         return _nothing_of_the_model(layers) or judge_kernels(seen.profile, required)
-    first = [call for call in forward if not call.recomputed]
     backward = [call for call in seen.profile.attention if call.direction == "backward"]
-    accepted = FUSED_ATTENTION if required == "fused" else {required}
+    accepted = _accepted(required)
     wrong = [call for call in forward if call.backend not in accepted]
-    good = [name for name in layers.forward if _is_whole(layers, name, accepted if required is not None else None)]
+    good = [
+        name
+        for name, calls in layers.forward.items()
+        if name not in (*layers.unknown, *layers.partial)
+        and (required is None or all(call.backend in accepted for call in calls))
+    ]
     unrecognised = ["unrecognised"] if layers.unknown or layers.partial else []
-    observed = join_values([*(call.backend for call in forward), *unrecognised])
-    reason = (
-        f"forward: {count_values(call.backend for call in forward) or 'none'}; "
-        f"backward: {count_values(call.backend for call in backward) or 'none'}; "
-        f"{_layers(layers, good, required)}operators {', '.join(sorted({call.op for call in forward}))}"
-    )
-    incomplete = _incomplete(layers, first)
+    incomplete = _incomplete(layers)
+    clauses = [
+        f"forward: {count_values(call.backend for call in forward)}",
+        f"backward: {count_values(call.backend for call in backward) or 'none'}",
+        _describe_layers(layers, good, required),
+        f"operators {', '.join(sorted({call.op for call in forward}))}",
+    ]
     if required is not None and wrong:
-        where = name_some(name for name in layers.forward if name not in good)
-        reason += f"; not as required in {where}" if where else ""
-        reason += f"; likely cause: {likely_cause(seen.model, wrong)}"
-    reason += f"; {incomplete}" if incomplete else ""
-    reason += _describe_unjudged(layers)
-    if _cpu_flash(forward) and any(call.mask for call in forward):
-        reason += f"; on CUDA flash would refuse the explicit mask: {_WITH_A_MASK}"
-    largest = max((call.head_size or 0 for call in forward), default=0)
-    if _cpu_flash(forward) and largest > LARGEST_FLASH_HEAD:
-        reason += (
-            f"; on CUDA flash would refuse the head size {largest} (it takes up to {LARGEST_FLASH_HEAD}), and cuDNN "
-            "too: memory-efficient would run, or math where it refuses as well"
-        )
+        others = [name for name in layers.forward if name not in good]
+        clauses += [f"not as required in {name_some(others)}"] if others else []
+        clauses.append(f"likely cause: {likely_cause(seen.model, wrong)}")
+    clauses += [incomplete, _describe_unjudged(layers)]
+    if _cpu_flash(forward):
+        largest = max(call.head_size or 0 for call in forward)
+        if any(call.mask for call in forward):
+            clauses.append(f"on CUDA flash would refuse the explicit mask: {_WITH_A_MASK}")
+        if largest > LARGEST_FLASH_HEAD:
+            clauses.append(
+                f"on CUDA flash would refuse the head size {largest} (it takes up to {LARGEST_FLASH_HEAD}), and cuDNN "
+                "too: memory-efficient would run, or math where it refuses as well"
+            )
     return PathObservation(
-        observed=observed,
-        reason=reason,
+        observed=join_values([*(call.backend for call in forward), *unrecognised]),
+        reason=join_clauses(*clauses),
         status="unknown" if incomplete and not wrong and (layers.doubtful or _has_unassigned_calls(layers)) else None,
         satisfies=not wrong and not incomplete,
     )
@@ -101,10 +112,7 @@ def judge_backend(seen: Observation, required: Json) -> PathObservation:
 
 def judge_dtype(seen: Observation, required: Json) -> PathObservation:
     """Judge ``attention.dtype``: the dtype of the inner operator's inputs, after any autocast."""
-    layers = seen.attention_layers
-    forward = layers.calls
-    if not forward:
-        return _nothing_of_the_model(layers) or _unseen()
+    forward = seen.attention_layers.calls
     dtypes = [call.dtype for call in forward if call.dtype]
     reason = f"input types of the inner operator: {count_values(dtypes) or 'none that is known'}"
     if "float32" in dtypes:
@@ -112,55 +120,55 @@ def judge_dtype(seen: Observation, required: Json) -> PathObservation:
         grouped = any(call.grouped for call in forward) and not any(call.mask for call in forward)
         reason += ", memory-efficient the grouped key/value heads, so that math would run" if grouped else ""
         reason += f"; where bfloat16 was meant, {_FLOAT32_REMEDY}"
-    return _over_calls(layers, dtypes, len(forward) - len(dtypes), required, reason)
+    return _over_calls(seen.attention_layers, dtypes, len(forward) - len(dtypes), required, reason)
 
 
 def judge_mask(seen: Observation, required: Json) -> PathObservation:
     """Judge ``attention.mask``."""
-    layers = seen.attention_layers
-    forward = layers.calls
-    if not forward:
-        return _nothing_of_the_model(layers) or _unseen()
+    forward = seen.attention_layers.calls
     masks = [_mask(call) for call in forward]
     reason = f"masks of the inner operator: {count_values(masks)}"
     if "explicit" in masks:
         reason += f"; {_MASK_REMEDY}"
-    if _cpu_flash(forward) and "explicit" in masks:
-        reason += f"; the CPU's flash accepts an explicit mask, CUDA's would refuse it: {_WITH_A_MASK}"
-    return _over_calls(layers, masks, masks.count("unknown"), required, reason)
+        if _cpu_flash(forward):
+            reason += f"; the CPU's flash accepts an explicit mask, CUDA's would refuse it: {_WITH_A_MASK}"
+    return _over_calls(seen.attention_layers, masks, masks.count("unknown"), required, reason)
 
 
 def _over_calls(
     layers: AttentionLayers, values: list[str], unclear: int, required: Json, reason: str
 ) -> PathObservation:
     """One property over all calls: unknown if some call does not show it, unless another call already differs."""
-    if unclear:
-        reason += f"; unknown for {format_count(unclear, 'call')}"
-    missing = _incomplete(layers, [call for call in layers.calls if not call.recomputed])
-    reason += f"; {missing}" if missing else ""
+    if not layers.calls:
+        return _nothing_of_the_model(layers) or undecided("no attention operator in the profiled step", present=False)
+    missing = _incomplete(layers)
     differs = required is not None and any(value not in (required, "unknown") for value in values)
-    status: Status | None = "unknown" if (unclear or missing) and not differs else None
-    return PathObservation(observed=join_values(values), status=status, reason=reason + _describe_unjudged(layers))
-
-
-def _is_whole(layers: AttentionLayers, name: str, accepted: Collection[Json] | None) -> bool:
-    calls = layers.forward[name]
-    return name not in (*layers.unknown, *layers.partial) and (
-        accepted is None or all(call.backend in accepted for call in calls)
+    return PathObservation(
+        observed=join_values(values),
+        status="unknown" if (unclear or missing) and not differs else None,
+        reason=join_clauses(
+            reason,
+            f"unknown for {format_count(unclear, 'call')}" if unclear else "",
+            missing,
+            _describe_unjudged(layers),
+        ),
     )
 
 
-def _layers(layers: AttentionLayers, good: list[str], required: Json) -> str:
+def _describe_layers(layers: AttentionLayers, good: list[str], required: Json) -> str:
     """The number of layers that meet the requirement, among the layers known by name."""
-    total = len(layers.names)
-    if not total:
-        expected = "an unknown number of" if layers.expected is None else layers.expected
-        return f"compiled, so that no layer is known, {expected} attention layers; "
+    if not layers.names:
+        return f"compiled, so that no layer is known, {_expected(layers)} attention layers"
     compiled = f", with {format_count(len(layers.compiled), 'call')} in compiled code" if layers.compiled else ""
-    return f"{len(good)} of {total} attention layers{' as required' if required is not None else ''}{compiled}; "
+    as_required = " as required" if required is not None else ""
+    return f"{len(good)} of {len(layers.names)} attention layers{as_required}{compiled}"
 
 
-def _incomplete(layers: AttentionLayers, first: list[AttentionCall]) -> str:
+def _expected(layers: AttentionLayers) -> str:
+    return "an unknown number of" if layers.expected is None else str(layers.expected)
+
+
+def _incomplete(layers: AttentionLayers) -> str:
     """Why the known calls cannot be all of the model's attention; empty if they can."""
     if layers.unknown:
         return (
@@ -173,62 +181,51 @@ def _incomplete(layers: AttentionLayers, first: list[AttentionCall]) -> str:
             f"in {len(layers.partial)} of {len(layers.names)} layers only some of the heads ran an attention that is "
             f"recognised: {name_some(shares)}"
         )
-    if not first and not layers.entries and not layers.regions:
+    counts = *layers.entries, *layers.regions
+    if not counts and all(call.recomputed for call in layers.calls):
         return "no call of the forward pass was seen, only recomputed ones"
-    if any(count != layers.expected for count in (*layers.entries, *layers.regions)):
-        counts = join_values(map(str, (*layers.entries, *layers.regions)))
-        expected = "an unknown number of" if layers.expected is None else layers.expected
-        return f"{counts} calls in an entry into compiled code are not those of {expected} attention layers"
+    if any(count != layers.expected for count in counts):
+        return (
+            f"{join_values(map(str, counts))} calls in an entry into compiled code are not those of "
+            f"{_expected(layers)} attention layers"
+        )
     return ""
 
 
 def _has_unassigned_calls(layers: AttentionLayers) -> bool:
     """Whether all calls may be present but not assigned to layers, in regions separated by graph breaks."""
-    whole = not layers.unknown and all(count == layers.expected for count in layers.entries)
-    return (
-        whole and bool(layers.expected) and bool(layers.regions) and sum(layers.regions) % (layers.expected or 1) == 0
-    )
+    if layers.unknown or not layers.expected or not layers.regions:
+        return False
+    return all(count == layers.expected for count in layers.entries) and sum(layers.regions) % layers.expected == 0
 
 
 def _describe_unjudged(layers: AttentionLayers) -> str:
     """A description of attention that is not judged because it is outside the model's training."""
-    parts = []
-    if layers.without_training:
-        backends = count_values(call.backend for call in layers.without_training)
-        parts.append(f"{format_count(len(layers.without_training), 'call')} without gradients ({backends})")
-    if layers.failed:
-        parts.append(f"{len(layers.failed)} in passes that failed ({count_values(c.backend for c in layers.failed)})")
-    if layers.elsewhere:
-        backends = count_values(call.backend for call in layers.elsewhere)
-        parts.append(f"{len(layers.elsewhere)} outside the model ({backends}), as of another model or a copy")
-    return f"; not judged: {' and '.join(parts)}" if parts else ""
+    groups = (
+        (f"{format_count(len(layers.without_training), 'call')} without gradients", layers.without_training, ""),
+        (f"{len(layers.failed)} in passes that failed", layers.failed, ""),
+        (f"{len(layers.elsewhere)} outside the model", layers.elsewhere, ", as of another model or a copy"),
+    )
+    parts = [f"{text} ({count_values(one.backend for one in calls)}){more}" for text, calls, more in groups if calls]
+    return f"not judged: {' and '.join(parts)}" if parts else ""
 
 
 def _nothing_of_the_model(layers: AttentionLayers) -> PathObservation | None:
     """The result if all attention of the step ran outside the model's training; None if no attention ran."""
-    if not (layers.elsewhere or layers.without_training or layers.failed):
-        return None
-    return PathObservation(
-        observed=None, present=False, reason=f"no attention of the model itself was seen{_describe_unjudged(layers)}"
-    )
+    unjudged = _describe_unjudged(layers)
+    return absent(f"no attention of the model itself was seen; {unjudged}") if unjudged else None
 
 
 def _mask(call: AttentionCall) -> str:
     if call.mask:
         return "explicit"
-    if call.causal is None or call.mask is None:
-        return "causal" if call.causal else "unknown"
-    return "causal" if call.causal else "none"
+    if call.causal:
+        return "causal"
+    return "unknown" if call.causal is None or call.mask is None else "none"
 
 
 def _cpu_flash(forward: list[AttentionCall]) -> bool:
     return any(call.op.endswith("_for_cpu") for call in forward)
-
-
-def _unseen() -> PathObservation:
-    return PathObservation(
-        observed=None, status="unknown", present=False, reason="no attention operator in the profiled step"
-    )
 
 
 def judge_kernels(profile: StepProfile, required: Json) -> PathObservation:
@@ -239,16 +236,12 @@ def judge_kernels(profile: StepProfile, required: Json) -> PathObservation:
             kernels[KERNEL_BACKENDS[rule]] += launches
     if not kernels:
         compiled = " (a compiled step may hide it)" if profile.compiled_regions else ""
-        return PathObservation(
-            observed=None,
-            status="unknown",
-            present=False,
-            reason=f"neither an attention operator nor an attention kernel in the profiled step{compiled}",
+        return undecided(
+            f"neither an attention operator nor an attention kernel in the profiled step{compiled}", present=False
         )
-    accepted = FUSED_ATTENTION if required == "fused" else {required}
     return PathObservation(
         observed=join_values(kernels),
-        satisfies=set(kernels) <= accepted,
+        satisfies=set(kernels) <= _accepted(required),
         reason=f"no operator recorded, kernel launches: {', '.join(f'{n} {name}' for name, n in kernels.items())}",
     )
 
@@ -267,30 +260,24 @@ def likely_cause(model: nn.Module, wrong: list[AttentionCall]) -> str:
             "same: by a setting of their own, or as torch's nn.MultiheadAttention does unless it is called with "
             "need_weights=False"
         )
-    causes = []
-    if any(call.dropout for call in wrong):
-        causes.append(
-            "attention dropout is on (the CPU's flash refuses any, cuDNN most): set attention_dropout=0 in the "
-            "model's configuration"
-        )
-    if any(call.mask for call in wrong):
-        causes.append(f"an explicit mask (CUDA's flash refuses it; {_WITH_A_MASK}): {_MASK_REMEDY}")
-    if any(call.dtype == "float64" for call in wrong):
-        causes.append("dtype float64 (no fused CUDA kernel)")
-    if any(call.dtype == "float32" for call in wrong) and torch.cuda.is_available():
-        grouped = any(call.grouped for call in wrong)
-        causes.append(
-            "dtype float32 (CUDA's flash and cuDNN refuse it"
-            + (", and memory-efficient refuses the grouped key/value heads)" if grouped else ")")
-            + f": {_FLOAT32_REMEDY}"
-        )
-    if any((call.head_size or 0) > LARGEST_FLASH_HEAD for call in wrong):
-        causes.append(f"head size above {LARGEST_FLASH_HEAD} (flash and cuDNN refuse it)")
-    nothing_seen = (
+    dtypes = {call.dtype for call in wrong}
+    grouped = any(call.grouped for call in wrong)
+    causes = {
+        "attention dropout is on (the CPU's flash refuses any, cuDNN most): set attention_dropout=0 in the model's "
+        "configuration": any(call.dropout for call in wrong),
+        f"an explicit mask (CUDA's flash refuses it; {_WITH_A_MASK}): {_MASK_REMEDY}": any(call.mask for call in wrong),
+        "dtype float64 (no fused CUDA kernel)": "float64" in dtypes,
+        "dtype float32 (CUDA's flash and cuDNN refuse it"
+        + (", and memory-efficient refuses the grouped key/value heads" if grouped else "")
+        + f"): {_FLOAT32_REMEDY}": "float32" in dtypes and torch.cuda.is_available(),
+        f"head size above {LARGEST_FLASH_HEAD} (flash and cuDNN refuse it)": any(
+            (call.head_size or 0) > LARGEST_FLASH_HEAD for call in wrong
+        ),
+    }
+    return ", ".join(cause for cause, found in causes.items() if found) or (
         "nothing in the inputs forbids it: look for torch.nn.attention.sdpa_kernel, torch.backends.cuda.enable_*_sdp, "
         f"or an attn_implementation other than the requested ({implementation!r} here)"
     )
-    return ", ".join(causes) or nothing_seen
 
 
 _BACKEND = Requirement(
@@ -318,11 +305,14 @@ def judge_request(model: nn.Module, profile: StepProfile, required: Json) -> Pat
     forward = [call for call in profile.attention if call.direction == "forward"]
     if not forward:
         return judge_kernels(profile, required)
-    accepted = FUSED_ATTENTION if required == "fused" else {required}
-    wrong = [call for call in forward if call.backend not in accepted]
-    reason = f"forward: {count_values(call.backend for call in forward)}"
+    wrong = [call for call in forward if call.backend not in _accepted(required)]
     masked = sum(bool(call.mask) for call in forward)
-    reason += f"; {masked} with an explicit mask" if masked else ""
-    if required is not None and wrong:
-        reason += f"; likely cause: {likely_cause(model, wrong)}"
-    return PathObservation(observed=join_values(call.backend for call in forward), reason=reason, satisfies=not wrong)
+    return PathObservation(
+        observed=join_values(call.backend for call in forward),
+        reason=join_clauses(
+            f"forward: {count_values(call.backend for call in forward)}",
+            f"{masked} with an explicit mask" if masked else "",
+            f"likely cause: {likely_cause(model, wrong)}" if required is not None and wrong else "",
+        ),
+        satisfies=not wrong,
+    )

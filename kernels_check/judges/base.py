@@ -22,11 +22,11 @@ from kernels_check.check import (
     JudgedPath,
     PathObservation,
     Requirement,
-    Status,
     absent,
     at_least,
     count_values,
     format_count,
+    join_clauses,
     join_values,
     name_some,
     undecided,
@@ -56,7 +56,7 @@ _ROUNDED = "but for rounding, since PEFT merges the adapter into nn.MultiheadAtt
 
 def judge_bits(seen: Observation, required: Json) -> PathObservation:
     """Judge ``base.bits`` over every layer with an adapter."""
-    stored = seen.storage
+    stored, census = seen.storage, seen.census
     density = [item.bits_per_weight for item in stored.values() if item.bits_per_weight is not None]
     reason = f"{sum(density) / len(density):.3f} bits a weight with scales in {len(density)} layers" if density else ""
     remedy = _BITS_REMEDY.get(required) if isinstance(required, int) else None
@@ -66,10 +66,9 @@ def judge_bits(seen: Observation, required: Json) -> PathObservation:
     if not known:
         return finding
     expected = required if isinstance(required, int) else known.most_common(1)[0][0]
-    others, total = seen.census.others(expected), seen.census.bytes_of.total()
-    rest = f"so is the whole base of {_size(total)}"
-    if others:
-        share = 1 - seen.census.share(expected)
+    rest = f"so is the whole base of {_size(census.bytes_of.total())}"
+    if others := census.others(expected):
+        share = 1 - census.share(expected)
         rest = f"of the whole base {share:.1%} of the bytes are not in {expected} bits: {_largest(others)}"
     return replace(finding, reason=f"{finding.reason}; {rest}")
 
@@ -80,13 +79,14 @@ def judge_bytes_in_4bit(seen: Observation, required: Json) -> PathObservation:
     Scales count as bytes of their weights. Unreadable parts may be 4-bit or not.
     """
     census = seen.census
-    total, share, unread = census.bytes_of.total(), census.share(4), census.share(None)
+    total, share, unread, others = census.bytes_of.total(), census.share(4), census.share(None), census.others(4)
     if not total:
         return absent(_NO_BASE)
-    reason = f"{share:.1%} of the {_size(total)} of the base are 4-bit weights with their scales"
-    others = census.others(4)
-    reason += f"; the largest that are not: {_largest(others)}" if others else ""
-    reason += f"; {unread:.1%} could not be read and may be either" if unread else ""
+    reason = join_clauses(
+        f"{share:.1%} of the {_size(total)} of the base are 4-bit weights with their scales",
+        f"the largest that are not: {_largest(others)}" if others else "",
+        f"{unread:.1%} could not be read and may be either" if unread else "",
+    )
     return at_least(share, required, reason, perhaps=share + unread)
 
 
@@ -123,29 +123,27 @@ def judge_frozen(seen: Observation, required: Json) -> PathObservation:
     if not digest.parts and not seen.before.parts and not digest.unseen:
         return absent(_NO_BASE)
     what = f"every byte of {_size(digest.total_bytes)} in {len(digest.parts)} parts"
+    steps = format_count(seen.calls, "step")
     faults, notes = _trained(seen)
     remedies = (
         ["requires_grad_(False) on the base, and only the adapter's parameters for the optimizer"] if faults else []
     )
-    steps = format_count(seen.calls, "step")
-    repacked = bool(change.changed) and seen.before.packed != digest.packed
+    unknown = _unread(seen, change)
     if digest.mismatched:
         named = name_some(f"{name} ({why})" for name, why in digest.mismatched.items())
         faults.append(f"{len(digest.mismatched)} 4-bit weights do not fit their states: {named}")
         remedies.append(_MISMATCHED_REMEDY)
-    if change.changed and not repacked:
+    if change.changed and seen.before.packed != digest.packed:
+        unknown.insert(
+            0, "an eval forward repacked Linear4bit weights in place (AVX512 layout): bytes cannot be compared"
+        )
+    elif change.changed:
         names = name_some(change.changed)
         faults.append(f"{what} compared: {len(change.changed)} changed over {steps}: {names}")
         if all(name in digest.parts and digest.parts[name].kind == "buffer" for name in change.changed):
             remedies.append("eval() on the layers whose buffers move, such as BatchNorm's statistics")
-    unknown = [
-        "an eval forward repacked Linear4bit weights in place (AVX512 layout): bytes cannot be compared"
-    ] * repacked
-    unknown += _unread(seen, change)
-    notes += [
-        f"{words}: {name_some(names)}" for words, names in ((_CAST, change.cast), (_CACHE, change.caches)) if names
-    ]
-    notes += [f"{_ROUNDED}: {name_some(change.rounded)}"] if change.rounded else []
+    exceptions = ((_CAST, change.cast), (_CACHE, change.caches), (_ROUNDED, change.rounded))
+    notes += [f"{words}: {name_some(names)}" for words, names in exceptions if names]
     if biases := seen.biases_of_adapters:
         settings = join_values(biases.values())
         notes.append(f"{len(biases)} biases train with the adapter, as PEFT was asked to by {settings}")
@@ -153,7 +151,7 @@ def judge_frozen(seen: Observation, required: Json) -> PathObservation:
     advice = [f"remedy: {remedy}" for remedy in remedies]
     return PathObservation(
         observed=False if faults else None if unknown else True,
-        reason="; ".join([*good, *faults, *advice, *unknown, *notes]),
+        reason=join_clauses(*good, *faults, *advice, *unknown, *notes),
         status="unknown" if unknown and not faults else None,
     )
 
@@ -166,34 +164,29 @@ def judge_learning(seen: Observation, required: Json) -> PathObservation:
     if seen.adapter_layers:
         return PathObservation(observed=False, present=False, reason="an adapter trains in place of the base")
     base, moved = seen.base_parameters, set(seen.after.since(seen.before).changed)
-    problems = (
+    if not seen.optimizer_steps:
+        return undecided(f"no torch.optim.Optimizer stepped in {format_count(seen.calls, 'call')}")
+    faults = _count_parameters(
         ("require no gradient", [name for name, value in base.items() if not value.requires_grad]),
         ("received no gradient", [name for name in base if name not in seen.gradients]),
         ("are not given to the optimizer", [name for name, value in base.items() if id(value) not in seen.optimized]),
     )
-    if not seen.optimizer_steps:
-        reason = f"no torch.optim.Optimizer stepped in {format_count(seen.calls, 'call')}"
-        return undecided(reason)
-    faults = [f"{len(names)} base parameters {problem}: {name_some(names)}" for problem, names in problems if names]
     if not moved:
         faults.append("no byte of the base changed: the learning rate is 0, or updates round away in its type")
     good = f"gradients reached all {len(base)} parameters of the base and updates changed {len(moved)} of them"
-    return PathObservation(observed=not faults, reason="; ".join(faults) or good)
+    return PathObservation(observed=not faults, reason=join_clauses(*faults) or good)
 
 
 def _unread(seen: Observation, change: DigestDifference) -> list[str]:
     """Why parts of the base could not be compared, so that they may have changed."""
-    reasons = []
-    unseen = {**seen.before.unseen, **seen.after.unseen}
-    if unseen:
-        named = name_some(f"{name} ({why})" for name, why in unseen.items())
-        reasons.append(f"the bytes of {len(unseen)} parts could not be read: {named}")
-    if change.incomparable:
-        named = name_some(change.incomparable)
-        reasons.append(f"sharded at one time and whole at the other, so that they cannot be compared: {named}")
-    if not seen.optimizers and (unused := _unused(seen)):
-        reasons.append(f"no optimizer stepped, so it is unknown whether one holds what trains: {name_some(unused)}")
-    return reasons
+    unseen = [f"{name} ({why})" for name, why in {**seen.before.unseen, **seen.after.unseen}.items()]
+    unused = [] if seen.optimizers else _unused(seen)
+    reasons = (
+        (f"the bytes of {len(unseen)} parts could not be read", unseen),
+        ("sharded at one time and whole at the other, so that they cannot be compared", change.incomparable),
+        ("no optimizer stepped, so it is unknown whether one holds what trains", unused),
+    )
+    return [f"{words}: {name_some(names)}" for words, names in reasons if names]
 
 
 def _trained(seen: Observation) -> tuple[list[str], list[str]]:
@@ -202,18 +195,20 @@ def _trained(seen: Observation) -> tuple[list[str], list[str]]:
     given = {name for name, value in base.items() if id(value) in seen.optimized}
     reached = [name for name in base if name in seen.gradients]
     train = [name for name, value in base.items() if value.requires_grad and (name in given or name in seen.gradients)]
-    problems = (
+    faults = _count_parameters(
         ("require gradients", train),
         ("received a gradient", reached),
         ("are given to the optimizer", [name for name in train if name in given]),
     )
-    faults = [f"{len(names)} base parameters {problem}: {name_some(names)}" for problem, names in problems if names]
     idle = given - {*train, *reached}
     notes = [f"{len(idle)} frozen base parameters are given to the optimizer, which skips them"] if idle else []
-    unused = _unused(seen)
-    if unused and seen.optimizers:
+    if seen.optimizers and (unused := _unused(seen)):
         notes.append(f"no gradient reached and no optimizer holds, though they require gradients: {name_some(unused)}")
     return faults, notes
+
+
+def _count_parameters(*problems: tuple[str, list[str]]) -> list[str]:
+    return [f"{len(names)} base parameters {problem}: {name_some(names)}" for problem, names in problems if names]
 
 
 def _unused(seen: Observation) -> list[str]:
@@ -233,20 +228,28 @@ def _over_layers(
         return absent("no layer carries an adapter")
     known = [value for value in values.values() if value is not None]
     expected = required if required is not None or not known else Counter(known).most_common(1)[0][0]
-    observed = known[0] if len(set(known)) == 1 else join_values(part for one in known for part in str(one).split("+"))
-    parts = [f"{sum(value == expected for value in values.values())} of {len(values)} targeted layers: {expected}"]
-    parts += [reason] if reason else []
     odd = [f"{name} ({value})" for name, value in values.items() if value != expected and value is not None]
-    parts += [f"exceptions: {name_some(odd)}"] if odd else []
     unread = [name for name, value in values.items() if value is None]
     problems = [f"{name}: {item.problem}" for name, item in stored.items() if item.problem]
-    parts += [f"unknown for {name_some(problems or unread)}"] if unread else []
     packed = [name for name, item in stored.items() if item.packed_for_cpu]
-    if packed:
-        parts.append(f"repacked in place for AVX512 by an eval forward, bfloat16 scales: {name_some(packed)}")
-    parts += [f"remedy: {remedy}"] if odd and required is not None and remedy else []
-    status: Status | None = "unknown" if unread and not odd else None
-    return PathObservation(observed=observed, reason="; ".join(parts), status=status, satisfies=not odd and not unread)
+    named = (
+        ("exceptions: ", odd),
+        ("unknown for ", (problems or unread) if unread else []),
+        ("repacked in place for AVX512 by an eval forward, bfloat16 scales: ", packed),
+    )
+    return PathObservation(
+        observed=known[0]
+        if len(set(known)) == 1
+        else join_values(part for one in known for part in str(one).split("+")),
+        reason=join_clauses(
+            f"{sum(value == expected for value in values.values())} of {len(values)} targeted layers: {expected}",
+            reason,
+            *(f"{words}{name_some(names)}" for words, names in named if names),
+            f"remedy: {remedy}" if odd and required is not None and remedy else "",
+        ),
+        status="unknown" if unread and not odd else None,
+        satisfies=not odd and not unread,
+    )
 
 
 _BITS = Requirement(kind="bits", choices=(4, 8, 16, 32))
@@ -255,42 +258,41 @@ _QUANT_TYPE = Requirement(kind="choice", choices=("nf4", "fp4", "int8", "none"))
 
 def judge_compute_dtype(seen: Observation, required: Json) -> PathObservation:
     """Judge ``base.compute_dtype`` over every layer with an adapter, by its products."""
-    stored, ran = seen.storage, seen.base_products
-    values = {name: join_values(ran.dtypes(name)) for name in stored}
+    stored = seen.storage
+    values = {name: join_values(seen.base_products.dtypes(name)) for name in stored}
     claims = {item.compute_dtype for name, item in stored.items() if item.compute_dtype not in (None, values[name])}
-    reasons = ["by the products that they called"]
-    reasons += [f"layers claim {join_values(str(claim) for claim in claims)}"] if claims else []
-    reasons += sorted({item.note for item in stored.values() if item.note})
+    reason = join_clauses(
+        "by the products that they called",
+        f"layers claim {join_values(str(claim) for claim in claims)}" if claims else "",
+        *sorted({item.note for item in stored.values() if item.note}),
+    )
     remedy = f"set bnb_4bit_compute_dtype=torch.{required} (the library's default is torch.float32)"
     in_4bit = any(item.bits == 4 for item in stored.values())
-    return _over_layers(stored, values, required, "; ".join(reasons), remedy if in_4bit else None)
+    return _over_layers(stored, values, required, reason, remedy if in_4bit else None)
 
 
 def judge_gemm_path(seen: Observation, required: Json) -> PathObservation:
     """Judge ``base.gemm_path`` by the operators inside the 4-bit operators of the forward pass."""
     layers = seen.fourbit_products
-    calls = layers.all
-    if not calls:
+    paths = [str(call.path) for call in layers.all]
+    if not paths:
         if layers.names or seen.census.bytes_of[4]:  # compiled layers call no hooks, and have no name
             reason = "4-bit weights but no known 4-bit operator ran"
             return absent(reason) if seen.untouched else undecided(reason)
         return PathObservation(observed=None, status="not_applicable", present=False, reason="the base is not 4-bit")
-    paths = [str(call.path) for call in calls]
     kernels = {rule: count for rule, count in seen.profile.kernels.items() if rule.startswith(("BNB-GEMM", "BNB-DEQ"))}
-    reason = f"forward 4-bit products: {count_values(paths)}" + (f"; kernels {kernels}" if kernels else "")
-    bypassed = [*layers.without, *layers.bypassed]
-    if bypassed:
-        total = len(layers.names)
-        reason += f"; {total - len(bypassed)} of {total} 4-bit layers, without one ran: {name_some(bypassed)}"
+    bypassed, total = [*layers.without, *layers.bypassed], len(layers.names)
+    named = f"{total - len(bypassed)} of {total} 4-bit layers, without one ran: {name_some(bypassed)}"
     wrong = required is not None and any(path not in (required, "unknown") for path in paths)
     return PathObservation(
-        observed=join_values([*paths, *(["bypassed"] if bypassed else [])]),
-        reason=reason,
+        observed=join_values([*paths, "bypassed"] if bypassed else paths),
+        reason=join_clauses(
+            f"forward 4-bit products: {count_values(paths)}",
+            f"kernels {kernels}" if kernels else "",
+            named if bypassed else "",
+        ),
         status="unknown" if "unknown" in paths and not wrong and not bypassed else None,
     )
-
-
-_GEMM_PATH = Requirement(kind="choice", choices=("dequantize", "fused", "packed_cpu"))
 
 
 PATHS: Mapping[str, JudgedPath] = {
@@ -317,5 +319,9 @@ PATHS: Mapping[str, JudgedPath] = {
         ),
     ),
     "base.compute_dtype": JudgedPath(requirement=DTYPE, judge=judge_compute_dtype, by_operators=True),
-    "base.gemm_path": JudgedPath(requirement=_GEMM_PATH, judge=judge_gemm_path, by_operators=True),
+    "base.gemm_path": JudgedPath(
+        requirement=Requirement(kind="choice", choices=("dequantize", "fused", "packed_cpu")),
+        judge=judge_gemm_path,
+        by_operators=True,
+    ),
 }

@@ -8,7 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from kernels_check.check import FLAG, SHARE, Json, JudgedPath, PathObservation, Status, name_some
+from kernels_check.check import (
+    FLAG,
+    SHARE,
+    Json,
+    JudgedPath,
+    PathObservation,
+    Status,
+    absent,
+    join_clauses,
+    name_some,
+    undecided,
+)
 
 if TYPE_CHECKING:
     from kernels_check.observe.loss import LossPass
@@ -31,15 +42,16 @@ def judge_padding(seen: Observation, required: Json) -> PathObservation:
         known = required is None or seen.untouched
         status: Status | None = None if known else "unknown"
         return PathObservation(observed=None, present=False, status=status, satisfies=False, reason=f"{missing}")
-    share, most_there_is = (count / padding.tokens for count in (padding.padded, padding.padded + padding.doubtful))
-    most = float(required) if isinstance(required, int | float) else 1.0
-    reasons = [_describe(padding), *([padding.unseen] if padding.unseen is not None else [])]
-    if share > most:
-        return PathObservation(observed=round(share, 4), reason="; ".join([*reasons, _PADDED]), satisfies=False)
-    if padding.unseen is not None or most_there_is > most:
-        status = None if required is None else "unknown"
-        return PathObservation(observed=round(share, 4), status=status, reason="; ".join(reasons))
-    return PathObservation(observed=round(share, 4), reason="; ".join(reasons), satisfies=True)
+    share, largest_share = (count / padding.tokens for count in (padding.padded, padding.padded + padding.doubtful))
+    maximum = float(required) if isinstance(required, int | float) else 1.0
+    exceeds = share > maximum
+    is_open = not exceeds and (padding.unseen is not None or largest_share > maximum)
+    return PathObservation(
+        observed=round(share, 4),
+        reason=join_clauses(_describe(padding), padding.unseen, _PADDED if exceeds else ""),
+        status="unknown" if is_open and required is not None else None,
+        satisfies=not exceeds,
+    )
 
 
 _MEAN_OF_MEANS = (
@@ -57,19 +69,16 @@ def judge_tokens(seen: Observation, required: Json) -> PathObservation:
     The sum of the weights is only reported, unless it equals the number of passes, each of which is a mean: a loss may
     be scaled, for example by a GradScaler, which hides a missing division.
     """
-    loss = seen.loss
-    if loss.unseen is not None:
-        status: Status | None = None if required is None else "unknown"
-        return PathObservation(observed=None, present=False, status=status, reason=loss.unseen)
-    passes = loss.passes
+    if seen.loss.unseen is not None:
+        return absent(seen.loss.unseen) if required is None else undecided(seen.loss.unseen, present=False)
+    passes = seen.loss.passes
     counts = [one.tokens for one in passes]
-    positions = sum(one.positions for one in passes)
-    reason = f"the loss is over {sum(counts)} of {positions} tokens"
-    reason += f", in {len(passes)} passes of {name_some(map(str, counts))}" if len(passes) > 1 else ""
     sums = [[one for one in passes if one.sum == number] for number in sorted({one.sum for one in passes})]
+    reason = f"the loss is over {sum(counts)} of {sum(one.positions for one in passes)} tokens"
+    reason += f", in {len(passes)} passes of {name_some(map(str, counts))}" if len(passes) > 1 else ""
     reason += f", for {len(sums)} updates or evaluations" if len(sums) > 1 else ""
-    faults = list(dict.fromkeys(fault for together in sums for fault in _faults(together)))
-    return PathObservation(observed=not faults, reason="; ".join([reason, *(faults or [_describe_weights(sums)])]))
+    faults = dict.fromkeys(fault for together in sums if (fault := _find_fault(together)) is not None)
+    return PathObservation(observed=not faults, reason=join_clauses(reason, *(faults or [_describe_weights(sums)])))
 
 
 def _describe_weights(sums: Sequence[Sequence[LossPass]]) -> str:
@@ -84,29 +93,28 @@ def _total(passes: Sequence[LossPass]) -> float:
     return sum(one.weight * one.tokens for one in passes)
 
 
-def _faults(passes: Sequence[LossPass]) -> list[str]:
-    """Faults of the passes of one update."""
+def _find_fault(passes: Sequence[LossPass]) -> str | None:
+    """The fault of the passes of one update; None if they are correct."""
     empty = [one for one in passes if not one.tokens and one.mean]
     if empty:
-        return [f"{len(empty)} of {len(passes)} passes have none: {_NO_TOKENS}"]
+        return f"{len(empty)} of {len(passes)} passes have none: {_NO_TOKENS}"
     weights = [one.weight for one in passes if one.tokens]
     tolerance = max(one.tolerance for one in passes)
     if not weights or len(passes) == 1:
-        return []
+        return None
     least, most = min(weights), max(weights)
     if most - least > tolerance * max(abs(least), abs(most)):
         ratio = f"{most / least:.3g} times as much as others" if least > 0 else f"{most:.3g}, others {least:.3g}"
-        return [f"some weigh {ratio}: {_MEAN_OF_MEANS}"]
+        return f"some weigh {ratio}: {_MEAN_OF_MEANS}"
     if all(one.mean for one in passes) and abs(_total(passes) - len(passes)) <= tolerance * len(passes):
-        return [f"their weights add up to {len(passes)} and not to 1: {_SUM_OF_MEANS}"]
-    return []
+        return f"their weights add up to {len(passes)} and not to 1: {_SUM_OF_MEANS}"
+    return None
 
 
 def _describe(padding: PaddingSeen) -> str:
     """Padded and all positions, the evidence, and the counts by call if they differ."""
-    share = padding.padded / padding.tokens if padding.tokens else 0.0
     by = f", shown by {' and '.join(sorted(padding.by))}" if padding.by else ""
-    text = f"{padding.padded} of {padding.tokens} positions ({share:.0%}) are padding{by}"
+    text = f"{padding.padded} of {padding.tokens} positions ({padding.padded / padding.tokens:.0%}) are padding{by}"
     if len(set(padding.by_call)) > 1:
         text += f" (by call: {name_some(f'{padded} of {total}' for padded, total in padding.by_call)})"
     if padding.doubtful:

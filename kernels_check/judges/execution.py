@@ -8,6 +8,7 @@ model was built, or for an unsupported architecture, are bound in 0 of 28 layers
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kernels_check.check import (
@@ -20,6 +21,7 @@ from kernels_check.check import (
     absent,
     at_least,
     count_values,
+    join_clauses,
     join_values,
     name_some,
     undecided,
@@ -36,56 +38,51 @@ def judge_checkpointing(seen: Observation, required: Json) -> PathObservation:
     if isinstance(judged, PathObservation):
         return judged
     share, is_recomputed, reason = judged
-    if required is True and share < 1.0 and (is_recomputed or seen.checkpointing_enabled):
-        modes = "eval" if not any(seen.modes.values()) else "train"
-        if is_recomputed:
-            cause = "only part of the layers recompute: look for a layer whose gradient_checkpointing is off"
-        else:
-            cause = f"the flag is on but nothing recomputes in {modes} mode; transformers does so in train mode only"
-        return PathObservation(
-            observed=is_recomputed, status="fallback", reason=f"{reason}; {cause}", present=is_recomputed
-        )
-    return PathObservation(observed=is_recomputed, reason=reason, present=is_recomputed)
+    finding = PathObservation(observed=is_recomputed, reason=reason, present=is_recomputed)
+    if required is not True or share >= 1.0 or not (is_recomputed or seen.checkpointing_enabled):
+        return finding
+    modes = "train" if any(seen.modes.values()) else "eval"
+    cause = f"the flag is on but nothing recomputes in {modes} mode; transformers does so in train mode only"
+    if is_recomputed:
+        cause = "only part of the layers recompute: look for a layer whose gradient_checkpointing is off"
+    return replace(finding, status="fallback", reason=f"{reason}; {cause}")
 
 
 def judge_checkpointed_layers(seen: Observation, required: Json) -> PathObservation:
     """Judge ``checkpointing.layers``, a minimum: the share of recomputed blocks."""
     judged = _recomputed(seen)
-    if isinstance(judged, PathObservation):
-        return judged
-    share, _, reason = judged
-    return at_least(share, required, reason)
+    return judged if isinstance(judged, PathObservation) else at_least(judged[0], required, judged[2])
 
 
 def _recomputed(seen: Observation) -> PathObservation | tuple[float, bool, str]:
     """The share of the blocks that are recomputed, whether any is, and the reason."""
     compiled = seen.compiled_blocks.compiled if seen.profile.compiled_regions else ()
-    blocks = seen.recomputed_blocks
+    blocks, idle = seen.recomputed_blocks, seen.blocks_without_gradient
     by_calls = [block for block in blocks if block.name not in compiled or block.again]
     hidden = len(set(compiled).difference(block.name for block in by_calls))
     again, shown = _compiled_again(seen)
     if not blocks and not hidden:
-        idle = seen.blocks_without_gradient
         if not idle:
             return _unseen(seen, "no layer call was seen in the step")
         return 0.0, False, f"no gradient comes back to the {len(idle)} blocks that ran: nothing is to be recomputed"
     if hidden and again is None:
         return undecided(shown, present=False)
     whole = [block for block in by_calls if block.whole]
-    total = len(by_calls) + hidden
-    share = (len(whole) + hidden * (again or 0.0)) / total
+    share = (len(whole) + hidden * (again or 0.0)) / (len(by_calls) + hidden)
     is_recomputed = any(block.again for block in by_calls) or bool(hidden and again)
-    reason = f"{len(whole)} of {len(by_calls)} blocks computed again in the backward pass"
-    missing = [_missing(block) for block in by_calls if not block.whole]
-    reason += f", without {name_some(missing)}" if missing and is_recomputed else ""
-    partly = [block for block in whole if block.repeated < block.modules]
-    if partly:
-        reason += "; called again: " + name_some(
-            f"{block.repeated} of {block.modules} modules of {block.name}" for block in partly
-        )
-    idle = seen.blocks_without_gradient
-    reason += f"; {len(idle)} further blocks take no gradient, so that nothing is kept for them" if idle else ""
-    reason += f"; {shown}" if hidden else ""
+    missing = [_missing(block) for block in by_calls if not block.whole] if is_recomputed else []
+    partly = [
+        f"{block.repeated} of {block.modules} modules of {block.name}"
+        for block in whole
+        if block.repeated < block.modules
+    ]
+    without = f", without {name_some(missing)}" if missing else ""
+    reason = join_clauses(
+        f"{len(whole)} of {len(by_calls)} blocks computed again in the backward pass{without}",
+        f"called again: {name_some(partly)}" if partly else "",
+        f"{len(idle)} further blocks take no gradient, so that nothing is kept for them" if idle else "",
+        shown if hidden else "",
+    )
     return share, is_recomputed, reason
 
 
@@ -121,12 +118,10 @@ def judge_tf32(seen: Observation, required: Json) -> PathObservation:
             observed=False, present=False, reason=f"no CUDA device: TF32 cannot run ({_tf32_flag()})"
         )
     kernels = seen.profile.kernels
+    if not kernels:
+        return undecided(f"no kernel recorded; {_tf32_flag()}", present=False)
     tensor_cores, plain = kernels.get("GEMM-TF32", 0), kernels.get("GEMM-FP32-SIMT", 0)
     reason = f"{tensor_cores} TF32 and {plain} plain float32 GEMM launches; {_tf32_flag()}"
-    if not kernels:
-        return PathObservation(
-            observed=None, status="unknown", present=False, reason=f"no kernel recorded; {_tf32_flag()}"
-        )
     if not tensor_cores and not plain:
         reason += "; no float32 GEMM that the rules know, which a bfloat16 step need not contain"
     return PathObservation(observed=tensor_cores > 0, reason=reason, present=tensor_cores > 0)
@@ -143,22 +138,21 @@ def _tf32_flag() -> str:
 
 def judge_compile(seen: Observation, required: Json) -> PathObservation:
     """Judge ``compile``: all blocks ran in compiled code; graph breaks and recompilations are only reported."""
-    regions, past = seen.profile.compiled_regions, seen.compilations
-    blocks = seen.compiled_blocks
+    regions, past, blocks = seen.profile.compiled_regions, seen.compilations, seen.compiled_blocks
     reason = _entered(seen)
     if _unreadable(seen):
         return undecided(f"{reason}; {past}")
     whole = bool(blocks.compiled) and not blocks.partly and not blocks.eager
     observed: Json = whole or ("in part" if blocks.compiled or blocks.partly else False)
-    eagerly = "" if whole else _why_eager(seen)
-    present = whole or bool(blocks.regions or eagerly)
-    reason += eagerly
-    if regions or not past.empty:
-        reason += f"; {past}"
     if whole and past.breaks:
         observed = f"in pieces: {name_some(past.breaks, '; ')}"
-    satisfies = whole if required is True else not blocks.regions
-    return PathObservation(observed=observed, reason=reason, present=present, satisfies=satisfies)
+    eagerly = "" if whole else _why_eager(seen)
+    return PathObservation(
+        observed=observed,
+        reason=join_clauses(reason + eagerly, str(past) if regions or not past.empty else ""),
+        present=whole or bool(blocks.regions or eagerly),
+        satisfies=whole if required is True else not blocks.regions,
+    )
 
 
 def judge_compiled_share(seen: Observation, required: Json) -> PathObservation:
@@ -179,13 +173,15 @@ def _entered(seen: Observation) -> str:
     reason = f"{regions} compiled regions entered, {lookups} compiler cache look-ups"
     if not regions:
         return reason
-    reason += f"; {len(blocks.compiled)} of {blocks.ran} blocks ran in compiled code"
-    reason += f"; eager in part: {name_some(blocks.partly)}" if blocks.partly else ""
-    reason += f"; eager: {name_some(blocks.eager)}" if blocks.eager and (blocks.compiled or blocks.partly) else ""
-    if blocks.helpers:
-        known = blocks.compiled or blocks.partly  # these regions may be parts of the module that holds the blocks
-        reason += f"; {blocks.helpers} regions outside of its blocks{'' if known else ', as of a loss'}"
-    return reason
+    known = blocks.compiled or blocks.partly  # then the regions may be parts of the module that holds the blocks
+    of_a_loss = "" if known else ", as of a loss"
+    return join_clauses(
+        reason,
+        f"{len(blocks.compiled)} of {blocks.ran} blocks ran in compiled code",
+        f"eager in part: {name_some(blocks.partly)}" if blocks.partly else "",
+        f"eager: {name_some(blocks.eager)}" if blocks.eager and known else "",
+        f"{blocks.helpers} regions outside of its blocks{of_a_loss}" if blocks.helpers else "",
+    )
 
 
 def _unreadable(seen: Observation) -> bool:
@@ -209,12 +205,16 @@ def judge_mode(seen: Observation, required: Json) -> PathObservation:
     """Judge ``mode``: the mode of the modules while the step ran."""
     names = {True: "train", False: "eval", None: "now train, now eval"}
     modes = [names[training] for training in seen.modes.values()]
-    observed = modes[0] if len(set(modes)) == 1 and modes[0] in ("train", "eval") else "mixed"
     wanted = required if required is not None else max(set(modes), key=modes.count)
     odd = [name or "the model itself" for name, training in seen.modes.items() if names[training] != wanted]
-    reason = f"modules: {count_values(modes)}" + (f"; not in {wanted} mode: {name_some(odd)}" if odd else "")
-    reason += f"; call model.{wanted}() before the step" if odd and required is not None else ""
-    return PathObservation(observed=observed, reason=reason)
+    return PathObservation(
+        observed=modes[0] if len(set(modes)) == 1 and modes[0] in ("train", "eval") else "mixed",
+        reason=join_clauses(
+            f"modules: {count_values(modes)}",
+            f"not in {wanted} mode: {name_some(odd)}" if odd else "",
+            f"call model.{wanted}() before the step" if odd and required is not None else "",
+        ),
+    )
 
 
 _RULES = {"liger_kernel": "LIGER", "unsloth": "UNSLOTH", "unsloth_zoo": "UNSLOTH"}
@@ -224,30 +224,34 @@ _NOTHING = "nothing of a library of fused kernels is bound: apply it before the 
 
 def judge_fused(seen: Observation, required: Json) -> PathObservation:
     """Judge ``fused.kernels``: kinds joined by ``+``; each kind must have been called at all of its sites."""
-    places = seen.fused_kernel_sites
-    kinds = list(dict.fromkeys(place.kind for place in places))
+    sites = seen.fused_kernel_sites
+    by_kind = {kind: [site for site in sites if site.kind == kind] for kind in dict.fromkeys(one.kind for one in sites)}
     wanted = [kind.strip() for kind in required.split("+")] if isinstance(required, str) else []
-    missing = [kind for kind in wanted if kind not in kinds]
-    counts = {kind: [place for place in places if place.kind == kind] for kind in kinds}
-    whole = [kind for kind in kinds if all(_ran(place, seen) for place in counts[kind])]
-    counted = ", ".join(_counted(kind, counts[kind], seen) for kind in kinds) or "no place for any is known"
-    parts = [counted]
-    parts += [f"the model has no place of {name_some(missing)}; it has {name_some(kinds)}"] if missing else []
-    bound = [place for place in places if place.library is not None]
-    parts += [] if bound or not wanted else [_NOTHING]
-    silent = sorted({place.library or "" for place in bound if _launched(place, seen) is False})
-    parts += [f"no kernel of {name_some(silent)} was launched in the profile"] if silent else []
-    if bound and not seen.profile.kernels:
-        parts.append("judged by what is bound and called, no kernel was recorded to confirm it")
+    missing = [kind for kind in wanted if kind not in by_kind]
+    whole = [kind for kind, of_kind in by_kind.items() if all(_ran(site, seen) for site in of_kind)]
+    counted = ", ".join(_counted(kind, of_kind, seen) for kind, of_kind in by_kind.items())
+    bound = [site for site in sites if site.library is not None]
+    silent = sorted({site.library or "" for site in bound if _launched(site, seen) is False})
     compiled = bool(seen.profile.compiled_regions)
-    idle = [place for place in bound if not place.called and (not wanted or place.kind in wanted)]
-    hidden = [place.name for place in idle if place.hidden or compiled]
+    idle = [site for site in bound if not site.called and (not wanted or site.kind in wanted)]
+    hidden = [site.name for site in idle if site.hidden or compiled]
+    unconfirmed = "judged by what is bound and called, no kernel was recorded to confirm it"
+    reason = join_clauses(
+        counted or "no place for any is known",
+        f"the model has no place of {name_some(missing)}; it has {name_some(by_kind)}" if missing else "",
+        "" if bound or not wanted else _NOTHING,
+        f"no kernel of {name_some(silent)} was launched in the profile" if silent else "",
+        unconfirmed if bound and not seen.profile.kernels else "",
+        f"their calls in compiled code cannot be seen: {name_some(hidden)}" if hidden else "",
+    )
     if hidden:
-        parts.append(f"their calls in compiled code cannot be seen: {name_some(hidden)}")
-        return undecided("; ".join(parts))
-    satisfied = bool(wanted) and not missing and all(kind in whole for kind in wanted)
-    present = any(_ran(place, seen) for place in places)
-    return PathObservation(observed=join_values(whole), reason="; ".join(parts), satisfies=satisfied, present=present)
+        return undecided(reason)
+    return PathObservation(
+        observed=join_values(whole),
+        reason=reason,
+        satisfies=bool(wanted) and all(kind in whole for kind in wanted),
+        present=any(_ran(site, seen) for site in sites),
+    )
 
 
 def _ran(place: FusedKernelSite, seen: Observation) -> bool:
@@ -260,14 +264,13 @@ def _launched(place: FusedKernelSite, seen: Observation) -> bool | None:
     return None if rule is None or not seen.profile.kernels else seen.profile.kernels.get(rule, 0) > 0
 
 
-def _counted(kind: str, places: Sequence[FusedKernelSite], seen: Observation) -> str:
+def _counted(kind: str, sites: Sequence[FusedKernelSite], seen: Observation) -> str:
     """The number of sites with a fused kernel, and the number of those that were called."""
-    bound = [place for place in places if place.library is not None]
-    ran = sum(_ran(place, seen) for place in places)
-    libraries = join_values(place.library for place in bound if place.library is not None)
-    own = f" of {libraries}" if libraries else ""
-    idle = f", bound in {len(bound)}" if ran != len(bound) else ""
-    return f"{kind} {ran} of {len(places)}{own}{idle}"
+    libraries = [site.library for site in sites if site.library is not None]
+    ran = sum(_ran(site, seen) for site in sites)
+    own = f" of {join_values(libraries)}" if libraries else ""
+    idle = f", bound in {len(libraries)}" if ran != len(libraries) else ""
+    return f"{kind} {ran} of {len(sites)}{own}{idle}"
 
 
 PATHS: Mapping[str, JudgedPath] = {

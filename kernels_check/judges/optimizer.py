@@ -26,6 +26,7 @@ from kernels_check.check import (
     at_least,
     count_values,
     format_count,
+    join_clauses,
     join_values,
     name_some,
     undecided,
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from kernels_check.observe.observation import Observation
     from kernels_check.observe.parts import Fate, ParameterStatus
     from kernels_check.observe.profile import GroupSeen
-
-_UNSEEN = "unseen"
 
 _FUSED_LOST = (
     "asked for and lost: load_state_dict() brings back the switch of the groups that were saved, "
@@ -63,41 +62,40 @@ def is_class(classes: tuple[str, ...], required: str) -> bool:
     """
     package = required.partition(".")[0]
     own = next((name for name in classes if name.partition(".")[0] == package), None)
-    if own is None:
-        return False
-    return own == required or own.rpartition(".")[2] == required.rpartition(".")[2]
+    return own is not None and own.rpartition(".")[2] == required.rpartition(".")[2]
 
 
 def judge_fused(seen: Observation, required: Json) -> PathObservation:
     """Judge ``optimizer.fused``: torch's single-kernel update of every parameter that had a gradient."""
     if not seen.optimizers:
         return _no_optimizer(seen)
-    updated = seen.updated_by_kind
-    kinds = sum(updated, Counter[str]())
-    total, fused, unseen = kinds.total(), kinds["fused"], kinds[_UNSEEN]
-    operators = Counter(seen.update_operators)
-    counts = ", ".join(f"{count} {name}" for name, count in sorted(operators.items())) or "no update operator"
+    kinds = sum(seen.updated_by_kind, Counter[str]())
+    total, fused, unseen = kinds.total(), kinds["fused"], kinds["unseen"]
+    counts = ", ".join(f"{count} {name}" for name, count in sorted(Counter(seen.update_operators).items()))
     requested = join_values(str(optimizer.fused_requested) for optimizer in seen.optimizers)
-    reason = f"{fused} of {total} parameters updated by fused kernels; {counts} in one step; "
-    reason += f"optimizers were built with fused={requested}"
+    clauses = [
+        f"{fused} of {total} parameters updated by fused kernels",
+        f"{counts or 'no update operator'} in one step",
+        f"optimizers were built with fused={requested}",
+    ]
     if not total or unseen == total:
-        return undecided(f"{reason}; {_why_unseen(seen, total)}")
-    observed = join_values(kind for kind in kinds if kind != _UNSEEN)
-    if unseen:
-        reason += f"; of {unseen} parameters no update was seen"
+        return undecided(join_clauses(*clauses, _why_unseen(seen, total)))
+    observed = join_values(kind for kind in kinds if kind != "unseen")
+    clauses += [f"of {unseen} parameters no update was seen"] if unseen else []
     if kinds["bitsandbytes"] and kinds["bitsandbytes"] + fused == total:
-        reason += "; bitsandbytes has kernels of its own"
+        reason = join_clauses(*clauses, "bitsandbytes has kernels of its own")
         return PathObservation(observed=observed, status="not_applicable", reason=reason)
-    others = [group for group, counted in zip(seen.updated, updated, strict=True) if counted.total() > counted["fused"]]
-    if fused and others:
-        reason += f"; not by fused kernels: {name_some(f'group {one.index} of {one.optimizer}' for one in others)}"
-    if required is True and fused < total:
-        reason += f"; {_remedy(others)}"
-    decided = fused if required is False else total - fused - unseen
-    if unseen and not decided:
-        return PathObservation(observed=observed, status="unknown", reason=reason)
+    by_group = zip(seen.updated, seen.updated_by_kind, strict=True)
+    others = [group for group, counted in by_group if counted.total() > counted["fused"]]
+    named = name_some(f"group {one.index} of {one.optimizer}" for one in others)
+    clauses += [f"not by fused kernels: {named}"] if fused and others else []
+    clauses += [_remedy(others)] if required is True and fused < total else []
+    is_decided = not unseen or (fused if required is False else total - fused - unseen)
     return PathObservation(
-        observed=observed, reason=reason, satisfies=(fused == total) if required is True else not fused
+        observed=observed,
+        status=None if is_decided else "unknown",
+        reason=join_clauses(*clauses),
+        satisfies=fused == total if required is True else not fused,
     )
 
 
@@ -143,13 +141,13 @@ def judge_paged_share(seen: Observation, required: Json) -> PathObservation:
         return _no_optimizer(seen)
     total = sum(optimizer.state_bytes for optimizer in seen.optimizers)
     paged = sum(optimizer.paged_bytes for optimizer in seen.optimizers)
-    share = paged / total if total else 0.0
+    claims = [optimizer for optimizer in seen.optimizers if optimizer.claims_paged]
     reason = f"{paged} of {total} bytes of optimizer state are paged"
-    if any(optimizer.claims_paged and optimizer.on_cpu for optimizer in seen.optimizers):
+    if any(optimizer.on_cpu for optimizer in claims):
         reason += "; Paged optimizers are not supported on CPU: bitsandbytes keeps is_paged=True and pages nothing"
-    elif paged < total and any(optimizer.claims_paged for optimizer in seen.optimizers):
+    elif claims and paged < total:
         reason += "; state of tensors below 100000 elements is never paged"
-    return at_least(share, required, reason)
+    return at_least(paged / total if total else 0.0, required, reason)
 
 
 _ROUNDED = "what had a gradient and a rate and is unchanged was rounded away: keep it in float32"
@@ -164,24 +162,24 @@ def judge_parts(seen: Observation, required: Json, *, what: str) -> PathObservat
     """
     parts: Sequence[ParameterStatus] = getattr(seen, what)
     if not parts:
-        return PathObservation(
-            observed=None, present=False, reason=f"the model has no {what} with parameters that are known"
-        )
+        return absent(f"the model has no {what} with parameters that are known")
     fates = {name: fate for part in parts for name, fate in part.fates.items()}
-    updated = [part.name for part in parts if part.updated]
-    partly = any(fate == "updated" for fate in fates.values())
-    reason = f"{len(updated)} of {len(parts)} {what} updated, in {seen.optimizer_steps} updates"
-    reason += "".join(f"; {part.name}: {part.tokens[0]} of {part.tokens[1]} tokens" for part in parts if part.tokens)
+    updated = sum(part.updated for part in parts)
+    partly = "updated" in fates.values()
     others = [f"{name} ({fate})" for name, fate in fates.items() if fate != "updated"]
-    reason += f"; parameters: {count_values(fates.values())}" if others else ""
-    reason += f"; not updated: {name_some(others)}" if others else ""
-    if "unchanged" in fates.values():
-        reason += f"; {_ROUNDED}"
     why = _why_inconclusive(set(fates.values()), seen)
+    reason = join_clauses(
+        f"{updated} of {len(parts)} {what} updated, in {seen.optimizer_steps} updates",
+        *(f"{part.name}: {part.tokens[0]} of {part.tokens[1]} tokens" for part in parts if part.tokens),
+        f"parameters: {count_values(fates.values())}" if others else "",
+        f"not updated: {name_some(others)}" if others else "",
+        _ROUNDED if "unchanged" in fates.values() else "",
+        why,
+    )
     if why is not None:
-        return PathObservation(observed=None, status="unknown", present=partly, reason=f"{reason}; {why}")
-    whole = len(updated) == len(parts)
-    observed: Json = whole or (f"{len(updated)} of {len(parts)}" if partly else False)
+        return undecided(reason, present=partly)
+    whole = updated == len(parts)
+    observed: Json = whole or (f"{updated} of {len(parts)}" if partly else False)
     kept = _MOVED.isdisjoint(fates.values())
     return PathObservation(observed=observed, reason=reason, present=partly, satisfies=whole if required else kept)
 

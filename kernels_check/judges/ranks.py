@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-from kernels_check.check import FLAG, Json, JudgedPath, PathObservation, absent, failed, name_some, passed, undecided
+from kernels_check.check import (
+    FLAG,
+    Json,
+    JudgedPath,
+    PathObservation,
+    absent,
+    failed,
+    join_clauses,
+    name_some,
+    passed,
+    undecided,
+)
 
 if TYPE_CHECKING:
     from kernels_check.observe.observation import Observation
@@ -18,12 +30,10 @@ float32, and in 16 bits, where sums are rounded twice. If one of two ranks is le
 norm."""
 
 
-def judge_base(seen: Observation, required: Json) -> PathObservation:
+def compare_bases(ranks: Sequence[RankEvidence]) -> PathObservation:
     """Judge ``ranks.base``: every unsharded part of the base is the same on all ranks."""
-    if (why := _unseen(seen, tensors=True)) is not None:
-        return why
-    first, ranks = seen.ranks[0], len(seen.ranks)
-    for one in seen.ranks[1:]:
+    first = ranks[0]
+    for one in ranks[1:]:
         differing = _differing(first.base, one.base)
         if differing:
             return failed(
@@ -31,17 +41,12 @@ def judge_base(seen: Observation, required: Json) -> PathObservation:
                 f"parts differ, {name_some(differing)}"
             )
     sharded = f"; {first.shards} are sharded, so that all ranks gather one" if first.shards else ""
-    return passed(f"{len(first.base)} parts of the base are the same on {ranks} ranks{sharded}")
-
-
-def judge_adapters(seen: Observation, required: Json) -> PathObservation:
-    """Judge ``ranks.adapters``: trained parameters are the same on all ranks after the update."""
-    return _unseen(seen, tensors=True) or compare_adapters(seen.ranks)
+    return passed(f"{len(first.base)} parts of the base are the same on {len(ranks)} ranks{sharded}")
 
 
 def compare_adapters(ranks: Sequence[RankEvidence], *, steps: int | None = None) -> PathObservation:
-    """Judge whether trained parameters are the same on all ranks and, if the number of steps is known, whether each
-    optimizer made that many updates."""
+    """Judge ``ranks.adapters``: whether trained parameters are the same on all ranks and, if the number of steps is
+    known, whether each optimizer made that many updates."""
     first = ranks[0].adapter
     if not first:
         return undecided("nothing trains")
@@ -59,17 +64,13 @@ def compare_adapters(ranks: Sequence[RankEvidence], *, steps: int | None = None)
     return passed(f"{len(first)} parameters are the same on {len(ranks)} ranks after the last step")
 
 
-def judge_steps(seen: Observation, required: Json) -> PathObservation:
+def compare_steps(ranks: Sequence[RankEvidence]) -> PathObservation:
     """Judge ``ranks.steps``: the optimizers of all ranks have made the same number of updates."""
-    if (why := _unseen(seen)) is not None:
-        return why
-    ranks = seen.ranks
     for what, counts in (
         ("in the watched steps", [one.updates for one in ranks]),
         ("by the count of its optimizer", [one.counted for one in ranks]),
     ):
-        known = [count for count in counts if count is not None]
-        if len(set(known)) > 1:
+        if len({*counts} - {None}) > 1:
             by_rank = ", ".join(f"rank {one.rank} {count}" for one, count in zip(ranks, counts, strict=True))
             return failed(f"ranks have not made the same number of updates {what}: {by_rank}")
     if not any(one.updates for one in ranks):
@@ -78,19 +79,17 @@ def judge_steps(seen: Observation, required: Json) -> PathObservation:
     return passed(f"{ranks[0].updates} updates on each of {len(ranks)} ranks{counted}")
 
 
-def judge_gradients(seen: Observation, required: Json) -> PathObservation:
+def compare_gradients(ranks: Sequence[RankEvidence]) -> PathObservation:
     """Judge ``ranks.gradients``: the optimizers received the mean of the ranks' own gradients, up to one common factor
     from clipping or a gradient scaler."""
-    if (why := _unseen(seen, tensors=True)) is not None:
-        return why
-    ranks, names = len(seen.ranks), list(seen.ranks[0].gradients)
-    if idle := [str(one.rank) for one in seen.ranks if not one.gradients]:
+    count, names = len(ranks), list(ranks[0].gradients)
+    if idle := [str(one.rank) for one in ranks if not one.gradients]:
         return undecided(
             f"no update of rank {', '.join(idle)} was seen, so neither were the gradients that it is given"
         )
-    if any(list(one.gradients) != names for one in seen.ranks):
+    if any(list(one.gradients) != names for one in ranks):
         return failed("the ranks do not update the same parameters")
-    of = {name: [one.gradients[name] for one in seen.ranks] for name in names}
+    of = {name: [one.gradients[name] for one in ranks] for name in names}
     reached = {name: every for name, every in of.items() if any(one.size for one in every)}
     if not reached:
         return undecided("no gradient was seen before it was exchanged")
@@ -105,11 +104,11 @@ def judge_gradients(seen: Observation, required: Json) -> PathObservation:
             f"{name_some(reached)}"
         )
     if wrong:
-        return failed(f"not the mean over {ranks} ranks: {len(wrong)} of {len(reached)} parameters, {name_some(wrong)}")
+        return failed(f"not the mean over {count} ranks: {len(wrong)} of {len(reached)} parameters, {name_some(wrong)}")
     rounding = max(map(_tolerance, reached.values()))
     if factor > 1 + rounding:
         return failed(
-            f"the sum of the ranks' gradients was divided by {ranks / factor:.3g} and not by their number, {ranks}"
+            f"the sum of the ranks' gradients was divided by {count / factor:.3g} and not by their number, {count}"
         )
     if late := [name for name in names if name not in reached and any(one.exchanged for one in of[name])]:
         return undecided(
@@ -118,21 +117,27 @@ def judge_gradients(seen: Observation, required: Json) -> PathObservation:
         )
     zero = f"; {len(names) - len(reached)} had a gradient of zero" if len(reached) < len(names) else ""
     scaled = f" times {factor:.3g}, as clipping or a scaler does" if factor < 1 - rounding else ""
-    return passed(f"the mean over {ranks} ranks{scaled}, of {len(reached)} parameters{zero}")
+    return passed(f"the mean over {count} ranks{scaled}, of {len(reached)} parameters{zero}")
 
 
-def _unseen(seen: Observation, *, tensors: bool = False) -> PathObservation | None:
-    """Why there is nothing to compare; None if there is."""
+def _compare(
+    seen: Observation,
+    required: Json,
+    *,
+    compare: Callable[[Sequence[RankEvidence]], PathObservation],
+    by_tensors: bool = True,
+) -> PathObservation:
+    """Compare the ranks, unless a rank saw nothing or, for `by_tensors`, holds tensors that cannot be compared."""
     if not seen.ranks:
         return absent("one process trains: no process group has others")
     if problems := [f"rank {one.rank}: {one.problem}" for one in seen.ranks if one.problem]:
-        return undecided("; ".join(problems))
-    if tensors and any(one.flat for one in seen.ranks):
+        return undecided(join_clauses(*problems))
+    if by_tensors and any(one.flat for one in seen.ranks):
         return undecided(
             "FSDP1 and DeepSpeed's ZeRO-3 keep parameters in parts that no rank can compare: shard with fully_shard "
             "(FSDP2), or check a run with DDP"
         )
-    return None
+    return compare(seen.ranks)
 
 
 def _differing(first: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
@@ -181,10 +186,10 @@ def _is_unexchanged(reached: Mapping[str, Sequence[Gradient]]) -> bool:
 
 PATHS: Mapping[str, JudgedPath] = {
     path: JudgedPath(requirement=FLAG, judge=judge, by_modules=False, on_request=True)
-    for path, judge in (
-        ("ranks.base", judge_base),
-        ("ranks.adapters", judge_adapters),
-        ("ranks.gradients", judge_gradients),
-        ("ranks.steps", judge_steps),
-    )
+    for path, judge in {
+        "ranks.base": partial(_compare, compare=compare_bases),
+        "ranks.adapters": partial(_compare, compare=compare_adapters),
+        "ranks.gradients": partial(_compare, compare=compare_gradients),
+        "ranks.steps": partial(_compare, compare=compare_steps, by_tensors=False),
+    }.items()
 }

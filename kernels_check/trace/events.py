@@ -113,7 +113,9 @@ def busy_time_us(events: Events) -> dict[str, float]:
 
 
 def union_length(start: Floats, duration: Floats) -> float:
-    """Length of the union of intervals: each adds its part beyond all that began before it."""
+    """Length of the union of intervals: each adds its part beyond all that began before it; 0 without intervals."""
+    if not len(start):
+        return 0.0
     order = np.argsort(start, kind="stable")
     start = start[order] - start.min()  # timestamps since 1970 would lose their last bits in a sum
     end = start + duration[order]

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from kernels_check import ranks
 from kernels_check.check import Check
-from kernels_check.judges.ranks import judge_adapters, judge_gradients
+from kernels_check.judges.ranks import PATHS
 from kernels_check.observe.ranks import Gradient, RankEvidence
 from kernels_check.ranks import STEPS, RankFacts, judge_ranks, merge_checks, profile_steps, read_times
 
@@ -31,7 +31,7 @@ def gradient(own, exchanged, *, sharded=False, coarse=False, size=10.0):
 def fact(rank, **changes):
     """Return the facts of a healthy rank of two under DDP."""
     facts = RankFacts(
-        rank=rank, ranks=2, rows=ROWS[2 * rank : 2 * rank + 2], whole=ROWS, base={"w": (100, 100), "n": (1, 1)},
+        rank=rank, rows=ROWS[2 * rank : 2 * rank + 2], whole=ROWS, base={"w": (100, 100), "n": (1, 1)},
         repeated=(5.0,) * 4, base_losses=(6.0,) * 4,
     )  # fmt: skip
     return dataclasses.replace(facts, **changes)
@@ -77,7 +77,7 @@ def given(*own_and_exchanged, **more):
         )
         for rank, (own, exchanged) in enumerate(own_and_exchanged)
     ]
-    return judge_gradients(SimpleNamespace(ranks=ranks), True)
+    return PATHS["ranks.gradients"].judge(SimpleNamespace(ranks=ranks), True)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_sum_is_no_mean_and_clipping_is_no_fault(factor, sharded, observed, wo
         RankEvidence(rank=rank, gradients={"a": gradient(own, factor * part, sharded=sharded)})
         for rank, (own, part) in enumerate(zip((3.0, 5.0), parts, strict=True))
     ]
-    found = judge_gradients(SimpleNamespace(ranks=ranks), True)
+    found = PATHS["ranks.gradients"].judge(SimpleNamespace(ranks=ranks), True)
     assert (found.observed, words in found.reason) == (observed, True), found.reason
 
 
@@ -134,10 +134,10 @@ def test_an_adapter_that_differs_is_named():
     ranks = [RankEvidence(rank=rank, adapter={"a": f"of {rank}"}) for rank in range(2)]
     assert (
         "rank 1 has another adapter than rank 0: 1 of 1 parameters differ, a"
-        in judge_adapters(SimpleNamespace(ranks=ranks), True).reason
+        in PATHS["ranks.adapters"].judge(SimpleNamespace(ranks=ranks), True).reason
     )
     flat = [RankEvidence(rank=rank, flat=True) for rank in range(2)]
-    assert judge_adapters(SimpleNamespace(ranks=flat), True).status == "unknown"
+    assert PATHS["ranks.adapters"].judge(SimpleNamespace(ranks=flat), True).status == "unknown"
 
 
 HALF = {"w": (50, 100), "n": (1, 1)}

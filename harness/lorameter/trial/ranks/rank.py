@@ -228,7 +228,6 @@ class RankTrial(Trial):
             before=self._base_loss_whole,
             whole=stream.upcoming(self._request.variant.gradient_accumulation),
             rank=self._group.rank,
-            ranks=self._group.ranks,
         )
 
     @property
