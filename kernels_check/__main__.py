@@ -18,11 +18,11 @@ from kernels_check.terminal import SafeParser, print_stderr
 
 EXIT_UNEXPECTED = 70
 COMMANDS = {
-    "probe": "which fast paths run on this machine (default)",
-    "selftest": "are twelve faults found on this machine, and do healthy runs pass",
-    "trace": "judge a recording: a Kineto/Chrome trace or an nsys cuda_gpu_kern_sum CSV",
+    "probe": ("probe", "which fast paths run on this machine (default)"),
+    "selftest": ("selftest", "are twelve faults found on this machine, and do healthy runs pass"),
+    "trace": ("trace.summary", "judge a recording: a Kineto/Chrome trace or an nsys cuda_gpu_kern_sum CSV"),
 }
-MODULES = {"probe": "probe", "selftest": "selftest", "trace": "trace.summary"}
+"""The module of each subcommand, and its purpose."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,17 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
-    if words in ([], ["--json"]):
-        words.insert(0, "probe")
-    arguments = _parser().parse_args(words)
+    arguments = _parser().parse_args(["probe", *words] if words in ([], ["--json"]) else words)
     try:
-        code: int = import_module(f"kernels_check.{MODULES[arguments.command]}").run(arguments)
+        module, _ = COMMANDS[arguments.command]
+        return int(import_module(f"kernels_check.{module}").run(arguments))
     except Exception:
         print_stderr(
             f"{traceback.format_exc()}kernels_check: unexpected error, see above; please report it with the command"
         )
         return EXIT_UNEXPECTED
-    return code
 
 
 def _parser() -> SafeParser:
@@ -50,12 +48,13 @@ def _parser() -> SafeParser:
         prog="python -m kernels_check", description="Reports which code paths really ran, whatever was requested."
     )
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
-    for name, purpose in COMMANDS.items():
+    for name, (_, purpose) in COMMANDS.items():
         command = commands.add_parser(name, help=purpose)
         command.add_argument("--json", action="store_true", help="print one JSON document")
         if name == "trace":
-            help_text = "trace .json or .json.gz, or nsys .csv (also .gz)"
-            command.add_argument("file", type=Path, metavar="FILE", help=help_text)
+            command.add_argument(
+                "file", type=Path, metavar="FILE", help="trace .json or .json.gz, or nsys .csv (also .gz)"
+            )
     return parser
 
 

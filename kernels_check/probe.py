@@ -44,8 +44,8 @@ class FastPath:
     name: str
     path: str
     required: Json
-    make: Callable[[str], SmallRun]
-    """Makes the run for a device."""
+    make: Callable[..., SmallRun] = build
+    """Makes the run for a ``device``."""
     needs_gpu: bool = False
     """Whether the path exists only on GPUs."""
 
@@ -94,7 +94,7 @@ def attempt(tried: FastPath, device: str) -> Attempt:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            check = tried.make(device).check(tried.path, tried.required)
+            check = tried.make(device=device).check(tried.path, tried.required)
     except Exception as error:
         return outcome(status="unavailable", reason=" ".join(f"{type(error).__name__}: {error}".split()))
     return outcome(status="ran" if check.met else "claimed", reason=check.reason)
@@ -123,74 +123,72 @@ def _show(found: Sequence[Attempt], machine: Mapping[str, Any], claimed: Sequenc
     console.print(f"{ran} of {len(found)} paths ran" + (f"; claimed: {', '.join(claimed)}" if claimed else ""))
 
 
-def _sdpa(device: str, *, backend: SDPBackend) -> SmallRun:
-    """A run in which SDPA may use only one backend."""
-    run = build(quant=None, device=device)
+def _restrict_sdpa(run: SmallRun, *, backend: SDPBackend) -> None:
+    """Let SDPA use only one backend."""
     run.around = partial(sdpa_kernel, backend)
     if backend is SDPBackend.EFFICIENT_ATTENTION:
         # The backend refuses grouped heads, which transformers repeats if there is a mask.
         mask = torch.ones_like(run.inputs["input_ids"])
         mask[0, -1] = 0
         run.inputs["attention_mask"] = mask
-    return run
 
 
-def _paged(device: str) -> SmallRun:
-    import bitsandbytes as bnb
-
-    return build(rank=1024, optimizer=bnb.optim.PagedAdamW32bit, device=device)  # smaller states are never paged
-
-
-def _tf32(device: str) -> SmallRun:
+def _use_tf32(run: SmallRun) -> None:
     torch.backends.cuda.matmul.fp32_precision = "tf32"
-    return build(quant=None, dtype="float32", device=device)
 
 
-def _compiled(device: str) -> SmallRun:
-    run = build(quant=None, device=device)
-    compile_layers(run, 1, backend="inductor")
-    return run
-
-
-def _liger(device: str) -> SmallRun:
-    run = build(quant=None, device=device)
+def _apply_liger(run: SmallRun) -> None:
     import_module("liger_kernel.transformers").apply_liger_kernel_to_llama(
         rope=False, swiglu=False, fused_linear_cross_entropy=False, model=run.model.get_base_model()
     )
-    return run
 
 
-def _attention(name: str, required: str, make: Callable[[str], SmallRun]) -> FastPath:
-    return FastPath(name=name, path="attention.backend", required=required, make=make)
+def _paged_adamw(parameters: Any, lr: float) -> Any:
+    import bitsandbytes as bnb
+
+    return bnb.optim.PagedAdamW32bit(parameters, lr=lr)
 
 
-def _build(**options: Any) -> Callable[[str], SmallRun]:
-    return lambda device: build(device=device, **options)
+def _attention(name: str, required: str, **options: Any) -> FastPath:
+    return FastPath(name=name, path="attention.backend", required=required, make=partial(build, quant=None, **options))
 
 
-_FUSED_ADAMW = partial(torch.optim.AdamW, fused=True)
+def _sdpa(name: str, required: str, backend: SDPBackend) -> FastPath:
+    return _attention(name, required, change=partial(_restrict_sdpa, backend=backend))
+
+
 PATHS: tuple[FastPath, ...] = (
-    _attention("SDPA flash", "flash", partial(_sdpa, backend=SDPBackend.FLASH_ATTENTION)),
-    _attention("SDPA cuDNN", "cudnn", partial(_sdpa, backend=SDPBackend.CUDNN_ATTENTION)),
-    _attention("SDPA memory-efficient", "efficient", partial(_sdpa, backend=SDPBackend.EFFICIENT_ATTENTION)),
-    _attention("SDPA math", "math", partial(_sdpa, backend=SDPBackend.MATH)),
-    _attention("flash-attn 2 package", "flash_attention_2", _build(quant=None, attention="flash_attention_2")),
-    _attention("flash-attn 3 package", "flash_attention_3", _build(quant=None, attention="flash_attention_3")),
-    _attention("flash-attn 4 package", "flash_attention_4", _build(quant=None, attention="flash_attention_4")),
-    _attention("flex attention", "flex", _build(quant=None, attention="flex_attention")),
-    FastPath(name="NF4", path="base.quant_type", required="nf4", make=_build(double=False)),
-    FastPath(name="FP4", path="base.quant_type", required="fp4", make=_build(quant="fp4", double=False)),
-    FastPath(name="int8", path="base.bits", required=8, make=_build(quant="int8")),
-    FastPath(name="double quantisation", path="base.double_quant", required=True, make=_build()),
-    FastPath(name="fused 4-bit GEMM", path="base.gemm_path", required="fused", make=_build(), needs_gpu=True),
-    FastPath(name="paged optimizer", path="optimizer.paged_share", required=0.5, make=_paged, needs_gpu=True),
+    _sdpa("SDPA flash", "flash", SDPBackend.FLASH_ATTENTION),
+    _sdpa("SDPA cuDNN", "cudnn", SDPBackend.CUDNN_ATTENTION),
+    _sdpa("SDPA memory-efficient", "efficient", SDPBackend.EFFICIENT_ATTENTION),
+    _sdpa("SDPA math", "math", SDPBackend.MATH),
+    _attention("flash-attn 2 package", "flash_attention_2", attention="flash_attention_2"),
+    _attention("flash-attn 3 package", "flash_attention_3", attention="flash_attention_3"),
+    _attention("flash-attn 4 package", "flash_attention_4", attention="flash_attention_4"),
+    _attention("flex attention", "flex", attention="flex_attention"),
+    FastPath(name="NF4", path="base.quant_type", required="nf4", make=partial(build, double=False)),
+    FastPath(name="FP4", path="base.quant_type", required="fp4", make=partial(build, quant="fp4", double=False)),
+    FastPath(name="int8", path="base.bits", required=8, make=partial(build, quant="int8")),
+    FastPath(name="double quantisation", path="base.double_quant", required=True),
+    FastPath(name="fused 4-bit GEMM", path="base.gemm_path", required="fused", needs_gpu=True),
     FastPath(
-        name="fused optimizer",
-        path="optimizer.fused",
-        required=True,
-        make=_build(optimizer=_FUSED_ADAMW),
+        name="paged optimizer", path="optimizer.paged_share", required=0.5, needs_gpu=True,
+        make=partial(build, rank=1024, optimizer=_paged_adamw),  # smaller states are never paged
     ),
-    FastPath(name="tf32", path="tf32", required=True, make=_tf32, needs_gpu=True),
-    FastPath(name="compile", path="compile.share", required=0.5, make=_compiled),
-    FastPath(name="Liger", path="fused.kernels", required="rms_norm", make=_liger, needs_gpu=True),
-)
+    FastPath(
+        name="fused optimizer", path="optimizer.fused", required=True,
+        make=partial(build, optimizer=partial(torch.optim.AdamW, fused=True)),
+    ),
+    FastPath(
+        name="tf32", path="tf32", required=True, needs_gpu=True,
+        make=partial(build, quant=None, dtype="float32", change=_use_tf32),
+    ),
+    FastPath(
+        name="compile", path="compile.share", required=0.5,
+        make=partial(build, quant=None, change=partial(compile_layers, count=1, backend="inductor")),
+    ),
+    FastPath(
+        name="Liger", path="fused.kernels", required="rms_norm", needs_gpu=True,
+        make=partial(build, quant=None, change=_apply_liger),
+    ),
+)  # fmt: skip

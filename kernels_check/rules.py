@@ -21,16 +21,6 @@ Category: TypeAlias = Literal[
 ]
 CATEGORIES: tuple[Category, ...] = get_args(Category)
 
-GRADES = {
-    "X": "experiment",
-    "B": "binary read",
-    "S": "source read",
-    "G": "published GPU trace",
-    "I": "issue",
-    "D": "derived",
-}
-"""Kinds of evidence for a rule."""
-
 UNDECIDED = "math_or_eager"
 """Backend of a softmax rule: SDPA's math, eager attention, or no attention at all."""
 
@@ -47,7 +37,7 @@ class Rule:
     meaning: str
     category: Category
     evidence: str
-    """Keys of ``GRADES``."""
+    """X: experiment; B: read in a binary; S: read in the source; G: published GPU trace; I: issue; D: derived."""
     gpu_only: bool
     """Whether no name from a CPU can match, so that only a GPU can confirm the rule."""
     library: str | None
@@ -133,12 +123,12 @@ _CAUSAL_WORD = re.compile(r"^fmhaSm\d+\w*?(Causal|Dense)")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelNameFacts:
-    """Facts that one kernel's name proves."""
+    """Facts that one kernel's name proves; None if it does not show them."""
 
-    dtype: str | None
-    """Compute dtype; None if the name does not show it."""
-    causal: bool | None
-    direction: Literal["forward", "backward"] | None
+    dtype: str | None = None
+    """Compute dtype."""
+    causal: bool | None = None
+    direction: Literal["forward", "backward"] | None = None
 
 
 @cache
@@ -211,10 +201,10 @@ def _dtype(name: str, rule: Rule) -> str | None:
 
 def _first_argument(name: str) -> str:
     """First template argument of the innermost function: types in its argument list do not show the compute dtype."""
-    found = re.search(r"\b(?:k?\w*(?:Blockwise|4bit\w*|softmax_warp_\w+))<([^,<>]+)", name)
-    if found is not None:
-        return found.group(1)
-    found = re.search(r"\bcunn_\w*<\w+, ([^,<>]+)", name)  # the vector width comes first
+    found = re.search(r"\b\w*(?:Blockwise|4bit\w*|softmax_warp_\w+)<([^,<>]+)", name) or re.search(
+        r"\bcunn_\w*<\w+, ([^,<>]+)",
+        name,  # the vector width comes first
+    )
     return found.group(1) if found is not None else ""
 
 

@@ -15,7 +15,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from kernels_check.check import Check, Json
 from kernels_check.small_run import SmallRun, build, compile_layers
@@ -25,29 +31,20 @@ SCHEMA = 1
 EXIT_FAILED = 4
 WIDTH = 160
 """Width of the table without a terminal."""
-_ADAMW = "torch.optim.AdamW"
 _VERDICTS = {True: "[green]holds[/]", False: "[red]FAILED[/]"}
 
 
 Build: TypeAlias = Callable[[], SmallRun]
 
 
-def changed(change: Callable[[SmallRun], object], **options: Any) -> Build:
-    """Build a run with these options, and change it."""
-
-    def make() -> SmallRun:
-        run = build(**options)
-        change(run)
-        return run
-
-    return make
+def changed(change: Callable[[SmallRun], object]) -> Build:
+    """Build a run and change it."""
+    return partial(build, change=change)
 
 
 def pack(run: SmallRun, *, cache: bool) -> None:
     """Put two records in a row; with a cache, transformers builds no mask from their positions, and they attend to each
     other."""
-    import torch
-
     positions = torch.tensor([[*range(6), *range(10)], [*range(8), *range(8)]])
     run.inputs |= {"position_ids": positions, "use_cache": cache}
 
@@ -80,18 +77,9 @@ def train_a_norm(run: SmallRun) -> None:
 
 def silence_dropout(run: SmallRun) -> None:
     """Leave the dropout layers in eval mode."""
-    from torch.nn import Dropout
-
     for module in run.model.modules():
-        if isinstance(module, Dropout):
+        if isinstance(module, torch.nn.Dropout):
             module.eval()
-
-
-def replace_optimizer(run: SmallRun) -> None:
-    """Train with SGD."""
-    from torch.optim import SGD
-
-    run.optimizer = SGD(run.optimizer.param_groups[0]["params"], lr=1e-3)
 
 
 def checkpoint(run: SmallRun) -> None:
@@ -136,15 +124,16 @@ CONTROLS: tuple[Control, ...] = (
     Control(name="the adapter does not learn", path="peft.learning", required=True, fault=changed(freeze_adapter)),
     Control(name="dropout is inactive", path="peft.dropout", required=0.05, fault=changed(silence_dropout)),
     Control(
-        name="another optimizer", path="optimizer.class", required=_ADAMW, fault=changed(replace_optimizer)
+        name="another optimizer", path="optimizer.class", required="torch.optim.AdamW",
+        fault=partial(build, optimizer=torch.optim.SGD),
     ),
     Control(
         name="nothing is checkpointed", path="checkpointing", required=True, fault=build, healthy=changed(checkpoint)
     ),
     Control(
         name="one layer of two is compiled", path="compile", required=True,
-        fault=changed(partial(compile_layers, count=1), quant=None),
-        healthy=changed(partial(compile_layers, count=2), quant=None),
+        fault=partial(build, quant=None, change=partial(compile_layers, count=1)),
+        healthy=partial(build, quant=None, change=partial(compile_layers, count=2)),
     ),
 )  # fmt: skip
 
@@ -166,7 +155,7 @@ class Outcome:
 def run(arguments: argparse.Namespace) -> int:
     """Run the controls, print the table or one JSON document, and return 0 if all hold."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
     outcomes = []
     for control in CONTROLS:
         print(f"kernels_check selftest: {control.name}", file=sys.stderr)
@@ -198,10 +187,6 @@ def run_control(control: Control) -> Outcome:
 
 def _show(outcomes: Sequence[Outcome]) -> None:
     """Print the table, then each failure with its reason."""
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
 
     def describe(check: Check | None) -> str:
         return "–" if check is None else escape(escape_control_chars(f"{check.status} ({check.observed})"))

@@ -47,6 +47,7 @@ def build(
     skipped: tuple[str, ...] = ("lm_head",),
     rank: int = 4,
     optimizer: Callable[..., Any] | None = None,
+    change: Callable[[SmallRun], object] | None = None,
     device: str = "cpu",
 ) -> SmallRun:
     """Build a run with a fixed seed.
@@ -60,6 +61,7 @@ def build(
         skipped: name suffixes of linear layers that are not quantised.
         rank: rank of the adapter.
         optimizer: makes the optimizer from the trainable parameters; default: AdamW.
+        change: is called with the run at the end, to change it.
         device: where it runs.
     """
     import peft
@@ -82,7 +84,10 @@ def build(
     model = peft.get_peft_model(model.to(device), lora).train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     made = (optimizer or torch.optim.AdamW)(trainable, lr=1e-3)
-    return SmallRun(model=model, optimizer=made, inputs={"input_ids": torch.randint(1, 96, (2, 16)).to(device)})
+    run = SmallRun(model=model, optimizer=made, inputs={"input_ids": torch.randint(1, 96, (2, 16)).to(device)})
+    if change is not None:
+        change(run)
+    return run
 
 
 def four_bit(linear: Any, quant_type: str, double: bool = True, compute: Any = None) -> Any:

@@ -8,7 +8,7 @@ that called it: every call of every attention layer must have run the required b
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kernels_check.check import (
@@ -60,9 +60,9 @@ KERNEL_BACKENDS = {
 }
 
 
-def _accepted(required: Json) -> Collection[Json]:
+def _accepted(required: Json) -> frozenset[Json]:
     """The backends that meet a requirement."""
-    return FUSED_ATTENTION if required == "fused" else {required}
+    return FUSED_ATTENTION if required == "fused" else frozenset({required})
 
 
 def judge_backend(seen: Observation, required: Json) -> PathObservation:

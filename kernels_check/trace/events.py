@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -56,7 +56,7 @@ class NameTotal:
     time_ms: float
     rule: Rule | None = None
     """The rule that the name matches."""
-    facts: KernelNameFacts | None = None
+    facts: KernelNameFacts = field(default_factory=KernelNameFacts)
 
 
 def make_events(rows: Iterable[Row]) -> Events:

@@ -45,7 +45,13 @@ def read_bytes(path: Path) -> bytes:
     try:
         content = path.read_bytes()
         if content.startswith(b"\x1f\x8b"):
-            content = _unpack(path, content)
+            packed, most = len(content), max(UNPACKED_FREELY_BYTES, MOST_EXPANSION * len(content))
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(most + 1)
+            if len(content) > most:
+                raise TraceError(
+                    f"{path}: {packed:,} bytes unpack to more than {most:,}, over {MOST_EXPANSION} times as many: no "
+                    f"recording is that empty; expected {EXPECTED}. If it is one, unpack it and pass the unpacked file"
+                )
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise TraceError(f"{path}: the gzip stream is damaged ({error}). Copy or export it again") from None
     except OSError as error:
@@ -53,17 +59,6 @@ def read_bytes(path: Path) -> bytes:
     content = content.removeprefix(b"\xef\xbb\xbf")
     if not content.strip():
         raise TraceError(f"{path}: the file is empty; expected {EXPECTED}. Record it again")
-    return content
-
-
-def _unpack(path: Path, packed: bytes) -> bytes:
-    most = max(UNPACKED_FREELY_BYTES, MOST_EXPANSION * len(packed))
-    content = gzip.GzipFile(fileobj=io.BytesIO(packed)).read(most + 1)
-    if len(content) > most:
-        raise TraceError(
-            f"{path}: {len(packed):,} bytes unpack to more than {most:,}, over {MOST_EXPANSION} times as many: no "
-            f"recording is that empty; expected {EXPECTED}. If it is one, unpack it and pass the unpacked file"
-        )
     return content
 
 
@@ -102,7 +97,7 @@ _decode_document = msgspec.json.Decoder(_Document | list[msgspec.Raw]).decode
 _decode_event = msgspec.json.Decoder(_Event).decode
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Kineto:
     """The events of a trace that are judged; times in microseconds."""
 
@@ -152,13 +147,7 @@ def read_kineto(path: Path, content: bytes) -> Kineto:
             "torch.profiler and activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], and pass what "
             "export_chrome_trace() wrote"
         )
-    return Kineto(
-        gpu=make_events(gpu),
-        operators=make_events(operators),
-        launches=launches,
-        host_steps=host_steps,
-        gpu_steps=gpu_steps,
-    )
+    return Kineto(make_events(gpu), make_events(operators), launches, host_steps, gpu_steps)
 
 
 def _complete_events(path: Path, content: bytes) -> Iterator[_Event]:

@@ -12,12 +12,12 @@ import argparse
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from kernels_check.trace.recording import (
 )
 
 SCHEMA = 1
+Fact = TypeVar("Fact", bound=bool | str | None)
 _AMD = re.compile(
     r"^(Custom_)?Cijk_A|ck_tile|\bck::|^_ZN(2ck|5aiter)\d|aotriton|\brocprim::|^__amd_rocclr_|^igemm_\w+_gtc|\bhip"
 )
@@ -133,10 +134,6 @@ class KernelSummary:
     unclassified: Unclassified
     notices: tuple[str, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """One document of JSON values."""
-        return {"schema": SCHEMA} | asdict(self)
-
 
 def read_trace(path: str | PathLike[str]) -> KernelSummary:
     """Judge a Kineto/Chrome trace (.json, .json.gz) or an nsys ``cuda_gpu_kern_sum`` table (.csv, .csv.gz).
@@ -149,14 +146,21 @@ def read_trace(path: str | PathLike[str]) -> KernelSummary:
     path = Path(path)
     content = read_bytes(path)
     if not is_trace(content):
-        summary = _summarise(path, read_nsys(path, content))
+        summary = _summarise(path, map(_describe_kernel, read_nsys(path, content)))
         notice = "an nsys summary has sums and no intervals: neither busy share nor kernels per step can be computed"
         return replace(summary, source="nsys", notices=(notice, *summary.notices))
     trace = read_kineto(path, content)
     del content
+    called = frozenset(trace.operators.names)
     if not len(trace.gpu):
-        return _judge_operators(path, trace.operators)
-    summary = _summarise(path, sum_by_name(trace.gpu), operators=frozenset(trace.operators.names))
+        summary = _summarise(path, map(_describe_operator, operator_times(trace.operators)), called)
+        notice = (
+            f"no GPU kernel in this trace: judged by {len(trace.operators):,} operators of the host, whose time is a "
+            "CPU's. If the step ran on a GPU, record again with activities=[ProfilerActivity.CPU, "
+            "ProfilerActivity.CUDA]"
+        )
+        return replace(summary, device="cpu", notices=(notice, *_event_notices(trace.operators)))
+    summary = _summarise(path, map(_describe_kernel, sum_by_name(trace.gpu)), called)
     return replace(
         summary,
         busy_share=_busy_share(trace.gpu),
@@ -165,20 +169,10 @@ def read_trace(path: str | PathLike[str]) -> KernelSummary:
     )
 
 
-def _judge_operators(path: Path, operators: Events) -> KernelSummary:
-    summary = _summarise(path, operator_times(operators), operators=frozenset(operators.names), by_operators=True)
-    notice = (
-        f"no GPU kernel in this trace: judged by {len(operators):,} operators of the host, whose time is a CPU's. If "
-        "the step ran on a GPU, record again with activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]"
-    )
-    return replace(summary, device="cpu", notices=(notice, *_event_notices(operators)))
-
-
 def _event_notices(events: Events) -> Iterator[str]:
-    untimed = int(np.isnan(events.start_us).sum())
     if events.repeated:
         yield f"{events.repeated:,} events are in the file more than once and were counted once"
-    if untimed:
+    if untimed := int(np.isnan(events.start_us).sum()):
         yield f"{untimed:,} events have no usable start or duration: counted, with no time"
 
 
@@ -243,19 +237,15 @@ def _count_kernels(trace: Kineto) -> StepCounts | None:
 # --- sums of what ran -------------------------------------------------------------------------------------------------
 
 
-def _summarise(
-    path: Path, totals: Iterable[NameTotal], *, operators: Collection[str] = (), by_operators: bool = False
-) -> KernelSummary:
-    """Sum up the totals of a recording, except the values that need intervals.
+def _summarise(path: Path, totals: Iterable[NameTotal], operators: Collection[str] = ()) -> KernelSummary:
+    """Sum up the totals of a recording as kernels of a GPU, except the values that need intervals.
 
     Args:
         path: path of the recording, for messages.
-        totals: total of each name.
+        totals: total of each name, with its rule and facts.
         operators: names of the CPU operators, if recorded: they distinguish attention's math backend from eager.
-        by_operators: whether the totals are of operators instead of kernels.
     """
-    describe = _describe_operator if by_operators else _describe_kernel
-    ran = [describe(total) for total in totals if total.calls or total.time_ms > 0.0]
+    ran = [total for total in totals if total.calls or total.time_ms > 0.0]
     ran.sort(key=lambda one: (-one.time_ms, one.name))
     total_ms = math.fsum(one.time_ms for one in ran)
     if not (total_ms > 0.0 and math.isfinite(total_ms)):
@@ -264,19 +254,19 @@ def _summarise(
             "share can be given. Record it again"
         )
 
-    def use(some: Iterable[NameTotal]) -> Use:
-        some = list(some)
+    def use(some: Collection[NameTotal]) -> Use:
         time_ms = math.fsum(one.time_ms for one in some)
         return Use(calls=sum(one.calls for one in some), time_share=time_ms / total_ms, time_ms=time_ms)
 
-    def uses(groups: Mapping[str, Sequence[NameTotal]]) -> dict[str, Use]:
+    def uses(groups: Mapping[str, Collection[NameTotal]]) -> dict[str, Use]:
         return {name: use(some) for name, some in groups.items()}
 
     groups = _group(ran, lambda one: one.rule.category_of(one.name) if one.rule is not None else "other")
     by_category = {category: use(groups.get(category, ())) for category in CATEGORIES}
     backends = _group(groups.get("attention", ()), lambda one: _backend(one, operators))
     paths = _group(ran, lambda one: one.rule.path if one.rule is not None else None)
-    formats = _group(groups.get("matmul", ()), lambda one: (one.facts and one.facts.dtype) or "unknown")
+    quant_types = _group(ran, lambda one: one.rule.quant_type if one.rule is not None else None)
+    in_4bit = [one for path, some in paths.items() if path != "dequantize_8bit" for one in some]
     unknown = [one for one in ran if one.rule is None]
     unknown_share = use(unknown).time_share
     return KernelSummary(
@@ -285,12 +275,8 @@ def _summarise(
         calls=sum(one.calls for one in ran),
         time_ms=total_ms,
         attention=Attention(backends={name: _backend_use(use(some), some) for name, some in backends.items()}),
-        fourbit=Fourbit(
-            paths=uses(paths),
-            quant_types=uses(_group(ran, lambda one: one.rule.quant_type if one.rule is not None else None)),
-            dtypes=_count_dtypes(one for path, some in paths.items() if path != "dequantize_8bit" for one in some),
-        ),
-        matmul_dtypes=uses(formats),
+        fourbit=Fourbit(paths=uses(paths), quant_types=uses(quant_types), dtypes=_count_dtypes(in_4bit)),
+        matmul_dtypes=uses(_group(groups.get("matmul", ()), lambda one: one.facts.dtype or "unknown")),
         categories={category: one.time_share for category, one in by_category.items()},
         category_time_ms={category: one.time_ms for category, one in by_category.items()},
         busy_share=None,
@@ -300,28 +286,26 @@ def _summarise(
             names=tuple(one.name for one in unknown),
             kernels={one.name: use([one]) for one in unknown},
         ),
-        notices=() if by_operators else tuple(_name_notices(ran, unknown, unknown_share)),
+        notices=tuple(_name_notices(ran, unknown, unknown_share)),
     )
 
 
 def _describe_kernel(total: NameTotal) -> NameTotal:
     rule = classify(total.name)
-    return replace(total, rule=rule, facts=read_facts(total.name, rule) if rule is not None else None)
+    return total if rule is None else replace(total, rule=rule, facts=read_facts(total.name, rule))
 
 
 def _describe_operator(total: NameTotal) -> NameTotal:
-    direction: Literal["backward", "forward"] = "backward" if "ackward" in total.name else "forward"
-    return replace(total, facts=KernelNameFacts(dtype=None, causal=None, direction=direction))
+    return replace(total, facts=KernelNameFacts(direction="backward" if "ackward" in total.name else "forward"))
 
 
 def _group(launches: Iterable[NameTotal], key: Callable[[NameTotal], str | None]) -> dict[str, list[NameTotal]]:
     """Launches grouped by a key, without those that have none; the group with the most time first."""
-    groups: dict[str, list[NameTotal]] = {}
+    groups: defaultdict[str | None, list[NameTotal]] = defaultdict(list)
     for one in launches:
-        name = key(one)
-        if name is not None:
-            groups.setdefault(name, []).append(one)
-    return dict(sorted(groups.items(), key=lambda group: (-sum(one.time_ms for one in group[1]), group[0])))
+        groups[key(one)].append(one)
+    known = [(name, some) for name, some in groups.items() if name is not None]
+    return dict(sorted(known, key=lambda group: (-sum(one.time_ms for one in group[1]), group[0])))
 
 
 def _backend(one: NameTotal, operators: Collection[str]) -> str:
@@ -340,12 +324,9 @@ def _backend(one: NameTotal, operators: Collection[str]) -> str:
     return backend
 
 
-def _backend_use(use: Use, some: Sequence[NameTotal]) -> BackendUse:
-    directions, causal = Counter[str | None](), Counter[bool | None]()
-    for one in some:
-        if one.facts is not None:
-            directions[one.facts.direction] += one.calls
-            causal[one.facts.causal] += one.calls
+def _backend_use(use: Use, some: Iterable[NameTotal]) -> BackendUse:
+    directions = _count_calls(some, lambda one: one.facts.direction)
+    causal = _count_calls(some, lambda one: one.facts.causal)
     return BackendUse(
         calls=use.calls,
         time_share=use.time_share,
@@ -359,12 +340,16 @@ def _backend_use(use: Use, some: Sequence[NameTotal]) -> BackendUse:
     )
 
 
-def _count_dtypes(some: Iterable[NameTotal]) -> dict[str, int]:
-    counts = Counter[str]()
+def _count_calls(some: Iterable[NameTotal], fact: Callable[[NameTotal], Fact]) -> Counter[Fact]:
+    counts = Counter[Fact]()
     for one in some:
-        if one.facts is not None and one.facts.dtype is not None:
-            counts[one.facts.dtype] += one.calls
-    return dict(counts.most_common())
+        counts[fact(one)] += one.calls
+    return counts
+
+
+def _count_dtypes(some: Iterable[NameTotal]) -> dict[str, int]:
+    counts = _count_calls(some, lambda one: one.facts.dtype)
+    return {dtype: calls for dtype, calls in counts.most_common() if dtype is not None}
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -382,7 +367,7 @@ def run(arguments: argparse.Namespace) -> int:
         print_stderr(f"kernels_check: {error}")
         return EXIT_BAD_INPUT
     if arguments.json:
-        print(json.dumps(summary.to_json(), allow_nan=False))
+        print(json.dumps({"schema": SCHEMA} | asdict(summary), allow_nan=False))
     else:
         _print(summary)
     for notice in summary.notices:
