@@ -11,10 +11,10 @@ exposed part is subtracted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
@@ -162,6 +162,12 @@ def observe_rank(
         Exception: any exception of a step, after everything has been restored.
     """
     expected = tuple(Fingerprinter()(row) for row in whole)
+    rows: list[str] = []
+
+    def record_rows(module: nn.Module, args: Any, kwargs: Any) -> None:
+        ids = kwargs.get("input_ids")
+        if isinstance(ids, Tensor):
+            rows.extend(Fingerprinter()(row) for row in ids)
 
     def step() -> None:
         gradients()
@@ -177,7 +183,7 @@ def observe_rank(
             for parameter in trained_parameters(model).values():
                 parameter.grad = None
         rewind()
-        with _record_inputs(model) as rows:
+        with model.register_forward_pre_hook(record_rows, with_kwargs=True):
             gradients()
         base = {name: _bytes(parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad}
         four_bit = _four_bit(model)
@@ -195,23 +201,6 @@ def observe_rank(
         base_losses=tuple(base_losses),
         activity=activity,
     )
-
-
-@contextmanager
-def _record_inputs(model: nn.Module) -> Iterator[list[str]]:
-    """Hashes of the sequences that the model receives as token ids, in order."""
-    rows: list[str] = []
-
-    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
-        ids = kwargs.get("input_ids")
-        if isinstance(ids, Tensor):
-            rows.extend(Fingerprinter()(row) for row in ids)
-
-    handle = model.register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        yield rows
-    finally:
-        handle.remove()
 
 
 def _bytes(parameter: Tensor) -> tuple[int, int]:
@@ -260,9 +249,10 @@ def judge_ranks(facts: Sequence[RankFacts], strategy: Strategy) -> list[Check]:
 
 def judge_data(facts: Sequence[RankFacts]) -> PathObservation:
     """Judge whether the ranks together train on each sequence of a step once, and all on sequences of the same step."""
-    deviating = [one.rank for one in facts if one.whole != facts[0].whole]
+    deviating = [str(one.rank) for one in facts if one.whole != facts[0].whole]
     if deviating:
-        return failed(f"{_named(deviating)} trains on other data than rank 0: the sequences of a step are not the same")
+        named = f"each of ranks {name_some(deviating)}" if len(deviating) > 1 else f"rank {deviating[0]}"
+        return failed(f"{named} trains on other data than rank 0: the sequences of a step are not the same")
     wanted = Counter(facts[0].whole)
     for one in facts:
         foreign = [row for row in one.rows if row not in wanted]
@@ -271,19 +261,19 @@ def judge_data(facts: Sequence[RankFacts]) -> PathObservation:
                 f"rank {one.rank} was given other data: {len(foreign)} of its {len(one.rows)} sequences are none of "
                 "the step's"
             )
-    for index, one in enumerate(facts):
-        for other in facts[index + 1 :]:
-            twice = sum((Counter(one.rows) & Counter(other.rows)).values())
-            if twice and Counter(one.rows) + Counter(other.rows) - wanted:
-                return failed(
-                    f"ranks {one.rank} and {other.rank} train on the same data: {twice} of their {len(one.rows)} "
-                    "sequences, which is what no share of its own by rank looks like"
-                )
-    given = sum((Counter(one.rows) for one in facts), Counter[str]())
+    for one, other in combinations(facts, 2):
+        rows, other_rows = Counter(one.rows), Counter(other.rows)
+        twice = (rows & other_rows).total()
+        if twice and rows + other_rows - wanted:
+            return failed(
+                f"ranks {one.rank} and {other.rank} train on the same data: {twice} of their {len(one.rows)} "
+                "sequences, which is what no share of its own by rank looks like"
+            )
+    given = Counter(row for one in facts for row in one.rows)
     if given != wanted:
-        missing = sum((wanted - given).values())
-        return failed(f"{missing} of the {sum(wanted.values())} sequences of a step were given to no rank")
-    return passed(f"{sum(wanted.values())} sequences of a step, each on one of {len(facts)} ranks")
+        missing = (wanted - given).total()
+        return failed(f"{missing} of the {wanted.total()} sequences of a step were given to no rank")
+    return passed(f"{wanted.total()} sequences of a step, each on one of {len(facts)} ranks")
 
 
 def judge_sharded(facts: Sequence[RankFacts]) -> PathObservation:
@@ -331,10 +321,6 @@ def judge_steady(facts: Sequence[RankFacts]) -> PathObservation:
     if facts[0].base_losses:
         kept += f", and the base over {len(facts[0].base_losses) - 1} forwards since before it was shared"
     return passed(kept)
-
-
-def _named(ranks: Sequence[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"each of ranks {name_some(map(str, ranks))}"
 
 
 def merge_checks(by_rank: Sequence[Sequence[Check]]) -> list[Check]:

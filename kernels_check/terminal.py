@@ -8,21 +8,22 @@ at all.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
-import unicodedata
 from typing import NoReturn
 
-_REORDERING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Bidirectional marks, which reorder the letters around them."""
-_ACTING = frozenset(("Cc", "Cs", "Zl", "Zp"))
-"""Categories of control characters, surrogates, and line and paragraph separators."""
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters except line ends and tabs, bidirectional marks, line and paragraph separators, surrogates."""
 
 
 def escape_control_chars(text: str) -> str:
     """Replace control characters, except line ends and tabs, by escape sequences."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(_write_out(character) if _acts(character) else character for character in text)
+    return _UNSAFE.sub(_escape, text)
+
+
+def _escape(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def print_stderr(text: str) -> None:
@@ -36,12 +37,3 @@ class SafeParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the usage and the message, and exit with code 2."""
         super().error(escape_control_chars(message))
-
-
-def _acts(character: str) -> bool:
-    return character not in "\n\t" and (unicodedata.category(character) in _ACTING or character in _REORDERING)
-
-
-def _write_out(character: str) -> str:
-    code = ord(character)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

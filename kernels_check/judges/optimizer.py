@@ -153,6 +153,14 @@ def judge_paged_share(seen: Observation, required: Json) -> PathObservation:
 _ROUNDED = "what had a gradient and a rate and is unchanged was rounded away: keep it in float32"
 _MOVED = frozenset({"updated", "moved without a gradient", "undone after an update"})
 """Fates of a parameter whose value changed."""
+_INCONCLUSIVE: Mapping[Fate, str] = {
+    "given a rate of 0": "the learning rate is 0",
+    "changed, no gradient seen": (
+        "what changed without a gradient was written by something else, such as a copy of master weights"
+    ),
+    "none of its tokens in the batches": "take a batch that holds the tokens that are trained",
+}
+"""Fates after which a further step may be conclusive, and why, the most important first."""
 
 
 def judge_parts(seen: Observation, required: Json, *, what: str) -> PathObservation:
@@ -190,13 +198,7 @@ def _why_inconclusive(fates: Set[Fate], seen: Observation) -> str | None:
         return None
     if not seen.optimizer_steps:
         return "no torch.optim.Optimizer stepped"
-    if "given a rate of 0" in fates:
-        return "the learning rate is 0"
-    if "changed, no gradient seen" in fates:
-        return "what changed without a gradient was written by something else, such as a copy of master weights"
-    if "none of its tokens in the batches" in fates:
-        return "take a batch that holds the tokens that are trained"
-    return None
+    return next((why for fate, why in _INCONCLUSIVE.items() if fate in fates), None)
 
 
 _FURTHER_STEPS = (
