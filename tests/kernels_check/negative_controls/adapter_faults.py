@@ -11,15 +11,17 @@ import threading
 from types import MethodType, SimpleNamespace
 from typing import Any
 
+import peft
+import torch
+from torch import nn
+
 from kernels_check.observe.adapter import adapter_layers
 from negative_controls.faults import dropout_off
-from negative_controls.small_run import SmallRun
+from negative_controls.small_run import SmallRun, replace_step
 
 
 def disable_beside_zeros(run: SmallRun) -> None:
     """Keep ``disable_adapter()`` around the forward; gradients are zero but exist."""
-    import torch
-
     run.step()
     run.step()
     norm = next(value for name, value in run.model.named_parameters() if name.endswith("model.norm.weight"))
@@ -32,7 +34,7 @@ def disable_beside_zeros(run: SmallRun) -> None:
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
         run.optimizer.step()
 
-    run.step = step  # type: ignore[method-assign]
+    replace_step(run, step)
 
 
 def rest_dropout_once(run: SmallRun) -> None:
@@ -70,7 +72,6 @@ def use_lora_fa(run: SmallRun) -> None:
 
 def minimise_sharpness(run: SmallRun, *, undone: bool = False) -> None:
     """Train with SAM around a torch optimizer; undone: also reload the weights before each step."""
-    import torch
 
     class Sharpness(torch.optim.Optimizer):
         """Takes the gradient at an uphill point, then steps the base optimizer from the original point."""
@@ -107,7 +108,7 @@ def minimise_sharpness(run: SmallRun, *, undone: bool = False) -> None:
                     value.copy_(old)
             passes()
 
-        run.step = reloaded  # type: ignore[method-assign]
+        replace_step(run, reloaded)
 
 
 def step_in_a_thread(run: SmallRun) -> None:
@@ -119,13 +120,11 @@ def step_in_a_thread(run: SmallRun) -> None:
         thread.start()
         thread.join()
 
-    run.step = step  # type: ignore[method-assign]
+    replace_step(run, step)
 
 
 def share_a_factor(run: SmallRun) -> None:
     """Let two query layers share their lora_A."""
-    import torch
-
     first, second = _queries(run)
     second.lora_A["default"] = first.lora_A["default"]
     run.optimizer = torch.optim.AdamW([value for value in run.model.parameters() if value.requires_grad], lr=1e-3)
@@ -140,15 +139,11 @@ def pass_one_by(run: SmallRun) -> None:
 
 def sparse_table() -> Any:
     """Return LoRA with a fully trained copy of the embedding."""
-    import peft
-
     return peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", modules_to_save=["embed_tokens"])
 
 
 def send_sparse_gradients(run: SmallRun) -> None:
     """Let the trained embedding produce sparse gradients."""
-    import torch
-
     for name, module in run.model.named_modules():
         if name.endswith("modules_to_save.default"):
             module.sparse = True
@@ -157,8 +152,6 @@ def send_sparse_gradients(run: SmallRun) -> None:
 
 def forget_the_table(run: SmallRun) -> None:
     """Produce sparse gradients, and leave the embedding out of the optimizer."""
-    import torch
-
     send_sparse_gradients(run)
     named = run.model.named_parameters()
     factors = [value for name, value in named if value.requires_grad and "modules_to_save" not in name]
@@ -167,7 +160,6 @@ def forget_the_table(run: SmallRun) -> None:
 
 def hold_as_lora(run: SmallRun) -> None:
     """Hold the model in an own module whose attribute name contains "lora"."""
-    from torch import nn
 
     class Learner(nn.Module):
         def __init__(self, model: nn.Module) -> None:
@@ -182,8 +174,6 @@ def hold_as_lora(run: SmallRun) -> None:
 
 def train_base_held_as_lora(run: SmallRun) -> None:
     """Train all floating-point weights of a base below such a name."""
-    import torch
-
     hold_as_lora(run)
     for name, value in run.model.named_parameters():
         value.requires_grad_("lora_" in name and value.is_floating_point())
@@ -196,8 +186,6 @@ def _queries(run: SmallRun) -> list[Any]:
 
 def with_embeddings() -> Any:
     """Return LoRA with fully trained copies of both embeddings, as used for new tokens."""
-    import peft
-
     return peft.LoraConfig(
         r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", modules_to_save=["embed_tokens", "lm_head"]
     )
@@ -315,14 +303,10 @@ def _targets(labels: Any, *, shifted: bool) -> int:
 
 def prompt() -> Any:
     """Return a learned prompt, after which the first token of each row is a target as well."""
-    import peft
-
     return peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
 
 
 def search_along_a_line(run: SmallRun) -> None:
     """Give the optimizer a closure that it evaluates several times for one update."""
-    import torch
-
     parameters = [value for value in run.model.parameters() if value.requires_grad]
     run.optimizer, run.by_closure = torch.optim.LBFGS(parameters, lr=1e-3, max_iter=3), True

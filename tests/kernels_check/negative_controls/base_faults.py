@@ -8,6 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import peft
+import torch
+from torch import Tensor, nn
+
 from kernels_check.observe.adapter import adapter_layers
 from negative_controls.faults import pad
 from negative_controls.small_run import PAD_TOKEN, SmallRun
@@ -20,7 +24,6 @@ def after_each_step(run: SmallRun, change: Callable[[], object]) -> None:
 
 def normalise_batches(run: SmallRun) -> None:
     """Append a batch norm, as in vision towers, and leave it in train mode."""
-    from torch import Tensor, nn
 
     class Normalised(nn.Module):
         def __init__(self, norm: nn.Module) -> None:
@@ -56,9 +59,6 @@ def drift_int8_scales(run: SmallRun) -> None:
 
 def add_biases(run: SmallRun, bias: str = "none") -> None:
     """Give the targets biases, and attach the adapter again."""
-    import peft
-    import torch
-
     base = run.model.unload()
     for layer in base.model.layers:
         for target in (layer.self_attn.q_proj, layer.self_attn.v_proj):
@@ -75,9 +75,6 @@ def train_biases(run: SmallRun) -> None:
 
 def train_biases_of_another(run: SmallRun) -> None:
     """Switch to an adapter without trained biases; PEFT leaves those of the first one trainable."""
-    import peft
-    import torch
-
     train_biases(run)
     run.model.add_adapter("second", peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     run.model.set_adapter("second")
@@ -86,9 +83,6 @@ def train_biases_of_another(run: SmallRun) -> None:
 
 def add_experts(run: SmallRun) -> Any:
     """Add experts whose weights are one parameter, which quantisation of linear layers does not reach."""
-    import torch
-    from torch import nn
-
     experts = nn.Module()
     experts.gate_up_proj = nn.Parameter(torch.randn(4, 128, 128).bfloat16(), requires_grad=False)
     run.model.base_model.model.experts = experts
@@ -114,8 +108,6 @@ _FOREIGN_PAD = 5
 
 def pack(run: SmallRun, **more: Any) -> None:
     """Pack two records into a row, marked by positions that restart."""
-    import torch
-
     positions = torch.tensor([[*range(6), *range(10)], [*range(8), *range(8)]])
     run.inputs |= {"position_ids": positions.to(run.inputs["input_ids"].device), **more}
     run.packed = dict(run.inputs)
@@ -147,8 +139,6 @@ def mask_blocks(run: SmallRun, *, lost: int | None = None) -> None:
         run: to be changed.
         lost: number of a record that attends to the previous one.
     """
-    import torch
-
     ids = run.inputs["input_ids"]
     numbers = torch.arange(ids.shape[1], device=ids.device) // 4
     merged = torch.where(numbers == lost, numbers - 1, numbers) if lost is not None else numbers
@@ -167,8 +157,6 @@ def lose_a_boundary(run: SmallRun) -> None:
 
 def pad_most(run: SmallRun) -> None:
     """Pad all rows but one, with one long record among short ones."""
-    import torch
-
     ids = run.inputs["input_ids"]
     run.inputs = {"input_ids": torch.cat([ids, ids.flip(1), ids])}
     pad(run, real=2)
@@ -198,8 +186,6 @@ def label_the_answer(run: SmallRun) -> None:
 
 def fill_the_row_up(run: SmallRun) -> None:
     """Pack two short records into a row, with padding that is marked as a third record."""
-    import torch
-
     ids = run.inputs["input_ids"].clone()
     ids[:, 6:] = PAD_TOKEN
     positions = torch.tensor([*range(3), *range(3), *range(10)], device=ids.device).expand_as(ids)

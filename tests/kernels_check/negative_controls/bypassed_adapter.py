@@ -7,19 +7,20 @@ closure.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import io
 from typing import Any
 
+import peft
+import torch
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import LambdaLR
+
 from kernels_check.observe.adapter import adapter_layers
-from negative_controls.small_run import SmallRun
+from negative_controls.small_run import SmallRun, backward, replace_step, wrap_step
 
 
 def _loss(run: SmallRun, model: Any = None) -> Any:
     return (run.model if model is None else model)(**run.inputs, labels=run.inputs["input_ids"]).loss
-
-
-def _replace_step(run: SmallRun, step: Callable[[], object]) -> None:
-    run.step = step  # type: ignore[assignment,method-assign]
 
 
 def _trained(run: SmallRun) -> list[tuple[str, Any]]:
@@ -32,8 +33,6 @@ def _half(run: SmallRun) -> list[Any]:
 
 
 def _optimise(run: SmallRun, groups: Any, rate: float = 1e-3) -> None:
-    import torch
-
     run.optimizer = torch.optim.AdamW(groups, lr=rate)
 
 
@@ -46,8 +45,6 @@ def _train_a_norm(run: SmallRun) -> None:
 
 def disable_in_the_step(run: SmallRun) -> None:
     """Keep `disable_adapter()` around the training forward, after two healthy steps."""
-    from torch.nn.utils import clip_grad_norm_
-
     run.step()
     run.step()
     _train_a_norm(run)
@@ -58,54 +55,42 @@ def disable_in_the_step(run: SmallRun) -> None:
         clip_grad_norm_(run.model.parameters(), 1.0)
         run.optimizer.step()
 
-    _replace_step(run, step)
+    replace_step(run, step)
 
 
 def ask_a_reference(run: SmallRun) -> None:
     """Disable the adapter for a reference inside the step, as preference training does."""
-    import torch
 
-    sound = run.step
-
-    def step() -> None:
+    def ask() -> None:
         with torch.no_grad(), run.model.disable_adapter():
             run.model(**run.inputs)
-        sound()
 
-    _replace_step(run, step)
+    wrap_step(run, before=ask)
 
 
 def rest_half_in_the_step(run: SmallRun) -> None:
     """Deactivate half the layers during the step only."""
-    sound, resting = run.step, _half(run)
+    resting = _half(run)
 
-    def step() -> None:
+    def activate(*adapters: str) -> None:
         for layer in resting:
-            layer.set_adapter([])
-        sound()
-        for layer in resting:
-            layer.set_adapter("default")
+            layer.set_adapter([*adapters])
 
-    _replace_step(run, step)
+    wrap_step(run, before=activate, after=lambda: activate("default"))
 
 
 def ask_another_adapter(run: SmallRun) -> None:
     """Switch to a second adapter for a reference inside the step, and back."""
-    import peft
-    import torch
-
     run.model.add_adapter("reference", peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     run.model.set_adapter("default")
-    sound = run.step
 
-    def step() -> None:
+    def ask() -> None:
         run.model.set_adapter("reference")
         with torch.no_grad():
             run.model(**run.inputs)
         run.model.set_adapter("default")
-        sound()
 
-    _replace_step(run, step)
+    wrap_step(run, before=ask)
 
 
 def pass_by_half(run: SmallRun) -> None:
@@ -118,15 +103,14 @@ def train_a_copy(run: SmallRun) -> None:
     """Train a deep copy instead of the verified model."""
     run.step()
     twin = copy.deepcopy(run.model)
-    own = [value for value in twin.parameters() if value.requires_grad]
-    _optimise(run, own)
+    _optimise(run, [value for value in twin.parameters() if value.requires_grad])
 
     def step() -> None:
         run.optimizer.zero_grad()
         _loss(run, twin).backward()
         run.optimizer.step()
 
-    _replace_step(run, step)
+    replace_step(run, step)
 
 
 def train_copies_made_in_the_step(run: SmallRun) -> None:
@@ -140,84 +124,58 @@ def train_copies_made_in_the_step(run: SmallRun) -> None:
             own.grad = its.grad
         run.optimizer.step()
 
-    _replace_step(run, step)
+    replace_step(run, step)
 
 
 def copy_and_save_in_the_step(run: SmallRun) -> None:
     """Copy and save the model in each step, for a reference answer and a checkpoint."""
-    import io
 
-    import torch
-
-    sound = run.step
-
-    def step() -> None:
-        reference = copy.deepcopy(run.model)
+    def ask() -> None:
         with torch.no_grad():
-            reference(**run.inputs)
-        sound()
-        torch.save(run.model, io.BytesIO())
+            copy.deepcopy(run.model)(**run.inputs)
 
-    _replace_step(run, step)
+    wrap_step(run, before=ask, after=lambda: torch.save(run.model, io.BytesIO()))
 
 
 def pass_by_half_and_evaluate(run: SmallRun) -> None:
     """Call the base layers in place of half the adapter layers, except in the evaluation at the end of each step."""
     patched = [(layer, layer.forward) for layer in _half(run)]
     pass_by_half(run)
-    passed = [(layer, layer.forward) for layer, _ in patched]
-    sound = run.step
 
-    def step() -> None:
-        sound()
+    def evaluate() -> None:
         for layer, forward in patched:
             layer.forward = forward
-        _evaluate(run)
-        for layer, forward in passed:
-            layer.forward = forward
+        run.model.eval()
+        with torch.no_grad():
+            _loss(run)
+        run.model.train()
+        pass_by_half(run)
 
-    _replace_step(run, step)
-
-
-def _evaluate(run: SmallRun) -> None:
-    import torch
-
-    run.model.eval()
-    with torch.no_grad():
-        _loss(run, run.model)
-    run.model.train()
+    wrap_step(run, after=evaluate)
 
 
 def reload_every_step(run: SmallRun) -> None:
     """Load the adapter's state before every step."""
-    import torch
-
     run.step()
     kept = {name: value.detach().clone() for name, value in _trained(run)}
-    sound = run.step
 
-    def step() -> None:
-        with torch.no_grad():
-            for name, value in _trained(run):
-                value.copy_(kept[name])
-        sound()
+    @torch.no_grad()
+    def reload() -> None:
+        for name, value in _trained(run):
+            value.copy_(kept[name])
 
-    _replace_step(run, step)
+    wrap_step(run, before=reload)
 
 
 def clamp_after_every_step(run: SmallRun) -> None:
     """Clamp the weights, which changes few of them."""
-    import torch
 
-    sound = run.step
+    @torch.no_grad()
+    def clamp() -> None:
+        for _, value in _trained(run):
+            value.clamp_(-0.08, 0.08)
 
-    def step() -> None:
-        sound()
-        with torch.no_grad():
-            for _, value in _trained(run):
-                value.clamp_(-0.08, 0.08)
-
-    _replace_step(run, step)
+    wrap_step(run, after=clamp)
 
 
 def rest_lora_a(run: SmallRun) -> None:
@@ -229,21 +187,11 @@ def rest_lora_a(run: SmallRun) -> None:
 
 def warm_up_from_zero(run: SmallRun) -> None:
     """Increase the learning rate from zero, with a new adapter."""
-    from torch.optim.lr_scheduler import LambdaLR
-
-    sound, scheduler = run.step, LambdaLR(run.optimizer, lambda step: min(1.0, step / 10))
-
-    def step() -> None:
-        sound()
-        scheduler.step()
-
-    _replace_step(run, step)
+    wrap_step(run, after=LambdaLR(run.optimizer, lambda step: min(1.0, step / 10)).step)
 
 
 def narrow(run: SmallRun, rate: float = 1e-3) -> None:
     """Keep the adapter in bfloat16."""
-    import torch
-
     for _, value in _trained(run):
         value.data = value.data.to(torch.bfloat16)
     _optimise(run, [value for _, value in _trained(run)], rate)
@@ -270,7 +218,7 @@ def zero_gradients_before_the_update(run: SmallRun) -> None:
         run.optimizer.state.clear()
         run.optimizer.step()
 
-    _replace_step(run, step)
+    replace_step(run, step)
 
 
 def step_with_a_closure(run: SmallRun) -> None:
@@ -278,15 +226,11 @@ def step_with_a_closure(run: SmallRun) -> None:
 
     def closure() -> Any:
         run.optimizer.zero_grad()
-        loss = _loss(run)
-        loss.backward()
-        return loss
+        return backward(_loss(run))
 
-    _replace_step(run, lambda: run.optimizer.step(closure=closure))
+    replace_step(run, lambda: run.optimizer.step(closure=closure))
 
 
 def with_a_head() -> Any:
     """Return LoRA with a fully trained copy of the head."""
-    import peft
-
     return peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", modules_to_save=["lm_head"])

@@ -12,27 +12,26 @@ from functools import partial
 from types import MethodType
 from typing import Any
 
-from negative_controls.small_run import SmallRun, forget_compilations
+import bitsandbytes as bnb
+import torch
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from negative_controls.small_run import SmallRun, backward, forget_compilations, replace_step, wrap_step
 
 
 def fused_adamw(parameters: Any) -> Any:
     """Return torch's fused AdamW."""
-    import torch
-
     return torch.optim.AdamW(parameters, lr=1e-3, fused=True)
 
 
 def paged_adamw(parameters: Any) -> Any:
     """Return bitsandbytes' paged AdamW, whose state may leave the GPU."""
-    import bitsandbytes as bnb
-
     return bnb.optim.PagedAdamW32bit(parameters, lr=1e-3)
 
 
 def lose_fused(run: SmallRun) -> None:
     """Resume from a checkpoint of an unfused optimizer, whose state dict overwrites the fused flag."""
-    import torch
-
     run.step()
     parameters = [value for group in run.optimizer.param_groups for value in group["params"]]
     plain = torch.optim.AdamW([value.detach().clone() for value in parameters], lr=1e-3)
@@ -46,8 +45,6 @@ def compile_layers(run: SmallRun) -> None:
 
 def compile_some(run: SmallRun, *modules: Any) -> None:
     """Compile these modules and take a step."""
-    import torch
-
     forget_compilations()  # all models of the process share the code of these layers
     run.inputs["use_cache"] = False  # a growing cache gives another graph in every layer, and so do inputs that
     run.model.enable_input_require_grads()  # require no gradient
@@ -63,20 +60,13 @@ def compile_feed_forward(run: SmallRun) -> None:
 
 def compile_loss(run: SmallRun) -> None:
     """Compile a custom loss and nothing of the model."""
-    import torch
-
     forget_compilations()
 
     @torch.compile(backend="eager", dynamic=False)
     def loss_of(logits: Any) -> Any:
         return logits.float().logsumexp(-1).mean()
 
-    def passes(run: SmallRun) -> Any:
-        loss = loss_of(run.model(**run.inputs).logits)
-        loss.backward()
-        return loss
-
-    run.passes = passes
+    run.passes = lambda run: backward(loss_of(run.model(**run.inputs).logits))
     run.step()
 
 
@@ -87,7 +77,6 @@ def decoder_layers(run: SmallRun) -> list[Any]:
 
 def break_graphs(run: SmallRun) -> None:
     """Put a graph break into the compiled code, as a print would."""
-    import torch
 
     def broken(forward: Any) -> Any:
         def with_break(hidden: Any) -> Any:
@@ -124,7 +113,6 @@ def half_paged(parameters: Any) -> Any:
 
     It replaces a paged optimizer, which needs managed memory and cannot run on a CPU.
     """
-    import torch
 
     class HalfPaged(torch.optim.AdamW):
         def step(self, closure: Any = None) -> Any:
@@ -140,7 +128,6 @@ def checkpoint_layers(
     run: SmallRun, layers: tuple[int, ...] = (0, 1), passes: tuple[int, ...] = (0, 1), part: str = "", **options: Any
 ) -> None:
     """Recompute these layers, or one part of each, in the given passes of a step."""
-    from torch.utils.checkpoint import checkpoint
 
     def recomputing(original: Callable[..., Any], place: int) -> Callable[..., Any]:
         def forward(*given: Any, **named: Any) -> Any:
@@ -194,8 +181,6 @@ def forget_a_layer(run: SmallRun) -> None:
 
 def half_fused(parameters: Any) -> Any:
     """Return an AdamW with only its first group fused."""
-    import torch
-
     values = list(parameters)
     groups = [{"params": values[:4], "fused": True}, {"params": values[4:], "fused": False}]
     return torch.optim.AdamW(groups, lr=1e-3)
@@ -203,7 +188,6 @@ def half_fused(parameters: Any) -> Any:
 
 def clip_in_closure(run: SmallRun) -> None:
     """Run forward, backward and clipping in the optimizer's closure, as Lightning does."""
-    import torch
 
     def passes(run: SmallRun) -> Any:
         loss = run.one_pass()
@@ -215,7 +199,6 @@ def clip_in_closure(run: SmallRun) -> None:
 
 def record_inside(run: SmallRun) -> None:
     """Run a torch profiler around the passes of the step."""
-    import torch
 
     def passes(run: SmallRun) -> Any:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
@@ -226,21 +209,16 @@ def record_inside(run: SmallRun) -> None:
 
 def train_another_model(run: SmallRun, *, by: str = "SGD", alone: bool = False) -> None:
     """Update another model in each step with a torch optimizer; alone: do not update this model."""
-    import torch
-
     other = torch.nn.Linear(4, 4)
     optimizer = getattr(torch.optim, by)(other.parameters(), lr=1e-3)
-    sound = run.step
 
-    def step() -> None:
-        if alone:
-            run.gradients()
-        else:
-            sound()
+    def train() -> None:
         other(torch.ones(1, 4)).sum().backward()
         optimizer.step()
 
-    run.step = step  # type: ignore[method-assign]
+    if alone:
+        replace_step(run, run.gradients)
+    wrap_step(run, after=train)
 
 
 def bind_norms(run: SmallRun) -> None:
@@ -283,7 +261,6 @@ def bind_attention(run: SmallRun, *, library: str = "unsloth", home: str = "kern
 
 def _attend(home: str) -> Callable[..., Any]:
     """Return a forward of attention that calls the projections of the module."""
-    from torch.nn import functional
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     def forward(self: Any, hidden_states: Any, position_embeddings: Any, **_: Any) -> Any:
@@ -313,16 +290,12 @@ def bind_loss(run: SmallRun) -> None:
 
 def lose_outside(run: SmallRun) -> None:
     """Bind the fused loss, but compute the loss from logits, as a trainer with its own loss does."""
-    from torch.nn import functional
-
     bind_loss(run)
 
     def passes(run: SmallRun) -> Any:
         ids = run.inputs["input_ids"]
         logits = run.model(input_ids=ids).logits.float()
-        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        loss.backward()
-        return loss
+        return backward(functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
 
     run.passes = passes
 

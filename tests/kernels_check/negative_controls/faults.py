@@ -11,6 +11,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
+import peft
+import torch
+from torch.nn import Dropout
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from kernels_check.check import Check, Json
 from kernels_check.observe.adapter import adapter_parameters
 from negative_controls.small_run import PAD_TOKEN, SmallRun, autocast, build, forget_compilations, only_math
@@ -23,7 +28,7 @@ def force_math(run: SmallRun) -> None:
 
 def use_autocast(run: SmallRun) -> None:
     """Run every step under autocast to bfloat16."""
-    run.around = autocast
+    run.around = partial(autocast, "cpu")
 
 
 def use_autocast_on_cuda(run: SmallRun) -> None:
@@ -33,8 +38,6 @@ def use_autocast_on_cuda(run: SmallRun) -> None:
 
 def only_flash_and_efficient(run: SmallRun) -> None:
     """Exclude cuDNN, which Hopper prefers and which accepts inputs that flash refuses."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     run.around = partial(sdpa_kernel, [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
@@ -50,8 +53,6 @@ def tf32_off(run: SmallRun) -> None:
 
 @contextmanager
 def _precision(wanted: str) -> Iterator[None]:
-    import torch
-
     matmul: Any = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = wanted
@@ -63,8 +64,6 @@ def _precision(wanted: str) -> Iterator[None]:
 
 def pad(run: SmallRun, *, real: int) -> None:
     """Pad every row to the longest, with ``real`` tokens left, and pass the tokenizer's mask."""
-    import torch
-
     ids = run.inputs["input_ids"]
     mask = torch.ones_like(ids)
     mask[1:, real:] = 0
@@ -89,8 +88,6 @@ def eval_mode(run: SmallRun) -> None:
 
 def dropout_off(run: SmallRun) -> None:
     """Leave dropout in eval mode after an evaluation."""
-    from torch.nn import Dropout
-
     for module in run.model.modules():
         if isinstance(module, Dropout):
             module.eval()
@@ -111,8 +108,6 @@ def merge_adapter(run: SmallRun) -> None:
 
 def target_nothing(run: SmallRun) -> None:
     """Use the targets of another architecture, catch the library's error, and train without an adapter."""
-    import peft
-
     base = run.model.unload()
     try:
         run.model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["query_key_value"]))
@@ -124,9 +119,6 @@ def target_nothing(run: SmallRun) -> None:
 
 def target_what_never_runs(run: SmallRun) -> None:
     """Adapt a module that no forward calls, such as a spare head."""
-    import peft
-    import torch
-
     base = run.model.unload()
     base.spare_head = torch.nn.Linear(128, 96)
     run.model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["spare_head"])).train()
@@ -135,8 +127,6 @@ def target_what_never_runs(run: SmallRun) -> None:
 
 
 def _new_optimizer(run: SmallRun) -> None:
-    import torch
-
     run.optimizer = torch.optim.AdamW([value for value in run.model.parameters() if value.requires_grad], lr=1e-3)
 
 

@@ -7,7 +7,10 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
-from negative_controls.small_run import SmallRun
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from negative_controls.small_run import SmallRun, wrap_step
 
 
 def take_again(run: SmallRun, *, first: Callable[[], Any] = nullcontext, then: Callable[[], Any] = nullcontext) -> None:
@@ -35,8 +38,6 @@ def write_one_layer_by_hand(run: SmallRun) -> None:
     attention = _layers(run)[1].self_attn
 
     def forward(hidden_states: Any, **_: Any) -> Any:
-        import torch
-
         values = attention.v_proj(hidden_states).repeat(1, 1, 2)
         counts = torch.arange(1, values.shape[1] + 1, device=values.device).unsqueeze(-1)
         return attention.o_proj((values.float().cumsum(1) / counts).to(values.dtype)), None
@@ -46,8 +47,6 @@ def write_one_layer_by_hand(run: SmallRun) -> None:
 
 def split_heads(run: SmallRun, *, by_hand: bool) -> None:
     """Compute attention in two halves of the heads; the second by scaled dot products or by exp and sum."""
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def written_out(*states: Any) -> Any:
@@ -86,10 +85,11 @@ def evaluate_inside(run: SmallRun) -> None:
 
     def evaluate() -> None:
         run.model.eval()
-        run.model(**run.inputs, use_cache=False)
+        with torch.no_grad(), run.around():
+            run.model(**run.inputs, use_cache=False)
         run.model.train()
 
-    _before_each_step(run, evaluate)
+    wrap_step(run, before=evaluate)
 
 
 def write_out(run: SmallRun, *, fill: bool = False, through_float: bool = False) -> None:
@@ -117,8 +117,6 @@ def _by_hand(attention: Any, attend: Callable[[Any, Any, Any], Any]) -> Callable
 
 
 def _written_out(query: Any, key: Any, value: Any, *, fill: bool, through_float: bool) -> Any:
-    import torch
-
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     if fill:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
@@ -129,20 +127,3 @@ def _written_out(query: Any, key: Any, value: Any, *, fill: bool, through_float:
 
 def _layers(run: SmallRun) -> Any:
     return run.model.base_model.model.model.layers
-
-
-def _before_each_step(run: SmallRun, what: Callable[[], object]) -> None:
-    import torch
-
-    original = run.step
-
-    def step() -> None:
-        with torch.no_grad(), run.around():
-            what()
-        original()
-
-    _replace_step(run, step)
-
-
-def _replace_step(run: SmallRun, step: Callable[[], None]) -> None:
-    run.step = step  # type: ignore[method-assign]

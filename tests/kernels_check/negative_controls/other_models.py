@@ -8,9 +8,15 @@ forward calls no layer. A check that assumes the structure of a Llama counts eac
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
-from negative_controls.small_run import SmallRun
+import peft
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from negative_controls.small_run import SmallRun, backward, wrap_step
 
 _LORA: dict[str, Any] = {"r": 4, "lora_dropout": 0.0}
 _SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -18,7 +24,6 @@ _SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidde
 
 def encoder_decoder() -> SmallRun:
     """Return a Bart of two layers in each half: six attentions, of which two attend to the encoder's output."""
-    import torch
     from transformers import AutoModelForSeq2SeqLM, BartConfig
 
     torch.manual_seed(7)
@@ -34,7 +39,6 @@ def encoder_decoder() -> SmallRun:
 
 def vision() -> SmallRun:
     """Return a vision transformer of two layers."""
-    import torch
     from transformers import AutoModelForImageClassification, ViTConfig
 
     torch.manual_seed(7)
@@ -45,7 +49,6 @@ def vision() -> SmallRun:
 
 def experts(*, misspelt: bool = False) -> SmallRun:
     """Return a Mixtral whose experts are adapted as parameters."""
-    import torch
     from transformers import AutoModelForCausalLM, MixtralConfig
 
     torch.manual_seed(7)
@@ -63,7 +66,6 @@ def dense(*, layers: int = 2, of_experts: bool = False) -> SmallRun:
         layers: the number of dense layers.
         of_experts: whether the targets also include a name of its dense layers that PEFT takes for an expert's.
     """
-    import torch
     from transformers import AutoModelForCausalLM, DeepseekV3Config
 
     torch.manual_seed(7)
@@ -84,7 +86,6 @@ def dense(*, layers: int = 2, of_experts: bool = False) -> SmallRun:
 
 def called_by_forward() -> SmallRun:
     """Return a SqueezeBERT, which calls the forward of its blocks directly, adapted in its head."""
-    import torch
     from transformers import AutoModelForMaskedLM, SqueezeBertConfig
 
     torch.manual_seed(7)
@@ -96,8 +97,6 @@ def called_by_forward() -> SmallRun:
 
 def multihead() -> SmallRun:
     """Return a model with torch's own attention, into whose weights PEFT merges the adapter for each forward."""
-    import torch
-    from torch import nn
 
     class Attends(nn.Module):
         def __init__(self) -> None:
@@ -110,13 +109,7 @@ def multihead() -> SmallRun:
 
     torch.manual_seed(7)
     run = _run(Attends(), {"hidden": torch.randn(2, 6, 16)}, targets=["attention"])
-
-    def passes(run: SmallRun) -> Any:
-        loss = run.model(**run.inputs).pow(2).mean()
-        loss.backward()
-        return loss
-
-    run.passes = passes
+    run.passes = lambda run: backward(run.model(**run.inputs).pow(2).mean())
     return run
 
 
@@ -134,9 +127,6 @@ def cross_attend_eagerly(run: SmallRun) -> None:
 
 def recompute_by_forward(run: SmallRun) -> None:
     """Checkpoint every block, with a gradient for its input."""
-    from functools import partial
-
-    from torch.utils.checkpoint import checkpoint
 
     run.model.enable_input_require_grads()
     for block in run.model.base_model.model.transformer.encoder.layers:
@@ -145,29 +135,18 @@ def recompute_by_forward(run: SmallRun) -> None:
 
 def drift_projections(run: SmallRun) -> None:
     """Change the query, key and value projections a little after every step."""
-    import torch
-
     weight = next(value for name, value in run.model.named_parameters() if name.endswith("in_proj_weight"))
-    sound = run.step
 
-    def step() -> None:
-        sound()
-        with torch.no_grad():
-            weight.add_(0.01)
+    @torch.no_grad()
+    def drift() -> None:
+        weight.add_(0.01)
 
-    run.step = step  # type: ignore[method-assign]
+    wrap_step(run, after=drift)
 
 
 def _run(model: Any, inputs: dict[str, Any], *, targets: Any = ("q_proj", "v_proj"), **options: Any) -> SmallRun:
-    import peft
-    import torch
-
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=list(targets), **_LORA, **options)).train()
     optimizer = torch.optim.AdamW([value for value in adapted.parameters() if value.requires_grad], lr=1e-2)
-
-    def passes(run: SmallRun) -> Any:
-        loss = run.model(**run.inputs).loss
-        loss.backward()
-        return loss
-
-    return SmallRun(model=adapted, optimizer=optimizer, inputs=inputs, passes=passes)
+    return SmallRun(
+        model=adapted, optimizer=optimizer, inputs=inputs, passes=lambda run: backward(run.model(**run.inputs).loss)
+    )

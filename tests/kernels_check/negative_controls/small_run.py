@@ -6,10 +6,13 @@ are small: hidden 128, 4 query heads, 2 key/value heads, 96 tokens of vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels_check import small_run
 
@@ -50,8 +53,7 @@ class SmallRun(small_run.SmallRun):
     def one_pass(self) -> Any:
         """Take forward and backward passes over the inputs and return the last loss."""
         for inputs in (*self.accumulated, self.inputs):
-            loss = self.model(**{"labels": inputs["input_ids"]} | inputs).loss
-            loss.backward()
+            loss = backward(self.model(**{"labels": inputs["input_ids"]} | inputs).loss)
         return loss
 
     def check(self, path: str, required: Any = None, step: Callable[[], object] | None = None) -> Any:
@@ -102,7 +104,6 @@ def build(
         tokens: the number of tokens in each of the two rows.
     """
     import peft
-    import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(7)
@@ -138,27 +139,36 @@ def build(
     return SmallRun(model=model, optimizer=make(trainable), inputs={"input_ids": ids})
 
 
-@contextmanager
-def autocast(device: str = "cpu") -> Iterator[None]:
-    """Autocast to bfloat16."""
-    import torch
-
-    with torch.autocast(device, dtype=torch.bfloat16):
-        yield
+only_math = partial(sdpa_kernel, SDPBackend.MATH)
+autocast = partial(torch.autocast, dtype=torch.bfloat16)
 
 
-@contextmanager
-def only_math() -> Iterator[None]:
-    """Enable only SDPA's math backend."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+def replace_step(run: SmallRun, step: Callable[[], object]) -> None:
+    """Replace the step of a run."""
+    run.step = step  # type: ignore[assignment,method-assign]
 
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
+
+def wrap_step(
+    run: SmallRun, *, before: Callable[[], object] = lambda: None, after: Callable[[], object] = lambda: None
+) -> None:
+    """Call functions before and after every step."""
+    sound = run.step
+
+    def step() -> None:
+        before()
+        sound()
+        after()
+
+    replace_step(run, step)
+
+
+def backward(loss: Any) -> Any:
+    """Run the backward pass and return the loss."""
+    loss.backward()
+    return loss
 
 
 def forget_compilations() -> None:
     """Drop all compiled code and its metrics, which all models of the process share."""
-    import torch
-
     torch.compiler.reset()
     torch._dynamo.utils.clear_compilation_metrics()
