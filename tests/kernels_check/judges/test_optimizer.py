@@ -16,7 +16,7 @@ import peft
 import pytest
 import torch
 from negative_controls.adapter_faults import return_log_probs, with_embeddings
-from negative_controls.small_run import SmallRun
+from negative_controls.small_run import SmallRun, backward
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kernels_check
@@ -236,21 +236,15 @@ def test_a_loss_computed_outside_the_model_is_unknown(training):
 
     def from_logits(run):
         logits = run.model(input_ids=run.inputs["input_ids"]).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), run.inputs["input_ids"][:, 1:].flatten()
-        )
-        loss.backward()
-        return loss
+        targets = run.inputs["input_ids"][:, 1:].flatten()
+        return backward(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets))
 
     run.passes = from_logits
     assert "its loss is made elsewhere" in run.check("loss.tokens", True).reason
 
-    def own_loss(run):
-        loss = run.model(**run.inputs, labels=run.inputs["input_ids"]).logits.float().square().mean()
-        loss.backward()
-        return loss
-
-    run.passes = own_loss
+    run.passes = lambda run: backward(
+        run.model(**run.inputs, labels=run.inputs["input_ids"]).logits.float().square().mean()
+    )
     check = run.check("loss.tokens", True)
     assert check.status == "unknown"
     assert "nothing went back through the loss" in check.reason
@@ -264,8 +258,7 @@ def test_a_pass_whose_gradients_are_cleared_leaves_the_next_in_doubt(training):
     def passes(run):
         for _ in range(2):
             run.optimizer.zero_grad(set_to_none=False)
-            loss = run.model(**run.inputs, labels=run.inputs["input_ids"]).loss
-            loss.backward()
+            loss = run.one_pass()
         return loss
 
     run.passes = passes
@@ -279,10 +272,7 @@ def test_two_losses_that_go_back_at_once_are_two_passes_of_one_sum(training):
     run = training()
 
     def passes(run):
-        losses = [run.model(**run.inputs, labels=run.inputs["input_ids"]).loss for _ in range(2)]
-        loss = sum(losses) / 2
-        loss.backward()
-        return loss
+        return backward(sum(run.model(**run.inputs, labels=run.inputs["input_ids"]).loss for _ in range(2)) / 2)
 
     run.passes = passes
     check = run.check("loss.tokens", True)

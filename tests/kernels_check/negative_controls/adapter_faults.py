@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from kernels_check.observe.adapter import adapter_layers
-from negative_controls.faults import dropout_off
+from kernels_check.selftest import silence_dropout
 from negative_controls.small_run import SmallRun, replace_step
 
 
@@ -42,7 +42,7 @@ def rest_dropout_once(run: SmallRun) -> None:
 
     def passes(run: SmallRun) -> Any:
         run.one_pass()
-        dropout_off(run)
+        silence_dropout(run)
         loss = run.one_pass()
         run.model.train()
         return loss

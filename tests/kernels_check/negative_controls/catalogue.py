@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from kernels_check.selftest import checkpoint
 from kernels_check.small_run import eight_bit
 from negative_controls import (
     adapter_faults,
@@ -60,7 +61,7 @@ CONTROLS: tuple[Control, ...] = (
         small(quant=None, dtype="float32"), small(faults.use_autocast, quant=None, dtype="float32"),
         "0 of 4 targeted layers: bfloat16", "q_proj (float32)"),
     control("packed sequences that leak in evaluation only", "packing.isolated", True,
-        small(faults.checkpoint, base_faults.pack), small(faults.checkpoint, base_faults.pack_without_cache),
+        small(checkpoint, base_faults.pack), small(checkpoint, base_faults.pack_without_cache),
         "eval: changing the odd records", "use_cache=False", not_words=("train:",)),
     control("a boundary lost between later records", "packing.isolated", True, small(base_faults.lose_a_boundary),
         small(base_faults.mask_blocks), "first those of record 4 of row 0", "a mask of blocks",
@@ -171,7 +172,7 @@ CONTROLS: tuple[Control, ...] = (
     control("model left in eval mode", "mode", "train", small(faults.eval_mode, quant=None), small(quant=None),
         "not in train mode: the model itself", "model.train()"),
     control("checkpointing flag on but inactive", "checkpointing", True,
-        small(faults.checkpoint, faults.eval_mode, quant=None), small(faults.checkpoint, quant=None),
+        small(checkpoint, faults.eval_mode, quant=None), small(checkpoint, quant=None),
         "0 of 2 blocks computed again", "the flag is on but nothing recomputes in eval"),
     control("the update of another model alone", "optimizer.class", "torch.optim.AdamW",
         small(partial(execution_faults.train_another_model, by="AdamW", alone=True)),

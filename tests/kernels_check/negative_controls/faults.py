@@ -13,11 +13,10 @@ from typing import Any, Literal, TypeAlias
 
 import peft
 import torch
-from torch.nn import Dropout
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels_check.check import Check, Json
-from kernels_check.observe.adapter import adapter_parameters
+from kernels_check.selftest import train_norms
 from negative_controls.small_run import PAD_TOKEN, SmallRun, autocast, build, forget_compilations, only_math
 
 
@@ -75,35 +74,15 @@ def pad_one_token(run: SmallRun) -> None:
     pad(run, real=run.inputs["input_ids"].shape[1] - 1)
 
 
-def checkpoint(run: SmallRun) -> None:
-    """Enable gradient checkpointing, as a Trainer does."""
-    run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    run.model.enable_input_require_grads()
-
-
 def eval_mode(run: SmallRun) -> None:
     """Forget ``model.train()`` after an evaluation."""
     run.model.eval()
 
 
-def dropout_off(run: SmallRun) -> None:
-    """Leave dropout in eval mode after an evaluation."""
-    for module in run.model.modules():
-        if isinstance(module, Dropout):
-            module.eval()
-
-
-def _train_norms(run: SmallRun) -> None:
-    """Train the norms, so that the loss stays differentiable where the adapter gives no gradient."""
-    of_adapter = adapter_parameters(run.model)
-    for name, value in run.model.named_parameters():
-        value.requires_grad_(name in of_adapter or name.endswith("norm.weight"))
-
-
 def merge_adapter(run: SmallRun) -> None:
     """Merge the adapter for inference and continue training."""
     run.model.merge_adapter()
-    _train_norms(run)
+    train_norms(run)
 
 
 def target_nothing(run: SmallRun) -> None:
@@ -113,7 +92,7 @@ def target_nothing(run: SmallRun) -> None:
         run.model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["query_key_value"]))
     except ValueError:
         run.model = base.train()
-    _train_norms(run)
+    train_norms(run)
     _new_optimizer(run)
 
 
@@ -122,7 +101,7 @@ def target_what_never_runs(run: SmallRun) -> None:
     base = run.model.unload()
     base.spare_head = torch.nn.Linear(128, 96)
     run.model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["spare_head"])).train()
-    _train_norms(run)
+    train_norms(run)
     _new_optimizer(run)
 
 
