@@ -76,10 +76,9 @@ def build(
     model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=getattr(torch, dtype))
     for name, linear in [*model.named_modules()]:
         if quant is not None and isinstance(linear, torch.nn.Linear) and not name.endswith(skipped):
-            parent, _, last = name.rpartition(".")
             compute_dtype = getattr(torch, compute)
             layer = eight_bit(linear) if quant == "int8" else four_bit(linear, quant, double, compute_dtype)
-            setattr(model.get_submodule(parent), last, layer)
+            model.set_submodule(name, layer)
     lora = peft.LoraConfig(r=rank, lora_dropout=0.05, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(model.to(device), lora).train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -327,8 +327,7 @@ def _quantise(drawn: Drawn, draw: random.Random) -> None:
             )
             drawn.stored[name] = Stored(bits=4, quant=how, double=double, compute=compute)
         small.bias = linear.bias
-        parent, _, last = name.rpartition(".")
-        setattr(drawn.model.get_submodule(parent), last, small.to("cpu"))
+        drawn.model.set_submodule(name, small.to("cpu"))
 
 
 METHODS: dict[str, Any] = {

@@ -46,8 +46,7 @@ def llama(quantise=None, dtype=torch.float32, **options):
     model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES | options), dtype=dtype)
     for name, module in [*model.named_modules()]:
         if quantise is not None and isinstance(module, nn.Linear) and name != "lm_head":
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, quantise(module).to("cpu"))
+            model.set_submodule(name, quantise(module).to("cpu"))
     return model
 
 

@@ -122,10 +122,9 @@ def build(
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=getattr(torch, dtype))
     for name, linear in [*model.named_modules()]:
         if quant is not None and isinstance(linear, torch.nn.Linear) and not name.endswith(unquantised):
-            parent, _, last = name.rpartition(".")
             computed = None if compute is None else getattr(torch, compute)
             layer = quant(linear) if callable(quant) else small_run.four_bit(linear, quant, double, computed)
-            setattr(model.get_submodule(parent), last, layer)
+            model.set_submodule(name, layer)
     model = model.to(device)
     if prepare:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
