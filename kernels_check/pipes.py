@@ -138,8 +138,6 @@ def with_streams(name: str, program: Callable[[], int]) -> int:
 def _open_closed() -> None:
     """Open streams that were closed at the start (`>&-`) on the null device: otherwise the next opened file would get
     their number, and libraries would print into it."""
-    if None not in (sys.stdin, sys.stdout, sys.stderr):
-        return
     for number in range(3):
         try:
             os.fstat(number)
