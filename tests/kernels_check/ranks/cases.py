@@ -9,9 +9,11 @@ import contextlib
 import json
 import sys
 
+import bitsandbytes as bnb
 import peft
 import torch
 from torch import distributed, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import kernels_check
@@ -29,8 +31,6 @@ class Plain(nn.Module):
 
 
 def in_four_bits(inputs, outputs):
-    import bitsandbytes as bnb
-
     return bnb.nn.Linear4bit(inputs, outputs, compute_dtype=torch.float32, quant_type="nf4")
 
 
@@ -76,32 +76,27 @@ def healthy(rank, **how):
     return training.checks()
 
 
-def sharded(rank):
-    from torch.distributed.fsdp import fully_shard
+def watched_step(model, called):
+    """Take the first step of a model by its callable, and return the checks."""
+    optimizer = torch.optim.AdamW([value for value in called.parameters() if value.requires_grad], lr=1e-2)
+    with (watched := kernels_check.watch(model, REQUIRED)):
+        called(torch.randn(8, 64)).square().mean().backward()
+        optimizer.step()
+    return watched.checks
 
+
+def sharded(rank):
     torch.manual_seed(7)
     model = adapted()
     fully_shard(model.base_model.model.up)
-    fully_shard(model)
-    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-2)
-    with (watched := kernels_check.watch(model, REQUIRED)):
-        model(torch.randn(8, 64)).square().mean().backward()
-        optimizer.step()
-    return watched.checks
+    return watched_step(model, fully_shard(model))
 
 
 def flat(rank):
     """FSDP1 flattens all parameters of a module into one, of which each rank holds a part."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
     torch.manual_seed(7)
     model = adapted()
-    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-    optimizer = torch.optim.AdamW([value for value in wrapped.parameters() if value.requires_grad], lr=1e-2)
-    with (watched := kernels_check.watch(model, REQUIRED)):
-        wrapped(torch.randn(8, 64)).square().mean().backward()
-        optimizer.step()
-    return watched.checks
+    return watched_step(model, FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu")))
 
 
 def scales_differ(rank):
