@@ -13,7 +13,6 @@ import torch.distributed as dist
 from negative_controls.small_run import SmallRun
 from torch import nn
 
-import kernels_check
 from kernels_check import verify
 from kernels_check.observe.adapter import adapter_layers
 from lorameter.run.feasibility import SHARDS_INTEGERS, shards_4bit
@@ -313,13 +312,6 @@ def test_the_bits_of_a_base_are_those_of_its_bytes(base, bits):
     """An attribute that contradicts the bytes, and integers without an attribute, are unknown."""
     model = nn.Sequential(Adapted(base))
     optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.1)
-
-    def step():
-        optimizer.zero_grad()
-        model(torch.ones(2, 64)).sum().backward()
-        optimizer.step()
-
-    checks = kernels_check.verify(model, step, {"base.bits": bits or 4})
-    check = next(check for check in checks if check.path == "base.bits")
+    check = _judged(model, optimizer, inputs=torch.ones(2, 64), path="base.bits", required=bits or 4)
     assert check.status == ("unknown" if bits is None else "active"), check.reason
     assert check.observed == bits
