@@ -299,7 +299,7 @@ ESTIMATES = {
 def test_an_unknown_type_is_unknown_to_every_estimate(estimate, shape_of):
     """The message names the type and the file of the missing entry."""
     shape = shape_of("mixtral")
-    with pytest.raises(UnknownLayersError, match=r"'mixtral'.*add an entry for it to .*/families\.py") as caught:
+    with pytest.raises(UnknownLayersError, match=r"'mixtral'.*add an entry for it to .*/shapes\.py") as caught:
         estimate(shape)
     assert str(caught.value) == shapes.unknown_layers(shape)
 
