@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+from multiprocessing import Pipe
 
 import msgspec
 import numpy as np
@@ -211,7 +212,7 @@ def test_a_process_whose_parent_died_before_its_start_exits():
 
 def test_an_interrupt_ends_a_process_as_any_signal_does():
     """SIGINT raises no exception that a library could catch."""
-    ours, theirs = wire.pair()
+    ours, theirs = Pipe()
     words = [sys.executable, "-m", "lorameter.worker", "tokens", str(theirs.fileno())]
     with (
         ours,
@@ -242,7 +243,7 @@ def test_a_measuring_process_stays_on_the_cpus_of_its_site():
 @pytest.fixture
 def ends():
     """Both ends of a connection."""
-    ours, theirs = wire.pair()
+    ours, theirs = Pipe()
     with ours, theirs:
         yield ours, theirs
 

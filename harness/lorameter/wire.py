@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -138,12 +137,6 @@ def check_schema(hello: Hello, whose: str) -> None:
             f"revision or an environment whose harness speaks schema {SCHEMA}, or run the A/B with the lorameter of "
             "that revision."
         )
-
-
-def pair() -> tuple[Connection, Connection]:
-    """Both ends of a connection."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    return Connection(ours.detach()), Connection(theirs.detach())
 
 
 _REPLY: Any = Answer | Refused

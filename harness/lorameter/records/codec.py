@@ -24,7 +24,11 @@ T = TypeVar("T")
 _WORDS = {"object": ("a table", "Write it as { key = value }."), "array": ("a list", "Write it as [ ... ].")}
 
 
-class NotJsonError(ValueError):
+class NotReadableError(ValueError):
+    """Raised for a file that cannot be used; the message says why, and the caller adds the expected content."""
+
+
+class NotJsonError(NotReadableError):
     """Raised for a text that is not JSON, or that is nested too deeply."""
 
 
@@ -126,11 +130,6 @@ def _form(cls: Any, data: Any) -> Any:
     return cls.class_for(data)
 
 
-def _allows_unknown(cls: Any) -> bool:
-    config = getattr(cls, "__struct_config__", None)
-    return config is not None and not config.forbid_unknown_fields
-
-
 def _inner(hint: Any) -> list[Any]:
     """The types of a union, or the type itself, without None."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
@@ -143,10 +142,10 @@ def _unknown_keys(hint: Any, data: Any, path: str) -> Iterator[tuple[str, str, A
     fields, origin = _fields_of(hint), typing.get_origin(hint)
     if fields and isinstance(data, Mapping):
         for key, value in data.items():
-            if key not in fields and not _allows_unknown(hint):
-                yield path, str(key), value, list(fields)
-            elif key in fields:
+            if key in fields:
                 yield from _unknown_keys(fields[key], value, f"{path}.{key}")
+            elif getattr(hint, "__struct_config__", None) is None or hint.__struct_config__.forbid_unknown_fields:
+                yield path, str(key), value, list(fields)
     elif origin is tuple and isinstance(data, (list, tuple)):
         for index, item in enumerate(data):
             yield from _unknown_keys(typing.get_args(hint)[0], item, f"{path}[{index}]")

@@ -32,8 +32,7 @@ from typing import Any, BinaryIO
 
 from lorameter.errors import InvalidRunError, UsageError
 from lorameter.records import codec
-from lorameter.records.codec import NotJsonError
-from lorameter.records.os_errors import translate_write_errors
+from lorameter.records.codec import NotReadableError as NotReadableError
 
 STUDY_BYTES = 1 << 20
 """Limit of hand-written files: a study, a policy."""
@@ -43,29 +42,12 @@ MANIFEST_BYTES = 64 << 20
 """Limit of a run's manifest, which names every planned trial."""
 BENCHMARK_BYTES = 128 << 20
 """Limit of a pytest-benchmark file, including all samples of all benchmarks."""
-LINE_BYTES = 256 << 20
-"""Limit of a journal line: the record of a trial with all its samples, or a check."""
 _DRAFT_LETTERS = 40
 """Maximum characters of a file's name in its draft's name, because names are limited to 255 bytes."""
 
 
-class NotReadableError(ValueError):
-    """A file that cannot be used; the message says why, and the caller adds the expected content."""
-
-
-def is_file(path: Path | str) -> bool:
-    """Whether a regular file exists; False for an invalid or inaccessible name."""
-    return os.path.isfile(path)  # noqa: PTH113 Path's method raises for a name that is too long
-
-
-def is_folder(path: Path | str) -> bool:
-    """Whether a folder exists; otherwise like `is_file`."""
-    return os.path.isdir(path)  # noqa: PTH112 see above
-
-
-def is_there(path: Path | str) -> bool:
-    """Whether anything exists there; otherwise like `is_file`."""
-    return os.path.exists(path)  # noqa: PTH110 see above
+is_file, is_folder, is_there = os.path.isfile, os.path.isdir, os.path.exists
+"""False for an invalid or inaccessible name; the methods of `Path` raise for a name that is too long."""
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -102,10 +84,7 @@ def read_text(path: Path, max_bytes: int) -> str:
 
 def read_json(path: Path, max_bytes: int) -> Any:
     """Plain data from a JSON file. Raises `NotReadableError`."""
-    try:
-        return codec.parse(read_text(path, max_bytes))
-    except NotJsonError as error:
-        raise NotReadableError(str(error)) from None
+    return codec.parse(read_text(path, max_bytes))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -126,15 +105,6 @@ def read_toml(path: Path) -> dict[str, Any]:
     return data
 
 
-def read_lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a journal from the file's position on, each with its line end. Raises `NotReadableError` for a line
-    that is longer than `LINE_BYTES`."""
-    while line := file.readline(LINE_BYTES + 1):
-        if len(line) > LINE_BYTES:
-            raise NotReadableError(f"one line has more than {LINE_BYTES >> 20} MiB")
-        yield line
-
-
 def journal_lines(path: Path) -> Iterator[str]:
     """The lines of a journal that are not blank; none if there is no file.
 
@@ -142,12 +112,12 @@ def journal_lines(path: Path) -> Iterator[str]:
     with a substitute.
 
     Raises:
-        UsageError: the file exists but cannot be read: it is not a regular file, or a line never ends.
+        UsageError: the file exists but cannot be read, for example because it is not a regular file.
     """
     if not is_there(path):
         return
     with explain_unreadable(path), open_plain(path) as file:
-        for line in read_lines(file):
+        for line in file:
             if not line.isspace():
                 yield line.decode("utf-8", errors="backslashreplace")
 
@@ -196,20 +166,10 @@ def append(path: Path, text: str) -> None:
 
 
 def check_appendable(path: Path) -> None:
-    """Refuse an existing path to which lines cannot be appended; a missing file can be created.
-
-    Raises:
-        UsageError, InvalidRunError: the path is a broken link, a folder, a pipe, or not writable.
-    """
-    if not os.path.lexists(path):
-        return
-    with translate_write_errors(str(path), "Restore it, or remove it."):
-        number = os.open(path, os.O_RDWR | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            if not stat.S_ISREG(os.fstat(number).st_mode):
-                raise OSError(errno.EINVAL, "it is no plain file")
-        finally:
-            os.close(number)
+    """Raise `UsageError` for an existing path to which lines cannot be appended: a broken link, a folder, a pipe, or a
+    file that must not be written. A missing file can be created."""
+    if os.path.lexists(path) and not (is_file(path) and os.access(path, os.R_OK | os.W_OK)):
+        raise UsageError(f"{path}: cannot be written: it is not a writable file. Restore it, or remove it.")
 
 
 def write_document(path: Path, value: Any) -> None:
@@ -352,8 +312,8 @@ def scratch_folder() -> Iterator[Path]:
         InvalidRunError: there is no writable folder for temporary files.
         OSError: writing to it failed.
     """
-    remove_abandoned()
     try:
+        remove_abandoned()
         folder = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
     except FileNotFoundError as error:  # tempfile's message, with all folders that it has tried
         raise InvalidRunError(f"{error.strerror}. Free space in one of them, or name another with TMPDIR.") from None
@@ -373,24 +333,15 @@ def is_scratch(folder: Path) -> bool:
     return folder.name.startswith(PREFIX) and any((folder / name).is_file() for name in (OWNER, _DRAFT))
 
 
-def is_abandoned(folder: Path) -> bool:
-    """Whether the process that made this temporary folder has died without removing it."""
-    try:
-        with (folder / OWNER).open("r+") as owner:
-            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # its process is alive, or it is not ours
-        return False
-    return True
-
-
 def remove_abandoned() -> None:
     """Remove the folders that dead processes of this user have left in the current temporary directory."""
-    with contextlib.suppress(OSError):
-        for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-            with contextlib.suppress(OSError):  # another process may be removing it
-                made = folder.lstat()
-                if made.st_uid == os.getuid() and folder.is_dir() and not folder.is_symlink() and is_abandoned(folder):
-                    shutil.rmtree(folder, ignore_errors=True)
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # its process holds the lock, it is not ours, or another process removes it
+            made = folder.lstat()
+            if stat.S_ISDIR(made.st_mode) and made.st_uid == os.getuid():
+                with (folder / OWNER).open("r+") as owner:
+                    fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

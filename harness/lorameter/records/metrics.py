@@ -52,20 +52,6 @@ class Metric:
     per_token: bool = False
     """Whether it compares steps with different numbers of real tokens."""
 
-    def samples_of(self, record: TrialRecord) -> Samples:
-        """Samples of one trial; empty if it has none. Raises `InvalidRunError` for an impossible record."""
-        if self.derive is not None:
-            try:
-                return self.derive(record)
-            except (ArithmeticError, LookupError, ValueError) as error:  # no trial writes such a record
-                raise InvalidRunError(
-                    f"trial {record.trial}: {self.name} cannot be computed from its record: {error}. Restore "
-                    "trials.jsonl, or measure again."
-                ) from None
-        if self.name in record.samples:
-            return record.samples[self.name]
-        return (record.values[self.name],) if self.name in record.values else ()
-
 
 def _rate(record: TrialRecord, counted: str) -> Samples:
     """The count of all turns over the time of their steps; () if it was not counted, as in some scripts."""
@@ -342,8 +328,22 @@ def primary_metric(phase: Phase, *, own_workloads: bool) -> str:
 
 
 def samples_of(record: TrialRecord, metric: str) -> Samples:
-    """Samples of one trial; empty if it has none. Raises KeyError for an unknown metric."""
-    return METRICS[metric].samples_of(record)  # an unknown name must not look like "not measured"
+    """Samples of one trial; empty if it has none.
+
+    Raises:
+        KeyError: the metric is unknown, which must not look like "not measured".
+        InvalidRunError: the record is one that no trial writes.
+    """
+    derive = METRICS[metric].derive
+    if derive is None:
+        return record.samples.get(metric, (record.values[metric],) if metric in record.values else ())
+    try:
+        return derive(record)
+    except (ArithmeticError, LookupError, ValueError) as error:
+        raise InvalidRunError(
+            f"trial {record.trial}: {metric} cannot be computed from its record: {error}. Restore trials.jsonl, or "
+            "measure again."
+        ) from None
 
 
 def columns_of(phase: Phase, *, own_workloads: bool) -> tuple[str, ...]:

@@ -29,17 +29,11 @@ _REMEDY = "Ask for the file again, or for the run's directory."
 
 def is_packed(path: Path) -> bool:
     """Whether a file exists and contains an archive."""
-    if not fileio.is_file(path):
-        return False
-    with contextlib.suppress(OSError):
-        return zipfile.is_zipfile(path)
-    return False
+    return fileio.is_file(path) and zipfile.is_zipfile(path)
 
 
 def list_packed(folder: Path) -> list[Path]:
     """The packed runs in a folder, by name."""
-    if not fileio.is_folder(folder):
-        return []
     return sorted(path for path in folder.glob(f"*{SUFFIX}") if is_packed(path))
 
 

@@ -402,14 +402,9 @@ class MemoryAccount(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     `paged_optimizer_state`, which is managed memory. Empty on a CPU."""
 
     @property
-    def explained_bytes(self) -> int:
-        """The sum of all kinds."""
-        return sum(self.kinds.values())
-
-    @property
     def unexplained_bytes(self) -> int:
         """The part of the peak that no kind explains; negative if the kinds exceed the peak."""
-        return self.peak_bytes - self.explained_bytes
+        return self.peak_bytes - sum(self.kinds.values())
 
     @property
     def share(self) -> float:

@@ -135,7 +135,7 @@ def read_manifest(path: Path) -> Manifest:
         data = fileio.read_json(source, fileio.MANIFEST_BYTES)
         require_readable(data, source)
         codec.dumps(data).encode()  # a manifest that cannot be written again would only fail later
-    except (fileio.NotReadableError, codec.NotJsonError, UnicodeError) as error:
+    except (fileio.NotReadableError, UnicodeError) as error:
         raise UsageError(f"{source}: cannot be read: {error}. Measure again, or restore the file.") from None
     manifest = codec.from_json(Manifest, data, source.name)
     if manifest.sides and manifest.sides.keys() != {"base", "candidate"}:
@@ -366,8 +366,7 @@ def refusal_while_live(path: Path) -> str:
 
 def list_runs(folder: Path) -> list[Path]:
     """Directories of runs, oldest first; on every Python version, they include runs whose manifest is a broken link."""
-    found = folder.glob("*") if fileio.is_folder(folder) else ()
-    return sorted(path for path in found if is_run(path))
+    return sorted(path for path in folder.glob("*") if is_run(path))
 
 
 def is_run(path: Path) -> bool:

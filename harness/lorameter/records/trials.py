@@ -13,7 +13,7 @@ import gc
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,7 +100,7 @@ class EvidenceFile:
             return
         with fileio.explain_unreadable(self._path), fileio.open_plain(self._path) as file:
             file.seek(self._read_bytes)
-            for line in fileio.read_lines(file):
+            for line in file:
                 if not line.endswith(b"\n"):
                     return
                 self._read_bytes += len(line)
@@ -111,14 +111,6 @@ class EvidenceFile:
             stored = _CHECK.decode(line)
             if stored.hash == _hash_of(stored.check):
                 self._checks[stored.hash] = stored.check
-
-
-def check_findings(checks: Iterable[Mapping[str, Any]], where: str) -> None:
-    """Raise `UsageError` for a finding without a path, a status or a requirement."""
-    for check in checks:
-        for key in ("path", "status", "required"):
-            if key not in check or (key != "required" and not isinstance(check[key], str)):
-                raise UsageError(f"{shorten(where)}: {key} of a check is missing or no text. Add it.")
 
 
 _redact = functools.lru_cache(maxsize=4096)(redact)
@@ -144,8 +136,10 @@ def line_of(record: TrialRecord, hashes: Sequence[str]) -> str:
 
 def find_fault(record: TrialRecord) -> str | None:
     """Why a record could not be read again after writing; None if it can."""
+    for check in record.checks:
+        if not (isinstance(check.get("path"), str) and isinstance(check.get("status"), str) and "required" in check):
+            return f"record, trial {shorten(record.trial)}: a check lacks path, status or required. Add it."
     try:
-        check_findings(record.checks, f"record, trial {record.trial}")
         _read_line(line_of(record, ()), "record", Path())
     except UsageError as error:
         return str(error)

@@ -81,8 +81,7 @@ def format_ratio(ratio: float | None, low: float | None, high: float | None) -> 
 
 def format_bytes(value: float) -> str:
     """Bytes in a readable binary unit, with three digits, or four between 1000 and 1024."""
-    factor, symbol = scale_of(value, "byte")
-    return f"{three_digits(value / factor)} {symbol}"
+    return format_value(value, "byte")
 
 
 def format_duration(seconds: float) -> str:

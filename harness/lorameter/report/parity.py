@@ -38,7 +38,7 @@ from lorameter.report.blocks import (
 )
 from lorameter.report.phrases import describe_notices
 from lorameter.stats import Proportion
-from lorameter.studies.study_file import read_workload_of
+from lorameter.studies.study_file import read_own_workloads, read_study
 
 SHOWN = 3
 """Maximum answers of each way that are shown with the reference's."""
@@ -275,7 +275,8 @@ def read_samples(run: Run, variant: str, *, replicate: int = 0, count: int | Non
     if records and replicate not in records:
         known = ", ".join(map(str, sorted(records)))
         raise UsageError(f"replicate = {replicate}: run {run.manifest.run} has {known} of {variant}.")
-    workload, tokens = read_workload_of(run, variant), run.manifest.tokens
+    workload = read_own_workloads(run).get(variant) or read_study(run).workload
+    tokens = run.manifest.tokens
     examples = tokens.get("own", {}).get(variant, tokens).get("examples", [])
     chosen = [index for index in _prompts(records[replicate]) if index < len(examples)][:count] if records else []
     if not chosen:

@@ -13,7 +13,6 @@ Bounds of the values in a study.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import re
@@ -135,36 +134,9 @@ class Protocol:
         """The larger of `total_steps` and the steps of the requested epochs, of `sequences` each."""
         return max(self.total_steps, math.ceil(self.epochs * sequences / sequences_per_step))
 
-    def with_effort(self, effort: str) -> Protocol:
-        """The same protocol with another effort: quick 3, standard 8, rigorous 12 replicates."""
-        known = ", ".join(EFFORT_REPLICATES)
-        require(effort in EFFORT_REPLICATES, f"effort = {effort!r}: unknown. Use one of {known}.")
-        return dataclasses.replace(self, replicates=EFFORT_REPLICATES[effort])
-
     def here(self) -> Protocol:
         """The same protocol on one device of this machine."""
         return dataclasses.replace(self, on=HERE, sites=(), mixed=False)
-
-    def least(self) -> Protocol:
-        """The smallest protocol that runs every phase once; its measurements are not reported."""
-        return dataclasses.replace(
-            self,
-            replicates=1,
-            warmup_steps_min=1,
-            warmup_steps_max=1,
-            turns=1,
-            steps_per_turn=1,
-            epochs=0.0,
-            peak_replicates=1,
-            cold_replicates=None,
-            generate_warmup=0,
-            generate_requests=1,
-            open_ended_requests=1,
-            retries=0,
-            allow_disturbed=True,
-            precision=None,
-            max_minutes=None,
-        )
 
 
 SLURM_OPTIONS: Mapping[str, type] = {
@@ -173,7 +145,6 @@ SLURM_OPTIONS: Mapping[str, type] = {
     "exclusive": str,
 }  # fmt: skip
 """Options that are passed to sbatch, by sbatch's names."""
-OWN_OPTIONS: Mapping[str, type] = {"sites": int}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,15 +205,6 @@ class SiteSpec:
         """The option that selects the place, for messages."""
         return say_sites(self.sites) if self.on == HERE else say_on(self.on)
 
-    def with_options(self, *, on: str | None = None, sites: str | None = None, mixed: bool = False) -> SiteSpec:
-        """The options with those of a command line added; None and False leave an option unchanged.
-
-        `sites` are comma-separated names. They and `mixed` belong to one value of `on`, so another `on` clears them.
-        """
-        of_place = (self.on, self.sites, self.mixed) if on is None else (on, (), False)
-        named = of_place[1] if sites is None else tuple(part.strip() for part in sites.split(","))
-        return SiteSpec(on=of_place[0], sites=named, mixed=of_place[2] or mixed)
-
 
 _NUMBERS = re.compile(r"[0-9]{1,4}(\+[0-9]{1,4})*")
 """Name of a site on this machine: a GPU, or the GPUs of a trial with several ranks."""
@@ -277,28 +239,20 @@ def read_slurm(on: str) -> SlurmRequest:
         UsageError: a key is unknown, or a value is invalid.
     """
     listed = on.partition(":")[2]
-    known = {**OWN_OPTIONS, **SLURM_OPTIONS}
+    known = {"sites": int, **SLURM_OPTIONS}
     found: dict[str, Any] = {}
     for part in re.split(r",(?=[^,=]*=)", listed) if listed else ():
         key, equals, text = part.partition("=")
         expected = f"Use KEY=VALUE of {', '.join(known)}."
         require(key in known and equals, f"{say_on(on)}: {key!r} is not known. {expected}")
         require(key not in found, f"{say_on(on)}: {key} is given twice. Give it once.")
-        found[key] = _read(on, key, text, known[key])
+        is_text = known[key] is str
+        valid = text.isprintable() and text if is_text else re.fullmatch("0*[1-9][0-9]{0,5}", text)
+        require(valid, f"{say_on(on)}: {key}={text!r}: a {'text' if is_text else 'positive number'} is expected.")
+        found[key] = known[key](text)
     sites = found.pop("sites", 1)
     require(0 < sites < 1000, f"{say_on(on)}: sites={sites}: 1 to 999 are possible.")
     return SlurmRequest(on=on, sites=sites, parameters=found)
-
-
-def _read(on: str, key: str, text: str, kind: type) -> Any:
-    if kind is str and text and text.isprintable():
-        return text
-    if kind is not str and text.isascii():
-        with contextlib.suppress(ValueError, OverflowError):
-            value = kind(text)
-            if 0 < value < 1e6:
-                return value
-    raise UsageError(f"{say_on(on)}: {key}={text!r}: a {'text' if kind is str else 'positive number'} is expected.")
 
 
 MOST_VARIANTS = 1_000

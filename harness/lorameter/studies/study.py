@@ -19,7 +19,7 @@ from lorameter.records.record import Line
 from lorameter.studies import protocol
 from lorameter.studies.claim import ENGINE, LINEAR, UNSET, Claim, Level, is_number, say_level
 from lorameter.studies.engine import Engine
-from lorameter.studies.protocol import LIMITED_REPLICATES, PRECISION_REPLICATES, Protocol
+from lorameter.studies.protocol import EFFORT_REPLICATES, LIMITED_REPLICATES, PRECISION_REPLICATES, Protocol
 from lorameter.studies.script import check_scripts
 from lorameter.studies.variant import AnyVariant, LoraVariant, ScriptVariant, Variant
 from lorameter.studies.workload import OF_TOKENS, OF_VARIANTS, Workload
@@ -81,7 +81,11 @@ class Study:
                 "script and a variant of lorameter's own have no step in common. Make it a study of its own.",
             )
             check_scripts(self)
-        self._check_engine()
+        if self.engine is not None:
+            engine = f"{where}, [engine]: variant = {self.engine.variant!r}"
+            require_known(engine, self.engine.variant, names)
+            remedy = "Name the one with the engine."
+            require(self.engine.variant != self.reference, f"{engine}: the reference. {remedy}")
         self._check_workloads(names)
         self._check_claims()
 
@@ -149,14 +153,6 @@ class Study:
             for key in fields:
                 require_known(f"{where}: {key}: equal for all variants, or", key, OF_VARIANTS)
         self.own_workloads  # noqa: B018 # raises for an invalid workload
-
-    def _check_engine(self) -> None:
-        if self.engine is None:
-            return
-        where, name = f"study {self.name}, [engine]", self.engine.variant
-        names = [variant.name for variant in self.variants]
-        require_known(f"{where}: variant = {name!r}", name, names)
-        require(name != self.reference, f"{where}: variant = {name!r}: the reference. Name the one with the engine.")
 
     def _check_claims(self) -> None:
         ids = Counter(claim.id for claim in self.claims)
@@ -260,11 +256,9 @@ class Study:
 
     def variant(self, name: str) -> AnyVariant:
         """The variant with that name. Raises `UsageError` with the nearest names if there is none."""
-        found = next((variant for variant in self.variants if variant.name == name), None)
-        if found is None:
-            names = [variant.name for variant in self.variants]
-            raise UsageError(f"study {self.name}: variant {name!r}: {unknown(name, names)}")
-        return found
+        variants = {variant.name: variant for variant in self.variants}
+        require_known(f"study {self.name}: variant {name!r}", name, list(variants))
+        return variants[name]
 
     def with_overrides(
         self,
@@ -284,29 +278,32 @@ class Study:
         value unchanged.
 
         With a precision or a time limit, and no number of replicates, the maximum of the replicates is raised, so that
-        the precision can be reached or the time be used.
+        the precision can be reached or the time be used. `sites` are names with commas between them; they and `mixed`
+        belong to one value of `on`, so another `on` clears those of the study.
         """
         workload, replaced = self.workload, dict(self.replaced)
         for key, value in (("model", model), ("data", data)):
             if value is not None:
                 replaced.setdefault(f"workload.{key}", getattr(workload, key))
                 workload = dataclasses.replace(workload, **{key: value})  # type: ignore[arg-type]
-        protocol = self.protocol if effort is None else self.protocol.with_effort(effort)
+        protocol = self.protocol if on is None else dataclasses.replace(self.protocol, on=on, sites=(), mixed=False)
+        if effort is not None:
+            known = ", ".join(EFFORT_REPLICATES)
+            require(effort in EFFORT_REPLICATES, f"effort = {effort!r}: unknown. Use one of {known}.")
+            protocol = dataclasses.replace(protocol, replicates=EFFORT_REPLICATES[effort])
         cap = protocol.replicates if replicates is None else replicates
         if replicates is None and effort is None and precision is not None:
             cap = PRECISION_REPLICATES
         elif replicates is None and effort is None and max_minutes is not None:
             cap = max(cap, LIMITED_REPLICATES)
-        place = protocol.place.with_options(on=on, sites=sites, mixed=mixed)
         protocol = dataclasses.replace(
             protocol,
             replicates=cap,
             precision=protocol.precision if precision is None else precision,
             max_minutes=protocol.max_minutes if max_minutes is None else max_minutes,
             allow_disturbed=protocol.allow_disturbed or allow_disturbed,
-            on=place.on,
-            sites=place.sites,
-            mixed=place.mixed,
+            sites=protocol.sites if sites is None else tuple(part.strip() for part in sites.split(",")),
+            mixed=protocol.mixed or mixed,
         )
         return dataclasses.replace(self, workload=workload, protocol=protocol, replaced=replaced)
 

@@ -104,10 +104,9 @@ _OWN_RANDOM = "random:"
 Table = dict[str, Any]
 
 
-class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A table `[profile.NAME]`: the fields of the study that have other values on one kind of machine."""
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The keys that a study file and its profiles have in common."""
 
-    devices: tuple[str, ...] = ()
     allow_fallback: bool = False
     notes: tuple[str, ...] = ()
     workload: Table = {}
@@ -116,17 +115,17 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     requirements: Table = {}
 
 
-class StudyFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Profile(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table `[profile.NAME]`: the fields of the study that have other values on one kind of machine."""
+
+    devices: tuple[str, ...] = ()
+
+
+class StudyFile(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A study file, merged with the study that it extends."""
 
     title: str = ""
     reference: str = ""
-    allow_fallback: bool = False
-    notes: tuple[str, ...] = ()
-    workload: Table = {}
-    protocol: Table = {}
-    controls: Table = {}
-    requirements: Table = {}
     axes: Table = {}
     sweeps: Table = {}
     variant: tuple[Table, ...] = ()
@@ -478,8 +477,3 @@ def read_study(run: Run) -> Study:
 def read_own_workloads(run: Run) -> dict[str, Workload]:
     """The workloads of variants that do not use the study's, by name. Raises `UsageError` as `read_study` does."""
     return codec.from_json(dict[str, Workload], run.manifest.own_workloads, f"run {run.manifest.run}")
-
-
-def read_workload_of(run: Run, name: str) -> Workload:
-    """The workload of one variant. Raises `UsageError` as `read_study` does."""
-    return read_own_workloads(run).get(name) or read_study(run).workload

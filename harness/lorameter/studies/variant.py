@@ -187,13 +187,10 @@ class Variant(AnyVariant):
     """Give the output head a copy of its input in a request. The hidden states of the last token are a view with the
     strides of the whole prompt, which torch's linear does not fold; on a CPU it then copies the head's weight."""
 
-    LEAST: ClassVar[Mapping[str, float]] = {
-        "warmup_ratio": 0, "weight_decay": 0, "max_grad_norm": 0, "gradient_accumulation": 1,
-    }  # fmt: skip
-
     def __post_init__(self) -> None:
         label = _label(self.name)
-        protocol.check_least(label, self, self.LEAST, positive=("learning_rate",))
+        least = {"warmup_ratio": 0, "weight_decay": 0, "max_grad_norm": 0, "gradient_accumulation": 1}
+        protocol.check_least(label, self, least, positive=("learning_rate",))
         _check(
             label,
             self,

@@ -94,7 +94,7 @@ class Series:
         measured_names = set[str]().union(*(record.samples for record in ok), *(record.values for record in ok))
         likely = (metric for metric in METRICS.values() if metric.derive is not None or metric.name in measured_names)
         kinds = dict.fromkeys(kind for record in ok for kind in record.memory if is_memory(kind))
-        return (*(metric.name for metric in likely if any(map(metric.samples_of, ok))), *kinds)
+        return (*(metric.name for metric in likely if any(samples_of(record, metric.name) for record in ok)), *kinds)
 
     def measuring(self, metric: str) -> tuple[TrialRecord, ...]:
         """The records of the trials that measured the metric."""

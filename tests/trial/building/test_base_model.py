@@ -243,6 +243,10 @@ WORKLOAD = Workload(
     sequence_length=256, batch_size=1, train_sequences=8, held_out_records=4, held_out_sequences=1, prompt_tokens=8,
     new_tokens=3,
 )  # fmt: skip
+LEAST = Protocol(
+    replicates=1, warmup_steps_min=1, warmup_steps_max=1, turns=1, steps_per_turn=1, peak_replicates=1,
+    generate_warmup=0, generate_requests=1,
+)  # fmt: skip
 
 
 def small(name):
@@ -269,7 +273,7 @@ def run(tmp_path):
         workload = dataclasses.replace(WORKLOAD, model=f"random:{tmp_path}")
         request = TrialRequest(
             trial="r0-v", variant=VARIANT, role="variant", replicate=0, seed=1, workload=workload,
-            protocol=Protocol().least(), interleaving="replicates", measures=("steps", "requests", "peaks"),
+            protocol=LEAST, interleaving="replicates", measures=("steps", "requests", "peaks"),
             device="cpu", threads=1, tokens_path=prepare(workload, tmp_path).path,
             scratch=str(tmp_path), log_path="",
         )  # fmt: skip

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import subprocess
 import time
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 from multiprocessing.reduction import send_handle
 from pathlib import Path
 from typing import Any, TypeVar
@@ -98,7 +98,7 @@ class LocalExecutor(Executor):
     def start(self, folder: Path, threads: int) -> None:
         """Start the zygote, which begins its imports."""
         super().start(folder, threads)
-        self._control, theirs = wire.pair()
+        self._control, theirs = Pipe()
         with theirs, contextlib.ExitStack() as stack:
             stack.callback(self._control.close)
             self._zygote = self._spawn("zygote", theirs.fileno(), self._zygote_log)
@@ -146,7 +146,7 @@ class LocalExecutor(Executor):
     def launch(self) -> Worker:
         """Fork a worker from the zygote. Raises `InvalidRunError` if the zygote has ended, and `WorkerLostError` if it
         refuses or the process ends before its first message."""
-        ours, theirs = wire.pair()
+        ours, theirs = Pipe()
         begin = time.monotonic()
         try:
             with theirs:
@@ -242,7 +242,7 @@ class LocalExecutor(Executor):
         self, what: str, arguments: dict[str, Any], kind: type[T], log: Path, timeout_s: float, *, threads: int = 0
     ) -> tuple[T | None, int]:
         """The answer of a process started for one command, and its exit code; raises as `wire.ask_process` does."""
-        ours, theirs = wire.pair()
+        ours, theirs = Pipe()
         with ours:
             with theirs:
                 process = self._spawn(what, theirs.fileno(), log, threads=threads)

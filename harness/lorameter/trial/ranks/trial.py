@@ -16,7 +16,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
@@ -273,7 +273,7 @@ class RankProcess:
         self.name = name
         self.code: int | None = None
         """Its exit status, after it has ended and been reaped."""
-        self._connection, theirs = wire.pair()
+        self._connection, theirs = Pipe()
         self.pid = fork_process(lambda: _serve(theirs, make, [self, *others]))
         theirs.close()
         wire.receive(self._connection, wire.Hello)
