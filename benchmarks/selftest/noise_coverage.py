@@ -44,7 +44,7 @@ from numpy.typing import NDArray
 from scipy import signal, stats
 from shared import Share, exit_code, print_origin
 
-from lorameter.stats import Effect, Pairing, VerdictRule, compare_family, compare_trials, decide_family, share_scatter
+from lorameter.stats import Effect, Pairing, VerdictRule, compare_trials, decide_family, effect_of, share_scatter
 from lorameter.stats.effect import paired_effect
 
 WARM_UP, MIN_TIMED = 20, 10
@@ -144,8 +144,8 @@ def families(draws: int) -> Iterator[Share]:
                 if one_reference:
                     base[:] = base[:, :1]
                 for ours, theirs in zip(base, candidates, strict=True):
-                    pairs = {str(index): (ours[index], theirs[index]) for index in range(FAMILY)}
-                    found = compare_family(pairs, pairing="replicate", tolerance=0.0)
+                    effects = {index: effect_of(ours[index], theirs[index], "replicate") for index in range(FAMILY)}
+                    found = decide_family(effects, tolerance=0.0, margin=0.05)
                     alarms += any(one.verdict in ("regressed", "improved") for one in found.values())
             yield Share(
                 f"{FAMILY} comparisons, {name}, {size} replicates: any is called different", alarms, count, most=0.05

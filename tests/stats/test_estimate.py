@@ -126,14 +126,14 @@ def test_stopping_keeps_the_error_rate():
     """With a look after each of 5 to 20 replicates, identical code is called regressed at about the nominal 2.5 %."""
     rng = np.random.default_rng(91)
     alarms = 0
-    for _ in range(1000):
+    for _ in range(400):
         values = rng.normal(0.0, 0.02, 20)
         for count in range(5, 21):
             found = compare_trials([[1.0]] * count, np.exp(values[:count])[:, None], pairing="turn", tolerance=0.0)
             if is_precise([found], half_width=0.0125):
                 break
         alarms += found.verdict == "regressed"
-    assert alarms / 1000 <= 0.025 + 3 * (0.025 * 0.975 / 1000) ** 0.5
+    assert alarms / 400 <= 0.025 + 3 * (0.025 * 0.975 / 400) ** 0.5
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_bad_limits_are_an_error(limits, message):
 SIZES = [(4,) * 4, (2,) * 4, (1, 3, 2, 2), (5, 5), (2, 9, 3), (1, 1, 1, 1, 1, 2)]
 
 
-@pytest.mark.parametrize("between", [0.0, 0.3, 1.0, 5.0])
+@pytest.mark.parametrize("between", [0.0, 1.0, 5.0])
 @pytest.mark.parametrize("sizes", SIZES)
 def test_the_interval_holds_the_planted_deviation(sizes, between):
     """The interval covers the injected deviation in at least 93.5 % of simulated cases, for any deviation and group
@@ -183,7 +183,7 @@ def test_fewer_than_two_groups_are_refused(groups):
         sd_between(groups)
 
 
-STUDIES = 2000
+STUDIES = 1000
 RULE = VerdictRule(tolerance=0.0, family=1)
 
 
@@ -210,9 +210,9 @@ SCATTERS = {
 
 
 @pytest.mark.parametrize("name", SCATTERS)
-@pytest.mark.parametrize(("replicates", "arms"), [(3, 4), (3, 6), (5, 6)])
+@pytest.mark.parametrize(("replicates", "arms"), [(3, 4), (5, 6)])
 def test_all_intervals_of_a_run_hold_the_truth_in_94_percent_of_the_runs(name, replicates, arms):
-    """In 2,000 simulated runs of identical arms, the first two arms are the reference and its second measurement."""
+    """In 1,000 simulated runs of identical arms, the first two arms are the reference and its second measurement."""
     rule = VerdictRule(tolerance=0.0, family=arms - 1)
     held = 0
     for logs in simulated(SCATTERS[name](arms), replicates):

@@ -68,12 +68,12 @@ def test_a_difference_of_medians_of_the_same_turns_is_covered():
     """The coverage is 95 % over simulated turns whose common noise is ten times their own noise."""
     random = np.random.default_rng(4)
     covered = 0
-    for _ in range(300):
+    for _ in range(120):
         shared = random.lognormal(0.0, 0.1, size=40)
         whole, part = 1.05 * shared * random.lognormal(0.0, 0.01, 40), shared * random.lognormal(0.0, 0.01, 40)
         low, high = bootstrap_interval((whole, part), left)
         covered += low <= 0.05 <= high
-    assert covered / 300 > 0.92
+    assert covered / 120 > 0.9
 
 
 def test_too_few_samples_have_no_interval_and_unequal_ones_are_refused():

@@ -2,7 +2,7 @@
 
 The replicate is the unit of inference (Kalibera & Jones 2013): samples of one process are sub-samples, reduced to one
 value before any interval is computed. A comparison distinguishes "equal" from "inconclusive". Use `compare_trials` for
-times (several at once: `compare_family`) and `compare_bytes` for memory peaks; `lorameter.stats.trend` judges
+times (several at once: `decide_family`) and `compare_bytes` for memory peaks; `lorameter.stats.trend` judges
 statements about several levels from the contrasts of `lorameter.stats.trend`.
 
 Importing this package loads neither numpy nor scipy: functions that need them import them when called, so that the
@@ -14,7 +14,6 @@ from __future__ import annotations
 from lorameter.stats.comparison import (
     KeptPairs,
     RunWideShift,
-    compare_family,
     compare_trials,
     decide,
     decide_family,
@@ -60,7 +59,6 @@ __all__ = [
     "bootstrap_interval",
     "clustered_proportion",
     "compare_bytes",
-    "compare_family",
     "compare_trials",
     "count_outliers",
     "decide",

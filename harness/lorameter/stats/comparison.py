@@ -35,17 +35,15 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from lorameter.stats.effect import Effect, Pairing, Spread, checked_pairing, from_log, measure_effect
+from lorameter.stats.effect import Effect, Pairing, Spread, from_log, measure_effect
 from lorameter.stats.intervals import sign_test
 from lorameter.stats.power import MOST_ADVISED, detectable_log_effect, replicates_needed
-from lorameter.stats.samples import checked_alpha, checked_number, checked_samples, checked_trials
+from lorameter.stats.samples import checked_number, checked_samples, checked_trials
 from lorameter.stats.verdict import Comparison, Verdict, VerdictRule
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-
-__all__ = ["Pairing", "compare_family", "compare_trials", "decide", "decide_family", "effect_of", "step_down"]
 
 _HOW = {"none": "not paired", "replicate": "paired by replicate", "turn": "paired turn by turn"}
 
@@ -76,7 +74,6 @@ def compare_trials(
 
 def effect_of(base: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]], pairing: Pairing) -> Effect:
     """The effect of validated input. Raises ValueError as `compare_trials` does."""
-    checked_pairing(pairing)
     effect = measure_effect(
         checked_trials("base", base, positive=True), checked_trials("candidate", candidate, positive=True), pairing
     )
@@ -181,30 +178,6 @@ K = TypeVar("K", bound=Hashable)
 R = TypeVar("R")
 
 
-def compare_family(
-    pairs: Mapping[str, tuple[Sequence[Sequence[float]], Sequence[Sequence[float]]]],
-    *,
-    pairing: Pairing | Mapping[str, Pairing],
-    tolerance: float | Mapping[str, float] = 0.01,
-    margin: float | Mapping[str, float] = 0.05,
-    alpha: float = 0.05,
-) -> dict[str, Comparison]:
-    """`compare_trials` for every named (base, candidate), with a family-wise error rate of `alpha`; {} without
-    comparisons.
-
-    Pairing, tolerance and margin apply to all, or are maps by name. Each interval is at the level at which Holm's
-    procedure decided or stopped for that comparison. Raises ValueError as `compare_trials` does, with the name of the
-    comparison first.
-    """
-    effects = {}
-    for name, (base, candidate) in pairs.items():
-        try:
-            effects[name] = effect_of(base, candidate, _value_for(pairing, name))
-        except ValueError as error:
-            raise ValueError(f"comparison {name!r}: {error}") from error
-    return decide_family(effects, tolerance=tolerance, margin=margin, alpha=alpha)
-
-
 def decide_family(
     effects: Mapping[K, Effect],
     *,
@@ -212,7 +185,11 @@ def decide_family(
     margin: float | Mapping[K, float],
     alpha: float = 0.05,
 ) -> dict[K, Comparison]:
-    """Like `compare_family`, from already computed effects."""
+    """The verdicts on named effects, with a family-wise error rate of `alpha`; {} without effects.
+
+    Tolerance and margin apply to all, or are maps by name. Each interval is at the level at which Holm's procedure
+    decided or stopped for that comparison.
+    """
 
     def judge(name: K, left: int) -> Comparison:
         rule = VerdictRule(
@@ -273,21 +250,14 @@ def run_wide_shift(log_ratios: Mapping[str, float], *, tolerance: float = 0.01, 
     number of comparisons beyond the tolerance on one side has a probability of at most `alpha` (sign test, two-sided: 6
     of 6, 8 of 9, 9 of 10), the median is therefore also beyond it, and the scatter of the log ratios is at most half
     the median. A few regressed benchmarks, or many that changed by different amounts, are not a shift. Raises
-    ValueError, naming the comparison, for log ratios that are not finite, and for limits out of range.
+    ValueError for log ratios that are not finite, and for a tolerance below 0.
     """
     import numpy as np
 
     allowed = math.log1p(checked_number("tolerance", tolerance, at_least=0, strictly=False))
-    checked_alpha(alpha)
     if not log_ratios:
         return RunWideShift(shifted=False, ratio=None, comparisons=0, reason="there is no comparison")
-    for name, value in log_ratios.items():
-        checked_samples(f"comparison {name!r}", [value], positive=False)
-        if not from_log(value) or from_log(-value) is None:
-            raise ValueError(
-                f"comparison {name!r} has the log ratio {value:g}, more than a number holds: check the units"
-            )
-    values = np.array([float(value) for value in log_ratios.values()])
+    values = checked_samples("log ratios", list(log_ratios.values()), positive=False)
     median = float(np.median(values))
     scatter = _MAD_TO_SD * float(np.median(np.abs(values - median)))
     beyond = int((math.copysign(1.0, median) * values > allowed).sum())
@@ -333,14 +303,10 @@ def kept_pairs(
 
     Flags must not depend on the compared values. `balanced` is the result of McNemar's exact two-sided test at `alpha`
     on the pairs with one flag; with fewer than 6 such pairs it is always true at 5 %. Raises ValueError for sides of
-    unequal length, for flags that are not True or False, for least < 1 and for alpha out of range.
+    unequal length.
     """
-    checked_number("least", least, at_least=1, strictly=False)
-    checked_alpha(alpha)
-    base, candidate = _checked_flags("base", base_flags), _checked_flags("candidate", candidate_flags)
-    if len(base) != len(candidate):
-        raise ValueError(f"base has {len(base)} flags and candidate {len(candidate)}: pass one of each a replicate")
-    pairs = list(zip(base, candidate, strict=True))
+    base, candidate = sum(base_flags), sum(candidate_flags)
+    pairs = list(zip(base_flags, candidate_flags, strict=True))
     clean = tuple(index for index, pair in enumerate(pairs) if not any(pair))
     only_base, only_candidate = pairs.count((True, False)), pairs.count((False, True))
     discordant = only_base + only_candidate
@@ -352,7 +318,7 @@ def kept_pairs(
             f"dropping the {dropped} flagged of {len(pairs)} pairs would leave {len(clean)}, below {least}: kept all"
         )
     elif dropped:
-        reason = f"dropped {dropped} of {len(pairs)} pairs: base flagged in {sum(base)}, candidate in {sum(candidate)}"
+        reason = f"dropped {dropped} of {len(pairs)} pairs: base flagged in {base}, candidate in {candidate}"
     else:
         reason = f"no pair of {len(pairs)} is flagged"
     if not balanced:
@@ -361,19 +327,9 @@ def kept_pairs(
         )
     return KeptPairs(
         kept=tuple(range(len(pairs))) if refused else clean,
-        base_flagged=sum(base),
-        candidate_flagged=sum(candidate),
+        base_flagged=base,
+        candidate_flagged=candidate,
         balanced=balanced,
         refused=refused,
         reason=reason,
     )
-
-
-def _checked_flags(side: str, flags: Sequence[bool]) -> list[bool]:
-    """Convert to plain bools. Raises ValueError, with side and index, for anything that is not a truth value."""
-    import numpy as np
-
-    for index, flag in enumerate(flags):
-        if not isinstance(flag, bool | np.bool_):
-            raise ValueError(f"{side} flag {index} is {flag!r}: pass True where the trial is flagged, else False")
-    return [bool(flag) for flag in flags]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 from lorameter.stats.intervals import quantile
 from lorameter.stats.samples import medians_of
@@ -71,12 +71,6 @@ class Effect:
 def from_log(value: float) -> float | None:
     """The exponential, or None if it exceeds the range of a float (JSON has no infinity)."""
     return math.exp(value) if value < _LOG_LARGEST else None
-
-
-def checked_pairing(pairing: str) -> None:
-    """Raise ValueError unless `pairing` is one of the three words."""
-    if pairing not in get_args(Pairing):
-        raise ValueError(f"pairing is {pairing!r}: pass one of {', '.join(map(repr, get_args(Pairing)))}")
 
 
 def measure_effect(base: Sequence[NDArray[float64]], candidate: Sequence[NDArray[float64]], pairing: Pairing) -> Effect:

@@ -43,7 +43,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
 from lorameter.stats.effect import ROUNDING, Effect, Spread, from_log
-from lorameter.stats.intervals import quantile
+from lorameter.stats.intervals import mean_interval, quantile
 from lorameter.stats.power import sd_interval
 from lorameter.stats.samples import checked_alpha, checked_number, checked_trials, medians_of
 
@@ -107,14 +107,9 @@ def _estimate(arrays: Sequence[NDArray[float64]], alpha: float, blocks: Sequence
     values = np.log(medians) if logs else medians
     if blocks is not None and len(named := sorted(set(blocks))) > 1:
         values = np.array([values[np.equal(blocks, name)].mean() for name in named])
-    centre = float(values.mean())
-    low: float | None = None
-    high: float | None = None
-    if values.size > 1:
-        half_width = quantile(values.size - 1, alpha / 2) * float(values.std(ddof=1)) / math.sqrt(values.size)
-        low, high = centre - half_width, centre + half_width
-        if logs:
-            low, high = from_log(low), from_log(high)
+    centre, low, high = mean_interval(values, alpha=alpha)
+    if logs and low is not None and high is not None:
+        low, high = from_log(low), from_log(high)
     value = float(medians[0]) if medians.size == 1 else (from_log(centre) if logs else centre)
     if value is None or not all(math.isfinite(number) for number in (value, low or 0, high or 0)):
         raise ValueError(f"the trials' medians, up to {np.abs(medians).max():g}, add up to no number: check the units")

@@ -15,7 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy import float64
+    from numpy.typing import NDArray
 
 # Beyond this, t is the normal distribution to six digits, and scipy's noncentral t would lose digits.
 _NORMAL_DF = 1e6
@@ -60,19 +64,22 @@ def sign_test(heads: int, tosses: int) -> float:
     return min(1.0, 2 * float(bdtr(min(heads, tosses - heads), tosses, 0.5)))
 
 
-def mean_interval(values: Sequence[float], *, alpha: float = 0.05) -> tuple[float, float | None, float | None]:
+def mean_interval(
+    values: Sequence[float] | NDArray[float64], *, alpha: float = 0.05
+) -> tuple[float, float | None, float | None]:
     """The mean of independent values on the linear scale, with both ends of Student's (1 - alpha) interval, which are
     None for a single value. Negative values and zeros are allowed, such as differences of pairs.
 
     Raises ValueError without values.
     """
-    if not values:
+    import numpy as np
+
+    if not len(values):
         raise ValueError("no value: pass one at least")
-    mean = math.fsum(values) / len(values)
+    mean = float(np.mean(values))
     if len(values) == 1:
         return mean, None, None
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    half_width = quantile(len(values) - 1, alpha / 2) * math.sqrt(variance / len(values))
+    half_width = quantile(len(values) - 1, alpha / 2) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return mean, mean - half_width, mean + half_width
 
 

@@ -64,7 +64,7 @@ def median_interval(values: Sequence[float], *, alpha: float = 0.05) -> Quantile
     supported = ordered.size >= needed
     low, high = _ranks(ordered.size, 0.5, tail) if supported else (None, None)
     return QuantileEstimate(
-        value=_midpoint(ordered[(ordered.size - 1) // 2], ordered[ordered.size // 2]),
+        value=float(np.median(ordered)),
         low=None if low is None else float(ordered[low - 1]),
         high=None if high is None else float(ordered[high - 1]),
         samples=ordered.size,
@@ -137,11 +137,6 @@ def _ranks(size: int, q: float, tail: float) -> tuple[int, int]:
     low = bisect.bisect_right(counts, reached, key=lambda count: float(bdtr(count, size, q)))
     high = bisect.bisect_left(counts, -reached, key=lambda count: -float(bdtrc(count, size, q)))
     return max(low, 1), min(high + 1, size)
-
-
-def _midpoint(low: float, high: float) -> float:
-    """The midpoint of two values, without overflow of their sum."""
-    return float(low / 2 + high / 2) if low != high else float(low)
 
 
 def effective_size(samples: Sequence[float]) -> float:

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from lorameter.stats.effect import ROUNDING, Spread, paired_effect
-from lorameter.stats.intervals import quantile
+from lorameter.stats.intervals import mean_interval
 from lorameter.stats.power import replicates_to_clear
 
 if TYPE_CHECKING:
@@ -110,16 +110,12 @@ def explained_share(blocks: Sequence[tuple[Sequence[float], Sequence[float]]]) -
     informative = [(x, y) for x, y in pairs if _is_informative(x, y)]
     if not informative:
         return None
-    shares = np.array([np.corrcoef(x, y)[0, 1] ** 2 for x, y in informative])
-    mean = float(shares.mean())
-    half = None
-    if shares.size > 1:
-        half = quantile(shares.size - 1, 0.025) * float(shares.std(ddof=1)) / math.sqrt(shares.size)
+    mean, low, high = mean_interval([float(np.corrcoef(x, y)[0, 1] ** 2) for x, y in informative])
     return ShareEstimate(
         value=mean,
-        low=None if half is None else max(0.0, mean - half),
-        high=None if half is None else min(1.0, mean + half),
-        replicates=shares.size,
+        low=None if low is None else max(0.0, low),
+        high=None if high is None else min(1.0, high),
+        replicates=len(informative),
         points=sum(x.size for x, _ in informative),
     )
 
@@ -248,14 +244,13 @@ def _checked(contrasts: NDArray[float64]) -> list[_Contrast]:
     columns = columns[:, None] if columns.ndim == 1 else columns
     if columns.ndim != 2 or not columns.size or not np.isfinite(columns).all():
         raise ValueError(f"contrasts have shape {columns.shape}: pass finite numbers, replicates × contrasts")
-    return [_contrast(index, column) for index, column in enumerate(columns.T)]
-
-
-def _contrast(index: int, values: NDArray[float64]) -> _Contrast:
-    effect = paired_effect(values, "replicate")
-    if effect.spread is None:
-        raise ValueError("one replicate has no scatter to judge by: measure 2 or more")
-    return _Contrast(index=index, mean=effect.log_ratio, spread=effect.spread, replicates=effect.replicates)
+    found = []
+    for index, column in enumerate(columns.T):
+        effect = paired_effect(column, "replicate")
+        if effect.spread is None:
+            raise ValueError("one replicate has no scatter to judge by: measure 2 or more")
+        found.append(_Contrast(index=index, mean=effect.log_ratio, spread=effect.spread, replicates=effect.replicates))
+    return found
 
 
 def _conclude(status: Support, by: By, contrast: _Contrast, tail: float) -> Conclusion:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Integral
 from typing import TYPE_CHECKING, Literal
 
 from lorameter.stats.estimate import dunnett_tail
@@ -63,8 +62,7 @@ class VerdictRule:
         checked_number("tolerance", self.tolerance, at_least=0, strictly=False)
         checked_number("margin", self.margin, at_least=0, strictly=True)
         checked_alpha(self.alpha)
-        if not _is_count(self.family):
-            raise ValueError(f"family is {self.family!r}: pass the number of comparisons, a whole number from 1")
+        checked_number("family", self.family, at_least=1, strictly=False)
 
     def tail(self, spread: Spread) -> float:
         """Error rate on either side of the interval: Bonferroni's, or Dunnett's where the scatter is shared."""
@@ -95,7 +93,3 @@ class VerdictRule:
         if abs(log_ratio) + equivalence_half_width < self.log_margin:
             return "equivalent"
         return "inconclusive"
-
-
-def _is_count(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= 1
