@@ -22,6 +22,7 @@ from lorameter.errors import UsageError
 from lorameter.models import bases, catalogue
 from lorameter.models.bases import BaseDescription
 from lorameter.models.catalogue import CATALOGUE, PROVENANCE_FILE, Entry, Package
+from lorameter.records.fileio import write_document
 
 
 @pytest.fixture(autouse=True)
@@ -215,7 +216,7 @@ def keep(name, content=b"weights", *, used_days_ago=0.0):
     folder = bases.bases_dir() / name
     with bases.draft_of(folder) as draft:
         (draft / bases.TENSORS).write_bytes(content)
-        bases.write_description(draft, BaseDescription(digest="0", bytes=len(content), name_or_path="m"))
+        write_document(draft / bases.DESCRIPTION, BaseDescription(digest="0", bytes=len(content), name_or_path="m"))
     used = time.time() - used_days_ago * 24 * 3600
     os.utime(folder / bases.DESCRIPTION, (used, used))
     return folder

@@ -29,7 +29,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorameter.machine.reading import Reading, missing, read_file
+from lorameter.machine.reading import Reading, increase, missing, read_file
 
 ROOT = Path("/")
 NO_PRESSURE = "the kernel keeps no pressure stall information (CONFIG_PSI, or psi=1 on its command line)"
@@ -70,11 +70,6 @@ def host_counters(root: Path = ROOT) -> dict[str, Reading[float]]:
     }
 
 
-def load_average(root: Path) -> Reading[float]:
-    """Runnable and waiting processes, averaged over the last minute."""
-    return read_file(root / "proc/loadavg", lambda text: float(text.split()[0]), "there is no /proc/loadavg")
-
-
 class HostTelemetry:
     """Counters of the machine, summed over the stretches between `begin` and `end`.
 
@@ -101,13 +96,11 @@ class HostTelemetry:
         last = host_counters(self._root)
         self._sums["watched_s"] += time.monotonic() - begun_s
         for name, reading in last.items():
-            before, after = first[name].value, reading.value
-            if before is None or after is None:
-                self.missing[name] = first[name].reason or reading.reason
-            elif after < before:  # steal can decrease when a guest moves to another machine
-                self.missing[name] = f"the counter went back from {before:g} to {after:g}"
+            grown = increase(first[name], reading)  # steal can decrease when a guest moves to another machine
+            if grown.value is None:
+                self.missing[name] = grown.reason
             else:
-                self._sums[name] = self._sums.get(name, 0.0) + after - before
+                self._sums[name] = self._sums.get(name, 0.0) + grown.value
         return {name: value for name, value in self._sums.items() if name not in self.missing}
 
 
@@ -208,13 +201,9 @@ def _fields(text: str) -> dict[str, int]:
     return {name: int(value) for name, value in (line.split() for line in text.splitlines())}
 
 
-_STATUS = Path("/proc/self/status")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
-
-
 def host_bytes(field: str) -> int:
     """A memory field of /proc/self/status in bytes: VmRSS (resident now) or VmHWM (peak since the last reset)."""
-    for line in _STATUS.read_text().splitlines():
+    for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise ValueError(f"/proc/self/status has no {field}: host memory cannot be measured on this system")
@@ -229,7 +218,7 @@ class PeakMemoryTracker:
 
     def begin(self) -> None:
         """Start a phase: peaks count from now on."""
-        _CLEAR_REFS.write_text("5")  # 5: reset only the peak resident set
+        Path("/proc/self/clear_refs").write_text("5")  # 5: reset only the peak resident set
         if self._cuda:
             import torch
 

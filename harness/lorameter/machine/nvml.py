@@ -112,7 +112,8 @@ def by_uuid(nvml: Any, uuid: str) -> Reading[Any]:
     whole = ask(nvml, "nvmlDeviceGetHandleByUUID", uuid)
     if whole.known:
         return whole
-    begins = [one for one in handles_of(nvml) if (uuid_of(nvml, one).value or "").startswith(uuid)]
+    handles = [handle_of(nvml, index).value for index in range(ask(nvml, "nvmlDeviceGetCount").value or 0)]
+    begins = [one for one in handles if (uuid_of(nvml, one).value or "").startswith(uuid)]
     if len(begins) == 1:
         return Reading(value=begins[0])
     return missing(f"{len(begins)} devices have a UUID that begins with {uuid}" if begins else whole.reason)
@@ -126,12 +127,6 @@ def uuid_of(nvml: Any, handle: Any) -> Reading[str]:
 def handle_of(nvml: Any, entry: int | str) -> Reading[Any]:
     """The device of an entry of CUDA_VISIBLE_DEVICES: a bus index, or a UUID."""
     return by_uuid(nvml, entry) if isinstance(entry, str) else ask(nvml, "nvmlDeviceGetHandleByIndex", entry)
-
-
-def handles_of(nvml: Any) -> list[Any]:
-    """All GPUs that can be opened, in NVML's order."""
-    found = [handle_of(nvml, index).value for index in range(ask(nvml, "nvmlDeviceGetCount").value or 0)]
-    return [one for one in found if one is not None]
 
 
 def board_of(nvml: Any, handle: Any) -> Reading[Any]:
@@ -321,10 +316,8 @@ def compute_capability(index: int) -> Reading[tuple[int, int]]:
     with nvml_session() as nvml:
         if nvml.value is None:
             return missing(nvml.reason)
-        handle = handle_of(nvml.value, index)
-        if handle.value is None:
-            return missing(handle.reason)
-        return ask(nvml.value, "nvmlDeviceGetCudaComputeCapability", handle.value, convert=tuple)
+        handle = handle_of(nvml.value, index).value
+        return ask(nvml.value, "nvmlDeviceGetCudaComputeCapability", handle, convert=tuple)
 
 
 def _thousandth(value: int) -> float:

@@ -117,12 +117,8 @@ def exit_words(code: int | None) -> str:
     """How a process ended, as text."""
     if code is None:
         return "an unknown status"
-    return f"exit code {code}" if code >= 0 else f"signal {-code} ({signal_name(-code)})"
-
-
-def signal_name(number: int) -> str:
-    """The name of a signal; real-time signals except the first and the last have no names."""
-    return signal.Signals(number).name if number in set(signal.Signals) else "no name"
+    names = {one.value: one.name for one in signal.Signals}  # most real-time signals have none
+    return f"exit code {code}" if code >= 0 else f"signal {-code} ({names.get(-code, 'no name')})"
 
 
 ATTEMPTS = 5
@@ -188,9 +184,6 @@ if __name__ == "__main__":
 
 
 ROOT = Path("/sys/devices/system/cpu")
-NAMES = ("core_cpus_list", "thread_siblings_list")
-"""The kernel's new and old name of the file that lists the threads of a core
-(Documentation/ABI/stable/sysfs-devices-system-cpu)."""
 
 
 def cpus_of(pid: int) -> tuple[int, ...]:
@@ -222,18 +215,11 @@ def cores_of(cpus: Iterable[int], root: Path = ROOT) -> list[tuple[int, ...]]:
     """CPUs grouped by core, in the order of each core's first CPU. A CPU whose core is unknown forms its own group."""
     found: dict[str, list[int]] = {}
     for cpu in sorted(cpus):
-        found.setdefault(_core_of(cpu, root), []).append(cpu)
+        threads = f"of {cpu} alone"
+        with contextlib.suppress(OSError):  # the list is the same for all threads of a core
+            threads = (root / f"cpu{cpu}" / "topology/thread_siblings_list").read_text()
+        found.setdefault(threads, []).append(cpu)
     return [tuple(of_one) for of_one in found.values()]
-
-
-def _core_of(cpu: int, root: Path) -> str:
-    """The kernel's list of the threads of its core, which is the same for all of them."""
-    for name in NAMES:
-        with contextlib.suppress(OSError, ValueError):
-            listed = (root / f"cpu{cpu}" / "topology" / name).read_text().strip()
-            if holds_any(listed, {cpu}):
-                return listed
-    return f"of {cpu} alone"
 
 
 def holds_any(listed: str, cpus: Collection[int]) -> bool:

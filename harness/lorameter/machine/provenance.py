@@ -38,6 +38,7 @@ from lorameter.machine.nvml import device_session
 from lorameter.machine.reading import Reading
 from lorameter.machine.system import memory_available_bytes, memory_bytes, settings
 from lorameter.records import codec
+from lorameter.records.fileio import sha256_of
 from lorameter.records.record import WorkerInfo
 from lorameter.studies import workload
 from lorameter.studies.script import OWN
@@ -186,28 +187,21 @@ def collect(
     """The provenance of a run: machine and its settings, threads, library versions, workload, git state, and the
     worker's report, if one was started. `facts` are those of the trials' place; `own_workloads` those of variants that
     do not use the study's workload, by name."""
-    return {
-        "threads": threads,
-        "workload": _content_of_workloads(study.workload, own_workloads or {}),
-        "worker": {key: getattr(hello, key, None) for key in ("device", "torch", "import_time_s", "harness")},
-        **place_of(facts),
-        **_engine(study, facts),
-    }
-
-
-def place_of(facts: MachineFacts) -> dict[str, Any]:
-    """The part of the provenance that does not depend on a study."""
     host = dict(facts.host or {})
     kernel_facts = {"packages": facts.packages, "cuda": facts.machine.cuda, "switches": facts.switches} | host
     host.pop("switches", None)
     kernels = {KERNELS: kernel_libraries(kernel_facts["packages"], kernel_facts["cuda"], kernel_facts["switches"])}
     return {
+        "threads": threads,
+        "workload": _content_of_workloads(study.workload, own_workloads or {}),
+        "worker": {key: getattr(hello, key, None) for key in ("device", "torch", "import_time_s", "harness")},
         **codec.to_json(facts.machine),
         "settings": facts.settings,
         "libraries": facts.libraries,
         "git": facts.git,
         **host,
         **(kernels if facts.machine.device == "cuda" else {}),
+        **_engine(study, facts),
     }
 
 
@@ -271,15 +265,10 @@ def _content_of(data: str) -> str:
         return data
     if not source.files:
         return data
-    digests = [_digest_of(path) for path in source.files]
+    digests = [sha256_of(path) for path in source.files]
     if source.kind == "file":
         return f"{source.label} sha256:{digests[0][:16]}"
     return f"{source.label} sha256:{hashlib.sha256(' '.join(digests).encode()).hexdigest()[:16]}"
-
-
-def _digest_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint_fields(provenance: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:

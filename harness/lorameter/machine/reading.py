@@ -47,6 +47,15 @@ def missing(reason: str) -> Reading[V]:
     return Reading(reason=reason)
 
 
+def increase(before: Reading[float], after: Reading[float]) -> Reading[float]:
+    """The increase of a cumulative counter; missing if it decreased, which is then a reset or another machine."""
+    if before.value is None or after.value is None:
+        return missing(before.reason or after.reason)
+    if after.value < before.value:
+        return missing(f"the counter went back from {before.value:g} to {after.value:g}")
+    return Reading(value=after.value - before.value)
+
+
 def read_file(path: Path, convert: Callable[[str], V], absent: str) -> Reading[V]:
     """A value from a file of the kernel; `absent` is the reason if the file does not exist.
 

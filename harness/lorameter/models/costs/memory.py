@@ -279,7 +279,9 @@ def _step(variant: Variant, workload: Workload, shape: ModelShape, device: str) 
     again = activations.block() if variant.gradient_checkpointing else 0
     allocated = max(saved, gradients, saved + again + gradients if again else 0) if slack else 0
     loss = {"activations": saved, "logits": LOGIT_COPIES * tokens * shape.vocab_size, "gradients": accumulated}
-    moments = [loss, {"gradients": gradients, "temporaries": gradients * _foreach(variant, device)}]
+    # torch's unfused AdamW updates all tensors at once on a GPU ("foreach"), with a copy of the gradients.
+    copies = gradients if device == "cuda" and variant.optimizer == "adamw" else 0
+    moments = [loss, {"gradients": gradients, "temporaries": copies}]
     if variant.gradient_checkpointing:
         wide = max(shape.intermediate_size, shape.hidden_size)
         block = {"activations": saved, "temporaries": again + 3 * 4 * tokens * wide, "gradients": gradients}
@@ -298,11 +300,6 @@ def mapped_from_tokens(variant: Variant, shape: ModelShape) -> int:
     Only at this number can an estimate decrease with more tokens.
     """
     return -(-MAPPED_FROM_BYTES // (shape.intermediate_size * width(variant.dtype)))
-
-
-def _foreach(variant: Variant, device: str) -> int:
-    """Copies of the gradients by torch's unfused AdamW, which updates all tensors at once on a GPU ("foreach")."""
-    return 1 if device == "cuda" and variant.optimizer == "adamw" else 0
 
 
 def _dequantised(variant: Variant, shape: ModelShape) -> int:
@@ -416,16 +413,12 @@ class Activations:
                 total += 0 if same else self._tokens * size * max(inputs, default=0)
             else:
                 total += self._tokens * size * sum(inputs)
-            if self._variant.lora_dropout:
-                total += self._dropped(inputs)
+            if self._variant.lora_dropout:  # the masks, and the adapters' inputs, which can no longer be shared
+                copies = self._tokens * self._product * (sum(inputs) - max(inputs, default=0)) if self._shared else 0
+                total += self._tokens * self._mask * sum(inputs) + copies
         if self._variant.use_dora:
             total += self._dora()
         return total + sum(r * (inputs + outputs) for inputs, outputs in names.values()) * self._cast_adapter
-
-    def _dropped(self, inputs: list[int]) -> int:
-        """Bytes for the masks, and for the adapters' inputs, which can no longer be shared."""
-        copies = self._tokens * self._product * (sum(inputs) - max(inputs, default=0)) if self._shared else 0
-        return self._tokens * self._mask * sum(inputs) + copies
 
     def _dora(self) -> int:
         """PEFT computes the norm through the product with an identity matrix, which A saves. With dropout it multiplies

@@ -16,7 +16,7 @@ attributes instead of their class, so that this module does not need torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -242,7 +242,9 @@ def _is_stacked(layer: Any) -> bool:
 def _attention_width(name: str, module: Any, known: Mapping[str, Any], base: Any) -> float:
     """Heads times width of an attention: a module of that name that contains linear layers."""
     called = type(module).__name__
-    if "Attention" not in called or "Linear" in called or not any(_linear_children(module)):
+    if "Attention" not in called or "Linear" in called:
+        return 0.0
+    if not any(_elements(_unwrapped(part)) or "Linear" in type(part).__name__ for part in module.children()):
         return 0.0
     heads = _attribute(module, ("num_heads", "num_attention_heads", "n_head")) or _config_value(
         base, ("num_attention_heads", "n_head", "n_heads")
@@ -258,9 +260,3 @@ def _attention_width(name: str, module: Any, known: Mapping[str, Any], base: Any
 
 def _attribute(module: Any, names: tuple[str, ...]) -> int | None:
     return next((value for name in names if type(value := getattr(module, name, None)) is int), None)
-
-
-def _linear_children(module: Any) -> Iterator[bool]:
-    """For each child, whether it is a linear layer (wrapped by PEFT or not), or has such a name."""
-    for child in module.children():
-        yield bool(_elements(_unwrapped(child))) or "Linear" in type(child).__name__

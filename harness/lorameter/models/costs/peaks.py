@@ -50,12 +50,12 @@ class Peak:
     """The vendor's document, or the method of measurement."""
 
     def __str__(self) -> str:
-        figure = f"{self.per_s / 1e9:.4g} GB/s" if self.rate == "memory" else _flops_per_s(self.per_s, self.rate)
+        figure = f"{self.per_s / 1e9:.3g} {self.rate} GFLOP/s"
+        if self.rate == "memory":
+            figure = f"{self.per_s / 1e9:.4g} GB/s"
+        elif self.per_s >= 1e12:
+            figure = f"{self.per_s / 1e12:.4g} {self.rate} TFLOP/s"
         return f"{figure} of {self.device} ({self.source})"
-
-
-def _flops_per_s(per_s: float, rate: Rate) -> str:
-    return f"{per_s / 1e12:.4g} {rate} TFLOP/s" if per_s >= 1e12 else f"{per_s / 1e9:.3g} {rate} GFLOP/s"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,7 +36,7 @@ from lorameter.errors import impossible
 from lorameter.models import bases, catalogue
 from lorameter.models.bases import BaseDescription
 from lorameter.models.catalogue import ModelSource
-from lorameter.records.fileio import locked
+from lorameter.records.fileio import locked, write_document
 from lorameter.records.record import BaseSummary
 from lorameter.studies.request import BaseRequest, TrialRequest, base_words
 from lorameter.studies.variant import Variant
@@ -148,7 +148,7 @@ def _write(model: Any, folder: Path, load_s: float) -> BaseDescription:
             generation=json.loads(model.generation_config.to_json_string(use_diff=False)),
             load_s=load_s,
         )
-        bases.write_description(draft, description)
+        write_document(draft / bases.DESCRIPTION, description)  # completes the base
     return description
 
 
