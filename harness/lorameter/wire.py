@@ -113,12 +113,10 @@ def receive(connection: Connection, kind: type[T], timeout_s: float | None = Non
         ClosedError: the other end has ended.
         GarbledError: the received bytes are not a message, or it is of another kind.
     """
+    if timeout_s is not None and not connection.poll(max(0.0, timeout_s)):
+        raise TimeoutError
     try:
-        if timeout_s is not None and not connection.poll(max(0.0, timeout_s)):
-            raise TimeoutError
         data = connection.recv_bytes(MAX_MESSAGE_BYTES)
-    except TimeoutError:
-        raise
     except (EOFError, ConnectionError):
         raise ClosedError from None
     except OSError as error:

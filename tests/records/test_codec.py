@@ -6,7 +6,7 @@ Tests of required paths: only an active check meets a requirement.
 
 Tests that a document is written completely or not at all.
 
-Tests that files are read within limits: the result is plain data, or an error with a reason.
+Tests that a file is read as plain data, or refused with a reason.
 """
 
 from __future__ import annotations
@@ -207,11 +207,11 @@ def test_a_failed_write_keeps_the_previous_document(tmp_path):
     ids=["deep", "digits", "cut", "utf-16", "empty"],
 )
 def test_json_beyond_the_bounds_is_refused(tmp_path, content, words):
-    """JSON is limited in depth, digits and bytes."""
+    """JSON is limited in depth and digits."""
     path = tmp_path / "a.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(NotReadableError, match=words):
-        read_json(path, fileio.MANIFEST_BYTES)
+        read_json(path)
 
 
 @pytest.mark.parametrize(
@@ -237,14 +237,5 @@ def test_paths_that_are_not_regular_files_are_refused_at_once(tmp_path, name):
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(NotReadableError):
-        read_text(tmp_path / name, 10)
+        read_text(tmp_path / name)
     assert not fileio.is_file(tmp_path / name)
-
-
-def test_a_file_without_end_is_not_read_to_it(tmp_path):
-    """At most one byte more than the limit is read, whatever the size."""
-    path = tmp_path / "large"
-    with path.open("wb") as file:
-        file.truncate(1 << 40)
-    with pytest.raises(NotReadableError, match="more than the 1 MiB"):
-        read_text(path, fileio.STUDY_BYTES)

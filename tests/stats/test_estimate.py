@@ -76,8 +76,6 @@ def test_zero_median_is_taken_on_the_linear_scale():
         ([], 0.05, "trials has no trial"),
         ([[1.0], []], 0.05, "trials trial 1 has no samples"),
         ([[1.0], [2.0, math.nan]], 0.05, "trials trial 1 sample 1 is nan: samples must be finite"),
-        ([[1.0]], 0.0, "alpha is 0.0"),
-        ([[1.0]], 1.5, "alpha is 1.5"),
         ([[LARGEST, LARGEST]], 0.05, "check the units"),
         ([[LARGEST], [LARGEST], [-1.0]], 0.05, "check the units"),
     ],
@@ -134,16 +132,6 @@ def test_stopping_keeps_the_error_rate():
                 break
         alarms += found.verdict == "regressed"
     assert alarms / 400 <= 0.025 + 3 * (0.025 * 0.975 / 400) ** 0.5
-
-
-@pytest.mark.parametrize(
-    ("limits", "message"),
-    [({"half_width": 0}, "half_width is 0"), ({"half_width": 0.1, "least_replicates": 1}, "least_replicates is 1")],
-)
-def test_bad_limits_are_an_error(limits, message):
-    """An invalid limit raises an error with its name."""
-    with pytest.raises(ValueError, match=message):
-        is_precise([], **limits)
 
 
 SIZES = [(4,) * 4, (2,) * 4, (1, 3, 2, 2), (5, 5), (2, 9, 3), (1, 1, 1, 1, 1, 2)]
@@ -259,7 +247,7 @@ def test_one_comparison_and_one_replicate_share_nothing():
 def test_effects_of_different_replicates_are_refused():
     """Columns of different lengths have no two-way layout."""
     effects = {"a": paired_effect(np.array([0.1, 0.2]), "turn"), "b": paired_effect(np.array([0.1, 0.2, 0.3]), "turn")}
-    with pytest.raises(ValueError, match="share no scatter"):
+    with pytest.raises(ValueError, match="must match exactly"):
         share_scatter(effects)
 
 

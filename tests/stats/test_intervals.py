@@ -76,11 +76,9 @@ def test_a_difference_of_medians_of_the_same_turns_is_covered():
     assert covered / 120 > 0.9
 
 
-def test_too_few_samples_have_no_interval_and_unequal_ones_are_refused():
+def test_too_few_samples_have_no_interval():
     """At least six samples are needed, as for a median."""
     assert bootstrap_interval(((1.0,) * 5, (1.0,) * 5), left) == (None, None)
-    with pytest.raises(ValueError, match="as many in each"):
-        bootstrap_interval(((1.0,) * 8, (1.0,) * 7), left)
 
 
 lists = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=80)
@@ -145,12 +143,8 @@ def test_effective_size_decides():
     [
         (lambda: median_interval([]), "values has no samples"),
         (lambda: median_interval([1.0, math.nan]), "values sample 1 is nan"),
-        (lambda: median_interval([1.0], alpha=1.0), "alpha is 1.0"),
         (lambda: percentile([], 0.9), "samples has no samples"),
         (lambda: percentile([1.0, math.inf], 0.9), "samples sample 1 is inf"),
-        (lambda: percentile([1.0], 99), "q is 99"),
-        (lambda: percentile([1.0], 0.9, confidence=0), "confidence is 0"),
-        (lambda: percentile([1.0], 0.9, effective_size=0.5), "effective_size is 0.5"),
     ],
 )
 def test_bad_input_is_an_error(call, message):

@@ -17,7 +17,7 @@ from lorameter.records import codec
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.plan import make_plan
 from lorameter.studies.claim import ENGINE
-from lorameter.studies.script import name_of_command
+from lorameter.studies.script import name_of_words, split_command
 from lorameter.studies.script_study import split_braces, study_of_command, study_of_engine
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import builtin_studies, load_study
@@ -121,7 +121,7 @@ def test_a_study_of_commands_refuses_settings_of_the_scripts(tmp_path, text, sai
 )
 def test_a_command_is_named_by_its_script(command, name):
     """The name is valid in file names."""
-    assert name_of_command(command) == name
+    assert name_of_words(split_command("command", command)) == name
     assert study_of_command(command).variants[0].name == name
 
 

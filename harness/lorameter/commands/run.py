@@ -30,7 +30,7 @@ from lorameter.run.sites.placement import open_placement
 from lorameter.run.workers.sides import command_sides, name_sides
 from lorameter.studies.peft_experiments import study_of_experiments
 from lorameter.studies.protocol import Protocol
-from lorameter.studies.script import name_of_command, name_of_words, split_command, time_steps
+from lorameter.studies.script import name_of_words, split_command, time_steps
 from lorameter.studies.script_study import study_of_command, study_of_engine
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import load_study
@@ -184,7 +184,7 @@ def study_of_commands(options: argparse.Namespace) -> Study | None:
         )
     protocol = time_steps(Protocol(phases=("train",)), 16 if options.steps is None else options.steps)
     command = one if one is not None else base
-    study = study_of_command(command, name=name_of_command(command), cwd=options.cwd or "", protocol=protocol)
+    study = study_of_command(command, cwd=options.cwd or "", protocol=protocol)
     if candidate is None:
         return study
     split_command("--candidate-command", candidate)

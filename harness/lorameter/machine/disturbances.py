@@ -108,11 +108,6 @@ class _PhaseValues:
     def host(self, what: str) -> float | None:
         return self.values.get(telemetry_key("host", what, self.phase))
 
-    def waiting_share(self) -> float | None:
-        """Share of the watched time in which runnable work waited for a CPU."""
-        part, whole = self.host("cpu_stall_s"), self.host("watched_s")
-        return part / whole if part is not None and whole else None
-
     def time_share(self, counter: str) -> tuple[float, str] | None:
         """Share of the watched time according to a GPU time counter, and a description of both values."""
         part, whole = self.device(counter), self.host("watched_s")
@@ -226,7 +221,8 @@ def _retrying(memory: Mapping[str, int], phase: str) -> Iterator[Disturbance]:
 
 
 def _contended(values: _PhaseValues, occupancy: float | None, *, in_turns: bool) -> Iterator[Disturbance]:
-    share, switches = values.waiting_share(), values.host("involuntary_switches")
+    stalled, watched, switches = map(values.host, ("cpu_stall_s", "watched_s", "involuntary_switches"))
+    share = stalled / watched if stalled is not None and watched else None
     low = occupancy is not None and occupancy < OCCUPANCY_INVALID
     if low or (share is not None and share > CONTENDED):
         waited = "" if share is None else f"work waited for a CPU in {share:.0%} of the time"

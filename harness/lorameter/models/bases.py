@@ -85,7 +85,7 @@ def folder_of(facts: Mapping[str, Any]) -> Path:
 def read_description(folder: Path) -> BaseDescription | None:
     """The description of the base in a folder; None if there is none, or if its tensor file has another size."""
     try:
-        data = fileio.read_json(folder / DESCRIPTION, fileio.MANIFEST_BYTES)
+        data = fileio.read_json(folder / DESCRIPTION)
         description = codec.from_json(BaseDescription, data, "description of a base")
         return description if (folder / TENSORS).stat().st_size == description.bytes else None
     except (OSError, ValueError, LorameterError):  # the file is missing or damaged
@@ -222,7 +222,7 @@ def _run(what: str, command: list[str], folder: Path, remedy: str, *, cwd: Path 
 
 def _verify(target: Path, name: str) -> None:
     try:
-        recorded = fileio.read_json(target / PROVENANCE_FILE, fileio.CONFIG_BYTES)["sha256"]
+        recorded = fileio.read_json(target / PROVENANCE_FILE)["sha256"]
         if not recorded:
             raise ValueError("it names no files")
         wrong = [file for file, expected in recorded.items() if sha256_of(target / file) != expected]

@@ -24,7 +24,6 @@ from lorameter.studies.variant import ADAMW, PAGED, LoraVariant, Variant
 
 LIBRARIES = ("peft", "torch", "transformers", "bitsandbytes", "lorameter")
 PROBE = "lorameter.trial.building.method_probe"
-_MOST_BYTES = 2**20
 
 
 class MethodFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,7 +93,7 @@ def _version(package: str) -> str:
 
 def _read(place: Path) -> MethodFacts | None:
     try:
-        return codec.from_json(MethodFacts, fileio.read_json(place, _MOST_BYTES), "facts of a method")
+        return codec.from_json(MethodFacts, fileio.read_json(place), "facts of a method")
     except (OSError, ValueError, LorameterError):  # missing, or from another lorameter
         return None
 

@@ -81,7 +81,7 @@ def read_config(source: ModelSource) -> dict[str, Any]:
     """The content of a model's config.json. Raises `UsageError` if it cannot be loaded or read."""
     path = config_file(source)
     try:
-        config = fileio.read_json(path, fileio.CONFIG_BYTES)
+        config = fileio.read_json(path)
     except fileio.NotReadableError as error:
         raise impossible("catalogue", "model", source.label, f"{path} cannot be read ({error})", "Repair it.") from None
     if not isinstance(config, dict):

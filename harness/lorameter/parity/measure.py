@@ -38,7 +38,7 @@ def check_adapter(folder: str) -> Path:
         if not fileio.is_file(path / name):
             raise impossible("parity", "adapter", folder, f"it holds no {name}", remedy)
     try:
-        kind = codec.from_json(dict[str, Any], fileio.read_json(path / CONFIG, fileio.MANIFEST_BYTES), CONFIG)
+        kind = codec.from_json(dict[str, Any], fileio.read_json(path / CONFIG), CONFIG)
     except (fileio.NotReadableError, UsageError) as error:
         why = f"its {CONFIG} cannot be read ({format_error(error)})"
         raise impossible("parity", "adapter", folder, why, remedy) from None

@@ -137,7 +137,7 @@ class TrialSession:
     def read(self, kind: Any, name: str) -> Any:
         """Read a result from the trial's folder. Raises `InvalidRunError` if it cannot be read."""
         try:
-            data = fileio.read_json(self.executor.fetch(self.request.trial, name, self.scratch), fileio.MANIFEST_BYTES)
+            data = fileio.read_json(self.executor.fetch(self.request.trial, name, self.scratch))
         except fileio.NotReadableError as error:
             variant = self.request.variant.name
             raise InvalidRunError(f"{variant}: {name}: cannot be read: {error}. Measure again.") from None

@@ -1,8 +1,7 @@
-"""Reads files within size limits, writes them atomically, and appends to journals line by line.
+"""Reads regular files, writes them atomically, and appends to journals line by line.
 
-An input may be an endless device, or a terabyte. So this module limits the size of all inputs. When a function returns,
-its output is completely on disk: neither a reader nor a crash leaves half of a document, and a crash damages at most
-one line of a journal.
+An input may be an endless device, so only regular files are read. When a function returns, its output is completely on
+disk: neither a reader nor a crash leaves half of a document, and a crash damages at most one line of a journal.
 
 File locks that ensure that only one process makes a cached model, an environment or a run.
 
@@ -35,14 +34,6 @@ from lorameter.errors import InvalidRunError, UsageError
 from lorameter.records import codec
 from lorameter.records.codec import NotReadableError as NotReadableError
 
-STUDY_BYTES = 1 << 20
-"""Limit of hand-written files: a study, a policy."""
-CONFIG_BYTES = 16 << 20
-"""Limit of files that describe a model, a layer of the cache, or accepted runs."""
-MANIFEST_BYTES = 64 << 20
-"""Limit of a run's manifest, which names every planned trial."""
-BENCHMARK_BYTES = 128 << 20
-"""Limit of a pytest-benchmark file, including all samples of all benchmarks."""
 _DRAFT_LETTERS = 40
 """Maximum characters of a file's name in its draft's name, because names are limited to 255 bytes."""
 
@@ -69,14 +60,11 @@ def open_plain(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def read_text(path: Path, max_bytes: int) -> str:
-    """The text of a file. Raises `NotReadableError` if it does not exist, or is larger than `max_bytes`."""
+def read_text(path: Path) -> str:
+    """The text of a regular file. Raises `NotReadableError` if there is none, or it is not UTF-8."""
     try:
         with open_plain(path) as file:
-            content = file.read(max_bytes + 1)
-        if len(content) > max_bytes:
-            raise NotReadableError(f"it has more than the {max_bytes >> 20} MiB that are read of one")
-        return content.decode("utf-8")
+            return file.read().decode("utf-8")
     except OSError as error:
         raise NotReadableError(error.strerror or str(error)) from None
     except ValueError as error:  # an invalid file name, or bytes that are not text
@@ -89,15 +77,15 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path, max_bytes: int) -> Any:
+def read_json(path: Path) -> Any:
     """Plain data from a JSON file. Raises `NotReadableError`."""
-    return codec.parse(read_text(path, max_bytes))
+    return codec.parse(read_text(path))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Plain data from a hand-written TOML file. Raises `NotReadableError` with the remedy."""
     try:
-        text = read_text(path, STUDY_BYTES)
+        text = read_text(path)
     except NotReadableError as error:
         raise NotReadableError(f"cannot be read: {error}. Give a TOML file.") from None
     try:

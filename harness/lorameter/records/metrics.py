@@ -24,12 +24,8 @@ variants share a workload · if some have their own. Losses over different token
 a second of the timed steps depend on the records in them."""
 LOSSES = ("warmup_loss", "timed_loss", "remaining_loss")
 """Samples that hold the loss of each step, in the order of the steps."""
-SCRIPT_TOKENS = ("warmup_tokens", "step_tokens", "remaining_tokens")
-"""Samples that hold the real tokens of each step of a script."""
 SCRIPT_ONLY_METRICS = ("data_time_s", "forward_time_s", "backward_time_s", "optimizer_time_s")
 """Parts of a step that are timed separately in a user's script, but not in the harness's own trials."""
-FINAL_SHARE = 4
-"""The final train loss is that of the last quarter of all steps; their number is the same for every trial."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +94,8 @@ def _scaling_efficiency(record: TrialRecord) -> Samples:
 
 def real_tokens_of_steps(record: TrialRecord) -> Samples:
     """Real tokens in each step of a script, in order; () if they were not counted."""
-    return tuple(count for name in SCRIPT_TOKENS for count in record.samples.get(name, ()))
+    names = ("warmup_tokens", "step_tokens", "remaining_tokens")
+    return tuple(count for name in names for count in record.samples.get(name, ()))
 
 
 def losses_of_steps(record: PartialRecord) -> Samples:
@@ -130,10 +127,11 @@ def _open_ended_time_per_token_s(record: TrialRecord) -> Samples:
 
 
 def _final_loss(record: TrialRecord) -> Samples:
+    """The losses of the last quarter of all steps, whose number is the same for every trial."""
     if "timed_loss" not in record.samples:  # a trial that is not timed ends its training early
         return ()
     losses = losses_of_steps(record)
-    return losses[-max(1, len(losses) // FINAL_SHARE) :]
+    return losses[-max(1, len(losses) // 4) :]
 
 
 def _energy_per(count: str) -> Callable[[TrialRecord], Samples]:

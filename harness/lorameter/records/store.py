@@ -31,13 +31,11 @@ from lorameter.records.fileio import alone, is_locked, write_document, write_who
 from lorameter.records.os_errors import translate_os_errors, translate_write_errors
 from lorameter.records.packed import is_packed, unpacked
 from lorameter.records.record import SCHEMA, BaseSummary, Line, Notice, TrialRecord, require_readable
+from lorameter.records.trials import STEPS, EvidenceFile, LostEvidenceError, line_of, read_trials, with_steps
 from lorameter.records.trials import TRIALS as TRIALS
-from lorameter.records.trials import EvidenceFile, LostEvidenceError, line_of, read_trials, remove_steps, with_steps
 
 RunStatus = Literal["running", "complete", "interrupted", "failed"]
 MANIFEST = "manifest.json"
-RunState = Literal["running", "complete", "interrupted", "failed", "killed"]
-"""State of a run: its status, or "killed" if its process ended without writing a status."""
 ENV_RUNS = "LORAMETER_RUNS"
 
 
@@ -132,7 +130,7 @@ def read_manifest(path: Path) -> Manifest:
     """
     source = path / MANIFEST
     try:
-        data = fileio.read_json(source, fileio.MANIFEST_BYTES)
+        data = fileio.read_json(source)
         require_readable(data, source)
         codec.dumps(data).encode()  # a manifest that cannot be written again would only fail later
     except (fileio.NotReadableError, UnicodeError) as error:
@@ -224,7 +222,7 @@ class RunWriter:
         )
         self._write_manifest()
         with self.refusals():
-            remove_steps(self.path)
+            (self.path / STEPS).unlink(missing_ok=True)  # the record has them
 
     def _write_manifest(self) -> None:
         with self.refusals():
@@ -278,8 +276,8 @@ class Run:
     """Whether a process is writing the run at present."""
 
     @property
-    def state(self) -> RunState:
-        """State of the run."""
+    def state(self) -> RunStatus | Literal["killed"]:
+        """Its status, or "killed" if its process ended without writing a status."""
         return "killed" if self.manifest.status == "running" and not self.live else self.manifest.status
 
 

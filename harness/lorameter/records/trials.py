@@ -104,13 +104,10 @@ class EvidenceFile:
                 if not line.endswith(b"\n"):
                     return
                 self._read_bytes += len(line)
-                self._keep(line)
-
-    def _keep(self, line: bytes) -> None:
-        with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
-            stored = _CHECK.decode(line)
-            if stored.hash == _hash_of(stored.check):
-                self._checks[stored.hash] = stored.check
+                with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
+                    stored = _CHECK.decode(line)
+                    if stored.hash == _hash_of(stored.check):
+                        self._checks[stored.hash] = stored.check
 
 
 _redact = functools.lru_cache(maxsize=4096)(redact)
@@ -240,8 +237,3 @@ def with_steps(record: TrialRecord, folder: Path) -> TrialRecord:
     seen = {name: found for name, found in whole.items() if len(found) == len(samples[name])}
     turns = (1,) * len(seen.get("step_time_s", ()))
     return record.replaced(samples=record.samples | seen, turn_lengths=turns, values=values, memory=memory)
-
-
-def remove_steps(folder: Path) -> None:
-    """Remove the step file, after the trial has ended."""
-    (folder / STEPS).unlink(missing_ok=True)

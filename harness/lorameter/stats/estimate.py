@@ -45,7 +45,7 @@ from typing import TYPE_CHECKING, TypeVar
 from lorameter.stats.effect import ROUNDING, Effect, Spread, from_log
 from lorameter.stats.intervals import mean_interval, quantile
 from lorameter.stats.power import sd_interval
-from lorameter.stats.samples import checked_alpha, checked_number, checked_trials, medians_of
+from lorameter.stats.samples import checked_trials, medians_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -68,7 +68,6 @@ class Estimate:
     high: float | None
     """Upper end; None with one replicate, or if it exceeds the range of a float."""
     replicates: int
-    """Number of trials."""
     samples: int
     """Number of samples of all trials; more samples do not narrow the interval."""
 
@@ -86,15 +85,12 @@ def estimate_trials(
     With one replicate `low` and `high` are None, however many samples it has. If any trial's median is zero or negative
     (a loss can be), the centre and the interval are computed on the linear scale.
 
-    Raises ValueError, naming the trial and sample, for an empty list or trial and for NaN or infinite samples; for
-    values whose mean overflows; and if `blocks` does not have one entry for each trial.
+    Raises ValueError, naming the trial and sample, for an empty list or trial and for NaN or infinite samples; and for
+    values whose mean overflows.
     """
     import numpy as np
 
-    checked_alpha(alpha)
     arrays = checked_trials("trials", trials, positive=False)
-    if blocks is not None and len(blocks) != len(arrays):
-        raise ValueError(f"{len(blocks)} blocks are named for {len(arrays)} trials")
     with np.errstate(over="ignore", invalid="ignore"):
         return _estimate(arrays, alpha, blocks)
 
@@ -123,12 +119,10 @@ def is_precise(comparisons: Iterable[Comparison], *, half_width: float, least_re
 
     Pass comparisons whose intervals have one fixed level (`compare_trials` with a fixed `family`): Holm's intervals
     narrow with every decided comparison, so that stopping would depend on significance again. Returns False without
-    comparisons, and if an interval has no end. Raises ValueError for half_width <= 0 and for least_replicates < 2.
+    comparisons, and if an interval has no end.
     """
-    limit = checked_number("half_width", half_width, at_least=0, strictly=True)
-    checked_number("least_replicates", least_replicates, at_least=2, strictly=False)
     widths = [relative_half_width(one) if one.replicates >= least_replicates else None for one in comparisons]
-    return bool(widths) and all(width is not None and width <= limit for width in widths)
+    return bool(widths) and all(width is not None and width <= half_width for width in widths)
 
 
 def relative_half_width(comparison: Comparison) -> float | None:
@@ -194,10 +188,7 @@ def share_scatter(effects: Mapping[K, Effect]) -> dict[K, Effect]:
     """
     import numpy as np
 
-    counts = {len(effect.log_ratios) for effect in effects.values()}
-    if len(counts) > 1:
-        raise ValueError(f"comparisons with {sorted(counts)} log ratios share no scatter: pass the same replicates")
-    if len(effects) < 2 or counts <= {0, 1}:
+    if len(effects) < 2 or all(len(effect.log_ratios) < 2 for effect in effects.values()):
         return dict(effects)
     columns = np.column_stack([effect.log_ratios for effect in effects.values()])
     variances, prior_df = _comparison_variances(columns)

@@ -100,8 +100,6 @@ def bootstrap_interval(
     """
     from scipy.stats import bootstrap
 
-    if len({len(column) for column in columns}) != 1:
-        raise ValueError(f"columns of {[len(column) for column in columns]} values: pass as many in each")
     if len(columns[0]) < 6:
         return None, None
     found = bootstrap(

@@ -51,8 +51,6 @@ def clustered_proportion(counts: Sequence[int], of: Sequence[int], *, alpha: flo
 
     Raises ValueError without clusters, for lists of different lengths, and in the cases of `proportion`.
     """
-    if len(counts) != len(of):
-        raise ValueError(f"{len(counts)} counts of {len(of)} clusters: pass as many of both")
     for pair in zip(counts, of, strict=True):
         _check(*pair)
     count, whole = sum(counts), sum(of)

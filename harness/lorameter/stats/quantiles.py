@@ -21,7 +21,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorameter.stats.samples import checked_alpha, checked_number, checked_samples
+from lorameter.stats.samples import checked_samples
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,13 +52,12 @@ def median_interval(values: Sequence[float], *, alpha: float = 0.05) -> Quantile
     """The median of independent values (one a process) with its two-sided (1 - alpha) interval.
 
     The median itself is always given; `low` and `high` are None if even the smallest and the largest value do not
-    bracket it with that confidence (95 % needs 6 values). Raises ValueError without values, for values that are not
-    finite, and for alpha out of range.
+    bracket it with that confidence (95 % needs 6 values). Raises ValueError without values, and for values that are not
+    finite.
     """
     import numpy as np
 
     ordered = np.sort(checked_samples("values", values, positive=False))
-    checked_alpha(alpha)
     tail = alpha / 2
     needed = _least_samples(0.5, tail)
     supported = ordered.size >= needed
@@ -82,18 +81,13 @@ def percentile(
 
     `effective_size` is the equivalent number of independent samples (`lorameter.stats.effective_size`), at most the
     number of samples; it determines the width of the bounds. If it is too small for the quantile (with 95 %, p90 needs
-    29, p95 59, p99 299), all three numbers are None. Raises ValueError without samples, for samples that are not
-    finite, and for q, confidence or size out of range.
+    29, p95 59, p99 299), all three numbers are None. Raises ValueError without samples, and for samples that are not
+    finite.
     """
     import numpy as np
 
     ordered = np.sort(checked_samples("samples", samples, positive=False))
-    for name, fraction in (("q", q), ("confidence", confidence)):
-        if checked_number(name, fraction, at_least=0, strictly=True) >= 1:
-            raise ValueError(f"{name} is {fraction!r}: pass a fraction between 0 and 1, such as 0.95")
-    size = ordered.size
-    if effective_size is not None:
-        size = min(size, math.floor(checked_number("effective_size", effective_size, at_least=1, strictly=False)))
+    size = ordered.size if effective_size is None else min(ordered.size, math.floor(effective_size))
     needed = _least_samples(q, 1 - confidence)
     if size < needed:
         worth = "" if size == ordered.size else f" (what {ordered.size} dependent samples are worth)"

@@ -81,8 +81,7 @@ def sizes(changes: NDArray[float64]) -> NDArray[float64]:
     return np.asarray(changes * np.sign(changes.mean()))
 
 
-LEAST_POINTS = 3
-"""Every line fits two points."""
+LEAST_POINTS = 3  # every line fits two
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +106,7 @@ def explained_share(blocks: Sequence[tuple[Sequence[float], Sequence[float]]]) -
     import numpy as np
 
     pairs = [(np.asarray(x, dtype=float), np.asarray(y, dtype=float)) for x, y in blocks]
-    informative = [(x, y) for x, y in pairs if _is_informative(x, y)]
+    informative = [(x, y) for x, y in pairs if x.size >= LEAST_POINTS and x.max() > x.min() and y.max() > y.min()]
     if not informative:
         return None
     mean, low, high = mean_interval([float(np.corrcoef(x, y)[0, 1] ** 2) for x, y in informative])
@@ -118,12 +117,6 @@ def explained_share(blocks: Sequence[tuple[Sequence[float], Sequence[float]]]) -
         replicates=len(informative),
         points=sum(x.size for x, _ in informative),
     )
-
-
-def _is_informative(x: NDArray[float64], y: NDArray[float64]) -> bool:
-    if x.size != y.size:
-        raise ValueError(f"x has {x.size} points and y {y.size}: pass one pair a point")
-    return bool(x.size >= LEAST_POINTS and x.max() > x.min() and y.max() > y.min())
 
 
 Support = Literal["supported", "refuted", "inconclusive"]
@@ -146,11 +139,9 @@ class Conclusion:
     low: float
     """Lower end of its uncorrected 95 % interval."""
     high: float
-    """Upper end."""
     decided_low: float
     """Lower end of the interval that decided, or failed to decide."""
     decided_high: float
-    """Upper end."""
     level: float
     """Coverage of that interval."""
     replicates: int

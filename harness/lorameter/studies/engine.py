@@ -62,11 +62,6 @@ class Engine:
                 f'true, a word, "{ANY}", "{LESS}" or "{SAFE}".',
             )
 
-    @property
-    def example(self) -> str:
-        """A script with and without the engine, in words, for messages."""
-        return f"'python train.py {self.flag or '{--flag}'}'"
-
     def obstacle(self, device: str) -> str:
         """Why nothing can be measured on a device ("cpu" or "cuda"); empty if it can."""
         if not self.needs or device == self.needs:

@@ -44,7 +44,7 @@ def read_config(where: str, path: str) -> dict[str, Any]:
     default. Raises `UsageError`."""
     file = Path(path) / CONFIG_NAME if Path(path).is_dir() else Path(path)
     try:
-        data = fileio.read_json(file, fileio.MANIFEST_BYTES)
+        data = fileio.read_json(file)
     except (OSError, ValueError) as error:
         why = f"it cannot be read ({format_error(error)})"
         raise impossible(where, "peft", path, why, f"Name an {CONFIG_NAME} or its folder.") from None
@@ -117,7 +117,7 @@ def _is_experiment(path: Path) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = fileio.read_json(path, fileio.MANIFEST_BYTES)
+        data = fileio.read_json(path)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: it cannot be read ({error}). Mend it.") from None
     if not isinstance(data, dict):

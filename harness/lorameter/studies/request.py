@@ -82,11 +82,6 @@ class BaseRequest:
     threads: int
     log_path: str
 
-    @property
-    def key(self) -> BaseKey:
-        """A key that is equal for requests of the same base."""
-        return base_key(self.variant, self.workload)
-
 
 BaseKey = tuple[str, int, str, str, bool]
 
@@ -134,42 +129,44 @@ class Command:
     """The phase that ends with it; a notice then names the telemetry that could not be read."""
 
 
-_ROWS = (
-    Command(name="base", label="preparing the base", by="process"),
-    Command(name="times", label="timing two layers", by="process"),
-    Command(name="parity", label="serving the adapter", by="process"),
-    Command(name="prepare", label="starting", by="process"),
-    Command(name="build", label="building"),
-    Command(name="verify", label="checking what runs"),
-    Command(name="warm_up", label="warming up"),
-    Command(name="turn", label="timing steps", measure="steps", timed=True, telemetry_phase="train"),
-    Command(name="train", label="training on, untimed", measure="steps"),
-    Command(name="finish_training", label="held-out loss and memory", ends="train"),
-    Command(name="save_adapter", label="saving the adapter", phase="cold", measure="cold"),
-    Command(name="begin_generate", label="first call", phase="generate"),
-    Command(name="request", label="timing requests", phase="generate", timed=True, telemetry_phase="generate"),
-    Command(
-        name="open_ended",
-        label="timing whole answers",
-        phase="generate",
-        measure="open_ended",
-        timed=True,
-        telemetry_phase="generate",
-    ),
-    Command(name="base_answers", label="answers before training", phase="generate", measure="open_ended"),
-    Command(name="end_generate", label="peaks of generation", phase="generate", measure="peaks", ends="generate"),
-    Command(name="merge", label="merging the adapter", phase="generate", measure="merged"),
-    Command(name="close", label="checking the shared base"),
-    Command(name="cold", label="cold start", by="interpreter", phase="cold", measure="cold", timed=True),
-    Command(name="memory_breakdown", label="memory breakdown", by="profiled trial"),
-    Command(name="profile", label="profiling steps", by="profiled trial", telemetry_phase="train", ends="train"),
-    Command(name="peak", label="measuring peak throughput", by="profiled trial"),
-    Command(name="activity", label="recording what runs in a step", by="profiled trial"),
-    Command(name="profile_requests", label="profiling requests", by="profiled trial", telemetry_phase="generate"),
-    Command(name="request_facts", label="tracing a request", by="profiled trial"),
-    Command(name="request_activity", label="recording what runs in a request", by="profiled trial"),
-)
-COMMANDS = {command.name: command for command in _ROWS}
+COMMANDS = {
+    command.name: command
+    for command in (
+        Command(name="base", label="preparing the base", by="process"),
+        Command(name="times", label="timing two layers", by="process"),
+        Command(name="parity", label="serving the adapter", by="process"),
+        Command(name="prepare", label="starting", by="process"),
+        Command(name="build", label="building"),
+        Command(name="verify", label="checking what runs"),
+        Command(name="warm_up", label="warming up"),
+        Command(name="turn", label="timing steps", measure="steps", timed=True, telemetry_phase="train"),
+        Command(name="train", label="training on, untimed", measure="steps"),
+        Command(name="finish_training", label="held-out loss and memory", ends="train"),
+        Command(name="save_adapter", label="saving the adapter", phase="cold", measure="cold"),
+        Command(name="begin_generate", label="first call", phase="generate"),
+        Command(name="request", label="timing requests", phase="generate", timed=True, telemetry_phase="generate"),
+        Command(
+            name="open_ended",
+            label="timing whole answers",
+            phase="generate",
+            measure="open_ended",
+            timed=True,
+            telemetry_phase="generate",
+        ),
+        Command(name="base_answers", label="answers before training", phase="generate", measure="open_ended"),
+        Command(name="end_generate", label="peaks of generation", phase="generate", measure="peaks", ends="generate"),
+        Command(name="merge", label="merging the adapter", phase="generate", measure="merged"),
+        Command(name="close", label="checking the shared base"),
+        Command(name="cold", label="cold start", by="interpreter", phase="cold", measure="cold", timed=True),
+        Command(name="memory_breakdown", label="memory breakdown", by="profiled trial"),
+        Command(name="profile", label="profiling steps", by="profiled trial", telemetry_phase="train", ends="train"),
+        Command(name="peak", label="measuring peak throughput", by="profiled trial"),
+        Command(name="activity", label="recording what runs in a step", by="profiled trial"),
+        Command(name="profile_requests", label="profiling requests", by="profiled trial", telemetry_phase="generate"),
+        Command(name="request_facts", label="tracing a request", by="profiled trial"),
+        Command(name="request_activity", label="recording what runs in a request", by="profiled trial"),
+    )
+}
 """By name; commands of a trial are in the order in which they are sent."""
 
 ROUNDS: dict[RoundKind, Command] = {

@@ -125,14 +125,9 @@ def split_command(label: str, command: str) -> list[str]:
     return words
 
 
-def name_of_command(command: str) -> str:
-    """A name for the program of a command: the script's name without suffix, a module's, or the program's."""
-    return name_of_words(split_command("command", command))
-
-
 def name_of_words(words: Sequence[str]) -> str:
-    """The name for words that are already split. It becomes part of the run's folder name, so it contains only the
-    script of a shell line, and no credential."""
+    """A name for the program of a command: the script's name without suffix, a module's, or the program's. It becomes
+    part of the run's folder name, so it contains only the script of a shell line, and no credential."""
     words = hide_credentials(words)
     parts: list[str] = []
     for before, word in zip(["", *words], words, strict=False):

@@ -18,9 +18,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorameter.errors import UsageError, shorten
-from lorameter.studies.engine import Engine
 from lorameter.studies.protocol import Protocol
-from lorameter.studies.script import name_of_command, script_workload, split_command
+from lorameter.studies.script import name_of_words, script_workload, split_command
 from lorameter.studies.study import Study
 from lorameter.studies.variant import ScriptVariant
 
@@ -47,7 +46,7 @@ def study_of_command(
     Raises:
         UsageError: the command is empty, or needs a shell.
     """
-    name = name or name_of_command(command)
+    name = name or name_of_words(split_command("command", command))
     variant = ScriptVariant(name=name, command=command, cwd=cwd)
     return Study(
         name=name,
@@ -99,17 +98,6 @@ def _refused(command: str, why: str, remedy: str) -> UsageError:
     return UsageError(f"{_LABEL} = {shorten(repr(command), 120)}: {why}. {remedy}.")
 
 
-def engine_of(study: Study) -> Engine:
-    """The engine of a study. Raises `UsageError` for a study without an engine."""
-    if study.engine is None or not study.claims:
-        raise UsageError(
-            f"study {study.name}: it claims nothing of an engine, so there is nothing to judge a script by. Name one "
-            "that does (`lorameter list studies`), or compare two commands: lorameter ab --base-command ... "
-            "--candidate-command ..."
-        )
-    return study.engine
-
-
 def study_of_engine(study: Study, command: str, *, cwd: str = "") -> Study:
     """Make a study of an engine's claims with the user's own script.
 
@@ -121,8 +109,14 @@ def study_of_engine(study: Study, command: str, *, cwd: str = "") -> Study:
     Raises:
         UsageError: the study has no engine, or the command cannot be split into two.
     """
-    engine = engine_of(study)
-    off, on = split_braces(command, engine.example)
+    engine = study.engine
+    if engine is None or not study.claims:
+        raise UsageError(
+            f"study {study.name}: it claims nothing of an engine, so there is nothing to judge a script by. Name one "
+            "that does (`lorameter list studies`), or compare two commands: lorameter ab --base-command ... "
+            "--candidate-command ..."
+        )
+    off, on = split_braces(command, f"'python train.py {engine.flag or '{--flag}'}'")
     return Study(
         name=study.name,
         title=f"{study.title}: {command}",

@@ -23,12 +23,7 @@ from lorameter.records import codec
 from lorameter.studies import protocol, script
 
 DType = Literal["float32", "bfloat16", "float16"]
-Quantization = Literal["none", "int8", "nf4", "fp4"]
 Attention = Literal["sdpa", "flash_attention_2", "eager", "flex_attention"]
-Schedule = Literal["constant", "linear", "cosine"]
-Bias = Literal["none", "all", "lora_only"]
-KeyValueCache = Literal["dynamic", "static"]
-Init = Literal["default", "gaussian", "olora", "pissa", "orthogonal"]
 
 ALL_LINEAR = "all-linear"
 """PEFT's name for all linear layers except the output head."""
@@ -133,7 +128,7 @@ class Variant(AnyVariant):
 
     dtype: DType = "bfloat16"
     """Dtype of the base weights that are not quantised."""
-    quantization: Quantization = "none"
+    quantization: Literal["none", "int8", "nf4", "fp4"] = "none"
     """Storage format of the base weights in bitsandbytes; "none" leaves them in `dtype`."""
     double_quant: bool = True
     """Also quantise the quantisation constants; only used for nf4 and fp4."""
@@ -167,7 +162,7 @@ class Variant(AnyVariant):
     """Further arguments of the optimizer, by its own names: { loraplus_lr_ratio = 16 }."""
     learning_rate: float = 2e-4
     """Highest learning rate of the schedule."""
-    schedule: Schedule = "constant"
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate after the warm-up."""
     warmup_ratio: float = 0.0
     """Share of the steps in which the learning rate rises from zero; unrelated to the harness's warm-up."""
@@ -180,7 +175,7 @@ class Variant(AnyVariant):
 
     merge_adapter: bool = False
     """Answer requests with the adapter merged into the base; training is not affected."""
-    kv_cache: KeyValueCache = "dynamic"
+    kv_cache: Literal["dynamic", "static"] = "dynamic"
     """Key/value cache of a request: "dynamic" is reallocated and copied for each token; "static" is allocated once with
     the full length."""
     copy_head_input: bool = False
@@ -271,13 +266,13 @@ class LoraVariant(Variant):
     """Probability with which each input of the adapter is zeroed in training."""
     target_modules: tuple[str, ...] = (ALL_LINEAR,)
     """Suffixes of module names; ("all-linear",) means all linear layers except the head; () uses PEFT's default."""
-    bias: Bias = "none"
+    bias: Literal["none", "all", "lora_only"] = "none"
     """Biases that train with the adapter, by PEFT's names."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732)."""
     use_dora: bool = False
     """Train magnitude and direction separately (Liu et al. 2024, arXiv 2402.09353)."""
-    init_lora_weights: Init = "default"
+    init_lora_weights: Literal["default", "gaussian", "olora", "pissa", "orthogonal"] = "default"
     """Initialisation of the adapter, by PEFT's names."""
 
     def __post_init__(self) -> None:

@@ -33,7 +33,6 @@ Loss = Literal["all", "answer"]
 LOSSES: dict[Loss, str] = {"all": "loss on all tokens", "answer": "loss on the answers alone"}
 """Descriptions of the losses."""
 PromptFormat = Literal["answer-instruction", "write-instruction"]
-Strategy = Literal["", "ddp", "fsdp2"]
 Repair = Literal["", "quant_state"]
 
 SYNTHETIC = "synthetic"
@@ -165,7 +164,7 @@ class Workload:
     one unless the study is about threads."""
     ranks: int = 1
     """Processes that train together in one trial, each on its part of every batch: `batch_size` is the total."""
-    strategy: Strategy = ""
+    strategy: Literal["", "ddp", "fsdp2"] = ""
     """How ranks train together: "ddp", each with the whole model, or "fsdp2", which shards it."""
     repair: Repair = ""
     """A workaround that the libraries need. "quant_state": 4-bit weights sharded by FSDP2 keep their quantisation state
@@ -234,14 +233,12 @@ _NO_DATA = ("dataset_info.json", "dataset_infos.json")
 _SPLIT = re.compile(r"(?P<name>.+)\[(?P<split>[\w.-]+)\]")
 _HUB = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<config>[^\[\]:/]+))?")
 
-Kind = Literal["synthetic", "file", "folder", "saved", "hub"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSource:
     """The source of a workload's records."""
 
-    kind: Kind
+    kind: Literal["synthetic", "file", "folder", "saved", "hub"]
     """"saved" is a folder saved by `datasets`, "folder" one with files of records."""
     name: str
     """Path, or hub id."""

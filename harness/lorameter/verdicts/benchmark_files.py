@@ -119,7 +119,7 @@ def read_benchmark_json(path: Path) -> ComparisonInput:
             value.
     """
     try:
-        data = fileio.read_json(path, fileio.BENCHMARK_BYTES)
+        data = fileio.read_json(path)
     except fileio.NotReadableError as error:
         raise UsageError(
             f"{path}: cannot be read as JSON: {error}. Give a file that pytest-benchmark wrote, or a run."

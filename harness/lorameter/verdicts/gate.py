@@ -222,7 +222,7 @@ def read_baselines(runs: Path) -> Baselines:
     if not fileio.is_there(path):
         return Baselines()
     try:
-        data = fileio.read_json(path, fileio.CONFIG_BYTES)
+        data = fileio.read_json(path)
     except fileio.NotReadableError as error:
         raise UsageError(f"{path}: cannot be read: {error}. Restore it, or remove it and accept again.") from None
     read = codec.from_json(Baselines, data, str(path))

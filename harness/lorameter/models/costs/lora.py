@@ -16,6 +16,7 @@ from lorameter.studies.variant import ADAMW, ALL_LINEAR, PAGED, LoraVariant, Var
 
 PAGED_FROM_ELEMENTS = 100_000
 """bitsandbytes pages the state of a tensor from this many elements on (`Optimizer8bit.get_state_buffer`)."""
+EIGHT_BIT = "paged_adamw_8bit"
 EIGHT_BIT_FROM_ELEMENTS = 4096
 """Smaller tensors keep float32 state in an 8-bit optimizer (its `min_8bit_size`)."""
 STEP_BYTES = 4
@@ -101,7 +102,7 @@ def optimizer_state_bytes(optimizer: str, trained: Iterable[tuple[int, int]]) ->
     tensors = list(trained)
     if optimizer in ("adamw", "adamw_fused"):
         return sum(2 * elements * size + STEP_BYTES for elements, size in tensors)
-    tables = _eight_bit(optimizer) and any(elements >= EIGHT_BIT_FROM_ELEMENTS for elements, _ in tensors)
+    tables = optimizer == EIGHT_BIT and any(elements >= EIGHT_BIT_FROM_ELEMENTS for elements, _ in tensors)
     return sum(_moments(optimizer, elements) for elements, _ in tensors) + (2 * MOMENT_TABLE_BYTES if tables else 0)
 
 
@@ -110,16 +111,12 @@ def paged_state_bytes(optimizer: str, elements: Iterable[int]) -> int:
     moments."""
     if not optimizer.startswith("paged"):
         return 0
-    size = 2 if _eight_bit(optimizer) else 8
+    size = 2 if optimizer == EIGHT_BIT else 8
     return sum(size * one for one in elements if one >= PAGED_FROM_ELEMENTS)
 
 
-def _eight_bit(optimizer: str) -> bool:
-    return optimizer == "paged_adamw_8bit"
-
-
 def _moments(optimizer: str, elements: int) -> int:
-    if _eight_bit(optimizer) and elements >= EIGHT_BIT_FROM_ELEMENTS:
+    if optimizer == EIGHT_BIT and elements >= EIGHT_BIT_FROM_ELEMENTS:
         return 2 * (elements + 4 * -(-elements // BLOCK))
     return 8 * elements
 

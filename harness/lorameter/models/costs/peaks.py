@@ -229,28 +229,24 @@ def find_card(text: str) -> GpuSpec:
     Raises:
         UsageError: the text is neither a size nor a name, or GPUs of this name differ in memory.
     """
-    size = _SIZE.fullmatch(text.strip())
+    size, where = _SIZE.fullmatch(text.strip()), f"--gpu {shorten(repr(text), 60)}"
     if size is not None and size[2].lower() in UNITS:
         total = int(float(size[1]) * UNITS[size[2].lower()])
         if not total:
-            raise UsageError(f"--gpu {_quoted(text)}: no memory. {_REMEDY}.")
+            raise UsageError(f"{where}: no memory. {_REMEDY}.")
         return GpuSpec(name=" ".join(text.split()), device_name="", total_bytes=total, source="as given")
     matches = [device for device in DEVICES if _is_called(device, text)]
     if not matches:
         why = "a size without a known unit" if size is not None else "no known GPU"
-        raise UsageError(f"--gpu {_quoted(text)}: {why}. Known: {_list(DEVICES)}. {_REMEDY}, for any other.")
+        raise UsageError(f"{where}: {why}. Known: {_list(DEVICES)}. {_REMEDY}, for any other.")
     if len({device.memory_mib for device in matches}) > 1:
-        raise UsageError(f"--gpu {_quoted(text)}: there are several, of different memory. Name one: {_list(matches)}.")
+        raise UsageError(f"{where}: there are several, of different memory. Name one: {_list(matches)}.")
     return GpuSpec(
         name=matches[0].label,
         device_name=matches[0].names[0],
         total_bytes=matches[0].memory_bytes,
         source=MEMORY_SOURCE,
     )
-
-
-def _quoted(text: str) -> str:
-    return shorten(repr(text), 60)
 
 
 def _list(devices: Iterable[DevicePeaks]) -> str:
@@ -297,13 +293,11 @@ class Utilisation:
     def __str__(self) -> str:
         places = "[no interval]" if self.low is None or self.high is None else f"[{self.low:.1%}, {self.high:.1%}]"
         text = f"{self.name} {self.value:.1%} {places} = {self.formula}, peak {self.peak}"
-        return f"{text}; above 100 %: {self._beyond}" if self.value > 1 else text
-
-    @property
-    def _beyond(self) -> str:
-        if self.peak.rate == "memory":
-            return "data in a cache is not read from memory"
-        return "it ran faster than the product by which the peak was measured, which is no bound here"
+        if self.value <= 1:
+            return text
+        product = "it ran faster than the product by which the peak was measured, which is no bound here"
+        why = "data in a cache is not read from memory" if self.peak.rate == "memory" else product
+        return f"{text}; above 100 %: {why}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -235,7 +235,7 @@ def has_chat_template(source: ModelSource) -> bool | None:
     if any(fileio.is_file(folder / name) for name in _FILES):
         return True
     try:
-        config = fileio.read_json(folder / "tokenizer_config.json", fileio.CONFIG_BYTES)
+        config = fileio.read_json(folder / "tokenizer_config.json")
     except fileio.NotReadableError:
         return None
     return isinstance(config, dict) and bool(config.get("chat_template"))
