@@ -23,7 +23,6 @@ from lorameter.models.catalogue import CATALOGUE
 from lorameter.models.costs.flops import StepTokens, product_weights, six_n, training_flops
 from lorameter.models.costs.lora import adapter_parameters
 from lorameter.models.costs.memory import Activations, estimate_memory, memory_bytes, stored_dtype
-from lorameter.models.costs.peaks import Peak, ceiling_of
 from lorameter.models.shapes import (
     FAMILIES,
     Family,
@@ -280,7 +279,6 @@ def test_a_family_agrees_with_transformers_and_peft(family, source_of, shape_of)
         assert sizes_of(variant, source).trainable_parameters == adapter_parameters(variant, shape)
 
 
-PEAKS = {rate: Peak(device="d", rate=rate, per_s=1e9, source="s") for rate in ("float32", "memory")}
 ESTIMATES = {
     "widths": lambda shape: linear_widths(shape),
     "parameters": lambda shape: adapter_parameters(VARIANT, shape),
@@ -291,7 +289,6 @@ ESTIMATES = {
     "memory of a request": lambda shape: estimate_memory(VARIANT, Workload(), shape, phase="generate"),
     "memory beyond the process": lambda shape: memory_bytes(VARIANT, Workload(), shape),
     "activations": lambda shape: Activations(VARIANT, Workload(), shape, "cpu"),
-    "MFU": lambda shape: ceiling_of(shape, VARIANT, None, PEAKS["float32"], useful=TOKENS, computed=TOKENS),
 }
 
 

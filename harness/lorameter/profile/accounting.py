@@ -26,10 +26,11 @@ from lorameter.models.costs.flops import (
     computed_tokens,
     mean_context,
     row_tokens,
+    six_n,
     training_flops,
 )
 from lorameter.models.costs.modules import from_values
-from lorameter.models.costs.peaks import Ceiling, TimeSpan, Utilisation, ceiling_of, ceiling_of_products, utilisation
+from lorameter.models.costs.peaks import Ceiling, TimeSpan, Utilisation, ceiling_of, utilisation
 from lorameter.profile.facts import Profile, RequestProfile, TrialProfile
 from lorameter.records.activity import LEAST_STEP_PAIRS, REQUEST_PHASES, STEP_PHASES, WHOLE, PhaseActivity
 from lorameter.stats import bootstrap_interval, median_interval
@@ -275,13 +276,14 @@ class Ceilings:
     """FLOPs that the operators execute."""
 
 
-def step_flops(profile: Profile, variant: Variant) -> TrainingFlops:
-    """FLOPs that the operators of a step execute: in closed form, or as counted by the trial from the modules.
+def step_flops(profile: Profile, variant: Variant, tokens: StepTokens | None = None) -> TrainingFlops:
+    """FLOPs of a step over these tokens (None: all that its operators compute): in closed form, or as counted by the
+    trial from the modules.
 
     Raises:
         UsageError: the model's layers are unknown, and were not counted.
     """
-    tokens = computed_tokens(variant, profile.workload)
+    tokens = tokens or computed_tokens(variant, profile.workload)
     try:
         return training_flops(shapes.shape(catalogue.resolve(profile.workload.model)), variant, tokens)
     except UsageError:
@@ -303,13 +305,18 @@ def ceilings(profile: Profile, step: TimeSpan) -> Ceilings | str:
         pairs=round(values["useful_pairs"]),
         passes=variant.gradient_accumulation,
     )
-    given = given_tokens(profile, useful)
-    if (products := from_values(values)) is not None:
-        counted = ceiling_of_products(products, variant, step, profile.peaks["product"], useful=useful, computed=given)
-        return Ceilings(train=counted, flops=step_flops(profile, variant))
+    given, products = given_tokens(profile, useful), from_values(values)
     try:
-        shape = shapes.shape(catalogue.resolve(workload.model))
-        train = ceiling_of(shape, variant, step, profile.peaks["product"], useful=useful, computed=given)
+        train = ceiling_of(
+            step_flops(profile, variant, useful).model,
+            step_flops(profile, variant, given).hardware,
+            products.six_n(useful) if products else six_n(shapes.shape(catalogue.resolve(workload.model)), useful),
+            step,
+            profile.peaks["product"],
+            useful=useful,
+            computed=given,
+            counted=", counted from the modules" if products else "",
+        )
         return Ceilings(train=train, flops=step_flops(profile, variant))
     except UsageError as error:
         return str(error)

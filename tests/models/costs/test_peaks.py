@@ -7,12 +7,10 @@ Tests of `--gpu`: it takes the name of a GPU or a memory size, and refuses anyth
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from lorameter.errors import UsageError
-from lorameter.models.costs.flops import computed_tokens, row_tokens, six_n, training_flops
+from lorameter.models.costs.flops import computed_tokens, row_tokens
 from lorameter.models.costs.peaks import (
     DEVICES,
     DRIVER_SHARE,
@@ -24,7 +22,6 @@ from lorameter.models.costs.peaks import (
     stated_peak,
     utilisation,
 )
-from lorameter.models.shapes import ModelShape
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 
@@ -75,10 +72,6 @@ def test_figures_are_dense_and_have_a_source():
     assert len(names) == len(set(names))
 
 
-SHAPE = ModelShape(
-    hidden_size=64, intermediate_size=128, layers=2, heads=2, kv_heads=1, head_dim=32, vocab_size=100, context=64,
-    tied=False, architecture="llama",
-)  # fmt: skip
 VARIANT = LoraVariant(r=4, target_modules=("q_proj", "v_proj"), gradient_checkpointing=True)
 WORKLOAD = Workload(sequence_length=32, batch_size=2)
 USEFUL, COMPUTED = row_tokens(VARIANT, WORKLOAD), computed_tokens(VARIANT, WORKLOAD)
@@ -99,22 +92,10 @@ def test_a_share_with_its_interval():
 
 def test_three_figures_of_one_step():
     """MFU counts the FLOPs that the model needs, HFU the computed ones, and 6N those of training all weights."""
-    ceiling = ceiling_of(SHAPE, VARIANT, STEP, PEAK, useful=USEFUL, computed=COMPUTED)
-    assert ceiling.mfu.value == pytest.approx(training_flops(SHAPE, VARIANT, USEFUL).model / 1e8)
-    assert ceiling.hfu.value == pytest.approx(training_flops(SHAPE, VARIANT, COMPUTED).hardware / 1e8)
-    assert ceiling.six_n.value == pytest.approx(six_n(SHAPE, USEFUL) / 1e8)
+    ceiling = ceiling_of(10**6, 2 * 10**6, 3 * 10**6, STEP, PEAK, useful=USEFUL, computed=COMPUTED)
+    assert (ceiling.mfu.value, ceiling.hfu.value, ceiling.six_n.value) == pytest.approx((0.01, 0.02, 0.03))
     assert ceiling.mfu.low < ceiling.mfu.value < ceiling.mfu.high
     assert "which LoRA does not compute" in str(ceiling.six_n)
-
-
-def test_recomputation_does_not_count_for_mfu():
-    """Recomputation counts for HFU only."""
-    plain = dataclasses.replace(VARIANT, gradient_checkpointing=False)
-    with_it, without = (
-        ceiling_of(SHAPE, variant, STEP, PEAK, useful=USEFUL, computed=COMPUTED) for variant in (VARIANT, plain)
-    )
-    assert with_it.mfu == without.mfu
-    assert with_it.hfu.value > without.hfu.value
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorameter.errors import UsageError, shorten
-from lorameter.models.costs.flops import StepTokens, six_n, training_flops
-from lorameter.models.costs.modules import StepProducts
-from lorameter.models.shapes import ModelShape
+from lorameter.models.costs.flops import StepTokens
 from lorameter.studies.variant import Variant
 
 Rate = Literal["float32", "tf32", "float16", "bfloat16", "memory"]
@@ -331,59 +329,29 @@ def utilisation(name: str, work: int, time_s: TimeSpan, peak: Peak, formula: str
 
 
 def ceiling_of(
-    shape: ModelShape,
-    variant: Variant,
+    needs: int,
+    does: int,
+    full: int,
     step_time_s: TimeSpan,
     peak: Peak,
     *,
     useful: StepTokens,
     computed: StepTokens,
+    counted: str = "",
 ) -> Ceiling:
-    """MFU and hardware utilisation of a variant's training step, with the interval of its step time.
+    """MFU and hardware utilisation of a training step, with the interval of its step time.
 
     Args:
-        shape: shape of the model.
-        variant: the trained variant.
+        needs: FLOPs that the step needs, for the `useful` tokens.
+        does: FLOPs that its operators execute, for the `computed` tokens.
+        full: FLOPs of training all weights, for the `useful` tokens.
         step_time_s: time of one optimizer step, including all its micro-batches.
         peak: peak of matrix products in the step's dtype (`product_rate`), stated or measured.
         useful: tokens and pairs that a step needs.
         computed: tokens and pairs that its operators compute; all pairs of a row (`computed_tokens`) overestimate the
             utilisation of kernels that skip masked pairs.
-
-    Raises:
-        UsageError: the layers of the model type or of a target are unknown.
+        counted: how the FLOPs were counted, if not in closed form.
     """
-    needs, does = training_flops(shape, variant, useful).model, training_flops(shape, variant, computed).hardware
-    return _ceiling((needs, does, six_n(shape, useful)), step_time_s, peak, useful, computed)
-
-
-def ceiling_of_products(
-    products: StepProducts,
-    variant: Variant,
-    step_time_s: TimeSpan,
-    peak: Peak,
-    *,
-    useful: StepTokens,
-    computed: StepTokens,
-) -> Ceiling:
-    """The utilisation for a model of an unknown family, from the matrix products of its modules."""
-    checkpointing, fused = variant.gradient_checkpointing, variant.attention != "eager"
-    does = products.flops(computed, checkpointing=checkpointing, fused=fused).hardware
-    work = products.flops(useful).model, does, products.six_n(useful)
-    return _ceiling(work, step_time_s, peak, useful, computed, counted=", counted from the modules")
-
-
-def _ceiling(
-    work: tuple[int, int, int],
-    step_time_s: TimeSpan,
-    peak: Peak,
-    useful: StepTokens,
-    computed: StepTokens,
-    *,
-    counted: str = "",
-) -> Ceiling:
-    """`work` contains the FLOPs that the step needs, those that it computes, and those of training all weights."""
-    needs, does, full = work
     return Ceiling(
         mfu=utilisation(
             "MFU", needs, step_time_s, peak,
