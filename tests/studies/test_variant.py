@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from lorameter.errors import UsageError
-from lorameter.studies.protocol import SiteSpec, SlurmRequest, read_slurm
+from lorameter.studies.protocol import Protocol, read_slurm
 from lorameter.studies.request import base_key, serving_modes
 from lorameter.studies.study_file import load_study
 from lorameter.studies.variant import LoraVariant, form_keys
@@ -234,26 +234,26 @@ def test_a_profile_cannot_set_the_place(tmp_path, line):
 @pytest.mark.parametrize(
     ("options", "place"),
     [
-        ({}, SiteSpec(on="ray", sites=("n1", "n2"))),
-        ({"sites": "n3, n4"}, SiteSpec(on="ray", sites=("n3", "n4"))),
-        ({"on": "slurm:sites=2"}, SiteSpec(on="slurm:sites=2")),
-        ({"on": "here"}, SiteSpec()),
-        ({"on": "here", "sites": "0,1"}, SiteSpec(sites=("0", "1"))),
+        ({}, Protocol(on="ray", sites=("n1", "n2"))),
+        ({"sites": "n3, n4"}, Protocol(on="ray", sites=("n3", "n4"))),
+        ({"on": "slurm:sites=2"}, Protocol(on="slurm:sites=2")),
+        ({"on": "here"}, Protocol()),
+        ({"on": "here", "sites": "0,1"}, Protocol(sites=("0", "1"))),
     ],
 )
 def test_the_command_line_wins(tmp_path, options, place):
     """The command line overrides the study; a new place drops the sites of the old one."""
     study = load_study(written(tmp_path, 'on = "ray"\nsites = ["n1", "n2"]'))
-    assert study.with_overrides(**options).protocol.place == place
+    found = study.with_overrides(**options).protocol
+    assert (found.on, found.sites) == (place.on, place.sites)
 
 
 def test_options_of_slurm_are_keys_and_values():
     """A value may hold commas; unknown keys are passed to sbatch."""
-    jobs = read_slurm("slurm:sites=4,partition=gpu,gres=gpu:1,exclude=n1,n2,time=90")
-    assert jobs.sites == 4
-    assert jobs.parameters == {"partition": "gpu", "gres": "gpu:1", "exclude": "n1,n2", "time": 90}
-    assert read_slurm("slurm") == SlurmRequest(on="slurm")
-    assert read_slurm("slurm:").parameters == {}
+    sites, parameters = read_slurm("slurm:sites=4,partition=gpu,gres=gpu:1,exclude=n1,n2,time=90")
+    assert sites == 4
+    assert parameters == {"partition": "gpu", "gres": "gpu:1", "exclude": "n1,n2", "time": 90}
+    assert read_slurm("slurm") == read_slurm("slurm:") == (1, {})
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ class Session:
             self._study = self._load_study(open_executor().machine().kind)
         if self._study.protocol.mixed:
             raise UsageError(
-                f"{self._study.protocol.place.said}, mixed: pytest-benchmark has one row for a variant, and each site "
+                f"{self._study.protocol.said}, mixed: pytest-benchmark has one row for a variant, and each site "
                 "has its own. Measure it by `lorameter run`."
             )
         if options.policy and not self._gate:
@@ -167,7 +167,7 @@ class Session:
         """Measure the plan of the selected tests, or only build it."""
         study, options = self._study, self._options
         if self._disabled and study.protocol.on != HERE:  # do not query a cluster if nothing is measured
-            check_spreadable(study, study.protocol.place)
+            check_spreadable(study)
             return
         planned = {"select": names, "phases": sorted(phases), "interleaving": options.interleave}
         with open_placement(study, options.runs_dir) as placement:

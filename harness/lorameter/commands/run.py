@@ -135,7 +135,7 @@ def run_ab(options: argparse.Namespace) -> int:
     study = override(of_commands or load_study(options.study), options, effort="standard")
     if needs_sides:  # before a job waits in a queue
         words = {"base": options.base, "candidate": options.candidate}
-        sides = name_sides(words, Path.cwd(), study.protocol.place, slowdown_rows=options.inject_rows)  # type: ignore[arg-type]
+        sides = name_sides(words, Path.cwd(), study.protocol, slowdown_rows=options.inject_rows)  # type: ignore[arg-type]
     else:
         sides = command_sides(study.scripts[0].command, options.candidate_command)
     with open_placement(study, options.runs_dir) as placement:

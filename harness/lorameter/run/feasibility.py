@@ -87,7 +87,7 @@ def check_feasible(
         where = f"study {study.name}, variant {variant.name!r}"
         shape = shape_of[workload.model]
         _check_kernels(where, variant, machine)
-        check_ranks(where, variant, workload, machine, here=study.protocol.place.is_plain)
+        check_ranks(where, variant, workload, machine, here=study.protocol.is_plain)
         notices += rank_notices(variant, workload)
         check_adapters(where, variant, workload)
         notices += type_notices(variant, machine)

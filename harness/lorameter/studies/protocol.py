@@ -17,7 +17,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lorameter.errors import UsageError, impossible, require, shorten
@@ -117,12 +117,7 @@ class Protocol:
             f"protocol: precision = {self.precision}: it is of one interval, and with mixed each site has its own. "
             "Leave one of the two out, and give replicates.",
         )
-        self.place  # noqa: B018 # raises for an invalid place
-
-    @property
-    def place(self) -> SiteSpec:
-        """Where replicates are measured."""
-        return SiteSpec(on=self.on, sites=self.sites, mixed=self.mixed)
+        self._check_place()
 
     @property
     def total_steps(self) -> int:
@@ -138,36 +133,7 @@ class Protocol:
         """The same protocol on one device of this machine."""
         return dataclasses.replace(self, on=HERE, sites=(), mixed=False)
 
-
-SLURM_OPTIONS: Mapping[str, type] = {
-    "partition": str, "account": str, "qos": str, "reservation": str, "constraint": str, "nodelist": str,
-    "exclude": str, "gres": str, "gpus_per_node": int, "cpus_per_task": int, "mem": str, "time": int, "comment": str,
-    "exclusive": str,
-}  # fmt: skip
-"""Options that are passed to sbatch, by sbatch's names."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SlurmRequest:
-    """The SLURM jobs that a value of `on` requests."""
-
-    on: str
-    sites: int = 1
-    """Number of jobs in the queue at a time."""
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    """Options passed on to sbatch."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SiteSpec:
-    """The options as given. Raises `UsageError` for invalid options."""
-
-    on: str = HERE
-    sites: tuple[str, ...] = ()
-    mixed: bool = False
-    """Whether sites may be different machines."""
-
-    def __post_init__(self) -> None:
+    def _check_place(self) -> None:
         if is_slurm(self.on):
             read_slurm(self.on)
             require(
@@ -206,6 +172,14 @@ class SiteSpec:
         return say_sites(self.sites) if self.on == HERE else say_on(self.on)
 
 
+SLURM_OPTIONS: Mapping[str, type] = {
+    "partition": str, "account": str, "qos": str, "reservation": str, "constraint": str, "nodelist": str,
+    "exclude": str, "gres": str, "gpus_per_node": int, "cpus_per_task": int, "mem": str, "time": int, "comment": str,
+    "exclusive": str,
+}  # fmt: skip
+"""Options that are passed to sbatch, by sbatch's names."""
+
+
 _NUMBERS = re.compile(r"[0-9]{1,4}(\+[0-9]{1,4})*")
 """Name of a site on this machine: a GPU, or the GPUs of a trial with several ranks."""
 
@@ -230,8 +204,9 @@ def is_slurm(on: str) -> bool:
     return on.partition(":")[0] == SLURM
 
 
-def read_slurm(on: str) -> SlurmRequest:
-    """The jobs requested by a text such as "slurm:sites=4,partition=gpu,gres=gpu:1,time=60".
+def read_slurm(on: str) -> tuple[int, dict[str, Any]]:
+    """The number of jobs in the queue at a time, and the options passed on to sbatch, of a text such as
+    "slurm:sites=4,partition=gpu,gres=gpu:1,time=60".
 
     A value may contain commas: a part without "=" belongs to the value before it.
 
@@ -252,7 +227,7 @@ def read_slurm(on: str) -> SlurmRequest:
         found[key] = known[key](text)
     sites = found.pop("sites", 1)
     require(0 < sites < 1000, f"{say_on(on)}: sites={sites}: 1 to 999 are possible.")
-    return SlurmRequest(on=on, sites=sites, parameters=found)
+    return sites, found
 
 
 MOST_VARIANTS = 1_000

@@ -111,7 +111,7 @@ def test_a_job_that_is_lost_is_run_again(placed, run, pretended, queue):
 def test_options_of_sbatch_are_passed_on():
     """A job without a GPU takes a whole node, unless `exclusive` says otherwise."""
     on = "slurm:partition=p,nodelist=n[1-2],gres=gpu:1,gpus_per_node=1,time=7,comment=two words,exclusive=user"
-    assert sbatch_options(read_slurm(on).parameters)[4:] == [
+    assert sbatch_options(read_slurm(on)[1])[4:] == [
         "--exclusive=user", "--time=7", "--partition=p", "--nodelist=n[1-2]", "--gres=gpu:1", "--gpus-per-node=1",
         "--comment=two words",
     ]  # fmt: skip

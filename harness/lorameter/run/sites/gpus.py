@@ -24,7 +24,7 @@ from lorameter.records.units import format_count
 from lorameter.run.sites.folder import LOG, command
 from lorameter.run.workers import Executor, open_executor
 from lorameter.run.workers.environment import Host
-from lorameter.studies.protocol import HERE, SiteSpec, numbers_of, say_sites
+from lorameter.studies.protocol import HERE, numbers_of, say_sites
 from lorameter.studies.study import Study
 
 
@@ -64,10 +64,10 @@ def local_shares(listed: Sequence[str], machine: Machine, *, mixed: bool = False
     )
 
 
-def check_spreadable(study: Study, place: SiteSpec) -> None:
+def check_spreadable(study: Study) -> None:
     """Raise `UsageError` for a study whose trials choose their devices themselves, and for sites of this machine whose
     number of GPUs differs from the ranks of a trial."""
-    ranks = study.workload.ranks
+    place, ranks = study.protocol, study.workload.ranks
     if study.of_scripts:
         raise UsageError(
             f"{place.said}: study {study.name} is of scripts, which choose their devices themselves. Leave it out."

@@ -23,7 +23,7 @@ from lorameter.run.sites.folder import JobOrder, JobState, read_state, write_ord
 from lorameter.run.sites.gpus import LocalJobs, Share, check_spreadable, executors_of_ranks, local_shares
 from lorameter.run.workers import Executor, open_executor
 from lorameter.run.workers.environment import Host
-from lorameter.studies.protocol import HERE, SiteSpec, is_slurm, read_slurm
+from lorameter.studies.protocol import HERE, Protocol, is_slurm
 from lorameter.studies.study import Study
 
 
@@ -97,11 +97,11 @@ def open_placement(study: Study, runs_dir: str | None) -> Iterator[Placement]:
         UsageError: the study cannot be spread, or the GPU, cluster or node does not exist.
         InvalidRunError: no node answers.
     """
-    place, ranks = study.protocol.place, study.workload.ranks
+    place, ranks = study.protocol, study.workload.ranks
     if place.is_plain:
         yield Placement(ranks=ranks)
         return
-    check_spreadable(study, place)  # before a job waits in a queue
+    check_spreadable(study)  # before a job waits in a queue
     if place.on == HERE:
         shares = local_shares(place.sites, open_executor().machine(), mixed=place.mixed)
         yield Placement(launcher=LocalJobs(shares), shares=shares, ranks=ranks)
@@ -113,11 +113,11 @@ def open_placement(study: Study, runs_dir: str | None) -> Iterator[Placement]:
         yield Placement(launcher=launcher, described=described, ranks=ranks)
 
 
-def _open_cluster(place: SiteSpec, ranks: int) -> Launcher:
+def _open_cluster(place: Protocol, ranks: int) -> Launcher:
     if is_slurm(place.on):
         from lorameter.run.sites.slurm import SlurmJobs
 
-        return SlurmJobs(read_slurm(place.on))
+        return SlurmJobs(place.on)
     from lorameter.run.sites.slurm import RayJobs
 
     return RayJobs(place.on, place.sites, ranks=ranks)

@@ -32,7 +32,7 @@ from lorameter.machine.processes import CPUS, PARENT
 from lorameter.records.fileio import scratch_folder
 from lorameter.run.sites.folder import LOG, command, read_order, write_order
 from lorameter.run.sites.gpus import share_cpus
-from lorameter.studies.protocol import SlurmRequest, say_on, say_sites
+from lorameter.studies.protocol import read_slurm, say_on, say_sites
 
 TIME_MINUTES = 60
 """Default time limit of a job."""
@@ -48,14 +48,13 @@ _ID = re.compile(r"[0-9]+")
 class SlurmJobs:
     """Implements `Launcher` with sbatch."""
 
-    def __init__(self, request: SlurmRequest) -> None:
+    def __init__(self, on: str) -> None:
         """Raises `UsageError` if this machine cannot submit jobs."""
         if not all(map(shutil.which, ("sbatch", "squeue", "scancel"))):
-            raise UsageError(
-                f"{say_on(request.on)}: this machine has no sbatch. Start it on one that submits jobs to SLURM."
-            )
-        self._request = request
-        self.slots = ("",) * request.sites
+            raise UsageError(f"{say_on(on)}: this machine has no sbatch. Start it on one that submits jobs to SLURM.")
+        self._on = on
+        sites, self._parameters = read_slurm(on)
+        self.slots = ("",) * sites
         self._ids: dict[Path, str] = {}
         self._queued_s: dict[Path, float] = {}
         """When squeue last listed each job, by `time.monotonic`."""
@@ -66,7 +65,7 @@ class SlurmJobs:
         words = [
             "sbatch",
             "--parsable",
-            *sbatch_options(self._request.parameters),
+            *sbatch_options(self._parameters),
             f"--output={str(folder / LOG).replace('%', '%%')}",
         ]
         script = f"#!/bin/sh\nexec {shlex.join(command(sys.executable, folder))}\n"
@@ -74,7 +73,7 @@ class SlurmJobs:
         job = done.stdout.strip().partition(";")[0]
         if done.returncode or not _ID.fullmatch(job):
             reason = shorten((done.stderr or done.stdout).strip())
-            raise UsageError(f"{say_on(self._request.on)}: no job was submitted: {reason}.")
+            raise UsageError(f"{say_on(self._on)}: no job was submitted: {reason}.")
         (folder / _ID_FILE).write_text(job)
         if not self._ids:
             print_stderr(f"job {job} is submitted to SLURM, and waited for.")

@@ -27,7 +27,7 @@ from lorameter.records.fileio import scratch_folder
 from lorameter.records.record import Side
 from lorameter.run.plan import PRESENT, SideKind, Sides, SideSpec
 from lorameter.run.workers.environment import Host, inspect, layered_environment, parse_requirements, site_packages
-from lorameter.studies.protocol import HERE, SiteSpec
+from lorameter.studies.protocol import HERE, Protocol
 
 DECLARED: dict[SideKind, tuple[str, ...]] = {
     "command": (),
@@ -51,7 +51,7 @@ _REMEDY = (
 )
 
 
-def name_sides(words: Mapping[Side, str], repository: Path, place: SiteSpec, *, slowdown_rows: int = 0) -> Sides:
+def name_sides(words: Mapping[Side, str], repository: Path, place: Protocol, *, slowdown_rows: int = 0) -> Sides:
     """The sides that a user names; they are not prepared yet.
 
     Args:
