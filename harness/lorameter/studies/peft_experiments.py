@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorameter.errors import UsageError, format_error, impossible, require
+from lorameter.errors import UsageError, impossible, require
 from lorameter.records import codec, fileio
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.study import Study, unknown
@@ -26,30 +26,17 @@ CONFIG_NAME = "adapter_config.json"
 _OF_SAVING = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision")
 """Keys of a saved configuration that describe the saving, not the method."""
 DEFAULTS, PARAMS = "default_training_params.json", "training_params.json"
-DATA = "meta-math/MetaMathQA"
-WARMUP_RATIO = 0.1
-"""WARMUP_STEP_RATIO of the experiments."""
 _STORED: Mapping[str, dict[str, Any]] = {
     "int8": {"dtype": "float32", "quantization": "int8"},
     "int4": {"dtype": "float32", "quantization": "fp4", "double_quant": False, "compute_dtype": "float32"},
 }
 """The experiments' names for quantisation with transformers' defaults."""
-_NOTES = (
-    "Variants are experiments of PEFT's method_comparison; the words around a question are those of prompt_format.",
-)
 
 
-def read_config(where: str, path: str) -> dict[str, Any]:
+def read_config(where: str, path: Path) -> dict[str, Any]:
     """Read the configuration in a file written by PEFT's `save_pretrained`, or in its folder; a null key has its
     default. Raises `UsageError`."""
-    file = Path(path) / CONFIG_NAME if Path(path).is_dir() else Path(path)
-    try:
-        data = fileio.read_json(file)
-    except (OSError, ValueError) as error:
-        why = f"it cannot be read ({format_error(error)})"
-        raise impossible(where, "peft", path, why, f"Name an {CONFIG_NAME} or its folder.") from None
-    if not isinstance(data, dict):
-        raise impossible(where, "peft", path, "no configuration of PEFT", f"Name an {CONFIG_NAME} or its folder.")
+    data = _read(f"{where}: peft", path / CONFIG_NAME if path.is_dir() else path)
     return {key: value for key, value in data.items() if key not in _OF_SAVING and value is not None}
 
 
@@ -66,7 +53,9 @@ def study_of_experiments(folder: str, select: Sequence[str] = (), *, quality: bo
         UsageError: there is no such folder or experiment, or a key is invalid.
     """
     root = Path(folder)
-    paths = [path for path in sorted((root / "experiments").glob("*/*")) if _is_experiment(path)]
+    known = (CONFIG_NAME, PARAMS)
+    folders = sorted((root / "experiments").glob("*/*"))
+    paths = [path for path in folders if any((path / name).is_file() for name in known)]
     if not paths:
         remedy = "Name method_comparison/MetaMathQA of a checkout of huggingface/peft."
         raise impossible("run", "--peft-experiments", folder, f"no experiments/METHOD/NAME/{CONFIG_NAME} in it", remedy)
@@ -78,8 +67,8 @@ def study_of_experiments(folder: str, select: Sequence[str] = (), *, quality: bo
     excluded = [glob[1:] for glob in select if glob.startswith("!")]
     chosen = [path for path, name in names.items() if _matches(name, included) and not _matches(name, excluded)]
     require(chosen, f"run: --select = {' '.join(select)}: nothing is left. Exclude less.")
-    default = _read(root / DEFAULTS)
-    params = {path: default | (_read(path / PARAMS) if (path / PARAMS).is_file() else {}) for path in chosen}
+    default = _read("run", root / DEFAULTS)
+    params = {path: default | (_read("run", path / PARAMS) if (path / PARAMS).is_file() else {}) for path in chosen}
     variants = {path: _variant(path, params[path], default) for path in chosen}
     workloads = {path: _workload(params[path], quality=quality) for path in chosen}
     reference = min(chosen, key=lambda path: (path.parent.name != "lora", len(path.name), path.name))
@@ -103,7 +92,10 @@ def study_of_experiments(folder: str, select: Sequence[str] = (), *, quality: bo
         protocol=protocol,
         variants=tuple(variants.values()),
         reference=variants[reference].name,
-        notes=_NOTES,
+        notes=(
+            "Variants are experiments of PEFT's method_comparison; the words around a question are those of "
+            "prompt_format.",
+        ),
     )
 
 
@@ -111,18 +103,11 @@ def _matches(name: str, globs: Sequence[str]) -> bool:
     return any(fnmatch.fnmatch(name, glob) for glob in globs)
 
 
-def _is_experiment(path: Path) -> bool:
-    return any((path / name).is_file() for name in (CONFIG_NAME, PARAMS))
-
-
-def _read(path: Path) -> dict[str, Any]:
+def _read(where: str, path: Path) -> dict[str, Any]:
     try:
-        data = fileio.read_json(path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: it cannot be read ({error}). Mend it.") from None
-    if not isinstance(data, dict):
-        raise UsageError(f"{path}: a table of keys is expected. Mend it.")
-    return data
+        return codec.from_json(dict[str, Any], fileio.read_json(path), str(path))
+    except (fileio.NotReadableError, UsageError) as error:
+        raise UsageError(f"{where}: {path} cannot be read as a table of keys ({error}). Name a file of PEFT.") from None
 
 
 def _variant(path: Path, params: Mapping[str, Any], default: Mapping[str, Any]) -> Variant:
@@ -142,7 +127,7 @@ def _variant(path: Path, params: Mapping[str, Any], default: Mapping[str, Any]) 
         "weight_decay": arguments.pop("weight_decay", decay),
         "optimizer_args": arguments,
         "schedule": params["lr_scheduler"] or "constant",
-        "warmup_ratio": WARMUP_RATIO if params["lr_scheduler"] else 0.0,
+        "warmup_ratio": 0.1 if params["lr_scheduler"] else 0.0,  # WARMUP_STEP_RATIO of their run.py
         "max_grad_norm": params["grad_norm_clip"],
         "gradient_checkpointing": params["use_gc"],
         "compile": params["compile"],
@@ -154,7 +139,7 @@ def _variant(path: Path, params: Mapping[str, Any], default: Mapping[str, Any]) 
         return codec.from_json(FullVariant, fields | {"method": "full"}, where)
     if not params["autocast_adapter_dtype"]:
         fields["adapter_dtype"] = fields["dtype"]
-    fields["peft"] = read_config(str(path), str(path / CONFIG_NAME))
+    fields["peft"] = read_config(name, path)
     if params["init_kv_cache_prefix"]:
         fields["prefix_text"] = params["init_kv_cache_prefix"]
     return codec.from_json(PeftVariant, fields, where)
@@ -163,7 +148,7 @@ def _variant(path: Path, params: Mapping[str, Any], default: Mapping[str, Any]) 
 def _workload(params: Mapping[str, Any], *, quality: bool) -> Workload:
     workload = Workload(
         model=params["model_id"],
-        data=DATA,
+        data="meta-math/MetaMathQA",
         columns=DataColumns(prompt="query", completion="response"),
         layout="bucketed",
         sequence_length=params["max_seq_length"],

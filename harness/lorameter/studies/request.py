@@ -231,21 +231,16 @@ def serving_modes(variant: Variant) -> tuple[tuple[ServingMode, ...], ...]:
     ]
     if own.quantization != "none":
         groups.append((ServingMode(name=f"merged, {name} dequantised", variant=own, merged=True, dequantised=True),))
-    for other in _other_bases(own):
+    # The 16-bit base and the 4-bit one, except the variant's own. The 16-bit dtype is the variant's if it has one; the
+    # 4-bit base is NF4, with the other settings of the variant.
+    plain = dataclasses.replace(own, quantization="none", prepare_for_kbit=False)
+    others = [dataclasses.replace(plain, dtype=own.dtype if own.dtype != "float32" else "bfloat16")]
+    if not own.is_4bit:
+        others.append(dataclasses.replace(plain, quantization="nf4"))
+    for other in (one for one in others if _stored(one) != name):
         unmerged = ServingMode(name=f"unmerged, {_stored(other)}", variant=other)
         groups.append((unmerged, dataclasses.replace(unmerged, name=f"merged into {_stored(other)}", merged=True)))
     return tuple(groups)
-
-
-def _other_bases(own: Variant) -> list[Variant]:
-    """The 16-bit base and the 4-bit one, except the variant's own. The 16-bit dtype is the variant's if it has one; the
-    4-bit base is NF4, with the other settings of the variant."""
-    half_dtype = own.dtype if own.dtype != "float32" else "bfloat16"
-    plain = dataclasses.replace(own, quantization="none", prepare_for_kbit=False)
-    wanted = [dataclasses.replace(plain, dtype=half_dtype)]
-    if not own.is_4bit:
-        wanted.append(dataclasses.replace(plain, quantization="nf4"))
-    return [other for other in wanted if _stored(other) != _stored(own)]
 
 
 def _stored(variant: Variant) -> str:

@@ -32,7 +32,6 @@ _SHELL = ("&&", "||", "|", ";", "&", ">", ">>", "<", "2>", "2>&1")
 _SHELL_OPTION = re.compile(r"-[a-z]*c")
 """An option before a command line, as in `sh -c` and `bash -lc`."""
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*")
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 PYTHON = re.compile(r"python(\d+(\.\d+)?t?)?")
 """Names of Python interpreters."""
 
@@ -44,7 +43,10 @@ def check_script(label: str, variant: ScriptVariant) -> None:
         protocol.check_word(label, key, getattr(variant, key))
         refuse_credentials(f"{label}: {key}", [getattr(variant, key)])
     for name, value in variant.env.items():
-        require(_VARIABLE.fullmatch(name), f"{label}: env.{shorten(name, 60)}: no name of a variable. Correct it.")
+        require(
+            name.isascii() and name.isidentifier(),
+            f"{label}: env.{shorten(name, 60)}: no name of a variable. Correct it.",
+        )
         protocol.check_word(label, f"env.{name}", value, lines=True)
         require(
             not sounds_secret(name),

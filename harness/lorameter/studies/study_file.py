@@ -347,7 +347,7 @@ def rows_of(where: str, file: StudyFile) -> list[Table]:
                     f"{where}, {name}", key, values, "a list of values is expected", "Write it as [ ... ]."
                 )
     if sweeps:
-        common = _written(Workload()) | file.workload
+        common = codec.to_json(Workload()) | file.workload
         controls = {**file.controls, **{f"{OF_WORKLOAD}{key}": value for key, value in common.items()}}
         return list(_sweep(f"{where}, [sweeps]", controls, sweeps, file.reference or "centre"))
     if not axes:
@@ -386,14 +386,9 @@ def _label(axis: str, value: Any) -> str:
     return f"{axis}={text}"
 
 
-def _written(workload: Workload) -> Table:
-    """All fields of a workload, including those that records omit while they have their default."""
-    return {one.name: codec.to_json(getattr(workload, one.name)) for one in dataclasses.fields(workload)}
-
-
 def _own_workloads(rows: Sequence[Table], workload: Workload) -> dict[str, Table]:
     """The workload fields in which a variant differs from the study, by the variant's name."""
-    common, found = _written(workload), dict[str, Table]()
+    common, found = codec.to_json(workload), dict[str, Table]()
     for row in rows:
         own = {key.removeprefix(OF_WORKLOAD): value for key, value in row.items() if key.startswith(OF_WORKLOAD)}
         own = {key: value for key, value in own.items() if key not in common or common[key] != value}
@@ -426,7 +421,7 @@ def _variant(where: str, index: int, controls: Table, row: Table) -> AnyVariant:
             why, remedy = "full fine-tuning has no adapter", "Take it out."
         raise impossible(where, key, content[key], why, remedy)
     if form is PeftVariant and isinstance(path := content["peft"], str):
-        content["peft"] = read_config(where, path)
+        content["peft"] = read_config(where, Path(path))
     return codec.from_json(form, {key: content[key] for key in known if key in content}, where, strict=True)
 
 
