@@ -153,8 +153,6 @@ def test_sites_of_different_gpus_are_refused(nvml):
     answers = {**TWO, "1.limit": 400000}
     refused = nvml(SITES.replace("MIXED", "False"), answers, **uuids)
     assert "GPUs of different kinds (First at 700 W, Second at 400 W)" in refused
-    alike = {**answers, "1.name": "First", "0.limit": 400000}
-    assert nvml(SITES.replace("MIXED", "False"), alike, **uuids) == [["First", 400.0]] * 2
     assert nvml(SITES.replace("MIXED", "True"), answers, **uuids) == [["Second", 400.0], ["First", 700.0]]
 
 

@@ -25,12 +25,13 @@ CARD = {"power_limit_w": 500.4, "default_power_limit_w": 700.0}
 
 
 @pytest.fixture
-def on_gpu(small_study, machine, monkeypatch):
+def on_gpu(small_study, machine):
     """A function that collects the provenance of a run on a GPU with these settings."""
+    card = dataclasses.replace(machine, device="cuda", device_name="Card")
+    known = dataclasses.replace(read_facts(machine), machine=card)
 
     def facts(settings):
-        monkeypatch.setattr("lorameter.machine.provenance.settings", lambda *, gpu, environment: {"gpu": settings})
-        found = collect(small_study, read_facts(dataclasses.replace(machine, device="cuda", device_name="Card")), 1)
+        found = collect(small_study, dataclasses.replace(known, settings={"gpu": settings}), 1)
         del found["kernels"]  # these have tests of their own
         return found
 
@@ -79,10 +80,11 @@ SWITCHES = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1", "PYTORCH_ALLOC_CONF": "expand
 @pytest.fixture
 def steered(small_study, machine):
     """A function that collects the provenance of a run on a GPU with these packages and switches."""
+    here = read_facts(machine)
 
     def facts(packages=PACKAGES, switches=SWITCHES, *, device="cuda", cuda="13.0", **more):
         there = dataclasses.replace(machine, device=device, cuda=cuda)
-        known = dataclasses.replace(read_facts(machine), machine=there, packages=packages, switches=switches, **more)
+        known = dataclasses.replace(here, machine=there, packages=packages, switches=switches, **more)
         return collect(small_study, known, 1)
 
     return facts

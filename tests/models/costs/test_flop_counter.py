@@ -139,7 +139,6 @@ def test_masked_pairs_are_computed(layout):
     "options",
     [
         {"attention": "eager", "target_modules": ("k_proj",), "gradient_checkpointing": True},
-        {"target_modules": ("up_proj", "o_proj"), "gradient_checkpointing": True},
         {"quantization": "int8", "target_modules": QV, "gradient_checkpointing": True},
         {"use_dora": True, "lora_dropout": 0.1, "gradient_checkpointing": True, "gradient_accumulation": 2},
         {"dtype": "float32", "autocast": "bfloat16", "lora_dropout": 0.1, "use_rslora": True},
