@@ -61,23 +61,12 @@ class Answer(msgspec.Struct, tag=True, frozen=True):
 
     value: msgspec.Raw
 
-    def read(self, kind: type[T]) -> T:
-        """The value as this type. Raises `GarbledError` if it has another type."""
-        try:
-            return msgspec.msgpack.decode(self.value, type=kind)
-        except (msgspec.MsgspecError, LorameterError) as error:
-            raise GarbledError(f"not the answer that is expected: {error}") from None
-
 
 class Refused(msgspec.Struct, tag=True, frozen=True):
     """The refusal of a command, with a reason for the user."""
 
     message: str
     exit_code: int = EXIT_INVALID
-
-    def error(self) -> LorameterError:
-        """The refusal as an exception of this process."""
-        return InvalidRunError(self.message) if self.exit_code == EXIT_INVALID else UsageError(self.message)
 
 
 class GarbledError(Exception):
@@ -157,8 +146,11 @@ def receive_answer(connection: Connection, kind: type[T], timeout_s: float | Non
     """The result of the last command; raises as `call` does."""
     reply: Answer | Refused = receive(connection, _REPLY, timeout_s)
     if isinstance(reply, Refused):
-        raise reply.error()
-    return reply.read(kind)
+        raise InvalidRunError(reply.message) if reply.exit_code == EXIT_INVALID else UsageError(reply.message)
+    try:
+        return msgspec.msgpack.decode(reply.value, type=kind)
+    except (msgspec.MsgspecError, LorameterError) as error:
+        raise GarbledError(f"not the answer that is expected: {error}") from None
 
 
 def serve(connection: Connection, carry_out: Callable[[Command], object]) -> None:

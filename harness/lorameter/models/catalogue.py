@@ -209,30 +209,18 @@ def _resolve_entry(entry: Entry, label: str, *, random: bool) -> ModelSource:
 
 
 def _resolve_path(path: Path, label: str) -> ModelSource:
-    where = os.path.realpath(path)  # Path's method raises for a link to itself
-    if fileio.is_folder(path):
-        if not fileio.is_file(path / "config.json"):
-            raise impossible(
-                "catalogue",
-                "model",
-                label,
-                "the directory holds no config.json",
-                "Name a directory that save_pretrained wrote.",
-            )
-        return ModelSource(
-            label=label,
-            kind="directory",
-            location=where,
-            random=False,
-            description=f"{path.name} (directory)",
-            tokenizer="files",
-        )
-    if path.suffix != ".gguf":
-        raise impossible(
-            "catalogue", "model", label, "a file, and not a .gguf", "Name a GGUF file, or a directory with config.json."
-        )
+    is_folder = fileio.is_folder(path)
+    if not (fileio.is_file(path / "config.json") if is_folder else path.suffix == ".gguf"):
+        why = "the directory holds no config.json" if is_folder else "a file, and not a .gguf"
+        remedy = "Name a directory that save_pretrained wrote, with config.json, or a GGUF file."
+        raise impossible("catalogue", "model", label, why, remedy)
     return ModelSource(
-        label=label, kind="gguf", location=where, random=False, description=f"{path.name} (GGUF)", tokenizer="files"
+        label=label,
+        kind="directory" if is_folder else "gguf",
+        location=os.path.realpath(path),  # Path's method raises for a link to itself
+        random=False,
+        description=f"{path.name} ({'directory' if is_folder else 'GGUF'})",
+        tokenizer="files",
     )
 
 

@@ -18,10 +18,6 @@ from lorameter.records.units import Unit
 Phase = Literal["train", "generate", "cold"]
 PHASES: tuple[Phase, ...] = ("train", "generate", "cold")
 Samples = tuple[float, ...]
-Column = Literal["", "always", "one workload", "own workloads"]
-"""Whether a metric is a column of its phase's table, in addition to the primary metric: never · always · if all
-variants share a workload · if some have their own. Losses over different tokens are not shown together, and the tokens
-a second of the timed steps depend on the records in them."""
 LOSSES = ("warmup_loss", "timed_loss", "remaining_loss")
 """Samples that hold the loss of each step, in the order of the steps."""
 SCRIPT_ONLY_METRICS = ("data_time_s", "forward_time_s", "backward_time_s", "optimizer_time_s")
@@ -42,7 +38,10 @@ class Metric:
     """Derives its samples from a record, () if it has none; None if a record stores them under the metric's name."""
     is_loss: bool = False
     """Whether it depends on the number of training steps."""
-    column: Column = ""
+    column: Literal["", "always", "one workload", "own workloads"] = ""
+    """Whether it is a column of its phase's table, in addition to the primary metric: never · always · if all variants
+    share a workload · if some have their own. Losses over different tokens are not shown together, and the tokens a
+    second of the timed steps depend on the records in them."""
     of_trial: Literal["median", "mean"] = "median"
     """How a trial's value is derived from its steps: a rate is the total of all steps over their total time."""
     per_token: bool = False

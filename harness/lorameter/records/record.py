@@ -57,18 +57,21 @@ requests until EOS, with their answers · warm requests with the adapter merged 
 which need an isolated process · the cold start of its saved adapter."""
 
 
-class Notice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _Redacted(msgspec.Struct, frozen=True):
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            msgspec.structs.force_setattr(self, name, redact(getattr(self, name)))
+
+
+class Notice(_Redacted, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A message for readers of the results, with a remedy. Its texts are redacted."""
 
     code: str
     message: str
     remedy: str
 
-    def __post_init__(self) -> None:
-        _redact(self, "message", "remedy")
 
-
-class Failure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Failure(_Redacted, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Why a trial is not ok: the phase, the kind, the message, and the traceback in the child. Its texts are redacted,
     because libraries repeat their inputs."""
 
@@ -76,14 +79,6 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     kind: str
     message: str
     traceback: str = ""
-
-    def __post_init__(self) -> None:
-        _redact(self, "message", "traceback")
-
-
-def _redact(instance: Notice | Failure, *names: str) -> None:
-    for name in names:
-        msgspec.structs.force_setattr(instance, name, redact(getattr(instance, name)))
 
 
 UNDER_WAY = "UnderWay"

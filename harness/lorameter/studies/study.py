@@ -131,11 +131,11 @@ class Study:
         for variant in self.variants:
             content = (variant.id, own.get(variant.name, self.workload))
             same = by_content.setdefault(content, variant.name)
-            if same != variant.name:
-                raise UsageError(
-                    f"study {self.name}: variants {same!r} and {variant.name!r} are the same "
-                    "configuration. Remove one; the harness adds an A/A control by itself."
-                )
+            require(
+                same == variant.name,
+                f"study {self.name}: variants {same!r} and {variant.name!r} are the same configuration. Remove one; "
+                "the harness adds an A/A control by itself.",
+            )
 
     def _check_workloads(self, names: Sequence[str]) -> None:
         for name, fields in self.workloads.items():
