@@ -9,7 +9,6 @@ from typing import Literal
 from benchmarks.gpu.evidence import Evidence, NotSeenError
 
 Verdict = Literal["confirmed", "refuted", "not decided"]
-VERDICTS: tuple[Verdict, ...] = ("confirmed", "refuted", "not decided")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,29 +53,23 @@ def undecided(why: str) -> Decision:
     return Decision(verdict="not decided", evidence=why)
 
 
-def by_tests(*names: str, needed: int | None = None) -> Judge:
-    """Return a judge: refuted by a failed test; confirmed if all tests that could run passed, and as many as needed.
+def by_tests(*names: str) -> Judge:
+    """Return a judge: refuted by a failed test; confirmed if no test failed and a case of each passed.
 
     Args:
         names: `FILE::NAME`, with all cases of a parametrised test.
-        needed: how many must have passed; None for at least one of each name.
     """
 
     def judge(evidence: Evidence) -> Decision:
-        found = {name: evidence.tests(name) for name in names}
-        cases = {case: test for group in found.values() for case, test in group.items()}
-        failed = [f"{case}: {test.why}" for case, test in cases.items() if test.outcome == "failed"]
+        found = [evidence.tests(name) for name in names]
+        cases = [(case, test) for group in found for case, test in group.items()]
+        failed = [f"{case}: {test.why}" for case, test in cases if test.outcome == "failed"]
         if failed:
             return decided(False, "; ".join(failed))
-        passed = [case for case, test in cases.items() if test.outcome == "passed"]
-        skipped = "; ".join(sorted({test.why for test in cases.values() if test.outcome == "skipped"}))
-        enough = (
-            all(any(test.outcome == "passed" for test in group.values()) for group in found.values())
-            if needed is None
-            else len(passed) >= needed
-        )
-        if not enough:
+        skipped = "; ".join(sorted({test.why for _, test in cases if test.outcome == "skipped"}))
+        if not all(any(test.outcome == "passed" for test in group.values()) for group in found):
             return undecided(f"skipped: {skipped}")
-        return decided(True, f"{len(passed)} tests passed" + (f"; skipped: {skipped}" if skipped else ""))
+        passed = sum(test.outcome == "passed" for _, test in cases)
+        return decided(True, f"{passed} tests passed" + (f"; skipped: {skipped}" if skipped else ""))
 
     return judge

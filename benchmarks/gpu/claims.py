@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 
 from benchmarks.gpu import judges
 from benchmarks.gpu.claim import Claim, Judge, by_tests
 from benchmarks.gpu.steps import BASES
 
 METERS, KERNELS = "tests/machine/test_gpu.py", "tests/kernels_check/test_gpu.py"
-MEASURED = "tests/trial/profiling/test_trial.py"
+PROFILING = "tests/trial/profiling/test_trial.py"
 
 
 def _claims(steps: tuple[str, ...], of: Mapping[str, tuple[str, Judge]]) -> tuple[Claim, ...]:
     return tuple(Claim(name=name, says=says, judge=judge, steps=steps) for name, (says, judge) in of.items())
 
 
-def _for_bases(judge: Callable[[str], Judge]) -> list[tuple[str, str, Judge]]:
-    return [(base, title, judge(base)) for base, title in zip(BASES, ("bf16", "NF4"), strict=True)]
-
-
+TITLES = dict(zip(BASES, ("bf16", "NF4"), strict=True))
 CLAIMS: tuple[Claim, ...] = (
     *_claims(
         ("probe",),
@@ -97,7 +95,7 @@ CLAIMS: tuple[Claim, ...] = (
         {
             "the study": (
                 "Llama-2-7B in bf16 and in NF4: every trial is ok and every required path active",
-                judges.study_is_valid,
+                partial(judges.study_is_valid, step="study"),
             ),
             "warm requests": (
                 "a warm request has a first token and an end, on either base",
@@ -115,10 +113,10 @@ CLAIMS: tuple[Claim, ...] = (
         Claim(
             name=f"estimate, {title}",
             says=f"the measured peak of training in {title} is within -11 % to +34 % of the estimated one",
-            judge=judge,
+            judge=partial(judges.estimate_is_near, variant=base),
             steps=("study", f"estimate-{base}"),
         )
-        for base, title, judge in _for_bases(judges.estimate_is_near)
+        for base, title in TITLES.items()
     ),
     *_claims(
         ("sweep",),
@@ -158,11 +156,11 @@ CLAIMS: tuple[Claim, ...] = (
             ),
             "stated peaks": (
                 "products and copies reach a fair share of the vendor's figures and never more",
-                by_tests(f"{MEASURED}::test_products_on_a_known_gpu", f"{MEASURED}::test_copies_on_a_known_gpu"),
+                by_tests(f"{PROFILING}::test_products_on_a_known_gpu", f"{PROFILING}::test_copies_on_a_known_gpu"),
             ),
             "account of memory": (
                 "an account of memory explains a step's peak within 2 %",
-                by_tests(f"{MEASURED}::test_a_step_on_a_gpu_is_explained_within_two_percent"),
+                by_tests(f"{PROFILING}::test_a_step_on_a_gpu_is_explained_within_two_percent"),
             ),
         },
     ),
@@ -170,10 +168,10 @@ CLAIMS: tuple[Claim, ...] = (
         Claim(
             name=f"phases, {title}",
             says=f"phases between events explain a step of Llama-2-7B in {title} within 2 %",
-            judge=judge,
+            judge=partial(judges.step_is_explained, variant=base),
             steps=(f"profile-{base}",),
         )
-        for base, title, judge in _for_bases(judges.step_is_explained)
+        for base, title in TITLES.items()
     ),
     *_claims(
         tuple(f"profile-{base}" for base in BASES),
@@ -189,6 +187,11 @@ CLAIMS: tuple[Claim, ...] = (
         ("wrap",),
         {"wrapped script": ("a script under `lorameter wrap` is measured on the GPU", judges.script_is_measured)},
     ),
-    *_claims(("compile",), {"compile": ("compiled trials run compiled steps", judges.engine_ran("compile"))}),
-    *_claims(("liger",), {"Liger": ("trials with Liger run its kernels", judges.engine_ran("liger"))}),
+    *_claims(
+        ("compile",),
+        {"compile": ("compiled trials run compiled steps", partial(judges.study_is_valid, step="compile"))},
+    ),
+    *_claims(
+        ("liger",), {"Liger": ("trials with Liger run its kernels", partial(judges.study_is_valid, step="liger"))}
+    ),
 )

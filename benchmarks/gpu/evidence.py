@@ -6,11 +6,9 @@ A result that a step did not write is missing, with the reason, and a claim that
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from benchmarks.gpu.journal import Journal
@@ -24,12 +22,11 @@ class NotSeenError(Exception):
     """The evidence of a claim is missing; the message gives the reason."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tested:
+class Tested(NamedTuple):
     """The outcome of a test: passed, failed or skipped, and the first line of the reason."""
 
     outcome: str
-    why: str = ""
+    why: str
 
 
 class Evidence:
@@ -49,26 +46,22 @@ class Evidence:
                 raise NotSeenError(f"the probe of {name}: {found[key]}")
         return found
 
-    def tests(self, *names: str) -> dict[str, Tested]:
-        """Return tests by `FILE::NAME`, with all cases of a parametrised test."""
-        found: dict[str, Tested] = {}
-        for name in names:
-            cases = {case: test for case, test in self._tests.items() if case == name or case.startswith(f"{name}[")}
-            if not cases:
-                raise NotSeenError(f"{name} has not been run")
-            found |= cases
+    def tests(self, name: str) -> dict[str, Tested]:
+        """Return all cases of the test `FILE::NAME`."""
+        found = {case: test for case, test in self._tests.items() if case == name or case.startswith(f"{name}[")}
+        if not found:
+            raise NotSeenError(f"{name} has not been run")
         return found
 
-    def document(self, step: str) -> dict[str, Any]:
-        """Return the JSON document that a step printed."""
-        text = self._text(step)
+    def document(self, step: str, key: str) -> Any:
+        """Return the value of a key in the JSON document that a step printed; that of a rehearsal may lack it."""
         try:
-            found = json.loads(text)
+            found = json.loads(self._text(step))
         except ValueError:
             raise NotSeenError(f"{step}: no document ({self._state_of(step)})") from None
-        if not isinstance(found, dict):
-            raise NotSeenError(f"{step}: its output is no document")
-        return found
+        if key not in found:
+            raise NotSeenError(f"{step}: its document has no {key}")
+        return found[key]
 
     def run(self, step: str) -> Run:
         """Return the newest run of a step, which may be incomplete."""
@@ -82,14 +75,8 @@ class Evidence:
 
     @cached_property
     def _facts(self) -> dict[str, dict[str, Any]]:
-        return {fact["fact"]: fact for fact in self._lines("probe") if "fact" in fact}
-
-    def _lines(self, step: str) -> Iterator[dict[str, Any]]:
-        if self._journal.last(step) is None:
-            return
-        for line in self._text(step).splitlines():
-            if line.startswith("{"):
-                yield json.loads(line)
+        lines = [json.loads(line) for line in self._text("probe").splitlines() if line.startswith("{")]
+        return {line["fact"]: line for line in lines if "fact" in line}
 
     @cached_property
     def _tests(self) -> dict[str, Tested]:
@@ -114,9 +101,7 @@ class Evidence:
 
 def newest_run(step: str, state: Path) -> str | None:
     """Return the id of a step's newest run, or None."""
-    folder = runs_of(step, state)
-    runs = sorted(path.parent.name for path in folder.glob(f"*/{store.MANIFEST}")) if folder.is_dir() else []
-    return runs[-1] if runs else None
+    return max((path.parent.name for path in runs_of(step, state).glob(f"*/{store.MANIFEST}")), default=None)
 
 
 def read_tests(path: Path) -> dict[str, Tested]:
@@ -124,13 +109,9 @@ def read_tests(path: Path) -> dict[str, Tested]:
     found = {}
     for case in ElementTree.parse(path).iter("testcase"):
         file = str(case.get("classname", "")).replace(".", "/") + ".py"
-        test = Tested(outcome="passed")
+        test = Tested("passed", "")
         for kind, outcome in (("skipped", "skipped"), ("error", "failed"), ("failure", "failed")):
             if (element := case.find(kind)) is not None:
-                test = Tested(outcome=outcome, why=_first_line(element))
+                test = Tested(outcome, (element.get("message") or element.text or "").strip().partition("\n")[0][:200])
         found[f"{file}::{case.get('name')}"] = test
     return found
-
-
-def _first_line(element: ElementTree.Element) -> str:
-    return (element.get("message") or element.text or "").strip().partition("\n")[0][:200]

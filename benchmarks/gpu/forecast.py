@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks.gpu.claim import Claim
-from benchmarks.gpu.journal import Entry, Journal, Outcome
+from benchmarks.gpu.journal import Entry, Journal
 from benchmarks.gpu.loop import REPORT_S, is_left, spent_s, take_steps
 from benchmarks.gpu.steps import Step
 
@@ -20,54 +21,36 @@ AGAIN_S = 30.0
 """The repeated time of a resumed run: the replicate in which it was stopped."""
 
 
-class _Simulated(Journal):
-    """A journal without files."""
+def simulate(
+    steps: Sequence[Step], claims: Sequence[Claim], factor: float
+) -> Iterator[tuple[float, list[str], list[str]]]:
+    """Yield the seconds of each call of a campaign whose steps take `factor` times the expected time, the steps that
+    end in it, and the claims that it decides first."""
+    with tempfile.TemporaryDirectory() as folder:
+        journal, decided = Journal(Path(folder), ""), set[str]()
+        whole_s = CALL_MINUTES * 60 - REPORT_S
+        while any(is_left(step, journal) for step in steps):
+            left_s, before = whole_s, len(journal.entries)
 
-    def __init__(self) -> None:
-        self.entries = []
+            def run(step: Step, limit_s: float) -> Entry:
+                nonlocal left_s
+                resumed = AGAIN_S * len(journal.attempts(step.name))
+                needed_s = factor * step.expected_s + resumed - spent_s(step, journal)
+                took_s = min(needed_s, limit_s)
+                left_s -= took_s
+                return Entry(
+                    step=step.name, outcome="done" if needed_s <= limit_s else "stopped", code=0, took_s=took_s,
+                    begun_unix_s=0.0, device="", unit="", sources="",
+                )  # fmt: skip
 
-    def add(self, entry: Entry) -> None:
-        self.entries.append(entry)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """One call of the campaign."""
-
-    took_s: float
-    done: tuple[str, ...]
-    """Steps that ended in the call."""
-    decided: tuple[str, ...]
-    """Claims that this call decides first."""
-
-
-def simulate(steps: Sequence[Step], claims: Sequence[Claim], factor: float) -> Iterator[Call]:
-    """Yield the calls of a campaign whose steps take `factor` times the expected time."""
-    journal, decided = _Simulated(), set[str]()
-    whole_s = CALL_MINUTES * 60 - REPORT_S
-    while any(is_left(step, journal) for step in steps):
-        left_s, before = whole_s, len(journal.entries)
-
-        def run(step: Step, limit_s: float) -> Entry:
-            nonlocal left_s
-            resumed = AGAIN_S * len(journal.attempts(step.name))
-            needed_s = factor * step.expected_s + resumed - spent_s(step, journal)
-            took_s = min(needed_s, limit_s)
-            left_s -= took_s
-            outcome: Outcome = "done" if needed_s <= limit_s else "stopped"
-            return Entry(
-                step=step.name, outcome=outcome, code=0, took_s=took_s, begun_unix_s=0.0, device="", unit="", sources=""
-            )  # fmt: skip
-
-        with contextlib.redirect_stderr(io.StringIO()):
-            take_steps(steps, journal, left_s=lambda: left_s, run=run)  # noqa: B023
-        if len(journal.entries) == before:
-            return
-        ended = {entry.step for entry in journal.entries if entry.outcome == "done"}
-        new = [claim.name for claim in claims if claim.name not in decided and ended.issuperset(claim.steps)]
-        decided |= set(new)
-        done = [entry.step for entry in journal.entries[before:] if entry.outcome == "done"]
-        yield Call(took_s=whole_s - left_s, done=tuple(done), decided=tuple(new))
+            with contextlib.redirect_stderr(io.StringIO()):
+                take_steps(steps, journal, left_s=lambda: left_s, run=run)  # noqa: B023
+            if len(journal.entries) == before:
+                return
+            ended = {entry.step for entry in journal.entries if entry.outcome == "done"}
+            new = [claim.name for claim in claims if claim.name not in decided and ended.issuperset(claim.steps)]
+            decided.update(new)
+            yield whole_s - left_s, [one.step for one in journal.entries[before:] if one.outcome == "done"], new
 
 
 def table(steps: Sequence[Step], claims: Sequence[Claim]) -> str:
@@ -78,10 +61,10 @@ def table(steps: Sequence[Step], claims: Sequence[Claim]) -> str:
     ]
     for factor in FACTORS:
         total = 0
-        for number, call in enumerate(simulate(steps, claims, factor), start=1):
-            total += len(call.decided)
+        for number, (took_s, done, decided) in enumerate(simulate(steps, claims, factor), start=1):
+            total += len(decided)
             lines.append(
-                f"| {factor:g} × | {number} | {call.took_s / 60:.1f} | {', '.join(call.done)} | "
-                f"{', '.join(call.decided) or '–'} ({total} of {len(claims)}) |"
+                f"| {factor:g} × | {number} | {took_s / 60:.1f} | {', '.join(done)} | "
+                f"{', '.join(decided) or '–'} ({total} of {len(claims)}) |"
             )
     return "\n".join(lines)

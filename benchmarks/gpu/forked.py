@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,20 @@ from lorameter.trial import zygote
 
 
 def main() -> int:
-    """Import the zygote's libraries, fork, and print the findings of parent and child."""
-    begin = time.perf_counter()
+    """Import the zygote's libraries, fork, and let the child print the findings of both."""
     zygote.import_libraries()
-    found: dict[str, Any] = {"import_s": time.perf_counter() - begin, "threads": threads()}
-    found["refuses_to_fork"] = zygote._cannot_fork()
-    begin = time.perf_counter()
-    found["child"] = fork_child()
-    found["child_s"] = time.perf_counter() - begin
-    print(json.dumps(found))
+    found: dict[str, Any] = {"threads": threads(), "refuses_to_fork": zygote._cannot_fork()}
+    pid = os.fork()
+    if pid == 0:
+        try:
+            found["child"] = describe_child()
+        except BaseException as error:
+            traceback.print_exc()
+            found["child"] = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(found), flush=True)
+        os._exit(0)
+    if os.waitpid(pid, 0)[1]:
+        print(json.dumps(found | {"child": {"error": "the child ended without an answer"}}))
     return 0
 
 
@@ -36,39 +40,17 @@ def threads() -> list[str]:
     return sorted((path / "comm").read_text().strip() for path in Path("/proc/self/task").iterdir())
 
 
-def fork_child() -> dict[str, Any]:
-    """Fork a child and return its findings about the device and NVML."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.close(reader)
-        try:
-            found = describe_child()
-        except BaseException as error:
-            traceback.print_exc()
-            found = {"error": f"{type(error).__name__}: {error}"}
-        os.write(writer, json.dumps(found).encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as answers:
-        text = answers.read()
-    os.waitpid(pid, 0)
-    return dict(json.loads(text)) if text else {"error": "the child ended without an answer"}
-
-
 def describe_child() -> dict[str, Any]:
-    """Return the time of the first use of the device, and every NVML counter with its value or reason."""
+    """Return the threads before and after the first use of the device, and every NVML counter with its value or
+    reason."""
     import torch
 
     from lorameter.machine.nvml import open_device
 
-    forked = threads()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    begin = time.perf_counter()
-    total = torch.ones(8, device=device).sum().item()
-    started_s = time.perf_counter() - begin
-    found: dict[str, Any] = {"device": device, "sum": total, "device_start_s": started_s}
-    found |= {"threads": forked, "threads_with_device": threads()}
+    found: dict[str, Any] = {"threads": threads()}
+    found["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    found["sum"] = torch.ones(8, device=found["device"]).sum().item()
+    found["threads_with_device"] = threads()
     opened = open_device()
     if opened.value is None:
         return found | {"nvml": opened.reason}

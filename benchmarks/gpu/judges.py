@@ -5,13 +5,12 @@ A limit is stated in the claim's sentence or defined here, with its reason.
 
 from __future__ import annotations
 
-from typing import Any
-
-from benchmarks.gpu.claim import Decision, Judge, decided, undecided
-from benchmarks.gpu.evidence import Evidence, NotSeenError
+from benchmarks.gpu.claim import Decision, decided, undecided
+from benchmarks.gpu.evidence import Evidence
 from benchmarks.gpu.steps import BASES
 from lorameter.machine.telemetry import COUNTER_PERIOD_S
 from lorameter.records.record import TrialRecord
+from lorameter.records.units import format_ratio
 
 ERRORS = (-0.11, 0.34)
 """The allowed relative difference of a measured peak from its estimate, as stated in docs/measure-my-model.md."""
@@ -109,26 +108,21 @@ def names_are_known(evidence: Evidence) -> Decision:
     return decided(not found["unknown"], f"{count} kernels, unknown: {unknown or 'none'}")
 
 
-def step_is_explained(variant: str) -> Judge:
-    """Return a judge of one profile: its phases add up to the step."""
-
-    def judge(evidence: Evidence) -> Decision:
-        step = _profile(evidence, variant)["step"]
-        rest, whole = step["remainder"], step["step"]["value"]
-        low, high = (100 * rest[end] / whole for end in ("low", "high"))
-        text = f"a step of {whole * 1e3:.1f} ms leaves [{low:.2f}, {high:.2f}] % unexplained ({step['pairs']} pairs)"
-        return undecided(text) if step["explained"] is None else decided(step["explained"], text)
-
-    return judge
+def step_is_explained(evidence: Evidence, *, variant: str) -> Decision:
+    """Judge that the phases of one variant's profile add up to the step."""
+    step = evidence.document(f"profile-{variant}", "step")
+    rest, whole = step["remainder"], step["step"]["value"]
+    low, high = (100 * rest[end] / whole for end in ("low", "high"))
+    text = f"a step of {whole * 1e3:.1f} ms leaves [{low:.2f}, {high:.2f}] % unexplained ({step['pairs']} pairs)"
+    return undecided(text) if step["explained"] is None else decided(step["explained"], text)
 
 
 def kernels_are_known(evidence: Evidence) -> Decision:
     """Judge that the profiles' GPU time is in named kernels."""
     text, worst = [], 0.0
     for variant in BASES:
-        seconds = {
-            category: sum(phases.values()) for category, phases in _profile(evidence, variant)["categories_s"].items()
-        }
+        categories = evidence.document(f"profile-{variant}", "categories_s")
+        seconds = {category: sum(phases.values()) for category, phases in categories.items()}
         busy = sum(value for category, value in seconds.items() if category != "idle")
         if not busy:
             return undecided(f"{variant}: no kernel was recorded")
@@ -142,7 +136,7 @@ def peak_is_not_exceeded(evidence: Evidence) -> Decision:
     """Judge that a step's share of the stated peak is below 1."""
     text, holds = [], True
     for variant in BASES:
-        trained = _profile(evidence, variant)["ceilings"].get("train")
+        trained = evidence.document(f"profile-{variant}", "ceilings").get("train")
         if not trained:
             return undecided("the device has no stated peak")
         used = trained["hfu"]
@@ -151,73 +145,57 @@ def peak_is_not_exceeded(evidence: Evidence) -> Decision:
     return decided(holds, "; ".join(text))
 
 
-def study_is_valid(evidence: Evidence) -> Decision:
-    """Judge that every trial is ok and every required path active, on both bases."""
-    records = list(evidence.run("study").records)
+def study_is_valid(evidence: Evidence, *, step: str) -> Decision:
+    """Judge that every trial of a study is ok and every required path active, in at least two variants."""
+    records = evidence.run(step).records
     names = sorted({one.name for one in records})
-    return undecided(f"only {', '.join(names)} ended") if len(names) == 1 else _valid(records)
-
-
-def _valid(records: list[TrialRecord]) -> Decision:
+    if len(names) < 2:
+        return undecided(f"only {', '.join(names) or 'nothing'} ended")
     bad = [f"{one.trial} {one.status}: {one.failure.message if one.failure else ''}" for one in records if not _ok(one)]
     paths = [check for one in records for check in one.checks if check["required"] is not None]
-    idle = sorted({f"{check['path']} {check['status']}" for check in paths if check["status"] not in _MET})
-    if not records:
-        return undecided("no trial ended")
+    met = ("active", "not_applicable")
+    idle = sorted({f"{check['path']} {check['status']}" for check in paths if check["status"] not in met})
     if bad or idle:
         return decided(False, "; ".join([*bad, *idle])[:600])
-    names = sorted({one.name for one in records})
     return decided(True, f"{len(records)} trials of {', '.join(names)} ok, {len(paths)} checks met")
-
-
-_MET = ("active", "not_applicable")
 
 
 def _ok(record: TrialRecord) -> bool:
     return record.status in ("ok", "interrupted", "not_run")
 
 
-def estimate_is_near(variant: str) -> Judge:
-    """Return a judge of one variant: the estimated peak of training against the one that the study measured."""
-
-    def judge(evidence: Evidence) -> Decision:
-        train = evidence.document(f"estimate-{variant}")["train"]
-        if train["measured_bytes"] is None:
-            return undecided("the study has left no peak to compare with")
-        off = train["measured_bytes"] / train["total_bytes"] - 1
-        text = (
-            f"estimated {train['total_bytes'] / 2**30:.2f} GiB, measured {train['measured_bytes'] / 2**30:.2f} GiB: "
-            f"{100 * off:+.1f} %"
-        )
-        return decided(ERRORS[0] <= off <= ERRORS[1], text)
-
-    return judge
+def estimate_is_near(evidence: Evidence, *, variant: str) -> Decision:
+    """Judge the estimated peak of training of one variant against the one that the study measured."""
+    train = evidence.document(f"estimate-{variant}", "train")
+    if train["measured_bytes"] is None:
+        return undecided("the study has left no peak to compare with")
+    off = train["measured_bytes"] / train["total_bytes"] - 1
+    text = (
+        f"estimated {train['total_bytes'] / 2**30:.2f} GiB, measured {train['measured_bytes'] / 2**30:.2f} GiB: "
+        f"{100 * off:+.1f} %"
+    )
+    return decided(ERRORS[0] <= off <= ERRORS[1], text)
 
 
 def same_is_same(evidence: Evidence) -> Decision:
     """Judge the control of an A/B: the base against itself."""
-    control = _twins(evidence)["control"].get("train")
+    control = evidence.document("twins", "control").get("train")
     if not control or control["low"] is None:
         return undecided("no control was judged")
-    return decided(control["verdict"] not in ("regressed", "improved"), f"{_interval(control)} {control['verdict']}")
+    text = f"{format_ratio(control['ratio'], control['low'], control['high'])} {control['verdict']}"
+    return decided(control["verdict"] not in ("regressed", "improved"), text)
 
 
 def slowdown_is_found(evidence: Evidence) -> Decision:
     """Judge the A/B whose candidate has more work in each step: the verdict must be regressed."""
-    step = next((one for one in _twins(evidence)["comparisons"] if one["metric"] == "step_time_s"), None)
+    compared = evidence.document("twins", "comparisons")
+    step = next((one for one in compared if one["metric"] == "step_time_s"), None)
     if step is None:
         return undecided("nothing was compared")
-    text = f"{_interval(step)} {step['verdict']}"
+    text = f"{format_ratio(step['ratio'], step['low'], step['high'])} {step['verdict']}"
     if step["verdict"] == "regressed":
         return decided(True, text)
     return undecided(f"the work is too little: {text}") if step["ratio"] < 1 + FOUND else decided(False, text)
-
-
-def _twins(evidence: Evidence) -> dict[str, Any]:
-    found = evidence.document("twins")
-    if "comparisons" not in found:
-        raise NotSeenError("twins: rehearsed only")
-    return found
 
 
 def warm_requests_are_timed(evidence: Evidence) -> Decision:
@@ -251,10 +229,8 @@ def energy_is_recorded(evidence: Evidence) -> Decision:
 
 def claims_are_decided(evidence: Evidence) -> Decision:
     """Judge that the sweep supports or refutes the time claims of the study of LoRA parameters."""
-    found = evidence.document("claims")
-    if "claims" not in found:
-        raise NotSeenError("claims: rehearsed only")
-    judged = [one for one in found["claims"] if one["verdict"] != "not judged"]
+    found = evidence.document("claims", "claims")
+    judged = [one for one in found if one["verdict"] != "not judged"]
     text = "; ".join(f"{one['id']} {one['verdict']}" for one in judged)
     open_ones = [one["id"] for one in judged if one["verdict"] == "inconclusive"]
     if not judged or open_ones:
@@ -264,23 +240,13 @@ def claims_are_decided(evidence: Evidence) -> Decision:
 
 def script_is_measured(evidence: Evidence) -> Decision:
     """Judge that the run of a wrapped script has timed steps and a GPU memory peak."""
-    records = list(evidence.run("wrap").records)
-    timed = [one for one in records if one.samples.get("step_time_s")]
+    timed = [one for one in evidence.run("wrap").records if one.samples.get("step_time_s")]
     if not timed:
         return undecided("no step was timed")
     seen = any(name.startswith("device_peak") for one in timed for name in one.memory)
     return decided(
         seen, f"{len(timed[0].samples['step_time_s'])} steps; peak of the GPU {'seen' if seen else 'not seen'}"
     )
-
-
-def engine_ran(step: str) -> Judge:
-    """Return a judge of a study about an engine: every trial is ok with every required path active."""
-
-    def judge(evidence: Evidence) -> Decision:
-        return _valid(list(evidence.run(step).records))
-
-    return judge
 
 
 def cold_has_its_parts(evidence: Evidence) -> Decision:
@@ -306,35 +272,19 @@ def cudnn_takes_a_mask_on_hopper(evidence: Evidence) -> Decision:
 
 def device_start_is_recorded(evidence: Evidence) -> Decision:
     """Judge that isolated trials of the study record the start time of the device."""
-    starts = [one.values["device_start_time_s"] for one in evidence.run("study").records
-              if "device_start_time_s" in one.values]  # fmt: skip
+    values = [one.values for one in evidence.run("study").records]
+    starts = [one["device_start_time_s"] for one in values if "device_start_time_s" in one]
     if not starts:
         return undecided("no isolated trial ended")
     return decided(min(starts) > 0, f"{min(starts):.2f} to {max(starts):.2f} s in {len(starts)} isolated trials")
 
 
 def all_settings_share_a_base(evidence: Evidence) -> Decision:
-    """Judge that the sweep ran at shared-base, that all its trials were ok, and that its control shows no
-    difference."""
+    """Judge that the sweep ran at shared-base, and that all its trials were ok."""
     run = evidence.run("sweep")
-    records = list(run.records)
-    turns = [one for one in records if one.interleaving == "shared-base"]
-    bad = sorted({f"{one.trial} {one.status}" for one in records if not _ok(one)})
-    if not [one for one in turns if one.status == "ok"]:
-        return decided(False, "; ".join(bad)) if bad else undecided(f"no trial ended; {run.manifest.status}")
-    settings = {one.name for one in turns if one.status == "ok"}
+    bad = sorted({f"{one.trial} {one.status}" for one in run.records if not _ok(one)})
+    settings = {one.name for one in run.records if one.interleaving == "shared-base" and one.status == "ok"}
+    if not settings and not bad:
+        return undecided(f"no trial ended; {run.manifest.status}")
     text = f"{len(settings)} settings took turns on one base"
     return decided(not bad, text + (f"; {'; '.join(bad)}" if bad else ""))
-
-
-def _profile(evidence: Evidence, variant: str) -> dict[str, Any]:
-    found = evidence.document(f"profile-{variant}")
-    if "step" not in found:
-        raise NotSeenError(f"profile-{variant}: rehearsed only")
-    return found
-
-
-def _interval(one: dict[str, Any]) -> str:
-    if one["low"] is None:
-        return f"{one['ratio']}"
-    return f"{one['ratio']:.4f} [{one['low']:.4f}, {one['high']:.4f}]"

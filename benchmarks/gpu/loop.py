@@ -30,12 +30,6 @@ def is_left(step: Step, journal: Journal) -> bool:
     return len(journal.attempts(step.name)) < MOST_ATTEMPTS
 
 
-def next_step(steps: Sequence[Step], journal: Journal, left_s: float, tried: set[str]) -> Step | None:
-    """Return the first remaining step that was not tried in this call and fits into its remaining time, or None."""
-    fits = (one for one in steps if one.name not in tried and is_left(one, journal) and one.least_s + GRACE_S <= left_s)
-    return next(fits, None)
-
-
 def take_steps(
     steps: Sequence[Step],
     journal: Journal,
@@ -43,7 +37,7 @@ def take_steps(
     left_s: Callable[[], float],
     run: Callable[[Step, float], Entry],
 ) -> None:
-    """Take the remaining steps one after the other while there is time, and add each to the journal.
+    """Take each remaining step that fits into the time that is left of the call, and add it to the journal.
 
     Args:
         steps: the steps, in order.
@@ -51,9 +45,9 @@ def take_steps(
         left_s: returns the remaining seconds of the call.
         run: takes one step within the given seconds.
     """
-    tried: set[str] = set()
-    while (step := next_step(steps, journal, left_s(), tried)) is not None:
-        tried.add(step.name)
+    for step in steps:
+        if not is_left(step, journal) or step.least_s + GRACE_S > left_s():
+            continue
         limit_s = min(step.limit_s, left_s() - GRACE_S)
         if step.resumes:
             limit_s = min(limit_s, step.total_s - spent_s(step, journal))

@@ -21,8 +21,7 @@ import tarfile
 import tempfile
 import tomllib
 import zipfile
-from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKED = ROOT / ".gpu"
@@ -34,8 +33,6 @@ PLATFORMS = (
 )
 MOST_PACKED_BYTES = 8 * 2**20
 """The largest file in an archive; tokens and long recordings are larger and can be regenerated."""
-TAKEN = (".gpu/state/", "reports/", "docs/gpu.md")
-"""Paths in a checkout that an archive may write."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -102,39 +99,19 @@ def describe(site: Path) -> None:
 def pack_results(out: Path, state: Path, reports: Path, page: Path) -> Path:
     """Pack the results of a call, which resume the campaign and are kept; return the archive."""
     archive = out / "campaign.tar.gz"
+    places = {".gpu/state": state, f"docs/{page.name}": page}
+    places |= {f"reports/{folder.name}": folder for folder in reports.glob("*_gpu")}
     with tarfile.open(archive, "w:gz") as file:
-        for path in _found((state, *reports.glob("*_gpu"), page)):
-            if path.stat().st_size <= MOST_PACKED_BYTES:
-                file.add(path, arcname=_name_in_archive(path, state))
+        for name, place in places.items():
+            file.add(place, arcname=name, filter=lambda member: member if member.size <= MOST_PACKED_BYTES else None)
     return archive
 
 
 def take(archive: Path, root: Path) -> list[str]:
-    """Unpack an archive of `pack_results` into a checkout and return the names. Raises ValueError for other
-    archives."""
+    """Unpack an archive of `pack_results` into a checkout and return the names of its files."""
     with tarfile.open(archive) as file:
-        members = [member for member in file.getmembers() if member.isfile()]
-        strange = [
-            member.name
-            for member in members
-            if not member.name.startswith(TAKEN) or ".." in PurePosixPath(member.name).parts
-        ]
-        if strange:
-            raise ValueError(f"{archive}: {strange[0]}: not a result of a campaign")
-        file.extractall(root, members=members, filter="data")
-    return [member.name for member in members]
-
-
-def _found(places: Iterable[Path]) -> Iterator[Path]:
-    for place in places:
-        yield from (path for path in sorted(place.rglob("*")) if path.is_file()) if place.is_dir() else (place,)
-
-
-def _name_in_archive(path: Path, state: Path) -> str:
-    """Return the path in the archive; the state has its default path, wherever its folder is."""
-    if path.is_relative_to(state):
-        return str(Path(".gpu/state") / path.relative_to(state))
-    return str(path.relative_to(ROOT))
+        file.extractall(root, filter="data")
+        return [member.name for member in file.getmembers() if member.isfile()]
 
 
 if __name__ == "__main__":

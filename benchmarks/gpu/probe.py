@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 Fact = dict[str, Any]
 NEEDS_NO_GPU = ("zygote",)
@@ -23,33 +23,6 @@ RESTS_S = (0.0, 0.003, 0.03, 0.3, 2.0)
 """No rest, which gives the noise; about the time of a hand-over between turns; and pauses after which a GPU may lower
 its clocks."""
 COUNTED_S = 1.5
-
-
-def machine() -> Fact:
-    """Return GPU, driver, libraries, and the start time and memory of a process's CUDA context."""
-    import torch
-
-    begin = time.perf_counter()
-    torch.ones(1, device="cuda")
-    torch.cuda.synchronize()
-    started_s = time.perf_counter() - begin
-    from lorameter.machine.gpus import neighbours_of
-
-    gpu = open_gpu()
-    own, facts = neighbours_of(gpu, generations=0).own_bytes, gpu.facts()
-    gpu.close()
-    return {
-        "name": torch.cuda.get_device_name(),
-        "driver": facts["driver"].value,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "power_limit_w": facts["power_limit_w"].value,
-        "persistence": facts["persistence"].value,
-        "context_s": started_s,
-        "context_bytes": own.value,
-        "context_unknown": own.reason,
-    }
 
 
 def zygote() -> Fact:
@@ -122,8 +95,7 @@ def clock() -> Fact:
             rested.append(watch(lambda: work(20))[1].time_s)
         after[str(rest)] = statistics.median(rested) / lap_s
     watched: list[float] = []
-    events = recorded(lambda: watched.append(watch(lambda: work(20))[1].time_s))
-    kernels_s = sum(one.time_s for one in events if one.on_gpu)
+    kernels_s = sum(time_s for _, time_s in kernels_of(lambda: watched.append(watch(lambda: work(20))[1].time_s)))
     return {
         "lap_s": lap_s,
         "events_over_wall": statistics.median(lap / wall for lap, wall in zip(laps[3:], walls[3:], strict=True)),
@@ -136,7 +108,12 @@ def counters() -> Fact:
     """Return the period of the energy counter, and the clocks during and after queued work."""
     import torch
 
-    gpu, work = open_gpu(), products()
+    from lorameter.machine.telemetry import open_torch_gpu
+
+    opened, work = open_torch_gpu("cuda"), products()
+    gpu = opened.value
+    if gpu is None:
+        raise RuntimeError(f"NVML does not find the GPU of torch: {opened.reason}")
     moved, before, end = [], gpu.energy_j().value, time.perf_counter() + COUNTED_S
     while time.perf_counter() < end:
         work(2)
@@ -200,39 +177,31 @@ def names() -> Fact:
     for call, run in calls.items():
         run()
         torch.cuda.synchronize()
-        kernels = {one.name for one in recorded(run) if one.on_gpu}
-        found[call] = {name[:160]: getattr(classify(name), "name", None) for name in sorted(kernels)}
+        kernels = sorted({name for name, _ in kernels_of(run)})
+        found[call] = {name[:160]: getattr(classify(name), "name", None) for name in kernels}
     unknown = sorted({name for kernels in found.values() for name, rule in kernels.items() if rule is None})
     return {"kernels": found, "unknown": unknown, "empty": [call for call, kernels in found.items() if not kernels]}
 
 
-class Recorded(NamedTuple):
-    """An event of torch.profiler on the host or on the GPU."""
-
-    name: str
-    time_s: float
-    on_gpu: bool
-
-
-def recorded(call: Callable[[], object]) -> list[Recorded]:
-    """Return what torch.profiler records of a call with synchronisation; a session without GPU events is repeated,
-    since CUPTI has a race after another session."""
-    found = _session(call)
-    return found if any(one.on_gpu for one in found) else _session(call)
-
-
-def _session(call: Callable[[], object]) -> list[Recorded]:
+def kernels_of(call: Callable[[], object]) -> list[tuple[str, float]]:
+    """Return name and seconds of each event that torch.profiler records on the GPU in a call; a session without events
+    is repeated, since CUPTI has a race after another session."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recording:
-        call()
-        torch.cuda.synchronize()
-    return [
-        Recorded(event.name(), event.duration_ns() / 1e9, event.device_type().name == "CUDA")
-        for event in recording.profiler.kineto_results.events()
-        if not event.is_user_annotation()
-    ]
+    found: list[tuple[str, float]] = []
+    for _ in range(2):
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recording:
+            call()
+            torch.cuda.synchronize()
+        found = [
+            (event.name(), event.duration_ns() / 1e9)
+            for event in recording.profiler.kineto_results.events()
+            if event.device_type().name == "CUDA" and not event.is_user_annotation()
+        ]
+        if found:
+            break
+    return found
 
 
 def products() -> Callable[[int], None]:
@@ -250,17 +219,7 @@ def products() -> Callable[[int], None]:
     return work
 
 
-def open_gpu() -> Any:
-    """Open torch's GPU with NVML. Raises RuntimeError where NVML does not find it."""
-    from lorameter.machine.telemetry import open_torch_gpu
-
-    found = open_torch_gpu("cuda")
-    if found.value is None:
-        raise RuntimeError(f"NVML does not find the GPU of torch: {found.reason}")
-    return found.value
-
-
-FACTS: tuple[Callable[[], Fact], ...] = (machine, zygote, attention, clock, counters, names)
+FACTS: tuple[Callable[[], Fact], ...] = (zygote, attention, clock, counters, names)
 
 
 def main(arguments: list[str]) -> int:

@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from benchmarks.gpu.claim import VERDICTS, Claim, Decision
+from benchmarks.gpu.claim import Claim, Decision, Verdict
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.steps import Step, runs_of
 from lorameter.machine.provenance import Machine
@@ -65,7 +65,7 @@ def text(campaign: Campaign) -> str:
         for claim, decision in campaign.decisions
     ]
     counts = Counter(decision.verdict for _, decision in campaign.decisions)
-    lines.append("; ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS))
+    lines.append("; ".join(f"{counts[verdict]} {verdict}" for verdict in get_args(Verdict)))
     return "\n".join(lines) + "\n"
 
 
@@ -99,15 +99,10 @@ def _steps(campaign: Campaign) -> list[str]:
     return lines
 
 
-def name_of(campaign: Campaign) -> str:
-    """Return the name of the folder under reports/: date, GPU and the suffix "gpu"."""
-    device = re.sub(r"[^a-z0-9]+", "-", campaign.machine.device_name.lower()).strip("-")
-    return f"{campaign.begun}_{device}_gpu"
-
-
 def write(campaign: Campaign, reports: Path, state: Path) -> Path:
     """Write the report, its document, the output of each step and the records of its runs; return the folder."""
-    folder = reports / name_of(campaign)
+    device = re.sub(r"[^a-z0-9]+", "-", campaign.machine.device_name.lower()).strip("-")
+    folder = reports / f"{campaign.begun}_{device}_gpu"
     (folder / "outputs").mkdir(parents=True, exist_ok=True)
     (folder / "report.txt").write_text(text(campaign), encoding="utf-8")
     (folder / "campaign.json").write_text(json.dumps(document(campaign), indent=1) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ by the same command if that reports its own skips, else by the part that reads s
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -242,15 +243,9 @@ def command(
         "{newest of sweep}": newest or "no-run",
         "{python}": python,
     }
-    return [python, *(_filled(word, stand_ins) for word in words)]
+    return [python, *(re.sub(r"{[a-z ]+}", lambda found: stand_ins[found[0]], word) for word in words)]
 
 
 def runs_of(name: str, state: Path) -> Path:
     """Return the folder of a step's runs."""
     return state / "runs" / name
-
-
-def _filled(word: str, stand_ins: dict[str, str]) -> str:
-    for name, value in stand_ins.items():
-        word = word.replace(name, value)
-    return word
