@@ -74,7 +74,6 @@ def read_runs(checkout: Path, revision: str, task: str) -> tuple[pd.DataFrame, d
 
     Columns: the identity of a run (experiment, created), its origin (commit, path, blob), its software and GPU, its
     configuration as text, and its figures. `rewrite` marks a later blob of the same run.
-    its configuration as text, and its figures. `rewrite` marks a later blob of a run that is there already.
     """
     folder = f"method_comparison/{task}/results"
     history = git(

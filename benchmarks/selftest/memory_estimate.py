@@ -18,10 +18,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
 import json
+import multiprocessing
 import sys
 import tempfile
-import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,8 @@ def compare_measured(model: str) -> Iterator[str]:
     print(f"{'variant':26}{'phase':10}{'estimate':>10}{'measured':>10}{'error':>8}{'unexplained':>13}  of that peak")
     for name, changes, lengths in VARIANTS:
         variant, workload = LoraVariant(name=name, **changes), Workload(model=model, **(WORKLOAD | lengths))
-        found = in_child(variant, workload)
+        with tempfile.TemporaryDirectory() as folder:
+            found = in_child(run_trial, variant, workload, in_child(prepare_tokens, workload, folder), folder)
         for phase in ("train", "generate"):
             expected = estimate_memory(variant, workload, shape, phase=phase, stored=stored).total_bytes
             peak, share = found[phase]["peak"], found[phase]["share"]
@@ -86,33 +87,20 @@ def compare_measured(model: str) -> Iterator[str]:
                 yield " ".join(line.split())
 
 
-def in_child(variant: Variant, workload: Workload) -> Mapping[str, Any]:
-    """Run a trial in a forked process; another one prepares the tokens."""
-    with tempfile.TemporaryDirectory() as folder:
-        for work in (lambda: prepared(workload, folder), lambda: trial(variant, workload, folder)):
-            pid = os.fork()
-            if pid == 0:
-                code = 1
-                try:
-                    (Path(folder) / "out").write_text(json.dumps(work()))
-                    code = 0
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    os._exit(code)
-            if os.waitpid(pid, 0)[1]:
-                raise SystemExit(f"{variant.name}: the trial failed")
-        return dict(json.loads((Path(folder) / "out").read_text()))
+def in_child(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Return the result of a function that runs in a process forked from this one."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(work, arguments)
 
 
-def prepared(workload: Workload, folder: str) -> str:
+def prepare_tokens(workload: Workload, folder: str) -> str:
     """Prepare the tokens and return the path of their file."""
     from lorameter.trial.data.tokens import prepare
 
     return str(prepare(workload, Path(folder)).path)
 
 
-def trial(variant: Variant, workload: Workload, folder: str) -> dict[str, Any]:
+def run_trial(variant: Variant, workload: Workload, tokens: str, folder: str) -> dict[str, Any]:
     """Return the peaks of an isolated trial, and the account of one step and one request."""
     from lorameter.trial.building.build import SharedBase
     from lorameter.trial.process import prepare_process
@@ -121,7 +109,7 @@ def trial(variant: Variant, workload: Workload, folder: str) -> dict[str, Any]:
     request = TrialRequest(
         trial="r0-isolated", variant=variant, role="variant", replicate=0, seed=0, workload=workload, protocol=PROTOCOL,
         interleaving="replicates", measures=("requests", "peaks"), device="cpu", threads=1,
-        tokens_path=json.loads((Path(folder) / "out").read_text()), scratch=folder, log_path="",
+        tokens_path=tokens, scratch=folder, log_path="",
     )  # fmt: skip
     prepare_process(request)
     one = ProfiledTrial(request, SharedBase())

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import peft
@@ -83,41 +83,32 @@ class UnfitError(Exception):
     """The family is skipped."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """A model type and the class of its task."""
-
-    name: str
-    task: str
-
-    def build(self) -> Any:
-        """Return a model with random weights.
-
-        Raises:
-            UnfitError: it cannot be built, or is too large.
-        """
-        make = getattr(transformers, self.task).from_config
-        try:
-            config = _shrunk(CONFIG_MAPPING[self.name])
-            config.architectures = config.architectures or []  # None stops the choice among several classes for a task
-            with torch.device("meta"):
-                size = sum(value.numel() for value in make(copy.deepcopy(config)).parameters())
-        except Exception as error:
-            raise UnfitError("cannot be built") from error
-        if size > PARAMETERS:
-            raise UnfitError("too large")
-        torch.manual_seed(0)
-        return make(config)
-
-
-def families() -> Iterator[Family]:
-    """Yield every model type with a task, ordered by name."""
+@cache
+def families() -> dict[str, str]:
+    """Return the class of the task of every model type that has one."""
     mappings = {task: getattr(modeling_auto, task)._model_mapping._model_mapping for task in TASKS}
-    for name in sorted(CONFIG_MAPPING_NAMES):
-        for task in TASKS:
-            if name in mappings[task]:
-                yield Family(name=name, task=task)
-                break
+    tasks = {name: [task for task in TASKS if name in mappings[task]] for name in sorted(CONFIG_MAPPING_NAMES)}
+    return {name: found[0] for name, found in tasks.items() if found}
+
+
+def build(name: str) -> Any:
+    """Return a model of a family with random weights.
+
+    Raises:
+        UnfitError: it cannot be built, or is too large.
+    """
+    make = getattr(transformers, families()[name]).from_config
+    try:
+        config = _shrunk(CONFIG_MAPPING[name])
+        config.architectures = config.architectures or []  # None stops the choice among several classes for a task
+        with torch.device("meta"):
+            size = sum(value.numel() for value in make(copy.deepcopy(config)).parameters())
+    except Exception as error:
+        raise UnfitError("cannot be built") from error
+    if size > PARAMETERS:
+        raise UnfitError("too large")
+    torch.manual_seed(0)
+    return make(config)
 
 
 def inputs_of(model: Any) -> dict[str, Tensor]:
@@ -127,9 +118,11 @@ def inputs_of(model: Any) -> dict[str, Tensor]:
         UnfitError: its main input is unknown.
     """
     torch.manual_seed(1)
+    configs = [model.config, getattr(model.config, "vision_config", None)]
+    channels = [one.num_channels for one in configs if hasattr(one, "num_channels")]
     known: dict[str, Any] = {
         "input_ids": lambda: torch.randint(3, 90, (ROWS, LENGTH)),
-        "pixel_values": lambda: torch.randn(ROWS, _channels(model.config), IMAGE, IMAGE),
+        "pixel_values": lambda: torch.randn(ROWS, (*channels, 3)[0], IMAGE, IMAGE),
         "input_values": lambda: torch.randn(ROWS, 4000),
         "input_features": lambda: torch.randn(ROWS, getattr(model.config, "num_mel_bins", 80), FRAMES),
     }
@@ -140,29 +133,10 @@ def inputs_of(model: Any) -> dict[str, Tensor]:
     batch = {main: known[main]()}
     if model.config.is_encoder_decoder and "decoder_input_ids" in taken:
         batch["decoder_input_ids"] = known["input_ids"]()
-    if (
-        main == "input_ids"
-        and "pixel_values" in taken
-        and not type(model).__name__.endswith("ForConditionalGeneration")
-    ):
+    conditional = type(model).__name__.endswith("ForConditionalGeneration")
+    if main == "input_ids" and "pixel_values" in taken and not conditional:
         batch["pixel_values"] = known["pixel_values"]()
     return batch
-
-
-def logits_of(output: Any) -> Tensor:
-    """Return the first output that depends on the weights."""
-    for name in ("logits", "logits_per_image", "logits_per_text"):
-        found = getattr(output, name, None)
-        if torch.is_tensor(found):
-            return found
-    raise UnfitError("no logits")
-
-
-def _channels(config: Any) -> int:
-    return next(
-        (one.num_channels for one in (config, getattr(config, "vision_config", None)) if hasattr(one, "num_channels")),
-        3,
-    )
 
 
 def _shrunk(kind: Any) -> Any:
@@ -220,8 +194,8 @@ class Run:
         UnfitError: it cannot be built small, or calls no linear layer.
     """
 
-    def __init__(self, family: Family) -> None:
-        model = family.build().train()
+    def __init__(self, family: str) -> None:
+        model = build(family).train()
         self.inputs, self.around = inputs_of(model), nullcontext
         names = _called_layers(model, self.inputs)
         torch.manual_seed(2)
@@ -247,12 +221,13 @@ class Run:
         """Take a forward and a backward pass and an update."""
         with self.around():
             self.optimizer.zero_grad()
-            logits_of(self.model(**self.inputs)).float().pow(2).mean().backward()
+            output = self.model(**self.inputs)
+            found = [getattr(output, name, None) for name in ("logits", "logits_per_image", "logits_per_text")]
+            logits = next((one for one in found if torch.is_tensor(one)), None)
+            if logits is None:
+                raise UnfitError("no logits")
+            logits.float().pow(2).mean().backward()
             self.optimizer.step()
-
-    def step_calls(self, modules: Sequence[nn.Module]) -> bool:
-        """Take a step and return whether it calls each of the modules."""
-        return len(_calls(modules, self.step)) == len(modules)
 
 
 def _calls(modules: Sequence[nn.Module], run: Any) -> list[nn.Module]:
@@ -287,19 +262,11 @@ class Found:
     attached: bool
     frozen: bool
     learning: bool | None
-    faults: tuple[str, ...]
-    """Contradictions between the counts and the step on flash only."""
-
-    def holds(self, path: str) -> bool | None:
-        """Return whether a healthy requirement holds."""
-        truths = {
-            "peft.learning": self.learning if self.attached else self.learning and None,
-            "peft.attached": self.attached, "base.frozen": self.frozen, "peft.dropout": self.attached or None,
-        }  # fmt: skip
-        return truths.get(path, True)
+    contradiction: str
+    """That between the counts and the step on flash only; empty without one."""
 
 
-def find(family: Family) -> Found:
+def find(family: str) -> Found:
     """Take steps of a run of the family and return the truth about it.
 
     Raises:
@@ -309,7 +276,7 @@ def find(family: Family) -> Found:
         run = Run(family)
         before = run.base()
         with Attentions() as seen:
-            attached = run.step_calls(run.tuners) and run.complete
+            attached = len(_calls(run.tuners, run.step)) == len(run.tuners) and run.complete
         factors = [value.detach().clone() for value in run.trained]
         run.step()
     except UnfitError:
@@ -333,7 +300,7 @@ def find(family: Family) -> Found:
     return Found(
         backend=backend, has_math=bool(seen.scaled and not seen.written), attached=attached, frozen=still,
         learning=True if changed else None if reached else False,  # an update may be lost in rounding
-        faults=() if on_flash == (seen.refused == 0) else (contradiction,),
+        contradiction="" if on_flash == (seen.refused == 0) else contradiction,
     )  # fmt: skip
 
 
@@ -343,7 +310,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(left, right)
 
 
-def judge(family: Family, found: Found, *, only_math: bool) -> Iterator[str]:
+def judge(family: str, found: Found, *, only_math: bool) -> Iterator[str]:
     """Verify a run of the family; yield the checks that contradict the truth."""
     run = Run(family)
     if only_math:
@@ -351,24 +318,29 @@ def judge(family: Family, found: Found, *, only_math: bool) -> Iterator[str]:
     backend = "math" if only_math and found.has_math else found.backend
     required = HEALTHY | {"attention.backend": backend or "flash"}
     checks = {one.path: one for one in kernels_check.verify(run.model, run.step, required)}
+    truths = dict.fromkeys(required, True) | {
+        "attention.backend": backend is not None, "base.frozen": found.frozen, "peft.attached": found.attached,
+        "peft.dropout": found.attached or None,
+        "peft.learning": found.learning if found.attached else found.learning and None,
+    }  # fmt: skip
     for path, value in required.items():
-        holds, check = backend is not None if path == "attention.backend" else found.holds(path), checks.get(path)
+        holds, check = truths[path], checks.get(path)
         active = check is not None and check.status == "active"
         if holds is not None and holds != active and (holds or check is not None):
             seen = "without a check" if check is None else f"{check.status}: {check.reason}"
             yield f"{path} {value!r} {'holds' if holds else 'does not hold'}, and is {seen}"
 
 
-def examine(family: Family) -> tuple[Found, list[str]]:
+def examine(family: str) -> tuple[Found, list[str]]:
     """Return the truth about a family and the faults of the checks.
 
     Raises:
         UnfitError: the family is skipped.
     """
     found = find(family)
-    faults = [f"family {family.name}: {fault}" for fault in found.faults]
+    faults = [f"family {family}: {found.contradiction}"] if found.contradiction else []
     for only_math in (False, True):
-        where = f"family {family.name}{', only math' if only_math else ''}"
+        where = f"family {family}{', only math' if only_math else ''}"
         try:
             faults += [f"{where}: {fault}" for fault in judge(family, found, only_math=only_math)]
         except Exception as error:
@@ -380,13 +352,14 @@ def faults_of_families(names: Sequence[str]) -> Iterator[str]:
     """Yield the faults of the named families, or of all; print how many were examined, by backend."""
     backends, unbuildable = Counter[str](), 0
     for family in families():
-        if family.name in names or "all" in names:
-            try:
-                found, faults = examine(family)
-            except UnfitError:
-                unbuildable += 1
-                continue
-            backends[found.backend or "none or several"] += 1
-            yield from faults
+        if family not in names and "all" not in names:
+            continue
+        try:
+            found, faults = examine(family)
+        except UnfitError:
+            unbuildable += 1
+            continue
+        backends[found.backend or "none or several"] += 1
+        yield from faults
     counted = ", ".join(f"{count} {backend}" for backend, count in backends.most_common())
     print(f"{backends.total()} families: {counted}; {unbuildable} cannot be built small or do not train", flush=True)

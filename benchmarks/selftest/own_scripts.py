@@ -20,10 +20,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import random
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -35,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared import command_output, exit_code, print_origin
+from shared import exit_code, print_origin, run_ab
 
 from lorameter.attach.launch import RUN, child_environment
 from lorameter.machine.processes import cpus_of, pin_to_cpus
@@ -56,13 +54,11 @@ WARM_UP = 20
 METER_SCRIPT = Path(__file__).with_name("meter_script.py")
 
 
-def run_ab(products: int, folder: Path) -> dict[str, Any]:
-    """Return the document of an A/B of the script against one with the given products, with its step time as `step`."""
-    commands = [shlex.join(["python", SCRIPT.name, "--products", str(count)]) for count in (PRODUCTS, products)]
-    words = ["ab", "--base-command", commands[0], "--candidate-command", commands[1], "--replicates", REPLICATES]
-    words += ["--steps", STEPS, "--runs-dir", str(folder / "runs"), "--json"]
-    document: dict[str, Any] = json.loads(command_output(words, cwd=folder))
-    return document | {"step": next(row for row in document["comparisons"] if row["metric"] == "step_time_s")}
+def compare_scripts(products: int, folder: Path) -> dict[str, Any]:
+    """Return the document of an A/B of the script against one with the given products."""
+    base, candidate = (f"python {SCRIPT.name} --products {count}" for count in (PRODUCTS, products))
+    words = ["--base-command", base, "--candidate-command", candidate, "--replicates", REPLICATES, "--steps", STEPS]
+    return run_ab([*words, "--runs-dir", str(folder / "runs")], cwd=folder)
 
 
 def judge_verdicts(tries: int) -> Iterator[str]:
@@ -71,13 +67,13 @@ def judge_verdicts(tries: int) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         shutil.copy(SCRIPT, folder)
-        share = 1 - run_ab(0, folder)["step"]["ratio"]
+        share = 1 - compare_scripts(0, folder)["step"]["ratio"]
         print(
             f"products are {share:.1%} of a step, so {share * (INJECTED / PRODUCTS - 1):.2%} are injected", flush=True
         )
         for number in range(tries):
             for part, products in (("identical", PRODUCTS), ("injected", INJECTED)):
-                document = run_ab(products, folder)
+                document = compare_scripts(products, folder)
                 step, verdicts = document["step"], [row["verdict"] for row in document["comparisons"]]
                 counts[part][step["verdict"]] += 1
                 counts[part]["any"] += bool({"regressed", "improved"} & {*verdicts})

@@ -1,6 +1,6 @@
 """Tests of kernels_check on random models and on transformers families: each check is compared with the truth.
 
-    python benchmarks/selftest/random_models.py [--many N] [--first S] [--seed S] [--families NAME ... | all | none]
+    python benchmarks/selftest/random_models.py [--many N] [--first SEED] [--families NAME ... | all | none]
 
 Models and steps are drawn at random, and their truth is known from the draw (`drawn_models.py`, `drawn_steps.py`). Each
 is verified against drawn requirements, true ones and others. Faults are:
@@ -132,14 +132,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--many", type=int, default=300, metavar="N", help="how many random runs")
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="the first seed")
-    parser.add_argument("--seed", type=int, help="this seed alone")
     parser.add_argument("--families", nargs="+", default=["all"], metavar="NAME", help="model types, all, or none")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     print_origin()
-    seeds = range(options.first, options.first + options.many) if options.seed is None else [options.seed]
+    seeds = range(options.first, options.first + options.many)
     features, broken = Counter[str](), list[str]()
     for seed in seeds:
         try:

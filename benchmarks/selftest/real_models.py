@@ -7,7 +7,6 @@ cores. Fetch smollm2-135m first; $LORAMETER_GEMMA names a GGUF file of Gemma 3 2
 skipped.
 
 Bounds: the limit is exceeded by at most a tenth, or by one timed round of all measurements; five replicates; the 95 %
-interval of every training ratio is at most ± 5 %; 60 % of the time is measurement.
 interval of every ratio of training is at most ± 5 %; 60 % of the time is measurement.
 """
 

@@ -4,12 +4,15 @@ machine."""
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lorameter.machine.provenance import origin_of
 
@@ -42,6 +45,14 @@ def command_output(words: list[str], **options: object) -> str:
     if not done.stdout.strip():
         raise SystemExit(f"lorameter {' '.join(words)} ended with {done.returncode}: {done.stderr[-2000:]}")
     return done.stdout
+
+
+def run_ab(words: list[str], **options: object) -> dict[str, Any]:
+    """Return the document of one `lorameter ab`, with its step time as `step` and its wall time as `seconds`."""
+    begin = time.monotonic()
+    document: dict[str, Any] = json.loads(command_output(["ab", *words, "--json"], **options))
+    step = next(row for row in document["comparisons"] if row["metric"] == "step_time_s")
+    return document | {"step": step, "seconds": time.monotonic() - begin}
 
 
 @dataclass(frozen=True)

@@ -129,13 +129,8 @@ def shares(draws: int) -> Iterator[Share]:
     study = load_study(STUDY, device="cpu")
     sets = {"null": study, "null, at the limit": at_the_limit(study), "injected": study}
     for seed, (name, own) in enumerate(sets.items(), start=1):
-        rng, injected, wrong, invalid, right = (
-            np.random.default_rng([4, seed]),
-            name == "injected",
-            0,
-            0,
-            Counter[str](),
-        )
+        rng, injected = np.random.default_rng([4, seed]), name == "injected"
+        wrong, invalid, right = 0, 0, Counter[str]()
         for _ in range(draws):
             report = judge_claims(simulated_run(own, rng, injected=injected))
             invalid += not report.valid

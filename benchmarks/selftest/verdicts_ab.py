@@ -23,13 +23,12 @@ import json
 import random
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shared import busy_cpus, command_output, exit_code, print_origin
+from shared import busy_cpus, command_output, exit_code, print_origin, run_ab
 
 from lorameter.records import store
 from lorameter.records.record import TrialRecord
@@ -63,40 +62,26 @@ r = [4, 8, 16, 32, 64, 128]
 """
 
 
-def run_ab(folder: Path, *options: str) -> dict[str, Any]:
-    """Return the document of one `lorameter ab HEAD HEAD`, with its step time as `step` and its wall time as
-    `seconds`."""
-    words = ["ab", STUDY, "--base", "HEAD", "--candidate", "HEAD", "--phase", "train", "--runs-dir", str(folder)]
-    begin = time.monotonic()
-    document: dict[str, Any] = json.loads(command_output([*words, "--json", *options]))
-    step = next(row for row in document["comparisons"] if row["metric"] == "step_time_s")
-    return document | {"step": step, "seconds": time.monotonic() - begin}
-
-
 def ratio_of(row: dict[str, Any]) -> tuple[float, float, float]:
     """Return ratio and interval of a comparison."""
     return row["ratio"], row["low"], row["high"]
 
 
-def injected_rows_of(folder: Path) -> tuple[int, tuple[float, float, float]]:
-    """Return the rows of extra work that cost about 5 %, sized by two pilots, and the slow-down that a rigorous run
-    measures."""
-    pilots = [run_ab(folder, "--inject-rows", str(rows), "--replicates", "5")["step"]["ratio"] for rows in PILOT_ROWS]
-    rows = rows_for(INJECTED, *pilots)
-    found = run_ab(folder, "--inject-rows", str(rows), "--effort", "rigorous")
-    return rows, ratio_of(found["step"])
-
-
 def try_part(part: str, tries: int, folder: Path) -> tuple[list[dict[str, Any]], float]:
-    """Run and print the A/Bs of a part, and return them with the true ratio."""
-    options, truth, found = [], 1.0, []
+    """Run and print the A/Bs of a part, and return them with the true ratio. Two pilots size the injected rows of work,
+    and a rigorous run measures their slow-down."""
+    words = [STUDY, "--base", "HEAD", "--candidate", "HEAD", "--phase", "train", "--runs-dir", str(folder)]
+    truth, found = 1.0, []
     if part == "injected":
-        rows, size = injected_rows_of(folder)
-        options, truth = ["--inject-rows", str(rows)], size[0]
+        pilots = [run_ab([*words, "--inject-rows", str(rows), "--replicates", "5"]) for rows in PILOT_ROWS]
+        rows = rows_for(INJECTED, *(pilot["step"]["ratio"] for pilot in pilots))
+        words += ["--inject-rows", str(rows)]
+        size = ratio_of(run_ab([*words, "--effort", "rigorous"])["step"])
+        truth = size[0]
         print(f"injected: {rows} rows in each adapted layer are a slow-down of {format_ratio(*size)}")
     with busy_cpus() if part == "loaded" else contextlib.nullcontext():
         for number in range(1, tries + 1):
-            one = run_ab(folder, *options)
+            one = run_ab(words)
             control = one["control"]["train"]
             print(
                 f"{part} {number}: {one['step']['verdict']}, candidate / base {format_ratio(*ratio_of(one['step']))}, "

@@ -187,19 +187,17 @@ def test_qlora_and_lora_of_trl_take_turns(sft_words, tmp_path):
     assert "tokens-differ" not in {notice["code"] for notice in found["notices"]}
 
 
-PAGE = ROOT / "docs" / "engines.md"
-
-
-def blocks(kind):
-    """Return the text of each block of a kind."""
-    return [part.split("\n```", 1)[0] for part in PAGE.read_text(encoding="utf-8").split(f"```{kind}\n")[1:]]
+def blocks(page, kind):
+    """Return the text of each block of a kind on a page of docs/."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return [part.split("\n```", 1)[0] for part in text.split(f"```{kind}\n")[1:]]
 
 
 @pytest.fixture
 def page(tmp_path, monkeypatch):
     """The current folder, with the examples that the page names."""
     for name in ("engine_flags.py", "unsloth.toml", "axolotl.toml"):
-        assert f"(examples/{name})" in PAGE.read_text(encoding="utf-8")
+        assert f"(examples/{name})" in (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
         shutil.copy(EXAMPLES / name, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'harness'}:{ROOT}")
@@ -212,7 +210,7 @@ def test_its_commands_print_the_lines_below_them(page, monkeypatch, capsys):
     """The commands run as on a machine without a GPU, where not all variants of a large model fit concurrently."""
     monkeypatch.setattr("lorameter.machine.provenance._torch_cuda", lambda: None)
     monkeypatch.setattr("lorameter.machine.provenance.free_bytes", lambda machine, environment=None: 16 << 30)
-    lines = [line for block in blocks("console") for line in block.splitlines()]
+    lines = [line for block in blocks("engines.md", "console") for line in block.splitlines()]
     assert sum(line.startswith("$ ") for line in lines) == 4
     printed = ""
     for line in lines:
@@ -233,40 +231,21 @@ def test_its_studies_of_other_trainers_are_read(page, name, title):
     assert all("read 2026-" in claim.source for claim in study.claims)
 
 
-PAGE_OWN_SCRIPT = ROOT / "docs" / "own-script.md"
-
-
-def blocks_own_script(kind):
-    """Return the text of each block of a kind."""
-    return [part.split("\n```", 1)[0] for part in PAGE_OWN_SCRIPT.read_text(encoding="utf-8").split(f"```{kind}\n")[1:]]
-
-
 @pytest.mark.parametrize(
     "place", [pytest.param(0, id="trainer", marks=pytest.mark.selftest), pytest.param(1, id="loop")]
 )
 def test_a_script_prints_the_output_on_the_page(tmp_path, place):
     """The script also leaves a run."""
-    (tmp_path / "train.py").write_text(blocks_own_script("python")[place])
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT / 'harness'}:{ROOT}",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "train.py"], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600
-    )
+    (tmp_path / "train.py").write_text(blocks("own-script.md", "python")[place])
+    done = start("train.py", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     printed = [line.strip() for line in done.stdout.splitlines()]
-    assert not [line for line in blocks_own_script("text")[place].splitlines() if line not in printed], (
-        done.stdout,
-        done.stderr,
-    )
+    expected = blocks("own-script.md", "text")[place].splitlines()
+    assert not [line for line in expected if line not in printed], (done.stdout, done.stderr)
     assert list((tmp_path / ".lorameter" / "runs").glob("*/manifest.json"))
 
 
-PAGE_OWN_SCRIPT_AB = Path(__file__).parents[2] / "docs" / "own-script-ab.md"
-TEXT = PAGE_OWN_SCRIPT_AB.read_text(encoding="utf-8")
+TEXT = (ROOT / "docs" / "own-script-ab.md").read_text(encoding="utf-8")
 
 
 def section(title):
@@ -308,18 +287,12 @@ def blocks_own_step():
 
 
 @pytest.mark.selftest
-def test_the_page_prints_its_output():
+def test_the_page_prints_its_output(tmp_path):
     """All code runs in one separate process, since Accelerate keeps a state for each process."""
     shown = blocks_own_step()
     assert sum(bool(printed) for _, printed in shown) >= 4
     script = f"\nprint({MARK!r})\n".join(code for code, _ in shown)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT / 'harness'}:{ROOT}",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=600)
+    done = start("-c", script, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     printed = [part.strip().splitlines() for part in done.stdout.split(MARK)]
     for (code, expected), lines in zip(shown, printed, strict=True):
@@ -334,10 +307,7 @@ def test_the_script_of_several_ranks_prints_its_output(tmp_path):
     assert "(examples/ddp.py)" in page
     (expected,) = re.findall(r"^```console\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     shutil.copy(ROOT / "docs" / "examples" / "ddp.py", tmp_path)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "ddp.py"]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'harness'}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        launcher, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
-    )
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "ddp.py")
+    done = start(*launcher, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert [line for line in done.stdout.splitlines() if line.startswith("ranks.")] == expected.splitlines()

@@ -133,7 +133,7 @@ def test_a_real_model_is_judged_by_its_run(program, write_run, late_s, broken, c
     assert "step time of nf4: ± " in capsys.readouterr().out
 
 
-SEEDS = range(1_000_000, 1_000_008)
+SEEDS = range(1_000_000, 1_000_004)
 """Seeds outside the range of the long run."""
 FAMILIES = ("bart", "beam", "clip", "gemma2", "gpt2", "ibert", "mixtral", "siglip")
 
@@ -156,7 +156,7 @@ def test_checks_of_a_random_model_are_true(models, seed):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_checks_of_a_family_agree_with_the_oracle(models, name, capsys):
     """The families cover encoder-decoders, vision, experts, observers, and each attention backend of a CPU."""
-    if name not in {family.name for family in models.oracle.families()}:
+    if name not in models.oracle.families():
         pytest.skip(f"this transformers has no {name}")
     assert [*models.oracle.faults_of_families([name])] == []
     assert capsys.readouterr().out.startswith("1 families: 1 ")
@@ -194,5 +194,5 @@ def test_a_fault_ends_the_program_with_1(models, monkeypatch, capsys):
     assert models.main(["--many", "5", "--families", "none"]) == 1
     assert "does not hold: seed 3: wrong: mode [LoRA]" in capsys.readouterr().out
     monkeypatch.setattr(models, "examine", lambda seed: 1 / 0)
-    assert models.main(["--seed", "9", "--families", "none"]) == 1
+    assert models.main(["--many", "1", "--families", "none"]) == 1
     assert "ZeroDivisionError" in capsys.readouterr().out
