@@ -116,10 +116,10 @@ def run_trial(variant: Variant, workload: Workload, tokens: str, folder: str) ->
     memory: dict[str, int] = {}
     for command in ("build", "verify", "warm_up", "finish_training"):
         memory |= one.run(command).memory
-    one.run("account", phase="train")
+    one.run("memory_breakdown", phase="train")
     for command in ("begin_generate", "request", "end_generate"):
         memory |= one.run(command).memory
-    one.run("account", phase="generate")
+    one.run("memory_breakdown", phase="generate")
     return {
         phase: {
             "peak": memory[f"host_peak_{phase}_bytes"],
