@@ -52,6 +52,13 @@ OPTIMIZERS: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], str, bool | 
     ),
 }
 """Optimizer factory, class, and whether it is fused (None: not defined)."""
+_WITHOUT_DROPOUT: dict[frozenset[str], set[str]] = {
+    frozenset(): {"flash", "math", "fused"},
+    frozenset({"flash"}): {"flash", "fused"},
+    frozenset({"math"}): {"math"},
+}
+"""Backends that may be active in eval mode, where SDPA may select flash in layers with math by dropout, by the backends
+of the other layers."""
 
 
 class DrawnRun:
@@ -133,8 +140,8 @@ class DrawnRun:
         if not self.training:
             self.truths["peft.dropout"] = true(free={0.0, *(dropped.free if not dropped.holds else ())})
             if drops:
-                only = {"flash", "math", "fused"} if len(set(self.drawn.kinds)) == 1 else ()
-                self.truths["attention.backend"] = true(free=only)
+                others = frozenset(kind.split()[0] for kind in self.drawn.kinds if kind != "math by dropout")
+                self.truths["attention.backend"] = true(free=_WITHOUT_DROPOUT.get(others, ()))
             self.about.append("eval mode")
         elif self.evaluates:
             if drops:  # without dropout an evaluation selects another backend
