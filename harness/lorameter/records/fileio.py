@@ -1,7 +1,8 @@
-"""Reads regular files, writes them atomically, and appends to journals line by line.
+"""Reads files within a size limit, writes them atomically, and appends to journals line by line.
 
-An input may be an endless device, so only regular files are read. When a function returns, its output is completely on
-disk: neither a reader nor a crash leaves half of a document, and a crash damages at most one line of a journal.
+An input may be an endless device or a terabyte, so only regular files are read, and at most `MOST_BYTES` of a document
+or a line. When a function returns, its output is completely on disk: neither a reader nor a crash leaves half of a
+document, and a crash damages at most one line of a journal.
 
 File locks that ensure that only one process makes a cached model, an environment or a run.
 
@@ -34,6 +35,8 @@ from lorameter.errors import InvalidRunError, UsageError
 from lorameter.records import codec
 from lorameter.records.codec import NotReadableError as NotReadableError
 
+MOST_BYTES = 256 << 20
+"""Limit of a document or of a line of a journal; a pytest-benchmark file with all samples has some 100 MiB."""
 _DRAFT_LETTERS = 40
 """Maximum characters of a file's name in its draft's name, because names are limited to 255 bytes."""
 
@@ -61,10 +64,13 @@ def open_plain(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a regular file. Raises `NotReadableError` if there is none, or it is not UTF-8."""
+    """The text of a regular file. Raises `NotReadableError` if there is none, it is too large, or it is not UTF-8."""
     try:
         with open_plain(path) as file:
-            return file.read().decode("utf-8")
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise NotReadableError(f"it has more than the {MOST_BYTES >> 20} MiB that are read of one")
+        return content.decode("utf-8")
     except OSError as error:
         raise NotReadableError(error.strerror or str(error)) from None
     except ValueError as error:  # an invalid file name, or bytes that are not text
