@@ -19,8 +19,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from kernels_check.observe.modules import (
-    Below,
     ModelTree,
+    find_enclosing,
     is_wrapper,
     plain_parts,
     reading,
@@ -143,34 +143,38 @@ class AdapterLayer:
 
 def layers_at(name: str, module: nn.Module) -> Iterator[AdapterLayer]:
     """The places that a module is or contains, with all adapters there."""
-    roles, attributes = roles_of(module), vars(module)
+    roles = roles_of(module)
     if not roles and "base_layer" not in module._modules:
         return
-    trains: tuple[str, ...] = tuple(getattr(module, "adapter_layer_names", ())) if "layer" in roles else ()
+    listed: tuple[str, ...] = tuple(getattr(module, "adapter_layer_names", ())) if "layer" in roles else ()
+    trains = listed or tuple(_own_holders(module))
     if trains:
         if not any("." in holder for holder in trains):  # otherwise it points into a layer that counts separately
-            copied = "copy" in roles
-            others = tuple(getattr(module, "other_param_names", ()))
-            base = module._modules.get("base_layer")
             yield AdapterLayer(
-                name=name, module=module, trains=trains, others=others, base=base, copied=copied,
+                name=name,
+                module=module,
                 held=_adapters_of(module, trains),
-            )  # fmt: skip
-    elif _is_own_lora(module):
-        trains = tuple(_own_holders(module))
-        held = _adapters_of(module, trains)
-        yield AdapterLayer(name=name, module=module, held=held, trains=trains, base=module._modules["base_layer"])
+                trains=trains,
+                others=tuple(getattr(module, "other_param_names", ())) if listed else (),
+                base=module._modules.get("base_layer"),
+                copied="copy" in roles,
+            )
     elif "attention" in roles:
         yield AdapterLayer(name=name, module=module, held=("",), trains=tuple(module._parameters))
-    elif "model" in roles and isinstance(module._modules.get("prompt_encoder"), nn.ModuleDict):
-        held = tuple(attributes["_modules"]["prompt_encoder"])
-        yield AdapterLayer(name=name, module=module, held=held, trains=("prompt_encoder",), partly=True)
+    elif "model" in roles and isinstance(encoders := module._modules.get("prompt_encoder"), nn.ModuleDict):
+        yield AdapterLayer(name=name, module=module, held=tuple(encoders), trains=("prompt_encoder",), partly=True)
     elif "tuner" in roles:
-        for adapter, cached in attributes.get("_cached_adapters", {}).items():  # adaption prompts
-            for place, one in enumerate(cached):
-                path = f"{name}._cached_adapters.{adapter}.{place}"
-                trains = tuple(one._parameters)
-                yield AdapterLayer(name=path, module=one, held=("",), trains=trains, detached=True)
+        yield from (
+            AdapterLayer(
+                name=f"{name}._cached_adapters.{adapter}.{place}",
+                module=one,
+                held=("",),
+                trains=tuple(one._parameters),
+                detached=True,
+            )
+            for adapter, cached in vars(module).get("_cached_adapters", {}).items()  # adaption prompts
+            for place, one in enumerate(cached)
+        )
 
 
 def in_use(tree: ModelTree, found: Iterable[AdapterLayer]) -> frozenset[str]:
@@ -180,7 +184,7 @@ def in_use(tree: ModelTree, found: Iterable[AdapterLayer]) -> frozenset[str]:
     else all.
     """
     found = list(found)
-    calls = (getattr(module, "active_adapters", ()) for _, module in tree.modules if is_tuner(module))
+    calls = (getattr(module, "active_adapters", ()) for _, module in tree.modules if "tuner" in roles_of(module))
     named = {adapter for names in calls for adapter in ([names] if isinstance(names, str) else names)}
     active = {adapter for layer in found for adapter in layer.adapters}
     return frozenset((active & named) or active or {adapter for layer in found for adapter in layer.held})
@@ -194,29 +198,20 @@ def holders_in(module: nn.Module) -> Iterator[str]:
         yield from getattr(module, "other_param_names", ())
     elif "tuner" in roles:
         # X-LoRA holds a LoRA tuner, and the model in it.
-        own = (name for name, held in module._modules.items() if name != "model" and not is_tuner(held))
-        yield from (*own, *module._parameters)
+        yield from (key for key, held in module._modules.items() if key != "model" and "tuner" not in roles_of(held))
+        yield from module._parameters
     elif "attention" in roles:
         yield from module._parameters
     elif "model" in roles:
         yield "prompt_encoder"
-    if _is_own_lora(module):  # also if a user-defined class lists nothing
-        yield from _own_holders(module)
+    yield from _own_holders(module)  # also if a user-defined class lists nothing
 
 
-def is_tuner(module: object) -> bool:
-    """Whether a module is one in which PEFT wraps a model."""
-    return "tuner" in roles_of(module)
-
-
-def _own_holders(module: nn.Module) -> Iterator[str]:
-    yield from (name for name in (*module._modules, *module._parameters) if name.startswith(_PREFIX))
-
-
-def _is_own_lora(module: nn.Module) -> bool:
-    if "base_layer" not in module._modules:
-        return False
-    return any(holder in {**module._modules, **module._parameters} for holder in _FACTORS)
+def _own_holders(module: nn.Module) -> list[str]:
+    """Attributes with the adapter of a user-defined class; empty for other classes."""
+    held = [*module._modules, *module._parameters]
+    is_own = "base_layer" in module._modules and not set(_FACTORS).isdisjoint(held)
+    return [name for name in held if name.startswith(_PREFIX)] if is_own else []
 
 
 _ROLES = (
@@ -226,6 +221,7 @@ _ROLES = (
     ("attention", "peft.tuners.adaption_prompt.layer", "_BaseAdaptedAttention"),
     ("attention", "peft.tuners.adaption_prompt.layer", "AdaptedAttention"),
     ("copy", "peft.utils.other", "AuxiliaryTrainingWrapper"),
+    ("parameter", "peft.tuners.lora.layer", "ParamWrapper"),
 )
 
 
@@ -241,20 +237,15 @@ def _roles(of: Any) -> frozenset[str]:
     return frozenset(roles | ({"layer"} if isinstance(getattr(of, "adapter_layer_names", None), tuple) else set()))
 
 
-def is_a(module: object, home: str, name: str) -> bool:
-    """Whether an object is an instance of a class in a module that may not be loaded."""
-    return isinstance(module, _class_of(home, name))
-
-
 def _class_of(home: str, name: str) -> Any:
+    """A class of a module that may not be loaded; () if it is not."""
     kind = getattr(sys.modules.get(home), name, None)
     return kind if isinstance(kind, type) else ()
 
 
 def _adapters_of(module: nn.Module, holders: tuple[str, ...]) -> tuple[str, ...]:
     names: set[str] = set()
-    for holder in holders:
-        held: Any = getattr(module, holder, None)
+    for held in (getattr(module, holder, None) for holder in holders):
         if _is_keyed(held):
             names.update(held.keys())
         elif isinstance(held, nn.Module | Tensor):
@@ -294,13 +285,16 @@ def _biases_of(holder: nn.Module, setting: str) -> Iterator[Tensor]:
     modules = dict(holder.named_modules())
     copies = [name for name, module in modules.items() if "copy" in roles_of(module)]
     if setting == "all":
-        own = Below([*_held_by_adapters(modules.items()), *copies])
-        named = holder.named_parameters()
-        yield from (value for name, value in named if name.rpartition(".")[2] == "bias" and not own[name])
+        own = {*_held_by_adapters(modules.items()), *copies}
+        biases = (
+            value
+            for name, value in holder.named_parameters()
+            if name.rpartition(".")[2] == "bias" and find_enclosing(name, own) is None
+        )
     else:
-        layers = [module for name, module in modules.items() if "layer" in roles_of(module) and name not in copies]
+        layers = (module for name, module in modules.items() if "layer" in roles_of(module) and name not in copies)
         biases = (getattr(layer, "bias", None) for layer in layers)
-        yield from (bias for bias in biases if isinstance(bias, Tensor))
+    yield from (bias for bias in biases if isinstance(bias, Tensor))
 
 
 def _held_by_adapters(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[str]:
@@ -368,26 +362,26 @@ def token_parameters(tree: ModelTree) -> frozenset[str]:
 
 def written_by_method(tree: ModelTree) -> frozenset[int]:
     """Parameters to which a method itself writes between updates: AdaLoRA sets removed ranks to zero."""
-    written: set[int] = set()
-    for module in tree.model.modules():
-        if "rankallocator" in vars(module) and is_tuner(module):
-            for layer in module.modules():
-                held = layer._modules.get("lora_E")
-                written |= set(map(id, held.parameters())) if held is not None else set()
-    return frozenset(written)
+    tuners = (module for _, module in tree.modules if "rankallocator" in vars(module) and "tuner" in roles_of(module))
+    held = (layer._modules.get("lora_E") for tuner in tuners for layer in tuner.modules())
+    return frozenset(id(value) for ranks in held if ranks is not None for value in ranks.parameters())
 
 
 @reading
-def adapters_of(tree: ModelTree) -> Below:
-    """Names that belong to an adapter: its attributes with everything below them, and biases of the base."""
-    return Below([*_held_by_adapters(tree.modules), *biases_of_adapters(tree)])
+def adapter_names(tree: ModelTree) -> frozenset[str]:
+    """Names that belong to an adapter with everything below them: its attributes, and biases of the base."""
+    return frozenset({*_held_by_adapters(tree.modules), *biases_of_adapters(tree)})
+
+
+def is_in_adapter(tree: ModelTree, name: str) -> bool:
+    """Whether a module, parameter or buffer belongs to an adapter."""
+    return find_enclosing(name, adapter_names(tree)) is not None
 
 
 @reading
 def adapter_parameters(tree: ModelTree) -> frozenset[str]:
     """Names of the parameters of adapters, for any PEFT method, and of those that train with them."""
-    own = adapters_of(tree)
-    return frozenset(name for name, _ in tree.parameters if own[name])
+    return frozenset(name for name, _ in tree.parameters if is_in_adapter(tree, name))
 
 
 @reading

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from kernels_check.observe.adapter import adapters_of
+from kernels_check.observe.adapter import is_in_adapter
 from kernels_check.observe.modules import NO_MEMORY, ModelTree, has_memory, is_wrapper, plain_parts
 
 Kind: TypeAlias = Literal["parameter", "merged", "buffer", "cache", "quantisation"]
@@ -51,29 +51,24 @@ class BaseTensor:
 
 def base_state(tree: ModelTree) -> Iterator[BaseTensor]:
     """Every part of the base; a tensor shared by several layers appears once for each."""
-    adapter, modules = adapters_of(tree), tree.modules
-    merged = {id(layer) for _, module in modules for layer in _merged_layers(module)}
-    shards = {place: shard for _, module in modules for place, shard in _shards(module)}
-    for name, module in modules:
-        if adapter[name]:
+    merged = {id(layer) for _, module in tree.modules for layer in _merged_layers(module)}
+    shards = {place: shard for _, module in tree.modules for place, shard in _shards(module)}
+    for name, module in tree.modules:
+        if is_in_adapter(tree, name):
             continue
         prefix = f"{name}." if name else ""
+        held: list[tuple[str, Kind, Any]] = []
         for key, parameter in module._parameters.items():
-            if parameter is not None and not adapter[prefix + key]:
-                kind: Kind = "merged" if id(module) in merged and key.endswith("weight") else "parameter"
-                here = shards.get(
-                    (id(module), key), getattr(parameter, "ds_tensor", parameter)
-                )  # placeholder of DeepSpeed's ZeRO-3
-                yield from _tensor(prefix + key, kind, module, here)
+            # DeepSpeed's ZeRO-3 leaves a placeholder.
+            here = shards.get((id(module), key), getattr(parameter, "ds_tensor", parameter))
+            held.append((key, "merged" if id(module) in merged and key.endswith("weight") else "parameter", here))
         for key, buffer in module._buffers.items():
-            if buffer is not None and not adapter[prefix + key]:
-                saved = key not in module._non_persistent_buffers_set
-                yield from _tensor(prefix + key, "buffer" if saved else "cache", module, buffer)
-        for key, value in quantisation_parts(module):
-            if isinstance(value, Tensor):
-                yield from _tensor(prefix + key, "quantisation", module, value)
-            else:
-                yield _part(prefix + key, "quantisation", module, str(value))
+            held.append((key, "cache" if key in module._non_persistent_buffers_set else "buffer", buffer))
+        own = (one for one in held if one[2] is not None and not is_in_adapter(tree, prefix + one[0]))
+        quantisation: Iterator[tuple[str, Kind, Any]]
+        quantisation = ((key, "quantisation", value) for key, value in quantisation_parts(module))
+        for key, kind, value in (*own, *quantisation):
+            yield from _parts(prefix + key, kind, module, value)
 
 
 def _shards(module: Any) -> Iterator[tuple[tuple[int, str], Tensor]]:
@@ -95,20 +90,17 @@ def _shards(module: Any) -> Iterator[tuple[tuple[int, str], Tensor]]:
 
 def _merged_layers(module: Any) -> tuple[Any, ...]:
     """Layers whose products PEFT cannot intercept: ``nn.MultiheadAttention``, whose forward calls no layer."""
-    base = vars(module).get("_modules", {}).get("base_layer")
+    base = module._modules.get("base_layer")
     if not isinstance(base, nn.MultiheadAttention):
         return ()
-    projection = base._modules["out_proj"]
-    return (base, getattr(projection, "base_layer", projection))
+    return (base, getattr(base.out_proj, "base_layer", base.out_proj))
 
 
 def quant_state(layer: Any, weight: Any) -> Any:
     """The quantisation state of a 4-bit bitsandbytes weight: on the weight, else on its layer or parametrisation."""
-    for holder in (weight, layer, *(layer if isinstance(layer, ParametrizationList) else ())):
-        state = getattr(holder, "quant_state", None)
-        if hasattr(state, "absmax"):
-            return state
-    return None
+    holders = (weight, layer, *(layer if isinstance(layer, ParametrizationList) else ()))
+    states = (getattr(holder, "quant_state", None) for holder in holders)
+    return next((state for state in states if hasattr(state, "absmax")), None)
 
 
 def base_weight(layer: Any) -> Any:
@@ -122,22 +114,20 @@ def is_packed(state: Any) -> bool:
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
-def _tensor(name: str, kind: Kind, layer: nn.Module, tensor: Tensor) -> Iterator[BaseTensor]:
-    if is_lazy(tensor):
-        yield _part(name, kind, layer, ValueError("it has no shape yet"))
-        return
-    wrapper = type(tensor).__name__ if is_wrapper(tensor) else None
-    try:
-        parts = list(plain_parts(tensor, name))
-    except Exception as error:  # a tensor class from outside torch
-        yield _part(name, kind, layer, error)
-        return
-    for part, plain in parts:
+def _parts(name: str, kind: Kind, layer: nn.Module, value: Any) -> Iterator[BaseTensor]:
+    """The parts of one tensor, or one fact."""
+    wrapper = None
+    found: list[tuple[str, Tensor | str | Exception]] = [(name, str(value))]
+    if isinstance(value, Tensor):
+        try:
+            if is_lazy(value):
+                raise ValueError("it has no shape yet")
+            found = list(plain_parts(value, name))
+            wrapper = type(value).__name__ if is_wrapper(value) else None
+        except Exception as error:  # a tensor class from outside torch
+            found = [(name, error)]
+    for part, plain in found:
         yield BaseTensor(name=part, owner=name, wrapper=wrapper, kind=kind, layer=layer, value=plain)
-
-
-def _part(name: str, kind: Kind, layer: nn.Module, value: str | Exception) -> BaseTensor:
-    return BaseTensor(name=name, owner=name, wrapper=None, kind=kind, layer=layer, value=value)
 
 
 def quantisation_parts(layer: Any) -> Iterator[tuple[str, Any]]:
@@ -148,25 +138,19 @@ def quantisation_parts(layer: Any) -> Iterator[tuple[str, Any]]:
         yield from _of_state("quant_state", state)
     elif hasattr(weight, "SCB"):  # LLM.int8
         moved = getattr(layer, "state", None)
-        for key, otherwise in (("SCB", None), ("CB", weight)):
-            found = next(
-                (one for one in (getattr(moved, key, None), getattr(weight, key)) if one is not None), otherwise
-            )
-            if found is not None:
-                yield key, found
+        for key, *otherwise in (("SCB",), ("CB", weight)):
+            places = (getattr(moved, key, None), getattr(weight, key), *otherwise)
+            yield from [(key, found) for found in places if found is not None][:1]
     elif any(name in tensors for tensors in (layer._parameters, layer._buffers) for name in PACKED):
         for key, value in vars(layer).items():
-            if isinstance(value, Tensor):
-                yield key, value
-            elif isinstance(value, dict) and not key.startswith("_"):
-                yield from ((f"{key}.{name}", one) for name, one in value.items() if isinstance(one, Tensor))
+            is_table = isinstance(value, dict) and not key.startswith("_")
+            inner = {f"{key}.{name}": one for name, one in value.items()} if is_table else {key: value}
+            yield from ((name, one) for name, one in inner.items() if isinstance(one, Tensor))
 
 
 def _of_state(name: str, state: Any) -> Iterator[tuple[str, Any]]:
-    for key in _STATE:
-        value = getattr(state, key, None)
-        if value is not None:
-            yield f"{name}.{key}", value
+    values = ((key, getattr(state, key, None)) for key in _STATE)
+    yield from ((f"{name}.{key}", value) for key, value in values if value is not None)
     nested = getattr(state, "state2", None)
     if nested is not None:
         yield from _of_state(f"{name}.state2", nested)
@@ -183,30 +167,25 @@ def layout_problem(layer: Any, weight: Tensor, state: Any) -> str | None:
     bitsandbytes repacks a weight for a CPU in a forward pass in eval mode, and marks the state in place. If the weight
     is gathered again for each forward pass, as with FSDP2, it returns in the old layout, with the new state.
     """
-    if len(state.shape) != 2 or state.shape[1] <= 2:
-        return None
     old = weight.dim() == 2 and weight.shape[1] == 1
-    if is_packed(state) and old:
+    if len(state.shape) != 2 or state.shape[1] <= 2 or is_packed(state) != old:
+        return None
+    if old:
         return "quant_state is laid out anew for AVX512 and the weight is not: products with it are wrong"
-    if not is_packed(state) and not old:
-        return f"the weight has the layout {tuple(weight.shape)} and quant_state that of one column"
-    return None
+    return f"the weight has the layout {tuple(weight.shape)} and quant_state that of one column"
 
 
-def _four_bit_problems(layer: Any, weight: Tensor, state: Any) -> Iterator[str]:
-    """Contradictions between a state and the bytes of the weight, its layer or itself."""
-    weights, stored = math.prod(state.shape), weight.numel() * weight.element_size()
+def _four_bit_problems(layer: Any, weight: Tensor, state: Any, scales: int) -> Iterator[str]:
+    """Contradictions between a state, with its bytes of scales, and the bytes of the weight, its layer or itself."""
+    weights = math.prod(state.shape)
     expected = math.ceil(weights / 2)
-    if not expected <= stored < expected + weight.element_size():
-        yield f"{stored} bytes for {weights} weights, 4-bit takes {expected}"
+    if not expected <= weight.nbytes < expected + weight.element_size():
+        yield f"{weight.nbytes} bytes for {weights} weights, 4-bit takes {expected}"
     if (problem := layout_problem(layer, weight, state)) is not None:
         yield problem
     blocks = math.ceil(weights / state.blocksize)
     expected = blocks * (2 if is_packed(state) else 1 if state.nested else 4)
-    scales = state.absmax.numel() * state.absmax.element_size()
-    if state.nested:
-        scales += state.state2.absmax.numel() * state.state2.absmax.element_size()
-        expected += math.ceil(blocks / _NESTED_BLOCK) * 4
+    expected += math.ceil(blocks / _NESTED_BLOCK) * 4 if state.nested else 0
     if scales != expected or (state.nested and state.absmax.dtype != torch.uint8):
         yield f"{scales} bytes of {_short(state.absmax.dtype)} scales, expected {expected}"
     other = getattr(layer, "quant_state", state)  # the layer's state counts if the weight is registered again
@@ -219,10 +198,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-_ORIGIN = "that is the dtype the base was loaded in, load it with dtype=torch.bfloat16"
-_INT8_NOTE = "computes in int8 with a float16 epilogue on CUDA, by dequantising on a CPU"
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_SAYS_BITS = ("bits", "w_bit", "nbits")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,14 +272,19 @@ def _int8(layer: Any, weight: Tensor) -> Storage:
     if scales is None or scales.numel() != weight.shape[0]:
         found = "no scales" if scales is None else f"{scales.numel()} scales"
         return _unknown(f"{found} for {weight.shape[0]} rows of int8")
-    return Storage(bits=8, quant_type="int8", double_quant=False, note=_INT8_NOTE)
+    return Storage(
+        bits=8,
+        quant_type="int8",
+        double_quant=False,
+        note="computes in int8 with a float16 epilogue on CUDA, by dequantising on a CPU",
+    )
 
 
 def _attention(layer: nn.MultiheadAttention) -> Storage:
     """Its query, key and value projections, which are parameters without layers."""
-    names = [name for name in ("in_proj_weight", "q_proj_weight") if layer._parameters.get(name) is not None]
-    if names:
-        return _read(layer, names[0])
+    for name in ("in_proj_weight", "q_proj_weight"):
+        if layer._parameters.get(name) is not None:
+            return _read(layer, name)
     found = vars(layer).get("in_proj_weight")
     if isinstance(found, Tensor):
         return _of_tensor(found, "MultiheadAttention is not known")
@@ -318,7 +299,7 @@ def _storage_of_packed_layer(layer: Any, parameter: str) -> Storage:
         return _unknown(f"{type(layer).__name__} has no tensor {parameter!r}: how it keeps its weight is not known")
     packed = tensors[name]
     facts = vars(layer) | (layer.meta if isinstance(getattr(layer, "meta", None), dict) else {})
-    bits = next((int(facts[key]) for key in _SAYS_BITS if isinstance(facts.get(key), int)), None)
+    bits = next((int(facts[key]) for key in ("bits", "w_bit", "nbits") if isinstance(facts.get(key), int)), None)
     inputs = facts.get("in_features", facts.get("infeatures"))
     outputs = facts.get("out_features", facts.get("outfeatures"))
     if inputs is None and "shape" in facts:
@@ -326,7 +307,7 @@ def _storage_of_packed_layer(layer: Any, parameter: str) -> Storage:
     kind = f"{type(layer).__name__}.{name}"
     if bits is None or inputs is None or outputs is None:
         return _unknown(f"{kind} holds integers, but the layer does not say of how many bits and weights")
-    stored = 8 * packed.numel() * packed.element_size()
+    stored = 8 * packed.nbytes
     if not bits * inputs * outputs <= stored < (bits + 1) * inputs * outputs:
         return _unknown(f"{kind} holds {stored} bits, but {bits} for each of {inputs} x {outputs} weights are claimed")
     return Storage(bits=bits, quant_type=type(layer).__name__, double_quant=False)
@@ -354,40 +335,39 @@ def _storage_of_subclass(weight: Tensor) -> Storage:
     kind = f"{type(weight).__module__}.{type(weight).__qualname__}"
     if not parts or not weight.numel() or any(part.is_meta for part in parts):
         return _unknown(f"{kind} holds no bytes here")
-    main = max(parts, key=lambda part: part.numel() * part.element_size())
-    bits, rest = divmod(8 * main.numel() * main.element_size(), weight.numel())
+    main = max(parts, key=lambda part: part.nbytes)
+    bits, rest = divmod(8 * main.nbytes, weight.numel())
     if rest or bits > 8 * weight.element_size() or (bits not in (4, 8) and main.dtype not in _PLAIN):
         return _unknown(f"{kind}: its largest part holds {bits} bits and {rest} over for {weight.numel()} weights")
     if main.dtype in _PLAIN:
         return Storage(bits=bits, quant_type="none", double_quant=False, compute_dtype=_short(main.dtype))
-    stored = sum(part.numel() * part.element_size() for part in parts)
     return Storage(
         bits=bits,
         quant_type=_short(main.dtype) if main.is_floating_point() else f"int{bits}",
         double_quant=False,
         compute_dtype=_short(weight.dtype),
-        bits_per_weight=8 * stored / weight.numel(),
+        bits_per_weight=8 * sum(part.nbytes for part in parts) / weight.numel(),
         note=f"packed by {kind}",
     )
 
 
 def _four_bit(layer: Any, weight: Tensor, state: Any) -> Storage:
-    packed, nested = is_packed(state), bool(state.nested)
-    weights, stored = math.prod(state.shape), weight.numel() * weight.element_size()
-    scales = state.absmax.numel() * state.absmax.element_size()
-    if nested:
-        scales += state.state2.absmax.numel() * state.state2.absmax.element_size()
-    problem = next(_four_bit_problems(layer, weight, state), None)
+    packed, nested, weights = is_packed(state), bool(state.nested), math.prod(state.shape)
+    scales = state.absmax.nbytes + (state.state2.absmax.nbytes if nested else 0)
+    problem = next(_four_bit_problems(layer, weight, state, scales), None)
     compute = torch.bfloat16 if packed else getattr(layer, "compute_dtype", state.dtype)
     return Storage(
         bits=None if problem else 4,
         quant_type=state.quant_type,
         double_quant=None if packed else nested,
         compute_dtype=None if compute is None else _short(compute),
-        bits_per_weight=8 * (stored + scales) / weights if weights else None,
+        bits_per_weight=8 * (weight.nbytes + scales) / weights if weights else None,
         packed_for_cpu=packed,
         problem=problem,
-        note=f"backward dequantises to {_short(state.dtype)} first: {_ORIGIN}" if state.dtype != compute else None,
+        note=None
+        if state.dtype == compute
+        else f"backward dequantises to {_short(state.dtype)} first: that is the dtype the base was loaded in, load it "
+        "with dtype=torch.bfloat16",
     )
 
 

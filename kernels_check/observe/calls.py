@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from types import FrameType
@@ -35,7 +35,7 @@ from kernels_check.observe.loss import (
     describe_call,
     entry_modules,
 )
-from kernels_check.observe.modules import HookGuard, ModelTree, ModuleHook, backward_task
+from kernels_check.observe.modules import HookGuard, ModelTree, ModuleHook, backward_task, modules_by_name
 
 MARK = "lorameter.call#"
 """Prefix of the profiler's record of a module call; the number of the call follows."""
@@ -49,6 +49,8 @@ class ModuleCall:
     """Qualified names; several if the module is held in several places. ``""`` is the model itself."""
     caller: int | None
     """Number of the enclosing call; None for an entry into the model."""
+    entry: int = 0
+    """Number of the entry into the model inside which it ran; its own for an entry."""
     with_grad: bool
     """Whether gradients were recorded, by autograd or by the autograd function in which the call ran: a reentrant
     checkpoint switches them off and recomputes the module."""
@@ -83,7 +85,7 @@ class Calls:
     @cached_property
     def failed(self) -> frozenset[int]:
         """Numbers of the entries that raised, and of all calls inside them, whose results were discarded."""
-        return frozenset(number for number in range(len(self.all)) if self.all[self._root(number)].raised)
+        return frozenset(number for number, call in enumerate(self.all) if self.all[call.entry].raised)
 
     @cached_property
     def relevant(self) -> frozenset[int]:
@@ -93,10 +95,10 @@ class Calls:
         left out if any other entry records gradients, and so are ``failed`` calls. If no entry records gradients, all
         calls count.
         """
-        roots = [self._root(number) for number in range(len(self.all))]
-        trains = {root for root in set(roots) if self.all[root].with_grad or self.all[root].in_backward}
-        counted = frozenset(number for number, root in enumerate(roots) if not trains or root in trains)
-        return counted - self.failed
+        trains = {number for number, call in enumerate(self.all) if call.with_grad or call.in_backward}
+        entries = {call.entry for call in self.all}
+        trained = entries & trains or entries
+        return frozenset(number for number, call in enumerate(self.all) if call.entry in trained) - self.failed
 
     @cached_property
     def forward(self) -> tuple[int, ...]:
@@ -137,10 +139,6 @@ class Calls:
             for name, mode in (self.all[number].modes or {}).items():
                 seen.setdefault(name, set()).add(mode)
         return {name: next(iter(modes)) if len(modes) == 1 else None for name, modes in seen.items()}
-
-    def _root(self, number: int) -> int:
-        *_, root = self.enclosing(number)
-        return root
 
 
 @dataclass(slots=True, kw_only=True)
@@ -187,7 +185,7 @@ class CallRecorder:
 
     def __init__(self, tree: ModelTree, guard: HookGuard, *, marked: bool) -> None:
         self._tree, self._guard, self._marked = tree, guard, marked
-        self.backwards = BackwardPasses(tree.model)
+        self.backwards = BackwardPasses(tree)
         self.model_calls: list[ModelCall] = []
         self.layer_calls: dict[str, list[LayerCall]] = {}
         """Calls of each adapter layer, by layer name."""
@@ -211,21 +209,18 @@ class CallRecorder:
     def hooked(self) -> Iterator[None]:
         """Hook every module; all hooks are removed, even if adding or removing one fails."""
         names: dict[int, list[str]] = {}
-        modules: dict[int, nn.Module] = {}
-        for name, module in self._tree.model.named_modules(remove_duplicate=False):
+        for name, module in modules_by_name(self._tree).items():
             names.setdefault(id(module), []).append(name)
-            modules[id(module)] = module
         with self._hooks as hooks:
-            for identity, module in modules.items():
-                self._hook(module, tuple(names[identity]), hooks)
+            for _, module in self._tree.modules:
+                self._hook(module, tuple(names[id(module)]), hooks)
             yield
 
     def calls(self) -> Calls:
         """The calls of all modules; failed calls are removed from those of the model and of adapters."""
         calls = Calls(all=tuple(self._log), unhooked=frozenset(self._unhooked))
-        for layer in (
-            one for number, call in enumerate(self._log) if number not in calls.failed for one in call.layers
-        ):
+        counted = (call for number, call in enumerate(self._log) if number not in calls.failed)
+        for layer in (layer for call in counted for layer in call.layers):
             self.layer_calls.setdefault(layer.layer, []).append(layer)
         self.model_calls = [call.without(calls.failed) for call in self.model_calls if call.number not in calls.failed]
         return calls
@@ -234,7 +229,7 @@ class CallRecorder:
         """Remove the hooks within a step, and close the open calls of this thread."""
         stack = self._stack()
         while stack:
-            _end_mark(stack.pop())
+            stack.pop().mark.__exit__(None, None, None)
         self._hooks.close()
 
     def _hook(self, module: nn.Module, names: tuple[str, ...], hooks: ExitStack) -> None:
@@ -270,8 +265,8 @@ class CallRecorder:
             self._log.append(call)
         if not stack and not in_backward:
             call.modes = {name: one.training for name, one in self._tree.modules}
-        entry = self._log[stack[0].number] if stack else call
-        without_training = not (entry.with_grad or entry.in_backward)
+        call.entry = stack[0].number if stack else number
+        entry = self._log[call.entry]
         call.layers = [
             LayerCall(
                 layer=layer.name,
@@ -279,7 +274,7 @@ class CallRecorder:
                 disabled=layer.disabled,
                 merged=bool(layer.merged),
                 with_gradients=with_grad,
-                without_training=without_training,
+                without_training=not (entry.with_grad or entry.in_backward),
             )
             for layer in self._layers.get(id(module), ())
         ]
@@ -290,36 +285,31 @@ class CallRecorder:
             if not in_backward:  # otherwise it is a recomputation
                 (self._open_model_calls[-1].inside if self._open_model_calls else self.model_calls).append(model_call)
             self._open_model_calls.append(model_call)
-        mark: Any = None
-        if self._marked:
-            mark = torch._C._profiler._RecordFunctionFast(f"{MARK}{number}")
-            mark.__enter__()
+        mark: Any = torch._C._profiler._RecordFunctionFast(f"{MARK}{number}") if self._marked else nullcontext()
+        mark.__enter__()
         stack.append(_OpenCall(number, module, mark, sys.exc_info()[1], model_call))
 
     def _note_part(self, part: nn.Module, stack: list[_OpenCall]) -> None:
         """Count a part of an adapter for the layer in whose call it runs, since layers may share a part."""
-        names = self._parts.get(id(part))
-        if names is None:
-            return
-        for call in (one for outer in reversed(stack) for one in self._log[outer.number].layers):
-            if call.layer in names:
-                probability = getattr(part, "p", None)
-                dropped = float(probability) if isinstance(probability, float | int) and part.training else 0.0
-                call.ran[names[call.layer]] = max(dropped, call.ran.get(names[call.layer], 0.0))
-                return
+        names = self._parts.get(id(part), {})
+        around = (one for outer in reversed(stack) for one in self._log[outer.number].layers) if names else ()
+        call = next((one for one in around if one.layer in names), None)
+        if call is not None:
+            probability = getattr(part, "p", None)
+            dropped = float(probability) if isinstance(probability, float | int) and part.training else 0.0
+            call.ran[names[call.layer]] = max(dropped, call.ran.get(names[call.layer], 0.0))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook: close the call, and inner calls whose end called no hook."""
         stack = self._stack()
         if not any(entry.module is module for entry in stack):
             return
-        while True:
+        closed = None
+        while closed is None or closed.module is not module:
             closed = stack.pop()
-            _end_mark(closed)
+            closed.mark.__exit__(None, None, None)
             if closed.model_call is not None:
                 self._open_model_calls.remove(closed.model_call)
-            if closed.module is module:
-                break
         call, with_grad = self._log[closed.number], torch.is_grad_enabled()
         repacked = is_packed(getattr(module._parameters.get("weight"), "quant_state", None))
         call.cut = with_grad and repacked and any(isinstance(one, Tensor) and one.requires_grad for one in args)
@@ -329,25 +319,17 @@ class CallRecorder:
             self._losses.read(closed.model_call, output)
 
     def _stack(self) -> list[_OpenCall]:
-        found: list[_OpenCall] | None = getattr(self._local, "stack", None)
-        if found is None:
-            found = self._local.stack = []
+        """The open calls of this thread."""
+        found: list[_OpenCall] = vars(self._local).setdefault("stack", [])
         return found
-
-
-def _end_mark(closed: _OpenCall) -> None:
-    if closed.mark is not None:
-        closed.mark.__exit__(None, None, None)
 
 
 def _requires_grad(output: Any) -> bool:
     """Whether any output of a module can receive a gradient."""
     if isinstance(output, Tensor):
         return output.requires_grad
-    if isinstance(output, Mapping):
-        return any(map(_requires_grad, output.values()))
-    if isinstance(output, list | tuple):
-        return any(map(_requires_grad, output))
+    if isinstance(output, Mapping | list | tuple):
+        return any(map(_requires_grad, output.values() if isinstance(output, Mapping) else output))
     return any(isinstance(one, Tensor) and one.requires_grad for one in getattr(output, "__dict__", {}).values())
 
 

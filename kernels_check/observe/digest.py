@@ -92,7 +92,6 @@ class Fingerprinter:
 ROUNDINGS = 4
 """Maximum difference that a few merges and unmerges leave, in units in the last place of the largest weight; one unit
 in the mean."""
-_SHARDED = "DTensor"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,20 +141,22 @@ class Digest:
     def since(self, before: Digest) -> DigestDifference:
         """The difference from an earlier digest of the same model."""
         resharded = before.sharded ^ self.sharded
-        found: dict[str, list[str]] = {}
-        for name in sorted(before.parts.keys() | self.parts.keys()):
+        found: dict[str, tuple[str, ...]] = {}
+        for name in self.changed_parts(before):
             old, new = before.parts.get(name), self.parts.get(name)
-            one = new or old
-            if one is None or (old is not None and new is not None and old.fingerprint == new.fingerprint):
-                continue
+            one = new or before.parts[name]
             if one.owner in resharded:
                 kind = "incomparable"
-            elif one.kind == "cache":
-                kind = "caches"
             else:
-                kind = _difference(old, new)
-            found.setdefault(kind, []).append(name)
-        return DigestDifference(**{kind: tuple(names) for kind, names in found.items()})
+                kind = "caches" if one.kind == "cache" else _difference(old, new)
+            found[kind] = (*found.get(kind, ()), name)
+        return DigestDifference(**found)
+
+    def changed_parts(self, before: Digest) -> list[str]:
+        """Names of the parts whose fingerprint differs from that in an earlier digest, or which only one has."""
+        names = sorted(before.parts.keys() | self.parts.keys())
+        digests = (before.parts, self.parts)
+        return [name for name in names if len({getattr(one.get(name), "fingerprint", None) for one in digests}) > 1]
 
 
 def digest(tree: ModelTree) -> Digest:
@@ -165,7 +166,7 @@ def digest(tree: ModelTree) -> Digest:
     unseen: dict[str, str] = {}
     sharded = set()
     for part in base_state(tree):
-        if part.wrapper == _SHARDED:
+        if part.wrapper == "DTensor":
             sharded.add(part.owner)
         if isinstance(part.value, str):
             parts[part.name] = Hashed(fingerprint=part.value, kind=part.kind, owner=part.owner)

@@ -24,6 +24,7 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import PurePath
 from traceback import FrameSummary
 from typing import Any, Literal
@@ -33,7 +34,7 @@ from torch import nn
 from kernels_check.check import name_some
 from kernels_check.observe.calls import Calls
 from kernels_check.observe.loss import ModelCall, training_calls
-from kernels_check.observe.modules import ModelTree, block_names, block_of
+from kernels_check.observe.modules import ModelTree, block_names, find_enclosing, modules_by_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,14 +71,15 @@ def read_compilations() -> Compilations:
         return Compilations()
     try:
         metrics = dynamo.get_compilation_metrics()
-        breaks = [_place(one.reason, one.user_stack) for one in dynamo.graph_break_reasons]
-        for one in metrics:
-            if one.fail_user_frame_filename is not None:
-                frame = FrameSummary(one.fail_user_frame_filename, one.fail_user_frame_lineno, "")
-                breaks.append(_place(one.fail_reason, [frame]))
+        breaks = [(one.reason, one.user_stack) for one in dynamo.graph_break_reasons]
+        breaks += [
+            (one.fail_reason, [FrameSummary(one.fail_user_frame_filename, one.fail_user_frame_lineno, "")])
+            for one in metrics
+            if one.fail_user_frame_filename is not None
+        ]
         again = [one for one in metrics if one.recompile_reason is not None]
         return Compilations(
-            breaks=tuple(dict.fromkeys(breaks)),
+            breaks=tuple(dict.fromkeys(_place(reason, stack) for reason, stack in breaks)),
             recompiles=tuple(
                 f"{one.co_name} at {_short(one.co_filename)}:{one.co_firstlineno}: {_guard(one)}"
                 for one in again
@@ -152,58 +154,48 @@ def compiled_blocks(
 
     def is_eager(number: int) -> bool:
         """Whether a weight layer, a product or attention ran directly in this call, outside all regions."""
-        if number in covered or number in callers:
-            return number in eager
-        return number in eager or bool(tree.model.get_submodule(calls.all[number].name)._parameters)
+        has_weights = bool(modules[calls.all[number].name]._parameters)
+        return number in eager or (has_weights and number not in covered and number not in callers)
 
-    names = block_names(tree)
-    blocks = frozenset(names)
+    names, modules = block_names(tree), modules_by_name(tree)
     fired: dict[str, list[int]] = {}
     for number in calls.forward:
-        block, _ = _locate(calls.all[number].names, blocks)
+        block, _ = _locate(calls.all[number].names, names)
         if block is not None:
             fired.setdefault(block, []).append(number)
     found: dict[str, set[str]] = {"compiled": set(), "partly": set(), "eager": set()}
     for block, numbers in fired.items():
         state = "partly" if any(map(is_eager, numbers)) else "compiled"
         found["eager" if covered.isdisjoint(numbers) else state].add(block)
-    silent = {block for block in names if block not in fired and _is_around(block, entered, calls)}
-    for block in silent:
-        reached = any(block_of(name, frozenset({block})) is not None for name in gradients)
-        frozen = not any(value.requires_grad for value in tree.model.get_submodule(block).parameters())
+    for block in (one for one in names if one not in fired and _is_around(one, entered, calls)):
+        reached = any(find_enclosing(name, {block}) is not None for name in gradients)
+        frozen = not any(value.requires_grad for value in modules[block].parameters())
         siblings = {other for other in fired if _parent(other) == _parent(block)}
         if reached or (frozen and siblings <= found["compiled"]):
             found["compiled"].add(block)
     proven = not found["compiled"] <= fired.keys()
-    ours = sum(proven or _is_ours(region, blocks, calls) for region in entered)
+    ours = sum(proven or _is_ours(region, names, calls) for region in entered)
     in_order = {state: tuple(name for name in names if name in members) for state, members in found.items()}
     return CompiledBlocks(**in_order, regions=ours, helpers=len(entered) - ours)
 
 
-def _locate(names: Sequence[str], blocks: frozenset[str]) -> tuple[str | None, str]:
+def _locate(names: Sequence[str], blocks: Collection[str]) -> tuple[str | None, str]:
     """The block that contains the module with these names, and the module's name inside it."""
-    found = ((block_of(name, blocks), name) for name in names)
+    found = ((find_enclosing(name, blocks), name) for name in names)
     return next((one for one in found if one[0] is not None), (None, names[0]))
 
 
 def _is_around(block: str, regions: Collection[int | None], calls: Calls) -> bool:
     """Whether a region was entered directly in the innermost call that may have called a block without hooks."""
-    name = block
-    while name:
-        name = _parent(name)
-        numbers = calls.called(name)
-        if numbers:
-            return not set(numbers).isdisjoint(regions)
-    return None in regions
+    caller = find_enclosing(_parent(block), {name for name in calls.by_name if calls.ran(name)}) if block else None
+    return None in regions if caller is None else not set(calls.called(caller)).isdisjoint(regions)
 
 
-def _is_ours(region: int | None, blocks: frozenset[str], calls: Calls) -> bool:
+def _is_ours(region: int | None, blocks: Collection[str], calls: Calls) -> bool:
     """Whether a region belongs to the model; the module that holds the blocks may call helpers, such as a loss."""
-    if region is None:
-        return False
-    names = calls.all[region].names
+    names = ("",) if region is None else calls.all[region].names
     holds = any(not name or any(block.startswith(f"{name}.") for block in blocks) for name in names)
-    return not holds or _locate(names, blocks)[0] is not None
+    return region is not None and (not holds or _locate(names, blocks)[0] is not None)
 
 
 def _parent(name: str) -> str:
@@ -235,7 +227,6 @@ class BlockRecomputed:
 def recomputed_blocks(tree: ModelTree, calls: Calls) -> tuple[BlockRecomputed, ...]:
     """Every block that was called and received a gradient."""
     names = block_names(tree)
-    blocks = frozenset(names)
     around: dict[int | None, int] = {}
     """For each call, the block call that contains it; if the block calls no hooks, each call counts as one."""
     forward: dict[str, dict[str, list[int]]] = {}
@@ -244,18 +235,16 @@ def recomputed_blocks(tree: ModelTree, calls: Calls) -> tuple[BlockRecomputed, .
     """By block and module: the module's calls in the backward pass."""
     for number in sorted(calls.relevant):
         call = calls.all[number]
-        block, name = _locate(call.names, blocks)
-        if block is None:
-            continue
-        if call.in_backward:
+        block, name = _locate(call.names, names)
+        if block is not None and call.in_backward:
             again.setdefault(block, Counter())[name] += 1
-            continue
-        around[number] = number if name == block else around.get(call.caller, number)
-        if calls.all[around[number]].differentiable:
-            forward.setdefault(block, {}).setdefault(name, []).append(around[number])
+        elif block is not None:
+            around[number] = number if name == block else around.get(call.caller, number)
+            if calls.all[around[number]].differentiable:
+                forward.setdefault(block, {}).setdefault(name, []).append(around[number])
     matrices = {
         name
-        for name, module in tree.model.named_modules(remove_duplicate=False)
+        for name, module in modules_by_name(tree).items()
         if any(value is not None and value.dim() > 1 for value in module._parameters.values())
     }
     return tuple(
@@ -287,9 +276,8 @@ def ran_without_gradient(tree: ModelTree, calls: Calls, judged: Iterable[BlockRe
     A block whose ``forward`` is called directly, as in SqueezeBERT, calls no hooks; the calls of its modules show that
     it ran.
     """
-    known = {block.name for block in judged}
-    names = block_names(tree)
-    ran = {block_of(name, frozenset(names)) for number in calls.forward for name in calls.all[number].names}
+    known, names = {block.name for block in judged}, block_names(tree)
+    ran = {find_enclosing(name, names) for number in calls.forward for name in calls.all[number].names}
     return tuple(name for name in names if name in ran and name not in known)
 
 
@@ -301,16 +289,12 @@ def _kept(block: str, matrices: Sequence[str], repeated: frozenset[str]) -> tupl
         matrices: its modules that have a weight matrix, in call order.
         repeated: modules that were recomputed for each of their calls.
     """
-    left = [name for name in matrices if block_of(name, repeated) is None]
+    left = [name for name in matrices if find_enclosing(name, repeated) is None]
     if len(matrices) > 1 and left == list(matrices[-1:]):  # it saves nothing, so the recomputation ended before it
         return ()
-    begun = {".".join(parts[:end]) for parts in (name.split(".") for name in repeated) for end in range(len(parts) + 1)}
-    outermost = dict[str, None]()
-    for name in left:
-        parts = name.split(".")
-        places = (".".join(parts[:end]) for end in range(block.count(".") + 2 if block else 1, len(parts) + 1))
-        outermost[next((place for place in places if place not in begun), name)] = None
-    return tuple(outermost)
+    begun = {place for name in (*repeated, block) for place in accumulate(name.split("."), "{}.{}".format)}
+    parts = (list(accumulate(name.split("."), "{}.{}".format)) for name in left)
+    return tuple(dict.fromkeys(next((place for place in places if place not in begun), places[-1]) for places in parts))
 
 
 Kind = Literal["rms_norm", "rope", "mlp", "loss", "qkv", "o"]
@@ -349,25 +333,21 @@ def fused_kernel_sites(tree: ModelTree, calls: Calls, inputs: Sequence[ModelCall
         inputs: calls of the model itself; empty if they could not be observed.
     """
     unseen = tuple(f"{name}." if name else "" for name in calls.unhooked)
-    returned = _trains_on_what_it_returns(inputs)
+    trained = [call for call in training_calls(inputs) if call.gradients]
+    given = all(any(call.arguments.get(name) is not None for name in _LABELS) for call in trained)
+    # A fused loss runs only with labels, and trains only if the loss that it returns receives a gradient.
+    trains = bool(trained) and given and all(call.loss_gradients for call in trained)
     return [
         FusedKernelSite(
             kind=kind,
             name=name,
             library=library,
-            called=calls.ran(name) and (kind != "loss" or returned),
+            called=calls.ran(name) and (kind != "loss" or trains),
             hidden=name.startswith(unseen) or (kind == "loss" and not inputs),
         )
         for name, module in tree.modules
         for kind, library in _kinds(module)
     ]
-
-
-def _trains_on_what_it_returns(inputs: Sequence[ModelCall]) -> bool:
-    """Whether every training call received labels, and its returned loss received a gradient."""
-    trained = [call for call in training_calls(inputs) if call.gradients]
-    given = all(any(call.arguments.get(name) is not None for name in _LABELS) for call in trained)
-    return bool(trained) and given and all(call.loss_gradients for call in trained)
 
 
 def _kinds(module: nn.Module) -> Iterator[tuple[Kind, str | None]]:
@@ -400,9 +380,8 @@ def _projection(module: nn.Module, forward: Any, name: str) -> str | None:
     ``kernels``.
     """
     bound = getattr(module, name, None)
-    library = _library(bound)
-    fused = library is not None and _plain(bound).__module__.startswith(f"{library}.kernels.")
-    return library if fused and name in _named(forward) else None
+    library = _library(bound) if name in _named(forward) else None
+    return library if library and _plain(bound).__module__.startswith(f"{library}.kernels.") else None
 
 
 def _named(forward: Any) -> tuple[str, ...]:

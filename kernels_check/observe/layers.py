@@ -10,14 +10,15 @@ unknown.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from torch import nn
 
 from kernels_check.observe.calls import Calls
-from kernels_check.observe.modules import ModelTree, outermost
+from kernels_check.observe.modules import ModelTree, modules_by_name, outermost, reading
 from kernels_check.observe.operators import AttentionCall, Product
 
 _ATTENTION_KINDS = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid")
@@ -67,16 +68,16 @@ class AttentionLayers:
 
 
 def attention_layers(
-    model: nn.Module,
+    tree: ModelTree,
     calls: Calls,
     attention: Sequence[AttentionCall],
-    mixing: Collection[int] = (),
-    reductions: Collection[int] = (),
+    mixing: Collection[int],
+    reductions: Collection[int],
 ) -> AttentionLayers:
     """Attribute the attention of one step.
 
     Args:
-        model: the model.
+        tree: the model.
         calls: calls of its modules.
         attention: all calls of the step.
         mixing: numbers of the module calls with the operators of eager attention (``StepProfile.mixing``).
@@ -84,15 +85,15 @@ def attention_layers(
     """
     forward = [call for call in attention if call.direction == "forward"]
     inside = [call for call in forward if call.call is not None and call.call in calls.relevant]
-    blocks = _announced_blocks(model)
+    modules, blocks = modules_by_name(tree), _announced_blocks(tree)
     whole = [call for call in forward if call.compiled and (call.call is None or call in inside)]
     whole = [call for call in whole if call.call is None or _holds(calls.all[call.call].name, blocks)]
     ran: dict[str, list[AttentionCall]] = {}
     for call in inside:
         name = calls.all[call.call or 0].name
-        if call not in whole and not type(model.get_submodule(name)).__module__.startswith(_ADAPTERS):
+        if call not in whole and not type(modules[name]).__module__.startswith(_ADAPTERS):
             ran.setdefault(name, []).append(call)
-    missing = _AttentionSearch(model, calls, ran, mixing, blocks).missing() if ran else {}
+    missing = _AttentionSearch(tree, calls, ran, mixing, blocks).missing() if ran else {}
     certain = {name: count for name, (count, is_sure) in missing.items() if is_sure}
     reduced = calls.around(reductions)
     uncertain = {name: count for name, (count, _) in missing.items() if not reduced.isdisjoint(calls.called(name))}
@@ -102,14 +103,14 @@ def attention_layers(
         forward={name: tuple(found) for name, found in ran.items()},
         unknown=unknown,
         doubtful=bool(unknown) and certain.keys().isdisjoint(unknown),
-        partial={name: part for name, found in ran.items() if (part := _part(model.get_submodule(name), found))},
+        partial={name: part for name, found in ran.items() if (part := _part(modules[name], found))},
         compiled=tuple(whole),
         elsewhere=tuple(call for call in forward if call.call is None and not call.compiled),
         without_training=tuple(
             call for call in forward if call.call is not None and call.call not in calls.relevant | calls.failed
         ),
         failed=tuple(call for call in forward if call.call in calls.failed),
-        expected=announced_layers(model) if whole else None,
+        expected=_announced_layers(tree) if whole else None,
         entries=_entries(calls, whole),
         regions=tuple(Counter(call.region for call in whole if call.call is None and not call.recomputed).values()),
     )
@@ -121,13 +122,11 @@ def _part(module: nn.Module, found: Sequence[AttentionCall]) -> tuple[int, int] 
     The next weight layer may take more features than attention returns, for example also those of the feed-forward
     layer, so nothing is missing if the number of heads agrees with the layer's attribute.
     """
-    by_call: dict[int | None, list[AttentionCall]] = {}
-    for one in found:
-        if not one.recomputed and not one.compiled:
-            by_call.setdefault(one.call, []).append(one)
+    judged = [one for one in found if not one.recomputed and not one.compiled]
     config = getattr(module, "config", None)
     claimed = {getattr(module, name, None) for name in _HEADS} | {getattr(config, "num_attention_heads", None)}
-    for calls in by_call.values():
+    for number in dict.fromkeys(one.call for one in judged):
+        calls = [one for one in judged if one.call == number]
         widths, taken = [one.width for one in calls if one.width is not None], calls[-1].taken
         heads = sum(one.heads or 0 for one in calls)
         if len(widths) == len(calls) and taken is not None and sum(widths) < taken and heads not in claimed:
@@ -135,12 +134,12 @@ def _part(module: nn.Module, found: Sequence[AttentionCall]) -> tuple[int, int] 
     return None
 
 
-def _announced_blocks(model: nn.Module) -> str | None:
+def _announced_blocks(tree: ModelTree) -> str | None:
     """Name of the largest module list whose length is the number of layers in the configuration."""
-    count = getattr(_text_config(model), "num_hidden_layers", None)
+    count = getattr(_text_config(tree), "num_hidden_layers", None)
     lists = {
         name: sum(parameter.numel() for parameter in module.parameters())
-        for name, module in model.named_modules()
+        for name, module in tree.modules
         if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) == count
     }
     return max(lists, key=lambda name: lists[name], default=None)
@@ -157,35 +156,33 @@ def _entries(calls: Calls, whole: Sequence[AttentionCall]) -> tuple[int, ...]:
     return tuple(first[number] for number in sorted({number for name in entered for number in calls.called(name)}))
 
 
-def announced_layers(model: nn.Module) -> int | None:
+def _announced_layers(tree: ModelTree) -> int | None:
     """Number of softmax-attention layers in the model's configuration; None if it has none."""
-    config = _text_config(model)
-    kinds = _kinds(config)
+    kinds = _announced_kinds(tree)
+    count = getattr(_text_config(tree), "num_hidden_layers", None)
     if kinds:
         return sum(kind in _ATTENTION_KINDS for kind in kinds)
-    count = getattr(config, "num_hidden_layers", None)
     return count if isinstance(count, int) else None
 
 
-def _text_config(model: nn.Module) -> Any:
-    config: Any = next((part.config for part in model.modules() if getattr(part, "config", None) is not None), None)
-    text = getattr(config, "get_text_config", None)
-    return text() if callable(text) else config
+@reading
+def _text_config(tree: ModelTree) -> Any:
+    config: Any = next((part.config for _, part in tree.modules if getattr(part, "config", None) is not None), None)
+    return config.get_text_config() if callable(getattr(config, "get_text_config", None)) else config
 
 
-def _kinds(config: Any) -> list[str]:
-    for name in ("layer_types", "layers_block_type"):
-        kinds = getattr(config, name, None)
-        if isinstance(kinds, list | tuple) and all(isinstance(kind, str) for kind in kinds):
-            return list(kinds)
-    return []
+def _announced_kinds(tree: ModelTree) -> list[str]:
+    """The kind of each layer in the model's configuration; empty if it has none."""
+    listed = (getattr(_text_config(tree), name, None) for name in ("layer_types", "layers_block_type"))
+    of_names = (one for one in listed if isinstance(one, list | tuple) and all(isinstance(kind, str) for kind in one))
+    return list(next(of_names, ()))
 
 
 class _AttentionSearch:
     """Finds calls in which attention should have run but no known implementation did.
 
     Args:
-        model: the model.
+        tree: the model.
         calls: calls of its modules.
         ran: calls of known implementations by the name of the layer; at least one.
         mixing: numbers of the module calls with the operators of eager attention.
@@ -194,15 +191,14 @@ class _AttentionSearch:
 
     def __init__(
         self,
-        model: nn.Module,
+        tree: ModelTree,
         calls: Calls,
         ran: Mapping[str, Sequence[AttentionCall]],
         mixing: Collection[int],
         announced: str | None,
     ) -> None:
-        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._modules, self._kinds = modules_by_name(tree), _announced_kinds(tree)
         self._calls, self._layers, self._announced = calls, ran.keys(), announced
-        self._kinds = _kinds(_text_config(model))
         self._covered = calls.around(call.call for found in ran.values() for call in found)
         self._mixed = calls.around(mixing)
         self._like: dict[str, list[str]] = {}
@@ -212,12 +208,11 @@ class _AttentionSearch:
 
     def missing(self) -> dict[str, tuple[int, bool]]:
         """Number of such calls by layer name, and whether the layer is certainly attention."""
-        found: dict[str, tuple[int, bool]] = {}
+        is_sure: dict[str, bool] = {}
         for name, sure in self._candidates():
-            count = sum(number not in self._covered for number in self._calls.called(name))
-            if count:
-                found[name] = count, sure or found.get(name, (0, False))[1]
-        return found
+            is_sure[name] = sure or is_sure.get(name, False)
+        counts = {name: sum(one not in self._covered for one in self._calls.called(name)) for name in is_sure}
+        return {name: (count, is_sure[name]) for name, count in counts.items() if count}
 
     def _candidates(self) -> Iterator[tuple[str, bool]]:
         """Modules in which attention should have run, and whether that is certain; else only if they mix tokens."""
@@ -234,12 +229,8 @@ class _AttentionSearch:
                 yield name, not in_sequence or self._mixes_tokens(name)
         yield from self._of_the_announced()
         for block, inside in self._blocks():
-            for name in self._modules:
-                if (
-                    name != block
-                    and _pattern(name) == _pattern(block)
-                    and self._may_have_to_attend(name, block, inside)
-                ):
+            for name in self._like[_pattern(block)]:
+                if name != block and self._may_have_to_attend(name, block, inside):
                     passes_by = self._kind(name) is self._kind(block) and f"{name}.{inside}" in self._modules
                     yield name, passes_by or self._mixes_tokens(name)
 
@@ -265,22 +256,22 @@ class _AttentionSearch:
 
     def _blocks(self) -> Iterator[tuple[str, str]]:
         """Each numbered block around a layer, and the layer's path inside it; one of each pattern."""
+        split = (
+            (".".join(parts[:index]), ".".join(parts[index:]))
+            for parts in (layer.split(".") for layer in sorted(self._layers))
+            for index, part in enumerate(parts[:-1], start=1)
+            if part.isdigit()
+        )
         found: dict[tuple[str, str], tuple[str, str]] = {}
-        for layer in sorted(self._layers):
-            parts = layer.split(".")
-            for index, part in enumerate(parts[:-1], start=1):
-                block, inside = ".".join(parts[:index]), ".".join(parts[index:])
-                if part.isdigit():
-                    found.setdefault((_pattern(block), _pattern(inside)), (block, inside))
+        for block, inside in split:
+            found.setdefault((_pattern(block), _pattern(inside)), (block, inside))
         yield from found.values()
 
     def _may_have_to_attend(self, name: str, block: str, inside: str) -> bool:
         """Whether a block in the same list as a block with attention may also have needed attention."""
-        if any(layer.startswith(f"{name}.") for layer in self._layers):
-            return False
-        if self._is_of_another_kind(name, [self._kind(block)]):
-            return False
-        return not self._calls.ran(f"{name}.{inside}")  # the module that ran instead of attention is judged separately
+        attends = any(layer.startswith(f"{name}.") for layer in self._layers)
+        ran = self._calls.ran(f"{name}.{inside}")  # the module that ran instead of attention is judged separately
+        return not attends and not ran and not self._is_of_another_kind(name, [self._kind(block)])
 
     def _is_of_another_kind(self, name: str, siblings: Sequence[type]) -> bool:
         """Whether the configuration or the library shows that this is not attention."""
@@ -305,6 +296,7 @@ class _AttentionSearch:
         return not self._mixed.isdisjoint(self._calls.called(name))
 
 
+@cache
 def _pattern(name: str) -> str:
     """A name without its numbers, equal for the same position in other blocks."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
@@ -340,48 +332,43 @@ class LayerProducts:
         return [] if layer in self.without or layer in self.bypassed or len(agreed) != 1 else list(agreed)
 
 
-def products_of(
-    layers: Mapping[str, Sequence[str]],
-    model: nn.Module,
-    calls: Calls,
-    products: Iterable[Product],
-) -> LayerProducts:
+def products_of(layers: Mapping[str, str], calls: Calls, products: Sequence[Product]) -> LayerProducts:
     """Attribute the products of one step.
 
     Args:
-        layers: by layer name, the modules whose calls count for the layer.
-        model: the model.
-        calls: calls of its modules.
+        layers: by layer name, the module whose calls count for the layer.
+        calls: calls of the model's modules.
         products: all products of the step.
     """
-    products = list(products)
     within: dict[int, list[Product]] = {}
     for product in products:
         for number in calls.enclosing(product.call):  # by_name below omits irrelevant calls
             within.setdefault(number, []).append(product)
-    by_layer: dict[str, tuple[Product, ...]] = {}
-    without, idle = [], []
-    for layer, modules in layers.items():
-        numbers = [number for module in modules for number in calls.by_name.get(module, ())]
-        if numbers:
-            by_layer[layer] = tuple(product for number in numbers for product in within.get(number, ()))
-            if any(number not in within and not calls.all[number].in_backward for number in numbers):
-                without.append(layer)
-        else:
-            idle.append(layer)
-    like = {_pattern(layer) for layer in by_layer}
+    numbers = {layer: calls.by_name.get(module, []) for layer, module in layers.items()}
+    by_layer = {
+        layer: tuple(product for number in own for product in within.get(number, ())) for layer, own in numbers.items()
+    }
+    like = {_pattern(layer) for layer, own in numbers.items() if own}
     return LayerProducts(
         by_layer={layer: found for layer, found in by_layer.items() if found},
         compiled=tuple(product for product in products if product.call is None and product.compiled),
-        without=tuple(without),
-        bypassed=tuple(layer for layer in idle if _pattern(layer) in like and calls.ran(layer.rpartition(".")[0])),
+        without=tuple(
+            layer
+            for layer, own in numbers.items()
+            if any(number not in within and not calls.all[number].in_backward for number in own)
+        ),
+        bypassed=tuple(
+            layer
+            for layer, own in numbers.items()
+            if not own and _pattern(layer) in like and calls.ran(layer.rpartition(".")[0])
+        ),
     )
 
 
-def fourbit_layers(tree: ModelTree) -> dict[str, tuple[str, ...]]:
-    """Linear layers of the model whose own weight is 4-bit, each by its name."""
+def fourbit_layers(tree: ModelTree) -> dict[str, str]:
+    """Linear layers of the model whose own weight is 4-bit, each with itself as in ``products_of``."""
     return {
-        name: (name,)
+        name: name
         for name, module in tree.modules
         if isinstance(module, nn.Linear) and type(module._parameters.get("weight")).__name__ == "Params4bit"
     }

@@ -124,13 +124,11 @@ class Gradients:
 
     def _written(self, parameter: Tensor) -> None:
         self.arrived.add(id(parameter))
-        if parameter.grad is not None:
-            self._note(parameter, parameter.grad)
+        self._arrive(parameter, parameter.grad)
 
     def _note(self, parameter: Tensor, gradient: Tensor, *, produced: bool = True) -> None:
-        key = id(parameter)
-        self.waiting.add(key)
-        seen = self._seen.setdefault(key, GradientSeen())
+        self.waiting.add(id(parameter))
+        seen = self._seen.setdefault(id(parameter), GradientSeen())
         seen.after_updates = self.moved
         seen.produced = seen.produced and produced
         size = largest(gradient)
@@ -233,14 +231,13 @@ class ParameterUpdates:
             if self.is_kept():
                 return
             value = _parts(self.tensor)
-            undone = bool(self._before) and self._undoes(value)
+            is_undone = bool(self._before) and self._undoes(value)
             self._keep(value, [])
+            if not self.by_method and not stepping:
+                self.written += 1
+                self.losses += [self.updates] if is_undone else []
         except Exception as error:  # not an error of the step, which continues
             self.unreadable = f"{type(error).__name__}: {error}"
-            return
-        if not self.by_method and not stepping:
-            self.written += 1
-            self.losses += [self.updates] if undone else []
 
     def settle(self, rate: float) -> tuple[bool, bool]:
         """Record an update; returns whether it changed the value, and whether it failed to make an expected change."""
@@ -267,10 +264,8 @@ class ParameterUpdates:
         """Whether an update proportional to the gradient is too small to change a float32 value."""
         gradient = self.tensor.grad
         size = None if gradient is None or self.is_narrow else largest(gradient)
-        if size is None:
-            return False
         largest_value = max((float(part.abs().max()) for part in self._value if part.numel()), default=0.0)
-        return rate * float(size) < torch.finfo(self.tensor.dtype).eps * largest_value
+        return size is not None and rate * float(size) < torch.finfo(self.tensor.dtype).eps * largest_value
 
     def _is_rounded_away(self) -> bool:
         """Whether the last update left nearly all elements with a gradient unchanged, because of a narrow dtype."""
@@ -287,11 +282,10 @@ class ParameterUpdates:
 
     def _undoes(self, value: list[Tensor]) -> bool:
         """Whether a change is at least as large as the last update and reverts most of the updated elements."""
-        if not _distance(self._value, self._before) <= _distance(value, self._value) * (1 + 1e-6):
-            return False
+        is_large = _distance(self._value, self._before) <= _distance(value, self._value) * (1 + 1e-6)
         moved = self._moved()
         left = sum(int(((now == then) & one).sum()) for now, then, one in zip(value, self._value, moved, strict=True))
-        return left < sum(int(one.sum()) for one in moved) / 2
+        return is_large and left < sum(int(one.sum()) for one in moved) / 2
 
 
 def _distance(one: list[Tensor], other: list[Tensor]) -> float:
@@ -304,7 +298,9 @@ def _distance(one: list[Tensor], other: list[Tensor]) -> float:
 def _is_same(now: Tensor, then: Tensor) -> bool:
     """Whether two tensors are equal, NaN being equal to NaN."""
     alike = (now.shape, now.dtype) == (then.shape, then.dtype)
-    return torch.equal(now, then) or (alike and torch.allclose(now, then, rtol=0.0, atol=0.0, equal_nan=True))
+    return torch.equal(now, then) or (
+        alike and bool(now.isnan().any()) and torch.allclose(now, then, rtol=0.0, atol=0.0, equal_nan=True)
+    )
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:
@@ -398,13 +394,11 @@ class Updates:
             return self.steps < LEAST_UPDATES
         if any(one.updates < LEAST_UPDATES or (one.lost and one.losses == [1]) for one in seen):
             return True
-        if all(one.learnt or one.rounded_away for one in seen):
-            return False
-        if any(one.idling for one in seen):  # a warm-up may change nothing for some updates
-            return True
         steps, learnt = self._before_call
-        warming = any(one.has_zero_rate and one.updates < LEAST_ZERO_RATE_UPDATES for one in seen)
-        return self.steps == steps or self._learnt() > learnt or warming
+        progresses = self.steps == steps or self._learnt() > learnt
+        # A warm-up may change nothing for some updates.
+        warms_up = any(one.idling or (one.has_zero_rate and one.updates < LEAST_ZERO_RATE_UPDATES) for one in seen)
+        return (progresses or warms_up) and not all(one.learnt or one.rounded_away for one in seen)
 
     def _learnt(self) -> int:
         return sum(one.learnt > 0 for one in self._parameters.values())

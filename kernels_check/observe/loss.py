@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels_check.observe.modules import backward_task, largest
+from kernels_check.observe.modules import ModelTree, backward_task, largest
 
 _WRAPS = ("module", "base_model", "model")
 """Attributes under which a wrapper holds its wrapped module: DistributedDataParallel, PEFT, models with a head."""
@@ -79,9 +79,9 @@ def find_tokens(arguments: Mapping[str, Any]) -> tuple[str, Tensor] | None:
         value = arguments.get(name)
         if isinstance(value, Tensor) and value.dim() == dimensions:
             return name, value
-    for name, value in arguments.items():  # a hand-written model may use any argument name
-        numbers = isinstance(value, Tensor) and value.dim() == 2 and value.dtype in (torch.long, torch.int32)
-        if numbers and name not in (*_NO_TOKENS, *_POSITIONAL):
+    others = (pair for pair in arguments.items() if pair[0] not in (*_NO_TOKENS, *_POSITIONAL))
+    for name, value in others:  # a hand-written model may use any argument name
+        if isinstance(value, Tensor) and value.dim() == 2 and value.dtype in (torch.long, torch.int32):
             return name, value
     return None
 
@@ -99,8 +99,7 @@ def entry_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 def describe_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> ModelCall:
     """The record of a call of one of ``entry_modules``, made when the call begins."""
-    names = _positional_names(module) if args else ()
-    arguments = dict(zip(names, args, strict=False)) | kwargs
+    arguments = dict(zip(_positional_names(module) if args else (), args, strict=False)) | kwargs
     kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     return ModelCall(
         module=module,
@@ -144,13 +143,13 @@ def special_tokens(
     configs: Iterable[Any], kinds: tuple[str, ...] = ("",), *, but: tuple[str, ...] = ()
 ) -> frozenset[int]:
     """Ids of special tokens in configurations, of some kinds (``pad``, ``eos``) or of all kinds except some."""
-    found: set[int] = set()
-    for config in configs:
-        for name, value in vars(config).items():
-            if name.endswith(("_token_id", "_token_index")) and name.startswith(kinds) and not name.startswith(but):
-                values = value if isinstance(value, list | tuple) else [value]
-                found.update(one for one in values if isinstance(one, int) and not isinstance(one, bool) and one >= 0)
-    return frozenset(found)
+    found = [
+        value if isinstance(value, list | tuple) else [value]
+        for config in configs
+        for name, value in vars(config).items()
+        if name.endswith(("_token_id", "_token_index")) and name.startswith(kinds) and not name.startswith(but)
+    ]
+    return frozenset(one for values in found for one in values if type(one) is int and one >= 0)
 
 
 def configurations(model: nn.Module) -> Iterator[Any]:
@@ -184,24 +183,19 @@ class BackwardPass:
         return not any(float(size) != 0 for size in self.initial_sizes)
 
 
-@dataclass(slots=True)
 class BackwardPasses:
-    """Records the backward passes of a step that write gradients of ``model``."""
+    """Records the backward passes of a step that write gradients of a model."""
 
-    model: nn.Module
-    _trained: dict[int, Tensor] = field(init=False)
-    _last: BackwardPass | None = None
-    _updated: bool = False
-    _updating: int = 0
-
-    def __post_init__(self) -> None:
-        self._trained = {id(value): value for value in self.model.parameters() if value.requires_grad}
+    def __init__(self, tree: ModelTree) -> None:
+        self._trained = [value for _, value in tree.parameters if value.requires_grad]
+        self._last: BackwardPass | None = None
+        self._updated, self._updating = False, 0
 
     def current(self) -> BackwardPass:
         """The current pass; must be called before the pass writes any gradient."""
         task = backward_task()
         if self._last is None or self._last.task != task:
-            sizes = [largest(value.grad) for value in self._trained.values() if value.grad is not None]
+            sizes = [largest(value.grad) for value in self._trained if value.grad is not None]
             self._last = BackwardPass(
                 task=task,
                 after_update=self._updated,
@@ -245,18 +239,14 @@ def _sums_of(passes: Mapping[BackwardPass, bool]) -> dict[BackwardPass, int]:
             raise _UnreadError(
                 "the gradients that an update had taken were still there when the next pass added to them"
             )
-        if given and one.from_zero:
-            number, given = number + 1, False
-        sums[one] = number
-        given = given or gives
+        sums[one] = number = number + (given and one.from_zero)
+        given = gives or (given and not one.from_zero)
     return sums
 
 
 _OPERATORS = ("NllLossBackward0", "NllLoss2DBackward0")
 _MEAN, _SUM = 1, 2
 """Reduction codes of the operator."""
-_SIGN, _WRAP = 2**63, 2**64
-"""For the ignored target, which is saved as an unsigned integer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,10 +292,9 @@ class LossReader:
                     part = _read(operator)
                     call.parts.append(part)
                     self.hooks.push(operator.register_prehook(self.guard(partial(self._arrive, part))))
-            except _UnreadError as error:
-                call.unread.append(str(error))
             except Exception as error:  # an exception here would end the step
-                call.unread.append(f"the loss could not be read: {type(error).__name__}: {error}")
+                problem = f"the loss could not be read: {type(error).__name__}: {error}"
+                call.unread.append(str(error) if isinstance(error, _UnreadError) else problem)
         self._read_log_probs(call, output)
 
     def _read_log_probs(self, call: ModelCall, output: Any) -> None:
@@ -335,21 +324,14 @@ class LossReader:
 
 def _operators(root: Any) -> Iterator[Any]:
     """Cross entropies that the loss depends on through scalars only: the graph behind them belongs to the model."""
-    seen: set[Any] = set()
-    waiting = [root]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    found = [root] if root is not None else []
+    for node in found:  # which grows
         if node.name() in _OPERATORS:
             yield node
         else:
-            waiting += [
-                one
-                for one, place in node.next_functions
-                if one is not None and all(size == 1 for size in one._input_metadata[place].shape)
-            ]
+            following = [(one, place) for one, place in node.next_functions if one is not None and one not in found]
+            scalars = (one for one, place in following if all(size == 1 for size in one._input_metadata[place].shape))
+            found += dict.fromkeys(scalars)
 
 
 def _read(operator: Any) -> CrossEntropy:
@@ -362,7 +344,7 @@ def _read(operator: Any) -> CrossEntropy:
         raise _UnreadError(
             "what the loss is over was put away until the backward pass, as by a checkpoint or by offloading"
         )
-    ignored = (operator._saved_ignore_index + _SIGN) % _WRAP - _SIGN
+    ignored = (operator._saved_ignore_index + 2**63) % 2**64 - 2**63  # saved as an unsigned integer
     with torch.no_grad():
         tokens = (kept.data != ignored).sum()
     return CrossEntropy(tokens=tokens, mean=operator._saved_reduction == _MEAN)
@@ -439,23 +421,23 @@ def _refuse_unread(call: ModelCall) -> None:
         raise _UnreadError(
             "nothing went back through the loss that the model returned: another was trained on, or none"
         )
-    if call.unread:
-        raise _UnreadError(call.unread[0])
-    if not arrived:
-        raise _UnreadError(
+    if call.unread or not arrived:
+        unreadable = (
             "the loss that the model returned holds no cross entropy that can be read, as where it is compiled, or "
             "made by a fused kernel"
         )
+        raise _UnreadError(next(iter(call.unread), unreadable))
 
 
 def _pass(call: ModelCall, number: int, sums: Mapping[BackwardPass, int]) -> LossPass | None:
     """The contribution of a call to one sum of gradients; None if it has none."""
-    arrived = [(part, [one for one in part.arrivals if sums[one.during] == number]) for part in call.parts]
-    arrived = [(part, arrivals) for part, arrivals in arrived if arrivals]
+    found = [(part, [one for one in part.arrivals if sums[one.during] == number]) for part in call.parts]
+    arrived = [(part, int(part.tokens), arrivals) for part, arrivals in found if arrivals]
     if not arrived:
         return None
-    live = [_weight(part, arrivals) for part, arrivals in arrived if int(part.tokens)]
-    every = [one for _, arrivals in arrived for one in arrivals]
+    totals = [(part, tokens, sum(float(one.gradient) for one in own)) for part, tokens, own in arrived if tokens]
+    live = [total / tokens if part.mean else total for part, tokens, total in totals]
+    every = [one for _, _, arrivals in arrived for one in arrivals]
     labels = (call.arguments.get(name) for name in ("labels", "shift_labels"))
     tolerance = _NARROW if any(one.gradient.element_size() < 4 for one in every) else _EXACT
     largest_weight = max(map(abs, live), default=0.0)
@@ -466,15 +448,10 @@ def _pass(call: ModelCall, number: int, sums: Mapping[BackwardPass, int]) -> Los
     if live and max(live) - min(live) > tolerance * largest_weight:
         raise _UnreadError(f"the loss of one pass is made of {len(live)} cross entropies of different weights")
     return LossPass(
-        tokens=sum(int(part.tokens) for part, _ in arrived),
+        tokens=sum(tokens for _, tokens, _ in arrived),
         positions=next((one.numel() for one in labels if isinstance(one, Tensor)), 0),
         weight=live[0] if live else 0.0,
         tolerance=tolerance,
-        mean=any(part.mean for part, _ in arrived),
+        mean=any(part.mean for part, _, _ in arrived),
         sum=number,
     )
-
-
-def _weight(part: CrossEntropy, arrivals: Sequence[Arrival]) -> float:
-    total = sum(float(one.gradient) for one in arrivals)
-    return total / int(part.tokens) if part.mean else total

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from functools import cache, wraps
 from typing import Any, TypeAlias, TypeVar
 
@@ -29,25 +28,18 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelTree:
     """A model at one moment, with a cache of everything read from it.
 
     It is valid as long as nothing adds a module or switches an adapter.
     """
 
-    model: nn.Module
-    modules: tuple[tuple[str, nn.Module], ...]
-    parameters: tuple[tuple[str, nn.Parameter], ...]
-    readings: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    """Cached results by the name of the function, see ``reading``."""
-
-    @classmethod
-    def of(cls, model: nn.Module | ModelTree) -> ModelTree:
-        """Read a model; a ``ModelTree`` is returned unchanged."""
-        if isinstance(model, ModelTree):
-            return model
-        return cls(model=model, modules=tuple(model.named_modules()), parameters=tuple(model.named_parameters()))
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules = tuple(model.named_modules())
+        self.parameters = tuple(model.named_parameters())
+        self.readings: dict[str, Any] = {}
+        """Cached results by the name of the function, see ``reading``."""
 
 
 def reading(read: Callable[[ModelTree], _T]) -> Callable[[nn.Module | ModelTree], _T]:
@@ -55,7 +47,7 @@ def reading(read: Callable[[ModelTree], _T]) -> Callable[[nn.Module | ModelTree]
 
     @wraps(read)
     def kept(model: nn.Module | ModelTree) -> _T:
-        tree = ModelTree.of(model)
+        tree = model if isinstance(model, ModelTree) else ModelTree(model)
         if read.__qualname__ not in tree.readings:
             tree.readings[read.__qualname__] = read(tree)
         found: _T = tree.readings[read.__qualname__]
@@ -65,36 +57,43 @@ def reading(read: Callable[[ModelTree], _T]) -> Callable[[nn.Module | ModelTree]
 
 
 @reading
-def block_names(tree: ModelTree) -> tuple[str, ...]:
-    """Qualified names of the blocks, in model order."""
-    lists = list[dict[str, nn.Module]]()
-    """The outermost lists."""
-    inside: tuple[str, ...] = ()
+def modules_by_name(tree: ModelTree) -> dict[str, nn.Module]:
+    """Every module under each of its names: a module held in several places has several."""
+    return dict(tree.model.named_modules(remove_duplicate=False))
+
+
+@reading
+def block_names(tree: ModelTree) -> dict[str, None]:
+    """Qualified names of the blocks, in model order, as the keys of a dictionary."""
+    lists: dict[str, dict[str, nn.Module]] = {}
+    """The outermost lists, by the prefix of their members."""
     for name, module in tree.modules:
         prefix = f"{name}." if name else ""
-        items = {} if name.startswith(inside) else _items(module, prefix)
-        if items:
-            lists.append(items)
-            inside += (prefix,)
+        if not name.startswith(tuple(lists)) and (items := _items(module, prefix)):
+            lists[prefix] = items
     # A single weight layer is no block, with or without an adapter.
     of_blocks = [
-        items for items in lists if not all(not item._modules or hasattr(item, "base_layer") for item in items.values())
-    ] or lists
+        items
+        for items in lists.values()
+        if not all(not item._modules or hasattr(item, "base_layer") for item in items.values())
+    ] or list(lists.values())
     named = {id(item): name for items in reversed(of_blocks) for name, item in reversed(items.items())}
     layers = (name for name, module in tree.modules if module._parameters or hasattr(module, "base_layer"))
-    return tuple(reversed(named.values())) if named else tuple(outermost(layers))
+    return dict.fromkeys(reversed(named.values()) if named else outermost(layers))
 
 
 def outermost(names: Iterable[str]) -> list[str]:
     """Names of modules that are not inside another of the named modules."""
-    names = list(names)
-    within = Below(names)
-    return [name for name in names if not name or ("" not in names and not within[name.rpartition(".")[0]])]
+    found = dict.fromkeys(names)
+    return [name for name in found if not name or find_enclosing(name.rpartition(".")[0], found) is None]
 
 
-def block_of(name: str, blocks: frozenset[str]) -> str | None:
-    """The block with this name or the block that contains the named module; None if there is none."""
-    while name not in blocks:
+def find_enclosing(name: str, names: Container[str]) -> str | None:
+    """The first of ``name`` and the names above it that is among ``names``; None if there is none.
+
+    ``""`` is the model itself, above every name.
+    """
+    while name not in names:
         if not name:
             return None
         name = name.rpartition(".")[0]
@@ -113,24 +112,21 @@ def _items(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
         for key, child in module.named_children()
         if any(True for _ in child.parameters()) and key.isdigit()
     }
-    kinds = {_kind(child) for child in items.values()}
-    return items if isinstance(module, nn.ModuleList) or len(kinds) < len(items) else {}
+    return items if isinstance(module, nn.ModuleList) or len(set(map(_kind, items.values()))) < len(items) else {}
 
 
 def _kind(module: nn.Module) -> type[nn.Module]:
     """The class of a block inside its wrappers for compilation, parallelism or recomputation."""
-    while True:
-        children = list(module.children())
-        if len(children) != 1 or module._parameters:
-            return type(module)
+    while len(children := list(module.children())) == 1 and not module._parameters:
         module = children[0]
+    return type(module)
 
 
 def is_checkpointing_enabled(module: Any) -> bool:
     """Whether a model of transformers has its flag for gradient checkpointing on."""
     # transformers renamed the flag, and reading the old name gives a warning.
-    name = "is_activation_checkpointing"
-    return bool(getattr(module, name if hasattr(module, name) else "is_gradient_checkpointing", False))
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    return bool(next((getattr(module, name) for name in names if hasattr(module, name)), False))
 
 
 _SWITCH = "support_avx512bf16_for_cpu"
@@ -152,8 +148,14 @@ def without_repacking(model: nn.Module) -> Iterator[None]:
 def plain_parts(tensor: Tensor, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """The plain tensors inside a tensor subclass, each with its name; a plain tensor yields itself."""
     if is_wrapper(tensor):
-        for part, inner in _inner(tensor):
-            yield from plain_parts(inner, f"{name}.{part}")
+        keys, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        inner = {key: getattr(tensor, key) for key in keys}
+        yield from (
+            part
+            for key, value in inner.items()
+            if isinstance(value, Tensor)
+            for part in plain_parts(value, f"{name}.{key}")
+        )
     elif tensor.layout == torch.sparse_coo:
         sparse = tensor.detach().coalesce()
         yield from ((f"{name}.indices", sparse.indices()), (f"{name}.values", sparse.values()))
@@ -164,11 +166,6 @@ def plain_parts(tensor: Tensor, name: str = "") -> Iterator[tuple[str, Tensor]]:
 def is_wrapper(tensor: Tensor) -> bool:
     """Whether the tensor has no memory of its own, only inner tensors."""
     return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "__tensor_flatten__")
-
-
-def _inner(tensor: Any) -> list[tuple[str, Tensor]]:
-    names, _ = tensor.__tensor_flatten__()
-    return [(name, part) for name in names if isinstance(part := getattr(tensor, name), Tensor)]
 
 
 NO_MEMORY = "it has no memory: freed, or of a class whose parts cannot be read"
@@ -203,23 +200,6 @@ def largest(gradient: Tensor) -> Tensor | None:
             return gradient.new_zeros(()).float()  # a sparse gradient of no rows
         norm: Tensor = torch.linalg.vector_norm(gradient, float("inf"), dtype=torch.float32)
         return norm
-
-
-class Below(dict[str, bool]):
-    """Whether a qualified name is one of some paths or below one; caches each answer.
-
-    Args:
-        paths: qualified names.
-    """
-
-    def __init__(self, paths: Iterable[str]) -> None:
-        super().__init__()
-        self._paths = frozenset(paths)
-
-    def __missing__(self, name: str) -> bool:
-        above, dot, _ = name.rpartition(".")
-        self[name] = found = name in self._paths or (bool(dot) and self[above])
-        return found
 
 
 Hook: TypeAlias = Callable[..., Any]
@@ -303,11 +283,10 @@ class RandomState:
 
     def advanced(self) -> bool:
         """Whether torch has drawn random numbers since the object was created."""
-        moved = not torch.equal(self._torch, torch.get_rng_state())
-        if self._cuda is None:
-            return moved
-        pairs = zip(self._cuda, torch.cuda.get_rng_state_all(), strict=True)
-        return moved or any(not torch.equal(before, now) for before, now in pairs)
+        before, now = [self._torch], [torch.get_rng_state()]
+        if self._cuda is not None:
+            before, now = before + self._cuda, now + torch.cuda.get_rng_state_all()
+        return not all(map(torch.equal, before, now))
 
 
 class Modes:

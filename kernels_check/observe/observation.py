@@ -10,28 +10,22 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from kernels_check.check import PathObservation
-from kernels_check.observe.adapter import (
-    AdapterLayer,
-    adapter_layers,
-    base_parameters,
-    biases_of_adapters,
-    token_parameters,
-    trained_parameters,
-)
+from kernels_check.observe import adapter, parts
+from kernels_check.observe import digest as digests
 from kernels_check.observe.base import Storage, wrapped_storage
 from kernels_check.observe.calls import CallRecorder, Calls, LayerCall
-from kernels_check.observe.digest import Digest, WeightBits, digest, take_census
+from kernels_check.observe.digest import Digest, digest
 from kernels_check.observe.execution import (
     BlockRecomputed,
     Compilations,
@@ -53,7 +47,6 @@ from kernels_check.observe.parts import (
     embedding_modules,
     norm_modules,
     parameter_statuses,
-    unmatched_names,
 )
 from kernels_check.observe.profile import (
     AROUND,
@@ -66,9 +59,17 @@ from kernels_check.observe.profile import (
     groups_of,
     is_recording,
     operators_on,
+    optimized_by,
     updated_by,
 )
 from kernels_check.observe.ranks import RankEvidence
+
+_T = TypeVar("_T")
+
+
+def _read_tree(read: Callable[[ModelTree], _T]) -> cached_property[_T]:
+    """A property of an observation: what ``read`` finds in the model after the last call."""
+    return cached_property(lambda seen: read(seen.tree))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +118,8 @@ class Observation:
     @property
     def untouched(self) -> bool:
         """Whether the step did not use the model: it called none of its modules and changed nothing."""
-        called = self.modules.all or self.modules.unhooked or self.profile.compiled_regions
-        return not (called or self.reached or self.changed)
+        called = (self.modules.all, self.modules.unhooked, self.profile.compiled_regions)
+        return not any((*called, self.reached, self.changed))
 
     @cached_property
     def optimized(self) -> frozenset[int]:
@@ -158,52 +159,41 @@ class Observation:
     @cached_property
     def tree(self) -> ModelTree:
         """Modules and parameters."""
-        return self.final_tree or ModelTree.of(self.model)
+        return self.final_tree or ModelTree(self.model)
 
-    @cached_property
-    def adapter_layers(self) -> list[AdapterLayer]:
-        """Modules with an active adapter."""
-        return adapter_layers(self.tree)
+    adapter_layers = _read_tree(adapter.adapter_layers)
+    """Modules with an active adapter."""
 
-    @cached_property
-    def trained_parameters(self) -> dict[str, Tensor]:
-        """Parameters of the adapter that must learn, by name."""
-        return trained_parameters(self.tree)
+    trained_parameters = _read_tree(adapter.trained_parameters)
+    """Parameters of the adapter that must learn, by name."""
 
-    @cached_property
-    def token_parameters(self) -> frozenset[str]:
-        """Parameters of the adapter that only some vocabulary tokens use, by name."""
-        return token_parameters(self.tree)
+    token_parameters = _read_tree(adapter.token_parameters)
+    """Parameters of the adapter that only some vocabulary tokens use, by name."""
 
-    @cached_property
-    def unmatched_names(self) -> list[str]:
-        """Names in the adapter's configuration that matched nothing."""
-        return unmatched_names(self.tree)
+    unmatched_names = _read_tree(parts.unmatched_names)
+    """Names in the adapter's configuration that matched nothing."""
 
-    @cached_property
-    def base_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters that belong to no adapter, by name."""
-        return base_parameters(self.tree)
+    base_parameters = _read_tree(adapter.base_parameters)
+    """Parameters that belong to no adapter, by name."""
 
     @cached_property
     def attention_layers(self) -> AttentionLayers:
         """The layers in which attention ran or should have run."""
         return attention_layers(
-            self.model, self.modules, self.profile.attention, self.profile.mixing, self.profile.reductions
+            self.tree, self.modules, self.profile.attention, self.profile.mixing, self.profile.reductions
         )
 
     @cached_property
     def base_products(self) -> LayerProducts:
         """The products of every base layer with an adapter, by the name of the layer that carries the adapter."""
-        wrapped = [layer.name for layer in self.adapter_layers if layer.base is not None]
-        layers = {name: (f"{name}.base_layer",) for name in wrapped}
-        ran = {name: own if self.modules.ran(own[0]) else (name,) for name, own in layers.items()}
-        return products_of(ran, self.model, self.modules, (*self.profile.fourbit, *self.profile.products))
+        own = {layer.name: f"{layer.name}.base_layer" for layer in self.adapter_layers if layer.base is not None}
+        ran = {name: base if self.modules.ran(base) else name for name, base in own.items()}
+        return products_of(ran, self.modules, (*self.profile.fourbit, *self.profile.products))
 
     @cached_property
     def fourbit_products(self) -> LayerProducts:
         """The 4-bit products of every linear layer with a 4-bit weight, by layer name."""
-        return products_of(fourbit_layers(self.tree), self.model, self.modules, self.profile.fourbit)
+        return products_of(fourbit_layers(self.tree), self.modules, self.profile.fourbit)
 
     @cached_property
     def storage(self) -> dict[str, Storage]:
@@ -211,15 +201,11 @@ class Observation:
         wrapped = (layer for layer in self.adapter_layers if layer.base is not None)
         return {layer.name: wrapped_storage(self.tree, layer.module) for layer in wrapped}
 
-    @cached_property
-    def census(self) -> WeightBits:
-        """The bytes of the whole base, by number of bits."""
-        return take_census(self.tree)
+    census = _read_tree(digests.take_census)
+    """The bytes of the whole base, by number of bits."""
 
-    @cached_property
-    def biases_of_adapters(self) -> Mapping[str, str]:
-        """Biases of the base that train as a part of the adapter, by name, with PEFT's setting."""
-        return biases_of_adapters(self.tree)
+    biases_of_adapters = _read_tree(adapter.biases_of_adapters)
+    """Biases of the base that train as a part of the adapter, by name, with PEFT's setting."""
 
     @cached_property
     def fused_kernel_sites(self) -> list[FusedKernelSite]:
@@ -290,8 +276,7 @@ class StepObserver:
             Exception: the model cannot be hooked or read; all hooks are removed then.
         """
         self.compiled, self.seen = False, None
-        tree = self._read()
-        series = self._continued(tree)
+        tree, series = self._continued()
         recording = None if is_recording() else ProfilerRecording()
         recorder = CallRecorder(tree, series.guard, marked=recording is not None)
         with series.step(tree, recorder.backwards):
@@ -313,26 +298,23 @@ class StepObserver:
     @contextmanager
     def updates_only(self) -> Iterator[None]:
         """Observe only the updates of a step; see ``step``."""
-        tree = self._read()
-        with self._continued(tree).step(tree):
+        tree, series = self._continued()
+        with series.step(tree):
             yield
 
     def forget(self) -> None:
         """Start a new series with the next step."""
         self._series = self.seen = None
 
-    def _read(self) -> ModelTree:
-        model = self._reference()
+    def _continued(self) -> tuple[ModelTree, _Series]:
+        """The model, and the series that this step continues: a new one if other code changed the adapter since."""
+        model, series = self._reference(), self._series
         if model is None:
             raise RuntimeError("the model no longer exists")
-        return ModelTree.of(model)
-
-    def _continued(self, tree: ModelTree) -> _Series:
-        """The series that this step continues, or a new one if other code changed the adapter since."""
-        series = self._series
+        tree = ModelTree(model)
         if series is None or series.guard.fault is not None or not series.updates.continues(tree):
             series = self._series = _Series(tree)
-        return series
+        return tree, series
 
     def _on_compile(self, recorder: CallRecorder, started: object) -> None:
         """Remove the hooks on modules when a compilation starts."""
@@ -370,14 +352,14 @@ class _Series:
 
         def is_own(optimizer: Any) -> bool:
             """Whether the optimizer holds a parameter of the model; torch also calls the hooks for other optimizers."""
-            optimized = {id(value) for group in optimizer.param_groups for value in group["params"]}
+            optimized = {id(value) for value in optimized_by(optimizer)}
             return not optimized.isdisjoint(own) or not optimized.isdisjoint(map(id, tree.model.parameters()))
 
         def begins(optimizer: Any, args: Any, kwargs: Any) -> Any:
             if not is_own(optimizer):
                 return None
             self._modes = self._modes or _modes(tree)
-            parameters = (value for group in optimizer.param_groups for value in group["params"])
+            parameters = optimized_by(optimizer)
             self._given[id(optimizer)] = frozenset(id(value) for value in parameters if value.grad is not None)
             if backwards is not None:
                 backwards.update_begins()
@@ -415,10 +397,9 @@ class _Series:
         self, model: nn.Module, recorder: CallRecorder, profile: StepProfile, *, drew_random: bool
     ) -> Observation:
         """All observations, for the judges."""
-        final, calls = ModelTree.of(model), recorder.calls()
+        final, calls = ModelTree(model), recorder.calls()
         after, updates = digest(final), self.updates.by_name()
-        before = {name: part.fingerprint for name, part in self._before.parts.items()}
-        changed = {part.owner for name, part in after.parts.items() if before.get(name) != part.fingerprint}
+        changed = {after.parts[name].owner for name in after.changed_parts(self._before) if name in after.parts}
         changed |= {name for name, one in updates.items() if one.moved or one.written}
         return Observation(
             model=final.model,

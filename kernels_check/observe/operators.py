@@ -41,6 +41,8 @@ MASKING = frozenset({
     *("aten::index_put_", "aten::_index_put_impl_"),
 })  # fmt: skip
 """Operators that apply a mask to the scores in eager attention."""
+_IN_PLACE_MASKS = ("aten::tril", "aten::triu", "aten::index_put_", "aten::_index_put_impl_")
+"""Those of which the scores are the first argument."""
 _EXPONENTIALS = frozenset({"aten::exp", "aten::exp2"})
 _DIVISIONS = frozenset({"aten::div", "aten::div_"})
 REDUCTIONS = _EXPONENTIALS | {"aten::sum", "aten::cumsum", "aten::logsumexp"}
@@ -231,12 +233,11 @@ def _projection_inputs(host: Sequence[Operator]) -> dict[int, int]:
 def _is_softmax(event: Operator) -> bool:
     """Whether it is a softmax over at least three dimensions, outside any fused operator; the loss uses
     ``_log_softmax``."""
-    if event.name not in SOFTMAX or len(event.shape(0)) < 3:
-        return False
-    return not any(
-        parent.name in ("aten::softmax", "aten::_safe_softmax") or attention_backend(parent.name)
+    is_inner = (
+        parent.name in ("aten::softmax", "aten::_safe_softmax") or attention_backend(parent.name) is not None
         for parent in ancestors(event)
     )
+    return event.name in SOFTMAX and len(event.shape(0)) >= 3 and not any(is_inner)
 
 
 def _written_out(host: Sequence[Operator], taken: Mapping[int, int]) -> Iterator[AttentionCall]:
@@ -293,40 +294,35 @@ def _end_of_softmax(events: Sequence[Operator], index: int, scores: Collection[t
 def _is_over_scores(events: Sequence[Operator], index: int) -> bool:
     """Whether the softmax is attention's: a router of experts has fewer dimensions, and no products around it."""
     event = events[index]
-    if event.name.endswith("_backward_data"):
-        return len(event.shape(0)) == 4
     return len(event.shape(0)) == 4 or (
-        _product_before(events, index) is not None and _product_after(events, index) is not None
+        not event.name.endswith("_backward_data")
+        and _product_before(events, index) is not None
+        and _product_after(events, index) is not None
     )
 
 
 def _product_before(events: Sequence[Operator], index: int) -> Operator | None:
     """The product that computed the scores: ``[batch, queries, size] x [batch, size, keys]``."""
     batch, queries, keys = _flattened(events[index].shape(0))
-    for event in reversed(events[:index]):
-        if event.name in BATCHED_PRODUCTS:
-            left, right = (event.shape(position) for position in _operands(event))
-            if left[:2] == (batch, queries) and right[::2] == (batch, keys):
-                return event
+    for event in (one for one in reversed(events[:index]) if one.name in BATCHED_PRODUCTS):
+        left, right = (event.shape(position) for position in _operands(event))
+        if left[:2] == (batch, queries) and right[::2] == (batch, keys):
+            return event
     return None
 
 
 def _product_after(events: Sequence[Operator], index: int) -> Operator | None:
     """The product that uses the attention weights."""
     flattened = _flattened(events[index].shape(0))
-    for event in events[index + 1 :]:
-        if event.name in BATCHED_PRODUCTS and event.shape(_operands(event)[0]) == flattened:
-            return event
-    return None
+    products = (event for event in events[index + 1 :] if event.name in BATCHED_PRODUCTS)
+    return next((one for one in products if one.shape(_operands(one)[0]) == flattened), None)
 
 
 def _width(events: Sequence[Operator], index: int) -> int | None:
     """Features that an attention with separate heads returns for each token."""
     scores, product = events[index].shape(0), _product_after(events, index)
-    if len(scores) != 4 or product is None:
-        return None
-    values: tuple[int, ...] = product.shape(_operands(product)[1])
-    return scores[1] * values[-1] if values else None
+    values = () if product is None else product.shape(_operands(product)[1])
+    return scores[1] * values[-1] if values and len(scores) == 4 else None
 
 
 def _operands(product: Operator) -> tuple[int, int]:
@@ -353,14 +349,10 @@ def _masks(event: Operator, scores: tuple[int, ...]) -> bool:
         batch, queries, keys = _flattened(scores)
         made = event.shape(1)[:2] == (batch, queries) and event.shape(2)[::2] == (batch, keys)
         return made and len(event.shape(0)) >= 2 and event.shape(0)[-1] == keys
-    over = [shape for shape in shapes if shape in (scores, _flattened(scores))]
-    if not over:
-        return False
-    if event.name in ("aten::tril", "aten::triu", "aten::index_put_", "aten::_index_put_impl_"):
-        return shapes[0] == over[0]
-    others = list(shapes)
-    others.remove(over[0])
-    return any(len(shape) >= 2 and shape[-1] == scores[-1] for shape in others)
+    over = next((place for place, shape in enumerate(shapes) if shape in (scores, _flattened(scores))), None)
+    if over is None or event.name in _IN_PLACE_MASKS:
+        return over == 0
+    return any(len(one) >= 2 and one[-1] == scores[-1] for place, one in enumerate(shapes) if place != over)
 
 
 def _named(event: Operator, backend: str) -> AttentionCall:

@@ -12,14 +12,16 @@ may be text, and is counted separately.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kernels_check.check import PathObservation, failed, passed, undecided
 from kernels_check.observe.loss import (
@@ -72,29 +74,20 @@ def find_records(arguments: Mapping[str, Any], rows: int, tokens: int) -> Record
         LayoutError: an input does not fit the tokens; the message has both shapes.
     """
     first: Records | None = None
-    for name in (*NUMBERED, *CUMULATED, "position_ids", "attention_mask"):
+    readers: dict[str, Callable[[str, Tensor, int, int], Tensor | None]]
+    readers = dict.fromkeys(NUMBERED, _numbered) | dict.fromkeys(CUMULATED, _cumulated)
+    readers |= {"position_ids": partial(_positioned, ids=arguments.get("input_ids")), "attention_mask": _masked}
+    for name, read in readers.items():
         value = arguments.get(name)
         if isinstance(value, Mapping):  # a mask for each kind of layer
             value = next((one for one in value.values() if isinstance(one, Tensor)), None)
-        numbers = _numbers(name, value, arguments, rows, tokens) if isinstance(value, Tensor) else None
-        if numbers is None:
-            continue
-        found = Records(numbers=_without_padding(numbers, arguments), by=name)
-        if found.packed:
-            return found
-        first = first or found
+        numbers = read(name, value, rows, tokens) if isinstance(value, Tensor) else None
+        if numbers is not None:
+            found = Records(numbers=_without_padding(numbers, arguments), by=name)
+            if found.packed:
+                return found
+            first = first or found
     return first
-
-
-def _numbers(name: str, value: Tensor, arguments: Mapping[str, Any], rows: int, tokens: int) -> Tensor | None:
-    """Record numbers from one input, [rows, tokens]; None if it gives none."""
-    if name in CUMULATED:
-        return _cumulated(name, value, rows, tokens)
-    if name == "attention_mask":
-        return _masked(name, value, rows, tokens)
-    if name == "position_ids":
-        return _positioned(name, value, rows, tokens, ids=arguments.get("input_ids"))
-    return _runs(_rows(name, value, rows, tokens))
 
 
 def _cumulated(name: str, value: Tensor, rows: int, tokens: int) -> Tensor:
@@ -108,10 +101,8 @@ def _cumulated(name: str, value: Tensor, rows: int, tokens: int) -> Tensor:
 
 def _positioned(name: str, value: Tensor, rows: int, tokens: int, *, ids: Any) -> Tensor:
     if value.dim() == 3 and value.shape[0] == 3:  # time, height and width of images: they jump, and restart at zero
-        restarts = value.eq(0).all(dim=0)
-        restarts[:, 1:] &= value[:, :, :-1].ne(0).any(dim=0)
-        restarts[:, 0] = True
-        return _rows(name, restarts.cumsum(dim=1) - 1, rows, tokens)
+        restarts = value[:, :, 1:].eq(0).all(dim=0) & value[:, :, :-1].ne(0).any(dim=0)
+        return _rows(name, pad(restarts.cumsum(dim=1), (1, 0)), rows, tokens)
     positions = value[0] if value.dim() == 3 else value  # the first plane is that of the text
     known = ids if isinstance(ids, Tensor) and ids.shape == (rows, tokens) else None
     return record_numbers(_rows(name, positions, rows, tokens), known)
@@ -127,15 +118,12 @@ def record_numbers(positions: Tensor, ids: Tensor | None = None) -> Tensor:
         positions: position ids, [rows, tokens].
         ids: the tokens, of the same shape.
     """
-    begins = torch.ones_like(positions, dtype=torch.bool)
-    begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
-    alone = begins.clone()
-    alone[:, :-1] &= begins[:, 1:]
+    begins = pad(positions[:, 1:] != positions[:, :-1] + 1, (1, 0), value=True)
+    alone = begins & pad(begins[:, 1:], (0, 1), value=True)
     repeated = alone[:, 1:] & alone[:, :-1] & (positions[:, 1:] == positions[:, :-1])
     if ids is not None:
         repeated &= ids[:, 1:] == ids[:, :-1]
-    begins[:, 1:] &= ~repeated
-    return begins.cumsum(dim=1) - 1
+    return pad((begins[:, 1:] & ~repeated).cumsum(dim=1), (1, 0))
 
 
 def allowed(mask: Tensor) -> Tensor:
@@ -144,20 +132,20 @@ def allowed(mask: Tensor) -> Tensor:
     Args:
         mask: boolean, of ones and zeros, or additive, in which nothing is above zero.
     """
-    if mask.dtype == torch.bool:
-        return mask
-    if mask.is_floating_point() and not bool((mask > 0).any()):
-        return mask > -1.0
-    return mask != 0
+    is_additive = mask.is_floating_point() and not bool((mask > 0).any())
+    return mask > -1.0 if is_additive else mask != 0
 
 
 def masked_positions(mask: Any, rows: int, length: int) -> Tensor | None:
     """Positions that no other position attends to, [rows, tokens]; None if the mask does not fit."""
-    if not isinstance(mask, Tensor):
-        return None
-    if mask.shape == (rows, length):
+    if isinstance(mask, Tensor) and mask.shape == (rows, length):
         return ~allowed(mask)
-    if mask.dim() not in (3, 4) or mask.shape[-1] != length or mask.shape[0] not in (1, rows):
+    if (
+        not isinstance(mask, Tensor)
+        or mask.dim() not in (3, 4)
+        or mask.shape[-1] != length
+        or len(mask) not in (1, rows)
+    ):
         return None
     seen = allowed(mask) if mask.dim() == 3 else allowed(mask).any(dim=1)
     if seen.shape[1] == length:
@@ -171,14 +159,11 @@ def masked_positions(mask: Any, rows: int, length: int) -> Tensor | None:
 
 def _masked(name: str, value: Tensor, rows: int, tokens: int) -> Tensor | None:
     if value.dim() == 2 and not value.is_floating_point() and value.dtype != torch.bool and bool((value > 1).any()):
-        return _runs(_rows(name, value, rows, tokens))
+        return _numbered(name, value, rows, tokens)
     if value.dim() not in (3, 4) or value.shape[-2:] != (tokens, tokens):
         return None
     blocks = allowed(value if value.dim() == 3 else value[:, 0])
-    seen_before = blocks.diagonal(-1, dim1=1, dim2=2)
-    begins = torch.ones(blocks.shape[:2], dtype=torch.bool, device=value.device)
-    begins[:, 1:] = ~seen_before
-    numbers = begins.cumsum(dim=1) - 1
+    numbers = pad((~blocks.diagonal(-1, dim1=1, dim2=2)).cumsum(dim=1), (1, 0))
     hidden = masked_positions(value, rows, tokens)
     unseen = ~blocks.diagonal(dim1=1, dim2=2).expand(rows, tokens)
     return _rows(name, numbers, rows, tokens).masked_fill(unseen if hidden is None else unseen | hidden, PADDING)
@@ -192,10 +177,9 @@ def _rows(name: str, value: Tensor, rows: int, tokens: int) -> Tensor:
     return shared.expand(rows, tokens)
 
 
-def _runs(values: Tensor) -> Tensor:
-    begins = torch.zeros_like(values, dtype=torch.long)
-    begins[:, 1:] = values[:, 1:] != values[:, :-1]
-    return begins.cumsum(dim=1)
+def _numbered(name: str, value: Tensor, rows: int, tokens: int) -> Tensor:
+    values = _rows(name, value, rows, tokens)
+    return pad((values[:, 1:] != values[:, :-1]).cumsum(dim=1), (1, 0))
 
 
 def _without_padding(numbers: Tensor, arguments: Mapping[str, Any]) -> Tensor:
@@ -204,7 +188,7 @@ def _without_padding(numbers: Tensor, arguments: Mapping[str, Any]) -> Tensor:
     if isinstance(mask, Tensor) and mask.shape == numbers.shape:
         numbers = numbers.masked_fill(~allowed(mask), PADDING)
     kept = numbers != PADDING
-    before = torch.cat([torch.full_like(numbers[:, :1], PADDING), numbers[:, :-1]], dim=1).masked_fill(~kept, PADDING)
+    before = pad(numbers[:, :-1], (1, 0), value=PADDING)
     renumbered = (kept & (numbers != before)).cumsum(dim=1) - 1
     return torch.where(kept, renumbered, PADDING)
 
@@ -241,7 +225,7 @@ def count_padding(tree: ModelTree, calls: Sequence[ModelCall]) -> PaddingSeen | 
     configs, seen = list(configurations(tree.model)), PaddingSeen()
     given = [one for outer in trained for one in outer.matching(names_tokens) or [outer]]
     if any(getattr(config, "is_encoder_decoder", False) is True for config in configs):
-        given += [decoded for call in given for decoded in _decoded(call)]
+        given += [decoded for decoded in map(_decoded, given) if isinstance(decoded.arguments["input_ids"], Tensor)]
     ends, others = special_tokens(configs, ("pad", "eos", "bos")), special_tokens(configs, but=("pad",))
     for call in given:
         found = find_tokens(call.arguments)
@@ -262,13 +246,13 @@ def count_padding(tree: ModelTree, calls: Sequence[ModelCall]) -> PaddingSeen | 
     return seen
 
 
-def _decoded(call: ModelCall) -> Iterator[ModelCall]:
-    """Tokens of the decoder of an encoder-decoder, which have their own padding; if there are none, the labels."""
-    labels, mask = (call.arguments.get(name) for name in ("labels", "decoder_attention_mask"))
-    tokens = call.arguments.get("decoder_input_ids")
-    if isinstance(tokens, Tensor) or isinstance(labels, Tensor):
-        given = {"input_ids": labels if tokens is None else tokens, "labels": labels, "attention_mask": mask}
-        yield replace(call, arguments=given)
+def _decoded(call: ModelCall) -> ModelCall:
+    """The call of the decoder of an encoder-decoder, whose tokens have their own padding; without tokens, of the
+    labels."""
+    arguments = call.arguments
+    tokens, labels = arguments.get("decoder_input_ids"), arguments.get("labels")
+    given = {"input_ids": labels if tokens is None else tokens, "labels": labels}
+    return replace(call, arguments=given | {"attention_mask": arguments.get("decoder_attention_mask")})
 
 
 def _add_runs(
@@ -311,10 +295,10 @@ def _add_runs(
 
 def _records(call: ModelCall, ids: Tensor) -> Records:
     """The records of a call; if no input gives them, each row is one record."""
-    found = None
     with suppress(LayoutError):
-        found = find_records(call.arguments, *ids.shape)
-    return found or Records(numbers=torch.zeros_like(ids, dtype=torch.long), by="rows")
+        if found := find_records(call.arguments, *ids.shape):
+            return found
+    return Records(numbers=torch.zeros_like(ids, dtype=torch.long), by="rows")
 
 
 def _end_runs(ids: Tensor, numbers: Tensor) -> Iterator[tuple[int, slice, slice]]:
@@ -347,14 +331,11 @@ def _unlabelled(call: ModelCall, ids: Tensor) -> Tensor:
 def _unchanging_positions(positions: Any, numbers: Tensor) -> Tensor:
     """Where a position equals that of an adjacent token in the same record, and all records begin at the same
     position."""
-    unchanging = torch.zeros_like(numbers, dtype=torch.bool)
     if not isinstance(positions, Tensor) or positions.dim() not in (1, 2) or positions.shape[-1] != numbers.shape[1]:
-        return unchanging
-    rows = (positions.unsqueeze(0) if positions.dim() == 1 else positions).expand_as(numbers).to(numbers.device)
+        return torch.zeros_like(numbers, dtype=torch.bool)
+    rows = positions.expand_as(numbers).to(numbers.device)
     equal = (rows[:, 1:] == rows[:, :-1]) & (numbers[:, 1:] == numbers[:, :-1])
-    unchanging[:, 1:] |= equal
-    unchanging[:, :-1] |= equal
-    return unchanging
+    return pad(equal, (1, 0)) | pad(equal, (0, 1))
 
 
 _LEAK = (
@@ -411,20 +392,17 @@ def packed_or_all(calls: Sequence[ModelCall]) -> list[ModelCall]:
 
 def _caches(call: ModelCall) -> bool:
     """Whether a call may build a cache, by its argument or else the configuration; recomputation disables it."""
-    asked = call.arguments.get("use_cache")
-    if asked is not None:
-        return bool(asked)
     configured = any(getattr(one, "use_cache", False) for one in configurations(call.module))
-    return configured and not is_checkpointing_enabled(call.module)
+    asked = call.arguments.get("use_cache")
+    return bool(configured and not is_checkpointing_enabled(call.module) if asked is None else asked)
 
 
 def packs(arguments: Mapping[str, Any]) -> bool:
     """Whether the arguments of a call contain two records in a row."""
-    try:
+    with suppress(LayoutError):
         records = records_of(arguments)
-    except LayoutError:
-        return False
-    return records is not None and records.packed
+        return records is not None and records.packed
+    return False
 
 
 def records_of(arguments: Mapping[str, Any]) -> Records | None:

@@ -15,12 +15,12 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
-from kernels_check.observe.adapter import AdapterLayer, adapter_layers, adapters_of, is_a, token_parameters
-from kernels_check.observe.modules import ModelTree
+from kernels_check.observe.adapter import AdapterLayer, adapter_layers, is_in_adapter, roles_of, token_parameters
+from kernels_check.observe.modules import ModelTree, find_enclosing
 
 if TYPE_CHECKING:
     from kernels_check.observe.observation import Observation
@@ -28,30 +28,28 @@ if TYPE_CHECKING:
 
 _HEADS = frozenset({"classifier", "score", "qa_outputs"})
 """Names that PEFT itself adds to ``modules_to_save`` for a task; a model has one of them."""
+_WRAPPERS = ("base_layer", "token_adapter", "_orig_mod", "_fsdp_wrapped_module")
 _TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
-def unmatched_names(model: ModelTree) -> list[str]:
+def unmatched_names(tree: ModelTree) -> list[str]:
     """Each name in the configuration of an active adapter that matched nothing, as ``target_modules 'qurey'``.
 
     Raises:
         Exception: raised by PEFT if its matching fails; the result is then unknown.
     """
-    return list(dict.fromkeys(name for used in _in_use(model) for name in _unmatched(*used)))
-
-
-def _in_use(model: ModelTree) -> Iterator[tuple[Any, _Places]]:
-    """The configuration of each active adapter, and the positions of its layers in the wrapped model."""
-    layers = adapter_layers(model)
+    layers = adapter_layers(tree)
     used = {adapter for layer in layers for adapter in layer.held}
-    seen: set[int] = set()
-    for path, module in model.modules:
-        configurations = vars(module).get("peft_config")
-        if not isinstance(configurations, dict) or id(configurations) in seen:
-            continue
-        seen.add(id(configurations))
-        places = _Places(path, module, layers)
-        yield from ((one, places) for adapter, one in configurations.items() if adapter in used)
+    tables = [(path, module, vars(module).get("peft_config")) for path, module in tree.modules]
+    # Several wrappers may share one table; the outermost comes first.
+    once = {id(table): (path, module, table) for path, module, table in reversed(tables) if isinstance(table, dict)}
+    found = [
+        _unmatched(configuration, _Places(path, module, layers))
+        for path, module, table in reversed(once.values())
+        for adapter, configuration in table.items()
+        if adapter in used
+    ]
+    return list(dict.fromkeys(name for names in found for name in names))
 
 
 class _Places:
@@ -63,38 +61,35 @@ class _Places:
         prefix = f"{path}.model." if self.tuner is not None else f"{path}."
         prefix = prefix.removeprefix(".")
         near = [(layer, layer.name.removeprefix(prefix)) for layer in layers if layer.name.startswith(prefix)]
-        paths = (name for name, _ in module.named_modules(prefix=path))
+        paths = [name for name, _ in module.named_modules(prefix=path)]
         self.modules = {_bare(name.removeprefix(prefix)) for name in paths if name.startswith(prefix)}
         """All modules of the wrapped model, adapted or not."""
         self.copies = {_bare(name) for layer, name in near if layer.copied or name.endswith(".token_adapter")}
         self.parameters = {
             f"{_bare(name)}.{layer.module.parameter_name}"
             for layer, name in near
-            if is_a(layer.module, "peft.tuners.lora.layer", "ParamWrapper")
+            if "parameter" in roles_of(layer.module)
         }
         self.of_experts = _names_of_experts(inner if self.tuner is not None else module)
-        adapted = tuple(f"{layer.name}." for layer, _ in near)
-        named = (name for name, _ in module.named_modules(prefix=path)) if self.of_experts else ()
-        self.bare = [name for name in named if not f"{name}.".startswith(adapted)]
-        """Modules outside every adapted module; listed only for models that may have experts."""
+        adapted = {layer.name for layer, _ in near}
+        self.bare = [name for name in paths if find_enclosing(name, adapted) is None]
+        """Modules outside every adapted module."""
 
 
 def _unmatched(configuration: Any, places: _Places) -> Iterator[str]:
-    for field in ("target_modules", "feedforward_modules"):
-        for name in _asked(configuration, field):
-            if not (_by_default(configuration, places) or _matches(configuration, name, places.modules)):
-                yield f"{field} {name!r}"
+    if not _by_default(configuration, places):
+        for field in ("target_modules", "feedforward_modules"):
+            asked = (name for name in _asked(configuration, field) if not _matches(configuration, name, places.modules))
+            yield from (f"{field} {name!r}" for name in asked)
     yield from _unmatched_parameters(_asked(configuration, "target_parameters"), places)
     task = str(getattr(configuration, "task_type", ""))
     added = _HEADS if any(one in task for one in _TASKS) else frozenset()
     tokens = getattr(configuration, "trainable_token_indices", None)
-    for field, names in (
-        ("modules_to_save", [name for name in _asked(configuration, "modules_to_save") if name not in added]),
-        ("trainable_token_indices", tokens if isinstance(tokens, dict) else ()),
-    ):
-        for name in names:
-            if not any(place.endswith(name) for place in places.copies):  # PEFT also matches this inside a word
-                yield f"{field} {name!r}"
+    saved = [("modules_to_save", name) for name in _asked(configuration, "modules_to_save") if name not in added]
+    saved += [("trainable_token_indices", name) for name in (tokens if isinstance(tokens, dict) else ())]
+    for field, name in saved:
+        if not any(place.endswith(name) for place in places.copies):  # PEFT also matches this inside a word
+            yield f"{field} {name!r}"
 
 
 def _unmatched_parameters(asked: Collection[str], places: _Places) -> Iterator[str]:
@@ -135,8 +130,9 @@ def _asked(configuration: Any, field: str) -> list[str]:
 def _by_default(configuration: Any, places: _Places) -> bool:
     """Whether PEFT chose the targets by model type, instead of the user by name."""
     tables = getattr(places.tuner, "target_module_mapping", None) or {}
-    asked = configuration.target_modules
-    return not isinstance(asked, str) and any(set(asked) == set(table) for table in tables.values())
+    asked = getattr(configuration, "target_modules", None)
+    is_listed = isinstance(asked, Collection) and not isinstance(asked, str)
+    return is_listed and any(set(asked) == set(table) for table in tables.values())
 
 
 def _matches(configuration: Any, name: str, modules: Iterable[str]) -> bool:
@@ -154,8 +150,7 @@ def _ends_with(place: str, name: str) -> bool:
 
 def _bare(name: str) -> str:
     """The name before anything was wrapped."""
-    parts = [part for part in name.split(".") if part not in ("base_layer", "token_adapter", "_orig_mod")]
-    return ".".join(part for part in parts if part != "_fsdp_wrapped_module")
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 Fate = Literal[
@@ -194,23 +189,17 @@ class ParameterStatus:
         return not _OPEN.isdisjoint(self.fates.values())
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainedModule:
-    """The parameters that train in place of one embedding or norm."""
-
-    values: list[Tensor]
-    tokens: tuple[int, int] | None = None
-    """As in ``ParameterStatus``."""
+TrainedModule: TypeAlias = tuple[list[Tensor], tuple[int, int] | None]
+"""The parameters that train in place of one embedding or norm, and its ``ParameterStatus.tokens``."""
 
 
 def embedding_modules(tree: ModelTree) -> dict[str, TrainedModule]:
     """Parameters that train for the input and output embeddings, by module name; tied embeddings appear once."""
+    names = ("get_input_embeddings", "get_output_embeddings")
     found: set[int] = set()
-    for _, module in tree.modules:
-        for ask in ("get_input_embeddings", "get_output_embeddings"):
-            if hasattr(type(module), ask):
-                with suppress(NotImplementedError, AttributeError):  # a model without embeddings
-                    found.add(id(getattr(module, ask)()))
+    for module, name in ((module, name) for _, module in tree.modules for name in names if hasattr(type(module), name)):
+        with suppress(NotImplementedError, AttributeError):  # a model without embeddings
+            found.add(id(getattr(module, name)()))
     return _places(tree, lambda module: id(module) in found)
 
 
@@ -243,10 +232,8 @@ def parameter_statuses(places: Mapping[str, TrainedModule], seen: Observation) -
         return _fate(name, seen, rates.get(id(value)), rare) if value.requires_grad else "frozen"
 
     return [
-        ParameterStatus(
-            name=name, fates={names.get(id(value), "?"): fate(value) for value in place.values}, tokens=place.tokens
-        )
-        for name, place in places.items()
+        ParameterStatus(name=name, fates={names.get(id(value), "?"): fate(value) for value in values}, tokens=tokens)
+        for name, (values, tokens) in places.items()
     ]
 
 
@@ -278,10 +265,9 @@ def _fate(name: str, seen: Observation, rate: float | None, rare: Set[str]) -> F
 def _places(tree: ModelTree, is_one: Callable[[nn.Module], bool]) -> dict[str, TrainedModule]:
     """Parameters of the selected modules, each once, by module name."""
     layers = {layer.name: layer for layer in adapter_layers(tree)}
-    own = adapters_of(tree)
     places_of: dict[str, tuple[list[AdapterLayer], nn.Module]] = {}
     for name, module in tree.modules:
-        if not own[name] and is_one(module):
+        if is_one(module) and not is_in_adapter(tree, name):
             place, acting = _acting(name, layers)
             places_of.setdefault(place, (acting, module))
     # The layer to which an output is added may itself hold the weights of another place.
@@ -294,7 +280,7 @@ def _places(tree: ModelTree, is_one: Callable[[nn.Module], bool]) -> dict[str, T
         fresh = {id(value): value for value in values if id(value) not in seen}
         seen.update(fresh)
         if fresh:
-            places[name] = TrainedModule(values=list(fresh.values()), tokens=_tokens(acting))
+            places[name] = list(fresh.values()), _tokens(acting)
     return places
 
 

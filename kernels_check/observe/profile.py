@@ -70,20 +70,25 @@ class OptimizerSeen:
 
 def describe(optimizer: Any) -> OptimizerSeen:
     """Read the current state of an optimizer."""
-    parameters = [value for group in optimizer.param_groups for value in group["params"]]
+    parameters = optimized_by(optimizer)
+    states = [state.values() for state in optimizer.state.values() if isinstance(state, dict)]
     # Parameters share quantisation maps: count each tensor once.
-    tensors = {id(value): value for state in optimizer.state.values() for value in _tensors(state)}.values()
-    size = {id(value): value.numel() * value.element_size() for value in tensors}
+    tensors = {id(value): value for state in states for value in state if isinstance(value, Tensor)}.values()
     return OptimizerSeen(
         classes=class_names(optimizer),
         learning_rates=tuple(rate_of(group) for group in optimizer.param_groups),
         parameters=frozenset(map(id, parameters)),
-        state_bytes=sum(size.values()),
-        paged_bytes=sum(size[id(value)] for value in tensors if getattr(value, "is_paged", False) is True),
+        state_bytes=sum(value.nbytes for value in tensors),
+        paged_bytes=sum(value.nbytes for value in tensors if getattr(value, "is_paged", False) is True),
         claims_paged=bool(getattr(optimizer, "is_paged", False)),
         fused_requested=optimizer.defaults.get("fused"),
         on_cpu=all(value.device.type == "cpu" for value in parameters),
     )
+
+
+def optimized_by(optimizer: Any) -> list[Tensor]:
+    """The parameters of all groups of an optimizer."""
+    return [value for group in optimizer.param_groups for value in group["params"]]
 
 
 def class_names(optimizer: Any) -> tuple[str, ...]:
@@ -97,11 +102,6 @@ def rate_of(group: Any) -> float:
         return abs(float(group.get("lr", 1.0)))
     except (TypeError, ValueError, RuntimeError):
         return 1.0
-
-
-def _tensors(state: Any) -> list[Tensor]:
-    values = state.values() if isinstance(state, dict) else ()
-    return [value for value in values if isinstance(value, Tensor)]
 
 
 LIBRARY_UPDATE = "bitsandbytes::optimizer"

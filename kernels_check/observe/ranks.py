@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from kernels_check.observe.digest import Fingerprinter
 from kernels_check.observe.modules import HookGuard, plain_parts
+from kernels_check.observe.profile import optimized_by
 
 if TYPE_CHECKING:
     from kernels_check.observe.observation import Observation
@@ -159,7 +160,7 @@ class RankObserver:
 
     def _before_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Global optimizer hook; at this point the gradients have been exchanged."""
-        optimized = {id(value) for group in optimizer.param_groups for value in group["params"]}
+        optimized = set(map(id, optimized_by(optimizer)))
         for name, parameter in trained_parameters(self._model).items():
             if id(parameter) in optimized:
                 self._optimizers.add(optimizer)

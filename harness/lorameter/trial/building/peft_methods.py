@@ -28,7 +28,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.pytorch_utils import Conv1D
 
 from kernels_check.observe.adapter import holders_in
-from kernels_check.observe.modules import Below
+from kernels_check.observe.modules import find_enclosing
 from lorameter.errors import UsageError, format_error, impossible
 from lorameter.models import catalogue, shapes
 from lorameter.studies.variant import ADAMW, ALL_LINEAR, PAGED, FullVariant, LoraVariant, PeftVariant, Variant
@@ -213,11 +213,10 @@ def is_on_linear(model: torch.nn.Module) -> bool:
 def own_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Parameters that adapters have added to a model, of all adapters together, by name; wrapped parameters belong to
     the base."""
-    adapter_holders = (
+    own = {
         f"{name}.{holder}".removeprefix(".") for name, module in model.named_modules() for holder in holders_in(module)
-    )
-    own = Below(list(adapter_holders))
-    return {name: parameter for name, parameter in model.named_parameters() if own[name]}
+    }
+    return {name: value for name, value in model.named_parameters() if find_enclosing(name, own) is not None}
 
 
 def save(model: Any, folder: Path, *, initial: Path | None = None) -> None:
