@@ -70,14 +70,14 @@ def judge_calls(seen: Observation) -> PathObservation:
 def _probe(model: nn.Module, calls: Sequence[ModelCall]) -> PathObservation:
     modes, numbers = Modes(model), RandomState()
     leaks: list[str] = []
-    count = 0
+    counts: list[int] = []
     try:
         _refuse_unfit(model)
         for call in calls:
             records = records_of(call.arguments)
             if records is None or not records.packed:
                 raise LayoutError(f"batch shows no two records in a row, which takes {PASSED_ON}")
-            count = count or records.count
+            counts.append(records.count)
             with ExitStack() as stack:
                 stack.enter_context(_by_row(model, call.training))
                 stack.enter_context(torch.set_grad_enabled(call.gradients))
@@ -93,9 +93,8 @@ def _probe(model: nn.Module, calls: Sequence[ModelCall]) -> PathObservation:
         modes.restore()
         numbers.restore()
     changed = " and ".join(dict.fromkeys("in train" if call.training else "in eval" for call in calls))
-    if leaks:
-        return report_leaks(leaks)
-    return passed(f"{count} records: perturbations changed no other logit, {changed}")
+    good = f"{counts[0]} records: perturbations changed no other logit, {changed}"
+    return report_leaks(leaks) if leaks else passed(good)
 
 
 def _leaks(model: nn.Module, batch: Mapping[str, Any], records: Records) -> Iterator[str]:
@@ -104,10 +103,9 @@ def _leaks(model: nn.Module, batch: Mapping[str, Any], records: Records) -> Iter
     Raises:
         _UnclearError: neither a difference nor its absence is conclusive.
     """
-    found = find_tokens(batch)
-    if found is None:
+    name, tokens = find_tokens(batch) or ("", None)
+    if tokens is None:
         raise _UnclearError("batch has no input_ids or inputs_embeds of [rows, tokens]")
-    name, tokens = found
     other, drawn = _other_tokens(tokens, model), RandomState()
 
     def logits(changed: Tensor) -> Tensor:
@@ -178,13 +176,13 @@ def _logits(model: nn.Module, batch: Mapping[str, Any], shape: Sequence[int]) ->
         except Exception as error:
             first = str(error).partition("\n")[0]
             problem = f"{type(model).__name__} given {', '.join(arguments)} raised {type(error).__name__}: {first}"
-            continue
-        if found is not None:
-            return found
-        problem = problem or (
-            f"{type(model).__name__} returned nothing of [rows, tokens] = {list(shape[:2])}: pass a batch for which "
-            "it returns the logits of every token"
-        )
+        else:
+            if found is not None:
+                return found
+            problem = problem or (
+                f"{type(model).__name__} returned nothing of [rows, tokens] = {list(shape[:2])}: pass a batch for "
+                "which it returns the logits of every token"
+            )
     raise _UnclearError(problem)
 
 
@@ -193,12 +191,11 @@ def _per_token(output: Any, shape: Sequence[int]) -> Tensor | None:
     others = (
         output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else [output]
     )
-    for value in (logits, *others):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            if value.dim() >= 3 and tuple(value.shape[:2]) == tuple(shape[:2]):
-                return value.detach().flatten(2)
-            if value.dim() == 2 and value.shape[0] == shape[0] * shape[1]:
-                return value.detach().reshape(shape[0], shape[1], -1)
+    rows, tokens = shape[:2]
+    for value in (one for one in (logits, *others) if isinstance(one, Tensor) and one.is_floating_point()):
+        is_flat = value.dim() == 2 and len(value) == rows * tokens
+        if is_flat or (value.dim() >= 3 and value.shape[:2] == (rows, tokens)):
+            return value.detach().reshape(rows, tokens, -1)
     return None
 
 
@@ -206,13 +203,12 @@ def _per_token(output: Any, shape: Sequence[int]) -> Tensor | None:
 def _by_row(model: nn.Module, training: bool) -> Iterator[None]:
     """Switch off features that make a token depend on other rows, where possible; the caller restores the modes."""
     model.train(training)
-    states = []
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
             module.eval()
-        state: Any = getattr(module, "state", None)
-        if getattr(state, "threshold", 0.0) and type(module).__module__.startswith("bitsandbytes"):
-            states.append((state, state.threshold))
+    of_bitsandbytes = (module for module in model.modules() if type(module).__module__.startswith("bitsandbytes"))
+    held = [getattr(module, "state", None) for module in of_bitsandbytes]
+    states: list[tuple[Any, float]] = [(one, one.threshold) for one in held if getattr(one, "threshold", 0.0)]  # type: ignore[union-attr]
     with without_repacking(model):
         try:
             for state, _ in states:

@@ -21,7 +21,7 @@ from kernels_check.judges.paths import PATHS, validate
 from kernels_check.observe.modules import restored, synchronise
 from kernels_check.observe.observation import MOST_CALLS, Observation, StepObserver
 from kernels_check.observe.parts import ParameterStatus
-from kernels_check.observe.profile import AROUND, INSIDE, ProfilerRecording, is_recording
+from kernels_check.observe.profile import ProfilerRecording
 from kernels_check.observe.ranks import RankEvidence, RankObserver
 
 _PARTS: Mapping[str, Callable[[Observation], list[ParameterStatus]]] = {
@@ -109,15 +109,14 @@ def watch_request(model: nn.Module, request: Callable[[], object], required: Jso
     """
     if required is not None:
         validate({"attention.backend": required})
-    if is_recording():
-        return Check(path=REQUEST, required=required, observed=None, status="unknown", reason=AROUND)
     synchronise()
     recording = ProfilerRecording()
     with recording.opened():
         request()
-    if not recording.lasted:
-        return Check(path=REQUEST, required=required, observed=None, status="unknown", reason=INSIDE)
-    return judge_safely(REQUEST, required, partial(judge_request, model, recording.profile(), required))
+    profile = recording.profile()
+    if profile.missing is not None:
+        return Check(path=REQUEST, required=required, observed=None, status="unknown", reason=profile.missing)
+    return judge_safely(REQUEST, required, partial(judge_request, model, profile, required))
 
 
 class Watch:
@@ -210,9 +209,9 @@ class Watch:
             ranks = self._exchanged(seen, problem)
             if seen is None or problem is not None:
                 self.checks = self._unknown(problem or NOTHING_RAN)
-                return
-            seen = replace(seen, ranks=ranks)
-            self.checks = [self._decided(check, seen) for check in judge_all(seen, self._requirements)]
+            else:
+                seen = replace(seen, ranks=ranks)
+                self.checks = [self._decided(check, seen) for check in judge_all(seen, self._requirements)]
         except Exception as failed:
             self._steps.forget()
             self.checks = self._unknown(f"what was seen could not be read: {_describe_error(failed)}")
@@ -221,10 +220,10 @@ class Watch:
         """Why nothing is known about the last step; None if it can be judged."""
         if self._steps.fault is not None:
             return f"a hook failed: {self._steps.fault}"
-        if seen is None or self._own_step:
-            return None
+        if seen is None:
+            return NOTHING_RAN
         traces = seen.modules.all, seen.profile.compiled_regions, seen.reached, seen.updated, self._steps.compiled
-        return None if any(traces) else NOTHING_RAN
+        return None if any(traces) or self._own_step else NOTHING_RAN
 
     def _exchanged(self, seen: Observation | None, problem: str | None) -> tuple[RankEvidence, ...]:
         """The evidence of all ranks, if a requirement needs it; every rank takes part, also after a problem."""
@@ -240,18 +239,16 @@ class Watch:
         why, judged = None, PATHS[check.path]
         if check.path == "packing.isolated" and self._own_step:
             check = judge_safely(check.path, check.required, partial(judge_calls, seen))
-        if self._steps.compiled and judged.by_modules:
-            return replace(check, observed=None, status="unknown", reason=COMPILED_MEANWHILE)
         # A fault in an earlier step remains a fault.
         is_settled = check.path == "peft.learning" and check.observed is not True and not self._steps.undecided
+        if self._steps.compiled and judged.by_modules:
+            why = COMPILED_MEANWHILE
         # An optimizer that stepped in an earlier block did not step in this one.
-        if judged.takes_update and not is_settled and not seen.updated and seen.calls < MOST_CALLS:
-            why = NO_UPDATE
+        elif judged.takes_update and not is_settled and not seen.updated and seen.calls < MOST_CALLS:
+            why = f"{NO_UPDATE}; so far: {check.reason}"
         elif self._may_show_more(check, seen):
-            why = judged.further_steps
-        if why is None:
-            return check
-        return replace(check, observed=None, status="unknown", reason=f"{why}; so far: {check.reason}")
+            why = f"{judged.further_steps}; so far: {check.reason}"
+        return check if why is None else replace(check, observed=None, status="unknown", reason=why)
 
     def _may_show_more(self, check: Check, seen: Observation) -> bool:
         if check.path == "peft.learning":

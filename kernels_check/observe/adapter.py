@@ -107,11 +107,10 @@ class AdapterLayer:
     def _listed(self) -> Iterator[tuple[str, Tensor]]:
         frozen: Mapping[str, tuple[str, ...]] = getattr(self.module, "frozen_peft_weight_names", None) or {}
         for holder, name, part, adapter in self._entries(*self.trains):
-            if holder in frozen.get(adapter, ()):
-                continue
-            if isinstance(part, nn.Module):
+            trained = holder not in frozen.get(adapter, ())
+            if trained and isinstance(part, nn.Module):
                 yield from part.named_parameters(prefix=name)
-            elif isinstance(part, Tensor):
+            elif trained and isinstance(part, Tensor):
                 yield name, part
 
     def dropouts(self) -> Iterator[tuple[str, nn.Module]]:

@@ -62,7 +62,7 @@ class Fingerprinter:
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if place not in self._taken:
             self._taken[place] = (tensor, self._take(tensor))  # kept alive, so that its memory is not reused
-            self.bytes += tensor.numel() * tensor.element_size()
+            self.bytes += tensor.nbytes
         return self._taken[place][1]
 
     def _take(self, tensor: Tensor) -> str:
@@ -168,16 +168,14 @@ def digest(tree: ModelTree) -> Digest:
     for part in base_state(tree):
         if part.wrapper == "DTensor":
             sharded.add(part.owner)
-        if isinstance(part.value, str):
-            parts[part.name] = Hashed(fingerprint=part.value, kind=part.kind, owner=part.owner)
-            continue
         try:
             if isinstance(part.value, Exception):
                 raise part.value
-            if part.value.is_meta:
+            tensor = part.value.detach() if isinstance(part.value, Tensor) else None
+            if tensor is not None and tensor.is_meta:
                 raise ValueError("it lies on the meta device")
-            tensor = part.value.detach()
-            parts[part.name] = Hashed(fingerprint=take(tensor), kind=part.kind, owner=part.owner, tensor=tensor)
+            fingerprint = str(part.value) if tensor is None else take(tensor)
+            parts[part.name] = Hashed(fingerprint=fingerprint, kind=part.kind, owner=part.owner, tensor=tensor)
         except Exception as error:  # an unexpected error makes only this part unseen
             if part.kind != "cache":
                 unseen[part.name] = str(error) or type(error).__name__
@@ -217,9 +215,8 @@ def _is_rounded(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors differ by at most the rounding of a few sums and differences."""
     if one.shape != other.shape or not one.is_floating_point() or not one.numel():
         return False
-    exact, eps = one.double(), torch.finfo(one.dtype).eps
-    difference = (exact - other.double()).abs()
-    sizes = exact.abs()
+    eps, sizes = torch.finfo(one.dtype).eps, one.double().abs()
+    difference = (one.double() - other.double()).abs()
     return bool(difference.max() <= ROUNDINGS * eps * sizes.max()) and bool(difference.mean() <= eps * sizes.mean())
 
 
@@ -250,33 +247,26 @@ def take_census(tree: ModelTree) -> WeightBits:
     census, seen = WeightBits(), set[object]()
     parts = [part for part in base_state(tree) if part.kind != "cache"]
     packing = {id(part.layer) for part in parts if part.kind == "quantisation" or _key(part) in PACKED}
-    for part in parts:
-        value = part.value
-        if not isinstance(value, Tensor):
-            continue
-        size = value.numel() * value.element_size()
-        place = id(value) if value.is_meta else (value.device, value.data_ptr(), size)
-        if place in seen:
-            continue
-        seen.add(place)
-        bits = _bits_of(part, tree, packed=id(part.layer) in packing)
-        census.bytes_of[bits] += size
-        kind = str(value.dtype).removeprefix("torch.")
-        census.largest[bits, f"{_PLACE.sub('.*', part.owner)} ({kind})"] += size
+    for part, value in ((part, part.value) for part in parts if isinstance(part.value, Tensor)):
+        place = id(value) if value.is_meta else (value.device, value.data_ptr(), value.nbytes)
+        if place not in seen:
+            seen.add(place)
+            bits = _bits_of(part, value, tree, packed=id(part.layer) in packing)
+            census.bytes_of[bits] += value.nbytes
+            kind = str(value.dtype).removeprefix("torch.")
+            census.largest[bits, f"{_PLACE.sub('.*', part.owner)} ({kind})"] += value.nbytes
     return census
 
 
-def _bits_of(part: BaseTensor, tree: ModelTree, *, packed: bool) -> int | None:
+def _bits_of(part: BaseTensor, value: Tensor, tree: ModelTree, *, packed: bool) -> int | None:
     """The number of bits of a part; scales count as the weight of a layer that packs it."""
-    key, value = _key(part), part.value
-    if packed and key != "bias":
-        weight = next((name for name in WEIGHTS if name in part.layer._parameters), "weight")
-        if bits := storage_in(tree, part.layer, weight).bits:
-            return bits
-    plain = isinstance(value, Tensor) and value.is_floating_point()
-    if part.wrapper is not None or (part.kind in ("parameter", "merged") and not plain):
+    key = _key(part)
+    weight = next((name for name in WEIGHTS if name in part.layer._parameters), "weight")
+    if packed and key != "bias" and (bits := storage_in(tree, part.layer, weight).bits):
+        return bits
+    if part.wrapper is not None or (part.kind in ("parameter", "merged") and not value.is_floating_point()):
         return storage_in(tree, part.layer, key).bits
-    return value.element_size() * 8 if isinstance(value, Tensor) else None
+    return value.element_size() * 8
 
 
 def _key(part: BaseTensor) -> str:

@@ -75,9 +75,11 @@ class Gradients:
 
     @contextmanager
     def watched(self, tree: ModelTree) -> Iterator[None]:
-        """Hook every parameter that trains or belongs to an adapter; all hooks are removed afterwards, also after an
-        exception."""
+        """Hook every parameter that trains or belongs to an adapter, for one call; all hooks are removed afterwards,
+        also after an exception."""
         own = adapter_parameters(tree)
+        self._at_first = {id(parameter): (parameter, parameter.grad) for _, parameter in tree.parameters}
+        self.arrived.clear()
         with ExitStack() as hooks:
             for name, parameter in tree.parameters:
                 if parameter.requires_grad or (name in own and parameter.is_floating_point()):
@@ -85,11 +87,6 @@ class Gradients:
                     if is_wrapper(parameter):
                         hooks.push(parameter.register_post_accumulate_grad_hook(self._guard(self._written)))
             yield
-
-    def begin_call(self, tree: ModelTree) -> None:
-        """Store the gradients before a call."""
-        self._at_first = {id(parameter): (parameter, parameter.grad) for _, parameter in tree.parameters}
-        self.arrived.clear()
 
     def end_call(self, model: nn.Module) -> None:
         """Record gradients that the script assigned, and release the stored earlier gradients."""
@@ -103,14 +100,9 @@ class Gradients:
             parameters: parameters to inspect; default: those of the model at the start of the call.
         """
         for parameter in [one for one, _ in self._at_first.values()] if parameters is None else parameters:
-            key, gradient = id(parameter), parameter.grad
-            if key in self.arrived or gradient is None or gradient is self._at_first.get(key, (None, None))[1]:
-                continue
-            self._note(parameter, gradient, produced=False)
-
-    def reached(self, tree: ModelTree) -> frozenset[str]:
-        """Names of the parameters that received a gradient in the last call."""
-        return frozenset(name for name, value in tree.parameters if id(value) in self.arrived)
+            gradient, (_, earlier) = parameter.grad, self._at_first.get(id(parameter), (None, None))
+            if gradient is not None and gradient is not earlier and id(parameter) not in self.arrived:
+                self._note(parameter, gradient, produced=False)
 
     def seen(self, tree: ModelTree) -> Mapping[str, GradientSeen]:
         """The gradients of each parameter that received any, by name."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, wraps
 from typing import Any, TypeAlias, TypeVar
 
@@ -56,6 +56,11 @@ def reading(read: Callable[[ModelTree], _T]) -> Callable[[nn.Module | ModelTree]
     return kept
 
 
+def modes_of(tree: ModelTree) -> dict[str, bool]:
+    """``training`` of every module."""
+    return {name: module.training for name, module in tree.modules}
+
+
 @reading
 def modules_by_name(tree: ModelTree) -> dict[str, nn.Module]:
     """Every module under each of its names: a module held in several places has several."""
@@ -93,11 +98,9 @@ def find_enclosing(name: str, names: Container[str]) -> str | None:
 
     ``""`` is the model itself, above every name.
     """
-    while name not in names:
-        if not name:
-            return None
+    while name and name not in names:
         name = name.rpartition(".")[0]
-    return name
+    return name if name in names else None
 
 
 def _items(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
@@ -105,11 +108,9 @@ def _items(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
 
     A sequence whose members are all of different classes holds the parts of a model, not its blocks.
     """
-    if not isinstance(module, nn.ModuleList | nn.Sequential):
-        return {}
     items = {
         f"{prefix}{key}": child
-        for key, child in module.named_children()
+        for key, child in (module.named_children() if isinstance(module, nn.ModuleList | nn.Sequential) else ())
         if any(True for _ in child.parameters()) and key.isdigit()
     }
     return items if isinstance(module, nn.ModuleList) or len(set(map(_kind, items.values()))) < len(items) else {}
@@ -173,15 +174,12 @@ NO_MEMORY = "it has no memory: freed, or of a class whose parts cannot be read"
 
 def has_memory(tensor: Tensor) -> bool:
     """Whether a tensor's elements are in memory; reading a freed tensor crashes the process."""
-    if not tensor.numel():
-        return True
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     end = int(tensor.storage_offset() + last + 1) * tensor.element_size()
-    try:
+    with suppress(RuntimeError):  # a class without storage
         storage = tensor.untyped_storage()
-        return bool(storage.data_ptr()) and storage.nbytes() >= end
-    except RuntimeError:  # a class without storage
-        return False
+        return not tensor.numel() or (bool(storage.data_ptr()) and storage.nbytes() >= end)
+    return not tensor.numel()
 
 
 def largest(gradient: Tensor) -> Tensor | None:

@@ -40,7 +40,7 @@ from kernels_check.observe.execution import (
 from kernels_check.observe.layers import AttentionLayers, LayerProducts, attention_layers, fourbit_layers, products_of
 from kernels_check.observe.learning import Gradients, GradientSeen, ParameterUpdates, Updates
 from kernels_check.observe.loss import BackwardPasses, LossSeen, ModelCall, loss_of_step
-from kernels_check.observe.modules import HookGuard, ModelTree, RandomState, is_checkpointing_enabled
+from kernels_check.observe.modules import HookGuard, ModelTree, RandomState, is_checkpointing_enabled, modes_of
 from kernels_check.observe.padding import PaddingSeen, count_padding, isolation_by_inputs
 from kernels_check.observe.parts import (
     ParameterStatus,
@@ -49,15 +49,12 @@ from kernels_check.observe.parts import (
     parameter_statuses,
 )
 from kernels_check.observe.profile import (
-    AROUND,
-    INSIDE,
     GroupSeen,
     OptimizerSeen,
     ProfilerRecording,
     StepProfile,
     class_names,
     groups_of,
-    is_recording,
     operators_on,
     optimized_by,
     updated_by,
@@ -277,8 +274,8 @@ class StepObserver:
         """
         self.compiled, self.seen = False, None
         tree, series = self._continued()
-        recording = None if is_recording() else ProfilerRecording()
-        recorder = CallRecorder(tree, series.guard, marked=recording is not None)
+        recording = ProfilerRecording()
+        recorder = CallRecorder(tree, series.guard, marked=recording.missing is None)
         with series.step(tree, recorder.backwards):
             with ExitStack() as stack:
                 stack.enter_context(recorder.hooked())
@@ -287,13 +284,10 @@ class StepObserver:
                 handler.register_start_callback(started)
                 stack.callback(handler.remove_start_callback, started)
                 random = RandomState()
-                if recording is not None:
-                    stack.enter_context(recording.opened())
+                stack.enter_context(recording.opened())
                 yield
             drew_random = random.advanced()
-        missing = AROUND if recording is None else None if recording.lasted else INSIDE
-        profile = recording.profile() if recording is not None and missing is None else StepProfile(missing=missing)
-        self.seen = series.observe(tree.model, recorder, profile, drew_random=drew_random)
+        self.seen = series.observe(tree.model, recorder, recording.profile(), drew_random=drew_random)
 
     @contextmanager
     def updates_only(self) -> Iterator[None]:
@@ -358,7 +352,7 @@ class _Series:
         def begins(optimizer: Any, args: Any, kwargs: Any) -> Any:
             if not is_own(optimizer):
                 return None
-            self._modes = self._modes or _modes(tree)
+            self._modes = self._modes or modes_of(tree)
             parameters = optimized_by(optimizer)
             self._given[id(optimizer)] = frozenset(id(value) for value in parameters if value.grad is not None)
             if backwards is not None:
@@ -380,7 +374,6 @@ class _Series:
             hooks.push(register_optimizer_step_post_hook(self.guard(ends)))
             self.begun += 1
             self._stepped, self._modes = [], {}
-            self.gradients.begin_call(tree)
             self.updates.begin_call()
             try:
                 yield
@@ -413,17 +406,13 @@ class _Series:
             gradients=self.gradients.seen(final),
             changed=frozenset(name for name, value in final.parameters if value.requires_grad and name in changed),
             modules=calls,
-            modes=calls.training() or self._modes or _modes(final),
+            modes=calls.training() or self._modes or modes_of(final),
             drew_random=drew_random,
             model_calls=tuple(recorder.model_calls),
-            reached=self.gradients.reached(final),
+            reached=frozenset(name for name, value in final.parameters if id(value) in self.gradients.arrived),
             updates=updates,
             adapter_calls=recorder.layer_calls,
             compilations=read_compilations(),
             updated=tuple(self._stepped),
             other_optimizers=tuple(self._others),
         )
-
-
-def _modes(tree: ModelTree) -> dict[str, bool]:
-    return {name: module.training for name, module in tree.modules}

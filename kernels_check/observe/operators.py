@@ -94,8 +94,8 @@ class Operator:
 
     def value(self, index: int | None) -> Any:
         """A non-tensor input; None if it is unknown."""
-        known = index is not None and 0 <= index < len(self.inputs) and not hasattr(self.inputs[index], "sizes")
-        return self.inputs[index] if known and index is not None else None
+        given = self.inputs[index] if index is not None and 0 <= index < len(self.inputs) else None
+        return None if hasattr(given, "sizes") else given
 
 
 @cache
@@ -141,24 +141,20 @@ def fourbit_products(host: Sequence[Operator], *, on_cuda: bool) -> Iterator[Pro
     kernel in none (bitsandbytes 0.50 ``backends/cuda/ops.py``). Packed weights of AVX512 use ``gemv_4bit``.
     """
     dequantising = around(host, ("aten::linear", "bitsandbytes::dequantize_4bit"))
-    for event in host:
-        if event.name not in FOURBIT:
-            continue
+    for event in (one for one in host if one.name in FOURBIT):
         path: Path = "fused" if on_cuda else "packed_cpu"
         if event.name == "bitsandbytes::gemm_4bit":
             path = "dequantize" if id(event) in dequantising else "fused" if on_cuda else "unknown"
         # The packed kernel computes in bfloat16 for every input dtype.
-        dtype = "bfloat16" if path == "packed_cpu" else event.dtype(0)
-        yield _product(event, dtype, path)
+        yield _product(event, "bfloat16" if path == "packed_cpu" else event.dtype(0), path)
 
 
 def plain_products(host: Sequence[Operator]) -> Iterator[Product]:
     """Every other product of the forward pass; of nested ones only the innermost."""
     outer = around(host, PRODUCTS)
-    for event in host:
-        if event.name not in PRODUCTS or id(event) in outer:
-            continue
-        if not event.in_backward and not any(parent.name in FOURBIT for parent in ancestors(event)):
+    innermost = (one for one in host if one.name in PRODUCTS and id(one) not in outer and not one.in_backward)
+    for event in innermost:
+        if not any(parent.name in FOURBIT for parent in ancestors(event)):
             first = 1 if event.name in ("aten::addmm", "aten::_addmm_activation", "aten::baddbmm", "aten::addmv") else 0
             yield _product(event, event.dtype(first), None)
 

@@ -98,10 +98,9 @@ def class_names(optimizer: Any) -> tuple[str, ...]:
 
 def rate_of(group: Any) -> float:
     """Learning rate of one group; 1 for an optimizer without a rate, which adapts it itself."""
-    try:
+    with suppress(TypeError, ValueError, RuntimeError):
         return abs(float(group.get("lr", 1.0)))
-    except (TypeError, ValueError, RuntimeError):
-        return 1.0
+    return 1.0
 
 
 LIBRARY_UPDATE = "bitsandbytes::optimizer"
@@ -176,10 +175,9 @@ def updated_by(groups: Sequence[GroupSeen], written: Iterable[Write]) -> list[Co
     unknown."""
     kinds: dict[int, str] = {}
     """By address, and by the negative address of the storage."""
-    for one in written:
-        kind = next((kind for prefix, kind in KINDS if one.op.startswith(prefix)), "loop")
-        for key in {key for address, storage in one.tensors for key in (address, -storage)}:
-            kinds[key] = min(kind, kinds.get(key, kind), key=_PRECEDENCE.index)
+    for op, key in ((one.op, key) for one in written for tensor, storage in one.tensors for key in (tensor, -storage)):
+        kind = next((kind for prefix, kind in KINDS if op.startswith(prefix)), "loop")
+        kinds[key] = min(kind, kinds.get(key, kind), key=_PRECEDENCE.index)
     alone = Counter(storage for _, storage in {one for group in groups for one in group.parameters})
     counts, counted = [], set[Identity]()
     for group in groups:  # an optimizer that wraps another one has the same parameters
@@ -233,48 +231,51 @@ class ProfilerRecording:
     """A profile between two moments of a program, such as around a call; of all threads, with shapes."""
 
     def __init__(self) -> None:
-        _let_forks_end()
-        activities = [ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(ProfilerActivity.CUDA)
-        everywhere: Any = {"experimental_config": _ExperimentalConfig(profile_all_threads=True)}
-        self._profile = profile(activities=activities, record_shapes=True, **everywhere)
-        self._another = False
-        self.lasted = False
-        """Whether it recorded to its end, and no other profiler was started since then."""
+        self.missing = AROUND if is_recording() else None
+        """Why nothing is recorded; None otherwise."""
+        self._recorded: Any = None
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Record until the end of the block; a profiler that the program starts during it ends this one and continues.
+        """Record until the end of the block, unless the program runs a profiler.
 
-        Stopping this recording would then end the program's profiler and take its records, so it is not stopped.
+        A profiler that the program starts in the block ends this one and continues. Stopping this recording would then
+        end the program's profiler and take its records, so it is not stopped.
         """
+        if self.missing is not None:
+            yield
+            return
+        _let_forks_end()
+        activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
+        everywhere: Any = {"experimental_config": _ExperimentalConfig(profile_all_threads=True)}
+        recording = profile(activities=activities, record_shapes=True, **everywhere)
         profiler: Any = torch.autograd.profiler
         enable = profiler._enable_profiler
 
         def noticed(*args: Any, **kwargs: Any) -> Any:
-            self._another = True
+            self.missing = INSIDE
             return enable(*args, **kwargs)
 
         with patch.object(profiler, "_enable_profiler", noticed):
             with quiet_kineto():
-                self._profile.start()
-            self._another = False
+                recording.start()
+            self.missing = None
             try:
                 yield
             finally:
-                self.lasted = not self._another and is_recording()
-                if self.lasted:
+                self.missing = self.missing if is_recording() else INSIDE
+                if self.missing is None:
                     with quiet_kineto():
                         synchronise()
-                        self._profile.stop()
+                        recording.stop()
+                    self._recorded = recording.profiler.kineto_results  # type: ignore[union-attr]
 
     def profile(self) -> StepProfile:
-        """The recorded step, if the recording ``lasted`` to its end."""
-        results: Any = self._profile.profiler
-        recorded = results.kineto_results
-        operators, written = read_events(recorded.experimental_event_tree())
-        on_device = filter(_is_kernel, recorded.events()) if torch.cuda.is_initialized() else ()
+        """What was recorded of the step."""
+        if self.missing is not None:
+            return StepProfile(missing=self.missing)
+        operators, written = read_events(self._recorded.experimental_event_tree())
+        on_device = filter(_is_kernel, self._recorded.events()) if torch.cuda.is_initialized() else ()
         rules = [classify(event.name()) for event in on_device]
         regions = [operator for operator in operators if operator.name.startswith(COMPILED_REGION)]
         forward = [(one.call, one) for one in operators if one.call is not None and not one.in_backward]
@@ -357,9 +358,8 @@ def read_events(roots: Iterable[Any]) -> tuple[list[Operator], list[Write]]:
             if parent is not None and parent.name == name:
                 parent.event = event
             else:
-                operator = Operator(name, event, parent=parent, call=call)
-                operators.append(operator)
-                parent = operator
+                parent = Operator(name, event, parent=parent, call=call)
+                operators.append(parent)
         if place == "range" and name.startswith(OPTIMIZER_ROOT):
             place = "update"
         elif place != "elsewhere" and not _is_range(event):
@@ -368,17 +368,14 @@ def read_events(roots: Iterable[Any]) -> tuple[list[Operator], list[Write]]:
                 written.append(Write(op=name, tensors=tuple(_recorded(given))))
                 continue  # inner calls do not belong to the model
             place = "elsewhere"
-        children = event.children
-        if children:
-            waiting += [(child, parent, call, place) for child in reversed(children)]
+        waiting += [(child, parent, call, place) for child in reversed(event.children)]
     return operators, written
 
 
 def _is_range(event: Any) -> bool:
     """Whether it is a range opened by the program, instead of an operator, a backward pass or a module call."""
-    if event.name.startswith((MARK, BACKWARD_ROOT, "aten::")):
-        return False
-    return getattr(getattr(event.extra_fields, "scope", None), "name", "") == "USER_SCOPE"
+    scope = getattr(getattr(event.extra_fields, "scope", None), "name", "")
+    return scope == "USER_SCOPE" and not event.name.startswith((MARK, BACKWARD_ROOT, "aten::"))
 
 
 def _recorded(inputs: Iterable[Any]) -> Iterator[Identity]:

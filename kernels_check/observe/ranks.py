@@ -14,7 +14,7 @@ import hashlib
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,9 +76,8 @@ class RankObserver:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._reference = weakref.ref(model)
-        self._hooks = ExitStack()
-        self._guard = HookGuard()
+        self._model: Any = weakref.ref(model)
+        self._hooks, self._guard = ExitStack(), HookGuard()
         self._own: dict[str, Tensor] = {}
         """For each gradient before its exchange, its product with the vector of signs and its squared norm."""
         self._exchanged: dict[str, Gradient] = {}
@@ -90,7 +89,7 @@ class RankObserver:
         During a forward pass, FSDP2 replaces the parameters of a sharded model, so these are hooked when a module is
         called.
         """
-        model = self._model
+        model = self._model()
         self._own, self._exchanged, self._guard = {}, {}, HookGuard()
         with ExitStack() as hooks:
             hooks.push(register_optimizer_step_pre_hook(self._guard(self._before_update)))
@@ -111,57 +110,42 @@ class RankObserver:
 
         Args:
             seen: observation of this rank's step.
-            problem: why there is no observation.
+            problem: why it proves nothing; given if there is no observation.
             undecided: whether this rank waits for a further step.
         """
         if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
             return ()
-        rank, problem = distributed.get_rank(), problem or self._guard.fault
-        if any(gather(problem)):
-            own = RankEvidence(rank=rank, problem=problem, undecided=undecided)
-        else:
+        own = RankEvidence(rank=distributed.get_rank(), problem=problem or self._guard.fault, undecided=undecided)
+        if not any(gather(own.problem)) and seen is not None:
             try:
-                own = self._evidence(rank, seen, undecided=undecided)
+                own = self._evidence(own, seen)
             except Exception as error:
-                own = RankEvidence(rank=rank, problem=f"{type(error).__name__}: {error}", undecided=undecided)
+                own = replace(own, problem=f"{type(error).__name__}: {error}")
         return tuple(gather(own))
 
-    @property
-    def _model(self) -> nn.Module:
-        model = self._reference()
-        if model is None:
-            raise RuntimeError("the model no longer exists")
-        return model
-
-    def _evidence(self, rank: int, seen: Observation | None, *, undecided: bool) -> RankEvidence:
-        model = self._model
-        if seen is None:
-            raise RuntimeError("nothing of the step was seen")
-        updates, counted = seen.optimizer_steps, counted_updates(self._optimizers)
+    def _evidence(self, own: RankEvidence, seen: Observation) -> RankEvidence:
+        own = replace(own, updates=seen.optimizer_steps, counted=counted_updates(self._optimizers))
         flat = ("ds_id", "_fsdp_flattened", "_is_flat_param")
-        if any(hasattr(parameter, name) for parameter in model.parameters() for name in flat):
-            return RankEvidence(rank=rank, undecided=undecided, updates=updates, counted=counted, flat=True)
+        if any(hasattr(parameter, name) for parameter in seen.model.parameters() for name in flat):
+            return replace(own, flat=True)
         parts = {name: part for name, part in seen.after.parts.items() if part.kind != "cache"}
         shards = [
             name
             for name, part in parts.items()
             if part.owner in seen.after.sharded and part.kind in ("parameter", "merged")
         ]
-        return RankEvidence(
+        return replace(
+            own,
             base={name: part.fingerprint for name, part in parts.items() if name not in shards},
             shards=len(shards),
-            adapter=fingerprints(model),
+            adapter=fingerprints(seen.model),
             gradients=self._exchanged,
-            rank=rank,
-            undecided=undecided,
-            updates=updates,
-            counted=counted,
         )
 
     def _before_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Global optimizer hook; at this point the gradients have been exchanged."""
         optimized = set(map(id, optimized_by(optimizer)))
-        for name, parameter in trained_parameters(self._model).items():
+        for name, parameter in trained_parameters(self._model()).items():
             if id(parameter) in optimized:
                 self._optimizers.add(optimizer)
                 if name not in self._exchanged:
