@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from types import FrameType
+from traceback import walk_stack
 from typing import Any
 
 import torch
@@ -335,12 +335,6 @@ def _requires_grad(output: Any) -> bool:
 
 def _function_context() -> Any:
     """The context of the autograd function whose forward runs in this thread, if there is one."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "forward" and code.co_varnames[:1] == ("ctx",):
-            context = frame.f_locals["ctx"]
-            if isinstance(context, torch.autograd.function.FunctionCtx):
-                return context
-        frame = frame.f_back
-    return None
+    frames = (frame for frame, _ in walk_stack(sys._getframe()) if frame.f_code.co_name == "forward")
+    contexts = (frame.f_locals["ctx"] for frame in frames if frame.f_code.co_varnames[:1] == ("ctx",))
+    return next((one for one in contexts if isinstance(one, torch.autograd.function.FunctionCtx)), None)

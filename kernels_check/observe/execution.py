@@ -160,8 +160,7 @@ def compiled_blocks(
     names, modules = block_names(tree), modules_by_name(tree)
     fired: dict[str, list[int]] = {}
     for number in calls.forward:
-        block, _ = _locate(calls.all[number].names, names)
-        if block is not None:
+        if (block := _locate(calls.all[number].names, names)[0]) is not None:
             fired.setdefault(block, []).append(number)
     found: dict[str, set[str]] = {"compiled": set(), "partly": set(), "eager": set()}
     for block, numbers in fired.items():

@@ -155,7 +155,7 @@ def special_tokens(
 def configurations(model: nn.Module) -> Iterator[Any]:
     """Configurations of the model, of wrapped modules, and of their parts, such as the text part of a vision model."""
     seen: set[int] = set()
-    waiting = [vars(module).get(name) for name in ("config", "generation_config") for module in model.modules()]
+    waiting = [vars(one).get(name) for one in model.modules() for name in ("config", "generation_config")]
     while waiting:
         config = waiting.pop()
         if hasattr(config, "__dict__") and id(config) not in seen:

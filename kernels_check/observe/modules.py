@@ -225,9 +225,8 @@ class ModuleHook:
 
     def __call__(self, module: nn.Module, *given: Any) -> Any:
         """Called by torch as a module hook."""
-        if module is self._module or getattr(module, "_is_replica", False):
-            return self._hook(module, *given)
-        return None
+        is_own = module is self._module or getattr(module, "_is_replica", False)
+        return self._hook(module, *given) if is_own else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy as a function that takes any arguments and does nothing."""

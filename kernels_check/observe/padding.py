@@ -365,23 +365,26 @@ def isolation_by_inputs(calls: Sequence[ModelCall], attention: Sequence[Attentio
     if not packed:
         reason = f"no call of the step shows two records in a row, which takes {PASSED_ON}"
         return undecided(reason, present=False)
-    count = packed[0][1].count
-    if all(records.by == "attention_mask" for _, records in packed):
-        return passed(f"{count} records: a mask of blocks was given with each call")
-    if not attention:
-        return undecided("no attention of the model was seen")
+    count, by = packed[0][1].count, packed[0][1].by
     by_lengths = ["varlen" in call.op or call.backend == "flex" for call in attention]
-    if not any(by_lengths) and all(call.mask is False for call in attention):
-        leak = "attention was given no mask and no lengths, so that the records of a row see each other"
-        return report_leaks([leak])
-    if any(isinstance(call.arguments.get("attention_mask"), Tensor) for call, _ in packed):
-        return undecided(f"an attention_mask with {packed[0][1].by}: {_VERIFY}")
-    if any(call.arguments.get("past_key_values") is not None or _caches(call) for call, _ in packed):
-        return undecided(f"the model may have built a cache: {_VERIFY}")
-    if not all(given or call.mask for given, call in zip(by_lengths, attention, strict=True)):
-        return undecided(f"some attention was given no mask: {_VERIFY}")
-    given = f"{packed[0][1].by} give the records, no mask or cache hides them, and all attention was given them"
-    return passed(f"{count} records: {given}")
+    unmasked = not any(by_lengths) and all(call.mask is False for call in attention)
+    masked = any(isinstance(call.arguments.get("attention_mask"), Tensor) for call, _ in packed)
+    cached = any(call.arguments.get("past_key_values") is not None or _caches(call) for call, _ in packed)
+    partly = not all(given or call.mask for given, call in zip(by_lengths, attention, strict=True))
+    leak = "attention was given no mask and no lengths, so that the records of a row see each other"
+    given = f"{by} give the records, no mask or cache hides them, and all attention was given them"
+    findings = (
+        (
+            all(records.by == "attention_mask" for _, records in packed),
+            passed(f"{count} records: a mask of blocks was given with each call"),
+        ),
+        (not attention, undecided("no attention of the model was seen")),
+        (unmasked, report_leaks([leak])),
+        (masked, undecided(f"an attention_mask with {by}: {_VERIFY}")),
+        (cached, undecided(f"the model may have built a cache: {_VERIFY}")),
+        (partly, undecided(f"some attention was given no mask: {_VERIFY}")),
+    )
+    return next((found for applies, found in findings if applies), passed(f"{count} records: {given}"))
 
 
 def packed_or_all(calls: Sequence[ModelCall]) -> list[ModelCall]:

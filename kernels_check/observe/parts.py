@@ -240,26 +240,22 @@ def parameter_statuses(places: Mapping[str, TrainedModule], seen: Observation) -
 def _fate(name: str, seen: Observation, rate: float | None, rare: Set[str]) -> Fate:
     """The fate of a parameter that requires gradients."""
     gradient, changed, known = seen.gradients.get(name), name in seen.changed, seen.updates.get(name)
-    if gradient is None:
-        return "changed, no gradient seen" if changed else "without gradient"
-    if not gradient.nonzero:
-        if name in rare:
-            return "none of its tokens in the batches"
-        return "moved without a gradient" if changed else "gradient zero"
+    is_zero = gradient is None or not gradient.nonzero
+    fates: list[tuple[bool, Fate]] = [
+        (gradient is None, "changed, no gradient seen" if changed else "without gradient"),
+        (is_zero and name in rare, "none of its tokens in the batches"),
+        (is_zero, "moved without a gradient" if changed else "gradient zero"),
+    ]
     if known is not None and known.updates and known.unreadable is None:
-        if known.lost:
-            return "undone after an update"
-        if known.rate and not known.updates_with_gradient:
-            return "moved without a gradient" if known.moved else "gradient zero"
-        if known.learnt or known.rounded_away:
-            return "updated"
-        if known.ineffective:
-            return "unchanged"
-    if changed:
-        return "updated"
-    if rate is None:
-        return "not given to an optimizer"
-    return "unchanged" if rate else "given a rate of 0"
+        without_gradient: Fate = "moved without a gradient" if known.moved else "gradient zero"
+        fates += [
+            (known.lost, "undone after an update"),
+            (known.rate > 0 and not known.updates_with_gradient, without_gradient),
+            (known.learnt > 0 or known.rounded_away > 0, "updated"),
+            (known.ineffective > 0, "unchanged"),
+        ]
+    fates += [(changed, "updated"), (rate is None, "not given to an optimizer"), (rate == 0, "given a rate of 0")]
+    return next((fate for applies, fate in fates if applies), "unchanged")
 
 
 def _places(tree: ModelTree, is_one: Callable[[nn.Module], bool]) -> dict[str, TrainedModule]:

@@ -136,11 +136,6 @@ class GroupSeen:
     """Parameters that had a gradient."""
 
 
-def writes(name: str) -> bool:
-    """Whether an operator of this name writes its first argument, or is an update of a library."""
-    return (name.startswith("aten::") and name.endswith("_")) or name.startswith(LIBRARY_UPDATE)
-
-
 def identity(tensor: Tensor) -> Identity:
     """Identity of a tensor in this process."""
     storage = 0
@@ -149,7 +144,7 @@ def identity(tensor: Tensor) -> Identity:
     return int(tensor._cdata), storage
 
 
-def groups_of(optimizer: Any, before: Collection[int] = ()) -> tuple[GroupSeen, ...]:
+def groups_of(optimizer: Any, before: Collection[int]) -> tuple[GroupSeen, ...]:
     """The groups of an optimizer, right after its step.
 
     Args:
@@ -362,9 +357,11 @@ def read_events(roots: Iterable[Any]) -> tuple[list[Operator], list[Write]]:
                 operators.append(parent)
         if place == "range" and name.startswith(OPTIMIZER_ROOT):
             place = "update"
-        elif place != "elsewhere" and not _is_range(event):
-            if place == "update" and writes(name):
-                given = event.extra_fields.inputs[: None if name.startswith(LIBRARY_UPDATE) else 1]
+        elif place != "elsewhere" and not _is_range(name, event):
+            # An operator writes its first argument if its name says so; an update of a library may write all.
+            is_library, in_place = name.startswith(LIBRARY_UPDATE), name.startswith("aten::") and name.endswith("_")
+            if place == "update" and (is_library or in_place):
+                given = event.extra_fields.inputs[: None if is_library else 1]
                 written.append(Write(op=name, tensors=tuple(_recorded(given))))
                 continue  # inner calls do not belong to the model
             place = "elsewhere"
@@ -372,10 +369,11 @@ def read_events(roots: Iterable[Any]) -> tuple[list[Operator], list[Write]]:
     return operators, written
 
 
-def _is_range(event: Any) -> bool:
+def _is_range(name: str, event: Any) -> bool:
     """Whether it is a range opened by the program, instead of an operator, a backward pass or a module call."""
-    scope = getattr(getattr(event.extra_fields, "scope", None), "name", "")
-    return scope == "USER_SCOPE" and not event.name.startswith((MARK, BACKWARD_ROOT, "aten::"))
+    if name.startswith((MARK, BACKWARD_ROOT, "aten::")):
+        return False
+    return getattr(getattr(event.extra_fields, "scope", None), "name", "") == "USER_SCOPE"
 
 
 def _recorded(inputs: Iterable[Any]) -> Iterator[Identity]:

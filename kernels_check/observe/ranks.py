@@ -90,16 +90,14 @@ class RankObserver:
         called.
         """
         model = self._model()
+        trained = trained_parameters(model)
         self._own, self._exchanged, self._guard = {}, {}, HookGuard()
-        with ExitStack() as hooks:
-            hooks.push(register_optimizer_step_pre_hook(self._guard(self._before_update)))
-            trained = trained_parameters(model)
-            for name, parameter in trained.items():
-                if not is_sharded(parameter):
-                    hooks.push(parameter.register_hook(self._arrival(name)))
-            if any(map(is_sharded, trained.values())):
-                self._hook_modules(model, hooks)
-            self._hooks = hooks.pop_all()
+        self._hooks.push(register_optimizer_step_pre_hook(self._guard(self._before_update)))
+        for name, parameter in trained.items():
+            if not is_sharded(parameter):
+                self._hooks.push(parameter.register_hook(self._arrival(name)))
+        if any(map(is_sharded, trained.values())):
+            self._hook_modules(model)
 
     def end(self) -> None:
         """Remove every hook at the end of a step."""
@@ -161,7 +159,7 @@ class RankObserver:
 
         return self._guard(arrive)
 
-    def _hook_modules(self, model: nn.Module, hooks: ExitStack) -> None:
+    def _hook_modules(self, model: nn.Module) -> None:
         hooked: dict[int, Tensor] = {}
         names = dict(model.named_modules())
 
@@ -179,7 +177,7 @@ class RankObserver:
         }
         for holder in holders:
             called = self._guard(lambda module, _, prefix=holder: look(prefix, module))
-            hooks.push(names[holder].register_forward_pre_hook(called))
+            self._hooks.push(names[holder].register_forward_pre_hook(called))
 
     def _gradient(self, name: str, parameter: Any) -> Gradient:
         gradient, product = parameter.grad, 0.0
