@@ -207,8 +207,8 @@ def _by_row(model: nn.Module, training: bool) -> Iterator[None]:
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
             module.eval()
     of_bitsandbytes = (module for module in model.modules() if type(module).__module__.startswith("bitsandbytes"))
-    held = [getattr(module, "state", None) for module in of_bitsandbytes]
-    states: list[tuple[Any, float]] = [(one, one.threshold) for one in held if getattr(one, "threshold", 0.0)]  # type: ignore[union-attr]
+    held: list[Any] = [getattr(module, "state", None) for module in of_bitsandbytes]
+    states = [(one, one.threshold) for one in held if getattr(one, "threshold", 0.0)]
     with without_repacking(model):
         try:
             for state, _ in states:

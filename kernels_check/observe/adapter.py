@@ -285,7 +285,7 @@ def _biases_of(holder: nn.Module, setting: str) -> Iterator[Tensor]:
     copies = [name for name, module in modules.items() if "copy" in roles_of(module)]
     if setting == "all":
         own = {*_held_by_adapters(modules.items()), *copies}
-        biases = (
+        biases: Iterable[Any] = (
             value
             for name, value in holder.named_parameters()
             if name.rpartition(".")[2] == "bias" and find_enclosing(name, own) is None

@@ -84,7 +84,7 @@ def block_names(tree: ModelTree) -> dict[str, None]:
     ] or list(lists.values())
     named = {id(item): name for items in reversed(of_blocks) for name, item in reversed(items.items())}
     layers = (name for name, module in tree.modules if module._parameters or hasattr(module, "base_layer"))
-    return dict.fromkeys(reversed(named.values()) if named else outermost(layers))
+    return dict.fromkeys(list(reversed(named.values())) or outermost(layers))
 
 
 def outermost(names: Iterable[str]) -> list[str]:

@@ -74,9 +74,12 @@ def find_records(arguments: Mapping[str, Any], rows: int, tokens: int) -> Record
         LayoutError: an input does not fit the tokens; the message has both shapes.
     """
     first: Records | None = None
-    readers: dict[str, Callable[[str, Tensor, int, int], Tensor | None]]
-    readers = dict.fromkeys(NUMBERED, _numbered) | dict.fromkeys(CUMULATED, _cumulated)
-    readers |= {"position_ids": partial(_positioned, ids=arguments.get("input_ids")), "attention_mask": _masked}
+    readers: dict[str, Callable[[str, Tensor, int, int], Tensor | None]] = {
+        **dict.fromkeys(NUMBERED, _numbered),
+        **dict.fromkeys(CUMULATED, _cumulated),
+        "position_ids": partial(_positioned, ids=arguments.get("input_ids")),
+        "attention_mask": _masked,
+    }
     for name, read in readers.items():
         value = arguments.get(name)
         if isinstance(value, Mapping):  # a mask for each kind of layer

@@ -241,9 +241,9 @@ class ProfilerRecording:
             yield
             return
         _let_forks_end()
-        activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
+        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
         everywhere: Any = {"experimental_config": _ExperimentalConfig(profile_all_threads=True)}
-        recording = profile(activities=activities, record_shapes=True, **everywhere)
+        recording: Any = profile(activities=activities, record_shapes=True, **everywhere)
         profiler: Any = torch.autograd.profiler
         enable = profiler._enable_profiler
 
@@ -263,7 +263,7 @@ class ProfilerRecording:
                     with quiet_kineto():
                         synchronise()
                         recording.stop()
-                    self._recorded = recording.profiler.kineto_results  # type: ignore[union-attr]
+                    self._recorded = recording.profiler.kineto_results
 
     def profile(self) -> StepProfile:
         """What was recorded of the step."""
