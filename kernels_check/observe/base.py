@@ -64,11 +64,10 @@ def base_state(tree: ModelTree) -> Iterator[BaseTensor]:
             held.append((key, "merged" if id(module) in merged and key.endswith("weight") else "parameter", here))
         for key, buffer in module._buffers.items():
             held.append((key, "cache" if key in module._non_persistent_buffers_set else "buffer", buffer))
-        own = (one for one in held if one[2] is not None and not is_in_adapter(tree, prefix + one[0]))
-        quantisation: Iterator[tuple[str, Kind, Any]]
-        quantisation = ((key, "quantisation", value) for key, value in quantisation_parts(module))
-        for key, kind, value in (*own, *quantisation):
-            yield from _parts(prefix + key, kind, module, value)
+        held += [(key, "quantisation", value) for key, value in quantisation_parts(module)]
+        for key, kind, value in held:
+            if value is not None and not is_in_adapter(tree, prefix + key):
+                yield from _parts(prefix + key, kind, module, value)
 
 
 def _shards(module: Any) -> Iterator[tuple[tuple[int, str], Tensor]]:
@@ -117,15 +116,14 @@ def is_packed(state: Any) -> bool:
 def _parts(name: str, kind: Kind, layer: nn.Module, value: Any) -> Iterator[BaseTensor]:
     """The parts of one tensor, or one fact."""
     wrapper = None
-    found: list[tuple[str, Tensor | str | Exception]] = [(name, str(value))]
-    if isinstance(value, Tensor):
-        try:
-            if is_lazy(value):
-                raise ValueError("it has no shape yet")
-            found = list(plain_parts(value, name))
-            wrapper = type(value).__name__ if is_wrapper(value) else None
-        except Exception as error:  # a tensor class from outside torch
-            found = [(name, error)]
+    found: list[tuple[str, Tensor | str | Exception]]
+    try:
+        if is_lazy(value):
+            raise ValueError("it has no shape yet")
+        found = list(plain_parts(value, name)) if isinstance(value, Tensor) else [(name, str(value))]
+        wrapper = type(value).__name__ if isinstance(value, Tensor) and is_wrapper(value) else None
+    except Exception as error:  # a tensor class from outside torch
+        found = [(name, error)]
     for part, plain in found:
         yield BaseTensor(name=part, owner=name, wrapper=wrapper, kind=kind, layer=layer, value=plain)
 
