@@ -15,6 +15,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -203,20 +204,14 @@ def _per_token(output: Any, shape: Sequence[int]) -> Tensor | None:
 def _by_row(model: nn.Module, training: bool) -> Iterator[None]:
     """Switch off features that make a token depend on other rows, where possible; the caller restores the modes."""
     model.train(training)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
-            module.eval()
-    of_bitsandbytes = (module for module in model.modules() if type(module).__module__.startswith("bitsandbytes"))
-    held: list[Any] = [getattr(module, "state", None) for module in of_bitsandbytes]
-    states = [(one, one.threshold) for one in held if getattr(one, "threshold", 0.0)]
-    with without_repacking(model):
-        try:
-            for state, _ in states:
-                state.threshold = 0.0
-            yield
-        finally:
-            for state, threshold in states:
-                state.threshold = threshold
+    with without_repacking(model), ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+                module.eval()
+            state: Any = getattr(module, "state", None)
+            if getattr(state, "threshold", 0.0) and type(module).__module__.startswith("bitsandbytes"):
+                stack.enter_context(patch.object(state, "threshold", 0.0))
+        yield
 
 
 def _refuse_unfit(model: nn.Module) -> None:

@@ -62,10 +62,10 @@ class AdapterLayer:
     def adapters(self) -> tuple[str, ...]:
         """The adapters in ``held`` that are active now; a user-defined class without this information uses all of
         them."""
-        if "model" in roles_of(self.module):
-            active: Any = vars(self.module).get("active_adapter")
-        else:
-            active = getattr(self.module, "active_adapters", None)
+        is_model = "model" in roles_of(self.module)
+        active: Any = (
+            vars(self.module).get("active_adapter") if is_model else getattr(self.module, "active_adapters", None)
+        )
         if active is None:
             return self.held
         named = {active} if isinstance(active, str) else {*active}
@@ -84,15 +84,13 @@ class AdapterLayer:
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
         """Qualified name and module of every called part of the adapter, including dropouts."""
-        for _, name, part, _ in self._entries(*self.trains, *self.others):
-            if isinstance(part, nn.Module):
-                yield name, part
+        entries = self._entries(*self.trains, *self.others)
+        return ((name, part) for _, name, part, _ in entries if isinstance(part, nn.Module))
 
     def factors(self) -> Iterator[tuple[str, nn.Module]]:
         """The parts that hold trained parameters."""
-        for _, name, part, _ in self._entries(*self.trains):
-            if isinstance(part, nn.Module) and any(True for _ in part.parameters()):
-                yield name, part
+        modules = ((name, part) for _, name, part, _ in self._entries(*self.trains) if isinstance(part, nn.Module))
+        return ((name, part) for name, part in modules if any(True for _ in part.parameters()))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Name (relative to this layer) and tensor of every parameter that the method trains, without frozen ones.
@@ -123,9 +121,8 @@ class AdapterLayer:
 
     def unseen_dropouts(self) -> Iterator[tuple[str, float]]:
         """Name and probability of dropouts that are not modules and leave no trace when they are applied."""
-        for _, name, part, _ in self._entries(*(name for name in _DRAWN_INSIDE if name in self.others)):
-            if isinstance(part, int | float) and part:
-                yield name, float(part)
+        entries = self._entries(*(name for name in _DRAWN_INSIDE if name in self.others))
+        return ((name, float(part)) for _, name, part, _ in entries if isinstance(part, int | float) and part)
 
     def _entries(self, *holders: str) -> Iterator[tuple[str, str, Any, str]]:
         """Attribute, name, object and adapter of the contents of some attributes, for the adapters in use."""

@@ -134,11 +134,10 @@ class Calls:
 
     def training(self) -> dict[str, bool | None]:
         """The mode of every module at the relevant entries into the model; None if it changed."""
-        seen: dict[str, set[bool]] = {}
-        for number in self.relevant:
-            for name, mode in (self.all[number].modes or {}).items():
-                seen.setdefault(name, set()).add(mode)
-        return {name: next(iter(modes)) if len(modes) == 1 else None for name, modes in seen.items()}
+        seen: dict[str, bool | None] = {}
+        for modes in (self.all[number].modes or {} for number in sorted(self.relevant)):
+            seen |= {name: mode if seen.get(name, mode) is mode else None for name, mode in modes.items()}
+        return seen
 
 
 @dataclass(slots=True, kw_only=True)

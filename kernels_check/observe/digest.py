@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from kernels_check.observe.base import (
@@ -179,23 +178,19 @@ def digest(tree: ModelTree) -> Digest:
         except Exception as error:  # an unexpected error makes only this part unseen
             if part.kind != "cache":
                 unseen[part.name] = str(error) or type(error).__name__
-    states = list(_states(tree))
+    weights = ((name, layer, base_weight(layer)) for name, layer in tree.modules)
+    states = [
+        (name, layer, weight, quant_state(layer, weight)) for name, layer, weight in weights if weight is not None
+    ]
+    quantised = [one for one in states if one[3] is not None]
     return Digest(
         parts=parts,
         total_bytes=take.bytes,
         unseen=unseen,
         sharded=frozenset(sharded),
-        packed=any(is_packed(state) for _, _, _, state in states),
-        mismatched={name: why for name, *kept in states if (why := layout_problem(*kept)) is not None},
+        packed=any(is_packed(state) for _, _, _, state in quantised),
+        mismatched={name: why for name, *kept in quantised if (why := layout_problem(*kept)) is not None},
     )
-
-
-def _states(tree: ModelTree) -> Iterator[tuple[str, nn.Module, Any, Any]]:
-    """Name, layer, weight and state of every 4-bit weight."""
-    for name, layer in tree.modules:
-        weight = base_weight(layer)
-        if weight is not None and (state := quant_state(layer, weight)) is not None:
-            yield name, layer, weight, state
 
 
 def _difference(old: Hashed | None, new: Hashed | None) -> str:

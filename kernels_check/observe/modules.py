@@ -15,9 +15,10 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import cache, wraps
 from typing import Any, TypeAlias, TypeVar
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -136,14 +137,10 @@ _SWITCH = "support_avx512bf16_for_cpu"
 @contextmanager
 def without_repacking(model: nn.Module) -> Iterator[None]:
     """Keep the storage layout of 4-bit weights unchanged inside the block."""
-    layers = [(module, getattr(module, _SWITCH)) for module in model.modules() if _SWITCH in vars(module)]
-    try:
-        for layer, _ in layers:
-            setattr(layer, _SWITCH, False)
+    with ExitStack() as stack:
+        for layer in (module for module in model.modules() if _SWITCH in vars(module)):
+            stack.enter_context(patch.object(layer, _SWITCH, False))
         yield
-    finally:
-        for layer, repacks in layers:
-            setattr(layer, _SWITCH, repacks)
 
 
 def plain_parts(tensor: Tensor, name: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -231,11 +231,10 @@ def count_padding(tree: ModelTree, calls: Sequence[ModelCall]) -> PaddingSeen | 
         given += [decoded for decoded in map(_decoded, given) if isinstance(decoded.arguments["input_ids"], Tensor)]
     ends, others = special_tokens(configs, ("pad", "eos", "bos")), special_tokens(configs, but=("pad",))
     for call in given:
-        found = find_tokens(call.arguments)
-        if found is None:
+        name, tokens = find_tokens(call.arguments) or ("", None)
+        if tokens is None:
             seen.unseen = f"a call of {type(call.module).__name__} was given no tokens of [rows, tokens]"
             continue
-        name, tokens = found
         hidden = masked_positions(call.arguments.get("attention_mask"), *tokens.shape[:2])
         padded = torch.zeros(tokens.shape[:2], dtype=torch.bool) if hidden is None else hidden.cpu()
         is_masked = bool(padded.any())
@@ -284,13 +283,12 @@ def _add_runs(
         if token in others - ends:
             continue
         doubtful[row, run if token in ends - others else inner] = True  # a token used only for padding is no text
-        if run.stop - run.start == 1:
-            continue
-        for sign, where, shown in (
+        evidence = (
             ("labels of -100", inner, unlabelled[row, inner]),
             ("positions that do not change", run, unchanging[row, run]),
             (f"runs of token {token} at the ends of the records", inner, masked.new_tensor(token in filler_tokens)),
-        ):
+        )
+        for sign, where, shown in evidence if run.stop - run.start > 1 else ():
             signs |= {sign} if bool((shown & ~masked[row, where]).any()) else set()
             padded[row, where] |= shown
     return padded, doubtful
