@@ -251,13 +251,11 @@ class Watch:
         return check if why is None else replace(check, observed=None, status="unknown", reason=why)
 
     def _may_show_more(self, check: Check, seen: Observation) -> bool:
-        if check.path == "peft.learning":
-            return self._steps.undecided
         if check.path == "base.frozen":
             merges = any(part.kind == "merged" for part in seen.after.parts.values())
             return check.observed is True and seen.calls == 1 and merges
-        parts = _PARTS.get(check.path)
-        return parts is not None and self._steps.undecided and any(part.open for part in parts(seen))
+        is_open = check.path in _PARTS and any(part.open for part in _PARTS[check.path](seen))
+        return self._steps.undecided and (is_open or check.path == "peft.learning")
 
     def _unknown(self, reason: str) -> list[Check]:
         return [

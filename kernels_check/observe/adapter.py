@@ -281,7 +281,7 @@ def _biases_of(holder: nn.Module, setting: str) -> Iterator[Tensor]:
     modules = dict(holder.named_modules())
     copies = [name for name, module in modules.items() if "copy" in roles_of(module)]
     if setting == "all":
-        own = {*_held_by_adapters(modules.items()), *copies}
+        own = {*adapter_attributes(modules.items()), *copies}
         biases: Iterable[Any] = (
             value
             for name, value in holder.named_parameters()
@@ -293,10 +293,9 @@ def _biases_of(holder: nn.Module, setting: str) -> Iterator[Tensor]:
     yield from (bias for bias in biases if isinstance(bias, Tensor))
 
 
-def _held_by_adapters(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[str]:
-    """Qualified names of the attributes that belong to an adapter."""
-    for name, module in modules:
-        yield from (f"{name}.{holder}" if name else holder for holder in holders_in(module))
+def adapter_attributes(modules: Iterable[tuple[str, nn.Module]]) -> set[str]:
+    """Qualified names of the attributes of modules that belong to an adapter."""
+    return {f"{name}.{holder}".removeprefix(".") for name, module in modules for holder in holders_in(module)}
 
 
 @reading
@@ -366,7 +365,7 @@ def written_by_method(tree: ModelTree) -> frozenset[int]:
 @reading
 def adapter_names(tree: ModelTree) -> frozenset[str]:
     """Names that belong to an adapter with everything below them: its attributes, and biases of the base."""
-    return frozenset({*_held_by_adapters(tree.modules), *biases_of_adapters(tree)})
+    return frozenset({*adapter_attributes(tree.modules), *biases_of_adapters(tree)})
 
 
 def is_in_adapter(tree: ModelTree, name: str) -> bool:

@@ -293,7 +293,7 @@ class StepObserver:
     def updates_only(self) -> Iterator[None]:
         """Observe only the updates of a step; see ``step``."""
         tree, series = self._continued()
-        with series.step(tree):
+        with series.step(tree, BackwardPasses(tree)):
             yield
 
     def forget(self) -> None:
@@ -340,7 +340,7 @@ class _Series:
         """The modes at the first optimizer step, or at the end; used if no hook records them."""
 
     @contextmanager
-    def step(self, tree: ModelTree, backwards: BackwardPasses | None = None) -> Iterator[None]:
+    def step(self, tree: ModelTree, backwards: BackwardPasses) -> Iterator[None]:
         """Hook parameters and optimizers until the end of a step; ``backwards`` also records the updates."""
         own = frozenset(id(parameter) for _, parameter in tree.parameters)
 
@@ -355,8 +355,7 @@ class _Series:
             self._modes = self._modes or modes_of(tree)
             parameters = optimized_by(optimizer)
             self._given[id(optimizer)] = frozenset(id(value) for value in parameters if value.grad is not None)
-            if backwards is not None:
-                backwards.update_begins()
+            backwards.update_begins()
             return self.updates.before(optimizer, args, kwargs)
 
         def ends(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -364,8 +363,7 @@ class _Series:
                 self._others[class_names(optimizer)[0]] = None
                 return
             self.updates.after(optimizer)
-            if backwards is not None:
-                backwards.update_ends()
+            backwards.update_ends()
             self._stepped += groups_of(optimizer, self._given.pop(id(optimizer), ()))
 
         with ExitStack() as hooks:

@@ -96,9 +96,7 @@ def _unmatched_parameters(asked: Collection[str], places: _Places) -> Iterator[s
     """Unmatched parameter names; names that PEFT has derived are replaced by the user's."""
     words = {name.rpartition(".")[2] for name in places.bare}
     by_all_linear = bool(places.of_experts) and places.of_experts.keys() <= set(asked)
-    for name in asked:
-        if any(_ends_with(place, name) for place in places.parameters):
-            continue
+    for name in (one for one in asked if not any(_ends_with(place, one) for place in places.parameters)):
         layers = sorted(places.of_experts.get(name, frozenset()) & words)
         if layers:
             made = " and ".join(map(repr, layers))
@@ -137,11 +135,9 @@ def _by_default(configuration: Any, places: _Places) -> bool:
 
 def _matches(configuration: Any, name: str, modules: Iterable[str]) -> bool:
     """Whether PEFT finds a module by this name, even if the configuration excludes the module again."""
-    if name == "all-linear" or "dummy-target-modules" in name:  # PEFT's name for an adapter without any
-        return True
-    if isinstance(configuration.target_modules, str):
-        return any(re.fullmatch(name, module) for module in modules)
-    return any(_ends_with(module, name) for module in modules)
+    is_pattern = isinstance(configuration.target_modules, str)
+    is_special = name == "all-linear" or "dummy-target-modules" in name  # PEFT's name for an adapter without any
+    return is_special or any(re.fullmatch(name, one) if is_pattern else _ends_with(one, name) for one in modules)
 
 
 def _ends_with(place: str, name: str) -> bool:

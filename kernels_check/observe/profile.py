@@ -138,10 +138,9 @@ class GroupSeen:
 
 def identity(tensor: Tensor) -> Identity:
     """Identity of a tensor in this process."""
-    storage = 0
     with suppress(RuntimeError):  # a sparse or opaque tensor has no storage and is identified by its address only
-        storage = tensor.untyped_storage().data_ptr()
-    return int(tensor._cdata), storage
+        return int(tensor._cdata), tensor.untyped_storage().data_ptr()
+    return int(tensor._cdata), 0
 
 
 def groups_of(optimizer: Any, before: Collection[int]) -> tuple[GroupSeen, ...]:

@@ -27,7 +27,7 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.pytorch_utils import Conv1D
 
-from kernels_check.observe.adapter import holders_in
+from kernels_check.observe.adapter import adapter_attributes
 from kernels_check.observe.modules import find_enclosing
 from lorameter.errors import UsageError, format_error, impossible
 from lorameter.models import catalogue, shapes
@@ -213,9 +213,7 @@ def is_on_linear(model: torch.nn.Module) -> bool:
 def own_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Parameters that adapters have added to a model, of all adapters together, by name; wrapped parameters belong to
     the base."""
-    own = {
-        f"{name}.{holder}".removeprefix(".") for name, module in model.named_modules() for holder in holders_in(module)
-    }
+    own = adapter_attributes(model.named_modules())
     return {name: value for name, value in model.named_parameters() if find_enclosing(name, own) is not None}
 
 
