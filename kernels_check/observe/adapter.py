@@ -240,13 +240,10 @@ def _class_of(home: str, name: str) -> Any:
 
 
 def _adapters_of(module: nn.Module, holders: tuple[str, ...]) -> tuple[str, ...]:
-    names: set[str] = set()
-    for held in (getattr(module, holder, None) for holder in holders):
-        if _is_keyed(held):
-            names.update(held.keys())
-        elif isinstance(held, nn.Module | Tensor):
-            names.add("")
-    return tuple(sorted(names))
+    held: list[Any] = [getattr(module, holder, None) for holder in holders]
+    names = {name for one in held if _is_keyed(one) for name in one.keys()}  # noqa: SIM118
+    is_unnamed = any(isinstance(one, nn.Module | Tensor) and not _is_keyed(one) for one in held)
+    return tuple(sorted(names | ({""} if is_unnamed else set())))
 
 
 def _is_keyed(held: Any) -> bool:

@@ -249,9 +249,8 @@ class CallRecorder:
         stack = self._stack()
         in_backward, with_grad = backward_task() != -1, torch.is_grad_enabled()
         caller = stack[-1].number if stack else None
-        context = None
-        if not in_backward and not with_grad and (caller is None or self._log[caller].with_grad):
-            context = _function_context()
+        is_off = not in_backward and not with_grad and (caller is None or self._log[caller].with_grad)
+        context = _function_context() if is_off else None
         call = ModuleCall(
             names=names,
             caller=caller,

@@ -86,15 +86,13 @@ def find_tokens(arguments: Mapping[str, Any]) -> tuple[str, Tensor] | None:
     return None
 
 
-def entry_modules(model: nn.Module) -> Iterator[nn.Module]:
+def entry_modules(model: nn.Module) -> list[nn.Module]:
     """The model and the modules that its wrappers hold."""
-    seen: set[int] = set()
-    module: Any = model
-    while isinstance(module, nn.Module) and id(module) not in seen:
-        seen.add(id(module))
-        yield module
+    found = [model]
+    for module in found:  # which grows
         wrapped = (getattr(module, name, None) for name in _WRAPS)
-        module = next((one for one in wrapped if isinstance(one, nn.Module) and id(one) not in seen), None)
+        found += [one for one in wrapped if isinstance(one, nn.Module) and one not in found][:1]
+    return found
 
 
 def describe_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> ModelCall:
@@ -239,7 +237,8 @@ def _sums_of(passes: Mapping[BackwardPass, bool]) -> dict[BackwardPass, int]:
             raise _UnreadError(
                 "the gradients that an update had taken were still there when the next pass added to them"
             )
-        sums[one] = number = number + (given and one.from_zero)
+        number += given and one.from_zero
+        sums[one] = number
         given = gives or (given and not one.from_zero)
     return sums
 

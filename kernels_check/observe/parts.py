@@ -128,7 +128,7 @@ def _asked(configuration: Any, field: str) -> list[str]:
 def _by_default(configuration: Any, places: _Places) -> bool:
     """Whether PEFT chose the targets by model type, instead of the user by name."""
     tables = getattr(places.tuner, "target_module_mapping", None) or {}
-    asked = getattr(configuration, "target_modules", None)
+    asked: Any = getattr(configuration, "target_modules", None)
     is_listed = isinstance(asked, Collection) and not isinstance(asked, str)
     return is_listed and any(set(asked) == set(table) for table in tables.values())
 

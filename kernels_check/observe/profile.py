@@ -341,8 +341,7 @@ def read_events(roots: Iterable[Any]) -> tuple[list[Operator], list[Write]]:
     operators, written = list[Operator](), list[Write]()
     # With each record: whether only user ranges are around it, and whether one of them is an optimizer's step.
     in_order = sorted(roots, key=lambda event: (event.start_tid, event.start_time_ns), reverse=True)
-    waiting: list[tuple[Any, Operator | None, int | None, str]]
-    waiting = [(event, None, None, "range") for event in in_order]
+    waiting: list[tuple[Any, Operator | None, int | None, str]] = [(event, None, None, "range") for event in in_order]
     while waiting:
         event, parent, call, place = waiting.pop()
         name = event.name
