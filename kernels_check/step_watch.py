@@ -254,8 +254,8 @@ class Watch:
         if check.path == "base.frozen":
             merges = any(part.kind == "merged" for part in seen.after.parts.values())
             return check.observed is True and seen.calls == 1 and merges
-        is_open = check.path in _PARTS and any(part.open for part in _PARTS[check.path](seen))
-        return self._steps.undecided and (is_open or check.path == "peft.learning")
+        parts = _PARTS[check.path](seen) if self._steps.undecided and check.path in _PARTS else []
+        return self._steps.undecided and (check.path == "peft.learning" or any(part.open for part in parts))
 
     def _unknown(self, reason: str) -> list[Check]:
         return [
