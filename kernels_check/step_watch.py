@@ -229,8 +229,7 @@ class Watch:
         """The evidence of all ranks, if a requirement needs it; every rank takes part, also after a problem."""
         if self._ranks is None:
             return ()
-        undecided = self._steps.compiled or self._steps.undecided
-        ranks = self._ranks.exchange(seen, problem, undecided=undecided)
+        ranks = self._ranks.exchange(seen, problem, undecided=self._steps.compiled or self._steps.undecided)
         self._others_wait = any(one.undecided for one in ranks)
         return ranks
 

@@ -173,19 +173,6 @@ def layers_at(name: str, module: nn.Module) -> Iterator[AdapterLayer]:
         )
 
 
-def in_use(tree: ModelTree, found: Iterable[AdapterLayer]) -> frozenset[str]:
-    """Adapters in use at the given places of a model.
-
-    These are the adapters that the tuner calls active, if at least one layer agrees, else those active in any layer,
-    else all.
-    """
-    found = list(found)
-    calls = (getattr(module, "active_adapters", ()) for _, module in tree.modules if "tuner" in roles_of(module))
-    named = {adapter for names in calls for adapter in ([names] if isinstance(names, str) else names)}
-    active = {adapter for layer in found for adapter in layer.adapters}
-    return frozenset((active & named) or active or {adapter for layer in found for adapter in layer.held})
-
-
 def holders_in(module: nn.Module) -> Iterator[str]:
     """Attributes of one module that belong to an adapter."""
     roles = roles_of(module)
@@ -241,7 +228,7 @@ def _class_of(home: str, name: str) -> Any:
 
 def _adapters_of(module: nn.Module, holders: tuple[str, ...]) -> tuple[str, ...]:
     held: list[Any] = [getattr(module, holder, None) for holder in holders]
-    names = {name for one in held if _is_keyed(one) for name in one.keys()}  # noqa: SIM118
+    names: set[str] = set().union(*(one.keys() for one in held if _is_keyed(one)))
     is_unnamed = any(isinstance(one, nn.Module | Tensor) and not _is_keyed(one) for one in held)
     return tuple(sorted(names | ({""} if is_unnamed else set())))
 
@@ -297,13 +284,16 @@ def adapter_attributes(modules: Iterable[tuple[str, nn.Module]]) -> set[str]:
 
 @reading
 def adapter_layers(tree: ModelTree) -> list[AdapterLayer]:
-    """Every place where an active adapter (``in_use``) acts.
+    """Every place where an adapter in use acts.
 
-    A layer that holds an active adapter is included even if the adapter is inactive in that layer, which is a fault. If
-    no adapter is active at all, every layer counts with all its adapters.
+    These are the adapters that the tuner calls active, if at least one layer agrees, else those active in any layer,
+    else all. A layer that holds such an adapter is included even if it is inactive in that layer, which is a fault.
     """
     found = _every_layer(tree)
-    wanted = in_use(tree, found)
+    calls = (getattr(module, "active_adapters", ()) for _, module in tree.modules if "tuner" in roles_of(module))
+    named = {adapter for names in calls for adapter in ([names] if isinstance(names, str) else names)}
+    active = {adapter for layer in found for adapter in layer.adapters}
+    wanted = active & named or active or {adapter for layer in found for adapter in layer.held}
     layers = [_restrict(layer, wanted) for layer in found]
     return [layer for layer in layers if layer.held]
 

@@ -378,11 +378,8 @@ class _Series:
             except BaseException as error:
                 self.guard.fault = f"the step raised {type(error).__name__}"
                 raise
-        self.guard(self._end)(tree.model)
-
-    def _end(self, model: nn.Module) -> None:
-        self.gradients.end_call(model)
-        self.updates.end_call()
+        self.guard(self.gradients.end_call)(tree.model)
+        self.guard(self.updates.end_call)()
 
     def observe(
         self, model: nn.Module, recorder: CallRecorder, profile: StepProfile, *, drew_random: bool

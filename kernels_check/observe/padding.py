@@ -251,10 +251,9 @@ def count_padding(tree: ModelTree, calls: Sequence[ModelCall]) -> PaddingSeen | 
 def _decoded(call: ModelCall) -> ModelCall:
     """The call of the decoder of an encoder-decoder, whose tokens have their own padding; without tokens, of the
     labels."""
-    arguments = call.arguments
-    tokens, labels = arguments.get("decoder_input_ids"), arguments.get("labels")
-    given = {"input_ids": labels if tokens is None else tokens, "labels": labels}
-    return replace(call, arguments=given | {"attention_mask": arguments.get("decoder_attention_mask")})
+    tokens, labels, mask = map(call.arguments.get, ("decoder_input_ids", "labels", "decoder_attention_mask"))
+    given = {"input_ids": labels if tokens is None else tokens, "labels": labels, "attention_mask": mask}
+    return replace(call, arguments=given)
 
 
 def _add_runs(

@@ -215,13 +215,12 @@ def norm_modules(tree: ModelTree) -> dict[str, TrainedModule]:
 
 def parameter_statuses(places: Mapping[str, TrainedModule], seen: Observation) -> list[ParameterStatus]:
     """Fates of the given parameters, as ``embedding_modules`` or ``norm_modules`` return them."""
-    tree = seen.tree
-    names = {id(value): name for name, value in tree.parameters}
+    names = {id(value): name for name, value in seen.tree.parameters}
     rates: dict[int, float] = {}
     for optimizer in seen.optimizers:
         rate = max(optimizer.learning_rates, default=0.0)
         rates |= {key: max(rate, rates.get(key, 0.0)) for key in optimizer.parameters}
-    rare = token_parameters(tree)
+    rare = token_parameters(seen.tree)
 
     def fate(value: Tensor) -> Fate:
         name = names.get(id(value), "")
