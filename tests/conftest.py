@@ -167,9 +167,9 @@ def dolly() -> Path:
 @pytest.fixture(scope="session")
 def words():
     """The vocabulary of `gguf_file`: token 1 begins and token 2 ends a text."""
-    from lorameter.trial.data.tokens import _byte_characters
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    return ["<unk>", "<s>", "</s>", *_byte_characters(), "ta", "tab"]
+    return ["<unk>", "<s>", "</s>", *(bytes_to_unicode()[byte] for byte in range(256)), "ta", "tab"]
 
 
 @pytest.fixture(scope="session")

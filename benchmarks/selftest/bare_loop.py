@@ -47,7 +47,7 @@ def main(seed: int, turns: int) -> None:
         )  # fmt: skip
         for command in ("build", "verify", "warm_up"):  # leftovers of the check would be visible
             trial.run(command)
-        trainee, stream = trial._built.trainee, trial._built.stream
+        trainee, stream = trial._trainee, trial._stream
     model, optimizer = trainee.model, trainee.optimizer
     trained = [p for p in model.parameters() if p.requires_grad]
     times: dict[str, list[float]] = defaultdict(list)

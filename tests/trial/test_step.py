@@ -22,8 +22,8 @@ from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
+from lorameter.trial.building.base_model import evaluating, unpack_4bit
 from lorameter.trial.building.build import SharedBase, build
-from lorameter.trial.building.quantising import evaluating, unpack_4bit
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.memory import resident_bytes

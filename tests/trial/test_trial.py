@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +24,7 @@ from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import COMMANDS, TrialRequest
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
-from lorameter.trial import process, zygote
+from lorameter.trial import zygote
 from lorameter.trial.building.build import SharedBase
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.process import TrialTelemetry, prepare_process
@@ -226,7 +225,6 @@ def test_a_started_cuda_driver_forbids_a_fork(monkeypatch, answer, started):
     """Any result of the driver but CUDA_ERROR_NOT_INITIALIZED means that it has started."""
     monkeypatch.setattr(zygote.ctypes, "CDLL", lambda name, mode: FakeDriver(answer))
     monkeypatch.setattr(zygote, "other_threads", list)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     refusal = zygote._cannot_fork()
     assert (refusal is not None and "started the CUDA driver" in refusal) is started
 
@@ -316,13 +314,6 @@ def test_int8_layers_do_not_log_inside_the_timed_window(monkeypatch, tmp_path):
     )  # fmt: skip
     torch.set_num_threads(threads)
     assert logger.level == logging.ERROR
-
-
-def test_the_start_of_a_device_is_timed(monkeypatch):
-    """The start of a GPU is timed; a CPU has no start."""
-    monkeypatch.setattr(process, "synchronize", lambda device: time.sleep(0.02))
-    assert process.start_device("cuda:0")["device_start_time_s"] >= 0.02
-    assert process.start_device("cpu") == {}
 
 
 @pytest.mark.parametrize(

@@ -149,10 +149,6 @@ class Pages:
     ranges: tuple[tuple[int, int, str], ...]
     """First address, end and path of each mapping."""
 
-    def file_at(self, address: int) -> str | None:
-        """Path of the file mapped at an address; None if there is none."""
-        return next((path for first, end, path in self.ranges if first <= address < end), None)
-
 
 def read_pages() -> Pages:
     """Read the mappings of this process; takes milliseconds. First returns malloc's free memory to the system."""
@@ -355,7 +351,9 @@ def _file_bytes(birth: Pages, resident: Collection[torch.Tensor]) -> dict[str, i
     """Kinds of memory outside torch: pages of files and of code."""
     now, mapped = read_pages(), Counter[str]()
     for tensor in resident:
-        if path := now.file_at(tensor.untyped_storage().data_ptr()):
+        address = tensor.untyped_storage().data_ptr()
+        path = next((path for first, end, path in now.ranges if first <= address < end), None)
+        if path is not None:
             mapped[path] += storage_bytes(tensor)
     code, before = (sum(size for path, size in pages.files.items() if path not in mapped) for pages in (now, birth))
     return {
@@ -379,11 +377,20 @@ def watch_cache(model: Any, live: LiveTensors) -> list[Any]:
     """Count the keys and values of each layer after its attention has updated them; returns the hooks to remove."""
 
     def mark(module: Any, args: Any, given: dict[str, Any], output: Any) -> None:
-        cache = given.get("cache", given.get("past_key_values"))  # the name changed during transformers 5
-        for layer in getattr(cache, "layers", ())[module.layer_idx : module.layer_idx + 1]:
-            for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-                if isinstance(tensor, torch.Tensor):
-                    live.note(tensor, "kv_cache")
+        for tensor in cached_tensors(cache_of(given), slice(module.layer_idx, module.layer_idx + 1)):
+            live.note(tensor, "kv_cache")
 
     attentions = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
     return [module.register_forward_hook(mark, with_kwargs=True) for module in attentions]
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """The cache in the arguments or the output of a forward pass; its name changed during transformers 5."""
+    return next((found for name in ("cache", "past_key_values") if (found := arguments.get(name)) is not None), None)
+
+
+def cached_tensors(cache: Any, layers: slice = slice(None)) -> list[torch.Tensor]:
+    """The keys and values of these layers of a cache, by default of all."""
+    chosen = getattr(cache, "layers", [])[layers]
+    tensors = [getattr(layer, name, None) for layer in chosen for name in ("keys", "values")]
+    return [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]

@@ -27,24 +27,11 @@ from lorameter.machine.telemetry import LEAST_S, Telemetry
 from lorameter.records.record import PartialRecord
 from lorameter.studies.request import COMMANDS, ROUNDS, Command, TrialRequest
 
-INT8_LOGGER = "bitsandbytes.autograd._functions"
-"""Logs a cast in every forward of every int8 layer, which would be inside the timed window."""
-
 
 def synchronize(device: str) -> None:
     """Wait until the device has finished its work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-
-
-def start_device(device: str) -> dict[str, float]:
-    """Start the device before anything on it is timed, and return the seconds. CUDA creates its context here, which
-    would otherwise be in the load time. A CPU needs no start and has no such value."""
-    if not device.startswith("cuda"):
-        return {}
-    begin = time.perf_counter()
-    synchronize(device)
-    return {"device_start_time_s": time.perf_counter() - begin}
 
 
 def release_unused(device: str) -> None:
@@ -60,18 +47,14 @@ def release_unused(device: str) -> None:
 
 
 def prepare_process(request: TrialRequest) -> None:
-    """Apply the request's limits to this process, and silence loggers that would write inside the timed window."""
-    logging.getLogger(INT8_LOGGER).setLevel(logging.ERROR)
-    limit_threads(request.device, request.threads)
-    limit = request.protocol.memory_limit_bytes
-    if request.device == "cpu" and limit is not None:
+    """Apply the request's limits to this process, and silence a logger: bitsandbytes would log a cast in every forward
+    pass of every int8 layer, inside the timed window."""
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    if request.device != "cpu":
+        return
+    torch.set_num_threads(request.threads)
+    if limit := request.protocol.memory_limit_bytes:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-
-def limit_threads(device: str, threads: int) -> None:
-    """Limit the threads of torch on a CPU."""
-    if device == "cpu":
-        torch.set_num_threads(threads)
 
 
 def give_back_free() -> None:

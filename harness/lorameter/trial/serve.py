@@ -7,6 +7,7 @@ error of a process that hosts trials go to the trial's log.
 from __future__ import annotations
 
 import os
+import pkgutil
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,7 +33,7 @@ def serve(connection: Connection) -> None:
                 trials[command.trial] = _prepare_trial(trials, **command.arguments)
                 return PartialRecord()
             if command.name in PROCESS_COMMANDS:
-                return PROCESS_COMMANDS[command.name](**command.arguments)
+                return _execute(command.name, **command.arguments)
             return trials[command.trial].run(command.name, **command.arguments)  # type: ignore[no-any-return]
         except Exception as error:
             return failed_record(error, command.name)
@@ -60,49 +61,21 @@ def _prepare_trial(trials: dict[str, Any], request: dict[str, Any], profiled: bo
     return Trial(decoded, shared)
 
 
-# Each of these runs in a separate process, which then ends.
-
-
-def _prepare_base(request: dict[str, Any]) -> PartialRecord:
-    from lorameter.trial.building.base_cache import prepare
-    from lorameter.trial.process import limit_threads
-
-    decoded = codec.from_json(BaseRequest, request, "base request")
-    _log_to(decoded.log_path)
-    limit_threads(decoded.device, decoded.threads)
-    return PartialRecord(tokens={"base": codec.to_json(prepare(decoded))})
-
-
-def _load_and_answer(request: dict[str, Any]) -> PartialRecord:
-    from lorameter.trial.serving.cold import load_and_answer
-
-    decoded = codec.from_json(TrialRequest, request, "trial request")
-    _log_to(decoded.log_path)
-    return load_and_answer(decoded)
-
-
-def _serve_adapter(request: dict[str, Any]) -> PartialRecord:
-    from lorameter.trial.serving.parity import serve_adapter
-
-    decoded = codec.from_json(ServingRequest, request, "serving request")
-    _log_to(decoded.trial.log_path)
-    return serve_adapter(decoded)
-
-
-def _time_parts(request: dict[str, Any]) -> PartialRecord:
-    from lorameter.trial.step_times import time_parts
-
-    decoded = codec.from_json(TrialRequest, request, "trial request")
-    _log_to(decoded.log_path)
-    return time_parts(decoded)
-
-
-PROCESS_COMMANDS: dict[str, Callable[..., PartialRecord]] = {
-    "base": _prepare_base,
-    "cold": _load_and_answer,
-    "parity": _serve_adapter,
-    "times": _time_parts,
+PROCESS_COMMANDS: dict[str, tuple[Any, str]] = {
+    "base": (BaseRequest, "building.base_cache:prepare_base"),
+    "cold": (TrialRequest, "serving.cold:load_and_answer"),
+    "parity": (ServingRequest, "serving.parity:serve_adapter"),
+    "times": (TrialRequest, "step_times:time_parts"),
 }
+"""Commands of processes that end after one command: the type of the request, and the function in `lorameter.trial` that
+answers it."""
+
+
+def _execute(command: str, request: dict[str, Any]) -> PartialRecord:
+    kind, function = PROCESS_COMMANDS[command]
+    decoded = codec.from_json(kind, request, f"{command} request")
+    _log_to(decoded.trial.log_path if kind is ServingRequest else decoded.log_path)
+    return pkgutil.resolve_name(f"lorameter.trial.{function}")(decoded)  # type: ignore[no-any-return]
 
 
 def _log_to(log: str) -> None:

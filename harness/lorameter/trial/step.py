@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from lorameter.studies.variant import Variant
+from lorameter.trial.building.base_model import evaluating
 from lorameter.trial.building.build import TrainableModel
-from lorameter.trial.building.quantising import evaluating
 from lorameter.trial.data.stream import Batch, TokenStream
 
 _FORWARD: dict[str, Any] = {"use_cache": False}

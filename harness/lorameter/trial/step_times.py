@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,9 +20,8 @@ from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.records.record import PartialRecord
 from lorameter.studies.request import TrialRequest
-from lorameter.trial.building.base_model import architecture
+from lorameter.trial.building.base_model import architecture, evaluating
 from lorameter.trial.building.build import SharedBase, build
-from lorameter.trial.building.quantising import evaluating
 from lorameter.trial.data.stream import Batch
 from lorameter.trial.process import prepare_process, synchronize
 from lorameter.trial.serving.server import generate
@@ -58,8 +58,17 @@ def time_parts(request: TrialRequest) -> PartialRecord:
     if stack is None:
         raise UsageError(f"the model {source.label} has no list of decoder layers.")
     clock = _LayerClock(stack[1], request.device)
-    batches = _RandomBatches(request)
-    step = TrainStep(trainee, batches, variant, request.device)  # type: ignore[arg-type]  # it has the methods that a step calls
+    vocabulary = shapes.shape(catalogue.resolve(workload.model)).vocab_size
+
+    def draw(rows: int, length: int) -> torch.Tensor:
+        return torch.randint(vocabulary, (rows, length), device=request.device)
+
+    def take() -> Batch:
+        tokens = draw(workload.batch_size, workload.sequence_length)
+        return {"input_ids": tokens, "labels": tokens}
+
+    stream: Any = SimpleNamespace(take=take, held_out=lambda: [take()])  # the methods of a `TokenStream` for a step
+    step = TrainStep(trainee, stream, variant, request.device)
 
     def seconds(act: Callable[[], object]) -> float:
         """Seconds of a call in the whole model: the faster of two calls, since the first one allocates memory that
@@ -68,7 +77,8 @@ def time_parts(request: TrialRequest) -> PartialRecord:
 
     step_s, evaluate_s = seconds(step), seconds(step.held_out_loss)
     with evaluating(trainee.model):
-        request_s = seconds(lambda: generate(trainee.model, batches.prompts(), workload.new_tokens, variant=variant))
+        prompts = draw(workload.request_batch, workload.prompt_tokens)
+        request_s = seconds(lambda: generate(trainee.model, prompts, workload.new_tokens, variant=variant))
     layer, short = (sum(one.numel() for one in part.parameters()) for part in (stack[1], trainee.model))
     times = {
         "load": load_s * (1 + (layers - LAYERS) * layer / short),
@@ -118,29 +128,3 @@ class _LayerClock:
 
     def _end(self, *_: object) -> None:
         self._seconds += self._now() - self._begun
-
-
-class _RandomBatches:
-    """Batches of the workload's size, in place of a `TokenStream`."""
-
-    def __init__(self, request: TrialRequest) -> None:
-        workload = request.workload
-        self._most = shapes.shape(catalogue.resolve(workload.model)).vocab_size
-        self._device, self._size = request.device, (workload.batch_size, workload.sequence_length)
-        self._prompts = workload.request_batch, workload.prompt_tokens
-
-    def take(self) -> Batch:
-        """Random tokens with their labels."""
-        tokens = self._draw(self._size)
-        return {"input_ids": tokens, "labels": tokens}
-
-    def held_out(self) -> Iterator[Batch]:
-        """One random batch."""
-        yield self.take()
-
-    def prompts(self) -> torch.Tensor:
-        """Random prompts of one request."""
-        return self._draw(self._prompts)
-
-    def _draw(self, size: tuple[int, int]) -> torch.Tensor:
-        return torch.randint(self._most, size, device=self._device)

@@ -14,7 +14,6 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,33 +23,21 @@ import torch
 import kernels_check
 from kernels_check.check import Check
 from kernels_check.observe.modules import RandomState
-from lorameter.errors import LorameterError
 from lorameter.machine.gpus import GENERATIONS
 from lorameter.machine.host import PeakMemoryTracker, host_bytes
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.stats import is_steady
 from lorameter.studies.request import COMMANDS, TrialRequest, commands_by
 from lorameter.trial.building import peft_methods
-from lorameter.trial.building.build import SharedBase, TrainableModel, build, judge_checks, requirements_of
-from lorameter.trial.building.quantising import is_packed, unpack_4bit
-from lorameter.trial.data.stream import Batch, TokenStream
+from lorameter.trial.building.base_model import is_packed, unpack_4bit
+from lorameter.trial.building.build import SharedBase, build, judge_checks, requirements_of
+from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.memory import resident_bytes
-from lorameter.trial.process import Lap, Stopwatch, TrialTelemetry, release_unused, start_device
+from lorameter.trial.process import Lap, Stopwatch, TrialTelemetry, release_unused, synchronize
 from lorameter.trial.serving.server import Server, check_adapters, check_attention
 from lorameter.trial.step import TrainStep, model_inputs
 
 ISOLATED = "packing.isolated"
-
-
-@dataclass(frozen=True, slots=True)
-class _Built:
-    """The objects of a trial after `build`."""
-
-    trainee: TrainableModel
-    step: TrainStep
-    stream: TokenStream
-    packed: Batch | None
-    """A row of packed records, to check their isolation in evaluation; None if nothing is packed."""
 
 
 class Trial:
@@ -58,13 +45,18 @@ class Trial:
 
     `shared` is the base model of the process, on which other trials may also have adapters; each command runs with this
     trial's adapter active and with its own random state. `generations` counts the process generations up to the parent
-    of its run.
+    of its run; `rank` is that of this process among the ranks of the workload. `build` makes the model and its step,
+    and `begin_generate` the server.
     """
 
     COMMANDS: ClassVar[tuple[str, ...]] = commands_by("trial")
+    STEP: ClassVar[type[TrainStep]] = TrainStep
 
-    def __init__(self, request: TrialRequest, shared: SharedBase, *, generations: int = GENERATIONS) -> None:
+    def __init__(
+        self, request: TrialRequest, shared: SharedBase, *, generations: int = GENERATIONS, rank: int = 0
+    ) -> None:
         self._request = request
+        self._rank = rank
         self.shared = shared
         """The base of the process, also for later trials."""
         self._timed = "steps" in request.measures
@@ -78,14 +70,12 @@ class Trial:
         self._telemetry = TrialTelemetry(
             request,
             self._take_step,
-            lambda: self._built.stream.real_tokens,
+            lambda: self._stream.real_tokens,
             agree=self._agree,
             generations=generations,
         )
-        self._parts: _Built | None = None
         self._random: RandomState | None = None
         """Its random state; None before its first step."""
-        self._server: Server | None = None
         self._steps_taken = 0
         self._total_steps = 0
         self._watched: kernels_check.Watch | None = None
@@ -104,7 +94,7 @@ class Trial:
     @contextlib.contextmanager
     def _active(self) -> Iterator[None]:
         """Activate this trial's adapter and its random state, which is saved for the next command."""
-        peft_methods.activate(self._built.trainee.model, self._built.trainee.adapter)
+        peft_methods.activate(self._trainee.model, self._trainee.adapter)
         if self._random is not None:
             self._random.restore()
         try:
@@ -115,20 +105,30 @@ class Trial:
     def build(self) -> PartialRecord:
         """Load the base, attach the adapter, and run the first step."""
         request, shared = self._request, self.shared
-        baseline, started = host_bytes("VmRSS"), start_device(request.device)
+        baseline, begin = host_bytes("VmRSS"), time.perf_counter()
+        synchronize(request.device)  # CUDA creates its context here, which would otherwise be in the load time
+        device_start_s = time.perf_counter() - begin
         if self._alone:
             self._gauge.begin()
-        loads, conversions, begin = shared.loads, shared.conversions, time.perf_counter()
-        stream = self._open_stream()
+        loads, begin = shared.model is None, time.perf_counter()
+        stream = TokenStream(
+            Path(request.tokens_path), request.workload, request.variant, request.device, rank=self._rank,
+            ranks=request.workload.ranks,
+        )  # fmt: skip
         per_step = request.workload.batch_size * request.variant.gradient_accumulation
         self._total_steps = request.protocol.all_steps(stream.sequences, per_step)
-        trainee = self._build_trainee(stream)
+        trainee = build(
+            request, steps=self._total_steps, shared=shared, distribute=lambda model: self._distribute(model, stream),
+            rank=self._rank,
+        )  # fmt: skip
         load_time = time.perf_counter() - begin
         if self._initial is not None:
             peft_methods.save_initial(trainee.model, self._initial)
         if request.interleaving == "shared-base":
             shared.remember()
-        self._parts = _Built(trainee, self._make_step(trainee, stream), stream, stream.packed_batch(1))
+        self._trainee, self._stream = trainee, stream
+        self._step = self.STEP(trainee, stream, request.variant, request.device)
+        self._packed = stream.packed_batch(1)  # to check the isolation of packed records in evaluation
         if not request.variant.compile and request.workload.ranks == 1:
             self._watched = kernels_check.watch(trainee.model, self._requirements())
         with self._active():
@@ -138,23 +138,19 @@ class Trial:
             values = {
                 "threads": float(request.threads),
                 "build_step_time_s": lap.time_s,
-                "base_loads": float(shared.loads - loads),
-                "base_conversions": float(shared.conversions - conversions),
+                "base_loads": float(loads),
+                "base_conversions": float(loads and shared.is_converted),
             }
             if self._alone:
-                values |= {"load_time_s": load_time, "first_step_time_s": lap.time_s, **started}
+                values |= {"load_time_s": load_time, "first_step_time_s": lap.time_s}
+                if request.device.startswith("cuda"):
+                    values["device_start_time_s"] = device_start_s
             values |= self._initial_loss()
         return self._judged(PartialRecord(values=values, memory=memory, samples={"warmup_loss": (loss,)}), [loss])
 
-    def _open_stream(self) -> TokenStream:
-        request = self._request
-        return TokenStream(Path(request.tokens_path), request.workload, request.variant, request.device)
-
-    def _build_trainee(self, stream: TokenStream) -> TrainableModel:
-        return build(self._request, steps=self._total_steps, shared=self.shared)
-
-    def _make_step(self, trainee: TrainableModel, stream: TokenStream) -> TrainStep:
-        return TrainStep(trainee, stream, self._request.variant, self._request.device)
+    def _distribute(self, model: Any, stream: TokenStream) -> Any:
+        """The callable of the model's forward pass."""
+        return model
 
     def _initial_loss(self) -> dict[str, float]:
         """The loss of the base on held-out records, once per run; empty if the base has changed or trains."""
@@ -162,8 +158,8 @@ class Trial:
         own = request.variant.rewrites_base or request.variant.trains_base
         if not self._timed or request.replicate or own:
             return {}
-        with peft_methods.without_adapter(self._built.trainee.model):  # as before the first step
-            return {"held_out_loss_initial": self.shared.once("held_out_loss", self._built.step.held_out_loss)}
+        with peft_methods.without_adapter(self._trainee.model):  # as before the first step
+            return {"held_out_loss_initial": self.shared.once("held_out_loss", self._step.held_out_loss)}
 
     # --- checks -------------------------------------------------------------------------------------------------------
 
@@ -181,10 +177,10 @@ class Trial:
 
     def _requirements(self) -> dict[str, Any]:
         """Requirements by path."""
-        request, trainee = self._request, self._built.trainee
+        request, trainee = self._request, self._trainee
         shapes = tuple(parameter.numel() for parameter in trainee.parameters)
         own = requirements_of(
-            request.variant, shapes, packed=self._built.packed is not None,
+            request.variant, shapes, packed=self._packed is not None,
             on_linear=peft_methods.is_on_linear(trainee.model),
         )  # fmt: skip
         return own | request.requirements
@@ -201,7 +197,7 @@ class Trial:
         values = {"verify_time_s": time.perf_counter() - begin}
         # Later replicates call the model in the same way, so their step suffices if it contains two records.
         shown = any(check.path == ISOLATED and check.status != "unknown" for check in checks)
-        if self._built.packed is not None and (not shown or (self._timed and not self._request.replicate)):
+        if self._packed is not None and (not shown or (self._timed and not self._request.replicate)):
             checks = self._probe_isolation(checks)
             values["isolation_probe_time_s"] = time.perf_counter() - begin - values["verify_time_s"]
         samples: dict[str, tuple[float, ...]] = {"warmup_step_time_s": (lap.time_s,), "warmup_loss": (loss,)}
@@ -212,7 +208,7 @@ class Trial:
 
     def _check_in_own_steps(self) -> PartialRecord:
         """Check additional steps and restore the state before them."""
-        trainee, step, stream = self._built.trainee, self._built.step, self._built.stream
+        trainee, step, stream = self._trainee, self._step, self._stream
         position, schedule = stream.position(), trainee.schedule.state_dict()
         losses: list[torch.Tensor] = []
         begin = time.perf_counter()
@@ -225,14 +221,14 @@ class Trial:
 
     def _check(self, step: Callable[[], None], required: Mapping[str, Any]) -> tuple[list[Check], dict[str, float]]:
         """The checks of a step whose changes are reverted, and values for the record."""
-        return self._probe_isolation(kernels_check.verify(self._built.trainee.model, step, required)), {}
+        return self._probe_isolation(kernels_check.verify(self._trainee.model, step, required)), {}
 
     def _probe_isolation(self, checks: Sequence[Check]) -> list[Check]:
         """The checks of a step; forward passes probe the isolation of packed records, since each row of the step may
         hold only one record. A fault in the step itself is kept."""
-        if self._built.packed is None:
+        if self._packed is None:
             return list(checks)
-        probed = kernels_check.probe_isolation(self._built.trainee.model, model_inputs(self._built.packed))
+        probed = kernels_check.probe_isolation(self._trainee.model, model_inputs(self._packed))
         return [
             probed if check.path == probed.path and check.status in ("active", "unknown") else check for check in checks
         ]
@@ -264,7 +260,7 @@ class Trial:
 
     def turn(self, steps: int) -> PartialRecord:
         """Run `steps` timed steps, at least one."""
-        stream = self._built.stream
+        stream = self._stream
         real, padded = stream.real_tokens, stream.padded_tokens
         accumulated = self._request.variant.gradient_accumulation
         # One reading per turn, in its last step, so that no timed step follows it.
@@ -292,7 +288,7 @@ class Trial:
         same number of steps on the same tokens: those of the longest warm-up, or of the planned epochs; or after
         `steps`, if the time limit ends the training earlier.
         """
-        trainee, step = self._built.trainee, self._built.step
+        trainee, step = self._trainee, self._step
         memory = self._gauge.peaks("train") if self._sees_peaks else {}
         last = self._total_steps if steps is None else min(steps, self._total_steps)
         left = self.train(last - self._steps_taken) if self._timed else PartialRecord()
@@ -300,7 +296,7 @@ class Trial:
         values = {"trainable_parameters": float(sum(p.numel() for p in trainee.parameters))}
         if self._alone:
             # Gradients exist only between the backward pass and the update, so they are recomputed for counting.
-            step.loss(self._built.stream.take()).backward()
+            step.loss(self._stream.take()).backward()
         if self._sees_peaks:
             memory |= resident_bytes(trainee.model, trainee.optimizer)
             trainee.optimizer.zero_grad(set_to_none=True)
@@ -316,12 +312,12 @@ class Trial:
 
     def save_adapter(self) -> PartialRecord:
         """Save the trained adapter for a new interpreter."""
-        peft_methods.save(self._built.trainee.model, Path(self._request.scratch) / "adapter", initial=self._initial)
+        peft_methods.save(self._trainee.model, Path(self._request.scratch) / "adapter", initial=self._initial)
         return PartialRecord()
 
     def begin_generate(self) -> PartialRecord:
         """Run the first request and the discarded ones after it. The optimizer's state is released."""
-        trainee, protocol = self._built.trainee, self._request.protocol
+        trainee, protocol = self._trainee, self._request.protocol
         trainee.model.eval()
         if self._request.variant.merge_adapter:
             peft_methods.merge(trainee.model)
@@ -329,7 +325,7 @@ class Trial:
         release_unused(self._request.device)
         if self._sees_peaks:
             self._gauge.begin()
-        self._server = Server(trainee.model, trainee.adapter, self._built.stream, self._request)
+        self._server = Server(trainee.model, trainee.adapter, self._stream, self._request)
         first = self._server.warm_up(1 + protocol.generate_warmup)
         values = {
             "new_tokens": float(self._request.workload.new_tokens),
@@ -338,7 +334,10 @@ class Trial:
         }
         values |= {"first_call_time_s": first.request_time_s} if self._alone else {}
         if "open_ended" in self._request.measures and self._request.device.startswith("cuda"):
-            self._server.visit(protocol.open_ended_requests)
+            # cuDNN's attention, which torch prefers on Hopper, plans a kernel at the first occurrence of each key
+            # length, in tens of milliseconds on the host, which would distort comparisons of answers of other lengths.
+            for index in range(min(protocol.open_ended_requests, self._stream.open_ended_prompt_count)):
+                self._server.answer(index)
         fragment = PartialRecord(values=values, tokens={"completion": list(first.tokens)})
         if not self._sees_peaks:
             fragment = check_attention(fragment, trainee.model, self._server, self._request)
@@ -346,11 +345,11 @@ class Trial:
 
     def request(self) -> PartialRecord:
         """Run one warm request, with the unmerged adapter or, after `merge`, the merged one."""
-        return PartialRecord(samples=self._serving.request())
+        return PartialRecord(samples=self._server.request())
 
     def open_ended(self) -> PartialRecord:
         """Run one request until EOS; its answer goes into the record."""
-        index, request = self._serving.open_ended()
+        index, request = self._server.open_ended()
         samples: dict[str, tuple[float, ...]] = {
             "open_ended_request_time_s": (request.request_time_s,),
             "open_ended_first_token_time_s": (request.first_token_time_s,),
@@ -364,10 +363,10 @@ class Trial:
             return PartialRecord()
 
         def answers() -> dict[str, list[int]]:
-            with peft_methods.without_adapter(self._built.trainee.model):
+            with peft_methods.without_adapter(self._trainee.model):
                 return {f"base_answer_{index}": list(server.answer(index).tokens) for index in server.answered}
 
-        server = self._serving
+        server = self._server
         return PartialRecord(tokens=self.shared.once("answers", answers))
 
     def end_generate(self) -> PartialRecord:
@@ -375,26 +374,20 @@ class Trial:
         if not self._sees_peaks:
             return PartialRecord()
         fragment = PartialRecord(memory=self._gauge.peaks("generate"))  # before the check, which has its own peak
-        return check_attention(fragment, self._built.trainee.model, self._serving, self._request)
+        return check_attention(fragment, self._trainee.model, self._server, self._request)
 
     def merge(self) -> PartialRecord:
         """Merge the adapter into the base and warm up again. Ends the trial: the base is changed."""
-        self._serving.merge(discard=1 + self._request.protocol.generate_warmup)
+        self._server.merge(discard=1 + self._request.protocol.generate_warmup)
         return PartialRecord()
 
     def close(self) -> PartialRecord:
         """End a trial on a shared base, and verify that the base has not changed."""
-        unpack_4bit(self._built.trainee.model)
+        unpack_4bit(self._trainee.model)
         if self.shared.unchanged():
             return PartialRecord()
         message = "the base's weights changed while trials shared it, so none of them is what it would be alone"
         return PartialRecord().failed("invalid", Failure(phase="close", kind="BaseChanged", message=message))
-
-    @property
-    def _serving(self) -> Server:
-        if self._server is None:
-            raise LorameterError(f"trial {self._request.trial}: a request before begin_generate")
-        return self._server
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -402,14 +395,8 @@ class Trial:
         """The joint decision of all processes of the trial."""
         return decision
 
-    @property
-    def _built(self) -> _Built:
-        if self._parts is None:
-            raise LorameterError(f"trial {self._request.trial}: a command before build")
-        return self._parts
-
     def _take_step(self, meanwhile: Callable[[], object] | None = None) -> tuple[float, Lap]:
-        loss, lap = self._watch(self._built.step, meanwhile)
+        loss, lap = self._watch(self._step, meanwhile)
         self._steps_taken += 1
         return float(loss), lap
 

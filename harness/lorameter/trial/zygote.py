@@ -38,9 +38,10 @@ PRELOAD = ("torch", "transformers", "peft", "bitsandbytes", "lorameter.trial.tri
 LAZY = (
     *(family.module for family in FAMILIES.values() if family.preloaded),
     "transformers.generation.utils",
+    "peft.tuners.lora.bnb",
 )
-"""Submodules that the libraries load at first use, in addition to PEFT's (`peft_methods.LAZY`). Without this, each
-trial would import them during its load or first step."""
+"""Submodules that the libraries load at first use. Without this, each trial would import them during its load or first
+step."""
 
 
 def import_libraries() -> None:
@@ -50,9 +51,7 @@ def import_libraries() -> None:
     with _capability_from_nvml():
         for name in PRELOAD:
             importlib.import_module(name)
-    from lorameter.trial.building import peft_methods  # imports PEFT, so not at module level
-
-    for name in (*LAZY, *peft_methods.LAZY):
+    for name in LAZY:
         with contextlib.suppress(ImportError):  # an optimisation: a library may rename its submodules
             importlib.import_module(name)
     gc.freeze()  # garbage collection would otherwise write to shared pages in every child
@@ -170,16 +169,12 @@ def _host_trials(descriptor: int, control: Connection) -> None:
 
 def _cannot_fork() -> str | None:
     """Why a fork would be unsafe; None if it is safe."""
-    import torch
-
     if others := other_threads():
         return (
             f"the zygote has {1 + len(others)} threads and forks safely with one only; the others are "
             f"{', '.join(others)}. Measure in an environment without the library that starts it at import, or "
             "set background_thread:false in MALLOC_CONF where it is jemalloc's (jemalloc_bg_thd)"
         )
-    if torch.cuda.is_initialized():
-        return "something imported by the zygote has initialised CUDA, and no fork of it could use the device"
     if _driver_started():
         return (
             "something in the zygote has started the CUDA driver, and no fork of it could use the device: torch does "

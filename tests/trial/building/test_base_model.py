@@ -240,7 +240,7 @@ VARIANT = LoraVariant(
     optimizer="adamw",
 )  # fmt: skip
 WORKLOAD = Workload(
-    sequence_length=256, batch_size=1, train_sequences=8, held_out_records=4, held_out_sequences=1, prompt_tokens=8,
+    sequence_length=128, batch_size=1, train_sequences=8, held_out_records=4, held_out_sequences=1, prompt_tokens=8,
     new_tokens=3,
 )  # fmt: skip
 LEAST = Protocol(

@@ -169,14 +169,6 @@ def test_sizes_on_llama2_7b():
     assert counted.share == pytest.approx(0.039837, rel=1e-4)
 
 
-def test_grouped_heads_make_v_narrower_than_q():
-    """For each unit of r: layers × (q: width + query heads × head size, v: width + key/value heads × head size),
-    without weights."""
-    variant = LoraVariant(name="v", r=8, target_modules=(), **PREPARED)
-    counted = sizes_of(variant, catalogue.resolve("random:llama2-70b"))
-    assert counted.trainable_parameters == 8 * 80 * ((8192 + 64 * 128) + (8192 + 8 * 128))
-
-
 def test_each_setting_of_a_variant_becomes_a_requirement():
     """NF4 with double quantisation, bf16, dropout, fused AdamW and Liger kernels each become a requirement."""
     variant = LoraVariant(quantization="nf4", lora_dropout=0.1, liger_kernel=True)

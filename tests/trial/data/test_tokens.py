@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,17 +125,6 @@ def test_too_few_held_out_tokens_for_a_request_are_refused(tmp_path):
     """The error gives the number of available tokens and the settings to change."""
     with pytest.raises(UsageError, match=r"request_batch = 4096, prompt_tokens = 8: the held-out records hold \d+ tok"):
         prepare(dataclasses.replace(SMALL, request_batch=4096, held_out_records=1), tmp_path)
-
-
-def test_the_tokenising_process_loads_no_model_library():
-    """The tokenising process does not import the libraries of a model."""
-    code = (
-        "import sys, lorameter.trial.data.tokens\n"
-        "loaded = {'peft', 'bitsandbytes', 'accelerate', 'lorameter.trial.building.base_model'} & set(sys.modules)\n"
-        "assert not loaded, loaded"
-    )
-    root = Path(catalogue.__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
 
 
 def test_the_byte_tokenizer_encodes_utf8():

@@ -45,9 +45,9 @@ def on_rank(number, change):
 
     made = rank.RankTrial.__init__
 
-    def init(self, request, party):
-        made(self, request, party)
-        if party.rank == number:
+    def init(self, request, own):
+        made(self, request, own)
+        if own == number:
             change(self)
 
     rank.RankTrial.__init__ = init
@@ -83,7 +83,7 @@ def later(change_step):
 
 def leave_out_one_update(trial):
     """Skip the next optimizer step of this rank."""
-    optimizer = trial._built.trainee.optimizer
+    optimizer = trial._trainee.optimizer
     update = optimizer.step
 
     def skip(*given, **named):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import time
@@ -36,25 +37,25 @@ from lorameter.errors import impossible
 from lorameter.models import bases, catalogue
 from lorameter.models.bases import BaseDescription
 from lorameter.models.catalogue import ModelSource
+from lorameter.records import codec
 from lorameter.records.fileio import locked, write_document
-from lorameter.records.record import BaseSummary
+from lorameter.records.record import BaseSummary, PartialRecord
 from lorameter.studies.request import BaseRequest, TrialRequest, base_words
 from lorameter.studies.variant import Variant
-from lorameter.trial.building import base_model, quantising
-from lorameter.trial.building.base_model import load_base, skeleton
-from lorameter.trial.building.quantising import (
+from lorameter.trial.building import base_model
+from lorameter.trial.building.base_model import (
     bnb_config,
     constants_of,
     empty_layer,
     fill_layer,
+    load_base,
     mark_quantised,
     quantised_names,
+    skeleton,
 )
 
 ALIGNMENT = 64
 """Bytes of a cache line, and of the widest register that reads weights."""
-LIBRARIES = ("transformers", "bitsandbytes")
-"""Libraries other than torch that affect the content of a base."""
 _MARK = "|"
 """Separates a weight's name from the name of one of its constants; module names never contain it."""
 _TYPES = {
@@ -66,13 +67,18 @@ _TYPES = {
 def base_of(request: TrialRequest) -> tuple[transformers.PreTrainedModel, bool]:
     """The base of a trial, and whether this process made it from its source, because no base was prepared, or because
     the prepared one was removed or has another size."""
-    variant = request.variant
-    if request.base:
-        model = take(Path(request.base), variant, request.device)
-        if model is not None:
-            return model, False
+    model = take(Path(request.base), request.variant, request.device) if request.base else None
+    if model is not None:
+        return model, False
     source = catalogue.resolve(request.workload.model)
-    return load_base(source, variant, device=request.device, seed=request.workload.data_seed), True
+    return load_base(source, request.variant, device=request.device, seed=request.workload.data_seed), True
+
+
+def prepare_base(request: BaseRequest) -> PartialRecord:
+    """Make the base of a request unless it exists; returns its summary as a fragment."""
+    if request.device == "cpu":
+        torch.set_num_threads(request.threads)
+    return PartialRecord(tokens={"base": codec.to_json(prepare(request))})
 
 
 def prepare(request: BaseRequest) -> BaseSummary:
@@ -182,9 +188,23 @@ def _fill(model: Any, tensors: Mapping[str, torch.Tensor], frozen: frozenset[str
 
 
 def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> tuple[str, int]:
-    """Write a safetensors file (format version 1: length of the header, header, data without gaps); returns its digest
-    and its size."""
+    """Write a safetensors file; returns its digest and its size."""
     order = sorted(tensors, key=lambda name: (tensors[name].nbytes % ALIGNMENT != 0, -tensors[name].itemsize, name))
+    flat = (tensors[name].detach().cpu().contiguous().reshape(-1) for name in order)
+    data = (tensor.view(torch.uint8).numpy().data for tensor in flat)
+    digest = xxhash.xxh3_128()
+    with path.open("wb") as file:
+        for part in itertools.chain([safetensors_header(tensors, order, ALIGNMENT)], data):
+            digest.update(part)
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+        return digest.hexdigest(), file.tell()
+
+
+def safetensors_header(tensors: Mapping[str, torch.Tensor], order: Iterable[str], alignment: int = 8) -> bytes:
+    """The beginning of a safetensors file (format version 1) whose data follow in this order without gaps: the length
+    of the header, and the header, padded to a multiple of `alignment` bytes together."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:
@@ -192,26 +212,15 @@ def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> tuple[str
         begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % ALIGNMENT)
-    digest = xxhash.xxh3_128()
-    with path.open("wb") as file:
-        for part in (len(text).to_bytes(8, "little"), text):
-            digest.update(part)
-            file.write(part)
-        for name in order:
-            data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            digest.update(data)
-            file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest(), 8 + len(text) + end
+    text += b" " * (-(len(text) + 8) % alignment)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _facts_of(source: ModelSource, request: BaseRequest) -> dict[str, Any]:
     """Everything that determines the content of a base."""
     variant, cuda = request.variant, request.device.startswith("cuda")
     return {
-        "code": _digest(Path(str(one)).read_bytes() for one in (base_model.__file__, quantising.__file__, __file__)),
+        "code": _digest(Path(str(one)).read_bytes() for one in (base_model.__file__, __file__)),
         "source": _identity(source),
         "seed": request.workload.data_seed if source.random else None,
         "dtype": variant.dtype,
@@ -220,7 +229,7 @@ def _facts_of(source: ModelSource, request: BaseRequest) -> dict[str, Any]:
         # Other kernels may generate and round numbers differently.
         "device": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
         "libraries": {"torch": f"{torch.__version__} {torch.version.git_version}"}
-        | {name: _installed(name) for name in LIBRARIES},
+        | {name: _installed(name) for name in ("transformers", "bitsandbytes")},
     }
 
 

@@ -13,10 +13,9 @@ are exact, for a model of any size on any machine, and of any type that PEFT can
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -39,7 +38,7 @@ from lorameter.studies.request import TrialRequest
 from lorameter.studies.study import Study
 from lorameter.studies.variant import ADAMW, PAGED, FullVariant, LoraVariant, PeftVariant, Variant
 from lorameter.trial.building import peft_methods
-from lorameter.trial.building.base_cache import base_of
+from lorameter.trial.building.base_cache import base_of, safetensors_header
 from lorameter.trial.building.base_model import empty_model
 from lorameter.trial.building.peft_methods import (
     activate,
@@ -47,7 +46,6 @@ from lorameter.trial.building.peft_methods import (
     attach,
     attach_beside,
     make_optimizer,
-    reads_data,
     start_prefix,
     unmixable_layers,
     updater,
@@ -106,14 +104,14 @@ def build(
     """
     variant = request.variant
     set_precision(variant)
-    model, adapter = shared.model, shared.name_adapter()
+    model = shared.model
+    adapter = "default" if model is None else f"adapter{len(model.peft_config)}"
     if model is None:
-        base, made = base_of(request)
-        shared.loads, shared.conversions = 1, int(made)
+        base, shared.is_converted = base_of(request)
         if variant.liger_kernel:
             apply_liger_kernel(base, None)  # before the adapter: it patches the forwards of the model's own classes
         seed_everything(request.seed)
-        model = shared.model = attach(base, variant, adapter, batches=_batches(request), steps=steps)
+        model = shared.model = attach(base, variant, adapter, batches=lambda: _batches(request), steps=steps)
     else:
         seed_everything(request.seed)
         attach_beside(model, variant, adapter)
@@ -134,16 +132,15 @@ def build(
         variant.schedule, optimizer, num_warmup_steps=round(variant.warmup_ratio * steps), num_training_steps=steps
     )
     if variant.compile:
-        _own_caches(Path(request.scratch))
+        for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+            os.environ[variable] = str(Path(request.scratch) / name)  # a filled cache would make this trial look faster
         forward = torch.compile(model)
     seed_everything(request.seed + 1 + rank * _SEED_STRIDE)
     return TrainableModel(model, forward, optimizer, schedule, adapter, updater(model))
 
 
 def _batches(request: TrialRequest) -> list[Batch]:
-    """The inputs of the first steps, for a data-dependent initialisation; otherwise empty."""
-    if not reads_data(request.variant):
-        return []
+    """The inputs of the first steps, for a data-dependent initialisation."""
     stream = TokenStream(Path(request.tokens_path), request.workload, request.variant, request.device)
     batches = [stream.take() for _ in range(DATA_BATCHES)]
     return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
@@ -152,12 +149,6 @@ def _batches(request: TrialRequest) -> list[Batch]:
 def set_precision(variant: Variant) -> None:
     """Allow or forbid TF32 tensor cores for float32 products."""
     torch.backends.cuda.matmul.fp32_precision = "tf32" if variant.tf32 else "ieee"
-
-
-def _own_caches(scratch: Path) -> None:
-    """Give this trial its own compile caches: a cache filled by an earlier trial would make this one look faster."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
-    os.environ["TRITON_CACHE_DIR"] = str(scratch / "triton")
 
 
 # --- shared base ------------------------------------------------------------------------------------------------------
@@ -181,18 +172,10 @@ class SharedBase:
     def __init__(self) -> None:
         self.model: Any = None
         """The PEFT model with the adapters of all trials; None before the first trial is built."""
-        self.loads = 0
-        """Number of times that a base was loaded in this process."""
-        self.conversions = 0
-        """Number of these loads from the source: read, converted, quantised."""
-        self._adapters = 0
+        self.is_converted = False
+        """Whether this process read, converted and quantised it."""
         self._digest = ""
         self._found: dict[str, Any] = {}
-
-    def name_adapter(self) -> str:
-        """The name of the next adapter."""
-        self._adapters += 1
-        return f"adapter{self._adapters - 1}" if self._adapters > 1 else "default"
 
     def once(self, name: str, find: Callable[[], T]) -> T:
         """The result of `find`, computed by the first trial that calls this: a property of the shared base."""
@@ -252,29 +235,8 @@ def judge_checks(fragment: PartialRecord, checks: Sequence[Check], request: Tria
     return judge_required(added, required, name=request.variant.name, allow_fallback=request.allow_fallback)
 
 
-_BACKEND = {"sdpa": "fused", "eager": "eager", "flash_attention_2": "flash_attention_2", "flex_attention": "flex"}
-_OPTIMIZER = {
-    "adamw": "torch.optim.AdamW",
-    "adamw_fused": "torch.optim.AdamW",
-    "paged_adamw_32bit": "bitsandbytes.optim.PagedAdamW32bit",
-    "paged_adamw_8bit": "bitsandbytes.optim.PagedAdamW8bit",
-}
-
-
-LIGER_KINDS = "rms_norm+mlp+loss"
-"""Modules that Liger replaces in every supported architecture; the rotary embedding is replaced in some."""
-
-
-def attention_of(variant: Variant, own: Mapping[str, Any]) -> Any:
-    """The attention backend that a variant requires; `own` contains the study's requirements."""
-    return own.get("attention.backend", _BACKEND[variant.attention])
-
-
-def _optimizer_class(name: str) -> str:
-    """The class of a variant's optimizer in torch or bitsandbytes; "" for a PEFT optimizer, whose class differs."""
-    if name.startswith("bitsandbytes."):
-        return name.replace("bitsandbytes.", "bitsandbytes.optim.", 1)
-    return _OPTIMIZER.get(name) or (f"torch.optim.{name}" if name[:1].isupper() else "")
+BACKENDS = {"sdpa": "fused", "eager": "eager", "flash_attention_2": "flash_attention_2", "flex_attention": "flex"}
+"""The attention backend that kernels_check observes, by the setting `attention` of a variant."""
 
 
 def requirements_of(
@@ -290,47 +252,45 @@ def requirements_of(
         on_linear: whether linear layers have the adapter; their storage is then checked, else that of the whole base.
     """
     bits = {"none": 32 if variant.dtype == "float32" else 16, "int8": 8}.get(variant.quantization, 4)
-    full, optimizer = isinstance(variant, FullVariant), _optimizer_class(variant.optimizer)
-    required: dict[str, Any] = {
-        "attention.backend": _BACKEND[variant.attention],
-        # PEFT's preparation casts the norms to float32, which makes queries and keys float32 unless autocast converts
-        # them.
-        "attention.dtype": variant.autocast or ("float32" if variant.prepare_for_kbit else variant.dtype),
-        **({"base.bits": bits, "base.quant_type": variant.quantization} if on_linear else {}),
-        **({"base.learning": True} if full else {"peft.attached": True, "peft.learning": True}),
-        **({"peft.dropout": float(variant.lora_dropout)} if isinstance(variant, LoraVariant) else {}),
-        **({"optimizer.class": optimizer} if optimizer else {}),
-        "checkpointing": variant.gradient_checkpointing,
-        "mode": "train",
-    }
-    if variant.is_4bit and not on_linear:
-        required["base.bytes_in_4bit"] = 0.01
-    elif variant.is_4bit:
-        required["base.double_quant"] = variant.double_quant
-        required["base.compute_dtype"] = variant.compute_dtype
-    if not variant.trains_base:  # otherwise biases of the base are meant to train
-        required["base.frozen"] = True
-    if variant.adapter_dtype is not None:
-        required["peft.dtype"] = variant.adapter_dtype
-    if variant.optimizer == "adamw_fused":
-        required["optimizer.fused"] = True
+    full, linear_4bit = isinstance(variant, FullVariant), variant.is_4bit and on_linear
+    optimizer = peft_methods.find_optimizer(variant)  # a class, or a function of PEFT, which chooses the class itself
+    share = 0.0
     if variant.optimizer in PAGED:
         paged = paged_state_bytes(variant.optimizer, trained_shapes)
         share = paged / optimizer_state_bytes(variant.optimizer, [(elements, 4) for elements in trained_shapes])
-        if share:  # if all tensors are too small to be paged, a notice is given (`lorameter.run.feasibility`)
-            required["optimizer.paged_share"] = max(0.01, share - 0.02)
-    if variant.tf32 and variant.multiplies_float32:
-        required["tf32"] = True
-    if variant.compile:
-        required["compile"] = True
-    if variant.liger_kernel:
-        required["fused.kernels"] = LIGER_KINDS
-    if packed:
-        required["packing.isolated"] = True
-    return required
-
-
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    required: dict[str, Any] = {
+        "attention.backend": BACKENDS[variant.attention],
+        # PEFT's preparation casts the norms to float32, which makes queries and keys float32 unless autocast converts
+        # them.
+        "attention.dtype": variant.autocast or ("float32" if variant.prepare_for_kbit else variant.dtype),
+        "base.bits": bits if on_linear else None,
+        "base.quant_type": variant.quantization if on_linear else None,
+        "base.double_quant": variant.double_quant if linear_4bit else None,
+        "base.compute_dtype": variant.compute_dtype if linear_4bit else None,
+        "base.bytes_in_4bit": 0.01 if variant.is_4bit and not on_linear else None,
+        "base.frozen": None if variant.trains_base else True,  # biases of the base may be meant to train
+        "base.learning": True if full else None,
+        "peft.attached": None if full else True,
+        "peft.learning": None if full else True,
+        "peft.dropout": float(variant.lora_dropout) if isinstance(variant, LoraVariant) else None,
+        "peft.dtype": variant.adapter_dtype,
+        "optimizer.class": (
+            f"{optimizer.__module__.partition('.')[0]}.optim.{optimizer.__name__}"
+            if isinstance(optimizer, type)
+            else None
+        ),
+        "optimizer.fused": variant.optimizer == "adamw_fused" or None,
+        # If all tensors are too small to be paged, a notice is given (`lorameter.run.feasibility`).
+        "optimizer.paged_share": max(0.01, share - 0.02) if share else None,
+        "tf32": (variant.tf32 and variant.multiplies_float32) or None,
+        "compile": variant.compile or None,
+        # Liger replaces these in every supported architecture, and the rotary embedding in some.
+        "fused.kernels": "rms_norm+mlp+loss" if variant.liger_kernel else None,
+        "packing.isolated": packed or None,
+        "checkpointing": variant.gradient_checkpointing,
+        "mode": "train",
+    }
+    return {path: value for path, value in required.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -383,9 +343,11 @@ def sizes_of(variant: Variant, source: ModelSource) -> Sizes:
             'Use bias = "none", or quantization = "none".',
         )  # fmt: skip
     # PEFT also saves the initial adapter if it changed the base: twice the rank.
-    saved = model
-    if isinstance(variant, LoraVariant) and variant.rewrites_base:
-        saved = _attached(dataclasses.replace(variant, r=2 * variant.r), source)
+    doubled = isinstance(variant, LoraVariant) and variant.rewrites_base
+    saved = peft_methods.saved_tensors(
+        _attached(dataclasses.replace(variant, r=2 * variant.r), source) if doubled else model
+    )
+    order = sorted(saved, key=lambda name: (-saved[name].itemsize, name))  # as the library writes them
     size = sum(parameter.nbytes for parameter in trained)
     return Sizes(
         variant=variant.name,
@@ -396,7 +358,7 @@ def sizes_of(variant: Variant, source: ModelSource) -> Sizes:
         optimizer_state_bytes=optimizer_state_bytes(
             variant.optimizer, [(parameter.numel(), parameter.element_size()) for parameter in trained]
         ),
-        saved_bytes=_file_bytes(peft_methods.saved_tensors(saved)),
+        saved_bytes=len(safetensors_header(saved, order)) + sum(tensor.nbytes for tensor in saved.values()),
     )
 
 
@@ -414,23 +376,3 @@ def _attached(variant: Variant, source: ModelSource) -> Any:
                 f"sizes: variant {variant.name!r}", "target_modules", variant.setting("target_modules"),
                 f"PEFT cannot adapt {source.label} ({error})", "Name other layers, or another model.",
             ) from None  # fmt: skip
-
-
-def _file_bytes(state: Mapping[str, torch.Tensor]) -> int:
-    """Size of a safetensors file: a length of 8 bytes, a JSON header padded to a multiple of 8, the data.
-
-    Tensors are in the library's order: wide dtypes first, then by name (format of safetensors, version 1; the order
-    decides how many digits the offsets have).
-    """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in sorted(state.items(), key=lambda item: (-item[1].element_size(), item[0])):
-        end = offset + tensor.nbytes
-        header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    length = len(json.dumps(header, separators=(",", ":")).encode())
-    return 8 + -(-length // 8) * 8 + offset

@@ -52,7 +52,7 @@ def _try_method(variant: Variant) -> MethodFacts:
     before = [(parameter, parameter.detach().clone()) for parameter in base.parameters()]
     inputs = torch.randint(0, 250, (_ROWS, _LENGTH), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)}
-    model = peft_methods.attach(base, variant, batches=[batch], steps=1000)
+    model = peft_methods.attach(base, variant, batches=lambda: [batch], steps=1000)
     optimizer, update = peft_methods.make_optimizer(model, variant), peft_methods.updater(model)
     model.train()
     for step in (1, 2):

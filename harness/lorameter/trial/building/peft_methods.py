@@ -32,11 +32,9 @@ from kernels_check.observe.modules import find_enclosing
 from lorameter.errors import UsageError, format_error, impossible
 from lorameter.models import catalogue, shapes
 from lorameter.studies.variant import ADAMW, ALL_LINEAR, PAGED, FullVariant, LoraVariant, PeftVariant, Variant
-from lorameter.trial.building.quantising import unpack_4bit
+from lorameter.trial.building.base_model import unpack_4bit
 from lorameter.trial.data.tokens import load_tokenizer
 
-LAZY = ("peft.tuners.lora.bnb",)
-"""Modules that PEFT imports at its first quantised layer."""
 _PAGED = dict(zip(PAGED, ("PagedAdamW32bit", "PagedAdamW8bit"), strict=True))
 _BITSANDBYTES = "bitsandbytes."
 """Prefix of the names of bitsandbytes optimizers."""
@@ -78,7 +76,12 @@ def config_of(variant: Variant, *, steps: int | None = None) -> PeftConfig:
 
 
 def attach(
-    base: Any, variant: Variant, adapter: str = "default", *, batches: Iterable[Any] = (), steps: int | None = None
+    base: Any,
+    variant: Variant,
+    adapter: str = "default",
+    *,
+    batches: Callable[[], list[Any]] = list,
+    steps: int | None = None,
 ) -> Any:
     """The base with a fresh adapter, as PEFT makes it; for full fine-tuning, the base with all weights trainable.
 
@@ -86,7 +89,7 @@ def attach(
         base: frozen or not; afterwards only the weights that the method requires are trainable.
         variant: the variant to train.
         adapter: name of the adapter.
-        batches: inputs of the model, for data-dependent initialisations (EVA, CorDA).
+        batches: returns inputs of the model; called for data-dependent initialisations only (EVA, CorDA).
         steps: optimizer steps of the training.
     """
     base = _prepare(base, variant)
@@ -99,17 +102,12 @@ def attach(
     init = getattr(config, "init_lora_weights", None)
     if init == "corda":
         with torch.no_grad():
-            preprocess_corda(base, config, run_model=lambda: [base(**batch) for batch in batches])
+            preprocess_corda(base, config, run_model=lambda: [base(**batch) for batch in batches()])
     model = get_peft_model(base, config, adapter_name=adapter, autocast_adapter_dtype=_upcasts(variant))
     if init == "eva":
-        peft.initialize_lora_eva_weights(model, batches, adapter_name=adapter, show_progress_bar=False)
+        peft.initialize_lora_eva_weights(model, batches(), adapter_name=adapter, show_progress_bar=False)
     _cast(model, variant)
     return model
-
-
-def reads_data(variant: Variant) -> bool:
-    """Whether the initialisation of the adapter depends on data."""
-    return isinstance(variant, PeftVariant) and variant.peft.get("init_lora_weights") in ("corda", "eva")
 
 
 def attach_beside(model: Any, variant: Variant, adapter: str) -> None:
@@ -147,9 +145,7 @@ def start_prefix(model: Any, name: str, text: str) -> None:
 def updater(model: Any) -> Callable[[int], None] | None:
     """A function that a method calls after each update with the number of the step, from 1: AdaLoRA moves ranks between
     layers. None for a method without one."""
-    tuner = getattr(model, "base_model", None)
-    found: Callable[[int], None] | None = getattr(type(tuner), "update_and_allocate", None)
-    return None if found is None else cast("Callable[[int], None]", tuner.update_and_allocate)  # type: ignore[union-attr]
+    return getattr(getattr(model, "base_model", None), "update_and_allocate", None)
 
 
 def unmixable_layers(model: torch.nn.Module) -> tuple[str, ...]:

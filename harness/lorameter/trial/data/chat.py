@@ -13,16 +13,14 @@ A template may insert the current date. Runs on different days would then have d
 from __future__ import annotations
 
 import datetime
+import itertools
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lorameter.errors import UsageError, shorten
-from lorameter.models import shapes
-from lorameter.models.catalogue import ModelSource
-from lorameter.records import fileio
 
 Message = dict[str, str]
 """A message with `role` and `content`, as templates expect it."""
@@ -31,9 +29,8 @@ ASSISTANT = "assistant"
 _SPEAKERS = {"human": "user", "gpt": ASSISTANT}
 """ShareGPT's names of two of the roles."""
 _KEYS = (("role", "content"), ("from", "value"))
-_CALLS = ("tool_calls", "function_call")
 _HALF = re.compile("[\ud800-\udfff]")
-_REPAIR = "Correct it, or take the record out."
+REPAIR = "Correct it, or take the record out."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,23 +49,23 @@ def read_conversation(value: Any, place: str, column: str) -> Conversation:
     """
     if not isinstance(value, list) or not value:
         shown = "null" if value is None else shorten(repr(value), 60)
-        raise UsageError(f"{place}: {column} = {shown}: a list of messages is expected. {_REPAIR}")
+        raise UsageError(f"{place}: {column} = {shown}: a list of messages is expected. {REPAIR}")
     messages = tuple(_read_message(one, f"{place}: {column}, message {number}") for number, one in enumerate(value, 1))
     if not _answers(messages):
-        raise UsageError(f"{place}: {column}: no message is the assistant's, so there is no answer. {_REPAIR}")
+        raise UsageError(f"{place}: {column}: no message is the assistant's, so there is no answer. {REPAIR}")
     return Conversation(place=place, messages=messages)
 
 
 def _read_message(value: Any, place: str) -> Message:
     table = value if isinstance(value, Mapping) else {}
     present = {key: item for key, item in table.items() if item is not None}  # Arrow adds the other keys as nulls
-    for key in _CALLS:
+    for key in ("tool_calls", "function_call"):
         if present.get(key):
             raise UsageError(f"{place}: {key}: tool calls are not supported. Take the record out.")
     keys = next((keys for keys in _KEYS if keys[0] in present), None)
     if keys is None:
         shown = shorten(repr(value), 60)
-        raise UsageError(f"{place} = {shown}: role and content, or from and value, are expected. {_REPAIR}")
+        raise UsageError(f"{place} = {shown}: role and content, or from and value, are expected. {REPAIR}")
     speaker = present[keys[0]]
     role = _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
     if role not in ROLES:
@@ -82,7 +79,7 @@ def check_text(value: Any, place: str) -> str:
     if isinstance(value, str) and (value.isascii() or not _HALF.search(value)):
         return value
     shown = "null" if value is None else shorten(repr(value), 60)
-    raise UsageError(f"{place} = {shown}: a text is expected. {_REPAIR}")
+    raise UsageError(f"{place} = {shown}: a text is expected. {REPAIR}")
 
 
 def _answers(messages: Sequence[Message]) -> list[int]:
@@ -116,7 +113,11 @@ class ChatTemplate:
         try:
             template: str = tokenizer.get_chat_template()
         except ValueError:
-            raise no_chat_template(model) from None
+            raise UsageError(
+                f"model {model!r}: its tokenizer has no chat template, and the data is conversations. Use a model made "
+                "for them (often called Instruct or Chat), put its chat_template.jinja next to the tokenizer, or use "
+                "data of prompt and completion."
+            ) from None
         self._marked = _MARKED.search(template) is not None
         self._template = f"{_FIXED_CLOCK}{template}" if _CLOCK in template else template
 
@@ -156,12 +157,9 @@ class ChatTemplate:
             conversation, conversation.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
             tokenizer_kwargs={"return_offsets_mapping": True},
         )  # fmt: skip
-        spans: list[Span] = []
-        for (begin, end), marked in zip(encoded["offset_mapping"], encoded["assistant_masks"], strict=True):
-            if marked and spans and begin <= spans[-1][1]:
-                spans[-1] = (spans[-1][0], end)
-            elif marked:
-                spans.append((begin, end))
+        tokens = zip(encoded["assistant_masks"], encoded["offset_mapping"], strict=True)
+        runs = [list(run) for marked, run in itertools.groupby(tokens, key=operator.itemgetter(0)) if marked]
+        spans = [(run[0][1][0], run[-1][1][1]) for run in runs]
         answers = [conversation.messages[number] for number in _answers(conversation.messages)]
         missing = _find_missing("".join(text[begin:end] for begin, end in spans), answers)
         if missing is not None:
@@ -209,43 +207,3 @@ def _find_missing(text: str, messages: Sequence[Message]) -> int | None:
             return number
         begin += len(content)
     return None
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-_FILES = ("chat_template.jinja", "chat_template.json")
-_GGUF_KEY = "tokenizer.chat_template"
-
-
-def has_chat_template(source: ModelSource) -> bool | None:
-    """Whether conversations can be rendered in this model's format; None if only the loaded tokenizer shows it.
-
-    The byte tokenizer has its own template. Unreadable files are reported when they are loaded.
-    """
-    if source.tokenizer == "byte":
-        return True
-    if source.random:  # the byte tokenizer may replace one that cannot be loaded
-        return None
-    if source.kind == "gguf":
-        return _GGUF_KEY in shapes.gguf_of(Path(source.location)).values
-    if source.kind != "directory":
-        return None
-    folder = Path(source.location)
-    if any(fileio.is_file(folder / name) for name in _FILES):
-        return True
-    try:
-        config = fileio.read_json(folder / "tokenizer_config.json")
-    except fileio.NotReadableError:
-        return None
-    return isinstance(config, dict) and bool(config.get("chat_template"))
-
-
-def no_chat_template(model: str) -> UsageError:
-    """The error for conversations and a model without a chat template."""
-    return UsageError(
-        f"model {model!r}: its tokenizer has no chat template, and the data is conversations. Use a model made for "
-        "them (often called Instruct or Chat), put its chat_template.jinja next to the tokenizer, or use data of "
-        "prompt and "
-        "completion."
-    )

@@ -7,7 +7,6 @@ hub data sets with `datasets`.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import gzip
 import itertools
@@ -18,20 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from lorameter.errors import UsageError, shorten
+from lorameter.errors import UsageError, format_error, shorten
 from lorameter.models import catalogue
 from lorameter.studies.workload import PACKED, REMEDY, DataColumns, DataSource, Workload, resolve
-from lorameter.trial.data.chat import Conversation, check_text, has_chat_template, no_chat_template, read_conversation
+from lorameter.trial.data.chat import REPAIR, Conversation, check_text, read_conversation
 
 Record = dict[str, str]
 AnyRecord = Record | Conversation
 
-PREVIEW_CHARACTERS = 32 << 20
-"""Maximum characters of records that are validated before a run; more would take seconds."""
-MOST_CHARACTERS = 4 << 30
-"""Maximum characters of all records, which are shuffled in memory."""
-CELL_CHARACTERS = 1 << 30
-"""Maximum characters of one CSV cell."""
+PREVIEW_RECORDS = 20_000
+"""Maximum number of records that are validated before a run; more would take seconds."""
 BATCH_ROWS = 256
 
 OPTIONAL = "context"
@@ -47,7 +42,6 @@ _KNOWN: tuple[dict[str, str], ...] = (
 """Column of each part: databricks-dolly-15k, Alpaca, prompts with completions, chats, ShareGPT, plain text."""
 _KNOWN_WORDS = "; ".join(", ".join(columns.values()) for columns in _KNOWN)
 _MAP_THEM = 'Map them in the study: [workload] columns = { instruction = "question", response = "answer" }.'
-_REPAIR = "Correct it, or take the record out."
 
 PlacedRow = tuple[str, Any]
 """The file and number of a row, as text, and the row."""
@@ -63,15 +57,10 @@ def read_records(workload: Workload) -> tuple[Iterator[AnyRecord], str]:
     source = resolve(workload.data)
     if source.kind == "synthetic":
         return synthetic_records(workload.data_seed), f"synthetic instruction records, seed {workload.data_seed}"
-    records, characters, title = [], 0, ""
-    for form, record in _records(source, workload):
-        records.append(record)
-        title, characters = form.title, characters + _count_characters(record)
-        if characters > MOST_CHARACTERS:
-            most = f"more than {MOST_CHARACTERS >> 30} billion characters"
-            raise UsageError(f"data {shorten(repr(workload.data))}: {most}. Use a part of it.")
+    pairs = list(_records(source, workload))
+    records = [record for _, record in pairs]
     random.Random(workload.data_seed).shuffle(records)
-    return iter(records), f"{source.label}, {len(records)} records of {title}"
+    return iter(records), f"{source.label}, {len(records)} records of {pairs[0][0].title}"
 
 
 def describe_data(workload: Workload) -> str:
@@ -85,11 +74,10 @@ def describe_data(workload: Workload) -> str:
         return f"synthetic instruction records, seed {workload.data_seed}"
     if source.kind == "hub":
         return f"{source.label} of the hub, checked when it is downloaded"
-    count, characters, title = 0, 0, ""
-    for form, record in _records(source, workload):
-        count, characters, title = count + 1, characters + _count_characters(record), form.title
-        if characters > PREVIEW_CHARACTERS:
-            return f"{source.label}, records of {title}; the first {count} were checked"
+    pairs = list(itertools.islice(_records(source, workload), PREVIEW_RECORDS))
+    count, title = len(pairs), pairs[0][0].title
+    if count == PREVIEW_RECORDS:
+        return f"{source.label}, records of {title}; the first {count} were checked"
     if count <= workload.held_out_records:
         raise UsageError(
             f"data {workload.data!r}: {count} records, and held_out_records = {workload.held_out_records}: none is "
@@ -117,11 +105,6 @@ def _records(source: DataSource, workload: Workload) -> Iterator[tuple[RecordFor
         raise UsageError(f"{where}: it has no records. Known are records of {_KNOWN_WORDS}.")
 
 
-def _count_characters(record: AnyRecord) -> int:
-    texts = [one["content"] for one in record.messages] if isinstance(record, Conversation) else record.values()
-    return sum(map(len, texts))
-
-
 # --- columns ----------------------------------------------------------------------------------------------------------
 
 
@@ -145,7 +128,7 @@ class RecordForm:
         names = _columns_of(row, place)
         for column in self.columns.values():
             if column not in names:
-                raise UsageError(f"{place}: no column {_quote(column)}. The first record has {self.title}. {_REPAIR}")
+                raise UsageError(f"{place}: no column {_quote(column)}. The first record has {self.title}. {REPAIR}")
         if "messages" in self.columns:
             column = self.columns["messages"]
             return read_conversation(row[column], place, column)
@@ -159,7 +142,7 @@ class RecordForm:
 
 def _columns_of(row: Any, place: str) -> Sequence[str]:
     if not isinstance(row, dict):
-        raise UsageError(f"{place}: {shorten(repr(row), 60)}: a record with named columns is expected. {_REPAIR}")
+        raise UsageError(f"{place}: {shorten(repr(row), 60)}: a record with named columns is expected. {REPAIR}")
     return tuple(row)
 
 
@@ -210,8 +193,6 @@ def _check_use(form: RecordForm, workload: Workload) -> None:
             f"workload: prompt_format = {workload.prompt_format!r}: it is for instructions with responses, and the "
             f"data has {form.title}. Leave it out."
         )
-    if "messages" in form.columns and has_chat_template(catalogue.resolve(workload.model)) is False:
-        raise no_chat_template(workload.model)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -238,18 +219,15 @@ def _place_rows(where: str, unit: str, first: int, rows: Iterator[Any]) -> Itera
         except UsageError:
             raise
         except Exception as error:  # the exception's type depends on the library
-            raise UsageError(f"{place}: cannot be read: {_first_line(error)}. Correct or restore it.") from None
+            raise UsageError(
+                f"{place}: cannot be read: {format_error(error).rstrip('.')}. Correct or restore it."
+            ) from None
         if row is not _BLANK:
             yield place, row
 
 
 _BLANK = object()
 """A line without a record."""
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(getattr(error, "strerror", None) or error).splitlines() or [type(error).__name__]
-    return shorten(lines[0], 300).rstrip(".")
 
 
 def _open(path: Path) -> BinaryIO:
@@ -276,7 +254,7 @@ def _read_json(path: Path) -> Iterator[Any]:
 
 def _read_csv(path: Path) -> Iterator[Any]:
     """Rows as dicts; an empty cell becomes None, since CSV does not distinguish them."""
-    csv.field_size_limit(CELL_CHARACTERS)
+    csv.field_size_limit(1 << 30)  # characters of a cell; the library's default is 131,072
     with _open(path) as file:
         rows = csv.reader((line.decode("utf-8-sig") for line in file), strict=True)
         names = next(rows, [])
@@ -315,28 +293,14 @@ def _read_data_set(source: DataSource, where: str) -> Iterator[Any]:
         if source.kind == "saved":
             data: Any = datasets.load_from_disk(str(Path(source.name) / source.split))
         else:
-            with _offline_unless_hub_answers(source):
-                data = datasets.load_dataset(source.name, source.config or None, split=source.split)
+            if not catalogue.hub_answers(f"datasets/{source.name}/resolve/main/README.md"):
+                datasets.config.HF_HUB_OFFLINE = True  # `datasets` would retry for six minutes before it uses its cache
+            data = datasets.load_dataset(source.name, source.config or None, split=source.split)
     except Exception as error:  # see above
         remedy = REMEDY if source.kind == "hub" else "Save it again."
-        raise UsageError(f"{where}: cannot be read: {type(error).__name__}: {_first_line(error)}. {remedy}") from None
+        raise UsageError(f"{where}: cannot be read: {format_error(error).rstrip('.')}. {remedy}") from None
     for batch in data.with_format("arrow").iter(batch_size=BATCH_ROWS):  # the Arrow format does not decode images
         yield from batch.to_pylist()
-
-
-@contextlib.contextmanager
-def _offline_unless_hub_answers(source: DataSource) -> Iterator[None]:
-    """Make `datasets` use only its cache if the hub does not answer; otherwise it would retry for six minutes."""
-    import datasets
-
-    before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = before or not catalogue.hub_answers(
-        f"datasets/{source.name}/resolve/main/README.md"
-    )
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
 
 
 # --- synthetic records ------------------------------------------------------------------------------------------------

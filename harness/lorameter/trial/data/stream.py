@@ -43,7 +43,7 @@ class TokenStream:
         self._device = device
         self._in_one_row = workload.layout == "packed" and variant.attention == "flash_attention_2"
         self._next = 0
-        self._rank, self._ranks = rank, ranks
+        self._rank, self.ranks = rank, ranks
         self._labelled = (self._tensors["train.labels"][:, 1:] != IGNORED).sum(dim=1)
         self.sequences = len(self._tensors["train.input_ids"])
         """Sequences in one epoch."""
@@ -63,13 +63,13 @@ class TokenStream:
         """The next training batch of this rank, and its share of the labelled tokens of all ranks."""
         together = self._rows(self._next, self._workload.batch_size)
         self._next = (together[-1] + 1) % self.sequences
-        size = len(together) // self._ranks
+        size = len(together) // self.ranks
         rows = together[self._rank * size : (self._rank + 1) * size]
         mask = self._tensors["train.attention_mask"][rows][:, : self._length("train", together)]
         real = int(mask.sum())
         self.real_tokens += real
         self.padded_tokens += mask.numel() - real
-        share = 1.0 if self._ranks == 1 else float(self._labelled[rows].sum() / self._labelled[together].sum())
+        share = 1.0 if self.ranks == 1 else float(self._labelled[rows].sum() / self._labelled[together].sum())
         return self._batch("train", rows, self._length("train", together)), share
 
     def upcoming(self, batches: int) -> torch.Tensor:
@@ -106,7 +106,7 @@ class TokenStream:
         """A training batch whose first row has at least two records, for the isolation probe; None if there is none.
         Its default number of rows is that of a step."""
         starts = (self._tensors["train.position_ids"] == 0).sum(dim=1)
-        most = self._workload.batch_size // self._ranks if rows is None else rows
+        most = self._workload.batch_size // self.ranks if rows is None else rows
         chosen = [int(row) for row in starts.argsort(descending=True)[:most]]
         if self._workload.layout != "packed" or starts[chosen[0]] < 2:
             return None

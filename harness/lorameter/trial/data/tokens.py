@@ -23,6 +23,7 @@ import numpy as np
 import tokenizers
 import transformers
 from numpy.typing import NDArray
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lorameter.errors import UsageError, format_error, impossible
 from lorameter.models import catalogue, shapes
@@ -121,17 +122,15 @@ def _sequences(
 ) -> tuple[list[Row], int]:
     """Up to `wanted` sequences, and the number of sequences skipped because they have no label: the mean loss of a
     batch of such sequences would be 0/0."""
-    rows = _rows(records, tokens, workload, partial=partial)
     taken: list[Row] = []
     skipped = 0
-    while len(taken) < wanted and skipped < max(1000, MOST_SKIPPED * wanted):
-        row = next(rows, None)
-        if row is None:
-            break
+    for row in _rows(records, tokens, workload, partial=partial):
         if any(label != IGNORED for label in row["labels"]):
             taken.append(row)
         else:
             skipped += 1
+        if len(taken) == wanted or skipped == max(1000, MOST_SKIPPED * wanted):
+            break
     return taken, skipped
 
 
@@ -199,11 +198,6 @@ def _prompts(records: list[AnyRecord], tokens: Encoder, workload: Workload) -> N
     joined = list(itertools.chain.from_iterable(encoded))
     if not prompts and len(joined) >= length:
         prompts = [joined[:length]]
-    if not prompts:
-        raise UsageError(
-            f"workload: prompt_tokens = {length}: the held-out records hold {len(joined)} tokens. "
-            "Use a shorter prompt_tokens or more held_out_records."
-        )
     if batch > 1:
         prompts = _distinct(prompts, joined, length, batch)
     if len(prompts) < batch:
@@ -218,7 +212,7 @@ def _prompts(records: list[AnyRecord], tokens: Encoder, workload: Workload) -> N
 def _distinct(prompts: list[list[int]], joined: list[int], length: int, wanted: int) -> list[list[int]]:
     """Distinct prompts: the given ones, and further pieces of the joined records, up to `wanted`."""
     distinct = dict.fromkeys(map(tuple, prompts))
-    places = max(0, len(joined) - length) + 1
+    places = len(joined) - length + 1
     for step in dict.fromkeys((max(1, places // wanted), 1)):  # at large distances, then at every position
         for start in range(0, places, step):
             if len(distinct) >= wanted:
@@ -348,8 +342,7 @@ def prompt_and_target(record: Record, prompt_format: PromptFormat) -> tuple[str,
 # accelerate or `lorameter.trial.building.base_model`.
 
 
-BYTE_TOKENS = 256
-BYTE_VOCABULARY = BYTE_TOKENS + 3
+BYTE_VOCABULARY = 256 + 3
 """The bytes, plus begin, end and padding."""
 BYTE_CHAT = (
     "{{ bos_token }}{% for message in messages %}### {{ message.role | capitalize }}\n"
@@ -441,7 +434,8 @@ def _byte_tokenizer(source: ModelSource, vocab_size: int) -> transformers.PreTra
             f"its vocabulary of {vocab_size} cannot hold the {BYTE_VOCABULARY} tokens of the byte tokenizer",
             f"Use a model with at least {BYTE_VOCABULARY} tokens.",
         )
-    model = tokenizers.models.BPE(vocab={char: byte for byte, char in enumerate(_byte_characters())}, merges=[])
+    vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
+    model = tokenizers.models.BPE(vocab=vocabulary, merges=[])
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
@@ -453,10 +447,3 @@ def _byte_tokenizer(source: ModelSource, vocab_size: int) -> transformers.PreTra
         pad_token="<pad>",
         chat_template=BYTE_CHAT,
     )
-
-
-def _byte_characters() -> list[str]:
-    """The printable character of each byte in GPT-2's byte-level alphabet (Radford et al. 2019)."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = iter(range(BYTE_TOKENS, 2 * BYTE_TOKENS))
-    return [chr(byte if byte in printable else next(others)) for byte in range(BYTE_TOKENS)]

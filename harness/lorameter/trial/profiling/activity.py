@@ -105,7 +105,11 @@ def activity_of(
         separate = {
             "casts_s": _casts(operators),
             "wide_products_s": [one for one in operators if _is_wide_product(one)],
-            "dropout_backward_s": [one for one in operators if _is_backward_of(one, dropout_nodes)],
+            "dropout_backward_s": [
+                one
+                for one in operators
+                if one.name().startswith(_CALL) and (one.fwd_thread_id(), one.sequence_nr()) in dropout_nodes
+            ],
         }
         dropouts = [one for one in operators if one.name() == DROPOUT_OPERATOR]
         ran = kernels_by_phase.get(phase, []) if cuda else operators
@@ -120,7 +124,7 @@ def activity_of(
                 totals_s=totals_s,
                 **{name: sum(_spent(one, seconds) for one in found) / steps for name, found in separate.items()},
                 records={} if cuda else {WHOLE: len(operators) / steps, **counted},
-                copies=_sum_copies(_copies(operators, weights or {}, seconds), steps),
+                copies=_copies(operators, weights or {}, seconds, steps),
                 parts_s={
                     name: sum(seconds(one.start, one.end) for one in marked if one.name == name) / steps
                     for name in dict.fromkeys(one.name for one in marked)
@@ -151,21 +155,16 @@ def _sort_events(events: Iterable[Any]) -> tuple[list[Window], list[Window], lis
     for event in events:
         name, marked = event.name(), event.is_user_annotation()
         on_host = event.device_type() == DeviceType.CPU
+        runtime = name.startswith(_RUNTIME) and "::" not in name  # such as `cudaLaunchKernel`
         if on_host and marked and name.startswith(PART):
             parts.append(Window(event.start_ns(), event.end_ns(), name.removeprefix(PART)))
         elif on_host and marked and name.startswith(MARK):
             windows.append(Window(event.start_ns(), event.end_ns(), name.removeprefix(MARK)))
-        elif on_host and not (marked or event.is_async() or _is_runtime(name)):
+        elif on_host and not (marked or event.is_async() or name.startswith("[") or runtime):
             host.append(event)
         elif event.device_type() == DeviceType.CUDA and not (marked or event.is_hidden_event()):
             device.append(event)
     return sorted(windows), parts, host, device
-
-
-def _is_runtime(name: str) -> bool:
-    """Whether a record is a CUDA call such as `cudaLaunchKernel`; operator names have a namespace or are class
-    names."""
-    return (name.startswith(_RUNTIME) and "::" not in name) or name.startswith("[")
 
 
 def _sum_uses(
@@ -246,14 +245,16 @@ _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::add
 """Matrix-product operators; none of them calls another."""
 
 
-def _copies(host: Sequence[Any], weights: Mapping[tuple[int, int], str], seconds: Seconds) -> list[WeightCopy]:
-    """Each copy of a whole weight.
+def _copies(
+    host: Sequence[Any], weights: Mapping[tuple[int, int], str], seconds: Seconds, steps: int
+) -> tuple[WeightCopy, ...]:
+    """The copies of whole weights in the mean step, by weight and shape, the slowest first.
 
     Inside a linear product a copy is recognised by the weight's two widths, in any order, and elsewhere by the exact
     shape of the weight.
     """
     products = sorted((one for one in host if one.name() == "aten::linear"), key=lambda one: one.start_ns())
-    copies = []
+    groups: dict[tuple[str, tuple[int, ...], bool], list[Any]] = {}
     for operator, *_ in _outermost(host, _COPYING):
         shape: list[int] = next(iter(operator.shapes()), [])
         if math.prod(shape) < _LEAST or len(shape) < 2:
@@ -266,28 +267,15 @@ def _copies(host: Sequence[Any], weights: Mapping[tuple[int, int], str], seconds
             whole = len(weight) == 2 and sorted(shape[-2:]) == sorted(weight) and list(shape) != list(input_shape)
             name = weights.get((weight[0], weight[1]), "") if whole else None
         if name is not None:
-            copies.append(
-                WeightCopy(
-                    weight=name, shape=tuple(shape), operator=operator.name(), calls=1.0,
-                    time_s=_spent(operator, seconds), in_product=within is not None,
-                )
-            )  # fmt: skip
-    return copies
-
-
-def _sum_copies(copies: Sequence[WeightCopy], steps: int) -> tuple[WeightCopy, ...]:
-    """Merge the copies of one weight and shape, for the mean step, the slowest first."""
-    groups: dict[tuple[str, tuple[int, ...], bool], list[WeightCopy]] = {}
-    for copy in copies:
-        groups.setdefault((copy.weight, copy.shape, copy.in_product), []).append(copy)
-    means = [
+            groups.setdefault((name, tuple(shape), within is not None), []).append(operator)
+    copies = [
         WeightCopy(
-            weight=weight, shape=shape, operator=group[0].operator, calls=len(group) / steps,
-            time_s=sum(one.time_s for one in group) / steps, in_product=in_product,
+            weight=weight, shape=shape, operator=group[0].name(), calls=len(group) / steps,
+            time_s=sum(_spent(one, seconds) for one in group) / steps, in_product=in_product,
         )
         for (weight, shape, in_product), group in groups.items()
     ]  # fmt: skip
-    return tuple(sorted(means, key=lambda one: -one.time_s))
+    return tuple(sorted(copies, key=lambda one: -one.time_s))
 
 
 def _casts(host: Sequence[Any]) -> list[Any]:
@@ -333,11 +321,6 @@ _CALL = "autograd::engine::evaluate_function: "
 """Prefix of a node's name in the record of the engine's call of the node."""
 Node = tuple[int, int]
 """A node of autograd's graph: the thread that created it, and its number there."""
-
-
-def _is_backward_of(operator: Any, made: set[Node]) -> bool:
-    """Whether an operator is the call of one of these nodes."""
-    return operator.name().startswith(_CALL) and (operator.fwd_thread_id(), operator.sequence_nr()) in made
 
 
 def _nodes_made_by(host: Sequence[Any], maker: str) -> set[Node]:

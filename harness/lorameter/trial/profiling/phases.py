@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
@@ -39,7 +39,7 @@ from lorameter.studies.request import TrialRequest
 from lorameter.trial.building import peft_methods
 from lorameter.trial.building.build import TrainableModel
 from lorameter.trial.data.stream import Batch, TokenStream
-from lorameter.trial.memory import output_head, resident_tensors, storage_bytes
+from lorameter.trial.memory import cache_of, cached_tensors, output_head, resident_tensors, storage_bytes
 from lorameter.trial.process import Stopwatch, synchronize
 from lorameter.trial.profiling.activity import MARK, PART, activity_of
 from lorameter.trial.serving.server import Request
@@ -56,8 +56,8 @@ class Phases:
 
     def __init__(self, names: Sequence[str], device: str) -> None:
         """`names` are those of all phases; `device` is a torch device type."""
-        self._device = device
-        self._names = tuple(names)
+        self._device, self._on_cuda = device, device.startswith("cuda")
+        self._names = names
         self._borders: list[tuple[str, Any]] = []
         """The phase that begins at each border, and its timestamp: an event, or a time in seconds."""
         self._mark: Any = None
@@ -107,10 +107,6 @@ class Phases:
                 times[phase] += start.elapsed_time(end) / 1e3 if self._on_cuda else end - start
         return times
 
-    @property
-    def _on_cuda(self) -> bool:
-        return self._device.startswith("cuda")
-
     def _stamp(self) -> Any:
         if not self._on_cuda:
             return time.perf_counter()
@@ -147,18 +143,9 @@ class BorderedStep(TrainStep):
             super().update()
 
 
-class Bordered(Protocol):
-    """A callable that runs in phases: a step, or a request."""
-
-    phases: Phases
-
-    def __call__(self) -> Any:
-        """Run all phases once."""
-
-
 def pair_times(
     plain: Callable[[], Any],
-    bordered: Bordered,
+    bordered: BorderedStep | BorderedRequest,
     device: str,
     *,
     what: str,
@@ -203,7 +190,7 @@ def pair_times(
 
 
 def profiled(
-    bordered: Bordered,
+    bordered: BorderedStep | BorderedRequest,
     device: str,
     folder: Path,
     *,
@@ -228,7 +215,7 @@ def profiled(
     return session() if activity.missing else activity
 
 
-def _record(bordered: Bordered, device: str, trace: Path) -> tuple[tuple[float, ...], Any]:
+def _record(bordered: BorderedStep | BorderedRequest, device: str, trace: Path) -> tuple[tuple[float, ...], Any]:
     """Times of the recorded calls, and the records with the shapes that identify copies."""
     cuda = [ProfilerActivity.CUDA] if device.startswith("cuda") else []
     watch = Stopwatch(device)
@@ -246,13 +233,6 @@ def _record(bordered: Bordered, device: str, trace: Path) -> tuple[tuple[float, 
     recorded.export_chrome_trace(str(trace))
     results = recorded.profiler.kineto_results if recorded.profiler is not None else None
     return tuple(times[1:]), () if results is None else results.events()
-
-
-def useful_tokens(stream: TokenStream, rows: int) -> dict[str, float]:
-    """Mean real tokens of a step with `rows` sequences, and the query-key pairs that its attention needs."""
-    lengths, part = stream.record_lengths(), rows / stream.sequences
-    pairs = sum(length * (length + 1) // 2 for length in lengths)
-    return {"useful_positions": part * sum(lengths), "useful_pairs": part * pairs}
 
 
 def watch_gradients(model: torch.nn.Module, step: Callable[[], object]) -> dict[str, bool | None]:
@@ -276,9 +256,6 @@ def watch_gradients(model: torch.nn.Module, step: Callable[[], object]) -> dict[
 # --- requests ---------------------------------------------------------------------------------------------------------
 
 
-Ask = Callable[[], Request]
-
-
 class BorderedRequest:
     """A request, as a user would make it, with the time of each of its phases.
 
@@ -287,7 +264,7 @@ class BorderedRequest:
     between passes on the host (choosing a token, returning it, preparing the next inputs).
     """
 
-    def __init__(self, model: Any, ask: Ask, device: str) -> None:
+    def __init__(self, model: Any, ask: Callable[[], Request], device: str) -> None:
         """`model` is a PEFT model; `ask` makes a request of it."""
         self._model = peft_methods.wrapped(model)
         self._ask = ask
@@ -301,7 +278,7 @@ class BorderedRequest:
             nonlocal passes
             self.phases.turn("decode" if passes else "prefill")
             if self.phases.marked and not passes:
-                parts.enter_context(_marking(_cache_of(given), "update", CACHE))
+                parts.enter_context(_marking(cache_of(given), "update", CACHE))
             passes += 1
 
         with ExitStack() as parts:
@@ -338,7 +315,7 @@ def request_samples(request: Request, is_plain: bool) -> dict[str, float]:
     return {name: getattr(request, name) for name in names}
 
 
-def observe_request(model: Any, ask: Ask) -> RequestFacts:
+def observe_request(model: Any, ask: Callable[[], Request]) -> RequestFacts:
     """Facts about one request, which is not timed."""
     base = peft_methods.wrapped(model)
     rows: list[int] = []
@@ -353,9 +330,9 @@ def observe_request(model: Any, ask: Ask) -> RequestFacts:
     def leave(module: Any, args: Any, output: Any) -> None:
         scores = getattr(output, "logits", None)
         logits.append(1 if scores is None else int(scores.shape[-2]))
-        if isinstance(output, dict) and (cache := _cache_of(output)) is not None:
+        if isinstance(output, dict) and (cache := cache_of(output)) is not None:
             caches[:] = [cache]
-            places.append(tuple(tensor.data_ptr() for tensor in _cached(cache)))
+            places.append(tuple(tensor.data_ptr() for tensor in cached_tensors(cache)))
 
     with ExitStack() as hooks:
         hooks.callback(base.register_forward_pre_hook(enter, with_kwargs=True).remove)
@@ -367,21 +344,11 @@ def observe_request(model: Any, ask: Ask) -> RequestFacts:
         prompt_rows=rows[0],
         logit_rows=logits[0],
         cache=type(caches[0]).__name__ if caches else "",
-        cache_bytes=sum(storage_bytes(tensor) for cache in caches for tensor in _cached(cache)),
+        cache_bytes=sum(storage_bytes(tensor) for cache in caches for tensor in cached_tensors(cache)),
         cache_moved=sum(moved) / max(1, len(moved)),
         head=next((f"{name}.weight" for name, one in base.named_modules() if one is head), ""),
         size=size_of(model),
     )
-
-
-def _cache_of(given: Mapping[str, Any]) -> Any:
-    """The cache in the arguments or the output of a forward pass; its name changed during transformers 5."""
-    return next((found for name in ("cache", "past_key_values") if (found := given.get(name)) is not None), None)
-
-
-def _cached(cache: Any) -> list[torch.Tensor]:
-    tensors = [getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values")]
-    return [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
 
 
 def size_of(model: Any) -> ModelSize:

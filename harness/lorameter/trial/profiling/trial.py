@@ -34,8 +34,8 @@ from lorameter.records.activity import (
 from lorameter.records.record import MemoryPhase, PartialRecord
 from lorameter.records.units import format_count
 from lorameter.studies.request import TrialRequest, commands_by
+from lorameter.trial.building.base_model import unpack_4bit
 from lorameter.trial.building.build import SharedBase
-from lorameter.trial.building.quantising import unpack_4bit
 from lorameter.trial.memory import measure_breakdown, read_pages
 from lorameter.trial.process import Stopwatch, give_back_free, release_unused
 from lorameter.trial.profiling.phases import (
@@ -45,7 +45,6 @@ from lorameter.trial.profiling.phases import (
     pair_times,
     profiled,
     request_samples,
-    useful_tokens,
     watch_gradients,
     weights_by_shape,
 )
@@ -66,8 +65,8 @@ class ProfiledTrial(Trial):
 
     def memory_breakdown(self, phase: MemoryPhase) -> PartialRecord:
         """Break down the memory of a step or of a request, which is observed and not timed."""
-        request, trainee = self._request, self._built.trainee
-        call = self._built.step if phase == "train" else self._serving.request
+        request, trainee = self._request, self._trainee
+        call = self._step if phase == "train" else self._server.request
         release_unused(request.device)  # the check's records have reference cycles, and would count as unexplained
         account = measure_breakdown(
             trainee.model, trainee.optimizer, call, birth=self._birth, device=request.device, phase=phase,
@@ -77,21 +76,26 @@ class ProfiledTrial(Trial):
 
     def profile(self, *, budget_s: float) -> PartialRecord:
         """Time the phases of a step, in pairs for `budget_s` seconds, and count its real tokens."""
-        request, parts = self._request, self._built
+        request, stream = self._request, self._stream
         samples = pair_times(
-            parts.step, self._bordered_step(), request.device, what="step",
+            self._step, self._bordered_step(), request.device, what="step",
             samples_of=lambda loss, _: {"timed_loss": float(loss)}, budget_s=budget_s,
         )  # fmt: skip
-        values = useful_tokens(parts.stream, request.workload.batch_size * request.variant.gradient_accumulation)
+        lengths = stream.record_lengths()
+        part = request.workload.batch_size * request.variant.gradient_accumulation / stream.sequences
+        values = {  # of the mean step: real tokens, and the query-key pairs that its attention needs
+            "useful_positions": part * sum(lengths),
+            "useful_pairs": part * sum(length * (length + 1) // 2 for length in lengths),
+        }
         return self._judged(PartialRecord(samples=samples, values=values | self._count()), list(samples["timed_loss"]))
 
     def _bordered_step(self) -> BorderedStep:
-        return BorderedStep(self._built.trainee, self._built.stream, self._request)
+        return BorderedStep(self._trainee, self._stream, self._request)
 
     def _count(self) -> dict[str, float]:
         """The matrix products of a step, counted from the modules if there is no closed form. An additional step is
         observed for that, unless steps are compiled: hooks would trigger recompilation."""
-        variant, workload, model = self._request.variant, self._request.workload, self._built.trainee.model
+        variant, workload, model = self._request.variant, self._request.workload, self._trainee.model
         with contextlib.suppress(UsageError):
             training_flops(shapes.shape(catalogue.resolve(workload.model)), variant, computed_tokens(variant, workload))
             return {}
@@ -115,7 +119,7 @@ class ProfiledTrial(Trial):
 
     def activity(self) -> PartialRecord:
         """Profile the operators of a step, after all other commands; training continues."""
-        model = self._built.trainee.model
+        model = self._trainee.model
         unpack_4bit(model)
         model.train()
         activity = profiled(self._bordered_step(), self._request.device, Path(self._request.scratch))
@@ -124,24 +128,24 @@ class ProfiledTrial(Trial):
     def profile_requests(self, *, merged: bool, budget_s: float) -> PartialRecord:
         """Time the phases of a request, with the adapter unmerged or, after `merge`, merged."""
         series = pair_times(
-            self._serving.ask, self._bordered_request(), self._request.device, what="request",
+            self._server.ask, self._bordered_request(), self._request.device, what="request",
             samples_of=request_samples, budget_s=budget_s,
         )  # fmt: skip
         return PartialRecord(samples={f"{'merged_' if merged else ''}{name}": times for name, times in series.items()})
 
     def _bordered_request(self) -> BorderedRequest:
-        return BorderedRequest(self._built.trainee.model, self._serving.ask, self._request.device)
+        return BorderedRequest(self._trainee.model, self._server.ask, self._request.device)
 
     def request_facts(self) -> PartialRecord:
         """Facts about a request: its cache, its logits, the mode of the model, the memory up to its first token, and
         the times to the first token of the first and of the second request at new prompt lengths."""
-        serving, length = self._serving, self._request.workload.prompt_tokens
+        serving, length = self._server, self._request.workload.prompt_tokens
         gauge = PeakMemoryTracker(self._request.device)
         give_back_free()
         gauge.begin()
         serving.ask_at(length, 1)
         memory = gauge.peaks("first_token")
-        self._write(REQUEST_FACTS, observe_request(self._built.trainee.model, serving.ask))
+        self._write(REQUEST_FACTS, observe_request(self._trainee.model, serving.ask))
         times = [
             [serving.ask_at(one, 2).first_token_time_s for _ in ("new", "known")]
             for one in range(max(1, length - NEW_LENGTHS), length)
@@ -157,7 +161,7 @@ class ProfiledTrial(Trial):
         name, trace = (MERGED_ACTIVITY, MERGED_TRACE) if merged else (REQUEST_ACTIVITY, REQUEST_TRACE)
         activity = profiled(
             self._bordered_request(), self._request.device, Path(self._request.scratch), trace=trace,
-            phase_names=REQUEST_PHASES, weights=weights_by_shape(self._built.trainee.model),
+            phase_names=REQUEST_PHASES, weights=weights_by_shape(self._trainee.model),
         )  # fmt: skip
         return self._write(name, activity)
 

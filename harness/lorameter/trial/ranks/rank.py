@@ -28,8 +28,8 @@ from lorameter.records.record import PartialRecord
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.workload import Repair
 from lorameter.trial.building import peft_methods
-from lorameter.trial.building.build import SharedBase, TrainableModel, build, judge_checks
-from lorameter.trial.building.quantising import linear4bit_layers
+from lorameter.trial.building.base_model import linear4bit_layers
+from lorameter.trial.building.build import SharedBase, judge_checks
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.process import Lap
 from lorameter.trial.step import TrainStep, loss_of, model_inputs
@@ -41,56 +41,8 @@ PATIENCE = 0.4
 ranks that wait report it, which identifies the rank that hangs."""
 
 
-class ProcessGroup:
-    """The process group of a trial's ranks, for communication outside of timed steps."""
-
-    def __init__(self, rank: int, ranks: int, folder: Path, device: str, timeout_s: float) -> None:
-        """Join the other ranks through a file in this folder; NCCL on a GPU, gloo on a CPU.
-
-        Ranks of one trial are on one machine, so gloo does not use the network unless the user names an interface.
-        """
-        self.rank, self.ranks = rank, ranks
-        self._device = device
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        distributed.init_process_group(
-            "nccl" if self._cuda else "gloo",
-            init_method=(folder / "ranks").as_uri(),
-            rank=rank,
-            world_size=ranks,
-            timeout=datetime.timedelta(seconds=max(1.0, PATIENCE * timeout_s)),
-            device_id=torch.device("cuda", 0) if self._cuda else None,
-        )
-
-    @property
-    def _cuda(self) -> bool:
-        return self._device.startswith("cuda")
-
-    def barrier(self) -> None:
-        """Wait until all ranks have reached the barrier, and on a GPU until its queue is empty."""
-        distributed.barrier()
-        if self._cuda:
-            torch.cuda.synchronize()
-
-    def gather(self, values: Sequence[float]) -> list[list[float]]:
-        """The values of every rank, in rank order; each rank passes the same number of values."""
-        own = torch.tensor(list(values), dtype=torch.float64, device=self._device)
-        gathered = [torch.empty_like(own) for _ in range(self.ranks)]
-        distributed.all_gather(gathered, own)
-        return [one.tolist() for one in gathered]
-
-    def gather_data(self, data: Any) -> list[Any]:
-        """The data of every rank, in rank order."""
-        gathered: list[Any] = [None] * self.ranks
-        distributed.all_gather_object(gathered, data)
-        return gathered
-
-
 class RankStep(TrainStep):
     """A step on this rank's part of each batch; the losses of all ranks add up to that of the batch."""
-
-    def __init__(self, trainee: TrainableModel, stream: TokenStream, request: TrialRequest) -> None:
-        super().__init__(trainee, stream, request.variant, request.device)
-        self._ranks = request.workload.ranks
 
     @contextlib.contextmanager
     def without_clipping(self) -> Iterator[None]:
@@ -108,25 +60,61 @@ class RankStep(TrainStep):
             batch, share = self._stream.take_share()
             with exchanging(self._trainee.forward, now=not left):
                 part = self.loss(batch) * (share / self._accumulate)
-                (part * self._ranks).backward()  # gradients are averaged over ranks, while the parts add up
+                (part * self._stream.ranks).backward()  # gradients are averaged over ranks, while the parts add up
             total += part.detach()
         return total
 
 
 class RankTrial(Trial):
-    """State of one rank of a trial between commands."""
+    """State of one rank of a trial between commands.
 
-    def __init__(self, request: TrialRequest, group: ProcessGroup) -> None:
-        super().__init__(request, SharedBase(), generations=GENERATIONS + 1)
-        self._group = group
+    The ranks communicate outside of timed steps as one process group: by NCCL on GPUs, by gloo on CPUs. They are on one
+    machine, so gloo does not use the network unless the user names an interface.
+    """
+
+    STEP = RankStep
+
+    def __init__(self, request: TrialRequest, rank: int) -> None:
+        super().__init__(request, SharedBase(), generations=GENERATIONS + 1, rank=rank)
+        self._ranks = request.workload.ranks
+        self._strategy = cast(Strategy, request.workload.strategy)
         self._isolation: list[Check] = []
         self._base_loss_whole = float("nan")
         self._laps: list[list[float]] = []
         """The times of every rank in each step since the start of the last turn, in seconds."""
+        self._cuda = request.device.startswith("cuda")
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        distributed.init_process_group(
+            "nccl" if self._cuda else "gloo",
+            init_method=(Path(request.scratch) / "ranks").as_uri(),
+            rank=rank,
+            world_size=self._ranks,
+            timeout=datetime.timedelta(seconds=max(1.0, PATIENCE * request.protocol.step_timeout_s)),
+            device_id=torch.device("cuda", 0) if self._cuda else None,
+        )
+
+    def _barrier(self) -> None:
+        """Wait until all ranks have reached the barrier, and on a GPU until its queue is empty."""
+        distributed.barrier()
+        if self._cuda:
+            torch.cuda.synchronize()
+
+    def _gather(self, values: Sequence[float]) -> list[list[float]]:
+        """The values of every rank, in rank order; each rank passes the same number of values."""
+        own = torch.tensor(list(values), dtype=torch.float64, device=self._request.device)
+        gathered = [torch.empty_like(own) for _ in range(self._ranks)]
+        distributed.all_gather(gathered, own)
+        return [one.tolist() for one in gathered]
+
+    def _gather_data(self, data: Any) -> list[Any]:
+        """The data of every rank, in rank order."""
+        gathered: list[Any] = [None] * self._ranks
+        distributed.all_gather_object(gathered, data)
+        return gathered
 
     def build(self) -> PartialRecord:
         """Load the base, attach the adapter, distribute the model, and run the first step."""
-        fragment, ranks = super().build(), self._group.ranks
+        fragment, ranks = super().build(), self._ranks
         threads = float(ranks * self._request.threads)  # waiting ranks must not count as other work
         return msgspec.structs.replace(fragment, values=fragment.values | {"ranks": float(ranks), "threads": threads})
 
@@ -134,7 +122,7 @@ class RankTrial(Trial):
         """Run `steps` timed steps; tokens are those of all ranks."""
         self._laps.clear()
         fragment = super().turn(steps)
-        tokens = self._group.gather([fragment.samples[key][0] for key in ("turn_tokens", "turn_padded_tokens")])
+        tokens = self._gather([fragment.samples[key][0] for key in ("turn_tokens", "turn_padded_tokens")])
         real, padded = map(sum, zip(*tokens, strict=True))
         samples = fragment.samples | {"turn_tokens": (real,), "turn_padded_tokens": (padded,)}
         samples |= {f"rank{rank}_step_time_s": times for rank, times in enumerate(zip(*self._laps, strict=True))}
@@ -145,9 +133,9 @@ class RankTrial(Trial):
         fragment = super().finish_training(steps)
         if fragment.status != "ok":
             return fragment
-        trainee = self._built.trainee
+        trainee = self._trainee
         shard_again(trainee.model)
-        gathered = self._group.gather_data((fingerprints(trainee.model), counted_updates([trainee.optimizer])))
+        gathered = self._gather_data((fingerprints(trainee.model), counted_updates([trainee.optimizer])))
         shown = [
             RankEvidence(rank=rank, adapter=adapter, updates=self._steps_taken, counted=counted)
             for rank, (adapter, counted) in enumerate(gathered)
@@ -157,12 +145,12 @@ class RankTrial(Trial):
 
     def _agree(self, decision: bool) -> bool:
         """Return the decision of the first rank: clocks differ, and all ranks must run the same steps."""
-        return bool(self._group.gather([float(decision)])[0][0])
+        return bool(self._gather([float(decision)])[0][0])
 
     def _take_step(self, meanwhile: Callable[[], object] | None = None) -> tuple[float, Lap]:
-        self._group.barrier()
+        self._barrier()
         loss, lap = super()._take_step(meanwhile)
-        gathered = self._group.gather([lap.time_s, lap.cpu_time_s, loss])
+        gathered = self._gather([lap.time_s, lap.cpu_time_s, loss])
         self._laps.append([time_s for time_s, _, _ in gathered])
         slowest = max(gathered)
         return sum(part for _, _, part in gathered), Lap(slowest[0], slowest[1])
@@ -177,45 +165,32 @@ class RankTrial(Trial):
         with torch.no_grad(), without_repacking(model), peft_methods.without_adapter(model):
             return float(loss_of(forward, batch, device=request.device, autocast=request.variant.autocast))
 
-    def _open_stream(self) -> TokenStream:
-        request, group = self._request, self._group
-        path, workload, variant = Path(request.tokens_path), request.workload, request.variant
-        return TokenStream(path, workload, variant, request.device, rank=group.rank, ranks=group.ranks)
-
-    def _build_trainee(self, stream: TokenStream) -> TrainableModel:
+    def _distribute(self, model: Any, stream: TokenStream) -> Any:
         request = self._request
-
-        def wrap(model: Any) -> Any:
-            self._base_loss_whole = self._base_loss(model, model, stream)
-            packed = stream.packed_batch()  # a rank's own rows of a step may have one record each
-            if packed is not None:  # a sharded model cannot run a forward pass on a single rank
-                self._isolation = [kernels_check.probe_isolation(model, model_inputs(packed))]
-            return distribute(model, self._strategy, device=request.device, repair=request.workload.repair)
-
-        rank = self._group.rank
-        return build(request, steps=self._total_steps, shared=self.shared, distribute=wrap, rank=rank)
-
-    def _make_step(self, trainee: TrainableModel, stream: TokenStream) -> TrainStep:
-        return RankStep(trainee, stream, self._request)
+        self._base_loss_whole = self._base_loss(model, model, stream)
+        packed = stream.packed_batch()  # a rank's own rows of a step may have one record each
+        if packed is not None:  # a sharded model cannot run a forward pass on a single rank
+            self._isolation = [kernels_check.probe_isolation(model, model_inputs(packed))]
+        return distribute(model, self._strategy, device=request.device, repair=request.workload.repair)
 
     def _check(self, step: Callable[[], None], required: Mapping[str, Any]) -> tuple[list[Check], dict[str, float]]:
         """The checks of a step merged over the ranks, and the checks that compare ranks; equal on all ranks."""
-        model = self._built.trainee.model
+        model = self._trainee.model
         others = {path: value for path, value in required.items() if path != ISOLATED}
         shard_again(model)
-        with cast(RankStep, self._built.step).without_clipping():
+        with cast(RankStep, self._step).without_clipping():
             checks = [*kernels_check.verify(model, step, dict.fromkeys(PATHS, True) | others), *self._isolation]
         shard_again(model)
         facts = self._observe()
         shard_again(model)
-        gathered = self._group.gather_data((checks, facts))
+        gathered = self._gather_data((checks, facts))
         facts_of_all = [facts for _, facts in gathered]
         merged = merge_checks([checks for checks, _ in gathered])
         return [*merged, *judge_ranks(facts_of_all, self._strategy)], _activity(facts_of_all)
 
     def _observe(self) -> RankFacts:
         """Observe the facts about this rank; the caller restores the stream."""
-        trainee, stream, step = self._built.trainee, self._built.stream, self._built.step
+        trainee, stream, step = self._trainee, self._stream, self._step
         position = stream.position()
         frozen = not self._request.variant.trains_base  # otherwise biases of the base train, and its loss changes
         return observe_rank(
@@ -223,16 +198,12 @@ class RankTrial(Trial):
             step.gradients,
             step.update,
             lambda: stream.restore(position),
-            self._group.barrier,
+            self._barrier,
             (lambda: self._base_loss(trainee.forward, trainee.model, stream)) if frozen else None,
             before=self._base_loss_whole,
             whole=stream.upcoming(self._request.variant.gradient_accumulation),
-            rank=self._group.rank,
+            rank=self._rank,
         )
-
-    @property
-    def _strategy(self) -> Strategy:
-        return cast(Strategy, self._request.workload.strategy)
 
 
 def _activity(facts: Sequence[RankFacts]) -> dict[str, float]:
@@ -274,15 +245,10 @@ def distribute(model: Any, strategy: Strategy, *, device: str, repair: Repair) -
         layer.quant_state = layer.weight.quant_state  # sharding replaces the weight
     if repair == "quant_state":
         keep_quantisation_states()
-    for block in blocks_of(model):
+    decoder_layers = set(getattr(model.get_base_model(), "_no_split_modules", None) or ())
+    for block in [module for module in model.modules() if type(module).__name__ in decoder_layers]:
         fully_shard(block)
     return fully_shard(model)
-
-
-def blocks_of(model: Any) -> list[Any]:
-    """The modules that the architecture does not split, which are its decoder layers."""
-    kinds = set(getattr(model.get_base_model(), "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in kinds]
 
 
 def keep_quantisation_states() -> None:

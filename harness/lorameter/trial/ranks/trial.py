@@ -17,7 +17,6 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe, wait
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -126,11 +125,10 @@ class TrialOfRanks:
 
 
 def _make_rank(request: TrialRequest, rank: int) -> Any:
-    from lorameter.trial.ranks.rank import ProcessGroup, RankTrial
+    from lorameter.trial.ranks.rank import RankTrial
 
     _take_gpu(request.device, rank)
-    folder, timeout_s = Path(request.scratch), request.protocol.step_timeout_s
-    return RankTrial(request, ProcessGroup(rank, request.workload.ranks, folder, request.device, timeout_s))
+    return RankTrial(request, rank)
 
 
 def _make_one(request: TrialRequest) -> Any:
@@ -155,13 +153,14 @@ def _collect(
     """The answers of the processes in the order of arrival, without those that died or did not answer in time. After a
     failure, the others have `GRACE_S` left."""
     for member in members:
-        member.send(command, arguments)
+        with contextlib.suppress(wire.ClosedError):  # `receive` detects that the process has ended
+            wire.send(member.connection, wire.Command(command, arguments=arguments))
     answers: dict[RankProcess, PartialRecord] = {}
-    waiting, deadline = list(members), time.monotonic() + timeout_s
+    waiting: dict[Any, RankProcess] = {member.connection: member for member in members}
+    deadline = time.monotonic() + timeout_s
     while waiting and (left := deadline - time.monotonic()) > 0:
-        ready: list[Any] = wait(waiting, left)  # type: ignore[arg-type]  # accepts objects with fileno
-        for member in ready:
-            waiting.remove(member)
+        for connection in wait(list(waiting), left):
+            member = waiting.pop(connection)
             answer = member.receive()
             if answer is not None:
                 answers[member] = answer
@@ -273,28 +272,15 @@ class RankProcess:
         self.name = name
         self.code: int | None = None
         """Its exit status, after it has ended and been reaped."""
-        self._connection, theirs = Pipe()
+        self.connection, theirs = Pipe()
         self.pid = fork_process(lambda: _serve(theirs, make, [self, *others]))
         theirs.close()
-        wire.receive(self._connection, wire.Hello)
-
-    def close(self) -> None:
-        """Close this end of its connection."""
-        self._connection.close()
-
-    def fileno(self) -> int:
-        """Descriptor of its connection, for `multiprocessing.connection.wait`."""
-        return self._connection.fileno()
-
-    def send(self, command: str, arguments: dict[str, Any]) -> None:
-        """Send a command; if the process has ended, `receive` detects it."""
-        with contextlib.suppress(wire.ClosedError):
-            wire.send(self._connection, wire.Command(command, arguments=arguments))
+        wire.receive(self.connection, wire.Hello)
 
     def receive(self) -> PartialRecord | None:
         """Its answer; None if it has ended, and it is then reaped."""
         try:
-            return wire.receive_answer(self._connection, PartialRecord)
+            return wire.receive_answer(self.connection, PartialRecord)
         except wire.ClosedError:
             self._reap()
             return None
@@ -308,12 +294,12 @@ class RankProcess:
 
     def _reap(self) -> None:
         self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        self.close()
+        self.connection.close()
 
 
 def _serve(connection: Connection, make: Callable[[], Any], others: Sequence[RankProcess]) -> None:
     for other in others:
-        other.close()
+        other.connection.close()
     trial: Any = None
 
     def answer(command: wire.Command) -> PartialRecord:
@@ -338,12 +324,6 @@ EXACT, ROUNDED = 1e-4, 3e-3
 bits."""
 
 
-def tolerance_of(variant: Variant) -> float:
-    """The largest allowed relative difference of losses."""
-    compute = {variant.autocast or variant.dtype, variant.compute_dtype if variant.is_4bit else variant.dtype}
-    return EXACT if compute == {"float32"} and variant.adapter_dtype in (None, "float32") else ROUNDED
-
-
 def compare_losses(several: Sequence[float], one: Sequence[float], variant: Variant, ranks: int) -> Check:
     """The check that the losses of several ranks equal those of a single rank on the same batches.
 
@@ -360,7 +340,8 @@ def compare_losses(several: Sequence[float], one: Sequence[float], variant: Vari
     if len(pairs) < FEWEST:
         reason = f"{len(pairs)} steps are too few to compare: take {FEWEST} or more"
         return check(required=True, observed=None, status="unknown", reason=reason)
-    tolerance = tolerance_of(variant)
+    compute = {variant.autocast or variant.dtype, variant.compute_dtype if variant.is_4bit else variant.dtype}
+    tolerance = EXACT if compute == {"float32"} and variant.adapter_dtype in (None, "float32") else ROUNDED
     for step, (ours, its) in enumerate(pairs, start=1):
         if not abs(ours - its) <= tolerance * abs(its):
             reason = (

@@ -71,7 +71,6 @@ def load_and_answer(request: TrialRequest) -> PartialRecord:
         "cold_load_time_s": loaded - begin,
         "cold_base_time_s": base_loaded - begin,
         "cold_adapter_time_s": loaded - base_loaded,
-        "cold_base_conversions": 1.0,
         "cold_first_token_time_s": first.first_token_time_s,
         "cold_completion_time_s": first.request_time_s,
     }

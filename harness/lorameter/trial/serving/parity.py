@@ -23,12 +23,11 @@ from lorameter.records.os_errors import failed_record
 from lorameter.records.record import PROMPTS, SERVED, LogitDistance, PartialRecord, Served
 from lorameter.studies.request import ServingMode, ServingRequest
 from lorameter.trial.building import peft_methods
-from lorameter.trial.building.base_model import load_base
+from lorameter.trial.building.base_model import load_base, unpack_4bit
 from lorameter.trial.building.build import seed_everything, set_precision
-from lorameter.trial.building.quantising import dtype_of, unpack_4bit
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.process import prepare_process
-from lorameter.trial.serving.server import generate
+from lorameter.trial.serving.server import answer_logits, generate
 from lorameter.trial.step import model_inputs
 
 ROWS = 16
@@ -47,7 +46,9 @@ def serve_adapter(request: ServingRequest) -> PartialRecord:
     for mode in request.ways:
         try:
             model = load_served(request, mode) if model is None else model
-            result = observe(prepare_mode(model, mode), mode, stream, request, answers)
+            if mode.merged:
+                peft_methods.merge(model)  # cannot be undone, so merged modes come last (`serving_modes`)
+            result = observe(model, mode, stream, request, answers)
         except Exception as error:
             failed = failed_record(error, "parity")
             if failed.status == "interrupted":  # the disk is full, also for the next mode
@@ -68,19 +69,10 @@ def load_served(request: ServingRequest, mode: ServingMode) -> Any:
     base: Any = load_base(source, variant, device=trial.device, seed=trial.workload.data_seed)
     if mode.dequantised:
         unpack_4bit(base)
-        base = base.dequantize(dtype=dtype_of(variant.dtype))
+        base = base.dequantize(dtype=getattr(torch, variant.dtype))
         variant = dataclasses.replace(variant, quantization="none", prepare_for_kbit=False)
     seed_everything(trial.seed)
     return peft_methods.load(base, variant, Path(request.adapter)).eval()
-
-
-def prepare_mode(model: Any, mode: ServingMode) -> Any:
-    """The model of a mode, merged if the mode requires it; a merge cannot be undone."""
-    if mode.merged:
-        peft_methods.merge(model)
-    elif peft_methods.is_merged(model):
-        raise LorameterError(f"{mode.name}: the adapter is merged into this base already")
-    return model
 
 
 def observe(
@@ -98,7 +90,7 @@ def observe(
         )
         distances: list[LogitDistance] = []
         for index, (prompt, answer) in enumerate(zip(prompts, reference or answers, strict=True)):
-            logits = answer_logits(model, prompt, answer).cpu()
+            logits = answer_logits(model, prompt, torch.tensor([answer]))[0].cpu()
             file = Path(request.trial.scratch) / f"reference-logits-{index}.safetensors"
             if reference:
                 distances.append(measure_distance(load_file(file)["logits"], logits))
@@ -116,15 +108,6 @@ def _prompts(stream: TokenStream, request: ServingRequest) -> list[torch.Tensor]
     if request.trial.workload.open_ended_tokens:
         return [stream.open_ended_prompt(index) for index in range(stream.open_ended_prompt_count)]
     return [stream.prompt(index) for index in range(stream.prompt_count)]
-
-
-def answer_logits(model: Any, prompt: torch.Tensor, answer: Sequence[int]) -> torch.Tensor:
-    """The logits from which each token of an answer is chosen, given all tokens before it; shape (tokens, vocabulary),
-    in the model's dtype. Computed in one pass over prompt (shape (1, length)) and answer, without a cache."""
-    tokens = torch.tensor([list(answer)], dtype=prompt.dtype, device=prompt.device)
-    whole = torch.cat([prompt, tokens], dim=1)
-    logits: torch.Tensor = model(input_ids=whole, attention_mask=torch.ones_like(whole), use_cache=False).logits
-    return logits[0, prompt.shape[1] - 1 : -1]
 
 
 # --- distances -------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from lorameter.records.record import Failure, PartialRecord
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import Variant
 from lorameter.trial.building import peft_methods
-from lorameter.trial.building.build import attention_of, judge_checks
+from lorameter.trial.building.build import BACKENDS, judge_checks
 from lorameter.trial.data.stream import TokenStream
 
 NAMES = ("request_time_s", "first_token_time_s", "time_per_output_token_s")
@@ -107,16 +107,6 @@ class Server:
 
     # --- requests until EOS -------------------------------------------------------------------------------------------
 
-    def visit(self, count: int) -> None:
-        """Answer the first `count` whole prompts once, untimed.
-
-        cuDNN's attention, which torch prefers on Hopper, plans a kernel at the first occurrence of each key length,
-        which takes tens of milliseconds on the host. Without this warm-up, that time would distort comparisons of
-        variants with different answer lengths.
-        """
-        for index in range(min(count, self._stream.open_ended_prompt_count)):
-            self.answer(index)
-
     def open_ended(self) -> tuple[int, Request]:
         """Make the next request until EOS; returns the number of its whole prompt, and the request."""
         index = self._answered % self._stream.open_ended_prompt_count
@@ -166,7 +156,7 @@ class Server:
         for name in order:
             peft_methods.activate(self._model, name)
             alone.append(self._generate(prompts).answers)
-            logits.append(self._answer_logits(prompts, answers.to(prompts.device)).cpu())
+            logits.append(answer_logits(self._model, prompts, answers).float().cpu())
         self._activate(0)
         wrong, decisive = [], 0
         for row, name in enumerate(names):
@@ -179,17 +169,6 @@ class Server:
                 wrong.append(row)
             decisive += all(found[row] != alone[own][row] for number, found in enumerate(alone) if number != own)
         return wrong, decisive
-
-    def _answer_logits(self, prompts: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
-        """The logits from which the tokens of the answers are chosen; shape (prompts, tokens, vocabulary)."""
-        tokens, count = torch.cat([prompts, answers], dim=1), answers.shape[1] + 1
-        forward = inspect.signature(peft_methods.wrapped(self._model).forward).parameters
-        # The logits of all tokens may not fit into memory.
-        options = {"logits_to_keep": count} if "logits_to_keep" in forward else {}
-        with torch.no_grad():
-            mask = torch.ones_like(tokens)
-            logits = self._model(input_ids=tokens, attention_mask=mask, use_cache=False, **options).logits
-        return logits[:, -count:-1].float()  # type: ignore[no-any-return]
 
     def merge(self, discard: int) -> None:
         """Merge the adapter and restart with the first prompt, after `discard` requests."""
@@ -221,13 +200,27 @@ def _times(prefix: str, request: Request) -> dict[str, tuple[float, ...]]:
     return {f"{prefix}{name}": (getattr(request, name),) for name in NAMES}
 
 
+def answer_logits(model: Any, prompts: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    """The logits from which each token of the answers is chosen, given all tokens before it; shape (prompts, tokens,
+    vocabulary), in the model's dtype.
+
+    Computed in one pass over prompts, shape (prompts, length), and answers, shape (prompts, tokens), without a cache.
+    """
+    tokens, count = torch.cat([prompts, answers.to(prompts)], dim=1), answers.shape[1] + 1
+    forward = inspect.signature(peft_methods.wrapped(model).forward).parameters
+    options = {"logits_to_keep": count} if "logits_to_keep" in forward else {}  # those of all tokens may not fit
+    with torch.no_grad():
+        logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False, **options).logits
+    return logits[:, -count:-1]  # type: ignore[no-any-return]
+
+
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
 def check_attention(fragment: PartialRecord, model: Any, server: Server, request: TrialRequest) -> PartialRecord:
     """The fragment with the check of a request's attention, which is observed in an additional request, since no
     training step shows it; it can make its trial invalid."""
-    required = attention_of(request.variant, request.requirements)
+    required = request.requirements.get("attention.backend", BACKENDS[request.variant.attention])
     return judge_checks(fragment, [kernels_check.watch_request(model, server.ask_shortly, required)], request)
 
 
@@ -362,10 +355,12 @@ def generate(
         begin = time.perf_counter()
         model.generate(input_ids=prompt, attention_mask=mask, generation_config=config, streamer=stamps, **named)
         end = time.perf_counter()
-    if len(stamps.tokens) != new_tokens and not (until_end and 0 < len(stamps.tokens) < new_tokens):
-        raise RuntimeError(f"generate gave {len(stamps.tokens)} tokens where {new_tokens} were asked for")
-    if any(len(tokens) != len(prompt) for tokens in stamps.tokens):
-        raise RuntimeError(f"generate did not give one token at a time for each of {len(prompt)} prompts")
+    count = len(stamps.tokens)
+    expected = 0 < count <= new_tokens if until_end else count == new_tokens
+    if not expected or any(len(tokens) != len(prompt) for tokens in stamps.tokens):
+        raise RuntimeError(
+            f"generate returned {count} tokens instead of {new_tokens} for each of {len(prompt)} prompts"
+        )
     return Request(
         request_time_s=end - begin,
         first_token_time_s=stamps.times[0] - begin,
