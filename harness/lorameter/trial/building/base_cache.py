@@ -191,7 +191,7 @@ def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> tuple[str
     """Write a safetensors file; returns its digest and its size."""
     order = sorted(tensors, key=lambda name: (tensors[name].nbytes % ALIGNMENT != 0, -tensors[name].itemsize, name))
     flat = (tensors[name].detach().cpu().contiguous().reshape(-1) for name in order)
-    data = (tensor.view(torch.uint8).numpy().data for tensor in flat)
+    data: Iterable[Any] = (tensor.view(torch.uint8).numpy().data for tensor in flat)
     digest = xxhash.xxh3_128()
     with path.open("wb") as file:
         for part in itertools.chain([safetensors_header(tensors, order, ALIGNMENT)], data):

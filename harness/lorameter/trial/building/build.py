@@ -343,10 +343,9 @@ def sizes_of(variant: Variant, source: ModelSource) -> Sizes:
             'Use bias = "none", or quantization = "none".',
         )  # fmt: skip
     # PEFT also saves the initial adapter if it changed the base: twice the rank.
-    doubled = isinstance(variant, LoraVariant) and variant.rewrites_base
-    saved = peft_methods.saved_tensors(
-        _attached(dataclasses.replace(variant, r=2 * variant.r), source) if doubled else model
-    )
+    if isinstance(variant, LoraVariant) and variant.rewrites_base:
+        model = _attached(dataclasses.replace(variant, r=2 * variant.r), source)
+    saved = peft_methods.saved_tensors(model)
     order = sorted(saved, key=lambda name: (-saved[name].itemsize, name))  # as the library writes them
     size = sum(parameter.nbytes for parameter in trained)
     return Sizes(
